@@ -1,0 +1,1 @@
+"""The protocol with the guest: bytes in, bytes out, no I/O."""

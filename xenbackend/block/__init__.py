@@ -1,0 +1,1 @@
+"""Requests, drivers, chains: what a disk is made of."""

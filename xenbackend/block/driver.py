@@ -1,0 +1,256 @@
+"""The contract between layers: what a block driver is, and the bases that its author may start from.
+
+Must not build chains, parse text, or open a file.
+
+Life of a driver:
+
+    options parsed ── the chain can still be refused with nothing touched
+      │
+    open      the source first, then its parents one by one (read-only), then the filters upward;
+      │       each sees the geometry of the layer below before it answers with its own
+    submit / complete        any number; never more in flight than the rings hold
+      │
+    (drained: nothing in flight)
+      │
+    close     the top layer first
+
+Rules, numbered so that tests and messages can name them:
+
+D1  A request is lent from `submit` until `complete`; each is given back exactly once, with `status >= 0`.
+D2  Lists are never empty and belong to the callee after the call: look before you pass on.
+D3  `submit` does not sleep. Slow calls go through `env.files` or `env.run_in_thread`; memory copies and page-cache
+    reads are not slow. (`sync:` breaks this rule on purpose and says so.)
+D4  Requests in flight are unordered. FLUSH covers the writes that were *completed* before it was submitted.
+D5  `complete` may be called from inside `submit`. The engine never submits from `complete`; a filter may send
+    its own further steps down from `on_complete`, boundedly many per request.
+D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does this operation".
+D7  The bytes under `iov` may belong to a guest and change while you look. Copy before you check.
+D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and
+    what the layer still holds of the batch ends with EIO. Expected failures are a `status`.
+D9  Bytes are the only unit.
+D10 Every layer has exactly one layer above it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+
+API = 1  # the version of this contract; a third party's driver names the one it was written for
+
+Complete = Callable[[list[Request]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a layer tells the layer above it: sizes in bytes, and what it can do."""
+
+    size: int
+    sector_size: int = 512
+    read_only: bool = False
+    can_flush: bool = True
+    can_discard: bool = False
+    discard_granularity: int = 0
+    discard_alignment: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRef:
+    """The image that an image names as its parent: `text` is a layer's text, such as ``vhd:/img/base.vhd``."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The options of a driver that has none."""
+
+
+class File(Protocol):
+    """An open image file or block device: itself a bottom layer, with blocking helpers for `open` only."""
+
+    size: int  # bytes
+    sector_size: int  # bytes; the smallest unit that the medium writes
+    can_discard: bool
+    discard_granularity: int  # bytes, 0 where it cannot discard
+    complete: Complete  # set by the owner before the first submit
+    mode: str  # what was chosen, for people: "O_DIRECT, io_uring"
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests as a driver does (D1-D9). Reads past the end of the file give zeros."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Read up to `length` bytes, blocking. For `open` only. Raises: OSError."""
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Write all of `data`, blocking. For `open` and `close` only. Raises: OSError."""
+
+    def sync(self) -> None:
+        """Make everything durable, blocking. For `open` and `close` only. Raises: OSError."""
+
+    def close(self) -> None:
+        """Release the file and its lock; nothing is in flight."""
+
+
+class Files(Protocol):
+    """Opens image files, with the lock that keeps two writers apart."""
+
+    def open(
+        self, path: str, *, read_only: bool, shareable: bool = False, direct: bool = True, blocking: bool = False
+    ) -> File:
+        """Open an image.
+
+        Args:
+            path: the file or block device.
+            read_only: open it for reading only.
+            shareable: others may have it open too (a parent of several images); otherwise it is locked.
+            direct: bypass the page cache where the file allows.
+            blocking: do every request by a blocking call, one after the other.
+
+        Raises: OSError, as open(2) would; DriverError where the file cannot be an image or is locked.
+        """
+
+
+class Env(Protocol):
+    """What a layer gets from its worker when it is opened. Everything here lives as long as the layer."""
+
+    read_only: bool  # this layer must not alter what it holds
+    shareable: bool  # this layer's image is a parent: others may read it at the same time
+    files: Files
+    facts: dict[str, str]  # what the layer reported so far
+
+    def now(self) -> float:
+        """Return seconds of a clock that only goes forward."""
+
+    def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
+        """Call `function` from the worker's loop after `delay_s` seconds."""
+
+    def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
+        """Call `function` in a thread of a small pool, and `then` from the worker's loop afterwards."""
+
+    def memory(self, name: str, size: int) -> memoryview:
+        """Return `size` bytes, zero at first, that outlive this process: a successor gets the same bytes back.
+
+        `name` is unique within the layer. A different size than the predecessor asked for gives fresh zeros.
+        """
+
+    def report(self, key: str, value: str) -> None:
+        """Publish a fact about this layer for `check` and `status`, such as ``mode`` = ``O_DIRECT, io_uring``."""
+
+
+class Driver:
+    """A layer of a chain: either a source (holds data) or, as a `Filter`, in front of another layer.
+
+    Subclasses set `name`, may declare an `Options` dataclass (`xenbackend.block.options`), and write `open`, `submit`
+    and `close`. A layer that wants to see what the layer below gives back also writes `on_complete`; where it is
+    absent the chain wires the layer below straight to this layer's own `complete`.
+    """
+
+    name: ClassVar[str] = ""
+    api: ClassVar[int] = API
+    is_filter: ClassVar[bool] = False
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, options: Any) -> None:
+        """Keep the parsed options; nothing is opened yet."""
+        self.options = options
+        self.env: Env  # set by the chain before `open`
+        self.next: Driver | None = None  # set by the chain before `open`: the layer below, or later the parent
+        self.below: Geometry | None = None  # set by the chain with it: what that layer answered
+        self.parent: ParentRef | None = None  # set by `open` when the image says that it has one
+        self.complete: Complete = _not_wired
+
+    on_complete: Complete | None = None
+
+    def open(self, env: Env) -> Geometry:
+        """Open what this layer stands for. Raises: DriverError, or OSError with the errno of the call that failed."""
+        raise NotImplementedError
+
+    def check_parent(self, parent: Geometry) -> None:
+        """Look at the parent that the chain opened for `self.parent`. Raises: DriverError to refuse it."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests; give each back by `self.complete`, now or later."""
+        raise NotImplementedError
+
+    def control(self, verb: str, arguments: Sequence[str]) -> bytes:
+        """Do what an operator asks of this layer in service. Raises: DriverError for an unknown verb."""
+        raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
+
+    def close(self) -> None:
+        """Release everything; nothing is in flight."""
+
+
+def _not_wired(batch: list[Request]) -> None:
+    raise RuntimeError(f"completed before the chain was wired: {batch!r}")
+
+
+class Filter(Driver):
+    """A layer in front of another one; as it stands it passes everything on."""
+
+    is_filter = True
+
+    def open(self, env: Env) -> Geometry:  # noqa: ARG002 - subclasses need it
+        """Answer with the geometry of the layer below."""
+        assert self.below is not None  # noqa: S101 - the chain opens a filter after the layer below it
+        return self.below
+
+    def submit(self, batch: list[Request]) -> None:
+        """Pass the batch on."""
+        self.next.submit(batch)  # type: ignore[union-attr]  # a filter in a chain has a layer below
+
+
+class SimpleDriver(Driver):
+    """A source that does one request at a time, at once: write `read` and `write`, and `flush` and `discard` if any.
+
+    An OSError becomes the request's status, so that an author writes no error handling.
+    """
+
+    def submit(self, batch: list[Request]) -> None:
+        """Do each request, then give all of them back."""
+        steps = (self.read, self.write, self.flush, self.discard)
+        for request in batch:
+            try:
+                steps[request.op](request)
+                request.status = 0
+            except OSError as error:
+                request.status = error.errno or errno.EIO
+        self.complete(batch)
+
+    def read(self, request: Request) -> None:
+        """Fill `request.iov` from `request.offset` on. Raises: OSError."""
+        raise OSError(errno.EOPNOTSUPP, "read")
+
+    def write(self, request: Request) -> None:
+        """Store `request.iov` from `request.offset` on. Raises: OSError."""
+        raise OSError(errno.EOPNOTSUPP, "write")
+
+    def flush(self, request: Request) -> None:
+        """Make completed writes durable; a driver without a volatile cache has nothing to do. Raises: OSError."""
+
+    def discard(self, request: Request) -> None:
+        """Forget the range. Raises: OSError."""
+        raise OSError(errno.EOPNOTSUPP, "discard")
+
+
+class BlockingDriver(SimpleDriver):
+    """A `SimpleDriver` whose calls sleep: each request is done on a thread of the worker's pool, in any order."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Hand each request to a thread, and give it back from the worker's loop."""
+        for request in batch:
+            self.env.run_in_thread(partial(self._do, request), partial(self.complete, [request]))
+
+    def _do(self, request: Request) -> None:
+        step = (self.read, self.write, self.flush, self.discard)[request.op]
+        try:
+            step(request)
+            request.status = 0
+        except OSError as error:
+            request.status = error.errno or errno.EIO

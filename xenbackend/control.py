@@ -1,0 +1,198 @@
+"""The messages between supervisor and worker: plain values and their codec. One datagram holds one message.
+
+Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the order that its docstring gives.
+
+    supervisor                                     worker
+      Open (journal, memories …)      ->
+                                      <-           Keep (memory)        any number, while opening
+                                      <-           Opened  |  Failed
+      Connect                         ->
+                                      <-           Connected  |  Failed
+      Command                         ->
+                                      <-           Reply
+                                      <-           Log, Halted          at any time
+      Disconnect                      ->
+                                      <-           Disconnected         drained, flushed, unmapped
+      Close                           ->
+                                      <-           Closed               and the process ends
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+VERSION = 1
+MAX_MESSAGE = 256 * 1024  # bytes of one datagram
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Open a chain. Descriptors: the journal, then one per name in `memories`."""
+
+    vbd: str  # for people: "vbd/5/51712"
+    host: str  # for `kernel.ports.open_host`
+    frontend_domid: int
+    chain: str
+    read_only: bool
+    shareable: bool = False
+    memories: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What one layer said of itself when it was opened; the top layer first in a list of them."""
+
+    text: str
+    size: int
+    sector_size: int
+    read_only: bool
+    can_flush: bool
+    can_discard: bool
+    discard_granularity: int
+    discard_alignment: int
+    parent_of: str = ""  # the layer whose image named this one as its parent
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Keep a memory for a successor. Descriptors: the memory."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The chain is open; `layers` top first."""
+
+    layers: list[LayerFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What was asked could not be done; `sentence` is for the operator."""
+
+    sentence: str
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class RingParameters:
+    """One ring as the frontend offers it."""
+
+    grefs: list[int]
+    event_channel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Map the rings and serve."""
+
+    protocol: str  # "x86_64-abi", "x86_32-abi"
+    rings: list[RingParameters]
+    persistent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The rings are served from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """A ring was stopped for good because the frontend broke it; said once per ring."""
+
+    ring: int
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Take nothing new, finish what is in flight, flush, unmap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """Nothing is in flight or mapped any more; the chain is still open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Disconnect if need be, close the chain, end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The chain is closed; the process ends now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An operator's verb for one layer, named by its driver or its index in the chain."""
+
+    id: int
+    layer: str
+    verb: str
+    arguments: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to `Command`: `data` is the layer's bytes in latin-1, or a sentence where `ok` is false."""
+
+    id: int
+    ok: bool
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A line for the service's log."""
+
+    level: str
+    event: str
+    fields: dict[str, str]
+
+
+Message = (
+    Open | Keep | Opened | Failed | Connect | Connected | Halted
+    | Disconnect | Disconnected | Close | Closed | Command | Reply | Log
+)  # fmt: skip
+
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        Open, Keep, Opened, Failed, Connect, Connected, Halted,
+        Disconnect, Disconnected, Close, Closed, Command, Reply, Log,
+    )
+}  # fmt: skip
+_NESTED: dict[tuple[str, str], type[Any]] = {("Opened", "layers"): LayerFacts, ("Connect", "rings"): RingParameters}
+
+
+def as_fields(message: Message) -> dict[str, Any]:
+    """Return a message's fields as plain values."""
+    return asdict(message)
+
+
+def encode(message: Message) -> bytes:
+    """Return the datagram for a message."""
+    return json.dumps({"version": VERSION, "kind": type(message).__name__, **asdict(message)}).encode()
+
+
+def decode(datagram: bytes) -> Message:
+    """Return the message in a datagram. Raises: ValueError for anything that `encode` does not make."""
+    values = json.loads(datagram)
+    if not isinstance(values, dict) or values.pop("version", None) != VERSION:
+        raise ValueError(f"not a message of version {VERSION}: {datagram[:80]!r}")
+    kind = _KINDS.get(str(values.pop("kind", "")))
+    if kind is None or set(values) != {each.name for each in fields(kind)}:
+        raise ValueError(f"not a known message: {datagram[:80]!r}")
+    for name, value in values.items():
+        nested = _NESTED.get((kind.__name__, name))
+        if nested is not None:
+            values[name] = [nested(**each) for each in value]
+    return kind(**values)  # type: ignore[no-any-return]

@@ -1,0 +1,88 @@
+"""One class per fault: whose it is decides what happens next and how loud we are about it.
+
+Concrete subclasses live beside the rule that they name (guest errors in `blkif/request.py`, chain errors in
+`block/chain.py`). Must not import anything of ours.
+
+| class       | fault of           | reaches                                   | aftermath                     |
+|-------------|--------------------|-------------------------------------------|-------------------------------|
+| GuestError  | the frontend       | that request as an error, or stops a ring | worker lives                  |
+| ChainError  | the operator       | one sentence and a caret, exit status 2   | nothing was touched           |
+| ConfigError | the operator       | one sentence, exit status 2               | nothing was touched           |
+| DriverError | operator or image  | the vbd's error node, or exit status 2    | chain closed again completely |
+| KernelError | the host           | vbd closed, log                           | supervisor backs off          |
+| StoreError  | xenstored          | log                                       | reconnect, re-read everything |
+"""
+
+from __future__ import annotations
+
+import errno as errno_module
+import os
+
+
+class XenbackendError(Exception):
+    """Whatever we raise on purpose; its text is a sentence for the person who has to act."""
+
+    log_level = "error"
+
+
+class GuestError(XenbackendError):
+    """A frontend broke a rule of the protocol; contained to its request or its ring."""
+
+    log_level = "warning"
+
+
+class ConfigError(XenbackendError):
+    """The settings file or a command line cannot be what the operator meant."""
+
+
+class ChainError(ConfigError):
+    """A chain's text cannot be what the operator meant; `str()` shows the chain with a caret under the place."""
+
+    def __init__(self, problem: str, chain: str, position: int, length: int = 1) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.chain = chain
+        self.position = position
+        self.length = length
+
+    def __str__(self) -> str:
+        caret = " " * self.position + "^" * max(1, self.length)
+        return f"{self.problem}\n  {self.chain}\n  {caret}"
+
+
+class DriverError(XenbackendError):
+    """A layer could not be opened, or refused a control verb; names layer, option and file where there is one."""
+
+    def __init__(
+        self, problem: str, *, layer: str = "", option: str = "", path: str = "", errno: int = errno_module.EINVAL
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.layer = layer
+        self.option = option
+        self.path = path
+        self.errno = errno
+
+    def __str__(self) -> str:
+        where = f"{self.layer}: " if self.layer else ""
+        what = f"option {self.option}: " if self.option else ""
+        return f"{where}{what}{self.problem}"
+
+
+class KernelError(XenbackendError):
+    """The host kernel refused something we need; `operation` names the call in words."""
+
+    def __init__(self, operation: str, errno: int) -> None:
+        super().__init__(f"{operation}: {os.strerror(errno)}")
+        self.operation = operation
+        self.errno = errno
+
+
+class StoreError(XenbackendError):
+    """Xenstore did not do what we asked; `errno` is its answer's, or EIO when the connection is gone."""
+
+    log_level = "warning"
+
+    def __init__(self, problem: str, errno: int = errno_module.EIO) -> None:
+        super().__init__(problem)
+        self.errno = errno

@@ -1,0 +1,115 @@
+"""What a backend asks of the machine it runs on: grants and event channels. The seam between a real Xen and the rig.
+
+Must not import its implementations by name: `open_host` finds them by a text that the supervisor hands down.
+
+Real:  `xenbackend.kernel.xen` (gntdev and evtchn).    Simulated:  `xenbackend.rig.host`.
+Both pass `tests/contract/test_ports.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, cast
+
+Fence = Callable[[], None]  # a full memory fence: no load or store passes it in either direction
+
+GRANT_OK = 0  # GNTST_okay, grant_table.h; every other status means "did not happen"
+
+
+class Mapping(Protocol):
+    """Granted pages, mapped side by side in the order asked for."""
+
+    view: memoryview  # bytes, PAGE * number of grefs
+    address: int  # of the first byte, in this process
+
+    def release(self) -> None:
+        """Unmap. All views of the mapping must be gone or unused."""
+
+
+@dataclass(slots=True)
+class Arena:
+    """Our own page-aligned memory, the near side of grant copies."""
+
+    view: memoryview
+    address: int  # of the first byte, in this process
+
+
+class CopySegment(NamedTuple):
+    """One grant copy: a named tuple because the data path makes one per page, and a dataclass costs five times as much.
+
+    `length` bytes; must not cross the page on the far side.
+    """
+
+    gref: int
+    page_offset: int  # far side, bytes from the start of the granted page
+    arena_offset: int  # near side, bytes from the start of the arena
+    length: int
+    to_guest: bool
+
+
+class GrantTable(Protocol):
+    """Access to pages that one domain granted to us (`/dev/xen/gntdev`)."""
+
+    def map(self, grefs: Sequence[int], *, writable: bool) -> Mapping:
+        """Map pages. Raises: KernelError when any of them cannot be mapped; then none is."""
+
+    def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> Sequence[int]:
+        """Copy, and return one status per segment (`GRANT_OK` or not). Raises: KernelError when nothing was tried."""
+
+    def close(self) -> None:
+        """Release the device and everything still mapped."""
+
+
+class EventChannels(Protocol):
+    """Event channels of this process towards one domain (`/dev/xen/evtchn`).
+
+    A port that fired stays masked until `unmask` (lateeoi): unmask when the work is done, not before.
+    """
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while a port is pending."""
+
+    def bind(self, remote_port: int) -> int:
+        """Bind an inter-domain channel and return the local port; it is pending at once. Raises: KernelError."""
+
+    def pending(self) -> Sequence[int]:
+        """Return the ports that fired, without blocking; they stay masked."""
+
+    def unmask(self, port: int) -> None:
+        """Let the port fire again; it does so at once if it was notified meanwhile."""
+
+    def notify(self, port: int) -> None:
+        """Kick the other side. Never fails: a peer that has gone is not our error."""
+
+    def unbind(self, port: int) -> None:
+        """Close the port. Raises: KernelError."""
+
+    def close(self) -> None:
+        """Close every port and the device."""
+
+
+class Host(Protocol):
+    """Where this process runs: opens the devices, each restricted to one frontend domain."""
+
+    fence: Fence
+
+    def open_grants(self, domid: int) -> GrantTable:
+        """Open the grant device for `domid`. Raises: KernelError."""
+
+    def open_events(self, domid: int) -> EventChannels:
+        """Open the event channel device for `domid`. Raises: KernelError."""
+
+    def allocate(self, size: int) -> Arena:
+        """Return page-aligned memory of `size` bytes."""
+
+
+def open_host(text: str) -> Host:
+    """Open the host that a text such as ``xenbackend.kernel.xen`` or ``xenbackend.rig.host:/run/rig`` names.
+
+    The part before the colon is a module with a function `open_host(argument)`. The text comes from the supervisor's
+    settings, never from xenstore.
+    """
+    module, _, argument = text.partition(":")
+    return cast("Host", importlib.import_module(module).open_host(argument))

@@ -1,0 +1,1 @@
+"""The process that watches xenstore and keeps a worker per vbd."""
