@@ -1,0 +1,150 @@
+"""What we publish to a frontend and what it answers, as xenstore keys and values.
+
+Must not talk to xenstore: keys are looked up by a function that the caller gives.
+
+Source: io/blkif.h, "Backend XenBus Nodes" and "Frontend XenBus Nodes"; where frontends and the header differ, what
+Linux does is marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xenbackend.blkif.abi import (
+    LAYOUTS,
+    MAX_RING_ORDER,
+    NATIVE,
+    SECTOR,
+    VDISK_CDROM,
+    VDISK_READONLY,
+    VDISK_REMOVABLE,
+)
+from xenbackend.errors import GuestError
+
+MAX_QUEUES = 8
+MAX_SEGMENTS = 256  # 1 MiB; IOV_MAX is 1024
+_MAX_U32 = 0xFFFF_FFFF
+_PROTOCOLS = {**{name: name for name in LAYOUTS}, "arm-abi": NATIVE.protocol}
+
+
+class BadFrontend(GuestError):
+    """The frontend's nodes cannot be what a frontend means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that we offer to a frontend."""
+
+    max_queues: int = 4
+    max_ring_order: int = MAX_RING_ORDER
+    max_segments: int = MAX_SEGMENTS
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The disk as a frontend sees it; sizes in bytes."""
+
+    size: int
+    sector_size: int
+    read_only: bool
+    can_flush: bool
+    can_discard: bool
+    discard_granularity: int = 0
+    discard_alignment: int = 0
+    cdrom: bool = False
+    removable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendRing:
+    """One ring as the frontend offers it."""
+
+    grefs: list[int]
+    event_channel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """What the frontend chose; `protocol` is a key of `abi.LAYOUTS`."""
+
+    protocol: str
+    rings: list[FrontendRing]
+    persistent: bool
+
+
+def publish_at_probe(limits: Limits) -> dict[str, str]:
+    """Return the keys that must be there before the backend's state is InitWait, where frontends read them."""
+    return {
+        "max-ring-page-order": str(limits.max_ring_order),
+        "multi-queue-max-queues": str(limits.max_queues),
+        "feature-max-indirect-segments": str(limits.max_segments),
+        "feature-persistent": "1",
+    }
+
+
+def publish_at_connect(disk: Disk) -> dict[str, str]:
+    """Return the keys that must be there before the backend's state is Connected.
+
+    `sectors` counts 512-byte sectors, as the header rules since 2024 and Linux always did.
+    """
+    info = VDISK_CDROM * disk.cdrom | VDISK_REMOVABLE * disk.removable | VDISK_READONLY * disk.read_only
+    keys = {
+        "sectors": str(disk.size // SECTOR),
+        "sector-size": str(disk.sector_size),
+        "physical-sector-size": str(disk.sector_size),
+        "info": str(info),
+        "feature-flush-cache": str(int(disk.can_flush)),
+        "feature-barrier": str(int(disk.can_flush)),
+        "feature-discard": str(int(disk.can_discard)),
+    }
+    if disk.can_discard:
+        keys["discard-granularity"] = str(disk.discard_granularity or disk.sector_size)
+        keys["discard-alignment"] = str(disk.discard_alignment)
+        keys["discard-secure"] = "0"
+    return keys
+
+
+def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Frontend:
+    """Return what the frontend chose. `read` gives the value of a key below the frontend's directory, or None.
+
+    An absent `protocol` means the native one (as Linux blkback does; tapback takes x86_32 for it).
+
+    Raises: BadFrontend.
+    """
+    wanted = read("protocol")
+    protocol = NATIVE.protocol if wanted is None else _PROTOCOLS.get(wanted)
+    if protocol is None:
+        raise BadFrontend(f"the frontend's protocol {_shown(wanted)} is unknown; {', '.join(_PROTOCOLS)} are served")
+    queues = _number(read, "multi-queue-num-queues", 1, limits.max_queues, default=1)
+    order = _number(read, "ring-page-order", 0, limits.max_ring_order, default=0)
+    # With one queue the keys lie in the frontend's own directory: Linux writes "queue-N/" only from two queues on.
+    prefixes = [f"queue-{queue}/" for queue in range(queues)] if queues > 1 else [""]
+    rings = [_parse_ring(read, prefix, order) for prefix in prefixes]
+    persistent = _number(read, "feature-persistent", 0, 1, default=0) == 1
+    return Frontend(protocol=protocol, rings=rings, persistent=persistent)
+
+
+def _parse_ring(read: Callable[[str], str | None], prefix: str, order: int) -> FrontendRing:
+    names = ["ring-ref"]
+    if read("ring-page-order") is not None:
+        names = [f"ring-ref{page}" for page in range(1 << order)]
+    grefs = [_number(read, prefix + name, 0, _MAX_U32) for name in names]
+    return FrontendRing(grefs=grefs, event_channel=_number(read, prefix + "event-channel", 0, _MAX_U32))
+
+
+def _number(read: Callable[[str], str | None], key: str, least: int, most: int, default: int | None = None) -> int:
+    """Return a decimal number without a sign, in range."""
+    text = read(key)
+    if text is None:
+        if default is None:
+            raise BadFrontend(f"the frontend has not written {key}")
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) <= most):
+        raise BadFrontend(f"the frontend's {key} is {_shown(text)}; it must be a number from {least} to {most}")
+    return int(text)
+
+
+def _shown(text: str | None) -> str:
+    """Return a guest's text, short and without anything that a terminal would obey."""
+    return ascii((text or "")[:40])

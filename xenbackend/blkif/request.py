@@ -1,0 +1,269 @@
+"""Copies of ring slots turned into checked requests, and requests turned into slots.
+
+Must not map a grant, touch a file, or look at shared memory: what comes in here is private already (R4).
+
+Law: for any bytes the decoder gives a valid operation or a `GuestError` in `RingRequest.refused`; it raises nothing,
+its work is bounded, and `guest_id` and `operation` are right even then, so that the request can be answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+from xenbackend.blkif.abi import (
+    BLKIF_DISCARD_SECURE,
+    BLKIF_MAX_SEGMENTS_PER_REQUEST,
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_INDIRECT,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+    BLKIF_RSP_EOPNOTSUPP,
+    BLKIF_RSP_ERROR,
+    LAST_SECTOR_OF_PAGE,
+    SECTOR,
+    SEGMENT_SIZE,
+    SEGMENTS,
+    SEGMENTS_PER_INDIRECT_PAGE,
+    WHOLE_PAGE,
+    Layout,
+)
+from xenbackend.errors import GuestError
+from xenbackend.units import PAGE
+
+_SEGMENT = Struct("<IBBxx")
+
+
+class BadRequest(GuestError):
+    """A request that breaks a rule; `status` is what it is answered with."""
+
+    status = BLKIF_RSP_ERROR
+
+
+class BadOperation(BadRequest):
+    """An operation that we do not know or did not announce."""
+
+    status = BLKIF_RSP_EOPNOTSUPP
+
+
+class BadSegmentCount(BadRequest):
+    """No segment where data is due, or more than was agreed."""
+
+
+class BadSegment(BadRequest):
+    """A segment that ends before it begins or leaves its page."""
+
+
+class OutOfRange(BadRequest):
+    """Sectors beyond the end of the disk."""
+
+
+class ReadOnly(BadRequest):
+    """Something that would alter a read-only disk."""
+
+
+class BadGrant(BadRequest):
+    """A page that could not be mapped or copied."""
+
+
+class RingRequest:
+    """One decoded request, pooled with its journal entry.
+
+    At rest, and after decoding one whole page, it is plain: `gref` names the page; `grefs` and what follows is empty.
+
+    operation      BLKIF_OP_*; for an indirect request the inner one, which is what the response must carry
+    first_sector   in 512-byte sectors; the range lies inside the disk
+    length         bytes, 0 for a flush or an empty barrier
+    grefs          the data pages in order, where there is not exactly one whole page
+    spans          None where every segment is a whole page, else (first byte, bytes) per page
+    indirect       the pages that hold the segments, until `Decoder.decode_indirect` was called; then empty
+    segment_count  segments in those pages
+    refused        the rule that was broken, or None
+    """
+
+    __slots__ = (
+        "entry", "first_sector", "gref", "grefs", "guest_id", "indirect", "length", "operation", "owner",
+        "refused", "request", "segment_count", "spans", "started",
+    )  # fmt: skip
+
+    def __init__(self, entry: int, owner: Any, request: Any) -> None:
+        self.entry = entry  # the journal entry that holds the copy
+        self.owner = owner  # whoever pools it: theirs alone
+        self.request = request  # what is lent to the chain for it: theirs alone
+        self.started = 0  # likewise
+        self.guest_id = 0
+        self.operation = 0
+        self.first_sector = 0
+        self.length = 0
+        self.gref = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the record plain again."""
+        self.grefs: Sequence[int] = ()
+        self.spans: list[tuple[int, int]] | None = None
+        self.indirect: Sequence[int] = ()
+        self.segment_count = 0
+        self.refused: BadRequest | None = None
+
+
+class Decoder:
+    """Decodes the slots of one ring, for one disk."""
+
+    def __init__(
+        self, layout: Layout, sectors: int, *, read_only: bool, can_flush: bool, can_discard: bool, max_segments: int
+    ) -> None:
+        """Remember what was agreed: the disk's size in 512-byte sectors, and how long an indirect request may be."""
+        self.sectors = sectors
+        self._layout = layout
+        self._read_only = read_only
+        self._can_flush = can_flush
+        self._can_discard = can_discard
+        self._max_segments = max_segments
+        self._each_slot = layout.one.iter_unpack
+
+    def decode(self, slots: memoryview, records: Sequence[RingRequest]) -> bool:
+        """Decode copies of slots, len(records) * slot_size bytes, into as many plain records.
+
+        Returns: True if all of them stayed plain: reads or writes of one whole page, nothing refused.
+        """
+        sectors = self.sectors
+        writable = not self._read_only
+        plain = True
+        each = self._each_slot(slots)
+        for record, (operation, count, _, guest_id, sector, gref, first, last) in zip(records, each, strict=True):
+            record.guest_id = guest_id
+            record.operation = operation
+            record.first_sector = sector
+            if (
+                count == 1
+                and first == 0
+                and last == LAST_SECTOR_OF_PAGE
+                and sector + 8 <= sectors
+                and (operation == BLKIF_OP_READ or (operation == BLKIF_OP_WRITE and writable))
+            ):
+                record.length = PAGE
+                record.gref = gref
+            else:
+                plain = False
+                start = (record.entry - records[0].entry) * self._layout.slot_size
+                self._decode_other(record, count, slots[start : start + self._layout.slot_size])
+        return plain
+
+    def decode_indirect(self, record: RingRequest, segments: memoryview) -> None:
+        """Decode the segments of an indirect request from the private copy of its pages, 8 bytes per segment.
+
+        Whole pages are recognised all at once: with 256 segments that is what the time of a request goes into.
+        """
+        record.indirect = ()
+        count = record.segment_count
+        words = segments[: count * SEGMENT_SIZE].cast("I")
+        try:
+            if words[1::2].tobytes() == WHOLE_PAGE * count:
+                record.grefs = words[0::2].tolist()
+                record.length = count * PAGE
+                self._check_range(record)
+            else:
+                self._take_segments(record, list(_SEGMENT.iter_unpack(segments[: count * SEGMENT_SIZE])))
+        except BadRequest as problem:
+            record.refused = problem
+
+    def _decode_other(self, record: RingRequest, count: int, slot: memoryview) -> None:
+        record.reset()
+        record.length = 0
+        operation = record.operation
+        try:
+            if operation in (BLKIF_OP_READ, BLKIF_OP_WRITE):
+                self._decode_data(record, count, slot)
+            elif operation == BLKIF_OP_INDIRECT:
+                self._decode_indirect_head(record, slot)
+            elif operation in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER) and self._can_flush:
+                if count:
+                    self._decode_data(record, count, slot)
+            elif operation == BLKIF_OP_DISCARD and self._can_discard:
+                self._decode_discard(record, slot)
+            else:
+                raise BadOperation(f"operation {operation} is not offered by this disk")
+        except BadRequest as problem:
+            record.refused = problem
+
+    def _decode_data(self, record: RingRequest, count: int, slot: memoryview) -> None:
+        if not 1 <= count <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
+            raise BadSegmentCount(f"{count} segments in a request; 1 to {BLKIF_MAX_SEGMENTS_PER_REQUEST} are possible")
+        values = SEGMENTS[count].unpack_from(slot, self._layout.segments_at)
+        self._take_segments(record, list(zip(values[0::3], values[1::3], values[2::3], strict=True)))
+
+    def _decode_indirect_head(self, record: RingRequest, slot: memoryview) -> None:
+        _, operation, count, guest_id, sector, _, *grefs = self._layout.indirect.unpack_from(slot)
+        record.operation = operation
+        record.guest_id = guest_id
+        record.first_sector = sector
+        if operation not in (BLKIF_OP_READ, BLKIF_OP_WRITE):
+            raise BadOperation(f"operation {operation} cannot be indirect")
+        if not 1 <= count <= self._max_segments:
+            raise BadSegmentCount(f"{count} segments in an indirect request; 1 to {self._max_segments} were agreed")
+        record.segment_count = count
+        record.indirect = grefs[: -(-count // SEGMENTS_PER_INDIRECT_PAGE)]
+
+    def _decode_discard(self, record: RingRequest, slot: memoryview) -> None:
+        _, flag, _, guest_id, sector, count = self._layout.discard.unpack_from(slot)
+        record.guest_id = guest_id
+        record.first_sector = sector
+        record.length = count * SECTOR
+        if flag & BLKIF_DISCARD_SECURE:
+            raise BadOperation("secure discard is not offered: nobody can promise that no copy is left")
+        self._check_range(record)
+
+    def _take_segments(self, record: RingRequest, segments: list[tuple[int, int, int]]) -> None:
+        for _, first, last in segments:
+            if not first <= last <= LAST_SECTOR_OF_PAGE:
+                raise BadSegment(f"a segment from sector {first} to {last} of a page that has sectors 0 to 7")
+        record.grefs = [gref for gref, _, _ in segments]
+        record.spans = [(first * SECTOR, (last - first + 1) * SECTOR) for _, first, last in segments]
+        record.length = sum(length for _, length in record.spans)
+        self._check_range(record)
+
+    def _check_range(self, record: RingRequest) -> None:
+        if record.operation != BLKIF_OP_READ and self._read_only:
+            raise ReadOnly("a request that would alter a read-only disk")
+        if record.first_sector + record.length // SECTOR > self.sectors:
+            raise OutOfRange(
+                f"sectors from {record.first_sector} on, {record.length // SECTOR} of them, of a disk of {self.sectors}"
+            )
+
+
+def encode_direct(
+    layout: Layout, operation: int, guest_id: int, sector: int, segments: Sequence[tuple[int, int, int]]
+) -> bytes:
+    """Return the slot of a direct request; `segments` are (gref, first sector, last sector) within each page."""
+    slot = bytearray(layout.slot_size)
+    gref, first, last = segments[0] if segments else (0, 0, 0)
+    layout.one.pack_into(slot, 0, operation, len(segments), 0, guest_id, sector, gref, first, last)
+    SEGMENTS[len(segments)].pack_into(slot, layout.segments_at, *(part for segment in segments for part in segment))
+    return bytes(slot)
+
+
+def encode_indirect(
+    layout: Layout, operation: int, guest_id: int, sector: int, count: int, pages: Sequence[int]
+) -> bytes:
+    """Return the slot of an indirect request of `count` segments that lie in the pages of the grefs `pages`."""
+    slot = bytearray(layout.slot_size)
+    grefs = [*pages, *[0] * (8 - len(pages))]
+    layout.indirect.pack_into(slot, 0, BLKIF_OP_INDIRECT, operation, count, guest_id, sector, 0, *grefs)
+    return bytes(slot)
+
+
+def encode_discard(layout: Layout, guest_id: int, sector: int, count: int, *, secure: bool = False) -> bytes:
+    """Return the slot of a discard of `count` sectors."""
+    slot = bytearray(layout.slot_size)
+    flag = BLKIF_DISCARD_SECURE if secure else 0
+    layout.discard.pack_into(slot, 0, BLKIF_OP_DISCARD, flag, 0, guest_id, sector, count)
+    return bytes(slot)
+
+
+def encode_segments(segments: Sequence[tuple[int, int, int]]) -> bytes:
+    """Return the content of indirect pages: (gref, first sector, last sector) per segment."""
+    return b"".join(_SEGMENT.pack(*segment) for segment in segments)

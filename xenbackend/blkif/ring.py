@@ -1,0 +1,168 @@
+"""Both ends of a shared ring: indices, slots, and who must be told. Pure over a memoryview and a fence.
+
+Must not know what a request means. The other side is hostile and may write any byte of the ring at any moment.
+
+R1  Indices are free-running unsigned 32-bit; differences are taken modulo 2**32; slot = index & (size - 1).
+R2  The other side's producer index is loaded once per look, and slots are read after it, never before.
+R3  More requests than free slots is a broken frontend (`RingOverflow`), never a loop bound.
+R4  A slot is copied to private memory once, and only the copy is looked at.
+R5  Responses are in memory before the response producer index says so.
+R6  After moving it: full fence, then load `rsp_event`; notify iff the new index has passed it since the old one.
+R7  Before sleeping: set `req_event`, full fence, look once more.
+R8  Each request gets exactly one response, and its grants are released before that response is published.
+R9  Responses never outrun requests: published <= consumed.
+R10 Index loads and stores are single aligned 32-bit accesses: `memoryview.cast("I")` does one memcpy of 4 bytes.
+
+R2 and R5 need no fence of their own on x86-64, where loads stay in order among loads and stores among stores; the
+system call or lock between any two steps of CPython's loop is at least a compiler barrier. R8 is the engine's to keep.
+Private indices here count on beyond 32 bits, so that they can be compared; what was written to the ring is never read
+back as truth.
+
+Source: io/ring.h (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY, RING_FINAL_CHECK_FOR_REQUESTS, RING_REQUEST_PROD_OVERFLOW).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xenbackend.blkif.abi import REQ_EVENT, REQ_PROD, RING_HEADER, RSP_EVENT, RSP_PROD, Layout
+from xenbackend.errors import GuestError
+
+_MASK = 0xFFFF_FFFF
+
+
+class RingOverflow(GuestError):
+    """The frontend claims more requests than its ring has room for."""
+
+
+class BackRing:
+    """The backend's end.
+
+    `consumed` and `answered` are private and count up without wrapping; `size` is the number of slots, a power of two.
+    """
+
+    def __init__(self, pages: memoryview, layout: Layout, entries: int, fence: Callable[[], None]) -> None:
+        """Look at a ring that is already in use or new: both sides agree from `rsp_prod` on, as a restart would.
+
+        `pages` are the ring's bytes, mapped side by side.
+        """
+        self.size = entries
+        self.layout = layout
+        self.pages = pages
+        self._index = pages.cast("I")
+        self._fence = fence
+        self.consumed = self.answered = self._index[RSP_PROD]
+        self._stride = layout.slot_size
+        self._write_response = layout.response.pack_into
+        self._places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]
+
+    def available(self) -> int:
+        """Return how many requests wait to be taken. Raises: RingOverflow (R3)."""
+        count = (self._index[REQ_PROD] - self.consumed) & _MASK
+        if count > self.size - (self.consumed - self.answered):
+            free = self.size - (self.consumed - self.answered)
+            raise RingOverflow(f"the frontend announced {count} requests where {free} slots are free")
+        return count
+
+    def until_wrap(self) -> int:
+        """Return how many slots lie side by side from the next one on."""
+        return self.size - (self.consumed & (self.size - 1))
+
+    def take(self, copy: memoryview, count: int) -> None:
+        """Copy the next `count` slots into `copy`, count * slot_size bytes, and count them as consumed (R4).
+
+        `count` is at most `available()` and `until_wrap()`.
+        """
+        start = self._places[self.consumed & (self.size - 1)]
+        copy[:] = self.pages[start : start + count * self._stride]
+        self.consumed += count
+
+    def put_response(self, place: int, guest_id: int, operation: int, status: int) -> None:
+        """Write the response number `place` into its slot, padding zeroed; `publish` makes it visible."""
+        self._write_response(self.pages, self._places[place & (self.size - 1)], guest_id, operation, status)
+
+    def publish(self, answered: int) -> bool:
+        """Make the responses before number `answered` visible (R5, R9); True if the frontend must be notified (R6)."""
+        before = self.answered
+        self.answered = answered
+        index = self._index
+        index[RSP_PROD] = answered & _MASK
+        self._fence()
+        return (answered - index[RSP_EVENT]) & _MASK < answered - before
+
+    def final_check(self) -> int:
+        """Ask for an event on the next request, then look once more (R7); returns as `available`."""
+        self._index[REQ_EVENT] = (self.consumed + 1) & _MASK
+        self._fence()
+        return self.available()
+
+    def release(self) -> None:
+        """Let go of the pages, so that they can be unmapped."""
+        self._index.release()
+
+
+class FrontRing:
+    """The frontend's end, for the rig, the load generator and the tests. It trusts nobody either."""
+
+    def __init__(self, pages: memoryview, layout: Layout, entries: int, fence: Callable[[], None]) -> None:
+        """Make a new ring in `pages`: all indices zero, both events at one (SHARED_RING_INIT)."""
+        self.size = entries
+        self.layout = layout
+        self.pages = pages
+        self.index = pages.cast("I")
+        self._fence = fence
+        self.produced = 0  # requests put into slots
+        self.pushed = 0  # requests made visible
+        self.consumed = 0  # responses taken
+        self._places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]
+        self.index[REQ_PROD] = self.index[RSP_PROD] = 0
+        self.index[REQ_EVENT] = self.index[RSP_EVENT] = 1
+
+    def start_at(self, index: int) -> None:
+        """Begin at another index than zero, to try the wrap at 2**32; only before the first request."""
+        self.produced = self.pushed = self.consumed = index
+        self.index[REQ_PROD] = self.index[RSP_PROD] = index & _MASK
+        self.index[REQ_EVENT] = self.index[RSP_EVENT] = (index + 1) & _MASK
+
+    def free(self) -> int:
+        """Return how many requests may still be put."""
+        return self.size - (self.produced - self.consumed)
+
+    def place(self) -> int:
+        """Return the byte in `pages` where the next request goes; `advance` counts it."""
+        return self._places[self.produced & (self.size - 1)]
+
+    def put(self, slot: bytes | memoryview) -> None:
+        """Copy one encoded request into the next slot; `push` makes it visible."""
+        start = self.place()
+        self.pages[start : start + len(slot)] = slot
+        self.produced += 1
+
+    def push(self) -> bool:
+        """Make the requests put so far visible; True if the backend must be notified."""
+        before, self.pushed = self.pushed, self.produced
+        self.index[REQ_PROD] = self.produced & _MASK
+        self._fence()
+        return (self.produced - self.index[REQ_EVENT]) & _MASK < self.produced - before
+
+    def waiting(self) -> int:
+        """Return how many responses wait to be taken; more than were asked for is for the caller to refuse."""
+        return (self.index[RSP_PROD] - self.consumed) & _MASK
+
+    def take(self) -> tuple[int, int, int, bytes]:
+        """Return (id, operation, status, the whole response's bytes) of the next response."""
+        start = self._places[self.consumed & (self.size - 1)]
+        raw = bytes(self.pages[start : start + self.layout.response.size])
+        self.consumed += 1
+        guest_id, operation, status = self.layout.response.unpack(raw)
+        return guest_id, operation, status, raw
+
+    def final_check(self) -> int:
+        """Ask for an event on the next response, then look once more; returns as `waiting`."""
+        self.index[RSP_EVENT] = (self.consumed + 1) & _MASK
+        self._fence()
+        return self.waiting()
+
+    def release(self) -> None:
+        """Let go of the pages."""
+        self.index.release()
