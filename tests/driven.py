@@ -1,0 +1,164 @@
+"""A real worker process driven by control messages, and a real frontend on the rig's hypervisor, without xenstore.
+
+Must not serve a request: the tests that use it try the worker alone, before there is a supervisor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from xenbackend import control, counters, journal
+from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.rig.guest import Guest
+from xenbackend.rig.xen import Xen
+
+DOMID = 5
+FRONT = f"/local/domain/{DOMID}/device/vbd/51712"
+BACK = f"/local/domain/0/backend/vbd/{DOMID}/51712"
+
+
+class Nodes:
+    """Xenstore as a dictionary; nothing ever happens in it by itself."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {f"{FRONT}/backend": BACK}
+        self._never = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def read_optional(self, path: str) -> str | None:
+        return self.values.get(path)
+
+    def write(self, path: str, value: str) -> None:
+        self.values[path] = value
+
+    def watch(self, path: str, token: str) -> None:
+        pass
+
+    def events(self) -> list[tuple[str, str]]:
+        return []
+
+    def fileno(self) -> int:
+        return self._never
+
+    def close(self) -> None:
+        os.close(self._never)
+
+
+class WorkerProcess:
+    """A worker, its socket and its journal."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket = ours
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "xenbackend.worker.main", "--socket", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self.memfd = os.memfd_create("journal", os.MFD_CLOEXEC)
+        os.ftruncate(self.memfd, journal.SIZE)
+        self.journal = memoryview(mmap.mmap(self.memfd, journal.SIZE))
+        self.said: list[control.Message] = []
+        self.kept: dict[str, int] = {}
+
+    def send(self, message: control.Message, *fds: int) -> None:
+        socket.send_fds(self.socket, [control.encode(message)], fds)
+
+    def expect(self, *kinds: type[Any], timeout_s: float = 20) -> Any:
+        """Return the next message of one of `kinds`; what else was said goes to `said`."""
+        while True:
+            if not select.select([self.socket], [], [], timeout_s)[0]:
+                raise TimeoutError(f"the worker said nothing but {self.said}")
+            datagram, fds, _, _ = socket.recv_fds(self.socket, control.MAX_MESSAGE, 8)
+            assert datagram, f"the worker ended; it had said {self.said}"
+            message = control.decode(datagram)
+            if isinstance(message, control.Keep):
+                self.kept[message.name] = fds[0]
+            elif isinstance(message, kinds):
+                return message
+            else:
+                self.said.append(message)
+
+    def open(self, chain: str, *, read_only: bool = False) -> control.Opened | control.Failed:
+        names = list(self.kept)
+        message = control.Open("vbd/5/51712", self.host, DOMID, chain, read_only=read_only, memories=names)
+        self.send(message, self.memfd, *[self.kept[name] for name in names])
+        return self.expect(control.Opened, control.Failed)  # type: ignore[no-any-return]
+
+    def counters(self) -> dict[str, int]:
+        return counters.snapshot(self.journal)
+
+    def end(self) -> None:
+        """Close in order, and see the process end by itself."""
+        self.send(control.Close())
+        self.expect(control.Closed)
+        assert self.process.wait(10) == 0
+
+    def drop(self) -> None:
+        """Release everything, whatever state it is in."""
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+        for fd in (self.memfd, *self.kept.values()):
+            os.close(fd)
+
+
+class Driven:
+    """One disk: hypervisor, guest, worker and frontend."""
+
+    def __init__(self, directory: Path, pages: int = 16384) -> None:
+        self.xen = Xen(directory)
+        self.xen.start()
+        self.guest = Guest(directory, DOMID, pages)
+        self.nodes = Nodes()
+        self.limits = Limits(max_queues=8)
+        self.worker = WorkerProcess(f"xenbackend.rig.host:{directory}")
+        self.frontend: Frontend
+
+    def connect(self, chain: str, wishes: Wishes = Wishes(), *, read_only: bool = False) -> Frontend:
+        """Open a chain and connect a frontend to it."""
+        opened = self.worker.open(chain, read_only=read_only)
+        assert isinstance(opened, control.Opened), opened
+        top = opened.layers[0]
+        self._publish(publish_at_probe(self.limits))
+        self.frontend = Frontend(self.guest, self.nodes, FRONT, wishes)
+        self.frontend.announce()
+        answer = self.connect_rings()
+        assert isinstance(answer, control.Connected), answer
+        disk = Disk(top.size, top.sector_size, top.read_only or read_only, top.can_flush, top.can_discard)
+        self._publish(publish_at_connect(disk))
+        self.frontend.read_facts()
+        return self.frontend
+
+    def connect_rings(self) -> control.Connected | control.Failed:
+        """Let the worker map what the frontend announced."""
+        asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
+        rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
+        self.worker.send(control.Connect(asked.protocol, rings, asked.persistent))
+        return self.worker.expect(control.Connected, control.Failed)  # type: ignore[no-any-return]
+
+    def disconnect(self) -> None:
+        """Let the worker go away from the rings."""
+        self.worker.send(control.Disconnect())
+        self.worker.expect(control.Disconnected)
+
+    def _publish(self, keys: dict[str, str]) -> None:
+        for key, value in keys.items():
+            self.nodes.write(f"{BACK}/{key}", value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.drop()
+        self.guest.close()
+        self.xen.stop()
+        self.nodes.close()

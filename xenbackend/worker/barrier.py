@@ -1,0 +1,43 @@
+"""A write barrier, lowered to what layers know: (drained) flush, write, flush.
+
+Must not submit anything itself: the engine drains first, takes one step after the other, and holds the rest back.
+
+Source: io/blkif.h, BLKIF_OP_WRITE_BARRIER: all earlier writes are done before it, no later one begins before it is
+done. A flush that carries data is served the same way, which promises more than it asks.
+"""
+
+from __future__ import annotations
+
+from xenbackend.blkif.request import RingRequest
+from xenbackend.block.request import PENDING, Op, Request
+
+
+class Barrier:
+    """One barrier on its way; `behind` was taken from the ring after it and waits for its end."""
+
+    def __init__(self, record: RingRequest, write: Request | None, behind: list[RingRequest]) -> None:
+        """Lower `record`; `write` is its data's request, or None for an empty barrier."""
+        self.record = record
+        self.behind = behind
+        self.status = 0
+        self._steps = [self._flush()]
+        if write is not None:
+            write.tag = self
+            self._steps += [write, self._flush()]
+
+    def next_step(self) -> Request | None:
+        """Return the next request to submit, or None when all are done or one has failed."""
+        return self._steps.pop(0) if self._steps and not self.status else None
+
+    def answer(self) -> Request:
+        """Return the record's own request again, with the barrier's outcome as its status."""
+        request: Request = self.record.request
+        request.tag = self.record
+        request.status = self.status
+        return request
+
+    def _flush(self) -> Request:
+        flush = Request(self)
+        flush.op = Op.FLUSH
+        flush.status = PENDING
+        return flush

@@ -1,0 +1,180 @@
+"""A frontend being served: its devices, rings and engine, from Connect to Disconnected.
+
+Must not parse a request or know a driver. Everything acquired here is released here, in reverse order, whatever
+happens in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from xenbackend import counters
+from xenbackend.blkif.abi import LAYOUTS, SECTOR, ring_entries
+from xenbackend.blkif.features import MAX_SEGMENTS
+from xenbackend.blkif.request import Decoder
+from xenbackend.blkif.ring import BackRing, RingOverflow
+from xenbackend.block.driver import Geometry
+from xenbackend.block.request import Request
+from xenbackend.control import Connect, RingParameters
+from xenbackend.journal import RingJournal
+from xenbackend.kernel.ports import EventChannels, GrantTable, Host
+from xenbackend.worker.engine import Engine
+from xenbackend.worker.grants import CopiedGrants, PersistentGrants
+from xenbackend.worker.queue import Queue
+from xenbackend.worker.reactor import Reactor
+from xenbackend.worker.tally import Tally
+
+SAFETY_POLL_S = 1.0  # a second line against a lost wake-up; what it finds is counted, and expected to be nothing
+_PATIENCE = 8  # events without work before the next one is made to wait
+_MAX_DELAY_S = 0.01
+
+
+class Channel:
+    """One ring's event channel. A frontend that kicks without giving work waits longer and longer to be heard."""
+
+    def __init__(self, events: EventChannels, port: int, reactor: Reactor, on_halt: Callable[[str], None]) -> None:
+        self.port = port
+        self.ring: BackRing
+        self.halted = on_halt
+        self._events = events
+        self._reactor = reactor
+        self._seen = 0
+        self._in_vain = 0
+
+    def notify(self) -> None:
+        """Kick the frontend."""
+        self._events.notify(self.port)
+
+    def rearm(self) -> None:
+        """Let the frontend kick us again."""
+        consumed = self.ring.consumed
+        if consumed != self._seen:
+            self._seen = consumed
+            self._in_vain = 0
+        else:
+            self._in_vain += 1
+            if self._in_vain > _PATIENCE:
+                delay_s = min(_MAX_DELAY_S, 1e-4 * 2 ** min(self._in_vain - _PATIENCE, 10))
+                self._reactor.call_later(delay_s, self._unmask_late)
+                return
+        self._events.unmask(self.port)
+
+    def _unmask_late(self) -> None:
+        if self._events is not None:
+            self._events.unmask(self.port)
+
+    def close(self) -> None:
+        """Forget the device: a late timer finds nothing to do."""
+        self._events = None  # type: ignore[assignment]
+
+
+class Connection:
+    """The rings of one frontend, served through one open chain."""
+
+    def __init__(
+        self,
+        *,
+        host: Host,
+        reactor: Reactor,
+        domid: int,
+        agreed: Connect,
+        geometry: Geometry,
+        journal: memoryview,
+        submit: Callable[[list[Request]], None],
+        kick: Callable[[], object],
+        complain: Callable[[str], None],
+        alarm: Callable[[str], None],
+        on_halt: Callable[[int, str], None],
+    ) -> None:
+        """Map the rings and bind the channels; serving begins with the next pass of the loop.
+
+        Raises: KernelError, where the frontend's pages or port cannot be had; then nothing is left behind.
+        """
+        self._reactor = reactor
+        self._geometry = geometry
+        self._journal = journal
+        self._on_halt = on_halt
+        self._layout = LAYOUTS[agreed.protocol]
+        self._flushed: Callable[[], None] | None = None
+        self._suspects: dict[Queue, int] = {}
+        self._closed = False
+        with ExitStack() as undo:
+            table = host.open_grants(domid)
+            undo.callback(table.close)
+            self._events = host.open_events(domid)
+            undo.callback(self._events.close)
+            copied = CopiedGrants(table, host.allocate)
+            grants = PersistentGrants(table, copied) if agreed.persistent else copied
+            undo.callback(grants.close)
+            self.engine = Engine(submit, kick, grants, reactor.call_soon, complain, alarm)
+            self._by_port: dict[int, Queue] = {}
+            for number, parameters in enumerate(agreed.rings):
+                self._open_ring(undo, table, number, parameters, host)
+            self._tally = Tally(journal[: counters.SIZE], self.engine)
+            reactor.add(self._events.fileno(), self._take_events)
+            undo.callback(reactor.remove, self._events.fileno())
+            self._undo = undo.pop_all()
+        self._poll()
+
+    def disconnect(self, flush: Callable[[Callable[[], None]], None], then: Callable[[], None]) -> None:
+        """Drain, make everything durable by `flush`, release everything, then call `then`."""
+        self.engine.drain(lambda: flush(lambda: self._release(then)))
+
+    def _release(self, then: Callable[[], None]) -> None:
+        self.engine.fail_held()
+        self._tally.publish()
+        self._closed = True
+        self._undo.close()
+        then()
+
+    def _open_ring(
+        self, undo: ExitStack, table: GrantTable, number: int, parameters: RingParameters, host: Host
+    ) -> None:
+        order = (len(parameters.grefs) - 1).bit_length()
+        mapping = table.map(parameters.grefs, writable=True)
+        undo.callback(mapping.release)
+        ring = BackRing(mapping.view, self._layout, ring_entries(self._layout, order), host.fence)
+        journal = RingJournal(self._journal, number, self._layout.slot_size)
+        journal.begin(ring.size, ring.consumed)
+        decoder = Decoder(
+            self._layout,
+            self._geometry.size // SECTOR,
+            read_only=self._geometry.read_only,
+            can_flush=self._geometry.can_flush,
+            can_discard=self._geometry.can_discard,
+            max_segments=MAX_SEGMENTS,
+        )
+        port = self._events.bind(parameters.event_channel)
+        undo.callback(self._events.unbind, port)
+        channel = Channel(self._events, port, self._reactor, lambda why: self._on_halt(number, why))
+        channel.ring = ring
+        undo.callback(channel.close)
+        queue = Queue(ring, journal, decoder, channel)
+        undo.callback(queue.release)
+        self.engine.queues.append(queue)
+        self._by_port[port] = queue
+
+    def _take_events(self) -> None:
+        for port in self._events.pending():
+            self.engine.serve(self._by_port[port])
+
+    def _poll(self) -> None:
+        """Look at idle rings once a second; work that waits there twice in a row was never announced to us."""
+        if self._closed:
+            return
+        for queue in self.engine.queues:
+            if queue.is_idle and not queue.halted and self._waits(queue):
+                if self._suspects.get(queue) == queue.ring.consumed:
+                    self._tally.missed_wakeups += 1
+                    self.engine.serve(queue)
+                else:
+                    self._suspects[queue] = queue.ring.consumed
+        self._tally.publish()
+        self._reactor.call_later(SAFETY_POLL_S, self._poll)
+
+    def _waits(self, queue: Queue) -> bool:
+        try:
+            return queue.ring.available() > 0
+        except RingOverflow:
+            return True  # `serve` halts it

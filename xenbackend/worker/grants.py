@@ -1,0 +1,242 @@
+"""The guest's pages as `iov`: mapped once and kept, or copied through our own memory.
+
+Must not parse a request, and must not decide what is answered: a page that cannot be had marks its record refused.
+
+Two ways, the same four methods, so that the engine does not know which one it has:
+
+    CopiedGrants      one copy call per batch into a private arena: writes before they are submitted, reads before
+                      they are answered. Nothing stays mapped, and no guest can change what a driver looks at.
+    PersistentGrants  for frontends that offer `feature-persistent`: each page is mapped when it is first seen and stays
+                      mapped, so that I/O goes straight to and from it. A page that cannot be mapped, or is one too
+                      many, goes the other way.
+
+    lend_plain(records)     requests for records that are one whole page each
+    lend(records)           requests for any others; those whose pages fail are marked and left out
+    fetch_indirect(...)     the private copy of the pages that list an indirect request's segments
+    settle(records)         after the I/O, before the answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from xenbackend.blkif.abi import BLKIF_OP_READ, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_INDIRECT_PAGE
+from xenbackend.blkif.features import MAX_SEGMENTS
+from xenbackend.blkif.request import BadGrant, RingRequest
+from xenbackend.block.request import Request
+from xenbackend.errors import KernelError
+from xenbackend.kernel import memory
+from xenbackend.kernel.ports import GRANT_OK, Arena, CopySegment, GrantTable, Mapping
+from xenbackend.units import PAGE
+
+CHUNK = 16 * PAGE  # bytes; most requests fit into one, and then are one buffer for the disk
+CHUNKS_PER_REQUEST = MAX_SEGMENTS * PAGE // CHUNK
+ARENA_CHUNKS = 512  # 32 MiB of addresses; only what is in flight is ever touched
+MAX_PERSISTENT = 8 * 1056  # pages per vbd, eight rings' worth of what Linux blkback keeps for one
+
+Page = tuple[memoryview]
+
+
+class CopiedGrants:
+    """Pages of the guest by grant copy. Memory: `ARENA_CHUNKS` * CHUNK bytes at most, allocated as it is touched."""
+
+    def __init__(self, table: GrantTable, allocate: Callable[[int], Arena]) -> None:
+        """Use `table` of the frontend's domain; `allocate` gives page-aligned memory."""
+        self._table = table
+        self._arena = allocate(ARENA_CHUNKS * CHUNK)
+        self._free = list(range(ARENA_CHUNKS - 1, 0, -1))  # chunk 0 is where indirect pages land
+        self.held: dict[RingRequest, list[int]] = {}  # chunks; while it is empty there is nothing to settle
+
+    def room(self, wanted: int) -> int:
+        """Return how many more requests, at most `wanted`, there is memory for, however long they are."""
+        return min(wanted, len(self._free) // CHUNKS_PER_REQUEST)
+
+    def lend_plain(self, records: Sequence[RingRequest]) -> list[Request]:
+        """Return requests for records that are one whole page each."""
+        for record in records:
+            record.grefs = (record.gref,)
+        return self.lend(records)
+
+    def lend(self, records: Iterable[RingRequest]) -> list[Request]:
+        """Return requests for records with data, the content of writes copied in."""
+        copies: list[CopySegment] = []
+        writes: list[tuple[RingRequest, int]] = []  # with the number of copies up to and including theirs
+        lent = []
+        for record in records:
+            self._give_memory(record)
+            if record.operation != BLKIF_OP_READ:
+                copies.extend(self._copies(record, to_guest=False))
+                writes.append((record, len(copies)))
+            lent.append(record)
+        self._copy(copies, writes)
+        return [record.request for record in lent if record.refused is None]
+
+    def settle(self, records: Iterable[RingRequest]) -> None:
+        """Copy what was read to the guest, and take the memory back. For finished requests with `status` 0 or not."""
+        copies: list[CopySegment] = []
+        reads: list[tuple[RingRequest, int]] = []
+        mine = [record for record in records if record in self.held]
+        for record in mine:
+            if record.operation == BLKIF_OP_READ and record.request.status == 0:
+                copies.extend(self._copies(record, to_guest=True))
+                reads.append((record, len(copies)))
+        self._copy(copies, reads)
+        for record in mine:
+            self._free.extend(self.held.pop(record))
+
+    def fetch_indirect(self, record: RingRequest, copy: memoryview) -> None:
+        """Copy the segments of an indirect request into `copy`; marks the record refused where that fails."""
+        left = record.segment_count * SEGMENT_SIZE
+        copies = []
+        for place, gref in enumerate(record.indirect):
+            copies.append(CopySegment(gref, 0, place * PAGE, min(PAGE, left - place * PAGE), to_guest=False))
+        self._copy(copies, [(record, len(copies))])
+        copy[:left] = self._arena.view[:left]
+
+    def close(self) -> None:
+        """Release nothing of the guest's: nothing is mapped. The arena goes with the object."""
+        self.held.clear()
+
+    def _give_memory(self, record: RingRequest) -> None:
+        chunks = [self._free.pop() for _ in range(-(-record.length // CHUNK))]
+        self.held[record] = chunks
+        left = record.length
+        views = []
+        for chunk in chunks:
+            views.append(self._arena.view[chunk * CHUNK : chunk * CHUNK + min(left, CHUNK)])
+            left -= CHUNK
+        _fill(record, tuple(views))
+
+    def _copies(self, record: RingRequest, *, to_guest: bool) -> Iterable[CopySegment]:
+        chunks = self.held[record]
+        spans = record.spans or [(0, PAGE)] * len(record.grefs)
+        at = 0  # bytes of the request so far
+        for gref, (start, length) in zip(record.grefs, spans, strict=True):
+            done = 0
+            while done < length:  # a segment that is not a whole page may lie across two chunks
+                step = min(length - done, CHUNK - at % CHUNK)
+                yield CopySegment(gref, start + done, chunks[at // CHUNK] * CHUNK + at % CHUNK, step, to_guest)
+                done += step
+                at += step
+
+    def _copy(self, copies: list[CopySegment], owners: list[tuple[RingRequest, int]]) -> None:
+        """Copy in one call; every status is looked at, and one that is not okay refuses the request it belongs to."""
+        if not copies:
+            return
+        try:
+            statuses = self._table.copy(self._arena, copies)
+        except KernelError as problem:
+            for record, _ in owners:
+                self._refuse(record, str(problem))
+            return
+        begin = 0
+        for record, end in owners:
+            bad = [status for status in statuses[begin:end] if status != GRANT_OK]
+            if bad:
+                self._refuse(record, f"grant copy ended with status {bad[0]}")
+            begin = end
+
+    def _refuse(self, record: RingRequest, why: str) -> None:
+        record.refused = BadGrant(why)
+
+
+class PersistentGrants:
+    """Pages of the guest that stay mapped: at most `MAX_PERSISTENT`, until `close`."""
+
+    def __init__(self, table: GrantTable, copied: CopiedGrants) -> None:
+        """Map through `table`; what cannot stay mapped goes through `copied`."""
+        self._table = table
+        self._copied = copied
+        self._pages: dict[int, Page] = {}  # by gref: the whole page as an iov
+        self._mappings: list[Mapping] = []
+        self.room = copied.room
+        self.held = copied.held
+
+    def lend_plain(self, records: Sequence[RingRequest]) -> list[Request]:
+        """Return requests for records that are one whole page each. This loop runs for every such request."""
+        pages = self._pages
+        lent = []
+        try:
+            for record in records:
+                request = record.request
+                request.iov = pages[record.gref]
+                request.op = record.operation  # a read is 0 and a write 1 in both worlds
+                request.offset = record.first_sector * SECTOR
+                request.length = PAGE
+                request.status = -1
+                lent.append(request)
+        except KeyError:
+            for record in records:
+                record.grefs = (record.gref,)
+            return self.lend(records)
+        return lent
+
+    def lend(self, records: Iterable[RingRequest]) -> list[Request]:
+        """Return requests for records with data, mapping what has not been seen yet."""
+        lent = []
+        elsewhere = []
+        for record in records:
+            if self._map_missing(record.grefs):
+                self._fill_from_pages(record)
+                lent.append(record.request)
+            else:
+                elsewhere.append(record)
+        return lent + self._copied.lend(elsewhere) if elsewhere else lent
+
+    def settle(self, records: Iterable[RingRequest]) -> None:
+        """Settle those that went through the arena."""
+        self._copied.settle(records)
+
+    def fetch_indirect(self, record: RingRequest, copy: memoryview) -> None:
+        """Copy the segments of an indirect request into `copy`, once."""
+        if not self._map_missing(record.indirect):
+            self._copied.fetch_indirect(record, copy)
+            return
+        left = record.segment_count * SEGMENT_SIZE
+        for place, gref in enumerate(record.indirect):
+            length = min(left - place * PAGE, SEGMENTS_PER_INDIRECT_PAGE * SEGMENT_SIZE)
+            copy[place * PAGE : place * PAGE + length] = self._pages[gref][0][:length]
+
+    def close(self) -> None:
+        """Unmap everything; no request is in flight."""
+        memory.forget(page for (page,) in self._pages.values())
+        self._pages.clear()
+        for mapping in self._mappings:
+            mapping.release()
+        self._mappings.clear()
+        self._copied.close()
+
+    def _fill_from_pages(self, record: RingRequest) -> None:
+        pages = self._pages
+        whole = [pages[gref][0] for gref in record.grefs]
+        if record.spans is not None:
+            whole = [page[at : at + length] for page, (at, length) in zip(whole, record.spans, strict=True)]
+        _fill(record, whole)
+
+    def _map_missing(self, grefs: Sequence[int]) -> bool:
+        """Map the pages that are not mapped yet, side by side; False where they cannot be, or are too many."""
+        pages = self._pages
+        missing = [gref for gref in dict.fromkeys(grefs) if gref not in pages]
+        if not missing:
+            return True
+        if len(pages) + len(missing) > MAX_PERSISTENT:
+            return False
+        try:
+            mapping = self._table.map(missing, writable=True)
+        except KernelError:
+            return False
+        self._mappings.append(mapping)
+        for place, gref in enumerate(missing):
+            pages[gref] = (mapping.view[place * PAGE : (place + 1) * PAGE],)
+        memory.note(pages[gref][0] for gref in missing)
+        return True
+
+
+def _fill(record: RingRequest, iov: Sequence[memoryview]) -> None:
+    """Make the record's request say what the record says."""
+    request: Request = record.request
+    request.op = 0 if record.operation == BLKIF_OP_READ else 1
+    request.offset = record.first_sector * SECTOR
+    request.length = record.length
+    request.iov = iov
+    request.status = -1

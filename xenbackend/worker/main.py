@@ -1,0 +1,212 @@
+"""The process that serves one vbd: its start, the messages from the supervisor, its end.
+
+Must not open xenstore, log anywhere but through the supervisor, or outlive it: when the socket closes, the chain is
+closed in order and the process ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import gc
+import mmap
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import cast
+
+from xenbackend import control, counters, journal
+from xenbackend.block.chain import Chain, OpenLayer, open_chain, parse_chain
+from xenbackend.block.driver import Env
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.kernel.ports import open_host
+from xenbackend.worker.connection import Connection
+from xenbackend.worker.env import EnvFactory, WorkerEnv
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.reactor import Reactor
+from xenbackend.worker.speech import Speech
+
+MAX_DESCRIPTORS = 64  # beside one message
+LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
+
+
+class Worker:
+    """Answers the supervisor's messages, one after the other, from the loop."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        """Serve the supervisor at the other end of `channel`, a SOCK_SEQPACKET socket."""
+        self._channel = channel
+        self._speech = Speech(channel)
+        self._reactor = Reactor(on_bug=self._on_bug)
+        self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S)
+        self._open: control.Open | None = None
+        self._chain: Chain | None = None
+        self._env: EnvFactory | None = None
+        self._journal = memoryview(b"")
+        self._connection: Connection | None = None
+        self._steps: dict[type[object], Callable[..., None]] = {
+            control.Open: self._on_open,
+            control.Connect: self._on_connect,
+            control.Command: self._on_command,
+            control.Disconnect: self._on_disconnect,
+            control.Close: self._on_close,
+        }
+
+    def run(self) -> None:
+        """Serve until `Close`, or until the supervisor is gone."""
+        self._reactor.add(self._channel.fileno(), self._take_message)
+        # The data path makes no reference cycles; what start-up made need not be looked at again and again.
+        gc.collect()
+        gc.freeze()
+        self._reactor.run()
+
+    def _take_message(self) -> None:
+        datagram, fds, _, _ = socket.recv_fds(self._channel, control.MAX_MESSAGE, MAX_DESCRIPTORS)
+        if not datagram:  # the supervisor is gone
+            self._on_close(control.Close())
+            return
+        message = control.decode(datagram)
+        if isinstance(message, control.Open):
+            self._on_open(message, fds)
+        else:
+            self._steps[type(message)](message)
+
+    def _on_open(self, message: control.Open, fds: list[int]) -> None:
+        self._open = message
+        self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
+        os.close(fds[0])
+        self._env = EnvFactory(
+            self._reactor, self._files, dict(zip(message.memories, fds[1:], strict=True)), self._speech.keep
+        )
+        try:
+            self._chain = open_chain(
+                parse_chain(message.chain), self._make_env, read_only=message.read_only, shareable=message.shareable
+            )
+        except XenbackendError as problem:
+            self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
+            return
+        self._speech.say(control.Opened([_facts(layer) for layer in self._chain.layers]))
+
+    def _make_env(self, layer: str, /, *, read_only: bool, shareable: bool) -> Env:
+        assert self._env is not None  # noqa: S101 - made before the chain is opened
+        return self._env(layer, read_only=read_only, shareable=shareable)
+
+    def _on_connect(self, message: control.Connect) -> None:
+        assert self._open is not None and self._chain is not None  # noqa: S101, PT018 - the order of messages
+        journal.write_header(self._journal, {"vbd": self._open.vbd, **control.as_fields(message)})
+        try:
+            self._connection = Connection(
+                host=open_host(self._open.host),
+                reactor=self._reactor,
+                domid=self._open.frontend_domid,
+                agreed=message,
+                geometry=self._chain.geometry,
+                journal=self._journal,
+                submit=self._chain.submit,
+                kick=self._files.kick,
+                complain=self._speech.complain,
+                alarm=self._speech.alarm,
+                on_halt=self._on_halt,
+            )
+        except XenbackendError as problem:
+            self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EIO)))
+            return
+        self._chain.complete = self._connection.engine.finish
+        self._speech.say(control.Connected())
+
+    def _on_halt(self, ring: int, why: str) -> None:
+        self._speech.say(control.Halted(ring, why))
+
+    def _on_command(self, message: control.Command) -> None:
+        try:
+            if self._chain is None:
+                raise DriverError("the chain is not open", errno=errno.ENODEV)
+            data = self._chain.control(message.layer, message.verb, message.arguments)
+        except XenbackendError as problem:
+            self._speech.say(control.Reply(message.id, ok=False, data=str(problem)))
+            return
+        self._speech.say(control.Reply(message.id, ok=True, data=data.decode("latin-1")))
+
+    def _on_disconnect(self, _: control.Disconnect) -> None:
+        self._disconnect(lambda: self._speech.say(control.Disconnected()))
+
+    def _on_close(self, _: control.Close) -> None:
+        self._disconnect(self._close)
+
+    def _disconnect(self, then: Callable[[], None]) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            then()
+        else:
+            connection.disconnect(self._flush, then)
+
+    def _flush(self, then: Callable[[], None]) -> None:
+        """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered."""
+        assert self._chain is not None  # noqa: S101 - there was a connection
+        if self._chain.geometry.read_only or not self._chain.geometry.can_flush:
+            then()
+            return
+
+        def flushed(batch: list[Request]) -> None:
+            if batch[0].status not in {0, errno.EOPNOTSUPP}:
+                self._speech.alarm(f"the last flush failed: {os.strerror(batch[0].status)}")
+            self._reactor.call_soon(then)
+
+        request = Request()
+        request.op, request.status = Op.FLUSH, PENDING
+        self._chain.complete = flushed
+        self._chain.submit([request])
+        self._files.kick()
+
+    def _close(self) -> None:
+        if self._chain is not None:
+            self._chain.close()
+        if self._env is not None:
+            self._env.close()
+        self._files.close()
+        self._speech.say(control.Closed())
+        self._reactor.stop()
+
+    def _on_bug(self, bug: Exception) -> None:
+        if len(self._journal):
+            words = self._journal[: counters.SIZE].cast("Q")
+            words[counters.INDEX["bugs"]] += 1
+        where = self._chain.blame(bug) if self._chain else ""
+        self._speech.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
+
+
+def _facts(layer: OpenLayer) -> control.LayerFacts:
+    """Return what is known of an open layer."""
+    geometry = layer.geometry
+    return control.LayerFacts(
+        text=layer.text,
+        size=geometry.size,
+        sector_size=geometry.sector_size,
+        read_only=geometry.read_only,
+        can_flush=geometry.can_flush,
+        can_discard=geometry.can_discard,
+        discard_granularity=geometry.discard_granularity,
+        discard_alignment=geometry.discard_alignment,
+        parent_of=layer.parent_of,
+        facts=dict(cast("WorkerEnv", layer.driver.env).facts),
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the vbd whose supervisor is at the other end of the socket given by number."""
+    parser = argparse.ArgumentParser(prog="xenbackend-worker")
+    parser.add_argument("--socket", type=int, required=True, help="descriptor of the supervisor's socket")
+    given = parser.parse_args(arguments)
+    channel = socket.socket(fileno=given.socket)
+    try:
+        Worker(channel).run()
+    except (BrokenPipeError, ConnectionResetError):  # the supervisor went away while we spoke
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,208 @@
+"""One shared ring being served: its slots taken into the journal, its answers written through it.
+
+Must not know a driver or a grant, nor decide what an answer is worth. The order of writes is `xenbackend.journal`'s.
+"""
+
+from __future__ import annotations
+
+import errno
+from time import monotonic_ns
+from typing import Protocol
+
+from xenbackend.blkif.abi import BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
+from xenbackend.blkif.request import Decoder, RingRequest
+from xenbackend.blkif.ring import BackRing
+from xenbackend.block.request import Request
+from xenbackend.counters import BUCKETS
+from xenbackend.journal import (
+    ANSWER_EOPNOTSUPP,
+    ANSWER_ERROR,
+    ANSWER_OKAY,
+    BATCH,
+    REQ_CONS,
+    RSP_PROD,
+    RingJournal,
+)
+
+_OPERATIONS = 256  # operation is one byte of the guest's
+_ZEROS = [memoryview(bytes(8 * count)).cast("Q") if count else memoryview(b"") for count in range(BATCH + 1)]
+
+
+class Block:
+    """A block of journal entries with what is pooled for them; holds one batch while any of it is unanswered.
+
+    copies[n]   the private copies of the first n slots
+    taken       the records of the batch
+    lent        the requests that were handed to the chain together, if all of the batch was
+    live        requests not answered yet
+    """
+
+    __slots__ = ("copies", "first_entry", "index", "lent", "live", "plain", "records", "started", "taken")
+
+    def __init__(self, index: int, queue: Queue, slots: memoryview, slot_size: int) -> None:
+        self.index = index
+        self.first_entry = index * BATCH
+        self.copies = [slots[: count * slot_size] for count in range(BATCH + 1)]
+        self.records = [RingRequest(self.first_entry + place, queue, Request()) for place in range(BATCH)]
+        for record in self.records:
+            record.request.tag = record
+        self.taken: list[RingRequest] = []
+        self.lent: list[Request] | None = None
+        self.live = 0
+        self.plain = True
+        self.started = 0
+
+
+class Channel(Protocol):
+    """The ring's event channel, and whoever wants to know that the ring is broken."""
+
+    def notify(self) -> None:
+        """Kick the frontend."""
+
+    def rearm(self) -> None:
+        """Let the frontend kick us again: the ring is empty."""
+
+    def halted(self, why: str) -> None:
+        """Take note that the ring was stopped."""
+
+
+class Queue:
+    """Takes batches from one ring and answers them.
+
+    requests, bytes   answered without an error, by BLKIF_OP_*
+    in_flight         taken and not answered
+    """
+
+    def __init__(self, ring: BackRing, journal: RingJournal, decoder: Decoder, channel: Channel) -> None:
+        """Serve `ring`, whose index `journal` was begun at."""
+        self.ring = ring
+        self.halted = False  # the frontend broke the ring: nothing is taken any more
+        self.is_idle = True  # waiting for an event, its channel armed
+        self.rearm = channel.rearm
+        self.in_flight = 0
+        self.requests = [0] * _OPERATIONS
+        self.bytes = [0] * _OPERATIONS
+        self.errors = self.notifications = 0
+        self.samples = self.latency_ns = self.latency_max_ns = 0
+        self.latency = [0] * BUCKETS
+        self._journal = journal
+        self._answers = journal.answers
+        self._decode = decoder.decode
+        self._channel = channel
+        self._notify = channel.notify
+        self.decode_indirect = decoder.decode_indirect
+        self._blocks: list[Block] = []
+        self._free: list[Block] = []
+
+    def take(self, limit: int) -> Block | None:
+        """Take up to `limit` waiting requests into a block, decoded; None where none waits. Raises: RingOverflow."""
+        ring = self.ring
+        count = ring.available()
+        if not count:
+            return None
+        count = min(count, limit, BATCH, ring.until_wrap())
+        block = self._free.pop() if self._free else self._make_block()
+        copies = block.copies[count]
+        first = ring.consumed
+        ring.take(copies, count)
+        journal = self._journal
+        entry = block.first_entry
+        self._answers[entry : entry + count] = _ZEROS[count]
+        journal.blocks[block.index] = first << 8 | count
+        journal.words[REQ_CONS] = first + count
+        self.in_flight += count
+        block.live = count
+        block.started = monotonic_ns()
+        block.taken = block.records if count == BATCH else block.records[:count]
+        block.plain = self._decode(copies, block.taken)
+        return block
+
+    def halt(self, why: str) -> None:
+        """Stop taking from this ring for good; what is in flight is still answered."""
+        self.halted = True
+        self._channel.halted(why)
+
+    def indirect_copy(self, record: RingRequest) -> memoryview:
+        """Return where the private copy of the record's indirect segments belongs."""
+        return self._journal.segments(record.entry)
+
+    def answer(self, batch: list[Request]) -> None:
+        """Answer finished requests of this ring, in any order: `status` 0 or an errno. This loop runs for each one."""
+        ring = self.ring
+        place = ring.answered
+        answers = self._answers
+        put_response = ring.put_response
+        requests, moved = self.requests, self.bytes
+        for request in batch:
+            record = request.tag
+            operation = record.operation
+            if request.status == 0:
+                answers[record.entry] = place << 2 | ANSWER_OKAY
+                put_response(place, record.guest_id, operation, BLKIF_RSP_OKAY)
+                requests[operation] += 1
+                moved[operation] += record.length
+            else:
+                self._answer_error(request, place)
+            place += 1
+        must_notify = ring.publish(place)
+        self._journal.words[RSP_PROD] = place
+        self._release(batch)
+        if must_notify:
+            self.notifications += 1
+            self._notify()
+
+    def release(self) -> None:
+        """Let go of the ring and the journal."""
+        for block in self._blocks:
+            for copies in block.copies:
+                copies.release()
+            for record in block.records:
+                record.request.iov = ()
+        self.ring.release()
+        self._journal.release()
+
+    def _answer_error(self, request: Request, place: int) -> None:
+        record = request.tag
+        word, status = ANSWER_ERROR, BLKIF_RSP_ERROR
+        if request.status == errno.EOPNOTSUPP:
+            word, status = ANSWER_EOPNOTSUPP, BLKIF_RSP_EOPNOTSUPP
+        self._answers[record.entry] = place << 2 | word
+        self.ring.put_response(place, record.guest_id, record.operation, status)
+        self.errors += 1
+
+    def _release(self, batch: list[Request]) -> None:
+        """Free the journal entries of answered requests, and note how long the first of them took."""
+        self.in_flight -= len(batch)
+        blocks = self._blocks
+        block = blocks[batch[0].tag.entry // BATCH]
+        self._sample(block.started)
+        if batch == block.lent:  # the whole block came back as it was lent
+            block.live = 0
+            self._free_block(block)
+            return
+        for request in batch:
+            block = blocks[request.tag.entry // BATCH]
+            block.live -= 1
+            if not block.live:
+                self._free_block(block)
+
+    def _free_block(self, block: Block) -> None:
+        if not block.plain:
+            for record in block.taken:
+                record.reset()
+        block.lent = None
+        self._free.append(block)
+
+    def _sample(self, started: int) -> None:
+        passed = monotonic_ns() - started
+        self.samples += 1
+        self.latency_ns += passed
+        self.latency_max_ns = max(self.latency_max_ns, passed)
+        self.latency[min(passed.bit_length(), BUCKETS - 1)] += 1
+
+    def _make_block(self) -> Block:
+        """Make one more block. There are never more than slots: each block in use holds a request in flight."""
+        index = len(self._blocks)
+        block = Block(index, self, self._journal.block_slots(index), self.ring.layout.slot_size)
+        self._blocks.append(block)
+        return block

@@ -1,0 +1,73 @@
+"""The worker's counters, added up and written where the supervisor and people read them.
+
+Must not be called per request: the engine and its queues count in plain integers, this sums them up once a second.
+"""
+
+from __future__ import annotations
+
+from xenbackend import counters
+from xenbackend.blkif.abi import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+)
+from xenbackend.worker.engine import Engine
+
+_SUMS = (
+    "reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "guest_errors", "turns",
+    "notifications", "missed_wakeups", "latency_samples", "latency_ns", "bugs",
+)  # fmt: skip
+
+
+class Tally:
+    """Adds what one connection counts to what the page says already: counters outlive connections and workers."""
+
+    def __init__(self, page: memoryview, engine: Engine) -> None:
+        """Write to `page`, counters.SIZE bytes."""
+        self.missed_wakeups = 0
+        self._engine = engine
+        self._words = page.cast("Q")
+        self._before = counters.snapshot(page)
+        self._buckets_before = self._words[counters.HISTOGRAM : counters.HISTOGRAM + counters.BUCKETS].tolist()
+
+    def publish(self) -> None:
+        """Write every counter, each by one store."""
+        words = self._words
+        now = self._now()
+        for name in _SUMS:
+            words[counters.INDEX[name]] = self._before[name] + now[name]
+        for name in ("in_flight", "latency_max_ns"):
+            words[counters.INDEX[name]] = now[name]
+        queues = self._engine.queues
+        for bucket, before in enumerate(self._buckets_before):
+            words[counters.HISTOGRAM + bucket] = before + sum(queue.latency[bucket] for queue in queues)
+
+    def _now(self) -> dict[str, int]:
+        engine, queues = self._engine, self._engine.queues
+
+        def requests(*operations: int) -> int:
+            return sum(queue.requests[operation] for queue in queues for operation in operations)
+
+        def moved(*operations: int) -> int:
+            return sum(queue.bytes[operation] for queue in queues for operation in operations)
+
+        return {
+            "reads": requests(BLKIF_OP_READ),
+            "writes": requests(BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER),
+            "flushes": requests(BLKIF_OP_FLUSH_DISKCACHE),
+            "discards": requests(BLKIF_OP_DISCARD),
+            "read_bytes": moved(BLKIF_OP_READ),
+            "written_bytes": moved(BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER),
+            "errors": sum(queue.errors for queue in queues),
+            "guest_errors": engine.guest_errors,
+            "in_flight": sum(queue.in_flight for queue in queues),
+            "turns": engine.turns,
+            "notifications": sum(queue.notifications for queue in queues),
+            "missed_wakeups": self.missed_wakeups,
+            "latency_samples": sum(queue.samples for queue in queues),
+            "latency_ns": sum(queue.latency_ns for queue in queues),
+            "latency_max_ns": max((queue.latency_max_ns for queue in queues), default=0),
+            "bugs": engine.bugs,
+        }
