@@ -1,0 +1,175 @@
+"""The simulated machine of a backend process: `kernel.ports` on the rig. A host's text is ``xenbackend.rig.host:DIR``.
+
+Must not be gentler than the devices: what gntdev and evtchn refuse is refused here
+(`tests/contract/test_ports.py` runs both through the same cases).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from xenbackend.errors import KernelError
+from xenbackend.kernel import memory
+from xenbackend.kernel.fence import find_fence
+from xenbackend.kernel.fixed import map_pages
+from xenbackend.kernel.ports import GRANT_OK, Arena, CopySegment, Fence
+from xenbackend.rig.hypervisor import BACKEND_DOMID
+from xenbackend.rig.table import GNTST_BAD_COPY_ARG, Table
+from xenbackend.rig.wire import Connection
+from xenbackend.units import PAGE
+
+
+@dataclass(slots=True)
+class RigMapping:
+    """Granted pages, side by side."""
+
+    view: memoryview
+    address: int
+    release: Callable[[], None]
+
+
+class RigGrants:
+    """One domain's grants, as one open `/dev/xen/gntdev` gives them."""
+
+    def __init__(self, directory: str, domid: int) -> None:
+        """Open the domain. Raises: KernelError."""
+        self._domid = domid
+        self._connection = Connection(directory)
+        try:
+            answer, (self._memory_fd, grants) = self._connection.call("open", domid=domid)
+        except KernelError:
+            self._connection.close()
+            raise
+        self._table = Table(grants, answer["pages"])
+        self._memory = memoryview(mmap.mmap(self._memory_fd, answer["pages"] * PAGE))
+        os.close(grants)
+
+    def map(self, grefs: Sequence[int], *, writable: bool) -> RigMapping:
+        """Map pages. Raises: KernelError."""
+        answer, _ = self._connection.call("map", domid=self._domid, grefs=[*grefs], writable=writable)
+        view, address, unmap = map_pages(self._memory_fd, answer["frames"], writable=writable)
+
+        def release() -> None:
+            unmap()
+            self._connection.call("unmap", handle=answer["handle"])
+
+        return RigMapping(view, address, release)
+
+    def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> list[int]:
+        """Copy between guest and arena; every grant is looked at anew."""
+        return [self._copy(arena.view, segment) for segment in segments]
+
+    def _copy(self, near: memoryview, segment: CopySegment) -> int:
+        length = segment.length
+        if segment.page_offset + length > PAGE:
+            return GNTST_BAD_COPY_ARG
+        frame = self._table.frame(segment.gref, BACKEND_DOMID, writable=segment.to_guest)
+        if frame < 0:
+            return frame
+        far = frame * PAGE + segment.page_offset
+        here = segment.arena_offset
+        if segment.to_guest:
+            self._memory[far : far + length] = near[here : here + length]
+        else:
+            near[here : here + length] = self._memory[far : far + length]
+        return GRANT_OK
+
+    def close(self) -> None:
+        """Release the domain; the hypervisor forgets what is still mapped, the views stay until the process ends."""
+        self._connection.close()
+        os.close(self._memory_fd)
+
+
+class RigEvents:
+    """Event channels towards one domain, as one open `/dev/xen/evtchn` gives them.
+
+    A port is a descriptor in an epoll set that disarms itself when it fires: the mask until `unmask`.
+    """
+
+    def __init__(self, directory: str, domid: int) -> None:
+        """Open the device. Raises: KernelError."""
+        self._domid = domid
+        self._connection = Connection(directory)
+        self._epoll = select.epoll()
+        self._incoming: dict[int, int] = {}  # local port to descriptor
+        self._outgoing: dict[int, int] = {}
+        self._ports: dict[int, int] = {}  # descriptor to local port
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while a port is pending."""
+        return self._epoll.fileno()
+
+    def bind(self, remote_port: int) -> int:
+        """Bind a port of the domain; it is pending at once. Raises: KernelError."""
+        answer, (incoming, outgoing) = self._connection.call("bind", domid=self._domid, port=remote_port)
+        port: int = answer["port"]
+        self._incoming[port], self._outgoing[port], self._ports[incoming] = incoming, outgoing, port
+        self._epoll.register(incoming, select.EPOLLIN | select.EPOLLONESHOT)
+        return port
+
+    def pending(self) -> list[int]:
+        """Return the ports that fired; they stay masked."""
+        ports = []
+        for fd, _ in self._epoll.poll(0):
+            os.eventfd_read(fd)
+            ports.append(self._ports[fd])
+        return ports
+
+    def unmask(self, port: int) -> None:
+        """Let the port fire again."""
+        self._epoll.modify(self._incoming[port], select.EPOLLIN | select.EPOLLONESHOT)
+
+    def notify(self, port: int) -> None:
+        """Notify the guest; nothing happens where it has gone."""
+        os.eventfd_write(self._outgoing[port], 1)
+
+    def unbind(self, port: int) -> None:
+        """Close the port; the guest's end is unbound again. Raises: KernelError."""
+        if port not in self._incoming:
+            raise KernelError(f"closing port {port}", errno.ENOTCONN)
+        self._connection.call("unbind", port=port)
+        self._forget(port)
+
+    def close(self) -> None:
+        """Close every port."""
+        self._connection.close()
+        for port in list(self._incoming):
+            self._forget(port)
+        self._epoll.close()
+
+    def _forget(self, port: int) -> None:
+        incoming = self._incoming.pop(port)
+        self._epoll.unregister(incoming)
+        del self._ports[incoming]
+        os.close(incoming)
+        os.close(self._outgoing.pop(port))
+
+
+class RigHost:
+    """The machine whose hypervisor serves in `directory`."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self.fence: Fence = find_fence()[0]
+
+    def open_grants(self, domid: int) -> RigGrants:
+        """Open a domain's grants. Raises: KernelError."""
+        return RigGrants(self._directory, domid)
+
+    def open_events(self, domid: int) -> RigEvents:
+        """Open event channels towards a domain. Raises: KernelError."""
+        return RigEvents(self._directory, domid)
+
+    def allocate(self, size: int) -> Arena:
+        """Return page-aligned memory."""
+        return memory.allocate(size)
+
+
+def open_host(argument: str) -> RigHost:
+    """Return the host of the rig in the directory `argument`."""
+    return RigHost(argument)

@@ -1,0 +1,69 @@
+"""Calls to the simulated hypervisor: one datagram of JSON each way on a Unix socket, descriptors beside it.
+
+Must not know what a call does.
+
+    call    {"call": name, argument: value, …}
+    answer  {"result": {…}}  or  {"errno": number}
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from array import array
+from pathlib import Path
+from typing import Any
+
+from xenbackend.errors import KernelError
+
+SOCKET = "xen.sock"  # in the rig's directory
+MAX_MESSAGE = 256 * 1024  # bytes; a call that maps 16384 grefs fits
+MAX_DESCRIPTORS = 4
+
+
+def send(connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> None:
+    """Send one message. Raises: OSError."""
+    socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Receive one message with its descriptors; no keys at all means that the other end has closed.
+
+    Raises: OSError; ValueError for what is not JSON.
+    """
+    descriptors = array("i")
+    room = socket.CMSG_SPACE(MAX_DESCRIPTORS * descriptors.itemsize)
+    # Not by socket.recv_fds, which drops its flags in Python 3.11: our children would inherit the descriptors.
+    data, ancillary, _, _ = connection.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+    for _, _, content in ancillary:
+        descriptors.frombytes(content)
+    return (json.loads(data) if data else {}), descriptors.tolist()
+
+
+class Connection:
+    """One user of the hypervisor, as an open device is: what it holds goes when it closes or its process dies."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Connect to the rig in `directory`. Raises: KernelError."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+        try:
+            self._socket.connect(str(Path(directory) / SOCKET))
+        except OSError as error:
+            self._socket.close()
+            raise KernelError(f"connecting to the rig in {directory}", error.errno or 0) from error
+
+    def call(self, name: str, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
+        """Make one call; return its result and the descriptors that came with it. Raises: KernelError."""
+        try:
+            send(self._socket, {"call": name, **arguments}, [])
+            answer, descriptors = receive(self._socket)
+        except OSError as error:
+            raise KernelError(f"the rig's {name}", error.errno or 0) from error
+        if "result" not in answer:
+            raise KernelError(f"the rig's {name}", answer.get("errno", 104))
+        return answer["result"], descriptors
+
+    def close(self) -> None:
+        """Close it, and with it release everything that it holds."""
+        self._socket.close()
