@@ -15,7 +15,7 @@ NAMES = (
     "turns",             # passes of the engine that found work
     "notifications",     # kicks sent to the frontend
     "missed_wakeups",    # work that only the safety poll found; expected 0
-    "latency_samples",   # requests timed: the first of each batch that was completed
+    "latency_samples",   # requests timed: the first of about every eighth batch
     "latency_ns",        # their sum
     "latency_max_ns",
     "bugs",              # exceptions that were ours (D8)

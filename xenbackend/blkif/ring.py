@@ -53,8 +53,8 @@ class BackRing:
         self._fence = fence
         self.consumed = self.answered = self._index[RSP_PROD]
         self._stride = layout.slot_size
-        self._write_response = layout.response.pack_into
-        self._places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]
+        self.write_response = layout.response.pack_into  # zeroes the padding
+        self.places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]  # bytes into `pages`
 
     def available(self) -> int:
         """Return how many requests wait to be taken. Raises: RingOverflow (R3)."""
@@ -73,13 +73,13 @@ class BackRing:
 
         `count` is at most `available()` and `until_wrap()`.
         """
-        start = self._places[self.consumed & (self.size - 1)]
+        start = self.places[self.consumed & (self.size - 1)]
         copy[:] = self.pages[start : start + count * self._stride]
         self.consumed += count
 
     def put_response(self, place: int, guest_id: int, operation: int, status: int) -> None:
         """Write the response number `place` into its slot, padding zeroed; `publish` makes it visible."""
-        self._write_response(self.pages, self._places[place & (self.size - 1)], guest_id, operation, status)
+        self.write_response(self.pages, self.places[place & (self.size - 1)], guest_id, operation, status)
 
     def publish(self, answered: int) -> bool:
         """Make the responses before number `answered` visible (R5, R9); True if the frontend must be notified (R6)."""

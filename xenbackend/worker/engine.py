@@ -96,14 +96,11 @@ class Engine:
     def finish(self, batch: list[Request]) -> None:
         """Answer what the chain gives back."""
         if self._mixed or self._barrier or len(self.queues) != 1:
-            batch_of = self._sort(batch)
+            for queue, part in self._sort(batch).items():
+                self._answer(queue, part)
         else:
             self.in_flight -= len(batch)
-            batch_of = {self.queues[0]: batch}
-        for queue, part in batch_of.items():
-            if self._grants.held:
-                self._settle(part)
-            queue.answer(part)
+            self._answer(self.queues[0], batch)
         if self._waiting or self._then or self._barrier:
             self._call_soon(self._go_on)
 
@@ -196,6 +193,7 @@ class Engine:
             if record.operation in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD):
                 ready.append(self._prepare(record))
             else:
+                record.grefs = record.grefs or (record.gref,)  # one whole page in a batch with others
                 data.append(record)
         self._lend_and_submit(data, ready)
         self._answer_refused(records)
@@ -254,6 +252,11 @@ class Engine:
                 batch_of.setdefault(tag.owner, []).append(request)
         return batch_of
 
+    def _answer(self, queue: Queue, batch: list[Request]) -> None:
+        if self._grants.held:
+            self._settle(batch)
+        queue.answer(batch)
+
     def _settle(self, batch: list[Request]) -> None:
         self._grants.settle([request.tag for request in batch])
         for request in batch:
@@ -304,9 +307,7 @@ class Engine:
     def _end_barrier(self, barrier: Barrier) -> None:
         self._barrier = None
         request = barrier.answer()
-        if self._grants.held:
-            self._settle([request])
-        request.tag.owner.answer([request])
+        self._answer(request.tag.owner, [request])
         if barrier.behind:
             self._lend_others(barrier.behind)
             self._kick()
