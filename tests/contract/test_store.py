@@ -1,0 +1,230 @@
+"""What the client may expect of a xenstored: the rig's and, where one runs, the host's pass the same cases.
+
+The host's is used under a directory of its own that is removed afterwards. Starting a private xenstored is no way:
+C xenstored 4.17 without a hypervisor crashes at the first write, and oxenstored does not start.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xenbackend.errors import StoreError
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.nodes import Nodes
+from xenbackend.supervisor.store import Store
+
+REAL = Path("/run/xenstored/socket")
+Pair = tuple[Store, Store]
+
+
+@pytest.fixture(params=["rig", "host"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a xenstored."""
+    if request.param == "rig":
+        with Xenstored(tmp_path / "store") as xenstored:
+            yield xenstored.address
+    elif REAL.is_socket():
+        yield str(REAL)
+    else:
+        pytest.skip(f"no xenstored runs on this host: {REAL} is missing")
+
+
+@pytest.fixture
+def pair(address: str) -> Iterator[Pair]:
+    """Two clients of the same xenstored."""
+    with Store(address) as one, Store(address) as two:
+        yield one, two
+
+
+@pytest.fixture
+def top(pair: Pair) -> Iterator[str]:
+    """A directory that does not exist yet, for one test."""
+    path = f"/tool/xenbackend-test-{os.getpid()}"
+    yield path
+    pair[0].remove(path)
+
+
+def drained(store: Store) -> list[tuple[str, str]]:
+    """Return the events of everything that xenstored has answered so far."""
+    store.read_optional("/tool")
+    return store.events()
+
+
+def test_values_come_back_as_written(pair: Pair, top: str) -> None:
+    """A value of any text, the empty one too, is read as it was written, by every connection."""
+    one, two = pair
+    for value in ("log:|aio:/img", "", "größe", "a b\nc", "x" * 2000):
+        one.write(f"{top}/value", value)
+
+        assert two.read(f"{top}/value") == value
+
+
+def test_a_missing_node_is_missing(pair: Pair, top: str) -> None:
+    """Reading a missing node is ENOENT or None, listing it gives nothing, and removing it is fine."""
+    store, _ = pair
+    with pytest.raises(StoreError) as caught:
+        store.read(f"{top}/a")
+
+    assert caught.value.errno == errno.ENOENT
+    assert store.read_optional(f"{top}/a") is None
+    assert store.directory(f"{top}/a") == []
+    assert store.dictionary(f"{top}/a") == {}
+    store.remove(f"{top}/a")
+    store.remove(f"{top}/a/b/c")
+
+
+def test_directories_list_their_children(pair: Pair, top: str) -> None:
+    """Writing makes the parents with empty values; a directory gives direct children only."""
+    store, _ = pair
+    store.write(f"{top}/a/b", "1")
+    store.write(f"{top}/a/c", "2")
+    store.mkdir(f"{top}/a/d")
+    store.mkdir(f"{top}/a/b")
+    store.write(f"{top}/a/c/deep", "3")
+
+    assert sorted(store.directory(f"{top}/a")) == ["b", "c", "d"]
+    assert store.dictionary(f"{top}/a") == {"b": "1", "c": "2", "d": ""}
+    assert store.read_many(f"{top}/a", ["c", "none"]) == {"c": "2"}
+    assert store.read(f"{top}/a") == ""
+
+
+def test_removing_takes_all_below(pair: Pair, top: str) -> None:
+    """A removed node takes its children with it."""
+    store, _ = pair
+    store.write(f"{top}/a/b/c", "1")
+
+    store.remove(f"{top}/a")
+
+    assert store.directory(top) == []
+    assert store.read_optional(f"{top}/a/b/c") is None
+
+
+def test_a_listing_longer_than_one_reply_is_complete(pair: Pair, top: str) -> None:
+    """A directory whose names exceed XENSTORE_PAYLOAD_MAX is listed in parts (XS_DIRECTORY_PART)."""
+    store, _ = pair
+    names = [f"a-name-of-some-length-{number:03}" for number in range(400)]
+    for name in names:
+        store.write(f"{top}/{name}", "")
+
+    assert sorted(store.directory(top)) == names
+
+
+def test_permissions_come_back_as_set(pair: Pair, top: str) -> None:
+    """Permissions are kept in order, and what is made below has the parent's."""
+    store, _ = pair
+    store.write(top, "")
+    store.set_permissions(top, ["n0", "r5"])
+    store.write(f"{top}/below", "")
+
+    assert store.get_permissions(top) == ["n0", "r5"]
+    assert store.get_permissions(f"{top}/below") == ["n0", "r5"]
+
+
+def test_a_watch_fires_once_when_it_is_set(pair: Pair, top: str) -> None:
+    """A new watch fires at once, whether its node exists or not."""
+    store, _ = pair
+    store.watch(top, "token")
+
+    assert drained(store) == [(top, "token")]
+    assert drained(store) == []
+
+
+def test_a_watch_hears_of_its_node_and_below(pair: Pair, top: str) -> None:
+    """Writing, making and removing fire at the node and below it, not beside it."""
+    one, two = pair
+    two.write(f"{top}/a", "")
+    one.watch(f"{top}/a", "token")
+    drained(one)
+
+    two.write(f"{top}/a", "1")
+    two.write(f"{top}/a/b", "1")
+    two.write(f"{top}/ab", "1")
+    assert drained(one) == [(f"{top}/a", "token"), (f"{top}/a/b", "token")]
+
+    two.mkdir(f"{top}/a/c")
+    assert drained(one) == [(f"{top}/a/c", "token")]
+
+    two.remove(f"{top}/a/c")
+    assert drained(one) == [(f"{top}/a/c", "token")]
+
+
+def test_a_watch_hears_that_its_parent_was_removed(pair: Pair, top: str) -> None:
+    """Removing a node fires the watches of what lay below it, with their own path."""
+    one, two = pair
+    two.write(f"{top}/a/b/c", "1")
+    one.watch(f"{top}/a/b/c", "token")
+    drained(one)
+
+    two.remove(f"{top}/a")
+
+    assert drained(one) == [(f"{top}/a/b/c", "token")]
+
+
+def test_a_relative_watch_is_told_relative_paths(pair: Pair) -> None:
+    """A watch on a path relative to our own domain reports events in the same way."""
+    one, two = pair
+    name = f"xenbackend-test-{os.getpid()}"
+    one.watch(name, "token")
+    drained(one)
+
+    two.write(f"{name}/a", "")
+    events = drained(one)
+    two.remove(name)
+
+    assert events == [(f"{name}/a", "token")]
+
+
+def test_a_transaction_is_seen_only_when_committed(pair: Pair, top: str) -> None:
+    """Others see nothing of a transaction before its end, and its watches fire then."""
+    one, two = pair
+    two.watch(top, "token")
+    drained(two)
+
+    def body(transaction: Nodes) -> None:
+        transaction.write(f"{top}/a", "1")
+        assert transaction.read(f"{top}/a") == "1"
+        assert two.read_optional(f"{top}/a") is None
+        assert drained(two) == []
+
+    one.transact(body)
+
+    assert two.read(f"{top}/a") == "1"
+    assert (f"{top}/a", "token") in drained(two)
+
+
+def test_a_transaction_sees_the_tree_as_it_began(pair: Pair, top: str) -> None:
+    """What others write after the start is not seen inside, and a commit that depended on it is EAGAIN."""
+    one, two = pair
+    one.write(f"{top}/a", "old")
+    seen = []
+
+    def body(transaction: Nodes) -> None:
+        seen.append(transaction.read(f"{top}/a"))
+        two.write(f"{top}/a", "new")
+        seen.append(transaction.read(f"{top}/a"))
+        transaction.write(f"{top}/b", seen[-1])
+
+    with pytest.raises(StoreError) as caught:
+        one.transact(body, attempts=1)
+
+    assert caught.value.errno == errno.EAGAIN
+    assert seen == ["old", "old"]
+    assert two.read_optional(f"{top}/b") is None
+
+
+def test_transactions_in_other_places_do_not_collide(pair: Pair, top: str) -> None:
+    """Two who touch different nodes both commit at the first attempt."""
+    one, two = pair
+    one.write(f"{top}/a", "")
+    one.write(f"{top}/b", "")
+
+    def body(transaction: Nodes) -> None:
+        transaction.write(f"{top}/a", "1")
+        two.transact(lambda other: other.write(f"{top}/b", "2"), attempts=1)
+
+    one.transact(body, attempts=1)
+
+    assert one.dictionary(top) == {"a": "1", "b": "2"}

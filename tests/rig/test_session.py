@@ -1,0 +1,170 @@
+"""The rig's xenstored on the wire, without a socket."""
+
+import random
+import struct
+
+import pytest
+
+from xenbackend.rig import session as wire
+from xenbackend.rig.session import Registry, Session
+from xenbackend.rig.tree import Quota, Tree
+
+Packet = tuple[int, int, int, bytes]
+
+
+@pytest.fixture
+def registry() -> Registry:
+    """An xenstore with domains 0 and 5, whose guest owns /guest."""
+    registry = Registry(Tree(quota=Quota(watches=3, transactions=2)))
+    registry.introduce(5)
+    registry.tree.write(0, "/guest", b"")
+    registry.tree.set_permissions(0, "/guest", ["n5"])
+    registry.publish()
+    return registry
+
+
+def packet(op: int, payload: bytes, request: int = 7, transaction: int = 0) -> bytes:
+    """Return a request."""
+    return struct.pack("=IIII", op, request, transaction, len(payload)) + payload
+
+
+def heard(session: Session) -> list[Packet]:
+    """Take what a session has to send, as (op, request, transaction, payload)."""
+    packets = []
+    while session.outgoing:
+        op, request, transaction, size = struct.unpack_from("=IIII", session.outgoing)
+        packets.append((op, request, transaction, bytes(session.outgoing[16 : 16 + size])))
+        del session.outgoing[: 16 + size]
+    return packets
+
+
+def ask(session: Session, op: int, payload: bytes, transaction: int = 0) -> bytes:
+    """Send one request and return the payload of its reply, or of the error."""
+    session.feed(packet(op, payload, transaction=transaction))
+    return next(payload for number, _, _, payload in heard(session) if number != wire.XS_WATCH_EVENT)
+
+
+def test_the_numbers_are_those_of_the_header() -> None:
+    """Operation numbers are those of io/xs_wire.h."""
+    assert (wire.XS_DIRECTORY, wire.XS_WATCH, wire.XS_WRITE, wire.XS_SET_PERMS) == (1, 4, 11, 14)
+    assert (wire.XS_WATCH_EVENT, wire.XS_ERROR, wire.XS_IS_DOMAIN_INTRODUCED) == (15, 16, 17)
+
+
+def test_requests_are_served_however_they_are_cut(registry: Registry) -> None:
+    """Bytes may arrive one by one or all at once; each request gets one reply with its own numbers."""
+    session = Session(registry, 0)
+    stream = packet(wire.XS_WRITE, b"/a\0x", request=1) + packet(wire.XS_READ, b"/a\0", request=2)
+    for byte in stream:
+        session.feed(bytes([byte]))
+    session.feed(stream)
+
+    expected = [(wire.XS_WRITE, 1, 0, b"OK\0"), (wire.XS_READ, 2, 0, b"x")]
+    assert expected * 2 == heard(session)
+
+
+@pytest.mark.parametrize(
+    ("op", "payload", "error"),
+    [
+        (wire.XS_READ, b"missing\0", b"ENOENT\0"),
+        (wire.XS_READ, b"/no-nul", b"EINVAL\0"),
+        (wire.XS_READ, b"/not//a/path\0", b"EINVAL\0"),
+        (wire.XS_WATCH, b"/one\0", b"EINVAL\0"),
+        (wire.XS_WATCH, b"@nonsense\0token\0", b"EINVAL\0"),
+        (wire.XS_UNWATCH, b"/a\0token\0", b"ENOENT\0"),
+        (wire.XS_TRANSACTION_END, b"T\0", b"ENOENT\0"),
+        (wire.XS_TRANSACTION_END, b"maybe\0", b"EINVAL\0"),
+        (wire.XS_INTRODUCE, b"9\0001\0001\0", b"EACCES\0"),
+        (wire.XS_WRITE, b"/tool/x\0x", b"EACCES\0"),
+        (wire.XS_DIRECTORY_PART, b"/guest\0x\0", b"EINVAL\0"),
+        (99, b"", b"ENOSYS\0"),
+    ],
+)
+def test_what_a_guest_may_not_is_answered_with_an_error(
+    registry: Registry, op: int, payload: bytes, error: bytes
+) -> None:
+    """A wrong or forbidden request is answered with the errno's name, and the session goes on."""
+    session = Session(registry, 5)
+    session.feed(packet(op, payload))
+
+    assert heard(session) == [(wire.XS_ERROR, 7, 0, error)]
+    assert ask(session, wire.XS_READ, b"domid\0") == b"5"
+
+
+def test_a_broken_frame_ends_the_session(registry: Registry) -> None:
+    """A payload length beyond XENSTORE_PAYLOAD_MAX cannot be skipped: the client is hung up on."""
+    with pytest.raises(ValueError, match="4097"):
+        Session(registry, 5).feed(struct.pack("=IIII", wire.XS_READ, 0, 0, 4097))
+
+
+def test_garbage_is_answered_or_hung_up_on(registry: Registry) -> None:
+    """Whatever a guest sends, there is one reply per complete request and no exception but the one for hanging up."""
+    dice = random.Random(2)
+    session = Session(registry, 5)
+    for _ in range(2000):
+        payload = dice.randbytes(dice.randrange(20)) + dice.choice([b"", b"\0", b"/guest/a\0", b"a\0b\0"])
+        session.feed(packet(dice.randrange(24), payload, transaction=dice.randrange(3)))
+        replies = [each for each in heard(session) if each[0] != wire.XS_WATCH_EVENT]
+
+        assert len(replies) == 1
+
+
+def test_a_guest_has_limited_watches_and_transactions(registry: Registry) -> None:
+    """Quotas stop a guest from making xenstored keep ever more; domain 0 is exempt."""
+    guest, host = Session(registry, 5), Session(registry, 0)
+    for session in (guest, host):
+        for number in range(3):
+            assert ask(session, wire.XS_WATCH, b"/guest\0%d\0" % number) == b"OK\0"
+        ask(session, wire.XS_TRANSACTION_START, b"\0")
+        ask(session, wire.XS_TRANSACTION_START, b"\0")
+
+    assert ask(guest, wire.XS_WATCH, b"/guest\0more\0") == b"E2BIG\0"
+    assert ask(guest, wire.XS_TRANSACTION_START, b"\0") == b"ENOSPC\0"
+    assert ask(host, wire.XS_WATCH, b"/guest\0more\0") == b"OK\0"
+    assert ask(host, wire.XS_TRANSACTION_START, b"\0") == b"3\0"
+    assert ask(guest, wire.XS_RESET_WATCHES, b"\0") == b"OK\0"
+    assert ask(guest, wire.XS_TRANSACTION_START, b"\0") == b"3\0"
+
+
+def test_a_guest_does_not_hear_of_what_it_cannot_read(registry: Registry) -> None:
+    """A watch event does not leak names of nodes without permission."""
+    guest, host = Session(registry, 5), Session(registry, 0)
+    ask(guest, wire.XS_WATCH, b"/\0token\0")
+    ask(host, wire.XS_WRITE, b"/secret\0x")
+    ask(host, wire.XS_WRITE, b"/guest/mine\0x")
+    ask(host, wire.XS_RM, b"/secret\0")
+
+    assert heard(guest) == [(wire.XS_WATCH_EVENT, 0, 0, b"/guest/mine\0token\0")]
+
+
+def test_domains_coming_and_going_are_heard_by_domain_0(registry: Registry) -> None:
+    """@introduceDomain and @releaseDomain fire once when set and at each coming and going, for domain 0 only."""
+    guest, host = Session(registry, 5), Session(registry, 0)
+    for session in (guest, host):
+        ask(session, wire.XS_WATCH, b"@introduceDomain\0in\0")
+        ask(session, wire.XS_WATCH, b"@releaseDomain\0out\0")
+
+    assert ask(host, wire.XS_INTRODUCE, b"9\0001\0001\0") == b"OK\0"
+    assert ask(host, wire.XS_IS_DOMAIN_INTRODUCED, b"9\0") == b"T\0"
+    host.feed(packet(wire.XS_RELEASE, b"9\0"))
+    assert (wire.XS_WATCH_EVENT, 0, 0, b"@releaseDomain\0out\0") in heard(host)
+    assert ask(host, wire.XS_IS_DOMAIN_INTRODUCED, b"9\0") == b"F\0"
+    assert heard(guest) == []
+
+
+def test_events_come_before_the_writers_own_reply(registry: Registry) -> None:
+    """A client that watches what it writes gets the event first, so that a client must sort events from replies."""
+    session = Session(registry, 0)
+    ask(session, wire.XS_WATCH, b"/a\0token\0")
+    session.feed(packet(wire.XS_WRITE, b"/a\0x"))
+
+    assert [each[0] for each in heard(session)] == [wire.XS_WATCH_EVENT, wire.XS_WRITE]
+
+
+def test_a_closed_session_is_not_told_anything(registry: Registry) -> None:
+    """Closing forgets the watches."""
+    gone, host = Session(registry, 5), Session(registry, 0)
+    ask(gone, wire.XS_WATCH, b"/guest\0token\0")
+    gone.close()
+    ask(host, wire.XS_WRITE, b"/guest/a\0x")
+
+    assert heard(gone) == []

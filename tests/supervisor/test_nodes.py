@@ -1,0 +1,47 @@
+"""The operations on nodes, against a scripted answerer; the real thing is in contract/test_store.py."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from xenbackend.errors import StoreError
+from xenbackend.supervisor.nodes import Nodes, decode, encode
+
+
+def test_values_of_any_bytes_become_text() -> None:
+    """A value is UTF-8, and Latin-1 where it is not, so that no guest can make reading raise."""
+    assert decode("größe".encode()) == "größe"
+    assert decode(b"\xff\x00x") == "ÿ\x00x"
+
+
+def test_file_names_that_are_not_utf8_are_written_unchanged() -> None:
+    """A file name decoded by Python with surrogates goes out as the bytes that it was."""
+    assert encode(b"/img/\xff".decode("utf-8", "surrogateescape")) == b"/img/\xff"
+
+
+def test_a_list_in_parts_starts_again_when_it_changed() -> None:
+    """Parts of two generations are never joined: the list is read again from the start."""
+    parts = iter([b"1\0a\0", b"2\0c\0\0", b"2\0a\0b\0", b"2\0c\0\0"])
+    offsets = []
+
+    def ask(operation: str, strings: Sequence[str], tail: bytes) -> bytes:
+        if operation == "DIRECTORY":
+            raise StoreError("too long", 7)
+        offsets.append(strings[1])
+        return next(parts)
+
+    assert Nodes(ask).directory("/a") == ["a", "b", "c"]
+    assert offsets == ["0", "2", "0", "4"]
+
+
+def test_a_list_that_never_stands_still_is_given_up() -> None:
+    """Whoever keeps changing a directory cannot keep a reader there for ever."""
+
+    def ask(operation: str, strings: Sequence[str], tail: bytes) -> bytes:
+        if operation == "DIRECTORY":
+            raise StoreError("too long", 7)
+        return b"%d\0a\0" % len(asked.append(operation) or asked)
+
+    asked: list[str] = []
+    with pytest.raises(StoreError, match="kept changing"):
+        Nodes(ask).directory("/a")

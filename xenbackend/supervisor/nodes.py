@@ -1,0 +1,122 @@
+"""What can be done to xenstore's nodes, alike outside and inside a transaction.
+
+Must not know a connection: whoever has one gives `_ask`.
+"""
+
+from __future__ import annotations
+
+import errno as errno_module
+from collections.abc import Callable, Iterable, Sequence
+
+from xenbackend.errors import StoreError
+
+Ask = Callable[[str, Sequence[str], bytes], bytes]  # (operation, NUL-terminated strings, raw tail) -> reply's payload
+_RESTARTS = 8  # of a listing in parts that others keep changing
+
+
+class Nodes:
+    """The operations on nodes. `ask` sends an operation named as in io/xs_wire.h and returns the reply's payload.
+
+    Paths are absolute, or relative to our domain's own. Values are text: UTF-8, or Latin-1 where they are not UTF-8, so
+    that bytes a guest wrote never raise; they are at most 4096 bytes by protocol.
+    Every method raises StoreError: with xenstore's errno, or EIO once the connection is lost.
+    """
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    def read(self, path: str) -> str:
+        """Return a node's value."""
+        return decode(self._ask("READ", (path,), b""))
+
+    def read_optional(self, path: str) -> str | None:
+        """Return a node's value, or None when there is no such node."""
+        try:
+            return self.read(path)
+        except StoreError as error:
+            if error.errno != errno_module.ENOENT:
+                raise
+            return None
+
+    def read_many(self, path: str, keys: Iterable[str]) -> dict[str, str]:
+        """Return those of the named keys below `path` that exist. The way to read what a guest may fill."""
+        found = {key: self.read_optional(f"{path}/{key}") for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def dictionary(self, path: str) -> dict[str, str]:
+        """Return every direct child's value by key; empty when there is no such node."""
+        return self.read_many(path, self.directory(path))
+
+    def directory(self, path: str) -> list[str]:
+        """Return the keys of a node's children; empty when there is no such node."""
+        try:
+            return strings(self._ask("DIRECTORY", (path,), b""))
+        except StoreError as error:
+            if error.errno == errno_module.E2BIG:
+                return self._directory_in_parts(path)
+            if error.errno != errno_module.ENOENT:
+                raise
+            return []
+
+    def _directory_in_parts(self, path: str) -> list[str]:
+        """List more children than one reply holds; start again when the node changed between two parts."""
+        for _ in range(_RESTARTS):
+            names = self._parts_of_one_generation(path)
+            if names is not None:
+                return strings(names)
+        raise StoreError(f"xenstore: directory {path}: it kept changing while it was read", errno_module.EAGAIN)
+
+    def _parts_of_one_generation(self, path: str) -> bytes | None:
+        """Return the whole list of names, None when it changed meanwhile.
+
+        Source: docs/misc/xenstore.txt, DIRECTORY_PART: "<gencnt>|<child-leaf-name>|*"; an empty name ends the list.
+        """
+        names, first = b"", b""
+        while not names.endswith(b"\0\0"):
+            generation, _, part = self._ask("DIRECTORY_PART", (path, str(len(names))), b"").partition(b"\0")
+            if generation != (first or generation) or not part:
+                return None
+            names, first = names + part, generation
+        return names[:-1]
+
+    def write(self, path: str, value: str) -> None:
+        """Set a node's value; it and its parents are made when missing."""
+        self._ask("WRITE", (path,), encode(value))
+
+    def mkdir(self, path: str) -> None:
+        """Make a node with an empty value; one that exists is left alone."""
+        self._ask("MKDIR", (path,), b"")
+
+    def remove(self, path: str) -> None:
+        """Remove a node and all below; a missing one is fine."""
+        try:
+            self._ask("RM", (path,), b"")
+        except StoreError as error:
+            if error.errno != errno_module.ENOENT:
+                raise
+
+    def get_permissions(self, path: str) -> list[str]:
+        """Return permissions such as ``["n0", "r5"]``: the owner with everybody else's right, then single domains'."""
+        return strings(self._ask("GET_PERMS", (path,), b""))
+
+    def set_permissions(self, path: str, permissions: Iterable[str]) -> None:
+        """Set permissions, in the form that `get_permissions` returns."""
+        self._ask("SET_PERMS", (path, *permissions), b"")
+
+
+def encode(text: str) -> bytes:
+    """Return the bytes of a path or value; file names that are not UTF-8 come through unchanged."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def decode(value: bytes) -> str:
+    """Return the text of a path or value; never raises."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def strings(payload: bytes) -> list[str]:
+    """Return the NUL-terminated strings of a payload."""
+    return [decode(each) for each in payload.split(b"\0")[:-1]]
