@@ -1,0 +1,1 @@
+"""A whole machine in one: the simulated Xen, a xenstore, the real service, and guests, for demonstration and tests."""
