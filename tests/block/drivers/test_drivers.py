@@ -1,0 +1,72 @@
+"""The table of drivers and third parties' drivers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from xenbackend.block import drivers
+from xenbackend.block.driver import Driver
+
+needs_third_party = pytest.mark.skipif(
+    not metadata.entry_points(group=drivers.GROUP, name="xor"),
+    reason="tests/third_party is not installed: pip install --no-deps --no-build-isolation ./tests/third_party",
+)
+
+
+@pytest.mark.parametrize("name", sorted(drivers.BUILT_IN))
+def test_the_table_names_what_is_there(name: str) -> None:
+    """Each word of the table leads to a driver of that name."""
+    found = drivers.find_driver(name)
+
+    assert issubclass(found, Driver)
+    assert name == found.name
+
+
+def test_no_word_is_both_built_and_unbuilt_to_the_operator() -> None:
+    """A word that is built is not called unbuilt."""
+    assert set() == set(drivers.BUILT_IN) & set(drivers.UNBUILT)
+
+
+@needs_third_party
+def test_a_third_partys_driver_is_a_word_like_any_other() -> None:
+    """An entry point makes a driver known by its name, and it is listed."""
+    assert drivers.find_driver("xor").name == "xor"
+    assert "xor" in drivers.driver_names()
+
+
+@needs_third_party
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("xor-broken", "of xenbackend-xor cannot be loaded: ModuleNotFoundError: No module named 'a_package"),
+        ("xor-future", "was written for version 2 of the driver contract and this is version 1"),
+        ("xor-stranger", "is not a subclass of Driver"),
+        ("xro", "unknown driver 'xro'; did you mean xor?"),
+    ],
+)
+def test_a_driver_that_cannot_be_used_says_why(name: str, sentence: str) -> None:
+    """A third party's driver that fails to import, or is for another contract, is refused with its package's name."""
+    with pytest.raises(LookupError) as caught:
+        drivers.find_driver(name)
+
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_built_in_driver_is_found_without_looking_at_packages() -> None:
+    """A worker that needs only built-in drivers reads no other package's metadata, and loads no other driver."""
+    program = """
+import sys
+from importlib import metadata
+metadata.entry_points = None
+from xenbackend.block.spec import parse_chain
+parse_chain("delay:|null:1G")
+print(*sorted(name for name in sys.modules if name.startswith("xenbackend.block.drivers.")))
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    assert output.split() == ["xenbackend.block.drivers.delay", "xenbackend.block.drivers.null"]

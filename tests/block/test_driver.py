@@ -1,0 +1,80 @@
+"""The contract's bases."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.helpers_block import Bottom, StepEnv, discard, flush, read, write
+from xenbackend.block.driver import BlockingDriver, Driver, Filter, Geometry, SimpleDriver
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+
+
+def picky(base: type[SimpleDriver]) -> SimpleDriver:
+    """Return a driver whose reads succeed and whose writes find no space."""
+
+    class Picky(base):  # type: ignore[valid-type,misc]
+        name = "picky"
+
+        def read(self, request: Request) -> None:
+            request.iov[0][:] = b"r" * request.length
+
+        def write(self, request: Request) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    return Picky(None)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("base", [SimpleDriver, BlockingDriver])
+def test_an_oserror_becomes_the_status_of_its_request(base: type[SimpleDriver]) -> None:
+    """An author's OSError ends one request with its errno; what he did not write is EOPNOTSUPP, a flush succeeds."""
+    driver, done = picky(base), []
+    driver.env = StepEnv()
+    driver.complete = done.extend
+    batch = [read(0, 512), write(0, bytes(512)), flush(), discard(0, 512)]
+    driver.submit(list(batch))
+
+    assert batch == done
+    assert [0, errno.ENOSPC, 0, errno.EOPNOTSUPP] == [request.status for request in batch]
+
+
+def test_a_simple_driver_gives_a_batch_back_as_one() -> None:
+    """Requests that are done at once come back in one batch (D2), requests on threads one by one."""
+    for base, expected in ((SimpleDriver, [2]), (BlockingDriver, [1, 1])):
+        driver, sizes = picky(base), []
+        driver.env = StepEnv()
+        driver.complete = lambda batch, sizes=sizes: sizes.append(len(batch))
+        driver.submit([read(0, 512), flush()])
+
+        assert expected == sizes
+
+
+def test_a_filter_as_it_stands_passes_everything_on() -> None:
+    """The empty filter has the geometry of the layer below and hands on the very batch."""
+    layer, bottom, batch = Filter(None), Bottom(), [flush()]
+    layer.next, layer.below = bottom, Geometry(512)
+    layer.submit(batch)
+
+    assert Geometry(512) == layer.open(StepEnv())
+    assert [batch] == bottom.batches
+
+
+def test_a_driver_that_is_not_wired_says_so() -> None:
+    """A completion that nobody would get is a bug, and its message shows the requests."""
+    with pytest.raises(RuntimeError, match="FLUSH 0"):
+        Bottom().complete([flush()])
+
+
+def test_a_driver_knows_no_verbs() -> None:
+    """A verb that a layer does not know is refused with the layer's name."""
+    with pytest.raises(DriverError, match="bottom: knows no verb 'get'"):
+        Bottom().control("get", [])
+
+
+def test_a_driver_must_write_open_and_submit() -> None:
+    """The base promises nothing that it does not do."""
+    for call in (lambda: Driver(None).open(StepEnv()), lambda: Driver(None).submit([])):
+        with pytest.raises(NotImplementedError):
+            call()

@@ -1,0 +1,206 @@
+"""Opening layers: order, parents, retries, failures."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_block import Machine, image
+from xenbackend.block.chain import open_chain, parse_chain
+from xenbackend.block.driver import Env
+from xenbackend.block.opening import EIO_RETRIES, MAX_PARENTS
+from xenbackend.errors import DriverError
+
+
+def family(tmp_path: Path, *names: str) -> list[Path]:
+    """Write images each of which names the next one as its parent."""
+    paths = [tmp_path / name for name in names]
+    for path, parent in pairwise(paths):
+        path.write_text(f"child:{parent}")
+    paths[-1].write_text("")
+    return paths
+
+
+def refused(machine: Machine, text: str, *, read_only: bool = False) -> DriverError:
+    """Return the error with which a chain is refused."""
+    with pytest.raises(DriverError) as caught:
+        machine.open(text, read_only=read_only)
+    return caught.value
+
+
+def test_the_source_is_opened_first_then_its_parents_then_the_filters(
+    machine: Machine, events: list[str], tmp_path: Path
+) -> None:
+    """Parents at every level are opened read-only and shareable, and looked at by the child that named them."""
+    leaf, middle, base = family(tmp_path, "leaf", "middle", "base")
+    chain = machine.open(f"clumsy:|child:{leaf}", checked=False)
+    chain.close()
+
+    assert events == [
+        f"open {leaf} False False",
+        f"open {middle} True True",
+        "check 1048576 True",
+        f"open {base} True True",
+        "check 1048576 True",
+        "open clumsy",
+        "close clumsy",
+        f"close {leaf}",
+        f"close {middle}",
+        f"close {base}",
+    ]
+    assert ["", "", f"child:{leaf}", f"child:{middle}"] == [layer.parent_of for layer in chain.layers]
+    assert chain.layers[1].driver.next is chain.layers[2].driver
+
+
+def test_a_failure_closes_what_was_opened_in_reverse_order(machine: Machine, events: list[str], tmp_path: Path) -> None:
+    """Whatever fails, nothing stays open, and the last that was opened is closed first."""
+    leaf, base = family(tmp_path, "leaf", "base")
+    error = refused(machine, f"clumsy:at=open|clumsy:|child:{leaf}")
+
+    assert events[-3:] == ["close clumsy", f"close {base}", f"close {leaf}"]
+    assert str(error) == "clumsy:at=open: its driver failed unexpectedly: KeyError: 'x'"
+
+
+def test_a_parent_that_is_refused_is_closed_again(machine: Machine, events: list[str], tmp_path: Path) -> None:
+    """When `check_parent` refuses, the error names the child, and both are closed."""
+    leaf, base = family(tmp_path, "leaf", "base")
+    error = refused(machine, f"child:{leaf},refuse=yes")
+
+    assert str(error) == f"child:{leaf},refuse=yes: does not like it"
+    assert events[-2:] == [f"close {base}", f"close {leaf}"]
+
+
+def test_a_loop_of_parents_is_found_through_links(machine: Machine, events: list[str], tmp_path: Path) -> None:
+    """A file is known by device and inode: a link to a child is that child, and is refused before it is opened."""
+    leaf, base = family(tmp_path, "leaf", "base")
+    alias = tmp_path / "alias"
+    os.link(leaf, alias)
+    base.write_text(f"child:{alias}")
+    error = refused(machine, f"child:{leaf}")
+
+    assert "is itself or one of its own children" in str(error)
+    assert error.layer == f"child:{base}"
+    assert [f"open {leaf} False False", f"open {base} True True"] == [
+        each for each in events if each.startswith("open")
+    ]
+
+
+def test_a_loop_that_leaves_out_the_first_image_is_found(machine: Machine, events: list[str], tmp_path: Path) -> None:
+    """A parent that names itself, or one of its children, is refused at any level."""
+    leaf, middle, base = family(tmp_path, "leaf", "middle", "base")
+    for again in (middle, base):
+        base.write_text(f"child:{again}")
+
+        assert f"its parent child:{again} is itself or one of its own children" in str(
+            refused(machine, f"child:{leaf}")
+        )
+
+
+def test_parents_have_a_limit(machine: Machine, events: list[str], tmp_path: Path) -> None:
+    """MAX_PARENTS parents are opened; with one more nothing stays open."""
+    paths = family(tmp_path, *(str(number) for number in range(MAX_PARENTS + 2)))
+    machine.open(f"child:{paths[1]}").close()
+    events.clear()
+    error = refused(machine, f"child:{paths[0]}")
+
+    assert "more than 32 parents" in str(error)
+    assert sum(event.startswith("open") for event in events) == sum(event.startswith("close") for event in events)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("null:|null:", "cannot be opened"), ("delay:|null:", "is a chain and not an image"), ("zonk:", "unknown driver")],
+)
+def test_a_parent_is_one_source(machine: Machine, events: list[str], tmp_path: Path, text: str, problem: str) -> None:
+    """What an image names as its parent is one layer: images are not trusted with chains."""
+    leaf = tmp_path / "leaf"
+    leaf.write_text(text)
+
+    assert problem in str(refused(machine, f"child:{leaf}"))
+
+
+def test_a_filter_has_no_parent(machine: Machine, events: list[str]) -> None:
+    """A filter has a layer below it already (D10)."""
+    assert "a filter cannot have a parent" in str(refused(machine, "clumsy:at=parent|null:"))
+
+
+def test_only_eio_is_tried_again(machine: Machine, events: list[str]) -> None:
+    """Opening that ends with EIO is tried again ten times, a second apart; any other error is final at once."""
+    machine.open("clumsy:at=eio,times=10|null:").close()
+
+    assert [1.0] * EIO_RETRIES == machine.slept
+    machine.slept.clear()
+    assert str(refused(machine, "clumsy:at=oserror|null:")) == "clumsy:at=oserror: [Errno 6] no such thing"
+    assert machine.slept == []
+
+
+def test_eio_that_stays_is_reported_after_the_last_try(machine: Machine, events: list[str]) -> None:
+    """After ten more tries the error is given, and the layers below are closed."""
+    error = refused(machine, "clumsy:at=eio|clumsy:|null:")
+
+    assert str(error) == "clumsy:at=eio: [Errno 5] not yet"
+    assert [1.0] * EIO_RETRIES == machine.slept
+    assert events[-1] == "close clumsy"
+
+
+def test_faults_of_files_name_layer_option_and_file(machine: Machine, tmp_path: Path) -> None:
+    """Each way in which a file cannot be a disk has its own sentence, with the layer and the file in it."""
+    missing, odd, empty = tmp_path / "missing", image(tmp_path / "odd", 1000), image(tmp_path / "empty", 0)
+
+    error = refused(machine, f"aio:{missing}")
+    assert str(error) == f"aio:{missing}: option file: there is no file or device {missing}"
+    assert (f"aio:{missing}", "file", str(missing)) == (error.layer, error.option, error.path)
+    assert refused(machine, f"aio:{tmp_path}").option == "file"
+    assert "is a directory" in str(refused(machine, f"aio:{tmp_path}"))
+    assert "no multiple" in str(refused(machine, f"aio:{odd}"))
+    assert "empty" in str(refused(machine, f"aio:{empty}"))
+    assert "leads through something" in str(refused(machine, f"aio:{odd}/x"))
+    assert "File name too long" in str(refused(machine, f"aio:{tmp_path}/{'x' * 300}"))
+    assert "no multiple of its sector" in str(refused(machine, "null:1000"))
+    assert "it is empty" in str(refused(machine, "null:0"))
+
+
+def test_a_locked_image_is_refused(machine: Machine, tmp_path: Path) -> None:
+    """An image has one writer; the second one learns that it is locked, and the layer is named."""
+    path = image(tmp_path / "img")
+    chain = machine.open(f"aio:{path}")
+    error = refused(machine, f"delay:|aio:{path}")
+    chain.close()
+
+    assert "is locked" in str(error)
+    assert str(error).startswith(f"aio:{path}: option file: ")
+
+
+def test_layers_of_the_same_text_have_names_of_their_own(machine: Machine) -> None:
+    """Each layer's memory has a name that is unique in the chain and does not change with layers around it."""
+    names: list[str] = []
+
+    def make_env(layer: str, *, read_only: bool, shareable: bool) -> Env:
+        names.append(layer)
+        return machine.make_env(layer, read_only=read_only, shareable=shareable)
+
+    for text in ("delay:|ram:1M", "delay:|delay:|ram:1M"):
+        open_chain(parse_chain(text), make_env, read_only=False).close()
+    ram, delay = names[:2]
+
+    assert [ram, delay, ram, delay, f"{delay}.2"] == names
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody without permission")
+def test_a_file_without_permission_is_refused(machine: Machine, tmp_path: Path) -> None:
+    """Who may not open an image learns that it is the permission that is missing."""
+    path = image(tmp_path / "img")
+    path.chmod(0o400)
+    for directory in (tmp_path, *list(tmp_path.parents)[:2]):
+        directory.chmod(0o755)
+
+    os.seteuid(65534)
+    try:
+        error = refused(machine, f"aio:{path}")
+    finally:
+        os.seteuid(0)
+
+    assert str(error) == f"aio:{path}: option file: no permission for {path}"

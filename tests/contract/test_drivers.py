@@ -1,0 +1,179 @@
+"""Every registered driver through the same cases, with the asserting layer between all layers."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import SIZE, Machine, content, discard, flush, image, read, write
+from xenbackend.block.chain import Chain
+from xenbackend.block.drivers import driver_names, find_driver
+from xenbackend.block.request import Op, Request
+
+PLACES = {  # where a driver needs more than its name; {file} is a fresh image of SIZE zeros
+    "aio": "aio:{file}",
+    "delay": "delay:read=1us,jitter=1us|ram:1M",
+    "fault": "fault:rate=0|ram:1M",
+    "null": "null:1M",
+    "ram": "ram:1M",
+    "sync": "sync:{file}",
+}
+FORGETS = {"null"}  # reads give zeros whatever was written
+NOT_ZERO = {"xor": 0xA5}  # what a driver reads where nothing was written
+
+
+def usable() -> list[str]:
+    """Return the drivers that can be loaded, third parties' included."""
+    names = []
+    for name in driver_names():
+        try:
+            find_driver(name)
+        except LookupError:
+            continue
+        names.append(name)
+    return names
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Return a machine that is closed after the test."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+@pytest.fixture(params=usable())
+def name(request: pytest.FixtureRequest) -> str:
+    """Return one driver after the other."""
+    return str(request.param)
+
+
+@pytest.fixture
+def chain(machine: Machine, name: str, tmp_path: Path) -> Iterator[Chain]:
+    """Return an open chain with the driver in it."""
+    chain = machine.open(text_of(name, tmp_path))
+    yield chain
+    chain.close()
+
+
+def text_of(name: str, tmp_path: Path) -> str:
+    """Return a chain with the driver in it, SIZE bytes large."""
+    default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
+    return PLACES.get(name, default).format(file=image(tmp_path / "img"))
+
+
+def pieces(random: Random, length: int) -> list[int]:
+    """Cut a length into whole sectors at random places."""
+    cuts = sorted(random.sample(range(1, length // 512), k=min(random.randint(0, 3), length // 512 - 1)))
+    bounds = [0, *(cut * 512 for cut in cuts), length]
+    return [end - start for start, end in pairwise(bounds)]
+
+
+def place(random: Random) -> tuple[int, int]:
+    """Return offset and length of a random range."""
+    length = random.choice([1, 1, 8, 8, random.randint(1, 64)]) * 512
+    return random.randrange(0, (SIZE - length) // 512 + 1) * 512, length
+
+
+def random_request(random: Random, model: bytearray, *, can_discard: bool) -> Request:
+    """Return a random request, and do to the model what it does to the disk."""
+    offset, length = place(random)
+    op = random.choice([Op.READ, Op.WRITE, Op.WRITE, Op.FLUSH, Op.DISCARD if can_discard else Op.READ])
+    if op == Op.READ:
+        return read(offset, *pieces(random, length))
+    if op == Op.WRITE:
+        parts = [random.randbytes(part) for part in pieces(random, length)]
+        model[offset : offset + length] = b"".join(parts)
+        return write(offset, *parts)
+    if op == Op.FLUSH:
+        return flush()
+    model[offset : offset + length] = bytes(length)
+    return discard(offset, length)
+
+
+def blank(name: str) -> bytearray:
+    """Return what the disk reads as before anything was written."""
+    return bytearray([NOT_ZERO.get(name, 0)]) * SIZE
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_disk_behaves_like_an_array_of_bytes(machine: Machine, chain: Chain, name: str, seed: int) -> None:
+    """Any sequence of operations leaves and gives what the same operations on an array of bytes leave and give."""
+    random, model = Random(seed), blank(name)
+    for _ in range(60):
+        request = random_request(random, model, can_discard=chain.geometry.can_discard)
+
+        assert [0] == machine.do(chain, request), (seed, request)
+        if request.op == Op.READ and name not in FORGETS:
+            end = request.offset + request.length
+            assert model[request.offset : end] == content(request), (seed, request)
+    everything = read(0, SIZE)
+    machine.do(chain, everything)
+
+    assert (bytes(SIZE) if name in FORGETS else model) == content(everything), seed
+
+
+def test_a_batch_comes_back_whole(machine: Machine, chain: Chain, name: str) -> None:
+    """D1: of a batch of many requests in flight at the same time, each comes back once, with its own data."""
+    data = [bytes([number]) * 4096 for number in range(64)]
+    writes = [write(number * 4096, piece) for number, piece in enumerate(data)]
+    reads = [read(number * 4096, 4096) for number in range(64)]
+
+    assert [0] * 64 == machine.do(chain, *writes)
+    assert [0] * 64 == machine.do(chain, *reads)
+    assert [bytes(4096)] * 64 if name in FORGETS else data == [content(each) for each in reads]
+
+
+def test_operations_that_are_offered_succeed(machine: Machine, chain: Chain) -> None:
+    """D6: a flush that is offered succeeds, and a discard that is not offered says that it never happens."""
+    expected = 0 if chain.geometry.can_discard else errno.EOPNOTSUPP
+
+    assert [0 if chain.geometry.can_flush else errno.EOPNOTSUPP] == machine.do(chain, flush())
+    assert [expected] == machine.do(chain, discard(0, 65536))
+
+
+def test_a_read_fills_every_byte(machine: Machine, chain: Chain, name: str) -> None:
+    """What was never written reads as zeros, to the last sector, whatever the buffer held before."""
+    first, last = read(0, 4096, 512), read(SIZE - 512, 512)
+
+    assert [0, 0] == machine.do(chain, first, last)
+    assert blank(name)[: 4096 + 512] == content(first)
+    assert blank(name)[:512] == content(last)
+
+
+def test_the_geometry_makes_sense(chain: Chain) -> None:
+    """Sizes are whole sectors, and a granularity is given exactly where discard is."""
+    geometry = chain.geometry
+
+    assert geometry.size == SIZE
+    assert geometry.size % geometry.sector_size == 0
+    assert geometry.can_discard == (geometry.discard_granularity > 0)
+
+
+def test_a_read_only_chain_can_be_read(machine: Machine, name: str, tmp_path: Path) -> None:
+    """Opened read-only a driver says so, offers no discard, and reads."""
+    chain = machine.open(text_of(name, tmp_path), read_only=True)
+    request = read(0, 4096)
+
+    assert [0] == machine.do(chain, request)
+    assert (True, False) == (chain.geometry.read_only, chain.geometry.can_discard)
+    chain.close()
+
+
+def test_closing_leaves_no_descriptor(machine: Machine, name: str, tmp_path: Path) -> None:
+    """A chain that was opened, used and closed leaves no descriptor open, however often."""
+    text = text_of(name, tmp_path)
+    counts = []
+    for _ in range(3):
+        chain = machine.open(text)
+        machine.do(chain, write(0, bytes(4096)), read(0, 4096))
+        chain.close()
+        counts.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208 - counts, and opens the same each time
+
+    assert counts[1] == counts[2]

@@ -1,0 +1,263 @@
+"""What the tests of chains and drivers share: a real worker's surroundings, requests, and drivers with parents."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xenbackend.block.chain import Chain, open_chain, parse_chain
+from xenbackend.block.driver import Driver, Env, Filter, Geometry, ParentRef
+from xenbackend.block.options import FilePath, option
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.errors import DriverError
+from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.reactor import Reactor
+
+SIZE = 1 << 20
+
+
+class Machine:
+    """A worker without a guest: opens chains on real files, and runs its loop until requests are back."""
+
+    def __init__(self) -> None:
+        self.reactor = Reactor()
+        self.files = HostFiles(self.reactor)
+        self.reactor.before_sleep(self.files.kick)
+        self.make_env = EnvFactory(self.reactor, self.files)
+        self.slept: list[float] = []
+
+    def open(self, text: str, *, read_only: bool = False, checked: bool = True) -> Chain:
+        """Open a chain, with the asserting layer unless told otherwise."""
+        return open_chain(
+            parse_chain(text), self.make_env, read_only=read_only, checked=checked, sleep=self.slept.append
+        )
+
+    def do(self, chain: Chain, *batch: Request) -> list[int]:
+        """Submit one batch and return the status of each request in it, in its order."""
+        waiting = set(batch)
+
+        def take(done: list[Request]) -> None:
+            waiting.difference_update(done)
+            if not waiting:
+                self.reactor.stop()
+
+        chain.complete = take
+        chain.submit(list(batch))
+        if waiting:
+            self.reactor.run()
+        return [request.status for request in batch]
+
+    def close(self) -> None:
+        """Release everything."""
+        self.files.close()
+        self.reactor.close()
+        self.make_env.close()
+
+
+def read(offset: int, *lengths: int) -> Request:
+    """Return a read into one buffer per length; the buffers are not zero before."""
+    request = Request()
+    request.op, request.offset, request.length = Op.READ, offset, sum(lengths)
+    request.iov = [memoryview(bytearray(b"\xee" * length)) for length in lengths]
+    return request
+
+
+def write(offset: int, *pieces: bytes) -> Request:
+    """Return a write from one buffer per piece."""
+    request = read(offset, *map(len, pieces))
+    request.op = Op.WRITE
+    for view, piece in zip(request.iov, pieces, strict=True):
+        view[:] = piece
+    return request
+
+
+def flush() -> Request:
+    """Return a flush."""
+    request = Request()
+    request.op = Op.FLUSH
+    return request
+
+
+def discard(offset: int, length: int) -> Request:
+    """Return a discard."""
+    request = Request()
+    request.op, request.offset, request.length = Op.DISCARD, offset, length
+    return request
+
+
+def again(request: Request) -> Request:
+    """Return a request that came back, ready to be submitted once more."""
+    request.status = PENDING
+    return request
+
+
+def content(request: Request) -> bytes:
+    """Return the bytes that a request holds."""
+    return b"".join(request.iov)
+
+
+def image(path: Path, size: int = SIZE) -> Path:
+    """Make an image of zeros."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+@dataclass
+class StepEnv:
+    """An `Env` whose clock moves only when the test says so."""
+
+    read_only: bool = False
+    shareable: bool = False
+    files: Any = None
+    facts: dict[str, str] = field(default_factory=dict)
+    timers: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    memories: dict[str, bytearray] = field(default_factory=dict)
+
+    def now(self) -> float:
+        """See `Env`."""
+        return 0.0
+
+    def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
+        """Keep the timer for `ring`."""
+        self.timers.append((delay_s, function))
+
+    def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
+        """Do it at once."""
+        function()
+        then()
+
+    def memory(self, name: str, size: int) -> memoryview:
+        """Return what was written under this name before."""
+        if len(self.memories.get(name, b"")) != size:
+            self.memories[name] = bytearray(size)
+        return memoryview(self.memories[name])
+
+    def report(self, key: str, value: str) -> None:
+        """See `Env`."""
+        self.facts[key] = value
+
+    def ring(self) -> None:
+        """Let every timer that waits go off, the soonest first."""
+        due, self.timers = sorted(self.timers, key=lambda timer: timer[0]), []
+        for _, function in due:
+            function()
+
+
+class Bottom(Driver):
+    """A source that keeps what it is given until the test gives it back."""
+
+    name = "bottom"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.batches: list[list[Request]] = []
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take the batch."""
+        self.batches.append(list(batch))
+
+
+EVENTS: list[str] = []  # what the drivers below did, in order; a test clears it before
+
+
+class Child(Driver):
+    """A source whose file names its parent: the file's content is the parent's layer text, or nothing."""
+
+    name = "child"
+    always_read_only = False
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """See the class."""
+
+        file: FilePath = option("the image", target=True)
+        refuse: bool = option("refuse every parent", default=False)
+
+    def open(self, env: Env) -> Geometry:
+        """Answer as the options say."""
+        EVENTS.append(f"open {self.options.file} {env.read_only} {env.shareable}")
+        text = Path(self.options.file).read_text()
+        self.parent = ParentRef(text) if text else None
+        return Geometry(size=SIZE, read_only=env.read_only or self.always_read_only)
+
+    def check_parent(self, parent: Geometry) -> None:
+        """Look at the parent, and refuse it where told to."""
+        EVENTS.append(f"check {parent.size} {self.below == parent}")
+        if self.options.refuse:
+            raise DriverError("does not like it")
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take the batch."""
+        assert self.next is not None
+        self.next.submit(batch)
+
+    def close(self) -> None:
+        """Remember it."""
+        EVENTS.append(f"close {self.options.file}")
+
+
+class Clumsy(Filter):
+    """A filter that fails where its options say."""
+
+    name = "clumsy"
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """See the class."""
+
+        at: str = option("open, oserror, eio, submit, complete, close, parent or nothing", default="")
+        times: int = option("how often", default=1000)
+
+    failures = 0
+
+    def open(self, env: Env) -> Geometry:
+        """Answer as the options say."""
+        EVENTS.append("open clumsy")
+        geometry = super().open(env)
+        match self.options.at:
+            case "open":
+                raise KeyError("x")
+            case "oserror":
+                raise OSError(errno.ENXIO, "no such thing")
+            case "eio" if Clumsy.failures < self.options.times:
+                Clumsy.failures += 1
+                raise OSError(errno.EIO, "not yet")
+            case "parent":
+                self.parent = ParentRef("null:")
+        return geometry
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take the batch."""
+        if self.options.at == "submit":
+            raise KeyError("submit")
+        super().submit(batch)
+
+    def on_complete(self, batch: list[Request]) -> None:
+        """Give the batch back."""
+        if self.options.at == "complete":
+            raise KeyError("complete")
+        self.complete(batch)
+
+    def close(self) -> None:
+        """Remember it."""
+        EVENTS.append("close clumsy")
+        if self.options.at == "close":
+            raise OSError(errno.EIO, "close")
+
+
+class Silent(Filter):
+    """The empty filter."""
+
+    name = "silent"
+
+
+TEST_DRIVERS = {
+    "child": "tests.helpers_block:Child",
+    "clumsy": "tests.helpers_block:Clumsy",
+    "silent": "tests.helpers_block:Silent",
+}

@@ -1,0 +1,52 @@
+"""What the product says of itself is true: manuals and their examples."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import metadata
+
+import pytest
+
+from xenbackend.block import drivers
+from xenbackend.block.options import describe_options
+from xenbackend.block.spec import parse_chain
+
+HEADINGS = ["Synopsis", "Description", "Options", "Behaviour", "Example", "Limits"]
+IS_THIRD_PARTY_HERE = bool(metadata.entry_points(group=drivers.GROUP, name="xor"))
+NAMES = [*sorted(drivers.BUILT_IN), *(["xor"] if IS_THIRD_PARTY_HERE else [])]
+
+
+def section(manual: str, heading: str) -> str:
+    """Return the text under a heading of a manual."""
+    match = re.search(rf"^{heading}:\n((?:    .*\n|\n)+)", manual + "\n", re.MULTILINE)
+    assert match is not None, heading
+    return inspect.cleandoc(match[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manual_has_its_sections_in_order(name: str) -> None:
+    """Each driver's manual begins with its name and has the six sections, none of them empty, in their order."""
+    manual = drivers.manual(drivers.find_driver(name))
+
+    assert manual.startswith(f"{name}: ")
+    assert HEADINGS == re.findall(r"^(\w+):$", manual, re.MULTILINE)
+    assert all(section(manual, heading) for heading in HEADINGS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manuals_examples_are_chains(name: str) -> None:
+    """Each line of a driver's example is a chain that can be parsed and that uses the driver."""
+    driver = drivers.find_driver(name)
+    for line in section(drivers.manual(driver), "Example").splitlines():
+        assert driver in [layer.driver for layer in parse_chain(line).layers]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_synopsis_names_every_option(name: str) -> None:
+    """Each option but the target stands in the synopsis as key=, and the table has a line for each."""
+    driver = drivers.find_driver(name)
+    manual = drivers.manual(driver)
+    for each in describe_options(driver.Options):
+        assert each.is_target or f"{each.name}=" in section(manual, "Synopsis")
+        assert re.search(rf"^{each.name}: ", section(manual, "Options"), re.MULTILINE)

@@ -1,0 +1,149 @@
+"""An open chain: opened from the bottom up, wired, closed from the top down.
+
+Must not do I/O of its own, nor know a driver by name.
+
+    text ── parse_chain ── ChainSpec ── open_chain ── Chain
+            nothing opened              source, its parents, then the filters upward
+
+Wiring: a layer that does not look at completions is not on their way up, and a filter that does not look at requests
+is not on their way down; so what does nothing costs nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+
+from xenbackend.block.checked import Checked
+from xenbackend.block.driver import Complete, Driver, Filter, Geometry
+from xenbackend.block.opening import MakeEnv, Opening, OpenLayer
+from xenbackend.block.request import Request
+from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
+from xenbackend.errors import DriverError
+
+__all__ = ["Chain", "ChainSpec", "LayerSpec", "MakeEnv", "OpenLayer", "open_chain", "parse_chain"]
+
+
+class Chain:
+    """An open chain: submit requests to the top, get them back by `complete`.
+
+    `layers` has the guest's end first and ends with the source's parents. `submit` may be kept: it stays the same.
+    `geometry` is what the guest's end has.
+    """
+
+    def __init__(self, layers: Sequence[OpenLayer], *, read_only: bool, checked: bool = False) -> None:
+        self.layers = tuple(layers)
+        self.geometry = _announced(self.layers[0].geometry, read_only=read_only)
+        self._stack = _with_checks(self.layers) if checked else [each.driver for each in self.layers]
+        self._wire_down()
+        self.submit: Callable[[list[Request]], None] = self._stack[0].submit
+
+    @property
+    def complete(self) -> Complete:
+        """Where finished requests go; set it before the first submit."""
+        return self._stack[0].complete
+
+    @complete.setter
+    def complete(self, complete: Complete) -> None:
+        for driver in self._stack:
+            driver.complete = complete
+            complete = driver.on_complete or complete
+
+    def control(self, layer: str, verb: str, arguments: Sequence[str]) -> bytes:
+        """Do an operator's verb at a layer, named by its driver or its index from the top. Raises: DriverError."""
+        return self._find(layer).control(verb, arguments)
+
+    def blame(self, error: BaseException) -> str:
+        """Return the text of the layer that an exception came out of (D8), or nothing where it was none of them."""
+        owners: dict[int, str] = {}
+        for each in self.layers:  # downward: what a layer forwards to belongs to the lowest that does
+            owners[id(getattr(each.driver.submit, "__self__", None))] = each.text
+            owners[id(each.driver)] = each.text
+        found = ""
+        trace: TracebackType | None = error.__traceback__
+        while trace is not None:
+            found = owners.get(id(trace.tb_frame.f_locals.get("self")), found)
+            trace = trace.tb_next
+        return found
+
+    def close(self) -> None:
+        """Close every layer, the top one first; nothing is in flight. Raises: what the first that failed raised."""
+        failure: Exception | None = None
+        for driver in self._stack:
+            try:
+                driver.close()
+            except Exception as error:  # the layers below must be closed all the same
+                failure = failure or error
+        if failure:
+            raise failure
+
+    def _wire_down(self) -> None:
+        """Set `next` from the bottom up, so that what a filter passes on to is already the shortest way."""
+        for upper, lower in reversed(list(zip(self._stack, self._stack[1:], strict=False))):
+            upper.next = lower
+            if type(upper).submit is Filter.submit and "submit" not in vars(upper):
+                upper.submit = lower.submit  # type: ignore[method-assign]
+
+    def _find(self, layer: str) -> Driver:
+        named = [each.driver for each in self.layers if each.driver.name == layer]
+        if len(named) == 1:
+            return named[0]
+        if layer.isdecimal() and int(layer) < len(self.layers):
+            return self.layers[int(layer)].driver
+        known = ", ".join(f"{index} is {each.text}" for index, each in enumerate(self.layers))
+        number = "several layers" if named else "no layer"
+        raise DriverError(f"the chain has {number} {layer!r}; name one by its number: {known}", errno=errno.ENOENT)
+
+
+def open_chain(
+    spec: ChainSpec,
+    make_env: MakeEnv,
+    *,
+    read_only: bool,
+    shareable: bool = False,
+    checked: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Chain:
+    """Open a chain. On any failure everything that was opened is closed again, in reverse order.
+
+    Args:
+        spec: what to open.
+        make_env: called once for each layer and each parent.
+        read_only: nothing may be altered.
+        shareable: others may have the source's image open too.
+        checked: put the asserting layer between all layers; never in production.
+        sleep: waits before a layer whose opening ended with EIO is tried again.
+
+    Raises: DriverError, which names layer, option and file.
+    """
+    opening = Opening(make_env, sleep)
+    try:
+        layers = opening.source_and_parents(spec.layers[-1], read_only=read_only, shareable=shareable)
+        for filter_spec in reversed(spec.layers[:-1]):
+            layers.insert(0, opening.filter(filter_spec, layers[0], read_only=read_only))
+        if layers[0].geometry.read_only and not read_only:
+            raise DriverError("it can only be read; attach the disk read-only", layer=spec.text, errno=errno.EROFS)
+        return Chain(layers, read_only=read_only, checked=checked)
+    except BaseException:
+        opening.undo()
+        raise
+
+
+def _announced(top: Geometry, *, read_only: bool) -> Geometry:
+    """Return what the guest is told: of a disk that is only read, nothing that alters it, whatever its layers can."""
+    if not (read_only or top.read_only):
+        return top
+    return replace(top, read_only=True, can_discard=False, discard_granularity=0, discard_alignment=0)
+
+
+def _with_checks(layers: Sequence[OpenLayer]) -> list[Driver]:
+    """Return the drivers with an asserting layer above each."""
+    stack: list[Driver] = []
+    above = "the caller"
+    for each in layers:
+        stack += [Checked(above, each.text, each.geometry), each.driver]
+        above = each.text
+    return stack

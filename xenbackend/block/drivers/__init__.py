@@ -1,0 +1,116 @@
+"""The words that a chain may use: the table of built-in drivers, and where third parties' drivers are found.
+
+Must not import a driver before its name was asked for: a worker loads what its chain names and no more.
+
+A third party's package names its drivers in its entry points, and they become words of the chain::
+
+    [project.entry-points."xenbackend.drivers"]
+    xor = "xenbackend_xor:Xor"
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib import metadata
+from typing import Any
+
+from xenbackend.block.driver import API, Driver
+from xenbackend.block.options import OptionHelp, describe_options, nearest
+
+GROUP = "xenbackend.drivers"
+BUILT_IN = {
+    "aio": "xenbackend.block.drivers.aio:Aio",
+    "delay": "xenbackend.block.drivers.delay:Delay",
+    "fault": "xenbackend.block.drivers.fault:Fault",
+    "log": "xenbackend.block.drivers.log:Log",
+    "null": "xenbackend.block.drivers.null:Null",
+    "ram": "xenbackend.block.drivers.ram:Ram",
+    "sync": "xenbackend.block.drivers.sync:Sync",
+}
+UNBUILT = {  # words of blktap2 and libxl that an operator may know
+    "bc": "blktap2's cache in front of a shared parent",
+    "ioemu": "a disk of the QEMU device model",
+    "lc": "blktap's local read cache",
+    "llp": "blktap's two writable leaves",
+    "nbd": "a network block device",
+    "qcow": "the QCOW image of version 1",
+    "qcow2": "the QCOW2 image",
+    "qed": "the QED image",
+    "remus": "blktap2's replication to a standby host",
+    "valve": "blktap's throttle",
+    "vhd": "the VHD image",
+    "vhdi": "blktap2's index over VHD images",
+    "vhdsync": "the VHD image with blocking I/O",
+    "vmdk": "the VMware image",
+}
+
+
+def driver_names() -> list[str]:
+    """Return every word that can be asked for, third parties' included, sorted."""
+    return sorted({*BUILT_IN, *(each.name for each in metadata.entry_points(group=GROUP))})
+
+
+def find_driver(name: str) -> type[Driver]:
+    """Return the class of a driver.
+
+    Raises: LookupError with a sentence for the operator: an unknown name, one that is known but not built, or
+        a third party's driver that cannot be used.
+    """
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        found: type[Driver] = getattr(importlib.import_module(module), attribute)
+        return found
+    candidates = list(metadata.entry_points(group=GROUP, name=name))
+    if len(candidates) > 1:
+        raise LookupError(f"driver {name!r} is offered by {' and '.join(map(_source, candidates))}; remove one of them")
+    if candidates:
+        return _load(candidates[0])
+    if name in UNBUILT:
+        raise LookupError(f"driver {name!r} ({UNBUILT[name]}) is known but not built in this version")
+    hint = nearest(name, driver_names()) or "; `xenbackend drivers` lists the known ones"
+    raise LookupError(f"unknown driver {name!r}{hint}")
+
+
+def summary(driver: type[Driver]) -> str:
+    """Return the first line of a driver's manual."""
+    return _document(driver).partition("\n")[0]
+
+
+def manual(driver: type[Driver]) -> str:
+    """Return a driver's manual: its module's docstring, with the table of its options after the description."""
+    before, heading, after = _document(driver).partition("\nBehaviour:")
+    return f"{before}\nOptions:\n{_options_text(describe_options(driver.Options))}\n{heading}{after}"
+
+
+def _document(driver: type[Driver]) -> str:
+    return inspect.getdoc(inspect.getmodule(driver)) or inspect.getdoc(driver) or ""
+
+
+def _options_text(options: list[OptionHelp]) -> str:
+    if not options:
+        return "    None."
+    lines = []
+    for each in options:
+        given = f"default {each.default}" if each.default else "must be given"
+        place = ", the first item" if each.is_target else ""
+        lines.append(f"    {each.name}: {each.kind}{place}, {given}\n        {each.text}")
+    return "\n".join(lines)
+
+
+def _load(entry: metadata.EntryPoint) -> type[Driver]:
+    try:
+        found: Any = entry.load()
+    except Exception as error:
+        sentence = f"driver {entry.name!r} of {_source(entry)} cannot be loaded: {type(error).__name__}: {error}"
+        raise LookupError(sentence) from error
+    if not (isinstance(found, type) and issubclass(found, Driver)):
+        raise LookupError(f"driver {entry.name!r} of {_source(entry)} is not a subclass of Driver")
+    if found.api != API:
+        sentence = f"was written for version {found.api} of the driver contract and this is version {API}; update it"
+        raise LookupError(f"driver {entry.name!r} of {_source(entry)} {sentence}")
+    return found
+
+
+def _source(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value

@@ -1,0 +1,91 @@
+r"""aio: a raw image file or block device; what is in the file is the disk.
+
+Synopsis:
+    aio:FILE[,cache=on|off]
+
+Description:
+    The source of most chains. Requests go to the kernel asynchronously, many at a time, and bypass the page cache
+    where the file allows it (O_DIRECT); `xenbackend check` shows what was chosen as `mode`.
+
+    FILE is taken as it stands; write a backslash before `|`, `,` and `\` in it.
+
+Behaviour:
+    The image is locked while it is open: one writer, or any number of readers. A flush returns when everything that
+    was written before is durable. A discard punches a hole into a file, or discards on a block device, where the
+    host can; what was discarded from a file reads as zeros. Errors of the host reach the guest.
+
+Example:
+    log:|aio:/srv/images/guest.img
+
+Limits:
+    The size is that at opening. It must be a multiple of the sector, 512 bytes or more if the medium says so.
+    Image formats are not looked at: the header of a VHD or QCOW2 file is data here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from xenbackend.block.driver import Complete, Driver, Env, File, Geometry
+from xenbackend.block.options import FilePath, option
+from xenbackend.block.request import Request
+
+
+class Aio(Driver):
+    """Forwards to the worker's file, and gets out of the way: the layer above calls the file itself."""
+
+    name = "aio"
+    blocking: ClassVar[bool] = False
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """What the chain says of the file."""
+
+        file: FilePath = option("the image file or block device", target=True)
+        cache: bool = option("go through the host's page cache", default=False)
+
+    options: Options
+    _file: File | None = None
+
+    @property
+    def complete(self) -> Complete:
+        """Where finished requests go; the file gives them there directly."""
+        return self._complete
+
+    @complete.setter
+    def complete(self, complete: Complete) -> None:
+        self._complete = complete
+        if self._file is not None:
+            self._file.complete = complete
+
+    def open(self, env: Env) -> Geometry:
+        """Open the file."""
+        file = env.files.open(
+            self.options.file,
+            read_only=env.read_only,
+            shareable=env.shareable,
+            direct=not self.options.cache,
+            blocking=self.blocking,
+        )
+        file.complete = self._complete
+        self._file = file
+        self.submit = file.submit  # type: ignore[method-assign]
+        env.report("mode", file.mode)
+        return Geometry(
+            size=file.size,
+            sector_size=file.sector_size,
+            read_only=env.read_only,
+            can_discard=file.can_discard,
+            discard_granularity=file.discard_granularity,
+        )
+
+    def submit(self, batch: list[Request]) -> None:
+        """Say that the file is not open; `open` puts the file's own `submit` in this place."""
+        raise RuntimeError(f"submitted before the file was open: {batch!r}")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

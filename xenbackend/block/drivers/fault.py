@@ -1,0 +1,105 @@
+"""fault: ends chosen requests with an error, for tests of what a guest or a layer above does then.
+
+Synopsis:
+    fault:[errno=NAME][,op=OPERATION][,range=START-END][,every=N][,rate=R][,skip=N][,limit=N][,seed=N]
+
+Description:
+    A request that fulfils all conditions ends with `errno` and never reaches the layer below. Without any condition
+    that is every request.
+
+Behaviour:
+    `op` and `range` choose which requests match; a flush covers no bytes and matches no range. Of those that match,
+    the first `skip` pass; of the rest every `every`-th is due, counting from the first; a due request fails with the
+    probability `rate`, the same ones for the same `seed`; after `limit` failures everything passes.
+
+    The control verb `count` answers with the number of requests that failed.
+
+Example:
+    fault:errno=ENOSPC,op=write,skip=1000,limit=1|aio:/img
+
+Limits:
+    The error reaches the guest only as far as the protocol can say it: EOPNOTSUPP is told apart, no other one is.
+"""
+
+from __future__ import annotations
+
+import errno as errno_module
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from xenbackend.block.driver import Env, Filter, Geometry
+from xenbackend.block.options import Count, Errno, Fraction, Span, option
+from xenbackend.block.request import Op, Request
+
+
+class Fault(Filter):
+    """Fails what its options choose and passes on the rest."""
+
+    name = "fault"
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """Which requests fail, and how."""
+
+        errno: Errno = option("the error to give", default=errno_module.EIO)
+        op: Literal["any", "read", "write", "flush", "discard"] = option("the operation that fails", default="any")
+        range: Span | None = option("fail only what touches these bytes; the end is outside", default=None)
+        every: Count = option("fail one in this many", default=1)
+        rate: Fraction = option("probability that a due request fails", default=1.0)
+        skip: Count = option("let this many pass first", default=0)
+        limit: Count = option("stop after this many failures; 0 is never", default=0)
+        seed: int = option("start of the random numbers", default=0)
+
+        def __post_init__(self) -> None:
+            if self.every == 0:
+                raise ValueError("option every: fail one in 1 or more")
+
+    options: Options
+
+    def open(self, env: Env) -> Geometry:
+        """Start to count."""
+        self._ops = {op.value for op in Op if self.options.op in ("any", op.name.lower())}
+        self._seen = 0
+        self._failed = 0
+        self._random = Random(self.options.seed)  # noqa: S311 - repeatable on purpose
+        return super().open(env)
+
+    def submit(self, batch: list[Request]) -> None:
+        """Sort the batch into what passes and what fails."""
+        passing: list[Request] = []
+        failing: list[Request] = []
+        for request in batch:
+            (failing if self._is_due(request) else passing).append(request)
+        if passing:
+            super().submit(passing)
+        if failing:
+            for request in failing:
+                request.status = self.options.errno
+            self.complete(failing)
+
+    def control(self, verb: str, arguments: Sequence[str]) -> bytes:
+        """Answer `count` with the number of requests that failed."""
+        if verb != "count":
+            return super().control(verb, arguments)
+        return str(self._failed).encode()
+
+    def _is_due(self, request: Request) -> bool:
+        options = self.options
+        if not self._matches(request) or (options.limit and self._failed >= options.limit):
+            return False
+        place = self._seen - options.skip
+        self._seen += 1
+        if place < 0 or place % options.every or self._random.random() >= options.rate:
+            return False
+        self._failed += 1
+        return True
+
+    def _matches(self, request: Request) -> bool:
+        if request.op not in self._ops:
+            return False
+        if self.options.range is None:
+            return True
+        start, end = self.options.range
+        return request.offset < end and start < request.offset + request.length

@@ -1,0 +1,196 @@
+"""Opening layers: in order, with their parents, tried again where that helps, and taken back on failure.
+
+Must not wire layers together beyond what a layer may ask while it is opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from xenbackend.block.driver import Driver, Env, Geometry
+from xenbackend.block.options import files_of
+from xenbackend.block.spec import LayerSpec, parse_chain
+from xenbackend.errors import ChainError, DriverError
+
+MAX_PARENTS = 32
+EIO_RETRIES = 10  # as blktap2: storage that is just coming up answers EIO for a while
+EIO_PAUSE = 1.0  # seconds
+SECTOR_SIZES = (512, 1024, 2048, 4096)
+_SENTENCES = {
+    errno.ENOENT: "there is no file or device {path}",
+    errno.ENOTDIR: "{path} leads through something that is no directory",
+    errno.EISDIR: "{path} is a directory; name a file or a block device",
+    errno.EACCES: "no permission for {path}",
+    errno.EPERM: "no permission for {path}",
+    errno.EROFS: "{path} is on a read-only file system; attach the disk read-only",
+    errno.EBUSY: "{path} is in use",
+}
+
+
+class MakeEnv(Protocol):
+    """Makes what a layer gets from its worker; `layer` is unique in the chain, and the same in a successor."""
+
+    def __call__(self, layer: str, /, *, read_only: bool, shareable: bool) -> Env:
+        """Return the layer's `Env`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLayer:
+    """An open layer. `parent_of` is the text of the layer whose image named this one, or nothing."""
+
+    text: str
+    driver: Driver
+    geometry: Geometry
+    parent_of: str = ""
+
+
+class Opening:
+    """What has been opened so far, in order, and how to take it back."""
+
+    def __init__(self, make_env: MakeEnv, sleep: Callable[[float], None]) -> None:
+        self._make_env = make_env
+        self._sleep = sleep
+        self._opened: list[Driver] = []
+        self._keys: set[str] = set()
+
+    def source_and_parents(self, spec: LayerSpec, *, read_only: bool, shareable: bool) -> list[OpenLayer]:
+        """Open a source, then its parents for reading, each after the child whose image names it."""
+        layers = [self._open(spec, read_only=read_only, shareable=shareable)]
+        seen = _identities(spec)
+        while (reference := layers[-1].driver.parent) is not None:
+            child = layers[-1]
+            parent = _parse_parent(child.text, reference.text)
+            identities = _identities(parent)
+            if seen & identities:
+                raise DriverError(f"its parent {parent.text} is itself or one of its own children", layer=child.text)
+            if len(layers) > MAX_PARENTS:
+                raise DriverError(f"there are more than {MAX_PARENTS} parents behind one another", layer=spec.text)
+            seen |= identities
+            layers.append(self._parent(parent, child))
+        return layers
+
+    def filter(self, spec: LayerSpec, below: OpenLayer, *, read_only: bool) -> OpenLayer:
+        """Open a filter in front of the layer `below`."""
+        layer = self._open(spec, below=below, read_only=read_only)
+        if layer.driver.parent is not None:
+            raise DriverError("a filter cannot have a parent: it has a layer below it", layer=spec.text)
+        return layer
+
+    def undo(self) -> None:
+        """Close what is open, the last one first."""
+        for driver in reversed(self._opened):
+            with suppress(Exception):  # the reason why we close is the one to report
+                driver.close()
+
+    def _parent(self, spec: LayerSpec, child: OpenLayer) -> OpenLayer:
+        parent = self._open(spec, read_only=True, shareable=True, parent_of=child.text)
+        child.driver.next, child.driver.below = parent.driver, parent.geometry
+        with _explained(child.text, {}):
+            child.driver.check_parent(parent.geometry)
+        return parent
+
+    def _open(
+        self,
+        spec: LayerSpec,
+        *,
+        read_only: bool,
+        shareable: bool = False,
+        below: OpenLayer | None = None,
+        parent_of: str = "",
+    ) -> OpenLayer:
+        env = self._make_env(self._key(spec), read_only=read_only, shareable=shareable)
+        driver, geometry = self._try(spec, env, below)
+        self._opened.append(driver)
+        _check_geometry(spec.text, geometry)
+        return OpenLayer(spec.text, driver, geometry, parent_of)
+
+    def _try(self, spec: LayerSpec, env: Env, below: OpenLayer | None) -> tuple[Driver, Geometry]:
+        """Open a fresh driver until it succeeds or fails with anything but EIO."""
+        for _ in range(EIO_RETRIES):
+            try:
+                return _open_once(spec, env, below)
+            except DriverError as error:
+                if error.errno != errno.EIO:
+                    raise
+            self._sleep(EIO_PAUSE)
+        return _open_once(spec, env, below)
+
+    def _key(self, spec: LayerSpec) -> str:
+        """Return a name for a layer that stays when other layers are put before or behind it."""
+        base = f"{spec.driver.name}-{zlib.crc32(spec.text.encode(errors='surrogateescape')):08x}"
+        key, number = base, 1
+        while key in self._keys:
+            number += 1
+            key = f"{base}.{number}"
+        self._keys.add(key)
+        return key
+
+
+def _open_once(spec: LayerSpec, env: Env, below: OpenLayer | None) -> tuple[Driver, Geometry]:
+    with _explained(spec.text, files_of(spec.options)):
+        driver = spec.driver(spec.options)
+        driver.env = env
+        if below is not None:
+            driver.next, driver.below = below.driver, below.geometry
+        return driver, driver.open(env)
+
+
+@contextmanager
+def _explained(layer: str, files: dict[str, str]) -> Iterator[None]:
+    """Turn whatever a driver raises into a DriverError that names layer, option and file."""
+    try:
+        yield
+    except DriverError as error:
+        error.layer = error.layer or layer
+        error.option = error.option or _option_of(files, error.path)
+        raise
+    except OSError as error:
+        path = str(error.filename or next(iter(files.values()), ""))
+        number = error.errno or errno.EIO
+        sentence = _SENTENCES.get(number, "{path}: " + os.strerror(number)) if path else str(error)
+        problem = sentence.replace("{path}", path)
+        raise DriverError(problem, layer=layer, option=_option_of(files, path), path=path, errno=number) from error
+    except Exception as error:
+        problem = f"its driver failed unexpectedly: {type(error).__name__}: {error}"
+        raise DriverError(problem, layer=layer) from error
+
+
+def _option_of(files: dict[str, str], path: str) -> str:
+    return next((option for option, file in files.items() if file == path), "")
+
+
+def _parse_parent(child: str, text: str) -> LayerSpec:
+    """Return the layer that an image names as its parent: one layer and no more, since an image is not trusted."""
+    try:
+        spec = parse_chain(text)
+    except ChainError as error:
+        raise DriverError(f"its parent {text!r} cannot be opened: {error.problem}", layer=child) from error
+    if len(spec.layers) > 1:
+        raise DriverError(f"its parent {text!r} is a chain and not an image", layer=child)
+    return spec.layers[0]
+
+
+def _identities(spec: LayerSpec) -> set[tuple[int, int]]:
+    """Return device and inode of the files that a layer names; their names would not show a link."""
+    identities = set()
+    for path in files_of(spec.options).values():
+        with suppress(OSError):  # opening it says what is wrong
+            status = os.stat(path)  # noqa: PTH116 - pathlib would alter the name
+            identities.add((status.st_dev, status.st_ino))
+    return identities
+
+
+def _check_geometry(layer: str, geometry: Geometry) -> None:
+    size, sector_size = geometry.size, geometry.sector_size
+    if sector_size not in SECTOR_SIZES:
+        raise DriverError(f"its sector size is {sector_size} bytes and not 512 to 4096", layer=layer)
+    if size <= 0:
+        raise DriverError("it is empty; a disk has at least one sector", layer=layer)
+    if size % sector_size:
+        raise DriverError(f"its size, {size} bytes, is no multiple of its sector, {sector_size} bytes", layer=layer)

@@ -1,0 +1,238 @@
+"""The options of a driver: one frozen dataclass per driver describes, parses, checks and documents them.
+
+Must not know a driver by name.
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        file: FilePath = option("the image", target=True)
+        cache: bool = option("use the page cache", default=False)
+
+The annotation chooses how a value is read: `str`, `int`, `float`, `bool` (on, off, yes, no), `Literal["a", "b"]`,
+or one of the kinds below. A kind of one's own is ``Annotated[type, Kind(...)]``. What several options must fulfil
+together is checked in `__post_init__`, which raises ValueError with a sentence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno as errno_module
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from xenbackend.block.grammar import Item, Layer
+from xenbackend.errors import ChainError
+from xenbackend.units import format_duration, format_size, parse_duration, parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one sort of value is read and shown. `parse` raises ValueError with a sentence for the operator."""
+
+    noun: str
+    parse: Callable[[str], Any]
+    show: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True, slots=True)
+class OptionHelp:
+    """One line of a driver's table of options, for people."""
+
+    name: str
+    kind: str
+    default: str  # "" where the option must be given
+    text: str
+    is_target: bool
+
+
+def option(text: str, *, default: Any = MISSING, target: bool = False) -> Any:
+    """Return a dataclass field for an option; without `default` it must be given.
+
+    Args:
+        text: the line for the manual.
+        default: the value where the chain does not name the option; must not be mutable.
+        target: it is the driver's first item, whatever that contains.
+    """
+    return field(default=default, metadata={"help": text, "target": target})
+
+
+def parse_options(options: type, layer: Layer, chain: str) -> Any:
+    """Return an instance of the dataclass `options` from the items of `layer`. `chain` is the text they stand in.
+
+    Raises: ChainError.
+    """
+    values: dict[str, Any] = {}
+    kinds = _kinds(options)
+    items = list(layer.items)
+    target = target_of(options)
+    if target and items:
+        first = items.pop(0)
+        if first.text:
+            values[target] = _parse_value(kinds[target], layer.name, target, first.text, chain, first.start, first.end)
+    for item in items:
+        _parse_item(values, kinds, layer, item, chain, target)
+    return _build(options, values, layer, chain)
+
+
+def target_of(options: type) -> str:
+    """Return the name of the option that is the first item, or nothing."""
+    return next((each.name for each in fields(options) if each.metadata.get("target")), "")
+
+
+def files_of(options: Any) -> dict[str, str]:
+    """Return the files that parsed options name: option to path."""
+    return {
+        name: getattr(options, name)
+        for name, kind in _kinds(type(options)).items()
+        if kind.noun == FILE.noun and getattr(options, name)
+    }
+
+
+def describe_options(options: type) -> list[OptionHelp]:
+    """Return the table of a driver's options in the order of the dataclass."""
+    kinds = _kinds(options)
+    return [
+        OptionHelp(
+            name=each.name,
+            kind=kinds[each.name].noun,
+            default="" if each.default is MISSING else _show(kinds[each.name], each.default),
+            text=str(each.metadata["help"]),
+            is_target=bool(each.metadata["target"]),
+        )
+        for each in fields(options)
+    ]
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return what to add to a sentence about an unknown word: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(word.lower(), list(words), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _show(kind: Kind, value: Any) -> str:
+    return "none" if value is None or value == "" else kind.show(value)
+
+
+def _parse_item(
+    values: dict[str, Any], kinds: dict[str, Kind], layer: Layer, item: Item, chain: str, target: str
+) -> None:
+    key, sign, value = item.text.partition("=")
+    if not sign:
+        problem = f"{layer.name}: {key!r} is not key=value" if key else f"{layer.name}: an option is empty"
+        raise ChainError(problem, chain, item.start, item.length)
+    key_length = item.value_start - 1 - item.start
+    if key == target:
+        raise ChainError(f"{layer.name}: write {key} first and without {key}=", chain, item.start, key_length)
+    if key not in kinds:
+        raise ChainError(_unknown(layer.name, key, kinds, target), chain, item.start, key_length)
+    if key in values:
+        raise ChainError(f"{layer.name}: option {key} is given twice", chain, item.start, item.length)
+    values[key] = _parse_value(kinds[key], layer.name, key, value, chain, item.value_start, item.end)
+
+
+def _parse_value(kind: Kind, driver: str, name: str, text: str, chain: str, start: int, end: int) -> Any:
+    try:
+        return kind.parse(text)
+    except ValueError as error:
+        raise ChainError(f"{driver}: option {name}: {error}", chain, start, end - start) from None
+
+
+def _unknown(driver: str, key: str, kinds: dict[str, Kind], target: str) -> str:
+    known = [name for name in kinds if name != target]
+    has = f"it knows {', '.join(known)}" if known else "it has none"
+    return f"{driver}: unknown option {key!r}; {has}{nearest(key, known)}"
+
+
+def _build(options: type, values: dict[str, Any], layer: Layer, chain: str) -> Any:
+    length = layer.end - layer.start
+    for each in fields(options):
+        if each.name not in values and each.default is MISSING:
+            problem = f"{layer.name}: the {each.name} is missing: {each.metadata['help']}"
+            raise ChainError(problem, chain, layer.start, length)
+    try:
+        return options(**values)
+    except ValueError as error:
+        raise ChainError(f"{layer.name}: {error}", chain, layer.start, length) from None
+
+
+def _kinds(options: type) -> dict[str, Kind]:
+    hints = get_type_hints(options, include_extras=True)
+    return {each.name: _kind(hints[each.name]) for each in fields(options)}
+
+
+def _kind(annotation: Any) -> Kind:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return next(each for each in arguments if isinstance(each, Kind))
+    if origin is Literal:
+        return _choice(arguments)
+    if type(None) in arguments:
+        return _kind(next(each for each in arguments if each is not type(None)))
+    return _PLAIN[annotation]
+
+
+def _choice(words: tuple[str, ...]) -> Kind:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+        return text
+
+    return Kind(" or ".join(words), parse)
+
+
+def _parse_bool(text: str) -> bool:
+    if text not in _BOOLS:
+        raise ValueError(f"{text!r} is none of on, off, yes, no")
+    return _BOOLS[text]
+
+
+def _number(noun: str, convert: Callable[[str], Any], low: float, high: float) -> Kind:
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not {noun}") from None
+        if not low <= value <= high:
+            raise ValueError(f"{text!r} is not {noun}")
+        return value
+
+    return Kind(noun, parse)
+
+
+def _parse_errno(text: str) -> int:
+    number = getattr(errno_module, text.upper(), 0) if text[:1].isalpha() else int(text) if text.isdecimal() else 0
+    if number not in errno_module.errorcode:
+        raise ValueError(f"{text!r} is no error of this system; write a name such as EIO or ENOSPC, or its number")
+    return int(number)
+
+
+def _parse_span(text: str) -> tuple[int, int]:
+    first, sign, last = text.partition("-")
+    if not sign:
+        raise ValueError(f"{text!r} is not a range; write START-END in bytes, as in 1M-2M")
+    start, end = parse_size(first), parse_size(last)
+    if start >= end:
+        raise ValueError(f"{text!r} is an empty range; the end comes after the start and does not belong to it")
+    return start, end
+
+
+_INFINITY = float("inf")
+_BOOLS = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
+_PLAIN: dict[Any, Kind] = {
+    str: Kind("text", str),
+    int: _number("a whole number", int, -_INFINITY, _INFINITY),
+    float: _number("a number", float, -1e300, 1e300),
+    bool: Kind("on or off", _parse_bool, lambda value: "on" if value else "off"),
+}
+FILE = Kind("file", os.fspath)
+
+FilePath = Annotated[str, FILE]  # names a file: the chain finds loops of parents by it
+Size = Annotated[int, Kind("size", parse_size, format_size)]  # bytes
+Duration = Annotated[float, Kind("duration", parse_duration, format_duration)]  # seconds
+Errno = Annotated[int, Kind("errno", _parse_errno, lambda number: errno_module.errorcode[number])]  # positive
+Count = Annotated[int, _number("a whole number from 0 on", int, 0, _INFINITY)]
+Fraction = Annotated[float, _number("a number from 0 to 1", float, 0, 1)]
+Span = Annotated[  # bytes: the first one, and the one after the last
+    tuple[int, int], Kind("range", _parse_span, lambda span: f"{format_size(span[0])}-{format_size(span[1])}")
+]

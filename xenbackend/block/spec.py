@@ -1,0 +1,61 @@
+"""A chain that could be opened: its text with every driver found and every option checked.
+
+Must not open anything: the supervisor refuses a bad chain by this before anything is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from xenbackend.block import drivers, grammar
+from xenbackend.block.driver import Driver
+from xenbackend.block.options import parse_options
+from xenbackend.errors import ChainError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """A layer that could be opened: its canonical text, its driver and the parsed options."""
+
+    text: str
+    driver: type[Driver]
+    options: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ChainSpec:
+    """A chain that could be opened, the guest's end first; `text` is canonical."""
+
+    text: str
+    layers: tuple[LayerSpec, ...]
+
+
+def parse_chain(text: str) -> ChainSpec:
+    """Return the chain that a text describes, every option checked and nothing opened. Raises: ChainError."""
+    layers = grammar.parse(text)
+    found = [_find_driver(layer, text) for layer in layers]
+    _check_places(layers, found, text)
+    specs = [
+        LayerSpec(grammar.format_chain((layer,)), driver, parse_options(driver.Options, layer, text))
+        for layer, driver in zip(layers, found, strict=True)
+    ]
+    return ChainSpec(grammar.format_chain(layers), tuple(specs))
+
+
+def _find_driver(layer: grammar.Layer, text: str) -> type[Driver]:
+    try:
+        return drivers.find_driver(layer.name)
+    except LookupError as error:
+        raise ChainError(str(error), text, layer.start, len(layer.name)) from error
+
+
+def _check_places(layers: tuple[grammar.Layer, ...], found: list[type[Driver]], text: str) -> None:
+    for layer, driver in zip(layers[:-1], found, strict=False):
+        if not driver.is_filter:
+            problem = f"{layer.name} is a source and passes nothing on; it must be the last layer"
+            raise ChainError(problem, text, layer.start, layer.end - layer.start)
+    if found[-1].is_filter:
+        layer = layers[-1]
+        problem = f"{layer.name} is a filter and needs a layer below it; add a source, as in |aio:/img"
+        raise ChainError(problem, text, layer.start, layer.end - layer.start)

@@ -1,0 +1,82 @@
+"""`xenbackend check CHAIN`: open a chain as a worker would, explain it layer by layer, close it.
+
+Must not do what the chain itself cannot: whatever this command knows, a driver has said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from xenbackend.block.chain import Chain, open_chain, parse_chain
+from xenbackend.control import LayerFacts
+from xenbackend.units import format_size
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("check", help="open a chain, explain it layer by layer, close it")
+    parser.add_argument("chain", metavar="CHAIN", help="the layers, the guest's end first, such as log:|aio:/img")
+    parser.add_argument("--read-only", action="store_true", help="open it as a disk that nobody may write to")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=check)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Open, explain and close the chain. Raises: ChainError, DriverError."""
+    from xenbackend.worker.env import EnvFactory
+    from xenbackend.worker.files import HostFiles
+    from xenbackend.worker.reactor import Reactor
+
+    spec = parse_chain(arguments.chain)
+    reactor = Reactor()
+    files = HostFiles(reactor)
+    try:
+        chain = open_chain(spec, EnvFactory(reactor, files), read_only=arguments.read_only)
+        try:
+            facts = layer_facts(chain)
+        finally:
+            chain.close()
+    finally:
+        files.close()
+        reactor.close()
+    if arguments.json:
+        print(json.dumps({"chain": spec.text, "layers": [asdict(each) for each in facts]}, indent=2))
+    else:
+        _print_table(spec.text, facts)
+    return 0
+
+
+def layer_facts(chain: Chain) -> list[LayerFacts]:
+    """Return what each layer said of itself, the top one first."""
+    return [
+        LayerFacts(text=each.text, parent_of=each.parent_of, facts=dict(each.driver.env.facts), **asdict(each.geometry))
+        for each in chain.layers
+    ]
+
+
+def _print_table(text: str, layers: list[LayerFacts]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(text), title_justify="left")
+    for heading in ("#", "layer", "size", "sector", "abilities", "says"):
+        table.add_column(heading, overflow="fold")
+    for index, layer in enumerate(layers):
+        name = f"{layer.text}\nparent of {layer.parent_of}" if layer.parent_of else layer.text
+        says = "\n".join(f"{key}: {value}" for key, value in layer.facts.items())
+        cells = (str(index), name, format_size(layer.size), str(layer.sector_size), _abilities(layer), says)
+        table.add_row(*map(Text, cells))
+    Console().print(table)
+
+
+def _abilities(layer: LayerFacts) -> str:
+    discard = f"discard ({format_size(layer.discard_granularity)})" if layer.can_discard else ""
+    words = ["read", "" if layer.read_only else "write", "flush" if layer.can_flush else "", discard]
+    return ", ".join(filter(None, words))
