@@ -1,0 +1,243 @@
+"""The dirty map against a plain set of pieces, across deaths, and at the sizes of real disks."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from random import Random
+
+import pytest
+
+from xenbackend.block.dirty import (
+    CHUNK_BITS,
+    MAX_PAGE_RANGES,
+    PAGE_CHUNKS,
+    DirtyMap,
+    Range,
+    StalePageError,
+    memory_size,
+)
+from xenbackend.block.request import Op, Request
+
+CHUNK = CHUNK_BITS * 512  # bytes of disk
+SIZE = 5 * CHUNK + 3 * 512  # the last chunk is nearly empty
+TIB = 1 << 40
+
+
+def new_map(size: int = SIZE, granularity: int = 512) -> DirtyMap:
+    """Return an empty map in memory of its own."""
+    return DirtyMap(memoryview(bytearray(memory_size(size, granularity))), size, granularity, is_tracking=True)
+
+
+def request(op: Op, offset: int, length: int) -> Request:
+    """Return a request for a range."""
+    made = Request()
+    made.op, made.offset, made.length = op, offset, length
+    return made
+
+
+def pieces(ranges: list[Range], granularity: int = 512) -> set[int]:
+    """Return the numbers of the pieces that ranges cover, each of which must be covered once."""
+    found = [
+        piece
+        for offset, length in ranges
+        for piece in range(offset // granularity, -(-(offset + length) // granularity))
+    ]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def peek_all(dirty: DirtyMap) -> list[Range]:
+    """Return the ranges of every page."""
+    found: list[Range] = []
+    position = 0
+    while position < dirty.size:
+        ranges, position = dirty.peek(position)
+        found += ranges
+    return found
+
+
+def take_all(dirty: DirtyMap) -> list[Range]:
+    """Return the ranges of a whole sweep, each page acknowledged."""
+    found, number = dirty.take()
+    ranges = found
+    while ranges:
+        ranges, number = dirty.take(number)
+        found = found + ranges
+    return found
+
+
+def random_range(random: Random, size: int) -> tuple[int, int]:
+    """Return a range of any shape that the marking treats apart: pieces, whole bytes, whole chunks, across borders."""
+    unit = random.choice((512, 512, 4096, 4096, CHUNK))
+    first = random.randrange(size // unit)
+    count = random.randrange(1, random.choice((2, 3, 20, 300)))
+    return first * unit, min(count * unit, size - first * unit)
+
+
+@pytest.mark.parametrize("granularity", [512, 4096])
+@pytest.mark.parametrize("seed", range(6))
+def test_agrees_with_a_set_of_pieces(seed: int, granularity: int) -> None:
+    """Whatever was written and discarded, cleared and taken, the map shows exactly the pieces that a set would."""
+    random = Random(seed)
+    dirty = new_map(granularity=granularity)
+    model: set[int] = set()
+    for _ in range(25):
+        step = random.random()
+        if step < 0.02:
+            dirty.clear()
+            model = set()
+        elif step < 0.1:
+            assert model == pieces(take_all(dirty), granularity)
+
+            model = set()
+        else:
+            batch = []
+            for _ in range(random.randrange(1, 5)):
+                op = random.choice(list(Op))
+                offset, length = (0, 0) if op is Op.FLUSH else random_range(random, SIZE)
+                batch.append(request(op, offset, length))
+                if op in (Op.WRITE, Op.DISCARD):
+                    model |= pieces([Range(offset, length)], granularity)
+            dirty.mark_changes(batch)
+
+        assert model == pieces(peek_all(dirty), granularity)
+
+
+def test_ranges_are_joined_and_end_with_the_disk() -> None:
+    """Neighbours make one range, across chunks too, and the last range does not reach past the end of the disk."""
+    dirty = new_map(size=2 * CHUNK + 512, granularity=4096)
+    for offset in range(CHUNK - 8192, 2 * CHUNK, 4096):
+        dirty.mark(offset, 4096)
+    dirty.mark(2 * CHUNK, 512)
+
+    assert [Range(CHUNK - 8192, CHUNK + 8192 + 512)] == peek_all(dirty)
+
+
+def test_only_writes_and_discards_are_marked() -> None:
+    """A read or a flush changes nothing and so marks nothing."""
+    dirty = new_map()
+    dirty.mark_changes([request(Op.READ, 0, 4096), request(Op.FLUSH, 0, 0)])
+
+    assert ([], 0) == (peek_all(dirty), dirty.dirty_at_most())
+
+
+def test_successor_finds_the_map() -> None:
+    """A process that opens the same memory finds marks and tracking as the dead one left them."""
+    memory = memoryview(bytearray(memory_size(SIZE, 512)))
+    first = DirtyMap(memory, SIZE, 512, is_tracking=True)
+    first.mark(4096, 8192)
+    first.is_tracking = False
+
+    second = DirtyMap(memory, SIZE, 512, is_tracking=True)
+
+    assert ([Range(4096, 8192)], False) == (peek_all(second), second.is_tracking)
+
+
+def test_memory_of_another_disk_is_not_believed() -> None:
+    """A map of another size or granularity, in memory that happens to have the same size, is begun anew."""
+    memory = memoryview(bytearray(memory_size(SIZE, 512)))
+    DirtyMap(memory, SIZE, 512, is_tracking=False).mark(0, SIZE)
+
+    other = DirtyMap(memory, SIZE - 512, 512, is_tracking=True)
+
+    assert ([], True) == (peek_all(other), other.is_tracking)
+
+
+def test_unacknowledged_page_is_dirty_again() -> None:
+    """A page that nobody acknowledged is handed out again, with what was written since, even after a death."""
+    memory = memoryview(bytearray(memory_size(SIZE, 512)))
+    dirty = DirtyMap(memory, SIZE, 512, is_tracking=True)
+    dirty.mark(0, 4096)
+    dirty.take()
+    dirty.mark(8192, 512)
+
+    successor = DirtyMap(memory, SIZE, 512, is_tracking=True)
+
+    assert [Range(0, 4096), Range(8192, 512)] == peek_all(successor)
+    assert [Range(0, 4096), Range(8192, 512)] == take_all(successor)
+    assert [] == take_all(successor)
+
+
+def test_write_after_its_range_was_handed_out_is_kept() -> None:
+    """What is written between two pages of a sweep is in the next one; to acknowledge a page does not lose it."""
+    dirty = new_map()
+    dirty.mark(0, 4096)
+    _, number = dirty.take()
+    dirty.mark(0, 512)
+
+    assert [] == dirty.take(number)[0]
+    assert [Range(0, 512)] == take_all(dirty)
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_death_inside_take_loses_nothing(monkeypatch: pytest.MonkeyPatch, *, is_written: bool) -> None:
+    """A process that dies just before or just after it wrote down what it hands out leaves all of it dirty."""
+    memory = memoryview(bytearray(memory_size(SIZE, 512)))
+    dirty = DirtyMap(memory, SIZE, 512, is_tracking=True)
+    dirty.mark(4096, 4096)
+    hand_out = dirty._hand_out
+
+    def die(ranges: list[Range]) -> None:
+        if is_written:
+            hand_out(ranges)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dirty, "_hand_out", die)
+    with pytest.raises(KeyboardInterrupt):
+        dirty.take()
+
+    assert [Range(4096, 4096)] == take_all(DirtyMap(memory, SIZE, 512, is_tracking=True))
+
+
+def test_second_reader_takes_the_sweep_over() -> None:
+    """Two readers cannot split a sweep between them: the number of a page that is not the last is refused."""
+    dirty = new_map()
+    dirty.mark(0, 4096)
+    _, number = dirty.take()
+    dirty.take()
+
+    with pytest.raises(StalePageError):
+        dirty.take(number)
+
+
+def test_clear_ends_a_sweep() -> None:
+    """After `clear` the reader of an old page is refused, and what it did not acknowledge is forgotten."""
+    dirty = new_map()
+    dirty.mark(0, 4096)
+    _, number = dirty.take()
+    dirty.clear()
+
+    with pytest.raises(StalePageError):
+        dirty.take(number)
+    assert [] == peek_all(dirty)
+
+
+def test_pages_are_bounded_and_lose_nothing() -> None:
+    """A disk with every other piece dirty comes in pages of at most MAX_PAGE_RANGES, each piece once."""
+    dirty = new_map(size=4 * CHUNK)
+    for offset in range(0, 4 * CHUNK, 1024):
+        dirty.mark(offset, 512)
+    counts = []
+    ranges, number = dirty.take()
+    while ranges:
+        counts.append(len(ranges))
+        ranges, number = dirty.take(number)
+
+    assert 4 * CHUNK_BITS // 2 == sum(counts)
+    assert max(counts) <= MAX_PAGE_RANGES
+
+
+def test_whole_disk_discard_costs_no_bits() -> None:
+    """A discard of a TiB takes no bits and is walked in bounded pages, so that a guest cannot stall its worker."""
+    fd = os.memfd_create("dirty")
+    os.ftruncate(fd, memory_size(TIB, 512))
+    dirty = DirtyMap(memoryview(mmap.mmap(fd, memory_size(TIB, 512))), TIB, 512, is_tracking=True)
+    dirty.mark(0, TIB)
+    ranges, after = dirty.peek()
+    allocated = os.fstat(fd).st_blocks * 512
+    os.close(fd)
+
+    assert TIB == dirty.dirty_at_most()
+    assert ([Range(0, PAGE_CHUNKS * CHUNK)], PAGE_CHUNKS * CHUNK) == (ranges, after)
+    assert allocated <= 1 << 20

@@ -1,0 +1,241 @@
+"""log: keeps track of what is written; with a file, records every request.
+
+Synopsis:
+    log:[FILE][,limit=SIZE][,track=on|off][,granularity=SIZE]
+
+Description:
+    Remembers which ranges of the disk were written or discarded, so that a copy of the disk can follow it: copy
+    everything once, then again and again what `xenbackend log get` says, until little enough is left. Nothing below
+    has to support it.
+
+    With FILE, every request also leaves a 32-byte record there: when, what, which sectors, how it ended, how long it
+    took. `xenbackend log show FILE` prints the records, chooses among them and sums them up.
+
+Behaviour:
+    Tracking begins when the disk is opened, unless `track=off`. A range is marked before its request goes on to the
+    layer below, so a crash leaves at most marks too many, never one too few. A request that fails stays marked:
+    nobody knows what it left on the medium. Requests that are in flight when `start` is given are not marked.
+
+    The map lives in memory that the service keeps: the worker's death and the service's restart leave it and the
+    state of tracking as they were. It ends with the vbd, and when the size of the disk or the text of this layer
+    changes: then copy everything again.
+
+    Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all.
+
+    `xenbackend log VERB VBD` knows:
+
+    `start`   tracks from now on; where it was off, with an empty map
+    `stop`    tracks no more; what was found stays
+    `peek`    prints the dirty ranges
+    `get`     prints the dirty ranges and forgets them, without losing a write in between
+    `clear`   forgets the dirty ranges
+    `status`  says whether tracking is on, and how much is dirty at most
+
+    On the control socket a reply to `peek` and `get` is one page: lines of `FIRST_SECTOR COUNT` in sectors of
+    512 bytes, then `more X` or `end`. After `more X` the same verb with the argument X gives the next page. For
+    `get`, asking for the next page says that this one has arrived: only then is it forgotten for good. Where a
+    reader dies before, the next `get` without an argument has the ranges of that page again, and what was written
+    since. A second reader that begins a sweep takes it away from the first, whose next request is refused. `peek`
+    shows such a page too; each page is of its own moment. A range may be cut where a page ends.
+
+    Records are buffered, and written by a thread when 64 KiB have gathered, after a second, and when the disk is
+    closed. The records of the last second, and of requests in flight, are lost when the worker dies; the next worker
+    overwrites a record that was written by half, and goes on in the same file after a record of its own begin.
+    No fault of the file ever reaches the guest: what the file does not take (no space left) or not in time is dropped
+    and counted; `status` says how much and why, and the file itself says so as soon as it can be written again.
+
+    At `limit=` bytes the file begins anew, and FILE.1 holds what was before: together they take at most twice the
+    limit.
+
+Example:
+    log:|aio:/srv/images/guest.img
+    log:/var/log/guest.rec,limit=16M|aio:/srv/images/guest.img
+
+Limits:
+    The map takes up to 256 MiB of the host's memory per TiB of disk in 512-byte pieces, but only for the parts that
+    were written: 4 KiB for 16 MiB. `granularity=4K` takes an eighth of it, and marks 4 KiB for a write of 512 bytes.
+    Ranges that are written or discarded as a whole take nothing. `status` counts dirty bytes in steps of 8192 times
+    the granularity. A record holds at most 2 TiB of sectors: a discard of more shows as that much. Two disks must not
+    share one FILE. FILE must not be a symbolic link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import starmap
+
+from xenbackend.block import record
+from xenbackend.block.dirty import DirtyMap, Range, StalePageError, memory_size
+from xenbackend.block.driver import Env, Filter, Geometry
+from xenbackend.block.options import Size, option
+from xenbackend.block.recorder import MIN_LIMIT, Recorder
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+from xenbackend.units import format_size
+
+_SECTOR = 512  # bytes: the unit of replies, whatever the medium's is
+
+
+class Log(Filter):
+    """See the head of this file."""
+
+    name = "log"
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """The options of `log:`."""
+
+        record: str = option("file for a record of every request; none: only track", default="", target=True)
+        limit: Size = option("bytes after which the file begins anew", default=64 << 20)
+        track: bool = option("track writes from the beginning", default=True)
+        granularity: Size = option("track in pieces of this many bytes, a power of two", default=512)
+
+        def __post_init__(self) -> None:
+            if self.granularity < _SECTOR or self.granularity & (self.granularity - 1):
+                raise ValueError(f"granularity is {format_size(self.granularity)}; it must be 512, 1K, 2K, 4K ...")
+            if self.limit < MIN_LIMIT:
+                raise ValueError(f"limit is {format_size(self.limit)}; it must be {format_size(MIN_LIMIT)} or more")
+
+    options: Options
+
+    def open(self, env: Env) -> Geometry:
+        """Find the map or begin one, and open the file. Raises: DriverError, OSError."""
+        geometry = super().open(env)
+        options = self.options
+        memory = env.memory("dirty", memory_size(geometry.size, options.granularity))
+        self._dirty = DirtyMap(memory, geometry.size, options.granularity, is_tracking=options.track)
+        self._is_tracking = self._dirty.is_tracking
+        env.report("tracking", "on" if self._is_tracking else "off")
+        self._recorder: Recorder | None = None
+        if options.record:
+            self._open_record(geometry)
+        return geometry
+
+    def _open_record(self, geometry: Geometry) -> None:
+        began_ns = time.time_ns()
+        self._epoch_ns = began_ns - self._now_ns()
+        self._started_ns: dict[Request, int] = {}
+        session = record.Session(geometry.size, began_ns, geometry.sector_size, os.getpid())
+        path, limit = self.options.record, self.options.limit
+        self._recorder = Recorder(self.env, path, limit, record.pack_session(session), self._wall_ns)
+        self.on_complete = self._record
+        self.env.report("record", path)
+
+    def submit(self, batch: list[Request]) -> None:
+        """Mark what the batch will change, then pass it on."""
+        if self._is_tracking:
+            self._dirty.mark_changes(batch)
+        if self._recorder is not None:
+            self._started_ns.update(dict.fromkeys(batch, self._now_ns()))
+        self.next.submit(batch)  # type: ignore[union-attr]  # a filter has a layer below
+
+    def _record(self, batch: list[Request]) -> None:
+        """Leave a record of each request, then give the batch back."""
+        now_ns, epoch_ns = self._now_ns(), self._epoch_ns
+        pop, pack, most = self._started_ns.pop, record.REQUEST.pack, record.MAX_COUNT
+        records = []
+        for request in batch:
+            started_ns = pop(request)
+            records.append(
+                pack(
+                    epoch_ns + started_ns,
+                    request.offset // _SECTOR,
+                    now_ns - started_ns,
+                    min(request.length // _SECTOR, most),
+                    request.status,
+                    request.op,
+                )
+            )
+        self._recorder.add(b"".join(records))  # type: ignore[union-attr]  # wired only where there is one
+        self.complete(batch)
+
+    def _now_ns(self) -> int:
+        return int(self.env.now() * 1e9)
+
+    def _wall_ns(self) -> int:
+        return self._epoch_ns + self._now_ns()
+
+    def control(self, verb: str, arguments: Sequence[str]) -> bytes:
+        """Do a verb of the manual and return its reply. Raises: DriverError."""
+        verbs = {
+            "start": self._start, "stop": self._stop, "clear": self._clear, "status": self._status,
+            "peek": self._peek, "get": self._get,
+        }  # fmt: skip
+        if verb not in verbs:
+            raise _refusal(f"knows no verb {verb!r}; it knows {', '.join(sorted(verbs))}", errno.EOPNOTSUPP)
+        most = 1 if verb in ("peek", "get") else 0
+        if len(arguments) > most:
+            raise _refusal(f"{verb} takes {'at most one argument' if most else 'no argument'}, not {len(arguments)}")
+        return verbs[verb](*map(_number, arguments)).encode()
+
+    def _start(self) -> str:
+        if not self._is_tracking:
+            self._dirty.clear()
+            self._set_tracking(True)
+        return self._status()
+
+    def _stop(self) -> str:
+        self._set_tracking(False)
+        return self._status()
+
+    def _clear(self) -> str:
+        self._dirty.clear()
+        return self._status()
+
+    def _set_tracking(self, value: bool) -> None:  # noqa: FBT001 - a setter
+        self._is_tracking = self._dirty.is_tracking = value
+        self.env.report("tracking", "on" if value else "off")
+
+    def _status(self) -> str:
+        dirty = self._dirty
+        facts = {
+            "tracking": "on" if self._is_tracking else "off",
+            "granularity": dirty.granularity,
+            "size": dirty.size,
+            "dirty_at_most": dirty.dirty_at_most(),
+            "unacknowledged_ranges": dirty.unacknowledged,
+        }
+        if self._recorder is not None:
+            facts |= {"recorded": self._recorder.recorded, "lost": self._recorder.lost}
+            if self._recorder.problem:
+                facts["problem"] = self._recorder.problem
+        return "".join(f"{key} {value}\n" for key, value in facts.items())
+
+    def _peek(self, sector: int = 0) -> str:
+        ranges, after = self._dirty.peek(sector * _SECTOR)
+        return _page(ranges, "end" if after >= self._dirty.size else f"more {after // _SECTOR}")
+
+    def _get(self, acknowledged: int | None = None) -> str:
+        try:
+            ranges, page = self._dirty.take(acknowledged)
+        except StalePageError as error:
+            raise _refusal(f"{error}: another reader is at work; begin again with get", errno.ESTALE) from None
+        return _page(ranges, f"more {page}" if ranges else "end")
+
+    def close(self) -> None:
+        """Write what is left of the record, and let go of the map."""
+        if self._recorder is not None:
+            self._recorder.close()
+        self._dirty.release()
+
+
+def _page(ranges: list[Range], last_line: str) -> str:
+    return "".join(starmap(_line, ranges)) + last_line + "\n"
+
+
+def _line(offset: int, length: int) -> str:
+    return f"{offset // _SECTOR} {length // _SECTOR}\n"
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 15:  # any sector and any page fits
+        raise _refusal(f"{text!r} is not the number from the last line of a page")
+    return int(text)
+
+
+def _refusal(problem: str, code: int = errno.EINVAL) -> DriverError:
+    return DriverError(problem, layer="log", errno=code)

@@ -1,0 +1,172 @@
+"""Writes a record file in service: a buffer, a thread that empties it, and a bound on what the file takes.
+
+Must not know what a record says, nor make a request wait: what cannot be written in time is dropped and counted.
+
+The file and the one that takes its older half, `<path>.1`, are both opened at the begin, so that a worker that may
+open nothing in service can still begin the file anew: it copies its bytes to `<path>.1` and truncates it. Each holds
+at most `limit` bytes.
+
+    add     -> buffer, up to BUFFER_LIMIT bytes; from there on records are dropped
+    write   -> a thread takes the whole buffer; asked for at WRITE_AT bytes, after IDLE_S seconds, and by `close`
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Callable
+
+from xenbackend.block import record
+from xenbackend.block.driver import Env
+from xenbackend.errors import DriverError
+from xenbackend.units import format_size
+
+WRITE_AT = 64 * 1024  # bytes
+BUFFER_LIMIT = 512 * 1024  # bytes; more than this waits only for a disk that does not keep up
+IDLE_S = 1.0  # the oldest record waits so long at most, which bounds what dies with the worker
+MIN_LIMIT = 2 * BUFFER_LIMIT  # bytes; so that whatever was buffered fits into a file that was begun anew
+_COPY = 1 << 20  # bytes
+
+
+class Recorder:
+    """An open record file, to the end of which records are appended."""
+
+    def __init__(self, env: Env, path: str, limit: int, session: bytes, wall_ns: Callable[[], int]) -> None:
+        """Open the file, or make it, for its owner only.
+
+        Units: `limit` is bytes, at least MIN_LIMIT. `session` is the record that begins a file and this worker's part.
+        Raises: DriverError when `path` is something else than a record file; OSError.
+        """
+        self.problem = ""  # the last fault of the file, for people
+        self.recorded = 0  # records written since this worker opened the file
+        self._dropped = 0  # records that found the buffer full; counted by the loop
+        self._failed = 0  # records that the file did not take; counted by whoever holds the lock
+        self._said = 0  # lost records of which the file speaks; likewise
+        self._env = env
+        self._limit = limit
+        self._session = session
+        self._wall_ns = wall_ns
+        self._needs_session = True
+        self._buffer = bytearray()
+        self._pending: list[bytes] = []  # what a thread was asked to write; `close` may be there before it
+        self._has_timer = False
+        self._lock = threading.Lock()  # held while the file is written
+        self._file, self._size = _open(path)
+        try:
+            self._older, _ = _open(f"{path}.1")
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    @property
+    def lost(self) -> int:
+        """Records that are not in the file and will not be."""
+        return self._dropped + self._failed
+
+    def add(self, records: bytes) -> None:
+        """Take packed records; they reach the file later, or are counted as lost."""
+        buffer = self._buffer
+        if len(buffer) + len(records) > BUFFER_LIMIT:
+            self._dropped += len(records) // record.SIZE
+            return
+        buffer += records
+        if len(buffer) >= WRITE_AT:
+            self._write_soon()
+        elif not self._has_timer:
+            self._has_timer = True
+            self._env.call_later(IDLE_S, self._after_idling)
+
+    def close(self) -> None:
+        """Write what is buffered, and close. Waits for the thread, if it is writing."""
+        self._pending.append(bytes(self._buffer))
+        self._buffer.clear()
+        self._write_pending()
+        os.close(self._file)
+        os.close(self._older)
+
+    def _after_idling(self) -> None:
+        self._has_timer = False
+        self._write_soon()
+
+    def _write_soon(self) -> None:
+        if self._buffer and not self._pending:
+            self._pending.append(bytes(self._buffer))
+            self._buffer.clear()
+            self._env.run_in_thread(self._write_pending, self._after_writing)
+
+    def _after_writing(self) -> None:
+        if len(self._buffer) >= WRITE_AT:
+            self._write_soon()
+
+    def _write_pending(self) -> None:
+        with self._lock:
+            while self._pending:
+                if self._pending[0]:
+                    self._write(self._pending[0])
+                self._pending.pop(0)
+
+    def _write(self, data: bytes) -> None:
+        """Append `data`, whole or not at all; a fault of the file ends here and costs the guest nothing."""
+        count = len(data) // record.SIZE
+        lost = self.lost
+        if lost > self._said:
+            data += record.pack_lost(record.Lost(self._wall_ns(), lost - self._said))
+        try:
+            if self._size + record.SIZE + len(data) > self._limit:
+                self._begin_anew()
+            if self._needs_session:
+                data = self._session + data
+            _append(self._file, data, self._size)
+        except OSError as error:
+            self._failed += count
+            self.problem = error.strerror or str(error)
+        else:
+            self._size += len(data)
+            self._needs_session = False
+            self._said = lost
+            self.recorded += count
+
+    def _begin_anew(self) -> None:
+        """Move the file's bytes to the older file; where that is impossible they are given up, to free their space."""
+        os.ftruncate(self._older, 0)
+        try:
+            at = 0
+            while chunk := os.pread(self._file, _COPY, at):
+                _append(self._older, chunk, at)
+                at += len(chunk)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            os.ftruncate(self._older, 0)
+        os.ftruncate(self._file, 0)
+        self._size = 0
+        self._needs_session = True
+
+
+def _open(path: str) -> tuple[int, int]:
+    """Return a descriptor of a record file and its size in bytes, without a last record that was cut short."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise DriverError(f"{path} is not a regular file", layer="log", option="record", path=path)
+        size = status.st_size - status.st_size % record.SIZE
+        if status.st_size and os.pread(fd, len(record.MAGIC), 0) != record.MAGIC:
+            problem = f"{path} holds {format_size(status.st_size)} of something else than records; name another file"
+            raise DriverError(problem, layer="log", option="record", path=path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, size
+
+
+def _append(fd: int, data: bytes, at: int) -> None:
+    """Write all of `data` at `at`, the end of the file; on a fault the file ends there again. Raises: OSError."""
+    view = memoryview(data)
+    written = 0
+    try:
+        while written < len(view):
+            written += os.pwrite(fd, view[written:], at + written)
+    except OSError:
+        os.ftruncate(fd, at)
+        raise
