@@ -1,0 +1,43 @@
+"""A simulated xenstored, connections to it, and a running registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import Stepped
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.store import Store
+
+
+@pytest.fixture
+def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
+    """A xenstored with domain 5 in it."""
+    with Xenstored(tmp_path / "store") as store:
+        store.add_domain_socket(5)
+        yield store
+
+
+@pytest.fixture
+def toolstack(xenstored: Xenstored) -> Iterator[Store]:
+    """A connection of domain 0, as a toolstack has."""
+    with Store(xenstored.address) as store:
+        yield store
+
+
+@pytest.fixture
+def guest(xenstored: Xenstored) -> Iterator[Store]:
+    """A connection of domain 5."""
+    with Store(xenstored.add_domain_socket(5)) as store:
+        yield store
+
+
+@pytest.fixture
+def stepped(xenstored: Xenstored) -> Iterator[Stepped]:
+    """A running registry with a fake worker for every vbd."""
+    registry = Stepped(xenstored.address, Settings())
+    yield registry
+    registry.close()

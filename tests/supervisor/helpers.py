@@ -1,0 +1,106 @@
+"""What these tests share: a registry stepped in the test's own thread, a toolstack and a frontend by hand."""
+
+from __future__ import annotations
+
+import selectors
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xenbackend.supervisor.events import Expired
+from xenbackend.supervisor.fleet import Fleet
+from xenbackend.supervisor.nodes import Nodes
+from xenbackend.supervisor.paths import VbdPath
+from xenbackend.supervisor.registry import Registry
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.vbd import Vbd
+
+_ROOT = Path(__file__).parents[2]
+FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+PATH = VbdPath("vbd", 0, 5, 51712)
+PATIENCE_S = 20.0  # for what must happen; a failed test takes this long, a passed one does not
+
+
+class Stepped:
+    """A registry and the loop around it."""
+
+    def __init__(self, address: str, settings: Settings) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.store = Store(address)
+        self.registry = Registry(self.store, Fleet(self.selector, FAKE_WORKER), settings, self.selector)
+        self.registry.start()
+
+    def turn(self, timeout_s: float = 0.05) -> None:
+        """Do one pass of the loop."""
+        is_busy = self.registry.turn()
+        for key, _ in self.selector.select(0 if is_busy else timeout_s):
+            if self.selector.get_map().get(key.fd) is key:
+                key.data()
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Turn until the condition holds, and return what it returned."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "it never happened"
+            self.turn()
+        return found
+
+    def vbd(self) -> Vbd:
+        """The one vbd that most tests have."""
+        return self.until(lambda: self.registry.vbds.get(PATH))
+
+    def expire(self) -> None:
+        """Let the vbd's limit be over now."""
+        self.vbd().handle(Expired())
+
+    def close(self) -> None:
+        """Stop, and see that every worker ends."""
+        self.registry.stop()
+        for vbd in self.registry.vbds.values():
+            if vbd.worker is not None:
+                vbd.worker.kill("the test is over")
+        self.until(lambda: not self.registry.vbds)
+        self.store.close()
+        self.selector.close()
+
+
+def write_like_libxl(store: Store, path: VbdPath = PATH, **changes: str) -> None:
+    """Make both directories as libxl does, in one transaction; `changes` has ``_`` for ``-`` in keys."""
+    back = {
+        "frontend": path.frontend, "params": "null:1G", "script": "/etc/xen/scripts/block-xenbackend",
+        "online": "1", "mode": "w", "device-type": "disk", "state": "1",
+    }  # fmt: skip
+    back |= {key.replace("_", "-"): value for key, value in changes.items()}
+
+    def body(nodes: Nodes) -> None:
+        for directory, permissions in ((path.frontend, ["n5", "r0"]), (path.backend, ["n0", "r5"])):
+            nodes.mkdir(directory)
+            nodes.set_permissions(directory, permissions)
+        for key, value in back.items():
+            nodes.write(f"{path.backend}/{key}", value)
+        nodes.write(f"{path.frontend}/backend", path.backend)
+        nodes.write(f"{path.frontend}/state", "1")
+        nodes.set_permissions(f"{path.frontend}/state", ["n5", "r0"])
+
+    store.transact(body)
+
+
+def offer_ring(guest: Store, path: VbdPath = PATH) -> None:
+    """Do what a frontend does when it sees InitWait."""
+    guest.write(f"{path.frontend}/ring-ref", "8")
+    guest.write(f"{path.frontend}/event-channel", "3")
+    guest.write(f"{path.frontend}/protocol", "x86_64-abi")
+    guest.write(f"{path.frontend}/state", "3")
+
+
+def remove_like_libxl(store: Store, path: VbdPath = PATH) -> None:
+    """Ask for the vbd to go away."""
+
+    def body(nodes: Nodes) -> None:
+        nodes.write(f"{path.backend}/online", "0")
+        nodes.write(f"{path.backend}/state", "5")
+
+    store.transact(body)

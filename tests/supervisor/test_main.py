@@ -1,0 +1,162 @@
+"""The service as a process: real workers, a simulated xenstored, signals, systemd's protocol, the daemon."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import PATH
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.client import call
+from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.toolstack import Attachment, attach
+
+pytestmark = pytest.mark.slow  # every one starts a service
+
+_ROOT = Path(__file__).parents[2]
+_COMMAND = (sys.executable, "-c", "import sys; from xenbackend.cli.main import main; sys.exit(main())")
+
+
+class Systemd:
+    """The end of the notify socket that systemd has."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(30)
+        self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "100000"}
+        self.heard: list[str] = []
+
+    def wait_for(self, state: str) -> None:
+        """Wait until the service has said `state`."""
+        while state not in self.heard:
+            self.heard.append(self._socket.recv(1000).decode())
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    """A systemd that listens."""
+    systemd = Systemd(tmp_path / "notify")
+    yield systemd
+    systemd.close()
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(_ROOT), **more}
+
+
+def _start(xenstored: Xenstored, control_socket: Path, systemd: Systemd) -> subprocess.Popen[str]:
+    arguments = ("run", "--store", xenstored.address, "--socket", str(control_socket), "--log", "journal")
+    service = subprocess.Popen(
+        [*_COMMAND, *arguments], env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True
+    )
+    systemd.wait_for("READY=1")
+    return service
+
+
+def _stop(service: subprocess.Popen[str]) -> str:
+    service.send_signal(signal.SIGTERM)
+    _, log = service.communicate(timeout=30)
+    assert 0 == service.returncode
+    return log
+
+
+def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
+    """A real worker opens the chain; SIGTERM closes it, leaves the states, and takes our own nodes and socket away."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"))
+    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    pid = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    systemd.wait_for("WATCHDOG=1")
+    systemd.wait_for("STATUS=serving 1 vbds")
+    log = _stop(service)
+    systemd.wait_for("STOPPING=1")
+
+    assert service.pid == pid
+    assert ("InitWait", "", 1 << 30) == (known["state"], known["error"], known["layers"][0]["size"])
+    assert not Path(f"/proc/{known['worker']}").exists()
+    assert "2" == toolstack.read(f"{PATH.backend}/state")
+    assert [] == toolstack.directory("/local/domain/0/xenbackend")
+    assert not control_socket.exists()
+    assert {"<6>"} == {line[:3] for line in log.splitlines()}
+
+
+def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
+    """An unknown verb and an unknown vbd get a sentence from the service, which lives on."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    answers = []
+    for request in ({"verb": "frob"}, {"verb": "command", "vbd": "5/xvdz", "layer": "log", "command": "get"}, {}):
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"from xenbackend.supervisor.client import call; call({str(control_socket)!r}, {request})",
+            ],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        answers.append(run.stderr.splitlines()[-1])
+    _stop(service)
+
+    assert ["unknown request" in answers[0], "there is no vbd '5/xvdz'" in answers[1]] == [True, True]
+    assert "unknown request" in answers[2]
+
+
+def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> None:
+    """With --detach a missing xenstore is one sentence on the operator's terminal and exit status 1."""
+    run = subprocess.run(
+        [*_COMMAND, "run", "--detach", "--store", str(tmp_path / "none"), "--socket", str(tmp_path / "control.sock")],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (1, 1) == (run.returncode, len(run.stderr.splitlines()))
+    assert f"xenstore at {tmp_path / 'none'}" in run.stderr
+
+
+def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> None:
+    """With --detach the command returns at once, the pid file names the daemon, and SIGTERM ends it tidily."""
+    pid_file, control_socket, log_file = (tmp_path / name for name in ("pid", "control.sock", "log"))
+    subprocess.run(
+        [
+            *_COMMAND, "run", "--detach", "--store", xenstored.address, "--socket", str(control_socket),
+            "--pid-file", str(pid_file), "--log-file", str(log_file), "--log", "journal",
+        ],
+        env=_environment(), check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    with Store(xenstored.address) as store:
+        _wait_until_served(store, control_socket)
+    pid = int(pid_file.read_text())
+    end = os.pidfd_open(pid)
+    assert pid == call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    os.kill(pid, signal.SIGTERM)
+    ended, _, _ = select.select([end], [], [], 30)
+    os.close(end)
+
+    assert ended
+    assert not pid_file.exists()
+    assert "service: stopped" in log_file.read_text()
+
+
+def _wait_until_served(store: Store, control_socket: Path) -> None:
+    """Wait for the daemon's own sign of life in xenstore: an attached disk that opens."""
+    attach(store, Attachment(PATH, "null:1G"))
+    assert control_socket.exists()

@@ -1,0 +1,234 @@
+"""The registry against a simulated xenstored and worker processes without a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.supervisor.helpers import PATH, Stepped, offer_ring, remove_like_libxl, write_like_libxl
+from xenbackend.errors import ConfigError
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.device import Phase
+from xenbackend.supervisor.paths import VbdPath
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.status import describe, rates
+from xenbackend.supervisor.store import Store
+
+pytestmark = pytest.mark.slow  # every one starts processes
+
+
+def _has(store: Store, key: str, value: str) -> Callable[[], bool]:
+    return lambda: store.read_optional(f"{PATH.backend}/{key}") == value
+
+
+def _serve(stepped: Stepped, toolstack: Store, guest: Store, **changes: str) -> None:
+    """Bring the vbd up to Connected."""
+    write_like_libxl(toolstack, **changes)
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+    offer_ring(guest)
+    stepped.until(_has(toolstack, "state", "4"))
+
+
+def test_birth_service_and_removal(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """A vbd made by libxl comes up, is served, and after libxl's request and the guest's Closed ends in Closed."""
+    write_like_libxl(toolstack)
+    stepped.until(_has(toolstack, "state", "2"))
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+    offer_ring(guest)
+    stepped.until(_has(toolstack, "state", "4"))
+    worker = stepped.vbd().worker.pid
+    keys = toolstack.dictionary(PATH.backend)
+    shown = toolstack.dictionary("/local/domain/0/xenbackend/vbd/5/51712")
+    guest.write(f"{PATH.frontend}/state", "4")
+    remove_like_libxl(toolstack)
+    stepped.until(lambda: stepped.vbd().device.ours == 5)
+    guest.write(f"{PATH.frontend}/state", "6")
+    stepped.until(_has(toolstack, "state", "6"))
+    toolstack.remove(PATH.backend)
+    stepped.until(lambda: not stepped.registry.vbds)
+
+    assert ("2097152", "512", "1") == (keys["sectors"], keys["sector-size"], keys["feature-persistent"])
+    assert ("null:1G", str(worker), "") == (shown["chain"], shown["worker"], shown["error"])
+    assert [] == toolstack.directory("/local/domain/0/xenbackend/vbd")
+    assert toolstack.read_optional(PATH.backend) is None
+
+
+def test_only_vbds_with_our_script_are_served(stepped: Stepped, toolstack: Store) -> None:
+    """A vbd with another script belongs to somebody else: nothing is written into it."""
+    other = VbdPath("vbd", 0, 5, 51728)
+    write_like_libxl(toolstack, other, script="/etc/xen/scripts/block")
+    write_like_libxl(toolstack)
+    stepped.until(_has(toolstack, "state", "2"))
+
+    assert [PATH] == list(stepped.registry.vbds)
+    assert "1" == toolstack.read(f"{other.backend}/state")
+
+
+def test_serve_all_takes_every_vbd_that_was_there_before(xenstored: Xenstored, toolstack: Store) -> None:
+    """With serve = "all" a vbd needs no script, and one that is older than the service is found by the first scan."""
+    write_like_libxl(toolstack, script="")
+    stepped = Stepped(xenstored.address, Settings(serve="all"))
+    try:
+        stepped.until(_has(toolstack, "state", "2"))
+    finally:
+        stepped.close()
+
+
+def test_failed_open_is_reported_everywhere(stepped: Stepped, toolstack: Store) -> None:
+    """A chain that does not open leaves its sentence with hotplug-error, the error node and our own status."""
+    write_like_libxl(toolstack, params="null:2G")
+    stepped.until(_has(toolstack, "hotplug-status", "error"))
+    stepped.until(lambda: stepped.vbd().worker is None)
+    sentence = "null: it is broken"
+
+    assert sentence == toolstack.read(f"{PATH.backend}/hotplug-error")
+    assert f"22 {sentence}" == toolstack.read("/local/domain/0/error/backend/vbd/5/51712/error")
+    assert sentence == toolstack.read("/local/domain/0/xenbackend/vbd/5/51712/error")
+    assert "2" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_dead_worker_is_reported_and_the_vbd_closed(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """A worker that dies takes its vbd to Closed with its exit status in the sentence; re-attaching starts another."""
+    write_like_libxl(toolstack, params="null:3G")
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+    offer_ring(guest)
+    stepped.until(_has(toolstack, "state", "6"))
+    assert "the worker ended unexpectedly with exit status 3" == stepped.vbd().device.error
+    toolstack.remove(PATH.backend)
+    stepped.until(lambda: not stepped.registry.vbds)
+    write_like_libxl(toolstack)
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+
+
+def test_vanished_node_is_never_brought_back(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """When the backend directory is deleted under a connected vbd, its worker ends and the directory stays away."""
+    _serve(stepped, toolstack, guest)
+    toolstack.remove(PATH.backend)
+    toolstack.remove(PATH.frontend)
+    stepped.until(lambda: not stepped.registry.vbds)
+
+    assert [] == toolstack.directory(PATH.backend)
+
+
+def test_write_that_comes_too_late_does_not_undo_the_toolstack(stepped: Stepped, toolstack: Store) -> None:
+    """A state that the toolstack has changed since our last look is not overwritten: its 5 is seen and obeyed."""
+    write_like_libxl(toolstack)
+    vbd = stepped.vbd()
+    stepped.until(lambda: vbd.device.phase is Phase.OPENING)
+    remove_like_libxl(toolstack)
+    stepped.until(_has(toolstack, "state", "6"))
+
+    assert vbd.worker is None
+
+
+def test_worker_that_never_disconnects_is_killed(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """R23: when the limit for letting go is over the worker is killed and the vbd is Closed."""
+    _serve(stepped, toolstack, guest, params="null:4G")
+    guest.write(f"{PATH.frontend}/state", "6")
+    stepped.until(lambda: stepped.vbd().device.phase is Phase.DISCONNECTING)
+    stepped.expire()
+    stepped.until(_has(toolstack, "state", "6"))
+
+    assert "the worker was killed: it was disconnecting for too long" == stepped.vbd().device.error
+
+
+def test_lost_store_leaves_the_worker_alone_and_all_is_made_true_again(
+    stepped: Stepped, xenstored: Xenstored, toolstack: Store, guest: Store
+) -> None:
+    """While xenstore is away disks are served on; what a frontend did meanwhile is seen when it is back."""
+    _serve(stepped, toolstack, guest)
+    worker = stepped.vbd().worker
+    xenstored.stop()
+    stepped.until(lambda: not stepped.store.is_connected)
+    assert (Phase.SERVING, worker) == (stepped.vbd().device.phase, stepped.vbd().worker)
+    xenstored.start()
+    toolstack.reconnect()
+    toolstack.remove("/local/domain/0/xenbackend")
+    toolstack.write(f"{PATH.frontend}/state", "5")
+    stepped.until(_has(toolstack, "state", "5"))
+
+    assert "null:1G" == toolstack.read("/local/domain/0/xenbackend/vbd/5/51712/chain")
+    assert worker is stepped.vbd().worker
+
+
+def test_flood_of_events_costs_one_look(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """R12: a frontend that writes its state a thousand times leaves one flag, not a queue."""
+    write_like_libxl(toolstack)
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+    for number in range(1000):
+        guest.write(f"{PATH.frontend}/state", str(number % 9))
+    guest.write(f"{PATH.frontend}/state", "1")
+    looks = 0
+    while stepped.registry.turn():
+        looks += 1
+
+    assert looks < 10
+    assert 1 == stepped.vbd().device.theirs
+
+
+def test_stop_leaves_states_and_the_next_service_goes_on(
+    stepped: Stepped, xenstored: Xenstored, toolstack: Store, guest: Store
+) -> None:
+    """A stopped service ends its workers and writes no state; the next one serves the same frontend again."""
+    _serve(stepped, toolstack, guest)
+    guest.write(f"{PATH.frontend}/state", "4")
+    stepped.registry.stop()
+    stepped.until(lambda: not stepped.registry.vbds)
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+    successor = Stepped(xenstored.address, Settings())
+    try:
+        successor.until(lambda: successor.vbd().device.phase is Phase.SERVING)
+        assert "4" == toolstack.read(f"{PATH.backend}/state")
+    finally:
+        successor.close()
+
+
+def test_status_and_commands(stepped: Stepped, toolstack: Store) -> None:
+    """A vbd is described with its counters, read without the worker's help, and a layer's answer comes back."""
+    write_like_libxl(toolstack)
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+    vbd = stepped.registry.find("5/xvda")
+    answers: list[dict[str, Any]] = []
+    vbd.command("log", "get", ["a"], answers.append)
+    vbd.command("log", "nonsense", [], answers.append)
+    stepped.until(lambda: len(answers) == 2)
+    known = describe(vbd)
+    later = {**known, "counters": {**known["counters"], "reads": 27}}
+
+    assert [{"data": "log ['a']"}, {"error": "log []"}] == answers
+    assert ("InitWait", "xvda", 7, "null:1G") == (
+        known["state"],
+        known["device"],
+        known["counters"]["reads"],
+        known["layers"][0]["text"],
+    )
+    assert 10.0 == rates(known, later, 2.0)["reads"]
+    with pytest.raises(ConfigError, match="vbd/5/51712"):
+        stepped.registry.find("6/xvda")
+
+
+def test_frontend_outside_its_domain_is_not_even_watched(stepped: Stepped, toolstack: Store) -> None:
+    """R15: a frontend path that lies in another domain is refused, and nothing there is read or watched."""
+    write_like_libxl(toolstack, frontend="/local/domain/6/device/vbd/51712")
+    stepped.until(_has(toolstack, "hotplug-status", "error"))
+
+    assert "domain 5's path" in toolstack.read(f"{PATH.backend}/hotplug-error")
+    assert stepped.vbd().worker is None
+
+
+def test_node_that_is_made_again_while_the_old_one_closes(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """A vbd that is attached again before the old worker has ended is found, though its event came for the old one."""
+    _serve(stepped, toolstack, guest)
+    vbd = stepped.vbd()
+    toolstack.remove(PATH.backend)
+    stepped.until(lambda: vbd.device.phase is Phase.CLOSING)
+    write_like_libxl(toolstack)
+    vbd._around.store.events()  # the loop took the events, and the worker's end comes before the look
+    while not vbd.is_forgotten:
+        for key, _ in stepped.selector.select(1):
+            key.data()
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+
+    assert vbd is not stepped.vbd()

@@ -1,0 +1,197 @@
+"""The control socket from a client's side."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.supervisor import server as server_module
+from xenbackend.supervisor.client import call
+from xenbackend.supervisor.server import IDLE_S, MAX_CLIENTS, MAX_LINE, Reply, Server
+
+
+class Loop:
+    """A server that echoes, and its loop."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.time = 0.0
+        self.held: list[Reply] = []
+        self.selector = selectors.DefaultSelector()
+        self.server = Server(self.path, self.selector, self._answer, lambda: self.time)
+
+    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
+        if request.get("verb") == "hold":
+            self.held.append(reply)
+        elif request.get("verb") == "big":
+            reply({"data": "x" * 2_000_000})
+        else:
+            reply({"data": request})
+
+    def turn(self, timeout_s: float = 0.0) -> None:
+        """Do what descriptors are ready for."""
+        for key, _ in self.selector.select(timeout_s):
+            key.data()
+
+    def settle(self) -> None:
+        """Do everything that follows from what clients did so far."""
+        for _ in range(40):
+            self.turn()
+
+    def connect(self) -> socket.socket:
+        """Return a new client's socket."""
+        near = socket.socket(socket.AF_UNIX)
+        near.settimeout(5)
+        near.connect(self.path)
+        return near
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    """A server in a directory of its own."""
+    loop = Loop(tmp_path / "control.sock")
+    yield loop
+    loop.server.close()
+    loop.selector.close()
+
+
+def _ask(loop: Loop, request: dict[str, Any]) -> dict[str, Any]:
+    answers: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: answers.append(call(loop.path, request)))
+    thread.start()
+    while thread.is_alive():
+        loop.turn(0.01)
+    thread.join()
+    return answers[0]
+
+
+def test_a_request_gets_its_answer(loop: Loop) -> None:
+    """One line in, one line out; an answer larger than any socket buffer arrives whole."""
+    assert {"data": {"verb": "ping"}} == _ask(loop, {"verb": "ping"})
+    assert 2_000_000 == len(_ask(loop, {"verb": "big"})["data"])
+
+
+def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
+    """R22: the socket's mode is 0600 from its birth."""
+    assert 0o600 == Path(loop.path).stat().st_mode & 0o777
+
+
+def test_other_users_are_sent_away(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R22: a peer that is neither root nor our own user is hung up on, whatever the socket's mode is by now."""
+    monkeypatch.setattr(server_module, "_may_use", lambda _: False)
+    with loop.connect() as client:
+        loop.settle()
+
+        assert b"" == client.recv(1)
+
+
+def test_clients_are_bounded(loop: Loop) -> None:
+    """R22: a connection beyond the limit is closed at once, and those before it are served."""
+    clients = [loop.connect() for _ in range(MAX_CLIENTS)]
+    loop.settle()
+    with loop.connect() as late:
+        loop.settle()
+        assert b"" == late.recv(1)
+    clients[0].sendall(b'{"verb": "ping"}\n')
+    loop.settle()
+    assert b'{"data": {"verb": "ping"}}\n' == clients[0].recv(1000)
+    for client in clients:
+        client.close()
+
+
+def test_idle_clients_are_sent_away(loop: Loop) -> None:
+    """R22: who says nothing for too long loses the connection."""
+    with loop.connect() as client:
+        loop.settle()
+        assert IDLE_S == loop.server.next_deadline()
+        loop.time = IDLE_S
+        loop.server.turn()
+        assert b"" == client.recv(1)
+    assert loop.server.next_deadline() is None
+
+
+def test_a_line_is_bounded(loop: Loop) -> None:
+    """R22: more bytes than a request may have, without an end of line, end the connection."""
+    with loop.connect() as client:
+        client.setblocking(False)
+        sent = 0
+        while sent <= 2 * MAX_LINE:
+            try:
+                sent += client.send(b"x" * 4096)
+            except BlockingIOError:
+                pass
+            except OSError:
+                break
+            loop.settle()
+
+        assert sent <= 2 * MAX_LINE
+
+
+@pytest.mark.parametrize("line", [b"nonsense\n", b"[1]\n", b"\xff\xfe\n", b"\n", b"[" * 30_000 + b"\n"])
+def test_nonsense_is_answered(loop: Loop, line: bytes) -> None:
+    """What is no JSON object gets a sentence, and the connection lives on."""
+    with loop.connect() as client:
+        client.sendall(line)
+        loop.settle()
+        assert b"not a JSON object" in client.recv(1000)
+        client.sendall(b"{}\n")
+        loop.settle()
+        assert b'{"data": {}}\n' == client.recv(1000)
+
+
+def test_requests_are_answered_in_order_one_at_a_time(loop: Loop) -> None:
+    """A second request waits until the first is answered, however long that takes."""
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "hold"}\n{"n": 2}\n')
+        loop.settle()
+        client.sendall(b'{"n": 3}\n')
+        loop.settle()
+        loop.held[0]({"data": 1})
+        loop.settle()
+
+        assert b'{"data": 1}\n{"data": {"n": 2}}\n{"data": {"n": 3}}\n' == client.recv(1000)
+
+
+def test_an_answer_for_a_client_that_has_gone_is_dropped(loop: Loop) -> None:
+    """A client may hang up while its request is under way."""
+    client = loop.connect()
+    client.sendall(b'{"verb": "hold"}\n')
+    loop.settle()
+    client.close()
+    loop.settle()
+    loop.held[0]({"data": 1})
+    loop.settle()
+
+    assert loop.server.next_deadline() is None
+
+
+def test_only_one_service_listens(loop: Loop, tmp_path: Path) -> None:
+    """A second service is refused while the first lives, and a socket left behind by a dead one is replaced."""
+    with pytest.raises(ConfigError, match="listens there already"):
+        Server(loop.path, loop.selector, lambda *_: None, lambda: 0.0)
+    left_behind = tmp_path / "old.sock"
+    with socket.socket(socket.AF_UNIX) as near:
+        near.bind(str(left_behind))
+    server = Server(str(left_behind), loop.selector, lambda *_: None, lambda: 0.0)
+    server.close()
+
+    assert not left_behind.exists()
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    """The operator is told which directory to make."""
+    with pytest.raises(ConfigError, match=r"make the directory .*/none"):
+        Server(str(tmp_path / "none" / "x"), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+
+
+def test_an_error_reaches_the_caller_as_an_exception(tmp_path: Path) -> None:
+    """A service that is not there is told with how to start it."""
+    with pytest.raises(XenbackendError, match="systemctl start xenbackend"):
+        call(str(tmp_path / "none"), {})

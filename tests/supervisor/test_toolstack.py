@@ -1,0 +1,121 @@
+"""Attach and detach without xl, against a registry in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.supervisor.helpers import PATH, Stepped, offer_ring
+from xenbackend.errors import ChainError, ConfigError, XenbackendError
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.toolstack import Attachment, attach, detach, libxl_path, vbd_path, wait_until_connected
+
+pytestmark = pytest.mark.slow  # every one starts processes
+
+
+@pytest.fixture
+def service(xenstored: Xenstored) -> Iterator[None]:
+    """A registry whose loop turns by itself."""
+    stepped = Stepped(xenstored.address, Settings())
+    is_over = threading.Event()
+
+    def loop() -> None:
+        while not is_over.is_set():
+            stepped.turn(0.01)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield
+    is_over.set()
+    thread.join()
+    stepped.close()
+
+
+@pytest.mark.usefixtures("service")
+def test_attach_and_detach(toolstack: Store, guest: Store) -> None:
+    """The frontend's directory comes after the chain is open, libxl's entry is there, and detach leaves nothing."""
+    path = vbd_path(toolstack, 5, "xvda")
+    attach(toolstack, Attachment(path, "null:1G", read_only=True))
+    back, front = toolstack.dictionary(path.backend), toolstack.dictionary(path.frontend)
+    entry = toolstack.dictionary(libxl_path(path))
+    permissions = (
+        toolstack.get_permissions(path.backend),
+        toolstack.get_permissions(f"{path.backend}/state"),
+        toolstack.get_permissions(path.frontend),
+    )
+    offer_ring(guest)
+    wait_until_connected(toolstack, path, 20)
+    guest.write(f"{path.frontend}/state", "6")
+    detach(toolstack, path, 20)
+
+    assert PATH == path
+    assert ("2", "r", "connected", "4") == (back["state"], back["mode"], back["hotplug-status"], back["info"])
+    assert ("1", path.backend, "51712") == (front["state"], front["backend"], front["virtual-device"])
+    assert (path.backend, "/etc/xen/scripts/block-xenbackend") == (entry["backend"], entry["script"])
+    assert (["n0", "r5"], ["n0", "r5"], ["n5", "r0"]) == permissions
+    assert [[], [], []] == [toolstack.directory(each) for each in (path.backend, path.frontend, libxl_path(path))]
+
+
+@pytest.mark.usefixtures("service")
+def test_chain_that_does_not_open_is_told_and_taken_back(toolstack: Store, guest: Store) -> None:
+    """The service's sentence reaches the operator, the guest never sees the disk, and nothing is left."""
+    del guest
+    with pytest.raises(XenbackendError, match="null: it is broken"):
+        attach(toolstack, Attachment(PATH, "null:2G"))
+
+    assert [[], [], []] == [toolstack.directory(each) for each in (PATH.backend, PATH.frontend, libxl_path(PATH))]
+
+
+def test_a_bad_chain_touches_nothing(toolstack: Store) -> None:
+    """A chain that cannot be meant is refused before xenstore is written."""
+    with pytest.raises(ChainError):
+        attach(toolstack, Attachment(PATH, "log:|"))
+
+    assert [] == toolstack.directory(PATH.backend)
+
+
+def test_no_service_is_told(toolstack: Store) -> None:
+    """Without a service attach says so after its time, and takes back what it wrote."""
+    with pytest.raises(XenbackendError, match="is it running"):
+        attach(toolstack, Attachment(PATH, "null:1G"), timeout_s=0.05, patience_s=0.05)
+
+    assert [] == toolstack.directory(PATH.backend)
+
+
+@pytest.mark.usefixtures("service")
+def test_place_that_is_taken_and_domain_that_is_missing(toolstack: Store) -> None:
+    """A device number in use, and a domain that does not exist, are refused with a sentence."""
+    attach(toolstack, Attachment(PATH, "null:1G"))
+    with pytest.raises(ConfigError, match="has a device xvda already"):
+        attach(toolstack, Attachment(PATH, "null:1G"))
+    with pytest.raises(ConfigError, match="there is no domain 77"):
+        attach(toolstack, Attachment(vbd_path(toolstack, 77, "xvda"), "null:1G"))
+    with pytest.raises(XenbackendError, match="has no vbd xvdb"):
+        detach(toolstack, vbd_path(toolstack, 5, "xvdb"))
+
+
+@pytest.mark.usefixtures("service")
+def test_disk_in_use_goes_only_with_force(toolstack: Store, guest: Store) -> None:
+    """A guest that does not let go keeps its disk, until force takes the frontend's directory away."""
+    attach(toolstack, Attachment(PATH, "null:1G"))
+    offer_ring(guest)
+    wait_until_connected(toolstack, PATH, 20)
+    guest.write(f"{PATH.frontend}/state", "4")
+    with pytest.raises(XenbackendError, match=r"is still Closing after 0\.1 s"):
+        detach(toolstack, PATH, 0.1)
+    detach(toolstack, PATH, 20, force=True)
+
+    assert [[], []] == [toolstack.directory(each) for each in (PATH.backend, PATH.frontend)]
+
+
+@pytest.mark.usefixtures("service")
+def test_waiting_for_a_frontend_that_fails(toolstack: Store, guest: Store) -> None:
+    """A frontend whose keys cannot be is named with the reason, not with a time-out."""
+    attach(toolstack, Attachment(PATH, "null:1G"))
+    guest.write(f"{PATH.frontend}/state", "3")
+    with pytest.raises(XenbackendError, match=r"our state is Closed \(22 the frontend has not written"):
+        wait_until_connected(toolstack, PATH, 20)

@@ -1,0 +1,74 @@
+"""What a line of the log looks like, and what holds lines back."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from xenbackend import log
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+def test_journal_lines_carry_their_priority() -> None:
+    """Each line begins with the priority that sd-daemon(3) reads, and with the vbd that it is about."""
+    stream = io.StringIO()
+    log.configure("journal", "info", stream)
+    logger = log.get_logger("supervisor", vbd="vbd/5/51712")
+    logger.info("Connected", frontend="Initialised", worker=12)
+    logger.error("it broke")
+    logger.debug("not shown")
+
+    assert "<6>vbd/5/51712: Connected frontend=Initialised worker=12\n<3>vbd/5/51712: it broke\n" == stream.getvalue()
+
+
+def test_every_line_of_a_traceback_has_the_priority() -> None:
+    """A traceback in the journal stays one priority from the first line to the last."""
+    stream = io.StringIO()
+    log.configure("journal", "info", stream)
+    try:
+        raise ValueError("x\ny")
+    except ValueError:
+        log.get_logger("service").exception("bug")
+
+    assert {"<3>"} == {line[:3] for line in stream.getvalue().splitlines()}
+
+
+def test_json_lines_are_json() -> None:
+    """With --log json each line is one object with component, event, level and time."""
+    stream = io.StringIO()
+    log.configure("json", "info", stream)
+    log.get_logger("service").warning("hello")
+    line = json.loads(stream.getvalue())
+
+    assert ("service", "hello", "warning") == (line["component"], line["event"], line["level"])
+
+
+def test_guest_text_cannot_forge_lines() -> None:
+    """R13: control characters in a value are escaped and long values are cut, whatever the format."""
+    stream = io.StringIO()
+    log.configure("journal", "info", stream)
+    log.get_logger("x").info("said", text="a\n<0>forged\x1b[2J\u202e" + "b" * 9000)
+
+    assert 1 == stream.getvalue().count("\n")
+    assert "\\n<0>forged\\x1b[2J\\u202e" in stream.getvalue().replace("\\\\", "\\")
+    assert len(stream.getvalue()) < 700
+
+
+def test_brake_lets_a_burst_through_and_then_one_per_interval() -> None:
+    """R13: lines beyond the burst are held back and counted until time has passed."""
+    time = 0.0
+    brake = log.Brake(3, 10.0, lambda: time)
+
+    assert [True, True, True, False, False] == [brake.allows() for _ in range(5)]
+    time = 10.0
+    assert [True, False] == [brake.allows() for _ in range(2)]
+    assert [3, 0] == [brake.take_held_back() for _ in range(2)]

@@ -1,0 +1,83 @@
+"""What is installed beside the package: the unit, the udev rules, the entry point."""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from xenbackend import __version__
+from xenbackend.cli import run
+from xenbackend.supervisor.client import DEFAULT_SOCKET
+
+ROOT = Path(__file__).parents[1]
+UNIT = ROOT / "systemd" / "xenbackend.service"
+
+
+def _unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # systemd's names have capitals
+    parser.read(UNIT)
+    return parser
+
+
+def test_version_and_entry_point() -> None:
+    """The package has one version, and its command is the function that is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["xenbackend"].partition(":")
+
+    assert __version__ == project["version"]
+    assert ("xenbackend.cli.main", "main") == (module, function)
+
+
+def test_the_unit_starts_a_command_that_parses() -> None:
+    """ExecStart's arguments are ones that the command knows."""
+    parser = argparse.ArgumentParser()
+    run.register(parser.add_subparsers())
+    program, *arguments = _unit()["Service"]["ExecStart"].split()
+
+    assert "xenbackend" == Path(program).name
+    assert "journal" == parser.parse_args(arguments).log
+
+
+def test_the_unit_makes_the_directory_of_the_socket() -> None:
+    """RuntimeDirectory is where the control socket is by default."""
+    assert str(Path(DEFAULT_SOCKET).parent) == "/run/" + _unit()["Service"]["RuntimeDirectory"]
+
+
+def test_the_unit_fits_the_service() -> None:
+    """The unit is for a Xen host, between xenstored and the guests, and speaks the protocol that the service speaks."""
+    unit = _unit()
+
+    assert "/proc/xen/capabilities" == unit["Unit"]["ConditionPathExists"]
+    assert {"xenstored.service"} <= set(unit["Unit"]["After"].split())
+    assert {"xendomains.service"} <= set(unit["Unit"]["Before"].split())
+    assert ("notify", "on-failure", "mixed") == tuple(unit["Service"][key] for key in ("Type", "Restart", "KillMode"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    """Systemd-analyze finds nothing wrong, once the program is where the unit expects it."""
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/usr/bin/xenbackend", shutil.which("true") or "/bin/true"))
+    result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+
+    assert (0, "") == (result.returncode, "".join(line for line in result.stderr.splitlines() if UNIT.name in line))
+
+
+def test_udev_rules_have_the_form_of_udev() -> None:
+    """Each line is a comment or a list of matches and assignments, and both devices are covered."""
+    lines = (ROOT / "udev" / "60-xenbackend.rules").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    item = r'[A-Z]+(==|=)"[^"]*"'
+
+    assert [True] * len(rules) == [re.fullmatch(rf"{item}(, {item})*", rule) is not None for rule in rules]
+    assert ["xen/gntdev", "xen/evtchn"] == [re.findall('KERNEL=="(.*?)"', rule)[0] for rule in rules]
+    assert ['GROUP="xenbackend", MODE="0660"'] * 2 == [rule[rule.index("GROUP") :] for rule in rules]

@@ -1,0 +1,62 @@
+"""`xenbackend attach` and `xenbackend detach`: a disk for a running guest without xl.
+
+Must not know a key of xenstore.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.toolstack import (
+    DETACH_TIMEOUT_S,
+    OPEN_TIMEOUT_S,
+    Attachment,
+    attach,
+    detach,
+    vbd_path,
+    wait_until_connected,
+)
+
+
+def register(subparsers: Any) -> None:
+    """Add both commands."""
+    parser = subparsers.add_parser("attach", help="give a running guest a disk made of a chain")
+    _add_place(parser)
+    parser.add_argument("chain", metavar="CHAIN", help="the disk, such as log:|aio:/img/disk.raw")
+    parser.add_argument("--read-only", action="store_true", help="the guest may not write")
+    parser.add_argument("--wait", action="store_true", help="return only when the guest is connected")
+    parser.add_argument("--timeout", type=float, default=OPEN_TIMEOUT_S, metavar="SECONDS", help="(%(default)s)")
+    parser.set_defaults(run=run_attach)
+    parser = subparsers.add_parser("detach", help="take such a disk away again")
+    _add_place(parser)
+    parser.add_argument("--force", action="store_true", help="even while the guest uses it")
+    parser.add_argument("--timeout", type=float, default=DETACH_TIMEOUT_S, metavar="SECONDS", help="(%(default)s)")
+    parser.set_defaults(run=run_detach)
+
+
+def run_attach(args: argparse.Namespace) -> int:
+    """Attach, and print which vbd it became."""
+    with Store(args.store) as store:
+        path = vbd_path(store, args.domid, args.vdev)
+        attach(store, Attachment(path, args.chain, read_only=args.read_only), args.timeout)
+        if args.wait:
+            wait_until_connected(store, path, args.timeout)
+    print(f"attached {path}")
+    return 0
+
+
+def run_detach(args: argparse.Namespace) -> int:
+    """Detach."""
+    with Store(args.store) as store:
+        path = vbd_path(store, args.domid, args.vdev)
+        detach(store, path, args.timeout, force=args.force)
+    print(f"detached {path}")
+    return 0
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("domid", type=int, metavar="DOMID", help="the guest's domain number")
+    parser.add_argument("vdev", metavar="VDEV", help="the device in the guest, such as xvdb")
+    parser.add_argument("--store", metavar="PATH", help="xenstore's socket or device")

@@ -1,0 +1,311 @@
+"""One vbd as a pure automaton: an event in, a list of actions out.
+
+Must not perform an action, read a clock or know a socket.
+
+It keeps what was last seen of both ends and how far the worker is, and after every event derives two things anew:
+which keys should stand in the backend's directory, and what the worker should be doing. Events are therefore hints
+only: one that is lost, doubled or late does no harm, and a store that was away is put right by the next look at it.
+
+    goal OPEN     NONE -> Start -> OPENING -> (Opened) -> OPEN
+    goal SERVE    OPEN -> Join -> CONNECTING -> (Connected) -> SERVING
+    goal OPEN     SERVING -> Disconnect -> DISCONNECTING -> (Disconnected) -> OPEN
+    goal NONE     any phase -> Close -> CLOSING -> (Ended) -> NONE
+
+`blkif.handshake.STEPS` says what to do in each pair of states. On top of it:
+
+- The hotplug side is ready when the chain is open; whoever waits for it reads ``hotplug-status``.
+- A chain that cannot be opened leaves the state alone, because a toolstack waits to see exactly InitWait before it
+  looks at ``hotplug-error``. A worker that dies afterwards takes the vbd to Closed, with a sentence, until it is
+  attached anew.
+- ``online`` = 0 is the toolstack's request to go away: Closed is written once the worker has ended, so that the image
+  is free. A frontend that is still connected is served until it has closed or its directory is gone.
+- A service that stops leaves a connected vbd's state alone: it is served again by the next service, from the same
+  ring, and its guest only sees a pause.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from xenbackend import control
+from xenbackend.blkif.features import Disk, Limits, publish_at_connect, publish_at_probe
+from xenbackend.blkif.handshake import STEPS, Step, XenbusState, parse_state
+from xenbackend.errors import ChainError, ConfigError
+from xenbackend.supervisor.events import (
+    Action,
+    Ended,
+    Event,
+    Expired,
+    Forget,
+    Join,
+    Kill,
+    Limit,
+    Postponed,
+    Seen,
+    Start,
+    Stop,
+    Tell,
+    Write,
+)
+from xenbackend.supervisor.paths import VbdPath
+from xenbackend.supervisor.spec import Spec, parse_spec
+
+_S = XenbusState
+_SENTENCE_MAX = 1000  # characters of an error in xenstore, whose values end at 2048 bytes (quota)
+
+
+class Phase(Enum):
+    """How far the worker is."""
+
+    NONE = "none"
+    OPENING = "opening"
+    OPEN = "open"
+    CONNECTING = "connecting"
+    SERVING = "serving"
+    DISCONNECTING = "disconnecting"
+    CLOSING = "closing"
+
+
+class Goal(Enum):
+    """How far the worker should be."""
+
+    NONE = "none"
+    OPEN = "open"
+    SERVE = "serve"
+
+
+_LIMIT_S = {Phase.OPENING: 60.0, Phase.CONNECTING: 10.0, Phase.DISCONNECTING: 30.0, Phase.CLOSING: 30.0}
+FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for the drain, and a domain must not become a zombie
+_ATTACHED = (Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING, Phase.CLOSING)  # rings may be mapped
+_ANSWERS: dict[tuple[type, Phase], Phase] = {
+    (control.Opened, Phase.OPENING): Phase.OPEN,
+    (control.Failed, Phase.OPENING): Phase.OPEN,  # the process is still there, and is told to close next
+    (control.Connected, Phase.CONNECTING): Phase.SERVING,
+    (control.Failed, Phase.CONNECTING): Phase.OPEN,
+    (Postponed, Phase.CONNECTING): Phase.OPEN,
+    (control.Disconnected, Phase.DISCONNECTING): Phase.OPEN,
+}
+_USABLE = (Phase.OPEN, Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING)
+
+
+class Device:
+    """The automaton of one vbd."""
+
+    def __init__(self, path: VbdPath, limits: Limits) -> None:
+        self.path = path
+        self.phase = Phase.NONE
+        self.keys: dict[str, str] | None = None  # of the backend's directory, as last seen or written
+        self.theirs = _S.UNKNOWN
+        self.spec: Spec | None = None  # as the toolstack wants it now
+        self.layers: list[control.LayerFacts] = []  # of the chain that is or was open
+        self._limits = limits
+        self._started: Spec | None = None  # what the worker was started with
+        self._refusal = ""  # why the keys cannot be served; until they change
+        self._failure = ""  # why there is no worker; until the vbd is attached anew
+        self._ring_failure = ""  # why the frontend's rings are not served; until it starts anew
+        self._halted = ""  # which ring the frontend broke; until it connects again
+        self._is_stopping = False
+        self._limit: tuple[Phase, bool] = (Phase.NONE, False)
+
+    @property
+    def ours(self) -> XenbusState:
+        """Our own state as the store holds it."""
+        return parse_state((self.keys or {}).get("state"))
+
+    @property
+    def error(self) -> str:
+        """A sentence for the operator, empty while all is well."""
+        return self._failure or self._refusal or self._ring_failure or self._halted
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take notice of an event and return what to do about it, in order."""
+        self._note(event)
+        if isinstance(event, Postponed):
+            return []
+        return [*self._overdue(event), *self._write(), *self._move(), *self._set_limit(), *self._forget()]
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case Seen():
+                self._look(event)
+            case Ended():
+                self._end(event)
+            case Stop():
+                self._is_stopping = True
+            case control.Halted():
+                self._halted = f"ring {event.ring} was stopped: {event.sentence}"
+            case _ if (type(event), self.phase) in _ANSWERS:
+                self._advance(event)
+
+    def _advance(self, event: Event) -> None:
+        """Take the worker's answer to what it was told; one that comes too late is not for this phase."""
+        former, self.phase = self.phase, _ANSWERS[type(event), self.phase]
+        if isinstance(event, control.Opened):
+            self.layers = event.layers
+        elif isinstance(event, control.Failed) and former is Phase.OPENING:
+            self._failure = event.sentence
+        elif isinstance(event, control.Failed):
+            self._ring_failure = event.sentence
+
+    def _look(self, seen: Seen) -> None:
+        has_changed = seen.keys != self.keys
+        self.keys, self.theirs = None if seen.keys is None else dict(seen.keys), seen.theirs
+        if self.theirs in (_S.UNKNOWN, _S.INITIALISING, _S.CLOSED):
+            self._ring_failure = ""
+        if self.ours is _S.INITIALISING:
+            # Only a toolstack writes this state, once, when it makes the node.
+            self._failure = ""
+        if has_changed:
+            self._read_spec()
+
+    def _read_spec(self) -> None:
+        self.spec, self._refusal = None, ""
+        if self.keys is not None:
+            try:
+                self.spec = parse_spec(self.path, self.keys)
+            except ConfigError as error:
+                self._refusal = _in_one_line(error)
+
+    def _end(self, ended: Ended) -> None:
+        """The seam for recovery: whatever a successor of the worker would need is still here."""
+        if self.phase is Phase.CLOSING:
+            self.layers = []
+        elif self.phase is not Phase.NONE:
+            self._failure = ended.sentence
+        self.phase, self._started = Phase.NONE, None
+
+    def _overdue(self, event: Event) -> list[Action]:
+        if isinstance(event, Expired) and self.phase in _LIMIT_S:
+            return [Kill(f"the worker was killed: it was {self.phase.value} for too long")]
+        return []
+
+    def _write(self) -> list[Action]:
+        """Return what the store lacks, and take it as written: a later look corrects that if it is not so."""
+        if self.keys is None or self.ours is _S.UNKNOWN:
+            return []
+        before = self.ours
+        wanted = {**self._facts(), "state": str(self._target().value)}  # the state comes last: it says "read the rest"
+        missing = {key: value for key, value in wanted.items() if self.keys.get(key) != value}
+        if not missing:
+            return []
+        for key, value in missing.items():
+            if value is None:
+                self.keys.pop(key, None)
+            else:
+                self.keys[key] = value
+        return [Write(missing, before)]
+
+    def _facts(self) -> dict[str, str | None]:
+        """Return the keys besides the state."""
+        if not self._is_online():
+            return {}
+        keys: dict[str, str | None] = dict(publish_at_probe(self._limits))
+        if self._failure or self._refusal:
+            keys |= {"hotplug-error": (self._failure or self._refusal)[:_SENTENCE_MAX], "hotplug-status": "error"}
+        elif self.phase in _USABLE and self.layers:
+            keys |= publish_at_connect(self._disk(self.layers[0]))
+            keys |= {"hotplug-error": None, "hotplug-status": "connected"}
+        return keys
+
+    def _disk(self, top: control.LayerFacts) -> Disk:
+        spec = self._started
+        return Disk(
+            size=top.size,
+            sector_size=top.sector_size,
+            read_only=top.read_only or (spec is not None and spec.read_only),
+            can_flush=top.can_flush,
+            can_discard=top.can_discard and (self.keys or {}).get("discard-enable") != "0",
+            discard_granularity=top.discard_granularity,
+            discard_alignment=top.discard_alignment,
+            cdrom=spec is not None and spec.cdrom,
+            removable=spec is not None and spec.removable,
+        )
+
+    def _target(self) -> XenbusState:
+        """Return the state that we should show now, given how far the worker is."""
+        is_attached = self.phase in _ATTACHED
+        if not self._is_online():
+            if self._is_live():
+                return _S.CLOSING
+            return _S.CLOSED if self.phase is Phase.NONE else self.ours
+        if self.layers and (self._failure or self._refusal):
+            return _S.CLOSED if self.phase is Phase.NONE else self.ours
+        match self._step():
+            case Step.OFFER | Step.RESTART if not is_attached:
+                return _S.INIT_WAIT
+            case Step.SERVE if self.phase is Phase.SERVING:
+                return _S.CONNECTED
+            case Step.FOLLOW:
+                return _S.CLOSING
+            case Step.CLOSE if not is_attached:
+                return _S.CLOSED
+        return self.ours
+
+    def _step(self) -> Step:
+        step = STEPS[self.ours, self.theirs]
+        # Rings that could not be mapped are not tried again: the frontend has to come back with others.
+        return Step.CLOSE if step is Step.SERVE and self._ring_failure else step
+
+    def _goal(self) -> Goal:
+        if self._is_stopping or self.ours is _S.UNKNOWN or self._failure or self._refusal:
+            return Goal.NONE
+        if self._started not in (None, self.spec):
+            return Goal.NONE  # another disk is wanted now
+        if not self._is_online():
+            return Goal.SERVE if self._is_live() else Goal.NONE
+        match self._step():
+            case Step.SERVE:
+                return Goal.SERVE
+            case Step.WAIT | Step.FOLLOW if self._is_live():
+                return Goal.SERVE
+        return Goal.OPEN
+
+    def _is_online(self) -> bool:
+        return self.keys is not None and self.keys.get("online") != "0"
+
+    def _is_live(self) -> bool:
+        """True while the frontend may still have requests for us although one side is closing."""
+        if self._failure or self._refusal or self._ring_failure or self.ours not in (_S.CONNECTED, _S.CLOSING):
+            return False
+        if self.phase is Phase.SERVING:
+            return self.theirs in (_S.INITIALISED, _S.CONNECTED, _S.CLOSING)
+        # A service that was started again: only a frontend in Connected surely has rings.
+        return self.theirs is _S.CONNECTED and self.phase is not Phase.CLOSING
+
+    def _move(self) -> list[Action]:
+        """Return the worker's next step towards the goal; a phase that waits for an answer stays as it is."""
+        goal = self._goal()
+        if self.phase is Phase.NONE:
+            if goal is Goal.NONE or self.spec is None:
+                return []
+            self.phase, self.layers, self._started = Phase.OPENING, [], self.spec
+            return [Start(self.spec)]
+        if goal is Goal.NONE:
+            if self.phase is Phase.CLOSING:
+                return []
+            self.phase = Phase.CLOSING
+            return [Tell(control.Close())]
+        if self.phase is Phase.OPEN and goal is Goal.SERVE:
+            self.phase, self._halted = Phase.CONNECTING, ""
+            return [Join()]
+        if self.phase is Phase.SERVING and goal is Goal.OPEN:
+            self.phase = Phase.DISCONNECTING
+            return [Tell(control.Disconnect())]
+        return []
+
+    def _set_limit(self) -> list[Action]:
+        is_forced = self.keys is None and self.phase is Phase.CLOSING
+        if self._limit == (self.phase, is_forced):
+            return []
+        self._limit = (self.phase, is_forced)
+        return [Limit(FORCED_LIMIT_S if is_forced else _LIMIT_S.get(self.phase))]
+
+    def _forget(self) -> list[Action]:
+        is_over = self.phase is Phase.NONE and (self.keys is None or self._is_stopping)
+        return [Forget()] if is_over else []
+
+
+def _in_one_line(error: ConfigError) -> str:
+    if isinstance(error, ChainError):
+        return f"{error.problem}: {error.chain}"
+    return str(error)

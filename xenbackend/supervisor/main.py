@@ -1,0 +1,196 @@
+"""The service: one loop that joins xenstore, the workers and the control socket, in the foreground or as a daemon.
+
+Must not contain a rule about a vbd.
+
+Stopping (SIGTERM, SIGINT) drains every worker, closes its chain and leaves the vbds' states as they are: to a guest it
+is a pause, and the next service serves the same rings from where this one left off.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from xenbackend import log
+from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.supervisor.fleet import COMMAND, Fleet
+from xenbackend.supervisor.notify import Notifier
+from xenbackend.supervisor.registry import Registry
+from xenbackend.supervisor.server import Reply, Server, check_free
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.status import describe
+from xenbackend.supervisor.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Service:
+    """Everything that is open while the service runs."""
+
+    def __init__(self, settings: Settings, notifier: Notifier, command: Sequence[str] = COMMAND) -> None:
+        """Connect to xenstore and listen. Raises: StoreError, ConfigError."""
+        self._log = log.get_logger("service")
+        self._notifier = notifier
+        self._selector = selectors.DefaultSelector()
+        self._store = Store(settings.store or None)
+        self._registry = Registry(self._store, Fleet(self._selector, command), settings, self._selector)
+        self._server = Server(settings.socket, self._selector, self._answer, time.monotonic)
+        self._is_stopping = False
+        self._alive_at = time.monotonic()
+        self._said = ""
+
+    def run(self) -> int:
+        """Serve until a signal comes, then drain, and return the exit status."""
+        with _signals(self._selector, self._stop):
+            self._registry.start()
+            self._notifier.ready()
+            self._log.info("serving", domid=self._registry.domid)
+            while not (self._is_stopping and not self._registry.vbds):
+                self._turn()
+        self._close()
+        return 0
+
+    def _turn(self) -> None:
+        is_busy = self._registry.turn()
+        self._server.turn()
+        self._tell_systemd()
+        for key, _ in self._selector.select(0 if is_busy else self._sleep_s()):
+            # One callback may have let go of what another descriptor of this round stood for.
+            if self._selector.get_map().get(key.fd) is key:
+                key.data()
+
+    def _sleep_s(self) -> float | None:
+        if self._is_stopping and not self._registry.vbds:
+            return 0
+        times = [self._registry.next_deadline(), self._server.next_deadline()]
+        if self._notifier.interval_s is not None:
+            times.append(self._alive_at)
+        first = min((each for each in times if each is not None), default=None)
+        return None if first is None else max(0.0, first - time.monotonic())
+
+    def _tell_systemd(self) -> None:
+        sentence = f"serving {len(self._registry.vbds)} vbds"
+        if sentence != self._said:
+            self._said = sentence
+            self._notifier.status(sentence)
+        now = time.monotonic()
+        if self._notifier.interval_s is not None and now >= self._alive_at:
+            self._alive_at = now + self._notifier.interval_s
+            self._notifier.alive()
+
+    def _stop(self) -> None:
+        if self._is_stopping:
+            return
+        self._log.info("stopping", vbds=len(self._registry.vbds))
+        self._notifier.stopping()
+        self._is_stopping = True
+        self._registry.stop()
+
+    def _close(self) -> None:
+        self._registry.tidy()
+        self._server.close()
+        self._store.close()
+        self._selector.close()
+        self._log.info("stopped")
+
+    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
+        """Do what a client of the control socket asks."""
+        try:
+            match request:
+                case {"verb": "ping"}:
+                    reply({"data": {"pid": os.getpid()}})
+                case {"verb": "status"}:
+                    reply({"data": [describe(vbd) for _, vbd in sorted(self._registry.vbds.items())]})
+                case {"verb": "command", "vbd": str(vbd), "layer": str(layer), "command": str(verb)}:
+                    arguments = [str(each) for each in request.get("arguments", [])]
+                    self._registry.find(vbd).command(layer, verb, arguments, reply)
+                case _:
+                    reply(
+                        {"error": "unknown request; the verbs are ping, status, and command with vbd, layer, command"}
+                    )
+        except XenbackendError as error:
+            reply({"error": str(error)})
+
+
+@contextmanager
+def _signals(selector: selectors.BaseSelector, stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` from the loop when a signal comes that ends the service."""
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        """Do nothing here: the wake-up descriptor brings the signal into the loop."""
+
+    def wake() -> None:
+        near.recv(64)
+        stop()
+
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    far.setblocking(False)
+    former = {number: signal.signal(number, note) for number in _SIGNALS}
+    former_fd = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+    selector.register(near, selectors.EVENT_READ, wake)
+    try:
+        yield
+    finally:
+        selector.unregister(near)
+        signal.set_wakeup_fd(former_fd)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        near.close()
+        far.close()
+
+
+def check(settings: Settings) -> None:
+    """Check all that can be checked while the operator still looks. Raises: ConfigError, StoreError."""
+    check_free(settings.socket)
+    if not Path(settings.socket).parent.is_dir():
+        raise ConfigError(f"{settings.socket}: there is no directory {Path(settings.socket).parent}; make it first")
+    with Store(settings.store or None) as store:
+        store.own_domid()
+
+
+def run(settings: Settings, environment: Mapping[str, str]) -> int:
+    """Serve in the foreground. Raises: XenbackendError when the service cannot start."""
+    log.configure(settings.log, settings.log_level)
+    return Service(settings, Notifier(environment)).run()
+
+
+def run_detached(settings: Settings, pid_file: Path, log_file: Path) -> int:
+    """Check, then become a daemon and serve. Raises: XenbackendError while the operator still looks."""
+    check(settings)
+    from daemon import DaemonContext  # only here: who stays in the foreground does not need it
+
+    try:
+        stream = log_file.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise ConfigError(f"{log_file}: cannot write the log there: {error.strerror}") from None
+    with DaemonContext(pidfile=_pid_file(pid_file), stdout=stream, stderr=stream, umask=0o077, signal_map={}):
+        try:
+            return run(settings, {})
+        except XenbackendError as error:
+            log.get_logger("service").error(str(error))
+            sys.exit(1)
+
+
+def _pid_file(path: Path) -> AbstractContextManager[None]:
+    @contextmanager
+    def hold() -> Iterator[None]:
+        path.write_text(f"{os.getpid()}\n", encoding="ascii")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    return hold()

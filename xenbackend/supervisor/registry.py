@@ -1,0 +1,195 @@
+"""All vbds of this service: finds them by watches, looks at what changed, survives a xenstore that goes away.
+
+Must not know what a state means.
+
+A watch event is only ever a hint to look; what has changed is one flag per vbd, so no flood of events makes this grow.
+"""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from xenbackend.errors import ConfigError, StoreError
+from xenbackend.log import get_logger
+from xenbackend.supervisor.events import Stop
+from xenbackend.supervisor.fleet import Fleet
+from xenbackend.supervisor.paths import VbdPath, domain_path, parse_backend_path, vdev_to_devid
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.spec import is_ours
+from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.vbd import Surroundings, Vbd
+
+_TOKEN = "vbds"  # noqa: S105 - a watch's token
+_BACK_OFF_S = (0.1, 5.0)  # between tries to reconnect: at first, at most
+
+
+class Registry:
+    """The vbds by path."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        settings: Settings,
+        selector: selectors.BaseSelector,
+        now: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.vbds: dict[VbdPath, Vbd] = {}
+        self.domid = store.own_domid()
+        self._around = Surroundings(store, fleet, settings, now, wall_clock)
+        self._store = store
+        self._selector = selector
+        self._now = now
+        self._log = get_logger("supervisor")
+        self._candidates: dict[VbdPath, None] = {}
+        self._must_scan = True
+        self._is_stopping = False
+        self._back_off_s = _BACK_OFF_S[0]
+        self._reconnect_at: float | None = None
+        self._fd = -1
+
+    def start(self) -> None:
+        """Watch, and look at what is there with the next `turn`. Raises: StoreError."""
+        self._store.remove(self._status_root())  # of a service that had no time to tidy up
+        for kind in self._around.settings.kinds:
+            self._store.watch(self._kind_path(kind), _TOKEN)
+        self._listen()
+
+    def stop(self) -> None:
+        """Let every vbd finish what is in flight and close; `vbds` is empty when they have."""
+        self._is_stopping = True
+        for vbd in self.vbds.values():
+            vbd.handle(Stop())
+        self._drop_forgotten()
+
+    def tidy(self) -> None:
+        """Remove what we published about ourselves."""
+        with suppress(StoreError):
+            self._store.remove(self._status_root())
+
+    def turn(self) -> bool:
+        """Do what is due, and return whether there was anything: events may have come meanwhile, so call again."""
+        was_busy = False
+        try:
+            was_busy = self._follow_store()
+        except StoreError as error:
+            self._lose(error)
+        for vbd in list(self.vbds.values()):
+            was_busy |= vbd.turn()
+        self._drop_forgotten()
+        if not self._store.is_connected and self._reconnect_at is None:
+            self._lose(StoreError("the connection was lost"))
+        return was_busy and self._store.is_connected
+
+    def next_deadline(self) -> float | None:
+        """Return when `turn` has to be called at the latest."""
+        times = [self._reconnect_at, *(vbd.next_deadline() for vbd in self.vbds.values())]
+        if self._reconnect_at is not None:
+            times = [self._reconnect_at, *(vbd.deadline for vbd in self.vbds.values())]
+        return min((each for each in times if each is not None), default=None)
+
+    def find(self, text: str) -> Vbd:
+        """Return the vbd that a text such as ``5/xvda`` or ``vbd3/5/51712`` names. Raises: ConfigError."""
+        *kind, domid, vdev = ["", *text.split("/")] if "/" in text else ["", "", ""]
+        for path, vbd in self.vbds.items():
+            is_kind = kind[-1] in ("", path.kind)
+            if is_kind and domid == str(path.frontend_domid) and vdev_to_devid(vdev) == path.devid:
+                return vbd
+        served = ", ".join(str(path) for path in self.vbds) or "none is served"
+        raise ConfigError(f"there is no vbd {text!r}; write it as 5/xvda or vbd/5/51712 ({served})")
+
+    def _follow_store(self) -> bool:
+        if self._reconnect_at is not None:
+            if self._now() < self._reconnect_at:
+                return False
+            self._reconnect()
+        events = self._store.events()
+        self._sort(events)
+        if self._must_scan:
+            self._scan()
+        for path in list(self._candidates):
+            self._consider(path)
+            del self._candidates[path]
+        return bool(events)
+
+    def _sort(self, events: Iterable[tuple[str, str]]) -> None:
+        by_token = {vbd.token: vbd for vbd in self.vbds.values()}
+        for path, token in events:
+            if token in by_token:
+                by_token[token].theirs_changed = True
+            elif token == _TOKEN:
+                found = parse_backend_path(path, self.domid)
+                if found is None:
+                    self._must_scan = True
+                else:
+                    self._mark(found[0])
+
+    def _mark(self, path: VbdPath) -> None:
+        if path in self.vbds:
+            self.vbds[path].node_changed = True
+        elif not self._is_stopping:
+            self._candidates[path] = None
+
+    def _scan(self) -> None:
+        """Look at every vbd that there is or was."""
+        for vbd in self.vbds.values():
+            vbd.node_changed = True
+        for kind in self._around.settings.kinds:
+            root = self._kind_path(kind)
+            for domid in self._store.directory(root):
+                for devid in self._store.directory(f"{root}/{domid}"):
+                    found = parse_backend_path(f"{root}/{domid}/{devid}", self.domid)
+                    if found is not None:
+                        self._mark(found[0])
+        self._must_scan = False
+
+    def _consider(self, path: VbdPath) -> None:
+        """Serve a vbd if it is ours."""
+        keys = self._store.read_many(path.backend, ("script", "state"))
+        settings = self._around.settings
+        if "state" in keys and (settings.serve == "all" or is_ours(keys, settings.scripts)):
+            self.vbds[path] = Vbd(path, self._around)
+
+    def _drop_forgotten(self) -> None:
+        for path in [path for path, vbd in self.vbds.items() if vbd.is_forgotten]:
+            del self.vbds[path]
+            # A node with the same name may have been made while the old one was closing.
+            self._mark(path)
+
+    def _lose(self, error: StoreError) -> None:
+        """Take note of an error; when the connection is gone, plan the next try. Disks are served all the while."""
+        if self._store.is_connected:
+            self._log.warning(str(error))
+            self._store.close()  # nothing that was read before can be relied on: begin anew
+        if self._fd >= 0:
+            self._selector.unregister(self._fd)
+            self._fd = -1
+            self._log.error("xenstore is gone; disks are served on", reason=str(error))
+        self._reconnect_at = self._now() + self._back_off_s
+        self._back_off_s = min(2 * self._back_off_s, _BACK_OFF_S[1])
+
+    def _reconnect(self) -> None:
+        self._store.reconnect()
+        self._listen()
+        self._log.info("xenstore is back")
+        self._reconnect_at, self._back_off_s = None, _BACK_OFF_S[0]
+        for vbd in self.vbds.values():
+            vbd.forget_published()
+
+    def _listen(self) -> None:
+        self._fd = self._store.fileno()
+        self._selector.register(self._fd, selectors.EVENT_READ, _nothing)
+
+    def _kind_path(self, kind: str) -> str:
+        return f"{domain_path(self.domid)}/backend/{kind}"
+
+    def _status_root(self) -> str:
+        return f"{domain_path(self.domid)}/xenbackend"
+
+
+def _nothing() -> None:
+    """Every turn of the loop looks at the store; its descriptor only has to end the sleep."""

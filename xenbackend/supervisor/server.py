@@ -1,0 +1,180 @@
+"""The control socket: JSON lines over a Unix socket that only root (or the service's own user) may use.
+
+Must not know what a verb does.
+
+One request, one line: ``{"verb": "status"}``; one answer, one line: ``{"data": …}`` or ``{"error": sentence}``.
+Everything that a client can make this hold is bounded: clients, the length of a line, the time that it may idle.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+from xenbackend.errors import ConfigError
+
+Reply = Callable[[dict[str, Any]], None]
+Handler = Callable[[dict[str, Any], Reply], None]
+
+MAX_CLIENTS = 16
+MAX_LINE = 64 * 1024  # bytes of a request
+IDLE_S = 30.0
+_UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
+
+
+class Server:
+    """Listens, reads requests, writes answers. `handler` gets each request and a function for its one answer."""
+
+    def __init__(self, path: str, selector: selectors.BaseSelector, handler: Handler, now: Callable[[], float]) -> None:
+        """Listen. Raises: ConfigError, where another service listens already or the socket cannot be made."""
+        self._path = Path(path)
+        self._selector = selector
+        self._handler = handler
+        self._now = now
+        self._clients: dict[_Client, None] = {}
+        check_free(path)
+        self._socket = _listen(self._path)
+        selector.register(self._socket, selectors.EVENT_READ, self._accept)
+
+    def next_deadline(self) -> float | None:
+        """Return when `turn` has to be called at the latest."""
+        return min((client.deadline for client in self._clients), default=None)
+
+    def turn(self) -> None:
+        """Send clients away that have idled for too long."""
+        now = self._now()
+        for client in [client for client in self._clients if now >= client.deadline]:
+            self._drop(client)
+
+    def close(self) -> None:
+        """Send everybody away and stop listening."""
+        for client in list(self._clients):
+            self._drop(client)
+        self._selector.unregister(self._socket)
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        with suppress(BlockingIOError, ConnectionAbortedError):
+            near, _ = self._socket.accept()
+            if len(self._clients) >= MAX_CLIENTS or not _may_use(near):
+                near.close()
+                return
+            client = _Client(near, self._now() + IDLE_S)
+            self._clients[client] = None
+            self._selector.register(near, selectors.EVENT_READ, lambda: self._serve(client))
+
+    def _serve(self, client: _Client) -> None:
+        """Read or write what is possible now."""
+        try:
+            is_open = client.write() if client.outgoing else client.read()
+        except BlockingIOError:
+            return
+        except OSError:
+            is_open = False
+        if not is_open:
+            self._drop(client)
+            return
+        self._next(client)
+
+    def _next(self, client: _Client) -> None:
+        """Hand over the next request once the last one is answered, and wait for what is due."""
+        client.deadline = self._now() + IDLE_S
+        line = client.take_line()
+        if line is not None:
+            client.is_waiting = True
+            self._handle(client, line)
+        if client in self._clients:
+            wanted = selectors.EVENT_WRITE if client.outgoing else selectors.EVENT_READ
+            self._selector.modify(client.socket, wanted, lambda: self._serve(client))
+
+    def _handle(self, client: _Client, line: bytes) -> None:
+        def reply(answer: dict[str, Any]) -> None:
+            if client in self._clients:
+                client.is_waiting = False
+                client.outgoing = json.dumps(answer).encode() + b"\n"
+                self._selector.modify(client.socket, selectors.EVENT_WRITE, lambda: self._serve(client))
+
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            request = None
+        if isinstance(request, dict):
+            self._handler(request, reply)
+        else:
+            reply({"error": "the request is not a JSON object in one line"})
+
+    def _drop(self, client: _Client) -> None:
+        del self._clients[client]
+        self._selector.unregister(client.socket)
+        client.socket.close()
+
+
+class _Client:
+    """One connection: at most one request being handled, at most one line more in the buffer."""
+
+    def __init__(self, near: socket.socket, deadline: float) -> None:
+        near.setblocking(False)
+        self.socket = near
+        self.deadline = deadline
+        self.outgoing = b""
+        self.is_waiting = False  # for the answer to its request
+        self._incoming = bytearray()
+
+    def read(self) -> bool:
+        """Take in what came; False when the client has gone or sends more than a line may hold."""
+        data = self.socket.recv(MAX_LINE)
+        self._incoming += data
+        return bool(data) and len(self._incoming) <= MAX_LINE
+
+    def write(self) -> bool:
+        """Send what can be sent."""
+        self.outgoing = self.outgoing[self.socket.send(self.outgoing) :]
+        return True
+
+    def take_line(self) -> bytes | None:
+        """Return the next request, None while there is none or the last is not answered yet."""
+        if self.is_waiting or self.outgoing or b"\n" not in self._incoming:
+            return None
+        line, _, rest = bytes(self._incoming).partition(b"\n")
+        self._incoming[:] = rest
+        return line
+
+
+def check_free(path: str) -> None:
+    """Raise ConfigError when a service answers on `path` already."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise ConfigError(f"{path}: another xenbackend service listens there already")
+
+
+def _listen(path: Path) -> socket.socket:
+    near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    former = os.umask(0o177)  # the socket is born with mode 0600
+    try:
+        path.unlink(missing_ok=True)
+        near.bind(str(path))
+    except OSError as error:
+        near.close()
+        hint = f"; make the directory {path.parent}" if error.errno == errno.ENOENT else ""
+        raise ConfigError(f"{path}: cannot listen: {error.strerror or error}{hint}") from None
+    finally:
+        os.umask(former)
+    near.listen(MAX_CLIENTS)
+    return near
+
+
+def _may_use(near: socket.socket) -> bool:
+    _, uid, _ = _UCRED.unpack(near.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return uid in (0, os.geteuid())

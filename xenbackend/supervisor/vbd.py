@@ -1,0 +1,304 @@
+"""One vbd in service: looks at its nodes, asks its automaton, and does what that answers.
+
+Must not decide: what follows from what is in `device`.
+
+What a guest can make this hold is bounded: two flags say that a look is due, however many events there were.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from xenbackend import control
+from xenbackend.blkif.features import parse_frontend
+from xenbackend.blkif.handshake import name, parse_state
+from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError
+from xenbackend.log import Brake, get_logger
+from xenbackend.supervisor import events
+from xenbackend.supervisor.device import Device
+from xenbackend.supervisor.fleet import Fleet, Worker
+from xenbackend.supervisor.nodes import Nodes
+from xenbackend.supervisor.paths import VbdPath, domain_path
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.spec import frontend_path
+from xenbackend.supervisor.store import Store
+
+Reply = Callable[[dict[str, Any]], None]
+_SENTENCE_MAX = 1000  # characters of an error in xenstore
+_RETRY_S = 1.0  # after xenstore refused something although it is there
+_LOG_BURST, _LOG_INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every vbd of one service shares."""
+
+    store: Store
+    fleet: Fleet
+    settings: Settings
+    now: Callable[[], float]  # seconds of a clock that only goes forward
+    time: Callable[[], float]  # seconds since 1970
+
+
+class Vbd:
+    """One vbd and its worker."""
+
+    def __init__(self, path: VbdPath, around: Surroundings) -> None:
+        self.path = path
+        self.device = Device(path, around.settings.limits)
+        self.worker: Worker | None = None
+        self.since = around.time()  # of the last change of our state
+        self.is_forgotten = False
+        self.node_changed = True
+        self.theirs_changed = True
+        self.deadline: float | None = None
+        self._around = around
+        self._retry_at = 0.0
+        self._watched = ""
+        self._published: dict[str, str] = {}
+        self._published_error: str | None = None  # None: nobody knows what stands there
+        self._events: deque[events.Event] = deque()
+        self._replies: dict[int, Reply] = {}
+        self._last_command = 0
+        self._log = get_logger("supervisor", vbd=str(path))
+        self._brake = Brake(_LOG_BURST, _LOG_INTERVAL_S, around.now)
+
+    @property
+    def token(self) -> str:
+        """The token of the watch on the frontend's state."""
+        return f"frontend/{self.path}"
+
+    def next_deadline(self) -> float | None:
+        """Return when `turn` has to be called at the latest."""
+        retry_at = self._retry_at if self.node_changed or self.theirs_changed else None
+        return min((each for each in (self.deadline, retry_at) if each is not None), default=None)
+
+    def turn(self) -> bool:
+        """Do what is due, and return whether there was anything."""
+        now = self._around.now()
+        is_due = (self.node_changed or self.theirs_changed) and now >= self._retry_at
+        if is_due and self._around.store.is_connected:
+            self._guarded(self._look)
+        if self.deadline is not None and now >= self.deadline:
+            self.deadline = None
+            self.handle(events.Expired())
+        return is_due
+
+    def handle(self, event: events.Event) -> None:
+        """Let the automaton see an event, and do what it answers; what comes of that is seen in turn."""
+        self._events.append(event)
+        if len(self._events) > 1:
+            return  # called from within an action
+        while self._events:
+            error = self.device.error
+            actions = self.device.handle(self._events[0])
+            self._guarded(self._publish_error)  # before the state: who sees the state looks for the reason
+            for action in actions:
+                self._guarded(self._perform, action)
+            if self.device.error not in ("", error):
+                self._say("error", self.device.error)
+            self._events.popleft()
+        self._guarded(self._publish)
+
+    def forget_published(self) -> None:
+        """Look at everything again and publish it anew: xenstore was away."""
+        self.node_changed, self._retry_at = True, 0.0
+        self._published, self._published_error = {}, None
+
+    def command(self, layer: str, verb: str, arguments: list[str], reply: Reply) -> None:
+        """Ask a layer; `reply` gets ``{"data": text}`` or ``{"error": sentence}``."""
+        if self.worker is None:
+            reply({"error": f"{self.path} has no worker: {self.device.error or 'its chain is not open'}"})
+            return
+        self._last_command += 1
+        self._replies[self._last_command] = reply
+        self.worker.send(control.Command(self._last_command, layer, verb, arguments))
+
+    def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function; where xenstore lets it down a fresh look will put things right."""
+        try:
+            function(*arguments)
+        except StoreError as error:
+            self.node_changed = True
+            self._retry_at = self._around.now() + _RETRY_S
+            if self._around.store.is_connected:
+                self._say("warning", str(error))
+
+    def _look(self) -> None:
+        store = self._around.store
+        keys = self.device.keys
+        if self.node_changed:
+            keys = store.transact(lambda nodes: nodes.dictionary(self.path.backend)) or None
+        frontend = self._watch_frontend(keys or {})
+        theirs = parse_state(store.read_optional(f"{frontend}/state") if frontend else None)
+        self.node_changed = self.theirs_changed = False
+        self.handle(events.Seen(keys, theirs))
+
+    def _watch_frontend(self, keys: dict[str, str]) -> str:
+        """Watch the frontend's state, and return its directory; empty while there is none that we may look at."""
+        try:
+            frontend = frontend_path(self.path, keys) or ""
+        except ConfigError:
+            frontend = ""  # the automaton says so
+        state = f"{frontend}/state" if frontend else ""
+        if state != self._watched:
+            if self._watched:
+                self._around.store.unwatch(self._watched, self.token)
+            self._watched = state
+            if state:
+                self._around.store.watch(state, self.token)
+        return frontend
+
+    def _perform(self, action: events.Action) -> None:
+        match action:
+            case events.Write():
+                self._write(action)
+            case events.Start():
+                self._start(action)
+            case events.Join():
+                self._join()
+            case events.Tell() if self.worker is not None:
+                self.worker.send(action.message)
+            case events.Kill() if self.worker is not None:
+                self.worker.kill(action.sentence)
+            case events.Limit():
+                self.deadline = None if action.seconds is None else self._around.now() + action.seconds
+            case events.Forget():
+                self._forget()
+
+    def _write(self, action: events.Write) -> None:
+        def body(nodes: Nodes) -> bool:
+            if parse_state(nodes.read_optional(f"{self.path.backend}/state")) is not action.state:
+                return False  # the toolstack was faster, or has removed the node: never bring it back
+            for key, value in action.keys.items():
+                if value is None:
+                    nodes.remove(f"{self.path.backend}/{key}")
+                else:
+                    nodes.write(f"{self.path.backend}/{key}", value)
+            return True
+
+        if not self._around.store.transact(body):
+            self.node_changed = True
+            return
+        state = action.keys.get("state")
+        if state is not None and parse_state(state) is not action.state:
+            self.since = self._around.time()
+            self._say("info", name(parse_state(state)), frontend=name(self.device.theirs))
+
+    def _start(self, action: events.Start) -> None:
+        spec, settings = action.spec, self._around.settings
+        message = control.Open(
+            vbd=str(self.path),
+            host=settings.host,
+            frontend_domid=self.path.frontend_domid,
+            chain=spec.chain,
+            read_only=spec.read_only,
+            shareable=spec.shareable,
+        )
+        try:
+            self.worker = self._around.fleet.start(self._take, self._end)
+        except KernelError as error:
+            self.handle(events.Ended(str(error)))
+            return
+        self.worker.send(message, [self.worker.journal])
+
+    def _join(self) -> None:
+        frontend = self._watched.removesuffix("/state")
+        store, limits = self._around.store, self._around.settings.limits
+        try:
+            chosen = parse_frontend(lambda key: store.read_optional(f"{frontend}/{key}"), limits)
+        except GuestError as error:
+            self.handle(control.Failed(str(error), errno.EINVAL))
+            return
+        except StoreError:
+            self.handle(events.Postponed())
+            raise
+        rings = [control.RingParameters(list(ring.grefs), ring.event_channel) for ring in chosen.rings]
+        if self.worker is not None:
+            self.worker.send(control.Connect(chosen.protocol, rings, chosen.persistent))
+
+    def _take(self, message: control.Message) -> None:
+        """Take a worker's message."""
+        match message:
+            case control.Reply():
+                reply = self._replies.pop(message.id, None)
+                if reply is not None:
+                    reply({"data": message.data} if message.ok else {"error": message.data})
+            case control.Log():
+                level = message.level if message.level in ("debug", "info", "warning", "error") else "warning"
+                self._say(level, message.event, **message.fields)
+            case (
+                control.Opened() | control.Failed() | control.Connected() | control.Halted()
+                | control.Disconnected() | control.Closed()
+            ):  # fmt: skip
+                self.handle(message)
+
+    def _end(self, sentence: str) -> None:
+        self.worker = None
+        for reply in self._replies.values():
+            reply({"error": f"{self.path}: the worker ended before it answered"})
+        self._replies.clear()
+        self.handle(events.Ended(sentence))
+
+    def status_path(self) -> str:
+        """The directory where `xenstore-ls` shows what we know of this vbd."""
+        return f"{domain_path(self.path.backend_domid)}/xenbackend/{self.path}"
+
+    def _error_path(self) -> str:
+        return f"{domain_path(self.path.backend_domid)}/error/backend/{self.path}"
+
+    def _publish_error(self) -> None:
+        """Write ``error/backend/…/error``, as Linux `xenbus_dev_error` does: errno and a sentence."""
+        error = self.device.error[:_SENTENCE_MAX]
+        if self.is_forgotten or error == self._published_error:
+            return
+        if error:
+            self._around.store.write(f"{self._error_path()}/error", f"{errno.EINVAL} {error}")
+        else:
+            self._around.store.remove(self._error_path())
+        self._published_error = error
+
+    def _publish(self) -> None:
+        """Write what people look for with `xenstore-ls`."""
+        if self.is_forgotten:
+            return
+        status = {
+            "chain": self.device.spec.chain if self.device.spec else "",
+            "worker": str(self.worker.pid) if self.worker else "",
+            "phase": self.device.phase.value,
+            "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+            "error": self.device.error[:_SENTENCE_MAX],
+        }
+        for key, value in status.items():
+            if self._published.get(key) != value:
+                self._around.store.write(f"{self.status_path()}/{key}", value)
+        self._published = status
+
+    def _forget(self) -> None:
+        self.is_forgotten = True
+        store = self._around.store
+        with suppress(StoreError):
+            if self._watched:
+                store.unwatch(self._watched, self.token)
+            store.remove(self._error_path())
+            store.remove(self.status_path())
+            parent = os.path.dirname(self.status_path())  # noqa: PTH120 - not a file's path
+            if not store.directory(parent):
+                store.remove(parent)
+
+    def _say(self, level: str, event: str, **fields: str) -> None:
+        if not self._brake.allows():
+            return
+        held_back = self._brake.take_held_back()
+        if held_back:
+            fields = {**fields, "lines_held_back": str(held_back)}
+        # A worker names its own fields: none of them may stand in for one of ours.
+        own = {"event", "vbd", "component"}
+        getattr(self._log, level)(event, **{key: value for key, value in fields.items() if key not in own})
