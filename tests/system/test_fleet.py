@@ -1,0 +1,106 @@
+"""Many disks on one service: attached, loaded at once, detached, with nothing left behind."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE
+from xenbackend.embedded.machine import Machine
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.rig.guest_ring import Submitted
+from xenbackend.rig.pattern import DiskModel, Step
+from xenbackend.supervisor.paths import VbdPath
+
+GUESTS = 10
+DISKS_EACH = 5
+SECTORS = 2048
+ROUNDS = 25
+DEPTH = 4
+
+
+class LoadedDisk:
+    """One vbd with a model of what it must hold."""
+
+    def __init__(self, path: VbdPath, frontend: Frontend, seed: int) -> None:
+        self.path = path
+        self.frontend = frontend
+        self.model = DiskModel(seed, SECTORS, Random(seed), (BLKIF_OP_READ, BLKIF_OP_WRITE))
+        self.in_flight: list[tuple[Submitted, Step]] = []
+        self.done = 0
+
+    def push(self) -> None:
+        """Submit until DEPTH requests are in flight."""
+        while len(self.in_flight) < DEPTH and (step := self.model.next_step()) is not None:
+            request = self.frontend.submit(step.operation, step.sector, step.count, step.data)
+            self.in_flight.append((request, step))
+
+    def reap(self) -> None:
+        """Wait for all of them, and verify."""
+        self.frontend.wait([request for request, _ in self.in_flight])
+        for request, step in self.in_flight:
+            assert request.status is not None
+            self.model.finish(step, request.status, request.data)
+        self.done += len(self.in_flight)
+        self.in_flight = []
+
+
+def _descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> None:
+    """50 vbds attach, run verified load at once and detach on one service; no process, descriptor, page, port or node
+    is left of them.
+    """
+    with Machine() as machine:
+        descriptors = _descriptors(machine.service_pid)
+        nodes = machine.xenstored.dump()
+        guests = [machine.create_guest(domid, pages=4096) for domid in range(1, GUESTS + 1)]
+        disks: list[LoadedDisk] = []
+        attach_times = []
+        for guest in guests:
+            for number in range(DISKS_EACH):
+                image = tmp_path / f"{guest.domid}-{number}.img"
+                image.write_bytes(bytes(SECTORS * 512))
+                started = time.monotonic()
+                path = machine.attach(guest.domid, f"xvd{'abcde'[number]}", f"log:|aio:{image}")
+                frontend = guest.connect(path, Wishes(persistent=number % 2 == 0, queues=1 + number % 2))
+                attach_times.append(time.monotonic() - started)
+                disks.append(LoadedDisk(path, frontend, len(disks)))
+        assert len(machine.ask({"verb": "status"})["data"]) == GUESTS * DISKS_EACH
+        for _ in range(ROUNDS):
+            for disk in disks:
+                disk.push()
+            for disk in disks:
+                disk.reap()
+        counters = [vbd["counters"] for vbd in machine.ask({"verb": "status"})["data"]]
+        for disk in disks:
+            disk.frontend.close()
+            machine.detach(disk.path)
+        for guest in guests:
+            guest.close()
+            machine.store.remove(f"/local/domain/{guest.domid}")
+        give_up = time.monotonic() + 10
+        while time.monotonic() < give_up:  # the last worker's last words, and our own connection, are on their way
+            machine.ask({"verb": "ping"})
+            if not _children(machine.service_pid) and descriptors == _descriptors(machine.service_pid):
+                break
+
+        assert {value["errors"] + value["guest_errors"] + value["bugs"] for value in counters} == {0}
+        assert {"mappings": 0, "pins": 0, "ports": 0} == machine.xen.held()
+        assert [] == _children(machine.service_pid)
+        assert descriptors == _descriptors(machine.service_pid)
+        left = {path for path, _ in machine.xenstored.dump()} - {path for path, _ in nodes}
+        assert {"/local/domain/0/xenbackend", "/local/domain/0/xenbackend/vbd"} >= {
+            path for path in left if "/libxl" not in path or "vbd" in path
+        }
+        print(f"attach to connected: first {attach_times[0]:.3f} s, last {attach_times[-1]:.3f} s")
