@@ -1,0 +1,118 @@
+"""Tests of `xenbackend.kernel.gntdev`: there is no Xen here, so the layouts are held against the C headers."""
+
+import errno
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from xenbackend.errors import KernelError
+from xenbackend.kernel import gntdev
+from xenbackend.kernel.gntdev import Gntdev
+from xenbackend.kernel.ports import CopySegment
+
+TESTS = Path(__file__).parent.parent
+HEADERS = json.loads((TESTS / "data" / "xen_devices.json").read_text())
+SEGMENT = "gntdev_grant_copy_segment"
+
+
+def number_at(buffer: bytes | bytearray, name: str, size: int, base: int = 0) -> int:
+    """Return the number of `size` bytes where the header puts the field `name`."""
+    place = base + HEADERS[name]
+    return int.from_bytes(buffer[place : place + size], "little")
+
+
+@pytest.mark.slow
+def test_data_is_what_the_headers_say(tmp_path: Path) -> None:
+    """The committed numbers and offsets are those of the C headers installed here."""
+    if shutil.which("gcc") is None or not Path("/usr/include/xen/gntdev.h").exists():
+        pytest.skip("no gcc or no xen/gntdev.h here")
+    program = tmp_path / "xen_devices"
+    subprocess.run(["gcc", "-o", program, TESTS / "tools" / "xen_devices.c"], check=True)
+
+    printed = subprocess.run([program], check=True, capture_output=True).stdout
+
+    assert json.loads(printed) == HEADERS
+
+
+def test_numbers() -> None:
+    """The ioctl numbers are those of the header."""
+    assert HEADERS["IOCTL_GNTDEV_MAP_GRANT_REF"] == gntdev.MAP_GRANT_REF
+    assert HEADERS["IOCTL_GNTDEV_UNMAP_GRANT_REF"] == gntdev.UNMAP_GRANT_REF
+    assert HEADERS["IOCTL_GNTDEV_GRANT_COPY"] == gntdev.GRANT_COPY
+
+
+def test_map_layout() -> None:
+    """MAP_GRANT_REF's argument has the count, and one (domid, ref) per page, where the header puts them."""
+    buffer = gntdev.pack_map(7, [100, 0xFFFFFFFE])
+    refs, size = HEADERS["ioctl_gntdev_map_grant_ref.refs"], HEADERS["sizeof ioctl_gntdev_grant_ref"]
+
+    assert number_at(buffer, "ioctl_gntdev_map_grant_ref.count", 4) == 2
+    assert len(buffer) == refs + 2 * size
+    assert gntdev.MAP.size == refs
+    for place, gref in enumerate((100, 0xFFFFFFFE)):
+        assert number_at(buffer, "ioctl_gntdev_grant_ref.domid", 4, refs + place * size) == 7
+        assert number_at(buffer, "ioctl_gntdev_grant_ref.ref", 4, refs + place * size) == gref
+
+
+def test_unmap_and_copy_heads() -> None:
+    """UNMAP_GRANT_REF's and GRANT_COPY's arguments have their fields where the header puts them."""
+    unmap, copy = gntdev.UNMAP.pack(0x12345678000, 9, 0), gntdev.COPY.pack(3, 0x7F0011223344)
+
+    assert number_at(unmap, "ioctl_gntdev_unmap_grant_ref.index", 8) == 0x12345678000
+    assert number_at(unmap, "ioctl_gntdev_unmap_grant_ref.count", 4) == 9
+    assert number_at(copy, "ioctl_gntdev_grant_copy.count", 4) == 3
+    assert number_at(copy, "ioctl_gntdev_grant_copy.segments", 8) == 0x7F0011223344
+
+
+@pytest.mark.parametrize("to_guest", [False, True])
+def test_copy_segment_layout(to_guest: bool) -> None:  # noqa: FBT001 - a parameter of pytest
+    """A copy segment names the far side by reference and the near side by address, and its status begins as failed."""
+    size = HEADERS[f"sizeof {SEGMENT}"]
+    buffer = bytearray(2 * size)
+    skipped = CopySegment(gref=1, page_offset=0, arena_offset=0, length=1, to_guest=False)
+    segment = CopySegment(gref=0xABCDEF01, page_offset=512, arena_offset=0x3000, length=1536, to_guest=to_guest)
+
+    gntdev.pack_copy(buffer, 5, 0x7F0000000000, [skipped, segment])
+
+    far, near = ("dest", "source") if to_guest else ("source", "dest")
+    assert number_at(buffer, f"{SEGMENT}.{far}.foreign.ref", 4, size) == 0xABCDEF01
+    assert number_at(buffer, f"{SEGMENT}.{far}.foreign.offset", 2, size) == 512
+    assert number_at(buffer, f"{SEGMENT}.{far}.foreign.domid", 2, size) == 5
+    assert number_at(buffer, f"{SEGMENT}.{near}.virt", 8, size) == 0x7F0000003000
+    assert number_at(buffer, f"{SEGMENT}.len", 2, size) == 1536
+    assert number_at(buffer, f"{SEGMENT}.flags", 2, size) == (2 if to_guest else 1)
+    assert number_at(buffer, f"{SEGMENT}.status", 2, size) == 0xFFFF
+    assert HEADERS[f"{SEGMENT}.status"] == gntdev.STATUS_AT
+    assert size == gntdev.FROM_GUEST.size == gntdev.TO_GUEST.size
+
+
+def test_each_status_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment that the kernel did not touch, or failed, is not okay although the call returned 0."""
+    table = Gntdev(5, path="/dev/null")
+
+    def kernel(_fd: int, _request: int, _argument: bytes, _operation: str) -> int:
+        table._segments[gntdev.STATUS_AT : gntdev.STATUS_AT + 2] = b"\0\0"  # the first is done, the others never tried
+        return 0
+
+    monkeypatch.setattr(gntdev.ioctl, "call", kernel)
+    segments = [CopySegment(gref, 0, gref * 4096, 4096, to_guest=True) for gref in range(3)]
+
+    statuses = table.copy(gntdev.memory.allocate(3 * 4096), segments)
+
+    assert statuses == [0, -1, -1]
+    table.close()
+
+
+def test_no_device() -> None:
+    """Where there is no gntdev the error says what could not be opened, and where it is no gntdev what was tried."""
+    with pytest.raises(KernelError, match="open /dev/xen/nothing: No such file"):
+        Gntdev(1, path="/dev/xen/nothing")
+    table = Gntdev(1, path="/dev/null")
+    with pytest.raises(KernelError, match="reserve the mapping of 1 grants") as caught:
+        table.map([8], writable=True)
+
+    assert caught.value.errno == errno.ENOTTY
+    table.close()

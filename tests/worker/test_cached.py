@@ -1,0 +1,135 @@
+"""Tests of `xenbackend.worker.cached`; its content is checked against the model in test_files.py."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.worker.cached import _runs
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.image import Image
+from xenbackend.worker.reactor import Reactor
+
+CONTENT = b"".join(bytes([number]) * 4096 for number in range(64))
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    """Return a reactor."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["/var/tmp", "/dev/shm"])  # noqa: S108 - one with a disk, one without
+def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
+    """Return an image behind the page cache, all of which holds it."""
+    path = Path(request.param) / f"xenbackend-test-{os.getpid()}"
+    path.write_bytes(CONTENT)
+    files = HostFiles(reactor)
+    made = files.open(str(path), read_only=False, direct=False)
+    yield made
+    path.unlink()
+    made.close()
+    files.close()
+
+
+def request_of(op: Op, offset: int, length: int = 4096, pieces: int = 1) -> Request:
+    """Return a request whose memory is in so many pieces."""
+    request = Request()
+    request.op, request.offset, request.length = op, offset, length
+    request.iov = [memoryview(bytearray(length // pieces)) for _ in range(pieces)]
+    return request
+
+
+def serve(reactor: Reactor, image: Image, batch: list[Request]) -> list[list[Request]]:
+    """Submit, run until all is back, and return the batches in which it came back."""
+    back: list[list[Request]] = []
+
+    def complete(done: list[Request]) -> None:
+        back.append(done)
+        if PENDING not in {each.status for each in batch}:
+            reactor.call_soon(reactor.stop)
+
+    image.complete = complete
+    image.submit(list(batch))
+    reactor.run()
+    return back
+
+
+def test_warm_batch_comes_back_at_once(reactor: Reactor, image: Image) -> None:
+    """What the page cache holds is given back before `submit` returns, the whole batch in one call."""
+    serve(reactor, image, [request_of(Op.READ, 0)])  # a file system may turn out not to know RWF_NOWAIT
+    batch = [request_of(op, place * 8192) for place, op in enumerate([Op.READ, Op.WRITE, Op.READ, Op.READ])]
+    back: list[list[Request]] = []
+    image.complete = back.append
+    image.submit(list(batch))
+
+    assert back == [batch]
+    assert bytes(batch[2].iov[0]) == CONTENT[16384:20480]
+
+
+def test_cold_read_does_not_block(reactor: Reactor, image: Image) -> None:
+    """What the page cache does not hold comes back later, and right."""
+    os.fsync(image.fd)
+    os.posix_fadvise(image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    batch = [request_of(Op.READ, place * 65536) for place in (3, 1, 2, 0)]
+    serve(reactor, image, batch)
+
+    assert [each.status for each in batch] == [0, 0, 0, 0]
+    assert [each.iov[0][0] for each in batch] == [48, 16, 32, 0]
+
+
+def test_neighbours_are_joined(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that continue each other are one call, and each gets its own bytes."""
+    calls: list[int] = []
+    preadv = os.preadv
+
+    def count(fd: int, iov: list[memoryview], offset: int, flags: int = 0) -> int:
+        calls.append(offset)
+        return preadv(fd, iov, offset, flags)
+
+    image._read_flags = 0  # type: ignore[attr-defined]  # not every file system knows RWF_NOWAIT
+    monkeypatch.setattr(os, "preadv", count)
+    batch = [request_of(Op.READ, place * 4096, pieces=2) for place in (5, 6, 7, 20, 21)]
+    serve(reactor, image, batch)
+
+    assert calls == [5 * 4096, 20 * 4096]
+    assert [(each.status, each.iov[0][0], each.iov[1][2047]) for each in batch] == [
+        (0, number, number) for number in (5, 6, 7, 20, 21)
+    ]
+
+
+def test_joined_writes(reactor: Reactor, image: Image) -> None:
+    """Joined writes land where they belong; one that would make the file grow spoils only itself."""
+    batch = [request_of(Op.WRITE, len(CONTENT) - 8192 + place * 4096) for place in range(3)]
+    for number, each in enumerate(batch):
+        each.iov[0][:] = bytes([100 + number]) * 4096
+    serve(reactor, image, batch)
+
+    assert [each.status for each in batch] == [0, 0, errno.EINVAL]
+    assert os.pread(image.fd, 12288, len(CONTENT) - 8192) == b"d" * 4096 + b"e" * 4096
+
+
+def test_run_that_is_cut_short(reactor: Reactor, image: Image) -> None:
+    """Neighbours of which only the first can be read whole are done again one by one: each gets its own status."""
+    os.ftruncate(image.fd, 4096)
+    batch = [request_of(Op.READ, 0), request_of(Op.READ, 4096)]
+    serve(reactor, image, batch)
+
+    assert [each.status for each in batch] == [0, errno.EIO]
+
+
+def test_runs() -> None:
+    """A run goes on while place and operation do, and never has more pieces than one call takes."""
+    batch = [
+        request_of(Op.READ, 0), request_of(Op.READ, 4096), request_of(Op.WRITE, 8192), request_of(Op.WRITE, 4096),
+        request_of(Op.WRITE, 8192), request_of(Op.FLUSH, 12288, 0), request_of(Op.FLUSH, 12288, 0),
+    ]  # fmt: skip
+    long = [request_of(Op.READ, place * 512 * 600, 512 * 600, pieces=600) for place in range(3)]
+
+    assert [len(run) for run in _runs(batch)] == [2, 1, 2, 1, 1]
+    assert [len(run) for run in _runs(long)] == [1, 1, 1]

@@ -1,0 +1,121 @@
+"""Tests of `xenbackend.worker.direct` and `uring_queue`; contents are checked against the model in test_files.py."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from xenbackend.block.request import Op, Request
+from xenbackend.errors import KernelError
+from xenbackend.kernel import blockdev, memory
+from xenbackend.kernel.blockdev import Alignment
+from xenbackend.worker.direct import DirectImage
+from xenbackend.worker.reactor import Reactor
+from xenbackend.worker.uring_queue import UringQueue
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    """Return a reactor."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["uring", "threads"])
+def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[DirectImage]:
+    """Return a direct image of zeros, as if its medium had blocks of 4096 bytes."""
+    fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)  # noqa: S108 - on a disk even where tmp_path is not
+    os.pwrite(fd, bytes(SIZE), 0)
+    medium = blockdev.examine(fd, "image", read_only=False)
+    try:
+        queue = UringQueue(reactor) if request.param == "uring" else None
+    except KernelError as error:
+        pytest.skip(str(error))
+    if blockdev.switch_to_direct(fd, medium) is None:
+        pytest.skip("no direct I/O there")
+    made = DirectImage(fd, medium, Alignment(512, 4096), reactor, queue)
+    yield made
+    made.close()
+    if queue is not None:
+        queue.close()
+
+
+def write_of(offset: int, content: bytes, iov: list[memoryview] | None = None) -> Request:
+    """Return a write of `content`."""
+    request = Request()
+    request.op, request.offset, request.length = Op.WRITE, offset, len(content)
+    if iov is None:
+        iov = [memory.allocate(len(content)).view]
+        iov[0][:] = content
+    request.iov = iov
+    return request
+
+
+def serve(reactor: Reactor, image: DirectImage, batch: list[Request]) -> list[Request]:
+    """Submit, run until all is back, and return it in that order."""
+    back: list[Request] = []
+
+    def complete(done: list[Request]) -> None:
+        back.extend(done)
+        if len(back) == len(batch):
+            reactor.call_soon(reactor.stop)
+
+    image.complete = complete
+    image.submit(list(batch))
+    reactor.run()
+    return back
+
+
+def test_parts_of_one_block_do_not_overwrite_each_other(reactor: Reactor, image: DirectImage) -> None:
+    """Writes of single sectors of one block, in flight together with whole blocks around them, are all in the end."""
+    batch = [write_of(8192 + n * 512, bytes([65 + n]) * 512) for n in range(8)]
+    whole = [write_of(place, b"w" * 4096) for place in (4096, 12288)]
+    back = serve(reactor, image, [whole[0], *batch[:5], whole[1], *batch[5:]])
+
+    assert [each.status for each in back] == [0] * 10
+    assert image.read_at(4096, 12288) == b"w" * 4096 + b"".join(bytes([65 + n]) * 512 for n in range(8)) + b"w" * 4096
+
+
+def test_part_waits_until_it_is_alone(reactor: Reactor, image: DirectImage) -> None:
+    """What came before a part of a block is given back before it, and what came after it afterwards."""
+    batch = [write_of(0, b"a" * 4096), write_of(512, b"b" * 512), write_of(0, b"c" * 4096), write_of(1024, b"d" * 512)]
+    back = serve(reactor, image, batch)
+
+    assert back == batch
+    assert image.read_at(0, 4096) == b"c" * 1024 + b"d" * 512 + b"c" * 2560
+
+
+def test_memory_that_the_medium_cannot_use(reactor: Reactor, image: DirectImage) -> None:
+    """Memory at an odd address is written and read all the same."""
+    arena = memory.allocate(4 * 4096).view
+    arena[3:4099] = b"odd!" * 1024
+    write = write_of(4096, b"odd!" * 1024, [arena[3:1003], arena[1003:4099]])
+    read = write_of(4096, bytes(4096), [arena[8193:9000], arena[9000:12289]])
+    read.op = Op.READ
+    serve(reactor, image, [write])
+    serve(reactor, image, [read])
+
+    assert (write.status, read.status) == (0, 0)
+    assert bytes(arena[8193:12289]) == b"odd!" * 1024
+    assert image.read_at(4096, 4096) == b"odd!" * 1024
+
+
+def test_submitting_from_complete(reactor: Reactor, image: DirectImage) -> None:
+    """D5: requests may be submitted from `complete`, also while others are held back."""
+    done: list[Request] = []
+
+    def complete(batch: list[Request]) -> None:
+        done.extend(batch)
+        if len(done) == 30:
+            reactor.call_soon(reactor.stop)
+        elif len(done) < 28:
+            image.submit([write_of(len(done) * 512, b"x" * 512)])
+
+    image.complete = complete
+    image.submit([write_of(0, b"w" * 4096), write_of(4096, b"x" * 512), write_of(8192, b"w" * 4096)])
+    reactor.run()
+
+    assert [each.status for each in done] == [0] * 30

@@ -1,0 +1,80 @@
+"""Tests of `xenbackend.worker.env`."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from xenbackend.block.driver import Env
+from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.reactor import Reactor
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    """Return a reactor."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+def test_env_is_what_the_contract_asks_for(reactor: Reactor) -> None:
+    """A layer gets the clock, timers, threads and files of its worker, and its own flags and facts."""
+    files = HostFiles(reactor)
+    factory = EnvFactory(reactor, files)
+    env: Env = factory("ram:1M", read_only=True, shareable=True)
+    other = factory("log:")
+    env.report("mode", "memory")
+    done: list[str] = []
+    env.run_in_thread(lambda: done.append("thread"), lambda: env.call_later(0, reactor.stop))
+    reactor.run()
+
+    assert (env.read_only, env.shareable, env.files) == (True, True, files)
+    assert (factory("ram:1M").facts, other.facts, done) == ({}, {}, ["thread"])
+    assert env.facts == {"mode": "memory"}  # type: ignore[attr-defined]  # only the worker's own Env has them
+
+
+def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
+    """A successor that is handed the kept descriptors finds the same bytes under the same layer and name."""
+    kept: dict[str, int] = {}
+    files = HostFiles(reactor)
+    first = EnvFactory(reactor, files, keep=lambda name, _size, fd: kept.update({name: os.dup(fd)}))
+    view = first("0 log:").memory("dirty", 8192)
+    zero = bytes(view)
+    view[5000:5005] = b"dirty"
+    first.close()
+
+    again = EnvFactory(reactor, files, memories=kept, keep=lambda *_: pytest.fail("kept already"))
+    second = again("0 log:").memory("dirty", 8192)
+    again.close()
+
+    assert zero == bytes(8192)
+    assert bytes(second[5000:5005]) == b"dirty"
+
+
+def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
+    """Another layer's memory of the same name is another one, and another size gives fresh zeros, kept anew."""
+    kept: list[tuple[str, int]] = []
+    old = os.memfd_create("old")
+    os.pwrite(old, b"x" * 4096, 0)
+    factory = EnvFactory(
+        reactor, HostFiles(reactor), memories={"a:m": old}, keep=lambda name, size, _fd: kept.append((name, size))
+    )
+
+    assert bytes(factory("b").memory("m", 4096)) == bytes(4096)
+    assert bytes(factory("a").memory("m", 8192)) == bytes(8192)
+    assert kept == [("b:m", 4096), ("a:m", 8192)]
+    factory.close()
+
+
+def test_no_descriptor_is_leaked(reactor: Reactor) -> None:
+    """Neither a memory nor one that nobody asked for leaves a descriptor behind."""
+    files = HostFiles(reactor)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - descriptors, not files
+    factory = EnvFactory(reactor, files, memories={"gone:m": os.memfd_create("m")})
+    view = factory("a").memory("m", 4096)
+    factory.close()
+    del view
+
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208

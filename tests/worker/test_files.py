@@ -1,0 +1,353 @@
+"""Tests of `xenbackend.worker.files`: every way of doing I/O against one model, the lock, what is refused."""
+
+import errno
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.errors import DriverError
+from xenbackend.kernel import blockdev, memory
+from xenbackend.kernel.blockdev import Alignment
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.image import Image
+from xenbackend.worker.reactor import Reactor
+
+SIZE = 1 << 20
+WAYS = {
+    "cached": {"direct": False},
+    "cached, blocking": {"direct": False, "blocking": True},
+    "direct": {"direct": True},
+    "direct, blocking": {"direct": True, "blocking": True},
+}
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    """Return a reactor."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    """Return the path of an image of 1 MiB of random bytes, on a disk even where tmp_path is not."""
+    name = f"/var/tmp/xenbackend-test-{os.getpid()}"  # noqa: S108
+    Path(name).write_bytes(random.Random(0).randbytes(SIZE))
+    yield name
+    Path(name).unlink()
+
+
+def serve(reactor: Reactor, image: Image, batches: list[list[Request]]) -> list[Request]:
+    """Submit the batches at once, run until all is given back, and return it in that order."""
+    wanted = sum(len(batch) for batch in batches)
+    back: list[Request] = []
+
+    def complete(batch: list[Request]) -> None:
+        back.extend(batch)
+        if len(back) == wanted:
+            reactor.call_soon(reactor.stop)
+
+    image.complete = complete
+    for batch in batches:
+        image.submit(list(batch))
+    reactor.run()
+    return back
+
+
+def request(op: Op, offset: int = 0, length: int = 0, iov: list[memoryview] | None = None, tag: int = 0) -> Request:
+    """Return a request; without `iov`, memory for it is allocated in one piece."""
+    made = Request(tag)
+    made.op, made.offset, made.length = op, offset, length
+    if op in {Op.READ, Op.WRITE}:
+        made.iov = [memory.allocate(length).view] if iov is None else iov
+    return made
+
+
+def random_iov(chance: random.Random, length: int) -> list[memoryview]:
+    """Return memory cut as guests cut it: pieces of whole sectors, some side by side, in pages of their own."""
+    pieces = []
+    while length:
+        room = chance.choice((512, 1024, 4096, 4096, 8192))
+        shift = chance.randrange(0, room, 512) % 4096
+        piece = memory.allocate(8192).view[shift : shift + min(room, length)]
+        if len(piece) > 512 and chance.random() < 0.3:
+            pieces += [piece[:512], piece[512:]]
+        else:
+            pieces.append(piece)
+        length -= len(piece)
+    return pieces
+
+
+def random_batch(chance: random.Random, model: bytearray) -> tuple[list[Request], list[bytes | None]]:
+    """Return requests that do not overlap, what each read has to find, and change the model as they do."""
+    batch: list[Request] = []
+    expected: list[bytes | None] = []
+    place = 0
+    for _ in range(chance.randrange(1, 9)):
+        place += chance.choice((0, 0, 512 * chance.randrange(64)))
+        length = chance.choice((512, 4096, 4096, 512 * chance.randrange(1, 40)))
+        if place + length > SIZE:
+            break
+        op = chance.choice((Op.READ, Op.READ, Op.WRITE, Op.WRITE, Op.DISCARD, Op.FLUSH))
+        batch.append(request(op, place, length, random_iov(chance, length)))
+        expected.append(bytes(model[place : place + length]) if op == Op.READ else None)
+        if op == Op.WRITE:
+            data = chance.randbytes(length)
+            for view in batch[-1].iov:
+                view[:], data = data[: len(view)], data[len(view) :]
+            model[place : place + length] = b"".join(batch[-1].iov)
+        elif op == Op.DISCARD:
+            model[place : place + length] = bytes(length)
+        place += length
+    for each in batch:
+        if each.op in {Op.FLUSH, Op.DISCARD}:
+            each.iov = ()
+        if each.op == Op.FLUSH:
+            each.offset = each.length = 0
+    return batch, expected
+
+
+def check_against_model(reactor: Reactor, image: Image, path: str, seed: int) -> None:
+    """Do random batches, and compare every read, and in the end the file, with the model."""
+    chance = random.Random(seed)
+    model = bytearray(Path(path).read_bytes())
+    for _ in range(40):
+        batch, expected = random_batch(chance, model)
+        if not batch:
+            continue
+        back = serve(reactor, image, [batch])
+        assert sorted(map(id, back)) == sorted(map(id, batch)), f"seed {seed}"
+        for each, content in zip(batch, expected, strict=True):
+            assert each.status == 0, f"seed {seed}: {each}"
+            assert content is None or b"".join(each.iov) == content, f"seed {seed}: {each}"
+    image.sync()
+    assert Path(path).read_bytes() == model, f"seed {seed}"
+
+
+@pytest.mark.parametrize("use_uring", [True, False], ids=["uring", "threads"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_uring: bool, seed: int) -> None:  # noqa: FBT001
+    """Whatever the way, random requests read what was written before, give each back once, and leave the right file."""
+    files = HostFiles(reactor, use_uring=use_uring)
+    image = files.open(path, read_only=False, **WAYS[way])
+    if not image.can_discard:
+        pytest.skip("no holes in this file system")
+    check_against_model(reactor, image, path, seed)
+
+    image.close()
+    files.close()
+
+
+@pytest.mark.parametrize("use_uring", [True, False], ids=["uring", "threads"])
+@pytest.mark.parametrize("blocking", [True, False])
+def test_medium_of_larger_blocks(
+    reactor: Reactor,
+    path: str,
+    use_uring: bool,  # noqa: FBT001
+    blocking: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a medium of 4096 byte blocks, requests of single sectors are still right, in any mix with others."""
+    monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
+    files = HostFiles(reactor, use_uring=use_uring)
+    image = files.open(path, read_only=False, blocking=blocking)
+    check_against_model(reactor, image, path, 3)
+
+    image.close()
+    files.close()
+
+
+def test_mode_says_what_was_chosen(reactor: Reactor, path: str) -> None:
+    """`mode` names the way: O_DIRECT only where the file truly allows it, and io_uring only where the host has it."""
+    files, plain = HostFiles(reactor), HostFiles(reactor, use_uring=False)
+    modes = []
+    for host, options in ((files, {}), (plain, {}), (files, {"direct": False}), (files, {"blocking": True})):
+        image = host.open(path, read_only=True, **options)
+        modes.append(image.mode)
+        assert os.get_blocking(image.fd)  # otherwise io_uring answers EAGAIN instead of waiting
+        image.close()
+    files.close()
+
+    if not modes[0].startswith("O_DIRECT"):
+        pytest.skip("no direct I/O there")
+    assert modes[0] in {"O_DIRECT, io_uring", "O_DIRECT, threads"}
+    assert modes[1:] == ["O_DIRECT, threads", "page cache, preadv and pwritev", "O_DIRECT, blocking calls"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_past_the_end(reactor: Reactor, path: str, way: str) -> None:
+    """R10: a read past the end gives zeros there, and a write or discard past it is refused; the file never grows."""
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, **WAYS[way])
+    half, beyond = (request(Op.READ, SIZE - 4096 + shift, 8192) for shift in (0, 8192))
+    for each in (half, beyond):
+        each.iov[0][:] = b"\xff" * 8192  # what another guest's data would be
+    refused = [request(Op.WRITE, SIZE - 4096, 8192), request(Op.DISCARD, SIZE, 4096)]
+    content = Path(path).read_bytes()
+
+    serve(reactor, image, [[half, *refused, beyond]])
+
+    assert (half.status, beyond.status) == (0, 0)
+    assert bytes(half.iov[0]) == content[-4096:] + bytes(4096)
+    assert bytes(beyond.iov[0]) == bytes(8192)
+    assert [each.status for each in refused] == [errno.EINVAL, errno.EINVAL]
+    assert Path(path).read_bytes() == content
+    image.close()
+    files.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_more_pieces_than_one_call_takes(reactor: Reactor, path: str, way: str) -> None:
+    """A request of more pieces than IOV_MAX is done whole."""
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, **WAYS[way])
+    arena = memory.allocate(2 * 1100 * 512)
+    iov = [arena.view[place : place + 512] for place in range(0, 2 * 1100 * 512, 1024)]
+    read, write = request(Op.READ, 4096, 1100 * 512, iov), request(Op.WRITE, 4096, 1100 * 512, iov[::-1])
+    content = Path(path).read_bytes()[4096 : 4096 + 1100 * 512]
+
+    serve(reactor, image, [[read]])
+    found = b"".join(iov)
+    serve(reactor, image, [[write]])
+
+    assert (read.status, write.status) == (0, 0)
+    assert found == content
+    assert Path(path).read_bytes()[4096 : 4096 + 1100 * 512] == b"".join(iov[::-1])
+    image.close()
+    files.close()
+
+
+def test_read_only_image_refuses_writes(reactor: Reactor, path: str) -> None:
+    """What was opened for reading only cannot be written, and offers no discard."""
+    files = HostFiles(reactor)
+    for way in WAYS.values():
+        image = files.open(path, read_only=True, **way)
+        write = request(Op.WRITE, 0, 4096)
+        serve(reactor, image, [[write]])
+
+        assert (write.status, image.can_discard) == (errno.EBADF, False)
+        image.close()
+    files.close()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_helpers_for_open(reactor: Reactor, path: str, direct: bool) -> None:  # noqa: FBT001
+    """`read_at` and `write_at` take any place and length, whatever the alignment of the medium."""
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, direct=direct)
+    content = bytearray(Path(path).read_bytes())
+    image.write_at(700, b"neither aligned nor a sector")
+    content[700:728] = b"neither aligned nor a sector"
+    image.sync()
+
+    assert image.read_at(650, 100) == content[650:750]
+    assert image.read_at(SIZE - 10, 100) == content[-10:]
+    assert image.read_at(SIZE + 10, 100) == b""
+    assert Path(path).read_bytes() == content
+    with pytest.raises(OSError, match="past the end"):
+        image.write_at(SIZE - 1, b"ab")
+    image.close()
+    files.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_reads", [True, False])
+@pytest.mark.parametrize("second_reads", [True, False])
+def test_lock_between_processes(reactor: Reactor, path: str, first_reads: bool, second_reads: bool) -> None:  # noqa: FBT001
+    """Readers share an image, a writer has it alone, in whatever process and order; the sentence says why."""
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=first_reads)
+    script = (
+        "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.worker.reactor import Reactor\n"
+        f"try: HostFiles(Reactor()).open(sys.argv[1], read_only={second_reads})\n"
+        "except Exception as error: print(error.errno, error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, path], capture_output=True, check=True, text=True)
+    sentence = f"{errno.EBUSY} {path} is locked by another process; one writer at a time, or readers only\n"
+
+    assert ran.stdout == ("" if first_reads and second_reads else sentence)
+    image.close()
+    files.close()
+
+
+def test_lock_ends_with_close(reactor: Reactor, path: str) -> None:
+    """A closed image can be opened for writing again; a shareable one can be shared although it is writable."""
+    files = HostFiles(reactor)
+    files.open(path, read_only=False).close()
+    image, other = (files.open(path, read_only=False, shareable=True) for _ in range(2))
+    image.close()
+    with pytest.raises(DriverError, match="locked"):
+        files.open(path, read_only=False)
+    other.close()
+    files.open(path, read_only=False).close()
+    files.close()
+
+
+@pytest.mark.slow
+def test_successor_waits_for_the_lock(reactor: Reactor, path: str) -> None:
+    """A successor with a time-out gets the lock as soon as its predecessor's last description is gone."""
+    script = (
+        "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.worker.reactor import Reactor\n"
+        "image = HostFiles(Reactor()).open(sys.argv[1], read_only=False)\nprint(1, flush=True)\nsys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, path], stdin=-1, stdout=-1) as predecessor:
+        assert predecessor.stdout is not None
+        predecessor.stdout.read(1)
+        predecessor.kill()
+        files = HostFiles(reactor, lock_timeout_s=30)
+        image = files.open(path, read_only=False)
+    image.close()
+    files.close()
+
+
+def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path) -> None:
+    """A file that cannot be opened, or be an image, raises its own error and leaves no descriptor behind."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    files = HostFiles(reactor)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - descriptors, not files
+    cases: list[tuple[str, type[Exception], str]] = [
+        ("missing", FileNotFoundError, "No such file"),
+        ("", DriverError, "is a directory"),
+        ("pipe", DriverError, "is a pipe"),
+        ("empty", DriverError, "is empty"),
+    ]
+    for name, kind, sentence in cases:
+        for read_only in (True, False):
+            with pytest.raises(kind, match=sentence):
+                files.open(str(tmp_path / name), read_only=read_only)
+
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+
+
+def test_close_leaves_nothing_open(reactor: Reactor, path: str) -> None:
+    """After images and files are closed no descriptor is left, and the loop has no hook of theirs."""
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False)
+    serve(reactor, image, [[request(Op.READ, 0, 4096), request(Op.FLUSH)]])
+    image.close()
+    files.close()
+
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert reactor._hooks == []
+
+
+def test_status_is_set_before_it_is_given_back(reactor: Reactor, path: str) -> None:
+    """D1, D6: no request comes back while its status still says that it is lent."""
+    files = HostFiles(reactor)
+    for way in WAYS.values():
+        image = files.open(path, read_only=False, **way)
+        back = serve(reactor, image, [[request(op, 0, 4096) for op in (Op.READ, Op.WRITE)], [request(Op.FLUSH)]])
+
+        assert PENDING not in {each.status for each in back}
+        image.close()
+    files.close()

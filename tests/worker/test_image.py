@@ -1,0 +1,81 @@
+"""Tests of `xenbackend.worker.image`; what all ways have in common is in test_files.py."""
+
+import errno
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from xenbackend.block.request import Op, Request
+from xenbackend.errors import XenbackendError
+from xenbackend.kernel import blockdev
+from xenbackend.worker.image import Image
+from xenbackend.worker.reactor import Reactor
+
+
+@pytest.fixture
+def image() -> Iterator[Image]:
+    """Return 64 KiB of `x` in memory, as an image that is done by blocking calls."""
+    fd = os.memfd_create("image")
+    os.pwrite(fd, b"x" * 65536, 0)
+    reactor = Reactor()
+    made = Image(fd, blockdev.examine(fd, "image", read_only=False), None, reactor, None)
+    yield made
+    made.close()
+    reactor.close()
+
+
+def read_of(offset: int, length: int) -> Request:
+    """Return a read into memory that is not zero."""
+    request = Request()
+    request.op, request.offset, request.length = Op.READ, offset, length
+    request.iov = [memoryview(bytearray(b"\xff" * length))]
+    return request
+
+
+def test_image_that_became_shorter(image: Image) -> None:
+    """What the image had when it was opened and no longer has is an error of the disk, not zeros."""
+    os.ftruncate(image.fd, 4096)
+    read = read_of(0, 8192)
+    image.do(read)
+
+    assert read.status == errno.EIO
+
+
+def test_long_read_past_the_end_is_cleared(image: Image) -> None:
+    """A read past the end is zeros over its whole length, however long."""
+    read = read_of(32768, 400_384)
+    image.do(read)
+
+    assert read.status == 0
+    assert bytes(read.iov[0]) == b"x" * 32768 + bytes(400_384 - 32768)
+
+
+def test_discard_that_was_not_offered(image: Image) -> None:
+    """A discard where it was not offered is answered EOPNOTSUPP."""
+    image.can_discard = False
+    discard = Request()
+    discard.op, discard.length = Op.DISCARD, 4096
+    image.do(discard)
+
+    assert discard.status == errno.EOPNOTSUPP
+
+
+def test_results_of_io_uring(image: Image) -> None:
+    """An error is the request's status; what is short or not possible just now is done again, whole."""
+    failed, flushed, short = read_of(0, 4096), Request(), read_of(4096, 4096)
+    flushed.op, flushed.length = Op.FLUSH, 0
+    back: list[Request] = []
+    image.complete = lambda batch: (back.extend(batch), image._reactor.stop())
+
+    assert (image.settle(failed, -errno.EIO), failed.status) == (True, errno.EIO)
+    assert (image.settle(flushed, 0), flushed.status) == (True, 0)
+    assert not image.settle(short, 512)
+    image._reactor.run()
+    assert (back, short.status, bytes(short.iov[0])) == ([short], 0, b"x" * 4096)
+
+
+def test_requests_need_an_owner(image: Image) -> None:
+    """An image that was given requests before anybody wanted them back says so."""
+    with pytest.raises(XenbackendError, match="before it had an owner"):
+        image.submit([read_of(0, 4096)])

@@ -1,0 +1,140 @@
+"""Tests of `xenbackend.worker.uring_queue`, on the real kernel; skipped where it has no io_uring for us."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from xenbackend.block.request import Op, Request
+from xenbackend.errors import KernelError
+from xenbackend.kernel import blockdev, memory
+from xenbackend.kernel.uring import Uring
+from xenbackend.worker.image import Image
+from xenbackend.worker.reactor import Reactor
+from xenbackend.worker.uring_queue import UringQueue
+
+
+class Taker(Image):
+    """An image whose requests all go to io_uring."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Start every request."""
+        for request in batch:
+            self.start(request)
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    """Return a reactor."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def image(reactor: Reactor) -> Iterator[Image]:
+    """Return an image of 64 pages, each of its own byte."""
+    fd = os.memfd_create("image")
+    os.pwrite(fd, b"".join(bytes([number]) * 4096 for number in range(64)), 0)
+    try:
+        queue = UringQueue(reactor)
+    except KernelError as error:
+        pytest.skip(str(error))
+    made = Taker(fd, blockdev.examine(fd, "image", read_only=False), None, reactor, queue)
+    yield made
+    made.close()
+    queue.close()
+
+
+def reads(count: int) -> list[Request]:
+    """Return reads of the first pages, one each."""
+    batch = []
+    for number in range(count):
+        request = Request(number)
+        request.op, request.offset, request.length = Op.READ, number * 4096, 4096
+        request.iov = [memory.allocate(4096).view]
+        batch.append(request)
+    return batch
+
+
+def run_until_back(reactor: Reactor, image: Image, count: int) -> list[Request]:
+    """Run until so many requests are back."""
+    back: list[Request] = []
+    image.complete = lambda batch: (back.extend(batch), len(back) >= count and reactor.stop())
+    reactor.run()
+    return back
+
+
+def test_numbers_are_used_again(reactor: Reactor, image: Image) -> None:
+    """The table of what is lent grows to what was in flight at once, and no further."""
+    for _ in range(20):
+        batch = reads(10)
+        image.submit(batch)
+        back = run_until_back(reactor, image, 10)
+
+        assert sorted(each.tag for each in back) == list(range(10))
+        assert [(each.status, each.iov[0][4095]) for each in batch] == [(0, number) for number in range(10)]
+    assert image._queue is not None
+    assert len(image._queue._lent) == 10
+    assert image._queue._lent == [None] * 10
+
+
+def test_idle_queue_lets_the_loop_sleep(reactor: Reactor, image: Image) -> None:
+    """After the last completion the loop sleeps, for nothing is in flight any more."""
+    image.submit(reads(4))
+    run_until_back(reactor, image, 4)
+    passes: list[int] = []
+    reactor.before_sleep(lambda: bool(passes.append(1)))  # type: ignore[func-returns-value]
+    reactor.call_later(0.05, reactor.stop)
+    reactor.run()
+
+    assert len(passes) <= 4
+
+
+def test_submitted_by_eights_and_before_sleeping(
+    reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk gets work while more is queued, and the rest by the call in which the loop sleeps, with its own look."""
+    calls: list[int] = []
+    waits: list[int] = []
+    submit, wait = Uring.submit, Uring.wait
+
+    def count(ring: Uring) -> None:
+        calls.append(ring.queued)
+        submit(ring)
+
+    def count_wait(ring: Uring, timeout_s: float | None) -> None:
+        waits.append(ring.queued)
+        wait(ring, timeout_s)
+
+    monkeypatch.setattr(Uring, "submit", count)
+    monkeypatch.setattr(Uring, "wait", count_wait)
+    image.submit(reads(19))
+    run_until_back(reactor, image, 19)
+
+    assert calls == [8, 8]
+    assert waits[0] == 3 + 1
+
+
+def test_pieces_side_by_side_are_one(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views that lie side by side in memory are one piece for the disk; noted views are looked up, others asked for."""
+    vectors: list[int] = []
+    queue_vector = Uring.queue_vector
+
+    def count(ring: Uring, opcode: int, fd: int, offset: int, iovecs: list[int], user_data: int) -> None:
+        vectors.append(len(iovecs) // 2)
+        queue_vector(ring, opcode, fd, offset, iovecs, user_data)
+
+    monkeypatch.setattr(Uring, "queue_vector", count)
+    arena = memory.allocate(8 * 4096).view
+    pages = [arena[place : place + 4096] for place in range(0, 8 * 4096, 4096)]
+    memory.note(pages[:4])
+    batch = reads(2)
+    for request, iov in zip(batch, (pages[:3], [pages[4], pages[5], pages[7]]), strict=True):
+        request.length, request.iov = 3 * 4096, iov
+    image.submit(batch)
+    run_until_back(reactor, image, 2)
+    memory.forget(pages)
+
+    assert vectors == [2]
+    assert [page[0] for page in pages] == [0, 1, 2, 0, 1, 2, 0, 3]

@@ -1,0 +1,161 @@
+"""What an open image is: its size and sectors, whether it can discard, whether direct I/O truly reaches the medium.
+
+Must not open, lock, read on behalf of a guest, or decide what to do with what it finds out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from xenbackend.errors import DriverError
+
+_BLKSSZGET = 0x1268  # linux/fs.h
+_BLKDISCARD = 0x1277
+_BLKGETSIZE64 = 0x80081272
+_PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
+_AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
+_STATX_DIOALIGN = 0x2000  # linux/stat.h
+_STATX_SIZE = 256  # bytes
+_DIO_MEM_ALIGN = 152  # offset of stx_dio_mem_align in struct statx; stx_dio_offset_align follows
+SECTOR = 512  # bytes: the least that direct I/O is ever aligned to
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+_WRONG_KINDS = (
+    (stat.S_ISDIR, "is a directory"),
+    (stat.S_ISFIFO, "is a pipe"),
+    (stat.S_ISSOCK, "is a socket"),
+    (stat.S_ISCHR, "is a character device"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """An image as the host sees it; all sizes in bytes."""
+
+    size: int
+    sector_size: int  # 512 for a file; what the device says for a block device
+    is_device: bool
+    can_discard: bool
+    discard_granularity: int  # 0 where it cannot discard
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What direct I/O demands, in bytes, powers of two."""
+
+    memory: int  # of each address
+    offset: int  # of the place in the file, and of each length
+
+
+def examine(fd: int, path: str, *, read_only: bool) -> Medium:
+    """Return what `fd` is. Raises: DriverError where it cannot be an image, OSError."""
+    status = os.fstat(fd)
+    for is_kind, words in _WRONG_KINDS:
+        if is_kind(status.st_mode):
+            raise DriverError(f"{path} {words}; an image is a file or a block device", path=path)
+    medium = _device(fd, status.st_rdev) if stat.S_ISBLK(status.st_mode) else _file(fd, status, read_only=read_only)
+    if medium.size == 0:
+        raise DriverError(f"{path} is empty; an image has at least one sector", path=path)
+    if medium.size % medium.sector_size:
+        sentence = f"{path} has {medium.size} bytes, which is no multiple of its {medium.sector_size} byte sectors"
+        raise DriverError(sentence, path=path)
+    return medium
+
+
+def _file(fd: int, status: os.stat_result, *, read_only: bool) -> Medium:
+    can_discard = not read_only and _can_punch(fd, status.st_size)
+    return Medium(status.st_size, SECTOR, False, can_discard, status.st_blksize if can_discard else 0)
+
+
+def _device(fd: int, number: int) -> Medium:
+    (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
+    (sector_size,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
+    can_discard = _queue_limit(number, "discard_max_bytes") > 0
+    granularity = max(_queue_limit(number, "discard_granularity"), sector_size) if can_discard else 0
+    return Medium(size, sector_size, True, can_discard, granularity)
+
+
+def _queue_limit(number: int, name: str) -> int:
+    """Return a limit of a block device's queue from sysfs, 0 where it is not known; a partition has its disk's."""
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for queue in (device / "queue", device.resolve().parent / "queue"):
+        try:
+            return int((queue / name).read_text())
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+def _can_punch(fd: int, size: int) -> bool:
+    """Try it behind the end of the file, where there is nothing to lose."""
+    return bool(_libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, size, mmap.PAGESIZE) == 0)
+
+
+def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
+    """Forget a range, blocking. Raises: OSError."""
+    if medium.is_device:
+        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", offset, length))
+    elif _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, offset, length) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
+    """Make `fd` bypass the page cache and return what that demands; where it cannot, leave it alone and return None.
+
+    It is switched instead of opening a second one, so that lock and writes in flight stay one description's.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except OSError:
+        return None
+    alignment = _stated_alignment(fd) or _tried_alignment(fd, medium)
+    if alignment is None or medium.size % alignment.offset:  # the tail could only be written by growing the file
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+        return None
+    return alignment
+
+
+def _stated_alignment(fd: int) -> Alignment | None:
+    """Ask statx (Linux 6.1); None where the file system does not say, or says that it cannot."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    if not hasattr(_libc, "statx") or _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
+        return None
+    (mask,) = struct.unpack_from("I", buffer)
+    memory, offset = struct.unpack_from("II", buffer, _DIO_MEM_ALIGN)
+    return Alignment(memory, max(offset, SECTOR)) if mask & _STATX_DIOALIGN and memory and offset else None
+
+
+def _tried_alignment(fd: int, medium: Medium) -> Alignment | None:
+    """Find out by reading.
+
+    A file system that also reads what no disk could (one byte to an odd address) only tolerates the flag, and goes
+    through the page cache after all.
+    """
+    if _reads(fd, 1, 1):
+        return None
+    for offset in (medium.sector_size, mmap.PAGESIZE):
+        if medium.size >= offset and _reads(fd, 0, offset):
+            return Alignment(SECTOR if offset == SECTOR else offset, offset)
+    return None
+
+
+def _reads(fd: int, shift: int, length: int) -> bool:
+    view = memoryview(mmap.mmap(-1, mmap.PAGESIZE + 1))[shift : shift + length]
+    try:
+        return os.preadv(fd, [view], shift) == length
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False

@@ -1,0 +1,60 @@
+"""A full memory fence from Python, and how it was found on this host.
+
+Must not be used but for the ring: nothing else shares memory without a system call in between.
+
+Two places of the protocol need one (R6, R7): between moving our producer index and looking at the other side's event
+index, and between setting our event index and the last look before sleeping. Without it a wake-up is lost about once in
+six thousand tight races, and the guest hangs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import platform
+import threading
+
+from xenbackend.errors import KernelError
+from xenbackend.kernel.ports import Fence
+
+_SEQ_CST = 5  # memory_order_seq_cst, gcc's and clang's stdatomic.h
+_LIBRARIES = (("libatomic.so.1", "atomic_thread_fence"), ("libgcc_s.so.1", "__sync_synchronize"))
+
+
+def find_fence(machine: str = "") -> tuple[Fence, str]:
+    """Return a full fence for this machine (or the one named as `uname -m` does), and how it was found.
+
+    Raises: KernelError, where there is none.
+    Cost: 0.1 us.
+    """
+    machine = machine or platform.machine()
+    if machine in {"x86_64", "AMD64", "i686"}:
+        return _lock_fence(), "a lock's acquire and release: locked instructions, which x86 does not pass"
+    for library, symbol in _LIBRARIES:
+        fence = _library_fence(library, symbol)
+        if fence is not None:
+            return fence, f"{symbol} of {library}"
+    raise KernelError(f"find a memory fence for {machine} (install libatomic1)", errno.ENOSYS)
+
+
+def _lock_fence() -> Fence:
+    lock = threading.Lock()
+
+    def fence() -> None:
+        with lock:
+            pass
+
+    return fence
+
+
+def _library_fence(library: str, symbol: str) -> Fence | None:
+    try:
+        function = getattr(ctypes.PyDLL(library), symbol)  # PyDLL: no need to let go of the interpreter for this
+    except (OSError, AttributeError):
+        return None
+    function.restype = None
+
+    def fence() -> None:
+        function(_SEQ_CST)
+
+    return fence

@@ -1,0 +1,233 @@
+"""io_uring without a library: set up, queue, enter, reap.
+
+Must not know a request, a driver, or what a number in `user_data` stands for. One thread owns a ring.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+
+from xenbackend.errors import KernelError
+from xenbackend.kernel.memory import allocate, map_device, unmap, view_at
+from xenbackend.units import round_up
+
+# linux/io_uring.h
+OP_READV = 1
+OP_WRITEV = 2
+OP_FSYNC = 3
+OP_POLL_ADD = 6
+OP_FALLOCATE = 17
+OP_READ = 22
+OP_WRITE = 23
+FSYNC_DATASYNC = 1
+_SETUP_CQSIZE = 1 << 3
+_SETUP_CLAMP = 1 << 4
+_SETUP_SUBMIT_ALL = 1 << 7
+_SETUP_SINGLE_ISSUER = 1 << 12
+_SETUP_DEFER_TASKRUN = 1 << 13
+_ENTER_GETEVENTS = 1
+_ENTER_EXT_ARG = 1 << 3
+_OFF_SQ_RING = 0
+_OFF_SQES = 0x10000000
+# One mapping for both rings, no completion is dropped, iovecs may go after submission, OP_READ exists; and since
+# Linux 5.11, which is asked for: one call that submits and waits for a limited time.
+_FEATURES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 8
+_FALLOC_PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
+# generic system call numbers: the same on x86-64 and Arm
+_SYS_SETUP, _SYS_ENTER = 425, 426
+
+_PARAMS = struct.Struct("=IIIIIIIIII")  # io_uring_params up to the two tables: sq_entries, cq_entries, flags, …
+_PARAMS_SIZE = 120
+_SQ_OFFSETS = struct.Struct("=IIIIIIII8x")  # head, tail, mask, entries, flags, dropped, array
+_CQ_OFFSETS = struct.Struct("=IIIIIIII8x")  # head, tail, mask, entries, overflow, cqes, flags
+_SQE = struct.Struct("=BBHiQQIIQ")  # opcode, flags, ioprio, fd, off, addr, len, op_flags, user_data: 40 of 64 bytes
+_SQE_SIZE = 64
+_CQE = struct.Struct("=QiI")  # user_data, res, flags
+_GETEVENTS_ARG = struct.Struct("=QIIQ")  # io_uring_getevents_arg: sigmask, its size, padding, address of a timespec
+_ARG_SIZE = ctypes.c_size_t(_GETEVENTS_ARG.size)  # the last of seven: as an int, half of it would be left to chance
+_TIMESPEC = struct.Struct("=qq")  # seconds, nanoseconds
+_POLLIN = 1
+_IOVECS = 8192  # of all that is queued and not yet submitted
+MAX_IOVECS = 1024  # IOV_MAX: of one operation
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall  # without argtypes: half the price
+
+
+class Uring:
+    """One io_uring: operations are queued, then submitted together, and come back from `reap` after `enter`.
+
+    Invariants: never more queued than the submission queue holds (a full one is submitted at once); a completion that
+    the completion queue has no room for is kept by the kernel (IORING_FEAT_NODROP) until the next `enter`.
+
+    Args:
+        entries: of the submission queue, a power of two; bounds what is queued, not what is in flight.
+
+    Raises: KernelError: ENOSYS, EPERM where io_uring is absent or forbidden.
+    """
+
+    def __init__(self, entries: int = 256) -> None:
+        self._fd, params = _setup(entries)
+        self._mapped: list[tuple[int, int]] = []  # address, size
+        try:
+            self._map(params)
+        except BaseException:
+            self.close()
+            raise
+        iovecs = allocate(_IOVECS * 16)
+        self._iovecs = iovecs.view.cast("Q")
+        self._iovecs_address = iovecs.address
+        self._iovecs_used = 0  # words
+        self.queued = 0  # operations, not yet submitted
+        self._early: list[tuple[int, int]] = []  # reaped to make room, not yet returned
+        self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
+        argument = _GETEVENTS_ARG.pack(0, 0, 0, ctypes.addressof(self._timespec))
+        self._limited = ctypes.create_string_buffer(argument, len(argument))
+        self._unlimited = ctypes.create_string_buffer(len(argument))
+
+    def _map(self, params: bytes) -> None:
+        sq_entries, cq_entries, _, _, _, features, *_ = _PARAMS.unpack_from(params)
+        if features & _FEATURES != _FEATURES:
+            raise KernelError("use this kernel's io_uring, which is older than that of Linux 5.6", errno.EOPNOTSUPP)
+        _, sq_tail, sq_mask, _, _, _, sq_array, _ = _SQ_OFFSETS.unpack_from(params, 40)
+        cq_head, cq_tail, cq_mask, _, _, cqes, _, _ = _CQ_OFFSETS.unpack_from(params, 80)
+        size = max(sq_array + sq_entries * 4, cqes + cq_entries * _CQE.size)
+        rings = self._map_part(_OFF_SQ_RING, round_up(size, 4))
+        words = rings.cast("I")
+        words[sq_array // 4 : sq_array // 4 + sq_entries] = memoryview(array("I", range(sq_entries)))
+        self._sqes = self._map_part(_OFF_SQES, sq_entries * _SQE_SIZE)
+        self._rings = rings
+        self._words = words
+        self._entries = sq_entries
+        self._sq_mask, self._cq_mask = words[sq_mask // 4], words[cq_mask // 4]
+        self._sq_tail_at, self._cq_head_at, self._cq_tail_at = sq_tail // 4, cq_head // 4, cq_tail // 4
+        self._tail = words[self._sq_tail_at]
+        self._cqes = cqes
+
+    def _map_part(self, offset: int, size: int) -> memoryview:
+        address = map_device(self._fd, size, offset, writable=True, operation="map io_uring's queues")
+        self._mapped.append((address, size))
+        return view_at(address, size, writable=True)
+
+    def queue(
+        self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int, op_flags: int = 0
+    ) -> None:
+        """Queue one operation; the memory at `address` must stay until its completion was reaped."""
+        tail = self._tail
+        place = (tail & self._sq_mask) * _SQE_SIZE
+        _SQE.pack_into(self._sqes, place, opcode, 0, 0, fd, offset, address, length, op_flags, user_data)
+        self._tail = tail + 1 & 0xFFFFFFFF
+        self.queued += 1
+        if self.queued == self._entries:
+            self.submit()
+
+    def queue_vector(self, opcode: int, fd: int, offset: int, iovecs: Sequence[int], user_data: int) -> None:
+        """Queue OP_READV or OP_WRITEV: `iovecs` is address, length, address, length, … of at most MAX_IOVECS pieces."""
+        start = self._iovecs_used
+        end = start + len(iovecs)
+        if end > len(self._iovecs):
+            self.submit()
+            start, end = 0, len(iovecs)
+        self._iovecs[start:end] = memoryview(array("Q", iovecs))
+        self._iovecs_used = end
+        self.queue(opcode, fd, offset, self._iovecs_address + start * 8, len(iovecs) // 2, user_data)
+
+    def queue_sync(self, fd: int, user_data: int) -> None:
+        """Queue an fdatasync."""
+        self.queue(OP_FSYNC, fd, 0, 0, 0, user_data, FSYNC_DATASYNC)
+
+    def queue_punch(self, fd: int, offset: int, length: int, user_data: int) -> None:
+        """Queue the punching of a hole; the file keeps its size."""
+        self.queue(OP_FALLOCATE, fd, offset, length, _FALLOC_PUNCH_HOLE_KEEP_SIZE, user_data)
+
+    def queue_poll(self, fd: int, user_data: int) -> None:
+        """Queue a look at a descriptor, which completes once when it is readable."""
+        self.queue(OP_POLL_ADD, fd, 0, 0, 0, user_data, _POLLIN)
+
+    def submit(self) -> None:
+        """Submit everything queued. Raises: KernelError."""
+        self._enter(0)
+
+    def enter(self) -> None:
+        """Submit everything queued, and let the kernel post what has completed; does not wait. Raises: KernelError."""
+        self._enter(_ENTER_GETEVENTS)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Submit everything queued and sleep until something has completed, `timeout_s` at most. Raises: KernelError.
+
+        One system call, unless the kernel takes the queue in several parts.
+        """
+        if self._early or timeout_s == 0:
+            self.enter()
+            return
+        argument = self._unlimited
+        if timeout_s is not None:
+            argument = self._limited
+            _TIMESPEC.pack_into(self._timespec, 0, int(timeout_s), int(timeout_s % 1 * 1e9))
+        self._words[self._sq_tail_at] = self._tail
+        flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
+        done = _syscall(_SYS_ENTER, self._fd, self.queued, 1, flags, argument, _ARG_SIZE)
+        if done >= 0:
+            self.queued -= done
+            if self.queued == 0:
+                self._iovecs_used = 0
+                return
+        elif self.queued == 0 and ctypes.get_errno() in {errno.ETIME, errno.EINTR}:
+            return
+        self.enter()  # not all was taken: the rest, without sleeping
+
+    def _enter(self, flags: int) -> None:
+        self._words[self._sq_tail_at] = self._tail
+        while True:
+            done = _syscall(_SYS_ENTER, self._fd, self.queued, 0, flags, None, 0)
+            if done >= 0:
+                self.queued -= done
+                if self.queued == 0:
+                    break
+                continue
+            error = ctypes.get_errno()
+            if error == errno.EBUSY:  # before Linux 5.19: takes nothing while completions wait for room
+                self._early += self.reap()
+            elif error not in {errno.EINTR, errno.EAGAIN}:
+                raise KernelError("submit to io_uring", error)
+        self._iovecs_used = 0
+
+    def reap(self) -> list[tuple[int, int]]:
+        """Return what has completed and was posted, as (user_data, result): a byte count or a negative errno."""
+        words = self._words
+        head, tail = words[self._cq_head_at], words[self._cq_tail_at]
+        rings, mask, cqes, unpack = self._rings, self._cq_mask, self._cqes, _CQE.unpack_from
+        done, self._early = self._early, []
+        while head != tail:
+            user_data, result, _ = unpack(rings, cqes + (head & mask) * 16)
+            done.append((user_data, result))
+            head = head + 1 & 0xFFFFFFFF
+        words[self._cq_head_at] = head
+        return done
+
+    def close(self) -> None:
+        """Release the ring; nothing is in flight, and nothing of this object is used again."""
+        for address, size in self._mapped:
+            unmap(address, size)
+        self._mapped.clear()
+        os.close(self._fd)
+
+
+def _setup(entries: int) -> tuple[int, bytes]:
+    """Return a ring's descriptor and its `io_uring_params`; newer flags are left away where the kernel is older."""
+    least = _SETUP_CQSIZE | _SETUP_CLAMP
+    error = 0
+    for flags in (least | _SETUP_SUBMIT_ALL | _SETUP_SINGLE_ISSUER | _SETUP_DEFER_TASKRUN, least):
+        params = ctypes.create_string_buffer(_PARAMS_SIZE)
+        _PARAMS.pack_into(params, 0, 0, entries * 16, flags, 0, 0, 0, 0, 0, 0, 0)
+        fd = _syscall(_SYS_SETUP, entries, ctypes.byref(params))
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+            return fd, params.raw
+        error = ctypes.get_errno()
+    raise KernelError("set up io_uring", error)

@@ -1,0 +1,105 @@
+"""An image behind the page cache: what the cache holds is copied at once, the rest goes to io_uring or a thread.
+
+Must not know how the image was opened. Buffered writes never go to io_uring: it hands them to kernel threads, which
+costs two and a half times as much as the plain call.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from itertools import pairwise
+
+from xenbackend.block.request import Op, Request
+from xenbackend.worker.image import MAX_IOVECS, Image
+
+
+class CachedImage(Image):
+    """Reads and writes inside `submit`, one call each or one for several neighbours; never sleeps for the disk to read.
+
+    Invariants: R10: a read is answered 0 only when every byte of its iov was written.
+    """
+
+    how = "preadv and pwritev"
+
+    _read_flags = os.RWF_NOWAIT  # until a file system turns out not to know it
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests; those that the page cache can serve are given back before this returns."""
+        done: list[Request] = []
+        if len(batch) > 1 and (_are_neighbours(batch[0], batch[1]) or _are_neighbours(batch[-2], batch[-1])):
+            batch = self._do_joined(batch, done)
+        preadv, pwritev, fd, size, flags = os.preadv, os.pwritev, self.fd, self.size, self._read_flags
+        for request in batch:
+            op = request.op
+            moved = -1
+            try:
+                if op == 0:  # Op.READ, and below Op.WRITE: looking the names up would cost a tenth of the loop
+                    moved = preadv(fd, request.iov, request.offset, flags)
+                elif op == 1 and request.offset + request.length <= size:
+                    moved = pwritev(fd, request.iov, request.offset)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP and op == Op.READ:
+                    flags = self._read_flags = 0
+            if moved == request.length:
+                request.status = 0
+                done.append(request)
+            else:
+                self._do_odd(request, done)
+        if done:
+            self.complete(done)
+
+    def _do_odd(self, request: Request, done: list[Request]) -> None:
+        """Do what the fast way could not: cold, short, refused, flush, discard, past the end."""
+        if request.op == Op.WRITE or (request.op == Op.DISCARD and not self.is_inside(request)):
+            self.do(request)
+            done.append(request)
+        else:
+            self.start(request)
+
+    def _do_joined(self, batch: list[Request], done: list[Request]) -> list[Request]:
+        """Do runs of neighbours by one call each; return those that are in no run, or whose run was cut short."""
+        rest: list[Request] = []
+        for run in _runs(batch):
+            if len(run) > 1 and self._do_run(run):
+                done += run
+            else:
+                rest += run
+        return rest
+
+    def _do_run(self, run: list[Request]) -> bool:
+        first, last = run[0], run[-1]
+        iov = [view for request in run for view in request.iov]
+        end = last.offset + last.length
+        try:
+            if first.op == Op.READ:
+                moved = os.preadv(self.fd, iov, first.offset, self._read_flags)
+            elif end <= self.size:
+                moved = os.pwritev(self.fd, iov, first.offset)
+            else:
+                return False
+        except OSError:  # each by itself then, so that each gets its own status
+            return False
+        if first.offset + moved != end:
+            return False
+        for request in run:
+            request.status = 0
+        return True
+
+
+def _are_neighbours(one: Request, other: Request) -> bool:
+    return one.offset + one.length == other.offset and one.op == other.op and one.op <= Op.WRITE
+
+
+def _runs(batch: list[Request]) -> list[list[Request]]:
+    """Cut a batch where one request does not continue the one before it, or a run gets too long for one call."""
+    runs = [[batch[0]]]
+    pieces = len(batch[0].iov)
+    for before, request in pairwise(batch):
+        pieces += len(request.iov)
+        if _are_neighbours(before, request) and pieces <= MAX_IOVECS:
+            runs[-1].append(request)
+        else:
+            runs.append([request])
+            pieces = len(request.iov)
+    return runs

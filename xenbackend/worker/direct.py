@@ -1,0 +1,81 @@
+"""An image read and written past the page cache, asynchronously: by io_uring, or by threads where there is none.
+
+Must not touch the page cache on the side: a cached write next to a direct one can bring old data back.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from xenbackend.block.request import Op, Request
+from xenbackend.kernel.blockdev import Alignment, Medium
+from xenbackend.worker.image import Image
+
+if TYPE_CHECKING:
+    from xenbackend.worker.reactor import Reactor
+    from xenbackend.worker.uring_queue import UringQueue
+
+
+class DirectImage(Image):
+    """Starts every request at once, but for those that cover a block of the medium only in part.
+
+    Those run alone, in a thread: they wait until nothing else is in flight, and what comes meanwhile is held back,
+    because a write of half a block reads the whole, changes it and writes it back. Only a frontend that ignores our
+    sector size, or an image with smaller sectors than its medium, has such requests.
+    """
+
+    def __init__(
+        self, fd: int, medium: Medium, alignment: Alignment, reactor: Reactor, queue: UringQueue | None
+    ) -> None:
+        self.how = "io_uring" if queue else "threads"
+        super().__init__(fd, medium, alignment, reactor, queue)
+        self._mask = alignment.offset - 1
+        self._in_flight = 0
+        self._part: Request | None = None  # covers part of a block: waits until it is alone, or runs
+        self._held: list[Request] = []  # what came after it
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests; each is given back later, but for those that are refused."""
+        if self._part is not None:
+            self._held += batch
+            return
+        mask, size = self._mask, self.size
+        refused: list[Request] = []
+        for place, request in enumerate(batch):
+            op = request.op
+            if op and request.offset + request.length > size:
+                self.do(request)
+                refused.append(request)
+            elif op <= Op.WRITE and (request.offset | request.length) & mask:
+                self._part = request
+                self._held = batch[place + 1 :]
+                break
+            else:
+                self._in_flight += 1
+                self.start(request)
+        if refused:
+            self.complete(refused)
+        self._start_part()
+
+    def finished(self, batch: list[Request]) -> None:
+        """Give back what has ended, and go on with what was held back."""
+        self._in_flight -= len(batch)
+        if batch[0] is self._part:
+            self._part = None
+            held, self._held = self._held, []
+            self.complete(batch)
+            if held:
+                self.submit(held)
+        else:
+            self.complete(batch)
+            self._start_part()
+
+    def settle(self, request: Request, result: int) -> bool:
+        """Set the status for an odd result; memory that direct I/O cannot use is replaced by memory that it can."""
+        return super().settle(request, -errno.EAGAIN if result == -errno.EINVAL else result)
+
+    def _start_part(self) -> None:
+        if self._part is not None and self._in_flight == 0:
+            self._in_flight = 1
+            self.start_in_thread(self._part)

@@ -1,0 +1,92 @@
+"""What a layer gets from its worker: the clock, timers, threads, files, memory that outlives the process, reports.
+
+Must not know a driver by name, nor the messages by which the supervisor keeps a memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from xenbackend.block.driver import Files
+
+if TYPE_CHECKING:
+    from xenbackend.worker.reactor import Reactor
+
+Keep = Callable[[str, int, int], None]  # name, size in bytes, descriptor: lent for the call
+
+
+def keep_nothing(name: str, size: int, fd: int) -> None:
+    """Keep no memory for a successor: for a process that only looks at a chain."""
+
+
+class WorkerEnv:
+    """The `Env` of one layer; made by `EnvFactory`, lives as long as the layer."""
+
+    def __init__(self, factory: EnvFactory, layer: str, *, read_only: bool, shareable: bool) -> None:
+        self.read_only = read_only
+        self.shareable = shareable
+        self.files = factory.files
+        self.facts: dict[str, str] = {}  # what the layer reported
+        self.now = factory.reactor.now
+        self.call_later = factory.reactor.call_later
+        self.run_in_thread = factory.reactor.run_in_thread
+        self._factory = factory
+        self._layer = layer
+
+    def memory(self, name: str, size: int) -> memoryview:
+        """Return `size` bytes, zero at first, that outlive this process: a successor gets the same bytes back.
+
+        Raises: OSError, where the host has no memory for it.
+        """
+        return self._factory.memory(f"{self._layer}:{name}", size)
+
+    def report(self, key: str, value: str) -> None:
+        """Publish a fact about this layer."""
+        self.facts[key] = value
+
+
+class EnvFactory:
+    """Makes the `Env` of each layer of one chain.
+
+    Args:
+        reactor: the worker's loop.
+        files: opens the layers' images.
+        memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
+        keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
+    """
+
+    def __init__(
+        self, reactor: Reactor, files: Files, memories: Mapping[str, int] | None = None, keep: Keep = keep_nothing
+    ) -> None:
+        self.reactor = reactor
+        self.files = files
+        self._memories = dict(memories or {})
+        self._keep = keep
+
+    def __call__(self, layer: str, *, read_only: bool = False, shareable: bool = False) -> WorkerEnv:
+        """Return the `Env` of the layer that `layer` names; the same in a successor, different from every other one."""
+        return WorkerEnv(self, layer, read_only=read_only, shareable=shareable)
+
+    def memory(self, name: str, size: int) -> memoryview:
+        """Return the memory called `name`: the predecessor's where it has `size` bytes, else fresh and zero."""
+        fd = self._memories.pop(name, -1)
+        if fd >= 0 and os.fstat(fd).st_size != size:
+            os.close(fd)
+            fd = -1
+        if fd < 0:
+            fd = os.memfd_create("xenbackend", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            self._keep(name, size, fd)
+        try:
+            return memoryview(mmap.mmap(fd, size))
+        finally:
+            os.close(fd)  # the mapping holds the memory
+
+    def close(self) -> None:
+        """Release the memories that no layer asked for."""
+        for fd in self._memories.values():
+            os.close(fd)
+        self._memories.clear()

@@ -1,0 +1,105 @@
+"""Opens image files and block devices: what may be an image, the lock, and the fastest way to do I/O on it.
+
+Must not do I/O for a guest: `image`, `cached` and `direct` do.
+
+The lock is a flock on the image's own open file description, and there is never a second description: a write that a
+killed worker left in flight keeps the description, and with it the lock, until it has landed. Whoever gets the lock
+therefore knows that no old write can come after his.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from typing import TYPE_CHECKING
+
+from xenbackend.errors import DriverError, KernelError
+from xenbackend.kernel import blockdev
+from xenbackend.worker.cached import CachedImage
+from xenbackend.worker.direct import DirectImage
+from xenbackend.worker.image import Image
+from xenbackend.worker.uring_queue import UringQueue
+
+if TYPE_CHECKING:
+    from xenbackend.worker.reactor import Reactor
+
+_LOCK_PAUSE_S = 0.005  # between two tries for a lock
+
+
+class HostFiles:
+    """Opens the images of one worker; implements `block.driver.Files`.
+
+    Args:
+        reactor: the worker's loop.
+        use_uring: use io_uring where the host has it; else threads do what blocks.
+        lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
+            predecessor; for everybody else a lock that is taken is an answer.
+    """
+
+    def __init__(self, reactor: Reactor, *, use_uring: bool = True, lock_timeout_s: float = 0.0) -> None:
+        self._reactor = reactor
+        self._use_uring = use_uring
+        self._lock_timeout_s = lock_timeout_s
+        self._queue: UringQueue | None = None
+
+    def open(
+        self, path: str, *, read_only: bool, shareable: bool = False, direct: bool = True, blocking: bool = False
+    ) -> Image:
+        """Open an image, as `block.driver.Files.open` says."""
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = os.open(path, flags)
+        except IsADirectoryError as error:
+            raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
+        try:
+            return self._choose(fd, path, read_only=read_only, shareable=shareable, direct=direct, blocking=blocking)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def kick(self) -> bool:
+        """Submit what was queued for io_uring: for the end of a turn; the loop calls it before it sleeps."""
+        return self._queue.kick() if self._queue is not None else False
+
+    def close(self) -> None:
+        """Release what the images share; all of them are closed."""
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
+
+    def _choose(self, fd: int, path: str, *, read_only: bool, shareable: bool, direct: bool, blocking: bool) -> Image:
+        medium = blockdev.examine(fd, path, read_only=read_only)
+        os.set_blocking(fd, True)  # io_uring would answer EAGAIN where it has to wait
+        self._lock(fd, path, shared=read_only or shareable)
+        alignment = blockdev.switch_to_direct(fd, medium) if direct else None
+        if blocking:
+            return Image(fd, medium, alignment, self._reactor, None)
+        queue = self._open_queue()
+        if alignment is not None:
+            return DirectImage(fd, medium, alignment, self._reactor, queue)
+        return CachedImage(fd, medium, None, self._reactor, queue)
+
+    def _lock(self, fd: int, path: str, *, shared: bool) -> None:
+        give_up = time.monotonic() + self._lock_timeout_s
+        while True:
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= give_up:
+                    sentence = f"{path} is locked by another process; one writer at a time, or readers only"
+                    raise DriverError(sentence, path=path, errno=errno.EBUSY) from error
+                time.sleep(_LOCK_PAUSE_S)
+            else:
+                return
+
+    def _open_queue(self) -> UringQueue | None:
+        """Return the worker's one io_uring, or None where the host has none for us."""
+        if self._queue is None and self._use_uring:
+            try:
+                self._queue = UringQueue(self._reactor)
+            except KernelError:
+                self._use_uring = False
+        return self._queue

@@ -1,0 +1,235 @@
+"""An open image, done by blocking calls: the base of the faster ways, and the way of `sync:`.
+
+Must not choose how an image is opened, and must never let a write make a file grow.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xenbackend.block.driver import Complete
+from xenbackend.block.request import Op, Request
+from xenbackend.errors import XenbackendError
+from xenbackend.kernel import blockdev
+from xenbackend.kernel.blockdev import Alignment, Medium
+from xenbackend.units import round_up
+
+if TYPE_CHECKING:
+    from xenbackend.worker.reactor import Reactor
+    from xenbackend.worker.uring_queue import UringQueue
+
+MAX_IOVECS = 1024  # IOV_MAX: pieces of one call
+_ANYTHING = Alignment(1, 1)
+_ZEROS = bytes(64 * 1024)
+
+
+class Image:
+    """A file or block device, open and locked; implements `block.driver.File` by one blocking call after the other.
+
+    Args:
+        fd: owned from now on, with the lock that hangs on it.
+        medium: what it is.
+        alignment: what its direct I/O demands; None when it goes through the page cache.
+        reactor: the worker's loop.
+        queue: the io_uring, if there is one; used by subclasses.
+    """
+
+    how = "blocking calls"
+
+    def __init__(
+        self, fd: int, medium: Medium, alignment: Alignment | None, reactor: Reactor, queue: UringQueue | None
+    ) -> None:
+        self.fd = fd
+        self.medium = medium
+        self.size = medium.size
+        self.sector_size = medium.sector_size
+        self.can_discard = medium.can_discard
+        self.discard_granularity = medium.discard_granularity
+        self.complete: Complete = _nobody
+        self.mode = f"{'O_DIRECT' if alignment else 'page cache'}, {self.how}"
+        self._alignment = alignment or _ANYTHING
+        self._reactor = reactor
+        self._queue = queue
+
+    def submit(self, batch: list[Request]) -> None:
+        """Do every request before returning."""
+        for request in batch:
+            self.do(request)
+        self.complete(batch)
+
+    def do(self, request: Request) -> None:
+        """Do one request by blocking calls and set its status; every retry and odd case ends here. Any thread may."""
+        try:
+            self._check_range(request)
+            _STEPS[request.op](self, request)
+            request.status = 0
+        except OSError as error:
+            request.status = error.errno or errno.EIO
+
+    def start(self, request: Request) -> None:
+        """Do one request without blocking, by io_uring or in a thread; `finished` gets it back."""
+        is_discard_of_device = request.op == Op.DISCARD and self.medium.is_device
+        if self._queue is None or is_discard_of_device:
+            self.start_in_thread(request)
+        else:
+            self._queue.start(self, request)
+
+    def start_in_thread(self, request: Request) -> None:
+        """Do one request in a thread; `finished` gets it back."""
+        self._reactor.run_in_thread(partial(self.do, request), partial(self.finished, [request]))
+
+    def finished(self, batch: list[Request]) -> None:
+        """Take back what was started."""
+        self.complete(batch)
+
+    def settle(self, request: Request, result: int) -> bool:
+        """Set the status for a result of io_uring that is not the full length; False where it was started again."""
+        if request.op in {Op.FLUSH, Op.DISCARD} and result == 0:
+            request.status = 0
+        elif result < 0 and -result not in {errno.EAGAIN, errno.EINTR}:
+            request.status = -result
+        else:  # short, or not now: all of it again, until it is whole
+            self.start_in_thread(request)
+            return False
+        return True
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Read up to `length` bytes, blocking; fewer at the end of the file. Raises: OSError."""
+        length = max(0, min(length, self.size - offset))
+        start, block = self._read_blocks(offset, length)
+        return bytes(block[offset - start : offset - start + length])
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Write all of `data`, blocking. Raises: OSError; EINVAL where the file would grow."""
+        if offset + len(data) > self.size:
+            raise OSError(errno.EINVAL, "a write past the end of an image")
+        self._write_blocks(offset, [memoryview(data)], len(data))
+
+    def sync(self) -> None:
+        """Make everything durable, blocking. Raises: OSError."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Release the file and its lock; nothing is in flight."""
+        os.close(self.fd)
+
+    def is_inside(self, request: Request) -> bool:
+        """Return whether the range ends inside the image."""
+        return request.offset + request.length <= self.size
+
+    def _covers_part(self, offset: int, length: int) -> bool:
+        """Return whether a range begins or ends inside a block of the medium."""
+        return bool((offset | length) & self._alignment.offset - 1)
+
+    def _check_range(self, request: Request) -> None:
+        if request.op != Op.READ and not self.is_inside(request):
+            raise OSError(errno.EINVAL, "past the end of an image")
+
+    def _read(self, request: Request) -> None:
+        if self._covers_part(request.offset, request.length):
+            self._read_copied(request)
+            return
+        try:
+            rest = _whole(os.preadv, self.fd, request.iov, request.offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._alignment is _ANYTHING:
+                raise
+            self._read_copied(request)
+            return
+        if rest and self.is_inside(request):
+            raise OSError(errno.EIO, "the image has become shorter")
+        for view in rest:  # past the end: a frontend must not get to see what was in its buffer before
+            _clear(view)
+
+    def _read_copied(self, request: Request) -> None:
+        """Read what direct I/O cannot: an odd place or length, or memory that the medium cannot use."""
+        start, block = self._read_blocks(request.offset, request.length)
+        block = block[request.offset - start :]
+        for view in request.iov:
+            view[:] = block[: len(view)]
+            block = block[len(view) :]
+
+    def _write(self, request: Request) -> None:
+        if self._covers_part(request.offset, request.length):
+            self._write_blocks(request.offset, request.iov, request.length)
+            return
+        try:
+            if _whole(os.pwritev, self.fd, request.iov, request.offset):
+                raise OSError(errno.EIO, "a write ended early")
+        except OSError as error:
+            if error.errno != errno.EINVAL or self._alignment is _ANYTHING:
+                raise
+            self._write_blocks(request.offset, request.iov, request.length)
+
+    def _flush(self, request: Request) -> None:  # noqa: ARG002 - a step has a request
+        os.fdatasync(self.fd)
+
+    def _discard(self, request: Request) -> None:
+        if not self.can_discard:
+            raise OSError(errno.EOPNOTSUPP, "discard")
+        blockdev.discard(self.fd, self.medium, request.offset, request.length)
+
+    def _read_blocks(self, offset: int, length: int) -> tuple[int, memoryview]:
+        """Read the aligned blocks around a range into aligned memory; return where they begin, and their bytes."""
+        step = self._alignment.offset
+        start = offset // step * step
+        size = round_up(offset + length, step) - start
+        block = memoryview(mmap.mmap(-1, max(1, size)))[:size]
+        inside = block[: max(0, self.size - start)]
+        if _whole(os.preadv, self.fd, [inside], start):
+            raise OSError(errno.EIO, "the image has become shorter")
+        return start, block
+
+    def _write_blocks(self, offset: int, pieces: Sequence[memoryview], length: int) -> None:
+        """Write through aligned memory.
+
+        Around a range that is not aligned, what is there is read and written back: nobody else may write to those
+        blocks meanwhile.
+        """
+        if self._covers_part(offset, length):
+            start, block = self._read_blocks(offset, length)
+        else:
+            start, block = offset, memoryview(mmap.mmap(-1, max(1, length)))[:length]
+        place = offset - start
+        for piece in pieces:
+            block[place : place + len(piece)] = piece
+            place += len(piece)
+        if _whole(os.pwritev, self.fd, [block], start):
+            raise OSError(errno.EIO, "a write ended early")
+
+
+_STEPS: tuple[Callable[[Image, Request], None], ...] = (
+    Image._read, Image._write, Image._flush, Image._discard,  # noqa: SLF001 - by the number of the operation
+)  # fmt: skip
+
+
+def _nobody(batch: list[Request]) -> None:
+    raise XenbackendError(f"an image was given requests before it had an owner: {batch!r}")
+
+
+def _clear(view: memoryview) -> None:
+    for start in range(0, len(view), len(_ZEROS)):
+        piece = view[start : start + len(_ZEROS)]
+        piece[:] = _ZEROS[: len(piece)]
+
+
+def _whole(
+    call: Callable[[int, Sequence[memoryview], int], int], fd: int, pieces: Sequence[memoryview], offset: int
+) -> list[memoryview]:
+    """Repeat preadv or pwritev until every piece is done or the file ends; return what is left. Raises: OSError."""
+    left = [piece for piece in pieces if len(piece)]
+    while left:
+        moved = call(fd, left[:MAX_IOVECS], offset)
+        if moved == 0:
+            break
+        offset += moved
+        while left and moved >= len(left[0]):
+            moved -= len(left.pop(0))
+        if moved:
+            left[0] = left[0][moved:]
+    return left
