@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 PAGE = 4096  # bytes; Xen's page on every architecture that runs blkif
-_SIZE = re.compile(r"(\d+)([kmgtp]?)(i?b)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+)([kmgtp]?)(i?b)?", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m)?", re.IGNORECASE | re.ASCII)
 _SIZE_STEP = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 _DURATION_STEP = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0}
 
@@ -51,8 +51,7 @@ def parse_duration(text: str) -> float:
 
 def format_duration(seconds: float) -> str:
     """Return a duration for a reader: ``12 us``, ``3.4 ms``, ``2.5 s``."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s"
+    for suffix, per_second in (("us", 1e6), ("ms", 1e3)):
+        if seconds * per_second < 999.5:
+            return f"{seconds * per_second:.3g} {suffix}"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"

@@ -108,7 +108,8 @@ def publish_at_connect(disk: Disk) -> dict[str, str]:
 def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Frontend:
     """Return what the frontend chose. `read` gives the value of a key below the frontend's directory, or None.
 
-    An absent `protocol` means the native one (as Linux blkback does; tapback takes x86_32 for it).
+    An absent `protocol` means the native one (as Linux blkback does; tapback takes x86_32 for it). A feature is
+    there if its value is 1; any other value means that it is absent.
 
     Raises: BadFrontend.
     """
@@ -121,14 +122,14 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
     # With one queue the keys lie in the frontend's own directory: Linux writes "queue-N/" only from two queues on.
     prefixes = [f"queue-{queue}/" for queue in range(queues)] if queues > 1 else [""]
     rings = [_parse_ring(read, prefix, order) for prefix in prefixes]
-    persistent = _number(read, "feature-persistent", 0, 1, default=0) == 1
-    return Frontend(protocol=protocol, rings=rings, persistent=persistent)
+    return Frontend(protocol=protocol, rings=rings, persistent=read("feature-persistent") == "1")
 
 
 def _parse_ring(read: Callable[[str], str | None], prefix: str, order: int) -> FrontendRing:
-    names = ["ring-ref"]
-    if read("ring-page-order") is not None:
-        names = [f"ring-ref{page}" for page in range(1 << order)]
+    names = [f"ring-ref{page}" for page in range(1 << order)]
+    # Frontends that write order 0 name their page either way; Linux blkback learned to take both.
+    if order == 0 and (read("ring-page-order") is None or read(prefix + "ring-ref0") is None):
+        names = ["ring-ref"]
     grefs = [_number(read, prefix + name, 0, _MAX_U32) for name in names]
     return FrontendRing(grefs=grefs, event_channel=_number(read, prefix + "event-channel", 0, _MAX_U32))
 

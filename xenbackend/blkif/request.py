@@ -57,6 +57,10 @@ class BadSegment(BadRequest):
     """A segment that ends before it begins or leaves its page."""
 
 
+class BadDiscard(BadRequest):
+    """A discard that names nothing."""
+
+
 class OutOfRange(BadRequest):
     """Sectors beyond the end of the disk."""
 
@@ -78,7 +82,7 @@ class RingRequest:
     first_sector   in 512-byte sectors; the range lies inside the disk
     length         bytes, 0 for a flush or an empty barrier
     grefs          the data pages in order, where there is not exactly one whole page
-    spans          None where every segment is a whole page, else (first byte, bytes) per page
+    spans          (first byte, bytes) per page; None for a plain record and an indirect one of whole pages only
     indirect       the pages that hold the segments, until `Decoder.decode_indirect` was called; then empty
     segment_count  segments in those pages
     refused        the rule that was broken, or None
@@ -98,11 +102,11 @@ class RingRequest:
         self.operation = 0
         self.first_sector = 0
         self.length = 0
-        self.gref = 0
         self.reset()
 
     def reset(self) -> None:
         """Make the record plain again."""
+        self.gref = 0
         self.grefs: Sequence[int] = ()
         self.spans: list[tuple[int, int]] | None = None
         self.indirect: Sequence[int] = ()
@@ -215,6 +219,8 @@ class Decoder:
         record.length = count * SECTOR
         if flag & BLKIF_DISCARD_SECURE:
             raise BadOperation("secure discard is not offered: nobody can promise that no copy is left")
+        if not count:
+            raise BadDiscard("a discard of no sectors")  # layers never see a request for no bytes
         self._check_range(record)
 
     def _take_segments(self, record: RingRequest, segments: list[tuple[int, int, int]]) -> None:

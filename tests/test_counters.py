@@ -1,0 +1,74 @@
+"""Tests of `xenbackend.counters`: the page that a worker fills and others read."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+
+from xenbackend.counters import BUCKETS, HISTOGRAM, INDEX, NAMES, SIZE, percentile_ns, snapshot
+
+
+def page_with(buckets: dict[int, int]) -> memoryview:
+    """Return a page with counts in some buckets of the histogram."""
+    page = memoryview(bytearray(SIZE))
+    words = page.cast("Q")
+    for bucket, count in buckets.items():
+        words[HISTOGRAM + bucket] = count
+    return page
+
+
+def test_layout_fits_its_page() -> None:
+    """Counters, then the histogram, lie in the page without touching each other."""
+    assert len(NAMES) == len(set(NAMES)) <= HISTOGRAM
+    assert HISTOGRAM + BUCKETS <= SIZE // 8
+    assert list(range(len(NAMES))) == [INDEX[name] for name in NAMES]
+
+
+def test_snapshot_reads_words_by_name() -> None:
+    """Each counter is the 64-bit word at its place, up to its largest value; the rest of a longer memory is ignored."""
+    page = memoryview(bytearray(SIZE + 4096))
+    words = page.cast("Q")
+    for name, place in INDEX.items():
+        words[place] = 2**64 - 1 - place if name != "turns" else 0
+    found = snapshot(page)
+
+    assert list(NAMES) == list(found)
+    assert {name: 2**64 - 1 - place for name, place in INDEX.items() if name != "turns"} | {"turns": 0} == found
+
+
+def test_snapshot_of_shared_memory() -> None:
+    """Another process sees the counters through its own mapping of the same memory."""
+    with mmap.mmap(-1, SIZE) as shared, memoryview(shared) as page:
+        with page.cast("Q") as words:
+            words[INDEX["reads"]] = 7
+
+        assert 7 == snapshot(page)["reads"]
+
+
+@pytest.mark.parametrize(
+    ("buckets", "fraction", "expected"),
+    [
+        ({}, 0.5, 0),
+        ({10: 1}, 0.5, 1024),
+        ({10: 1}, 1.0, 1024),
+        ({10: 1}, 0.0, 1024),
+        ({10: 99, 20: 1}, 0.99, 1 << 10),
+        ({10: 98, 20: 2}, 0.99, 1 << 20),
+        ({10: 50, 12: 50}, 0.5, 1 << 10),
+        ({0: 5}, 0.5, 1),
+        ({BUCKETS - 1: 1}, 0.5, 1 << (BUCKETS - 1)),
+        ({3: 2**60, 4: 1}, 0.5, 8),
+    ],
+)
+def test_percentiles(buckets: dict[int, int], fraction: float, expected: int) -> None:
+    """A percentile is the upper bound of the bucket that it falls into, and 0 where nothing was sampled."""
+    assert expected == percentile_ns(page_with(buckets), fraction)
+
+
+def test_buckets_are_powers_of_two() -> None:
+    """A sample of n ns counts in bucket n.bit_length(), so that its percentile is above it and at most twice it."""
+    for sample in (1, 2, 3, 1000, 1023, 1024, 10**9):
+        bound = percentile_ns(page_with({sample.bit_length(): 1}), 0.5)
+
+        assert sample < bound <= 2 * sample

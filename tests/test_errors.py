@@ -1,0 +1,84 @@
+"""Tests of `xenbackend.errors`: each fault has its class, its loudness and its sentence."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from xenbackend import errors
+from xenbackend.errors import ChainError, ConfigError, DriverError, GuestError, KernelError, StoreError, XenbackendError
+
+
+def test_all_are_ours() -> None:
+    """Whoever catches XenbackendError catches every fault that we raise on purpose, and no other."""
+    classes = [each for each in vars(errors).values() if isinstance(each, type)]
+
+    assert all(issubclass(each, XenbackendError) for each in classes)
+    assert not issubclass(XenbackendError, OSError | ValueError)
+
+
+def test_loudness() -> None:
+    """What a guest or xenstored provokes is a warning; what an operator has to mend is an error."""
+    levels = {
+        each: each.log_level for each in (GuestError, StoreError, ConfigError, ChainError, DriverError, KernelError)
+    }
+
+    assert {
+        GuestError: "warning", StoreError: "warning",
+        ConfigError: "error", ChainError: "error", DriverError: "error", KernelError: "error",
+    } == levels  # fmt: skip
+
+
+def test_chain_error_points_at_the_place() -> None:
+    """A chain's error shows the chain, with carets under exactly the part that is wrong."""
+    error = ChainError("no driver 'lag'", "lag:|aio:/img", position=0, length=3)
+    sentence, chain, caret = str(error).splitlines()
+
+    assert ("no driver 'lag'", "lag:|aio:/img") == (sentence, chain.strip())
+    assert "lag" == chain[caret.index("^") : caret.rindex("^") + 1]
+    assert isinstance(error, ConfigError)
+
+
+def test_chain_error_always_has_a_caret() -> None:
+    """An error at the end of a chain, where nothing is, still has its caret behind the chain."""
+    caret = str(ChainError("a source is missing", "log:|", position=5, length=0)).splitlines()[-1]
+
+    assert "       ^" == caret
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ({}, "cannot be opened"),
+        ({"layer": "aio:/img"}, "aio:/img: cannot be opened"),
+        ({"option": "cache"}, "option cache: cannot be opened"),
+        ({"layer": "aio:/img", "option": "cache", "path": "/img"}, "aio:/img: option cache: cannot be opened"),
+    ],
+)
+def test_driver_error_says_where(where: dict[str, str], sentence: str) -> None:
+    """A driver's error names its layer and option before the problem, as far as they are known."""
+    error = DriverError("cannot be opened", **where)  # type: ignore[arg-type]
+
+    assert (sentence, "cannot be opened", errno.EINVAL) == (str(error), error.problem, error.errno)
+
+
+def test_driver_error_can_be_completed() -> None:
+    """Whoever knows the layer can add it to an error on its way up."""
+    error = DriverError("is locked", path="/img", errno=errno.EBUSY)
+    error.layer = "aio:/img"
+
+    assert ("aio:/img: is locked", "/img", errno.EBUSY) == (str(error), error.path, error.errno)
+
+
+def test_kernel_error_is_a_sentence() -> None:
+    """A refusal of the kernel is told in words: what was tried, and what errno means."""
+    error = KernelError("map 3 grants", errno.EPERM)
+
+    assert ("map 3 grants: Operation not permitted", errno.EPERM) == (str(error), error.errno)
+
+
+def test_store_error_without_an_answer() -> None:
+    """A xenstore that does not answer at all counts as an I/O error."""
+    assert errno.EIO == StoreError("the connection is gone").errno
+    assert errno.ENOENT == StoreError("no such node", errno.ENOENT).errno

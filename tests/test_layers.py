@@ -1,0 +1,217 @@
+"""Who may import whom: the layers of the code, and the single homes of what is dangerous or dear."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "xenbackend"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
+GROUND = {"units", "errors", "log", "counters"}
+STRANGERS = {"kernel", "blkif", "block", "control", "journal"}  # layer 1: they do not know each other
+LAYERS = {
+    "units": set(),
+    "errors": set(),
+    "counters": set(),
+    "log": {"errors", "units"},
+    **{part: GROUND - {"log"} for part in STRANGERS},
+    "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
+    "supervisor": GROUND | {"control", "journal", "blkif.features", "blkif.handshake", "block", "kernel.ports"},
+    "rig": GROUND | {"control", "kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
+    "bench": GROUND | {"rig", "control", "kernel", "journal", "blkif"},
+    "embedded": GROUND | {"rig", "supervisor", "blkif"},
+    "cli": {""},
+    "__main__": {"cli.main"},
+    "__init__": set(),
+}
+
+# Where a module may be imported; nowhere else. "block/recorder" is that file, "kernel/" all of that package.
+HOMES = {
+    "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
+    "multiprocessing": (),  # threads, grants and locks do not survive a fork
+    "ctypes": ("kernel/",),
+    "fcntl": ("kernel/", "rig/", "worker/files"),
+    "importlib": ("block/drivers/__init__", "cli/main", "kernel/ports"),  # what a text names: drivers, commands, hosts
+    "matplotlib": ("bench/plot",),
+    "mmap": ("kernel/", "rig/", "bench/", "worker/env", "worker/image", "worker/main"),
+    "pyxs": ("supervisor/store",),
+    "rich": ("bench/report", "cli/"),
+    "select": ("bench/", "embedded/", "rig/", "supervisor/store", "supervisor/toolstack", "worker/reactor"),
+    "selectors": ("rig/store", "supervisor/"),
+    "signal": ("cli/", "rig/", "supervisor/"),
+    "structlog": ("log",),
+    "daemon": ("supervisor/main",),
+    "subprocess": ("bench/", "embedded/", "supervisor/fleet"),
+    "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "worker/threads"),
+    # attributes
+    "os.environ": ("cli/", "embedded/machine", "supervisor/store"),  # the store: XENSTORED_PATH, as libxenstore has it
+    "os.getenv": (),
+    "os.fork": (),
+    "os.system": (),
+    "sys.argv": ("cli/", "rig/store", "rig/xen", "worker/main"),  # processes of their own
+    # the chain and the store take it as an argument; a file waits for its lock before anything is served
+    "time.sleep": ("bench/", "block/chain", "cli/", "embedded/", "rig/", "supervisor/store", "worker/files"),
+}
+THIRD_PARTY = {"daemon", "matplotlib", "pyxs", "rich", "structlog"}
+DEAR = ("structlog", "rich", "pyxs", "daemon", "asyncio", "multiprocessing", "subprocess", "logging")
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    """Return what a file says."""
+    return ast.parse(file.read_text())
+
+
+def part_of(file: Path) -> str:
+    """Return the first part of a file's dotted name below the package."""
+    return file.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def place_of(file: Path) -> str:
+    """Return a file's place as `HOMES` writes it."""
+    return file.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def is_module(dotted: str) -> bool:
+    """Return whether a dotted name below the package is a module, not something in one."""
+    path = ROOT.joinpath(*dotted.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the dotted name of each module that a file imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if is_module(whole.removeprefix("xenbackend.")) else node.module
+
+
+def uses(tree: ast.Module) -> Iterator[str]:
+    """Yield `module.name` for each attribute of a plain name, and for each name that is imported from a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def begins(dotted: str, beginnings: set[str]) -> bool:
+    """Return whether a dotted name is one of `beginnings` or below it."""
+    return any(not each or dotted == each or dotted.startswith(each + ".") for each in beginnings)
+
+
+def layer_faults(file: Path, tree: ast.Module) -> list[str]:
+    """Return a sentence for each import that leads to a part where this file's part must not look."""
+    part = part_of(file)
+    ours = [name.partition(".")[2] for name in imports(tree) if name.split(".")[0] == "xenbackend"]
+    foreign = [name for name in ours if name and name.split(".")[0] != part]
+    return [f"{place_of(file)} imports {name}" for name in foreign if not begins(name, LAYERS[part])]
+
+
+def home_faults(file: Path, tree: ast.Module) -> list[str]:
+    """Return a sentence for each use of something that has its home elsewhere."""
+    place = place_of(file)
+    used = {name.split(".")[0] for name in imports(tree)} | set(uses(tree))
+    return [
+        f"{place} uses {name}"
+        for name in sorted(used & HOMES.keys())
+        if not any(place == home or (home.endswith("/") and place.startswith(home)) for home in HOMES[name])
+    ]
+
+
+def test_every_part_has_a_layer() -> None:
+    """Each package and module of ours stands in the table, and the table names nothing that is gone."""
+    assert set(LAYERS) == {part_of(file) for file in FILES}
+
+
+def test_strangers_know_the_ground_only() -> None:
+    """Kernel, blkif, block, control and journal meet in a worker and nowhere else."""
+    for part in STRANGERS:
+        assert not LAYERS[part] & STRANGERS
+
+
+@pytest.mark.parametrize("file", FILES, ids=place_of)
+def test_layers(file: Path) -> None:
+    """A file imports only what its layer may know."""
+    assert [] == layer_faults(file, tree_of(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=place_of)
+def test_homes(file: Path) -> None:
+    """What is dangerous or dear is imported in its home only."""
+    assert [] == home_faults(file, tree_of(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=place_of)
+def test_no_other_dependency(file: Path) -> None:
+    """Beyond the standard library only the packages that pyproject.toml names are imported."""
+    names = {name.split(".")[0] for name in imports(tree_of(file))}
+
+    assert set() == names - sys.stdlib_module_names - THIRD_PARTY - {"xenbackend"}
+
+
+def test_homes_are_lived_in() -> None:
+    """Each home that is listed is there: a file that moved takes its line with it."""
+    for homes in HOMES.values():
+        for home in homes:
+            assert (ROOT / home).is_dir() if home.endswith("/") else (ROOT / home).with_suffix(".py").exists(), home
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("block/chain", "from xenbackend.blkif import abi"),
+        ("block/chain", "def late():\n    import xenbackend.kernel.gntdev"),
+        ("blkif/ring", "from xenbackend import worker"),
+        ("units", "from xenbackend.errors import ConfigError"),
+        ("supervisor/vbd", "from xenbackend.blkif.ring import BackRing"),
+        ("worker/engine", "from xenbackend.log import get_logger"),
+        ("rig/xen", "from xenbackend.supervisor.store import Store"),
+    ],
+)
+def test_a_wrong_import_is_seen(place: str, text: str) -> None:
+    """The test above is no decoration: each kind of forbidden import is found, also inside a function."""
+    assert 1 == len(layer_faults((ROOT / place).with_suffix(".py"), ast.parse(text)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import ctypes",
+        "from multiprocessing import shared_memory",
+        "import os\nwhere = os.environ['HOME']",
+        "from os import environ",
+        "from time import sleep",
+        "import concurrent.futures, asyncio.events",
+        "def late():\n    import structlog.types",
+    ],
+)
+def test_a_guest_in_a_wrong_home_is_seen(text: str) -> None:
+    """Each way to get at something with another home is found."""
+    assert 1 == len(home_faults(ROOT / "block" / "dirty.py", ast.parse(text)))
+
+
+@pytest.mark.slow
+def test_a_worker_stays_small() -> None:
+    """No worker imports what costs time and memory: not by its own modules, a driver's, or those of either host."""
+    modules = ["xenbackend.worker.main", "xenbackend.kernel.xen", "xenbackend.rig.host"]
+    modules += [f"xenbackend.block.drivers.{file.stem}" for file in (ROOT / "block/drivers").glob("[!_]*.py")]
+    program = f"import sys, json, {', '.join(modules)}; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
+
+    assert "xenbackend.worker.engine" in loaded
+    assert [] == [name for name in DEAR if name in loaded]

@@ -1,0 +1,124 @@
+"""The budget that keeps files readable: sizes, head docstrings, and a test file beside each module."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+from statistics import median, quantiles
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "xenbackend"
+FILES = sorted(ROOT.rglob("*.py"))
+MAX_LINES, MEDIAN_LINES = 400, 150
+MAX_FUNCTION, MEDIAN_FUNCTION, NINE_OF_TEN = 50, 8, 30
+DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, which test_docs.py looks after
+
+TESTED_ELSEWHERE = {
+    "__main__.py": "a line that calls cli/main.py",
+    "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
+    "supervisor/events.py": "values only; test_device.py is made of them",
+}
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    """Return what a file says."""
+    return ast.parse(file.read_text())
+
+
+def is_package_head(file: Path) -> bool:
+    """Return whether a file only says what its package is."""
+    return file.name == "__init__.py" and file.parent != DRIVERS
+
+
+def place_of(file: Path) -> str:
+    """Return a file's path below the package."""
+    return file.relative_to(ROOT).as_posix()
+
+
+def head_of(file: Path) -> str:
+    """Return a module's docstring, or nothing."""
+    return ast.get_docstring(tree_of(file)) or ""
+
+
+def lines_of(file: Path) -> int:
+    """Return how many lines a file has."""
+    return len(file.read_text().splitlines())
+
+
+def functions() -> dict[str, int]:
+    """Return the lines of each function and method, by file, name and place."""
+    found = {}
+    for file in FILES:
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found[f"{place_of(file)}:{node.lineno} {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    return found
+
+
+def test_files_are_short() -> None:
+    """No file is over 400 lines, and half of them are below 150."""
+    lines = {place_of(file): lines_of(file) for file in FILES if not is_package_head(file)}
+
+    assert {} == {place: count for place, count in lines.items() if count > MAX_LINES}
+    assert median(lines.values()) <= MEDIAN_LINES
+
+
+@pytest.mark.slow
+def test_functions_are_short() -> None:
+    """No function is over 50 lines, nine of ten are below 30, and half of them are below 8."""
+    lines = functions()
+
+    assert {} == {place: count for place, count in lines.items() if count > MAX_FUNCTION}
+    assert quantiles(lines.values(), n=10)[-1] <= NINE_OF_TEN
+    assert median(lines.values()) <= MEDIAN_FUNCTION
+
+
+@pytest.mark.parametrize("file", FILES, ids=place_of)
+def test_modules_say_what_they_hold(file: Path) -> None:
+    """Each file begins with what it holds, and what it must never do where it does anything."""
+    head = head_of(file)
+
+    assert head.split("\n")[0].endswith((".", ":"))
+    if not is_package_head(file) and file.parent != DRIVERS and file.name not in {"__init__.py", "__main__.py"}:
+        assert "ust not " in head
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not is_package_head(file)], ids=place_of)
+def test_modules_have_their_tests(file: Path) -> None:
+    """Each module has its tests at the same path, or a reason why they are elsewhere; never both."""
+    name = file.parent.name if file.name == "__init__.py" else file.stem
+    tests = TESTS / file.relative_to(ROOT).with_name(f"test_{name}.py")
+
+    assert tests.exists() != (place_of(file) in TESTED_ELSEWHERE)
+
+
+@pytest.mark.slow
+def test_every_test_says_its_rule() -> None:
+    """Each test has a docstring that begins with a full sentence."""
+    silent = []
+    for file in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                rule = ast.get_docstring(node) or ""
+                if not rule.split("\n\n")[0].endswith((".", "?")):
+                    silent.append(f"{file.relative_to(TESTS)}:{node.lineno} {node.name}")
+
+    assert [] == silent
+
+
+@pytest.mark.slow
+def test_no_test_sleeps() -> None:
+    """No test sleeps, and none puts a mock in the place of something of ours."""
+    found = []
+    for file in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "time.sleep":
+                found.append(f"{file.relative_to(TESTS)}:{node.lineno} sleeps")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unittest"):
+                found.append(f"{file.relative_to(TESTS)}:{node.lineno} imports {node.module}")
+
+    assert [] == found
