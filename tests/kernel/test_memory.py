@@ -6,6 +6,7 @@ import mmap
 import os
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.errors import KernelError
 from xenbackend.kernel import memory
@@ -56,7 +57,7 @@ def test_device_mapping_is_shared_and_released() -> None:
     """A mapping shows the device's bytes from the offset on, takes no descriptor, and is gone after unmap."""
     fd = os.memfd_create("test")
     os.pwrite(fd, b"page two", 8192)
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - descriptors, not files
+    before = len(open_descriptors())
     address = memory.map_device(fd, 4096, 4096, writable=True, operation="map")
     more = memory.map_device(fd, 4096, 8192, writable=False, operation="map")
     view = memory.view_at(address, 4096, writable=True)
@@ -65,7 +66,7 @@ def test_device_mapping_is_shared_and_released() -> None:
     assert os.pread(fd, 5, 4096) == b"hello"
     assert bytes(memory.view_at(more, 8, writable=False)) == b"page two"
     assert memory.view_at(more, 8, writable=False).readonly
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(open_descriptors()) == before
     for each in (address, more):
         memory.unmap(each, 4096)
     with open("/proc/self/maps") as maps:  # noqa: PTH123

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.errors import KernelError
 from xenbackend.kernel import memory, uring
@@ -138,14 +139,14 @@ def test_indices_wrap(ring: Uring, fd: int) -> None:
 
 def test_absent_io_uring_is_a_clean_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel has no io_uring for us, making a ring raises KernelError and leaves no descriptor behind."""
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - descriptors, not files
+    before = open_descriptors()
     monkeypatch.setattr(uring, "_SYS_SETUP", 100_000)
 
     with pytest.raises(KernelError, match="set up io_uring: Function not implemented") as caught:
         Uring()
 
     assert caught.value.errno == errno.ENOSYS
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert open_descriptors() == before
 
 
 def test_close_leaves_nothing_mapped() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.errors import KernelError
 from xenbackend.rig.hypervisor import Holder, Hypervisor
@@ -127,10 +127,10 @@ def test_refusals(machine: Machine, name: str, arguments: dict, expected: int) -
 
 def test_a_machine_leaves_no_descriptor() -> None:
     """Memory and ports of a dead domain cost no descriptor."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = len(open_descriptors())
     machine = Machine()
     machine.call(machine.guest, "allocate_port", remote_domid=0)
     machine.hypervisor.leave(machine.guest)
     del machine
 
-    assert before == len(list(Path("/proc/self/fd").iterdir()))
+    assert before == len(open_descriptors())

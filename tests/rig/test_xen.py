@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.errors import KernelError
 from xenbackend.rig import wire
@@ -48,14 +49,14 @@ def test_garbage_is_answered(xen: Xen, datagram: bytes) -> None:
 
 def test_closing_leaves_nothing(tmp_path: Path) -> None:
     """A closed server leaves no descriptor and no socket, whatever was connected."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = len(open_descriptors())
     with Xen(tmp_path) as xen:
         guest = Guest(tmp_path, 1, pages=4)
         xen.held()
     guest.close()
     del guest
 
-    assert before == len(list(Path("/proc/self/fd").iterdir()))
+    assert before == len(open_descriptors())
     assert [] == list(tmp_path.iterdir())
 
 

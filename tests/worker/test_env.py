@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.block.driver import Env
 from xenbackend.worker.env import EnvFactory
@@ -71,10 +72,10 @@ def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
 def test_no_descriptor_is_leaked(reactor: Reactor) -> None:
     """Neither a memory nor one that nobody asked for leaves a descriptor behind."""
     files = HostFiles(reactor)
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - descriptors, not files
+    before = open_descriptors()
     factory = EnvFactory(reactor, files, memories={"gone:m": os.memfd_create("m")})
     view = factory("a").memory("m", 4096)
     factory.close()
     del view
 
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert open_descriptors() == before

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
@@ -313,7 +314,7 @@ def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").touch()
     files = HostFiles(reactor)
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - descriptors, not files
+    before = open_descriptors()
     cases: list[tuple[str, type[Exception], str]] = [
         ("missing", FileNotFoundError, "No such file"),
         ("", DriverError, "is a directory"),
@@ -325,19 +326,19 @@ def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path
             with pytest.raises(kind, match=sentence):
                 files.open(str(tmp_path / name), read_only=read_only)
 
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert open_descriptors() == before
 
 
 def test_close_leaves_nothing_open(reactor: Reactor, path: str) -> None:
     """After images and files are closed no descriptor is left, and the loop has no hook of theirs."""
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    before = open_descriptors()
     files = HostFiles(reactor)
     image = files.open(path, read_only=False)
     serve(reactor, image, [[request(Op.READ, 0, 4096), request(Op.FLUSH)]])
     image.close()
     files.close()
 
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert open_descriptors() == before
     assert reactor._hooks == []
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from descriptors import open_descriptors
 
 from xenbackend.worker.reactor import Reactor
 
@@ -201,10 +202,10 @@ def test_bugs_without_a_handler_end_the_loop(reactor: Reactor) -> None:
 
 def test_close_leaves_nothing_open() -> None:
     """A closed reactor leaves no descriptor and no thread behind."""
-    before = os.listdir("/proc/self/fd"), threading.active_count()  # noqa: PTH208 - descriptors, not files
+    before = open_descriptors(), threading.active_count()
     reactor = Reactor()
     reactor.run_in_thread(int, reactor.stop)
     reactor.run()
     reactor.close()
 
-    assert (os.listdir("/proc/self/fd"), threading.active_count()) == before  # noqa: PTH208
+    assert (open_descriptors(), threading.active_count()) == before

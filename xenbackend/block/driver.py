@@ -196,7 +196,7 @@ class Filter(Driver):
 
     is_filter = True
 
-    def open(self, env: Env) -> Geometry:  # noqa: ARG002 - subclasses need it
+    def open(self, env: Env) -> Geometry:
         """Answer with the geometry of the layer below."""
         assert self.below is not None  # noqa: S101 - the chain opens a filter after the layer below it
         return self.below

@@ -22,6 +22,7 @@ MAX_PARENTS = 32
 EIO_RETRIES = 10  # as blktap2: storage that is just coming up answers EIO for a while
 EIO_PAUSE = 1.0  # seconds
 SECTOR_SIZES = (512, 1024, 2048, 4096)
+MAX_SIZE = (1 << 63) - 512  # bytes: offsets of files and of requests are signed, with 64 bits
 _SENTENCES = {
     errno.ENOENT: "there is no file or device {path}",
     errno.ENOTDIR: "{path} leads through something that is no directory",
@@ -192,5 +193,7 @@ def _check_geometry(layer: str, geometry: Geometry) -> None:
         raise DriverError(f"its sector size is {sector_size} bytes and not 512 to 4096", layer=layer)
     if size <= 0:
         raise DriverError("it is empty; a disk has at least one sector", layer=layer)
+    if size > MAX_SIZE:
+        raise DriverError(f"it has {size} bytes; a disk has less than 8192 PiB", layer=layer)
     if size % sector_size:
         raise DriverError(f"its size, {size} bytes, is no multiple of its sector, {sector_size} bytes", layer=layer)

@@ -52,7 +52,8 @@ def option(text: str, *, default: Any = MISSING, target: bool = False) -> Any:
     Args:
         text: the line for the manual.
         default: the value where the chain does not name the option; must not be mutable.
-        target: it is the driver's first item, whatever that contains.
+        target: it is the driver's first item, whatever that contains; only what reads as another option of the driver
+            is refused there, since it would be taken for a file's name.
     """
     return field(default=default, metadata={"help": text, "target": target})
 
@@ -68,6 +69,7 @@ def parse_options(options: type, layer: Layer, chain: str) -> Any:
     target = target_of(options)
     if target and items:
         first = items.pop(0)
+        _check_no_option(kinds, layer, first, chain, target)
         if first.text:
             values[target] = _parse_value(kinds[target], layer.name, target, first.text, chain, first.start, first.end)
     for item in items:
@@ -112,6 +114,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def _show(kind: Kind, value: Any) -> str:
     return "none" if value is None or value == "" else kind.show(value)
+
+
+def _check_no_option(kinds: dict[str, Kind], layer: Layer, first: Item, chain: str, target: str) -> None:
+    key, sign, _ = first.text.partition("=")
+    if sign and key in kinds and key != target and kinds[target].noun == FILE.noun:
+        problem = f"{layer.name}: the first item is the {target}; write {layer.name}:{target.upper()},{first.text}"
+        if layer_can_do_without(kinds, target):
+            pass
+        raise ChainError(problem, chain, first.start, first.length)
 
 
 def _parse_item(

@@ -84,6 +84,7 @@ class Machine:
             self._undo.callback(self.store.close)
             self.start_service()
         except BaseException:
+            self.stop_service()
             self._undo.close()
             raise
         return self

@@ -24,6 +24,7 @@ from xenbackend.blkif.abi import (
     VDISK_READONLY,
     Layout,
 )
+from xenbackend.errors import XenbackendError
 from xenbackend.kernel.fence import find_fence
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import BackendMisbehaved, GuestRing, Span, Submitted
@@ -50,7 +51,7 @@ class Store(Protocol):
         """Return a descriptor that is readable when an event has come."""
 
 
-class DiskError(Exception):
+class DiskError(XenbackendError):
     """The disk answered a request with an error; `status` is BLKIF_RSP_*."""
 
     def __init__(self, request: Submitted) -> None:

@@ -23,6 +23,7 @@ from xenbackend.blkif.abi import (
 )
 from xenbackend.blkif.request import encode_direct, encode_discard, encode_indirect, encode_segments
 from xenbackend.blkif.ring import FrontRing
+from xenbackend.errors import XenbackendError
 from xenbackend.rig.guest import GrantInUse, Guest
 from xenbackend.units import PAGE
 
@@ -30,7 +31,7 @@ PER_PAGE = PAGE // SECTOR
 Span = tuple[int, int]  # first and last sector within a page, both inclusive
 
 
-class BackendMisbehaved(Exception):
+class BackendMisbehaved(XenbackendError):
     """A backend did what makes a real blkfront give up."""
 
 

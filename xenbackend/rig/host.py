@@ -82,6 +82,8 @@ class RigGrants:
     def close(self) -> None:
         """Release the domain; the hypervisor forgets what is still mapped, the views stay until the process ends."""
         self._connection.close()
+        self._memory.release()
+        del self._table  # it maps the grants as long as it lives
         os.close(self._memory_fd)
 
 

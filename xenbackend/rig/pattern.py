@@ -21,6 +21,7 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
     SECTOR,
 )
+from xenbackend.errors import XenbackendError
 
 _UNIT = Struct("<8sQQQ")
 _UNITS = SECTOR // _UNIT.size
@@ -28,7 +29,7 @@ _MAGIC = b"xbsector"
 _ZEROS = bytes(SECTOR)
 
 
-class WrongData(Exception):
+class WrongData(XenbackendError):
     """A disk gave back what nobody wrote there; the text says what it is instead."""
 
 

@@ -11,12 +11,13 @@ A third party's package names its drivers in its entry points, and they become w
 from __future__ import annotations
 
 import importlib
-import inspect
-from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.driver import API, Driver
 from xenbackend.block.options import OptionHelp, describe_options, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "xenbackend.drivers"
 BUILT_IN = {
@@ -48,7 +49,7 @@ UNBUILT = {  # words of blktap2 and libxl that an operator may know
 
 def driver_names() -> list[str]:
     """Return every word that can be asked for, third parties' included, sorted."""
-    return sorted({*BUILT_IN, *(each.name for each in metadata.entry_points(group=GROUP))})
+    return sorted({*BUILT_IN, *(each.name for each in _entry_points())})
 
 
 def find_driver(name: str) -> type[Driver]:
@@ -61,7 +62,7 @@ def find_driver(name: str) -> type[Driver]:
         module, _, attribute = BUILT_IN[name].partition(":")
         found: type[Driver] = getattr(importlib.import_module(module), attribute)
         return found
-    candidates = list(metadata.entry_points(group=GROUP, name=name))
+    candidates = [each for each in _entry_points() if each.name == name]
     if len(candidates) > 1:
         raise LookupError(f"driver {name!r} is offered by {' and '.join(map(_source, candidates))}; remove one of them")
     if candidates:
@@ -84,6 +85,8 @@ def manual(driver: type[Driver]) -> str:
 
 
 def _document(driver: type[Driver]) -> str:
+    import inspect
+
     return inspect.getdoc(inspect.getmodule(driver)) or inspect.getdoc(driver) or ""
 
 
@@ -98,7 +101,14 @@ def _options_text(options: list[OptionHelp]) -> str:
     return "\n".join(lines)
 
 
-def _load(entry: metadata.EntryPoint) -> type[Driver]:
+def _entry_points() -> list[EntryPoint]:
+    """Return what third parties offer. Imported late: a worker with our own drivers needs none of it (2 MiB, 25 ms)."""
+    from importlib import metadata
+
+    return list(metadata.entry_points(group=GROUP))
+
+
+def _load(entry: EntryPoint) -> type[Driver]:
     try:
         found: Any = entry.load()
     except Exception as error:
@@ -112,5 +122,5 @@ def _load(entry: metadata.EntryPoint) -> type[Driver]:
     return found
 
 
-def _source(entry: metadata.EntryPoint) -> str:
+def _source(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value

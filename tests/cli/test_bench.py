@@ -1,0 +1,84 @@
+"""`xenbackend bench`: arguments to calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from xenbackend.cli import bench
+from xenbackend.errors import ConfigError
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    """Parse a command line of `xenbackend`."""
+    parser = argparse.ArgumentParser()
+    bench.register(parser.add_subparsers())
+    return parser.parse_args(["bench", *arguments])
+
+
+def test_defaults() -> None:
+    """Without arguments both chains of the seed are measured, through the page cache, on a file of our own on tmpfs."""
+    session = bench._session(parse())
+
+    assert ["aio:{file}", "log:|aio:{file}"] == session.chains
+    assert (Path("/dev/shm"), False, False) == (  # noqa: S108
+        session.file.parent,
+        session.direct,
+        session.compare,
+    )
+    assert 8 == len(session.works)
+
+
+def test_arguments_reach_the_session(tmp_path: Path) -> None:
+    """Every option ends where it is used."""
+    session = bench._session(
+        parse("ram:{file}", "--compare", "--direct", "--file", str(tmp_path / "f"), "--size", "128M", "--work", "rr4k",
+              "--seconds", "0.5", "--rounds", "3", "--poll", "20us", "--no-persistent")
+    )  # fmt: skip
+
+    assert (["ram:{file}"], True, True, tmp_path / "f") == (
+        session.chains, session.compare, session.direct, session.file,
+    )  # fmt: skip
+    assert (128 << 20, ["rr4k"], 0.5, 3) == (
+        session.size, [work.name for work in session.works], session.seconds, session.rounds,
+    )  # fmt: skip
+    assert (2e-05, False, False) == (round(session.poll, 9), session.persistent, session.overwrite)
+
+
+def test_a_chain_of_the_operators_gets_no_writes() -> None:
+    """Without --overwrite a chain that is not on the bench file is only read."""
+    assert not any(work.write for work in bench._session(parse("aio:/dev/sdx")).works)
+    assert any(work.write for work in bench._session(parse("aio:/dev/sdx", "--overwrite")).works)
+    with pytest.raises(ConfigError, match="may only be read"):
+        bench._session(parse("aio:/dev/sdx", "--work", "rw4k"))
+
+
+@pytest.mark.parametrize("arguments", [("--size", "much"), ("--poll", "long")])
+def test_what_is_no_quantity_is_refused(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A size or a time that is none ends in argparse's usage error with our sentence."""
+    with pytest.raises(SystemExit, match="2"):
+        parse(*arguments)
+
+    assert f"{arguments[1]!r} is not a" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--json` prints one document and nothing else on standard output."""
+    args = parse("null:64M", "--work", "rr4k", "--rounds", "1", "--seconds", "0.05", "--json")
+
+    assert args.run(args) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["target"] == "null:64M"
+
+
+@pytest.mark.slow
+def test_table_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it people get a table and its legend."""
+    args = parse("null:64M", "--work", "rr4k-1", "--rounds", "1", "--seconds", "0.05")
+
+    assert args.run(args) == 0
+    assert "4 KiB random read, depth 1" in (out := capsys.readouterr().out)
+    assert "Medians over the rounds" in out

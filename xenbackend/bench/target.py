@@ -1,0 +1,169 @@
+"""What is measured: our chains, the peers that are installed, and fio on the file itself, behind one small interface.
+
+Must not order or repeat measurements: `session.py` does.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from xenbackend.bench.blkif import PAGES, BlkifLoop
+from xenbackend.bench.fio import Fio
+from xenbackend.bench.loop import ClosedLoop
+from xenbackend.bench.nbd import NbdLoop
+from xenbackend.bench.plan import Sample, Work, percentiles, places
+from xenbackend.bench.server import Server
+from xenbackend.bench.virtqueue import VirtqueueLoop
+from xenbackend.bench.worker import Worker
+from xenbackend.kernel.fence import find_fence
+from xenbackend.rig.guest import Guest
+
+
+class Target(Protocol):
+    """Something to measure."""
+
+    name: str
+
+    def measure(self, work: Work, seconds: float, warm_up: float) -> Sample:
+        """Run one workload for `seconds` after `warm_up` seconds. Raises: BenchError."""
+
+    def close(self) -> None:
+        """End what was started for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """Where targets run: the bench file, a directory for sockets and logs, and the two CPUs or None."""
+
+    file: Path
+    directory: Path
+    direct: bool
+    backend_cpu: int | None
+    poll_ns: int  # how long a load generator looks before it sleeps
+
+
+class Served:
+    """A backend process with a load generator at its other end."""
+
+    def __init__(self, server: Server, loop: ClosedLoop, close: Callable[[], None]) -> None:
+        self.name = loop.name
+        self._server = server
+        self._loop = loop
+        self.close = close
+
+    def measure(self, work: Work, seconds: float, warm_up: float) -> Sample:
+        """Run the closed loop: warm up, measure, drain."""
+        loop = self._loop
+        loop.start(work, places(work, loop.size))
+        loop.run(warm_up)
+        before = self._server.cpu_time()
+        window = loop.run(seconds)
+        used = self._server.cpu_time() - before
+        loop.drain(work)
+        return Sample(window.requests, window.seconds, used, window.busy, *percentiles(window.latencies))
+
+
+def chain_target(
+    bed: Bed, chain: str, domid: int, *, name: str, read_only: bool, verify: bool, persistent: bool
+) -> Served:
+    """Open a chain in a worker of ours, on the rig that runs in `bed.directory`. Raises: BenchError, KernelError."""
+    stack = ExitStack()
+    try:
+        guest = Guest(bed.directory, domid, PAGES)
+        stack.callback(guest.close)
+        worker = Worker(chain, bed.directory, domid, read_only=read_only, cpu=bed.backend_cpu)
+        stack.callback(worker.close)
+        loop = BlkifLoop(name, guest, find_fence()[0], persistent=persistent, verify=verify)
+        loop.size = worker.size
+        loop.poll_ns = bed.poll_ns
+        worker.connect(loop.parameters())
+    except BaseException:
+        stack.close()
+        raise
+    return Served(worker.server, loop, stack.close)
+
+
+def _serve(bed: Bed, name: str, arguments: list[str], connect: Callable[[str], ClosedLoop]) -> Served:
+    """Start a peer whose socket is `{socket}` in `arguments`, and connect to it."""
+    path = str(bed.directory / f"{name.replace(' ', '-')}.socket")
+    filled = [argument.replace("{socket}", path) for argument in arguments]
+    server = Server(name, filled, Path(path).with_suffix(".log"), cpu=bed.backend_cpu)
+    stack = ExitStack()
+    stack.callback(server.close)
+    try:
+        loop = server.connect(lambda: connect(path))
+    except BaseException:
+        stack.close()
+        raise
+    stack.callback(loop.close)
+    loop.poll_ns = bed.poll_ns
+    return Served(server, loop, stack.close)
+
+
+def _nbdkit(bed: Bed) -> Target:
+    return _serve(bed, "nbdkit", _nbdkit_command(bed), lambda path: NbdLoop("nbdkit", path))
+
+
+def _nbdkit_log(bed: Bed) -> Target:
+    # Its log goes nowhere: a line per request on a disk would fill that, and measure it.
+    arguments = [*_nbdkit_command(bed, "--filter=log"), "logfile=/dev/null"]
+    return _serve(bed, "nbdkit log", arguments, lambda path: NbdLoop("nbdkit log", path))
+
+
+def _nbdkit_command(bed: Bed, *filters: str) -> list[str]:
+    return ["nbdkit", "--foreground", "--unix", "{socket}", *filters, "file", str(bed.file)]
+
+
+def _qemu_ring(bed: Bed) -> Target:
+    export = "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={socket},writable=on"
+    arguments = [*_qemu_command(bed), "--export", export]
+    return _serve(
+        bed, "qemu vhost-user", arguments, lambda path: VirtqueueLoop("qemu vhost-user", path, find_fence()[0])
+    )
+
+
+def _qemu_nbd(bed: Bed) -> Target:
+    arguments = [*_qemu_command(bed), "--nbd-server", "addr.type=unix,addr.path={socket}"]
+    arguments += ["--export", "type=nbd,id=e,node-name=n,name=bench,writable=on"]
+    return _serve(bed, "qemu nbd", arguments, lambda path: NbdLoop("qemu nbd", path, "bench"))
+
+
+def _qemu_command(bed: Bed) -> list[str]:
+    # Several processes of it have the file open in turn, hence no lock of its own.
+    cache = "on" if bed.direct else "off"
+    file = str(bed.file).replace(",", ",,")
+    node = f"driver=file,node-name=n,filename={file},aio=io_uring,cache.direct={cache},locking=off"
+    return ["qemu-storage-daemon", "--blockdev", node]
+
+
+def _fio(bed: Bed) -> Target:
+    name = "fio io_uring" if bed.direct else "fio psync"
+    return Fio(name, bed.file, direct=bed.direct, cpu=bed.backend_cpu)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A program to compare with. `direct`: whether it can use O_DIRECT."""
+
+    program: str
+    start: Callable[[Bed], Target]
+    direct: bool
+
+
+PEERS = {
+    "nbdkit": Peer("nbdkit", _nbdkit, direct=False),
+    "nbdkit-log": Peer("nbdkit", _nbdkit_log, direct=False),
+    "qemu-vhost-user": Peer("qemu-storage-daemon", _qemu_ring, direct=True),
+    "qemu-nbd": Peer("qemu-storage-daemon", _qemu_nbd, direct=True),
+    "fio": Peer("fio", _fio, direct=True),
+}
+
+
+def peers(*, direct: bool) -> list[Peer]:
+    """Return the peers that are installed here and can do what is measured."""
+    return [peer for peer in PEERS.values() if shutil.which(peer.program) and (peer.direct or not direct)]

@@ -1,0 +1,80 @@
+"""A worker process of ours as a bench runs it: with a rig for its host, and told what a supervisor would tell it.
+
+Must not measure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from xenbackend import control, journal
+from xenbackend.bench.plan import BenchError
+from xenbackend.bench.server import Server
+
+_PATIENCE = 20.0  # seconds for an answer; opening a chain tries again for ten
+M = TypeVar("M")
+
+
+class Worker:
+    """A worker with one open chain. Raises: BenchError, with the worker's own sentence when it refuses."""
+
+    def __init__(self, chain: str, rig: Path, domid: int, *, read_only: bool, cpu: int | None) -> None:
+        self.name = chain
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_PATIENCE)
+        with theirs:
+            arguments = [sys.executable, "-m", "xenbackend.worker.main", "--socket", str(theirs.fileno())]
+            self.server = Server(chain, arguments, rig / f"worker-{domid}.log", cpu=cpu, keep=[theirs.fileno()])
+        try:
+            self.size = self._open(chain, rig, domid, read_only=read_only)
+        except BaseException:
+            self._socket.close()
+            self.server.close()
+            raise
+
+    def _open(self, chain: str, rig: Path, domid: int, *, read_only: bool) -> int:
+        memory = os.memfd_create("journal")
+        os.ftruncate(memory, journal.SIZE)
+        # Shareable: several chains are measured in turn on one file.
+        message = control.Open(
+            f"vbd/{domid}/51712", f"xenbackend.rig.host:{rig}", domid, chain, read_only, shareable=True
+        )
+        try:
+            socket.send_fds(self._socket, [control.encode(message)], [memory])
+        finally:
+            os.close(memory)
+        return self._expect(control.Opened).layers[0].size
+
+    def connect(self, parameters: control.Connect) -> None:
+        """Let it serve a frontend's rings."""
+        self._socket.send(control.encode(parameters))
+        self._expect(control.Connected)
+
+    def _expect(self, kind: type[M]) -> M:
+        while True:
+            try:
+                datagram, descriptors, _, _ = socket.recv_fds(self._socket, control.MAX_MESSAGE, 8)
+            except (TimeoutError, ConnectionResetError):
+                datagram, descriptors = b"", []
+            for descriptor in descriptors:  # what a worker wants kept; there will be no successor
+                os.close(descriptor)
+            if not datagram:
+                raise BenchError(f"{self.name} does not answer: {self.server.last_words()}")
+            message = control.decode(datagram)
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, control.Failed):
+                raise BenchError(f"{self.name}: {message.sentence}")
+
+    def close(self) -> None:
+        """Ask it to close the chain, and end it."""
+        with contextlib.suppress(OSError, BenchError):  # it may have died; whoever measured it has said so
+            self._socket.send(control.encode(control.Close()))
+            self._expect(control.Closed)
+        self._socket.close()
+        self.server.close()

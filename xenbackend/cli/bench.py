@@ -1,0 +1,150 @@
+"""`xenbackend bench`: measure chains, and the peers that are installed, on one file in turn.
+
+Must not measure or compute: arguments to calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from xenbackend.bench import plot, report
+from xenbackend.bench.plan import WORKS, select_works
+from xenbackend.bench.session import FILE, Outcome, Session, run
+from xenbackend.units import parse_duration, parse_size
+
+_CHAINS = [f"aio:{FILE}", f"log:|aio:{FILE}"]
+_CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 (tmpfs: the page cache and nothing else)
+_DISK_DIRECTORY = Path("/var/tmp")  # noqa: S108 (on a disk, where /tmp may not be)
+
+_WIDTH = 132  # characters; of a table that is not shown on a terminal
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure chains, and other backends beside them",
+        description="Measure chains under load, through a simulated guest, with every read checked. Targets take turns "
+        "in each round; figures are medians. Uses two CPUs, one for the backend and one for the load.",
+        epilog="Workloads: " + "; ".join(f"{work.name}: {work.title}" for work in WORKS),
+    )
+    parser.add_argument(
+        "chains",
+        nargs="*",
+        metavar="CHAIN",
+        help=f"chains to measure, the first being what others are compared with; {FILE} stands for a bench file. "
+        f"A chain that does not name it is only read. Default: {' and '.join(_CHAINS)}",
+    )
+    parser.add_argument("--compare", action="store_true", help="measure nbdkit, QEMU and fio too, as far as installed")
+    parser.add_argument("--direct", action="store_true", help="O_DIRECT on a disk instead of the page cache on tmpfs")
+    parser.add_argument("--file", type=Path, help="where to make the bench file; it is removed in the end")
+    parser.add_argument("--size", type=_size, default=1 << 30, help="size of the bench file; default 1G")
+    parser.add_argument("--work", action="append", default=[], metavar="NAME", help="only this workload; repeatable")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement; default 1")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is repeated; default 5")
+    parser.add_argument(
+        "--poll",
+        type=_duration,
+        default=100e-6,
+        metavar="TIME",
+        help="how long the load looks for answers before it sleeps; 0us sleeps at once, as a guest does, and shows "
+        "what waking up costs this machine; default 100us",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write to chains of yours too: destroys their content")
+    parser.add_argument("--no-persistent", action="store_true", help="a frontend without persistent grants")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture too; needs xenbackend[plot]")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    if args.plot:
+        plot.check()
+    outcome = _measure(_session(args))
+    rows = report.summarise(outcome.measured)
+    if args.json:
+        print(json.dumps(report.as_json(rows, outcome.foreign), indent=2))
+    else:
+        _print(rows, outcome.foreign)
+    if args.plot:
+        plot.save(rows, args.plot)
+    return 0
+
+
+def _session(args: argparse.Namespace) -> Session:
+    chains = args.chains or _CHAINS
+    read_only = not args.overwrite and any(FILE not in chain for chain in chains)
+    directory = _DISK_DIRECTORY if args.direct else _CACHED_DIRECTORY
+    return Session(
+        chains=chains,
+        works=select_works(args.work, read_only=read_only),
+        file=args.file or directory / f"xenbackend-bench-{os.getpid()}",
+        size=args.size,
+        compare=args.compare,
+        direct=args.direct,
+        overwrite=args.overwrite,
+        persistent=not args.no_persistent,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        poll=args.poll,
+    )
+
+
+def _measure(session: Session) -> Outcome:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    # Refreshed by hand: a thread that draws would compete with the load generator for the interpreter.
+    with _ends_in_order(), Progress(*columns, console=Console(file=sys.stderr), auto_refresh=False) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def progress(text: str, total: int) -> None:
+            bar.update(task, description=text, total=total)
+            bar.refresh()
+            bar.advance(task)
+
+        return run(session, progress)
+
+
+@contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: backends stopped, files removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print(rows: list[report.Row], foreign: float) -> None:
+    from rich.console import Console
+
+    # Where nobody's terminal sets the width, a table is as wide as it needs.
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    for _, group in groupby(rows, key=lambda row: row.work.name):
+        console.print(report.table(list(group)))
+    console.print(report.legend(rows, foreign), highlight=False)
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
