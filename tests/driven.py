@@ -11,6 +11,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,13 @@ from xenbackend.rig.xen import Xen
 DOMID = 5
 FRONT = f"/local/domain/{DOMID}/device/vbd/51712"
 BACK = f"/local/domain/0/backend/vbd/{DOMID}/51712"
+_PROGRAM = """
+import sys
+from xenbackend.block.drivers import BUILT_IN
+from xenbackend.worker.main import main
+BUILT_IN.update({drivers})
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 class Nodes:
@@ -54,12 +62,13 @@ class Nodes:
 class WorkerProcess:
     """A worker, its socket and its journal."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, drivers: dict[str, str] | None = None) -> None:
+        """Start one; `drivers` are words of its own, as `module:Class` by name."""
         self.host = host
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "xenbackend.worker.main", "--socket", str(theirs.fileno())],
+            [sys.executable, "-c", _PROGRAM.format(drivers=drivers or {}), "--socket", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -96,6 +105,14 @@ class WorkerProcess:
     def counters(self) -> dict[str, int]:
         return counters.snapshot(self.journal)
 
+    def expect_counter(self, name: str, value: int, *, at_least: bool = False, timeout_s: float = 5) -> int:
+        """Wait until a counter, which is written once a second, has a value, and return it."""
+        give_up = time.monotonic() + timeout_s
+        while (found := self.counters()[name]) != value and not (at_least and found > value):
+            assert time.monotonic() < give_up, f"{name} is {found}, not {value}"
+            select.select([], [], [], 0.01)
+        return found
+
     def end(self) -> None:
         """Close in order, and see the process end by itself."""
         self.send(control.Close())
@@ -114,13 +131,14 @@ class WorkerProcess:
 class Driven:
     """One disk: hypervisor, guest, worker and frontend."""
 
-    def __init__(self, directory: Path, pages: int = 16384) -> None:
+    def __init__(self, directory: Path, pages: int = 16384, drivers: dict[str, str] | None = None) -> None:
         self.xen = Xen(directory)
         self.xen.start()
         self.guest = Guest(directory, DOMID, pages)
         self.nodes = Nodes()
         self.limits = Limits(max_queues=8)
-        self.worker = WorkerProcess(f"xenbackend.rig.host:{directory}")
+        self.worker = WorkerProcess(f"xenbackend.rig.host:{directory}", drivers)
+        self.disk: Disk
         self.frontend: Frontend
 
     def connect(self, chain: str, wishes: Wishes = Wishes(), *, read_only: bool = False) -> Frontend:
@@ -128,13 +146,19 @@ class Driven:
         opened = self.worker.open(chain, read_only=read_only)
         assert isinstance(opened, control.Opened), opened
         top = opened.layers[0]
+        self.disk = Disk(top.size, top.sector_size, top.read_only or read_only, top.can_flush, top.can_discard)
+        return self.attach(wishes)
+
+    def attach(self, wishes: Wishes) -> Frontend:
+        """Connect a new frontend to the open chain; nobody is connected."""
+        for key in [key for key in self.nodes.values if key.startswith(FRONT) and not key.endswith("/backend")]:
+            del self.nodes.values[key]
         self._publish(publish_at_probe(self.limits))
         self.frontend = Frontend(self.guest, self.nodes, FRONT, wishes)
         self.frontend.announce()
         answer = self.connect_rings()
         assert isinstance(answer, control.Connected), answer
-        disk = Disk(top.size, top.sector_size, top.read_only or read_only, top.can_flush, top.can_discard)
-        self._publish(publish_at_connect(disk))
+        self._publish(publish_at_connect(self.disk))
         self.frontend.read_facts()
         return self.frontend
 
@@ -144,6 +168,19 @@ class Driven:
         rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.worker.send(control.Connect(asked.protocol, rings, asked.persistent))
         return self.worker.expect(control.Connected, control.Failed)  # type: ignore[no-any-return]
+
+    def reconnect(self, wishes: Wishes | None = None) -> Frontend:
+        """Disconnect, see that nothing of the guest's is still mapped, and connect again, perhaps otherwise."""
+        self.disconnect()
+        for ring in self.frontend.rings:
+            ring.close()
+        return self.attach(wishes or self.frontend.wishes)
+
+    def start_successor(self) -> None:
+        """Start another worker in the place of one that was killed, with the memories that it left."""
+        old, self.worker = self.worker, WorkerProcess(self.worker.host)
+        self.worker.kept, old.kept = old.kept, {}
+        old.drop()
 
     def disconnect(self) -> None:
         """Let the worker go away from the rings."""
@@ -160,5 +197,5 @@ class Driven:
     def __exit__(self, *_: object) -> None:
         self.worker.drop()
         self.guest.close()
-        self.xen.stop()
+        self.xen.close()
         self.nodes.close()

@@ -9,7 +9,7 @@ that one copy moves all its slots out of the shared ring: the entry is the only 
     page 0                counters (`xenbackend.counters`)
     page 1                header: MAGIC, VERSION, then what was agreed with the frontend, as JSON with its length before
     then per ring         one page of words:  0 req_cons   1 rsp_prod   2 the ring's entries
-                          a word per block:   first request number << 8 | requests in the block; 0 = never used
+                          a word per block:   first request number << 8 | requests in the block; 0 = none
                           a word per entry:   0 = not answered, else response number << 2 | answer
                           a copy of its slot per entry
                           a copy of its indirect segments per entry
@@ -23,7 +23,8 @@ their low 32 bits are the ring's indices. So an entry's state needs no word of i
 
 Order of writes, which recovery rests on (SIGKILL between any two of them loses nothing and repeats nothing):
 
-    take     1 slots copied, answer words of the batch zeroed      2 block word: the batch is INFLIGHT     3 req_cons
+    take     0 block word zeroed: nobody may see its old requests with the new answer words
+             1 slots copied, answer words of the batch zeroed      2 block word: the batch is INFLIGHT     3 req_cons
     answer   4 answer words: COMPLETING      5 responses into their slots      6 fence, ring's rsp_prod
              7 rsp_prod here: FREE           8 the frontend is notified if it asked
 

@@ -59,8 +59,10 @@ class Layout:
 
     `one` covers a whole slot and yields (operation, nr_segments, handle, id, sector_number, gref, first, last): a
     request with its first segment. `discard` yields (operation, flag, handle, id, sector_number, nr_sectors);
-    `indirect` (operation, indirect_op, nr_segments, id, sector_number, handle, eight grefs); `response` takes
-    (id, operation, status) and zeroes the padding.
+    `indirect` (operation, indirect_op, nr_segments, id, sector_number, handle, eight grefs), of which `indirect_grefs`
+    is the end: `one` has the rest of it already, operation, indirect_op, nr_segments, id and sector_number, because
+    they lie where operation, nr_segments, handle, id and sector_number of a direct request do. `response` takes (id,
+    operation, status) and zeroes the padding.
     """
 
     protocol: str  # the value of the frontend's `protocol` node, io/protocols.h
@@ -69,6 +71,7 @@ class Layout:
     one: Struct
     discard: Struct
     indirect: Struct
+    indirect_grefs: Struct
     response: Struct
 
 
@@ -79,6 +82,7 @@ X86_64 = Layout(
     one=Struct("<BBH4xQQIBB82x"),
     discard=Struct("<BBH4xQQQ"),
     indirect=Struct("<BBH4xQQH2x8I"),
+    indirect_grefs=Struct("<28x8I"),
     response=Struct("<QBxh4x"),
 )
 X86_32 = Layout(
@@ -88,6 +92,7 @@ X86_32 = Layout(
     one=Struct("<BBHQQIBB82x"),
     discard=Struct("<BBHQQQ"),
     indirect=Struct("<BBHQQH2x8I"),
+    indirect_grefs=Struct("<24x8I"),
     response=Struct("<QBxh"),
 )
 LAYOUTS = {layout.protocol: layout for layout in (X86_64, X86_32)}

@@ -35,6 +35,7 @@ from xenbackend.errors import GuestError
 from xenbackend.units import PAGE
 
 _SEGMENT = Struct("<IBBxx")
+_WHOLE_PAGES = [WHOLE_PAGE * count for count in range(SEGMENTS_PER_INDIRECT_PAGE + 1)]
 
 
 class BadRequest(GuestError):
@@ -138,7 +139,7 @@ class Decoder:
         writable = not self._read_only
         plain = True
         each = self._each_slot(slots)
-        for record, (operation, count, _, guest_id, sector, gref, first, last) in zip(records, each, strict=True):
+        for record, (operation, count, handle, guest_id, sector, gref, first, last) in zip(records, each, strict=True):
             record.guest_id = guest_id
             record.operation = operation
             record.first_sector = sector
@@ -151,9 +152,13 @@ class Decoder:
             ):
                 record.length = PAGE
                 record.gref = gref
+                continue
+            plain = False
+            start = (record.entry - records[0].entry) * self._layout.slot_size
+            if operation == BLKIF_OP_INDIRECT:  # the second and third field are another two there, see `abi.Layout`
+                record.operation = count
+                self._decode_indirect_head(record, handle, self._layout.indirect_grefs.unpack_from(slots, start))
             else:
-                plain = False
-                start = (record.entry - records[0].entry) * self._layout.slot_size
                 self._decode_other(record, count, slots[start : start + self._layout.slot_size])
         return plain
 
@@ -166,7 +171,7 @@ class Decoder:
         count = record.segment_count
         words = segments[: count * SEGMENT_SIZE].cast("I")
         try:
-            if words[1::2].tobytes() == WHOLE_PAGE * count:
+            if words[1::2].tobytes() == _WHOLE_PAGES[count]:
                 record.grefs = words[0::2].tolist()
                 record.length = count * PAGE
                 self._check_range(record)
@@ -182,8 +187,6 @@ class Decoder:
         try:
             if operation in (BLKIF_OP_READ, BLKIF_OP_WRITE):
                 self._decode_data(record, count, slot)
-            elif operation == BLKIF_OP_INDIRECT:
-                self._decode_indirect_head(record, slot)
             elif operation in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER) and self._can_flush:
                 if count:
                     self._decode_data(record, count, slot)
@@ -200,17 +203,17 @@ class Decoder:
         values = SEGMENTS[count].unpack_from(slot, self._layout.segments_at)
         self._take_segments(record, list(zip(values[0::3], values[1::3], values[2::3], strict=True)))
 
-    def _decode_indirect_head(self, record: RingRequest, slot: memoryview) -> None:
-        _, operation, count, guest_id, sector, _, *grefs = self._layout.indirect.unpack_from(slot)
-        record.operation = operation
-        record.guest_id = guest_id
-        record.first_sector = sector
-        if operation not in (BLKIF_OP_READ, BLKIF_OP_WRITE):
-            raise BadOperation(f"operation {operation} cannot be indirect")
-        if not 1 <= count <= self._max_segments:
-            raise BadSegmentCount(f"{count} segments in an indirect request; 1 to {self._max_segments} were agreed")
-        record.segment_count = count
-        record.indirect = grefs[: -(-count // SEGMENTS_PER_INDIRECT_PAGE)]
+    def _decode_indirect_head(self, record: RingRequest, count: int, grefs: tuple[int, ...]) -> None:
+        record.reset()
+        record.length = 0
+        if record.operation not in (BLKIF_OP_READ, BLKIF_OP_WRITE):
+            record.refused = BadOperation(f"operation {record.operation} cannot be indirect")
+        elif not 1 <= count <= self._max_segments:
+            most = self._max_segments
+            record.refused = BadSegmentCount(f"{count} segments in an indirect request; 1 to {most} were agreed")
+        else:
+            record.segment_count = count
+            record.indirect = grefs[: -(-count // SEGMENTS_PER_INDIRECT_PAGE)]
 
     def _decode_discard(self, record: RingRequest, slot: memoryview) -> None:
         _, flag, _, guest_id, sector, count = self._layout.discard.unpack_from(slot)

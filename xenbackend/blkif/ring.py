@@ -64,6 +64,10 @@ class BackRing:
             raise RingOverflow(f"the frontend announced {count} requests where {free} slots are free")
         return count
 
+    def has_moved(self) -> bool:
+        """Return whether the frontend's producer index is another one than what was taken: worth a closer look."""
+        return self._index[REQ_PROD] != self.consumed & _MASK
+
     def until_wrap(self) -> int:
         """Return how many slots lie side by side from the next one on."""
         return self.size - (self.consumed & (self.size - 1))

@@ -20,6 +20,7 @@ class Barrier:
         self.record = record
         self.behind = behind
         self.status = 0
+        self.step: Request | None = None  # lent to the chain
         self._steps = [self._flush()]
         if write is not None:
             write.tag = self
@@ -27,7 +28,13 @@ class Barrier:
 
     def next_step(self) -> Request | None:
         """Return the next request to submit, or None when all are done or one has failed."""
-        return self._steps.pop(0) if self._steps and not self.status else None
+        self.step = self._steps.pop(0) if self._steps and not self.status else None
+        return self.step
+
+    def end_step(self, status: int) -> None:
+        """Take note that the step came back."""
+        self.step = None
+        self.status = status
 
     def answer(self) -> Request:
         """Return the record's own request again, with the barrier's outcome as its status."""

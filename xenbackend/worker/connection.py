@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from weakref import WeakMethod
 
 from xenbackend import counters
 from xenbackend.blkif.abi import LAYOUTS, SECTOR, ring_entries
@@ -18,6 +19,7 @@ from xenbackend.block.driver import Geometry
 from xenbackend.block.request import Request
 from xenbackend.control import Connect, RingParameters
 from xenbackend.journal import RingJournal
+from xenbackend.kernel.cpu import has_idle_cpu
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
@@ -114,6 +116,8 @@ class Connection:
             self._tally = Tally(journal[: counters.SIZE], self.engine)
             reactor.add(self._events.fileno(), self._take_events)
             undo.callback(reactor.remove, self._events.fileno())
+            reactor.before_sleep(self.engine.look_again)
+            undo.callback(reactor.remove_hook, self.engine.look_again)
             self._undo = undo.pop_all()
         self._poll()
 
@@ -125,8 +129,12 @@ class Connection:
         self.engine.fail_held()
         self._tally.publish()
         self._closed = True
-        self._undo.close()
-        then()
+        try:
+            self._undo.close()
+        finally:  # whatever the host refuses now, the chain has to be closed and the image let go
+            self.engine.queues.clear()  # they know us: without this, only the garbage collector would find us
+            self._by_port.clear()
+            then()
 
     def _open_ring(
         self, undo: ExitStack, table: GrantTable, number: int, parameters: RingParameters, host: Host
@@ -171,7 +179,9 @@ class Connection:
                 else:
                     self._suspects[queue] = queue.ring.consumed
         self._tally.publish()
-        self._reactor.call_later(SAFETY_POLL_S, self._poll)
+        self.engine.poller.is_allowed = has_idle_cpu()
+        poll = WeakMethod(self._poll)  # so that a timer does not keep a frontend that has gone
+        self._reactor.call_later(SAFETY_POLL_S, lambda: (again := poll()) and again())
 
     def _waits(self, queue: Queue) -> bool:
         try:

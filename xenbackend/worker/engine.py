@@ -27,11 +27,12 @@ from xenbackend.blkif.abi import (
     SECTOR,
 )
 from xenbackend.blkif.request import RingRequest
-from xenbackend.blkif.ring import RingOverflow
+from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.worker.barrier import Barrier
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
-from xenbackend.worker.queue import Queue
+from xenbackend.worker.polling import Poller
+from xenbackend.worker.queue import Block, Queue
 
 Call = Callable[[], object]
 
@@ -61,6 +62,7 @@ class Engine:
         self.queues: list[Queue] = []
         self.in_flight = 0  # requests lent to the chain
         self.guest_errors = self.bugs = self.turns = 0
+        self.poller = Poller()
         self.paused = False  # a flush failed: nothing is taken any more, and it is not answered
         self._submit_to_chain = submit
         self._kick = kick
@@ -72,6 +74,8 @@ class Engine:
         self._barrier: Barrier | None = None
         self._waiting: list[Queue] = []  # had to stop taking, for memory or for a barrier
         self._failed_flushes: list[Request] = []
+        self._has_answered = False  # since the last look
+        self._ending = False  # nothing is taken any more, for good
         self._then: Call | None = None  # once drained
 
     def serve(self, queue: Queue) -> None:
@@ -85,6 +89,9 @@ class Engine:
         try:
             while self._take_all(queue):
                 self._kick()
+                if not self.in_flight and self.poller.finds_work(queue.ring, self._other_rings(queue)):
+                    continue
+                self._has_answered = False  # looked already
                 if not queue.ring.final_check():
                     queue.is_idle = True
                     queue.rearm()
@@ -93,8 +100,20 @@ class Engine:
             queue.halt(str(problem))
         self._kick()
 
+    def look_again(self) -> bool:
+        """Before the loop sleeps: see whether the answers just given have brought new requests; True if so."""
+        if not self._has_answered or self.in_flight or not self.queues:
+            return False
+        self._has_answered = False
+        queue = self.queues[0]
+        if not queue.is_idle or not self.poller.finds_work(queue.ring, self._other_rings(queue)):
+            return False
+        self.serve(queue)
+        return True
+
     def finish(self, batch: list[Request]) -> None:
         """Answer what the chain gives back."""
+        self._has_answered = True
         if self._mixed or self._barrier or len(self.queues) != 1:
             for queue, part in self._sort(batch).items():
                 self._answer(queue, part)
@@ -106,6 +125,7 @@ class Engine:
 
     def drain(self, then: Call) -> None:
         """Take nothing more; call `then` from the loop when nothing is in flight."""
+        self._ending = True
         self._then = then
         self._call_soon(self._go_on)
 
@@ -126,15 +146,24 @@ class Engine:
         self._alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
         substitutes = []
         for request in lent:
-            if request.status == PENDING and request.tag is not None:
+            if not self._has_come_back(request):
                 substitute = Request(request.tag)
                 substitute.op, substitute.status = request.op, errno.EIO
-                if isinstance(request.tag, RingRequest):
-                    request.tag.request = substitute
+                record = request.tag.record if isinstance(request.tag, Barrier) else request.tag
+                if record.request is request:
+                    record.request = substitute
+                    self._grants.abandon(record, request)
                 request.tag = None
                 substitutes.append(substitute)
         if substitutes:
             self.finish(substitutes)
+
+    def _has_come_back(self, request: Request) -> bool:
+        """True if `finish` saw the request. Its status does not tell: a layer on its way up may have lost it."""
+        tag = request.tag
+        if isinstance(tag, Barrier):
+            return tag.step is not request
+        return request in self._failed_flushes or tag.owner.has_answered(tag)
 
     # Taking ---------------------------------------------------------------------------------------------------------
 
@@ -144,7 +173,7 @@ class Engine:
         left = queue.ring.size
         while left > 0:
             room = grants.room(left)
-            if not room or self._barrier or self.paused or self._then:
+            if not room or self._barrier or self.paused or self._ending:
                 self._waiting.append(queue)
                 return False
             block = queue.take(room)
@@ -158,9 +187,17 @@ class Engine:
                     block.lent = batch[:]
                     self._submit(batch)
                     continue
-            self._lend_others(block.taken)
+                block.plain = False  # some were refused, which must be forgotten when their records are free
+                if batch:
+                    self._submit(batch)
+                self._answer_refused(block.taken)
+            else:
+                self._lend_others(block.taken, block)
         self._call_soon(partial(self.serve, queue))
         return False
+
+    def _other_rings(self, queue: Queue) -> list[BackRing]:
+        return [other.ring for other in self.queues if other is not queue and other.is_idle]
 
     def _submit(self, batch: list[Request]) -> None:
         self.in_flight += len(batch)
@@ -170,8 +207,8 @@ class Engine:
         except Exception as bug:  # D8: a layer's bug is contained to what it held
             self.contain(bug, lent)
 
-    def _lend_others(self, records: Sequence[RingRequest]) -> None:
-        """Lend requests of every kind; those that break a rule, or have nothing to do, are answered at once."""
+    def _lend_others(self, records: Sequence[RingRequest], block: Block | None) -> None:
+        """Lend requests of every kind; those that break a rule are answered at once. `block` is all theirs, if any."""
         data: list[RingRequest] = []
         ready: list[Request] = []
         for place, record in enumerate(records):
@@ -181,21 +218,25 @@ class Engine:
                 self._grants.fetch_indirect(record, copy)
                 if record.refused is None:
                     queue.decode_indirect(record, copy)
+                if record.refused is None:  # and only reads and writes are ever indirect
+                    data.append(record)
+                continue
+            if record.spans is None:  # one whole page among others; what `grefs` says is from an earlier use
+                record.grefs = (record.gref,)
             if record.refused is not None:
                 continue
             if record.operation == BLKIF_OP_WRITE_BARRIER or (
                 record.operation == BLKIF_OP_FLUSH_DISKCACHE and record.length
             ):
-                self._lend_and_submit(data, ready)
+                self._lend_and_submit(data, ready, None)
                 self._answer_refused(records[:place])
                 self._begin_barrier(record, list(records[place + 1 :]))
                 return
             if record.operation in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD):
                 ready.append(self._prepare(record))
             else:
-                record.grefs = record.grefs or (record.gref,)  # one whole page in a batch with others
                 data.append(record)
-        self._lend_and_submit(data, ready)
+        self._lend_and_submit(data, ready, block)
         self._answer_refused(records)
 
     def _prepare(self, record: RingRequest) -> Request:
@@ -208,9 +249,13 @@ class Engine:
         request.status = PENDING
         return request
 
-    def _lend_and_submit(self, data: list[RingRequest], ready: list[Request]) -> None:
-        batch = ready + self._grants.lend(data) if data else ready
-        self._mixed += sum(request.op == Op.FLUSH for request in ready)
+    def _lend_and_submit(self, data: list[RingRequest], ready: list[Request], block: Block | None) -> None:
+        batch = self._grants.lend(data) if data else []
+        if ready:
+            self._mixed += sum(request.op == Op.FLUSH for request in ready)
+            batch = ready + batch
+        elif block is not None and len(batch) == len(block.taken):
+            block.lent = batch[:]
         if batch:
             self._submit(batch)
 
@@ -238,12 +283,13 @@ class Engine:
         for request in batch:
             tag = request.tag
             if tag is None:  # a bug ended it before
+                self._grants.reclaim(request)
                 continue
             self.in_flight -= 1
             self._mixed -= request.op == Op.FLUSH
             failed_flush = request.op == Op.FLUSH and request.status not in (0, errno.EOPNOTSUPP)
             if isinstance(tag, Barrier):
-                tag.status = request.status
+                tag.end_step(request.status)
                 if failed_flush:
                     self._hold(tag.answer())
             elif failed_flush:
@@ -260,8 +306,12 @@ class Engine:
     def _settle(self, batch: list[Request]) -> None:
         self._grants.settle([request.tag for request in batch])
         for request in batch:
-            if request.tag.refused is not None and request.status == 0:
+            refused = request.tag.refused
+            if refused is not None:  # a page could not be written
+                request.tag.refused = None  # it is answered now, whatever becomes of the rest of its block
                 request.status = errno.EIO
+                self.guest_errors += 1
+                self._complain(str(refused))
 
     def _hold(self, request: Request) -> None:
         """Keep a failed flush unanswered: a frontend takes an error for success and never flushes again."""
@@ -277,7 +327,7 @@ class Engine:
             self._grants.lend([record])
             if record.refused is not None:
                 self._answer_refused([record])
-                self._lend_others(behind)
+                self._lend_others(behind, None)
                 return
             write = record.request
         self._barrier = Barrier(record, write, behind)
@@ -295,8 +345,8 @@ class Engine:
                 self._kick()
                 return
             self._end_barrier(self._barrier)
-        if self._then is not None:
-            if not self.in_flight:
+        if self._ending:
+            if self._then is not None and not self.in_flight and (self._barrier is None or self.paused):
                 then, self._then = self._then, None
                 then()
             return
@@ -309,5 +359,5 @@ class Engine:
         request = barrier.answer()
         self._answer(request.tag.owner, [request])
         if barrier.behind:
-            self._lend_others(barrier.behind)
+            self._lend_others(barrier.behind, None)
             self._kick()

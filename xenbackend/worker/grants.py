@@ -14,6 +14,7 @@ Two ways, the same four methods, so that the engine does not know which one it h
     lend(records)           requests for any others; those whose pages fail are marked and left out
     fetch_indirect(...)     the private copy of the pages that list an indirect request's segments
     settle(records)         after the I/O, before the answer
+    abandon, reclaim        for a request that is answered while a layer may still use its memory
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ CHUNKS_PER_REQUEST = MAX_SEGMENTS * PAGE // CHUNK
 ARENA_CHUNKS = 512  # 32 MiB of addresses; only what is in flight is ever touched
 MAX_PERSISTENT = 8 * 1056  # pages per vbd, eight rings' worth of what Linux blkback keeps for one
 
-Page = tuple[memoryview]
-
 
 class CopiedGrants:
     """Pages of the guest by grant copy. Memory: `ARENA_CHUNKS` * CHUNK bytes at most, allocated as it is touched."""
@@ -45,7 +44,7 @@ class CopiedGrants:
         self._table = table
         self._arena = allocate(ARENA_CHUNKS * CHUNK)
         self._free = list(range(ARENA_CHUNKS - 1, 0, -1))  # chunk 0 is where indirect pages land
-        self.held: dict[RingRequest, list[int]] = {}  # chunks; while it is empty there is nothing to settle
+        self.held: dict[RingRequest | Request, list[int]] = {}  # chunks; while it is empty there is nothing to settle
 
     def room(self, wanted: int) -> int:
         """Return how many more requests, at most `wanted`, there is memory for, however long they are."""
@@ -84,6 +83,15 @@ class CopiedGrants:
         for record in mine:
             self._free.extend(self.held.pop(record))
 
+    def abandon(self, record: RingRequest, request: Request) -> None:
+        """Keep the record's memory from being used again until `request`, which a layer lost, is back."""
+        if record in self.held:
+            self.held[request] = self.held.pop(record)
+
+    def reclaim(self, request: Request) -> None:
+        """Take back the memory of an abandoned request."""
+        self._free.extend(self.held.pop(request, ()))
+
     def fetch_indirect(self, record: RingRequest, copy: memoryview) -> None:
         """Copy the segments of an indirect request into `copy`; marks the record refused where that fails."""
         left = record.segment_count * SEGMENT_SIZE
@@ -94,8 +102,9 @@ class CopiedGrants:
         copy[:left] = self._arena.view[:left]
 
     def close(self) -> None:
-        """Release nothing of the guest's: nothing is mapped. The arena goes with the object."""
+        """Release the arena now: a guest may connect faster than old objects go. Nothing of the guest's is mapped."""
         self.held.clear()
+        self._arena.view.release()
 
     def _give_memory(self, record: RingRequest) -> None:
         chunks = [self._free.pop() for _ in range(-(-record.length // CHUNK))]
@@ -147,19 +156,22 @@ class PersistentGrants:
         """Map through `table`; what cannot stay mapped goes through `copied`."""
         self._table = table
         self._copied = copied
-        self._pages: dict[int, Page] = {}  # by gref: the whole page as an iov
+        self._pages: dict[int, memoryview] = {}  # by gref
+        self._iovs: dict[int, tuple[memoryview]] = {}  # by gref: the whole page as an iov
         self._mappings: list[Mapping] = []
         self.room = copied.room
         self.held = copied.held
+        self.abandon = copied.abandon
+        self.reclaim = copied.reclaim
 
     def lend_plain(self, records: Sequence[RingRequest]) -> list[Request]:
         """Return requests for records that are one whole page each. This loop runs for every such request."""
-        pages = self._pages
+        iovs = self._iovs
         lent = []
         try:
             for record in records:
                 request = record.request
-                request.iov = pages[record.gref]
+                request.iov = iovs[record.gref]
                 request.op = record.operation  # a read is 0 and a write 1 in both worlds
                 request.offset = record.first_sector * SECTOR
                 request.length = PAGE
@@ -173,14 +185,21 @@ class PersistentGrants:
 
     def lend(self, records: Iterable[RingRequest]) -> list[Request]:
         """Return requests for records with data, mapping what has not been seen yet."""
+        page_of = self._pages.__getitem__
         lent = []
         elsewhere = []
         for record in records:
-            if self._map_missing(record.grefs):
-                self._fill_from_pages(record)
-                lent.append(record.request)
-            else:
-                elsewhere.append(record)
+            try:
+                iov = [*map(page_of, record.grefs)]
+            except KeyError:
+                if not self._map_missing(record.grefs):
+                    elsewhere.append(record)
+                    continue
+                iov = [*map(page_of, record.grefs)]
+            if record.spans is not None:
+                iov = [page[at : at + length] for page, (at, length) in zip(iov, record.spans, strict=True)]
+            _fill(record, iov)
+            lent.append(record.request)
         return lent + self._copied.lend(elsewhere) if elsewhere else lent
 
     def settle(self, records: Iterable[RingRequest]) -> None:
@@ -195,23 +214,17 @@ class PersistentGrants:
         left = record.segment_count * SEGMENT_SIZE
         for place, gref in enumerate(record.indirect):
             length = min(left - place * PAGE, SEGMENTS_PER_INDIRECT_PAGE * SEGMENT_SIZE)
-            copy[place * PAGE : place * PAGE + length] = self._pages[gref][0][:length]
+            copy[place * PAGE : place * PAGE + length] = self._pages[gref][:length]
 
     def close(self) -> None:
         """Unmap everything; no request is in flight."""
-        memory.forget(page for (page,) in self._pages.values())
+        memory.forget(self._pages.values())
         self._pages.clear()
+        self._iovs.clear()
         for mapping in self._mappings:
             mapping.release()
         self._mappings.clear()
         self._copied.close()
-
-    def _fill_from_pages(self, record: RingRequest) -> None:
-        pages = self._pages
-        whole = [pages[gref][0] for gref in record.grefs]
-        if record.spans is not None:
-            whole = [page[at : at + length] for page, (at, length) in zip(whole, record.spans, strict=True)]
-        _fill(record, whole)
 
     def _map_missing(self, grefs: Sequence[int]) -> bool:
         """Map the pages that are not mapped yet, side by side; False where they cannot be, or are too many."""
@@ -227,8 +240,9 @@ class PersistentGrants:
             return False
         self._mappings.append(mapping)
         for place, gref in enumerate(missing):
-            pages[gref] = (mapping.view[place * PAGE : (place + 1) * PAGE],)
-        memory.note(pages[gref][0] for gref in missing)
+            pages[gref] = mapping.view[place * PAGE : (place + 1) * PAGE]
+            self._iovs[gref] = (pages[gref],)
+        memory.note(pages[gref] for gref in missing)
         return True
 
 

@@ -6,14 +6,12 @@ closed in order and the process ends.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import gc
 import mmap
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from typing import cast
 
@@ -47,6 +45,7 @@ class Worker:
         self._env: EnvFactory | None = None
         self._journal = memoryview(b"")
         self._connection: Connection | None = None
+        self._when_disconnected: list[Callable[[], None]] = []
         self._steps: dict[type[object], Callable[..., None]] = {
             control.Open: self._on_open,
             control.Connect: self._on_connect,
@@ -66,6 +65,7 @@ class Worker:
     def _take_message(self) -> None:
         datagram, fds, _, _ = socket.recv_fds(self._channel, control.MAX_MESSAGE, MAX_DESCRIPTORS)
         if not datagram:  # the supervisor is gone
+            self._reactor.remove(self._channel.fileno())
             self._on_close(control.Close())
             return
         message = control.decode(datagram)
@@ -137,11 +137,18 @@ class Worker:
         self._disconnect(self._close)
 
     def _disconnect(self, then: Callable[[], None]) -> None:
-        connection, self._connection = self._connection, None
-        if connection is None:
+        if self._connection is None:
             then()
-        else:
-            connection.disconnect(self._flush, then)
+            return
+        self._when_disconnected.append(then)
+        if len(self._when_disconnected) == 1:  # else it is on its way already
+            self._connection.disconnect(self._flush, self._disconnected)
+
+    def _disconnected(self) -> None:
+        self._connection = None
+        calls, self._when_disconnected = self._when_disconnected, []
+        for call in calls:
+            call()
 
     def _flush(self, then: Callable[[], None]) -> None:
         """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered."""
@@ -150,30 +157,45 @@ class Worker:
             then()
             return
 
+        waiting = [then]
+
         def flushed(batch: list[Request]) -> None:
-            if batch[0].status not in {0, errno.EOPNOTSUPP}:
-                self._speech.alarm(f"the last flush failed: {os.strerror(batch[0].status)}")
-            self._reactor.call_soon(then)
+            if request not in batch or not waiting:  # what a bug had ended comes back late (D8)
+                return
+            if request.status not in {0, errno.EOPNOTSUPP}:
+                self._speech.alarm(f"the last flush failed: {os.strerror(request.status)}")
+            self._reactor.call_soon(waiting.pop())
 
         request = Request()
         request.op, request.status = Op.FLUSH, PENDING
         self._chain.complete = flushed
-        self._chain.submit([request])
-        self._files.kick()
+        try:
+            self._chain.submit([request])
+            self._files.kick()
+        except Exception as bug:  # D8; a bug of one layer must not keep the disk
+            self._on_bug(bug)
+            if waiting:
+                self._reactor.call_soon(waiting.pop())
 
     def _close(self) -> None:
-        if self._chain is not None:
-            self._chain.close()
-        if self._env is not None:
-            self._env.close()
-        self._files.close()
-        self._speech.say(control.Closed())
-        self._reactor.stop()
+        try:
+            if self._chain is not None:
+                self._chain.close()
+            if self._env is not None:
+                self._env.close()
+            self._files.close()
+        finally:  # whatever a layer does, the process ends
+            self._speech.say(control.Closed())
+            self._reactor.stop()
 
     def _on_bug(self, bug: Exception) -> None:
-        if len(self._journal):
+        if self._connection is not None:
+            self._connection.engine.bugs += 1  # the tally publishes it
+        elif len(self._journal):
             words = self._journal[: counters.SIZE].cast("Q")
             words[counters.INDEX["bugs"]] += 1
+        import traceback  # late: most workers never need it
+
         where = self._chain.blame(bug) if self._chain else ""
         self._speech.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
 
@@ -197,10 +219,10 @@ def _facts(layer: OpenLayer) -> control.LayerFacts:
 
 def main(arguments: list[str]) -> int:
     """Serve the vbd whose supervisor is at the other end of the socket given by number."""
-    parser = argparse.ArgumentParser(prog="xenbackend-worker")
-    parser.add_argument("--socket", type=int, required=True, help="descriptor of the supervisor's socket")
-    given = parser.parse_args(arguments)
-    channel = socket.socket(fileno=given.socket)
+    if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
+        print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
+        return 2
+    channel = socket.socket(fileno=int(arguments[1]))
     try:
         Worker(channel).run()
     except (BrokenPipeError, ConnectionResetError):  # the supervisor went away while we spoke

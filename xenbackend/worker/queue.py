@@ -113,8 +113,9 @@ class Queue:
         block = self._free.pop() if self._free else self._make_block()
         copies = block.copies[count]
         first = ring.consumed
-        ring.take(copies, count)
         journal = self._journal
+        journal.blocks[block.index] = 0  # what it held before must not look as if it were in flight again
+        ring.take(copies, count)
         entry = block.first_entry
         self._answers[entry : entry + count] = _ZEROS[count]
         journal.blocks[block.index] = first << 8 | count
@@ -130,6 +131,10 @@ class Queue:
         """Stop taking from this ring for good; what is in flight is still answered."""
         self.halted = True
         self._channel.halted(why)
+
+    def has_answered(self, record: RingRequest) -> bool:
+        """True if the record, which was taken, has its response."""
+        return bool(self._answers[record.entry])
 
     def indirect_copy(self, record: RingRequest) -> memoryview:
         """Return where the private copy of the record's indirect segments belongs."""
@@ -149,8 +154,7 @@ class Queue:
         self._journal.words[RSP_PROD] = first + len(batch)
         self.in_flight -= len(batch)
         if whole:
-            block.lent = None
-            self._free.append(block)
+            self._free_block(block)
         else:
             self._release(batch)
         if must_notify:
@@ -168,7 +172,7 @@ class Queue:
         self._journal.release()
 
     def _answer_whole(self, block: Block, batch: list[Request], place: int) -> bool:
-        """Answer a block of whole pages that came back as it was lent; False, with nothing counted, if one failed.
+        """Answer a block of reads and writes that came back as it was lent; False, with nothing counted, if one failed.
 
         This loop runs for nearly every request. The slots may be written before the answer words: nobody looks at
         them before the response producer moves.
@@ -192,9 +196,13 @@ class Queue:
         requests, moved = self.requests, self.bytes
         reads = len(batch) - writes
         requests[BLKIF_OP_READ] += reads
-        moved[BLKIF_OP_READ] += reads * PAGE
         requests[BLKIF_OP_WRITE] += writes
-        moved[BLKIF_OP_WRITE] += writes * PAGE
+        if block.plain:
+            moved[BLKIF_OP_READ] += reads * PAGE
+            moved[BLKIF_OP_WRITE] += writes * PAGE
+        else:
+            for record in block.taken:
+                moved[record.operation] += record.length
         return True
 
     def _answer_each(self, batch: list[Request], place: int) -> None:
@@ -219,11 +227,14 @@ class Queue:
             block = self._blocks[request.tag.entry // BATCH]
             block.live -= 1
             if not block.live:
-                if not block.plain:
-                    for record in block.taken:
-                        record.reset()
-                block.lent = None
-                self._free.append(block)
+                self._free_block(block)
+
+    def _free_block(self, block: Block) -> None:
+        if not block.plain:
+            for record in block.taken:
+                record.reset()
+        block.lent = None
+        self._free.append(block)
 
     def _sample(self, started: int) -> None:
         passed = monotonic_ns() - started

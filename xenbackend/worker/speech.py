@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 
 from xenbackend import control
 
@@ -25,8 +26,12 @@ class Speech:
         self._unsaid = 0
 
     def say(self, message: control.Message, *fds: int) -> None:
-        """Send a message with the descriptors that belong to it. Raises: OSError, where nobody listens any more."""
-        socket.send_fds(self._channel, [control.encode(message)], fds)
+        """Send a message with the descriptors that belong to it; lost where nobody listens any more.
+
+        Whoever drains and closes must not be stopped by that: the loop learns from the socket that it has to end.
+        """
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._channel, [control.encode(message)], fds)
 
     def keep(self, name: str, size: int, fd: int) -> None:
         """Hand over a memory that a successor is to get."""

@@ -60,7 +60,7 @@ class Tally:
             "discards": requests(BLKIF_OP_DISCARD),
             "read_bytes": moved(BLKIF_OP_READ),
             "written_bytes": moved(BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER),
-            "errors": sum(queue.errors for queue in queues),
+            "errors": sum(queue.errors for queue in queues) - engine.guest_errors,
             "guest_errors": engine.guest_errors,
             "in_flight": sum(queue.in_flight for queue in queues),
             "turns": engine.turns,

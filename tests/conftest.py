@@ -1,0 +1,11 @@
+"""Options of all tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let random tests run longer, or again."""
+    parser.addoption("--requests", type=int, default=20_000, help="requests of tests against a model of the disk")
+    parser.addoption("--seed", type=int, default=1, help="start of random numbers")

@@ -1,0 +1,189 @@
+"""The worker's half of a vbd in the test's own thread: a real ring on the rig, and a disk that answers when told.
+
+Must not serve a request itself, nor sleep: time passes for the worker only where a test moves its clock.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from tests.driven import BACK, DOMID, FRONT, Nodes
+from xenbackend import control, journal
+from xenbackend.blkif.abi import SECTOR
+from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
+from xenbackend.block.driver import Geometry
+from xenbackend.block.request import Op, Request
+from xenbackend.kernel.ports import open_host
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.rig.guest import Guest
+from xenbackend.rig.xen import Xen
+from xenbackend.worker.connection import Connection
+from xenbackend.worker.reactor import Reactor
+
+SIZE = 1 << 20
+
+
+class HeldDisk:
+    """A disk of bytes that remembers what it was asked, and gives requests back at once or when told.
+
+    seen     the operations in the order they came, "READ" and so on
+    held     the requests that it has
+    holding  True: nothing is given back before `give_back`
+    errors   errno by operation, for what is to fail
+    """
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.content = bytearray(size)
+        self.seen: list[str] = []
+        self.held: list[Request] = []
+        self.holding = False
+        self.errors: dict[int, int] = {}
+        self.complete: Callable[[list[Request]], None]
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests as a driver does."""
+        self.seen += [Op(request.op).name for request in batch]
+        self.held += batch
+        if not self.holding:
+            self.give_back(batch)
+
+    def give_back(self, batch: Iterable[Request] | None = None) -> None:
+        """Do requests, all that are held unless some are named, and give them back as one batch."""
+        batch = list(self.held if batch is None else batch)
+        self.held = [request for request in self.held if request not in batch]
+        for request in batch:
+            request.status = self.errors.get(request.op, 0)
+            if not request.status:
+                self._do(request)
+        self.complete(batch)
+
+    def _do(self, request: Request) -> None:
+        place = request.offset
+        for view in request.iov:
+            end = place + len(view)
+            if request.op == Op.READ:
+                view[:] = self.content[place:end]
+            else:
+                self.content[place:end] = view
+            place = end
+        if request.op == Op.DISCARD:
+            self.content[place : place + request.length] = bytes(request.length)
+
+
+class Served:
+    """Hypervisor, guest, frontend and a `Connection`, stepped by the frontend's waiting.
+
+    complaints, alarms, halted    what the worker would have said
+    now                           the worker's clock, in seconds
+    """
+
+    def __init__(self, directory: Path, disk: Any = None, geometry: Geometry | None = None) -> None:
+        self.disk = disk or HeldDisk()
+        self.geometry = geometry or Geometry(size=SIZE, can_discard=True, discard_granularity=SECTOR)
+        self.directory = directory
+        self.now = 0.0
+        self.complaints: list[str] = []
+        self.alarms: list[str] = []
+        self.halted: list[tuple[int, str]] = []
+        self.bugs: list[Exception] = []
+        self.reactor = Reactor(clock=lambda: self.now, on_bug=self.bugs.append)
+        self.journal = memoryview(mmap.mmap(-1, journal.SIZE))
+        self.nodes = Nodes()
+        self.limits = Limits(max_queues=8)
+        self.flushes_at_end = 0
+        self.frontend: Frontend
+        self.connection: Connection | None = None
+        self.xen = Xen(directory)
+        self.xen.start()
+        self.guest = Guest(directory, DOMID, pages=8192)
+
+    def connect(self, wishes: Wishes = Wishes()) -> Frontend:  # noqa: B008 - it is frozen
+        """Announce a frontend with these wishes and connect to it. Raises: KernelError."""
+        self._publish(publish_at_probe(self.limits))
+        self.frontend = Frontend(self.guest, self.nodes, FRONT, wishes, idle=self._idle)
+        self.frontend.announce()
+        self.connect_rings()
+        geometry = self.geometry
+        can = (geometry.can_flush, geometry.can_discard)
+        self._publish(publish_at_connect(Disk(geometry.size, geometry.sector_size, geometry.read_only, *can)))
+        self.frontend.read_facts()
+        self.step()  # a channel is pending when it is bound
+        return self.frontend
+
+    def connect_rings(self) -> None:
+        """Serve the rings that the frontend announced. Raises: KernelError."""
+        asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
+        rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
+        self.connection = Connection(
+            host=open_host(f"xenbackend.rig.host:{self.directory}"),
+            reactor=self.reactor,
+            domid=DOMID,
+            agreed=control.Connect(asked.protocol, rings, asked.persistent),
+            geometry=self.geometry,
+            journal=self.journal,
+            submit=self.disk.submit,
+            kick=lambda: None,
+            complain=self.complaints.append,
+            alarm=self.alarms.append,
+            on_halt=lambda ring, why: self.halted.append((ring, why)),
+        )
+        self.disk.complete = self.connection.engine.finish
+
+    @property
+    def engine(self) -> Any:
+        """The engine that serves."""
+        assert self.connection is not None
+        return self.connection.engine
+
+    def step(self, passes: int = 1) -> None:
+        """Let the worker's loop pass, without ever sleeping in it."""
+        for _ in range(passes):
+            self.reactor.call_soon(self.reactor.stop)
+            self.reactor.run()
+
+    def pass_time(self, seconds: float) -> None:
+        """Move the worker's clock, and let its timers go off."""
+        self.now += seconds
+        self.step(2)
+
+    def disconnect(self) -> bool:
+        """Go away from the rings; False where something is still in flight after a few passes."""
+        assert self.connection is not None
+        gone: list[bool] = []
+        self.connection.disconnect(self._flush_at_end, lambda: gone.append(True))
+        self.step(8)
+        if gone:
+            self.connection = None
+        return bool(gone)
+
+    def close(self) -> None:
+        """Release everything."""
+        if self.connection is not None:
+            self.disk.holding = False
+            if self.disk.held:
+                self.disk.give_back()
+            assert self.disconnect()
+        self.reactor.close()
+        self.guest.close()
+        self.xen.close()
+        self.nodes.close()
+
+    def _flush_at_end(self, then: Callable[[], None]) -> None:
+        self.flushes_at_end += 1
+        then()
+
+    def _idle(self, _timeout_s: float) -> None:
+        self.step()
+
+    def _publish(self, keys: dict[str, str]) -> None:
+        for key, value in keys.items():
+            self.nodes.write(f"{BACK}/{key}", value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

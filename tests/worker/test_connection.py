@@ -1,0 +1,97 @@
+"""A connection: its channels, its safety poll, and whole undoing of what failed half-way."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.driven import FRONT
+from tests.served import Served
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_RSP_OKAY
+from xenbackend.errors import KernelError
+from xenbackend.rig.frontend import Wishes
+from xenbackend.worker.connection import SAFETY_POLL_S
+
+NOTHING = {"mappings": 0, "pins": 0, "ports": 0}
+
+
+def kick_in_vain(vbd: Served, times: int) -> int:
+    """Notify without work and let the worker look, again and again; return how often it found the port pending."""
+    turns = vbd.engine.turns
+    for _ in range(times):
+        vbd.frontend.rings[0].port.notify()
+        vbd.step(2)
+    found: int = vbd.engine.turns - turns
+    return found
+
+
+def test_port_that_fires_in_vain_is_heard_less_and_less(vbd: Served) -> None:
+    """A few events without work are borne; from then on each makes the port wait, up to 10 ms, until work comes."""
+    frontend = vbd.connect()
+    at_once = kick_in_vain(vbd, 100)
+    for _ in range(20):
+        vbd.pass_time(0.011)
+        kick_in_vain(vbd, 1)
+    waiting = kick_in_vain(vbd, 100)
+    later = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.pass_time(0.011)
+    frontend.poll()
+
+    assert at_once < 12
+    assert waiting <= 1
+    assert BLKIF_RSP_OKAY == later.status
+
+
+def test_lost_wake_up_is_found_and_counted(vbd: Served) -> None:
+    """Work that nobody announced is found by the second look of the safety poll, and counted as what it is."""
+    frontend = vbd.connect()
+    request = frontend.rings[0].submit(BLKIF_OP_READ, 0, 8)
+    frontend.rings[0].ring.push()  # without the kick
+    vbd.pass_time(SAFETY_POLL_S + 0.01)
+    first_look = vbd.disk.seen[:]
+    vbd.pass_time(SAFETY_POLL_S + 0.01)
+    frontend.poll()
+
+    assert [] == first_look
+    assert BLKIF_RSP_OKAY == request.status
+    assert vbd.connection is not None
+    assert 1 == vbd.connection._tally.missed_wakeups
+
+
+def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
+    """A producer index that is out of range stops the ring even where no event tells of it."""
+    frontend = vbd.connect(Wishes(queues=2))
+    frontend.rings[1].ring.index[0] = 2**31
+    vbd.pass_time(SAFETY_POLL_S + 0.01)
+    vbd.pass_time(SAFETY_POLL_S + 0.01)
+
+    assert [1] == [ring for ring, _ in vbd.halted]
+    assert "announced 2147483648 requests where 32 slots are free" in vbd.halted[0][1]
+
+
+@pytest.mark.parametrize("key", ["ring-ref0", "ring-ref1", "event-channel"])
+@pytest.mark.parametrize("ring", [0, 2])
+def test_failed_connect_leaves_nothing(vbd: Served, ring: int, key: str) -> None:
+    """Whichever page or port of whichever ring cannot be had, nothing stays mapped or bound, and a retry succeeds."""
+    vbd.connect(Wishes(queues=3, ring_order=1))
+    vbd.disconnect()
+    path = f"{FRONT}/queue-{ring}/{key}"
+    good, vbd.nodes.values[path] = vbd.nodes.values[path], "9999"
+    vbd.connection = None
+    with pytest.raises(KernelError):
+        vbd.connect_rings()
+    failed = vbd.xen.held()
+    vbd.nodes.values[path] = good
+    vbd.connect_rings()
+
+    assert NOTHING == failed
+    assert {"mappings": 3, "pins": 6, "ports": 3} == vbd.xen.held()
+
+
+def test_timers_that_come_after_the_end_do_nothing(vbd: Served) -> None:
+    """What a connection had asked the clock for goes off after its end without harm."""
+    vbd.connect()
+    kick_in_vain(vbd, 30)
+    vbd.disconnect()
+    vbd.pass_time(60)
+
+    assert NOTHING == vbd.xen.held()

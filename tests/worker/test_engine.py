@@ -1,0 +1,284 @@
+"""The engine against a real ring: what is answered when layers fail, flushes fail, grants fail, or it has to end."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import sys
+
+from tests.served import HeldDisk, Served
+from xenbackend.blkif.abi import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_RSP_EOPNOTSUPP,
+    BLKIF_RSP_ERROR,
+    BLKIF_RSP_OKAY,
+)
+from xenbackend.block.request import Op, Request
+from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
+
+GNTST_GENERAL_ERROR = -1  # grant_table.h
+
+
+class Bug(Exception):
+    """What a broken layer lets out."""
+
+
+class BrokenDisk(HeldDisk):
+    """A disk that lets an exception out of `submit` after it has kept, or even given back, what it got."""
+
+    broken = False
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests, then fail."""
+        super().submit(batch)
+        if self.broken:
+            raise Bug("it broke")
+
+
+def test_layers_bug_ends_what_it_held(vbd: Served) -> None:
+    """D8: an exception out of `submit` ends with an error what the layer held; the disk goes on, and it is said."""
+    disk = vbd.disk = BrokenDisk()
+    frontend = vbd.connect()
+    disk.holding = disk.broken = True
+    lost = [frontend.submit(BLKIF_OP_WRITE, sector, data=bytes(PAGE), push=False) for sector in (0, 8, 16)]
+    frontend.wait(lost)
+    disk.holding = disk.broken = False
+    disk.held.clear()
+    frontend.write(0, b"x" * PAGE)
+
+    assert [BLKIF_RSP_ERROR] * 3 == [request.status for request in lost]
+    assert b"x" * PAGE == frontend.read(0, 8)
+    assert ["a layer failed, its requests end with an I/O error: Bug: it broke"] == vbd.alarms
+    assert 1 == vbd.engine.bugs
+    assert 0 == vbd.engine.in_flight
+
+
+def test_late_completion_of_a_lost_request_is_harmless(vbd: Served) -> None:
+    """D8: a request that a bug ended may come back later, even with others; it is not answered again."""
+    disk = vbd.disk = BrokenDisk()
+    frontend = vbd.connect()
+    disk.holding = disk.broken = True
+    frontend.wait([frontend.submit(BLKIF_OP_WRITE, 0, data=bytes(PAGE))])
+    disk.broken = False
+    good = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step()
+    disk.give_back()
+    frontend.wait([good])
+
+    assert BLKIF_RSP_OKAY == good.status
+    assert {} == vbd.engine._grants.held  # its memory is free again too
+    assert [0, 0] == [vbd.engine.in_flight, frontend.rings[0].in_flight()]
+
+
+def test_late_completion_of_a_lost_barriers_write_is_harmless(vbd: Served) -> None:
+    """D8: the write of a barrier that a bug ended may come back later; the barrier is not answered again."""
+    disk = vbd.disk = BrokenDisk()
+    frontend = vbd.connect(Wishes(flush=False))
+    barrier = frontend.submit(2, 0, data=bytes(PAGE))
+    while disk.seen != ["FLUSH"]:
+        vbd.step()
+    disk.holding = disk.broken = True
+    frontend.wait([barrier])
+    disk.broken = False
+    vbd.step()
+    disk.give_back()
+    disk.holding = False
+
+    assert BLKIF_RSP_ERROR == barrier.status
+    assert [] == frontend.poll()
+    assert bytes(PAGE) == frontend.read(0, 8)
+
+
+def test_bug_on_the_way_up_ends_what_was_not_answered(vbd: Served) -> None:
+    """D8: a layer that fails over what the layer below has just given back leaves no request without an answer."""
+    disk = vbd.disk = BrokenDisk()
+    frontend = vbd.connect()
+    answer, disk.complete = disk.complete, lambda batch: answer(batch[:1])  # the rest is lost on its way up
+    disk.broken = True
+    requests = [frontend.submit(BLKIF_OP_READ, sector, 8, push=False) for sector in (0, 8)]
+    frontend.wait(requests)
+
+    assert [BLKIF_RSP_OKAY, BLKIF_RSP_ERROR] == [request.status for request in requests]
+    assert 0 == vbd.engine.in_flight
+
+
+def test_bad_page_among_good_ones_fails_alone(vbd: Served) -> None:
+    """A grant that cannot be copied fails its own request; the others of the batch succeed, and no memory is lost."""
+    frontend = vbd.connect()
+    room = vbd.connection and vbd.engine._grants._free[:]
+    for operation in (BLKIF_OP_WRITE, BLKIF_OP_READ):
+        for sectors in (8, 16):
+            data = {"data": bytes(512 * sectors)} if operation == BLKIF_OP_WRITE else {"count": sectors}
+            requests = [frontend.submit(operation, 16 * place, **data, push=False) for place in range(8)]
+            vbd.guest.fail(requests[3].pages[-1].gref, GNTST_GENERAL_ERROR)
+            frontend.wait(requests)
+            vbd.guest.fail(requests[3].pages[-1].gref, 0)
+
+            assert [BLKIF_RSP_OKAY] * 3 + [BLKIF_RSP_ERROR] + [BLKIF_RSP_OKAY] * 4 == [each.status for each in requests]
+            assert sorted(room) == sorted(vbd.engine._grants._free)
+            assert {} == vbd.engine._grants.held
+            again = [frontend.submit(BLKIF_OP_READ, 8 * place, 8, push=False) for place in range(32)]
+            frontend.wait(again)
+
+            assert [BLKIF_RSP_OKAY] * 32 == [request.status for request in again]
+    assert 4 == vbd.engine.guest_errors
+    assert ["grant copy ended with status -1"] * 4 == vbd.complaints
+
+
+class HalfDisk(HeldDisk):
+    """A disk that gives back the first request of a batch at once and keeps the rest."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests as a driver does."""
+        first = batch[0]
+        self.holding = True
+        super().submit(batch)
+        self.give_back([first])
+
+
+def test_read_that_cannot_be_delivered_is_answered_once(vbd: Served) -> None:
+    """A page that cannot be written is found after the I/O, while others of the batch still wait; one answer is due."""
+    disk = vbd.disk = HalfDisk()
+    frontend = vbd.connect()
+    requests = [frontend.submit(BLKIF_OP_READ, 0, 16, push=False) for _ in range(3)]
+    vbd.guest.fail(requests[0].pages[1].gref, GNTST_GENERAL_ERROR)
+    frontend.wait(requests[:1])
+    disk.give_back()
+    frontend.wait(requests)
+
+    assert [BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, BLKIF_RSP_OKAY] == [request.status for request in requests]
+
+
+def test_page_alone_among_others_is_its_own(vbd: Served) -> None:
+    """A request of one whole page that is taken together with others uses the page it names, and no earlier one."""
+    frontend = vbd.connect()
+    first = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=b"1" * PAGE, push=False) for place in range(8)]
+    keep = [vbd.guest.grant(page.frame) for page in first[0].pages]  # so that the next request gets another gref
+    frontend.wait(first)
+    second = frontend.submit(BLKIF_OP_WRITE, 0, data=b"2" * PAGE, push=False)
+    flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    grefs = [first[0].pages[0].gref, second.pages[0].gref]
+    frontend.wait([second, flush])
+
+    assert grefs[0] != grefs[1]
+    assert b"2" * PAGE == frontend.read(0, 8)
+    assert 1 == len(keep)
+
+
+def test_failed_flush_is_not_answered(vbd: Served) -> None:
+    """A failed flush is held, nothing more is taken and an alarm is raised; only the end answers it, with an error."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    vbd.step(3)
+    later = frontend.submit(BLKIF_OP_WRITE, 0, data=bytes(PAGE))
+    vbd.step(3)
+
+    assert [None, None] == [flush.status, later.status]
+    assert ["FLUSH"] == vbd.disk.seen
+    assert ["a flush failed (EIO); the disk is paused"] == vbd.alarms
+    assert vbd.disconnect()
+    frontend.poll()
+    assert [BLKIF_RSP_ERROR, None] == [flush.status, later.status]
+
+
+def test_flush_that_is_not_supported_is_answered_so(vbd: Served) -> None:
+    """EOPNOTSUPP for a flush says that there is nothing to flush; it is passed on and pauses nothing."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.FLUSH: errno.EOPNOTSUPP}
+    flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    frontend.wait([flush])
+
+    assert BLKIF_RSP_EOPNOTSUPP == flush.status
+    assert bytes(PAGE) == frontend.read(0, 8)
+
+
+def test_error_of_the_disk_is_answered(vbd: Served) -> None:
+    """Any errno of a read, write or discard becomes an error on the wire, EOPNOTSUPP its own."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.READ: errno.ENOSPC, Op.DISCARD: errno.EOPNOTSUPP}
+    requests = [frontend.submit(BLKIF_OP_READ, 0, 8), frontend.submit(BLKIF_OP_DISCARD, 0, 8)]
+    frontend.wait(requests)
+
+    assert [BLKIF_RSP_ERROR, BLKIF_RSP_EOPNOTSUPP] == [request.status for request in requests]
+
+
+def test_answers_come_in_any_order_and_to_their_own_ring(vbd: Served) -> None:
+    """What two rings have in flight may come back in one batch in any order; each ring gets its own answers."""
+    frontend = vbd.connect(Wishes(queues=2))
+    vbd.disk.holding = True
+    requests = [frontend.submit(BLKIF_OP_READ, 8 * place, 8) for place in range(20)]
+    vbd.step(2)
+    vbd.disk.give_back(reversed(vbd.disk.held))
+    frontend.wait(requests)
+
+    assert [BLKIF_RSP_OKAY] * 20 == [request.status for request in requests]
+    assert [10, 10] == [queue.requests[BLKIF_OP_READ] for queue in vbd.engine.queues]
+
+
+def test_full_memory_makes_requests_wait(vbd: Served) -> None:
+    """Requests that there is no memory for stay in the ring, and are taken when some has come back."""
+    frontend = vbd.connect(Wishes(queues=8, indirect=32))
+    vbd.disk.holding = True
+    requests = [frontend.submit(BLKIF_OP_READ, 0, 136) for _ in range(256)]
+    vbd.step(4)
+    taken = len(vbd.disk.held)
+    while vbd.disk.held:
+        vbd.disk.give_back(vbd.disk.held[:7])
+        vbd.step(2)
+    frontend.wait(requests)
+
+    assert 0 < taken < 256
+    assert [BLKIF_RSP_OKAY] * 256 == [request.status for request in requests]
+
+
+def test_drain_takes_nothing_more(vbd: Served) -> None:
+    """While a disk goes away, what is in flight is answered and what comes stays in the ring, to the very end."""
+    frontend = vbd.connect(Wishes(queues=2))
+    vbd.disk.holding = True
+    early = [frontend.submit(BLKIF_OP_READ, 0, 8, ring=0) for _ in range(2)]
+    vbd.step()
+    calls: list[str] = []
+    finish_flush = []
+    assert vbd.connection is not None
+    vbd.connection.disconnect(finish_flush.append, lambda: calls.append("gone"))
+    late = [frontend.submit(BLKIF_OP_WRITE, 8, data=bytes(PAGE), ring=0)]
+    vbd.step(2)
+    for request in list(vbd.disk.held):
+        vbd.disk.give_back([request])
+    vbd.step(2)
+    late.append(frontend.submit(BLKIF_OP_WRITE, 8, data=bytes(PAGE), ring=1))
+    vbd.step(2)
+    finish_flush[0]()
+    vbd.step(2)
+    frontend.poll()
+    vbd.connection = None
+
+    assert ["READ", "READ"] == vbd.disk.seen
+    assert ["gone"] == calls
+    assert [BLKIF_RSP_OKAY, BLKIF_RSP_OKAY, None, None] == [request.status for request in (*early, *late)]
+
+
+def test_turns_leave_no_objects_behind(vbd: Served) -> None:
+    """The data path makes no cycles and keeps nothing: a thousand turns leave as many blocks of memory as before."""
+    frontend = vbd.connect(Wishes(persistent=True))
+
+    def turns(count: int) -> None:
+        for turn in range(count):
+            frontend.wait([frontend.submit(turn % 2, 0, data=bytes(PAGE)) for turn in range(4)])
+            frontend.rings[0]._pool.sort(key=lambda page: page.gref)
+
+    turns(50)
+    gc.disable()
+    try:
+        before = sys.getallocatedblocks()
+        turns(1000)
+        after = sys.getallocatedblocks()
+    finally:
+        gc.enable()
+
+    assert abs(after - before) < 100

@@ -1,0 +1,94 @@
+"""What a worker says: how much of it a guest may provoke, and that a gone listener stops nothing."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from xenbackend import control
+from xenbackend.worker import speech
+from xenbackend.worker.speech import BURST, LINE, REFILL_S, Speech
+
+
+class Ears:
+    """The supervisor's end, and a clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ours.setblocking(False)
+        self.theirs = theirs
+        self.now = 0.0
+        monkeypatch.setattr(speech.time, "monotonic", lambda: self.now)
+        self.speech = Speech(theirs)
+
+    def heard(self) -> list[control.Message]:
+        """Return everything that was said since the last time."""
+        said = []
+        while True:
+            try:
+                said.append(control.decode(self.ours.recv(control.MAX_MESSAGE)))
+            except BlockingIOError:
+                return said
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.ours.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def ears(monkeypatch: pytest.MonkeyPatch) -> Ears:
+    """A listener whose sockets are closed after the test."""
+    ears = Ears(monkeypatch)
+    yield ears
+    ears.close()
+
+
+def test_complaints_have_a_budget(ears: Ears) -> None:
+    """A guest gets BURST lines, then one per REFILL_S; the next line says how many were left out."""
+    for _ in range(1000):
+        ears.speech.complain("bad")
+    at_once = ears.heard()
+    ears.now += REFILL_S
+    ears.speech.complain("bad again")
+    ears.speech.complain("bad again")
+
+    assert [control.Log("warning", "bad", {})] * BURST == at_once
+    assert [control.Log("warning", "bad again", {"unsaid": str(1000 - BURST)})] == ears.heard()
+
+
+def test_budget_does_not_grow_beyond_the_burst(ears: Ears) -> None:
+    """A guest that was quiet for a day has no more than BURST lines."""
+    ears.now += 86400
+    for _ in range(BURST + 5):
+        ears.speech.complain("bad")
+
+    assert BURST == len(ears.heard())
+
+
+def test_complaints_are_short_and_bare(ears: Ears) -> None:
+    """Nothing that a terminal or a log reader would obey gets into a line about a guest, nor a long one."""
+    ears.speech.complain("\x1b[2J\nroot: all is well \u202e" + "x" * 1000)
+    (line,) = ears.heard()
+
+    assert isinstance(line, control.Log)
+    assert LINE == len(line.event)
+    assert line.event.startswith("\\x1b[2J\\nroot: all is well \\u202e")
+
+
+def test_alarms_are_said_whatever_the_budget(ears: Ears) -> None:
+    """What an administrator must read does not come out of the guest's budget."""
+    for _ in range(BURST + 5):
+        ears.speech.complain("bad")
+    ears.heard()
+    ears.speech.alarm("a flush failed")
+
+    assert [control.Log("critical", "a flush failed", {})] == ears.heard()
+
+
+def test_nobody_listening_is_no_error(ears: Ears) -> None:
+    """Whoever drains while the supervisor dies is not interrupted by what it says."""
+    ears.ours.close()
+    ears.speech.alarm("is anybody there")
+    ears.speech.say(control.Closed())

@@ -1,0 +1,88 @@
+"""Counters: what one connection counts, added to what the page says already."""
+
+from __future__ import annotations
+
+import errno
+
+from tests.served import Served
+from xenbackend import counters
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE_BARRIER
+from xenbackend.block.request import Op
+from xenbackend.rig.frontend import Wishes
+
+
+def numbers(vbd: Served, *names: str) -> list[int]:
+    """Return counters as a reader in another process finds them."""
+    found = counters.snapshot(vbd.journal)
+    return [found[name] for name in names]
+
+
+def test_each_operation_is_counted_by_its_kind(vbd: Served) -> None:
+    """Reads, writes, flushes and discards that were answered without an error are counted, with their bytes."""
+    frontend = vbd.connect(Wishes(indirect=32))
+    frontend.write(0, bytes(512 * 3))
+    frontend.wait([frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=bytes(4096))])
+    frontend.read(0, 8 * 20)
+    frontend.flush()
+    frontend.discard(0, 8)
+    vbd.pass_time(2)
+
+    assert [1, 2, 1, 1] == numbers(vbd, "reads", "writes", "flushes", "discards")
+    assert [4096 * 20, 4096 + 512 * 3] == numbers(vbd, "read_bytes", "written_bytes")
+    assert [0, 0, 0] == numbers(vbd, "errors", "guest_errors", "in_flight")
+
+
+def test_errors_are_told_apart_by_whose_they_are(vbd: Served) -> None:
+    """A request that broke a rule is the guest's error, one that the disk failed is the disk's; neither is both."""
+    frontend = vbd.connect()
+    frontend.wait([frontend.submit(BLKIF_OP_READ, 2**40, 8) for _ in range(2)])
+    vbd.disk.errors = {Op.READ: errno.EIO}
+    frontend.wait([frontend.submit(BLKIF_OP_READ, 0, 8)])
+    vbd.disk.errors = {}
+    bad = frontend.submit(BLKIF_OP_READ, 0, 8, push=False)
+    vbd.guest.fail(bad.pages[0].gref, -3)
+    frontend.wait([bad])
+    vbd.pass_time(2)
+
+    assert [1, 3, 0] == numbers(vbd, "errors", "guest_errors", "reads")
+
+
+def test_counters_go_on_where_the_last_connection_ended(vbd: Served) -> None:
+    """What a page says already is added to, so that counters outlive connections and workers."""
+    for expected in (1, 2, 3):
+        frontend = vbd.connect()
+        frontend.read(0, 8)
+        vbd.disconnect()
+        for ring in frontend.rings:
+            ring.close()
+
+        assert [expected, 0] == numbers(vbd, "reads", "in_flight")
+
+
+def test_what_is_in_flight_is_shown(vbd: Served) -> None:
+    """`in_flight` is what was taken and not answered now."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    requests = [frontend.submit(BLKIF_OP_READ, 0, 8) for _ in range(5)]
+    vbd.step()
+    vbd.pass_time(2)
+    shown = numbers(vbd, "in_flight")
+    vbd.disk.give_back()
+    frontend.wait(requests)
+    vbd.pass_time(2)
+
+    assert [[5], [0]] == [shown, numbers(vbd, "in_flight")]
+
+
+def test_latency_has_a_histogram(vbd: Served) -> None:
+    """Each sample is in one bucket of the histogram, and in the sum."""
+    frontend = vbd.connect()
+    for _ in range(128):
+        frontend.read(0, 8)
+    vbd.pass_time(2)
+    samples, total, most = numbers(vbd, "latency_samples", "latency_ns", "latency_max_ns")
+    page = vbd.journal[: counters.SIZE].cast("Q")
+
+    assert 0 < samples == sum(page[counters.HISTOGRAM : counters.HISTOGRAM + counters.BUCKETS])
+    assert 0 < most <= total
+    assert counters.percentile_ns(vbd.journal, 1.0) > most

@@ -1,0 +1,59 @@
+"""Random I/O on a frontend, every sector of it compared with a model of the disk.
+
+Must not choose the seed: whoever calls prints it.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from xenbackend.blkif.abi import (
+    BLKIF_MAX_SEGMENTS_PER_REQUEST,
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+)
+from xenbackend.rig.frontend import Frontend
+from xenbackend.rig.guest_ring import Span, Submitted, random_spans, whole_spans
+from xenbackend.rig.pattern import DiskModel, Step
+
+ALL = (*[BLKIF_OP_READ, BLKIF_OP_WRITE] * 8, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD)
+DIRECT = 8 * BLKIF_MAX_SEGMENTS_PER_REQUEST  # sectors
+
+
+def make_model(seed: int, sectors: int, max_count: int = DIRECT) -> DiskModel:
+    """Return the model of a disk of zeros, for every operation there is."""
+    return DiskModel(seed, sectors, Random(seed), operations=ALL, max_count=max_count)
+
+
+def work(frontend: Frontend, model: DiskModel, requests: int) -> None:
+    """Keep the rings full with what the model asks for, until `requests` are done. Raises: WrongData and others."""
+    pending: dict[Submitted, Step] = {}
+    left = requests
+    while left or pending:
+        while left and frontend.free() and (step := model.next_step()):
+            pending[_submit(frontend, step, model.random)] = step
+            left -= 1
+        done = frontend.poll() or frontend.wait([next(iter(pending))])
+        for request in done:
+            model.finish(pending.pop(request), request.status or 0, request.data)
+
+
+def read_all(frontend: Frontend, model: DiskModel) -> None:
+    """Compare the whole disk. Raises: WrongData."""
+    for sector in range(0, model.sectors, DIRECT):
+        model.check(sector, frontend.read(sector, min(DIRECT, model.sectors - sector)))
+
+
+def _submit(frontend: Frontend, step: Step, random: Random) -> Submitted:
+    operation = step.operation
+    most = max(BLKIF_MAX_SEGMENTS_PER_REQUEST, frontend.facts.max_indirect)
+    spans: list[Span] = whole_spans(step.count)
+    if operation in (BLKIF_OP_READ, BLKIF_OP_WRITE) and random.random() < 0.3:
+        chosen = random_spans(random, step.count)
+        spans = chosen if len(chosen) <= most else spans
+    if operation == BLKIF_OP_WRITE and len(spans) <= BLKIF_MAX_SEGMENTS_PER_REQUEST and random.random() < 0.02:
+        operation = random.choice([BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE])
+    return frontend.submit(operation, step.sector, step.count, step.data, spans=spans, push=random.random() < 0.2)

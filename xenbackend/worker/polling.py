@@ -1,0 +1,52 @@
+"""Looking for the next request for a moment before going to sleep.
+
+Must not burn a CPU that somebody else wants, nor one that finds nothing: it gives up for a while when it was in vain,
+and altogether while the host has no idle CPU.
+
+Why: to sleep and be woken costs 25 to 30 us on both sides, as much as serving ten requests. A guest that waits for one
+answer before it sends the next request is back within that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+
+from xenbackend.blkif.ring import BackRing
+
+DURATION_NS = 30_000
+_PATIENCE = 8  # looks in vain, one after the other, before it gives up for a while
+_PAUSE = 256  # sleeps without a look after that
+
+
+class Poller:
+    """Decides whether to look, and does it. `is_allowed` is false while the host has no idle CPU."""
+
+    def __init__(self, duration_ns: int = DURATION_NS, clock: Callable[[], int] = perf_counter_ns) -> None:
+        """Look for `duration_ns` at most; 0 is never."""
+        self.is_allowed = True
+        self._duration_ns = duration_ns
+        self._clock = clock
+        self._in_vain = 0
+        self._pause = 0 if duration_ns else 1
+
+    def finds_work(self, ring: BackRing, others: Sequence[BackRing]) -> bool:
+        """True as soon as `ring` has a request; False when time is up or one of the `others` has one."""
+        if self._pause or not self.is_allowed:
+            if self._duration_ns:
+                self._pause = max(0, self._pause - 1)
+            return False
+        clock = self._clock
+        end = clock() + self._duration_ns
+        while clock() < end:
+            if ring.has_moved():
+                self._in_vain = 0
+                return True
+            for other in others:
+                if other.has_moved():
+                    return False
+        self._in_vain += 1
+        if self._in_vain >= _PATIENCE:
+            self._in_vain = 0
+            self._pause = _PAUSE
+        return False
