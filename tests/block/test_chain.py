@@ -39,6 +39,24 @@ def test_an_empty_filter_between_two_others_is_skipped(machine: Machine, events:
     chain.close()
 
 
+def test_an_exception_on_the_way_up_is_handed_over_with_its_batch(machine: Machine) -> None:
+    """D8: what a layer lets out while requests come back goes to `contain`, with what it had been given."""
+    chain = machine.open("delay:|ram:1M", checked=False)
+    caught: list[tuple[str, list[Request]]] = []
+
+    def broken(_batch: list[Request]) -> None:
+        raise ValueError("broken")
+
+    chain.layers[0].driver.on_complete = broken
+    chain.contain = lambda bug, given: caught.append((str(bug), given))
+    chain.complete = list[list[Request]]().append
+    request = flush()
+    chain.layers[1].driver.submit([request])
+    chain.close()
+
+    assert [("broken", [request])] == caught
+
+
 def test_completions_can_be_taken_elsewhere_between_batches(machine: Machine) -> None:
     """Setting `complete` once more reaches every layer, the file included."""
     chain = machine.open("delay:|ram:1M", checked=False)

@@ -8,7 +8,7 @@ import pytest
 
 from xenbackend import control
 from xenbackend.worker import speech
-from xenbackend.worker.speech import BURST, LINE, REFILL_S, Speech
+from xenbackend.worker.speech import ALARM, BURST, LINE, REFILL_S, Speech
 
 
 class Ears:
@@ -85,6 +85,15 @@ def test_alarms_are_said_whatever_the_budget(ears: Ears) -> None:
     ears.speech.alarm("a flush failed")
 
     assert [control.Log("critical", "a flush failed", {})] == ears.heard()
+
+
+def test_alarms_have_a_budget_of_their_own(ears: Ears) -> None:
+    """Whatever makes an alarm again and again, a guest that knows how included, gets BURST lines, and none is endless."""
+    for _ in range(1000):
+        ears.speech.alarm("x" * 10_000)
+    lines = ears.heard()
+
+    assert [ALARM] * BURST == [len(line.event) for line in lines if isinstance(line, control.Log)]
 
 
 def test_nobody_listening_is_no_error(ears: Ears) -> None:

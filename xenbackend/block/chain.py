@@ -26,6 +26,8 @@ from xenbackend.errors import DriverError
 
 __all__ = ["Chain", "ChainSpec", "LayerSpec", "MakeEnv", "OpenLayer", "open_chain", "parse_chain"]
 
+Contain = Callable[[Exception, list[Request]], None]  # an exception of a layer, and what it had been given
+
 
 class Chain:
     """An open chain: submit requests to the top, get them back by `complete`.
@@ -39,6 +41,7 @@ class Chain:
         self.geometry = _announced(self.layers[0].geometry, read_only=read_only)
         self._stack = _with_checks(self.layers) if checked else [each.driver for each in self.layers]
         self._wire_down()
+        self.contain: Contain | None = None  # D8; set it before `complete`
         self.submit: Callable[[list[Request]], None] = self._stack[0].submit
 
     @property
@@ -50,7 +53,8 @@ class Chain:
     def complete(self, complete: Complete) -> None:
         for driver in self._stack:
             driver.complete = complete
-            complete = driver.on_complete or complete
+            if driver.on_complete is not None:
+                complete = _guarded(driver.on_complete, self.contain) if self.contain else driver.on_complete
 
     def control(self, layer: str, verb: str, arguments: Sequence[str]) -> bytes:
         """Do an operator's verb at a layer, named by its driver or its index from the top. Raises: DriverError."""
@@ -96,6 +100,19 @@ class Chain:
         known = ", ".join(f"{index} is {each.text}" for index, each in enumerate(self.layers))
         number = "several layers" if named else "no layer"
         raise DriverError(f"the chain has {number} {layer!r}; name one by its number: {known}", errno=errno.ENOENT)
+
+
+def _guarded(on_complete: Complete, contain: Contain) -> Complete:
+    """Return `on_complete` with its exceptions handed to `contain`, together with what it was given."""
+
+    def guarded(batch: list[Request]) -> None:
+        given = batch[:]  # the list is the layer's from now on
+        try:
+            on_complete(batch)
+        except Exception as bug:
+            contain(bug, given)
+
+    return guarded
 
 
 def open_chain(

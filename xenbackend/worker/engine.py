@@ -135,6 +135,10 @@ class Engine:
             request.tag.owner.answer([request])
         self._failed_flushes.clear()
 
+    def expect_strays(self) -> None:
+        """Look at each request that comes back: one of an earlier connection's may be among them, after a bug."""
+        self._mixed += 1
+
     def contain(self, bug: Exception, lent: Sequence[Request]) -> None:
         """End with EIO what a layer still held when it let an exception out (D8).
 
@@ -142,7 +146,7 @@ class Engine:
         the old one belongs to nobody from now on.
         """
         self.bugs += 1
-        self._mixed += 1  # for good: a stray request may come back at any time
+        self.expect_strays()  # for good: one may come back at any time
         self._alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
         substitutes = []
         for request in lent:

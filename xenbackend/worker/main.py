@@ -45,6 +45,7 @@ class Worker:
         self._env: EnvFactory | None = None
         self._journal = memoryview(b"")
         self._connection: Connection | None = None
+        self._had_bugs = False  # of layers, in an earlier connection
         self._when_disconnected: list[Callable[[], None]] = []
         self._steps: dict[type[object], Callable[..., None]] = {
             control.Open: self._on_open,
@@ -114,6 +115,9 @@ class Worker:
         except XenbackendError as problem:
             self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EIO)))
             return
+        if self._had_bugs:
+            self._connection.engine.expect_strays()
+        self._chain.contain = self._connection.engine.contain
         self._chain.complete = self._connection.engine.finish
         self._speech.say(control.Connected())
 
@@ -145,6 +149,8 @@ class Worker:
             self._connection.disconnect(self._flush, self._disconnected)
 
     def _disconnected(self) -> None:
+        assert self._connection is not None  # noqa: S101 - it was asked to end
+        self._had_bugs |= self._connection.engine.bugs > 0
         self._connection = None
         calls, self._when_disconnected = self._when_disconnected, []
         for call in calls:
@@ -168,6 +174,7 @@ class Worker:
 
         request = Request()
         request.op, request.status = Op.FLUSH, PENDING
+        self._chain.contain = lambda bug, _given: self._on_bug(bug)
         self._chain.complete = flushed
         try:
             self._chain.submit([request])

@@ -1,6 +1,7 @@
 """What a worker says to its supervisor: answers, log lines within a budget, memories to keep.
 
-Must not let a guest fill the log: lines about a guest come out of a bucket that refills slowly.
+Must not let a guest fill the log: lines come out of buckets that refill slowly, complaints about a guest out of one,
+alarms out of another, because a guest may find out how to raise them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,31 @@ from contextlib import suppress
 
 from xenbackend import control
 
-BURST = 10  # lines about a guest before the bucket is empty
+BURST = 10  # lines before a bucket is empty
 REFILL_S = 60.0  # seconds for one more; with lines of some 100 bytes a guest makes at most 8 KiB of log an hour
-LINE = 400  # characters
+LINE = 400  # characters of a complaint
+ALARM = 4000  # characters of an alarm: a traceback fits
+
+
+class Bucket:
+    """A budget of lines. `take` gives None where it is spent, else how many were left unsaid before."""
+
+    def __init__(self) -> None:
+        self._left = float(BURST)
+        self._refilled = time.monotonic()
+        self._unsaid = 0
+
+    def take(self) -> int | None:
+        """Take one line out."""
+        now = time.monotonic()
+        self._left = min(BURST, self._left + (now - self._refilled) / REFILL_S)
+        self._refilled = now
+        if self._left < 1:
+            self._unsaid += 1
+            return None
+        self._left -= 1
+        unsaid, self._unsaid = self._unsaid, 0
+        return unsaid
 
 
 class Speech:
@@ -21,9 +44,8 @@ class Speech:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
-        self._budget = float(BURST)
-        self._refilled = time.monotonic()
-        self._unsaid = 0
+        self._complaints = Bucket()
+        self._alarms = Bucket()
 
     def say(self, message: control.Message, *fds: int) -> None:
         """Send a message with the descriptors that belong to it; lost where nobody listens any more.
@@ -39,17 +61,13 @@ class Speech:
 
     def complain(self, sentence: str) -> None:
         """Say something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
-        now = time.monotonic()
-        self._budget = min(BURST, self._budget + (now - self._refilled) / REFILL_S)
-        self._refilled = now
-        if self._budget < 1:
-            self._unsaid += 1
-            return
-        self._budget -= 1
-        unsaid, self._unsaid = self._unsaid, 0
-        fields = {"unsaid": str(unsaid)} if unsaid else {}
-        self.say(control.Log("warning", ascii(sentence)[1:-1][:LINE], fields))
+        self._log(self._complaints, "warning", ascii(sentence)[1:-1][:LINE])
 
     def alarm(self, sentence: str) -> None:
         """Say something that an administrator must read."""
-        self.say(control.Log("critical", sentence, {}))
+        self._log(self._alarms, "critical", sentence[:ALARM])
+
+    def _log(self, bucket: Bucket, level: str, sentence: str) -> None:
+        unsaid = bucket.take()
+        if unsaid is not None:
+            self.say(control.Log(level, sentence, {"unsaid": str(unsaid)} if unsaid else {}))
