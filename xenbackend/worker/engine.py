@@ -218,7 +218,7 @@ class Engine:
         for place, record in enumerate(records):
             if record.indirect:
                 queue: Queue = record.owner
-                copy = queue.indirect_copy(record)
+                copy = queue.indirect_copies[record.entry]
                 self._grants.fetch_indirect(record, copy)
                 if record.refused is None:
                     queue.decode_indirect(record, copy)

@@ -100,6 +100,7 @@ class Queue:
         self._decode = decoder.decode
         self._channel = channel
         self.decode_indirect = decoder.decode_indirect
+        self.indirect_copies: list[memoryview] = []  # by entry: where the private copy of its segments belongs
         self._blocks: list[Block] = []
         self._free: list[Block] = []
 
@@ -136,10 +137,6 @@ class Queue:
         """True if the record, which was taken, has its response."""
         return bool(self._answers[record.entry])
 
-    def indirect_copy(self, record: RingRequest) -> memoryview:
-        """Return where the private copy of the record's indirect segments belongs."""
-        return self._journal.segments(record.entry)
-
     def answer(self, batch: list[Request]) -> None:
         """Answer finished requests of this ring, in any order: `status` 0 or an errno."""
         ring = self.ring
@@ -168,6 +165,8 @@ class Queue:
                 copies.release()
             for record in block.records:
                 record.request.iov = ()
+        for copy in self.indirect_copies:
+            copy.release()
         self.ring.release()
         self._journal.release()
 
@@ -248,4 +247,5 @@ class Queue:
         index = len(self._blocks)
         block = Block(index, self, self._journal.block_slots(index), self.ring.layout.slot_size)
         self._blocks.append(block)
+        self.indirect_copies += [self._journal.segments(record.entry) for record in block.records]
         return block
