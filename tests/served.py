@@ -100,7 +100,7 @@ class Served:
         self.xen.start()
         self.guest = Guest(directory, DOMID, pages=8192)
 
-    def connect(self, wishes: Wishes = Wishes()) -> Frontend:  # noqa: B008 - it is frozen
+    def connect(self, wishes: Wishes = Wishes()) -> Frontend:
         """Announce a frontend with these wishes and connect to it. Raises: KernelError."""
         self._publish(publish_at_probe(self.limits))
         self.frontend = Frontend(self.guest, self.nodes, FRONT, wishes, idle=self._idle)

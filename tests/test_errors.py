@@ -47,6 +47,16 @@ def test_chain_error_always_has_a_caret() -> None:
     assert "       ^" == caret
 
 
+def test_chain_error_points_at_the_place_whatever_stands_before_it() -> None:
+    """Characters that a terminal shows two columns wide, or not at all, neither move the caret nor reach it raw."""
+    chain = "aio:日本\n\x1b[2J,frob=1"
+    _, shown, caret = str(ChainError("unknown", chain, chain.index("frob"), 4)).splitlines()
+
+    assert r"  aio:日本\n\x1b[2J,frob=1" == shown
+    assert len("  aio:xxxx") + len(r"\n\x1b[2J,") == caret.index("^")
+    assert "^^^^" == caret.strip()
+
+
 @pytest.mark.parametrize(
     ("where", "sentence"),
     [

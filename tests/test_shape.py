@@ -18,6 +18,9 @@ DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, 
 
 TESTED_ELSEWHERE = {
     "__main__.py": "a line that calls cli/main.py",
+    "bench/target.py": "bench/test_session.py starts every target and ends it",
+    "bench/vhost_user.py": "bench/test_virtqueue.py speaks it to a real qemu-storage-daemon",
+    "bench/worker.py": "bench/test_session.py runs every workload on one",
     "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
     "supervisor/events.py": "values only; test_device.py is made of them",
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno as errno_module
 import os
+import unicodedata
 
 
 class XenbackendError(Exception):
@@ -46,8 +47,9 @@ class ChainError(ConfigError):
         self.length = length
 
     def __str__(self) -> str:
-        caret = " " * self.position + "^" * max(1, self.length)
-        return f"{self.problem}\n  {self.chain}\n  {caret}"
+        start, end = self.position, self.position + self.length
+        caret = " " * _columns(self.chain[:start]) + "^" * max(1, _columns(self.chain[start:end]))
+        return f"{printable(self.problem)}\n  {printable(self.chain)}\n  {caret}"
 
 
 class DriverError(XenbackendError):
@@ -86,3 +88,14 @@ class StoreError(XenbackendError):
     def __init__(self, problem: str, errno: int = errno_module.EIO) -> None:
         super().__init__(problem)
         self.errno = errno
+
+
+def printable(text: str) -> str:
+    """Return a text that moves no cursor and starts no line: whatever is no plain character is escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    shown = [char for char in printable(text) if not unicodedata.combining(char)]
+    return sum(2 if unicodedata.east_asian_width(char) in "FW" else 1 for char in shown)

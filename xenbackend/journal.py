@@ -42,7 +42,7 @@ from xenbackend.units import PAGE
 
 MAGIC = 0x4A4B4C42_4E4558  # "XENBLKJ"
 VERSION = 1
-BATCH = 8  # requests taken and answered together; larger batches make both sides wait for each other
+BATCH = 16  # requests taken and answered together; of a ring of 32, 8 cost a tenth more, 32 make both sides wait
 MAX_ENTRIES = 512  # slots of the largest ring
 MAX_RINGS = 8
 SLOT = 112  # bytes of the larger layout's slot

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from xenbackend import errors
+
 FORMATS = ("console", "journal", "json")
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # sd-daemon(3)
@@ -77,9 +79,8 @@ class Brake:
 
 
 def printable(text: str) -> str:
-    """Return a text that moves no cursor and starts no line: control characters escaped, cut where it is long."""
-    cut = text if len(text) <= _TEXT_MAX else text[:_TEXT_MAX] + "…"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut)
+    """Return a text that moves no cursor and starts no line, cut where it is long."""
+    return errors.printable(text if len(text) <= _TEXT_MAX else text[:_TEXT_MAX] + "…")
 
 
 def _clean(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

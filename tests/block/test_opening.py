@@ -160,6 +160,7 @@ def test_faults_of_files_name_layer_option_and_file(machine: Machine, tmp_path: 
     assert "leads through something" in str(refused(machine, f"aio:{odd}/x"))
     assert "File name too long" in str(refused(machine, f"aio:{tmp_path}/{'x' * 300}"))
     assert "no multiple of its sector" in str(refused(machine, "null:1000"))
+    assert "a disk has less than 8192 PiB" in str(refused(machine, "null:8192P"))
     assert "it is empty" in str(refused(machine, "null:0"))
 
 

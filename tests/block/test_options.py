@@ -56,6 +56,14 @@ class Needy:
     key: int = option("the key")
 
 
+@dataclass(frozen=True, slots=True)
+class Lenient:
+    """A target that may be left out."""
+
+    file: FilePath = option("a file", default="", target=True)
+    size: Size = option("a size", default=0)
+
+
 def parsed(text: str, options: type = Everything) -> Any:
     """Return the options of the first layer."""
     return parse_options(options, parse(text)[0], text)
@@ -135,6 +143,13 @@ def test_an_option_without_default_must_be_given() -> None:
 def test_the_target_is_whatever_the_first_item_contains() -> None:
     """In a driver with a target the first item is never read as key=value."""
     assert Everything(file="on=yes", on=True) == parsed("x:on=yes,on=yes")
+
+
+def test_a_target_that_may_be_left_out_is_no_other_option() -> None:
+    """Where the target has a default, ``log:track=off`` switches tracking off and names no file of that name."""
+    assert Lenient(size=4096) == parsed("x:size=4K", Lenient)
+    assert Lenient(file="./size=4K") == parsed("x:./size=4K", Lenient)
+    assert Lenient(file="other=1", size=512) == parsed("x:other=1,size=512", Lenient)
 
 
 def test_files_are_found_by_their_kind() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers_block import image
 from xenbackend.cli import check
+from xenbackend.cli.main import main
 from xenbackend.errors import ChainError, DriverError
 
 
@@ -59,3 +63,25 @@ def test_an_image_is_free_after_a_check(tmp_path: Path) -> None:
         assert run("--json", f"aio:{path}") == 0
 
     assert path.read_bytes() == b"kept" * 256
+
+
+def test_any_name_can_be_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A name that would move the cursor, or is no UTF-8, is opened as it is and shown with escapes."""
+    path = image(tmp_path / os.fsdecode(b"\xff\x1b[2J\n.img"))
+
+    assert main(["check", f"aio:{path}"]) == 0
+    output = "".join(line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "│")
+    assert r"/\udcff\x1b[2J\n.img" in output
+
+
+@pytest.mark.slow
+def test_output_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    """A full disk below our output is exit status 1 and one line, as is any other refusal of the host."""
+    path = image(tmp_path / "img")
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "xenbackend", "check", "--json", f"aio:{path}"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert (1, "xenbackend: No space left on device\n") == (ended.returncode, ended.stderr)

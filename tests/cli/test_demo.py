@@ -1,14 +1,99 @@
-"""The demo, as its user runs it."""
+"""The command demo: a disk of the operator's is tried and put back, and what is wrong is a sentence."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from xenbackend.cli.demo import ProgressBar
+from xenbackend.cli.main import main
+from xenbackend.embedded.exercise import Phase
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="xb-") as path:
+        yield Path(path)
+
+
+_SHORT = ("--quiet", "--seconds", "0.1", "--area", "64K")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [512, 4096, 5120])
+def test_a_disk_of_any_size_holds_what_it_held(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A disk below a page, of a page, or of no whole pages is verified and put back; every request is counted."""
+    image = tmp_path / "[bold].img"
+    image.write_bytes(before := os.urandom(size))
+    status = main(["demo", *_SHORT, "--save", str(tmp_path / "saved"), f"log:|aio:{image}"])
+    output = capsys.readouterr().out
+
+    assert (0, before, before) == (status, image.read_bytes(), (tmp_path / "saved").read_bytes())
+    assert f"log:|aio:{image}" in output
+    assert "answered 0 reads" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chain", "sentence"),
+    [
+        ("null:1M", "the guest gave up: sector"),
+        ("fault:op=read|ram:1M", "the disk answered -1 at sector 0 (save)"),
+        ("fault:op=write,skip=4|ram:1M", "the disk does not hold again what it held before"),
+    ],
+)
+def test_a_disk_that_fails_is_told(chain: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A disk that loses data or ends requests with errors is exit status 1 and one sentence, not a traceback."""
+    status = main(["demo", *_SHORT, chain])
+    error = capsys.readouterr().err
+
+    assert (1, 1) == (status, len(error.splitlines()))
+    assert sentence in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["save", "fill", "mix", "verify", "restore"])
+def test_an_interrupted_disk_is_put_back(
+    phase: str, short_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever Ctrl-C comes, twice even, the disk holds what it held, and nothing of the machine is left."""
+    image = short_path / "img"
+    image.write_bytes(before := os.urandom(1 << 20))
+    update = ProgressBar.update
+
+    def interrupted(bar: ProgressBar, now: Phase) -> None:
+        update(bar, now)
+        if now.name == phase:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ProgressBar, "update", interrupted)
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    status = main(["demo", "--quiet", "--seconds", "0.1", "--area", "1M", f"aio:{image}"])
+
+    assert (130 if phase != "restore" else 0, before) == (status, image.read_bytes())
+    assert [image] == list(short_path.iterdir())
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An area below one sector, and a file to save to that is there, the disk itself perhaps, are exit status 2."""
+    image = tmp_path / "img"
+    image.write_bytes(b"kept" * 128)
+
+    assert 2 == main(["demo", "--area", "511", "ram:1M"])
+    assert "nothing to try below one sector" in capsys.readouterr().err
+    assert 2 == main(["demo", "--save", str(image), f"aio:{image}"])
+    assert "it exists; name a new file" in capsys.readouterr().err
+    assert b"kept" * 128 == image.read_bytes()
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -47,36 +132,3 @@ def test_the_demo_shows_states_and_what_the_log_saw() -> None:
     assert "/local/domain/0/backend/vbd/1/51712/state = 4 Connected" in done.stdout
     assert "/local/domain/1/device/vbd/51712/state = 6 Closed" in done.stdout
     assert "log: saw 1 written range, 4 MiB" in done.stdout
-
-
-@pytest.mark.slow
-def test_interrupted_it_puts_the_disk_back(tmp_path: Path) -> None:
-    """Ctrl-C in the midst of writing ends with 130, the disk as it was, and no process left."""
-    image = tmp_path / "disk.img"
-    before = bytes(range(256)) * (8 << 12)
-    image.write_bytes(before)
-    command = [sys.executable, "-u", "-m", "xenbackend", "demo", "--seconds", "60", "--area", "4M", f"aio:{image}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "it begins to write" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    service = next(line for line in said if "the service (pid " in line).split("(pid ")[1].split(")")[0]
-
-    assert process.returncode == 130, rest
-    assert image.read_bytes() == before
-    assert not Path(f"/proc/{service}").exists()
-
-
-@pytest.mark.slow
-def test_a_disk_that_lies_is_found() -> None:
-    """Data that do not come back end with 1 and a sentence that says what was there instead."""
-    done = demo("--quiet", "null:4M")
-
-    assert done.returncode == 1
-    assert "holds zeros where generation" in done.stderr
-    assert "Traceback" not in done.stderr

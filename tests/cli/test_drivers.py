@@ -48,3 +48,5 @@ def test_a_driver_that_is_not_there_is_an_error() -> None:
     """An unknown name ends in the sentence that main prints."""
     with pytest.raises(ConfigError, match="did you mean aio"):
         run("aoi")
+    with pytest.raises(ConfigError, match="did you mean aio"):
+        run("aoi", "--json")

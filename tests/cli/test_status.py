@@ -58,8 +58,25 @@ def test_table_for_people(answering: str, capsys: pytest.CaptureFixture[str], mo
     assert 0 == main(["status", "--socket", answering])
     out = capsys.readouterr().out
 
-    for part in ("xvda", "log:|[bold]null:1G", "Connected", "12", "0/s 0 B/s", "65.5 us", "1.05 ms", " 3 "):
+    for part in ("xvda", "log:|[bold]null:1G", "Connected", "12", "0/s", "0 B/s", "65.5 us", "1.05 ms", " 3 "):
         assert part in out
+
+
+def test_the_table_fits_and_is_safe(
+    answering: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 80 columns no word but the chain is broken, an error stands there whole, and nothing moves the cursor."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("xenbackend.cli.status._SAMPLE_S", 0.0)
+    monkeypatch.setitem(VBD, "chain", "aio:/img/\x1b[2J" + 40 * "x")
+    monkeypatch.setitem(VBD, "error", "the worker was ended by SIGKILL")
+    assert 0 == main(["status", "--socket", answering])
+    out = capsys.readouterr().out
+
+    assert "\x1b" not in out
+    for part in ("5/xvda", "Connected", "0 B/s", "1.05 ms", r"\x1b[2J"):
+        assert part in out
+    assert "the worker was ended by SIGKILL" in " ".join(out.split())
 
 
 def test_no_service_is_told_with_how_to_start_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,3 +160,29 @@ def _wait_until_served(store: Store, control_socket: Path) -> None:
     """Wait for the daemon's own sign of life in xenstore: an attached disk that opens."""
     attach(store, Attachment(PATH, "null:1G"))
     assert control_socket.exists()
+
+
+@pytest.mark.parametrize("wrong", ["directory", "running", "socket"])
+def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wrong: str) -> None:
+    """A pid file that cannot be written or names a running service, and a socket that no address holds, are refused
+    while the operator still looks.
+    """
+    pid_file, control_socket = tmp_path / "pid", tmp_path / "control.sock"
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()", "xenbackend"], stdin=subprocess.PIPE)
+    pid_file.write_text(f"{sleeper.pid if wrong == 'running' else 2**22}\n")
+    if wrong == "directory":
+        pid_file = tmp_path
+    if wrong == "socket":
+        control_socket = tmp_path / ("x" * 120)
+    run = subprocess.run(
+        [
+            *_COMMAND, "run", "--detach", "--store", xenstored.address, "--socket", str(control_socket),
+            "--pid-file", str(pid_file), "--log-file", str(tmp_path / "log"),
+        ],
+        env=_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    sleeper.communicate(b"\n")
+
+    assert (2, 1) == (run.returncode, len(run.stderr.splitlines()))
+    expected = {"directory": "cannot write the pid there", "running": f"runs as process {sleeper.pid}"}
+    assert expected.get(wrong, "cannot listen there") in run.stderr

@@ -185,7 +185,7 @@ def test_batches_end_where_the_ring_wraps(start: int) -> None:
         sizes.append(len(desk.take()))
 
     assert sum(sizes) == 32
-    assert ([8, 8, 8, 8] if start == 0 else [5, 8, 8, 8, 3]) == sizes
+    assert ([journal.BATCH, journal.BATCH] if start == 0 else [5, journal.BATCH, 32 - 5 - journal.BATCH]) == sizes
 
 
 def test_answers_say_how_it_went() -> None:

@@ -88,7 +88,7 @@ def test_alarms_are_said_whatever_the_budget(ears: Ears) -> None:
 
 
 def test_alarms_have_a_budget_of_their_own(ears: Ears) -> None:
-    """Whatever makes an alarm again and again, a guest that knows how included, gets BURST lines, and none is endless."""
+    """Whatever raises an alarm again and again gets BURST lines of bounded length."""
     for _ in range(1000):
         ears.speech.alarm("x" * 10_000)
     lines = ears.heard()

@@ -58,17 +58,22 @@ class Layout:
     """Where the fields lie for one kind of frontend. All `Struct`s start at the slot's first byte.
 
     `one` covers a whole slot and yields (operation, nr_segments, handle, id, sector_number, gref, first, last): a
-    request with its first segment. `discard` yields (operation, flag, handle, id, sector_number, nr_sectors);
-    `indirect` (operation, indirect_op, nr_segments, id, sector_number, handle, eight grefs), of which `indirect_grefs`
-    is the end: `one` has the rest of it already, operation, indirect_op, nr_segments, id and sector_number, because
-    they lie where operation, nr_segments, handle, id and sector_number of a direct request do. `response` takes (id,
-    operation, status) and zeroes the padding.
+    request with its first segment. `glance` is the same in six values instead of eight, for the loop that looks at
+    every request: (operation | nr_segments << 8, handle, id, sector_number, gref, first | last << 8).
+
+    `discard` yields (operation, flag, handle, id, sector_number, nr_sectors); `indirect` (operation, indirect_op,
+    nr_segments, id, sector_number, handle, eight grefs), of which `indirect_grefs` is the end: `one` has the rest of it
+    already, because operation, indirect_op, nr_segments, id and sector_number lie where operation, nr_segments, handle,
+    id and sector_number of a direct request do.
+
+    `response` takes (id, operation, status) and zeroes the padding.
     """
 
     protocol: str  # the value of the frontend's `protocol` node, io/protocols.h
     slot_size: int  # bytes: the union of request and response
     segments_at: int  # bytes
     one: Struct
+    glance: Struct
     discard: Struct
     indirect: Struct
     indirect_grefs: Struct
@@ -80,6 +85,7 @@ X86_64 = Layout(
     slot_size=112,
     segments_at=24,
     one=Struct("<BBH4xQQIBB82x"),
+    glance=Struct("<HH4xQQIH82x"),
     discard=Struct("<BBH4xQQQ"),
     indirect=Struct("<BBH4xQQH2x8I"),
     indirect_grefs=Struct("<28x8I"),
@@ -90,6 +96,7 @@ X86_32 = Layout(
     slot_size=108,
     segments_at=20,
     one=Struct("<BBHQQIBB82x"),
+    glance=Struct("<HHQQIH82x"),
     discard=Struct("<BBHQQQ"),
     indirect=Struct("<BBHQQH2x8I"),
     indirect_grefs=Struct("<24x8I"),

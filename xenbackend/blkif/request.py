@@ -35,6 +35,8 @@ from xenbackend.errors import GuestError
 from xenbackend.units import PAGE
 
 _SEGMENT = Struct("<IBBxx")
+_ONE_READ, _ONE_WRITE = 1 << 8 | BLKIF_OP_READ, 1 << 8 | BLKIF_OP_WRITE  # as `Layout.glance` gives them
+_WHOLE = LAST_SECTOR_OF_PAGE << 8
 _WHOLE_PAGES = [WHOLE_PAGE * count for count in range(SEGMENTS_PER_INDIRECT_PAGE + 1)]
 
 
@@ -128,7 +130,7 @@ class Decoder:
         self._can_flush = can_flush
         self._can_discard = can_discard
         self._max_segments = max_segments
-        self._each_slot = layout.one.iter_unpack
+        self._each_slot = layout.glance.iter_unpack
 
     def decode(self, slots: memoryview, records: Sequence[RingRequest]) -> bool:
         """Decode copies of slots, len(records) * slot_size bytes, into as many plain records.
@@ -139,21 +141,17 @@ class Decoder:
         writable = not self._read_only
         plain = True
         each = self._each_slot(slots)
-        for record, (operation, count, handle, guest_id, sector, gref, first, last) in zip(records, each, strict=True):
+        for record, (head, handle, guest_id, sector, gref, edges) in zip(records, each, strict=True):
             record.guest_id = guest_id
-            record.operation = operation
             record.first_sector = sector
-            if (
-                count == 1
-                and first == 0
-                and last == LAST_SECTOR_OF_PAGE
-                and sector + 8 <= sectors
-                and (operation == BLKIF_OP_READ or (operation == BLKIF_OP_WRITE and writable))
-            ):
+            if edges == _WHOLE and sector + 8 <= sectors and (head == _ONE_READ or (head == _ONE_WRITE and writable)):
+                record.operation = head & 1
                 record.length = PAGE
                 record.gref = gref
                 continue
             plain = False
+            record.operation = operation = head & 0xFF
+            count = head >> 8
             start = (record.entry - records[0].entry) * self._layout.slot_size
             if operation == BLKIF_OP_INDIRECT:  # the second and third field are another two there, see `abi.Layout`
                 record.operation = count

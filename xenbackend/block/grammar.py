@@ -26,8 +26,8 @@ MAX_LAYERS = 32  # our choice: `submit` goes down one call per layer, and the st
 
 _WORD = r"[a-z][a-z0-9_-]*"
 _TAP = r"(?:tap2|tapdisk|tap):"
-_FORMATS = ("aio", "vhd", "qcow", "qcow2", "qed")  # libxl_utils.c, libxl__device_disk_string_of_format
-_PREFIX = re.compile(rf"(?:{_TAP})*(?:(?:{'|'.join(_FORMATS)}):(?={_WORD}:)(?:{_TAP})*)?")
+FORMATS = ("aio", "vhd", "qcow", "qcow2", "qed")  # libxl_utils.c, libxl__device_disk_string_of_format
+_PREFIX = re.compile(rf"(?:{_TAP})*(?:(?:{'|'.join(FORMATS)}):(?={_WORD}:)(?:{_TAP})*)?")
 _NAME = re.compile(_WORD)
 _WORD_WITH_COLON = re.compile(rf"^({_WORD}):")
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
@@ -84,7 +84,7 @@ def format_chain(layers: tuple[Layer, ...]) -> str:
 def format_layer(name: str, *items: str) -> str:
     """Return the text of one layer, such as ``vhd:/img/base.vhd``, with whatever its items need escaped."""
     written = [_SPECIAL.sub(r"\\\g<0>", item) for item in items]
-    if written and name in _FORMATS:  # or the name would be taken for a prefix
+    if written and name in FORMATS:  # or the name would be taken for a prefix
         written[0] = _WORD_WITH_COLON.sub(r"\1\:", written[0])
     return f"{name}:{','.join(written)}"
 

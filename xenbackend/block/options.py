@@ -52,8 +52,8 @@ def option(text: str, *, default: Any = MISSING, target: bool = False) -> Any:
     Args:
         text: the line for the manual.
         default: the value where the chain does not name the option; must not be mutable.
-        target: it is the driver's first item, whatever that contains; only what reads as another option of the driver
-            is refused there, since it would be taken for a file's name.
+        target: it is the driver's first item, whatever that contains. With a default it may be left out, and what
+            reads as another option is that option: ``log:track=off`` names no file.
     """
     return field(default=default, metadata={"help": text, "target": target})
 
@@ -67,9 +67,8 @@ def parse_options(options: type, layer: Layer, chain: str) -> Any:
     kinds = _kinds(options)
     items = list(layer.items)
     target = target_of(options)
-    if target and items:
+    if target and items and not _is_left_out(options, target, items[0].text):
         first = items.pop(0)
-        _check_no_option(kinds, layer, first, chain, target)
         if first.text:
             values[target] = _parse_value(kinds[target], layer.name, target, first.text, chain, first.start, first.end)
     for item in items:
@@ -112,17 +111,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def _is_left_out(options: type, target: str, first: str) -> bool:
+    """True where the first item is another option, and the target one that may be left out."""
+    key, sign, _ = first.partition("=")
+    may_be = {each.name: each.default is not MISSING for each in fields(options)}
+    return bool(sign) and may_be[target] and key in may_be and key != target
+
+
 def _show(kind: Kind, value: Any) -> str:
     return "none" if value is None or value == "" else kind.show(value)
-
-
-def _check_no_option(kinds: dict[str, Kind], layer: Layer, first: Item, chain: str, target: str) -> None:
-    key, sign, _ = first.text.partition("=")
-    if sign and key in kinds and key != target and kinds[target].noun == FILE.noun:
-        problem = f"{layer.name}: the first item is the {target}; write {layer.name}:{target.upper()},{first.text}"
-        if layer_can_do_without(kinds, target):
-            pass
-        raise ChainError(problem, chain, first.start, first.length)
 
 
 def _parse_item(

@@ -47,7 +47,15 @@ def _find_driver(layer: grammar.Layer, text: str) -> type[Driver]:
     try:
         return drivers.find_driver(layer.name)
     except LookupError as error:
-        raise ChainError(str(error), text, layer.start, len(layer.name)) from error
+        problem = f"{error}{_hint(layer, text)}"
+        raise ChainError(problem, text, layer.start, len(layer.name)) from error
+
+
+def _hint(layer: grammar.Layer, text: str) -> str:
+    """Return what to add where a file's name was taken for a driver because toolstacks put a word before chains."""
+    before = text[: layer.start].rstrip(":").rpartition(":")[2].rpartition("|")[2]
+    is_file = before in grammar.FORMATS
+    return rf"; if it begins the name of a file, write {before}:{layer.name}\:" if is_file else ""
 
 
 def _check_places(layers: tuple[grammar.Layer, ...], found: list[type[Driver]], text: str) -> None:

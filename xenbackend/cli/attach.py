@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from xenbackend.cli.arguments import duration
 from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.toolstack import (
     DETACH_TIMEOUT_S,
     OPEN_TIMEOUT_S,
     Attachment,
     attach,
+    check_paths,
     detach,
     vbd_path,
     wait_until_connected,
@@ -22,22 +24,36 @@ from xenbackend.supervisor.toolstack import (
 
 def register(subparsers: Any) -> None:
     """Add both commands."""
-    parser = subparsers.add_parser("attach", help="give a running guest a disk made of a chain")
+    parser = subparsers.add_parser(
+        "attach",
+        help="give a running guest a disk made of a chain",
+        description="Give a running guest a disk, and return when its chain is open. The disk is gone after the "
+        "guest's reboot, save or migration: it is not in the guest's configuration.",
+    )
     _add_place(parser)
     parser.add_argument("chain", metavar="CHAIN", help="the disk, such as log:|aio:/img/disk.raw")
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument("--wait", action="store_true", help="return only when the guest is connected")
-    parser.add_argument("--timeout", type=float, default=OPEN_TIMEOUT_S, metavar="SECONDS", help="(%(default)s)")
+    parser.add_argument(
+        "--timeout", type=duration, default=OPEN_TIMEOUT_S, metavar="SECONDS", help="wait so long (%(default)s)"
+    )
     parser.set_defaults(run=run_attach)
-    parser = subparsers.add_parser("detach", help="take such a disk away again")
+    parser = subparsers.add_parser(
+        "detach",
+        help="take such a disk away again",
+        description="Take a disk away from a guest, once the guest has let go of it.",
+    )
     _add_place(parser)
     parser.add_argument("--force", action="store_true", help="even while the guest uses it")
-    parser.add_argument("--timeout", type=float, default=DETACH_TIMEOUT_S, metavar="SECONDS", help="(%(default)s)")
+    parser.add_argument(
+        "--timeout", type=duration, default=DETACH_TIMEOUT_S, metavar="SECONDS", help="wait so long (%(default)s)"
+    )
     parser.set_defaults(run=run_detach)
 
 
 def run_attach(args: argparse.Namespace) -> int:
     """Attach, and print which vbd it became."""
+    check_paths(args.chain)
     with Store(args.store) as store:
         path = vbd_path(store, args.domid, args.vdev)
         attach(store, Attachment(path, args.chain, read_only=args.read_only), args.timeout)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.control import LayerFacts
+from xenbackend.errors import printable
 from xenbackend.units import format_size
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ def _print_table(text: str, layers: list[LayerFacts]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(text), title_justify="left")
+    table = Table(title=Text(printable(text)), title_justify="left")
     for heading in ("#", "layer", "size", "sector", "abilities", "says"):
         table.add_column(heading, overflow="fold")
     for index, layer in enumerate(layers):
-        name = f"{layer.text}\nparent of {layer.parent_of}" if layer.parent_of else layer.text
-        says = "\n".join(f"{key}: {value}" for key, value in layer.facts.items())
+        name = printable(layer.text) + (f"\nparent of {printable(layer.parent_of)}" if layer.parent_of else "")
+        says = "\n".join(printable(f"{key}: {value}") for key, value in layer.facts.items())
         cells = (str(index), name, format_size(layer.size), str(layer.sector_size), _abilities(layer), says)
         table.add_row(*map(Text, cells))
     Console().print(table)

@@ -8,14 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
 
-from xenbackend.units import format_duration, format_size, parse_size
+from xenbackend.cli.arguments import duration, size
+from xenbackend.errors import ConfigError, XenbackendError, printable
+from xenbackend.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from xenbackend.embedded.machine import Machine
 
 DOMID = 1
+SECTOR = 512  # bytes
 _OF_VBDS = re.compile(r"/(backend|device|xenbackend)/")
 _STATES = {
     "1": "Initialising", "2": "InitWait", "3": "Initialised", "4": "Connected", "5": "Closing", "6": "Closed",
@@ -39,11 +44,13 @@ def register(subparsers: Any) -> None:
         "writes to a disk of yours is put back before the end.",
     )
     parser.add_argument("chain", nargs="?", metavar="CHAIN", help="the disk (default: log: on an image of its own)")
-    parser.add_argument("--area", type=parse_size, default="64M", metavar="SIZE", help="how much to try (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of random requests (%(default)s)")
-    parser.add_argument("--queues", type=int, default=2, help="rings of the guest (%(default)s)")
+    parser.add_argument("--area", type=size, default="64M", metavar="SIZE", help="how much to try (%(default)s)")
+    parser.add_argument("--seconds", type=duration, default=3.0, metavar="S", help="of random requests (%(default)s)")
+    parser.add_argument(
+        "--queues", type=int, choices=range(1, 9), default=2, metavar="1-8", help="rings of the guest (%(default)s)"
+    )
     parser.add_argument("--no-persistent", action="store_true", help="a guest without persistent grants")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the disk as the guest reads it at the end")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="a new file for the disk as the guest reads it")
     parser.add_argument("--quiet", action="store_true", help="only the summary")
     parser.set_defaults(run=run)
 
@@ -54,16 +61,26 @@ def run(args: argparse.Namespace) -> int:
 
     from xenbackend.block.chain import parse_chain
     from xenbackend.embedded.machine import Machine
+    from xenbackend.rig.frontend import DiskError
+    from xenbackend.rig.guest_ring import BackendMisbehaved
+    from xenbackend.rig.pattern import WrongData
 
     console = Console(highlight=False, soft_wrap=True)
     with ExitStack() as stack:
+        if args.area < SECTOR:
+            raise ConfigError(f"--area is {format_size(args.area)}; there is nothing to try below one sector, 512 B")
         chain = args.chain or _own_chain(stack, args.area)
         parse_chain(chain)
+        if args.save:
+            _check_new(args.save)
         watcher = Watcher(console, quiet=args.quiet)
-        console.print(f"[bold]chain[/bold]  {chain}", markup=True)
+        console.print(f"[bold]chain[/bold]  {_escape(chain)}", markup=True)
         machine = stack.enter_context(Machine(observer=watcher.changed))
         watcher.say(f"a simulated Xen, its xenstore and the service (pid {machine.service_pid}) are up")
-        return _show(args, console, machine, watcher, chain)
+        try:
+            return _show(args, console, machine, watcher, chain)
+        except (WrongData, BackendMisbehaved, DiskError, TimeoutError) as problem:
+            raise XenbackendError(f"the guest gave up: {problem}") from problem
 
 
 class Watcher:
@@ -110,6 +127,37 @@ def _own_chain(stack: ExitStack, area: int) -> str:
     return f"log:|aio:{image}"
 
 
+def _check_new(path: Path) -> None:
+    """Raise ConfigError for a file that is there already: it could be the disk that is tried."""
+    if path.exists():
+        raise ConfigError(f"--save {path}: it exists; name a new file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--save {path}: there is no directory {path.parent}")
+
+
+class HeldInterrupt:
+    """Holds Ctrl-C back until `check`: in the middle of a ring's bookkeeping it would leave the ring unusable."""
+
+    def __init__(self) -> None:
+        self.is_ignored = False
+        self._has_come = False
+
+    def __enter__(self) -> Self:
+        self._former = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._former)
+
+    def check(self) -> None:
+        """Raise the KeyboardInterrupt that has come, unless it is ignored."""
+        if self._has_come and not self.is_ignored:
+            raise KeyboardInterrupt
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._has_come = True
+
+
 def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher: Watcher, chain: str) -> int:
     from xenbackend.embedded.exercise import Exercise
     from xenbackend.rig.frontend import Wishes
@@ -120,9 +168,14 @@ def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher:
         wishes = Wishes(persistent=not args.no_persistent, queues=args.queues, ring_order=1, indirect=256)
         frontend = guest.connect(path, wishes)
         facts = frontend.facts
-        watcher.say(f"the guest has a disk of {format_size(facts.sectors * 512)}; it begins to write")
-        with ProgressBar(console, quiet=args.quiet) as progress:
-            exercise = Exercise(frontend, args.area, os.getpid(), progress.update)
+        watcher.say(f"the guest has a disk of {format_size(facts.sectors * SECTOR)}; it begins to write")
+        with ProgressBar(console, quiet=args.quiet) as progress, HeldInterrupt() as interrupt:
+
+            def show(phase: Phase) -> None:
+                progress.update(phase)
+                interrupt.check()
+
+            exercise = Exercise(frontend, args.area, os.getpid(), show)
             try:
                 exercise.save()
                 exercise.fill()
@@ -130,16 +183,17 @@ def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher:
                 exercise.verify()
                 seen = _ask_log(machine, chain)
             finally:
-                exercise.restore()
+                interrupt.is_ignored = True  # what was there before must get back to the disk
+                _put_back(exercise)
             if args.save:
-                with args.save.open("wb") as file:
+                with args.save.open("xb") as file:
                     exercise.read_all(file.write)
-        _summary(console, machine, exercise, seen)
-        if seen is not None and seen != [(0, exercise.size // 512)]:
+        frontend.close()
+        _summary(console, machine, exercise, seen)  # after the end, when every request has been counted
+        machine.detach(path)
+        if seen is not None and seen != [(0, exercise.size // SECTOR)]:
             console.print("[red]log: did not see exactly what was written[/red]")
             return 1
-        frontend.close()
-        machine.detach(path)
     finally:
         guest.close()
     left = {what: count for what, count in machine.xen.held().items() if count}
@@ -148,6 +202,14 @@ def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher:
         return 1
     console.print("[bold green]verified:[/bold green] every sector held what the guest wrote; nothing is left behind")
     return 0
+
+
+def _put_back(exercise: Exercise) -> None:
+    """Write what the disk held before. Raises: XenbackendError, which says that it does not hold it."""
+    try:
+        exercise.restore()
+    except (XenbackendError, TimeoutError) as problem:
+        raise XenbackendError(f"the disk does not hold again what it held before: {problem}") from problem
 
 
 class ProgressBar:
@@ -213,7 +275,7 @@ def _summary(console: Console, machine: Machine, exercise: Exercise, seen: list[
         )
     console.print(table)
     if seen is not None:
-        written = sum(count for _, count in seen) * 512
+        written = sum(count for _, count in seen) * SECTOR
         console.print(f"log: saw {len(seen)} written range{'s' * (len(seen) != 1)}, {format_size(written)}: {seen[:4]}")
     (vbd,) = machine.ask({"verb": "status"})["data"]
     counters = vbd["counters"]
@@ -226,4 +288,4 @@ def _summary(console: Console, machine: Machine, exercise: Exercise, seen: list[
 def _escape(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))

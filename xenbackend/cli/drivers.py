@@ -28,12 +28,14 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def drivers(arguments: argparse.Namespace) -> int:
     """Print the list or a manual. Raises: ConfigError for a driver that cannot be had."""
-    if arguments.name and not arguments.json:
+    if arguments.name:
         try:
-            print(manual(find_driver(arguments.name)))
+            driver = find_driver(arguments.name)
         except LookupError as error:
             raise ConfigError(str(error)) from error
-        return 0
+        if not arguments.json:
+            print(manual(driver))
+            return 0
     rows = [_describe(name) for name in ([arguments.name] if arguments.name else driver_names())]
     if arguments.json:
         print(json.dumps(rows, indent=2))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from xenbackend import __version__
-from xenbackend.errors import ConfigError, DriverError, XenbackendError
+from xenbackend.errors import ChainError, ConfigError, DriverError, XenbackendError, printable
 
 MODULES = {  # of the commands, in the order of the help
     "run": "run", "status": "status", "attach": "attach", "detach": "attach", "check": "check",
@@ -23,6 +24,9 @@ MODULES = {  # of the commands, in the order of the help
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be anything, a terminal's alphabet small
     parser = argparse.ArgumentParser(
         prog="xenbackend",
         description="Disks for Xen guests, made of chains of block drivers: log:|aio:/img",
@@ -45,11 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush_or_forget()
         return 0
+    except OSError as problem:  # whatever else the host refuses: a full disk below our output, a file to write
+        _flush_or_forget()
+        where = f"{problem.filename}: " if problem.filename else ""
+        return _fail(XenbackendError(f"{where}{problem.strerror or problem}"), 1)
     return status
 
 
+def _flush_or_forget() -> None:
+    """Write what is left of our output; what cannot be written now must not be tried again at the very end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(problem: XenbackendError, status: int) -> int:
-    print(f"xenbackend: {problem}", file=sys.stderr)
+    text = str(problem) if isinstance(problem, ChainError) else printable(str(problem))
+    print(f"xenbackend: {text}", file=sys.stderr)
     return status

@@ -49,14 +49,16 @@ class Exercise:
     """
 
     def __init__(self, frontend: Frontend, size: int, seed: int, progress: Progress) -> None:
-        """Take the frontend; `size` is cut to the disk's and to whole pages."""
-        sectors = min(size // SECTOR, frontend.facts.sectors) // PAGE_SECTORS * PAGE_SECTORS
+        """Take the frontend; `size`, a sector or more, is cut to the disk's and to whole pages where it has one."""
+        sectors = min(size // SECTOR, frontend.facts.sectors)
+        unit = PAGE_SECTORS if sectors >= PAGE_SECTORS else 1
+        sectors -= sectors % unit
         self.size = sectors * SECTOR
         self.phases: list[Phase] = []
         self._frontend = frontend
         self._progress = progress
         self._largest = min(LARGE, (frontend.facts.max_indirect or 11) * PAGE_SECTORS)
-        self._model = DiskModel(seed, sectors, Random(seed), max_count=PAGE_SECTORS, alignment=PAGE_SECTORS)  # noqa: S311
+        self._model = DiskModel(seed, sectors, Random(seed), max_count=unit, alignment=unit)  # noqa: S311
         self._before: dict[int, bytes] = {}  # sector -> what was there
 
     def save(self) -> None:

@@ -29,6 +29,7 @@ from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.toolstack import Attachment, attach, detach, vbd_path
 
 START_TIMEOUT_S = 20.0
+_LONGEST = 64  # characters of the directory for temporary files: a socket's whole path must stay below 108
 Observer = Callable[[str, bytes | None], None]  # a path of xenstore, and its new value or None
 
 
@@ -63,6 +64,10 @@ class Machine:
 
     def __init__(self, *, observer: Observer | None = None, log: Path | None = None) -> None:
         """Prepare a machine; `observer` is told of every change of xenstore, from another thread."""
+        if len(tempfile.gettempdir()) > _LONGEST:
+            raise XenbackendError(
+                f"{tempfile.gettempdir()} is too long a path for sockets; set TMPDIR to a shorter one"
+            )
         self.directory = Path(tempfile.mkdtemp(prefix="xenbackend-"))
         self.control = str(self.directory / "control.sock")
         self.log = log or self.directory / "service.log"

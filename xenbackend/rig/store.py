@@ -126,9 +126,13 @@ class Xenstored:
     def _listen(self, domid: int) -> None:
         Path(self._socket_path(domid)).unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            listener.bind(self._socket_path(domid))
+            listener.listen(64)
+        except BaseException:
+            listener.close()
+            raise
         self._listeners[domid] = listener
-        listener.bind(self._socket_path(domid))
-        listener.listen(64)
         self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener, domid))
 
     def _close_listener(self, domid: int) -> None:

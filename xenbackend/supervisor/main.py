@@ -15,7 +15,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,11 @@ def _signals(selector: selectors.BaseSelector, stop: Callable[[], None]) -> Iter
 def check(settings: Settings) -> None:
     """Check all that can be checked while the operator still looks. Raises: ConfigError, StoreError."""
     check_free(settings.socket)
-    if not Path(settings.socket).parent.is_dir():
-        raise ConfigError(f"{settings.socket}: there is no directory {Path(settings.socket).parent}; make it first")
+    directory = Path(settings.socket).parent
+    if not directory.is_dir():
+        raise ConfigError(f"{settings.socket}: there is no directory {directory}; make it first")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"{settings.socket}: no permission to make a socket in {directory}")
     with Store(settings.store or None) as store:
         store.own_domid()
 
@@ -169,7 +173,9 @@ def run(settings: Settings, environment: Mapping[str, str]) -> int:
 
 def run_detached(settings: Settings, pid_file: Path, log_file: Path) -> int:
     """Check, then become a daemon and serve. Raises: XenbackendError while the operator still looks."""
+    settings = _with_whole_paths(settings)
     check(settings)
+    _check_pid_file(pid_file)
     from daemon import DaemonContext  # only here: who stays in the foreground does not need it
 
     try:
@@ -182,6 +188,25 @@ def run_detached(settings: Settings, pid_file: Path, log_file: Path) -> int:
         except XenbackendError as error:
             log.get_logger("service").error(str(error))
             sys.exit(1)
+
+
+def _with_whole_paths(settings: Settings) -> Settings:
+    """Return settings that mean the same from a daemon's directory, which is the root."""
+    store = str(Path(settings.store).absolute()) if settings.store else ""
+    return replace(settings, store=store, socket=str(Path(settings.socket).absolute()))
+
+
+def _check_pid_file(path: Path) -> None:
+    """Raise ConfigError when the file cannot be written, or names a service that runs."""
+    try:
+        with path.open("a+", encoding="ascii", errors="replace") as file:
+            file.seek(0)
+            pid = file.read(20).strip()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write the pid there: {error.strerror}") from None
+    with suppress(OSError):  # no such process: the file was left behind
+        if pid.isdecimal() and b"xenbackend" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            raise ConfigError(f"{path}: another xenbackend service runs as process {pid}")
 
 
 def _pid_file(path: Path) -> AbstractContextManager[None]:

@@ -17,8 +17,9 @@ _RESTARTS = 8  # of a listing in parts that others keep changing
 class Nodes:
     """The operations on nodes. `ask` sends an operation named as in io/xs_wire.h and returns the reply's payload.
 
-    Paths are absolute, or relative to our domain's own. Values are text: UTF-8, or Latin-1 where they are not UTF-8, so
-    that bytes a guest wrote never raise; they are at most 4096 bytes by protocol.
+    Paths are absolute, or relative to our domain's own. Values are text, in which bytes that are no UTF-8 are lone
+    surrogates, as in Python's names of files; so what a guest wrote never raises, and any file's name comes through.
+    They are at most 4096 bytes by protocol.
     Every method raises StoreError: with xenstore's errno, or EIO once the connection is lost.
     """
 
@@ -111,10 +112,7 @@ def encode(text: str) -> bytes:
 
 def decode(value: bytes) -> str:
     """Return the text of a path or value; never raises."""
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
+    return value.decode("utf-8", "surrogateescape")
 
 
 def strings(payload: bytes) -> list[str]:

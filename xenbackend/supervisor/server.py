@@ -154,7 +154,9 @@ def check_free(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
-        except OSError:
+        except OSError as error:
+            if error.errno is None:  # what Python itself refuses: a path that fits into no address
+                raise ConfigError(f"{path}: cannot listen there: {error}") from None
             return
     raise ConfigError(f"{path}: another xenbackend service listens there already")
 

@@ -89,6 +89,11 @@ def _check_types(where: str, kind: type[Any], values: Mapping[str, Any], but: tu
 
 
 def _check_values(where: str, settings: Settings) -> None:
+    for name in ("host", "socket"):
+        if not getattr(settings, name):
+            raise ConfigError(f"{where}: {name} is empty; leave it away for the default")
+    if not settings.kinds or not all(each.isalnum() for each in settings.kinds):
+        raise ConfigError(f"{where}: kinds is {settings.kinds}; it must name directories of xenstore, such as vbd")
     for name, choices in (("serve", _SERVE), ("log", FORMATS), ("log_level", LEVELS)):
         if getattr(settings, name) not in choices:
             raise ConfigError(f"{where}: {name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")

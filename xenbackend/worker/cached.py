@@ -31,7 +31,19 @@ class CachedImage(Image):
         done: list[Request] = []
         if len(batch) > 1 and (_are_neighbours(batch[0], batch[1]) or _are_neighbours(batch[-2], batch[-1])):
             batch = self._do_joined(batch, done)
+        odd = self._do_each(batch)
+        done = done + batch if done else batch
+        if odd:
+            done = [request for request in done if request not in odd]
+            for request in odd:
+                self._do_odd(request, done)
+        if done:
+            self.complete(done)
+
+    def _do_each(self, batch: list[Request]) -> list[Request]:
+        """Do what one call does, and return the rest. This loop runs for nearly every request."""
         preadv, pwritev, fd, size, flags = os.preadv, os.pwritev, self.fd, self.size, self._read_flags
+        odd: list[Request] = []
         for request in batch:
             op = request.op
             moved = -1
@@ -45,11 +57,9 @@ class CachedImage(Image):
                     flags = self._read_flags = 0
             if moved == request.length:
                 request.status = 0
-                done.append(request)
             else:
-                self._do_odd(request, done)
-        if done:
-            self.complete(done)
+                odd.append(request)
+        return odd
 
     def _do_odd(self, request: Request, done: list[Request]) -> None:
         """Do what the fast way could not: cold, short, refused, flush, discard, past the end."""

@@ -27,6 +27,9 @@ from random import Random
 from xenbackend.block.driver import Env, Filter, Geometry
 from xenbackend.block.options import Duration, option
 from xenbackend.block.request import Request
+from xenbackend.units import format_duration
+
+LONGEST_S = 3600.0  # our choice: no guest waits so long, and a timer must end before its number does
 
 
 class Delay(Filter):
@@ -44,6 +47,10 @@ class Delay(Filter):
         discard: Duration = option("time that a discard waits", default=0.0)
         jitter: Duration = option("greatest random time on top", default=0.0)
         seed: int = option("start of the random numbers", default=0)
+
+        def __post_init__(self) -> None:
+            if max(self.read, self.write, self.flush, self.discard, self.jitter) > LONGEST_S:
+                raise ValueError(f"nothing waits longer than {format_duration(LONGEST_S)} here")
 
     options: Options
 

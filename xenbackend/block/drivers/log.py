@@ -2,6 +2,7 @@
 
 Synopsis:
     log:[FILE][,limit=SIZE][,track=on|off][,granularity=SIZE]
+    log:[limit=SIZE][,track=on|off][,granularity=SIZE]
 
 Description:
     Remembers which ranges of the disk were written or discarded, so that a copy of the disk can follow it: copy
@@ -16,9 +17,9 @@ Behaviour:
     layer below, so a crash leaves at most marks too many, never one too few. A request that fails stays marked:
     nobody knows what it left on the medium. Requests that are in flight when `start` is given are not marked.
 
-    The map lives in memory that the service keeps: the worker's death and the service's restart leave it and the
-    state of tracking as they were. It ends with the vbd, and when the size of the disk or the text of this layer
-    changes: then copy everything again.
+    The map lives as long as the vbd's worker: until the disk is detached, the worker dies or the service is
+    restarted. The next worker begins with an empty map, and tracks as the chain says: then copy everything again.
+    `xenbackend status --json` names the worker; while its number is the same, no write is missing.
 
     Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all.
 
@@ -71,7 +72,7 @@ from itertools import starmap
 from xenbackend.block import record
 from xenbackend.block.dirty import DirtyMap, Range, StalePageError, memory_size
 from xenbackend.block.driver import Env, Filter, Geometry
-from xenbackend.block.options import Size, option
+from xenbackend.block.options import FilePath, Size, option
 from xenbackend.block.recorder import MIN_LIMIT, Recorder
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
@@ -89,7 +90,7 @@ class Log(Filter):
     class Options:
         """The options of `log:`."""
 
-        record: str = option("file for a record of every request; none: only track", default="", target=True)
+        record: FilePath = option("file for a record of every request; none: only track", default="", target=True)
         limit: Size = option("bytes after which the file begins anew", default=64 << 20)
         track: bool = option("track writes from the beginning", default=True)
         granularity: Size = option("track in pieces of this many bytes, a power of two", default=512)
