@@ -21,6 +21,7 @@ from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.xen import Xen
 from xenbackend.worker.connection import Connection
+from xenbackend.worker.polling import Poller
 from xenbackend.worker.reactor import Reactor
 
 SIZE = 1 << 20
@@ -125,6 +126,7 @@ class Served:
             geometry=self.geometry,
             journal=self.journal,
             submit=self.disk.submit,
+            poller=Poller(0),
             kick=lambda: None,
             complain=self.complaints.append,
             alarm=self.alarms.append,

@@ -38,6 +38,7 @@ class Open:
     chain: str
     read_only: bool
     shareable: bool = False
+    resumes: bool = False  # a guest may have written through an earlier worker
     memories: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 

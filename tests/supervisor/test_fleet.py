@@ -14,6 +14,7 @@ from tests.supervisor.helpers import FAKE_WORKER
 from xenbackend import control, counters
 from xenbackend.errors import KernelError
 from xenbackend.supervisor.fleet import Fleet, Worker
+from xenbackend.supervisor.memories import Memories
 
 OPEN = control.Open(vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
 
@@ -27,7 +28,8 @@ class Heard:
         self.selector = selectors.DefaultSelector()
         self.messages: list[control.Message] = []
         self.ends: list[str] = []
-        self.worker: Worker = Fleet(self.selector, command).start(self.messages.append, self.ends.append)
+        self.memories = Memories()
+        self.worker: Worker = Fleet(self.selector, command).start(self.messages.append, self.ends.append, self.memories)
 
     def until_end(self) -> str:
         """Listen until the process has ended, and return the sentence about it."""
@@ -123,13 +125,15 @@ def test_a_worker_that_does_not_read_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("descriptors")
 def test_memories_are_kept_and_let_go(tmp_path: Path) -> None:
-    """A memory that a worker has kept is held while it lives; more descriptors than allowed are closed at once."""
+    """A memory that a worker had kept outlives it; what comes beside it, or in its place, is closed at once."""
     keep = control.encode(control.Keep("log:bitmap", 4096))
     text = f"fd = os.memfd_create('x')\nfor _ in range(3): socket.send_fds(channel, [{keep!r}], [fd, fd])"
     heard = Heard(_python(tmp_path, text))
     heard.until_end()
     heard.selector.close()
 
+    assert ["log:bitmap"] == list(heard.memories.open_for(""))
+    heard.memories.close()
     assert 3 == len(heard.messages)
 
 
@@ -138,5 +142,5 @@ def test_a_program_that_is_missing_is_an_error_of_the_host() -> None:
     """A worker that cannot be started leaves nothing open."""
     selector = selectors.DefaultSelector()
     with pytest.raises(KernelError, match="start a worker process"):
-        Fleet(selector, ("/nonexistent/worker",)).start(lambda _: None, lambda _: None)
+        Fleet(selector, ("/nonexistent/worker",)).start(lambda _: None, lambda _: None, Memories())
     selector.close()

@@ -73,6 +73,47 @@ def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_dirty_map_outlives_the_worker(tmp_path: Path) -> None:
+    """A worker killed with marks in its map has a successor, once the guest's driver begins anew, that knows them."""
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", f"log:|aio:{image}")
+        frontend = guest.connect(path, Wishes())
+        frontend.write(8, b"a" * _PAGE)
+        os.kill(machine.ask({"verb": "status"})["data"][0]["worker"], signal.SIGKILL)
+        _until(lambda: machine.ask({"verb": "status"})["data"][0]["error"])
+        frontend.crash()
+        frontend = guest.connect(path, Wishes())
+        frontend.write(64, b"b" * _PAGE)
+
+        assert b"a" * _PAGE == frontend.read(8, 8)
+        assert [(8, 8), (64, 8)] == machine.written_ranges("5/xvda")
+        frontend.close()
+        machine.detach(path)
+
+
+@pytest.mark.slow
+def test_a_map_that_is_lost_says_that_all_is_dirty(tmp_path: Path) -> None:
+    """The next service does not have the map of the one before: for a disk in use it must not say that all is clean."""
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", f"log:|aio:{image}")
+        fresh = machine.written_ranges("5/xvda")
+        frontend = guest.connect(path, Wishes())
+        frontend.write(8, b"a" * _PAGE)
+        machine.stop_service()
+        machine.start_service()
+        frontend.write(64, b"b" * _PAGE)
+
+        assert [] == fresh
+        assert [(0, 2048)] == machine.written_ranges("5/xvda")
+        frontend.close()
+        machine.detach(path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """A service that was stopped or killed with requests in the ring has a successor that answers them all."""

@@ -71,7 +71,8 @@ class DirtyMap:
         self._states = memory[states_at : states_at + chunks]
         self._bits = memory[bits_at : bits_at + chunks * CHUNK_BYTES]
         self._shift = granularity.bit_length() + 2  # log2 of the bytes of disk that one byte of the map stands for
-        if self._words[:3].tolist() != [_MAGIC, size, granularity]:
+        self.is_fresh = self._words[:3].tolist() != [_MAGIC, size, granularity]
+        if self.is_fresh:
             self.clear()
             self.is_tracking = is_tracking
             self._words[:3] = array("Q", (_MAGIC, size, granularity))

@@ -122,6 +122,7 @@ class Env(Protocol):
 
     read_only: bool  # this layer must not alter what it holds
     shareable: bool  # this layer's image is a parent: others may read it at the same time
+    resumes: bool  # the guest may have written already: a memory that is fresh knows nothing of that
     files: Files
     facts: dict[str, str]  # what the layer reported so far
 

@@ -16,7 +16,7 @@ only: one that is lost, doubled or late does no harm, and a store that was away 
 - The hotplug side is ready when the chain is open; whoever waits for it reads ``hotplug-status``.
 - A chain that cannot be opened leaves the state alone, because a toolstack waits to see exactly InitWait before it
   looks at ``hotplug-error``. A worker that dies afterwards takes the vbd to Closed, with a sentence, until it is
-  attached anew.
+  attached anew or its frontend begins anew; the next worker gets the memories of the one that died.
 - ``online`` = 0 is the toolstack's request to go away: Closed is written once the worker has ended, so that the image
   is free. A frontend that is still connected is served until it has closed or its directory is gone.
 - A service that stops leaves a connected vbd's state alone: it is served again by the next service, from the same
@@ -149,11 +149,13 @@ class Device:
 
     def _look(self, seen: Seen) -> None:
         has_changed = seen.keys != self.keys
+        begins_anew = self.theirs is not _S.INITIALISING and seen.theirs is _S.INITIALISING
         self.keys, self.theirs = None if seen.keys is None else dict(seen.keys), seen.theirs
         if self.theirs in (_S.UNKNOWN, _S.INITIALISING, _S.CLOSED):
             self._ring_failure = ""
-        if self.ours is _S.INITIALISING:
-            # Only a toolstack writes this state, once, when it makes the node.
+        # Only a toolstack writes Initialising as our state, once, when it makes the node. A frontend that begins anew
+        # gets another worker, unless it was the opening that failed: that fails again.
+        if self.ours is _S.INITIALISING or (begins_anew and self.layers):
             self._failure = ""
         if has_changed:
             self._read_spec()

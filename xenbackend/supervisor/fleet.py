@@ -22,27 +22,32 @@ from functools import partial
 
 from xenbackend import control, counters, journal
 from xenbackend.errors import KernelError
+from xenbackend.supervisor.memories import Memories
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
-_MEMORIES_MAX = 64  # that one worker may have kept
 
 OnMessage = Callable[[control.Message], None]
 OnEnd = Callable[[str], None]
 
 
 class Worker:
-    """One process and what the supervisor holds for it: its socket, its journal, the memories that it had kept."""
+    """One process and what the supervisor holds for it: its socket and its journal."""
 
     def __init__(
-        self, selector: selectors.BaseSelector, command: Sequence[str], on_message: OnMessage, on_end: OnEnd
+        self,
+        selector: selectors.BaseSelector,
+        command: Sequence[str],
+        on_message: OnMessage,
+        on_end: OnEnd,
+        memories: Memories,
     ) -> None:
-        """Start the process. Raises: KernelError."""
+        """Start the process; what it wants kept goes to `memories`. Raises: KernelError."""
         self._selector = selector
         self._on_message = on_message
         self._on_end = on_end
         self._why_killed = ""
-        self._memories: dict[str, int] = {}
+        self._memories = memories
         with ExitStack() as undo:
             try:
                 near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -103,20 +108,14 @@ class Worker:
             message = control.decode(datagram)
         except (ValueError, TypeError):
             message = None
-        if isinstance(message, control.Keep) and fds and len(self._memories) < _MEMORIES_MAX:
-            self._keep(message.name, fds.pop())
+        if isinstance(message, control.Keep) and fds:
+            self._memories.keep(message.name, fds.pop())
         for fd in fds:
             os.close(fd)
         if message is None:
             self.kill("the worker was killed: it sent something that is no message")
         else:
             self._on_message(message)
-
-    def _keep(self, name: str, fd: int) -> None:
-        former = self._memories.pop(name, None)
-        if former is not None:
-            os.close(former)
-        self._memories[name] = fd
 
     def _reap(self) -> None:
         """Take the last messages, collect the exit status, let go of everything, and tell."""
@@ -128,7 +127,7 @@ class Worker:
         status = self._process.wait()
         self._socket.close()
         sentence = self._why_killed or _describe_end(status)
-        for fd in (self._pidfd, self.journal, *self._memories.values()):
+        for fd in (self._pidfd, self.journal):
             os.close(fd)
         self._on_end(sentence)
 
@@ -137,7 +136,7 @@ class Fleet:
     """All worker processes of this service. `command` is a worker's command line, without ``--socket``."""
 
     def __init__(self, selector: selectors.BaseSelector, command: Sequence[str] = COMMAND) -> None:
-        self.start: Callable[[OnMessage, OnEnd], Worker] = partial(Worker, selector, command)
+        self.start: Callable[[OnMessage, OnEnd, Memories], Worker] = partial(Worker, selector, command)
 
 
 def _start(command: Sequence[str], far: socket.socket) -> subprocess.Popen[bytes]:

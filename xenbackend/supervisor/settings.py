@@ -19,6 +19,7 @@ from xenbackend.supervisor.client import DEFAULT_SOCKET
 
 PATH = Path("/etc/xenbackend.toml")
 _SERVE = ("ours", "all")
+_POLL_US_MAX = 1000  # from there on to look is dearer than to sleep and be woken
 _TYPES = {"str": (str, "text in quotes"), "int": (int, "a whole number"), "list[str]": (list, "a list of texts")}
 _LIMIT_RANGES = {"max_queues": (1, MAX_QUEUES), "max_ring_order": (0, 4), "max_segments": (11, MAX_SEGMENTS)}
 
@@ -33,6 +34,7 @@ class Settings:
     serve: str = "ours"  # "ours": vbds whose script is named in `scripts`; "all": every vbd
     scripts: list[str] = field(default_factory=lambda: ["block-xenbackend", "tap2"])  # base names
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])
+    poll_us: int = 30  # how long a worker looks for the next request before it sleeps; 0 is never
     log: str = "console"
     log_level: str = "info"
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]
@@ -94,6 +96,8 @@ def _check_values(where: str, settings: Settings) -> None:
             raise ConfigError(f"{where}: {name} is empty; leave it away for the default")
     if not settings.kinds or not all(each.isalnum() for each in settings.kinds):
         raise ConfigError(f"{where}: kinds is {settings.kinds}; it must name directories of xenstore, such as vbd")
+    if not 0 <= settings.poll_us <= _POLL_US_MAX:
+        raise ConfigError(f"{where}: poll_us is {settings.poll_us}; it must be from 0 to {_POLL_US_MAX}")
     for name, choices in (("serve", _SERVE), ("log", FORMATS), ("log_level", LEVELS)):
         if getattr(settings, name) not in choices:
             raise ConfigError(f"{where}: {name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")

@@ -24,6 +24,7 @@ from xenbackend.log import Brake, get_logger
 from xenbackend.supervisor import events
 from xenbackend.supervisor.device import Device
 from xenbackend.supervisor.fleet import Fleet, Worker
+from xenbackend.supervisor.memories import Memories
 from xenbackend.supervisor.nodes import Nodes
 from xenbackend.supervisor.paths import VbdPath, domain_path
 from xenbackend.supervisor.settings import Settings
@@ -31,6 +32,7 @@ from xenbackend.supervisor.spec import frontend_path
 from xenbackend.supervisor.store import Store
 
 Reply = Callable[[dict[str, Any]], None]
+_LEVELS = ("debug", "info", "warning", "error", "critical")
 _SENTENCE_MAX = 1000  # characters of an error in xenstore
 _RETRY_S = 1.0  # after xenstore refused something although it is there
 _LOG_BURST, _LOG_INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
@@ -62,6 +64,7 @@ class Vbd:
         self._around = around
         self._retry_at = 0.0
         self._watched = ""
+        self._memories = Memories()
         self._published: dict[str, str] = {}
         self._published_error: str | None = None  # None: nobody knows what stands there
         self._events: deque[events.Event] = deque()
@@ -194,6 +197,7 @@ class Vbd:
 
     def _start(self, action: events.Start) -> None:
         spec, settings = action.spec, self._around.settings
+        memories = self._memories.open_for(spec.chain)
         message = control.Open(
             vbd=str(self.path),
             host=settings.host,
@@ -201,13 +205,16 @@ class Vbd:
             chain=spec.chain,
             read_only=spec.read_only,
             shareable=spec.shareable,
+            resumes="hotplug-status" in (self.device.keys or {}),  # somebody had come as far as to open it
+            memories=list(memories),
+            settings={"poll_us": settings.poll_us},
         )
         try:
-            self.worker = self._around.fleet.start(self._take, self._end)
+            self.worker = self._around.fleet.start(self._take, self._end, self._memories)
         except KernelError as error:
             self.handle(events.Ended(str(error)))
             return
-        self.worker.send(message, [self.worker.journal])
+        self.worker.send(message, [self.worker.journal, *memories.values()])
 
     def _join(self) -> None:
         frontend = self._watched.removesuffix("/state")
@@ -232,7 +239,7 @@ class Vbd:
                 if reply is not None:
                     reply({"data": message.data} if message.ok else {"error": message.data})
             case control.Log():
-                level = message.level if message.level in ("debug", "info", "warning", "error") else "warning"
+                level = message.level if message.level in _LEVELS else "warning"
                 self._say(level, message.event, **message.fields)
             case (
                 control.Opened() | control.Failed() | control.Connected() | control.Halted()
@@ -283,6 +290,7 @@ class Vbd:
 
     def _forget(self) -> None:
         self.is_forgotten = True
+        self._memories.close()
         store = self._around.store
         with suppress(StoreError):
             if self._watched:

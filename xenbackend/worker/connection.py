@@ -23,6 +23,7 @@ from xenbackend.kernel.cpu import has_idle_cpu
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
+from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Queue
 from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.tally import Tally
@@ -85,6 +86,7 @@ class Connection:
         journal: memoryview,
         submit: Callable[[list[Request]], None],
         kick: Callable[[], object],
+        poller: Poller,
         complain: Callable[[str], None],
         alarm: Callable[[str], None],
         on_halt: Callable[[int, str], None],
@@ -109,7 +111,7 @@ class Connection:
             copied = CopiedGrants(table, host.allocate)
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
-            self.engine = Engine(submit, kick, grants, reactor.call_soon, complain, alarm)
+            self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, complain, alarm)
             self._by_port: dict[int, Queue] = {}
             for number, parameters in enumerate(agreed.rings):
                 self._open_ring(undo, table, number, parameters, host)

@@ -45,6 +45,7 @@ class Engine:
         submit: Callable[[list[Request]], None],
         kick: Call,
         grants: PersistentGrants | CopiedGrants,
+        poller: Poller,
         call_soon: Callable[[Call], None],
         complain: Callable[[str], None],
         alarm: Callable[[str], None],
@@ -55,6 +56,7 @@ class Engine:
             submit: the chain's top.
             kick: starts what the file engine has queued.
             grants: the guest's pages.
+            poller: looks for more before the loop sleeps.
             call_soon: calls a function from the loop.
             complain: says a sentence about the guest, as often as the log's budget allows.
             alarm: says a sentence that an administrator must read.
@@ -62,7 +64,7 @@ class Engine:
         self.queues: list[Queue] = []
         self.in_flight = 0  # requests lent to the chain
         self.guest_errors = self.bugs = self.turns = 0
-        self.poller = Poller()
+        self.poller = poller
         self.paused = False  # a flush failed: nothing is taken any more, and it is not answered
         self._submit_to_chain = submit
         self._kick = kick

@@ -28,6 +28,7 @@ class WorkerEnv:
     def __init__(self, factory: EnvFactory, layer: str, *, read_only: bool, shareable: bool) -> None:
         self.read_only = read_only
         self.shareable = shareable
+        self.resumes = factory.resumes
         self.files = factory.files
         self.facts: dict[str, str] = {}  # what the layer reported
         self.now = factory.reactor.now
@@ -56,13 +57,22 @@ class EnvFactory:
         files: opens the layers' images.
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
+        resumes: a guest may have written through an earlier worker.
+        resumes: a guest may have written through an earlier worker.
     """
 
     def __init__(
-        self, reactor: Reactor, files: Files, memories: Mapping[str, int] | None = None, keep: Keep = keep_nothing
+        self,
+        reactor: Reactor,
+        files: Files,
+        memories: Mapping[str, int] | None = None,
+        keep: Keep = keep_nothing,
+        *,
+        resumes: bool = False,
     ) -> None:
         self.reactor = reactor
         self.files = files
+        self.resumes = resumes
         self._memories = dict(memories or {})
         self._keep = keep
 

@@ -24,6 +24,7 @@ from xenbackend.kernel.ports import open_host
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.env import EnvFactory, WorkerEnv
 from xenbackend.worker.files import HostFiles
+from xenbackend.worker.polling import POLL_US, Poller
 from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
@@ -80,7 +81,11 @@ class Worker:
         self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
         os.close(fds[0])
         self._env = EnvFactory(
-            self._reactor, self._files, dict(zip(message.memories, fds[1:], strict=True)), self._speech.keep
+            self._reactor,
+            self._files,
+            dict(zip(message.memories, fds[1:], strict=True)),
+            self._speech.keep,
+            resumes=message.resumes,
         )
         try:
             self._chain = open_chain(
@@ -108,6 +113,7 @@ class Worker:
                 journal=self._journal,
                 submit=self._chain.submit,
                 kick=self._files.kick,
+                poller=Poller(int(self._open.settings.get("poll_us", POLL_US)) * 1000),
                 complain=self._speech.complain,
                 alarm=self._speech.alarm,
                 on_halt=self._on_halt,

@@ -14,7 +14,7 @@ from time import perf_counter_ns
 
 from xenbackend.blkif.ring import BackRing
 
-DURATION_NS = 30_000
+POLL_US = 30  # by default
 _PATIENCE = 8  # looks in vain, one after the other, before it gives up for a while
 _PAUSE = 256  # sleeps without a look after that
 
@@ -22,7 +22,7 @@ _PAUSE = 256  # sleeps without a look after that
 class Poller:
     """Decides whether to look, and does it. `is_allowed` is false while the host has no idle CPU."""
 
-    def __init__(self, duration_ns: int = DURATION_NS, clock: Callable[[], int] = perf_counter_ns) -> None:
+    def __init__(self, duration_ns: int, clock: Callable[[], int] = perf_counter_ns) -> None:
         """Look for `duration_ns` at most; 0 is never."""
         self.is_allowed = True
         self._duration_ns = duration_ns

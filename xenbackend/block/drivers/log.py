@@ -17,9 +17,9 @@ Behaviour:
     layer below, so a crash leaves at most marks too many, never one too few. A request that fails stays marked:
     nobody knows what it left on the medium. Requests that are in flight when `start` is given are not marked.
 
-    The map lives as long as the vbd's worker: until the disk is detached, the worker dies or the service is
-    restarted. The next worker begins with an empty map, and tracks as the chain says: then copy everything again.
-    `xenbackend status --json` names the worker; while its number is the same, no write is missing.
+    The map lives in memory that the service keeps: it outlives the worker, and ends with the vbd, when the chain is
+    changed, and with the service. Where the disk goes on being used after that, the new map says that everything is
+    dirty, so that no write is ever missing.
 
     Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all.
 
@@ -110,6 +110,8 @@ class Log(Filter):
         memory = env.memory("dirty", memory_size(geometry.size, options.granularity))
         self._dirty = DirtyMap(memory, geometry.size, options.granularity, is_tracking=options.track)
         self._is_tracking = self._dirty.is_tracking
+        if self._dirty.is_fresh and env.resumes and self._is_tracking:
+            self._dirty.mark(0, geometry.size)  # what was written before nobody knows any more
         env.report("tracking", "on" if self._is_tracking else "off")
         self._recorder: Recorder | None = None
         if options.record:
