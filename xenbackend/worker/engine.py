@@ -190,7 +190,7 @@ class Engine:
             if block.plain:
                 batch = grants.lend_plain(block.taken)
                 if len(batch) == len(block.taken):
-                    block.lent = batch[:]
+                    block.lent = batch
                     self._submit(batch)
                     continue
                 block.plain = False  # some were refused, which must be forgotten when their records are free
@@ -207,11 +207,10 @@ class Engine:
 
     def _submit(self, batch: list[Request]) -> None:
         self.in_flight += len(batch)
-        lent = batch[:]  # the list belongs to the layers from now on
         try:
-            self._submit_to_chain(batch)
+            self._submit_to_chain(batch[:])  # a list of its own: it belongs to the layers from now on
         except Exception as bug:  # D8: a layer's bug is contained to what it held
-            self.contain(bug, lent)
+            self.contain(bug, batch)
 
     def _lend_others(self, records: Sequence[RingRequest], block: Block | None) -> None:
         """Lend requests of every kind; those that break a rule are answered at once. `block` is all theirs, if any."""
@@ -261,7 +260,7 @@ class Engine:
             self._mixed += sum(request.op == Op.FLUSH for request in ready)
             batch = ready + batch
         elif block is not None and len(batch) == len(block.taken):
-            block.lent = batch[:]
+            block.lent = batch
         if batch:
             self._submit(batch)
 

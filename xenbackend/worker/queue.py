@@ -95,6 +95,7 @@ class Queue:
         self.errors = self.notifications = 0
         self.samples = self.latency_ns = self.latency_max_ns = 0
         self.latency = [0] * BUCKETS
+        self._places = ring.places * 2  # of the slots: a batch of answers may lie across the ring's end
         self._journal = journal
         self._answers = journal.answers
         self._decode = decoder.decode
@@ -177,21 +178,18 @@ class Queue:
         them before the response producer moves.
         """
         ring = self.ring
-        write, pages, places, mask = ring.write_response, ring.pages, ring.places, ring.size - 1
-        first = place
+        write, pages = ring.write_response, ring.pages
+        slot = place & ring.size - 1
         writes = 0
-        for request in batch:
+        for request, at in zip(batch, self._places[slot : slot + len(batch)], strict=True):
             if request.status:
                 return False
             record = request.tag
             operation = record.operation
             writes += operation
-            write(pages, places[place & mask], record.guest_id, operation, BLKIF_RSP_OKAY)
-            place += 1
-        entry = block.first_entry
-        _WORDS[len(batch)].pack_into(
-            self._answers, entry * 8, *range(first << 2 | ANSWER_OKAY, place << 2 | ANSWER_OKAY, 4)
-        )
+            write(pages, at, record.guest_id, operation, BLKIF_RSP_OKAY)
+        words = range(place << 2 | ANSWER_OKAY, place + len(batch) << 2 | ANSWER_OKAY, 4)
+        _WORDS[len(batch)].pack_into(self._answers, block.first_entry * 8, *words)
         requests, moved = self.requests, self.bytes
         reads = len(batch) - writes
         requests[BLKIF_OP_READ] += reads
