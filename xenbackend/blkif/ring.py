@@ -94,6 +94,10 @@ class BackRing:
         self._fence()
         return (answered - index[RSP_EVENT]) & _MASK < answered - before
 
+    def disarm(self) -> None:
+        """Ask for no event: we are looking ourselves. Before sleeping comes `final_check`."""
+        self._index[REQ_EVENT] = self.consumed & _MASK
+
     def final_check(self) -> int:
         """Ask for an event on the next request, then look once more (R7); returns as `available`."""
         self._index[REQ_EVENT] = (self.consumed + 1) & _MASK

@@ -40,6 +40,7 @@ class Channel:
         self.port = port
         self.ring: BackRing
         self.halted = on_halt
+        self.has_fired = True  # and is masked until it is armed again; it is when it is bound
         self._events = events
         self._reactor = reactor
         self._seen = 0
@@ -51,6 +52,9 @@ class Channel:
 
     def rearm(self) -> None:
         """Let the frontend kick us again."""
+        if not self.has_fired:
+            return
+        self.has_fired = False
         consumed = self.ring.consumed
         if consumed != self._seen:
             self._seen = consumed
@@ -112,7 +116,7 @@ class Connection:
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
             self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, complain, alarm)
-            self._by_port: dict[int, Queue] = {}
+            self._by_port: dict[int, tuple[Channel, Queue]] = {}
             for number, parameters in enumerate(agreed.rings):
                 self._open_ring(undo, table, number, parameters, host)
             self._tally = Tally(journal[: counters.SIZE], self.engine)
@@ -163,11 +167,13 @@ class Connection:
         queue = Queue(ring, journal, decoder, channel)
         undo.callback(queue.release)
         self.engine.queues.append(queue)
-        self._by_port[port] = queue
+        self._by_port[port] = (channel, queue)
 
     def _take_events(self) -> None:
         for port in self._events.pending():
-            self.engine.serve(self._by_port[port])
+            channel, queue = self._by_port[port]
+            channel.has_fired = True
+            self.engine.serve(queue)
 
     def _poll(self) -> None:
         """Look at idle rings once a second; work that waits there twice in a row was never announced to us."""

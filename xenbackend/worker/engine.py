@@ -76,7 +76,7 @@ class Engine:
         self._barrier: Barrier | None = None
         self._waiting: list[Queue] = []  # had to stop taking, for memory or for a barrier
         self._failed_flushes: list[Request] = []
-        self._has_answered = False  # since the last look
+        self._disarmed: Queue | None = None  # asks for no event until `look_again`
         self._ending = False  # nothing is taken any more, for good
         self._then: Call | None = None  # once drained
 
@@ -93,7 +93,6 @@ class Engine:
                 self._kick()
                 if not self.in_flight and self.poller.finds_work(queue.ring, self._other_rings(queue)):
                     continue
-                self._has_answered = False  # looked already
                 if not queue.ring.final_check():
                     queue.is_idle = True
                     queue.rearm()
@@ -104,24 +103,34 @@ class Engine:
 
     def look_again(self) -> bool:
         """Before the loop sleeps: see whether the answers just given have brought new requests; True if so."""
-        if not self._has_answered or self.in_flight or not self.queues:
+        queue, self._disarmed = self._disarmed, None
+        if queue is None:
             return False
-        self._has_answered = False
-        queue = self.queues[0]
-        if not queue.is_idle or not self.poller.finds_work(queue.ring, self._other_rings(queue)):
-            return False
+        ring = queue.ring
+        try:
+            finds_work = not self.in_flight and self.poller.finds_work(ring, ())
+            if not finds_work and not ring.final_check():
+                queue.is_idle = True
+                return False
+        except RingOverflow:
+            pass  # `serve` meets it too, and halts the ring
         self.serve(queue)
         return True
 
     def finish(self, batch: list[Request]) -> None:
         """Answer what the chain gives back."""
-        self._has_answered = True
         if self._mixed or self._barrier or len(self.queues) != 1:
             for queue, part in self._sort(batch).items():
                 self._answer(queue, part)
         else:
             self.in_flight -= len(batch)
-            self._answer(self.queues[0], batch)
+            queue = self.queues[0]
+            if not self.in_flight and queue.is_idle and self.poller.may_look():
+                # The next request will be there within microseconds: the frontend need not kick us for it.
+                queue.ring.disarm()
+                queue.is_idle = False
+                self._disarmed = queue
+            self._answer(queue, batch)
         if self._waiting or self._then or self._barrier:
             self._call_soon(self._go_on)
 

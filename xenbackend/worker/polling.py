@@ -30,9 +30,13 @@ class Poller:
         self._in_vain = 0
         self._pause = 0 if duration_ns else 1
 
+    def may_look(self) -> bool:
+        """True unless `finds_work` would say no without a look."""
+        return not self._pause and self.is_allowed
+
     def finds_work(self, ring: BackRing, others: Sequence[BackRing]) -> bool:
         """True as soon as `ring` has a request; False when time is up or one of the `others` has one."""
-        if self._pause or not self.is_allowed:
+        if not self.may_look():
             if self._duration_ns:
                 self._pause = max(0, self._pause - 1)
             return False
