@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,12 @@ class Clumsy(Filter):
         if self.options.at == "complete":
             raise KeyError("complete")
         self.complete(batch)
+
+    def control(self, verb: str, arguments: Sequence[str]) -> bytes:
+        """Fail, or answer with so many bytes."""
+        if verb == "bytes":
+            return bytes(int(arguments[0]))
+        return super().control(verb, arguments)
 
     def close(self) -> None:
         """Remember it."""

@@ -75,6 +75,19 @@ def random_range(random: Random, size: int) -> tuple[int, int]:
     return first * unit, min(count * unit, size - first * unit)
 
 
+def test_take_keeps_what_is_in_flight_in_the_page_only() -> None:
+    """Of what is in flight, what the page hands out stays dirty; what it does not have gets no mark."""
+    dirty = new_map()
+    for offset, length in ((0, 1024), (4096, 512), (8192, 512)):
+        dirty.mark(offset, length)
+    in_flight = [Range(512, 512), Range(1024, 512), Range(3584, 1024), Range(9216, 512), Range(SIZE - 512, 512)]
+    ranges, number = dirty.take(None, in_flight)
+
+    assert [Range(0, 1024), Range(4096, 512), Range(8192, 512)] == ranges
+    dirty.take(number)
+    assert [Range(512, 512), Range(3584, 1024)] == peek_all(dirty)
+
+
 @pytest.mark.parametrize("granularity", [512, 4096])
 @pytest.mark.parametrize("seed", range(6))
 def test_agrees_with_a_set_of_pieces(seed: int, granularity: int) -> None:

@@ -18,7 +18,7 @@ from xenbackend.block import record
 from xenbackend.block.chain import Chain
 from xenbackend.block.dirty import CHUNK_BITS
 from xenbackend.block.driver import Driver, Geometry
-from xenbackend.block.drivers.log import Log
+from xenbackend.block.drivers.log import _PASSED, Log
 from xenbackend.block.record import Entry, Lost, Session
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import ChainError, DriverError
@@ -174,6 +174,62 @@ def test_get_forgets_a_page_only_when_the_next_is_asked_for() -> None:
     assert [(0, 1), (8, 1)] == ranges
     assert ([], "end") == page(log, "get", more.split()[1])
     assert ([], "end") == page(log, "peek")
+
+
+def test_what_is_in_flight_at_a_get_is_dirty_for_the_next_sweep() -> None:
+    """A write that lands after its range was handed out and acknowledged is in the next sweep, and then in no other."""
+    below = Bottom()
+    log = lone_log(StepEnv(), below)
+    log.submit([write(512, b"x" * 512), read(8192, 512), flush(), discard(4096, 512)])
+
+    for is_back, expected in ((False, [(1, 1), (8, 1)]), (True, [(1, 1), (8, 1)]), (True, [])):
+        if is_back:
+            for request in below.batches[0]:
+                request.status = 0
+        ranges, last = page(log, "get")
+        assert expected == ranges
+        if ranges:
+            assert ([], "end") == page(log, "get", last.split()[1])
+
+
+@pytest.mark.parametrize("verb", ["start", "clear"])
+def test_an_empty_map_begins_with_what_is_in_flight(verb: str) -> None:
+    """What went down before `start` or `clear` may land behind a copy: it is dirty, if it changes the disk at all."""
+    below = Bottom()
+    log = lone_log(StepEnv(), below, track=verb == "clear")
+    back, pending = write(0, b"x" * 512), write(4096, b"x" * 512)
+    log.submit([back, pending, read(8192, 512), flush()])
+    back.status = 0
+    log.control(verb, [])
+
+    assert [(8, 1)] == page(log, "peek")[0]
+
+
+def test_a_map_that_does_not_track_gets_no_ranges_from_in_flight_requests() -> None:
+    """After `stop` a write in flight is dirty again where `get` hands its range out, and nowhere else."""
+    log = lone_log(StepEnv(), Bottom())
+    log.submit([write(0, b"x" * 512)])
+    log.control("stop", [])
+    log.submit([write(4096, b"x" * 512)])
+
+    for _ in range(2):
+        assert [(0, 1)] == page(log, "get")[0]
+    log.control("clear", [])
+    assert ([], "end") == page(log, "get")
+
+
+def test_requests_that_came_back_are_not_remembered_for_ever() -> None:
+    """However many requests a layer above makes, the memory of them is bounded, and what is in flight stays in it."""
+    log = lone_log(StepEnv(), Instant(), size=1 << 30)
+    instant, log.next = log.next, Bottom()
+    log.submit([write(0, b"x" * 512)])
+    log.next = instant
+    for _ in range(2 * _PASSED // 32 + 1):
+        log.submit([write(4096, b"x" * 512) for _ in range(32)])
+
+    assert len(log._passed) <= _PASSED
+    log.control("clear", [])
+    assert [(0, 1)] == page(log, "peek")[0]
 
 
 def test_replies_fit_into_a_message() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.helpers_block import Machine, StepEnv, content, discard, image, read, write
 from xenbackend.block.drivers.ram import Ram
 from xenbackend.errors import ChainError, DriverError
+from xenbackend.worker.env import EnvFactory
 
 
 def opened(content: int | str, env: StepEnv) -> Ram:
@@ -47,11 +49,11 @@ def test_a_file_is_read_once(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_while_it_reads_the_file_has_not_loaded(machine: Machine, tmp_path: Path) -> None:
-    """The mark that the file was read is set last."""
+    """A memory without the mark that it was filled, which is set last, is filled again."""
     path = image(tmp_path / "img", 4096)
     env = StepEnv(files=machine.files)
     opened(str(path), env)
-    env.memories["state"][0] = 0
+    env.memories["disk"][0] = 0
     path.write_bytes(b"z" * 4096)
     request = read(0, 512)
     opened(str(path), env).submit([request])
@@ -70,6 +72,52 @@ def test_a_discard_is_exact(machine: Machine) -> None:
 
     end = 512 + (3 << 20) + 512
     assert b"x" * 512 + bytes(end - 512) + b"x" * ((4 << 20) - end) == content(request)
+
+
+def test_a_discard_gives_memory_back_and_takes_none(machine: Machine) -> None:
+    """Whole pages go back to the host, and a discard of what was never written takes no page for its zeros."""
+    kept: list[int] = []
+    machine.make_env = EnvFactory(machine.reactor, machine.files, keep=lambda name, size, fd: kept.append(os.dup(fd)))
+    chain = machine.open("ram:4M")
+    empty = os.fstat(kept[0]).st_blocks
+    machine.do(chain, discard(0, 4 << 20))
+    untouched = os.fstat(kept[0]).st_blocks
+    machine.do(chain, write(0, b"x" * (2 << 20)))
+    machine.do(chain, discard(0, 4 << 20))
+    given_back = os.fstat(kept[0]).st_blocks
+    chain.close()
+    os.close(kept[0])
+
+    assert [empty, empty] == [untouched, given_back]
+
+
+def test_no_discard_where_the_memory_takes_no_holes() -> None:
+    """Memory that is no mapping cannot give pages back, so the disk offers no discard."""
+    env = StepEnv()
+    driver = Ram(Ram.Options(4096))
+
+    assert (False, 0) == (driver.open(env).can_discard, driver.open(env).discard_granularity)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_guest_that_goes_on_gets_no_fresh_disk(machine: Machine, tmp_path: Path, is_file: bool) -> None:  # noqa: FBT001
+    """Content that was lost with the service's memory is an error of opening, unless nobody could have written."""
+    what = str(image(tmp_path / "img", 4096)) if is_file else 4096
+    with pytest.raises(DriverError, match="was lost with the service's memory; detach the disk and attach it anew"):
+        opened(what, StepEnv(files=machine.files, resumes=True))
+
+    opened(what, StepEnv(files=machine.files, resumes=True, read_only=True))
+
+
+def test_a_guest_that_goes_on_finds_its_own_disk() -> None:
+    """A disk whose memory was kept is opened for the guest that wrote to it, whether it wrote anything or not."""
+    env = StepEnv()
+    opened(4096, env)
+    env.resumes = True
+    request = read(0, 512)
+    opened(4096, env).submit([request])
+
+    assert bytes(512) == content(request)
 
 
 @pytest.mark.parametrize("text", ["ram:64P", "ram:9999999P", "ram:0"])

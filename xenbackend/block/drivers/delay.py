@@ -15,7 +15,8 @@ Example:
     delay:read=5ms,write=10ms,jitter=2ms|aio:/img
 
 Limits:
-    Latency and not bandwidth is what it changes: any number of requests may wait at the same time.
+    Latency and not bandwidth is what it changes: any number of requests may wait at the same time. A detach waits for
+    them, but gives up after 30 seconds and kills the worker: what still waits then is lost.
 """
 
 from __future__ import annotations

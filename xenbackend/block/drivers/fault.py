@@ -19,6 +19,8 @@ Example:
 
 Limits:
     The error reaches the guest only as far as the protocol can say it: EOPNOTSUPP is told apart, no other one is.
+    A failed flush never reaches the guest: the service pauses the disk for good instead, and answers no flush.
+    `fault:` without conditions does that at the first flush; `op=write`, or any `range`, lets flushes pass.
 """
 
 from __future__ import annotations

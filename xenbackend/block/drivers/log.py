@@ -15,13 +15,16 @@ Description:
 Behaviour:
     Tracking begins when the disk is opened, unless `track=off`. A range is marked before its request goes on to the
     layer below, so a crash leaves at most marks too many, never one too few. A request that fails stays marked:
-    nobody knows what it left on the medium. Requests that are in flight when `start` is given are not marked.
+    nobody knows what it left on the medium. What is in flight when `get` hands its range out, or when `start` or
+    `clear` begin with an empty map, may reach the medium after somebody has copied it: it is dirty again, for the next
+    sweep. So a last sweep that finds all that is left begins when the guest is paused and nothing is in flight.
 
     The map lives in memory that the service keeps: it outlives the worker, and ends with the vbd, when the chain is
     changed, and with the service. Where the disk goes on being used after that, the new map says that everything is
     dirty, so that no write is ever missing.
 
-    Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all.
+    Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all: it
+    remembers which requests it passed on, and looks at them when a verb asks for what is in flight.
 
     `xenbackend log VERB VBD` knows:
 
@@ -57,7 +60,8 @@ Limits:
     were written: 4 KiB for 16 MiB. `granularity=4K` takes an eighth of it, and marks 4 KiB for a write of 512 bytes.
     Ranges that are written or discarded as a whole take nothing. `status` counts dirty bytes in steps of 8192 times
     the granularity. A record holds at most 2 TiB of sectors: a discard of more shows as that much. Two disks must not
-    share one FILE. FILE must not be a symbolic link.
+    share one FILE. FILE must not be a symbolic link. Whoever opens the chain makes FILE and FILE.1 where they do not
+    exist, `xenbackend check` too. What a bug of a layer below has lost counts as in flight until the worker ends.
 """
 
 from __future__ import annotations
@@ -74,11 +78,12 @@ from xenbackend.block.dirty import DirtyMap, Range, StalePageError, memory_size
 from xenbackend.block.driver import Env, Filter, Geometry
 from xenbackend.block.options import FilePath, Size, option
 from xenbackend.block.recorder import MIN_LIMIT, Recorder
-from xenbackend.block.request import Request
+from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 
 _SECTOR = 512  # bytes: the unit of replies, whatever the medium's is
+_PASSED = 8192  # requests remembered before those that came back are forgotten: twice what 8 rings of 512 slots hold
 
 
 class Log(Filter):
@@ -110,6 +115,8 @@ class Log(Filter):
         memory = env.memory("dirty", memory_size(geometry.size, options.granularity))
         self._dirty = DirtyMap(memory, geometry.size, options.granularity, is_tracking=options.track)
         self._is_tracking = self._dirty.is_tracking
+        self._passed: set[Request] = set()  # among them all that changes the disk and is in flight; they are pooled
+        self._most_passed = _PASSED
         if self._dirty.is_fresh and env.resumes and self._is_tracking:
             self._dirty.mark(0, geometry.size)  # what was written before nobody knows any more
         env.report("tracking", "on" if self._is_tracking else "off")
@@ -130,11 +137,22 @@ class Log(Filter):
 
     def submit(self, batch: list[Request]) -> None:
         """Mark what the batch will change, then pass it on."""
-        if self._is_tracking:
-            self._dirty.mark_changes(batch)
+        if not self._is_tracking or self._dirty.mark_changes(batch):
+            self._passed.update(batch)
+            if len(self._passed) > self._most_passed:
+                self._forget_returned()
         if self._recorder is not None:
             self._started_ns.update(dict.fromkeys(batch, self._now_ns()))
         self.next.submit(batch)  # type: ignore[union-attr]  # a filter has a layer below
+
+    def _forget_returned(self) -> None:
+        self._passed = {request for request in self._passed if request.status == PENDING}
+        self._most_passed = max(_PASSED, 2 * len(self._passed))  # a layer above may cut requests into many
+
+    def _in_flight(self) -> list[Range]:
+        """Return the ranges of writes and discards that went down and have not come back."""
+        self._forget_returned()
+        return [Range(request.offset, request.length) for request in self._passed if request.op & 1]
 
     def _record(self, batch: list[Request]) -> None:
         """Leave a record of each request, then give the batch back."""
@@ -177,8 +195,8 @@ class Log(Filter):
 
     def _start(self) -> str:
         if not self._is_tracking:
-            self._dirty.clear()
             self._set_tracking(True)
+            self._clear()
         return self._status()
 
     def _stop(self) -> str:
@@ -187,6 +205,9 @@ class Log(Filter):
 
     def _clear(self) -> str:
         self._dirty.clear()
+        if self._is_tracking:
+            for each in self._in_flight():
+                self._dirty.mark(*each)
         return self._status()
 
     def _set_tracking(self, value: bool) -> None:  # noqa: FBT001 - a setter
@@ -214,7 +235,7 @@ class Log(Filter):
 
     def _get(self, acknowledged: int | None = None) -> str:
         try:
-            ranges, page = self._dirty.take(acknowledged)
+            ranges, page = self._dirty.take(acknowledged, self._in_flight())
         except StalePageError as error:
             raise _refusal(f"{error}: another reader is at work; begin again with get", errno.ESTALE) from None
         return _page(ranges, f"more {page}" if ranges else "end")

@@ -10,29 +10,38 @@ Description:
 
 Behaviour:
     The content is lost when the vbd is closed. It is not lost when the worker dies: its successor continues with the
-    same memory, and does not read FILE again. A flush has nothing to do. A discard sets the range to zeros.
+    same memory, and does not read FILE again. A flush has nothing to do. A discard sets the range to zeros, and gives
+    the host back the whole pages in it.
+
+    The content is also lost when the service ends or the chain is changed, and a guest that goes on would find an empty
+    disk where its own was. So a disk that was attached before and may be written to is not opened with new content:
+    detach it and attach it anew.
 
 Example:
     ram:64M
 
 Limits:
-    The host needs the memory: pages are taken when they are first written, and then they stay taken.
+    The host needs the memory: pages are taken when they are first written, and then they stay taken
+    until they are discarded.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from xenbackend.block.driver import Env, Geometry, SimpleDriver
+from xenbackend.block.driver import Env, File, Geometry, SimpleDriver
 from xenbackend.block.options import Kind, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
-from xenbackend.units import PAGE, format_size, parse_size
+from xenbackend.units import PAGE, format_size, parse_size, round_up
 
 _CHUNK = 1 << 20  # bytes read from a file at a time
-_LOADED = 1
+_FILLED = 1  # in the first byte of the memory, the disk begins a page later: so neither is kept without the other
+_HOST_PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes: what the host takes back as a whole
+_MADV_REMOVE = 9  # linux/mman.h; makes a hole in shared memory, which reads as zeros
 
 
 def _size_or_file(text: str) -> int | str:
@@ -57,12 +66,10 @@ class Ram(SimpleDriver):
     def open(self, env: Env) -> Geometry:
         """Get the memory, and fill it unless a predecessor has."""
         content = self.options.content
-        if isinstance(content, str):
-            size = self._load(env, content)
-        else:
-            size = content
-            self._disk = self._memory(env, size)
-        return Geometry(size=size, read_only=env.read_only, can_discard=True, discard_granularity=512)
+        size = self._load(env, content) if isinstance(content, str) else self._fill(env, content)
+        can_discard = hasattr(self._memory.obj, "madvise")
+        granularity = 512 if can_discard else 0
+        return Geometry(size=size, read_only=env.read_only, can_discard=can_discard, discard_granularity=granularity)
 
     def read(self, request: Request) -> None:
         """Copy out of the memory."""
@@ -81,35 +88,49 @@ class Ram(SimpleDriver):
             place = end
 
     def discard(self, request: Request) -> None:
-        """Set the range to zeros, a piece at a time."""
-        end = request.offset + request.length
-        for place in range(request.offset, end, _CHUNK):
-            length = min(_CHUNK, end - place)
-            self._disk[place : place + length] = bytes(length)
+        """Make a hole of the whole pages, and set the ragged ends to zeros."""
+        start = PAGE + request.offset
+        end = start + request.length
+        first, last = round_up(start, _HOST_PAGE), end - end % _HOST_PAGE
+        if first >= last:
+            self._memory[start:end] = bytes(request.length)
+            return
+        self._memory[start:first] = bytes(first - start)
+        self._memory[last:end] = bytes(end - last)
+        self._memory.obj.madvise(_MADV_REMOVE, first, last - first)  # type: ignore[attr-defined]  # see `open`
 
     def close(self) -> None:
         """Let go of the memory."""
         self._disk.release()
+        self._memory.release()
 
     def _load(self, env: Env, path: str) -> int:
         file = env.files.open(path, read_only=True, shareable=True, direct=False, blocking=True)
         try:
-            self._disk = self._memory(env, file.size)
-            state = env.memory("state", PAGE)
-            if state[0] != _LOADED:
-                for place in range(0, file.size, _CHUNK):
-                    data = file.read_at(place, min(_CHUNK, file.size - place))
-                    self._disk[place : place + len(data)] = data
-                state[0] = _LOADED  # last: a worker that dies while it reads has not loaded
-            return file.size
+            return self._fill(env, file.size, file)
         finally:
             file.close()
 
-    def _memory(self, env: Env, size: int) -> memoryview:
-        if size <= 0:
-            raise DriverError("a disk needs at least one sector", option="content")
-        try:
-            return env.memory("disk", size)
-        except (OSError, OverflowError, MemoryError, ValueError) as error:
-            problem = f"the host has no memory for a disk of {format_size(size)}"
-            raise DriverError(problem, option="content", errno=errno.ENOMEM) from error
+    def _fill(self, env: Env, size: int, file: File | None = None) -> int:
+        """Get the memory, and unless a predecessor has filled it, fill it from `file`; return `size`."""
+        self._memory = _memory(env, size)
+        self._disk = self._memory[PAGE:]
+        if self._memory[0] != _FILLED:
+            if env.resumes and not env.read_only:
+                problem = "what the guest had written to this disk was lost with the service's memory; "
+                raise DriverError(problem + "detach the disk and attach it anew", option="content", errno=errno.ENODATA)
+            for place in range(0, size if file else 0, _CHUNK):
+                data = file.read_at(place, min(_CHUNK, size - place))  # type: ignore[union-attr]
+                self._disk[place : place + len(data)] = data
+            self._memory[0] = _FILLED  # last: a worker that dies while it reads has not filled it
+        return size
+
+
+def _memory(env: Env, size: int) -> memoryview:
+    if size <= 0:
+        raise DriverError("a disk needs at least one sector", option="content")
+    try:
+        return env.memory("disk", PAGE + size)
+    except (OSError, OverflowError, MemoryError, ValueError) as error:
+        problem = f"the host has no memory for a disk of {format_size(size)}"
+        raise DriverError(problem, option="content", errno=errno.ENOMEM) from error
