@@ -25,8 +25,10 @@ Order of writes, which recovery rests on (SIGKILL between any two of them loses 
 
     take     0 block word zeroed: nobody may see its old requests with the new answer words
              1 slots copied, answer words of the batch zeroed      2 block word: the batch is INFLIGHT     3 req_cons
-    answer   4 answer words: COMPLETING      5 responses into their slots      6 fence, ring's rsp_prod
+    answer   4 responses into their slots    5 answer words: COMPLETING        6 ring's rsp_prod, fence
              7 rsp_prod here: FREE           8 the frontend is notified if it asked
+
+4 and 5 may change places: nobody looks at those slots before 6, and what was in them had been copied.
 
 A block word whose requests lie at or beyond req_cons means death between 2 and 3: they were taken, nothing had been
 done about them.

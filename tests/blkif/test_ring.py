@@ -494,3 +494,18 @@ def test_no_wake_up_is_lost(size: int, start: int) -> None:
                 break
 
         assert sorted((start + number) & MASK for number in range(total)) == sorted(model.collected), f"seed {seed}"
+
+
+@pytest.mark.parametrize("strong", [True, False])
+def test_weak_machines_get_fences_of_their_own(*, strong: bool) -> None:
+    """R2, R5: where memory is weakly ordered a fence stands behind the load of their index, and before the store
+    of ours; x86 does without.
+    """
+    fences: list[str] = []
+    pages = memoryview(bytearray(4096))
+    ring = BackRing(pages, NATIVE, 32, lambda: fences.append("fence"), is_strongly_ordered=strong)
+    ring.available()
+    after_load = len(fences)
+    ring.publish(0)
+
+    assert (0, 1) == (after_load, len(fences)) if strong else (1, 3) == (after_load, len(fences))

@@ -36,3 +36,9 @@ def test_no_fence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(KernelError, match="fence for riscv64"):
         find_fence("riscv64")
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("x86_64", True), ("aarch64", False), ("riscv64", False)])
+def test_only_x86_keeps_its_order(machine: str, *, expected: bool) -> None:
+    """Loads among loads and stores among stores stay in order on x86 and, for all we know, nowhere else."""
+    assert expected is fence.is_strongly_ordered(machine)

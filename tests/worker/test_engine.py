@@ -186,6 +186,62 @@ def test_failed_flush_is_not_answered(vbd: Served) -> None:
     assert [BLKIF_RSP_ERROR, None] == [flush.status, later.status]
 
 
+def test_a_failed_flush_takes_the_others_with_it(vbd: Served) -> None:
+    """Of two flushes in flight the kernel tells one of the lost write: neither is answered as if all were well."""
+    frontend = vbd.connect()
+    disk = vbd.disk
+    disk.holding = True
+    flushes = [frontend.submit(BLKIF_OP_FLUSH_DISKCACHE) for _ in range(3)]
+    vbd.step(3)
+    one, two, three = disk.held
+    disk.errors = {Op.FLUSH: errno.EIO}
+    disk.give_back([one])
+    disk.errors = {}
+    disk.give_back([two, three])
+    vbd.step(3)
+    frontend.poll()
+
+    assert [None] * 3 == [flush.status for flush in flushes]
+    assert 1 == len(vbd.alarms)
+    assert vbd.disconnect()
+    frontend.poll()
+    assert [BLKIF_RSP_ERROR] * 3 == [flush.status for flush in flushes]
+
+
+def test_a_frontend_that_never_pauses_does_not_own_the_loop(vbd: Served) -> None:
+    """Requests that come as fast as they are looked for are served in turns: `serve` returns, and is called again."""
+    vbd.connect()
+    engine, (queue,) = vbd.engine, vbd.engine.queues
+    looks: list[object] = []
+    engine.poller.finds_work = lambda *_: looks.append(queue) or True  # as if there always were one more
+    engine.serve(queue)
+
+    assert 1 <= len(looks) <= 16
+    assert not queue.is_idle
+    assert any(getattr(call, "args", ()) == (queue,) for call in vbd.reactor._soon)
+    del engine.poller.finds_work
+    vbd.step(3)
+    assert queue.is_idle
+
+
+def test_what_a_layer_made_for_itself_is_not_answered(vbd: Served) -> None:
+    """D8: of what a layer held when it failed only the guest's requests are ended; its own steps are its own."""
+    frontend = vbd.connect()
+    disk = vbd.disk
+    disk.holding = True
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(3)
+    own = Request("the layer's own")
+    own.status = -1
+    ended = Request(None)
+    ended.status = -1
+    vbd.engine.contain(Bug("on its way up"), [own, *disk.held, ended])
+    frontend.wait([read])
+
+    assert BLKIF_RSP_ERROR == read.status
+    assert ("the layer's own", -1) == (own.tag, own.status)
+
+
 def test_flush_that_is_not_supported_is_answered_so(vbd: Served) -> None:
     """EOPNOTSUPP for a flush says that there is nothing to flush; it is passed on and pauses nothing."""
     frontend = vbd.connect()

@@ -48,9 +48,11 @@ def test_a_look_ends_with_its_time() -> None:
     assert 100 <= clock.now <= 102
 
 
-def test_another_ring_ends_the_look() -> None:
-    """Work in another ring is not kept waiting: the look ends, and the loop hears of it by its event."""
-    ring, _ = make_ring()
+@pytest.mark.parametrize("own", [0, 1])
+def test_another_ring_ends_the_look(own: int) -> None:
+    """Work in another ring is not kept waiting, not even by work in this one: the loop hears of it by its event."""
+    ring, own_words = make_ring()
+    own_words[REQ_PROD] = own
     other, words = make_ring()
     words[REQ_PROD] = 1
     clock = Clock()

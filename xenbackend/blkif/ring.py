@@ -13,8 +13,8 @@ R8  Each request gets exactly one response, and its grants are released before t
 R9  Responses never outrun requests: published <= consumed.
 R10 Index loads and stores are single aligned 32-bit accesses: `memoryview.cast("I")` does one memcpy of 4 bytes.
 
-R2 and R5 need no fence of their own on x86-64, where loads stay in order among loads and stores among stores; the
-system call or lock between any two steps of CPython's loop is at least a compiler barrier. R8 is the engine's to keep.
+R2 and R5 need no fence of their own on x86, where loads stay in order among loads and stores among stores; elsewhere
+`BackRing` is told that it needs one. R8 is the engine's to keep.
 Private indices here count on beyond 32 bits, so that they can be compared; what was written to the ring is never read
 back as truth.
 
@@ -41,11 +41,20 @@ class BackRing:
     `consumed` and `answered` are private and count up without wrapping; `size` is the number of slots, a power of two.
     """
 
-    def __init__(self, pages: memoryview, layout: Layout, entries: int, fence: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pages: memoryview,
+        layout: Layout,
+        entries: int,
+        fence: Callable[[], None],
+        *,
+        is_strongly_ordered: bool = True,
+    ) -> None:
         """Look at a ring that is already in use or new: both sides agree from `rsp_prod` on, as a restart would.
 
-        `pages` are the ring's bytes, mapped side by side.
+        `pages` are the ring's bytes, mapped side by side; on x86 memory is strongly ordered.
         """
+        self._order = None if is_strongly_ordered else fence
         self.size = entries
         self.layout = layout
         self.pages = pages
@@ -59,6 +68,8 @@ class BackRing:
     def available(self) -> int:
         """Return how many requests wait to be taken. Raises: RingOverflow (R3)."""
         count = (self._index[REQ_PROD] - self.consumed) & _MASK
+        if self._order is not None:
+            self._order()
         if count > self.size - (self.consumed - self.answered):
             free = self.size - (self.consumed - self.answered)
             raise RingOverflow(f"the frontend announced {count} requests where {free} slots are free")
@@ -90,6 +101,8 @@ class BackRing:
         before = self.answered
         self.answered = answered
         index = self._index
+        if self._order is not None:
+            self._order()
         index[RSP_PROD] = answered & _MASK
         self._fence()
         return (answered - index[RSP_EVENT]) & _MASK < answered - before

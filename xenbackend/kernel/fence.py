@@ -18,7 +18,13 @@ from xenbackend.errors import KernelError
 from xenbackend.kernel.ports import Fence
 
 _SEQ_CST = 5  # memory_order_seq_cst, gcc's and clang's stdatomic.h
+_X86 = {"x86_64", "AMD64", "i686"}
 _LIBRARIES = (("libatomic.so.1", "atomic_thread_fence"), ("libgcc_s.so.1", "__sync_synchronize"))
+
+
+def is_strongly_ordered(machine: str = "") -> bool:
+    """Return whether loads stay in order among loads, and stores among stores, without a fence."""
+    return (machine or platform.machine()) in _X86
 
 
 def find_fence(machine: str = "") -> tuple[Fence, str]:
@@ -28,7 +34,7 @@ def find_fence(machine: str = "") -> tuple[Fence, str]:
     Cost: 0.1 us.
     """
     machine = machine or platform.machine()
-    if machine in {"x86_64", "AMD64", "i686"}:
+    if is_strongly_ordered(machine):
         return _lock_fence(), "a lock's acquire and release: locked instructions, which x86 does not pass"
     for library, symbol in _LIBRARIES:
         fence = _library_fence(library, symbol)

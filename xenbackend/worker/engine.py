@@ -35,6 +35,7 @@ from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Block, Queue
 
 Call = Callable[[], object]
+_ROUNDS = 8  # of taking everything and looking for more
 
 
 class Engine:
@@ -49,6 +50,7 @@ class Engine:
         call_soon: Callable[[Call], None],
         complain: Callable[[str], None],
         alarm: Callable[[str], None],
+        on_pause: Callable[[str], None],
     ) -> None:
         """Serve a chain whose `complete` is `finish`.
 
@@ -60,6 +62,7 @@ class Engine:
             call_soon: calls a function from the loop.
             complain: says a sentence about the guest, as often as the log's budget allows.
             alarm: says a sentence that an administrator must read.
+            on_pause: is told why the disk is paused, once.
         """
         self.queues: list[Queue] = []
         self.in_flight = 0  # requests lent to the chain
@@ -72,6 +75,7 @@ class Engine:
         self._call_soon = call_soon
         self._complain = complain
         self._alarm = alarm
+        self._on_pause = on_pause
         self._mixed = 0  # requests in flight that `finish` must look at one by one
         self._barrier: Barrier | None = None
         self._waiting: list[Queue] = []  # had to stop taking, for memory or for a barrier
@@ -83,14 +87,18 @@ class Engine:
     def serve(self, queue: Queue) -> None:
         """Take and submit what waits in one ring; re-arm its event channel once it is empty.
 
-        Bounded: after a ring full of requests other rings get their turn.
+        Bounded: after a ring full of requests, or a few looks for more, everybody else gets a turn, however fast the
+        frontend is.
         """
         if queue.halted:
             return
         queue.is_idle = False
         try:
-            while self._take_all(queue):
+            for _ in range(_ROUNDS):
+                is_empty = self._take_all(queue)
                 self._kick()
+                if not is_empty:
+                    return
                 if not self.in_flight and self.poller.finds_work(queue.ring, self._other_rings(queue)):
                     continue
                 if not queue.ring.final_check():
@@ -99,7 +107,8 @@ class Engine:
                     return
         except RingOverflow as problem:
             queue.halt(str(problem))
-        self._kick()
+        else:
+            self._call_soon(partial(self.serve, queue))
 
     def look_again(self) -> bool:
         """Before the loop sleeps: see whether the answers just given have brought new requests; True if so."""
@@ -143,6 +152,7 @@ class Engine:
     def fail_held(self) -> None:
         """Answer the flushes that failed with an error after all: the frontend is going away."""
         for request in self._failed_flushes:
+            request.status = errno.EIO
             request.tag.owner.answer([request])
         self._failed_flushes.clear()
 
@@ -161,7 +171,7 @@ class Engine:
         self._alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
         substitutes = []
         for request in lent:
-            if not self._has_come_back(request):
+            if self._is_ours(request) and not self._has_come_back(request):
                 substitute = Request(request.tag)
                 substitute.op, substitute.status = request.op, errno.EIO
                 record = request.tag.record if isinstance(request.tag, Barrier) else request.tag
@@ -172,6 +182,11 @@ class Engine:
                 substitutes.append(substitute)
         if substitutes:
             self.finish(substitutes)
+
+    def _is_ours(self, request: Request) -> bool:
+        """False for a request that a layer made for itself, and for one that a bug had ended before."""
+        tag = request.tag
+        return isinstance(tag, Barrier) or (isinstance(tag, RingRequest) and tag.request is request)
 
     def _has_come_back(self, request: Request) -> bool:
         """True if `finish` saw the request. Its status does not tell: a layer on its way up may have lost it."""
@@ -295,19 +310,23 @@ class Engine:
         """Return what is to be answered by ring; flushes that failed and steps of a barrier are not."""
         batch_of: dict[Queue, list[Request]] = {}
         for request in batch:
+            if request.op == Op.FLUSH and request.status not in (0, errno.EOPNOTSUPP):
+                self._pause(request.status)
+        for request in batch:
             tag = request.tag
             if tag is None:  # a bug ended it before
                 self._grants.reclaim(request)
                 continue
             self.in_flight -= 1
             self._mixed -= request.op == Op.FLUSH
-            failed_flush = request.op == Op.FLUSH and request.status not in (0, errno.EOPNOTSUPP)
+            # A failed flush takes all others with it: the kernel reports what was lost to one of them only.
+            is_held = request.op == Op.FLUSH and self.paused
             if isinstance(tag, Barrier):
                 tag.end_step(request.status)
-                if failed_flush:
-                    self._hold(tag.answer())
-            elif failed_flush:
-                self._hold(request)
+                if is_held:
+                    self._failed_flushes.append(tag.answer())
+            elif is_held:
+                self._failed_flushes.append(request)
             else:
                 batch_of.setdefault(tag.owner, []).append(request)
         return batch_of
@@ -327,11 +346,13 @@ class Engine:
                 self.guest_errors += 1
                 self._complain(str(refused))
 
-    def _hold(self, request: Request) -> None:
-        """Keep a failed flush unanswered: a frontend takes an error for success and never flushes again."""
-        self.paused = True
-        self._failed_flushes.append(request)
-        self._alarm(f"a flush failed ({errno.errorcode.get(request.status, request.status)}); the disk is paused")
+    def _pause(self, status: int) -> None:
+        """Stop for good after a failed flush, and answer none: a frontend takes an error for success, for ever."""
+        if not self.paused:
+            self.paused = True
+            sentence = f"a flush failed ({errno.errorcode.get(status, status)}); the disk is paused"
+            self._alarm(sentence)
+            self._on_pause(sentence)
 
     # Barriers, waiting, ending --------------------------------------------------------------------------------------
 

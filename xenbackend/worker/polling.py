@@ -31,24 +31,25 @@ class Poller:
         self._pause = 0 if duration_ns else 1
 
     def may_look(self) -> bool:
-        """True unless `finds_work` would say no without a look."""
-        return not self._pause and self.is_allowed
+        """True unless a look would be one too many now; each question counts towards the end of a pause."""
+        if self._pause and self._duration_ns:
+            self._pause -= 1
+            return False
+        return self.is_allowed and not self._pause
 
     def finds_work(self, ring: BackRing, others: Sequence[BackRing]) -> bool:
         """True as soon as `ring` has a request; False when time is up or one of the `others` has one."""
         if not self.may_look():
-            if self._duration_ns:
-                self._pause = max(0, self._pause - 1)
             return False
         clock = self._clock
         end = clock() + self._duration_ns
         while clock() < end:
+            for other in others:
+                if other.has_moved():  # first: its guest waits for us, not for us to be done with this one
+                    return False
             if ring.has_moved():
                 self._in_vain = 0
                 return True
-            for other in others:
-                if other.has_moved():
-                    return False
         self._in_vain += 1
         if self._in_vain >= _PATIENCE:
             self._in_vain = 0

@@ -32,7 +32,7 @@ from xenbackend.journal import (
 )
 from xenbackend.units import PAGE
 
-_UNTIMED = 56  # bits of a request number: batches that begin with any of them set are not timed, seven in eight
+_UNTIMED = 7 * BATCH  # bits of a request number: batches that begin with any of them set are not timed, 7 in 8
 _OPERATIONS = 256  # operation is one byte of the guest's
 _WORDS = [Struct(f"@{count}Q") for count in range(BATCH + 1)]  # native: each word is one store
 _ZEROS = [memoryview(bytes(8 * count)).cast("Q") if count else memoryview(b"") for count in range(BATCH + 1)]
@@ -145,6 +145,7 @@ class Queue:
         block = self._blocks[batch[0].tag.entry // BATCH]
         if block.started:
             self._sample(block.started)
+            block.started = 0  # once, however many pieces it comes back in
         whole = batch == block.lent and self._answer_whole(block, batch, first)
         if not whole:
             self._answer_each(batch, first)
