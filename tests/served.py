@@ -77,7 +77,7 @@ class HeldDisk:
 class Served:
     """Hypervisor, guest, frontend and a `Connection`, stepped by the frontend's waiting.
 
-    complaints, alarms, halted    what the worker would have said
+    complaints, alarms, halted, pauses    what the worker would have said
     now                           the worker's clock, in seconds
     """
 
@@ -88,12 +88,14 @@ class Served:
         self.now = 0.0
         self.complaints: list[str] = []
         self.alarms: list[str] = []
+        self.pauses: list[str] = []
         self.halted: list[tuple[int, str]] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor(clock=lambda: self.now, on_bug=self.bugs.append)
         self.journal = memoryview(mmap.mmap(-1, journal.SIZE))
         self.nodes = Nodes()
         self.limits = Limits(max_queues=8)
+        self.offered: dict[str, Any] = {}  # what `control.Connect` says besides
         self.flushes_at_end = 0
         self.frontend: Frontend
         self.connection: Connection | None = None
@@ -122,7 +124,7 @@ class Served:
             host=open_host(f"xenbackend.rig.host:{self.directory}"),
             reactor=self.reactor,
             domid=DOMID,
-            agreed=control.Connect(asked.protocol, rings, asked.persistent),
+            agreed=control.Connect(asked.protocol, rings, asked.persistent, **self.offered),
             geometry=self.geometry,
             journal=self.journal,
             submit=self.disk.submit,
@@ -131,6 +133,7 @@ class Served:
             complain=self.complaints.append,
             alarm=self.alarms.append,
             on_halt=lambda ring, why: self.halted.append((ring, why)),
+            on_pause=self.pauses.append,
         )
         self.disk.complete = self.connection.engine.finish
 

@@ -138,6 +138,8 @@ def test_as_fields_is_plain() -> None:
         "protocol": "x86_64-abi",
         "rings": [{"grefs": [1, 2], "event_channel": 3}],
         "persistent": True,
+        "can_discard": True,
+        "max_segments": 256,
     } == control.as_fields(message)
 
 

@@ -10,7 +10,7 @@ Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the
                                       <-           Connected  |  Failed
       Command                         ->
                                       <-           Reply
-                                      <-           Log, Halted          at any time
+                                      <-           Log, Halted, Paused  at any time
       Disconnect                      ->
                                       <-           Disconnected         drained, flushed, unmapped
       Close                           ->
@@ -26,6 +26,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 VERSION = 1
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
+MAX_MEMORIES = 64  # that one vbd may have kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,13 @@ class RingParameters:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Map the rings and serve."""
+    """Map the rings and serve; what was not offered to the frontend is refused."""
 
     protocol: str  # "x86_64-abi", "x86_32-abi"
     rings: list[RingParameters]
     persistent: bool
+    can_discard: bool = True  # as far as the disk can
+    max_segments: int = 256  # of an indirect request
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,13 @@ class Halted:
     """A ring was stopped for good because the frontend broke it; said once per ring."""
 
     ring: int
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A flush failed: nothing is taken from the rings any more; said once per connection."""
+
     sentence: str
 
 
@@ -161,14 +171,14 @@ class Log:
 
 
 Message = (
-    Open | Keep | Opened | Failed | Connect | Connected | Halted
+    Open | Keep | Opened | Failed | Connect | Connected | Halted | Paused
     | Disconnect | Disconnected | Close | Closed | Command | Reply | Log
 )  # fmt: skip
 
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Open, Keep, Opened, Failed, Connect, Connected, Halted,
+        Open, Keep, Opened, Failed, Connect, Connected, Halted, Paused,
         Disconnect, Disconnected, Close, Closed, Command, Reply, Log,
     )
 }  # fmt: skip

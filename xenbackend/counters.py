@@ -1,7 +1,8 @@
 """The counters of one vbd, in the first page of its journal: the worker adds, the supervisor and people read.
 
 Must not format anything. Each counter is one aligned 64-bit word with one writer, so that a reader in another process
-sees old or new, never half. They outlive the worker.
+sees old or new, never half. They outlive the worker: its successor at the same
+vbd goes on with them, until the vbd or the service ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One class per fault: whose it is decides what happens next and how loud we are about it.
 
-Concrete subclasses live beside the rule that they name (guest errors in `blkif/request.py`, chain errors in
-`block/chain.py`). Must not import anything of ours.
+Concrete subclasses live beside the rule that they name (guest errors in `blkif/`). Must not import anything of ours.
 
 | class       | fault of           | reaches                                   | aftermath                     |
 |-------------|--------------------|-------------------------------------------|-------------------------------|
@@ -9,7 +8,7 @@ Concrete subclasses live beside the rule that they name (guest errors in `blkif/
 | ChainError  | the operator       | one sentence and a caret, exit status 2   | nothing was touched           |
 | ConfigError | the operator       | one sentence, exit status 2               | nothing was touched           |
 | DriverError | operator or image  | the vbd's error node, or exit status 2    | chain closed again completely |
-| KernelError | the host           | vbd closed, log                           | supervisor backs off          |
+| KernelError | the host           | the vbd's error node, log                 | until either side begins anew |
 | StoreError  | xenstored          | log                                       | reconnect, re-read everything |
 """
 

@@ -55,6 +55,17 @@ def test_what_is_wrong_is_raised_for_the_operator(tmp_path: Path) -> None:
         run(f"aio:{tmp_path}/none")
 
 
+def test_the_help_names_the_files_that_a_check_leaves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A record is opened as in service, so its two files are there afterwards, and the help says so."""
+    assert run(f"log:{tmp_path}/rec|null:1M") == 0
+    assert {"rec", "rec.1"} == {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("--help")
+
+    assert "log:FILE leaves FILE and FILE.1 behind" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_image_is_free_after_a_check(tmp_path: Path) -> None:
     """A check leaves no lock behind, and not a byte altered."""
     path = image(tmp_path / "img")

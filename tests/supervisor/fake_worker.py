@@ -23,7 +23,8 @@ def main() -> int:
         message = control.decode(datagram)
         if isinstance(message, control.Open):
             chain = message.chain
-            os.pwrite(fds[0], (7).to_bytes(8, "little"), 0)  # the counter `reads`
+            reads = int.from_bytes(os.pread(fds[0], 8, 0), "little")
+            os.pwrite(fds[0], (reads + 7).to_bytes(8, "little"), 0)  # the counter `reads`
         for answer in _answers(chain, message):
             channel.send(control.encode(answer))
         if isinstance(message, control.Close):
@@ -38,7 +39,8 @@ def _answers(chain: str, message: control.Message) -> list[control.Message]:
         case control.Connect() if chain == "null:3G":
             os._exit(3)
         case control.Connect():
-            return [control.Log("info", "connecting", {"rings": str(message.rings)}), control.Connected()]
+            agreed = {"discard": str(message.can_discard), "segments": str(message.max_segments)}
+            return [control.Log("info", "connecting", {"rings": str(message.rings), **agreed}), control.Connected()]
         case control.Disconnect() if chain != "null:4G":
             return [control.Disconnected()]
         case control.Command():

@@ -303,6 +303,70 @@ def test_discard_that_the_toolstack_forbids_is_not_offered() -> None:
     assert "0" == world.node["feature-discard"]
 
 
+@pytest.mark.parametrize(("enable", "expected"), [("0", False), ("1", True)])
+def test_the_worker_is_told_what_was_offered(enable: str, *, expected: bool) -> None:
+    """A frontend that asks for what we did not offer gets it from nobody: the worker knows the offer."""
+    world = World({**NODE, "discard-enable": enable})
+    world.device = Device(PATH, Limits(max_segments=32))
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.settle()
+
+    assert events.Join(can_discard=expected, max_segments=32) == world.joined
+
+
+def test_a_connected_frontend_keeps_what_it_was_offered() -> None:
+    """A service with other limits goes on with what its predecessor had offered, until the frontend begins anew."""
+    world = World(node=connected().node, theirs=S.CONNECTED)
+    world.device = Device(PATH, Limits(max_segments=32))
+    world.settle()
+    assert world.joined is not None
+    assert world.node is not None
+    assert (256, "256") == (world.joined.max_segments, world.node["feature-max-indirect-segments"])
+    world.theirs = S.INITIALISING
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.settle()
+    assert (32, "32") == (world.joined.max_segments, world.node["feature-max-indirect-segments"])
+
+
+@pytest.mark.parametrize("text", ["", "many", "9" * 5000, "256 ", "-1", "²"])
+def test_an_offer_that_is_no_number_is_ours(text: str) -> None:
+    """What stands in the node of a connected vbd and is no number of segments does not count."""
+    world = World({**NODE, "state": "4", "feature-max-indirect-segments": text}, S.CONNECTED)
+    world.settle()
+
+    assert world.joined is not None
+    assert 256 == world.joined.max_segments
+
+
+def test_paused_disk_is_an_error_until_the_next_connection() -> None:
+    """A flush that failed is said where operators look, and forgotten when the frontend connects again."""
+    world = connected()
+    world.send(control.Paused("a flush failed"))
+    paused = world.device.error
+    world.theirs = S.INITIALISING
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.settle()
+
+    assert ("a flush failed", "", "4") == (paused, world.device.error, world.state)
+
+
+def test_paused_disk_is_closed_by_a_service_that_stops() -> None:
+    """What a failed flush lost stays lost: the next service does not serve that frontend on as if all were well."""
+    world = connected()
+    world.send(control.Paused("a flush failed"))
+    world.send(events.Stop())
+    closing = world.state
+    world.answer()
+    successor = World(node=world.node, theirs=S.CONNECTED)
+    successor.settle()
+
+    assert ("5", "6", True) == (closing, world.state, world.is_forgotten)
+    assert ("6", False) == (successor.state, successor.is_connected)
+
+
 def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
     """When the toolstack wants another disk in the same place, the old chain is closed before the new one is opened."""
     world = connected()

@@ -95,11 +95,12 @@ def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, sy
 
 
 def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
-    """An unknown verb and an unknown vbd get a sentence from the service, which lives on."""
+    """An unknown verb, an unknown vbd and odd arguments get a sentence from the service, which lives on."""
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     answers = []
-    for request in ({"verb": "frob"}, {"verb": "command", "vbd": "5/xvdz", "layer": "log", "command": "get"}, {}):
+    command = {"verb": "command", "vbd": "5/xvdz", "layer": "log", "command": "get"}
+    for request in ({"verb": "frob"}, command, {}, {**command, "arguments": 5}, {**command, "arguments": [5]}):
         run = subprocess.run(
             [
                 sys.executable,
@@ -116,6 +117,7 @@ def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Sys
 
     assert ["unknown request" in answers[0], "there is no vbd '5/xvdz'" in answers[1]] == [True, True]
     assert "unknown request" in answers[2]
+    assert ["the arguments of a command are a list of texts" in answer for answer in answers[3:]] == [True, True]
 
 
 def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import os
 
 from descriptors import open_descriptors
 
-from xenbackend.supervisor.memories import MOST, Memories
+from xenbackend.control import MAX_MEMORIES
+from xenbackend.supervisor.memories import Memories
 
 
 def made(content: bytes) -> int:
@@ -45,10 +46,10 @@ def test_there_is_a_bound() -> None:
     """A worker that goes mad fills no table: one too many is closed."""
     before = len(open_descriptors())
     memories = Memories()
-    for number in range(MOST + 5):
+    for number in range(MAX_MEMORIES + 5):
         memories.keep(str(number), made(b""))
     held = len(open_descriptors()) - before
     memories.close()
 
-    assert MOST == held
+    assert MAX_MEMORIES == held
     assert before == len(open_descriptors())

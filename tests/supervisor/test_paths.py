@@ -85,3 +85,11 @@ def test_paths_lead_back_to_the_vbd() -> None:
 def test_paths_of_no_vbd_are_nobodys(path: str) -> None:
     """A path above, beside or misspelt is no vbd's; nothing is guessed."""
     assert parse_backend_path(path, 0) is None
+
+
+def test_a_number_of_any_length_is_a_sentence() -> None:
+    """A device number that Python would refuse to read is refused with a sentence, and a short one."""
+    with pytest.raises(ConfigError, match="device numbers end before") as caught:
+        vdev_to_devid("1" * 5000)
+
+    assert len(str(caught.value)) < 100

@@ -209,6 +209,19 @@ def test_status_and_commands(stepped: Stepped, toolstack: Store) -> None:
         stepped.registry.find("6/xvda")
 
 
+def test_counters_outlive_a_worker(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """The next worker of a vbd goes on with the journal, and so with the counters, of the one that died."""
+    _serve(stepped, toolstack, guest)
+    vbd = stepped.vbd()
+    vbd.worker.kill("the test wants it")
+    stepped.until(lambda: vbd.device.phase is Phase.NONE)
+    without = describe(vbd)["counters"]
+    guest.write(f"{PATH.frontend}/state", "1")
+    stepped.until(lambda: vbd.device.phase is Phase.OPEN)
+
+    assert ({}, 14) == (without, describe(vbd)["counters"]["reads"])
+
+
 def test_frontend_outside_its_domain_is_not_even_watched(stepped: Stepped, toolstack: Store) -> None:
     """R15: a frontend path that lies in another domain is refused, and nothing there is read or watched."""
     write_like_libxl(toolstack, frontend="/local/domain/6/device/vbd/51712")

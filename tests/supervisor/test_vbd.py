@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from tests.supervisor.helpers import PATH, Stepped, write_like_libxl
+from tests.supervisor.helpers import PATH, Stepped, offer_ring, write_like_libxl
 from xenbackend import log
+from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
+from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor import events
+from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.store import Store
 
 pytestmark = pytest.mark.slow  # every one starts processes
@@ -57,3 +60,17 @@ def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: St
         stepped.turn(0)
 
     assert 10 < len(lines.getvalue().splitlines()) < 60
+
+
+def test_the_worker_hears_what_was_offered(
+    xenstored: Xenstored, toolstack: Store, guest: Store, lines: io.StringIO
+) -> None:
+    """The limits of the settings, and a disk that cannot discard, reach the worker that has to enforce them."""
+    stepped = Stepped(xenstored.address, Settings(limits=Limits(max_segments=32)))
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    offer_ring(guest)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+    stepped.close()
+
+    assert "discard=False segments=32" in lines.getvalue()

@@ -45,6 +45,7 @@ class World:
     was_opened: bool = False
     limit: float | None = None
     is_forgotten: bool = False
+    joined: events.Join | None = None  # as it was asked for last
 
     def __post_init__(self) -> None:
         self.device = Device(PATH, Limits())
@@ -68,6 +69,7 @@ class World:
                 self.inbox.append("open")
             case events.Join():
                 self.inbox.append("connect")
+                self.joined = action
             case events.Tell():
                 self.inbox.append(action.message)
             case events.Kill():

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from xenbackend.blkif.abi import BLKIF_OP_WRITE
+from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE
 from xenbackend.embedded.machine import Machine
 from xenbackend.rig.frontend import Wishes
 
@@ -135,6 +136,29 @@ def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path:
         assert {0} == {request.status for request in requests}
         assert [bytes([n]) * _PAGE for n in range(32)] == [frontend.read(8 * n, 8) for n in range(32)]
         frontend.close()
+
+
+@pytest.mark.slow
+def test_the_next_service_does_not_go_on_with_a_paused_disk(tmp_path: Path) -> None:
+    """After a failed flush the operator is told; a service that stops closes the disk, and its successor leaves it."""
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+
+        def known() -> dict[str, Any]:
+            return dict(machine.ask({"verb": "status"})["data"][0])
+
+        frontend = guest.connect(machine.attach(5, "xvda", f"fault:op=flush|aio:{image}"), Wishes())
+        frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+        _until(lambda: known()["error"])
+        paused = known()
+        machine.stop_service()
+        machine.start_service()
+        _until(lambda: known()["phase"] == "open")
+
+        assert ("Connected", "a flush failed (EIO); the disk is paused") == (paused["state"], paused["error"])
+        assert "Closed" == known()["state"]
+        frontend.crash()
 
 
 @pytest.mark.slow

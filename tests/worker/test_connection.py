@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from tests.driven import FRONT
 from tests.served import Served
-from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_RSP_OKAY
+from xenbackend.blkif.abi import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_RSP_EOPNOTSUPP,
+    BLKIF_RSP_ERROR,
+    BLKIF_RSP_OKAY,
+)
+from xenbackend.block.request import Op
 from xenbackend.errors import KernelError
 from xenbackend.rig.frontend import Wishes
 from xenbackend.worker.connection import SAFETY_POLL_S
@@ -95,3 +105,48 @@ def test_timers_that_come_after_the_end_do_nothing(vbd: Served) -> None:
     vbd.pass_time(60)
 
     assert NOTHING == vbd.xen.held()
+
+
+def test_what_was_not_offered_is_refused(vbd: Served) -> None:
+    """A discard of a disk whose toolstack forbids it, and a segment more than was offered, reach no layer."""
+    vbd.offered = {"can_discard": False, "max_segments": 32}
+    frontend = vbd.connect()
+    frontend.rings[0].max_indirect = 256
+    requests = [
+        frontend.submit(BLKIF_OP_DISCARD, 0, 8),
+        frontend.submit(BLKIF_OP_READ, 0, 33 * 8),
+        frontend.submit(BLKIF_OP_READ, 0, 32 * 8),
+    ]
+    frontend.wait(requests)
+
+    assert [BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY] == [request.status for request in requests]
+    assert ["READ"] == vbd.disk.seen
+
+
+@pytest.mark.parametrize("step", ["fail_held", "publish"])
+def test_bug_at_the_end_does_not_keep_the_guests_pages(vbd: Served, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Whatever fails while a connection ends, everything is unmapped and whoever waits for the end hears of it."""
+    vbd.connect()
+    assert vbd.connection is not None
+
+    def bug() -> None:
+        raise ValueError(step)
+
+    monkeypatch.setattr(vbd.engine if step == "fail_held" else vbd.connection._tally, step, bug)
+
+    assert vbd.disconnect()
+    assert NOTHING == vbd.xen.held()
+    assert [step] == [str(each) for each in vbd.bugs]
+    vbd.bugs.clear()
+
+
+def test_failed_flush_is_told(vbd: Served) -> None:
+    """The supervisor hears, once, that the disk is paused, with the sentence that the alarm has."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    for _ in range(2):
+        frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    vbd.step(3)
+
+    assert 1 == len(vbd.pauses)
+    assert vbd.alarms == vbd.pauses

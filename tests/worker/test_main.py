@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.driven import DOMID, Driven
 from xenbackend import control, counters, journal
-from xenbackend.blkif.abi import BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
+from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenbackend.rig.frontend import DiskError
 from xenbackend.rig.guest_ring import Submitted
 from xenbackend.units import PAGE
@@ -95,6 +96,7 @@ def test_journals_header_tells_what_was_agreed(driven: Driven) -> None:
     frontend = driven.connect("ram:1M")
     rings = [{"grefs": frontend.rings[0].grefs, "event_channel": frontend.rings[0].port.number}]
     agreed = {"vbd": f"vbd/{DOMID}/51712", "protocol": "x86_64-abi", "rings": rings, "persistent": False}
+    agreed |= {"can_discard": True, "max_segments": 256}
 
     assert agreed == journal.read_header(driven.worker.journal)
 
@@ -111,6 +113,35 @@ def test_command_is_answered_by_the_layer(driven: Driven) -> None:
     assert not driven.worker.expect(control.Reply).ok
 
 
+@pytest.mark.parametrize(("size", "expected"), [("x", "ValueError"), ("300000", "too large"), ("40000", "too large")])
+def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, expected: str) -> None:
+    """A layer's bug over a verb, and an answer that fits into no datagram, come back as a sentence; work goes on."""
+    driven.connect("clumsy:at=nothing|ram:1M")
+    driven.worker.send(control.Command(1, "clumsy", "bytes", [size]))
+    driven.worker.send(control.Command(2, "clumsy", "bytes", ["3"]))
+    reply = driven.worker.expect(control.Reply)
+
+    assert (1, False) == (reply.id, reply.ok)
+    assert expected in reply.data
+    assert control.Reply(2, ok=True, data="\0\0\0") == driven.worker.expect(control.Reply)
+
+
+def test_most_memories_can_be_handed_over(driven: Driven) -> None:
+    """As many memories as a supervisor keeps, and the journal, fit beside one message."""
+    driven.worker.kept = {str(number): os.memfd_create("kept") for number in range(control.MAX_MEMORIES)}
+
+    assert isinstance(driven.worker.open("ram:1M"), control.Opened)
+    assert control.MAX_MEMORIES < len(driven.worker.kept)
+
+
+def test_paused_disk_is_told(driven: Driven) -> None:
+    """The supervisor hears of a flush that failed."""
+    driven.connect("fault:op=flush|ram:1M")
+    driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+
+    assert "the disk is paused" in driven.worker.expect(control.Paused).sentence
+
+
 def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
     """D8: a layer's bug ends its requests with an error, is said with its text, is counted; the worker goes on."""
     driven.connect("clumsy:at=complete|ram:1M")
@@ -124,9 +155,10 @@ def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
     assert "KeyError: 'complete'" in driven.worker.said[0].event
 
 
-def test_bug_in_the_last_flush_does_not_keep_the_disk(driven: Driven) -> None:
-    """R23: a layer that fails over the last flush is reported, and the disk goes away all the same."""
-    driven.connect("clumsy:at=submit|ram:1M")
+@pytest.mark.parametrize("at", ["submit", "complete"])
+def test_bug_in_the_last_flush_does_not_keep_the_disk(driven: Driven, at: str) -> None:
+    """R23: a layer that fails over the last flush, on its way down or up, is reported, and the disk goes away."""
+    driven.connect(f"clumsy:at={at}|ram:1M")
     driven.disconnect()
     driven.worker.end()
 

@@ -1,5 +1,6 @@
 """Tests of `xenbackend.worker.reactor`; time is a number that the tests move."""
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from descriptors import open_descriptors
 
+from xenbackend.errors import KernelError
 from xenbackend.worker.reactor import Reactor
 
 
@@ -187,6 +189,66 @@ def test_bugs_go_to_their_handler(clock: Clock) -> None:
     reactor.close()
 
     assert bugs == ["a bug of ours", "a bug of ours"]
+
+
+class Sleeper:
+    """Something in flight that the host does not let us wait for, at first."""
+
+    in_flight = 1
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.delivered = 0
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Fail, or have slept."""
+        if self.failures:
+            self.failures -= 1
+            raise KernelError("wait for io_uring", errno.ENOMEM)
+        return False
+
+    def deliver(self) -> None:
+        """Count."""
+        self.delivered += 1
+
+
+def test_bug_in_a_hook_goes_to_the_handler(clock: Clock) -> None:
+    """An exception out of a hook is contained as a callback's is, and the hooks behind it are called."""
+    bugs: list[str] = []
+    reactor = Reactor(clock, on_bug=lambda error: bugs.append(str(error)))
+
+    def bug() -> bool:
+        raise ValueError("a bug of ours")
+
+    def stop() -> bool:
+        reactor.stop()
+        return True
+
+    reactor.before_sleep(bug)
+    reactor.before_sleep(stop)
+    reactor.run()
+    reactor.close()
+
+    assert bugs == ["a bug of ours"]
+
+
+def test_sleeper_that_cannot_wait_is_told_and_tried_again(clock: Clock) -> None:
+    """While the host refuses the one sleep for everything, the loop serves its own descriptors, and tries again."""
+    bugs: list[Exception] = []
+    reactor = Reactor(clock, on_bug=bugs.append)
+    event = os.eventfd(1)
+    sleeper = Sleeper(failures=2)
+    seen: list[int] = []
+    reactor.add(event, lambda: seen.append(os.eventfd_read(event)))
+    reactor.before_sleep(lambda: bool(sleeper.delivered and reactor.stop()))
+    reactor.sleep_by(sleeper)
+    reactor.run()
+    reactor.close()
+    os.close(event)
+
+    assert [KernelError] * 2 == [type(bug) for bug in bugs]
+    assert seen == [1]
+    assert sleeper.delivered
 
 
 def test_bugs_without_a_handler_end_the_loop(reactor: Reactor) -> None:

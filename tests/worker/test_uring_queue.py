@@ -1,7 +1,7 @@
 """Tests of `xenbackend.worker.uring_queue`, on the real kernel; skipped where it has no io_uring for us."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -138,3 +138,35 @@ def test_pieces_side_by_side_are_one(reactor: Reactor, image: Image, monkeypatch
 
     assert vectors == [2]
     assert [page[0] for page in pages] == [0, 1, 2, 0, 1, 2, 0, 3]
+
+
+def test_bug_of_one_image_does_not_cost_the_others_theirs(reactor: Reactor, image: Image) -> None:
+    """What has completed for other images is given back although the first that was told lets a bug out."""
+    assert image._queue is not None
+    fd = os.memfd_create("other")
+    os.truncate(fd, 64 * 4096)
+    other = Taker(fd, blockdev.examine(fd, "other", read_only=False), None, reactor, image._queue)
+    back: list[Request] = []
+    failed: list[Image] = []
+
+    def taker(each: Image) -> Callable[[list[Request]], None]:
+        def take(batch: list[Request]) -> None:
+            if not failed:
+                failed.append(each)
+                raise ValueError("a bug of ours")
+            back.extend(batch)
+            reactor.stop()
+
+        return take
+
+    for each in (image, other):
+        each.complete = taker(each)
+        each.submit(reads(2))
+    image._queue.kick()
+    image._queue.wait(None)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        image._queue.deliver()
+    reactor.run()
+    other.close()
+
+    assert len(back) == 2

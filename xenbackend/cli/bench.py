@@ -18,7 +18,7 @@ from pathlib import Path
 from xenbackend.bench import plot, report
 from xenbackend.bench.plan import WORKS, select_works
 from xenbackend.bench.session import FILE, Outcome, Session, run
-from xenbackend.units import parse_duration, parse_size
+from xenbackend.cli.arguments import duration, size
 
 _CHAINS = [f"aio:{FILE}", f"log:|aio:{FILE}"]
 _CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 (tmpfs: the page cache and nothing else)
@@ -46,13 +46,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--compare", action="store_true", help="measure nbdkit, QEMU and fio too, as far as installed")
     parser.add_argument("--direct", action="store_true", help="O_DIRECT on a disk instead of the page cache on tmpfs")
     parser.add_argument("--file", type=Path, help="where to make the bench file; it is removed in the end")
-    parser.add_argument("--size", type=_size, default=1 << 30, help="size of the bench file; default 1G")
+    parser.add_argument("--size", type=size, default=1 << 30, help="size of the bench file; default 1G")
     parser.add_argument("--work", action="append", default=[], metavar="NAME", help="only this workload; repeatable")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement; default 1")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is repeated; default 5")
     parser.add_argument(
         "--poll",
-        type=_duration,
+        type=duration,
         default=100e-6,
         metavar="TIME",
         help="how long the load looks for answers before it sleeps; 0us sleeps at once, as a guest does, and shows "
@@ -134,17 +134,3 @@ def _print(rows: list[report.Row], foreign: float) -> None:
     for _, group in groupby(rows, key=lambda row: row.work.name):
         console.print(report.table(list(group)))
     console.print(report.legend(rows, foreign), highlight=False)
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -18,10 +18,16 @@ from xenbackend.units import format_size
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+_HELP = "open a chain, explain it layer by layer, close it"
+_DESCRIPTION = (
+    "Open a chain as a worker would, explain it layer by layer, close it. What opening makes is made here too: "
+    "log:FILE leaves FILE and FILE.1 behind."
+)
+
 
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("check", help="open a chain, explain it layer by layer, close it")
+    parser = subparsers.add_parser("check", help=_HELP, description=_DESCRIPTION)
     parser.add_argument("chain", metavar="CHAIN", help="the layers, the guest's end first, such as log:|aio:/img")
     parser.add_argument("--read-only", action="store_true", help="open it as a disk that nobody may write to")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -20,7 +20,8 @@ only: one that is lost, doubled or late does no harm, and a store that was away 
 - ``online`` = 0 is the toolstack's request to go away: Closed is written once the worker has ended, so that the image
   is free. A frontend that is still connected is served until it has closed or its directory is gone.
 - A service that stops leaves a connected vbd's state alone: it is served again by the next service, from the same
-  ring, and its guest only sees a pause.
+  ring, and its guest only sees a pause. Not so a disk that is paused because a flush failed: what it lost stays lost,
+  and a successor would know nothing of it, so it goes to Closed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 from enum import Enum
 
 from xenbackend import control
-from xenbackend.blkif.features import Disk, Limits, publish_at_connect, publish_at_probe
+from xenbackend.blkif.features import MAX_SEGMENTS, Disk, Limits, publish_at_connect, publish_at_probe
 from xenbackend.blkif.handshake import STEPS, Step, XenbusState, parse_state
 from xenbackend.errors import ChainError, ConfigError
 from xenbackend.supervisor.events import (
@@ -51,6 +52,7 @@ from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.spec import Spec, parse_spec
 
 _S = XenbusState
+_SEGMENTS = "feature-max-indirect-segments"
 _SENTENCE_MAX = 1000  # characters of an error in xenstore, whose values end at 2048 bytes (quota)
 
 
@@ -104,6 +106,7 @@ class Device:
         self._failure = ""  # why there is no worker; until the vbd is attached anew
         self._ring_failure = ""  # why the frontend's rings are not served; until it starts anew
         self._halted = ""  # which ring the frontend broke; until it connects again
+        self._paused = ""  # which flush failed; until the frontend connects again
         self._is_stopping = False
         self._limit: tuple[Phase, bool] = (Phase.NONE, False)
 
@@ -115,7 +118,7 @@ class Device:
     @property
     def error(self) -> str:
         """A sentence for the operator, empty while all is well."""
-        return self._failure or self._refusal or self._ring_failure or self._halted
+        return self._failure or self._refusal or self._ring_failure or self._paused or self._halted
 
     def handle(self, event: Event) -> list[Action]:
         """Take notice of an event and return what to do about it, in order."""
@@ -134,6 +137,8 @@ class Device:
                 self._is_stopping = True
             case control.Halted():
                 self._halted = f"ring {event.ring} was stopped: {event.sentence}"
+            case control.Paused():
+                self._paused = event.sentence
             case _ if (type(event), self.phase) in _ANSWERS:
                 self._advance(event)
 
@@ -202,6 +207,8 @@ class Device:
         if not self._is_online():
             return {}
         keys: dict[str, str | None] = dict(publish_at_probe(self._limits))
+        if self.ours in (_S.CONNECTED, _S.CLOSING) and _SEGMENTS in (self.keys or {}):
+            del keys[_SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
         if self._failure or self._refusal:
             keys |= {"hotplug-error": (self._failure or self._refusal)[:_SENTENCE_MAX], "hotplug-status": "error"}
         elif self.phase in _USABLE and self.layers:
@@ -230,6 +237,8 @@ class Device:
             if self._is_live():
                 return _S.CLOSING
             return _S.CLOSED if self.phase is Phase.NONE else self.ours
+        if self._paused and self._is_stopping and self.ours in (_S.CONNECTED, _S.CLOSING):
+            return _S.CLOSED if self.phase is Phase.NONE else _S.CLOSING
         if self.layers and (self._failure or self._refusal):
             return _S.CLOSED if self.phase is Phase.NONE else self.ours
         match self._step():
@@ -288,12 +297,21 @@ class Device:
             self.phase = Phase.CLOSING
             return [Tell(control.Close())]
         if self.phase is Phase.OPEN and goal is Goal.SERVE:
-            self.phase, self._halted = Phase.CONNECTING, ""
-            return [Join()]
+            self.phase, self._halted, self._paused = Phase.CONNECTING, "", ""
+            return [self._join()]
         if self.phase is Phase.SERVING and goal is Goal.OPEN:
             self.phase = Phase.DISCONNECTING
             return [Tell(control.Disconnect())]
         return []
+
+    def _join(self) -> Join:
+        offered = self.keys or {}
+        segments = offered.get(_SEGMENTS, "")
+        is_number = segments.isascii() and segments.isdecimal() and len(segments) <= len(str(MAX_SEGMENTS))
+        return Join(
+            can_discard=offered.get("feature-discard") == "1",
+            max_segments=min(int(segments), MAX_SEGMENTS) if is_number else self._limits.max_segments,
+        )
 
     def _set_limit(self) -> list[Action]:
         is_forced = self.keys is None and self.phase is Phase.CLOSING

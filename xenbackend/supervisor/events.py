@@ -39,12 +39,13 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The service ends: finish what is in flight and close, leave the state as it is."""
+    """The service ends: finish what is in flight and close; leave the state as it is, unless the disk is paused."""
 
 
 Event = (
     Seen | Postponed | Ended | Expired | Stop
-    | control.Opened | control.Failed | control.Connected | control.Halted | control.Disconnected | control.Closed
+    | control.Opened | control.Failed | control.Connected | control.Halted | control.Paused
+    | control.Disconnected | control.Closed
 )  # fmt: skip
 
 
@@ -65,7 +66,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Read the frontend's keys and have the worker connect; answer `control.Failed` for keys that cannot be."""
+    """Read the frontend's keys and have the worker connect; answer `control.Failed` for keys that cannot be.
+
+    `can_discard` and `max_segments` (of an indirect request) are what the frontend was offered.
+    """
+
+    can_discard: bool
+    max_segments: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from xenbackend import control, counters, journal
+from xenbackend import control
 from xenbackend.errors import KernelError
 from xenbackend.supervisor.memories import Memories
 
@@ -32,7 +32,7 @@ OnEnd = Callable[[str], None]
 
 
 class Worker:
-    """One process and what the supervisor holds for it: its socket and its journal."""
+    """One process and the supervisor's end of its socket."""
 
     def __init__(
         self,
@@ -52,8 +52,6 @@ class Worker:
             try:
                 near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 undo.callback(near.close)
-                self.journal = _make_journal()
-                undo.callback(os.close, self.journal)
                 with far:
                     self._process = _start(command, far)
                 self._pidfd = os.pidfd_open(self._process.pid)
@@ -84,10 +82,6 @@ class Worker:
         self._why_killed = self._why_killed or sentence
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def counters_page(self) -> memoryview:
-        """Return the counters as they are now, `counters.SIZE` bytes, without asking the worker."""
-        return memoryview(os.pread(self.journal, counters.SIZE, 0))
 
     def _receive(self) -> None:
         """Hand on what the worker said."""
@@ -127,8 +121,7 @@ class Worker:
         status = self._process.wait()
         self._socket.close()
         sentence = self._why_killed or _describe_end(status)
-        for fd in (self._pidfd, self.journal):
-            os.close(fd)
+        os.close(self._pidfd)
         self._on_end(sentence)
 
 
@@ -147,12 +140,6 @@ def _start(command: Sequence[str], far: socket.socket) -> subprocess.Popen[bytes
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def _make_journal() -> int:
-    fd = os.memfd_create("xenbackend-journal", os.MFD_CLOEXEC)
-    os.ftruncate(fd, journal.SIZE)
-    return fd
 
 
 def _describe_end(status: int) -> str:

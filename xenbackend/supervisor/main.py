@@ -3,7 +3,8 @@
 Must not contain a rule about a vbd.
 
 Stopping (SIGTERM, SIGINT) drains every worker, closes its chain and leaves the vbds' states as they are: to a guest it
-is a pause, and the next service serves the same rings from where this one left off.
+is a pause, and the next service serves the same rings from where this one left off. A disk that a failed flush has
+paused is closed instead.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Service:
                 case {"verb": "status"}:
                     reply({"data": [describe(vbd) for _, vbd in sorted(self._registry.vbds.items())]})
                 case {"verb": "command", "vbd": str(vbd), "layer": str(layer), "command": str(verb)}:
-                    arguments = [str(each) for each in request.get("arguments", [])]
+                    arguments = _arguments(request)
                     self._registry.find(vbd).command(layer, verb, arguments, reply)
                 case _:
                     reply(
@@ -123,6 +124,13 @@ class Service:
                     )
         except XenbackendError as error:
             reply({"error": str(error)})
+
+
+def _arguments(request: dict[str, Any]) -> list[str]:
+    arguments = request.get("arguments", [])
+    if not isinstance(arguments, list) or not all(isinstance(each, str) for each in arguments):
+        raise ConfigError("the arguments of a command are a list of texts")
+    return arguments
 
 
 @contextmanager
@@ -179,7 +187,7 @@ def run_detached(settings: Settings, pid_file: Path, log_file: Path) -> int:
     from daemon import DaemonContext  # only here: who stays in the foreground does not need it
 
     try:
-        stream = log_file.open("a", encoding="utf-8", buffering=1)
+        stream = log_file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
     except OSError as error:
         raise ConfigError(f"{log_file}: cannot write the log there: {error.strerror}") from None
     with DaemonContext(pidfile=_pid_file(pid_file), stdout=stream, stderr=stream, umask=0o077, signal_map={}):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-MOST = 64  # that one vbd may have kept
+from xenbackend.control import MAX_MEMORIES
 
 
 class Memories:
@@ -29,7 +29,7 @@ class Memories:
         former = self._fds.pop(name, None)
         if former is not None:
             os.close(former)
-        if len(self._fds) < MOST:
+        if len(self._fds) < MAX_MEMORIES:
             self._fds[name] = fd
         else:
             os.close(fd)

@@ -83,9 +83,9 @@ def vdev_to_devid(vdev: str) -> int:
     """
     text = vdev.removeprefix("/dev/")
     if text.isascii() and text.isdigit():
-        if int(text) < DEVID_END:
+        if len(text) <= len(str(DEVID_END)) and int(text) < DEVID_END:  # Python refuses to read very long numbers
             return int(text)
-        raise ConfigError(f"{vdev!r}: device numbers end before {DEVID_END}")
+        raise ConfigError(f"{vdev[:40]!r}: device numbers end before {DEVID_END}")
     if match := _DIGITS.fullmatch(text):
         return _number(vdev, "xvd", int(match[1]), int(match[2] or 0))
     if match := _LETTERS.fullmatch(text):

@@ -20,6 +20,7 @@ from struct import Struct
 from typing import Any
 
 from xenbackend.errors import ConfigError
+from xenbackend.log import get_logger
 
 Reply = Callable[[dict[str, Any]], None]
 Handler = Callable[[dict[str, Any], Reply], None]
@@ -39,6 +40,7 @@ class Server:
         self._selector = selector
         self._handler = handler
         self._now = now
+        self._log = get_logger("server")
         self._clients: dict[_Client, None] = {}
         check_free(path)
         self._socket = _listen(self._path)
@@ -107,10 +109,14 @@ class Server:
             request = json.loads(line)
         except (ValueError, RecursionError):
             request = None
-        if isinstance(request, dict):
-            self._handler(request, reply)
-        else:
+        if not isinstance(request, dict):
             reply({"error": "the request is not a JSON object in one line"})
+            return
+        try:
+            self._handler(request, reply)
+        except Exception as bug:  # one odd request must not end the service of every disk
+            self._log.exception("a request could not be answered", verb=str(request.get("verb")))
+            reply({"error": f"the service could not answer, see its log: {type(bug).__name__}: {bug}"})
 
     def _drop(self, client: _Client) -> None:
         del self._clients[client]

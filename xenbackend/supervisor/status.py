@@ -19,7 +19,7 @@ _PERCENTILES = (0.5, 0.99, 0.999)
 def describe(vbd: Vbd) -> dict[str, Any]:
     """Return one vbd; durations in seconds unless the key says ns, times in seconds since 1970."""
     device, spec = vbd.device, vbd.device.spec
-    page = vbd.worker.counters_page() if vbd.worker else None
+    page = vbd.counters_page()
     return {
         "vbd": str(vbd.path),
         "kind": vbd.path.kind,

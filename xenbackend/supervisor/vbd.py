@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from xenbackend import control
+from xenbackend import control, counters, journal
 from xenbackend.blkif.features import parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
 from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError
@@ -50,7 +50,7 @@ class Surroundings:
 
 
 class Vbd:
-    """One vbd and its worker."""
+    """One vbd, its worker, and the journal that each of its workers goes on with."""
 
     def __init__(self, path: VbdPath, around: Surroundings) -> None:
         self.path = path
@@ -65,6 +65,7 @@ class Vbd:
         self._retry_at = 0.0
         self._watched = ""
         self._memories = Memories()
+        self._journal = -1  # once there was a worker
         self._published: dict[str, str] = {}
         self._published_error: str | None = None  # None: nobody knows what stands there
         self._events: deque[events.Event] = deque()
@@ -114,6 +115,10 @@ class Vbd:
         """Look at everything again and publish it anew: xenstore was away."""
         self.node_changed, self._retry_at = True, 0.0
         self._published, self._published_error = {}, None
+
+    def counters_page(self) -> memoryview | None:
+        """Return the counters as they are now, `counters.SIZE` bytes, without asking the worker; None without one."""
+        return memoryview(os.pread(self._journal, counters.SIZE, 0)) if self.worker else None
 
     def command(self, layer: str, verb: str, arguments: list[str], reply: Reply) -> None:
         """Ask a layer; `reply` gets ``{"data": text}`` or ``{"error": sentence}``."""
@@ -166,7 +171,7 @@ class Vbd:
             case events.Start():
                 self._start(action)
             case events.Join():
-                self._join()
+                self._join(action)
             case events.Tell() if self.worker is not None:
                 self.worker.send(action.message)
             case events.Kill() if self.worker is not None:
@@ -210,13 +215,15 @@ class Vbd:
             settings={"poll_us": settings.poll_us},
         )
         try:
+            if self._journal < 0:
+                self._journal = _make_journal()
             self.worker = self._around.fleet.start(self._take, self._end, self._memories)
         except KernelError as error:
             self.handle(events.Ended(str(error)))
             return
-        self.worker.send(message, [self.worker.journal, *memories.values()])
+        self.worker.send(message, [self._journal, *memories.values()])
 
-    def _join(self) -> None:
+    def _join(self, action: events.Join) -> None:
         frontend = self._watched.removesuffix("/state")
         store, limits = self._around.store, self._around.settings.limits
         try:
@@ -228,8 +235,11 @@ class Vbd:
             self.handle(events.Postponed())
             raise
         rings = [control.RingParameters(list(ring.grefs), ring.event_channel) for ring in chosen.rings]
+        agreed = control.Connect(
+            chosen.protocol, rings, chosen.persistent, can_discard=action.can_discard, max_segments=action.max_segments
+        )
         if self.worker is not None:
-            self.worker.send(control.Connect(chosen.protocol, rings, chosen.persistent))
+            self.worker.send(agreed)
 
     def _take(self, message: control.Message) -> None:
         """Take a worker's message."""
@@ -243,7 +253,7 @@ class Vbd:
                 self._say(level, message.event, **message.fields)
             case (
                 control.Opened() | control.Failed() | control.Connected() | control.Halted()
-                | control.Disconnected() | control.Closed()
+                | control.Paused() | control.Disconnected() | control.Closed()
             ):  # fmt: skip
                 self.handle(message)
 
@@ -291,6 +301,9 @@ class Vbd:
     def _forget(self) -> None:
         self.is_forgotten = True
         self._memories.close()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1  # this may be called again
         store = self._around.store
         with suppress(StoreError):
             if self._watched:
@@ -310,3 +323,13 @@ class Vbd:
         # A worker names its own fields: none of them may stand in for one of ours.
         own = {"event", "vbd", "component"}
         getattr(self._log, level)(event, **{key: value for key, value in fields.items() if key not in own})
+
+
+def _make_journal() -> int:
+    """Return the descriptor of an empty journal. Raises: KernelError."""
+    try:
+        fd = os.memfd_create("xenbackend-journal", os.MFD_CLOEXEC)
+        os.ftruncate(fd, journal.SIZE)
+    except OSError as error:
+        raise KernelError("make a journal", error.errno or errno.EIO) from None
+    return fd

@@ -12,7 +12,6 @@ from weakref import WeakMethod
 
 from xenbackend import counters
 from xenbackend.blkif.abi import LAYOUTS, SECTOR, ring_entries
-from xenbackend.blkif.features import MAX_SEGMENTS
 from xenbackend.blkif.request import Decoder
 from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.driver import Geometry
@@ -20,6 +19,7 @@ from xenbackend.block.request import Request
 from xenbackend.control import Connect, RingParameters
 from xenbackend.journal import RingJournal
 from xenbackend.kernel.cpu import has_idle_cpu
+from xenbackend.kernel.fence import is_strongly_ordered
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
@@ -94,12 +94,14 @@ class Connection:
         complain: Callable[[str], None],
         alarm: Callable[[str], None],
         on_halt: Callable[[int, str], None],
+        on_pause: Callable[[str], None],
     ) -> None:
         """Map the rings and bind the channels; serving begins with the next pass of the loop.
 
         Raises: KernelError, where the frontend's pages or port cannot be had; then nothing is left behind.
         """
         self._reactor = reactor
+        self._agreed = agreed
         self._geometry = geometry
         self._journal = journal
         self._on_halt = on_halt
@@ -115,7 +117,7 @@ class Connection:
             copied = CopiedGrants(table, host.allocate)
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
-            self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, complain, alarm)
+            self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, complain, alarm, on_pause)
             self._by_port: dict[int, tuple[Channel, Queue]] = {}
             for number, parameters in enumerate(agreed.rings):
                 self._open_ring(undo, table, number, parameters, host)
@@ -132,12 +134,12 @@ class Connection:
         self.engine.drain(lambda: flush(lambda: self._release(then)))
 
     def _release(self, then: Callable[[], None]) -> None:
-        self.engine.fail_held()
-        self._tally.publish()
         self._closed = True
+        self._undo.callback(self._tally.publish)
+        self._undo.callback(self.engine.fail_held)  # is called first
         try:
             self._undo.close()
-        finally:  # whatever the host refuses now, the chain has to be closed and the image let go
+        finally:  # whatever goes wrong now, the chain has to be closed and the image let go
             self.engine.queues.clear()  # they know us: without this, only the garbage collector would find us
             self._by_port.clear()
             then()
@@ -148,7 +150,8 @@ class Connection:
         order = (len(parameters.grefs) - 1).bit_length()
         mapping = table.map(parameters.grefs, writable=True)
         undo.callback(mapping.release)
-        ring = BackRing(mapping.view, self._layout, ring_entries(self._layout, order), host.fence)
+        entries = ring_entries(self._layout, order)
+        ring = BackRing(mapping.view, self._layout, entries, host.fence, is_strongly_ordered=is_strongly_ordered())
         journal = RingJournal(self._journal, number, self._layout.slot_size)
         journal.begin(ring.size, ring.consumed)
         decoder = Decoder(
@@ -156,8 +159,8 @@ class Connection:
             self._geometry.size // SECTOR,
             read_only=self._geometry.read_only,
             can_flush=self._geometry.can_flush,
-            can_discard=self._geometry.can_discard,
-            max_segments=MAX_SEGMENTS,
+            can_discard=self._geometry.can_discard and self._agreed.can_discard,
+            max_segments=self._agreed.max_segments,
         )
         port = self._events.bind(parameters.event_channel)
         undo.callback(self._events.unbind, port)

@@ -58,7 +58,6 @@ class EnvFactory:
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
         resumes: a guest may have written through an earlier worker.
-        resumes: a guest may have written through an earlier worker.
     """
 
     def __init__(

@@ -28,7 +28,9 @@ from xenbackend.worker.polling import POLL_US, Poller
 from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
-MAX_DESCRIPTORS = 64  # beside one message
+MAX_DESCRIPTORS = 1 + control.MAX_MEMORIES  # beside one message: the journal, and memories
+_REPLY_MAX = 128 * 1024  # bytes of a datagram: below any socket's buffer, and `control.MAX_MESSAGE`
+_SENTENCE_MAX = 1000  # characters
 LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
 
 
@@ -117,6 +119,7 @@ class Worker:
                 complain=self._speech.complain,
                 alarm=self._speech.alarm,
                 on_halt=self._on_halt,
+                on_pause=lambda sentence: self._speech.say(control.Paused(sentence)),
             )
         except XenbackendError as problem:
             self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EIO)))
@@ -135,10 +138,16 @@ class Worker:
             if self._chain is None:
                 raise DriverError("the chain is not open", errno=errno.ENODEV)
             data = self._chain.control(message.layer, message.verb, message.arguments)
+            reply = control.Reply(message.id, ok=True, data=data.decode("latin-1"))
+            if len(control.encode(reply)) > _REPLY_MAX:
+                raise DriverError(f"an answer of {len(data)} bytes is too large; ask for less", errno=errno.EMSGSIZE)
         except XenbackendError as problem:
-            self._speech.say(control.Reply(message.id, ok=False, data=str(problem)))
-            return
-        self._speech.say(control.Reply(message.id, ok=True, data=data.decode("latin-1")))
+            reply = control.Reply(message.id, ok=False, data=str(problem)[:_SENTENCE_MAX])
+        except Exception as bug:  # D8; whoever asked is still waiting
+            self._on_bug(bug)
+            sentence = f"a bug in layer {message.layer}: {type(bug).__name__}: {bug}"
+            reply = control.Reply(message.id, ok=False, data=sentence[:_SENTENCE_MAX])
+        self._speech.say(reply)
 
     def _on_disconnect(self, _: control.Disconnect) -> None:
         self._disconnect(lambda: self._speech.say(control.Disconnected()))
@@ -178,17 +187,20 @@ class Worker:
                 self._speech.alarm(f"the last flush failed: {os.strerror(request.status)}")
             self._reactor.call_soon(waiting.pop())
 
+        def contain(bug: Exception, _given: object = ()) -> None:  # D8; a bug of one layer must not keep the disk
+            self._on_bug(bug)
+            if waiting:
+                self._reactor.call_soon(waiting.pop())
+
         request = Request()
         request.op, request.status = Op.FLUSH, PENDING
-        self._chain.contain = lambda bug, _given: self._on_bug(bug)
+        self._chain.contain = contain
         self._chain.complete = flushed
         try:
             self._chain.submit([request])
             self._files.kick()
-        except Exception as bug:  # D8; a bug of one layer must not keep the disk
-            self._on_bug(bug)
-            if waiting:
-                self._reactor.call_soon(waiting.pop())
+        except Exception as bug:
+            contain(bug)
 
     def _close(self) -> None:
         try:

@@ -25,6 +25,7 @@ from typing import Protocol
 from xenbackend.worker.threads import Threads
 
 Call = Callable[[], object]
+_SLEEPER_RETRY_S = 0.1  # after it could not wait
 _EVENTS = 64  # descriptors per pass; more come in the next one
 
 
@@ -45,7 +46,7 @@ class Reactor:
 
     Args:
         clock: seconds, never going back.
-        on_bug: gets the exceptions that callbacks let out; without it they end `run`.
+        on_bug: gets the exceptions that callbacks, hooks and the sleeper let out; without it they end `run`.
     """
 
     def __init__(
@@ -134,7 +135,10 @@ class Reactor:
             self._call(soon.popleft())
         awake = False
         for hook in self._hooks:
-            awake |= hook()
+            try:
+                awake |= hook()
+            except Exception as error:
+                self._bug(error)
         ready = self._wait(0 if awake or soon or self._stopped else self._until_timer())
         if self._timers:
             self._run_timers()
@@ -148,7 +152,12 @@ class Reactor:
         sleeper = self._sleeper
         if sleeper is None or not sleeper.in_flight:
             return self._epoll.poll(timeout_s, _EVENTS)
-        may_be_ready = sleeper.wait(timeout_s)
+        try:
+            may_be_ready = sleeper.wait(timeout_s)
+        except Exception as error:  # the host refused: the loop's own descriptors are served on, and it is tried again
+            self._bug(error)
+            retry_s = _SLEEPER_RETRY_S
+            return self._epoll.poll(retry_s if timeout_s is None else min(timeout_s, retry_s), _EVENTS)
         self._call(sleeper.deliver)
         return self._epoll.poll(0, _EVENTS) if may_be_ready else []
 

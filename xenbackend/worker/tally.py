@@ -22,7 +22,7 @@ _SUMS = (
 
 
 class Tally:
-    """Adds what one connection counts to what the page says already: counters outlive connections and workers."""
+    """Adds what one connection counts to what the page says already: counters outlive both connection and worker."""
 
     def __init__(self, page: memoryview, engine: Engine) -> None:
         """Write to `page`, counters.SIZE bytes."""

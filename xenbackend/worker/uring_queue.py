@@ -92,8 +92,14 @@ class UringQueue:
     def deliver(self) -> None:
         """Give back what has completed."""
         done, self._done = self._done, {}
-        for image, batch in done.items():
-            image.finished(batch)
+        try:
+            while done:
+                image, batch = done.popitem()
+                image.finished(batch)
+        finally:
+            if done:  # what a bug of one image lets out must not cost the others theirs
+                self._done = done
+                self._reactor.call_soon(self.deliver)
 
     def _start_vector(self, image: Image, request: Request, number: int) -> None:
         """Join what lies side by side in memory: a disk's price is per piece."""
