@@ -34,7 +34,7 @@ class Settings:
     serve: str = "ours"  # "ours": vbds whose script is named in `scripts`; "all": every vbd
     scripts: list[str] = field(default_factory=lambda: ["block-xenbackend", "tap2"])  # base names
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])
-    poll_us: int = 30  # how long a worker looks for the next request before it sleeps; 0 is never
+    poll_us: int = 60  # how long a worker looks for the next request before it sleeps; 0 is never
     log: str = "console"
     log_level: str = "info"
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]

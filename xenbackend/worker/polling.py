@@ -14,7 +14,7 @@ from time import perf_counter_ns
 
 from xenbackend.blkif.ring import BackRing
 
-POLL_US = 30  # by default
+POLL_US = 60  # by default: a guest that sleeps needs about 40 to wake, see its answer and ask again
 _PATIENCE = 8  # looks in vain, one after the other, before it gives up for a while
 _PAUSE = 256  # sleeps without a look after that
 
