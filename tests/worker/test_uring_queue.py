@@ -162,8 +162,8 @@ def test_bug_of_one_image_does_not_cost_the_others_theirs(reactor: Reactor, imag
     for each in (image, other):
         each.complete = taker(each)
         each.submit(reads(2))
-    image._queue.kick()
-    image._queue.wait(None)
+    while image._queue.in_flight:
+        image._queue.wait(None)
     with pytest.raises(ValueError, match="a bug of ours"):
         image._queue.deliver()
     reactor.run()

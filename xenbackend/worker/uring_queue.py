@@ -5,20 +5,31 @@ Must not decide which requests come here, nor what becomes of an odd result: the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.block.request import Op, Request
 from xenbackend.kernel.memory import address_of, addresses
 from xenbackend.kernel.uring import MAX_IOVECS, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, Uring
 
 if TYPE_CHECKING:
-    from xenbackend.worker.image import Image
     from xenbackend.worker.reactor import Reactor
 
 _EAGER = 8  # queued: more would leave the disk idle while we queue; measured, a fifth more I/O than without
 _SINGLE = (OP_READ, OP_WRITE)
 _VECTOR = (OP_READV, OP_WRITEV)
 _POLL = 1 << 63  # the user_data of no request
+
+
+class Owner(Protocol):
+    """Whoever queues requests for a file: an open image."""
+
+    fd: int
+
+    def settle(self, request: Request, result: int) -> bool:
+        """Set the status for a result that is not the full length; False where the request was started again."""
+
+    def finished(self, batch: list[Request]) -> None:
+        """Take back what was started."""
 
 
 class UringQueue:
@@ -34,14 +45,14 @@ class UringQueue:
         self._reactor = reactor
         self._uring = Uring()
         self._lent: list[Request | None] = []  # by the number that travels as user_data
-        self._owners: list[Image | None] = []
+        self._owners: list[Owner | None] = []
         self._free: list[int] = []
-        self._done: dict[Image, list[Request]] = {}
+        self._done: dict[Owner, list[Request]] = {}
         self._is_polling = False  # for the loop's descriptors
         self.in_flight = 0
         reactor.sleep_by(self)
 
-    def start(self, image: Image, request: Request) -> None:
+    def start(self, image: Owner, request: Request) -> None:
         """Queue one request for `image`, whose `finished` or `settle` gets it back."""
         if self._free:
             number = self._free.pop()
@@ -101,7 +112,7 @@ class UringQueue:
                 self._done = done
                 self._reactor.call_soon(self.deliver)
 
-    def _start_vector(self, image: Image, request: Request, number: int) -> None:
+    def _start_vector(self, image: Owner, request: Request, number: int) -> None:
         """Join what lies side by side in memory: a disk's price is per piece."""
         pieces: list[int] = []
         end = -1
