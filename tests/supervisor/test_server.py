@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import selectors
 import socket
@@ -210,6 +211,17 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
     """The operator is told which directory to make."""
     with pytest.raises(ConfigError, match=r"make the directory .*/none"):
         Server(str(tmp_path / "none" / "x"), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+
+
+def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the unit's runtime directory is missing, because nobody used the unit, it is made, for us alone."""
+    own = tmp_path / "xenbackend"
+    monkeypatch.setattr(server_module, "OWN_DIRECTORY", own)
+    with contextlib.closing(selectors.DefaultSelector()) as selector:
+        listening = Server(str(own / "x"), selector, lambda *_: None, lambda: 0.0)
+        listening.close()
+
+    assert 0o700 == own.stat().st_mode & 0o777
 
 
 def test_an_error_reaches_the_caller_as_an_exception(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from xenbackend.errors import ConfigError
 from xenbackend.log import get_logger
+from xenbackend.supervisor.client import DEFAULT_SOCKET
 
 Reply = Callable[[dict[str, Any]], None]
 Handler = Callable[[dict[str, Any], Reply], None]
@@ -28,6 +29,7 @@ Handler = Callable[[dict[str, Any], Reply], None]
 MAX_CLIENTS = 16
 MAX_LINE = 64 * 1024  # bytes of a request
 IDLE_S = 30.0
+OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -156,7 +158,10 @@ class _Client:
 
 
 def check_free(path: str) -> None:
-    """Raise ConfigError when a service answers on `path` already."""
+    """Make our own directory where it is missing, and raise ConfigError when a service answers on `path` already."""
+    if Path(path).parent == OWN_DIRECTORY:  # systemd makes it for the unit; whoever starts us by hand need not
+        with suppress(OSError):
+            OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

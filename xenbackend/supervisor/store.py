@@ -36,6 +36,7 @@ from xenbackend.supervisor.nodes import Nodes
 T = TypeVar("T")
 
 XENSTORE_PAYLOAD_MAX = 4096  # io/xs_wire.h
+_ANSWER_MAX = 1 << 20  # over a socket oxenstored answers a long directory in one piece, whatever the header says
 _NUMBERS = dict(zip(Op._fields, Op, strict=True)) | {"DIRECTORY_PART": 22}  # io/xs_wire.h; the last one is not in pyxs
 _HEADER = struct.Struct("=IIII")  # io/xs_wire.h, "struct xsd_sockmsg": type, req_id, tx_id, len
 
@@ -288,7 +289,7 @@ class Store(Nodes):
         transport = self._transport()
         try:
             op, request, transaction, size = _HEADER.unpack(transport.recv(_HEADER.size))
-            if size > XENSTORE_PAYLOAD_MAX:
+            if size > _ANSWER_MAX:
                 raise self._lost(f"it announced a payload of {size} bytes")
             return Packet._make((op, request, transaction, size, transport.recv(size)))
         except OSError as error:
