@@ -332,7 +332,7 @@ def test_rebind_after_unbind(far, events) -> None:
     far.notify()
     port = events.bind(remote)
 
-    assert [port] == wait_pending(events)
+    assert {port} == set(wait_pending(events))  # the real device may still tell of the port's former life
 
 
 def test_notify_to_nobody_is_silent(far, events) -> None:

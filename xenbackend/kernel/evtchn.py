@@ -81,7 +81,10 @@ class Evtchn:
 
     def unbind(self, port: int) -> None:
         """Close the port. Raises: KernelError."""
-        ioctl.call(self._fd, UNBIND, self._ports.pop(port), f"unbind port {port}")
+        argument = self._ports.pop(port, None)
+        if argument is None:
+            raise KernelError(f"unbind port {port}, which is not bound", errno.EINVAL)
+        ioctl.call(self._fd, UNBIND, argument, f"unbind port {port}")
 
     def close(self) -> None:
         """Close every port and the device."""
