@@ -89,16 +89,17 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
             guest.close()
             machine.store.remove(f"/local/domain/{guest.domid}")
         give_up = time.monotonic() + 10
-        while time.monotonic() < give_up:  # the last worker's last words, and our own connection, are on their way
+        while time.monotonic() < give_up:  # the last workers' last words, and our own connection, are on their way
             left = _descriptors_after_an_answer(machine)
-            if not _children(machine.service_pid) and left <= descriptors:
+            new = {path for path, _ in machine.xenstored.dump()} - {path for path, _ in nodes}
+            status = {path for path in new if path.startswith("/local/domain/0/xenbackend/vbd/")}
+            if not _children(machine.service_pid) and left <= descriptors and not status:
                 break
 
         assert {value["errors"] + value["guest_errors"] + value["bugs"] for value in counters} == {0}
         assert {"mappings": 0, "pins": 0, "ports": 0} == machine.xen.held()
         assert [] == _children(machine.service_pid)
         assert left <= descriptors
-        new = {path for path, _ in machine.xenstored.dump()} - {path for path, _ in nodes}
         assert {"/local/domain/0/xenbackend", "/local/domain/0/xenbackend/vbd"} >= {
             path for path in new if "/libxl" not in path or "vbd" in path
         }
