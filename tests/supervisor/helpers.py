@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xenbackend.supervisor.claim import Bus
 from xenbackend.supervisor.events import Expired
 from xenbackend.supervisor.fleet import Fleet
 from xenbackend.supervisor.nodes import Nodes
 from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.registry import Registry
+from xenbackend.supervisor.server import Reply, Server
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.vbd import Vbd
@@ -25,17 +27,35 @@ PATIENCE_S = 20.0  # for what must happen; a failed test takes this long, a pass
 
 
 class Stepped:
-    """A registry and the loop around it."""
+    """A registry and the loop around it, with a toolstack that runs the hotplug script once it sees InitWait."""
 
-    def __init__(self, address: str, settings: Settings) -> None:
+    def __init__(
+        self, address: str, settings: Settings, *, bus: Bus | None = None, socket: str = "", runs_script: bool = True
+    ) -> None:
         self.selector = selectors.DefaultSelector()
         self.store = Store(address)
-        self.registry = Registry(self.store, Fleet(self.selector, FAKE_WORKER), settings, self.selector)
+        self.answers: list[dict[str, Any]] = []  # that the script got
+        self.registry = Registry(self.store, Fleet(self.selector, FAKE_WORKER), settings, self.selector, bus=bus)
         self.registry.start()
+        self._runs_script = runs_script
+        self._server = Server(socket, self.selector, self._answer, time.monotonic) if socket else None
+
+    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
+        if request["verb"] == "hotplug":
+            self.registry.hotplug(request["path"], reply)
+        else:
+            reply({"data": ""})
+
+    def script(self, path: VbdPath = PATH) -> None:
+        """Run the toolstack's hotplug script; what it is told goes to `answers`."""
+        self.registry.hotplug(path.backend, self.answers.append)
 
     def turn(self, timeout_s: float = 0.05) -> None:
         """Do one pass of the loop."""
         is_busy = self.registry.turn()
+        for path, vbd in list(self.registry.vbds.items()):
+            if self._runs_script and vbd.device.ours == 2 and not vbd.device.hotplug and not vbd.scripts:
+                self.script(path)
         for key, _ in self.selector.select(0 if is_busy else timeout_s):
             if self.selector.get_map().get(key.fd) is key:
                 key.data()
@@ -63,6 +83,8 @@ class Stepped:
             if vbd.worker is not None:
                 vbd.worker.kill("the test is over")
         self.until(lambda: not self.registry.vbds)
+        if self._server is not None:
+            self._server.close()
         self.store.close()
         self.selector.close()
 

@@ -376,3 +376,62 @@ def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
     assert [control.Close()] == world.inbox
     world.settle()
     assert ("4", "null:2G", True) == (world.state, world.device.spec and world.device.spec.chain, world.is_connected)
+
+
+def test_no_ring_is_served_before_the_script_has_come() -> None:
+    """A toolstack that has not seen InitWait yet would wait for it in vain: a faster frontend waits for the script."""
+    world = World(theirs=S.INITIALISED, runs_script=False)
+    world.settle()
+    before = (world.state, world.device.hotplug, world.is_connected)
+    world.send(events.Called())
+    world.settle()
+
+    assert ("2", "", False) == before
+    assert ("4", "connected", True) == (world.state, world.device.hotplug, world.is_connected)
+
+
+def test_the_next_service_knows_that_the_script_has_come() -> None:
+    """A service that was started again serves a vbd whose script has come, without waiting for another one."""
+    world = World(runs_script=False)
+    assert world.node is not None
+    world.node |= {"state": "2", "hotplug-status": "connected"}
+    world.theirs = S.INITIALISED
+    world.settle()
+
+    assert "4" == world.state
+
+
+def test_a_vbd_without_a_script_is_not_waited_for() -> None:
+    """Where the toolstack names no script, none will come."""
+    world = World(theirs=S.INITIALISED, runs_script=False)
+    assert world.node is not None
+    del world.node["script"]
+    world.settle()
+
+    assert "4" == world.state
+
+
+def test_a_script_that_comes_after_the_failure_is_told() -> None:
+    """A chain that failed before the script came leaves its sentence at once, and the status when the script asks."""
+    world = World(runs_script=False)
+    world.see()
+    world.inbox.clear()
+    world.send(control.Failed("aio: /img: there is no such file", 2))
+    world.settle()
+    assert world.node is not None
+    before = (world.node["hotplug-error"], world.device.hotplug)
+    world.send(events.Called())
+
+    assert ("aio: /img: there is no such file", "") == before
+    assert ("2", "error") == (world.state, world.device.hotplug)
+
+
+def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
+    """The script of a former vbd in the same place counts for nothing."""
+    world = connected()
+    world.node = dict(NODE)
+    world.theirs = S.INITIALISED
+    world.runs_script = False
+    world.settle()
+
+    assert ("2", "") == (world.state, world.device.hotplug)

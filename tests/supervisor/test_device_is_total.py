@@ -22,7 +22,8 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
     """R16: from each pair of states and each phase, every event leads to a state without an exception, twice alike."""
     messages: list[events.Event] = [
         events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
-        events.Expired(), events.Stop(), control.Opened([LAYER]), control.Failed("x", 5), control.Connected(),
+        events.Expired(), events.Called(), events.Stop(),
+        control.Opened([LAYER]), control.Failed("x", 5), control.Connected(),
         control.Halted(0, "x"), control.Paused("x"), control.Disconnected(), control.Closed(),
     ]  # fmt: skip
     for phase in Phase:

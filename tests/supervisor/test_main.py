@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.helpers import PATH
+from tests.supervisor.helpers import PATH, write_like_libxl
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.client import call
 from xenbackend.supervisor.store import Store
@@ -77,7 +77,7 @@ def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, sy
     """A real worker opens the chain; SIGTERM closes it, leaves the states, and takes our own nodes and socket away."""
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
-    attach(toolstack, Attachment(PATH, "null:1G"))
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
     [known] = call(str(control_socket), {"verb": "status"})["data"]
     pid = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
     systemd.wait_for("WATCHDOG=1")
@@ -159,8 +159,12 @@ def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> No
 
 
 def _wait_until_served(store: Store, control_socket: Path) -> None:
-    """Wait for the daemon's own sign of life in xenstore: an attached disk that opens."""
-    attach(store, Attachment(PATH, "null:1G"))
+    """Wait for the daemon's own sign of life in xenstore: a disk of a toolstack that it takes notice of."""
+    write_like_libxl(store)
+    store.watch(f"{PATH.backend}/state", "state")
+    while "2" != store.read(f"{PATH.backend}/state"):
+        assert select.select([store.fileno()], [], [], 30)[0]
+        store.events()
     assert control_socket.exists()
 
 

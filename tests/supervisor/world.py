@@ -46,13 +46,16 @@ class World:
     limit: float | None = None
     is_forgotten: bool = False
     joined: events.Join | None = None  # as it was asked for last
+    runs_script: bool = True  # as libxl does once it has seen InitWait
 
     def __post_init__(self) -> None:
         self.device = Device(PATH, Limits())
 
     def see(self) -> None:
-        """Let the automaton look."""
+        """Let the automaton look, and the toolstack do what it does then."""
         self.send(events.Seen(self.node, self.theirs))
+        if self.runs_script and self.state == "2" and not self.device.hotplug:
+            self.send(events.Called())
 
     def send(self, event: events.Event) -> None:
         """Hand over an event and do what is answered."""

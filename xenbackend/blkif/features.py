@@ -41,6 +41,9 @@ class Limits:
     max_segments: int = MAX_SEGMENTS
 
 
+MAXIMA = Limits(MAX_QUEUES, MAX_RING_ORDER, MAX_SEGMENTS)  # the most that we can serve
+
+
 @dataclass(frozen=True, slots=True)
 class Disk:
     """The disk as a frontend sees it; sizes in bytes."""

@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from xenbackend.cli.arguments import duration
+from xenbackend.supervisor.client import DEFAULT_SOCKET
 from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.toolstack import (
     DETACH_TIMEOUT_S,
@@ -28,12 +29,14 @@ def register(subparsers: Any) -> None:
         "attach",
         help="give a running guest a disk made of a chain",
         description="Give a running guest a disk, and return when its chain is open. The disk is gone after the "
-        "guest's reboot, save or migration: it is not in the guest's configuration.",
+        "guest's reboot, save or migration: it is not in the guest's configuration. A disk for the domain that this "
+        "command runs in, such as 0, is there as soon as its name is printed: /dev/xvdq.",
     )
     _add_place(parser)
     parser.add_argument("chain", metavar="CHAIN", help="the disk, such as log:|aio:/img/disk.raw")
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument("--wait", action="store_true", help="return only when the guest is connected")
+    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
     parser.add_argument(
         "--timeout", type=duration, default=OPEN_TIMEOUT_S, metavar="SECONDS", help="wait so long (%(default)s)"
     )
@@ -52,14 +55,15 @@ def register(subparsers: Any) -> None:
 
 
 def run_attach(args: argparse.Namespace) -> int:
-    """Attach, and print which vbd it became."""
+    """Attach, and print which vbd it became, or which device of our own domain."""
     check_paths(args.chain)
     with Store(args.store) as store:
         path = vbd_path(store, args.domid, args.vdev)
-        attach(store, Attachment(path, args.chain, read_only=args.read_only), args.timeout)
-        if args.wait:
+        attach(store, Attachment(path, args.chain, read_only=args.read_only), args.socket, args.timeout)
+        is_ours = path.frontend_domid == path.backend_domid
+        if args.wait or is_ours:
             wait_until_connected(store, path, args.timeout)
-    print(f"attached {path}")
+    print(f"/dev/{args.vdev.removeprefix('/dev/')}" if is_ours else f"attached {path}")
     return 0
 
 

@@ -150,7 +150,7 @@ class Machine:
     def attach(self, domid: int, vdev: str, chain: str, *, read_only: bool = False) -> VbdPath:
         """Give a guest a disk. Raises: ChainError, XenbackendError."""
         path = vbd_path(self.store, domid, vdev)
-        attach(self.store, Attachment(path, chain, read_only=read_only))
+        attach(self.store, Attachment(path, chain, read_only=read_only), self.control)
         return path
 
     def detach(self, path: VbdPath) -> None:

@@ -13,10 +13,12 @@ only: one that is lost, doubled or late does no harm, and a store that was away 
 
 `blkif.handshake.STEPS` says what to do in each pair of states. On top of it:
 
-- The hotplug side is ready when the chain is open; whoever waits for it reads ``hotplug-status``.
-- A chain that cannot be opened leaves the state alone, because a toolstack waits to see exactly InitWait before it
-  looks at ``hotplug-error``. A worker that dies afterwards takes the vbd to Closed, with a sentence, until it is
-  attached anew or its frontend begins anew; the next worker gets the memories of the one that died.
+- No frontend is served before the toolstack's hotplug script has come: a toolstack waits to see exactly InitWait before
+  it starts one. That it came is kept as ``hotplug-status``, so that the next service knows; its value, ``connected``
+  once the chain is open or ``error``, is what the script is told.
+- A chain that cannot be opened leaves the state alone, for the same reason, and its sentence in ``hotplug-error``. A
+  worker that dies afterwards takes the vbd to Closed, with a sentence, until it is attached anew or its frontend begins
+  anew; the next worker gets the memories of the one that died.
 - ``online`` = 0 is the toolstack's request to go away: Closed is written once the worker has ended, so that the image
   is free. A frontend that is still connected is served until it has closed or its directory is gone.
 - A service that stops leaves a connected vbd's state alone: it is served again by the next service, from the same
@@ -34,6 +36,7 @@ from xenbackend.blkif.handshake import STEPS, Step, XenbusState, parse_state
 from xenbackend.errors import ChainError, ConfigError
 from xenbackend.supervisor.events import (
     Action,
+    Called,
     Ended,
     Event,
     Expired,
@@ -48,12 +51,13 @@ from xenbackend.supervisor.events import (
     Tell,
     Write,
 )
+from xenbackend.supervisor.nodes import SENTENCE_MAX
 from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.spec import Spec, parse_spec
 
 _S = XenbusState
 _SEGMENTS = "feature-max-indirect-segments"
-_SENTENCE_MAX = 1000  # characters of an error in xenstore, whose values end at 2048 bytes (quota)
+_STATUS = "hotplug-status"
 
 
 class Phase(Enum):
@@ -107,6 +111,7 @@ class Device:
         self._ring_failure = ""  # why the frontend's rings are not served; until it starts anew
         self._halted = ""  # which ring the frontend broke; until it connects again
         self._paused = ""  # which flush failed; until the frontend connects again
+        self._is_called = False  # by the hotplug script; see `_has_come`
         self._is_stopping = False
         self._limit: tuple[Phase, bool] = (Phase.NONE, False)
 
@@ -114,6 +119,11 @@ class Device:
     def ours(self) -> XenbusState:
         """Our own state as the store holds it."""
         return parse_state((self.keys or {}).get("state"))
+
+    @property
+    def hotplug(self) -> str:
+        """What the hotplug script is told: ``connected``, ``error``, or nothing yet."""
+        return (self.keys or {}).get(_STATUS, "")
 
     @property
     def error(self) -> str:
@@ -133,6 +143,8 @@ class Device:
                 self._look(event)
             case Ended():
                 self._end(event)
+            case Called():
+                self._is_called = True
             case Stop():
                 self._is_stopping = True
             case control.Halted():
@@ -162,6 +174,8 @@ class Device:
         # gets another worker, unless it was the opening that failed: that fails again.
         if self.ours is _S.INITIALISING or (begins_anew and self.layers):
             self._failure = ""
+        if self.ours is _S.INITIALISING:
+            self._is_called = False
         if has_changed:
             self._read_spec()
 
@@ -210,11 +224,18 @@ class Device:
         if self.ours in (_S.CONNECTED, _S.CLOSING) and _SEGMENTS in (self.keys or {}):
             del keys[_SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
         if self._failure or self._refusal:
-            keys |= {"hotplug-error": (self._failure or self._refusal)[:_SENTENCE_MAX], "hotplug-status": "error"}
+            keys |= {"hotplug-error": (self._failure or self._refusal)[:SENTENCE_MAX], _STATUS: "error"}
         elif self.phase in _USABLE and self.layers:
             keys |= publish_at_connect(self._disk(self.layers[0]))
-            keys |= {"hotplug-error": None, "hotplug-status": "connected"}
+            keys |= {"hotplug-error": None, _STATUS: "connected"}
+        if not self._has_come():
+            keys.pop(_STATUS, None)
         return keys
+
+    def _has_come(self) -> bool:
+        """True once the toolstack's hotplug script has come, to this service or an earlier one, or if there is none."""
+        keys = self.keys or {}
+        return self._is_called or _STATUS in keys or not keys.get("script")
 
     def _disk(self, top: control.LayerFacts) -> Disk:
         spec = self._started
@@ -254,6 +275,8 @@ class Device:
 
     def _step(self) -> Step:
         step = STEPS[self.ours, self.theirs]
+        if step is Step.SERVE and not self._has_come():
+            return Step.WAIT
         # Rings that could not be mapped are not tried again: the frontend has to come back with others.
         return Step.CLOSE if step is Step.SERVE and self._ring_failure else step
 

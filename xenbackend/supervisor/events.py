@@ -38,12 +38,17 @@ class Expired:
 
 
 @dataclass(frozen=True, slots=True)
+class Called:
+    """The toolstack's hotplug script has come, so the toolstack has seen InitWait; and no other backend has the vbd."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The service ends: finish what is in flight and close; leave the state as it is, unless the disk is paused."""
 
 
 Event = (
-    Seen | Postponed | Ended | Expired | Stop
+    Seen | Postponed | Ended | Expired | Called | Stop
     | control.Opened | control.Failed | control.Connected | control.Halted | control.Paused
     | control.Disconnected | control.Closed
 )  # fmt: skip

@@ -115,12 +115,17 @@ class Service:
                     reply({"data": {"pid": os.getpid()}})
                 case {"verb": "status"}:
                     reply({"data": [describe(vbd) for _, vbd in sorted(self._registry.vbds.items())]})
+                case {"verb": "hotplug", "action": "add", "path": str(path)}:
+                    self._registry.hotplug(path, reply)
                 case {"verb": "command", "vbd": str(vbd), "layer": str(layer), "command": str(verb)}:
                     arguments = _arguments(request)
                     self._registry.find(vbd).command(layer, verb, arguments, reply)
                 case _:
                     reply(
-                        {"error": "unknown request; the verbs are ping, status, and command with vbd, layer, command"}
+                        {
+                            "error": "unknown request; the verbs are ping, status, hotplug with action and path, "
+                            "and command with vbd, layer, command"
+                        }
                     )
         except XenbackendError as error:
             reply({"error": str(error)})

@@ -6,11 +6,12 @@ Must not know a connection: whoever has one gives `_ask`.
 from __future__ import annotations
 
 import errno as errno_module
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from xenbackend.errors import StoreError
 
 Ask = Callable[[str, Sequence[str], bytes], bytes]  # (operation, NUL-terminated strings, raw tail) -> reply's payload
+SENTENCE_MAX = 1000  # characters of a sentence for people: values end at 2048 bytes (quota)
 _RESTARTS = 8  # of a listing in parts that others keep changing
 
 
@@ -95,6 +96,26 @@ class Nodes:
         except StoreError as error:
             if error.errno != errno_module.ENOENT:
                 raise
+
+    def prune(self, path: str, home: str) -> None:
+        """Remove a node, and then the directories above it that are left empty, up to but without `home`.
+
+        As libxl__xs_path_cleanup does it.
+        """
+        while path.startswith(f"{home}/"):
+            self.remove(path)
+            path = path.rpartition("/")[0]
+            if self.directory(path):
+                return
+
+    def make(self, directory: str, keys: Mapping[str, str], permissions: Iterable[str]) -> None:
+        """Make a directory with these keys, each with the given permissions."""
+        permissions = list(permissions)
+        self.mkdir(directory)
+        self.set_permissions(directory, permissions)
+        for key, value in keys.items():
+            self.write(f"{directory}/{key}", value)
+            self.set_permissions(f"{directory}/{key}", permissions)
 
     def get_permissions(self, path: str) -> list[str]:
         """Return permissions such as ``["n0", "r5"]``: the owner with everybody else's right, then single domains'."""

@@ -60,6 +60,11 @@ def domain_path(domid: int) -> str:
     return f"/local/domain/{domid}"
 
 
+def libxl_path(path: VbdPath) -> str:
+    """Return the directory by which libxl knows a vbd: its own copy of the backend's keys."""
+    return f"/libxl/{path.frontend_domid}/device/vbd/{path.devid}"
+
+
 def parse_backend_path(path: str, own_domid: int) -> tuple[VbdPath, str] | None:
     """Return the vbd that a path lies in and the rest below it, or None when it is not in the directory of one vbd.
 

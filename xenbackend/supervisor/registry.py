@@ -14,13 +14,14 @@ from contextlib import suppress
 
 from xenbackend.errors import ConfigError, StoreError
 from xenbackend.log import get_logger
+from xenbackend.supervisor.claim import Bus
 from xenbackend.supervisor.events import Stop
 from xenbackend.supervisor.fleet import Fleet
 from xenbackend.supervisor.paths import VbdPath, domain_path, parse_backend_path, vdev_to_devid
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.spec import is_ours
 from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.vbd import Surroundings, Vbd
+from xenbackend.supervisor.vbd import Reply, Surroundings, Vbd
 
 _TOKEN = "vbds"  # noqa: S105 - a watch's token
 _BACK_OFF_S = (0.1, 5.0)  # between tries to reconnect: at first, at most
@@ -37,15 +38,17 @@ class Registry:
         selector: selectors.BaseSelector,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        bus: Bus | None = None,
     ) -> None:
         self.vbds: dict[VbdPath, Vbd] = {}
         self.domid = store.own_domid()
-        self._around = Surroundings(store, fleet, settings, now, wall_clock)
+        self._around = Surroundings(store, fleet, settings, bus or Bus(), now, wall_clock)
         self._store = store
         self._selector = selector
         self._now = now
         self._log = get_logger("supervisor")
         self._candidates: dict[VbdPath, None] = {}
+        self._scripts: list[tuple[VbdPath, Reply]] = []  # that came to a vbd which has gone meanwhile
         self._must_scan = True
         self._is_stopping = False
         self._back_off_s = _BACK_OFF_S[0]
@@ -67,7 +70,9 @@ class Registry:
         self._drop_forgotten()
 
     def tidy(self) -> None:
-        """Remove what we published about ourselves."""
+        """Remove what we published about ourselves, and let nobody wait."""
+        for path, reply in self._scripts:
+            self._bring(path, reply)
         with suppress(StoreError):
             self._store.remove(self._status_root())
 
@@ -102,6 +107,28 @@ class Registry:
         served = ", ".join(str(path) for path in self.vbds) or "none is served"
         raise ConfigError(f"there is no vbd {text!r}; write it as 5/xvda or vbd/5/51712 ({served})")
 
+    def hotplug(self, path: str, reply: Reply) -> None:
+        """Serve the vbd whose backend directory a hotplug script names; `reply` gets the answer, maybe later.
+
+        Raises: ConfigError where the path is no vbd's, or the service is stopping; StoreError.
+        """
+        found = parse_backend_path(path, self.domid)
+        if self._is_stopping:
+            raise ConfigError("the service is stopping")
+        if found is None or found[1]:
+            raise ConfigError(f"{path[:80]!r} is not the directory of a vbd of domain {self.domid}")
+        if found[0] not in self.vbds:  # the script may be faster than the watch
+            self._consider(found[0])
+        self._bring(found[0], reply)
+
+    def _bring(self, path: VbdPath, reply: Reply) -> None:
+        """Let a script wait for its vbd."""
+        if path in self.vbds and not self._is_stopping:
+            self.vbds[path].hotplug(reply)
+        else:
+            scripts = ", ".join(self._around.settings.scripts)
+            reply({"error": f"{path} is not served: it is gone, or its key script names none of {scripts}"})
+
     def _follow_store(self) -> bool:
         if self._reconnect_at is not None:
             if self._now() < self._reconnect_at:
@@ -114,7 +141,10 @@ class Registry:
         for path in list(self._candidates):
             self._consider(path)
             del self._candidates[path]
-        return bool(events)
+        scripts, self._scripts = self._scripts, []
+        for path, reply in scripts:
+            self._bring(path, reply)
+        return bool(events or scripts)
 
     def _sort(self, events: Iterable[tuple[str, str]]) -> None:
         by_token = {vbd.token: vbd for vbd in self.vbds.values()}
@@ -156,7 +186,7 @@ class Registry:
 
     def _drop_forgotten(self) -> None:
         for path in [path for path, vbd in self.vbds.items() if vbd.is_forgotten]:
-            del self.vbds[path]
+            self._scripts += [(path, reply) for reply in self.vbds.pop(path).scripts]
             # A node with the same name may have been made while the old one was closing.
             self._mark(path)
 
@@ -178,7 +208,7 @@ class Registry:
         self._log.info("xenstore is back")
         self._reconnect_at, self._back_off_s = None, _BACK_OFF_S[0]
         for vbd in self.vbds.values():
-            vbd.forget_published()
+            vbd.doubt()
 
     def _listen(self) -> None:
         self._fd = self._store.fileno()

@@ -26,9 +26,10 @@ from xenbackend.supervisor.client import DEFAULT_SOCKET
 Reply = Callable[[dict[str, Any]], None]
 Handler = Callable[[dict[str, Any], Reply], None]
 
-MAX_CLIENTS = 16
+MAX_CLIENTS = 256  # a hotplug script of each disk that is just being attached
 MAX_LINE = 64 * 1024  # bytes of a request
 IDLE_S = 30.0
+ANSWER_S = 90.0  # the longest that an answer may take: a worker has 60 s to open its chain
 OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 
@@ -94,7 +95,7 @@ class Server:
         client.deadline = self._now() + IDLE_S
         line = client.take_line()
         if line is not None:
-            client.is_waiting = True
+            client.is_waiting, client.deadline = True, self._now() + ANSWER_S
             self._handle(client, line)
         if client in self._clients:
             wanted = selectors.EVENT_WRITE if client.outgoing else selectors.EVENT_READ

@@ -3,9 +3,10 @@
 Must not serve, and must not start anything: who waits here has the service running elsewhere.
 
 The backend's directory is born in state InitWait, so that the kernel's own blkback, which only takes vbds in state
-Initialising, leaves it alone. The frontend's directory follows once the chain is open: a guest never sees a disk that
-cannot be served. An entry below ``/libxl`` lets ``xl block-list``, ``xl block-detach`` and ``xl destroy`` know
-the vbd; it is not in the domain's configuration, so it is lost when the domain is saved, migrated or rebooted.
+Initialising, leaves it alone. Then the service is asked for it as a hotplug script does, and the frontend's directory
+follows once the chain is open: a guest never sees a disk that cannot be served. An entry below ``/libxl`` lets
+``xl block-list``, ``xl block-detach`` and ``xl destroy`` know the vbd; it is not in the domain's configuration, so it
+is lost when the domain is saved, migrated or rebooted.
 
 Source of the keys: libxl `device_disk_add`, `libxl__device_generic_add`, `libxl__initiate_device_generic_remove`.
 """
@@ -22,15 +23,15 @@ from xenbackend.blkif.handshake import XenbusState, name, parse_state
 from xenbackend.block.chain import parse_chain
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.supervisor.client import call
 from xenbackend.supervisor.nodes import Nodes
-from xenbackend.supervisor.paths import VbdPath, devid_to_vdev, domain_path, vdev_to_devid
+from xenbackend.supervisor.paths import VbdPath, devid_to_vdev, domain_path, libxl_path, vdev_to_devid
 from xenbackend.supervisor.store import Store
 
 OPEN_TIMEOUT_S = 40.0  # libxl's for a hotplug script
 DETACH_TIMEOUT_S = 10.0  # libxl's
 _SCRIPT = "/etc/xen/scripts/block-xenbackend"
 _TOKEN = "toolstack"  # noqa: S105 - a watch's token
-_DOMAIN_DEPTH = 3  # /local/domain/5 itself is nobody's but the toolstack's that made the domain
 _S = XenbusState
 
 
@@ -46,11 +47,6 @@ class Attachment:
     def libxl(self) -> str:
         """The directory of libxl's own copy of the backend's keys."""
         return libxl_path(self.path)
-
-
-def libxl_path(path: VbdPath) -> str:
-    """Return the directory by which libxl knows a vbd."""
-    return f"/libxl/{path.frontend_domid}/device/vbd/{path.devid}"
 
 
 def vbd_path(store: Store, domid: int, vdev: str, kind: str = "vbd") -> VbdPath:
@@ -73,23 +69,30 @@ def check_paths(chain: str) -> None:
 
 
 def attach(
-    store: Store, wanted: Attachment, timeout_s: float = OPEN_TIMEOUT_S, patience_s: float = DETACH_TIMEOUT_S
+    store: Store,
+    wanted: Attachment,
+    service: str,
+    timeout_s: float = OPEN_TIMEOUT_S,
+    patience_s: float = DETACH_TIMEOUT_S,
 ) -> None:
     """Attach a vbd, and return when its chain is open and the frontend has been told.
 
     Args:
         store: the connection.
         wanted: the vbd.
+        service: the control socket of the service.
         timeout_s: how long to wait for the chain to be open.
         patience_s: how long to wait for the service to let go of a vbd that could not be opened.
 
-    Raises: ChainError before anything is touched; ConfigError where the domain or the place is not free;
-    XenbackendError with the service's sentence, or when it did not answer; then everything is removed again.
+    Raises: ChainError, and XenbackendError where no service answers, before anything is touched; ConfigError where the
+    domain or the place is not free; XenbackendError with the service's sentence; then everything is removed again.
     """
     parse_chain(wanted.chain)
+    store.transact(lambda nodes: _check_place(nodes, wanted))
+    call(service, {"verb": "ping"})
     store.transact(lambda nodes: _write_backend(nodes, wanted))
     try:
-        _wait_until_open(store, wanted.path, timeout_s)
+        call(service, {"verb": "hotplug", "action": "add", "path": wanted.path.backend}, timeout_s)
     except BaseException:
         _withdraw(store, wanted.path, patience_s)
         raise
@@ -103,7 +106,10 @@ def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
     state = parse_state(last)
     if state is not _S.CONNECTED:
         error = store.read_optional(f"{domain_path(path.backend_domid)}/error/backend/{path}/error")
-        raise XenbackendError(f"{path} is not connected: our state is {name(state)}{f' ({error})' if error else ''}")
+        hint = (
+            "the guest's blkfront has not answered; in Linux: modprobe xen-blkfront" if state is _S.INIT_WAIT else error
+        )
+        raise XenbackendError(f"{path} is not connected: our state is {name(state)}{f' ({hint})' if hint else ''}")
 
 
 def detach(store: Store, path: VbdPath, timeout_s: float = DETACH_TIMEOUT_S, *, force: bool = False) -> None:
@@ -148,7 +154,7 @@ def _backend_keys(wanted: Attachment) -> dict[str, str]:
     }
 
 
-def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
+def _check_place(nodes: Nodes, wanted: Attachment) -> None:
     path = wanted.path
     if not nodes.directory(domain_path(path.frontend_domid)):
         raise ConfigError(f"there is no domain {path.frontend_domid}; xl list shows them")
@@ -156,10 +162,15 @@ def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
         if nodes.directory(taken):
             vdev = devid_to_vdev(path.devid)
             raise ConfigError(f"domain {path.frontend_domid} has a device {vdev} already ({taken})")
+
+
+def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
+    path = wanted.path
+    _check_place(nodes, wanted)
     keys = _backend_keys(wanted)
-    _make(nodes, path.backend, keys, [f"n{path.backend_domid}", f"r{path.frontend_domid}"])
+    nodes.make(path.backend, keys, [f"n{path.backend_domid}", f"r{path.frontend_domid}"])
     if path.backend_domid == 0:
-        _make(nodes, wanted.libxl, {**keys, "backend": path.backend}, ["n0"])
+        nodes.make(wanted.libxl, {**keys, "backend": path.backend}, ["n0"])
 
 
 def _write_frontend(nodes: Nodes, wanted: Attachment) -> None:
@@ -172,28 +183,7 @@ def _write_frontend(nodes: Nodes, wanted: Attachment) -> None:
         "trusted": "1",
         "state": str(_S.INITIALISING.value),
     }
-    _make(nodes, path.frontend, keys, [f"n{path.frontend_domid}", f"r{path.backend_domid}"])
-
-
-def _make(nodes: Nodes, directory: str, keys: dict[str, str], permissions: list[str]) -> None:
-    """Make a directory whose every node has the given permissions."""
-    nodes.mkdir(directory)
-    nodes.set_permissions(directory, permissions)
-    for key, value in keys.items():
-        nodes.write(f"{directory}/{key}", value)
-        nodes.set_permissions(f"{directory}/{key}", permissions)
-
-
-def _wait_until_open(store: Store, path: VbdPath, timeout_s: float) -> None:
-    node = f"{path.backend}/hotplug-status"
-    status = _wait_for(store, node, lambda status: status in ("connected", "error"), timeout_s)
-    if status == "error":
-        raise XenbackendError(store.read_optional(f"{path.backend}/hotplug-error") or "the service gave no reason")
-    if status != "connected":
-        raise XenbackendError(
-            f"the service did not open the chain within {timeout_s:g} s; "
-            "is it running? Start it with: systemctl start xenbackend (or: xenbackend run)"
-        )
+    nodes.make(path.frontend, keys, [f"n{path.frontend_domid}", f"r{path.backend_domid}"])
 
 
 def _withdraw(store: Store, path: VbdPath, patience_s: float) -> None:
@@ -215,13 +205,10 @@ def _request_removal(nodes: Nodes, path: VbdPath, *, force: bool) -> None:
 
 
 def _remove(nodes: Nodes, path: VbdPath) -> None:
-    """Remove the three directories, and what is left empty above them (as libxl__xs_path_cleanup does)."""
-    for directory in (path.frontend, path.backend, libxl_path(path)):
-        nodes.remove(directory)
-        parent = directory.rpartition("/")[0]
-        while parent.count("/") > _DOMAIN_DEPTH and not nodes.directory(parent):
-            nodes.remove(parent)
-            parent = parent.rpartition("/")[0]
+    """Remove the three directories, and what is left empty above them."""
+    nodes.prune(path.frontend, domain_path(path.frontend_domid))
+    nodes.prune(path.backend, domain_path(path.backend_domid))
+    nodes.prune(libxl_path(path), f"/libxl/{path.frontend_domid}")
 
 
 def _wait_for(store: Store, node: str, is_enough: Callable[[str | None], bool], timeout_s: float) -> str | None:

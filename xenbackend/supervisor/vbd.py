@@ -17,23 +17,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 from xenbackend import control, counters, journal
-from xenbackend.blkif.features import parse_frontend
+from xenbackend.blkif.features import MAXIMA, parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
-from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError
+from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError
 from xenbackend.log import Brake, get_logger
-from xenbackend.supervisor import events
+from xenbackend.supervisor import claim, events
+from xenbackend.supervisor.claim import Bus, Claim
 from xenbackend.supervisor.device import Device
 from xenbackend.supervisor.fleet import Fleet, Worker
 from xenbackend.supervisor.memories import Memories
-from xenbackend.supervisor.nodes import Nodes
-from xenbackend.supervisor.paths import VbdPath, domain_path
+from xenbackend.supervisor.nodes import SENTENCE_MAX, Nodes
+from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.shown import Shown
 from xenbackend.supervisor.spec import frontend_path
 from xenbackend.supervisor.store import Store
 
 Reply = Callable[[dict[str, Any]], None]
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-_SENTENCE_MAX = 1000  # characters of an error in xenstore
 _RETRY_S = 1.0  # after xenstore refused something although it is there
 _LOG_BURST, _LOG_INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
 
@@ -45,6 +46,7 @@ class Surroundings:
     store: Store
     fleet: Fleet
     settings: Settings
+    bus: Bus
     now: Callable[[], float]  # seconds of a clock that only goes forward
     time: Callable[[], float]  # seconds since 1970
 
@@ -66,10 +68,13 @@ class Vbd:
         self._watched = ""
         self._memories = Memories()
         self._journal = -1  # once there was a worker
-        self._published: dict[str, str] = {}
-        self._published_error: str | None = None  # None: nobody knows what stands there
+        self._shown = Shown(around.store, path)
         self._events: deque[events.Event] = deque()
         self._replies: dict[int, Reply] = {}
+        self.scripts: list[Reply] = []  # of hotplug scripts that wait for an answer
+        self._claim: Claim | None = None  # while the vbd is being taken from the kernel's backend
+        self._claim_at = 0.0
+        self._limits = around.settings.limits  # that a frontend has to keep to
         self._last_command = 0
         self._log = get_logger("supervisor", vbd=str(path))
         self._brake = Brake(_LOG_BURST, _LOG_INTERVAL_S, around.now)
@@ -81,12 +86,16 @@ class Vbd:
 
     def next_deadline(self) -> float | None:
         """Return when `turn` has to be called at the latest."""
+        if self._claim is not None:
+            return self._claim_at
         retry_at = self._retry_at if self.node_changed or self.theirs_changed else None
         return min((each for each in (self.deadline, retry_at) if each is not None), default=None)
 
     def turn(self) -> bool:
         """Do what is due, and return whether there was anything."""
         now = self._around.now()
+        if self._claim is not None:
+            return self._go_on_claiming(now)
         is_due = (self.node_changed or self.theirs_changed) and now >= self._retry_at
         if is_due and self._around.store.is_connected:
             self._guarded(self._look)
@@ -103,18 +112,32 @@ class Vbd:
         while self._events:
             error = self.device.error
             actions = self.device.handle(self._events[0])
-            self._guarded(self._publish_error)  # before the state: who sees the state looks for the reason
+            self._guarded(self._show_error)  # before the state: who sees the state looks for the reason
             for action in actions:
                 self._guarded(self._perform, action)
             if self.device.error not in ("", error):
                 self._say("error", self.device.error)
             self._events.popleft()
-        self._guarded(self._publish)
+        self._guarded(self._show)
+        if self.device.hotplug and not self.node_changed:
+            is_open = self.device.hotplug == "connected"
+            self._answer_scripts({"data": "connected"} if is_open else {"error": self.device.error})
 
-    def forget_published(self) -> None:
-        """Look at everything again and publish it anew: xenstore was away."""
+    def hotplug(self, reply: Reply) -> None:
+        """Do what the toolstack's hotplug script asks for: serve the vbd.
+
+        `reply` gets ``{"data": "connected"}`` once the chain is open, or ``{"error": sentence}``.
+        """
+        self.scripts.append(reply)
+        self._guarded(self._look_at_all)  # what was seen last may be of a former vbd in the same place
+        self._take_from_kernel()
+        if self._claim is None:
+            self.handle(events.Called())
+
+    def doubt(self) -> None:
+        """Look at everything again and show it anew: xenstore was away."""
         self.node_changed, self._retry_at = True, 0.0
-        self._published, self._published_error = {}, None
+        self._shown.doubt()
 
     def counters_page(self) -> memoryview | None:
         """Return the counters as they are now, `counters.SIZE` bytes, without asking the worker; None without one."""
@@ -138,6 +161,45 @@ class Vbd:
             self._retry_at = self._around.now() + _RETRY_S
             if self._around.store.is_connected:
                 self._say("warning", str(error))
+
+    def _answer_scripts(self, answer: dict[str, Any]) -> None:
+        scripts, self.scripts = self.scripts, []
+        for reply in scripts:
+            reply(answer)
+
+    def _take_from_kernel(self) -> None:
+        """Begin to take the vbd from the kernel's backend where that has it; looks wait until it is ours."""
+        if self._claim is None and self._around.bus.has(self.path):
+            self._claim = Claim(self._around.store, self._around.bus, self.path, self._around.now)
+            self._claim_at = self._around.now()
+            self._limits = MAXIMA  # a frontend that runs already goes by what blkback offered
+
+    def _go_on_claiming(self, now: float) -> bool:
+        assert self._claim is not None  # noqa: S101 - the caller has looked
+        if now < self._claim_at:
+            return False
+        try:
+            is_over = self._claim.step()
+        except StoreError:
+            self._claim_at = now + _RETRY_S
+            return False
+        except XenbackendError as error:
+            self._claim, self.node_changed = None, True
+            self._say("error", str(error))
+            self._answer_scripts({"error": str(error)})
+            return True
+        if not is_over:
+            self._claim_at = now + claim.PAUSE_S
+            return False
+        self._claim = None
+        self._guarded(self._look_at_all)
+        if self.scripts:
+            self.handle(events.Called())
+        return True
+
+    def _look_at_all(self) -> None:
+        self.node_changed = True
+        self._look()
 
     def _look(self) -> None:
         store = self._around.store
@@ -225,9 +287,13 @@ class Vbd:
 
     def _join(self, action: events.Join) -> None:
         frontend = self._watched.removesuffix("/state")
-        store, limits = self._around.store, self._around.settings.limits
+        store = self._around.store
+        self._take_from_kernel()
+        if self._claim is not None:
+            self.handle(events.Postponed())
+            return
         try:
-            chosen = parse_frontend(lambda key: store.read_optional(f"{frontend}/{key}"), limits)
+            chosen = parse_frontend(lambda key: store.read_optional(f"{frontend}/{key}"), self._limits)
         except GuestError as error:
             self.handle(control.Failed(str(error), errno.EINVAL))
             return
@@ -264,39 +330,22 @@ class Vbd:
         self._replies.clear()
         self.handle(events.Ended(sentence))
 
-    def status_path(self) -> str:
-        """The directory where `xenstore-ls` shows what we know of this vbd."""
-        return f"{domain_path(self.path.backend_domid)}/xenbackend/{self.path}"
+    def _show_error(self) -> None:
+        if not self.is_forgotten:
+            self._shown.error(self.device.error)
 
-    def _error_path(self) -> str:
-        return f"{domain_path(self.path.backend_domid)}/error/backend/{self.path}"
-
-    def _publish_error(self) -> None:
-        """Write ``error/backend/…/error``, as Linux `xenbus_dev_error` does: errno and a sentence."""
-        error = self.device.error[:_SENTENCE_MAX]
-        if self.is_forgotten or error == self._published_error:
-            return
-        if error:
-            self._around.store.write(f"{self._error_path()}/error", f"{errno.EINVAL} {error}")
-        else:
-            self._around.store.remove(self._error_path())
-        self._published_error = error
-
-    def _publish(self) -> None:
-        """Write what people look for with `xenstore-ls`."""
+    def _show(self) -> None:
         if self.is_forgotten:
             return
-        status = {
-            "chain": self.device.spec.chain if self.device.spec else "",
-            "worker": str(self.worker.pid) if self.worker else "",
-            "phase": self.device.phase.value,
-            "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
-            "error": self.device.error[:_SENTENCE_MAX],
-        }
-        for key, value in status.items():
-            if self._published.get(key) != value:
-                self._around.store.write(f"{self.status_path()}/{key}", value)
-        self._published = status
+        self._shown.status(
+            {
+                "chain": self.device.spec.chain if self.device.spec else "",
+                "worker": str(self.worker.pid) if self.worker else "",
+                "phase": self.device.phase.value,
+                "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+                "error": self.device.error[:SENTENCE_MAX],
+            }
+        )
 
     def _forget(self) -> None:
         self.is_forgotten = True
@@ -308,11 +357,7 @@ class Vbd:
         with suppress(StoreError):
             if self._watched:
                 store.unwatch(self._watched, self.token)
-            store.remove(self._error_path())
-            store.remove(self.status_path())
-            parent = os.path.dirname(self.status_path())  # noqa: PTH120 - not a file's path
-            if not store.directory(parent):
-                store.remove(parent)
+            self._shown.remove()
 
     def _say(self, level: str, event: str, **fields: str) -> None:
         if not self._brake.allows():

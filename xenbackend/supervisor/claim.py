@@ -1,0 +1,105 @@
+"""Takes a vbd away from the kernel's own block backend, so that nobody but us maps its rings.
+
+Must not run before the toolstack has seen InitWait: who waits for that takes a directory that vanishes for a failure.
+
+Linux makes a device on its xen-backend bus of each backend directory that it finds in state Initialising, and
+xen-blkback binds to those of kind ``vbd`` whenever it is loaded, be it much later. At the frontend's Initialised it
+maps the rings, even of a disk that it has no image for. What takes a device off the bus for good is that its directory
+is gone:
+
+    remove the directory -> the device has left the bus -> make it again in InitWait, which the bus does not look at
+
+Nothing is unbound by hand: that takes the device's lock and waits for the thread that handles xenstore's events, which
+waits for that lock when a toolstack removes the same device at that moment.
+
+Source: Linux drivers/xen/xenbus/xenbus_probe.c, `xenbus_probe_node` and `xenbus_dev_changed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from xenbackend.blkif.handshake import XenbusState, parse_state
+from xenbackend.errors import XenbackendError
+from xenbackend.supervisor.nodes import Nodes
+from xenbackend.supervisor.paths import VbdPath, libxl_path
+from xenbackend.supervisor.store import Store
+
+BUS = Path("/sys/bus/xen-backend/devices")
+TIMEOUT_S = 10.0
+PAUSE_S = 0.002  # between two looks at the bus; its files can be neither watched nor polled
+
+
+class Bus:
+    """The devices that the kernel's block backend has, or would take once it is loaded."""
+
+    def __init__(self, root: Path = BUS) -> None:
+        self._root = root
+
+    def has(self, path: VbdPath) -> bool:
+        """Return whether the kernel knows a vbd. No driver of Linux takes other kinds: those are never in our way."""
+        return path.kind == "vbd" and (self._root / f"vbd-{path.frontend_domid}-{path.devid}").exists()
+
+
+class Claim:
+    """One vbd being taken; call `step` until it returns True."""
+
+    def __init__(self, store: Store, bus: Bus, path: VbdPath, now: Callable[[], float]) -> None:
+        self._store = store
+        self._bus = bus
+        self._path = path
+        self._now = now
+        self._deadline = now() + TIMEOUT_S
+        self._keys: dict[str, str] = {}  # of the directory while it is away
+        self._permissions: list[str] = []
+        self._is_in_libxl = False
+
+    def step(self) -> bool:
+        """Do what can be done now, and return whether it is over: the vbd is ours, or the toolstack took it away.
+
+        Raises: StoreError; try again when xenstore is back. XenbackendError when the kernel does not let go.
+        """
+        is_away = self._store.transact(self._remove)
+        if not is_away:
+            return True
+        if not self._bus.has(self._path):
+            self._store.transact(self._make_again)
+            return True
+        if self._now() >= self._deadline:
+            self._store.transact(self._make_again)
+            name = f"vbd-{self._path.frontend_domid}-{self._path.devid}"
+            raise XenbackendError(
+                f"the kernel's block backend did not let go of {name} within {TIMEOUT_S:g} s; "
+                "dmesg says what xen-blkback waits for"
+            )
+        return False
+
+    def _remove(self, nodes: Nodes) -> bool:
+        """Remove the directory, and again what xen-blkback wrote into it meanwhile; return whether it is away."""
+        backend = self._path.backend
+        found = nodes.dictionary(backend)
+        if "frontend" not in found:  # not a toolstack's: nothing, or what blkback wrote too late
+            if found:
+                nodes.remove(backend)
+            return bool(self._keys)
+        if self._keys or found.get("online") != "1" or parse_state(found.get("state")) not in _UNUSED:
+            return False
+        self._keys = found
+        self._permissions = nodes.get_permissions(backend)
+        self._is_in_libxl = bool(nodes.directory(libxl_path(self._path)))
+        nodes.remove(backend)
+        return True
+
+    def _make_again(self, nodes: Nodes) -> None:
+        """Make the directory as it was, unless the toolstack has taken the vbd away in the meantime."""
+        path = self._path
+        is_wanted = nodes.read_optional(f"{path.frontend}/backend") == path.backend
+        if self._is_in_libxl and not nodes.directory(libxl_path(path)):
+            is_wanted = False
+        if not is_wanted or nodes.directory(path.backend):
+            return
+        nodes.make(path.backend, {**self._keys, "state": str(XenbusState.INIT_WAIT.value)}, self._permissions)
+
+
+_UNUSED = (XenbusState.INITIALISING, XenbusState.INIT_WAIT)
