@@ -96,9 +96,10 @@ class WorkerProcess:
             else:
                 self.said.append(message)
 
-    def open(self, chain: str, *, read_only: bool = False) -> control.Opened | control.Failed:
+    def open(self, chain: str, **wishes: bool) -> control.Opened | control.Failed:
         names = list(self.kept)
-        message = control.Open("vbd/5/51712", self.host, DOMID, chain, read_only=read_only, memories=names)
+        how: dict[str, Any] = {"read_only": False, "memories": names, **wishes}
+        message = control.Open("vbd/5/51712", self.host, DOMID, chain, **how)
         self.send(message, self.memfd, *[self.kept[name] for name in names])
         return self.expect(control.Opened, control.Failed)  # type: ignore[no-any-return]
 
@@ -141,22 +142,37 @@ class Driven:
         self.disk: Disk
         self.frontend: Frontend
 
-    def connect(self, chain: str, wishes: Wishes = Wishes(), *, read_only: bool = False) -> Frontend:
+    def connect(self, chain: str, wishes: Wishes = Wishes(), **how: bool) -> Frontend:
         """Open a chain and connect a frontend to it."""
-        opened = self.worker.open(chain, read_only=read_only)
+        self.open(chain, **how)
+        return self.attach(wishes)
+
+    def open(self, chain: str, **how: bool) -> control.Opened:
+        """Open a chain."""
+        opened = self.worker.open(chain, **how)
         assert isinstance(opened, control.Opened), opened
         top = opened.layers[0]
-        self.disk = Disk(top.size, top.sector_size, top.read_only or read_only, top.can_flush, top.can_discard)
-        return self.attach(wishes)
+        read_only = top.read_only or how.get("read_only", False)
+        self.disk = Disk(top.size, top.sector_size, read_only, top.can_flush, top.can_discard)
+        return opened
 
     def attach(self, wishes: Wishes) -> Frontend:
         """Connect a new frontend to the open chain; nobody is connected."""
+        self.announce(wishes)
+        self.offer_rings()
+        return self.joined()
+
+    def announce(self, wishes: Wishes) -> None:
+        """Let a new frontend announce its rings."""
         for key in [key for key in self.nodes.values if key.startswith(FRONT) and not key.endswith("/backend")]:
             del self.nodes.values[key]
         self._publish(publish_at_probe(self.limits))
         self.frontend = Frontend(self.guest, self.nodes, FRONT, wishes)
         self.frontend.announce()
-        answer = self.connect_rings()
+
+    def joined(self) -> Frontend:
+        """Return the frontend once the worker serves it."""
+        answer = self.worker.expect(control.Connected, control.Failed)
         assert isinstance(answer, control.Connected), answer
         self._publish(publish_at_connect(self.disk))
         self.frontend.read_facts()
@@ -164,10 +180,14 @@ class Driven:
 
     def connect_rings(self) -> control.Connected | control.Failed:
         """Let the worker map what the frontend announced."""
+        self.offer_rings()
+        return self.worker.expect(control.Connected, control.Failed)  # type: ignore[no-any-return]
+
+    def offer_rings(self) -> None:
+        """Tell the worker what the frontend announced."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
         rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.worker.send(control.Connect(asked.protocol, rings, asked.persistent))
-        return self.worker.expect(control.Connected, control.Failed)  # type: ignore[no-any-return]
 
     def reconnect(self, wishes: Wishes | None = None) -> Frontend:
         """Disconnect, see that nothing of the guest's is still mapped, and connect again, perhaps otherwise."""

@@ -42,6 +42,8 @@ class Open:
     resumes: bool = False  # a guest may have written through an earlier worker
     memories: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    may_wait: bool = False  # while the image is locked only look at it, and open it when a ring is to be connected
+    export: str = ""  # path of a Unix socket on which the disk is served by NBD until `Connect`; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,10 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The chain is open; `layers` top first."""
+    """The chain is open; `layers` top first. `export` is the socket's path, empty where none is served."""
 
     layers: list[LayerFacts]
+    export: str = ""
 
 
 @dataclass(frozen=True, slots=True)

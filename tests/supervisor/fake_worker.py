@@ -35,7 +35,7 @@ def _answers(chain: str, message: control.Message) -> list[control.Message]:
     match message:
         case control.Open():
             broken = control.Failed("null: it is broken", 5)
-            return [broken if chain == "null:2G" else control.Opened([_layer(message)])]
+            return [broken if chain == "null:2G" else control.Opened([_layer(message)], message.export)]
         case control.Connect() if chain == "null:3G":
             os._exit(3)
         case control.Connect():

@@ -19,6 +19,7 @@ from xenbackend.supervisor.server import Reply, Server
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.vbd import Vbd
+from xenbackend.supervisor.xentop import Xentop
 
 _ROOT = Path(__file__).parents[2]
 FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -30,12 +31,20 @@ class Stepped:
     """A registry and the loop around it, with a toolstack that runs the hotplug script once it sees InitWait."""
 
     def __init__(
-        self, address: str, settings: Settings, *, bus: Bus | None = None, socket: str = "", runs_script: bool = True
+        self,
+        address: str,
+        settings: Settings,
+        *,
+        bus: Bus | None = None,
+        xentop: Xentop | None = None,
+        socket: str = "",
+        runs_script: bool = True,
     ) -> None:
         self.selector = selectors.DefaultSelector()
         self.store = Store(address)
         self.answers: list[dict[str, Any]] = []  # that the script got
-        self.registry = Registry(self.store, Fleet(self.selector, FAKE_WORKER), settings, self.selector, bus=bus)
+        fleet = Fleet(self.selector, FAKE_WORKER)
+        self.registry = Registry(self.store, fleet, settings, self.selector, bus=bus, xentop=xentop)
         self.registry.start()
         self._runs_script = runs_script
         self._server = Server(socket, self.selector, self._answer, time.monotonic) if socket else None

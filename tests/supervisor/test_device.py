@@ -10,6 +10,7 @@ from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.supervisor import events
 from xenbackend.supervisor.device import FORCED_LIMIT_S, Device, Phase
+from xenbackend.supervisor.paths import VbdPath
 
 S = XenbusState
 
@@ -435,3 +436,28 @@ def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
     world.settle()
 
     assert ("2", "") == (world.state, world.device.hotplug)
+
+
+@pytest.mark.parametrize(("kind", "at"), [("vbd", "nbd+unix:///?socket=/run/x.sock"), ("vbd3", "/run/x.sock")])
+def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, at: str) -> None:
+    """It stands where libxl looks when it starts QEMU, in the form that it makes QEMU's argument of, and not longer."""
+    device = Device(VbdPath(kind, 0, 5, 51712), Limits())
+    device.handle(events.Seen(dict(NODE), S.INITIALISING))
+    device.handle(events.Called())
+    device.handle(control.Opened([LAYER], "/run/x.sock"))
+    offered = dict(device.keys or {})
+    device.handle(events.Seen(offered, S.INITIALISED))
+    device.handle(control.Connected())
+
+    assert at == offered["physical-device-path"]
+    assert "4" == (device.keys or {})["state"]
+    assert "physical-device-path" not in (device.keys or {})
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("vbd", None), ("vbd3", "4711")])
+def test_xentop_finds_the_counters_of_kind_vbd3(kind: str, expected: str | None) -> None:
+    """The service's number leads to them, and stands only where somebody looks for it."""
+    device = Device(VbdPath(kind, 0, 5, 51712), Limits(), pid=4711)
+    device.handle(events.Seen(dict(NODE), S.INITIALISING))
+
+    assert expected == (device.keys or {}).get("kthread-pid")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.status import describe, rates
 from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.xentop import Xentop
 
 pytestmark = pytest.mark.slow  # every one starts processes
 
@@ -245,3 +248,21 @@ def test_node_that_is_made_again_while_the_old_one_closes(stepped: Stepped, tool
     stepped.until(_has(toolstack, "hotplug-status", "connected"))
 
     assert vbd is not stepped.vbd()
+
+
+def test_xentop_is_shown_the_counters(xenstored: Xenstored, toolstack: Store, tmp_path: Path) -> None:
+    """A vbd of kind vbd3 has its record for as long as it is served; in the end nothing is left of them."""
+    path = VbdPath("vbd3", 0, 5, 51712)
+    (tmp_path / "shm").mkdir()
+    stepped = Stepped(xenstored.address, Settings(), xentop=Xentop(tmp_path / "xentop", tmp_path / "shm"))
+    write_like_libxl(toolstack, path, params="aio:null:1G")
+    record = tmp_path / "shm" / f"td3-{os.getpid()}" / "vbd-5-51712"
+    stepped.until(record.exists)
+    size, pid = record.stat().st_size, toolstack.read(f"{path.backend}/kthread-pid")
+    toolstack.remove(path.backend)
+    stepped.until(lambda: not record.exists())
+    stepped.close()
+    stepped.registry.tidy()
+
+    assert (96, str(os.getpid())) == (size, pid)
+    assert [] == list((tmp_path / "shm").iterdir())

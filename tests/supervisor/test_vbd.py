@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -74,3 +75,23 @@ def test_the_worker_hears_what_was_offered(
     stepped.close()
 
     assert "discard=False segments=32" in lines.getvalue()
+
+
+@pytest.mark.parametrize(("type_", "exports"), [("hvm", True), ("pv", False), ("", False)])
+def test_disks_of_hvm_guests_are_exported(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, type_: str, *, exports: bool
+) -> None:
+    """Only their firmware boots from a disk before their own driver does; and only until that has connected."""
+    if type_:
+        toolstack.write("/libxl/5/type", type_)
+    stepped = Stepped(xenstored.address, Settings(socket=str(tmp_path / "control.sock")))
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    where = toolstack.read_optional(f"{PATH.backend}/physical-device-path")
+    offer_ring(guest)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+
+    assert (f"nbd+unix:///?socket={tmp_path}/nbd/vbd-5-51712.sock" if exports else None) == where
+    assert toolstack.read_optional(f"{PATH.backend}/physical-device-path") is None
+    assert not stepped.vbd()._export_path()
+    stepped.close()

@@ -19,6 +19,8 @@ only: one that is lost, doubled or late does no harm, and a store that was away 
 - A chain that cannot be opened leaves the state alone, for the same reason, and its sentence in ``hotplug-error``. A
   worker that dies afterwards takes the vbd to Closed, with a sentence, until it is attached anew or its frontend begins
   anew; the next worker gets the memories of the one that died.
+- While the worker exports its disk to a device model, from which a guest boots before its own driver starts, a
+  toolstack finds that by ``physical-device-path``: as QEMU's URL, for kind ``vbd3`` as the socket's path.
 - ``online`` = 0 is the toolstack's request to go away: Closed is written once the worker has ended, so that the image
   is free. A frontend that is still connected is served until it has closed or its directory is gone.
 - A service that stops leaves a connected vbd's state alone: it is served again by the next service, from the same
@@ -80,12 +82,13 @@ class Goal(Enum):
     SERVE = "serve"
 
 
-_LIMIT_S = {Phase.OPENING: 60.0, Phase.CONNECTING: 10.0, Phase.DISCONNECTING: 30.0, Phase.CLOSING: 30.0}
+_LIMIT_S = {Phase.OPENING: 60.0, Phase.CONNECTING: 60.0, Phase.DISCONNECTING: 30.0, Phase.CLOSING: 30.0}
 FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for the drain, and a domain must not become a zombie
 _ATTACHED = (Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING, Phase.CLOSING)  # rings may be mapped
 _ANSWERS: dict[tuple[type, Phase], Phase] = {
     (control.Opened, Phase.OPENING): Phase.OPEN,
     (control.Failed, Phase.OPENING): Phase.OPEN,  # the process is still there, and is told to close next
+    (control.Opened, Phase.CONNECTING): Phase.CONNECTING,  # what was only looked at until now
     (control.Connected, Phase.CONNECTING): Phase.SERVING,
     (control.Failed, Phase.CONNECTING): Phase.OPEN,
     (Postponed, Phase.CONNECTING): Phase.OPEN,
@@ -97,14 +100,17 @@ _USABLE = (Phase.OPEN, Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING)
 class Device:
     """The automaton of one vbd."""
 
-    def __init__(self, path: VbdPath, limits: Limits) -> None:
+    def __init__(self, path: VbdPath, limits: Limits, pid: int = 0) -> None:
+        """Begin with nothing known; `pid` is the service's, by which `xentop` finds the counters."""
         self.path = path
         self.phase = Phase.NONE
         self.keys: dict[str, str] | None = None  # of the backend's directory, as last seen or written
         self.theirs = _S.UNKNOWN
         self.spec: Spec | None = None  # as the toolstack wants it now
         self.layers: list[control.LayerFacts] = []  # of the chain that is or was open
+        self._export = ""  # the socket on which the worker serves a device model
         self._limits = limits
+        self._pid = pid
         self._started: Spec | None = None  # what the worker was started with
         self._refusal = ""  # why the keys cannot be served; until they change
         self._failure = ""  # why there is no worker; until the vbd is attached anew
@@ -119,6 +125,11 @@ class Device:
     def ours(self) -> XenbusState:
         """Our own state as the store holds it."""
         return parse_state((self.keys or {}).get("state"))
+
+    @property
+    def may_boot(self) -> bool:
+        """True while no frontend was ever connected, as far as the store tells."""
+        return self.ours in (_S.UNKNOWN, _S.INITIALISING, _S.INIT_WAIT)
 
     @property
     def hotplug(self) -> str:
@@ -158,7 +169,9 @@ class Device:
         """Take the worker's answer to what it was told; one that comes too late is not for this phase."""
         former, self.phase = self.phase, _ANSWERS[type(event), self.phase]
         if isinstance(event, control.Opened):
-            self.layers = event.layers
+            self.layers, self._export = event.layers, event.export
+        elif isinstance(event, control.Connected):
+            self._export = ""
         elif isinstance(event, control.Failed) and former is Phase.OPENING:
             self._failure = event.sentence
         elif isinstance(event, control.Failed):
@@ -193,7 +206,7 @@ class Device:
             self.layers = []
         elif self.phase is not Phase.NONE:
             self._failure = ended.sentence
-        self.phase, self._started = Phase.NONE, None
+        self.phase, self._started, self._export = Phase.NONE, None, ""
 
     def _overdue(self, event: Event) -> list[Action]:
         if isinstance(event, Expired) and self.phase in _LIMIT_S:
@@ -227,7 +240,9 @@ class Device:
             keys |= {"hotplug-error": (self._failure or self._refusal)[:SENTENCE_MAX], _STATUS: "error"}
         elif self.phase in _USABLE and self.layers:
             keys |= publish_at_connect(self._disk(self.layers[0]))
-            keys |= {"hotplug-error": None, _STATUS: "connected"}
+            keys |= {"hotplug-error": None, _STATUS: "connected", "physical-device-path": self._exported_at()}
+        if self.path.kind == "vbd3" and self._pid:
+            keys["kthread-pid"] = str(self._pid)
         if not self._has_come():
             keys.pop(_STATUS, None)
         return keys
@@ -236,6 +251,11 @@ class Device:
         """True once the toolstack's hotplug script has come, to this service or an earlier one, or if there is none."""
         keys = self.keys or {}
         return self._is_called or _STATUS in keys or not keys.get("script")
+
+    def _exported_at(self) -> str | None:
+        if not self._export or self.path.kind == "vbd3":
+            return self._export or None
+        return f"nbd+unix:///?socket={self._export}"
 
     def _disk(self, top: control.LayerFacts) -> Disk:
         spec = self._started

@@ -31,6 +31,7 @@ from xenbackend.supervisor.server import Reply, Server, check_free
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.status import describe
 from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.xentop import Xentop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,8 @@ class Service:
         self._notifier = notifier
         self._selector = selectors.DefaultSelector()
         self._store = Store(settings.store or None)
-        self._registry = Registry(self._store, Fleet(self._selector, command), settings, self._selector)
+        xentop = Xentop(Path(settings.socket).parent / "xentop")
+        self._registry = Registry(self._store, Fleet(self._selector, command), settings, self._selector, xentop=xentop)
         self._server = Server(settings.socket, self._selector, self._answer, time.monotonic)
         self._is_stopping = False
         self._alive_at = time.monotonic()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from xenbackend.errors import ConfigError, StoreError
+from xenbackend.errors import ConfigError, KernelError, StoreError
 from xenbackend.log import get_logger
 from xenbackend.supervisor.claim import Bus
 from xenbackend.supervisor.events import Stop
@@ -22,6 +22,7 @@ from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.spec import is_ours
 from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.vbd import Reply, Surroundings, Vbd
+from xenbackend.supervisor.xentop import KIND, PERIOD_S, Xentop
 
 _TOKEN = "vbds"  # noqa: S105 - a watch's token
 _BACK_OFF_S = (0.1, 5.0)  # between tries to reconnect: at first, at most
@@ -39,6 +40,7 @@ class Registry:
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         bus: Bus | None = None,
+        xentop: Xentop | None = None,
     ) -> None:
         self.vbds: dict[VbdPath, Vbd] = {}
         self.domid = store.own_domid()
@@ -49,6 +51,9 @@ class Registry:
         self._log = get_logger("supervisor")
         self._candidates: dict[VbdPath, None] = {}
         self._scripts: list[tuple[VbdPath, Reply]] = []  # that came to a vbd which has gone meanwhile
+        self._xentop = xentop
+        self._xentop_at: float | None = None  # when it is shown the counters again
+        self._xentop_failed = ""
         self._must_scan = True
         self._is_stopping = False
         self._back_off_s = _BACK_OFF_S[0]
@@ -58,6 +63,8 @@ class Registry:
     def start(self) -> None:
         """Watch, and look at what is there with the next `turn`. Raises: StoreError."""
         self._store.remove(self._status_root())  # of a service that had no time to tidy up
+        if self._xentop is not None:
+            self._xentop.clear()
         for kind in self._around.settings.kinds:
             self._store.watch(self._kind_path(kind), _TOKEN)
         self._listen()
@@ -73,6 +80,8 @@ class Registry:
         """Remove what we published about ourselves, and let nobody wait."""
         for path, reply in self._scripts:
             self._bring(path, reply)
+        if self._xentop is not None:
+            self._xentop.clear()
         with suppress(StoreError):
             self._store.remove(self._status_root())
 
@@ -86,15 +95,16 @@ class Registry:
         for vbd in list(self.vbds.values()):
             was_busy |= vbd.turn()
         self._drop_forgotten()
+        self._show_in_xentop()
         if not self._store.is_connected and self._reconnect_at is None:
             self._lose(StoreError("the connection was lost"))
         return was_busy and self._store.is_connected
 
     def next_deadline(self) -> float | None:
         """Return when `turn` has to be called at the latest."""
-        times = [self._reconnect_at, *(vbd.next_deadline() for vbd in self.vbds.values())]
+        times = [self._reconnect_at, self._xentop_at, *(vbd.next_deadline() for vbd in self.vbds.values())]
         if self._reconnect_at is not None:
-            times = [self._reconnect_at, *(vbd.deadline for vbd in self.vbds.values())]
+            times = [self._reconnect_at, self._xentop_at, *(vbd.deadline for vbd in self.vbds.values())]
         return min((each for each in times if each is not None), default=None)
 
     def find(self, text: str) -> Vbd:
@@ -128,6 +138,22 @@ class Registry:
         else:
             scripts = ", ".join(self._around.settings.scripts)
             reply({"error": f"{path} is not served: it is gone, or its key script names none of {scripts}"})
+
+    def _show_in_xentop(self) -> None:
+        """Let `xentop` see the counters of the vbds that it looks for, now and then."""
+        now = self._now()
+        if self._xentop is None or (self._xentop_at is not None and now < self._xentop_at):
+            return
+        pages = {path: page for path, vbd in self.vbds.items() if path.kind == KIND and (page := vbd.counters_page())}
+        self._xentop.keep_only(pages)
+        try:
+            for path, page in pages.items():
+                self._xentop.show(path, page)
+        except KernelError as error:
+            if str(error) != self._xentop_failed:
+                self._log.warning(str(error))
+            self._xentop_failed = str(error)
+        self._xentop_at = now + PERIOD_S if pages else None
 
     def _follow_store(self) -> bool:
         if self._reconnect_at is not None:

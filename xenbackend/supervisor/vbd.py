@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from xenbackend import control, counters, journal
@@ -24,6 +25,7 @@ from xenbackend.log import Brake, get_logger
 from xenbackend.supervisor import claim, events
 from xenbackend.supervisor.claim import Bus, Claim
 from xenbackend.supervisor.device import Device
+from xenbackend.supervisor.domain import boots_by_device_model, is_incoming
 from xenbackend.supervisor.fleet import Fleet, Worker
 from xenbackend.supervisor.memories import Memories
 from xenbackend.supervisor.nodes import SENTENCE_MAX, Nodes
@@ -56,7 +58,7 @@ class Vbd:
 
     def __init__(self, path: VbdPath, around: Surroundings) -> None:
         self.path = path
-        self.device = Device(path, around.settings.limits)
+        self.device = Device(path, around.settings.limits, os.getpid())
         self.worker: Worker | None = None
         self.since = around.time()  # of the last change of our state
         self.is_forgotten = False
@@ -274,7 +276,9 @@ class Vbd:
             shareable=spec.shareable,
             resumes="hotplug-status" in (self.device.keys or {}),  # somebody had come as far as to open it
             memories=list(memories),
+            may_wait=is_incoming(self._around.store, self.path.frontend_domid),
             settings={"poll_us": settings.poll_us},
+            export=self._export_path(),
         )
         try:
             if self._journal < 0:
@@ -284,6 +288,13 @@ class Vbd:
             self.handle(events.Ended(str(error)))
             return
         self.worker.send(message, [self._journal, *memories.values()])
+
+    def _export_path(self) -> str:
+        """Return where the worker is to export the disk for a guest that boots from it; empty for one that does not."""
+        if not (self.device.may_boot and boots_by_device_model(self._around.store, self.path.frontend_domid)):
+            return ""
+        name = str(self.path).replace("/", "-")
+        return str(Path(self._around.settings.socket).parent / "nbd" / f"{name}.sock")
 
     def _join(self, action: events.Join) -> None:
         frontend = self._watched.removesuffix("/state")

@@ -13,25 +13,31 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING
 
 from xenbackend import control, counters, journal
-from xenbackend.block.chain import Chain, OpenLayer, open_chain, parse_chain
+from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Env
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.kernel.ports import open_host
 from xenbackend.worker.connection import Connection
-from xenbackend.worker.env import EnvFactory, WorkerEnv
+from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
+from xenbackend.worker.peek import peek
 from xenbackend.worker.polling import POLL_US, Poller
 from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
+
+if TYPE_CHECKING:
+    from xenbackend.worker.export import Export
 
 MAX_DESCRIPTORS = 1 + control.MAX_MEMORIES  # beside one message: the journal, and memories
 _REPLY_MAX = 128 * 1024  # bytes of a datagram: below any socket's buffer, and `control.MAX_MESSAGE`
 _SENTENCE_MAX = 1000  # characters
 LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
+LOCK_PAUSE_S = 0.02  # between two tries for the lock of a domain that migrates
 
 
 class Worker:
@@ -47,8 +53,11 @@ class Worker:
         self._chain: Chain | None = None
         self._env: EnvFactory | None = None
         self._journal = memoryview(b"")
+        self._waiting: control.Connect | None = None  # for the image's lock
+        self._export: Export | None = None  # until the first connection
         self._connection: Connection | None = None
-        self._had_bugs = False  # of layers, in an earlier connection
+        self._had_bugs = False  # of layers, in an earlier connection or in the export
+        self._when_unexported: list[Callable[[], None]] = []
         self._when_disconnected: list[Callable[[], None]] = []
         self._steps: dict[type[object], Callable[..., None]] = {
             control.Open: self._on_open,
@@ -89,20 +98,99 @@ class Worker:
             self._speech.keep,
             resumes=message.resumes,
         )
+        if message.may_wait:
+            self._files.lock_timeout_s = 0.0
         try:
-            self._chain = open_chain(
-                parse_chain(message.chain), self._make_env, read_only=message.read_only, shareable=message.shareable
-            )
+            self._open_chain(message)
         except XenbackendError as problem:
-            self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
+            if message.may_wait and _is_locked(problem):
+                self._peek(message)
+            else:
+                self._fail(problem)
+
+    def _open_chain(self, message: control.Open) -> None:
+        self._chain = open_chain(
+            parse_chain(message.chain), self._make_env, read_only=message.read_only, shareable=message.shareable
+        )
+        export = message.export if message.export and self._begin_export(message.export, self._chain) else ""
+        self._speech.say(control.Opened([facts_of(layer) for layer in self._chain.layers], export))
+
+    def _peek(self, message: control.Open) -> None:
+        try:
+            layers = peek(message.chain, self._reactor, read_only=message.read_only)
+        except XenbackendError as problem:
+            self._fail(problem)
             return
-        self._speech.say(control.Opened([_facts(layer) for layer in self._chain.layers]))
+        self._speech.say(control.Opened(layers))
+
+    def _fail(self, problem: XenbackendError) -> None:
+        self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
 
     def _make_env(self, layer: str, /, *, read_only: bool, shareable: bool) -> Env:
         assert self._env is not None  # noqa: S101 - made before the chain is opened
         return self._env(layer, read_only=read_only, shareable=shareable)
 
+    def _begin_export(self, path: str, chain: Chain) -> bool:
+        """Offer the disk to a device model; without it the guest can still use the disk by its own driver."""
+        from xenbackend.worker.export import Export  # late: most workers never need it
+
+        try:
+            self._export = Export(
+                path,
+                chain,
+                self._reactor,
+                kick=self._files.kick,
+                complain=self._speech.complain,
+                alarm=self._speech.alarm,
+                on_bug=self._on_bug,
+            )
+        except OSError as error:
+            self._speech.alarm(f"{path}: no device model can boot from this disk: {error.strerror or error}")
+        return self._export is not None
+
+    def _end_export(self, then: Callable[[], None]) -> None:
+        """Call `then` once nobody but us is above the chain (D10); messages keep their order."""
+        if self._export is None:
+            then()
+            return
+        self._when_unexported.append(then)
+        if len(self._when_unexported) == 1:  # else it is on its way already
+            # The device model's own last flush finds nobody any more, so it is ours to do.
+            self._export.close(lambda: self._flush(self._unexported))
+
+    def _unexported(self) -> None:
+        assert self._export is not None  # noqa: S101 - it was asked to end
+        self._had_bugs |= self._export.had_bugs
+        self._export = None
+        calls, self._when_unexported = self._when_unexported, []
+        for call in calls:
+            call()
+
     def _on_connect(self, message: control.Connect) -> None:
+        if self._chain is None:
+            self._waiting = message
+            self._wait_for_image(message)
+        else:
+            self._end_export(lambda: self._connect(message))
+
+    def _wait_for_image(self, message: control.Connect) -> None:
+        """Open what was only looked at as soon as its lock is free, then connect; unless we are told otherwise."""
+        assert self._open is not None  # noqa: S101 - the order of messages
+        if self._waiting is not message:
+            return
+        try:
+            self._open_chain(self._open)
+        except XenbackendError as problem:
+            if _is_locked(problem):
+                self._reactor.call_later(LOCK_PAUSE_S, lambda: self._wait_for_image(message))
+            else:
+                self._waiting = None
+                self._fail(problem)
+            return
+        self._waiting = None
+        self._on_connect(message)
+
+    def _connect(self, message: control.Connect) -> None:
         assert self._open is not None and self._chain is not None  # noqa: S101, PT018 - the order of messages
         journal.write_header(self._journal, {"vbd": self._open.vbd, **control.as_fields(message)})
         try:
@@ -150,12 +238,13 @@ class Worker:
         self._speech.say(reply)
 
     def _on_disconnect(self, _: control.Disconnect) -> None:
-        self._disconnect(lambda: self._speech.say(control.Disconnected()))
+        self._end_export(lambda: self._disconnect(lambda: self._speech.say(control.Disconnected())))
 
     def _on_close(self, _: control.Close) -> None:
-        self._disconnect(self._close)
+        self._end_export(lambda: self._disconnect(self._close))
 
     def _disconnect(self, then: Callable[[], None]) -> None:
+        self._waiting = None
         if self._connection is None:
             then()
             return
@@ -173,7 +262,7 @@ class Worker:
 
     def _flush(self, then: Callable[[], None]) -> None:
         """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered."""
-        assert self._chain is not None  # noqa: S101 - there was a connection
+        assert self._chain is not None  # noqa: S101 - there was a connection or an export
         if self._chain.geometry.read_only or not self._chain.geometry.can_flush:
             then()
             return
@@ -225,21 +314,8 @@ class Worker:
         self._speech.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
 
 
-def _facts(layer: OpenLayer) -> control.LayerFacts:
-    """Return what is known of an open layer."""
-    geometry = layer.geometry
-    return control.LayerFacts(
-        text=layer.text,
-        size=geometry.size,
-        sector_size=geometry.sector_size,
-        read_only=geometry.read_only,
-        can_flush=geometry.can_flush,
-        can_discard=geometry.can_discard,
-        discard_granularity=geometry.discard_granularity,
-        discard_alignment=geometry.discard_alignment,
-        parent_of=layer.parent_of,
-        facts=dict(cast("WorkerEnv", layer.driver.env).facts),
-    )
+def _is_locked(problem: XenbackendError) -> bool:
+    return isinstance(problem, DriverError) and problem.errno == errno.EBUSY
 
 
 def main(arguments: list[str]) -> int:

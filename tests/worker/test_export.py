@@ -1,0 +1,285 @@
+"""The export of a disk: its socket, its one chain, what all clients share, and its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.exported import Exported
+from xenbackend.block.request import Op
+from xenbackend.nbd.abi import CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, MAX_BLOCK, REQUEST, REQUEST_MAGIC
+from xenbackend.worker.export import MAX_CLIENTS, SLOTS
+
+DATA = b"d" * 512
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Iterator[Exported]:
+    """An exported disk; nothing that its clients do is a bug of ours."""
+    with Exported(tmp_path) as exported:
+        yield exported
+    assert [] == exported.stray_bugs
+
+
+def test_socket_is_for_our_user_only(exported: Exported) -> None:
+    """Nobody else can come near it, and the umask is as it was."""
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (exported.path, exported.path.parent)]
+    former = os.umask(0o22)
+    os.umask(former)
+
+    assert [0o600, 0o700] == modes
+    assert 0o177 != former
+
+
+def test_predecessors_socket_is_replaced(tmp_path: Path) -> None:
+    """What a killed worker left at the path is in nobody's way; what a successor put there is left alone."""
+    with Exported(tmp_path) as first, Exported(tmp_path) as second:
+        assert first.end()
+        second.client().go().ask(CMD_READ)
+        assert 0 == second.clients[0].reply(512)[1]
+        assert second.end()
+        assert not second.path.exists()
+
+
+def test_socket_that_cannot_be_made(tmp_path: Path) -> None:
+    """A path that is too long or in no directory is an OSError, which the worker tells."""
+    with pytest.raises(OSError, match="path too long"):
+        Exported(tmp_path / ("x" * 120))
+    (tmp_path / "nbd").write_text("a file")
+    with pytest.raises(FileExistsError):
+        Exported(tmp_path)
+
+
+def test_one_client_too_many_is_refused(exported: Exported) -> None:
+    """It is hung up on at once; when another one has gone there is room again."""
+    clients = [exported.client().go() for _ in range(MAX_CLIENTS)]
+    refused = exported.client()
+    refused.listen()
+    clients[0].close()
+    exported.step(2)
+    exported.client().go()
+
+    assert refused.is_hung_up
+    assert b"" == refused.received
+    assert "refused" in exported.complaints[0]
+
+
+@pytest.mark.parametrize("kind", [CMD_WRITE, CMD_TRIM])
+def test_durable_writes_are_flushed(exported: Exported, kind: int) -> None:
+    """With FUA a write is answered when a flush behind it has come back, and not before."""
+    exported.chain.holding = True
+    client = exported.client().go()
+    client.ask(kind, data=DATA if kind == CMD_WRITE else b"", flags=CMD_FLAG_FUA)
+    exported.chain.give_back()
+    between = bytes(client.listen())
+    seen = list(exported.chain.seen)
+    exported.chain.give_back()
+
+    assert b"" == between
+    assert ["WRITE" if kind == CMD_WRITE else "DISCARD", "FLUSH"] == seen
+    assert (1, 0, b"") == client.reply()
+
+
+def test_write_that_fails_is_not_flushed(exported: Exported) -> None:
+    """Its error is the answer."""
+    exported.chain.errors = {Op.WRITE: errno.ENOSPC}
+    client = exported.client().go()
+    client.ask(CMD_WRITE, data=DATA, flags=CMD_FLAG_FUA)
+
+    assert (1, errno.ENOSPC, b"") == client.reply()
+    assert ["WRITE"] == exported.chain.seen
+
+
+def test_no_flush_succeeds_after_one_that_failed(exported: Exported) -> None:
+    """What a flush lost stays lost: the next one, which the kernel lets pass, fails too; people are told once."""
+    client = exported.client().go()
+    exported.chain.errors = {Op.FLUSH: errno.ENOSPC}
+    client.ask(CMD_FLUSH, 0, 0)
+    exported.chain.errors = {}
+    client.ask(CMD_FLUSH, 0, 0)
+    client.ask(CMD_WRITE, data=DATA, flags=CMD_FLAG_FUA)
+    client.ask(CMD_WRITE, data=DATA)
+
+    assert [errno.EIO, errno.EIO, errno.EIO, 0] == [client.reply()[1] for _ in range(4)]
+    assert 1 == len(exported.alarms)
+
+
+def test_requests_in_flight_are_bounded(exported: Exported) -> None:
+    """Of all clients together no more than the slots reach the chain; whoever waits has his turn, in order."""
+    exported.chain.holding = True
+    greedy, modest = exported.client().go(), exported.client().go()
+    greedy.send(b"".join(REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, n, 0, 512) for n in range(2 * SLOTS)))
+    modest.ask(CMD_READ)
+    held = len(exported.chain.held)
+    exported.chain.give_back(exported.chain.held[:10])
+    greedy.listen()
+    exported.chain.give_back()
+    exported.step(4)
+    exported.chain.holding = False
+    exported.chain.give_back()
+
+    assert SLOTS == held
+    assert 0 == modest.reply(512)[1]
+    assert list(range(2 * SLOTS)) == [greedy.reply(512)[0] for _ in range(2 * SLOTS)]
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(exported: Exported) -> None:
+    """The greatest request waits until all memory is there, and is not passed by small ones for ever."""
+    exported.chain.holding = True
+    small, large = exported.client().go(), exported.client().go()
+    small.ask(CMD_READ, 0, 4096)
+    large.ask(CMD_READ, 0, MAX_BLOCK)
+    small.ask(CMD_READ, 0, 4096, cookie=2)
+    held = [request.length for request in exported.chain.held]
+    exported.chain.give_back()
+    small.reply(4096)
+    exported.step(4)
+    then = [request.length for request in exported.chain.held]
+    exported.chain.give_back()
+
+    assert [4096] == held
+    assert [MAX_BLOCK] == then
+    assert MAX_BLOCK == len(large.reply(MAX_BLOCK)[2])
+    exported.step(4)
+    exported.chain.give_back()
+    assert 2 == small.reply(4096)[0]
+
+
+def test_client_that_goes_away_lets_others_have_its_turn(exported: Exported) -> None:
+    """Whoever waited behind one that has gone is next."""
+    exported.chain.holding = True
+    first, second, third = (exported.client().go() for _ in range(3))
+    first.ask(CMD_READ, 0, MAX_BLOCK)
+    for client in (second, third):
+        client.ask(CMD_READ)
+    second.close()
+    exported.pass_time(2)
+    first.close()
+    exported.step(4)
+    exported.chain.holding = False
+    exported.chain.give_back()
+    exported.step(8)
+
+    assert (1, 0, bytes(512)) == third.reply(512)
+
+
+def test_layers_bug_is_contained(exported: Exported) -> None:
+    """D8: what a layer held when it let an exception out ends with EIO once, however late it comes back."""
+    exported.chain.holding, exported.chain.bug = True, KeyError("bug")
+    client = exported.client().go()
+    client.ask(CMD_WRITE, data=DATA)
+    first = client.reply()
+    late = exported.chain.held[:]
+    for cookie in range(SLOTS):
+        client.ask(CMD_READ, cookie=cookie)
+    exported.chain.give_back(late)
+    after = bytes(client.listen())
+    exported.chain.give_back()
+    again = [client.reply(512)[:2] for _ in range(SLOTS)]
+    exported.chain.holding = False
+    for cookie in range(2 * SLOTS):
+        client.ask(CMD_READ, cookie=cookie)
+    rest = [client.reply(512)[:2] for _ in range(2 * SLOTS)]
+
+    assert (1, errno.EIO, b"") == first
+    assert b"" == after
+    assert [(cookie, 0) for cookie in range(SLOTS)] == again
+    assert [(cookie, 0) for cookie in range(2 * SLOTS)] == rest
+    assert ["'bug'"] == [str(bug) for bug in exported.bugs]
+    assert exported.export.had_bugs
+
+
+def test_layers_own_requests_are_not_answered(exported: Exported) -> None:
+    """What a layer made for itself, and held when it failed, is nobody's answer."""
+    client = exported.client().go()
+    exported.chain.contain(KeyError("bug"), [type("Own", (), {"tag": "of a layer"})()])
+
+    assert b"" == client.take(16)
+    assert exported.end()
+
+
+def test_end_answers_what_is_in_flight(exported: Exported) -> None:
+    """An export that ends takes nothing more, waits for the chain, answers, hangs up, and only then calls back."""
+    exported.chain.holding = True
+    busy, idle, half = (exported.client().go() for _ in range(3))
+    busy.ask(CMD_WRITE, 0, 512, DATA)
+    half.ask(CMD_WRITE, 0, 1024, DATA)
+    at_once = exported.end()
+    busy.ask(CMD_READ, cookie=2)
+    held = len(exported.chain.held)
+    exported.chain.give_back()
+    exported.step(4)
+
+    assert not at_once
+    assert 1 == held
+    assert exported.is_over
+    assert (1, 0, b"") == busy.reply()
+    assert [b"", b"", b""] == [client.take(1) for client in (busy, idle, half)]
+    assert all(client.is_hung_up for client in (busy, idle, half))
+    assert not exported.path.exists()
+
+
+def test_end_waits_for_what_nobody_waits_for(exported: Exported) -> None:
+    """A request of a client that has gone is still with the chain."""
+    exported.chain.holding = True
+    client = exported.client().go()
+    client.ask(CMD_WRITE, data=DATA)
+    client.close()
+    exported.step(4)
+    at_once = exported.end()
+    exported.chain.give_back()
+    exported.step(4)
+
+    assert not at_once
+    assert exported.is_over
+
+
+def test_end_waits_for_the_flush_of_a_durable_write(exported: Exported) -> None:
+    """Between a write and its flush nothing is with the chain, and still something is in flight."""
+    exported.chain.holding = True
+    client = exported.client().go()
+    client.ask(CMD_WRITE, data=DATA, flags=CMD_FLAG_FUA)
+    exported.export.close(lambda: setattr(exported, "is_over", True))
+    client.close()
+    exported.chain.give_back()
+    before = exported.is_over
+    exported.step(4)
+    flushing = [Op(request.op).name for request in exported.chain.held]
+    exported.chain.give_back()
+    exported.step(4)
+
+    assert not before
+    assert ["FLUSH"] == flushing
+    assert exported.is_over
+
+
+def test_end_does_not_wait_for_a_client_that_takes_no_answers(exported: Exported) -> None:
+    """After a second it is hung up on: a guest's own driver is waiting for its disk."""
+    client = exported.client().go()
+    client.ask(CMD_READ, 0, MAX_BLOCK)
+    at_once = exported.end()
+    exported.pass_time(2)
+
+    assert not at_once
+    assert exported.is_over
+
+
+def test_end_wakes_nobody_who_waits(exported: Exported) -> None:
+    """A client that waited for memory is hung up on unanswered, as one that sent nothing."""
+    exported.chain.holding = True
+    first, second = exported.client().go(), exported.client().go()
+    first.ask(CMD_READ, 0, MAX_BLOCK)
+    second.ask(CMD_READ)
+    exported.export.close(lambda: setattr(exported, "is_over", True))
+    exported.chain.give_back()
+    first.listen()
+    exported.step(4)
+
+    assert exported.is_over
+    assert ["READ"] == exported.chain.seen

@@ -1,0 +1,103 @@
+"""A disk whose image another worker still writes: looked at first, opened when that one has let go."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.descriptors import open_descriptors
+from tests.driven import Driven, WorkerProcess
+from xenbackend import control
+from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
+from xenbackend.worker.main import LOCK_TIMEOUT_S
+from xenbackend.worker.peek import peek
+from xenbackend.worker.reactor import Reactor
+
+pytestmark = pytest.mark.slow  # each starts processes
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A small image, read from and written to through the page cache."""
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    return image
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    """A loop that does not run."""
+    made = Reactor()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def former(tmp_path: Path, image: Path) -> Iterator[WorkerProcess]:
+    """A worker that has the image."""
+    former = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
+    assert isinstance(former.open(f"aio:{image}"), control.Opened)
+    yield former
+    former.drop()
+
+
+def test_a_guest_that_migrates_gets_its_disk_from_its_former_self(
+    tmp_path: Path, image: Path, former: WorkerProcess
+) -> None:
+    """The keys are there at once, as they will be; the ring is served when the former worker has let go, and no
+    sooner; what it wrote last is read.
+    """
+    with Driven(tmp_path) as driven:
+        opened = driven.open(f"log:|aio:{image}", may_wait=True)
+        driven.announce(Wishes())
+        driven.offer_rings()
+        with pytest.raises(TimeoutError):
+            driven.worker.expect(control.Connected, control.Failed, control.Opened, timeout_s=0.2)
+        with image.open("r+b") as file:
+            file.write(b"n" * PAGE)
+        former.end()
+        again = driven.worker.expect(control.Opened, control.Failed)
+        frontend = driven.joined()
+
+        assert [each.size for each in opened.layers] == [each.size for each in again.layers] == [1 << 20] * 2
+        assert not opened.layers[0].read_only
+        assert b"n" * PAGE == frontend.read(0, 8)
+
+
+def test_without_leave_to_wait_a_lock_is_an_answer(tmp_path: Path, image: Path, former: WorkerProcess) -> None:
+    """Two guests on one image are a mistake: the second is refused, with the reason."""
+    del former
+    with Driven(tmp_path) as driven:
+        answer = driven.worker.open(f"aio:{image}")
+
+    assert isinstance(answer, control.Failed)
+    assert (errno.EBUSY, True) == (answer.errno, "locked by another process" in answer.sentence)
+    assert LOCK_TIMEOUT_S < 10  # libxl waits for 40 s in all
+
+
+def test_waiting_can_be_ended(tmp_path: Path, image: Path, former: WorkerProcess) -> None:
+    """A migration that fails takes the new guest away: whoever waits for the lock lets go, and does not open."""
+    with Driven(tmp_path) as driven:
+        driven.worker.open(f"aio:{image}", may_wait=True)
+        driven.worker.send(control.Connect("x86_64-abi", [], persistent=True))
+        driven.worker.send(control.Disconnect())
+        driven.worker.expect(control.Disconnected)
+        former.end()
+        driven.worker.end()
+
+        assert [] == driven.worker.said
+
+
+def test_looking_alters_nothing(tmp_path: Path, image: Path, reactor: Reactor) -> None:
+    """A look keeps no file open and writes nothing, whatever the chain would do when it is open."""
+    descriptors = open_descriptors()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    layers = peek(f"log:|aio:{image}", reactor, read_only=False)
+
+    assert ["log:", f"aio:{image}"] == [each.text for each in layers]
+    assert descriptors == open_descriptors()
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

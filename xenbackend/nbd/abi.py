@@ -1,0 +1,67 @@
+"""The numbers and layouts of NBD, newstyle with simple replies, and what a server tells of its export.
+
+Must not hold behaviour. Everything is big-endian.
+
+Source: NetworkBlockDevice/nbd doc/proto.md.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from struct import Struct
+
+from xenbackend.errors import GuestError
+
+# Handshake
+NBDMAGIC = b"NBDMAGIC"
+IHAVEOPT = b"IHAVEOPT"
+FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2  # of the server and of the client alike
+OPTION = Struct(">8sII")  # IHAVEOPT, option, length of its data
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO, OPT_GO = 1, 2, 3, 6, 7
+OPTION_REPLY = Struct(">QIII")  # magic, option, type, length of its data
+OPTION_REPLY_MAGIC = 0x3E889045565A9
+REP_ACK, REP_SERVER, REP_INFO = 1, 2, 3
+REP_ERR_UNSUP, REP_ERR_INVALID, REP_ERR_UNKNOWN = (1 << 31 | number for number in (1, 3, 6))
+INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
+EXPORT_NAME_REPLY = Struct(">QH")  # size, transmission flags; and zeros
+ZEROES = bytes(124)
+
+# Transmission
+SEND_HAS_FLAGS, SEND_READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_MULTI_CONN = (1 << n for n in (0, 1, 2, 3, 5, 8))
+REQUEST = Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
+REQUEST_MAGIC = 0x25609513
+CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM = range(5)
+CMD_FLAG_FUA = 1
+REPLY = Struct(">IIQ")  # magic, error, cookie; what was read follows
+REPLY_MAGIC = 0x67446698
+
+# Error numbers are the protocol's own; they happen to be Linux's. Whatever is not here is said as EIO.
+ERRORS = frozenset({0, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW})
+ERROR_ENOTSUP = 95
+
+MIN_BLOCK = 512  # bytes; offsets and lengths are multiples of it
+MAX_BLOCK = 32 << 20  # bytes of one read or write
+
+
+class NbdError(GuestError):
+    """A client broke the protocol, and where its next message begins is not known: its connection ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What is exported, under the name that is empty."""
+
+    size: int  # bytes
+    preferred_block: int = 4096  # bytes
+    read_only: bool = False
+    can_flush: bool = True
+    can_trim: bool = False
+
+    @property
+    def flags(self) -> int:
+        """The transmission flags."""
+        flags = SEND_HAS_FLAGS | SEND_MULTI_CONN  # one chain: what one connection flushed, another one reads
+        if self.read_only:
+            return flags | SEND_READ_ONLY
+        return flags | (SEND_FLUSH | SEND_FUA) * self.can_flush | SEND_TRIM * self.can_trim

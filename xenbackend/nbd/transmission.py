@@ -1,0 +1,99 @@
+"""Requests and replies of an NBD connection after its handshake.
+
+Must not do what a request asks for.
+
+Source: NetworkBlockDevice/nbd doc/proto.md, "Transmission".
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import NamedTuple
+
+from xenbackend.nbd.abi import (
+    CMD_DISC,
+    CMD_FLAG_FUA,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    ERROR_ENOTSUP,
+    ERRORS,
+    MAX_BLOCK,
+    MIN_BLOCK,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    Export,
+    NbdError,
+)
+
+
+class Command(NamedTuple):
+    """What a client asks for; the bytes of a write follow it on the wire."""
+
+    kind: int
+    flags: int
+    cookie: int
+    offset: int  # bytes
+    length: int  # bytes
+
+    @property
+    def payload(self) -> int:
+        """How many bytes follow the request."""
+        return self.length if self.kind == CMD_WRITE else 0
+
+    @property
+    def must_be_durable(self) -> bool:
+        """True for a write that is answered when it is on the medium."""
+        return bool(self.flags & CMD_FLAG_FUA) and self.kind in (CMD_WRITE, CMD_TRIM)
+
+
+def parse_command(received: bytearray) -> Command:
+    """Return the request at the front of REQUEST.size bytes or more.
+
+    Raises: NbdError where it is none, or is a write that no server has to take.
+    """
+    magic, flags, kind, cookie, offset, length = REQUEST.unpack_from(received)
+    if magic != REQUEST_MAGIC:
+        raise NbdError(f"a request that begins with {magic:#x}")
+    command = Command(kind, flags, cookie, offset, length)
+    if command.payload > MAX_BLOCK:
+        raise NbdError(f"a write of {length} bytes; {MAX_BLOCK} are the most")
+    return command
+
+
+def error_in(command: Command, export: Export) -> int:
+    """Return the protocol's error number for a request that cannot be done as it stands, or 0."""
+    if command.kind not in (CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM):
+        return errno.EINVAL
+    if command.flags & ~CMD_FLAG_FUA or (command.flags and not (export.can_flush and not export.read_only)):
+        return errno.EINVAL
+    if command.kind == CMD_DISC:
+        return 0
+    if command.kind == CMD_FLUSH:
+        return 0 if export.can_flush and not export.read_only else errno.EINVAL
+    if command.kind != CMD_READ and export.read_only:
+        return errno.EPERM
+    if command.kind == CMD_TRIM and not export.can_trim:
+        return errno.EINVAL
+    if command.kind == CMD_READ and command.length > MAX_BLOCK:
+        return errno.EOVERFLOW
+    if (command.offset | command.length) % MIN_BLOCK:
+        return errno.EINVAL
+    if command.offset + command.length > export.size:
+        return errno.ENOSPC if command.kind == CMD_WRITE else errno.EINVAL
+    return 0
+
+
+def error_of(status: int) -> int:
+    """Return the protocol's error number for an errno."""
+    if status == errno.EOPNOTSUPP:
+        return ERROR_ENOTSUP
+    return status if status in ERRORS else errno.EIO
+
+
+def reply(error: int, cookie: int) -> bytes:
+    """Return a reply's head; behind a read without error its bytes follow."""
+    return REPLY.pack(REPLY_MAGIC, error, cookie)

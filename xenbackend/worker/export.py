@@ -1,0 +1,287 @@
+"""A disk exported by NBD on a Unix socket, for a device model to boot from while no ring is connected.
+
+Must not be there together with a connection: a chain has one layer above it (D10). The export has the chain's top from
+its making until `close` calls back; then nothing of it is in flight any more.
+
+    device model ── socket ── Client ── Job ── Request ── chain
+                              bytes     memory  one of a fixed pool
+
+A client may be hostile: it can use up the slots and the memory of this disk's export for as long as it takes to be
+thrown out, and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xenbackend.block.chain import Chain
+from xenbackend.block.driver import Geometry
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.nbd.abi import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, MAX_BLOCK
+from xenbackend.nbd.abi import Export as Offer
+from xenbackend.nbd.transmission import error_of
+from xenbackend.worker.export_client import Client, Job
+
+if TYPE_CHECKING:
+    from xenbackend.worker.reactor import Reactor
+
+MAX_CLIENTS = 8
+SLOTS = 64  # requests in flight, of all clients
+MEMORY = MAX_BLOCK  # bytes of data in flight, of all clients: one request of the greatest size
+_TICK_S = 1.0  # between two looks for clients that keep us waiting
+_LAST_ANSWERS_S = 1.0  # for clients to take them when the export ends
+_OPS = {CMD_READ: Op.READ, CMD_WRITE: Op.WRITE, CMD_FLUSH: Op.FLUSH, CMD_TRIM: Op.DISCARD}
+
+
+class Export:
+    """Serves one chain to the clients of one socket."""
+
+    def __init__(
+        self,
+        path: str,
+        chain: Chain,
+        reactor: Reactor,
+        kick: Callable[[], object],
+        complain: Callable[[str], None],
+        alarm: Callable[[str], None],
+        on_bug: Callable[[Exception], None],
+    ) -> None:
+        """Listen at `path`, for our own user only; what a predecessor left there is replaced.
+
+        Args:
+            path: of the socket; its directory is made.
+            chain: open, and nobody is above it.
+            reactor: the worker's loop.
+            kick: starts what the file engine has queued.
+            complain: says a sentence about a client, as often as the log's budget allows.
+            alarm: says a sentence that an administrator must read.
+            on_bug: takes an exception that a layer let out (D8).
+
+        Raises: OSError, where the socket cannot be made; then the chain is as it was.
+        """
+        self.had_bugs = False
+        self._path = Path(path)
+        self._listener = _listen(self._path)
+        self._identity = _identity(self._path)
+        self._offer = _offer(chain.geometry)
+        self._chain = chain
+        self._reactor = reactor
+        self._kick = kick
+        self._complain = complain
+        self._alarm = alarm
+        self._on_bug = on_bug
+        self._clients: set[Client] = set()
+        self._free = [Request() for _ in range(SLOTS)]
+        self._slots, self._memory = SLOTS, MEMORY
+        self._is_ticking = False
+        self._waiting: deque[Client] = deque()  # for a slot or memory; the first one is next
+        self._in_flight = 0  # requests lent to the chain
+        self._written: list[Request] = []  # that must be durable before they are answered
+        self._has_lost_writes = False  # a flush failed: none may succeed after it
+        self._then: Callable[[], None] | None = None  # once nothing is left
+        chain.contain = self._contain
+        chain.complete = self._complete
+        reactor.add(self._listener.fileno(), self._accept)
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Take nothing more, answer what is in flight, hang up, then call `then` from the loop."""
+        self._then = then
+        self._reactor.remove(self._listener.fileno())
+        if _identity(self._path) == self._identity:
+            self._path.unlink(missing_ok=True)
+        self._listener.close()
+        for client in list(self._clients):
+            client.finish()
+        self._reactor.call_later(_LAST_ANSWERS_S, self._hang_up)
+        self._end_if_done()
+
+    # What clients ask for -------------------------------------------------------------------------------------------
+
+    def reserve(self, client: Client, length: int) -> bool:
+        """Lend a slot and memory to whoever has waited longest, as `Lender.reserve` says."""
+        is_first = not self._waiting or self._waiting[0] is client
+        if not is_first or not self._slots or self._memory < length:
+            if client not in self._waiting:
+                self._waiting.append(client)
+            return False
+        self._slots -= 1
+        self._memory -= length
+        if self._waiting:
+            self._waiting.popleft()
+            self._wake_next()
+        return True
+
+    def release(self, length: int) -> None:
+        """Take back what was reserved."""
+        self._slots += 1
+        self._memory += length
+        self._wake_next()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Hand jobs to the chain as one batch."""
+        if not jobs:
+            return
+        batch = []
+        for job in jobs:
+            request = self._free.pop()  # there are as many as slots
+            command = job.command
+            request.op, request.offset, request.length = _OPS[command.kind], command.offset, command.length
+            request.iov = (job.data,) if len(job.data) else ()
+            if command.kind == CMD_FLUSH:
+                request.offset = request.length = 0
+            request.tag = job
+            batch.append(request)
+        self._lend(batch)
+
+    def forget(self, client: Client, why: str) -> None:
+        """Take note that a client has gone."""
+        if why:
+            self._complain(f"a client of the NBD export was thrown out: {why}")
+        self._clients.discard(client)
+        if client in self._waiting:
+            self._waiting.remove(client)
+            self._wake_next()
+        self._end_if_done()
+
+    # The chain's top ------------------------------------------------------------------------------------------------
+
+    def _lend(self, batch: list[Request]) -> None:
+        self._in_flight += len(batch)
+        for request in batch:
+            request.status = PENDING
+        try:
+            self._chain.submit(batch[:])  # a list of its own: it belongs to the layers from now on
+            self._kick()
+        except Exception as bug:  # D8
+            self._contain(bug, batch)
+
+    def _complete(self, batch: list[Request]) -> None:
+        for request in batch:
+            job = request.tag
+            if job is None:  # a bug ended it before
+                continue
+            self._in_flight -= 1
+            if request.op == Op.FLUSH:
+                self._note_flush(request)
+            if request.op != Op.FLUSH and job.command.must_be_durable and request.status == 0:
+                self._flush_later(request)
+            else:
+                request.tag, request.iov = None, ()
+                self._free.append(request)
+                job.client.answer(job, error_of(request.status))
+        self._end_if_done()
+
+    def _flush_later(self, request: Request) -> None:
+        """Flush behind a write that must be durable, from the loop: nothing is submitted out of `complete` (D5)."""
+        self._in_flight += 1  # still: an export that ends waits for it
+        self._written.append(request)
+        if len(self._written) == 1:
+            self._reactor.call_soon(self._flush_written)
+
+    def _flush_written(self) -> None:
+        batch, self._written = self._written, []
+        self._in_flight -= len(batch)
+        for request in batch:
+            request.op, request.offset, request.length, request.iov = Op.FLUSH, 0, 0, ()
+        self._lend(batch)
+
+    def _note_flush(self, request: Request) -> None:
+        """Let no flush succeed after one that failed: the kernel tells of what was lost only once."""
+        if request.status not in (0, errno.EOPNOTSUPP) and not self._has_lost_writes:
+            self._has_lost_writes = True
+            self._alarm(f"a flush of the NBD export failed: {os.strerror(request.status)}; none is answered well now")
+        if self._has_lost_writes:
+            request.status = errno.EIO
+
+    def _contain(self, bug: Exception, given: list[Request]) -> None:
+        """End with EIO what a layer still held when it let an exception out (D8); it may keep the requests."""
+        self.had_bugs = True
+        self._on_bug(bug)
+        for request in given:
+            job = request.tag
+            if isinstance(job, Job):  # else it came back before, or is a layer's own
+                request.tag = None
+                self._in_flight -= 1
+                self._free.append(Request())
+                job.client.answer(job, errno.EIO)
+        self._end_if_done()
+
+    # Clients that come and go ---------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        if len(self._clients) >= MAX_CLIENTS:
+            connection.close()
+            self._complain(f"a client of the NBD export was refused: there are {MAX_CLIENTS} already")
+            return
+        self._clients.add(Client(connection, self._offer, self, self._reactor))
+        if not self._is_ticking:
+            self._is_ticking = True
+            self._reactor.call_later(_TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        now = self._reactor.now()
+        for client in list(self._clients):
+            client.check(now)
+        self._is_ticking = bool(self._clients)
+        if self._is_ticking:
+            self._reactor.call_later(_TICK_S, self._tick)
+
+    def _wake_next(self) -> None:
+        if self._waiting:
+            self._reactor.call_soon(self._waiting[0].resume)
+
+    def _hang_up(self) -> None:
+        for client in list(self._clients):
+            client.close()
+
+    def _end_if_done(self) -> None:
+        if self._then is not None and not self._clients and not self._in_flight:
+            then, self._then = self._then, None
+            self._reactor.call_soon(then)
+
+
+def _offer(geometry: Geometry) -> Offer:
+    return Offer(
+        size=geometry.size,
+        preferred_block=max(4096, geometry.sector_size),
+        read_only=geometry.read_only,
+        can_flush=geometry.can_flush,
+        can_trim=geometry.can_discard,
+    )
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return a socket that listens at `path` for our own user. Raises: OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        path.unlink(missing_ok=True)
+        former = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(former)
+        listener.listen(MAX_CLIENTS)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return which file is at `path`: a successor of ours may have put its own there."""
+    with suppress(OSError):
+        found = path.lstat()
+        return found.st_dev, found.st_ino
+    return None

@@ -1,0 +1,290 @@
+"""One client of an NBD export: its socket, what it asked for, and the answers on their way to it.
+
+Must not call the chain, nor believe a client: what it can make us hold is bounded by what its `Lender` gives out, and
+it is read from again only when it has taken its answers.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol
+
+from xenbackend.kernel.memory import allocate
+from xenbackend.nbd.abi import CMD_DISC, CMD_READ, CMD_WRITE, REQUEST, Export, NbdError
+from xenbackend.nbd.handshake import GREETING, Handshake, Phase
+from xenbackend.nbd.transmission import Command, error_in, parse_command, reply
+
+if TYPE_CHECKING:
+    from xenbackend.worker.reactor import Reactor
+
+HANDSHAKE_S = 10.0  # for a client to say what it wants
+STALL_S = 30.0  # for one that has begun a write, or has answers to take, to go on
+_CHUNK = 64 * 1024  # bytes received by one call
+_PIECES = 64  # sent by one call
+
+
+class Job:
+    """One request of a client, from its head on the wire to its answer; it holds a slot of the lender's."""
+
+    __slots__ = ("client", "command", "data")
+
+    def __init__(self, client: Client, command: Command) -> None:
+        self.client = client
+        self.command = command
+        has_data = command.kind in (CMD_READ, CMD_WRITE)
+        self.data = allocate(command.length).view if has_data else memoryview(b"")
+
+
+class Lender(Protocol):
+    """What a client needs of its export."""
+
+    def reserve(self, client: Client, length: int) -> bool:
+        """Lend a slot and `length` bytes of memory; False: `client.resume` is called when there may be some."""
+
+    def release(self, length: int) -> None:
+        """Take a slot and `length` bytes back."""
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Do what jobs ask for; each comes back by `client.answer`."""
+
+    def forget(self, client: Client, why: str) -> None:
+        """Take note that a client has gone; `why` is a sentence where it was thrown out, else empty."""
+
+
+class Client:
+    """A connection, from the greeting until either side goes away."""
+
+    def __init__(self, connection: socket.socket, export: Export, lender: Lender, reactor: Reactor) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._export = export
+        self._lender = lender
+        self._reactor = reactor
+        self._handshake = Handshake(export)
+        self._received = bytearray()  # and not taken yet
+        self._filling: Job | None = None  # a write whose bytes are not all here
+        self._filled = 0
+        self._refused: bytes | None = None  # the answer to a request whose bytes have to be passed over first
+        self._to_skip = 0
+        self._out: deque[tuple[memoryview, Job | None]] = deque()  # a job's memory is released once that was sent
+        self._in_flight = 0
+        self._is_sending = self._is_reading = self._is_closed = False
+        self._takes_more = True
+        self._writable: select.epoll | None = None  # while the client does not take its answers
+        self._born = self._progress = reactor.now()
+        self._read_on()
+        self._put(memoryview(GREETING))
+
+    def answer(self, job: Job, error: int) -> None:
+        """Answer a job with the protocol's error number, and with its data where that was a read."""
+        self._in_flight -= 1
+        has_data = job.command.kind == CMD_READ and not error and not self._is_closed
+        if not has_data:
+            self._lender.release(len(job.data))
+        self._put(memoryview(reply(error, job.command.cookie)))
+        if has_data:
+            self._put(job.data, job)
+
+    def resume(self) -> None:
+        """Go on where memory or slots were missing, or answers had not been taken."""
+        if not self._is_closed and self._takes_more and not self._out:
+            self._read_on()
+            self._take()
+
+    def finish(self) -> None:
+        """Take nothing more; go when what is in flight has been answered. A write that is not all here is left."""
+        self._takes_more = False
+        self._stop_reading()
+        self._drop_partial()
+        self._go_if_done()
+
+    def check(self, now: float) -> None:
+        """Throw a client out that keeps us waiting."""
+        if self._handshake.phase is not Phase.TRANSMISSION:
+            if now - self._born > HANDSHAKE_S:
+                self.close(f"it did not come to an end of its handshake in {HANDSHAKE_S:.0f} s")
+        elif (self._filling or self._refused or self._out) and now - self._progress > STALL_S:
+            self.close(f"it did not go on for {STALL_S:.0f} s")
+
+    def close(self, why: str = "") -> None:
+        """Hang up at once; what is in flight comes back to nobody."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stop_reading()
+        self._stop_waiting()
+        self._drop_partial()
+        for _, job in self._out:
+            if job is not None:
+                self._lender.release(len(job.data))
+        self._out.clear()
+        self._socket.close()
+        self._lender.forget(self, why)
+
+    # Receiving ------------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        try:
+            if self._filling is not None and not self._received:
+                count = self._socket.recv_into(self._filling.data[self._filled :])
+                self._filled += count
+            else:
+                data = self._socket.recv(_CHUNK)
+                self._received += data
+                count = len(data)
+        except BlockingIOError:
+            return
+        except OSError:  # it is gone
+            count = 0
+        if not count:
+            self.close()
+            return
+        self._progress = self._reactor.now()
+        self._take()
+
+    def _take(self) -> None:
+        """Take all that is whole."""
+        jobs: list[Job] = []
+        try:
+            if self._handshake.phase is not Phase.TRANSMISSION:
+                self._put(memoryview(self._handshake.take(self._received)))
+                self._takes_more = self._handshake.phase is not Phase.ENDED
+            if self._handshake.phase is Phase.TRANSMISSION:
+                while self._takes_more and self._take_one(jobs):
+                    pass
+        except NbdError as problem:
+            self._lender.submit(jobs)
+            self.close(f"it sent {problem}")
+            return
+        self._lender.submit(jobs)
+        if not self._takes_more:
+            self.finish()
+
+    def _take_one(self, jobs: list[Job]) -> bool:
+        """Take the next thing; False where more bytes, or more room, are needed. Raises: NbdError."""
+        if self._filling is not None:
+            return self._fill(self._filling, jobs)
+        if self._refused is not None:
+            return self._skip(self._refused)
+        if len(self._received) < REQUEST.size:
+            return False
+        command = parse_command(self._received)
+        error = error_in(command, self._export)
+        if command.kind == CMD_DISC and not error:
+            self._takes_more = False
+            return False
+        is_empty = not command.length and command.kind in (CMD_READ, CMD_WRITE)
+        if error or is_empty:
+            del self._received[: REQUEST.size]
+            self._refused, self._to_skip = reply(error, command.cookie), command.payload
+            return True
+        if not self._lender.reserve(self, command.length if command.kind in (CMD_READ, CMD_WRITE) else 0):
+            self._stop_reading()
+            return False
+        del self._received[: REQUEST.size]
+        job = Job(self, command)
+        self._in_flight += 1
+        if command.payload:
+            self._filling, self._filled = job, 0
+        else:
+            jobs.append(job)
+        return True
+
+    def _fill(self, job: Job, jobs: list[Job]) -> bool:
+        end = min(job.command.length, self._filled + len(self._received))
+        count = end - self._filled
+        job.data[self._filled : end] = self._received[:count]
+        del self._received[:count]
+        self._filled = end
+        if end < job.command.length:
+            return False
+        self._filling = None
+        jobs.append(job)
+        return True
+
+    def _skip(self, answer: bytes) -> bool:
+        count = min(self._to_skip, len(self._received))
+        del self._received[:count]
+        self._to_skip -= count
+        if self._to_skip:
+            return False
+        self._refused = None
+        self._put(memoryview(answer))
+        return True
+
+    def _drop_partial(self) -> None:
+        job, self._filling = self._filling, None
+        if job is not None:
+            self._in_flight -= 1
+            self._lender.release(len(job.data))
+
+    def _read_on(self) -> None:
+        if not self._is_reading:
+            self._is_reading = True
+            self._reactor.add(self._socket.fileno(), self._receive)
+
+    def _stop_reading(self) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._reactor.remove(self._socket.fileno())
+
+    # Sending --------------------------------------------------------------------------------------------------------
+
+    def _put(self, piece: memoryview, job: Job | None = None) -> None:
+        """Send a piece with the next pass of the loop, together with what else there is by then."""
+        if self._is_closed or not len(piece):
+            return
+        self._out.append((piece, job))
+        if not self._is_sending:
+            self._is_sending = True
+            self._reactor.call_soon(self._send)
+
+    def _send(self) -> None:
+        self._is_sending = False
+        if self._is_closed:
+            return
+        try:
+            while self._out:
+                self._sent(self._socket.sendmsg([piece for piece, _ in islice(self._out, _PIECES)]))
+        except BlockingIOError:
+            self._wait_until_writable()
+            return
+        except OSError:  # it is gone
+            self.close()
+            return
+        if self._writable is not None:
+            self._stop_waiting()
+            self.resume()
+        self._go_if_done()
+
+    def _sent(self, count: int) -> None:
+        self._progress = self._reactor.now()
+        while count:
+            piece, job = self._out.popleft()
+            if count < len(piece):
+                self._out.appendleft((piece[count:], job))
+                return
+            count -= len(piece)
+            if job is not None:
+                self._lender.release(len(job.data))
+
+    def _wait_until_writable(self) -> None:
+        """Have `_send` called when there is room. The loop looks for what can be read: an epoll of our own can be."""
+        self._stop_reading()
+        if self._writable is None:
+            self._writable = select.epoll()
+            self._writable.register(self._socket, select.EPOLLOUT)
+            self._reactor.add(self._writable.fileno(), self._send)
+
+    def _stop_waiting(self) -> None:
+        if self._writable is not None:
+            self._reactor.remove(self._writable.fileno())
+            self._writable.close()
+            self._writable = None
+
+    def _go_if_done(self) -> None:
+        if not self._takes_more and not self._in_flight and not self._out:
+            self.close()

@@ -1,0 +1,29 @@
+"""What is known of an open layer, as the supervisor is told.
+
+Must not ask a layer: what it reported when it was opened is all there is.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from xenbackend import control
+from xenbackend.block.chain import OpenLayer
+from xenbackend.worker.env import WorkerEnv
+
+
+def facts_of(layer: OpenLayer) -> control.LayerFacts:
+    """Return what is known of an open layer."""
+    geometry = layer.geometry
+    return control.LayerFacts(
+        text=layer.text,
+        size=geometry.size,
+        sector_size=geometry.sector_size,
+        read_only=geometry.read_only,
+        can_flush=geometry.can_flush,
+        can_discard=geometry.can_discard,
+        discard_granularity=geometry.discard_granularity,
+        discard_alignment=geometry.discard_alignment,
+        parent_of=layer.parent_of,
+        facts=dict(cast("WorkerEnv", layer.driver.env).facts),
+    )

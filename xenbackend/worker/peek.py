@@ -1,0 +1,35 @@
+"""Looks at a chain whose image another worker still writes: what it will be, without a lock and without altering it.
+
+Must not be what a guest's requests go to: it is open for as long as it takes to look.
+
+While a guest migrates to the same host, its new domain's disks are made while the old domain still holds them. The new
+one's frontend has to find its keys before the old one ends, so its chain is looked at first, and opened with the lock
+when a ring is to be connected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xenbackend import control
+from xenbackend.block.chain import open_chain, parse_chain
+from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.facts import facts_of
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.reactor import Reactor
+
+
+def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[control.LayerFacts]:
+    """Return a chain's layers, top first, as they are likely to be once it is open. Raises: ChainError, DriverError."""
+    files = HostFiles(reactor, use_uring=False, locks=False)
+    env = EnvFactory(reactor, files)
+    try:
+        found = open_chain(parse_chain(chain), env, read_only=True, shareable=True)
+        try:
+            layers = [facts_of(layer) for layer in found.layers]
+        finally:
+            found.close()
+    finally:
+        env.close()
+        files.close()
+    return [replace(layers[0], read_only=read_only), *layers[1:]]
