@@ -7,7 +7,9 @@ import configparser
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,44 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
 
     assert (0, "") == (result.returncode, "".join(line for line in result.stderr.splitlines() if UNIT.name in line))
+
+
+def test_the_unit_leaves_devices_alone() -> None:
+    """Nothing in the unit closes devices to the service: Xen's, and any block device that a disk may be on."""
+    closing = {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock"}  # the clock's rule is a DeviceAllow
+
+    assert set() == closing & set(_unit()["Service"])
+
+
+def _stage(site: Path, root: Path) -> dict[str, bytes]:
+    """Return what the package in `site` installs, by path; nothing else is on the way to it."""
+    root.mkdir()
+    command = [sys.executable, "-P", "-m", "xenbackend", "install", "--packaged", "--root", str(root)]
+    subprocess.run(command, check=True, capture_output=True, cwd=root, env={"PYTHONPATH": str(site)})
+    return {str(each.relative_to(root)): each.read_bytes() for each in root.rglob("*") if each.is_file()}
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_what_is_installed(tmp_path: Path) -> None:
+    """The package by itself, without a checkout around it, installs byte for byte what the checkout installs."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, check=True, capture_output=True, cwd=ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        names = archive.namelist()
+    installed = _stage(tmp_path / "site", tmp_path / "of-wheel")
+
+    assert {"xenbackend"} == {name.split("/")[0].split("-")[0] for name in names}
+    assert {"xenbackend.service", "60-xenbackend.rules"} <= {Path(each).name for each in installed}
+    assert installed == _stage(ROOT, tmp_path / "of-checkout")
+
+
+def test_debian_has_the_same_version() -> None:
+    """The Debian package is of the version that is in pyproject.toml."""
+    first = (ROOT / "debian" / "changelog").read_text().splitlines()[0]
+
+    assert first.startswith(f"xenbackend ({__version__}) ")
 
 
 def test_udev_rules_have_the_form_of_udev() -> None:

@@ -1,0 +1,116 @@
+"""The commands install and uninstall: arguments to calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xenbackend import __version__
+from xenbackend.cli.main import main
+from xenbackend.host.files import UNIT, items
+from xenbackend.host.program import PACKAGED
+
+
+@pytest.fixture
+def called_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the command be one that starts by itself, and return its path."""
+    path = tmp_path / "bin" / "xenbackend"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\necho xenbackend {__version__}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return an empty root."""
+    (tmp_path / "image").mkdir()
+    return tmp_path / "image"
+
+
+def test_an_image_gets_files_only(image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --root a line is said for each file, no step is run, and a second run says that nothing had to be done."""
+    first = (main(["install", "--root", str(image)]), capsys.readouterr().out.splitlines())
+    second = (main(["install", "--root", str(image)]), capsys.readouterr().out.splitlines())
+    hint = f"to have the service started there: systemctl --root {image} enable {UNIT}"
+
+    assert (0, 0) == (first[0], second[0])
+    assert {"made"} == {line.split()[0] for line in first[1][:-1]}
+    assert {"kept"} == {line.split()[0] for line in second[1][:-2]}
+    assert ["everything was in place already", hint] == second[1][-2:]
+    assert f"ExecStart={called_as} run" in (image / "etc/systemd/system" / UNIT).read_text()
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_ends_nothing(image: Path) -> None:
+    """Output into a pipe that is closed early does not stop an installation in the middle."""
+    command = [sys.executable, "-m", "xenbackend", "install", "--root", str(image), "--packaged"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(timeout=60)
+
+    assert (0, b"") == (process.returncode, said)
+    assert {item.path for item in items(PACKAGED)} == {
+        f"/{each.relative_to(image)}" for each in image.rglob("*") if not each.is_dir()
+    }
+
+
+def test_an_image_is_clean_again(image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Uninstall takes everything away, and has nothing to do a second time."""
+    main(["install", "--root", str(image)])
+    statuses = [main(["uninstall", "--root", str(image)]) for _ in range(2)]
+
+    assert [0, 2] == statuses
+    assert [] == list(image.iterdir())
+    assert "nothing was installed here" in capsys.readouterr().err
+
+
+def test_a_dry_run_would(image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run speaks of what it would do, and does nothing."""
+    main(["install", "--root", str(image), "--dry-run"])
+    said = capsys.readouterr().out.splitlines()
+
+    assert {"would make"} == {line.rpartition(" ")[0] for line in said[:-1]}
+    assert [] == list(image.iterdir())
+
+
+def test_a_packages_files_need_a_root(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a package installs is never written into the system that builds it."""
+    assert 2 == main(["install", "--packaged", "--dry-run"])
+    assert "it needs --root" in capsys.readouterr().err
+
+
+def test_a_package_is_staged(image: Path) -> None:
+    """A package's files are at a distribution's places and run its program; there is no manifest."""
+    main(["install", "--packaged", "--root", str(image)])
+
+    assert "ExecStart=/usr/bin/xenbackend run" in (image / "lib/systemd/system" / UNIT).read_text()
+    assert not (image / "var").exists()
+
+
+@pytest.mark.skipif(Path("/etc/xen").exists(), reason="this is a Xen host")
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_a_host_without_xen_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a system without /etc/xen the command is a mistake, and says what to write instead."""
+    assert 2 == main([command])
+    assert "this is no Xen host: there is no /etc/xen; --root DIR" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may")
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_only_root_may(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever is not root is refused before anything is touched."""
+    assert 2 == main([command])
+    assert "xenbackend: " in capsys.readouterr().err
+
+
+def test_a_root_that_is_not_there_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A directory that does not exist is named."""
+    assert 2 == main(["install", "--root", str(tmp_path / "none")])
+    assert "none: is not a directory" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""The hotplug script as libxl starts it: its own process, a real service's socket, the real xenstore-write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import PATH, Stepped, write_like_libxl
+from xenbackend.host import block_xenbackend
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.client import DEFAULT_SOCKET
+from xenbackend.supervisor.settings import PATH as SETTINGS
+from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.store import Store
+
+pytestmark = pytest.mark.slow  # every one starts processes
+SCRIPT = Path(block_xenbackend.__file__)
+
+
+@pytest.fixture
+def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
+    """A simulated xenstored."""
+    with Xenstored(tmp_path / "xenstored") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def toolstack(xenstored: Xenstored) -> Iterator[Store]:
+    """A toolstack's connection, with a guest 5 that exists."""
+    xenstored.add_domain_socket(5)
+    with Store(xenstored.address) as store:
+        yield store
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The script, with settings that name a socket in the test's directory."""
+    (tmp_path / "settings.toml").write_text(f'socket = "{tmp_path}/control.sock"\n')
+    copy = tmp_path / "block-xenbackend"
+    text = SCRIPT.read_text().replace(f'SETTINGS = "{SETTINGS}"', f'SETTINGS = "{tmp_path}/settings.toml"')
+    copy.write_text(text.replace("#!/usr/bin/python3 -IS", f"#!{sys.executable} -IS"))
+    copy.chmod(0o755)
+    return copy
+
+
+@pytest.fixture
+def service(xenstored: Xenstored, tmp_path: Path) -> Iterator[None]:
+    """A registry that listens where the settings say, in a thread of its own."""
+    stepped = Stepped(xenstored.address, Settings(), socket=f"{tmp_path}/control.sock", runs_script=False)
+    is_over = threading.Event()
+
+    def loop() -> None:
+        while not is_over.is_set():
+            stepped.turn(0.01)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    yield
+    is_over.set()
+    thread.join()
+    stepped.close()
+
+
+def _run(script: Path, xenstored: Xenstored, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PATH": os.environ["PATH"], "XENSTORED_PATH": xenstored.address,
+        "XENBUS_PATH": f"backend/{PATH}", "XENBUS_TYPE": "vbd", "XENBUS_BASE_PATH": "backend",
+    }  # fmt: skip
+    return subprocess.run(
+        [str(script), *arguments], env=environment | more, check=False, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_it_knows_where_the_service_listens() -> None:
+    """The script cannot import our package: what it repeats of it is the same."""
+    assert (str(SETTINGS), DEFAULT_SOCKET) == (block_xenbackend.SETTINGS, block_xenbackend.SOCKET)
+
+
+@pytest.mark.usefixtures("service")
+def test_a_disk_that_opens(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
+    """`add` ends with 0 once the chain is open and frontends find what they need; `remove` has nothing to do."""
+    write_like_libxl(toolstack)
+    ended = _run(script, xenstored, "add")
+
+    assert (0, "", "") == (ended.returncode, ended.stdout, ended.stderr)
+    assert ("connected", "2097152") == tuple(
+        toolstack.read(f"{PATH.backend}/{key}") for key in ("hotplug-status", "sectors")
+    )
+    assert 0 == _run(script, xenstored, "remove").returncode
+
+
+@pytest.mark.usefixtures("service")
+def test_a_chain_that_does_not_open(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
+    """The service's sentence is on stderr and where libxl looks for it."""
+    write_like_libxl(toolstack, params="null:2G")
+    ended = _run(script, xenstored, "add")
+
+    assert (1, "block-xenbackend: null: it is broken\n") == (ended.returncode, ended.stderr)
+    assert "null: it is broken" == toolstack.read(f"{PATH.backend}/hotplug-error")
+
+
+@pytest.mark.usefixtures("service")
+def test_a_disk_of_somebody_else(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
+    """A disk whose script is not ours is refused, and nothing is written into its directory."""
+    write_like_libxl(toolstack, script="/etc/xen/scripts/block")
+    before = toolstack.dictionary(PATH.backend)
+    ended = _run(script, xenstored, "add")
+
+    assert (1, before) == (ended.returncode, toolstack.dictionary(PATH.backend))
+    assert (
+        "vbd/5/51712 is not served: it is gone, or its key script names none of block-xenbackend, tap2" in ended.stderr
+    )
+
+
+@pytest.mark.skipif(shutil.which("xenstore-write") is None, reason="xenstore-utils is not installed")
+def test_no_service(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
+    """Without a service `add` fails at once, and leaves its sentence itself, by xenstore's own tool."""
+    write_like_libxl(toolstack)
+    ended = _run(script, xenstored, "add")
+
+    sentence = "the xenbackend service does not run; start it with: systemctl start xenbackend"
+    assert (1, f"block-xenbackend: {sentence}\n") == (ended.returncode, ended.stderr)
+    assert (sentence, "error") == tuple(
+        toolstack.read(f"{PATH.backend}/{key}") for key in ("hotplug-error", "hotplug-status")
+    )
+
+
+def test_by_hand(script: Path, xenstored: Xenstored) -> None:
+    """Who starts it by hand is told what it is."""
+    statuses = [_run(script, xenstored).returncode, _run(script, xenstored, "add", XENBUS_PATH="").returncode]
+
+    assert [2, 2] == statuses
+    assert "for a Xen toolstack" in _run(script, xenstored, "frob").stderr

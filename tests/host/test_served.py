@@ -1,0 +1,77 @@
+"""Whether guests depend on the service."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenbackend.errors import XenbackendError
+from xenbackend.host.served import control_socket, refuse_while_serving
+from xenbackend.supervisor.client import DEFAULT_SOCKET
+
+
+@contextmanager
+def answering(path: Path, answer: dict[str, Any]) -> Iterator[str]:
+    """Answer one request on a control socket."""
+
+    def serve() -> None:
+        near, _ = listening.accept()
+        with near, near.makefile("rwb") as stream:
+            assert {"verb": "status"} == json.loads(stream.readline())
+            stream.write(json.dumps(answer).encode() + b"\n")
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield str(path)
+        thread.join()
+
+
+def test_broken_settings_do_not_hold_the_service_in_place(tmp_path: Path) -> None:
+    """The socket is the one of the settings, and the default's where those are broken: uninstall goes on."""
+    path = tmp_path / "x.toml"
+    path.write_text('socket = "/elsewhere"\n')
+    right = control_socket(path)
+    path.write_text("frob = 1\n")
+
+    assert ("/elsewhere", DEFAULT_SOCKET) == (right, control_socket(path))
+
+
+def test_where_nobody_listens_nobody_is_served(tmp_path: Path) -> None:
+    """No socket, no service."""
+    refuse_while_serving(str(tmp_path / "none"))
+
+
+def test_a_service_without_disks_may_go(tmp_path: Path) -> None:
+    """An idle service is in nobody's way."""
+    with answering(tmp_path / "socket", {"data": []}) as path:
+        refuse_while_serving(path)
+
+
+def test_disks_are_named(tmp_path: Path) -> None:
+    """Disks that are served are counted, and the first of them named."""
+    disks = [{"vbd": f"vbd/{domid}/51712"} for domid in range(1, 8)]
+    with (
+        answering(tmp_path / "socket", {"data": disks}) as path,
+        pytest.raises(
+            XenbackendError, match=r"^guests have disks: vbd/1/51712, .*vbd/5/51712 \.\.\. \(7 in all\); detach"
+        ),
+    ):
+        refuse_while_serving(path)
+
+
+def test_silence_is_no_answer(tmp_path: Path) -> None:
+    """A socket that nobody serves may be one of a service that hangs: only the admin knows."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+    with pytest.raises(XenbackendError, match=r"is not known: .*--force goes on anyhow"):
+        refuse_while_serving(str(tmp_path / "socket"))

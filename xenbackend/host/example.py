@@ -1,0 +1,47 @@
+"""The example of a settings file: every setting with its default, commented out, made from the settings themselves.
+
+Must not hold a default: those are the settings' own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from xenbackend.supervisor.settings import Settings
+
+_HEAD = """\
+# Settings of xenbackend. All are optional: a line that begins with # shows a default.
+# They are read when the service starts: systemctl restart xenbackend (to guests that is a pause).
+"""
+_ABOUT = {
+    "store": "Xenstore's socket or device; empty: found as xenstore's own tools do.",
+    "host": "The Python module that grants and event channels come from.",
+    "socket": "The control socket, for: xenbackend status.",
+    "serve": 'Which vbds are served: "ours" are those whose script is named in `scripts`, "all" is every one.',
+    "scripts": "Hotplug scripts that are ours, by the last part of their path.",
+    "kinds": "Kinds of backend to look for, as xenstore's directories are named.",
+    "poll_us": "How many microseconds a worker looks for the next request before it sleeps, up to 1000; 0 is never.",
+    "log": 'How the log is written: "console", "journal" or "json". The systemd unit asks for "journal", which holds.',
+    "log_level": 'The least level that is logged: "debug", "info", "warning" or "error".',
+    "limits": "The most that is offered to a guest.",
+    "limits.max_queues": "Rings of a vbd, from 1 to 8.",
+    "limits.max_ring_order": "A ring's pages as a power of two, from 0 (one page) to 4 (sixteen).",
+    "limits.max_segments": "Pages of one request, from 11 to 256.",
+}
+
+
+def example() -> str:
+    """Return the text of the file. With each ``#`` before a setting taken away it means the same."""
+    defaults = Settings()
+    blocks = [_HEAD]
+    blocks += [_setting(each.name, getattr(defaults, each.name)) for each in fields(Settings) if each.name != "limits"]
+    blocks.append(f"# {_ABOUT['limits']}\n[limits]\n")
+    for each in fields(defaults.limits):
+        blocks.append(_setting(each.name, getattr(defaults.limits, each.name), table="limits."))
+    return "\n".join(blocks)
+
+
+def _setting(name: str, default: Any, table: str = "") -> str:
+    return f"# {_ABOUT[table + name]}\n#{name} = {json.dumps(default)}\n"  # texts, numbers and lists are TOML's too

@@ -1,0 +1,80 @@
+"""The files that a Xen host gets: what is in each, and where it goes.
+
+Must not write anything.
+
+The unit and the udev rules lie at the top of a checkout and in `files/` of an installed package; the hotplug script is
+a module of ours that is run by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from xenbackend.host.example import example
+from xenbackend.host.program import PACKAGED, Program
+from xenbackend.supervisor import settings
+
+UNIT = "xenbackend.service"
+SYSUSERS = "xenbackend.conf"
+SCRIPTS = "/etc/xen/scripts"
+GROUP_FILE = "# Members may open Xen's grant and event channel devices: see 60-xenbackend.rules.\ng xenbackend -\n"
+
+_HERE = Path(__file__).parent
+_CHECKOUT = _HERE.parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to install: a file with a mode, or a symbolic link to `link`; `path` is absolute below the root."""
+
+    path: str
+    content: bytes = b""
+    mode: int = 0o644
+    link: str = ""
+    is_config: bool = False  # the admin's once it was changed
+
+    @property
+    def fingerprint(self) -> str:
+        """What `Tree.fingerprint` says of it once it is there."""
+        return fingerprint_of_link(self.link) if self.link else fingerprint_of_file(self.content)
+
+
+def fingerprint_of_file(content: bytes) -> str:
+    """Return what a file's content is known by."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def fingerprint_of_link(target: str) -> str:
+    """Return what a symbolic link is known by."""
+    return f"link:{target}"
+
+
+def items(program: Program) -> list[Item]:
+    """Return all that is installed for a program: a package's at a distribution's places, others' at the admin's."""
+    is_packaged = program == PACKAGED
+    units, rules, users = (
+        ("/lib/systemd/system", "/lib/udev/rules.d", "/usr/lib/sysusers.d")
+        if is_packaged
+        else ("/etc/systemd/system", "/etc/udev/rules.d", "/etc/sysusers.d")
+    )
+    return [
+        Item(f"{SCRIPTS}/block-xenbackend", _hotplug_script(program), mode=0o755),
+        Item(f"{SCRIPTS}/tap2", link="block-xenbackend"),
+        Item(f"{users}/{SYSUSERS}", GROUP_FILE.encode()),
+        Item(f"{rules}/60-xenbackend.rules", _source("udev", "60-xenbackend.rules")),
+        Item(f"{units}/{UNIT}", _source("systemd", UNIT).replace(PACKAGED.command.encode(), program.command.encode())),
+        Item(str(settings.PATH), example().encode(), is_config=True),
+    ]
+
+
+def _hotplug_script(program: Program) -> bytes:
+    """Return the script for the interpreter that runs us: what libxl runs has no environment to find another one."""
+    first, _, rest = (_HERE / "block_xenbackend.py").read_bytes().partition(b"\n")
+    return first.replace(PACKAGED.python.encode(), program.python.encode()) + b"\n" + rest
+
+
+def _source(directory: str, name: str) -> bytes:
+    packaged = _HERE / "files" / name
+    return (packaged if packaged.exists() else _CHECKOUT / directory / name).read_bytes()

@@ -1,0 +1,65 @@
+"""How this xenbackend is started by something that knows neither our environment nor our directory.
+
+Must not guess: what does not start that way is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from xenbackend import __version__
+from xenbackend.errors import ConfigError
+
+_NAME = "xenbackend"
+_PLAIN = re.compile(r"/[A-Za-z0-9_./+@~-]+")  # means itself in a unit and in a script's first line
+_MAX_LINE = 120  # the kernel reads 127 bytes of a script's first line, or 255
+_START_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command line without its arguments, and the interpreter that it runs on; absolute paths."""
+
+    command: str
+    python: str
+
+
+PACKAGED = Program("/usr/bin/xenbackend", "/usr/bin/python3")
+
+
+def this_program(called_as: str, python: str) -> Program:
+    """Return the program that is running, from its ``sys.argv[0]`` and ``sys.executable``.
+
+    Raises: ConfigError when a service manager could not start it.
+    """
+    script = Path(called_as).absolute()
+    is_script = script.name == _NAME and script.is_file()
+    program = Program(str(script) if is_script else f"{python} -m {_NAME}", python)
+    for path in (str(script) if is_script else python, python):
+        if not _PLAIN.fullmatch(path) or len(path) > _MAX_LINE:
+            raise ConfigError(f"{path}: is no path for a unit and a script's first line; install into a plain one")
+    if not _starts(program.command.split()):
+        raise ConfigError(
+            f"{program.command}: does not start without your environment, which a service does not have; "
+            "install xenbackend into a venv"
+        )
+    return program
+
+
+def _starts(command: list[str]) -> bool:
+    try:
+        result = subprocess.run(  # noqa: S603 - the command is our own
+            [*command, "--version"],
+            env={"PATH": "/usr/bin:/bin"},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_START_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return result.returncode == 0 and result.stdout.decode(errors="replace").strip() == f"{_NAME} {__version__}"

@@ -1,0 +1,38 @@
+"""Whether guests depend on the service right now.
+
+Must not take silence for a no.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.supervisor import settings
+from xenbackend.supervisor.client import DEFAULT_SOCKET, call
+
+_NAMED = 5
+
+
+def control_socket(path: Path | None = None) -> str:
+    """Return where the service listens by its settings; settings that no service could start with say nothing."""
+    try:
+        return settings.load(path, {}).socket
+    except ConfigError:
+        return DEFAULT_SOCKET
+
+
+def refuse_while_serving(socket: str) -> None:
+    """Return when no service listens on the control socket, or it has no disk.
+
+    Raises: XenbackendError, naming disks that would be lost to their guests.
+    """
+    if not Path(socket).exists():
+        return
+    try:
+        served = [each["vbd"] for each in call(socket, {"verb": "status"})["data"]]
+    except XenbackendError as problem:
+        raise XenbackendError(f"whether disks are served is not known: {problem}; --force goes on anyhow") from None
+    if served:
+        names = ", ".join(served[:_NAMED]) + (f" ... ({len(served)} in all)" if served[_NAMED:] else "")
+        raise XenbackendError(f"guests have disks: {names}; detach them or shut the guests down first, or use --force")

@@ -1,0 +1,87 @@
+"""A root directory, and what can be done to a file in it: look, write whole or not at all, remove.
+
+Must not know what is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from xenbackend.errors import ConfigError
+from xenbackend.host.files import Item, fingerprint_of_file, fingerprint_of_link
+
+
+class Tree:
+    """The files below `root`; paths are absolute as seen from inside."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises: ConfigError when `root` is no directory."""
+        if not root.is_dir():
+            raise ConfigError(f"{root}: is not a directory; --root names one that holds a system")
+        self._root = root.resolve()
+        self.is_host = self._root == Path("/")
+
+    def at(self, path: str) -> Path:
+        """Return where a path is on this host. Raises: ConfigError when a symbolic link leads out of the root."""
+        place = self._root / path.lstrip("/")
+        if not place.parent.resolve().is_relative_to(self._root):
+            raise ConfigError(f"{place}: a symbolic link leads out of {self._root}; run the command in a chroot there")
+        return place
+
+    def fingerprint(self, path: str) -> str | None:
+        """Return what a path is known by (see `Item.fingerprint`), None where nothing is."""
+        place = self.at(path)
+        if place.is_symlink():
+            return fingerprint_of_link(str(place.readlink()))
+        if not place.exists():
+            return None
+        return fingerprint_of_file(place.read_bytes()) if place.is_file() else "no file"
+
+    def has(self, item: Item) -> bool:
+        """Return whether an item is there just as it should be; of the admin's file the mode is the admin's too."""
+        if self.fingerprint(item.path) != item.fingerprint:
+            return False
+        return bool(item.link) or item.is_config or self.at(item.path).stat().st_mode & 0o7777 == item.mode
+
+    def put(self, item: Item) -> None:
+        """Write an item and the directories above it. Whoever looks sees what was there before, or all of it."""
+        place = self.at(item.path)
+        for directory in self.missing_directories([item.path]):
+            self.at(directory).mkdir()
+            self.at(directory).chmod(0o755)  # whatever the umask
+        draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        try:
+            if item.link:
+                draft.symlink_to(item.link)
+            else:
+                _write(draft, item.content, item.mode)
+            draft.replace(place)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a link."""
+        self.at(path).unlink(missing_ok=True)
+
+    def missing_directories(self, paths: list[str]) -> list[str]:
+        """Return the directories that are not there yet above `paths`, outermost first."""
+        above = {str(parent) for path in paths for parent in Path(path).parents[:-1]}
+        return sorted(each for each in above if not self.at(each).is_dir())
+
+    def remove_directories(self, paths: list[str]) -> None:
+        """Remove the directories that are empty, innermost first; somebody else may have put something into one."""
+        for path in sorted(paths, reverse=True):
+            with suppress(OSError):
+                self.at(path).rmdir()
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    with path.open("xb") as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
