@@ -59,6 +59,14 @@ def test_sizes_that_are_no_disk(tmp_path: Path, size: int, sentence: str) -> Non
         examine(file.fileno(), str(path), read_only=True)
 
 
+def test_files_that_end_anywhere(tmp_path: Path) -> None:
+    """For image formats a file may end inside a sector, but not be empty."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(1000))
+    with path.open("rb") as file:
+        assert examine(file.fileno(), str(path), read_only=True, ends_anywhere=True).size == 1000
+
+
 @pytest.mark.parametrize(
     ("kind", "words"), [("directory", "is a directory"), ("pipe", "is a pipe"), ("zero", "is a character device")]
 )

@@ -206,6 +206,27 @@ def test_past_the_end(reactor: Reactor, path: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_growing(reactor: Reactor, path: str, way: str) -> None:
+    """A file grows when it is told to, to zeros and a tail, and can then be written there; it never gets shorter."""
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, **WAYS[way])
+    content = Path(path).read_bytes()
+
+    image.grow(SIZE + 8192, b"t" * 512)
+    image.grow(SIZE + 4096)
+    assert (image.size, Path(path).read_bytes()) == (SIZE + 8192, content + bytes(8192 - 512) + b"t" * 512)
+
+    image.grow(SIZE + 16384)
+    write = request(Op.WRITE, SIZE + 12288, 4096)
+    write.iov[0][:] = b"w" * 4096
+    serve(reactor, image, [[write]])
+    assert write.status == 0
+    assert Path(path).read_bytes()[SIZE + 8192 :] == bytes(4096) + b"w" * 4096
+    image.close()
+    files.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_more_pieces_than_one_call_takes(reactor: Reactor, path: str, way: str) -> None:
     """A request of more pieces than IOV_MAX is done whole."""
     files = HostFiles(reactor)
@@ -327,6 +348,19 @@ def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path
                 files.open(str(tmp_path / name), read_only=read_only)
 
     assert open_descriptors() == before
+
+
+def test_files_of_formats_end_anywhere(reactor: Reactor, path: str) -> None:
+    """With `step`, a file that ends inside a sector is opened: as it is for reading, made longer for writing."""
+    os.truncate(path, 100_001)
+    files = HostFiles(reactor)
+    reader = files.open(path, read_only=True, step=65536)
+    assert (100_001, 100_001) == (reader.size, Path(path).stat().st_size)
+    reader.close()
+    writer = files.open(path, read_only=False, step=65536)
+    assert (131_072, 131_072) == (writer.size, Path(path).stat().st_size)
+    writer.close()
+    files.close()
 
 
 def test_close_leaves_nothing_open(reactor: Reactor, path: str) -> None:

@@ -3,12 +3,14 @@
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import XenbackendError
 from xenbackend.kernel import blockdev
+from xenbackend.kernel.blockdev import Alignment
 from xenbackend.worker.image import Image
 from xenbackend.worker.reactor import Reactor
 
@@ -59,6 +61,25 @@ def test_discard_that_was_not_offered(image: Image) -> None:
     image.do(discard)
 
     assert discard.status == errno.EOPNOTSUPP
+
+
+def test_a_block_device_does_not_grow(image: Image) -> None:
+    """What cannot be longer has no space left for more."""
+    image.medium = replace(image.medium, is_device=True)
+    with pytest.raises(OSError, match="cannot grow") as caught:
+        image.grow(131_072)
+
+    assert (errno.ENOSPC, 65536, 65536) == (caught.value.errno, image.size, os.fstat(image.fd).st_size)
+
+
+def test_a_file_ends_where_direct_io_can_reach(image: Image) -> None:
+    """A length that direct I/O could not write is refused, and the file stays as it is."""
+    image._alignment = Alignment(512, 4096)
+    for size, tail in ((65536 + 512, b""), (65536 + 4096, b"t" * 8192)):
+        with pytest.raises(OSError, match="cannot make the file end there"):
+            image.grow(size, tail)
+
+    assert (65536, 65536) == (image.size, os.fstat(image.fd).st_size)
 
 
 def test_results_of_io_uring(image: Image) -> None:

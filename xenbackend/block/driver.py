@@ -94,6 +94,15 @@ class File(Protocol):
     def sync(self) -> None:
         """Make everything durable, blocking. For `open` and `close` only. Raises: OSError."""
 
+    def grow(self, size: int, tail: bytes = b"") -> None:
+        """Make the file `size` bytes long; never shorter. What is new reads as zeros, up to `tail` at the very end.
+
+        File and tail appear in one step: whoever is killed leaves both or nothing. Blocking, but quick without `tail`:
+        then `submit` may call it, else a thread.
+
+        Raises: OSError; ENOSPC for a block device, EINVAL for a size that the medium cannot have.
+        """
+
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""
 
@@ -102,7 +111,14 @@ class Files(Protocol):
     """Opens image files, with the lock that keeps two writers apart."""
 
     def open(
-        self, path: str, *, read_only: bool, shareable: bool = False, direct: bool = True, blocking: bool = False
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        shareable: bool = False,
+        direct: bool = True,
+        blocking: bool = False,
+        step: int = 0,
     ) -> File:
         """Open an image.
 
@@ -112,6 +128,8 @@ class Files(Protocol):
             shareable: others may have it open too (a parent of several images); otherwise it is locked.
             direct: bypass the page cache where the file allows.
             blocking: do every request by a blocking call, one after the other.
+            step: for image formats whose file may end anywhere, also inside a sector. A file that is opened for writing
+                is first made to end at a multiple of so many bytes, by a hole.
 
         Raises: OSError, as open(2) would; DriverError where the file cannot be an image or is locked.
         """

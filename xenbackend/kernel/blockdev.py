@@ -57,8 +57,11 @@ class Alignment:
     offset: int  # of the place in the file, and of each length
 
 
-def examine(fd: int, path: str, *, read_only: bool) -> Medium:
-    """Return what `fd` is. Raises: DriverError where it cannot be an image, OSError."""
+def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False) -> Medium:
+    """Return what `fd` is; `ends_anywhere` allows part of a sector at its end.
+
+    Raises: DriverError where it cannot be an image, OSError.
+    """
     status = os.fstat(fd)
     for is_kind, words in _WRONG_KINDS:
         if is_kind(status.st_mode):
@@ -66,7 +69,7 @@ def examine(fd: int, path: str, *, read_only: bool) -> Medium:
     medium = _device(fd, status.st_rdev) if stat.S_ISBLK(status.st_mode) else _file(fd, status, read_only=read_only)
     if medium.size == 0:
         raise DriverError(f"{path} is empty; an image has at least one sector", path=path)
-    if medium.size % medium.sector_size:
+    if medium.size % medium.sector_size and not ends_anywhere:
         sentence = f"{path} has {medium.size} bytes, which is no multiple of its {medium.sector_size} byte sectors"
         raise DriverError(sentence, path=path)
     return medium

@@ -13,10 +13,13 @@ import errno
 import fcntl
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import blockdev
+from xenbackend.kernel.blockdev import Medium
+from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
@@ -36,16 +39,27 @@ class HostFiles:
         use_uring: use io_uring where the host has it; else threads do what blocks.
         lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
             predecessor; for everybody else a lock that is taken is an answer.
+        locks: without locks nothing may be written, and what is read may be half of somebody's change.
     """
 
-    def __init__(self, reactor: Reactor, *, use_uring: bool = True, lock_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self, reactor: Reactor, *, use_uring: bool = True, lock_timeout_s: float = 0.0, locks: bool = True
+    ) -> None:
         self._reactor = reactor
         self._use_uring = use_uring
-        self._lock_timeout_s = lock_timeout_s
+        self.lock_timeout_s = lock_timeout_s
+        self._locks = locks
         self._queue: UringQueue | None = None
 
     def open(
-        self, path: str, *, read_only: bool, shareable: bool = False, direct: bool = True, blocking: bool = False
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        shareable: bool = False,
+        direct: bool = True,
+        blocking: bool = False,
+        step: int = 0,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
@@ -55,7 +69,13 @@ class HostFiles:
         except IsADirectoryError as error:
             raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
         try:
-            return self._choose(fd, path, read_only=read_only, shareable=shareable, direct=direct, blocking=blocking)
+            medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0)
+            os.set_blocking(fd, True)  # io_uring would answer EAGAIN where it has to wait
+            self._lock(fd, path, shared=read_only or shareable)
+            if step and not (read_only or medium.is_device):
+                medium = replace(medium, size=round_up(medium.size, step))
+                os.ftruncate(fd, medium.size)
+            return self._choose(fd, medium, direct=direct, blocking=blocking)
         except BaseException:
             os.close(fd)
             raise
@@ -70,10 +90,7 @@ class HostFiles:
             self._queue.close()
             self._queue = None
 
-    def _choose(self, fd: int, path: str, *, read_only: bool, shareable: bool, direct: bool, blocking: bool) -> Image:
-        medium = blockdev.examine(fd, path, read_only=read_only)
-        os.set_blocking(fd, True)  # io_uring would answer EAGAIN where it has to wait
-        self._lock(fd, path, shared=read_only or shareable)
+    def _choose(self, fd: int, medium: Medium, *, direct: bool, blocking: bool) -> Image:
         alignment = blockdev.switch_to_direct(fd, medium) if direct else None
         if blocking:
             return Image(fd, medium, alignment, self._reactor, None)
@@ -83,7 +100,9 @@ class HostFiles:
         return CachedImage(fd, medium, None, self._reactor, queue)
 
     def _lock(self, fd: int, path: str, *, shared: bool) -> None:
-        give_up = time.monotonic() + self._lock_timeout_s
+        if not self._locks:
+            return
+        give_up = time.monotonic() + self.lock_timeout_s
         while True:
             try:
                 fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 """An open image, done by blocking calls: the base of the faster ways, and the way of `sync:`.
 
-Must not choose how an image is opened, and must never let a write make a file grow.
+Must not choose how an image is opened, and must never let a write make a file grow: only `grow` does.
 """
 
 from __future__ import annotations
@@ -113,6 +113,25 @@ class Image:
     def sync(self) -> None:
         """Make everything durable, blocking. Raises: OSError."""
         os.fdatasync(self.fd)
+
+    def grow(self, size: int, tail: bytes = b"") -> None:
+        """Make the file longer, as `block.driver.File.grow` says. Any thread may, one at a time. Raises: OSError."""
+        if size <= self.size:
+            return
+        if self.medium.is_device:
+            raise OSError(errno.ENOSPC, "a block device cannot grow")
+        step = self._alignment.offset
+        start = (size - len(tail)) // step * step
+        if size % step or start < self.size:
+            raise OSError(errno.EINVAL, "direct I/O cannot make the file end there")
+        if tail:
+            block = memoryview(mmap.mmap(-1, size - start))
+            block[-len(tail) :] = tail
+            if _whole(os.pwritev, self.fd, [block], start):
+                raise OSError(errno.EIO, "a write ended early")
+        else:
+            os.ftruncate(self.fd, size)
+        self.size = size
 
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""

@@ -1,0 +1,322 @@
+"""The driver vhd, on real files and beside QEMU."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from shutil import which
+
+import pytest
+from descriptors import open_descriptors
+
+from tests import vhd_images
+from tests.helpers_block import Machine, content, discard, flush, read, write
+from xenbackend.block.chain import Chain
+from xenbackend.block.drivers.vhd import Vhd
+from xenbackend.block.formats import vhd
+from xenbackend.errors import DriverError
+
+MIB = 1 << 20
+needs_qemu = pytest.mark.skipif(not which("qemu-img"), reason="qemu-utils is not installed")
+P = b"p" * 16
+
+
+def qemu_img(*arguments: object) -> None:
+    """Run qemu-img."""
+    subprocess.run(["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+
+
+def blocks(content: bytes, block_size: int = 2 * MIB) -> dict[int, dict[int, bytes]]:
+    """Return those sectors of a disk that are not zeros, by block."""
+    found: dict[int, dict[int, bytes]] = {}
+    for place in range(0, len(content), 512):
+        if any(content[place : place + 512]):
+            found.setdefault(place // block_size, {})[place % block_size // 512] = content[place : place + 512]
+    return found
+
+
+def put(path: Path, data: bytes) -> Path:
+    """Write a file, padded as `aio:` wants it."""
+    path.write_bytes(data)
+    return path
+
+
+def everything(machine: Machine, chain: Chain) -> bytes:
+    """Return what the disk holds."""
+    request = read(0, chain.geometry.size)
+    assert [0] == machine.do(chain, request)
+    return content(request)
+
+
+def exercise(machine: Machine, chain: Chain, model: bytearray, chance: Random, count: int) -> None:
+    """Send random batches that do not overlap, and compare every read with the model."""
+    for _ in range(count):
+        batch, expected, place = [], [], chance.randrange(0, len(model) // 2 // 512) * 512
+        for _ in range(chance.randint(1, 8)):
+            place += chance.choice([0, 0, 512, 4096, 256 * 1024])
+            length = min(chance.choice([512, 4096, 4096, 65536, 3 * MIB]), len(model) - place)
+            if length <= 0:
+                break
+            if chance.random() < 0.5:
+                data = chance.randbytes(length)
+                batch.append(write(place, data))
+                model[place : place + length] = data
+                expected.append(b"")
+            else:
+                batch.append(read(place, length))
+                expected.append(bytes(model[place : place + length]))
+            place += length
+        assert [0] * len(batch) == machine.do(chain, *batch)
+        for request, data in zip(batch, expected, strict=True):
+            assert not data or data == content(request)
+
+
+@needs_qemu
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize("options", ["subformat=dynamic", "subformat=dynamic,force_size", "subformat=fixed,force_size"])
+def test_what_we_write_qemu_reads(
+    machine: Machine, tmp_path: Path, options: str, cache: str, request: pytest.FixtureRequest
+) -> None:
+    """Random requests leave what they leave on an array of bytes, with us and for QEMU, and QEMU may write on."""
+    path, raw = tmp_path / "img.vhd", tmp_path / "img.raw"
+    qemu_img("create", "-q", "-f", "vpc", "-o", options, path, 20 * MIB)
+    chain = machine.open(f"vhd:{path},cache={cache}")
+    model = bytearray(chain.geometry.size)
+    chance = Random(request.config.getoption("--seed"))
+    exercise(machine, chain, model, chance, request.config.getoption("--requests") // 400)
+    assert [0] == machine.do(chain, flush())
+    chain.close()
+    raw.write_bytes(model)
+    kind = ["-f", "vpc", "-F", "raw"]
+    qemu_img("compare", *kind, path, raw)
+
+    subprocess.run(["qemu-io", "-f", "vpc", "-c", "write -P 7 9M 3M", path], check=True, capture_output=True)
+    model[9 * MIB : 12 * MIB] = b"\7" * (3 * MIB)
+    chain = machine.open(f"vhd:{path},cache={cache}")
+    exercise(machine, chain, model, chance, 10)
+    assert model == everything(machine, chain)
+    chain.close()
+    raw.write_bytes(model)
+    qemu_img("compare", *kind, path, raw)
+
+
+@needs_qemu
+@pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
+def test_what_qemu_writes_we_read(machine: Machine, tmp_path: Path, subformat: str) -> None:
+    """An image that QEMU converted holds with us what it was made from."""
+    raw = put(tmp_path / "img.raw", Random(1).randbytes(5 * MIB).ljust(9 * MIB, b"\0"))
+    path = tmp_path / "img.vhd"
+    qemu_img("convert", "-f", "raw", "-O", "vpc", "-o", f"subformat={subformat},force_size", raw, path)
+    chain = machine.open(f"vhd:{path}", read_only=True)
+    found = everything(machine, chain)
+    chain.close()
+
+    assert raw.read_bytes() == found
+
+
+@needs_qemu
+@pytest.mark.parametrize("size", [1 << 40, 2040 << 30])
+def test_large_disks(machine: Machine, tmp_path: Path, size: int) -> None:
+    """On a disk of up to 2 TiB the last sector can be written, here and for QEMU."""
+    path = tmp_path / "img.vhd"
+    qemu_img("create", "-q", "-f", "vpc", "-o", "force_size", path, size)
+    chain = machine.open(f"vhd:{path}")
+    assert size == chain.geometry.size
+    assert [0, 0] == machine.do(chain, write(size - 512, b"e" * 512), write(size // 2, b"m" * 512))
+    chain.close()
+    found = subprocess.run(
+        [
+            "qemu-io",
+            "-r",
+            "-f",
+            "vpc",
+            "-c",
+            f"read -P 101 {size - 512} 512",
+            "-c",
+            f"read -P 109 {size // 2} 512",
+            path,
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+    assert "verification failed" not in found
+
+
+def test_a_written_down_chain(machine: Machine, tmp_path: Path) -> None:
+    """A grandparent, a parent and a child, byte by byte, are the disk that they should be, to the last sector."""
+    size = 5 * MIB
+    put(tmp_path / "a.vhd", vhd_images.image(size, {0: {0: b"a" * 512, 1: b"a" * 512}, 2: {7: b"a" * 512}}, uuid=P))
+    put(
+        tmp_path / "b.vhd",
+        vhd_images.image(
+            size,
+            {0: {1: b"b" * 512, 9: b"b" * 512}},
+            uuid=b"q" * 16,
+            parent_uuid=P,
+            names=[(b"MacX", b"file://./a.vhd")],
+        ),
+    )
+    child = vhd_images.image(
+        size, {0: {9: b"c" * 512}}, parent_uuid=b"q" * 16, names=[(b"W2ru", ".\\b.vhd".encode("utf-16-le"))]
+    )
+    put(tmp_path / "c.vhd", child)
+    chain = machine.open(f"vhd:{tmp_path}/c.vhd")
+    found = everything(machine, chain)
+    assert [f"vhd:{tmp_path}/{name}.vhd" for name in "cba"] == [layer.text for layer in chain.layers]
+    model = bytearray(size)
+    for sector, letter in ((0, b"a"), (1, b"b"), (9, b"c"), (2 * 4096 + 7, b"a")):
+        model[sector * 512 : sector * 512 + 512] = letter * 512
+    assert model == found
+
+    others = [(tmp_path / name).read_bytes() for name in ("a.vhd", "b.vhd")]
+    exercise(machine, chain, model, Random(1), 12)
+    assert model == everything(machine, chain)
+    chain.close()
+    assert others == [(tmp_path / name).read_bytes() for name in ("a.vhd", "b.vhd")]
+
+
+def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
+    """A parent without UUID is a raw image (libvhd): it is opened as `aio:`, also if it is smaller than its child."""
+    base = put(tmp_path / "base.raw", Random(1).randbytes(3 * MIB))
+    names = [(b"W2ru", ".\\base.raw".encode("utf-16-le"))]
+    put(tmp_path / "img.vhd", vhd_images.image(5 * MIB, {1: {1: b"c" * 512}}, parent_uuid=bytes(16), names=names))
+    chain = machine.open(f"vhd:{tmp_path}/img.vhd")
+    found = everything(machine, chain)
+    assert f"aio:{base}" == chain.layers[1].text
+    chain.close()
+    model = bytearray(base.read_bytes().ljust(5 * MIB, b"\0"))
+    model[2 * MIB + 512 : 2 * MIB + 1024] = b"c" * 512
+
+    assert model == found
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("uuid", "has another UUID than the one this image was made for; use the right one, or say changed=accept"),
+        ("time", "was altered after this image was made"),
+        ("gone", "its parent is not there: it says './base.vhd', 'base.vhd'"),
+        ("away", "outside of .*; if that is right, say parents=DIRECTORY"),
+    ],
+)
+def test_a_parent_that_is_not_right(machine: Machine, tmp_path: Path, change: str, sentence: str) -> None:
+    """A parent that was exchanged, altered, moved or linked away is refused, and the way out works."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    base = put(directory / "base.vhd", vhd_images.image(MIB, uuid=b"x" * 16 if change == "uuid" else P))
+    os.utime(base, (0, vhd.EPOCH + 1000 + 10 * (change == "time")))
+    names = [(b"W2ru", ".\\base.vhd".encode("utf-16-le"))]
+    image = vhd_images.image(MIB, parent_uuid=P, parent_timestamp=1000, names=names, creator=b"win ")
+    put(directory / "img.vhd", image)
+    if change in {"gone", "away"}:
+        base.rename(tmp_path / "base.vhd")
+    if change == "away":
+        base.symlink_to("../base.vhd")
+    with pytest.raises(DriverError, match=sentence) as caught:
+        machine.open(f"vhd:{directory}/img.vhd")
+    assert caught.value.errno in {errno.ESTALE, errno.ENOENT, errno.EACCES}
+
+    ways = {"uuid": ",changed=accept", "time": ",changed=accept", "away": f",parents={tmp_path}"}
+    if change in ways:
+        machine.open(f"vhd:{directory}/img.vhd{ways[change]}").close()
+
+
+def test_blktap_does_not_keep_times(machine: Machine, tmp_path: Path) -> None:
+    """Blktap alters parents (it marks them hidden) without telling the child, so its times mean nothing."""
+    put(tmp_path / "base.vhd", vhd_images.image(MIB, uuid=P))
+    names = [(b"MacX", b"file://./base.vhd")]
+    put(tmp_path / "img.vhd", vhd_images.image(MIB, parent_uuid=P, parent_timestamp=1000, names=names))
+
+    machine.open(f"vhd:{tmp_path}/img.vhd").close()
+
+
+def test_a_chain_that_bites_its_tail(machine: Machine, tmp_path: Path) -> None:
+    """D11: an image that names itself as its parent is refused."""
+    names = [(b"MacX", b"file://./img.vhd")]
+    put(tmp_path / "img.vhd", vhd_images.image(MIB, uuid=P, parent_uuid=P, names=names))
+    with pytest.raises(DriverError, match="is itself or one of its own children"):
+        machine.open(f"vhd:{tmp_path}/img.vhd")
+
+
+def test_the_batmap_is_used_and_kept(machine: Machine, tmp_path: Path) -> None:
+    """Blocks that the batmap says are full need no bitmap; those that became full are in it after closing."""
+    names = [(b"MacX", b"file://./base.vhd")]
+    put(tmp_path / "base.vhd", vhd_images.image(8 * MIB, uuid=P))
+    full = dict.fromkeys(range(4096), b"f" * 512)
+    start = vhd_images.image(8 * MIB, {0: full, 2: {0: b"x" * 512}}, parent_uuid=P, names=names, full=[0])
+    path = put(tmp_path / "img.vhd", start)
+    chain = machine.open(f"vhd:{path}")
+    assert [0] == machine.do(chain, write(4 * MIB, b"n" * 2 * MIB))
+    chain.close()
+    after = path.read_bytes()
+    bits = 2048 + 512  # behind header, table and the batmap's header
+
+    assert b"\x80" == start[bits : bits + 1]
+    assert b"\xa0" == after[bits : bits + 1]
+    chain = machine.open(f"vhd:{path}")
+    driver = chain.layers[0].driver
+    assert isinstance(driver, Vhd)
+    assert b"\1\0\1\0" == driver._batmap.blocks if driver._batmap else None
+    assert b"f" * 2 * MIB + bytes(2 * MIB) + b"n" * 2 * MIB + bytes(2 * MIB) == everything(machine, chain)
+    chain.close()
+
+
+@pytest.mark.parametrize("cut", [512, 1024, MIB])
+def test_an_end_that_is_missing(machine: Machine, tmp_path: Path, cut: int) -> None:
+    """Of an image whose writer was killed inside its last block what is missing is zeros, and the end is made."""
+    full = dict.fromkeys(range(4096), b"f" * 512)
+    path = put(tmp_path / "img.vhd", vhd_images.image(8 * MIB, {1: full})[:-cut])
+    chain = machine.open(f"vhd:{path}", read_only=True)
+    before = everything(machine, chain)
+    chain.close()
+    assert bytes(2 * MIB) + (b"f" * (2 * MIB - cut + 512)).ljust(2 * MIB, b"\0") + bytes(4 * MIB) == before
+
+    chain = machine.open(f"vhd:{path}")
+    assert before == everything(machine, chain)
+    assert [0] == machine.do(chain, write(2 * MIB, b"w" * 2 * MIB))
+    chain.close()
+    data = path.read_bytes()
+    assert vhd.read_footer(lambda offset, length: data[offset : offset + length], len(data))[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: bytes(MIB), "it is no VHD image"),
+        (lambda: vhd_images.fixed(bytes(MIB))[512:], "too few for its disk"),
+        (lambda: vhd_images.image(8 * MIB, {0: {}, 1: {}})[:MIB], "more blocks than there is room for|behind the end"),
+    ],
+)
+def test_what_is_no_image(machine: Machine, tmp_path: Path, make: Callable[[], bytes], sentence: str) -> None:
+    """What is no VHD image, or has lost its end, is refused as it stands, with nothing left open."""
+    path = put(tmp_path / "img.vhd", make())
+    before, counts = path.read_bytes(), []
+    for _ in range(2):
+        with pytest.raises(DriverError, match=sentence):
+            machine.open(f"vhd:{path}")
+        counts.append(len(open_descriptors()))
+
+    assert before == path.read_bytes()
+    assert counts[0] == counts[1]
+
+
+def test_a_fixed_disk_is_its_file(machine: Machine, tmp_path: Path) -> None:
+    """A fixed disk can do what its file can; its footer is out of reach."""
+    path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB))
+    chain = machine.open(f"vhd:{path}")
+    assert MIB == chain.geometry.size
+    assert [0, 0] == machine.do(chain, write(MIB - 512, b"e" * 512), flush())
+    if chain.geometry.can_discard:
+        assert [0] == machine.do(chain, discard(0, 65536))
+    found = everything(machine, chain)
+    chain.close()
+
+    assert path.read_bytes() == found + vhd_images.fixed(b"x" * MIB)[-512:]
+    assert b"e" * 512 == found[-512:]

@@ -1,0 +1,142 @@
+"""Tests of `xenbackend.block.formats.vhd_tables`."""
+
+from __future__ import annotations
+
+from array import array
+from random import Random
+
+import pytest
+
+from tests import vhd_images
+from tests.block.formats.test_vhd import reader
+from xenbackend.block.formats import vhd
+from xenbackend.block.formats.vhd import Footer, Header
+from xenbackend.block.formats.vhd_tables import (
+    UNUSED,
+    Batmap,
+    check_table,
+    pack_batmap,
+    pack_bitmap,
+    pack_entries,
+    read_batmap,
+    read_table,
+    unpack_bitmap,
+)
+from xenbackend.errors import DriverError
+
+MIB = 1 << 20
+HEADER = Header(1536, 64, 2 * MIB)
+STRIDE = (512 + 2 * MIB) // 512
+
+
+def headers_of(data: bytes) -> tuple[Footer, Header, array[int]]:
+    """Return what an image's headers and table say."""
+    footer, _ = vhd.read_footer(reader(data), len(data))
+    header = vhd.read_header(reader(data), footer, len(data))
+    return footer, header, read_table(reader(data), footer, header)
+
+
+def batmap_of(data: bytes) -> Batmap | None:
+    """Return an image's batmap."""
+    return read_batmap(reader(data), *headers_of(data))
+
+
+def test_entries_are_big_endian() -> None:
+    """Entries are sectors in four bytes, the highest first; all bits are a block that is not there."""
+    data = vhd_images.image(9 * MIB, {0: {}, 4: {}})
+    _, _, table = headers_of(data)
+
+    assert [4, UNUSED, UNUSED, UNUSED, 4 + STRIDE] == list(table)
+    assert b"\0\0\0\4" + b"\xff" * 12 + b"\0\0\x10\5" == data[1536:1556] == pack_entries(table)
+
+
+def test_the_first_sector_is_the_highest_bit() -> None:
+    """A bitmap's bytes hold eight sectors each, the first in the highest bit; what is packed comes back."""
+    present = bytearray(4096)
+    present[0] = present[7] = present[9] = present[4095] = 1
+    packed = pack_bitmap(present, 512)
+
+    assert (0x81, 0x40, 0x01) == (packed[0], packed[1], packed[511])
+    for seed in range(20):
+        data = Random(seed).randbytes(512)
+        assert data == pack_bitmap(unpack_bitmap(data, 4096), 512)
+    assert b"\xf0" + bytes(511) == pack_bitmap(unpack_bitmap(b"\xff" * 512, 4), 512)
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ([4, 4], "blocks overlap one another"),
+        ([4, 4 + STRIDE - 1], "blocks overlap one another"),
+        ([0, UNUSED], "overlaps what the image keeps at 0"),
+        ([3, UNUSED], "overlaps what the image keeps at 1536"),
+        ([8000, UNUSED], "overlaps what the image keeps at 5000192"),
+        ([5 * STRIDE, UNUSED], "begins at 10488320, behind the end of the file"),
+        ([UNUSED - 1, UNUSED], "behind the end of the file"),
+        ([4 + number * STRIDE for number in range(9)], "more blocks than there is room for"),
+    ],
+)
+def test_tables_that_cannot_be(entries: list[int], sentence: str) -> None:
+    """D10: blocks that overlap one another, a header or a table, or that lie outside of the file, are refused."""
+    metadata = [(0, 1536), (1536, 1792), (5_000_192, 5_000_704)]
+    with pytest.raises(DriverError, match=sentence):
+        check_table(array("I", entries), HEADER, metadata, 5 * STRIDE * 512)
+
+
+def test_the_end_of_the_blocks() -> None:
+    """The table says where the last block ends; it may be behind the end of the file, for a writer that was killed."""
+    end = 4 * 512 + 2 * STRIDE * 512
+
+    assert end == check_table(array("I", [4 + STRIDE, 4, UNUSED]), HEADER, [(0, 1792)], end)
+    assert end == check_table(array("I", [4 + STRIDE, 4, UNUSED]), HEADER, [(0, 1792)], end - MIB)
+    assert 0 == check_table(array("I", [UNUSED]), HEADER, [(0, 1792)], 2048)
+
+
+def test_a_batmap_comes_back() -> None:
+    """The batmap says which blocks are full; what is packed anew is what libvhd would write, and is read again."""
+    data = vhd_images.image(9 * MIB, {0: {}, 2: {}, 4: {}}, full=[0, 4])
+    batmap = batmap_of(data)
+    assert batmap is not None
+    assert b"\1\0\0\0\1" == batmap.blocks
+    header, bits = pack_batmap(batmap, b"\1\0\1\0\1")
+    altered = bytearray(data)
+    altered[batmap.offset :][: batmap.size] = altered[batmap.offset : batmap.offset + batmap.size] = bits
+    altered[batmap.header_offset : batmap.header_offset + 512] = header
+    again = batmap_of(bytes(altered))
+
+    assert vhd_images.image(9 * MIB, {0: {}, 2: {}, 4: {}}, full=[0, 2, 4]) == altered
+    assert again is not None
+    assert b"\1\0\1\0\1" == again.blocks
+
+
+@pytest.mark.parametrize("change", ["sum", "cookie", "version", "absent", "creator", "none"])
+def test_a_batmap_that_cannot_be_trusted_is_left_alone(change: str) -> None:
+    """With a wrong checksum, blocks that are not there, or an unknown version or writer, it is nothing."""
+    full = [0, 1] if change == "absent" else [0]
+    creator = b"win " if change == "creator" else b"tap\0"
+    data = bytearray(vhd_images.image(9 * MIB, {0: {}}, full=full, creator=creator))
+    place = {"sum": 2560, "cookie": 2048, "version": 2048 + 23}.get(change)
+    if place is not None:
+        data[place] ^= 8
+
+    assert (batmap_of(bytes(data)) is not None) == (change == "none")
+
+
+def test_a_batmap_whose_bytes_have_signs() -> None:
+    """Version 1.1 summed the bytes of the map with their signs."""
+    data = bytearray(vhd_images.image(9 * MIB, {0: {}}, full=[0]))
+    data[2048 + 20 : 2048 + 24] = b"\0\1\0\1"
+    data[2048 + 24 : 2048 + 28] = (~-128 & 0xFFFFFFFF).to_bytes(4, "big")
+    batmap = batmap_of(bytes(data))
+
+    assert batmap is not None
+    assert 1 == batmap.blocks[0]
+    assert bytes(data[2048:2560]) == pack_batmap(batmap, batmap.blocks)[0]
+
+
+def test_an_encrypted_disk_is_refused() -> None:
+    """A disk with the hash of a key is not shown to its guest as noise."""
+    data = bytearray(vhd_images.image(9 * MIB, full=[]))
+    data[2048 + 29] = 1
+    with pytest.raises(DriverError, match="is encrypted"):
+        batmap_of(bytes(data))

@@ -1,0 +1,289 @@
+"""Tests of `xenbackend.block.mapped.blocks`: VHD images that are written, killed, torn, and short of room."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests import vhd_images
+from tests.helpers_block import content, flush, read, write
+from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
+from xenbackend.block.drivers.vhd import Vhd
+from xenbackend.block.formats import vhd
+from xenbackend.block.request import Op, Request
+
+SIZE, BLOCK, PARENT = 256 << 10, 16 << 10, 128 << 10
+SECTORS = BLOCK // 512
+KINDS = ("dynamic", "differencing", "device")
+
+
+class Image:
+    """An image of one kind on a recorded file, with what its disk holds at first."""
+
+    def __init__(self, kind: str, directory: Path, seed: int) -> None:
+        chance = Random(seed)
+        self.chance = chance
+        self.path, base = at(directory / "img.vhd"), at(directory / "base.vhd")
+        content = chance.randbytes(PARENT)
+        parent = vhd_images.image(PARENT, _blocks(content), block_size=BLOCK, uuid=b"p" * 16)
+        files = RecordedFiles()
+        files.files[base] = RecordedFile(bytearray(parent), chance)
+        is_child = kind == "differencing"
+        names = [(b"MacX", b"file://./base.vhd")] if is_child else []
+        image = vhd_images.image(SIZE, block_size=BLOCK, parent_uuid=b"p" * 16 if is_child else None, names=names)
+        if kind == "device":  # as large as it may become, and full of what was there before
+            image = image[:-512] + chance.randbytes(SIZE + SIZE // 2) + image[-512:]
+        self.start = image
+        self.is_device = kind == "device"
+        self.first = content.ljust(SIZE, b"\0") if is_child else bytes(SIZE)
+        self.files = files
+        self.file = RecordedFile(bytearray(image), chance, is_device=self.is_device)
+
+    def open(self, file: RecordedFile | None = None, *, read_only: bool = False) -> Disk:
+        """Open the disk, on this file in the place of the image's."""
+        files = RecordedFiles()
+        files.files = {**self.files.files, self.path: file or self.file}
+        disk = Disk(f"vhd:{self.path}", files, read_only=read_only)
+        disk.chance = self.chance
+        return disk
+
+    def holds(self, file: bytearray, *, read_only: bool) -> bytes:
+        """Return what the disk holds if its file is this one, and close it."""
+        disk = self.open(RecordedFile(file, is_device=self.is_device), read_only=read_only)
+        found = disk.everything()
+        disk.chain.close()
+        return found
+
+    def session(self, count: int) -> Session:
+        """Send random requests."""
+        session = Session(self.open(), self.file, self.first, self.chance)
+        session.run(count, 64)
+        return session
+
+
+def _blocks(content: bytes) -> dict[int, dict[int, bytes]]:
+    """Return the sectors of a disk by block."""
+    sectors = [content[place : place + 512] for place in range(0, len(content), 512)]
+    return {block: dict(enumerate(sectors[block * SECTORS :][:SECTORS])) for block in range(len(sectors) // SECTORS)}
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Image]:
+    """Return what makes images; files stand for block devices where the test says so."""
+
+    def make(kind: str, seed: int) -> Image:
+        monkeypatch.setattr("xenbackend.block.drivers.vhd.is_device", lambda path: kind == "device" and "img" in path)
+        return Image(kind, tmp_path, seed)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
+    """Killed at any write, also in its middle, a disk opens and holds what was answered, or what was being written."""
+    for seed in range(request.config.getoption("--seed"), request.config.getoption("--requests") // 20_000 + 1):
+        image = make(kind, seed)
+        session = image.session(40)
+        for number, (count, torn) in enumerate(tears(image.file.log)):
+            found = image.holds(state(image.start, image.file.log, count, torn), read_only=bool(number & 1))
+
+            assert [] == session.faults_of_a_kill(found, count), (seed, count, torn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_power_lost(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
+    """Whatever of the unflushed writes a power loss leaves, the disk opens and holds every sector that was flushed."""
+    for seed in range(request.config.getoption("--seed"), request.config.getoption("--requests") // 20_000 + 1):
+        image = make(kind, seed)
+        session = image.session(60)
+        for loss in range(150):
+            file, flushed = after_power_loss(image.start, image.file.log, Random(loss))
+
+            assert [] == session.faults_of_power_loss(image.holds(file, read_only=False), flushed), (seed, loss)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "differencing"])
+def test_there_is_always_a_footer_at_the_end(make: Callable[[str, int], Image], kind: str) -> None:
+    """After each change of the file a footer with a right checksum is at its end, and no write is behind the end."""
+    image = make(kind, 3)
+    image.session(40)
+    for count in range(len(image.file.log) + 1):
+        file = bytes(state(image.start, image.file.log, count))
+
+        _, is_at_end = vhd.read_footer(lambda offset, length, file=file: file[offset : offset + length], len(file))
+        assert is_at_end
+
+
+def test_the_order_of_a_first_write(make: Callable[[str, int], Image]) -> None:
+    """A first write: the file grows with its footer, a flush, the entry, the data, the bitmap; then the answer."""
+    image = make("differencing", 1)
+    disk, log = image.open(), image.file.log
+    disk.do(write(BLOCK + 512, b"w" * 1024))
+    place = log[0].place - 4096 - BLOCK  # the footer takes the last sector of a page, behind the block
+    assert 0 == place % 4096
+
+    assert ["grow", "flush", "write", "write", "write"] == [change.kind for change in log]
+    assert vhd.pack_footer(disk.chain.layers[0].driver.footer) == log[0].data
+    assert Change("write", 1536, b"\xff" * 4 + ((place - 512) // 512).to_bytes(4, "big") + b"\xff" * 504) == log[2]
+    assert Change("write", place + 512, b"w" * 1024) == log[3]
+    assert Change("write", place - 512, b"\x60" + bytes(511)) == log[4]
+
+
+def test_a_filter_may_look_at_what_it_lent(make: Callable[[str, int], Image]) -> None:
+    """A write that lands after `log:` has handed its range out is dirty again: it is where the guest wrote it."""
+    image = make("dynamic", 1)
+    files = RecordedFiles()
+    files.files = {image.path: image.file}
+    disk = Disk(f"log:|vhd:{image.path}", files)
+    disk.do(write(0, bytes(512)))
+    disk.chain.control("log", "clear", [])
+    disk.chain.submit([write(4096, b"w" * 512)])
+    *page, more = disk.chain.control("log", "get", []).decode().splitlines()
+    while disk.step():
+        pass
+
+    assert ["8 1"] == page
+    assert b"end\n" == disk.chain.control("log", "get", [more.split()[1]])
+    assert b"8 1\n" in disk.chain.control("log", "get", [])  # the next sweep
+
+
+def test_what_is_there_costs_no_metadata(make: Callable[[str, int], Image]) -> None:
+    """Writes to sectors that the image has write nothing but their data."""
+    for kind in ("dynamic", "differencing"):
+        image = make(kind, 1)
+        disk = image.open()
+        disk.do(write(0, b"1" * BLOCK))
+        done = len(image.file.log)
+        disk.do(*(write(place, b"2" * 512) for place in range(0, BLOCK, 1024)))
+
+        assert {512} == {len(change.data) for change in image.file.log[done:]}
+        assert BLOCK // 1024 == len(image.file.log) - done
+
+
+def test_writes_of_one_batch_share_metadata(make: Callable[[str, int], Image]) -> None:
+    """First writes to many sectors of many blocks at once grow the file once, and share tables and bitmaps."""
+    image = make("differencing", 1)
+    disk = image.open()
+    batch = [write(block * BLOCK + sector * 1024, b"w" * 512) for block in range(4) for sector in range(8)]
+    assert [0] * 32 == disk.do(*batch)
+    kinds = [change.kind for change in image.file.log]
+
+    assert 1 == kinds.count("grow")
+    assert 32 < kinds.count("write") < 64
+
+
+def test_reads_mix_sectors_of_image_and_parent(make: Callable[[str, int], Image]) -> None:
+    """A read over sectors of the image, of the parent, and beyond the parent's end finds each of them."""
+    image = make("differencing", 1)
+    disk, model = image.open(), bytearray(image.first)
+    for place in range(PARENT - BLOCK, PARENT + BLOCK, 2048):
+        disk.do(write(place, b"c" * 512))
+        model[place : place + 512] = b"c" * 512
+    request = read(PARENT - BLOCK, 2 * BLOCK)
+
+    assert [0] == disk.do(request)
+    assert model[PARENT - BLOCK : PARENT + BLOCK] == content(request)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_what_fails_fails_alone(make: Callable[[str, int], Image], kind: str, code: int) -> None:
+    """Where the file fails at random, every request ends; what ended well is there, now and after opening anew."""
+    for seed in range(12):
+        image = make(kind, seed)
+        chance = Random(seed)
+        session = Session(image.open(), image.file, image.first, image.chance)
+        image.file.fails = lambda request, chance=chance: code if request.op and chance.random() < 0.15 else 0
+        session.run(40, 64)
+        image.file.fails = lambda _: 0
+        now = session.disk.everything()
+        session.disk.chain.close()
+
+        assert {0, code} <= {each.status for each in session.writes} <= {0, code, errno.ENOSPC}
+        assert [] == session.faults_of_a_kill(now, len(image.file.log)), seed
+        later = image.holds(image.file.bytes, read_only=False)
+        assert [] == session.faults_of_a_kill(later, len(image.file.log)), seed
+
+
+def test_a_write_after_a_failed_one_is_durable(make: Callable[[str, int], Image]) -> None:
+    """Where a bitmap could not be written, the next write to its sectors does not rely on it."""
+    image = make("differencing", 1)
+    disk = image.open()
+    disk.do(write(0, b"0" * 512))
+    bitmap = image.file.log[0].place - 4096 - BLOCK - 512
+    image.file.fails = lambda request: errno.EIO if request.op == Op.WRITE and request.offset == bitmap else 0
+    assert [errno.EIO] == disk.do(write(1024, b"1" * 512))
+    image.file.fails = lambda _: 0
+
+    assert [0] == disk.do(write(1024, b"2" * 512))
+    assert b"2" * 512 == image.holds(image.file.bytes, read_only=True)[1024:1536]
+
+
+def test_no_room(make: Callable[[str, int], Image]) -> None:
+    """On a device that is full a first write is answered ENOSPC, what is there can be written, and the footer stays."""
+    image = make("device", 1)
+    del image.file.bytes[5 * BLOCK : -512]
+    disk = image.open()
+    found = disk.do(*(write(block * BLOCK, b"w" * 512) for block in range(8)))
+    assert {0, errno.ENOSPC} == set(found) | set(disk.do(write(10 * BLOCK, b"w" * 512)))
+
+    first = disk.do(*(write(block * BLOCK, b"v" * 512) for block in range(2)))
+    assert vhd.pack_footer(disk.chain.layers[0].driver.footer) == image.file.bytes[-512:]
+    assert set(first) <= {0, errno.ENOSPC}
+
+
+def test_bitmaps_are_bounded(make: Callable[[str, int], Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for two bitmaps only, reads and writes find what they should, and bitmaps are read again."""
+    monkeypatch.setattr("xenbackend.block.mapped.blocks._BITMAPS", 2 * SECTORS)
+    image = make("differencing", 5)
+    session = image.session(150)
+
+    assert [] == session.faults_of_a_kill(session.disk.everything(), len(image.file.log))
+    driver = session.disk.chain.layers[0].driver
+    assert isinstance(driver, Vhd)
+    assert len(driver._bitmaps) <= 4
+
+
+def test_a_bitmap_stays_while_it_is_used(make: Callable[[str, int], Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few bitmaps are kept, writes to one block that are in flight together are both in its bitmap."""
+    monkeypatch.setattr("xenbackend.block.mapped.blocks._BITMAPS", SECTORS)
+    image = make("differencing", 5)
+    assert [0] * 5 == image.open().do(*(write(block * BLOCK, b"0" * 512) for block in range(5)))
+    disk, file = image.open(), image.file
+    disk.do(read(0, 512))
+    early, late = write(512, b"1" * 512), write(1024, b"2" * 512)
+    disk.chain.submit([early])
+    data, file.waiting = file.waiting, []  # they take their time
+    for block in range(1, 5):
+        disk.do(read(block * BLOCK, 512))
+    disk.chain.submit([late])
+    while disk.step():
+        file.waiting, data = file.waiting + data, []
+
+    assert (0, 0) == (early.status, late.status)
+    assert b"1" * 512 + b"2" * 512 == image.holds(file.bytes, read_only=True)[512:1536]
+
+
+def test_a_bitmap_that_cannot_be_read(make: Callable[[str, int], Image]) -> None:
+    """Whoever needs a bitmap that cannot be read gets the error; the next one tries again."""
+    image = make("differencing", 1)
+    disk = image.open()
+    disk.do(write(512, b"w" * 512))
+    disk = image.open()
+    image.file.fails = _reads_fail
+
+    assert [errno.EIO] * 3 == disk.do(read(0, 512), read(512, 512), write(0, b"x" * 512))
+    image.file.fails = lambda _: 0
+    request = read(512, 512)
+    assert [0, 0] == disk.do(request, flush())
+    assert b"w" * 512 == content(request)
+
+
+def _reads_fail(request: Request) -> int:
+    return errno.EIO if request.op == Op.READ else 0

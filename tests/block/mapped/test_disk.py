@@ -1,0 +1,271 @@
+"""Tests of `xenbackend.block.mapped.disk`, by a format whose tables are in the test."""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from random import Random
+
+import pytest
+
+from tests.helpers_block import Bottom, StepEnv, content, discard, flush, read, write
+from tests.recorded import RecordedFile
+from xenbackend.block.driver import Geometry
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.shared import Then
+from xenbackend.block.mapped.tables import OWNED, READABLE, SPECIAL, ZERO, Table, Tables
+from xenbackend.block.request import Op, Request
+
+CLUSTER = 4096
+TABLE = 4  # entries
+
+
+class Plain(MappedDisk):
+    """A format whose tables take their time to be loaded; special clusters read as `s`, and refused writes are kept."""
+
+    def __init__(self, entries: list[int], *, limit: int = 8) -> None:
+        super().__init__(None)
+        self.env = StepEnv()
+        self.entries = entries
+        self.image = RecordedFile(bytearray(Random(2).randbytes(64 * CLUSTER)))
+        self.loading: list[tuple[int, Then]] = []
+        self.elsewhere: list[Request] = []
+        self.back: list[list[Request]] = []
+        self.complete = self.back.append
+        size, tables = len(entries) * CLUSTER, Tables[Table](limit)
+        self.start(self.image, size, cluster_bits=12, table_bits=2, tables=tables)
+
+    def load_table(self, number: int, then: Then) -> None:
+        """Remember who waits, and read something, so that it takes a step."""
+        self.loading.append((number, then))
+        self.read_meta(0, 512, lambda status, _: self.loaded(status))
+
+    def loaded(self, status: int) -> None:
+        """Fill the table, and go on."""
+        number, then = self.loading.pop(0)
+        if not status:
+            self.tables.put(number, array("Q", self.entries[number * TABLE :][:TABLE]))
+        then(status)
+
+    def read_special(self, request: Request) -> None:
+        """Give letters."""
+        assert request.offset // CLUSTER == (request.offset + request.length - 1) // CLUSTER
+        for view in request.iov:
+            view[:] = b"s" * len(view)
+        self.finish(request, 0)
+
+    def write_elsewhere(self, request: Request) -> None:
+        """Keep the request."""
+        assert request.offset // (CLUSTER * TABLE) == (request.offset + request.length - 1) // (CLUSTER * TABLE)
+        self.elsewhere.append(request)
+
+    def do(self, *batch: Request) -> list[int]:
+        """Submit a batch and let everything happen."""
+        self.submit(list(batch))
+        while self.image.step():
+            pass
+        assert set(batch) == {request for back in self.back for request in back}
+        assert not self._pool.lent
+        self.back.clear()
+        return [request.status for request in batch]
+
+
+def at(cluster: int) -> int:
+    """Return a place in the file, far from where the cluster would be."""
+    return (3 + 2 * cluster) * CLUSTER
+
+
+def test_a_batch_stays_a_batch() -> None:
+    """What lies in clusters of the file goes there as one batch, with the same memory, and is not altered meanwhile."""
+    disk = Plain([at(0) | OWNED, at(1) | READABLE])
+    disk.do(read(0, 512))  # the table is there from now on
+    batch = [write(512, b"w" * 1024), read(CLUSTER, 512, 512), read(0, CLUSTER)]
+    before = [(request.offset, request.status, request.iov) for request in batch]
+    disk.submit(list(batch))
+
+    assert [at(0) + 512, at(1), at(0)] == [request.offset for request in disk.image.waiting]
+    assert all(one.iov is other.iov for one, other in zip(disk.image.waiting, batch, strict=True))
+    assert before == [(request.offset, request.status, request.iov) for request in batch]
+    waiting, disk.image.waiting = disk.image.waiting, []
+    for request in waiting:
+        request.status = 0
+    disk.image.complete(waiting)
+    assert [batch] == disk.back
+
+
+def test_requests_to_the_file_are_used_again() -> None:
+    """However many requests come, only as many of our own exist as were in flight at once; and they keep no memory."""
+    disk = Plain([at(number) | OWNED for number in range(8)])
+    for _ in range(50):
+        disk.do(*(read(number * CLUSTER, 512) for number in range(8)), flush())
+
+    assert len(disk._moved) < 12
+    assert {()} == {request.iov for request in disk._moved}
+
+
+def test_neighbours_in_the_file_are_one() -> None:
+    """A request over clusters that lie side by side in the file is not cut."""
+    disk = Plain([at(0) | OWNED, at(0) + CLUSTER | OWNED, 0, 0])
+    disk.do(read(0, 512))
+    both = write(512, b"n" * CLUSTER)
+    disk.submit([both])
+
+    assert [(at(0) + 512, CLUSTER)] == [(request.offset, request.length) for request in disk.image.waiting]
+    assert disk.image.step()
+    assert b"n" * CLUSTER == disk.image.bytes[at(0) + 512 :][:CLUSTER]
+
+
+def test_every_kind_of_cluster() -> None:
+    """One read over everything finds in each cluster what its entry says."""
+    entries = [at(0) | OWNED, ZERO, 0, at(3) | READABLE, SPECIAL, SPECIAL | 1 << 40, at(6) | OWNED, ZERO | at(7)]
+    disk = Plain(entries)
+    request = read(0, 8 * CLUSTER)
+    mine = [bytes(disk.image.bytes[at(number) :][:CLUSTER]) for number in (0, 3, 6)]
+
+    assert [0] == disk.do(request)
+    zeros = bytes(CLUSTER)
+    expected = [mine[0], zeros, zeros, mine[1], b"s" * CLUSTER, b"s" * CLUSTER, mine[2], zeros]
+    assert b"".join(expected) == content(request)
+
+
+def test_writes_that_need_a_place() -> None:
+    """Writes to what the image may not alter come to the format, cut where clusters are its own or a table ends."""
+    disk = Plain([0, ZERO, at(2) | READABLE, at(3) | OWNED, SPECIAL, 0, 0, 0])
+    request = write(512, b"w" * (7 * CLUSTER))
+    disk.submit([request])
+    while disk.image.step():
+        pass
+
+    assert [(512, 3 * CLUSTER - 512), (4 * CLUSTER, 3 * CLUSTER + 512)] == [
+        (part.offset, part.length) for part in disk.elsewhere
+    ]
+    assert [] == disk.back
+    first, second = disk.elsewhere
+    disk.in_thread(lambda: None, lambda _: [disk.finish(first, errno.ENOSPC), disk.finish(second, 0)][0])
+    assert (errno.ENOSPC, [[request]]) == (request.status, disk.back)
+    assert b"w" * CLUSTER == disk.image.bytes[at(3) :][:CLUSTER]
+
+
+@pytest.mark.parametrize("parent_size", [512, 3 * CLUSTER + 512, 64 * CLUSTER])
+def test_a_parent_of_any_size(parent_size: int) -> None:
+    """What the image does not have comes from the parent as far as that reaches, and is zeros beyond."""
+    disk, parent = Plain([0, at(1) | OWNED, 0, 0, 0, 0, 0, 0]), Bottom()
+    disk.next, disk.below = parent, Geometry(parent_size)
+    disk.check_parent(disk.below)
+    assert disk.on_complete is not None
+    request = read(0, 8 * CLUSTER)
+    disk.submit([request])
+    while disk.image.step():
+        pass
+    for batch in parent.batches:
+        assert all(each.offset + each.length <= parent_size for each in batch)
+        for each in batch:
+            each.iov[0][:] = b"p" * each.length
+            each.status = 0
+        disk.on_complete(batch)
+
+    expected = bytearray((b"p" * parent_size)[: 8 * CLUSTER].ljust(8 * CLUSTER, b"\0"))
+    expected[CLUSTER : 2 * CLUSTER] = disk.image.bytes[at(1) :][:CLUSTER]
+    assert [[request]] == disk.back
+    assert (0, expected) == (request.status, content(request))
+
+
+def test_a_request_that_is_all_the_parents_is_passed_on() -> None:
+    """Requests that lie in the parent as a whole go there themselves, and together."""
+    disk, parent = Plain([0, 0, ZERO, 0]), Bottom()
+    disk.next = parent
+    disk.check_parent(Geometry(4 * CLUSTER))
+    disk.do(read(2 * CLUSTER, 512))
+    batch = [read(0, 2 * CLUSTER), read(3 * CLUSTER, 512)]
+    disk.submit(list(batch))
+
+    assert [batch] == parent.batches
+
+
+def test_a_table_is_loaded_once() -> None:
+    """Those who need a table that is being loaded wait for it, others do not; where it cannot be read they fail."""
+    disk = Plain([at(number) | OWNED for number in range(8)])
+    disk.do(read(4 * CLUSTER, 512))
+    disk.submit([read(0, 512), read(CLUSTER, 512), read(5 * CLUSTER, 512)])
+    disk.submit([read(2 * CLUSTER, 512)])
+    assert [0] == [number for number, _ in disk.loading]
+
+    disk.image.fails = lambda request: errno.EIO if request.offset == 0 else 0
+    while disk.image.step():
+        pass
+    found = {request.offset // CLUSTER: request.status for batch in disk.back for request in batch}
+    assert {0: errno.EIO, 1: errno.EIO, 2: errno.EIO, 5: 0} == found
+    disk.back.clear()
+    disk.image.fails = lambda _: 0
+    assert [0] == disk.do(read(0, 512))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_tables_are_enough(seed: int) -> None:
+    """With room for one table any request ends, however many it needs, and finds what is there."""
+    chance = Random(seed)
+    places = chance.sample(range(64), 32)
+    disk = Plain([place * CLUSTER | OWNED for place in places], limit=1)
+    model = bytearray(b"".join(disk.image.bytes[place * CLUSTER :][:CLUSTER] for place in places))
+    for _ in range(60):
+        length = chance.randint(1, 100) * 512
+        offset = chance.randrange(0, (len(model) - length) // 512 + 1) * 512
+        if chance.random() < 0.5:
+            data = chance.randbytes(length)
+            model[offset : offset + length] = data
+            assert [0] == disk.do(write(offset, data[:512], data[512:]) if length > 512 else write(offset, data))
+        else:
+            request = read(offset, length)
+            assert [0] == disk.do(request)
+            assert model[offset : offset + length] == content(request)
+    assert len(disk.tables) <= 2
+
+
+def test_flush_and_discard() -> None:
+    """A flush goes to the file, and a discard that a format does not have is answered EOPNOTSUPP."""
+    disk = Plain([at(0) | OWNED])
+
+    assert [0, errno.EOPNOTSUPP] == disk.do(flush(), discard(0, CLUSTER))
+    assert ["flush"] == [change.kind for change in disk.image.log]
+
+
+def test_quiet_is_when_all_of_before_is_back() -> None:
+    """Who waits for quiet is called when what the file had is back, whatever has come since."""
+    disk, heard = Plain([at(0) | OWNED]), list[str]()
+    disk.do(read(0, 512))
+    disk.submit([read(0, 512)])
+    (before,) = disk.image.waiting
+    disk.when_quiet(lambda: heard.append("quiet"))
+    disk.submit([read(512, 512)])
+    _, after = disk.image.waiting
+
+    for request, expected in ((after, []), (before, ["quiet"])):
+        request.status = 0
+        disk.image.complete([request])
+        assert expected == heard
+    disk.when_quiet(lambda: heard.append("at once"))
+    assert ["quiet", "at once"] == heard
+
+
+def test_flushes_of_our_own_are_shared() -> None:
+    """Who asks for a flush in one turn shares one; and what fails is told to each."""
+    disk, heard = Plain([0]), list[int]()
+    disk.image.fails = lambda request: errno.EIO if request.op == Op.FLUSH else 0
+    disk.soon(lambda: [disk.sync(heard.append) for _ in range(3)])  # type: ignore[func-returns-value]
+    disk.do(read(0, 512))
+
+    assert [errno.EIO] * 3 == heard
+
+
+def test_threads_give_a_status() -> None:
+    """What a thread raises as an OSError is its status, and what that leads to is sent."""
+    disk, heard = Plain([0]), list[int]()
+
+    def fails() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    disk.in_thread(fails, heard.append)
+    disk.in_thread(lambda: None, lambda status: disk.write_meta(0, b"x" * 512, heard.append))
+    while disk.image.step():
+        pass
+    assert ([errno.ENOSPC, 0], b"x" * 512) == (heard, disk.image.bytes[:512])

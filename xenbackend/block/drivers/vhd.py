@@ -1,0 +1,203 @@
+r"""vhd: a VHD image: fixed, dynamic or differencing; a parent comes by itself.
+
+Synopsis:
+    vhd:FILE[,cache=on|off][,parents=DIR][,changed=refuse|accept]
+
+Description:
+    The source of a chain for images of XenServer, blktap, Hyper-V, Virtual PC and QEMU (`vpc`). What the image does
+    not have is read from its parent, if it has one, and else is zeros; what is written goes to the image.
+
+    A differencing image names its parent. That is opened too, for reading: as `vhd:`, or as `aio:` where the image
+    says that its parent is a raw one; and so on to the last.
+
+Behaviour:
+    Requests that lie in a block that the image has go to the file as they are. The first write to a block (2 MiB as
+    a rule) lengthens the file. In images with a parent, and on block devices, the first write to a sector also
+    writes the block's bitmap, before it is answered. Whoever is killed in the middle loses room in the file at most,
+    and there is always a valid footer at its end. A flush returns when everything that was answered is durable.
+
+    A parent is looked for beside the image, under its relative name first, then under its absolute one. It must lie
+    in the image's own directory, or in `parents=`; links are followed before that is checked. A parent with another
+    UUID than the one the image was made for is refused, and so is one that was altered since, where the image's
+    writer keeps that time; blktap and XenServer do not. `changed=accept` takes the parent as it is.
+
+    The image is locked while it is open: one writer, or any number of readers.
+
+Example:
+    log:|vhd:/srv/images/guest.vhd
+    vhd:/dev/VG_XenStorage-1/VHD-2,parents=/dev
+
+Limits:
+    Disks up to 2 TiB, in up to 2 million blocks. No encryption, no split images, nothing that Virtual PC wrote before
+    2004; no discard. The table takes 4 MiB of memory for each TiB, and the bitmaps up to 16 MiB for each image. A
+    block device has to be large enough for what will be written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from xenbackend.block.driver import Env, File, Geometry, ParentRef
+from xenbackend.block.formats import vhd, vhd_tables
+from xenbackend.block.formats.vhd_names import parent_names, space_of
+from xenbackend.block.mapped.blocks import Blocks
+from xenbackend.block.mapped.parents import find_parent, parent_ref
+from xenbackend.block.mapped.tables import OWNED
+from xenbackend.block.options import FilePath, option
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+from xenbackend.units import PAGE, round_up
+
+_RAW = bytes(16)  # the UUID of a parent that is no VHD image (libvhd)
+_TOLERANCE = 2  # seconds: what file systems round times to
+_TYPES = {vhd.FIXED: "fixed", vhd.DYNAMIC: "dynamic", vhd.DIFFERENCING: "differencing"}
+
+
+class Vhd(Blocks):
+    """See the head of this file."""
+
+    name = "vhd"
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """What the chain says of the image."""
+
+        file: FilePath = option("the image file or block device", target=True)
+        cache: bool = option("go through the host's page cache", default=False)
+        parents: str = option("directory that the parents must be in; by default the image's own", default="")
+        changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
+
+    options: Options
+    _batmap: vhd_tables.Batmap | None = None
+
+    def open(self, env: Env) -> Geometry:
+        """Read and check the headers and the table; find the parent's file."""
+        options = self.options
+        self.file = env.files.open(
+            options.file, read_only=env.read_only, shareable=env.shareable, direct=not options.cache
+        )
+        try:
+            return self._open(env, self.file)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _open(self, env: Env, file: File) -> Geometry:
+        footer, is_at_end = vhd.read_footer(file.read_at, file.size)
+        self.footer = footer
+        env.report("mode", file.mode)
+        env.report("format", f"VHD, {_TYPES[footer.type]}")
+        if footer.type == vhd.FIXED:
+            return self._open_fixed(env, file)
+        self._open_dynamic(env, file, is_at_end=is_at_end)
+        return Geometry(size=footer.size, read_only=env.read_only)
+
+    def _open_fixed(self, env: Env, file: File) -> Geometry:
+        size = self.footer.size
+        if size > file.size - vhd.SECTOR:
+            raise vhd.damaged(f"the file has {file.size} bytes, too few for its disk of {size}")
+        file.complete = self._pass_up
+        self.submit = file.submit  # type: ignore[method-assign]  # the file begins with the disk
+        return Geometry(
+            size, 512, env.read_only, can_discard=file.can_discard, discard_granularity=file.discard_granularity
+        )
+
+    def _pass_up(self, batch: list[Request]) -> None:
+        self.complete(batch)
+
+    def _open_dynamic(self, env: Env, file: File, *, is_at_end: bool) -> None:
+        footer = self.footer
+        header = self.header = vhd.read_header(file.read_at, footer, file.size)
+        table = vhd_tables.read_table(file.read_at, footer, header)
+        batmap = vhd_tables.read_batmap(file.read_at, footer, header, table)
+        metadata = _metadata(footer, header, batmap)
+        room = file.size - vhd.SECTOR if is_at_end else file.size
+        end = vhd_tables.check_table(table, header, metadata, room)
+        on_device = is_device(self.options.file)
+        if on_device and end > room:
+            raise vhd.damaged("a block reaches behind the end of the device")
+        packed = vhd.pack_footer(footer)
+        if not (env.read_only or on_device) and (end > room or not is_at_end):
+            self._give_end(max(end, file.size), packed)
+        if footer.type == vhd.DIFFERENCING:
+            self.parent = self._find_parent()
+        full = batmap.blocks if batmap else bytes(len(table))
+        self._batmap = None if env.read_only else batmap
+        device_end = max([end, *(stop for _, stop in metadata)]) if on_device else 0
+        self.serve(file, footer.size, header, table, full, packed, device_end)
+
+    def _give_end(self, end: int, footer: bytes) -> None:
+        """Give the file what whoever was killed did not come to: the end of its last block, and a footer behind it."""
+        self.file.grow(round_up(end + vhd.SECTOR, PAGE), footer)
+
+    def _find_parent(self) -> ParentRef:
+        options = self.options
+        names = parent_names(self.file.read_at, self.header, self.file.size)
+        self._parent_path = find_parent(options.file, names, options.parents)
+        cache = "on" if options.cache else ""
+        if self.header.parent_uuid == _RAW:
+            return parent_ref("aio", self._parent_path, cache=cache)
+        changed = "" if options.changed == "refuse" else options.changed
+        return parent_ref("vhd", self._parent_path, cache=cache, parents=options.parents, changed=changed)
+
+    def check_parent(self, parent: Geometry) -> None:
+        """Refuse a parent that is not the one the image was made for. Raises: DriverError."""
+        super().check_parent(parent)
+        if self.options.changed == "accept":
+            return
+        problem = ""
+        if isinstance(self.next, Vhd) and self.next.footer.uuid != self.header.parent_uuid:
+            problem = "has another UUID than the one this image was made for"
+        elif self._was_altered():
+            problem = "was altered after this image was made"
+        if problem:
+            advice = "use the right one, or say changed=accept if you know that it holds what it did"
+            raise DriverError(f"its parent {self._parent_path} {problem}; {advice}", errno=errno.ESTALE)
+
+    def _was_altered(self) -> bool:
+        """Return whether the parent's file is not of the time that the image knows; not where blktap made the image."""
+        known = self.header.parent_timestamp
+        if not known or self.footer.creator[:3] == b"tap":
+            return False
+        with suppress(OSError):
+            return abs(os.stat(self._parent_path).st_mtime - vhd.EPOCH - known) > _TOLERANCE  # noqa: PTH116
+        return False
+
+    def close(self) -> None:
+        """Note which blocks are full by now, where the image keeps that, and close the file."""
+        try:
+            if self._batmap is not None:
+                self._write_batmap(self._batmap)
+        finally:
+            self.file.close()
+
+    def _write_batmap(self, batmap: vhd_tables.Batmap) -> None:
+        blocks = bytes(entry & OWNED == OWNED for entry in self.entries)
+        if blocks == batmap.blocks:
+            return
+        header, bits = vhd_tables.pack_batmap(batmap, blocks)
+        self.file.sync()  # the bitmaps that it speaks of
+        self.file.write_at(batmap.offset, bits)
+        self.file.write_at(batmap.header_offset, header)
+
+
+def is_device(path: str) -> bool:
+    """Return whether an image lies on a block device, which cannot grow. Raises: OSError."""
+    return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116 - as `opening`: pathlib would alter the name
+
+
+def _metadata(footer: vhd.Footer, header: vhd.Header, batmap: vhd_tables.Batmap | None) -> Sequence[tuple[int, int]]:
+    """Return the ranges of the file that hold no blocks, as offset and end."""
+    ranges = [(0, vhd.SECTOR), (footer.data_offset, footer.data_offset + 1024)]
+    ranges.append((header.table_offset, header.table_offset + 4 * header.entries))
+    ranges += [(each.offset, each.offset + space_of(each)) for each in header.locators]
+    if batmap is not None:
+        ranges += [(batmap.header_offset, batmap.header_offset + vhd.SECTOR)]
+        ranges += [(batmap.offset, batmap.offset + batmap.size)]
+    return ranges

@@ -1,0 +1,58 @@
+r"""The names by which a differencing VHD image knows its parent.
+
+Sources: "Virtual Hard Disk Image Format Specification", version 1.0, "Parent Locator Entry"; what writers put there in
+truth from blktap's libvhd: names relative to the image under every code, ``.\base.vhd`` and ``file://./base.vhd``.
+Must not look for the files, nor say which of them may be opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from urllib.parse import unquote
+
+from xenbackend.block.formats.vhd import SECTOR, Header, Locator, Read
+
+MAX_NAME = 8192  # bytes
+_DRIVE = re.compile(r"[A-Za-z]:(?=/)")
+
+
+def parent_names(read: Read, header: Header, file_size: int) -> list[str]:
+    """Return the parent's names, the relative ones first; what is no name is left out. Raises: OSError."""
+    names: list[str] = []
+    for code, decode in _CODES.items():
+        for locator in header.locators:
+            if locator.code == code:
+                names += decode(_content(read, locator, file_size))
+    names += _windows(header.parent_name.decode("utf-16-be", "replace").encode("utf-16-le"))
+    names = [name for name in dict.fromkeys(names) if name and "\0" not in name and "\ufffd" not in name]
+    return sorted(names, key=lambda name: name.startswith("/"))
+
+
+def space_of(locator: Locator) -> int:
+    """Return how many bytes a locator keeps; libvhd and Windows write bytes where the specification says sectors."""
+    return locator.space * SECTOR if locator.space < SECTOR else locator.space
+
+
+def _content(read: Read, locator: Locator, file_size: int) -> bytes:
+    if locator.length > min(MAX_NAME, space_of(locator)) or locator.offset + locator.length > file_size:
+        return b""
+    return read(locator.offset, locator.length)
+
+
+def _windows(data: bytes) -> list[str]:
+    r"""Return a path that is written as Windows does, ``.\base.vhd``, as one of ours."""
+    name = data.decode("utf-16-le", "replace").rstrip("\0").replace("\\", "/")
+    return [_DRIVE.sub("", name, count=1)]
+
+
+def _url(data: bytes) -> list[str]:
+    """Return the path of a URL, as it stands (libvhd does not quote) and unquoted (RFC 2396)."""
+    url = data.decode("utf-8", "replace").rstrip("\0")
+    if not url.startswith("file://"):
+        return []
+    path = url.removeprefix("file://").removeprefix("localhost")
+    return [path, unquote(path)]
+
+
+_CODES: dict[bytes, Callable[[bytes], list[str]]] = {b"W2ru": _windows, b"MacX": _url, b"W2ku": _windows}

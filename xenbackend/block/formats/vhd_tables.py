@@ -1,0 +1,137 @@
+"""The tables of a VHD image: where its blocks are, and which of their sectors; bytes to values and back.
+
+Sources: "Virtual Hard Disk Image Format Specification", version 1.0, "Block Allocation Table and Data Blocks"; for the
+batmap blktap's ``include/vhd.h`` and ``vhd/lib/libvhd.c``. All numbers are big endian. Must not open a file, nor trust
+a table that it has not checked.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from xenbackend.block.formats.vhd import SECTOR, Footer, Header, Read, damaged
+from xenbackend.errors import DriverError
+from xenbackend.units import round_up
+
+UNUSED = 0xFFFFFFFF  # an entry of the table for a block that the image does not have
+BATMAP = struct.Struct(">8sQIII1sB")  # the rest of its sector is zeros, or a key's hash
+
+_VERSION_AND_SUM, _VERSION_AT = struct.Struct(">II"), 20
+_BATMAP_COOKIE = b"tdbatmap"
+_SIGNED_SUMS, _LATEST = 0x00010001, 0x00010002  # versions of the batmap; in 1.1 its bytes were summed with their sign
+_BITS = [bytes(value >> 7 - bit & 1 for bit in range(8)) for value in range(256)]
+_DIGITS = bytes.maketrans(b"\0\1", b"01")
+
+
+@dataclass(frozen=True, slots=True)
+class Batmap:
+    """libvhd's map of the blocks that have all their sectors: one bit for each block. Offsets and sizes are bytes."""
+
+    header_offset: int
+    header: bytes  # its sector as it is
+    offset: int
+    size: int
+    blocks: bytes  # one byte for each block: 1 where it is full
+
+
+def read_table(read: Read, footer: Footer, header: Header) -> array[int]:
+    """Return the first sector of each block of the disk, or UNUSED. Raises: DriverError."""
+    count = -(-footer.size // header.block_size)
+    table = array("I", read(header.table_offset, 4 * count))
+    if len(table) < count:
+        raise damaged("the file ends inside its table")
+    if sys.byteorder == "little":
+        table.byteswap()
+    return table
+
+
+def pack_entries(entries: Sequence[int]) -> bytes:
+    """Return what entries of the table are written as."""
+    return struct.pack(f">{len(entries)}I", *entries)
+
+
+def check_table(table: array[int], header: Header, metadata: Sequence[tuple[int, int]], end: int) -> int:
+    """Return where the last block ends, or 0. `metadata` are ranges, as offset and end, that no block may touch.
+
+    A block may end behind `end`, but not begin there: what a writer that was killed has left.
+
+    Raises: DriverError, where blocks overlap one another or the metadata, or lie outside the file.
+    """
+    stride = header.bitmap_size + header.block_size
+    unused = table.count(UNUSED)
+    if (len(table) - unused - 1) * stride > end:
+        raise damaged("its table has more blocks than there is room for in the file")
+    used = sorted(table)[: len(table) - unused]
+    if any(after - before < stride // SECTOR for before, after in pairwise(used)):
+        raise damaged("blocks overlap one another")
+    if used and used[-1] * SECTOR >= end:
+        raise damaged(f"a block begins at {used[-1] * SECTOR}, behind the end of the file")
+    for start, stop in metadata:
+        if _touches(used, stride, start, stop):
+            raise damaged(f"a block overlaps what the image keeps at {start}")
+    return used[-1] * SECTOR + stride if used else 0
+
+
+def unpack_bitmap(data: bytes | memoryview, sectors: int) -> bytearray:
+    """Return one byte for each sector of a block: 1 where the block has it."""
+    return bytearray(b"".join(map(_BITS.__getitem__, data))[:sectors])
+
+
+def pack_bitmap(sectors: bytes | bytearray, size: int) -> bytes:
+    """Return the bitmap of a block, `size` bytes long."""
+    digits = bytes(sectors).translate(_DIGITS).ljust(8 * size, b"0")
+    return int(digits, 2).to_bytes(size, "big")
+
+
+def read_batmap(read: Read, footer: Footer, header: Header, table: array[int]) -> Batmap | None:
+    """Return the batmap, or None where there is none that can be trusted.
+
+    It is only a short cut, so one with a wrong checksum, or with blocks that the table does not have, is not looked at.
+
+    Raises: DriverError, where it says that the disk is encrypted.
+    """
+    if footer.creator[:3] != b"tap" or footer.creator_version < 0x00010001:
+        return None
+    place = header.table_offset + round_up(4 * header.entries, SECTOR)
+    data = read(place, SECTOR)
+    if len(data) < SECTOR or data[:8] != _BATMAP_COOKIE:
+        return None
+    _, offset, sectors, version, total, _, has_key = BATMAP.unpack_from(data)
+    if has_key:
+        raise DriverError("it is encrypted, which is not supported")
+    size = max(SECTOR, round_up(footer.current_size >> 24, SECTOR))  # as libvhd: 8 blocks of 2 MiB for each byte
+    if version > _LATEST or sectors * SECTOR < size or offset % SECTOR:
+        return None
+    bits = read(offset, size)
+    if len(bits) < size or _batmap_sum(bits, version) != total:
+        return None
+    blocks = bytes(unpack_bitmap(bits, len(table))).ljust(len(table), b"\0")
+    if any(full and entry == UNUSED for full, entry in zip(blocks, table, strict=True)):
+        return None
+    return Batmap(place, data, offset, size, blocks)
+
+
+def pack_batmap(batmap: Batmap, blocks: bytes) -> tuple[bytes, bytes]:
+    """Return what a batmap's header and map become; `blocks` has one byte for each block."""
+    bits = pack_bitmap(blocks[: 8 * batmap.size], batmap.size)
+    version, _ = _VERSION_AND_SUM.unpack_from(batmap.header, _VERSION_AT)
+    total = _batmap_sum(bits, version)
+    after = _VERSION_AT + _VERSION_AND_SUM.size
+    return batmap.header[:_VERSION_AT] + _VERSION_AND_SUM.pack(version, total) + batmap.header[after:], bits
+
+
+def _batmap_sum(bits: bytes, version: int) -> int:
+    total = sum(bits) - (256 * sum(byte > 127 for byte in bits) if version == _SIGNED_SUMS else 0)
+    return ~total & 0xFFFFFFFF
+
+
+def _touches(used: Sequence[int], stride: int, start: int, stop: int) -> bool:
+    """Return whether one of the blocks, sorted, has bytes between `start` and `stop`."""
+    place = bisect_left(used, -(-stop // SECTOR))  # the first that begins behind
+    return place > 0 and used[place - 1] * SECTOR + stride > start

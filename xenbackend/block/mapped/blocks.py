@@ -1,0 +1,317 @@
+"""The blocks of a dynamic or differencing VHD image in service: their bitmaps, and how new ones come about.
+
+Must not read an image's headers, nor trust a table that was not checked.
+
+A block that has all its sectors is an entry like any other. Of one that has not, the bitmap says which of them are the
+image's own; it is read when it is needed. What a guest wrote is answered after the bitmap that names it is in the file:
+
+    write to sectors that the block has             data -> answer
+    write to others                                 data -> bitmap -> answer
+    write to a block that is not there     block -> data -> bitmap -> answer
+
+A new block begins behind the end of the file, where everything is zeros. The file grows together with a new footer at
+its end; then comes the bitmap, a flush, and last the table's entry. Whoever is killed in between, or loses the power,
+has lost the room, and nothing else. Without a parent zeros are what the sectors hold, so the new bitmap says at once
+that they are all there. A block device does not grow, and what is there is anything: its bitmaps begin as zeros.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from functools import partial
+
+from xenbackend.block.driver import File
+from xenbackend.block.formats.vhd import SECTOR, Header
+from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries, unpack_bitmap
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.shared import Shared, Then
+from xenbackend.block.mapped.tables import OWNED, PLACE, SPECIAL, Table, Tables
+from xenbackend.block.request import Op, Request
+from xenbackend.units import PAGE, round_up
+
+_BITMAPS = 8 << 20  # bytes that the bitmaps in memory take, one for each sector; up to twice that
+_PER_SECTOR = SECTOR // 4  # entries of the table in one sector
+_TABLE_BITS = 32  # one table has all blocks
+
+
+class Bitmap:
+    """Which sectors of a block the image has, one byte for each.
+
+    `present`: those that the bitmap in the file names. `planned`: those that the next one will.
+    """
+
+    __slots__ = ("planned", "present", "write")
+
+    def __init__(self, present: bytearray) -> None:
+        self.present = present
+        self.planned = present
+        self.write: Shared
+
+
+class Blocks(MappedDisk):
+    """See the head of this file. A driver calls `serve` when it has read and checked the headers."""
+
+    def serve(
+        self, file: File, size: int, header: Header, table: array[int], full: bytes, footer: bytes, end: int
+    ) -> None:
+        """Begin to serve.
+
+        Args:
+            file: the image.
+            size: bytes of the disk.
+            header: where the table is, and how large the blocks are.
+            table: the first sector of each block, or UNUSED.
+            full: one byte for each block: 1 where it is known to have all its sectors.
+            footer: what stands at the end of the file.
+            end: where the last block ends, for a block device; 0 for a file.
+        """
+        self._header = header
+        self._footer = footer
+        self._device_end = end
+        room = header.bitmap_size
+        self.entries = array(
+            "Q",
+            [
+                0 if sector == UNUSED else sector * SECTOR + room | (OWNED if is_full else SPECIAL)
+                for sector, is_full in zip(table, full, strict=True)
+            ],
+        )
+        tables: Tables[Table] = Tables(1)
+        tables.put(0, self.entries)
+        self._bitmaps: Tables[Bitmap] = Tables(_BITMAPS * SECTOR // header.block_size)
+        self._waiting_for_bitmap: dict[int, list[Request]] = {}
+        self._waiting_for_block: dict[int, list[Request]] = {}
+        self._wanted: list[int] = []  # blocks that nothing was done for yet
+        self._is_growing = False
+        self._coming: dict[int, int] = {}  # blocks whose entries are being written, and their places
+        self._table_writes: dict[int, Shared] = {}
+        bits = header.block_size.bit_length() - 1
+        self.start(file, size, cluster_bits=bits, table_bits=_TABLE_BITS, tables=tables)
+
+    def shortcut(self, request: Request) -> int:
+        """Return the place of a request to sectors that their block has, though it lacks others."""
+        block = request.offset >> self.cluster_bits
+        bitmap = self._bitmaps.young.get(block)
+        if bitmap is None or request.op > Op.WRITE:
+            return 0
+        inside = request.offset & self._header.block_size - 1
+        last = (inside + request.length) // SECTOR
+        if last > len(bitmap.present) or bitmap.present.find(0, inside // SECTOR, last) >= 0:
+            return 0
+        return (self.entries[block] & PLACE) + inside
+
+    def read_special(self, request: Request) -> None:
+        """Read the sectors that the block has from the file, and the others from the parent."""
+        block, first, last = self._sectors(request)
+        bitmap = self._bitmaps.find(block)
+        if bitmap is None:
+            self._load_bitmap(block, request)
+            return
+        is_own = bitmap.present[first]
+        for part in self.split(request, _runs(bitmap.present, first, last)):
+            if is_own:
+                self.to_file(part, self._place(part))
+            else:
+                self.to_parent(part)
+            is_own = not is_own
+
+    def write_elsewhere(self, request: Request) -> None:
+        """Write to blocks that lack sectors, or that are not there; each by itself."""
+        size, inside = self._header.block_size, request.offset % self._header.block_size
+        ends = [*range(size - inside, request.length, size), request.length]
+        for part in self.split(request, [end - start for start, end in zip([0, *ends], ends, strict=False)]):
+            self._write(part)
+
+    def _write(self, request: Request) -> None:
+        block, first, last = self._sectors(request)
+        entry = self.entries[block]
+        if not entry:
+            self._await_block(block, request)
+            return
+        bitmap = self._bitmaps.find(block)
+        if bitmap is None:
+            self._load_bitmap(block, request)
+        elif bitmap.present.find(0, first, last) < 0:
+            self.to_file(request, self._place(request))
+        else:
+            self._bitmaps.pin(block)
+            self.write_data(self._place(request), request.iov, partial(self._written, request, bitmap))
+
+    def _written(self, request: Request, bitmap: Bitmap, status: int) -> None:
+        """Go on with the bitmap when the data are in the file."""
+        block, first, last = self._sectors(request)
+        if status:
+            self._bitmaps.unpin(block)
+            self.finish(request, status)
+            return
+        if bitmap.planned is bitmap.present:
+            bitmap.planned = bitmap.present.copy()
+        bitmap.planned[first:last] = b"\1" * (last - first)
+        bitmap.write.want(partial(self._named, request))
+
+    def _named(self, request: Request, status: int) -> None:
+        self._bitmaps.unpin(request.offset >> self.cluster_bits)
+        self.finish(request, status)
+
+    def _write_bitmap(self, block: int, bitmap: Bitmap, then: Then) -> None:
+        planned = bitmap.planned.copy()
+        if planned == bitmap.present:
+            then(0)
+            return
+        size = self._header.bitmap_size
+        place = (self.entries[block] & PLACE) - size
+        self.write_meta(place, pack_bitmap(planned, size), partial(self._bitmap_written, block, bitmap, planned, then))
+
+    def _bitmap_written(self, block: int, bitmap: Bitmap, planned: bytearray, then: Then, status: int) -> None:
+        if not status:
+            bitmap.present = planned
+            if planned.find(0, 0, self._sectors_of(block)) < 0:
+                self.entries[block] = self.entries[block] & PLACE | OWNED
+                self._bitmaps.drop(block)
+        then(status)
+
+    def _load_bitmap(self, block: int, request: Request) -> None:
+        """Read a bitmap, once for all who need it, and dispatch them again."""
+        waiting = self._waiting_for_bitmap.setdefault(block, [])
+        waiting.append(request)
+        if len(waiting) == 1:
+            size = self._header.bitmap_size
+            self.read_meta((self.entries[block] & PLACE) - size, size, partial(self._bitmap_loaded, block))
+
+    def _bitmap_loaded(self, block: int, status: int, data: memoryview) -> None:
+        if not status:
+            present = unpack_bitmap(data, self._header.block_size // SECTOR)
+            if present.find(0, 0, self._sectors_of(block)) < 0:
+                self.entries[block] = self.entries[block] & PLACE | OWNED
+            else:
+                self._keep(block, present)
+        for request in self._waiting_for_bitmap.pop(block):
+            if status:
+                self.finish(request, status)
+            else:
+                self.dispatch(request)
+
+    def _keep(self, block: int, present: bytearray) -> None:
+        bitmap = Bitmap(present)
+        bitmap.write = Shared(partial(self._write_bitmap, block, bitmap), self.soon)
+        self._bitmaps.put(block, bitmap)
+
+    # New blocks.
+
+    def _await_block(self, block: int, request: Request) -> None:
+        waiting = self._waiting_for_block.setdefault(block, [])
+        waiting.append(request)
+        if len(waiting) == 1:
+            self._wanted.append(block)
+            self.soon(self._find_room)
+
+    def _find_room(self) -> None:
+        """Find room for all blocks that are wanted, at the end of the file; one step at a time."""
+        if self._is_growing or not self._wanted:
+            return
+        wanted, self._wanted = self._wanted, []
+        end = self._device_end or self.file.size
+        places = {}
+        for block in wanted:
+            place = round_up(end + self._header.bitmap_size, PAGE)
+            places[block] = place
+            end = place + self._header.block_size
+        self._is_growing = True
+        if end > UNUSED * SECTOR or (self._device_end and end > self.file.size - SECTOR):
+            self._room_found(places, errno.ENOSPC)
+        elif self._device_end:
+            self._device_end = end
+            self._room_found(places, 0)
+        else:
+            grow = partial(self.file.grow, round_up(end + SECTOR, PAGE), self._footer)
+            self.in_thread(grow, partial(self._room_found, places))
+
+    def _room_found(self, places: dict[int, int], status: int) -> None:
+        self._is_growing = False
+        for block, place in places.items():
+            if status:
+                self._block_is_there(block, place, status)
+            else:
+                self._begin_bitmap(block, place)
+        self.soon(self._find_room)
+
+    def _begin_bitmap(self, block: int, place: int) -> None:
+        size = self._header.bitmap_size
+        durable = partial(self._make_durable, partial(self._enter, block, place))
+        if self._device_end:
+            self.write_meta(place - size, bytes(size), durable)
+        elif self.parent is None:
+            self.write_meta(place - size, b"\xff" * size, durable)
+        else:
+            durable(0)  # the file has zeros there
+
+    def _make_durable(self, then: Then, status: int) -> None:
+        if status:
+            then(status)
+        else:
+            self.sync(then)
+
+    def _enter(self, block: int, place: int, status: int) -> None:
+        """Write the table's entry of a block whose bitmap is in the file."""
+        if status:
+            self._block_is_there(block, place, status)
+            return
+        self._coming[block] = place
+        sector = block // _PER_SECTOR
+        if sector not in self._table_writes:
+            self._table_writes[sector] = Shared(partial(self._write_table, sector), self.soon)
+        self._table_writes[sector].want(partial(self._block_is_there, block, place))
+
+    def _write_table(self, sector: int, then: Then) -> None:
+        first, room, coming = sector * _PER_SECTOR, self._header.bitmap_size, self._coming
+        entries = []
+        for block, entry in enumerate(self.entries[first : first + _PER_SECTOR], first):
+            place = entry & PLACE or coming.get(block, 0)
+            entries.append((place - room) // SECTOR if place else UNUSED)
+        entries += [UNUSED] * (_PER_SECTOR - len(entries))
+        self.write_meta(self._header.table_offset + sector * SECTOR, pack_entries(entries), then)
+
+    def _block_is_there(self, block: int, place: int, status: int) -> None:
+        """Go on with those who wanted the block, or fail them: it is tried again for the next who wants it."""
+        self._coming.pop(block, None)
+        if not status:
+            is_full = self.parent is None and not self._device_end
+            self.entries[block] = place | (OWNED if is_full else SPECIAL)
+            if not is_full:
+                self._keep(block, bytearray(self._header.block_size // SECTOR))
+        table_write = self._table_writes.get(block // _PER_SECTOR)
+        if table_write is not None and table_write.is_idle:
+            del self._table_writes[block // _PER_SECTOR]
+        for request in self._waiting_for_block.pop(block):
+            if status:
+                self.finish(request, status)
+            else:
+                self.dispatch(request)
+
+    # Arithmetic.
+
+    def _sectors(self, request: Request) -> tuple[int, int, int]:
+        """Return the block of a request, its first sector in it, and the one after its last."""
+        block, inside = divmod(request.offset, self._header.block_size)
+        return block, inside // SECTOR, (inside + request.length) // SECTOR
+
+    def _sectors_of(self, block: int) -> int:
+        """Return how many sectors of a block the disk has: the last one may reach beyond it."""
+        size = self._header.block_size
+        return min(size, self.size - block * size) // SECTOR
+
+    def _place(self, request: Request) -> int:
+        block, inside = divmod(request.offset, self._header.block_size)
+        return (self.entries[block] & PLACE) + inside
+
+
+def _runs(present: bytearray, first: int, last: int) -> list[int]:
+    """Return the bytes of each run of sectors that are alike."""
+    lengths = []
+    while first < last:
+        after = present.find(1 - present[first], first, last)
+        after = last if after < 0 else after
+        lengths.append((after - first) * SECTOR)
+        first = after
+    return lengths

@@ -1,0 +1,93 @@
+"""Parts of requests, and requests of our own; and the memory that they are made of.
+
+Must not submit anything.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from xenbackend.block.request import PENDING, Request
+
+_ZEROS = bytes(64 * 1024)
+
+
+class Part(Request):
+    """A piece of a request, or a request of our own. `done` is called when it is back, and must not keep it.
+
+    A child's parts come to its parent as requests like any other: `pool` tells whose they are.
+    """
+
+    __slots__ = ("done", "pool")
+
+    done: Callable[[Part], None]
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self.pool = pool
+
+
+class Join:
+    """A request that was cut: it ends when all of its parts have, with the first error among them."""
+
+    __slots__ = ("left", "request", "status")
+
+    def __init__(self, request: Request, left: int) -> None:
+        self.request = request
+        self.left = left
+        self.status = 0
+
+
+class Pool:
+    """Parts that are lent again and again. `lent` are out at the moment."""
+
+    def __init__(self) -> None:
+        self.lent = 0
+        self._free: list[Part] = []
+
+    def take(
+        self, op: int, offset: int, length: int, iov: Sequence[memoryview], done: Callable[[Part], None], tag: Any
+    ) -> Part:
+        """Return a part; give it back by `put`."""
+        self.lent += 1
+        part = self._free.pop() if self._free else Part(self)
+        part.op, part.offset, part.length, part.iov = op, offset, length, iov
+        part.done, part.tag, part.status = done, tag, PENDING
+        return part
+
+    def put(self, part: Part) -> None:
+        """Take back a part that has ended."""
+        self.lent -= 1
+        part.iov, part.tag = (), None
+        self._free.append(part)
+
+
+def allocate(size: int) -> memoryview:
+    """Return memory, zero at first, that begins where direct I/O wants it to."""
+    return memoryview(mmap.mmap(-1, size))
+
+
+def cut(iov: Sequence[memoryview], lengths: Sequence[int]) -> Iterator[list[memoryview]]:
+    """Yield for each length the views that hold so many bytes, from the beginning of `iov` on."""
+    views = iter(iov)
+    view = memoryview(b"")
+    for length in lengths:
+        piece = []
+        missing = length
+        while missing:
+            if not view:
+                view = next(views)
+            piece.append(view[:missing])
+            view = view[missing:]
+            missing -= len(piece[-1])
+        yield piece
+
+
+def clear(iov: Sequence[memoryview]) -> None:
+    """Fill with zeros."""
+    for view in iov:
+        for start in range(0, len(view), len(_ZEROS)):
+            piece = view[start : start + len(_ZEROS)]
+            piece[:] = _ZEROS[: len(piece)]
