@@ -11,18 +11,22 @@ from random import Random
 import pytest
 from descriptors import open_descriptors
 
+from tests import qcow_images, vhd_images
 from tests.helpers_block import SIZE, Machine, content, discard, flush, image, read, write
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers import driver_names, find_driver
 from xenbackend.block.request import Op, Request
 
-PLACES = {  # where a driver needs more than its name; {file} is a fresh image of SIZE zeros
+PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are fresh images of SIZE zeros
     "aio": "aio:{file}",
     "delay": "delay:read=1us,jitter=1us|ram:1M",
     "fault": "fault:rate=0|ram:1M",
     "null": "null:1M",
+    "qcow": "qcow:{qcow}",
+    "qcow2": "qcow2:{qcow2}",
     "ram": "ram:1M",
     "sync": "sync:{file}",
+    "vhd": "vhd:{vhd}",
 }
 FORGETS = {"null"}  # reads give zeros whatever was written
 NOT_ZERO = {"xor": 0xA5}  # what a driver reads where nothing was written
@@ -65,7 +69,11 @@ def chain(machine: Machine, name: str, tmp_path: Path) -> Iterator[Chain]:
 def text_of(name: str, tmp_path: Path) -> str:
     """Return a chain with the driver in it, SIZE bytes large."""
     default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
-    return PLACES.get(name, default).format(file=image(tmp_path / "img"))
+    fixtures = {"file": image(tmp_path / "img")} | {each: tmp_path / each for each in ("qcow", "qcow2", "vhd")}
+    fixtures["vhd"].write_bytes(vhd_images.image(SIZE, block_size=64 << 10))
+    fixtures["qcow"].write_bytes(qcow_images.qcow(SIZE))
+    fixtures["qcow2"].write_bytes(qcow_images.qcow2(SIZE, cluster_bits=9))
+    return PLACES.get(name, default).format(**fixtures)
 
 
 def pieces(random: Random, length: int) -> list[int]:

@@ -1,0 +1,277 @@
+"""qcow2: what it opens and refuses, parents, and that QEMU and we read what the other one wrote."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests import qemu
+from tests.helpers_block import Machine, content, discard, flush, read, write
+from tests.qcow_images import qcow2
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+CLUSTER = 4096
+
+
+def make(path: Path, **options: object) -> str:
+    """Write an image and return the text of its layer."""
+    path.write_bytes(qcow2(SIZE, **options))  # type: ignore[arg-type]  # whatever the test says
+    return f"qcow2:{path}"
+
+
+def contents(machine: Machine, text: str) -> bytes:
+    """Return what a disk holds."""
+    chain = machine.open(text, read_only=True)
+    request = read(0, chain.geometry.size)
+    assert [0] == machine.do(chain, request)
+    chain.close()
+    return content(request)
+
+
+def test_what_is_reported(machine: Machine, tmp_path: Path) -> None:
+    """Size, granularity and format are the image's."""
+    chain = machine.open(make(tmp_path / "a"))
+    geometry = chain.geometry
+    chain.close()
+
+    assert (SIZE, True, CLUSTER) == (geometry.size, geometry.can_discard, geometry.discard_granularity)
+
+
+@pytest.mark.parametrize(
+    ("bits", "sentence"), [(1, "out of date .dirty.*qemu-img check -r all"), (2, "corrupt, and can only be read")]
+)
+def test_dirty_and_corrupt_images(machine: Machine, tmp_path: Path, bits: int, sentence: str) -> None:
+    """An image that says it is dirty or corrupt can be read, and not be written to; it is not touched by that."""
+    text = make(tmp_path / "a", clusters={0: b"x" * CLUSTER}, incompatible=bits)
+    before = (tmp_path / "a").read_bytes()
+    with pytest.raises(DriverError, match=sentence):
+        machine.open(text)
+
+    assert b"x" * CLUSTER == contents(machine, text)[:CLUSTER]
+    assert before == (tmp_path / "a").read_bytes()[: len(before)]
+
+
+def test_features_that_end_by_writing(machine: Machine, tmp_path: Path) -> None:
+    """Auto-clear features are cleared before anything is written, and not by a reader."""
+    text = make(tmp_path / "a", autoclear=1)
+    machine.open(text, read_only=True).close()
+    assert 1 == (tmp_path / "a").read_bytes()[95]
+    machine.open(text).close()
+    assert 0 == (tmp_path / "a").read_bytes()[95]
+
+
+@pytest.mark.parametrize(
+    ("image_format", "layer"), [(b"raw", "aio"), (b"qcow2", "qcow2"), (b"qcow", "qcow"), (b"vpc", "vhd")]
+)
+def test_formats_of_parents(machine: Machine, tmp_path: Path, image_format: bytes, layer: str) -> None:
+    """A parent is opened as what the image says that it is, with what is special in a chain's text escaped."""
+    qemu.qemu_img("create", "-f", image_format.decode(), tmp_path / "ba,se", "1M")
+    chain = machine.open(make(tmp_path / "a", backing=b"ba,se", backing_format=image_format))
+    texts = [each.text for each in chain.layers]
+    chain.close()
+
+    assert rf"{layer}:{tmp_path}/ba\,se" == texts[1].split(",parents")[0].split(",cache")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "sentence"),
+    [
+        ({"backing": b"base"}, "", "never guessed; say parent_format="),
+        ({"backing": b"base", "backing_format": b"vmdk"}, "", "format 'vmdk', which is none of raw"),
+        ({"backing": b"json:{}", "backing_format": b"raw"}, "", "'json:{}' is no file"),
+        ({"backing": b"nbd://host/x", "backing_format": b"raw"}, "", "is no file"),
+        ({"backing": b"/etc/passwd", "backing_format": b"raw"}, "", "outside of"),
+        ({"backing": b"../base", "backing_format": b"raw"}, "", "outside of"),
+        ({"backing": b"link", "backing_format": b"raw"}, "", "outside of"),
+        ({"backing": b"gone", "backing_format": b"raw"}, "", "is not there"),
+        ({"backing": b"a", "backing_format": b"qcow2"}, "", "itself or one of its own children"),
+    ],
+)
+def test_parents_that_are_refused(
+    machine: Machine, tmp_path: Path, options: dict[str, object], more: str, sentence: str
+) -> None:
+    """A parent without a format, of an unknown one, that is no file, or somewhere else is refused with the way out."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    (directory / "base").write_bytes(bytes(SIZE))
+    (directory / "link").symlink_to("/etc/passwd")
+    with pytest.raises(DriverError, match=sentence):
+        machine.open(make(directory / "a", **options) + more)
+
+
+def test_parents_elsewhere(machine: Machine, tmp_path: Path) -> None:
+    """`parents=` and `parent_format=` allow what the image alone may not ask for."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "base").write_bytes(b"p" * SIZE)
+    text = make(tmp_path / "images" / "a", backing=b"../base")
+
+    assert b"p" * SIZE == contents(machine, f"{text},parents={tmp_path},parent_format=raw")
+
+
+def test_eight_parents(machine: Machine, tmp_path: Path) -> None:
+    """Each of nine images shows through where none above it has anything."""
+    for number in range(9):
+        options = {"backing": b"%d" % (number - 1), "backing_format": b"qcow2"} if number else {}
+        make(tmp_path / str(number), clusters={number: bytes([65 + number]) * CLUSTER}, **options)
+    found = contents(machine, f"qcow2:{tmp_path}/8")
+
+    assert b"ABCDEFGHI\0" == found[: 10 * CLUSTER : CLUSTER]
+
+
+@pytest.mark.parametrize("parent_size", [SIZE // 2, 2 * SIZE])
+def test_sizes_of_parents(machine: Machine, tmp_path: Path, parent_size: int) -> None:
+    """A parent may be smaller, and then there are zeros behind it, or larger."""
+    (tmp_path / "base").write_bytes(b"p" * parent_size)
+    found = contents(machine, make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
+
+    assert (b"p" * parent_size).ljust(SIZE, b"\0")[:SIZE] == found
+
+
+def test_zeros_hide_the_parent(machine: Machine, tmp_path: Path) -> None:
+    """A cluster of zeros is zeros, whatever the parent has; after a discard a cluster is one, too."""
+    (tmp_path / "base").write_bytes(b"p" * SIZE)
+    text = make(
+        tmp_path / "a",
+        backing=b"base",
+        backing_format=b"raw",
+        zeros=[1],
+        clusters={3: b"x" * CLUSTER, 4: b"y" * CLUSTER},
+    )
+    chain = machine.open(text)
+    assert [0] == machine.do(chain, discard(2 * CLUSTER, 2 * CLUSTER + 512))
+    chain.close()
+    found = contents(machine, text)
+
+    assert b"p\0p\0yp" == found[: 6 * CLUSTER : CLUSTER]
+
+
+def test_no_discard_in_version_2_with_a_parent(machine: Machine, tmp_path: Path) -> None:
+    """Version 2 cannot say that a cluster is zeros, so that nothing can hide the parent."""
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    chain = machine.open(make(tmp_path / "a", backing=b"base", backing_format=b"raw", version=2))
+    assert not chain.geometry.can_discard
+    assert [errno.EOPNOTSUPP] == machine.do(chain, discard(0, SIZE))
+    chain.close()
+
+
+def test_compressed_clusters(machine: Machine, tmp_path: Path) -> None:
+    """A compressed cluster is read in pieces, at the same time, and written by half: the rest of it stays."""
+    data = Random(1).randbytes(2048) + bytes(2048)
+    chain = machine.open(make(tmp_path / "a", compressed={3: data, 4: data[::-1]}))
+    requests = [read(3 * CLUSTER + place, 512) for place in range(0, CLUSTER, 512)]
+    assert [0] * 8 == machine.do(chain, *requests)
+    assert data == b"".join(map(content, requests))
+    assert [0, 0] == machine.do(chain, write(3 * CLUSTER + 512, b"w" * 512), flush())
+    request = read(3 * CLUSTER, 2 * CLUSTER)
+    assert [0] == machine.do(chain, request)
+    chain.close()
+
+    assert data[:512] + b"w" * 512 + data[1024:] + data[::-1] == content(request)
+    assert (0, 0) == qemu.check(tmp_path / "a")
+
+
+def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path) -> None:
+    """Bytes that do not inflate are EIO for whoever reads them, and for nobody else."""
+    path = tmp_path / "a"
+    text = make(path, compressed={3: b"x" * CLUSTER}, clusters={0: b"y" * CLUSTER})
+    data = path.read_bytes()
+    packed = data.index(b"y" * CLUSTER) + CLUSTER
+    path.write_bytes(data[:packed] + b"\xff" * 64 + data[packed + 64 :])
+    chain = machine.open(text)
+
+    assert [0, errno.EIO, 0] == machine.do(chain, read(0, 512), read(3 * CLUSTER, 512), read(4 * CLUSTER, 512))
+    chain.close()
+
+
+def test_a_snapshot_stays(machine: Machine, tmp_path: Path) -> None:
+    """What is written after a snapshot leaves the snapshot as it was."""
+    path = tmp_path / "a"
+    qemu.qemu_img("create", "-f", "qcow2", path, "1M")
+    qemu.qemu_io(path, "qcow2", "write -P 1 0 256k")
+    qemu.qemu_img("snapshot", "-c", "before", path)
+    chain = machine.open(f"qcow2:{path}")
+    assert [0, 0, 0] == machine.do(chain, write(4096, b"n" * 4096), write(SIZE - 512, b"n" * 512), flush())
+    chain.close()
+
+    assert (0, 0) == qemu.check(path)
+    qemu.qemu_img("convert", "-f", "qcow2", "-O", "raw", "-l", "before", path, tmp_path / "before")
+    assert (b"\1" * (256 << 10)).ljust(SIZE, b"\0") == (tmp_path / "before").read_bytes()
+
+
+@pytest.mark.parametrize("cluster_size", ["64k", "2M"])
+def test_two_tebibytes(machine: Machine, tmp_path: Path, cluster_size: str) -> None:
+    """A disk of 2 TiB is opened at once, written at its ends, and read by QEMU."""
+    path, size = tmp_path / "a", 2 << 40
+    qemu.qemu_img("create", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", path, str(size))
+    chain = machine.open(f"qcow2:{path}")
+    assert [0, 0, 0] == machine.do(
+        chain, write(0, b"a" * 512), write(size - 512, b"z" * 512), discard(1 << 40, 1 << 39)
+    )
+    chain.close()
+
+    assert (0, 0) == qemu.check(path)
+    qemu.qemu_io(path, "qcow2", "read -P 97 0 512", f"read -P 122 {size - 512} 512", "read -P 0 1T 64k")
+
+
+def test_an_image_that_is_not_whole_sectors(machine: Machine, tmp_path: Path) -> None:
+    """qemu-img's new images end inside a sector; they are read as they are, and made longer by a writer only."""
+    path = tmp_path / "a"
+    qemu.qemu_img("create", "-f", "qcow2", path, "1G")
+    size = path.stat().st_size
+    assert size % 512
+    machine.open(f"qcow2:{path}", read_only=True).close()
+    assert size == path.stat().st_size
+    machine.open(f"qcow2:{path}").close()
+    assert 0 == path.stat().st_size % 65536
+    assert (0, 0) == qemu.check(path)
+
+
+def random_guest(machine: Machine, text: str, model: bytearray, chance: Random, requests: int) -> None:
+    """Do random requests to a disk and its model, many at a time."""
+    chain = machine.open(text)
+    while requests > 0:
+        batch, used = [], bytearray(len(model) >> 9)
+        for _ in range(chance.randint(1, 16)):
+            length = chance.choice([1, 8, chance.randint(1, 200)]) << 9
+            offset = chance.randrange(0, (len(model) - length >> 9) + 1) << 9
+            if any(used[offset >> 9 : offset + length >> 9]):
+                continue
+            used[offset >> 9 : offset + length >> 9] = b"\1" * (length >> 9)
+            batch.append(write(offset, chance.randbytes(length)) if chance.random() < 0.6 else read(offset, length))
+        expected = [bytes(model[each.offset : each.offset + each.length]) for each in batch]
+        assert [0] * (len(batch) + 1) == machine.do(chain, *batch, flush())
+        for request, data in zip(batch, expected, strict=True):
+            if request.op:
+                model[request.offset : request.offset + request.length] = content(request)
+            else:
+                assert data == content(request), request
+        requests -= len(batch)
+    chain.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster_bits", range(9, 22))
+def test_both_ways(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int) -> None:
+    """Whatever QEMU and we write in turn, both read it, and qemu-img finds no fault: every cluster size and width."""
+    chance = Random(request.config.getoption("--seed") + cluster_bits)
+    order = cluster_bits % 7
+    base, path, raw = tmp_path / "base", tmp_path / "a", tmp_path / "raw"
+    base.write_bytes(chance.randbytes(SIZE))
+    model = bytearray(base.read_bytes()).ljust(2 * SIZE, b"\0")
+    options = f"cluster_size={1 << cluster_bits},refcount_bits={1 << order}"
+    qemu.qemu_img("create", "-f", "qcow2", "-o", options, "-b", base, "-F", "raw", path, str(len(model)))
+    for turn in range(2):
+        offset = chance.randrange(len(model) - 100_000 >> 9) << 9
+        qemu.qemu_io(path, "qcow2", f"write -P {turn + 1} {offset} 99840", "write -z 1M 4k")
+        model[offset : offset + 99840] = bytes([turn + 1]) * 99840
+        model[SIZE : SIZE + 4096] = bytes(4096)
+        random_guest(machine, f"qcow2:{path}", model, chance, request.config.getoption("--requests") // 200)
+        raw.write_bytes(model)
+
+        qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", path, raw)
+        assert (0, 0) == qemu.check(path)

@@ -1,0 +1,78 @@
+"""The header of QCOW, version 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.qcow_images import qcow, qcow2
+from tests.qemu import qemu_img
+from xenbackend.block.formats.qcow import Header, compressed_place, parse_header
+from xenbackend.block.formats.qcow2 import Region
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+
+
+def parse(data: bytes) -> Header:
+    """Return what the header of a file says."""
+    return parse_header(lambda offset, length: data[offset : offset + length], len(data))
+
+
+def patched(offset: int, value: bytes) -> bytes:
+    """Return an image with other bytes in its header."""
+    data = bytearray(qcow(SIZE))
+    data[offset : offset + len(value)] = value
+    return bytes(data)
+
+
+def test_an_image_of_qemu(tmp_path: Path) -> None:
+    """The numbers in a header that qemu-img wrote are those that it was told; the parent has its name."""
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    qemu_img("create", "-f", "qcow", "-b", "base", "-F", "raw", tmp_path / "image", "100M")
+    header = parse((tmp_path / "image").read_bytes())
+
+    assert (100 << 20, 9, 12, b"base") == (header.size, header.cluster_bits, header.l2_bits, header.backing_file)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "does not begin as one"),
+        (qcow2(SIZE), "version 3 and not 1; write qcow2: for it"),
+        (patched(32, b"\x08"), r"clusters have 2\^8 bytes"),
+        (patched(32, b"\x11"), r"clusters have 2\^17 bytes"),
+        (patched(33, b"\x05"), r"L2 tables 2\^5 entries"),
+        (patched(36, b"\0\0\0\1"), "encrypted"),
+        (patched(24, b"\0\0\0\0\0\x10\0\1"), "no multiple of 512"),
+        (patched(24, b"\x7f\0\0\0\0\0\0\0"), "need an L1 table of"),
+        (patched(40, b"\0\0\0\0\0\0\0\0"), "L1 table of 8 bytes at byte 0"),
+        (patched(40, b"\xff\0\0\0\0\0\0\0"), "not inside the file"),
+        (patched(8, b"\0\0\0\0\0\0\0\x30\xff\0\0\0"), "name of its parent has 4278190080 bytes"),
+    ],
+)
+def test_headers_that_are_refused(data: bytes, sentence: str) -> None:
+    """Each number that cannot be is refused by a sentence that names it."""
+    with pytest.raises(DriverError, match=sentence):
+        parse(data)
+
+
+def test_places_of_compressed_clusters() -> None:
+    """The bytes of a compressed cluster are counted above the bits of its offset."""
+    assert Region(1000, 77) == compressed_place(1 << 63 | 77 << 51 | 1000, 12)
+
+
+def test_random_headers() -> None:
+    """A header with random damage is read or refused, and nothing else."""
+    chance = Random(1)
+    for _ in range(2000):
+        data = bytearray(qcow(SIZE, backing=b"base"))
+        for _ in range(chance.randint(1, 6)):
+            data[chance.randrange(56)] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+        try:
+            header = parse(bytes(data))
+        except DriverError:
+            continue
+        assert header.l1.length <= len(data)

@@ -1,0 +1,209 @@
+"""The header of QCOW2: what qemu-img writes is read, and whatever cannot be served is refused with a way out."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.qcow_images import qcow, qcow2
+from tests.qemu import qemu_img
+from xenbackend.block.formats.qcow2 import (
+    Header,
+    Region,
+    autoclear_bytes,
+    incompatible_bytes,
+    parse_header,
+    refcount_table_bytes,
+)
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+_FIELDS = {  # offset in the header and size, in bytes
+    "version": (4, 4), "backing_offset": (8, 8), "backing_length": (16, 4), "cluster_bits": (20, 4), "size": (24, 8),
+    "crypt_method": (32, 4), "l1_entries": (36, 4), "l1_offset": (40, 8), "table_offset": (48, 8),
+    "table_clusters": (56, 4), "snapshot_count": (60, 4), "snapshots_offset": (64, 8), "incompatible": (72, 8),
+    "autoclear": (88, 8), "refcount_order": (96, 4), "header_length": (100, 4),
+}  # fmt: skip
+
+
+def parse(data: bytes) -> Header:
+    """Return what the header of a file says."""
+    return parse_header(lambda offset, length: data[offset : offset + length], len(data))
+
+
+def patched(data: bytes, **values: int) -> bytes:
+    """Return an image with other numbers in its header."""
+    changed = bytearray(data)
+    for name, value in values.items():
+        offset, length = _FIELDS[name]
+        changed[offset : offset + length] = value.to_bytes(length, "big")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("compat=1.1", (3, 16, 4, 0)),
+        ("compat=0.10", (2, 16, 4, 0)),
+        ("cluster_size=512,refcount_bits=1", (3, 9, 0, 0)),
+        ("cluster_size=2M,refcount_bits=64", (3, 21, 6, 0)),
+        ("lazy_refcounts=on", (3, 16, 4, 0)),
+    ],
+)
+def test_images_of_qemu(tmp_path: Path, options: str, expected: tuple[int, ...]) -> None:
+    """The numbers in a header that qemu-img wrote are those that it was told."""
+    path = tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", "-o", options, path, "100M")
+    header = parse(path.read_bytes())
+
+    assert expected == (header.version, header.cluster_bits, header.refcount_order, header.incompatible)
+    assert header.size == 100 << 20
+
+
+def test_a_parent_of_qemu(tmp_path: Path) -> None:
+    """Name and format of the parent are those that qemu-img was told."""
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    qemu_img("create", "-f", "qcow2", "-b", "base", "-F", "raw", tmp_path / "image")
+    header = parse((tmp_path / "image").read_bytes())
+
+    assert (b"base", "raw", SIZE) == (header.backing_file, header.backing_format, header.size)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"version": 1}, "version 1 and not 2 or 3; write qcow: for it"),
+        ({"version": 4}, "version 4 and not 2 or 3"),
+        ({"cluster_bits": 8}, r"clusters have 2\^8 bytes"),
+        ({"cluster_bits": 22}, r"clusters have 2\^22 bytes"),
+        ({"cluster_bits": 1 << 31}, "clusters have"),
+        ({"crypt_method": 1}, "encrypted"),
+        ({"crypt_method": 2}, "encrypted"),
+        ({"size": SIZE + 1}, "no multiple of 512"),
+        ({"size": SIZE * 1000}, "L1 table has 1 entries, and its 1000 MiB need 500"),
+        ({"l1_entries": 0}, "L1 table has 0 entries"),
+        ({"l1_entries": 1 << 31}, "L1 table has 17179869184 bytes"),
+        ({"l1_offset": 4095}, "L1 table of 8 bytes at byte 4095"),
+        ({"l1_offset": 0}, "L1 table of 8 bytes at byte 0"),
+        ({"l1_offset": 1 << 63}, "not inside the file"),
+        ({"table_offset": 1 << 40}, "refcount table of 16384 bytes at byte 1099511627776"),
+        ({"table_clusters": 0}, "refcount table has 0 bytes"),
+        ({"table_clusters": (1 << 32) - 1}, "refcount table has 17592186040320 bytes"),
+        ({"snapshot_count": 65537}, "65537 snapshots"),
+        ({"snapshot_count": 1, "snapshots_offset": 7}, "1 snapshots at byte 7"),
+        ({"refcount_order": 7}, r"refcounts have 2\^7 bits"),
+        ({"header_length": 103}, "header has 103 bytes"),
+        ({"header_length": 1 << 20}, "header has 1048576 bytes"),
+        ({"incompatible": 1 << 2}, "data is in another file"),
+        ({"incompatible": 1 << 3}, "compressed by zstd"),
+        ({"incompatible": 1 << 4}, "subclusters"),
+        ({"incompatible": 1 << 60}, "incompatible feature 'number 60'"),
+        ({"backing_offset": 4000, "backing_length": 1024}, "name of its parent has 1024 bytes at byte 4000"),
+        ({"backing_offset": 1 << 62, "backing_length": 4}, "name of its parent"),
+    ],
+)
+def test_headers_that_are_refused(values: dict[str, int], sentence: str) -> None:
+    """Each number that cannot be is refused by a sentence that names it, before anything is made of it."""
+    with pytest.raises(DriverError, match=sentence):
+        parse(patched(qcow2(SIZE), **values))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "does not begin as one"),
+        (bytes(1 << 16), "does not begin as one"),
+        (qcow2(SIZE)[:71], "does not begin as one"),
+        (qcow2(SIZE)[:90], "cut short"),
+        (qcow2(SIZE)[:8192], "not inside the file"),
+        (qcow(SIZE), "write qcow: for it"),
+    ],
+)
+def test_files_that_are_no_image(data: bytes, sentence: str) -> None:
+    """What is no QCOW2 image, or only the beginning of one, is refused."""
+    with pytest.raises(DriverError, match=sentence):
+        parse(data)
+
+
+def test_an_unknown_feature_has_its_name() -> None:
+    """An incompatible feature that is unknown here is called by the name that the image's own table gives it."""
+    names = struct.pack(">IIBB46s", 0x6803F857, 48, 0, 40, b"quantum clusters")
+    with pytest.raises(DriverError, match="'quantum clusters'"):
+        parse(qcow2(SIZE, incompatible=1 << 40, extensions=names))
+
+
+def test_extensions_that_are_too_long() -> None:
+    """A header extension that says it is longer than the room for it is refused."""
+    with pytest.raises(DriverError, match="header extension 0x12345678 has 4096 bytes"):
+        parse(qcow2(SIZE, extensions=struct.pack(">II", 0x12345678, 4096)))
+
+
+def test_unknown_extensions_are_passed_over() -> None:
+    """An extension that is not known does not hide the one behind it."""
+    header = parse(
+        qcow2(SIZE, backing=b"base", backing_format=b"raw", extensions=struct.pack(">IIQ", 0x12345678, 5, 0))
+    )
+
+    assert (b"base", "raw") == (header.backing_file, header.backing_format)
+
+
+def test_bitmaps_count_where_they_are_consistent() -> None:
+    """The directory of bitmaps is known only while the auto-clear feature says that it is true."""
+    extension = struct.pack(">IIIIQQ", 0x23852875, 24, 2, 0, 64, 8192)
+
+    assert parse(qcow2(SIZE, extensions=extension)).bitmap_directory is None
+    header = parse(qcow2(SIZE, extensions=extension, autoclear=1))
+    assert (2, Region(8192, 64)) == (header.bitmap_count, header.bitmap_directory)
+
+
+def test_what_may_change_is_written_where_it_is_read() -> None:
+    """The bytes of features and of the refcount table's place are read again as what they were made from."""
+    image = bytearray(qcow2(SIZE, incompatible=1, autoclear=1))
+    table = Region(3 * 4096, 2 * 4096)
+    for place, data in (incompatible_bytes(0), autoclear_bytes(2), refcount_table_bytes(table, 4096)):
+        image[place : place + len(data)] = data
+    header = parse(bytes(image))
+
+    assert (0, 2, table) == (header.incompatible, header.autoclear, header.refcount_table)
+
+
+def fuzz(cases: int, seed: int) -> None:
+    """Parse headers with random damage: each is a header or a DriverError, and takes little memory."""
+    chance = Random(seed)
+    start = qcow2(SIZE, backing=b"base", backing_format=b"raw")
+    for _ in range(cases):
+        data = bytearray(start)
+        for _ in range(chance.randint(1, 4)):
+            if chance.random() < 0.7:
+                offset, length = chance.choice(list(_FIELDS.values()))
+                value = chance.choice([0, 1, (1 << 8 * length) - 1, 1 << chance.randrange(8 * length)])
+                value += chance.choice([-1, 0, 0, 1])
+                data[offset : offset + length] = (value % (1 << 8 * length)).to_bytes(length, "big")
+            else:
+                data[chance.randrange(200)] = chance.randrange(256)
+        try:
+            header = parse(bytes(data))
+        except DriverError:
+            continue
+        assert header.l1.length <= 32 << 20
+        assert header.refcount_table.length <= 8 << 20
+
+
+def test_random_headers() -> None:
+    """No header, however odd, does anything but be read or be refused, in a bounded piece of memory."""
+    tracemalloc.start()
+    try:
+        fuzz(1000, 1)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_many_random_headers(request: pytest.FixtureRequest) -> None:
+    """The same as often as asked for."""
+    fuzz(request.config.getoption("--requests"), request.config.getoption("--seed"))

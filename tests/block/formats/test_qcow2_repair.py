@@ -1,0 +1,114 @@
+"""What mends refcounts: afterwards there is nothing to find, and whoever is killed meanwhile has harmed nothing."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests import qemu
+from tests.qcow_images import qcow2
+from xenbackend.block.formats.qcow2 import parse_header
+from xenbackend.block.formats.qcow2_check import Check, Report
+from xenbackend.block.formats.qcow2_repair import Write, plan_repair
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+CLUSTERS = {0: b"a" * 4096, 7: b"b" * 4096, 100: b"c" * 4096}
+
+
+def looked_at(data: bytes | bytearray) -> Check:
+    """Return a check that has been run."""
+    check = Check(lambda offset, length: bytes(data[offset : offset + length]), len(data))
+    check.run()
+    return check
+
+
+def faults(report: Report) -> int:
+    """Return how much danger a report tells of; a flag that says less than it could is none."""
+    return report.low_refcounts + report.broken
+
+
+def write(data: bytearray, writes: list[Write]) -> None:
+    """Do the writes."""
+    for offset, piece in writes:
+        data.extend(bytes(max(0, offset + len(piece) - len(data))))
+        data[offset : offset + len(piece)] = piece
+
+
+def broken(kind: str, order: int) -> bytearray:
+    """Return an image whose refcounts are wrong in one way."""
+    data = bytearray(qcow2(SIZE, CLUSTERS, order=order, incompatible=1 if kind == "dirty" else 0))
+    header = parse_header(lambda offset, length: bytes(data[offset : offset + length]), len(data))
+    (block,) = struct.unpack_from(">Q", data, header.refcount_table.offset)
+    (l1,) = struct.unpack_from(">Q", data, header.l1.offset)
+    l2 = l1 & (1 << 56) - 512
+    if kind == "leaked":
+        data[l2 : l2 + 8] = bytes(8)
+    elif kind == "low":
+        data[block : block + 8] = bytes(8)
+    elif kind == "flag":
+        data[l2] ^= 0x80
+    elif kind == "dirty":
+        data[header.refcount_table.offset : header.refcount_table.offset + 8] = bytes(8)
+    elif kind == "shared":
+        data[l2 + 8 : l2 + 16] = data[l2 : l2 + 8]
+    return data
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 6])
+@pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "shared"])
+def test_repaired(tmp_path: Path, kind: str, order: int) -> None:
+    """After the plan neither we nor qemu-img find anything, and the image is not dirty any more."""
+    data = broken(kind, order)
+    check = looked_at(data)
+    assert check.report.errors + check.report.leaks
+    for writes in plan_repair(check):
+        write(data, writes)
+    report = looked_at(data).report
+    (tmp_path / "image").write_bytes(data)
+
+    assert (0, 0, False) == (report.errors, report.leaks, report.is_dirty)
+    assert (0, 0) == qemu.check(tmp_path / "image")
+
+
+@pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "shared"])
+def test_killed_while_mending(kind: str) -> None:
+    """After any first few of the plan's writes there is no more danger than there was before."""
+    data = broken(kind, 4)
+    check = looked_at(data)
+    before = faults(check.report)
+    for writes in plan_repair(check):
+        for each in writes:
+            write(data, [each])
+            assert faults(looked_at(data).report) <= before
+
+
+def test_a_sound_image_needs_nothing_but_its_own_blocks() -> None:
+    """The plan for a sound image changes no byte of it."""
+    data = bytearray(qcow2(SIZE, CLUSTERS))
+    for writes in plan_repair(looked_at(data)):
+        write(data, writes)
+
+    assert qcow2(SIZE, CLUSTERS) == data
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (qcow2(SIZE, incompatible=2), "more than its refcounts is damaged"),
+        (qcow2(SIZE, CLUSTERS).replace(b"\x80\0\0\0\0\0\x50\0", b"\x80\0\1\0\0\0\x50\0"), "more than its refcounts"),
+    ],
+)
+def test_what_is_not_mended(data: bytes, sentence: str) -> None:
+    """An image that is corrupt, or whose tables lead nowhere, is refused."""
+    with pytest.raises(DriverError, match=sentence):
+        plan_repair(looked_at(data))
+
+
+def test_refcounts_that_would_not_fit() -> None:
+    """Two users of a cluster in an image whose refcounts have one bit are refused."""
+    data = broken("shared", 0)
+    with pytest.raises(DriverError, match="used 2 times, and its refcounts end at 1"):
+        plan_repair(looked_at(data))

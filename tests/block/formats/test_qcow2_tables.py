@@ -1,0 +1,162 @@
+"""The tables of QCOW2: words and refcounts as the format's document has them, and compressed clusters."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+
+import pytest
+
+from tests.qcow_images import deflate, qcow2
+from xenbackend.block.formats.qcow2 import Header, Region, parse_header
+from xenbackend.block.formats.qcow2_tables import (
+    COMPRESSED,
+    COPIED,
+    ZERO,
+    check_l1_entry,
+    check_l2_entry,
+    compressed_place,
+    inflate,
+    pack_refcounts,
+    pack_table,
+    parse_bitmaps,
+    parse_snapshots,
+    refcount_block_of,
+    unpack_refcounts,
+    unpack_table,
+)
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+
+
+def header_of(data: bytes) -> Header:
+    """Return the header of an image."""
+    return parse_header(lambda offset, length: data[offset : offset + length], len(data))
+
+
+HEADER = header_of(qcow2(SIZE))
+HEADER_V2 = header_of(qcow2(SIZE, version=2))
+
+
+def test_tables_are_big_endian() -> None:
+    """A table's words have their highest byte first."""
+    assert [1, 1 << 63] == list(unpack_table(b"\0\0\0\0\0\0\0\1\x80\0\0\0\0\0\0\0"))
+    assert b"\0\0\0\0\0\0\1\2" == pack_table(array("Q", [258]))
+
+
+@pytest.mark.parametrize(
+    ("order", "refcounts", "data"),
+    [
+        (0, [1, 0, 0, 0, 0, 0, 0, 1], b"\x81"),
+        (1, [1, 2, 3, 0], b"\x39"),
+        (2, [1, 15], b"\xf1"),
+        (3, [255], b"\xff"),
+        (4, [258], b"\1\2"),
+        (5, [1], b"\0\0\0\1"),
+        (6, [1 << 63], b"\x80\0\0\0\0\0\0\0"),
+    ],
+)
+def test_refcounts(order: int, refcounts: list[int], data: bytes) -> None:
+    """Refcounts of each width: those of less than a byte have the first one in the lowest bits."""
+    assert data == pack_refcounts(array("Q", refcounts), order)
+    assert refcounts == list(unpack_refcounts(data, order))
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_refcounts_that_are_too_large(order: int) -> None:
+    """A refcount that does not fit is refused and not cut."""
+    with pytest.raises(OverflowError):
+        pack_refcounts(array("Q", [0] * 7 + [1 << (1 << order)]), order)
+
+
+@pytest.mark.parametrize("entry", [0, 4096, 4096 | COPIED, (1 << 56) - 4096])
+def test_good_l1_entries(entry: int) -> None:
+    """An L1 entry is the place of a cluster, with or without the flag."""
+    check_l1_entry(entry, HEADER)
+
+
+@pytest.mark.parametrize("entry", [1, 512, 4096 | 1 << 56, COMPRESSED | 4096])
+def test_bad_l1_entries(entry: int) -> None:
+    """Reserved bits, or a place that is not a cluster's, are refused."""
+    with pytest.raises(DriverError, match="L1 table is"):
+        check_l1_entry(entry, HEADER)
+
+
+@pytest.mark.parametrize("entry", [0, 4096, 4096 | COPIED, ZERO, 4096 | ZERO | COPIED, COMPRESSED | 5])
+def test_good_l2_entries(entry: int) -> None:
+    """An L2 entry is a cluster, zeros with or without one, or a compressed cluster."""
+    check_l2_entry(entry, HEADER)
+
+
+@pytest.mark.parametrize("entry", [2, 512, 4096 | 1 << 56, COPIED, COMPRESSED | COPIED | 5, COMPRESSED | 1 << 56])
+def test_bad_l2_entries(entry: int) -> None:
+    """Reserved bits, a place that is not a cluster's, and flags that contradict one another are refused."""
+    with pytest.raises(DriverError, match="L2 tables"):
+        check_l2_entry(entry, HEADER)
+
+
+def test_no_zeros_in_version_2() -> None:
+    """The bit for zeros is a reserved one in version 2."""
+    with pytest.raises(DriverError, match="L2 tables"):
+        check_l2_entry(ZERO, HEADER_V2)
+
+
+@pytest.mark.parametrize(
+    ("cluster_bits", "entry", "region"),
+    [
+        (16, COMPRESSED | 3 << 54 | 1000, Region(1000, 4 * 512 - 1000 % 512)),
+        (9, COMPRESSED | 1 << 61 | 512, Region(512, 1024)),
+        (21, COMPRESSED | 1, Region(1, 511)),
+    ],
+)
+def test_places_of_compressed_clusters(cluster_bits: int, entry: int, region: Region) -> None:
+    """Where the count of sectors begins depends on the cluster's size; the region ends with a sector."""
+    assert region == compressed_place(entry, cluster_bits)
+
+
+def test_inflate() -> None:
+    """A compressed cluster gives its bytes whatever follows; one that is cut short or no cluster is refused."""
+    cluster = bytes(range(256)) * 16
+    packed = deflate(cluster)
+
+    assert cluster == inflate(packed + b"rest", 4096)
+    for wrong in (packed[:-4], b"\xff" * 512, deflate(cluster[:100])):
+        with pytest.raises(DriverError, match="compressed cluster"):
+            inflate(wrong, 4096)
+
+
+def test_a_bomb_inflates_to_a_cluster() -> None:
+    """Compressed bytes that would give a thousand clusters give one cluster and no more."""
+    assert bytes(4096) == inflate(deflate(bytes(4 << 20)), 4096)
+
+
+@pytest.mark.parametrize("entry", [1, 511, 512, 1 << 63 | 2048])
+def test_bad_refcount_table_entries(entry: int) -> None:
+    """A refcount block is at a cluster's place."""
+    with pytest.raises(DriverError, match="refcount table"):
+        refcount_block_of(entry, HEADER)
+
+
+def test_snapshots() -> None:
+    """The snapshot's table is found with the L1 table in it; one that does not end is refused."""
+    data = qcow2(SIZE, {0: b"x" * 4096}, snapshot=True)
+    header = header_of(data)
+    region, tables = parse_snapshots(lambda offset, length: data[offset : offset + length], header, len(data))
+
+    assert (header.snapshots_offset, 64) == (region.offset, region.length)
+    assert [8] == [each.length for each in tables]
+    with pytest.raises(DriverError, match="does not end"):
+        parse_snapshots(lambda _offset, _length: b"", header, len(data))
+
+
+def test_bitmaps() -> None:
+    """The regions of bitmaps are the directory, each table, and each cluster that a table names."""
+    directory = struct.pack(">QIIBBHI", 3 * 4096, 2, 0, 1, 16, 4, 0) + b"name"
+    data = bytearray(qcow2(SIZE, extensions=struct.pack(">IIIIQQ", 0x23852875, 24, 1, 0, 32, 2 * 4096), autoclear=1))
+    data[2 * 4096 : 2 * 4096 + 28] = directory
+    data[3 * 4096 : 3 * 4096 + 16] = struct.pack(">QQ", 4 * 4096, 1)
+    header = header_of(bytes(data))
+    regions = list(parse_bitmaps(lambda offset, length: bytes(data[offset : offset + length]), header, len(data)))
+
+    assert [Region(2 * 4096, 32), Region(3 * 4096, 16), Region(4 * 4096, 4096)] == regions

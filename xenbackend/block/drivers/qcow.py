@@ -1,0 +1,85 @@
+r"""qcow: an image of QEMU's old format QCOW, version 1; a parent (backing file) comes by itself.
+
+Synopsis:
+    qcow:FILE[,cache=on|off][,parents=DIR][,parent_format=raw|qcow|qcow2|vpc]
+
+Description:
+    The source of a chain for QCOW images of version 1, as blktap and QEMU made them. What the image does not have is
+    read from its parent, if it has one, and else is zeros; what is written goes to the image. New disks are better
+    made as `qcow2:`.
+
+    The parent is opened too, for reading, as what `parent_format=` says: an image of this version does not say of
+    which format its parent is, and that is never guessed.
+
+Behaviour:
+    Requests that lie in a cluster that the image has go to the file as they are. The first write to a cluster goes to
+    the end of the file, with what it had around the data, and then the table that names it is written, before the
+    write is answered. Whoever is killed in the middle loses room in the file at most. A flush returns when everything
+    that was answered is durable.
+
+    A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
+    image is locked while it is open: one writer, or any number of readers.
+
+Example:
+    log:|qcow:/srv/images/old.qcow
+    qcow:/srv/images/child.qcow,parent_format=raw
+
+Limits:
+    No encryption, no discard. The room of a compressed cluster that is written is not used again. L2 tables take up
+    to 32 MiB of memory, the L1 table at most 32 MiB. On a block device, only clusters that the image has can be
+    written.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+
+from xenbackend.block.driver import Env, File, Geometry
+from xenbackend.block.formats import qcow
+from xenbackend.block.qcow.codec import Version1
+from xenbackend.block.qcow.disk import QcowDisk
+from xenbackend.units import format_size, round_up
+
+_GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium
+
+
+class Qcow(QcowDisk):
+    """See the head of this file."""
+
+    name = "qcow"
+
+    def open_image(self, env: Env, file: File) -> Geometry:
+        """See `QcowDisk`."""
+        header = qcow.parse_header(file.read_at, file.size)
+        env.report("format", f"QCOW version 1, clusters of {format_size(header.cluster_size)}")
+        if header.backing_file:
+            self.parent = self.find_parent(header.backing_file, "")
+        self.serve(file, header.size, header.cluster_bits, header.l1, Version1(header))
+        if not env.read_only:
+            self.serve_writes(End(file, header.cluster_size))
+        return Geometry(size=header.size, read_only=env.read_only)
+
+
+class End:
+    """Hands out clusters behind the end of the file, where everything reads as zeros."""
+
+    def __init__(self, file: File, cluster_size: int) -> None:
+        self._file = file
+        self._size = cluster_size
+        self._next = round_up(file.size, cluster_size)
+
+    def reserve(self, count: int, then: Callable[[int, int, int, bool], None]) -> None:
+        """See `Allocator`."""
+        place, end = self._next, self._next + count * self._size
+        try:
+            if end > self._file.size:
+                self._file.grow(round_up(end, _GROW))
+        except OSError as error:
+            then(error.errno or errno.EIO, 0, 0, False)
+            return
+        self._next = end
+        then(0, place, count, True)
+
+    def free(self, places: Sequence[int]) -> None:
+        """Forget clusters: nothing in the image could say that they are free."""

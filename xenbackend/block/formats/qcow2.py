@@ -1,0 +1,234 @@
+"""The header of a QCOW2 image: bytes to values, and the bytes of what may change in it.
+
+Source: QEMU, ``docs/interop/qcow2.txt``, "Header", "Header extensions", "Feature name table". All numbers there are big
+endian. Must not open a file, nor take a size or an offset from an image without having looked at it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from xenbackend.errors import DriverError, printable
+from xenbackend.units import format_size, round_up
+
+Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
+
+MAGIC = b"QFI\xfb"
+MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21  # 512 bytes to 2 MiB, as QEMU
+MAX_REFCOUNT_ORDER = 6
+MAX_L1_BYTES = 32 << 20  # as QEMU
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # as QEMU
+MAX_SNAPSHOTS = 65536  # as QEMU
+MAX_NAME = 1023  # bytes of a parent's name
+DIRTY, CORRUPT = 1 << 0, 1 << 1  # incompatible features
+BITMAPS = 1 << 0  # auto-clear features
+
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+_V3_LENGTH = _V2.size + _V3.size
+_EXTENSION = struct.Struct(">II")
+_FEATURE = struct.Struct("BB46s")
+_BITMAPS_EXTENSION = struct.Struct(">IIQQ")
+_BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS = 0xE2792ACA, 0x6803F857, 0x23852875
+_REFUSED = {  # incompatible features, by bit
+    2: "its data is in another file (external data file)",
+    3: "its clusters are compressed by zstd",
+    4: "it has subclusters (extended L2 entries)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A range of the image file, in bytes."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says, every number of it checked. Sizes and offsets are bytes."""
+
+    version: int
+    size: int
+    cluster_bits: int
+    refcount_order: int  # a refcount has 1 << refcount_order bits
+    l1: Region
+    refcount_table: Region
+    snapshot_count: int
+    snapshots_offset: int
+    incompatible: int
+    autoclear: int
+    backing_file: bytes  # empty where the image has no parent
+    backing_format: str  # empty where the image does not say
+    bitmap_count: int
+    bitmap_directory: Region | None  # where the bitmaps are consistent
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of a cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def l2_bits(self) -> int:
+        """An L2 table has 1 << l2_bits entries."""
+        return self.cluster_bits - 3
+
+    @property
+    def block_bits(self) -> int:
+        """A refcount block has 1 << block_bits entries."""
+        return self.cluster_bits + 3 - self.refcount_order
+
+    @property
+    def max_refcount(self) -> int:
+        """The largest refcount that can be stored."""
+        return (1 << (1 << self.refcount_order)) - 1
+
+
+def parse_header(read: Read, file_size: int) -> Header:
+    """Return what the header of an image says.
+
+    Args:
+        read: reads the image file.
+        file_size: bytes of the image file.
+
+    Raises: DriverError, where it is no QCOW2 image, a damaged one, or one with a feature that we do not have.
+    """
+    start = read(0, _V3_LENGTH)
+    if len(start) < _V2.size or start[:4] != MAGIC:
+        raise DriverError("it is no QCOW2 image: it does not begin as one")
+    (
+        _, version, backing_offset, backing_length, cluster_bits, size, crypt_method, l1_entries, l1_offset,
+        table_offset, table_clusters, snapshot_count, snapshots_offset,
+    ) = _V2.unpack_from(start)  # fmt: skip
+    _check_kind(version, cluster_bits, crypt_method, file_size)
+    cluster_size = 1 << cluster_bits
+    incompatible, autoclear, refcount_order, length = _parse_v3(start, cluster_size) if version == 3 else (0, 0, 4, 72)
+    first = read(0, cluster_size)
+    backing = first[backing_offset : backing_offset + backing_length] if backing_offset else b""
+    if backing_offset and (backing_length > MAX_NAME or len(backing) != backing_length or b"\0" in backing):
+        raise damaged(f"the name of its parent has {backing_length} bytes at byte {backing_offset}")
+    extensions = dict(_extensions(first, length, backing_offset or cluster_size))
+    _check_features(incompatible, extensions.get(_FEATURE_NAMES, b""))
+    _check_disk_size(size, l1_entries, cluster_bits)
+    l1 = Region(l1_offset, l1_entries * 8)
+    table = Region(table_offset, table_clusters * cluster_size)
+    check_region("L1 table", l1, MAX_L1_BYTES, cluster_size, file_size)
+    check_region("refcount table", table, MAX_REFCOUNT_TABLE_BYTES, cluster_size, file_size)
+    if snapshot_count > MAX_SNAPSHOTS or (snapshot_count and snapshots_offset % cluster_size):
+        raise damaged(f"it has {snapshot_count} snapshots at byte {snapshots_offset}")
+    bitmap_count, directory = _parse_bitmaps(extensions.get(_BITMAPS, b"") if autoclear & BITMAPS else b"")
+    return Header(
+        version=version,
+        size=size,
+        cluster_bits=cluster_bits,
+        refcount_order=refcount_order,
+        l1=l1,
+        refcount_table=table,
+        snapshot_count=snapshot_count,
+        snapshots_offset=snapshots_offset,
+        incompatible=incompatible,
+        autoclear=autoclear,
+        backing_file=backing,
+        backing_format=extensions.get(_BACKING_FORMAT, b"").decode("ascii", "replace"),
+        bitmap_count=bitmap_count,
+        bitmap_directory=directory,
+    )
+
+
+def autoclear_bytes(autoclear: int) -> tuple[int, bytes]:
+    """Return where in the file the auto-clear features of version 3 stand, and their bytes."""
+    return 88, autoclear.to_bytes(8, "big")
+
+
+def incompatible_bytes(incompatible: int) -> tuple[int, bytes]:
+    """Return where in the file the incompatible features of version 3 stand, and their bytes."""
+    return 72, incompatible.to_bytes(8, "big")
+
+
+def refcount_table_bytes(table: Region, cluster_size: int) -> tuple[int, bytes]:
+    """Return where in the file the place of the refcount table stands, and its bytes: they are in one sector."""
+    return 48, struct.pack(">QI", table.offset, table.length // cluster_size)
+
+
+def damaged(problem: str) -> DriverError:
+    """Return the error for an image whose own bytes contradict one another."""
+    return DriverError(f"it is damaged: {problem}; look at it with qemu-img check")
+
+
+def check_region(what: str, region: Region, most: int, cluster_size: int, file_size: int) -> None:
+    """Refuse a table that is empty, too large, at an odd place or past the end of the file. Raises: DriverError."""
+    offset, length = region.offset, region.length
+    if not 0 < length <= most:
+        raise damaged(f"its {what} has {length} bytes and not 1 to {most}")
+    if offset % cluster_size or not cluster_size <= offset <= round_up(file_size, cluster_size) - length:
+        raise damaged(f"its {what} of {length} bytes at byte {offset} is not inside the file of {file_size}")
+
+
+def _check_kind(version: int, cluster_bits: int, crypt_method: int, file_size: int) -> None:
+    if version not in (2, 3):
+        hint = "; write qcow: for it" if version == 1 else ""
+        raise DriverError(f"it is a QCOW image of version {version} and not 2 or 3{hint}")
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise damaged(f"its clusters have 2^{cluster_bits} bytes and not 512 to 2 MiB")
+    if crypt_method:
+        raise DriverError("it is encrypted, which is not supported; decrypt it with qemu-img convert")
+    if file_size < 1 << cluster_bits:
+        raise damaged(f"its file of {file_size} bytes is cut short")
+
+
+def _parse_v3(start: bytes, cluster_size: int) -> tuple[int, int, int, int]:
+    """Return incompatible and auto-clear features, refcount order and header length."""
+    if len(start) < _V3_LENGTH:
+        raise damaged("its header is cut short")
+    incompatible, _, autoclear, refcount_order, length = _V3.unpack_from(start, _V2.size)
+    if not _V3_LENGTH <= length <= cluster_size or length % 8:
+        raise damaged(f"its header has {length} bytes")
+    if refcount_order > MAX_REFCOUNT_ORDER:
+        raise damaged(f"its refcounts have 2^{refcount_order} bits and not 1 to 64")
+    return incompatible, autoclear, refcount_order, length
+
+
+def _extensions(first: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and data of the header extensions between two places of the first cluster."""
+    place = start
+    while place + _EXTENSION.size <= min(end, len(first)):
+        kind, length = _EXTENSION.unpack_from(first, place)
+        if kind == 0:
+            return
+        place += _EXTENSION.size
+        if length > end - place:
+            raise damaged(f"its header extension {kind:#x} has {length} bytes")
+        yield kind, first[place : place + length]
+        place += round_up(length, 8)
+
+
+def _check_features(incompatible: int, names: bytes) -> None:
+    """Refuse the features that we do not have, by the name that the image itself gives to those that we do not know."""
+    for bit, problem in _REFUSED.items():
+        if incompatible & 1 << bit:
+            raise DriverError(f"{problem}, which is not supported; qemu-img convert makes an image without it")
+    unknown = incompatible & ~(DIRTY | CORRUPT)
+    if unknown:
+        known = {bit: name for kind, bit, name in _FEATURE.iter_unpack(names[: len(names) // 48 * 48]) if kind == 0}
+        bit = unknown.bit_length() - 1
+        name = printable(known.get(bit, b"").rstrip(b"\0").decode("utf-8", "replace")) or f"number {bit}"
+        raise DriverError(f"it has the incompatible feature {name!r}, which is not known here")
+
+
+def _parse_bitmaps(extension: bytes) -> tuple[int, Region | None]:
+    if len(extension) < _BITMAPS_EXTENSION.size:
+        return 0, None
+    count, _, length, offset = _BITMAPS_EXTENSION.unpack_from(extension)
+    return count, Region(offset, length)
+
+
+def _check_disk_size(size: int, l1_entries: int, cluster_bits: int) -> None:
+    if size % 512:
+        raise DriverError(f"its size, {size} bytes, is no multiple of 512; qemu-img resize makes it one")
+    needed = -(-size >> (2 * cluster_bits - 3))
+    if needed > l1_entries:
+        problem = f"its L1 table has {l1_entries} entries, and its {format_size(size)} need {needed}"
+        raise damaged(problem)

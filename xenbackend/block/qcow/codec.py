@@ -1,0 +1,106 @@
+"""How each version of QCOW writes L1 and L2 tables, as a disk reads them: words of the file to entries, and back.
+
+Must not do I/O. A table is checked as a whole when it is loaded: one bad word makes all of it unreadable.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from xenbackend.block.formats import qcow, qcow2, qcow2_tables
+from xenbackend.block.formats.qcow2 import Region, damaged
+from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, OFFSET
+from xenbackend.block.mapped.tables import OWNED, PLACE, READABLE, SPECIAL, WRITABLE, ZERO
+
+
+class Version2:
+    """QCOW2: a word says whether its cluster may be written in place, that it is zeros, or that it is compressed."""
+
+    def __init__(self, header: qcow2.Header) -> None:
+        self._header = header
+        self.l2_bits = header.l2_bits
+        self._places = OFFSET & ~(header.cluster_size - 1)
+
+    def decode_l1(self, word: int) -> tuple[int, bool]:
+        """See `Codec`."""
+        qcow2_tables.check_l1_entry(word, self._header)
+        return word & OFFSET, bool(word & COPIED)
+
+    def encode_l1(self, place: int) -> int:
+        """See `Codec`."""
+        return place | COPIED
+
+    def decode_l2(self, words: array[int]) -> array[int]:
+        """See `Codec`."""
+        places, odd = self._places, {}
+        if not {word & ~places for word in words} <= {0, COPIED} or COPIED in words:
+            odd = {index: self._odd(word) for index, word in enumerate(words) if word & ~places or word == COPIED}
+        entries = array("Q", [word & places | OWNED if word >= COPIED else word and word | READABLE for word in words])
+        for index, entry in odd.items():
+            entries[index] = entry
+        return entries
+
+    def encode_l2(self, entry: int) -> int:
+        """See `Codec`."""
+        if entry & ZERO:
+            return qcow2_tables.ZERO
+        return entry & PLACE | (COPIED if entry & WRITABLE else 0)
+
+    def places_of(self, word: int) -> Sequence[int]:
+        """See `Codec`."""
+        if not word & COMPRESSED:
+            return [word & OFFSET] if word & OFFSET else []
+        region = self.compressed_place(word)
+        size = self._header.cluster_size
+        return range(region.offset // size * size, region.offset + region.length, size)
+
+    def compressed_place(self, word: int) -> Region:
+        """Return where the bytes of a compressed cluster are."""
+        return qcow2_tables.compressed_place(word, self._header.cluster_bits)
+
+    def _odd(self, word: int) -> int:
+        """Return the entry for a word that may be more than a cluster. Raises: DriverError."""
+        qcow2_tables.check_l2_entry(word, self._header)
+        if word & COMPRESSED:
+            return SPECIAL
+        if word & qcow2_tables.ZERO:
+            return ZERO
+        return word & OFFSET | OWNED
+
+
+class Version1:
+    """QCOW: a word is a place, or a compressed cluster; everything belongs to the image alone, and nothing is freed."""
+
+    def __init__(self, header: qcow.Header) -> None:
+        self._header = header
+        self.l2_bits = header.l2_bits
+
+    def decode_l1(self, word: int) -> tuple[int, bool]:
+        """See `Codec`."""
+        if word & ~PLACE:
+            raise damaged(f"an entry of its L1 table is {word:#x}")
+        return word, word != 0
+
+    def encode_l1(self, place: int) -> int:
+        """See `Codec`."""
+        return place
+
+    def decode_l2(self, words: array[int]) -> array[int]:
+        """See `Codec`."""
+        inside = self._header.cluster_size - 1
+        if any(word & inside for word in words if not word & qcow.COMPRESSED):
+            raise damaged("an entry of its L2 tables is not the place of a cluster")
+        return array("Q", [word and (SPECIAL if word & qcow.COMPRESSED else word | OWNED) for word in words])
+
+    def encode_l2(self, entry: int) -> int:
+        """See `Codec`."""
+        return entry & PLACE
+
+    def places_of(self, word: int) -> Sequence[int]:  # noqa: ARG002 - nothing could say that it is free
+        """See `Codec`."""
+        return ()
+
+    def compressed_place(self, word: int) -> Region:
+        """Return where the bytes of a compressed cluster are."""
+        return qcow.compressed_place(word, self._header.cluster_bits)

@@ -1,0 +1,161 @@
+"""What both versions of QCOW do in the same way: open the file, find the parent, read compressed clusters, write anew.
+
+Must not know where a version keeps its tables, nor what it knows of free clusters.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from xenbackend.block.driver import Env, File, Geometry, ParentRef
+from xenbackend.block.formats.qcow2 import Region
+from xenbackend.block.formats.qcow2_tables import inflate
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.parents import find_parent, parent_ref
+from xenbackend.block.mapped.shared import Then
+from xenbackend.block.mapped.tables import Tables
+from xenbackend.block.options import FilePath, option
+from xenbackend.block.qcow.codec import Version1, Version2
+from xenbackend.block.qcow.copyup import CopyUp
+from xenbackend.block.qcow.level2 import SECTOR, Allocator, L1Table, L2Table, Mapping
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError, printable
+from xenbackend.units import round_up
+
+_TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
+_TABLE_EXTRA = 1024  # bytes that a table takes beside its words
+_STEP = 64 * 1024  # bytes: a file that is written ends at a multiple of this, which suits every medium
+_DRIVERS = {"raw": "aio", "qcow": "qcow", "qcow2": "qcow2", "vpc": "vhd"}  # by QEMU's names of formats
+_PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
+
+
+class QcowDisk(MappedDisk):
+    """The base of `qcow:` and `qcow2:`."""
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """What the chain says of the image."""
+
+        file: FilePath = option("the image file or block device", target=True)
+        cache: bool = option("go through the host's page cache", default=False)
+        parents: str = option("directory that the parents must be in; by default the image's own", default="")
+        parent_format: Literal["raw", "qcow", "qcow2", "vpc"] = option(
+            "what the parent is, where the image does not say", default=""
+        )
+
+    options: Options
+    allocator: Allocator | None = None
+
+    def open(self, env: Env) -> Geometry:
+        """Open the image and read its header. Raises: DriverError, OSError."""
+        options = self.options
+        file = env.files.open(
+            options.file, read_only=env.read_only, shareable=env.shareable, direct=not options.cache, step=_STEP
+        )
+        try:
+            geometry = self.open_image(env, file)
+        except BaseException:
+            file.close()
+            raise
+        env.report("mode", file.mode)
+        return geometry
+
+    def open_image(self, env: Env, file: File) -> Geometry:
+        """Read the header and call `serve`. Raises: DriverError, OSError."""
+        raise NotImplementedError
+
+    def serve(self, file: File, size: int, cluster_bits: int, l1: Region, codec: Version1 | Version2) -> None:
+        """Begin to serve; `allocator` is set afterwards by `serve_writes` where the disk may be written."""
+        self._codec = codec
+        table_bytes = 2 * 8 << codec.l2_bits  # entries, and the words of the file
+        tables: Tables[L2Table] = Tables(_TABLES // (table_bytes + _TABLE_EXTRA))
+        self.start(file, size, cluster_bits=cluster_bits, table_bits=codec.l2_bits, tables=tables)  # type: ignore[arg-type]
+        first = l1.offset // SECTOR * SECTOR
+        length = round_up(l1.offset + l1.length, SECTOR) - first
+        sectors = file.read_at(first, length)
+        self._l1 = L1Table(l1.offset, sectors + bytes(length - len(sectors)), self.write_meta, self.soon)
+        self._mapping = Mapping(self, codec, self._l1, tables)
+        self._inflated: tuple[int, bytes] = (-1, b"")  # the compressed cluster that was read last
+        self._inflating: dict[int, list[Request]] = {}
+
+    def serve_writes(self, allocator: Allocator) -> None:
+        """Allow writes; call it after `serve`."""
+        with suppress(OSError):  # a block device is as large as it is; a write outside of it will say so
+            self.file.grow(round_up(self.file.size, 1 << self.cluster_bits))
+        self.allocator = allocator
+        self._mapping.allocator = allocator
+        self._copyup = CopyUp(self, self._mapping, allocator, self._codec.l2_bits, self._reaches_parent)
+
+    def load_table(self, number: int, then: Then) -> None:
+        """See `MappedDisk`."""
+        self._mapping.load(number, then)
+
+    def write_elsewhere(self, request: Request) -> None:
+        """See `MappedDisk`."""
+        self._copyup.write(request)
+
+    def read_special(self, request: Request) -> None:
+        """Read from a compressed cluster, which is inflated once for all who read it at the same time."""
+        cluster = request.offset >> self.cluster_bits
+        number, index = divmod(cluster, 1 << self._codec.l2_bits)
+        table: Any = self.tables.find(number)
+        word = table.words[index]
+        if word == self._inflated[0]:
+            self._give(request, self._inflated[1])
+        elif word in self._inflating:
+            self._inflating[word].append(request)
+        else:
+            self._inflating[word] = [request]
+            region = self._codec.compressed_place(word)
+            first = region.offset // SECTOR * SECTOR
+            length = round_up(region.offset + region.length, SECTOR) - first
+            self.read_meta(first, length, partial(self._inflate, word, region.offset - first))
+
+    def find_parent(self, name: bytes, image_format: str) -> ParentRef:
+        """Return the parent that the image names. Raises: DriverError, where it cannot or must not be opened."""
+        options, path = self.options, os.fsdecode(name)
+        parent_format: str = image_format or options.parent_format
+        if _PROTOCOL.match(path):
+            raise DriverError(f"its parent {printable(path)!r} is no file; qemu-img rebase gives it another one")
+        if not parent_format:
+            problem = f"it does not say of which format its parent {printable(path)!r} is, and that is never guessed"
+            raise DriverError(f"{problem}; say parent_format=raw, qcow, qcow2 or vpc")
+        if parent_format not in _DRIVERS:
+            known = ", ".join(_DRIVERS)
+            raise DriverError(f"its parent is of the format {printable(parent_format)!r}, which is none of {known}")
+        more = {"cache": "on" if options.cache else ""}
+        if parent_format != "raw":
+            more["parents"] = options.parents
+        if parent_format in ("qcow", "qcow2"):
+            more["parent_format"] = options.parent_format
+        return parent_ref(_DRIVERS[parent_format], find_parent(options.file, [path], options.parents), **more)
+
+    def _reaches_parent(self, offset: int) -> bool:
+        return offset < self._parent_size
+
+    def _inflate(self, word: int, skip: int, status: int, data: memoryview) -> None:
+        cluster = b""
+        if not status:
+            try:
+                cluster = inflate(bytes(data[skip:]), 1 << self.cluster_bits)
+                self._inflated = word, cluster
+            except DriverError:
+                status = errno.EIO
+        for request in self._inflating.pop(word):
+            if status:
+                self.finish(request, status)
+            else:
+                self._give(request, cluster)
+
+    def _give(self, request: Request, cluster: bytes) -> None:
+        place = request.offset & ((1 << self.cluster_bits) - 1)
+        for view in request.iov:
+            view[:] = cluster[place : place + len(view)]
+            place += len(view)
+        self.finish(request, 0)

@@ -1,0 +1,245 @@
+"""The two levels of tables: L1 in memory, L2 loaded when it is asked for, changes written sector by sector.
+
+Must not choose places in the file, nor know how a version writes an entry: the allocator and the codec do.
+
+A change shows in a table's entries only after it is in the file: until then it is `pending`, so that no write of the
+guest is answered that a table in the file does not have yet. What is freed goes to the allocator after that.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from xenbackend.block.formats.qcow2_tables import pack_table, unpack_table
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.shared import Shared, Soon, Then
+from xenbackend.block.mapped.tables import Tables
+from xenbackend.block.qcow.steps import Steps, run
+
+UNIT = 4096  # bytes of a table that are written together; a smaller table is written whole
+SECTOR = 512
+
+
+class Codec(Protocol):
+    """How a version writes its tables: words of 64 bits in the file, entries of `block.mapped.tables` in memory."""
+
+    l2_bits: int
+
+    def decode_l1(self, word: int) -> tuple[int, bool]:
+        """Return the place of an L2 table, 0 for none, and whether it may be written there. Raises: DriverError."""
+
+    def encode_l1(self, place: int) -> int:
+        """Return the word for an L2 table that may be written where it is."""
+
+    def decode_l2(self, words: array[int]) -> array[int]:
+        """Return the entries of an L2 table. Raises: DriverError."""
+
+    def encode_l2(self, entry: int) -> int:
+        """Return the word for an entry that is not SPECIAL."""
+
+    def places_of(self, word: int) -> Sequence[int]:
+        """Return the clusters of the file that a word of an L2 table takes, as far as they can be free again."""
+
+
+class Allocator(Protocol):
+    """Finds room in the file."""
+
+    def reserve(self, count: int, then: Any) -> None:
+        """Find up to `count` clusters in a row: ``then(status, place, got, is_zero)``."""
+
+    def free(self, places: Sequence[int]) -> None:
+        """Take back clusters that no table names any more, or never named."""
+
+
+class L2Table(array):  # type: ignore[type-arg]  # its items are the "Q" that it is made with
+    """The entries of an L2 table, and what else there is to know of it."""
+
+    number: int
+    place: int  # in the file, 0 for nowhere yet
+    may_write: bool  # there, and used by nobody else
+    words: array[int]  # what the file has, or will have when the writes on their way have ended
+    pending: set[int]  # entries that are behind their words: these are on their way to the file
+    units: dict[int, Shared]  # writes of parts of it
+    move: Shared  # gives it a place where it may be written
+
+
+class L1Table:
+    """The words of the L1 table as they are in the file, with whatever shares their sectors."""
+
+    def __init__(self, offset: int, sectors: bytes, write: Any, soon: Soon) -> None:
+        """Take the whole sectors around the table.
+
+        Args:
+            offset: of the table in the file, in bytes.
+            sectors: what is in the file from the beginning of its first sector to the end of its last.
+            write: writes to the file: ``write(place, data, then)``.
+            soon: collects writes of the same sector, as in `Shared`.
+        """
+        self._first = offset // SECTOR * SECTOR
+        self._inside = offset - self._first
+        self._sectors = bytearray(sectors)
+        self._write = write
+        self._soon = soon
+        self._units: dict[int, Shared] = {}
+
+    def __getitem__(self, number: int) -> int:
+        return int.from_bytes(self._sectors[self._at(number) : self._at(number) + 8], "big")
+
+    def __setitem__(self, number: int, word: int) -> None:
+        self._sectors[self._at(number) : self._at(number) + 8] = word.to_bytes(8, "big")
+
+    def store(self, number: int, then: Then) -> None:
+        """Write the sector of an entry."""
+        unit = self._at(number) // SECTOR
+        if unit not in self._units:
+            self._units[unit] = Shared(partial(self._store, unit), self._soon)
+        self._units[unit].want(then)
+
+    def _at(self, number: int) -> int:
+        return self._inside + number * 8
+
+    def _store(self, unit: int, then: Then) -> None:
+        start = unit * SECTOR
+        self._write(self._first + start, bytes(self._sectors[start : start + SECTOR]), then)
+
+
+class Mapping:
+    """Loads tables for a disk and changes them.
+
+    Args:
+        disk: what it is for; does the I/O.
+        codec: how the version writes tables.
+        l1: the first level.
+        tables: where the disk looks for tables; each table in it is an `L2Table`.
+    """
+
+    def __init__(self, disk: MappedDisk, codec: Codec, l1: L1Table, tables: Tables[L2Table]) -> None:
+        self._disk = disk
+        self._codec = codec
+        self._l1 = l1
+        self._tables = tables
+        self._loading: dict[int, list[Then]] = {}
+        self._per_unit = min(UNIT >> 3, 1 << codec.l2_bits)
+        self.allocator: Allocator | None = None  # where nothing may be written
+
+    def load(self, number: int, then: Then) -> None:
+        """Load a table, once for all who ask for it at the same time."""
+        waiting = self._loading.get(number)
+        if waiting is not None:
+            waiting.append(then)
+            return
+        self._loading[number] = [then]
+        run(self._load(number), partial(self._loaded, number))
+
+    def is_mapped(self, number: int) -> bool:
+        """Return whether there is a table, without loading it."""
+        return number in self._tables.young or self._l1[number] != 0
+
+    def table(self, number: int) -> Generator[Any, Any, L2Table]:
+        """Return a table, loaded if it has to be; look at it before the next step. Raises: OSError."""
+        while (table := self._tables.find(number)) is None:
+            yield partial(self.load, number)
+        return table
+
+    def change(self, number: int, index: int, entries: Sequence[int]) -> Steps[None]:
+        """Set neighbouring entries of a table: in the file first, then in memory; then free what they had.
+
+        Raises: OSError, and nothing has changed in memory.
+        """
+        table = yield from self.table(number)
+        self._tables.pin(number)
+        span = range(index, index + len(entries))
+        try:
+            while not table.pending.isdisjoint(span):  # another change of the same has begun before
+                yield self._unit(table, index).want if table.may_write else table.move.want
+            freed = yield from self._change(table, span, entries)
+        finally:
+            self._tables.unpin(number)
+        if freed and self.allocator is not None:
+            self.allocator.free(freed)
+
+    def _change(self, table: L2Table, span: range, entries: Sequence[int]) -> Steps[list[int]]:
+        """Return the places that the entries of `span` had."""
+        here = slice(span.start, span.stop)
+        before = table.words[here]
+        table.words[here] = array("Q", map(self._codec.encode_l2, entries))
+        table.pending.update(span)
+        try:
+            if not table.may_write:
+                yield table.move.want
+            for first in range(span.start // self._per_unit * self._per_unit, span.stop, self._per_unit):
+                yield self._unit(table, first).want
+        except OSError:
+            table.words[here] = before
+            raise
+        finally:
+            table.pending.difference_update(span)
+        table[here] = array("Q", entries)
+        return [place for word in before for place in self._codec.places_of(word)]
+
+    def _loaded(self, number: int, status: int, _: None) -> None:
+        for then in self._loading.pop(number):
+            then(status)
+
+    def _load(self, number: int) -> Steps[None]:
+        place, may_write = self._codec.decode_l1(self._l1[number])
+        data = bytes(8 << self._codec.l2_bits)
+        if place:
+            data = bytes((yield partial(self._disk.read_meta, place, len(data))))
+        else:
+            yield self._soon  # or a request across many tables would go one call deeper for each of them
+        words = unpack_table(data)
+        table = L2Table("Q", self._codec.decode_l2(words))
+        table.number, table.place, table.may_write = number, place, may_write
+        table.words, table.pending, table.units = words, set(), {}
+        table.move = Shared(partial(self._move, table), self._disk.soon)
+        self._tables.put(number, table)
+
+    def _soon(self, then: Then) -> None:
+        self._disk.soon(partial(then, 0))
+
+    def _move(self, table: L2Table, then: Then) -> None:
+        run(self._find_place(table), lambda status, _: then(status))
+
+    def _find_place(self, table: L2Table) -> Steps[None]:
+        """Write a table to a new place, then let L1 point there; it is durable before that."""
+        if table.may_write:
+            return
+        assert self.allocator is not None  # noqa: S101 - nothing is changed where there is none
+        size, cluster = 8 << self._codec.l2_bits, 1 << self._disk.cluster_bits
+        place = yield from self._room(max(1, size // cluster))
+        before = self._l1[table.number]
+        try:
+            yield partial(self._disk.write_meta, place, pack_table(table.words))
+            yield self._disk.sync
+            self._l1[table.number] = self._codec.encode_l1(place)
+            yield partial(self._l1.store, table.number)
+        except OSError:
+            self._l1[table.number] = before  # the new place stays taken: who knows what is in the file
+            raise
+        if table.place:
+            self.allocator.free([table.place])
+        table.place, table.may_write, table.units = place, True, {}
+
+    def _room(self, count: int) -> Generator[Any, Any, int]:
+        """Return the place of clusters in a row."""
+        assert self.allocator is not None  # noqa: S101 - nothing is changed where there is none
+        while True:
+            place, got, _ = yield partial(self.allocator.reserve, count)
+            if got == count:
+                return int(place)
+            self.allocator.free([place + (each << self._disk.cluster_bits) for each in range(got)])
+
+    def _unit(self, table: L2Table, index: int) -> Shared:
+        """Return what writes the part of a table that an entry is in."""
+        first = index // self._per_unit * self._per_unit
+        if first not in table.units:
+            table.units[first] = Shared(partial(self._write_unit, table, first), self._disk.soon)
+        return table.units[first]
+
+    def _write_unit(self, table: L2Table, first: int, then: Then) -> None:
+        data = pack_table(table.words[first : first + self._per_unit])
+        self._disk.write_meta(table.place + first * 8, data, then)

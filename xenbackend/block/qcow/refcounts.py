@@ -1,0 +1,285 @@
+"""Which clusters of a QCOW2 image are in use: the refcounts in the file, and the clusters that are ours to hand out.
+
+Must not know what a cluster is used for.
+
+Refcounts are raised ahead, for a batch of clusters, and made durable before the first of them is handed out; so no
+table can name a cluster that is free on the disk, whatever a crash leaves of the writes. They are lowered only after a
+flush that came after the last table that named them was written. A crash leaks at most one batch and what was freed
+since the last flush: space is lost until it is repaired, and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any
+
+from xenbackend.block.formats.qcow2 import MAX_REFCOUNT_TABLE_BYTES, Header, Region, refcount_table_bytes
+from xenbackend.block.formats.qcow2_tables import (
+    pack_refcounts,
+    pack_table,
+    refcount_block_of,
+    unpack_refcounts,
+)
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.shared import Then
+from xenbackend.block.mapped.tables import Tables
+from xenbackend.block.qcow.steps import Line, Steps
+from xenbackend.units import round_up
+
+FIRST_BATCH, MAX_BATCH = 1 << 20, 16 << 20  # bytes reserved ahead: less at first, more while they are used up
+_CACHE = 4 << 20  # bytes of refcount blocks kept as they are in the file, twice that for a moment
+_GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium
+_SECTOR = 512
+
+Reserved = Callable[[int, int, int, bool], None]  # status, place, clusters, whether they read as zeros
+
+
+class Refcounts:
+    """Hands out clusters of an image that is open for writing.
+
+    Args:
+        disk: does the I/O.
+        header: of the image.
+        table: the refcount table.
+    """
+
+    def __init__(self, disk: MappedDisk, header: Header, table: array[int]) -> None:
+        self._disk = disk
+        self._header = header
+        self._table = table
+        self._region = header.refcount_table
+        self._blocks: Tables[array[int]] = Tables(_CACHE >> header.cluster_bits)
+        self._per_block = 1 << header.block_bits
+        self._line = Line()
+        self._cursor = 0  # clusters before it are in use, as far as is known
+        self._next = self._end = 0  # clusters that are ours: raised in the file, and not handed out yet
+        self._fresh = -(-disk.file.size >> header.cluster_bits)  # from here on nothing was ever written
+        self._is_zero = False  # what is ours reads as zeros
+        self._batch = FIRST_BATCH
+        self._freed: list[int] = []  # clusters that no table names, once what was written is durable
+        self._waiting: list[tuple[int, Reserved]] = []
+
+    def reserve(self, count: int, then: Reserved) -> None:
+        """Hand out up to `count` clusters in a row; see `Allocator`."""
+        self._waiting.append((count, then))
+        if self._next < self._end:
+            self._serve()
+        elif len(self._waiting) == 1:
+            self._line.add(self._refill(), self._refilled)
+
+    def free(self, places: Sequence[int]) -> None:
+        """Take back clusters that no table names any more."""
+        self._freed += [place >> self._header.cluster_bits for place in places]
+
+    @property
+    def freed_count(self) -> int:
+        """Return how many clusters wait for a flush."""
+        return len(self._freed)
+
+    def take_freed(self) -> list[int]:
+        """Return what was freed until now; hand it to `lower` when a flush that begins after this call has ended."""
+        freed, self._freed = self._freed, []
+        return freed
+
+    def keep_freed(self, clusters: list[int]) -> None:
+        """Take back what `take_freed` gave, because the flush failed."""
+        self._freed += clusters
+
+    def lower(self, clusters: list[int], then: Then) -> None:
+        """Lower the refcounts of clusters that were freed. A failure leaks them and is no error: `then` gets 0."""
+        steps = self._lower(Counter(clusters))
+        self._disk.when_quiet(lambda: self._line.add(steps, lambda _status, _result: then(0)))
+
+    def close(self) -> None:
+        """Give back what was not handed out or was freed; by blocking calls, nothing is in flight. Raises: OSError."""
+        file = self._disk.file
+        unused = Counter(range(self._next, self._end))
+        if not (unused or self._freed):
+            return
+        file.sync()
+        unused.update(self._freed)
+        self._next, self._end, self._freed = 0, 0, []
+        for index, lowered in self._by_block(unused).items():
+            place = refcount_block_of(self._table[index], self._header)
+            block = unpack_refcounts(file.read_at(place, self._header.cluster_size), self._header.refcount_order)
+            _subtract(block, lowered)
+            for offset, data in self._changes(block, lowered):
+                file.write_at(place + offset, data)
+
+    def _serve(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for place, (count, then) in enumerate(waiting):
+            got = min(count, self._end - self._next)
+            if not got:
+                self._waiting = waiting[place:] + self._waiting
+                self._line.add(self._refill(), self._refilled)
+                return
+            first = self._next
+            self._next += got
+            then(0, first << self._header.cluster_bits, got, self._is_zero)
+
+    def _refilled(self, status: int, _: Any) -> None:
+        if not status:
+            self._serve()
+            return
+        waiting, self._waiting = self._waiting, []
+        for _count, then in waiting:
+            then(status, 0, 0, False)
+
+    def _refill(self) -> Steps[None]:
+        """Find clusters that are free and make them ours. Raises: OSError, ENOSPC where there is no room."""
+        while self._next == self._end:
+            index, start = divmod(self._cursor, self._per_block)
+            if index >= len(self._table):
+                yield from self._grow_table()
+                continue
+            if not self._table[index]:
+                yield from self._new_block(index)
+                continue
+            block = yield from self._block(index)
+            try:
+                first = block.index(0, start)
+            except ValueError:
+                self._cursor = (index + 1) * self._per_block
+                continue
+            yield from self._raise(index, block, first)
+
+    def _raise(self, index: int, block: array[int], first: int) -> Steps[None]:
+        """Make the free clusters of a block from `first` on ours, up to a batch of them."""
+        most = min(len(block), first + max(1, self._batch >> self._header.cluster_bits))
+        end = first + 1
+        while end < most and not block[end]:
+            end += 1
+        base = index * self._per_block
+        end = self._make_room(base + first, base + end) - base
+        raised = block[:]
+        for place in range(first, end):
+            raised[place] = 1
+        yield from self._store(index, raised, range(first, end))
+        yield self._disk.sync
+        self._blocks.put(index, raised)
+        self._next, self._end = base + first, base + end
+        self._cursor = self._end
+        self._is_zero = self._next >= self._fresh
+        self._fresh = max(self._fresh, self._end)
+        self._batch = min(2 * self._batch, MAX_BATCH)
+
+    def _make_room(self, first: int, end: int) -> int:
+        """Grow the file to hold the clusters up to `end`; return how far it does. Raises: OSError."""
+        bits, file = self._header.cluster_bits, self._disk.file
+        try:
+            file.grow(round_up(end << bits, _GROW))
+        except OSError:  # a block device, or a full disk: what there is may be enough
+            end = min(end, file.size >> bits)
+            if end <= first:
+                raise
+        return end
+
+    def _new_block(self, index: int) -> Steps[None]:
+        """Put a refcount block into the first cluster that it counts; all of them are free."""
+        if not index:
+            raise OSError(errno.EIO, "the refcounts of the header are missing")
+        first = index * self._per_block
+        self._make_room(first, first + 1)
+        block = array("Q", bytes(8 * self._per_block))
+        block[0] = 1
+        place = first << self._header.cluster_bits
+        yield partial(self._disk.write_meta, place, pack_refcounts(block, self._header.refcount_order))
+        yield self._disk.sync
+        self._fresh = max(self._fresh, first + 1)
+        self._table[index] = place
+        try:
+            yield from self._store_table(index)
+            yield self._disk.sync
+        except OSError:
+            self._table[index] = 0
+            raise
+        self._blocks.put(index, block)
+
+    def _store_table(self, index: int) -> Steps[None]:
+        first = index // (_SECTOR // 8) * (_SECTOR // 8)
+        data = pack_table(self._table[first : first + _SECTOR // 8])
+        yield partial(self._disk.write_meta, self._region.offset + first * 8, data)
+
+    def _grow_table(self) -> Steps[None]:
+        """Write a larger refcount table behind everything, with the blocks that count it, then let the header name it.
+
+        Raises: OSError.
+        """
+        size, bits = self._header.cluster_size, self._header.cluster_bits
+        first = len(self._table) * self._per_block
+        clusters = (len(self._table) * 8 * 3 // 2 >> bits) + 1
+        if clusters * size > MAX_REFCOUNT_TABLE_BYTES:
+            raise OSError(errno.ENOSPC, "the refcount table has its largest size")
+        blocks = 1
+        while blocks * self._per_block < blocks + clusters:
+            blocks += 1
+        end = first + blocks + clusters
+        self._make_room(end - 1, end)
+        counts = array("Q", bytes(8 * blocks * self._per_block))
+        for place in range(blocks + clusters):
+            counts[place] = 1
+        table = self._table[:] + array("Q", [(first + block) << bits for block in range(blocks)])
+        table.extend([0] * (clusters * size // 8 - len(table)))
+        region = Region((first + blocks) << bits, clusters * size)
+        data = pack_refcounts(counts, self._header.refcount_order) + pack_table(table)
+        yield partial(self._disk.write_meta, first << bits, data)
+        yield self._disk.sync
+        sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
+        place, fields = refcount_table_bytes(region, size)
+        sector[place : place + len(fields)] = fields
+        yield partial(self._disk.write_meta, 0, bytes(sector))
+        yield self._disk.sync
+        self.free(range(self._region.offset, self._region.offset + self._region.length, size))
+        self._table, self._region, self._cursor = table, region, end
+        self._fresh = max(self._fresh, end)
+
+    def _lower(self, lowered: Counter[int]) -> Steps[None]:
+        for index, places in self._by_block(lowered).items():
+            block = (yield from self._block(index))[:]
+            _subtract(block, places)
+            yield from self._store(index, block, places)
+            self._blocks.put(index, block)
+            self._cursor = min(self._cursor, index * self._per_block + min(places))
+
+    def _by_block(self, clusters: Counter[int]) -> dict[int, Counter[int]]:
+        found: dict[int, Counter[int]] = defaultdict(Counter)
+        for cluster, times in clusters.items():
+            index, place = divmod(cluster, self._per_block)
+            if index < len(self._table) and self._table[index]:
+                found[index][place] = times
+        return found
+
+    def _block(self, index: int) -> Generator[Any, Any, array[int]]:
+        """Return a refcount block as it is in the file; it is not to be changed. Raises: OSError, DriverError."""
+        block = self._blocks.find(index)
+        if block is None:
+            place = refcount_block_of(self._table[index], self._header)
+            data = yield partial(self._disk.read_meta, place, self._header.cluster_size)
+            block = unpack_refcounts(bytes(data), self._header.refcount_order)
+            self._blocks.put(index, block)
+        return block
+
+    def _store(self, index: int, block: array[int], places: Sequence[int] | Counter[int]) -> Steps[None]:
+        offset = refcount_block_of(self._table[index], self._header)
+        for place, data in self._changes(block, places):
+            yield partial(self._disk.write_meta, offset + place, data)
+
+    def _changes(self, block: array[int], places: Sequence[int] | Counter[int]) -> list[tuple[int, bytes]]:
+        """Return the sectors of a block that hold the refcounts of `places`: offset in the block, and bytes."""
+        order = self._header.refcount_order
+        per_sector = _SECTOR * 8 >> order
+        sectors = sorted({place // per_sector for place in places})
+        return [
+            (sector * _SECTOR, pack_refcounts(block[sector * per_sector : (sector + 1) * per_sector], order))
+            for sector in sectors
+        ]
+
+
+def _subtract(block: array[int], places: Counter[int]) -> None:
+    for place, times in places.items():
+        block[place] = max(0, block[place] - times)
