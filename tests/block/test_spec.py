@@ -6,8 +6,8 @@ import pytest
 
 from xenbackend.block.drivers.aio import Aio
 from xenbackend.block.drivers.delay import Delay
-from xenbackend.block.spec import parse_chain
-from xenbackend.errors import ChainError
+from xenbackend.block.spec import check_whole_paths, parse_chain
+from xenbackend.errors import ChainError, ConfigError
 
 
 def test_a_chain_knows_its_drivers_options_and_canonical_text() -> None:
@@ -42,3 +42,13 @@ def test_a_chain_that_cannot_work_is_refused(text: str, problem: str, marked: st
     error = caught.value
     assert problem in error.problem
     assert marked == text[error.position : error.position + error.length]
+
+
+def test_a_file_that_is_not_named_whole_is_found() -> None:
+    """A relative name means another file in another process: layer, option and the whole path are told."""
+    check_whole_paths(parse_chain("log:/var/log/x.rec|aio:/img"))
+
+    with pytest.raises(
+        ConfigError, match=r"^log:x\.rec: option record: x\.rec is seen from where the service runs; .*/x\.rec$"
+    ):
+        check_whole_paths(parse_chain("log:x.rec|aio:/img"))

@@ -13,6 +13,7 @@ from xenbackend import __version__
 from xenbackend.cli.main import main
 from xenbackend.host.files import UNIT, items
 from xenbackend.host.program import PACKAGED
+from xenbackend.xl.shim import SHIM_PLACE, is_shim
 
 
 @pytest.fixture
@@ -84,6 +85,30 @@ def test_a_packages_files_need_a_root(capsys: pytest.CaptureFixture[str]) -> Non
     """What a package installs is never written into the system that builds it."""
     assert 2 == main(["install", "--packaged", "--dry-run"])
     assert "it needs --root" in capsys.readouterr().err
+
+
+def test_the_shim_is_asked_for_and_stays(image: Path, called_as: Path) -> None:
+    """Plain xl is left alone unless that is asked for; what was asked for stays until it is taken back."""
+    place = image / SHIM_PLACE.lstrip("/")
+    there = []
+    for options in ([], ["--shim"], [], ["--no-shim"], []):
+        assert 0 == main(["install", "--root", str(image), *options])
+        there.append(place.exists() and is_shim(place) and f"exec {called_as} xl" in place.read_text())
+
+    assert [False, True, True, False, False] == there
+
+
+def test_an_xl_of_somebody_else_is_not_replaced(
+    image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An xl that was built from source lies where the shim would: nothing is touched."""
+    place = image / SHIM_PLACE.lstrip("/")
+    place.parent.mkdir(parents=True)
+    place.write_text("#!/bin/sh\n")
+
+    assert 2 == main(["install", "--root", str(image), "--shim"])
+    assert "was not put there by: xenbackend install" in capsys.readouterr().err
+    assert ["usr"] == [each.name for each in image.iterdir()]
 
 
 def test_a_package_is_staged(image: Path) -> None:

@@ -6,12 +6,13 @@ Must not open anything: the supervisor refuses a bad chain by this before anythi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xenbackend.block import drivers, grammar
 from xenbackend.block.driver import Driver
-from xenbackend.block.options import parse_options
-from xenbackend.errors import ChainError
+from xenbackend.block.options import files_of, parse_options
+from xenbackend.errors import ChainError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,20 @@ def parse_chain(text: str) -> ChainSpec:
         for layer, driver in zip(layers, found, strict=True)
     ]
     return ChainSpec(grammar.format_chain(layers), tuple(specs))
+
+
+def check_whole_paths(chain: ChainSpec) -> None:
+    """See that every file of a chain is named whole: who opens it looks for it from a directory of his own.
+
+    Raises: ConfigError, naming the layer and the file.
+    """
+    for layer in chain.layers:
+        for option, file in files_of(layer.options).items():
+            if not Path(file).is_absolute():
+                raise ConfigError(
+                    f"{layer.text}: option {option}: {file} is seen from where the service runs; "
+                    f"write the whole path, such as {Path(file).absolute()}"
+                )
 
 
 def _find_driver(layer: grammar.Layer, text: str) -> type[Driver]:

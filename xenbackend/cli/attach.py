@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.cli.arguments import duration
 from xenbackend.supervisor.client import DEFAULT_SOCKET
 from xenbackend.supervisor.store import Store
@@ -16,7 +17,6 @@ from xenbackend.supervisor.toolstack import (
     OPEN_TIMEOUT_S,
     Attachment,
     attach,
-    check_paths,
     detach,
     vbd_path,
     wait_until_connected,
@@ -56,7 +56,7 @@ def register(subparsers: Any) -> None:
 
 def run_attach(args: argparse.Namespace) -> int:
     """Attach, and print which vbd it became, or which device of our own domain."""
-    check_paths(args.chain)
+    check_whole_paths(parse_chain(args.chain))
     with Store(args.store) as store:
         path = vbd_path(store, args.domid, args.vdev)
         attach(store, Attachment(path, args.chain, read_only=args.read_only), args.socket, args.timeout)

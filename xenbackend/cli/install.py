@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.errors import ConfigError
-from xenbackend.host import activate
-from xenbackend.host.files import UNIT, items
+from xenbackend.host import activate, manifest
+from xenbackend.host.files import UNIT, items, shim
 from xenbackend.host.install import KEPT, MADE, REMOVED, REPLACED, YOURS, Say, install, stage, uninstall
 from xenbackend.host.program import PACKAGED, this_program
 from xenbackend.host.served import control_socket, refuse_while_serving
 from xenbackend.host.tree import Tree
+from xenbackend.xl.host import find_xl, running_xen
+from xenbackend.xl.shim import SHIM_PLACE
 
 _IF_DRY = {
     MADE: "would make",
@@ -38,6 +40,12 @@ def register(subparsers: Any) -> None:
         "settings file, and start the service. What is right already is kept, settings that you changed too.",
     )
     _add_common(parser)
+    parser.add_argument(
+        "--shim",
+        action=argparse.BooleanOptionalAction,
+        help=f"make plain xl and xendomains take lines such as tap2:log:|aio:/img, by {SHIM_PLACE}; as it was before "
+        "when not given",
+    )
     parser.add_argument("--no-start", action="store_true", help="enable the service, but do not start it")
     parser.add_argument("--packaged", action="store_true", help="with --root: as the files of a distribution's package")
     parser.set_defaults(run=run_install)
@@ -60,7 +68,10 @@ def run_install(args: argparse.Namespace) -> int:
         _stage(args, tree, say)
         return 0
     _check_host(tree)
-    chosen = items(this_program(sys.argv[0], sys.executable))
+    program = this_program(sys.argv[0], sys.executable)
+    chosen = items(program)
+    if args.shim or (args.shim is None and SHIM_PLACE in manifest.load(tree).files):
+        chosen.append(shim(program, _real_xl(tree)))
     is_live = _is_live(tree)
     was_serving = is_live and activate.is_serving()
     if not install(tree, chosen, say, is_dry=args.dry_run):
@@ -110,6 +121,10 @@ def _start(args: argparse.Namespace) -> None:
     _take(activate.starting(starts=not args.no_start), is_dry=args.dry_run)
     if not (args.dry_run or args.no_start or activate.is_serving()):
         _print(f"the service does not run: this system was not booted under Xen; see: systemctl status {UNIT}")
+
+
+def _real_xl(tree: Tree) -> str:
+    return str(find_xl(os.environ.get("PATH", ""), running_xen())) if tree.is_host else "/usr/sbin/xl"
 
 
 def _check_host(tree: Tree) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from xenbackend.host.example import example
 from xenbackend.host.program import PACKAGED, Program
 from xenbackend.supervisor import settings
+from xenbackend.xl.shim import SHIM_PLACE, shim_text
 
 UNIT = "xenbackend.service"
 SYSUSERS = "xenbackend.conf"
@@ -67,6 +68,11 @@ def items(program: Program) -> list[Item]:
         Item(f"{units}/{UNIT}", _source("systemd", UNIT).replace(PACKAGED.command.encode(), program.command.encode())),
         Item(str(settings.PATH), example().encode(), is_config=True),
     ]
+
+
+def shim(program: Program, xl: str) -> Item:
+    """Return the file that makes plain `xl` understand blktap2's disk lines; `xl` is the real one."""
+    return Item(SHIM_PLACE, shim_text(xl, *program.command.split()).encode(), mode=0o755)
 
 
 def _hotplug_script(program: Program) -> bytes:

@@ -17,11 +17,9 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from xenbackend.blkif.handshake import XenbusState, name, parse_state
 from xenbackend.block.chain import parse_chain
-from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError, XenbackendError
 from xenbackend.supervisor.client import call
 from xenbackend.supervisor.nodes import Nodes
@@ -52,20 +50,6 @@ class Attachment:
 def vbd_path(store: Store, domid: int, vdev: str, kind: str = "vbd") -> VbdPath:
     """Return the path of a vbd that our own domain is the backend of. Raises: ConfigError, StoreError."""
     return VbdPath(kind, store.own_domid(), domid, vdev_to_devid(vdev))
-
-
-def check_paths(chain: str) -> None:
-    """See that every file of a chain is named whole: the service would look for it from its own directory.
-
-    Raises: ChainError; ConfigError, naming the layer and the file.
-    """
-    for layer in parse_chain(chain).layers:
-        for option, file in files_of(layer.options).items():
-            if not Path(file).is_absolute():
-                raise ConfigError(
-                    f"{layer.text}: option {option}: {file} is seen from where the service runs; "
-                    f"write the whole path, such as {Path(file).absolute()}"
-                )
 
 
 def attach(

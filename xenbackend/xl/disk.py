@@ -1,0 +1,129 @@
+r"""One disk line: whether it asks for a chain of ours in words that xl would lose, and the line that says it in xl's.
+
+Must not know where a line stands, and must not touch a file.
+
+    tap2:log:|aio:/img,xvda,w      becomes      vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:/img
+
+xl drops the words ``tap2:``, ``tap:`` and the driver's behind them, or refuses the line (libxl's libxlu_disk_l.l). A
+line that begins with ``tap2:`` asks for us and is always rewritten. One that begins with ``tap:`` is left alone where
+xl makes a disk of it: hosts have served such lines by blkback and QEMU for years, and nobody asked to change that. So
+are lines with ``target=``, with another hotplug script, or with another backendtype.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from xenbackend.block.spec import check_whole_paths, parse_chain
+from xenbackend.errors import ConfigError
+
+Version = tuple[int, int]
+
+SCRIPTS: Final = ("block-xenbackend", "tap2")  # hotplug scripts that are ours; the first is what lines are given
+_OWN_KIND: Final = (4, 19)  # from here backendtype=tap is the kind vbd3, which no kernel driver takes
+
+_BLANK = " \t\n"
+_ASKS = re.compile(r"(tap2?):")
+_NAMES_TARGET = re.compile(r"(?:^|,)[ \t\n]*target=")
+_DROPPED = r"(?:tapdisk|tap2?|aio|ioemu|file|phy|raw|qcow2?|vhd|iscsi|e?nbd|drbd):"
+_XL_UNDERSTANDS = re.compile(rf"(?:{_DROPPED})*(?![a-z][a-z0-9_-]*:)[^|]*")
+_ACCESS = re.compile(r"(?P<access>r|ro|w|rw|w!|)")
+_VDEV = re.compile(r"(?P<vdev>[a-z0-9]+)(?::(?P<devtype>disk|cdrom))?")
+_OPTION = re.compile(
+    r"(?P<key>format|access|devtype|backend|backendtype|specification|vdev|script|grant_usage"
+    r"|colo-host|colo-port|colo-export|active-disk|hidden-disk)=(?P<value>.+)"
+    r"|(?P<flag>cdrom|discard|no-discard|direct-io-safe|colo|no-colo|trusted|untrusted)"
+)
+
+
+def rewrite(line: str, xen: Version) -> str | None:
+    """Return the line that means to xl what `line` means to its author; None where xl does that already.
+
+    Raises: ChainError, ConfigError when the line asks for us, but not for a disk that could be.
+    """
+    found: dict[str, str] = {}
+    rest = _take_leading(line.lstrip(_BLANK), found)
+    asks = _ASKS.match(rest)
+    if asks is None or _NAMES_TARGET.search(rest):
+        return None
+    target = _take_trailing(rest[asks.end() :], found)
+    is_of_others = found.get("backendtype", "tap") != "tap" or Path(found.get("script", SCRIPTS[0])).name not in SCRIPTS
+    if is_of_others or (asks[1] == "tap" and _XL_UNDERSTANDS.fullmatch(target)):
+        return None
+    return _format(line, _check_chain(target.lstrip(_BLANK)), found, xen)
+
+
+def _take_leading(text: str, found: dict[str, str]) -> str:
+    """Return a text without the options that stand first in it."""
+    while True:
+        item, comma, rest = text.partition(",")
+        if not comma or not _take(_OPTION, item, found):
+            return text
+        text = rest.lstrip(_BLANK)
+
+
+def _take_trailing(text: str, found: dict[str, str]) -> str:
+    """Return a text without what xl takes from its end: the device, the access, and options at any place among them."""
+    text = _take_last(_OPTION, text.removesuffix(","), found, many=True)
+    if "access" not in found:
+        text = _take_last(_ACCESS, text, found)
+    text = _take_last(_OPTION, text, found, many=True)
+    if "vdev" not in found:
+        text = _take_last(_VDEV, text, found)
+    return _take_last(_OPTION, text, found, many=True)
+
+
+def _take_last(pattern: re.Pattern[str], text: str, found: dict[str, str], *, many: bool = False) -> str:
+    """Return a text without its last item, or last items, of a kind; what stands before the first comma stays."""
+    while True:
+        rest, comma, item = text.rpartition(",")
+        is_escaped = (len(rest) - len(rest.rstrip("\\"))) % 2
+        if not comma or is_escaped or not _take(pattern, item, found):
+            return text
+        text = rest
+        if not many:
+            return text
+
+
+def _take(pattern: re.Pattern[str], item: str, found: dict[str, str]) -> bool:
+    """Note what an item says, if it is of a kind. Raises: ConfigError when it was said before."""
+    match = pattern.fullmatch(item.strip(_BLANK))
+    if match is None:
+        return False
+    said = {key: value for key, value in match.groupdict().items() if value is not None}
+    if "key" in said:
+        said = {said["key"]: said["value"]}
+    elif "flag" in said:
+        said = {"devtype": "cdrom"} if said["flag"] == "cdrom" else {said["flag"]: ""}
+    for key in said.keys() & found.keys():
+        raise ConfigError(f"{key} stands twice in a disk line; remove one")
+    found.update(said)
+    return True
+
+
+def _check_chain(text: str) -> str:
+    """Return the canonical text of a chain that could be opened. Raises: ChainError, ConfigError."""
+    chain = parse_chain(text)
+    check_whole_paths(chain)
+    if "\n" in chain.text:
+        raise ConfigError("xl cannot pass on a line's end in the name of a file; give the file another name")
+    return chain.text
+
+
+def _format(line: str, chain: str, found: dict[str, str], xen: Version) -> str:
+    access = found.pop("access", "")
+    vdev = found.pop("vdev", "")
+    if not vdev:
+        raise ConfigError(f"{line!r} names no device for the guest; write it behind the chain, as in ,xvda,w")
+    if access not in {"", "r", "ro", "w", "rw"}:
+        raise ConfigError(f"{line!r} asks for the access {access!r}; xl knows r and w")
+    found["access"] = "ro" if access.startswith("r") and access != "rw" else "rw"
+    found.pop("backendtype", None)
+    script = found.pop("script", SCRIPTS[0])
+    if xen >= _OWN_KIND:
+        found["backendtype"] = "tap"
+    words = [f"{key}={value}" if value else key for key, value in {"vdev": vdev, **found, "script": script}.items()]
+    comma = "," if chain.endswith(",") else ""  # xl removes one from the end
+    return f"{','.join(words)},target={chain}{comma}"

@@ -1,0 +1,45 @@
+"""The file that makes plain ``xl`` the front step: its text, its place, and how it is told from the real xl.
+
+Must not install itself: an operator asks for that. Must not be in the way: commands that name no disk, and all of them
+once xenbackend is gone, are the real xl's at the cost of a shell.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Final
+
+from xenbackend.xl.command import SHORTEST
+
+SHIM_PLACE: Final = "/usr/local/sbin/xl"  # before /usr/sbin on root's PATH and on systemd's
+_MARK: Final = "# xenbackend's step before xl"
+_TEXT: Final = """\
+#!/bin/sh
+{mark}: disk lines such as tap2:log:|aio:/img become lines that xl understands.
+# Remove this file to have plain xl again.
+for word; do
+    case $word in {commands}) [ -x {program} ] && exec {command} xl "$@" ;; esac
+done
+exec {xl} "$@"
+"""
+
+
+def shim_text(xl: str, *command: str) -> str:
+    """Return the shim between `xl`, the real one, and `command`, which starts xenbackend; both by whole paths."""
+    return _TEXT.format(
+        mark=_MARK,
+        commands="|".join(f"{least}*" for least in SHORTEST.values()),
+        program=shlex.quote(command[0]),
+        command=shlex.join(command),
+        xl=shlex.quote(xl),
+    )
+
+
+def is_shim(file: Path) -> bool:
+    """Return whether a file is the shim, wherever and by whatever name."""
+    try:
+        with file.open("rb") as opened:
+            return _MARK.encode() in opened.read(200)
+    except OSError:
+        return False
