@@ -5,7 +5,11 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint bench clean
+IMAGES := /dev/shm/xenbackend-images
+LONG = nice $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed --basetemp $(IMAGES) \
+	--seed $(or $(S),1)
+
+.PHONY: run test test-images test-xen bench-xen bench deb clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -16,8 +20,30 @@ test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist loadgroup
 
+# S=number begins the random numbers elsewhere. In memory: what is synced that often would take a disk hours.
+test-images: $(VENV)/.dev  ## image formats at length: a million requests to each, kills, power losses, damage
+	$(LONG) --requests 1000000 tests/block/test_large.py tests/block/qcow/test_kills.py \
+		tests/block/mapped/test_blocks.py tests/block/drivers/test_vdi.py tests/block/test_hostile_parents.py
+	$(LONG) --requests 2000000 tests/block/formats
+	rm -rf $(IMAGES)
+
+# K=expression runs some of them, as pytest's -k has it. The first time it builds an image, which only root can.
+test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
+	$(BIN)/python -m tests.xen.bed --again $(if $(K),-k '$(K)')
+
+bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
+	$(BIN)/python -m tests.xen.bed tests/xen/speed.py
+
 bench: $(VENV)/.run  ## measure beside the peers that are installed
 	$(BIN)/xenbackend bench --compare
+
+# Of a copy: what a build leaves behind does not land in the checkout. `apt-get build-dep .` brings what it needs.
+deb:  ## a Debian package, in dist/
+	rm -rf build/deb
+	mkdir -p build/deb/source dist
+	cp -a debian systemd udev xenbackend pyproject.toml README.md LICENSE CHANGELOG.md build/deb/source/
+	cd build/deb/source && dpkg-buildpackage --build=binary --no-sign
+	mv build/deb/xenbackend_*_all.deb dist/
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "xenbackend needs Python 3.11 or newer" >&2; exit 1; }

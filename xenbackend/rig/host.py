@@ -19,7 +19,7 @@ from xenbackend.kernel.fence import find_fence
 from xenbackend.kernel.fixed import map_pages
 from xenbackend.kernel.ports import GRANT_OK, Arena, CopySegment, Fence
 from xenbackend.rig.hypervisor import BACKEND_DOMID
-from xenbackend.rig.table import GNTST_BAD_COPY_ARG, Table
+from xenbackend.rig.table import Table
 from xenbackend.rig.wire import Connection
 from xenbackend.units import PAGE
 
@@ -61,13 +61,16 @@ class RigGrants:
         return RigMapping(view, address, release)
 
     def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> list[int]:
-        """Copy between guest and arena; every grant is looked at anew."""
+        """Copy between guest and arena; every grant is looked at anew.
+
+        Raises: KernelError where a segment crosses the guest's page; gntdev refuses the whole call for it.
+        """
+        if any(segment.page_offset + segment.length > PAGE for segment in segments):
+            raise KernelError(f"copy {len(segments)} grants", errno.EINVAL)
         return [self._copy(arena.view, segment) for segment in segments]
 
     def _copy(self, near: memoryview, segment: CopySegment) -> int:
         length = segment.length
-        if segment.page_offset + length > PAGE:
-            return GNTST_BAD_COPY_ARG
         frame = self._table.frame(segment.gref, BACKEND_DOMID, writable=segment.to_guest)
         if frame < 0:
             return frame

@@ -19,7 +19,6 @@ GTF_WRITING = 16  # mapped for writing by somebody
 GNTST_BAD_GNTREF = -3
 GNTST_PERMISSION_DENIED = -8
 GNTST_BAD_PAGE = -9
-GNTST_BAD_COPY_ARG = -10
 
 ENTRIES = 16384
 RESERVED = 8  # the first grefs, as Linux keeps them for the console and xenstore (NR_RESERVED_ENTRIES)

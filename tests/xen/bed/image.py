@@ -1,0 +1,67 @@
+"""The cache of built images: one directory per recipe, there as a whole or not at all.
+
+Must not know what an image is made of.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEPT = 2  # so that two branches with different recipes do not build in turns
+
+
+def cache_directory() -> Path:
+    """Return where images are kept (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenbackend-xen"
+
+
+def key_of(files: Iterable[Path]) -> str:
+    """Return what a recipe is known by: a hash of the names and contents of its files."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def cached(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the directory `name` of the cache; where it is missing, `build` fills one first.
+
+    Whoever comes second waits for the builder. What an interrupted build left is removed by the next one.
+    """
+    place = cache / name
+    if not place.is_dir():
+        with _only_builder(cache):
+            if not place.is_dir():
+                _build(place, build)
+                _forget_older(cache, name.partition("-")[0])
+    os.utime(place)
+    return place
+
+
+def _build(place: Path, build: Callable[[Path], None]) -> None:
+    draft = place.with_name(f"{place.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    build(draft)
+    draft.rename(place)
+
+
+def _forget_older(cache: Path, family: str) -> None:
+    siblings = sorted(cache.glob(f"{family}-*"), key=lambda each: each.stat().st_mtime, reverse=True)
+    for old in siblings[KEPT:]:
+        shutil.rmtree(old)
+
+
+@contextmanager
+def _only_builder(cache: Path) -> Iterator[None]:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,71 @@
+"""A pytest plugin for dom0: tells each test's beginning and end as a line of JSON on the serial port.
+
+Must not judge, nor keep anything: the host's `report.py` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHANNEL = Path("/dev/ttyS1")
+_MAX_TEXT = 20_000  # characters of a failure; the rest is in the results
+
+
+class Progress:
+    """Writes the lines."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._worst: dict[str, pytest.TestReport] = {}  # per test that is running: its phase that counts
+        self._seconds = 0.0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Tell how many there are."""
+        self._tell(event="collected", count=len(session.items))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Tell of a file that cannot be collected."""
+        if report.failed:
+            self._tell(event="end", test=report.nodeid, outcome="failed", seconds=0, text=_text(report))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Tell which test begins."""
+        self._seconds = 0.0
+        self._tell(event="start", test=nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how a phase ended."""
+        self._seconds += report.duration
+        former = self._worst.get(report.nodeid)
+        if former is None or (report.outcome != "passed" and not former.failed):
+            self._worst[report.nodeid] = report
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Tell how a test ended."""
+        report = self._worst.pop(nodeid)
+        self._tell(
+            event="end", test=nodeid, outcome=report.outcome, seconds=round(self._seconds, 1), text=_text(report)
+        )
+
+    def _tell(self, **event: Any) -> None:
+        os.write(self._fd, json.dumps(event).encode() + b"\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Open the port."""
+    config.pluginmanager.register(Progress(os.open(CHANNEL, os.O_WRONLY | os.O_NOCTTY)))
+
+
+def _text(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return what there is to say about a test that did not pass, the logs that were added to it too."""
+    if report.skipped:
+        return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not report.failed:
+        return ""
+    sections = "".join(f"\n--- {title} ---\n{text}" for title, text in report.sections)
+    return (report.longreprtext + sections)[:_MAX_TEXT]

@@ -1,0 +1,103 @@
+"""What the image is made of: Debian 12 as dom0 with Xen 4.17, and a small Linux guest inside of it.
+
+Must not know what is tested. The image's key is a hash of `FILES`: a change in any of them builds anew.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+from tests.xen.bed import initramfs
+from tests.xen.bed.machine import PATH
+
+HERE = Path(__file__).parent
+FILES = [
+    *(HERE / name for name in ("recipe.py", "initramfs.py")),
+    *(HERE / "files" / name for name in ("dom0-init", "guest-init", "suite.service")),
+]
+SUITE = "bookworm"
+PACKAGES = [
+    *("systemd", "systemd-sysv", "udev", "kmod", "dbus", "linux-image-amd64", "python3", "python3-venv"),
+    *("xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils", "qemu-system-xen"),
+    *("grub-xen-bin", "grub-xen-host", "e2fsprogs", "xfsprogs", "fio", "qemu-utils", "iproute2", "procps"),
+    *("busybox-static", "strace"),
+]
+ROOT_SIZE = "4G"  # sparse
+VENV = "/opt/xenbackend"  # where the project is installed; bed/files/start
+GUEST_TOOLS = [
+    *("usr/bin/dash", "usr/bin/flock", "usr/bin/fio", "usr/bin/cmp"),
+    *("usr/sbin/mke2fs", "usr/sbin/e2fsck", "usr/sbin/blkdiscard"),
+]
+GUEST_MODULES = ["crc32c_generic", "ext4", "xen-blkfront"]
+MASKED = [  # a getty on hvc0 would take the console away; timers would wake up in the middle of a measurement
+    *("getty.target", "serial-getty@hvc0.service", "serial-getty@ttyS1.service", "getty@tty1.service"),
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
+    *("systemd-timesyncd.service", "xendomains.service"),
+]
+
+
+def build(directory: Path) -> None:
+    """Fill a directory with `xen`, `vmlinux`, `dom0.cpio` and `root.img`; as root. Raises: CalledProcessError."""
+    root = directory / "root"
+    _run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
+    (directory / "xen").write_bytes(gzip.decompress((root / "boot/xen-4.17-amd64.gz").read_bytes()))
+    kernel = next((root / "boot").glob("vmlinuz-*"))
+    version = kernel.name.removeprefix("vmlinuz-")
+    (directory / "vmlinux").write_bytes(unpacked(kernel.read_bytes()))
+    initramfs.make(
+        directory / "dom0.cpio",
+        root,
+        version,
+        init=HERE / "files/dom0-init",
+        modules=["crc32c_generic", "ext4", "nvme"],
+    )
+    _add_guest(root, version, directory / "vmlinux")
+    _configure(root)
+    image = directory / "root.img"
+    _run("truncate", "-s", ROOT_SIZE, str(image))
+    _run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(image))
+    shutil.rmtree(root)
+
+
+def unpacked(kernel: bytes) -> bytes:
+    """Return the ELF file in a Linux kernel, which spares the emulated CPU the unpacking.
+
+    Source: Linux Documentation/arch/x86/boot.rst (setup_sects, payload_offset, payload_length).
+    """
+    (setup_sectors,) = struct.unpack_from("<B", kernel, 0x1F1)
+    offset, length = struct.unpack_from("<II", kernel, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    return lzma.LZMADecompressor().decompress(kernel[start : start + length])
+
+
+def _add_guest(root: Path, version: str, vmlinux: Path) -> None:
+    place = root / "opt/guest"
+    place.mkdir(parents=True)
+    shutil.copy(vmlinux, place)
+    initramfs.make(
+        place / "initrd", root, version, init=HERE / "files/guest-init", modules=GUEST_MODULES, tools=GUEST_TOOLS
+    )
+
+
+def _configure(root: Path) -> None:
+    (root / "etc/hostname").write_text("dom0\n")
+    (root / "etc/fstab").write_text("")
+    (root / "parcel").mkdir()
+    (root / "var/log/xen/console").mkdir(parents=True, exist_ok=True)
+    with (root / "etc/default/xen").open("a") as file:
+        file.write("XENCONSOLED_ARGS=--log=guest\n")
+    _run("chroot", str(root), "python3", "-m", "venv", VENV)  # pip's own installation takes a minute when emulated
+    shutil.copy(HERE / "files/suite.service", root / "etc/systemd/system/")
+    _run("chroot", str(root), "systemctl", "--quiet", "enable", "suite.service")
+    _run("chroot", str(root), "systemctl", "--quiet", "mask", *MASKED)
+
+
+def _run(*command: str) -> None:
+    environment = {**os.environ, "PATH": PATH, "LC_ALL": "C.UTF-8"}
+    subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)

@@ -1,0 +1,73 @@
+"""Shows on the host what happens in dom0: a line per test when it ends, and which one is running meanwhile.
+
+Must not decide what counts as success: `status` is what dom0 said, None where it said nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+_MARKS = {"passed": "[green]ok[/]  ", "failed": "[red]FAIL[/]", "skipped": "[yellow]skip[/]"}
+
+
+class Report:
+    """Takes the lines of the serial port, one after the other."""
+
+    def __init__(self, console: Console) -> None:
+        self.status: int | None = None
+        self.running = ""  # the test that has begun and not ended
+        self.failed: list[str] = []
+        self._console = console
+        self._spinner = console.status("booting Xen")
+        self._began = time.monotonic()
+        self._count = self._done = 0
+
+    def __enter__(self) -> Report:
+        self._spinner.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spinner.stop()
+
+    def step(self, text: str) -> None:
+        """Show what is going on now, with the time since the start."""
+        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s  {escape(text)}[/]", highlight=False)
+        self._spinner.update(escape(text))
+
+    def take(self, line: str) -> None:
+        """Show an event; what is none is shown as it is."""
+        try:
+            event = json.loads(line)
+        except ValueError:
+            self._console.print(line.rstrip(), markup=False, highlight=False)
+            return
+        match event:
+            case {"event": "step", "text": str(text)}:
+                self.step(text)
+            case {"event": "collected", "count": int(count)}:
+                self._count = count
+                self.step(f"{count} tests")
+            case {"event": "start", "test": str(test)}:
+                self.running = test
+                self._spinner.update(f"{self._done}/{self._count}  {escape(test)}")
+            case {"event": "end"}:
+                self._end(event)
+            case {"event": "exit", "status": int(status)}:
+                self.status = status
+                self.step("switching off")
+
+    def _end(self, event: dict[str, Any]) -> None:
+        self.running = ""
+        self._done += 1
+        text, outcome = event["text"], event["outcome"]
+        line = f"{_MARKS[outcome]} {event['seconds']:6.1f} s  {escape(event['test'])}"
+        reason = f"  [dim]{escape(text)}[/]" if outcome == "skipped" else ""
+        self._console.print(line + reason, highlight=False, soft_wrap=True)
+        if outcome == "failed":
+            self.failed.append(event["test"])
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,132 @@
+"""What scenarios in a real dom0 get: the service, guests, images, and a check after each that nothing was left.
+
+Collected in a dom0 only (`make test-xen` boots one); on any other machine this directory holds no tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.xen.tools import leaks, service, xenstore
+from tests.xen.tools.command import run, until
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.logs import KernelLog, XenLog
+from tests.xen.tools.service import Service
+
+CAPABILITIES = Path("/proc/xen/capabilities")
+if not CAPABILITIES.is_file() or "control_d" not in CAPABILITIES.read_text():
+    collect_ignore_glob = ["test_*.py"]
+
+NewGuest = Callable[..., Guest]
+_began = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name our markers."""
+    config.addinivalue_line("markers", "kernel_says(*patterns): dom0's kernel may complain so in this test")
+    config.addinivalue_line("markers", "xen_says(*patterns): the hypervisor may complain so in this test")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note when a test began."""
+    item.stash[_began] = service.now()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Add to a failure what the service logged meanwhile, and what the backends look like."""
+    report = yield
+    if report.failed and _began in item.stash:
+        report.sections.append(("the service's journal", service.journal(item.stash[_began])))
+        nodes = xenstore.tree("/local/domain/0/backend")
+        report.sections.append(("backends", "\n".join(f"{path} = {value}" for path, value in nodes.items())))
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _suite_leaves_nothing() -> Iterator[None]:
+    """What all tests share is gone in the end as well."""
+    run("modprobe", "-a", "xen-gntalloc", "xen-blkfront")
+    before = leaks.snapshot()
+    yield
+    _fail_if(leaks.wait_until_same(before))
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test leaves the host as it found it, and no complaint in the kernel's and the hypervisor's log.
+
+    What a fixture of a wider scope made before the test began is taken for granted.
+    """
+    kernel, xen, before = KernelLog(), XenLog(), leaks.snapshot()
+    yield
+    left = leaks.wait_until_same(before)
+    complaints = kernel.complaints(_patterns(request, "kernel_says")) + xen.complaints(_patterns(request, "xen_says"))
+    kernel.close()
+    _fail_if(left + [f"complaint: {line}" for line in complaints])
+
+
+def _fail_if(sentences: list[str]) -> None:
+    if sentences:
+        pytest.fail("\n".join(sentences), pytrace=False)
+
+
+def _patterns(request: pytest.FixtureRequest, marker: str) -> list[str]:
+    return [pattern for each in request.node.iter_markers(marker) for pattern in each.args]
+
+
+@pytest.fixture
+def the_service() -> Service:
+    """The service, running; a test that ended it badly does not fail the next one."""
+    the_service = Service()
+    if not the_service.is_active():
+        the_service.restart()
+    return the_service
+
+
+@pytest.fixture
+def new_guest() -> Iterator[NewGuest]:
+    """Return a function like `Guest`; what it made is destroyed after the test."""
+    made: list[Guest] = []
+
+    def new(**configuration: object) -> Guest:
+        made.append(Guest(**configuration))
+        return made[-1]
+
+    yield new
+    for guest in made:
+        _end(guest)
+
+
+@pytest.fixture(scope="module")
+def linux() -> Iterator[Guest]:
+    """A running Linux guest without disks that the tests of a module share: attach, use, detach."""
+    guest = Guest().create().wait_until_ready()
+    yield guest
+    _end(guest)
+
+
+def _end(guest: Guest) -> None:
+    if guest.domid:
+        guest.destroy()
+        until(f"{guest.name} is gone", lambda: not guest.is_there())
+
+
+@pytest.fixture
+def on_tmpfs() -> Iterator[Path]:
+    """A directory in memory."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        yield Path(place)
+
+
+@pytest.fixture
+def on_ext4() -> Iterator[Path]:
+    """A directory on dom0's disk, where O_DIRECT works."""
+    place = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    yield place
+    shutil.rmtree(place)
