@@ -19,7 +19,7 @@ from xenbackend.errors import ChainError, ConfigError, DriverError, XenbackendEr
 MODULES = {  # of the commands, in the order of the help
     "run": "run", "status": "status", "attach": "attach", "detach": "attach", "check": "check",
     "drivers": "drivers", "log": "log", "demo": "demo", "bench": "bench",
-    "install": "install", "uninstall": "install", "xl": "xl", "convert": "convert",
+    "install": "install", "uninstall": "install", "xl": "xl", "convert": "convert", "image": "image",
 }  # fmt: skip
 
 

@@ -1,0 +1,239 @@
+"""The command image, as main runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests import qemu
+from tests.driven import WorkerProcess
+from tests.image_content import leak
+from tests.qemu import qemu_img
+from xenbackend import control
+from xenbackend.cli.main import main
+
+MIB = 1 << 20
+Run = Callable[..., tuple[int, str, str]]
+RunJson = Callable[..., Any]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return what runs a verb in the test's directory: status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(*words: str) -> tuple[int, str, str]:
+        status = main(["image", *words])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run_it
+
+
+@pytest.fixture
+def run_json(run: Run) -> RunJson:
+    """Return what runs a verb that must succeed, and parses what it prints."""
+
+    def run_it(*words: str) -> Any:
+        status, out, err = run(*words, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    return run_it
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Return a raw image."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(Random(1).randbytes(MIB).ljust(4 * MIB, b"\0"))
+    return path
+
+
+def test_a_file_becomes_a_guests_disk_and_a_file_again(run_json: RunJson, raw: Path, tmp_path: Path) -> None:
+    """The whole way: convert, snapshot, commit, resize, convert back, and QEMU agrees at the end."""
+    qemu_img("convert", "-O", "qcow2", raw, tmp_path / "a.qcow2")
+    assert run_json("convert", "qcow2:a.qcow2", "vhd:b.vhd")["size"] == 4 * MIB
+    leaf = run_json("snapshot", "vhd:b.vhd", "leaf.vhd")
+    assert leaf == {"text": "vhd:leaf.vhd", "size": 4 * MIB, "parent": "vhd:b.vhd"}
+    assert run_json("commit", leaf["text"])["written"] == 0
+    assert run_json("resize", "vhd:b.vhd", "8M") == {"image": "vhd:b.vhd", "before": 4 * MIB, "size": 8 * MIB}
+    run_json("convert", "vhd:b.vhd", "qcow2:c.qcow2", "--cluster-size", "4K")
+
+    os.truncate(raw, 8 * MIB)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, tmp_path / "c.qcow2")
+    assert json.loads(qemu_img("info", "--output=json", tmp_path / "c.qcow2"))["cluster-size"] == 4096
+
+
+def test_create_makes_what_it_says(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
+    """The text that it prints is a layer that can be attached as it stands."""
+    assert run("create", "vhd", "new.vhd", "1G")[:2] == (0, "vhd:new.vhd: 1 GiB\n")
+    made = run_json("create", "qcow", "child", "--parent", "disk.raw", "--parent-format", "raw")
+    assert made["text"] == "qcow:child,parent_format=raw"
+    assert main(["check", "--json", made["text"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["create", "qcow2", "disk.raw", "1G"], "exists already"),
+        (["create", "qcow2", "new"], "needs a size"),
+        (["create", "qcow2", "new", "--parent", "disk.raw"], "say --parent-format raw, vhd"),
+        (["info", "none"], "No such file"),
+        (["check", "aio:disk.raw"], "write one of vhd:FILE, qcow2:FILE, qcow:FILE"),
+        (["check", "disk.raw"], "does not say its format; write aio:disk.raw"),
+        (["snapshot", "aio:disk.raw", "new"], "a raw child cannot be"),
+        (["commit", "aio:disk.raw"], "no parent"),
+        (["resize", "aio:disk.raw", "1M"], "cannot become smaller"),
+        (["convert", "disk.raw", "vhd:new"], "does not say its format"),
+        (["convert", "aio:disk.raw", "new"], "does not say its format"),
+        (["convert", "aio:disk.raw", "vhd:disk.raw"], "exists already"),
+        (["convert", "aio:disk.raw", "aio:disk.raw"], "--overwrite writes over"),
+        (["convert", "aoi:disk.raw", "aio:new"], "did you mean aio?"),
+        (["map", "disk.raw"], "does not say its format"),
+    ],
+)
+def test_mistakes_are_two_and_a_sentence(run: Run, raw: Path, tmp_path: Path, words: list[str], sentence: str) -> None:
+    """Whatever is wrong is refused before anything is touched, without a traceback."""
+    before = raw.read_bytes()
+    status, out, err = run(*words)
+
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert {"disk.raw": before} == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_info_finds_out_what_a_file_is(run: Run, run_json: RunJson, raw: Path) -> None:
+    """Of a bare file it says what it looks like; of a layer it says what it is."""
+    run("convert", "aio:disk.raw", "qcow2:a.qcow2")
+
+    status, out, _ = run("info", "a.qcow2")
+    assert (status, out.splitlines()[0]) == (0, "a.qcow2 looks like qcow2; as a layer it is qcow2:a.qcow2")
+    for line in ("  format:       QCOW2, version 3", "  disk:         4 MiB (4194304 bytes)"):
+        assert line in out.splitlines()
+    found = run_json("info", "qcow2:a.qcow2")
+    assert (None, 65536) == (found["probed"], found["layers"][0]["cluster_size"])
+    assert run_json("info", "disk.raw")["probed"] == "raw"
+
+
+def test_map_is_qemus_json(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
+    """A program that reads `qemu-img map --output=json` reads ours; people get a table."""
+    run("convert", "aio:disk.raw", "qcow2:a.qcow2")
+    qemu = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", tmp_path / "a.qcow2"))
+
+    assert qemu == run_json("map", "qcow2:a.qcow2")
+    _, out, _ = run("map", "qcow2:a.qcow2")
+    assert [1 + len(qemu), "layer"] == [len(out.splitlines()), out.splitlines()[0].split()[-1]]
+
+
+def test_check_ends_as_qemu_img_does(run: Run, raw: Path, tmp_path: Path) -> None:
+    """0 where it is sound, 3 for leaks, 0 again after a repair, 2 for errors."""
+    run("convert", "aio:disk.raw", "vhd:a.vhd")
+    assert run("check", "vhd:a.vhd")[:2] == (0, "vhd:a.vhd: 0 errors, 0 leaks\n")
+    run("convert", "aio:disk.raw", "qcow2:a.qcow2")
+    path = tmp_path / "a.qcow2"
+    leak(path)
+    status, out, _ = run("check", "qcow2:a.qcow2")
+    assert (3, "qcow2:a.qcow2: 0 errors, 1 leaks") == (status, out.splitlines()[-1])
+    assert (0, 1) == qemu.check(path)
+    status, out, _ = run("check", "qcow2:a.qcow2", "--repair")
+    assert (0, ["1 faults were repaired", "qcow2:a.qcow2: 0 errors, 0 leaks"]) == (status, out.splitlines())
+    assert (0, 0) == qemu.check(path)
+    with (tmp_path / "a.vhd").open("r+b") as file:
+        file.write(bytes(512))
+    status, out, _ = run("check", "--json", "vhd:a.vhd")
+    assert (2, 2, 1) == (status, json.loads(out)["status"], json.loads(out)["errors"])
+
+
+def test_a_device_is_written_over_where_that_is_said(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
+    """Only --overwrite writes to what is there, and never together with --resume."""
+    (tmp_path / "device").write_bytes(b"old!" * MIB)
+    assert run("convert", "aio:disk.raw", "aio:device")[0] == 2
+    run_json("convert", "aio:disk.raw", "aio:device", "--overwrite")
+    assert raw.read_bytes() == (tmp_path / "device").read_bytes()
+    with pytest.raises(SystemExit):
+        run("convert", "aio:disk.raw", "aio:device", "--overwrite", "--resume")
+
+
+def test_a_failure_is_one_and_can_be_gone_on_from(run: Run, raw: Path, tmp_path: Path) -> None:
+    """A medium that fails is nobody's mistake: status 1, what failed, and how to go on."""
+    status, _, err = run("convert", "fault:errno=EIO,op=read|aio:disk.raw", "vhd:new")
+
+    assert status == 1
+    assert err.splitlines()[0] == "stopped; the same with --resume goes on with new.partial"
+    assert "read of 1048576 bytes at 0: Input/output error" in err
+    assert (tmp_path / "new.partial").exists()
+
+
+@pytest.mark.slow
+def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path: Path) -> None:
+    """While a guest has an image, nothing here alters it or takes it for stable; `info` still says what it is."""
+    run("convert", "aio:disk.raw", "qcow2:a.qcow2")
+    worker = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
+    try:
+        assert isinstance(worker.open(f"qcow2:{tmp_path}/a.qcow2"), control.Opened)
+        for words in (
+            ["check", "qcow2:a.qcow2"],
+            ["check", "qcow2:a.qcow2", "--repair"],
+            ["resize", "qcow2:a.qcow2", "1G"],
+            ["snapshot", "qcow2:a.qcow2", "new"],
+            ["convert", "qcow2:a.qcow2", "vhd:new"],
+            ["map", "qcow2:a.qcow2"],
+        ):
+            status, _, err = run(*words)
+            assert (2, True) == (status, "is locked by another process" in err), words
+        assert "somebody writes to it" in run("info", "qcow2:a.qcow2")[1]
+        assert not (tmp_path / "new").exists()
+    finally:
+        worker.drop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C ends it with 130 and says how to go on; whatever ended it, --resume completes it."""
+    words = ["convert", "delay:read=40ms|ram:128M", "qcow2:new"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xenbackend", "image", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    give_up = time.monotonic() + 20
+    while not (tmp_path / "new.partial").exists():
+        assert time.monotonic() < give_up
+        select.select([], [], [], 0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+
+    if number != signal.SIGKILL:
+        assert (130, "stopped; the same with --resume goes on with new.partial\n") == (process.returncode, err)
+    assert {"new.partial", "new.partial.json"} == {path.name for path in tmp_path.iterdir()}
+    assert run(*words, "--resume")[0] == 0
+    assert {"new"} == {path.name for path in tmp_path.iterdir()}
+    assert (0, 0) == qemu.check(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_bar(raw: Path, tmp_path: Path) -> None:
+    """On a terminal there is a bar that ends at the size of the disk; elsewhere there is none."""
+    command = [sys.executable, "-m", "xenbackend", "image", "convert", "aio:disk.raw"]
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run([*command, "vhd:one"], cwd=tmp_path, stderr=theirs, check=True, env=environment)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    quiet = subprocess.run([*command, "vhd:two"], cwd=tmp_path, capture_output=True, check=True, text=True)
+
+    assert (0, True, True) == (done.returncode, "convert" in shown, "4.2/4.2 MiB" in shown or "4.0/4.0 MiB" in shown)
+    assert (quiet.stdout, quiet.stderr) == ("vhd:two: 4 MiB, 1 MiB written\n", "")

@@ -1,0 +1,40 @@
+"""Images for the tests of what is done to images: one disk's content, in a raw file and in whatever format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.qemu import qemu_img
+from xenbackend.image.names import QEMU_NAMES, Image, find_image
+
+SIZE = 5 << 20
+DATA = {64 << 10: 200 << 10, 3 << 20: 4096, SIZE - 512: 512}  # where there are bytes that are not zeros, and how many
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Return a sparse raw image with data in three places."""
+    path, chance = tmp_path / "disk.raw", Random(1)
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+        for place, length in DATA.items():
+            file.seek(place)
+            file.write(chance.randbytes(length))
+    return path
+
+
+@pytest.fixture
+def made(raw: Path, tmp_path: Path) -> Callable[[str], Image]:
+    """Return what makes an image of a format with that content, by QEMU."""
+
+    def make(image_format: str) -> Image:
+        path = tmp_path / f"disk.{image_format}"
+        options = ["-o", "force_size"] if image_format == "vhd" else []
+        qemu_img("convert", "-f", "raw", "-O", QEMU_NAMES[image_format], *options, raw, path)
+        return find_image(f"{image_format}:{path}")
+
+    return make

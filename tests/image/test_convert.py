@@ -1,0 +1,207 @@
+"""Converting a chain into a new image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import qemu
+from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
+from xenbackend.block.spec import parse_chain
+from xenbackend.errors import ConfigError, DriverError
+from xenbackend.image.blank import Wishes
+from xenbackend.image.convert import Progress, State, convert, overwrite
+from xenbackend.image.create import create
+from xenbackend.image.names import FORMATS, Image, find_image, image_of_file
+from xenbackend.image.session import RequestFailed
+
+Make = Callable[[str], Image]
+NONE = Wishes()
+MIB = 1 << 20
+
+
+def stop_after(steps: int) -> Progress:
+    """Return a progress that stops at the step after so many."""
+    left = steps
+
+    def progress(_done: int, _total: int) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+
+    return progress
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Image:
+    """Return an image that is not there yet."""
+    return find_image(f"qcow2:{tmp_path}/new")
+
+
+@pytest.fixture
+def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each turn one request, and each of them a checkpoint."""
+    monkeypatch.setattr("xenbackend.image.transfer.DEPTH", 1)
+    monkeypatch.setattr("xenbackend.image.convert.CHECKPOINT", 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "wishes"),
+    [
+        *((source, to, NONE) for source in FORMATS for to in FORMATS),
+        ("raw", "qcow2", Wishes(cluster_size=4096)),
+        ("raw", "qcow", Wishes(cluster_size=512)),
+        ("raw", "vhd", Wishes(cluster_size=4096)),
+        ("raw", "vhd", Wishes(is_fixed=True)),
+    ],
+)
+def test_every_format_becomes_every_other(
+    made: Make, raw: Path, tmp_path: Path, source: str, to: str, wishes: Wishes
+) -> None:
+    """The new image holds what the old one does, for QEMU, takes no more room than the data, and nothing is left."""
+    image = image_of_file("raw", str(raw)) if source == "raw" else made(source)
+    new = image_of_file(to, f"{tmp_path}/new")
+    done = convert(image.chain, new, wishes, ignore)
+
+    assert_same_for_qemu(tmp_path / "new", to, raw)
+    assert done.written < MIB
+    assert Path(new.path).stat().st_blocks * 512 < 2 * MIB
+    assert [] == list(tmp_path.glob("new.*"))
+    if to == "qcow2":
+        assert (0, 0) == qemu.check(tmp_path / "new")
+
+
+def test_a_chain_with_parents_is_flattened(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:
+    """What is converted is what a guest reads, with every parent, also through filters."""
+    child = create("vhd", f"{tmp_path}/child", None, parent=made("vhd"))
+    disk_write(child.text, {MIB: b"c" * 4096})
+    convert(parse_chain(f"delay:|{child.text}"), target, NONE, ignore)
+
+    expected = bytearray(raw.read_bytes())
+    expected[MIB : MIB + 4096] = b"c" * 4096
+    assert expected == disk_content(target.text)
+
+
+@pytest.mark.usefixtures("small_turns")
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_what_was_stopped_can_be_gone_on_with(made: Make, raw: Path, tmp_path: Path, target: Image, steps: int) -> None:
+    """Stopped anywhere, source and target's name are untouched; it goes on from where it was, and ends the same."""
+    source = made("vhd")
+    before = Path(source.path).read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        convert(source.chain, target, NONE, stop_after(steps))
+    assert not Path(target.path).exists()
+    assert before == Path(source.path).read_bytes()
+    state = json.loads((tmp_path / "new.partial.json").read_bytes())
+
+    done = convert(source.chain, target, NONE, ignore, resume=True)
+    assert state["done"] == done.resumed_at
+    assert (steps > 0) == (done.resumed_at > 0)
+    assert_same_for_qemu(tmp_path / "new", "qcow2", raw)
+    assert (0, 0) == qemu.check(tmp_path / "new")
+    assert [] == list(tmp_path.glob("new.*"))
+
+
+@pytest.mark.usefixtures("small_turns")
+def test_what_a_killed_one_leaked_is_given_back(raw: Path, tmp_path: Path, target: Image) -> None:
+    """A partial image with room that nothing uses is repaired before it is gone on with."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(parse_chain(f"aio:{raw}"), target, NONE, stop_after(2))
+    leak(tmp_path / "new.partial")
+    convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True)
+
+    assert (0, 0) == qemu.check(tmp_path / "new")
+    assert_same_for_qemu(tmp_path / "new", "qcow2", raw)
+
+
+@pytest.mark.usefixtures("small_turns")
+def test_a_failure_can_be_gone_on_from_too(raw: Path, target: Image, tmp_path: Path) -> None:
+    """An error of the source ends it with what was done before; it is no reason to begin anew."""
+    broken = parse_chain(f"fault:errno=EIO,op=read,range=3M-4M|aio:{raw}")
+    with pytest.raises(RequestFailed, match="Input/output error"):
+        convert(broken, target, NONE, ignore)
+
+    assert json.loads((tmp_path / "new.partial.json").read_bytes())["done"] > 0
+
+
+@pytest.mark.usefixtures("small_turns")
+def test_what_has_changed_is_not_gone_on_with(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:
+    """Another source, a source that was written, other wishes, a state that cannot be read: each is refused."""
+    source = made("vhd")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source.chain, target, NONE, stop_after(2))
+    state = tmp_path / "new.partial.json"
+
+    with pytest.raises(ConfigError, match="say --resume"):
+        convert(source.chain, target, NONE, ignore)
+    with pytest.raises(ConfigError, match="began with another wishes"):
+        convert(source.chain, target, Wishes(4096), ignore, resume=True)
+    with pytest.raises(ConfigError, match="began with another source"):
+        convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True)
+    disk_write(source.text, {0: b"new" * 512})
+    with pytest.raises(ConfigError, match="source was changed"):
+        convert(source.chain, target, NONE, ignore, resume=True)
+    state.write_text("{}")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        convert(source.chain, target, NONE, ignore, resume=True)
+
+
+def test_with_nothing_to_go_on_with_it_begins(raw: Path, target: Image) -> None:
+    """So a script may always say --resume."""
+    assert 0 == convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True).resumed_at
+    assert_same_for_qemu(Path(target.path), "qcow2", raw)
+
+
+def test_nothing_is_written_over_or_left(raw: Path, tmp_path: Path) -> None:
+    """A target that is there, one that cannot be, a source that cannot be opened: refused, and nothing is made."""
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    cases: list[tuple[str, str, Any]] = [
+        (f"aio:{raw}", f"qcow2:{raw}", ConfigError),
+        (f"aio:{raw}", f"qcow2:{tmp_path}/none/new", ConfigError),
+        ("aio:/none", f"qcow2:{tmp_path}/new", DriverError),
+    ]
+    for source, to, error in cases:
+        with pytest.raises(error):
+            convert(parse_chain(source), find_image(to), NONE, ignore)
+    with pytest.raises(ConfigError, match="power of two"):
+        convert(parse_chain(f"aio:{raw}"), find_image(f"qcow2:{tmp_path}/new"), Wishes(1000), ignore)
+
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_raw_disk_can_be_written_over(made: Make, raw: Path, tmp_path: Path) -> None:
+    """Whatever it held is what the source reads as, zeros too; what is behind the source's end stays."""
+    path = tmp_path / "device"
+    path.write_bytes(b"old!" * (6 * MIB // 4))
+    done = overwrite(made("qcow2").chain, image_of_file("raw", str(path)), ignore)
+
+    assert raw.read_bytes() + b"old!" * (MIB // 4) == path.read_bytes()
+    assert 5 * MIB == done.size
+
+
+def test_what_cannot_be_written_over_is_refused(made: Make, raw: Path, tmp_path: Path) -> None:
+    """A disk that is too small, and an image of a format, stay as they are."""
+    source, small = made("qcow2"), tmp_path / "small"
+    small.write_bytes(b"old!" * 1024)
+    with pytest.raises(ConfigError, match="has 4 KiB, and the source 5 MiB"):
+        overwrite(source.chain, image_of_file("raw", str(small)), ignore)
+    with pytest.raises(ConfigError, match="only a raw image"):
+        overwrite(source.chain, made("vhd"), ignore)
+
+    assert b"old!" * 1024 == small.read_bytes()
+
+
+def test_a_state_is_forgotten_once(tmp_path: Path) -> None:
+    """To forget what is not there is no error."""
+    state = State(f"{tmp_path}/state")
+    state.save({"size": 1}, 5)
+
+    assert 5 == state.load({"size": 1})
+    state.remove()
+    state.remove()
+    assert [] == list(tmp_path.iterdir())

@@ -1,0 +1,124 @@
+"""Making images with parents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.image_content import assert_same_for_qemu, disk_content, disk_write
+from tests.qemu import qemu_img
+from xenbackend.errors import ConfigError, DriverError
+from xenbackend.image.create import create, parents_option, snapshot
+from xenbackend.image.names import Image, find_image, image_of_file
+
+Make = Callable[[str], Image]
+
+
+@pytest.mark.parametrize("parent_format", ["raw", "vhd", "qcow2", "qcow"])
+def test_a_qcow2_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path, parent_format: str) -> None:
+    """Its parent's format is in the image, so that both QEMU and we open it without being told."""
+    parent = image_of_file("raw", str(raw)) if parent_format == "raw" else made(parent_format)
+    child = create("qcow2", f"{tmp_path}/child", None, parent=parent)
+
+    assert f"qcow2:{tmp_path}/child" == child.text
+    assert raw.read_bytes() == disk_content(child.text)
+    assert_same_for_qemu(tmp_path / "child", "qcow2", raw)
+
+
+@pytest.mark.parametrize("parent_format", ["raw", "vhd"])
+def test_a_vhd_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path, parent_format: str) -> None:
+    """A differencing image finds its parent by its name and knows it by its UUID."""
+    parent = image_of_file("raw", str(raw)) if parent_format == "raw" else made(parent_format)
+    child = create("vhd", f"{tmp_path}/child", None, parent=parent)
+    disk_write(child.text, {512: b"c" * 512})
+
+    expected = bytearray(raw.read_bytes())
+    expected[512:1024] = b"c" * 512
+    assert expected == disk_content(child.text)
+
+
+def test_a_parents_names_have_room_behind_a_table(raw: Path, tmp_path: Path) -> None:
+    """However long the table is, the names come between it and the footer, and the file ends where direct I/O can."""
+    child = create("vhd", f"{tmp_path}/child", 2816 << 20, parent=image_of_file("raw", str(raw)))
+
+    assert 12288 == (tmp_path / "child").stat().st_size
+    assert raw.read_bytes() == disk_content(child.text, raw.stat().st_size)
+
+
+def test_a_qcow_child_is_told_its_parents_format(made: Make, raw: Path, tmp_path: Path) -> None:
+    """This version cannot store the format, so the text that is returned says it."""
+    child = create("qcow", f"{tmp_path}/child", None, parent=image_of_file("raw", str(raw)))
+
+    assert f"qcow:{tmp_path}/child,parent_format=raw" == child.text
+    assert raw.read_bytes() == disk_content(child.text)
+
+
+@pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
+def test_a_tree_can_be_moved(made: Make, raw: Path, tmp_path: Path, image_format: str) -> None:
+    """A parent in the same tree is named relative to the child; the text says where parents may be."""
+    tree = tmp_path / "tree"
+    (tree / "base").mkdir(parents=True)
+    (tree / "guests").mkdir()
+    made(image_format)
+    base = (tmp_path / f"disk.{image_format}").rename(tree / "base" / "disk")
+    child = create(image_format, f"{tree}/guests/child", None, parent=image_of_file(image_format, str(base)))
+    assert f"{image_format}:{tree}/guests/child,parents={tree}" == child.text
+    moved = tree.rename(tmp_path / "moved")
+
+    assert raw.read_bytes() == disk_content(f"{image_format}:{moved}/guests/child,parents={moved}")
+
+
+def test_children_of_children(made: Make, raw: Path, tmp_path: Path) -> None:
+    """A snapshot of a snapshot has both beneath it, and a larger child reads zeros behind its parent."""
+    first = snapshot(made("qcow2"), f"{tmp_path}/one")
+    second = snapshot(find_image(first.text), f"{tmp_path}/two")
+    larger = create("qcow2", f"{tmp_path}/three", 6 << 20, parent=find_image(second.text))
+
+    assert raw.read_bytes() + bytes(1 << 20) == disk_content(larger.text)
+    found = json.loads(qemu_img("info", "--output=json", tmp_path / "two"))
+    assert ("one", "qcow2") == (found["backing-filename"], found["backing-filename-format"])
+
+
+def test_there_are_only_so_many_generations(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that could not be opened any more is not made."""
+    monkeypatch.setattr("xenbackend.image.create.MAX_PARENTS", 1)
+    child = snapshot(made("qcow2"), f"{tmp_path}/one")
+
+    with pytest.raises(ConfigError, match="commit or convert"):
+        snapshot(find_image(child.text), f"{tmp_path}/two")
+
+
+def test_a_parents_own_options_go_on(made: Make, raw: Path, tmp_path: Path) -> None:
+    """What a parent's layer had to say for its own parents, the child's layer says too."""
+    child = create("qcow", f"{tmp_path}/child", None, parent=image_of_file("raw", str(raw)))
+    (tmp_path / "sub").mkdir()
+    grandchild = create("qcow2", f"{tmp_path}/sub/grandchild", None, parent=find_image(child.text))
+
+    assert f"qcow2:{tmp_path}/sub/grandchild,parents={tmp_path},parent_format=raw" == grandchild.text
+    assert raw.read_bytes() == disk_content(grandchild.text)
+
+
+def test_what_cannot_be_made_is_refused(made: Make, raw: Path, tmp_path: Path) -> None:
+    """No size and no parent, a parent of a wrong format, a raw child, a parent that is not there: nothing is made."""
+    parent, before = made("qcow2"), {path.name for path in tmp_path.iterdir()} | {"disk.qcow2"}
+    new = f"{tmp_path}/new"
+    with pytest.raises(ConfigError, match="needs a size"):
+        create("qcow2", new, None)
+    with pytest.raises(ConfigError, match="parent of a vhd image can be vhd or raw, and not qcow2"):
+        create("vhd", new, None, parent=parent)
+    with pytest.raises(ConfigError, match="a raw child cannot be"):
+        snapshot(image_of_file("raw", str(raw)), new)
+    with pytest.raises(DriverError, match="there is no file"):
+        create("qcow2", new, None, parent=find_image("qcow2:/none"))
+    assert before == {path.name for path in tmp_path.iterdir()}
+
+
+def test_where_parents_are_is_said_only_where_it_must_be(tmp_path: Path) -> None:
+    """In the child's own directory, or below it, no option is needed."""
+    (tmp_path / "a").mkdir()
+
+    assert "" == parents_option(f"{tmp_path}/child", f"{tmp_path}/a/parent")
+    assert str(tmp_path) == parents_option(f"{tmp_path}/a/child", f"{tmp_path}/parent")

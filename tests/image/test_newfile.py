@@ -1,0 +1,71 @@
+"""New files, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from xenbackend.errors import ConfigError
+from xenbackend.image.newfile import Blank, publish, refuse_existing, replace_durably, write_new
+
+
+def test_a_new_file_holds_its_pieces(tmp_path: Path) -> None:
+    """The pieces are where they belong, holes around them; nothing else is left, and nobody else may read it."""
+    write_new(f"{tmp_path}/new", Blank(10, [(0, b"ab"), (8, b"yz")]))
+
+    assert {"new": b"ab\0\0\0\0\0\0yz"} == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert 0o600 == (tmp_path / "new").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_nothing_is_written_over(tmp_path: Path, kind: str) -> None:
+    """A name that is taken is refused, also by a link that leads nowhere, and what was there stays."""
+    path = tmp_path / "taken"
+    if kind == "file":
+        path.write_bytes(b"mine")
+    else:
+        path.symlink_to("nowhere")
+
+    with pytest.raises(ConfigError, match="exists already"):
+        write_new(str(path), Blank(10))
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+    """Who comes second loses: a link into place never replaces a file."""
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"mine")
+
+    with pytest.raises(ConfigError, match="appeared meanwhile"):
+        publish(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert b"mine" == (tmp_path / "b").read_bytes()
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file cannot be completed, no temporary file stays behind."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="full"):
+        write_new(f"{tmp_path}/new", Blank(10, [(0, b"x")]))
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_missing_directory_is_said(tmp_path: Path) -> None:
+    """A directory that is not there is named."""
+    with pytest.raises(ConfigError, match=r"no directory .*/none;"):
+        refuse_existing(f"{tmp_path}/none/new")
+
+
+def test_a_small_file_is_replaced(tmp_path: Path) -> None:
+    """What was there is gone, and nothing is left beside it."""
+    for data in (b"one", b"two"):
+        replace_durably(f"{tmp_path}/state", data)
+
+    assert {"state": b"two"} == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

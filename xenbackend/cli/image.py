@@ -1,0 +1,274 @@
+"""`xenbackend image`: make, look at, check, grow, commit and convert image files while no guest has them.
+
+Must not do what `xenbackend.image` should; a verb here is its arguments, one call, and a sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from xenbackend.cli.arguments import size
+from xenbackend.errors import ConfigError, printable
+from xenbackend.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xenbackend.image.blank import Wishes
+    from xenbackend.image.check import Verdict
+    from xenbackend.image.create import Created
+    from xenbackend.image.names import Image
+
+_FORMATS = ("raw", "vhd", "qcow2", "qcow")
+_LAYERS = "vhd:FILE, qcow2:FILE, qcow:FILE or aio:FILE (raw)"
+_WITH_TABLES = "the image with its format: vhd:FILE, qcow2:FILE or qcow:FILE"
+_CHECK_STATUS = (
+    "Exit status, as qemu-img check has it: 0 the image is sound; 1 it could not be checked; 2 it has errors, or is "
+    "none that could be opened; 3 it has leaks only, which is lost room and no danger. What is left after --repair "
+    "decides."
+)
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "image",
+        help="make, look at, check, grow, commit and convert image files",
+        description="What may be done to image files while no guest has them: an image in use is refused.",
+    )
+    verbs = parser.add_subparsers(dest="image_command", required=True, metavar="COMMAND")
+    _register_create(verbs)
+    _register_info(verbs)
+    _register_check(verbs)
+    _register_snapshot(verbs)
+    _register_commit(verbs)
+    _register_resize(verbs)
+    _register_map(verbs)
+    _register_convert(verbs)
+    for verb in verbs.choices.values():
+        verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _register_create(verbs: Any) -> None:
+    verb = verbs.add_parser("create", help="make an image", description="Make an image that reads as zeros, or as its "
+        "parent. It appears whole or not at all, and never in the place of another file.")  # fmt: skip
+    verb.add_argument("format", choices=_FORMATS)
+    verb.add_argument("file", metavar="FILE")
+    verb.add_argument("size", metavar="SIZE", type=size, nargs="?", help="such as 20G (default: the parent's)")
+    verb.add_argument("--parent", metavar="FILE", help="what it reads as at first; named relative to the new image")
+    verb.add_argument("--parent-format", choices=_FORMATS, help="what the parent is; that is never guessed")
+    _add_wishes(verb)
+    verb.set_defaults(run=create)
+
+
+def _register_info(verbs: Any) -> None:
+    verb = verbs.add_parser("info", help="say what an image is", description="Say what an image or a chain is, and its "
+        "parents. Of a FILE alone it finds out what it looks like; nothing else here does that.")  # fmt: skip
+    verb.add_argument("image", metavar="CHAIN_OR_FILE", help="such as qcow2:FILE, or just FILE")
+    verb.set_defaults(run=info)
+
+
+def _register_check(verbs: Any) -> None:
+    verb = verbs.add_parser("check", help="say whether an image is sound", description=_CHECK_STATUS)
+    verb.add_argument("image", metavar="LAYER", help=_WITH_TABLES)
+    verb.add_argument("--repair", action="store_true", help="repair what can be repaired without risk to data")
+    verb.set_defaults(run=check)
+
+
+def _register_snapshot(verbs: Any) -> None:
+    verb = verbs.add_parser("snapshot", help="make a child of an image", description="Make a new image of the same "
+        "format whose parent is this one, which must not be written any more.")  # fmt: skip
+    verb.add_argument("image", metavar="LAYER", help=_WITH_TABLES)
+    verb.add_argument("new", metavar="NEW", help="the file of the new image")
+    verb.set_defaults(run=snapshot)
+
+
+def _register_commit(verbs: Any) -> None:
+    verb = verbs.add_parser("commit", help="write what an image has into its parent", description="Write what an image "
+        "has into its parent. It may be stopped anywhere and done again. The image itself stays as it is; other "
+        "children of the parent are worthless afterwards.")  # fmt: skip
+    verb.add_argument("image", metavar="LAYER", help=_WITH_TABLES)
+    verb.set_defaults(run=commit)
+
+
+def _register_resize(verbs: Any) -> None:
+    verb = verbs.add_parser("resize", help="make the disk of an image larger")
+    verb.add_argument("image", metavar="LAYER", help=f"the image with its format: {_LAYERS}")
+    verb.add_argument("size", metavar="SIZE", type=size, help="such as 40G; never smaller than it is")
+    verb.set_defaults(run=resize)
+
+
+def _register_map(verbs: Any) -> None:
+    verb = verbs.add_parser("map", help="say which ranges of a disk are where", description="Say which ranges hold "
+        "data or zeros, in which image of the chain (depth 0 is the first) and where in its file. --json is that of "
+        "qemu-img map.")  # fmt: skip
+    verb.add_argument("image", metavar="CHAIN", help="such as qcow2:FILE")
+    verb.set_defaults(run=show_map)
+
+
+def _register_convert(verbs: Any) -> None:
+    verb = verbs.add_parser("convert", help="make a new image of what a chain reads as", description="Make a new image "
+        "of what a chain reads as; ranges of zeros take no room. Until it is complete its file is called TO.partial, "
+        "beside TO.partial.json, which says how far it is; --resume goes on there if FROM is what it was.")  # fmt: skip
+    verb.add_argument("source", metavar="FROM", help="any chain, such as qcow2:FILE, with its parents")
+    verb.add_argument("target", metavar="TO", help=f"a new image: {_LAYERS}")
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with what was stopped; where nothing was, begin")
+    how.add_argument("--overwrite", action="store_true", help="TO is a raw image or a block device that is there "
+        "already: write over what it holds, zeros too")  # fmt: skip
+    verb.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_wishes(verb)
+    verb.set_defaults(run=convert)
+
+
+def _add_wishes(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--cluster-size", metavar="SIZE", type=size, default=0, help="of qcow2, qcow; of vhd, the block")
+    verb.add_argument("--fixed", action="store_true", help="vhd: a fixed image, raw data with a footer")
+
+
+def create(arguments: argparse.Namespace) -> int:
+    """Make an image. Raises: ConfigError, DriverError."""
+    from xenbackend.image.create import create as make
+
+    parent = _parent(arguments)
+    made = make(arguments.format, arguments.file, arguments.size, _wishes(arguments), parent)
+    return _print_created(made, as_json=arguments.json)
+
+
+def snapshot(arguments: argparse.Namespace) -> int:
+    """Make a child. Raises: ConfigError, DriverError."""
+    from xenbackend.image.create import snapshot as make
+    from xenbackend.image.names import find_image
+
+    return _print_created(make(find_image(arguments.image), arguments.new), as_json=arguments.json)
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Say what an image is. Raises: ChainError, DriverError."""
+    from xenbackend.cli import image_show
+
+    return image_show.info(arguments)
+
+
+def show_map(arguments: argparse.Namespace) -> int:
+    """Say which ranges are where. Raises: ChainError, ConfigError, DriverError."""
+    from xenbackend.cli import image_show
+
+    return image_show.show_map(arguments)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check an image; the status is qemu-img's. Raises: ConfigError, DriverError."""
+    from xenbackend.image import check as checks
+    from xenbackend.image.names import find_image
+
+    look: Callable[[Image], Verdict] = checks.repair if arguments.repair else checks.check
+    verdict = look(find_image(arguments.image, ("vhd", "qcow2", "qcow")))
+    if arguments.json:
+        _print_json({**asdict(verdict), "status": verdict.status})
+        return verdict.status
+    for sentence in verdict.sentences:
+        print(printable(sentence))
+    if verdict.repaired:
+        print(f"{verdict.repaired} faults were repaired")
+    dirty = "; it says that it was not closed properly" if verdict.is_dirty else ""
+    print(f"{printable(verdict.image)}: {verdict.errors} errors, {verdict.leaks} leaks{dirty}")
+    return verdict.status
+
+
+def commit(arguments: argparse.Namespace) -> int:
+    """Commit an image. Raises: ConfigError, DriverError, RequestFailed."""
+    from xenbackend.cli.image_progress import watched
+    from xenbackend.image.commit import commit as write_down
+    from xenbackend.image.names import find_image
+
+    image = find_image(arguments.image)
+    try:
+        with watched("commit", quiet=arguments.json) as progress:
+            done = write_down(image, progress)
+    except KeyboardInterrupt:
+        print(f"stopped; {printable(image.path)} reads as before, and commit can be done again", file=sys.stderr)
+        raise
+    if arguments.json:
+        _print_json({"image": image.text, **asdict(done)})
+    else:
+        wrote = format_size(done.written)
+        print(f"{printable(done.parent)} now holds what {printable(image.path)} does ({wrote}); that may be removed")
+    return 0
+
+
+def resize(arguments: argparse.Namespace) -> int:
+    """Make a disk larger. Raises: ConfigError, DriverError."""
+    from xenbackend.image.names import find_image
+    from xenbackend.image.resize import resize as grow
+
+    image = find_image(arguments.image)
+    before = grow(image, arguments.size)
+    if arguments.json:
+        _print_json({"image": image.text, "before": before, "size": arguments.size})
+    else:
+        print(f"{printable(image.text)}: {format_size(before)} before, {format_size(arguments.size)} now")
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert a chain into a new image. Raises: ConfigError, ChainError, DriverError, RequestFailed."""
+    from xenbackend.block.spec import parse_chain
+    from xenbackend.cli.image_progress import watched
+    from xenbackend.image import convert as conversions
+    from xenbackend.image.names import find_image, has_driver
+    from xenbackend.image.session import RequestFailed
+
+    if not has_driver(arguments.source):
+        find_image(arguments.source)  # it says what to write
+    source, target = parse_chain(arguments.source), find_image(arguments.target)
+    try:
+        with watched("convert", quiet=arguments.quiet or arguments.json) as progress:
+            if arguments.overwrite:
+                done = conversions.overwrite(source, target, progress)
+            else:
+                done = conversions.convert(source, target, _wishes(arguments), progress, resume=arguments.resume)
+    except (KeyboardInterrupt, RequestFailed):
+        goes_on = f"the same with --resume goes on with {printable(target.path)}.partial"
+        print(f"stopped; {'it has to be done again' if arguments.overwrite else goes_on}", file=sys.stderr)
+        raise
+    if arguments.json:
+        _print_json({"source": source.text, "target": target.text, **asdict(done)})
+    else:
+        went_on = f", gone on at {format_size(done.resumed_at)}" if done.resumed_at else ""
+        print(f"{printable(target.text)}: {format_size(done.size)}, {format_size(done.written)} written{went_on}")
+    return 0
+
+
+def _parent(arguments: argparse.Namespace) -> Image | None:
+    from xenbackend.image.names import image_of_file
+
+    if arguments.parent is None:
+        return None
+    if arguments.parent_format is None:
+        problem = f"{arguments.parent} may be of any format, and that is never guessed"
+        raise ConfigError(f"{problem}; say --parent-format {', '.join(_FORMATS)}")
+    return image_of_file(arguments.parent_format, arguments.parent)
+
+
+def _wishes(arguments: argparse.Namespace) -> Wishes:
+    from xenbackend.image.blank import Wishes
+
+    return Wishes(arguments.cluster_size, is_fixed=arguments.fixed)
+
+
+def _print_created(made: Created, *, as_json: bool) -> int:
+    if as_json:
+        _print_json(asdict(made))
+        return 0
+    of = f", a child of {printable(made.parent)}" if made.parent else ""
+    print(f"{printable(made.text)}: {format_size(made.size)}{of}")
+    return 0
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))

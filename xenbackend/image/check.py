@@ -1,0 +1,104 @@
+"""Checking an image file by itself, and repairing what can be repaired without risk.
+
+Must not look at an image that somebody writes to, nor repair what data may depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from xenbackend.block.driver import File
+from xenbackend.block.drivers.vhd import is_device
+from xenbackend.block.formats import qcow2_check
+from xenbackend.block.formats.qcow2_repair import Write, plan_repair
+from xenbackend.errors import DriverError
+from xenbackend.image import qcow_check, vhd_check
+from xenbackend.image.faults import Faults
+from xenbackend.image.names import Image
+from xenbackend.image.session import Session
+from xenbackend.units import PAGE, round_up
+
+CLEAN, ERRORS, LEAKS = 0, 2, 3  # as qemu-img check ends
+STEP = {"qcow2": 64 * 1024, "qcow": 64 * 1024, "vhd": 512, "raw": 512}  # bytes: what a file that is written ends at
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found. `leaks` are clusters or blocks that nothing uses: lost room, and no danger."""
+
+    image: str
+    errors: int
+    leaks: int
+    is_dirty: bool = False
+    sentences: Sequence[str] = ()
+    repaired: int = 0  # errors and leaks
+
+    @property
+    def status(self) -> int:
+        """What `image check` ends with."""
+        return ERRORS if self.errors or self.is_dirty else LEAKS if self.leaks else CLEAN
+
+
+def check(image: Image) -> Verdict:
+    """Look at an image that nobody writes to. Raises: DriverError, where it is in use or no image of its format."""
+    with Session() as session:
+        file = session.open_file(image.path, read_only=True, step=512)
+        return _look(image, file)
+
+
+def repair(image: Image) -> Verdict:
+    """Check an image that nobody uses, write what mends it, and check it again.
+
+    Raises: DriverError, where it is in use, or cannot be repaired without risk; OSError.
+    """
+    with Session() as session:
+        file = session.open_file(image.path, read_only=False, step=STEP[image.format])
+        before = _look(image, file)
+        if before.status:
+            try:
+                write_plan(file, _plan(image, file))
+            except DriverError as error:
+                error.layer = error.layer or image.text
+                raise
+        after = _look(image, file)
+        return replace(after, repaired=before.errors + before.leaks - after.errors - after.leaks)
+
+
+def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
+    """Do lists of writes, each durable before the next one is begun; the file grows as it has to. Raises: OSError."""
+    for writes in filter(None, plan):
+        file.grow(round_up(max(offset + len(data) for offset, data in writes), PAGE))
+        for offset, data in writes:
+            file.write_at(offset, data)
+        file.sync()
+
+
+def _plan(image: Image, file: File) -> list[list[Write]]:
+    if image.format == "vhd":
+        return vhd_check.plan_repair(file)
+    if image.format == "qcow2":
+        found = qcow2_check.Check(file.read_at, file.size)
+        found.run()
+        return plan_repair(found)
+    return []
+
+
+def _look(image: Image, file: File) -> Verdict:
+    try:
+        faults = _faults(image, file)
+    except DriverError as error:
+        error.layer = error.layer or image.text
+        raise
+    return Verdict(image.text, faults.errors, faults.leaks, faults.is_dirty, tuple(faults.sentences))
+
+
+def _faults(image: Image, file: File) -> Faults:
+    if image.format == "vhd":
+        return vhd_check.check(file.read_at, file.size, on_device=is_device(image.path))
+    if image.format == "qcow":
+        return qcow_check.check(file.read_at, file.size)
+    report = qcow2_check.check(file.read_at, file.size)
+    faults = Faults(report.errors + report.is_corrupt, report.leaks, is_dirty=report.is_dirty)
+    faults.sentences = report.sentences[:]
+    return faults

@@ -1,0 +1,66 @@
+"""Committing: what an image has itself goes into its parent, which then reads as the image does.
+
+Must not write to the image. It can be stopped anywhere and done again: until the end the image on top of its parent
+reads as before, since what is written to the parent is what the image has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from xenbackend.block.spec import parse_chain
+from xenbackend.errors import ConfigError
+from xenbackend.image.extents import Extent, Kind, extents_of
+from xenbackend.image.names import Image
+from xenbackend.image.session import Session
+from xenbackend.image.transfer import Transfer, turns
+from xenbackend.units import format_size
+
+Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Where it went, as a layer, and how many bytes were written there."""
+
+    parent: str
+    written: int
+
+
+def commit(image: Image, progress: Progress) -> Committed:
+    """Write what an image has to its parent. Whatever `progress` raises stops it between two turns.
+
+    Raises: ConfigError, where there is no parent, or one that is smaller; DriverError, where either is in use;
+        RequestFailed, where one cannot be read or written.
+    """
+    # The image is locked against writers, and the parent against everybody. So the chain of both, which opens the
+    # parent once more, goes without locks: it is read where the image itself has data, and nobody writes there.
+    with Session() as session:
+        session.open_file(image.path, read_only=True, step=512)
+        child = session.open(image.chain, read_only=True, locked=False)
+        layers = child.chain.layers
+        if len(layers) < 2:
+            raise ConfigError(f"{image.text} has no parent that it could be committed to")
+        parent = parse_chain(layers[1].text)
+        target = session.open(parent, read_only=False)
+        if target.size < child.size:
+            problem = f"its parent has {format_size(target.size)}, and it {format_size(child.size)}"
+            raise ConfigError(f"{problem}; make the parent larger first, by image resize")
+        own = [extent for extent in extents_of(layers[0]) if extent.kind is not Kind.ABSENT]
+        transfer = Transfer(session, child, target, is_blank=False)
+        _run(transfer, own, progress)
+        return Committed(parent.text, transfer.written)
+
+
+def _run(transfer: Transfer, own: Sequence[Extent], progress: Progress) -> None:
+    done, total = 0, sum(extent.length for extent in own)
+    progress(0, total)
+    try:
+        for kind, step in ((Kind.DATA, transfer.copy), (Kind.ZERO, transfer.clear)):
+            for turn in turns(extent for extent in own if extent.kind is kind):
+                step(turn)
+                done += sum(length for _, length in turn)
+                progress(done, total)
+    finally:
+        transfer.flush()

@@ -1,0 +1,204 @@
+"""Converting: what a chain reads as becomes a new image, whose file has its name only when all of it is durable.
+
+Must not write to the source, nor over anything that is there.
+
+Until then the file is called ``TARGET.partial``, and ``TARGET.partial.json`` says from what it is made and how far it
+is durable; so whoever stopped it, Ctrl-C, a full disk or SIGKILL, it can be gone on with, unless the source has
+changed since. That is seen by the times and sizes of its files; of a block device nobody can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from xenbackend.block.options import files_of
+from xenbackend.block.spec import ChainSpec, parse_chain
+from xenbackend.errors import ConfigError, DriverError, printable
+from xenbackend.image.blank import Wishes, blank
+from xenbackend.image.check import check, repair
+from xenbackend.image.extents import Extent, Kind, map_chain
+from xenbackend.image.names import Image, at_another_path
+from xenbackend.image.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
+from xenbackend.image.session import Disk, RequestFailed, Session
+from xenbackend.image.transfer import Transfer, turns
+from xenbackend.units import format_size
+
+CHECKPOINT = 256 << 20  # bytes written between two states that can be gone on from
+
+Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What came of it, in bytes: of the disk, and how much of it was written."""
+
+    size: int
+    written: int
+    resumed_at: int
+
+
+def convert(source: ChainSpec, target: Image, wishes: Wishes, progress: Progress, *, resume: bool = False) -> Converted:
+    """Make `target` from what `source` reads as.
+
+    Raises: ConfigError, where the target is there, or a partial one without `resume`, or one that was begun from
+        something else; DriverError. When the copy has begun, RequestFailed or OSError: then, and whatever `progress`
+        raises, the partial file stays to be gone on with.
+    """
+    if target.format == "raw" and Path(target.path).exists():
+        raise ConfigError(f"{printable(target.path)} is there already; --overwrite writes over all that it holds")
+    refuse_existing(target.path)
+    partial = at_another_path(target, f"{target.path}.partial")
+    state = State(f"{partial.path}.json")
+    if resume and not Path(partial.path).exists():
+        resume = False
+    elif not resume:
+        _refuse_partial(partial.path)
+    with Session() as session:
+        disk = session.open(source, read_only=True)
+        begun = _identity(disk, target, wishes)
+        done = state.load(begun) if resume else 0
+        if not resume:
+            state.save(begun, 0)
+            try:
+                write_new(partial.path, blank(target.format, disk.size, wishes, None))
+            except BaseException:
+                state.remove()
+                raise
+        elif target.format == "qcow2":
+            _mend(partial)
+        written = _copy(session, disk, partial, done, progress, lambda place: state.save(begun, place))
+        publish(partial.path, target.path)
+        state.remove()
+        return Converted(disk.size, written, done)
+
+
+def overwrite(source: ChainSpec, target: Image, progress: Progress) -> Converted:
+    """Write what `source` reads as over a raw image or block device that is there, zeros too; not what is behind it.
+
+    It cannot be gone on with, only done again.
+
+    Raises: ConfigError, where the target is not raw, or smaller; DriverError, where either is in use; RequestFailed.
+    """
+    if target.format != "raw":
+        raise ConfigError(f"only a raw image can be written over, and {target.text} is none")
+    with Session() as session:
+        disk = session.open(source, read_only=True)
+        there = session.open(target.chain, read_only=False)
+        if there.size < disk.size:
+            raise ConfigError(f"{target.text} has {format_size(there.size)}, and the source {format_size(disk.size)}")
+        transfer, done = Transfer(session, disk, there, is_blank=False), 0
+        progress(0, disk.size)
+        for is_data, extents in groupby(map_chain(disk.chain.layers), lambda each: each.kind is Kind.DATA):
+            for turn in turns(extents):
+                (transfer.copy if is_data else transfer.clear)(turn)
+                done += sum(length for _, length in turn)
+                progress(done, disk.size)
+        transfer.flush()
+        return Converted(disk.size, transfer.written, 0)
+
+
+class State:
+    """The file that says how far a partial image is durable."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def save(self, begun: dict[str, Any], done: int) -> None:
+        """Write it durably. Raises: OSError."""
+        replace_durably(self._path, (json.dumps({**begun, "done": done}, indent=2) + "\n").encode())
+
+    def load(self, begun: dict[str, Any]) -> int:
+        """Return how many bytes are done. Raises: ConfigError, where it was begun in another way."""
+        path = printable(self._path)
+        try:
+            found = json.loads(Path(self._path).read_bytes())
+            done = int(found.pop("done"))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read, so that nobody knows how far it went; {_ANEW}") from error
+        wrong = [key for key, value in begun.items() if found.get(key) != value]
+        if wrong:
+            problem = f"the conversion that {path} is about began with another {wrong[0]}"
+            if wrong == ["files"]:
+                problem = f"the source was changed since the conversion that {path} is about"
+            raise ConfigError(f"{problem}; {_ANEW}")
+        return done
+
+    def remove(self) -> None:
+        """Forget it. Raises: OSError."""
+        with suppress(FileNotFoundError):
+            Path(self._path).unlink()
+            sync_directory(self._path)
+
+
+_ANEW = "remove it and the .partial file to begin anew"
+
+
+def _refuse_partial(path: str) -> None:
+    if os.path.lexists(path):
+        raise ConfigError(
+            f"{printable(path)} is left from an earlier time; say --resume to go on with it, or remove it"
+        )
+
+
+def _identity(disk: Disk, target: Image, wishes: Wishes) -> dict[str, Any]:
+    """Return what has to be as it was when a conversion is gone on with."""
+    files = {}
+    for layer in disk.chain.layers:
+        for path in files_of(layer.driver.options).values():
+            if layer.driver.is_filter:  # a record, or the like: it is written while we read
+                continue
+            found = os.stat(path)  # noqa: PTH116 - as `opening`: pathlib would alter the name
+            files[path] = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
+    source = [layer.text for layer in disk.chain.layers]
+    return {"source": source, "size": disk.size, "target": target.text, "wishes": asdict(wishes), "files": files}
+
+
+def _mend(partial: Image) -> None:
+    """Give back what was reserved when it was killed."""
+    if check(partial).status:
+        repair(partial)
+
+
+def _copy(
+    session: Session, source: Disk, partial: Image, done: int, progress: Progress, save: Callable[[int], None]
+) -> int:
+    """Copy from `done` on; return the bytes that were written. What ends it leaves a state to go on from."""
+    target = session.open(parse_chain(partial.text), read_only=False)
+    if target.size < source.size:
+        raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=partial.text)
+    transfer = Transfer(session, source, target, is_blank=True)
+    saved = 0
+    try:
+        progress(done, source.size)
+        for turn in turns(_to_copy(source, done)):
+            transfer.copy(turn)
+            done = turn[-1][0] + turn[-1][1]
+            progress(done, source.size)
+            if transfer.written - saved >= CHECKPOINT:
+                saved = transfer.written
+                transfer.flush()
+                save(done)
+    except BaseException:
+        with suppress(RequestFailed, OSError):  # the reason why we stop is the one to report
+            transfer.flush()
+            save(done)
+        raise
+    transfer.flush()
+    session.close(target)
+    progress(source.size, source.size)
+    return transfer.written
+
+
+def _to_copy(source: Disk, done: int) -> Iterator[Extent]:
+    """Yield what may hold data from `done` on."""
+    for extent in map_chain(source.chain.layers):
+        if extent.kind is Kind.DATA and extent.end > done:
+            start = max(done, extent.start)
+            yield Extent(start, extent.end - start, Kind.DATA)

@@ -1,0 +1,96 @@
+"""New files that appear whole or not at all, and never in the place of another one.
+
+Must not know what an image is.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xenbackend.errors import ConfigError, printable
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """What a new file holds: pieces of bytes by their place, and holes around them."""
+
+    size: int  # bytes
+    pieces: Sequence[tuple[int, bytes]] = field(default=())
+
+
+def refuse_existing(path: str) -> None:
+    """Refuse a name that is taken, or whose directory is not there. Raises: ConfigError."""
+    if os.path.lexists(path):
+        raise ConfigError(
+            f"{printable(path)} exists already, and is not written over; choose another name or remove it"
+        )
+    if not _directory(path).is_dir():
+        raise ConfigError(f"there is no directory {printable(str(_directory(path)))}; make it first")
+
+
+def write_new(path: str, blank: Blank) -> None:
+    """Make a file: under a temporary name beside it, made durable, then linked into its place.
+
+    Only its owner may read it: it becomes a guest's disk.
+
+    Raises: ConfigError, where the name is taken; OSError.
+    """
+    refuse_existing(path)
+    temporary = f"{_directory(path)}/.xenbackend-{secrets.token_hex(8)}"
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            os.ftruncate(fd, blank.size)
+            for place, data in blank.pieces:
+                os.pwrite(fd, data, place)
+        finally:
+            os.close(fd)
+        publish(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def publish(temporary: str, path: str) -> None:
+    """Make a file durable and give it its name in the place of the one that it had.
+
+    Raises: ConfigError, where the name is taken meanwhile; OSError.
+    """
+    fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise ConfigError(f"{printable(path)} has appeared meanwhile, and is not written over") from error
+    Path(temporary).unlink()
+    sync_directory(path)
+
+
+def replace_durably(path: str, data: bytes) -> None:
+    """Write a small file in the place of an older one, at once and durably. Raises: OSError."""
+    new = Path(f"{path}.new")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    sync_directory(path)
+
+
+def sync_directory(path: str) -> None:
+    """Make the name of a file durable. Raises: OSError."""
+    fd = os.open(_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _directory(path: str) -> Path:
+    return Path(path).absolute().parent

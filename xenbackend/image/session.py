@@ -1,0 +1,141 @@
+"""Chains and files opened as a worker opens them, by a process that waits for each batch.
+
+Must not be used while a reactor of somebody else runs in this process, nor keep anything for a successor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from xenbackend.block.chain import Chain, open_chain
+from xenbackend.block.driver import File
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.spec import ChainSpec
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.reactor import Reactor
+
+Ended = Callable[[Request], None]
+
+
+class RequestFailed(XenbackendError):
+    """A request failed while a disk was copied: a fault of the host or the medium."""
+
+
+class Disk:
+    """An open chain whose requests are called back one by one: their `tag` is an `Ended`."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.size = chain.geometry.size  # bytes
+        chain.complete = _tell
+
+    def submit(self, batch: Sequence[Request]) -> None:
+        """Send requests; each one's `tag` is called when it is back."""
+        for request in batch:
+            request.status = PENDING
+        self.chain.submit(list(batch))
+
+
+class Session:
+    """Opens chains and files, and runs their loop; closes everything that is still open at its end."""
+
+    def __init__(self) -> None:
+        self._reactor = Reactor()
+        self._files = HostFiles(self._reactor)
+        self._reactor.before_sleep(self._files.kick)
+        self._unlocked = HostFiles(self._reactor, use_uring=False, locks=False)  # a loop has one io_uring
+        self._open: list[Chain | File] = []
+
+    def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True) -> Disk:
+        """Open a chain. Without a lock it is only read, and what is read may be half of somebody's change.
+
+        Raises: DriverError.
+        """
+        env = EnvFactory(self._reactor, self._files if locked else self._unlocked)
+        chain = open_chain(spec, env, read_only=read_only or not locked)
+        self._open.append(chain)
+        return Disk(chain)
+
+    def open_file(self, path: str, *, read_only: bool, step: int = 0) -> File:
+        """Open an image's file: locked for readers, or for us alone. `step` is that of `block.driver.Files`.
+
+        Raises: DriverError.
+        """
+        try:
+            file = self._files.open(path, read_only=read_only, direct=False, step=step)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            raise DriverError(f"{path}: {os.strerror(number)}", path=path, errno=number) from error
+        self._open.append(file)
+        return file
+
+    def close(self, opened: Disk | File) -> None:
+        """Close a disk or a file before the session ends; nothing is in flight. Raises: what closing it raised."""
+        what = opened.chain if isinstance(opened, Disk) else opened
+        self._open.remove(what)
+        what.close()
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Run the loop until something is so; whoever makes it so calls `wake`."""
+        while not is_done():
+            self._reactor.run()
+
+    def wake(self) -> None:
+        """Let `run_until` look again."""
+        self._reactor.stop()
+
+    def do(self, disk: Disk, *batch: Request) -> None:
+        """Do one batch. Raises: RequestFailed, for the first one that failed."""
+        left = set(batch)
+
+        def ended(request: Request) -> None:
+            left.remove(request)
+            self.wake()
+
+        for request in batch:
+            request.tag = ended
+        disk.submit(batch)
+        self.run_until(lambda: not left)
+        for request in batch:
+            check_status(disk, request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        failure: Exception | None = None
+        for each in reversed(self._open):
+            try:
+                each.close()
+            except (OSError, XenbackendError) as error:  # the others must be closed all the same
+                failure = failure or error
+        self._open.clear()
+        self._files.close()
+        self._unlocked.close()
+        self._reactor.close()
+        if failure and kind is None:
+            raise failure
+
+
+def check_status(disk: Disk, request: Request) -> None:
+    """Say what failed. Raises: RequestFailed, where the request did."""
+    if request.status:
+        what = f"{Op(request.op).name.lower()} of {request.length} bytes at {request.offset}"
+        raise RequestFailed(f"{disk.chain.layers[0].text}: {what}: {os.strerror(request.status)}")
+
+
+def flush_request() -> Request:
+    """Return a flush."""
+    request = Request()
+    request.op = Op.FLUSH
+    return request
+
+
+def _tell(batch: list[Request]) -> None:
+    for request in batch:
+        request.tag(request)
