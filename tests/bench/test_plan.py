@@ -87,6 +87,14 @@ def test_select_works() -> None:
         select_works(["rw4k"], read_only=True)
 
 
+def test_first_writes_need_an_image() -> None:
+    """Without an image that can be made anew there are no first writes, and who asks for them is told how."""
+    assert not any(work.fresh for work in select_works([], read_only=False))
+    assert ["fw4k", "fw64k"] == [work.name for work in select_works([], read_only=False, image=True) if work.fresh]
+    with pytest.raises(ConfigError, match="by --image"):
+        select_works(["fw4k"], read_only=False)
+
+
 def test_figures_of_a_sample() -> None:
     """Rates are per second and CPU time per request in microseconds."""
     sample = Sample(requests=1000, seconds=0.5, backend_cpu=0.25, client_busy=0.1, p50=1, p99=2, p999=3)

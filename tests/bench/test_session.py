@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import qemu
 from xenbackend.bench import target
-from xenbackend.bench.plan import SECTOR, SMALLEST, WORKS, BenchError, select_works
+from xenbackend.bench.plan import SECTOR, SMALLEST, BenchError, select_works
 from xenbackend.bench.session import Session, bench_file, run
 from xenbackend.errors import ConfigError
 
@@ -89,7 +90,7 @@ def test_every_workload_on_a_worker(tmp_path: Path) -> None:
     before = os.sched_getaffinity(0)
     outcome = run(quick(tmp_path), ignore)
 
-    assert [work.name for work in WORKS] == [each.work.name for each in outcome.measured]
+    assert [work.name for work in select_works([], read_only=False)] == [each.work.name for each in outcome.measured]
     for each in outcome.measured:
         assert each.samples[0].requests > 0
         assert each.samples[0].backend_cpu > 0
@@ -116,6 +117,22 @@ def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:  # noqa: 
 
     assert len(target.peers(direct=direct)) + 1 == len(names)
     assert [f"round {number}" for number in (1, 2) for _ in names] == [text.partition(" of")[0] for text in steps]
+    assert ([], []) == (list(tmp_path.iterdir()), children())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("image", "driver", "works"), [("qcow2", "qcow2", ["rr4k", "rw4k", "fw4k"]), ("vdi", "vdi", ["rr4k"])]
+)
+def test_images(tmp_path: Path, image: str, driver: str, works: list[str]) -> None:
+    """An image is measured with its reads checked, first writes on one that is new each time, QEMU on the same."""
+    qemu.qemu_img("--version")
+    session = replace(quick(tmp_path), works=select_works(works, read_only=False, image=True), image=image, rounds=2)
+    outcome = run(replace(session, chains=[driver + ":{file},cache=on"], compare=True), ignore)
+
+    peers = [peer.program for peer in target.peers(direct=False, image=True)]
+    assert len(works) * (1 + len(peers)) == len(outcome.measured)
+    assert all(sample.requests > 0 for each in outcome.measured for sample in each.samples)
     assert ([], []) == (list(tmp_path.iterdir()), children())
 
 

@@ -25,7 +25,7 @@ def test_a_chain_knows_its_drivers_options_and_canonical_text() -> None:
     [
         ("dealy:|aio:/img", "unknown driver 'dealy'; did you mean delay?", "dealy"),
         ("zonk:/img", "`xenbackend drivers` lists", "zonk"),
-        ("aio:tap2:delay:|vmdk:/img", "known but not built in this version", "vmdk"),
+        ("aio:tap2:delay:|qed:/img", "known but not built in this version", "qed"),
         ("aio:disk:1.img", r"if it begins the name of a file, write aio:disk\:", "disk"),
         ("delay:read=61m|aio:/img", "nothing waits longer than 3600 s", "delay:read=61m"),
         ("aio:/img|delay:", "aio is a source and passes nothing on", "aio:/img"),

@@ -56,6 +56,14 @@ def test_a_chain_of_the_operators_gets_no_writes() -> None:
         bench._session(parse("aio:/dev/sdx", "--work", "rw4k"))
 
 
+def test_images() -> None:
+    """With --image the chain is the format's driver, and an empty image is written to, where we can write at all."""
+    vhd, vdi = bench._session(parse("--image", "vpc")), bench._session(parse("--image", "vdi"))
+
+    assert (["vhd:{file}"], "vpc", True) == (vhd.chains, vhd.image, any(work.fresh for work in vhd.works))
+    assert (["vdi:{file}"], "vdi", False) == (vdi.chains, vdi.image, any(work.write for work in vdi.works))
+
+
 @pytest.mark.parametrize("arguments", [("--size", "much"), ("--poll", "long")])
 def test_what_is_no_quantity_is_refused(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """A size or a time that is none ends in argparse's usage error with our sentence."""

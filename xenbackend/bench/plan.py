@@ -25,7 +25,10 @@ class BenchError(XenbackendError):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One workload: `depth` requests of `length` bytes are kept in flight."""
+    """One workload: `depth` requests of `length` bytes are kept in flight.
+
+    Where it is `fresh`, each measurement has an empty image of its own.
+    """
 
     name: str
     title: str
@@ -33,6 +36,7 @@ class Work:
     random: bool
     length: int
     depth: int
+    fresh: bool = False
 
 
 WORKS = (
@@ -44,6 +48,8 @@ WORKS = (
     Work("sw64k", "64 KiB sequential write, depth 32", write=True, random=False, length=64 << 10, depth=32),
     Work("sr1m", "1 MiB sequential read, depth 32", write=False, random=False, length=1 << 20, depth=32),
     Work("sw1m", "1 MiB sequential write, depth 32", write=True, random=False, length=1 << 20, depth=32),
+    Work("fw4k", "4 KiB random first write, depth 32", write=True, random=True, length=4096, depth=32, fresh=True),
+    Work("fw64k", "64 KiB first write, depth 32", write=True, random=False, length=64 << 10, depth=32, fresh=True),
 )  # fmt: skip
 DEPTH = max(work.depth for work in WORKS)
 LENGTH = max(work.length for work in WORKS)
@@ -77,8 +83,13 @@ class Sample:
         return self.backend_cpu / self.requests * 1e6
 
 
-def select_works(names: list[str], *, read_only: bool) -> list[Work]:
+def select_works(names: list[str], *, read_only: bool, image: bool = False) -> list[Work]:
     """Return the workloads with these names in their usual order, all of them without names.
+
+    Args:
+        names: what was asked for.
+        read_only: leave out those that write.
+        image: also those that need an empty image.
 
     Raises: ConfigError for a name that is none, or when nothing is left that may be run.
     """
@@ -86,7 +97,13 @@ def select_works(names: list[str], *, read_only: bool) -> list[Work]:
     for name in names:
         if name not in known:
             raise ConfigError(f"{name!r} is not a workload; there are {', '.join(known)}")
-    chosen = [work for work in WORKS if (work.name in names or not names) and not (work.write and read_only)]
+    if not image and any(work.fresh and work.name in names for work in WORKS):
+        raise ConfigError("a first write needs an empty image to write to; say of which format by --image")
+    chosen = [
+        work
+        for work in WORKS
+        if (work.name in names or not names) and not (work.write and read_only) and (image or not work.fresh)
+    ]
     if not chosen:
         raise ConfigError("only writing workloads were chosen, and this disk may only be read")
     return chosen

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,8 +29,12 @@ from xenbackend.rig.xen import Xen
 from xenbackend.units import format_size, round_up
 
 FILE = "{file}"  # in a chain: the bench file
+DRIVERS = {"qcow2": "qcow2", "qcow": "qcow", "vpc": "vhd", "vdi": "vdi", "vmdk": "vmdk", "vhdx": "vhdx"}  # by format
+READ_ONLY = ("vdi", "vmdk", "vhdx")  # formats that we only read
 _FIRST_DOMID = 1
+_FRESH = 64 << 30  # bytes of an empty image
 
+Start = Callable[[Bed], Target]
 Progress = Callable[[str, int], None]  # what is measured next, and how many measurements there are in all
 
 
@@ -39,6 +46,7 @@ class Session:
     works: list[Work]
     file: Path  # the bench file, made and removed by us
     size: int  # bytes
+    image: str = "raw"  # of which format the bench file is, as qemu-img calls it
     compare: bool = False
     direct: bool = False
     overwrite: bool = False
@@ -86,31 +94,38 @@ def _measure(session: Session, progress: Progress) -> list[Measured]:
             os.sched_setaffinity(0, {cpus[1]})
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenbackend-bench-")))
         if session.compare or any(FILE in chain for chain in session.chains):
-            stack.enter_context(bench_file(session.file, session.size))
+            stack.enter_context(bench_file(session.file, session.size, session.image))
         poll_ns = int(session.poll * 1e9)
-        bed = Bed(session.file, directory, session.direct, cpus[0] if cpus else None, poll_ns)
+        bed = Bed(session.file, directory, session.direct, cpus[0] if cpus else None, poll_ns, session.image)
         stack.enter_context(Xen(directory))
+        runners = _runners(session)
         targets: list[Target] = []
-        for target in _start(session, bed):
-            stack.callback(target.close)
-            targets.append(target)
-        return _rounds(session, targets, progress)
+        for start in runners:
+            targets.append(start(bed))
+            stack.callback(targets[-1].close)
+        return _rounds(session, bed, list(zip(runners, targets, strict=True)), progress)
 
 
-def _start(session: Session, bed: Bed) -> Iterator[Target]:
-    for domid, chain in enumerate(session.chains, _FIRST_DOMID):
-        ours = FILE in chain
-        yield chain_target(
-            bed,
-            chain.replace(FILE, _escaped(bed.file)),
-            domid,
-            name=chain,
-            read_only=not (ours or session.overwrite),
-            verify=ours,
-            persistent=session.persistent,
-        )
-    for peer in peers(direct=session.direct) if session.compare else ():
-        yield peer.start(bed)
+def _runners(session: Session) -> list[Start]:
+    """Return what starts each target on a bed, any number of times."""
+    domids = count(_FIRST_DOMID)
+    starts: list[Start] = [partial(_start_chain, session, chain, domids) for chain in session.chains]
+    if session.compare:
+        starts += [peer.start for peer in peers(direct=session.direct, image=session.image != "raw")]
+    return starts
+
+
+def _start_chain(session: Session, chain: str, domids: Iterator[int], bed: Bed) -> Target:
+    ours = FILE in chain
+    return chain_target(
+        bed,
+        chain.replace(FILE, _escaped(bed.file)),
+        next(domids),
+        name=chain,
+        read_only=not (ours or session.overwrite) or session.image in READ_ONLY,
+        verify=ours,
+        persistent=session.persistent,
+    )
 
 
 def _escaped(path: Path) -> str:
@@ -118,21 +133,48 @@ def _escaped(path: Path) -> str:
     return "".join(f"\\{character}" if character in "|,\\" else character for character in str(path))
 
 
-def _rounds(session: Session, targets: list[Target], progress: Progress) -> list[Measured]:
+def _rounds(session: Session, bed: Bed, runners: list[tuple[Start, Target]], progress: Progress) -> list[Measured]:
+    targets = [target for _, target in runners]
     table = {(work.name, target.name): Measured(work, target.name, []) for work in session.works for target in targets}
     total = session.rounds * len(table)
     for number in range(session.rounds):
         for work in session.works:
-            for target in targets:
+            for start, target in runners:
                 progress(f"round {number + 1} of {session.rounds}: {work.title}, {target.name}", total)
-                sample = target.measure(work, session.seconds, session.warm_up)
+                sample = _fresh(session, bed, start, work) if work.fresh else _of(target, session, work)
                 table[work.name, target.name].samples.append(sample)
     return list(table.values())
 
 
+def _of(target: Target, session: Session, work: Work) -> Sample:
+    return target.measure(work, session.seconds, session.warm_up)
+
+
+def _fresh(session: Session, bed: Bed, start: Start, work: Work) -> Sample:
+    """Measure a new target on a new and empty image."""
+    file = bed.file.with_name(bed.file.name + ".fresh")
+    try:
+        _qemu_img("create", "-q", "-f", session.image, *_options(session.image), str(file), str(_FRESH))
+        target = start(replace(bed, file=file, label="-fresh"))
+        try:
+            return _of(target, session, work)
+        finally:
+            target.close()
+    finally:
+        file.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def bench_file(path: Path, size: int) -> Iterator[None]:
-    """Make a stamped file of about `size` bytes at `path`, and remove it in the end. Raises: ConfigError."""
+def bench_file(path: Path, size: int, image: str = "raw") -> Iterator[None]:
+    """Make a stamped disk of about `size` bytes at `path`, and remove it in the end.
+
+    Args:
+        path: where.
+        size: bytes of the disk.
+        image: the format of the file, as qemu-img calls it.
+
+    Raises: ConfigError, BenchError.
+    """
     if size < SMALLEST:
         raise ConfigError(f"a bench file takes at least {format_size(SMALLEST)}, not {format_size(size)}")
     try:
@@ -143,9 +185,34 @@ def bench_file(path: Path, size: int) -> Iterator[None]:
         raise ConfigError(f"the bench file {path} cannot be made: {error.strerror}") from None
     try:
         _fill(file, round_up(size, LENGTH))
+        if image != "raw":
+            _convert(path, image)
         yield
     finally:
         path.unlink()
+
+
+def _convert(path: Path, image: str) -> None:
+    raw = path.with_name(path.name + ".raw")
+    path.rename(raw)
+    path.touch()  # so that it is there to be removed, whatever happens
+    try:
+        _qemu_img("convert", "-S", "0", "-f", "raw", "-O", image, *_options(image), str(raw), str(path))
+    finally:
+        raw.unlink()
+
+
+def _options(image: str) -> tuple[str, ...]:
+    return ("-o", "force_size=on") if image == "vpc" else ()
+
+
+def _qemu_img(*arguments: str) -> None:
+    try:
+        done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    except FileNotFoundError:
+        raise BenchError("qemu-img, which makes images, is not installed (Debian: qemu-utils)") from None
+    if done.returncode:
+        raise BenchError(f"qemu-img {arguments[0]}: {done.stderr.strip()}")
 
 
 def _fill(file: BinaryIO, size: int) -> None:

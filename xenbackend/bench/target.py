@@ -38,13 +38,18 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """Where targets run: the bench file, a directory for sockets and logs, and the two CPUs or None."""
+    """Where targets run: the bench file, a directory for sockets and logs, and the two CPUs or None.
+
+    `image` is the format of the file, as QEMU calls it.
+    """
 
     file: Path
     directory: Path
     direct: bool
     backend_cpu: int | None
     poll_ns: int  # how long a load generator looks before it sleeps
+    image: str = "raw"
+    label: str = ""  # of the sockets, where targets with the same name run
 
 
 class Served:
@@ -90,7 +95,7 @@ def chain_target(
 
 def _serve(bed: Bed, name: str, arguments: list[str], connect: Callable[[str], ClosedLoop]) -> Served:
     """Start a peer whose socket is `{socket}` in `arguments`, and connect to it."""
-    path = str(bed.directory / f"{name.replace(' ', '-')}.socket")
+    path = str(bed.directory / f"{name.replace(' ', '-')}{bed.label}.socket")
     filled = [argument.replace("{socket}", path) for argument in arguments]
     server = Server(name, filled, Path(path).with_suffix(".log"), cpu=bed.backend_cpu)
     stack = ExitStack()
@@ -137,8 +142,12 @@ def _qemu_command(bed: Bed) -> list[str]:
     # Several processes of it have the file open in turn, hence no lock of its own.
     cache = "on" if bed.direct else "off"
     file = str(bed.file).replace(",", ",,")
-    node = f"driver=file,node-name=n,filename={file},aio=io_uring,cache.direct={cache},locking=off"
-    return ["qemu-storage-daemon", "--blockdev", node]
+    below = "n" if bed.image == "raw" else "f"
+    node = f"driver=file,node-name={below},filename={file},aio=io_uring,cache.direct={cache},locking=off"
+    command = ["qemu-storage-daemon", "--blockdev", node]
+    if bed.image != "raw":
+        command += ["--blockdev", f"driver={bed.image},node-name=n,file=f,cache.direct={cache}"]
+    return command
 
 
 def _fio(bed: Bed) -> Target:
@@ -148,22 +157,24 @@ def _fio(bed: Bed) -> Target:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A program to compare with. `direct`: whether it can use O_DIRECT."""
+    """A program to compare with. `direct`: whether it can use O_DIRECT. `image`: whether on an image of a format."""
 
     program: str
     start: Callable[[Bed], Target]
     direct: bool
+    image: bool = False
 
 
 PEERS = {
     "nbdkit": Peer("nbdkit", _nbdkit, direct=False),
     "nbdkit-log": Peer("nbdkit", _nbdkit_log, direct=False),
-    "qemu-vhost-user": Peer("qemu-storage-daemon", _qemu_ring, direct=True),
+    "qemu-vhost-user": Peer("qemu-storage-daemon", _qemu_ring, direct=True, image=True),
     "qemu-nbd": Peer("qemu-storage-daemon", _qemu_nbd, direct=True),
     "fio": Peer("fio", _fio, direct=True),
 }
 
 
-def peers(*, direct: bool) -> list[Peer]:
+def peers(*, direct: bool, image: bool = False) -> list[Peer]:
     """Return the peers that are installed here and can do what is measured."""
-    return [peer for peer in PEERS.values() if shutil.which(peer.program) and (peer.direct or not direct)]
+    able = [peer for peer in PEERS.values() if (peer.direct or not direct) and (peer.image or not image)]
+    return [peer for peer in able if shutil.which(peer.program)]

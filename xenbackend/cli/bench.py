@@ -17,7 +17,7 @@ from pathlib import Path
 
 from xenbackend.bench import plot, report
 from xenbackend.bench.plan import WORKS, select_works
-from xenbackend.bench.session import FILE, Outcome, Session, run
+from xenbackend.bench.session import DRIVERS, FILE, READ_ONLY, Outcome, Session, run
 from xenbackend.cli.arguments import duration, size
 
 _CHAINS = [f"aio:{FILE}", f"log:|aio:{FILE}"]
@@ -44,6 +44,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"A chain that does not name it is only read. Default: {' and '.join(_CHAINS)}",
     )
     parser.add_argument("--compare", action="store_true", help="measure nbdkit, QEMU and fio too, as far as installed")
+    parser.add_argument(
+        "--image",
+        choices=DRIVERS,
+        help="let the bench file be an image of this format, by qemu-img, and QEMU serve it too",
+    )
     parser.add_argument("--direct", action="store_true", help="O_DIRECT on a disk instead of the page cache on tmpfs")
     parser.add_argument("--file", type=Path, help="where to make the bench file; it is removed in the end")
     parser.add_argument("--size", type=size, default=1 << 30, help="size of the bench file; default 1G")
@@ -81,14 +86,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _session(args: argparse.Namespace) -> Session:
-    chains = args.chains or _CHAINS
-    read_only = not args.overwrite and any(FILE not in chain for chain in chains)
+    chains = args.chains or ([f"{DRIVERS[args.image]}:{FILE}"] if args.image else _CHAINS)
+    read_only = args.image in READ_ONLY or (not args.overwrite and any(FILE not in chain for chain in chains))
     directory = _DISK_DIRECTORY if args.direct else _CACHED_DIRECTORY
     return Session(
         chains=chains,
-        works=select_works(args.work, read_only=read_only),
+        works=select_works(args.work, read_only=read_only, image=bool(args.image)),
         file=args.file or directory / f"xenbackend-bench-{os.getpid()}",
         size=args.size,
+        image=args.image or "raw",
         compare=args.compare,
         direct=args.direct,
         overwrite=args.overwrite,

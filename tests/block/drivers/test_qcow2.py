@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import gc
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from tests import qemu
-from tests.helpers_block import Machine, content, discard, flush, read, write
+from tests.helpers_block import Machine, again, content, discard, flush, read, write
 from tests.qcow_images import qcow2
+from xenbackend.block.qcow.level2 import L2Table
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20
@@ -81,7 +83,7 @@ def test_formats_of_parents(machine: Machine, tmp_path: Path, image_format: byte
     ("options", "more", "sentence"),
     [
         ({"backing": b"base"}, "", "never guessed; say parent_format="),
-        ({"backing": b"base", "backing_format": b"vmdk"}, "", "format 'vmdk', which is none of raw"),
+        ({"backing": b"base", "backing_format": b"qed"}, "", "format 'qed', which is none of raw"),
         ({"backing": b"json:{}", "backing_format": b"raw"}, "", "'json:{}' is no file"),
         ({"backing": b"nbd://host/x", "backing_format": b"raw"}, "", "is no file"),
         ({"backing": b"/etc/passwd", "backing_format": b"raw"}, "", "outside of"),
@@ -130,6 +132,36 @@ def test_sizes_of_parents(machine: Machine, tmp_path: Path, parent_size: int) ->
     found = contents(machine, make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
 
     assert (b"p" * parent_size).ljust(SIZE, b"\0")[:SIZE] == found
+
+
+def test_where_a_parent_ends(machine: Machine, tmp_path: Path) -> None:
+    """Requests inside one cluster end where the parent does: before, across and behind its last sector."""
+    end = SIZE // 2 + 512
+    (tmp_path / "base").write_bytes(b"p" * end)
+    chain = machine.open(make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
+    requests = [read(end - 512, 512), read(end - 512, 1024), read(end, 512), read(SIZE - CLUSTER, CLUSTER)]
+    for _ in range(2):  # the second time the tables are there
+        assert [0] * 4 == machine.do(chain, *map(again, requests))
+    chain.close()
+
+    assert [b"p" * 512, b"p" * 512 + bytes(512), bytes(512), bytes(CLUSTER)] == list(map(content, requests))
+
+
+def test_tables_that_are_forgotten_are_gone(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that the cache has forgotten takes no memory any more, also without a garbage collection."""
+    monkeypatch.setattr("xenbackend.block.qcow.disk._TABLES", 4096)  # two of them
+    chain = machine.open(make(tmp_path / "a", cluster_bits=9, table_clusters=16))
+    gc.collect()  # what earlier tests left
+    gc.disable()
+    try:
+        for place in range(0, SIZE, 32 << 10):  # what a table speaks of
+            assert [0, 0] == machine.do(chain, write(place, b"w" * 512), read(place + 512, 512))
+        tables = [each for each in gc.get_objects() if type(each) is L2Table]  # and no proxies
+    finally:
+        gc.enable()
+    chain.close()
+
+    assert len(tables) <= 4
 
 
 def test_zeros_hide_the_parent(machine: Machine, tmp_path: Path) -> None:

@@ -64,10 +64,10 @@ def test_places_of_compressed_clusters() -> None:
     assert Region(1000, 77) == compressed_place(1 << 63 | 77 << 51 | 1000, 12)
 
 
-def test_random_headers() -> None:
+def test_random_headers(request: pytest.FixtureRequest) -> None:
     """A header with random damage is read or refused, and nothing else."""
-    chance = Random(1)
-    for _ in range(2000):
+    chance = Random(request.config.getoption("--seed"))
+    for _ in range(request.config.getoption("--requests") // 20):
         data = bytearray(qcow(SIZE, backing=b"base"))
         for _ in range(chance.randint(1, 6)):
             data[chance.randrange(56)] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])

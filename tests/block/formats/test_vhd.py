@@ -163,7 +163,7 @@ def test_checksums_are_looked_at(place: int, sentence: str) -> None:
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
     """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
     chance = Random(request.config.getoption("--seed"))
-    count = request.config.getoption("--requests") // 10
+    count = request.config.getoption("--requests") // 20
     start = vhd_images.image(
         40 * MIB,
         {3: {1: b"x" * 512}},

@@ -82,11 +82,17 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int]
     return make
 
 
+def seeds(config: pytest.Config) -> range:
+    """Return a number for each image that is to be made."""
+    first: int = config.getoption("--seed")
+    return range(first, first + max(1, config.getoption("--requests") // 20_000))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
     """Killed at any write, also in its middle, a disk opens and holds what was answered, or what was being written."""
-    for seed in range(request.config.getoption("--seed"), request.config.getoption("--requests") // 20_000 + 1):
+    for seed in seeds(request.config):
         image = make(kind, seed)
         session = image.session(40)
         for number, (count, torn) in enumerate(tears(image.file.log)):
@@ -99,7 +105,7 @@ def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, reque
 @pytest.mark.parametrize("kind", KINDS)
 def test_power_lost(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
     """Whatever of the unflushed writes a power loss leaves, the disk opens and holds every sector that was flushed."""
-    for seed in range(request.config.getoption("--seed"), request.config.getoption("--requests") // 20_000 + 1):
+    for seed in seeds(request.config):
         image = make(kind, seed)
         session = image.session(60)
         for loss in range(150):

@@ -174,5 +174,5 @@ def test_for_long(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> 
     """The same with other guests, as long as asked for."""
     seed = request.config.getoption("--seed")
     for turn in range(max(1, request.config.getoption("--requests") // 20_000)):
-        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=6)
+        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=20)
         lose_power(Bed(SHAPES[name], tmp_path, seed + turn), requests=10, times=40)

@@ -30,7 +30,10 @@ BUILT_IN = {
     "qcow2": "xenbackend.block.drivers.qcow2:Qcow2",
     "ram": "xenbackend.block.drivers.ram:Ram",
     "sync": "xenbackend.block.drivers.sync:Sync",
+    "vdi": "xenbackend.block.drivers.vdi:Vdi",
     "vhd": "xenbackend.block.drivers.vhd:Vhd",
+    "vhdx": "xenbackend.block.drivers.vhdx:Vhdx",
+    "vmdk": "xenbackend.block.drivers.vmdk:Vmdk",
 }
 UNBUILT = {  # words of blktap2 and libxl that an operator may know
     "bc": "blktap2's cache in front of a shared parent",
@@ -43,7 +46,6 @@ UNBUILT = {  # words of blktap2 and libxl that an operator may know
     "valve": "blktap's throttle",
     "vhdi": "blktap2's index over VHD images",
     "vhdsync": "the VHD image with blocking I/O",
-    "vmdk": "the VMware image",
 }
 
 

@@ -1,16 +1,17 @@
 r"""qcow2: an image of QEMU's format QCOW2; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow2:FILE[,cache=on|off][,parents=DIR][,parent_format=raw|qcow|qcow2|vpc]
+    qcow2:FILE[,cache=on|off][,parents=DIR][,parent_format=FORMAT]
 
 Description:
     The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them: clusters of 512 bytes to 2 MiB,
     refcounts of 1 to 64 bits, compressed clusters (zlib). What the image does not have is read from its parent, if it
     has one, and else is zeros; what is written goes to the image.
 
-    The parent is opened too, for reading, as what the image says it is: `raw` as `aio:`, `vpc` as `vhd:`, `qcow` and
-    `qcow2` as themselves; and so on to the last. Where the image does not say, `parent_format=` must: the format is
-    never guessed, since whoever writes to a raw disk could make it look like anything.
+    The parent is opened too, for reading, as what the image says it is: `raw` as `aio:`, `vpc` as `vhd:`, and `qcow`,
+    `qcow2`, `vmdk`, `vhdx` and `vdi` as themselves; and so on to the last. Where the image does not say,
+    `parent_format=` must: the format is never guessed, since whoever writes to a raw disk could make it look like
+    anything.
 
 Behaviour:
     Requests that lie in a cluster that the image has to itself go to the file as they are. The first write to a
@@ -36,8 +37,9 @@ Example:
 
 Limits:
     Not supported, and refused: encryption, external data files, subclusters (extended L2 entries), compression by
-    zstd. L2 tables take up to 32 MiB of memory, the L1 table at most 32 MiB, refcounts up to 16 MiB. The file never
-    becomes smaller. Snapshots in the image are kept, but neither made nor looked at.
+    zstd. The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most,
+    which is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB.
+    The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at.
 """
 
 from __future__ import annotations

@@ -264,11 +264,12 @@ class Blocks(MappedDisk):
         self._table_writes[sector].want(partial(self._block_is_there, block, place))
 
     def _write_table(self, sector: int, then: Then) -> None:
-        first, room, coming = sector * _PER_SECTOR, self._header.bitmap_size, self._coming
-        entries = []
-        for block, entry in enumerate(self.entries[first : first + _PER_SECTOR], first):
-            place = entry & PLACE or coming.get(block, 0)
-            entries.append((place - room) // SECTOR if place else UNUSED)
+        first, room = sector * _PER_SECTOR, self._header.bitmap_size
+        places = [entry & PLACE for entry in self.entries[first : first + _PER_SECTOR]]
+        for block, place in self._coming.items():
+            if first <= block < first + _PER_SECTOR:
+                places[block - first] = place
+        entries = [(place - room) // SECTOR if place else UNUSED for place in places]
         entries += [UNUSED] * (_PER_SECTOR - len(entries))
         self.write_meta(self._header.table_offset + sector * SECTOR, pack_entries(entries), then)
 

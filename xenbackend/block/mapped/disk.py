@@ -27,6 +27,7 @@ from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
 from xenbackend.block.mapped.shared import Shared, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.units import PAGE
 
 
 class MappedDisk(Driver):
@@ -66,6 +67,7 @@ class MappedDisk(Driver):
         self._to_parent: list[Request] = []
         self._finished: list[Request] = []
         self._soon: list[Callable[[], None]] = []
+        self._pages: list[memoryview] = []  # for writes of metadata: to map one anew costs as much as the write
         self._is_sending = False
         self._waiting: dict[int, list[Request]] = {}  # for tables that are being loaded
         self._watches: list[tuple[set[Request], Callable[[], None]]] = []
@@ -109,27 +111,34 @@ class MappedDisk(Driver):
     def submit(self, batch: list[Request]) -> None:
         """Take requests. This loop runs for every request."""
         young, table_shift, cluster_shift, table_mask, inside_mask, cluster = self._layout
-        free = self._free
+        free, parent_size = self._free, self._parent_size
         moved: list[Request] = []
+        through: list[Request] = []  # to the parent, as they are
         odd: list[Request] = []
         for request in batch:
             offset = request.offset
             table = young.get(offset >> table_shift)
             if table is not None:
                 entry = table[offset >> cluster_shift & table_mask]
-                inside = offset & inside_mask
                 op, length = request.op, request.length
-                if entry >> op & 1 and inside + length <= cluster:
-                    ours = free.pop() if free else self._another()
-                    ours.op, ours.offset, ours.length = op, (entry & PLACE) + inside, length
-                    ours.iov, ours.tag, ours.status = request.iov, request, PENDING
-                    moved.append(ours)
-                    continue
+                if (offset & inside_mask) + length <= cluster:
+                    if entry >> op & 1:
+                        ours = free.pop() if free else self._another()
+                        ours.op, ours.offset, ours.length = op, (entry & PLACE) + (offset & inside_mask), length
+                        ours.iov, ours.tag, ours.status = request.iov, request, PENDING
+                        moved.append(ours)
+                        continue
+                    if entry == op == 0 and offset + length <= parent_size:
+                        through.append(request)
+                        continue
             odd.append(request)
         if odd:
-            self._submit_odd(moved, odd)
-        else:
+            self._submit_odd(moved, through, odd)
+            return
+        if moved:
             self.file.submit(moved)
+        if through:
+            self.next.submit(through)  # type: ignore[union-attr]  # whoever knows its size has been given it
 
     def close(self) -> None:
         """Close the file; nothing is in flight."""
@@ -209,9 +218,11 @@ class MappedDisk(Driver):
 
     def write_meta(self, place: int, data: bytes, then: Then) -> None:
         """Write to the file."""
-        view = allocate(len(data))
+        pages = self._pages
+        page = pages.pop() if pages and len(data) <= PAGE else allocate(max(len(data), PAGE))
+        view = page[: len(data)]
         view[:] = data
-        self.write_data(place, [view], then)
+        self.write_data(place, [view], partial(self._meta_written, page, then))
 
     def sync(self, then: Then) -> None:
         """Make durable what the file has completed; who asks at the same time shares one flush."""
@@ -251,6 +262,11 @@ class MappedDisk(Driver):
         table = self.tables.find(cluster >> table_shift - cluster_shift)
         return None if table is None else table[cluster & table_mask]
 
+    def _meta_written(self, page: memoryview, then: Then, status: int) -> None:
+        if len(page) == PAGE:
+            self._pages.append(page)
+        then(status)
+
     # Sending pieces to where they belong.
 
     def _another(self) -> Request:
@@ -258,8 +274,9 @@ class MappedDisk(Driver):
         self._moved.append(request)
         return request
 
-    def _submit_odd(self, moved: list[Request], odd: list[Request]) -> None:
+    def _submit_odd(self, moved: list[Request], through: list[Request], odd: list[Request]) -> None:
         self._to_file += moved
+        self._to_parent += through
         for request in odd:
             place = self.shortcut(request)
             if place:

@@ -5,7 +5,6 @@ Must not know where a version keeps its tables, nor what it knows of free cluste
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from contextlib import suppress
@@ -17,6 +16,7 @@ from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import inflate
 from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.parents import find_parent, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
@@ -31,7 +31,10 @@ from xenbackend.units import round_up
 _TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
 _TABLE_EXTRA = 1024  # bytes that a table takes beside its words
 _STEP = 64 * 1024  # bytes: a file that is written ends at a multiple of this, which suits every medium
-_DRIVERS = {"raw": "aio", "qcow": "qcow", "qcow2": "qcow2", "vpc": "vhd"}  # by QEMU's names of formats
+_DRIVERS = {  # by QEMU's names of formats
+    "raw": "aio", "qcow": "qcow", "qcow2": "qcow2", "vpc": "vhd", "vmdk": "vmdk", "vhdx": "vhdx", "vdi": "vdi",
+}  # fmt: skip
+_WITH_PARENTS = ("qcow", "qcow2", "vpc", "vmdk")
 _PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
 
 
@@ -45,7 +48,7 @@ class QcowDisk(MappedDisk):
         file: FilePath = option("the image file or block device", target=True)
         cache: bool = option("go through the host's page cache", default=False)
         parents: str = option("directory that the parents must be in; by default the image's own", default="")
-        parent_format: Literal["raw", "qcow", "qcow2", "vpc"] = option(
+        parent_format: Literal["raw", "qcow", "qcow2", "vpc", "vmdk", "vhdx", "vdi"] = option(
             "what the parent is, where the image does not say", default=""
         )
 
@@ -81,8 +84,7 @@ class QcowDisk(MappedDisk):
         sectors = file.read_at(first, length)
         self._l1 = L1Table(l1.offset, sectors + bytes(length - len(sectors)), self.write_meta, self.soon)
         self._mapping = Mapping(self, codec, self._l1, tables)
-        self._inflated: tuple[int, bytes] = (-1, b"")  # the compressed cluster that was read last
-        self._inflating: dict[int, list[Request]] = {}
+        self._inflated = Inflated(self)
 
     def serve_writes(self, allocator: Allocator) -> None:
         """Allow writes; call it after `serve`."""
@@ -101,21 +103,14 @@ class QcowDisk(MappedDisk):
         self._copyup.write(request)
 
     def read_special(self, request: Request) -> None:
-        """Read from a compressed cluster, which is inflated once for all who read it at the same time."""
+        """See `MappedDisk`: a compressed cluster."""
         cluster = request.offset >> self.cluster_bits
         number, index = divmod(cluster, 1 << self._codec.l2_bits)
         table: Any = self.tables.find(number)
         word = table.words[index]
-        if word == self._inflated[0]:
-            self._give(request, self._inflated[1])
-        elif word in self._inflating:
-            self._inflating[word].append(request)
-        else:
-            self._inflating[word] = [request]
-            region = self._codec.compressed_place(word)
-            first = region.offset // SECTOR * SECTOR
-            length = round_up(region.offset + region.length, SECTOR) - first
-            self.read_meta(first, length, partial(self._inflate, word, region.offset - first))
+        region = self._codec.compressed_place(word)
+        unpack = partial(inflate, cluster_size=1 << self.cluster_bits)
+        self._inflated.read(request, word, region.offset, region.length, unpack)
 
     def find_parent(self, name: bytes, image_format: str) -> ParentRef:
         """Return the parent that the image names. Raises: DriverError, where it cannot or must not be opened."""
@@ -125,12 +120,12 @@ class QcowDisk(MappedDisk):
             raise DriverError(f"its parent {printable(path)!r} is no file; qemu-img rebase gives it another one")
         if not parent_format:
             problem = f"it does not say of which format its parent {printable(path)!r} is, and that is never guessed"
-            raise DriverError(f"{problem}; say parent_format=raw, qcow, qcow2 or vpc")
+            raise DriverError(f"{problem}; say parent_format={', '.join(_DRIVERS)}")
         if parent_format not in _DRIVERS:
             known = ", ".join(_DRIVERS)
             raise DriverError(f"its parent is of the format {printable(parent_format)!r}, which is none of {known}")
         more = {"cache": "on" if options.cache else ""}
-        if parent_format != "raw":
+        if parent_format in _WITH_PARENTS:
             more["parents"] = options.parents
         if parent_format in ("qcow", "qcow2"):
             more["parent_format"] = options.parent_format
@@ -138,24 +133,3 @@ class QcowDisk(MappedDisk):
 
     def _reaches_parent(self, offset: int) -> bool:
         return offset < self._parent_size
-
-    def _inflate(self, word: int, skip: int, status: int, data: memoryview) -> None:
-        cluster = b""
-        if not status:
-            try:
-                cluster = inflate(bytes(data[skip:]), 1 << self.cluster_bits)
-                self._inflated = word, cluster
-            except DriverError:
-                status = errno.EIO
-        for request in self._inflating.pop(word):
-            if status:
-                self.finish(request, status)
-            else:
-                self._give(request, cluster)
-
-    def _give(self, request: Request, cluster: bytes) -> None:
-        place = request.offset & ((1 << self.cluster_bits) - 1)
-        for view in request.iov:
-            view[:] = cluster[place : place + len(view)]
-            place += len(view)
-        self.finish(request, 0)

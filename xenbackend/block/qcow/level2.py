@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any, Protocol
+from weakref import proxy
 
 from xenbackend.block.formats.qcow2_tables import pack_table, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
@@ -55,7 +56,11 @@ class Allocator(Protocol):
 
 
 class L2Table(array):  # type: ignore[type-arg]  # its items are the "Q" that it is made with
-    """The entries of an L2 table, and what else there is to know of it."""
+    """The entries of an L2 table, and what else there is to know of it.
+
+    It refers to itself by a proxy only, or it would stay until the next garbage collection, which may be long after
+    the cache has forgotten it. Whoever waits for one of its writes holds it.
+    """
 
     number: int
     place: int  # in the file, 0 for nowhere yet
@@ -195,7 +200,7 @@ class Mapping:
         table = L2Table("Q", self._codec.decode_l2(words))
         table.number, table.place, table.may_write = number, place, may_write
         table.words, table.pending, table.units = words, set(), {}
-        table.move = Shared(partial(self._move, table), self._disk.soon)
+        table.move = Shared(partial(self._move, proxy(table)), self._disk.soon)
         self._tables.put(number, table)
 
     def _soon(self, then: Then) -> None:
@@ -237,7 +242,7 @@ class Mapping:
         """Return what writes the part of a table that an entry is in."""
         first = index // self._per_unit * self._per_unit
         if first not in table.units:
-            table.units[first] = Shared(partial(self._write_unit, table, first), self._disk.soon)
+            table.units[first] = Shared(partial(self._write_unit, proxy(table), first), self._disk.soon)
         return table.units[first]
 
     def _write_unit(self, table: L2Table, first: int, then: Then) -> None:

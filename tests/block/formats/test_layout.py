@@ -1,0 +1,91 @@
+"""What the formats that are only read have in common."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Callable
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests import foreign_images
+from tests.foreign_images import GRAIN, MIB
+from xenbackend.block.formats import vdi, vhdx, vmdk
+from xenbackend.block.formats.layout import Shape, check_places, power_of, unpack
+from xenbackend.block.mapped.tables import READABLE, ZERO
+from xenbackend.errors import DriverError
+
+
+def test_how_many_tables() -> None:
+    """The last table may be used in part."""
+    assert [1, 1, 2] == [Shape(size, 16, 9, 0).tables for size in (512, 32 << 20, (32 << 20) + 512)]
+
+
+@pytest.mark.parametrize(("number", "power"), [(1, 0), (512, 9), (0, -1), (513, -1), (-512, -1)])
+def test_powers(number: int, power: int) -> None:
+    """What is no power of two has none."""
+    assert power == power_of(number)
+
+
+def test_numbers_are_little_endian() -> None:
+    """Bytes that are no whole number are left out."""
+    assert [0x04030201] == list(unpack("I", b"\1\2\3\4\5"))
+
+
+def test_places_behind_the_end() -> None:
+    """A cluster may begin before the end of the file only."""
+    check_places([0, ZERO, 512 | READABLE], 513)
+    check_places([0, ZERO], 0)
+    with pytest.raises(DriverError, match="at byte 512, and the file has 512"):
+        check_places([512 | READABLE], 512)
+
+
+SMALL = {
+    "vdi": (vdi.parse, foreign_images.vdi(4 * MIB, {1: b"v" * MIB}), range(1024)),
+    "vmdk": (vmdk.parse, foreign_images.vmdk(4 * MIB, {1: b"v" * GRAIN}, parent="b"), range(21 * 512 + 2052)),
+    "vhdx": (vhdx.parse, foreign_images.vhdx(4 * MIB, {1: b"v" * MIB}), range(2 * MIB, 2 * MIB + (65 << 10))),
+}
+
+
+def fuzz(parse: Callable[..., Any], good: bytes, places: range, chance: Random, count: int) -> int:
+    """Parse images with random damage and look at their tables; return how many were refused."""
+    interesting = [place for place in places if good[place]]
+    data, refused = bytearray(good), 0
+    for _ in range(count):
+        for _ in range(chance.randint(1, 4)):
+            width = chance.choice([1, 2, 4, 8])
+            place = chance.choice(interesting if chance.random() < 0.8 else places)
+            value = chance.choice([0, 1, (1 << 8 * width) - 1, 1 << chance.randrange(8 * width), chance.randrange(256)])
+            data[place : place + width] = value.to_bytes(width, "little")
+        try:
+            image = parse(lambda offset, length: bytes(data[offset : offset + length]), len(data))
+            for number in {0, max(0, image.shape.tables - 1)} if image.shape.size else ():
+                place, length = image.table_at(number)
+                assert length <= 1 << 20
+                image.decode(bytes(data[place : place + length]))
+        except DriverError:
+            refused += 1
+        data[places.start : places.stop + 8] = good[places.start : places.stop + 8]
+    return refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_any_bytes_are_an_image_or_a_sentence(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
+    monkeypatch.setattr(vhdx, "crc32c", lru_cache(64)(vhdx.crc32c))  # the same; those of what was not damaged once
+    count = request.config.getoption("--requests") // 20
+    began = time.process_time()
+    tracemalloc.start()
+    refused = fuzz(*SMALL[name], Random(request.config.getoption("--seed")), count)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert 0 < refused < count
+    assert peak < 64 * MIB
+    assert time.process_time() - began < count

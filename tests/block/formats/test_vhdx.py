@@ -1,0 +1,113 @@
+"""Headers, regions, metadata and table of VHDX."""
+
+from __future__ import annotations
+
+import struct
+from uuid import UUID
+
+import pytest
+
+from tests.foreign_images import MIB, vhdx
+from xenbackend.block.formats.vhdx import Image, crc32c, parse
+from xenbackend.block.mapped.tables import READABLE, ZERO
+from xenbackend.errors import DriverError
+
+SIZE = 4 * MIB
+BLOCK = bytes(MIB)
+HEADER, REGIONS, METADATA = 128 << 10, 192 << 10, 2 * MIB
+
+
+def parsed(data: bytes) -> Image:
+    """Return what a file says."""
+    return parse(lambda offset, length: data[offset : offset + length], len(data))
+
+
+def patched(offset: int, value: bytes, *, image: bytes = b"") -> bytes:
+    """Return an image with other bytes in it; where a checksum covers them, with that of its second copy destroyed."""
+    data = bytearray(image or vhdx(SIZE, {}))
+    data[offset : offset + len(value)] = value
+    for place, length in ((HEADER, 4096), (REGIONS, 64 << 10)):
+        if place <= offset < place + length:
+            data[place + 4 : place + 8] = bytes(4)
+            data[place + 4 : place + 8] = struct.pack("<I", crc32c(data[place : place + length]))
+    return bytes(data)
+
+
+def test_the_checksum() -> None:
+    """The checksum is that of RFC 3720, appendix B.4."""
+    assert 0x8A9136AA == crc32c(bytes(32))
+
+
+def test_the_table() -> None:
+    """Blocks are in the file or zeros."""
+    data = vhdx(SIZE, {2: BLOCK, 0: BLOCK, 1: None})
+    image = parsed(data)
+    place, length = image.table_at(0)
+
+    assert [4 * MIB | READABLE, ZERO, 3 * MIB | READABLE, ZERO] == list(image.decode(data[place : place + length]))
+
+
+@pytest.mark.parametrize(("block_size", "per_table"), [(MIB, 4096), (32 * MIB, 128), (256 * MIB, 16)])
+def test_chunks(block_size: int, per_table: int) -> None:
+    """Behind the blocks of each chunk stands an entry that is none of a block."""
+    image = parsed(vhdx(block_size * per_table + MIB, {}, block_size=block_size))
+    step = per_table * 8
+
+    assert [(MIB, step), (MIB + step + 8, 8)] == [image.table_at(0), image.table_at(1)]
+
+
+def test_the_newer_header_counts() -> None:
+    """A header with a wrong checksum does not count, and then the older one does: here one with a log."""
+    parsed(vhdx(SIZE, {}))
+    data = bytearray(vhdx(SIZE, {}))
+    data[HEADER + 100] ^= 1
+    with pytest.raises(DriverError, match="its log has changes"):
+        parsed(bytes(data))
+
+
+@pytest.mark.parametrize("word", [4, 7, 6 | 1 << 40])
+def test_entries_that_are_damaged(word: int) -> None:
+    """A state that means nothing, one for images with parents, and a place behind the end are refused."""
+    with pytest.raises(DriverError, match="damaged"):
+        parsed(vhdx(SIZE, {})).decode(struct.pack("<Q", word))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "does not begin as one"),
+        (b"vhdxfile".ljust(MIB, b"\0"), "neither of its headers"),
+        (vhdx(SIZE, {}, log=b"l" * 16), "its log has changes.*qemu-img check -r all"),
+        (vhdx(SIZE, {}, version=2), "version 2 and not 1"),
+        (vhdx(SIZE, {}, flags=2), "it has a parent, which is not supported"),
+        (vhdx(SIZE, {}, sector_size=1024), "its sectors 1024"),
+        (patched(REGIONS + 8, b"\xff\xff"), "region tables"),
+        (patched(REGIONS + 8, b"\1"), "a region that every image has is missing"),
+        (patched(REGIONS + 16, b"?"), "it needs what region 2dc2773f"),
+        (patched(REGIONS + 32, struct.pack("<Q", 1 << 40)), "not inside the file"),
+        (patched(REGIONS + 32, struct.pack("<Q", 4096)), "not inside the file"),
+        (patched(METADATA, b"?"), "table of metadata is not there"),
+        (patched(METADATA + 10, b"\2"), "is missing"),
+        (patched(METADATA + 32, b"?"), "it needs what item"),
+        (patched(METADATA + 32 + 16, b"\xff\xff\xff"), "not inside the metadata"),
+        (patched(METADATA + (64 << 10), b"\1"), "blocks have 1048577 bytes"),
+        (patched(METADATA + (64 << 10) + 8, b"\1"), "its disk has 4194305 bytes"),
+        (patched(METADATA + (64 << 10) + 13, b"\x0f"), "too small for"),
+        (patched(METADATA + (64 << 10) + 13, b"\xff"), "its disk has"),
+    ],
+)
+def test_images_that_are_refused(data: bytes, sentence: str) -> None:
+    """Each number that cannot be is refused by a sentence that names it."""
+    data = bytearray(data)  # type: ignore[assignment]
+    if len(data) > REGIONS and b"neither" not in sentence.encode():
+        data[256 << 10 : (256 << 10) + 8] = bytes(8)  # type: ignore[index]  # one region table is enough to be refused
+    with pytest.raises(DriverError, match=sentence):
+        parsed(bytes(data))
+
+
+def test_items_that_need_not_be_known() -> None:
+    """What is not known and not required is passed over."""
+    entry = UUID(int=7).bytes_le + struct.pack("<IIII", 0, 0, 0, 0)
+    image = patched(METADATA + 10, b"\4", image=patched(METADATA + 32 + 3 * 32, entry))
+
+    assert SIZE == parsed(image).shape.size

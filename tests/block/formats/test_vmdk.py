@@ -1,0 +1,107 @@
+"""The header, the descriptor and the tables of VMDK."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import pytest
+
+from tests.foreign_images import GRAIN, MIB, vmdk
+from xenbackend.block.formats.vmdk import Descriptor, Image, parse
+from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO
+from xenbackend.errors import DriverError
+
+SIZE = 4 * MIB
+DATA = b"x" * GRAIN
+
+
+def parsed(data: bytes) -> Image:
+    """Return what a file says."""
+    return parse(lambda offset, length: data[offset : offset + length], len(data))
+
+
+def patched(offset: int, value: bytes) -> bytes:
+    """Return an image with other bytes in it."""
+    data = bytearray(vmdk(SIZE, {}))
+    data[offset : offset + len(value)] = value
+    return bytes(data)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(("compressed", "flag"), [(False, READABLE), (True, SPECIAL)])
+def test_a_table(compressed: bool, flag: int, at_end: bool) -> None:  # noqa: FBT001 - parameters of a test
+    """Grains are in the file, in their parent, or zeros; the directory may be named at the end of the file."""
+    data = vmdk(SIZE, {1: DATA, 2: None}, compressed=compressed, at_end=at_end)
+    image = parsed(data)
+    place, length = image.table_at(0)
+
+    assert [0, GRAIN | flag, ZERO, 0] == list(image.decode(data[place : place + length]))[:4]
+
+
+def test_a_table_that_is_not_there() -> None:
+    """A table at no place is none."""
+    assert (0, 0) == parsed(patched(21 * 512, bytes(4))).table_at(0)
+
+
+def test_the_descriptor() -> None:
+    """Names and content IDs are as the text says."""
+    image = parsed(vmdk(SIZE, {}, cid=7, parent_cid=8, parent="a=b.vmdk"))
+
+    assert Descriptor(7, 8, b"a=b.vmdk") == image.descriptor
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "does not begin as one"),
+        (b"# Disk DescriptorFile".ljust(512), "it is the names only; make one file"),
+        (b"COWD".ljust(512), "of ESX's format COWD"),
+        (vmdk(SIZE, {}, extents='RW 1 SPARSE "a"\nRW 1 SPARSE "b"'), "one of 2 parts of a disk"),
+        (vmdk(SIZE, {}, extents='RW 1 FLAT "/etc/shadow" 0'), "one of 1 parts of a disk"),
+        (patched(28, bytes(8)), "a part of a disk in several files"),
+        (patched(20, b"\x81"), "grains have 129 sectors"),
+        (patched(44, b"\1"), "tables 513 of them"),
+        (patched(73, b"\r\n"), "transfer in text mode"),
+        (patched(10, b"\1"), "compressed by method 0"),
+        (patched(17, b"\xff\xff\xff"), "need a directory of"),
+        (patched(56, b"\xff\xff"), "not inside the file"),
+        (patched(21 * 512, b"\xff\xff"), "a table is at byte"),
+        (patched(534, b"CID=zz;;"), "content ID of its descriptor is no number"),
+        (vmdk(SIZE, {}, at_end=True)[:-1024], "does not begin as one"),
+    ],
+)
+def test_headers_that_are_refused(data: bytes, sentence: str) -> None:
+    """Each number that cannot be is refused by a sentence that names it; so are disks of several files."""
+    with pytest.raises(DriverError, match=sentence):
+        parsed(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "is that of sector -1"),
+        (struct.pack("<QI", 0, 3) + b"abc", "is that of sector 0"),
+        (struct.pack("<QI", 128, 3) + b"abc", "cannot be read"),
+        (struct.pack("<QI", 128, 100) + zlib.compress(b"abc"), "gives 3 bytes"),
+    ],
+)
+def test_grains_that_are_damaged(data: bytes, sentence: str) -> None:
+    """A grain of another place, or that does not inflate to its length, is refused."""
+    with pytest.raises(DriverError, match=sentence):
+        parsed(vmdk(SIZE, {})).inflate(128, data)
+
+
+def test_a_grain_that_would_inflate_to_gigabytes() -> None:
+    """No more of a grain is inflated than a grain has."""
+    packed = zlib.compress(bytes(64 * MIB))
+
+    assert bytes(GRAIN) == parsed(vmdk(SIZE, {})).inflate(0, struct.pack("<QI", 0, len(packed)) + packed)
+
+
+def test_the_last_grain() -> None:
+    """The last grain of a disk may be shorter than the others."""
+    packed = zlib.compress(b"y" * 512)
+    image = parsed(vmdk(GRAIN + 512, {}))
+
+    assert (b"y" * 512).ljust(GRAIN, b"\0") == image.inflate(128, struct.pack("<QI", 128, len(packed)) + packed)

@@ -1,0 +1,165 @@
+"""Image formats at length: every size of cluster and disk, eight parents, against a model that is a raw file.
+
+How many requests there are in all is `--requests`, for each format; `make test-images` asks for a million.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests import qemu, vhd_images
+from tests.helpers_block import Machine, content, discard, flush, read, write
+from xenbackend.block.chain import Chain
+from xenbackend.block.request import Op, Request
+
+MIB, TIB = 1 << 20, 1 << 40
+DEPTH = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sort of image: `depth` parents, one over the other, each written to in its turn."""
+
+    layer: str
+    options: str = ""
+    size: int = 64 * MIB
+    depth: int = 0
+    format: str = ""  # as QEMU calls it, where it has another name
+
+
+SHAPES = {
+    **{
+        f"qcow2, {1 << bits}": Shape("qcow2", f"cluster_size={1 << bits},refcount_bits={1 << bits % 7}")
+        for bits in range(9, 22)
+    },
+    "qcow2, version 2": Shape("qcow2", "compat=0.10"),
+    "qcow2, 2 TiB": Shape("qcow2", "cluster_size=64k", size=2 * TIB),
+    "qcow2, 2 TiB, large clusters": Shape("qcow2", "cluster_size=2M", size=2 * TIB),
+    "qcow2, 1 TiB, small clusters": Shape("qcow2", "cluster_size=4k", size=TIB),
+    "qcow2, 8 parents": Shape("qcow2", depth=DEPTH),
+    "qcow2, 2 TiB, 8 parents": Shape("qcow2", "cluster_size=128k", size=2 * TIB, depth=DEPTH),
+    "qcow": Shape("qcow"),
+    "qcow, 64 GiB": Shape("qcow", size=64 << 30),
+    "qcow, 8 parents": Shape("qcow", depth=DEPTH),
+    "vhd": Shape("vhd", "force_size=on", format="vpc"),
+    "vhd, 2 TiB": Shape("vhd", "force_size=on", size=2040 << 30, format="vpc"),
+    "vhd, 8 parents": Shape("vhd", "force_size=on", depth=DEPTH, format="vpc"),
+    "vhd, 2 TiB, 8 parents": Shape("vhd", "force_size=on", size=2040 << 30, depth=DEPTH, format="vpc"),
+}
+
+
+class Model:
+    """What a disk should hold: a raw file with holes. Requests go to a few places all over the disk."""
+
+    def __init__(self, path: Path, size: int, chance: Random) -> None:
+        self.path, self.size, self.chance = path, size, chance
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.truncate(self.fd, size)
+        self.hot = [0, max(0, size - 4 * MIB), *(chance.randrange(0, size) >> 9 << 9 for _ in range(14))]
+
+    def batch(self, can_discard: int) -> list[Request]:
+        """Return requests that do not overlap; what is discarded is in whole clusters of so many bytes."""
+        chance = self.chance
+        batch: list[Request] = []
+        for _ in range(chance.randint(8, 32)):
+            length = chance.choice([1, 8, 8, 8, chance.randint(1, 300)]) << 9
+            offset = min(chance.choice(self.hot) + (chance.randrange(4 * MIB) >> 9 << 9), self.size - length)
+            kind = chance.random()
+            request = read(offset, length) if kind < 0.4 else write(offset, chance.randbytes(length))
+            if can_discard and kind > 0.97:
+                offset = offset // can_discard * can_discard
+                request = discard(offset, min(4 * can_discard, self.size - offset))
+            end = request.offset + request.length
+            if all(end <= each.offset or each.offset + each.length <= request.offset for each in batch):
+                batch.append(request)
+        return batch
+
+    def expect(self, batch: list[Request]) -> list[bytes]:
+        """Return what each read should find."""
+        return [os.pread(self.fd, each.length, each.offset) if each.op == Op.READ else b"" for each in batch]
+
+    def do(self, batch: list[Request]) -> None:
+        """Do what the disk has done."""
+        for each in batch:
+            if each.op == Op.WRITE:
+                os.pwrite(self.fd, content(each), each.offset)
+            elif each.op == Op.DISCARD:
+                os.pwrite(self.fd, bytes(each.length), each.offset)
+
+    def exercise(self, machine: Machine, chain: Chain, count: int) -> None:
+        """Send so many requests, and compare what is read."""
+        # A cluster that an image does not have stays its parent's when it is discarded.
+        can_discard = chain.geometry.discard_granularity if len(chain.layers) == 1 else 0
+        while count > 0:
+            batch = self.batch(can_discard)
+            expected = self.expect(batch)
+            extra = [flush()] if self.chance.random() < 0.1 else []
+            assert [0] * (len(batch) + len(extra)) == machine.do(chain, *batch, *extra)
+            for request, data in zip(batch, expected, strict=True):
+                assert request.op != Op.READ or data == content(request), request
+            self.do(batch)
+            count -= len(batch)
+
+    def compare(self, machine: Machine, text: str) -> None:
+        """Read all of the places from a chain that was opened anew."""
+        chain = machine.open(text, read_only=True, checked=False)
+        for start in sorted(self.hot):
+            request = read(start, min(5 * MIB, self.size - start))
+            assert [0] == machine.do(chain, request)
+            assert os.pread(self.fd, request.length, start) == content(request), start
+        chain.close()
+
+
+@contextmanager
+def model_of(shape: Shape, directory: Path, chance: Random) -> Iterator[Model]:
+    """Return a model of a disk of zeros."""
+    model = Model(directory / "raw", shape.size, chance)
+    yield model
+    os.close(model.fd)
+
+
+def make(shape: Shape, directory: Path, number: int) -> str:
+    """Make an empty image over the one with the number below, and return the text of its layer."""
+    path, base = directory / f"{number}", directory / f"{number - 1}"
+    more = ",parent_format=qcow" if shape.layer == "qcow" and number else ""
+    if number and shape.layer == "vhd":
+        names = [(b"MacX", f"file://./{number - 1}".encode())]
+        parent = b"".join([f"{number - 1}".encode().ljust(16)]) if number > 1 else (directory / "0").read_bytes()[68:84]
+        path.write_bytes(
+            vhd_images.image(shape.size, uuid=f"{number}".encode().ljust(16), parent_uuid=parent, names=names)
+        )
+        return f"vhd:{path}"
+    image_format = shape.format or shape.layer
+    options = ("-o", shape.options) if shape.options else ()
+    parent_options = ("-b", base, "-F", image_format) if number else ()
+    qemu.qemu_img("create", "-q", "-f", image_format, *options, *parent_options, path, str(shape.size))
+    return f"{shape.layer}:{path}{more}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_against_a_model(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+    """Whatever is written to an image, and to one over it, is what is read, by us and by QEMU, which finds no fault."""
+    shape = SHAPES[name]
+    alike = [each for each in SHAPES.values() if each.layer == shape.layer]
+    count = request.config.getoption("--requests") // len(alike)
+    with model_of(shape, tmp_path, Random(f"{request.config.getoption('--seed')} {name}")) as model:
+        for number in range(shape.depth + 1):
+            text = make(shape, tmp_path, number)
+            chain = machine.open(text, checked=False)
+            model.exercise(machine, chain, count // (shape.depth + 1))
+            chain.close()
+        model.compare(machine, text)
+        last = text.partition(":")[2].partition(",")[0]
+        if shape.layer != "qcow" and (shape.layer != "vhd" or not shape.depth):  # QEMU has no differencing images
+            image_format = shape.format or shape.layer
+            qemu.qemu_img("compare", "-f", image_format, "-F", "raw", last, model.path)
+        if shape.layer == "qcow2":
+            assert [(0, 0)] * (shape.depth + 1) == [qemu.check(tmp_path / f"{each}") for each in range(shape.depth + 1)]

@@ -1,0 +1,39 @@
+r"""vdi: a VDI image of VirtualBox, for reading.
+
+Synopsis:
+    vdi:FILE[,cache=on|off]
+
+Description:
+    The source of a chain for disks of VirtualBox, dynamic or fixed. It can only be read: attach it read-only, or give
+    a QCOW2 image this one as its parent, which takes what is written.
+
+Behaviour:
+    Requests go to where the map says that their blocks are; what the image does not have is zeros. The image is locked
+    while it is open: any number of readers.
+
+Example:
+    vdi:/srv/images/appliance.vdi
+
+Limits:
+    No differencing images, of which snapshots are made: they name their parents by a number, and not by a file. The
+    map takes 8 MiB of memory for each TiB that is used, and 16 MiB at most.
+"""
+
+from __future__ import annotations
+
+from xenbackend.block.driver import Env, File
+from xenbackend.block.formats import vdi
+from xenbackend.block.mapped.foreign import ForeignDisk
+from xenbackend.units import format_size
+
+
+class Vdi(ForeignDisk):
+    """See the head of this file."""
+
+    name = "vdi"
+
+    def parse(self, env: Env, file: File) -> vdi.Image:
+        """See `ForeignDisk`."""
+        image = vdi.parse(file.read_at, file.size)
+        env.report("format", f"VDI, {image.kind}, blocks of {format_size(1 << image.shape.cluster_bits)}")
+        return image

@@ -1,0 +1,42 @@
+r"""vhdx: a VHDX image of Hyper-V, for reading.
+
+Synopsis:
+    vhdx:FILE[,cache=on|off]
+
+Description:
+    The source of a chain for disks of Hyper-V's newer format, dynamic or fixed, with sectors of 512 or 4096 bytes. It
+    can only be read: attach it read-only, or give a QCOW2 image this one as its parent, which takes what is written.
+
+Behaviour:
+    Requests go to where the table says that their blocks are; what the image does not have is zeros. Checksums of
+    headers are checked. The image is locked while it is open: any number of readers.
+
+    An image that was not closed may have changes in its log that are not in their places yet, and is refused:
+    `qemu-img check -r all` puts them there.
+
+Example:
+    vhdx:/srv/images/windows.vhdx
+
+Limits:
+    No differencing images. The table takes 8 MiB of memory for each TiB that is used where blocks have 1 MiB, less
+    where they are larger, and 16 MiB at most.
+"""
+
+from __future__ import annotations
+
+from xenbackend.block.driver import Env, File
+from xenbackend.block.formats import vhdx
+from xenbackend.block.mapped.foreign import ForeignDisk
+from xenbackend.units import format_size
+
+
+class Vhdx(ForeignDisk):
+    """See the head of this file."""
+
+    name = "vhdx"
+
+    def parse(self, env: Env, file: File) -> vhdx.Image:
+        """See `ForeignDisk`."""
+        image = vhdx.parse(file.read_at, file.size)
+        env.report("format", f"VHDX, blocks of {format_size(1 << image.shape.cluster_bits)}")
+        return image

@@ -1,0 +1,96 @@
+"""Images of other hypervisors' formats, which are read and never written: the base of their drivers.
+
+Must not know a format, nor open the file for writing.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from dataclasses import dataclass
+from functools import partial
+
+from xenbackend.block.driver import Env, File, Geometry
+from xenbackend.block.formats.layout import Layout
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.shared import Then
+from xenbackend.block.mapped.tables import Table, Tables
+from xenbackend.block.options import FilePath, option
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+from xenbackend.units import round_up
+
+_TABLES = 8 << 20  # bytes that tables in memory take, up to twice that
+_TABLE_EXTRA = 256  # bytes that a table takes beside its entries
+_STEP = 64 * 1024  # the file may end anywhere
+_SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What the chain says of the image."""
+
+    file: FilePath = option("the image file or block device", target=True)
+    cache: bool = option("go through the host's page cache", default=False)
+
+
+class ForeignDisk(MappedDisk):
+    """A format says what its image is by `parse`; everything else is done here."""
+
+    Options = ImageOptions
+    options: ImageOptions
+
+    image: Layout
+
+    def parse(self, env: Env, file: File) -> Layout:
+        """Return what the image says, and report what it is. Raises: DriverError, OSError."""
+        raise NotImplementedError
+
+    def open(self, env: Env) -> Geometry:
+        """Read the headers."""
+        options = self.options
+        file = env.files.open(
+            options.file, read_only=True, shareable=env.shareable, direct=not options.cache, step=_STEP
+        )
+        try:
+            self.image = self.parse(env, file)
+        except BaseException:
+            file.close()
+            raise
+        env.report("mode", file.mode)
+        shape = self.image.shape
+        tables: Tables[Table] = Tables(_TABLES // ((8 << shape.table_bits) + _TABLE_EXTRA))
+        self.start(file, shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables)
+        return Geometry(shape.size, shape.sector_size, read_only=True)
+
+    def load_table(self, number: int, then: Then) -> None:
+        """See `MappedDisk`."""
+        place, length = self.image.table_at(number)
+        if length:
+            first = place // _SECTOR * _SECTOR
+            got = partial(self._decode, number, place - first, length, then)
+            self.read_meta(first, round_up(place + length, _SECTOR) - first, got)
+        else:
+            self.soon(partial(self._put, number, self._empty(), then))
+
+    def write_elsewhere(self, request: Request) -> None:
+        """Refuse it: nobody above writes to a disk that says that it can only be read."""
+        self.finish(request, errno.EROFS)
+
+    def _decode(self, number: int, skip: int, length: int, then: Then, status: int, data: memoryview) -> None:
+        if status:
+            then(status)
+            return
+        try:
+            table = self.image.decode(bytes(data[skip : skip + length]))
+        except DriverError:
+            then(errno.EIO)
+            return
+        self._put(number, table, then)
+
+    def _put(self, number: int, table: array[int], then: Then) -> None:
+        self.tables.put(number, table)
+        then(0)
+
+    def _empty(self) -> array[int]:
+        return array("Q", bytes(8 << self.image.shape.table_bits))

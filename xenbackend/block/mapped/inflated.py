@@ -1,0 +1,69 @@
+"""Compressed clusters of a disk: read, inflated once for all who want one at the same time, the last one kept.
+
+Must not know how a format compresses, nor where it says so.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from functools import partial
+
+from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+from xenbackend.units import round_up
+
+_SECTOR = 512
+
+Inflate = Callable[[bytes], bytes]  # from the file's bytes, and whatever follows them, to a cluster
+
+
+class Inflated:
+    """Reads from compressed clusters for `read_special` of `disk`."""
+
+    def __init__(self, disk: MappedDisk) -> None:
+        self._disk = disk
+        self._last: tuple[int, bytes] = (-1, b"")
+        self._waiting: dict[int, list[Request]] = {}
+
+    def read(self, request: Request, key: int, place: int, length: int, inflate: Inflate) -> None:
+        """Read inside one cluster.
+
+        Args:
+            request: what to read.
+            key: a number that no other cluster has, nor this one after it was written anew.
+            place: where its bytes are in the file.
+            length: how many they are at most.
+            inflate: makes the cluster of them; what it raises, a DriverError, is EIO for whoever reads.
+        """
+        if key == self._last[0]:
+            self._give(request, self._last[1])
+        elif key in self._waiting:
+            self._waiting[key].append(request)
+        else:
+            self._waiting[key] = [request]
+            first = place // _SECTOR * _SECTOR
+            then = partial(self._read, key, place - first, inflate)
+            self._disk.read_meta(first, round_up(place + length, _SECTOR) - first, then)
+
+    def _read(self, key: int, skip: int, inflate: Inflate, status: int, data: memoryview) -> None:
+        cluster = b""
+        if not status:
+            try:
+                cluster = inflate(bytes(data[skip:]))
+                self._last = key, cluster
+            except DriverError:
+                status = errno.EIO
+        for request in self._waiting.pop(key):
+            if status:
+                self._disk.finish(request, status)
+            else:
+                self._give(request, cluster)
+
+    def _give(self, request: Request, cluster: bytes) -> None:
+        place = request.offset & ((1 << self._disk.cluster_bits) - 1)
+        for view in request.iov:
+            view[:] = cluster[place : place + len(view)]
+            place += len(view)
+        self._disk.finish(request, 0)
