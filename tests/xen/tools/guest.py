@@ -25,7 +25,6 @@ RAMDISK = "/opt/guest/initrd"
 GRUB_PV = "/usr/lib/grub-xen/grub-x86_64-xen.bin"  # the 64-bit ABI, one queue, no persistent grants
 GRUB_PVH_32 = "/usr/lib/grub-xen/grub-i386-xen_pvh.bin"  # x86_32-abi
 LOGS = Path("/var/log/xen/console")
-INCOMING = "--incoming"  # what xl appends to the name of a guest that migrates here, until it runs
 _numbers = itertools.count(1)
 
 
@@ -102,7 +101,7 @@ class Guest:
     @property
     def log(self) -> str:
         """All that the guest has printed; after a migration under the name that it came with."""
-        files = [LOGS / f"guest-{self.name}{suffix}.log" for suffix in ("", INCOMING)]
+        files = [LOGS / f"guest-{self.name}{suffix}.log" for suffix in ("", "--incoming")]
         return "".join(file.read_text(errors="replace").replace("\r\n", "\n") for file in files if file.exists())
 
     def wait_for(self, pattern: str, timeout_s: float = TIMEOUT_S) -> re.Match[str]:

@@ -1,0 +1,92 @@
+"""Side by side with the kernel's own block backend: absent, loaded, and loaded late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.xen.tools import xenstore
+from tests.xen.tools.command import run, until, xl
+from tests.xen.tools.disks import blank, line
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.load import Load, verify
+from tests.xen.tools.service import Service
+
+BLACKLIST = Path("/etc/modprobe.d/no-blkback.conf")
+DRIVER = Path("/sys/bus/xen-backend/drivers/vbd")
+VDEVS = {"xvda": 51712, "xvdb": 51728}
+
+
+@pytest.fixture
+def no_blkback() -> Iterator[None]:
+    """xen-blkback is not loaded, and udev may not load it."""
+    BLACKLIST.write_text("blacklist xen-blkback\n")
+    run("udevadm", "control", "--reload")
+    run("modprobe", "-r", "xen-blkback")
+    yield
+    BLACKLIST.unlink()
+    run("udevadm", "control", "--reload")
+
+
+def served_by_blkback(guest: Guest) -> list[str]:
+    """Return the names of the devices that the kernel serves."""
+    return [each.name.split("-")[-1] for each in DRIVER.glob(f"vbd-{guest.domid}-*")]
+
+
+def test_blkback_comes_late(
+    no_blkback: None, new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service
+) -> None:
+    """A disk of ours works without xen-blkback, and is ours still when that is loaded in the middle of its writes."""
+    ours, theirs = blank(on_ext4 / "ours.raw", 32), blank(on_ext4 / "theirs.raw", 32)
+    guest = new_guest(disks=[line(f"log:|aio:{ours}", "xvda")], vcpus=2).create().wait_until_ready()
+    assert not DRIVER.exists()
+    load = Load(guest, "xvda")
+    load.wait_until_it_writes(the_service)
+    run("modprobe", "xen-blkback")
+    xl("block-attach", guest.domid, f"file:{theirs},xvdb,w")
+    guest.run("until [ -b /dev/xvdb ]; do sleep 0.1; done; " + verify("/dev/xvdb"))
+    load.wait_until_it_writes(the_service)
+    load.stop()
+
+    assert ["51728"] == served_by_blkback(guest)
+    assert ["xvda"] == [disk["device"] for disk in the_service.disks()]
+
+
+def states(guest: Guest) -> dict[str, tuple[str | None, str | None]]:
+    """Return the states of both ends of each disk."""
+    return {
+        vdev: (
+            xenstore.read(f"/local/domain/0/backend/vbd/{guest.domid}/{devid}/state"),
+            xenstore.read(f"/local/domain/{guest.domid}/device/vbd/{devid}/state"),
+        )
+        for vdev, devid in VDEVS.items()
+    }
+
+
+def test_beside_a_disk_of_blkback(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """Our disk goes through the same states as blkback's when the guest unloads its driver and loads it again.
+
+    It offers a frontend the same keys.
+    """
+    run("modprobe", "xen-blkback")
+    ours, theirs = blank(on_ext4 / "ours.raw", 16), blank(on_ext4 / "theirs.raw", 16)
+    disks = [line(f"log:|aio:{ours}", "xvda"), f"file:{theirs},xvdb,w"]
+    guest = new_guest(disks=disks, vcpus=2).create().wait_until_ready()
+    guest.run("for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done")
+    guest.run("dd if=/bin/busybox of=/dev/xvda bs=64k conv=fsync && dd if=/dev/xvda of=/dev/xvdb bs=64k conv=fsync")
+    a, b = (xenstore.tree(f"/local/domain/0/backend/vbd/{guest.domid}/{devid}") for devid in VDEVS.values())
+    for t in (a, b):
+        print({k.split("/")[-1]: v for k, v in t.items()})
+    print(states(guest))
+    guest.run("rmmod xen_blkfront")
+    until("closed", lambda: print(states(guest)) or {("6", "6")} == set(states(guest).values()))
+    print(states(guest))
+    guest.run("insmod /modules/xen-blkfront.ko")
+    guest.run("for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done")
+    print(states(guest))
+    guest.run("cmp -n 1000000 /bin/busybox /dev/xvda && cmp /dev/xvda /dev/xvdb")
+
+    assert ["51728"] == served_by_blkback(guest)
+    assert ours.read_bytes() == theirs.read_bytes()

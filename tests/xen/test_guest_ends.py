@@ -1,0 +1,116 @@
+"""Guests that end or begin anew in every other way: they crash, are destroyed in the middle of their writes, unload
+their driver, or hand their disk from one driver to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.xen.tools.command import run, until, xenbackend, xl
+from tests.xen.tools.disks import blank, check, line, with_files
+from tests.xen.tools.guest import GRUB_PV, Guest
+from tests.xen.tools.load import Load, verify
+from tests.xen.tools.service import Service, attached
+
+LIBXL_TIMEOUT_S = 10.0
+THERE = "until [ -b /dev/{} ]; do sleep 0.1; done"
+CONFIGURATION = """
+load_env
+if [ "$kernel" = second ]; then
+    echo SECOND
+    halt
+fi
+echo FIRST
+set kernel=second
+save_env kernel
+linux /boot/grub.bin
+boot
+"""
+EMPTY_ENVIRONMENT = "# GRUB Environment Block\n".ljust(1024, "#")
+CRASH = "echo c >/proc/sysrq-trigger"
+
+
+def test_crash(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """A guest that crashes in the middle of its writes is started again, as its configuration wants, with the same
+    disk and all that it had flushed; destroyed in the middle of its writes it leaves nothing, nor does a disk that only
+    `xenbackend attach` knows of.
+    """
+    image, other = blank(on_ext4 / "disk.raw", 16), blank(on_ext4 / "other.raw", 16)
+    guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")], extra='on_crash = "restart"')
+    guest.create().wait_until_ready()
+    former = guest.domid
+    guest.run("echo before | dd of=/dev/xvda bs=512 seek=30000 conv=sync,fsync")
+    Load(guest, "xvda").wait_until_it_writes(the_service)
+    guest.start(CRASH)
+    guest.wait_for("@ready.*@ready")
+    guest.look_up()
+    assert former != guest.domid
+    assert "before" in guest.run("dd if=/dev/xvda bs=512 skip=30000 count=1 | tr -d '\\0'")
+
+    xenbackend("attach", guest.domid, "xvdb", f"delay:write=50ms|aio:{other}", "--wait")
+    guest.run(THERE.format("xvdb"))
+    for vdev in ("xvda", "xvdb"):
+        Load(guest, vdev).wait_until_it_writes(the_service)
+    destroyed = xl("destroy", guest.domid)
+    until("the service has let go", lambda: not the_service.disks())
+
+    assert (LIBXL_TIMEOUT_S > destroyed.seconds, "") == (True, destroyed.err), destroyed
+    for each in (image, other):
+        run("flock", "-n", each, "true")
+
+
+def test_crash_for_good(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """A guest that crashes and is not wanted any more leaves nothing."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")]).create().wait_until_ready()
+    Load(guest, "xvda").wait_until_it_writes(the_service)
+    guest.start(CRASH)
+    guest.wait_until_gone()
+    until("the service has let go", lambda: not the_service.disks())
+
+    run("flock", "-n", image, "true")
+
+
+def test_the_driver_is_loaded_again(linux: Guest, on_ext4: Path, the_service: Service) -> None:
+    """A guest's driver that is unloaded and loaded again finds its disks as it left them."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
+        linux.run(THERE.format("xvdb"))
+        linux.run("echo before | dd of=/dev/xvdb bs=512 seek=30000 conv=sync,fsync")
+        linux.run("until rmmod xen_blkfront; do sleep 0.1; done")  # it is in use until dd has closed the disk
+        until("ours is closed", lambda: "Closed" == the_service.disk(linux.domid, "xvdb")["state"])
+        linux.run("insmod /modules/xen-blkfront.ko")
+        linux.run(THERE.format("xvdb"))
+        assert "before" in linux.run("dd if=/dev/xvdb bs=512 skip=30000 count=1 | tr -d '\\0'")
+        linux.run(verify("/dev/xvdb", "2m"))
+
+
+def test_xentop(linux: Guest, on_ext4: Path, the_service: Service) -> None:
+    """The columns of xentop show the disk, and what the guest writes to it."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
+        linux.run(THERE.format("xvdb"))
+        linux.run("dd if=/dev/zero of=/dev/xvdb bs=64k count=64 oflag=direct")
+        until("xentop shows the writes", lambda: int(shown_by_xentop(linux)["VBD_WSECT"]) >= 64 * 128)
+        assert "1" == shown_by_xentop(linux)["VBDS"]
+
+
+def shown_by_xentop(guest: Guest) -> dict[str, str]:
+    """Return what xentop shows of a guest, by the heads of its columns."""
+    lines = [each.split() for each in run("xentop", "-b", "-i", "2", "-d", "1").out.splitlines()]
+    return dict(zip(lines[0], next(each for each in reversed(lines) if each[0] == guest.name), strict=False))
+
+
+def test_a_second_kernel(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """A kernel that starts another one in the same domain, as kexec does, hands its disk over: the second one begins
+    with it anew, and finds what the first one wrote.
+    """
+    files = {"/boot/grub/grub.cfg": CONFIGURATION, "/boot/grub/grubenv": EMPTY_ENVIRONMENT}
+    image = with_files(on_ext4 / "boot.raw", 32, files | {"/boot/grub.bin": Path(GRUB_PV).read_bytes()})
+    disks = [line(f"log:|aio:{image}", "xvda")]
+    guest = new_guest(kernel=GRUB_PV, ramdisk=None, disks=disks, memory_mib=128).create()
+    guest.wait_for("FIRST.*SECOND")
+    guest.wait_until_gone()
+
+    check(image)

@@ -1,0 +1,117 @@
+"""Disks of a running guest by xl: block-attach, block-list, block-detach, and how they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.xen.tools import xenstore
+from tests.xen.tools.command import Result, run, until, xl
+from tests.xen.tools.disks import blank, check, line, read_file
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.load import TIMEOUT_S, verify
+from tests.xen.tools.service import Service
+
+LIBXL_TIMEOUT_S = 10.0
+GONE = "until ! [ -b /dev/{} ]; do sleep 0.1; done"
+THERE = "until [ -b /dev/{} ]; do sleep 0.1; done"
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[Guest]:
+    """A running guest with two CPUs, so that its blkfront asks for two queues."""
+    guest = Guest(vcpus=2).create().wait_until_ready()
+    yield guest
+    guest.destroy()
+    until(f"{guest.name} is gone", lambda: not guest.is_there())
+
+
+def attach(guest: Guest, chain: str, *, check: bool = True) -> Result:
+    """Attach a disk as xvdb."""
+    return xl("block-attach", guest.domid, line(chain, "xvdb"), check=check)
+
+
+def detach(guest: Guest, *options: str, check: bool = True) -> Result:
+    """Detach it."""
+    return xl("block-detach", *options, guest.domid, "xvdb", check=check)
+
+
+def test_attach_list_detach(guest: Guest, on_ext4: Path, the_service: Service) -> None:
+    """A running guest gets a disk with a ring for each of its CPUs, xl lists it, and takes it away again."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    attach(guest, f"log:|aio:{image}")
+    guest.run(THERE.format("xvdb"))
+    guest.run(verify("/dev/xvdb"), timeout_s=TIMEOUT_S)
+    listed = xl("block-list", guest.domid).out.splitlines()[-1].split()
+    queues = xenstore.read(f"/local/domain/{guest.domid}/device/vbd/51728/multi-queue-num-queues")
+    counters = the_service.disk(guest.domid, "xvdb")["counters"]
+    detached = detach(guest)
+    guest.run(GONE.format("xvdb"))
+
+    assert ("51728", "4", f"/local/domain/0/backend/vbd/{guest.domid}/51728") == (listed[0], listed[3], listed[-1])
+    assert ("2", 0) == (queues, counters["errors"])
+    assert LIBXL_TIMEOUT_S > detached.seconds
+    run("flock", "-n", image, "true")
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)], ids=["asked", "forced"])
+def test_detach_while_mounted(guest: Guest, on_ext4: Path, the_service: Service, options: tuple[str, ...]) -> None:
+    """A mounted disk goes away at once, as Linux's blkfront has it; what was flushed before is in the image."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    attach(guest, f"log:|aio:{image}")
+    guest.run(THERE.format("xvdb"))
+    guest.run("/bin/mke2fs -q -t ext4 /dev/xvdb && mount -t ext4 /dev/xvdb /mnt && echo kept >/mnt/file && sync")
+    detached = detach(guest, *options)
+    guest.run("umount /mnt; " + GONE.format("xvdb"))
+    run("e2fsck", "-p", image, check=False)  # replays the journal
+
+    assert LIBXL_TIMEOUT_S > detached.seconds
+    assert "kept\n" == read_file(image, "/file")
+    check(image)
+
+
+@pytest.mark.parametrize(
+    ("chain", "sentence"),
+    [("lgo:|aio:{}", "lgo"), ("log:|aio:{}.missing", "No such file")],
+    ids=["wrong chain", "missing image"],
+)
+def test_attach_what_cannot_be(guest: Guest, on_ext4: Path, the_service: Service, chain: str, sentence: str) -> None:
+    """Our reason is printed at once; what xl leaves there goes away with block-detach, and the place is free again."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    failed = attach(guest, chain.format(image), check=False)
+    detached = detach(guest)
+    attach(guest, f"log:|aio:{image}")
+    guest.run(THERE.format("xvdb"))
+    detach(guest)
+
+    assert (True, True) == (failed.status != 0, sentence in failed.err), failed
+    assert [True, True] == [LIBXL_TIMEOUT_S > each.seconds for each in (failed, detached)]
+
+
+def test_no_service(guest: Guest, on_ext4: Path, the_service: Service) -> None:
+    """Without a service xl says so at once; with one again, what was left there goes away."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    the_service.stop()
+    failed = attach(guest, f"log:|aio:{image}", check=False)
+    the_service.start()
+    detached = detach(guest)
+
+    assert (True, True) == (failed.status != 0, "systemctl start xenbackend" in failed.err), failed
+    assert [True, True] == [LIBXL_TIMEOUT_S > each.seconds for each in (failed, detached)]
+
+
+def test_detach_without_a_service(guest: Guest, on_ext4: Path, the_service: Service) -> None:
+    """A detach that nobody answers is given up by xl; the next service lets go, and the next block-detach ends it."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    attach(guest, f"log:|aio:{image}")
+    guest.run(THERE.format("xvdb"))
+    the_service.stop()
+    failed = detach(guest, check=False)
+    the_service.start()
+    until("the service lets go", lambda: not the_service.disks() or the_service.disks()[0]["state"] == "Closed")
+    detached = detach(guest)
+
+    assert 0 != failed.status
+    assert LIBXL_TIMEOUT_S > detached.seconds

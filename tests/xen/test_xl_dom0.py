@@ -1,0 +1,87 @@
+"""Disks of dom0 itself by xl, and pygrub, which reads a guest's disk through one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.xen.tools import xenstore
+from tests.xen.tools.command import run, until, xenbackend, xl
+from tests.xen.tools.disks import blank, line, with_files
+from tests.xen.tools.guest import GRUB_PV, Guest
+from tests.xen.tools.service import Service
+
+DEVICE = Path("/dev/xvdq")
+BACKEND = "/local/domain/0/backend/vbd/0/51968"
+FRONTEND = "/local/domain/0/device/vbd/51968"
+LIBXL_TIMEOUT_S = 10.0
+CONFIGURATION = """
+set timeout=0
+echo GRUB reads $root
+menuentry 'GRUB' {
+    linux /boot/grub.bin
+}
+halt
+"""
+
+
+def states() -> tuple[str | None, str | None]:
+    """Return the states of the backend and the frontend."""
+    return xenstore.read(f"{BACKEND}/state"), xenstore.read(f"{FRONTEND}/state")
+
+
+def test_xl_knows_what_we_attached(on_ext4: Path, the_service: Service) -> None:
+    """`xenbackend attach` prints the device, which is there; xl lists the disk and takes it away."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    attached = xenbackend("attach", 0, "xvdq", f"log:|aio:{image}")
+    is_there = DEVICE.is_block_device()
+    listed = xl("block-list", 0).out.splitlines()[1:]
+    detached = xl("block-detach", 0, "xvdq")
+
+    assert (f"{DEVICE}\n", True) == (attached.out, is_there)
+    assert [["51968", "0", "0", "4"]] == [each.split()[:4] for each in listed]
+    assert (True, False) == (LIBXL_TIMEOUT_S > detached.seconds, DEVICE.exists())
+
+
+def test_we_know_what_xl_attached(on_ext4: Path, the_service: Service) -> None:
+    """A disk that xl attached is taken away by `xenbackend detach`."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    xl("block-attach", 0, line(f"log:|aio:{image}", "xvdq"))
+    until(f"{DEVICE} is there", DEVICE.is_block_device)
+    xenbackend("detach", 0, "xvdq")
+
+    assert not DEVICE.exists()
+
+
+def test_the_driver_is_loaded_again(on_ext4: Path, the_service: Service) -> None:
+    """Without its driver dom0 has no disk, and both ends are closed; with it again, the disk is what it was."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    xenbackend("attach", 0, "xvdq", f"log:|aio:{image}")
+    run("dd", "if=/etc/passwd", f"of={DEVICE}", "conv=sync,fsync")
+    run("modprobe", "-r", "xen-blkfront")
+    until("both ends are closed", lambda: states() == ("6", "6"))
+    without = the_service.disk(0, "xvdq")
+    run("modprobe", "xen-blkfront")
+    until("both ends are connected", lambda: states() == ("4", "4"))
+    until(f"{DEVICE} is there", DEVICE.is_block_device)
+    content = DEVICE.open("rb").read(512)
+    xenbackend("detach", 0, "xvdq")
+
+    assert ("Closed", "Closed", "") == (without["state"], without["frontend_state"], without["error"])
+    assert Path("/etc/passwd").read_bytes()[:512] == content
+
+
+def test_pygrub(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """A kernel on our disk is found by pygrub, to which libxl gives the disk in dom0, and the guest boots from it."""
+    kernel = Path(GRUB_PV).read_bytes()
+    image = with_files(on_ext4 / "boot.raw", 32, {"/boot/grub/grub.cfg": CONFIGURATION, "/boot/grub.bin": kernel})
+    guest = new_guest(
+        disks=[line(f"log:|aio:{image}", "xvda")],
+        kernel=None,
+        ramdisk=None,
+        memory_mib=128,
+        extra='bootloader = "pygrub"\nbootloader_args = ["--quiet"]',
+    )
+    guest.create()
+    guest.wait_for("GRUB reads")
+    guest.wait_until_gone()

@@ -1,0 +1,116 @@
+"""The life of a guest by xl: with disks from the first moment, paused, shut down, rebooted, destroyed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.xen.tools.command import xl
+from tests.xen.tools.disks import blank, check, line
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.load import Load
+from tests.xen.tools.service import Service
+
+LIBXL_TIMEOUT_S = 10.0
+MANY = [f"xvd{letter}" for letter in "abcdefghijklmnopqrst"]
+
+
+def test_pause_and_shutdown(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """A guest that is paused in the middle of its writes goes on where it was; what it wrote outlives its shutdown."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    other = blank(on_ext4 / "other.raw", 16)
+    disks = [line(f"log:|aio:{image}", "xvda"), line(f"aio:{other}", "xvdb")]
+    guest = new_guest(disks=disks, vcpus=2).create().wait_until_ready()
+    guest.run("/bin/mke2fs -q -t ext4 /dev/xvda && mount -t ext4 /dev/xvda /mnt && cp /bin/busybox /mnt && umount /mnt")
+    load = Load(guest, "xvdb")
+    load.wait_until_it_writes(the_service)
+    xl("pause", guest.domid)
+    assert "Connected" == the_service.disk(guest.domid, "xvdb")["state"]
+    xl("unpause", guest.domid)
+    load.wait_until_it_writes(the_service)
+    load.stop()
+    shutdown = xl("shutdown", "-w", guest.domid)
+    guest.wait_until_gone()
+
+    assert LIBXL_TIMEOUT_S > shutdown.seconds
+    check(image)
+
+
+def test_reboot_and_destroy(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """A reboot gives the new domain the same disk, and destroying it in the middle of its writes takes no time-out."""
+    image = blank(on_ext4 / "disk.raw", 32)
+    guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")], extra='on_reboot = "restart"')
+    guest.create().wait_until_ready()
+    former = guest.domid
+    guest.run("echo before | dd of=/dev/xvda bs=512 seek=60000 conv=sync,fsync")
+    xl("reboot", guest.domid)
+    guest.wait_for("@ready.*@ready")
+    guest.look_up()
+    assert "before" in guest.run("dd if=/dev/xvda bs=512 skip=60000 count=1 | tr -d '\\0'")
+    load = Load(guest, "xvda")
+    load.wait_until_it_writes(the_service)
+    destroyed = xl("destroy", guest.domid)
+    guest.wait_until_gone()
+
+    assert former != guest.domid
+    assert (LIBXL_TIMEOUT_S > destroyed.seconds, "") == (True, destroyed.err), destroyed
+
+
+def test_twenty_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_service: Service) -> None:
+    """Twenty disks of one guest are attached side by side, and each holds what the guest wrote to it alone."""
+    images = {vdev: blank(on_tmpfs / f"{vdev}.raw", 1) for vdev in MANY}
+    disks = [line(f"log:|aio:{image}", vdev) for vdev, image in images.items()]
+    guest = new_guest(disks=disks).create().wait_until_ready()
+    guest.run(
+        f"""
+        for disk in {" ".join(MANY)}; do
+            until [ -b /dev/$disk ]; do sleep 0.1; done
+            echo "this is $disk" | dd of=/dev/$disk bs=512 conv=sync,fsync || exit 1
+        done
+        """
+    )
+
+    assert {f"this is {vdev}" for vdev in MANY} == {image.read_bytes()[:12].decode() for image in images.values()}
+    assert {"Connected"} == {disk["state"] for disk in the_service.disks()}
+
+
+@pytest.mark.parametrize(
+    ("chain", "sentence"),
+    [("lgo:|aio:{}", "lgo"), ("log:|aio:{}.missing", "No such file")],
+    ids=["wrong chain", "missing image"],
+)
+def test_a_guest_whose_disk_cannot_be(
+    new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, chain: str, sentence: str
+) -> None:
+    """A guest whose disk cannot be opened is not created: xl prints our reason, at once, and leaves nothing."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    failed = new_guest(disks=[line(chain.format(image), "xvda")]).try_to_create()
+
+    assert (True, True) == (failed.status != 0, sentence in failed.err), failed
+    assert LIBXL_TIMEOUT_S > failed.seconds
+
+
+def test_a_guest_without_a_service(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """Where no service runs xl says so at once, with the command to start it, and creates no guest."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    the_service.stop()
+    failed = new_guest(disks=[line(f"log:|aio:{image}", "xvda")]).try_to_create()
+    the_service.start()
+
+    assert (True, True) == (failed.status != 0, "systemctl start xenbackend" in failed.err), failed
+    assert LIBXL_TIMEOUT_S > failed.seconds
+
+
+def test_destroy_without_a_service(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+    """Where no service runs xl waits in vain before it destroys a guest, but does; the next service finds nothing."""
+    image = blank(on_ext4 / "disk.raw", 16)
+    guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")]).create().wait_until_ready()
+    guest.run("until [ -b /dev/xvda ]; do sleep 0.1; done")
+    the_service.stop()
+    xl("destroy", guest.domid)
+    guest.wait_until_gone()
+    the_service.start()
+
+    assert [] == the_service.disks()

@@ -1,0 +1,43 @@
+"""fio in a guest: random writes of every size with flushes in between, then each block is read back and compared.
+
+Must not measure: what an emulated machine's rates are worth is for a benchmark to say.
+"""
+
+from __future__ import annotations
+
+from tests.xen.tools.command import until
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.service import Service
+
+TIMEOUT_S = 300.0
+
+
+def verify(file: str, size: str = "8m") -> str:
+    """Return the command; its status says whether every block was right."""
+    return (
+        f"fio --name=verify --filename={file} --size={size} --rw=randwrite --bsrange=512-128k --ioengine=libaio "
+        "--iodepth=16 --direct=1 --fsync=64 --verify=crc32c --minimal --alloc-size=1024"
+    )
+
+
+class Load:
+    """A disk of a guest that is written and verified again and again until `stop`."""
+
+    def __init__(self, guest: Guest, vdev: str) -> None:
+        self._guest = guest
+        self._vdev = vdev
+        self._end = f"/run/stop-{vdev}"
+        self._job = guest.start(f"until [ -e {self._end} ]; do {verify(f'/dev/{vdev}', '4m')} || exit 1; done")
+
+    def wait_until_it_writes(self, service: Service) -> None:
+        """Return when the service, which must be ours, has seen more requests than just now."""
+        before = self._writes(service)
+        until(f"{self._vdev} is written", lambda: self._writes(service) > before)
+
+    def stop(self) -> None:
+        """End it. Raises: Failed, when a request failed or a block was wrong."""
+        self._guest.run(f"touch {self._end}")
+        self._job.wait(timeout_s=TIMEOUT_S)
+
+    def _writes(self, service: Service) -> int:
+        return int(service.disk(self._guest.domid, self._vdev)["counters"].get("writes", 0))
