@@ -21,6 +21,8 @@ from xenbackend.worker.reactor import Reactor
 
 Ended = Callable[[Request], None]
 
+LOCK_TIMEOUT_S = 2.0  # the kernel lets go of a file that an io_uring had a moment after its process has
+
 
 class RequestFailed(XenbackendError):
     """A request failed while a disk was copied: a fault of the host or the medium."""
@@ -46,7 +48,7 @@ class Session:
 
     def __init__(self) -> None:
         self._reactor = Reactor()
-        self._files = HostFiles(self._reactor)
+        self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S)
         self._reactor.before_sleep(self._files.kick)
         self._unlocked = HostFiles(self._reactor, use_uring=False, locks=False)  # a loop has one io_uring
         self._open: list[Chain | File] = []
