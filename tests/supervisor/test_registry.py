@@ -156,6 +156,21 @@ def test_lost_store_leaves_the_worker_alone_and_all_is_made_true_again(
     assert worker is stepped.vbd().worker
 
 
+def test_log_says_why_the_store_was_lost(
+    stepped: Stepped, xenstored: Xenstored, toolstack: Store, guest: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason for a lost connection is logged also when a vbd was the first to find out."""
+    _serve(stepped, toolstack, guest)
+    xenstored.stop()
+    stepped.vbd().doubt()
+    stepped.vbd().turn()
+    assert not stepped.store.is_connected
+    capsys.readouterr()
+    stepped.registry.turn()
+
+    assert "connection lost: " in capsys.readouterr().out
+
+
 def test_flood_of_events_costs_one_look(stepped: Stepped, toolstack: Store, guest: Store) -> None:
     """R12: a frontend that writes its state a thousand times leaves one flag, not a queue."""
     write_like_libxl(toolstack)

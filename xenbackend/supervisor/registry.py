@@ -97,7 +97,7 @@ class Registry:
         self._drop_forgotten()
         self._show_in_xentop()
         if not self._store.is_connected and self._reconnect_at is None:
-            self._lose(StoreError("the connection was lost"))
+            self._lose(StoreError(self._store.why_lost))
         return was_busy and self._store.is_connected
 
     def next_deadline(self) -> float | None:
@@ -218,13 +218,16 @@ class Registry:
 
     def _lose(self, error: StoreError) -> None:
         """Take note of an error; when the connection is gone, plan the next try. Disks are served all the while."""
+        reason = str(error)
         if self._store.is_connected:
             self._log.warning(str(error))
             self._store.close()  # nothing that was read before can be relied on: begin anew
+        elif self._store.why_lost:
+            reason = self._store.why_lost  # whoever asked first was told; that may have been a vbd
         if self._fd >= 0:
             self._selector.unregister(self._fd)
             self._fd = -1
-            self._log.error("xenstore is gone; disks are served on", reason=str(error))
+            self._log.error("xenstore is gone; disks are served on", reason=reason)
         self._reconnect_at = self._now() + self._back_off_s
         self._back_off_s = min(2 * self._back_off_s, _BACK_OFF_S[1])
 

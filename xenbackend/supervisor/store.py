@@ -144,6 +144,7 @@ class Store(Nodes):
     ) -> None:
         super().__init__(partial(self._exchange, 0))
         self.address = address or find_address()
+        self.why_lost = ""  # the connection, the last time
         self._timeout_s = timeout_s
         self._pause = pause
         self._connection = _Connection(self.address)
@@ -313,7 +314,8 @@ class Store(Nodes):
 
     def _lost(self, reason: str) -> StoreError:
         self.close()
-        return StoreError(f"xenstore at {self.address}: connection lost: {reason}")
+        self.why_lost = f"xenstore at {self.address}: connection lost: {reason}"
+        return StoreError(self.why_lost)
 
 
 def _payload(what: str, strings: Sequence[str], tail: bytes) -> bytes:
