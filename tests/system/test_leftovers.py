@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,11 @@ def driven(tmp_path: Path) -> Iterator[Driven]:
 
 
 def descriptors(pid: int) -> list[str]:
-    """Return what a process has open, by what it points to, without the numbers of anonymous things."""
+    """Return what a process has open, by what it points to, without the numbers of anonymous things.
+
+    In our own what earlier tests left to the collector is gone first: it would vanish between two looks.
+    """
+    gc.collect()
     names = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
