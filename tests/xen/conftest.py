@@ -90,8 +90,11 @@ def the_service() -> Service:
 
 
 @pytest.fixture
-def new_guest() -> Iterator[NewGuest]:
-    """Return a function like `Guest`; what it made is destroyed after the test."""
+def new_guest(on_tmpfs: Path, on_ext4: Path) -> Iterator[NewGuest]:
+    """Return a function like `Guest`; what it made is destroyed after the test.
+
+    The images outlive it: xl's own script for `file:` lets a loop device go only while its file is there.
+    """
     made: list[Guest] = []
 
     def new(**configuration: object) -> Guest:

@@ -17,6 +17,8 @@ from tests.xen.tools.service import Service
 BLACKLIST = Path("/etc/modprobe.d/no-blkback.conf")
 DRIVER = Path("/sys/bus/xen-backend/drivers/vbd")
 VDEVS = {"xvda": 51712, "xvdb": 51728}
+OF_STOCK_SCRIPT = {"node", "physical-device", "physical-device-path"}  # what /etc/xen/scripts/block writes for blkback
+BOTH_THERE = "for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done"
 
 
 @pytest.fixture
@@ -54,6 +56,11 @@ def test_blkback_comes_late(
     assert ["xvda"] == [disk["device"] for disk in the_service.disks()]
 
 
+def keys(guest: Guest, devid: int) -> list[str]:
+    """Return the names of a backend's nodes."""
+    return [path.split("/")[-1] for path in xenstore.tree(f"/local/domain/0/backend/vbd/{guest.domid}/{devid}")]
+
+
 def states(guest: Guest) -> dict[str, tuple[str | None, str | None]]:
     """Return the states of both ends of each disk."""
     return {
@@ -66,27 +73,22 @@ def states(guest: Guest) -> dict[str, tuple[str | None, str | None]]:
 
 
 def test_beside_a_disk_of_blkback(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """Our disk goes through the same states as blkback's when the guest unloads its driver and loads it again.
-
-    It offers a frontend the same keys.
+    """Our disk offers the keys that blkback's does, and goes through the same states when the guest unloads its driver
+    and loads it again; what was written to both is the same.
     """
     run("modprobe", "xen-blkback")
     ours, theirs = blank(on_ext4 / "ours.raw", 16), blank(on_ext4 / "theirs.raw", 16)
     disks = [line(f"log:|aio:{ours}", "xvda"), f"file:{theirs},xvdb,w"]
     guest = new_guest(disks=disks, vcpus=2).create().wait_until_ready()
-    guest.run("for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done")
+    guest.run(BOTH_THERE)
+    offered = [set(keys(guest, devid)) for devid in VDEVS.values()]
+    assert offered[0] == offered[1] - OF_STOCK_SCRIPT
     guest.run("dd if=/bin/busybox of=/dev/xvda bs=64k conv=fsync && dd if=/dev/xvda of=/dev/xvdb bs=64k conv=fsync")
-    a, b = (xenstore.tree(f"/local/domain/0/backend/vbd/{guest.domid}/{devid}") for devid in VDEVS.values())
-    for t in (a, b):
-        print({k.split("/")[-1]: v for k, v in t.items()})
-    print(states(guest))
-    guest.run("rmmod xen_blkfront")
-    until("closed", lambda: print(states(guest)) or {("6", "6")} == set(states(guest).values()))
-    print(states(guest))
-    guest.run("insmod /modules/xen-blkfront.ko")
-    guest.run("for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done")
-    print(states(guest))
-    guest.run("cmp -n 1000000 /bin/busybox /dev/xvda && cmp /dev/xvda /dev/xvdb")
 
+    guest.run("until rmmod xen_blkfront; do sleep 0.1; done")  # it is in use until dd has closed the disk
+    until("both ends of both disks are closed", lambda: {("6", "6")} == set(states(guest).values()))
+    guest.run(f"insmod /modules/xen-blkfront.ko; {BOTH_THERE}")
+    until("both ends of both disks are connected", lambda: {("4", "4")} == set(states(guest).values()))
+    guest.run("cmp -n 700000 /bin/busybox /dev/xvda && cmp /dev/xvda /dev/xvdb")
     assert ["51728"] == served_by_blkback(guest)
     assert ours.read_bytes() == theirs.read_bytes()

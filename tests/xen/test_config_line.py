@@ -32,7 +32,8 @@ def test_every_form_is_a_disk(new_guest: Callable[..., Guest], on_ext4: Path, th
             until [ -b /dev/$disk ]; do sleep 0.1; done
             echo "this is $disk" | dd of=/dev/$disk bs=512 conv=sync,fsync 2>&1 | grep -i 'read-only\\|permitted'
         done
-        blockdev --getro /dev/xvdc /dev/xvdd
+        blockdev --getro /dev/xvdc
+        blockdev --getro /dev/xvdd
         """
     )
 
