@@ -33,6 +33,7 @@ def test_a_new_vbd_is_offered_at_once() -> None:
         (S.CLOSING, S.CONNECTED, Step.WAIT),
         (S.CLOSING, S.CLOSED, Step.CLOSE),
         (S.CLOSED, S.INITIALISING, Step.OFFER),
+        (S.CLOSED, S.INITIALISED, Step.SERVE),
         (S.CLOSED, S.CONNECTED, Step.WAIT),
     ],
 )

@@ -60,6 +60,31 @@ def test_guest_closes_and_comes_back() -> None:
     assert "4" == world.state
 
 
+def test_guest_that_comes_back_between_two_looks_is_served() -> None:
+    """A frontend that is Initialised again when we look next, after its Closed, is served: GRUB hands a disk over so,
+    and whoever takes it over waits for no InitWait.
+    """
+    world = connected()
+    world.theirs = S.CLOSED
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.settle()
+
+    assert ("4", True) == (world.state, world.is_connected)
+
+
+def test_guest_that_comes_back_between_two_looks_gets_another_worker() -> None:
+    """Where the former worker has died, too."""
+    world = connected()
+    world.die("the worker was ended by SIGKILL")
+    world.theirs = S.CLOSED
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.settle()
+
+    assert ("4", "") == (world.state, world.device.error)
+
+
 def test_frontend_that_starts_anew_is_disconnected_first() -> None:
     """A frontend in Initialising while we are Connected (kexec) is offered the vbd once its old rings are let go."""
     world = connected()

@@ -4,7 +4,8 @@ Must not keep the state of a device or talk to xenstore.
 
 Sources: io/xenbus.h for the numbers; Linux xen-blkback `frontend_changed` for the moves. Where this table differs from
 it: a frontend directory that is not there yet is waited for (a toolstack may write it last), and a frontend that starts
-anew while we are connected (kexec after a crash) is offered the vbd again.
+anew while we are connected (kexec after a crash) is offered the vbd again. As there, a frontend that has come back to
+Initialised is served although we are Closed: its Initialising may have come and gone between two looks.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _TABLE = {
     XenbusState.INITIALISED:               "- - - S S F C - -",
     XenbusState.CONNECTED:                 "C R - S S F C - -",
     XenbusState.CLOSING:                   "C R - - - - C - -",
-    XenbusState.CLOSED:                    "- O - - - - - - -",
+    XenbusState.CLOSED:                    "- O - S - - - - -",
     XenbusState.RECONFIGURING:             "C R - - - F C - -",
     XenbusState.RECONFIGURED:              "C R - - - F C - -",
 }  # fmt: skip

@@ -180,6 +180,7 @@ class Device:
     def _look(self, seen: Seen) -> None:
         has_changed = seen.keys != self.keys
         begins_anew = self.theirs is not _S.INITIALISING and seen.theirs is _S.INITIALISING
+        begins_anew |= self.theirs is _S.CLOSED and seen.theirs is _S.INITIALISED  # what lay between was not seen
         self.keys, self.theirs = None if seen.keys is None else dict(seen.keys), seen.theirs
         if self.theirs in (_S.UNKNOWN, _S.INITIALISING, _S.CLOSED):
             self._ring_failure = ""
