@@ -9,7 +9,7 @@ from tests.xen.tools import xenstore
 from tests.xen.tools.command import run, until, xenbackend, xl
 from tests.xen.tools.disks import blank, line, with_files
 from tests.xen.tools.guest import GRUB_PV, Guest
-from tests.xen.tools.service import Service
+from tests.xen.tools.service import Service, attached
 
 DEVICE = Path("/dev/xvdq")
 BACKEND = "/local/domain/0/backend/vbd/0/51968"
@@ -33,12 +33,12 @@ def states() -> tuple[str | None, str | None]:
 def test_xl_knows_what_we_attached(on_ext4: Path, the_service: Service) -> None:
     """`xenbackend attach` prints the device, which is there; xl lists the disk and takes it away."""
     image = blank(on_ext4 / "disk.raw", 16)
-    attached = xenbackend("attach", 0, "xvdq", f"log:|aio:{image}")
+    told = xenbackend("attach", 0, "xvdq", f"log:|aio:{image}")
     is_there = DEVICE.is_block_device()
     listed = xl("block-list", 0).out.splitlines()[1:]
     detached = xl("block-detach", 0, "xvdq")
 
-    assert (f"{DEVICE}\n", True) == (attached.out, is_there)
+    assert (f"{DEVICE}\n", True) == (told.out, is_there)
     assert [["51968", "0", "0", "4"]] == [each.split()[:4] for each in listed]
     assert (True, False) == (LIBXL_TIMEOUT_S > detached.seconds, DEVICE.exists())
 
@@ -53,19 +53,18 @@ def test_we_know_what_xl_attached(on_ext4: Path, the_service: Service) -> None:
     assert not DEVICE.exists()
 
 
-def test_the_driver_is_loaded_again(on_ext4: Path, the_service: Service) -> None:
-    """Without its driver dom0 has no disk, and both ends are closed; with it again, the disk is what it was."""
+def test_the_driver_lets_go(on_ext4: Path, the_service: Service) -> None:
+    """When dom0's driver lets go of a disk that stays attached, both ends are closed, and it is taken away at once;
+    attached anew it is what it was.
+    """
     image = blank(on_ext4 / "disk.raw", 16)
-    xenbackend("attach", 0, "xvdq", f"log:|aio:{image}")
-    run("dd", "if=/etc/passwd", f"of={DEVICE}", "conv=sync,fsync")
-    run("modprobe", "-r", "xen-blkfront")
-    until("both ends are closed", lambda: states() == ("6", "6"))
-    without = the_service.disk(0, "xvdq")
-    run("modprobe", "xen-blkfront")
-    until("both ends are connected", lambda: states() == ("4", "4"))
-    until(f"{DEVICE} is there", DEVICE.is_block_device)
-    content = DEVICE.open("rb").read(512)
-    xenbackend("detach", 0, "xvdq")
+    with attached(0, "xvdq", f"log:|aio:{image}"):
+        run("dd", "if=/etc/passwd", f"of={DEVICE}", "conv=sync,fsync")
+        Path("/sys/bus/xen/drivers/vbd/unbind").write_text("vbd-51968")
+        until("both ends are closed", lambda: states() == ("6", "6"))
+        without = the_service.disk(0, "xvdq")
+    with attached(0, "xvdq", f"log:|aio:{image}"):
+        content = DEVICE.open("rb").read(512)
 
     assert ("Closed", "Closed", "") == (without["state"], without["frontend_state"], without["error"])
     assert Path("/etc/passwd").read_bytes()[:512] == content

@@ -137,6 +137,11 @@ class Guest:
         return self.start(script).wait(check=check, timeout_s=timeout_s)
 
 
+def unbind(devid: int) -> str:
+    """Return a script that takes a disk away from Linux's blkfront, which cannot be unloaded while it has one."""
+    return f"echo vbd-{devid} >/sys/bus/xen/drivers/vbd/unbind"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A script that was started in a guest."""
