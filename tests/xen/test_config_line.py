@@ -37,7 +37,7 @@ def test_every_form_is_a_disk(new_guest: Callable[..., Guest], on_ext4: Path, th
         """
     )
 
-    assert {vdev: f"log:|aio:{image}" for vdev, image in images.items()} == chains
+    assert {vdev: form.format(images[vdev]).partition("target=")[2] for vdev, form in FORMS.items()} == chains
     words = {vdev: image.read_bytes()[:12].decode() for vdev, image in images.items()}
     assert {**{vdev: f"this is {vdev}" for vdev in FORMS}, "xvdd": "\0" * 12} == words
     assert ["0", "1"] == said.split("\n")[-3:-1]

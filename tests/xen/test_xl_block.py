@@ -74,7 +74,7 @@ def test_detach_while_mounted(guest: Guest, on_ext4: Path, the_service: Service,
 
 @pytest.mark.parametrize(
     ("chain", "sentence"),
-    [("lgo:|aio:{}", "lgo"), ("log:|aio:{}.missing", "No such file")],
+    [("lgo:|aio:{}", "lgo"), ("log:|aio:{}.missing", "there is no file")],
     ids=["wrong chain", "missing image"],
 )
 def test_attach_what_cannot_be(guest: Guest, on_ext4: Path, the_service: Service, chain: str, sentence: str) -> None:

@@ -12,8 +12,9 @@ from tests.xen.tools.guest import GRUB_PV, Guest
 from tests.xen.tools.service import Service, attached
 
 DEVICE = Path("/dev/xvdq")
-BACKEND = "/local/domain/0/backend/vbd/0/51968"
-FRONTEND = "/local/domain/0/device/vbd/51968"
+DEVID = 1 << 28 | 16 << 8  # of xvdq: from the 17th letter on numbers are extended (docs/misc/vbd-interface.txt)
+BACKEND = f"/local/domain/0/backend/vbd/0/{DEVID}"
+FRONTEND = f"/local/domain/0/device/vbd/{DEVID}"
 LIBXL_TIMEOUT_S = 10.0
 CONFIGURATION = """
 set timeout=0
@@ -39,7 +40,7 @@ def test_xl_knows_what_we_attached(on_ext4: Path, the_service: Service) -> None:
     detached = xl("block-detach", 0, "xvdq")
 
     assert (f"{DEVICE}\n", True) == (told.out, is_there)
-    assert [["51968", "0", "0", "4"]] == [each.split()[:4] for each in listed]
+    assert [[f"{DEVID}", "0", "0", "4"]] == [each.split()[:4] for each in listed]
     assert (True, False) == (LIBXL_TIMEOUT_S > detached.seconds, DEVICE.exists())
 
 
@@ -60,7 +61,7 @@ def test_the_driver_lets_go(on_ext4: Path, the_service: Service) -> None:
     image = blank(on_ext4 / "disk.raw", 16)
     with attached(0, "xvdq", f"log:|aio:{image}"):
         run("dd", "if=/etc/passwd", f"of={DEVICE}", "conv=sync,fsync")
-        Path("/sys/bus/xen/drivers/vbd/unbind").write_text("vbd-51968")
+        Path("/sys/bus/xen/drivers/vbd/unbind").write_text(f"vbd-{DEVID}")
         until("both ends are closed", lambda: states() == ("6", "6"))
         without = the_service.disk(0, "xvdq")
     with attached(0, "xvdq", f"log:|aio:{image}"):

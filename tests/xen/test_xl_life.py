@@ -78,7 +78,7 @@ def test_twenty_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_servi
 
 @pytest.mark.parametrize(
     ("chain", "sentence"),
-    [("lgo:|aio:{}", "lgo"), ("log:|aio:{}.missing", "No such file")],
+    [("lgo:|aio:{}", "lgo"), ("log:|aio:{}.missing", "there is no file")],
     ids=["wrong chain", "missing image"],
 )
 def test_a_guest_whose_disk_cannot_be(
