@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 
@@ -14,7 +14,14 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.paths import libxl_path
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.toolstack import Attachment, attach, detach, vbd_path, wait_until_connected
+from xenbackend.supervisor.toolstack import (
+    Attachment,
+    attach,
+    detach,
+    vbd_path,
+    wait_until_connected,
+    wait_until_there,
+)
 
 pytestmark = pytest.mark.slow  # every one starts processes
 
@@ -117,3 +124,28 @@ def test_waiting_for_a_frontend_that_fails(service: str, toolstack: Store, guest
     guest.write(f"{PATH.frontend}/state", "3")
     with pytest.raises(XenbackendError, match=r"our state is Closed \(22 the frontend has not written"):
         wait_until_connected(toolstack, PATH, 20)
+
+
+class Device(PosixPath):
+    """A device that is there from the third look on."""
+
+    looks = 0
+
+    def is_block_device(self) -> bool:
+        """Count."""
+        self.looks += 1
+        return self.looks > 2
+
+
+def test_a_device_of_our_own_is_waited_for() -> None:
+    """Who attaches a disk to the own domain may use the device at once, though the kernel makes it after Connected."""
+    device, pauses = Device("/dev/xvdq"), []
+    wait_until_there(device, 20, pauses.append)
+
+    assert (3, 2) == (device.looks, len(pauses))
+
+
+def test_a_device_that_never_comes_is_an_error(tmp_path: Path) -> None:
+    """The sentence names the device and where the kernel says why."""
+    with pytest.raises(XenbackendError, match=r"no .*xvdq after 0 s; see dmesg"):
+        wait_until_there(tmp_path / "xvdq", 0)

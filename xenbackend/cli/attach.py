@@ -6,6 +6,7 @@ Must not know a key of xenstore.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from xenbackend.block.spec import check_whole_paths, parse_chain
@@ -20,6 +21,7 @@ from xenbackend.supervisor.toolstack import (
     detach,
     vbd_path,
     wait_until_connected,
+    wait_until_there,
 )
 
 
@@ -63,7 +65,10 @@ def run_attach(args: argparse.Namespace) -> int:
         is_ours = path.frontend_domid == path.backend_domid
         if args.wait or is_ours:
             wait_until_connected(store, path, args.timeout)
-    print(f"/dev/{args.vdev.removeprefix('/dev/')}" if is_ours else f"attached {path}")
+    device = Path("/dev", args.vdev.removeprefix("/dev/"))
+    if is_ours:
+        wait_until_there(device, args.timeout)
+    print(device if is_ours else f"attached {path}")
     return 0
 
 

@@ -17,6 +17,7 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from xenbackend.blkif.handshake import XenbusState, name, parse_state
 from xenbackend.block.chain import parse_chain
@@ -28,6 +29,7 @@ from xenbackend.supervisor.store import Store
 
 OPEN_TIMEOUT_S = 40.0  # libxl's for a hotplug script
 DETACH_TIMEOUT_S = 10.0  # libxl's
+_LOOK_S = 0.01  # between two looks for a device
 _SCRIPT = "/etc/xen/scripts/block-xenbackend"
 _TOKEN = "toolstack"  # noqa: S105 - a watch's token
 _S = XenbusState
@@ -94,6 +96,18 @@ def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
             "the guest's blkfront has not answered; in Linux: modprobe xen-blkfront" if state is _S.INIT_WAIT else error
         )
         raise XenbackendError(f"{path} is not connected: our state is {name(state)}{f' ({hint})' if hint else ''}")
+
+
+def wait_until_there(device: Path, timeout_s: float, pause: Callable[[float], object] | None = None) -> None:
+    """Return when our own kernel has made a block device of a connected disk, which it does a moment later.
+
+    Raises: XenbackendError.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not device.is_block_device():
+        if time.monotonic() >= deadline:
+            raise XenbackendError(f"the disk is connected, but there is no {device} after {timeout_s:g} s; see dmesg")
+        (pause or _pause)(_LOOK_S)
 
 
 def detach(store: Store, path: VbdPath, timeout_s: float = DETACH_TIMEOUT_S, *, force: bool = False) -> None:
@@ -193,6 +207,10 @@ def _remove(nodes: Nodes, path: VbdPath) -> None:
     nodes.prune(path.frontend, domain_path(path.frontend_domid))
     nodes.prune(path.backend, domain_path(path.backend_domid))
     nodes.prune(libxl_path(path), f"/libxl/{path.frontend_domid}")
+
+
+def _pause(seconds: float) -> None:
+    select.select([], [], [], seconds)
 
 
 def _wait_for(store: Store, node: str, is_enough: Callable[[str | None], bool], timeout_s: float) -> str | None:
