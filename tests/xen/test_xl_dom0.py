@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.xen.tools import xenstore
 from tests.xen.tools.command import run, until, xenbackend, xl
-from tests.xen.tools.disks import blank, line, with_files
+from tests.xen.tools.disks import blank, head, line, with_files
 from tests.xen.tools.guest import GRUB_PV, Guest
 from tests.xen.tools.service import Service, attached
 
@@ -65,7 +65,7 @@ def test_the_driver_lets_go(on_ext4: Path, the_service: Service) -> None:
         until("both ends are closed", lambda: states() == ("6", "6"))
         without = the_service.disk(0, "xvdq")
     with attached(0, "xvdq", f"log:|aio:{image}"):
-        content = DEVICE.open("rb").read(512)
+        content = head(DEVICE, 512)
 
     assert ("Closed", "Closed", "") == (without["state"], without["frontend_state"], without["error"])
     assert Path("/etc/passwd").read_bytes()[:512] == content

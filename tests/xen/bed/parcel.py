@@ -1,4 +1,5 @@
-"""What goes into dom0 on its second disk, and what comes back on it: wheels, tests, how to start; results.
+"""What goes into dom0 on its second disk, and what comes back on it: wheels, the Debian package where one was built,
+tests, how to start; results.
 
 Must not reach for the network from inside: wheels are made here.
 """
@@ -41,6 +42,8 @@ def pack(directory: Path, cache: Path, arguments: Sequence[str]) -> Path:
     (tree / "out").mkdir()
     (tree / "arguments").write_text("".join(f"{each}\n" for each in arguments))
     shutil.copy(START, tree)
+    for package in (PROJECT / "dist").glob("xenbackend_*_all.deb"):
+        shutil.copy(package, tree)
     size = sum(file.stat().st_size for file in tree.rglob("*") if file.is_file())
     with image.open("wb") as file:
         file.truncate(size * 2 + ROOM_FOR_RESULTS)

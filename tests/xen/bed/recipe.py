@@ -27,6 +27,7 @@ PACKAGES = [
     *("xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils", "qemu-system-xen"),
     *("grub-xen-bin", "grub-xen-host", "e2fsprogs", "xfsprogs", "fio", "qemu-utils", "iproute2", "procps"),
     *("busybox-static", "strace"),
+    *("python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog"),  # that our own package depends on
 ]
 ROOT_SIZE = "4G"  # sparse
 VENV = "/opt/xenbackend"  # where the project is installed; bed/files/start

@@ -39,6 +39,12 @@ def read_file(image: Path, path: str) -> str:
     return run("debugfs", "-R", f"cat {path}", image).out
 
 
+def head(device: Path, size: int) -> bytes:
+    """Return the first bytes of a device."""
+    with device.open("rb") as file:
+        return file.read(size)
+
+
 def check(image: Path) -> None:
     """See that an image's ext4 file system is whole. Raises: Failed."""
     run("e2fsck", "-f", "-n", image)
