@@ -29,7 +29,7 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 
 # K=expression runs some of them, as pytest's -k has it. The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
-	$(BIN)/python -m tests.xen.bed --again $(if $(K),-k '$(K)')
+	$(BIN)/python -m tests.xen.bed $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
 	$(BIN)/python -m tests.xen.bed tests/xen/speed.py
