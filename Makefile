@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 IMAGES := /dev/shm/xenbackend-images
-LONG = nice $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed --basetemp $(IMAGES) \
+LONG = nice $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed -o faulthandler_timeout=0 --basetemp $(IMAGES) \
 	--seed $(or $(S),1)
 
 .PHONY: run test test-images test-xen bench-xen bench deb clean
