@@ -23,6 +23,7 @@ TESTED_ELSEWHERE = {
     "bench/worker.py": "bench/test_session.py runs every workload on one",
     "block/mapped/foreign.py": "block/drivers/test_vdi.py opens images by it, sound and damaged ones",
     "block/mapped/inflated.py": "block/drivers/test_qcow2.py and test_vmdk.py read compressed clusters by it",
+    "block/mapped/sending.py": "block/mapped/test_disk.py sends by it",
     "block/qcow/copyup.py": "block/qcow/test_kills.py kills it at every write",
     "block/qcow/disk.py": "block/drivers/test_qcow2.py and test_qcow.py open images by it",
     "block/qcow/level2.py": "block/qcow/test_kills.py kills it at every write",

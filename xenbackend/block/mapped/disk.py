@@ -11,26 +11,30 @@ needed, each piece to where it belongs.
        \-- dispatch -- READ  ------> file, parent, zeros, read_special
                     \- WRITE ------> file, write_elsewhere: the format finds a place, writes, and says so in its tables
 
-Nothing is submitted in the middle of a decision: what is to be sent gathers in lists until the outermost call of this
-file ends, so that batches form by themselves and no callback runs inside another one's loop.
+What is all a parent's goes to the one that has it, however far down the chain, once that is known: see `owners`. What
+is to be sent gathers in lists: see `sending`.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from xenbackend.block.driver import Driver, File, Geometry
-from xenbackend.block.mapped.parts import Join, Part, Pool, allocate, clear, cut
+from xenbackend.block.mapped.owners import Gathered, Memo, Owners
+from xenbackend.block.mapped.parts import Join, Part, Pool, allocate, clear, cut, tell, tell_with
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
+from xenbackend.block.mapped.sending import Sending
 from xenbackend.block.mapped.shared import Shared, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.units import PAGE
 
 
-class MappedDisk(Driver):
+class MappedDisk(Sending):
     """The base of mapped formats: a subclass opens the file, calls `start`, and has the hooks below.
 
     Entries and tables: `xenbackend.block.mapped.tables`. A request that a hook gets is a guest's own or a `Part`; the
@@ -59,19 +63,15 @@ class MappedDisk(Driver):
             Way.SPECIAL: self.read_special, Way.ELSEWHERE: self.write_elsewhere,
         }  # fmt: skip
         self._pool = Pool()
-        self._moved: list[
-            Request
-        ] = []  # ours for the file, each with the one that it stands for as its tag: all of them
+        self._moved: list[Request] = []  # ours for the file: all of them; each one's tag is what it stands for
         self._free: list[Request] = []  # those of them that are not at the file
-        self._to_file: list[Request] = []
-        self._to_parent: list[Request] = []
-        self._finished: list[Request] = []
-        self._soon: list[Callable[[], None]] = []
+        self._begin_sending()
         self._pages: list[memoryview] = []  # for writes of metadata: to map one anew costs as much as the write
-        self._is_sending = False
         self._waiting: dict[int, list[Request]] = {}  # for tables that are being loaded
         self._watches: list[tuple[set[Request], Callable[[], None]]] = []
         self._parent_size = 0
+        self.owners = Owners()
+        self._memo = Memo(min(entries, -(-size // cluster)))
         self._sync = Shared(self._begin_sync, self.soon)
         file.complete = self._from_file
 
@@ -98,7 +98,10 @@ class MappedDisk(Driver):
         self.finish(request, errno.EOPNOTSUPP)
 
     def shortcut(self, request: Request) -> int:  # noqa: ARG002 - for formats that know more than entries say
-        """Return where all of a request lies in the file, though its entry does not say so; 0 if that is not known."""
+        """Return where all of a request lies in the file, though its entry does not say so; 0 if that is not known.
+
+        Of a read that is all a parent's, return that parent's number in `owners`, less than 0: -1 for an unknown one.
+        """
         return 0
 
     # The contract of a driver.
@@ -111,15 +114,16 @@ class MappedDisk(Driver):
     def submit(self, batch: list[Request]) -> None:
         """Take requests. This loop runs for every request."""
         young, table_shift, cluster_shift, table_mask, inside_mask, cluster = self._layout
-        free, parent_size = self._free, self._parent_size
+        free, parent_size, known, gathered = self._free, self._parent_size, self._memo.known, self.owners.gathered
         moved: list[Request] = []
-        through: list[Request] = []  # to the parent, as they are
         odd: list[Request] = []
         for request in batch:
             offset = request.offset
-            table = young.get(offset >> table_shift)
+            number = offset >> table_shift
+            table = young.get(number)
             if table is not None:
-                entry = table[offset >> cluster_shift & table_mask]
+                index = offset >> cluster_shift & table_mask
+                entry = table[index]
                 op, length = request.op, request.length
                 if (offset & inside_mask) + length <= cluster:
                     if entry >> op & 1:
@@ -129,16 +133,13 @@ class MappedDisk(Driver):
                         moved.append(ours)
                         continue
                     if entry == op == 0 and offset + length <= parent_size:
-                        through.append(request)
+                        gathered[known[number][index] if number in known else 0].append(request)
                         continue
             odd.append(request)
-        if odd:
-            self._submit_odd(moved, through, odd)
-            return
-        if moved:
+        if odd or parent_size:
+            self._submit_sorted(moved, odd)
+        elif moved:
             self.file.submit(moved)
-        if through:
-            self.next.submit(through)  # type: ignore[union-attr]  # whoever knows its size has been given it
 
     def close(self) -> None:
         """Close the file; nothing is in flight."""
@@ -157,10 +158,7 @@ class MappedDisk(Driver):
 
     def to_file(self, request: Request, place: int) -> None:
         """Let the file do a request at `place`; it ends as the file ends it."""
-        ours = self._free.pop() if self._free else self._another()
-        ours.op, ours.offset, ours.length = request.op, place, request.length
-        ours.iov, ours.tag, ours.status = request.iov, request, PENDING
-        self._to_file.append(ours)
+        self._to_file.append(self._ours(request, place))
 
     def to_parent(self, request: Request) -> None:
         """Read from the parent, as far as it reaches, and zeros beyond."""
@@ -205,16 +203,16 @@ class MappedDisk(Driver):
     def write_data(self, place: int, iov: Sequence[memoryview], then: Then) -> None:
         """Write to the file."""
         length = sum(map(len, iov))
-        self.to_file(self._pool.take(Op.WRITE, place, length, iov, _tell, then), place)
+        self.to_file(self._pool.take(Op.WRITE, place, length, iov, tell, then), place)
 
     def read_disk(self, offset: int, view: memoryview, then: Then) -> None:
         """Read what the disk has now, wherever that is."""
-        self.dispatch(self._pool.take(Op.READ, offset, len(view), [view], _tell, then))
+        self.dispatch(self._pool.take(Op.READ, offset, len(view), [view], tell, then))
 
     def read_meta(self, place: int, length: int, then: Callable[[int, memoryview], None]) -> None:
         """Read from the file; what is past its end is zeros."""
         view = allocate(length)
-        self.to_file(self._pool.take(Op.READ, place, length, [view], _tell_with, (then, view)), place)
+        self.to_file(self._pool.take(Op.READ, place, length, [view], tell_with, (then, view)), place)
 
     def write_meta(self, place: int, data: bytes, then: Then) -> None:
         """Write to the file."""
@@ -228,30 +226,9 @@ class MappedDisk(Driver):
         """Make durable what the file has completed; who asks at the same time shares one flush."""
         self._sync.want(then)
 
-    def soon(self, call: Callable[[], None]) -> None:
-        """Call when everything that is there to be sent has been sent, before the outermost call ends."""
-        self._soon.append(call)
-
-    def in_thread(self, function: Callable[[], None], then: Then) -> None:
-        """Do something that blocks, in a thread; an OSError is its status."""
-        result = [0]
-
-        def run() -> None:
-            try:
-                function()
-            except OSError as error:
-                result[0] = error.errno or errno.EIO
-
-        def finish() -> None:
-            then(result[0])
-            self._send()
-
-        self.env.run_in_thread(run, finish)
-
     def when_quiet(self, then: Callable[[], None]) -> None:
         """Call when everything that the file has now is back: nobody reads or writes a place from before any more."""
-        out = {request for request in self._moved if request.status == PENDING}
-        if out:
+        if out := {request for request in self._moved if request.status == PENDING}:
             self._watches.append((out, then))
         else:
             then()
@@ -262,6 +239,20 @@ class MappedDisk(Driver):
         table = self.tables.find(cluster >> table_shift - cluster_shift)
         return None if table is None else table[cluster & table_mask]
 
+    def owner(self, offset: int, length: int) -> Driver | None:
+        """Return who can serve reads of a range: this disk, or one of its parents; None while that is not known."""
+        _, table_shift, bits, table_mask, _, _ = self._layout
+        first, end = offset >> bits, offset + length - 1 >> bits
+        while first <= end:
+            table = self.tables.find(first << bits >> table_shift)
+            if table is None:
+                return None
+            last = min(end, first | table_mask)
+            if any(table[first & table_mask : (last & table_mask) + 1]):
+                return self
+            first = last + 1
+        return self._owner_below(offset, length) if offset + length <= self._parent_size else self
+
     def _meta_written(self, page: memoryview, then: Then, status: int) -> None:
         if len(page) == PAGE:
             self._pages.append(page)
@@ -269,21 +260,78 @@ class MappedDisk(Driver):
 
     # Sending pieces to where they belong.
 
+    def _ours(self, request: Request, place: int) -> Request:
+        ours = self._free.pop() if self._free else self._another()
+        ours.op, ours.offset, ours.length = request.op, place, request.length
+        ours.iov, ours.tag, ours.status = request.iov, request, PENDING
+        return ours
+
     def _another(self) -> Request:
         request = Request()
         self._moved.append(request)
         return request
 
-    def _submit_odd(self, moved: list[Request], through: list[Request], odd: list[Request]) -> None:
-        self._to_file += moved
-        self._to_parent += through
+    def _submit_sorted(self, moved: list[Request], odd: list[Request]) -> None:
+        """Submit what was gathered by `submit`."""
+        rest = self._sort(odd, moved)
+        through = self.owners.take()
+        if rest:
+            self._submit_odd(moved, through, rest)
+            return
+        if moved:
+            self.file.submit(moved)
+        for owner, requests in through:
+            if owner is None:
+                self._to_unknown(requests)
+            else:
+                owner.submit(requests)
+
+    def _sort(self, odd: list[Request], moved: list[Request]) -> list[Request]:
+        """Take those out for which the format knows a shortcut."""
+        rest, gathered = [], self.owners.gathered
         for request in odd:
             place = self.shortcut(request)
-            if place:
-                self.to_file(request, place)
+            if place > 0:
+                moved.append(self._ours(request, place))
+            elif place < 0:
+                gathered[-1 - place].append(request)
             else:
+                rest.append(request)
+        return rest
+
+    def _submit_odd(self, moved: list[Request], through: Gathered, odd: list[Request]) -> None:
+        self._to_file += moved
+        direct: dict[Any, list[Request]] = defaultdict(list)
+        for known, requests in through:
+            direct[known or self.next] += requests
+        for request in odd:
+            owner = self.owner(request.offset, request.length) if request.op == Op.READ and self._parent_size else self
+            if owner is None or owner is self:
                 self.dispatch(request)
+            else:
+                direct[owner].append(request)
         self._send()
+        for owner, requests in direct.items():
+            owner.submit(requests)
+
+    def _to_unknown(self, requests: list[Request]) -> None:
+        """Pass reads to the parent; those that come after them go where these would have been found."""
+        offsets = [request.offset for request in requests]
+        self.next.submit(requests)  # type: ignore[union-attr]  # whoever knows its size has been given it
+        for offset in offsets:
+            self._learn(offset)
+
+    def _learn(self, offset: int) -> None:
+        cluster, table_bits = offset >> self.cluster_bits, self._shape.table_bits
+        owner = self._owner_below(cluster << self.cluster_bits, 1 << self.cluster_bits)
+        if owner is not None:
+            self._memo.remember(cluster >> table_bits, cluster & (1 << table_bits) - 1, self.owners.number(owner))
+
+    def _owner_below(self, offset: int, length: int) -> Driver | None:
+        """Return which parent can serve reads of a range of ours, None where that takes a table that is not loaded."""
+        if offset + length <= self._parent_size and isinstance(self.next, MappedDisk):
+            return self.next.owner(offset, length)
+        return self.next
 
     def _send_by(self, request: Request, way: Way, place: int) -> None:
         if way == Way.FILE:
@@ -316,38 +364,9 @@ class MappedDisk(Driver):
             self.finish(join.request, join.status)
 
     def _begin_sync(self, then: Then) -> None:
-        self.to_file(self._pool.take(Op.FLUSH, 0, 0, (), _tell, then), 0)
+        self.to_file(self._pool.take(Op.FLUSH, 0, 0, (), tell, then), 0)
 
-    # Sending, and what comes back.
-
-    def _send(self) -> None:
-        """Send what has gathered, until nothing is left; whoever is inside this already does it."""
-        if self._is_sending:
-            return
-        self._is_sending = True
-        try:
-            while self._send_one():
-                pass
-        finally:
-            self._is_sending = False
-
-    def _send_one(self) -> bool:
-        if self._to_file:
-            batch, self._to_file = self._to_file, []
-            self.file.submit(batch)
-        elif self._to_parent:
-            batch, self._to_parent = self._to_parent, []
-            self.next.submit(batch)  # type: ignore[union-attr]  # whoever knows its size has been given it
-        elif self._finished:
-            batch, self._finished = self._finished, []
-            self.complete(batch)
-        elif self._soon:
-            calls, self._soon = self._soon, []
-            for call in calls:
-                call()
-        else:
-            return False
-        return True
+    # What comes back.
 
     def _from_file(self, batch: list[Request]) -> None:
         """Take back what the file has done. This loop runs for every request."""
@@ -379,12 +398,3 @@ class MappedDisk(Driver):
                 self._watches.append((out, then))
             else:
                 self.soon(then)
-
-
-def _tell(part: Part) -> None:
-    part.tag(part.status)
-
-
-def _tell_with(part: Part) -> None:
-    then, view = part.tag
-    then(part.status, view)

@@ -91,3 +91,14 @@ def clear(iov: Sequence[memoryview]) -> None:
         for start in range(0, len(view), len(_ZEROS)):
             piece = view[start : start + len(_ZEROS)]
             piece[:] = _ZEROS[: len(piece)]
+
+
+def tell(part: Part) -> None:
+    """Call a part's tag with its status: a `Part.done`."""
+    part.tag(part.status)
+
+
+def tell_with(part: Part) -> None:
+    """Call the first of a part's tag with its status and the second: a `Part.done`."""
+    then, view = part.tag
+    then(part.status, view)
