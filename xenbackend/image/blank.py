@@ -93,7 +93,7 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
 
 def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW image of version 1. Raises: ConfigError."""
-    bits = _cluster_bits(wishes.cluster_size or (512 if parent else 4096), 9, 16)
+    bits = _cluster_bits(wishes.cluster_size or 4096, 9, 16)
     l2_bits = 12 if bits == 9 else 9  # as QEMU
     name = os.fsencode(parent.name) if parent else b""
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
