@@ -13,7 +13,7 @@ import pytest
 from tests.exported import Exported
 from xenbackend.block.request import Op
 from xenbackend.nbd.abi import CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, MAX_BLOCK, REQUEST, REQUEST_MAGIC
-from xenbackend.worker.export import MAX_CLIENTS, SLOTS
+from xenbackend.worker.export import LARGEST, MAX_CLIENTS, SLOTS
 
 DATA = b"d" * 512
 
@@ -144,11 +144,34 @@ def test_memory_is_bounded(exported: Exported) -> None:
     exported.chain.give_back()
 
     assert [4096] == held
-    assert [MAX_BLOCK] == then
+    assert [LARGEST] * (MAX_BLOCK // LARGEST) == then
     assert MAX_BLOCK == len(large.reply(MAX_BLOCK)[2])
     exported.step(4)
     exported.chain.give_back()
     assert 2 == small.reply(4096)[0]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_large_requests_are_cut(exported: Exported, failing: bool) -> None:  # noqa: FBT001
+    """The chain sees no more than a ring's largest request; all of them are one answer, with the first error."""
+    client, length = exported.client().go(), 2 * LARGEST + 512
+    data = b"".join(bytes([number]) * 512 for number in range(50)).ljust(length, b"e")
+    client.ask(CMD_WRITE, 1024, length, data, flags=CMD_FLAG_FUA)
+    written = client.reply()
+    exported.chain.holding = True
+    client.ask(CMD_READ, 1024, length)
+    pieces = [(request.offset, request.length) for request in exported.chain.held]
+    exported.chain.errors = {Op.READ: errno.EIO} if failing else {}
+    exported.chain.give_back(exported.chain.held[1:2])
+    exported.chain.errors = {}
+    between = bytes(client.listen())
+    exported.chain.give_back()
+
+    assert (1, 0, b"") == written
+    assert ["WRITE"] * 3 + ["FLUSH"] + ["READ"] * 3 == exported.chain.seen
+    assert [(1024, LARGEST), (1024 + LARGEST, LARGEST), (1024 + 2 * LARGEST, 512)] == pieces
+    assert b"" == between
+    assert ((1, errno.EIO, b"") if failing else (1, 0, data)) == client.reply(length)
 
 
 def test_client_that_goes_away_lets_others_have_its_turn(exported: Exported) -> None:
@@ -169,11 +192,12 @@ def test_client_that_goes_away_lets_others_have_its_turn(exported: Exported) -> 
     assert (1, 0, bytes(512)) == third.reply(512)
 
 
-def test_layers_bug_is_contained(exported: Exported) -> None:
+@pytest.mark.parametrize("length", [512, 2 * LARGEST])
+def test_layers_bug_is_contained(exported: Exported, length: int) -> None:
     """D8: what a layer held when it let an exception out ends with EIO once, however late it comes back."""
     exported.chain.holding, exported.chain.bug = True, KeyError("bug")
     client = exported.client().go()
-    client.ask(CMD_WRITE, data=DATA)
+    client.ask(CMD_WRITE, 0, length, bytes(length))
     first = client.reply()
     late = exported.chain.held[:]
     for cookie in range(SLOTS):
@@ -282,4 +306,4 @@ def test_end_wakes_nobody_who_waits(exported: Exported) -> None:
     exported.step(4)
 
     assert exported.is_over
-    assert ["READ"] == exported.chain.seen
+    assert ["READ"] * (MAX_BLOCK // LARGEST) == exported.chain.seen

@@ -3,8 +3,8 @@
 Must not be there together with a connection: a chain has one layer above it (D10). The export has the chain's top from
 its making until `close` calls back; then nothing of it is in flight any more.
 
-    device model ── socket ── Client ── Job ── Request ── chain
-                              bytes     memory  one of a fixed pool
+    device model ── socket ── Client ── Job ── Requests ── chain
+                              bytes     memory  of `LARGEST` bytes at most
 
 A client may be hostile: it can use up the slots and the memory of this disk's export for as long as it takes to be
 thrown out, and nothing else.
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from xenbackend.worker.reactor import Reactor
 
 MAX_CLIENTS = 8
-SLOTS = 64  # requests in flight, of all clients
+SLOTS = 64  # requests of clients in flight, of all of them
 MEMORY = MAX_BLOCK  # bytes of data in flight, of all clients: one request of the greatest size
+LARGEST = 1 << 20  # bytes of one read or write in the chain: what a ring's largest has, so layers meet no other
 _TICK_S = 1.0  # between two looks for clients that keep us waiting
 _LAST_ANSWERS_S = 1.0  # for clients to take them when the export ends
 _OPS = {CMD_READ: Op.READ, CMD_WRITE: Op.WRITE, CMD_FLUSH: Op.FLUSH, CMD_TRIM: Op.DISCARD}
@@ -128,16 +129,9 @@ class Export:
         """Hand jobs to the chain as one batch."""
         if not jobs:
             return
-        batch = []
+        batch: list[Request] = []
         for job in jobs:
-            request = self._free.pop()  # there are as many as slots
-            command = job.command
-            request.op, request.offset, request.length = _OPS[command.kind], command.offset, command.length
-            request.iov = (job.data,) if len(job.data) else ()
-            if command.kind == CMD_FLUSH:
-                request.offset = request.length = 0
-            request.tag = job
-            batch.append(request)
+            batch += self._requests_of(job)
         self._lend(batch)
 
     def forget(self, client: Client, why: str) -> None:
@@ -149,6 +143,21 @@ class Export:
             self._waiting.remove(client)
             self._wake_next()
         self._end_if_done()
+
+    def _requests_of(self, job: Job) -> list[Request]:
+        """Return the requests that a job is cut into; `job.left` counts them."""
+        command, op = job.command, _OPS[job.command.kind]
+        offset, length = (0, 0) if op == Op.FLUSH else (command.offset, command.length)
+        step = LARGEST if len(job.data) else max(1, length)
+        requests = []
+        for start in range(0, max(1, length), step):
+            request = self._free.pop() if self._free else Request()
+            request.op, request.offset, request.length = op, offset + start, min(step, length - start)
+            request.iov = (job.data[start : start + step],) if len(job.data) else ()
+            request.tag = job
+            requests.append(request)
+        job.left = len(requests)
+        return requests
 
     # The chain's top ------------------------------------------------------------------------------------------------
 
@@ -170,16 +179,24 @@ class Export:
             self._in_flight -= 1
             if request.op == Op.FLUSH:
                 self._note_flush(request)
-            if request.op != Op.FLUSH and job.command.must_be_durable and request.status == 0:
+            job.left -= 1
+            job.status = job.status or request.status
+            must_flush = job.command.must_be_durable and request.op != Op.FLUSH
+            if not job.left and must_flush and not job.status:
                 self._flush_later(request)
             else:
                 request.tag, request.iov = None, ()
                 self._free.append(request)
-                job.client.answer(job, error_of(request.status))
+                self._answer_if_done(job)
         self._end_if_done()
+
+    def _answer_if_done(self, job: Job) -> None:
+        if not job.left:
+            job.client.answer(job, error_of(job.status))
 
     def _flush_later(self, request: Request) -> None:
         """Flush behind a write that must be durable, from the loop: nothing is submitted out of `complete` (D5)."""
+        request.tag.left = 1
         self._in_flight += 1  # still: an export that ends waits for it
         self._written.append(request)
         if len(self._written) == 1:
@@ -210,7 +227,9 @@ class Export:
                 request.tag = None
                 self._in_flight -= 1
                 self._free.append(Request())
-                job.client.answer(job, errno.EIO)
+                job.left -= 1
+                job.status = errno.EIO
+                self._answer_if_done(job)
         self._end_if_done()
 
     # Clients that come and go ---------------------------------------------------------------------------------------

@@ -29,11 +29,13 @@ _PIECES = 64  # sent by one call
 class Job:
     """One request of a client, from its head on the wire to its answer; it holds a slot of the lender's."""
 
-    __slots__ = ("client", "command", "data")
+    __slots__ = ("client", "command", "data", "left", "status")
 
     def __init__(self, client: Client, command: Command) -> None:
         self.client = client
         self.command = command
+        self.left = 0  # requests that the lender cut it into and that are not back
+        self.status = 0  # the first error of them
         has_data = command.kind in (CMD_READ, CMD_WRITE)
         self.data = allocate(command.length).view if has_data else memoryview(b"")
 

@@ -160,6 +160,16 @@ def test_few_tables_are_enough(seed: int) -> None:
     assert len(disk.tables) <= 2
 
 
+def test_a_request_across_any_number_of_tables() -> None:
+    """A request that is cut at each of thousands of tables, one of which is kept, ends in one step with the others."""
+    disk = Plain([at(0) | OWNED, *[ZERO] * 5999], limit=1)
+    request = read(0, 6000 * CLUSTER)
+
+    assert [0] == disk.do(request)
+    assert disk.image.bytes[at(0) :][:CLUSTER] == content(request)[:CLUSTER]
+    assert not any(content(request)[CLUSTER:])
+
+
 def test_flush_and_discard() -> None:
     """A flush goes to the file, and a discard that a format does not have is answered EOPNOTSUPP."""
     disk = Plain([at(0) | OWNED])

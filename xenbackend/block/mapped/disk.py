@@ -25,7 +25,7 @@ from typing import Any
 
 from xenbackend.block.driver import Driver, File, Geometry
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
-from xenbackend.block.mapped.parts import Join, Part, Pool, allocate, clear, cut, tell, tell_with
+from xenbackend.block.mapped.parts import Part, Pool, allocate, clear, tell, tell_with
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
 from xenbackend.block.mapped.sending import Sending
 from xenbackend.block.mapped.shared import Shared, Then
@@ -190,15 +190,13 @@ class MappedDisk(Sending):
                 self._send_by(part, way, place)
 
     def split(self, request: Request, lengths: Sequence[int]) -> Sequence[Request]:
-        """Return parts of a request, one for each length in bytes; it ends when they have. One part is itself."""
+        """Return parts of a request, one for each length in bytes; it ends when they have. One part is itself.
+
+        What is a part itself is replaced by its parts: however often a request is cut, they all end in one step.
+        """
         if len(lengths) == 1:
             return [request]
-        join, offset = Join(request, len(lengths)), request.offset
-        parts = []
-        for length, iov in zip(lengths, cut(request.iov, lengths), strict=True):
-            parts.append(self._pool.take(request.op, offset, length, iov, self._joined, join))
-            offset += length
-        return parts
+        return self._pool.split(request, lengths, self._joined)
 
     def write_data(self, place: int, iov: Sequence[memoryview], then: Then) -> None:
         """Write to the file."""

@@ -57,6 +57,19 @@ class Pool:
         part.done, part.tag, part.status = done, tag, PENDING
         return part
 
+    def split(self, request: Request, lengths: Sequence[int], done: Callable[[Part], None]) -> list[Part]:
+        """Return parts of a request whose tag is their `Join`; of one that such a part has, if the request is one."""
+        is_part = isinstance(request, Part) and request.pool is self and isinstance(request.tag, Join)
+        join: Join = request.tag if is_part else Join(request, 1)
+        join.left += len(lengths) - 1
+        parts, offset = [], request.offset
+        for length, iov in zip(lengths, cut(request.iov, lengths), strict=True):
+            parts.append(self.take(request.op, offset, length, iov, done, join))
+            offset += length
+        if is_part:
+            self.put(request)  # type: ignore[arg-type]  # it is one
+        return parts
+
     def put(self, part: Part) -> None:
         """Take back a part that has ended."""
         self.lent -= 1
