@@ -32,6 +32,7 @@ class Shape:
     size: int = 64 * MIB
     depth: int = 0
     format: str = ""  # as QEMU calls it, where it has another name
+    is_compressed: bool = False  # at the beginning
 
 
 SHAPES = {
@@ -43,6 +44,7 @@ SHAPES = {
     "qcow2, 2 TiB": Shape("qcow2", "cluster_size=64k", size=2 * TIB),
     "qcow2, 2 TiB, large clusters": Shape("qcow2", "cluster_size=2M", size=2 * TIB),
     "qcow2, 1 TiB, small clusters": Shape("qcow2", "cluster_size=4k", size=TIB),
+    "qcow2, compressed": Shape("qcow2", is_compressed=True),
     "qcow2, 8 parents": Shape("qcow2", depth=DEPTH),
     "qcow2, 2 TiB, 8 parents": Shape("qcow2", "cluster_size=128k", size=2 * TIB, depth=DEPTH),
     "qcow": Shape("qcow"),
@@ -63,6 +65,11 @@ class Model:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
         os.truncate(self.fd, size)
         self.hot = [0, max(0, size - 4 * MIB), *(chance.randrange(0, size) >> 9 << 9 for _ in range(14))]
+
+    def fill(self) -> None:
+        """Put what can be compressed to places that requests go to."""
+        for place in self.hot:
+            os.pwrite(self.fd, (self.chance.randbytes(64) * 64) * min(1024, (self.size - place) // 4096), place)
 
     def batch(self, can_discard: int) -> list[Request]:
         """Return requests that do not overlap; what is discarded is in whole clusters of so many bytes."""
@@ -137,6 +144,9 @@ def make(shape: Shape, directory: Path, number: int) -> str:
         )
         return f"vhd:{path}"
     image_format = shape.format or shape.layer
+    if shape.is_compressed:
+        qemu.qemu_img("convert", "-c", "-f", "raw", "-O", image_format, directory / "raw", path)
+        return f"{shape.layer}:{path}"
     options = ("-o", shape.options) if shape.options else ()
     parent_options = ("-b", base, "-F", image_format) if number else ()
     qemu.qemu_img("create", "-q", "-f", image_format, *options, *parent_options, path, str(shape.size))
@@ -151,6 +161,8 @@ def test_against_a_model(machine: Machine, tmp_path: Path, request: pytest.Fixtu
     alike = [each for each in SHAPES.values() if each.layer == shape.layer]
     count = request.config.getoption("--requests") // len(alike)
     with model_of(shape, tmp_path, Random(f"{request.config.getoption('--seed')} {name}")) as model:
+        if shape.is_compressed:
+            model.fill()
         for number in range(shape.depth + 1):
             text = make(shape, tmp_path, number)
             chain = machine.open(text, checked=False)

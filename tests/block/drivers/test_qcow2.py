@@ -207,6 +207,20 @@ def test_compressed_clusters(machine: Machine, tmp_path: Path) -> None:
     assert (0, 0) == qemu.check(tmp_path / "a")
 
 
+def test_a_compressed_cluster_is_discarded(machine: Machine, tmp_path: Path) -> None:
+    """A discard of one compressed cluster frees it, also where its table is known already, and nothing else."""
+    data = Random(1).randbytes(64) + bytes(CLUSTER - 64)
+    text = make(tmp_path / "a", compressed={0: data, 3: data})
+    chain = machine.open(text)
+    request = read(0, CLUSTER)
+    assert [0] == machine.do(chain, request)
+    assert [0, 0] == machine.do(chain, discard(0, CLUSTER), flush())
+    chain.close()
+
+    assert bytes(3 * CLUSTER) + data == contents(machine, text)[: 4 * CLUSTER]
+    assert (0, 0) == qemu.check(tmp_path / "a")
+
+
 def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path) -> None:
     """Bytes that do not inflate are EIO for whoever reads them, and for nobody else."""
     path = tmp_path / "a"

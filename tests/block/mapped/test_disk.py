@@ -170,9 +170,11 @@ def test_a_request_across_any_number_of_tables() -> None:
     assert not any(content(request)[CLUSTER:])
 
 
-def test_flush_and_discard() -> None:
-    """A flush goes to the file, and a discard that a format does not have is answered EOPNOTSUPP."""
-    disk = Plain([at(0) | OWNED])
+@pytest.mark.parametrize("entry", [0, ZERO, ZERO | at(0), SPECIAL, at(0) | READABLE, at(0) | OWNED])
+def test_flush_and_discard(entry: int) -> None:
+    """A flush goes to the file, and a discard to the format, whatever is there: it has no place in the file itself."""
+    disk = Plain([entry])
+    disk.do(read(0, 512))  # the table is there from now on
 
     assert [0, errno.EOPNOTSUPP] == disk.do(flush(), discard(0, CLUSTER))
     assert ["flush"] == [change.kind for change in disk.image.log]

@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 READABLE = 1 << 0  # reads may go to the place: 1 << Op.READ
 WRITABLE = 1 << 1  # writes may go to the place, and change nothing but the data: 1 << Op.WRITE
-ZERO = 1 << 2  # reads as zeros, whatever the parent has
-SPECIAL = 1 << 3  # only the format can read and write it; the other bits are its own
+ZERO = 1 << 4  # reads as zeros, whatever the parent has. Bits 2 and 3 stay clear: no flush or discard has a place
+SPECIAL = 1 << 5  # only the format can read and write it; the other bits are its own
 OWNED = READABLE | WRITABLE
 PLACE = (1 << 63) - 512  # the bits of an entry that are the place
 
