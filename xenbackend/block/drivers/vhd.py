@@ -16,6 +16,10 @@ Behaviour:
     writes the block's bitmap, before it is answered. Whoever is killed in the middle loses room in the file at most,
     and there is always a valid footer at its end. A flush returns when everything that was answered is durable.
 
+    A discard makes holes in the file, where the host's file system can: what the image had there is zeros, and takes
+    no room in the host. No block is freed, so the file does not become shorter, nor does a copy of it that is not
+    sparse; what was a parent's stays so.
+
     A parent is looked for beside the image, under its relative name first, then under its absolute one. It must lie
     in the image's own directory, or in `parents=`; links are followed before that is checked. A parent with another
     UUID than the one the image was made for is refused, and so is one that was altered since, where the image's
@@ -29,8 +33,8 @@ Example:
 
 Limits:
     Disks up to 2 TiB, in up to 2 million blocks. No encryption, no split images, nothing that Virtual PC wrote before
-    2004; no discard. The table takes 4 MiB of memory for each TiB, and the bitmaps up to 16 MiB for each image. A
-    block device has to be large enough for what will be written.
+    2004; no discard on block devices. The table takes 4 MiB of memory for each TiB, the bitmaps up to 16 MiB for each
+    image, and what is known of a parent as much again. A block device has to be large enough for what will be written.
 """
 
 from __future__ import annotations
@@ -96,7 +100,8 @@ class Vhd(Blocks):
         if footer.type == vhd.FIXED:
             return self._open_fixed(env, file)
         self._open_dynamic(env, file, is_at_end=is_at_end)
-        return Geometry(size=footer.size, read_only=env.read_only)
+        granularity = file.discard_granularity if self.can_discard else 0
+        return Geometry(footer.size, 512, env.read_only, can_discard=self.can_discard, discard_granularity=granularity)
 
     def _open_fixed(self, env: Env, file: File) -> Geometry:
         size = self.footer.size

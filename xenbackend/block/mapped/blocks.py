@@ -25,7 +25,9 @@ from xenbackend.block.driver import Driver, File
 from xenbackend.block.formats.vhd import SECTOR, Header
 from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries, unpack_bitmap
 from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.holes import Holes
 from xenbackend.block.mapped.owners import Memo
+from xenbackend.block.mapped.pieces import runs_of
 from xenbackend.block.mapped.shared import Shared, Then
 from xenbackend.block.mapped.tables import OWNED, PLACE, SPECIAL, Table, Tables
 from xenbackend.block.request import Request
@@ -83,6 +85,7 @@ class Blocks(MappedDisk):
         self._bitmaps: Tables[Bitmap] = Tables(_BITMAPS * SECTOR // header.block_size)
         self._inside_mask = header.block_size - 1
         self._page_owners = Memo(header.block_size // PAGE)  # of blocks that lack sectors
+        self._holes = Holes(self)
         self._waiting_for_bitmap: dict[int, list[Request]] = {}
         self._waiting_for_block: dict[int, list[Request]] = {}
         self._wanted: list[int] = []  # blocks that nothing was done for yet
@@ -134,18 +137,32 @@ class Blocks(MappedDisk):
 
     def read_special(self, request: Request) -> None:
         """Read the sectors that the block has from the file, and the others from the parent."""
-        block, first, last = self._sectors(request)
+        block, first, last = self.sectors(request)
         bitmap = self._bitmaps.find(block)
         if bitmap is None:
-            self._load_bitmap(block, request)
+            self.load_bitmap(block, request)
             return
         is_own = bitmap.present[first]
-        for part in self.split(request, _runs(bitmap.present, first, last)):
+        for part in self.split(request, runs_of(bitmap.present, first, last)):
             if is_own:
-                self.to_file(part, self._place(part))
+                self.to_file(part, self.place(part))
             else:
                 self.to_parent(part)
             is_own = not is_own
+
+    def discard(self, request: Request) -> None:
+        """See `MappedDisk`."""
+        self._holes.make(request)
+
+    @property
+    def can_discard(self) -> bool:
+        """Return whether holes can be made, which read as zeros; a device that discards does not promise that."""
+        return self.file.can_discard and not self._device_end
+
+    def bitmap(self, block: int) -> bytearray | None:
+        """Return which sectors a block has, a byte for each, where that is in memory."""
+        bitmap = self._bitmaps.find(block)
+        return bitmap.present if bitmap else None
 
     def write_elsewhere(self, request: Request) -> None:
         """Write to blocks that lack sectors, or that are not there; each by itself."""
@@ -155,23 +172,23 @@ class Blocks(MappedDisk):
             self._write(part)
 
     def _write(self, request: Request) -> None:
-        block, first, last = self._sectors(request)
+        block, first, last = self.sectors(request)
         entry = self.entries[block]
         if not entry:
             self._await_block(block, request)
             return
         bitmap = self._bitmaps.find(block)
         if bitmap is None:
-            self._load_bitmap(block, request)
+            self.load_bitmap(block, request)
         elif bitmap.present.find(0, first, last) < 0:
-            self.to_file(request, self._place(request))
+            self.to_file(request, self.place(request))
         else:
             self._bitmaps.pin(block)
-            self.write_data(self._place(request), request.iov, partial(self._written, request, bitmap))
+            self.write_data(self.place(request), request.iov, partial(self._written, request, bitmap))
 
     def _written(self, request: Request, bitmap: Bitmap, status: int) -> None:
         """Go on with the bitmap when the data are in the file."""
-        block, first, last = self._sectors(request)
+        block, first, last = self.sectors(request)
         if status:
             self._bitmaps.unpin(block)
             self.finish(request, status)
@@ -202,7 +219,7 @@ class Blocks(MappedDisk):
                 self._bitmaps.drop(block)
         then(status)
 
-    def _load_bitmap(self, block: int, request: Request) -> None:
+    def load_bitmap(self, block: int, request: Request) -> None:
         """Read a bitmap, once for all who need it, and dispatch them again."""
         waiting = self._waiting_for_bitmap.setdefault(block, [])
         waiting.append(request)
@@ -323,7 +340,7 @@ class Blocks(MappedDisk):
 
     # Arithmetic.
 
-    def _sectors(self, request: Request) -> tuple[int, int, int]:
+    def sectors(self, request: Request) -> tuple[int, int, int]:
         """Return the block of a request, its first sector in it, and the one after its last."""
         block, inside = divmod(request.offset, self._header.block_size)
         return block, inside // SECTOR, (inside + request.length) // SECTOR
@@ -333,17 +350,7 @@ class Blocks(MappedDisk):
         size = self._header.block_size
         return min(size, self.size - block * size) // SECTOR
 
-    def _place(self, request: Request) -> int:
+    def place(self, request: Request) -> int:
+        """Return where a request in a block that is there lies in the file."""
         block, inside = divmod(request.offset, self._header.block_size)
         return (self.entries[block] & PLACE) + inside
-
-
-def _runs(present: bytearray, first: int, last: int) -> list[int]:
-    """Return the bytes of each run of sectors that are alike."""
-    lengths = []
-    while first < last:
-        after = present.find(1 - present[first], first, last)
-        after = last if after < 0 else after
-        lengths.append((after - first) * SECTOR)
-        first = after
-    return lengths

@@ -198,14 +198,17 @@ class MappedDisk(Sending):
             return [request]
         return self._pool.split(request, lengths, self._joined)
 
+    def part(self, op: int, offset: int, length: int, iov: Sequence[memoryview], then: Then) -> Part:
+        """Return a request of our own."""
+        return self._pool.take(op, offset, length, iov, tell, then)
+
     def write_data(self, place: int, iov: Sequence[memoryview], then: Then) -> None:
         """Write to the file."""
-        length = sum(map(len, iov))
-        self.to_file(self._pool.take(Op.WRITE, place, length, iov, tell, then), place)
+        self.to_file(self.part(Op.WRITE, place, sum(map(len, iov)), iov, then), place)
 
     def read_disk(self, offset: int, view: memoryview, then: Then) -> None:
         """Read what the disk has now, wherever that is."""
-        self.dispatch(self._pool.take(Op.READ, offset, len(view), [view], tell, then))
+        self.dispatch(self.part(Op.READ, offset, len(view), [view], then))
 
     def read_meta(self, place: int, length: int, then: Callable[[int, memoryview], None]) -> None:
         """Read from the file; what is past its end is zeros."""
@@ -216,9 +219,8 @@ class MappedDisk(Sending):
         """Write to the file."""
         pages = self._pages
         page = pages.pop() if pages and len(data) <= PAGE else allocate(max(len(data), PAGE))
-        view = page[: len(data)]
-        view[:] = data
-        self.write_data(place, [view], partial(self._meta_written, page, then))
+        page[: len(data)] = data
+        self.write_data(place, [page[: len(data)]], partial(self._meta_written, page, then))
 
     def sync(self, then: Then) -> None:
         """Make durable what the file has completed; who asks at the same time shares one flush."""
@@ -362,7 +364,7 @@ class MappedDisk(Sending):
             self.finish(join.request, join.status)
 
     def _begin_sync(self, then: Then) -> None:
-        self.to_file(self._pool.take(Op.FLUSH, 0, 0, (), tell, then), 0)
+        self.to_file(self.part(Op.FLUSH, 0, 0, (), then), 0)
 
     # What comes back.
 

@@ -63,7 +63,8 @@ class Pool:
         join: Join = request.tag if is_part else Join(request, 1)
         join.left += len(lengths) - 1
         parts, offset = [], request.offset
-        for length, iov in zip(lengths, cut(request.iov, lengths), strict=True):
+        pieces = cut(request.iov, lengths) if request.iov else ([] for _ in lengths)  # a discard has none
+        for length, iov in zip(lengths, pieces, strict=True):
             parts.append(self.take(request.op, offset, length, iov, done, join))
             offset += length
         if is_part:

@@ -24,6 +24,8 @@ class Way(IntEnum):
     LOAD = 5  # nobody knows before its table is there
 
 
+SECTOR = 512
+
 Piece = tuple[Way, int, int]  # the place in the file, or the number of the table; how many bytes
 
 
@@ -80,3 +82,14 @@ def _add(pieces: list[Piece], way: Way, place: int, length: int) -> None:
             pieces[-1] = way, last_place, last_length + length
             return
     pieces.append((way, place, length))
+
+
+def runs_of(present: bytearray, first: int, last: int) -> list[int]:
+    """Return the bytes of each run of sectors that are alike."""
+    lengths = []
+    while first < last:
+        after = present.find(1 - present[first], first, last)
+        after = last if after < 0 else after
+        lengths.append((after - first) * SECTOR)
+        first = after
+    return lengths
