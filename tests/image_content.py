@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tests.helpers_block import content, read, write
 from tests.qemu import qemu_img
+from xenbackend.block.leaf import QEMU_NAMES
 from xenbackend.block.spec import parse_chain
-from xenbackend.image.names import QEMU_NAMES
 from xenbackend.image.session import Session
 
 _STEP = 1 << 20  # bytes of a request

@@ -32,7 +32,7 @@ LAYERS = {
     "host": GROUND | {"supervisor.client", "supervisor.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
-    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.reactor"},
+    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.newfile", "worker.reactor"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),

@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from tests.qemu import qemu_img
-from xenbackend.image.names import QEMU_NAMES, Image, find_image
+from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.image.names import Image, find_image
 
 SIZE = 5 << 20
 DATA = {64 << 10: 200 << 10, 3 << 20: 4096, SIZE - 512: 512}  # where there are bytes that are not zeros, and how many

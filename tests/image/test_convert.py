@@ -11,12 +11,13 @@ import pytest
 
 from tests import qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
+from xenbackend.block.formats.blank import Wishes
+from xenbackend.block.leaf import FORMATS
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError, DriverError
-from xenbackend.image.blank import Wishes
 from xenbackend.image.convert import Progress, State, convert, overwrite
 from xenbackend.image.create import create
-from xenbackend.image.names import FORMATS, Image, find_image, image_of_file
+from xenbackend.image.names import Image, find_image, image_of_file
 from xenbackend.image.session import RequestFailed
 
 Make = Callable[[str], Image]

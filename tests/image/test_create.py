@@ -11,7 +11,7 @@ import pytest
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write
 from tests.qemu import qemu_img
 from xenbackend.errors import ConfigError, DriverError
-from xenbackend.image.create import create, parents_option, snapshot
+from xenbackend.image.create import create, snapshot
 from xenbackend.image.names import Image, find_image, image_of_file
 
 Make = Callable[[str], Image]
@@ -84,7 +84,7 @@ def test_children_of_children(made: Make, raw: Path, tmp_path: Path) -> None:
 
 def test_there_are_only_so_many_generations(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that could not be opened any more is not made."""
-    monkeypatch.setattr("xenbackend.image.create.MAX_PARENTS", 1)
+    monkeypatch.setattr("xenbackend.block.leaf.MAX_PARENTS", 1)
     child = snapshot(made("qcow2"), f"{tmp_path}/one")
 
     with pytest.raises(ConfigError, match="commit or convert"):
@@ -114,11 +114,3 @@ def test_what_cannot_be_made_is_refused(made: Make, raw: Path, tmp_path: Path) -
     with pytest.raises(DriverError, match="there is no file"):
         create("qcow2", new, None, parent=find_image("qcow2:/none"))
     assert before == {path.name for path in tmp_path.iterdir()}
-
-
-def test_where_parents_are_is_said_only_where_it_must_be(tmp_path: Path) -> None:
-    """In the child's own directory, or below it, no option is needed."""
-    (tmp_path / "a").mkdir()
-
-    assert "" == parents_option(f"{tmp_path}/child", f"{tmp_path}/a/parent")
-    assert str(tmp_path) == parents_option(f"{tmp_path}/a/child", f"{tmp_path}/parent")

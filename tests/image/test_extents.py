@@ -15,10 +15,11 @@ from tests.image_content import disk_write
 from tests.qcow_images import qcow2
 from tests.qemu import qemu_img, qemu_io
 from tests.vhd_images import UUID, image
+from xenbackend.block.leaf import QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError
 from xenbackend.image.extents import Extent, Kind, extents_of, map_chain
-from xenbackend.image.names import QEMU_NAMES, Image
+from xenbackend.image.names import Image
 from xenbackend.image.session import Session
 
 Make = Callable[[str], Image]

@@ -11,11 +11,12 @@ import pytest
 from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
 from xenbackend.block.formats.qcow2 import CORRUPT, DIRTY
+from xenbackend.block.leaf import QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError
 from xenbackend.image.create import create
 from xenbackend.image.facts import chain_facts
-from xenbackend.image.names import QEMU_NAMES, Image, image_of_file
+from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.session import Session
 
 Make = Callable[[str], Image]

@@ -15,12 +15,13 @@ from tests.image_content import assert_same_for_qemu, disk_content, disk_write
 from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
 from tests.vhd_images import image as vhd_image
+from xenbackend.block.formats.blank import Wishes
+from xenbackend.block.leaf import QEMU_NAMES
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image import resize as module
-from xenbackend.image.blank import Wishes
 from xenbackend.image.check import CLEAN, check
 from xenbackend.image.create import create
-from xenbackend.image.names import QEMU_NAMES, Image, find_image, image_of_file
+from xenbackend.image.names import Image, find_image, image_of_file
 from xenbackend.image.resize import resize
 from xenbackend.image.session import Session
 

@@ -18,7 +18,7 @@ from xenbackend.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xenbackend.image.blank import Wishes
+    from xenbackend.block.formats.blank import Wishes
     from xenbackend.image.check import Verdict
     from xenbackend.image.create import Created
     from xenbackend.image.names import Image
@@ -256,7 +256,7 @@ def _parent(arguments: argparse.Namespace) -> Image | None:
 
 
 def _wishes(arguments: argparse.Namespace) -> Wishes:
-    from xenbackend.image.blank import Wishes
+    from xenbackend.block.formats.blank import Wishes
 
     return Wishes(arguments.cluster_size, is_fixed=arguments.fixed)
 

@@ -18,17 +18,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from xenbackend.block.formats.blank import Wishes, blank
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError, printable
-from xenbackend.image.blank import Wishes, blank
 from xenbackend.image.check import check, repair
 from xenbackend.image.extents import Extent, Kind, map_chain
 from xenbackend.image.names import Image, at_another_path
-from xenbackend.image.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 from xenbackend.image.session import Disk, RequestFailed, Session
 from xenbackend.image.transfer import Transfer, turns
 from xenbackend.units import format_size
+from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 
 CHECKPOINT = 256 << 20  # bytes written between two states that can be gone on from
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xenbackend.block import grammar
+from xenbackend.block.leaf import FORMAT_OF, FORMATS
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError, printable
 
-FORMATS = {"raw": "aio", "vhd": "vhd", "qcow2": "qcow2", "qcow": "qcow"}  # our words for formats, and their drivers
-QEMU_NAMES = {"raw": "raw", "vhd": "vpc", "qcow2": "qcow2", "qcow": "qcow"}
-_BY_DRIVER = {driver: name for name, driver in FORMATS.items()} | {"sync": "raw"}
 _MAGIC = {  # where a format that has but one version says what it is
     "vhd": (0, b"conectix"),
     "vhdx": (0, b"vhdxfile"),
@@ -53,7 +51,7 @@ def find_image(text: str, formats: tuple[str, ...] = tuple(FORMATS)) -> Image:
         raise ConfigError(f"{printable(text)!r} does not say its format; write {hint}")
     chain = parse_chain(text)
     layer = chain.layers[-1]
-    name = _BY_DRIVER.get(layer.driver.name, "")
+    name = FORMAT_OF.get(layer.driver.name, "")
     if len(chain.layers) > 1 or name not in formats:
         words = ", ".join(f"{FORMATS[each]}:FILE" for each in formats)
         raise ConfigError(f"{printable(chain.text)!r} is not an image by itself; write one of {words}")

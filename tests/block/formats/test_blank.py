@@ -10,11 +10,11 @@ import pytest
 from tests import qemu
 from tests.image_content import disk_content, disk_write
 from tests.qemu import qemu_img
+from xenbackend.block.formats.blank import Parent, Wishes, blank
 from xenbackend.block.formats.qcow2_check import check as check_qcow2
+from xenbackend.block.leaf import QEMU_NAMES
 from xenbackend.errors import ConfigError
-from xenbackend.image.blank import Parent, Wishes, blank
-from xenbackend.image.names import QEMU_NAMES
-from xenbackend.image.newfile import write_new
+from xenbackend.worker.newfile import write_new
 
 MIB = 1 << 20
 

@@ -11,12 +11,12 @@ import struct
 import time
 import uuid
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from xenbackend.block.formats import qcow2, vhd
 from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table
 from xenbackend.errors import ConfigError
-from xenbackend.image.newfile import Blank
 from xenbackend.units import PAGE, format_size, round_up
 
 SECTOR = 512
@@ -28,6 +28,14 @@ _BACKING_FORMAT = 0xE2792ACA
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _QCOW_HEADER = struct.Struct(">4sIQIIQBBHIQ")
 _REFCOUNT_ORDER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """What a new file holds: pieces of bytes by their place, and holes around them."""
+
+    size: int  # bytes
+    pieces: Sequence[tuple[int, bytes]] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class Parent:
     """How a new image names its parent."""
 
     name: str  # as it is written into the image
-    format: str  # a key of `names.QEMU_NAMES`
+    format: str  # a key of `leaf.QEMU_NAMES`
     qemu_format: str
     uuid: bytes = bytes(16)  # of a VHD image
     mtime: float = 0.0  # seconds since 1970

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from xenbackend.block.formats.blank import Blank
 from xenbackend.errors import ConfigError
-from xenbackend.image.newfile import Blank, publish, refuse_existing, replace_durably, write_new
+from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, write_new
 
 
 def test_a_new_file_holds_its_pieces(tmp_path: Path) -> None:

@@ -7,19 +7,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from xenbackend.block.formats.blank import Blank
 from xenbackend.errors import ConfigError, printable
-
-
-@dataclass(frozen=True, slots=True)
-class Blank:
-    """What a new file holds: pieces of bytes by their place, and holes around them."""
-
-    size: int  # bytes
-    pieces: Sequence[tuple[int, bytes]] = field(default=())
 
 
 def refuse_existing(path: str) -> None:

@@ -1,0 +1,59 @@
+"""What a new image over an open one is; image/test_create.py makes them of every format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_block import Machine
+from tests.qcow_images import qcow, qcow2
+from tests.vhd_images import image
+from xenbackend.block.leaf import leaf_over, parents_option
+from xenbackend.errors import ConfigError
+
+SIZE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("layer", "leaf"),
+    [
+        ("qcow2:{base},cache=on", "qcow2:{new},cache=on"),
+        ("qcow:{base}", "qcow:{new},parent_format=qcow"),
+        ("vhd:{base},changed=accept", "vhd:{new},changed=accept"),
+        ("aio:{base},cache=on", "qcow2:{new},cache=on"),
+        ("sync:{base}", "qcow2:{new}"),
+    ],
+)
+def test_a_leaf_goes_on_as_its_parent(machine: Machine, tmp_path: Path, layer: str, leaf: str) -> None:
+    """By default a leaf is of its parent's format, over raw QCOW2, as large, and says what the parent's layer said."""
+    names = {"base": tmp_path / "base", "new": tmp_path / "new"}
+    maker = {"qcow2": qcow2, "qcow": qcow, "vhd": image}.get(layer.partition(":")[0], bytes)
+    names["base"].write_bytes(maker(SIZE))
+    chain = machine.open(layer.format(**names))
+    found = leaf_over(chain.layers, str(names["new"]))
+    chain.close()
+
+    assert (leaf.format(**names), SIZE) == (found.text, found.size)
+
+
+def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
+    """A disk that is no image, or one of a format that cannot be the parent of what was asked for, is refused."""
+    (tmp_path / "base").write_bytes(qcow2(SIZE))
+    for layer, image_format, sentence in (
+        ("ram:1M", "", "parent of a new image can be no image at all, and not ram:"),
+        ("ram:1M", "qcow2", "can be raw or vhd or qcow2 or qcow, and not ram:"),
+        (f"qcow2:{tmp_path}/base", "vhd", "parent of a vhd image can be vhd or raw, and not qcow2"),
+    ):
+        chain = machine.open(layer)
+        with pytest.raises(ConfigError, match=sentence):
+            leaf_over(chain.layers, f"{tmp_path}/new", image_format)
+        chain.close()
+
+
+def test_where_parents_are_is_said_only_where_it_must_be(tmp_path: Path) -> None:
+    """In the child's own directory, or below it, no option is needed."""
+    (tmp_path / "a").mkdir()
+
+    assert "" == parents_option(f"{tmp_path}/child", f"{tmp_path}/a/parent")
+    assert str(tmp_path) == parents_option(f"{tmp_path}/a/child", f"{tmp_path}/parent")

@@ -1,0 +1,90 @@
+"""New leaves for chains in service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import Machine, content, flush, read, write
+from tests.qcow_images import qcow, qcow2
+from tests.vhd_images import image
+from xenbackend.block.chain import Chain
+from xenbackend.errors import ConfigError
+from xenbackend.worker.leaf import make_leaf
+
+SIZE = 4 << 20
+BLANK = {"vhd": image, "qcow2": qcow2, "qcow": qcow, "aio": bytes}
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Return a machine that is closed after the test."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+def everything(machine: Machine, chain: Chain) -> bytes:
+    """Return what a disk holds."""
+    request = read(0, SIZE)
+    assert [0] == machine.do(chain, request)
+    return content(request)
+
+
+@pytest.mark.parametrize("driver", BLANK)
+def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, tmp_path: Path, driver: str) -> None:
+    """A leaf that was made while the guest wrote has, once it is opened, all that was written before and since."""
+    (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
+    chain, model, chance = machine.open(f"log:|{driver}:{tmp_path}/base"), bytearray(SIZE), Random(1)
+
+    def writes(count: int) -> None:
+        for _ in range(count):
+            place, data = chance.randrange(0, SIZE - 4096) // 512 * 512, chance.randbytes(4096)
+            model[place : place + 4096] = data
+            assert [0] == machine.do(chain, write(place, data))
+
+    for generation in range(3):
+        writes(20)
+        text = make_leaf(chain, f"{tmp_path}/leaf{generation}")
+        writes(20)
+        assert [0] == machine.do(chain, flush())
+        chain.close()
+        old = (tmp_path / "base").read_bytes()
+        chain = machine.open(text)
+        assert model == everything(machine, chain)
+
+    writes(20)
+    assert model == everything(machine, chain)
+    assert "log" == chain.layers[0].driver.name
+    assert old == (tmp_path / "base").read_bytes()
+    assert 5 == len(chain.layers)
+    assert all(each.geometry.read_only for each in chain.layers[2:])
+    chain.close()
+
+
+def test_nothing_is_written_over(machine: Machine, tmp_path: Path) -> None:
+    """Where the name is taken, or there can be no such leaf, nothing is made, and the chain is as it was."""
+    (tmp_path / "base").write_bytes(qcow2(SIZE))
+    (tmp_path / "taken").write_bytes(b"mine")
+    chain = machine.open(f"qcow2:{tmp_path}/base")
+    for name, image_format, sentence in (("taken", "", "exists already"), ("new", "vhd", "and not qcow2")):
+        with pytest.raises(ConfigError, match=sentence):
+            make_leaf(chain, f"{tmp_path}/{name}", image_format)
+
+    assert {"base", "taken"} == {path.name for path in tmp_path.iterdir()}
+    assert b"mine" == (tmp_path / "taken").read_bytes()
+    assert [0] == machine.do(chain, write(0, b"x" * 512))
+    chain.close()
+
+
+def test_only_its_owner_may_read_a_leaf(machine: Machine, tmp_path: Path) -> None:
+    """It becomes the guest's disk."""
+    (tmp_path / "base").write_bytes(qcow2(SIZE))
+    chain = machine.open(f"qcow2:{tmp_path}/base")
+    make_leaf(chain, f"{tmp_path}/new")
+    chain.close()
+
+    assert 0o600 == (tmp_path / "new").stat().st_mode & 0o777

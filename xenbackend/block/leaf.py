@@ -1,0 +1,112 @@
+"""A new image over one that is open: what its file holds, and the layer that opens it.
+
+Must not open or write a file, nor guess of which format a parent is: the driver that has it open says that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xenbackend.block import grammar
+from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank
+from xenbackend.block.opening import MAX_PARENTS, OpenLayer
+from xenbackend.block.options import files_of
+from xenbackend.errors import ConfigError
+
+FORMATS = {"raw": "aio", "vhd": "vhd", "qcow2": "qcow2", "qcow": "qcow"}  # our words for formats, and their drivers
+FORMAT_OF = {driver: name for name, driver in FORMATS.items()} | {"sync": "raw"}
+QEMU_NAMES = {"raw": "raw", "vhd": "vpc", "qcow2": "qcow2", "qcow": "qcow"}
+_PARENTS = {"vhd": ("vhd", "raw"), "qcow2": ("raw", "vhd", "qcow2", "qcow"), "qcow": ("raw", "vhd", "qcow2", "qcow")}
+_OVER_RAW = "qcow2"  # it says itself of which format its parent is, and any tool knows it
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A new image: `text` is the layer that opens it, with every option that it needs; `size` is its disk's, bytes."""
+
+    text: str
+    size: int
+    blank: Blank
+
+
+def leaf_over(
+    layers: Sequence[OpenLayer],
+    path: str,
+    image_format: str = "",
+    size: int | None = None,
+    wishes: Wishes | None = None,
+) -> Leaf:
+    """Return a child of an open image. The image is not asked for anything that changes while it is written.
+
+    Args:
+        layers: the image's, and its parents' behind it.
+        path: where the child will be.
+        image_format: the child's, a key of FORMATS; by default the image's own, and over a raw one QCOW2.
+        size: bytes of the child's disk; by default as many as the image has.
+        wishes: what else may be chosen.
+
+    Raises: ConfigError, where that child cannot be.
+    """
+    layer = layers[0]
+    parent_format = FORMAT_OF.get(layer.driver.name, "")
+    if not image_format:
+        image_format = _OVER_RAW if parent_format == "raw" else parent_format
+    known = _PARENTS.get(image_format, ())
+    if parent_format not in known:
+        words = " or ".join(known) or "no image at all"
+        found = parent_format or f"{layer.driver.name}:"
+        raise ConfigError(f"the parent of a {image_format or 'new'} image can be {words}, and not {found}")
+    if len(layers) > MAX_PARENTS:
+        raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")
+    parent_path = next(iter(files_of(layer.driver.options).values()))
+    size = layer.geometry.size if size is None else size
+    parent = Parent(
+        _name(path, parent_path),
+        parent_format,
+        QEMU_NAMES[parent_format],
+        layer.driver.footer.uuid if parent_format == "vhd" else bytes(16),  # type: ignore[attr-defined]  # it is a Vhd
+        os.stat(parent_path).st_mtime,  # noqa: PTH116 - as `opening`: pathlib would alter the name
+    )
+    options = _options(image_format, path, parent_path, parent_format, layer.driver.options)
+    text = grammar.format_layer(FORMATS[image_format], path, *options)
+    return Leaf(text, size, blank(image_format, size, wishes or Wishes(), parent))
+
+
+def parents_option(path: str, parent: str) -> str:
+    """Return the directory that `parents=` has to name so that an image at `path` may have a parent, or nothing."""
+    beside = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - as `opening`
+    both = os.path.commonpath([beside, os.path.realpath(parent)])
+    return "" if both == beside else both
+
+
+def _options(image_format: str, path: str, parent: str, parent_format: str, options: Any) -> list[str]:
+    """Return what the child's layer has to say: where its parents may be, and what the image itself cannot say.
+
+    What the parent's own layer says of its file and its parents goes on: they are opened by the child from now on.
+    """
+    directory = parents_option(path, parent)
+    given: str = getattr(options, "parents", "")
+    if given:
+        directory = os.path.commonpath([os.path.realpath(given), directory or os.path.realpath(given)])
+    words = ["cache=on"] if getattr(options, "cache", False) else []
+    words += [f"parents={directory}"] if directory else []
+    if image_format == "vhd" and getattr(options, "changed", "") == "accept":
+        words.append("changed=accept")
+    kept = getattr(options, "parent_format", "")
+    if image_format == "qcow":
+        words.append(f"parent_format={QEMU_NAMES[parent_format]}")
+    elif kept and image_format == "qcow2":
+        words.append(f"parent_format={kept}")
+    return words
+
+
+def _name(path: str, parent: str) -> str:
+    """Return a parent's name: relative to the child, unless they have no more than the root in common."""
+    beside = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - as `opening`
+    real = os.path.realpath(parent)
+    if os.path.commonpath([beside, real]) == "/":
+        return real
+    return os.path.relpath(real, beside)

@@ -1,0 +1,34 @@
+"""A new leaf for a chain in service: an empty image whose parent is the image that the guest writes to.
+
+Must not touch the chain: who calls this lets the guest rest, closes the chain, and opens the new one in its place.
+
+The new image is durable and has its name when `make_leaf` returns. Nothing in it depends on what is written to its
+parent, so it can be made while the guest goes on, in a thread, and the guest rests only for closing and opening:
+
+    text = make_leaf(chain, path)        the guest writes to `chain`
+    drain, flush, chain.close()          it rests
+    open text                            the old image is opened as a parent: read-only, its lock shared
+"""
+
+from __future__ import annotations
+
+from xenbackend.block.chain import Chain
+from xenbackend.block.leaf import leaf_over
+from xenbackend.worker.newfile import refuse_existing, write_new
+
+
+def make_leaf(chain: Chain, path: str, image_format: str = "") -> str:
+    """Make an image over a chain's source, and return the text of the chain that has it in the source's place.
+
+    Args:
+        chain: open, and perhaps written to at the moment.
+        path: where the new image is to be; never over another file. Only its owner may read it.
+        image_format: vhd, qcow2 or qcow; by default the source's own, and over a raw one qcow2.
+
+    Raises: ConfigError, where there cannot be such a child; OSError. Nothing is left at `path` then.
+    """
+    refuse_existing(path)
+    source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
+    leaf = leaf_over(chain.layers[source:], path, image_format)
+    write_new(path, leaf.blank)
+    return "|".join([*(layer.text for layer in chain.layers[:source]), leaf.text])
