@@ -11,7 +11,7 @@ import struct
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,6 +26,8 @@ _VERSION_AND_SUM, _VERSION_AT = struct.Struct(">II"), 20
 _BATMAP_COOKIE = b"tdbatmap"
 _SIGNED_SUMS, _LATEST = 0x00010001, 0x00010002  # versions of the batmap; in 1.1 its bytes were summed with their sign
 _BITS = [bytes(value >> 7 - bit & 1 for bit in range(8)) for value in range(256)]
+_STRETCH = 512  # entries that are passed over together
+_ALL_UNUSED = array("I", [UNUSED] * _STRETCH).tobytes()
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
@@ -51,6 +53,15 @@ def read_table(read: Read, footer: Footer, header: Header) -> array[int]:
     return table
 
 
+def used_blocks(table: array[int]) -> Iterator[int]:
+    """Yield the blocks that the image has. To look at each entry of 2 TiB takes a tenth of a second; so not at each."""
+    data, width = table.tobytes(), table.itemsize
+    for start in range(0, len(table), _STRETCH):
+        if data[start * width : (start + _STRETCH) * width] != _ALL_UNUSED:
+            stretch = enumerate(table[start : start + _STRETCH], start)
+            yield from (block for block, sector in stretch if sector != UNUSED)
+
+
 def pack_entries(entries: Sequence[int]) -> bytes:
     """Return what entries of the table are written as."""
     return struct.pack(f">{len(entries)}I", *entries)
@@ -64,10 +75,9 @@ def check_table(table: array[int], header: Header, metadata: Sequence[tuple[int,
     Raises: DriverError, where blocks overlap one another or the metadata, or lie outside the file.
     """
     stride = header.bitmap_size + header.block_size
-    unused = table.count(UNUSED)
-    if (len(table) - unused - 1) * stride > end:
+    used = sorted(table[block] for block in used_blocks(table))
+    if (len(used) - 1) * stride > end:
         raise damaged("its table has more blocks than there is room for in the file")
-    used = sorted(table)[: len(table) - unused]
     if any(after - before < stride // SECTOR for before, after in pairwise(used)):
         raise damaged("blocks overlap one another")
     if used and used[-1] * SECTOR >= end:

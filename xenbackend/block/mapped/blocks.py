@@ -23,7 +23,7 @@ from functools import partial
 
 from xenbackend.block.driver import Driver, File
 from xenbackend.block.formats.vhd import SECTOR, Header
-from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries, unpack_bitmap
+from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries, unpack_bitmap, used_blocks
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.holes import Holes
 from xenbackend.block.mapped.owners import Memo
@@ -73,13 +73,9 @@ class Blocks(MappedDisk):
         self._footer = footer
         self._device_end = end
         room = header.bitmap_size
-        self.entries = array(
-            "Q",
-            [
-                0 if sector == UNUSED else sector * SECTOR + room | (OWNED if is_full else SPECIAL)
-                for sector, is_full in zip(table, full, strict=True)
-            ],
-        )
+        self.entries = array("Q", bytes(8 * len(table)))
+        for block in used_blocks(table):
+            self.entries[block] = table[block] * SECTOR + room | (OWNED if full[block] else SPECIAL)
         tables: Tables[Table] = Tables(1)
         tables.put(0, self.entries)
         self._bitmaps: Tables[Bitmap] = Tables(_BITMAPS * SECTOR // header.block_size)
