@@ -13,12 +13,14 @@ from shutil import which
 import pytest
 from descriptors import open_descriptors
 
-from tests import vhd_images
+from tests import libvhdi, vhd_images
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers.vhd import Vhd
 from xenbackend.block.formats import vhd
 from xenbackend.errors import DriverError
+from xenbackend.image.create import create, snapshot
+from xenbackend.image.names import find_image
 
 MIB = 1 << 20
 needs_qemu = pytest.mark.skipif(not which("qemu-img"), reason="qemu-utils is not installed")
@@ -180,6 +182,25 @@ def test_a_written_down_chain(machine: Machine, tmp_path: Path) -> None:
     assert model == everything(machine, chain)
     chain.close()
     assert others == [(tmp_path / name).read_bytes() for name in ("a.vhd", "b.vhd")]
+
+
+def test_another_implementation_reads_our_chains(machine: Machine, tmp_path: Path) -> None:
+    """Of eight images over one another that we made and wrote to, page by page, libvhdi reads every byte as we do."""
+    create("vhd", f"{tmp_path}/0", 5 * MIB + 512)
+    text, model, chance = f"vhd:{tmp_path}/0", bytearray(5 * MIB + 512), Random(1)
+    for number in range(1, 10):
+        chain = machine.open(text)
+        pages = chance.sample(range(len(model) // 4096), 40)  # libvhdi takes a byte of a bitmap for all or nothing
+        batch = [write(page * 4096, chance.randbytes(4096)) for page in pages]
+        assert [0] * 40 == machine.do(chain, *batch)
+        chain.close()
+        for page, request in zip(pages, batch, strict=True):
+            model[page * 4096 : page * 4096 + 4096] = content(request)
+        if number < 9:
+            text = snapshot(find_image(text), f"{tmp_path}/{number}").text
+    paths = [tmp_path / str(each) for each in reversed(range(9))]
+
+    assert model == libvhdi.pieces(paths, [(0, len(model))])
 
 
 def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
