@@ -26,8 +26,8 @@ Example:
 
 Limits:
     No encryption, no discard. The room of a compressed cluster that is written is not used again. L2 tables take up
-    to 32 MiB of memory, the L1 table at most 32 MiB. On a block device, only clusters that the image has can be
-    written.
+    to 32 MiB of memory, the L1 table at most 32 MiB, what is known of parents up to 16 MiB. On a block device, only
+    clusters that the image has can be written.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ Example:
 Limits:
     Not supported, and refused: encryption, external data files, subclusters (extended L2 entries), compression by
     zstd. The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most,
-    which is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB.
+    which is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB;
+    what is known of parents up to 16 MiB.
     The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at.
 """
 
