@@ -17,7 +17,9 @@ import pytest
 from tests import qemu, vhd_images
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from xenbackend.block.chain import Chain
+from xenbackend.block.formats.blank import Wishes
 from xenbackend.block.request import Op, Request
+from xenbackend.image.create import create
 
 MIB, TIB = 1 << 20, 1 << 40
 DEPTH = 8
@@ -33,6 +35,7 @@ class Shape:
     depth: int = 0
     format: str = ""  # as QEMU calls it, where it has another name
     is_compressed: bool = False  # at the beginning
+    cluster_size: int = 0  # of one that we make ourselves: QEMU makes no others than its own
 
 
 SHAPES = {
@@ -48,10 +51,12 @@ SHAPES = {
     "qcow2, 8 parents": Shape("qcow2", depth=DEPTH),
     "qcow2, 2 TiB, 8 parents": Shape("qcow2", "cluster_size=128k", size=2 * TIB, depth=DEPTH),
     "qcow": Shape("qcow"),
+    **{f"qcow, {1 << bits}": Shape("qcow", cluster_size=1 << bits) for bits in (9, 10, 13, 16)},
     "qcow, 64 GiB": Shape("qcow", size=64 << 30),
     "qcow, 8 parents": Shape("qcow", depth=DEPTH),
     "vhd": Shape("vhd", "force_size=on", format="vpc"),
     "vhd, 2 TiB": Shape("vhd", "force_size=on", size=2040 << 30, format="vpc"),
+    **{f"vhd, {1 << bits}": Shape("vhd", format="vpc", cluster_size=1 << bits) for bits in (12, 16, 19, 24)},
     "vhd, 8 parents": Shape("vhd", "force_size=on", depth=DEPTH, format="vpc"),
     "vhd, 2 TiB, 8 parents": Shape("vhd", "force_size=on", size=2040 << 30, depth=DEPTH, format="vpc"),
 }
@@ -144,6 +149,8 @@ def make(shape: Shape, directory: Path, number: int) -> str:
         )
         return f"vhd:{path}"
     image_format = shape.format or shape.layer
+    if shape.cluster_size:
+        return create(shape.layer, str(path), shape.size, Wishes(shape.cluster_size)).text
     if shape.is_compressed:
         qemu.qemu_img("convert", "-c", "-f", "raw", "-O", image_format, directory / "raw", path)
         return f"{shape.layer}:{path}"
@@ -158,6 +165,9 @@ def make(shape: Shape, directory: Path, number: int) -> str:
 def test_against_a_model(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
     """Whatever is written to an image, and to one over it, is what is read, by us and by QEMU, which finds no fault."""
     shape = SHAPES[name]
+    machine.files.lock_timeout_s = (
+        2.0  # the kernel lets go of a file that an io_uring had a moment after its process has
+    )
     alike = [each for each in SHAPES.values() if each.layer == shape.layer]
     count = request.config.getoption("--requests") // len(alike)
     with model_of(shape, tmp_path, Random(f"{request.config.getoption('--seed')} {name}")) as model:

@@ -23,6 +23,9 @@ BLANK = {"vhd": image, "qcow2": qcow2, "qcow": qcow, "aio": bytes}
 def machine() -> Iterator[Machine]:
     """Return a machine that is closed after the test."""
     machine = Machine()
+    machine.files.lock_timeout_s = (
+        2.0  # the kernel lets go of a file that an io_uring had a moment after its process has
+    )
     yield machine
     machine.close()
 

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from tests import qemu
 from tests.qcow_images import qcow, qcow2
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
 from xenbackend.block.formats.qcow2_check import Report, check
@@ -102,17 +103,20 @@ class Bed:
         return check(lambda offset, length: bytes(data[offset : offset + length]), len(data))
 
 
-def kill_everywhere(bed: Bed, requests: int, most: int) -> None:
-    """Kill a disk at `most` places of its writes, and look at what is left."""
+def kill_everywhere(bed: Bed, requests: int, most: int, *, by_qemu: int = 1) -> None:
+    """Kill a disk at `most` places of its writes, and look at what is left, `by_qemu` times by qemu-img too."""
     session = bed.session(requests)
     log = session.file.log
     places = list(tears(log))
-    for count, torn in [*bed.chance.sample(places, min(most, len(places))), (len(log), 0)]:
+    for number, (count, torn) in enumerate([*bed.chance.sample(places, min(most, len(places))), (len(log), 0)]):
         data = state(bed.image, log, count, torn)
         report = bed.look(data)
 
         assert [] == session.faults_of_a_kill(bed.content(data), count), (count, torn)
         assert 0 == report.errors, (count, torn, report)
+        if number < by_qemu and bed.shape.version > 1:
+            Path(bed.path).write_bytes(data)
+            assert (0, report.leaks) == qemu.check(Path(bed.path)), (count, torn)
     assert 0 == report.leaks  # it was closed
 
 
@@ -174,5 +178,5 @@ def test_for_long(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> 
     """The same with other guests, as long as asked for."""
     seed = request.config.getoption("--seed")
     for turn in range(max(1, request.config.getoption("--requests") // 20_000)):
-        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=20)
+        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=20, by_qemu=20)
         lose_power(Bed(SHAPES[name], tmp_path, seed + turn), requests=10, times=40)
