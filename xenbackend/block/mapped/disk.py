@@ -273,7 +273,7 @@ class MappedDisk(Sending):
 
     def _submit_sorted(self, moved: list[Request], odd: list[Request]) -> None:
         """Submit what was gathered by `submit`."""
-        rest = self._sort(odd, moved)
+        rest = self._sort(odd, moved) if odd else odd
         through = self.owners.take()
         if rest:
             self._submit_odd(moved, through, rest)
