@@ -73,7 +73,7 @@ class CopyUp:
                 first = offset >> self._bits
                 place, got, is_zero = yield partial(self._allocator.reserve, clusters.stop - first)
                 stop = min(end, first + got << self._bits)
-                piece, views = cut(views, [stop - offset, end - stop])
+                piece, views = (views, ()) if stop == end else cut(views, [stop - offset, end - stop])
                 yield from self._write(offset, stop, piece, place, is_zero=is_zero)
                 offset = stop
         except OSError as error:
@@ -81,16 +81,19 @@ class CopyUp:
         self._disk.finish(request, status)
         self._release(clusters)
 
-    def _write(self, start: int, stop: int, views: list[memoryview], place: int, *, is_zero: bool) -> Steps[None]:
+    def _write(self, start: int, stop: int, views: Sequence[memoryview], place: int, *, is_zero: bool) -> Steps[None]:
         """Write what the disk is to hold between two offsets to new clusters at `place`."""
         size = 1 << self._bits
         before, behind = start % size, -stop % size
-        head, no_head = yield from self._old(start - before, before, is_zero=is_zero)
-        tail, no_tail = yield from self._old(stop, behind, is_zero=is_zero)
-        iov = [view for view in (head, *views, tail) if len(view)]
-        yield partial(self._disk.write_data, place + before - len(head), iov)
-        if not (no_head and no_tail):
-            yield self._disk.sync
+        if not (before or behind):  # whole clusters, as of a guest that writes in sequence
+            yield partial(self._disk.write_data, place, views)
+        else:
+            head, no_head = yield from self._old(start - before, before, is_zero=is_zero)
+            tail, no_tail = yield from self._old(stop, behind, is_zero=is_zero)
+            iov = [view for view in (head, *views, tail) if len(view)]
+            yield partial(self._disk.write_data, place + before - len(head), iov)
+            if not (no_head and no_tail):
+                yield self._disk.sync
         number, index = divmod(start >> self._bits, 1 << self._table_bits)
         entries = [each | OWNED for each in range(place, place + before + stop - start, size)]
         yield from self._mapping.change(number, index, entries)
