@@ -62,8 +62,8 @@ class Nodes:
 class WorkerProcess:
     """A worker, its socket and its journal."""
 
-    def __init__(self, host: str, drivers: dict[str, str] | None = None) -> None:
-        """Start one; `drivers` are words of its own, as `module:Class` by name."""
+    def __init__(self, host: str, drivers: dict[str, str] | None = None, memfd: int = -1) -> None:
+        """Start one; `drivers` are words of its own, as `module:Class` by name; `memfd` is a predecessor's journal."""
         self.host = host
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
@@ -72,7 +72,7 @@ class WorkerProcess:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
-        self.memfd = os.memfd_create("journal", os.MFD_CLOEXEC)
+        self.memfd = memfd if memfd >= 0 else os.memfd_create("journal", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, journal.SIZE)
         self.journal = memoryview(mmap.mmap(self.memfd, journal.SIZE))
         self.said: list[control.Message] = []
@@ -96,7 +96,7 @@ class WorkerProcess:
             else:
                 self.said.append(message)
 
-    def open(self, chain: str, **wishes: bool) -> control.Opened | control.Failed:
+    def open(self, chain: str, **wishes: Any) -> control.Opened | control.Failed:
         names = list(self.kept)
         how: dict[str, Any] = {"read_only": False, "memories": names, **wishes}
         message = control.Open("vbd/5/51712", self.host, DOMID, chain, **how)
@@ -147,7 +147,7 @@ class Driven:
         self.open(chain, **how)
         return self.attach(wishes)
 
-    def open(self, chain: str, **how: bool) -> control.Opened:
+    def open(self, chain: str, **how: Any) -> control.Opened:
         """Open a chain."""
         opened = self.worker.open(chain, **how)
         assert isinstance(opened, control.Opened), opened
@@ -197,10 +197,24 @@ class Driven:
         return self.attach(wishes or self.frontend.wishes)
 
     def start_successor(self) -> None:
-        """Start another worker in the place of one that was killed, with the memories that it left."""
-        old, self.worker = self.worker, WorkerProcess(self.worker.host)
+        """Start another worker in the place of one that was killed, with the journal and the memories that it left."""
+        old = self.worker
+        self.worker = WorkerProcess(old.host, memfd=os.dup(old.memfd))
         self.worker.kept, old.kept = old.kept, {}
         old.drop()
+
+    def kill(self) -> None:
+        """Kill the worker as the kernel does it: between any two instructions."""
+        self.worker.process.kill()
+        self.worker.process.wait()
+
+    def succeed(self, chain: str, **how: Any) -> None:
+        """Let a successor of a killed worker take over its rings."""
+        self.start_successor()
+        self.open(chain, **how)
+        self.worker.send(control.Rejoin())
+        answer = self.worker.expect(control.Connected, control.Failed)
+        assert isinstance(answer, control.Connected), answer
 
     def disconnect(self) -> None:
         """Let the worker go away from the rings."""

@@ -15,6 +15,7 @@ from xenbackend import control, journal
 from xenbackend.blkif.abi import SECTOR
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
 from xenbackend.block.driver import Geometry
+from xenbackend.block.policy import Policy
 from xenbackend.block.request import Op, Request
 from xenbackend.kernel.ports import open_host
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -77,7 +78,7 @@ class HeldDisk:
 class Served:
     """Hypervisor, guest, frontend and a `Connection`, stepped by the frontend's waiting.
 
-    complaints, alarms, halted, pauses    what the worker would have said
+    complaints, alarms, halted, pauses, troubles    what the worker would have said
     now                           the worker's clock, in seconds
     """
 
@@ -89,6 +90,8 @@ class Served:
         self.complaints: list[str] = []
         self.alarms: list[str] = []
         self.pauses: list[str] = []
+        self.troubles: list[str] = []
+        self.policy = ""
         self.halted: list[tuple[int, str]] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor(clock=lambda: self.now, on_bug=self.bugs.append)
@@ -116,8 +119,25 @@ class Served:
         self.step()  # a channel is pending when it is bound
         return self.frontend
 
-    def connect_rings(self) -> None:
-        """Serve the rings that the frontend announced. Raises: KernelError."""
+    def say(self, message: control.Message) -> None:
+        """Hear what the worker would tell its supervisor."""
+        if isinstance(message, control.Halted):
+            self.halted.append((message.ring, message.sentence))
+        elif isinstance(message, control.Paused):
+            self.pauses.append(message.sentence)
+        elif isinstance(message, control.Trouble):
+            self.troubles.append(message.sentence)
+
+    def complain(self, sentence: str) -> None:
+        """Hear a complaint about the guest."""
+        self.complaints.append(sentence)
+
+    def alarm(self, sentence: str) -> None:
+        """Hear what an administrator must read."""
+        self.alarms.append(sentence)
+
+    def connect_rings(self, *, rejoins: bool = False) -> None:
+        """Serve the rings that the frontend announced; `rejoins`: where a predecessor stopped. Raises: KernelError."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
         rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.connection = Connection(
@@ -125,15 +145,14 @@ class Served:
             reactor=self.reactor,
             domid=DOMID,
             agreed=control.Connect(asked.protocol, rings, asked.persistent, **self.offered),
+            rejoins=rejoins,
             geometry=self.geometry,
             journal=self.journal,
             submit=self.disk.submit,
             poller=Poller(0),
             kick=lambda: None,
-            complain=self.complaints.append,
-            alarm=self.alarms.append,
-            on_halt=lambda ring, why: self.halted.append((ring, why)),
-            on_pause=self.pauses.append,
+            policy=Policy(self.policy),
+            voice=self,
         )
         self.disk.complete = self.connection.engine.finish
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import mmap
+from array import array
 
 import pytest
 
 from xenbackend import counters, journal
 from xenbackend.blkif.abi import LAYOUTS, MAX_RING_ORDER, ring_entries
-from xenbackend.journal import BATCH, MAX_ENTRIES, MAX_RINGS, SEGMENTS, SLOT, RingJournal
+from xenbackend.journal import (
+    AGREED,
+    BATCH,
+    MAX_ENTRIES,
+    MAX_RINGS,
+    NOTES,
+    SEGMENTS,
+    SLOT,
+    RingJournal,
+    poison,
+    poisoned,
+)
 from xenbackend.units import PAGE
+
+FIRST_RING = 20 * PAGE
 
 
 @pytest.fixture
@@ -45,7 +59,8 @@ def test_words_are_aligned(memory: memoryview) -> None:
     """Each word is one store: it begins at a multiple of 8 bytes in a page-aligned memory."""
     for ring in range(MAX_RINGS):
         RingJournal(memory, ring, SLOT).words[0] = 0xABCDEF
-        place = bytes(memory[: 2 * PAGE + ring * (journal.SIZE // MAX_RINGS) + PAGE]).rindex(b"\xef\xcd\xab")
+        end = FIRST_RING + ring * ((journal.SIZE - FIRST_RING) // MAX_RINGS) + PAGE
+        place = bytes(memory[:end]).rindex(b"\xef\xcd\xab")
 
         assert 0 == place % PAGE
 
@@ -60,28 +75,77 @@ def test_begin_forgets_the_last_connection(memory: memoryview) -> None:
     assert [2**32 - 5, 2**32 - 5, 32] == ring.words[:3].tolist()
 
 
-def test_header_is_found_again(memory: memoryview) -> None:
-    """What was agreed is read back as it was written; a shorter one replaces a longer one whole."""
-    journal.write_header(memory, {"vbd": "vbd/5/51712", "rings": list(range(100))})
-    journal.write_header(memory, {"vbd": "ä"})
+def test_note_is_found_again(memory: memoryview) -> None:
+    """What was noted is read back as it was written, replaced as a whole, and taken back; the two do not meet."""
+    AGREED.write(memory, {"vbd": "vbd/5/51712", "rings": list(range(100))})
+    NOTES.write(memory, {"note": "x" * 20_000})
+    AGREED.write(memory, {"vbd": "ä"})
 
-    assert {"vbd": "ä"} == journal.read_header(memory)
-
-
-def test_memory_that_no_worker_wrote_has_no_header(memory: memoryview) -> None:
-    """Zeros, another version or an impossible length are nobody's header."""
-    assert journal.read_header(memory) is None
-    for word, value in ((0, 1), (1, 99), (2, PAGE)):
-        journal.write_header(memory, {})
-        memory[PAGE : PAGE + 24].cast("Q")[word] = value
-        assert journal.read_header(memory) is None
+    assert {"vbd": "ä"} == AGREED.read(memory)
+    assert {"note": "x" * 20_000} == NOTES.read(memory)
+    AGREED.write(memory, None)
+    assert AGREED.read(memory) is None
+    assert NOTES.read(memory) is not None
 
 
-def test_header_that_is_too_long_is_refused(memory: memoryview) -> None:
-    """More than a page of agreement is an error, and nothing was written."""
+def test_memory_that_no_worker_wrote_has_no_note(memory: memoryview) -> None:
+    """Zeros, another version or an impossible copy are nobody's note."""
+    assert AGREED.read(memory) is None
+    for word, value in ((0, 1), (1, 99), (2, 3)):
+        AGREED.write(memory, {})
+        memory[PAGE : 2 * PAGE].cast("Q")[word] = value
+        assert AGREED.read(memory) is None
+
+
+def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
+    """More than a note has room for is an error, and the former one stays."""
+    AGREED.write(memory, {"x": 1})
     with pytest.raises(ValueError, match="do not fit"):
-        journal.write_header(memory, {"x": "y" * PAGE})
-    assert journal.read_header(memory) is None
+        AGREED.write(memory, {"x": "y" * PAGE})
+    assert {"x": 1} == AGREED.read(memory)
+
+
+@pytest.mark.parametrize("size", [10, 3000])
+def test_note_survives_a_death_while_it_is_written(memory: memoryview, size: int) -> None:
+    """Until the word that makes it valid is written, the former note is read, whatever lies in the other copy."""
+    AGREED.write(memory, {"old": "o" * size})
+    before = memory.tobytes()
+    AGREED.write(memory, {"new": "n" * size})
+    after = memory.tobytes()
+    changed = [place for place in range(PAGE, len(before)) if before[place] != after[place]]
+    memory[:] = before
+    for place in sorted(changed, key=lambda place: place < 2 * PAGE):  # the word last
+        assert {"old": "o" * size} == AGREED.read(memory)
+        memory[place] = after[place]
+
+    assert {"new": "n" * size} == AGREED.read(memory)
+
+
+def test_poison_is_noted_and_taken_back(memory: memoryview) -> None:
+    """The errno of a flush that failed is there for whoever looks, until it is taken back."""
+    assert 0 == poisoned(memory)
+    poison(memory, 5)
+    assert 5 == poisoned(memory)
+    poison(memory, 0)
+    assert 0 == poisoned(memory)
+
+
+def test_what_is_in_flight_is_told_from_what_is_answered(memory: memoryview) -> None:
+    """INFLIGHT, COMPLETING and FREE entries are told apart by block, answer and rsp_prod; progress is the oldest."""
+    ring = RingJournal(memory, 2, SLOT)
+    ring.begin(32, 100)
+    ring.blocks[1] = 100 << 8 | 4
+    ring.blocks[0] = 104 << 8 | 2
+    ring.answers[16:20] = array("Q", [100 << 2 | 1, 0, 101 << 2 | 2, 0])
+    ring.words[journal.REQ_CONS] = 104
+    ring.words[journal.RSP_PROD] = 101
+
+    assert [(101, 17), (103, 19), (104, 0), (105, 1)] == ring.unanswered()
+    assert [(101, 18, 2)] == ring.answering()
+    assert 106 == ring.taken()
+    assert [101] == journal.progress(memory)
+    ring.answers[0:4] = ring.answers[16:20] = array("Q", [1] * 4)
+    assert [104] == journal.progress(memory)
 
 
 def test_release_lets_go(memory: memoryview) -> None:

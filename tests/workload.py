@@ -28,17 +28,43 @@ def make_model(seed: int, sectors: int, max_count: int = DIRECT) -> DiskModel:
     return DiskModel(seed, sectors, Random(seed), operations=ALL, max_count=max_count)
 
 
+class Load:
+    """Requests that are in flight, with what the model knows of them; it may stop anywhere and go on later."""
+
+    def __init__(self, frontend: Frontend, model: DiskModel) -> None:
+        self._frontend = frontend
+        self._model = model
+        self._pending: dict[Submitted, Step] = {}
+
+    def top_up(self, most: int = 1 << 30) -> int:
+        """Fill the rings with up to `most` requests that the model asks for, and return how many there were."""
+        count = 0
+        while count < most and self._frontend.free() and (step := self._model.next_step()):
+            self._pending[_submit(self._frontend, step, self._model.random)] = step
+            count += 1
+        return count
+
+    def run(self, requests: int) -> None:
+        """Keep the rings full until `requests` more were begun. Raises: WrongData and others."""
+        while requests > 0:
+            requests -= self.top_up(requests)
+            self._finish_some()
+
+    def finish(self) -> None:
+        """Wait for all that is in flight. Raises: WrongData and others."""
+        while self._pending:
+            self._finish_some()
+
+    def _finish_some(self) -> None:
+        for request in self._frontend.poll() or self._frontend.wait([next(iter(self._pending))]):
+            self._model.finish(self._pending.pop(request), request.status or 0, request.data)
+
+
 def work(frontend: Frontend, model: DiskModel, requests: int) -> None:
     """Keep the rings full with what the model asks for, until `requests` are done. Raises: WrongData and others."""
-    pending: dict[Submitted, Step] = {}
-    left = requests
-    while left or pending:
-        while left and frontend.free() and (step := model.next_step()):
-            pending[_submit(frontend, step, model.random)] = step
-            left -= 1
-        done = frontend.poll() or frontend.wait([next(iter(pending))])
-        for request in done:
-            model.finish(pending.pop(request), request.status or 0, request.data)
+    load = Load(frontend, model)
+    load.run(requests)
+    load.finish()
 
 
 def read_all(frontend: Frontend, model: DiskModel) -> None:

@@ -6,11 +6,18 @@ Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the
       Open (journal, memories …)      ->
                                       <-           Keep (memory)        any number, while opening
                                       <-           Opened  |  Failed
-      Connect                         ->
+      Connect  |  Rejoin              ->
                                       <-           Connected  |  Failed
+      Swap                            ->
+                                      <-           Swapped  |  Unswapped
+      Pause                           ->
+                                      <-           Held                 nothing is in flight
+      Resume, Obey                    ->
+      Report                          ->
+                                      <-           Standing
       Command                         ->
                                       <-           Reply
-                                      <-           Log, Halted, Paused  at any time
+                                      <-           Log, Halted, Paused, Trouble, Keep, Drop   at any time
       Disconnect                      ->
                                       <-           Disconnected         drained, flushed, unmapped
       Close                           ->
@@ -24,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_MEMORIES = 64  # that one vbd may have kept
 
@@ -44,6 +51,9 @@ class Open:
     settings: dict[str, Any] = field(default_factory=dict)
     may_wait: bool = False  # while the image is locked only look at it, and open it when a ring is to be connected
     export: str = ""  # path of a Unix socket on which the disk is served by NBD until `Connect`; empty: none
+    policy: str = ""  # `block.policy`: what becomes of requests that fail
+    lost: str = ""  # a flush failed earlier, and what was lost: serve nothing until `Resume`
+    is_paused: bool = False  # by an administrator
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,13 @@ class Keep:
 
     name: str
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget a memory: no layer wants it any more."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +123,11 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class Rejoin:
+    """Serve the rings on where a predecessor stopped, as the journal tells; the guest must not notice."""
+
+
+@dataclass(frozen=True, slots=True)
 class Connected:
     """The rings are served from now on."""
 
@@ -120,9 +142,83 @@ class Halted:
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """A flush failed: nothing is taken from the rings any more; said once per connection."""
+    """A flush failed: nothing is taken from the rings any more until `Resume`; said once per connection."""
 
     sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Requests that failed are kept and tried again; an empty sentence: all of them went through."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Serve the guest through another chain from now on; if it cannot be opened, through the one that is open."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """The chain that was asked for is served; `layers` top first."""
+
+    chain: str
+    layers: list[LayerFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class Unswapped:
+    """The chain that was asked for is not served, the former one is; `sentence` says why."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Take nothing from the rings until `Resume`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Nothing is taken and nothing is in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Serve on after `Pause`, after a flush that failed, and try again now what failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Obey:
+    """Go by another policy (`block.policy`)."""
+
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Say where you stand: the supervisor is a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a worker stands. `phase` is idle, open, connecting, serving or disconnecting.
+
+    idle: the chain is not open; connecting: it waits for the image's lock.
+    """
+
+    phase: str
+    chain: str
+    read_only: bool
+    shareable: bool
+    layers: list[LayerFacts]
+    export: str
+    halted: str  # the sentences of `Halted`, `Paused` and `Trouble` that hold now
+    paused: str
+    trouble: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +270,16 @@ class Log:
 
 
 Message = (
-    Open | Keep | Opened | Failed | Connect | Connected | Halted | Paused
+    Open | Keep | Drop | Opened | Failed | Connect | Rejoin | Connected | Halted | Paused | Trouble
+    | Swap | Swapped | Unswapped | Pause | Held | Resume | Obey | Report | Standing
     | Disconnect | Disconnected | Close | Closed | Command | Reply | Log
 )  # fmt: skip
 
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Open, Keep, Opened, Failed, Connect, Connected, Halted, Paused,
+        Open, Keep, Drop, Opened, Failed, Connect, Rejoin, Connected, Halted, Paused, Trouble,
+        Swap, Swapped, Unswapped, Pause, Held, Resume, Obey, Report, Standing,
         Disconnect, Disconnected, Close, Closed, Command, Reply, Log,
     )
 }  # fmt: skip
@@ -191,6 +289,11 @@ _RECORDS = {*_KINDS.values(), LayerFacts, RingParameters}
 def as_fields(message: Message) -> dict[str, Any]:
     """Return a message's fields as plain values."""
     return asdict(message)
+
+
+def restore(kind: type[Any], fields: dict[str, Any]) -> Any:
+    """Return the message that `as_fields` made plain. Raises: ValueError where it is none of that kind."""
+    return _plain(kind, fields)
 
 
 def encode(message: Message) -> bytes:

@@ -7,7 +7,9 @@ Requests are taken in batches of up to BATCH from one ring. A batch gets a free 
 that one copy moves all its slots out of the shared ring: the entry is the only copy that anybody parses.
 
     page 0                counters (`xenbackend.counters`)
-    page 1                header: MAGIC, VERSION, then what was agreed with the frontend, as JSON with its length before
+    page 1                words:  0 MAGIC   1 VERSION   2, 3 which copy of AGREED and NOTES is valid, 0 = none
+                                  4 the errno of a flush that failed: the image has lost something (`poison`)
+    pages 2-3, 4-19       AGREED and NOTES: two copies each, of JSON with its length before
     then per ring         one page of words:  0 req_cons   1 rsp_prod   2 the ring's entries
                           a word per block:   first request number << 8 | requests in the block; 0 = none
                           a word per entry:   0 = not answered, else response number << 2 | answer
@@ -31,19 +33,26 @@ Order of writes, which recovery rests on (SIGKILL between any two of them loses 
 4 and 5 may change places: nobody looks at those slots before 6, and what was in them had been copied.
 
 A block word whose requests lie at or beyond req_cons means death between 2 and 3: they were taken, nothing had been
-done about them.
+done about them. `xenbackend.worker.recovery` goes by all this.
+
+The copy of indirect segments is scratch memory, written after the batch was taken: a successor fetches them anew from
+the guest's pages, which the guest may not touch before its answer, and checks them as the first time.
+
+AGREED is written by the worker: what was agreed with the frontend, from `Connected` to `Disconnected`. NOTES are the
+supervisor's. Either is written into the copy that is not valid, then made valid by one store.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from struct import Struct
 from typing import Any
 
 from xenbackend.units import PAGE
 
 MAGIC = 0x4A4B4C42_4E4558  # "XENBLKJ"
-VERSION = 1
+VERSION = 2
 BATCH = 16  # requests taken and answered together; of a ring of 32, 8 cost a tenth more, 32 make both sides wait
 MAX_ENTRIES = 512  # slots of the largest ring
 MAX_RINGS = 8
@@ -60,8 +69,9 @@ _ANSWERS_AT = _BLOCKS_AT + MAX_ENTRIES * 8
 _SLOTS_AT = _ANSWERS_AT + _ENTRIES * 8
 _SEGMENTS_AT = _SLOTS_AT + _ENTRIES * SLOT
 _RING_SIZE = _SEGMENTS_AT + _ENTRIES * SEGMENTS
-_RINGS_AT = 2 * PAGE
-_HEADER = Struct("QQQ")  # magic, version, bytes of JSON
+_RINGS_AT = 20 * PAGE
+_POISON = 4  # word of page 1
+_LENGTH = Struct("Q")  # bytes of JSON, before it
 
 SIZE = _RINGS_AT + MAX_RINGS * _RING_SIZE  # bytes; the memory is sparse, only pages in use exist
 
@@ -91,6 +101,30 @@ class RingJournal:
         self.words[REQ_CONS] = self.words[RSP_PROD] = index
         self.words[RING_ENTRIES] = entries
 
+    def unanswered(self) -> list[tuple[int, int]]:
+        """Return (request number, entry) of every request that is INFLIGHT, in the order of the ring."""
+        return sorted((first + place, entry) for first, place, entry, answer in self._entries() if not answer)
+
+    def answering(self) -> list[tuple[int, int, int]]:
+        """Return (response number, entry, answer) of every request that is COMPLETING, in the order of the answers."""
+        rsp_prod = self.words[RSP_PROD]
+        return sorted(
+            (answer >> 2, entry, answer & 3)
+            for _, _, entry, answer in self._entries()
+            if answer >> 2 >= rsp_prod and answer
+        )
+
+    def taken(self) -> int:
+        """Return the number of the first request that was never taken, also where REQ_CONS was not moved any more."""
+        return max([self.words[REQ_CONS], *(first + place + 1 for first, place, _, _ in self._entries())])
+
+    def _entries(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first request of its block, place in it, entry, answer word) of each entry that holds a request."""
+        for block, word in enumerate(self.blocks):
+            for place in range(word & 0xFF):
+                entry = block * BATCH + place
+                yield word >> 8, place, entry, self.answers[entry]
+
     def block_slots(self, block: int) -> memoryview:
         """Return the copies of a block's slots: BATCH * slot_size bytes."""
         start = block * BATCH * SLOT
@@ -106,20 +140,69 @@ class RingJournal:
             view.release()
 
 
-def write_header(memory: memoryview, agreed: dict[str, Any]) -> None:
-    """Write what was agreed with the frontend, for a successor. Raises: ValueError when it is too long."""
-    text = json.dumps(agreed).encode()
-    if len(text) > PAGE - _HEADER.size:
-        raise ValueError(f"{len(text)} bytes do not fit into the journal's header")
-    start = PAGE + _HEADER.size
-    memory[start : start + len(text)] = text
-    _HEADER.pack_into(memory, PAGE, MAGIC, VERSION, len(text))
+class Note:
+    """A JSON value that is replaced as a whole: whoever is killed while writing leaves the former one."""
+
+    def __init__(self, word: int, page: int, size: int) -> None:
+        """Lie in two copies of `size` bytes from page `page` on; word `word` of page 1 says which one is valid."""
+        self._word = word
+        self._places = [page * PAGE, page * PAGE + size]
+        self._room = size - _LENGTH.size
+
+    def write(self, memory: memoryview, value: dict[str, Any] | None) -> None:
+        """Replace the value; None: there is none from now on. Raises: ValueError when it is too long."""
+        words = _words(memory)
+        if words[0] != MAGIC:
+            words[1] = VERSION
+            words[0] = MAGIC
+        if value is None:
+            words[self._word] = 0
+            return
+        text = json.dumps(value).encode()
+        if len(text) > self._room:
+            raise ValueError(f"{len(text)} bytes do not fit into a note of the journal, which has {self._room}")
+        copy = 2 if words[self._word] == 1 else 1
+        place = self._places[copy - 1]
+        _LENGTH.pack_into(memory, place, len(text))
+        memory[place + _LENGTH.size : place + _LENGTH.size + len(text)] = text
+        words[self._word] = copy
+
+    def read(self, memory: memoryview) -> dict[str, Any] | None:
+        """Return the value, or None where there is none, or the journal is of another version."""
+        words = _words(memory)
+        if words[0] != MAGIC or words[1] != VERSION or words[self._word] not in (1, 2):
+            return None
+        place = self._places[words[self._word] - 1]
+        (length,) = _LENGTH.unpack_from(memory, place)
+        value: dict[str, Any] = json.loads(bytes(memory[place + _LENGTH.size : place + _LENGTH.size + length]))
+        return value
 
 
-def read_header(memory: memoryview) -> dict[str, Any] | None:
-    """Return what was agreed, or None where no worker has connected yet."""
-    magic, version, length = _HEADER.unpack_from(memory, PAGE)
-    if magic != MAGIC or version != VERSION or length > PAGE - _HEADER.size:
-        return None
-    agreed: dict[str, Any] = json.loads(bytes(memory[PAGE + _HEADER.size : PAGE + _HEADER.size + length]))
-    return agreed
+AGREED = Note(2, 2, PAGE)
+NOTES = Note(3, 4, 8 * PAGE)
+
+
+def poison(memory: memoryview, code: int) -> None:
+    """Note for every successor that a flush failed with errno `code`; 0 takes it back."""
+    _words(memory)[_POISON] = code
+
+
+def poisoned(memory: memoryview) -> int:
+    """Return the errno of a flush that failed, 0 where none did."""
+    return _words(memory)[_POISON]
+
+
+def progress(memory: memoryview) -> list[int]:
+    """Return a number per ring that grows whenever its oldest request in flight is answered, or a new one is taken."""
+    found = []
+    for ring in range(MAX_RINGS):
+        journal = RingJournal(memory, ring, SLOT)
+        if journal.words[RING_ENTRIES]:
+            waiting = journal.unanswered()
+            found.append(waiting[0][0] if waiting else journal.words[REQ_CONS])
+        journal.release()
+    return found
+
+
+def _words(memory: memoryview) -> memoryview:
+    return memory[PAGE : 2 * PAGE].cast("Q")

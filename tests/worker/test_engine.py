@@ -254,7 +254,8 @@ def test_flush_that_is_not_supported_is_answered_so(vbd: Served) -> None:
 
 
 def test_error_of_the_disk_is_answered(vbd: Served) -> None:
-    """Any errno of a read, write or discard becomes an error on the wire, EOPNOTSUPP its own."""
+    """Any errno that the policy reports becomes an error on the wire, EOPNOTSUPP its own."""
+    vbd.policy = "read=report"
     frontend = vbd.connect()
     vbd.disk.errors = {Op.READ: errno.ENOSPC, Op.DISCARD: errno.EOPNOTSUPP}
     requests = [frontend.submit(BLKIF_OP_READ, 0, 8), frontend.submit(BLKIF_OP_DISCARD, 0, 8)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.driven import DOMID, Driven
+from tests.driven import Driven
 from xenbackend import control, counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenbackend.rig.frontend import DiskError
@@ -95,10 +95,11 @@ def test_journals_header_tells_what_was_agreed(driven: Driven) -> None:
     """A successor finds in the journal what its predecessor had agreed with the frontend."""
     frontend = driven.connect("ram:1M")
     rings = [{"grefs": frontend.rings[0].grefs, "event_channel": frontend.rings[0].port.number}]
-    agreed = {"vbd": f"vbd/{DOMID}/51712", "protocol": "x86_64-abi", "rings": rings, "persistent": False}
-    agreed |= {"can_discard": True, "max_segments": 256}
+    agreed = {"protocol": "x86_64-abi", "rings": rings, "persistent": False, "can_discard": True, "max_segments": 256}
 
-    assert agreed == journal.read_header(driven.worker.journal)
+    assert {"chain": "ram:1M", "connect": agreed} == journal.AGREED.read(driven.worker.journal)
+    driven.disconnect()
+    assert journal.AGREED.read(driven.worker.journal) is None
 
 
 def test_command_is_answered_by_the_layer(driven: Driven) -> None:

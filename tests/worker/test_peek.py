@@ -13,7 +13,7 @@ from tests.driven import Driven, WorkerProcess
 from xenbackend import control
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
-from xenbackend.worker.main import LOCK_TIMEOUT_S
+from xenbackend.worker.disk import LOCK_TIMEOUT_S
 from xenbackend.worker.peek import peek
 from xenbackend.worker.reactor import Reactor
 

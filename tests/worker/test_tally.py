@@ -34,6 +34,7 @@ def test_each_operation_is_counted_by_its_kind(vbd: Served) -> None:
 
 def test_errors_are_told_apart_by_whose_they_are(vbd: Served) -> None:
     """A request that broke a rule is the guest's error, one that the disk failed is the disk's; neither is both."""
+    vbd.policy = "read=report"
     frontend = vbd.connect()
     frontend.wait([frontend.submit(BLKIF_OP_READ, 2**40, 8) for _ in range(2)])
     vbd.disk.errors = {Op.READ: errno.EIO}

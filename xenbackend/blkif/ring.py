@@ -65,6 +65,14 @@ class BackRing:
         self.write_response = layout.response.pack_into  # zeroes the padding
         self.places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]  # bytes into `pages`
 
+    def published(self) -> int:
+        """Return how many responses the ring shows beyond `answered`; the frontend may have written anything there."""
+        return (self._index[RSP_PROD] - self.answered) & _MASK
+
+    def go_on_from(self, consumed: int, answered: int) -> None:
+        """Take over from a predecessor that had taken `consumed` requests and published `answered` responses."""
+        self.consumed, self.answered = consumed, answered
+
     def available(self) -> int:
         """Return how many requests wait to be taken. Raises: RingOverflow (R3)."""
         count = (self._index[REQ_PROD] - self.consumed) & _MASK

@@ -6,6 +6,7 @@ happens in between.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import ExitStack
 from weakref import WeakMethod
@@ -14,18 +15,23 @@ from xenbackend import counters
 from xenbackend.blkif.abi import LAYOUTS, SECTOR, ring_entries
 from xenbackend.blkif.request import Decoder
 from xenbackend.blkif.ring import BackRing, RingOverflow
+from xenbackend.block.chain import Chain
 from xenbackend.block.driver import Geometry
+from xenbackend.block.policy import Policy
 from xenbackend.block.request import Request
-from xenbackend.control import Connect, RingParameters
-from xenbackend.journal import RingJournal
+from xenbackend.control import Connect, Halted, Paused, RingParameters, Trouble
+from xenbackend.journal import RingJournal, poison, poisoned
 from xenbackend.kernel.cpu import has_idle_cpu
 from xenbackend.kernel.fence import is_strongly_ordered
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
+from xenbackend.worker.holds import Hold
+from xenbackend.worker.kept import Kept
 from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Queue
 from xenbackend.worker.reactor import Reactor
+from xenbackend.worker.speech import Voice
 from xenbackend.worker.tally import Tally
 
 SAFETY_POLL_S = 1.0  # a second line against a lost wake-up; what it finds is counted, and expected to be nothing
@@ -86,25 +92,40 @@ class Connection:
         reactor: Reactor,
         domid: int,
         agreed: Connect,
+        rejoins: bool,
         geometry: Geometry,
         journal: memoryview,
         submit: Callable[[list[Request]], None],
         kick: Callable[[], object],
         poller: Poller,
-        complain: Callable[[str], None],
-        alarm: Callable[[str], None],
-        on_halt: Callable[[int, str], None],
-        on_pause: Callable[[str], None],
+        policy: Policy,
+        voice: Voice,
     ) -> None:
         """Map the rings and bind the channels; serving begins with the next pass of the loop.
+
+        Args:
+            host: whose devices are used.
+            reactor: the worker's loop.
+            domid: the frontend's domain.
+            agreed: what the frontend offers.
+            rejoins: go on where a predecessor stopped; else the rings are new.
+            geometry: of the chain.
+            journal: the vbd's.
+            submit: the chain's top.
+            kick: starts the requests that were queued below it.
+            poller: looks for more before the loop sleeps.
+            policy: what becomes of requests that fail.
+            voice: hears what happens.
 
         Raises: KernelError, where the frontend's pages or port cannot be had; then nothing is left behind.
         """
         self._reactor = reactor
-        self._agreed = agreed
+        self.agreed = agreed
+        self.halted = self.paused = self.trouble = ""  # sentences of what is wrong now
+        self._rejoins = rejoins
         self._geometry = geometry
         self._journal = journal
-        self._on_halt = on_halt
+        self._voice = voice
         self._layout = LAYOUTS[agreed.protocol]
         self._flushed: Callable[[], None] | None = None
         self._suspects: dict[Queue, int] = {}
@@ -117,7 +138,8 @@ class Connection:
             copied = CopiedGrants(table, host.allocate)
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
-            self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, complain, alarm, on_pause)
+            kept = Kept(policy, reactor.call_later, self._tell_trouble)
+            self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, voice, self._pause, kept)
             self._by_port: dict[int, tuple[Channel, Queue]] = {}
             for number, parameters in enumerate(agreed.rings):
                 self._open_ring(undo, table, number, parameters, host)
@@ -127,11 +149,49 @@ class Connection:
             reactor.before_sleep(self.engine.look_again)
             undo.callback(reactor.remove_hook, self.engine.look_again)
             self._undo = undo.pop_all()
+        if rejoins and poisoned(journal):
+            self.flush_failed(poisoned(journal))
+        elif not rejoins:
+            poison(journal, 0)  # whoever begins anew goes by what he finds
         self._poll()
+
+    def flush_failed(self, code: int) -> None:
+        """Hold every flush from now on: one failed, whoever did it."""
+        self._pause(code)
+        self.engine.holds.add(Hold.FLUSH)
+
+    def resume(self) -> None:
+        """Serve on after an administrator's pause, or a flush that failed; what failed is tried again now."""
+        poison(self._journal, 0)
+        self.paused = ""
+        self.engine.let_go(Hold.PAUSE)
+        self.engine.let_go(Hold.FLUSH)
+
+    def go_on_through(self, chain: Chain) -> None:
+        """Serve on through another chain, which the caller has wired to the engine."""
+        for _, queue in self._by_port.values():
+            queue.decoder.sectors = chain.geometry.size // SECTOR
+        self.engine.let_go(Hold.SWAP, chain.submit)
 
     def disconnect(self, flush: Callable[[Callable[[], None]], None], then: Callable[[], None]) -> None:
         """Drain, make everything durable by `flush`, release everything, then call `then`."""
-        self.engine.drain(lambda: flush(lambda: self._release(then)))
+        self.engine.hold(Hold.END, lambda: flush(lambda: self._release(then)))
+
+    def _pause(self, code: int) -> None:
+        poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
+        self.paused = f"a flush failed ({errno.errorcode.get(code, code)}); the disk is paused"
+        self._voice.alarm(self.paused)
+        self._voice.say(Paused(self.paused))
+
+    def _tell_trouble(self, sentence: str) -> None:
+        self.trouble = sentence
+        if sentence:
+            self._voice.alarm(sentence)
+        self._voice.say(Trouble(sentence))
+
+    def _halt(self, ring: int, why: str) -> None:
+        self.halted = f"ring {ring} was stopped: {why}"
+        self._voice.say(Halted(ring, why))
 
     def _release(self, then: Callable[[], None]) -> None:
         self._closed = True
@@ -153,24 +213,37 @@ class Connection:
         entries = ring_entries(self._layout, order)
         ring = BackRing(mapping.view, self._layout, entries, host.fence, is_strongly_ordered=is_strongly_ordered())
         journal = RingJournal(self._journal, number, self._layout.slot_size)
-        journal.begin(ring.size, ring.consumed)
+        if not self._rejoins:
+            journal.begin(ring.size, ring.consumed)
         decoder = Decoder(
             self._layout,
             self._geometry.size // SECTOR,
             read_only=self._geometry.read_only,
             can_flush=self._geometry.can_flush,
-            can_discard=self._geometry.can_discard and self._agreed.can_discard,
-            max_segments=self._agreed.max_segments,
+            can_discard=self._geometry.can_discard and self.agreed.can_discard,
+            max_segments=self.agreed.max_segments,
         )
         port = self._events.bind(parameters.event_channel)
         undo.callback(self._events.unbind, port)
-        channel = Channel(self._events, port, self._reactor, lambda why: self._on_halt(number, why))
+        channel = Channel(self._events, port, self._reactor, lambda why: self._halt(number, why))
         channel.ring = ring
         undo.callback(channel.close)
         queue = Queue(ring, journal, decoder, channel)
         undo.callback(queue.release)
         self.engine.queues.append(queue)
         self._by_port[port] = (channel, queue)
+        if self._rejoins:
+            self._go_on(queue, channel)
+
+    def _go_on(self, queue: Queue, channel: Channel) -> None:
+        try:
+            records = queue.go_on()
+        except RingOverflow as problem:
+            queue.halt(str(problem))
+            return
+        if records:
+            self.engine.go_on_with(records)
+        channel.notify()  # the last kick may have died with the predecessor
 
     def _take_events(self) -> None:
         for port in self._events.pending():

@@ -16,25 +16,28 @@ in a loop. Whatever is not a read or write of one whole page leaves the straight
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from xenbackend.blkif.abi import (
-    BLKIF_OP_DISCARD,
-    BLKIF_OP_FLUSH_DISKCACHE,
-    BLKIF_OP_WRITE_BARRIER,
     BLKIF_RSP_EOPNOTSUPP,
-    SECTOR,
 )
 from xenbackend.blkif.request import RingRequest
 from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.worker.barrier import Barrier
+from xenbackend.worker.containment import is_ours, substitute
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
+from xenbackend.worker.holds import Hold, Holds
+from xenbackend.worker.kept import Kept
+from xenbackend.worker.kinds import sort_out
 from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Block, Queue
+from xenbackend.worker.speech import Voice
 
 Call = Callable[[], object]
+_ANSWERS = frozenset((0, errno.EOPNOTSUPP))  # what is no failure
 _ROUNDS = 8  # of taking everything and looking for more
 
 
@@ -48,41 +51,41 @@ class Engine:
         grants: PersistentGrants | CopiedGrants,
         poller: Poller,
         call_soon: Callable[[Call], None],
-        complain: Callable[[str], None],
-        alarm: Callable[[str], None],
-        on_pause: Callable[[str], None],
+        voice: Voice,
+        on_pause: Callable[[int], None],
+        kept: Kept,
     ) -> None:
         """Serve a chain whose `complete` is `finish`.
 
         Args:
             submit: the chain's top.
-            kick: starts what the file engine has queued.
+            kick: starts what was queued below it.
             grants: the guest's pages.
             poller: looks for more before the loop sleeps.
             call_soon: calls a function from the loop.
-            complain: says a sentence about the guest, as often as the log's budget allows.
-            alarm: says a sentence that an administrator must read.
-            on_pause: is told why the disk is paused, once.
+            voice: hears about the guest, and what an administrator must read.
+            on_pause: is told the errno of a flush that failed, once, before anything else is done about it.
+            kept: requests that failed and are tried again.
         """
         self.queues: list[Queue] = []
         self.in_flight = 0  # requests lent to the chain
         self.guest_errors = self.bugs = self.turns = 0
         self.poller = poller
-        self.paused = False  # a flush failed: nothing is taken any more, and it is not answered
+        self.holds = Holds()
+        self.kept = kept
+        kept.again = self.try_again
         self._submit_to_chain = submit
         self._kick = kick
         self._grants = grants
         self._call_soon = call_soon
-        self._complain = complain
-        self._alarm = alarm
+        self._voice = voice
         self._on_pause = on_pause
         self._mixed = 0  # requests in flight that `finish` must look at one by one
         self._barrier: Barrier | None = None
         self._waiting: list[Queue] = []  # had to stop taking, for memory or for a barrier
         self._failed_flushes: list[Request] = []
+        self._replays: deque[list[RingRequest]] = deque()
         self._disarmed: Queue | None = None  # asks for no event until `look_again`
-        self._ending = False  # nothing is taken any more, for good
-        self._then: Call | None = None  # once drained
 
     def serve(self, queue: Queue) -> None:
         """Take and submit what waits in one ring; re-arm its event channel once it is empty.
@@ -140,20 +143,43 @@ class Engine:
                 queue.is_idle = False
                 self._disarmed = queue
             self._answer(queue, batch)
-        if self._waiting or self._then or self._barrier:
+        if self._waiting or self._barrier or self.holds.awaits_quiet():
             self._call_soon(self._go_on)
 
-    def drain(self, then: Call) -> None:
-        """Take nothing more; call `then` from the loop when nothing is in flight."""
-        self._ending = True
-        self._then = then
+    def hold(self, why: Hold, then: Call) -> None:
+        """Take nothing more until `let_go`; call `then` from the loop when nothing is in flight."""
+        self.holds.add(why, then)
+        self._call_soon(self._go_on)
+
+    def let_go(self, why: Hold, submit: Callable[[list[Request]], None] | None = None) -> None:
+        """Serve on, through another chain if `submit` is given; what had failed is tried again."""
+        self._submit_to_chain = submit or self._submit_to_chain
+        self.holds.remove(why)
+        if why is Hold.FLUSH:
+            flushes, self._failed_flushes = self._failed_flushes, []
+            self._submit_again(flushes)
+        self.try_again()
+        self._call_soon(self._go_on)
+
+    def try_again(self) -> None:
+        """Submit what failed and was kept once more, unless nothing may be done now."""
+        if not self.holds:
+            self._submit_again(self.kept.give_back())
+
+    def go_on_with(self, records: list[RingRequest]) -> None:
+        """Do what a predecessor had taken from one ring and not answered, in the ring's order, before anything new."""
+        self.holds.add(Hold.REPLAY)
+        self._replays.append(records)
         self._call_soon(self._go_on)
 
     def fail_held(self) -> None:
-        """Answer the flushes that failed with an error after all: the frontend is going away."""
-        for request in self._failed_flushes:
-            request.status = errno.EIO
-            request.tag.owner.answer([request])
+        """Answer what was held back with an error after all: the frontend is going away."""
+        for request in [*self._failed_flushes, *self.kept.give_up()]:
+            request.status, tag = request.status or errno.EIO, request.tag
+            if isinstance(tag, Barrier):
+                tag.end_step(request.status)
+                request, tag, self._barrier = tag.answer(), tag.record, None  # noqa: PLW2901
+            self._answer_now(tag.owner, [request])
         self._failed_flushes.clear()
 
     def expect_strays(self) -> None:
@@ -161,41 +187,22 @@ class Engine:
         self._mixed += 1
 
     def contain(self, bug: Exception, lent: Sequence[Request]) -> None:
-        """End with EIO what a layer still held when it let an exception out (D8).
-
-        Somebody below may hold some of it too and give it back later: so the guest's request gets a new `Request`, and
-        the old one belongs to nobody from now on.
-        """
+        """End with EIO what a layer still held when it let an exception out (D8)."""
         self.bugs += 1
         self.expect_strays()  # for good: one may come back at any time
-        self._alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
-        substitutes = []
-        for request in lent:
-            if self._is_ours(request) and not self._has_come_back(request):
-                substitute = Request(request.tag)
-                substitute.op, substitute.status = request.op, errno.EIO
-                record = request.tag.record if isinstance(request.tag, Barrier) else request.tag
-                if record.request is request:
-                    record.request = substitute
-                    self._grants.abandon(record, request)
-                request.tag = None
-                substitutes.append(substitute)
+        self._voice.alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
+        lost = [each for each in lent if is_ours(each) and not self._has_come_back(each)]
+        substitutes = [substitute(request, self._grants) for request in lost]
+        self.kept.refuse(substitutes)
         if substitutes:
             self.finish(substitutes)
-
-    def _is_ours(self, request: Request) -> bool:
-        """False for a request that a layer made for itself, and for one that a bug had ended before."""
-        tag = request.tag
-        return isinstance(tag, Barrier) or (isinstance(tag, RingRequest) and tag.request is request)
 
     def _has_come_back(self, request: Request) -> bool:
         """True if `finish` saw the request. Its status does not tell: a layer on its way up may have lost it."""
         tag = request.tag
-        if isinstance(tag, Barrier):
-            return tag.step is not request
-        return request in self._failed_flushes or tag.owner.has_answered(tag)
-
-    # Taking ---------------------------------------------------------------------------------------------------------
+        if request in self._failed_flushes or request in self.kept:
+            return True
+        return tag.step is not request if isinstance(tag, Barrier) else tag.owner.has_answered(tag)
 
     def _take_all(self, queue: Queue) -> bool:
         """Take what waits; False if the ring is not empty yet and somebody will call `serve` again."""
@@ -203,7 +210,7 @@ class Engine:
         left = queue.ring.size
         while left > 0:
             room = grants.room(left)
-            if not room or self._barrier or self.paused or self._ending:
+            if not room or self._barrier or self.holds.reasons:
                 self._waiting.append(queue)
                 return False
             block = queue.take(room)
@@ -236,47 +243,22 @@ class Engine:
         except Exception as bug:  # D8: a layer's bug is contained to what it held
             self.contain(bug, batch)
 
+    def _submit_again(self, batch: list[Request]) -> None:
+        """Submit what comes from no ring right now."""
+        for request in batch:
+            request.status = PENDING
+            self._mixed += request.op == Op.FLUSH
+        if batch:
+            self._submit(batch)
+            self._kick()
+
     def _lend_others(self, records: Sequence[RingRequest], block: Block | None) -> None:
         """Lend requests of every kind; those that break a rule are answered at once. `block` is all theirs, if any."""
-        data: list[RingRequest] = []
-        ready: list[Request] = []
-        for place, record in enumerate(records):
-            if record.indirect:
-                queue: Queue = record.owner
-                copy = queue.indirect_copies[record.entry]
-                self._grants.fetch_indirect(record, copy)
-                if record.refused is None:
-                    queue.decode_indirect(record, copy)
-                if record.refused is None:  # and only reads and writes are ever indirect
-                    data.append(record)
-                continue
-            if record.spans is None:  # one whole page among others; what `grefs` says is from an earlier use
-                record.grefs = (record.gref,)
-            if record.refused is not None:
-                continue
-            if record.operation == BLKIF_OP_WRITE_BARRIER or (
-                record.operation == BLKIF_OP_FLUSH_DISKCACHE and record.length
-            ):
-                self._lend_and_submit(data, ready, None)
-                self._answer_refused(records[:place])
-                self._begin_barrier(record, list(records[place + 1 :]))
-                return
-            if record.operation in (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_DISCARD):
-                ready.append(self._prepare(record))
-            else:
-                data.append(record)
-        self._lend_and_submit(data, ready, block)
-        self._answer_refused(records)
-
-    def _prepare(self, record: RingRequest) -> Request:
-        """Make the request of a record without data."""
-        request: Request = record.request
-        request.op = Op.DISCARD if record.operation == BLKIF_OP_DISCARD else Op.FLUSH
-        request.offset = record.first_sector * SECTOR if request.op == Op.DISCARD else 0
-        request.length = record.length
-        request.iov = ()
-        request.status = PENDING
-        return request
+        found = sort_out(records, self._grants)
+        self._lend_and_submit(found.data, found.ready, block if found.barrier is None else None)
+        self._answer_refused(found.before)
+        if found.barrier is not None:
+            self._begin_barrier(found.barrier, found.behind)
 
     def _lend_and_submit(self, data: list[RingRequest], ready: list[Request], block: Block | None) -> None:
         batch = self._grants.lend(data) if data else []
@@ -298,19 +280,17 @@ class Engine:
             assert record.refused is not None  # noqa: S101 - chosen above
             unsupported = record.refused.status == BLKIF_RSP_EOPNOTSUPP
             record.request.status = errno.EOPNOTSUPP if unsupported else errno.EIO
-        self._complain(str(refused[-1].refused))
+        self._voice.complain(str(refused[-1].refused))
         batch = [record.request for record in refused]
         if self._grants.held:
             self._grants.settle(refused)
         refused[0].owner.answer(batch)
 
-    # Giving back ----------------------------------------------------------------------------------------------------
-
     def _sort(self, batch: list[Request]) -> dict[Queue, list[Request]]:
         """Return what is to be answered by ring; flushes that failed and steps of a barrier are not."""
         batch_of: dict[Queue, list[Request]] = {}
         for request in batch:
-            if request.op == Op.FLUSH and request.status not in (0, errno.EOPNOTSUPP):
+            if request.op == Op.FLUSH and request.status not in _ANSWERS:
                 self._pause(request.status)
         for request in batch:
             tag = request.tag
@@ -320,21 +300,36 @@ class Engine:
             self.in_flight -= 1
             self._mixed -= request.op == Op.FLUSH
             # A failed flush takes all others with it: the kernel reports what was lost to one of them only.
-            is_held = request.op == Op.FLUSH and self.paused
-            if isinstance(tag, Barrier):
-                tag.end_step(request.status)
-                if is_held:
-                    self._failed_flushes.append(tag.answer())
-            elif is_held:
+            if request.op == Op.FLUSH and Hold.FLUSH in self.holds:
                 self._failed_flushes.append(request)
+            elif isinstance(tag, Barrier):
+                if not self._is_kept(request):
+                    tag.end_step(request.status)
             else:
                 batch_of.setdefault(tag.owner, []).append(request)
         return batch_of
 
     def _answer(self, queue: Queue, batch: list[Request]) -> None:
+        if not self._grants.held and queue.answer_whole(batch):
+            return
+        batch = [request for request in batch if not self._is_kept(request)]
+        if batch:
+            self._answer_now(queue, batch)
+
+    def _answer_now(self, queue: Queue, batch: list[Request]) -> None:
         if self._grants.held:
             self._settle(batch)
         queue.answer(batch)
+
+    def _is_kept(self, request: Request) -> bool:
+        """Keep a request that has failed if it is to be tried again, and return whether it is kept."""
+        if request.status in _ANSWERS:
+            self.kept.forget(request)
+        elif self.kept.take(request):
+            if not isinstance(request.tag, Barrier):
+                request.tag.owner.break_up(request.tag)
+            return True
+        return False
 
     def _settle(self, batch: list[Request]) -> None:
         self._grants.settle([request.tag for request in batch])
@@ -344,17 +339,13 @@ class Engine:
                 request.tag.refused = None  # it is answered now, whatever becomes of the rest of its block
                 request.status = errno.EIO
                 self.guest_errors += 1
-                self._complain(str(refused))
+                self._voice.complain(str(refused))
 
     def _pause(self, status: int) -> None:
-        """Stop for good after a failed flush, and answer none: a frontend takes an error for success, for ever."""
-        if not self.paused:
-            self.paused = True
-            sentence = f"a flush failed ({errno.errorcode.get(status, status)}); the disk is paused"
-            self._alarm(sentence)
-            self._on_pause(sentence)
-
-    # Barriers, waiting, ending --------------------------------------------------------------------------------------
+        """Stop after a failed flush, and answer none: a frontend takes an error for success, for ever."""
+        if Hold.FLUSH not in self.holds:
+            self._on_pause(status)
+            self.holds.add(Hold.FLUSH)
 
     def _begin_barrier(self, record: RingRequest, behind: list[RingRequest]) -> None:
         write = None
@@ -370,29 +361,39 @@ class Engine:
 
     def _go_on(self) -> None:
         """Take the next step of whatever waits for requests in flight."""
-        if self._barrier is not None and not self.paused:
+        barrier = self._barrier
+        if barrier is not None and Hold.FLUSH not in self.holds:
             if self.in_flight:
                 return
-            step = self._barrier.next_step()
-            if step is not None:
-                self._mixed += step.op == Op.FLUSH
-                self._submit([step])
-                self._kick()
-                return
-            self._end_barrier(self._barrier)
-        if self._ending:
-            if self._then is not None and not self.in_flight and (self._barrier is None or self.paused):
-                then, self._then = self._then, None
-                then()
+            if barrier.step is None:  # else it is kept
+                step = barrier.next_step()
+                if step is not None:
+                    self._submit_again([step])
+                    return
+                self._end_barrier(barrier)
+        if Hold.REPLAY in self.holds and not self._barrier:
+            self._replay_next()
+        if self.holds:
+            is_stuck = Hold.FLUSH in self.holds or len(self.kept) > 0
+            if not self.in_flight and (self._barrier is None or is_stuck):
+                self.holds.quiet()
             return
         waiting, self._waiting = self._waiting, []
         for queue in waiting:
             self.serve(queue)
 
+    def _replay_next(self) -> None:
+        """Do the next ring's part of what a predecessor left; a barrier among it is waited for."""
+        while self._replays and not self._barrier:
+            self._lend_others(self._replays.popleft(), None)
+        self._kick()
+        if not self._barrier:
+            self.holds.remove(Hold.REPLAY)
+
     def _end_barrier(self, barrier: Barrier) -> None:
         self._barrier = None
         request = barrier.answer()
-        self._answer(request.tag.owner, [request])
+        self._answer_now(request.tag.owner, [request])
         if barrier.behind:
             self._lend_others(barrier.behind, None)
             self._kick()

@@ -22,6 +22,10 @@ def keep_nothing(name: str, size: int, fd: int) -> None:
     """Keep no memory for a successor: for a process that only looks at a chain."""
 
 
+def drop_nothing(name: str) -> None:
+    """Take no note of a memory that is dropped."""
+
+
 class WorkerEnv:
     """The `Env` of one layer; made by `EnvFactory`, lives as long as the layer."""
 
@@ -57,6 +61,7 @@ class EnvFactory:
         files: opens the layers' images.
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
+        drop: tells the supervisor that a memory is wanted no more.
         resumes: a guest may have written through an earlier worker.
     """
 
@@ -66,6 +71,7 @@ class EnvFactory:
         files: Files,
         memories: Mapping[str, int] | None = None,
         keep: Keep = keep_nothing,
+        drop: Callable[[str], None] = drop_nothing,
         *,
         resumes: bool = False,
     ) -> None:
@@ -74,6 +80,8 @@ class EnvFactory:
         self.resumes = resumes
         self._memories = dict(memories or {})
         self._keep = keep
+        self._drop = drop
+        self._wanted: set[str] = set()  # by the layers that are being opened
 
     def __call__(self, layer: str, *, read_only: bool = False, shareable: bool = False) -> WorkerEnv:
         """Return the `Env` of the layer that `layer` names; the same in a successor, different from every other one."""
@@ -81,21 +89,29 @@ class EnvFactory:
 
     def memory(self, name: str, size: int) -> memoryview:
         """Return the memory called `name`: the predecessor's where it has `size` bytes, else fresh and zero."""
-        fd = self._memories.pop(name, -1)
+        self._wanted.add(name)
+        fd = self._memories.get(name, -1)
         if fd >= 0 and os.fstat(fd).st_size != size:
-            os.close(fd)
+            os.close(self._memories.pop(name))
             fd = -1
         if fd < 0:
-            fd = os.memfd_create("xenbackend", os.MFD_CLOEXEC)
+            fd = self._memories[name] = os.memfd_create("xenbackend", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
             self._keep(name, size, fd)
-        try:
-            return memoryview(mmap.mmap(fd, size))
-        finally:
-            os.close(fd)  # the mapping holds the memory
+        return memoryview(mmap.mmap(fd, size))
+
+    def begin(self) -> None:
+        """Take note that layers are opened anew."""
+        self._wanted.clear()
+
+    def drop_unwanted(self) -> None:
+        """Forget the memories that no layer asked for since `begin`: what is written now, they do not see."""
+        for name in [name for name in self._memories if name not in self._wanted]:
+            os.close(self._memories.pop(name))
+            self._drop(name)
 
     def close(self) -> None:
-        """Release the memories that no layer asked for."""
+        """Release the descriptors; what is mapped stays."""
         for fd in self._memories.values():
             os.close(fd)
         self._memories.clear()

@@ -1,7 +1,8 @@
 """The process that serves one vbd: its start, the messages from the supervisor, its end.
 
 Must not open xenstore, log anywhere but through the supervisor, or outlive it: when the socket closes, the chain is
-closed in order and the process ends.
+closed in order and the process ends. A supervisor that is only started again leaves the socket open meanwhile
+(`supervisor.keeper`), and asks the worker where it stands.
 """
 
 from __future__ import annotations
@@ -13,30 +14,22 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from xenbackend import control, counters, journal
-from xenbackend.block.chain import Chain, open_chain, parse_chain
-from xenbackend.block.driver import Env
-from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.policy import Policy
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.kernel.ports import open_host
+from xenbackend.worker.boot import Boot
 from xenbackend.worker.connection import Connection
-from xenbackend.worker.env import EnvFactory
-from xenbackend.worker.facts import facts_of
-from xenbackend.worker.files import HostFiles
-from xenbackend.worker.peek import peek
+from xenbackend.worker.disk import Disk, describe_flush, is_locked
+from xenbackend.worker.holds import Hold
 from xenbackend.worker.polling import POLL_US, Poller
 from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
-if TYPE_CHECKING:
-    from xenbackend.worker.export import Export
-
 MAX_DESCRIPTORS = 1 + control.MAX_MEMORIES  # beside one message: the journal, and memories
 _REPLY_MAX = 128 * 1024  # bytes of a datagram: below any socket's buffer, and `control.MAX_MESSAGE`
 _SENTENCE_MAX = 1000  # characters
-LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
 LOCK_PAUSE_S = 0.02  # between two tries for the lock of a domain that migrates
 
 
@@ -48,20 +41,25 @@ class Worker:
         self._channel = channel
         self._speech = Speech(channel)
         self._reactor = Reactor(on_bug=self._on_bug)
-        self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S)
-        self._open: control.Open | None = None
-        self._chain: Chain | None = None
-        self._env: EnvFactory | None = None
+        self._open: control.Open
+        self._disk: Disk | None = None
+        self._layers: list[control.LayerFacts] = []  # as last said
+        self._policy = ""
+        self._is_paused = False  # by an administrator
         self._journal = memoryview(b"")
-        self._waiting: control.Connect | None = None  # for the image's lock
-        self._export: Export | None = None  # until the first connection
+        self._waiting: control.Connect | control.Rejoin | None = None  # for the image's lock
+        self._boot = Boot(self._reactor, self._speech, self._flush, self._on_bug)  # until the first connection
         self._connection: Connection | None = None
-        self._had_bugs = False  # of layers, in an earlier connection or in the export
-        self._when_unexported: list[Callable[[], None]] = []
+        self._had_bugs = False  # of layers, in an earlier connection
         self._when_disconnected: list[Callable[[], None]] = []
         self._steps: dict[type[object], Callable[..., None]] = {
-            control.Open: self._on_open,
             control.Connect: self._on_connect,
+            control.Rejoin: self._on_connect,
+            control.Swap: self._on_swap,
+            control.Pause: self._on_pause,
+            control.Resume: self._on_resume,
+            control.Obey: self._on_obey,
+            control.Report: self._on_report,
             control.Command: self._on_command,
             control.Disconnect: self._on_disconnect,
             control.Close: self._on_close,
@@ -89,99 +87,53 @@ class Worker:
 
     def _on_open(self, message: control.Open, fds: list[int]) -> None:
         self._open = message
+        self._policy, self._is_paused = message.policy, message.is_paused
         self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
         os.close(fds[0])
-        self._env = EnvFactory(
-            self._reactor,
-            self._files,
-            dict(zip(message.memories, fds[1:], strict=True)),
-            self._speech.keep,
-            resumes=message.resumes,
-        )
-        if message.may_wait:
-            self._files.lock_timeout_s = 0.0
+        memories = dict(zip(message.memories, fds[1:], strict=True))
+        self._disk = Disk(message, memories, self._reactor, self._speech.keep, self._speech.drop, self._on_bug)
         try:
-            self._open_chain(message)
+            self._open_chain(self._disk)
         except XenbackendError as problem:
-            if message.may_wait and _is_locked(problem):
-                self._peek(message)
+            if message.may_wait and is_locked(problem):
+                self._peek(self._disk)
             else:
                 self._fail(problem)
 
-    def _open_chain(self, message: control.Open) -> None:
-        self._chain = open_chain(
-            parse_chain(message.chain), self._make_env, read_only=message.read_only, shareable=message.shareable
-        )
-        export = message.export if message.export and self._begin_export(message.export, self._chain) else ""
-        self._speech.say(control.Opened([facts_of(layer) for layer in self._chain.layers], export))
+    def _open_chain(self, disk: Disk) -> None:
+        chain = disk.open()
+        if self._open.export:
+            self._boot.begin(self._open.export, chain, disk.files)
+        self._layers = disk.layers
+        self._speech.say(control.Opened(self._layers, self._boot.path))
 
-    def _peek(self, message: control.Open) -> None:
+    def _peek(self, disk: Disk) -> None:
         try:
-            layers = peek(message.chain, self._reactor, read_only=message.read_only)
+            self._layers = disk.peek()
         except XenbackendError as problem:
             self._fail(problem)
             return
-        self._speech.say(control.Opened(layers))
+        self._speech.say(control.Opened(self._layers))
 
     def _fail(self, problem: XenbackendError) -> None:
         self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
 
-    def _make_env(self, layer: str, /, *, read_only: bool, shareable: bool) -> Env:
-        assert self._env is not None  # noqa: S101 - made before the chain is opened
-        return self._env(layer, read_only=read_only, shareable=shareable)
-
-    def _begin_export(self, path: str, chain: Chain) -> bool:
-        """Offer the disk to a device model; without it the guest can still use the disk by its own driver."""
-        from xenbackend.worker.export import Export  # late: most workers never need it
-
-        try:
-            self._export = Export(
-                path,
-                chain,
-                self._reactor,
-                kick=self._files.kick,
-                complain=self._speech.complain,
-                alarm=self._speech.alarm,
-                on_bug=self._on_bug,
-            )
-        except OSError as error:
-            self._speech.alarm(f"{path}: no device model can boot from this disk: {error.strerror or error}")
-        return self._export is not None
-
-    def _end_export(self, then: Callable[[], None]) -> None:
-        """Call `then` once nobody but us is above the chain (D10); messages keep their order."""
-        if self._export is None:
-            then()
-            return
-        self._when_unexported.append(then)
-        if len(self._when_unexported) == 1:  # else it is on its way already
-            # The device model's own last flush finds nobody any more, so it is ours to do.
-            self._export.close(lambda: self._flush(self._unexported))
-
-    def _unexported(self) -> None:
-        assert self._export is not None  # noqa: S101 - it was asked to end
-        self._had_bugs |= self._export.had_bugs
-        self._export = None
-        calls, self._when_unexported = self._when_unexported, []
-        for call in calls:
-            call()
-
-    def _on_connect(self, message: control.Connect) -> None:
-        if self._chain is None:
+    def _on_connect(self, message: control.Connect | control.Rejoin) -> None:
+        if self._disk is None or self._disk.chain is None:
             self._waiting = message
             self._wait_for_image(message)
         else:
-            self._end_export(lambda: self._connect(message))
+            self._boot.end(lambda: self._connect(message))
 
-    def _wait_for_image(self, message: control.Connect) -> None:
+    def _wait_for_image(self, message: control.Connect | control.Rejoin) -> None:
         """Open what was only looked at as soon as its lock is free, then connect; unless we are told otherwise."""
-        assert self._open is not None  # noqa: S101 - the order of messages
+        assert self._disk is not None  # noqa: S101 - the order of messages
         if self._waiting is not message:
             return
         try:
-            self._open_chain(self._open)
+            self._open_chain(self._disk)
         except XenbackendError as problem:
-            if _is_locked(problem):
+            if is_locked(problem):
                 self._reactor.call_later(LOCK_PAUSE_S, lambda: self._wait_for_image(message))
             else:
                 self._waiting = None
@@ -190,42 +142,148 @@ class Worker:
         self._waiting = None
         self._on_connect(message)
 
-    def _connect(self, message: control.Connect) -> None:
-        assert self._open is not None and self._chain is not None  # noqa: S101, PT018 - the order of messages
-        journal.write_header(self._journal, {"vbd": self._open.vbd, **control.as_fields(message)})
+    def _connect(self, message: control.Connect | control.Rejoin) -> None:
+        disk = self._disk
+        assert disk is not None and disk.chain is not None  # noqa: S101, PT018 - the order of messages
+        rejoins = isinstance(message, control.Rejoin)
         try:
+            agreed = self._recall() if isinstance(message, control.Rejoin) else message
+            if not rejoins:
+                journal.AGREED.write(self._journal, None)
             self._connection = Connection(
                 host=open_host(self._open.host),
                 reactor=self._reactor,
                 domid=self._open.frontend_domid,
-                agreed=message,
-                geometry=self._chain.geometry,
+                agreed=agreed,
+                rejoins=rejoins,
+                geometry=disk.chain.geometry,
                 journal=self._journal,
-                submit=self._chain.submit,
-                kick=self._files.kick,
+                submit=disk.chain.submit,
+                kick=disk.files.kick,
                 poller=Poller(int(self._open.settings.get("poll_us", POLL_US)) * 1000),
-                complain=self._speech.complain,
-                alarm=self._speech.alarm,
-                on_halt=self._on_halt,
-                on_pause=lambda sentence: self._speech.say(control.Paused(sentence)),
+                policy=Policy(self._policy),
+                voice=self._speech,
             )
         except XenbackendError as problem:
             self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EIO)))
             return
-        if self._had_bugs:
+        if self._had_bugs or self._boot.had_bugs:
             self._connection.engine.expect_strays()
-        self._chain.contain = self._connection.engine.contain
-        self._chain.complete = self._connection.engine.finish
+        if self._is_paused:
+            self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
+        self._wire(disk, self._connection)
+        self._note(disk.text, agreed)
         self._speech.say(control.Connected())
 
-    def _on_halt(self, ring: int, why: str) -> None:
-        self._speech.say(control.Halted(ring, why))
+    def _wire(self, disk: Disk, connection: Connection) -> None:
+        assert disk.chain is not None  # noqa: S101 - the callers have opened it
+        disk.chain.contain = connection.engine.contain
+        disk.chain.complete = connection.engine.finish
+
+    def _note(self, chain: str, agreed: control.Connect) -> None:
+        """Leave to a successor what is served, and how."""
+        journal.AGREED.write(self._journal, {"chain": chain, "connect": control.as_fields(agreed)})
+
+    def _recall(self) -> control.Connect:
+        """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
+        noted = journal.AGREED.read(self._journal)
+        if noted is None:
+            raise DriverError("the journal does not know what was agreed with the frontend", errno=errno.ENODATA)
+        agreed: control.Connect = control.restore(control.Connect, noted["connect"])
+        return agreed
+
+    def _on_swap(self, message: control.Swap) -> None:
+        disk = self._disk
+        try:
+            if disk is None or disk.chain is None or self._boot.path or self._when_disconnected:
+                raise DriverError("the disk is not in service by the guest's own driver", errno=errno.EBUSY)
+            disk.check_successor(message.chain)
+        except XenbackendError as problem:
+            self._speech.say(control.Unswapped(str(problem)))
+            return
+
+        def begin() -> None:
+            disk.flush(lambda code: self._exchange(disk, message.chain, code))
+
+        if self._connection is None:
+            begin()
+        else:
+            self._connection.engine.hold(Hold.SWAP, begin)
+
+    def _exchange(self, disk: Disk, text: str, code: int) -> None:
+        """Put another chain in the place of the one that is open, unless its last flush failed; nothing is in flight.
+
+        Where neither can be opened the process ends, and a successor tries again.
+        """
+        answer: control.Message
+        try:
+            if code:
+                raise DriverError(describe_flush(code), errno=code)
+            disk.exchange(text)
+            answer = control.Swapped(text, disk.layers)
+        except XenbackendError as problem:
+            answer = control.Unswapped(str(problem))
+        except RuntimeError as problem:
+            self._speech.alarm(str(problem))
+            self._speech.say(control.Unswapped(str(problem)))
+            os._exit(1)
+        self._layers = disk.layers
+        connection = self._connection
+        if connection is not None and disk.chain is not None:
+            if code:
+                connection.flush_failed(code)
+            self._note(disk.text, connection.agreed)  # before the first request goes there
+            self._wire(disk, connection)
+            connection.go_on_through(disk.chain)
+        self._speech.say(answer)
+
+    def _on_pause(self, _: control.Pause) -> None:
+        self._is_paused = True
+        if self._connection is None:
+            self._speech.say(control.Held())
+        else:
+            self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
+
+    def _on_resume(self, _: control.Resume) -> None:
+        self._is_paused = False
+        if self._connection is not None:
+            self._connection.resume()
+
+    def _on_obey(self, message: control.Obey) -> None:
+        self._policy = message.policy
+        if self._connection is not None:
+            self._connection.engine.kept.policy = Policy(message.policy)
+
+    def _on_report(self, _: control.Report) -> None:
+        disk, connection = self._disk, self._connection
+        self._speech.say(
+            control.Standing(
+                phase=self._phase(),
+                chain=disk.text if disk else "",
+                read_only=disk is not None and self._open.read_only,
+                shareable=disk is not None and self._open.shareable,
+                layers=self._layers,
+                export=self._boot.path,
+                halted=connection.halted if connection else "",
+                paused=connection.paused if connection else "",
+                trouble=connection.trouble if connection else "",
+            )
+        )
+
+    def _phase(self) -> str:
+        if self._when_disconnected:
+            return "disconnecting"
+        if self._connection is not None:
+            return "serving"
+        if self._waiting is not None:
+            return "connecting"
+        return "open" if self._layers else "idle"
 
     def _on_command(self, message: control.Command) -> None:
         try:
-            if self._chain is None:
+            if self._disk is None or self._disk.chain is None:
                 raise DriverError("the chain is not open", errno=errno.ENODEV)
-            data = self._chain.control(message.layer, message.verb, message.arguments)
+            data = self._disk.chain.control(message.layer, message.verb, message.arguments)
             reply = control.Reply(message.id, ok=True, data=data.decode("latin-1"))
             if len(control.encode(reply)) > _REPLY_MAX:
                 raise DriverError(f"an answer of {len(data)} bytes is too large; ask for less", errno=errno.EMSGSIZE)
@@ -238,10 +296,10 @@ class Worker:
         self._speech.say(reply)
 
     def _on_disconnect(self, _: control.Disconnect) -> None:
-        self._end_export(lambda: self._disconnect(lambda: self._speech.say(control.Disconnected())))
+        self._boot.end(lambda: self._disconnect(lambda: self._speech.say(control.Disconnected())))
 
     def _on_close(self, _: control.Close) -> None:
-        self._end_export(lambda: self._disconnect(self._close))
+        self._boot.end(lambda: self._disconnect(self._close))
 
     def _disconnect(self, then: Callable[[], None]) -> None:
         self._waiting = None
@@ -256,48 +314,26 @@ class Worker:
         assert self._connection is not None  # noqa: S101 - it was asked to end
         self._had_bugs |= self._connection.engine.bugs > 0
         self._connection = None
+        journal.AGREED.write(self._journal, None)
         calls, self._when_disconnected = self._when_disconnected, []
         for call in calls:
             call()
 
     def _flush(self, then: Callable[[], None]) -> None:
         """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered."""
-        assert self._chain is not None  # noqa: S101 - there was a connection or an export
-        if self._chain.geometry.read_only or not self._chain.geometry.can_flush:
+
+        def flushed(code: int) -> None:
+            if code:
+                self._speech.alarm(describe_flush(code))
             then()
-            return
 
-        waiting = [then]
-
-        def flushed(batch: list[Request]) -> None:
-            if request not in batch or not waiting:  # what a bug had ended comes back late (D8)
-                return
-            if request.status not in {0, errno.EOPNOTSUPP}:
-                self._speech.alarm(f"the last flush failed: {os.strerror(request.status)}")
-            self._reactor.call_soon(waiting.pop())
-
-        def contain(bug: Exception, _given: object = ()) -> None:  # D8; a bug of one layer must not keep the disk
-            self._on_bug(bug)
-            if waiting:
-                self._reactor.call_soon(waiting.pop())
-
-        request = Request()
-        request.op, request.status = Op.FLUSH, PENDING
-        self._chain.contain = contain
-        self._chain.complete = flushed
-        try:
-            self._chain.submit([request])
-            self._files.kick()
-        except Exception as bug:
-            contain(bug)
+        assert self._disk is not None  # noqa: S101 - there was a connection or an export
+        self._disk.flush(flushed)
 
     def _close(self) -> None:
         try:
-            if self._chain is not None:
-                self._chain.close()
-            if self._env is not None:
-                self._env.close()
-            self._files.close()
+            if self._disk is not None:
+                self._disk.close()
         finally:  # whatever a layer does, the process ends
             self._speech.say(control.Closed())
             self._reactor.stop()
@@ -310,12 +346,9 @@ class Worker:
             words[counters.INDEX["bugs"]] += 1
         import traceback  # late: most workers never need it
 
-        where = self._chain.blame(bug) if self._chain else ""
+        chain = self._disk.chain if self._disk else None
+        where = chain.blame(bug) if chain else ""
         self._speech.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
-
-
-def _is_locked(problem: XenbackendError) -> bool:
-    return isinstance(problem, DriverError) and problem.errno == errno.EBUSY
 
 
 def main(arguments: list[str]) -> int:

@@ -31,6 +31,7 @@ from xenbackend.journal import (
     RingJournal,
 )
 from xenbackend.units import PAGE
+from xenbackend.worker.recovery import recover
 
 _UNTIMED = 7 * BATCH  # bits of a request number: batches that begin with any of them set are not timed, 7 in 8
 _OPERATIONS = 256  # operation is one byte of the guest's
@@ -98,12 +99,39 @@ class Queue:
         self._places = ring.places * 2  # of the slots: a batch of answers may lie across the ring's end
         self._journal = journal
         self._answers = journal.answers
+        self.decoder = decoder
         self._decode = decoder.decode
         self._channel = channel
         self.decode_indirect = decoder.decode_indirect
         self.indirect_copies: list[memoryview] = []  # by entry: where the private copy of its segments belongs
         self._blocks: list[Block] = []
         self._free: list[Block] = []
+
+    def go_on(self) -> list[RingRequest]:
+        """Go on where a predecessor stopped, and return what it had not answered, decoded, in the ring's order.
+
+        Raises: RingOverflow, as `recover` does.
+        """
+        entries = recover(self.ring, self._journal)
+        places: dict[int, list[int]] = {}
+        for entry in entries:
+            places.setdefault(entry // BATCH, []).append(entry % BATCH)
+        for index in range(max(places, default=-1) + 1):
+            block = self._make_block()
+            if index in places:
+                self._take_again(block, places[index])
+            else:
+                self._free.append(block)
+        self.in_flight = len(entries)
+        return [self._blocks[entry // BATCH].records[entry % BATCH] for entry in entries]
+
+    def _take_again(self, block: Block, places: list[int]) -> None:
+        """Let a block hold what is unanswered at some places of it."""
+        count = places[-1] + 1
+        block.live = len(places)
+        block.taken = block.records[:count]
+        self._decode(block.copies[count], block.taken)
+        block.plain = False  # so that its records are reset when it is free
 
     def take(self, limit: int) -> Block | None:
         """Take up to `limit` waiting requests into a block, decoded; None where none waits. Raises: RingOverflow."""
@@ -138,27 +166,36 @@ class Queue:
         """True if the record, which was taken, has its response."""
         return bool(self._answers[record.entry])
 
+    def answer_whole(self, batch: list[Request]) -> bool:
+        """Answer a batch that came back as it was lent and without an error; False, with nothing done, for any other.
+
+        This is the way of nearly every request.
+        """
+        block = self._blocks[batch[0].tag.entry // BATCH]
+        first = self.ring.answered
+        if batch != block.lent or not self._answer_whole(block, batch, first):
+            return False
+        if block.started:
+            self._sample(block)
+        self._publish(first + len(batch))
+        self._free_block(block)
+        return True
+
     def answer(self, batch: list[Request]) -> None:
         """Answer finished requests of this ring, in any order: `status` 0 or an errno."""
-        ring = self.ring
-        first = ring.answered
+        if self.answer_whole(batch):
+            return
         block = self._blocks[batch[0].tag.entry // BATCH]
         if block.started:
-            self._sample(block.started)
-            block.started = 0  # once, however many pieces it comes back in
-        whole = batch == block.lent and self._answer_whole(block, batch, first)
-        if not whole:
-            self._answer_each(batch, first)
-        must_notify = ring.publish(first + len(batch))
-        self._journal.words[RSP_PROD] = first + len(batch)
-        self.in_flight -= len(batch)
-        if whole:
-            self._free_block(block)
-        else:
-            self._release(batch)
-        if must_notify:
-            self.notifications += 1
-            self._channel.notify()
+            self._sample(block)
+        first = self.ring.answered
+        self._answer_each(batch, first)
+        self._publish(first + len(batch))
+        self._release(batch)
+
+    def break_up(self, record: RingRequest) -> None:
+        """Take note that a record's batch does not come back as one."""
+        self._blocks[record.entry // BATCH].lent = None
 
     def release(self) -> None:
         """Let go of the ring and the journal."""
@@ -234,8 +271,19 @@ class Queue:
         block.lent = None
         self._free.append(block)
 
-    def _sample(self, started: int) -> None:
-        passed = monotonic_ns() - started
+    def _publish(self, answered: int) -> None:
+        """Show the frontend all answers before number `answered`."""
+        must_notify = self.ring.publish(answered)
+        words = self._journal.words
+        self.in_flight -= answered - words[RSP_PROD]
+        words[RSP_PROD] = answered
+        if must_notify:
+            self.notifications += 1
+            self._channel.notify()
+
+    def _sample(self, block: Block) -> None:
+        passed = monotonic_ns() - block.started
+        block.started = 0  # once, however many pieces it comes back in
         self.samples += 1
         self.latency_ns += passed
         self.latency_max_ns = max(self.latency_max_ns, passed)

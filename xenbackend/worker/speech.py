@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import suppress
+from typing import Protocol
 
 from xenbackend import control
 
@@ -16,6 +17,19 @@ BURST = 10  # lines before a bucket is empty
 REFILL_S = 60.0  # seconds for one more; with lines of some 100 bytes a guest makes at most 8 KiB of log an hour
 LINE = 400  # characters of a complaint
 ALARM = 4000  # characters of an alarm: a traceback fits
+
+
+class Voice(Protocol):
+    """Whoever hears what happens to a connection: the supervisor, in the end."""
+
+    def say(self, message: control.Message) -> None:
+        """Say what has become of the rings."""
+
+    def complain(self, sentence: str) -> None:
+        """Say something that a guest provoked."""
+
+    def alarm(self, sentence: str) -> None:
+        """Say something that an administrator must read."""
 
 
 class Bucket:
@@ -47,17 +61,17 @@ class Speech:
         self._complaints = Bucket()
         self._alarms = Bucket()
 
-    def say(self, message: control.Message, *fds: int) -> None:
-        """Send a message with the descriptors that belong to it; lost where nobody listens any more.
-
-        Whoever drains and closes must not be stopped by that: the loop learns from the socket that it has to end.
-        """
-        with suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._channel, [control.encode(message)], fds)
+    def say(self, message: control.Message) -> None:
+        """Send a message."""
+        self._send(message)
 
     def keep(self, name: str, size: int, fd: int) -> None:
         """Hand over a memory that a successor is to get."""
-        self.say(control.Keep(name, size), fd)
+        self._send(control.Keep(name, size), fd)
+
+    def drop(self, name: str) -> None:
+        """Say that a memory is wanted no more."""
+        self._send(control.Drop(name))
 
     def complain(self, sentence: str) -> None:
         """Say something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
@@ -70,4 +84,13 @@ class Speech:
     def _log(self, bucket: Bucket, level: str, sentence: str) -> None:
         unsaid = bucket.take()
         if unsaid is not None:
-            self.say(control.Log(level, sentence, {"unsaid": str(unsaid)} if unsaid else {}))
+            self._send(control.Log(level, sentence, {"unsaid": str(unsaid)} if unsaid else {}))
+
+    def _send(self, message: control.Message, *fds: int) -> None:
+        """Send a message with the descriptors that belong to it; lost where nobody listens.
+
+        Whoever serves a guest must not wait for that: a supervisor that has gone tells the loop by its socket, and one
+        that comes again asks where we stand.
+        """
+        with suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
+            socket.send_fds(self._channel, [control.encode(message)], fds, socket.MSG_DONTWAIT)

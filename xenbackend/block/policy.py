@@ -1,0 +1,103 @@
+"""What becomes of a request that the disk could not do: by kind of error, from a text that people write.
+
+Must not hold a request, nor know a guest.
+
+    enospc=pause,read=retry 3 every 1s,write=report,flush=pause         the default
+
+Kinds:
+    enospc   no space left, of writes (ENOSPC, EDQUOT)
+    read     any other error of a read
+    write    any other error of a write or discard
+    flush    any error of a flush
+
+Actions:
+    pause             keep it, say so, and try again every second until it works: the guest sees only that it takes long
+    retry N every T   keep it and try again up to N times, T seconds apart; then report it
+    report            the guest gets an error
+
+A flush knows `pause` only, and is not tried again by itself. A frontend takes a flush that fails for success, and never
+flushes again; and to try again tells nothing, since the kernel reports what it has lost only once.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from dataclasses import dataclass
+
+from xenbackend.block.request import Op
+from xenbackend.errors import ConfigError
+
+DEFAULT = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause"
+PAUSE_S = 1.0  # between two tries of what is paused
+MAX_TRIES, MAX_EVERY_S = 1000, 60.0
+_KINDS = ("enospc", "read", "write", "flush")
+_RETRY = re.compile(r"retry (\d{1,4}) every (\d{1,3}(?:\.\d{1,3})?)s")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Try again up to `tries` times, `every_s` seconds apart; None: for ever, and say that the disk is paused."""
+
+    tries: int | None
+    every_s: float = PAUSE_S
+
+    @property
+    def pauses(self) -> bool:
+        """True where an administrator has to know."""
+        return self.tries is None
+
+
+_REPORT, _PAUSE = Action(0), Action(None)
+
+
+class Policy:
+    """An action per kind of error."""
+
+    def __init__(self, text: str = "") -> None:
+        """Read a text; what it leaves out stays as in `DEFAULT`. Raises: ConfigError."""
+        self._actions: dict[str, Action] = {}
+        for part in f"{DEFAULT},{text}".split(","):
+            if part.strip():
+                kind, _, action = (each.strip() for each in part.partition("="))
+                self._actions[kind] = _parse(text, kind, action)
+
+    def action(self, op: int, code: int) -> Action:
+        """Return what becomes of a request of operation `op` that ended with errno `code`."""
+        if op == Op.FLUSH:
+            return self._actions["flush"]
+        if op == Op.READ:
+            return self._actions["read"]
+        return self._actions["enospc" if code in (errno.ENOSPC, errno.EDQUOT) else "write"]
+
+    def __str__(self) -> str:
+        """Return the whole text."""
+        return ",".join(f"{kind}={_text(self._actions[kind])}" for kind in _KINDS)
+
+
+def _parse(text: str, kind: str, action: str) -> Action:
+    if kind not in _KINDS:
+        raise ConfigError(f"the policy {text!r} names {kind!r}; the kinds of errors are {', '.join(_KINDS)}")
+    if kind == "flush" and action != "pause":
+        raise ConfigError(
+            f"the policy {text!r} lets a flush {action or 'nothing'}; it can only pause: "
+            "a guest takes an error for success, and never flushes again"
+        )
+    if action in ("pause", "report"):
+        return _PAUSE if action == "pause" else _REPORT
+    found = _RETRY.fullmatch(action)
+    if not found:
+        raise ConfigError(
+            f"the policy {text!r} says {action!r} for {kind}; it may say pause, report, or retry 3 every 1s"
+        )
+    tries, every_s = int(found[1]), float(found[2])
+    if not (1 <= tries <= MAX_TRIES and 0 < every_s <= MAX_EVERY_S):
+        limits = f"1 to {MAX_TRIES} times, up to {MAX_EVERY_S:g}s apart"
+        raise ConfigError(f"the policy {text!r} retries too often: {limits}")
+    return Action(tries, every_s)
+
+
+def _text(action: Action) -> str:
+    if action.pauses:
+        return "pause"
+    return f"retry {action.tries} every {action.every_s:g}s" if action.tries else "report"

@@ -1,0 +1,165 @@
+"""The disk of one worker: its chain, opened, looked at, exchanged for another one, flushed, closed.
+
+Must not know a ring, nor speak to the supervisor: whoever asks gets an exception or a value.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+
+from xenbackend import control
+from xenbackend.block.chain import Chain, open_chain, parse_chain
+from xenbackend.block.driver import Geometry
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.worker.env import EnvFactory, Keep
+from xenbackend.worker.facts import facts_of
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.peek import peek
+from xenbackend.worker.reactor import Reactor
+
+LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
+
+
+class Disk:
+    """What the supervisor asked to be opened; `chain` once it is, `text` is its chain."""
+
+    def __init__(
+        self,
+        message: control.Open,
+        memories: Mapping[str, int],
+        reactor: Reactor,
+        keep: Keep,
+        drop: Callable[[str], None],
+        on_bug: Callable[[Exception], None],
+    ) -> None:
+        """Open nothing yet. `memories` are descriptors by name, ours from now on."""
+        self.text = message.chain
+        self.chain: Chain | None = None
+        self.files = HostFiles(reactor, lock_timeout_s=0.0 if message.may_wait else LOCK_TIMEOUT_S)
+        self._read_only, self._shareable = message.read_only, message.shareable
+        self._reactor = reactor
+        self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)
+        self._on_bug = on_bug
+
+    @property
+    def layers(self) -> list[control.LayerFacts]:
+        """What each layer said of itself, top first."""
+        return [facts_of(layer) for layer in self.chain.layers] if self.chain else []
+
+    def open(self) -> Chain:
+        """Open the chain. Raises: XenbackendError."""
+        self._env.begin()
+        self.chain = open_chain(parse_chain(self.text), self._env, read_only=self._read_only, shareable=self._shareable)
+        self._env.drop_unwanted()
+        return self.chain
+
+    def peek(self) -> list[control.LayerFacts]:
+        """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
+        return peek(self.text, self._reactor, read_only=self._read_only)
+
+    def check_successor(self, text: str) -> None:
+        """Look at another chain, which may have the same image, while ours serves on.
+
+        Raises: XenbackendError, where it cannot be opened, or a guest that uses ours could not use it.
+        """
+        top = peek(text, self._reactor, read_only=self._read_only)[0]
+        self._check(text, top.size, top.sector_size)
+
+    def exchange(self, text: str) -> Chain:
+        """Close the chain and open another one; where that fails, open the former one again.
+
+        Nothing is in flight, and the chain is flushed.
+
+        Raises: XenbackendError where the former one is open again; anything else means that no chain is.
+        """
+        assert self.chain is not None  # noqa: S101 - the order of messages
+        former, geometry = self.text, self.chain.geometry
+        self.chain.close()
+        self.chain, self.text = None, text
+        try:
+            chain = self.open()
+            try:
+                self._check(text, chain.geometry.size, chain.geometry.sector_size, geometry)
+            except XenbackendError:
+                self.chain = None
+                chain.close()
+                raise
+        except XenbackendError as problem:
+            self.text = former
+            try:
+                self.open()
+            except XenbackendError as second:
+                raise RuntimeError(f"{problem}; and then the former chain could not be opened: {second}") from second
+            raise
+        return chain
+
+    def flush(self, then: Callable[[int], None]) -> None:
+        """Make everything durable that was acknowledged, and tell `then` the errno, 0 for done.
+
+        The chain's completions are ours from now on.
+        """
+        assert self.chain is not None  # noqa: S101 - the order of messages
+        chain = self.chain
+        if chain.geometry.read_only or not chain.geometry.can_flush:
+            then(0)
+            return
+        waiting = [then]
+
+        def finish(code: int) -> None:
+            if waiting:
+                call = waiting.pop()
+                self._reactor.call_soon(lambda: call(code))
+
+        def flushed(batch: list[Request]) -> None:
+            if request in batch:  # what a bug had ended may come back late (D8)
+                finish(0 if request.status == errno.EOPNOTSUPP else request.status)
+
+        def contain(bug: Exception, _given: object = ()) -> None:  # D8; a bug of one layer must not keep the disk
+            self._on_bug(bug)
+            finish(0)
+
+        request = Request()
+        request.op, request.status = Op.FLUSH, PENDING
+        chain.contain = contain
+        chain.complete = flushed
+        try:
+            chain.submit([request])
+            self.files.kick()
+        except Exception as bug:
+            contain(bug)
+
+    def close(self) -> None:
+        """Close the chain and release everything. Raises: what the first layer that failed raised."""
+        try:
+            if self.chain is not None:
+                self.chain.close()
+        finally:
+            self._env.close()
+            self.files.close()
+
+    def _check(self, text: str, size: int, sector_size: int, former: Geometry | None = None) -> None:
+        """Raise DriverError where a guest that knows the former geometry could not go on with another one."""
+        former = former or (self.chain.geometry if self.chain else None)
+        assert former is not None  # noqa: S101 - there is a chain, or there was one
+        if size < former.size:
+            raise DriverError(
+                f"{text} has {size} bytes; the guest's disk has {former.size}, and cannot shrink while it is in use",
+                errno=errno.EINVAL,
+            )
+        if sector_size != former.sector_size:
+            raise DriverError(
+                f"{text} has sectors of {sector_size} bytes; the guest goes by {former.sector_size}", errno=errno.EINVAL
+            )
+
+
+def is_locked(problem: XenbackendError) -> bool:
+    """Return whether somebody else has the image."""
+    return isinstance(problem, DriverError) and problem.errno == errno.EBUSY
+
+
+def describe_flush(code: int) -> str:
+    """Return a sentence about a last flush that failed, which can be answered to nobody."""
+    return f"the last flush failed: {os.strerror(code)}"

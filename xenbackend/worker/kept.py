@@ -1,0 +1,102 @@
+"""Requests that the disk could not do, kept until they are tried again: what a policy holds back from the guest.
+
+Must not answer a request or submit one: the engine does, when it is told.
+
+A kept request stays INFLIGHT in the journal, so that a successor of this worker does it like any other.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+
+from xenbackend.block.policy import Policy
+from xenbackend.block.request import Op, Request
+
+Call = Callable[[], object]
+
+
+class Kept:
+    """The requests, and when they are due.
+
+    `tell` gets a sentence once the disk is paused, and nothing ("") once all that was paused has gone through.
+    """
+
+    def __init__(self, policy: Policy, call_later: Callable[[float, Call], None], tell: Callable[[str], None]) -> None:
+        self.policy = policy
+        self.again: Call = self.give_back  # set by the owner: called when something is due
+        self._call_later = call_later
+        self._tell = tell
+        self._tries: dict[Request, int] = {}  # of each that was ever kept and has not been answered
+        self._waiting: dict[Request, int] = {}  # with the errno that it ended with
+        self._paused: set[Request] = set()
+        self._final: set[Request] = set()
+        self._has_timer = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._waiting
+
+    def take(self, request: Request) -> bool:
+        """Keep a request that has failed, if its policy says so; else it is the caller's to answer."""
+        code = request.status
+        action = self.policy.action(request.op, code)
+        tries = self._tries.get(request, 0)
+        if request in self._final or (action.tries is not None and tries >= action.tries):
+            self.forget(request)
+            return False
+        self._tries[request] = tries + 1
+        self._waiting[request] = code
+        if action.pauses:
+            if not self._paused:
+                self._tell(_sentence(request, code))
+            self._paused.add(request)
+        if not self._has_timer:
+            self._has_timer = True
+            self._call_later(action.every_s, self._due)
+        return True
+
+    def refuse(self, requests: Iterable[Request]) -> None:
+        """Keep none of these: they ended by a bug, which would only come again."""
+        self._final.update(requests)
+
+    def forget(self, request: Request) -> None:
+        """Take note that a request has its answer."""
+        self._final.discard(request)
+        self._tries.pop(request, None)
+        if request in self._paused:
+            self._paused.discard(request)
+            if not self._paused:
+                self._tell("")
+
+    def give_back(self) -> list[Request]:
+        """Return all that waits, as it was when it came, to be tried again."""
+        batch = [*self._waiting]
+        self._waiting.clear()
+        return batch
+
+    def give_up(self) -> list[Request]:
+        """Return all that waits with the error that it ended with, to be answered: the frontend is going away."""
+        batch = []
+        for request, code in self._waiting.items():
+            request.status = code
+            batch.append(request)
+        self._waiting.clear()
+        self._tries.clear()
+        self._paused.clear()
+        return batch
+
+    def _due(self) -> None:
+        self._has_timer = False
+        self.again()
+
+
+def _sentence(request: Request, code: int) -> str:
+    why = os.strerror(code)
+    what = {Op.READ: "a read", Op.WRITE: "a write", Op.DISCARD: "a discard"}.get(Op(request.op), "a request")
+    place = f"at byte {request.offset}"
+    way_out = "make space" if code in (errno.ENOSPC, errno.EDQUOT) else "mend the disk"
+    return f"{what} {place} failed ({why}); the disk waits and tries again every second: {way_out}"
