@@ -101,3 +101,15 @@ def test_nobody_listening_is_no_error(ears: Ears) -> None:
     ears.ours.close()
     ears.speech.alarm("is anybody there")
     ears.speech.say(control.Closed())
+
+
+def test_a_listener_that_does_not_listen_keeps_nobody_waiting(ears: Ears) -> None:
+    """A supervisor that reads nothing loses what does not fit, and the worker goes on; what fits is read later."""
+    for number in range(10_000):
+        ears.speech.say(control.Trouble(f"{number} {'x' * 1000}"))
+    heard = ears.heard()
+    ears.speech.say(control.Trouble(""))
+
+    assert 10 < len(heard) < 10_000
+    assert heard == [control.Trouble(f"{number} {'x' * 1000}") for number in range(len(heard))]
+    assert [control.Trouble("")] == ears.heard()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from array import array
 from contextlib import suppress
 from typing import Protocol
 
@@ -92,5 +93,7 @@ class Speech:
         Whoever serves a guest must not wait for that: a supervisor that has gone tells the loop by its socket, and one
         that comes again asks where we stand.
         """
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         with suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
-            socket.send_fds(self._channel, [control.encode(message)], fds, socket.MSG_DONTWAIT)
+            # Not `socket.send_fds`, which drops the flags that it is given, and so would wait.
+            self._channel.sendmsg([control.encode(message)], rights, socket.MSG_DONTWAIT)
