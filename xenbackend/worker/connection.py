@@ -103,19 +103,8 @@ class Connection:
     ) -> None:
         """Map the rings and bind the channels; serving begins with the next pass of the loop.
 
-        Args:
-            host: whose devices are used.
-            reactor: the worker's loop.
-            domid: the frontend's domain.
-            agreed: what the frontend offers.
-            rejoins: go on where a predecessor stopped; else the rings are new.
-            geometry: of the chain.
-            journal: the vbd's.
-            submit: the chain's top.
-            kick: starts the requests that were queued below it.
-            poller: looks for more before the loop sleeps.
-            policy: what becomes of requests that fail.
-            voice: hears what happens.
+        `agreed` is what the frontend offers. `rejoins`: go on where a predecessor stopped; else the rings are new.
+        `submit` is the chain's top, and `kick` starts the requests that were queued below it.
 
         Raises: KernelError, where the frontend's pages or port cannot be had; then nothing is left behind.
         """
@@ -130,24 +119,17 @@ class Connection:
         self._flushed: Callable[[], None] | None = None
         self._suspects: dict[Queue, int] = {}
         self._closed = False
+        self._by_port: dict[int, tuple[Channel, Queue]] = {}
+        kept = Kept(policy, reactor.call_later, self._tell_trouble)
         with ExitStack() as undo:
             table = host.open_grants(domid)
             undo.callback(table.close)
-            self._events = host.open_events(domid)
-            undo.callback(self._events.close)
             copied = CopiedGrants(table, host.allocate)
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
-            kept = Kept(policy, reactor.call_later, self._tell_trouble)
             self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, voice, self._pause, kept)
-            self._by_port: dict[int, tuple[Channel, Queue]] = {}
-            for number, parameters in enumerate(agreed.rings):
-                self._open_ring(undo, table, number, parameters, host)
             self._tally = Tally(journal[: counters.SIZE], self.engine)
-            reactor.add(self._events.fileno(), self._take_events)
-            undo.callback(reactor.remove, self._events.fileno())
-            reactor.before_sleep(self.engine.look_again)
-            undo.callback(reactor.remove_hook, self.engine.look_again)
+            self._open_rings(undo, host, table, domid)
             self._undo = undo.pop_all()
         if rejoins and poisoned(journal):
             self.flush_failed(poisoned(journal))
@@ -203,6 +185,16 @@ class Connection:
             self.engine.queues.clear()  # they know us: without this, only the garbage collector would find us
             self._by_port.clear()
             then()
+
+    def _open_rings(self, undo: ExitStack, host: Host, table: GrantTable, domid: int) -> None:
+        self._events = host.open_events(domid)
+        undo.callback(self._events.close)
+        for number, parameters in enumerate(self.agreed.rings):
+            self._open_ring(undo, table, number, parameters, host)
+        self._reactor.add(self._events.fileno(), self._take_events)
+        undo.callback(self._reactor.remove, self._events.fileno())
+        self._reactor.before_sleep(self.engine.look_again)
+        undo.callback(self._reactor.remove_hook, self.engine.look_again)
 
     def _open_ring(
         self, undo: ExitStack, table: GrantTable, number: int, parameters: RingParameters, host: Host
