@@ -173,6 +173,18 @@ class Served:
         self.now += seconds
         self.step(2)
 
+    def kill(self) -> None:
+        """Let the worker die as by SIGKILL: it writes nothing more, and the kernel lets go of what it had."""
+        connection, self.connection = self.connection, None
+        assert connection is not None
+        self.disk.held.clear()
+        self.reactor._soon.clear()
+        self.reactor._timers.clear()
+        connection._closed = True
+        connection._undo.close()
+        connection.engine.queues.clear()
+        connection._by_port.clear()
+
     def disconnect(self) -> bool:
         """Go away from the rings; False where something is still in flight after a few passes."""
         assert self.connection is not None

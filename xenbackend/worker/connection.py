@@ -120,7 +120,7 @@ class Connection:
         self._suspects: dict[Queue, int] = {}
         self._closed = False
         self._by_port: dict[int, tuple[Channel, Queue]] = {}
-        kept = Kept(policy, reactor.call_later, self._tell_trouble)
+        kept = Kept(policy, reactor.now, reactor.call_later, self._tell_trouble)
         with ExitStack() as undo:
             table = host.open_grants(domid)
             undo.callback(table.close)

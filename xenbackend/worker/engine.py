@@ -73,7 +73,7 @@ class Engine:
         self.poller = poller
         self.holds = Holds()
         self.kept = kept
-        kept.again = self.try_again
+        kept.again = self._try_what_is_due
         self._submit_to_chain = submit
         self._kick = kick
         self._grants = grants
@@ -155,16 +155,10 @@ class Engine:
         """Serve on, through another chain if `submit` is given; what had failed is tried again."""
         self._submit_to_chain = submit or self._submit_to_chain
         self.holds.remove(why)
-        if why is Hold.FLUSH:
+        if not self.holds.bar_retries():
             flushes, self._failed_flushes = self._failed_flushes, []
-            self._submit_again(flushes)
-        self.try_again()
+            self._submit_again([*flushes, *self.kept.give_back()])
         self._call_soon(self._go_on)
-
-    def try_again(self) -> None:
-        """Submit what failed and was kept once more, unless nothing may be done now."""
-        if not self.holds:
-            self._submit_again(self.kept.give_back())
 
     def go_on_with(self, records: list[RingRequest]) -> None:
         """Do what a predecessor had taken from one ring and not answered, in the ring's order, before anything new."""
@@ -242,6 +236,10 @@ class Engine:
             self._submit_to_chain(batch[:])  # a list of its own: it belongs to the layers from now on
         except Exception as bug:  # D8: a layer's bug is contained to what it held
             self.contain(bug, batch)
+
+    def _try_what_is_due(self) -> None:
+        if not self.holds.bar_retries():
+            self._submit_again(self.kept.due())
 
     def _submit_again(self, batch: list[Request]) -> None:
         """Submit what comes from no ring right now."""

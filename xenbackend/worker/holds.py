@@ -45,6 +45,10 @@ class Holds:
         self.reasons.discard(why)
         self._thens.pop(why, None)
 
+    def bar_retries(self) -> bool:
+        """Return whether even what was taken and has failed must not be done again now."""
+        return bool(self.reasons - {Hold.REPLAY})
+
     def awaits_quiet(self) -> bool:
         """Return whether anybody waits until nothing is in flight."""
         return bool(self._thens)

@@ -8,11 +8,14 @@ A kept request stays INFLIGHT in the journal, so that a successor of this worker
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterable
 
 from xenbackend.block.policy import Policy
 from xenbackend.block.request import Op, Request
+
+_TOGETHER_S = 0.01  # what is due so soon after the first goes along with it
 
 Call = Callable[[], object]
 
@@ -23,16 +26,23 @@ class Kept:
     `tell` gets a sentence once the disk is paused, and nothing ("") once all that was paused has gone through.
     """
 
-    def __init__(self, policy: Policy, call_later: Callable[[float, Call], None], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        now: Callable[[], float],
+        call_later: Callable[[float, Call], None],
+        tell: Callable[[str], None],
+    ) -> None:
         self.policy = policy
-        self.again: Call = self.give_back  # set by the owner: called when something is due
+        self.again: Call = self.due  # set by the owner: called when something is due
+        self._now = now
         self._call_later = call_later
         self._tell = tell
         self._tries: dict[Request, int] = {}  # of each that was ever kept and has not been answered
-        self._waiting: dict[Request, int] = {}  # with the errno that it ended with
+        self._waiting: dict[Request, tuple[int, float]] = {}  # with the errno that it ended with, and when it is due
         self._paused: set[Request] = set()
         self._final: set[Request] = set()
-        self._has_timer = False
+        self._rings_at = math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -49,14 +59,13 @@ class Kept:
             self.forget(request)
             return False
         self._tries[request] = tries + 1
-        self._waiting[request] = code
+        due = self._now() + action.every_s
+        self._waiting[request] = code, due
         if action.pauses:
             if not self._paused:
                 self._tell(_sentence(request, code))
             self._paused.add(request)
-        if not self._has_timer:
-            self._has_timer = True
-            self._call_later(action.every_s, self._due)
+        self._ring_at(due)
         return True
 
     def refuse(self, requests: Iterable[Request]) -> None:
@@ -64,7 +73,7 @@ class Kept:
         self._final.update(requests)
 
     def forget(self, request: Request) -> None:
-        """Take note that a request has its answer."""
+        """Take note that a request has its answer, or another one has taken its place."""
         self._final.discard(request)
         self._tries.pop(request, None)
         if request in self._paused:
@@ -78,10 +87,18 @@ class Kept:
         self._waiting.clear()
         return batch
 
+    def due(self) -> list[Request]:
+        """Return what has waited long enough, as it was when it came, to be tried again."""
+        now = self._now() + _TOGETHER_S
+        batch = [request for request, (_, due) in self._waiting.items() if due <= now]
+        for request in batch:
+            del self._waiting[request]
+        return batch
+
     def give_up(self) -> list[Request]:
         """Return all that waits with the error that it ended with, to be answered: the frontend is going away."""
         batch = []
-        for request, code in self._waiting.items():
+        for request, (code, _) in self._waiting.items():
             request.status = code
             batch.append(request)
         self._waiting.clear()
@@ -89,9 +106,16 @@ class Kept:
         self._paused.clear()
         return batch
 
-    def _due(self) -> None:
-        self._has_timer = False
+    def _ring_at(self, due: float) -> None:
+        if due < self._rings_at:
+            self._rings_at = due
+            self._call_later(due - self._now(), self._ring)
+
+    def _ring(self) -> None:
+        self._rings_at = math.inf
         self.again()
+        now = self._now()  # what is overdue still waits for its owner, who may not do it now
+        self._ring_at(min((due for _, due in self._waiting.values() if due > now), default=math.inf))
 
 
 def _sentence(request: Request, code: int) -> str:

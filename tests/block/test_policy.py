@@ -1,0 +1,71 @@
+"""What a policy's text says, and what it may not say."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from xenbackend.block.policy import DEFAULT, Action, Policy
+from xenbackend.block.request import Op
+from xenbackend.errors import ConfigError
+
+PAUSE, REPORT = Action(None), Action(0)
+
+
+def test_nothing_said_is_the_default() -> None:
+    """An empty text is the default, and a policy's text reads back as the same policy."""
+    assert DEFAULT == str(Policy()) == str(Policy(DEFAULT))
+
+
+@pytest.mark.parametrize(
+    ("op", "code", "action"),
+    [
+        (Op.WRITE, errno.ENOSPC, PAUSE),
+        (Op.WRITE, errno.EDQUOT, PAUSE),
+        (Op.DISCARD, errno.ENOSPC, PAUSE),
+        (Op.WRITE, errno.EIO, REPORT),
+        (Op.DISCARD, errno.EIO, REPORT),
+        (Op.READ, errno.EIO, Action(3, 1.0)),
+        (Op.READ, errno.ENOSPC, Action(3, 1.0)),
+        (Op.FLUSH, errno.ENOSPC, PAUSE),
+        (Op.FLUSH, errno.EIO, PAUSE),
+    ],
+)
+def test_kinds_of_errors(op: Op, code: int, action: Action) -> None:
+    """No space is a kind of its own, of whatever alters the disk; else a request's operation is its error's kind."""
+    assert action == Policy().action(op, code)
+
+
+def test_what_is_said_replaces_its_part_only() -> None:
+    """A text names the kinds that are to be otherwise, with blanks where people put them; the last word counts."""
+    policy = Policy(" write = retry 2 every 0.5s , read=report, read=pause ")
+
+    assert "enospc=pause,read=pause,write=retry 2 every 0.5s,flush=pause" == str(policy)
+    assert Action(2, 0.5) == policy.action(Op.WRITE, errno.EIO)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("flush=report", "never flushes again"),
+        ("flush=retry 3 every 1s", "never flushes again"),
+        ("flush", "lets a flush nothing"),
+        ("writes=pause", "names 'writes'; the kinds of errors are enospc, read, write, flush"),
+        ("read", "says '' for read"),
+        ("read=retry", "may say pause, report, or retry 3 every 1s"),
+        ("read=retry 3 every 1", "may say"),
+        ("read=retry -1 every 1s", "may say"),
+        ("read=retry 0 every 1s", "1 to 1000 times"),
+        ("read=retry 1001 every 1s", "1 to 1000 times"),
+        ("read=retry 3 every 0s", "up to 60s apart"),
+        ("read=retry 3 every 61s", "up to 60s apart"),
+    ],
+)
+def test_what_may_not_be_said(text: str, why: str) -> None:
+    """A text that is not understood, or that would hurt a guest, is refused by a sentence that quotes it."""
+    with pytest.raises(ConfigError) as caught:
+        Policy(text)
+
+    assert repr(text) in str(caught.value)
+    assert why in str(caught.value)
