@@ -363,7 +363,7 @@ class Engine:
         if barrier is not None and Hold.FLUSH not in self.holds:
             if self.in_flight:
                 return
-            if barrier.step is None:  # else it is kept
+            if barrier.step is None and not len(self.kept):  # else a step of its own, or something before it, is kept
                 step = barrier.next_step()
                 if step is not None:
                     self._submit_again([step])

@@ -1,0 +1,265 @@
+"""Requests that are kept and tried again: when, how often, what is said, and what becomes of them at the end."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.served import Served
+from xenbackend.blkif.abi import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+    BLKIF_RSP_ERROR,
+    BLKIF_RSP_OKAY,
+)
+from xenbackend.block.policy import PAUSE_S, Policy
+from xenbackend.block.request import Op
+from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
+
+DATA = b"k" * PAGE
+FULL = {Op.WRITE: errno.ENOSPC}
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:  # noqa: FBT001
+    """Writes that found no space are done when there is some; the guest sees only that it takes long."""
+    frontend = vbd.connect(Wishes(persistent=persistent))
+    vbd.disk.errors = FULL
+    writes = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA, push=False) for place in range(3)]
+    read = frontend.submit(BLKIF_OP_READ, 80, 8)
+    frontend.wait([read])
+    for _ in range(5):
+        vbd.pass_time(PAUSE_S)
+    frontend.poll()
+    waiting = [write.status for write in writes]
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+    frontend.wait(writes)
+
+    assert [None] * 3 == waiting
+    assert [BLKIF_RSP_OKAY] * 4 == [request.status for request in (*writes, read)]
+    assert DATA * 3 == frontend.read(0, 24)
+    assert 0 == vbd.engine.in_flight
+
+
+def test_trouble_is_said_once_and_taken_back(vbd: Served) -> None:
+    """However many requests wait and however often they are tried, one sentence says so, and one that it is over."""
+    frontend = vbd.connect()
+    vbd.disk.errors = FULL
+    for place in range(3):
+        frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA)
+        vbd.pass_time(PAUSE_S)
+    said = vbd.troubles[:]
+    standing = vbd.connection and vbd.connection.trouble
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+
+    sentence = (
+        "a write at byte 0 failed (No space left on device); the disk waits and tries again every second: make space"
+    )
+
+    assert [sentence] == said
+    assert said == vbd.alarms
+    assert said[0] == standing
+    assert "" == vbd.troubles[1] == (vbd.connection and vbd.connection.trouble)
+    assert 2 == len(vbd.troubles)
+
+
+def test_so_many_tries_and_then_the_error(vbd: Served) -> None:
+    """A read that is retried 3 times is done 4 times, a second apart; then the guest gets the error."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.READ: errno.EIO}
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(2)
+    tries = [len(vbd.disk.seen)]
+    for _ in range(8):
+        vbd.pass_time(0.5)
+        tries.append(len(vbd.disk.seen))
+    frontend.poll()
+
+    assert [1, 1, 2, 2, 3, 3, 4, 4, 4] == tries
+    assert BLKIF_RSP_ERROR == read.status
+    assert ([], []) == (vbd.troubles, vbd.alarms)
+
+
+def test_a_request_that_is_used_again_has_all_its_tries(vbd: Served) -> None:
+    """What was tried for one request does not count for the next one in its place, whether it failed or succeeded."""
+    frontend = vbd.connect()
+    for _ in range(3):
+        vbd.disk.errors = {Op.READ: errno.EIO}
+        vbd.disk.seen.clear()
+        read = frontend.submit(BLKIF_OP_READ, 0, 8)
+        vbd.step(2)
+        vbd.pass_time(1)
+        vbd.pass_time(1)
+        vbd.disk.errors = {}
+        vbd.pass_time(1)
+        frontend.wait([read])
+
+        assert BLKIF_RSP_OKAY == read.status
+        assert ["READ"] * 4 == vbd.disk.seen
+
+
+def test_each_kind_has_its_own_pace(vbd: Served) -> None:
+    """A request that is to be tried again soon does not hurry one that is to wait, nor waits for it."""
+    vbd.policy = "read=retry 2 every 10s"
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.READ: errno.EIO, **FULL}
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(2)
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    seen = []
+    for _ in range(21):
+        vbd.disk.seen.clear()
+        vbd.pass_time(1)
+        seen.append(sorted(vbd.disk.seen))
+    frontend.poll()
+
+    assert [9, 19] == [place for place, step in enumerate(seen) if "READ" in step]
+    assert all("WRITE" in step for step in seen)
+    assert (BLKIF_RSP_ERROR, None) == (read.status, write.status)
+
+
+def test_another_policy_counts_from_the_next_failure_on(vbd: Served) -> None:
+    """A paused request whose policy says `report` by now is answered at its next failure, and the trouble is over."""
+    frontend = vbd.connect()
+    vbd.disk.errors = FULL
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    vbd.engine.kept.policy = Policy("enospc=report")
+    vbd.pass_time(PAUSE_S)
+    frontend.poll()
+
+    assert BLKIF_RSP_ERROR == write.status
+    assert "" == vbd.troubles[-1]
+
+
+def test_discards_wait_too(vbd: Served) -> None:
+    """A discard that finds no space is kept like a write, and the sentence names it."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.DISCARD: errno.EDQUOT}
+    discard = frontend.submit(BLKIF_OP_DISCARD, 8, 8)
+    vbd.step(2)
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+    frontend.wait([discard])
+
+    assert BLKIF_RSP_OKAY == discard.status
+    assert vbd.troubles[0].startswith(f"a discard at byte {PAGE} failed (Disk quota exceeded)")
+
+
+def test_the_end_answers_what_waits(vbd: Served) -> None:
+    """A frontend that goes away gets an error for what is kept; it is not tried again, then or later."""
+    frontend = vbd.connect()
+    vbd.disk.errors = FULL
+    writes = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA) for place in range(3)]
+    vbd.step(3)
+    vbd.disk.errors = {}
+    assert vbd.disconnect()
+    frontend.poll()
+    vbd.pass_time(PAUSE_S)
+
+    assert [BLKIF_RSP_ERROR] * 3 == [write.status for write in writes]
+    assert ["WRITE"] * 3 == vbd.disk.seen
+    assert bytes(PAGE) == bytes(vbd.disk.content[:PAGE])
+
+
+def test_the_write_of_a_barrier_waits_and_the_barrier_with_it(vbd: Served) -> None:
+    """A barrier whose write finds no space goes on there when there is some; nothing passes it meanwhile."""
+    frontend = vbd.connect(Wishes(flush=False))
+    vbd.disk.errors = FULL
+    barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA, push=False)
+    behind = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(6)
+    vbd.pass_time(PAUSE_S)
+    waiting = [barrier.status, behind.status]
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+    frontend.wait([barrier, behind])
+
+    assert [None, None] == waiting
+    assert ["FLUSH", "WRITE", "WRITE", "WRITE", "FLUSH", "READ"] == vbd.disk.seen
+    assert DATA == behind.data
+
+
+def test_the_end_answers_a_barrier_that_waits(vbd: Served) -> None:
+    """A frontend that goes away gets an error for a barrier whose write is kept."""
+    frontend = vbd.connect(Wishes(flush=False))
+    vbd.disk.errors = FULL
+    barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA)
+    vbd.step(6)
+    assert vbd.disconnect()
+    frontend.poll()
+
+    assert BLKIF_RSP_ERROR == barrier.status
+
+
+def test_a_barrier_does_not_pass_a_write_that_waits(vbd: Served) -> None:
+    """A write before a barrier is done before it even where it has to be tried again: that is what a barrier is for."""
+    frontend = vbd.connect(Wishes(flush=False))
+    vbd.disk.errors = FULL
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(3)
+    barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 8, data=DATA)
+    vbd.step(6)
+    before = vbd.disk.seen[:]
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+    frontend.wait([write, barrier])
+
+    assert ["WRITE"] == before
+    assert ["WRITE", "WRITE", "FLUSH", "WRITE", "FLUSH"] == vbd.disk.seen
+
+
+def test_what_a_predecessor_left_is_kept_as_well(vbd: Served) -> None:
+    """A successor that finds a full disk waits for space like its predecessor did, with a barrier among it too."""
+    frontend = vbd.connect(Wishes(flush=False))
+    vbd.disk.errors = FULL
+    requests = [
+        frontend.submit(operation, sector, data=DATA, push=False)
+        for operation, sector in ((BLKIF_OP_WRITE, 0), (BLKIF_OP_WRITE_BARRIER, 8), (BLKIF_OP_WRITE, 16))
+    ]
+    frontend.poll()
+    vbd.step(3)
+    vbd.kill()
+    vbd.connect_rings(rejoins=True)
+    vbd.step(6)
+    for _ in range(3):
+        vbd.pass_time(PAUSE_S)
+    frontend.poll()
+    waiting = [request.status for request in requests]
+    vbd.disk.errors = {}
+    for _ in range(3):
+        vbd.pass_time(PAUSE_S)
+    frontend.wait(requests)
+
+    assert [None] * 3 == waiting
+    assert [BLKIF_RSP_OKAY] * 3 == [request.status for request in requests]
+    assert DATA * 3 == frontend.read(0, 24)
+
+
+def test_nothing_is_tried_while_the_disk_must_not_be_touched(vbd: Served) -> None:
+    """What is due while a failed flush or an administrator holds the disk is tried when it is let go."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {**FULL, Op.FLUSH: errno.EIO}
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    vbd.step(2)
+    vbd.disk.errors = {}
+    for _ in range(3):
+        vbd.pass_time(PAUSE_S)
+    held = vbd.disk.seen[:]
+    assert vbd.connection is not None
+    vbd.connection.resume()
+    frontend.wait([write, flush])
+
+    assert ["WRITE", "FLUSH"] == held
+    assert [BLKIF_RSP_OKAY] * 2 == [write.status, flush.status]
+    assert sorted(held * 2) == sorted(vbd.disk.seen)
