@@ -187,6 +187,8 @@ class Engine:
         self._voice.alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
         lost = [each for each in lent if is_ours(each) and not self._has_come_back(each)]
         substitutes = [substitute(request, self._grants) for request in lost]
+        for request in lost:
+            self.kept.forget(request)
         self.kept.refuse(substitutes)
         if substitutes:
             self.finish(substitutes)
