@@ -371,10 +371,10 @@ class Engine:
                     self._submit_again([step])
                     return
                 self._end_barrier(barrier)
-        if Hold.REPLAY in self.holds and not self._barrier:
+        if Hold.REPLAY in self.holds and Hold.PAUSE not in self.holds and not self._barrier:
             self._replay_next()
         if self.holds:
-            is_stuck = Hold.FLUSH in self.holds or len(self.kept) > 0
+            is_stuck = Hold.FLUSH in self.holds or len(self._failed_flushes) + len(self.kept) > 0
             if not self.in_flight and (self._barrier is None or is_stuck):
                 self.holds.quiet()
             return
