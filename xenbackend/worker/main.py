@@ -46,8 +46,10 @@ class Worker:
         self._layers: list[control.LayerFacts] = []  # as last said
         self._policy = ""
         self._is_paused = False  # by an administrator
+        self._lost = ""  # a flush failed earlier
+        self._is_alone = False  # the supervisor is gone
         self._journal = memoryview(b"")
-        self._waiting: control.Connect | control.Rejoin | None = None  # for the image's lock
+        self._waiting: control.Connect | control.Rejoin | None = None  # for the image's lock, or the export's end
         self._boot = Boot(self._reactor, self._speech, self._flush, self._on_bug)  # until the first connection
         self._connection: Connection | None = None
         self._had_bugs = False  # of layers, in an earlier connection
@@ -76,6 +78,7 @@ class Worker:
     def _take_message(self) -> None:
         datagram, fds, _, _ = socket.recv_fds(self._channel, control.MAX_MESSAGE, MAX_DESCRIPTORS)
         if not datagram:  # the supervisor is gone
+            self._is_alone = True
             self._reactor.remove(self._channel.fileno())
             self._on_close(control.Close())
             return
@@ -193,22 +196,26 @@ class Worker:
         return agreed
 
     def _on_swap(self, message: control.Swap) -> None:
-        disk = self._disk
+        disk, connection = self._disk, self._connection
         try:
             if disk is None or disk.chain is None or self._boot.path or self._when_disconnected:
                 raise DriverError("the disk is not in service by the guest's own driver", errno=errno.EBUSY)
+            if connection is not None and Hold.SWAP in connection.engine.holds:
+                raise DriverError("the chain is being exchanged already", errno=errno.EBUSY)
             disk.check_successor(message.chain)
         except XenbackendError as problem:
             self._speech.say(control.Unswapped(str(problem)))
             return
 
         def begin() -> None:
+            if not self._is_alone:
+                self._reactor.remove(self._channel.fileno())  # who connects or leaves now comes after the exchange
             disk.flush(lambda code: self._exchange(disk, message.chain, code))
 
-        if self._connection is None:
+        if connection is None:
             begin()
         else:
-            self._connection.engine.hold(Hold.SWAP, begin)
+            connection.engine.hold(Hold.SWAP, begin)
 
     def _exchange(self, disk: Disk, text: str, code: int) -> None:
         """Put another chain in the place of the one that is open, unless its last flush failed; nothing is in flight.
@@ -223,10 +230,12 @@ class Worker:
             answer = control.Swapped(text, disk.layers)
         except XenbackendError as problem:
             answer = control.Unswapped(str(problem))
-        except RuntimeError as problem:
+        except Exception as problem:  # a layer's bug, too: D8
             self._speech.alarm(str(problem))
             self._speech.say(control.Unswapped(str(problem)))
             os._exit(1)
+        if not self._is_alone:
+            self._reactor.add(self._channel.fileno(), self._take_message)
         self._layers = disk.layers
         connection = self._connection
         if connection is not None and disk.chain is not None:

@@ -1,0 +1,191 @@
+"""Reasons to take nothing: what each of them stops, who is called when nothing is in flight, and when it goes on."""
+
+from __future__ import annotations
+
+import errno
+
+from tests.served import Served
+from xenbackend.blkif.abi import (
+    BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
+    BLKIF_RSP_OKAY,
+)
+from xenbackend.block.request import Op
+from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
+from xenbackend.worker.holds import Hold, Holds
+
+DATA = b"h" * PAGE
+
+
+def test_who_waits_is_called_once() -> None:
+    """Whoever waits until nothing is in flight is called then, once, and not at all where the reason went before."""
+    holds = Holds()
+    called: list[str] = []
+    holds.add(Hold.PAUSE, lambda: called.append("pause"))
+    holds.add(Hold.END, lambda: called.append("end"))
+    holds.remove(Hold.PAUSE)
+    awaited = holds.awaits_quiet()
+    holds.quiet()
+    holds.quiet()
+
+    assert awaited
+    assert ["end"] == called
+    assert (True, False) == (Hold.END in holds, holds.awaits_quiet())
+
+
+def test_who_exchanges_the_chain_is_alone() -> None:
+    """While the chain is exchanged nobody else may believe that nothing happens; they are called afterwards."""
+    holds = Holds()
+    called: list[str] = []
+    holds.add(Hold.END, lambda: called.append("end"))
+    holds.add(Hold.SWAP, lambda: called.append("swap"))
+    holds.quiet()
+    holds.quiet()
+    during = called[:]
+    holds.remove(Hold.SWAP)
+    holds.quiet()
+
+    assert ["swap"] == during
+    assert ["swap", "end"] == called
+
+
+def test_what_was_taken_goes_on_while_a_predecessors_requests_are_done() -> None:
+    """Every reason but REPLAY stands for a disk that must be left alone, so that nothing is tried again."""
+    barred = {}
+    for why in Hold:
+        holds = Holds()
+        holds.add(why)
+        barred[why] = holds.bar_retries()
+
+    assert {why: why is not Hold.REPLAY for why in Hold} == barred
+    assert not Holds().bar_retries()
+
+
+def test_a_hold_takes_nothing_and_waits_for_what_is_in_flight(vbd: Served) -> None:
+    """What came before is answered, then who asked is told; what comes later waits until the hold is let go."""
+    frontend = vbd.connect(Wishes(queues=2))
+    vbd.disk.holding = True
+    early = [frontend.submit(BLKIF_OP_READ, 0, 8, ring=ring) for ring in (0, 1)]
+    vbd.step(2)
+    told: list[int] = []
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append(vbd.engine.in_flight))
+    late = [frontend.submit(BLKIF_OP_READ, 0, 8, ring=ring) for ring in (0, 1)]
+    vbd.step(4)
+    before = told[:]
+    vbd.disk.holding = False
+    vbd.disk.give_back()
+    vbd.step(4)
+    frontend.poll()
+    during = [each.status for each in (*early, *late)]
+    vbd.engine.let_go(Hold.PAUSE)
+    frontend.wait(late)
+
+    assert [] == before
+    assert [0] == told
+    assert [BLKIF_RSP_OKAY, BLKIF_RSP_OKAY, None, None] == during
+
+
+def test_each_hold_is_let_go_by_itself(vbd: Served) -> None:
+    """Two reasons hold until both are gone, whichever goes first."""
+    frontend = vbd.connect()
+    for first, second in ((Hold.PAUSE, Hold.SWAP), (Hold.SWAP, Hold.PAUSE)):
+        vbd.engine.hold(Hold.PAUSE, lambda: None)
+        vbd.engine.hold(Hold.SWAP, lambda: None)
+        vbd.step(2)
+        read = frontend.submit(BLKIF_OP_READ, 0, 8)
+        vbd.engine.let_go(first)
+        vbd.step(3)
+        frontend.poll()
+        between = read.status
+        vbd.engine.let_go(second)
+        frontend.wait([read])
+
+        assert (None, BLKIF_RSP_OKAY) == (between, read.status)
+
+
+def test_a_pause_lets_a_barrier_come_to_its_end(vbd: Served) -> None:
+    """A barrier that was taken is done before anybody is told that nothing is in flight, with what was behind it."""
+    frontend = vbd.connect(Wishes(flush=False))
+    vbd.disk.holding = True
+    requests = [
+        frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA, push=False),
+        frontend.submit(BLKIF_OP_READ, 0, 8),
+    ]
+    vbd.step(2)
+    told: list[list[str]] = []
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append(vbd.disk.seen[:]))
+    for _ in range(8):
+        vbd.disk.give_back() if vbd.disk.held else None
+        vbd.step(2)
+    frontend.poll()
+
+    assert [["FLUSH", "WRITE", "FLUSH", "READ"]] == told
+    assert [BLKIF_RSP_OKAY] * 2 == [request.status for request in requests]
+
+
+def test_a_pause_is_reached_with_a_failed_flush_or_kept_requests(vbd: Served) -> None:
+    """What can go no further does not keep anybody waiting who wants the disk to be quiet, not even a barrier."""
+    frontend = vbd.connect(Wishes(flush=False))
+    vbd.disk.errors = {Op.WRITE: errno.ENOSPC}
+    frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA)
+    vbd.step(5)
+    told: list[str] = []
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append("kept"))
+    vbd.step(3)
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    vbd.engine.let_go(Hold.PAUSE)
+    vbd.step(5)
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append("flush"))
+    vbd.step(3)
+    assert vbd.connection is not None
+    vbd.connection.engine.let_go(Hold.FLUSH)
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append("flush let go"))
+    vbd.step(3)
+
+    assert ["kept", "flush", "flush let go"] == told
+
+
+def test_a_failed_flush_is_not_done_again_while_the_chain_is_exchanged(vbd: Served) -> None:
+    """A resumption that comes in the middle of an exchange waits for its end, and goes to the new chain."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    vbd.step(3)
+    vbd.engine.hold(Hold.SWAP, lambda: None)
+    vbd.step(2)
+    vbd.disk.errors = {}
+    assert vbd.connection is not None
+    vbd.connection.resume()
+    vbd.step(3)
+    during = vbd.disk.seen[:]
+    vbd.engine.let_go(Hold.SWAP)
+    frontend.wait([flush])
+
+    assert ["FLUSH"] == during
+    assert ["FLUSH", "FLUSH"] == vbd.disk.seen
+    assert BLKIF_RSP_OKAY == flush.status
+
+
+def test_a_pause_holds_a_predecessors_requests_too(vbd: Served) -> None:
+    """A successor of a worker that died while paused leaves the disk alone until it is told to resume."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    vbd.kill()
+    vbd.disk.holding = False
+    vbd.disk.seen.clear()
+    vbd.connect_rings(rejoins=True)
+    told: list[int] = []
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append(vbd.engine.in_flight))
+    vbd.step(5)
+    held = vbd.disk.seen[:]
+    vbd.engine.let_go(Hold.PAUSE)
+    frontend.wait([write])
+
+    assert [] == held
+    assert [0] == told
+    assert (BLKIF_RSP_OKAY, DATA) == (write.status, frontend.read(0, 8))
