@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,19 @@ class Silent(Filter):
     name = "silent"
 
 
+class Coarse(Filter):
+    """A filter that shows sectors of 4096 bytes."""
+
+    name = "coarse"
+
+    def open(self, env: Env) -> Geometry:
+        """Answer for the layer below."""
+        return replace(super().open(env), sector_size=4096)
+
+
 TEST_DRIVERS = {
     "child": "tests.helpers_block:Child",
     "clumsy": "tests.helpers_block:Clumsy",
+    "coarse": "tests.helpers_block:Coarse",
     "silent": "tests.helpers_block:Silent",
 }

@@ -51,8 +51,7 @@ class Disk:
 
     def open(self) -> Chain:
         """Open the chain. Raises: XenbackendError."""
-        self._env.begin()
-        self.chain = open_chain(parse_chain(self.text), self._env, read_only=self._read_only, shareable=self._shareable)
+        self.chain = self._open(self.text)
         self._env.drop_unwanted()
         return self.chain
 
@@ -76,24 +75,23 @@ class Disk:
         Raises: XenbackendError where the former one is open again; anything else means that no chain is.
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
-        former, geometry = self.text, self.chain.geometry
-        self.chain.close()
-        self.chain, self.text = None, text
+        former, self.chain = self.chain, None
+        former.close()
         try:
-            chain = self.open()
+            chain = self._open(text)
             try:
-                self._check(text, chain.geometry.size, chain.geometry.sector_size, geometry)
+                self._check(text, chain.geometry.size, chain.geometry.sector_size, former.geometry)
             except XenbackendError:
-                self.chain = None
                 chain.close()
                 raise
         except XenbackendError as problem:
-            self.text = former
             try:
                 self.open()
             except XenbackendError as second:
                 raise RuntimeError(f"{problem}; and then the former chain could not be opened: {second}") from second
             raise
+        self.chain, self.text = chain, text
+        self._env.drop_unwanted()  # not before: the former chain would have missed them
         return chain
 
     def flush(self, then: Callable[[int], None]) -> None:
@@ -139,6 +137,10 @@ class Disk:
         finally:
             self._env.close()
             self.files.close()
+
+    def _open(self, text: str) -> Chain:
+        self._env.begin()
+        return open_chain(parse_chain(text), self._env, read_only=self._read_only, shareable=self._shareable)
 
     def _check(self, text: str, size: int, sector_size: int, former: Geometry | None = None) -> None:
         """Raise DriverError where a guest that knows the former geometry could not go on with another one."""

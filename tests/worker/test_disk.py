@@ -1,0 +1,236 @@
+"""A worker's disk: opened, exchanged for another one that the guest can go on with, flushed, closed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers_block import EVENTS, TEST_DRIVERS, content, image, read, write
+from xenbackend import control
+from xenbackend.block.drivers import BUILT_IN
+from xenbackend.block.request import PENDING, Request
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.units import PAGE
+from xenbackend.worker.disk import Disk, describe_flush, is_locked
+from xenbackend.worker.reactor import Reactor
+
+SIZE = 1 << 20
+
+
+class Bench:
+    """A disk without a ring, its loop, and what it would have told the supervisor.
+
+    kept, dropped   names of memories
+    bugs            what layers let out
+    """
+
+    def __init__(self, chain: str, **wishes: Any) -> None:
+        self.kept: list[str] = []
+        self.dropped: list[str] = []
+        self.bugs: list[Exception] = []
+        self.reactor = Reactor()
+        message = control.Open("vbd/5/51712", "", 5, chain, **{"read_only": False, **wishes})
+        self.disk = Disk(message, {}, self.reactor, self._keep, self.dropped.append, self.bugs.append)
+        self.reactor.before_sleep(self.disk.files.kick)
+
+    def do(self, request: Request) -> int:
+        """Submit one request and return its status."""
+        chain = self.disk.chain
+        assert chain is not None
+        chain.complete = lambda _batch: self.reactor.stop()
+        chain.submit([request])
+        while request.status == PENDING:
+            self.reactor.run()
+        return request.status
+
+    def flush(self) -> int:
+        """Flush, and return the errno that whoever asked is told, once."""
+        codes: list[int] = []
+
+        def flushed(code: int) -> None:
+            codes.append(code)
+            self.reactor.stop()
+
+        self.disk.flush(flushed)
+        if not codes:
+            self.reactor.run()
+        (code,) = codes
+        return code
+
+    def close(self) -> None:
+        """Release everything."""
+        self.disk.close()
+        self.reactor.close()
+
+    def _keep(self, name: str, _size: int, _fd: int) -> None:
+        self.kept.append(name)
+
+
+@pytest.fixture
+def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a maker of benches with an open chain."""
+    for name, place in TEST_DRIVERS.items():
+        monkeypatch.setitem(BUILT_IN, name, place)
+    made: list[Bench] = []
+
+    def make(chain: str, **wishes: Any) -> Bench:
+        bench = Bench(chain, **wishes)
+        made.append(bench)
+        bench.disk.open()
+        return bench
+
+    yield make
+    for bench in made:
+        bench.close()
+
+
+def test_another_chain_takes_over(benches: Any, tmp_path: Path) -> None:
+    """After an exchange requests reach the new chain, the former image is let go, and the text is the new one."""
+    one, two = image(tmp_path / "one"), image(tmp_path / "two")
+    bench = benches(f"aio:{one}")
+    bench.do(write(0, b"1" * PAGE))
+    bench.disk.check_successor(f"aio:{two}")
+    bench.disk.exchange(f"aio:{two}")
+    bench.do(write(0, b"2" * PAGE))
+    other = benches(f"aio:{one}")  # not locked any more
+
+    assert f"aio:{two}" == bench.disk.text
+    assert [b"1" * PAGE, b"2" * PAGE] == [path.read_bytes()[:PAGE] for path in (one, two)]
+    assert other.disk.layers[0].text == f"aio:{one}"
+
+
+def test_the_same_image_may_be_looked_at_and_taken_over(benches: Any, tmp_path: Path) -> None:
+    """A filter can be put above the image that is open: to look at it needs no lock, and the exchange lets go first."""
+    one = image(tmp_path / "one")
+    bench = benches(f"aio:{one}")
+    bench.disk.check_successor(f"log:|aio:{one}")
+    bench.disk.exchange(f"log:|aio:{one}")
+
+    assert ["log:", f"aio:{one}"] == [layer.text for layer in bench.disk.layers]
+
+
+@pytest.mark.parametrize(
+    ("successor", "why"),
+    [
+        ("ram:1048064", "cannot shrink while it is in use"),
+        ("coarse:|ram:1M", "the guest goes by 512"),
+        ("aio:/nonexistent/image", "/nonexistent/image"),
+        ("nothing:1M", "nothing"),
+    ],
+)
+def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, why: str) -> None:
+    """A chain that is smaller, has other sectors, or cannot be opened is refused before ours is touched, and after."""
+    EVENTS.clear()
+    bench = benches("silent:|ram:1M")
+    bench.do(write(PAGE, b"w" * PAGE))
+    chain = bench.disk.chain
+    with pytest.raises(XenbackendError, match=why):
+        bench.disk.check_successor(successor)
+    untouched = bench.disk.chain is chain
+    with pytest.raises(XenbackendError, match=why):
+        bench.disk.exchange(successor)
+    request = read(PAGE, PAGE)
+
+    assert untouched
+    assert bench.disk.text == "silent:|ram:1M"
+    assert 0 == bench.do(request)
+    assert b"w" * PAGE == content(request)
+
+
+def test_a_disk_may_grow(benches: Any) -> None:
+    """A larger chain is as good as one of the same size."""
+    bench = benches("null:1M")
+    bench.disk.check_successor("null:2M")
+
+    assert 2 * SIZE == bench.disk.exchange("null:2M").geometry.size
+
+
+def test_memories_of_layers_that_are_gone_are_dropped(benches: Any, tmp_path: Path) -> None:
+    """A layer that is still there keeps its memory; that of one that is not is dropped, once the new chain stands."""
+    one = image(tmp_path / "one")
+    bench = benches(f"log:|aio:{one}")
+    kept = bench.kept[:]
+    bench.disk.exchange(f"aio:{one}")
+
+    assert kept
+    assert kept == bench.dropped
+    bench.disk.exchange("ram:1M")
+    bench.disk.exchange(f"aio:{one}")
+    assert bench.kept[len(kept) :] == bench.dropped[len(kept) :]
+
+
+def test_memories_of_a_chain_that_was_refused_are_dropped(benches: Any) -> None:
+    """What the layers of a refused chain had asked for is dropped; the former chain's memories never are."""
+    bench = benches("null:1M")
+    with pytest.raises(DriverError):
+        bench.disk.exchange("ram:512K")
+
+    assert 1 == len(bench.kept)
+    assert bench.kept == bench.dropped
+
+
+def test_no_chain_at_all_is_another_error(benches: Any, tmp_path: Path) -> None:
+    """Where neither chain can be opened the error says both, and is none that could be taken for a mere refusal."""
+    one = image(tmp_path / "one")
+    bench = benches(f"aio:{one}")
+    one.unlink()
+    with pytest.raises(RuntimeError, match=r"/nonexistent/image.*former chain.*one"):
+        bench.disk.exchange("aio:/nonexistent/image")
+    assert bench.disk.chain is None
+
+
+@pytest.mark.parametrize(
+    ("chain", "wishes", "code"),
+    [
+        ("ram:1M", {}, 0),
+        ("fault:op=flush,errno=ENOSPC|ram:1M", {}, errno.ENOSPC),
+        ("fault:op=flush,errno=EOPNOTSUPP|ram:1M", {}, 0),
+        ("fault:op=flush|ram:1M", {"read_only": True}, 0),
+        ("delay:flush=1ms|ram:1M", {}, 0),
+    ],
+)
+def test_how_a_flush_went(benches: Any, chain: str, wishes: dict[str, Any], code: int) -> None:
+    """Whoever asks hears the errno, once; a disk that has nothing to flush, or cannot be written to, is flushed."""
+    assert code == benches(chain, **wishes).flush()
+
+
+@pytest.mark.parametrize("at", ["submit", "complete"])
+def test_a_bug_over_a_flush_does_not_keep_the_disk(benches: Any, at: str) -> None:
+    """D8: a layer that fails over the last flush is reported, once, and whoever waits goes on."""
+    bench = benches(f"clumsy:at={at}|ram:1M")
+
+    assert 0 == bench.flush()
+    assert [f"'{at}'"] == [str(bug) for bug in bench.bugs]
+
+
+def test_close_closes_every_layer(benches: Any) -> None:
+    """A layer that fails when it is closed is told to whoever closes; the layers below it are closed all the same."""
+    EVENTS.clear()
+    bench = Bench("clumsy:at=close|ram:1M")
+    bench.disk.open()
+    with pytest.raises(OSError, match="close"):
+        bench.disk.close()
+    bench.reactor.close()
+
+    assert ["open clumsy", "close clumsy"] == EVENTS
+
+
+def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
+    """An image that somebody else has is an error of its own, by which a migrating guest's worker waits."""
+    one = image(tmp_path / "one")
+    benches(f"aio:{one}")
+    other = Bench(f"aio:{one}", may_wait=True)
+    with pytest.raises(DriverError) as caught:
+        other.disk.open()
+    looked_at = [layer.text for layer in other.disk.peek()]
+    other.close()
+
+    assert is_locked(caught.value)
+    assert not is_locked(DriverError("x", errno=errno.EIO))
+    assert [f"aio:{one}"] == looked_at
+    assert [] == other.disk.layers
+    assert "the last flush failed: Input/output error" == describe_flush(errno.EIO)
