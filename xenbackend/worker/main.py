@@ -122,8 +122,8 @@ class Worker:
         self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
 
     def _on_connect(self, message: control.Connect | control.Rejoin) -> None:
+        self._waiting = message
         if self._disk is None or self._disk.chain is None:
-            self._waiting = message
             self._wait_for_image(message)
         else:
             self._boot.end(lambda: self._connect(message))
@@ -142,11 +142,10 @@ class Worker:
                 self._waiting = None
                 self._fail(problem)
             return
-        self._waiting = None
         self._on_connect(message)
 
     def _connect(self, message: control.Connect | control.Rejoin) -> None:
-        disk = self._disk
+        disk, self._waiting = self._disk, None
         assert disk is not None and disk.chain is not None  # noqa: S101, PT018 - the order of messages
         rejoins = isinstance(message, control.Rejoin)
         try:
