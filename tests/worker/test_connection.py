@@ -12,12 +12,14 @@ from xenbackend.blkif.abi import (
     BLKIF_OP_DISCARD,
     BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_READ,
+    BLKIF_OP_WRITE,
     BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR,
     BLKIF_RSP_OKAY,
 )
 from xenbackend.block.request import Op
 from xenbackend.errors import KernelError
+from xenbackend.journal import poison, poisoned
 from xenbackend.rig.frontend import Wishes
 from xenbackend.worker.connection import SAFETY_POLL_S
 
@@ -150,3 +152,81 @@ def test_failed_flush_is_told(vbd: Served) -> None:
 
     assert 1 == len(vbd.pauses)
     assert vbd.alarms == vbd.pauses
+
+
+def test_failed_flush_is_in_the_journal_before_anything_else(vbd: Served) -> None:
+    """What was lost is reported only once: a worker that dies over the news has left it to its successor."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    noted: list[int] = []
+    vbd.alarm = lambda _sentence: noted.append(poisoned(vbd.journal))  # type: ignore[method-assign]
+    frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    vbd.step(3)
+
+    assert [errno.EIO] == noted
+
+
+def test_successor_honours_a_failed_flush(vbd: Served) -> None:
+    """A worker that rejoins holds the disk for the flush its predecessor lost; one that begins anew does not."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    vbd.step(3)
+    vbd.disk.errors = {}
+    vbd.kill()
+    vbd.pauses.clear()
+    vbd.connect_rings(rejoins=True)
+    late = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(5)
+    frontend.poll()
+    held = (flush.status, late.status)
+    assert vbd.connection is not None
+    standing = vbd.connection.paused
+    vbd.connection.resume()
+    frontend.wait([flush, late])
+    vbd.disconnect()
+
+    assert (None, None) == held
+    assert [standing] == vbd.pauses
+    assert 0 == poisoned(vbd.journal)
+    poison(vbd.journal, errno.EIO)
+    assert bytes(4096) == vbd.connect().read(0, 8)
+    assert 0 == poisoned(vbd.journal)
+
+
+def test_what_was_lost_earlier_holds_the_disk(vbd: Served) -> None:
+    """A disk that lost something before this worker began serves nothing until an administrator resumes it."""
+    frontend = vbd.connect()
+    assert vbd.connection is not None
+    vbd.connection.hold_lost("it lost something yesterday")
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(4)
+    frontend.poll()
+    held = (read.status, vbd.connection.paused)
+    vbd.connection.resume()
+    frontend.wait([read])
+
+    assert (None, "it lost something yesterday") == held
+    assert ["it lost something yesterday"] == vbd.pauses == vbd.alarms
+    assert (BLKIF_RSP_OKAY, "") == (read.status, vbd.connection.paused)
+
+
+def test_a_ring_is_gone_on_with_in_its_order(vbd: Served) -> None:
+    """What a predecessor had taken is done before anything new, in the order of the ring, and answered once."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    requests = [frontend.submit(BLKIF_OP_WRITE, 0, data=bytes([place]) * 4096, push=False) for place in range(20)]
+    frontend.rings[0].push()
+    vbd.step(2)
+    first, *_ = vbd.disk.held
+    vbd.disk.give_back([vbd.disk.held[3], first])
+    vbd.kill()
+    vbd.disk.holding = False
+    vbd.disk.seen.clear()
+    requests.append(frontend.submit(BLKIF_OP_READ, 0, 8))
+    vbd.connect_rings(rejoins=True)
+    frontend.wait(requests)
+
+    assert ["WRITE"] * 18 + ["READ"] == vbd.disk.seen
+    assert [BLKIF_RSP_OKAY] * 21 == [request.status for request in requests]
+    assert bytes([19]) * 4096 == requests[-1].data

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.driven import Driven
+from tests.driven import Driven, WorkerProcess
+from tests.helpers_block import TEST_DRIVERS
 from xenbackend import control, counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
-from xenbackend.rig.frontend import DiskError
+from xenbackend.rig.frontend import DiskError, Wishes
 from xenbackend.rig.guest_ring import Submitted
 from xenbackend.units import PAGE
 
@@ -22,8 +24,8 @@ SLOW = "delay:write=100ms|ram:1M"
 
 @pytest.fixture
 def driven(tmp_path: Path) -> Iterator[Driven]:
-    """A worker that knows a driver with bugs."""
-    with Driven(tmp_path, drivers={"clumsy": "tests.helpers_block:Clumsy"}) as driven:
+    """A worker that knows a driver with bugs, and one with large sectors."""
+    with Driven(tmp_path, drivers={name: TEST_DRIVERS[name] for name in ("clumsy", "coarse")}) as driven:
         yield driven
 
 
@@ -182,3 +184,246 @@ def test_counters_outlive_connections(driven: Driven) -> None:
     assert wanted == {name: counted[name] for name in wanted}
     assert [0] * 4 == [counted[name] for name in ("errors", "guest_errors", "in_flight", "bugs")]
     assert counters.percentile_ns(driven.worker.journal, 0.5) > 0
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Two images of the size of `ram:1M`."""
+    made = [tmp_path / "one", tmp_path / "two"]
+    for path in made:
+        path.write_bytes(bytes(1 << 20))
+    return made
+
+
+def ask(driven: Driven, message: control.Message, *kinds: type[Any]) -> Any:
+    """Send a message and return the answer."""
+    driven.worker.send(message)
+    return driven.worker.expect(*kinds)
+
+
+def report(driven: Driven) -> control.Standing:
+    """Return where the worker stands."""
+    standing: control.Standing = ask(driven, control.Report(), control.Standing)
+    return standing
+
+
+def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) -> None:
+    """What was in flight ends in the former chain, what comes later goes to the new one; memories are dropped."""
+    one, two = images
+    driven.connect(f"log:|delay:write=50ms|aio:{one}")
+    early = begin_write(driven)
+    driven.worker.send(control.Swap(f"aio:{two}"))
+    report(driven)
+    late = driven.frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
+    answer = driven.worker.expect(control.Swapped, control.Unswapped)
+    driven.frontend.wait([early, late])
+    dropped = [message for message in driven.worker.said if isinstance(message, control.Drop)]
+
+    assert f"aio:{two}" == answer.chain == answer.layers[0].text == report(driven).chain
+    assert [next(iter(driven.worker.kept))] == [message.name for message in dropped]
+    assert [DATA, bytes(PAGE)] == [one.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
+    assert [bytes(PAGE), DATA] == [two.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
+    assert f"aio:{two}" == (journal.AGREED.read(driven.worker.journal) or {})["chain"]
+
+
+@pytest.mark.parametrize("chain", ["aio:/nonexistent/image", "ram:512K", "coarse:|ram:1M"])
+def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str) -> None:
+    """A refused exchange is answered with a sentence; the guest is served on as it was."""
+    driven.connect("ram:1M").write(0, DATA)
+    answer = ask(driven, control.Swap(chain), control.Swapped, control.Unswapped)
+
+    assert isinstance(answer, control.Unswapped)
+    assert chain.rsplit(":", maxsplit=1)[-1] in answer.sentence
+    assert DATA == driven.frontend.read(0, 8)
+    assert "ram:1M" == report(driven).chain
+
+
+def test_a_last_flush_that_fails_keeps_the_chain(driven: Driven, images: list[Path]) -> None:
+    """Where the former chain has lost something the guest does not go on in another one; the disk is paused."""
+    driven.connect(f"fault:op=flush,limit=1|aio:{images[0]}")
+    answer = ask(driven, control.Swap(f"aio:{images[1]}"), control.Swapped, control.Unswapped)
+
+    assert "the last flush failed" in answer.sentence
+    assert "a flush failed (EIO)" in report(driven).paused
+    assert 5 == journal.poisoned(driven.worker.journal)
+    driven.worker.send(control.Resume())
+    driven.frontend.write(0, DATA)
+    assert ("", 0) == (report(driven).paused, journal.poisoned(driven.worker.journal))
+
+
+def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Path]) -> None:
+    """Whoever asks for another chain while one is being put in place is told so, and the first one is served."""
+    driven.connect("delay:write=100ms|null:1M")
+    request = begin_write(driven)
+    for path in images:
+        driven.worker.send(control.Swap(f"aio:{path}"))
+    answers = [driven.worker.expect(control.Swapped, control.Unswapped) for _ in range(2)]
+    driven.frontend.wait([request])
+
+    assert "exchanged already" in answers[0].sentence
+    assert f"aio:{images[0]}" == answers[1].chain == report(driven).chain
+
+
+def test_who_leaves_during_an_exchange_leaves_after_it(driven: Driven, images: list[Path]) -> None:
+    """A frontend that goes away in the middle of an exchange is let go when the chain stands, whatever takes long."""
+    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
+    begin_write(driven)
+    driven.worker.send(control.Swap(f"delay:flush=50ms|aio:{images[1]}"))
+    driven.worker.send(control.Disconnect())
+    answers = [type(driven.worker.expect(control.Swapped, control.Unswapped, control.Disconnected)) for _ in range(2)]
+
+    assert [control.Swapped, control.Disconnected] == answers
+    driven.worker.end()
+
+
+def test_who_comes_during_an_exchange_comes_after_it(driven: Driven, images: list[Path]) -> None:
+    """A frontend that connects in the middle of an exchange is served by the new chain."""
+    driven.open(f"delay:flush=50ms|aio:{images[0]}")
+    driven.announce(Wishes())
+    driven.worker.send(control.Swap(f"aio:{images[1]}"))
+    driven.offer_rings()
+    answer = driven.worker.expect(control.Swapped, control.Unswapped)
+    driven.joined().write(0, DATA)
+
+    assert f"aio:{images[1]}" == answer.chain
+    assert DATA == images[1].read_bytes()[:PAGE]
+
+
+def test_a_supervisor_that_dies_during_an_exchange(driven: Driven, images: list[Path]) -> None:
+    """The worker ends in order, after the exchange, when nobody is left to hear of it."""
+    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
+    begin_write(driven)
+    driven.worker.send(control.Swap(f"aio:{images[1]}"))
+    driven.worker.socket.close()
+
+    assert driven.worker.process.wait(10) in (0, 1)
+
+
+def test_no_chain_left_ends_the_worker(driven: Driven) -> None:
+    """A layer that fails when its chain is closed leaves none to serve: it is said, and a successor tries again."""
+    driven.connect("clumsy:at=close|ram:1M")
+    answer = ask(driven, control.Swap("null:1M"), control.Swapped, control.Unswapped)
+
+    assert isinstance(answer, control.Unswapped)
+    assert 1 == driven.worker.process.wait(10)
+    assert ["critical"] == [line.level for line in driven.worker.said if isinstance(line, control.Log)]
+
+
+def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
+    """What was taken is answered first, what comes waits for Resume; a disk without a frontend is held at once."""
+    driven.open(SLOW)
+    ask(driven, control.Pause(), control.Held)
+    driven.worker.send(control.Resume())
+    driven.attach(Wishes())
+    early = begin_write(driven)
+    ask(driven, control.Pause(), control.Held)
+    driven.frontend.poll()
+    late = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    report(driven)
+    driven.frontend.poll()
+    held = (early.status, late.status)
+    driven.worker.send(control.Resume())
+    driven.frontend.wait([late])
+
+    assert (BLKIF_RSP_OKAY, None) == held
+    assert BLKIF_RSP_OKAY == late.status
+
+
+def test_a_paused_disk_stays_so(driven: Driven) -> None:
+    """A pause outlives the frontend's connection, and a worker that is opened so: each is told Held once connected."""
+    driven.open("ram:1M", is_paused=True)
+    driven.attach(Wishes())
+    driven.worker.expect(control.Held)
+    driven.disconnect()
+    for ring in driven.frontend.rings:
+        ring.close()
+    driven.attach(Wishes())
+    driven.worker.expect(control.Held)
+    flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    report(driven)
+    driven.frontend.poll()
+    held = flush.status
+    driven.worker.send(control.Resume())
+    driven.frontend.wait([flush])
+
+    assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
+
+
+def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
+    """What an earlier worker lost holds each frontend that connects until somebody resumes, who is asked once."""
+    driven.open("ram:1M", lost="it lost a flush yesterday")
+    driven.attach(Wishes())
+    (said,) = [message for message in driven.worker.said if isinstance(message, control.Paused)]
+    flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+    standing = report(driven)
+    driven.frontend.poll()
+    held = flush.status
+    driven.worker.send(control.Resume())
+    driven.frontend.wait([flush])
+    driven.reconnect().flush()
+
+    assert "it lost a flush yesterday" == said.sentence == standing.paused
+    assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
+    assert "" == report(driven).paused
+
+
+def test_where_a_worker_stands(driven: Driven) -> None:
+    """A supervisor that is a new one hears in which phase the worker is, of which chain, and what is wrong now."""
+    phases = [report(driven)]
+    driven.open(SLOW, policy="write=pause")
+    phases.append(report(driven))
+    driven.attach(Wishes())
+    phases.append(report(driven))
+    request = begin_write(driven)
+    driven.worker.send(control.Disconnect())
+    phases.append(report(driven))
+    driven.worker.expect(control.Disconnected)
+    driven.frontend.wait([request])
+    phases.append(report(driven))
+
+    assert ["idle", "open", "serving", "disconnecting", "open"] == [each.phase for each in phases]
+    assert ["", SLOW, SLOW, SLOW, SLOW] == [each.chain for each in phases]
+    assert [[], *[["delay:write=100ms", "ram:1M"]] * 4] == [[layer.text for layer in each.layers] for each in phases]
+    assert {("", "", "")} == {(each.halted, each.paused, each.trouble) for each in phases}
+
+
+def test_a_worker_that_waits_for_its_image_says_so(driven: Driven, images: list[Path]) -> None:
+    """Between Connect and the image's lock a worker is connecting, so that nobody tells it to connect again."""
+    other = WorkerProcess(driven.worker.host)
+    other.open(f"aio:{images[0]}")
+    driven.open(f"aio:{images[0]}", may_wait=True)
+    driven.announce(Wishes())
+    driven.offer_rings()
+    waiting = report(driven).phase
+    other.drop()
+    driven.joined()
+
+    assert ("connecting", "serving") == (waiting, report(driven).phase)
+
+
+def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_path: Path) -> None:
+    """The export's last flush may take long; a supervisor that asks meanwhile need not send Connect again."""
+    driven.open("delay:flush=100ms|ram:1M", export=str(tmp_path / "nbd" / "sock"))
+    driven.announce(Wishes())
+    driven.offer_rings()
+    ending = report(driven).phase
+    driven.joined()
+
+    assert ("connecting", "serving") == (ending, report(driven).phase)
+
+
+def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
+    """A full disk is told and stands in a report; a policy that says report ends it for the guest."""
+    driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
+    write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    trouble = driven.worker.expect(control.Trouble).sentence
+    standing = report(driven).trouble
+    driven.worker.send(control.Obey("enospc=report"))
+    driven.worker.send(control.Resume())
+    over = driven.worker.expect(control.Trouble).sentence
+    driven.frontend.wait([write])
+
+    assert trouble.endswith("make space")
+    assert trouble == standing
+    assert "" == over == report(driven).trouble
+    assert BLKIF_RSP_ERROR == write.status

@@ -142,6 +142,11 @@ class Connection:
         self._pause(code)
         self.engine.holds.add(Hold.FLUSH)
 
+    def hold_lost(self, sentence: str) -> None:
+        """Serve nothing: the disk lost something earlier, as `sentence` says."""
+        self._say_paused(sentence)
+        self.engine.holds.add(Hold.FLUSH)
+
     def resume(self) -> None:
         """Serve on after an administrator's pause, or a flush that failed; what failed is tried again now."""
         poison(self._journal, 0)
@@ -161,7 +166,10 @@ class Connection:
 
     def _pause(self, code: int) -> None:
         poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
-        self.paused = f"a flush failed ({errno.errorcode.get(code, code)}); the disk is paused"
+        self._say_paused(f"a flush failed ({errno.errorcode.get(code, code)}); the disk is paused")
+
+    def _say_paused(self, sentence: str) -> None:
+        self.paused = sentence
         self._voice.alarm(self.paused)
         self._voice.say(Paused(self.paused))
 

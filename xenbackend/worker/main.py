@@ -90,7 +90,7 @@ class Worker:
 
     def _on_open(self, message: control.Open, fds: list[int]) -> None:
         self._open = message
-        self._policy, self._is_paused = message.policy, message.is_paused
+        self._policy, self._is_paused, self._lost = message.policy, message.is_paused, message.lost
         self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
         os.close(fds[0])
         memories = dict(zip(message.memories, fds[1:], strict=True))
@@ -171,6 +171,8 @@ class Worker:
             return
         if self._had_bugs or self._boot.had_bugs:
             self._connection.engine.expect_strays()
+        if self._lost:
+            self._connection.hold_lost(self._lost)
         if self._is_paused:
             self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
         self._wire(disk, self._connection)
@@ -253,7 +255,7 @@ class Worker:
             self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
 
     def _on_resume(self, _: control.Resume) -> None:
-        self._is_paused = False
+        self._is_paused, self._lost = False, ""
         if self._connection is not None:
             self._connection.resume()
 
