@@ -79,3 +79,23 @@ def test_no_descriptor_is_leaked(reactor: Reactor) -> None:
     del view
 
     assert open_descriptors() == before
+
+
+def test_memories_that_no_layer_asks_for_any_more_are_dropped(reactor: Reactor) -> None:
+    """When layers were opened anew, what none of them asked for is dropped by name, and only that."""
+    dropped: list[str] = []
+    before = open_descriptors()
+    factory = EnvFactory(reactor, HostFiles(reactor), drop=dropped.append)
+    for name in ("stays", "goes"):
+        factory(name).memory("m", 4096)[:4] = b"data"
+    factory.begin()
+    again = factory("stays").memory("m", 4096)
+    factory("comes").memory("m", 4096)
+    factory.drop_unwanted()
+    fresh = factory("goes").memory("m", 4096)
+
+    assert ["goes:m"] == dropped
+    assert [b"data", bytes(4)] == [bytes(view[:4]) for view in (again, fresh)]
+    factory.close()
+    del again, fresh
+    assert open_descriptors() == before
