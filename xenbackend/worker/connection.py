@@ -116,7 +116,6 @@ class Connection:
         self._journal = journal
         self._voice = voice
         self._layout = LAYOUTS[agreed.protocol]
-        self._flushed: Callable[[], None] | None = None
         self._suspects: dict[Queue, int] = {}
         self._closed = False
         self._by_port: dict[int, tuple[Channel, Queue]] = {}
