@@ -8,4 +8,5 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let random tests run longer, or again."""
     parser.addoption("--requests", type=int, default=20_000, help="requests of tests against a model of the disk")
+    parser.addoption("--explore", action="store_true", help="look at every order of events on larger rings, too")
     parser.addoption("--seed", type=int, default=1, help="start of random numbers")
