@@ -148,3 +148,14 @@ def test_a_message_of_a_large_connection_fits() -> None:
     rings = [RingParameters([2**32 - 1] * 16, 2**32 - 1) for _ in range(8)]
 
     assert len(encode(control.Connect("x86_64-abi", rings, persistent=True))) < control.MAX_MESSAGE // 8
+
+
+@each_kind
+def test_a_message_outlives_its_datagram(kind: type[Any]) -> None:
+    """A message's plain fields, kept anywhere as JSON, make the same message again, and no message of another kind."""
+    message = random_message(random.Random(3), kind)
+    fields_of_it = json.loads(json.dumps(control.as_fields(message)))
+
+    assert message == control.restore(kind, fields_of_it)
+    with pytest.raises(ValueError, match=r"."):
+        control.restore(kind, {**fields_of_it, "surprise": 1})

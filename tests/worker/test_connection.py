@@ -230,3 +230,20 @@ def test_a_ring_is_gone_on_with_in_its_order(vbd: Served) -> None:
     assert ["WRITE"] * 18 + ["READ"] == vbd.disk.seen
     assert [BLKIF_RSP_OKAY] * 21 == [request.status for request in requests]
     assert bytes([19]) * 4096 == requests[-1].data
+
+
+def test_a_successor_kicks_the_frontend(vbd: Served) -> None:
+    """The kick for what a predecessor had answered may have died with it: there is one, and work goes on."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(2)
+    vbd.disk.give_back()
+    vbd.disk.holding = False
+    frontend.rings[0].port.clear()  # as if it had never come
+    vbd.kill()
+    vbd.connect_rings(rejoins=True)
+
+    assert frontend.rings[0].port.clear()
+    frontend.wait([read, frontend.submit(BLKIF_OP_READ, 8, 8)])
+    assert BLKIF_RSP_OKAY == read.status

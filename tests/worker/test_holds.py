@@ -88,6 +88,24 @@ def test_a_hold_takes_nothing_and_waits_for_what_is_in_flight(vbd: Served) -> No
     assert [BLKIF_RSP_OKAY, BLKIF_RSP_OKAY, None, None] == during
 
 
+def test_who_waits_hears_of_the_last_answer(vbd: Served) -> None:
+    """Whoever waits until nothing is in flight is told when the last request is back, though no other comes."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(2)
+    told: list[int] = []
+    vbd.engine.hold(Hold.PAUSE, lambda: told.append(vbd.engine.in_flight))
+    vbd.step(2)
+    before = told[:]
+    vbd.disk.give_back()
+    vbd.step(2)
+    frontend.poll()
+
+    assert ([], [0]) == (before, told)
+    assert BLKIF_RSP_OKAY == read.status
+
+
 def test_each_hold_is_let_go_by_itself(vbd: Served) -> None:
     """Two reasons hold until both are gone, whichever goes first."""
     frontend = vbd.connect()

@@ -47,9 +47,10 @@ def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:  # no
     assert 0 == vbd.engine.in_flight
 
 
-def test_trouble_is_said_once_and_taken_back(vbd: Served) -> None:
+@pytest.mark.parametrize("persistent", [False, True])
+def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool) -> None:  # noqa: FBT001
     """However many requests wait and however often they are tried, one sentence says so, and one that it is over."""
-    frontend = vbd.connect()
+    frontend = vbd.connect(Wishes(persistent=persistent))
     vbd.disk.errors = FULL
     for place in range(3):
         frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA)
@@ -124,6 +125,24 @@ def test_each_kind_has_its_own_pace(vbd: Served) -> None:
     assert [9, 19] == [place for place, step in enumerate(seen) if "READ" in step]
     assert all("WRITE" in step for step in seen)
     assert (BLKIF_RSP_ERROR, None) == (read.status, write.status)
+
+
+def test_who_has_to_wait_long_is_not_forgotten(vbd: Served) -> None:
+    """A request that is due later than another one is tried then, also when nothing else is left to be tried."""
+    vbd.policy = "read=retry 2 every 10s"
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.READ: errno.EIO, **FULL}
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    read = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step(2)
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+    frontend.wait([write])
+    vbd.pass_time(9)
+    frontend.wait([read])
+
+    assert [BLKIF_RSP_OKAY] * 2 == [write.status, read.status]
 
 
 def test_another_policy_counts_from_the_next_failure_on(vbd: Served) -> None:

@@ -31,17 +31,17 @@ HALF = (8, 0, 3)
 
 
 class Pages:
-    """Where the segments of indirect requests come from; `content` None: the guest's page cannot be had."""
+    """Where the segments of indirect requests come from; `fails`: the guest's page cannot be had."""
 
-    def __init__(self, content: bytes | None = b"") -> None:
+    def __init__(self, content: bytes = b"", *, fails: bool = False) -> None:
         self.content = content
+        self.fails = fails
 
     def fetch_indirect(self, record: RingRequest, copy: memoryview) -> None:
         """Copy the segments."""
-        if self.content is None:
+        copy[: len(self.content)] = self.content
+        if self.fails:
             record.refused = BadGrant("it cannot be had")
-        else:
-            copy[: len(self.content)] = self.content
 
 
 def direct(operation: int, *segments: tuple[int, int, int], sector: int = 8) -> bytes:
@@ -114,7 +114,8 @@ def test_indirect_segments_are_fetched_and_checked() -> None:
     records, found = sort(*slots, pages=Pages(encode_segments([WHOLE, WHOLE])))
     good = (found.data == records, records[0].length)
     outcomes = []
-    for pages in (Pages(None), Pages(encode_segments([WHOLE, (7, 5, 4)]))):
+    bad = encode_segments([WHOLE, (7, 5, 4)])
+    for pages in (Pages(bad, fails=True), Pages(bad)):
         records, found = sort(*slots, pages=pages)
         outcomes.append((found.data == records[1:], type(records[0].refused).__name__))
 
