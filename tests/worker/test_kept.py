@@ -48,11 +48,12 @@ def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:  # no
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("count", [1, 3])
+def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool, count: int) -> None:  # noqa: FBT001
     """However many requests wait and however often they are tried, one sentence says so, and one that it is over."""
     frontend = vbd.connect(Wishes(persistent=persistent))
     vbd.disk.errors = FULL
-    for place in range(3):
+    for place in range(count):
         frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA)
         vbd.pass_time(PAUSE_S)
     said = vbd.troubles[:]
