@@ -138,6 +138,7 @@ class Driven:
         self.guest = Guest(directory, DOMID, pages)
         self.nodes = Nodes()
         self.limits = Limits(max_queues=8)
+        self.goes_on = False  # the frontends that connect are in service already
         self.worker = WorkerProcess(f"xenbackend.rig.host:{directory}", drivers)
         self.disk: Disk
         self.frontend: Frontend
@@ -187,7 +188,7 @@ class Driven:
         """Tell the worker what the frontend announced."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
         rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
-        self.worker.send(control.Connect(asked.protocol, rings, asked.persistent))
+        self.worker.send(control.Connect(asked.protocol, rings, asked.persistent, goes_on=self.goes_on))
 
     def reconnect(self, wishes: Wishes | None = None) -> Frontend:
         """Disconnect, see that nothing of the guest's is still mapped, and connect again, perhaps otherwise."""

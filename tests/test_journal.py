@@ -23,7 +23,7 @@ from xenbackend.journal import (
 )
 from xenbackend.units import PAGE
 
-FIRST_RING = 20 * PAGE
+FIRST_RING = 50 * PAGE
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
     """More than a note has room for is an error, and the former one stays."""
     AGREED.write(memory, {"x": 1})
     with pytest.raises(ValueError, match="do not fit"):
-        AGREED.write(memory, {"x": "y" * PAGE})
+        AGREED.write(memory, {"x": "y" * 8 * PAGE})
     assert {"x": 1} == AGREED.read(memory)
 
 

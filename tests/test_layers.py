@@ -43,10 +43,19 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("kernel/",),
-    "fcntl": ("kernel/", "rig/", "worker/files"),
+    "fcntl": ("kernel/", "rig/", "supervisor/parent", "worker/files"),
     "importlib": ("block/drivers/__init__", "cli/main", "kernel/ports"),  # what a text names: drivers, commands, hosts
     "matplotlib": ("bench/plot",),
-    "mmap": ("block/mapped/parts", "kernel/", "rig/", "bench/", "worker/env", "worker/image", "worker/main"),
+    "mmap": (
+        "block/mapped/parts",
+        "kernel/",
+        "rig/",
+        "bench/",
+        "supervisor/estate",
+        "worker/env",
+        "worker/image",
+        "worker/main",
+    ),
     "pyxs": ("supervisor/store",),
     "rich": ("bench/report", "cli/"),
     "select": (
@@ -59,7 +68,7 @@ HOMES = {
         "worker/reactor",
     ),
     "selectors": ("rig/store", "supervisor/"),
-    "signal": ("cli/", "rig/", "supervisor/"),
+    "signal": ("cli/", "embedded/machine", "rig/", "supervisor/"),
     "structlog": ("log",),
     "daemon": ("supervisor/main",),
     "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/fleet"),
@@ -72,7 +81,15 @@ HOMES = {
     "os.system": (),
     "sys.argv": ("cli/", "host/block_xenbackend", "rig/store", "rig/xen", "worker/main"),  # processes of their own
     # the chain and the store take it as an argument; a file waits for its lock before anything is served
-    "time.sleep": ("bench/", "block/chain", "cli/", "embedded/", "rig/", "supervisor/store", "worker/files"),
+    "time.sleep": (
+        "bench/",
+        "block/chain",
+        "cli/",
+        "embedded/",
+        "rig/",
+        "supervisor/store",
+        "worker/files",
+    ),
 }
 THIRD_PARTY = {"daemon", "matplotlib", "pyxs", "rich", "structlog"}
 DEAR = ("structlog", "rich", "pyxs", "daemon", "asyncio", "multiprocessing", "subprocess", "logging")

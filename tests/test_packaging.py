@@ -60,7 +60,15 @@ def test_the_unit_fits_the_service() -> None:
     assert "/proc/xen/capabilities" == unit["Unit"]["ConditionPathExists"]
     assert {"xenstored.service"} <= set(unit["Unit"]["After"].split())
     assert {"xendomains.service"} <= set(unit["Unit"]["Before"].split())
-    assert ("notify", "on-failure", "mixed") == tuple(unit["Service"][key] for key in ("Type", "Restart", "KillMode"))
+    assert ("notify", "on-failure") == tuple(unit["Service"][key] for key in ("Type", "Restart"))
+
+
+def test_the_unit_keeps_what_serves_guests() -> None:
+    """A restart leaves the workers alone, and systemd keeps their descriptors and the sockets of guests that boot."""
+    service = _unit()["Service"]
+
+    assert ("process", "restart") == (service["KillMode"], service["RuntimeDirectoryPreserve"])
+    assert f"FDSTORE={service['FileDescriptorStoreMax']}" == service["Environment"]
 
 
 @pytest.mark.slow

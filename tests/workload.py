@@ -5,6 +5,7 @@ Must not choose the seed: whoever calls prints it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from xenbackend.blkif.abi import (
@@ -23,17 +24,28 @@ ALL = (*[BLKIF_OP_READ, BLKIF_OP_WRITE] * 8, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_
 DIRECT = 8 * BLKIF_MAX_SEGMENTS_PER_REQUEST  # sectors
 
 
-def make_model(seed: int, sectors: int, max_count: int = DIRECT) -> DiskModel:
-    """Return the model of a disk of zeros, for every operation there is."""
-    return DiskModel(seed, sectors, Random(seed), operations=ALL, max_count=max_count)
+def make_model(seed: int, sectors: int, max_count: int = DIRECT, *, can_discard: bool = True) -> DiskModel:
+    """Return the model of a disk of zeros, for every operation that it can do."""
+    operations = ALL if can_discard else tuple(each for each in ALL if each != BLKIF_OP_DISCARD)
+    return DiskModel(seed, sectors, Random(seed), operations=operations, max_count=max_count)
 
 
 class Load:
     """Requests that are in flight, with what the model knows of them; it may stop anywhere and go on later."""
 
-    def __init__(self, frontend: Frontend, model: DiskModel) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        model: DiskModel,
+        patience_s: float = 10.0,
+        on_answers: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Load a disk; an answer may take `patience_s` seconds, and `on_answers` hears how many have come."""
+        self.finished = 0  # requests
         self._frontend = frontend
         self._model = model
+        self._patience_s = patience_s
+        self._on_answers = on_answers
         self._pending: dict[Submitted, Step] = {}
 
     def top_up(self, most: int = 1 << 30) -> int:
@@ -56,7 +68,10 @@ class Load:
             self._finish_some()
 
     def _finish_some(self) -> None:
-        for request in self._frontend.poll() or self._frontend.wait([next(iter(self._pending))]):
+        done = self._frontend.wait_for_any(self._patience_s)
+        self._on_answers(len(done))
+        self.finished += len(done)
+        for request in done:
             self._model.finish(self._pending.pop(request), request.status or 0, request.data)
 
 

@@ -2,12 +2,17 @@
 
 Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the order that its docstring gives.
 
+A service that was upgraded takes over workers of the program before. So within one VERSION kinds may be added, and
+fields that have a default: whoever does not know a field passes over it, and one that is missing has its default.
+
     supervisor                                     worker
       Open (journal, memories …)      ->
                                       <-           Keep (memory)        any number, while opening
                                       <-           Opened  |  Failed
       Connect  |  Rejoin              ->
                                       <-           Connected  |  Failed
+      Branch                          ->
+                                      <-           Branched  |  Unswapped
       Swap                            ->
                                       <-           Swapped  |  Unswapped
       Pause                           ->
@@ -27,6 +32,7 @@ Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
@@ -120,6 +126,7 @@ class Connect:
     persistent: bool
     can_discard: bool = True  # as far as the disk can
     max_segments: int = 256  # of an indirect request
+    goes_on: bool = False  # the frontend is in service already: its rings are joined where their answers end
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +164,21 @@ class Trouble:
 @dataclass(frozen=True, slots=True)
 class Swap:
     """Serve the guest through another chain from now on; if it cannot be opened, through the one that is open."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Make a new image over the one that is written to; `format` may be empty for what fits to that."""
+
+    file: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Branched:
+    """The image is there; `chain` would serve the guest through it."""
 
     chain: str
 
@@ -200,7 +222,9 @@ class Obey:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Say where you stand: the supervisor is a new one."""
+    """Say where you stand: the supervisor is a new one, which knows by `id` what answers its own question."""
+
+    id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +243,7 @@ class Standing:
     halted: str  # the sentences of `Halted`, `Paused` and `Trouble` that hold now
     paused: str
     trouble: str
+    report: int = 0  # the id of the `Report` that this answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +258,12 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Disconnect if need be, close the chain, end."""
+    """Disconnect if need be, close the chain, end.
+
+    `hands_over`: what was agreed with the frontend stays in the journal, and what is held back stays unanswered.
+    """
+
+    hands_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +301,7 @@ class Log:
 
 Message = (
     Open | Keep | Drop | Opened | Failed | Connect | Rejoin | Connected | Halted | Paused | Trouble
-    | Swap | Swapped | Unswapped | Pause | Held | Resume | Obey | Report | Standing
+    | Branch | Branched | Swap | Swapped | Unswapped | Pause | Held | Resume | Obey | Report | Standing
     | Disconnect | Disconnected | Close | Closed | Command | Reply | Log
 )  # fmt: skip
 
@@ -279,11 +309,15 @@ _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         Open, Keep, Drop, Opened, Failed, Connect, Rejoin, Connected, Halted, Paused, Trouble,
-        Swap, Swapped, Unswapped, Pause, Held, Resume, Obey, Report, Standing,
+        Branch, Branched, Swap, Swapped, Unswapped, Pause, Held, Resume, Obey, Report, Standing,
         Disconnect, Disconnected, Close, Closed, Command, Reply, Log,
     )
 }  # fmt: skip
 _RECORDS = {*_KINDS.values(), LayerFacts, RingParameters}
+
+
+class UnknownKind(ValueError):
+    """A message of a kind that we do not know, from a program that may be newer."""
 
 
 def as_fields(message: Message) -> dict[str, Any]:
@@ -302,7 +336,10 @@ def encode(message: Message) -> bytes:
 
 
 def decode(datagram: bytes) -> Message:
-    """Return the message in a datagram. Raises: ValueError for anything that `encode` does not make."""
+    """Return the message in a datagram.
+
+    Raises: UnknownKind for a kind that we do not know, ValueError for anything else that `encode` does not make.
+    """
     try:
         values = json.loads(datagram)
     except RecursionError:
@@ -311,7 +348,7 @@ def decode(datagram: bytes) -> Message:
         raise ValueError(f"not a message of version {VERSION}: {datagram[:80]!r}")
     kind = _KINDS.get(str(values.pop("kind", "")))
     if kind is None:
-        raise ValueError(f"not a known message: {datagram[:80]!r}")
+        raise UnknownKind(f"not a known message: {datagram[:80]!r}")
     return _plain(kind, values)  # type: ignore[no-any-return]
 
 
@@ -326,8 +363,9 @@ def _plain(wanted: Any, value: Any) -> Any:
         return {name: _plain(inner[1], each) for name, each in value.items()}
     if wanted in _RECORDS and type(value) is dict:
         types = _types_of(wanted)
-        if set(value) == set(types):
-            return wanted(**{name: _plain(types[name], each) for name, each in value.items()})
+        known = {name: _plain(types[name], each) for name, each in value.items() if name in types}
+        with suppress(TypeError):  # one is missing that has no default
+            return wanted(**known)
     elif type(value) is wanted:
         return value
     raise ValueError(f"{str(value)[:80]!r} where a message has {wanted}")

@@ -9,7 +9,7 @@ that one copy moves all its slots out of the shared ring: the entry is the only 
     page 0                counters (`xenbackend.counters`)
     page 1                words:  0 MAGIC   1 VERSION   2, 3 which copy of AGREED and NOTES is valid, 0 = none
                                   4 the errno of a flush that failed: the image has lost something (`poison`)
-    pages 2-3, 4-19       AGREED and NOTES: two copies each, of JSON with its length before
+    pages 2-17, 18-49     AGREED and NOTES: two copies each, of JSON with its length before
     then per ring         one page of words:  0 req_cons   1 rsp_prod   2 the ring's entries
                           a word per block:   first request number << 8 | requests in the block; 0 = none
                           a word per entry:   0 = not answered, else response number << 2 | answer
@@ -69,7 +69,7 @@ _ANSWERS_AT = _BLOCKS_AT + MAX_ENTRIES * 8
 _SLOTS_AT = _ANSWERS_AT + _ENTRIES * 8
 _SEGMENTS_AT = _SLOTS_AT + _ENTRIES * SLOT
 _RING_SIZE = _SEGMENTS_AT + _ENTRIES * SEGMENTS
-_RINGS_AT = 20 * PAGE
+_RINGS_AT = 50 * PAGE
 _POISON = 4  # word of page 1
 _LENGTH = Struct("Q")  # bytes of JSON, before it
 
@@ -178,8 +178,14 @@ class Note:
         return value
 
 
-AGREED = Note(2, 2, PAGE)
-NOTES = Note(3, 4, 8 * PAGE)
+AGREED = Note(2, 2, 8 * PAGE)  # a chain of the longest value that xenstore takes fits, whatever its bytes
+NOTES = Note(3, 18, 16 * PAGE)
+
+
+def is_readable(memory: memoryview) -> bool:
+    """Return whether a journal is of this version, or nobody has written into it yet."""
+    words = _words(memory)
+    return words[0] == 0 or (words[0] == MAGIC and words[1] == VERSION)
 
 
 def poison(memory: memoryview, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from xenbackend.cli import run
 from xenbackend.cli.main import main
 from xenbackend.supervisor import main as service
+from xenbackend.supervisor import parent
 from xenbackend.supervisor.settings import Settings
 
 
@@ -30,6 +32,37 @@ def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert 0 == args.run(args)
     assert [Settings(host="a", serve="all", store="/s")] == served
+
+
+@pytest.mark.parametrize("option", ["--keep", "--detach"])
+def test_a_service_that_is_kept_is_started_with_the_same_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """The parent starts `run` with what was given, by whole paths, and without what made it a parent."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.toml").write_text('serve = "ours"\n')
+    started: list[Any] = []
+    monkeypatch.setattr(parent, "run", lambda *what: started.append(what) or 0)
+    monkeypatch.setattr(service, "run_detached", lambda _, *what: started.append((["run", *what[0]], what[2:])) or 0)
+    args = _parse("--config", "x.toml", "--store", "s", "--socket", "c", "--log-level", "error", option)
+
+    assert 0 == args.run(args)
+    [(arguments, *_)] = started
+    assert "run" == arguments[0]
+    assert {
+        f"--config={tmp_path}/x.toml", f"--store={tmp_path}/s", f"--socket={tmp_path}/c", "--log-level=error"
+    } == set(arguments[1:])  # fmt: skip
+
+
+def test_no_process_of_the_services_takes_its_inheritance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept is the service's alone: a worker does not find it in its environment."""
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    given: list[Any] = []
+    monkeypatch.setattr(service, "run", lambda _, environment: given.append(environment) or 0)
+    args = _parse("--config", "/dev/null")
+
+    assert 0 == args.run(args)
+    assert ("1", False) == (given[0]["LISTEN_FDS"], "LISTEN_FDS" in os.environ)
 
 
 def test_a_bad_file_is_the_operators_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

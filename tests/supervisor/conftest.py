@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
-from tests.supervisor.helpers import Stepped
+from tests.supervisor.helpers import Kept, Stepped
+from xenbackend import log
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.store import Store
@@ -36,8 +39,25 @@ def guest(xenstored: Xenstored) -> Iterator[Store]:
 
 
 @pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    """A keeper of descriptors."""
+    kept = Kept(tmp_path)
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
 def stepped(xenstored: Xenstored) -> Iterator[Stepped]:
     """A running registry with a fake worker for every vbd."""
     registry = Stepped(xenstored.address, Settings())
     yield registry
     registry.close()
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    """The log of the test."""
+    stream = io.StringIO()
+    log.configure("journal", "info", stream)
+    yield stream
+    structlog.reset_defaults()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from xenbackend.supervisor import parent
 from xenbackend.supervisor.claim import Bus
 from xenbackend.supervisor.events import Expired
 from xenbackend.supervisor.fleet import Fleet
+from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.nodes import Nodes
 from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.registry import Registry
@@ -37,14 +41,15 @@ class Stepped:
         *,
         bus: Bus | None = None,
         xentop: Xentop | None = None,
+        keeper: Keeper | None = None,
         socket: str = "",
         runs_script: bool = True,
     ) -> None:
         self.selector = selectors.DefaultSelector()
         self.store = Store(address)
         self.answers: list[dict[str, Any]] = []  # that the script got
-        fleet = Fleet(self.selector, FAKE_WORKER)
-        self.registry = Registry(self.store, fleet, settings, self.selector, bus=bus, xentop=xentop)
+        self.fleet = Fleet(self.selector, FAKE_WORKER)
+        self.registry = Registry(self.store, self.fleet, settings, self.selector, bus=bus, xentop=xentop, keeper=keeper)
         self.registry.start()
         self._runs_script = runs_script
         self._server = Server(socket, self.selector, self._answer, time.monotonic) if socket else None
@@ -85,6 +90,19 @@ class Stepped:
         """Let the vbd's limit be over now."""
         self.vbd().handle(Expired())
 
+    def ask(self, order: Callable[..., None], *arguments: str) -> dict[str, Any]:
+        """Give an order, wait for its answer and return it."""
+        answers: list[dict[str, Any]] = []
+        order(*arguments, answers.append)
+        self.until(lambda: answers)
+        return answers[0]
+
+    def leave(self) -> None:
+        """Stop, and leave the workers to the next service."""
+        self.registry.stop(leaves=True)
+        assert not self.registry.vbds
+        self._close()
+
     def close(self) -> None:
         """Stop, and see that every worker ends."""
         self.registry.stop()
@@ -92,10 +110,41 @@ class Stepped:
             if vbd.worker is not None:
                 vbd.worker.kill("the test is over")
         self.until(lambda: not self.registry.vbds)
+        self._close()
+
+    def _close(self) -> None:
+        self.fleet.close()
         if self._server is not None:
             self._server.close()
         self.store.close()
         self.selector.close()
+
+
+class Kept:
+    """A keeper of descriptors, whose memory goes from one service to the next: that of `supervisor.parent`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._parents = parent.Store(directory / "keep")
+        self._parents.socket.setblocking(False)
+        self._environment = {"NOTIFY_SOCKET": str(self._parents.path), "FDSTORE": "64"}
+
+    @property
+    def fds(self) -> dict[str, int]:
+        """What is kept now, by name."""
+        with suppress(BlockingIOError):
+            while self._parents.take():
+                pass
+        return self._parents.fds
+
+    def keeper(self) -> Keeper:
+        """Return the keeper as the next service has it, with descriptors of its own."""
+        keeper = Keeper(self._environment)
+        keeper.inherited |= {name: os.dup(fd) for name, fd in self.fds.items()}
+        return keeper
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._parents.close()
 
 
 def write_like_libxl(store: Store, path: VbdPath = PATH, **changes: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.supervisor.helpers import PATH, Stepped, offer_ring, remove_like_libxl, write_like_libxl
+from tests.supervisor.helpers import PATH, Kept, Stepped, offer_ring, remove_like_libxl, write_like_libxl
 from xenbackend.blkif.features import Limits
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.store import Xenstored
@@ -134,6 +136,83 @@ def test_other_kinds_are_nobodys(tmp_path: Path) -> None:
     (tmp_path / "vbd3-5-51712").touch()
 
     assert not Bus(tmp_path).has(VbdPath("vbd3", 0, 5, 51712))
+
+
+def test_a_transaction_that_has_to_be_repeated_is_no_reason_to_stop(
+    toolstack: Store, kernel: Kernel, guest: Store
+) -> None:
+    """Somebody who writes at the same moment does not make us leave the vbd to the kernel."""
+    del guest
+    _make(toolstack, kernel)
+
+    notes: list[Any] = []
+
+    def note(value: Any) -> None:
+        notes.append(value)
+        if len(notes) == 1:
+            kernel.store.write(f"{PATH.backend}/dev", "xvdb")  # within our transaction
+
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, note)
+    is_over = claim.step()
+    away = toolstack.directory(PATH.backend)
+    kernel.look()
+
+    assert (False, []) == (is_over, away)
+    assert claim.step()
+    assert "xvdb" == toolstack.read(f"{PATH.backend}/dev")
+    assert notes[-1] is None
+
+
+def test_a_claim_is_gone_on_with_by_the_next_service(toolstack: Store, kernel: Kernel, guest: Store) -> None:
+    """What stood in the directory is noted before it goes away, so that a service that dies meanwhile loses no vbd."""
+    del guest
+    before = _make(toolstack, kernel)
+    notes: list[Any] = []
+    Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append).step()
+    assert [] == toolstack.directory(PATH.backend)
+    noted = json.loads(json.dumps(notes[-1]))
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, noted)
+    assert not claim.step()
+    kernel.look()
+
+    assert claim.step()
+    assert (before, None) == (toolstack.dictionary(PATH.backend), notes[-1])
+
+
+def test_a_claim_that_was_noted_and_never_made_takes_nothing_away(
+    toolstack: Store, kernel: Kernel, guest: Store
+) -> None:
+    """A directory that is there is the toolstack's, whatever an earlier service had noted of it."""
+    del guest
+    before = _make(toolstack, kernel)
+    notes: list[Any] = []
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, {"keys": {}, "permissions": []})
+
+    assert claim.step()
+    assert (before, [None]) == (toolstack.dictionary(PATH.backend), notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_service_that_stops_gives_back_what_it_was_claiming(
+    xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store, kept: Kept, *, leaves: bool
+) -> None:
+    """A toolstack that waits for its vbd finds the directory again, and the next service claims it anew."""
+    del guest
+    before = _make(toolstack, kernel)
+    stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus, keeper=kept.keeper())
+    stepped.until(lambda: stepped.registry.vbds and not toolstack.directory(PATH.backend))
+    stepped.leave() if leaves else stepped.close()
+    assert before.items() <= toolstack.dictionary(PATH.backend).items()
+    stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus, keeper=kept.keeper())
+    try:
+        stepped.until(lambda: stepped.registry.vbds and not toolstack.directory(PATH.backend))
+        kernel.look()
+        stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    finally:
+        stepped.close()
+
+    assert {} == kept.fds
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.supervisor.world import LAYER, NODE, PATH, World, connected, remove
@@ -236,18 +238,184 @@ def test_rings_that_cannot_be_mapped_close_the_vbd_until_the_frontend_starts_ane
     assert ("2", "") == (world.state, world.device.error)
 
 
-def test_dead_worker_closes_the_vbd_with_a_sentence() -> None:
-    """A worker that dies while it serves takes the vbd to Closed, with a reason, and no other is started."""
+@pytest.mark.parametrize("theirs", [S.INITIALISED, S.CONNECTED, S.CLOSING])
+def test_a_dead_worker_is_followed_by_another_one(theirs: S) -> None:
+    """A guest that has rings sees nothing of a worker's death: a successor serves the same rings, whichever state the
+    guest is in, and the reason is shown until it does.
+    """
     world = connected()
+    world.theirs = theirs
+    world.settle()
+    before = world.state
     world.die("the worker was ended by SIGKILL")
+    meanwhile = (world.state, world.device.error, world.inbox[:])
+    world.settle()
+
+    assert (before, "the worker was ended by SIGKILL", ["open"]) == meanwhile
+    assert (before, True, "") == (world.state, world.is_connected, world.device.error)
+    assert world.joined is not None
+    assert world.joined.goes_on
+
+
+def test_workers_that_die_in_vain_come_later_and_later() -> None:
+    """The first successor comes at once, the next ones rest longer and longer, the last one stays away: the guest waits
+    in Connected for an administrator, who has a sentence and the word that helps.
+    """
+    world = connected()
+    rests = []
+    for _ in range(7):
+        world.die("died")
+        rests.append(world.limit if world.device.phase is Phase.RESTING else None)
+        world.rest()
+        world.answer()
+    world.settle()
+
+    assert [None, 0.1, 0.3, 1.0, 2.0, 5.0, None] == rests
+    assert ("4", Phase.NONE) == (world.state, world.device.phase)
+    assert "died, 7 in a row; `xenbackend resume` starts another one" == world.device.error
+    world.send(events.Resume())
+    world.settle()
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_a_worker_that_did_something_for_the_guest_did_not_die_in_vain() -> None:
+    """However often workers die: while the guest gets on, there is a next one, and at once."""
+    world = connected()
+    for _ in range(20):
+        world.die("died", has_progressed=True)
+        assert Phase.OPENING is world.device.phase
+        world.answer()
+        world.answer()
+
+    assert (True, "") == (world.is_connected, world.device.error)
+
+
+def test_a_frontend_that_begins_anew_gets_another_worker_after_all() -> None:
+    """A guest that was given up is served again when its driver begins anew, also by a service that never opened it."""
+    for world in (connected(), World(node=connected().node, theirs=S.CONNECTED)):
+        world.see()
+        for _ in range(7):
+            world.die("died")
+            world.rest()
+        assert world.device.phase is Phase.NONE
+        world.theirs = S.INITIALISING
+        world.settle()
+
+        assert ("2", Phase.OPEN, "") == (world.state, world.device.phase, world.device.error)
+
+
+def test_workers_that_die_before_there_is_a_guest_close_the_vbd() -> None:
+    """Nobody waits yet: after the last one the vbd goes to Closed with its sentence, until it is attached anew."""
+    world = World()
+    world.settle()
+    for _ in range(7):
+        world.die("died")
+        world.rest()
+        world.answer()
     world.settle()
 
     assert world.node is not None
-    assert ("6", "error", False) == (world.state, world.node["hotplug-status"], world.is_running)
-    assert "the worker was ended by SIGKILL" == world.device.error
-    remove(world)
+    assert ("6", "error", "died") == (world.state, world.node["hotplug-status"], world.device.error)
+    world.node = dict(NODE)
     world.settle()
-    assert "6" == world.state
+    assert ("2", True, "") == (world.state, world.is_running, world.device.error)
+
+
+def test_what_cannot_be_opened_for_a_guest_that_waits_is_tried_for_ever() -> None:
+    """A successor that finds the image away (a server that is down) is followed by others, later and later but always;
+    the guest stays Connected and is served when the image is back.
+    """
+    world = connected()
+    world.cannot = "no such file"
+    world.die("died", has_progressed=True)
+    for _ in range(5):
+        world.settle()
+        assert ("4", "no such file") == (world.state, world.device.error)
+    world.cannot = ""
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_rings_that_a_successor_cannot_map_are_tried_again() -> None:
+    """A host that is out of memory for a moment does not cost a guest its disk."""
+    world = connected()
+    world.die("died", has_progressed=True)
+    world.answer()
+    world.inbox.remove("connect")
+    world.send(control.Failed("map a grant: out of memory", 12))
+    meanwhile = (world.state, world.device.error)
+    world.settle()
+
+    assert ("4", "map a grant: out of memory") == meanwhile
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_failures_to_open_do_not_count_as_deaths() -> None:
+    """An image that was away for long leaves a successor as many lives as any other one has."""
+    world = connected()
+    world.cannot = "no such file"
+    world.die("died", has_progressed=True)
+    world.settle()
+    world.settle()
+    world.cannot = ""
+    world.settle()
+    world.die("died again")
+
+    assert (Phase.RESTING, 0.1) == (world.device.phase, world.limit)
+
+
+def test_a_removal_is_finished_without_another_look() -> None:
+    """A worker that dies while its vbd is removed leaves Closed behind at once: no watch would fire any more."""
+    world = connected()
+    remove(world)
+    world.theirs = S.CLOSED
+    world.see()
+    world.die("died")
+
+    assert ("6", Phase.NONE) == (world.state, world.device.phase)
+
+
+def test_another_process_takes_over() -> None:
+    """A worker that is to be replaced hands over in order, and the next one serves the same rings; nobody has died."""
+    world = connected()
+    world.send(events.Replace())
+    told = (world.device.phase, world.inbox[:])
+    world.answer()
+    shown = world.device.error
+    world.settle()
+
+    assert (Phase.RETIRING, [control.Close(hands_over=True)]) == told
+    assert "" == shown
+    assert ("4", True) == (world.state, world.is_connected)
+    assert world.joined is not None
+    assert world.joined.goes_on
+
+
+def test_a_worker_that_does_not_hand_over_is_killed() -> None:
+    """Its successor goes by the journal; a node that is gone shortens the wait."""
+    world = connected()
+    world.send(events.Replace())
+    world.send(events.Expired())
+    world.settle()
+    assert ("4", True) == (world.state, world.is_connected)
+    world.send(events.Replace())
+    world.node = None
+    world.see()
+
+    assert FORCED_LIMIT_S == world.limit
+
+
+def test_nobody_is_replaced_who_is_not_there() -> None:
+    """An order that comes while a vbd has no worker does not hit the next one."""
+    world = connected()
+    world.die("died")
+    world.die("died")
+    assert world.device.phase is Phase.RESTING
+    world.send(events.Replace())
+    world.settle()
+
+    assert Phase.SERVING is world.device.phase
 
 
 def test_stopped_service_leaves_the_state_and_the_next_one_serves_on() -> None:
@@ -294,16 +462,17 @@ def test_removal_is_finished_by_a_service_that_stops() -> None:
 
 
 def test_worker_that_takes_too_long_is_killed() -> None:
-    """R23: a worker that does not answer in time is killed, and the vbd goes on without it."""
+    """R23: a worker that does not answer in time is killed, and the vbd goes on with another one."""
     world = connected()
     world.theirs = S.CLOSED
     world.see()
     assert [control.Disconnect()] == world.inbox
     world.send(events.Expired())
+    world.answer()
+    assert "disconnecting for too long" in world.device.error
     world.settle()
 
-    assert ("6", False) == (world.state, world.is_running)
-    assert "disconnecting for too long" in world.device.error
+    assert ("6", False, Phase.OPEN) == (world.state, world.is_connected, world.device.phase)
 
 
 def test_read_only_mode_reaches_worker_and_guest() -> None:
@@ -379,18 +548,224 @@ def test_paused_disk_is_an_error_until_the_next_connection() -> None:
     assert ("a flush failed", "", "4") == (paused, world.device.error, world.state)
 
 
-def test_paused_disk_is_closed_by_a_service_that_stops() -> None:
-    """What a failed flush lost stays lost: the next service does not serve that frontend on as if all were well."""
+def test_paused_disk_is_paused_again_by_the_next_service() -> None:
+    """What a failed flush lost stays lost: a service that stops leaves word of it in the node, and the next one tells
+    its worker, shows it, and has it removed when somebody says to go on.
+    """
     world = connected()
     world.send(control.Paused("a flush failed"))
     world.send(events.Stop())
-    closing = world.state
     world.answer()
+    assert world.node is not None
+    assert ("4", "a flush failed", True) == (world.state, world.node["flush-failed"], world.is_forgotten)
     successor = World(node=world.node, theirs=S.CONNECTED)
+    successor.see()
+    successor.answer()
+    opened = (successor.lost, dict(successor.node or {}).get("flush-failed"), successor.device.error)
     successor.settle()
+    successor.send(events.Resume())
 
-    assert ("5", "6", True) == (closing, world.state, world.is_forgotten)
-    assert ("6", False) == (successor.state, successor.is_connected)
+    assert ("a flush failed",) * 3 == opened
+    assert ("4", True, "") == (successor.state, successor.is_connected, successor.device.error)
+    assert "flush-failed" not in (successor.node or {})
+
+
+def test_paused_disk_stays_paused_when_its_worker_dies() -> None:
+    """The successor is told what was lost, until somebody says to go on, even while there is no worker at all."""
+    world = connected()
+    world.send(control.Paused("a flush failed"))
+    world.die("died")
+    assert "a flush failed" == world.lost
+    for _ in range(6):
+        world.die("died")
+        world.rest()
+    assert world.device.phase is Phase.NONE
+    world.send(events.Resume())
+    world.settle()
+
+    assert ("", "") == (world.lost, world.device.error)
+    assert "flush-failed" not in (world.node or {})
+
+
+def test_a_disk_that_grew_is_told_to_the_guest() -> None:
+    """A frontend looks at the size when the state is written, so that is written again with the sectors."""
+    world = connected()
+    writes = [
+        each.keys
+        for each in world.device.handle(control.Swapped("null:2G", [replace(LAYER, size=2 << 30)]))
+        if isinstance(each, events.Write)
+    ]
+
+    assert [{"sectors": "4194304", "state": "4"}] == writes
+
+
+def test_another_chain_is_no_reason_to_begin_anew() -> None:
+    """A chain that took the place of another one is what the toolstack's keys say from now on; a third one that the
+    toolstack wants meanwhile is put into service all the same.
+    """
+    world = connected()
+    assert world.node is not None
+    world.node["params"] = "null:2G"  # as the service itself writes it
+    world.send(control.Swapped("null:2G", [LAYER]))
+    world.settle()
+    assert ("null:2G", Phase.SERVING) == (world.device.spec and world.device.spec.chain, world.device.phase)
+    world.node["params"] = "null:3G"
+    world.see()
+    world.send(control.Swapped("null:4G", [LAYER]))
+    assert "null:3G" == (world.device.spec and world.device.spec.chain)
+    world.settle()
+
+    assert "null:3G" == (world.device.spec and world.device.spec.chain)
+
+
+def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
+    """What the guest wrote to it must not be lost: the successor opens that one, whatever the node says as yet."""
+    world = connected()
+    starts = [
+        each
+        for each in world.device.handle(events.Ended("died", has_progressed=True, chain="null:2G"))
+        if isinstance(each, events.Start)
+    ]
+
+    assert ["null:2G"] == [each.spec.chain for each in starts]
+
+
+@pytest.mark.parametrize("looks_first", [True, False])
+def test_the_next_service_takes_the_worker_over(*, looks_first: bool) -> None:
+    """A service that is replaced leaves its worker serving; the next one asks where it stands and goes on from there,
+    whether it hears that before its first look at xenstore or after.
+    """
+    world = connected()
+    before = dict(world.node or {})
+    world.replace_service()
+    if looks_first:
+        world.see()
+    phase = world.device.phase
+    world.answer()
+    world.see()
+
+    assert Phase.ADOPTING is phase
+    assert (Phase.SERVING, True, before) == (world.device.phase, world.is_connected, world.node)
+    assert [] == world.inbox
+    assert "null:1G" == world.device.layers[0].text
+
+
+def test_nothing_is_decided_before_the_first_look() -> None:
+    """While xenstore is away an inherited worker serves on, and one that dies is followed when the store is back; only
+    a service that stops does not wait for it.
+    """
+    world = connected()
+    world.replace_service()
+    world.answer()
+    assert (Phase.SERVING, []) == (world.device.phase, world.inbox)
+    world.send(control.Paused("a flush failed"))
+    world.die("died")
+    assert (False, False) == (world.is_running, world.is_forgotten)
+    world.see()
+    assert ("4", "a flush failed") == (world.state, world.lost)
+    world.settle()
+    world.replace_service()
+    world.answer()
+    world.send(events.Stop())
+    world.answer()
+
+    assert ("4", True) == (world.state, world.is_forgotten)
+
+
+def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() -> None:
+    """A first look that comes late takes nothing back: neither the connection nor the pause that came before it."""
+    world = connected()
+    world.replace_service()
+    world.inbox.clear()
+    world.send(replace(world.standing(), phase="connecting", report=world.services))
+    world.send(control.Connected())
+    world.send(control.Paused("a flush failed"))
+    world.see()
+
+    assert (Phase.SERVING, "a flush failed") == (world.device.phase, world.device.error)
+    assert "a flush failed" == (world.node or {})["flush-failed"]
+
+
+def test_an_answer_to_an_earlier_service_is_none_to_this_one() -> None:
+    """Two services that follow each other quickly ask the same worker: what it says to the first may be out of date."""
+    world = World()
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.replace_service()
+    asked = world.inbox.pop()
+    world.inbox += ["connect"]  # told by the service in between
+    world.replace_service()
+    world.send(replace(world.standing(), report=asked.id))  # type: ignore[union-attr]
+    assert world.device.phase is Phase.ADOPTING
+    world.settle()
+
+    assert ("4", Phase.SERVING) == (world.state, world.device.phase)
+
+
+def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
+    """Its service died before it could say what to open, or after that had failed."""
+    world = World()
+    world.see()
+    world.inbox.clear()
+    world.replace_service()
+    world.settle()
+
+    assert ("2", Phase.OPEN, "connected") == (world.state, world.device.phase, world.device.hotplug)
+
+
+def test_an_inherited_worker_that_does_not_answer_is_killed() -> None:
+    """R23: it has ten seconds to say where it stands."""
+    world = connected()
+    world.replace_service()
+    world.see()
+    assert 10.0 == world.limit
+    world.send(events.Expired())
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_an_inherited_worker_with_another_chain_than_is_wanted_is_replaced() -> None:
+    """A toolstack that put another disk into the same place while there was no service gets it."""
+    world = connected()
+    world.lose_service()
+    assert world.node is not None
+    world.node["params"] = "null:2G"
+    world.begin_service()
+    world.see()
+    world.answer()
+    assert [control.Close()] == world.inbox
+    world.settle()
+
+    assert "null:2G" == world.node["params"] == (world.device.spec and world.device.spec.chain)
+
+
+def test_a_cdrom_is_not_replaced_because_no_worker_knows_that_it_is_one() -> None:
+    """What only the guest is told of a disk is no difference to what a worker was started with."""
+    for looks_first in (True, False):
+        world = World({**NODE, "device-type": "cdrom", "removable": "1"})
+        world.settle()
+        world.replace_service()
+        if looks_first:
+            world.see()
+        world.answer()
+        world.see()
+
+        assert (Phase.OPEN, []) == (world.device.phase, world.inbox)
+
+
+def test_a_vbd_that_went_while_there_was_no_service_is_closed() -> None:
+    """The worker that serves nobody any more is closed within the short limit, and nothing is left."""
+    world = connected()
+    world.lose_service()
+    world.node = None
+    world.begin_service()
+    world.see()
+    world.answer()
+    assert ([control.Close()], FORCED_LIMIT_S) == (world.inbox, world.limit)
+    world.answer()
+
+    assert (True, False) == (world.is_forgotten, world.is_running)
 
 
 def test_other_chain_in_the_same_node_restarts_the_worker() -> None:

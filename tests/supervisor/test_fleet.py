@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import selectors
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.supervisor.helpers import FAKE_WORKER
-from xenbackend import control
+from xenbackend import control, journal
 from xenbackend.errors import KernelError
 from xenbackend.supervisor.fleet import Fleet, Worker
-from xenbackend.supervisor.memories import Memories
 
 OPEN = control.Open(vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
 
@@ -28,8 +31,21 @@ class Heard:
         self.selector = selectors.DefaultSelector()
         self.messages: list[control.Message] = []
         self.ends: list[str] = []
-        self.memories = Memories()
-        self.worker: Worker = Fleet(self.selector, command).start(self.messages.append, self.ends.append, self.memories)
+        self.fds: list[int] = []
+        self.worker: Worker = Fleet(self.selector, command).start(self._hear, self.ends.append)
+
+    def _hear(self, message: control.Message, fds: list[int]) -> None:
+        self.messages.append(message)
+        self.fds += fds
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Listen until the condition holds."""
+        while not condition():
+            ready = self.selector.select(20)
+            assert ready, "it never happened"
+            for key, _ in ready:
+                if self.selector.get_map().get(key.fd) is key:
+                    key.data()
 
     def until_end(self) -> str:
         """Listen until the process has ended, and return the sentence about it."""
@@ -66,17 +82,16 @@ def test_a_life_in_order() -> None:
     """A worker that is opened and closed says so, it gets the descriptors of a message, and nothing is left of it."""
     heard = Heard(FAKE_WORKER)
     page = os.memfd_create("journal")
+    os.ftruncate(page, journal.SIZE)
     heard.worker.send(OPEN, [page])
-    while not heard.messages:
-        for key, _ in heard.selector.select(20):
-            key.data()
+    heard.until(lambda: len(heard.messages) == 2)
     reads = int.from_bytes(os.pread(page, 8, 0), "little")
     os.close(page)
     heard.worker.send(control.Close())
     sentence = heard.until_end()
     heard.selector.close()
 
-    assert [control.Opened, control.Closed] == [type(each) for each in heard.messages]
+    assert [control.Log, control.Opened, control.Closed] == [type(each) for each in heard.messages]
     assert 7 == reads
     assert "the worker ended unexpectedly with exit status 0" == sentence
 
@@ -126,17 +141,113 @@ def test_a_worker_that_does_not_read_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("descriptors")
-def test_memories_are_kept_and_let_go(tmp_path: Path) -> None:
-    """A memory that a worker had kept outlives it; what comes beside it, or in its place, is closed at once."""
+def test_a_memory_comes_with_its_message(tmp_path: Path) -> None:
+    """A descriptor is handed on beside its message; one too many, and one beside what is no message, is closed."""
     keep = control.encode(control.Keep("log:bitmap", 4096))
-    text = f"fd = os.memfd_create('x')\nfor _ in range(3): socket.send_fds(channel, [{keep!r}], [fd, fd])"
+    text = (
+        f"fd = os.memfd_create('x')\nfor _ in range(3): socket.send_fds(channel, [{keep!r}], [fd, fd])\n"
+        "socket.send_fds(channel, [b'nonsense'], [fd])\nchannel.recv(1)"
+    )
     heard = Heard(_python(tmp_path, text))
     heard.until_end()
     heard.selector.close()
+    for fd in heard.fds:
+        os.close(fd)
 
-    assert ["log:bitmap"] == list(heard.memories.open_for(""))
-    heard.memories.close()
-    assert 3 == len(heard.messages)
+    assert (3, 3) == (len(heard.messages), len(heard.fds))
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_what_a_worker_of_another_program_says_is_a_line_in_the_log(tmp_path: Path) -> None:
+    """A kind that we do not know costs a guest nothing; another version of the protocol does, and is told."""
+    odd = json.dumps({"version": control.VERSION, "kind": "Sung", "song": "la"}).encode()
+    other = json.dumps({"version": control.VERSION + 1, "kind": "Closed"}).encode()
+    heard = Heard(_python(tmp_path, f"channel.send({odd!r}); channel.send({other!r}); channel.recv(1)"))
+    sentence = heard.until_end()
+    heard.selector.close()
+
+    [line] = heard.messages
+    assert isinstance(line, control.Log)
+    assert ("warning", True) == (line.level, "Sung" in line.event)
+    assert "the worker was killed: it sent something that is no message" == sentence
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it() -> None:
+    """Who has its two descriptors can talk to a worker that somebody else started, and hears how it ends."""
+    heard = Heard(FAKE_WORKER)
+    near, pidfd = (os.dup(fd) for fd in heard.worker.descriptors)
+    pid = heard.worker.pid
+    heard.worker.leave()
+    nothing_left = not heard.selector.get_map()
+    heard.worker = Fleet(heard.selector, FAKE_WORKER).adopt((near, pidfd), heard._hear, heard.ends.append)
+    heard.worker.send(control.Report(5))
+    heard.until(lambda: heard.messages)
+    adopted = heard.worker.pid
+    heard.worker.kill("the test wants it")
+    sentence = heard.until_end()
+    heard.selector.close()
+
+    assert nothing_left
+    assert pid == adopted
+    assert [5] == [each.report for each in heard.messages if isinstance(each, control.Standing)]
+    assert "the test wants it" == sentence
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_the_end_of_a_worker_that_is_not_our_child_has_a_sentence_too() -> None:
+    """Its exit status is another's to collect."""
+    heard = Heard(FAKE_WORKER)
+    fds = tuple(os.dup(fd) for fd in heard.worker.descriptors)
+    heard.worker.leave()
+    heard.worker = Fleet(heard.selector, FAKE_WORKER).adopt((fds[0], fds[1]), heard._hear, heard.ends.append)
+    signal.pidfd_send_signal(fds[1], signal.SIGKILL)
+    sentence = heard.until_end()
+    heard.selector.close()
+
+    assert "the worker has ended" == sentence
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_a_worker_stands_by() -> None:
+    """Whoever needs a worker gets the one that stands by; one that died is replaced after a while, so that one that
+    cannot live keeps no host busy; in the end all are sent away.
+    """
+    selector = selectors.DefaultSelector()
+    fleet = Fleet(selector, FAKE_WORKER)
+    before = set(_children())
+    fleet.stand_by(0.0)
+    [first] = set(_children()) - before
+    fleet.stand_by(0.0)
+    assert {first} == set(_children()) - before
+    end = os.pidfd_open(first)
+    os.kill(first, signal.SIGKILL)
+    assert select.select([end], [], [], 20)[0]
+    fleet.stand_by(1.0)
+    assert set() == set(_children()) - before
+    fleet.stand_by(10.0)
+    [second] = set(_children()) - before
+    ends: list[str] = []
+    worker = fleet.start(lambda *_: None, ends.append)
+    assert (second, {second}) == (worker.pid, set(_children()) - before)
+    fleet.stand_by(11.0)
+    fleet.close()
+    assert {second} == set(_children()) - before
+    worker.kill("the test wants it")
+    while not ends:
+        for key, _ in selector.select(20):
+            key.data()
+    os.close(end)
+    selector.close()
+
+    assert before == set(_children())
+    assert first != second
+
+
+def _children() -> list[int]:
+    """Return this process's children that have not been waited for."""
+    task = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    return [int(each) for each in task.read_text().split()]
 
 
 @pytest.mark.usefixtures("descriptors")
@@ -144,5 +255,5 @@ def test_a_program_that_is_missing_is_an_error_of_the_host() -> None:
     """A worker that cannot be started leaves nothing open."""
     selector = selectors.DefaultSelector()
     with pytest.raises(KernelError, match="start a worker process"):
-        Fleet(selector, ("/nonexistent/worker",)).start(lambda _: None, lambda _: None, Memories())
+        Fleet(selector, ("/nonexistent/worker",)).start(lambda *_: None, lambda _: None)
     selector.close()

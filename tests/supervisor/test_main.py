@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.supervisor.helpers import PATH, write_like_libxl
+from xenbackend.errors import XenbackendError
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.client import call
 from xenbackend.supervisor.store import Store
@@ -44,6 +47,10 @@ class Systemd:
         """Stop listening."""
         self._socket.close()
 
+    def let_go(self) -> None:
+        """Stop listening, and let what was to be kept go: as nobody has received it, the kernel does that."""
+        self.close()
+
 
 @pytest.fixture
 def systemd(tmp_path: Path) -> Iterator[Systemd]:
@@ -57,8 +64,8 @@ def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(_ROOT), **more}
 
 
-def _start(xenstored: Xenstored, control_socket: Path, systemd: Systemd) -> subprocess.Popen[str]:
-    arguments = ("run", "--store", xenstored.address, "--socket", str(control_socket), "--log", "journal")
+def _start(xenstored: Xenstored, control_socket: Path, systemd: Systemd, *more: str) -> subprocess.Popen[str]:
+    arguments = ("run", "--store", xenstored.address, "--socket", str(control_socket), "--log", "journal", *more)
     service = subprocess.Popen(
         [*_COMMAND, *arguments], env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True
     )
@@ -120,6 +127,109 @@ def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Sys
     assert ["the arguments of a command are a list of texts" in answer for answer in answers[3:]] == [True, True]
 
 
+@pytest.mark.parametrize("how", ["replaced", "killed"])
+def test_a_service_that_is_kept_is_followed_by_another_one(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, how: str
+) -> None:
+    """With --keep a service that is killed, or replaced at SIGHUP, has a successor that takes its workers over; SIGTERM
+    drains them and ends all. A worker gets none of the descriptors that are kept.
+    """
+    control_socket = tmp_path / "control.sock"
+    keeping = _start(xenstored, control_socket, systemd, "--keep")
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    service = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    for _ in range(2):
+        systemd.heard.clear()
+        if how == "killed":
+            os.kill(call(str(control_socket), {"verb": "ping"})["data"]["pid"], signal.SIGKILL)
+        else:
+            keeping.send_signal(signal.SIGHUP)
+        systemd.wait_for("READY=1")
+        _wait_until(lambda: _status(control_socket)["phase"] == "open")
+    [after] = call(str(control_socket), {"verb": "status"})["data"]
+    successor = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    descriptors = [_links(pid) for pid in (after["worker"], successor)]
+    end = os.pidfd_open(after["worker"])
+    log = _stop(keeping)
+    assert select.select([end], [], [], 0)[0]  # it is another's child by now, who may not have noticed yet
+    os.close(end)
+
+    assert known["worker"] == after["worker"]
+    assert ("open", "", "null:1G") == (after["phase"], after["error"], after["layers"][0]["text"])
+    journals = [each.count("/memfd:xenbackend-journal (deleted)") for each in descriptors]
+    assert [1, 2] == journals  # a mapping has a descriptor of its own
+    assert service != successor
+    assert 2 == log.count("taking over from an earlier service")
+
+
+@pytest.mark.parametrize(("number", "stays"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_how_a_service_ends_its_workers(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, number: int, *, stays: bool
+) -> None:
+    """Where a keeper has the workers' sockets SIGTERM leaves them for the next service; SIGINT drains them always."""
+    control_socket = tmp_path / "control.sock"
+    systemd.environment["FDSTORE"] = "16"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    worker = _status(control_socket)["worker"]
+    end = os.pidfd_open(worker)
+    service.send_signal(number)
+    service.wait(30)
+    ended = bool(select.select([end], [], [], 0 if stays else 30)[0])
+    systemd.let_go()
+    assert select.select([end], [], [], 30)[0]
+    os.close(end)
+    service.communicate()  # the worker had the same stream
+
+    assert (0, stays) == (service.returncode, not ended)
+    assert "2" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
+    """Each verb that operators have reaches the disk that it names, and its answer comes back; `stop` ends all."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+
+    def ask(verb: str, **more: str) -> Any:
+        return call(str(control_socket), {"verb": verb, "vbd": "5/xvda", **more}, 30)["data"]
+
+    first = _status(control_socket)["worker"]
+    answers = [ask("pause"), ask("resume"), ask("policy", policy="write=report"), ask("upgrade")]
+    layers = [ask("set", chain="null:2G")["layers"][0]["size"], ask("resize")["layers"][0]["size"]]
+    known = _status(control_socket)
+    with pytest.raises(XenbackendError, match="unknown request"):
+        ask("frob")
+    with pytest.raises(XenbackendError, match="cannot shrink"):
+        ask("set", chain="null:1G")
+    stopped = call(str(control_socket), {"verb": "stop"})["data"]
+    service.communicate(timeout=30)
+
+    assert ["paused", "resumed", "upgraded"] == [answers[0], answers[1], answers[3]]
+    assert "write=report" in answers[2]
+    assert [2 << 30, 2 << 30] == layers
+    assert first != known["worker"]
+    assert ("null:2G", "") == (known["chain"], known["error"])
+    assert ({"pid": service.pid}, 0) == (stopped, service.returncode)
+
+
+def _status(control_socket: Path) -> dict[str, Any]:
+    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    return dict(known)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+def _links(pid: int) -> list[str]:
+    """Return what a process's descriptors are."""
+    return [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> None:
     """With --detach a missing xenstore is one sentence on the operator's terminal and exit status 1."""
     run = subprocess.run(
@@ -135,7 +245,9 @@ def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> Non
 
 
 def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> None:
-    """With --detach the command returns at once, the pid file names the daemon, and SIGTERM ends it tidily."""
+    """With --detach the command returns at once, the pid file names the daemon, which is the parent that starts the
+    service and keeps its descriptors, and SIGTERM ends both tidily.
+    """
     pid_file, control_socket, log_file = (tmp_path / name for name in ("pid", "control.sock", "log"))
     subprocess.run(
         [
@@ -148,13 +260,16 @@ def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> No
         _wait_until_served(store, control_socket)
     pid = int(pid_file.read_text())
     end = os.pidfd_open(pid)
-    assert pid == call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    service = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    assert f"PPid:\t{pid}\n" in Path(f"/proc/{service}/status").read_text()
     os.kill(pid, signal.SIGTERM)
     ended, _, _ = select.select([end], [], [], 30)
     os.close(end)
 
     assert ended
     assert not pid_file.exists()
+    assert not Path(f"/proc/{service}").exists()
+    assert not Path(f"{control_socket}.keep").exists()
     assert "service: stopped" in log_file.read_text()
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.supervisor.helpers import PATH, Stepped, offer_ring, remove_like_libxl, write_like_libxl
+from tests.descriptors import open_descriptors
+from tests.supervisor.helpers import PATH, Kept, Stepped, offer_ring, remove_like_libxl, write_like_libxl
 from xenbackend.errors import ConfigError
 from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.deaths import REST_S
 from xenbackend.supervisor.device import Phase
 from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.settings import Settings
@@ -92,11 +97,18 @@ def test_failed_open_is_reported_everywhere(stepped: Stepped, toolstack: Store) 
     assert "2" == toolstack.read(f"{PATH.backend}/state")
 
 
-def test_dead_worker_is_reported_and_the_vbd_closed(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """A worker that dies takes its vbd to Closed with its exit status in the sentence; re-attaching starts another."""
+def test_workers_that_always_die_are_reported_and_the_vbd_closed(
+    stepped: Stepped, toolstack: Store, guest: Store
+) -> None:
+    """Rings that no worker survives take their vbd to Closed before they were ever served, with the exit status in the
+    sentence; re-attaching starts another worker.
+    """
     write_like_libxl(toolstack, params="null:3G")
     stepped.until(_has(toolstack, "hotplug-status", "connected"))
     offer_ring(guest)
+    for _ in REST_S[1:]:
+        stepped.until(lambda: stepped.vbd().device.phase is Phase.RESTING)
+        stepped.expire()
     stepped.until(_has(toolstack, "state", "6"))
     assert "the worker ended unexpectedly with exit status 3" == stepped.vbd().device.error
     toolstack.remove(PATH.backend)
@@ -231,13 +243,119 @@ def test_counters_outlive_a_worker(stepped: Stepped, toolstack: Store, guest: St
     """The next worker of a vbd goes on with the journal, and so with the counters, of the one that died."""
     _serve(stepped, toolstack, guest)
     vbd = stepped.vbd()
+    first = vbd.worker.pid
     vbd.worker.kill("the test wants it")
-    stepped.until(lambda: vbd.device.phase is Phase.NONE)
-    without = describe(vbd)["counters"]
-    guest.write(f"{PATH.frontend}/state", "1")
-    stepped.until(lambda: vbd.device.phase is Phase.OPEN)
+    stepped.until(lambda: vbd.worker is not None and vbd.worker.pid != first)
+    stepped.until(lambda: vbd.device.phase is Phase.SERVING)
 
-    assert ({}, 14) == (without, describe(vbd)["counters"]["reads"])
+    assert 14 == describe(vbd)["counters"]["reads"]
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_a_service_takes_over_from_another_one(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, lines: io.StringIO
+) -> None:
+    """A service that leaves lets its worker go on; the next one has it from the keeper, with journal and counters, and
+    the guest sees nothing. However often that happens, no descriptor is left over.
+    """
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    _serve(stepped, toolstack, guest)
+    guest.write(f"{PATH.frontend}/state", "4")
+    before = toolstack.dictionary(PATH.backend)
+    worker = stepped.vbd().worker.pid
+    counts = []
+    for _ in range(3):
+        stepped.leave()
+        stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+        stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)  # noqa: B023
+        counts.append((len(open_descriptors()), sorted(kept.fds)))
+        assert worker == stepped.vbd().worker.pid
+    known = describe(stepped.vbd())
+    answer = stepped.ask(stepped.vbd().command, "log", "get", [])
+    with closing(stepped):
+        assert before == toolstack.dictionary(PATH.backend)
+
+    assert 1 == len({str(each) for each in counts})
+    assert [f"vbd-0-5-51712.{what}" for what in ("journal", "pidfd", "worker")] == counts[0][1]
+    assert (7, "null:1G", {"data": "log []"}) == (known["counters"]["reads"], known["layers"][0]["text"], answer)
+    assert {} == kept.fds
+    assert "rejoining" not in lines.getvalue()
+
+
+def test_a_vbd_that_went_while_there_was_no_service_is_closed_and_forgotten(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
+) -> None:
+    """An inherited worker whose node is gone is closed in order, and nothing of it stays with the keeper."""
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    _serve(stepped, toolstack, guest)
+    stepped.leave()
+    end = os.dup(kept.fds["vbd-0-5-51712.pidfd"])
+    toolstack.remove(PATH.backend)
+    toolstack.remove(PATH.frontend)
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    with closing(stepped):
+        assert [PATH] == list(stepped.registry.vbds)
+        stepped.until(lambda: not stepped.registry.vbds)
+    ended = select.select([end], [], [], 0)[0]
+    os.close(end)
+
+    assert ended
+    assert {} == kept.fds
+    assert toolstack.read_optional(PATH.backend) is None
+
+
+def test_a_disk_of_a_kind_that_is_served_no_more_is_served_to_its_end(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
+) -> None:
+    """Settings that leave a kind out do so for new disks: one in service goes on, and is let go of when it goes."""
+    path = VbdPath("vbd3", 0, 5, 51712)
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    write_like_libxl(toolstack, path, params="aio:null:1G")
+    stepped.until(lambda: toolstack.read_optional(f"{path.backend}/hotplug-status") == "connected")
+    stepped.leave()
+    stepped = Stepped(xenstored.address, Settings(kinds=["vbd"]), keeper=kept.keeper())
+    with closing(stepped):
+        stepped.until(lambda: stepped.registry.vbds[path].device.phase is Phase.OPEN)
+        toolstack.remove(path.backend)
+        stepped.until(lambda: not stepped.registry.vbds)
+        write_like_libxl(toolstack, path, params="aio:null:1G")
+        stepped.turn(0)
+        stepped.turn(0)
+
+        assert {} == stepped.registry.vbds
+    assert {} == kept.fds
+
+
+def test_what_was_kept_and_is_nobodys_is_let_go(xenstored: Xenstored, kept: Kept) -> None:
+    """Names that no service of this domain gives are closed and forgotten; nothing is started for them."""
+    keeper = kept.keeper()
+    for name in ("stored", "vbd-1-5-51712.journal", "vbd-0-5.journal"):
+        keeper.keep(name, 0)
+    assert 3 == len(kept.fds)
+    before = len(open_descriptors())
+    keeper = kept.keeper()
+    stepped = Stepped(xenstored.address, Settings(), keeper=keeper)
+    with closing(stepped):
+        assert {} == stepped.registry.vbds
+
+    assert before == len(open_descriptors())
+    assert {} == kept.fds
+
+
+def test_who_waits_hears_that_the_service_is_replaced(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
+) -> None:
+    """An order or a command that a worker has not answered yet is not left without an answer."""
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    _serve(stepped, toolstack, guest, params="null:4G")
+    answers: list[dict[str, Any]] = []
+    stepped.vbd().orders.pause(answers.append)
+    stepped.vbd().command("log", "get", [], answers.append)
+    stepped.leave()
+
+    assert [{"error": "vbd/5/51712: the service is being replaced; ask again"}] * 2 == answers
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    stepped.close()  # kills the worker, which does not report
 
 
 def test_frontend_outside_its_domain_is_not_even_watched(stepped: Stepped, toolstack: Store) -> None:

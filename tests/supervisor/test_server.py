@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import selectors
 import socket
 import threading
@@ -230,3 +231,44 @@ def test_an_error_reaches_the_caller_as_an_exception(tmp_path: Path) -> None:
     """A service that is not there is told with how to start it."""
     with pytest.raises(XenbackendError, match="systemctl start xenbackend"):
         call(str(tmp_path / "none"), {})
+
+
+def test_the_next_service_listens_on(tmp_path: Path) -> None:
+    """A client that connects between two services is served by the second one, on the socket of the first."""
+    path = str(tmp_path / "x")
+    first = Server(path, selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+    kept = os.dup(first.fileno())
+    first.close(leaves=True)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        client.sendall(b'{"verb": "x"}\n')
+        selector = selectors.DefaultSelector()
+        second = Server(path, selector, lambda _, reply: reply({"data": "y"}), lambda: 0.0, kept)
+        client.setblocking(False)
+        answer = b""
+        while not answer:
+            for key, _ in selector.select(1):
+                key.data()
+            with contextlib.suppress(BlockingIOError):
+                answer = client.recv(100)
+        second.close()
+
+    assert b'{"data": "y"}\n' == answer
+    assert not Path(path).exists()
+
+
+def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> None:
+    """Where the socket's file has gone, or another one is wanted, the service listens anew."""
+    path = tmp_path / "x"
+    for wanted in (path, tmp_path / "y"):
+        first = Server(str(path), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+        kept = os.dup(first.fileno())
+        first.close(leaves=True)
+        if wanted == path:
+            path.unlink()
+        second = Server(str(wanted), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0, kept)
+
+        assert second.fileno() >= 0
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(wanted))
+        second.close()

@@ -98,6 +98,7 @@ def test_journals_header_tells_what_was_agreed(driven: Driven) -> None:
     frontend = driven.connect("ram:1M")
     rings = [{"grefs": frontend.rings[0].grefs, "event_channel": frontend.rings[0].port.number}]
     agreed = {"protocol": "x86_64-abi", "rings": rings, "persistent": False, "can_discard": True, "max_segments": 256}
+    agreed |= {"goes_on": False}
 
     assert {"chain": "ram:1M", "connect": agreed} == journal.AGREED.read(driven.worker.journal)
     driven.disconnect()
@@ -350,7 +351,8 @@ def test_a_paused_disk_stays_so(driven: Driven) -> None:
 
 
 def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
-    """What an earlier worker lost holds each frontend that connects until somebody resumes, who is asked once."""
+    """What an earlier worker lost holds a frontend in service until somebody resumes; one that begins anew is free."""
+    driven.goes_on = True
     driven.open("ram:1M", lost="it lost a flush yesterday")
     driven.attach(Wishes())
     (said,) = [message for message in driven.worker.said if isinstance(message, control.Paused)]
@@ -364,6 +366,14 @@ def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
 
     assert "it lost a flush yesterday" == said.sentence == standing.paused
     assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
+    assert "" == report(driven).paused
+
+
+def test_a_frontend_that_begins_anew_goes_by_what_it_finds(driven: Driven) -> None:
+    """A guest that boots after something was lost is not held: it reads what is there."""
+    driven.open("ram:1M", lost="it lost a flush yesterday")
+    driven.attach(Wishes()).flush()
+
     assert "" == report(driven).paused
 
 

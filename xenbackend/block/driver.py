@@ -29,6 +29,9 @@ D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is 
     what the layer still holds of the batch ends with EIO. Expected failures are a `status`.
 D9  Bytes are the only unit.
 D10 Every layer has exactly one layer above it.
+D11 The process may be killed between any two instructions, and what was in flight comes again to its successor: what
+    was given back with status 0 must be kept by something that outlives the process (a file, `env.memory`), and to do
+    a request twice must be the same as to do it once.
 """
 
 from __future__ import annotations

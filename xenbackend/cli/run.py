@@ -24,7 +24,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--serve", choices=("ours", "all"), help="vbds whose script is ours, or all")
     parser.add_argument("--log", choices=FORMATS, help="how to write the log")
     parser.add_argument("--log-level", choices=LEVELS, help="the least level that is written")
-    parser.add_argument("--detach", action="store_true", help="become a daemon once all is checked")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="start the service again when it dies, and keep what the next one needs to serve guests on "
+        "(systemd does that by itself)",
+    )
+    parser.add_argument("--detach", action="store_true", help="become a daemon once all is checked; with --keep")
     parser.add_argument(
         "--pid-file", type=Path, default=Path("/run/xenbackend.pid"), help="with --detach (%(default)s)"
     )
@@ -36,10 +42,25 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    from xenbackend.supervisor import main
+    from xenbackend.supervisor import main, parent
+    from xenbackend.supervisor.keeper import forget_inheritance
 
     names = ("store", "host", "socket", "serve", "log", "log_level")
     chosen = settings.load(args.config, {name: getattr(args, name) for name in names})
     if args.detach:
-        return main.run_detached(chosen, args.pid_file.absolute(), args.log_file.absolute())
-    return main.run(chosen, os.environ)
+        files = (args.pid_file.absolute(), args.log_file.absolute())
+        return main.run_detached(chosen, _arguments(args, names), os.environ, *files)
+    if args.keep:
+        return parent.run(["run", *_arguments(args, names)], chosen.socket, os.environ)
+    environment = dict(os.environ)
+    forget_inheritance(os.environ)
+    return main.run(chosen, environment)
+
+
+def _arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Return what the service itself is started with, for any directory."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in {"store", "socket"} & set(given):
+        given[name] = str(Path(given[name]).absolute())
+    config = [f"--config={args.config.absolute()}"] if args.config else []
+    return config + [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]

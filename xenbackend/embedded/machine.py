@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Machine:
 
     directory   where its sockets and logs are; removed at the end
     store       dom0's connection to xenstore
+    service     the process that starts the service, and starts it again should it die
     """
 
     def __init__(self, *, observer: Observer | None = None, log: Path | None = None) -> None:
@@ -105,13 +107,18 @@ class Machine:
 
     @property
     def service_pid(self) -> int:
-        """The service's process, 0 while there is none."""
-        return self.service.pid if self.service else 0
+        """The service's process, 0 while there is none. Raises: XenbackendError where it does not answer."""
+        return int(self.ask({"verb": "ping"})["data"]["pid"]) if self.service else 0
+
+    def replace_service(self) -> None:
+        """Let a new service take over from the one that runs, as a package's upgrade does."""
+        if self.service is not None:
+            self.service.send_signal(signal.SIGHUP)
 
     def start_service(self, *arguments: str) -> None:
         """Start the service and return when it is ready. Raises: XenbackendError."""
         command = [
-            sys.executable, "-m", "xenbackend", "run", "--serve", "all", "--log", "json",
+            sys.executable, "-m", "xenbackend", "run", "--keep", "--serve", "all", "--log", "json",
             "--store", str(self.directory / "xenstore.sock"),
             "--host", f"xenbackend.rig.host:{self.directory}",
             "--socket", self.control, *arguments,

@@ -50,23 +50,33 @@ class NoService(Exception):
 
 
 def ask(request: dict[str, str]) -> None:
-    """Send a request to the service and wait for its answer. Raises: Refused, NoService."""
+    """Send a request to the service and wait for its answer. Raises: Refused, NoService.
+
+    A service that is just being replaced ends before it answers; the next one takes the request from the same socket.
+    """
     path = service_socket()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as near:
-        near.settimeout(TIMEOUT_S)
-        try:
-            near.connect(path)
-            near.sendall(json.dumps(request).encode() + b"\n")
-            line = near.makefile("rb").readline()
-        except TimeoutError:
-            raise NoService(f"the xenbackend service did not open the disk within {TIMEOUT_S} s; see its log") from None
-        except OSError:
-            raise NoService("the xenbackend service does not run; start it with: systemctl start xenbackend") from None
+    line = talk(path, request) or talk(path, request)
     if not line.endswith(b"\n"):
         raise NoService("the xenbackend service ended before it answered; see its log")
     answer = json.loads(line)
     if "error" in answer:
         raise Refused(str(answer["error"]))
+
+
+def talk(path: str, request: dict[str, str]) -> bytes:
+    """Return the service's answer, a line; nothing where it ended before. Raises: NoService."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as near:
+        near.settimeout(TIMEOUT_S)
+        try:
+            near.connect(path)
+            near.sendall(json.dumps(request).encode() + b"\n")
+            return near.makefile("rb").readline()
+        except ConnectionResetError:
+            return b""
+        except TimeoutError:
+            raise NoService(f"the xenbackend service did not open the disk within {TIMEOUT_S} s; see its log") from None
+        except OSError:
+            raise NoService("the xenbackend service does not run; start it with: systemctl start xenbackend") from None
 
 
 def service_socket() -> str:

@@ -13,7 +13,7 @@ from xenbackend.supervisor.settings import Settings
 
 _HEAD = """\
 # Settings of xenbackend. All are optional: a line that begins with # shows a default.
-# They are read when the service starts: systemctl restart xenbackend (to guests that is a pause).
+# They are read when the service starts: systemctl restart xenbackend (guests do not notice).
 """
 _ABOUT = {
     "store": "Xenstore's socket or device; empty: found as xenstore's own tools do.",
@@ -23,6 +23,7 @@ _ABOUT = {
     "scripts": "Hotplug scripts that are ours, by the last part of their path.",
     "kinds": "Kinds of backend to look for, as xenstore's directories are named.",
     "poll_us": "How many microseconds a worker looks for the next request before it sleeps, up to 1000; 0 is never.",
+    "on_error": "What becomes of requests that the disk cannot do, see: xenbackend policy --help.",
     "log": 'How the log is written: "console", "journal" or "json". The systemd unit asks for "journal", which holds.',
     "log_level": 'The least level that is logged: "debug", "info", "warning" or "error".',
     "limits": "The most that is offered to a guest.",

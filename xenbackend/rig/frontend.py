@@ -219,6 +219,13 @@ class Frontend:
                 self._pause(deadline, f"{len(waiting)} requests were not answered")
         return done
 
+    def wait_for_any(self, timeout_s: float = 10) -> list[Submitted]:
+        """Wait until anything in flight is done, and return it. Raises: TimeoutError, BackendMisbehaved."""
+        deadline = time.monotonic() + timeout_s
+        while not (done := self.poll()):
+            self._pause(deadline, "nothing in flight was answered")
+        return done
+
     def drain(self, timeout_s: float = 10) -> None:
         """Wait until nothing is in flight. Raises: TimeoutError, BackendMisbehaved."""
         deadline = time.monotonic() + timeout_s

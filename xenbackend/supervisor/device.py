@@ -11,31 +11,38 @@ only: one that is lost, doubled or late does no harm, and a store that was away 
     goal OPEN     SERVING -> Disconnect -> DISCONNECTING -> (Disconnected) -> OPEN
     goal NONE     any phase -> Close -> CLOSING -> (Ended) -> NONE
 
+    a worker that dies         any phase -> (Ended) -> RESTING -> (Expired) -> NONE, and from there to the goal again
+    one to be replaced         SERVING -> Close, handing over -> RETIRING -> (Ended) -> NONE
+    one that is inherited      NONE -> (Inherited) -> ADOPTING -> (Standing) -> where it says that it stands
+
 `blkif.handshake.STEPS` says what to do in each pair of states. On top of it:
 
 - No frontend is served before the toolstack's hotplug script has come: a toolstack waits to see exactly InitWait before
   it starts one. That it came is kept as ``hotplug-status``, so that the next service knows; its value, ``connected``
   once the chain is open or ``error``, is what the script is told.
-- A chain that cannot be opened leaves the state alone, for the same reason, and its sentence in ``hotplug-error``. A
-  worker that dies afterwards takes the vbd to Closed, with a sentence, until it is attached anew or its frontend begins
-  anew; the next worker gets the memories of the one that died.
+- A chain that cannot be opened leaves the state alone, for the same reason, and its sentence in ``hotplug-error``.
+- A worker that dies has a successor. A guest that is connected does not see it: our state stays Connected, and the
+  successor serves the same rings on. Workers that die one after the other, without a single answer to the guest, come
+  later and later, and then no more: the guest waits until an administrator says `xenbackend resume`. What cannot be
+  done for a guest that waits is tried again for ever. Without a guest the vbd goes to Closed, with a sentence, until
+  it is attached anew or its frontend begins anew.
 - While the worker exports its disk to a device model, from which a guest boots before its own driver starts, a
   toolstack finds that by ``physical-device-path``: as QEMU's URL, for kind ``vbd3`` as the socket's path.
 - ``online`` = 0 is the toolstack's request to go away: Closed is written once the worker has ended, so that the image
   is free. A frontend that is still connected is served until it has closed or its directory is gone.
-- A service that stops leaves a connected vbd's state alone: it is served again by the next service, from the same
-  ring, and its guest only sees a pause. Not so a disk that is paused because a flush failed: what it lost stays lost,
-  and a successor would know nothing of it, so it goes to Closed.
+- A service that stops leaves a connected vbd's state alone: the next one serves the same ring, and the guest only sees
+  a pause. That a flush failed stands in ``flush-failed``, for a service that finds nothing else of the disk's past.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import replace
 
 from xenbackend import control
-from xenbackend.blkif.features import MAX_SEGMENTS, Disk, Limits, publish_at_connect, publish_at_probe
+from xenbackend.blkif.features import Limits, publish_at_connect, publish_at_probe
 from xenbackend.blkif.handshake import STEPS, Step, XenbusState, parse_state
-from xenbackend.errors import ChainError, ConfigError
+from xenbackend.errors import ConfigError
+from xenbackend.supervisor.deaths import Deaths
 from xenbackend.supervisor.events import (
     Action,
     Called,
@@ -43,10 +50,12 @@ from xenbackend.supervisor.events import (
     Event,
     Expired,
     Forget,
-    Join,
+    Inherited,
     Kill,
     Limit,
     Postponed,
+    Replace,
+    Resume,
     Seen,
     Start,
     Stop,
@@ -54,47 +63,14 @@ from xenbackend.supervisor.events import (
     Write,
 )
 from xenbackend.supervisor.nodes import SENTENCE_MAX
+from xenbackend.supervisor.offer import SEGMENTS, disk_of, export_url, join_of
 from xenbackend.supervisor.paths import VbdPath
-from xenbackend.supervisor.spec import Spec, parse_spec
+from xenbackend.supervisor.phase import ANSWERS, ATTACHED, FORCED_LIMIT_S, LIMIT_S, STANDINGS, USABLE, Goal, Phase
+from xenbackend.supervisor.spec import Spec, in_one_line, parse_spec
 
 _S = XenbusState
-_SEGMENTS = "feature-max-indirect-segments"
 _STATUS = "hotplug-status"
-
-
-class Phase(Enum):
-    """How far the worker is."""
-
-    NONE = "none"
-    OPENING = "opening"
-    OPEN = "open"
-    CONNECTING = "connecting"
-    SERVING = "serving"
-    DISCONNECTING = "disconnecting"
-    CLOSING = "closing"
-
-
-class Goal(Enum):
-    """How far the worker should be."""
-
-    NONE = "none"
-    OPEN = "open"
-    SERVE = "serve"
-
-
-_LIMIT_S = {Phase.OPENING: 60.0, Phase.CONNECTING: 60.0, Phase.DISCONNECTING: 30.0, Phase.CLOSING: 30.0}
-FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for the drain, and a domain must not become a zombie
-_ATTACHED = (Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING, Phase.CLOSING)  # rings may be mapped
-_ANSWERS: dict[tuple[type, Phase], Phase] = {
-    (control.Opened, Phase.OPENING): Phase.OPEN,
-    (control.Failed, Phase.OPENING): Phase.OPEN,  # the process is still there, and is told to close next
-    (control.Opened, Phase.CONNECTING): Phase.CONNECTING,  # what was only looked at until now
-    (control.Connected, Phase.CONNECTING): Phase.SERVING,
-    (control.Failed, Phase.CONNECTING): Phase.OPEN,
-    (Postponed, Phase.CONNECTING): Phase.OPEN,
-    (control.Disconnected, Phase.DISCONNECTING): Phase.OPEN,
-}
-_USABLE = (Phase.OPEN, Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING)
+_LOST = "flush-failed"
 
 
 class Device:
@@ -116,9 +92,16 @@ class Device:
         self._failure = ""  # why there is no worker; until the vbd is attached anew
         self._ring_failure = ""  # why the frontend's rings are not served; until it starts anew
         self._halted = ""  # which ring the frontend broke; until it connects again
-        self._paused = ""  # which flush failed; until the frontend connects again
+        self._paused = ""  # which flush failed; until somebody says to go on, or the frontend begins anew
+        self._trouble = ""  # what the disk could not do and tries again
+        self._deaths = Deaths()
+        self._is_retrying = False  # a worker that could not serve is closed, and another one tries later
+        self._is_to_be_replaced = False
         self._is_called = False  # by the hotplug script; see `_has_come`
-        self._is_stopping = False
+        self._has_looked = False
+        self._has_rings = False  # the frontend may have requests in rings that a worker of ours served
+        self._report = 0  # of our question where an inherited worker stands
+        self._is_stopping = self.is_leaving = False
         self._limit: tuple[Phase, bool] = (Phase.NONE, False)
 
     @property
@@ -139,14 +122,18 @@ class Device:
     @property
     def error(self) -> str:
         """A sentence for the operator, empty while all is well."""
-        return self._failure or self._refusal or self._ring_failure or self._paused or self._halted
+        own = self._failure or self._refusal or self._deaths.stopped or self._ring_failure
+        return own or self._paused or self._trouble or self._deaths.lost or self._halted
 
     def handle(self, event: Event) -> list[Action]:
         """Take notice of an event and return what to do about it, in order."""
         self._note(event)
         if isinstance(event, Postponed):
             return []
-        return [*self._overdue(event), *self._write(), *self._move(), *self._set_limit(), *self._forget()]
+        overdue = self._overdue(event)
+        if self.phase is Phase.RESTING and (self._goal() is Goal.NONE or not self._deaths.rest_s):
+            self.phase = Phase.NONE
+        return [*overdue, *self._write(), *self._move(), *self._set_limit(), *self._forget()]
 
     def _note(self, event: Event) -> None:
         match event:
@@ -157,41 +144,72 @@ class Device:
             case Called():
                 self._is_called = True
             case Stop():
-                self._is_stopping = True
+                self._is_stopping, self.is_leaving = True, event.leaves
+            case Inherited():
+                self.phase, self._report = Phase.ADOPTING, event.report
+            case Resume():
+                self._paused = self._failure = ""
+                self._deaths.forget()
+            case Replace():
+                self._is_to_be_replaced = self.phase not in (Phase.NONE, Phase.RESTING)
+            case _:
+                self._hear(event)
+
+    def _hear(self, event: Event) -> None:
+        """Take note of what the worker says."""
+        match event:
+            case control.Standing() if (self.phase, self._report) == (Phase.ADOPTING, event.report):
+                self._adopt(event)
             case control.Halted():
                 self._halted = f"ring {event.ring} was stopped: {event.sentence}"
             case control.Paused():
                 self._paused = event.sentence
-            case _ if (type(event), self.phase) in _ANSWERS:
+            case control.Trouble():
+                self._trouble = event.sentence
+            case control.Swapped():
+                self.layers = event.layers
+                self._rename(event.chain)
+            case _ if (type(event), self.phase) in ANSWERS:
                 self._advance(event)
 
     def _advance(self, event: Event) -> None:
         """Take the worker's answer to what it was told; one that comes too late is not for this phase."""
-        former, self.phase = self.phase, _ANSWERS[type(event), self.phase]
+        former, self.phase = self.phase, ANSWERS[type(event), self.phase]
         if isinstance(event, control.Opened):
             self.layers, self._export = event.layers, event.export
         elif isinstance(event, control.Connected):
-            self._export = ""
+            self._export, self._has_rings = "", True
+            self._deaths.served()
+        elif isinstance(event, control.Disconnected):
+            self._has_rings = False
+        elif isinstance(event, control.Failed) and self.is_waited_for():
+            self._is_retrying = True
+            self._deaths.failed(event.sentence)
         elif isinstance(event, control.Failed) and former is Phase.OPENING:
             self._failure = event.sentence
         elif isinstance(event, control.Failed):
             self._ring_failure = event.sentence
 
     def _look(self, seen: Seen) -> None:
+        is_first, self._has_looked = not self._has_looked, True
         has_changed = seen.keys != self.keys
         begins_anew = self.theirs is not _S.INITIALISING and seen.theirs is _S.INITIALISING
         begins_anew |= self.theirs is _S.CLOSED and seen.theirs is _S.INITIALISED  # what lay between was not seen
         self.keys, self.theirs = None if seen.keys is None else dict(seen.keys), seen.theirs
         if self.theirs in (_S.UNKNOWN, _S.INITIALISING, _S.CLOSED):
-            self._ring_failure = ""
-        # Only a toolstack writes Initialising as our state, once, when it makes the node. A frontend that begins anew
-        # gets another worker, unless it was the opening that failed: that fails again.
-        if self.ours is _S.INITIALISING or (begins_anew and self.layers):
+            self._ring_failure, self._has_rings = "", False
+        # Only a toolstack writes Initialising as our state, once, when it makes the node.
+        if self.ours is _S.INITIALISING or (begins_anew and (self.layers or self._deaths.stopped)):
             self._failure = ""
+            self._deaths.forget()
         if self.ours is _S.INITIALISING:
             self._is_called = False
         if has_changed:
             self._read_spec()
+        if is_first and self.phase in (Phase.NONE, Phase.ADOPTING):
+            self._paused = self._paused or (self.keys or {}).get(_LOST, "")  # as an earlier service knew
+        if is_first and self._started and self.spec:
+            self._started = self._started.shown_as(self.spec)
 
     def _read_spec(self) -> None:
         self.spec, self._refusal = None, ""
@@ -199,18 +217,52 @@ class Device:
             try:
                 self.spec = parse_spec(self.path, self.keys)
             except ConfigError as error:
-                self._refusal = _in_one_line(error)
+                self._refusal = in_one_line(error)
+
+    def _adopt(self, standing: control.Standing) -> None:
+        """Go on from where an inherited worker says that it stands; one that has opened nothing is replaced."""
+        self.phase = STANDINGS.get(standing.phase, Phase.OPEN)
+        self.layers, self._export = standing.layers, standing.export
+        self._halted, self._paused, self._trouble = standing.halted, standing.paused, standing.trouble
+        self._has_rings = self.phase is Phase.SERVING
+        started = Spec(standing.chain, standing.read_only, standing.shareable, cdrom=False, removable=False)
+        self._started = started.shown_as(self.spec or started)
+
+    def _rename(self, chain: str) -> None:
+        """Take note that another chain is in service; the toolstack's keys say so too, unless it wants a third one."""
+        if self._started is None:
+            return
+        former, self._started = self._started, replace(self._started, chain=chain)
+        if self.spec == former and self.keys is not None:
+            self.spec = self._started
+            self.keys["params"] = chain
 
     def _end(self, ended: Ended) -> None:
-        """The seam for recovery: whatever a successor of the worker would need is still here."""
-        if self.phase is Phase.CLOSING:
+        if ended.chain:
+            self._rename(ended.chain)
+        former, self.phase, self._started, self._export = self.phase, Phase.NONE, None, ""
+        self._trouble, self._is_to_be_replaced = "", False
+        if self._is_retrying:
+            self.phase, self._is_retrying = Phase.RESTING, False
+        elif former is Phase.CLOSING:
             self.layers = []
-        elif self.phase is not Phase.NONE:
-            self._failure = ended.sentence
-        self.phase, self._started, self._export = Phase.NONE, None, ""
+        elif former is not Phase.RETIRING:
+            self._deaths.died(ended.sentence, in_vain=not ended.has_progressed)
+            if not self._deaths.stopped:
+                self.phase = Phase.RESTING
+            elif not self.is_waited_for():
+                self._failure = ended.sentence
+                self._deaths.forget()
+
+    def is_waited_for(self) -> bool:
+        """True while a guest has rings that we serve, or will again: it must see nothing but a delay."""
+        theirs = (_S.INITIALISED, _S.CONNECTED, _S.CLOSING) if self._has_rings else (_S.CONNECTED,)
+        return self.ours in (_S.CONNECTED, _S.CLOSING) and self.theirs in theirs
 
     def _overdue(self, event: Event) -> list[Action]:
-        if isinstance(event, Expired) and self.phase in _LIMIT_S:
+        if isinstance(event, Expired) and self.phase is Phase.RESTING:
+            self.phase = Phase.NONE
+        elif isinstance(event, Expired) and self.phase in LIMIT_S:
             return [Kill(f"the worker was killed: it was {self.phase.value} for too long")]
         return []
 
@@ -221,27 +273,28 @@ class Device:
         before = self.ours
         wanted = {**self._facts(), "state": str(self._target().value)}  # the state comes last: it says "read the rest"
         missing = {key: value for key, value in wanted.items() if self.keys.get(key) != value}
-        if not missing:
-            return []
+        if "sectors" in missing and before is _S.CONNECTED:
+            missing["state"] = wanted["state"]  # a frontend looks at the size again when the state is written
         for key, value in missing.items():
             if value is None:
                 self.keys.pop(key, None)
             else:
                 self.keys[key] = value
-        return [Write(missing, before)]
+        return [Write(missing, before)] if missing else []
 
     def _facts(self) -> dict[str, str | None]:
         """Return the keys besides the state."""
         if not self._is_online():
             return {}
-        keys: dict[str, str | None] = dict(publish_at_probe(self._limits))
-        if self.ours in (_S.CONNECTED, _S.CLOSING) and _SEGMENTS in (self.keys or {}):
-            del keys[_SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
+        keys: dict[str, str | None] = {**publish_at_probe(self._limits), _LOST: self._paused[:SENTENCE_MAX] or None}
+        if self.ours in (_S.CONNECTED, _S.CLOSING) and SEGMENTS in (self.keys or {}):
+            del keys[SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
         if self._failure or self._refusal:
             keys |= {"hotplug-error": (self._failure or self._refusal)[:SENTENCE_MAX], _STATUS: "error"}
-        elif self.phase in _USABLE and self.layers:
-            keys |= publish_at_connect(self._disk(self.layers[0]))
-            keys |= {"hotplug-error": None, _STATUS: "connected", "physical-device-path": self._exported_at()}
+        elif self.phase in USABLE and self.layers:
+            keys |= publish_at_connect(disk_of(self.layers[0], self._started, self.keys or {}))
+            url = export_url(self.path.kind, self._export)
+            keys |= {"hotplug-error": None, _STATUS: "connected", "physical-device-path": url}
         if self.path.kind == "vbd3" and self._pid:
             keys["kthread-pid"] = str(self._pid)
         if not self._has_come():
@@ -253,34 +306,13 @@ class Device:
         keys = self.keys or {}
         return self._is_called or _STATUS in keys or not keys.get("script")
 
-    def _exported_at(self) -> str | None:
-        if not self._export or self.path.kind == "vbd3":
-            return self._export or None
-        return f"nbd+unix:///?socket={self._export}"
-
-    def _disk(self, top: control.LayerFacts) -> Disk:
-        spec = self._started
-        return Disk(
-            size=top.size,
-            sector_size=top.sector_size,
-            read_only=top.read_only or (spec is not None and spec.read_only),
-            can_flush=top.can_flush,
-            can_discard=top.can_discard and (self.keys or {}).get("discard-enable") != "0",
-            discard_granularity=top.discard_granularity,
-            discard_alignment=top.discard_alignment,
-            cdrom=spec is not None and spec.cdrom,
-            removable=spec is not None and spec.removable,
-        )
-
     def _target(self) -> XenbusState:
         """Return the state that we should show now, given how far the worker is."""
-        is_attached = self.phase in _ATTACHED
+        is_attached = self.phase in ATTACHED
         if not self._is_online():
             if self._is_live():
                 return _S.CLOSING
             return _S.CLOSED if self.phase is Phase.NONE else self.ours
-        if self._paused and self._is_stopping and self.ours in (_S.CONNECTED, _S.CLOSING):
-            return _S.CLOSED if self.phase is Phase.NONE else _S.CLOSING
         if self.layers and (self._failure or self._refusal):
             return _S.CLOSED if self.phase is Phase.NONE else self.ours
         match self._step():
@@ -298,11 +330,12 @@ class Device:
         step = STEPS[self.ours, self.theirs]
         if step is Step.SERVE and not self._has_come():
             return Step.WAIT
-        # Rings that could not be mapped are not tried again: the frontend has to come back with others.
-        return Step.CLOSE if step is Step.SERVE and self._ring_failure else step
+        return Step.CLOSE if step is Step.SERVE and self._ring_failure else step  # the frontend has to bring others
 
     def _goal(self) -> Goal:
         if self._is_stopping or self.ours is _S.UNKNOWN or self._failure or self._refusal:
+            return Goal.NONE
+        if self._deaths.stopped or self._is_retrying:
             return Goal.NONE
         if self._started not in (None, self.spec):
             return Goal.NONE  # another disk is wanted now
@@ -322,54 +355,46 @@ class Device:
         """True while the frontend may still have requests for us although one side is closing."""
         if self._failure or self._refusal or self._ring_failure or self.ours not in (_S.CONNECTED, _S.CLOSING):
             return False
-        if self.phase is Phase.SERVING:
-            return self.theirs in (_S.INITIALISED, _S.CONNECTED, _S.CLOSING)
-        # A service that was started again: only a frontend in Connected surely has rings.
-        return self.theirs is _S.CONNECTED and self.phase is not Phase.CLOSING
+        # Of a frontend that an earlier service had, only one in Connected surely has rings.
+        return self.phase is not Phase.CLOSING and self.is_waited_for()
 
     def _move(self) -> list[Action]:
         """Return the worker's next step towards the goal; a phase that waits for an answer stays as it is."""
         goal = self._goal()
+        if self.is_leaving or not (self._has_looked or self._is_stopping):
+            return []
         if self.phase is Phase.NONE:
             if goal is Goal.NONE or self.spec is None:
                 return []
-            self.phase, self.layers, self._started = Phase.OPENING, [], self.spec
-            return [Start(self.spec)]
+            self.layers = self.layers if self.is_waited_for() else []
+            self.phase, self._started = Phase.OPENING, self.spec
+            return [Start(self.spec, self._paused if self.ours in (_S.CONNECTED, _S.CLOSING) else "")]
         if goal is Goal.NONE:
-            if self.phase is Phase.CLOSING:
+            if self.phase in (Phase.CLOSING, Phase.RETIRING, Phase.ADOPTING):
                 return []
             self.phase = Phase.CLOSING
             return [Tell(control.Close())]
         if self.phase is Phase.OPEN and goal is Goal.SERVE:
-            self.phase, self._halted, self._paused = Phase.CONNECTING, "", ""
-            return [self._join()]
+            join = join_of(self.keys or {}, self._limits, goes_on=self.ours in (_S.CONNECTED, _S.CLOSING))
+            self.phase, self._halted = Phase.CONNECTING, ""
+            self._paused = self._paused if join.goes_on else ""
+            return [join]
+        if self._is_to_be_replaced and self.phase in (Phase.OPEN, Phase.SERVING):
+            self.phase = Phase.RETIRING
+            return [Tell(control.Close(hands_over=True))]
         if self.phase is Phase.SERVING and goal is Goal.OPEN:
             self.phase = Phase.DISCONNECTING
             return [Tell(control.Disconnect())]
         return []
 
-    def _join(self) -> Join:
-        offered = self.keys or {}
-        segments = offered.get(_SEGMENTS, "")
-        is_number = segments.isascii() and segments.isdecimal() and len(segments) <= len(str(MAX_SEGMENTS))
-        return Join(
-            can_discard=offered.get("feature-discard") == "1",
-            max_segments=min(int(segments), MAX_SEGMENTS) if is_number else self._limits.max_segments,
-        )
-
     def _set_limit(self) -> list[Action]:
-        is_forced = self.keys is None and self.phase is Phase.CLOSING
+        is_forced = self._has_looked and self.keys is None and self.phase in (Phase.CLOSING, Phase.RETIRING)
         if self._limit == (self.phase, is_forced):
             return []
         self._limit = (self.phase, is_forced)
-        return [Limit(FORCED_LIMIT_S if is_forced else _LIMIT_S.get(self.phase))]
+        limit_s = self._deaths.rest_s if self.phase is Phase.RESTING else LIMIT_S.get(self.phase)
+        return [Limit(FORCED_LIMIT_S if is_forced else limit_s)]
 
     def _forget(self) -> list[Action]:
-        is_over = self.phase is Phase.NONE and (self.keys is None or self._is_stopping)
-        return [Forget()] if is_over else []
-
-
-def _in_one_line(error: ConfigError) -> str:
-    if isinstance(error, ChainError):
-        return f"{error.problem}: {error.chain}"
-    return str(error)
+        has_gone = self.keys is None and self._has_looked
+        return [Forget()] if self.is_leaving or (self.phase is Phase.NONE and (has_gone or self._is_stopping)) else []

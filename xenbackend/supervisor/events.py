@@ -27,9 +27,35 @@ class Postponed:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The worker process has ended, wanted or not; `sentence` says how."""
+    """The worker process has ended, wanted or not; `sentence` says how.
+
+    `has_progressed`: the guest got an answer since the last worker ended, or this one had lived for long.
+    `chain`: the one that was in service at last, where it had just taken another one's place and could not say so.
+    """
 
     sentence: str
+    has_progressed: bool = False
+    chain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """A worker that an earlier service started is there; it has been asked where it stands, by `report`.
+
+    It may still have to answer the same question of a service that was gone again before it got to that.
+    """
+
+    report: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """An administrator wants the disk served on: after a pause, after workers that died one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Another process is to serve the disk: the program is a newer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +70,17 @@ class Called:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The service ends: finish what is in flight and close; leave the state as it is, unless the disk is paused."""
+    """The service ends. The state is left as it is, for the next one.
+
+    `leaves`: the worker goes on, and the next service takes it over; else it finishes what is in flight and closes.
+    """
+
+    leaves: bool = False
 
 
 Event = (
-    Seen | Postponed | Ended | Expired | Called | Stop
+    Seen | Postponed | Ended | Inherited | Resume | Replace | Expired | Called | Stop
+    | control.Standing | control.Swapped | control.Trouble
     | control.Opened | control.Failed | control.Connected | control.Halted | control.Paused
     | control.Disconnected | control.Closed
 )  # fmt: skip
@@ -64,27 +96,30 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a worker and have it open the chain."""
+    """Start a worker and have it open the chain; `lost` says what a failed flush has lost, if one failed."""
 
     spec: Spec
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Read the frontend's keys and have the worker connect; answer `control.Failed` for keys that cannot be.
+    """Have the worker connect; answer `control.Failed` where the frontend's keys cannot be.
 
     `can_discard` and `max_segments` (of an indirect request) are what the frontend was offered.
+    `goes_on`: it is connected already, to an earlier worker.
     """
 
     can_discard: bool
     max_segments: int
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tell:
     """Send a message to the worker."""
 
-    message: control.Disconnect | control.Close
+    message: control.Disconnect | control.Close | control.Resume
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 Must not contain a rule about a vbd.
 
-Stopping (SIGTERM, SIGINT) drains every worker, closes its chain and leaves the vbds' states as they are: to a guest it
-is a pause, and the next service serves the same rings from where this one left off. A disk that a failed flush has
-paused is closed instead.
+SIGTERM ends the service and leaves the workers serving, where a keeper has their sockets for the next service
+(`keeper`): guests do not notice. SIGINT, and SIGTERM without a keeper, drain every worker, close its chain and leave
+the vbds' states as they are: to a guest it is a pause, until the next service serves the same rings.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from xenbackend import log
-from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.errors import ConfigError, KernelError, XenbackendError
+from xenbackend.supervisor import parent
 from xenbackend.supervisor.fleet import COMMAND, Fleet
+from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.notify import Notifier
+from xenbackend.supervisor.orders import ORDERS, give
 from xenbackend.supervisor.registry import Registry
 from xenbackend.supervisor.server import Reply, Server, check_free
 from xenbackend.supervisor.settings import Settings
@@ -36,24 +39,41 @@ from xenbackend.supervisor.xentop import Xentop
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_CONTROL = "control"  # the control socket's name at the keeper
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Service:
     """Everything that is open while the service runs."""
 
-    def __init__(self, settings: Settings, notifier: Notifier, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self, settings: Settings, notifier: Notifier, command: Sequence[str] = COMMAND, keeper: Keeper | None = None
+    ) -> None:
         """Connect to xenstore and listen. Raises: StoreError, ConfigError."""
         self._log = log.get_logger("service")
         self._notifier = notifier
         self._selector = selectors.DefaultSelector()
         self._store = Store(settings.store or None)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
-        self._registry = Registry(self._store, Fleet(self._selector, command), settings, self._selector, xentop=xentop)
-        self._server = Server(settings.socket, self._selector, self._answer, time.monotonic)
-        self._is_stopping = False
+        self._keeper = keeper or Keeper({})
+        inherited = self._keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
+        self._fleet = Fleet(self._selector, command)
+        self._registry = Registry(
+            self._store, self._fleet, settings, self._selector, xentop=xentop, keeper=self._keeper
+        )
+        self._server = Server(settings.socket, self._selector, self._answer, time.monotonic, inherited)
+        if self._server.fileno() != inherited:
+            self._keep_listening()
+        self._is_stopping = self._leaves = False
         self._alive_at = time.monotonic()
-        self._said = ""
+        self._said = self._stand_by_failed = ""
+
+    def _keep_listening(self) -> None:
+        """Have the control socket kept, so that clients wait for the next service where this one ends or dies."""
+        try:
+            self._keeper.keep(_CONTROL, self._server.fileno())
+        except KernelError as error:
+            self._log.warning(str(error))
 
     def run(self) -> int:
         """Serve until a signal comes, then drain, and return the exit status."""
@@ -69,6 +89,8 @@ class Service:
     def _turn(self) -> None:
         is_busy = self._registry.turn()
         self._server.turn()
+        if not is_busy and not self._is_stopping:
+            self._stand_by()
         self._tell_systemd()
         for key, _ in self._selector.select(0 if is_busy else self._sleep_s()):
             # One callback may have let go of what another descriptor of this round stood for.
@@ -94,17 +116,32 @@ class Service:
             self._alive_at = now + self._notifier.interval_s
             self._notifier.alive()
 
-    def _stop(self) -> None:
+    def _stand_by(self) -> None:
+        """Have a worker at hand for the next disk, or the next death."""
+        try:
+            self._fleet.stand_by(time.monotonic())
+            self._stand_by_failed = ""
+        except KernelError as error:
+            if str(error) != self._stand_by_failed:
+                self._log.warning(str(error))
+            self._stand_by_failed = str(error)
+
+    def _stop(self, signals: bytes) -> None:
         if self._is_stopping:
             return
-        self._log.info("stopping", vbds=len(self._registry.vbds))
+        self._leaves = leaves = self._keeper.is_there and signal.SIGINT not in signals
+        self._log.info("stopping", vbds=len(self._registry.vbds), workers="go on" if leaves else "are drained")
         self._notifier.stopping()
         self._is_stopping = True
-        self._registry.stop()
+        self._registry.stop(leaves=leaves)
 
     def _close(self) -> None:
         self._registry.tidy()
-        self._server.close()
+        self._fleet.close()
+        if not self._leaves:
+            with suppress(KernelError):
+                self._keeper.forget(_CONTROL)
+        self._server.close(leaves=self._leaves)
         self._store.close()
         self._selector.close()
         self._log.info("stopped")
@@ -119,14 +156,21 @@ class Service:
                     reply({"data": [describe(vbd) for _, vbd in sorted(self._registry.vbds.items())]})
                 case {"verb": "hotplug", "action": "add", "path": str(path)}:
                     self._registry.hotplug(path, reply)
+                case {"verb": str(verb), "vbd": str(vbd)} if verb in ORDERS:
+                    if verb == "upgrade":
+                        self._fleet.close()  # who stands by has imported the program as it was
+                    give(self._registry.find(vbd).orders, verb, request, reply)
+                case {"verb": "stop"}:
+                    self._stop(bytes([signal.SIGINT]))
+                    reply({"data": {"pid": os.getpid()}})
                 case {"verb": "command", "vbd": str(vbd), "layer": str(layer), "command": str(verb)}:
                     arguments = _arguments(request)
                     self._registry.find(vbd).command(layer, verb, arguments, reply)
                 case _:
                     reply(
                         {
-                            "error": "unknown request; the verbs are ping, status, hotplug with action and path, "
-                            "and command with vbd, layer, command"
+                            "error": "unknown request; the verbs are ping, status, stop, hotplug with action and path, "
+                            f"command with vbd, layer, command, and with a vbd {', '.join(ORDERS)}"
                         }
                     )
         except XenbackendError as error:
@@ -141,15 +185,14 @@ def _arguments(request: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _signals(selector: selectors.BaseSelector, stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` from the loop when a signal comes that ends the service."""
+def _signals(selector: selectors.BaseSelector, stop: Callable[[bytes], None]) -> Iterator[None]:
+    """Call `stop` from the loop, with the signals' numbers, when a signal comes that ends the service."""
 
     def note(_number: int, _frame: FrameType | None) -> None:
         """Do nothing here: the wake-up descriptor brings the signal into the loop."""
 
     def wake() -> None:
-        near.recv(64)
-        stop()
+        stop(near.recv(64))
 
     near, far = socket.socketpair()
     near.setblocking(False)
@@ -183,11 +226,16 @@ def check(settings: Settings) -> None:
 def run(settings: Settings, environment: Mapping[str, str]) -> int:
     """Serve in the foreground. Raises: XenbackendError when the service cannot start."""
     log.configure(settings.log, settings.log_level)
-    return Service(settings, Notifier(environment)).run()
+    return Service(settings, Notifier(environment), keeper=Keeper(environment)).run()
 
 
-def run_detached(settings: Settings, pid_file: Path, log_file: Path) -> int:
-    """Check, then become a daemon and serve. Raises: XenbackendError while the operator still looks."""
+def run_detached(
+    settings: Settings, arguments: Sequence[str], environment: Mapping[str, str], pid_file: Path, log_file: Path
+) -> int:
+    """Check, then become a daemon that runs the service with these arguments, and again should it die.
+
+    Raises: XenbackendError while the operator still looks.
+    """
     settings = _with_whole_paths(settings)
     check(settings)
     _check_pid_file(pid_file)
@@ -199,7 +247,7 @@ def run_detached(settings: Settings, pid_file: Path, log_file: Path) -> int:
         raise ConfigError(f"{log_file}: cannot write the log there: {error.strerror}") from None
     with DaemonContext(pidfile=_pid_file(pid_file), stdout=stream, stderr=stream, umask=0o077, signal_map={}):
         try:
-            return run(settings, {})
+            return parent.run(["run", *arguments], settings.socket, environment)
         except XenbackendError as error:
             log.get_logger("service").error(str(error))
             sys.exit(1)

@@ -10,6 +10,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 
+def address_of(environment: Mapping[str, str]) -> str:
+    """Return the address that ``NOTIFY_SOCKET`` names, empty where there is none."""
+    address = environment.get("NOTIFY_SOCKET", "")
+    return "\0" + address[1:] if address.startswith("@") else address
+
+
 class Notifier:
     """Sends states to the socket that systemd named; does nothing where there is none.
 
@@ -18,10 +24,9 @@ class Notifier:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        address = environment.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._address = address_of(environment)
         watchdog_us = environment.get("WATCHDOG_USEC", "")
-        has_watchdog = bool(address) and watchdog_us.isdigit()
+        has_watchdog = bool(self._address) and watchdog_us.isdigit()
         self.interval_s = int(watchdog_us) / 2e6 if has_watchdog else None  # half of the time that systemd allows
 
     def ready(self) -> None:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from xenbackend.errors import ConfigError, KernelError, StoreError
 from xenbackend.log import get_logger
 from xenbackend.supervisor.claim import Bus
-from xenbackend.supervisor.events import Stop
+from xenbackend.supervisor.estate import sort_inherited
 from xenbackend.supervisor.fleet import Fleet
+from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.paths import VbdPath, domain_path, parse_backend_path, vdev_to_devid
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.spec import is_ours
 from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.vbd import Reply, Surroundings, Vbd
+from xenbackend.supervisor.surroundings import Surroundings
+from xenbackend.supervisor.vbd import Reply, Vbd
 from xenbackend.supervisor.xentop import KIND, PERIOD_S, Xentop
 
 _TOKEN = "vbds"  # noqa: S105 - a watch's token
@@ -41,10 +43,13 @@ class Registry:
         wall_clock: Callable[[], float] = time.time,
         bus: Bus | None = None,
         xentop: Xentop | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.vbds: dict[VbdPath, Vbd] = {}
         self.domid = store.own_domid()
-        self._around = Surroundings(store, fleet, settings, bus or Bus(), now, wall_clock)
+        keeper = keeper or Keeper({})
+        self._around = Surroundings(store, fleet, settings, bus or Bus(), keeper, now, wall_clock)
+        self._inherited = sort_inherited(keeper, self.domid)
         self._store = store
         self._selector = selector
         self._now = now
@@ -65,15 +70,22 @@ class Registry:
         self._store.remove(self._status_root())  # of a service that had no time to tidy up
         if self._xentop is not None:
             self._xentop.clear()
-        for kind in self._around.settings.kinds:
+        for kind in self._kinds():
             self._store.watch(self._kind_path(kind), _TOKEN)
         self._listen()
+        for path, found in self._inherited.items():  # also those whose node has gone meanwhile: they are closed
+            self._add(path, found)
+        if self._inherited:
+            self._log.info("taking over from an earlier service", vbds=len(self._inherited))
 
-    def stop(self) -> None:
-        """Let every vbd finish what is in flight and close; `vbds` is empty when they have."""
+    def stop(self, *, leaves: bool = False) -> None:
+        """Let every vbd finish what is in flight and close; `vbds` is empty when they have.
+
+        With `leaves` the workers go on, for the next service to take over.
+        """
         self._is_stopping = True
-        for vbd in self.vbds.values():
-            vbd.handle(Stop())
+        for vbd in list(self.vbds.values()):
+            vbd.stop(leaves=leaves)
         self._drop_forgotten()
 
     def tidy(self) -> None:
@@ -187,14 +199,14 @@ class Registry:
     def _mark(self, path: VbdPath) -> None:
         if path in self.vbds:
             self.vbds[path].node_changed = True
-        elif not self._is_stopping:
+        elif not self._is_stopping and path.kind in self._around.settings.kinds:
             self._candidates[path] = None
 
     def _scan(self) -> None:
         """Look at every vbd that there is or was."""
         for vbd in self.vbds.values():
             vbd.node_changed = True
-        for kind in self._around.settings.kinds:
+        for kind in self._kinds():
             root = self._kind_path(kind)
             for domid in self._store.directory(root):
                 for devid in self._store.directory(f"{root}/{domid}"):
@@ -208,7 +220,17 @@ class Registry:
         keys = self._store.read_many(path.backend, ("script", "state"))
         settings = self._around.settings
         if "state" in keys and (settings.serve == "all" or is_ours(keys, settings.scripts)):
-            self.vbds[path] = Vbd(path, self._around)
+            self._add(path)
+
+    def _add(self, path: VbdPath, found: Mapping[str, int] | None = None) -> None:
+        try:
+            self.vbds[path] = Vbd(path, self._around, found)
+        except KernelError as error:
+            self._log.error(str(error), vbd=str(path))
+
+    def _kinds(self) -> list[str]:
+        """Return the kinds to look at: those that we serve, and those of disks that an earlier service had begun to."""
+        return list(dict.fromkeys([*self._around.settings.kinds, *(path.kind for path in self._inherited)]))
 
     def _drop_forgotten(self) -> None:
         for path in [path for path, vbd in self.vbds.items() if vbd.is_forgotten]:

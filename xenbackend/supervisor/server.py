@@ -37,16 +37,25 @@ _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 class Server:
     """Listens, reads requests, writes answers. `handler` gets each request and a function for its one answer."""
 
-    def __init__(self, path: str, selector: selectors.BaseSelector, handler: Handler, now: Callable[[], float]) -> None:
-        """Listen. Raises: ConfigError, where another service listens already or the socket cannot be made."""
+    def __init__(
+        self,
+        path: str,
+        selector: selectors.BaseSelector,
+        handler: Handler,
+        now: Callable[[], float],
+        inherited: int = -1,
+    ) -> None:
+        """Listen at `path`; `inherited` is a descriptor that a former service listened on there.
+
+        Raises: ConfigError, where another service listens already or the socket cannot be made.
+        """
         self._path = Path(path)
         self._selector = selector
         self._handler = handler
         self._now = now
         self._log = get_logger("server")
         self._clients: dict[_Client, None] = {}
-        check_free(path)
-        self._socket = _listen(self._path)
+        self._socket = _take_over(self._path, inherited) or _listen(self._path)
         selector.register(self._socket, selectors.EVENT_READ, self._accept)
 
     def next_deadline(self) -> float | None:
@@ -59,13 +68,20 @@ class Server:
         for client in [client for client in self._clients if now >= client.deadline]:
             self._drop(client)
 
-    def close(self) -> None:
-        """Send everybody away and stop listening."""
+    def fileno(self) -> int:
+        """Return the descriptor on which the next service may go on listening."""
+        return self._socket.fileno()
+
+    def close(self, *, leaves: bool = False) -> None:
+        """Send everybody away and stop listening; with `leaves` the next service listens on, and clients wait."""
         for client in list(self._clients):
+            with suppress(OSError):  # the last answer is that of who ended us
+                client.write()
             self._drop(client)
         self._selector.unregister(self._socket)
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        if not leaves:
+            self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         with suppress(BlockingIOError, ConnectionAbortedError):
@@ -173,7 +189,20 @@ def check_free(path: str) -> None:
     raise ConfigError(f"{path}: another xenbackend service listens there already")
 
 
+def _take_over(path: Path, inherited: int) -> socket.socket | None:
+    """Return the inherited socket if it can still be reached at `path`: whoever has connected meanwhile is served."""
+    if inherited < 0:
+        return None
+    near = socket.socket(fileno=inherited)
+    if near.getsockname() == str(path) and path.is_socket():
+        near.setblocking(False)
+        return near
+    near.close()
+    return None
+
+
 def _listen(path: Path) -> socket.socket:
+    check_free(str(path))
     near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     former = os.umask(0o177)  # the socket is born with mode 0600
     try:

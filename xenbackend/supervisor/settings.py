@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.blkif.features import MAX_QUEUES, MAX_SEGMENTS, Limits
+from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.errors import ConfigError
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.supervisor.client import DEFAULT_SOCKET
@@ -35,6 +36,7 @@ class Settings:
     scripts: list[str] = field(default_factory=lambda: ["block-xenbackend", "tap2"])  # base names
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])
     poll_us: int = 60  # how long a worker looks for the next request before it sleeps; 0 is never
+    on_error: str = DEFAULT  # what becomes of requests that the disk cannot do, see `xenbackend policy`
     log: str = "console"
     log_level: str = "info"
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]
@@ -98,6 +100,10 @@ def _check_values(where: str, settings: Settings) -> None:
         raise ConfigError(f"{where}: kinds is {settings.kinds}; it must name directories of xenstore, such as vbd")
     if not 0 <= settings.poll_us <= _POLL_US_MAX:
         raise ConfigError(f"{where}: poll_us is {settings.poll_us}; it must be from 0 to {_POLL_US_MAX}")
+    try:
+        Policy(settings.on_error)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: on_error: {error}") from None
     for name, choices in (("serve", _SERVE), ("log", FORMATS), ("log_level", LEVELS)):
         if getattr(settings, name) not in choices:
             raise ConfigError(f"{where}: {name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")

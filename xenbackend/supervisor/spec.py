@@ -8,7 +8,7 @@ Source of the keys: libxl `device_disk_add`; see also io/blkif.h, "Backend XenBu
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xenbackend.block.chain import parse_chain
 from xenbackend.errors import ChainError, ConfigError
@@ -27,6 +27,10 @@ class Spec:
     shareable: bool  # mode "w!": others may write the image too
     cdrom: bool
     removable: bool
+
+    def shown_as(self, other: Spec) -> Spec:
+        """Return this with what only the guest is told, and no worker knows, as in another one."""
+        return replace(self, cdrom=other.cdrom, removable=other.removable)
 
 
 def is_ours(keys: Mapping[str, str], scripts: Collection[str]) -> bool:
@@ -75,3 +79,10 @@ def _chain_text(kind: str, params: str) -> str:
     text = params.removeprefix(carrier)
     parse_chain(text)
     return text
+
+
+def in_one_line(error: ConfigError) -> str:
+    """Return an error's sentence without what only a terminal can show."""
+    if isinstance(error, ChainError):
+        return f"{error.problem}: {error.chain}"
+    return str(error)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,32 @@ from xenbackend import control, counters, journal
 from xenbackend.blkif.features import MAXIMA, parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
 from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError
-from xenbackend.log import Brake, get_logger
-from xenbackend.supervisor import claim, events
-from xenbackend.supervisor.claim import Bus, Claim
+from xenbackend.supervisor import events
+from xenbackend.supervisor.claim import Claim, Taking
 from xenbackend.supervisor.device import Device
+from xenbackend.supervisor.diary import Diary
 from xenbackend.supervisor.domain import boots_by_device_model, is_incoming
-from xenbackend.supervisor.fleet import Fleet, Worker
-from xenbackend.supervisor.memories import Memories
+from xenbackend.supervisor.estate import Estate
+from xenbackend.supervisor.fleet import Worker
+from xenbackend.supervisor.lookout import Lookout
 from xenbackend.supervisor.nodes import SENTENCE_MAX, Nodes
+from xenbackend.supervisor.offer import connect_of
+from xenbackend.supervisor.orders import Orders
 from xenbackend.supervisor.paths import VbdPath
-from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.shown import Shown
-from xenbackend.supervisor.spec import frontend_path
-from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.surroundings import Surroundings
 
 Reply = Callable[[dict[str, Any]], None]
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _RETRY_S = 1.0  # after xenstore refused something although it is there
-_LOG_BURST, _LOG_INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every vbd of one service shares."""
-
-    store: Store
-    fleet: Fleet
-    settings: Settings
-    bus: Bus
-    now: Callable[[], float]  # seconds of a clock that only goes forward
-    time: Callable[[], float]  # seconds since 1970
+LONG_S = 60.0  # a worker that lived so long did not die in vain
 
 
 class Vbd:
-    """One vbd, its worker, and the journal that each of its workers goes on with."""
+    """One vbd, its worker, and what its workers leave to each other."""
 
-    def __init__(self, path: VbdPath, around: Surroundings) -> None:
+    def __init__(self, path: VbdPath, around: Surroundings, inherited: Mapping[str, int] | None = None) -> None:
+        """Begin, or go on with the descriptors that an earlier service left. Raises: KernelError."""
         self.path = path
         self.device = Device(path, around.settings.limits, os.getpid())
         self.worker: Worker | None = None
@@ -67,37 +56,45 @@ class Vbd:
         self.deadline: float | None = None
         self._around = around
         self._retry_at = 0.0
-        self._watched = ""
-        self._memories = Memories()
-        self._journal = -1  # once there was a worker
+        self._lookout = Lookout(around.store, path)
+        self._say = Diary(path, around.now).say
+        self.estate = Estate(around.keeper, path, inherited, lambda sentence: self._say("warning", sentence))
+        self.orders = Orders(self, around.settings.on_error)
+        self._progress = journal.progress(self.estate.page)  # of the guest, when the last worker ended
+        self._worker_since = around.now()
         self._shown = Shown(around.store, path)
         self._events: deque[events.Event] = deque()
         self._replies: dict[int, Reply] = {}
         self.scripts: list[Reply] = []  # of hotplug scripts that wait for an answer
-        self._claim: Claim | None = None  # while the vbd is being taken from the kernel's backend
-        self._claim_at = 0.0
-        self._limits = around.settings.limits  # that a frontend has to keep to
-        self._last_command = 0
-        self._log = get_logger("supervisor", vbd=str(path))
-        self._brake = Brake(_LOG_BURST, _LOG_INTERVAL_S, around.now)
+        noted = self.estate.notes.get("claim")
+        self._taking = Taking(self._begin_claim, around.now, self._begin_claim(noted) if noted else None)
+        self._limits = MAXIMA if noted else around.settings.limits  # that a frontend has to keep to
+        self._last_command = int(around.time() * 1e6)  # a reply to an earlier service's command answers none of ours
+        if self.estate.worker is None and self.estate.swapped() is None:
+            self.estate.note(swap=None)  # the worker that was to put another chain in has gone before it did
+        if self.estate.worker is not None:
+            self.worker = around.fleet.adopt(self.estate.worker, self._take, self._end)
+            report = self._last_command
+            self.handle(events.Inherited(report))
+            self.tell(control.Report(report) if self.estate.is_readable else control.Close())
 
     @property
     def token(self) -> str:
         """The token of the watch on the frontend's state."""
-        return f"frontend/{self.path}"
+        return self._lookout.token
 
     def next_deadline(self) -> float | None:
         """Return when `turn` has to be called at the latest."""
-        if self._claim is not None:
-            return self._claim_at
+        if self._taking.due is not None:
+            return self._taking.due
         retry_at = self._retry_at if self.node_changed or self.theirs_changed else None
         return min((each for each in (self.deadline, retry_at) if each is not None), default=None)
 
     def turn(self) -> bool:
         """Do what is due, and return whether there was anything."""
         now = self._around.now()
-        if self._claim is not None:
-            return self._go_on_claiming(now)
+        if self._taking.due is not None:
+            return self._go_on_taking()
         is_due = (self.node_changed or self.theirs_changed) and now >= self._retry_at
         if is_due and self._around.store.is_connected:
             self._guarded(self._look)
@@ -133,8 +130,13 @@ class Vbd:
         self.scripts.append(reply)
         self._guarded(self._look_at_all)  # what was seen last may be of a former vbd in the same place
         self._take_from_kernel()
-        if self._claim is None:
+        if self._taking.due is None:
             self.handle(events.Called())
+
+    def stop(self, *, leaves: bool) -> None:
+        """Finish and close, or leave the worker to the next service: see `events.Stop`."""
+        self._guarded(self._taking.give_back)
+        self.handle(events.Stop(leaves))
 
     def doubt(self) -> None:
         """Look at everything again and show it anew: xenstore was away."""
@@ -143,7 +145,7 @@ class Vbd:
 
     def counters_page(self) -> memoryview | None:
         """Return the counters as they are now, `counters.SIZE` bytes, without asking the worker; None without one."""
-        return memoryview(os.pread(self._journal, counters.SIZE, 0)) if self.worker else None
+        return memoryview(bytes(self.estate.page[: counters.SIZE])) if self.worker else None
 
     def command(self, layer: str, verb: str, arguments: list[str], reply: Reply) -> None:
         """Ask a layer; `reply` gets ``{"data": text}`` or ``{"error": sentence}``."""
@@ -153,6 +155,12 @@ class Vbd:
         self._last_command += 1
         self._replies[self._last_command] = reply
         self.worker.send(control.Command(self._last_command, layer, verb, arguments))
+
+    def tell(self, message: control.Message) -> bool:
+        """Send a message to the worker; False where there is none."""
+        if self.worker is not None:
+            self.worker.send(message)
+        return self.worker is not None
 
     def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
         """Call a function; where xenstore lets it down a fresh look will put things right."""
@@ -169,31 +177,25 @@ class Vbd:
         for reply in scripts:
             reply(answer)
 
+    def _begin_claim(self, noted: dict[str, Any] | None = None) -> Claim:
+        around = self._around
+        return Claim(around.store, around.bus, self.path, around.now, lambda kept: self.estate.note(claim=kept), noted)
+
     def _take_from_kernel(self) -> None:
         """Begin to take the vbd from the kernel's backend where that has it; looks wait until it is ours."""
-        if self._claim is None and self._around.bus.has(self.path):
-            self._claim = Claim(self._around.store, self._around.bus, self.path, self._around.now)
-            self._claim_at = self._around.now()
+        if self._around.bus.has(self.path):
+            self._taking.begin()
             self._limits = MAXIMA  # a frontend that runs already goes by what blkback offered
 
-    def _go_on_claiming(self, now: float) -> bool:
-        assert self._claim is not None  # noqa: S101 - the caller has looked
-        if now < self._claim_at:
-            return False
+    def _go_on_taking(self) -> bool:
         try:
-            is_over = self._claim.step()
-        except StoreError:
-            self._claim_at = now + _RETRY_S
-            return False
+            if not self._taking.step():
+                return False
         except XenbackendError as error:
-            self._claim, self.node_changed = None, True
+            self.node_changed = True
             self._say("error", str(error))
             self._answer_scripts({"error": str(error)})
             return True
-        if not is_over:
-            self._claim_at = now + claim.PAUSE_S
-            return False
-        self._claim = None
         self._guarded(self._look_at_all)
         if self.scripts:
             self.handle(events.Called())
@@ -204,29 +206,19 @@ class Vbd:
         self._look()
 
     def _look(self) -> None:
-        store = self._around.store
-        keys = self.device.keys
         if self.node_changed:
-            keys = store.transact(lambda nodes: nodes.dictionary(self.path.backend)) or None
-        frontend = self._watch_frontend(keys or {})
-        theirs = parse_state(store.read_optional(f"{frontend}/state") if frontend else None)
+            self._name_chain()
+        keys = self._lookout.keys() if self.node_changed else self.device.keys
+        theirs = self._lookout.theirs(keys or {})
         self.node_changed = self.theirs_changed = False
         self.handle(events.Seen(keys, theirs))
 
-    def _watch_frontend(self, keys: dict[str, str]) -> str:
-        """Watch the frontend's state, and return its directory; empty while there is none that we may look at."""
-        try:
-            frontend = frontend_path(self.path, keys) or ""
-        except ConfigError:
-            frontend = ""  # the automaton says so
-        state = f"{frontend}/state" if frontend else ""
-        if state != self._watched:
-            if self._watched:
-                self._around.store.unwatch(self._watched, self.token)
-            self._watched = state
-            if state:
-                self._around.store.watch(state, self.token)
-        return frontend
+    def _name_chain(self) -> None:
+        """Let ``params`` name the chain that is in service, where another one was put in."""
+        swap = self.estate.swapped()
+        if swap is not None:
+            self._lookout.rename_chain(*swap)
+            self.estate.note(swap=None, chain=swap[1])
 
     def _perform(self, action: events.Action) -> None:
         match action:
@@ -236,8 +228,8 @@ class Vbd:
                 self._start(action)
             case events.Join():
                 self._join(action)
-            case events.Tell() if self.worker is not None:
-                self.worker.send(action.message)
+            case events.Tell():
+                self.tell(action.message)
             case events.Kill() if self.worker is not None:
                 self.worker.kill(action.sentence)
             case events.Limit():
@@ -266,7 +258,15 @@ class Vbd:
 
     def _start(self, action: events.Start) -> None:
         spec, settings = action.spec, self._around.settings
-        memories = self._memories.open_for(spec.chain)
+        self._worker_since = self._around.now()
+        try:
+            fd, memories = self.estate.descriptors(spec.chain)
+            worker = self._around.fleet.start(self._take, self._end)
+        except (ConfigError, KernelError) as error:
+            self.handle(events.Ended(str(error)))
+            return
+        self.worker = worker
+        self.estate.keep_worker(*worker.descriptors)
         message = control.Open(
             vbd=str(self.path),
             host=settings.host,
@@ -279,15 +279,11 @@ class Vbd:
             may_wait=is_incoming(self._around.store, self.path.frontend_domid),
             settings={"poll_us": settings.poll_us},
             export=self._export_path(),
+            policy=self.orders.policy,
+            lost=action.lost,
+            is_paused=self.orders.is_paused,
         )
-        try:
-            if self._journal < 0:
-                self._journal = _make_journal()
-            self.worker = self._around.fleet.start(self._take, self._end, self._memories)
-        except KernelError as error:
-            self.handle(events.Ended(str(error)))
-            return
-        self.worker.send(message, [self._journal, *memories.values()])
+        worker.send(message, [fd, *memories.values()])
 
     def _export_path(self) -> str:
         """Return where the worker is to export the disk for a guest that boots from it; empty for one that does not."""
@@ -297,30 +293,34 @@ class Vbd:
         return str(Path(self._around.settings.socket).parent / "nbd" / f"{name}.sock")
 
     def _join(self, action: events.Join) -> None:
-        frontend = self._watched.removesuffix("/state")
-        store = self._around.store
         self._take_from_kernel()
-        if self._claim is not None:
+        if self._taking.due is not None:
             self.handle(events.Postponed())
             return
+        agreed = self.estate.agreed() if action.goes_on else None
         try:
-            chosen = parse_frontend(lambda key: store.read_optional(f"{frontend}/{key}"), self._limits)
+            # One that is connected already goes by what an earlier service offered.
+            chosen = parse_frontend(self._lookout.read_frontend, MAXIMA if action.goes_on else self._limits)
         except GuestError as error:
-            self.handle(control.Failed(str(error), errno.EINVAL))
+            if agreed is not None:  # what it writes now cannot take back what it had agreed to
+                self.tell(control.Rejoin())
+            else:
+                self.handle(control.Failed(str(error), errno.EINVAL))
             return
         except StoreError:
             self.handle(events.Postponed())
             raise
-        rings = [control.RingParameters(list(ring.grefs), ring.event_channel) for ring in chosen.rings]
-        agreed = control.Connect(
-            chosen.protocol, rings, chosen.persistent, can_discard=action.can_discard, max_segments=action.max_segments
-        )
-        if self.worker is not None:
-            self.worker.send(agreed)
+        connect = connect_of(chosen, action)
+        are_the_same = agreed is not None and agreed[1].rings == connect.rings
+        self.tell(control.Rejoin() if are_the_same else connect)
 
-    def _take(self, message: control.Message) -> None:
+    def _take(self, message: control.Message, fds: list[int]) -> None:
         """Take a worker's message."""
         match message:
+            case control.Keep() if fds:
+                self.estate.keep(message.name, fds.pop())
+            case control.Drop():
+                self.estate.drop(message.name)
             case control.Reply():
                 reply = self._replies.pop(message.id, None)
                 if reply is not None:
@@ -328,18 +328,33 @@ class Vbd:
             case control.Log():
                 level = message.level if message.level in _LEVELS else "warning"
                 self._say(level, message.event, **message.fields)
+            case control.Held() | control.Branched() | control.Unswapped():
+                self.orders.hear(message)
             case (
-                control.Opened() | control.Failed() | control.Connected() | control.Halted()
-                | control.Paused() | control.Disconnected() | control.Closed()
+                control.Opened() | control.Failed() | control.Connected() | control.Halted() | control.Paused()
+                | control.Trouble() | control.Swapped() | control.Standing() | control.Disconnected() | control.Closed()
             ):  # fmt: skip
                 self.handle(message)
+                self.orders.hear(message)
+                if isinstance(message, control.Swapped):
+                    self._guarded(self._name_chain)
+        for fd in fds:
+            os.close(fd)
 
     def _end(self, sentence: str) -> None:
         self.worker = None
         for reply in self._replies.values():
             reply({"error": f"{self.path}: the worker ended before it answered"})
         self._replies.clear()
-        self.handle(events.Ended(sentence))
+        self.estate.forget_worker()
+        progress = journal.progress(self.estate.page)
+        lived = self._around.now() - self._worker_since > LONG_S
+        has_progressed, self._progress = lived or progress != self._progress, progress
+        swap = self.estate.swapped()
+        if swap is None:
+            self.estate.note(swap=None)  # it never came to that
+        self.handle(events.Ended(sentence, has_progressed, swap[1] if swap else ""))
+        self.orders.worker_ended(sentence)
 
     def _show_error(self) -> None:
         if not self.is_forgotten:
@@ -359,33 +374,20 @@ class Vbd:
         )
 
     def _forget(self) -> None:
-        self.is_forgotten = True
-        self._memories.close()
-        if self._journal >= 0:
-            os.close(self._journal)
-            self._journal = -1  # this may be called again
-        store = self._around.store
-        with suppress(StoreError):
-            if self._watched:
-                store.unwatch(self._watched, self.token)
-            self._shown.remove()
-
-    def _say(self, level: str, event: str, **fields: str) -> None:
-        if not self._brake.allows():
+        if self.is_forgotten:
             return
-        held_back = self._brake.take_held_back()
-        if held_back:
-            fields = {**fields, "lines_held_back": str(held_back)}
-        # A worker names its own fields: none of them may stand in for one of ours.
-        own = {"event", "vbd", "component"}
-        getattr(self._log, level)(event, **{key: value for key, value in fields.items() if key not in own})
-
-
-def _make_journal() -> int:
-    """Return the descriptor of an empty journal. Raises: KernelError."""
-    try:
-        fd = os.memfd_create("xenbackend-journal", os.MFD_CLOEXEC)
-        os.ftruncate(fd, journal.SIZE)
-    except OSError as error:
-        raise KernelError("make a journal", error.errno or errno.EIO) from None
-    return fd
+        self.is_forgotten = True
+        leaves = self.device.is_leaving
+        sentence = f"{self.path}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
+        self.orders.give_up(sentence)
+        for reply in self._replies.values():
+            reply({"error": sentence})
+        if not leaves:
+            self.estate.close()
+        else:
+            self.estate.leave()
+            if self.worker is not None:
+                self.worker.leave()
+        with suppress(StoreError):
+            self._lookout.forget()
+            self._shown.remove()

@@ -130,10 +130,10 @@ class Connection:
             self._tally = Tally(journal[: counters.SIZE], self.engine)
             self._open_rings(undo, host, table, domid)
             self._undo = undo.pop_all()
-        if rejoins and poisoned(journal):
-            self.flush_failed(poisoned(journal))
-        elif not rejoins:
+        if not (rejoins or agreed.goes_on):
             poison(journal, 0)  # whoever begins anew goes by what he finds
+        elif poisoned(journal):
+            self.flush_failed(poisoned(journal))
         self._poll()
 
     def flush_failed(self, code: int) -> None:
@@ -159,9 +159,14 @@ class Connection:
             queue.decoder.sectors = chain.geometry.size // SECTOR
         self.engine.let_go(Hold.SWAP, chain.submit)
 
-    def disconnect(self, flush: Callable[[Callable[[], None]], None], then: Callable[[], None]) -> None:
-        """Drain, make everything durable by `flush`, release everything, then call `then`."""
-        self.engine.hold(Hold.END, lambda: flush(lambda: self._release(then)))
+    def disconnect(
+        self, flush: Callable[[Callable[[], None]], None], then: Callable[[], None], *, hands_over: bool = False
+    ) -> None:
+        """Drain, make everything durable by `flush`, release everything, then call `then`.
+
+        With `hands_over` what is held back stays unanswered, for a successor.
+        """
+        self.engine.hold(Hold.END, lambda: flush(lambda: self._release(then, hands_over=hands_over)))
 
     def _pause(self, code: int) -> None:
         poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
@@ -182,10 +187,11 @@ class Connection:
         self.halted = f"ring {ring} was stopped: {why}"
         self._voice.say(Halted(ring, why))
 
-    def _release(self, then: Callable[[], None]) -> None:
+    def _release(self, then: Callable[[], None], *, hands_over: bool) -> None:
         self._closed = True
         self._undo.callback(self._tally.publish)
-        self._undo.callback(self.engine.fail_held)  # is called first
+        if not hands_over:
+            self._undo.callback(self.engine.fail_held)  # is called first
         try:
             self._undo.close()
         finally:  # whatever goes wrong now, the chain has to be closed and the image let go

@@ -22,6 +22,7 @@ from xenbackend.kernel.ports import open_host
 from xenbackend.worker.boot import Boot
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.disk import Disk, describe_flush, is_locked
+from xenbackend.worker.exchange import Exchange
 from xenbackend.worker.holds import Hold
 from xenbackend.worker.polling import POLL_US, Poller
 from xenbackend.worker.reactor import Reactor
@@ -43,6 +44,7 @@ class Worker:
         self._reactor = Reactor(on_bug=self._on_bug)
         self._open: control.Open
         self._disk: Disk | None = None
+        self._exchange: Exchange
         self._layers: list[control.LayerFacts] = []  # as last said
         self._policy = ""
         self._is_paused = False  # by an administrator
@@ -52,12 +54,14 @@ class Worker:
         self._waiting: control.Connect | control.Rejoin | None = None  # for the image's lock, or the export's end
         self._boot = Boot(self._reactor, self._speech, self._flush, self._on_bug)  # until the first connection
         self._connection: Connection | None = None
+        self._hands_over = False  # what is agreed with the frontend, to a successor
         self._had_bugs = False  # of layers, in an earlier connection
         self._when_disconnected: list[Callable[[], None]] = []
         self._steps: dict[type[object], Callable[..., None]] = {
             control.Connect: self._on_connect,
             control.Rejoin: self._on_connect,
             control.Swap: self._on_swap,
+            control.Branch: self._on_branch,
             control.Pause: self._on_pause,
             control.Resume: self._on_resume,
             control.Obey: self._on_obey,
@@ -95,6 +99,7 @@ class Worker:
         os.close(fds[0])
         memories = dict(zip(message.memories, fds[1:], strict=True))
         self._disk = Disk(message, memories, self._reactor, self._speech.keep, self._speech.drop, self._on_bug)
+        self._exchange = Exchange(self._disk, self._listen, self._go_on_through_chain, self._give_up)
         try:
             self._open_chain(self._disk)
         except XenbackendError as problem:
@@ -134,7 +139,8 @@ class Worker:
         if self._waiting is not message:
             return
         try:
-            self._open_chain(self._disk)
+            if self._disk.chain is None:
+                self._open_chain(self._disk)
         except XenbackendError as problem:
             if is_locked(problem):
                 self._reactor.call_later(LOCK_PAUSE_S, lambda: self._wait_for_image(message))
@@ -171,7 +177,9 @@ class Worker:
             return
         if self._had_bugs or self._boot.had_bugs:
             self._connection.engine.expect_strays()
-        if self._lost:
+        if not (rejoins or agreed.goes_on):
+            self._lost = ""  # whoever begins anew goes by what he finds
+        if self._lost and not self._connection.paused:
             self._connection.hold_lost(self._lost)
         if self._is_paused:
             self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
@@ -197,55 +205,55 @@ class Worker:
         return agreed
 
     def _on_swap(self, message: control.Swap) -> None:
-        disk, connection = self._disk, self._connection
-        try:
-            if disk is None or disk.chain is None or self._boot.path or self._when_disconnected:
-                raise DriverError("the disk is not in service by the guest's own driver", errno=errno.EBUSY)
-            if connection is not None and Hold.SWAP in connection.engine.holds:
-                raise DriverError("the chain is being exchanged already", errno=errno.EBUSY)
-            disk.check_successor(message.chain)
-        except XenbackendError as problem:
-            self._speech.say(control.Unswapped(str(problem)))
+        def done(problem: str) -> None:
+            self._speech.say(control.Unswapped(problem) if problem else control.Swapped(message.chain, self._layers))
+
+        if self._may_exchange():
+            self._exchange.swap(message.chain, self._connection, done)
+
+    def _on_branch(self, message: control.Branch) -> None:
+        if not self._may_exchange():
             return
+        from xenbackend.worker.leaf import make_leaf  # late: most workers never need it
 
-        def begin() -> None:
-            if not self._is_alone:
-                self._reactor.remove(self._channel.fileno())  # who connects or leaves now comes after the exchange
-            disk.flush(lambda code: self._exchange(disk, message.chain, code))
-
-        if connection is None:
-            begin()
-        else:
-            connection.engine.hold(Hold.SWAP, begin)
-
-    def _exchange(self, disk: Disk, text: str, code: int) -> None:
-        """Put another chain in the place of the one that is open, unless its last flush failed; nothing is in flight.
-
-        Where neither can be opened the process ends, and a successor tries again.
-        """
-        answer: control.Message
+        assert self._disk is not None and self._disk.chain is not None  # noqa: S101, PT018 - `_may_exchange` has looked
         try:
-            if code:
-                raise DriverError(describe_flush(code), errno=code)
-            disk.exchange(text)
-            answer = control.Swapped(text, disk.layers)
-        except XenbackendError as problem:
-            answer = control.Unswapped(str(problem))
-        except Exception as problem:  # a layer's bug, too: D8
-            self._speech.alarm(str(problem))
+            self._speech.say(control.Branched(make_leaf(self._disk.chain, message.file, message.format)))
+        except (XenbackendError, OSError) as problem:
             self._speech.say(control.Unswapped(str(problem)))
-            os._exit(1)
-        if not self._is_alone:
+
+    def _may_exchange(self) -> bool:
+        """Return whether the chain may be exchanged now, and say so if it may not."""
+        is_open = self._disk is not None and self._disk.chain is not None
+        may = is_open and not (self._boot.path or self._when_disconnected)
+        if not may:
+            self._speech.say(control.Unswapped("the disk is not in service by the guest's own driver"))
+        return may
+
+    def _listen(self, is_listening: bool) -> None:  # noqa: FBT001 - a switch
+        """Hear the supervisor, or let what it says wait; nothing where it has gone."""
+        if self._is_alone:
+            return
+        if is_listening:
             self._reactor.add(self._channel.fileno(), self._take_message)
+        else:
+            self._reactor.remove(self._channel.fileno())
+
+    def _go_on_through_chain(self) -> None:
+        """Serve through the chain that is open now, and say so to a successor before the first request goes there."""
+        disk, connection = self._disk, self._connection
+        assert disk is not None and disk.chain is not None  # noqa: S101, PT018 - just opened
         self._layers = disk.layers
-        connection = self._connection
-        if connection is not None and disk.chain is not None:
-            if code:
-                connection.flush_failed(code)
-            self._note(disk.text, connection.agreed)  # before the first request goes there
+        if connection is not None:
+            self._note(disk.text, connection.agreed)
             self._wire(disk, connection)
             connection.go_on_through(disk.chain)
-        self._speech.say(answer)
+
+    def _give_up(self, sentence: str) -> None:
+        """End the process, so that a successor tries again: no chain could be opened."""
+        self._speech.alarm(sentence)
+        self._speech.say(control.Unswapped(sentence))
+        os._exit(1)
 
     def _on_pause(self, _: control.Pause) -> None:
         self._is_paused = True
@@ -264,7 +272,7 @@ class Worker:
         if self._connection is not None:
             self._connection.engine.kept.policy = Policy(message.policy)
 
-    def _on_report(self, _: control.Report) -> None:
+    def _on_report(self, message: control.Report) -> None:
         disk, connection = self._disk, self._connection
         self._speech.say(
             control.Standing(
@@ -277,6 +285,7 @@ class Worker:
                 halted=connection.halted if connection else "",
                 paused=connection.paused if connection else "",
                 trouble=connection.trouble if connection else "",
+                report=message.id,
             )
         )
 
@@ -308,7 +317,8 @@ class Worker:
     def _on_disconnect(self, _: control.Disconnect) -> None:
         self._boot.end(lambda: self._disconnect(lambda: self._speech.say(control.Disconnected())))
 
-    def _on_close(self, _: control.Close) -> None:
+    def _on_close(self, message: control.Close) -> None:
+        self._hands_over = message.hands_over
         self._boot.end(lambda: self._disconnect(self._close))
 
     def _disconnect(self, then: Callable[[], None]) -> None:
@@ -318,13 +328,14 @@ class Worker:
             return
         self._when_disconnected.append(then)
         if len(self._when_disconnected) == 1:  # else it is on its way already
-            self._connection.disconnect(self._flush, self._disconnected)
+            self._connection.disconnect(self._flush, self._disconnected, hands_over=self._hands_over)
 
     def _disconnected(self) -> None:
         assert self._connection is not None  # noqa: S101 - it was asked to end
         self._had_bugs |= self._connection.engine.bugs > 0
         self._connection = None
-        journal.AGREED.write(self._journal, None)
+        if not self._hands_over:
+            journal.AGREED.write(self._journal, None)
         calls, self._when_disconnected = self._when_disconnected, []
         for call in calls:
             call()

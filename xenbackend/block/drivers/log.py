@@ -19,8 +19,9 @@ Behaviour:
     `clear` begin with an empty map, may reach the medium after somebody has copied it: it is dirty again, for the next
     sweep. So a last sweep that finds all that is left begins when the guest is paused and nothing is in flight.
 
-    The map lives in memory that the service keeps: it outlives the worker, and ends with the vbd, when the chain is
-    changed, and with the service. Where the disk goes on being used after that, the new map says that everything is
+    The map lives in memory that the service keeps: it outlives the worker and, where systemd or `xenbackend run --keep`
+    started that, a service that dies or is restarted. It ends with the vbd, when this layer is taken out of the chain,
+    and when the service is stopped. Where the disk goes on being used after that, the new map says that everything is
     dirty, so that no write is ever missing.
 
     Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all: it
