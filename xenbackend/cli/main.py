@@ -18,7 +18,9 @@ from xenbackend.errors import ChainError, ConfigError, DriverError, XenbackendEr
 
 MODULES = {  # of the commands, in the order of the help
     "run": "run", "status": "status", "attach": "attach", "detach": "attach", "check": "check",
-    "drivers": "drivers", "log": "log", "demo": "demo", "bench": "bench",
+    "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",
+    "policy": "disk", "upgrade": "upgrade",
+    "stop": "upgrade", "drivers": "drivers", "log": "log", "demo": "demo", "bench": "bench",
     "install": "install", "uninstall": "install", "xl": "xl", "convert": "convert", "image": "image",
 }  # fmt: skip
 

@@ -1,0 +1,166 @@
+"""`pause`, `resume`, `set`, `resize`, `policy` on a disk in service, with a guest that looks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from xenbackend.blkif.abi import BLKIF_OP_READ
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+from xenbackend.rig.frontend import Frontend, Wishes
+
+pytestmark = pytest.mark.slow
+PAGE = 4096
+SIZE = 1 << 20
+
+
+class Bench:
+    """One guest with one disk, and the command line."""
+
+    def __init__(self, machine: Machine, frontend: Frontend, image: Path) -> None:
+        self.machine = machine
+        self.frontend = frontend
+        self.image = image
+
+    def run(self, verb: str, *arguments: str) -> int:
+        """Run a command on the disk and return its exit status."""
+        return main([verb, "5/xvda", *arguments, "--socket", self.machine.control])
+
+    def known(self) -> dict[str, object]:
+        """Return what the service knows of the disk."""
+        return dict(self.machine.ask({"verb": "status"})["data"][0])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A disk that every test leaves as it was."""
+    image = tmp_path_factory.mktemp("disk") / "image"
+    image.write_bytes(bytes(SIZE))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        frontend = guest.connect(machine.attach(5, "xvda", f"aio:{image}"), Wishes(persistent=True))
+        yield Bench(machine, frontend, image)
+        frontend.close()
+
+
+def test_pause_and_resume(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """While a disk is paused nothing is answered; then everything is."""
+    paused = bench.run("pause")
+    read = bench.frontend.submit(BLKIF_OP_READ, 0, 8)
+    bench.machine.ask({"verb": "ping"})
+    bench.frontend.poll()
+    before = read.status
+    resumed = bench.run("resume")
+    bench.frontend.wait([read])
+
+    assert (0, 0, None, 0) == (paused, resumed, before, read.status)
+    assert "`xenbackend resume 5/xvda` lets it go on" in capsys.readouterr().out
+
+
+def test_set_puts_another_chain_in(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """A filter that is put in sees what is written from then on; status, xenstore and the guest's data agree."""
+    bench.frontend.write(0, b"a" * PAGE)
+    status = bench.run("set", f"log:|aio:{bench.image}")
+    bench.frontend.write(8, b"b" * PAGE)
+    path = str(bench.known()["vbd"])
+
+    assert 0 == status
+    assert [(8, 8)] == bench.machine.written_ranges("5/xvda")
+    assert f"log:|aio:{bench.image}" == bench.known()["chain"]
+    assert f"log:|aio:{bench.image}" == bench.machine.store.read(f"/local/domain/0/backend/{path}/params")
+    assert b"a" * PAGE + b"b" * PAGE == bench.frontend.read(0, 16)
+    assert 0 == bench.run("set", f"aio:{bench.image}", "--json")
+    assert f"aio:{bench.image}" == json.loads(capsys.readouterr().out.splitlines()[-1])["chain"]
+
+
+@pytest.mark.parametrize(
+    ("chain", "status", "sentence"),
+    [
+        ("aio:{image}.no", 1, "there is no file or device"),
+        ("aio:{image}|log:", 2, "log"),
+        ("ram:4K", 1, "cannot shrink while it is in use"),
+        ("aio:image", 2, "image"),
+    ],
+)
+def test_a_chain_that_cannot_be_leaves_the_former_one(
+    bench: Bench, capsys: pytest.CaptureFixture[str], chain: str, status: int, sentence: str
+) -> None:
+    """What cannot be opened, or is no disk for this guest, is refused with a sentence, and nothing has happened."""
+    bench.frontend.write(16, b"c" * PAGE)
+
+    assert status == bench.run("set", chain.format(image=bench.image))
+    assert sentence in capsys.readouterr().err
+    assert f"aio:{bench.image}" == bench.known()["chain"]
+    assert b"c" * PAGE == bench.frontend.read(16, 8)
+
+
+def test_resize_is_seen_by_the_guest(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image that has grown has more sectors for the guest, at once; one that has shrunk is refused."""
+    os.truncate(bench.image, 2 * SIZE)
+    grown = bench.run("resize")
+    bench.frontend.read_facts()
+    bench.frontend.write(2 * SIZE // 512 - 8, b"e" * PAGE)
+    os.truncate(bench.image, SIZE)
+    shrunk = bench.run("resize")
+    os.truncate(bench.image, 2 * SIZE)
+
+    assert (0, 1) == (grown, shrunk)
+    assert 2 * SIZE // 512 == bench.frontend.facts.sectors
+    assert "has 2 MiB" in capsys.readouterr().out
+
+
+def test_policy_is_shown_and_changed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy changes what it names; a wrong one is refused and changes nothing."""
+    assert 0 == bench.run("policy", "enospc=report")
+    assert 1 == bench.run("policy", "flush=report")
+    assert 0 == bench.run("policy", "--json")
+    captured = capsys.readouterr()
+    assert "enospc=report,read=retry 3 every 1s,write=report,flush=pause" == json.loads(captured.out.splitlines()[-1])
+    assert "a guest takes an error for success" in captured.err
+    assert 0 == bench.run("policy", "enospc=pause")
+
+
+def test_upgrade_replaces_the_worker(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process serves the disk, with the same data and the same state."""
+    before = bench.known()
+    reads = [bench.frontend.submit(BLKIF_OP_READ, 8 * n, 8) for n in range(16)]
+    status = main(["upgrade", "--socket", bench.machine.control])
+    bench.frontend.wait(reads)
+    after = bench.known()
+
+    assert 0 == status
+    assert {0} == {read.status for read in reads}
+    assert before["worker"] != after["worker"]
+    assert "Connected" == before["state"] == after["state"]
+    assert "5/xvda is served by a new process" in capsys.readouterr().out
+
+
+def test_a_disk_that_there_is_not(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong name is told, with the right ones."""
+    assert 1 == main(["pause", "9/xvda", "--socket", bench.machine.control])
+    assert "there is no vbd '9/xvda'" in capsys.readouterr().err
+
+
+def test_snapshot_keeps_what_was_there(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The old image keeps what it had, the new one takes what the guest writes; the guest reads both as one disk."""
+    bench.frontend.write(24, b"f" * PAGE)
+    leaf = tmp_path / "leaf.qcow2"
+    status = bench.run("snapshot", str(leaf))
+    chain = capsys.readouterr().out.strip()
+    bench.frontend.write(32, b"g" * PAGE)
+    bench.frontend.flush()
+    old = bench.image.read_bytes()
+
+    assert 0 == status
+    assert chain.startswith(f"qcow2:{leaf}")
+    assert chain == bench.known()["chain"]
+    assert b"f" * PAGE + b"g" * PAGE == bench.frontend.read(24, 16)
+    assert (b"f" * PAGE, bytes(PAGE)) == (old[24 * 512 :][:PAGE], old[32 * 512 :][:PAGE])
+    assert 1 == bench.run("snapshot", str(leaf))
+    assert "exists already" in capsys.readouterr().err
+    assert chain == bench.known()["chain"]
