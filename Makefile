@@ -9,7 +9,7 @@ IMAGES := /dev/shm/xenbackend-images
 LONG = nice $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed -o faulthandler_timeout=0 --basetemp $(IMAGES) \
 	--seed $(or $(S),1)
 
-.PHONY: run test test-images test-fuzz test-model test-xen bench-xen bench deb clean
+.PHONY: run test test-images test-fuzz test-model test-xen chaos bench-xen bench deb clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -27,13 +27,19 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 	$(LONG) --requests 2000000 tests/block/formats
 	rm -rf $(IMAGES)
 
+# KILLS=number, or HOURS=number; S=number plans other steps.
+chaos: $(VENV)/.dev  ## kill everything below guests under load; the figures are build/chaos.json
+	mkdir -p build
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
+		--json build/chaos.json
+
+test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
+	nice $(BIN)/pytest -q -n 0 --explore tests/explore tests/worker/test_recovery.py
+
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage
 	$(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --seed $(or $(S),1) --requests 2000000 \
 		-k any_bytes tests/block/formats
-
-test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
-	nice $(BIN)/pytest -q -n 0 --explore tests/explore tests/worker/test_recovery.py
 
 # K=expression runs some of them, as pytest's -k has it. The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible

@@ -27,7 +27,8 @@ class Load:
         self._guest = guest
         self._vdev = vdev
         self._end = f"/run/stop-{vdev}"
-        self._job = guest.start(f"until [ -e {self._end} ]; do {verify(f'/dev/{vdev}', '4m')} || exit 1; done")
+        again = f"until [ -e {self._end} ]; do {verify(f'/dev/{vdev}', '4m')} || exit 1; done"
+        self._job = guest.start(f"rm -f {self._end}\n{again}")
 
     def wait_until_it_writes(self, service: Service) -> None:
         """Return when the service, which must be ours, has seen more requests than just now."""

@@ -1,0 +1,142 @@
+"""`python -m tests.chaos`: kills what serves guests under load, and says what they noticed of it.
+
+Must not be gentle. The same seed plans the same steps; when exactly they strike is the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.chaos.host import ChaosError, Host
+from tests.chaos.plan import ACTIONS, next_step
+
+_KILLS, _KILL_ALL = ("kill a worker", "kill a worker twice"), "kill every worker"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run, print a table, and return 0 where no guest noticed more than a pause."""
+    parser = argparse.ArgumentParser(prog="tests.chaos", description="Kill what serves guests under verified load.")
+    parser.add_argument("--kills", type=int, default=1000, help="of workers (%(default)s)")
+    parser.add_argument("--hours", type=float, help="go on for so long instead")
+    parser.add_argument("--guests", type=int, default=8, choices=range(1, 9), help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--only", choices=[*ACTIONS], action="append", help="only this; may be given again")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(arguments)
+    console = Console()
+    try:
+        figures = run(args, console)
+    except ChaosError as problem:
+        console.print(f"[red]failed[/] with --seed {args.seed}: {problem}", highlight=False, markup=True)
+        return 1
+    console.print("no guest read a wrong sector or had an answer twice: the first would have ended the run")
+    for key, value in figures.items():
+        console.print(f"{key:<32} {value}", highlight=False, markup=False)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 1 if figures["errors that guests saw"] else 0
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Do it, and return the figures. Raises: ChaosError."""
+    random = Random(args.seed)
+    actions = {name: weight for name, weight in ACTIONS.items() if not args.only or name in args.only}
+    done: Counter[str] = Counter()
+    slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
+    first_answers: list[float] = []
+    all_first_answers: list[float] = []
+    steps: list[tuple[int, str]] = []
+    began = time.monotonic()
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as slow,
+        Host(args.guests, args.seed, Path(slow)) as host,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        total = args.hours * 3600 if args.hours else args.kills
+        task = progress.add_task("connecting", total=total)
+        while True:
+            passed = (time.monotonic() - began) if args.hours else host.kills["workers"]
+            if passed >= total:
+                break
+            step = next_step(random, args.guests, actions)
+            progress.update(task, description=step.action, completed=int(passed))
+            steps.append((time.monotonic_ns(), step.action))
+            took = host.wait_for_answers(host.do(step))
+            timed = {number: took[number] for number, guest in enumerate(host.guests) if guest.disk.is_timed}
+            if step.action in _KILLS and step.guest in timed:
+                first_answers.append(timed[step.guest])
+            elif step.action == _KILL_ALL:
+                all_first_answers += timed.values()
+            done[step.action] += 1
+            slowest[step.action] = max(slowest[step.action], *timed.values())
+        progress.update(task, description="verifying", completed=total)
+        missed = host.missed_wakeups()
+        ends = host.finish()
+        return _figures(
+            host, missed, done, slowest, first_answers, all_first_answers, steps, ends, time.monotonic() - began
+        )
+
+
+def _figures(
+    host: Host,
+    missed: int,
+    done: Counter[str],
+    slowest: Counter[str],
+    first_answers: list[float],
+    all_first_answers: list[float],
+    steps: list[tuple[int, str]],
+    ends: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "worker kills": host.kills["workers"],
+        "service kills": host.kills["services"],
+        **{f"  {name}": f"{count}, all served on after {slowest[name]:.2f} s" for name, count in sorted(done.items())},
+        "wake-ups missed, in the end": missed,
+        "guests": len(host.guests),
+        "requests verified": sum(end["requests"] for end in ends),
+        "errors that guests saw": sum(end["errors"] for end in ends),
+        **{
+            f"  {guest.disk.chain}": end["errors"]
+            for guest, end in zip(host.guests, ends, strict=True)
+            if end["errors"]
+        },
+        "kill to first answer": _spread(first_answers),
+        "the same, all killed at once": _spread(all_first_answers),
+        "longest pause of a guest": _longest(ends, steps),
+        "minutes": round(seconds / 60, 1),
+    }
+
+
+def _spread(seconds: list[float]) -> str:
+    ordered = sorted(seconds) or [0.0]
+
+    def part(fraction: float) -> str:
+        return f"{ordered[min(len(ordered) - 1, int(len(ordered) * fraction))] * 1000:.0f} ms"
+
+    return f"{part(0.5)} (99 %: {part(0.99)}, longest {part(1.0)})"
+
+
+def _longest(ends: list[dict[str, Any]], steps: list[tuple[int, str]]) -> str:
+    """Return the longest time that a guest was without an answer, and what was done meanwhile."""
+    end = max((end for end in ends if end["is_timed"]), key=lambda end: float(end["longest_s"]))
+    since = end["longest_at"] - int(end["longest_s"] * 1e9)
+    actions = [action for at, action in steps if since - 1e9 < at < end["longest_at"]]
+    return f"{end['longest_s']:.2f} s ({', '.join(actions) or 'nothing was done meanwhile'})"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

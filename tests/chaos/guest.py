@@ -1,0 +1,105 @@
+"""A guest as a process of its own: connects to its disk, and compares every sector that it reads until told to end.
+
+Must not know what happens to the backend. It says one line of JSON when it is connected and one when it has ended; the
+time of its last answer stands in a file that others map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import select
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.chaos.plan import Disk
+from tests.workload import Load, make_model, read_all
+from xenbackend.blkif.abi import LAYOUTS
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.rig.guest import Guest
+from xenbackend.supervisor.store import Store
+
+PAGES = 8192
+PATIENCE_S = 60.0  # for one answer
+ROUND = 64  # requests between two looks at whether to end
+LAST, COUNT = 0, 1  # words of the file: time of the last answer in ns, answers
+
+
+class Clock:
+    """Notes when answers came, for others to see, and the longest time without one."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+        self.longest_s, self.longest_at = 0.0, 0
+
+    def tick(self, answers: int) -> None:
+        """Take note of answers that came just now."""
+        now = time.monotonic_ns()
+        passed_s = (now - self._words[LAST]) / 1e9
+        if self._words[LAST] and passed_s > self.longest_s:
+            self.longest_s, self.longest_at = passed_s, now
+        self._words[LAST] = now
+        self._words[COUNT] += answers
+
+
+def main(arguments: list[str]) -> int:
+    """Run until SIGTERM, then verify the whole disk, close it, and say how it went."""
+    parser = argparse.ArgumentParser()
+    for name in ("directory", "store", "frontend", "disk", "clock"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--domid", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    args = parser.parse_args(arguments)
+    is_over: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: is_over.append(1))
+    clock = Clock(Path(args.clock))
+    disk = Disk(**json.loads(args.disk))
+    try:
+        counts = _serve(args, disk, clock, is_over)
+    except Exception as problem:
+        _say(event="failed", problem=f"{type(problem).__name__}: {problem}")
+        return 1
+    _say(event="ended", longest_s=clock.longest_s, longest_at=clock.longest_at, **counts)
+    return 0
+
+
+def _serve(args: argparse.Namespace, disk: Disk, clock: Clock, is_over: list[int]) -> dict[str, int]:
+    wishes = Wishes(
+        layout=LAYOUTS[disk.protocol],
+        ring_order=disk.ring_order,
+        queues=disk.queues,
+        persistent=disk.persistent,
+        indirect=disk.indirect,
+        discard=disk.discard,
+    )
+    frontend = Frontend(Guest(Path(args.directory), args.domid, PAGES), Store(args.store), args.frontend, wishes)
+    frontend.connect()
+    frontend._idle = lambda timeout_s: _sleep(frontend, timeout_s)  # its xenstore may be away from now on
+    _say(event="connected", disk=asdict(disk))
+    model = make_model(args.seed, disk.sectors, can_discard=frontend.facts.can_discard)
+    load = Load(frontend, model, PATIENCE_S, clock.tick)
+    while not is_over:
+        load.run(ROUND)
+    load.finish()
+    read_all(frontend, model)  # like every read before, it raises over the first sector that is not what it must be
+    return {"requests": load.finished, "errors": model.failures, "is_timed": disk.is_timed}
+
+
+def _sleep(frontend: Frontend, timeout_s: float) -> None:
+    poll = select.poll()
+    for ring in frontend.rings:
+        poll.register(ring.port.fileno(), select.POLLIN)
+    poll.poll(timeout_s * 1000)
+
+
+def _say(**event: object) -> None:
+    print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""The host of a chaos run: a machine, guests as processes, and what can be done to everything below them.
+
+Must not choose what is done, nor judge it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.chaos.guest import COUNT, LAST
+from tests.chaos.plan import Disk, Step, disks
+from xenbackend.embedded.machine import Machine
+from xenbackend.errors import XenbackendError
+from xenbackend.image.create import create
+from xenbackend.supervisor.paths import VbdPath
+
+PATIENCE_S = 60.0  # for anything that must come in the end
+FIRST_DOMID = 11
+PAUSE_S = 0.001  # between two looks
+
+
+def pause(seconds: float) -> None:
+    """Let the others go on for a while: when something strikes is what a chaos run is about."""
+    select.select([], [], [], seconds)
+
+
+class ChaosError(AssertionError):
+    """Something happened that must not."""
+
+
+class GuestProcess:
+    """One guest and its disk."""
+
+    def __init__(self, machine: Machine, directory: Path, number: int, disk: Disk, seed: int) -> None:
+        self.disk = disk
+        self.domid = FIRST_DOMID + number
+        self.vbd = f"{self.domid}/xvda"
+        self.is_exchanged = False
+        store = machine.xenstored.add_domain_socket(self.domid)
+        machine.store.write(f"/local/domain/{self.domid}/name", f"chaos-{number}")
+        self.path: VbdPath = machine.attach(self.domid, "xvda", disk.chain)
+        clock = directory / f"clock-{number}"
+        clock.write_bytes(bytes(mmap.PAGESIZE))
+        with clock.open("r+b") as file:
+            self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "tests.chaos.guest",
+                "--directory", str(machine.directory), "--store", store, "--frontend", self.path.frontend,
+                "--disk", json.dumps(asdict(disk)), "--clock", str(clock),
+                "--domid", str(self.domid), "--seed", str(seed * 100 + number),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    @property
+    def last_answer_ns(self) -> int:
+        """When it last had an answer, by the host's monotonic clock."""
+        return self._words[LAST]
+
+    @property
+    def answers(self) -> int:
+        """How many it has had."""
+        return self._words[COUNT]
+
+    def hear(self) -> dict[str, Any]:
+        """Return the next thing that it says. Raises: ChaosError where that is no good news."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 2 * PATIENCE_S)
+        line = self.process.stdout.readline() if ready else ""
+        said: dict[str, Any] = json.loads(line) if line else {"event": "silence"}
+        if said["event"] not in ("connected", "ended"):
+            raise ChaosError(f"guest {self.vbd} ({self.disk.chain}): {said.get('problem', said['event'])}")
+        return said
+
+    def check(self) -> None:
+        """See that it still runs. Raises: ChaosError."""
+        if self.process.poll() is not None:
+            self.hear()
+            raise ChaosError(f"guest {self.vbd} has ended")
+
+
+class Host:
+    """A machine with guests under load. Use it as a context manager."""
+
+    def __init__(self, guests: int, seed: int, slow: Path) -> None:
+        """Prepare; images that are to be on a real disk lie below `slow`."""
+        self.guests: list[GuestProcess] = []
+        self._count, self._seed, self._slow = guests, seed, slow
+        self._undo = ExitStack()
+        self.actions: dict[str, Callable[[GuestProcess], None]] = {
+            "kill a worker": self._kill_worker,
+            "kill every worker": self._kill_all,
+            "kill a worker twice": self._kill_worker_twice,
+            "kill the service": self._kill_service,
+            "kill both": self._kill_both,
+            "stop a worker for a moment": self._stop_worker,
+            "replace the service": self._replace_service,
+            "upgrade a worker": lambda guest: self._order(guest, "upgrade"),
+            "exchange a chain": self._exchange,
+            "pause and resume": self._pause,
+            "xenstore goes away": self._lose_xenstore,
+        }
+        self.kills = {"workers": 0, "services": 0}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            directory = Path(undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="chaos-")))
+            self.log = directory / "service.log"
+            self.machine = undo.enter_context(Machine(log=self.log))
+            plan = disks(directory, self._slow, _make_image)[: self._count]
+            for number, disk in enumerate(plan):
+                guest = GuestProcess(self.machine, directory, number, disk, self._seed)
+                undo.callback(_end, guest.process)
+                self.guests.append(guest)
+            for guest in self.guests:
+                guest.hear()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def missed_wakeups(self) -> int:
+        """Return how often a request was found by nothing but the safety poll; the counters outlive the workers."""
+        return sum(int(each["counters"].get("missed_wakeups", 0)) for each in self._ask({"verb": "status"}))
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Let the guests verify their disks and end; return what each says. Raises: ChaosError."""
+        for guest in self.guests:
+            guest.process.terminate()
+        return [guest.hear() for guest in self.guests]
+
+    def do(self, step: Step) -> int:
+        """Do something and return when it was done, in ns. Raises: ChaosError."""
+        guest = self.guests[step.guest]
+        pause(step.after_s)  # at any moment
+        self.actions[step.action](guest)
+        return time.monotonic_ns()
+
+    def wait_for_answers(self, since_ns: int) -> list[float]:
+        """Wait until every guest has had an answer since then; return how long each took. Raises: ChaosError."""
+        waiting = dict(enumerate(self.guests))
+        took = [0.0] * len(self.guests)
+        give_up = time.monotonic() + PATIENCE_S
+        while waiting:
+            for number, guest in list(waiting.items()):
+                guest.check()
+                if guest.last_answer_ns > since_ns:
+                    took[number] = (guest.last_answer_ns - since_ns) / 1e9
+                    del waiting[number]
+            if waiting and time.monotonic() > give_up:
+                stuck = ", ".join(f"{guest.vbd} ({guest.disk.chain})" for guest in waiting.values())
+                raise ChaosError(f"no answer for {PATIENCE_S:g} s: {stuck}\n{self._last_words()}")
+            pause(PAUSE_S)
+        return took
+
+    def _last_words(self) -> str:
+        with suppress(XenbackendError):
+            status = self.machine.ask({"verb": "status"})["data"]
+            lines = [f"{each['vbd']} {each['phase']} {each['worker']} {each['error']}" for each in status]
+            return "\n".join([*lines, *self.log.read_text().splitlines()[-20:]])
+        return "\n".join(self.log.read_text().splitlines()[-20:])
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        """Ask the service, which may just be starting again."""
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.machine.ask(request)["data"]
+            except (XenbackendError, ValueError) as problem:  # also one that ends while it answers
+                if time.monotonic() > give_up:
+                    raise ChaosError(f"the service does not answer: {problem}\n{self._last_words()}") from problem
+                pause(PAUSE_S)
+
+    def _worker(self, guest: GuestProcess) -> int:
+        """Return the process that serves a guest, once there is one."""
+        give_up = time.monotonic() + PATIENCE_S
+        while time.monotonic() < give_up:
+            for each in self._ask({"verb": "status"}):
+                if each["domid"] == guest.domid and each["worker"]:
+                    return int(each["worker"])
+            pause(PAUSE_S)
+        raise ChaosError(f"nobody serves {guest.vbd}\n{self._last_words()}")
+
+    def _kill_worker(self, guest: GuestProcess) -> None:
+        pid = self._worker(guest)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.kills["workers"] += 1
+
+    def _kill_all(self, _guest: GuestProcess) -> None:
+        for each in self._ask({"verb": "status"}):
+            if each["worker"]:
+                with suppress(ProcessLookupError):
+                    os.kill(int(each["worker"]), signal.SIGKILL)
+                    self.kills["workers"] += 1
+
+    def _kill_worker_twice(self, guest: GuestProcess) -> None:
+        """Kill a worker, and its successor wherever it is on its way."""
+        first = self._worker(guest)
+        self._kill_worker(guest)
+        give_up = time.monotonic() + PATIENCE_S
+        while self._worker(guest) == first and time.monotonic() < give_up:
+            pass
+        self._kill_worker(guest)
+
+    def _kill_service(self, _guest: GuestProcess) -> None:
+        os.kill(int(self._ask({"verb": "ping"})["pid"]), signal.SIGKILL)
+        self.kills["services"] += 1
+
+    def _kill_both(self, guest: GuestProcess) -> None:
+        service, worker = int(self._ask({"verb": "ping"})["pid"]), self._worker(guest)
+        os.kill(service, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
+        self.kills["services"] += 1
+        self.kills["workers"] += 1
+
+    def _stop_worker(self, guest: GuestProcess) -> None:
+        pid = self._worker(guest)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            pause(0.05)
+            os.kill(pid, signal.SIGCONT)
+
+    def _replace_service(self, _guest: GuestProcess) -> None:
+        before = int(self._ask({"verb": "ping"})["pid"])
+        self.machine.replace_service()
+        give_up = time.monotonic() + PATIENCE_S
+        while int(self._ask({"verb": "ping"})["pid"]) == before:
+            if time.monotonic() > give_up:
+                raise ChaosError("the service was not replaced")
+            pause(PAUSE_S)
+
+    def _order(self, guest: GuestProcess, verb: str, **more: str) -> None:
+        """Give an order to the service, once the disk is in service."""
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self.machine.ask({"verb": verb, "vbd": guest.vbd, **more})
+            except (XenbackendError, ValueError) as problem:
+                if time.monotonic() > give_up:
+                    raise ChaosError(f"{verb} {guest.vbd}: {problem}") from problem
+                pause(PAUSE_S)
+            else:
+                return
+
+    def _exchange(self, guest: GuestProcess) -> None:
+        guest.is_exchanged = not guest.is_exchanged
+        self._order(guest, "set", chain=guest.disk.other if guest.is_exchanged else guest.disk.chain)
+
+    def _pause(self, guest: GuestProcess) -> None:
+        self._order(guest, "pause")
+        before = guest.answers
+        pause(0.02)
+        if guest.answers - before > 512:  # what had been answered may still be looked at, and no more
+            raise ChaosError(f"{guest.vbd} had {guest.answers - before} answers while its disk was paused")
+        self._order(guest, "resume")
+
+    def _lose_xenstore(self, _guest: GuestProcess) -> None:
+        self.machine.xenstored.stop()
+        pause(0.05)
+        self.machine.xenstored.start()
+        self.machine.store.close()
+        self.machine.store.reconnect()
+
+
+def _make_image(kind: str, file: Path) -> None:
+    create(kind, str(file), 4 << 20)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdout:
+        process.stdout.close()

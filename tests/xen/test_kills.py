@@ -1,0 +1,120 @@
+"""What serves a guest's disk dies under load, on a real Xen: the guest sees no error, and every block is verified."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from random import Random
+
+from tests.xen.tools import xenstore
+from tests.xen.tools.command import run, until, xenbackend
+from tests.xen.tools.disks import blank
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.load import Load
+from tests.xen.tools.service import Service, attached
+
+KILLS, RESTARTS = 50, 5
+XVDB = 51728
+COMPLAINTS = ("I/O error", "disabled for further use", "lost async page write", "critical")
+
+
+def complaints(guest: Guest, since: int) -> list[str]:
+    """Return what the guest's kernel has printed since then that tells of a disk in trouble."""
+    return [line for line in guest.log[since:].splitlines() if any(each in line for each in COMPLAINTS)]
+
+
+def shown(guest: Guest, key: str) -> str:
+    """Return what xenstore says of the guest's xvdb; cheaper than to ask the service."""
+    return xenstore.read(f"/local/domain/0/xenbackend/vbd/{guest.domid}/{XVDB}/{key}") or ""
+
+
+def wait_until_served(guest: Guest, *, but_not_by: str = "") -> str:
+    """Return the process that serves xvdb, once another one than `but_not_by` does."""
+
+    def look() -> str:
+        worker = shown(guest, "worker")
+        return worker if shown(guest, "phase") == "serving" and worker not in ("", but_not_by) else ""
+
+    return until("xvdb is served", look)
+
+
+def kill(*pids: int | str) -> None:
+    """Kill processes at once."""
+    run("kill", f"-{int(signal.SIGKILL)}", *pids)
+
+
+def test_workers_and_services_die_under_load(linux: Guest, on_ext4: Path, the_service: Service) -> None:
+    """Fifty workers killed and five services restarted below fio with verify: no error, for the guest or for fio."""
+    image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
+    restarts = Random(1).sample(range(KILLS), RESTARTS)
+    with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
+        load = Load(linux, "xvdb")
+        load.wait_until_it_writes(the_service)
+        for number in range(KILLS):
+            former = wait_until_served(linux)
+            kill(former)
+            worker = wait_until_served(linux, but_not_by=former)
+            if number in restarts:
+                the_service.restart()
+                assert worker == wait_until_served(linux)
+        load.stop()
+
+        assert [] == complaints(linux, since)
+        assert 0 == the_service.disk(linux.domid, "xvdb")["counters"]["errors"]
+
+
+def test_both_die_at_once(linux: Guest, on_ext4: Path, the_service: Service) -> None:
+    """Worker and service killed together: systemd starts another service, which finds journal and memories."""
+    image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
+    with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
+        load = Load(linux, "xvdb")
+        load.wait_until_it_writes(the_service)
+        service, worker = the_service.pid, wait_until_served(linux)
+        kill(service, worker)
+        until("systemd starts another service", lambda: the_service.is_active() and the_service.pid not in (0, service))
+        wait_until_served(linux, but_not_by=worker)
+        load.wait_until_it_writes(the_service)
+        load.stop()
+
+        assert [] == complaints(linux, since)
+        ranges = xenbackend("log", "get", f"{linux.domid}/xvdb").out
+        assert "" != ranges
+        assert f"0 {64 << 11}" not in ranges  # the map was found again: else all of the disk would be dirty
+
+
+def test_a_stopped_service_is_a_pause(linux: Guest, on_ext4: Path, the_service: Service) -> None:
+    """After a stop the worker has ended in order; after a start the guest's requests are answered."""
+    image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
+    with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
+        load = Load(linux, "xvdb")
+        load.wait_until_it_writes(the_service)
+        worker = wait_until_served(linux)
+        the_service.stop()
+        until("the worker has ended", lambda: run("kill", "-0", worker, check=False).status != 0)
+        the_service.start()
+        wait_until_served(linux)
+        load.stop()
+
+        assert [] == complaints(linux, since)
+
+
+def test_a_disk_is_changed_below_a_guest(linux: Guest, on_ext4: Path, the_service: Service) -> None:
+    """A filter put in, a worker replaced, a snapshot, a pause, a disk grown, all below fio with verify."""
+    image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
+    vbd, leaf = f"{linux.domid}/xvdb", on_ext4 / "leaf.qcow2"
+    with attached(linux.domid, "xvdb", f"aio:{image}", "--wait"):
+        load = Load(linux, "xvdb")
+        load.wait_until_it_writes(the_service)
+        xenbackend("set", vbd, f"log:|aio:{image}")
+        xenbackend("upgrade", vbd)
+        run("truncate", "-s", "96M", image)
+        xenbackend("resize", vbd)
+        xenbackend("pause", vbd)
+        xenbackend("resume", vbd)
+        xenbackend("snapshot", vbd, leaf)
+        load.stop()
+        size = linux.run("cat /sys/block/xvdb/size")
+
+        assert str(96 << 11) == size.strip()
+        assert [] == complaints(linux, since)
+        assert f"log:|qcow2:{leaf}" == the_service.disk(linux.domid, "xvdb")["chain"]
