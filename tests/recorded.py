@@ -134,7 +134,7 @@ def tears(log: list[Change]) -> Iterator[tuple[int, int]]:
 
 
 def after_power_loss(start: bytes, log: list[Change], chance: Random) -> tuple[bytearray, int]:
-    """Return what a host may find that lost its power: what was flushed, and any of the rest; and the last flush."""
+    """Return what a host may find that lost its power, any part of what was not flushed; and the last flush."""
     count = chance.randint(0, len(log))
     flushed = max((place for place in range(count) if log[place].kind == "flush"), default=0)
     file = state(start, log, flushed)
@@ -142,7 +142,9 @@ def after_power_loss(start: bytes, log: list[Change], chance: Random) -> tuple[b
         if chance.random() < 0.5:
             if change.kind == "write" and change.place + len(change.data) > len(file):
                 _grow(file, change.place + len(change.data), b"")
-            _apply(file, change, len(change.data))
+            sectors = len(change.data) // SECTOR
+            is_torn = change.kind == "write" and sectors > 1 and chance.random() < 0.3
+            _apply(file, change, chance.randrange(sectors) * SECTOR if is_torn else len(change.data))
     return file, flushed
 
 
