@@ -41,9 +41,10 @@ test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random dama
 	$(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --seed $(or $(S),1) --requests 2000000 \
 		-k any_bytes tests/block/formats
 
-# K=expression runs some of them, as pytest's -k has it. The first time it builds an image, which only root can.
+# K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
+# The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
-	$(BIN)/python -m tests.xen.bed $(if $(K),-k '$(K)')
+	$(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
 	$(BIN)/python -m tests.xen.bed tests/xen/speed.py
