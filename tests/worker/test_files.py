@@ -15,6 +15,7 @@ from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blockdev, memory
 from xenbackend.kernel.blockdev import Alignment
+from xenbackend.kernel.uring import Uring
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
 from xenbackend.worker.reactor import Reactor
@@ -386,3 +387,25 @@ def test_status_is_set_before_it_is_given_back(reactor: Reactor, path: str) -> N
         assert PENDING not in {each.status for each in back}
         image.close()
     files.close()
+
+
+def test_a_lock_of_our_own_is_given_back_while_it_is_waited_for(
+    reactor: Reactor, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a lock is waited for the kernel is called: what io_uring has put off may be the end of a file of ours.
+
+    A flush is done by a thread of the kernel, and where that lets go last, the file is closed at the ring's next call.
+    """
+    files = HostFiles(reactor, lock_timeout_s=0.05)
+    image = files.open(path, read_only=False)
+    if image.mode != "O_DIRECT, io_uring":
+        pytest.skip(f"images are served by {image.mode} here")
+    calls: list[str] = []
+    enter = Uring.enter
+    monkeypatch.setattr(Uring, "enter", lambda uring: calls.append("enter") or enter(uring))
+    with pytest.raises(DriverError, match="locked"):
+        files.open(path, read_only=False)
+    image.close()
+    files.close()
+
+    assert calls

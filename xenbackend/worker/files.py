@@ -110,6 +110,8 @@ class HostFiles:
                 if time.monotonic() >= give_up:
                     sentence = f"{path} is locked by another process; one writer at a time, or readers only"
                     raise DriverError(sentence, path=path, errno=errno.EBUSY) from error
+                if self._queue is not None:
+                    self._queue.let_go()  # the lock may be our own, of an image that was closed just now
                 time.sleep(_LOCK_PAUSE_S)
             else:
                 return

@@ -83,6 +83,10 @@ class UringQueue:
             self._uring.submit()
         return False
 
+    def let_go(self) -> None:
+        """Let the kernel do what it has put off until we call it: it may hold files of requests that have come back."""
+        self._uring.enter()
+
     def close(self) -> None:
         """Release the ring; nothing is in flight."""
         self._reactor.sleep_by(None)
