@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tests.chaos.host import ChaosError, Host
 from tests.chaos.plan import ACTIONS, next_step
 
+_TELL = 200  # kills between two lines where there is no progress bar
 _KILLS, _KILL_ALL = ("kill a worker", "kill a worker twice"), "kill every worker"
 
 
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     first_answers: list[float] = []
     all_first_answers: list[float] = []
     steps: list[tuple[int, str]] = []
+    told = 0
     began = time.monotonic()
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -81,6 +83,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             elif step.action == _KILL_ALL:
                 all_first_answers += timed.values()
             done[step.action] += 1
+            if not console.is_terminal and host.kills["workers"] >= told + _TELL:
+                told = host.kills["workers"]
+                console.print(f"{told} workers killed, {time.monotonic() - began:.0f} s", highlight=False)
             slowest[step.action] = max(slowest[step.action], *timed.values())
         progress.update(task, description="verifying", completed=total)
         missed = host.missed_wakeups()
