@@ -9,4 +9,4 @@ import os
 def open_descriptors() -> list[str]:
     """Return this process's descriptors; what is only waiting to be collected, of earlier tests too, is gone first."""
     gc.collect()
-    return os.listdir("/proc/self/fd")  # noqa: PTH208 - descriptors, not files
+    return os.listdir("/proc/self/fd")

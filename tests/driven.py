@@ -101,7 +101,7 @@ class WorkerProcess:
         how: dict[str, Any] = {"read_only": False, "memories": names, **wishes}
         message = control.Open("vbd/5/51712", self.host, DOMID, chain, **how)
         self.send(message, self.memfd, *[self.kept[name] for name in names])
-        return self.expect(control.Opened, control.Failed)  # type: ignore[no-any-return]
+        return self.expect(control.Opened, control.Failed)
 
     def counters(self) -> dict[str, int]:
         return counters.snapshot(self.journal)
@@ -182,7 +182,7 @@ class Driven:
     def connect_rings(self) -> control.Connected | control.Failed:
         """Let the worker map what the frontend announced."""
         self.offer_rings()
-        return self.worker.expect(control.Connected, control.Failed)  # type: ignore[no-any-return]
+        return self.worker.expect(control.Connected, control.Failed)
 
     def offer_rings(self) -> None:
         """Tell the worker what the frontend announced."""

@@ -78,7 +78,7 @@ def resident(driven: Driven) -> int:
 
 def descriptors(driven: Driven) -> int:
     """Return how many descriptors the worker has open."""
-    return len(os.listdir(f"/proc/{driven.worker.process.pid}/fd"))  # noqa: PTH208 - only their number
+    return len(os.listdir(f"/proc/{driven.worker.process.pid}/fd"))
 
 
 def until_answered(evil: Evil) -> None:

@@ -128,7 +128,7 @@ class Exported:
         self.clients: list[Client] = []
         self.export = Export(
             str(self.path),
-            self.chain,  # type: ignore[arg-type]
+            self.chain,
             self.reactor,
             kick=lambda: None,
             complain=self.complaints.append,

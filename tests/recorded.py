@@ -192,7 +192,7 @@ class Disk:
 
     def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
         env = StepEnv(read_only=read_only, shareable=shareable, files=self.files)
-        env.run_in_thread = self._in_thread  # type: ignore[method-assign]
+        env.run_in_thread = self._in_thread
         return env
 
     def _in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:

@@ -68,7 +68,7 @@ def test_chain_error_points_at_the_place_whatever_stands_before_it() -> None:
 )
 def test_driver_error_says_where(where: dict[str, str], sentence: str) -> None:
     """A driver's error names its layer and option before the problem, as far as they are known."""
-    error = DriverError("cannot be opened", **where)  # type: ignore[arg-type]
+    error = DriverError("cannot be opened", **where)
 
     assert (sentence, "cannot be opened", errno.EINVAL) == (str(error), error.problem, error.errno)
 

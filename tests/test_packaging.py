@@ -24,7 +24,7 @@ UNIT = ROOT / "systemd" / "xenbackend.service"
 
 def _unit() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment, method-assign]  # systemd's names have capitals
+    parser.optionxform = str  # systemd's names have capitals
     parser.read(UNIT)
     return parser
 

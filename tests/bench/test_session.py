@@ -99,7 +99,7 @@ def test_every_workload_on_a_worker(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent grants", "grant copies"])
-def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:  # noqa: FBT001
+def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:
     """No wake-up is lost between a worker and a generator that always sleeps, with either kind of grants."""
     session = replace(quick(tmp_path, "rr4k", "sr64k"), poll=0.0, persistent=persistent)
 
@@ -108,7 +108,7 @@ def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:  # noqa: F
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
-def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:  # noqa: FBT001
+def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
     """Each installed peer is measured in each round after our chains, and ends with the session."""
     steps: list[str] = []
     session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2)

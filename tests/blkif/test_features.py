@@ -228,7 +228,7 @@ def test_what_is_published_of_discard() -> None:
 @pytest.mark.parametrize("cdrom", [False, True])
 @pytest.mark.parametrize("removable", [False, True])
 @pytest.mark.parametrize("read_only", [False, True])
-def test_info_bits(cdrom: bool, removable: bool, read_only: bool) -> None:  # noqa: FBT001 - a table
+def test_info_bits(cdrom: bool, removable: bool, read_only: bool) -> None:
     """`info` has one bit for each of CD-ROM, removable and read-only."""
     disk = Disk(512, 512, read_only=read_only, can_flush=True, can_discard=False, cdrom=cdrom, removable=removable)
     bits = {VDISK_CDROM: cdrom, VDISK_REMOVABLE: removable, VDISK_READONLY: read_only}

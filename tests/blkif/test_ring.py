@@ -121,7 +121,7 @@ class Trace:
 def traced(ends: Ends) -> list[str]:
     """Return the list that the backend's accesses to the indices are written to from now on."""
     trace = Trace(ends.back._index)
-    ends.back._index = trace  # type: ignore[assignment]
+    ends.back._index = trace
     ends.at_fence = trace.fence
     return trace.log
 

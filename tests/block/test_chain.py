@@ -19,7 +19,7 @@ def test_a_filter_that_passes_everything_on_is_not_on_the_way(
     """Four empty filters leave nothing between the engine and the file, downward or upward."""
     path = image(tmp_path / "img")
     chain = machine.open(f"silent:|silent:|silent:|silent:|aio:{path}", checked=False)
-    file = chain.layers[-1].driver._file  # type: ignore[attr-defined]
+    file = chain.layers[-1].driver._file
     done: list[list[Request]] = []
     chain.complete = done.append
 

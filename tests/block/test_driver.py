@@ -15,7 +15,7 @@ from xenbackend.errors import DriverError
 def picky(base: type[SimpleDriver]) -> SimpleDriver:
     """Return a driver whose reads succeed and whose writes find no space."""
 
-    class Picky(base):  # type: ignore[valid-type,misc]
+    class Picky(base):
         name = "picky"
 
         def read(self, request: Request) -> None:
@@ -24,7 +24,7 @@ def picky(base: type[SimpleDriver]) -> SimpleDriver:
         def write(self, request: Request) -> None:
             raise OSError(errno.ENOSPC, "full")
 
-    return Picky(None)  # type: ignore[no-any-return]
+    return Picky(None)
 
 
 @pytest.mark.parametrize("base", [SimpleDriver, BlockingDriver])

@@ -53,7 +53,7 @@ def test_huge_discard_saturates() -> None:
     """A discard of more sectors than the field holds is recorded as that many, and not as a small number."""
     packed = record.pack_request(entry(Op.DISCARD, 0, 1 << 33))
 
-    assert record.MAX_COUNT * 512 == read(record.pack_session(SESSION) + packed)[1].length  # type: ignore[union-attr]
+    assert record.MAX_COUNT * 512 == read(record.pack_session(SESSION) + packed)[1].length
 
 
 @pytest.mark.parametrize("cut", range(SIZE))

@@ -226,8 +226,8 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
 def test_refused_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
     """A recorder that cannot be opened releases what it had opened already."""
     (tmp_path / "rec.1").mkdir()
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is asked for
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match=r"rec\.1"):
         new_recorder(StepEnv(), tmp_path / "rec")
 
-    assert before == len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - likewise
+    assert before == len(os.listdir("/proc/self/fd"))

@@ -16,7 +16,7 @@ def test_a_request_begins_as_lent() -> None:
 def test_a_request_holds_nothing_else() -> None:
     """Requests are pooled by the thousand: they have no room for attributes of a layer's own."""
     with pytest.raises(AttributeError):
-        Request().note = "mine"  # type: ignore[attr-defined]
+        Request().note = "mine"
 
 
 def test_a_request_shows_what_it_is() -> None:

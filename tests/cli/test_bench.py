@@ -24,7 +24,7 @@ def test_defaults() -> None:
     session = bench._session(parse())
 
     assert ["aio:{file}", "log:|aio:{file}"] == session.chains
-    assert (Path("/dev/shm"), False, False) == (  # noqa: S108
+    assert (Path("/dev/shm"), False, False) == (
         session.file.parent,
         session.direct,
         session.compare,

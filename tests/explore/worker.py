@@ -59,7 +59,7 @@ class Worker:
         self.entries = entries
         self.page = memoryview(mmap.mmap(-1, PAGE))
         self.guest = Guest(self.page, entries, requests, start)
-        self.guest.check_answer = self._check_answer  # type: ignore[method-assign]
+        self.guest.check_answer = self._check_answer
         self.done = 0
         self.reads: tuple[int, ...] = ()
         self._before = before
@@ -71,7 +71,7 @@ class Worker:
         memory = memoryview(mmap.mmap(-1, journal.SIZE))
         self._arrays = [[0] * 3, [0] * entries, [0] * entries * entries]
         self._journal = journal.RingJournal(memory, 0, X86_64.slot_size)
-        self._journal.words, self._journal.blocks, self._journal.answers = (  # type: ignore[assignment]
+        self._journal.words, self._journal.blocks, self._journal.answers = (
             Words(raw, before, 0, self._note_read) for raw in self._arrays
         )
         self._copies = self._journal._slots[: entries * entries * X86_64.slot_size]
@@ -167,7 +167,7 @@ class Worker:
 
     def _open(self) -> None:
         ring = BackRing(self.page, X86_64, self.entries, lambda: None)
-        ring._index, ring.pages, ring.write_response = self._index, self._pages, self._write_response  # type: ignore[assignment]
+        ring._index, ring.pages, ring.write_response = self._index, self._pages, self._write_response
         self.queue = Queue(ring, self._journal, self._decoder, Peer())
 
     def _execute(self, entry: int) -> Any:

@@ -97,7 +97,7 @@ def test_tolerating_is_not_direct(image: tuple[int, str]) -> None:
 
 def test_stated_and_tried_alignment_agree() -> None:
     """What reading finds out is no less than what the file system states, so either can be relied upon."""
-    fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)  # noqa: S108 - on a disk even where tmp_path is not
+    fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)
     os.pwrite(fd, bytes(1 << 20), 0)
     medium = examine(fd, "image", read_only=False)
     stated = switch_to_direct(fd, medium)

@@ -68,7 +68,7 @@ def test_unmap_and_copy_heads() -> None:
 
 
 @pytest.mark.parametrize("to_guest", [False, True])
-def test_copy_segment_layout(to_guest: bool) -> None:  # noqa: FBT001 - a parameter of pytest
+def test_copy_segment_layout(to_guest: bool) -> None:
     """A copy segment names the far side by reference and the near side by address, and its status begins as failed."""
     size = HEADERS[f"sizeof {SEGMENT}"]
     buffer = bytearray(2 * size)

@@ -4,6 +4,7 @@ import errno
 import os
 import struct
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_bytearray_is_changed_in_place() -> None:
 
 def test_refusal_names_the_operation() -> None:
     """An ioctl that the kernel refuses raises KernelError with the operation in words and the errno."""
-    with open(os.devnull, "rb") as device, pytest.raises(KernelError, match="map 3 grants: ") as caught:  # noqa: PTH123
+    with Path(os.devnull).open("rb") as device, pytest.raises(KernelError, match="map 3 grants: ") as caught:
         ioctl.call(device.fileno(), 0x00184700, bytes(24), "map 3 grants")
 
     assert caught.value.errno == errno.ENOTTY

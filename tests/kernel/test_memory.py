@@ -4,6 +4,7 @@ import ctypes
 import gc
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 from descriptors import open_descriptors
@@ -69,8 +70,7 @@ def test_device_mapping_is_shared_and_released() -> None:
     assert len(open_descriptors()) == before
     for each in (address, more):
         memory.unmap(each, 4096)
-    with open("/proc/self/maps") as maps:  # noqa: PTH123
-        assert f"{address:x}-" not in maps.read()
+    assert f"{address:x}-" not in Path("/proc/self/maps").read_text()
     os.close(fd)
 
 

@@ -115,7 +115,7 @@ class FakeWorker:
         return []
 
 
-def _layer(chain: str, read_only: bool) -> control.LayerFacts:  # noqa: FBT001
+def _layer(chain: str, read_only: bool) -> control.LayerFacts:
     return control.LayerFacts(
         text=chain,
         size=int(chain[5]) << 30,

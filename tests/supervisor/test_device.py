@@ -695,7 +695,7 @@ def test_an_answer_to_an_earlier_service_is_none_to_this_one() -> None:
     asked = world.inbox.pop()
     world.inbox += ["connect"]  # told by the service in between
     world.replace_service()
-    world.send(replace(world.standing(), report=asked.id))  # type: ignore[union-attr]
+    world.send(replace(world.standing(), report=asked.id))
     assert world.device.phase is Phase.ADOPTING
     world.settle()
 

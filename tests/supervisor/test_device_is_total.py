@@ -115,9 +115,9 @@ def _random_step(world: World, generator: random.Random) -> None:
     )  # fmt: skip
     step = generator.choices(kinds, weights=(35, 35, 10, 8, 4, 1, 2, 1))[0]
     if step in (World.answer, World.see):
-        step(world)  # type: ignore[call-arg]
+        step(world)
     else:
-        step(world, generator)  # type: ignore[call-arg]
+        step(world, generator)
 
 
 def _frontend_moves(world: World, generator: random.Random) -> None:

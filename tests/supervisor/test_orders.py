@@ -195,7 +195,7 @@ def test_an_order_that_came_to_nothing_is_forgotten(serving: Stepped, toolstack:
     assert "null:1G" == vbd.device.layers[0].text
     for chain in ("null:7G", "null:1G"):
         toolstack.write(f"{PATH.backend}/params", chain)
-        serving.until(lambda: vbd.device.layers and vbd.device.layers[0].text == chain)  # noqa: B023
+        serving.until(lambda: vbd.device.layers and vbd.device.layers[0].text == chain)  # noqa: B023 - at once
         serving.until(is_served(serving))
 
         assert chain == toolstack.read(f"{PATH.backend}/params")

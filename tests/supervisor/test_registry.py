@@ -267,7 +267,7 @@ def test_a_service_takes_over_from_another_one(
     for _ in range(3):
         stepped.leave()
         stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
-        stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)  # noqa: B023
+        stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)  # noqa: B023 - at once
         counts.append((len(open_descriptors()), sorted(kept.fds)))
         assert worker == stepped.vbd().worker.pid
     known = describe(stepped.vbd())

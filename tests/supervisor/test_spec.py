@@ -16,7 +16,7 @@ VBD3 = VbdPath("vbd3", 0, 5, 51712)
 @pytest.mark.parametrize(
     ("mode", "read_only", "shareable"), [("r", True, False), ("w", False, False), ("w!", False, True)]
 )
-def test_modes(mode: str, read_only: bool, shareable: bool) -> None:  # noqa: FBT001 - a table of truth
+def test_modes(mode: str, read_only: bool, shareable: bool) -> None:
     """Only the exact letters w and w! may write, and only w! gives up the lock."""
     spec = parse_spec(VBD, {**KEYS, "mode": mode})
 
@@ -53,6 +53,6 @@ def test_a_bad_chain_is_refused_early() -> None:
         ("", False),
     ],
 )
-def test_our_vbds_are_known_by_their_script(script: str, ours: bool) -> None:  # noqa: FBT001 - a table of truth
+def test_our_vbds_are_known_by_their_script(script: str, ours: bool) -> None:
     """The base name of the script decides, whatever its directory."""
     assert ours == is_ours({"script": script}, ["block-xenbackend", "tap2"])

@@ -141,7 +141,7 @@ def test_a_worker_that_lived_long_has_not_died_in_vain(
     vbd = _serve(stepped, toolstack, guest)
     for _ in range(8):
         pid = _kill(vbd)
-        stepped.until(lambda: vbd.worker is not None and vbd.worker.pid != pid and vbd.device.phase is Phase.SERVING)  # noqa: B023
+        stepped.until(lambda: vbd.worker is not None and vbd.worker.pid != pid and vbd.device.phase is Phase.SERVING)  # noqa: B023 - at once
 
     assert "" == vbd.device.error
 

@@ -192,7 +192,7 @@ def test_a_map_that_is_lost_says_that_all_is_dirty(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path: Path) -> None:
     """A service that was stopped, or killed with its keeper, has a successor that answers what came meanwhile."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))

@@ -49,7 +49,7 @@ def test_producer_far_ahead_halts_that_ring_only(victim: Driven, ahead: str, sta
     work(frontend, model, 200)
     broken = frontend.rings.pop()
     before = broken.ring.pushed
-    broken.ring.index[REQ_PROD] = (before + eval(ahead, {"size": broken.ring.size})) & 0xFFFFFFFF  # noqa: S307
+    broken.ring.index[REQ_PROD] = (before + eval(ahead, {"size": broken.ring.size})) & 0xFFFFFFFF  # noqa: S307 - ours
     broken.port.notify()
     halted = victim.worker.expect(control.Halted)
     for _ in range(100):
@@ -269,7 +269,7 @@ def test_slot_that_changes_while_it_is_read(victim: Driven, field: str) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_segments_that_change_while_they_are_read(victim: Driven, persistent: bool) -> None:  # noqa: FBT001
+def test_segments_that_change_while_they_are_read(victim: Driven, persistent: bool) -> None:
     """A10 (XSA-197): the pages of an indirect request are fetched once; a change meanwhile opens no gap."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
     evil = Evil(victim)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # each starts a process
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> None:  # noqa: FBT001
+def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> None:
     """A7, A18 (XSA-71, XSA-365): a bad k-th segment fails its request, alters nothing, and costs nothing for good."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
     evil = Evil(victim)
@@ -60,7 +60,7 @@ def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> No
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_every_status_of_a_grant_is_an_error(victim: Driven, persistent: bool) -> None:  # noqa: FBT001
+def test_every_status_of_a_grant_is_an_error(victim: Driven, persistent: bool) -> None:
     """A17, A19, A20 (XSA-361, 362, 367): no status of a failed map or copy is taken for success, nor for a bug."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
     evil = Evil(victim)
@@ -125,7 +125,7 @@ def test_nothing_is_mapped_when_a_request_is_answered(victim: Driven) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_bytes_beside_a_segment_are_not_touched(victim: Driven, persistent: bool) -> None:  # noqa: FBT001
+def test_bytes_beside_a_segment_are_not_touched(victim: Driven, persistent: bool) -> None:
     """A23 (XSA-403): a read writes the sectors that its segment names and no byte beside; a write alters nothing."""
     frontend = victim.connect(RAM, Wishes(persistent=persistent))
     frontend.write(0, bytes(range(256)) * 16)

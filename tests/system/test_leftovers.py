@@ -101,7 +101,7 @@ def test_killed_worker_leaves_nothing(driven: Driven, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_failed_connects_leave_nothing(driven: Driven, persistent: bool) -> None:  # noqa: FBT001
+def test_failed_connects_leave_nothing(driven: Driven, persistent: bool) -> None:
     """A connect that fails at any ring, over its pages or its port, is taken back whole; the next one succeeds."""
     frontend = driven.connect("ram:1M", Wishes(queues=3, ring_order=1, persistent=persistent))
     driven.disconnect()

@@ -35,7 +35,7 @@ def test_data_is_right(
     driven: Driven,
     layout: Layout,
     indirect: int,
-    persistent: bool,  # noqa: FBT001
+    persistent: bool,
     queues: int,
     order: int,
 ) -> None:

@@ -25,7 +25,7 @@ DATA = b"b" * PAGE
 
 @pytest.mark.parametrize("operation", [BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_barrier_is_drain_flush_write_flush(vbd: Served, operation: int, persistent: bool) -> None:  # noqa: FBT001
+def test_barrier_is_drain_flush_write_flush(vbd: Served, operation: int, persistent: bool) -> None:
     """A barrier, or a flush with data, begins when all before it is done, and what came after it begins at its end."""
     frontend = vbd.connect(Wishes(flush=False, queues=2, persistent=persistent))
     vbd.disk.holding = True

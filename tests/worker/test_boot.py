@@ -34,7 +34,7 @@ class Booted:
 
     def begin(self, path: str = "") -> None:
         """Export the disk."""
-        self.boot.begin(path or str(self.path), self.chain, self.files)  # type: ignore[arg-type]
+        self.boot.begin(path or str(self.path), self.chain, self.files)
 
     def step(self, passes: int = 1) -> None:
         """Let the loop pass."""
@@ -82,7 +82,7 @@ def test_it_ends_with_a_flush_before_anybody_goes_on(booted: Booted) -> None:
     """What is in flight comes first, then our flush, then whoever waits, in the order in which they asked."""
     booted.begin()
     path = booted.boot.path
-    client = Client(booted)  # type: ignore[arg-type]
+    client = Client(booted)
     client.go()
     booted.chain.holding = True
     client.ask(CMD_WRITE, data=b"x" * 512)
@@ -126,7 +126,7 @@ def test_a_socket_that_cannot_be_made_is_told(booted: Booted) -> None:
 def test_bugs_of_that_time_are_remembered(booted: Booted) -> None:
     """D8: what a bug of a layer lost may come back to whoever is above the chain later, who has to know."""
     booted.begin()
-    client = Client(booted)  # type: ignore[arg-type]
+    client = Client(booted)
     client.go()
     booted.chain.bug = KeyError("x")
     client.ask(CMD_WRITE, data=b"x" * 512)

@@ -24,7 +24,7 @@ def reactor() -> Iterator[Reactor]:
     made.close()
 
 
-@pytest.fixture(params=["/var/tmp", "/dev/shm"])  # noqa: S108 - one with a disk, one without
+@pytest.fixture(params=["/var/tmp", "/dev/shm"])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
     """Return an image behind the page cache, all of which holds it."""
     path = Path(request.param) / f"xenbackend-test-{os.getpid()}"
@@ -92,7 +92,7 @@ def test_neighbours_are_joined(reactor: Reactor, image: Image, monkeypatch: pyte
         calls.append(offset)
         return preadv(fd, iov, offset, flags)
 
-    image._read_flags = 0  # type: ignore[attr-defined]  # not every file system knows RWF_NOWAIT
+    image._read_flags = 0  # not every file system knows RWF_NOWAIT
     monkeypatch.setattr(os, "preadv", count)
     batch = [request_of(Op.READ, place * 4096, pieces=2) for place in (5, 6, 7, 20, 21)]
     serve(reactor, image, batch)

@@ -159,7 +159,7 @@ def test_failed_flush_is_in_the_journal_before_anything_else(vbd: Served) -> Non
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     noted: list[int] = []
-    vbd.alarm = lambda _sentence: noted.append(poisoned(vbd.journal))  # type: ignore[method-assign]
+    vbd.alarm = lambda _sentence: noted.append(poisoned(vbd.journal))
     frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
     vbd.step(3)
 

@@ -43,7 +43,7 @@ def test_another_request_takes_the_place_of_a_lost_one() -> None:
     """The record gets a request that ends with EIO; the lost one belongs to nobody, and keeps its memory."""
     record, memory = record_of_a_guest(), Memory()
     lost = record.request
-    other = substitute(lost, memory)  # type: ignore[arg-type]
+    other = substitute(lost, memory)
 
     assert (other, record, errno.EIO, Op.WRITE) == (record.request, other.tag, other.status, other.op)
     assert lost.tag is None
@@ -56,11 +56,11 @@ def test_a_step_of_a_barrier_is_taken_for_the_barrier() -> None:
     record, memory = record_of_a_guest(), Memory()
     barrier: Any = Barrier(record, record.request, [])
     flush = barrier.next_step()
-    other = substitute(flush, memory)  # type: ignore[arg-type]
+    other = substitute(flush, memory)
     untouched = memory.abandoned[:]
     barrier.end_step(0)
     write = barrier.next_step()
-    second = substitute(write, memory)  # type: ignore[arg-type]
+    second = substitute(write, memory)
 
     assert (barrier, Op.FLUSH) == (other.tag, other.op)
     assert [] == untouched
@@ -88,7 +88,7 @@ class Trap(HeldDisk):
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_kept_request_that_a_bug_loses_is_trouble_no_more(vbd: Served, persistent: bool) -> None:  # noqa: FBT001
+def test_a_kept_request_that_a_bug_loses_is_trouble_no_more(vbd: Served, persistent: bool) -> None:
     """A request that waited for space and is lost when it is tried again is answered, and the trouble taken back."""
     disk = vbd.disk = Trap()
     frontend = vbd.connect(Wishes(persistent=persistent))

@@ -27,7 +27,7 @@ def reactor() -> Iterator[Reactor]:
 @pytest.fixture(params=["uring", "threads"])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[DirectImage]:
     """Return a direct image of zeros, as if its medium had blocks of 4096 bytes."""
-    fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)  # noqa: S108 - on a disk even where tmp_path is not
+    fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)
     os.pwrite(fd, bytes(SIZE), 0)
     medium = blockdev.examine(fd, "image", read_only=False)
     try:

@@ -33,7 +33,7 @@ def test_env_is_what_the_contract_asks_for(reactor: Reactor) -> None:
 
     assert (env.read_only, env.shareable, env.files) == (True, True, files)
     assert (factory("ram:1M").facts, other.facts, done) == ({}, {}, ["thread"])
-    assert env.facts == {"mode": "memory"}  # type: ignore[attr-defined]  # only the worker's own Env has them
+    assert env.facts == {"mode": "memory"}  # only the worker's own Env has them
 
 
 def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:

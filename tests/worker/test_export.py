@@ -152,7 +152,7 @@ def test_memory_is_bounded(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_large_requests_are_cut(exported: Exported, failing: bool) -> None:  # noqa: FBT001
+def test_large_requests_are_cut(exported: Exported, failing: bool) -> None:
     """The chain sees no more than a ring's largest request; all of them are one answer, with the first error."""
     client, length = exported.client().go(), 2 * LARGEST + 512
     data = b"".join(bytes([number]) * 512 for number in range(50)).ljust(length, b"e")

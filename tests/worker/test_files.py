@@ -40,7 +40,7 @@ def reactor() -> Iterator[Reactor]:
 @pytest.fixture
 def path() -> Iterator[str]:
     """Return the path of an image of 1 MiB of random bytes, on a disk even where tmp_path is not."""
-    name = f"/var/tmp/xenbackend-test-{os.getpid()}"  # noqa: S108
+    name = f"/var/tmp/xenbackend-test-{os.getpid()}"
     Path(name).write_bytes(random.Random(0).randbytes(SIZE))
     yield name
     Path(name).unlink()
@@ -136,7 +136,7 @@ def check_against_model(reactor: Reactor, image: Image, path: str, seed: int) ->
 @pytest.mark.parametrize("use_uring", [True, False], ids=["uring", "threads"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_uring: bool, seed: int) -> None:  # noqa: FBT001
+def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_uring: bool, seed: int) -> None:
     """Whatever the way, random requests read what was written before, give each back once, and leave the right file."""
     files = HostFiles(reactor, use_uring=use_uring)
     image = files.open(path, read_only=False, **WAYS[way])
@@ -153,8 +153,8 @@ def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_ur
 def test_medium_of_larger_blocks(
     reactor: Reactor,
     path: str,
-    use_uring: bool,  # noqa: FBT001
-    blocking: bool,  # noqa: FBT001
+    use_uring: bool,
+    blocking: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a medium of 4096 byte blocks, requests of single sectors are still right, in any mix with others."""
@@ -262,7 +262,7 @@ def test_read_only_image_refuses_writes(reactor: Reactor, path: str) -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_helpers_for_open(reactor: Reactor, path: str, direct: bool) -> None:  # noqa: FBT001
+def test_helpers_for_open(reactor: Reactor, path: str, direct: bool) -> None:
     """`read_at` and `write_at` take any place and length, whatever the alignment of the medium."""
     files = HostFiles(reactor)
     image = files.open(path, read_only=False, direct=direct)
@@ -284,7 +284,7 @@ def test_helpers_for_open(reactor: Reactor, path: str, direct: bool) -> None:  #
 @pytest.mark.slow
 @pytest.mark.parametrize("first_reads", [True, False])
 @pytest.mark.parametrize("second_reads", [True, False])
-def test_lock_between_processes(reactor: Reactor, path: str, first_reads: bool, second_reads: bool) -> None:  # noqa: FBT001
+def test_lock_between_processes(reactor: Reactor, path: str, first_reads: bool, second_reads: bool) -> None:
     """Readers share an image, a writer has it alone, in whatever process and order; the sentence says why."""
     files = HostFiles(reactor)
     image = files.open(path, read_only=first_reads)

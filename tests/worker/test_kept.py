@@ -26,7 +26,7 @@ FULL = {Op.WRITE: errno.ENOSPC}
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:  # noqa: FBT001
+def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:
     """Writes that found no space are done when there is some; the guest sees only that it takes long."""
     frontend = vbd.connect(Wishes(persistent=persistent))
     vbd.disk.errors = FULL
@@ -49,7 +49,7 @@ def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:  # no
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool, count: int) -> None:  # noqa: FBT001
+def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool, count: int) -> None:
     """However many requests wait and however often they are tried, one sentence says so, and one that it is over."""
     frontend = vbd.connect(Wishes(persistent=persistent))
     vbd.disk.errors = FULL

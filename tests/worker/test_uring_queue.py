@@ -84,7 +84,7 @@ def test_idle_queue_lets_the_loop_sleep(reactor: Reactor, image: Image) -> None:
     image.submit(reads(4))
     run_until_back(reactor, image, 4)
     passes: list[int] = []
-    reactor.before_sleep(lambda: bool(passes.append(1)))  # type: ignore[func-returns-value]
+    reactor.before_sleep(lambda: bool(passes.append(1)))
     reactor.call_later(0.05, reactor.stop)
     reactor.run()
 

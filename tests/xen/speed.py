@@ -117,7 +117,7 @@ def test_speed(request: pytest.FixtureRequest, the_service: Service) -> None:
             image = request.getfixturevalue(place) / "speed.raw"
             image.write_bytes(os.urandom(SIZE_MIB << 20))
             for backend in served(place):
-                with BACKENDS[backend](image):  # type: ignore[attr-defined]
+                with BACKENDS[backend](image):
                     for load in LOADS:
                         rates.setdefault((place, backend, load), []).append(measure(load))
             (out / "speed.txt").write_text(table(rates))

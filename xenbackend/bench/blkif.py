@@ -50,7 +50,7 @@ class BlkifLoop(ClosedLoop):
         self._ring = self._front.ring
         self._guest = guest
         self._frames = guest.allocate(DEPTH * _PAGES)
-        random.Random(0).shuffle(self._frames)  # noqa: S311 (not a secret)
+        random.Random(0).shuffle(self._frames)
         self._grefs = [guest.grant(frame) for frame in self._frames]
         self._indirect_frames = guest.allocate(DEPTH)
         self._indirect_grefs = [guest.grant(frame) for frame in self._indirect_frames]

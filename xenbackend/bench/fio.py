@@ -25,9 +25,7 @@ class Fio:
     def measure(self, work: Work, seconds: float, warm_up: float) -> Sample:
         """Run one job. Raises: BenchError when fio is missing or fails."""
         try:
-            done = subprocess.run(  # noqa: S603
-                self.arguments(work, seconds, warm_up), capture_output=True, text=True, check=True
-            )
+            done = subprocess.run(self.arguments(work, seconds, warm_up), capture_output=True, text=True, check=True)
         except FileNotFoundError:
             raise BenchError("the program fio is not installed") from None
         except subprocess.CalledProcessError as error:

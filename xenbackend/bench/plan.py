@@ -127,7 +127,7 @@ def places(work: Work, size: int) -> list[int]:
     step = work.length // SECTOR
     order: range | list[int] = range(count)
     if work.random:
-        chooser = random.Random(_SEED)  # noqa: S311 (not a secret)
+        chooser = random.Random(_SEED)
         order = chooser.sample(range(count), min(count, PLACES))
     return [start // SECTOR + number * step for number in order]
 

@@ -18,7 +18,7 @@ _GROUP = 0.8  # the share of a group's width that its bars take
 def check() -> None:
     """Raise ConfigError where matplotlib is missing, before anything was measured for a picture."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401 - whether it is there
     except ImportError:
         raise ConfigError("--plot needs matplotlib; install it with: pip install 'xenbackend[plot]'") from None
 

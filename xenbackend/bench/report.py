@@ -146,7 +146,7 @@ def as_json(rows: Sequence[Row], foreign: float) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+    with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - read up to the line
         return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
 
 

@@ -31,7 +31,7 @@ class Server:
         with log.open("wb") as output:
             try:
                 # Its own process group: Ctrl-C at the terminal is ours to handle, and ends it in order.
-                self._process = subprocess.Popen(  # noqa: S603
+                self._process = subprocess.Popen(
                     arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=keep, process_group=0
                 )
             except FileNotFoundError:
@@ -75,7 +75,7 @@ class Server:
 
 def pin(pid: int, cpu: int) -> None:
     """Bind every thread of a process to one CPU; threads that it makes later inherit that."""
-    for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 (names are wanted)
+    for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - names are wanted
         os.sched_setaffinity(int(thread), {cpu})
 
 

@@ -208,7 +208,7 @@ def _options(image: str) -> tuple[str, ...]:
 
 def _qemu_img(*arguments: str) -> None:
     try:
-        done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
+        done = subprocess.run(["qemu-img", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise BenchError("qemu-img, which makes images, is not installed (Debian: qemu-utils)") from None
     if done.returncode:

@@ -66,7 +66,7 @@ class Checked(Filter):
         alters = op in (Op.WRITE, Op.DISCARD)
         self._demand(not (alters and self.geometry.read_only), "Geometry", self.upper, f"read-only: {request!r}")
 
-    def _demand(self, truth: bool, rule: str, layer: str, problem: str) -> None:  # noqa: FBT001
+    def _demand(self, truth: bool, rule: str, layer: str, problem: str) -> None:  # noqa: FBT001 - as `assert`
         if not truth:
             raise ContractError(f"{rule}: {layer} {problem}")
 

@@ -21,8 +21,8 @@ from xenbackend.bench.session import DRIVERS, FILE, READ_ONLY, Outcome, Session,
 from xenbackend.cli.arguments import duration, size
 
 _CHAINS = [f"aio:{FILE}", f"log:|aio:{FILE}"]
-_CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 (tmpfs: the page cache and nothing else)
-_DISK_DIRECTORY = Path("/var/tmp")  # noqa: S108 (on a disk, where /tmp may not be)
+_CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 - tmpfs: the page cache and nothing else
+_DISK_DIRECTORY = Path("/var/tmp")  # noqa: S108 - on a disk, where /tmp may not be
 
 _WIDTH = 132  # characters; of a table that is not shown on a terminal
 

@@ -58,7 +58,7 @@ class Exercise:
         self._frontend = frontend
         self._progress = progress
         self._largest = min(LARGE, (frontend.facts.max_indirect or 11) * PAGE_SECTORS)
-        self._model = DiskModel(seed, sectors, Random(seed), max_count=unit, alignment=unit)  # noqa: S311
+        self._model = DiskModel(seed, sectors, Random(seed), max_count=unit, alignment=unit)
         self._before: dict[int, bytes] = {}  # sector -> what was there
 
     def save(self) -> None:

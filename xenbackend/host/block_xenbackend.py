@@ -98,7 +98,7 @@ def service_socket() -> str:
 
 def leave_word(path: str, sentence: str) -> None:
     """Write a failure where the toolstack looks for it, as the service does when it runs."""
-    tool = next((found for place in TOOLS for found in glob.glob(f"{place}/xenstore-write")), "")  # noqa: PTH207
+    tool = next((found for place in TOOLS for found in glob.glob(f"{place}/xenstore-write")), "")  # noqa: PTH207 - likewise
     if tool:
         words = [tool, f"{path}/hotplug-error", sentence[:1000], f"{path}/hotplug-status", "error"]
         pid = os.posix_spawn(tool, words, dict(os.environ))

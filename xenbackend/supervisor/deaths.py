@@ -44,4 +44,4 @@ class Deaths:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__()  # type: ignore[misc]  # as new: every field has its first value

@@ -59,7 +59,7 @@ def find_address() -> str:
         return asked
     rundirs = (os.environ.get("XENSTORED_RUNDIR", "/run/xenstored"), "/var/run/xenstored")
     for candidate in (*(f"{each}/socket" for each in rundirs), "/dev/xen/xenbus"):
-        if os.path.exists(candidate):  # noqa: PTH110  a question, not a path to keep
+        if os.path.exists(candidate):  # noqa: PTH110 - a question, not a path to keep
             return candidate
     raise StoreError("no xenstore here: neither /run/xenstored/socket nor /dev/xen/xenbus exists; is this a Xen host?")
 
@@ -121,7 +121,7 @@ class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
         self.path = path
 
     def create_transport(self) -> _Transport:
-        if not stat.S_ISSOCK(os.stat(self.path).st_mode):  # noqa: PTH116  pyxs keeps a plain string
+        if not stat.S_ISSOCK(os.stat(self.path).st_mode):  # noqa: PTH116 - pyxs keeps a plain string
             return _Transport(os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as near:
             near.connect(self.path)
@@ -242,7 +242,7 @@ class Store(Nodes):
                 if error.errno != errno_module.EAGAIN or attempt == attempts - 1:
                     raise
             # Jitter, so that two who collided do not collide again.
-            self._pause(random.uniform(0, min(_PAUSE_MAX_S, _PAUSE_S * 2**attempt)))  # noqa: S311
+            self._pause(random.uniform(0, min(_PAUSE_MAX_S, _PAUSE_S * 2**attempt)))
         raise ValueError("transact needs at least one attempt")
 
     def _transact_once(self, body: Callable[[Transaction], T]) -> T:

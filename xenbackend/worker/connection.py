@@ -79,7 +79,7 @@ class Channel:
 
     def close(self) -> None:
         """Forget the device: a late timer finds nothing to do."""
-        self._events = None  # type: ignore[assignment]
+        self._events = None  # type: ignore[assignment]  # nothing asks for them any more
 
 
 class Connection:

@@ -170,10 +170,11 @@ class Engine:
         """Answer what was held back with an error after all: the frontend is going away."""
         for request in [*self._failed_flushes, *self.kept.give_up()]:
             request.status, tag = request.status or errno.EIO, request.tag
+            answer = request
             if isinstance(tag, Barrier):
                 tag.end_step(request.status)
-                request, tag, self._barrier = tag.answer(), tag.record, None  # noqa: PLW2901
-            self._answer_now(tag.owner, [request])
+                answer, tag, self._barrier = tag.answer(), tag.record, None
+            self._answer_now(tag.owner, [answer])
         self._failed_flushes.clear()
 
     def expect_strays(self) -> None:

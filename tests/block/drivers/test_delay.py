@@ -11,7 +11,7 @@ from xenbackend.block.drivers.delay import Delay
 
 def opened(**options: float) -> tuple[Delay, StepEnv, Bottom]:
     """Return an open driver with the clock and the source below it."""
-    driver, env, bottom = Delay(Delay.Options(**options)), StepEnv(), Bottom()  # type: ignore[arg-type]
+    driver, env, bottom = Delay(Delay.Options(**options)), StepEnv(), Bottom()
     driver.env, driver.next, driver.below = env, bottom, Geometry(1 << 20)
     driver.open(env)
     return driver, env, bottom

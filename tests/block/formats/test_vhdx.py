@@ -98,9 +98,9 @@ def test_entries_that_are_damaged(word: int) -> None:
 )
 def test_images_that_are_refused(data: bytes, sentence: str) -> None:
     """Each number that cannot be is refused by a sentence that names it."""
-    data = bytearray(data)  # type: ignore[assignment]
+    data = bytearray(data)
     if len(data) > REGIONS and b"neither" not in sentence.encode():
-        data[256 << 10 : (256 << 10) + 8] = bytes(8)  # type: ignore[index]  # one region table is enough to be refused
+        data[256 << 10 : (256 << 10) + 8] = bytes(8)  # one region table is enough to be refused
     with pytest.raises(DriverError, match=sentence):
         parsed(bytes(data))
 

@@ -30,7 +30,7 @@ def patched(offset: int, value: bytes) -> bytes:
 
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize(("compressed", "flag"), [(False, READABLE), (True, SPECIAL)])
-def test_a_table(compressed: bool, flag: int, at_end: bool) -> None:  # noqa: FBT001 - parameters of a test
+def test_a_table(compressed: bool, flag: int, at_end: bool) -> None:
     """Grains are in the file, in their parent, or zeros; the directory may be named at the end of the file."""
     data = vmdk(SIZE, {1: DATA, 2: None}, compressed=compressed, at_end=at_end)
     image = parsed(data)

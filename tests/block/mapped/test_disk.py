@@ -202,7 +202,7 @@ def test_flushes_of_our_own_are_shared() -> None:
     """Who asks for a flush in one turn shares one; and what fails is told to each."""
     disk, heard = Plain([0]), list[int]()
     disk.image.fails = lambda request: errno.EIO if request.op == Op.FLUSH else 0
-    disk.soon(lambda: [disk.sync(heard.append) for _ in range(3)])  # type: ignore[func-returns-value]
+    disk.soon(lambda: [disk.sync(heard.append) for _ in range(3)])
     disk.do(read(0, 512))
 
     assert [errno.EIO] * 3 == heard

@@ -29,7 +29,7 @@ class Spied:
         self.counts = [0] * len(self.chain.layers)
         for level, layer in enumerate(self.chain.layers):
             if level:
-                layer.driver.submit = self._counting(level, layer.driver.submit)  # type: ignore[method-assign]
+                layer.driver.submit = self._counting(level, layer.driver.submit)
 
     def _counting(self, level: int, submit: Callable[[list[Request]], None]) -> Callable[[list[Request]], None]:
         def counted(batch: list[Request]) -> None:
@@ -134,7 +134,7 @@ def test_random_chains(machine: Machine, tmp_path: Path, seed: int) -> None:
         backing = {"backing": str(level - 1).encode(), "backing_format": b"qcow2"} if level else {}
         (tmp_path / str(level)).write_bytes(
             qcow2(len(model), clusters, cluster_bits=bits, table_clusters=16, **backing)
-        )  # type: ignore[arg-type]
+        )
     spied = Spied(machine, f"qcow2:{tmp_path}/4")
     for _ in range(400):
         length = chance.choice([512, 4096, 4096, 32 * KIB])

@@ -70,7 +70,7 @@ class Aio(Driver):
         )
         file.complete = self._complete
         self._file = file
-        self.submit = file.submit  # type: ignore[method-assign]
+        self.submit = file.submit  # type: ignore[method-assign]  # one call less
         env.report("mode", file.mode)
         return Geometry(
             size=file.size,

@@ -59,7 +59,7 @@ class Delay(Filter):
         """Prepare the times by operation."""
         options = self.options
         self._times = (options.read, options.write, options.flush, options.discard)
-        self._random = Random(options.seed)  # noqa: S311 - repeatable on purpose
+        self._random = Random(options.seed)
         return super().open(env)
 
     def submit(self, batch: list[Request]) -> None:

@@ -65,7 +65,7 @@ class Fault(Filter):
         self._ops = {op.value for op in Op if self.options.op in ("any", op.name.lower())}
         self._seen = 0
         self._failed = 0
-        self._random = Random(self.options.seed)  # noqa: S311 - repeatable on purpose
+        self._random = Random(self.options.seed)
         return super().open(env)
 
     def submit(self, batch: list[Request]) -> None:

@@ -120,7 +120,7 @@ class Ram(SimpleDriver):
                 problem = "what the guest had written to this disk was lost with the service's memory; "
                 raise DriverError(problem + "detach the disk and attach it anew", option="content", errno=errno.ENODATA)
             for place in range(0, size if file else 0, _CHUNK):
-                data = file.read_at(place, min(_CHUNK, size - place))  # type: ignore[union-attr]
+                data = file.read_at(place, min(_CHUNK, size - place))  # type: ignore[union-attr]  # only where one is
                 self._disk[place : place + len(data)] = data
             self._memory[0] = _FILLED  # last: a worker that dies while it reads has not filled it
         return size

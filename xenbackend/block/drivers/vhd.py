@@ -171,7 +171,7 @@ class Vhd(Blocks):
         if not known or self.footer.creator[:3] == b"tap":
             return False
         with suppress(OSError):
-            return abs(os.stat(self._parent_path).st_mtime - vhd.EPOCH - known) > _TOLERANCE  # noqa: PTH116
+            return abs(os.stat(self._parent_path).st_mtime - vhd.EPOCH - known) > _TOLERANCE  # noqa: PTH116 - see below
         return False
 
     def close(self) -> None:

@@ -78,6 +78,7 @@ class QcowDisk(MappedDisk):
         self._codec = codec
         table_bytes = 2 * 8 << codec.l2_bits  # entries, and the words of the file
         tables: Tables[L2Table] = Tables(_TABLES // (table_bytes + _TABLE_EXTRA))
+        # `Tables` is not covariant; nobody but us puts one in.
         self.start(file, size, cluster_bits=cluster_bits, table_bits=codec.l2_bits, tables=tables)  # type: ignore[arg-type]
         first = l1.offset // SECTOR * SECTOR
         length = round_up(l1.offset + l1.length, SECTOR) - first
