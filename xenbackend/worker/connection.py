@@ -133,13 +133,8 @@ class Connection:
         if not (rejoins or agreed.goes_on):
             poison(journal, 0)  # whoever begins anew goes by what he finds
         elif poisoned(journal):
-            self.flush_failed(poisoned(journal))
+            self.engine.flush_failed(poisoned(journal))
         self._poll()
-
-    def flush_failed(self, code: int) -> None:
-        """Hold every flush from now on: one failed, whoever did it."""
-        self._pause(code)
-        self.engine.holds.add(Hold.FLUSH)
 
     def hold_lost(self, sentence: str) -> None:
         """Serve nothing: the disk lost something earlier, as `sentence` says."""

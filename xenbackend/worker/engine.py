@@ -20,9 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from xenbackend.blkif.abi import (
-    BLKIF_RSP_EOPNOTSUPP,
-)
+from xenbackend.blkif.abi import BLKIF_RSP_EOPNOTSUPP
 from xenbackend.blkif.request import RingRequest
 from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.request import PENDING, Op, Request
@@ -160,6 +158,12 @@ class Engine:
             self._submit_again([*flushes, *self.kept.give_back()])
         self._call_soon(self._go_on)
 
+    def flush_failed(self, code: int) -> None:
+        """Answer no flush from now on, as one failed with `code`: a frontend takes an error for success, for ever."""
+        if Hold.FLUSH not in self.holds:
+            self._on_pause(code)
+            self.holds.add(Hold.FLUSH)
+
     def go_on_with(self, records: list[RingRequest]) -> None:
         """Do what a predecessor had taken from one ring and not answered, in the ring's order, before anything new."""
         self.holds.add(Hold.REPLAY)
@@ -292,7 +296,7 @@ class Engine:
         batch_of: dict[Queue, list[Request]] = {}
         for request in batch:
             if request.op == Op.FLUSH and request.status not in _ANSWERS:
-                self._pause(request.status)
+                self.flush_failed(request.status)
         for request in batch:
             tag = request.tag
             if tag is None:  # a bug ended it before
@@ -341,12 +345,6 @@ class Engine:
                 request.status = errno.EIO
                 self.guest_errors += 1
                 self._voice.complain(str(refused))
-
-    def _pause(self, status: int) -> None:
-        """Stop after a failed flush, and answer none: a frontend takes an error for success, for ever."""
-        if Hold.FLUSH not in self.holds:
-            self._on_pause(status)
-            self.holds.add(Hold.FLUSH)
 
     def _begin_barrier(self, record: RingRequest, behind: list[RingRequest]) -> None:
         write = None

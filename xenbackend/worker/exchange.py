@@ -62,7 +62,7 @@ class Exchange:
         if code:
             sentence = describe_flush(code)
             if connection is not None:
-                connection.flush_failed(code)
+                connection.engine.flush_failed(code)
         else:
             try:
                 self._disk.exchange(text)

@@ -182,7 +182,7 @@ class Worker:
         if self._lost and not self._connection.paused:
             self._connection.hold_lost(self._lost)
         if self._is_paused:
-            self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
+            self._hold(self._connection)
         self._wire(disk, self._connection)
         self._note(disk.text, agreed)
         self._speech.say(control.Connected())
@@ -260,7 +260,10 @@ class Worker:
         if self._connection is None:
             self._speech.say(control.Held())
         else:
-            self._connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
+            self._hold(self._connection)
+
+    def _hold(self, connection: Connection) -> None:
+        connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
 
     def _on_resume(self, _: control.Resume) -> None:
         self._is_paused, self._lost = False, ""
