@@ -437,3 +437,28 @@ def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
     assert trouble == standing
     assert "" == over == report(driven).trouble
     assert BLKIF_RSP_ERROR == write.status
+
+
+def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
+    """A request that failed and is kept is not answered by a worker that a successor follows: the successor does it."""
+    driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
+    write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    driven.worker.expect(control.Trouble)
+    ask(driven, control.Close(hands_over=True), control.Closed)
+    driven.frontend.poll()
+    left = write.status
+    driven.worker.process.wait(10)
+    driven.succeed("ram:1M")
+    driven.frontend.wait([write])
+
+    assert (None, BLKIF_RSP_OKAY) == (left, write.status)
+
+
+def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
+    """What could not be made durable at the end of a worker is lost to a guest that goes on: it must not be told so."""
+    driven.connect("fault:op=flush,limit=1|ram:1M").write(0, DATA)
+    ask(driven, control.Close(hands_over=True), control.Closed)
+    driven.worker.process.wait(10)
+    driven.succeed("ram:1M")
+
+    assert "a flush failed (EIO)" in report(driven).paused

@@ -344,10 +344,14 @@ class Worker:
             call()
 
     def _flush(self, then: Callable[[], None]) -> None:
-        """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered."""
+        """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered.
+
+        It is noted too: a guest that goes on with a successor has lost something.
+        """
 
         def flushed(code: int) -> None:
             if code:
+                journal.poison(self._journal, code)
                 self._speech.alarm(describe_flush(code))
             then()
 
