@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from xenbackend import control, counters, journal
+from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
+from xenbackend.rig.guest_ring import Submitted
 from xenbackend.rig.xen import Xen
 
 DOMID = 5
@@ -95,6 +97,16 @@ class WorkerProcess:
                 return message
             else:
                 self.said.append(message)
+
+    def ask(self, message: control.Message, *kinds: type[Any]) -> Any:
+        """Send a message and return the answer, of one of `kinds`."""
+        self.send(message)
+        return self.expect(*kinds)
+
+    def stand(self) -> control.Standing:
+        """Return where the worker stands by its own word."""
+        standing: control.Standing = self.ask(control.Report(), control.Standing)
+        return standing
 
     def open(self, chain: str, **wishes: Any) -> control.Opened | control.Failed:
         names = list(self.kept)
@@ -216,6 +228,14 @@ class Driven:
         self.worker.send(control.Rejoin())
         answer = self.worker.expect(control.Connected, control.Failed)
         assert isinstance(answer, control.Connected), answer
+
+    def begin_write(self, data: bytes) -> Submitted:
+        """Return a write to the disk's beginning, which the worker has taken."""
+        request = self.frontend.submit(BLKIF_OP_WRITE, 0, data=data)
+        words = journal.RingJournal(self.worker.journal, 0, journal.SLOT).words
+        while not words[journal.REQ_CONS]:
+            pass
+        return request
 
     def disconnect(self) -> None:
         """Let the worker go away from the rings."""

@@ -32,7 +32,6 @@ TESTED_ELSEWHERE = {
     "image/faults.py": "values only; image/test_check.py counts them",
     "image/session.py": "image/test_transfer.py and everything else there runs in one",
     "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
-    "worker/exchange.py": "worker/test_main.py exchanges chains in a process, cli/test_disk.py below a service",
     "supervisor/events.py": "values only; test_device.py is made of them",
     "supervisor/phase.py": "tables only; supervisor/test_device.py and test_device_is_total.py go by each line",
     "supervisor/surroundings.py": "values only; supervisor/test_registry.py hands them to each vbd",

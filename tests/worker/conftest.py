@@ -1,4 +1,4 @@
-"""A served vbd per test."""
+"""What is served, per test: within it, or by a process of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.driven import Driven
+from tests.helpers_block import TEST_DRIVERS
 from tests.served import Served
 
 
@@ -16,3 +18,19 @@ def vbd(tmp_path: Path) -> Iterator[Served]:
     with Served(tmp_path) as vbd:
         yield vbd
     assert [] == vbd.bugs
+
+
+@pytest.fixture
+def driven(tmp_path: Path) -> Iterator[Driven]:
+    """A worker's process that knows a driver with bugs, and one with large sectors."""
+    with Driven(tmp_path, drivers={name: TEST_DRIVERS[name] for name in ("clumsy", "coarse")}) as driven:
+        yield driven
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Two images of the size of `ram:1M`."""
+    made = [tmp_path / "one", tmp_path / "two"]
+    for path in made:
+        path.write_bytes(bytes(1 << 20))
+    return made

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.driven import Driven, WorkerProcess
-from tests.helpers_block import TEST_DRIVERS
 from xenbackend import control, counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenbackend.rig.frontend import DiskError, Wishes
-from xenbackend.rig.guest_ring import Submitted
 from xenbackend.units import PAGE
 
 pytestmark = pytest.mark.slow  # each starts a process
 DATA = b"d" * PAGE
 SLOW = "delay:write=100ms|ram:1M"
-
-
-@pytest.fixture
-def driven(tmp_path: Path) -> Iterator[Driven]:
-    """A worker that knows a driver with bugs, and one with large sectors."""
-    with Driven(tmp_path, drivers={name: TEST_DRIVERS[name] for name in ("clumsy", "coarse")}) as driven:
-        yield driven
-
-
-def begin_write(driven: Driven) -> Submitted:
-    """Return a write that the worker has taken and that takes its time."""
-    request = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    words = journal.RingJournal(driven.worker.journal, 0, journal.SLOT).words
-    while not words[journal.REQ_CONS]:
-        pass
-    return request
 
 
 def test_messages_in_order(driven: Driven) -> None:
@@ -51,7 +31,7 @@ def test_messages_in_order(driven: Driven) -> None:
 def test_supervisors_death_ends_the_worker_in_order(driven: Driven) -> None:
     """When the socket closes, what is in flight is answered before the chain is closed and the process ends."""
     driven.connect(SLOW)
-    request = begin_write(driven)
+    request = driven.begin_write(DATA)
     driven.worker.socket.close()
 
     assert 0 == driven.worker.process.wait(10)
@@ -62,7 +42,7 @@ def test_supervisors_death_ends_the_worker_in_order(driven: Driven) -> None:
 def test_close_right_behind_disconnect_waits_for_it(driven: Driven) -> None:
     """Close may come while Disconnect still drains: the chain is closed when nothing is in flight any more."""
     driven.connect(SLOW)
-    request = begin_write(driven)
+    request = driven.begin_write(DATA)
     driven.worker.send(control.Disconnect())
     driven.worker.send(control.Close())
     driven.worker.expect(control.Disconnected)
@@ -187,140 +167,17 @@ def test_counters_outlive_connections(driven: Driven) -> None:
     assert counters.percentile_ns(driven.worker.journal, 0.5) > 0
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> list[Path]:
-    """Two images of the size of `ram:1M`."""
-    made = [tmp_path / "one", tmp_path / "two"]
-    for path in made:
-        path.write_bytes(bytes(1 << 20))
-    return made
-
-
-def ask(driven: Driven, message: control.Message, *kinds: type[Any]) -> Any:
-    """Send a message and return the answer."""
-    driven.worker.send(message)
-    return driven.worker.expect(*kinds)
-
-
-def report(driven: Driven) -> control.Standing:
-    """Return where the worker stands."""
-    standing: control.Standing = ask(driven, control.Report(), control.Standing)
-    return standing
-
-
-def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) -> None:
-    """What was in flight ends in the former chain, what comes later goes to the new one; memories are dropped."""
-    one, two = images
-    driven.connect(f"log:|delay:write=50ms|aio:{one}")
-    early = begin_write(driven)
-    driven.worker.send(control.Swap(f"aio:{two}"))
-    report(driven)
-    late = driven.frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
-    answer = driven.worker.expect(control.Swapped, control.Unswapped)
-    driven.frontend.wait([early, late])
-    dropped = [message for message in driven.worker.said if isinstance(message, control.Drop)]
-
-    assert f"aio:{two}" == answer.chain == answer.layers[0].text == report(driven).chain
-    assert [next(iter(driven.worker.kept))] == [message.name for message in dropped]
-    assert [DATA, bytes(PAGE)] == [one.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
-    assert [bytes(PAGE), DATA] == [two.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
-    assert f"aio:{two}" == (journal.AGREED.read(driven.worker.journal) or {})["chain"]
-
-
-@pytest.mark.parametrize("chain", ["aio:/nonexistent/image", "ram:512K", "coarse:|ram:1M"])
-def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str) -> None:
-    """A refused exchange is answered with a sentence; the guest is served on as it was."""
-    driven.connect("ram:1M").write(0, DATA)
-    answer = ask(driven, control.Swap(chain), control.Swapped, control.Unswapped)
-
-    assert isinstance(answer, control.Unswapped)
-    assert chain.rsplit(":", maxsplit=1)[-1] in answer.sentence
-    assert DATA == driven.frontend.read(0, 8)
-    assert "ram:1M" == report(driven).chain
-
-
-def test_a_last_flush_that_fails_keeps_the_chain(driven: Driven, images: list[Path]) -> None:
-    """Where the former chain has lost something the guest does not go on in another one; the disk is paused."""
-    driven.connect(f"fault:op=flush,limit=1|aio:{images[0]}")
-    answer = ask(driven, control.Swap(f"aio:{images[1]}"), control.Swapped, control.Unswapped)
-
-    assert "the last flush failed" in answer.sentence
-    assert "a flush failed (EIO)" in report(driven).paused
-    assert 5 == journal.poisoned(driven.worker.journal)
-    driven.worker.send(control.Resume())
-    driven.frontend.write(0, DATA)
-    assert ("", 0) == (report(driven).paused, journal.poisoned(driven.worker.journal))
-
-
-def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Path]) -> None:
-    """Whoever asks for another chain while one is being put in place is told so, and the first one is served."""
-    driven.connect("delay:write=100ms|null:1M")
-    request = begin_write(driven)
-    for path in images:
-        driven.worker.send(control.Swap(f"aio:{path}"))
-    answers = [driven.worker.expect(control.Swapped, control.Unswapped) for _ in range(2)]
-    driven.frontend.wait([request])
-
-    assert "exchanged already" in answers[0].sentence
-    assert f"aio:{images[0]}" == answers[1].chain == report(driven).chain
-
-
-def test_who_leaves_during_an_exchange_leaves_after_it(driven: Driven, images: list[Path]) -> None:
-    """A frontend that goes away in the middle of an exchange is let go when the chain stands, whatever takes long."""
-    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
-    begin_write(driven)
-    driven.worker.send(control.Swap(f"delay:flush=50ms|aio:{images[1]}"))
-    driven.worker.send(control.Disconnect())
-    answers = [type(driven.worker.expect(control.Swapped, control.Unswapped, control.Disconnected)) for _ in range(2)]
-
-    assert [control.Swapped, control.Disconnected] == answers
-    driven.worker.end()
-
-
-def test_who_comes_during_an_exchange_comes_after_it(driven: Driven, images: list[Path]) -> None:
-    """A frontend that connects in the middle of an exchange is served by the new chain."""
-    driven.open(f"delay:flush=50ms|aio:{images[0]}")
-    driven.announce(Wishes())
-    driven.worker.send(control.Swap(f"aio:{images[1]}"))
-    driven.offer_rings()
-    answer = driven.worker.expect(control.Swapped, control.Unswapped)
-    driven.joined().write(0, DATA)
-
-    assert f"aio:{images[1]}" == answer.chain
-    assert DATA == images[1].read_bytes()[:PAGE]
-
-
-def test_a_supervisor_that_dies_during_an_exchange(driven: Driven, images: list[Path]) -> None:
-    """The worker ends in order, after the exchange, when nobody is left to hear of it."""
-    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
-    begin_write(driven)
-    driven.worker.send(control.Swap(f"aio:{images[1]}"))
-    driven.worker.socket.close()
-
-    assert driven.worker.process.wait(10) in (0, 1)
-
-
-def test_no_chain_left_ends_the_worker(driven: Driven) -> None:
-    """A layer that fails when its chain is closed leaves none to serve: it is said, and a successor tries again."""
-    driven.connect("clumsy:at=close|ram:1M")
-    answer = ask(driven, control.Swap("null:1M"), control.Swapped, control.Unswapped)
-
-    assert isinstance(answer, control.Unswapped)
-    assert 1 == driven.worker.process.wait(10)
-    assert ["critical"] == [line.level for line in driven.worker.said if isinstance(line, control.Log)]
-
-
 def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
     """What was taken is answered first, what comes waits for Resume; a disk without a frontend is held at once."""
     driven.open(SLOW)
-    ask(driven, control.Pause(), control.Held)
+    driven.worker.ask(control.Pause(), control.Held)
     driven.worker.send(control.Resume())
     driven.attach(Wishes())
-    early = begin_write(driven)
-    ask(driven, control.Pause(), control.Held)
+    early = driven.begin_write(DATA)
+    driven.worker.ask(control.Pause(), control.Held)
     driven.frontend.poll()
     late = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    report(driven)
+    driven.worker.stand()
     driven.frontend.poll()
     held = (early.status, late.status)
     driven.worker.send(control.Resume())
@@ -341,7 +198,7 @@ def test_a_paused_disk_stays_so(driven: Driven) -> None:
     driven.attach(Wishes())
     driven.worker.expect(control.Held)
     flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    report(driven)
+    driven.worker.stand()
     driven.frontend.poll()
     held = flush.status
     driven.worker.send(control.Resume())
@@ -357,7 +214,7 @@ def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
     driven.attach(Wishes())
     (said,) = [message for message in driven.worker.said if isinstance(message, control.Paused)]
     flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    standing = report(driven)
+    standing = driven.worker.stand()
     driven.frontend.poll()
     held = flush.status
     driven.worker.send(control.Resume())
@@ -366,7 +223,7 @@ def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
 
     assert "it lost a flush yesterday" == said.sentence == standing.paused
     assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
-    assert "" == report(driven).paused
+    assert "" == driven.worker.stand().paused
 
 
 def test_a_frontend_that_begins_anew_goes_by_what_it_finds(driven: Driven) -> None:
@@ -374,22 +231,22 @@ def test_a_frontend_that_begins_anew_goes_by_what_it_finds(driven: Driven) -> No
     driven.open("ram:1M", lost="it lost a flush yesterday")
     driven.attach(Wishes()).flush()
 
-    assert "" == report(driven).paused
+    assert "" == driven.worker.stand().paused
 
 
 def test_where_a_worker_stands(driven: Driven) -> None:
     """A supervisor that is a new one hears in which phase the worker is, of which chain, and what is wrong now."""
-    phases = [report(driven)]
+    phases = [driven.worker.stand()]
     driven.open(SLOW, policy="write=pause")
-    phases.append(report(driven))
+    phases.append(driven.worker.stand())
     driven.attach(Wishes())
-    phases.append(report(driven))
-    request = begin_write(driven)
+    phases.append(driven.worker.stand())
+    request = driven.begin_write(DATA)
     driven.worker.send(control.Disconnect())
-    phases.append(report(driven))
+    phases.append(driven.worker.stand())
     driven.worker.expect(control.Disconnected)
     driven.frontend.wait([request])
-    phases.append(report(driven))
+    phases.append(driven.worker.stand())
 
     assert ["idle", "open", "serving", "disconnecting", "open"] == [each.phase for each in phases]
     assert ["", SLOW, SLOW, SLOW, SLOW] == [each.chain for each in phases]
@@ -404,11 +261,11 @@ def test_a_worker_that_waits_for_its_image_says_so(driven: Driven, images: list[
     driven.open(f"aio:{images[0]}", may_wait=True)
     driven.announce(Wishes())
     driven.offer_rings()
-    waiting = report(driven).phase
+    waiting = driven.worker.stand().phase
     other.drop()
     driven.joined()
 
-    assert ("connecting", "serving") == (waiting, report(driven).phase)
+    assert ("connecting", "serving") == (waiting, driven.worker.stand().phase)
 
 
 def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_path: Path) -> None:
@@ -416,10 +273,10 @@ def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_p
     driven.open("delay:flush=100ms|ram:1M", export=str(tmp_path / "nbd" / "sock"))
     driven.announce(Wishes())
     driven.offer_rings()
-    ending = report(driven).phase
+    ending = driven.worker.stand().phase
     driven.joined()
 
-    assert ("connecting", "serving") == (ending, report(driven).phase)
+    assert ("connecting", "serving") == (ending, driven.worker.stand().phase)
 
 
 def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
@@ -427,7 +284,7 @@ def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
     trouble = driven.worker.expect(control.Trouble).sentence
-    standing = report(driven).trouble
+    standing = driven.worker.stand().trouble
     driven.worker.send(control.Obey("enospc=report"))
     driven.worker.send(control.Resume())
     over = driven.worker.expect(control.Trouble).sentence
@@ -435,7 +292,7 @@ def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
 
     assert trouble.endswith("make space")
     assert trouble == standing
-    assert "" == over == report(driven).trouble
+    assert "" == over == driven.worker.stand().trouble
     assert BLKIF_RSP_ERROR == write.status
 
 
@@ -444,7 +301,7 @@ def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
     driven.worker.expect(control.Trouble)
-    ask(driven, control.Close(hands_over=True), control.Closed)
+    driven.worker.ask(control.Close(hands_over=True), control.Closed)
     driven.frontend.poll()
     left = write.status
     driven.worker.process.wait(10)
@@ -457,8 +314,8 @@ def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
 def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
     """What could not be made durable at the end of a worker is lost to a guest that goes on: it must not be told so."""
     driven.connect("fault:op=flush,limit=1|ram:1M").write(0, DATA)
-    ask(driven, control.Close(hands_over=True), control.Closed)
+    driven.worker.ask(control.Close(hands_over=True), control.Closed)
     driven.worker.process.wait(10)
     driven.succeed("ram:1M")
 
-    assert "a flush failed (EIO)" in report(driven).paused
+    assert "a flush failed (EIO)" in driven.worker.stand().paused
