@@ -7,6 +7,7 @@ import io
 import os
 import selectors
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,12 +239,14 @@ def test_the_next_service_listens_on(tmp_path: Path) -> None:
     path = str(tmp_path / "x")
     first = Server(path, selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
     kept = os.dup(first.fileno())
+    os.set_blocking(kept, True)  # whoever kept it may have done anything to it
     first.close(leaves=True)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         client.sendall(b'{"verb": "x"}\n')
         selector = selectors.DefaultSelector()
         second = Server(path, selector, lambda _, reply: reply({"data": "y"}), lambda: 0.0, kept)
+        assert not os.get_blocking(second.fileno())
         client.setblocking(False)
         answer = b""
         while not answer:
@@ -266,9 +269,10 @@ def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> Non
         first.close(leaves=True)
         if wanted == path:
             path.unlink()
+        else:
+            os.mknod(wanted, 0o600 | stat.S_IFSOCK)  # left by somebody else
         second = Server(str(wanted), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0, kept)
 
-        assert second.fileno() >= 0
         with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(wanted))
+            assert 0 == client.connect_ex(str(wanted))
         second.close()

@@ -17,9 +17,10 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
 )
 from xenbackend.block.policy import PAUSE_S, Policy
-from xenbackend.block.request import Op
+from xenbackend.block.request import Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
+from xenbackend.worker.kept import Kept
 
 DATA = b"k" * PAGE
 FULL = {Op.WRITE: errno.ENOSPC}
@@ -283,3 +284,22 @@ def test_nothing_is_tried_while_the_disk_must_not_be_touched(vbd: Served) -> Non
     assert ["WRITE", "FLUSH"] == held
     assert [BLKIF_RSP_OKAY] * 2 == [write.status, flush.status]
     assert sorted(held * 2) == sorted(vbd.disk.seen)
+
+
+def test_one_timer_is_enough() -> None:
+    """However many requests wait, one timer runs; what is overdue and may not be tried sets none, but waits for its
+    owner: a loop that a disk in trouble keeps busy would take the CPU from all the others.
+    """
+    now, timers = 0.0, []
+    kept = Kept(Policy(""), lambda: now, lambda delay_s, call: timers.append((delay_s, call)), lambda _: None)
+    kept.again = lambda: None
+    for _ in range(3):
+        request = Request()
+        request.op, request.status = Op.WRITE, errno.ENOSPC
+        assert kept.take(request)
+    now = 1.5 * PAUSE_S
+    for _, call in timers[:]:
+        call()
+
+    assert [PAUSE_S] == [delay_s for delay_s, _ in timers]
+    assert 3 == len(kept.due())

@@ -39,7 +39,7 @@ class Kept:
         self._call_later = call_later
         self._tell = tell
         self._tries: dict[Request, int] = {}  # of each that was ever kept and has not been answered
-        self._waiting: dict[Request, tuple[int, float]] = {}  # with the errno that it ended with, and when it is due
+        self._waiting: dict[Request, float] = {}  # with when it is due
         self._paused: set[Request] = set()
         self._final: set[Request] = set()
         self._rings_at = math.inf
@@ -60,7 +60,7 @@ class Kept:
             return False
         self._tries[request] = tries + 1
         due = self._now() + action.every_s
-        self._waiting[request] = code, due
+        self._waiting[request] = due
         if action.pauses:
             if not self._paused:
                 self._tell(_sentence(request, code))
@@ -90,18 +90,14 @@ class Kept:
     def due(self) -> list[Request]:
         """Return what has waited long enough, as it was when it came, to be tried again."""
         now = self._now() + _TOGETHER_S
-        batch = [request for request, (_, due) in self._waiting.items() if due <= now]
+        batch = [request for request, due in self._waiting.items() if due <= now]
         for request in batch:
             del self._waiting[request]
         return batch
 
     def give_up(self) -> list[Request]:
         """Return all that waits with the error that it ended with, to be answered: the frontend is going away."""
-        batch = []
-        for request, (code, _) in self._waiting.items():
-            request.status = code
-            batch.append(request)
-        self._waiting.clear()
+        batch = self.give_back()
         self._tries.clear()
         self._paused.clear()
         return batch
@@ -115,7 +111,7 @@ class Kept:
         self._rings_at = math.inf
         self.again()
         now = self._now()  # what is overdue still waits for its owner, who may not do it now
-        self._ring_at(min((due for _, due in self._waiting.values() if due > now), default=math.inf))
+        self._ring_at(min((due for due in self._waiting.values() if due > now), default=math.inf))
 
 
 def _sentence(request: Request, code: int) -> str:
