@@ -55,9 +55,9 @@ def stepped(xenstored: Xenstored) -> Iterator[Stepped]:
 
 
 @pytest.fixture
-def lines() -> Iterator[io.StringIO]:
-    """The log of the test."""
+def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+    """The log of the test, in the journal's form or the one that it is parametrized with."""
     stream = io.StringIO()
-    log.configure("journal", "info", stream)
+    log.configure(getattr(request, "param", "journal"), "info", stream)
     yield stream
     structlog.reset_defaults()

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from tests.supervisor.helpers import PATH
-from xenbackend import log
 from xenbackend.supervisor.diary import Diary
 
-
-@pytest.fixture
-def lines() -> Iterator[io.StringIO]:
-    """The log of the test."""
-    stream = io.StringIO()
-    log.configure("json", "info", stream)
-    yield stream
-    structlog.reset_defaults()
+pytestmark = pytest.mark.parametrize("lines", ["json"], indirect=True)
 
 
 def test_a_line_names_its_vbd(lines: io.StringIO) -> None:

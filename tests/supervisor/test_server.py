@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 
-from xenbackend import log
 from xenbackend.errors import ConfigError, XenbackendError
 from xenbackend.supervisor import server as server_module
 from xenbackend.supervisor.client import call
@@ -156,20 +154,17 @@ def test_nonsense_is_answered(loop: Loop, line: bytes) -> None:
         assert b'{"data": {}}\n' == client.recv(1000)
 
 
-def test_a_bug_over_a_request_is_answered(loop: Loop) -> None:
+def test_a_bug_over_a_request_is_answered(loop: Loop, lines: io.StringIO) -> None:
     """One request that meets a bug of ours is answered and logged; the service and the connection live on."""
-    stream = io.StringIO()
-    log.configure("journal", "info", stream)
     with loop.connect() as client:
         client.sendall(b'{"verb": "bug"}\n{}\n')
         loop.settle()
         answers = client.recv(1000).splitlines()
-    structlog.reset_defaults()
 
     assert b"TypeError: a bug of ours" in answers[0]
     assert b'{"data": {}}' == answers[1]
-    assert stream.getvalue().startswith("<3>server: a request could not be answered")
-    assert "Traceback" in stream.getvalue()
+    assert lines.getvalue().startswith("<3>server: a request could not be answered")
+    assert "Traceback" in lines.getvalue()
 
 
 def test_requests_are_answered_in_order_one_at_a_time(loop: Loop) -> None:
