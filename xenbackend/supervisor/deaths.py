@@ -19,10 +19,14 @@ class Deaths:
     rest_s    seconds before the next one
     """
 
+    lost: str
+    stopped: str
+    rest_s: float
+    _count: int
+    _failures: int
+
     def __init__(self) -> None:
-        self.lost = self.stopped = ""
-        self.rest_s = 0.0
-        self._count = self._failures = 0
+        self.forget()
 
     def died(self, sentence: str, *, in_vain: bool) -> None:
         """Take note that a worker died."""
@@ -44,4 +48,6 @@ class Deaths:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.__init__()  # type: ignore[misc]  # as new: every field has its first value
+        self.lost = self.stopped = ""
+        self.rest_s = 0.0
+        self._count = self._failures = 0
