@@ -248,6 +248,33 @@ def test_the_next_service_pauses_a_paused_disk_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_last_flush_that_fails_is_not_forgotten(tmp_path: Path) -> None:
+    """A service that is stopped below a guest, and cannot make durable what the guest wrote, leaves word of it: the
+    guest's next flush is not answered as if nothing had happened.
+    """
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", f"fault:op=flush,limit=1|aio:{image}")
+        frontend = guest.connect(path, Wishes())
+        frontend.write(0, b"a" * _PAGE)
+        machine.stop_service()
+        machine.store.write(f"{path.backend}/params", f"aio:{image}")
+        flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+        machine.start_service()
+        _until(lambda: _known(machine)["error"])
+        frontend.poll()
+        answered, error = flush.status, _known(machine)["error"]
+        machine.ask({"verb": "resume", "vbd": "5/xvda"})
+        frontend.wait([flush])
+        frontend.close()
+
+    assert answered is None
+    assert "a flush failed" in error
+    assert 0 == flush.status
+
+
+@pytest.mark.slow
 def test_no_worker_outlives_its_service_although_the_host_refuses() -> None:
     """Where neither grants nor ports can be given back any more, a worker closes its chain and ends all the same."""
     host = subprocess.run([sys.executable, "-c", _DYING_HOST], capture_output=True, text=True, check=False)

@@ -312,9 +312,12 @@ def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
 
 
 def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
-    """What could not be made durable at the end of a worker is lost to a guest that goes on: it must not be told so."""
+    """What could not be made durable at the end of a worker is lost to a guest that goes on: the service hears of it,
+    and a successor that has the journal does not answer the guest's next flush.
+    """
     driven.connect("fault:op=flush,limit=1|ram:1M").write(0, DATA)
-    driven.worker.ask(control.Close(hands_over=True), control.Closed)
+    driven.worker.ask(control.Close(hands_over=True), control.Paused)
+    driven.worker.expect(control.Closed)
     driven.worker.process.wait(10)
     driven.succeed("ram:1M")
 

@@ -54,6 +54,7 @@ class Worker:
         self._waiting: control.Connect | control.Rejoin | None = None  # for the image's lock, or the export's end
         self._boot = Boot(self._reactor, self._speech, self._flush, self._on_bug)  # until the first connection
         self._connection: Connection | None = None
+        self._is_closing = False
         self._hands_over = False  # what is agreed with the frontend, to a successor
         self._had_bugs = False  # of layers, in an earlier connection
         self._when_disconnected: list[Callable[[], None]] = []
@@ -321,7 +322,7 @@ class Worker:
         self._boot.end(lambda: self._disconnect(lambda: self._speech.say(control.Disconnected())))
 
     def _on_close(self, message: control.Close) -> None:
-        self._hands_over = message.hands_over
+        self._is_closing, self._hands_over = True, message.hands_over
         self._boot.end(lambda: self._disconnect(self._close))
 
     def _disconnect(self, then: Callable[[], None]) -> None:
@@ -344,14 +345,12 @@ class Worker:
             call()
 
     def _flush(self, then: Callable[[], None]) -> None:
-        """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered.
-
-        It is noted too: a guest that goes on with a successor has lost something.
-        """
+        """Make everything durable that was acknowledged, then go on; a failure is said, for it cannot be answered."""
 
         def flushed(code: int) -> None:
-            if code:
-                journal.poison(self._journal, code)
+            if code and self._connection is not None and self._is_closing:
+                self._connection.engine.flush_failed(code)  # the guest may go on with a successor
+            elif code:
                 self._speech.alarm(describe_flush(code))
             then()
 
