@@ -25,7 +25,8 @@ LAYERS = {
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
     "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
-    "supervisor": GROUND | {"control", "journal", "blkif.features", "blkif.handshake", "block", "kernel.ports"},
+    "supervisor": GROUND
+    | {"control", "journal", "blkif.features", "blkif.handshake", "block", "kernel.ports", "kernel.process"},
     "rig": GROUND | {"control", "kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "control", "kernel", "journal", "blkif"},
     "embedded": GROUND | {"rig", "supervisor", "blkif"},
@@ -71,15 +72,22 @@ HOMES = {
     "signal": ("cli/", "embedded/machine", "rig/", "supervisor/"),
     "structlog": ("log",),
     "daemon": ("supervisor/main",),
-    "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/fleet"),
+    "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/process"),
     "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "worker/threads"),
     # attributes
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts
     "os.environ": ("cli/", "embedded/machine", "host/block_xenbackend", "supervisor/store"),
     "os.getenv": (),
-    "os.fork": (),
+    "os.fork": ("worker/zygote",),
     "os.system": (),
-    "sys.argv": ("cli/", "host/block_xenbackend", "rig/store", "rig/xen", "worker/main"),  # processes of their own
+    "sys.argv": (
+        "cli/",
+        "host/block_xenbackend",
+        "rig/store",
+        "rig/xen",
+        "worker/main",
+        "worker/zygote",
+    ),  # processes of their own
     # the chain and the store take it as an argument; a file waits for its lock before anything is served
     "time.sleep": (
         "bench/",
@@ -238,7 +246,7 @@ def test_a_guest_in_a_wrong_home_is_seen(text: str) -> None:
 @pytest.mark.slow
 def test_a_worker_stays_small() -> None:
     """No worker imports what costs time and memory: not by its own modules, a driver's, or those of either host."""
-    modules = ["xenbackend.worker.main", "xenbackend.kernel.xen", "xenbackend.rig.host"]
+    modules = ["xenbackend.worker.zygote", "xenbackend.kernel.xen", "xenbackend.rig.host"]
     modules += [f"xenbackend.block.drivers.{file.stem}" for file in (ROOT / "block/drivers").glob("[!_]*.py")]
     program = f"import sys, json, {', '.join(modules)}; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,3 +62,22 @@ def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     log.configure(getattr(request, "param", "journal"), "info", stream)
     yield stream
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """No descriptor is left open by the test."""
+
+    def opened() -> set[str]:
+        return {each.name for each in Path("/proc/self/fd").iterdir()}
+
+    before = opened()
+    yield
+    assert before == opened()
+
+
+@pytest.fixture
+def adopting() -> Iterator[None]:
+    """Orphans may come to this process during the test, and no longer: other tests look at their children."""
+    yield
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import selectors
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.supervisor.helpers import FAKE_WORKER
 from xenbackend import control, journal
-from xenbackend.errors import KernelError
+from xenbackend.supervisor import zygote
 from xenbackend.supervisor.fleet import Fleet, Worker
 
 OPEN = control.Open(vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
@@ -27,12 +26,24 @@ pytestmark = pytest.mark.slow  # every one starts a process
 class Heard:
     """A worker and all that it said."""
 
-    def __init__(self, command: tuple[str, ...]) -> None:
+    def __init__(self, command: tuple[str, ...], zygote: tuple[str, ...] = ()) -> None:
         self.selector = selectors.DefaultSelector()
         self.messages: list[control.Message] = []
         self.ends: list[str] = []
         self.fds: list[int] = []
-        self.worker: Worker = Fleet(self.selector, command).start(self._hear, self.ends.append)
+        self.fleet = Fleet(self.selector, command, zygote)
+        self.worker = self.start()
+
+    def start(self) -> Worker:
+        """Start another worker, and return it."""
+        self.worker = self.fleet.start(self._hear, self.ends.append)
+        return self.worker
+
+    def kill(self) -> None:
+        """Kill the worker, and wait for its end."""
+        self.ends.clear()
+        self.worker.kill("the test wants it")
+        self.until_end()
 
     def _hear(self, message: control.Message, fds: list[int]) -> None:
         self.messages.append(message)
@@ -57,18 +68,6 @@ class Heard:
                 if self.selector.get_map().get(key.fd) is key:
                     key.data()
         return self.ends[0]
-
-
-def _open_descriptors() -> set[str]:
-    return {each.name for each in Path("/proc/self/fd").iterdir()}
-
-
-@pytest.fixture
-def descriptors() -> Iterator[None]:
-    """No descriptor is left open by the test."""
-    before = _open_descriptors()
-    yield
-    assert before == _open_descriptors()
 
 
 def _python(tmp_path: Path, text: str) -> tuple[str, ...]:
@@ -194,66 +193,38 @@ def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it() -> None:
     assert "the test wants it" == sentence
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_the_end_of_a_worker_that_is_not_our_child_has_a_sentence_too() -> None:
-    """Its exit status is another's to collect."""
-    heard = Heard(FAKE_WORKER)
-    fds = tuple(os.dup(fd) for fd in heard.worker.descriptors)
-    heard.worker.leave()
-    heard.worker = Fleet(heard.selector, FAKE_WORKER).adopt((fds[0], fds[1]), heard._hear, heard.ends.append)
-    signal.pidfd_send_signal(fds[1], signal.SIGKILL)
-    sentence = heard.until_end()
-    heard.selector.close()
-
-    assert "the worker has ended" == sentence
-
-
-@pytest.mark.usefixtures("descriptors")
-def test_a_worker_stands_by() -> None:
-    """Whoever needs a worker gets the one that stands by; one that died is replaced after a while, so that one that
-    cannot live keeps no host busy; in the end all are sent away.
+@pytest.mark.usefixtures("descriptors", "adopting")
+def test_workers_come_from_a_zygote_where_there_is_one() -> None:
+    """They come by exec while it is not ready. One that died is replaced after a while, so that one that cannot live
+    keeps no host busy; in the end it is sent away, and its workers go on.
     """
-    selector = selectors.DefaultSelector()
-    fleet = Fleet(selector, FAKE_WORKER)
-    before = set(_children())
-    fleet.stand_by(0.0)
-    [first] = set(_children()) - before
-    fleet.stand_by(0.0)
-    assert {first} == set(_children()) - before
-    end = os.pidfd_open(first)
+    heard = Heard(FAKE_WORKER, (*zygote.COMMAND, "--host", "xenbackend.rig.host"))
+    heard.kill()
+    assert [] == _children()
+    heard.fleet.prepare(0.0)
+    [first] = _children()
+    heard.fleet.prepare(0.0)
+    assert [first] == _children()
     os.kill(first, signal.SIGKILL)
-    assert select.select([end], [], [], 20)[0]
-    fleet.stand_by(1.0)
-    assert set() == set(_children()) - before
-    fleet.stand_by(10.0)
-    [second] = set(_children()) - before
-    ends: list[str] = []
-    worker = fleet.start(lambda *_: None, ends.append)
-    assert (second, {second}) == (worker.pid, set(_children()) - before)
-    fleet.stand_by(11.0)
-    fleet.close()
-    assert {second} == set(_children()) - before
-    worker.kill("the test wants it")
-    while not ends:
-        for key, _ in selector.select(20):
-            key.data()
-    os.close(end)
-    selector.close()
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    for now in (1.0, 5.9):
+        heard.fleet.prepare(now)
+        assert [] == _children()
+    heard.fleet.prepare(6.1)
+    [second] = _children()
+    while heard.start() and zygote.COMMAND[-1] not in Path(f"/proc/{heard.worker.pid}/cmdline").read_text():
+        heard.kill()
+    heard.fleet.close()
 
-    assert before == set(_children())
+    assert [heard.worker.pid] == _children()
     assert first != second
+    heard.worker.send(control.Report(5))
+    heard.until(lambda: heard.messages)
+    heard.kill()
+    heard.selector.close()
 
 
 def _children() -> list[int]:
     """Return this process's children that have not been waited for."""
     task = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     return [int(each) for each in task.read_text().split()]
-
-
-@pytest.mark.usefixtures("descriptors")
-def test_a_program_that_is_missing_is_an_error_of_the_host() -> None:
-    """A worker that cannot be started leaves nothing open."""
-    selector = selectors.DefaultSelector()
-    with pytest.raises(KernelError, match="start a worker process"):
-        Fleet(selector, ("/nonexistent/worker",)).start(lambda *_: None, lambda _: None)
-    selector.close()

@@ -21,7 +21,7 @@ SECTORS = 2048
 ROUNDS = 25
 DEPTH = 4
 
-STANDING_BY = 1  # a worker for the next disk
+ZYGOTES = 1
 
 
 class LoadedDisk:
@@ -60,10 +60,10 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _wait_for_who_stands_by(machine: Machine) -> None:
+def _wait_for_zygote(machine: Machine) -> None:
     give_up = time.monotonic() + 10
-    while len(_children(machine.service_pid)) != STANDING_BY:
-        assert time.monotonic() < give_up, "nobody stands by"
+    while len(_children(machine.service_pid)) != ZYGOTES:
+        assert time.monotonic() < give_up, "no zygote is there"
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
     is left of them.
     """
     with Machine() as machine:
-        _wait_for_who_stands_by(machine)
+        _wait_for_zygote(machine)
         descriptors = min(_descriptors_after_an_answer(machine) for _ in range(20))
         nodes = machine.xenstored.dump()
         guests = [machine.create_guest(domid, pages=4096) for domid in range(1, GUESTS + 1)]
@@ -102,11 +102,11 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
             left = _descriptors_after_an_answer(machine)
             new = {path for path, _ in machine.xenstored.dump()} - {path for path, _ in nodes}
             status = {path for path in new if path.startswith("/local/domain/0/xenbackend/vbd/")}
-            if len(_children(machine.service_pid)) == STANDING_BY and left <= descriptors and not status:
+            if len(_children(machine.service_pid)) == ZYGOTES and left <= descriptors and not status:
                 break
 
         assert {value["errors"] + value["guest_errors"] + value["bugs"] for value in counters} == {0}
         assert {"mappings": 0, "pins": 0, "ports": 0} == machine.xen.held()
-        assert STANDING_BY == len(_children(machine.service_pid))
+        assert ZYGOTES == len(_children(machine.service_pid))
         assert left <= descriptors
         assert set() == {path for path in new if "/libxl" not in path or "vbd" in path}

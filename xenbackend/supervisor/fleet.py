@@ -2,69 +2,29 @@
 
 Must not know xenstore, nor what a message means to a vbd.
 
-A worker is started by exec and never forked from here. It gets one end of a datagram socket pair; messages in
-`xenbackend.control` travel over it, descriptors beside them. A pidfd tells when it has ended, so that no signal handler
-is needed and no process number can be mistaken for its successor's.
-
-One worker more than there are vbds stands by, with everything imported: whoever needs one has it at once.
+A worker is forked from the zygote, or started by exec where there is none; never forked from here. It gets one end of a
+datagram socket pair; messages in `xenbackend.control` travel over it, descriptors beside them.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import selectors
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
 
 from xenbackend import control
-from xenbackend.errors import KernelError
+from xenbackend.supervisor import process
+from xenbackend.supervisor.process import Process
+from xenbackend.supervisor.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
-_REST_S = 5.0  # after a worker that stood by has ended by itself
+_REST_S = 5.0  # after a zygote that has ended
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 
 OnMessage = Callable[[control.Message, list[int]], None]  # with the descriptors beside it, the callee's to close
 OnEnd = Callable[[str], None]
-
-
-class Process:
-    """A worker's process as somebody holds it who may not be its parent.
-
-    socket      our end
-    pidfd       readable once it has ended
-    pid         its number, for people
-    """
-
-    def __init__(self, near: socket.socket, pidfd: int, child: subprocess.Popen[bytes] | None = None) -> None:
-        self.socket = near
-        self.pidfd = pidfd
-        self.pid = child.pid if child else _pid_of(pidfd)
-        self._child = child
-        near.setblocking(False)
-
-    def describe_end(self) -> str:
-        """Collect the exit status where we may, close both descriptors, and return how it ended."""
-        status = self._child.wait() if self._child else None
-        self.socket.close()
-        os.close(self.pidfd)
-        if status is None:
-            return "the worker has ended"
-        if status < 0:
-            return f"the worker was ended by {signal.Signals(-status).name}"
-        return f"the worker ended unexpectedly with exit status {status}"
-
-    def leave(self) -> None:
-        """Close both descriptors; somebody else has them too."""
-        if self._child is not None:
-            self._child.returncode = 0  # it will not be waited for, and that is no mistake
-        self.socket.close()
-        os.close(self.pidfd)
 
 
 class Worker:
@@ -104,8 +64,7 @@ class Worker:
     def kill(self, sentence: str) -> None:
         """Kill the process; `on_end` gets the sentence once it is gone."""
         self._why_killed = self._why_killed or sentence
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._process.pidfd, signal.SIGKILL)
+        self._process.kill()
 
     def leave(self) -> None:
         """Let go of the worker, which goes on: the keeper has its socket for the next service."""
@@ -156,76 +115,43 @@ class Worker:
 
 
 class Fleet:
-    """All worker processes of this service. `command` is a worker's command line, without ``--socket``."""
+    """All worker processes of this service."""
 
-    def __init__(self, selector: selectors.BaseSelector, command: Sequence[str] = COMMAND, *, spares: int = 1) -> None:
-        """Start nothing yet; `spares` workers stand by once `stand_by` was called."""
+    def __init__(
+        self, selector: selectors.BaseSelector, command: Sequence[str] = COMMAND, zygote: Sequence[str] = ()
+    ) -> None:
+        """Start nothing yet; the command lines of a worker and of a zygote are without ``--socket``.
+
+        Without a zygote's every worker is started by exec.
+        """
         self._selector = selector
         self._command = command
-        self._spares: list[Process] = []
-        self._wanted_spares = spares
+        self._zygote_command = zygote
+        self._zygote: Zygote | None = None
         self._rest_until = 0.0
 
     def start(self, on_message: OnMessage, on_end: OnEnd) -> Worker:
-        """Start a worker, or take one that stands by. Raises: KernelError."""
-        process = self._spares.pop() if self._spares else _start(self._command)
-        return Worker(self._selector, process, on_message, on_end)
+        """Start a worker. Raises: KernelError."""
+        forked = self._zygote.fork() if self._zygote else None
+        return Worker(self._selector, forked or process.start(self._command), on_message, on_end)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
         return Worker(self._selector, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
 
-    def stand_by(self, now: float) -> None:
-        """Have as many workers stand by as are wanted; those that end by themselves are not replaced at once.
+    def prepare(self, now: float) -> None:
+        """Have a zygote, so that the next worker starts fast; one that has ended is not replaced at once.
 
         Raises: KernelError.
         """
-        for each in [each for each in self._spares if _has_ended(each)]:
-            self._spares.remove(each)
-            each.describe_end()
+        if self._zygote is not None and self._zygote.has_ended():
+            self.close()
             self._rest_until = now + _REST_S
-        while len(self._spares) < self._wanted_spares and now >= self._rest_until:
-            self._spares.append(_start(self._command))
+        if self._zygote_command and self._zygote is None and now >= self._rest_until:
+            self._zygote = Zygote(self._zygote_command)
 
     def close(self) -> None:
-        """Send those away that stand by."""
-        while self._spares:
-            process = self._spares.pop()
-            with suppress(ProcessLookupError):  # it has nothing open, and need not be waited for to say so
-                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-            process.describe_end()
-
-
-def _start(command: Sequence[str]) -> Process:
-    with ExitStack() as undo:
-        try:
-            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo.callback(near.close)
-            with far:
-                # A session of its own: a Ctrl-C meant for the service must not end the workers before they are drained.
-                child = subprocess.Popen(  # noqa: S603 - the command is ours
-                    [*command, "--socket", str(far.fileno())],
-                    pass_fds=[far.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            process = Process(near, os.pidfd_open(child.pid), child)
-        except OSError as error:
-            raise KernelError("start a worker process", error.errno or errno.EIO) from None
-        undo.pop_all()
-    return process
-
-
-def _has_ended(process: Process) -> bool:
-    with selectors.PollSelector() as selector:
-        selector.register(process.pidfd, selectors.EVENT_READ)
-        return bool(selector.select(0))
-
-
-def _pid_of(pidfd: int) -> int:
-    """Return the number of the process behind a pidfd; 0 once it is gone."""
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        if key == "Pid":
-            return max(0, int(value))
-    return 0
+        """Send the zygote away; `prepare` starts another one, of the program as it is then."""
+        zygote, self._zygote = self._zygote, None
+        if zygote is not None:
+            zygote.close()

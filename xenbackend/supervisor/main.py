@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
-from xenbackend.supervisor import parent
+from xenbackend.supervisor import parent, zygote
 from xenbackend.supervisor.fleet import COMMAND, Fleet
 from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.notify import Notifier
@@ -57,7 +57,7 @@ class Service:
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._keeper = keeper or Keeper({})
         inherited = self._keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
-        self._fleet = Fleet(self._selector, command)
+        self._fleet = Fleet(self._selector, command, (*zygote.COMMAND, "--host", settings.host))
         self._registry = Registry(
             self._store, self._fleet, settings, self._selector, xentop=xentop, keeper=self._keeper
         )
@@ -66,7 +66,7 @@ class Service:
             self._keep_listening()
         self._is_stopping = self._leaves = False
         self._alive_at = time.monotonic()
-        self._said = self._stand_by_failed = ""
+        self._said = self._prepare_failed = ""
 
     def _keep_listening(self) -> None:
         """Have the control socket kept, so that clients wait for the next service where this one ends or dies."""
@@ -78,6 +78,7 @@ class Service:
     def run(self) -> int:
         """Serve until a signal comes, then drain, and return the exit status."""
         with _signals(self._selector, self._stop):
+            self._prepare()
             self._registry.start()
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
@@ -90,7 +91,7 @@ class Service:
         is_busy = self._registry.turn()
         self._server.turn()
         if not is_busy and not self._is_stopping:
-            self._stand_by()
+            self._prepare()
         self._tell_systemd()
         for key, _ in self._selector.select(0 if is_busy else self._sleep_s()):
             # One callback may have let go of what another descriptor of this round stood for.
@@ -116,15 +117,15 @@ class Service:
             self._alive_at = now + self._notifier.interval_s
             self._notifier.alive()
 
-    def _stand_by(self) -> None:
-        """Have a worker at hand for the next disk, or the next death."""
+    def _prepare(self) -> None:
+        """Have what the next disk, or the next death, needs at once."""
         try:
-            self._fleet.stand_by(time.monotonic())
-            self._stand_by_failed = ""
+            self._fleet.prepare(time.monotonic())
+            self._prepare_failed = ""
         except KernelError as error:
-            if str(error) != self._stand_by_failed:
+            if str(error) != self._prepare_failed:
                 self._log.warning(str(error))
-            self._stand_by_failed = str(error)
+            self._prepare_failed = str(error)
 
     def _stop(self, signals: bytes) -> None:
         if self._is_stopping:
@@ -158,7 +159,7 @@ class Service:
                     self._registry.hotplug(path, reply)
                 case {"verb": str(verb), "vbd": str(vbd)} if verb in ORDERS:
                     if verb == "upgrade":
-                        self._fleet.close()  # who stands by has imported the program as it was
+                        self._fleet.close()  # it has imported the program as it was
                     give(self._registry.find(vbd).orders, verb, request, reply)
                 case {"verb": "stop"}:
                     self._stop(bytes([signal.SIGINT]))

@@ -378,17 +378,21 @@ class Worker:
         self._speech.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
 
 
-def main(arguments: list[str]) -> int:
-    """Serve the vbd whose supervisor is at the other end of the socket given by number."""
-    if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
-        print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
-        return 2
-    channel = socket.socket(fileno=int(arguments[1]))
+def serve(channel: socket.socket) -> int:
+    """Serve the vbd whose supervisor is at the other end of `channel`, and return the exit status."""
     try:
         Worker(channel).run()
     except (BrokenPipeError, ConnectionResetError):  # the supervisor went away while we spoke
         return 1
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Serve over the socket given by number."""
+    if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
+        print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
+        return 2
+    return serve(socket.socket(fileno=int(arguments[1])))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""The zygote as the service holds it: workers from it are our children, and nobody depends on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from xenbackend import control
+from xenbackend.supervisor import zygote
+from xenbackend.supervisor.process import Process
+from xenbackend.supervisor.zygote import COMMAND, Zygote
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors", "adopting")]
+
+REAL = (*COMMAND, "--host", "xenbackend.rig.host")
+
+
+def _fake(text: str) -> tuple[str, ...]:
+    head = "import os, socket, sys; channel = socket.socket(fileno=int(sys.argv[2]))\n"
+    return (sys.executable, "-S", "-c", head + text)
+
+
+def _fork(it: Zygote) -> Process:
+    """Return a worker once the zygote is ready."""
+    while (forked := it.fork()) is None:
+        assert not it.has_ended()
+        os.sched_yield()
+    return forked
+
+
+def _until_ended(it: Zygote) -> None:
+    os.waitid(os.P_PID, it.pid, os.WEXITED | os.WNOWAIT)
+    assert it.has_ended()
+
+
+def test_a_worker_is_as_one_that_we_started() -> None:
+    """It is our child, serves its socket, and how it ended is told; also when its zygote has gone before it."""
+    it = Zygote(REAL)
+    first, second = _fork(it), _fork(it)
+    it.close()
+    second.socket.setblocking(True)
+    second.socket.send(control.encode(control.Report(3)))
+    standing = control.decode(second.socket.recv(control.MAX_MESSAGE))
+    first.kill()
+    second.socket.send(control.encode(control.Close()))
+
+    assert isinstance(standing, control.Standing)
+    assert 3 == standing.report
+    assert first.pid != second.pid
+    assert "the worker was ended by SIGKILL" == first.describe_end()
+    assert "the worker ended unexpectedly with exit status 0" == second.describe_end()
+
+
+def test_a_worker_is_whole_when_it_is_handed_over() -> None:
+    """However early it dies, its end is ours to hear: the process between has gone before we know of it."""
+    it = Zygote(REAL)
+    ends = set()
+    for _ in range(20):
+        worker = _fork(it)
+        worker.kill()
+        ends.add(worker.describe_end())
+    it.close()
+
+    assert {"the worker was ended by SIGKILL"} == ends
+
+
+def test_nobody_waits_until_it_is_ready() -> None:
+    """One that has not imported everything yet has no worker for us, and lives on."""
+    it = Zygote(_fake("channel.recv(1)"))
+
+    assert it.fork() is None
+    assert not it.has_ended()
+    it.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("channel.send(b'failed')", "it could not fork"),
+        ("channel.send(b'born')", "it sent no pidfd"),
+        ("", "it ended"),
+        ("socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(os.getpid())])", "it ended in the middle of it"),
+        ("socket.send_fds(channel, [b'pidfd'], [0]); channel.send(b'failed')", "it failed in the end"),
+        ("socket.send_fds(channel, [b'pidfd'], [0]); channel.recv(1)", "nothing came of it in time"),
+        ("channel.recv(1)", "it does not answer"),
+    ],
+)
+def test_one_that_fails_is_good_for_nothing(monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+    """Whatever is wrong, there is no worker, no disk waits long, nothing is left open, and the zygote ends."""
+    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.1)
+    it = Zygote(_fake(f"channel.send(b'ready'); channel.recv(16)\n{text}\n# {why}"))
+    while not it._hears():
+        os.sched_yield()
+
+    assert it.fork() is None
+    _until_ended(it)
+    assert it.fork() is None
+    it.close()
+
+
+def test_one_that_was_killed_has_no_worker() -> None:
+    """A zygote that somebody killed is found out when it is asked."""
+    it = Zygote(REAL)
+    _fork(it).leave()
+    os.kill(it.pid, signal.SIGKILL)
+    _until_ended(it)
+
+    assert it.fork() is None
+    it.close()

@@ -1,0 +1,127 @@
+"""The process that workers are forked from."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from xenbackend.worker import zygote
+
+HOST = "xenbackend.rig.host"
+MODULE = "xenbackend.worker.zygote"
+# In a process of its own: who imports the drivers of this one, and what is open where.
+_FORKED = f"""
+import os, socket, sys
+from xenbackend.block.drivers import BUILT_IN
+from xenbackend.worker import main, zygote
+def show(channel):
+    modules = sorted({{each.partition(":")[0] for each in BUILT_IN.values()}} - sys.modules.keys())
+    channel.send(repr((modules, sorted(os.listdir("/proc/self/fd")), os.getsid(0) == os.getpid())).encode())
+    return 0
+zygote.serve = show
+sys.exit(zygote.main(["--host", "{HOST}", "--socket", sys.argv[1]]))
+"""
+
+
+def _start(*arguments: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with far:
+        process = subprocess.Popen([sys.executable, *arguments, str(far.fileno())], pass_fds=[far.fileno()])
+    near.settimeout(20)
+    return process, near
+
+
+def _ask_for_worker(near: socket.socket) -> tuple[socket.socket, int]:
+    """Return the service's end of a new worker's socket, and its pidfd."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(20)
+    with theirs:
+        socket.send_fds(near, [b"fork"], [theirs.fileno()])
+    datagram, fds, _, _ = socket.recv_fds(near, 16, 1)
+    assert b"pidfd" == datagram
+    assert b"born" == near.recv(16)
+    return ours, fds[0]
+
+
+@pytest.mark.slow
+def test_a_worker_has_everything_imported_and_nothing_open() -> None:
+    """A forked worker has every built-in driver, its socket, a session of its own, and nothing of the zygote's."""
+    process, near = _start("-c", _FORKED)
+    assert b"ready" == near.recv(16)
+    answers = set()
+    for _ in range(3):
+        ours, pidfd = _ask_for_worker(near)
+        answers.add(ours.recv(10_000).decode())
+        os.close(pidfd)
+        ours.close()
+    near.close()
+    process.wait(20)
+
+    [answer] = answers  # one is as the other: none has inherited from its elder
+    missing, descriptors, leads_session = eval(answer)  # noqa: S307 - our own program's
+    assert ([], True) == (missing, leads_session)
+    assert 5 == len(descriptors), "three standard ones, the socket, and the listing itself"
+
+
+@pytest.mark.slow
+def test_it_ends_when_its_service_does_and_its_workers_by_themselves() -> None:
+    """The end of the service's socket ends the zygote; a worker lives by its own socket."""
+    process, near = _start("-m", MODULE, "--host", HOST, "--socket")
+    assert b"ready" == near.recv(16)
+    ours, pidfd = _ask_for_worker(near)
+    near.close()
+
+    assert 0 == process.wait(20)
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        ours.recv(1)
+    ours.settimeout(20)
+    ours.shutdown(socket.SHUT_WR)  # the service is gone for it, too
+    while ours.recv(10_000):
+        pass
+    os.close(pidfd)
+    ours.close()
+
+
+def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel has no process left the service hears so, and the zygote goes on."""
+
+    def fork() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", fork)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for _ in range(2):
+        socket.send_fds(near, [b"fork"], [near.fileno()])
+    near.shutdown(socket.SHUT_WR)
+
+    assert zygote.wait_for_birth(far) is None
+    assert [b"ready", b"failed", b"failed"] == [near.recv(16) for _ in range(3)]
+    near.close()
+    far.close()
+
+
+@pytest.mark.slow
+def test_a_process_between_that_fails_is_told() -> None:
+    """Where the second fork fails, the service hears so."""
+    broken = _FORKED.replace("zygote.serve = show", "os.pidfd_open = lambda _: os.close(-1)")
+    process, near = _start("-c", broken)
+    assert b"ready" == near.recv(16)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(near, [b"fork"], [theirs.fileno()])
+
+    assert b"failed" == near.recv(16)
+    near.close()
+    process.wait(20)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--socket", "3"], ["--host", "x", "--socket", "three"]])
+def test_it_is_not_started_by_hand(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever starts it without what it needs is told who does."""
+    assert 2 == zygote.main(arguments)
+    assert "started by the service" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""The process that workers are forked from, as the service holds it: asked for one, it has it in a few milliseconds.
+
+Must not be needed: who gets None starts a worker by exec.
+
+A worker that the zygote forked becomes our child, because orphans come to us (`kernel.process.adopt_orphans`): how it
+ended is ours to collect, as with one that we started. See `worker.zygote` for what is said.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from xenbackend.kernel.process import adopt_orphans
+from xenbackend.supervisor import process
+from xenbackend.supervisor.process import Process
+
+COMMAND = (sys.executable, "-m", "xenbackend.worker.zygote")
+_PATIENCE_S = 1.0  # for a birth; no disk waits longer for a zygote that is stopped or stuck
+
+
+class Zygote:
+    """One such process, from its start on."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start it, and do not wait until it has imported everything. Raises: KernelError."""
+        adopt_orphans()
+        self._process = process.start(command)
+        self._is_ready = False
+
+    @property
+    def pid(self) -> int:
+        """The process number, for people."""
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        """Return whether it has ended by itself, or was killed."""
+        with selectors.PollSelector() as selector:
+            selector.register(self._process.pidfd, selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+    def fork(self) -> Process | None:
+        """Return a new worker, or None where the zygote is not ready, or fails at it: then it is good for nothing."""
+        if not self._hears():
+            return None
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
+            pidfd = self._ask(far)
+        if pidfd < 0:
+            near.close()  # so that a worker that is born too late ends
+            self._process.kill()
+            return None
+        return Process(near, pidfd)
+
+    def close(self) -> None:
+        """Send it away. What it has forked goes on."""
+        self._process.kill()
+        self._process.describe_end()
+
+    def _hears(self) -> bool:
+        """Return whether it has said that it is ready; do not wait for that."""
+        if not self._is_ready:
+            with suppress(OSError):  # it has said nothing yet, or has ended
+                self._is_ready = self._process.socket.recv(16) == b"ready"
+        return self._is_ready
+
+    def _ask(self, far: socket.socket) -> int:
+        """Have a worker forked that serves `far`, and return its pidfd; -1 where there is none in time."""
+        channel, pidfd = self._process.socket, -1
+        channel.settimeout(_PATIENCE_S)
+        try:
+            socket.send_fds(channel, [b"fork"], [far.fileno()])
+            datagram, fds, _, _ = socket.recv_fds(channel, 16, 1)
+            if fds:
+                pidfd = fds[0]
+                os.set_inheritable(pidfd, False)  # Python's recv_fds passes over the flag that would do it
+                datagram = channel.recv(16)
+        except OSError:
+            datagram = b""
+        if datagram != b"born" and pidfd >= 0:
+            os.close(pidfd)
+            pidfd = -1
+        return pidfd
