@@ -166,7 +166,7 @@ def test_against_a_model(machine: Machine, tmp_path: Path, request: pytest.Fixtu
     """Whatever is written to an image, and to one over it, is what is read, by us and by QEMU, which finds no fault."""
     shape = SHAPES[name]
     machine.files.lock_timeout_s = (
-        2.0  # the kernel lets go of a file that an io_uring had a moment after its process has
+        2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has
     )
     alike = [each for each in SHAPES.values() if each.layer == shape.layer]
     count = request.config.getoption("--requests") // len(alike)

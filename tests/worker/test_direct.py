@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.direct` and `uring_queue`; contents are checked against the model in test_files.py."""
+"""Tests of `xenbackend.worker.direct` and `io_queue`; contents are checked against the model in test_files.py."""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from xenbackend.errors import KernelError
 from xenbackend.kernel import blockdev, memory
 from xenbackend.kernel.blockdev import Alignment
 from xenbackend.worker.direct import DirectImage
+from xenbackend.worker.io_queue import DirectQueue
 from xenbackend.worker.reactor import Reactor
-from xenbackend.worker.uring_queue import UringQueue
 
 SIZE = 1 << 20
 
@@ -24,14 +24,14 @@ def reactor() -> Iterator[Reactor]:
     made.close()
 
 
-@pytest.fixture(params=["uring", "threads"])
+@pytest.fixture(params=["aio", "threads"])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[DirectImage]:
     """Return a direct image of zeros, as if its medium had blocks of 4096 bytes."""
     fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)
     os.pwrite(fd, bytes(SIZE), 0)
     medium = blockdev.examine(fd, "image", read_only=False)
     try:
-        queue = UringQueue(reactor) if request.param == "uring" else None
+        queue = DirectQueue(reactor) if request.param == "aio" else None
     except KernelError as error:
         pytest.skip(str(error))
     if blockdev.switch_to_direct(fd, medium) is None:

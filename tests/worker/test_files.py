@@ -15,7 +15,6 @@ from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blockdev, memory
 from xenbackend.kernel.blockdev import Alignment
-from xenbackend.kernel.uring import Uring
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
 from xenbackend.worker.reactor import Reactor
@@ -133,12 +132,12 @@ def check_against_model(reactor: Reactor, image: Image, path: str, seed: int) ->
     assert Path(path).read_bytes() == model, f"seed {seed}"
 
 
-@pytest.mark.parametrize("use_uring", [True, False], ids=["uring", "threads"])
+@pytest.mark.parametrize("use_queues", [True, False], ids=["queues", "threads"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_uring: bool, seed: int) -> None:
+def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_queues: bool, seed: int) -> None:
     """Whatever the way, random requests read what was written before, give each back once, and leave the right file."""
-    files = HostFiles(reactor, use_uring=use_uring)
+    files = HostFiles(reactor, use_queues=use_queues)
     image = files.open(path, read_only=False, **WAYS[way])
     if not image.can_discard:
         pytest.skip("no holes in this file system")
@@ -148,18 +147,18 @@ def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_ur
     files.close()
 
 
-@pytest.mark.parametrize("use_uring", [True, False], ids=["uring", "threads"])
+@pytest.mark.parametrize("use_queues", [True, False], ids=["queues", "threads"])
 @pytest.mark.parametrize("blocking", [True, False])
 def test_medium_of_larger_blocks(
     reactor: Reactor,
     path: str,
-    use_uring: bool,
+    use_queues: bool,
     blocking: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a medium of 4096 byte blocks, requests of single sectors are still right, in any mix with others."""
     monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
-    files = HostFiles(reactor, use_uring=use_uring)
+    files = HostFiles(reactor, use_queues=use_queues)
     image = files.open(path, read_only=False, blocking=blocking)
     check_against_model(reactor, image, path, 3)
 
@@ -168,19 +167,19 @@ def test_medium_of_larger_blocks(
 
 
 def test_mode_says_what_was_chosen(reactor: Reactor, path: str) -> None:
-    """`mode` names the way: O_DIRECT only where the file truly allows it, and io_uring only where the host has it."""
-    files, plain = HostFiles(reactor), HostFiles(reactor, use_uring=False)
+    """`mode` names the way: O_DIRECT only where the file truly allows it, and AIO only where the host has it."""
+    files, plain = HostFiles(reactor), HostFiles(reactor, use_queues=False)
     modes = []
     for host, options in ((files, {}), (plain, {}), (files, {"direct": False}), (files, {"blocking": True})):
         image = host.open(path, read_only=True, **options)
         modes.append(image.mode)
-        assert os.get_blocking(image.fd)  # otherwise io_uring answers EAGAIN instead of waiting
+        assert os.get_blocking(image.fd)  # otherwise asynchronous I/O answers EAGAIN instead of waiting
         image.close()
     files.close()
 
     if not modes[0].startswith("O_DIRECT"):
         pytest.skip("no direct I/O there")
-    assert modes[0] in {"O_DIRECT, io_uring", "O_DIRECT, threads"}
+    assert modes[0] in {"O_DIRECT, Linux AIO", "O_DIRECT, threads"}
     assert modes[1:] == ["O_DIRECT, threads", "page cache, preadv and pwritev", "O_DIRECT, blocking calls"]
 
 
@@ -387,25 +386,3 @@ def test_status_is_set_before_it_is_given_back(reactor: Reactor, path: str) -> N
         assert PENDING not in {each.status for each in back}
         image.close()
     files.close()
-
-
-def test_a_lock_of_our_own_is_given_back_while_it_is_waited_for(
-    reactor: Reactor, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While a lock is waited for the kernel is called: what io_uring has put off may be the end of a file of ours.
-
-    A flush is done by a thread of the kernel, and where that lets go last, the file is closed at the ring's next call.
-    """
-    files = HostFiles(reactor, lock_timeout_s=0.05)
-    image = files.open(path, read_only=False)
-    if image.mode != "O_DIRECT, io_uring":
-        pytest.skip(f"images are served by {image.mode} here")
-    calls: list[str] = []
-    enter = Uring.enter
-    monkeypatch.setattr(Uring, "enter", lambda uring: calls.append("enter") or enter(uring))
-    with pytest.raises(DriverError, match="locked"):
-        files.open(path, read_only=False)
-    image.close()
-    files.close()
-
-    assert calls

@@ -82,7 +82,7 @@ def test_a_file_ends_where_direct_io_can_reach(image: Image) -> None:
     assert (65536, 65536) == (image.size, os.fstat(image.fd).st_size)
 
 
-def test_results_of_io_uring(image: Image) -> None:
+def test_results_of_asynchronous_io(image: Image) -> None:
     """An error is the request's status; what is short or not possible just now is done again, whole."""
     failed, flushed, short = read_of(0, 4096), Request(), read_of(4096, 4096)
     flushed.op, flushed.length = Op.FLUSH, 0

@@ -24,7 +24,7 @@ def machine() -> Iterator[Machine]:
     """Return a machine that is closed after the test."""
     machine = Machine()
     machine.files.lock_timeout_s = (
-        2.0  # the kernel lets go of a file that an io_uring had a moment after its process has
+        2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has
     )
     yield machine
     machine.close()

@@ -204,7 +204,7 @@ class Sleeper:
         """Fail, or have slept."""
         if self.failures:
             self.failures -= 1
-            raise KernelError("wait for io_uring", errno.ENOMEM)
+            raise KernelError("wait for asynchronous I/O", errno.ENOMEM)
         return False
 
     def deliver(self) -> None:

@@ -83,7 +83,7 @@ class File(Protocol):
     can_discard: bool
     discard_granularity: int  # bytes, 0 where it cannot discard
     complete: Complete  # set by the owner before the first submit
-    mode: str  # what was chosen, for people: "O_DIRECT, io_uring"
+    mode: str  # what was chosen, for people: "O_DIRECT, Linux AIO"
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests as a driver does (D1-D9). Reads past the end of the file give zeros."""
@@ -163,7 +163,7 @@ class Env(Protocol):
         """
 
     def report(self, key: str, value: str) -> None:
-        """Publish a fact about this layer for `check` and `status`, such as ``mode`` = ``O_DIRECT, io_uring``."""
+        """Publish a fact about this layer for `check` and `status`, such as ``mode`` = ``O_DIRECT, Linux AIO``."""
 
 
 class Driver:

@@ -21,7 +21,7 @@ from xenbackend.worker.reactor import Reactor
 
 Ended = Callable[[Request], None]
 
-LOCK_TIMEOUT_S = 2.0  # the kernel lets go of a file that an io_uring had a moment after its process has
+LOCK_TIMEOUT_S = 2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has
 
 
 class RequestFailed(XenbackendError):
@@ -50,7 +50,7 @@ class Session:
         self._reactor = Reactor()
         self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S)
         self._reactor.before_sleep(self._files.kick)
-        self._unlocked = HostFiles(self._reactor, use_uring=False, locks=False)  # a loop has one io_uring
+        self._unlocked = HostFiles(self._reactor, use_queues=False, locks=False)  # a loop has one queue of each kind
         self._open: list[Chain | File] = []
 
     def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True) -> Disk:

@@ -20,24 +20,16 @@ from xenbackend.units import round_up
 OP_READV = 1
 OP_WRITEV = 2
 OP_FSYNC = 3
-OP_POLL_ADD = 6
-OP_FALLOCATE = 17
 OP_READ = 22
 OP_WRITE = 23
 FSYNC_DATASYNC = 1
 _SETUP_CQSIZE = 1 << 3
 _SETUP_CLAMP = 1 << 4
-_SETUP_SUBMIT_ALL = 1 << 7
-_SETUP_SINGLE_ISSUER = 1 << 12
-_SETUP_DEFER_TASKRUN = 1 << 13
 _ENTER_GETEVENTS = 1
-_ENTER_EXT_ARG = 1 << 3
 _OFF_SQ_RING = 0
 _OFF_SQES = 0x10000000
-# One mapping for both rings, no completion is dropped, iovecs may go after submission, OP_READ exists; and since
-# Linux 5.11, which is asked for: one call that submits and waits for a limited time.
-_FEATURES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 8
-_FALLOC_PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
+# One mapping for both rings, no completion is dropped, iovecs may go after submission, OP_READ exists.
+_FEATURES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3
 # generic system call numbers: the same on x86-64 and Arm
 _SYS_SETUP, _SYS_ENTER = 425, 426
 
@@ -48,10 +40,6 @@ _CQ_OFFSETS = struct.Struct("=IIIIIIII8x")  # head, tail, mask, entries, overflo
 _SQE = struct.Struct("=BBHiQQIIQ")  # opcode, flags, ioprio, fd, off, addr, len, op_flags, user_data: 40 of 64 bytes
 _SQE_SIZE = 64
 _CQE = struct.Struct("=QiI")  # user_data, res, flags
-_GETEVENTS_ARG = struct.Struct("=QIIQ")  # io_uring_getevents_arg: sigmask, its size, padding, address of a timespec
-_ARG_SIZE = ctypes.c_size_t(_GETEVENTS_ARG.size)  # the last of seven: as an int, half of it would be left to chance
-_TIMESPEC = struct.Struct("=qq")  # seconds, nanoseconds
-_POLLIN = 1
 _IOVECS = 8192  # of all that is queued and not yet submitted
 MAX_IOVECS = 1024  # IOV_MAX: of one operation
 
@@ -71,6 +59,9 @@ class Uring:
     Raises: KernelError: ENOSYS, EPERM where io_uring is absent or forbidden.
     """
 
+    single = (OP_READ, OP_WRITE)
+    vector = (OP_READV, OP_WRITEV)
+
     def __init__(self, entries: int = 256) -> None:
         self._fd, params = _setup(entries)
         self._mapped: list[tuple[int, int]] = []  # address, size
@@ -85,10 +76,6 @@ class Uring:
         self._iovecs_used = 0  # words
         self.queued = 0  # operations, not yet submitted
         self._early: list[tuple[int, int]] = []  # reaped to make room, not yet returned
-        self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
-        argument = _GETEVENTS_ARG.pack(0, 0, 0, ctypes.addressof(self._timespec))
-        self._limited = ctypes.create_string_buffer(argument, len(argument))
-        self._unlimited = ctypes.create_string_buffer(len(argument))
 
     def _map(self, params: bytes) -> None:
         sq_entries, cq_entries, _, _, _, features, *_ = _PARAMS.unpack_from(params)
@@ -141,13 +128,9 @@ class Uring:
         """Queue an fdatasync."""
         self.queue(OP_FSYNC, fd, 0, 0, 0, user_data, FSYNC_DATASYNC)
 
-    def queue_punch(self, fd: int, offset: int, length: int, user_data: int) -> None:
-        """Queue the punching of a hole; the file keeps its size."""
-        self.queue(OP_FALLOCATE, fd, offset, length, _FALLOC_PUNCH_HOLE_KEEP_SIZE, user_data)
-
-    def queue_poll(self, fd: int, user_data: int) -> None:
-        """Queue a look at a descriptor, which completes once when it is readable."""
-        self.queue(OP_POLL_ADD, fd, 0, 0, 0, user_data, _POLLIN)
+    def fileno(self) -> int:
+        """Return the descriptor, which is readable when something has completed."""
+        return self._fd
 
     def submit(self) -> None:
         """Submit everything queued. Raises: KernelError."""
@@ -156,30 +139,6 @@ class Uring:
     def enter(self) -> None:
         """Submit everything queued, and let the kernel post what has completed; does not wait. Raises: KernelError."""
         self._enter(_ENTER_GETEVENTS)
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Submit everything queued and sleep until something has completed, `timeout_s` at most. Raises: KernelError.
-
-        One system call, unless the kernel takes the queue in several parts.
-        """
-        if self._early or timeout_s == 0:
-            self.enter()
-            return
-        argument = self._unlimited
-        if timeout_s is not None:
-            argument = self._limited
-            _TIMESPEC.pack_into(self._timespec, 0, int(timeout_s), int(timeout_s % 1 * 1e9))
-        self._words[self._sq_tail_at] = self._tail
-        flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
-        done = _syscall(_SYS_ENTER, self._fd, self.queued, 1, flags, argument, _ARG_SIZE)
-        if done >= 0:
-            self.queued -= done
-            if self.queued == 0:
-                self._iovecs_used = 0
-                return
-        elif self.queued == 0 and ctypes.get_errno() in {errno.ETIME, errno.EINTR}:
-            return
-        self.enter()  # not all was taken: the rest, without sleeping
 
     def _enter(self, flags: int) -> None:
         self._words[self._sq_tail_at] = self._tail
@@ -219,15 +178,11 @@ class Uring:
 
 
 def _setup(entries: int) -> tuple[int, bytes]:
-    """Return a ring's descriptor and its `io_uring_params`; newer flags are left away where the kernel is older."""
-    least = _SETUP_CQSIZE | _SETUP_CLAMP
-    error = 0
-    for flags in (least | _SETUP_SUBMIT_ALL | _SETUP_SINGLE_ISSUER | _SETUP_DEFER_TASKRUN, least):
-        params = ctypes.create_string_buffer(_PARAMS_SIZE)
-        _PARAMS.pack_into(params, 0, 0, entries * 16, flags, 0, 0, 0, 0, 0, 0, 0)
-        fd = _syscall(_SYS_SETUP, entries, ctypes.byref(params))
-        if fd >= 0:
-            os.set_inheritable(fd, False)
-            return fd, params.raw
-        error = ctypes.get_errno()
-    raise KernelError("set up io_uring", error)
+    """Return a ring's descriptor and its `io_uring_params`."""
+    params = ctypes.create_string_buffer(_PARAMS_SIZE)
+    _PARAMS.pack_into(params, 0, 0, entries * 16, _SETUP_CQSIZE | _SETUP_CLAMP, 0, 0, 0, 0, 0, 0, 0)
+    fd = _syscall(_SYS_SETUP, entries, ctypes.byref(params))
+    if fd < 0:
+        raise KernelError("set up io_uring", ctypes.get_errno())
+    os.set_inheritable(fd, False)
+    return fd, params.raw

@@ -1,4 +1,4 @@
-"""An image read and written past the page cache, asynchronously: by io_uring, or by threads where there is none.
+"""An image read and written past the page cache, asynchronously: by Linux AIO, or by threads where there is none.
 
 Must not touch the page cache on the side: a cached write next to a direct one can bring old data back.
 """
@@ -13,8 +13,8 @@ from xenbackend.kernel.blockdev import Alignment, Medium
 from xenbackend.worker.image import Image
 
 if TYPE_CHECKING:
+    from xenbackend.worker.io_queue import IoQueue
     from xenbackend.worker.reactor import Reactor
-    from xenbackend.worker.uring_queue import UringQueue
 
 
 class DirectImage(Image):
@@ -25,10 +25,8 @@ class DirectImage(Image):
     sector size, or an image with smaller sectors than its medium, has such requests.
     """
 
-    def __init__(
-        self, fd: int, medium: Medium, alignment: Alignment, reactor: Reactor, queue: UringQueue | None
-    ) -> None:
-        self.how = "io_uring" if queue else "threads"
+    def __init__(self, fd: int, medium: Medium, alignment: Alignment, reactor: Reactor, queue: IoQueue | None) -> None:
+        self.how = "Linux AIO" if queue else "threads"
         super().__init__(fd, medium, alignment, reactor, queue)
         self._mask = alignment.offset - 1
         self._in_flight = 0

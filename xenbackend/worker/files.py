@@ -23,7 +23,7 @@ from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
-from xenbackend.worker.uring_queue import UringQueue
+from xenbackend.worker.io_queue import CachedQueue, DirectQueue, IoQueue
 
 if TYPE_CHECKING:
     from xenbackend.worker.reactor import Reactor
@@ -36,20 +36,20 @@ class HostFiles:
 
     Args:
         reactor: the worker's loop.
-        use_uring: use io_uring where the host has it; else threads do what blocks.
+        use_queues: use the kernel's asynchronous I/O where the host has it; else threads do what blocks.
         lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
             predecessor; for everybody else a lock that is taken is an answer.
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
     """
 
     def __init__(
-        self, reactor: Reactor, *, use_uring: bool = True, lock_timeout_s: float = 0.0, locks: bool = True
+        self, reactor: Reactor, *, use_queues: bool = True, lock_timeout_s: float = 0.0, locks: bool = True
     ) -> None:
         self._reactor = reactor
-        self._use_uring = use_uring
+        self._use_queues = use_queues
         self.lock_timeout_s = lock_timeout_s
         self._locks = locks
-        self._queue: UringQueue | None = None
+        self._queues: list[IoQueue] = []
 
     def open(
         self,
@@ -70,7 +70,7 @@ class HostFiles:
             raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
         try:
             medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0)
-            os.set_blocking(fd, True)  # io_uring would answer EAGAIN where it has to wait
+            os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
             self._lock(fd, path, shared=read_only or shareable)
             if step and not (read_only or medium.is_device):
                 medium = replace(medium, size=round_up(medium.size, step))
@@ -81,23 +81,23 @@ class HostFiles:
             raise
 
     def kick(self) -> bool:
-        """Submit what was queued for io_uring: for the end of a turn; the loop calls it before it sleeps."""
-        return self._queue.kick() if self._queue is not None else False
+        """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""
+        for queue in self._queues:
+            queue.kick()
+        return False
 
     def close(self) -> None:
         """Release what the images share; all of them are closed."""
-        if self._queue is not None:
-            self._queue.close()
-            self._queue = None
+        while self._queues:
+            self._queues.pop().close()
 
     def _choose(self, fd: int, medium: Medium, *, direct: bool, blocking: bool) -> Image:
         alignment = blockdev.switch_to_direct(fd, medium) if direct else None
         if blocking:
             return Image(fd, medium, alignment, self._reactor, None)
-        queue = self._open_queue()
         if alignment is not None:
-            return DirectImage(fd, medium, alignment, self._reactor, queue)
-        return CachedImage(fd, medium, None, self._reactor, queue)
+            return DirectImage(fd, medium, alignment, self._reactor, self._queue(DirectQueue))
+        return CachedImage(fd, medium, None, self._reactor, self._queue(CachedQueue))
 
     def _lock(self, fd: int, path: str, *, shared: bool) -> None:
         if not self._locks:
@@ -110,17 +110,19 @@ class HostFiles:
                 if time.monotonic() >= give_up:
                     sentence = f"{path} is locked by another process; one writer at a time, or readers only"
                     raise DriverError(sentence, path=path, errno=errno.EBUSY) from error
-                if self._queue is not None:
-                    self._queue.let_go()  # the lock may be our own, of an image that was closed just now
                 time.sleep(_LOCK_PAUSE_S)
             else:
                 return
 
-    def _open_queue(self) -> UringQueue | None:
-        """Return the worker's one io_uring, or None where the host has none for us."""
-        if self._queue is None and self._use_uring:
-            try:
-                self._queue = UringQueue(self._reactor)
-            except KernelError:
-                self._use_uring = False
-        return self._queue
+    def _queue(self, kind: type[DirectQueue | CachedQueue]) -> IoQueue | None:
+        """Return the worker's one queue of a kind, or None where the host has none for us."""
+        for queue in self._queues:
+            if isinstance(queue, kind):
+                return queue
+        if not self._use_queues:
+            return None
+        try:
+            self._queues.append(queue := kind(self._reactor))
+        except KernelError:
+            return None
+        return queue

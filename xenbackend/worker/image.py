@@ -20,8 +20,8 @@ from xenbackend.kernel.blockdev import Alignment, Medium
 from xenbackend.units import round_up
 
 if TYPE_CHECKING:
+    from xenbackend.worker.io_queue import IoQueue
     from xenbackend.worker.reactor import Reactor
-    from xenbackend.worker.uring_queue import UringQueue
 
 MAX_IOVECS = 1024  # IOV_MAX: pieces of one call
 _ANYTHING = Alignment(1, 1)
@@ -36,13 +36,13 @@ class Image:
         medium: what it is.
         alignment: what its direct I/O demands; None when it goes through the page cache.
         reactor: the worker's loop.
-        queue: the io_uring, if there is one; used by subclasses.
+        queue: of asynchronous I/O, if there is one; used by subclasses.
     """
 
     how = "blocking calls"
 
     def __init__(
-        self, fd: int, medium: Medium, alignment: Alignment | None, reactor: Reactor, queue: UringQueue | None
+        self, fd: int, medium: Medium, alignment: Alignment | None, reactor: Reactor, queue: IoQueue | None
     ) -> None:
         self.fd = fd
         self.medium = medium
@@ -72,9 +72,8 @@ class Image:
             request.status = error.errno or errno.EIO
 
     def start(self, request: Request) -> None:
-        """Do one request without blocking, by io_uring or in a thread; `finished` gets it back."""
-        is_discard_of_device = request.op == Op.DISCARD and self.medium.is_device
-        if self._queue is None or is_discard_of_device:
+        """Do one request without blocking, by the queue or in a thread; `finished` gets it back."""
+        if self._queue is None or request.op == Op.DISCARD:
             self.start_in_thread(request)
         else:
             self._queue.start(self, request)
@@ -88,8 +87,8 @@ class Image:
         self.complete(batch)
 
     def settle(self, request: Request, result: int) -> bool:
-        """Set the status for a result of io_uring that is not the full length; False where it was started again."""
-        if request.op in {Op.FLUSH, Op.DISCARD} and result == 0:
+        """Set the status for a result of the queue that is not the full length; False where it was started again."""
+        if request.op == Op.FLUSH and result == 0:
             request.status = 0
         elif result < 0 and -result not in {errno.EAGAIN, errno.EINTR}:
             request.status = -result

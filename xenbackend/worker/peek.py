@@ -21,7 +21,7 @@ from xenbackend.worker.reactor import Reactor
 
 def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[control.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open. Raises: ChainError, DriverError."""
-    files = HostFiles(reactor, use_uring=False, locks=False)
+    files = HostFiles(reactor, use_queues=False, locks=False)
     env = EnvFactory(reactor, files)
     try:
         found = open_chain(parse_chain(chain), env, read_only=True, shareable=True)

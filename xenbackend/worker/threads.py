@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 Call = Callable[[], object]
 Work = tuple[Call, Call, Callable[[Exception], Call]]
-LIMIT = 16  # threads: enough to keep a disk busy where io_uring is absent
+LIMIT = 16  # threads: enough to keep a disk busy where there is no asynchronous I/O
 
 
 class Threads:

@@ -5,6 +5,8 @@ Must not need a loop device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.xen.tools.command import run
@@ -20,6 +22,17 @@ def blank(file: Path, size_mib: int) -> Path:
     with file.open("wb") as image:
         image.truncate(size_mib << 20)
     return file
+
+
+@contextmanager
+def slow_disk(milliseconds: int) -> Iterator[Path]:
+    """Have a block device of 1 GiB in memory that answers each request only after so long (Linux' null_blk)."""
+    late = f"completion_nsec={milliseconds * 1_000_000}"
+    run("modprobe", "null_blk", "nr_devices=1", "gb=1", "bs=512", "memory_backed=1", "irqmode=2", "queue_mode=2", late)
+    try:
+        yield Path("/dev/nullb0")
+    finally:
+        run("modprobe", "-r", "null_blk")
 
 
 def with_files(file: Path, size_mib: int, files: dict[str, str | bytes]) -> Path:

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.uring_queue`, on the real kernel; skipped where it has no io_uring for us."""
+"""Tests of `xenbackend.worker.io_queue`, on the real kernel; skipped where it has no asynchronous I/O for us."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,14 +8,14 @@ import pytest
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import KernelError
 from xenbackend.kernel import blockdev, memory
-from xenbackend.kernel.uring import Uring
+from xenbackend.kernel.aio import Aio
 from xenbackend.worker.image import Image
+from xenbackend.worker.io_queue import CachedQueue, DirectQueue
 from xenbackend.worker.reactor import Reactor
-from xenbackend.worker.uring_queue import UringQueue
 
 
 class Taker(Image):
-    """An image whose requests all go to io_uring."""
+    """An image whose requests all go to the queue."""
 
     def submit(self, batch: list[Request]) -> None:
         """Start every request."""
@@ -31,13 +31,13 @@ def reactor() -> Iterator[Reactor]:
     made.close()
 
 
-@pytest.fixture
-def image(reactor: Reactor) -> Iterator[Image]:
+@pytest.fixture(params=[DirectQueue, CachedQueue])
+def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
     """Return an image of 64 pages, each of its own byte."""
     fd = os.memfd_create("image")
     os.pwrite(fd, b"".join(bytes([number]) * 4096 for number in range(64)), 0)
     try:
-        queue = UringQueue(reactor)
+        queue = request.param(reactor)
     except KernelError as error:
         pytest.skip(str(error))
     made = Taker(fd, blockdev.examine(fd, "image", read_only=False), None, reactor, queue)
@@ -91,41 +91,43 @@ def test_idle_queue_lets_the_loop_sleep(reactor: Reactor, image: Image) -> None:
     assert len(passes) <= 4
 
 
+@pytest.mark.parametrize("image", [DirectQueue], indirect=True)
 def test_submitted_by_eights_and_before_sleeping(
     reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk gets work while more is queued, and the rest by the call in which the loop sleeps, with its own look."""
     calls: list[int] = []
     waits: list[int] = []
-    submit, wait = Uring.submit, Uring.wait
+    submit, wait = Aio.submit, Aio.wait
 
-    def count(ring: Uring) -> None:
+    def count(ring: Aio) -> None:
         calls.append(ring.queued)
         submit(ring)
 
-    def count_wait(ring: Uring, timeout_s: float | None) -> None:
+    def count_wait(ring: Aio, timeout_s: float | None) -> None:
         waits.append(ring.queued)
         wait(ring, timeout_s)
 
-    monkeypatch.setattr(Uring, "submit", count)
-    monkeypatch.setattr(Uring, "wait", count_wait)
+    monkeypatch.setattr(Aio, "submit", count)
+    monkeypatch.setattr(Aio, "wait", count_wait)
     image.submit(reads(19))
     run_until_back(reactor, image, 19)
 
-    assert calls == [8, 8]
+    assert calls == [8, 8, 3 + 1]
     assert waits[0] == 3 + 1
 
 
+@pytest.mark.parametrize("image", [DirectQueue], indirect=True)
 def test_pieces_side_by_side_are_one(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Views that lie side by side in memory are one piece for the disk; noted views are looked up, others asked for."""
     vectors: list[int] = []
-    queue_vector = Uring.queue_vector
+    queue_vector = Aio.queue_vector
 
-    def count(ring: Uring, opcode: int, fd: int, offset: int, iovecs: list[int], user_data: int) -> None:
+    def count(ring: Aio, opcode: int, fd: int, offset: int, iovecs: list[int], user_data: int) -> None:
         vectors.append(len(iovecs) // 2)
         queue_vector(ring, opcode, fd, offset, iovecs, user_data)
 
-    monkeypatch.setattr(Uring, "queue_vector", count)
+    monkeypatch.setattr(Aio, "queue_vector", count)
     arena = memory.allocate(8 * 4096).view
     pages = [arena[place : place + 4096] for place in range(0, 8 * 4096, 4096)]
     memory.note(pages[:4])
@@ -140,6 +142,7 @@ def test_pieces_side_by_side_are_one(reactor: Reactor, image: Image, monkeypatch
     assert [page[0] for page in pages] == [0, 1, 2, 0, 1, 2, 0, 3]
 
 
+@pytest.mark.parametrize("image", [DirectQueue], indirect=True)
 def test_bug_of_one_image_does_not_cost_the_others_theirs(reactor: Reactor, image: Image) -> None:
     """What has completed for other images is given back although the first that was told lets a bug out."""
     assert image._queue is not None

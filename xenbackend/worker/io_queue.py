@@ -1,22 +1,26 @@
-"""Requests on their way through io_uring: one queue for all images of a worker.
+"""Requests on their way through the kernel's asynchronous I/O: one queue of each kind for the images of a worker.
 
 Must not decide which requests come here, nor what becomes of an odd result: the image does.
+
+    DirectQueue   Linux AIO, for what goes past the page cache, to and from the guest's own pages
+    CachedQueue   io_uring, for what waits for the page cache: with Linux AIO the loop would wait, too
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
-from xenbackend.block.request import Op, Request
+from xenbackend.block.request import Request
+from xenbackend.kernel.aio import Aio
 from xenbackend.kernel.memory import address_of, addresses
-from xenbackend.kernel.uring import MAX_IOVECS, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, Uring
+from xenbackend.kernel.uring import Uring
 
 if TYPE_CHECKING:
     from xenbackend.worker.reactor import Reactor
 
 _EAGER = 8  # queued: more would leave the disk idle while we queue; measured, a fifth more I/O than without
-_SINGLE = (OP_READ, OP_WRITE)
-_VECTOR = (OP_READV, OP_WRITEV)
+_MAX_IOVECS = 1024  # IOV_MAX: of one operation
 _POLL = 1 << 63  # the user_data of no request
 
 
@@ -32,28 +36,20 @@ class Owner(Protocol):
         """Take back what was started."""
 
 
-class UringQueue:
-    """Collects requests until `kick`, and gives back together what has completed together.
+class IoQueue:
+    """Collects requests until `kick`, and gives back together what has completed together."""
 
-    Args:
-        reactor: the worker's loop; while anything is in flight it sleeps in `wait`, one call for everything.
-
-    Raises: KernelError, where the host has no io_uring for us.
-    """
-
-    def __init__(self, reactor: Reactor) -> None:
+    def __init__(self, reactor: Reactor, ring: Aio | Uring) -> None:
         self._reactor = reactor
-        self._uring = Uring()
+        self._ring = ring  # owned from now on
         self._lent: list[Request | None] = []  # by the number that travels as user_data
         self._owners: list[Owner | None] = []
         self._free: list[int] = []
         self._done: dict[Owner, list[Request]] = {}
-        self._is_polling = False  # for the loop's descriptors
         self.in_flight = 0
-        reactor.sleep_by(self)
 
     def start(self, image: Owner, request: Request) -> None:
-        """Queue one request for `image`, whose `finished` or `settle` gets it back."""
+        """Queue a read, write or flush for `image`, whose `finished` or `settle` gets it back."""
         if self._free:
             number = self._free.pop()
             self._lent[number] = request
@@ -63,46 +59,27 @@ class UringQueue:
             self._lent.append(request)
             self._owners.append(image)
         self.in_flight += 1
-        op, iov = request.op, request.iov
+        ring, op, iov = self._ring, request.op, request.iov
         if len(iov) == 1:
             view = iov[0]
             address = addresses.get(id(view)) or address_of(view)
-            self._uring.queue(_SINGLE[op], image.fd, request.offset, address, request.length, number)
+            ring.queue(ring.single[op], image.fd, request.offset, address, request.length, number)
         elif iov:
             self._start_vector(image, request, number)
-        elif op == Op.FLUSH:
-            self._uring.queue_sync(image.fd, number)
         else:
-            self._uring.queue_punch(image.fd, request.offset, request.length, number)
-        if self._uring.queued >= _EAGER:
-            self._uring.submit()
+            ring.queue_sync(image.fd, number)
+        if ring.queued >= _EAGER:
+            ring.submit()
 
     def kick(self) -> bool:
         """Submit what was queued: once per turn, not once per request. Returns False: the loop may sleep."""
-        if self._uring.queued:
-            self._uring.submit()
+        if self._ring.queued:
+            self._ring.submit()
         return False
-
-    def let_go(self) -> None:
-        """Let the kernel do what it has put off until we call it: it may hold files of requests that have come back."""
-        self._uring.enter()
 
     def close(self) -> None:
         """Release the ring; nothing is in flight."""
-        self._reactor.sleep_by(None)
-        self._uring.close()
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Submit what is queued and sleep until something has completed or a descriptor of the loop is ready.
-
-        True if one may be ready. What has completed is given back by `deliver`.
-        """
-        uring = self._uring
-        if not self._is_polling:
-            self._is_polling = True
-            uring.queue_poll(self._reactor.fileno(), _POLL)
-        uring.wait(timeout_s)
-        return self._collect()
+        self._ring.close()
 
     def deliver(self) -> None:
         """Give back what has completed."""
@@ -128,19 +105,17 @@ class UringQueue:
                 pieces += (address, len(view))
             end = address + len(view)
         # More pieces than one call takes come back short, and `settle` does the rest.
-        pieces = pieces[: 2 * MAX_IOVECS]
+        pieces = pieces[: 2 * _MAX_IOVECS]
+        ring, op = self._ring, request.op
         if len(pieces) == 2:
-            self._uring.queue(_SINGLE[request.op], image.fd, request.offset, pieces[0], pieces[1], number)
+            ring.queue(ring.single[op], image.fd, request.offset, pieces[0], pieces[1], number)
         else:
-            self._uring.queue_vector(_VECTOR[request.op], image.fd, request.offset, pieces, number)
+            ring.queue_vector(ring.vector[op], image.fd, request.offset, pieces, number)
 
-    def _collect(self) -> bool:
-        """Take completions off the ring; True if the look at the loop's descriptors is among them."""
+    def _collect(self, completions: Iterable[tuple[int, int]]) -> None:
+        """Take completions, for `deliver` to give back."""
         lent, owners, free, done = self._lent, self._owners, self._free, self._done
-        for number, result in self._uring.reap():
-            if number == _POLL:
-                self._is_polling = False
-                continue
+        for number, result in completions:
             request, image = lent[number], owners[number]
             assert request is not None and image is not None  # noqa: S101, PT018 - each number comes back once
             lent[number] = owners[number] = None
@@ -154,4 +129,62 @@ class UringQueue:
                 done[image].append(request)
             else:
                 done[image] = [request]
+
+
+class DirectQueue(IoQueue):
+    """Linux AIO. While anything is in flight the worker's loop sleeps in `wait`, one call for everything.
+
+    Raises: KernelError, where the host has none for us.
+    """
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._aio = Aio()
+        super().__init__(reactor, self._aio)
+        self._is_polling = False  # for the loop's descriptors
+        reactor.sleep_by(self)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Submit what is queued and sleep until something has completed or a descriptor of the loop is ready.
+
+        True if one may be ready. What has completed is given back by `deliver`.
+        """
+        aio = self._aio
+        if not self._is_polling:
+            self._is_polling = True
+            aio.queue_poll(self._reactor.fileno(), _POLL)
+        aio.wait(timeout_s)
+        completions = aio.reap()
+        if any(number == _POLL for number, _ in completions):
+            self._is_polling = False
+            completions = [each for each in completions if each[0] != _POLL]
+        self._collect(completions)
         return not self._is_polling
+
+    def close(self) -> None:
+        """Release it; nothing is in flight."""
+        self._reactor.sleep_by(None)
+        super().close()
+
+
+class CachedQueue(IoQueue):
+    """io_uring, of which the worker's loop hears as of any descriptor.
+
+    Raises: KernelError, where the host has none for us.
+    """
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._uring = Uring()
+        super().__init__(reactor, self._uring)
+        reactor.add(self._uring.fileno(), self._take)
+        reactor.before_sleep(self.kick)
+
+    def close(self) -> None:
+        """Release it; nothing is in flight."""
+        self._reactor.remove_hook(self.kick)
+        self._reactor.remove(self._uring.fileno())
+        super().close()
+
+    def _take(self) -> None:
+        self._uring.enter()
+        self._collect(self._uring.reap())
+        self.deliver()
