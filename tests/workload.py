@@ -38,21 +38,28 @@ class Load:
         frontend: Frontend,
         model: DiskModel,
         patience_s: float = 10.0,
-        on_answers: Callable[[int], None] = lambda _: None,
+        on_answers: Callable[[Load], None] = lambda _: None,
     ) -> None:
-        """Load a disk; an answer may take `patience_s` seconds, and `on_answers` hears how many have come."""
-        self.finished = 0  # requests
+        """Load a disk; an answer may take `patience_s` seconds, and `on_answers` is called when some have come."""
+        self.begun = 0  # requests
+        self.finished = 0
         self._frontend = frontend
         self._model = model
         self._patience_s = patience_s
         self._on_answers = on_answers
-        self._pending: dict[Submitted, Step] = {}
+        self._pending: dict[Submitted, tuple[int, Step]] = {}  # with how many were begun before
+
+    @property
+    def settled(self) -> int:
+        """How many requests were answered before the oldest that is not."""
+        return next((number for number, _ in self._pending.values()), self.begun)
 
     def top_up(self, most: int = 1 << 30) -> int:
         """Fill the rings with up to `most` requests that the model asks for, and return how many there were."""
         count = 0
         while count < most and self._frontend.free() and (step := self._model.next_step()):
-            self._pending[_submit(self._frontend, step, self._model.random)] = step
+            self._pending[_submit(self._frontend, step, self._model.random)] = (self.begun, step)
+            self.begun += 1
             count += 1
         return count
 
@@ -69,10 +76,10 @@ class Load:
 
     def _finish_some(self) -> None:
         done = self._frontend.wait_for_any(self._patience_s)
-        self._on_answers(len(done))
         self.finished += len(done)
         for request in done:
-            self._model.finish(self._pending.pop(request), request.status or 0, request.data)
+            self._model.finish(self._pending.pop(request)[1], request.status or 0, request.data)
+        self._on_answers(self)
 
 
 def work(frontend: Frontend, model: DiskModel, requests: int) -> None:

@@ -1,7 +1,7 @@
 """A guest as a process of its own: connects to its disk, and compares every sector that it reads until told to end.
 
 Must not know what happens to the backend. It says one line of JSON when it is connected and one when it has ended; the
-time of its last answer stands in a file that others map.
+times of its answers stand in a file that others map.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from xenbackend.supervisor.store import Store
 PAGES = 8192
 PATIENCE_S = 60.0  # for one answer
 ROUND = 64  # requests between two looks at whether to end
-LAST, COUNT = 0, 1  # words of the file: time of the last answer in ns, answers
+# words of the file: time of the last answer in ns; requests begun, answered, answered before the oldest that is not
+LAST, BEGUN, ANSWERED, SETTLED = range(4)
 
 
 class Clock:
@@ -37,14 +38,14 @@ class Clock:
             self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
         self.longest_s, self.longest_at = 0.0, 0
 
-    def tick(self, answers: int) -> None:
+    def tick(self, load: Load) -> None:
         """Take note of answers that came just now."""
         now = time.monotonic_ns()
         passed_s = (now - self._words[LAST]) / 1e9
         if self._words[LAST] and passed_s > self.longest_s:
             self.longest_s, self.longest_at = passed_s, now
         self._words[LAST] = now
-        self._words[COUNT] += answers
+        self._words[BEGUN], self._words[ANSWERED], self._words[SETTLED] = load.begun, load.finished, load.settled
 
 
 def main(arguments: list[str]) -> int:

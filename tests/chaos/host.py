@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.chaos.guest import COUNT, LAST
+from tests.chaos.guest import ANSWERED, BEGUN, LAST, SETTLED
 from tests.chaos.plan import Disk, Step, disks
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
@@ -74,9 +74,19 @@ class GuestProcess:
         return self._words[LAST]
 
     @property
+    def begun(self) -> int:
+        """How many requests it had begun when it last had an answer."""
+        return self._words[BEGUN]
+
+    @property
     def answers(self) -> int:
-        """How many it has had."""
-        return self._words[COUNT]
+        """How many of them were answered."""
+        return self._words[ANSWERED]
+
+    @property
+    def settled(self) -> int:
+        """How many of them were answered before the oldest that was not."""
+        return self._words[SETTLED]
 
     def hear(self) -> dict[str, Any]:
         """Return the next thing that it says. Raises: ChaosError where that is no good news."""
@@ -171,6 +181,22 @@ class Host:
                 raise ChaosError(f"no answer for {PATIENCE_S:g} s: {stuck}\n{self._last_words()}")
             pause(PAUSE_S)
         return took
+
+    def wait_until_settled(self) -> None:
+        """Wait until every guest has had an answer to all that it has begun until now. Raises: ChaosError.
+
+        Else a request that takes longer than others may see worker after worker die: to us each death follows answers,
+        to the service the request is one that kills whoever touches it.
+        """
+        begun = [guest.begun for guest in self.guests]
+        give_up = time.monotonic() + PATIENCE_S
+        while waiting := [each for each, count in zip(self.guests, begun, strict=True) if each.settled < count]:
+            for guest in waiting:
+                guest.check()
+            if time.monotonic() > give_up:
+                stuck = ", ".join(f"{guest.vbd} ({guest.disk.chain})" for guest in waiting)
+                raise ChaosError(f"a request was not answered for {PATIENCE_S:g} s: {stuck}\n{self._last_words()}")
+            pause(PAUSE_S)
 
     def _last_words(self) -> str:
         with suppress(XenbackendError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,10 +73,3 @@ def descriptors() -> Iterator[None]:
     before = opened()
     yield
     assert before == opened()
-
-
-@pytest.fixture
-def adopting() -> Iterator[None]:
-    """Orphans may come to this process during the test, and no longer: other tests look at their children."""
-    yield
-    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

@@ -332,13 +332,14 @@ def test_what_was_kept_and_is_nobodys_is_let_go(xenstored: Xenstored, kept: Kept
     for name in ("stored", "vbd-1-5-51712.journal", "vbd-0-5.journal"):
         keeper.keep(name, 0)
     assert 3 == len(kept.fds)
-    before = len(open_descriptors())
     keeper = kept.keeper()
-    stepped = Stepped(xenstored.address, Settings(), keeper=keeper)
-    with closing(stepped):
+    inherited = list(keeper.inherited.values())
+    with closing(Stepped(xenstored.address, Settings(), keeper=keeper)) as stepped:
         assert {} == stepped.registry.vbds
-
-    assert before == len(open_descriptors())
+        assert 3 == len(inherited)
+        for fd in inherited:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
     assert {} == kept.fds
 
 

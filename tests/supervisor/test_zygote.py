@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from xenbackend.supervisor import zygote
 from xenbackend.supervisor.process import Process
 from xenbackend.supervisor.zygote import COMMAND, Zygote
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors", "adopting")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
 
 REAL = (*COMMAND, "--host", "xenbackend.rig.host")
 
@@ -52,6 +53,19 @@ def test_a_worker_is_as_one_that_we_started() -> None:
     assert first.pid != second.pid
     assert "the worker was ended by SIGKILL" == first.describe_end()
     assert "the worker ended unexpectedly with exit status 0" == second.describe_end()
+
+
+def test_only_workers_come_to_us() -> None:
+    """A helper that a driver started is not left to us when its worker has ended: nobody here would wait for it."""
+    it = Zygote(REAL)
+    _fork(it).leave()
+    with subprocess.Popen(["sh", "-c", "true & echo $!"], stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        orphan = int(shell.stdout.readline())
+    it.close()
+
+    with pytest.raises(ChildProcessError):
+        os.waitpid(orphan, os.WNOHANG)
 
 
 def test_a_worker_is_whole_when_it_is_handed_over() -> None:

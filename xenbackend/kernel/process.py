@@ -6,6 +6,8 @@ Must not start or end one.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from xenbackend.errors import KernelError
 
@@ -14,7 +16,16 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends. Raises: KernelError."""
-    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0:
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Be the parent of every descendant whose own parent ends meanwhile. Raises: KernelError."""
+    _set_subreaper(1)
+    try:
+        yield
+    finally:
+        _set_subreaper(0)
+
+
+def _set_subreaper(value: int) -> None:
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, value, 0, 0, 0) < 0:
         raise KernelError("adopt processes (PR_SET_CHILD_SUBREAPER)", ctypes.get_errno())

@@ -2,8 +2,8 @@
 
 Must not be needed: who gets None starts a worker by exec.
 
-A worker that the zygote forked becomes our child, because orphans come to us (`kernel.process.adopt_orphans`): how it
-ended is ours to collect, as with one that we started. See `worker.zygote` for what is said.
+A worker that the zygote forked becomes our child, because orphans come to us meanwhile: how it ended is ours to hear,
+as with one that we started. Other orphans, a driver's helpers, do not. See `worker.zygote` for what is said.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from xenbackend.kernel.process import adopt_orphans
+from xenbackend.kernel.process import adopting_orphans
 from xenbackend.supervisor import process
 from xenbackend.supervisor.process import Process
 
@@ -28,7 +28,6 @@ class Zygote:
 
     def __init__(self, command: Sequence[str]) -> None:
         """Start it, and do not wait until it has imported everything. Raises: KernelError."""
-        adopt_orphans()
         self._process = process.start(command)
         self._is_ready = False
 
@@ -44,11 +43,14 @@ class Zygote:
             return bool(selector.select(0))
 
     def fork(self) -> Process | None:
-        """Return a new worker, or None where the zygote is not ready, or fails at it: then it is good for nothing."""
+        """Return a new worker, or None where the zygote is not ready, or fails at it: then it is good for nothing.
+
+        Raises: KernelError.
+        """
         if not self._hears():
             return None
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with far:
+        with far, adopting_orphans():
             pidfd = self._ask(far)
         if pidfd < 0:
             near.close()  # so that a worker that is born too late ends
