@@ -68,6 +68,25 @@ def test_an_end_is_waited_for() -> None:
     assert "the worker was ended by SIGKILL" == process.describe_end()
 
 
+def test_it_may_come_before_others() -> None:
+    """Its priority goes by ours, and back again; a host that does not permit that is none the worse for it."""
+    process = start(_python("channel.recv(1)"))
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    process.set_priority(3)
+    ahead = os.getpriority(os.PRIO_PROCESS, process.pid)
+    process.set_priority(0)
+    after = os.getpriority(os.PRIO_PROCESS, process.pid)
+    process.kill()
+    process.describe_end()
+    process = start(_python(""))
+    os.waitid(os.P_PID, process.pid, os.WEXITED)
+    process.set_priority(3)  # there is nobody any more
+    process.describe_end()
+
+    assert after == ours
+    assert ahead in (ours - 3, ours) if os.geteuid() else ours - 3 == ahead
+
+
 def test_the_end_of_another_s_child_has_a_sentence_too() -> None:
     """Its exit status is its parent's to collect."""
     near, far = socket.socketpair()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor import events
 from xenbackend.supervisor.device import Phase
+from xenbackend.supervisor.fleet import Worker
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.store import Store
 from xenbackend.supervisor.vbd import Vbd
@@ -102,6 +104,24 @@ def test_rings_are_gone_on_with_where_they_are_the_same(
         lines.getvalue().count("connecting") - (not is_the_same),
         "rejoining" in lines.getvalue(),
     )
+
+
+def test_a_successor_comes_before_others_until_it_serves(
+    stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest waits for it, which on a busy host could be long; for a first worker nobody does."""
+    seen: list[str] = []
+    hurry, calm = Worker.hurry, Worker.calm
+    monkeypatch.setattr(Worker, "hurry", lambda worker: (seen.append("hurry"), hurry(worker)))
+    monkeypatch.setattr(Worker, "calm", lambda worker: (seen.append("calm"), calm(worker)))
+    vbd = _serve(stepped, toolstack, guest)
+    assert ["calm"] == seen
+    _kill(vbd)
+    stepped.until(lambda: len(seen) == 3)
+
+    assert ["calm", "hurry", "calm"] == seen
+    assert vbd.worker is not None
+    assert os.getpriority(os.PRIO_PROCESS, 0) == os.getpriority(os.PRIO_PROCESS, vbd.worker.pid)
 
 
 def test_a_frontend_that_writes_nonsense_while_it_is_served_is_served_on(

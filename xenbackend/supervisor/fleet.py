@@ -21,6 +21,7 @@ from xenbackend.supervisor.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 _REST_S = 5.0  # after a zygote that has ended
+_AHEAD = 10  # nice values
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 
 OnMessage = Callable[[control.Message, list[int]], None]  # with the descriptors beside it, the callee's to close
@@ -65,6 +66,14 @@ class Worker:
         """Kill the process; `on_end` gets the sentence once it is gone."""
         self._why_killed = self._why_killed or sentence
         self._process.kill()
+
+    def hurry(self) -> None:
+        """Let it come before what else the host does, until `calm`: a guest waits for it."""
+        self._process.set_priority(_AHEAD)
+
+    def calm(self) -> None:
+        """Let it have its turn as any process has."""
+        self._process.set_priority(0)
 
     def leave(self) -> None:
         """Let go of the worker, which goes on: the keeper has its socket for the next service."""

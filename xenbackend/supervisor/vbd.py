@@ -266,6 +266,8 @@ class Vbd:
             self.handle(events.Ended(str(error)))
             return
         self.worker = worker
+        if self.estate.agreed():
+            worker.hurry()
         self.estate.keep_worker(*worker.descriptors)
         message = control.Open(
             vbd=str(self.path),
@@ -336,10 +338,15 @@ class Vbd:
             ):  # fmt: skip
                 self.handle(message)
                 self.orders.hear(message)
-                if isinstance(message, control.Swapped):
-                    self._guarded(self._name_chain)
+                self._take_note(message)
         for fd in fds:
             os.close(fd)
+
+    def _take_note(self, message: control.Message) -> None:
+        if isinstance(message, control.Swapped):
+            self._guarded(self._name_chain)
+        elif isinstance(message, control.Connected | control.Standing) and self.worker is not None:
+            self.worker.calm()
 
     def _end(self, sentence: str) -> None:
         self.worker = None
