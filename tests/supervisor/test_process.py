@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from xenbackend.errors import KernelError
-from xenbackend.supervisor.process import Process, start
+from xenbackend.supervisor.process import AHEAD, Process, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
 
@@ -72,19 +72,19 @@ def test_it_may_come_before_others() -> None:
     """Its priority goes by ours, and back again; a host that does not permit that is none the worse for it."""
     process = start(_python("channel.recv(1)"))
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    process.set_priority(3)
+    process.hurry()
     ahead = os.getpriority(os.PRIO_PROCESS, process.pid)
-    process.set_priority(0)
+    process.calm()
     after = os.getpriority(os.PRIO_PROCESS, process.pid)
     process.kill()
     process.describe_end()
     process = start(_python(""))
     os.waitid(os.P_PID, process.pid, os.WEXITED)
-    process.set_priority(3)  # there is nobody any more
+    process.hurry()  # there is nobody any more
     process.describe_end()
 
     assert after == ours
-    assert ahead in (ours - 3, ours) if os.geteuid() else ours - 3 == ahead
+    assert ahead in (ours - AHEAD, ours) if os.geteuid() else ours - AHEAD == ahead
 
 
 def test_the_end_of_another_s_child_has_a_sentence_too() -> None:

@@ -81,6 +81,21 @@ def test_a_worker_is_whole_when_it_is_handed_over() -> None:
     assert {"the worker was ended by SIGKILL"} == ends
 
 
+def test_it_comes_before_others_until_it_is_ready() -> None:
+    """Until then a worker has to import everything itself; then it has its turn, and so have its workers."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    it = Zygote(REAL)
+    first = os.getpriority(os.PRIO_PROCESS, it.pid)
+    worker = _fork(it)
+    seen = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (it.pid, worker.pid)]
+    worker.kill()
+    worker.describe_end()
+    it.close()
+
+    assert first < ours or os.geteuid() != 0
+    assert [ours, ours] == seen
+
+
 def test_nobody_waits_until_it_is_ready() -> None:
     """One that has not imported everything yet has no worker for us, and lives on."""
     it = Zygote(_fake("channel.recv(1)"))

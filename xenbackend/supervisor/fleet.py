@@ -21,7 +21,6 @@ from xenbackend.supervisor.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 _REST_S = 5.0  # after a zygote that has ended
-_AHEAD = 10  # nice values
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 
 OnMessage = Callable[[control.Message, list[int]], None]  # with the descriptors beside it, the callee's to close
@@ -69,11 +68,11 @@ class Worker:
 
     def hurry(self) -> None:
         """Let it come before what else the host does, until `calm`: a guest waits for it."""
-        self._process.set_priority(_AHEAD)
+        self._process.hurry()
 
     def calm(self) -> None:
         """Let it have its turn as any process has."""
-        self._process.set_priority(0)
+        self._process.calm()
 
     def leave(self) -> None:
         """Let go of the worker, which goes on: the keeper has its socket for the next service."""

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from xenbackend.errors import KernelError
 
+AHEAD = 10  # nice values
+
 
 class Process:
     """A process as somebody holds it who may not be its parent.
@@ -38,10 +40,13 @@ class Process:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    def set_priority(self, ahead: int) -> None:
-        """Let it come before our own process by so many nice values, where the host permits that."""
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) - ahead)
+    def hurry(self) -> None:
+        """Let it come before what else the host does, until `calm`; no harm where the host does not permit that."""
+        self._set_priority(AHEAD)
+
+    def calm(self) -> None:
+        """Let it have its turn as we have ours."""
+        self._set_priority(0)
 
     def describe_end(self) -> str:
         """Wait for the end, collect the exit status where we may, close both descriptors, and return how it ended."""
@@ -60,6 +65,10 @@ class Process:
         """Close both descriptors; somebody else may have them too."""
         self.socket.close()
         os.close(self.pidfd)
+
+    def _set_priority(self, ahead: int) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) - ahead)
 
 
 def start(command: Sequence[str]) -> Process:

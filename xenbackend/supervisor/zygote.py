@@ -29,6 +29,7 @@ class Zygote:
     def __init__(self, command: Sequence[str]) -> None:
         """Start it, and do not wait until it has imported everything. Raises: KernelError."""
         self._process = process.start(command)
+        self._process.hurry()  # whoever dies meanwhile would have to import all of it
         self._is_ready = False
 
     @property
@@ -68,6 +69,7 @@ class Zygote:
         if not self._is_ready:
             with suppress(OSError):  # it has said nothing yet, or has ended
                 self._is_ready = self._process.socket.recv(16) == b"ready"
+                self._process.calm()
         return self._is_ready
 
     def _ask(self, far: socket.socket) -> int:

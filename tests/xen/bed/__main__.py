@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what failed gets another chance on a fresh machine: emulation is not exact",
     )
     parser.add_argument("--results", type=Path, default=Path("build/xen"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("tests", nargs="*", default=DEFAULT_TESTS, help="default: all")
     return parser
 
