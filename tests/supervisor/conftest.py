@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import Kept, Stepped
 from xenbackend import log
 from xenbackend.rig.store import Xenstored
@@ -66,10 +67,6 @@ def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 @pytest.fixture
 def descriptors() -> Iterator[None]:
     """No descriptor is left open by the test."""
-
-    def opened() -> set[str]:
-        return {each.name for each in Path("/proc/self/fd").iterdir()}
-
-    before = opened()
+    before = open_descriptors()
     yield
-    assert before == opened()
+    assert before == open_descriptors()

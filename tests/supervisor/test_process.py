@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -105,3 +106,14 @@ def test_a_program_that_is_missing_is_an_error_of_the_host() -> None:
     """What cannot be started leaves nothing open."""
     with pytest.raises(KernelError, match="start a worker process: No such file"):
         start(("/nonexistent/worker",))
+
+
+def test_a_host_without_descriptors_is_an_error_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No socket to be had ends no service: the disk waits, and is told why."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    with pytest.raises(KernelError, match="make a socket for a worker process: Too many open files"):
+        start(_python(""))

@@ -49,7 +49,6 @@ class Session:
     def __init__(self) -> None:
         self._reactor = Reactor()
         self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S)
-        self._reactor.before_sleep(self._files.kick)
         self._unlocked = HostFiles(self._reactor, use_queues=False, locks=False)  # a loop has one queue of each kind
         self._open: list[Chain | File] = []
 

@@ -41,7 +41,6 @@ _SQE = struct.Struct("=BBHiQQIIQ")  # opcode, flags, ioprio, fd, off, addr, len,
 _SQE_SIZE = 64
 _CQE = struct.Struct("=QiI")  # user_data, res, flags
 _IOVECS = 8192  # of all that is queued and not yet submitted
-MAX_IOVECS = 1024  # IOV_MAX: of one operation
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall  # without argtypes: half the price
@@ -114,7 +113,7 @@ class Uring:
             self.submit()
 
     def queue_vector(self, opcode: int, fd: int, offset: int, iovecs: Sequence[int], user_data: int) -> None:
-        """Queue OP_READV or OP_WRITEV: `iovecs` is address, length, address, length, … of at most MAX_IOVECS pieces."""
+        """Queue OP_READV or OP_WRITEV: `iovecs` is address, length, address, length, … of at most IOV_MAX pieces."""
         start = self._iovecs_used
         end = start + len(iovecs)
         if end > len(self._iovecs):

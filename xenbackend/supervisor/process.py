@@ -74,9 +74,9 @@ class Process:
 def start(command: Sequence[str]) -> Process:
     """Start a program that gets the number of its end of the socket after ``--socket``. Raises: KernelError."""
     with ExitStack() as undo:
+        near, far = pair()
+        undo.callback(near.close)
         try:
-            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo.callback(near.close)
             with far:
                 # A session of its own: a Ctrl-C meant for the service must not end the workers before they are drained.
                 child = subprocess.Popen(  # noqa: S603 - the command is ours
@@ -91,6 +91,14 @@ def start(command: Sequence[str]) -> Process:
         undo.pop_all()
     child.returncode = 0  # `Process` waits for it
     return Process(near, pidfd)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a socket for a process. Raises: KernelError."""
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise KernelError("make a socket for a worker process", error.errno or errno.EIO) from None
 
 
 def _pid_of(pidfd: int) -> int:

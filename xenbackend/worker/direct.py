@@ -26,7 +26,7 @@ class DirectImage(Image):
     """
 
     def __init__(self, fd: int, medium: Medium, alignment: Alignment, reactor: Reactor, queue: IoQueue | None) -> None:
-        self.how = "Linux AIO" if queue else "threads"
+        self.how = queue.name if queue else "threads"
         super().__init__(fd, medium, alignment, reactor, queue)
         self._mask = alignment.offset - 1
         self._in_flight = 0

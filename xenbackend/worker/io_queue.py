@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.block.request import Request
-from xenbackend.kernel.aio import Aio
+from xenbackend.kernel.aio import MAX_IOVECS, Aio
 from xenbackend.kernel.memory import address_of, addresses
 from xenbackend.kernel.uring import Uring
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from xenbackend.worker.reactor import Reactor
 
 _EAGER = 8  # queued: more would leave the disk idle while we queue; measured, a fifth more I/O than without
-_MAX_IOVECS = 1024  # IOV_MAX: of one operation
 _POLL = 1 << 63  # the user_data of no request
 
 
@@ -38,6 +37,8 @@ class Owner(Protocol):
 
 class IoQueue:
     """Collects requests until `kick`, and gives back together what has completed together."""
+
+    name = ""  # for people
 
     def __init__(self, reactor: Reactor, ring: Aio | Uring) -> None:
         self._reactor = reactor
@@ -105,7 +106,7 @@ class IoQueue:
                 pieces += (address, len(view))
             end = address + len(view)
         # More pieces than one call takes come back short, and `settle` does the rest.
-        pieces = pieces[: 2 * _MAX_IOVECS]
+        pieces = pieces[: 2 * MAX_IOVECS]
         ring, op = self._ring, request.op
         if len(pieces) == 2:
             ring.queue(ring.single[op], image.fd, request.offset, pieces[0], pieces[1], number)
@@ -136,6 +137,8 @@ class DirectQueue(IoQueue):
 
     Raises: KernelError, where the host has none for us.
     """
+
+    name = "Linux AIO"
 
     def __init__(self, reactor: Reactor) -> None:
         self._aio = Aio()
@@ -171,6 +174,8 @@ class CachedQueue(IoQueue):
 
     Raises: KernelError, where the host has none for us.
     """
+
+    name = "io_uring"
 
     def __init__(self, reactor: Reactor) -> None:
         self._uring = Uring()
