@@ -20,16 +20,19 @@ from xenbackend.supervisor import process
 from xenbackend.supervisor.process import Process
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.zygote")
-_PATIENCE_S = 1.0  # for a birth; no disk waits longer for a zygote that is stopped or stuck
+_PATIENCE_S = 5.0  # for a birth on a crowded host, where a worker by exec would take still longer
 
 
 class Zygote:
     """One such process, from its start on."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Start it, and do not wait until it has imported everything. Raises: KernelError."""
+        """Start it, and do not wait until it has imported everything. Raises: KernelError.
+
+        It comes first for good: all it ever does is what a disk waits for.
+        """
         self._process = process.start(command)
-        self._process.hurry()  # whoever dies meanwhile would have to import all of it
+        self._process.hurry()
         self._is_ready = False
 
     @property
@@ -57,7 +60,9 @@ class Zygote:
             near.close()  # so that a worker that is born too late ends
             self._process.kill()
             return None
-        return Process(near, pidfd)
+        worker = Process(near, pidfd)
+        worker.calm()
+        return worker
 
     def close(self) -> None:
         """Send it away. What it has forked goes on."""
@@ -69,7 +74,6 @@ class Zygote:
         if not self._is_ready:
             with suppress(OSError):  # it has said nothing yet, or has ended
                 self._is_ready = self._process.socket.recv(16) == b"ready"
-                self._process.calm()
         return self._is_ready
 
     def _ask(self, far: socket.socket) -> int:
