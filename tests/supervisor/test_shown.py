@@ -34,6 +34,14 @@ def test_an_error_is_shown_as_the_kernel_shows_it(toolstack: Store) -> None:
     assert [] == toolstack.directory(f"{HOME}/error")
 
 
+def test_an_error_of_an_earlier_service_is_over(toolstack: Store) -> None:
+    """What a service left that had no time to tidy up goes away with the first word that all is well."""
+    Shown(toolstack, ONE).error("it broke")
+    Shown(toolstack, ONE).error("")
+
+    assert [] == toolstack.directory(f"{HOME}/error")
+
+
 def test_the_last_vbd_takes_the_directories_along(toolstack: Store) -> None:
     """Removing one vbd leaves the other ones' nodes; removing the last leaves nothing of ours."""
     one, other = Shown(toolstack, ONE), Shown(toolstack, OTHER)

@@ -35,7 +35,7 @@ class Shown:
             return
         if sentence:
             self._store.write(f"{self._error_path}/error", f"{errno.EINVAL} {sentence}")
-        else:
+        elif self._error is not None or self._store.directory(self._error_path):
             self._store.prune(self._error_path, self._home)
         self._error = sentence
 
