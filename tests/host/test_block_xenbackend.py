@@ -14,6 +14,7 @@ import pytest
 
 from tests.supervisor.helpers import PATH, Stepped, write_like_libxl
 from xenbackend.host import block_xenbackend
+from xenbackend.host.example import example
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.client import DEFAULT_SOCKET
 from xenbackend.supervisor.settings import PATH as SETTINGS
@@ -97,6 +98,33 @@ def test_a_disk_that_opens(script: Path, xenstored: Xenstored, toolstack: Store)
 
 
 @pytest.mark.usefixtures("service")
+def test_it_costs_little_more_than_an_interpreter(
+    script: Path, xenstored: Xenstored, toolstack: Store, tmp_path: Path
+) -> None:
+    """With the settings that we install a disk that opens needs none of the modules that would double the cost."""
+    write_like_libxl(toolstack)
+    (tmp_path / "settings.toml").write_text(example())
+    text = script.read_text().replace(DEFAULT_SOCKET, f"{tmp_path}/control.sock")
+    script.write_text(text.replace(" -IS\n", " -ISXimporttime\n"))
+    ended = _run(script, xenstored, "add")
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+
+    assert (0, {"os", "_socket"}) == (ended.returncode, imported & {"os", "_socket", "enum", "glob", "json", "socket"})
+
+
+@pytest.mark.parametrize("line", ['socket = "{}"', "  socket='{}'", '"socket" = "{}" # moved'])
+@pytest.mark.usefixtures("service")
+def test_a_socket_that_was_moved(
+    script: Path, xenstored: Xenstored, toolstack: Store, tmp_path: Path, line: str
+) -> None:
+    """However the settings write it, the script finds the service where they say."""
+    write_like_libxl(toolstack)
+    (tmp_path / "settings.toml").write_text(line.format(tmp_path / "control.sock") + "\n" + example())
+
+    assert 0 == _run(script, xenstored, "add").returncode
+
+
+@pytest.mark.usefixtures("service")
 def test_a_chain_that_does_not_open(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
     """The service's sentence is on stderr and where libxl looks for it."""
     write_like_libxl(toolstack, params="null:2G")
@@ -129,6 +157,16 @@ def test_no_service(script: Path, xenstored: Xenstored, toolstack: Store) -> Non
     assert (1, f"block-xenbackend: {sentence}\n") == (ended.returncode, ended.stderr)
     assert (sentence, "error") == tuple(
         toolstack.read(f"{PATH.backend}/{key}") for key in ("hotplug-error", "hotplug-status")
+    )
+
+
+def test_a_path_that_is_none(script: Path, xenstored: Xenstored) -> None:
+    """A path that would not come through as it is, is refused before anybody is asked."""
+    ended = _run(script, xenstored, "add", XENBUS_PATH='backend/"}')
+
+    assert (1, """block-xenbackend: XENBUS_PATH='backend/"}' is no path in xenstore\n""") == (
+        ended.returncode,
+        ended.stderr,
     )
 
 

@@ -1,21 +1,22 @@
 #!/usr/bin/python3 -IS
 """libxl's hotplug script for disks of xenbackend: asks the service to serve one, and tells the toolstack how it went.
 
-Must not import anything but the standard library, and little of that: it runs once per disk while a guest is created.
+Must not import anything but the standard library, and of that only what a disk that opens needs: it runs once per disk
+while a guest is created, for all of them at once, and what it costs is the interpreter's start. `socket` would double
+that, `json` and `glob` each nearly so; `_socket` is what `socket` is made of.
 
 libxl starts it with `add` once it has seen the backend in InitWait, and with `remove` after Closed; XENBUS_PATH names
 the backend's directory. A failure is its exit status, with the sentence in ``hotplug-error``, which libxl prints.
 Source: libxl `libxl__get_hotplug_script_info`, docs/misc/block-scripts.txt.
 """
 
-import glob
-import json
+import _socket
 import os
-import socket
 import sys
 
 SETTINGS = "/etc/xenbackend.toml"
 SOCKET = "/run/xenbackend/control.sock"
+OPENED = b'{"data": "connected"}\n'  # the service's answer where all is well
 TIMEOUT_S = 37  # libxl kills its scripts after 40 s, without a word
 TOOLS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/sbin", "/usr/local/bin", "/usr/lib/xen-*/bin")
 
@@ -30,7 +31,7 @@ def main() -> int:
         print("block-xenbackend: for a Xen toolstack: add or remove, with XENBUS_PATH set", file=sys.stderr)
         return 2
     try:
-        ask({"verb": "hotplug", "action": "add", "path": path})
+        ask(path)
     except Refused as error:
         print(f"block-xenbackend: {error}", file=sys.stderr)
         return 1
@@ -49,34 +50,45 @@ class NoService(Exception):
     """The service has said nothing; the text is for the operator."""
 
 
-def ask(request: dict[str, str]) -> None:
-    """Send a request to the service and wait for its answer. Raises: Refused, NoService.
+def ask(path: str) -> None:
+    """Ask the service to serve the vbd of a backend directory, and wait. Raises: Refused, NoService.
 
     A service that is just being replaced ends before it answers; the next one takes the request from the same socket.
     """
-    path = service_socket()
-    line = talk(path, request) or talk(path, request)
+    if '"' in path or "\\" in path or not path.isprintable():
+        raise Refused(f"XENBUS_PATH={path!r} is no path in xenstore")
+    request = f'{{"verb": "hotplug", "action": "add", "path": "{path}"}}\n'.encode()
+    place = service_socket()
+    line = talk(place, request) or talk(place, request)
     if not line.endswith(b"\n"):
         raise NoService("the xenbackend service ended before it answered; see its log")
-    answer = json.loads(line)
-    if "error" in answer:
-        raise Refused(str(answer["error"]))
+    if line != OPENED:
+        import json  # only where there is something to read
+
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Refused(str(answer["error"]))
 
 
-def talk(path: str, request: dict[str, str]) -> bytes:
-    """Return the service's answer, a line; nothing where it ended before. Raises: NoService."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as near:
+def talk(place: str, request: bytes) -> bytes:
+    """Return the service's answer, a line; less where it ended before. Raises: NoService."""
+    near = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
         near.settimeout(TIMEOUT_S)
-        try:
-            near.connect(path)
-            near.sendall(json.dumps(request).encode() + b"\n")
-            return near.makefile("rb").readline()
-        except ConnectionResetError:
-            return b""
-        except TimeoutError:
-            raise NoService(f"the xenbackend service did not open the disk within {TIMEOUT_S} s; see its log") from None
-        except OSError:
-            raise NoService("the xenbackend service does not run; start it with: systemctl start xenbackend") from None
+        near.connect(place)
+        near.sendall(request)
+        line = b""
+        while not line.endswith(b"\n") and (piece := near.recv(4096)):
+            line += piece
+        return line
+    except ConnectionResetError:
+        return b""
+    except TimeoutError:
+        raise NoService(f"the xenbackend service did not open the disk within {TIMEOUT_S} s; see its log") from None
+    except OSError:
+        raise NoService("the xenbackend service does not run; start it with: systemctl start xenbackend") from None
+    finally:
+        near.close()
 
 
 def service_socket() -> str:
@@ -86,8 +98,8 @@ def service_socket() -> str:
             text = file.read()
     except OSError:
         return SOCKET
-    if b"socket" not in text:
-        return SOCKET
+    if not any(line.lstrip(b" \t\"'").startswith(b"socket") for line in text.splitlines()):
+        return SOCKET  # as the file that we install has it, where the line is a comment
     import tomllib  # only where there may be something to read
 
     try:
@@ -98,6 +110,8 @@ def service_socket() -> str:
 
 def leave_word(path: str, sentence: str) -> None:
     """Write a failure where the toolstack looks for it, as the service does when it runs."""
+    import glob  # only where there is something to tell
+
     tool = next((found for place in TOOLS for found in glob.glob(f"{place}/xenstore-write")), "")  # noqa: PTH207 - likewise
     if tool:
         words = [tool, f"{path}/hotplug-error", sentence[:1000], f"{path}/hotplug-status", "error"]
