@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
     first_answers: list[float] = []
     all_first_answers: list[float] = []
+    others: list[float] = []  # of guests that nothing was done to: what the host itself makes them wait
     steps: list[tuple[int, str]] = []
     told = 0
     began = time.monotonic()
@@ -81,20 +82,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             if len(steps) % _IN_A_ROW == 0:
                 host.wait_until_settled()
             timed = {number: took[number] for number, guest in enumerate(host.guests) if guest.disk.is_timed}
+            slowest[step.action] = max(slowest[step.action], *timed.values())
             if step.action in _KILLS and step.guest in timed:
-                first_answers.append(timed[step.guest])
+                first_answers.append(timed.pop(step.guest))
+                others += timed.values()
             elif step.action == _KILL_ALL:
                 all_first_answers += timed.values()
             done[step.action] += 1
             if not console.is_terminal and host.kills["workers"] >= told + _TELL:
                 told = host.kills["workers"]
                 console.print(f"{told} workers killed, {time.monotonic() - began:.0f} s", highlight=False)
-            slowest[step.action] = max(slowest[step.action], *timed.values())
         progress.update(task, description="verifying", completed=total)
         missed = host.missed_wakeups()
         ends = host.finish()
         return _figures(
-            host, missed, done, slowest, first_answers, all_first_answers, steps, ends, time.monotonic() - began
+            host, missed, done, slowest, first_answers, all_first_answers, others, steps, ends, time.monotonic() - began
         )
 
 
@@ -105,6 +107,7 @@ def _figures(
     slowest: Counter[str],
     first_answers: list[float],
     all_first_answers: list[float],
+    others: list[float],
     steps: list[tuple[int, str]],
     ends: list[dict[str, Any]],
     seconds: float,
@@ -124,6 +127,7 @@ def _figures(
         },
         "kill to first answer": _spread(first_answers),
         "the same, all killed at once": _spread(all_first_answers),
+        "meanwhile, of guests left alone": _spread(others),
         "longest pause of a guest": _longest(ends, steps),
         "minutes": round(seconds / 60, 1),
     }
