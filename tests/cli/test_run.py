@@ -11,9 +11,18 @@ import pytest
 
 from xenbackend.cli import run
 from xenbackend.cli.main import main
+from xenbackend.kernel import process
 from xenbackend.supervisor import main as service
 from xenbackend.supervisor import parent
 from xenbackend.supervisor.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that are to come first."""
+    pids: list[int] = []
+    monkeypatch.setattr(process, "hurry", pids.append)
+    return pids
 
 
 def _parse(*arguments: str) -> argparse.Namespace:
@@ -22,8 +31,8 @@ def _parse(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(["run", *arguments])
 
 
-def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is given on the command line holds over the file's settings."""
+def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hurried: list[int]) -> None:
+    """What is given on the command line holds over the file's settings; guests may wait, so the service comes first."""
     config = tmp_path / "x.toml"
     config.write_text('host = "a"\nserve = "ours"\n')
     served: list[Any] = []
@@ -31,14 +40,14 @@ def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     args = _parse("--config", str(config), "--serve", "all", "--store", "/s")
 
     assert 0 == args.run(args)
-    assert [Settings(host="a", serve="all", store="/s")] == served
+    assert ([Settings(host="a", serve="all", store="/s")], [os.getpid()]) == (served, hurried)
 
 
 @pytest.mark.parametrize("option", ["--keep", "--detach"])
 def test_a_service_that_is_kept_is_started_with_the_same_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, hurried: list[int]
 ) -> None:
-    """The parent starts `run` with what was given, by whole paths, and without what made it a parent."""
+    """The parent starts `run` with what was given, by whole paths, and without what made it one; it has no hurry."""
     monkeypatch.chdir(tmp_path)
     Path("x.toml").write_text('serve = "ours"\n')
     started: list[Any] = []
@@ -48,7 +57,7 @@ def test_a_service_that_is_kept_is_started_with_the_same_arguments(
 
     assert 0 == args.run(args)
     [(arguments, *_)] = started
-    assert "run" == arguments[0]
+    assert ("run", []) == (arguments[0], hurried)
     assert {
         f"--config={tmp_path}/x.toml", f"--store={tmp_path}/s", f"--socket={tmp_path}/c", "--log-level=error"
     } == set(arguments[1:])  # fmt: skip

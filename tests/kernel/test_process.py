@@ -1,11 +1,16 @@
-"""What a process is to those below it."""
+"""A process's place among others."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from xenbackend.kernel.process import AHEAD, calm, hurry
 
 # The shell in between ends first; then its child does, with status 7.
 _PROGRAM = """
@@ -33,3 +38,51 @@ def test_orphans_come_to_who_adopts_them() -> None:
     said = subprocess.run([sys.executable, "-c", _PROGRAM], stdout=subprocess.PIPE, text=True, check=True).stdout
 
     assert ["7", "another's"] == said.split("\n")[:2]
+
+
+_LEADER = """
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print(flush=True)
+threading.Event().wait()
+"""
+_FOLLOWER = "print(flush=True); input()"
+
+
+def _nice_values(pid: int) -> set[int]:
+    """Return those of all its threads, and that of its session's group where there are such groups."""
+    values = {os.getpriority(os.PRIO_PROCESS, int(each.name)) for each in Path(f"/proc/{pid}/task").iterdir()}
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists() and os.getsid(pid) == pid:
+        values |= {int(found[1]) for found in [re.search(r"nice (-?\d+)", group.read_text())] if found}
+    return values
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may come before others")
+@pytest.mark.parametrize("leads", [True, False])
+def test_who_hurries_comes_first_as_a_whole(leads: bool) -> None:
+    """Every thread does, and the group of a session that it leads, but nobody else; then all are as they were."""
+    ours, group = os.getpriority(os.PRIO_PROCESS, 0), Path("/proc/self/autogroup")
+    before = group.read_text() if group.exists() else ""
+    with subprocess.Popen(
+        [sys.executable, "-c", _LEADER if leads else _FOLLOWER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=leads,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        hurry(child.pid)
+        ahead = _nice_values(child.pid)
+        calm(child.pid)
+        after = _nice_values(child.pid)
+        child.kill()
+
+    assert ({ours - AHEAD}, {ours}) == (ahead, after)
+    assert (ours, before) == (os.getpriority(os.PRIO_PROCESS, 0), group.read_text() if group.exists() else "")
+
+
+def test_who_has_gone_hurries_no_more() -> None:
+    """Neither is an error."""
+    with subprocess.Popen(["true"]) as child:
+        pass
+    hurry(child.pid)
+    calm(child.pid)

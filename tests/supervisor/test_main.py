@@ -17,6 +17,7 @@ import pytest
 
 from tests.supervisor.helpers import PATH, write_like_libxl
 from xenbackend.errors import XenbackendError
+from xenbackend.kernel.process import AHEAD
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.client import call
 from xenbackend.supervisor.store import Store
@@ -151,6 +152,8 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
     successor = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
     descriptors = [_links(pid) for pid in (after["worker"], successor)]
     end = os.pidfd_open(after["worker"])
+    _wait_until(lambda: os.getpriority(os.PRIO_PROCESS, successor) == os.getpriority(os.PRIO_PROCESS, 0))
+    session = os.getsid(successor)
     log = _stop(keeping)
     assert select.select([end], [], [], 0)[0]  # it is another's child by now, who may not have noticed yet
     os.close(end)
@@ -159,8 +162,25 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
     assert ("open", "", "null:1G") == (after["phase"], after["error"], after["layers"][0]["text"])
     journals = [each.count("/memfd:xenbackend-journal (deleted)") for each in descriptors]
     assert [1, 2] == journals  # a mapping has a descriptor of its own
-    assert service != successor
+    assert (True, successor) == (service != successor, session)
     assert 2 == log.count("taking over from an earlier service")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may come before others")
+def test_a_service_comes_before_others_while_it_starts(tmp_path: Path) -> None:
+    """Guests may wait for it; that it calms down where it serves is seen in the test above."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as store:
+        store.bind(str(tmp_path / "store"))
+        store.listen()
+        store.settimeout(30)
+        arguments = ("run", "--store", str(tmp_path / "store"), "--socket", str(tmp_path / "control"))
+        with subprocess.Popen([*_COMMAND, *arguments], env=_environment()) as service:
+            asks, _ = store.accept()  # for its domain, and waits for the answer
+            seen = os.getpriority(os.PRIO_PROCESS, service.pid)
+            service.kill()
+        asks.close()
+
+    assert os.getpriority(os.PRIO_PROCESS, 0) - AHEAD == seen
 
 
 @pytest.mark.parametrize(("number", "stays"), [(signal.SIGTERM, True), (signal.SIGINT, False)])

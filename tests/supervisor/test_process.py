@@ -12,7 +12,8 @@ import sys
 import pytest
 
 from xenbackend.errors import KernelError
-from xenbackend.supervisor.process import AHEAD, Process, start
+from xenbackend.kernel.process import AHEAD, calm, hurry
+from xenbackend.supervisor.process import Process, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
 
@@ -86,6 +87,22 @@ def test_it_may_come_before_others() -> None:
 
     assert after == ours
     assert ahead in (ours - AHEAD, ours) if os.geteuid() else ours - AHEAD == ahead
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may come before others")
+def test_our_own_hurry_is_not_inherited() -> None:
+    """A service that starts comes first; what it starts meanwhile has its turn as any other."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    hurry(os.getpid())
+    try:
+        process = start(_python("channel.recv(1)"))
+        seen = os.getpriority(os.PRIO_PROCESS, process.pid)
+    finally:
+        calm(os.getpid())
+    process.kill()
+    process.describe_end()
+
+    assert ours == seen
 
 
 def test_the_end_of_another_s_child_has_a_sentence_too() -> None:

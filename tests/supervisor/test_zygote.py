@@ -69,11 +69,14 @@ def test_only_workers_come_to_us() -> None:
 
 
 def test_a_worker_is_whole_when_it_is_handed_over() -> None:
-    """However early it dies, its end is ours to hear: the process between has gone before we know of it."""
+    """However early it dies, its end is ours to hear: the process between has gone before we know of it. And it leads
+    its session, else it could not come before others.
+    """
     it = Zygote(REAL)
     ends = set()
     for _ in range(20):
         worker = _fork(it)
+        assert worker.pid == os.getsid(worker.pid)
         worker.kill()
         ends.add(worker.describe_end())
     it.close()

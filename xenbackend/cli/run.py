@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from xenbackend.kernel import process
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.supervisor import settings
 
@@ -42,6 +43,8 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    if not (args.detach or args.keep):
+        process.hurry(os.getpid())  # guests may wait for us, also while we import; `main` calms us once we serve
     from xenbackend.supervisor import main, parent
     from xenbackend.supervisor.keeper import forget_inheritance
 

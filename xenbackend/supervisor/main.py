@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
+from xenbackend.kernel import process
 from xenbackend.supervisor import parent, zygote
 from xenbackend.supervisor.fleet import COMMAND, Fleet
 from xenbackend.supervisor.keeper import Keeper
@@ -64,7 +65,7 @@ class Service:
         self._server = Server(settings.socket, self._selector, self._answer, time.monotonic, inherited)
         if self._server.fileno() != inherited:
             self._keep_listening()
-        self._is_stopping = self._leaves = False
+        self._is_stopping = self._leaves = self._is_calm = False
         self._alive_at = time.monotonic()
         self._said = self._prepare_failed = ""
 
@@ -92,6 +93,7 @@ class Service:
         self._server.turn()
         if not is_busy and not self._is_stopping:
             self._prepare()
+            self._calm()
         self._tell_systemd()
         for key, _ in self._selector.select(0 if is_busy else self._sleep_s()):
             # One callback may have let go of what another descriptor of this round stood for.
@@ -126,6 +128,12 @@ class Service:
             if str(error) != self._prepare_failed:
                 self._log.warning(str(error))
             self._prepare_failed = str(error)
+
+    def _calm(self) -> None:
+        """Have our turn as any other: all disks have been looked at, and whoever died has a successor."""
+        if not self._is_calm:
+            self._is_calm = True
+            process.calm(os.getpid())
 
     def _stop(self, signals: bytes) -> None:
         if self._is_stopping:

@@ -221,6 +221,7 @@ def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping
             list(command),
             {**environment, "LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(kept)},
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST + place) for place, fd in enumerate(high)],
+            setsid=True,  # what a terminal sends, and what its session gets of the CPU, is ours
             setsigmask=[],
             setsigdef=_SIGNALS,
         )

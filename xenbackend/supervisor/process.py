@@ -17,8 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from xenbackend.errors import KernelError
-
-AHEAD = 10  # nice values
+from xenbackend.kernel.process import calm, hurry
 
 
 class Process:
@@ -42,11 +41,11 @@ class Process:
 
     def hurry(self) -> None:
         """Let it come before what else the host does, until `calm`; no harm where the host does not permit that."""
-        self._set_priority(AHEAD)
+        hurry(self.pid)
 
     def calm(self) -> None:
-        """Let it have its turn as we have ours."""
-        self._set_priority(0)
+        """Let it have its turn as any other."""
+        calm(self.pid)
 
     def describe_end(self) -> str:
         """Wait for the end, collect the exit status where we may, close both descriptors, and return how it ended."""
@@ -65,10 +64,6 @@ class Process:
         """Close both descriptors; somebody else may have them too."""
         self.socket.close()
         os.close(self.pidfd)
-
-    def _set_priority(self, ahead: int) -> None:
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) - ahead)
 
 
 def start(command: Sequence[str]) -> Process:
@@ -90,7 +85,9 @@ def start(command: Sequence[str]) -> Process:
             raise KernelError("start a worker process", error.errno or errno.EIO) from None
         undo.pop_all()
     child.returncode = 0  # `Process` waits for it
-    return Process(near, pidfd)
+    started = Process(near, pidfd)
+    started.calm()  # we may be in a hurry ourselves
+    return started
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

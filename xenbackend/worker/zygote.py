@@ -41,16 +41,21 @@ def wait_for_birth(channel: socket.socket) -> socket.socket | None:
 
 
 def _bear(channel: socket.socket) -> None:
-    """Return in a child of this process, and end this one: so the child gets another parent."""
+    """Return in a child of this process, which leads a session, and end this one: so the child gets another parent."""
     try:
+        near, far = os.pipe()
         child = os.fork()
         if child:
+            os.close(far)
+            os.read(near, 1)  # nothing comes: it leads its session, or has ended
             socket.send_fds(channel, [b"pidfd"], [os.pidfd_open(child)])
     except OSError:
         os._exit(1)
     if child:
         os._exit(0)
     os.setsid()
+    os.close(near)
+    os.close(far)
 
 
 def main(arguments: list[str]) -> int:
