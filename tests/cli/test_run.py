@@ -36,7 +36,7 @@ def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = tmp_path / "x.toml"
     config.write_text('host = "a"\nserve = "ours"\n')
     served: list[Any] = []
-    monkeypatch.setattr(service, "run", lambda settings, _: served.append(settings) or 0)
+    monkeypatch.setattr(service, "run", lambda read, _: served.append(read()) or 0)
     args = _parse("--config", str(config), "--serve", "all", "--store", "/s")
 
     assert 0 == args.run(args)

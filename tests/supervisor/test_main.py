@@ -21,7 +21,7 @@ from xenbackend.kernel.process import AHEAD
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.client import call
 from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.toolstack import Attachment, attach
+from xenbackend.supervisor.toolstack import Attachment, attach, detach
 
 pytestmark = pytest.mark.slow  # every one starts a service
 
@@ -38,6 +38,11 @@ class Systemd:
         self._socket.settimeout(30)
         self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "100000"}
         self.heard: list[str] = []
+
+    def hears(self, beginning: str) -> bool:
+        """Wait for one more state, and return whether one began so."""
+        self.heard.append(self._socket.recv(1000).decode())
+        return any(each.startswith(beginning) for each in self.heard)
 
     def wait_for(self, state: str) -> None:
         """Wait until the service has said `state`."""
@@ -164,6 +169,39 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
     assert [1, 2] == journals  # a mapping has a descriptor of its own
     assert (True, successor) == (service != successor, session)
     assert 2 == log.count("taking over from an earlier service")
+
+
+@pytest.mark.parametrize("text", ["frob = 1", 'socket = "/nowhere/control.sock"'])
+def test_a_mistake_in_the_settings_harms_no_disk(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, text: str
+) -> None:
+    """A service that is replaced by one with unusable settings is followed by one that goes by the former ones, and
+    says so in its log and to systemd; with no disk in service, the mistake ends it.
+    """
+    control_socket, config = tmp_path / "control.sock", tmp_path / "settings.toml"
+    right = f'socket = "{control_socket}"\nserve = "all"\n'
+    config.write_text(right)
+    command = [*_COMMAND, "run", "--keep", "--config", str(config), "--store", xenstored.address, "--log", "journal"]
+    keeping = subprocess.Popen(command, env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True)
+    systemd.wait_for("READY=1")
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    before = _status(control_socket)["worker"]
+    config.write_text(f"{text}\n" if "socket" in text else f"{text}\n{right}")
+    systemd.heard.clear()
+    keeping.send_signal(signal.SIGHUP)
+    systemd.wait_for("READY=1")
+    _wait_until(lambda: _status(control_socket)["phase"] == "open")
+    after = _status(control_socket)["worker"]
+    _wait_until(lambda: systemd.hears("STATUS=serving 1 vbds by the settings of the service before: "))
+    detach(toolstack, PATH)
+    _wait_until(lambda: not call(str(control_socket), {"verb": "status"})["data"])
+    keeping.send_signal(signal.SIGHUP)
+    _, log = keeping.communicate(timeout=30)
+
+    assert before == after
+    assert 1 == log.count("the settings cannot be used, those of the service before hold")
+    assert 2 == keeping.returncode
+    assert text.split(" = ")[1].strip('"') in log or "there is no setting frob" in log
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may come before others")

@@ -49,15 +49,18 @@ def run(args: argparse.Namespace) -> int:
     from xenbackend.supervisor.keeper import forget_inheritance
 
     names = ("store", "host", "socket", "serve", "log", "log_level")
-    chosen = settings.load(args.config, {name: getattr(args, name) for name in names})
+
+    def read() -> settings.Settings:
+        return settings.load(args.config, {name: getattr(args, name) for name in names})
+
     if args.detach:
         files = (args.pid_file.absolute(), args.log_file.absolute())
-        return main.run_detached(chosen, _arguments(args, names), os.environ, *files)
+        return main.run_detached(read(), _arguments(args, names), os.environ, *files)
     if args.keep:
-        return parent.run(["run", *_arguments(args, names)], chosen.socket, os.environ)
+        return parent.run(["run", *_arguments(args, names)], read().socket, os.environ)
     environment = dict(os.environ)
     forget_inheritance(os.environ)
-    return main.run(chosen, environment)
+    return main.run(read, environment)
 
 
 def _arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:

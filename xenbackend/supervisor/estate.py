@@ -211,16 +211,29 @@ def sort_inherited(keeper: Keeper, domid: int) -> dict[VbdPath, dict[str, int]]:
     """
     sorted_: dict[VbdPath, dict[str, int]] = {}
     for name, fd in keeper.inherited.items():
-        vbd, _, what = name.partition(".")
-        kind, *numbers = vbd.split("-")
-        if what and len(numbers) == 3 and all(each.isdecimal() for each in numbers) and int(numbers[0]) == domid:
-            sorted_.setdefault(VbdPath(kind, *map(int, numbers)), {})[what] = fd
+        path, what = _parse_name(name)
+        if path is not None and path.backend_domid == domid:
+            sorted_.setdefault(path, {})[what] = fd
         else:
             os.close(fd)
             with suppress(KernelError):
                 keeper.forget(name)
     keeper.inherited.clear()
     return sorted_
+
+
+def is_of_a_disk(name: str) -> bool:
+    """Return whether the keeper has something of a vbd's under this name."""
+    return _parse_name(name)[0] is not None
+
+
+def _parse_name(name: str) -> tuple[VbdPath | None, str]:
+    """Return the vbd that a descriptor's name is of, and which of its descriptors; see `prefix_of`."""
+    vbd, _, what = name.partition(".")
+    kind, *numbers = vbd.split("-")
+    if what and len(numbers) == 3 and all(each.isdecimal() for each in numbers):
+        return VbdPath(kind, *map(int, numbers)), what
+    return None, ""
 
 
 def _read(note: journal.Note, page: memoryview) -> dict[str, Any] | None:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
 from xenbackend.kernel import process
-from xenbackend.supervisor import parent, zygote
-from xenbackend.supervisor.fleet import COMMAND, Fleet
+from xenbackend.supervisor import former, parent, zygote
+from xenbackend.supervisor.fleet import Fleet
 from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.notify import Notifier
 from xenbackend.supervisor.orders import ORDERS, give
@@ -47,32 +47,35 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Service:
     """Everything that is open while the service runs."""
 
-    def __init__(
-        self, settings: Settings, notifier: Notifier, command: Sequence[str] = COMMAND, keeper: Keeper | None = None
-    ) -> None:
-        """Connect to xenstore and listen. Raises: StoreError, ConfigError."""
+    def __init__(self, settings: Settings, notifier: Notifier, keeper: Keeper, complaint: str = "") -> None:
+        """Connect to xenstore and listen; `complaint` is why these are not the settings that should be.
+
+        Raises: StoreError, ConfigError.
+        """
         self._log = log.get_logger("service")
         self._notifier = notifier
         self._selector = selectors.DefaultSelector()
         self._store = Store(settings.store or None)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
-        self._keeper = keeper or Keeper({})
+        self._keeper = keeper
         inherited = self._keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
-        self._fleet = Fleet(self._selector, command, (*zygote.COMMAND, "--host", settings.host))
+        self._fleet = Fleet(self._selector, zygote=(*zygote.COMMAND, "--host", settings.host))
         self._registry = Registry(
             self._store, self._fleet, settings, self._selector, xentop=xentop, keeper=self._keeper
         )
         self._server = Server(settings.socket, self._selector, self._answer, time.monotonic, inherited)
-        if self._server.fileno() != inherited:
-            self._keep_listening()
+        self._complaint = complaint
+        self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = self._is_calm = False
         self._alive_at = time.monotonic()
         self._said = self._prepare_failed = ""
 
-    def _keep_listening(self) -> None:
-        """Have the control socket kept, so that clients wait for the next service where this one ends or dies."""
+    def _keep(self, settings: Settings, *, is_new: bool) -> None:
+        """Have kept what the next service needs if this one ends or dies: the settings, and where clients wait."""
         try:
-            self._keeper.keep(_CONTROL, self._server.fileno())
+            if is_new:
+                self._keeper.keep(_CONTROL, self._server.fileno())
+            former.leave(settings, self._keeper)
         except KernelError as error:
             self._log.warning(str(error))
 
@@ -83,6 +86,8 @@ class Service:
             self._registry.start()
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
+            if self._complaint:
+                self._log.error("the settings cannot be used, those of the service before hold", reason=self._complaint)
             while not (self._is_stopping and not self._registry.vbds):
                 self._turn()
         self._close()
@@ -111,6 +116,8 @@ class Service:
 
     def _tell_systemd(self) -> None:
         sentence = f"serving {len(self._registry.vbds)} vbds"
+        if self._complaint:
+            sentence += f" by the settings of the service before: {self._complaint}"
         if sentence != self._said:
             self._said = sentence
             self._notifier.status(sentence)
@@ -223,19 +230,27 @@ def _signals(selector: selectors.BaseSelector, stop: Callable[[bytes], None]) ->
 def check(settings: Settings) -> None:
     """Check all that can be checked while the operator still looks. Raises: ConfigError, StoreError."""
     check_free(settings.socket)
+    _check_place(settings)
+    with Store(settings.store or None) as store:
+        store.own_domid()
+
+
+def _check_place(settings: Settings) -> Settings:
+    """Return the settings, whose control socket can be made. Raises: ConfigError."""
     directory = Path(settings.socket).parent
     if not directory.is_dir():
         raise ConfigError(f"{settings.socket}: there is no directory {directory}; make it first")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"{settings.socket}: no permission to make a socket in {directory}")
-    with Store(settings.store or None) as store:
-        store.own_domid()
+    return settings
 
 
-def run(settings: Settings, environment: Mapping[str, str]) -> int:
-    """Serve in the foreground. Raises: XenbackendError when the service cannot start."""
+def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
+    """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError when that cannot be."""
+    keeper = Keeper(environment)
+    settings, complaint = former.choose(lambda: _check_place(read()), keeper)
     log.configure(settings.log, settings.log_level)
-    return Service(settings, Notifier(environment), keeper=Keeper(environment)).run()
+    return Service(settings, Notifier(environment), keeper, complaint).run()
 
 
 def run_detached(

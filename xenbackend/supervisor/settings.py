@@ -52,8 +52,12 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
     Raises: ConfigError, naming file and setting.
     """
     values = _read(path or PATH, must_exist=path is not None)
-    where = str(path or PATH)
     values |= {name: value for name, value in overrides.items() if value is not None}
+    return make(values, str(path or PATH))
+
+
+def make(values: dict[str, Any], where: str) -> Settings:
+    """Return settings from plain values by name; `where` they stand, for people. Raises: ConfigError."""
     limits = values.pop("limits", {})
     _check_types(where, Settings, values, but=("limits",))
     if not isinstance(limits, dict):

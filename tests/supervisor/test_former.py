@@ -1,0 +1,119 @@
+"""Settings that outlive a service."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import Kept
+from xenbackend.blkif.features import Limits
+from xenbackend.errors import ConfigError
+from xenbackend.supervisor import former
+from xenbackend.supervisor.keeper import Keeper
+from xenbackend.supervisor.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("descriptors")
+
+BEFORE = Settings(serve="all", scripts=["mine"], poll_us=7, limits=Limits(max_queues=3))
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    """A keeper."""
+    kept = Kept(tmp_path)
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def first(kept: Kept) -> Keeper:
+    """The keeper as the first service has it."""
+    return kept.keeper()
+
+
+def _keep(first: Keeper, name: str, content: bytes = b"") -> None:
+    fd = os.memfd_create(name)
+    os.write(fd, content)
+    first.keep(name, fd)
+    os.close(fd)
+
+
+def _close(keeper: Keeper) -> None:
+    for fd in keeper.inherited.values():
+        os.close(fd)
+
+
+def _broken() -> Settings:
+    raise ConfigError("x.toml: there is no setting frob")
+
+
+def test_a_mistake_harms_no_disk(kept: Kept, first: Keeper) -> None:
+    """Where disks are in service the former settings hold, all of them, and what is wrong is told."""
+    former.leave(BEFORE, first)
+    _keep(first, "vbd-0-5-51712.worker")
+    keeper = kept.keeper()
+    chosen = former.choose(_broken, keeper)
+    _close(keeper)
+
+    assert (BEFORE, "x.toml: there is no setting frob") == chosen
+    assert ["vbd-0-5-51712.worker"] == [*keeper.inherited]
+
+
+def test_the_last_ones_count(kept: Kept, first: Keeper) -> None:
+    """Every service leaves its own, and only one is kept."""
+    former.leave(Settings(), first)
+    former.leave(BEFORE, first)
+    _keep(first, "vbd-0-5-51712.journal")
+    keeper = kept.keeper()
+    chosen, _ = former.choose(_broken, keeper)
+    _close(keeper)
+
+    assert BEFORE == chosen
+
+
+def test_one_is_let_go_before_the_next_is_kept(tmp_path: Path) -> None:
+    """Of two descriptors with one name systemd would keep both, and every service would leave one more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(5)
+        systemd.bind(str(tmp_path / "notify"))
+        former.leave(BEFORE, Keeper({"NOTIFY_SOCKET": str(tmp_path / "notify"), "FDSTORE": "8"}))
+        said = [systemd.recv(1000).decode() for _ in range(2)]
+
+    assert ["FDSTOREREMOVE=1\nFDNAME=settings", "FDSTORE=1\nFDNAME=settings\nFDPOLL=0"] == said
+
+
+def test_ours_are_gone_by_where_they_can_be(kept: Kept, first: Keeper) -> None:
+    """Settings that are right hold, whatever was before."""
+    former.leave(BEFORE, first)
+    _keep(first, "vbd-0-5-51712.worker")
+    keeper = kept.keeper()
+    chosen = former.choose(Settings, keeper)
+    _close(keeper)
+
+    assert (Settings(), "") == chosen
+
+
+def test_without_a_disk_a_mistake_is_said(kept: Kept, first: Keeper) -> None:
+    """Nothing is lost where nothing is served: the operator hears it at once."""
+    former.leave(BEFORE, first)
+    _keep(first, "control")
+    keeper = kept.keeper()
+    with pytest.raises(ConfigError, match="frob"):
+        former.choose(_broken, keeper)
+    _close(keeper)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b'{"frob": 1}', b'{"serve": "none"}', b"\xff"])
+def test_what_another_program_left_does_not_count(kept: Kept, first: Keeper, content: bytes | None) -> None:
+    """What is no settings of ours is as good as none: the mistake is said."""
+    _keep(first, "vbd-0-5-51712.worker")
+    if content is not None:
+        _keep(first, "settings", content)
+    keeper = kept.keeper()
+    with pytest.raises(ConfigError, match="frob"):
+        former.choose(_broken, keeper)
+    _close(keeper)
