@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
     first_answers: list[float] = []
     all_first_answers: list[float] = []
-    others: list[float] = []  # of guests that nothing was done to: what the host itself makes them wait
+    others: list[float] = []  # of guests that this was not done to: what the host itself makes them wait
     steps: list[tuple[int, str]] = []
     told = 0
     began = time.monotonic()

@@ -160,6 +160,18 @@ def test_no_service(script: Path, xenstored: Xenstored, toolstack: Store) -> Non
     )
 
 
+@pytest.mark.usefixtures("service")
+def test_a_service_that_goes_by_former_settings(
+    script: Path, xenstored: Xenstored, toolstack: Store, tmp_path: Path
+) -> None:
+    """Where nobody listens at the place that the settings name, the service may at the default one."""
+    write_like_libxl(toolstack)
+    (tmp_path / "settings.toml").write_text('socket = "/nowhere/control.sock"\n')
+    script.write_text(script.read_text().replace(DEFAULT_SOCKET, f"{tmp_path}/control.sock"))
+
+    assert 0 == _run(script, xenstored, "add").returncode
+
+
 def test_a_path_that_is_none(script: Path, xenstored: Xenstored) -> None:
     """A path that would not come through as it is, is refused before anybody is asked."""
     ended = _run(script, xenstored, "add", XENBUS_PATH='backend/"}')

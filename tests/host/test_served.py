@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from xenbackend.errors import XenbackendError
-from xenbackend.host.served import control_socket, refuse_while_serving
+from xenbackend.host.served import control_sockets, refuse_while_serving
 from xenbackend.supervisor.client import DEFAULT_SOCKET
 
 
@@ -36,14 +36,18 @@ def answering(path: Path, answer: dict[str, Any]) -> Iterator[str]:
         thread.join()
 
 
-def test_broken_settings_do_not_hold_the_service_in_place(tmp_path: Path) -> None:
-    """The socket is the one of the settings, and the default's where those are broken: uninstall goes on."""
+def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
+    """That is where the settings say, and the default place; broken settings may have said anything."""
     path = tmp_path / "x.toml"
     path.write_text('socket = "/elsewhere"\n')
-    right = control_socket(path)
+    moved = control_sockets(path)
+    path.write_text("")
+    default = control_sockets(path)
     path.write_text("frob = 1\n")
+    with pytest.raises(XenbackendError, match=r"is not known: .*no setting frob.*--force goes on anyhow"):
+        control_sockets(path)
 
-    assert ("/elsewhere", DEFAULT_SOCKET) == (right, control_socket(path))
+    assert (["/elsewhere", DEFAULT_SOCKET], [DEFAULT_SOCKET]) == (moved, default)
 
 
 def test_where_nobody_listens_nobody_is_served(tmp_path: Path) -> None:

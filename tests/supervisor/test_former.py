@@ -97,6 +97,17 @@ def test_ours_are_gone_by_where_they_can_be(kept: Kept, first: Keeper) -> None:
     assert (Settings(), "") == chosen
 
 
+def test_another_version_s_settings_count_as_far_as_they_are_known(kept: Kept, first: Keeper) -> None:
+    """A program that knows fewer settings, or more, can still go by those that both have."""
+    _keep(first, "vbd-0-5-51712.worker")
+    _keep(first, "settings", b'{"serve": "all", "later": 1, "limits": {"max_queues": 3, "later": 1}}')
+    keeper = kept.keeper()
+    chosen, _ = former.choose(_broken, keeper)
+    _close(keeper)
+
+    assert Settings(serve="all", limits=Limits(max_queues=3)) == chosen
+
+
 def test_without_a_disk_a_mistake_is_said(kept: Kept, first: Keeper) -> None:
     """Nothing is lost where nothing is served: the operator hears it at once."""
     former.leave(BEFORE, first)
@@ -107,7 +118,13 @@ def test_without_a_disk_a_mistake_is_said(kept: Kept, first: Keeper) -> None:
     _close(keeper)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b'{"frob": 1}', b'{"serve": "none"}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None, b"", b"{", b"[1]", b"1", b"null", b"[" * 9999, b"\xff",
+        b'{"serve": "all"}', b'{"serve": "none", "limits": {}}', b'{"serve": "all", "limits": 1}',
+    ],
+)  # fmt: skip
 def test_what_another_program_left_does_not_count(kept: Kept, first: Keeper, content: bytes | None) -> None:
     """What is no settings of ours is as good as none: the mistake is said."""
     _keep(first, "vbd-0-5-51712.worker")

@@ -90,7 +90,7 @@ print({name: os.get_inheritable(fd) for name, fd in found.items()})
     for _, fd, _ in moves:
         os.close(fd)
 
-    assert "{} {'a': '/dev/null', 'b': '/dev/full'} [True, False, True] []\n{'a': False, 'b': False}\n" == said
+    assert "{} {'a': '/dev/null', 'b': '/dev/zero'} [True, True, False] []\n{'a': False, 'b': False}\n" == said
 
 
 def _moved_away(fds: list[int]) -> list[int]:

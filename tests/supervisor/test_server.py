@@ -18,7 +18,7 @@ import pytest
 from xenbackend.errors import ConfigError, XenbackendError
 from xenbackend.supervisor import server as server_module
 from xenbackend.supervisor.client import call
-from xenbackend.supervisor.server import IDLE_S, MAX_CLIENTS, MAX_LINE, Reply, Server
+from xenbackend.supervisor.server import IDLE_S, MAX_CLIENTS, MAX_LINE, Reply, Server, check_place
 
 
 class Loop:
@@ -210,6 +210,33 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
     """The operator is told which directory to make."""
     with pytest.raises(ConfigError, match=r"make the directory .*/none"):
         Server(str(tmp_path / "none" / "x"), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    """A typing error must not cost a file: only a socket is replaced."""
+    file = tmp_path / "precious"
+    file.write_text("x")
+    with (
+        contextlib.closing(selectors.DefaultSelector()) as selector,
+        pytest.raises(ConfigError, match="it is no socket"),
+    ):
+        Server(str(file), selector, lambda *_: None, lambda: 0.0)
+
+    assert "x" == file.read_text()
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    """To ask whether a service could listen leaves no file; one that was left listening there already may."""
+    place, other = tmp_path / "x", tmp_path / "y"
+    check_place(str(place))
+    assert [] == [*tmp_path.iterdir()]
+    first = Server(str(place), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+    check_place(str(place), first.fileno())
+    check_place(str(other), first.fileno())
+    with pytest.raises(ConfigError, match="listens there already"):
+        check_place(str(place))
+    assert [place] == [*tmp_path.iterdir()]
+    first.close()
 
 
 def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

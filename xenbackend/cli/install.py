@@ -17,7 +17,7 @@ from xenbackend.host import activate, manifest
 from xenbackend.host.files import UNIT, items, shim
 from xenbackend.host.install import KEPT, MADE, REMOVED, REPLACED, YOURS, Say, install, stage, uninstall
 from xenbackend.host.program import PACKAGED, this_program
-from xenbackend.host.served import control_socket, refuse_while_serving
+from xenbackend.host.served import control_sockets, refuse_while_serving
 from xenbackend.host.tree import Tree
 from xenbackend.xl.host import find_xl, running_xen
 from xenbackend.xl.shim import SHIM_PLACE
@@ -94,7 +94,8 @@ def run_uninstall(args: argparse.Namespace) -> int:
     _check_host(tree)
     uninstall(tree, lambda _done, _path: None, is_dry=True, is_purge=args.purge)  # refuses while all is untouched
     if tree.is_host and not args.force:
-        refuse_while_serving(control_socket())
+        for each in control_sockets():
+            refuse_while_serving(each)
     is_live = _is_live(tree)
     if is_live:
         _take(activate.stopping(), is_dry=args.dry_run)

@@ -59,6 +59,8 @@ def ask(path: str) -> None:
         raise Refused(f"XENBUS_PATH={path!r} is no path in xenstore")
     request = f'{{"verb": "hotplug", "action": "add", "path": "{path}"}}\n'.encode()
     place = service_socket()
+    if not os.path.exists(place):  # noqa: PTH110 - as above
+        place = SOCKET  # a service that cannot use its settings goes by former ones
     line = talk(place, request) or talk(place, request)
     if not line.endswith(b"\n"):
         raise NoService("the xenbackend service ended before it answered; see its log")
@@ -105,7 +107,7 @@ def service_socket() -> str:
     try:
         return str(tomllib.loads(text.decode()).get("socket", SOCKET))
     except ValueError:
-        return SOCKET  # the service refuses such a file with a sentence
+        return SOCKET  # a service goes by its former settings then, if it runs at all
 
 
 def leave_word(path: str, sentence: str) -> None:

@@ -14,12 +14,16 @@ from xenbackend.supervisor.client import DEFAULT_SOCKET, call
 _NAMED = 5
 
 
-def control_socket(path: Path | None = None) -> str:
-    """Return where the service listens by its settings; settings that no service could start with say nothing."""
+def control_sockets(path: Path | None = None) -> list[str]:
+    """Return where a service may listen: where its settings say, and at the default place.
+
+    A service that cannot use its settings goes by former ones (`supervisor.former`), which may have said the default.
+    Raises: XenbackendError where the settings cannot be read: they may have said anything.
+    """
     try:
-        return settings.load(path, {}).socket
-    except ConfigError:
-        return DEFAULT_SOCKET
+        return list(dict.fromkeys([settings.load(path, {}).socket, DEFAULT_SOCKET]))
+    except ConfigError as problem:
+        raise XenbackendError(f"whether disks are served is not known: {problem}; --force goes on anyhow") from None
 
 
 def refuse_while_serving(socket: str) -> None:

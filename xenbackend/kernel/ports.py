@@ -9,10 +9,13 @@ Both pass `tests/contract/test_ports.py`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple, Protocol, cast
+
+from xenbackend.errors import ConfigError
 
 Fence = Callable[[], None]  # a full memory fence: no load or store passes it in either direction
 
@@ -118,3 +121,14 @@ def open_host(text: str) -> Host:
 def load_host(text: str) -> ModuleType:
     """Import the module that `text` names, and open nothing."""
     return importlib.import_module(text.partition(":")[0])
+
+
+def check_host(text: str) -> None:
+    """Raise ConfigError where `text` names no module that there is; import nothing but what it lies in."""
+    name = text.partition(":")[0]
+    try:
+        is_there = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    if not is_there:
+        raise ConfigError(f"host: there is no module {name!r}; leave it away for the default")

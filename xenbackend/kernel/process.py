@@ -18,6 +18,7 @@ from xenbackend.errors import KernelError
 
 AHEAD = 10  # nice values
 _NORMAL = os.getpriority(os.PRIO_PROCESS, 0)  # as we were started
+_LEAST = -20  # nice value
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,21 +36,24 @@ def adopting_orphans() -> Iterator[None]:
 
 def hurry(pid: int) -> None:
     """Let a process come before what else the host does, until `calm`; no harm where the host does not permit that."""
-    _set_nice(pid, _NORMAL - AHEAD)
+    _set_nice(pid, AHEAD)
 
 
 def calm(pid: int) -> None:
     """Let a process have its turn as any other."""
-    _set_nice(pid, _NORMAL)
+    _set_nice(pid, 0)
 
 
-def _set_nice(pid: int, nice: int) -> None:
+def _set_nice(pid: int, ahead: int) -> None:
+    if pid <= 0:  # it has gone, and its number is not known any more
+        return
+    nice = max(_LEAST, _NORMAL - ahead)
     with suppress(OSError):
         if os.getsid(pid) != pid:
             os.setpriority(os.PRIO_PROCESS, pid, nice)
             return
         os.setpriority(os.PRIO_PGRP, pid, nice)  # of PRIO_PROCESS the threads that it has started would hear nothing
-        Path(f"/proc/{pid}/autogroup").write_text(f"{nice}\n", encoding="ascii")
+        Path(f"/proc/{pid}/autogroup").write_text(f"{-ahead}\n", encoding="ascii")  # a session begins with 0
 
 
 def _set_subreaper(value: int) -> None:

@@ -10,8 +10,10 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from typing import Any
 
+from xenbackend.blkif.features import Limits
 from xenbackend.errors import ConfigError, KernelError
 from xenbackend.supervisor import settings
 from xenbackend.supervisor.estate import is_of_a_disk
@@ -44,15 +46,14 @@ def leave(chosen: Settings, keeper: Keeper) -> None:
     """Have the settings kept for the next service. Raises: KernelError."""
     try:
         fd = os.memfd_create("xenbackend-settings", os.MFD_CLOEXEC)
+        with os.fdopen(fd, "wb") as file:
+            file.write(json.dumps(asdict(chosen)).encode())
+            file.flush()
+            with suppress(KernelError):  # of two with one name systemd would keep both
+                keeper.forget(_NAME)
+            keeper.keep(_NAME, fd)
     except OSError as error:
-        raise KernelError("keep the settings", error.errno or errno.EMFILE) from None
-    try:
-        with suppress(KernelError):
-            keeper.forget(_NAME)
-        os.write(fd, json.dumps(asdict(chosen)).encode())
-        keeper.keep(_NAME, fd)
-    finally:
-        os.close(fd)
+        raise KernelError("keep the settings", error.errno or errno.EIO) from None
 
 
 def _take(keeper: Keeper) -> Settings | None:
@@ -60,8 +61,16 @@ def _take(keeper: Keeper) -> Settings | None:
     if fd < 0:
         return None
     try:
-        return settings.make(json.loads(os.pread(fd, _MAX, 0)), "the settings of the service before")
-    except (ConfigError, ValueError, TypeError):  # another program's
+        values = json.loads(os.pread(fd, _MAX, 0))
+        known = {**_known(Settings, values), "limits": _known(Limits, values["limits"])}
+        return settings.make(known, "the settings of the service before")
+    except (ConfigError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):  # not ours
         return None
     finally:
         os.close(fd)
+
+
+def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the values that this program knows: another one has others."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}

@@ -71,7 +71,8 @@ def _inherited(environment: Mapping[str, str]) -> dict[str, int]:
     for place in range(int(count) if count.isdigit() else 0):
         os.set_inheritable(FIRST + place, False)
         name = names[place] if place < len(names) else str(place)
-        if name in found:  # systemd keeps both where a name is given twice
-            os.close(found[name])
-        found[name] = FIRST + place
+        if name in found:  # systemd keeps both where a name is given twice, and hands over the newest first
+            os.close(FIRST + place)
+        else:
+            found[name] = FIRST + place
     return found

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
 from xenbackend.kernel import process
+from xenbackend.kernel.ports import check_host
 from xenbackend.supervisor import former, parent, zygote
 from xenbackend.supervisor.fleet import Fleet
 from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.notify import Notifier
 from xenbackend.supervisor.orders import ORDERS, give
 from xenbackend.supervisor.registry import Registry
-from xenbackend.supervisor.server import Reply, Server, check_free
+from xenbackend.supervisor.server import Reply, Server, check_place
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.status import describe
 from xenbackend.supervisor.store import Store
@@ -73,9 +74,11 @@ class Service:
     def _keep(self, settings: Settings, *, is_new: bool) -> None:
         """Have kept what the next service needs if this one ends or dies: the settings, and where clients wait."""
         try:
-            if is_new:
-                self._keeper.keep(_CONTROL, self._server.fileno())
             former.leave(settings, self._keeper)
+            if is_new:
+                with suppress(KernelError):  # of two with one name systemd would keep both
+                    self._keeper.forget(_CONTROL)
+                self._keeper.keep(_CONTROL, self._server.fileno())
         except KernelError as error:
             self._log.warning(str(error))
 
@@ -229,26 +232,22 @@ def _signals(selector: selectors.BaseSelector, stop: Callable[[bytes], None]) ->
 
 def check(settings: Settings) -> None:
     """Check all that can be checked while the operator still looks. Raises: ConfigError, StoreError."""
-    check_free(settings.socket)
-    _check_place(settings)
+    check_place(settings.socket)
     with Store(settings.store or None) as store:
         store.own_domid()
-
-
-def _check_place(settings: Settings) -> Settings:
-    """Return the settings, whose control socket can be made. Raises: ConfigError."""
-    directory = Path(settings.socket).parent
-    if not directory.is_dir():
-        raise ConfigError(f"{settings.socket}: there is no directory {directory}; make it first")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"{settings.socket}: no permission to make a socket in {directory}")
-    return settings
 
 
 def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
     """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError when that cannot be."""
     keeper = Keeper(environment)
-    settings, complaint = former.choose(lambda: _check_place(read()), keeper)
+
+    def read_usable() -> Settings:
+        settings = read()
+        check_place(settings.socket, keeper.inherited.get(_CONTROL, -1))
+        check_host(settings.host)
+        return settings
+
+    settings, complaint = former.choose(read_usable, keeper)
     log.configure(settings.log, settings.log_level)
     return Service(settings, Notifier(environment), keeper, complaint).run()
 

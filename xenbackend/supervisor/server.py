@@ -174,8 +174,21 @@ class _Client:
         return line
 
 
+def check_place(path: str, inherited: int = -1) -> None:
+    """See that a service can listen at `path`, where a former one may have left a socket that does.
+
+    Raises: ConfigError.
+    """
+    if inherited >= 0:
+        with socket.socket(fileno=os.dup(inherited)) as near:
+            if _is_reached(near, Path(path)):
+                return
+    with _listen(Path(path)):
+        Path(path).unlink()
+
+
 def check_free(path: str) -> None:
-    """Make our own directory where it is missing, and raise ConfigError when a service answers on `path` already."""
+    """Make our own directory where it is missing, and raise ConfigError when there is anything but an unused socket."""
     if Path(path).parent == OWN_DIRECTORY:  # systemd makes it for the unit; whoever starts us by hand need not
         with suppress(OSError):
             OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
@@ -185,6 +198,8 @@ def check_free(path: str) -> None:
         except OSError as error:
             if error.errno is None:  # what Python itself refuses: a path that fits into no address
                 raise ConfigError(f"{path}: cannot listen there: {error}") from None
+            if Path(path).exists() and not Path(path).is_socket():
+                raise ConfigError(f"{path}: cannot listen there: it is no socket") from None
             return
     raise ConfigError(f"{path}: another xenbackend service listens there already")
 
@@ -194,11 +209,15 @@ def _take_over(path: Path, inherited: int) -> socket.socket | None:
     if inherited < 0:
         return None
     near = socket.socket(fileno=inherited)
-    if near.getsockname() == str(path) and path.is_socket():
+    if _is_reached(near, path):
         near.setblocking(False)
         return near
     near.close()
     return None
+
+
+def _is_reached(near: socket.socket, path: Path) -> bool:
+    return near.getsockname() == str(path) and path.is_socket()
 
 
 def _listen(path: Path) -> socket.socket:

@@ -12,6 +12,7 @@ import os
 import selectors
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -33,7 +34,7 @@ class Zygote:
         """
         self._process = process.start(command)
         self._process.hurry()
-        self._is_ready = False
+        self._is_ready = self._has_failed = False
 
     @property
     def pid(self) -> int:
@@ -58,6 +59,7 @@ class Zygote:
             pidfd = self._ask(far)
         if pidfd < 0:
             near.close()  # so that a worker that is born too late ends
+            self._has_failed = True  # nobody waits for it once more
             self._process.kill()
             return None
         worker = Process(near, pidfd)
@@ -71,14 +73,15 @@ class Zygote:
 
     def _hears(self) -> bool:
         """Return whether it has said that it is ready; do not wait for that."""
-        if not self._is_ready:
+        if not self._is_ready and not self._has_failed:
             with suppress(OSError):  # it has said nothing yet, or has ended
                 self._is_ready = self._process.socket.recv(16) == b"ready"
-        return self._is_ready
+        return self._is_ready and not self._has_failed
 
     def _ask(self, far: socket.socket) -> int:
         """Have a worker forked that serves `far`, and return its pidfd; -1 where there is none in time."""
         channel, pidfd = self._process.socket, -1
+        give_up = time.monotonic() + _PATIENCE_S
         channel.settimeout(_PATIENCE_S)
         try:
             socket.send_fds(channel, [b"fork"], [far.fileno()])
@@ -86,6 +89,7 @@ class Zygote:
             if fds:
                 pidfd = fds[0]
                 os.set_inheritable(pidfd, False)  # Python's recv_fds passes over the flag that would do it
+                channel.settimeout(max(0.0, give_up - time.monotonic()))
                 datagram = channel.recv(16)
         except OSError:
             datagram = b""
