@@ -39,10 +39,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Add to a failure what the service logged meanwhile, and what the backends look like."""
+    """Add to a failure what the service logged meanwhile, what it says of its disks, and the backends."""
     report = yield
     if report.failed and _began in item.stash:
         report.sections.append(("the service's journal", service.journal(item.stash[_began])))
+        report.sections.append(("its disks", run("xenbackend", "status", "--json", check=False).out))
         nodes = xenstore.tree("/local/domain/0/backend")
         report.sections.append(("backends", "\n".join(f"{path} = {value}" for path, value in nodes.items())))
     return report
