@@ -24,6 +24,8 @@ from tests.chaos.plan import ACTIONS, next_step
 
 _TELL = 200  # kills between two lines where there is no progress bar
 _IN_A_ROW = 3  # steps, before what is in flight is let come to its end: nobody follows a seventh that died in vain
+# how long guests waited for their next answer, by what was done
+_ONE, _ALL, _OTHERS = "kill to first answer", "the same, all killed at once", "meanwhile, of guests left alone"
 _KILLS, _KILL_ALL = ("kill a worker", "kill a worker twice"), "kill every worker"
 
 
@@ -57,9 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     actions = {name: weight for name, weight in ACTIONS.items() if not args.only or name in args.only}
     done: Counter[str] = Counter()
     slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
-    first_answers: list[float] = []
-    all_first_answers: list[float] = []
-    others: list[float] = []  # of guests that this was not done to: what the host itself makes them wait
+    waits: dict[str, list[float]] = {_ONE: [], _ALL: [], _OTHERS: []}
     steps: list[tuple[int, str]] = []
     told = 0
     began = time.monotonic()
@@ -84,10 +84,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             timed = {number: took[number] for number, guest in enumerate(host.guests) if guest.disk.is_timed}
             slowest[step.action] = max(slowest[step.action], *timed.values())
             if step.action in _KILLS and step.guest in timed:
-                first_answers.append(timed.pop(step.guest))
-                others += timed.values()
+                waits[_ONE].append(timed.pop(step.guest))
+                waits[_OTHERS] += timed.values()
             elif step.action == _KILL_ALL:
-                all_first_answers += timed.values()
+                waits[_ALL] += timed.values()
             done[step.action] += 1
             if not console.is_terminal and host.kills["workers"] >= told + _TELL:
                 told = host.kills["workers"]
@@ -95,9 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         progress.update(task, description="verifying", completed=total)
         missed = host.missed_wakeups()
         ends = host.finish()
-        return _figures(
-            host, missed, done, slowest, first_answers, all_first_answers, others, steps, ends, time.monotonic() - began
-        )
+        return _figures(host, missed, done, slowest, waits, steps, ends, time.monotonic() - began)
 
 
 def _figures(
@@ -105,9 +103,7 @@ def _figures(
     missed: int,
     done: Counter[str],
     slowest: Counter[str],
-    first_answers: list[float],
-    all_first_answers: list[float],
-    others: list[float],
+    waits: dict[str, list[float]],
     steps: list[tuple[int, str]],
     ends: list[dict[str, Any]],
     seconds: float,
@@ -125,9 +121,7 @@ def _figures(
             for guest, end in zip(host.guests, ends, strict=True)
             if end["errors"]
         },
-        "kill to first answer": _spread(first_answers),
-        "the same, all killed at once": _spread(all_first_answers),
-        "meanwhile, of guests left alone": _spread(others),
+        **{name: _spread(seconds) for name, seconds in waits.items()},
         "longest pause of a guest": _longest(ends, steps),
         "minutes": round(seconds / 60, 1),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from xenbackend.supervisor.paths import VbdPath
 from xenbackend.supervisor.shown import Shown
 from xenbackend.supervisor.store import Store
@@ -32,6 +34,12 @@ def test_an_error_is_shown_as_the_kernel_shows_it(toolstack: Store) -> None:
 
     assert "22 it broke" == text
     assert [] == toolstack.directory(f"{HOME}/error")
+
+
+def test_no_error_costs_one_question(toolstack: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a disk that is well nothing is removed: every new disk would do so."""
+    monkeypatch.setattr(toolstack, "remove", pytest.fail)
+    Shown(toolstack, ONE).error("")
 
 
 def test_an_error_of_an_earlier_service_is_over(toolstack: Store) -> None:

@@ -59,7 +59,7 @@ def ask(path: str) -> None:
         raise Refused(f"XENBUS_PATH={path!r} is no path in xenstore")
     request = f'{{"verb": "hotplug", "action": "add", "path": "{path}"}}\n'.encode()
     place = service_socket()
-    if not os.path.exists(place):  # noqa: PTH110 - as above
+    if not os.path.exists(place):  # noqa: PTH110 - pathlib costs as much as all the rest
         place = SOCKET  # a service that cannot use its settings goes by former ones
     line = talk(place, request) or talk(place, request)
     if not line.endswith(b"\n"):
@@ -96,7 +96,7 @@ def talk(place: str, request: bytes) -> bytes:
 def service_socket() -> str:
     """Return the control socket that the settings name."""
     try:
-        with open(SETTINGS, "rb") as file:  # noqa: PTH123 - pathlib costs as much as all the rest
+        with open(SETTINGS, "rb") as file:  # noqa: PTH123 - likewise
             text = file.read()
     except OSError:
         return SOCKET

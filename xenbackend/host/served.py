@@ -17,13 +17,13 @@ _NAMED = 5
 def control_sockets(path: Path | None = None) -> list[str]:
     """Return where a service may listen: where its settings say, and at the default place.
 
-    A service that cannot use its settings goes by former ones (`supervisor.former`), which may have said the default.
+    A service that cannot use its settings goes by former ones, which may have said the default.
     Raises: XenbackendError where the settings cannot be read: they may have said anything.
     """
     try:
         return list(dict.fromkeys([settings.load(path, {}).socket, DEFAULT_SOCKET]))
     except ConfigError as problem:
-        raise XenbackendError(f"whether disks are served is not known: {problem}; --force goes on anyhow") from None
+        raise _not_known(problem) from None
 
 
 def refuse_while_serving(socket: str) -> None:
@@ -36,7 +36,11 @@ def refuse_while_serving(socket: str) -> None:
     try:
         served = [each["vbd"] for each in call(socket, {"verb": "status"})["data"]]
     except XenbackendError as problem:
-        raise XenbackendError(f"whether disks are served is not known: {problem}; --force goes on anyhow") from None
+        raise _not_known(problem) from None
     if served:
         names = ", ".join(served[:_NAMED]) + (f" ... ({len(served)} in all)" if served[_NAMED:] else "")
         raise XenbackendError(f"guests have disks: {names}; detach them or shut the guests down first, or use --force")
+
+
+def _not_known(problem: XenbackendError) -> XenbackendError:
+    return XenbackendError(f"whether disks are served is not known: {problem}; --force goes on anyhow")

@@ -39,6 +39,14 @@ class Keeper:
         """Have a descriptor kept under a name that nothing else has. Raises: KernelError."""
         self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
 
+    def replace(self, name: str, fd: int) -> None:
+        """Have a descriptor kept in the place of a former one of that name. Raises: KernelError.
+
+        Of two with one name systemd would keep both.
+        """
+        self.forget(name)
+        self.keep(name, fd)
+
     def forget(self, name: str) -> None:
         """Have it let go. Raises: KernelError."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")

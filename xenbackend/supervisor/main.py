@@ -26,7 +26,7 @@ from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
 from xenbackend.kernel import process
 from xenbackend.kernel.ports import check_host
-from xenbackend.supervisor import former, parent, zygote
+from xenbackend.supervisor import former_settings, parent, zygote
 from xenbackend.supervisor.fleet import Fleet
 from xenbackend.supervisor.keeper import Keeper
 from xenbackend.supervisor.notify import Notifier
@@ -74,11 +74,9 @@ class Service:
     def _keep(self, settings: Settings, *, is_new: bool) -> None:
         """Have kept what the next service needs if this one ends or dies: the settings, and where clients wait."""
         try:
-            former.leave(settings, self._keeper)
             if is_new:
-                with suppress(KernelError):  # of two with one name systemd would keep both
-                    self._keeper.forget(_CONTROL)
-                self._keeper.keep(_CONTROL, self._server.fileno())
+                self._keeper.replace(_CONTROL, self._server.fileno())
+            former_settings.leave(settings, self._keeper)
         except KernelError as error:
             self._log.warning(str(error))
 
@@ -247,7 +245,7 @@ def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
         check_host(settings.host)
         return settings
 
-    settings, complaint = former.choose(read_usable, keeper)
+    settings, complaint = former_settings.choose(read_usable, keeper)
     log.configure(settings.log, settings.log_level)
     return Service(settings, Notifier(environment), keeper, complaint).run()
 

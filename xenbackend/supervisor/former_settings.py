@@ -9,7 +9,6 @@ import errno
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -49,9 +48,7 @@ def leave(chosen: Settings, keeper: Keeper) -> None:
         with os.fdopen(fd, "wb") as file:
             file.write(json.dumps(asdict(chosen)).encode())
             file.flush()
-            with suppress(KernelError):  # of two with one name systemd would keep both
-                keeper.forget(_NAME)
-            keeper.keep(_NAME, fd)
+            keeper.replace(_NAME, fd)
     except OSError as error:
         raise KernelError("keep the settings", error.errno or errno.EIO) from None
 
