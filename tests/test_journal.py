@@ -109,11 +109,11 @@ def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
 def test_note_survives_a_death_while_it_is_written(memory: memoryview, size: int) -> None:
     """Until the word that makes it valid is written, the former note is read, whatever lies in the other copy."""
     AGREED.write(memory, {"old": "o" * size})
-    before = memory.tobytes()
+    before = memory[:FIRST_RING].tobytes()
     AGREED.write(memory, {"new": "n" * size})
-    after = memory.tobytes()
-    changed = [place for place in range(PAGE, len(before)) if before[place] != after[place]]
-    memory[:] = before
+    after = memory[:FIRST_RING].tobytes()
+    changed = [place for place in range(PAGE, FIRST_RING) if before[place] != after[place]]
+    memory[:FIRST_RING] = before
     for place in sorted(changed, key=lambda place: place < 2 * PAGE):  # the word last
         assert {"old": "o" * size} == AGREED.read(memory)
         memory[place] = after[place]

@@ -178,6 +178,7 @@ def test_a_failure_is_one_and_can_be_gone_on_from(run: Run, raw: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path: Path) -> None:
     """While a guest has an image, nothing here alters it or takes it for stable; `info` still says what it is."""
     run("convert", "aio:disk.raw", "qcow2:a.qcow2")

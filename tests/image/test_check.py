@@ -72,6 +72,7 @@ def test_broken_tables_are_not_touched(tmp_path: Path) -> None:
     assert before == path.read_bytes()
 
 
+@pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_in_use_is_refused(made: Make) -> None:
     """Who writes to an image keeps a check out, and who reads it a repair."""
     image = made("qcow2")

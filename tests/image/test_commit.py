@@ -116,6 +116,7 @@ def test_what_cannot_be_committed_is_refused(made: Make, raw: Path, tmp_path: Pa
         commit(find_image(larger.text), ignore)
 
 
+@pytest.mark.usefixtures("no_wait_for_locks")
 @pytest.mark.parametrize("user", ["child", "parent"])
 def test_images_in_use_are_refused(family: Callable[[str, str], tuple[Image, Image, bytes]], user: str) -> None:
     """Neither a child that is written, nor a parent that anybody reads, is touched; it is named."""

@@ -55,6 +55,7 @@ def test_bits_that_say_that_something_is_wrong(tmp_path: Path, bits: int, expect
     assert expected == (found.is_dirty, found.is_corrupt)
 
 
+@pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_in_use_is_looked_at(made: Make) -> None:
     """Who writes to it is not disturbed; that there is somebody is said."""
     image = made("vhd")

@@ -50,6 +50,14 @@ class Systemd:
         while state not in self.heard:
             self.heard.append(self._socket.recv(1000).decode())
 
+    def listen_until(self, end: int) -> None:
+        """Hear whatever is said until a process has ended: one that finds nobody listening waits before it goes on."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(end, select.POLLIN)
+        while all(fd != end for fd, _ in poll.poll(30_000) or [(end, 0)]):
+            self.heard.append(self._socket.recv(1000).decode())
+
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
@@ -253,9 +261,12 @@ def test_how_a_service_ends_its_workers(
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
     worker = _status(control_socket)["worker"]
-    end = os.pidfd_open(worker)
+    end, end_of_service = os.pidfd_open(worker), os.pidfd_open(service.pid)
     service.send_signal(number)
+    if not stays:  # whoever hears what is said gets the descriptors with it
+        systemd.listen_until(end_of_service)
     service.wait(30)
+    os.close(end_of_service)
     ended = bool(select.select([end], [], [], 0 if stays else 30)[0])
     systemd.let_go()
     assert select.select([end], [], [], 30)[0]
