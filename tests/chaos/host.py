@@ -12,7 +12,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests import places
 from tests.chaos.guest import ANSWERED, BEGUN, LAST, SETTLED
 from tests.chaos.plan import Disk, Step, disks
 from xenbackend.embedded.machine import Machine
@@ -130,7 +130,7 @@ class Host:
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
-            directory = Path(undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="chaos-")))
+            directory = undo.enter_context(places.directory(places.MEMORY))
             self.log = directory / "service.log"
             self.machine = undo.enter_context(Machine(log=self.log))
             plan = disks(directory, self._slow, _make_image)[: self._count]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import places
 from xenbackend.cli.demo import ProgressBar
 from xenbackend.cli.main import main
 from xenbackend.embedded.exercise import Phase
@@ -21,8 +22,8 @@ from xenbackend.embedded.exercise import Phase
 @pytest.fixture
 def short_path() -> Iterator[Path]:
     """A directory whose name leaves room for a socket's."""
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="xb-") as path:
-        yield Path(path)
+    with places.directory(Path("/tmp")) as path:
+        yield path
 
 
 _SHORT = ("--quiet", "--seconds", "0.1", "--area", "64K")

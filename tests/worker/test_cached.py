@@ -3,10 +3,10 @@
 import errno
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests import places
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.worker.cached import _runs
 from xenbackend.worker.files import HostFiles
@@ -24,10 +24,10 @@ def reactor() -> Iterator[Reactor]:
     made.close()
 
 
-@pytest.fixture(params=["/var/tmp", "/dev/shm"])
+@pytest.fixture(params=[places.DISK, places.MEMORY])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
     """Return an image behind the page cache, all of which holds it."""
-    path = Path(request.param) / f"xenbackend-test-{os.getpid()}"
+    path = request.param / f"{places.prefix()}{os.getpid()}"
     path.write_bytes(CONTENT)
     files = HostFiles(reactor)
     made = files.open(str(path), read_only=False, direct=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from descriptors import open_descriptors
 
+from tests import places
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blockdev, memory
@@ -39,7 +40,7 @@ def reactor() -> Iterator[Reactor]:
 @pytest.fixture
 def path() -> Iterator[str]:
     """Return the path of an image of 1 MiB of random bytes, on a disk even where tmp_path is not."""
-    name = f"/var/tmp/xenbackend-test-{os.getpid()}"
+    name = f"{places.DISK}/{places.prefix()}{os.getpid()}"
     Path(name).write_bytes(random.Random(0).randbytes(SIZE))
     yield name
     Path(name).unlink()
