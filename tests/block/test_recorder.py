@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.helpers_block import StepEnv
 from xenbackend.block import record
 from xenbackend.block.record import SIZE, Entry, Lost, Session
@@ -226,8 +227,8 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
 def test_refused_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
     """A recorder that cannot be opened releases what it had opened already."""
     (tmp_path / "rec.1").mkdir()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with pytest.raises(OSError, match=r"rec\.1"):
         new_recorder(StepEnv(), tmp_path / "rec")
 
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before == len(open_descriptors())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from xenbackend.errors import KernelError
@@ -79,3 +81,16 @@ def test_closed_port_number_is_free(guest: Guest) -> None:
     port.close()
 
     assert number == guest.allocate_port().number
+
+
+def test_a_domain_dies_with_its_ports(xen: Xen) -> None:
+    """Every end of a channel goes with the guest, also one that its driver forgot; one that was closed stays closed."""
+    guest = Guest(xen.directory, 6, pages=8)
+    forgotten, closed = guest.allocate_port(), guest.allocate_port()
+    descriptor = forgotten.fileno()
+    closed.close()
+    guest.close()
+
+    assert [-1, -1] == [forgotten.fileno(), closed.fileno()]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from xenbackend import counters
 from xenbackend.errors import KernelError
 from xenbackend.supervisor.paths import VbdPath
@@ -105,7 +105,7 @@ def test_other_kinds_are_not_shown(xentop: Xentop, shared_memory: Path) -> None:
 
 def test_forgotten_disks_leave_nothing(xentop: Xentop, shared_memory: Path) -> None:
     """Neither a record nor a descriptor; to forget one twice does no harm."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     for disk in (DISK, OTHER):
         xentop.show(disk, page())
     xentop.keep_only([OTHER, VbdPath("vbd3", 0, 9, 9)])
@@ -114,7 +114,7 @@ def test_forgotten_disks_leave_nothing(xentop: Xentop, shared_memory: Path) -> N
     xentop.keep_only([])
 
     assert ["vbd-5-51728"] == kept
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before == len(open_descriptors())
     assert [] == list((shared_memory / f"td3-{PID}").iterdir())
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.exported import GO, HANDSHAKE, SIZE, Exported
 from xenbackend.block.driver import Geometry
 from xenbackend.nbd.abi import (
@@ -247,7 +247,7 @@ def test_client_that_takes_no_answers_is_not_read_from(exported: Exported) -> No
 @pytest.mark.slow
 def test_client_that_takes_no_answers_for_long_is_thrown_out(exported: Exported) -> None:
     """Its memory is somebody else's after that, and no descriptor is left."""
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(open_descriptors())
     client = exported.client().go()
     heads = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, 1, 0, length) for length in (MAX_BLOCK, 512)]
     client.send(b"".join(heads))  # the second one waits for memory, before the other client does
@@ -259,14 +259,14 @@ def test_client_that_takes_no_answers_for_long_is_thrown_out(exported: Exported)
     assert ["READ"] * (MAX_BLOCK // LARGEST) == before
     assert MAX_BLOCK == len(other.reply(MAX_BLOCK)[2])
     assert "did not go on for 30 s" in exported.complaints[0]
-    assert descriptors + 3 == len(os.listdir("/proc/self/fd"))
+    assert descriptors + 3 == len(open_descriptors())
 
 
 @pytest.mark.slow
 def test_any_bytes(exported: Exported) -> None:
     """Clients that send anything, cut anyhow, end in order: no bug, no descriptor and no memory is left."""
     chance = random.Random(4)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(open_descriptors())
     for _ in range(1500):
         client = exported.client()
         client.send(GO if chance.random() < 0.9 else chance.randbytes(30))
@@ -287,7 +287,7 @@ def test_any_bytes(exported: Exported) -> None:
     assert MAX_BLOCK == len(last.reply(MAX_BLOCK)[2])
     last.close()
     exported.pass_time(2)
-    assert descriptors == len(os.listdir("/proc/self/fd"))
+    assert descriptors == len(open_descriptors())
     assert len(exported.chain.seen) > 400
 
 

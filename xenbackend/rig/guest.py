@@ -59,8 +59,13 @@ class GuestPort:
     def close(self) -> None:
         """Close the port. Raises: KernelError."""
         self._connection.call("close_port", port=self.number)
-        os.close(self._incoming)
-        os.close(self._outgoing)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let our end go, if it has not gone already, without a word to the hypervisor."""
+        if self._incoming >= 0:
+            os.close(self._incoming)
+            os.close(self._outgoing)
         self._incoming = self._outgoing = -1  # whoever still uses the port must not reach a stranger's descriptor
 
 
@@ -85,6 +90,7 @@ class Guest:
         os.close(grants)
         self._free_frames = list(range(pages - 1, -1, -1))  # popped from the end: low frames first, side by side
         self._free_grefs = list(range(ENTRIES - 1, RESERVED - 1, -1))
+        self._ports: list[GuestPort] = []
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` free frames, side by side as long as nothing was freed. Raises: KernelError."""
@@ -130,9 +136,12 @@ class Guest:
 
     def allocate_port(self, remote_domid: int = BACKEND_DOMID) -> GuestPort:
         """Return a new port that `remote_domid` may bind. Raises: KernelError."""
-        return GuestPort(self._connection, remote_domid)
+        self._ports.append(port := GuestPort(self._connection, remote_domid))
+        return port
 
     def close(self) -> None:
-        """Let the domain die."""
+        """Let the domain die, with its ports."""
         self._connection.close()
+        for port in self._ports:
+            port.forget()
         os.close(self._memory_fd)
