@@ -5,16 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from tests.xen.bed import machine
-from tests.xen.bed.__main__ import main
+from tests.ci import flaky
+from tests.xen.bed import machine, portions
+from tests.xen.bed.__main__ import DIED, main
+from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
 from tests.xen.bed.image import KEPT, cached, key_of
-from tests.xen.bed.report import Report
+from tests.xen.bed.report import Failure, Report
+from tests.xen.bed.share import Given, Watch
 
 
 def built(cache: Path, name: str) -> Path:
@@ -67,7 +75,7 @@ def test_a_changed_recipe_has_another_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lacks", "uid", "builds", "says"),
     [
-        ("qemu-system-x86_64", 0, False, "not installed: qemu-system-x86; try: apt-get install"),
+        ("debugfs", 0, False, "not installed: e2fsprogs; try: apt-get install"),
         ("mmdebstrap", 0, True, "not installed: mmdebstrap; try: apt-get install"),
         ("", 1000, True, "only root can build one"),
     ],
@@ -87,7 +95,7 @@ def test_nothing_is_missing(uid: int, lacks: str, *, builds: bool) -> None:
 def test_a_machine_that_cannot_is_skipped_or_an_error(
     ci: str, options: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Without QEMU the bed says why and succeeds; in CI, or where success was promised, it fails."""
+    """Without its tools the bed says why and succeeds; in CI, or where success was promised, it fails."""
     monkeypatch.setenv("CI", ci)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "PATH", str(tmp_path))
@@ -103,18 +111,20 @@ def test_the_image_is_never_written(tmp_path: Path) -> None:
     assert [True, False] == ["snapshot=on" in drive for drive in drives]
 
 
-def shown(*events: dict[str, object] | str) -> tuple[str, Report]:
-    """Return what a report prints for events, and the report."""
+def shown(*events: dict[str, object] | str, given: Given = Given()) -> tuple[str, Report]:
+    """Return what a report prints for events, and the report; until the last one the host gave so much."""
     text = io.StringIO()
     report = Report(Console(file=text, width=120))
-    for event in events:
-        report.take(event if isinstance(event, str) else json.dumps(event))
+    for number, event in enumerate(events, 1):
+        so_far = given if number == len(events) else Given()
+        report.take(event if isinstance(event, str) else json.dumps(event), so_far)
     return text.getvalue(), report
 
 
-def ended(outcome: str, text: str = "") -> dict[str, object]:
+def ended(outcome: str, text: str = "", needs: float = 0.5) -> dict[str, object]:
     """Return the event of a test that ended."""
-    return {"event": "end", "test": "tests/xen/test_a.py::test[1]", "outcome": outcome, "seconds": 1.5, "text": text}
+    head = {"event": "end", "test": "tests/xen/test_a.py::test[1]", "outcome": outcome, "seconds": 1.5}
+    return {**head, "text": text, "reason": text, "needs": needs}
 
 
 def test_each_test_has_a_line() -> None:
@@ -125,6 +135,7 @@ def test_each_test_has_a_line() -> None:
         "ok      1.5 s  tests/xen/test_a.py::test[1]",
         "skip    1.5 s  tests/xen/test_a.py::test[1]  no device",
         "FAIL    1.5 s  tests/xen/test_a.py::test[1]",
+        "the host gave 100% of the CPU time; 50% are needed",
         "assert [1] == [2]",
     ] == text.splitlines()
 
@@ -135,3 +146,118 @@ def test_the_status_is_what_dom0_says() -> None:
 
     assert (None, "test_a") == (shown(began, "[ 12.0] Oops [0]\n")[1].status, shown(began)[1].running)
     assert (1, "") == (shown(began, ended("failed"), {"event": "exit", "status": 1})[1].status, "")
+
+
+def test_a_failure_says_what_the_host_gave() -> None:
+    """The report knows which part of the CPU time it wanted a machine had in a test, and whether that was enough."""
+    began = {"event": "start", "test": "test_a"}
+    _, report = shown(began, ended("failed", "timed out", needs=0.8), given=Given(9.0, ran_s=6.0, waited_s=4.0))
+
+    assert [Failure("tests/xen/test_a.py::test[1]", "timed out", 0.6, 0.8)] == report.failures
+    assert report.failures[0].is_the_hosts
+
+
+_LOOP = """
+import os
+os.sched_setaffinity(0, [{cpu}])
+print(flush=True)
+while True:
+    pass
+"""
+
+
+def test_time_that_a_neighbour_took_does_not_pass() -> None:
+    """While a process waits for a CPU that others have, its own time stands still; while it sleeps, it passes."""
+    program = _LOOP.format(cpu=min(os.sched_getaffinity(0)))
+    loops = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(4)]
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        for loop in loops:
+            assert loop.stdout is not None
+            loop.stdout.read(1)
+        watches = [Watch(each.pid) for each in (loops[0], sleeper)]
+        before, began = [watch.look() for watch in watches], time.monotonic()
+        while time.monotonic() < began + 1.0:
+            select.select([], [], [], 0.1)
+        looped, slept = (watch.look() for watch in watches)
+        passed = time.monotonic() - began
+    finally:
+        for each in (*loops, sleeper):
+            each.kill()
+            each.communicate()
+
+    assert looped.own_s - before[0].own_s < 0.6 * passed
+    assert looped.share_since(before[0]) < 0.6
+    assert slept.own_s - before[1].own_s > 0.9 * passed
+    assert Given().share_since(Given()) == 1.0
+
+
+def failure(test: str, share: float = 1.0) -> Failure:
+    """Return a failure; with a share below a half it is the host's."""
+    return Failure(test, "no", share, 0.5)
+
+
+HOSTS = "repeated, as the host gave"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "status", "left", "says"),
+    [
+        ([failure("a")], [(PASSED, [])], PASSED, [], ["passed again: a: no", "  known"]),
+        ([failure("b")], [(PASSED, [])], PASSED, [], ["failed once and passed again: b: no", "  it is not in"]),
+        (
+            [failure("a"), failure("b")],
+            [(PASSED, [])],
+            FAILED,
+            [],
+            ["a", "known", "b", "not in", "2 such tests"],
+        ),
+        ([failure("a")], [(FAILED, [failure("a")])], FAILED, ["a"], []),
+        ([failure("a"), failure("b", 0.3)], [(FAILED, [failure("a")])], FAILED, ["a"], [f"{HOSTS} 30%"]),
+        ([failure("b", 0.3)], [(FAILED, [failure("b", 0.2)]), (PASSED, [])], PASSED, [], [f"{HOSTS} 20%"]),
+        ([failure("b", 0.3)], [(FAILED, [failure("b", 0.2)])] * 2, FAILED, ["b"], []),
+        ([failure("b", 0.3)], [(DIED, [])], DIED, ["b"], []),
+    ],
+    ids=["known", "unknown", "two", "fails again", "one of each", "the host's, twice", "always", "the machine died"],
+)
+def test_what_failed_is_run_again(
+    first: list[Failure], then: list[tuple[int, list[Failure]]], status: int, left: list[str], says: list[str]
+) -> None:
+    """A test that passes again is told of, and one of them is forgiven; what had no CPU time has two more chances."""
+    asked: list[list[str]] = []
+    answers = iter(then)
+
+    def boot(tests: Sequence[str], _number: int) -> tuple[int, list[Failure]]:
+        asked.append(list(tests))
+        return next(answers)
+
+    outcome = repeat(first, boot, {"a": "known"})
+
+    assert (status, left) == (outcome.status, [each.test for each in outcome.failures])
+    assert [] == [said for said, line in zip(says, outcome.lines, strict=True) if said not in line]
+    assert [each.test for each in first] == asked[0]
+    assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_parts_make_a_whole(count: int) -> None:
+    """Every file is in one part, the core in each; and no part takes half as long again as another."""
+    root = Path(__file__).parents[1]
+    files = {f"tests/xen/{file.name}" for file in (root / "tests/xen").glob("test_*.py")}
+    whole_files = {each for each in portions.CORE if "::" not in each}
+    times = [sum(portions.SECONDS[file] for file in share) for share in portions.shares(count)]
+
+    assert sorted(files - whole_files) == sorted(file for share in portions.shares(count) for file in share)
+    for number in range(1, count + 1):
+        part = portions.part(number, count)
+        assert len(part) == len(set(part))
+        assert set() == {each for each in portions.CORE if not {each, each.partition("::")[0]} & set(part)}
+    assert max(times) < 1.5 * min(times)
+
+
+@pytest.mark.parametrize("test", [*[each for each in portions.CORE if "::" in each], *flaky.known()])
+def test_tests_that_are_named_are_there(test: str) -> None:
+    """The core, and the list of tests that failed by chance, name tests as they are called now."""
+    file, _, name = test.partition("::")
+
+    assert f"\ndef {name.partition('[')[0]}(" in (Path(__file__).parents[1] / file).read_text()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.xen.bed.progress import NEEDS
 from tests.xen.tools import leaks, service, xenstore
 from tests.xen.tools.command import run, until
 from tests.xen.tools.guest import Guest
@@ -30,11 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Name our markers."""
     config.addinivalue_line("markers", "kernel_says(*patterns): dom0's kernel may complain so in this test")
     config.addinivalue_line("markers", "xen_says(*patterns): the hypervisor may complain so in this test")
+    config.addinivalue_line("markers", "needs_host(share): the part of the CPU time that it wants which it must get")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Note when a test began."""
+    """Note when a test began, and what it needs of the host."""
     item.stash[_began] = service.now()
+    item.user_properties += [(NEEDS, each.args[0]) for each in item.iter_markers(NEEDS)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,7 +18,6 @@ def fio(*options: str) -> None:
     run(
         *("fio", "--name=verify", f"--filename={DEVICE}", "--rw=randwrite", "--bsrange=512-256k", "--size=8m"),
         *("--ioengine=libaio", "--iodepth=16", "--direct=1", "--fsync=64", "--verify=crc32c", "--minimal", *options),
-        timeout_s=300,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.xen.tools.command import xenbackend, xl
 from tests.xen.tools.disks import check, line, read_file, with_files
 from tests.xen.tools.guest import Guest
-from tests.xen.tools.load import TIMEOUT_S, verify
+from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service
 
 FORMATS = ("vhd", "qcow2")
@@ -43,7 +43,7 @@ def test_leaves_share_a_parent(new_guest: Callable[..., Guest], on_ext4: Path, t
     guest.create().wait_until_ready()
     jobs = [guest.start(write_into(vdev)) for vdev in disks]
     for job in jobs:
-        job.wait(timeout_s=TIMEOUT_S)
+        job.wait()
     errors = [disk["counters"]["errors"] for disk in the_service.disks()]
     xl("shutdown", "-w", guest.domid)
     guest.wait_until_gone()

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.xen.tools.command import until, xenbackend
 from tests.xen.tools.disks import blank, check
 from tests.xen.tools.guest import Guest
-from tests.xen.tools.load import TIMEOUT_S, verify
+from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service, attached
 
 
@@ -43,7 +43,7 @@ def test_attach_and_detach_while_it_runs(linux: Guest, on_tmpfs: Path, the_servi
     """A running guest gets a disk, fio verifies every block of it, and it goes away again."""
     image = blank(on_tmpfs / "disk.raw", 64)
     with attached(linux.domid, "xvdb", f"log:|aio:{image}"):
-        linux.run(write_and_verify("xvdb"), timeout_s=TIMEOUT_S)
+        linux.run(write_and_verify("xvdb"))
         counters = the_service.disk(linux.domid, "xvdb")["counters"]
 
     assert (0, True) == (counters["errors"], counters["writes"] > 0)
@@ -56,4 +56,4 @@ def test_two_disks_at_once(linux: Guest, on_tmpfs: Path, on_ext4: Path, the_serv
     with attached(linux.domid, "xvdb", f"aio:{one}"), attached(linux.domid, "xvdc", f"aio:{two}"):
         jobs = [linux.start(write_and_verify(device)) for device in ("xvdb", "xvdc")]
         for job in jobs:
-            job.wait(timeout_s=TIMEOUT_S)
+            job.wait()

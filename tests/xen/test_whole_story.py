@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.xen.tools.command import xenbackend, xl
 from tests.xen.tools.disks import blank, check
 from tests.xen.tools.guest import Guest
-from tests.xen.tools.load import TIMEOUT_S, verify
+from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service
 
 SECTOR = 512
@@ -35,7 +35,6 @@ def test_the_whole_story(new_guest: Callable[..., Guest], on_ext4: Path, the_ser
         cmp /bin/busybox /mnt/busybox
         umount /mnt
         """,
-        timeout_s=TIMEOUT_S,
     )
     told = _log(guest, "get")
     assert set() == _changed(image) - {sector for first, count in told for sector in range(first, first + count)}

@@ -11,7 +11,7 @@ from tests.xen.tools import xenstore
 from tests.xen.tools.command import Result, run, until, xl
 from tests.xen.tools.disks import blank, check, line, read_file
 from tests.xen.tools.guest import Guest
-from tests.xen.tools.load import TIMEOUT_S, verify
+from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service
 
 GONE = "until ! [ -b /dev/{} ]; do sleep 0.1; done"
@@ -42,7 +42,7 @@ def test_attach_list_detach(guest: Guest, on_ext4: Path, the_service: Service) -
     image = blank(on_ext4 / "disk.raw", 32)
     attach(guest, f"log:|aio:{image}")
     guest.run(THERE.format("xvdb"))
-    guest.run(verify("/dev/xvdb"), timeout_s=TIMEOUT_S)
+    guest.run(verify("/dev/xvdb"))
     listed = xl("block-list", guest.domid).out.splitlines()[-1].split()
     queues = xenstore.read(f"/local/domain/{guest.domid}/device/vbd/51728/multi-queue-num-queues")
     counters = the_service.disk(guest.domid, "xvdb")["counters"]

@@ -57,6 +57,7 @@ def test_reboot_and_destroy(new_guest: Callable[..., Guest], on_ext4: Path, the_
     assert (destroyed.has_waited, "") == (False, destroyed.err), destroyed
 
 
+@pytest.mark.needs_host(0.8)  # libxl gives all twenty scripts together 40 s of real time, and they take up to 30
 def test_twenty_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_service: Service) -> None:
     """Twenty disks of one guest are attached side by side, and each holds what the guest wrote to it alone."""
     images = {vdev: blank(on_tmpfs / f"{vdev}.raw", 1) for vdev in MANY}

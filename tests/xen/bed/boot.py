@@ -5,17 +5,22 @@ Must not know what the lines mean. KVM is of no use here even where it is: the m
 
 from __future__ import annotations
 
+import os
+import select
 import subprocess
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.xen.bed.share import Given, Watch
 
 XEN_ARGUMENTS = (
     "console=com1 com1=115200 dom0_mem=2G,max:2G loglvl=warning guest_loglvl=warning conring_size=1M "
     "spec-ctrl=eager-fpu"  # the emulation loses registers when they are switched lazily: innocent programs crash
 )
-LINUX_ARGUMENTS = "console=hvc0 root=/dev/nvme0n1 quiet mitigations=off systemd.show_status=0"
+LINUX_ARGUMENTS = "console=hvc0 quiet mitigations=off systemd.show_status=0"
+
+_LOOK_S = 1.0  # between two looks at what the host gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ def command(machine: Machine) -> list[str]:
     """
     image = machine.image
     return [
-        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max,-smap,-smep,-erms,-fsrm"),
+        *(*_emulator(image / "emulator"), "-accel", "tcg,thread=multi", "-cpu", "max,-smap,-smep,-erms,-fsrm"),
         *("-m", str(machine.memory_mib), "-smp", str(machine.cpus), "-no-reboot", "-nodefaults", "-display", "none"),
         *("-kernel", str(image / "xen"), "-append", XEN_ARGUMENTS),
         *("-initrd", f"{image / 'vmlinux'} {LINUX_ARGUMENTS},{image / 'dom0.cpio'}"),
@@ -50,24 +55,43 @@ def command(machine: Machine) -> list[str]:
     ]
 
 
-def run(machine: Machine, take: Callable[[str], None], timeout_s: float) -> bool:
-    """Boot, hand each line to `take`, and return True when the machine ended by itself within its time."""
-    in_time = True
-    with subprocess.Popen(
-        command(machine), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
-    ) as qemu:
+def _emulator(root: Path) -> list[str]:
+    """Return the words that start the image's own emulator, with its own libraries and firmware."""
+    libraries = root / "usr/lib/x86_64-linux-gnu"
+    return [
+        *("env", f"QEMU_MODULE_DIR={libraries / 'qemu'}"),
+        *(str(libraries / "ld-linux-x86-64.so.2"), "--library-path", str(libraries)),
+        *(str(root / "usr/bin/qemu-system-x86_64"), "-L", str(root / "usr/share/qemu")),
+        *("-L", str(root / "usr/share/seabios")),
+    ]
 
-        def end() -> None:
-            nonlocal in_time
-            in_time = False
-            qemu.kill()
 
-        timer = threading.Timer(timeout_s, end)
-        timer.start()
+def run(machine: Machine, take: Callable[[str, Given], None], silence_s: float) -> bool:
+    """Boot, hand on each line with what the host gave until then; return True where the machine ended by itself.
+
+    It is given up when it has said nothing for `silence_s` seconds of its own: see `share.Given`.
+    """
+    with subprocess.Popen(command(machine), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
         try:
-            for line in qemu.stdout:
-                take(line)
+            return _listen(qemu, take, silence_s)
         finally:
-            timer.cancel()
             qemu.kill()
-    return in_time
+
+
+def _listen(qemu: subprocess.Popen[bytes], take: Callable[[str, Given], None], silence_s: float) -> bool:
+    assert qemu.stdout is not None
+    watch, rest = Watch(qemu.pid), b""
+    heard = watch.look()
+    while True:
+        is_there = select.select([qemu.stdout], [], [], _LOOK_S)[0]
+        given = watch.look()
+        if is_there:
+            data = os.read(qemu.stdout.fileno(), 65536)
+            if not data:
+                return True
+            heard = given
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                take(line.decode(errors="replace"), given)
+        elif given.own_s - heard.own_s > silence_s:
+            return False

@@ -21,9 +21,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenbackend-xen"
 
 
-def key_of(files: Iterable[Path]) -> str:
-    """Return what a recipe is known by: a hash of the names and contents of its files."""
-    digest = hashlib.sha256()
+def key_of(files: Iterable[Path], words: Iterable[str] = ()) -> str:
+    """Return what a recipe is known by: a hash of the names and contents of its files, and of `words`."""
+    digest = hashlib.sha256("\n".join(words).encode())
     for file in sorted(files):
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)}\n".encode() + content)

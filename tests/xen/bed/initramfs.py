@@ -18,7 +18,14 @@ MOUNT_POINTS = ("bin", "dev", "proc", "sys", "root", "tmp", "mnt", "modules", "e
 
 
 def make(
-    archive: Path, root: Path, version: str, *, init: Path, modules: Sequence[str], tools: Sequence[str] = ()
+    archive: Path,
+    root: Path,
+    version: str,
+    *,
+    init: Path,
+    modules: Sequence[str],
+    scripts: Sequence[Path] = (),
+    tools: Sequence[str] = (),
 ) -> None:
     """Write an archive (cpio, newc).
 
@@ -28,6 +35,7 @@ def make(
         version: the kernel's.
         init: what runs first.
         modules: their names; what they need comes along, and /modules/order lists all in order.
+        scripts: further ones, which go to /bin.
         tools: paths of programs below `root`; they go to /bin, with the libraries they need.
     """
     with tempfile.TemporaryDirectory() as place:
@@ -36,6 +44,8 @@ def make(
             (tree / name).mkdir()
         shutil.copy(root / "bin/busybox", tree / "bin/busybox")
         shutil.copy(init, tree / "init")
+        for script in scripts:
+            shutil.copy(script, tree / "bin")
         _add_modules(tree, module_files(root, version, modules))
         _add_tools(tree, root, tools)
         _pack(tree, archive)

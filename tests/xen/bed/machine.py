@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 
-FOR_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
+FOR_BOOT = {"mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
 FOR_BUILD = {"mmdebstrap": "mmdebstrap", "cpio": "cpio", "modprobe": "kmod"}
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # a user's PATH has no sbin in Debian
 

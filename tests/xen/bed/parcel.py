@@ -1,5 +1,5 @@
-"""What goes into dom0 on its second disk, and what comes back on it: wheels, the Debian package where one was built,
-tests, how to start; results.
+"""What goes into dom0 on its second disk, and what comes back on it: the project's wheel, the Debian package where one
+was built, tests, how to start; results.
 
 Must not reach for the network from inside: wheels are made here.
 """
@@ -7,15 +7,12 @@ Must not reach for the network from inside: wheels are made here.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
-import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.xen.bed.image import cached, key_of
+from tests.xen.bed import wheels
 from tests.xen.bed.machine import PATH
 
 PROJECT = Path(__file__).parents[3]
@@ -24,19 +21,17 @@ ROOM_FOR_RESULTS = 256 << 20
 _PARTS = ("tests", "pyproject.toml")  # not the package: dom0 has what pip installed
 
 
-def pack(directory: Path, cache: Path, arguments: Sequence[str]) -> Path:
+def pack(directory: Path, arguments: Sequence[str]) -> Path:
     """Write the disk's image into a directory and return it.
 
     Args:
         directory: an empty one.
-        cache: where the wheels of what the project needs are kept.
         arguments: for pytest in dom0.
 
     Raises: CalledProcessError.
     """
     tree, image = directory / "parcel", directory / "parcel.img"
-    shutil.copytree(_wheels_of_others(cache), tree / "wheels")
-    _pip_wheel(tree / "wheels", "--no-deps", str(PROJECT))
+    wheels.make(tree / "wheels", "--no-deps", str(PROJECT))
     for name in _PARTS:
         _copy(PROJECT / name, tree / "project" / name)
     (tree / "out").mkdir()
@@ -58,21 +53,6 @@ def unpack(image: Path, results: Path) -> None:
     for file in (results / "out").iterdir():
         file.rename(results / file.name)
     (results / "out").rmdir()
-
-
-def _wheels_of_others(cache: Path) -> Path:
-    """Return a directory with the wheels of pytest and of what the project needs."""
-    return cached(cache, f"wheels-{key_of([PROJECT / 'pyproject.toml'])}", _fetch)
-
-
-def _fetch(directory: Path) -> None:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    pytest = [each for each in project["optional-dependencies"]["dev"] if re.match(r"pytest\b(?!-)", each)]
-    _pip_wheel(directory, *project["dependencies"], *pytest)
-
-
-def _pip_wheel(directory: Path, *what: str) -> None:
-    _run(sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--wheel-dir", str(directory), *what)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 CHANNEL = Path("/dev/ttyS1")
+NEEDS = "needs_host"
+NEEDED = 0.5  # of the CPU time that the machine wants: libxl's 10 s are twice what it takes here at most
 _MAX_TEXT = 20_000  # characters of a failure; the rest is in the results
 
 
@@ -31,7 +33,7 @@ class Progress:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Tell of a file that cannot be collected."""
         if report.failed:
-            self._tell(event="end", test=report.nodeid, outcome="failed", seconds=0, text=_text(report))
+            self._tell_end(report.nodeid, report, 0.0)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Tell which test begins."""
@@ -48,9 +50,15 @@ class Progress:
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Tell how a test ended."""
         report = self._worst.pop(nodeid)
-        self._tell(
-            event="end", test=nodeid, outcome=report.outcome, seconds=round(self._seconds, 1), text=_text(report)
-        )
+        self._tell_end(nodeid, report, self._seconds)
+
+    def _tell_end(self, test: str, report: pytest.TestReport | pytest.CollectReport, seconds: float) -> None:
+        text = _text(report)
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = (crash.message if crash else text.strip()).partition("\n")[0]
+        needs = dict(getattr(report, "user_properties", [])).get(NEEDS, NEEDED)
+        shown = {"seconds": round(seconds, 1), "text": text, "reason": reason, "needs": needs}
+        self._tell(event="end", test=test, outcome=report.outcome, **shown)
 
     def _tell(self, **event: Any) -> None:
         os.write(self._fd, json.dumps(event).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What the image is made of: Debian 12 as dom0 with Xen 4.17, and a small Linux guest inside of it.
+"""What the image is made of: Debian 12 as dom0 with Xen 4.17, a small Linux guest inside of it, and the emulator.
 
 Must not know what is tested. The image's key is a hash of `FILES`: a change in any of them builds anew.
 """
@@ -11,15 +11,16 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.xen.bed import initramfs
+from tests.xen.bed import initramfs, wheels
 from tests.xen.bed.machine import PATH
 
 HERE = Path(__file__).parent
 FILES = [
     *(HERE / name for name in ("recipe.py", "initramfs.py")),
-    *(HERE / "files" / name for name in ("dom0-init", "guest-init", "suite.service")),
+    *(HERE / "files" / name for name in ("dom0-init", "guest-init", "suite.service", "find-disk")),
 ]
 SUITE = "bookworm"
 PACKAGES = [
@@ -30,6 +31,8 @@ PACKAGES = [
     *("python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog"),  # that our own package depends on
 ]
 ROOT_SIZE = "4G"  # sparse
+# Debian 13's, on whatever host: it is a quarter faster than Debian 12's, and everybody's machine is the same.
+EMULATOR_SUITE, EMULATOR_PACKAGES = "trixie", ["qemu-system-x86", "seabios"]
 VENV = "/opt/xenbackend"  # where the project is installed; bed/files/start
 GUEST_TOOLS = [
     *("usr/bin/dash", "usr/bin/flock", "usr/bin/fio", "usr/bin/cmp"),
@@ -44,9 +47,13 @@ MASKED = [  # a getty on hvc0 would take the console away; timers would wake up 
 
 
 def build(directory: Path) -> None:
-    """Fill a directory with `xen`, `vmlinux`, `dom0.cpio` and `root.img`; as root. Raises: CalledProcessError."""
+    """Fill a directory with `emulator/`, `xen`, `vmlinux`, `dom0.cpio` and `root.img`; as root.
+
+    Raises: CalledProcessError.
+    """
     root = directory / "root"
-    _run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root))
+    _bootstrap("extract", EMULATOR_PACKAGES, EMULATOR_SUITE, directory / "emulator")
+    _bootstrap("minbase", PACKAGES, SUITE, root)
     (directory / "xen").write_bytes(gzip.decompress((root / "boot/xen-4.17-amd64.gz").read_bytes()))
     kernel = next((root / "boot").glob("vmlinuz-*"))
     version = kernel.name.removeprefix("vmlinuz-")
@@ -57,6 +64,7 @@ def build(directory: Path) -> None:
         version,
         init=HERE / "files/dom0-init",
         modules=["crc32c_generic", "ext4", "nvme"],
+        scripts=[HERE / "files/find-disk"],
     )
     _add_guest(root, version, directory / "vmlinux")
     _configure(root)
@@ -93,10 +101,25 @@ def _configure(root: Path) -> None:
     (root / "var/log/xen/console").mkdir(parents=True, exist_ok=True)
     with (root / "etc/default/xen").open("a") as file:
         file.write("XENCONSOLED_ARGS=--log=guest\n")
-    _run("chroot", str(root), "python3", "-m", "venv", VENV)  # pip's own installation takes a minute when emulated
+    _add_wheels(root)
     shutil.copy(HERE / "files/suite.service", root / "etc/systemd/system/")
+    shutil.copy(HERE / "files/find-disk", root / "usr/local/bin/")
     _run("chroot", str(root), "systemctl", "--quiet", "enable", "suite.service")
     _run("chroot", str(root), "systemctl", "--quiet", "mask", *MASKED)
+
+
+def _add_wheels(root: Path) -> None:
+    """Make the environment that the project is installed into, with all that it needs: emulated it takes a minute."""
+    place = root / "tmp/wheels"
+    wheels.fetch(place)
+    _run("chroot", str(root), "python3", "-m", "venv", VENV)
+    pip = (f"{VENV}/bin/pip", "install", "--quiet", "--no-index", "--find-links=/tmp/wheels")
+    _run("chroot", str(root), *pip, *wheels.requirements())
+    shutil.rmtree(place)
+
+
+def _bootstrap(variant: str, packages: Sequence[str], suite: str, directory: Path) -> None:
+    _run("mmdebstrap", "--quiet", f"--variant={variant}", f"--include={','.join(packages)}", suite, str(directory))
 
 
 def _run(*command: str) -> None:

@@ -7,12 +7,37 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from tests.xen.bed.share import Given
+
 _MARKS = {"passed": "[green]ok[/]  ", "failed": "[red]FAIL[/]", "skipped": "[yellow]skip[/]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A test that failed.
+
+    Attributes:
+        test: its name, as pytest takes it.
+        reason: the first line of what it said.
+        share: which part of the CPU time that the machine wanted meanwhile the host gave it.
+        needs: which part of it the test needs, as time-outs that are not ours pass in real time.
+    """
+
+    test: str
+    reason: str
+    share: float
+    needs: float
+
+    @property
+    def is_the_hosts(self) -> bool:
+        """Whether it says nothing: the test had not what it needs."""
+        return self.share < self.needs
 
 
 class Report:
@@ -21,11 +46,12 @@ class Report:
     def __init__(self, console: Console) -> None:
         self.status: int | None = None
         self.running = ""  # the test that has begun and not ended
-        self.failed: list[str] = []
+        self.failures: list[Failure] = []
         self._console = console
         self._spinner = console.status("booting Xen")
         self._began = time.monotonic()
         self._count = self._done = 0
+        self._before = Given()  # the test that is running began
 
     def __enter__(self) -> Report:
         self._spinner.start()
@@ -39,8 +65,8 @@ class Report:
         self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s  {escape(text)}[/]", highlight=False)
         self._spinner.update(escape(text))
 
-    def take(self, line: str) -> None:
-        """Show an event; what is none is shown as it is."""
+    def take(self, line: str, given: Given) -> None:
+        """Show an event; what is none is shown as it is. `given` is what the machine had of the host until then."""
         try:
             event = json.loads(line)
         except ValueError:
@@ -53,15 +79,15 @@ class Report:
                 self._count = count
                 self.step(f"{count} tests")
             case {"event": "start", "test": str(test)}:
-                self.running = test
+                self.running, self._before = test, given
                 self._spinner.update(f"{self._done}/{self._count}  {escape(test)}")
             case {"event": "end"}:
-                self._end(event)
+                self._end(event, given)
             case {"event": "exit", "status": int(status)}:
                 self.status = status
                 self.step("switching off")
 
-    def _end(self, event: dict[str, Any]) -> None:
+    def _end(self, event: dict[str, Any], given: Given) -> None:
         self.running = ""
         self._done += 1
         text, outcome = event["text"], event["outcome"]
@@ -69,5 +95,7 @@ class Report:
         reason = f"  [dim]{escape(text)}[/]" if outcome == "skipped" else ""
         self._console.print(line + reason, highlight=False, soft_wrap=True)
         if outcome == "failed":
-            self.failed.append(event["test"])
+            failure = Failure(event["test"], event["reason"], given.share_since(self._before), event["needs"])
+            self.failures.append(failure)
+            self._console.print(f"the host gave {failure.share:.0%} of the CPU time; {failure.needs:.0%} are needed")
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -9,17 +9,18 @@ import os
 import re
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from tests.xen.tools.idle import Patience
+
 T = TypeVar("T")
 POLL_S = 0.1
 _TICKS = os.sysconf("SC_CLK_TCK")
 LIBXL_TIMEOUT_S = 10.0  # the shortest that libxl has, in real time
-TIMEOUT_S = 120.0  # everything is 20 to 50 times slower here than on a real machine
+TIMEOUT_S = 60.0  # of a machine that has nothing to do, like every time-out here (`idle`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +42,33 @@ class Failed(AssertionError):
     """A program failed that should not have."""
 
 
-def run(*command: object, check: bool = True, timeout_s: float = TIMEOUT_S, text: str = "") -> Result:
+def run(*command: object, check: bool = True, text: str = "") -> Result:
     """Run a program to its end with `text` as its input. Raises: Failed, when `check` and its status is not 0."""
     words = [str(word) for word in command]
     before = _idle_s()
-    done = subprocess.run(
-        words, input=text, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
-    )
+    out, err, status = _communicate(words, text)
     idle_s = min(after - former for former, after in zip(before, _idle_s(), strict=True))
-    result = Result(done.stdout, done.stderr, done.returncode, idle_s)
+    result = Result(out, err, status, idle_s)
     if check and result.status:
         raise Failed(f"{' '.join(words)} ended with {result.status}\n{result.out}{result.err}")
     return result
+
+
+def _communicate(words: list[str], text: str) -> tuple[str, str, int]:
+    """Return what a program said and its status. Raises: Failed, when it does not end though nobody is at work."""
+    patience, rest = Patience(), text or None
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace") as program:
+        while True:
+            try:
+                out, err = program.communicate(rest, timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                rest = None  # it goes on with what it has begun to send
+                if patience.spent_s() > TIMEOUT_S:
+                    program.kill()
+                    raise Failed(f"{' '.join(words)} did not end; the machine was idle for {TIMEOUT_S:g} s") from None
+            else:
+                return out, err, program.returncode
 
 
 def _idle_s() -> list[float]:
@@ -61,22 +77,21 @@ def _idle_s() -> list[float]:
     return [sum(map(int, words[4:6])) / _TICKS for words in lines if re.fullmatch(r"cpu\d+", words[0])]
 
 
-def xl(*arguments: object, check: bool = True, timeout_s: float = TIMEOUT_S) -> Result:
+def xl(*arguments: object, check: bool = True) -> Result:
     """Run xl."""
-    return run("xl", *arguments, check=check, timeout_s=timeout_s)
+    return run("xl", *arguments, check=check)
 
 
-def xenbackend(*arguments: object, check: bool = True, timeout_s: float = TIMEOUT_S) -> Result:
+def xenbackend(*arguments: object, check: bool = True) -> Result:
     """Run our own command as the operator does."""
-    return run("xenbackend", *arguments, check=check, timeout_s=timeout_s)
+    return run("xenbackend", *arguments, check=check)
 
 
 def until(what: str, look: Callable[[], T], timeout_s: float = TIMEOUT_S) -> T:
     """Look again and again until there is something, and return it. Raises: Failed, naming `what` did not happen."""
-    end = time.monotonic() + timeout_s
-    pause = threading.Event()
+    patience, pause = Patience(), threading.Event()
     while not (found := look()):
-        if time.monotonic() > end:
-            raise Failed(f"this did not happen within {timeout_s:g} s: {what}")
+        if patience.spent_s() > timeout_s:
+            raise Failed(f"this did not happen though the machine was idle for {timeout_s:g} s: {what}")
         pause.wait(POLL_S)
     return found

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.xen.tools import xenstore
-from tests.xen.tools.command import TIMEOUT_S, Failed, Result, T, until, xl
+from tests.xen.tools.command import Failed, Result, T, until, xl
 
 KERNEL = "/opt/guest/vmlinux"
 RAMDISK = "/opt/guest/initrd"
@@ -94,9 +94,9 @@ class Guest:
         """Return whether the guest still exists."""
         return xenstore.read(f"/local/domain/{self.domid}/name") == self.name
 
-    def wait_until_gone(self, timeout_s: float = TIMEOUT_S) -> None:
+    def wait_until_gone(self) -> None:
         """Return when the guest has ended by itself and xl has cleaned up."""
-        self._until("its end", lambda: not self.is_there(), timeout_s)
+        self._until("its end", lambda: not self.is_there())
 
     @property
     def log(self) -> str:
@@ -104,19 +104,19 @@ class Guest:
         files = [LOGS / f"guest-{self.name}{suffix}.log" for suffix in ("", "--incoming")]
         return "".join(file.read_text(errors="replace").replace("\r\n", "\n") for file in files if file.exists())
 
-    def wait_for(self, pattern: str, timeout_s: float = TIMEOUT_S) -> re.Match[str]:
+    def wait_for(self, pattern: str) -> re.Match[str]:
         """Return the first match in what the guest prints (multi-line, dots match all). Raises: Failed with the log."""
-        return self._until(pattern, lambda: re.search(pattern, self.log, re.MULTILINE | re.DOTALL), timeout_s)
+        return self._until(pattern, lambda: re.search(pattern, self.log, re.MULTILINE | re.DOTALL))
 
-    def _until(self, what: str, look: Callable[[], T], timeout_s: float) -> T:
+    def _until(self, what: str, look: Callable[[], T]) -> T:
         try:
-            return until(what, look, timeout_s)
+            return until(what, look)
         except Failed as error:
             raise Failed(f"{error}; {self.name} said:\n{self.log[-2000:]}") from None
 
-    def wait_until_ready(self, timeout_s: float = TIMEOUT_S) -> Guest:
+    def wait_until_ready(self) -> Guest:
         """Return when our Linux takes commands."""
-        self.wait_for(r"^@ready", timeout_s)
+        self.wait_for(r"^@ready")
         return self
 
     def type(self, text: str) -> None:
@@ -132,9 +132,9 @@ class Guest:
         self.type("".join(f"{line}\n" for line in [f"run {job.id}", *lines, "."]))
         return job
 
-    def run(self, script: str, *, check: bool = True, timeout_s: float = TIMEOUT_S) -> str:
+    def run(self, script: str, *, check: bool = True) -> str:
         """Run a shell script in our Linux to its end and return its output. Raises: Failed."""
-        return self.start(script).wait(check=check, timeout_s=timeout_s)
+        return self.start(script).wait(check=check)
 
 
 def unbind(devid: int) -> str:
@@ -153,9 +153,9 @@ class Job:
         """Return whether it has ended."""
         return f"@end {self.id} " in self.guest.log
 
-    def wait(self, *, check: bool = True, timeout_s: float = TIMEOUT_S) -> str:
+    def wait(self, *, check: bool = True) -> str:
         """Return the output once the script has ended. Raises: Failed, when `check` and its status is not 0."""
-        found = self.guest.wait_for(rf"^@begin {self.id}\n(.*)^@end {self.id} (\d+)$", timeout_s)
+        found = self.guest.wait_for(rf"^@begin {self.id}\n(.*)^@end {self.id} (\d+)$")
         output, status = found.groups()
         if check and status != "0":
             raise Failed(f"a script in {self.guest.name} ended with {status}:\n{output}")

@@ -9,8 +9,6 @@ from tests.xen.tools.command import until
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.service import Service
 
-TIMEOUT_S = 300.0
-
 
 def verify(file: str, size: str = "8m") -> str:
     """Return the command; its status says whether every block was right."""
@@ -38,7 +36,7 @@ class Load:
     def stop(self) -> None:
         """End it. Raises: Failed, when a request failed or a block was wrong."""
         self._guest.run(f"touch {self._end}")
-        self._job.wait(timeout_s=TIMEOUT_S)
+        self._job.wait()
 
     def _writes(self, service: Service) -> int:
         return int(service.disk(self._guest.domid, self._vdev)["counters"].get("writes", 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 from tests.xen.tools.command import run
 
@@ -55,13 +56,19 @@ class KernelLog:
 class XenLog:
     """The hypervisor's log from now on. Booted with loglvl=warning: whatever comes is a complaint."""
 
+    _seen: ClassVar[int | None] = None  # lines that were there when it was last looked at, which takes a while
+
     def __init__(self) -> None:
-        self._before = _xen_dmesg()
+        if XenLog._seen is None:
+            XenLog._seen = len(_xen_dmesg())
+        self._before = XenLog._seen
 
     @property
     def lines(self) -> list[str]:
-        """What came since."""
-        return _xen_dmesg()[len(self._before) :]
+        """What came since, and since the log was looked at before."""
+        lines = _xen_dmesg()
+        XenLog._seen = len(lines)
+        return lines[self._before :]
 
     def complaints(self, allowed: Iterable[str] = ()) -> list[str]:
         """Return what came since, but for what matches one of `allowed`."""

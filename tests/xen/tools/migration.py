@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import time
 from pathlib import Path
 from types import TracebackType
 
-from tests.xen.tools.command import TIMEOUT_S, Failed, xl
+from tests.xen.tools.command import POLL_S, TIMEOUT_S, Failed, until, xl
 from tests.xen.tools.guest import Guest
+from tests.xen.tools.idle import Patience
 
 BANNER = b"xl migration receiver ready, send binary domain data.\n"
 READY = b"domain received, ready to unpause\0"
@@ -59,7 +59,7 @@ class Receiver:
     def hang_up(self) -> None:
         """Break the connection, and return when the receiver has ended."""
         self._xl.stdin.close()
-        self._xl.wait(TIMEOUT_S)
+        until("the receiver has ended", lambda: self._xl.poll() is not None)
 
     def kill(self) -> None:
         """End the receiver without a chance to clean up."""
@@ -69,10 +69,12 @@ class Receiver:
         self._xl.stdout.close()
 
     def _wait_for(self, message: bytes) -> None:
-        end = time.monotonic() + TIMEOUT_S
+        patience = Patience()
         while not self.said.endswith(message):
-            if not select.select([self._xl.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise Failed(f"the receiver did not say {message!r}, only {self.said!r}")
+            if not select.select([self._xl.stdout], [], [], POLL_S)[0]:
+                if patience.spent_s() > TIMEOUT_S:
+                    raise Failed(f"the receiver did not say {message!r}, only {self.said!r}")
+                continue
             character = os.read(self._xl.stdout.fileno(), 1)
             if not character:
                 raise Failed(f"the receiver ended after {self.said!r} without {message!r}")

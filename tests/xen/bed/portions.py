@@ -1,0 +1,50 @@
+"""Which tests a part of the suite is made of: a core that is always run, and a share of the rest.
+
+Must not name a test that is not there, nor miss a file: `tests/test_xen_bed.py` holds it to that.
+
+A file is the unit, as its tests share a guest. The core is what has found faults: xl's whole way with a disk, twenty
+disks at once, kills under load, a guest that is saved, and the contracts that the simulated Xen is held to as well.
+"""
+
+from __future__ import annotations
+
+CORE = (
+    "tests/contract/test_ports.py",
+    "tests/contract/test_store.py",
+    "tests/xen/test_whole_story.py",
+    "tests/xen/test_dom0_disk.py",
+    "tests/xen/test_kills.py::test_both_die_at_once",
+    "tests/xen/test_migration.py::test_save_and_restore",
+    "tests/xen/test_xl_life.py::test_twenty_disks",
+)
+SECONDS = {  # what the rest takes; only how they compare with each other counts
+    "tests/xen/test_blkback.py": 50,
+    "tests/xen/test_config_line.py": 33,
+    "tests/xen/test_debian_package.py": 106,
+    "tests/xen/test_grub.py": 18,
+    "tests/xen/test_guest_ends.py": 98,
+    "tests/xen/test_hvm.py": 25,
+    "tests/xen/test_images.py": 64,
+    "tests/xen/test_kills.py": 204,
+    "tests/xen/test_linux_guest.py": 49,
+    "tests/xen/test_migration.py": 100,
+    "tests/xen/test_settings.py": 20,
+    "tests/xen/test_xl_block.py": 80,
+    "tests/xen/test_xl_dom0.py": 50,
+    "tests/xen/test_xl_life.py": 100,
+}
+WHOLE = (*CORE[:2], "tests/xen")
+
+
+def part(number: int, count: int) -> list[str]:
+    """Return what pytest is given for the `number`-th of `count` parts: the core, and the part's own files."""
+    files = shares(count)[number - 1]
+    return [*files, *(each for each in CORE if each.partition("::")[0] not in files)]
+
+
+def shares(count: int) -> list[list[str]]:
+    """Return the files of each part without the core: the longest first, each to the part that has least."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for file, _ in sorted(SECONDS.items(), key=lambda each: (-each[1], each[0])):
+        min(parts, key=lambda files: sum(SECONDS[each] for each in files)).append(file)
+    return parts
