@@ -5,11 +5,13 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-IMAGES := /dev/shm/xenbackend-images
-LONG = nice $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed -o faulthandler_timeout=0 --basetemp $(IMAGES) \
-	--seed $(or $(S),1)
+# A suite runs in a directory of its own, which {tmp} stands for, and may leave nothing behind. PART=2/5 runs a part of a
+# long one, FAILED=1 what failed in it last.
+CONTAINED := $(BIN)/python -m tests.ci.contained
+PART_OF = $(if $(PART),--part $(PART))
+FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-images test-fuzz test-model test-xen chaos bench-xen bench deb clean
+.PHONY: run test test-all test-images test-fuzz test-model test-xen chaos bench-xen bench deb clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -18,36 +20,41 @@ test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist loadgroup
+	$(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t
+
+# What CI runs in part, with what it runs whole; tests/ci/steps.py. What has passed with the same code is not run again.
+test-all:  ## every suite in full, in hours; may be stopped and goes on; the report is build/all/report.txt
+	$(PYTHON) -m tests.ci full $(if $(ANEW),--anew)
 
 # S=number begins the random numbers elsewhere. In memory: what is synced that often would take a disk hours.
 test-images: $(VENV)/.dev  ## image formats at length: a million requests to each, kills, power losses, damage
-	$(LONG) --requests 1000000 tests/block/test_large.py tests/block/qcow/test_kills.py \
+	TMPDIR=/dev/shm nice $(CONTAINED) $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed \
+		-o faulthandler_timeout=0 --basetemp={tmp}/t --seed $(or $(S),1) --long --requests 1000000 $(PART_OF) \
+		$(call FAILED_OF,images) tests/block/test_large.py tests/block/qcow/test_kills.py \
 		tests/block/mapped/test_blocks.py tests/block/drivers/test_vdi.py tests/block/test_hostile_parents.py
-	$(LONG) --requests 2000000 tests/block/formats
-	rm -rf $(IMAGES)
 
 # KILLS=number, or HOURS=number; S=number plans other steps.
 chaos: $(VENV)/.dev  ## kill everything below guests under load; the figures are build/chaos.json
 	mkdir -p build
-	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
+	$(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json
 
 test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
-	nice $(BIN)/pytest -q -n 0 --explore tests/explore tests/worker/test_recovery.py
+	nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal --basetemp={tmp}/t --long $(PART_OF) \
+		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py
 
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage
-	$(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --seed $(or $(S),1) --requests 2000000 \
-		-k any_bytes tests/block/formats
+	$(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t \
+		--seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
 
 # K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
 # The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
-	$(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(K),-k '$(K)')
+	$(CONTAINED) $(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
-	$(BIN)/python -m tests.xen.bed tests/xen/speed.py
+	$(CONTAINED) $(BIN)/python -m tests.xen.bed tests/xen/speed.py
 
 bench: $(VENV)/.run  ## measure beside the peers that are installed
 	$(BIN)/xenbackend bench --compare

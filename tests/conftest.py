@@ -1,17 +1,67 @@
-"""Options of all tests."""
+"""Options of all tests, and what each of them may use."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 
 from xenbackend.image import session
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The `number`-th of `count` parts; all together are the whole."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read it from a command line. Raises: ValueError."""
+        part = cls(*map(int, text.split("/")))
+        if not 1 <= part.number <= part.count:
+            raise ValueError(text)
+        return part
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let random tests run longer, or again."""
     parser.addoption("--requests", type=int, default=20_000, help="requests of tests against a model of the disk")
-    parser.addoption("--explore", action="store_true", help="look at every order of events on larger rings, too")
+    parser.addoption("--long", action="store_true", help="run what takes minutes, too")
+    parser.addoption("--part", type=Part.parse, metavar="K/N", help="only the K-th of N parts of what would be run")
     parser.addoption("--seed", type=int, default=1, help="start of random numbers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a part: every N-th test, so that what is alike is spread over the parts."""
+    part: Part | None = config.getoption("--part")
+    if part:
+        chosen = items[part.number - 1 :: part.count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell of failures at once where pytest itself tells of them in the end."""
+    if config.pluginmanager.hasplugin("terminalreporter") and config.get_verbosity() <= 0:
+        config.pluginmanager.register(TellsAtOnce(config))
+
+
+class TellsAtOnce:
+    """Names each test that fails when it fails, with its error."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write it on lines of its own; the whole story follows in the end."""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = (crash.message if crash else report.longreprtext.strip()).partition("\n")[0]
+            terminal = self._config.pluginmanager.getplugin("terminalreporter")
+            terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}): {reason}", red=True)
 
 
 @pytest.fixture

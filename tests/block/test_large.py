@@ -1,6 +1,7 @@
 """Image formats at length: every size of cluster and disk, eight parents, against a model that is a raw file.
 
-How many requests there are in all is `--requests`, for each format; `make test-images` asks for a million.
+How many requests there are in all is `--requests`, for each format; `make test-images` asks for a million, and for
+every shape of image (`--long`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ SHAPES = {
     **{f"vhd, {1 << bits}": Shape("vhd", format="vpc", cluster_size=1 << bits) for bits in (12, 16, 19, 24)},
     "vhd, 8 parents": Shape("vhd", "force_size=on", depth=DEPTH, format="vpc"),
     "vhd, 2 TiB, 8 parents": Shape("vhd", "force_size=on", size=2040 << 30, depth=DEPTH, format="vpc"),
+}
+FAST = {  # one of each kind, without --long
+    *("qcow2, 512", "qcow2, 65536", "qcow2, 2097152", "qcow2, version 2", "qcow2, compressed", "qcow2, 8 parents"),
+    *("qcow, 1024", "qcow, 8 parents", "vhd", "vhd, 4096", "vhd, 2 TiB, 8 parents"),
 }
 
 
@@ -164,6 +169,8 @@ def make(shape: Shape, directory: Path, number: int) -> str:
 @pytest.mark.parametrize("name", SHAPES)
 def test_against_a_model(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
     """Whatever is written to an image, and to one over it, is what is read, by us and by QEMU, which finds no fault."""
+    if name not in FAST and not request.config.getoption("--long"):
+        pytest.skip("as others, at greater length; --long, or make test-images")
     shape = SHAPES[name]
     machine.files.lock_timeout_s = (
         2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has

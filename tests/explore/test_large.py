@@ -19,8 +19,8 @@ BOUNDS = [
 @pytest.fixture(autouse=True)
 def large(request: pytest.FixtureRequest) -> None:
     """Only where it is asked for."""
-    if not request.config.getoption("--explore"):
-        pytest.skip("takes minutes; --explore, or make test-model")
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes; --long, or make test-model")
 
 
 @pytest.mark.slow
