@@ -1,0 +1,51 @@
+"""Whose failure it is that a share of a long suite shows: the commit's, or its parent's as well.
+
+Must not excuse anything: what the parent has too is to be mended all the same, before or with the change.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.ci.runner import Runner
+from tests.ci.steps import Step
+
+PLACE = Path("build/parent")
+
+
+def on_parent(runner: Runner, step: Step, command: str) -> str:
+    """Run on the parent commit what failed, once, and return a sentence that says how that ended."""
+    parent = _git("rev-parse", "--verify", "--quiet", "HEAD^")
+    if not parent:
+        return "whether the parent commit has it too cannot be told: this clone does not have it"
+    print(f"\n== {step.name}, on the parent commit {parent[:10]}", flush=True)
+    _remove()
+    _git("worktree", "add", "--quiet", "--detach", str(PLACE), parent)
+    try:
+        ran = runner.run(_again(step, command), directory=PLACE)
+    finally:
+        _remove()
+    if ran.status:
+        return f"it is not (only) this commit's: {parent[:10]}, its parent, fails there as well"
+    return f"it is this commit's: {parent[:10]}, its parent, passes there"
+
+
+def _again(step: Step, command: str) -> str:
+    """Return the command for what failed alone, where the suite has told what that was."""
+    if not step.failed or not Path(step.failed).exists():
+        return command
+    target = PLACE / step.failed
+    target.parent.mkdir(parents=True)
+    shutil.copy(step.failed, target)
+    return f"{command} FAILED=1"
+
+
+def _remove() -> None:
+    shutil.rmtree(PLACE, ignore_errors=True)
+    _git("worktree", "prune")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=False, capture_output=True, text=True).stdout.strip()

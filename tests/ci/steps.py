@@ -1,0 +1,78 @@
+"""The steps of CI and of `make test-all`, in their order, with what of 28 minutes each may take.
+
+Must not run anything. A suite that is added stands here: in full for `make test-all`, in CI by a share of itself that
+fits, and the sum stays what it is (`test_steps.py`).
+
+In a command `{seed}` is a number that changes with the commit, and `{part}` such a part of a suite, as `2/5`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CI_MINUTES = 28.0  # of a quiet machine with two cores, from an empty cache
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: as it is called in tables and on the command line.
+        ci: what CI runs, for a shell in the project's directory.
+        ci_minutes: what that may take.
+        full: what `make test-all` runs; empty where that does nothing that CI does not.
+        parts: how many parts `{part}` is chosen from.
+        failed: the file with the tests that failed; `FAILED=1` after the command runs these alone.
+    """
+
+    name: str
+    ci: str
+    ci_minutes: float
+    full: str = ""
+    parts: int = 1
+    failed: str = ""
+
+    @property
+    def changes_with_the_commit(self) -> bool:
+        """Whether a failure may be older than the commit that it shows up with."""
+        return "{seed}" in self.ci or "{part}" in self.ci
+
+
+STEPS = (  # what is cheap comes first: most mistakes end a run early
+    Step("packages", ".ci/packages", 1.5),
+    Step("run", "make run", 1.0, full="make run"),
+    Step(
+        "deb",
+        "make deb >/dev/null && lintian --allow-root --fail-on error dist/xenbackend_*_all.deb",
+        1.0,
+        full="make deb >/dev/null",
+    ),
+    Step("test", "make test", 3.0, full="make test"),
+    Step(
+        "model",
+        "make test-model PART={part}",
+        1.5,
+        full="make test-model",
+        parts=4,
+        failed="build/failed/model/v/cache/lastfailed",
+    ),
+    Step("fuzz", "make test-fuzz S={seed}", 1.5, full="make test-fuzz S={seed}"),
+    Step(
+        "images",
+        "make test-images S={seed} PART={part}",
+        2.0,
+        full="make test-images S={seed}",
+        parts=8,
+        failed="build/failed/images/v/cache/lastfailed",
+    ),
+    Step("chaos", "make chaos KILLS=300 S={seed}", 2.5, full="make chaos KILLS=1000 S={seed}"),
+    Step(
+        "xen",
+        "CI=1 make test-xen AGAIN=1 PART={part}",
+        14.0,
+        full="make test-xen AGAIN=1",
+        parts=4,
+        failed="build/xen/failed.json",
+    ),
+)
