@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A suite runs in a directory of its own, which {tmp} stands for, and may leave nothing behind. PART=2/5 runs a part of a
 # long one, FAILED=1 what failed in it last.
 CONTAINED := $(BIN)/python -m tests.ci.contained
-PART_OF = $(if $(PART),--part $(PART))
+PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
 .PHONY: run test test-all test-images test-fuzz test-model test-xen chaos bench-xen bench deb clean
