@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from xenbackend.block.policy import DEFAULT, Action, Policy
-from xenbackend.block.request import Op
+from xenbackend.block.request import IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
 PAUSE, REPORT = Action(None), Action(0)
@@ -25,6 +25,8 @@ def test_nothing_said_is_the_default() -> None:
         (Op.WRITE, errno.EDQUOT, PAUSE),
         (Op.DISCARD, errno.ENOSPC, PAUSE),
         (Op.WRITE, errno.EIO, REPORT),
+        (Op.WRITE, IMAGE_DAMAGED, PAUSE),
+        (Op.DISCARD, IMAGE_DAMAGED, PAUSE),
         (Op.DISCARD, errno.EIO, REPORT),
         (Op.READ, errno.EIO, Action(3, 1.0)),
         (Op.READ, errno.ENOSPC, Action(3, 1.0)),
@@ -43,6 +45,7 @@ def test_what_is_said_replaces_its_part_only() -> None:
 
     assert "enospc=pause,read=pause,write=retry 2 every 0.5s,flush=pause" == str(policy)
     assert Action(2, 0.5) == policy.action(Op.WRITE, errno.EIO)
+    assert PAUSE == policy.action(Op.WRITE, IMAGE_DAMAGED)  # whatever it says
 
 
 @pytest.mark.parametrize(

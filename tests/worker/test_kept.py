@@ -17,7 +17,7 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
 )
 from xenbackend.block.policy import PAUSE_S, Policy
-from xenbackend.block.request import Op, Request
+from xenbackend.block.request import IMAGE_DAMAGED, Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.kept import Kept
@@ -46,6 +46,22 @@ def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:
     assert [BLKIF_RSP_OKAY] * 4 == [request.status for request in (*writes, read)]
     assert DATA * 3 == frontend.read(0, 24)
     assert 0 == vbd.engine.in_flight
+
+
+def test_a_damaged_image_is_waited_for(vbd: Served) -> None:
+    """A write that would destroy more of an image is never reported, and the sentence says how to mend it."""
+    frontend = vbd.connect()
+    vbd.disk.errors = {Op.WRITE: IMAGE_DAMAGED}
+    write = frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
+    vbd.pass_time(PAUSE_S)
+    frontend.poll()
+    sentence = (
+        "a write at byte 4096 was not done, as it would destroy a table of its damaged image; it waits: "
+        "shut the guest down, and mend the image with: xenbackend image check --repair"
+    )
+
+    assert ([sentence], None) == (vbd.troubles, write.status)
+    assert b"\0" * PAGE == frontend.read(8, 8)
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -23,7 +23,8 @@ D3  `submit` does not sleep. Slow calls go through `env.files` or `env.run_in_th
 D4  Requests in flight are unordered. FLUSH covers the writes that were *completed* before it was submitted.
 D5  `complete` may be called from inside `submit`. The engine never submits from `complete`; a filter may send
     its own further steps down from `on_complete`, boundedly many per request.
-D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does this operation".
+D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does this operation", IMAGE_DAMAGED
+    that a write would destroy more of its image, and nothing was written: the disk pauses, whatever the policy says.
 D7  The bytes under `iov` may belong to a guest and change while you look. Copy before you check.
 D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and
     what the layer still holds of the batch ends with EIO. Expected failures are a `status`.

@@ -15,6 +15,9 @@ Actions:
     retry N every T   keep it and try again up to N times, T seconds apart; then report it
     report            the guest gets an error
 
+An image that turns out to be damaged (IMAGE_DAMAGED) is a pause whatever the policy says: the next
+write could destroy what is still whole, and only an administrator can mend it.
+
 A flush knows `pause` only, and is not tried again by itself. A frontend takes a flush that fails for success, and never
 flushes again; and to try again tells nothing, since the kernel reports what it has lost only once.
 """
@@ -25,7 +28,7 @@ import errno
 import re
 from dataclasses import dataclass
 
-from xenbackend.block.request import Op
+from xenbackend.block.request import IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
 DEFAULT = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause"
@@ -68,6 +71,8 @@ class Policy:
             return self._actions["flush"]
         if op == Op.READ:
             return self._actions["read"]
+        if code == IMAGE_DAMAGED:
+            return _PAUSE
         return self._actions["enospc" if code in (errno.ENOSPC, errno.EDQUOT) else "write"]
 
     def __str__(self) -> str:

@@ -5,11 +5,13 @@ Must not know a segment, a grant, a sector or a file.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
 PENDING = -1  # `Request.status` while it is lent
+IMAGE_DAMAGED = errno.ENOTRECOVERABLE  # of a write that would destroy more; no file system returns that
 
 
 class Op(IntEnum):

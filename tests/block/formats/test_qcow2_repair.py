@@ -39,14 +39,14 @@ def write(data: bytearray, writes: list[Write]) -> None:
 
 def broken(kind: str, order: int) -> bytearray:
     """Return an image whose refcounts are wrong in one way."""
-    data = bytearray(qcow2(SIZE, CLUSTERS, order=order, incompatible=1 if kind == "dirty" else 0))
+    data = bytearray(qcow2(SIZE, CLUSTERS, order=order, incompatible={"dirty": 1, "corrupt": 2}.get(kind, 0)))
     header = parse_header(lambda offset, length: bytes(data[offset : offset + length]), len(data))
     (block,) = struct.unpack_from(">Q", data, header.refcount_table.offset)
     (l1,) = struct.unpack_from(">Q", data, header.l1.offset)
     l2 = l1 & (1 << 56) - 512
     if kind == "leaked":
         data[l2 : l2 + 8] = bytes(8)
-    elif kind == "low":
+    elif kind in ("low", "corrupt"):
         data[block : block + 8] = bytes(8)
     elif kind == "flag":
         data[l2] ^= 0x80
@@ -58,9 +58,9 @@ def broken(kind: str, order: int) -> bytearray:
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 6])
-@pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "shared"])
+@pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "corrupt", "shared"])
 def test_repaired(tmp_path: Path, kind: str, order: int) -> None:
-    """After the plan neither we nor qemu-img find anything, and the image is not dirty any more."""
+    """After the plan neither we nor qemu-img find anything, and the image says no more that it is dirty or corrupt."""
     data = broken(kind, order)
     check = looked_at(data)
     assert check.report.errors + check.report.leaks
@@ -69,11 +69,11 @@ def test_repaired(tmp_path: Path, kind: str, order: int) -> None:
     report = looked_at(data).report
     (tmp_path / "image").write_bytes(data)
 
-    assert (0, 0, False) == (report.errors, report.leaks, report.is_dirty)
+    assert (0, 0, False, False) == (report.errors, report.leaks, report.is_dirty, report.is_corrupt)
     assert (0, 0) == qemu.check(tmp_path / "image")
 
 
-@pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "shared"])
+@pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "corrupt", "shared"])
 def test_killed_while_mending(kind: str) -> None:
     """After any first few of the plan's writes there is no more danger than there was before."""
     data = broken(kind, 4)
@@ -94,16 +94,10 @@ def test_a_sound_image_needs_nothing_but_its_own_blocks() -> None:
     assert qcow2(SIZE, CLUSTERS) == data
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        (qcow2(SIZE, incompatible=2), "more than its refcounts is damaged"),
-        (qcow2(SIZE, CLUSTERS).replace(b"\x80\0\0\0\0\0\x50\0", b"\x80\0\1\0\0\0\x50\0"), "more than its refcounts"),
-    ],
-)
-def test_what_is_not_mended(data: bytes, sentence: str) -> None:
-    """An image that is corrupt, or whose tables lead nowhere, is refused."""
-    with pytest.raises(DriverError, match=sentence):
+def test_what_is_not_mended() -> None:
+    """An image whose tables lead nowhere is refused."""
+    data = qcow2(SIZE, CLUSTERS).replace(b"\x80\0\0\0\0\0\x50\0", b"\x80\0\1\0\0\0\x50\0")
+    with pytest.raises(DriverError, match="more than its refcounts is damaged"):
         plan_repair(looked_at(data))
 
 

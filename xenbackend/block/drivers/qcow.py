@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 
 from xenbackend.block.driver import Env, File, Geometry
 from xenbackend.block.formats import qcow
+from xenbackend.block.formats.qcow2 import damaged
 from xenbackend.block.qcow.codec import Version1
 from xenbackend.block.qcow.disk import QcowDisk
 from xenbackend.units import format_size, round_up
@@ -57,8 +58,16 @@ class Qcow(QcowDisk):
             self.parent = self.find_parent(header.backing_file, "")
         self.serve(file, header.size, header.cluster_bits, header.l1, Version1(header))
         if not env.read_only:
+            _check_tables(self.l1_words(), file.size, header)
             self.serve_writes(End(file, header.cluster_size))
         return Geometry(size=header.size, read_only=env.read_only)
+
+
+def _check_tables(words: Sequence[int], file_size: int, header: qcow.Header) -> None:
+    """Refuse tables where new clusters would go. Raises: DriverError."""
+    place = max(words, default=0)
+    if place and place + (8 << header.l2_bits) > round_up(file_size, header.cluster_size):
+        raise damaged(f"its table at byte {place} reaches behind the end of the file, where new data would go")
 
 
 class End:
@@ -83,3 +92,9 @@ class End:
 
     def free(self, places: Sequence[int]) -> None:
         """Forget clusters: nothing in the image could say that they are free."""
+
+    def free_table(self, place: int) -> None:
+        """Forget a table likewise."""
+
+    def note_table(self, place: int) -> None:
+        """Take no note: what is handed out lies behind everything."""

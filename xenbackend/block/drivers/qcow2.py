@@ -26,6 +26,11 @@ Behaviour:
 
     An image that says that it is dirty (a QEMU with lazy refcounts was killed) or corrupt is only opened for reading;
     `qemu-img check -r all` mends a dirty one. The bit for lazy refcounts itself is allowed and not made use of.
+    A cluster that holds a table of the image is never written over, also where the image's refcount says that it is
+    free: nothing is written, an image of version 3 says from then on that it is corrupt, and the disk waits until
+    `xenbackend image check --repair` has mended it. Where it is data that is wrongly counted as free, nobody sees that
+    but `image check`: have a look at an image that comes from a host that crashed.
+
     Persistent dirty bitmaps in the image become invalid by opening it for writing, as the format demands.
 
     A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
@@ -55,6 +60,7 @@ from xenbackend.block.formats.qcow2_tables import unpack_table
 from xenbackend.block.mapped.tables import ZERO
 from xenbackend.block.qcow.codec import Version2
 from xenbackend.block.qcow.disk import QcowDisk
+from xenbackend.block.qcow.occupied import occupied_by
 from xenbackend.block.qcow.refcounts import Refcounts
 from xenbackend.block.qcow.steps import Steps, run
 from xenbackend.block.request import Request
@@ -83,7 +89,8 @@ class Qcow2(QcowDisk):
         _check_writable(header)
         data = file.read_at(header.refcount_table.offset, header.refcount_table.length)
         table = unpack_table(data + bytes(header.refcount_table.length - len(data)))
-        self.serve_writes(Refcounts(self, header, table))
+        occupied = occupied_by(file.read_at, file.size, header, self.l1_words(), table)
+        self.serve_writes(Refcounts(self, header, table, occupied))
         if header.autoclear:
             file.write_at(*qcow2.autoclear_bytes(0))
             file.sync()
@@ -162,7 +169,9 @@ class Qcow2(QcowDisk):
 
 def _check_writable(header: qcow2.Header) -> None:
     if header.incompatible & qcow2.CORRUPT:
-        raise DriverError("it says that it is corrupt, and can only be read; qemu-img check says what is wrong with it")
+        raise DriverError(
+            "it says that it is corrupt, and can only be read; mend it with: xenbackend image check --repair"
+        )
     if header.incompatible & qcow2.DIRTY:
         raise DriverError("its refcounts are out of date (dirty), and it can only be read; run qemu-img check -r all")
 

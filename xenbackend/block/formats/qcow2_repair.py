@@ -28,7 +28,7 @@ def plan_repair(check: Check) -> list[list[Write]]:
     Raises: DriverError, where refcounts and flags are not all that is wrong.
     """
     report = check.report
-    if report.broken or report.is_corrupt:
+    if report.broken:
         problem = "more than its refcounts is damaged; restore it, or make a copy and try qemu-img check -r all on that"
         raise DriverError(problem)
     new_blocks = _place_missing_blocks(check)
@@ -37,7 +37,9 @@ def plan_repair(check: Check) -> list[list[Write]]:
         [(offset, _block(check, index)) for index, offset in enumerate(check.blocks) if offset],
         [_table_sector(check, index) for index in new_blocks],
         _flags(check),
-        [incompatible_bytes(check.header.incompatible & ~(DIRTY | CORRUPT))] if report.is_dirty else [],
+        [incompatible_bytes(check.header.incompatible & ~(DIRTY | CORRUPT))]
+        if report.is_dirty or report.is_corrupt
+        else [],
     ]
     return [writes for writes in plan if writes]
 

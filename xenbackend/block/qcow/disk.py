@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -83,9 +84,14 @@ class QcowDisk(MappedDisk):
         first = l1.offset // SECTOR * SECTOR
         length = round_up(l1.offset + l1.length, SECTOR) - first
         sectors = file.read_at(first, length)
+        self._l1_entries = l1.length // 8
         self._l1 = L1Table(l1.offset, sectors + bytes(length - len(sectors)), self.write_meta, self.soon)
         self._mapping = Mapping(self, codec, self._l1, tables)
         self._inflated = Inflated(self)
+
+    def l1_words(self) -> array[int]:
+        """Return the words of the L1 table."""
+        return self._l1.words(self._l1_entries)
 
     def serve_writes(self, allocator: Allocator) -> None:
         """Allow writes; call it after `serve`."""

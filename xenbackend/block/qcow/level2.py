@@ -54,6 +54,12 @@ class Allocator(Protocol):
     def free(self, places: Sequence[int]) -> None:
         """Take back clusters that no table names any more, or never named."""
 
+    def free_table(self, place: int) -> None:
+        """Take back the room of an L2 table."""
+
+    def note_table(self, place: int) -> None:
+        """Take note that an L2 table is in room that was reserved."""
+
 
 class L2Table(array):  # type: ignore[type-arg]  # its items are the "Q" that it is made with
     """The entries of an L2 table, and what else there is to know of it.
@@ -95,6 +101,10 @@ class L1Table:
 
     def __setitem__(self, number: int, word: int) -> None:
         self._sectors[self._at(number) : self._at(number) + 8] = word.to_bytes(8, "big")
+
+    def words(self, count: int) -> array[int]:
+        """Return the first `count` words."""
+        return unpack_table(bytes(self._sectors[self._inside : self._inside + count * 8]))
 
     def store(self, number: int, then: Then) -> None:
         """Write the sector of an entry."""
@@ -225,8 +235,9 @@ class Mapping:
         except OSError:
             self._l1[table.number] = before  # the new place stays taken: who knows what is in the file
             raise
+        self.allocator.note_table(place)
         if table.place:
-            self.allocator.free([table.place])
+            self.allocator.free_table(table.place)
         table.place, table.may_write, table.units = place, True, {}
 
     def _room(self, count: int) -> Generator[Any, Any, int]:

@@ -17,7 +17,14 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
-from xenbackend.block.formats.qcow2 import MAX_REFCOUNT_TABLE_BYTES, Header, Region, refcount_table_bytes
+from xenbackend.block.formats.qcow2 import (
+    CORRUPT,
+    MAX_REFCOUNT_TABLE_BYTES,
+    Header,
+    Region,
+    incompatible_bytes,
+    refcount_table_bytes,
+)
 from xenbackend.block.formats.qcow2_tables import (
     pack_refcounts,
     pack_table,
@@ -27,7 +34,9 @@ from xenbackend.block.formats.qcow2_tables import (
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
+from xenbackend.block.qcow.occupied import Occupied
 from xenbackend.block.qcow.steps import Line, Steps
+from xenbackend.block.request import IMAGE_DAMAGED
 from xenbackend.units import round_up
 
 FIRST_BATCH, MAX_BATCH = 1 << 20, 16 << 20  # bytes reserved ahead: less at first, more while they are used up
@@ -45,10 +54,13 @@ class Refcounts:
         disk: does the I/O.
         header: of the image.
         table: the refcount table.
+        occupied: where the image's tables are.
     """
 
-    def __init__(self, disk: MappedDisk, header: Header, table: array[int]) -> None:
+    def __init__(self, disk: MappedDisk, header: Header, table: array[int], occupied: Occupied) -> None:
         self._disk = disk
+        self._occupied = occupied
+        self._is_corrupt = False
         self._header = header
         self._table = table
         self._region = header.refcount_table
@@ -74,6 +86,15 @@ class Refcounts:
     def free(self, places: Sequence[int]) -> None:
         """Take back clusters that no table names any more."""
         self._freed += [place >> self._header.cluster_bits for place in places]
+
+    def free_table(self, place: int) -> None:
+        """Take back the room of an L2 table; see `Allocator`."""
+        self._occupied.remove_table(place)
+        self.free([place])
+
+    def note_table(self, place: int) -> None:
+        """See `Allocator`."""
+        self._occupied.add_table(place)
 
     @property
     def freed_count(self) -> int:
@@ -155,6 +176,7 @@ class Refcounts:
         while end < most and not block[end]:
             end += 1
         base = index * self._per_block
+        yield from self._refuse_tables(base + first, base + end)
         end = self._make_room(base + first, base + end) - base
         raised = block[:]
         for place in range(first, end):
@@ -167,6 +189,22 @@ class Refcounts:
         self._is_zero = self._next >= self._fresh
         self._fresh = max(self._fresh, self._end)
         self._batch = min(2 * self._batch, MAX_BATCH)
+
+    def _refuse_tables(self, first: int, end: int) -> Steps[None]:
+        """Hand out nothing where a table is, and let the image say that it is corrupt. Raises: OSError, IMAGE_DAMAGED.
+
+        The refcounts are wrong, and who knows which: nothing more is reserved from now on.
+        """
+        if not self._is_corrupt and self._occupied.find(first, end) is None:
+            return
+        if not self._is_corrupt and self._header.version >= 3:
+            place, fields = incompatible_bytes(self._header.incompatible | CORRUPT)
+            sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
+            sector[place : place + len(fields)] = fields
+            yield partial(self._disk.write_meta, 0, bytes(sector))
+            yield self._disk.sync
+        self._is_corrupt = True
+        raise OSError(IMAGE_DAMAGED, "a cluster that is counted as free holds a table of the image")
 
     def _make_room(self, first: int, end: int) -> int:
         """Grow the file to hold the clusters up to `end`; return how far it does. Raises: OSError."""
@@ -184,6 +222,7 @@ class Refcounts:
         if not index:
             raise OSError(errno.EIO, "the refcounts of the header are missing")
         first = index * self._per_block
+        yield from self._refuse_tables(first, first + 1)
         self._make_room(first, first + 1)
         block = array("Q", bytes(8 * self._per_block))
         block[0] = 1
@@ -198,6 +237,7 @@ class Refcounts:
         except OSError:
             self._table[index] = 0
             raise
+        self._occupied.add_table(place)
         self._blocks.put(index, block)
 
     def _store_table(self, index: int) -> Steps[None]:
@@ -219,6 +259,7 @@ class Refcounts:
         while blocks * self._per_block < blocks + clusters:
             blocks += 1
         end = first + blocks + clusters
+        yield from self._refuse_tables(first, end)
         self._make_room(end - 1, end)
         counts = array("Q", bytes(8 * blocks * self._per_block))
         for place in range(blocks + clusters):
@@ -234,6 +275,9 @@ class Refcounts:
         sector[place : place + len(fields)] = fields
         yield partial(self._disk.write_meta, 0, bytes(sector))
         yield self._disk.sync
+        self._occupied.move(self._region, region)
+        for block in range(first, first + blocks):
+            self._occupied.add_table(block << bits)
         self.free(range(self._region.offset, self._region.offset + self._region.length, size))
         self._table, self._region, self._cursor = table, region, end
         self._fresh = max(self._fresh, end)

@@ -1,0 +1,121 @@
+"""An image whose refcounts say that its tables are free: nothing is written over them, and the image says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import content, flush, read, write
+from tests.qcow_images import qcow, qcow2
+from tests.recorded import Disk, RecordedFile, RecordedFiles, at
+from xenbackend.block.formats.qcow2 import CORRUPT, Region, parse_header
+from xenbackend.block.formats.qcow2_check import Check
+from xenbackend.block.formats.qcow2_repair import plan_repair
+from xenbackend.block.formats.qcow2_tables import pack_refcounts, unpack_refcounts, unpack_table
+from xenbackend.block.qcow.occupied import Occupied
+from xenbackend.block.request import IMAGE_DAMAGED
+from xenbackend.errors import DriverError
+
+SIZE, CLUSTER_BITS = 4 << 20, 12
+CLUSTER = 1 << CLUSTER_BITS
+DATA = {number: bytes([1 + number]) * CLUSTER for number in range(4)} | {700: b"far" * 1365 + b"f"}
+
+
+def looked_at(data: bytes) -> Check:
+    """Return a check of an image that has been run."""
+    check = Check(lambda offset, length: bytes(data[offset : offset + length]), len(data))
+    check.run()
+    return check
+
+
+def freed(data: bytes, cluster: int) -> bytearray:
+    """Return an image that counts a cluster as free."""
+    header = parse_header(lambda offset, length: data[offset : offset + length], len(data))
+    index, inside = divmod(cluster, 1 << header.block_bits)
+    block = unpack_table(data[header.refcount_table.offset :][: 8 * (index + 1)])[index]
+    counts = unpack_refcounts(data[block : block + header.cluster_size], header.refcount_order)
+    counts[inside] = 0
+    changed = bytearray(data)
+    changed[block : block + header.cluster_size] = pack_refcounts(counts, header.refcount_order)
+    return changed
+
+
+def opened(path: Path, data: bytes, *, layer: str = "qcow2", read_only: bool = False) -> tuple[Disk, RecordedFile]:
+    """Return a disk on an image in memory, and its file."""
+    file = RecordedFile(bytearray(data), Random(1))
+    return Disk(f"{layer}:{at(path)}", RecordedFiles(**{str(path): file}), read_only=read_only), file
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_no_table_is_written_over(tmp_path: Path, version: int, *, snapshot: bool) -> None:
+    """Whichever table's cluster is counted as free: what the disk held and what was answered is there, in the end, and
+    a write that found no room says that the image is damaged. Version 3 says so of itself. A repair mends it.
+    """
+    image = qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, version=version, snapshot=snapshot)
+    tables = sorted(looked_at(image)._metadata)
+    assert len(tables) > (8 if snapshot else 6)
+    for cluster in tables:
+        disk, file = opened(tmp_path / "x", freed(image, cluster))
+        expected = bytearray(disk.everything())
+        statuses = []
+        for number in (100, 0, 701, 900):  # in a table that is there, over data, beside data, in a new table
+            statuses += disk.do(write(number * CLUSTER, b"new" * 1365 + b"n"))
+            if not statuses[-1]:
+                expected[number * CLUSTER : (number + 1) * CLUSTER] = b"new" * 1365 + b"n"
+        disk.do(flush())
+        assert expected == disk.everything(), cluster
+        again, _ = opened(tmp_path / "x", bytes(file.bytes), read_only=True)
+
+        assert expected == again.everything(), cluster
+        assert IMAGE_DAMAGED in statuses, cluster
+        assert set(statuses) <= {0, IMAGE_DAMAGED}
+        assert (version == 3) == bool(parse_header(file.read_at, file.size).incompatible & CORRUPT)
+        for offset, piece in (each for writes in plan_repair(looked_at(bytes(file.bytes))) for each in writes):
+            file.write_at(offset, piece)
+        mended, file = opened(tmp_path / "x", bytes(file.bytes))
+        assert [0] == mended.do(write(100 * CLUSTER, b"new" * 1365 + b"n")), cluster
+        assert 0 == looked_at(bytes(file.bytes)).report.errors
+
+
+def test_a_sound_image_is_not_called_corrupt(tmp_path: Path) -> None:
+    """Tables that move, that a snapshot keeps, or whose room is used again are told from those that are in use."""
+    disk, file = opened(tmp_path / "x", qcow2(SIZE, DATA, cluster_bits=9, snapshot=True))
+    chance = Random(3)
+    for _ in range(400):
+        assert [0] == disk.do(write(chance.randrange(SIZE >> 9) << 9, b"a" * 512))
+        disk.do(flush())
+    disk.chain.close()
+
+    assert 0 == looked_at(bytes(file.bytes)).report.errors
+
+
+def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
+    """New data would go where it is: such an image is read, and not written to."""
+    image = bytearray(qcow(SIZE, DATA, cluster_bits=CLUSTER_BITS))
+    place = int.from_bytes(image[40:48], "big")
+    image[place : place + 8] = len(image).to_bytes(8, "big")
+    disk, _ = opened(tmp_path / "x", image, layer="qcow", read_only=True)
+    request = read(0, CLUSTER)
+
+    assert ([0], bytes(CLUSTER)) == (disk.do(request), content(request))
+    with pytest.raises(DriverError, match="behind the end of the file, where new data would go"):
+        opened(tmp_path / "x", image, layer="qcow")
+
+
+def test_what_is_occupied_is_found() -> None:
+    """The first cluster that a table has is named; one that two tables share is let go by the second of them."""
+    occupied = Occupied(12, [Region(0, 4096), Region(10 << 12, 5000)], [20 << 12, 30 << 12, 20 << 12, 0])
+    found = [occupied.find(*span) for span in ((0, 1), (1, 10), (1, 11), (11, 12), (12, 20), (12, 21), (21, 99))]
+    occupied.remove_table(20 << 12)
+    once = occupied.find(12, 25)
+    occupied.remove_table(20 << 12)
+    occupied.remove_table(20 << 12)
+    occupied.add_table(5 << 12)
+    occupied.move(Region(10 << 12, 5000), Region(40 << 12, 1))
+
+    assert [0, None, 10, 11, None, 20, 30] == found
+    assert 20 == once
+    assert [None, 5, None, 40] == [occupied.find(*span) for span in ((12, 25), (1, 20), (10, 20), (31, 99))]

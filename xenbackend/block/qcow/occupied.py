@@ -1,0 +1,87 @@
+"""Which clusters of a QCOW2 image hold its own tables: what may never be handed out, whatever the refcounts say.
+
+Must not believe a refcount: this is what there is besides them.
+
+Refcounts that are too low are a damage that nobody sees until the cluster is handed out. Where it holds data, only a
+check can tell; where it holds a table, a write would take all with it that the table names.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+
+from xenbackend.block.formats.qcow2 import Header, Read, Region
+from xenbackend.block.formats.qcow2_tables import OFFSET, parse_bitmaps, parse_snapshots, unpack_table
+
+
+class Occupied:
+    """The clusters of the header and of every table; a table that is used twice counts twice.
+
+    Args:
+        cluster_bits: a cluster has 2 to the power of this many bytes.
+        regions: whole tables, wherever they are.
+        tables: the places of L2 tables and refcount blocks, each of which is one cluster.
+    """
+
+    def __init__(self, cluster_bits: int, regions: Iterable[Region], tables: Iterable[int]) -> None:
+        self._bits = cluster_bits
+        self._regions = [self._span(region) for region in regions]
+        self._tables = array("Q", sorted(place >> cluster_bits for place in tables if place))
+
+    def find(self, first: int, end: int) -> int | None:
+        """Return the first cluster of `first` to `end` - 1 that holds a table, or None."""
+        found = [max(first, start) for start, stop in self._regions if start < end and first < stop]
+        at = bisect_left(self._tables, first)
+        if at < len(self._tables) and self._tables[at] < end:
+            found.append(self._tables[at])
+        return min(found, default=None)
+
+    def add_table(self, place: int) -> None:
+        """Take note of a new L2 table or refcount block."""
+        insort(self._tables, place >> self._bits)
+
+    def remove_table(self, place: int) -> None:
+        """Take note that one of those who named a table has let go of it."""
+        cluster = place >> self._bits
+        at = bisect_left(self._tables, cluster)
+        if at < len(self._tables) and self._tables[at] == cluster:
+            del self._tables[at]
+
+    def move(self, before: Region, after: Region) -> None:
+        """Take note that a whole table is somewhere else now."""
+        self._regions.remove(self._span(before))
+        self._regions.append(self._span(after))
+
+    def _span(self, region: Region) -> tuple[int, int]:
+        return region.offset >> self._bits, -(-(region.offset + region.length) >> self._bits)
+
+
+def occupied_by(
+    read: Read, file_size: int, header: Header, l1: Sequence[int], refcount_table: Sequence[int]
+) -> Occupied:
+    """Return what an image's tables take, those of its snapshots and bitmaps too.
+
+    Args:
+        read: reads the image file.
+        file_size: bytes of it.
+        header: of the image.
+        l1: the words of its L1 table.
+        refcount_table: its entries.
+
+    Raises: DriverError, OSError.
+    """
+    regions = [Region(0, header.cluster_size), header.l1, header.refcount_table]
+    tables = [*refcount_table, *_places(l1)]
+    if header.snapshot_count:
+        snapshots, l1_tables = parse_snapshots(read, header, file_size)
+        regions += [snapshots, *l1_tables]
+        for region in set(l1_tables):
+            tables += _places(unpack_table(read(region.offset, region.length))) * l1_tables.count(region)
+    regions += parse_bitmaps(read, header, file_size)
+    return Occupied(header.cluster_bits, regions, tables)
+
+
+def _places(l1: Iterable[int]) -> list[int]:
+    return [place for word in l1 if (place := word & OFFSET)]
