@@ -40,7 +40,7 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load; the figures are
 		--json build/chaos.json
 
 test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
-	nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal --basetemp={tmp}/t --long $(PART_OF) \
+	nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \
 		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py
 
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.

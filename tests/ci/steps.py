@@ -72,7 +72,7 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         "CI=1 make test-xen AGAIN=1 PART={part}",
         14.0,
         full="make test-xen AGAIN=1",
-        parts=4,
+        parts=6,
         failed="build/xen/failed.json",
     ),
 )
