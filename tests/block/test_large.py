@@ -57,7 +57,7 @@ SHAPES = {
     "qcow, 8 parents": Shape("qcow", depth=DEPTH),
     "vhd": Shape("vhd", "force_size=on", format="vpc"),
     "vhd, 2 TiB": Shape("vhd", "force_size=on", size=2040 << 30, format="vpc"),
-    **{f"vhd, {1 << bits}": Shape("vhd", format="vpc", cluster_size=1 << bits) for bits in (12, 16, 19, 24)},
+    **{f"vhd, {1 << bits}": Shape("vhd", format="vpc", cluster_size=1 << bits) for bits in (12, 16, 19)},
     "vhd, 8 parents": Shape("vhd", "force_size=on", depth=DEPTH, format="vpc"),
     "vhd, 2 TiB, 8 parents": Shape("vhd", "force_size=on", size=2040 << 30, depth=DEPTH, format="vpc"),
 }

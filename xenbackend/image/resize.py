@@ -107,8 +107,7 @@ def _grow_qcow(file: File, size: int) -> None:
 
 
 def _grow_vhd(file: File, size: int) -> None:
-    if size > vhd.MAX_SIZE:
-        raise ConfigError(f"a VHD image holds up to {format_size(vhd.MAX_SIZE)}, and not {format_size(size)}")
+    vhd.check_new_size(size)
     footer, _ = vhd.read_footer(file.read_at, file.size)
     if footer.size != footer.current_size:
         raise DriverError("its size is that of its geometry, and cannot grow; convert it instead")

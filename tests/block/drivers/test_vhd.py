@@ -18,9 +18,10 @@ from tests.helpers_block import Machine, content, discard, flush, read, write
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers.vhd import Vhd
 from xenbackend.block.formats import vhd
-from xenbackend.errors import DriverError
+from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image.create import create, snapshot
 from xenbackend.image.names import find_image
+from xenbackend.image.resize import resize
 
 MIB = 1 << 20
 needs_qemu = pytest.mark.skipif(not which("qemu-img"), reason="qemu-utils is not installed")
@@ -119,6 +120,23 @@ def test_what_qemu_writes_we_read(machine: Machine, tmp_path: Path, subformat: s
     chain.close()
 
     assert raw.read_bytes() == found
+
+
+@pytest.mark.parametrize(("size", "block_size"), [(2 << 40, 2 << 20), (1 << 30, 16 << 20)])
+def test_what_was_made_before_is_served(machine: Machine, tmp_path: Path, size: int, block_size: int) -> None:
+    """Disks and blocks that are larger than those of a new image are read and written; such a disk does not grow."""
+    path = tmp_path / "old.vhd"
+    path.write_bytes(vhd_images.image(size, {1: {0: b"o" * 512}}, block_size=block_size))
+    chain = machine.open(f"vhd:{path}")
+    found = read(block_size, 512)
+    assert [0, 0] == machine.do(chain, found, write(size - 512, b"e" * 512))
+    last = read(size - 512, 512)
+    assert [0] == machine.do(chain, last)
+    chain.close()
+
+    assert (b"o" * 512, b"e" * 512) == (content(found), content(last))
+    with pytest.raises(ConfigError, match="holds up to 2040 GiB"):
+        resize(find_image(f"vhd:{path}"), (2 << 40) + 512)
 
 
 @needs_qemu

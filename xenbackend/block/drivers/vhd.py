@@ -32,9 +32,11 @@ Example:
     vhd:/dev/VG_XenStorage-1/VHD-2,parents=/dev
 
 Limits:
-    Disks up to 2 TiB, in up to 2 million blocks. No encryption, no split images, nothing that Virtual PC wrote before
-    2004; no discard on block devices. The table takes 4 MiB of memory for each TiB, the bitmaps up to 16 MiB for each
-    image, and what is known of a parent as much again. A block device has to be large enough for what will be written.
+    New disks up to 2040 GiB, in blocks of up to 2 MiB, as other programs read no larger ones; older ones of ours up
+    to 2 TiB are served, where what is written to their last blocks finds no room. Up to 2 million blocks. No
+    encryption, no split images, nothing that Virtual PC wrote before 2004; no discard on block devices. The table
+    takes 4 MiB of memory for each TiB, the bitmaps up to 16 MiB for each image, and what is known of a parent as much
+    again. A block device has to be large enough for what will be written.
 """
 
 from __future__ import annotations

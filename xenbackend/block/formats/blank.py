@@ -116,8 +116,7 @@ def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
 
 def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a VHD image: dynamic, fixed, or with a parent differencing. Raises: ConfigError."""
-    if size > vhd.MAX_SIZE:
-        raise ConfigError(f"a VHD image holds up to {format_size(vhd.MAX_SIZE)}, and not {format_size(size)}")
+    vhd.check_new_size(size)
     kind = vhd.FIXED if wishes.is_fixed else vhd.DIFFERENCING if parent else vhd.DYNAMIC
     footer = vhd.Footer(
         kind, size, size, vhd.geometry_of(size), uuid.uuid4().bytes, vhd.NO_OFFSET if wishes.is_fixed else SECTOR,
@@ -126,7 +125,7 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     packed = vhd.pack_footer(footer)
     if wishes.is_fixed:
         return Blank(size + SECTOR, [(size, packed)])
-    block = 1 << _cluster_bits(wishes.cluster_size or _VHD_BLOCK, 12, 24)
+    block = 1 << _cluster_bits(wishes.cluster_size or _VHD_BLOCK, 12, vhd.MAX_NEW_BLOCK.bit_length() - 1)
     entries = -(-size // block)
     if entries > vhd.MAX_ENTRIES:
         raise ConfigError(f"{format_size(size)} are too many for blocks of {format_size(block)}; choose larger ones")

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from xenbackend.errors import DriverError, printable
+from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.units import format_size, round_up
 
 Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
@@ -19,8 +19,10 @@ Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the en
 SECTOR = 512  # bytes: the unit of the block allocation table, and of what a bitmap's bit stands for
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4  # Footer.type
 MAX_SIZE = 2 << 40  # bytes: as many sectors as an entry of the table can name
+MAX_NEW_SIZE = 2040 << 30  # bytes: QEMU (block/vpc.c) and libvhd read no larger ones, and 2 TiB have no room for blocks
 MAX_ENTRIES = 1 << 21  # blocks that are checked in a second: 1 TiB in the smallest that Windows makes, 512 KiB
 MIN_BLOCK, MAX_BLOCK = 4 << 10, 16 << 20  # bytes; 2 MiB and 512 KiB are what is in use
+MAX_NEW_BLOCK = 2 << 20  # bytes: libvhd reads no larger ones
 NO_OFFSET = (1 << 64) - 1
 EPOCH = 946_684_800  # 2000-01-01 00:00 UTC in seconds of Unix: timestamps count from there
 
@@ -127,6 +129,13 @@ def geometry_of(size: int) -> Geometry:
         if tracks >= heads * 1024:
             per_track, heads = 63, 16
     return Geometry(sectors // per_track // heads, heads, per_track)
+
+
+def check_new_size(size: int) -> None:
+    """Refuse a disk that others could not read. Raises: ConfigError."""
+    if size > MAX_NEW_SIZE:
+        problem = f"a VHD image holds up to {MAX_NEW_SIZE >> 30} GiB, and not {format_size(size)}"
+        raise ConfigError(f"{problem}: other programs read no larger one; use qcow2")
 
 
 def pack_footer(footer: Footer) -> bytes:
