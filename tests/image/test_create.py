@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +115,37 @@ def test_what_cannot_be_made_is_refused(made: Make, raw: Path, tmp_path: Path) -
     with pytest.raises(DriverError, match="there is no file"):
         create("qcow2", new, None, parent=find_image("qcow2:/none"))
     assert before == {path.name for path in tmp_path.iterdir()}
+
+
+NAMES = [b"a:b", b"nbd:x", b"%41", b"a%b", b"b\\c", b"C:", "\xfc \u65e5".encode(), b"x" * 250, b"-", b"a b "]
+NO_TEXTS = [b"\xff", b"\xef\xbf\xbd"]  # the second is what others are decoded to
+
+
+def parent_called(directory: Path, image_format: str, name: bytes) -> Image:
+    """Return an image with something in it."""
+    path = f"{directory}/{os.fsdecode(name)}"
+    create(image_format, path, 1 << 20)
+    parent = image_of_file(image_format, path)
+    disk_write(parent.text, {512: b"p" * 512})
+    return parent
+
+
+@pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_a_child_finds_its_parent_by_any_name(tmp_path: Path, image_format: str, name: bytes) -> None:
+    """Whatever a parent is called, its child can be opened."""
+    child = snapshot(parent_called(tmp_path, image_format, name), f"{tmp_path}/child")
+
+    assert b"p" * 512 == disk_content(child.text)[512:1024]
+
+
+@pytest.mark.parametrize("name", NO_TEXTS, ids=repr)
+def test_a_name_that_cannot_be_read_back_is_not_written(tmp_path: Path, name: bytes) -> None:
+    """VHD has no word for a name that is no Unicode text: no child is made, with the reason; QCOW2 has."""
+    parent = parent_called(tmp_path, "vhd", name)
+    with pytest.raises(ConfigError, match=r"cannot name its parent .* rename the parent, or make a qcow2 image"):
+        snapshot(parent, f"{tmp_path}/child")
+    assert [os.fsdecode(name)] == os.listdir(tmp_path)
+    child = create("qcow2", f"{tmp_path}/child", None, parent=parent)
+
+    assert b"p" * 512 == disk_content(child.text)[512:1024]

@@ -52,9 +52,10 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match="full") as problem:
         write_new(f"{tmp_path}/new", Blank(10, [(0, b"x")]))
 
+    assert f"{tmp_path}/new" == problem.value.filename
     assert [] == list(tmp_path.iterdir())
 
 
@@ -62,6 +63,21 @@ def test_a_missing_directory_is_said(tmp_path: Path) -> None:
     """A directory that is not there is named."""
     with pytest.raises(ConfigError, match=r"no directory .*/none;"):
         refuse_existing(f"{tmp_path}/none/new")
+
+
+def test_a_small_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the older one is there, nothing is beside it, and the error names it."""
+    replace_durably(f"{tmp_path}/state", b"one")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full") as problem:
+        replace_durably(f"{tmp_path}/state", b"two")
+
+    assert f"{tmp_path}/state" == problem.value.filename
+    assert {"state": b"one"} == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_small_file_is_replaced(tmp_path: Path) -> None:

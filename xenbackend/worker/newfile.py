@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from xenbackend.block.formats.blank import Blank
@@ -35,9 +37,10 @@ def write_new(path: str, blank: Blank) -> None:
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
-            os.ftruncate(fd, blank.size)
-            for place, data in blank.pieces:
-                os.pwrite(fd, data, place)
+            with naming(path):
+                os.ftruncate(fd, blank.size)
+                for place, data in blank.pieces:
+                    os.pwrite(fd, data, place)
         finally:
             os.close(fd)
         publish(temporary, path)
@@ -52,7 +55,8 @@ def publish(temporary: str, path: str) -> None:
     """
     fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
     try:
@@ -64,14 +68,32 @@ def publish(temporary: str, path: str) -> None:
 
 
 def replace_durably(path: str, data: bytes) -> None:
-    """Write a small file in the place of an older one, at once and durably. Raises: OSError."""
+    """Write a small file in the place of an older one, at once and durably.
+
+    Raises: OSError, and the older one is there, and nothing else.
+    """
     new = Path(f"{path}.new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with naming(path), new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     sync_directory(path)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Let errors of calls that have only a descriptor say which file they are about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
 
 
 def sync_directory(path: str) -> None:

@@ -7,6 +7,7 @@ Sources: QEMU, ``docs/interop/qcow2.txt`` and ``block/qcow.c``; "Virtual Hard Di
 from __future__ import annotations
 
 import os
+import re
 import struct
 import time
 import uuid
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 
 from xenbackend.block.formats import qcow2, vhd
 from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table
-from xenbackend.errors import ConfigError
+from xenbackend.block.formats.vhd_names import parent_names
+from xenbackend.errors import ConfigError, printable
 from xenbackend.units import PAGE, format_size, round_up
 
 SECTOR = 512
@@ -28,6 +30,7 @@ _BACKING_FORMAT = 0xE2792ACA
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _QCOW_HEADER = struct.Struct(">4sIQIIQBBHIQ")
 _REFCOUNT_ORDER = 4
+_PROTOCOL = re.compile(rb"[A-Za-z0-9+.-]+:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
         )
     l1_clusters = -(-l1_entries * 8 >> bits)
     table_clusters, blocks = _refcount_clusters(l1_clusters, cluster)
-    name = os.fsencode(parent.name) if parent else b""
+    name = _qcow_name(parent)
     extensions = _extension(_BACKING_FORMAT, parent.qemu_format.encode()) if parent else b""
     extensions += _extension(0, b"")
     backing = _QCOW2_HEADER.size + len(extensions)
@@ -103,7 +106,7 @@ def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW image of version 1. Raises: ConfigError."""
     bits = _cluster_bits(wishes.cluster_size or 4096, 9, 16)
     l2_bits = 12 if bits == 9 else 9  # as QEMU
-    name = os.fsencode(parent.name) if parent else b""
+    name = _qcow_name(parent)
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
     l1_bytes = -(-size >> bits + l2_bits) * 8
     if l1_bytes > qcow2.MAX_L1_BYTES or len(name) > qcow2.MAX_NAME:
@@ -137,6 +140,8 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     table = b"\xff" * round_up(4 * entries, SECTOR)
     end = round_up(names_at + len(written) + SECTOR, PAGE)  # so that direct I/O can reach all of it
     front = packed + vhd.pack_header(header) + table + written
+    if parent:
+        _check_readable(parent.name, header, front)
     return Blank(end, [(0, front), (end - SECTOR, packed)])
 
 
@@ -161,6 +166,20 @@ def _refcount_clusters(others: int, cluster: int) -> tuple[int, int]:
 
 def _extension(kind: int, data: bytes) -> bytes:
     return struct.pack(">II", kind, len(data)) + data.ljust(round_up(len(data), 8), b"\0")
+
+
+def _qcow_name(parent: Parent | None) -> bytes:
+    """Return how QCOW names a parent: what looks like a protocol (`nbd:`) would not be taken for a file."""
+    name = os.fsencode(parent.name) if parent else b""
+    return b"./" + name if _PROTOCOL.match(name) else name
+
+
+def _check_readable(name: str, header: vhd.Header, front: bytes) -> None:
+    """Refuse a parent's name that nobody could read back. Raises: ConfigError."""
+    found = parent_names(lambda offset, length: front[offset : offset + length], header, len(front))
+    if not {name, f"./{name}"} & set(found):
+        problem = f"a VHD image cannot name its parent {printable(name)}, as names in it are Unicode texts"
+        raise ConfigError(f"{problem}; rename the parent, or make a qcow2 image")
 
 
 def _locators(name: str, place: int) -> tuple[tuple[vhd.Locator, ...], bytes]:
