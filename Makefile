@@ -5,8 +5,8 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-# A suite runs in a directory of its own, which {tmp} stands for, and may leave nothing behind. PART=2/5 runs a part of a
-# long one, FAILED=1 what failed in it last.
+# A suite runs in a directory of its own, which {tmp} stands for, and may leave nothing behind; `exec`, so that it hears of
+# it when make is ended. PART=2/5 runs a part of a long one, FAILED=1 what failed in it last.
 CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
@@ -20,7 +20,7 @@ test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t
+	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t
 
 # What CI runs in part, with what it runs whole; tests/ci/steps.py. What has passed with the same code is not run again.
 test-all:  ## every suite in full, in hours; may be stopped and goes on; the report is build/all/report.txt
@@ -28,7 +28,7 @@ test-all:  ## every suite in full, in hours; may be stopped and goes on; the rep
 
 # S=number begins the random numbers elsewhere. In memory: what is synced that often would take a disk hours.
 test-images: $(VENV)/.dev  ## image formats at length: a million requests to each, kills, power losses, damage
-	TMPDIR=/dev/shm nice $(CONTAINED) $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed \
+	exec env TMPDIR=/dev/shm nice $(CONTAINED) $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed \
 		-o faulthandler_timeout=0 --basetemp={tmp}/t --seed $(or $(S),1) --long --requests 1000000 $(PART_OF) \
 		$(call FAILED_OF,images) tests/block/test_large.py tests/block/qcow/test_kills.py \
 		tests/block/mapped/test_blocks.py tests/block/drivers/test_vdi.py tests/block/test_hostile_parents.py
@@ -36,25 +36,25 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 # KILLS=number, or HOURS=number; S=number plans other steps.
 chaos: $(VENV)/.dev  ## kill everything below guests under load; the figures are build/chaos.json
 	mkdir -p build
-	$(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
+	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json
 
 test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
-	nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \
+	exec nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \
 		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py
 
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage
-	$(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t \
+	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t \
 		--seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
 
 # K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
 # The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
-	$(CONTAINED) $(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
-	$(CONTAINED) $(BIN)/python -m tests.xen.bed tests/xen/speed.py
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed tests/xen/speed.py
 
 bench: $(VENV)/.run  ## measure beside the peers that are installed
 	$(BIN)/xenbackend bench --compare

@@ -36,6 +36,12 @@ def test_what_is_no_job_is_an_error(output: str) -> None:
         parse(output, WRITE)
 
 
+def test_a_job_that_did_nothing_is_an_error() -> None:
+    """On a host that gave fio no time there is nothing to compare with, and that is said."""
+    with pytest.raises(BenchError, match="did not get through a single request"):
+        parse(json.dumps({"jobs": [JOB | {"write": SIDE | {"total_ios": 0, "clat_ns": {}}}]}), WRITE)
+
+
 def test_where_and_how(tmp_path: Path) -> None:
     """A write stays in the second half; O_DIRECT keeps its depth in flight, psync has one request at a time."""
     with (tmp_path / "file").open("wb") as file:

@@ -111,7 +111,8 @@ def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:
 def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
     """Each installed peer is measured in each round after our chains, and ends with the session."""
     steps: list[str] = []
-    session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2)
+    # Long enough for a peer that others on the host keep waiting: fio's time is the clock's.
+    session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2, seconds=0.3)
     outcome = run(session, lambda text, _total: steps.append(text))
     names = [each.target for each in outcome.measured]
 
@@ -127,7 +128,8 @@ def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
 def test_images(tmp_path: Path, image: str, driver: str, works: list[str]) -> None:
     """An image is measured with its reads checked, first writes on one that is new each time, QEMU on the same."""
     qemu.qemu_img("--version")
-    session = replace(quick(tmp_path), works=select_works(works, read_only=False, image=True), image=image, rounds=2)
+    works_of = select_works(works, read_only=False, image=True)
+    session = replace(quick(tmp_path), works=works_of, image=image, rounds=2, seconds=0.3)
     outcome = run(replace(session, chains=[driver + ":{file},cache=on"], compare=True), ignore)
 
     peers = [peer.program for peer in target.peers(direct=False, image=True)]

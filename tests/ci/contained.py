@@ -7,7 +7,8 @@ The suite gets a temporary directory of its own (`TMPDIR`; `{tmp}` in the comman
 bears that directory's name (`tests/places.py`), so that two suites on one machine do not take each other's. Its
 processes are known by descent: what loses its parent becomes a child of this process (prctl(2), SUBREAPER).
 
-Interrupted by SIGINT, SIGTERM or SIGHUP it interrupts the suite, as Ctrl-C does, and gives it PATIENCE_S to tidy up.
+Interrupted by SIGINT, SIGTERM or SIGHUP, or when whoever started it has ended, it interrupts the suite, as Ctrl-C does,
+and gives it PATIENCE_S to tidy up.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.places import OUTSIDE
 PATIENCE_S = 20.0  # after an interruption, for what a suite does in the end
 LOOK_S = 0.02
 INTERRUPTED = 130  # exit status, as shells have it
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -96,8 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args(arguments)
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     tmp = Path(tempfile.mkdtemp(prefix="xb-"))
     status = Suite(args.command, tmp).wait()
     for number in _SIGNALS:
@@ -105,6 +106,11 @@ def main(arguments: Sequence[str]) -> int:
     left = take_away(tmp, args.settle, keeps_tmp=args.keep and status not in (0, INTERRUPTED))
     print(str(left) or "left behind: nothing", file=sys.stderr, flush=True)
     return status or (1 if str(left) else 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def take_away(tmp: Path, settle_s: float, *, keeps_tmp: bool = False) -> Left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -107,3 +108,18 @@ def test_an_interrupted_suite_may_tidy_up(number: signal.Signals) -> None:
     assert (INTERRUPTED, "tidied up\n") == (suite.returncode, out), err
     assert "sleep 988" in err
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_suite_ends_with_whoever_started_it() -> None:
+    """Where make, or its shell, is killed, nobody runs on for hours."""
+    program = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    command = ["sh", "-c", f"{' '.join(COMMAND)} {sys.executable} -c '{program}'; true"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        suite = os.pidfd_open(int(shell.stdout.readline()))
+        shell.kill()
+        has_ended = bool(select.select([suite], [], [], 60)[0])
+        os.close(suite)
+        shell.communicate(timeout=60)  # until the last of them has let go of its output
+
+    assert has_ended
