@@ -54,7 +54,7 @@ test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; 
 	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
-	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed tests/xen/speed.py
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed --cpus 2 tests/xen/speed.py
 
 bench: $(VENV)/.run  ## measure beside the peers that are installed
 	$(BIN)/xenbackend bench --compare

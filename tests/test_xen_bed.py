@@ -17,11 +17,12 @@ from rich.console import Console
 
 from tests.ci import flaky
 from tests.xen.bed import machine, portions
-from tests.xen.bed.__main__ import DIED, main
+from tests.xen.bed.__main__ import main
 from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
 from tests.xen.bed.image import KEPT, cached, key_of
 from tests.xen.bed.report import Failure, Report
+from tests.xen.bed.session import DIED, NO_TESTS, together
 from tests.xen.bed.share import Given, Watch
 
 
@@ -106,7 +107,7 @@ def test_a_machine_that_cannot_is_skipped_or_an_error(
 
 def test_the_image_is_never_written(tmp_path: Path) -> None:
     """Dom0 writes to a snapshot of its root, and to the parcel."""
-    drives = [each for each in command(Machine(tmp_path, tmp_path / "p.img", tmp_path / "c")) if "if=none" in each]
+    drives = [each for each in command(Machine(tmp_path, tmp_path / "p.img", tmp_path / "c", 1)) if "if=none" in each]
 
     assert [True, False] == ["snapshot=on" in drive for drive in drives]
 
@@ -114,7 +115,8 @@ def test_the_image_is_never_written(tmp_path: Path) -> None:
 def shown(*events: dict[str, object] | str, given: Given = Given()) -> tuple[str, Report]:
     """Return what a report prints for events, and the report; until the last one the host gave so much."""
     text = io.StringIO()
-    report = Report(Console(file=text, width=120))
+    console = Console(file=text, width=120)
+    report = Report(console, console.status("running"))
     for number, event in enumerate(events, 1):
         so_far = given if number == len(events) else Given()
         report.take(event if isinstance(event, str) else json.dumps(event), so_far)
@@ -261,3 +263,29 @@ def test_tests_that_are_named_are_there(test: str) -> None:
     file, _, name = test.partition("::")
 
     assert f"\ndef {name.partition('[')[0]}(" in (Path(__file__).parents[1] / file).read_text()
+
+
+def test_two_machines_share_what_is_run() -> None:
+    """Every test of a part, and of the whole, is on one of two machines, which take about as long."""
+    for tests in (list(portions.WHOLE), *(portions.part(number, 8) for number in range(1, 9))):
+        first, second = portions.halves(tests)
+        times = [sum(portions.SECONDS.get(test, 30) for test in half) for half in (first, second)]
+
+        assert sorted(tests) == sorted(first + second)
+        assert max(times) - min(times) <= max(portions.SECONDS.get(test, 30) for test in tests)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [
+        ([PASSED, PASSED], PASSED),
+        ([PASSED, FAILED], FAILED),
+        ([FAILED, DIED], DIED),
+        ([PASSED, NO_TESTS], PASSED),
+        ([FAILED, NO_TESTS], FAILED),
+        ([NO_TESTS, NO_TESTS], NO_TESTS),
+    ],
+)
+def test_the_worst_machine_counts(statuses: list[int], status: int) -> None:
+    """All have to pass; one that has nothing to run does no harm unless no other has either."""
+    assert status == together(statuses)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Machine:
     image: Path  # a directory as `recipe.build` fills it; nothing in it is written
     parcel: Path  # the second disk; written
     console: Path  # where Xen's and dom0's console goes
-    cpus: int = 2
+    cpus: int
     memory_mib: int = 4096
 
 
@@ -66,23 +67,25 @@ def _emulator(root: Path) -> list[str]:
     ]
 
 
-def run(machine: Machine, take: Callable[[str, Given], None], silence_s: float) -> bool:
+def run(machine: Machine, take: Callable[[str, Given], None], silence_s: float, stop: threading.Event) -> bool:
     """Boot, hand on each line with what the host gave until then; return True where the machine ended by itself.
 
-    It is given up when it has said nothing for `silence_s` seconds of its own: see `share.Given`.
+    It is given up when it has said nothing for `silence_s` seconds of its own (see `share.Given`), or `stop` is set.
     """
     with subprocess.Popen(command(machine), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
         try:
-            return _listen(qemu, take, silence_s)
+            return _listen(qemu, take, silence_s, stop)
         finally:
             qemu.kill()
 
 
-def _listen(qemu: subprocess.Popen[bytes], take: Callable[[str, Given], None], silence_s: float) -> bool:
+def _listen(
+    qemu: subprocess.Popen[bytes], take: Callable[[str, Given], None], silence_s: float, stop: threading.Event
+) -> bool:
     assert qemu.stdout is not None
     watch, rest = Watch(qemu.pid), b""
     heard = watch.look()
-    while True:
+    while not stop.is_set():
         is_there = select.select([qemu.stdout], [], [], _LOOK_S)[0]
         given = watch.look()
         if is_there:
@@ -94,4 +97,5 @@ def _listen(qemu: subprocess.Popen[bytes], take: Callable[[str, Given], None], s
             for line in lines:
                 take(line.decode(errors="replace"), given)
         elif given.own_s - heard.own_s > silence_s:
-            return False
+            break
+    return False

@@ -8,6 +8,8 @@ disks at once, kills under load, a guest that is saved, and the contracts that t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 CORE = (
     "tests/contract/test_ports.py",
     "tests/contract/test_store.py",
@@ -33,7 +35,13 @@ SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_xl_dom0.py": 50,
     "tests/xen/test_xl_life.py": 100,
 }
-WHOLE = (*CORE[:2], "tests/xen")
+_OTHERWISE = 30  # seconds of a test of the core, which stands for itself
+WHOLE = (*CORE[:4], *SECONDS)
+
+
+def halves(tests: Sequence[str]) -> list[list[str]]:
+    """Return two shares of files and tests that take about as long."""
+    return _spread({test: SECONDS.get(test, _OTHERWISE) for test in tests}, 2)
 
 
 def part(number: int, count: int) -> list[str]:
@@ -44,7 +52,11 @@ def part(number: int, count: int) -> list[str]:
 
 def shares(count: int) -> list[list[str]]:
     """Return the files of each part without the core: the longest first, each to the part that has least."""
+    return _spread(SECONDS, count)
+
+
+def _spread(seconds: Mapping[str, int], count: int) -> list[list[str]]:
     parts: list[list[str]] = [[] for _ in range(count)]
-    for file, _ in sorted(SECONDS.items(), key=lambda each: (-each[1], each[0])):
-        min(parts, key=lambda files: sum(SECONDS[each] for each in files)).append(file)
+    for test, _ in sorted(seconds.items(), key=lambda each: (-each[1], each[0])):
+        min(parts, key=lambda tests: sum(seconds[each] for each in tests)).append(test)
     return parts

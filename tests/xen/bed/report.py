@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 from tests.xen.bed.share import Given
 
@@ -43,26 +44,22 @@ class Failure:
 class Report:
     """Takes the lines of the serial port, one after the other."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, spinner: Status, label: str = "") -> None:
+        """Begin; `spinner` shows what is running, and `label` tells one machine's lines from another's."""
         self.status: int | None = None
         self.running = ""  # the test that has begun and not ended
         self.failures: list[Failure] = []
         self._console = console
-        self._spinner = console.status("booting Xen")
+        self._spinner = spinner
+        self._label = label
         self._began = time.monotonic()
         self._count = self._done = 0
         self._before = Given()  # the test that is running began
 
-    def __enter__(self) -> Report:
-        self._spinner.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._spinner.stop()
-
     def step(self, text: str) -> None:
         """Show what is going on now, with the time since the start."""
-        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s  {escape(text)}[/]", highlight=False)
+        passed = f"{time.monotonic() - self._began:5.0f} s"
+        self._console.print(f"[dim]{self._label}{passed}  {escape(text)}[/]", highlight=False, soft_wrap=True)
         self._spinner.update(escape(text))
 
     def take(self, line: str, given: Given) -> None:
@@ -91,7 +88,7 @@ class Report:
         self.running = ""
         self._done += 1
         text, outcome = event["text"], event["outcome"]
-        line = f"{_MARKS[outcome]} {event['seconds']:6.1f} s  {escape(event['test'])}"
+        line = f"{self._label}{_MARKS[outcome]} {event['seconds']:6.1f} s  {escape(event['test'])}"
         reason = f"  [dim]{escape(text)}[/]" if outcome == "skipped" else ""
         self._console.print(line + reason, highlight=False, soft_wrap=True)
         if outcome == "failed":
