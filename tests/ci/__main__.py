@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from tests.ci import blame, full, small
-from tests.ci.runner import Runner
+from tests.ci.contained import INTERRUPTED
+from tests.ci.runner import Interrupted, Runner
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,7 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     command.set_defaults(run=lambda runner, commit, args: full.run(runner, commit, anew=args.anew))
     args = parser.parse_args(arguments)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    return int(args.run(Runner(), commit, args))
+    try:
+        return int(args.run(Runner(), commit, args))
+    except Interrupted:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tests.xen.bed.share import Given, Watch
 
 XEN_ARGUMENTS = (
     "console=com1 com1=115200 dom0_mem=2G,max:2G loglvl=warning guest_loglvl=warning conring_size=1M "
+    "dom0_max_vcpus=2 "  # however many CPUs there are: as many queues are offered to guests
     "spec-ctrl=eager-fpu"  # the emulation loses registers when they are switched lazily: innocent programs crash
 )
 LINUX_ARGUMENTS = "console=hvc0 quiet mitigations=off systemd.show_status=0"
