@@ -13,7 +13,7 @@ from tests.xen.tools.guest import Guest
 from tests.xen.tools.load import Load
 from tests.xen.tools.service import Service
 
-MANY = [f"xvd{letter}" for letter in "abcdefghijklmnopqrst"]
+MANY = [f"xvd{letter}" for letter in "abcdefghijqr"]  # from the 17th letter on numbers are of another kind
 
 
 def test_pause_and_shutdown(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
@@ -57,9 +57,9 @@ def test_reboot_and_destroy(new_guest: Callable[..., Guest], on_ext4: Path, the_
     assert (destroyed.has_waited, "") == (False, destroyed.err), destroyed
 
 
-@pytest.mark.needs_host(0.8)  # libxl gives all twenty scripts together 40 s of real time, and they take up to 30
-def test_twenty_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_service: Service) -> None:
-    """Twenty disks of one guest are attached side by side, and each holds what the guest wrote to it alone."""
+@pytest.mark.needs_host(0.7)  # libxl gives all their scripts together 40 s of real time, and they take up to 25
+def test_twelve_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_service: Service) -> None:
+    """Twelve disks of one guest are attached side by side, and each holds what the guest wrote to it alone."""
     images = {vdev: blank(on_tmpfs / f"{vdev}.raw", 1) for vdev in MANY}
     disks = [line(f"log:|aio:{image}", vdev) for vdev, image in images.items()]
     guest = new_guest(disks=disks).create().wait_until_ready()

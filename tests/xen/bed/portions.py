@@ -2,7 +2,7 @@
 
 Must not name a test that is not there, nor miss a file: `tests/test_xen_bed.py` holds it to that.
 
-A file is the unit, as its tests share a guest. The core is what has found faults: xl's whole way with a disk, twenty
+A file is the unit, as its tests share a guest. The core is what has found faults: xl's whole way with a disk, twelve
 disks at once, kills under load, a guest that is saved, and the contracts that the simulated Xen is held to as well.
 """
 
@@ -17,7 +17,7 @@ CORE = (
     "tests/xen/test_dom0_disk.py",
     "tests/xen/test_kills.py::test_both_die_at_once",
     "tests/xen/test_migration.py::test_save_and_restore",
-    "tests/xen/test_xl_life.py::test_twenty_disks",
+    "tests/xen/test_xl_life.py::test_twelve_disks",
 )
 SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_blkback.py": 50,
