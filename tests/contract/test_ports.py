@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract import real
 from xenbackend.errors import KernelError
 from xenbackend.kernel.ports import GRANT_OK, CopySegment, open_host
 from xenbackend.rig.guest import Guest
@@ -128,7 +129,7 @@ class LoopbackGuest:
 def far(request, tmp_path: Path) -> Iterator[RigGuest | LoopbackGuest]:
     """The far side of each kind of machine."""
     if request.param == "xen" and not all(Path(device).exists() for device in DEVICES):
-        pytest.skip(f"this machine has not all of {', '.join(DEVICES)}")
+        real.is_missing(f"this machine has not all of {', '.join(DEVICES)}")
     far = RigGuest(tmp_path) if request.param == "rig" else LoopbackGuest()
     yield far
     far.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract import real
 from xenbackend.errors import StoreError
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.nodes import Nodes
@@ -29,7 +30,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     elif REAL.is_socket():
         yield str(REAL)
     else:
-        pytest.skip(f"no xenstored runs on this host: {REAL} is missing")
+        real.is_missing(f"no xenstored runs on this host: {REAL} is missing")
 
 
 @pytest.fixture

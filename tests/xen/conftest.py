@@ -55,7 +55,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _suite_leaves_nothing() -> Iterator[None]:
     """What all tests share is gone in the end as well."""
-    run("modprobe", "-a", "xen-gntalloc", "xen-blkfront")
     before = leaks.snapshot()
     yield
     _fail_if(leaks.wait_until_same(before))
