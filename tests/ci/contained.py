@@ -24,29 +24,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.places import OUTSIDE
 
 PATIENCE_S = 20.0  # after an interruption, for what a suite does in the end
+DEAD_S = 30.0  # for what was killed to be gone; the kernel may wait with that for a disk
 LOOK_S = 0.02
 INTERRUPTED = 130  # exit status, as shells have it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass
-class Left:
-    """What a suite left, as sentences; it has been taken away."""
-
-    processes: list[str] = field(default_factory=list)
-    mounts: list[str] = field(default_factory=list)
-    loops: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return "\n".join(f"left behind: {each}" for each in self.processes + self.mounts + self.loops + self.files)
 
 
 class Suite:
@@ -87,7 +74,6 @@ class Suite:
 def main(arguments: Sequence[str]) -> int:
     """Run the command, take away what it left, and return the exit status."""
     parser = argparse.ArgumentParser(prog="tests.ci.contained", description="Run a suite, and let nothing of it stay.")
-    parser.add_argument("--keep", action="store_true", help="leave its temporary directory where it failed")
     parser.add_argument(
         "--settle",
         type=float,
@@ -103,9 +89,9 @@ def main(arguments: Sequence[str]) -> int:
     status = Suite(args.command, tmp).wait()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # from here on it takes a moment, and has to be done
-    left = take_away(tmp, args.settle, keeps_tmp=args.keep and status not in (0, INTERRUPTED))
-    print(str(left) or "left behind: nothing", file=sys.stderr, flush=True)
-    return status or (1 if str(left) else 0)
+    left = take_away(tmp, args.settle)
+    print("\n".join(f"left behind: {each}" for each in left or ["nothing"]), file=sys.stderr, flush=True)
+    return status or int(bool(left))
 
 
 def _prctl(option: int, value: int) -> None:
@@ -113,27 +99,24 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def take_away(tmp: Path, settle_s: float, *, keeps_tmp: bool = False) -> Left:
+def take_away(tmp: Path, settle_s: float) -> list[str]:
     """End, unmount and remove all that a suite with this temporary directory left, and return what it was.
 
     What lies in the directory itself was to be expected; that it goes is no reproach.
     """
-    left = Left(_end_processes(settle_s))
+    left = _end_processes(settle_s)
     places = [tmp, *_outside(tmp.name)]
     for point in reversed([each for each in _mount_points() if _is_below(each, places)]):
-        left.mounts.append(f"mount {point}")
+        left.append(f"mount {point}")
         subprocess.run(["umount", "--lazy", point], check=False)
     for device, file in _loop_devices():
         if _is_below(file, places):
-            left.loops.append(f"loop device {device} of {file}")
+            left.append(f"loop device {device} of {file}")
             subprocess.run(["losetup", "--detach", device], check=False)
     for path in places[1:]:
-        left.files.append(str(path))
+        left.append(str(path))
         _remove(path)
-    if keeps_tmp:
-        print(f"kept: {tmp}", file=sys.stderr)
-    else:
-        _remove(tmp)
+    _remove(tmp)
     return left
 
 
@@ -144,7 +127,7 @@ def _end_processes(settle_s: float) -> list[str]:
     while True:
         _reap()
         there = dict(_descendants())
-        if not there:
+        if not there or time.monotonic() > give_up + DEAD_S:
             return [f"process {pid}: {words}" for pid, words in killed.items()]
         if time.monotonic() > give_up:
             killed |= there

@@ -111,13 +111,21 @@ def test_a_failure_is_tried_on_the_parent(here: Path, runner: Runner, file: str,
 
 
 def test_the_parent_runs_what_failed_alone(here: Path, runner: Runner) -> None:
-    """The list of failed tests goes along, with the word that asks for these alone."""
+    """The list of failed tests goes along, with the word that asks for these alone; what is new is this commit's."""
     (here / "build").mkdir()
-    (here / "build/failed.json").write_text("{}")
+    failed = here / "build/failed.json"
     step = Step("x", "", 1.0, failed="build/failed.json")
+    command = "has() { [ $1 = FAILED=1 ] && ! grep -q new build/failed.json; }; has"
+    (here / "test_old.py").write_text("def test_one(): ...")
+    git("add", "test_old.py")
+    git("commit", "--quiet", "--message", "third")
+    git("commit", "--quiet", "--allow-empty", "--message", "fourth")
 
-    assert "it is this commit's" in blame.on_parent(runner, step, "[ -e build/failed.json ] && [ $FAILED ] && : ; true")
+    failed.write_text('{"test_old.py::test_one[1]": true, "test_old.py::test_new": true}')
+    assert "it is this commit's" in blame.on_parent(runner, step, command)
     assert "as well" in blame.on_parent(runner, step, "cat build/failed.json; false")
+    failed.write_text('{"test_old.py::test_new": true, "test_new.py::test_one": true}')
+    assert "does not have what failed" in blame.on_parent(runner, step, "false")
 
 
 def test_a_commit_without_a_parent(here: Path, runner: Runner) -> None:
@@ -150,6 +158,14 @@ def test_what_has_passed_is_not_run_again(here: Path, runner: Runner, capfd: pyt
     report = (here / "build/all/report.txt").read_text()
     assert COMMITS[0][:10] in report
     assert re.search(r"^two +0:00 +ok +\d{4}-\d\d-\d\d \d\d:\d\d  echo ran two", report, re.MULTILINE)
+
+
+def test_code_that_changes_meanwhile_has_not_passed(here: Path, runner: Runner) -> None:
+    """What was edited while a step ran was tested neither before nor after: the step is run again."""
+    step = Step("one", "", 1.0, full="echo changed >old")
+
+    assert 1 == full.run(runner, COMMITS[0], place=here / "build/all", steps=[step])
+    assert "changed" == json.loads((here / "build/all/one.json").read_text())["outcome"]
 
 
 def test_a_result_that_cannot_be_read_is_none(here: Path, runner: Runner) -> None:
