@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
+from tests.part import Part
 from xenbackend.image import session
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The `number`-th of `count` parts; all together are the whole."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """Read it from a command line. Raises: ValueError."""
-        part = cls(*map(int, text.split("/")))
-        if not 1 <= part.number <= part.count:
-            raise ValueError(text)
-        return part
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,6 +21,7 @@ from tests.xen.bed.__main__ import main
 from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
 from tests.xen.bed.image import KEPT, cached, key_of
+from tests.xen.bed.progress import Progress
 from tests.xen.bed.report import Failure, Report
 from tests.xen.bed.session import DIED, NO_TESTS, together
 from tests.xen.bed.share import Given, Watch
@@ -166,6 +167,23 @@ print(flush=True)
 while True:
     pass
 """
+
+
+def test_what_a_test_needs_is_told(tmp_path: Path) -> None:
+    """Dom0 tells the share that a test is marked with, and the first line of its error; without a mark it is a half."""
+    for marked, needs in (([("needs_host", 0.7)], 0.7), ([], 0.5)):
+        file = tmp_path / "channel"
+        with file.open("wb") as channel:
+            progress = Progress(channel.fileno())
+            failed = pytest.TestReport(
+                "test_a", ("a.py", 1, "test_a"), {}, "failed", "boom\nmore", "call", user_properties=marked
+            )
+            progress.pytest_runtest_logreport(failed)
+            progress.pytest_runtest_logfinish("test_a")
+        _, report = shown(*file.read_text().splitlines(), given=Given(9.0, ran_s=6.0, waited_s=4.0))
+
+        assert [Failure("test_a", "boom", 0.6, needs)] == report.failures
+        assert (needs > 0.6) == report.failures[0].is_the_hosts
 
 
 def test_time_that_a_neighbour_took_does_not_pass() -> None:

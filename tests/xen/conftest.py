@@ -56,6 +56,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def _suite_leaves_nothing() -> Iterator[None]:
     """What all tests share is gone in the end as well."""
     before = leaks.snapshot()
+    assert before["descriptor of the service"], "the service's descriptors are not seen"
     yield
     _fail_if(leaks.wait_until_same(before))
 

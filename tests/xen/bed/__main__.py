@@ -18,11 +18,12 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.ci import flaky
+from tests.part import Part
 from tests.xen.bed import machine, portions, recipe, wheels
 from tests.xen.bed.again import FAILED, Outcome, repeat
 from tests.xen.bed.image import cache_directory, key_of
 from tests.xen.bed.report import Failure
-from tests.xen.bed.session import Bed
+from tests.xen.bed.session import NO_TESTS, Bed
 
 SKIPPED, BROKEN = 0, 1
 
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tests.xen.bed", description="Run tests/xen in the dom0 of an emulated Xen.")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests that match, as pytest has it")
     parser.add_argument("--must", action="store_true", help="it is an error when this machine cannot do it")
-    parser.add_argument("--part", type=_part, metavar="K/N", help="only the core, and the K-th of N parts of the rest")
+    parser.add_argument("--part", type=Part.parse, metavar="K/N", help="the core, and the K-th of N parts of the rest")
     parser.add_argument("--failed", action="store_true", help="only what failed last")
     parser.add_argument("--again", action="store_true", help="what failed is run once more, on a fresh machine")
     parser.add_argument("--results", type=Path, default=Path("build/xen"), metavar="DIR", help="default: %(default)s")
@@ -64,20 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _part(text: str) -> list[str]:
-    number, count = map(int, text.split("/"))
-    if not 1 <= number <= count:
-        raise ValueError(text)
-    return portions.part(number, count)
-
-
 def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
     last = args.results / "failed.json"
     words = ["-k", args.k] if args.k else []
     bed = Bed(console, place, words, args.cpus, args.silence)
-    shares = portions.halves(args.part or list(portions.WHOLE))
-    if args.tests or args.k or args.failed:  # few, as a rule: to boot twice would take longer
+    if args.failed and not last.exists():
+        console.print(f"nothing failed last: there is no {last}", markup=False)
+        return NO_TESTS
+    if args.failed or args.tests or args.k:  # few, as a rule: to boot twice would take longer
         shares = [[*json.loads(last.read_text())] if args.failed else args.tests or list(portions.WHOLE)]
+    else:
+        shares = portions.halves(portions.part(args.part.number, args.part.count) if args.part else portions.WHOLE)
     shutil.rmtree(args.results, ignore_errors=True)
 
     def again(tests: Sequence[str], number: int) -> tuple[int, list[Failure]]:

@@ -58,14 +58,16 @@ class Bed:
             ThreadPoolExecutor(len(shares)) as pool,
         ):
             image = self._image()
-            places = [results / f"machine-{number}" if len(shares) > 1 else results for number in range(len(shares))]
+            places = [
+                results / f"machine-{number}" if len(shares) > 1 else results for number in range(1, len(shares) + 1)
+            ]
             running = []
             try:
-                for number, (tests, place) in enumerate(zip(shares, places, strict=True)):
+                for number, (tests, place) in enumerate(zip(shares, places, strict=True), 1):
                     place.mkdir(parents=True, exist_ok=True)
                     (inside := Path(directory, f"{number}")).mkdir()
                     disk = parcel.pack(inside, [*self.words, *tests])
-                    report = Report(self.console, spinner, label=f"{number + 1} " if len(shares) > 1 else "")
+                    report = Report(self.console, spinner, label=f"{number} " if len(shares) > 1 else "")
                     running.append(
                         pool.submit(self._boot, Machine(image, disk, place / "console.txt", self.cpus), report, stop)
                     )
