@@ -14,6 +14,7 @@ from xenbackend.block.formats.qcow2 import CORRUPT, Region, parse_header
 from xenbackend.block.formats.qcow2_check import Check
 from xenbackend.block.formats.qcow2_repair import plan_repair
 from xenbackend.block.formats.qcow2_tables import pack_refcounts, unpack_refcounts, unpack_table
+from xenbackend.block.qcow import occupied
 from xenbackend.block.qcow.occupied import Occupied
 from xenbackend.block.request import IMAGE_DAMAGED
 from xenbackend.errors import DriverError
@@ -90,6 +91,15 @@ def test_a_sound_image_is_not_called_corrupt(tmp_path: Path) -> None:
     disk.chain.close()
 
     assert 0 == looked_at(bytes(file.bytes)).report.errors
+
+
+def test_tables_that_take_long_to_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file has room for tables of any length: an image that asks for too many is not opened for writing."""
+    image = qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, snapshot=True)
+    monkeypatch.setattr(occupied, "MAX_TABLES", 8)
+    with pytest.raises(DriverError, match="the tables of its snapshots or bitmaps have 16 bytes, more than 8"):
+        opened(tmp_path / "x", image)
+    opened(tmp_path / "x", image, read_only=True)
 
 
 def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ Limits:
     zstd. The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most,
     which is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB;
     what is known of parents up to 16 MiB.
-    The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at.
+    The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at; an image whose
+    snapshots or bitmaps have tables of more than 64 MiB is only opened for reading.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
-from xenbackend.block.formats.qcow2 import Header, Read, Region
+from xenbackend.block.formats.qcow2 import Header, Read, Region, damaged
 from xenbackend.block.formats.qcow2_tables import OFFSET, parse_bitmaps, parse_snapshots, unpack_table
+
+MAX_TABLES = 64 << 20  # bytes of snapshots' and bitmaps' tables; an L1 table of a disk of 1 TiB has 16 KiB
 
 
 class Occupied:
@@ -77,10 +79,21 @@ def occupied_by(
     if header.snapshot_count:
         snapshots, l1_tables = parse_snapshots(read, header, file_size)
         regions += [snapshots, *l1_tables]
+        _check_length(sum(region.length for region in set(l1_tables)))
         for region in set(l1_tables):
             tables += _places(unpack_table(read(region.offset, region.length))) * l1_tables.count(region)
-    regions += parse_bitmaps(read, header, file_size)
+    length = 0
+    for region in parse_bitmaps(read, header, file_size):  # each is read only after it was looked at here
+        length += region.length if region.length > header.cluster_size else 0
+        _check_length(length)
+        regions.append(region)
     return Occupied(header.cluster_bits, regions, tables)
+
+
+def _check_length(length: int) -> None:
+    """Refuse tables that would take long to read: a sparse file has room for any. Raises: DriverError."""
+    if length > MAX_TABLES:
+        raise damaged(f"the tables of its snapshots or bitmaps have {length} bytes, more than {MAX_TABLES}")
 
 
 def _places(l1: Iterable[int]) -> list[int]:
