@@ -96,6 +96,15 @@ class RecordedFile:
         """See `File`."""
         self.log.append(Change("flush"))
 
+    @property
+    def allocated(self) -> int:
+        """See `File`."""
+        return 0 if self.is_device else self.size
+
+    def next_data(self, offset: int) -> tuple[int, int]:
+        """See `File`: it has no holes."""
+        return offset, self.size
+
     def grow(self, size: int, tail: bytes = b"") -> None:
         """See `File`."""
         if size <= self.size:

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from tests.helpers_block import image
+from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.spec import parse_chain
-from xenbackend.image.extents import Extent, Kind
 from xenbackend.image.session import RequestFailed, Session
 from xenbackend.image.transfer import DEPTH, PIECE, Transfer, data_runs, turns
 

@@ -38,11 +38,12 @@ D11 The process may be killed between any two instructions, and what was in flig
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
+from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 
@@ -97,6 +98,18 @@ class File(Protocol):
 
     def sync(self) -> None:
         """Make everything durable, blocking. For `open` and `close` only. Raises: OSError."""
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the host keeps for it: fewer than `size` where it has holes; 0 for a block device."""
+
+    def next_data(self, offset: int) -> tuple[int, int]:
+        """Return where the first data at or behind `offset` begin and end, in bytes: in between are holes.
+
+        What cannot have holes, such as a block device, is all data; where there are none, it is `size` twice.
+
+        Raises: OSError.
+        """
 
     def grow(self, size: int, tail: bytes = b"") -> None:
         """Make the file `size` bytes long; never shorter. What is new reads as zeros, up to `tail` at the very end.
@@ -202,6 +215,20 @@ class Driver:
         """Take requests; give each back by `self.complete`, now or later."""
         raise NotImplementedError
 
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
+        """Yield what this layer has itself of its disk, in order and without gaps; nothing of a parent's.
+
+        For commands that look at images: it may block, and nothing is in flight. By default all of it is data.
+
+        Args:
+            size: bytes of the disk.
+            all_holes: ask the file for holes in all that the image has; else only in images that were made with room
+                for data which are not there yet, as QEMU does.
+
+        Raises: DriverError, where a table is damaged; OSError.
+        """
+        yield Extent(0, size, Kind.DATA)
+
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
         """Do what an operator asks of this layer in service. Raises: DriverError for an unknown verb."""
         raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
@@ -218,6 +245,7 @@ class Filter(Driver):
     """A layer in front of another one; as it stands it passes everything on."""
 
     is_filter = True
+    is_transparent: ClassVar[bool] = False  # what is read from it is what the layer below has
 
     def open(self, env: Env) -> Geometry:
         """Answer with the geometry of the layer below."""

@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import printable
-from xenbackend.image.extents import Extent, Kind, map_chain
+from xenbackend.image.extents import map_chain
 from xenbackend.image.facts import ChainFacts, Facts, chain_facts
 from xenbackend.image.names import find_image, has_driver, layer_of_file, probe
 from xenbackend.image.session import Session
@@ -77,19 +78,20 @@ def _print_map_json(extents: Iterator[Extent]) -> None:
     """Print one extent a line, so that a large map needs no memory."""
     before = "["
     for extent in extents:
-        print(f"{before}{json.dumps(_as_qemu(extent))}", end="")
+        print(f"{before}{json.dumps(in_qemus_words(extent))}", end="")
         before = ",\n "
     print("]" if before != "[" else "[]")
 
 
-def _as_qemu(extent: Extent) -> dict[str, int | bool]:
+def in_qemus_words(extent: Extent) -> dict[str, int | bool]:
+    """Return an extent as an entry of `qemu-img map --output=json`."""
     is_data = extent.kind is Kind.DATA
     values: dict[str, int | bool] = {
         "start": extent.start,
         "length": extent.length,
         "depth": extent.depth,
         "present": extent.kind is not Kind.ABSENT,
-        "zero": not is_data,
+        "zero": extent.is_zeros,
         "data": is_data,
     }
     return values if extent.place is None else {**values, "offset": extent.place}
@@ -100,4 +102,5 @@ def _print_map(extents: Iterator[Extent], layers: list[str]) -> None:
     for extent in extents:
         place = "" if extent.place is None else str(extent.place)
         where = "" if extent.kind is Kind.ABSENT else printable(layers[extent.depth])
-        print(f"{extent.start:>16}  {extent.length:>16}  {extent.kind.value:6}  {place:>16}  {where}".rstrip())
+        what = "hole" if extent.is_hole else extent.kind.value
+        print(f"{extent.start:>16}  {extent.length:>16}  {what:6}  {place:>16}  {where}".rstrip())

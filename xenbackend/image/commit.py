@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError
-from xenbackend.image.extents import Extent, Kind, extents_of
+from xenbackend.image.extents import extents_of
 from xenbackend.image.names import Image
 from xenbackend.image.session import Session
 from xenbackend.image.transfer import Transfer, turns

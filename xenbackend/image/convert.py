@@ -18,12 +18,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.formats.blank import Wishes, blank
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image.check import check, repair
-from xenbackend.image.extents import Extent, Kind, map_chain
+from xenbackend.image.extents import map_chain
 from xenbackend.image.names import Image, at_another_path
 from xenbackend.image.session import Disk, RequestFailed, Session
 from xenbackend.image.transfer import Transfer, turns

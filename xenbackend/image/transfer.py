@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.mapped.parts import allocate
 from xenbackend.block.request import Op, Request
-from xenbackend.image.extents import Extent, Kind
 from xenbackend.image.session import Disk, Ended, Session, check_status, flush_request
 
 PIECE = 1 << 20  # bytes of one request

@@ -113,6 +113,26 @@ class Image:
         """Make everything durable, blocking. Raises: OSError."""
         os.fdatasync(self.fd)
 
+    @property
+    def allocated(self) -> int:
+        """See `block.driver.File`."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def next_data(self, offset: int) -> tuple[int, int]:
+        """See `block.driver.File`. All requests name their place, so that the descriptor's own may be moved."""
+        start = self._seek(offset, os.SEEK_DATA)
+        return start, self._seek(start, os.SEEK_HOLE) if start < self.size else start
+
+    def _seek(self, offset: int, whence: int) -> int:
+        try:
+            return min(self.size, os.lseek(self.fd, offset, whence))
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here on
+                return self.size
+            if error.errno == errno.EINVAL:  # a block device, or a file system that does not know: all of it is data
+                return offset if whence == os.SEEK_DATA else self.size
+            raise
+
     def grow(self, size: int, tail: bytes = b"") -> None:
         """Make the file longer, as `block.driver.File.grow` says. Any thread may, one at a time. Raises: OSError."""
         if size <= self.size:

@@ -24,10 +24,12 @@ Limits:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from xenbackend.block.driver import Complete, Driver, Env, File, Geometry
+from xenbackend.block.extents import Extent, of_file
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
 
@@ -79,6 +81,11 @@ class Aio(Driver):
             can_discard=file.can_discard,
             discard_granularity=file.discard_granularity,
         )
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it shows them always
+        """See `Driver`: the file's holes are zeros."""
+        assert self._file is not None  # noqa: S101 - only open layers are asked
+        return of_file(self._file, size)
 
     def submit(self, batch: list[Request]) -> None:
         """Say that the file is not open; `open` puts the file's own `submit` in this place."""

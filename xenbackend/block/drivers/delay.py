@@ -37,6 +37,7 @@ class Delay(Filter):
     """Passes requests on later."""
 
     name = "delay"
+    is_transparent = True
 
     @dataclass(frozen=True, slots=True)
     class Options:

@@ -40,6 +40,7 @@ class Fault(Filter):
     """Fails what its options choose and passes on the rest."""
 
     name = "fault"
+    is_transparent = True
 
     @dataclass(frozen=True, slots=True)
     class Options:

@@ -91,6 +91,7 @@ class Log(Filter):
     """See the head of this file."""
 
     name = "log"
+    is_transparent = True
 
     @dataclass(frozen=True, slots=True)
     class Options:

@@ -35,5 +35,6 @@ class Vdi(ForeignDisk):
     def parse(self, env: Env, file: File) -> vdi.Image:
         """See `ForeignDisk`."""
         image = vdi.parse(file.read_at, file.size)
+        self.is_preallocated = image.kind == "fixed"
         env.report("format", f"VDI, {image.kind}, blocks of {format_size(1 << image.shape.cluster_bits)}")
         return image

@@ -44,12 +44,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
+from xenbackend.block.extents import Extent, Kind, with_holes
 from xenbackend.block.formats import vhd, vhd_tables
 from xenbackend.block.formats.vhd_names import parent_names, space_of
 from xenbackend.block.mapped.blocks import Blocks
@@ -152,6 +153,12 @@ class Vhd(Blocks):
             return parent_ref("aio", self._parent_path, cache=cache)
         changed = "" if options.changed == "refuse" else options.changed
         return parent_ref("vhd", self._parent_path, cache=cache, parents=options.parents, changed=changed)
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
+        """See `Driver`."""
+        if self.footer.type == vhd.FIXED:
+            return with_holes([Extent(0, size, Kind.DATA, 0)], self.file)
+        return super().extents(size, all_holes=all_holes)
 
     def check_parent(self, parent: Geometry) -> None:
         """Refuse a parent that is not the one the image was made for. Raises: DriverError."""

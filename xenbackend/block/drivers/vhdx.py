@@ -34,6 +34,7 @@ class Vhdx(ForeignDisk):
     """See the head of this file."""
 
     name = "vhdx"
+    is_preallocated = True  # or not; nothing in the image says it
 
     def parse(self, env: Env, file: File) -> vhdx.Image:
         """See `ForeignDisk`."""

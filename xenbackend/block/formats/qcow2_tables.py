@@ -114,6 +114,22 @@ def refcount_block_of(entry: int, header: Header) -> int:
     return entry
 
 
+def has_more_clusters(read: Read, header: Header, clusters: int, limit: int) -> bool:
+    """Return whether at least `limit` of the first `clusters` of the file are counted as used. Raises: DriverError."""
+    region, order = header.refcount_table, header.refcount_order
+    per_block = header.cluster_size * 8 >> order
+    used = 0
+    for entry in unpack_table(read(region.offset, region.length))[: -(-clusters // per_block)]:
+        place = refcount_block_of(entry, header)
+        if place:
+            refcounts = unpack_refcounts(read(place, header.cluster_size), order)[:clusters]
+            used += len(refcounts) - refcounts.count(0)
+        clusters -= per_block
+        if used >= limit:
+            return True
+    return False
+
+
 def parse_snapshots(read: Read, header: Header, file_size: int) -> tuple[Region, list[Region]]:
     """Return where the snapshot table is, and the L1 tables of the snapshots. Raises: DriverError."""
     place, tables = header.snapshots_offset, []

@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Iterator
 from functools import partial
 
 from xenbackend.block.driver import Driver, File
+from xenbackend.block.extents import Extent, Kind, with_holes
 from xenbackend.block.formats.vhd import SECTOR, Header
 from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries, unpack_bitmap, used_blocks
 from xenbackend.block.mapped.disk import MappedDisk
@@ -90,6 +92,26 @@ class Blocks(MappedDisk):
         self._table_writes: dict[int, Shared] = {}
         bits = header.block_size.bit_length() - 1
         self.start(file, size, cluster_bits=bits, table_bits=_TABLE_BITS, tables=tables)
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
+        """See `Driver`. QEMU knows no parents here: to it what is not there is zeros, and a block is all there."""
+        if all_holes:
+            return with_holes(self._block_extents(size, by_sectors=True), self.file)
+        return self._block_extents(size, by_sectors=self.parent is not None)
+
+    def _block_extents(self, size: int, *, by_sectors: bool) -> Iterator[Extent]:
+        block, bitmap = self._header.block_size, self._header.bitmap_size
+        absent = Kind.ABSENT if self.parent else Kind.ZERO
+        for number, entry in enumerate(self.entries):
+            start, place = number * block, entry & PLACE
+            length = min(block, size - start)
+            if not entry:
+                yield Extent(start, length, absent)
+            elif entry & OWNED == OWNED or not by_sectors:
+                yield Extent(start, length, Kind.DATA, place)
+            else:
+                sectors = unpack_bitmap(self.file.read_at(place - bitmap, bitmap), length // SECTOR)
+                yield from _sector_extents(sectors, start, place)
 
     def shortcut(self, request: Request) -> int:
         """See `MappedDisk`: a request to sectors that their block has, though it lacks others; or lacks all of."""
@@ -350,3 +372,16 @@ class Blocks(MappedDisk):
         """Return where a request in a block that is there lies in the file."""
         block, inside = divmod(request.offset, self._header.block_size)
         return (self.entries[block] & PLACE) + inside
+
+
+def _sector_extents(present: bytearray, start: int, place: int) -> Iterator[Extent]:
+    first = 0
+    while first < len(present):
+        after = present.find(1 - present[first], first)
+        after = len(present) if after < 0 else after
+        inside, length = first * SECTOR, (after - first) * SECTOR
+        if present[first]:
+            yield Extent(start + inside, length, Kind.DATA, place + inside)
+        else:
+            yield Extent(start + inside, length, Kind.ABSENT)
+        first = after

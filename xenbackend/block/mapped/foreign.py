@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from xenbackend.block.driver import Env, File, Geometry
+from xenbackend.block.extents import Extent, of_entries, with_holes
 from xenbackend.block.formats.layout import Layout
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Then
@@ -41,6 +43,7 @@ class ForeignDisk(MappedDisk):
     options: ImageOptions
 
     image: Layout
+    is_preallocated = False  # whether the image was made with room for all of its disk
 
     def parse(self, env: Env, file: File) -> Layout:
         """Return what the image says, and report what it is. Raises: DriverError, OSError."""
@@ -62,6 +65,20 @@ class ForeignDisk(MappedDisk):
         tables: Tables[Table] = Tables(_TABLES // ((8 << shape.table_bits) + _TABLE_EXTRA))
         self.start(file, shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables)
         return Geometry(shape.size, shape.sector_size, read_only=True)
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
+        """See `Driver`."""
+        found = self._table_extents(size)
+        return with_holes(found, self.file) if all_holes or self.is_preallocated else found
+
+    def _table_extents(self, size: int) -> Iterator[Extent]:
+        shape = self.image.shape
+        cluster = 1 << shape.cluster_bits
+        for number in range(shape.tables):
+            place, length = self.image.table_at(number)
+            start = number << shape.cluster_bits + shape.table_bits
+            entries = self.image.decode(self.file.read_at(place, length)) if length else self._empty()
+            yield from of_entries(entries, cluster, start, size)
 
     def load_table(self, number: int, then: Then) -> None:
         """See `MappedDisk`."""

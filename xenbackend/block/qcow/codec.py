@@ -41,6 +41,14 @@ class Version2:
             entries[index] = entry
         return entries
 
+    def map_l2(self, words: array[int]) -> array[int]:
+        """Return the entries with the places of clusters that are zeros, too. Raises: DriverError."""
+        entries = self.decode_l2(words)
+        for index, entry in enumerate(entries):
+            if entry == ZERO:
+                entries[index] |= words[index] & self._places
+        return entries
+
     def encode_l2(self, entry: int) -> int:
         """See `Codec`."""
         if entry & ZERO:
@@ -94,6 +102,10 @@ class Version1:
         if any(word & inside for word in words if not word & qcow.COMPRESSED):
             raise damaged("an entry of its L2 tables is not the place of a cluster")
         return array("Q", [word and (SPECIAL if word & qcow.COMPRESSED else word | OWNED) for word in words])
+
+    def map_l2(self, words: array[int]) -> array[int]:
+        """Return the entries; there is no more to know. Raises: DriverError."""
+        return self.decode_l2(words)
 
     def encode_l2(self, entry: int) -> int:
         """See `Codec`."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import re
 from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
+from xenbackend.block.extents import Extent, of_entries, with_holes
 from xenbackend.block.formats.qcow2 import Region
-from xenbackend.block.formats.qcow2_tables import inflate
+from xenbackend.block.formats.qcow2_tables import inflate, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.parents import find_parent, parent_ref
@@ -92,6 +94,26 @@ class QcowDisk(MappedDisk):
     def l1_words(self) -> array[int]:
         """Return the words of the L1 table."""
         return self._l1.words(self._l1_entries)
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
+        """See `Driver`."""
+        found = self._cluster_extents(size)
+        return with_holes(found, self.file) if all_holes or self.is_preallocated() else found
+
+    def is_preallocated(self) -> bool:
+        """Return whether the image seems to have been made with room for data that are not there yet."""
+        return False
+
+    def _cluster_extents(self, size: int) -> Iterator[Extent]:
+        cluster, per_table = 1 << self.cluster_bits, 1 << self._codec.l2_bits
+        span = cluster * per_table
+        for start, word in zip(range(0, size, span), self.l1_words(), strict=False):
+            table, _ = self._codec.decode_l1(word)
+            entries: Sequence[int] = array("Q", bytes(8 * per_table))
+            if table:
+                data = self.file.read_at(table, 8 * per_table)
+                entries = self._codec.map_l2(unpack_table(data + bytes(8 * per_table - len(data))))
+            yield from of_entries(entries, cluster, start, size)
 
     def serve_writes(self, allocator: Allocator) -> None:
         """Allow writes; call it after `serve`."""

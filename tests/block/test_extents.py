@@ -1,0 +1,113 @@
+"""Ranges of a disk: cut by a file's holes, made of a table's entries, and put together again."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+import pytest
+
+from xenbackend.block.extents import Extent, Kind, merged, of_entries, of_file, with_holes
+from xenbackend.block.mapped.tables import OWNED, SPECIAL, ZERO
+
+K = 1024
+
+
+class Holey:
+    """A file that has data in some ranges."""
+
+    def __init__(self, size: int, data: list[tuple[int, int]]) -> None:
+        self.size = size
+        self.data = data
+        self.questions = 0
+
+    def next_data(self, offset: int) -> tuple[int, int]:
+        """See `Holed`."""
+        self.questions += 1
+        return next(((max(offset, start), end) for start, end in self.data if end > offset), (self.size, self.size))
+
+
+def test_a_files_holes_are_zeros_up_to_the_end_of_the_disk() -> None:
+    """What lies behind the disk, as a footer does, is not the disk's."""
+    file = Holey(10 * K, [(2 * K, 4 * K), (7 * K, 10 * K)])
+
+    assert [
+        Extent(0, 2 * K, Kind.ZERO, 0),
+        Extent(2 * K, 2 * K, Kind.DATA, 2 * K),
+        Extent(4 * K, 3 * K, Kind.ZERO, 4 * K),
+        Extent(7 * K, K, Kind.DATA, 7 * K),
+    ] == list(of_file(file, 8 * K))
+
+
+def test_data_are_cut_where_the_file_has_holes() -> None:
+    """Places count, not the disk's order; behind the end of the file is a hole; what has no place stays whole."""
+    file = Holey(8 * K, [(2 * K, 4 * K)])
+    before = [
+        Extent(0, 4 * K, Kind.DATA, 3 * K),
+        Extent(4 * K, 4 * K, Kind.DATA, 0),
+        Extent(8 * K, K, Kind.DATA),
+        Extent(9 * K, K, Kind.ZERO, 2 * K),
+        Extent(10 * K, 2 * K, Kind.DATA, 7 * K),
+    ]
+
+    assert [
+        Extent(0, K, Kind.DATA, 3 * K),
+        Extent(K, 3 * K, Kind.DATA, 4 * K, is_hole=True),
+        Extent(4 * K, 2 * K, Kind.DATA, 0, is_hole=True),
+        Extent(6 * K, 2 * K, Kind.DATA, 2 * K),
+        Extent(8 * K, K, Kind.DATA),
+        Extent(9 * K, K, Kind.ZERO, 2 * K),
+        Extent(10 * K, 2 * K, Kind.DATA, 7 * K, is_hole=True),
+    ] == list(merged(with_holes(before, file)))
+
+
+def test_neighbours_share_a_question() -> None:
+    """Many clusters in a row of one stretch of data cost one question to the file."""
+    file = Holey(1 << 30, [(0, 1 << 30)])
+    found = list(merged(with_holes((Extent(n * K, K, Kind.DATA, n * K) for n in range(1000)), file)))
+
+    assert [Extent(0, 1000 * K, Kind.DATA, 0)] == found
+    assert 1 == file.questions
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_holes_lose_nothing(seed: int) -> None:
+    """For any file and any places, each byte is a hole or not as the file has it, and there are no gaps."""
+    chance = Random(seed)
+    edges = sorted(chance.sample(range(100), 20))
+    file = Holey(100, list(zip(edges[::2], edges[1::2], strict=True)))
+    before, start = [], 0
+    for _ in range(50):
+        length = chance.randint(1, 15)
+        before.append(Extent(start, length, Kind.DATA, chance.randrange(110)))
+        start += length
+    has = {byte for first, end in file.data for byte in range(first, end)}
+
+    found = list(with_holes(before, file))
+
+    assert all(one.end == other.start for one, other in pairwise(found))
+    assert sum(each.length for each in before) == found[-1].end
+    for each in found:
+        assert each.place is not None
+        assert {(place in has) for place in range(each.place, each.place + each.length)} == {not each.is_hole}
+
+
+def test_entries_are_ranges() -> None:
+    """Clusters in a row are one range; compressed ones have no place; the last one ends with the disk."""
+    entries = [8 * K | OWNED, 9 * K | OWNED, 20 * K | OWNED, 0, 0, ZERO, ZERO | 5 * K, SPECIAL | 3 * K, 4 * K | OWNED]
+
+    assert [
+        Extent(0, 2 * K, Kind.DATA, 8 * K),
+        Extent(2 * K, K, Kind.DATA, 20 * K),
+        Extent(3 * K, 2 * K, Kind.ABSENT),
+        Extent(5 * K, K, Kind.ZERO),
+        Extent(6 * K, K, Kind.ZERO, 5 * K),
+        Extent(7 * K, K, Kind.DATA),
+        Extent(8 * K, 512, Kind.DATA, 4 * K),
+    ] == list(of_entries(entries, K, 0, 8 * K + 512))
+
+
+def test_empty_tables_are_one_range() -> None:
+    """A table without an entry is absent as a whole, also where the disk ends inside of it or before it."""
+    assert [Extent(4 * K, 3 * K, Kind.ABSENT)] == list(of_entries([0] * 8, K, 4 * K, 7 * K))
+    assert [] == list(of_entries([0] * 8, K, 4 * K, 4 * K))
