@@ -48,7 +48,7 @@ def target(tmp_path: Path) -> Image:
 def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each turn one request, and each of them a checkpoint."""
     monkeypatch.setattr("xenbackend.image.transfer.DEPTH", 1)
-    monkeypatch.setattr("xenbackend.image.convert.CHECKPOINT", 1)
+    monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 1)
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,25 @@ from tests.helpers_block import image
 from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.spec import parse_chain
 from xenbackend.image.session import RequestFailed, Session
-from xenbackend.image.transfer import DEPTH, PIECE, Transfer, data_runs, turns
+from xenbackend.image.transfer import DEPTH, Piece, Transfer, data_runs, pieces_of
 
 MIB = 1 << 20
 
 
-def test_turns_are_cut_at_pieces() -> None:
-    """No request crosses a multiple of a MiB, and no turn has more than the memory is for."""
-    found = list(turns([Extent(512, 2 * MIB, Kind.DATA), Extent(20 * MIB, 20 * MIB, Kind.DATA)]))
+def ignore(_piece: Piece) -> None:
+    """Take no note."""
 
-    assert [(512, MIB - 512), (MIB, MIB), (2 * MIB, 512)] == found[0][:3]
-    assert [DEPTH, 23 - DEPTH] == [len(turn) for turn in found]
-    assert all(start // PIECE == (start + length - 1) // PIECE for turn in found for start, length in turn)
+
+def test_extents_are_cut_at_pieces() -> None:
+    """No request crosses a multiple of a MiB; a hole is no data, whatever has it."""
+    extents = [Extent(512, 2 * MIB, Kind.DATA), Extent(20 * MIB, MIB, Kind.DATA, is_hole=True)]
+
+    assert [
+        Piece(512, MIB - 512),
+        Piece(MIB, MIB),
+        Piece(2 * MIB, 512),
+        Piece(20 * MIB, MIB, is_data=False),
+    ] == list(pieces_of(extents))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +55,7 @@ def test_a_copy_leaves_holes(tmp_path: Path) -> None:
     with Session() as session:
         disks = [session.open(parse_chain(f"aio:{path}"), read_only=path is source) for path in (source, target)]
         transfer = Transfer(session, *disks, is_blank=True)
-        for turn in turns([Extent(0, 3 * MIB, Kind.DATA)]):
-            transfer.copy(turn)
+        transfer.run(pieces_of([Extent(0, 3 * MIB, Kind.DATA)]), ignore)
         transfer.flush()
 
     assert data == target.read_bytes()
@@ -64,8 +70,7 @@ def test_zeros_are_written_where_there_may_be_something(tmp_path: Path) -> None:
     with Session() as session:
         disks = [session.open(parse_chain(f"aio:{path}"), read_only=path is source) for path in (source, target)]
         transfer = Transfer(session, *disks, is_blank=False)
-        transfer.copy([(0, 4096)])
-        transfer.clear([(8192, 4096), (MIB, 512)])
+        transfer.run([Piece(0, 4096), Piece(8192, 4096, is_data=False), Piece(MIB, 512, is_data=False)], ignore)
 
     expected = bytearray(b"t" * 2 * MIB)
     for start, length in ((0, 4096), (8192, 4096), (MIB, 512)):
@@ -75,7 +80,7 @@ def test_zeros_are_written_where_there_may_be_something(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_a_failure_names_layer_and_place(tmp_path: Path, op: str) -> None:
-    """One of the requests that fail is reported, when the whole turn has ended."""
+    """One of the requests that fail is reported, when all that are under way have ended."""
     source, target = tmp_path / "source", image(tmp_path / "target", 2 * MIB)
     source.write_bytes(b"x" * 2 * MIB)
     fault = f"fault:errno=EIO,op={op},every=1|"
@@ -85,4 +90,56 @@ def test_a_failure_names_layer_and_place(tmp_path: Path, op: str) -> None:
         target_disk = session.open(parse_chain(texts[1]), read_only=False)
         transfer = Transfer(session, source_disk, target_disk, is_blank=True)
         with pytest.raises(RequestFailed, match=rf"fault:.*: {op} of 1048576 bytes at \d+: Input/output error"):
-            transfer.copy([(0, MIB), (MIB, MIB)])
+            transfer.run([Piece(0, MIB), Piece(MIB, MIB)], ignore)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_told_is_done_in_order(tmp_path: Path, seed: int) -> None:
+    """However requests overtake each other, pieces are told in order, and stopping leaves nothing in flight."""
+    source, target = tmp_path / "source", image(tmp_path / "target", 40 * MIB)
+    source.write_bytes(Random(seed).randbytes(40 * MIB))
+    stop = Random(seed).randrange(40)
+    told: list[Piece] = []
+
+    def tell(piece: Piece) -> None:
+        told.append(piece)
+        if piece.offset == stop * MIB:
+            raise KeyboardInterrupt
+
+    with Session() as session:
+        delay = f"delay:jitter=2ms,seed={seed}|"
+        disks = [session.open(parse_chain(f"{delay}aio:{path}"), read_only=path is source) for path in (source, target)]
+        transfer = Transfer(session, *disks, is_blank=True)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.run(pieces_of([Extent(0, 40 * MIB, Kind.DATA)]), tell)
+        assert [each * MIB for each in range(stop + 1)] == [each.offset for each in told]
+        assert source.read_bytes()[: (stop + 1) * MIB] == target.read_bytes()[: (stop + 1) * MIB]
+        transfer.run(pieces_of([Extent(0, 40 * MIB, Kind.DATA)]), ignore)
+
+    assert source.read_bytes() == target.read_bytes()
+
+
+def test_what_is_durable_is_told_while_the_copy_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush covers only what was told as done before it began, and its failure ends the copy."""
+    monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 4 * MIB)
+    source, target = tmp_path / "source", image(tmp_path / "target", 40 * MIB)
+    source.write_bytes(b"x" * 40 * MIB)
+    order: list[tuple[str, int]] = []
+    with Session() as session:
+        disks = [session.open(parse_chain(f"aio:{path}"), read_only=path is source) for path in (source, target)]
+        transfer = Transfer(session, *disks, is_blank=True)
+        pieces = pieces_of([Extent(0, 40 * MIB, Kind.DATA)])
+        transfer.run(
+            pieces, lambda piece: order.append(("done", piece.end)), lambda piece: order.append(("durable", piece.end))
+        )
+    durable = [(at, end) for at, (what, end) in enumerate(order) if what == "durable"]
+
+    assert len(durable) > 1
+    assert DEPTH * MIB < durable[-1][1] <= 40 * MIB
+    assert all(("done", end) in order[:at] for at, end in durable if end)
+
+    with Session() as session:
+        failing = f"fault:errno=EIO,op=flush|aio:{target}"
+        disks = [session.open(parse_chain(text), read_only=text is not failing) for text in (f"aio:{source}", failing)]
+        with pytest.raises(RequestFailed, match="flush"):
+            Transfer(session, *disks, is_blank=True).run(pieces_of([Extent(0, 40 * MIB, Kind.DATA)]), ignore)

@@ -92,6 +92,7 @@ def _register_commit(verbs: Any) -> None:
         "has into its parent. It may be stopped anywhere and done again. The image itself stays as it is; other "
         "children of the parent are worthless afterwards.")  # fmt: skip
     verb.add_argument("image", metavar="LAYER", help=_WITH_TABLES)
+    _add_direct(verb)
     verb.set_defaults(run=commit)
 
 
@@ -121,8 +122,14 @@ def _register_convert(verbs: Any) -> None:
     how.add_argument("--overwrite", action="store_true", help="TO is a raw image or a block device that is there "
         "already: write over what it holds, zeros too")  # fmt: skip
     verb.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_direct(verb)
     _add_wishes(verb)
     verb.set_defaults(run=convert)
+
+
+def _add_direct(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--direct", action="store_true", help="bypass the host's page cache (O_DIRECT), which leaves it "
+        "to those who need it; as a rule slower")  # fmt: skip
 
 
 def _add_wishes(verb: argparse.ArgumentParser) -> None:
@@ -189,7 +196,7 @@ def commit(arguments: argparse.Namespace) -> int:
     image = find_image(arguments.image)
     try:
         with watched("commit", quiet=arguments.json) as progress:
-            done = write_down(image, progress)
+            done = write_down(image, progress, direct=arguments.direct)
     except KeyboardInterrupt:
         print(f"stopped; {printable(image.path)} reads as before, and commit can be done again", file=sys.stderr)
         raise
@@ -228,10 +235,12 @@ def convert(arguments: argparse.Namespace) -> int:
     source, target = parse_chain(arguments.source), find_image(arguments.target)
     try:
         with watched("convert", quiet=arguments.quiet or arguments.json) as progress:
+            direct = arguments.direct
             if arguments.overwrite:
-                done = conversions.overwrite(source, target, progress)
+                done = conversions.overwrite(source, target, progress, direct=direct)
             else:
-                done = conversions.convert(source, target, _wishes(arguments), progress, resume=arguments.resume)
+                wishes, resume = _wishes(arguments), arguments.resume
+                done = conversions.convert(source, target, wishes, progress, resume=resume, direct=direct)
     except (KeyboardInterrupt, RequestFailed):
         goes_on = f"the same with --resume goes on with {printable(target.path)}.partial"
         print(f"stopped; {'it has to be done again' if arguments.overwrite else goes_on}", file=sys.stderr)

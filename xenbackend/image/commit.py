@@ -15,7 +15,7 @@ from xenbackend.errors import ConfigError
 from xenbackend.image.extents import extents_of
 from xenbackend.image.names import Image
 from xenbackend.image.session import Session
-from xenbackend.image.transfer import Transfer, turns
+from xenbackend.image.transfer import Piece, Transfer, pieces_of
 from xenbackend.units import format_size
 
 Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
@@ -29,7 +29,7 @@ class Committed:
     written: int
 
 
-def commit(image: Image, progress: Progress) -> Committed:
+def commit(image: Image, progress: Progress, *, direct: bool = False) -> Committed:
     """Write what an image has to its parent. Whatever `progress` raises stops it between two turns.
 
     Raises: ConfigError, where there is no parent, or one that is smaller; DriverError, where either is in use;
@@ -37,7 +37,7 @@ def commit(image: Image, progress: Progress) -> Committed:
     """
     # The image is locked against writers, and the parent against everybody. So the chain of both, which opens the
     # parent once more, goes without locks: it is read where the image itself has data, and nobody writes there.
-    with Session() as session:
+    with Session(direct=direct) as session:
         session.open_file(image.path, read_only=True, step=512)
         child = session.open(image.chain, read_only=True, locked=False)
         layers = child.chain.layers
@@ -48,7 +48,7 @@ def commit(image: Image, progress: Progress) -> Committed:
         if target.size < child.size:
             problem = f"its parent has {format_size(target.size)}, and it {format_size(child.size)}"
             raise ConfigError(f"{problem}; make the parent larger first, by image resize")
-        own = [extent for extent in extents_of(layers[0]) if extent.kind is not Kind.ABSENT]
+        own = [extent for extent in extents_of(layers[0], all_holes=True) if extent.kind is not Kind.ABSENT]
         transfer = Transfer(session, child, target, is_blank=False)
         _run(transfer, own, progress)
         return Committed(parent.text, transfer.written)
@@ -56,12 +56,14 @@ def commit(image: Image, progress: Progress) -> Committed:
 
 def _run(transfer: Transfer, own: Sequence[Extent], progress: Progress) -> None:
     done, total = 0, sum(extent.length for extent in own)
+
+    def tell(piece: Piece) -> None:
+        nonlocal done
+        done += piece.length
+        progress(done, total)
+
     progress(0, total)
     try:
-        for kind, step in ((Kind.DATA, transfer.copy), (Kind.ZERO, transfer.clear)):
-            for turn in turns(extent for extent in own if extent.kind is kind):
-                step(turn)
-                done += sum(length for _, length in turn)
-                progress(done, total)
+        transfer.run(pieces_of(own), tell)
     finally:
         transfer.flush()

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ from xenbackend.image.check import check, repair
 from xenbackend.image.extents import map_chain
 from xenbackend.image.names import Image, at_another_path
 from xenbackend.image.session import Disk, RequestFailed, Session
-from xenbackend.image.transfer import Transfer, turns
+from xenbackend.image.transfer import Piece, Transfer, pieces_of
 from xenbackend.units import format_size
 from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 
-CHECKPOINT = 256 << 20  # bytes written between two states that can be gone on from
+SMALL_HOLE = 64 << 10  # bytes
 
 Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
 
@@ -45,8 +44,16 @@ class Converted:
     resumed_at: int
 
 
-def convert(source: ChainSpec, target: Image, wishes: Wishes, progress: Progress, *, resume: bool = False) -> Converted:
-    """Make `target` from what `source` reads as.
+def convert(
+    source: ChainSpec,
+    target: Image,
+    wishes: Wishes,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    direct: bool = False,
+) -> Converted:
+    """Make `target` from what `source` reads as; `direct` bypasses the page cache where the files allow it.
 
     Raises: ConfigError, where the target is there, or a partial one without `resume`, or one that was begun from
         something else; DriverError. When the copy has begun, RequestFailed or OSError: then, and whatever `progress`
@@ -61,7 +68,7 @@ def convert(source: ChainSpec, target: Image, wishes: Wishes, progress: Progress
         resume = False
     elif not resume:
         _refuse_partial(partial.path)
-    with Session() as session:
+    with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
         begun = _identity(disk, target, wishes)
         done = state.load(begun) if resume else 0
@@ -80,7 +87,7 @@ def convert(source: ChainSpec, target: Image, wishes: Wishes, progress: Progress
         return Converted(disk.size, written, done)
 
 
-def overwrite(source: ChainSpec, target: Image, progress: Progress) -> Converted:
+def overwrite(source: ChainSpec, target: Image, progress: Progress, *, direct: bool = False) -> Converted:
     """Write what `source` reads as over a raw image or block device that is there, zeros too; not what is behind it.
 
     It cannot be gone on with, only done again.
@@ -89,18 +96,15 @@ def overwrite(source: ChainSpec, target: Image, progress: Progress) -> Converted
     """
     if target.format != "raw":
         raise ConfigError(f"only a raw image can be written over, and {target.text} is none")
-    with Session() as session:
+    with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
         there = session.open(target.chain, read_only=False)
         if there.size < disk.size:
             raise ConfigError(f"{target.text} has {format_size(there.size)}, and the source {format_size(disk.size)}")
-        transfer, done = Transfer(session, disk, there, is_blank=False), 0
+        transfer = Transfer(session, disk, there, is_blank=False)
         progress(0, disk.size)
-        for is_data, extents in groupby(map_chain(disk.chain.layers), lambda each: each.kind is Kind.DATA):
-            for turn in turns(extents):
-                (transfer.copy if is_data else transfer.clear)(turn)
-                done += sum(length for _, length in turn)
-                progress(done, disk.size)
+        extents = without_small_holes(map_chain(disk.chain.layers, all_holes=True))
+        transfer.run(pieces_of(extents), lambda piece: progress(piece.end, disk.size))
         transfer.flush()
         return Converted(disk.size, transfer.written, 0)
 
@@ -175,17 +179,15 @@ def _copy(
     if target.size < source.size:
         raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=partial.text)
     transfer = Transfer(session, source, target, is_blank=True)
-    saved = 0
+
+    def tell(piece: Piece) -> None:
+        nonlocal done
+        done = piece.end
+        progress(done, source.size)
+
     try:
         progress(done, source.size)
-        for turn in turns(_to_copy(source, done)):
-            transfer.copy(turn)
-            done = turn[-1][0] + turn[-1][1]
-            progress(done, source.size)
-            if transfer.written - saved >= CHECKPOINT:
-                saved = transfer.written
-                transfer.flush()
-                save(done)
+        transfer.run(pieces_of(_to_copy(source, done)), tell, lambda piece: save(piece.end))
     except BaseException:
         with suppress(RequestFailed, OSError):  # the reason why we stop is the one to report
             transfer.flush()
@@ -199,7 +201,32 @@ def _copy(
 
 def _to_copy(source: Disk, done: int) -> Iterator[Extent]:
     """Yield what may hold data from `done` on."""
-    for extent in map_chain(source.chain.layers):
-        if extent.kind is Kind.DATA and extent.end > done:
+    for extent in without_small_holes(map_chain(source.chain.layers, all_holes=True)):
+        if not extent.is_zeros and extent.end > done:
             start = max(done, extent.start)
             yield Extent(start, extent.end - start, Kind.DATA)
+
+
+def without_small_holes(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Yield extents as data or zeros, with so little between data read along that a request more would cost more."""
+    data: Extent | None = None
+    zeros: Extent | None = None  # what follows it
+    for extent in extents:
+        if extent.is_zeros:
+            zeros = Extent(
+                zeros.start if zeros else extent.start, extent.length + (zeros.length if zeros else 0), Kind.ZERO
+            )
+        elif data is None:
+            if zeros:
+                yield zeros
+            data, zeros = Extent(extent.start, extent.length, Kind.DATA), None
+        elif zeros is None or zeros.length < SMALL_HOLE:
+            data, zeros = Extent(data.start, extent.end - data.start, Kind.DATA), None
+        else:
+            yield data
+            yield zeros
+            data, zeros = Extent(extent.start, extent.length, Kind.DATA), None
+    if data:
+        yield data
+    if zeros:
+        yield zeros

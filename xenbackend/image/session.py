@@ -44,12 +44,17 @@ class Disk:
 
 
 class Session:
-    """Opens chains and files, and runs their loop; closes everything that is still open at its end."""
+    """Opens chains and files, and runs their loop; closes everything that is still open at its end.
 
-    def __init__(self) -> None:
+    Args:
+        direct: bypass the page cache where layers ask for it; without it, nothing does.
+    """
+
+    def __init__(self, *, direct: bool = True) -> None:
         self._reactor = Reactor()
-        self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S)
-        self._unlocked = HostFiles(self._reactor, use_queues=False, locks=False)  # a loop has one queue of each kind
+        self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S, direct=direct)
+        # a loop has one queue of each kind
+        self._unlocked = HostFiles(self._reactor, use_queues=False, direct=direct, locks=False)
         self._open: list[Chain | File] = []
 
     def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True) -> Disk:

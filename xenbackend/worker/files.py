@@ -39,15 +39,23 @@ class HostFiles:
         use_queues: use the kernel's asynchronous I/O where the host has it; else threads do what blocks.
         lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
             predecessor; for everybody else a lock that is taken is an answer.
+        direct: without it, everything goes through the page cache, whatever a layer asks for.
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
     """
 
     def __init__(
-        self, reactor: Reactor, *, use_queues: bool = True, lock_timeout_s: float = 0.0, locks: bool = True
+        self,
+        reactor: Reactor,
+        *,
+        use_queues: bool = True,
+        lock_timeout_s: float = 0.0,
+        direct: bool = True,
+        locks: bool = True,
     ) -> None:
         self._reactor = reactor
         self._use_queues = use_queues
         self.lock_timeout_s = lock_timeout_s
+        self._direct = direct
         self._locks = locks
         self._queues: list[IoQueue] = []
 
@@ -92,7 +100,7 @@ class HostFiles:
             self._queues.pop().close()
 
     def _choose(self, fd: int, medium: Medium, *, direct: bool, blocking: bool) -> Image:
-        alignment = blockdev.switch_to_direct(fd, medium) if direct else None
+        alignment = blockdev.switch_to_direct(fd, medium) if direct and self._direct else None
         if blocking:
             return Image(fd, medium, alignment, self._reactor, None)
         if alignment is not None:
