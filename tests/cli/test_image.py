@@ -238,3 +238,34 @@ def test_a_terminal_gets_a_bar(raw: Path, tmp_path: Path) -> None:
 
     assert (0, True, True) == (done.returncode, "convert" in shown, "4.2/4.2 MiB" in shown or "4.0/4.0 MiB" in shown)
     assert (quiet.stdout, quiet.stderr) == ("vhd:two: 4 MiB, 1 MiB written\n", "")
+
+
+def test_compare_says_where(run: Run, raw: Path, tmp_path: Path) -> None:
+    """Status 0 and 1 are the answer, as of cmp; 2 is none: an image that is not there, or that cannot be read."""
+    assert 0 == run("convert", "aio:disk.raw", "vhd:b.vhd")[0]
+    assert (0, "they read the same\n", "") == run("compare", "aio:disk.raw", "vhd:b.vhd")
+    with raw.open("r+b") as file:
+        file.seek(3 * MIB + 7)
+        file.write(b"x")
+    assert (1, f"they differ from byte {3 * MIB + 7} on\n", "") == run("compare", "aio:disk.raw", "vhd:b.vhd")
+    assert (1, "", "") == run("compare", "aio:disk.raw", "vhd:b.vhd", "--quiet")
+    status, out, _ = run("compare", "aio:disk.raw", "vhd:b.vhd", "--json")
+    assert (1, 3 * MIB + 7) == (status, json.loads(out)["differs_at"])
+    os.truncate(raw, 5 * MIB)
+    for chains, problem in (
+        (("aio:none", "vhd:b.vhd"), "there is no file or device none"),
+        (("fault:op=read|aio:disk.raw", "vhd:b.vhd"), "Input/output error"),
+        (("disk.raw", "vhd:b.vhd"), "does not say its format"),
+    ):
+        status, out, err = run("compare", *chains)
+        assert (2, "") == (status, out)
+        assert problem in err
+
+
+def test_measure_needs_no_image(run: Run, run_json: RunJson, raw: Path) -> None:
+    """Of a disk of some size, or of a chain; in bytes for scripts, in words for people."""
+    empty = run_json("measure", "qcow2", "--size", "4M")
+    assert empty["required"] < MIB < empty["fully_allocated"]
+    assert 0 == run("convert", "aio:disk.raw", "qcow2:b.qcow2")[0]
+    assert MIB < run_json("measure", "qcow2", "qcow2:b.qcow2")["required"] < 2 * MIB
+    assert "4 MiB needed (4194304 bytes)" in run("measure", "raw", "--size", "4M")[1]

@@ -12,14 +12,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from xenbackend.cli.arguments import size
-from xenbackend.errors import ConfigError, printable
+from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from xenbackend.block.formats.blank import Wishes
+    from xenbackend.block.spec import ChainSpec
     from xenbackend.image.check import Verdict
+    from xenbackend.image.compare import Compared
     from xenbackend.image.create import Created
     from xenbackend.image.names import Image
 
@@ -49,6 +51,8 @@ def register(subparsers: Any) -> None:
     _register_resize(verbs)
     _register_map(verbs)
     _register_convert(verbs)
+    _register_compare(verbs)
+    _register_measure(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -125,6 +129,29 @@ def _register_convert(verbs: Any) -> None:
     _add_direct(verb)
     _add_wishes(verb)
     verb.set_defaults(run=convert)
+
+
+def _register_compare(verbs: Any) -> None:
+    verb = verbs.add_parser("compare", help="say whether two chains read the same", description="Say whether two "
+        "chains read the same, and where they differ first. Zeros behind the end of the smaller one are no difference. "
+        "Exit status: 0 the same, 1 different, 2 it could not be found out.")  # fmt: skip
+    verb.add_argument("first", metavar="CHAIN", help="such as qcow2:FILE")
+    verb.add_argument("second", metavar="CHAIN", help="the other one")
+    verb.add_argument("--strict", action="store_true", help="a different size is a difference, too")
+    verb.add_argument("--quiet", action="store_true", help="no progress bar, and nothing on standard output")
+    _add_direct(verb)
+    verb.set_defaults(run=compare)
+
+
+def _register_measure(verbs: Any) -> None:
+    verb = verbs.add_parser("measure", help="say how large a new image would be", description="Say how large the file "
+        "of a new image becomes at most: what is needed for what a chain reads as, and for a full disk.")  # fmt: skip
+    verb.add_argument("format", choices=_FORMATS)
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("source", metavar="FROM", nargs="?", help="any chain, such as qcow2:FILE, with its parents")
+    what.add_argument("--size", metavar="SIZE", type=size, help="of an empty disk, such as 20G")
+    _add_wishes(verb)
+    verb.set_defaults(run=measure)
 
 
 def _add_direct(verb: argparse.ArgumentParser) -> None:
@@ -224,15 +251,12 @@ def resize(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert a chain into a new image. Raises: ConfigError, ChainError, DriverError, RequestFailed."""
-    from xenbackend.block.spec import parse_chain
     from xenbackend.cli.image_progress import watched
     from xenbackend.image import convert as conversions
-    from xenbackend.image.names import find_image, has_driver
+    from xenbackend.image.names import find_image
     from xenbackend.image.session import RequestFailed
 
-    if not has_driver(arguments.source):
-        find_image(arguments.source)  # it says what to write
-    source, target = parse_chain(arguments.source), find_image(arguments.target)
+    source, target = _chain(arguments.source), find_image(arguments.target)
     try:
         with watched("convert", quiet=arguments.quiet or arguments.json) as progress:
             direct = arguments.direct
@@ -251,6 +275,58 @@ def convert(arguments: argparse.Namespace) -> int:
         went_on = f", gone on at {format_size(done.resumed_at)}" if done.resumed_at else ""
         print(f"{printable(target.text)}: {format_size(done.size)}, {format_size(done.written)} written{went_on}")
     return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare two chains; the status is 0 or 1. Raises: ChainError, ConfigError, DriverError: not known, status 2."""
+    from xenbackend.cli.image_progress import watched
+    from xenbackend.image.compare import compare as look
+    from xenbackend.image.session import RequestFailed
+
+    first, second = _chain(arguments.first), _chain(arguments.second)
+    try:
+        with watched("compare", quiet=arguments.quiet or arguments.json) as progress:
+            found = look(first, second, progress, direct=arguments.direct)
+    except (RequestFailed, OSError) as error:
+        raise DriverError(str(error)) from error
+    is_same = found.is_same(strict=arguments.strict)
+    if arguments.json:
+        _print_json({**asdict(found), "is_same": is_same})
+    elif not arguments.quiet:
+        _print_compared(found, is_same=is_same)
+    return 0 if is_same else 1
+
+
+def _print_compared(found: Compared, *, is_same: bool) -> None:
+    one, other = found.sizes
+    if one != other:
+        print(f"they have {format_size(one)} and {format_size(other)} ({one} and {other} bytes)")
+    if found.differs_at is not None:
+        print(f"they differ from byte {found.differs_at} on")
+    elif is_same:
+        print("they read the same")
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Say how large an image would be. Raises: ChainError, ConfigError, DriverError."""
+    from xenbackend.image.measure import measure as look
+
+    source = arguments.size if arguments.source is None else _chain(arguments.source)
+    found = look(arguments.format, source, _wishes(arguments))
+    if arguments.json:
+        _print_json(asdict(found))
+    else:
+        print(f"{format_size(found.required)} needed ({found.required} bytes)")
+        print(f"{format_size(found.fully_allocated)} when it is full ({found.fully_allocated} bytes)")
+    return 0
+
+
+def _chain(text: str) -> ChainSpec:
+    """Return a chain; of a file without its format, say what to write. Raises: ChainError, ConfigError."""
+    from xenbackend.block.spec import parse_chain
+    from xenbackend.image.names import find_image, has_driver
+
+    return parse_chain(text) if has_driver(text) else find_image(text).chain
 
 
 def _parent(arguments: argparse.Namespace) -> Image | None:

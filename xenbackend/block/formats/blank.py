@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xenbackend.block.formats import qcow2, vhd
-from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table
+from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table, refcount_clusters
 from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.errors import ConfigError, printable
 from xenbackend.units import PAGE, format_size, round_up
@@ -83,7 +83,7 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
             f"{format_size(size)} are too many for clusters of {format_size(cluster)}; choose larger ones"
         )
     l1_clusters = -(-l1_entries * 8 >> bits)
-    table_clusters, blocks = _refcount_clusters(l1_clusters, cluster)
+    table_clusters, blocks = _refcount_clusters(l1_clusters, cluster, -(-size >> bits))
     name = _qcow_name(parent)
     extensions = _extension(_BACKING_FORMAT, parent.qemu_format.encode()) if parent else b""
     extensions += _extension(0, b"")
@@ -153,15 +153,16 @@ def _cluster_bits(size: int, least: int, most: int) -> int:
     return bits
 
 
-def _refcount_clusters(others: int, cluster: int) -> tuple[int, int]:
-    """Return how many clusters refcount table and blocks take, for themselves, the header and `others`."""
-    table, blocks = 1, 1
-    while True:
-        used = 1 + table + blocks + others
-        wanted = -(-used * 2 // cluster), -(-blocks * 8 // cluster)
-        if wanted[0] <= blocks and wanted[1] <= table:
-            return table, blocks
-        blocks, table = max(blocks, wanted[0]), max(table, wanted[1])
+def _refcount_clusters(others: int, cluster: int, disk: int) -> tuple[int, int]:
+    """Return how many clusters refcount table and blocks take, for themselves, the header and `others`.
+
+    The table has room for the clusters of a full disk, so that it need not move while the disk is filled.
+    """
+    full, _ = refcount_clusters(1 + others + disk + disk // (cluster // 8), cluster, _REFCOUNT_ORDER)
+    table, blocks = min(full, qcow2.MAX_REFCOUNT_TABLE_BYTES // cluster), 1
+    while blocks * (cluster // 2) < 1 + table + blocks + others:
+        blocks += 1
+    return table, blocks
 
 
 def _extension(kind: int, data: bytes) -> bytes:

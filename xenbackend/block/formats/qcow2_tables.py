@@ -104,6 +104,17 @@ def pack_refcounts(refcounts: array[int], order: int) -> bytes:
     )
 
 
+def refcount_clusters(others: int, cluster_size: int, order: int) -> tuple[int, int]:
+    """Return how many clusters the refcount table and its blocks take that count themselves and `others`."""
+    table = blocks = 0
+    while True:
+        wanted = -(-((others + table + blocks) << order) // (cluster_size * 8))
+        if wanted == blocks and table == -(-blocks * 8 // cluster_size):
+            return table, blocks
+        blocks = wanted
+        table = -(-blocks * 8 // cluster_size)
+
+
 def refcount_block_of(entry: int, header: Header) -> int:
     """Return the offset of the refcount block that an entry of the refcount table names, 0 for none.
 
