@@ -50,10 +50,21 @@ def leaf_over(
 
     Raises: ConfigError, where that child cannot be.
     """
+    if not image_format:
+        parent_format = FORMAT_OF.get(layers[0].driver.name, "")
+        image_format = _OVER_RAW if parent_format == "raw" else parent_format
+    parent, text = child_of(layers, path, image_format)
+    size = layers[0].geometry.size if size is None else size
+    return Leaf(text, size, blank(image_format, size, wishes or Wishes(), parent))
+
+
+def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple[Parent, str]:
+    """Return how an image at `path` names an open image as its parent, and the layer that opens it then.
+
+    Raises: ConfigError, where an image of that format cannot have that parent.
+    """
     layer = layers[0]
     parent_format = FORMAT_OF.get(layer.driver.name, "")
-    if not image_format:
-        image_format = _OVER_RAW if parent_format == "raw" else parent_format
     known = _PARENTS.get(image_format, ())
     if parent_format not in known:
         words = " or ".join(known) or "no image at all"
@@ -62,7 +73,6 @@ def leaf_over(
     if len(layers) > MAX_PARENTS:
         raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")
     parent_path = next(iter(files_of(layer.driver.options).values()))
-    size = layer.geometry.size if size is None else size
     parent = Parent(
         _name(path, parent_path),
         parent_format,
@@ -71,8 +81,7 @@ def leaf_over(
         os.stat(parent_path).st_mtime,  # noqa: PTH116 - as `opening`: pathlib would alter the name
     )
     options = _options(image_format, path, parent_path, parent_format, layer.driver.options)
-    text = grammar.format_layer(FORMATS[image_format], path, *options)
-    return Leaf(text, size, blank(image_format, size, wishes or Wishes(), parent))
+    return parent, grammar.format_layer(FORMATS[image_format], path, *options)
 
 
 def parents_option(path: str, parent: str) -> str:

@@ -182,9 +182,14 @@ def _identities(spec: LayerSpec) -> set[tuple[int, int]]:
     identities = set()
     for path in files_of(spec.options).values():
         with suppress(OSError):  # opening it says what is wrong
-            status = os.stat(path)  # noqa: PTH116 - pathlib would alter the name
-            identities.add((status.st_dev, status.st_ino))
+            identities.add(identity(path))
     return identities
+
+
+def identity(path: str) -> tuple[int, int]:
+    """Return what tells a file from any other, whatever it is called: device and inode. Raises: OSError."""
+    status = os.stat(path)  # noqa: PTH116 - pathlib would alter the name
+    return status.st_dev, status.st_ino
 
 
 def _check_geometry(layer: str, geometry: Geometry) -> None:

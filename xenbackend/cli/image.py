@@ -53,6 +53,7 @@ def register(subparsers: Any) -> None:
     _register_convert(verbs)
     _register_compare(verbs)
     _register_measure(verbs)
+    _register_rebase(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -152,6 +153,22 @@ def _register_measure(verbs: Any) -> None:
     what.add_argument("--size", metavar="SIZE", type=size, help="of an empty disk, such as 20G")
     _add_wishes(verb)
     verb.set_defaults(run=measure)
+
+
+def _register_rebase(verbs: Any) -> None:
+    verb = verbs.add_parser("rebase", help="give an image another parent", description="Give an image another parent, "
+        "or none; it reads as before: what it had from the former one, and would not have from the new one, is written "
+        "into it. It may be stopped anywhere and done again.")  # fmt: skip
+    verb.add_argument("image", metavar="LAYER", help="the image with its format: vhd:FILE or qcow2:FILE")
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--parent", metavar="FILE", help="the new parent; named relative to the image")
+    what.add_argument("--no-parent", action="store_true", help="the image is to stand by itself")
+    verb.add_argument("--parent-format", choices=_FORMATS, help="what the new parent is; that is never guessed")
+    verb.add_argument("--unsafe", action="store_true", help="change the name only, for a parent that was moved or "
+        "exchanged: the image reads as the new one does wherever it has nothing itself")  # fmt: skip
+    verb.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_direct(verb)
+    verb.set_defaults(run=rebase)
 
 
 def _add_direct(verb: argparse.ArgumentParser) -> None:
@@ -318,6 +335,27 @@ def measure(arguments: argparse.Namespace) -> int:
     else:
         print(f"{format_size(found.required)} needed ({found.required} bytes)")
         print(f"{format_size(found.fully_allocated)} when it is full ({found.fully_allocated} bytes)")
+    return 0
+
+
+def rebase(arguments: argparse.Namespace) -> int:
+    """Give an image another parent. Raises: ConfigError, DriverError, RequestFailed."""
+    from xenbackend.cli.image_progress import watched
+    from xenbackend.image.names import find_image
+    from xenbackend.image.rebase import rebase as give
+
+    image, parent = find_image(arguments.image), _parent(arguments)
+    try:
+        with watched("rebase", quiet=arguments.quiet or arguments.json) as progress:
+            done = give(image, parent, progress, is_unsafe=arguments.unsafe, direct=arguments.direct)
+    except KeyboardInterrupt:
+        print(f"stopped; {printable(image.path)} has its former parent, and rebase can be done again", file=sys.stderr)
+        raise
+    if arguments.json:
+        _print_json(asdict(done))
+    else:
+        of = f"a child of {printable(done.parent)}" if done.parent else "without a parent"
+        print(f"{printable(done.text)}: {of}; {format_size(done.written)} written")
     return 0
 
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xenbackend.block.formats import qcow2, vhd
 from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table, refcount_clusters
@@ -26,7 +26,6 @@ SECTOR = 512
 # With version 1.1 of this one they look for no map of full blocks, which a new image does not have.
 _VHD_CREATOR, _VHD_CREATOR_VERSION = b"tap\0", 0x00010001
 _VHD_BLOCK = 2 << 20  # bytes; what libvhd and Hyper-V make
-_BACKING_FORMAT = 0xE2792ACA
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _QCOW_HEADER = struct.Struct(">4sIQIIQBBHIQ")
 _REFCOUNT_ORDER = 4
@@ -84,9 +83,9 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
         )
     l1_clusters = -(-l1_entries * 8 >> bits)
     table_clusters, blocks = _refcount_clusters(l1_clusters, cluster, -(-size >> bits))
-    name = _qcow_name(parent)
-    extensions = _extension(_BACKING_FORMAT, parent.qemu_format.encode()) if parent else b""
-    extensions += _extension(0, b"")
+    name = qcow_name(parent)
+    extensions = qcow2.pack_extension(qcow2.BACKING_FORMAT, parent.qemu_format.encode()) if parent else b""
+    extensions += qcow2.pack_extension(0, b"")
     backing = _QCOW2_HEADER.size + len(extensions)
     if len(name) > qcow2.MAX_NAME or backing + len(name) > cluster:
         raise ConfigError(f"the parent's name has {len(name)} bytes, too many for the image's header")
@@ -106,7 +105,7 @@ def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW image of version 1. Raises: ConfigError."""
     bits = _cluster_bits(wishes.cluster_size or 4096, 9, 16)
     l2_bits = 12 if bits == 9 else 9  # as QEMU
-    name = _qcow_name(parent)
+    name = qcow_name(parent)
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
     l1_bytes = -(-size >> bits + l2_bits) * 8
     if l1_bytes > qcow2.MAX_L1_BYTES or len(name) > qcow2.MAX_NAME:
@@ -134,15 +133,30 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
         raise ConfigError(f"{format_size(size)} are too many for blocks of {format_size(block)}; choose larger ones")
     table_at = 3 * SECTOR
     names_at = table_at + round_up(4 * entries, SECTOR)
-    locators, written = _locators(parent.name, names_at) if parent else ((), b"")
-    known = (parent.uuid, _vhd_time(parent.mtime), _name(parent.name)) if parent else (bytes(16), 0, b"")
-    header = vhd.Header(table_at, entries, block, *known, locators)
+    header, written = vhd_with_parent(vhd.Header(table_at, entries, block), names_at, parent)
     table = b"\xff" * round_up(4 * entries, SECTOR)
     end = round_up(names_at + len(written) + SECTOR, PAGE)  # so that direct I/O can reach all of it
     front = packed + vhd.pack_header(header) + table + written
-    if parent:
-        _check_readable(parent.name, header, front)
     return Blank(end, [(0, front), (end - SECTOR, packed)])
+
+
+def vhd_with_parent(header: vhd.Header, place: int, parent: Parent | None) -> tuple[vhd.Header, bytes]:
+    """Return a VHD's header with another parent, or none, and the names that it has at `place` of the file then.
+
+    Raises: ConfigError, for a name that nobody could read back.
+    """
+    if parent is None:
+        return replace(header, parent_uuid=bytes(16), parent_timestamp=0, parent_name=b"", locators=()), b""
+    locators, written = _locators(parent.name, place)
+    header = replace(
+        header,
+        parent_uuid=parent.uuid,
+        parent_timestamp=_vhd_time(parent.mtime),
+        parent_name=_name(parent.name),
+        locators=locators,
+    )
+    _check_readable(parent.name, header, written, place)
+    return header, written
 
 
 def _cluster_bits(size: int, least: int, most: int) -> int:
@@ -165,19 +179,19 @@ def _refcount_clusters(others: int, cluster: int, disk: int) -> tuple[int, int]:
     return table, blocks
 
 
-def _extension(kind: int, data: bytes) -> bytes:
-    return struct.pack(">II", kind, len(data)) + data.ljust(round_up(len(data), 8), b"\0")
-
-
-def _qcow_name(parent: Parent | None) -> bytes:
+def qcow_name(parent: Parent | None) -> bytes:
     """Return how QCOW names a parent: what looks like a protocol (`nbd:`) would not be taken for a file."""
     name = os.fsencode(parent.name) if parent else b""
     return b"./" + name if _PROTOCOL.match(name) else name
 
 
-def _check_readable(name: str, header: vhd.Header, front: bytes) -> None:
+def _check_readable(name: str, header: vhd.Header, written: bytes, place: int) -> None:
     """Refuse a parent's name that nobody could read back. Raises: ConfigError."""
-    found = parent_names(lambda offset, length: front[offset : offset + length], header, len(front))
+
+    def read(offset: int, length: int) -> bytes:
+        return written[offset - place : offset - place + length]
+
+    found = parent_names(read, header, place + len(written))
     if not {name, f"./{name}"} & set(found):
         problem = f"a VHD image cannot name its parent {printable(name)}, as names in it are Unicode texts"
         raise ConfigError(f"{problem}; rename the parent, or make a qcow2 image")

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from xenbackend.errors import DriverError, printable
+from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.units import format_size, round_up
 
 Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
@@ -28,10 +28,11 @@ BITMAPS = 1 << 0  # auto-clear features
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _V3_LENGTH = _V2.size + _V3.size
+_BACKING_AT = 8  # in the header: place and length of the parent's name
 _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct("BB46s")
 _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
-_BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS = 0xE2792ACA, 0x6803F857, 0x23852875
+BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS = 0xE2792ACA, 0x6803F857, 0x23852875
 _REFUSED = {  # incompatible features, by bit
     2: "its data is in another file (external data file)",
     3: "its clusters are compressed by zstd",
@@ -132,7 +133,7 @@ def parse_header(read: Read, file_size: int) -> Header:
         incompatible=incompatible,
         autoclear=autoclear,
         backing_file=backing,
-        backing_format=extensions.get(_BACKING_FORMAT, b"").decode("ascii", "replace"),
+        backing_format=extensions.get(BACKING_FORMAT, b"").decode("ascii", "replace"),
         bitmap_count=bitmap_count,
         bitmap_directory=directory,
     )
@@ -151,6 +152,37 @@ def incompatible_bytes(incompatible: int) -> tuple[int, bytes]:
 def refcount_table_bytes(table: Region, cluster_size: int) -> tuple[int, bytes]:
     """Return where in the file the place of the refcount table stands, and its bytes: they are in one sector."""
     return 48, struct.pack(">QI", table.offset, table.length // cluster_size)
+
+
+def with_parent(read: Read, header: Header, name: bytes, image_format: str) -> list[tuple[int, bytes]]:
+    """Return the writes that give an image another parent, each durable before the next; none without a name.
+
+    The name goes behind all that is there, if there is room: then it is the first sector that says everything, as a
+    rule, and whoever is killed or loses the power leaves the one parent or the other.
+
+    Raises: ConfigError, where the first cluster has no room for it.
+    """
+    first = read(0, header.cluster_size)
+    backing_offset, backing_length = struct.unpack_from(">QI", first, _BACKING_AT)
+    start = struct.unpack_from(">I", first, _V3_LENGTH - 4)[0] if header.version == 3 else _V2.size
+    kept = list(_extensions(first, start, backing_offset or header.cluster_size))
+    others = [(kind, data) for kind, data in kept if kind != BACKING_FORMAT]
+    extensions = [(BACKING_FORMAT, image_format.encode()), *others] if name else others
+    packed = b"".join(pack_extension(kind, data) for kind, data in extensions) + pack_extension(0, b"")
+    used = start + sum(_EXTENSION.size + round_up(len(data), 8) for _, data in [*kept, (0, b"")])
+    place = max(round_up(max(used, backing_offset + backing_length), 8), start + len(packed))
+    if place + len(name) > header.cluster_size:
+        place = start + len(packed)
+    if len(name) > MAX_NAME or place + len(name) > header.cluster_size:
+        raise ConfigError(f"the parent's name has {len(name)} bytes, too many for the image's header")
+    front = bytearray(first[:start] + packed)
+    struct.pack_into(">QI", front, _BACKING_AT, place if name else 0, len(name))
+    return [(place, name), (0, bytes(front))] if name else [(0, bytes(front))]
+
+
+def pack_extension(kind: int, data: bytes) -> bytes:
+    """Return a header extension; kind 0 ends them."""
+    return _EXTENSION.pack(kind, len(data)) + data.ljust(round_up(len(data), 8), b"\0")
 
 
 def damaged(problem: str) -> DriverError:

@@ -28,6 +28,7 @@ EPOCH = 946_684_800  # 2000-01-01 00:00 UTC in seconds of Unix: timestamps count
 
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sBB426x")
 _HEADER = struct.Struct(">8sQQIIII16sI4x512s192s256x")
+HEADER_SIZE = _HEADER.size  # bytes
 _LOCATOR = struct.Struct(">4sII4xQ")
 _COOKIE, _POISON, _HEADER_COOKIE = b"conectix", b"v_poison", b"cxsparse"
 _VERSION = 0x00010000
