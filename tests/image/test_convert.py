@@ -12,7 +12,7 @@ import pytest
 from tests import qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
 from xenbackend.block.formats.blank import Wishes
-from xenbackend.block.leaf import FORMATS
+from xenbackend.block.leaf import FORMATS, QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image.convert import Progress, State, convert, overwrite
@@ -75,6 +75,36 @@ def test_every_format_becomes_every_other(
     assert [] == list(tmp_path.glob("new.*"))
     if to == "qcow2":
         assert (0, 0) == qemu.check(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("vmdk", ""),
+        ("vdi", ""),
+        ("vdi", "static=on"),
+        ("vhdx", ""),
+        ("vhdx", "subformat=fixed"),
+        ("qcow2", "preallocation=metadata"),
+        ("qcow", ""),
+        ("vhd", ""),
+        ("vhd", "subformat=fixed"),
+        ("raw", ""),
+    ],
+)
+def test_what_a_format_does_not_have_is_not_read(tmp_path: Path, image_format: str, options: str) -> None:
+    """Of a large disk with little data, the rest is known to be zeros by tables or holes: a read of it would fail."""
+    source, name = tmp_path / "source", QEMU_NAMES.get(image_format, image_format)
+    qemu.qemu_img("create", "-q", "-f", name, *(["-o", options] if options else []), source, "1G")
+    qemu.qemu_io(source, name, "write -P 7 20M 1M")
+    layer = f"{'aio' if image_format == 'raw' else image_format}:{source}"
+    spared = f"fault:op=read,range=64K-19M|fault:op=read,range=23M-1023M|{layer}"
+    done = convert(parse_chain(spared), find_image(f"aio:{tmp_path}/new"), NONE, ignore)
+
+    assert MIB <= done.written <= 3 * MIB
+    with (tmp_path / "new").open("rb") as file:
+        file.seek(19 * MIB)
+        assert (b"\7" * MIB).center(3 * MIB, b"\0") == file.read(3 * MIB)
 
 
 def test_a_chain_with_parents_is_flattened(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:
