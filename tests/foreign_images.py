@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from uuid import UUID
 
-from xenbackend.block.formats.vhdx import crc32c
+from xenbackend.block.formats.crc32c import crc32c
 from xenbackend.units import round_up
 
 MIB = 1 << 20
@@ -89,10 +89,28 @@ def vhdx(
     block_size: int = MIB,
     sector_size: int = 512,
     log: bytes = bytes(16),
+    ring: bytes = b"",
     flags: int = 0,
     version: int = 1,
+    log_version: int = 0,
+    log_length: int = 0,
+    physical: int = 4096,
 ) -> bytes:
-    """Return an image with these blocks, in this order in the file; None is one of zeros."""
+    """Return an image with these blocks, in this order in the file; None is one of zeros.
+
+    Args:
+        size: bytes of the disk.
+        blocks: by number.
+        block_size: bytes.
+        sector_size: bytes.
+        log: the identity of its log; zeros where that is empty.
+        ring: what is in the log, a multiple of a MiB, which comes last in the file.
+        flags: of its parameters.
+        version: of the format.
+        log_version: of the log.
+        log_length: bytes of the log, where the header is to say something else than `ring` has.
+        physical: bytes of a sector of the medium, as the image says.
+    """
     ratio = (sector_size << 23) // block_size
     count = -(-size // block_size)
     bat = [0] * (count + (count - 1) // ratio)
@@ -101,28 +119,82 @@ def vhdx(
         bat[block + block // ratio] = 2 if content is None else 3 * MIB + len(data) | 6
         data += content or b""
     image = b"vhdxfile".ljust(64 << 10, b"\0")
+    log_at = round_up(3 * MIB + len(data), MIB)
     for number in (1, 2):
-        head = struct.pack(
-            "<Q16s16s16sHHIQ", number, b"", b"", log if number == 2 else b"\1" * 16, 0, version, MIB, MIB
-        )
+        identity = log if number == 2 else b"\1" * 16
+        numbers = (log_version, version, log_length or len(ring), log_at)
+        head = struct.pack("<Q16s16s16sHHIQ", number, b"", b"", identity, *numbers)
         image += _summed(b"head", head, 4096).ljust(64 << 10, b"\0")
     regions = struct.pack("<II", 2, 0) + _entry("2dc27766-f623-4200-9d64-115e9bfd4a08", "<QII", MIB, MIB, 1)
     regions += _entry("8b7ca206-4790-4b9a-b8fe-575f050f886e", "<QII", 2 * MIB, MIB, 1)
     image += _summed(b"regi", regions, 64 << 10) * 2
     image = image.ljust(MIB, b"\0") + struct.pack(f"<{len(bat)}Q", *bat).ljust(MIB, b"\0")
-    image += _metadata(struct.pack("<II", block_size, flags), struct.pack("<Q", size), struct.pack("<I", sector_size))
-    return image.ljust(3 * MIB, b"\0") + data
+    image += _metadata(
+        struct.pack("<II", block_size, flags), struct.pack("<Q", size), struct.pack("<I", sector_size),
+        struct.pack("<I", physical), b"identity".ljust(16),
+    )  # fmt: skip
+    image = image.ljust(3 * MIB, b"\0") + data
+    return image.ljust(log_at, b"\0") + ring if ring else image
 
 
-def _metadata(parameters: bytes, size: bytes, sector_size: bytes) -> bytes:
-    table = struct.pack("<8sHH20s", b"metadata", 0, 3, b"")
+def vhdx_entry(
+    log: bytes,
+    sequence: int,
+    tail: int,
+    changes: Sequence[tuple[int, bytes | int]],
+    *,
+    flushed: int = 0,
+    last: int = 0,
+    padding: int = 0,
+) -> bytes:
+    """Return an entry of the log of a VHDX image ([MS-VHDX] 2.3.1).
+
+    Args:
+        log: the log's identity.
+        sequence: the entry's number.
+        tail: where in the log the oldest entry is whose changes may not be in their places, in bytes.
+        changes: bytes in the file, with the 4096 bytes that belong there, or how many zeros.
+        flushed: bytes that the file has for certain.
+        last: bytes that it needs.
+        padding: sectors of 4096 bytes behind the last that means something.
+    """
+    head = b"".join(
+        struct.pack("<4sIQQQ", b"zero", 0, what, place, sequence)
+        if isinstance(what, int)
+        else struct.pack("<4s4s8sQQ", b"desc", what[-4:], what[:8], place, sequence)
+        for place, what in changes
+    )
+    sectors = b"".join(
+        struct.pack("<4sI4084sI", b"data", sequence >> 32, what[8:-4], sequence & 0xFFFFFFFF)
+        for _, what in changes
+        if isinstance(what, bytes)
+    )
+    length = round_up(64 + len(head), 4096) + len(sectors) + 4096 * padding
+    numbers = (length, tail, sequence, len(changes), 0, log, flushed, last)
+    rest = struct.pack("<IIQII16sQQ", *numbers) + head
+    return _summed(b"loge", rest.ljust(length - len(sectors) - 4096 * padding - 8, b"\0") + sectors, length)
+
+
+def vhdx_ring(entries: Mapping[int, bytes], length: int = MIB) -> bytes:
+    """Return a log with entries at these places; one may go on at its beginning, and later ones lie over others."""
+    ring = bytearray(length)
+    for place, entry in entries.items():
+        inside = entry[: length - place]
+        ring[place : place + len(inside)] = inside
+        ring[: len(entry) - len(inside)] = entry[len(inside) :]
+    return bytes(ring)
+
+
+def _metadata(*items: bytes) -> bytes:
+    table = struct.pack("<8sHH20s", b"metadata", 0, len(items), b"")
     place = 64 << 10
     names = ("caa16737-fa36-4d43-b3b6-33f0aa44e76b", "2fa54224-cd1b-4876-b211-5dbed83bf4b8",
-             "8141bf1d-a96f-4709-ba47-f233a8faab5f")  # fmt: skip
-    for name, item in zip(names, (parameters, size, sector_size), strict=True):
+             "8141bf1d-a96f-4709-ba47-f233a8faab5f", "cda348c7-445d-4471-9cc9-e9885251c556",
+             "beca12ab-b2e6-4523-93ef-c309e000c746")  # fmt: skip
+    for name, item in zip(names, items, strict=True):
         table += _entry(name, "<IIII", place, len(item), 4, 0)
         place += len(item)
-    return table.ljust(64 << 10, b"\0") + parameters + size + sector_size
+    return table.ljust(64 << 10, b"\0") + b"".join(items)
 
 
 def _entry(guid: str, numbers: str, *values: int) -> bytes:

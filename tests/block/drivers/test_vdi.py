@@ -7,12 +7,13 @@ import resource
 import time
 from pathlib import Path
 from random import Random
+from struct import pack
 
 import pytest
 
 from tests import qemu
 from tests.block.drivers.test_qcow2 import contents, random_guest
-from tests.foreign_images import GRAIN, MIB, vdi, vhdx, vmdk
+from tests.foreign_images import GRAIN, MIB, vdi, vhdx, vhdx_entry, vhdx_ring, vmdk
 from tests.helpers_block import Machine, content, read, write
 from tests.qcow_images import qcow2
 from xenbackend.errors import DriverError
@@ -28,9 +29,15 @@ FORMATS = {
     "vmdk, zeroed grains": ("vmdk", "subformat=monolithicSparse,zeroed_grain=on"),
     "vmdk, compressed": ("vmdk", "subformat=streamOptimized"),
 }
+LOG = b"identity of log1"
+RING = vhdx_ring({  # two entries, of which the first goes on at the beginning
+    MIB - 4096: vhdx_entry(LOG, 7, MIB - 4096, [(MIB, pack("<QQ", 3 * MIB | 6, 0).ljust(4096, b"\0"))]),
+    4096: vhdx_entry(LOG, 8, MIB - 4096, [(MIB, 4096)], flushed=MIB, last=8 * MIB),
+})  # fmt: skip
 SMALL = {  # by hand: to be damaged
     "vdi": vdi(4 * MIB, {1: b"v" * MIB}),
     "vhdx": vhdx(4 * MIB, {1: b"v" * MIB}),
+    "vhdx, not closed": vhdx(4 * MIB, {1: b"v" * MIB}, log=LOG, ring=RING),
     "vmdk": vmdk(4 * MIB, {1: b"v" * GRAIN, 2: None}),
     "vmdk, compressed": vmdk(4 * MIB, {1: b"v" * GRAIN}, compressed=True, at_end=True),
 }

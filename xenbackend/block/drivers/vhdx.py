@@ -11,21 +11,25 @@ Behaviour:
     Requests go to where the table says that their blocks are; what the image does not have is zeros. Checksums of
     headers are checked. The image is locked while it is open: any number of readers.
 
-    An image that was not closed may have changes in its log that are not in their places yet, and is refused:
-    `qemu-img check -r all` puts them there.
+    An image whose host crashed, or that was copied while it was in use, has changes in its log that are not in their
+    places yet. The log is replayed in memory, as Hyper-V and QEMU would replay it in the file; `xenbackend check`
+    says so as `log`. Nothing is written to the file: whoever opens it next finds it as it was. What had not reached
+    the log is lost, as after a power failure. An image is refused where no entry of its log is whole, or where the
+    file is shorter than the log says.
 
 Example:
     vhdx:/srv/images/windows.vhdx
 
 Limits:
     No differencing images. The table takes 8 MiB of memory for each TiB that is used where blocks have 1 MiB, less
-    where they are larger, and 16 MiB at most.
+    where they are larger, and 16 MiB at most. A log of more than 64 MiB, or with more than 65,536 changes, is refused.
 """
 
 from __future__ import annotations
 
 from xenbackend.block.driver import Env, File
 from xenbackend.block.formats import vhdx
+from xenbackend.block.mapped.changed import ChangedFile
 from xenbackend.block.mapped.foreign import ForeignDisk
 from xenbackend.units import format_size
 
@@ -40,4 +44,11 @@ class Vhdx(ForeignDisk):
         """See `ForeignDisk`."""
         image = vhdx.parse(file.read_at, file.size)
         env.report("format", f"VHDX, blocks of {format_size(1 << image.shape.cluster_bits)}")
+        self._log = image.log
+        if image.log is not None:
+            env.report("log", f"not empty; ranges of the file replayed in memory: {len(image.log.changes)}")
         return image
+
+    def seen(self, file: File) -> File:
+        """See `ForeignDisk`."""
+        return file if self._log is None else ChangedFile(file, self._log.changes, self._log.size)

@@ -12,6 +12,8 @@ from array import array
 from dataclasses import dataclass
 from uuid import UUID
 
+from xenbackend.block.formats import vhdx_log
+from xenbackend.block.formats.crc32c import crc32c
 from xenbackend.block.formats.layout import Read, Shape, check_places, damaged, power_of, unpack
 from xenbackend.block.mapped.tables import READABLE, ZERO
 from xenbackend.errors import DriverError
@@ -45,6 +47,7 @@ class Image:
     shape: Shape
     bat: int  # bytes
     blocks: int
+    log: vhdx_log.Replay | None = None  # what an unclean end left to do; the file is to be read with it
 
     def table_at(self, number: int) -> tuple[int, int]:
         """See `Layout`: a table is a chunk."""
@@ -69,11 +72,13 @@ def parse(read: Read, file_size: int) -> Image:
         read: reads the image file.
         file_size: bytes of the image file.
 
-    Raises: DriverError, where it is no VHDX image, a damaged one, or one that has a parent or changes in its log.
+    Raises: DriverError, where it is no VHDX image, a damaged one, or one that has a parent.
     """
     if read(0, 8) != b"vhdxfile":
         raise DriverError("it is no VHDX image: it does not begin as one")
-    _check_header(read)
+    log = _log(read, file_size)
+    if log is not None:
+        read, file_size = log.changes.reader(read, log.size), log.size
     regions = _regions(read, file_size)
     place, length = regions[_METADATA]
     items = _items(read, place, length)
@@ -88,24 +93,7 @@ def parse(read: Read, file_size: int) -> Image:
     bat, room = regions[_BAT]
     if (blocks + max(0, shape.tables - 1)) * 8 > room:
         raise damaged(f"its table of {room} bytes is too small for {blocks} blocks")
-    return Image(shape, bat, blocks)
-
-
-def crc32c(data: bytes) -> int:
-    """Return the checksum of Castagnoli."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
-
-
-def _crc_of(byte: int) -> int:
-    for _ in range(8):
-        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-    return byte
-
-
-_CRC = [_crc_of(byte) for byte in range(256)]
+    return Image(shape, bat, blocks, log)
 
 
 def _checked(read: Read, place: int, length: int, signature: bytes) -> bytes:
@@ -115,17 +103,21 @@ def _checked(read: Read, place: int, length: int, signature: bytes) -> bytes:
     return data if is_whole and crc32c(data[:4] + bytes(4) + data[8:]) == int.from_bytes(data[4:8], "little") else b""
 
 
-def _check_header(read: Read) -> None:
+def _log(read: Read, file_size: int) -> vhdx_log.Replay | None:
+    """Return what the log has to say of everything else, by the newer of both headers; None where it is empty."""
     headers = [
         _HEADER.unpack_from(data) for place in _HEADERS if (data := _checked(read, place, _HEADER_LENGTH, b"head"))
     ]
     if not headers:
         raise damaged("neither of its headers has the right checksum")
-    _, _, _, _, _, log, _, version, _, _ = max(headers, key=lambda header: header[2])
+    _, _, _, _, _, log, log_version, version, length, place = max(headers, key=lambda header: header[2])
     if version != 1:
         raise DriverError(f"it is a VHDX image of version {version} and not 1; convert it with qemu-img convert")
-    if any(log):
-        raise DriverError("its log has changes that are not in their places yet; run qemu-img check -r all")
+    if not any(log):
+        return None
+    if log_version:
+        raise DriverError(f"its log is of version {log_version} and not 0; start and stop its guest under Hyper-V")
+    return vhdx_log.replay(read, file_size, log, place, length)
 
 
 def _regions(read: Read, file_size: int) -> dict[bytes, tuple[int, int]]:

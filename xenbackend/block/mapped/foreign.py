@@ -49,6 +49,10 @@ class ForeignDisk(MappedDisk):
         """Return what the image says, and report what it is. Raises: DriverError, OSError."""
         raise NotImplementedError
 
+    def seen(self, file: File) -> File:
+        """Return the file as the disk is to be read from it, once `image` is known."""
+        return file
+
     def open(self, env: Env) -> Geometry:
         """Read the headers."""
         options = self.options
@@ -63,7 +67,9 @@ class ForeignDisk(MappedDisk):
         env.report("mode", file.mode)
         shape = self.image.shape
         tables: Tables[Table] = Tables(_TABLES // ((8 << shape.table_bits) + _TABLE_EXTRA))
-        self.start(file, shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables)
+        self.start(
+            self.seen(file), shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables
+        )
         return Geometry(shape.size, shape.sector_size, read_only=True)
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
