@@ -43,6 +43,7 @@ class RecordedFile:
     fails: Callable[[Request], int] = lambda request: 0
     complete: Complete = lambda batch: None
     sector_size: int = 512
+    physical_sector_size: int = 512
     can_discard: bool = False
     discard_granularity: int = 0
     mode: str = "recorded"

@@ -50,6 +50,21 @@ def test_the_first_byte_that_differs_is_named(made: Make, raw: Path, seed: int) 
     assert places[0] == compared(f"aio:{raw}", image.text).differs_at
 
 
+def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
+    """It is the same as one with zeros up to the end of that sector, and not as one with something else there."""
+    odd, whole = tmp_path / "odd", tmp_path / "whole"
+    odd.write_bytes(b"x" * (MIB + 100))
+    whole.write_bytes(b"x" * (MIB + 100) + bytes(412))
+    assert compared(f"aio:{odd}", f"aio:{whole}").is_same(strict=True)
+
+    whole.write_bytes(b"x" * (MIB + 100) + bytes(411) + b"y")
+    assert (
+        MIB + 511
+        == compared(f"aio:{odd}", f"aio:{whole}").differs_at
+        == compared(f"aio:{whole}", f"aio:{odd}").differs_at
+    )
+
+
 def test_zeros_behind_the_end_are_the_same_unless_size_counts(raw: Path, tmp_path: Path) -> None:
     """A disk that is larger by zeros has the same content; by data it has not."""
     larger = tmp_path / "larger"

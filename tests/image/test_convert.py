@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -105,6 +106,19 @@ def test_what_a_format_does_not_have_is_not_read(tmp_path: Path, image_format: s
     with (tmp_path / "new").open("rb") as file:
         file.seek(19 * MIB)
         assert (b"\7" * MIB).center(3 * MIB, b"\0") == file.read(3 * MIB)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "vhd", "qcow"])
+def test_a_file_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -> None:
+    """Its last sector ends in zeros, in whatever it becomes."""
+    path = tmp_path / "odd"
+    path.write_bytes(data := Random(3).randbytes((3 << 20) + 1))
+    copy = image_of_file(image_format, f"{tmp_path}/copy")
+    convert(parse_chain(f"aio:{path}"), copy, NONE, ignore)
+
+    found = disk_content(copy.text)
+    assert data.ljust((3 << 20) + 512, b"\0") == found[: (3 << 20) + 512]
+    assert not any(found[(3 << 20) + 512 :])
 
 
 def test_a_chain_with_parents_is_flattened(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:

@@ -16,6 +16,7 @@ from xenbackend.image.create import create, snapshot
 from xenbackend.image.names import Image, find_image, image_of_file
 
 Make = Callable[[str], Image]
+MIB = 1 << 20
 
 
 @pytest.mark.parametrize("parent_format", ["raw", "vhd", "qcow2", "qcow"])
@@ -39,6 +40,18 @@ def test_a_vhd_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path, 
     expected = bytearray(raw.read_bytes())
     expected[512:1024] = b"c" * 512
     assert expected == disk_content(child.text)
+
+
+@pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
+def test_a_parent_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -> None:
+    """A child has whole sectors, of which its parent's last one ends in zeros."""
+    odd = tmp_path / "odd"
+    odd.write_bytes(data := b"p" * (MIB + 1))
+    child = create(image_format, f"{tmp_path}/child", None, parent=image_of_file("raw", str(odd)))
+    disk_write(child.text, {512: b"c" * 512})
+
+    assert data[:512] + b"c" * 512 + data[1024:].ljust(MIB - 512, b"\0") == disk_content(child.text)
+    assert data == odd.read_bytes()
 
 
 def test_a_parents_names_have_room_behind_a_table(raw: Path, tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ def test_damaged_refcounts_do_not_hide_where_data_are(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("end", [1 << 20, (1 << 20) - 24, (1 << 20) + 1])
+def test_the_map_of_a_file_that_ends_inside_a_sector(tmp_path: Path, end: int) -> None:
+    """What makes its last sector whole are zeros, as QEMU has it."""
+    path = tmp_path / "odd"
+    path.write_bytes(b"x" * 4096)
+    os.truncate(path, 1 << 19)
+    with path.open("ab") as file:
+        file.write(b"y" * (end - (1 << 19)))
+
+    assert from_qemu(path, "raw") == as_qemu(extents(f"aio:{path}"))
+
+
 def test_the_map_of_a_chain_is_qemus(raw: Path, tmp_path: Path) -> None:
     """With a parent, each range is the nearest image's that has it, and nobody's beyond the parent."""
     path = tmp_path / "child"

@@ -34,6 +34,14 @@ def test_the_sizes_are_qemus(made: Make, image_format: str, says: str) -> None:
     assert qemu.get("cluster-size", 2 << 20) == found.cluster_size
 
 
+def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
+    """The disk has whole sectors, the file what it has."""
+    (tmp_path / "odd").write_bytes(b"x" * 1000)
+    (layer,) = chain_facts(parse_chain(f"aio:{tmp_path}/odd")).layers
+
+    assert (1024, 1000) == (layer.virtual_size, layer.file_size)
+
+
 def test_parents_and_filters_are_layers(made: Make, raw: Path, tmp_path: Path) -> None:
     """Each layer is named, with the parent that it has."""
     child = create("qcow2", f"{tmp_path}/child", None, parent=made("qcow"))

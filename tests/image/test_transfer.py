@@ -32,6 +32,13 @@ def test_extents_are_cut_at_pieces() -> None:
     ] == list(pieces_of(extents))
 
 
+def test_pieces_are_whole_sectors() -> None:
+    """Where an extent ends inside a sector, as a file may, the sector is its own, and not the next one's."""
+    extents = [Extent(0, 1000, Kind.DATA), Extent(1000, 24, Kind.ZERO), Extent(1024, 512, Kind.DATA)]
+
+    assert [Piece(0, 1024), Piece(1024, 512)] == list(pieces_of(extents))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -1,14 +1,17 @@
 """Tests of `xenbackend.kernel.blockdev` on real files; block devices where the machine lets us look at one."""
 
 import os
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.loops import loop
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blockdev
-from xenbackend.kernel.blockdev import Alignment, Medium, examine, switch_to_direct
+from xenbackend.kernel.blockdev import Alignment, examine, switch_to_direct
 
 
 @pytest.fixture
@@ -47,16 +50,51 @@ def test_read_only_image_cannot_discard(image: tuple[int, str]) -> None:
     assert (medium.can_discard, medium.discard_granularity) == (False, 0)
 
 
-@pytest.mark.parametrize(
-    ("size", "sentence"),
-    [(0, "is empty; an image has at least one sector"), (1000, "has 1000 bytes, which is no multiple of its 512 byte")],
-)
-def test_sizes_that_are_no_disk(tmp_path: Path, size: int, sentence: str) -> None:
-    """A file that is empty or has part of a sector is refused, with a sentence that says so."""
+def test_an_empty_file_is_no_disk(tmp_path: Path) -> None:
+    """A file that is empty is refused, with a sentence that says so."""
     path = tmp_path / "image"
-    path.write_bytes(bytes(size))
-    with path.open("rb") as file, pytest.raises(DriverError, match=sentence):
+    path.write_bytes(b"")
+    with path.open("rb") as file, pytest.raises(DriverError, match="is empty; an image has at least one sector"):
         examine(file.fileno(), str(path), read_only=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "whole"), [(1, 0, 512), (1000, 0, 1024), (1000, 4096, 4096), (4608, 4096, 8192)]
+)
+def test_part_of_a_sector(tmp_path: Path, size: int, asked: int, whole: int) -> None:
+    """For readers the last sector is whole, though the file ends inside it; a writer is told what makes it so."""
+    path = tmp_path / "image's file"
+    path.write_bytes(bytes(size))
+    with path.open("r+b") as file:
+        medium = examine(file.fileno(), str(path), read_only=True, sector_size=asked)
+        assert (whole, size, asked or 512) == (medium.size, medium.end, medium.sector_size)
+        with pytest.raises(
+            DriverError, match=f"has {size} bytes, which is no multiple of its {asked or 512} byte"
+        ) as caught:
+            examine(file.fileno(), str(path), read_only=False, sector_size=asked)
+
+    said = str(caught.value)
+    assert "attach the disk read-only, or make the file whole" in said
+    subprocess.run(["/bin/sh", "-ec", said.rpartition(": ")[2]], check=True)
+    assert whole == path.stat().st_size
+
+
+def test_sectors_that_are_asked_for(image: tuple[int, str]) -> None:
+    """A disk has the sectors that are asked for; the medium writes no less at once than one of them."""
+    found = [examine(*image, read_only=False, sector_size=size) for size in (0, 512, 4096)]
+
+    assert [512, 512, 4096] == [medium.sector_size for medium in found]
+    assert 4096 <= found[2].physical_sector_size
+
+
+@pytest.mark.parametrize(("stated", "physical"), [(None, 512), (512, 512), (4096, 4096), (3000, 512), (1 << 21, 512)])
+def test_what_a_file_system_writes_at_once(
+    image: tuple[int, str], monkeypatch: pytest.MonkeyPatch, stated: int | None, physical: int
+) -> None:
+    """A file's physical sector is what its file system demands of direct I/O, where that can be one."""
+    monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: stated and Alignment(512, stated))
+
+    assert physical == examine(*image, read_only=False).physical_sector_size
 
 
 def test_files_that_end_anywhere(tmp_path: Path) -> None:
@@ -113,7 +151,7 @@ def test_stated_and_tried_alignment_agree() -> None:
 def test_tail_that_direct_io_cannot_write(image: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An image whose end is no multiple of the medium's block stays cached: its tail could not be written alone."""
     monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
-    medium = Medium((1 << 20) - 512, 512, is_device=False, can_discard=False, discard_granularity=0)
+    medium = replace(examine(*image, read_only=False), end=(1 << 20) - 512)
 
     assert switch_to_direct(image[0], medium) is None
 
@@ -130,6 +168,36 @@ def test_block_device() -> None:
 
         assert medium.size == int((device / "size").read_text()) * 512
         assert medium.sector_size == int((device / "queue/logical_block_size").read_text())
+        assert medium.physical_sector_size == int((device / "queue/physical_block_size").read_text())
         assert medium.is_device
         return
     pytest.skip("no readable block device here")
+
+
+@pytest.mark.slow
+def test_a_device_with_large_sectors(tmp_path: Path) -> None:
+    """A device of 4096 byte sectors says so; a disk of 512 byte sectors can be made of it, which it writes by eight."""
+    with loop(tmp_path / "disk", 1 << 20, sector_size=4096) as (device, _):
+        fd = os.open(device, os.O_RDWR)
+        own, shown = examine(fd, device, read_only=False), examine(fd, device, read_only=False, sector_size=512)
+        os.close(fd)
+
+    assert (4096, 4096, 4096) == (own.sector_size, own.physical_sector_size, own.unit)
+    assert replace(own, sector_size=512) == shown
+
+
+@pytest.mark.slow
+def test_discards_of_a_device_with_large_sectors(tmp_path: Path) -> None:
+    """Of a discard, a device's own whole sectors are discarded; what fills none of them is no error, and stays."""
+    with loop(tmp_path / "disk", 1 << 20, sector_size=4096) as (device, path):
+        fd = os.open(device, os.O_RDWR)
+        os.pwrite(fd, b"x" * 32768, 0)
+        os.fsync(fd)
+        medium = examine(fd, device, read_only=False, sector_size=512)
+        for offset, length in ((512, 512), (3584, 1024), (8192 - 512, 8192 + 1024)):
+            blockdev.discard(fd, medium, offset, length)
+        os.close(fd)
+        if not medium.can_discard:
+            pytest.skip("this device cannot discard")
+
+        assert b"x" * 8192 + bytes(8192) + b"x" * 16384 == path.read_bytes()[:32768]

@@ -149,6 +149,18 @@ def test_every_command_of_qemu_io(booting: Booting) -> None:
     assert 5 == said.count("read ")
 
 
+@needs("qemu-img", "qemu-io")
+def test_a_file_that_ends_inside_a_sector(booting: Booting) -> None:
+    """Its last sector is whole for clients, too."""
+    booting.image.write_bytes(booting.content[:-100])
+    booting.open(f"aio:{booting.image}", read_only=True)
+    booting.run("qemu-io", "-r", "-f", "raw", "-c", f"read -P 0 {SIZE - 100} 100", booting.url)
+    copy = booting.directory / "copy"
+    booting.run("qemu-img", "convert", "-f", "raw", "-O", "raw", booting.url, str(copy))
+
+    assert booting.content[:-100] + bytes(100) == copy.read_bytes()
+
+
 @needs("qemu-io")
 def test_disk_that_is_only_read(booting: Booting) -> None:
     """A client that wants to write is refused by what the export says, one that reads is served."""

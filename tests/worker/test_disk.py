@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,17 @@ def test_a_disk_may_grow(benches: Any) -> None:
     bench.disk.check_successor("null:2M")
 
     assert 2 * SIZE == bench.disk.exchange("null:2M").geometry.size
+
+
+def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> None:
+    """It is refused before the disk in service is touched, which could not be opened again either."""
+    one = image(tmp_path / "one")
+    bench = benches(f"aio:{one}")
+    os.truncate(one, SIZE + 1000)
+    with pytest.raises(XenbackendError, match="1049576 bytes, which is no multiple of its 512 byte sectors"):
+        bench.disk.check_successor(f"aio:{one}")
+
+    assert 0 == bench.do(write(0, b"w" * PAGE))
 
 
 def test_memories_of_layers_that_are_gone_are_dropped(benches: Any, tmp_path: Path) -> None:

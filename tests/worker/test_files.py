@@ -364,6 +364,66 @@ def test_files_of_formats_end_anywhere(reactor: Reactor, path: str) -> None:
     files.close()
 
 
+@pytest.mark.parametrize("end", [SIZE - 511, SIZE - 1, SIZE - 4000, 100])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_ends_inside_a_sector(reactor: Reactor, path: str, way: str, end: int) -> None:
+    """For readers the last sector is whole: what the file lacks of it is zeros, in whatever requests it is read."""
+    os.truncate(path, end)
+    model = Path(path).read_bytes().ljust(-(-end // 512) * 512 + 8192, b"\0")
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=True, **WAYS[way])
+    whole = -(-end // 512) * 512
+    chance = random.Random(end)
+    batch = [request(Op.READ, place, 512) for place in range(max(0, whole - 4096), whole, 512)]  # neighbours
+    batch += [request(Op.READ, chance.randrange(whole // 512) * 512, 512 * chance.randint(1, 16)) for _ in range(50)]
+    batch += [request(Op.READ, 0, whole), request(Op.READ, 0, whole + 4096)]
+    for each in batch:
+        each.iov[0][:] = b"\xff" * each.length
+    serve(reactor, image, [batch])
+
+    assert whole == image.size
+    assert [0] * len(batch) == [each.status for each in batch]
+    for each in batch:
+        assert model[each.offset : each.offset + each.length] == bytes(each.iov[0])
+    assert model[whole - 512 : whole] == image.read_at(whole - 512, 4096)
+    image.close()
+    with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
+        files.open(path, read_only=False, **WAYS[way])
+    assert end == Path(path).stat().st_size
+    files.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_gone_of_an_odd_file(reactor: Reactor, path: str, way: str) -> None:
+    """Zeros stand for what the file never had; what it had when it was opened and has no more is an error."""
+    os.truncate(path, SIZE - 100)
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=True, **WAYS[way])
+    os.truncate(path, SIZE - 101)
+    batch = [request(Op.READ, SIZE - 512, 512), request(Op.READ, SIZE - 512, 4096), request(Op.READ, SIZE - 1024, 512)]
+    serve(reactor, image, [batch])
+
+    assert [errno.EIO, errno.EIO, 0] == [each.status for each in batch]
+    image.close()
+    files.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_larger_sectors_than_the_medium(reactor: Reactor, path: str, way: str) -> None:
+    """A file that ends inside a sector of 4096 bytes is read like one that ends inside one of 512."""
+    os.truncate(path, SIZE - 512)
+    model = Path(path).read_bytes() + bytes(512)
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=True, sector_size=4096, **WAYS[way])
+    batch = [request(Op.READ, SIZE - 4096, 4096), request(Op.READ, SIZE - 65536, 65536)]
+    serve(reactor, image, [batch])
+
+    assert (SIZE, 4096, [0, 0]) == (image.size, image.sector_size, [each.status for each in batch])
+    assert [model[-4096:], model[-65536:]] == [bytes(each.iov[0]) for each in batch]
+    image.close()
+    files.close()
+
+
 def test_close_leaves_nothing_open(reactor: Reactor, path: str) -> None:
     """After images and files are closed no descriptor is left, and the loop has no hook of theirs."""
     before = open_descriptors()

@@ -10,7 +10,9 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from tests.driven import Driven, WorkerProcess
+from tests.qcow_images import qcow2
 from xenbackend import control
+from xenbackend.errors import DriverError
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.disk import LOCK_TIMEOUT_S
@@ -101,3 +103,15 @@ def test_looking_alters_nothing(tmp_path: Path, image: Path, reactor: Reactor) -
     assert ["log:", f"aio:{image}"] == [each.text for each in layers]
     assert descriptors == open_descriptors()
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_what_could_not_be_written_to_is_refused(tmp_path: Path, reactor: Reactor) -> None:
+    """A file that ends inside a sector is a disk for readers, and a parent for everybody; a writer is refused now."""
+    (tmp_path / "odd").write_bytes(bytes(1000))
+    (tmp_path / "child").write_bytes(qcow2(1024, backing=b"odd"))
+    with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
+        peek(f"log:|aio:{tmp_path}/odd", reactor, read_only=False)
+
+    assert [1024] == [each.size for each in peek(f"aio:{tmp_path}/odd", reactor, read_only=True)]
+    child = peek(f"qcow2:{tmp_path}/child,parent_format=raw", reactor, read_only=False)
+    assert ([1024] * 2, False) == ([each.size for each in child], child[0].read_only)

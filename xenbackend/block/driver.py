@@ -81,7 +81,8 @@ class File(Protocol):
     """An open image file or block device: itself a bottom layer, with blocking helpers for `open` only."""
 
     size: int  # bytes
-    sector_size: int  # bytes; the smallest unit that the medium writes
+    sector_size: int  # bytes; what was asked for, or the smallest unit that the medium writes
+    physical_sector_size: int  # bytes; what the medium writes at once
     can_discard: bool
     discard_granularity: int  # bytes, 0 where it cannot discard
     complete: Complete  # set by the owner before the first submit
@@ -136,6 +137,7 @@ class Files(Protocol):
         direct: bool = True,
         blocking: bool = False,
         step: int = 0,
+        sector_size: int = 0,
     ) -> File:
         """Open an image.
 
@@ -147,6 +149,8 @@ class Files(Protocol):
             blocking: do every request by a blocking call, one after the other.
             step: for image formats whose file may end anywhere, also inside a sector. A file that is opened for writing
                 is first made to end at a multiple of so many bytes, by a hole.
+            sector_size: bytes of a sector of the disk; 0 for the medium's own. What is opened for reading only may end
+                inside its last sector, which zeros make whole.
 
         Raises: OSError, as open(2) would; DriverError where the file cannot be an image or is locked.
         """

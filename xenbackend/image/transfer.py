@@ -14,8 +14,10 @@ from xenbackend.block.extents import Extent
 from xenbackend.block.mapped.parts import allocate
 from xenbackend.block.request import Op, Request
 from xenbackend.image.session import Disk, Ended, Session, check_status, flush_request
+from xenbackend.units import round_up
 
 PIECE = 1 << 20  # bytes of one request
+SECTOR = 512  # bytes: requests have no less
 DEPTH = 16  # pieces that are under way
 GRAIN = 4096  # bytes: shorter runs of zeros are data
 SYNC_EVERY = 128 << 20  # bytes written: then the target begins to make them durable, while the copy goes on
@@ -40,11 +42,14 @@ Runs = list[tuple[int, int]]  # of a piece's bytes, as start and end
 
 
 def pieces_of(extents: Iterable[Extent]) -> Iterator[Piece]:
-    """Cut extents where offsets are multiples of `PIECE`."""
+    """Cut extents where offsets are multiples of `PIECE`.
+
+    An extent may end inside a sector, where a file does: the whole of that sector belongs to it, and not to the next.
+    """
     for extent in extents:
-        place = extent.start
-        while place < extent.end:
-            end = min(extent.end, (place // PIECE + 1) * PIECE)
+        place, last = round_up(extent.start, SECTOR), round_up(extent.end, SECTOR)
+        while place < last:
+            end = min(last, (place // PIECE + 1) * PIECE)
             yield Piece(place, end - place, not extent.is_zeros)
             place = end
 

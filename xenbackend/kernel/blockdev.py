@@ -10,15 +10,18 @@ import errno
 import fcntl
 import mmap
 import os
+import shlex
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xenbackend.errors import DriverError
+from xenbackend.errors import DriverError, printable
+from xenbackend.units import round_up
 
 _BLKSSZGET = 0x1268  # linux/fs.h
 _BLKDISCARD = 0x1277
+_BLKPBSZGET = 0x127B
 _BLKGETSIZE64 = 0x80081272
 _PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
@@ -26,6 +29,7 @@ _STATX_DIOALIGN = 0x2000  # linux/stat.h
 _STATX_SIZE = 256  # bytes
 _DIO_MEM_ALIGN = 152  # offset of stx_dio_mem_align in struct statx; stx_dio_offset_align follows
 SECTOR = 512  # bytes: the least that direct I/O is ever aligned to
+_MAX_PHYSICAL = 1 << 20  # bytes; what is larger no disk writes at once
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -42,11 +46,14 @@ _WRONG_KINDS = (
 class Medium:
     """An image as the host sees it; all sizes in bytes."""
 
-    size: int
-    sector_size: int  # 512 for a file; what the device says for a block device
+    size: int  # whole sectors, unless an image format lets its file end anywhere
+    sector_size: int  # of the disk: 512 for a file, what the device says for a block device, or what was asked for
     is_device: bool
     can_discard: bool
     discard_granularity: int  # 0 where it cannot discard
+    end: int  # less than `size` where the last sector is only there in part; the rest of it is zeros
+    unit: int  # what the medium takes at least, whatever the disk's sectors are: the device's own sector, 1 for a file
+    physical_sector_size: int  # what the medium writes at once, as far as it is known: a sector or a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,15 @@ class Alignment:
     offset: int  # of the place in the file, and of each length
 
 
-def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False) -> Medium:
-    """Return what `fd` is; `ends_anywhere` allows part of a sector at its end.
+def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False, sector_size: int = 0) -> Medium:
+    """Return what `fd` is.
+
+    Args:
+        fd: open as the image is to be.
+        path: for messages.
+        read_only: nothing is written: part of a sector at the end is made whole by zeros, which are not in the file.
+        ends_anywhere: part of a sector at the end is no sector, and stays what it is.
+        sector_size: of the disk, in bytes; 0 for the medium's own.
 
     Raises: DriverError where it cannot be an image, OSError.
     """
@@ -69,23 +83,58 @@ def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False)
     medium = _device(fd, status.st_rdev) if stat.S_ISBLK(status.st_mode) else _file(fd, status, read_only=read_only)
     if medium.size == 0:
         raise DriverError(f"{path} is empty; an image has at least one sector", path=path)
-    if medium.size % medium.sector_size and not ends_anywhere:
-        sentence = f"{path} has {medium.size} bytes, which is no multiple of its {medium.sector_size} byte sectors"
-        raise DriverError(sentence, path=path)
+    sector = sector_size or medium.sector_size
+    size = medium.size if ends_anywhere else round_up(medium.size, sector)
+    physical = max(sector, medium.physical_sector_size)
+    medium = replace(medium, size=size, sector_size=sector, physical_sector_size=physical)
+    if not read_only:
+        refuse_part_of_a_sector(medium, path)
     return medium
+
+
+def refuse_part_of_a_sector(medium: Medium, path: str) -> None:
+    """Refuse what only a reader can use. Raises: DriverError, which says what to do."""
+    if medium.end == medium.size:
+        return
+    sector = medium.sector_size
+    sentence = f"{path} has {medium.end} bytes, which is no multiple of its {sector} byte sectors"
+    way_out = f"make the file whole: truncate -s %{sector} {shlex.quote(printable(path))}"
+    if medium.is_device:
+        way_out = "choose smaller sectors by sector="
+    raise DriverError(f"{sentence}; attach the disk read-only, or {way_out}", path=path)
 
 
 def _file(fd: int, status: os.stat_result, *, read_only: bool) -> Medium:
     can_discard = not read_only and _can_punch(fd, status.st_size)
-    return Medium(status.st_size, SECTOR, False, can_discard, status.st_blksize if can_discard else 0)
+    granularity = status.st_blksize if can_discard else 0
+    return Medium(
+        size=status.st_size, sector_size=SECTOR, is_device=False, can_discard=can_discard,
+        discard_granularity=granularity, end=status.st_size, unit=1, physical_sector_size=_unit_of_file(fd),
+    )  # fmt: skip
+
+
+def _unit_of_file(fd: int) -> int:
+    """Return what the file system says that direct I/O to a file takes: the sector of the device below, or more."""
+    stated = _stated_alignment(fd)
+    return stated.offset if stated is not None and _is_physical(stated.offset, SECTOR) else SECTOR
 
 
 def _device(fd: int, number: int) -> Medium:
     (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
     (sector_size,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
+    (physical,) = struct.unpack("I", fcntl.ioctl(fd, _BLKPBSZGET, bytes(4)))
     can_discard = _queue_limit(number, "discard_max_bytes") > 0
     granularity = max(_queue_limit(number, "discard_granularity"), sector_size) if can_discard else 0
-    return Medium(size, sector_size, True, can_discard, granularity)
+    return Medium(
+        size=size, sector_size=sector_size, is_device=True, can_discard=can_discard, discard_granularity=granularity,
+        end=size, unit=sector_size,
+        physical_sector_size=physical if _is_physical(physical, sector_size) else sector_size,
+    )  # fmt: skip
+
+
+def _is_physical(size: int, sector_size: int) -> bool:
+    """Return whether a guest can make sense of it: Linux demands a power of two, and no less than the sector."""
+    return sector_size <= size <= _MAX_PHYSICAL and not size & size - 1
 
 
 def _queue_limit(number: int, name: str) -> int:
@@ -105,9 +154,11 @@ def _can_punch(fd: int, size: int) -> bool:
 
 
 def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
-    """Forget a range, blocking. Raises: OSError."""
+    """Forget a range, blocking; of a device only what is its own whole sectors. Raises: OSError."""
     if medium.is_device:
-        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", offset, length))
+        first, end = round_up(offset, medium.unit), (offset + length) // medium.unit * medium.unit
+        if first < end:
+            fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", first, end - first))
     elif _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, offset, length) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
@@ -124,7 +175,7 @@ def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
     except OSError:
         return None
     alignment = _stated_alignment(fd) or _tried_alignment(fd, medium)
-    if alignment is None or medium.size % alignment.offset:  # the tail could only be written by growing the file
+    if alignment is None or medium.end % alignment.offset:  # the tail could only be written by growing the file
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
         return None
     return alignment
@@ -148,8 +199,8 @@ def _tried_alignment(fd: int, medium: Medium) -> Alignment | None:
     """
     if _reads(fd, 1, 1):
         return None
-    for offset in (medium.sector_size, mmap.PAGESIZE):
-        if medium.size >= offset and _reads(fd, 0, offset):
+    for offset in (max(SECTOR, medium.unit), mmap.PAGESIZE):
+        if medium.end >= offset and _reads(fd, 0, offset):
             return Alignment(SECTOR if offset == SECTOR else offset, offset)
     return None
 

@@ -41,6 +41,7 @@ class HostFiles:
             predecessor; for everybody else a lock that is taken is an answer.
         direct: without it, everything goes through the page cache, whatever a layer asks for.
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
+        whole: refuse what only a reader could open, because it ends inside a sector.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class HostFiles:
         lock_timeout_s: float = 0.0,
         direct: bool = True,
         locks: bool = True,
+        whole: bool = False,
     ) -> None:
         self._reactor = reactor
         self._use_queues = use_queues
         self.lock_timeout_s = lock_timeout_s
         self._direct = direct
         self._locks = locks
+        self._whole = whole
         self._queues: list[IoQueue] = []
 
     def open(
@@ -68,6 +71,7 @@ class HostFiles:
         direct: bool = True,
         blocking: bool = False,
         step: int = 0,
+        sector_size: int = 0,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
@@ -77,12 +81,15 @@ class HostFiles:
         except IsADirectoryError as error:
             raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
         try:
-            medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0)
+            medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size)
+            if self._whole:
+                blockdev.refuse_part_of_a_sector(medium, path)
             os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
             self._lock(fd, path, shared=read_only or shareable)
             if step and not (read_only or medium.is_device):
-                medium = replace(medium, size=round_up(medium.size, step))
-                os.ftruncate(fd, medium.size)
+                size = round_up(medium.size, step)
+                os.ftruncate(fd, size)
+                medium = replace(medium, size=size, end=size)
             return self._choose(fd, medium, direct=direct, blocking=blocking)
         except BaseException:
             os.close(fd)

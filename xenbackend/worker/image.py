@@ -48,10 +48,12 @@ class Image:
         self.medium = medium
         self.size = medium.size
         self.sector_size = medium.sector_size
+        self.physical_sector_size = medium.physical_sector_size
         self.can_discard = medium.can_discard
         self.discard_granularity = medium.discard_granularity
         self.complete: Complete = _nobody
         self.mode = f"{'O_DIRECT' if alignment else 'page cache'}, {self.how}"
+        self._end = medium.end  # what is not there from here on reads as zeros
         self._alignment = alignment or _ANYTHING
         self._reactor = reactor
         self._queue = queue
@@ -150,7 +152,7 @@ class Image:
                 raise OSError(errno.EIO, "a write ended early")
         else:
             os.ftruncate(self.fd, size)
-        self.size = size
+        self.size = self._end = size
 
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""
@@ -179,7 +181,7 @@ class Image:
                 raise
             self._read_copied(request)
             return
-        if rest and self.is_inside(request):
+        if rest and request.offset + request.length - sum(map(len, rest)) < self._end:
             raise OSError(errno.EIO, "the image has become shorter")
         for view in rest:  # past the end: a frontend must not get to see what was in its buffer before
             _clear(view)
@@ -218,7 +220,7 @@ class Image:
         start = offset // step * step
         size = round_up(offset + length, step) - start
         block = memoryview(mmap.mmap(-1, max(1, size)))[:size]
-        inside = block[: max(0, self.size - start)]
+        inside = block[: max(0, self._end - start)]
         if _whole(os.preadv, self.fd, [inside], start):
             raise OSError(errno.EIO, "the image has become shorter")
         return start, block

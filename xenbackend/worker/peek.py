@@ -13,18 +13,28 @@ from dataclasses import replace
 
 from xenbackend import control
 from xenbackend.block.chain import open_chain, parse_chain
-from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.env import EnvFactory, WorkerEnv
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.reactor import Reactor
 
 
 def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[control.LayerFacts]:
-    """Return a chain's layers, top first, as they are likely to be once it is open. Raises: ChainError, DriverError."""
+    """Return a chain's layers, top first, as they are likely to be once it is open.
+
+    Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.
+    """
+    source = HostFiles(reactor, use_queues=False, locks=False, whole=not read_only)
     files = HostFiles(reactor, use_queues=False, locks=False)
     env = EnvFactory(reactor, files)
+    factories = [EnvFactory(reactor, source)]  # the source is opened first; nobody writes to what comes after it
+
+    def make_env(layer: str, *, read_only: bool, shareable: bool) -> WorkerEnv:
+        factory = factories.pop() if factories else env
+        return factory(layer, read_only=read_only, shareable=shareable)
+
     try:
-        found = open_chain(parse_chain(chain), env, read_only=True, shareable=True)
+        found = open_chain(parse_chain(chain), make_env, read_only=True, shareable=True)
         try:
             layers = [facts_of(layer) for layer in found.layers]
         finally:
@@ -32,4 +42,5 @@ def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[control.Layer
     finally:
         env.close()
         files.close()
+        source.close()
     return [replace(layers[0], read_only=read_only), *layers[1:]]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from tests import places
+from tests.block.drivers.test_qcow2 import contents
 from tests.helpers_block import Machine, content, discard, flush, image, read, write
+from tests.qcow_images import qcow2
 from xenbackend.block.drivers.aio import Aio
+from xenbackend.errors import DriverError
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
@@ -72,3 +77,38 @@ def test_a_file_that_is_not_open_takes_no_requests() -> None:
     with pytest.raises(RuntimeError, match="before the file was open"):
         driver.submit([flush()])
     driver.close()
+
+
+ODD = Random(1).randbytes(70_001)
+WHOLE = ODD.ljust(70_144, b"\0")
+
+
+@pytest.mark.parametrize("driver", ["aio", "sync"])
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize("place", [places.DISK, places.MEMORY], ids=str)
+def test_a_file_that_ends_inside_a_sector(machine: Machine, driver: str, cache: str, place: Path) -> None:
+    """Attached read-only, its last sector ends in zeros; for writing it is refused, and left as it is."""
+    with places.directory(place) as directory:
+        path = directory / "odd"
+        path.write_bytes(ODD)
+        text = f"{driver}:{path},cache={cache}"
+
+        assert WHOLE == contents(machine, text)
+        with pytest.raises(DriverError, match=r"no multiple of its 512 byte sectors; .*: truncate -s %512 /") as caught:
+            machine.open(text)
+        assert (text, "file", str(path)) == (caught.value.layer, caught.value.option, caught.value.path)
+        assert ODD == path.read_bytes()
+
+
+def test_a_parent_that_ends_inside_a_sector(machine: Machine, tmp_path: Path) -> None:
+    """A QCOW2 image over such a file reads its last sector, copies it when it writes near it, and leaves it alone."""
+    (tmp_path / "odd").write_bytes(ODD)
+    (tmp_path / "child").write_bytes(qcow2(len(WHOLE), backing=b"odd"))
+    text = f"qcow2:{tmp_path}/child,parent_format=raw"
+    assert WHOLE == contents(machine, text)
+    chain = machine.open(text)
+    assert [0] == machine.do(chain, write(len(WHOLE) - 1024, b"w" * 512))
+    chain.close()
+
+    assert WHOLE[:-1024] + b"w" * 512 + WHOLE[-512:] == contents(machine, text)
+    assert ODD == (tmp_path / "odd").read_bytes()

@@ -14,12 +14,14 @@ Behaviour:
     was written before is durable. A discard punches a hole into a file, or discards on a block device, where the
     host can; what was discarded from a file reads as zeros. Errors of the host reach the guest.
 
+    A file that ends inside a sector is served read-only, with zeros up to the end of that sector. To write to it, make
+    it whole first: `truncate -s %512 FILE`.
+
 Example:
     log:|aio:/srv/images/guest.img
 
 Limits:
-    The size is that at opening. It must be a multiple of the sector, 512 bytes or more if the medium says so.
-    Image formats are not looked at: the header of a VHD or QCOW2 file is data here.
+    The size is that at opening. Image formats are not looked at: the header of a VHD or QCOW2 file is data here.
 """
 
 from __future__ import annotations

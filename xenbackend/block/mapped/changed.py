@@ -91,6 +91,7 @@ class ChangedFile:
     def __init__(self, file: File, changes: Changes, size: int) -> None:
         self.size = size
         self.sector_size = file.sector_size
+        self.physical_sector_size = file.physical_sector_size
         self.mode = file.mode
         self._file = file
         self._changes = changes
