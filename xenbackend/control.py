@@ -76,6 +76,7 @@ class LayerFacts:
     discard_alignment: int
     parent_of: str = ""  # the layer whose image named this one as its parent
     facts: dict[str, str] = field(default_factory=dict)
+    physical_sector_size: int = 0  # 0: not known, by a worker of an older program
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,6 +210,14 @@ def test_what_is_published_at_connect() -> None:
     } == publish_at_connect(disk)
 
 
+@pytest.mark.parametrize(("sector", "physical", "shown"), [(512, 0, "512"), (512, 4096, "4096"), (4096, 512, "4096")])
+def test_what_is_published_of_sectors(sector: int, physical: int, shown: str) -> None:
+    """What the medium writes at once is the medium's own, where that is known, and never less than a sector."""
+    keys = publish_at_connect(Disk(1 << 20, sector, False, True, False, physical_sector_size=physical))
+
+    assert (str(sector), shown) == (keys["sector-size"], keys["physical-sector-size"])
+
+
 def test_what_is_published_of_discard() -> None:
     """A disk that can discard says its granularity, or its sector size, and offers no secure discard."""
     for granularity, expected in ((0, "512"), (65536, "65536")):

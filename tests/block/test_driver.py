@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_a_simple_driver_gives_a_batch_back_as_one() -> None:
         driver.submit([read(0, 512), flush()])
 
         assert expected == sizes
+
+
+def test_physical_sectors() -> None:
+    """What a medium writes at once is no less than a sector, also where a filter makes the sectors larger."""
+    disk = Geometry(1 << 20, physical_sector_size=1024)
+
+    assert [512, 4096] == [Geometry(512).physical_sector_size, Geometry(4096, 4096).physical_sector_size]
+    assert [1024, 4096] == [replace(disk, read_only=True).physical_sector_size,
+                            replace(disk, sector_size=4096).physical_sector_size]  # fmt: skip
 
 
 def test_a_filter_as_it_stands_passes_everything_on() -> None:

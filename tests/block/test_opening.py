@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.helpers_block import Machine, image
+from tests.helpers_block import Coarse, Machine, image
 from xenbackend.block.chain import open_chain, parse_chain
 from xenbackend.block.driver import Env
 from xenbackend.block.opening import EIO_RETRIES, MAX_PARENTS
@@ -162,6 +163,14 @@ def test_faults_of_files_name_layer_option_and_file(machine: Machine, tmp_path: 
     assert "no multiple of its sector" in str(refused(machine, "null:1000"))
     assert "a disk has less than 8192 PiB" in str(refused(machine, "null:8192P"))
     assert "it is empty" in str(refused(machine, "null:0"))
+
+
+@pytest.mark.usefixtures("events")
+def test_physical_sectors_that_nothing_has(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that says what no medium writes at once is named."""
+    monkeypatch.setattr(Coarse, "open", lambda self, _env: replace(self.below, physical_sector_size=3000))
+
+    assert "its physical sector of 3000 bytes is no power of two" in str(refused(machine, "coarse:|null:1M"))
 
 
 def test_a_locked_image_is_refused(machine: Machine, tmp_path: Path) -> None:

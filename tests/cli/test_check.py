@@ -15,6 +15,7 @@ from tests.helpers_block import image
 from xenbackend.cli import check
 from xenbackend.cli.main import main
 from xenbackend.errors import ChainError, DriverError
+from xenbackend.kernel import blockdev
 
 
 def run(*words: str) -> int:
@@ -33,6 +34,18 @@ def test_a_chain_is_explained_layer_by_layer(capsys: pytest.CaptureFixture[str],
     output = capsys.readouterr().out
     for word in ("delay:read=5ms", "1 MiB", "read,", "write,", "flush", "page"):
         assert word in output
+
+
+def test_sectors_are_shown_as_fdisk_shows_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the medium writes more at once than a sector, both sizes are there."""
+    monkeypatch.setattr(blockdev, "_unit_of_file", lambda _fd: 4096)
+    path = image(tmp_path / "i")
+
+    assert run(f"aio:{path}") == run("--json", f"aio:{path}") == 0
+    assert "512 / 4096" in (output := " ".join(capsys.readouterr().out.split()))
+    assert '"physical_sector_size": 4096' in output
 
 
 def test_json_has_the_facts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

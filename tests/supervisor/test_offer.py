@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.supervisor.world import LAYER
@@ -26,6 +28,13 @@ def test_a_disk_is_no_more_than_chain_and_toolstack_allow() -> None:
 
     assert (True, False, True, True) == (disk.read_only, disk.can_discard, disk.cdrom, disk.removable)
     assert (False, True) == (disk_of(LAYER, None, {}).read_only, disk_of(LAYER, None, {}).can_discard)
+
+
+def test_a_disk_has_the_sectors_of_its_chain() -> None:
+    """What the chain's top layer says of its sectors is what the frontend is told."""
+    disk = disk_of(replace(LAYER, sector_size=512, physical_sector_size=4096), None, {})
+
+    assert (512, 4096) == (disk.sector_size, disk.physical_sector_size)
 
 
 def test_rings_are_joined_as_the_frontend_was_offered() -> None:

@@ -57,6 +57,7 @@ class Disk:
     discard_alignment: int = 0
     cdrom: bool = False
     removable: bool = False
+    physical_sector_size: int = 0  # 0: not known, so that of a sector
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def publish_at_connect(disk: Disk) -> dict[str, str]:
     keys = {
         "sectors": str(disk.size // SECTOR),
         "sector-size": str(disk.sector_size),
-        "physical-sector-size": str(disk.sector_size),
+        "physical-sector-size": str(max(disk.sector_size, disk.physical_sector_size)),
         "info": str(info),
         "feature-flush-cache": str(int(disk.can_flush)),
         "feature-barrier": str(int(disk.can_flush)),

@@ -63,6 +63,11 @@ class Geometry:
     can_discard: bool = False
     discard_granularity: int = 0
     discard_alignment: int = 0
+    physical_sector_size: int = 0  # what the medium writes at once, as far as it is known; never less than a sector
+
+    def __post_init__(self) -> None:
+        """Let a layer that knows nothing of the medium leave it out."""
+        object.__setattr__(self, "physical_sector_size", max(self.physical_sector_size, self.sector_size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,10 @@ def _check_geometry(layer: str, geometry: Geometry) -> None:
     size, sector_size = geometry.size, geometry.sector_size
     if sector_size not in SECTOR_SIZES:
         raise DriverError(f"its sector size is {sector_size} bytes and not 512 to 4096", layer=layer)
+    if geometry.physical_sector_size & geometry.physical_sector_size - 1:
+        raise DriverError(
+            f"its physical sector of {geometry.physical_sector_size} bytes is no power of two", layer=layer
+        )
     if size <= 0:
         raise DriverError("it is empty; a disk has at least one sector", layer=layer)
     if size > MAX_SIZE:

@@ -78,9 +78,15 @@ def _print_table(text: str, layers: list[LayerFacts]) -> None:
     for index, layer in enumerate(layers):
         name = printable(layer.text) + (f"\nparent of {printable(layer.parent_of)}" if layer.parent_of else "")
         says = "\n".join(printable(f"{key}: {value}") for key, value in layer.facts.items())
-        cells = (str(index), name, format_size(layer.size), str(layer.sector_size), _abilities(layer), says)
+        cells = (str(index), name, format_size(layer.size), _sectors(layer), _abilities(layer), says)
         table.add_row(*map(Text, cells))
     Console().print(table)
+
+
+def _sectors(layer: LayerFacts) -> str:
+    """Return logical and physical size, as fdisk shows them."""
+    is_larger = layer.physical_sector_size > layer.sector_size
+    return f"{layer.sector_size} / {layer.physical_sector_size}" if is_larger else str(layer.sector_size)
 
 
 def _abilities(layer: LayerFacts) -> str:

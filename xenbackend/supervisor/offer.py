@@ -25,6 +25,7 @@ def disk_of(top: control.LayerFacts, spec: Spec | None, keys: Mapping[str, str])
         can_discard=top.can_discard and keys.get("discard-enable") != "0",
         discard_granularity=top.discard_granularity,
         discard_alignment=top.discard_alignment,
+        physical_sector_size=top.physical_sector_size,
         cdrom=spec is not None and spec.cdrom,
         removable=spec is not None and spec.removable,
     )

@@ -273,7 +273,7 @@ class Export:
 def _offer(geometry: Geometry) -> Offer:
     return Offer(
         size=geometry.size,
-        preferred_block=max(4096, geometry.sector_size),
+        preferred_block=max(4096, geometry.physical_sector_size),
         read_only=geometry.read_only,
         can_flush=geometry.can_flush,
         can_trim=geometry.can_discard,

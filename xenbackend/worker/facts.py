@@ -24,6 +24,7 @@ def facts_of(layer: OpenLayer) -> control.LayerFacts:
         can_discard=geometry.can_discard,
         discard_granularity=geometry.discard_granularity,
         discard_alignment=geometry.discard_alignment,
+        physical_sector_size=geometry.physical_sector_size,
         parent_of=layer.parent_of,
         facts=dict(cast("WorkerEnv", layer.driver.env).facts),
     )

@@ -22,6 +22,7 @@ from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image.create import create, snapshot
 from xenbackend.image.names import find_image
 from xenbackend.image.resize import resize
+from xenbackend.kernel import blockdev
 
 MIB = 1 << 20
 needs_qemu = pytest.mark.skipif(not which("qemu-img"), reason="qemu-utils is not installed")
@@ -346,11 +347,25 @@ def test_what_is_no_image(machine: Machine, tmp_path: Path, make: Callable[[], b
     assert counts[0] == counts[1]
 
 
-def test_a_fixed_disk_is_its_file(machine: Machine, tmp_path: Path) -> None:
-    """A fixed disk can do what its file can; its footer is out of reach."""
+def test_a_footer_without_its_last_byte(machine: Machine, tmp_path: Path) -> None:
+    """Virtual PC once wrote footers of 511 bytes: the last byte means nothing, and readers can do without it."""
+    path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB)[:-1])
+    chain = machine.open(f"vhd:{path}", read_only=True)
+    found = everything(machine, chain)
+    chain.close()
+
+    assert b"x" * MIB == found
+    with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
+        machine.open(f"vhd:{path}")
+
+
+def test_a_fixed_disk_is_its_file(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed disk can do what its file can, and writes at once what that does; its footer is out of reach."""
+    monkeypatch.setattr(blockdev, "_unit_of_file", lambda _fd: 4096)
     path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB))
     chain = machine.open(f"vhd:{path}")
     assert MIB == chain.geometry.size
+    assert 4096 == chain.geometry.physical_sector_size
     assert [0, 0] == machine.do(chain, write(MIB - 512, b"e" * 512), flush())
     if chain.geometry.can_discard:
         assert [0] == machine.do(chain, discard(0, 65536))

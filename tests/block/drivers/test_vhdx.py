@@ -28,6 +28,17 @@ def test_large_sectors(machine: Machine, tmp_path: Path) -> None:
     assert bytes(4096) + b"d" * 4096 == content(request)
 
 
+@pytest.mark.parametrize(("sector", "says", "physical"), [(512, 4096, 4096), (512, 512, 512), (4096, 4096, 4096),
+                                                          (512, 3, 512), (4096, 512, 4096)])  # fmt: skip
+def test_physical_sectors(machine: Machine, tmp_path: Path, sector: int, says: int, physical: int) -> None:
+    """The guest is told what Hyper-V would tell it; what cannot be is not taken for it."""
+    (tmp_path / "a").write_bytes(vhdx(4 * MIB, {}, sector_size=sector, physical=says))
+    chain = machine.open(f"log:|vhdx:{tmp_path}/a", read_only=True)
+    chain.close()
+
+    assert [physical] * 2 == [layer.geometry.physical_sector_size for layer in chain.layers]
+
+
 LOG = b"identity of log1"
 
 

@@ -7,6 +7,10 @@ Description:
     The source of most chains. Requests go to the kernel asynchronously, many at a time, and bypass the page cache
     where the file allows it (O_DIRECT); `xenbackend check` shows what was chosen as `mode`.
 
+    The disk's sectors are the medium's: 512 bytes for a file, and what a block device says, which is 4096 for some
+    ("4Kn"). The guest is also told what the medium writes at once (`physical-sector-size`): a device's own physical
+    sector, or what the file system of a file demands of direct I/O.
+
     FILE is taken as it stands; write a backslash before `|`, `,` and `\` in it.
 
 Behaviour:
@@ -82,6 +86,7 @@ class Aio(Driver):
             read_only=env.read_only,
             can_discard=file.can_discard,
             discard_granularity=file.discard_granularity,
+            physical_sector_size=file.physical_sector_size,
         )
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it shows them always

@@ -113,8 +113,9 @@ class Vhd(Blocks):
         file.complete = self._pass_up
         self.submit = file.submit  # type: ignore[method-assign]  # the file begins with the disk
         return Geometry(
-            size, 512, env.read_only, can_discard=file.can_discard, discard_granularity=file.discard_granularity
-        )
+            size, 512, env.read_only, can_discard=file.can_discard, discard_granularity=file.discard_granularity,
+            physical_sector_size=file.physical_sector_size,
+        )  # fmt: skip
 
     def _pass_up(self, batch: list[Request]) -> None:
         self.complete(batch)

@@ -9,7 +9,8 @@ Description:
 
 Behaviour:
     Requests go to where the table says that their blocks are; what the image does not have is zeros. Checksums of
-    headers are checked. The image is locked while it is open: any number of readers.
+    headers are checked. The guest is told the physical sector that the image has for its disk. The image is locked
+    while it is open: any number of readers.
 
     An image whose host crashed, or that was copied while it was in use, has changes in its log that are not in their
     places yet. The log is replayed in memory, as Hyper-V and QEMU would replay it in the file; `xenbackend check`

@@ -28,6 +28,7 @@ class Shape:
     table_bits: int
     file_size: int  # bytes
     sector_size: int = 512
+    physical_sector_size: int = 0  # that of the disk's medium, where the image says it
 
     @property
     def tables(self) -> int:

@@ -34,9 +34,10 @@ _METADATA = UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
 _PARAMETERS = UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b").bytes_le
 _SIZE = UUID("2fa54224-cd1b-4876-b211-5dbed83bf4b8").bytes_le
 _SECTOR_SIZE = UUID("8141bf1d-a96f-4709-ba47-f233a8faab5f").bytes_le
-_KNOWN = {  # with the ID of the disk, its physical sector, and where a parent is
-    _PARAMETERS, _SIZE, _SECTOR_SIZE, UUID("beca12ab-b2e6-4523-93ef-c309e000c746").bytes_le,
-    UUID("cda348c7-445d-4471-9cc9-e9885251c556").bytes_le, UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le,
+_PHYSICAL = UUID("cda348c7-445d-4471-9cc9-e9885251c556").bytes_le
+_KNOWN = {  # with the ID of the disk, and where a parent is
+    _PARAMETERS, _SIZE, _SECTOR_SIZE, _PHYSICAL, UUID("beca12ab-b2e6-4523-93ef-c309e000c746").bytes_le,
+    UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le,
 }  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def parse(read: Read, file_size: int) -> Image:
         raise damaged(f"its blocks have {block_size} bytes, and its sectors {sector_size}")
     if not size <= _MAX_SIZE or size % sector_size:
         raise damaged(f"its disk has {size} bytes")
-    shape = Shape(size, block_bits, power_of(sector_size << 23) - block_bits, file_size, sector_size)
+    table_bits = power_of(sector_size << 23) - block_bits
+    shape = Shape(size, block_bits, table_bits, file_size, sector_size, _physical(items, sector_size))
     blocks = -(-size >> block_bits)
     bat, room = regions[_BAT]
     if (blocks + max(0, shape.tables - 1)) * 8 > room:
@@ -171,3 +173,8 @@ def _numbers(items: dict[bytes, bytes]) -> tuple[int, int, int]:
     if flags & 2:
         raise DriverError("it has a parent, which is not supported; make one file of both by Hyper-V's Convert-VHD")
     return size, block_size, sector_size
+
+
+def _physical(items: dict[bytes, bytes], sector_size: int) -> int:
+    """Return what Hyper-V calls the disk's physical sector, in bytes: 4096, or what is wrong and no harm, a sector."""
+    return 4096 if items.get(_PHYSICAL) == struct.pack("<I", 4096) else sector_size

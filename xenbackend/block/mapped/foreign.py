@@ -70,7 +70,7 @@ class ForeignDisk(MappedDisk):
         self.start(
             self.seen(file), shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables
         )
-        return Geometry(shape.size, shape.sector_size, read_only=True)
+        return Geometry(shape.size, shape.sector_size, True, physical_sector_size=shape.physical_sector_size)
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`."""
