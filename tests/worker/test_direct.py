@@ -1,10 +1,14 @@
 """Tests of `xenbackend.worker.direct` and `io_queue`; contents are checked against the model in test_files.py."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests import places
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import KernelError
 from xenbackend.kernel import blockdev, memory
@@ -101,6 +105,70 @@ def test_memory_that_the_medium_cannot_use(reactor: Reactor, image: DirectImage)
     assert (write.status, read.status) == (0, 0)
     assert bytes(arena[8193:12289]) == b"odd!" * 1024
     assert image.read_at(4096, 4096) == b"odd!" * 1024
+
+
+_WRITER = """
+import sys
+from xenbackend.block.request import Op, Request
+from xenbackend.kernel import blockdev
+from xenbackend.kernel.blockdev import Alignment
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.reactor import Reactor
+
+blockdev._stated_alignment = lambda fd: Alignment(512, 4096)
+reactor = Reactor()
+files = HostFiles(reactor)
+reactor.before_sleep(files.kick)
+image = files.open(sys.argv[1], read_only=False)
+print(image.mode, flush=True)
+left, number = 0, int(sys.argv[2])
+
+def again(done=()):
+    global left, number
+    left -= len(done)
+    if left:
+        return
+    left, number, batch = 6, number + 1, []
+    for sector in range(1, 7):
+        request = Request()
+        request.op, request.offset, request.length = Op.WRITE, sector * 512, 512
+        request.iov = [memoryview(bytearray([number % 256]) * 512)]
+        batch.append(request)
+    image.submit(batch)
+
+image.complete = lambda done: (again(done), None)
+again()
+reactor.run()
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_block() -> None:
+    """Whoever is killed while writing parts of a block leaves each of them old or new, and the others as they were."""
+    with places.directory(places.DISK) as directory:
+        path = directory / "image"
+        path.write_bytes(b"k" * 4096 + bytes(4096))
+        for number in (1, 60, 120):
+            before = sectors_of(path)
+            with subprocess.Popen([sys.executable, "-c", _WRITER, path, str(number)], stdout=-1, text=True) as writer:
+                assert writer.stdout is not None
+                if "O_DIRECT" not in (mode := writer.stdout.readline()):
+                    writer.kill()
+                    pytest.skip(f"no direct I/O there: {mode}")
+                while any(old == new for old, new in zip(before[1:7], sectors_of(path)[1:7], strict=True)):
+                    os.sched_yield()
+                writer.kill()
+            found = sectors_of(path)
+
+            assert [b"k" * 512] * 2 == [found[0], found[7]]
+            assert [sector[:1] * 512 for sector in found] == found
+            assert len({sector[0] for sector in found[1:7]}) <= 2
+
+
+def sectors_of(path: Path) -> list[bytes]:
+    """Return the sectors of the first block."""
+    data = path.read_bytes()
+    return [data[place : place + 512] for place in range(0, 4096, 512)]
 
 
 def test_submitting_from_complete(reactor: Reactor, image: DirectImage) -> None:

@@ -26,13 +26,15 @@ def test_a_layer_is_told_with_what_it_reported(tmp_path: Path, reactor: Reactor)
     """Text, size and abilities come from the layer's geometry, and beside them stands what it said of itself."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
-    chain = open_chain(parse_chain(f"log:|aio:{image}"), EnvFactory(reactor, HostFiles(reactor)), read_only=False)
+    chain = open_chain(
+        parse_chain(f"log:|aio:{image},sector=4096"), EnvFactory(reactor, HostFiles(reactor)), read_only=False
+    )
     top, bottom = (facts_of(layer) for layer in chain.layers)
     chain.close()
 
-    assert ("log:", 1 << 20, 512, False, True) == (
-        top.text, top.size, top.sector_size, top.read_only, top.can_flush
+    assert ("log:", 1 << 20, 4096, 4096, False, True) == (
+        top.text, top.size, top.sector_size, top.physical_sector_size, top.read_only, top.can_flush
     )  # fmt: skip
     assert "on" == top.facts["tracking"]
-    assert f"aio:{image}" == bottom.text
+    assert f"aio:{image},sector=4096" == bottom.text
     assert "mode" in bottom.facts

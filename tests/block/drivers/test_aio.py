@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from tests import places
-from tests.block.drivers.test_qcow2 import contents
+from tests import places, qemu
+from tests.block.drivers.test_qcow2 import contents, random_guest
 from tests.helpers_block import Machine, content, discard, flush, image, read, write
+from tests.loops import loop
 from tests.qcow_images import qcow2
 from xenbackend.block.drivers.aio import Aio
-from xenbackend.errors import DriverError
+from xenbackend.errors import ChainError, DriverError
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
@@ -112,3 +114,76 @@ def test_a_parent_that_ends_inside_a_sector(machine: Machine, tmp_path: Path) ->
 
     assert WHOLE[:-1024] + b"w" * 512 + WHOLE[-512:] == contents(machine, text)
     assert ODD == (tmp_path / "odd").read_bytes()
+
+
+@pytest.mark.parametrize("sector", ["512", "1024", "2048", "4096"])
+def test_sectors_that_are_asked_for(machine: Machine, tmp_path: Path, sector: str) -> None:
+    """The disk has the sectors that the chain says, and what is written at once is no less than one."""
+    path = image(tmp_path / "img")
+    chain = machine.open(f"aio:{path},sector={sector}")
+    geometry = chain.geometry
+    chain.close()
+
+    assert int(sector) == geometry.sector_size
+    assert geometry.physical_sector_size >= int(sector)
+
+
+@pytest.mark.parametrize("sector", ["", "0", "256", "513", "8192", "4K", "-512"])
+def test_sectors_that_no_disk_has(machine: Machine, tmp_path: Path, sector: str) -> None:
+    """Anything but the sizes that guests know is refused before the file is opened, with those sizes."""
+    with pytest.raises(ChainError, match=r"option sector: .* is none of medium, 512, 1024, 2048, 4096"):
+        machine.open(f"aio:{tmp_path}/none,sector={sector}")
+
+
+def test_a_size_that_is_no_multiple_of_the_sector(machine: Machine, tmp_path: Path) -> None:
+    """A file that ends inside a sector of the size that was asked for is read-only, too."""
+    path = image(tmp_path / "img", 8192 + 512)
+    text = f"aio:{path},sector=4096"
+    with pytest.raises(DriverError, match=r"8704 bytes, which is no multiple of its 4096 byte sectors; .* -s %4096 "):
+        machine.open(text)
+
+    assert bytes(12288) == contents(machine, text)
+
+
+@pytest.mark.slow
+def test_small_sectors_of_a_device_with_large_ones(machine: Machine, tmp_path: Path) -> None:
+    """`sector=512`: writes of single sectors, many at once and side by side, lose nothing of one another.
+
+    Among them are writes of whole blocks of the device, flushes, and discards of less than such a block.
+    """
+    with loop(tmp_path / "disk", 1 << 20, sector_size=4096) as (device, path):
+        chance = Random(2)
+        path.write_bytes(model := bytearray(chance.randbytes(1 << 20)))
+        chain = machine.open(f"aio:{device},sector=512")
+        assert (512, 4096) == (chain.geometry.sector_size, chain.geometry.physical_sector_size)
+        for _ in range(6):
+            cuts = sorted(chance.sample(range(256), 120))  # ranges side by side, most of them less than a block
+            batch = [write(first * 512, chance.randbytes((last - first) * 512)) for first, last in pairwise(cuts)]
+            batch.append(write(32768 * 8, chance.randbytes(8192)))
+            chance.shuffle(batch)
+            batch = [*batch[:40], flush(), discard(1000 * 512, 512), *batch[40:]]
+            assert [0] * len(batch) == machine.do(chain, *batch)
+            for each in batch:
+                if each.iov:
+                    model[each.offset : each.offset + each.length] = content(each)
+        request = read(3584, 512, 1024, 130_048)
+        assert [0] == machine.do(chain, request)
+        chain.close()
+
+        assert model[3584 : 3584 + request.length] == content(request)
+        assert model == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_an_image_on_a_device_with_large_sectors(machine: Machine, tmp_path: Path) -> None:
+    """A QCOW2 image whose clusters are smaller than the device's sectors is read and written as everywhere."""
+    small = tmp_path / "small"
+    qemu.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", small, "1M")
+    with loop(tmp_path / "disk", 8 << 20, sector_size=4096) as (device, path):
+        with path.open("r+b") as file:
+            file.write(small.read_bytes())
+        model = bytearray(1 << 20)
+        random_guest(machine, f"qcow2:{device}", model, Random(4), 40)
+
+        assert model == contents(machine, f"qcow2:{device}")
+        assert (0, 0) == qemu.check(path)

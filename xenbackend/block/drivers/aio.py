@@ -1,7 +1,7 @@
 r"""aio: a raw image file or block device; what is in the file is the disk.
 
 Synopsis:
-    aio:FILE[,cache=on|off]
+    aio:FILE[,cache=on|off][,sector=512|1024|2048|4096]
 
 Description:
     The source of most chains. Requests go to the kernel asynchronously, many at a time, and bypass the page cache
@@ -9,7 +9,9 @@ Description:
 
     The disk's sectors are the medium's: 512 bytes for a file, and what a block device says, which is 4096 for some
     ("4Kn"). The guest is also told what the medium writes at once (`physical-sector-size`): a device's own physical
-    sector, or what the file system of a file demands of direct I/O.
+    sector, or what the file system of a file demands of direct I/O. `sector=512` is for guests that can do with no
+    other sectors, and for disks that were copied from a medium with sectors of 512 bytes: a partition table counts in
+    sectors, and is not understood where they have another size. `sector=4096` is for the opposite.
 
     FILE is taken as it stands; write a backslash before `|`, `,` and `\` in it.
 
@@ -18,11 +20,20 @@ Behaviour:
     was written before is durable. A discard punches a hole into a file, or discards on a block device, where the
     host can; what was discarded from a file reads as zeros. Errors of the host reach the guest.
 
+    Where the disk's sectors are smaller than the medium's own, a write of a part of one of those reads all of it and
+    writes it back. It does so alone: what is in flight ends first, and what comes meanwhile waits. So writes that
+    meet there do not undo one another, but they are slow; guests that align to `physical-sector-size`, as most do,
+    have hardly any. If the power fails during such a write, the other sectors of the same 4096 bytes are at risk,
+    too, though the guest did not write to them just then, unless the device writes all 4096 or nothing; drives that
+    emulate sectors of 512 bytes ("512e") are no different. Of a discard on a device, what fills no whole sector of
+    its own is left as it is.
+
     A file that ends inside a sector is served read-only, with zeros up to the end of that sector. To write to it, make
     it whole first: `truncate -s %512 FILE`.
 
 Example:
     log:|aio:/srv/images/guest.img
+    aio:/dev/nvme1n1,sector=512
 
 Limits:
     The size is that at opening. Image formats are not looked at: the header of a VHD or QCOW2 file is data here.
@@ -32,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from xenbackend.block.driver import Complete, Driver, Env, File, Geometry
 from xenbackend.block.extents import Extent, of_file
@@ -52,6 +63,9 @@ class Aio(Driver):
 
         file: FilePath = option("the image file or block device", target=True)
         cache: bool = option("go through the host's page cache", default=False)
+        sector: Literal["medium", "512", "1024", "2048", "4096"] = option(
+            "bytes of a sector of the disk; by default as large as the medium's", default="medium"
+        )
 
     options: Options
     _file: File | None = None
@@ -75,6 +89,7 @@ class Aio(Driver):
             shareable=env.shareable,
             direct=not self.options.cache,
             blocking=self.blocking,
+            sector_size=0 if self.options.sector == "medium" else int(self.options.sector),
         )
         file.complete = self._complete
         self._file = file

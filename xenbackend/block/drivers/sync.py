@@ -1,15 +1,15 @@
 """sync: a raw image file or block device, one blocking call after the other.
 
 Synopsis:
-    sync:FILE[,cache=on|off]
+    sync:FILE[,cache=on|off][,sector=512|1024|2048|4096]
 
 Description:
     The same disk as `aio:`, served in the simplest way there is: each request is one system call that the worker waits
     for. It is there to compare with, and for hosts or file systems on which asynchronous I/O misbehaves.
 
 Behaviour:
-    Locking, flush, discard and errors are those of `aio:`. The worker does nothing else while a call lasts: rule D3
-    (`submit` does not sleep) is broken here on purpose.
+    Sectors, locking, flush, discard and errors are those of `aio:`. The worker does nothing else while a call lasts:
+    rule D3 (`submit` does not sleep) is broken here on purpose.
 
 Example:
     log:|sync:/srv/images/guest.img
