@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 import zlib
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, ZERO, pack_refcounts, pack_table
 from xenbackend.units import round_up
 
 _BACKING_FORMAT = 0xE2792ACA
+_BY_ZSTD = 1 << 3  # an incompatible feature
 
 
 class _Image:
@@ -39,6 +40,16 @@ def deflate(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
+def zstd(data: bytes) -> bytes:
+    """Return a compressed cluster as QEMU writes it."""
+    import zstandard  # other tests run where it is not installed, too
+
+    return zstandard.ZstdCompressor().compress(data)
+
+
+_PACKERS: dict[str, Callable[[bytes], bytes]] = {"zlib": deflate, "zstd": zstd}
+
+
 def qcow2(
     size: int,
     clusters: Mapping[int, bytes] | None = None,
@@ -55,6 +66,7 @@ def qcow2(
     autoclear: int = 0,
     extensions: bytes = b"",
     table_clusters: int = 4,
+    compression: str = "zlib",
 ) -> bytes:
     """Return a QCOW2 image.
 
@@ -73,7 +85,9 @@ def qcow2(
         autoclear: feature bits.
         extensions: bytes of header extensions before that of the format.
         table_clusters: of the refcount table.
+        compression: how compressed clusters are: "zlib" or "zstd".
     """
+    by_zstd = compression == "zstd"
     cluster_size = 1 << cluster_bits
     per_table = cluster_size // 8
     image = _Image(cluster_size)
@@ -84,7 +98,7 @@ def qcow2(
     for number, data in (clusters or {}).items():
         words[number] = image.add(data) | copied
     for number, data in (compressed or {}).items():
-        packed = deflate(data)
+        packed = _PACKERS[compression](data)
         words[number] = COMPRESSED | image.add(packed) | (len(packed) - 1) // 512 << 62 - (cluster_bits - 8)
     l1 = array("Q", bytes(8 * -(-size // (per_table * cluster_size))))
     for number in range(len(l1)):
@@ -105,7 +119,9 @@ def qcow2(
         b"QFI\xfb", version, 0, 0, cluster_bits, size, 0, len(l1), l1_place, table_place, table_clusters,
         int(snapshot), snapshots,
     )  # fmt: skip
-    rest = struct.pack(">QQQII", incompatible, 0, autoclear, order, 104) if version == 3 else b""
+    incompatible |= _BY_ZSTD if by_zstd else 0
+    rest = struct.pack(">QQQII", incompatible, 0, autoclear, order, 112 if by_zstd else 104) if version == 3 else b""
+    rest += struct.pack(">Bxxxxxxx", 1) if by_zstd else b""
     rest += extensions
     if backing_format:
         rest += struct.pack(">II", _BACKING_FORMAT, len(backing_format)) + backing_format.ljust(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import sys
 from pathlib import Path
 from random import Random
 
@@ -191,10 +192,11 @@ def test_no_discard_in_version_2_with_a_parent(machine: Machine, tmp_path: Path)
     chain.close()
 
 
-def test_compressed_clusters(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_clusters(machine: Machine, tmp_path: Path, compression: str) -> None:
     """A compressed cluster is read in pieces, at the same time, and written by half: the rest of it stays."""
     data = Random(1).randbytes(2048) + bytes(2048)
-    chain = machine.open(make(tmp_path / "a", compressed={3: data, 4: data[::-1]}))
+    chain = machine.open(make(tmp_path / "a", compressed={3: data, 4: data[::-1]}, compression=compression))
     requests = [read(3 * CLUSTER + place, 512) for place in range(0, CLUSTER, 512)]
     assert [0] * 8 == machine.do(chain, *requests)
     assert data == b"".join(map(content, requests))
@@ -221,10 +223,11 @@ def test_a_compressed_cluster_is_discarded(machine: Machine, tmp_path: Path) -> 
     assert (0, 0) == qemu.check(tmp_path / "a")
 
 
-def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path, compression: str) -> None:
     """Bytes that do not inflate are EIO for whoever reads them, and for nobody else."""
     path = tmp_path / "a"
-    text = make(path, compressed={3: b"x" * CLUSTER}, clusters={0: b"y" * CLUSTER})
+    text = make(path, compressed={3: b"x" * CLUSTER}, clusters={0: b"y" * CLUSTER}, compression=compression)
     data = path.read_bytes()
     packed = data.index(b"y" * CLUSTER) + CLUSTER
     path.write_bytes(data[:packed] + b"\xff" * 64 + data[packed + 64 :])
@@ -232,6 +235,37 @@ def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path) 
 
     assert [0, errno.EIO, 0] == machine.do(chain, read(0, 512), read(3 * CLUSTER, 512), read(4 * CLUSTER, 512))
     chain.close()
+
+
+def test_zstd_that_the_host_does_not_have(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without anything that unpacks zstd the image is refused and not touched, and the sentence says what to do."""
+    text = make(tmp_path / "a", compression="zstd", autoclear=1)
+    before = (tmp_path / "a").read_bytes()
+    for module in ("zstandard", "compression"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DriverError, match="install python3-zstandard, or by pip zstandard"):
+        machine.open(text)
+
+    assert before == (tmp_path / "a").read_bytes()[: len(before)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+def test_zstd_both_ways(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_size: int) -> None:
+    """Clusters that QEMU compressed by zstd are read; after we wrote over some, QEMU reads all and finds no fault."""
+    chance = Random(request.config.getoption("--seed") + cluster_size)
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    model = bytearray(b"".join(chance.randbytes(64) * chance.choice([1, 8]) for _ in range(4 * SIZE // 256)))
+    model = model[: 2 * SIZE].ljust(2 * SIZE, b"\0")
+    raw.write_bytes(model)
+    options = f"compression_type=zstd,cluster_size={cluster_size}"
+    qemu.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
+
+    assert bytes(model) == contents(machine, f"qcow2:{path}")
+    random_guest(machine, f"qcow2:{path}", model, chance, request.config.getoption("--requests") // 200)
+    raw.write_bytes(model)
+    qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", path, raw)
+    assert (0, 0) == qemu.check(path)
 
 
 def test_a_snapshot_stays(machine: Machine, tmp_path: Path) -> None:

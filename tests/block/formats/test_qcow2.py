@@ -31,7 +31,7 @@ _FIELDS = {  # offset in the header and size, in bytes
     "version": (4, 4), "backing_offset": (8, 8), "backing_length": (16, 4), "cluster_bits": (20, 4), "size": (24, 8),
     "crypt_method": (32, 4), "l1_entries": (36, 4), "l1_offset": (40, 8), "table_offset": (48, 8),
     "table_clusters": (56, 4), "snapshot_count": (60, 4), "snapshots_offset": (64, 8), "incompatible": (72, 8),
-    "autoclear": (88, 8), "refcount_order": (96, 4), "header_length": (100, 4),
+    "autoclear": (88, 8), "refcount_order": (96, 4), "header_length": (100, 4), "compression": (104, 1),
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_a_parent_of_qemu(tmp_path: Path) -> None:
         ({"header_length": 103}, "header has 103 bytes"),
         ({"header_length": 1 << 20}, "header has 1048576 bytes"),
         ({"incompatible": 1 << 2}, "data is in another file"),
-        ({"incompatible": 1 << 3}, "compressed by zstd"),
+        ({"incompatible": 1 << 3}, "compressed in the way number 0, and its features contradict that"),
         ({"incompatible": 1 << 4}, "subclusters"),
         ({"incompatible": 1 << 60}, "incompatible feature 'number 60'"),
         ({"backing_offset": 4000, "backing_length": 1024}, "name of its parent has 1024 bytes at byte 4000"),
@@ -115,6 +115,24 @@ def test_headers_that_are_refused(values: dict[str, int], sentence: str) -> None
     """Each number that cannot be is refused by a sentence that names it, before anything is made of it."""
     with pytest.raises(DriverError, match=sentence):
         parse(patched(qcow2(SIZE), **values))
+
+
+@pytest.mark.parametrize(
+    ("incompatible", "kind", "sentence"),
+    [(0, 1, "way number 1, and its features"), (1 << 3, 2, "way number 2, which is not known")],
+)
+def test_kinds_of_compression_that_are_refused(incompatible: int, kind: int, sentence: str) -> None:
+    """A kind of compression that is not known, or that the features do not announce, is refused."""
+    data = bytearray(patched(qcow2(SIZE, compression="zstd"), incompatible=incompatible))
+    data[104] = kind
+    with pytest.raises(DriverError, match=sentence):
+        parse(bytes(data))
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_kinds_of_compression(compression: str) -> None:
+    """How clusters are compressed stands in the header."""
+    assert compression == parse(qcow2(SIZE, compression=compression)).compression
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ Synopsis:
 
 Description:
     The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them: clusters of 512 bytes to 2 MiB,
-    refcounts of 1 to 64 bits, compressed clusters (zlib). What the image does not have is read from its parent, if it
+    refcounts of 1 to 64 bits, compressed clusters (zlib, and zstd with Python 3.14 or the package `zstandard`, Debian's
+    `python3-zstandard`). What the image does not have is read from its parent, if it
     has one, and else is zeros; what is written goes to the image.
 
     The parent is opened too, for reading, as what the image says it is: `raw` as `aio:`, `vpc` as `vhd:`, and `qcow`,
@@ -41,10 +42,10 @@ Example:
     qcow2:/srv/guests/a.qcow2,parents=/srv
 
 Limits:
-    Not supported, and refused: encryption, external data files, subclusters (extended L2 entries), compression by
-    zstd. The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most,
-    which is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB;
-    what is known of parents up to 16 MiB.
+    Not supported, and refused: encryption, external data files, subclusters (extended L2 entries). The L2 tables that
+    are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which is enough for 128
+    GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what is known of
+    parents up to 16 MiB.
     The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at; an image whose
     snapshots or bitmaps have tables of more than 64 MiB is only opened for reading.
 """
@@ -57,7 +58,8 @@ from functools import partial
 from xenbackend.block.driver import Env, File, Geometry
 from xenbackend.block.formats import qcow2
 from xenbackend.block.formats.qcow2_tables import ZERO as WORD_OF_ZEROS
-from xenbackend.block.formats.qcow2_tables import has_more_clusters, unpack_table
+from xenbackend.block.formats.qcow2_tables import has_more_clusters, inflate, unpack_table
+from xenbackend.block.formats.zstd import find_unzstd
 from xenbackend.block.mapped.tables import ZERO
 from xenbackend.block.qcow.codec import Version2
 from xenbackend.block.qcow.disk import QcowDisk
@@ -84,7 +86,8 @@ class Qcow2(QcowDisk):
         env.report("format", f"QCOW2 version {header.version}, clusters of {format_size(header.cluster_size)}")
         if header.backing_file:
             self.parent = self.find_parent(header.backing_file, header.backing_format)
-        self.serve(file, header.size, header.cluster_bits, header.l1, Version2(header))
+        unpack = find_unzstd() if header.compression == "zstd" else inflate
+        self.serve(file, header.size, header.cluster_bits, header.l1, Version2(header), unpack)
         if env.read_only:
             return Geometry(size=header.size, read_only=True)
         _check_writable(header)

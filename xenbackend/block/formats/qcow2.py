@@ -22,7 +22,7 @@ MAX_L1_BYTES = 32 << 20  # as QEMU
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # as QEMU
 MAX_SNAPSHOTS = 65536  # as QEMU
 MAX_NAME = 1023  # bytes of a parent's name
-DIRTY, CORRUPT = 1 << 0, 1 << 1  # incompatible features
+DIRTY, CORRUPT, COMPRESSION = 1 << 0, 1 << 1, 1 << 3  # incompatible features
 BITMAPS = 1 << 0  # auto-clear features
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -35,9 +35,10 @@ _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS = 0xE2792ACA, 0x6803F857, 0x23852875
 _REFUSED = {  # incompatible features, by bit
     2: "its data is in another file (external data file)",
-    3: "its clusters are compressed by zstd",
     4: "it has subclusters (extended L2 entries)",
 }
+_COMPRESSION_AT = 104  # where the kind of compression stands, in a header that is long enough
+_COMPRESSIONS = ("zlib", "zstd")  # by number
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Header:
     snapshots_offset: int
     incompatible: int
     autoclear: int
+    compression: str  # of compressed clusters: "zlib" or "zstd"
     backing_file: bytes  # empty where the image has no parent
     backing_format: str  # empty where the image does not say
     bitmap_count: int
@@ -132,6 +134,7 @@ def parse_header(read: Read, file_size: int) -> Header:
         snapshots_offset=snapshots_offset,
         incompatible=incompatible,
         autoclear=autoclear,
+        compression=_compression(first[_COMPRESSION_AT:length], incompatible),
         backing_file=backing,
         backing_format=extensions.get(BACKING_FORMAT, b"").decode("ascii", "replace"),
         bitmap_count=bitmap_count,
@@ -242,12 +245,22 @@ def _check_features(incompatible: int, names: bytes) -> None:
     for bit, problem in _REFUSED.items():
         if incompatible & 1 << bit:
             raise DriverError(f"{problem}, which is not supported; qemu-img convert makes an image without it")
-    unknown = incompatible & ~(DIRTY | CORRUPT)
+    unknown = incompatible & ~(DIRTY | CORRUPT | COMPRESSION)
     if unknown:
         known = {bit: name for kind, bit, name in _FEATURE.iter_unpack(names[: len(names) // 48 * 48]) if kind == 0}
         bit = unknown.bit_length() - 1
         name = printable(known.get(bit, b"").rstrip(b"\0").decode("utf-8", "replace")) or f"number {bit}"
         raise DriverError(f"it has the incompatible feature {name!r}, which is not known here")
+
+
+def _compression(field: bytes, incompatible: int) -> str:
+    """Return how clusters are compressed; the field and the feature bit have to agree, as QEMU demands."""
+    kind = field[0] if field else 0
+    if bool(kind) != bool(incompatible & COMPRESSION):
+        raise damaged(f"its clusters are compressed in the way number {kind}, and its features contradict that")
+    if kind >= len(_COMPRESSIONS):
+        raise DriverError(f"its clusters are compressed in the way number {kind}, which is not known here")
+    return _COMPRESSIONS[kind]
 
 
 def _parse_bitmaps(extension: bytes) -> tuple[int, Region | None]:

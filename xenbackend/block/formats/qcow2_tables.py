@@ -11,6 +11,7 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterator
+from typing import Protocol
 
 from xenbackend.block.formats.qcow2 import Header, Read, Region, check_region, damaged
 from xenbackend.units import round_up
@@ -68,6 +69,13 @@ def compressed_place(entry: int, cluster_bits: int) -> Region:
     offset = entry & ((1 << offset_bits) - 1)
     sectors = ((entry & ~(COPIED | COMPRESSED)) >> offset_bits) + 1
     return Region(offset, sectors * 512 - offset % 512)
+
+
+class Unpack(Protocol):
+    """How compressed clusters of an image become clusters."""
+
+    def __call__(self, data: bytes, cluster_size: int) -> bytes:
+        """Return a cluster from its compressed bytes and whatever follows them. Raises: DriverError."""
 
 
 def inflate(data: bytes, cluster_size: int) -> bytes:

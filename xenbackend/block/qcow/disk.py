@@ -17,7 +17,7 @@ from typing import Any, Literal
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, of_entries, with_holes
 from xenbackend.block.formats.qcow2 import Region
-from xenbackend.block.formats.qcow2_tables import inflate, unpack_table
+from xenbackend.block.formats.qcow2_tables import Unpack, inflate, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.parents import find_parent, parent_ref
@@ -76,9 +76,18 @@ class QcowDisk(MappedDisk):
         """Read the header and call `serve`. Raises: DriverError, OSError."""
         raise NotImplementedError
 
-    def serve(self, file: File, size: int, cluster_bits: int, l1: Region, codec: Version1 | Version2) -> None:
+    def serve(
+        self,
+        file: File,
+        size: int,
+        cluster_bits: int,
+        l1: Region,
+        codec: Version1 | Version2,
+        unpack: Unpack = inflate,
+    ) -> None:
         """Begin to serve; `allocator` is set afterwards by `serve_writes` where the disk may be written."""
         self._codec = codec
+        self._unpack = partial(unpack, cluster_size=1 << cluster_bits)
         table_bytes = 2 * 8 << codec.l2_bits  # entries, and the words of the file
         tables: Tables[L2Table] = Tables(_TABLES // (table_bytes + _TABLE_EXTRA))
         # `Tables` is not covariant; nobody but us puts one in.
@@ -138,8 +147,7 @@ class QcowDisk(MappedDisk):
         table: Any = self.tables.find(number)
         word = table.words[index]
         region = self._codec.compressed_place(word)
-        unpack = partial(inflate, cluster_size=1 << self.cluster_bits)
-        self._inflated.read(request, word, region.offset, region.length, unpack)
+        self._inflated.read(request, word, region.offset, region.length, self._unpack)
 
     def find_parent(self, name: bytes, image_format: str) -> ParentRef:
         """Return the parent that the image names. Raises: DriverError, where it cannot or must not be opened."""

@@ -1,0 +1,100 @@
+"""Clusters that are compressed by zstd: what unpacks them, by the package and by the standard library alike."""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+
+import pytest
+import zstandard
+
+from tests.fuzzing import endure
+from tests.qcow_images import zstd
+from xenbackend.block.formats.qcow2_tables import Unpack, inflate
+from xenbackend.block.formats.zstd import OfLibrary, OfPackage, find_unzstd
+from xenbackend.errors import DriverError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd as library
+else:
+    from backports import zstd as library
+
+SIZE = 65536
+DATA = Random(1).randbytes(SIZE // 4) * 4
+UNPACKERS = {"package": OfPackage(zstandard), "library": OfLibrary(library)}
+by_both = pytest.mark.parametrize("unpack", UNPACKERS.values(), ids=UNPACKERS)
+
+
+def with_checksum(data: bytes) -> bytes:
+    """Return a frame with a checksum at its end."""
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+
+
+def wide(bits: int) -> bytes:
+    """Return a frame that may look back by 2 to the power of so many bytes."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=bits, compression_level=3)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(DATA) + packer.flush()
+
+
+def test_the_host_unpacks() -> None:
+    """What is found on this host unpacks a cluster."""
+    assert DATA == find_unzstd()(zstd(DATA), SIZE)
+
+
+@by_both
+@pytest.mark.parametrize(
+    "packed",
+    [
+        zstd(DATA) + b"\xff" * 300,
+        zstd(DATA) * 2,
+        with_checksum(DATA),
+        zstd(DATA[:1000]) + zstd(DATA[1000:]) + b"\1\2",
+        b"\x50\x2a\x4d\x18\4\0\0\0abcd" + zstd(DATA),
+        wide(23),
+    ],
+    ids=["with what follows it", "with its neighbour", "checksum", "two frames", "skipped frame", "window of 8 MiB"],
+)
+def test_clusters(unpack: Unpack, packed: bytes) -> None:
+    """A cluster is unpacked from one frame or several, and what follows it in its last sector is left alone."""
+    assert DATA == unpack(packed, SIZE)
+
+
+@by_both
+@pytest.mark.parametrize(
+    ("packed", "sentence"),
+    [
+        (b"", "gives 0 bytes and not 65536"),
+        (bytes(512), "cannot be read"),
+        (zstd(DATA)[:-5], "gives 0 bytes"),
+        (zstd(DATA[:-1]), "gives 65535 bytes"),
+        (zstd(DATA + b"x"), "gives more bytes"),
+        (zstd(bytes(1 << 28)), "gives more bytes"),
+        (with_checksum(DATA)[:-4] + b"xxxx", "cannot be read.*checksum"),
+        (wide(24), "cannot be read.*too much memory"),
+        (zstd(b"") * 1000 + zstd(DATA[:9]), "gives [09] bytes"),
+    ],
+)
+def test_damaged_clusters(unpack: Unpack, packed: bytes, sentence: str) -> None:
+    """What gives less than a cluster, or more, or wants too much memory, is damaged."""
+    with pytest.raises(DriverError, match=sentence):
+        unpack(packed, SIZE)
+
+
+@pytest.mark.parametrize("unpack", [*UNPACKERS.values(), inflate], ids=[*UNPACKERS, "deflate"])
+def test_any_bytes_are_a_cluster_or_a_sentence(request: pytest.FixtureRequest, unpack: Unpack) -> None:
+    """R19: whatever stands where a compressed cluster should be, a cluster or DriverError comes out, soon and small."""
+    chance = Random(request.config.getoption("--seed"))
+    good = with_checksum(DATA[:4096]) + zstd(bytes(4096)) + zstd(DATA[:2000]) + zstd(DATA[2000:4096])
+
+    def damaged() -> bytes:
+        data = bytearray(good[chance.choice([0, 0, chance.randrange(len(good))]) :])
+        for _ in range(chance.randint(1, 4)):
+            place = chance.choice([chance.randrange(32), chance.randrange(len(data))]) % len(data)
+            data[place] = chance.choice([0, 255, chance.randrange(256)])
+        return bytes(data)
+
+    def look(data: bytes) -> None:
+        assert 4096 == len(unpack(data, 4096))
+
+    assert 0 < endure(request.config.getoption("--requests") // 20, damaged, look)

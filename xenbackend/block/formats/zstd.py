@@ -1,0 +1,88 @@
+"""Clusters that are compressed by zstd: unpacked by the standard library (Python 3.14) or the package `zstandard`.
+
+Must not import either before an image needs it. What an image holds is not trusted: at most a byte more than a cluster
+comes out of it, and no more than 8 MiB of memory are taken on the way, which RFC 8878 has every decoder support.
+
+As QEMU writes it a cluster is one frame; as QEMU reads it, it may be several, and the last one ends with the cluster.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from xenbackend.block.formats.qcow2 import damaged
+from xenbackend.block.formats.qcow2_tables import Unpack
+from xenbackend.errors import DriverError
+
+_WINDOW_BITS = 23  # the most that a frame may look back: 8 MiB
+_MOST_FRAMES = 64  # of a cluster
+
+
+def find_unzstd() -> Unpack:
+    """Return what unpacks a cluster. Raises: DriverError, where the host has nothing that does."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+
+            return OfLibrary(zstd)
+        import zstandard
+
+        return OfPackage(zstandard)
+    except ImportError as error:
+        problem = "its clusters are compressed by zstd, and Python has no package for that here"
+        raise DriverError(f"{problem}; install python3-zstandard, or by pip zstandard") from error
+
+
+class OfPackage:
+    """Unpacks by the package `zstandard`."""
+
+    def __init__(self, zstandard: Any) -> None:
+        self._error: type[Exception] = zstandard.ZstdError
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_BITS)
+
+    def __call__(self, data: bytes, cluster_size: int) -> bytes:
+        """See `Unpack`."""
+        try:
+            cluster = self._read(data, cluster_size + 1, across=False)
+            if 0 < len(cluster) < cluster_size:
+                cluster = self._read(data, cluster_size, across=True)
+        except self._error as error:
+            raise damaged(f"a compressed cluster cannot be read: {error}") from error
+        return _checked(cluster, cluster_size)
+
+    def _read(self, data: bytes, most: int, *, across: bool) -> bytes:
+        with self._unpacker.stream_reader(data, read_across_frames=across) as reader:
+            return bytes(reader.read(most))
+
+
+class OfLibrary:
+    """Unpacks by `compression.zstd`, or what has its interface."""
+
+    def __init__(self, zstd: Any) -> None:
+        self._error: type[Exception] = zstd.ZstdError
+        self._begin = zstd.ZstdDecompressor
+        self._options = {zstd.DecompressionParameter.window_log_max: _WINDOW_BITS}
+
+    def __call__(self, data: bytes, cluster_size: int) -> bytes:
+        """See `Unpack`."""
+        cluster = b""
+        try:
+            for _ in range(_MOST_FRAMES):
+                if len(cluster) >= cluster_size or not data:
+                    break
+                frame = self._begin(options=self._options)
+                cluster += frame.decompress(data, cluster_size + 1 - len(cluster))
+                if not frame.eof:
+                    break
+                data = frame.unused_data
+        except self._error as error:
+            raise damaged(f"a compressed cluster cannot be read: {error}") from error
+        return _checked(cluster, cluster_size)
+
+
+def _checked(cluster: bytes, cluster_size: int) -> bytes:
+    if len(cluster) != cluster_size:
+        found = "more" if len(cluster) > cluster_size else str(len(cluster))
+        raise damaged(f"a compressed cluster gives {found} bytes and not {cluster_size}")
+    return cluster
