@@ -7,7 +7,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Collection, Mapping
 
-from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, ZERO, pack_refcounts, pack_table
+from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZERO, pack_refcounts, pack_table
 from xenbackend.units import round_up
 
 _BACKING_FORMAT = 0xE2792ACA
@@ -132,6 +132,16 @@ def qcow2(
         fields = (*fields[:2], 72 + len(rest), len(backing), *fields[4:])
     image.set(0, struct.pack(">4sIQIIQIIQQIIQ", *fields) + rest + backing)
     return b"".join(image.clusters)
+
+
+def with_word(image: bytes, level: int, word: Callable[[int], int], index: int = 0) -> bytes:
+    """Return an image with another word in its L1 table, or in its first L2 table; `word` makes it of what was."""
+    place = int.from_bytes(image[40:48], "big")
+    if level == 2:
+        place = int.from_bytes(image[place : place + 8], "big") & OFFSET
+    place += index * 8
+    changed = word(int.from_bytes(image[place : place + 8], "big"))
+    return image[:place] + changed.to_bytes(8, "big") + image[place + 8 :]
 
 
 def _add_refcounts(image: _Image, counts: dict[int, int], order: int) -> array[int]:

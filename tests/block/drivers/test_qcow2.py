@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -12,7 +13,9 @@ import pytest
 
 from tests import qemu
 from tests.helpers_block import Machine, again, content, discard, flush, read, write
-from tests.qcow_images import qcow2
+from tests.qcow_images import qcow2, with_word
+from xenbackend.block.formats.qcow2_check import check
+from xenbackend.block.formats.qcow2_tables import COPIED
 from xenbackend.block.qcow.level2 import L2Table
 from xenbackend.errors import DriverError
 
@@ -235,6 +238,45 @@ def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path, 
 
     assert [0, errno.EIO, 0] == machine.do(chain, read(0, 512), read(3 * CLUSTER, 512), read(4 * CLUSTER, 512))
     chain.close()
+
+
+@pytest.mark.parametrize(
+    ("index", "change"),
+    [
+        (0, lambda word: word | 2),
+        (0, lambda word: word | 1 << 56),
+        (0, lambda _word: COPIED),
+        (1, lambda _word: 2),
+        (1, lambda _word: 0x3F << 56),
+        (1, lambda _word: COPIED | 1 << 60),
+        (1, lambda _word: 3),
+        (3, lambda word: word | COPIED),
+    ],
+)
+def test_words_that_qemu_reads(machine: Machine, tmp_path: Path, index: int, change: Callable[[int], int]) -> None:
+    """Of reserved bits, and of flags that mean nothing where they are, we make what QEMU makes of them."""
+    path, raw = tmp_path / "a", tmp_path / "raw"
+    image = qcow2(SIZE, {0: b"a" * CLUSTER, 2: b"c" * CLUSTER}, compressed={3: b"z" * CLUSTER})
+    path.write_bytes(with_word(image, 2, change, index))
+    qemu.qemu_img("convert", "-f", "qcow2", "-O", "raw", path, raw)
+
+    assert raw.read_bytes() == contents(machine, f"qcow2:{path}")
+    found = check(lambda offset, length: path.read_bytes()[offset : offset + length], path.stat().st_size)
+    assert (found.errors > 0) == (qemu.check(path)[0] > 0)
+
+
+def test_an_l1_entry_without_a_place(machine: Machine, tmp_path: Path) -> None:
+    """A table that is nowhere and may be written, as the image has it, is not written over the header."""
+    path = tmp_path / "a"
+    path.write_bytes(with_word(qcow2(SIZE), 1, lambda _word: COPIED))
+    before = path.read_bytes()[:CLUSTER]
+    chain = machine.open(f"qcow2:{path}")
+    assert [0, 0] == machine.do(chain, write(0, b"w" * CLUSTER), flush())
+    chain.close()
+
+    assert before == path.read_bytes()[:CLUSTER]
+    assert b"w" * CLUSTER + bytes(SIZE - CLUSTER) == contents(machine, f"qcow2:{path}")
+    assert (0, 0) == qemu.check(path)
 
 
 def test_zstd_that_the_host_does_not_have(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,20 +76,20 @@ def test_good_l1_entries(entry: int) -> None:
     check_l1_entry(entry, HEADER)
 
 
-@pytest.mark.parametrize("entry", [1, 512, 4096 | 1 << 56, COMPRESSED | 4096])
+@pytest.mark.parametrize("entry", [1, 512, 4096 | 1 << 56, COMPRESSED | 4096, COPIED])
 def test_bad_l1_entries(entry: int) -> None:
     """Reserved bits, or a place that is not a cluster's, are refused."""
     with pytest.raises(DriverError, match="L1 table is"):
         check_l1_entry(entry, HEADER)
 
 
-@pytest.mark.parametrize("entry", [0, 4096, 4096 | COPIED, ZERO, 4096 | ZERO | COPIED, COMPRESSED | 5])
+@pytest.mark.parametrize("entry", [0, 4096, 4096 | COPIED, COPIED, ZERO, 4096 | ZERO | COPIED, COMPRESSED | 5])
 def test_good_l2_entries(entry: int) -> None:
     """An L2 entry is a cluster, zeros with or without one, or a compressed cluster."""
     check_l2_entry(entry, HEADER)
 
 
-@pytest.mark.parametrize("entry", [2, 512, 4096 | 1 << 56, COPIED, COMPRESSED | COPIED | 5, COMPRESSED | 1 << 56])
+@pytest.mark.parametrize("entry", [2, 512, 4096 | 1 << 56, COMPRESSED | COPIED | 5, COMPRESSED | 1 << 56])
 def test_bad_l2_entries(entry: int) -> None:
     """Reserved bits, a place that is not a cluster's, and flags that contradict one another are refused."""
     with pytest.raises(DriverError, match="L2 tables"):

@@ -30,19 +30,26 @@ TWO = Version2(format2.parse_header(lambda offset, length: DATA2[offset : offset
         (WORD_OF_ZEROS, ZERO),
         (PLACE | WORD_OF_ZEROS | COPIED, ZERO),
         (COMPRESSED | 77, SPECIAL),
+        (COPIED, 0),
+        (2, 0),
+        (1 << 60, 0),
+        (PLACE | 2 | COPIED, PLACE | OWNED),
+        (PLACE | 1 << 56, PLACE | READABLE),
+        (WORD_OF_ZEROS | 6, ZERO),
+        (COMPRESSED | COPIED | 77, SPECIAL),
     ],
 )
 def test_entries_of_version_2(word: int, entry: int) -> None:
-    """Each kind of word gives its entry, alone and among all the others."""
+    """Each kind of word gives its entry, alone and among all the others; reserved bits mean nothing."""
     others = [0, PLACE | COPIED, PLACE, WORD_OF_ZEROS, COMPRESSED | 1]
 
     assert [entry] == list(TWO.decode_l2(array("Q", [word])))
     assert entry == TWO.decode_l2(array("Q", [*others, word, *others]))[len(others)]
 
 
-@pytest.mark.parametrize("word", [COPIED, 2, PLACE + 512, PLACE | 1 << 56, COMPRESSED | COPIED])
+@pytest.mark.parametrize("word", [PLACE + 512, PLACE + 512 | WORD_OF_ZEROS, COMPRESSED | 1 << 56])
 def test_bad_words_of_version_2(word: int) -> None:
-    """A table with a word that cannot be is refused; a flag without a place would lead to the header."""
+    """A table with a word whose place cannot be is refused."""
     with pytest.raises(DriverError, match="L2 tables"):
         TWO.decode_l2(array("Q", [PLACE | COPIED, word]))
 
@@ -70,13 +77,15 @@ def test_places_of_version_2(word: int, places: list[int]) -> None:
 
 
 def test_l1_of_version_2() -> None:
-    """An L2 table may be written where it is if the flag says so; a new one may."""
+    """An L2 table may be written where it is if the flag says so; a new one may; reserved bits mean nothing."""
     assert (PLACE, True) == TWO.decode_l1(PLACE | COPIED)
     assert (PLACE, False) == TWO.decode_l1(PLACE)
     assert (0, False) == TWO.decode_l1(0)
+    assert (0, False) == TWO.decode_l1(COPIED)
+    assert (PLACE, False) == TWO.decode_l1(PLACE | 1 | 1 << 60)
     assert (PLACE, True) == TWO.decode_l1(TWO.encode_l1(PLACE))
     with pytest.raises(DriverError, match="L1 table"):
-        TWO.decode_l1(PLACE | 1)
+        TWO.decode_l1(PLACE + 512)
 
 
 def test_tables_of_version_1() -> None:

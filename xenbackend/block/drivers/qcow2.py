@@ -32,6 +32,8 @@ Behaviour:
     `xenbackend image check --repair` has mended it. Where it is data that is wrongly counted as free, nobody sees that
     but `image check`: have a look at an image that comes from a host that crashed.
 
+    Reserved bits in an image's tables mean nothing here, as to QEMU; `image check` finds them.
+
     Persistent dirty bitmaps in the image become invalid by opening it for writing, as the format demands.
 
     A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The

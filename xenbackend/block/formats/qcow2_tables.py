@@ -48,19 +48,42 @@ def pack_table(table: array[int]) -> bytes:
 
 def check_l1_entry(entry: int, header: Header) -> None:
     """Refuse an entry of an L1 table with reserved bits, or that is no cluster's. Raises: DriverError."""
-    if entry & ~(OFFSET | COPIED) or entry & OFFSET & (header.cluster_size - 1):
+    if entry & ~(OFFSET | COPIED) or (entry and not l1_place(entry, header)):
         raise damaged(f"an entry of its L1 table is {entry:#x}")
 
 
 def check_l2_entry(entry: int, header: Header) -> None:
     """Refuse an entry of an L2 table with reserved bits, or that is no cluster's. Raises: DriverError."""
-    if entry & COMPRESSED:
-        if entry & COPIED or compressed_place(entry, header.cluster_bits).offset >= _MAX_COMPRESSED_OFFSET:
-            raise damaged(f"an entry of its L2 tables for a compressed cluster is {entry:#x}")
-        return
-    allowed = OFFSET | COPIED | (ZERO if header.version == 3 else 0)
-    if entry & ~allowed or entry & OFFSET & (header.cluster_size - 1) or (entry & COPIED and not entry & OFFSET):
+    allowed = ~COPIED if entry & COMPRESSED else OFFSET | COPIED | ZERO
+    if entry & ~allowed:
         raise damaged(f"an entry of its L2 tables is {entry:#x}")
+    l2_place(entry, header)
+
+
+def l1_place(entry: int, header: Header) -> int:
+    """Return where an L2 table is, 0 for none. Reserved bits mean nothing, as to QEMU. Raises: DriverError."""
+    place = entry & OFFSET
+    if place & (header.cluster_size - 1):
+        raise damaged(f"an entry of its L1 table is {entry:#x}")
+    return place
+
+
+def l2_place(entry: int, header: Header) -> int:
+    """Return where the cluster or the compressed bytes of an entry of an L2 table are, 0 for nowhere.
+
+    As to QEMU, reserved bits mean nothing, and the flag of a cluster that may be written means nothing without one.
+
+    Raises: DriverError, where no cluster can be, and for zeros in version 2, which has no such thing.
+    """
+    if entry & COMPRESSED:
+        place = compressed_place(entry, header.cluster_bits).offset
+        is_wrong = place >= _MAX_COMPRESSED_OFFSET
+    else:
+        place = entry & OFFSET
+        is_wrong = bool(place & (header.cluster_size - 1)) or (header.version == 2 and bool(entry & ZERO))
+    if is_wrong:
+        raise damaged(f"an entry of its L2 tables is {entry:#x}")
+    return place
 
 
 def compressed_place(entry: int, cluster_bits: int) -> Region:

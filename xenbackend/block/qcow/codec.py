@@ -1,6 +1,7 @@
 """How each version of QCOW writes L1 and L2 tables, as a disk reads them: words of the file to entries, and back.
 
-Must not do I/O. A table is checked as a whole when it is loaded: one bad word makes all of it unreadable.
+Must not do I/O. A table is checked as a whole when it is loaded: one word that leads nowhere makes all of it
+unreadable. Reserved bits mean nothing here, as to QEMU: `image check` finds them, and the rest of the table is true.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Version2:
 
     def decode_l1(self, word: int) -> tuple[int, bool]:
         """See `Codec`."""
-        qcow2_tables.check_l1_entry(word, self._header)
-        return word & OFFSET, bool(word & COPIED)
+        place = qcow2_tables.l1_place(word, self._header)
+        return place, bool(place and word & COPIED)  # without a place a table would be written over the header
 
     def encode_l1(self, place: int) -> int:
         """See `Codec`."""
@@ -69,12 +70,12 @@ class Version2:
 
     def _odd(self, word: int) -> int:
         """Return the entry for a word that may be more than a cluster. Raises: DriverError."""
-        qcow2_tables.check_l2_entry(word, self._header)
+        place = qcow2_tables.l2_place(word, self._header)
         if word & COMPRESSED:
             return SPECIAL
         if word & qcow2_tables.ZERO:
             return ZERO
-        return word & OFFSET | OWNED
+        return place and place | (OWNED if word & COPIED else READABLE)
 
 
 class Version1:
