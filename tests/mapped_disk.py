@@ -22,7 +22,7 @@ TABLE = 4  # entries
 class Plain(MappedDisk):
     """A format whose tables take their time to be loaded; special clusters read as `s`, and refused writes are kept."""
 
-    def __init__(self, entries: list[int], *, limit: int = 8) -> None:
+    def __init__(self, entries: list[int], *, limit: int = 8, data: RecordedFile | None = None) -> None:
         super().__init__(None)
         self.env = StepEnv()
         self.entries = entries
@@ -32,7 +32,7 @@ class Plain(MappedDisk):
         self.back: list[list[Request]] = []
         self.complete = self.back.append
         size, tables = len(entries) * CLUSTER, Tables[Table](limit)
-        self.start(self.image, size, cluster_bits=12, table_bits=2, tables=tables)
+        self.start(self.image, size, cluster_bits=12, table_bits=2, tables=tables, data=data)
 
     def load_table(self, number: int, then: Then) -> None:
         """Remember who waits, and read something, so that it takes a step."""
@@ -58,10 +58,14 @@ class Plain(MappedDisk):
         assert request.offset // (CLUSTER * TABLE) == (request.offset + request.length - 1) // (CLUSTER * TABLE)
         self.elsewhere.append(request)
 
+    def step(self) -> bool:
+        """Let the files do something; False where nothing waits."""
+        return self.image.step() or (self.data is not self.image and self.data.step())  # type: ignore[attr-defined]
+
     def do(self, *batch: Request) -> list[int]:
         """Submit a batch and let everything happen."""
         self.submit(list(batch))
-        while self.image.step():
+        while self.step():
             pass
         assert set(batch) == {request for back in self.back for request in back}
         assert not self._pool.lent

@@ -19,29 +19,37 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from xenbackend.block.driver import Driver, File, Geometry
+from xenbackend.block.mapped.files import FileIO
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
-from xenbackend.block.mapped.parts import Part, Pool, allocate, clear, tell, tell_with
+from xenbackend.block.mapped.parts import Part, clear
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
-from xenbackend.block.mapped.sending import Sending
-from xenbackend.block.mapped.shared import Shared, Then
+from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.request import PENDING, Op, Request
-from xenbackend.units import PAGE
 
 
-class MappedDisk(Sending):
+class MappedDisk(FileIO):
     """The base of mapped formats: a subclass opens the file, calls `start`, and has the hooks below.
 
     Entries and tables: `xenbackend.block.mapped.tables`. A request that a hook gets is a guest's own or a `Part`; the
     hook ends it by `finish`, or passes it to another of the helpers.
     """
 
-    def start(self, file: File, size: int, *, cluster_bits: int, table_bits: int, tables: Tables[Table]) -> None:
+    def start(
+        self,
+        file: File,
+        size: int,
+        *,
+        cluster_bits: int,
+        table_bits: int,
+        tables: Tables[Table],
+        data: File | None = None,
+    ) -> None:
         """Begin to serve: call this from `open`.
 
         Args:
@@ -50,8 +58,9 @@ class MappedDisk(Sending):
             cluster_bits: a cluster has 2 to the power of this many bytes.
             table_bits: a table has 2 to the power of this many entries.
             tables: what is known of them.
+            data: the file that has the clusters, where they are not in the image; its completions are ours as well.
         """
-        self.file = file
+        self.begin_files(file, data, self._from_file)
         self.size = size
         self.tables = tables
         self.cluster_bits = cluster_bits
@@ -62,18 +71,10 @@ class MappedDisk(Sending):
             Way.PARENT: self.to_parent, Way.ZEROS: self.zeros,
             Way.SPECIAL: self.read_special, Way.ELSEWHERE: self.write_elsewhere,
         }  # fmt: skip
-        self._pool = Pool()
-        self._moved: list[Request] = []  # ours for the file: all of them; each one's tag is what it stands for
-        self._free: list[Request] = []  # those of them that are not at the file
-        self._begin_sending()
-        self._pages: list[memoryview] = []  # for writes of metadata: to map one anew costs as much as the write
         self._waiting: dict[int, list[Request]] = {}  # for tables that are being loaded
-        self._watches: list[tuple[set[Request], Callable[[], None]]] = []
         self._parent_size = 0
         self.owners = Owners()
         self._memo = Memo(min(entries, -(-size // cluster)))
-        self._sync = Shared(self._begin_sync, self.soon)
-        file.complete = self._from_file
 
     # What a format does.
 
@@ -91,7 +92,10 @@ class MappedDisk(Sending):
 
     def flush(self, request: Request) -> None:
         """Make what was completed durable; enough as it is where answers wait for the metadata's writes."""
-        self.to_file(request, 0)
+        if self.data is self.file:
+            self.to_file(request, 0)
+        else:
+            self.sync(partial(self.finish, request))
 
     def discard(self, request: Request) -> None:
         """Forget the range, or parts of it."""
@@ -139,11 +143,11 @@ class MappedDisk(Sending):
         if odd or parent_size:
             self._submit_sorted(moved, odd)
         elif moved:
-            self.file.submit(moved)
+            self.data.submit(moved)
 
     def close(self) -> None:
         """Close the file; nothing is in flight."""
-        self.file.close()
+        self.close_files()
 
     # What a format may call, from its hooks and from whatever they were promised to be called back by.
 
@@ -155,10 +159,6 @@ class MappedDisk(Sending):
             self._pool.put(request)
         else:
             self._finished.append(request)
-
-    def to_file(self, request: Request, place: int) -> None:
-        """Let the file do a request at `place`; it ends as the file ends it."""
-        self._to_file.append(self._ours(request, place))
 
     def to_parent(self, request: Request) -> None:
         """Read from the parent, as far as it reaches, and zeros beyond."""
@@ -198,40 +198,9 @@ class MappedDisk(Sending):
             return [request]
         return self._pool.split(request, lengths, self._joined)
 
-    def part(self, op: int, offset: int, length: int, iov: Sequence[memoryview], then: Then) -> Part:
-        """Return a request of our own."""
-        return self._pool.take(op, offset, length, iov, tell, then)
-
-    def write_data(self, place: int, iov: Sequence[memoryview], then: Then) -> None:
-        """Write to the file."""
-        self.to_file(self.part(Op.WRITE, place, sum(map(len, iov)), iov, then), place)
-
     def read_disk(self, offset: int, view: memoryview, then: Then) -> None:
         """Read what the disk has now, wherever that is."""
         self.dispatch(self.part(Op.READ, offset, len(view), [view], then))
-
-    def read_meta(self, place: int, length: int, then: Callable[[int, memoryview], None]) -> None:
-        """Read from the file; what is past its end is zeros."""
-        view = allocate(length)
-        self.to_file(self._pool.take(Op.READ, place, length, [view], tell_with, (then, view)), place)
-
-    def write_meta(self, place: int, data: bytes, then: Then) -> None:
-        """Write to the file."""
-        pages = self._pages
-        page = pages.pop() if pages and len(data) <= PAGE else allocate(max(len(data), PAGE))
-        page[: len(data)] = data
-        self.write_data(place, [page[: len(data)]], partial(self._meta_written, page, then))
-
-    def sync(self, then: Then) -> None:
-        """Make durable what the file has completed; who asks at the same time shares one flush."""
-        self._sync.want(then)
-
-    def when_quiet(self, then: Callable[[], None]) -> None:
-        """Call when everything that the file has now is back: nobody reads or writes a place from before any more."""
-        if out := {request for request in self._moved if request.status == PENDING}:
-            self._watches.append((out, then))
-        else:
-            then()
 
     def entry(self, cluster: int) -> int | None:
         """Return a cluster's entry, or None where its table has to be loaded."""
@@ -253,23 +222,7 @@ class MappedDisk(Sending):
             first = last + 1
         return self._owner_below(offset, length) if offset + length <= self._parent_size else self
 
-    def _meta_written(self, page: memoryview, then: Then, status: int) -> None:
-        if len(page) == PAGE:
-            self._pages.append(page)
-        then(status)
-
     # Sending pieces to where they belong.
-
-    def _ours(self, request: Request, place: int) -> Request:
-        ours = self._free.pop() if self._free else self._another()
-        ours.op, ours.offset, ours.length = request.op, place, request.length
-        ours.iov, ours.tag, ours.status = request.iov, request, PENDING
-        return ours
-
-    def _another(self) -> Request:
-        request = Request()
-        self._moved.append(request)
-        return request
 
     def _submit_sorted(self, moved: list[Request], odd: list[Request]) -> None:
         """Submit what was gathered by `submit`."""
@@ -279,7 +232,7 @@ class MappedDisk(Sending):
             self._submit_odd(moved, through, rest)
             return
         if moved:
-            self.file.submit(moved)
+            self.data.submit(moved)
         for owner, requests in through:
             if owner is None:
                 self._to_unknown(requests)
@@ -363,9 +316,6 @@ class MappedDisk(Sending):
         if not join.left:
             self.finish(join.request, join.status)
 
-    def _begin_sync(self, then: Then) -> None:
-        self.to_file(self.part(Op.FLUSH, 0, 0, (), then), 0)
-
     # What comes back.
 
     def _from_file(self, batch: list[Request]) -> None:
@@ -389,12 +339,3 @@ class MappedDisk(Sending):
         for request in batch:
             self.finish(request, request.status)
         self._send()
-
-    def _notice(self, batch: list[Request]) -> None:
-        watches, self._watches = self._watches, []
-        for out, then in watches:
-            out.difference_update(batch)
-            if out:
-                self._watches.append((out, then))
-            else:
-                self.soon(then)

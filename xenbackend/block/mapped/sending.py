@@ -15,12 +15,14 @@ from xenbackend.block.request import Request
 
 
 class Sending(Driver):
-    """The base of `disk.MappedDisk`: `_to_file`, `_to_parent` and `_finished` are what `_send` sends."""
+    """The base of `files.FileIO`: `_to_file`, `_to_tables`, `_to_parent` and `_finished` are what `_send` sends."""
 
-    file: File
+    file: File  # the image
+    data: File  # what has the clusters: the image, or a file beside it
 
     def _begin_sending(self) -> None:
         self._to_file: list[Request] = []
+        self._to_tables: list[Request] = []  # of an image whose clusters are in another file
         self._to_parent: list[Request] = []
         self._finished: list[Request] = []
         self._soon: list[Callable[[], None]] = []
@@ -60,6 +62,9 @@ class Sending(Driver):
     def _send_one(self) -> bool:
         if self._to_file:
             batch, self._to_file = self._to_file, []
+            self.data.submit(batch)
+        elif self._to_tables:
+            batch, self._to_tables = self._to_tables, []
             self.file.submit(batch)
         elif self._to_parent:
             batch, self._to_parent = self._to_parent, []
