@@ -11,7 +11,8 @@ from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, OFFSET, ZE
 from xenbackend.units import round_up
 
 _BACKING_FORMAT = 0xE2792ACA
-_BY_ZSTD = 1 << 3  # an incompatible feature
+_DATA_NAME = 0x44415441
+_APART, _BY_ZSTD = 1 << 2, 1 << 3  # incompatible features
 
 
 class _Image:
@@ -67,6 +68,7 @@ def qcow2(
     extensions: bytes = b"",
     table_clusters: int = 4,
     compression: str = "zlib",
+    data_name: bytes | None = None,
 ) -> bytes:
     """Return a QCOW2 image.
 
@@ -86,6 +88,7 @@ def qcow2(
         extensions: bytes of header extensions before that of the format.
         table_clusters: of the refcount table.
         compression: how compressed clusters are: "zlib" or "zstd".
+        data_name: that of the external data file, where there is one: the content of clusters is not here then.
     """
     by_zstd = compression == "zstd"
     cluster_size = 1 << cluster_bits
@@ -96,7 +99,7 @@ def qcow2(
     words: dict[int, int] = dict.fromkeys(zeros, ZERO)
     copied = 0 if snapshot else COPIED
     for number, data in (clusters or {}).items():
-        words[number] = image.add(data) | copied
+        words[number] = (image.add(data) if data_name is None else number * cluster_size) | copied
     for number, data in (compressed or {}).items():
         packed = _PACKERS[compression](data)
         words[number] = COMPRESSED | image.add(packed) | (len(packed) - 1) // 512 << 62 - (cluster_bits - 8)
@@ -119,14 +122,13 @@ def qcow2(
         b"QFI\xfb", version, 0, 0, cluster_bits, size, 0, len(l1), l1_place, table_place, table_clusters,
         int(snapshot), snapshots,
     )  # fmt: skip
-    incompatible |= _BY_ZSTD if by_zstd else 0
+    incompatible |= (_BY_ZSTD if by_zstd else 0) | (0 if data_name is None else _APART)
     rest = struct.pack(">QQQII", incompatible, 0, autoclear, order, 112 if by_zstd else 104) if version == 3 else b""
     rest += struct.pack(">Bxxxxxxx", 1) if by_zstd else b""
     rest += extensions
-    if backing_format:
-        rest += struct.pack(">II", _BACKING_FORMAT, len(backing_format)) + backing_format.ljust(
-            round_up(len(backing_format), 8), b"\0"
-        )
+    for kind, text in ((_BACKING_FORMAT, backing_format), (_DATA_NAME, data_name)):
+        if text:
+            rest += struct.pack(">II", kind, len(text)) + text.ljust(round_up(len(text), 8), b"\0")
     rest += bytes(8)
     if backing:
         fields = (*fields[:2], 72 + len(rest), len(backing), *fields[4:])

@@ -1,4 +1,4 @@
-"""R18: whatever an image names as its parent, nothing outside of its directory is opened: watched by an audit hook."""
+"""R18: whatever an image names as its parent or its data, only its directory is opened: watched by an audit hook."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def images_of(name: str) -> Iterator[tuple[str, str, bytes]]:
         yield "qcow2", f",parent_format={kind}", qcow2(SIZE, backing=raw)
     yield "qcow2", "", qcow2(SIZE, backing=raw, backing_format=b"raw")
     yield "qcow2", ",cache=on", qcow2(SIZE, backing=b"base", backing_format=raw[:200])
+    yield "qcow2", "", qcow2(SIZE, {0: b""}, data_name=raw)
+    yield "qcow2", ",parents=", qcow2(SIZE, {0: b""}, data_name=raw, backing=b"base", backing_format=b"raw")
     yield "qcow", ",parent_format=raw", qcow(SIZE, backing=raw)
     yield "qcow", ",parent_format=qcow2", qcow(SIZE, backing=raw)
     for code, encode in LOCATORS.items():

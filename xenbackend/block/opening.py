@@ -11,12 +11,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from xenbackend.block.driver import Driver, Env, Geometry
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import LayerSpec, parse_chain
-from xenbackend.errors import ChainError, DriverError
+from xenbackend.errors import ChainError, DriverError, printable
+
+Identity = tuple[int, int]  # device and inode of a file
 
 MAX_PARENTS = 32
 EIO_RETRIES = 10  # as blktap2: storage that is just coming up answers EIO for a while
@@ -63,17 +65,18 @@ class Opening:
     def source_and_parents(self, spec: LayerSpec, *, read_only: bool, shareable: bool) -> list[OpenLayer]:
         """Open a source, then its parents for reading, each after the child whose image names it."""
         layers = [self._open(spec, read_only=read_only, shareable=shareable)]
-        seen = _identities(spec)
+        seen = _identities(layers[0].driver.options)
         while (reference := layers[-1].driver.parent) is not None:
             child = layers[-1]
             parent = _parse_parent(child.text, reference.text)
-            identities = _identities(parent)
-            if seen & identities:
-                raise DriverError(f"its parent {parent.text} is itself or one of its own children", layer=child.text)
+            if seen & _identities(parent.options):
+                problem = "is itself or one of its own children, or has the data of one"
+                raise DriverError(f"its parent {parent.text} {problem}", layer=child.text)
             if len(layers) > MAX_PARENTS:
                 raise DriverError(f"there are more than {MAX_PARENTS} parents behind one another", layer=spec.text)
-            seen |= identities
-            layers.append(self._parent(parent, child))
+            opened = self._parent(parent, child, seen)
+            seen |= _identities(opened.driver.options)
+            layers.append(opened)
         return layers
 
     def filter(self, spec: LayerSpec, below: OpenLayer, *, read_only: bool) -> OpenLayer:
@@ -89,8 +92,17 @@ class Opening:
             with suppress(Exception):  # the reason why we close is the one to report
                 driver.close()
 
-    def _parent(self, spec: LayerSpec, child: OpenLayer) -> OpenLayer:
-        parent = self._open(spec, read_only=True, shareable=True, parent_of=child.text)
+    def _parent(self, spec: LayerSpec, child: OpenLayer, seen: set[Identity]) -> OpenLayer:
+        """Open a parent; `seen` are the files of its children, none of which may be one of its own."""
+        try:
+            parent = self._open(spec, read_only=True, shareable=True, parent_of=child.text)
+        except DriverError as error:
+            if error.errno == errno.EBUSY and seen & _identity(error.path):
+                raise _twice(spec, error.path) from error  # it is we who have it locked
+            raise
+        for path in files_of(parent.driver.options).values():
+            if seen & _identity(path):
+                raise _twice(spec, path)
         child.driver.next, child.driver.below = parent.driver, parent.geometry
         with _explained(child.text, {}):
             child.driver.check_parent(parent.geometry)
@@ -177,16 +189,24 @@ def _parse_parent(child: str, text: str) -> LayerSpec:
     return spec.layers[0]
 
 
-def _identities(spec: LayerSpec) -> set[tuple[int, int]]:
-    """Return device and inode of the files that a layer names; their names would not show a link."""
-    identities = set()
-    for path in files_of(spec.options).values():
-        with suppress(OSError):  # opening it says what is wrong
-            identities.add(identity(path))
-    return identities
+def _twice(spec: LayerSpec, path: str) -> DriverError:
+    problem = f"{printable(path)} has the data of one of its children; each image needs files of its own"
+    return DriverError(problem, layer=spec.text, path=path)
 
 
-def identity(path: str) -> tuple[int, int]:
+def _identities(options: Any) -> set[Identity]:
+    """Return what tells the files apart that a layer's options name."""
+    return {each for path in files_of(options).values() for each in _identity(path)}
+
+
+def _identity(path: str) -> set[Identity]:
+    """Return what tells a file from any other, if it is there."""
+    with suppress(OSError):  # opening it says what is wrong
+        return {identity(path)}
+    return set()
+
+
+def identity(path: str) -> Identity:
     """Return what tells a file from any other, whatever it is called: device and inode. Raises: OSError."""
     status = os.stat(path)  # noqa: PTH116 - pathlib would alter the name
     return status.st_dev, status.st_ino

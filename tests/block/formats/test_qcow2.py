@@ -103,9 +103,9 @@ def test_a_parent_of_qemu(tmp_path: Path) -> None:
         ({"refcount_order": 7}, r"refcounts have 2\^7 bits"),
         ({"header_length": 103}, "header has 103 bytes"),
         ({"header_length": 1 << 20}, "header has 1048576 bytes"),
-        ({"incompatible": 1 << 2}, "data is in another file"),
         ({"incompatible": 1 << 3}, "compressed in the way number 0, and its features contradict that"),
         ({"incompatible": 1 << 4}, "subclusters"),
+        ({"autoclear": 1 << 1}, "external data file is a raw disk, and that it has none"),
         ({"incompatible": 1 << 60}, "incompatible feature 'number 60'"),
         ({"backing_offset": 4000, "backing_length": 1024}, "name of its parent has 1024 bytes at byte 4000"),
         ({"backing_offset": 1 << 62, "backing_length": 4}, "name of its parent"),
@@ -174,6 +174,20 @@ def test_unknown_extensions_are_passed_over() -> None:
     assert (b"base", "raw") == (header.backing_file, header.backing_format)
 
 
+def test_the_name_of_a_data_file() -> None:
+    """The name of the external data file is what the image says, if it says one, and only where it has such a file."""
+    assert (b"data", True) == ((header := parse(qcow2(SIZE, data_name=b"data"))).data_name, header.has_data_file)
+    assert (b"", True) == ((header := parse(qcow2(SIZE, data_name=b""))).data_name, header.has_data_file)
+    assert b"" == parse(patched(qcow2(SIZE, data_name=b"data"), incompatible=0)).data_name
+
+
+@pytest.mark.parametrize("name", [b"d" * 1024, b"da\0ta"])
+def test_names_of_data_files_that_are_refused(name: bytes) -> None:
+    """A name that is too long for a file's, or that ends somewhere inside, is refused."""
+    with pytest.raises(DriverError, match=f"name of its data file has {len(name)} bytes"):
+        parse(qcow2(SIZE, data_name=name))
+
+
 def test_bitmaps_count_where_they_are_consistent() -> None:
     """The directory of bitmaps is known only while the auto-clear feature says that it is true."""
     extension = struct.pack(">IIIIQQ", 0x23852875, 24, 2, 0, 64, 8192)
@@ -187,11 +201,11 @@ def test_what_may_change_is_written_where_it_is_read() -> None:
     """The bytes of features and of the refcount table's place are read again as what they were made from."""
     image = bytearray(qcow2(SIZE, incompatible=1, autoclear=1))
     table = Region(3 * 4096, 2 * 4096)
-    for place, data in (incompatible_bytes(0), autoclear_bytes(2), refcount_table_bytes(table, 4096)):
+    for place, data in (incompatible_bytes(0), autoclear_bytes(4), refcount_table_bytes(table, 4096)):
         image[place : place + len(data)] = data
     header = parse(bytes(image))
 
-    assert (0, 2, table) == (header.incompatible, header.autoclear, header.refcount_table)
+    assert (0, 4, table) == (header.incompatible, header.autoclear, header.refcount_table)
 
 
 def look(data: bytes) -> None:
@@ -209,7 +223,9 @@ def look(data: bytes) -> None:
     for word in words(header.l1.offset, min(header.l1.length, 4096)):
         place, _ = codec.decode_l1(word)
         if place:
-            for entry in codec.decode_l2(words(place, header.cluster_size)):
+            entries = codec.decode_l2(words(place, header.cluster_size))
+            codec.check_table(0, entries)
+            for entry in entries:
                 assert entry & PLACE < 1 << 56
     if data[-1] & 15 == 0:
         check(lambda offset, length: data[offset : offset + length], len(data))
@@ -223,10 +239,16 @@ def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) ->
         64 << 10, {0: b"a" * 512, 100: b"b" * 512}, cluster_bits=9, compressed={3: bytes(512)}, zeros=[7],
         backing=b"base", backing_format=b"raw", table_clusters=2, snapshot=True,
     )  # fmt: skip
-    places = [place & ~7 for place, byte in enumerate(good) if byte and byte not in b"ab"]
+    apart = qcow2(64 << 10, {0: b"", 100: b""}, cluster_bits=9, zeros=[7], data_name=b"data", autoclear=2)
+    by_zstd = qcow2(64 << 10, {}, cluster_bits=9, compressed={3: bytes(512)}, compression="zstd")
+    kinds = [
+        (each, [place & ~7 for place, byte in enumerate(each) if byte and byte not in b"ab"])
+        for each in (good, good, apart, by_zstd)
+    ]
 
     def damaged() -> bytes:
-        data = bytearray(good)
+        whole, places = chance.choice(kinds)
+        data = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
             if chance.random() < 0.4:
                 offset, length = chance.choice(list(_FIELDS.values()))

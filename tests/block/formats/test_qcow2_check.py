@@ -11,7 +11,8 @@ import pytest
 from tests import qemu
 from tests.qcow_images import qcow2
 from xenbackend.block.formats.qcow2 import parse_header
-from xenbackend.block.formats.qcow2_check import MAX_SENTENCES, Report, check
+from xenbackend.block.formats.qcow2_check import MAX_SENTENCES, Check, Report, check
+from xenbackend.block.formats.qcow2_repair import plan_repair
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20
@@ -107,6 +108,45 @@ def test_broken_tables(where: str, index: int, word: int, sentence: str) -> None
 
     assert report.broken
     assert any(sentence in each for each in report.sentences), report.sentences
+
+
+@pytest.mark.parametrize(
+    ("index", "word", "sentence"),
+    [
+        (1, 4096 | 1 << 63, ""),
+        (1, 1, ""),
+        (1, 1 << 63, "the cluster at byte 4096 of the disk is at byte 0 of the data file"),
+        (1, 8192 | 1 << 63, "the cluster at byte 4096 of the disk is at byte 8192 of the data file"),
+        (1, 8192 | 1, "the cluster at byte 4096 of the disk is at byte 8192 of the data file"),
+        (1, 1 << 62 | 4096, "the cluster at byte 4096 of the disk is compressed, and has to be in the data file"),
+        (1, 4096 | 1 << 63 | 2, "an entry of its L2 tables is 0x8000000000001002"),
+    ],
+)
+def test_places_in_a_data_file(index: int, word: int, sentence: str) -> None:
+    """Clusters of an external data file are not counted, and are where they are on the disk."""
+    data = qcow2(SIZE, CLUSTERS, data_name=b"data")
+    report = checked(with_word(data, places(data)["l2"] + 8 * index, word))
+
+    assert (bool(sentence), bool(sentence), 0) == (bool(report.sentences), bool(report.errors), report.leaks)
+    assert all(sentence in each for each in report.sentences)
+
+
+def test_a_flag_that_all_clusters_of_a_data_file_have(tmp_path: Path) -> None:
+    """A cluster of an external data file without the flag is an error, as qemu-img has it, and can be repaired."""
+    (tmp_path / "data").write_bytes(bytes(SIZE))
+    data = qcow2(SIZE, CLUSTERS, data_name=bytes(tmp_path / "data"))
+    data = with_word(data, places(data)["l2"] + 7 * 8, 7 * 4096)
+    (tmp_path / "image").write_bytes(data)
+    found = Check(lambda offset, length: data[offset : offset + length], len(data))
+
+    assert 1 == found.run().wrong_flags
+    assert (1, 0) == qemu.check(tmp_path / "image")
+    with (tmp_path / "image").open("r+b") as file:
+        for offset, sector in (each for writes in plan_repair(found) for each in writes):
+            file.seek(offset)
+            file.write(sector)
+    assert 0 == checked((tmp_path / "image").read_bytes()).errors
+    assert (0, 0) == qemu.check(tmp_path / "image")
 
 
 def test_two_users_of_one_cluster() -> None:

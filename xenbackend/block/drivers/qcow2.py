@@ -1,7 +1,7 @@
 r"""qcow2: an image of QEMU's format QCOW2; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow2:FILE[,cache=on|off][,parents=DIR][,parent_format=FORMAT]
+    qcow2:FILE[,cache=on|off][,parents=DIR][,parent_format=FORMAT][,data_file=FILE]
 
 Description:
     The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them: clusters of 512 bytes to 2 MiB,
@@ -13,6 +13,9 @@ Description:
     `qcow2`, `vmdk`, `vhdx` and `vdi` as themselves; and so on to the last. Where the image does not say,
     `parent_format=` must: the format is never guessed, since whoever writes to a raw disk could make it look like
     anything.
+
+    An image may keep its data in a file beside it, the external data file. That is opened too, and written to, as the
+    image is; every cluster in it is where it is on the disk.
 
 Behaviour:
     Requests that lie in a cluster that the image has to itself go to the file as they are. The first write to a
@@ -39,15 +42,22 @@ Behaviour:
     A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
     image is locked while it is open: one writer, or any number of readers.
 
+    So must an external data file, and it must not be a device; `data_file=` names any other one, a device too. A
+    relative name in an image is relative to the image; to QEMU it is relative to where QEMU was started, so that a
+    whole path is better. Whoever made the image chose which file will be written: one that you do not trust belongs
+    into a directory of its own. The data file has a lock of its own. A cluster is durable in it before the image names
+    it, and a flush is one of the data file, then of the image. A discard makes holes in the data file. An image whose
+    data file is shorter than the disk, or that has snapshots besides, can only be read.
+
 Example:
     log:|qcow2:/srv/images/guest.qcow2
     qcow2:/srv/guests/a.qcow2,parents=/srv
+    qcow2:/srv/guests/b.qcow2,data_file=/dev/vg/b
 
 Limits:
-    Not supported, and refused: encryption, external data files, subclusters (extended L2 entries). The L2 tables that
-    are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which is enough for 128
-    GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what is known of
-    parents up to 16 MiB.
+    Not supported, and refused: encryption, subclusters (extended L2 entries). The L2 tables that are in use take 256
+    MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which is enough for 128 GiB at a time; the
+    L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what is known of parents up to 16 MiB.
     The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at; an image whose
     snapshots or bitmaps have tables of more than 64 MiB is only opened for reading.
 """
@@ -55,6 +65,7 @@ Limits:
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass, replace
 from functools import partial
 
 from xenbackend.block.driver import Env, File, Geometry
@@ -63,7 +74,9 @@ from xenbackend.block.formats.qcow2_tables import ZERO as WORD_OF_ZEROS
 from xenbackend.block.formats.qcow2_tables import has_more_clusters, inflate, unpack_table
 from xenbackend.block.formats.zstd import find_unzstd
 from xenbackend.block.mapped.tables import ZERO
+from xenbackend.block.options import FilePath, option
 from xenbackend.block.qcow.codec import Version2
+from xenbackend.block.qcow.datafile import find_data, in_place, open_data
 from xenbackend.block.qcow.disk import QcowDisk
 from xenbackend.block.qcow.occupied import occupied_by
 from xenbackend.block.qcow.refcounts import Refcounts
@@ -79,6 +92,14 @@ class Qcow2(QcowDisk):
     """See the head of this file."""
 
     name = "qcow2"
+
+    @dataclass(frozen=True, slots=True)
+    class Options(QcowDisk.Options):
+        """What the chain says of the image."""
+
+        data_file: FilePath = option("the external data file; by default the one that the image names", default="")
+
+    options: Options
     allocator: Refcounts | None = None
     _can_discard = False
 
@@ -88,24 +109,51 @@ class Qcow2(QcowDisk):
         env.report("format", f"QCOW2 version {header.version}, clusters of {format_size(header.cluster_size)}")
         if header.backing_file:
             self.parent = self.find_parent(header.backing_file, header.backing_format)
+        if not env.read_only:
+            _check_writable(header)
+        data = self._open_data(env)
+        try:
+            return self._serve(env, file, data)
+        except BaseException:
+            if data is not None:
+                data.close()
+            raise
+
+    def _open_data(self, env: Env) -> File | None:
+        """Open the external data file, if there is one; it stands among the options from then on."""
+        options, header = self.options, self._header
+        if not header.has_data_file:
+            if options.data_file:
+                raise DriverError("its data are in the image itself, and data_file= names another file; leave that out")
+            return None
+        path = find_data(options.file, header.data_name, options.data_file, options.parents)
+        data = open_data(env, path, header, direct=not options.cache)
+        self.options = replace(options, data_file=path)
+        env.report("data_file", f"{path}: {data.mode}")
+        return data
+
+    def _serve(self, env: Env, file: File, data: File | None) -> Geometry:
+        header = self._header
         unpack = find_unzstd() if header.compression == "zstd" else inflate
-        self.serve(file, header.size, header.cluster_bits, header.l1, Version2(header), unpack)
+        self.serve(file, header.size, header.cluster_bits, header.l1, Version2(header), unpack, data)
         if env.read_only:
             return Geometry(size=header.size, read_only=True)
-        _check_writable(header)
-        data = file.read_at(header.refcount_table.offset, header.refcount_table.length)
-        table = unpack_table(data + bytes(header.refcount_table.length - len(data)))
+        words = file.read_at(header.refcount_table.offset, header.refcount_table.length)
+        table = unpack_table(words + bytes(header.refcount_table.length - len(words)))
         occupied = occupied_by(file.read_at, file.size, header, self.l1_words(), table)
-        self.serve_writes(Refcounts(self, header, table, occupied))
-        if header.autoclear:
-            file.write_at(*qcow2.autoclear_bytes(0))
+        self.serve_writes(Refcounts(self, header, table, occupied), in_place(header.cluster_bits) if data else None)
+        if header.autoclear != header.kept_autoclear:
+            file.write_at(*qcow2.autoclear_bytes(header.kept_autoclear))
             file.sync()
+        granularity = header.cluster_size
         self._discarded = ZERO if self.parent else 0
         self._can_discard = not self.parent or header.version == 3
+        if data:
+            self._can_discard, granularity = data.can_discard, data.discard_granularity
         return Geometry(
             size=header.size,
             can_discard=self._can_discard,
-            discard_granularity=header.cluster_size if self._can_discard else 0,
+            discard_granularity=granularity if self._can_discard else 0,
         )
 
     def is_preallocated(self) -> bool:
@@ -122,24 +170,26 @@ class Qcow2(QcowDisk):
         """Make everything durable; then lower the refcounts of what was freed before."""
         allocator = self.allocator
         if allocator is None or not allocator.freed_count:
-            self.to_file(request, 0)
+            super().flush(request)
         else:
             self.sync(partial(self._flushed, request, allocator, allocator.take_freed()))
 
     def discard(self, request: Request) -> None:
-        """Free the clusters that lie in the range as a whole."""
+        """Free the clusters that lie in the range as a whole; of a data file, which stays as it is, make holes."""
         if not self._can_discard:
             self.finish(request, errno.EOPNOTSUPP)
-            return
-        run(self._discard(request.offset, request.length), lambda status, _: self.finish(request, status))
+        elif self._header.has_data_file:
+            self.to_file(request, request.offset)
+        else:
+            run(self._discard(request.offset, request.length), lambda status, _: self.finish(request, status))
 
     def close(self) -> None:
-        """Give back the clusters that were reserved and not used, and close the file."""
+        """Give back the clusters that were reserved and not used, and close the files."""
         try:
             if self.allocator is not None:
                 self.allocator.close()
         finally:
-            self.file.close()
+            self.close_files()
 
     def _flushed(self, request: Request, allocator: Refcounts, freed: list[int], status: int) -> None:
         if status:
@@ -188,6 +238,8 @@ def _check_writable(header: qcow2.Header) -> None:
         raise DriverError(
             "it says that it is corrupt, and can only be read; mend it with: xenbackend image check --repair"
         )
+    if header.has_data_file and header.snapshot_count:
+        raise DriverError("it has snapshots, which would change with its data file, and it can only be read")
     if header.incompatible & qcow2.DIRTY:
         raise DriverError("its refcounts are out of date (dirty), and it can only be read; run qemu-img check -r all")
 

@@ -22,8 +22,8 @@ MAX_L1_BYTES = 32 << 20  # as QEMU
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # as QEMU
 MAX_SNAPSHOTS = 65536  # as QEMU
 MAX_NAME = 1023  # bytes of a parent's name
-DIRTY, CORRUPT, COMPRESSION = 1 << 0, 1 << 1, 1 << 3  # incompatible features
-BITMAPS = 1 << 0  # auto-clear features
+DIRTY, CORRUPT, DATA_FILE, COMPRESSION = 1 << 0, 1 << 1, 1 << 2, 1 << 3  # incompatible features
+BITMAPS, RAW_DATA = 1 << 0, 1 << 1  # auto-clear features
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
@@ -32,9 +32,9 @@ _BACKING_AT = 8  # in the header: place and length of the parent's name
 _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct("BB46s")
 _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
-BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS = 0xE2792ACA, 0x6803F857, 0x23852875
+BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS, _DATA_NAME = 0xE2792ACA, 0x6803F857, 0x23852875, 0x44415441
+_KNOWN = DIRTY | CORRUPT | DATA_FILE | COMPRESSION
 _REFUSED = {  # incompatible features, by bit
-    2: "its data is in another file (external data file)",
     4: "it has subclusters (extended L2 entries)",
 }
 _COMPRESSION_AT = 104  # where the kind of compression stands, in a header that is long enough
@@ -66,6 +66,7 @@ class Header:
     compression: str  # of compressed clusters: "zlib" or "zstd"
     backing_file: bytes  # empty where the image has no parent
     backing_format: str  # empty where the image does not say
+    data_name: bytes  # of the external data file; empty where the image does not say
     bitmap_count: int
     bitmap_directory: Region | None  # where the bitmaps are consistent
 
@@ -73,6 +74,16 @@ class Header:
     def cluster_size(self) -> int:
         """Bytes of a cluster."""
         return 1 << self.cluster_bits
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether its clusters are in another file, each where it is on the disk."""
+        return bool(self.incompatible & DATA_FILE)
+
+    @property
+    def kept_autoclear(self) -> int:
+        """The auto-clear features that stay true where we write."""
+        return self.autoclear & RAW_DATA
 
     @property
     def l2_bits(self) -> int:
@@ -110,9 +121,6 @@ def parse_header(read: Read, file_size: int) -> Header:
     cluster_size = 1 << cluster_bits
     incompatible, autoclear, refcount_order, length = _parse_v3(start, cluster_size) if version == 3 else (0, 0, 4, 72)
     first = read(0, cluster_size)
-    backing = first[backing_offset : backing_offset + backing_length] if backing_offset else b""
-    if backing_offset and (backing_length > MAX_NAME or len(backing) != backing_length or b"\0" in backing):
-        raise damaged(f"the name of its parent has {backing_length} bytes at byte {backing_offset}")
     extensions = dict(_extensions(first, length, backing_offset or cluster_size))
     _check_features(incompatible, extensions.get(_FEATURE_NAMES, b""))
     _check_disk_size(size, l1_entries, cluster_bits)
@@ -135,8 +143,9 @@ def parse_header(read: Read, file_size: int) -> Header:
         incompatible=incompatible,
         autoclear=autoclear,
         compression=_compression(first[_COMPRESSION_AT:length], incompatible),
-        backing_file=backing,
+        backing_file=_backing_name(first, backing_offset, backing_length) if backing_offset else b"",
         backing_format=extensions.get(BACKING_FORMAT, b"").decode("ascii", "replace"),
+        data_name=_data_name(extensions.get(_DATA_NAME, b""), incompatible, autoclear),
         bitmap_count=bitmap_count,
         bitmap_directory=directory,
     )
@@ -245,7 +254,7 @@ def _check_features(incompatible: int, names: bytes) -> None:
     for bit, problem in _REFUSED.items():
         if incompatible & 1 << bit:
             raise DriverError(f"{problem}, which is not supported; qemu-img convert makes an image without it")
-    unknown = incompatible & ~(DIRTY | CORRUPT | COMPRESSION)
+    unknown = incompatible & ~_KNOWN
     if unknown:
         known = {bit: name for kind, bit, name in _FEATURE.iter_unpack(names[: len(names) // 48 * 48]) if kind == 0}
         bit = unknown.bit_length() - 1
@@ -261,6 +270,23 @@ def _compression(field: bytes, incompatible: int) -> str:
     if kind >= len(_COMPRESSIONS):
         raise DriverError(f"its clusters are compressed in the way number {kind}, which is not known here")
     return _COMPRESSIONS[kind]
+
+
+def _backing_name(first: bytes, offset: int, length: int) -> bytes:
+    name = first[offset : offset + length]
+    if length > MAX_NAME or len(name) != length or b"\0" in name:
+        raise damaged(f"the name of its parent has {length} bytes at byte {offset}")
+    return name
+
+
+def _data_name(name: bytes, incompatible: int, autoclear: int) -> bytes:
+    if not incompatible & DATA_FILE:
+        if autoclear & RAW_DATA:
+            raise damaged("it says that its external data file is a raw disk, and that it has none")
+        return b""
+    if len(name) > MAX_NAME or b"\0" in name:
+        raise damaged(f"the name of its data file has {len(name)} bytes")
+    return name
 
 
 def _parse_bitmaps(extension: bytes) -> tuple[int, Region | None]:

@@ -110,6 +110,8 @@ class Check:
         self._use_bitmaps()
         for offset, times in l2_tables.items():
             self._use_l2(offset, times)
+        if header.has_data_file:
+            self._check_places(active)
         self._use_blocks()
         self._check_overlaps()
         self._check_refcounts()
@@ -132,7 +134,12 @@ class Check:
             if self._is_flag_wrong(entry):
                 yield self.header.l1.offset, l1, index
             l2 = self.table(Region(offset, self.header.cluster_size))
-            yield from ((offset, l2, place) for place, each in enumerate(l2) if each and self._is_flag_wrong(each))
+            is_wrong = self._is_flag_missing if self.header.has_data_file else self._is_flag_wrong
+            yield from ((offset, l2, place) for place, each in enumerate(l2) if each and is_wrong(each))
+
+    def _is_flag_missing(self, entry: int) -> bool:
+        """Return whether an entry of an L2 table lacks the flag that all clusters of a data file have."""
+        return bool(entry & OFFSET) and not entry & (COMPRESSED | COPIED)
 
     def _is_flag_wrong(self, entry: int) -> bool:
         if entry & COMPRESSED or not entry & OFFSET or not self._is_cluster(entry & OFFSET):
@@ -196,7 +203,7 @@ class Check:
             self._break(f"an L2 table at byte {offset} is where other metadata is")
         self._metadata[offset >> bits] = times
         add(offset >> bits, times)
-        end = self.report.clusters
+        end = 0 if header.has_data_file else self.report.clusters  # clusters of a data file are not counted
         plain = OFFSET & ~(header.cluster_size - 1) | COPIED
         for entry in filter(None, self.table(Region(offset, header.cluster_size))):
             cluster = (entry & OFFSET) >> bits
@@ -212,11 +219,30 @@ class Check:
         except DriverError as error:
             self._break(error.problem)
             return
+        if self.header.has_data_file:
+            return
         if entry & COMPRESSED:
             region = tables.compressed_place(entry, self.header.cluster_bits)
             self._use("a compressed cluster", region, times)
         elif entry & OFFSET:
             self._use("a cluster", Region(entry & OFFSET, self.header.cluster_size), times)
+
+    def _check_places(self, l1: array[int]) -> None:
+        """Find clusters of the external data file that are not where they are on the disk."""
+        header = self.header
+        for number, l1_entry in enumerate(l1):
+            offset, place = l1_entry & OFFSET, number << header.l2_bits + header.cluster_bits
+            if not offset or not self._is_cluster(offset):
+                continue
+            for entry in self.table(Region(offset, header.cluster_size)):
+                is_there = entry & OFFSET or entry & (COPIED | tables.ZERO) == COPIED
+                if entry & COMPRESSED:
+                    self._break(
+                        f"the cluster at byte {place} of the disk is compressed, and has to be in the data file"
+                    )
+                elif is_there and entry & OFFSET != place:
+                    self._break(f"the cluster at byte {place} of the disk is at byte {entry & OFFSET} of the data file")
+                place += header.cluster_size
 
     def _use_metadata(self, what: str, region: Region) -> None:
         if self._use(what, region, 1):

@@ -1,13 +1,14 @@
-"""Which file an image may mean by its parent's name, and how that parent is written as a layer.
+"""Which file an image may mean by its parent's name, or another's that it names, and how a parent is a layer.
 
 Must not open the file. An image is not to be trusted: whoever made it may have named any file of the host as its
-parent, to read it as a disk. So a parent has to lie in the image's own directory, or where the operator says.
+parent, to read it as a disk. So what it names has to lie in the image's own directory, or where the operator says.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,14 +16,28 @@ from xenbackend.block.driver import ParentRef
 from xenbackend.block.grammar import format_layer
 from xenbackend.errors import DriverError, printable
 
+PARENT, DATA_FILE = "parent", "data file"  # what an image names
+_PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether QEMU would take a name in an image for that of a file, and not for a protocol's."""
+    return _PROTOCOL.match(name) is None
+
 
 def find_parent(image: str, names: Sequence[str], within: str = "") -> str:
+    """Return the path of the first name of a parent that exists; as `find_named`."""
+    return find_named(PARENT, image, names, within)
+
+
+def find_named(what: str, image: str, names: Sequence[str], within: str = "") -> str:
     """Return the path of the first name that exists.
 
     Args:
-        image: the path of the image that names its parent.
+        what: PARENT or DATA_FILE.
+        image: the path of the image that names it.
         names: what it says, relative to its own directory, or absolute.
-        within: the directory that the parent has to be in, at any depth and with all links followed; without it that
+        within: the directory that it has to be in, at any depth and with all links followed; without it that
             of the image.
 
     Raises: DriverError, where there is none, or the first that exists is somewhere else.
@@ -31,14 +46,12 @@ def find_parent(image: str, names: Sequence[str], within: str = "") -> str:
     for name in names:
         path = os.path.normpath(os.path.join(beside, name))  # noqa: PTH118 - the same
         if os.path.exists(path):  # noqa: PTH110 - the same
-            _check_within(path, within or beside)
+            _check_within(what, path, within or beside)
             return path
     said = ", ".join(printable(repr(name)) for name in names) or "nothing that is a name"
-    raise DriverError(
-        f"its parent is not there: it says {said}; put the parent beside the image, or give the image its new name",
-        path=image,
-        errno=errno.ENOENT,
-    )
+    advice = "say data_file=FILE" if what == DATA_FILE else "give the image its new name"
+    problem = f"its {what} is not there: it says {said}; put the {what} beside the image, or {advice}"
+    raise DriverError(problem, path=image, errno=errno.ENOENT)
 
 
 def parent_ref(driver: str, path: str, **options: str) -> ParentRef:
@@ -46,8 +59,9 @@ def parent_ref(driver: str, path: str, **options: str) -> ParentRef:
     return ParentRef(format_layer(driver, path, *(f"{key}={value}" for key, value in options.items() if value)))
 
 
-def _check_within(path: str, directory: str) -> None:
+def _check_within(what: str, path: str, directory: str) -> None:
     real, root = Path(path).resolve(), Path(directory).resolve()
     if not real.is_relative_to(root):
-        problem = f"its parent {printable(path)} is {real}, outside of {root}; if that is right, say parents=DIRECTORY"
+        advice = "data_file=FILE" if what == DATA_FILE else "parents=DIRECTORY"
+        problem = f"its {what} {printable(path)} is {real}, outside of {root}; if that is right, say {advice}"
         raise DriverError(problem, path=path, errno=errno.EACCES)

@@ -22,6 +22,7 @@ class Version2:
         self._header = header
         self.l2_bits = header.l2_bits
         self._places = OFFSET & ~(header.cluster_size - 1)
+        self._is_apart = header.has_data_file
 
     def decode_l1(self, word: int) -> tuple[int, bool]:
         """See `Codec`."""
@@ -56,8 +57,20 @@ class Version2:
             return qcow2_tables.ZERO
         return entry & PLACE | (COPIED if entry & WRITABLE else 0)
 
+    def check_table(self, number: int, entries: array[int]) -> None:
+        """See `Codec`: in an external data file each cluster is where it is on the disk."""
+        if not self._is_apart:
+            return
+        size, place = self._header.cluster_size, number << self.l2_bits + self._header.cluster_bits
+        for entry in entries:
+            if entry & READABLE and entry & PLACE != place:
+                raise damaged(f"a cluster of its data file is at byte {entry & PLACE} and not at {place}")
+            place += size
+
     def places_of(self, word: int) -> Sequence[int]:
         """See `Codec`."""
+        if self._is_apart:  # and not counted
+            return ()
         if not word & COMPRESSED:
             return [word & OFFSET] if word & OFFSET else []
         region = self.compressed_place(word)
@@ -72,10 +85,14 @@ class Version2:
         """Return the entry for a word that may be more than a cluster. Raises: DriverError."""
         place = qcow2_tables.l2_place(word, self._header)
         if word & COMPRESSED:
+            if self._is_apart:
+                raise damaged("a cluster is compressed, which one in a data file cannot be")
             return SPECIAL
         if word & qcow2_tables.ZERO:
             return ZERO
-        return place and place | (OWNED if word & COPIED else READABLE)
+        if word & COPIED and (place or self._is_apart):
+            return place | OWNED
+        return place and place | READABLE
 
 
 class Version1:
@@ -107,6 +124,9 @@ class Version1:
     def map_l2(self, words: array[int]) -> array[int]:
         """Return the entries; there is no more to know. Raises: DriverError."""
         return self.decode_l2(words)
+
+    def check_table(self, number: int, entries: array[int]) -> None:
+        """Find nothing wrong: what it could be, nobody knows."""
 
     def encode_l2(self, entry: int) -> int:
         """See `Codec`."""

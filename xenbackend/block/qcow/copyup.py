@@ -7,6 +7,9 @@ Must not know how entries are written, nor which clusters are free: `Mapping` an
 The flush is there where bytes that nobody writes now came to a new place: a table that names them must not be durable
 before they are. At the end of the file, where everything reads as zeros, nothing has to be put around the data of a
 cluster that had nothing.
+
+Where clusters are in a file of their own, every cluster has its one place there, with whatever was there before: the
+flush is always there, and nothing is written behind the end of the disk, where the file may end.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from typing import Any
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.parts import allocate, cut
 from xenbackend.block.mapped.tables import OWNED, ZERO
-from xenbackend.block.qcow.level2 import Allocator, Mapping
+from xenbackend.block.qcow.level2 import Mapping
 from xenbackend.block.qcow.steps import Steps, run
 from xenbackend.block.request import Request
+
+Reserve = Callable[[int, int, Any], None]  # first cluster of the disk, how many; calls back as `Allocator.reserve` does
 
 
 class CopyUp:
@@ -31,14 +36,15 @@ class CopyUp:
         self,
         disk: MappedDisk,
         mapping: Mapping,
-        allocator: Allocator,
+        reserve: Reserve,
         table_bits: int,
         reaches_parent: Callable[[int], bool],
     ) -> None:
         """Take what does the steps; `reaches_parent` says whether the parent has something at an offset or behind."""
         self._disk = disk
         self._mapping = mapping
-        self._allocator = allocator
+        self._reserve = reserve
+        self._is_apart = disk.data is not disk.file
         self._table_bits = table_bits
         self._reaches_parent = reaches_parent
         self._bits = disk.cluster_bits
@@ -71,7 +77,7 @@ class CopyUp:
         try:
             while offset < end:
                 first = offset >> self._bits
-                place, got, is_zero = yield partial(self._allocator.reserve, clusters.stop - first)
+                place, got, is_zero = yield partial(self._reserve, first, clusters.stop - first)
                 stop = min(end, first + got << self._bits)
                 piece, views = (views, ()) if stop == end else cut(views, [stop - offset, end - stop])
                 yield from self._write(offset, stop, piece, place, is_zero=is_zero)
@@ -85,6 +91,9 @@ class CopyUp:
         """Write what the disk is to hold between two offsets to new clusters at `place`."""
         size = 1 << self._bits
         before, behind = start % size, -stop % size
+        if self._is_apart:
+            behind = min(behind, self._disk.size - stop)
+        needs_sync = self._is_apart
         if not (before or behind):  # whole clusters, as of a guest that writes in sequence
             yield partial(self._disk.write_data, place, views)
         else:
@@ -92,8 +101,9 @@ class CopyUp:
             tail, no_tail = yield from self._old(stop, behind, is_zero=is_zero)
             iov = [view for view in (head, *views, tail) if len(view)]
             yield partial(self._disk.write_data, place + before - len(head), iov)
-            if not (no_head and no_tail):
-                yield self._disk.sync
+            needs_sync = needs_sync or not (no_head and no_tail)
+        if needs_sync:
+            yield self._disk.sync_data
         number, index = divmod(start >> self._bits, 1 << self._table_bits)
         entries = [each | OWNED for each in range(place, place + before + stop - start, size)]
         yield from self._mapping.change(number, index, entries)

@@ -6,7 +6,6 @@ Must not know where a version keeps its tables, nor what it knows of free cluste
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,12 +19,12 @@ from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import Unpack, inflate, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.inflated import Inflated
-from xenbackend.block.mapped.parents import find_parent, parent_ref
+from xenbackend.block.mapped.parents import find_parent, is_file_name, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.qcow.codec import Version1, Version2
-from xenbackend.block.qcow.copyup import CopyUp
+from xenbackend.block.qcow.copyup import CopyUp, Reserve
 from xenbackend.block.qcow.level2 import SECTOR, Allocator, L1Table, L2Table, Mapping
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError, printable
@@ -38,7 +37,6 @@ _DRIVERS = {  # by QEMU's names of formats
     "raw": "aio", "qcow": "qcow", "qcow2": "qcow2", "vpc": "vhd", "vmdk": "vmdk", "vhdx": "vhdx", "vdi": "vdi",
 }  # fmt: skip
 _WITH_PARENTS = ("qcow", "qcow2", "vpc", "vmdk")
-_PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
 
 
 class QcowDisk(MappedDisk):
@@ -84,6 +82,7 @@ class QcowDisk(MappedDisk):
         l1: Region,
         codec: Version1 | Version2,
         unpack: Unpack = inflate,
+        data: File | None = None,
     ) -> None:
         """Begin to serve; `allocator` is set afterwards by `serve_writes` where the disk may be written."""
         self._codec = codec
@@ -91,7 +90,8 @@ class QcowDisk(MappedDisk):
         table_bytes = 2 * 8 << codec.l2_bits  # entries, and the words of the file
         tables: Tables[L2Table] = Tables(_TABLES // (table_bytes + _TABLE_EXTRA))
         # `Tables` is not covariant; nobody but us puts one in.
-        self.start(file, size, cluster_bits=cluster_bits, table_bits=codec.l2_bits, tables=tables)  # type: ignore[arg-type]
+        bits = codec.l2_bits
+        self.start(file, size, cluster_bits=cluster_bits, table_bits=bits, tables=tables, data=data)  # type: ignore[arg-type]
         first = l1.offset // SECTOR * SECTOR
         length = round_up(l1.offset + l1.length, SECTOR) - first
         sectors = file.read_at(first, length)
@@ -107,7 +107,7 @@ class QcowDisk(MappedDisk):
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`."""
         found = self._cluster_extents(size)
-        return with_holes(found, self.file) if all_holes or self.is_preallocated() else found
+        return with_holes(found, self.data) if all_holes or self.is_preallocated() else found
 
     def is_preallocated(self) -> bool:
         """Return whether the image seems to have been made with room for data that are not there yet."""
@@ -124,13 +124,24 @@ class QcowDisk(MappedDisk):
                 entries = self._codec.map_l2(unpack_table(data + bytes(8 * per_table - len(data))))
             yield from of_entries(entries, cluster, start, size)
 
-    def serve_writes(self, allocator: Allocator) -> None:
-        """Allow writes; call it after `serve`."""
+    def serve_writes(self, allocator: Allocator, reserve: Reserve | None = None) -> None:
+        """Allow writes; call it after `serve`.
+
+        Args:
+            allocator: finds room in the image, for tables and clusters.
+            reserve: finds room for clusters in the data file, where there is one.
+        """
         with suppress(OSError):  # a block device is as large as it is; a write outside of it will say so
             self.file.grow(round_up(self.file.size, 1 << self.cluster_bits))
         self.allocator = allocator
         self._mapping.allocator = allocator
-        self._copyup = CopyUp(self, self._mapping, allocator, self._codec.l2_bits, self._reaches_parent)
+        self._copyup = CopyUp(
+            self,
+            self._mapping,
+            reserve or (lambda _first, count, then: allocator.reserve(count, then)),
+            self._codec.l2_bits,
+            self._reaches_parent,
+        )
 
     def load_table(self, number: int, then: Then) -> None:
         """See `MappedDisk`."""
@@ -153,7 +164,7 @@ class QcowDisk(MappedDisk):
         """Return the parent that the image names. Raises: DriverError, where it cannot or must not be opened."""
         options, path = self.options, os.fsdecode(name)
         parent_format: str = image_format or options.parent_format
-        if _PROTOCOL.match(path):
+        if not is_file_name(path):
             raise DriverError(f"its parent {printable(path)!r} is no file; qemu-img rebase gives it another one")
         if not parent_format:
             problem = f"it does not say of which format its parent {printable(path)!r} is, and that is never guessed"

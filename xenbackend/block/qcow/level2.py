@@ -38,6 +38,9 @@ class Codec(Protocol):
     def decode_l2(self, words: array[int]) -> array[int]:
         """Return the entries of an L2 table. Raises: DriverError."""
 
+    def check_table(self, number: int, entries: array[int]) -> None:
+        """Refuse entries that the L2 table of this number cannot have. Raises: DriverError."""
+
     def encode_l2(self, entry: int) -> int:
         """Return the word for an entry that is not SPECIAL."""
 
@@ -208,6 +211,7 @@ class Mapping:
             yield self._soon  # or a request across many tables would go one call deeper for each of them
         words = unpack_table(data)
         table = L2Table("Q", self._codec.decode_l2(words))
+        self._codec.check_table(number, table)
         table.number, table.place, table.may_write = number, place, may_write
         table.words, table.pending, table.units = words, set(), {}
         table.move = Shared(partial(self._move, proxy(table)), self._disk.soon)

@@ -1,0 +1,431 @@
+"""External data files of QCOW2: which are opened and refused, what is read and written, and what a crash leaves."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests import qemu
+from tests.helpers_block import Machine, content, discard, flush, read, write
+from tests.qcow_images import COPIED, qcow2, with_word
+from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, at, state, tears
+from xenbackend.block.chain import Chain
+from xenbackend.block.formats.qcow2_check import check
+from xenbackend.block.qcow import datafile as module
+from xenbackend.block.qcow.datafile import find_data
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+CLUSTER = 4096
+RAW = 1 << 1  # an auto-clear feature
+
+
+def make(path: Path, name: bytes = b"data", **options: Any) -> str:
+    """Write an image with a data file, and return the text of its layer."""
+    path.write_bytes(qcow2(SIZE, data_name=name, **options))
+    return f"qcow2:{path}"
+
+
+def everything(machine: Machine, text: str) -> bytes:
+    """Return what a disk holds."""
+    chain = machine.open(text, read_only=True)
+    request = read(0, chain.geometry.size)
+    assert [0] == machine.do(chain, request)
+    chain.close()
+    return content(request)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return a data file that is full of something."""
+    path = tmp_path / "data"
+    path.write_bytes(b"d" * SIZE)
+    return path
+
+
+def test_what_is_read(machine: Machine, tmp_path: Path, data: Path) -> None:
+    """Clusters are where they are on the disk, the first one too; what the image does not have is not read there."""
+    (tmp_path / "base").write_bytes(b"p" * SIZE)
+    words = {0: b"", 2: b""}
+    text = make(tmp_path / "a", clusters=words, zeros=[1], backing=b"base", backing_format=b"raw")
+
+    assert b"d\0dp" == everything(machine, text)[: 4 * CLUSTER : CLUSTER]
+
+
+def test_what_is_written(machine: Machine, tmp_path: Path, data: Path) -> None:
+    """A write to part of a cluster that the image does not have puts around it what the disk had, at its one place."""
+    text = make(tmp_path / "a", os.fsencode(data), clusters={3: b""}, zeros=[1])  # QEMU knows a whole path only
+    before = data.read_bytes()
+    chain = machine.open(text)
+    requests = [write(512, b"w" * 512), write(CLUSTER + 512, b"x" * CLUSTER), write(3 * CLUSTER, b"y" * 512)]
+    assert [0] * 4 == machine.do(chain, *requests, flush())
+    chain.close()
+    expected = bytes(512) + b"w" * 512 + bytes(CLUSTER - 512) + b"x" * CLUSTER + bytes(CLUSTER - 512)
+
+    assert expected + b"y" * 512 + b"d" * (CLUSTER - 512) == everything(machine, text)[: 4 * CLUSTER]
+    assert expected == data.read_bytes()[: 3 * CLUSTER]
+    assert before[4 * CLUSTER :] == data.read_bytes()[4 * CLUSTER :]
+    assert (0, 0) == qemu.check(tmp_path / "a")
+
+
+def test_the_last_cluster_ends_with_the_disk(machine: Machine, tmp_path: Path) -> None:
+    """Where a disk ends inside a cluster its data file does not become longer, and nothing behind it is written."""
+    size = SIZE - 1024
+    (tmp_path / "data").write_bytes(b"d" * size)
+    (tmp_path / "a").write_bytes(qcow2(size, data_name=b"data"))
+    chain = machine.open(f"qcow2:{tmp_path / 'a'}")
+    assert [0, 0] == machine.do(chain, write(size - 512, b"w" * 512), flush())
+    chain.close()
+
+    assert bytes(CLUSTER - 1536) + b"w" * 512 == (tmp_path / "data").read_bytes()[-(CLUSTER - 1024) :]
+    assert size == (tmp_path / "data").stat().st_size
+
+
+def test_holes_are_made_in_it(machine: Machine, tmp_path: Path, data: Path) -> None:
+    """A discard gives the room of the data file back, and the tables stay as they are."""
+    image = tmp_path / "a"
+    text = make(image, clusters=dict.fromkeys(range(SIZE // CLUSTER), b""), autoclear=RAW)
+    before = image.read_bytes()
+    chain = machine.open(text)
+    if not chain.geometry.can_discard:
+        pytest.skip("this file system makes no holes")
+    assert [0, 0] == machine.do(chain, discard(SIZE // 2, SIZE // 2), flush())
+    chain.close()
+
+    assert b"d" * (SIZE // 2) + bytes(SIZE // 2) == data.read_bytes() == everything(machine, text)
+    assert data.stat().st_blocks * 512 <= SIZE // 2
+    assert before == image.read_bytes()[: len(before)]
+
+
+@pytest.mark.parametrize(("autoclear", "kept"), [(0, 0), (1 | RAW, RAW), (RAW | 1 << 5, RAW)])
+def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: int, kept: int) -> None:
+    """That the data file is a raw disk stays true where we write, and only that."""
+    text = make(tmp_path / "a", autoclear=autoclear)
+    machine.open(text).close()
+
+    assert kept == (tmp_path / "a").read_bytes()[95]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (b"", "does not say in which; say data_file=FILE"),
+        (b"gone", "data file is not there: it says 'gone'; put the data file beside the image, or say data_file=FILE"),
+        (b"../outside", r"data file .* is .*, outside of .*; if that is right, say data_file=FILE"),
+        (b"link", "outside of"),
+        (b"/etc/passwd", "outside of"),
+        (b"nbd://host/x", "'nbd://host/x' is no file; say data_file=FILE"),
+        (b"json:{}", "is no file"),
+        (b"a", "is the image itself"),
+        (b"same", "is the image itself"),
+        (b".", "is a directory"),
+        (b"pipe", "is a pipe"),
+        (b"empty", "is empty"),
+        (b"short", r"short has 512 KiB, and its disk 1 MiB; look what became of it, or make it longer"),
+    ],
+)
+def test_data_files_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
+    """R18: a data file that is no file, or somewhere else, or cannot hold the disk, is refused, and nothing written."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    (tmp_path / "outside").write_bytes(bytes(SIZE))
+    (directory / "link").symlink_to("../outside")
+    (directory / "empty").touch()
+    (directory / "short").write_bytes(bytes(SIZE // 2))
+    os.mkfifo(directory / "pipe")
+    text = make(directory / "a", name, autoclear=1)
+    os.link(directory / "a", directory / "same")
+    before = (directory / "a").read_bytes()
+    with pytest.raises(DriverError, match=sentence) as caught:
+        machine.open(text)
+
+    assert text == caught.value.layer
+    assert before == (directory / "a").read_bytes()[: len(before)]
+
+
+def test_a_device_is_named_by_the_operator_only(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image may name no device as its data file, wherever that is; `data_file=` may."""
+    image = tmp_path / "a"
+    image.touch()
+    monkeypatch.setattr(module.stat, "S_ISBLK", lambda _mode: True)
+    with pytest.raises(DriverError, match=rf"is a device, and an image may not name one; .* say data_file={data}"):
+        find_data(str(image), b"data", "", "")
+
+    assert str(data) == find_data(str(image), b"data", str(data), "")
+
+
+def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
+    """`data_file=` names any file, in the place of what the image says; `parents=` allows what the image says."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data").write_bytes(b"1" * SIZE)
+    (tmp_path / "images" / "data").write_bytes(b"2" * SIZE)
+    for name in (b"data", b"", b"nbd://host/x"):
+        text = make(tmp_path / "images" / "a", name, clusters={0: b""})
+        assert b"1" == everything(machine, f"{text},data_file={tmp_path / 'data'}")[:1]
+    text = make(tmp_path / "images" / "a", b"../data", clusters={0: b""})
+
+    assert b"1" == everything(machine, f"{text},parents={tmp_path}")[:1]
+
+
+def test_an_image_without(machine: Machine, tmp_path: Path, data: Path) -> None:
+    """`data_file=` is refused where the image has no such file: whoever wrote it takes the image for another one."""
+    (tmp_path / "a").write_bytes(qcow2(SIZE))
+    with pytest.raises(DriverError, match="its data are in the image itself"):
+        machine.open(f"qcow2:{tmp_path / 'a'},data_file={data}")
+
+
+def test_a_short_data_file_is_read(machine: Machine, tmp_path: Path) -> None:
+    """Where a data file has ended the disk is zeros for a reader, as QEMU has it."""
+    (tmp_path / "data").write_bytes(b"d" * CLUSTER)
+    text = make(tmp_path / "a", clusters={0: b"", 1: b""})
+
+    assert b"d" * CLUSTER + bytes(CLUSTER) == everything(machine, text)[: 2 * CLUSTER]
+
+
+def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
+    """A data file has one writer or any number of readers, by whatever image or layer they came to it."""
+    one, other = make(tmp_path / "a"), make(tmp_path / "b")
+    chain = machine.open(one)
+    for text in (other, f"aio:{data}"):
+        with pytest.raises(DriverError, match="data is locked by another process"):
+            machine.open(text, read_only=True)
+    chain.close()
+    chain = machine.open(one, read_only=True)
+    machine.open(other, read_only=True).close()
+    with pytest.raises(DriverError, match="is locked"):
+        machine.open(other)
+    chain.close()
+    machine.open(f"aio:{data}").close()  # nothing is left locked
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_no_file_is_used_twice_in_a_chain(machine: Machine, tmp_path: Path, data: Path, *, read_only: bool) -> None:
+    """A parent that is the data file of its child, or whose data file a child has, is refused by its name."""
+    text = make(tmp_path / "a", backing=b"data", backing_format=b"raw")
+    with pytest.raises(DriverError, match=rf"parent aio:{data} is itself .*, or has the data of one"):
+        machine.open(text, read_only=read_only)
+    for name in (b"a", b"data"):
+        make(tmp_path / "b", name)
+        text = make(tmp_path / "a", backing=b"b", backing_format=b"qcow2")
+        with pytest.raises(DriverError, match=rf"{name.decode()} has the data of one of its children"):
+            machine.open(text, read_only=read_only)
+    machine.open(f"aio:{data}").close()  # nothing is left open
+
+
+@pytest.mark.parametrize(
+    ("index", "word", "sentence"),
+    [
+        (1, 2 * CLUSTER | COPIED, "cluster of its data file is at byte 8192 and not at 4096"),
+        (1, COPIED, "at byte 0 and not at 4096"),
+        (1, 1 << 62 | 512, "is compressed"),
+    ],
+)
+def test_clusters_at_other_places(
+    machine: Machine, tmp_path: Path, data: Path, index: int, word: int, sentence: str
+) -> None:
+    """A cluster that is not where it is on the disk, or compressed, is EIO and not somebody else's data."""
+    path = tmp_path / "a"
+    text = make(path, clusters={0: b""})
+    path.write_bytes(with_word(path.read_bytes(), 2, lambda _word: word, index))
+    chain = machine.open(text)
+    assert [errno.EIO, errno.EIO] == machine.do(chain, read(CLUSTER, 512), write(CLUSTER, b"w" * 512))
+    chain.close()
+    assert b"d" * SIZE == data.read_bytes()
+
+
+def test_snapshots_are_not_written_over(machine: Machine, tmp_path: Path, data: Path) -> None:
+    """An image with snapshots, all of which would be in the one data file, can be read only."""
+    text = make(tmp_path / "a", clusters={1: b""}, snapshot=True)
+    with pytest.raises(DriverError, match="it has snapshots"):
+        machine.open(text)
+
+    assert b"\0d" == everything(machine, text)[: 2 * CLUSTER : CLUSTER]
+
+
+def random_guest(machine: Machine, chain: Chain, model: bytearray, chance: Random, requests: int) -> None:
+    """Do random requests to a disk and its model."""
+    for _ in range(requests // 4):
+        batch, end = [], 0
+        while len(batch) < 4 and end < len(model) - 200_000:
+            length = chance.choice([1, 8, chance.randint(1, 200)]) << 9
+            offset = chance.randrange(end, len(model) - length + 1) >> 9 << 9
+            if offset < end:
+                break
+            batch.append(write(offset, chance.randbytes(length)) if chance.random() < 0.6 else read(offset, length))
+            end = offset + length
+        expected = [bytes(model[each.offset : each.offset + each.length]) for each in batch]
+        assert [0] * (len(batch) + 1) == machine.do(chain, *batch, flush())
+        for each, data in zip(batch, expected, strict=True):
+            if each.op:
+                model[each.offset : each.offset + each.length] = content(each)
+            else:
+                assert data == content(each)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["thin", "raw", "backed"])
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 20])
+def test_both_ways(
+    machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, kind: str
+) -> None:
+    """Whatever QEMU and we write in turn, both read it, and qemu-img finds no fault; a raw file is the disk itself."""
+    chance = Random(request.config.getoption("--seed") + cluster_bits)
+    base, path, raw, size = tmp_path / "base", tmp_path / "a", tmp_path / "raw", 2 * SIZE - 1024
+    base.write_bytes(chance.randbytes(SIZE))
+    model = bytearray(base.read_bytes() if kind == "backed" else b"").ljust(size, b"\0")
+    options = f"cluster_size={1 << cluster_bits},data_file={tmp_path}/data,data_file_raw={kind == 'raw'}".lower()
+    parent = ("-b", base, "-F", "raw") if kind == "backed" else ()
+    qemu.qemu_img("create", "-f", "qcow2", "-o", options, *parent, path, str(size))
+    for turn in range(2):
+        offset = chance.randrange(size - 100_000 >> 9) << 9
+        qemu.qemu_io(path, "qcow2", f"write -P {turn + 1} {offset} 99840", "write -z 512k 4k", "write -z 1k 200k")
+        model[offset : offset + 99840] = bytes([turn + 1]) * 99840
+        model[512 << 10 : 516 << 10], model[1024 : 201 << 10] = bytes(4096), bytes(200 << 10)
+        chain = machine.open(f"qcow2:{path}")
+        random_guest(machine, chain, model, chance, request.config.getoption("--requests") // 100)
+        chain.close()
+        raw.write_bytes(model)
+
+        assert bytes(model) == everything(machine, f"qcow2:{path}")
+        qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", path, raw)
+        assert (0, 0) == qemu.check(path)
+        assert kind != "raw" or bytes(model) == (tmp_path / "data").read_bytes()[:size]
+
+
+class Log(list[Change]):
+    """The changes of one file, which stand also in the order of the changes of both."""
+
+    def __init__(self, name: str, both: list[tuple[str, Change]]) -> None:
+        super().__init__()
+        self._name, self._both = name, both
+
+    def append(self, change: Change) -> None:
+        """Take note of a change."""
+        super().append(change)
+        self._both.append((self._name, change))
+
+
+class Bed:
+    """A disk in two recorded files; the data file is full of what nobody may see where it holds nothing of the disk."""
+
+    SIZE = 64 << 10
+    STALE = b"\xa5" * 512
+
+    def __init__(self, directory: Path, seed: int, cluster_bits: int, *, backed: bool) -> None:
+        self.chance, cluster = Random(seed), 1 << cluster_bits
+        base = self.chance.randbytes(self.SIZE) if backed else b""
+        self.first = bytearray(base.ljust(self.SIZE, b"\0"))
+        own = {number: self.chance.randbytes(cluster) for number in (0, 5, 6)}
+        data = bytearray(self.STALE * (self.SIZE // 512))
+        for number, found in own.items():
+            for disk in (data, self.first):
+                disk[number * cluster : (number + 1) * cluster] = found
+        self.first[9 * cluster : 10 * cluster] = bytes(cluster)
+        backing: Any = {"backing": b"base", "backing_format": b"raw"} if backed else {}
+        image = qcow2(self.SIZE, own, zeros=[9], data_name=b"data", cluster_bits=cluster_bits, **backing)
+        self.start = {"image": image.ljust(256 << 10, b"\0"), "data": bytes(data), "base": base or bytes(512)}
+        self.paths = {name: at(directory / name) for name in self.start}
+
+    def open(self, **content: bytes | bytearray) -> tuple[Disk, list[tuple[str, Change]]]:
+        """Return a disk on files with this content, and the changes of both, in their order."""
+        both: list[tuple[str, Change]] = []
+        files = {}
+        for name, path in self.paths.items():
+            file = RecordedFile(bytearray(content.get(name, self.start[name])), Random(self.chance.random()))
+            file.log = Log(name, both)
+            files[path] = file
+        return Disk(f"qcow2:{self.paths['image']}", RecordedFiles(**files)), both
+
+    def session(self, count: int) -> tuple[Session, list[tuple[str, Change]]]:
+        """Run a guest against a new disk."""
+        disk, both = self.open()
+        clock = RecordedFile(bytearray())
+        clock.log = both  # type: ignore[assignment]  # a session only counts what is in it
+        session = Session(disk, clock, bytes(self.first), self.chance)
+        session.run(count, 40)
+        return session, both
+
+    def lost(self, name: str, both: list[tuple[str, Change]]) -> bytearray:
+        """Return a file after these changes, of which those since its own last flush may be there or not."""
+        changes = [change for each, change in both if each == name]
+        flushed = max((place for place, change in enumerate(changes) if change.kind == "flush"), default=0)
+        kept = [change for change in changes[flushed:] if self.chance.random() < 0.5]
+        changes[flushed:] = kept
+        return state(
+            self.start[name].ljust(2 << 20, b"\0") if name == "image" else self.start[name], changes, len(changes)
+        )
+
+    def look(self, image: bytearray) -> None:
+        """See that the tables are sound."""
+        report = check(lambda offset, length: bytes(image[offset : offset + length]), len(image))
+        assert 0 == report.errors, report
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("cluster_bits", [9, 12])
+def test_killed_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, *, backed: bool) -> None:
+    """Wherever a writer is killed, what was answered is there, and nothing that the disk never held."""
+    bed = Bed(tmp_path, request.config.getoption("--seed"), cluster_bits, backed=backed)
+    session, both = bed.session(20)
+    places = list(tears([change for _, change in both]))
+    for count, torn in [*bed.chance.sample(places, min(40, len(places))), (len(both), 0)]:
+        now: dict[str, bytearray] = {}
+        for name in ("image", "data"):
+            before = [change for each, change in both[:count] if each == name]
+            part = both[count : count + 1] if torn else []
+            changes = before + [change for each, change in part if each == name]
+            now[name] = state(bed.start[name], changes, len(before), torn)
+        found = bed.open(**now)[0].everything()
+
+        assert [] == session.faults_of_a_kill(found, count), (count, torn)
+        assert Bed.STALE not in found
+        bed.look(now["image"])
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("cluster_bits", [9, 12])
+def test_power_lost_anywhere(
+    tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, *, backed: bool
+) -> None:
+    """Whatever each medium keeps of what was not flushed, what was flushed is there, and no table names stale data."""
+    for turn in range(max(1, request.config.getoption("--requests") // 20_000)):
+        bed = Bed(tmp_path, request.config.getoption("--seed") + turn, cluster_bits, backed=backed)
+        session, both = bed.session(20)
+        for _ in range(40):
+            count = bed.chance.randint(0, len(both))
+            now = {name: bed.lost(name, both[:count]) for name in ("image", "data")}
+            found = bed.open(**now)[0].everything()
+
+            assert [] == session.faults_of_power_loss(found, count - 1), count
+            assert Bed.STALE not in found
+            bed.look(now["image"])
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("cluster_bits", [9, 12])
+def test_files_that_fail(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, number: int) -> None:
+    """Requests of either file that fail harm those of the guest that needed them, and nothing else."""
+    bed = Bed(tmp_path, request.config.getoption("--seed"), cluster_bits, backed=True)
+    disk, both = bed.open()
+    files = [disk.files.files[bed.paths[name]] for name in ("image", "data")]
+    for file in files:
+        file.fails = lambda _: number if bed.chance.random() < 0.1 else 0
+    clock = RecordedFile(bytearray())
+    clock.log = both  # type: ignore[assignment]  # a session only counts what is in it
+    session = Session(disk, clock, bytes(bed.first), bed.chance)
+    session.run(30, 40)
+    assert {0, number} <= {each.status for each in session.writes}
+    for file in files:
+        file.fails = lambda _: 0
+
+    assert [] == session.faults_of_a_kill(disk.everything(), len(both))
+    disk.chain.close()
+    found = bed.open(image=files[0].bytes, data=files[1].bytes)[0].everything()
+    assert [] == session.faults_of_a_kill(found, len(both))
+    assert Bed.STALE not in found
+    bed.look(files[0].bytes)

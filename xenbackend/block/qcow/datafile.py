@@ -1,0 +1,77 @@
+"""The external data file of a QCOW2 image: which file it may be, and opening it.
+
+Every cluster in it is where it is on the disk, so that nothing in it is ever handed out, counted or moved.
+
+Must not follow a name that the image gives but by the rule for parents: this file is even written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from xenbackend.block.driver import Env, File
+from xenbackend.block.formats.qcow2 import Header
+from xenbackend.block.mapped.parents import DATA_FILE, find_named, is_file_name
+from xenbackend.errors import DriverError, printable
+from xenbackend.units import format_size
+
+_STEP = 512  # bytes: it may end inside of a sector, and is made longer by a hole then
+
+
+def find_data(image: str, name: bytes, chosen: str, within: str) -> str:
+    """Return the path of the data file.
+
+    Args:
+        image: the path of the image.
+        name: what the image says.
+        chosen: what the operator says, who may name any file.
+        within: the directory that what the image says has to be in; without it the image's own.
+
+    Raises: DriverError, OSError.
+    """
+    if chosen:
+        path = chosen
+    elif not name:
+        raise DriverError("its data are in another file, and it does not say in which; say data_file=FILE")
+    else:
+        said = os.fsdecode(name)
+        if not is_file_name(said):
+            raise DriverError(f"its data file {printable(said)!r} is no file; say data_file=FILE")
+        path = find_named(DATA_FILE, image, [said], within)
+        if stat.S_ISBLK(os.stat(path).st_mode):  # noqa: PTH116 - as `opening`: pathlib would alter the name
+            problem = f"its data file {printable(path)} is a device, and an image may not name one"
+            raise DriverError(f"{problem}; if that is right, say data_file={printable(path)}", path=path)
+    if os.path.samefile(image, path):  # noqa: PTH121 - the same
+        raise DriverError(f"its data file {printable(path)} is the image itself", path=path)
+    return path
+
+
+def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
+    """Open a data file as the image is opened, with a lock of its own. Raises: DriverError, OSError."""
+    file = env.files.open(path, read_only=env.read_only, shareable=env.shareable, direct=direct, step=_STEP)
+    try:
+        if not env.read_only:
+            check_length(path, file.size, header.size)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_length(path: str, length: int, size: int) -> None:
+    """Refuse a data file that ends before the disk does: what was behind is lost, or was never there.
+
+    Raises: DriverError.
+    """
+    if length < size:
+        problem = f"its data file {printable(path)} has {format_size(length)}, and its disk {format_size(size)}"
+        advice = f"look what became of it, or make it longer, by zeros: truncate -s {size} {printable(path)}"
+        raise DriverError(f"{problem}; {advice}", path=path, errno=errno.ENODATA)
+
+
+def in_place(cluster_bits: int) -> Callable[[int, int, Callable[[int, int, int, bool], None]], None]:
+    """Return what finds room for clusters in a data file, as `copyup.Reserve`: where they are on the disk."""
+    return lambda first, count, then: then(0, first << cluster_bits, count, False)
