@@ -70,6 +70,9 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
         words = " or ".join(known) or "no image at all"
         found = parent_format or f"{layer.driver.name}:"
         raise ConfigError(f"the parent of a {image_format or 'new'} image can be {words}, and not {found}")
+    if parent_format == "qcow2" and not layer.driver.says_where_its_data_are():  # type: ignore[attr-defined]
+        problem = "only data_file= in its layer says where its data are, which its child's layer cannot"
+        raise ConfigError(f"{problem}; let the image say it: qemu-img amend -f qcow2 -o data_file=FILE IMAGE")
     if len(layers) > MAX_PARENTS:
         raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")
     parent_path = next(iter(files_of(layer.driver.options).values()))

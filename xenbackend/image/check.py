@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from xenbackend.block.driver import File
 from xenbackend.block.drivers.vhd import is_device
-from xenbackend.block.formats import qcow2_check
+from xenbackend.block.formats import qcow2, qcow2_check
 from xenbackend.block.formats.qcow2_repair import Write, plan_repair
+from xenbackend.block.formats.vhd import SECTOR
+from xenbackend.block.qcow.datafile import check_length, find_data
 from xenbackend.errors import DriverError
 from xenbackend.image import qcow_check, vhd_check
 from xenbackend.image.faults import Faults
@@ -101,4 +103,20 @@ def _faults(image: Image, file: File) -> Faults:
     report = qcow2_check.check(file.read_at, file.size)
     faults = Faults(report.errors + report.is_corrupt, report.leaks, is_dirty=report.is_dirty)
     faults.sentences = report.sentences[:]
+    _look_for_data(image, file, faults)
     return faults
+
+
+def _look_for_data(image: Image, file: File, faults: Faults) -> None:
+    """See that an external data file is there, may be opened, and is as long as the disk."""
+    header, options = qcow2.parse_header(file.read_at, file.size), image.chain.layers[0].options
+    if not header.has_data_file:
+        return
+    try:
+        path = find_data(image.path, header.data_name, options.data_file, options.parents)
+        with Session() as session:
+            check_length(path, session.open_file(path, read_only=True, step=SECTOR).size, header.size)
+    except OSError as error:
+        faults.add_error(str(error))
+    except DriverError as error:
+        faults.add_error(error.problem)

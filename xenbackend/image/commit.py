@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xenbackend.block.extents import Extent, Kind
+from xenbackend.block.options import files_of
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.image.extents import extents_of
@@ -41,6 +42,8 @@ def commit(image: Image, progress: Progress, *, direct: bool = False) -> Committ
         session.open_file(image.path, read_only=True, step=512)
         child = session.open(image.chain, read_only=True, locked=False)
         layers = child.chain.layers
+        for path in set(files_of(layers[0].driver.options).values()) - {image.path}:  # its data file
+            session.open_file(path, read_only=True, step=512)
         if len(layers) < 2:
             raise ConfigError(f"{image.text} has no parent that it could be committed to")
         parent = parse_chain(layers[1].text)

@@ -61,6 +61,8 @@ def convert(
     """
     if target.format == "raw" and Path(target.path).exists():
         raise ConfigError(f"{printable(target.path)} is there already; --overwrite writes over all that it holds")
+    if getattr(target.chain.layers[0].options, "data_file", ""):
+        raise ConfigError(f"{target.text}: a new image has its data in itself; leave data_file= out")
     refuse_existing(target.path)
     partial = at_another_path(target, f"{target.path}.partial")
     state = State(f"{partial.path}.json")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from xenbackend.block import grammar
 from xenbackend.block.driver import File
 from xenbackend.block.drivers.vhd import is_device
 from xenbackend.block.extents import Extent, Kind
@@ -77,7 +78,7 @@ def rebase(
         except DriverError as error:
             error.layer = error.layer or image.text
             raise
-        return Rebased(text, parent.text if parent else "", written)
+        return Rebased(_with_data_file(image, text), parent.text if parent else "", written)
 
 
 def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
@@ -88,6 +89,16 @@ def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
     if any(identity(path) == mine for layer in layers for path in files_of(layer.driver.options).values()):
         raise ConfigError(f"{printable(layers[0].text)} is {printable(image.path)} itself, or one of its children")
     return child_of(layers, image.path, image.format)
+
+
+def _with_data_file(image: Image, text: str) -> str:
+    """Return the layer with the external data file that the image's own names, if it does."""
+    data_file = getattr(image.chain.layers[0].options, "data_file", "")
+    if not data_file:
+        return text
+    (layer,) = grammar.parse(text)
+    options = [item.text for item in layer.items[1:]]
+    return image_of_file(image.format, image.path, *options, f"data_file={data_file}").text
 
 
 def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Progress) -> int:
@@ -157,15 +168,19 @@ class _Qcow2:
     @staticmethod
     def check(image: Image, file: File, parent: Parent | None, *, is_unsafe: bool) -> None:
         _Qcow2._writes(file, parent)
-        if qcow2.parse_header(file.read_at, file.size).snapshot_count and not is_unsafe:
+        header = qcow2.parse_header(file.read_at, file.size)
+        if parent and header.autoclear & qcow2.RAW_DATA:
+            problem = "its external data file is a raw disk by itself, which has no parent"
+            raise ConfigError(f"{image.text}: {problem}; convert it to an image without, or make a child of it")
+        if header.snapshot_count and not is_unsafe:
             problem = "it has internal snapshots, which have the former parent and would read as the new one does"
             raise ConfigError(f"{image.text}: {problem}; delete them by qemu-img snapshot -d, or say --unsafe")
 
     @staticmethod
     def name(file: File, parent: Parent | None) -> None:
         header = qcow2.parse_header(file.read_at, file.size)
-        if header.version == 3 and header.autoclear:
-            write_plan(file, [[qcow2.autoclear_bytes(0)]])  # bitmaps know nothing of another parent
+        if header.autoclear != header.kept_autoclear:
+            write_plan(file, [[qcow2.autoclear_bytes(header.kept_autoclear)]])  # bitmaps know nothing of another parent
         write_plan(file, [[write] for write in _Qcow2._writes(file, parent)])
 
     @staticmethod

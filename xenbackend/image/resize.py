@@ -6,6 +6,7 @@ of it by the write of one sector, and whoever is killed before has lost room in 
 
 from __future__ import annotations
 
+import errno
 import struct
 from dataclasses import replace
 
@@ -13,13 +14,14 @@ from xenbackend.block.driver import File
 from xenbackend.block.formats import qcow, qcow2, qcow2_check, vhd, vhd_tables
 from xenbackend.block.formats.qcow2_repair import Write, plan_repair
 from xenbackend.block.formats.vhd import SECTOR
-from xenbackend.errors import ConfigError, DriverError
+from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image.check import ERRORS, STEP, check, write_plan
 from xenbackend.image.names import Image
 from xenbackend.image.session import Session
 from xenbackend.units import PAGE, format_size, round_up
 
 _QCOW2_SIZE_AT, _QCOW2_SIZE_TO_L1 = 24, struct.Struct(">QIIQ")  # size, encryption, L1 entries, L1 offset
+_STEP = 1 << 20  # bytes that are looked at in one go
 _QCOW_SIZE_AT, _QCOW_L1_AT = 24, 40
 
 
@@ -31,7 +33,7 @@ def resize(image: Image, size: int) -> int:
     """
     if size % SECTOR:
         raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
-    before = _check_growth(image, size)
+    before, data_file = _check_growth(image, size)
     if size == before:
         return before
     if image.format != "raw" and check(image).status == ERRORS:
@@ -39,6 +41,8 @@ def resize(image: Image, size: int) -> int:
     with Session() as session:
         file = session.open_file(image.path, read_only=False, step=STEP[image.format])
         try:
+            if data_file:
+                _grow_data(session.open_file(data_file, read_only=False, step=SECTOR), file, data_file, size)
             _GROW[image.format](file, size)
             file.sync()
         except DriverError as error:
@@ -47,7 +51,8 @@ def resize(image: Image, size: int) -> int:
     return before
 
 
-def _check_growth(image: Image, size: int) -> int:
+def _check_growth(image: Image, size: int) -> tuple[int, str]:
+    """Return how large a disk is, and where its external data file is, if it has one."""
     with Session() as session:
         layers = session.open(image.chain, read_only=True).chain.layers
         before = layers[0].geometry.size
@@ -56,11 +61,32 @@ def _check_growth(image: Image, size: int) -> int:
             raise ConfigError(f"{problem} would be lost")
         if size > before and len(layers) > 1 and layers[1].geometry.size > before:
             raise ConfigError("its parent is larger than it is, and would show in what is new; convert it instead")
-        return before
+        return before, getattr(layers[0].driver.options, "data_file", "")
 
 
 def _grow_raw(file: File, size: int) -> None:
     file.grow(size)
+
+
+def _grow_data(data: File, file: File, path: str, size: int) -> None:
+    """Make an external data file as long as the disk will be, and zeros of what it has behind the disk's end until now.
+
+    Of a raw one that is all of it; else what is in the disk's last cluster: the others are not named by the image.
+    """
+    header = qcow2.parse_header(file.read_at, file.size)
+    try:
+        data.grow(size)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        problem = f"its data file {printable(path)} has {format_size(data.size)}, and there is no room for more"
+        raise DriverError(f"{problem}; make that larger first", path=path, errno=errno.ENOSPC) from error
+    end = size if header.autoclear & qcow2.RAW_DATA else min(size, round_up(header.size, header.cluster_size))
+    for place in range(header.size, end, _STEP):
+        length = min(_STEP, end - place)
+        if any(data.read_at(place, length)):
+            data.write_at(place, bytes(length))
+    data.sync()
 
 
 def _grow_qcow2(file: File, size: int) -> None:
@@ -70,8 +96,8 @@ def _grow_qcow2(file: File, size: int) -> None:
     entries = max(1, -(-size >> header.cluster_bits + header.l2_bits))
     if entries * 8 > qcow2.MAX_L1_BYTES:
         raise ConfigError(f"{format_size(size)} are too many for its clusters; convert it to larger ones")
-    if header.version == 3 and header.autoclear:
-        write_plan(file, [[qcow2.autoclear_bytes(0)]])  # bitmaps know nothing of what is new
+    if header.autoclear != header.kept_autoclear:
+        write_plan(file, [[qcow2.autoclear_bytes(header.kept_autoclear)]])  # bitmaps know nothing of what is new
     if entries * 8 <= header.l1.length:
         write_plan(file, [[(_QCOW2_SIZE_AT, struct.pack(">Q", size))]])
         return

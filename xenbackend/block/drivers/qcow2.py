@@ -65,6 +65,7 @@ Limits:
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -131,6 +132,17 @@ class Qcow2(QcowDisk):
         self.options = replace(options, data_file=path)
         env.report("data_file", f"{path}: {data.mode}")
         return data
+
+    def says_where_its_data_are(self) -> bool:
+        """Return whether the image itself leads to its data, as `parents=` is now, and not only `data_file=`."""
+        options, header = self.options, self._header
+        if not header.has_data_file:
+            return True
+        try:
+            path = find_data(options.file, header.data_name, "", options.parents)
+            return os.path.samefile(path, options.data_file)  # noqa: PTH121 - as `opening`: pathlib would alter names
+        except (OSError, DriverError):
+            return False
 
     def _serve(self, env: Env, file: File, data: File | None) -> Geometry:
         header = self._header
