@@ -12,7 +12,7 @@ from xenbackend.units import round_up
 
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_NAME = 0x44415441
-_APART, _BY_ZSTD = 1 << 2, 1 << 3  # incompatible features
+_APART, _BY_ZSTD, _EXTENDED = 1 << 2, 1 << 3, 1 << 4  # incompatible features
 
 
 class _Image:
@@ -69,6 +69,7 @@ def qcow2(
     table_clusters: int = 4,
     compression: str = "zlib",
     data_name: bytes | None = None,
+    bitmaps: Mapping[int, int] | None = None,
 ) -> bytes:
     """Return a QCOW2 image.
 
@@ -89,10 +90,12 @@ def qcow2(
         table_clusters: of the refcount table.
         compression: how compressed clusters are: "zlib" or "zstd".
         data_name: that of the external data file, where there is one: the content of clusters is not here then.
+        bitmaps: the second words of entries with subclusters, by the number of the cluster; without any there are none.
     """
+    step = 1 if bitmaps is None else 2  # words of an entry
     by_zstd = compression == "zstd"
     cluster_size = 1 << cluster_bits
-    per_table = cluster_size // 8
+    per_table = cluster_size // 8 // step
     image = _Image(cluster_size)
     image.add(b"")  # the header
     table_place = image.add(bytes(table_clusters * cluster_size))
@@ -105,7 +108,10 @@ def qcow2(
         words[number] = COMPRESSED | image.add(packed) | (len(packed) - 1) // 512 << 62 - (cluster_bits - 8)
     l1 = array("Q", bytes(8 * -(-size // (per_table * cluster_size))))
     for number in range(len(l1)):
-        table = array("Q", [words.get(number * per_table + place, 0) for place in range(per_table)])
+        here = range(number * per_table, (number + 1) * per_table)
+        table = array("Q", [words.get(place, 0) for place in here])
+        if bitmaps is not None:
+            table = array("Q", [word for place in here for word in (words.get(place, 0), bitmaps.get(place, 0))])
         if any(table):
             l1[number] = image.add(pack_table(table)) | copied
     counts = dict.fromkeys(range(1 + table_clusters, len(image.clusters)), 2 if snapshot else 1)
@@ -123,6 +129,7 @@ def qcow2(
         int(snapshot), snapshots,
     )  # fmt: skip
     incompatible |= (_BY_ZSTD if by_zstd else 0) | (0 if data_name is None else _APART)
+    incompatible |= 0 if bitmaps is None else _EXTENDED
     rest = struct.pack(">QQQII", incompatible, 0, autoclear, order, 112 if by_zstd else 104) if version == 3 else b""
     rest += struct.pack(">Bxxxxxxx", 1) if by_zstd else b""
     rest += extensions

@@ -24,6 +24,7 @@ from xenbackend.block.formats.qcow2_check import check
 from xenbackend.block.formats.qcow2_tables import refcount_block_of, unpack_table
 from xenbackend.block.mapped.tables import PLACE
 from xenbackend.block.qcow.codec import Version2
+from xenbackend.block.qcow.subclusters import entries_of
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20
@@ -104,7 +105,8 @@ def test_a_parent_of_qemu(tmp_path: Path) -> None:
         ({"header_length": 103}, "header has 103 bytes"),
         ({"header_length": 1 << 20}, "header has 1048576 bytes"),
         ({"incompatible": 1 << 3}, "compressed in the way number 0, and its features contradict that"),
-        ({"incompatible": 1 << 4}, "subclusters"),
+        ({"incompatible": 1 << 4}, "too few for subclusters"),
+        ({"incompatible": 1 << 4, "cluster_bits": 13}, "too few for subclusters"),
         ({"autoclear": 1 << 1}, "external data file is a raw disk, and that it has none"),
         ({"incompatible": 1 << 60}, "incompatible feature 'number 60'"),
         ({"backing_offset": 4000, "backing_length": 1024}, "name of its parent has 1024 bytes at byte 4000"),
@@ -222,7 +224,10 @@ def look(data: bytes) -> None:
         refcount_block_of(word, header)
     for word in words(header.l1.offset, min(header.l1.length, 4096)):
         place, _ = codec.decode_l1(word)
-        if place:
+        if place and header.has_subclusters:
+            for entry in entries_of(words(place, 4096), header, 0):
+                assert entry & PLACE < 1 << 57
+        elif place:
             entries = codec.decode_l2(words(place, header.cluster_size))
             codec.check_table(0, entries)
             for entry in entries:
@@ -241,9 +246,10 @@ def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) ->
     )  # fmt: skip
     apart = qcow2(64 << 10, {0: b"", 100: b""}, cluster_bits=9, zeros=[7], data_name=b"data", autoclear=2)
     by_zstd = qcow2(64 << 10, {}, cluster_bits=9, compressed={3: bytes(512)}, compression="zstd")
+    parts = qcow2(1 << 20, {0: b"a"}, cluster_bits=14, bitmaps={0: 5, 3: 7 << 40}, table_clusters=1)
     kinds = [
         (each, [place & ~7 for place, byte in enumerate(each) if byte and byte not in b"ab"])
-        for each in (good, good, apart, by_zstd)
+        for each in (good, good, apart, by_zstd, parts)
     ]
 
     def damaged() -> bytes:

@@ -55,9 +55,11 @@ Example:
     qcow2:/srv/guests/b.qcow2,data_file=/dev/vg/b
 
 Limits:
-    Not supported, and refused: encryption, subclusters (extended L2 entries). The L2 tables that are in use take 256
-    MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which is enough for 128 GiB at a time; the
-    L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what is known of parents up to 16 MiB.
+    Not supported, and refused: encryption. An image with subclusters (extended L2 entries) can only be read: attach it
+    read-only, give a new QCOW2 image this one as its parent, or convert it by `xenbackend image convert`.
+    The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which
+    is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what
+    is known of parents up to 16 MiB.
     The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at; an image whose
     snapshots or bitmaps have tables of more than 64 MiB is only opened for reading.
 """
@@ -66,14 +68,17 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from xenbackend.block.driver import Env, File, Geometry
+from xenbackend.block.extents import Extent
 from xenbackend.block.formats import qcow2
 from xenbackend.block.formats.qcow2_tables import ZERO as WORD_OF_ZEROS
-from xenbackend.block.formats.qcow2_tables import has_more_clusters, inflate, unpack_table
+from xenbackend.block.formats.qcow2_tables import Unpack, has_more_clusters, inflate, unpack_table
 from xenbackend.block.formats.zstd import find_unzstd
+from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import ZERO
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.qcow.codec import Version2
@@ -82,6 +87,7 @@ from xenbackend.block.qcow.disk import QcowDisk
 from xenbackend.block.qcow.occupied import occupied_by
 from xenbackend.block.qcow.refcounts import Refcounts
 from xenbackend.block.qcow.steps import Steps, run
+from xenbackend.block.qcow.subclusters import Subclusters
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
@@ -102,6 +108,7 @@ class Qcow2(QcowDisk):
 
     options: Options
     allocator: Refcounts | None = None
+    _subclusters: Subclusters | None = None
     _can_discard = False
 
     def open_image(self, env: Env, file: File) -> Geometry:
@@ -147,6 +154,8 @@ class Qcow2(QcowDisk):
     def _serve(self, env: Env, file: File, data: File | None) -> Geometry:
         header = self._header
         unpack = find_unzstd() if header.compression == "zstd" else inflate
+        if header.has_subclusters:
+            return self._serve_subclusters(file, data, unpack)
         self.serve(file, header.size, header.cluster_bits, header.l1, Version2(header), unpack, data)
         if env.read_only:
             return Geometry(size=header.size, read_only=True)
@@ -177,6 +186,32 @@ class Qcow2(QcowDisk):
             return has_more_clusters(file.read_at, header, -(-file.size >> header.cluster_bits), most)
         except DriverError:  # damaged refcounts are no reason not to say where the data are
             return False
+
+    def _serve_subclusters(self, file: File, data: File | None, unpack: Unpack) -> Geometry:
+        header = self._header
+        words = file.read_at(header.l1.offset, header.l1.length)
+        l1 = unpack_table(words + bytes(header.l1.length - len(words)))
+        found = self._subclusters = Subclusters(self, header, l1, partial(unpack, cluster_size=header.cluster_size))
+        bits = header.subcluster_size.bit_length() - 1
+        self.start(file, header.size, cluster_bits=bits, table_bits=found.table_bits, tables=found.tables, data=data)
+        return Geometry(size=header.size, read_only=True)
+
+    def _cluster_extents(self, size: int) -> Iterator[Extent]:
+        return super()._cluster_extents(size) if self._subclusters is None else self._subclusters.extents(size)
+
+    def load_table(self, number: int, then: Then) -> None:
+        """See `MappedDisk`."""
+        if self._subclusters is None:
+            super().load_table(number, then)
+        else:
+            self._subclusters.load(number, then)
+
+    def read_special(self, request: Request) -> None:
+        """See `MappedDisk`."""
+        if self._subclusters is None:
+            super().read_special(request)
+        else:
+            self._subclusters.read_special(request)
 
     def flush(self, request: Request) -> None:
         """Make everything durable; then lower the refcounts of what was freed before."""
@@ -250,6 +285,9 @@ def _check_writable(header: qcow2.Header) -> None:
         raise DriverError(
             "it says that it is corrupt, and can only be read; mend it with: xenbackend image check --repair"
         )
+    if header.has_subclusters:
+        problem = "it has subclusters (extended L2 entries), and it can only be read"
+        raise DriverError(f"{problem}; xenbackend image convert makes an image without, or use it as the parent of one")
     if header.has_data_file and header.snapshot_count:
         raise DriverError("it has snapshots, which would change with its data file, and it can only be read")
     if header.incompatible & qcow2.DIRTY:

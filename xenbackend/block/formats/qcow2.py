@@ -22,7 +22,8 @@ MAX_L1_BYTES = 32 << 20  # as QEMU
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # as QEMU
 MAX_SNAPSHOTS = 65536  # as QEMU
 MAX_NAME = 1023  # bytes of a parent's name
-DIRTY, CORRUPT, DATA_FILE, COMPRESSION = 1 << 0, 1 << 1, 1 << 2, 1 << 3  # incompatible features
+SUBCLUSTERS = 32  # of a cluster, where there are any
+DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4  # incompatible features
 BITMAPS, RAW_DATA = 1 << 0, 1 << 1  # auto-clear features
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -33,10 +34,7 @@ _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct("BB46s")
 _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS, _DATA_NAME = 0xE2792ACA, 0x6803F857, 0x23852875, 0x44415441
-_KNOWN = DIRTY | CORRUPT | DATA_FILE | COMPRESSION
-_REFUSED = {  # incompatible features, by bit
-    4: "it has subclusters (extended L2 entries)",
-}
+_KNOWN = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
 _COMPRESSION_AT = 104  # where the kind of compression stands, in a header that is long enough
 _COMPRESSIONS = ("zlib", "zstd")  # by number
 
@@ -88,7 +86,17 @@ class Header:
     @property
     def l2_bits(self) -> int:
         """An L2 table has 1 << l2_bits entries."""
-        return self.cluster_bits - 3
+        return self.cluster_bits - 3 - self.has_subclusters
+
+    @property
+    def has_subclusters(self) -> bool:
+        """Whether an entry of an L2 table has two words, the second of which is about the cluster's 32 parts."""
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def subcluster_size(self) -> int:
+        """Bytes of a subcluster, where there are any."""
+        return self.cluster_size // SUBCLUSTERS
 
     @property
     def block_bits(self) -> int:
@@ -123,7 +131,7 @@ def parse_header(read: Read, file_size: int) -> Header:
     first = read(0, cluster_size)
     extensions = dict(_extensions(first, length, backing_offset or cluster_size))
     _check_features(incompatible, extensions.get(_FEATURE_NAMES, b""))
-    _check_disk_size(size, l1_entries, cluster_bits)
+    _check_disk_size(size, l1_entries, cluster_bits, incompatible)
     l1 = Region(l1_offset, l1_entries * 8)
     table = Region(table_offset, table_clusters * cluster_size)
     check_region("L1 table", l1, MAX_L1_BYTES, cluster_size, file_size)
@@ -251,9 +259,6 @@ def _extensions(first: bytes, start: int, end: int) -> Iterator[tuple[int, bytes
 
 def _check_features(incompatible: int, names: bytes) -> None:
     """Refuse the features that we do not have, by the name that the image itself gives to those that we do not know."""
-    for bit, problem in _REFUSED.items():
-        if incompatible & 1 << bit:
-            raise DriverError(f"{problem}, which is not supported; qemu-img convert makes an image without it")
     unknown = incompatible & ~_KNOWN
     if unknown:
         known = {bit: name for kind, bit, name in _FEATURE.iter_unpack(names[: len(names) // 48 * 48]) if kind == 0}
@@ -296,10 +301,13 @@ def _parse_bitmaps(extension: bytes) -> tuple[int, Region | None]:
     return count, Region(offset, length)
 
 
-def _check_disk_size(size: int, l1_entries: int, cluster_bits: int) -> None:
+def _check_disk_size(size: int, l1_entries: int, cluster_bits: int, incompatible: int) -> None:
     if size % 512:
         raise DriverError(f"its size, {size} bytes, is no multiple of 512; qemu-img resize makes it one")
-    needed = -(-size >> (2 * cluster_bits - 3))
+    entry_bits = 4 if incompatible & EXTENDED_L2 else 3  # bytes of an entry of an L2 table
+    if 1 << cluster_bits < SUBCLUSTERS << MIN_CLUSTER_BITS and incompatible & EXTENDED_L2:
+        raise damaged(f"its clusters have 2^{cluster_bits} bytes, too few for subclusters")
+    needed = -(-size >> (2 * cluster_bits - entry_bits))
     if needed > l1_entries:
         problem = f"its L1 table has {l1_entries} entries, and its {format_size(size)} need {needed}"
         raise damaged(problem)

@@ -92,6 +92,7 @@ class Check:
             is_dirty=bool(self.header.incompatible & DIRTY),
             is_corrupt=bool(self.header.incompatible & CORRUPT),
         )
+        self._step = 2 if self.header.has_subclusters else 1  # words of an entry of an L2 table
         self.blocks: list[int] = []  # the refcount table: offsets of refcount blocks, 0 for none
         self._metadata: dict[int, int] = {}  # how often a cluster of metadata may be used
 
@@ -135,7 +136,9 @@ class Check:
                 yield self.header.l1.offset, l1, index
             l2 = self.table(Region(offset, self.header.cluster_size))
             is_wrong = self._is_flag_missing if self.header.has_data_file else self._is_flag_wrong
-            yield from ((offset, l2, place) for place, each in enumerate(l2) if each and is_wrong(each))
+            for place in range(0, len(l2), self._step):
+                if l2[place] and is_wrong(l2[place]):
+                    yield offset, l2, place
 
     def _is_flag_missing(self, entry: int) -> bool:
         """Return whether an entry of an L2 table lacks the flag that all clusters of a data file have."""
@@ -205,7 +208,10 @@ class Check:
         add(offset >> bits, times)
         end = 0 if header.has_data_file else self.report.clusters  # clusters of a data file are not counted
         plain = OFFSET & ~(header.cluster_size - 1) | COPIED
-        for entry in filter(None, self.table(Region(offset, header.cluster_size))):
+        table = self.table(Region(offset, header.cluster_size))
+        if header.has_subclusters:
+            self._check_bitmaps(table)
+        for entry in filter(None, table[:: self._step]):
             cluster = (entry & OFFSET) >> bits
             if entry & ~plain == 0 and 0 < cluster < end:
                 add(cluster, times)
@@ -227,6 +233,13 @@ class Check:
         elif entry & OFFSET:
             self._use("a cluster", Region(entry & OFFSET, self.header.cluster_size), times)
 
+    def _check_bitmaps(self, table: array[int]) -> None:
+        for entry, bitmap in zip(table[::2], table[1::2], strict=True):
+            try:
+                tables.check_bitmap(entry, bitmap, self.header)
+            except DriverError as error:
+                self._break(error.problem)
+
     def _check_places(self, l1: array[int]) -> None:
         """Find clusters of the external data file that are not where they are on the disk."""
         header = self.header
@@ -234,7 +247,7 @@ class Check:
             offset, place = l1_entry & OFFSET, number << header.l2_bits + header.cluster_bits
             if not offset or not self._is_cluster(offset):
                 continue
-            for entry in self.table(Region(offset, header.cluster_size)):
+            for entry in self.table(Region(offset, header.cluster_size))[:: self._step]:
                 is_there = entry & OFFSET or entry & (COPIED | tables.ZERO) == COPIED
                 if entry & COMPRESSED:
                     self._break(

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Protocol
 
-from xenbackend.block.formats.qcow2 import Header, Read, Region, check_region, damaged
+from xenbackend.block.formats.qcow2 import SUBCLUSTERS, Header, Read, Region, check_region, damaged
 from xenbackend.units import round_up
 
 COPIED = 1 << 63  # of an entry of L1 or L2: its refcount is exactly one, so that it may be written in place
@@ -84,6 +84,14 @@ def l2_place(entry: int, header: Header) -> int:
     if is_wrong:
         raise damaged(f"an entry of its L2 tables is {entry:#x}")
     return place
+
+
+def check_bitmap(entry: int, bitmap: int, header: Header) -> None:
+    """Refuse the bitmap of an entry with subclusters that contradicts it, or itself. Raises: DriverError."""
+    data, zeros = bitmap & (1 << SUBCLUSTERS) - 1, bitmap >> SUBCLUSTERS
+    has_place = entry & OFFSET or (header.has_data_file and entry & COPIED)
+    if data & zeros or (data and not has_place) or (bitmap and entry & COMPRESSED):
+        raise damaged(f"an entry of its L2 tables is {entry:#x}, and its bitmap {bitmap:#x}")
 
 
 def compressed_place(entry: int, cluster_bits: int) -> Region:

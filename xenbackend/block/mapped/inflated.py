@@ -20,10 +20,16 @@ Inflate = Callable[[bytes], bytes]  # from the file's bytes, and whatever follow
 
 
 class Inflated:
-    """Reads from compressed clusters for `read_special` of `disk`."""
+    """Reads from compressed clusters for `read_special` of `disk`.
 
-    def __init__(self, disk: MappedDisk) -> None:
+    Args:
+        disk: does the I/O.
+        cluster_bits: a cluster has 2 to the power of this many bytes; without it, as many as the disk's clusters.
+    """
+
+    def __init__(self, disk: MappedDisk, cluster_bits: int = 0) -> None:
         self._disk = disk
+        self._bits = cluster_bits
         self._last: tuple[int, bytes] = (-1, b"")
         self._waiting: dict[int, list[Request]] = {}
 
@@ -62,7 +68,7 @@ class Inflated:
                 self._give(request, cluster)
 
     def _give(self, request: Request, cluster: bytes) -> None:
-        place = request.offset & ((1 << self._disk.cluster_bits) - 1)
+        place = request.offset & ((1 << (self._bits or self._disk.cluster_bits)) - 1)
         for view in request.iov:
             view[:] = cluster[place : place + len(view)]
             place += len(view)
