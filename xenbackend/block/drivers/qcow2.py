@@ -4,10 +4,9 @@ Synopsis:
     qcow2:FILE[,cache=on|off][,parents=DIR][,parent_format=FORMAT][,data_file=FILE]
 
 Description:
-    The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them: clusters of 512 bytes to 2 MiB,
-    refcounts of 1 to 64 bits, compressed clusters (zlib, and zstd with Python 3.14 or the package `zstandard`, Debian's
-    `python3-zstandard`). What the image does not have is read from its parent, if it
-    has one, and else is zeros; what is written goes to the image.
+    The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them; "Limits" says of each feature
+    whether it is read and written. What the image does not have is read from its parent, if it has one, and else is
+    zeros; what is written goes to the image.
 
     The parent is opened too, for reading, as what the image says it is: `raw` as `aio:`, `vpc` as `vhd:`, and `qcow`,
     `qcow2`, `vmdk`, `vhdx` and `vdi` as themselves; and so on to the last. Where the image does not say,
@@ -55,13 +54,37 @@ Example:
     qcow2:/srv/guests/b.qcow2,data_file=/dev/vg/b
 
 Limits:
-    Not supported, and refused: encryption. An image with subclusters (extended L2 entries) can only be read: attach it
-    read-only, give a new QCOW2 image this one as its parent, or convert it by `xenbackend image convert`.
+    What an image may have:
+
+        feature                         read  written
+        version 2                       yes   yes
+        version 3                       yes   yes
+        clusters of 512 bytes to 2 MiB  yes   yes
+        refcounts of 1 to 64 bits       yes   yes
+        backing file                    yes   yes      the parent is only read
+        clusters compressed by deflate  yes   yes      what is written is not compressed
+        clusters compressed by zstd     yes   yes      the same; Python 3.14 or the package zstandard unpacks them
+        internal snapshots              yes   yes      they are kept, but neither made nor looked at
+        persistent bitmaps              yes   yes      writing makes them invalid, and a leak of their room
+        lazy refcounts                  yes   yes      no use is made of them
+        external data file              yes   yes
+        raw external data file          yes   yes      it stays a raw disk
+        subclusters (extended L2)       yes   no       convert it, or make it the parent of another image
+        dirty                           yes   no       its refcounts are out of date: qemu-img check -r all
+        corrupt                         yes   no       xenbackend image check --repair
+        encryption by AES               no    no       qemu-img convert decrypts it
+        encryption by LUKS              no    no       the same
+        unknown header extension        yes   yes      it stays
+        unknown compatible feature      yes   yes      it stays
+        unknown auto-clear feature      yes   yes      writing clears it, as the format demands
+        unknown incompatible feature    no    no       the format forbids it
+        size of no whole sectors        no    no       qemu-img resize makes it a multiple of 512
+
     The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which
     is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what
     is known of parents up to 16 MiB.
-    The file never becomes smaller. Snapshots in the image are kept, but neither made nor looked at; an image whose
-    snapshots or bitmaps have tables of more than 64 MiB is only opened for reading.
+    The file never becomes smaller. An image whose snapshots or bitmaps have tables of more than 64 MiB is only opened
+    for reading.
 """
 
 from __future__ import annotations
