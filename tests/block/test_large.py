@@ -49,6 +49,10 @@ SHAPES = {
     "qcow2, 2 TiB, large clusters": Shape("qcow2", "cluster_size=2M", size=2 * TIB),
     "qcow2, 1 TiB, small clusters": Shape("qcow2", "cluster_size=4k", size=TIB),
     "qcow2, compressed": Shape("qcow2", is_compressed=True),
+    "qcow2, compressed by zstd": Shape("qcow2", "compression_type=zstd", is_compressed=True),
+    "qcow2, data file": Shape("qcow2", "data_file={directory}/data{number}"),
+    "qcow2, raw data file": Shape("qcow2", "data_file={directory}/data{number},data_file_raw=on"),
+    "qcow2, data files, 8 parents": Shape("qcow2", "data_file={directory}/data{number}", depth=DEPTH),
     "qcow2, 8 parents": Shape("qcow2", depth=DEPTH),
     "qcow2, 2 TiB, 8 parents": Shape("qcow2", "cluster_size=128k", size=2 * TIB, depth=DEPTH),
     "qcow": Shape("qcow"),
@@ -63,6 +67,7 @@ SHAPES = {
 }
 FAST = {  # one of each kind, without --long
     *("qcow2, 512", "qcow2, 65536", "qcow2, 2097152", "qcow2, version 2", "qcow2, compressed", "qcow2, 8 parents"),
+    *("qcow2, compressed by zstd", "qcow2, data file"),
     *("qcow, 1024", "qcow, 8 parents", "vhd", "vhd, 4096", "vhd, 2 TiB, 8 parents"),
 }
 
@@ -156,10 +161,10 @@ def make(shape: Shape, directory: Path, number: int) -> str:
     image_format = shape.format or shape.layer
     if shape.cluster_size:
         return create(shape.layer, str(path), shape.size, Wishes(shape.cluster_size)).text
+    options = ("-o", shape.options.format(directory=directory, number=number)) if shape.options else ()
     if shape.is_compressed:
-        qemu.qemu_img("convert", "-c", "-f", "raw", "-O", image_format, directory / "raw", path)
+        qemu.qemu_img("convert", "-c", "-f", "raw", "-O", image_format, *options, directory / "raw", path)
         return f"{shape.layer}:{path}"
-    options = ("-o", shape.options) if shape.options else ()
     parent_options = ("-b", base, "-F", image_format) if number else ()
     qemu.qemu_img("create", "-q", "-f", image_format, *options, *parent_options, path, str(shape.size))
     return f"{shape.layer}:{path}{more}"
