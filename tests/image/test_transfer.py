@@ -133,7 +133,8 @@ def test_what_is_durable_is_told_while_the_copy_goes_on(tmp_path: Path, monkeypa
     source.write_bytes(b"x" * 40 * MIB)
     order: list[tuple[str, int]] = []
     with Session() as session:
-        disks = [session.open(parse_chain(f"aio:{path}"), read_only=path is source) for path in (source, target)]
+        texts = [f"aio:{source}", f"delay:write=1ms|aio:{target}"]  # so that a flush has time to end meanwhile
+        disks = [session.open(parse_chain(text), read_only=text is texts[0]) for text in texts]
         transfer = Transfer(session, *disks, is_blank=True)
         pieces = pieces_of([Extent(0, 40 * MIB, Kind.DATA)])
         transfer.run(

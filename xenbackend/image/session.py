@@ -91,6 +91,11 @@ class Session:
         while not is_done():
             self._reactor.run()
 
+    def glance(self) -> None:
+        """Run the loop once, without waiting for anything."""
+        self._reactor.call_soon(self._reactor.stop)
+        self._reactor.run()
+
     def wake(self) -> None:
         """Let `run_until` look again."""
         self._reactor.stop()

@@ -61,6 +61,7 @@ class _Slot:
     memory: memoryview
     piece: Piece = field(default_factory=lambda: Piece(0, 0))
     left: int = 0  # requests that are not back
+    written: int = 0  # bytes
 
 
 class Transfer:
@@ -84,7 +85,6 @@ class Transfer:
         self._failed: list[tuple[Disk, Request]] = []
         self._pending = 0  # requests that are not back
         self._sync: Request | None = None  # on its way
-        self._synced_at = 0  # `written` when it began
         self._durable: Callable[[], None] | None = None  # to be called, since it has ended
         self.written = 0  # bytes
 
@@ -101,6 +101,7 @@ class Transfer:
         Raises: RequestFailed, for one of those that failed; what `done` and `durable` raise.
         """
         todo, last = iter(pieces), Piece(0, 0)
+        settled = 0  # bytes written, of what is done
         try:
             while self._begin(todo):
                 self._session.run_until(self._has_news)
@@ -111,11 +112,16 @@ class Transfer:
                     slot = self._under_way.popleft()
                     self._free.append(slot)
                     last = slot.piece
+                    settled += slot.written
                     done(last)
                 if self._durable is not None:
                     now_durable, self._durable = self._durable, None
                     now_durable()
-                self._sync_now_and_then(partial(durable, last))
+                if self._sync is not None:  # where the page cache does everything at once, nobody else would look
+                    self._session.glance()
+                elif settled >= SYNC_EVERY:
+                    settled = 0
+                    self._begin_sync(partial(durable, last))
         finally:
             self._session.run_until(lambda: not self._pending)
             self._free += self._under_way
@@ -156,7 +162,8 @@ class Transfer:
         for slot, read in arrived:
             view = read.iov[0]
             runs = self._runs_to_write(view, slot.piece)
-            self.written += sum(end - start for start, end in runs)
+            slot.written = sum(end - start for start, end in runs)
+            self.written += slot.written
             slot.left = len(runs)
             then = partial(self._ended, self._target, slot)
             writes += [_request(Op.WRITE, read.offset + start, view[start:end], then) for start, end in runs]
@@ -180,13 +187,11 @@ class Transfer:
             view[start:end] = bytes(end - start)
         return runs
 
-    def _sync_now_and_then(self, then: Callable[[], None]) -> None:
-        """Begin a flush when much was written; all that is told to be done by now is completed, and it covers that."""
-        if self._sync is None and self.written - self._synced_at >= SYNC_EVERY:
-            self._synced_at = self.written
-            self._sync = flush_request()
-            self._sync.tag = partial(self._is_synced, then)
-            self._send(self._target, [self._sync])
+    def _begin_sync(self, then: Callable[[], None]) -> None:
+        """Begin a flush; all that was told to be done by now is completed, and it covers that."""
+        self._sync = flush_request()
+        self._sync.tag = partial(self._is_synced, then)
+        self._send(self._target, [self._sync])
 
     def _is_synced(self, then: Callable[[], None], request: Request) -> None:
         self._pending -= 1
