@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from uuid import UUID
@@ -80,6 +82,52 @@ def _packed(grain: int, content: bytes) -> bytes:
     packed = zlib.compress(content)
     marker = struct.pack("<QI", grain * GRAIN // 512, len(packed))
     return (marker + packed).ljust(round_up(len(packed) + 12, 512), b"\0")
+
+
+def cowd(size: int, grains: Mapping[int, bytes], *, grain: int = 512) -> bytes:
+    """Return a sparse extent of ESX with these grains, in this order in the file."""
+    tables = -(-size // (4096 * grain))
+    data_start = 2048 + round_up(4 * tables, 512) + tables * 16384
+    entries, data = [0] * (tables * 4096), b""
+    for number, content in grains.items():
+        entries[number] = (data_start + len(data)) // 512
+        data += content
+    directory_at = 4
+    tables_at = directory_at + round_up(4 * tables, 512) // 512
+    head = struct.pack("<4sIIIIIII", b"COWD", 1, 3, size // 512, grain // 512, directory_at, tables, data_start // 512)
+    image = head.ljust(2048, b"\0") + struct.pack(f"<{tables}I", *(tables_at + 32 * each for each in range(tables)))
+    return image.ljust(tables_at * 512, b"\0") + struct.pack(f"<{len(entries)}I", *entries) + data
+
+
+def descriptor(
+    *extents: str, create_type: str = "custom", cid: int = 0x1234, parent_cid: int = 0xFFFFFFFF, parent: str = ""
+) -> bytes:
+    """Return the text that names the files of a VMDK disk; an extent is a line such as ``RW 8 FLAT "a" 0``."""
+    lines = ["# Disk DescriptorFile", "version=1", f"CID={cid:08x}", f"parentCID={parent_cid:08x}"]
+    lines += [f'createType="{create_type}"', *([f'parentFileNameHint="{parent}"'] if parent else []), *extents]
+    return "\n".join([*lines, 'ddb.adapterType = "lsilogic"', ""]).encode()
+
+
+def ovf(*disks: str, more: str = "", prefix: str = "") -> bytes:
+    """Return the description of an appliance with these disks; `more` are attributes of each file."""
+    files = "".join(f'<File ovf:href="{name}" ovf:id="f{number}" {more}/>' for number, name in enumerate(disks))
+    described = "".join(f'<Disk ovf:diskId="d{number}" ovf:fileRef="f{number}"/>' for number, _ in enumerate(disks))
+    return (
+        f'<?xml version="1.0"?>{prefix}<Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" '
+        f'xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"><References>{files}</References>'
+        f"<DiskSection>{described}</DiskSection></Envelope>"
+    ).encode()
+
+
+def archive(files: Sequence[tuple[str, bytes]], *, tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """Return a tar archive of these files."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tar_format) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
 
 
 def vhdx(
