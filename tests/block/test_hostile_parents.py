@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.foreign_images import MIB, vdi, vhdx, vmdk
+from tests.foreign_images import MIB, descriptor, vdi, vhdx, vmdk
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import UUID, image
 
@@ -52,6 +52,8 @@ def images_of(name: str) -> Iterator[tuple[str, str, bytes]]:
             yield "vhd", ",changed=accept", image(SIZE, uuid=b"c" * 16, parent_uuid=parent_uuid, names=names)
     yield "vmdk", ",changed=accept", vmdk(SIZE, {}, parent_cid=1, parent=name)
     yield "vmdk", "", vmdk(SIZE, {}, extents=f'RW 8192 FLAT "{name}" 0')
+    for kind in ("FLAT", "VMFS", "SPARSE", "VMFSSPARSE", "SESPARSE", "VMFSRDM"):
+        yield "vmdk", "", descriptor(f'RW 8 {kind} "{name}"{" 0" if kind == "FLAT" else ""}')
 
 
 @pytest.fixture

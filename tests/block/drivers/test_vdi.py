@@ -28,6 +28,9 @@ FORMATS = {
     "vmdk": ("vmdk", "subformat=monolithicSparse"),
     "vmdk, zeroed grains": ("vmdk", "subformat=monolithicSparse,zeroed_grain=on"),
     "vmdk, compressed": ("vmdk", "subformat=streamOptimized"),
+    "vmdk, flat": ("vmdk", "subformat=monolithicFlat"),
+    "vmdk, flat in parts": ("vmdk", "subformat=twoGbMaxExtentFlat"),
+    "vmdk, sparse in parts": ("vmdk", "subformat=twoGbMaxExtentSparse"),
 }
 LOG = b"identity of log1"
 RING = vhdx_ring({  # two entries, of which the first goes on at the beginning

@@ -43,6 +43,7 @@ def test_places_behind_the_end() -> None:
 SMALL = {
     "vdi": (vdi.parse, foreign_images.vdi(4 * MIB, {1: b"v" * MIB}), range(1024)),
     "vmdk": (vmdk.parse, foreign_images.vmdk(4 * MIB, {1: b"v" * GRAIN}, parent="b"), range(21 * 512 + 2052)),
+    "vmdk, COWD": (vmdk.parse_cowd, foreign_images.cowd(4 * MIB, {1: b"v" * 512}), range(2048 + 512 + 64)),
     "vhdx": (vhdx.parse, foreign_images.vhdx(4 * MIB, {1: b"v" * MIB}), range(2 * MIB, 2 * MIB + (65 << 10))),
 }
 

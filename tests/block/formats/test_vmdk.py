@@ -7,9 +7,10 @@ import zlib
 
 import pytest
 
-from tests.foreign_images import GRAIN, MIB, vmdk
-from xenbackend.block.formats.vmdk import Descriptor, Image, parse
-from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO
+from tests.foreign_images import GRAIN, MIB, cowd, vmdk
+from xenbackend.block.formats.vmdk import Image, parse, parse_cowd
+from xenbackend.block.formats.vmdk_descriptor import Descriptor, Extent
+from xenbackend.block.mapped.tables import PLACE, READABLE, SPECIAL, ZERO
 from xenbackend.errors import DriverError
 
 SIZE = 4 * MIB
@@ -48,15 +49,58 @@ def test_the_descriptor() -> None:
     """Names and content IDs are as the text says."""
     image = parsed(vmdk(SIZE, {}, cid=7, parent_cid=8, parent="a=b.vmdk"))
 
-    assert Descriptor(7, 8, b"a=b.vmdk") == image.descriptor
+    assert Descriptor(7, 8, b"a=b.vmdk", "", (Extent("SPARSE", 512, b"image", 0),)) == image.descriptor
+
+
+def test_an_extent_of_a_disk_in_several_files() -> None:
+    """A file that another one's descriptor names needs no descriptor of its own."""
+    data = patched(28, bytes(8))
+
+    assert SIZE == parse(lambda offset, length: data[offset : offset + length], len(data), is_part=True).shape.size
+
+
+def test_an_extent_of_esx() -> None:
+    """COWD has tables of 4096 grains, which are as small as a sector."""
+    data = cowd(3 * MIB, {1: b"x" * 512, 5000: b"y" * 512})
+    image = parse_cowd(lambda offset, length: data[offset : offset + length], len(data))
+    places = []
+    for number in range(image.shape.tables):
+        place, length = image.table_at(number)
+        places += [each & PLACE for each in image.decode(data[place : place + length])]
+
+    assert (3 * MIB, 9, 12, 2) == (
+        image.shape.size,
+        image.shape.cluster_bits,
+        image.shape.table_bits,
+        len(places) >> 12,
+    )
+    assert {1: b"x", 5000: b"y"} == {number: data[place : place + 1] for number, place in enumerate(places) if place}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        (0, b"KDMV", "does not begin as one"),
+        (16, b"\3", "grains have 3 sectors"),
+        (20, b"\xff\xff", "not inside the file"),
+        (12, b"\xff\xff\xff\xff", "not inside the file"),
+        (2048, b"\xff\xff", "a table is at byte"),
+    ],
+)
+def test_extents_of_esx_that_are_refused(place: int, value: bytes, sentence: str) -> None:
+    """Each number that cannot be is refused by a sentence that names it."""
+    data = bytearray(cowd(3 * MIB, {}))
+    data[place : place + len(value)] = value
+    with pytest.raises(DriverError, match=sentence):
+        parse_cowd(lambda offset, length: bytes(data[offset : offset + length]), len(data))
 
 
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
         (b"", "does not begin as one"),
-        (b"# Disk DescriptorFile".ljust(512), "it is the names only; make one file"),
-        (b"COWD".ljust(512), "of ESX's format COWD"),
+        (b"COWD".ljust(512), "a part of a disk, of ESX's format COWD; open the descriptor"),
+        (vmdk(SIZE, {}, extents=""), "its descriptor names no extent"),
         (vmdk(SIZE, {}, extents='RW 1 SPARSE "a"\nRW 1 SPARSE "b"'), "one of 2 parts of a disk"),
         (vmdk(SIZE, {}, extents='RW 1 FLAT "/etc/shadow" 0'), "one of 1 parts of a disk"),
         (patched(28, bytes(8)), "a part of a disk in several files"),

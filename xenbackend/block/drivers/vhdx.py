@@ -45,11 +45,7 @@ class Vhdx(ForeignDisk):
         """See `ForeignDisk`."""
         image = vhdx.parse(file.read_at, file.size)
         env.report("format", f"VHDX, blocks of {format_size(1 << image.shape.cluster_bits)}")
-        self._log = image.log
         if image.log is not None:
+            self.file = ChangedFile(file, image.log.changes, image.log.size)
             env.report("log", f"not empty; ranges of the file replayed in memory: {len(image.log.changes)}")
         return image
-
-    def seen(self, file: File) -> File:
-        """See `ForeignDisk`."""
-        return file if self._log is None else ChangedFile(file, self._log.changes, self._log.size)

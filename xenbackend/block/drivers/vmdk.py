@@ -1,51 +1,68 @@
-r"""vmdk: a VMDK image of VMware that is one file, for reading; a parent comes by itself.
+r"""vmdk: a VMDK disk of VMware, in one file or several, or in an OVA, for reading; a parent comes by itself.
 
 Synopsis:
-    vmdk:FILE[,cache=on|off][,parents=DIR][,changed=refuse|accept]
+    vmdk:FILE[,cache=on|off][,parents=DIR][,changed=refuse|accept][,disk=NAME]
 
 Description:
-    The source of a chain for disks of VMware Workstation (monolithicSparse) and of appliances, OVA files among them
-    (streamOptimized, which is compressed). It can only be read: attach it read-only, or give a QCOW2 image this one as
-    its parent, which takes what is written.
+    The source of a chain for disks of VMware Workstation, of ESX, and of appliances. It can only be read: attach it
+    read-only, or give a QCOW2 image this one as its parent, which takes what is written.
 
-    A snapshot names its parent, which has to be such an image too.
+    FILE is a disk in one file (monolithicSparse, streamOptimized, which is compressed); or the descriptor, the small
+    text file beside a disk in several files (monolithicFlat, twoGbMaxExtentFlat, twoGbMaxExtentSparse, and of ESX vmfs
+    and vmfsSparse); or an OVA, an appliance in one archive, whose disk is read where it is: nothing is unpacked. Where
+    an OVA has several disks, `disk=` names the file of one.
+
+    A snapshot names its parent, which has to be such a disk too.
 
 Behaviour:
     Requests go to where the tables say that their grains are. A compressed grain is read and inflated as a whole, and
     the last one is kept, so that small reads in a row cost that once. What the image does not have is its parent's, if
     it has one, and else zeros.
 
-    A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. One
-    whose content changed since the image was made is refused; `changed=accept` takes it as it is. The image is locked
-    while it is open: any number of readers.
+    A parent, and each file that a descriptor names, must lie in the image's own directory, or in `parents=`; links are
+    followed before that is checked. What a descriptor names must be a file, and no device. A parent whose content
+    changed since the image was made is refused; `changed=accept` takes it as it is. All files are locked while the disk
+    is open: any number of readers.
 
 Example:
     vmdk:/srv/images/appliance-disk1.vmdk
+    vmdk:/srv/images/appliance.ova,disk=appliance-disk2.vmdk
 
 Limits:
-    Not supported, and refused: disks in several files, flat ones and those of ESXi among them, for which `qemu-img
-    convert` makes one file. Tables take 128 MiB of memory for each TiB that is in use, and 16 MiB at most; the
-    directory takes 128 KiB for each TiB.
+    Refused, by name: SE sparse extents of ESXi, for which `qemu-img convert` makes one file; raw device mappings; disks
+    in an OVA that are compressed once more by gzip, or in chunks. Up to 512 extents. Sparse extents of one disk have
+    grains of one size. Tables take 128 MiB of memory for each TiB that is in use, and 16 MiB at most; the directory
+    takes 128 KiB for each TiB.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+import stat
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
-from xenbackend.block.formats import vmdk
+from xenbackend.block.extents import Extent, with_holes
+from xenbackend.block.formats import ova, vmdk, vmdk_descriptor
+from xenbackend.block.formats.layout import damaged
+from xenbackend.block.formats.vmdk_descriptor import COWD, FLAT, ZEROS, Descriptor
+from xenbackend.block.formats.vmdk_descriptor import Extent as ExtentFile
+from xenbackend.block.formats.vmdk_disk import Disk, Piece
 from xenbackend.block.mapped.foreign import ForeignDisk
 from xenbackend.block.mapped.inflated import Inflated
-from xenbackend.block.mapped.parents import find_parent, parent_ref
+from xenbackend.block.mapped.joined import Joined
+from xenbackend.block.mapped.parents import EXTENT, find_named, find_parent, parent_ref
+from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import PLACE
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
-from xenbackend.errors import DriverError
-from xenbackend.units import format_size
+from xenbackend.errors import DriverError, printable
+from xenbackend.units import format_size, round_up
 
 _SECTOR = 512
 
@@ -63,19 +80,52 @@ class Vmdk(ForeignDisk):
         cache: bool = option("go through the host's page cache", default=False)
         parents: str = option("directory that the parents must be in; by default the image's own", default="")
         changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
+        disk: str = option("which disk of an OVA: the name of its file there", default="")
 
     options: Options  # type: ignore[assignment]  # those of the base, and more
-    image: vmdk.Image
+    image: Disk  # type: ignore[assignment]  # what a table of it is made of may be in several places
 
-    def parse(self, env: Env, file: File) -> vmdk.Image:
+    def parse(self, env: Env, file: File) -> Disk:  # type: ignore[override]  # see `image`
         """See `ForeignDisk`."""
-        image = vmdk.parse(file.read_at, file.size)
-        kind = "compressed grains" if image.is_compressed else "grains"
-        env.report("format", f"VMDK, {kind} of {format_size(1 << image.shape.cluster_bits)}")
-        if image.descriptor.parent_cid != vmdk.NO_PARENT:
-            self.parent = self._find_parent(image.descriptor.parent)
+        start = file.read_at(0, vmdk_descriptor.MAX_LENGTH if file.size <= vmdk_descriptor.MAX_LENGTH else 1024)
+        if vmdk_descriptor.is_descriptor(start):
+            disk = self._join(vmdk_descriptor.parse(start), file)
+        else:
+            disk = self._parse_one(file, start)
+        if self.options.disk and not ova.is_archive(start):
+            raise DriverError("it is no OVA, and has no disks to choose from; leave disk= away")
+        kind = disk.descriptor.create_type or "VMDK"
+        env.report("format", f"VMDK, {printable(kind)}, {_grains(disk)}")
+        if disk.descriptor.parent_cid != vmdk_descriptor.NO_PARENT:
+            self.parent = self._find_parent(disk.descriptor.parent)
         self._inflated = Inflated(self)
-        return image
+        return disk
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
+        """See `Driver`. What is in a flat extent is data where its file has some."""
+        for found in self.table_extents(size):
+            is_flat = self.image.piece_at(found.start).image is None
+            for each in with_holes([found], self.file) if all_holes or is_flat else [found]:
+                place = each.place
+                if place is not None and isinstance(self.file, Joined):
+                    place = self.file.place_in_file(place)
+                yield replace(each, place=place)
+
+    def read_table(self, number: int) -> array[int]:
+        """See `ForeignDisk`."""
+        needs = self.image.needs(number)
+        return self.image.table(number, [self.file.read_at(each.place, each.length) for each in needs])
+
+    def load_table(self, number: int, then: Then) -> None:
+        """See `MappedDisk`."""
+        needs = self.image.needs(number)
+        left = Gathering(len(needs), partial(self._build, number, then))
+        for place, need in enumerate(needs):
+            first = need.place // _SECTOR * _SECTOR
+            length = round_up(need.place + need.length, _SECTOR) - first
+            self.read_meta(first, length, partial(left.put, place, need.place - first, need.length))
+        if not needs:
+            self.soon(partial(self._build, number, then, 0, []))
 
     def check_parent(self, parent: Geometry) -> None:
         """Refuse a parent that is not what it was when the image was made. Raises: DriverError."""
@@ -92,15 +142,107 @@ class Vmdk(ForeignDisk):
         """Read from a compressed grain."""
         cluster = request.offset >> self.cluster_bits
         entry = self.entry(cluster)
+        piece = self.image.piece_at(request.offset)
         assert entry is not None  # noqa: S101 - it was just found
-        sector = cluster << self.cluster_bits >> 9
+        assert piece.image is not None  # noqa: S101 - nobody else says SPECIAL
+        sector = (cluster << self.cluster_bits) - piece.start >> 9
         most = (1 << self.cluster_bits) + _SECTOR  # what does not become smaller becomes a little larger
-        self._inflated.read(request, cluster, entry & PLACE, most, partial(self.image.inflate, sector))
+        self._inflated.read(request, cluster, entry & PLACE, most, partial(piece.image.inflate, sector))
+
+    def _parse_one(self, file: File, start: bytes) -> Disk:
+        """Return the disk in one file, or in one member of an archive."""
+        if ova.is_archive(start):
+            member = ova.find_disk(file.read_at, file.size, self.options.disk)
+            joined = self.file = Joined()
+            joined.add(file, member.offset, member.length)
+            file = joined
+        image = vmdk.parse(file.read_at, file.size)
+        return Disk([Piece(0, image.shape.size, 0, image)], image.descriptor)
+
+    def _join(self, descriptor: Descriptor, file: File) -> Disk:
+        """Return the disk in the files that a descriptor names."""
+        if not 0 < len(descriptor.extents) <= vmdk_descriptor.MAX_EXTENTS:
+            most = vmdk_descriptor.MAX_EXTENTS
+            raise damaged(f"its descriptor names {len(descriptor.extents)} extents and not 1 to {most}")
+        if descriptor.size > vmdk_descriptor.MAX_SIZE:
+            raise damaged(f"its descriptor is of a disk of {descriptor.size} bytes")
+        for extent in descriptor.extents:
+            extent.check()
+        joined = self.file = Joined()
+        joined.add(file, 0, file.size)
+        pieces: list[Piece] = []
+        for extent in descriptor.extents:
+            start = pieces[-1].start + pieces[-1].length if pieces else 0
+            pieces.append(self._piece(joined, extent, start))
+            directories = sum(4 * len(each.image.directory) for each in pieces if each.image is not None)
+            if directories > vmdk.MAX_DIRECTORY:
+                raise damaged(f"its extents have directories of more than {vmdk.MAX_DIRECTORY} bytes")
+        return Disk(pieces, descriptor)
+
+    def _piece(self, joined: Joined, extent: ExtentFile, start: int) -> Piece:
+        if extent.kind == ZEROS:
+            return Piece(start, extent.length, 0, is_zeros=True)
+        path = find_named(EXTENT, self.options.file, _names(extent.name), self.options.parents)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - as `opening`: pathlib would alter the name
+            raise DriverError(f"its extent {printable(path)} is no file", path=path, errno=errno.EACCES)
+        file = self.open_file(path)
+        base = joined.add(file, 0, file.size)
+        try:
+            return self._piece_of(file, extent, start, base)
+        except DriverError as error:
+            raise DriverError(f"its extent {printable(path)}: {error.problem}", path=path, errno=error.errno) from error
+
+    def _piece_of(self, file: File, extent: ExtentFile, start: int, base: int) -> Piece:
+        if extent.kind == FLAT:
+            if extent.offset + extent.length > file.size:
+                raise damaged(f"it has {file.size} bytes, and {extent.length} from byte {extent.offset} on are wanted")
+            return Piece(start, extent.length, base + extent.offset)
+        if extent.kind == COWD:
+            return Piece(start, extent.length, base, vmdk.parse_cowd(file.read_at, file.size))
+        return Piece(start, extent.length, base, vmdk.parse(file.read_at, file.size, is_part=True))
+
+    def _build(self, number: int, then: Then, status: int, data: Sequence[bytes]) -> None:
+        if not status:
+            try:
+                self.tables.put(number, self.image.table(number, data))
+            except DriverError:
+                status = errno.EIO
+        then(status)
 
     def _find_parent(self, hint: bytes) -> ParentRef:
         options = self.options
-        name = os.fsdecode(hint).replace("\\", "/")
-        path = find_parent(options.file, [name, name.rpartition("/")[2]], options.parents)
+        path = find_parent(options.file, _names(hint), options.parents)
         cache = "on" if options.cache else ""
         changed = "" if options.changed == "refuse" else options.changed
         return parent_ref("vmdk", path, cache=cache, parents=options.parents, changed=changed)
+
+
+class Gathering:
+    """Reads that are under way together: `then` gets the first error of any, and the bytes of all."""
+
+    def __init__(self, count: int, then: Callable[[int, Sequence[bytes]], None]) -> None:
+        self._left = count
+        self._then = then
+        self._status = 0
+        self._data = [b""] * count
+
+    def put(self, number: int, skip: int, length: int, status: int, data: memoryview) -> None:
+        """Take what one of them has read."""
+        self._data[number] = bytes(data[skip : skip + length])
+        self._status = self._status or status
+        self._left -= 1
+        if not self._left:
+            self._then(self._status, self._data)
+
+
+def _names(name: bytes) -> list[str]:
+    """Return what a file may be called by now: as it was named, or beside the image wherever it was before."""
+    path = os.fsdecode(name).replace("\\", "/")
+    return list(dict.fromkeys([path, path.rpartition("/")[2]]))
+
+
+def _grains(disk: Disk) -> str:
+    if all(each.image is None for each in disk.pieces):
+        return "flat"
+    kind = "compressed grains" if disk.is_compressed else "grains"
+    return f"{kind} of {format_size(1 << disk.shape.cluster_bits)}"

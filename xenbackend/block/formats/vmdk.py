@@ -1,13 +1,12 @@
-"""VMDK images that are one file: bytes to values.
+"""Sparse files of VMDK disks, with grains and tables: bytes to values.
 
 Source: VMware, "Virtual Disk Format 5.0" (hosted sparse extents, stream-optimized ones among them), and QEMU,
-``block/vmdk.c``. A directory in memory names the tables, and these the grains. Must not open a file, nor take a size or
-an offset from an image without having looked at it.
+``block/vmdk.c`` (also for COWD, the sparse extents of ESX). A directory in memory names the tables, and these the
+grains. Must not open a file, nor take a size or an offset from an image without having looked at it.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from array import array
@@ -15,37 +14,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Read, Shape, check_places, damaged, power_of, unpack
+from xenbackend.block.formats.vmdk_descriptor import MAX_LENGTH, SPARSE, Descriptor
+from xenbackend.block.formats.vmdk_descriptor import parse as parse_descriptor
 from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 
 MAGIC = b"KDMV"
-NO_PARENT = 0xFFFFFFFF  # as a content ID
+MAX_DIRECTORY = 16 << 20  # bytes, of all files of a disk together
 MARKER = 12  # bytes before a compressed grain: its first sector on the disk, and how many bytes follow
 _SECTOR = 512
 _ZERO_GRAINS, _COMPRESSED, _MARKERS = 1 << 2, 1 << 16, 1 << 17  # flags of the header
 _AT_END = (1 << 64) - 1  # as the place of the directory: a second header at the end of the file says it
 _TABLE_BITS = 9  # the format has no other tables
 _MAX_GRAIN_BITS = 20
-_MAX_DIRECTORY = 16 << 20  # bytes
-_MAX_DESCRIPTOR = 1 << 20  # bytes
 _HEADER = struct.Struct("<4sIIQQQQIQQQB4sH")
 _NEWLINES = b"\n \r\n"
+_COWD_MAGIC = b"COWD"
+_COWD_HEADER = struct.Struct("<4sIIIIII")  # magic, version, flags, sectors, sectors of a grain, directory, its entries
+_COWD_TABLE_BITS = 12
 _OTHERS = {
-    b"COWD": "of ESX's format COWD",
+    _COWD_MAGIC: "of ESX's format COWD",
     b"\xbe\xba\xfe\xca": "of ESXi's format SE sparse",
-    b"# Di": "the names only",
 }
-_EXTENT = re.compile(rb"^(?:RW|RDONLY|NOACCESS)[ \t]+\d+[ \t]+(\S+)", re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """What the text inside an image says."""
-
-    cid: int  # changes with the content
-    parent_cid: int
-    parent: bytes  # the name of its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +52,7 @@ class Image:
     def table_at(self, number: int) -> tuple[int, int]:
         """See `Layout`."""
         place = self.directory[number] * _SECTOR
-        return place, 4 << _TABLE_BITS if place else 0
+        return place, 4 << self.shape.table_bits if place else 0
 
     def decode(self, data: bytes) -> array[int]:
         """See `Layout`."""
@@ -87,14 +78,15 @@ class Image:
         return grain.ljust(size, b"\0")
 
 
-def parse(read: Read, file_size: int) -> Image:
-    """Return what an image says.
+def parse(read: Read, file_size: int, *, is_part: bool = False) -> Image:
+    """Return what a sparse file says.
 
     Args:
         read: reads the image file.
         file_size: bytes of the image file.
+        is_part: a descriptor in another file names this one; without it the file has to be a whole disk.
 
-    Raises: DriverError, where it is no VMDK image of one file, or a damaged one.
+    Raises: DriverError, where it is no such file, or a damaged one.
     """
     fields = _fields(read, 0)
     if fields[9] == _AT_END:
@@ -111,10 +103,23 @@ def parse(read: Read, file_size: int) -> Image:
             f"it is compressed by method {algorithm}, which is not known; convert it with qemu-img convert"
         )
     shape = Shape(capacity * _SECTOR, bits, _TABLE_BITS, file_size)
-    return Image(
-        shape, is_compressed, bool(flags & _ZERO_GRAINS), _directory(read, shape, directory_at * _SECTOR),
-        _descriptor(read, text_at * _SECTOR, text_length * _SECTOR),
-    )  # fmt: skip
+    directory = _directory(read, shape, directory_at * _SECTOR)
+    descriptor = _NO_DESCRIPTOR if is_part else _descriptor(read, text_at * _SECTOR, text_length * _SECTOR)
+    return Image(shape, is_compressed, bool(flags & _ZERO_GRAINS), directory, descriptor)
+
+
+def parse_cowd(read: Read, file_size: int) -> Image:
+    """Return what a sparse extent of ESX (COWD, "vmfsSparse") says. Raises: DriverError, where it is damaged."""
+    data = read(0, _COWD_HEADER.size)
+    if len(data) < _COWD_HEADER.size or data[:4] != _COWD_MAGIC:
+        raise DriverError("it is no extent of the format COWD: it does not begin as one")
+    _, _, _, sectors, grain, directory_at, _ = _COWD_HEADER.unpack(data)
+    bits = power_of(grain * _SECTOR)
+    if not MIN_CLUSTER_BITS <= bits <= _MAX_GRAIN_BITS:
+        raise damaged(f"its grains have {grain} sectors")
+    shape = Shape(sectors * _SECTOR, bits, _COWD_TABLE_BITS, file_size)
+    directory = _directory(read, shape, directory_at * _SECTOR)
+    return Image(shape, is_compressed=False, has_zero_grains=False, directory=directory, descriptor=_NO_DESCRIPTOR)
 
 
 def _fields(read: Read, place: int) -> tuple[Any, ...]:
@@ -122,36 +127,34 @@ def _fields(read: Read, place: int) -> tuple[Any, ...]:
     if len(data) < _HEADER.size or data[:4] != MAGIC:
         other = _OTHERS.get(data[:4])
         if other:
-            raise DriverError(f"it is {other}; make one file of the disk by qemu-img convert -O vmdk")
+            raise DriverError(f"it is a part of a disk, {other}; open the descriptor, the small file that names it")
         raise DriverError("it is no VMDK image: it does not begin as one")
     return _HEADER.unpack(data)
 
 
 def _directory(read: Read, shape: Shape, place: int) -> array[int]:
     length = shape.tables * 4
-    if length > _MAX_DIRECTORY:
+    if length > MAX_DIRECTORY:
         raise damaged(f"its {format_size(shape.size)} need a directory of {length} bytes")
     if not 0 < place <= shape.file_size - length:
         raise damaged(f"its directory of {length} bytes at byte {place} is not inside the file of {shape.file_size}")
     directory = unpack("I", read(place, length))
     last = max(directory, default=0) * _SECTOR
-    if last + (4 << _TABLE_BITS) > shape.file_size:
+    if last + (4 << shape.table_bits) > shape.file_size:
         raise damaged(f"a table is at byte {last}, and the file has {shape.file_size}")
     return directory
 
 
 def _descriptor(read: Read, place: int, length: int) -> Descriptor:
-    text = read(place, length).split(b"\0")[0] if place and length <= _MAX_DESCRIPTOR else b""
-    values = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(b"=")
-        values[key.strip().lower()] = value.strip().strip(b'"')
-    kinds = [match[1] for match in _EXTENT.finditer(text)]
-    if kinds != [b"SPARSE"]:
-        problem = f"it is one of {len(kinds)} parts of a disk" if text else "it is a part of a disk in several files"
-        raise DriverError(f"{problem}; make one file of the disk by qemu-img convert -O vmdk")
-    try:
-        cid, parent_cid = (int(values.get(key, b"ffffffff"), 16) for key in (b"cid", b"parentcid"))
-    except ValueError:
-        raise damaged("a content ID of its descriptor is no number") from None
-    return Descriptor(cid, parent_cid, values.get(b"parentfilenamehint", b""))
+    text = read(place, length).split(b"\0")[0] if place and length <= MAX_LENGTH else b""
+    descriptor = parse_descriptor(text)
+    if [each.kind for each in descriptor.extents] != [SPARSE]:
+        parts = len(descriptor.extents)
+        if text and not parts:
+            raise damaged("its descriptor names no extent")
+        problem = f"it is one of {parts} parts of a disk" if text else "it is a part of a disk in several files"
+        raise DriverError(f"{problem}; open the descriptor, the small file that names them")
+    return descriptor
+
+
+_NO_DESCRIPTOR = parse_descriptor(b"")

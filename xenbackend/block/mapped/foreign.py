@@ -46,45 +46,50 @@ class ForeignDisk(MappedDisk):
     is_preallocated = False  # whether the image was made with room for all of its disk
 
     def parse(self, env: Env, file: File) -> Layout:
-        """Return what the image says, and report what it is. Raises: DriverError, OSError."""
-        raise NotImplementedError
+        """Return what the image says, and report what it is. Raises: DriverError, OSError.
 
-    def seen(self, file: File) -> File:
-        """Return the file as the disk is to be read from it, once `image` is known."""
-        return file
+        Where the disk is not to be read from `file` as it stands, what is put into its place, `self.file`, closes it.
+        """
+        raise NotImplementedError
 
     def open(self, env: Env) -> Geometry:
         """Read the headers."""
         options = self.options
-        file = env.files.open(
-            options.file, read_only=True, shareable=env.shareable, direct=not options.cache, step=_STEP
-        )
+        self.file = self.open_file(options.file)
         try:
-            self.image = self.parse(env, file)
+            self.image = self.parse(env, self.file)
         except BaseException:
-            file.close()
+            self.file.close()
             raise
+        file = self.file
         env.report("mode", file.mode)
         shape = self.image.shape
         tables: Tables[Table] = Tables(_TABLES // ((8 << shape.table_bits) + _TABLE_EXTRA))
-        self.start(
-            self.seen(file), shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables
-        )
+        self.start(file, shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables)
         return Geometry(shape.size, shape.sector_size, True, physical_sector_size=shape.physical_sector_size)
+
+    def open_file(self, path: str) -> File:
+        """Open a file of the disk. Raises: DriverError, OSError."""
+        env, direct = self.env, not self.options.cache
+        return env.files.open(path, read_only=True, shareable=env.shareable, direct=direct, step=_STEP)
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`."""
-        found = self._table_extents(size)
+        found = self.table_extents(size)
         return with_holes(found, self.file) if all_holes or self.is_preallocated else found
 
-    def _table_extents(self, size: int) -> Iterator[Extent]:
+    def table_extents(self, size: int) -> Iterator[Extent]:
+        """Yield what the tables say, blocking. Raises: DriverError, OSError."""
         shape = self.image.shape
         cluster = 1 << shape.cluster_bits
         for number in range(shape.tables):
-            place, length = self.image.table_at(number)
             start = number << shape.cluster_bits + shape.table_bits
-            entries = self.image.decode(self.file.read_at(place, length)) if length else self._empty()
-            yield from of_entries(entries, cluster, start, size)
+            yield from of_entries(self.read_table(number), cluster, start, size)
+
+    def read_table(self, number: int) -> array[int]:
+        """Return a table, blocking. Raises: DriverError, OSError."""
+        place, length = self.image.table_at(number)
+        return self.image.decode(self.file.read_at(place, length)) if length else self._empty()
 
     def load_table(self, number: int, then: Then) -> None:
         """See `MappedDisk`."""

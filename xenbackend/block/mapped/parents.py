@@ -16,7 +16,7 @@ from xenbackend.block.driver import ParentRef
 from xenbackend.block.grammar import format_layer
 from xenbackend.errors import DriverError, printable
 
-PARENT, DATA_FILE = "parent", "data file"  # what an image names
+PARENT, DATA_FILE, EXTENT = "parent", "data file", "extent"  # what an image names
 _PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
 
 
@@ -34,7 +34,7 @@ def find_named(what: str, image: str, names: Sequence[str], within: str = "") ->
     """Return the path of the first name that exists.
 
     Args:
-        what: PARENT or DATA_FILE.
+        what: PARENT, DATA_FILE or EXTENT.
         image: the path of the image that names it.
         names: what it says, relative to its own directory, or absolute.
         within: the directory that it has to be in, at any depth and with all links followed; without it that
