@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.helpers_block import content, read, write
 from tests.qemu import qemu_img
-from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.block.images import QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.image.session import Session
 

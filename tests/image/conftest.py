@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from tests.qemu import qemu_img
-from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.block.images import QEMU_NAMES
 from xenbackend.image.names import Image, find_image
 
 SIZE = 5 << 20

@@ -13,7 +13,7 @@ import pytest
 from tests import qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
 from xenbackend.block.formats.blank import Wishes
-from xenbackend.block.leaf import FORMATS, QEMU_NAMES
+from xenbackend.block.images import FORMATS, QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image.convert import Progress, State, convert, overwrite

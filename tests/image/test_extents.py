@@ -16,7 +16,7 @@ from tests.qcow_images import qcow2
 from tests.qemu import qemu_img, qemu_io
 from tests.vhd_images import UUID, image
 from xenbackend.block.extents import Extent, Kind
-from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.block.images import QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.cli.image_show import in_qemus_words
 from xenbackend.errors import DriverError

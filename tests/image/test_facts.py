@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.foreign_images import descriptor, vdi, vhdx, vmdk
 from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
+from tests.vhd_images import image as vhd_image
 from xenbackend.block.formats.qcow2 import CORRUPT, DIRTY
-from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.block.images import QEMU_NAMES
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError
 from xenbackend.image.create import create
-from xenbackend.image.facts import chain_facts
+from xenbackend.image.facts import chain_facts, file_facts
+from xenbackend.image.looks import look_at
 from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.session import Session
 
@@ -73,10 +76,97 @@ def test_an_image_in_use_is_looked_at(made: Make) -> None:
     assert not chain_facts(image.chain).in_use
 
 
-def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
-    """An image that is none is an error, not an empty answer."""
+def test_what_is_no_image_is_said(tmp_path: Path) -> None:
+    """A file that is none is no empty answer: what is in the way is said, and of what it is nothing is claimed."""
     path = tmp_path / "img"
     path.write_bytes(bytes(4096))
+    facts = chain_facts(parse_chain(f"vhd:{path}"))
 
-    with pytest.raises(DriverError, match="it is no VHD image"):
-        chain_facts(parse_chain(f"vhd:{path}"))
+    assert "it is no VHD image" in facts.problem
+    assert [("", 0, 4096)] == [(each.format, each.virtual_size, each.file_size) for each in facts.layers]
+
+
+def test_where_there_is_no_file_there_are_no_facts(tmp_path: Path) -> None:
+    """A missing file, or a directory, is an error and nothing else."""
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(DriverError, match=str(path)):
+            chain_facts(parse_chain(f"qcow2:{path}"))
+
+
+def test_a_parent_that_is_missing(tmp_path: Path) -> None:
+    """Every layer up to the one whose parent is missing has its facts, and that one the name that it has for it."""
+    for name, parent in (("mid", "gone"), ("top", "mid")):
+        qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", parent, "-F", "qcow2", tmp_path / name, "1M")
+    facts = chain_facts(parse_chain(f"delay:|qcow2:{tmp_path}/top"))
+
+    expected = [
+        ("delay:", 0, "", ()),
+        (f"qcow2:{tmp_path}/top", 1 << 20, f"qcow2:{tmp_path}/mid", ()),
+        (f"qcow2:{tmp_path}/mid", 1 << 20, "", ("gone",)),
+    ]
+    assert expected == [(each.layer, each.virtual_size, each.parent, each.parent_names) for each in facts.layers]
+    assert "its parent is not there: it says 'gone'" in facts.problem
+
+
+def test_a_parent_outside(tmp_path: Path) -> None:
+    """A parent that must not be opened is named, and not looked at."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "secret").write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"!"))
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "../secret", "-F", "raw", tmp_path / "sub/a", "1M")
+    facts = chain_facts(parse_chain(f"qcow2:{tmp_path}/sub/a"))
+
+    assert [("QCOW2, version 3", ("../secret",))] == [(each.format, each.parent_names) for each in facts.layers]
+    assert "say parents=DIRECTORY" in facts.problem
+
+
+def test_a_parent_that_is_another_one(tmp_path: Path) -> None:
+    """A parent that was exchanged is there with what it is, and so is its child."""
+    (tmp_path / "base").write_bytes(vhd_image(1 << 20, uuid=b"x" * 16))
+    names = [(b"W2ru", ".\\base".encode("utf-16-le"))]
+    (tmp_path / "a").write_bytes(vhd_image(1 << 20, uuid=b"c" * 16, parent_uuid=b"p" * 16, names=names))
+    facts = chain_facts(parse_chain(f"vhd:{tmp_path}/a"))
+
+    expected = [("VHD, differencing", f"vhd:{tmp_path}/base"), ("VHD, dynamic", "")]
+    assert expected == [(each.format, each.parent) for each in facts.layers]
+    assert "has another UUID" in facts.problem
+
+
+@pytest.mark.parametrize(
+    ("driver", "data", "expected"),
+    [
+        (
+            "qcow2",
+            qcow2(1 << 20, incompatible=1 << 50),
+            ("QCOW2, version 3", 1 << 20, {"features": "number 50, unknown"}),
+        ),
+        ("vdi", vdi(1 << 20, {}, kind=4), ("VDI, differencing", 1 << 20, {})),
+        ("vhdx", vhdx(4 << 20, {}, flags=2), ("VHDX, differencing", 4 << 20, {})),
+        ("vmdk", descriptor('RW 8 SESPARSE "a"', create_type="seSparse"), ("VMDK, seSparse", 4096, {"files": "a"})),
+    ],
+)
+def test_what_is_refused_has_its_facts(
+    tmp_path: Path, driver: str, data: bytes, expected: tuple[str, int, dict[str, str]]
+) -> None:
+    """A feature that is refused hides nothing of what the headers say."""
+    (tmp_path / "a").write_bytes(data)
+    facts = chain_facts(parse_chain(f"{driver}:{tmp_path}/a"))
+
+    assert [expected] == [(each.format, each.virtual_size, each.more) for each in facts.layers]
+    assert f"{driver}:{tmp_path}/a" in facts.problem
+
+
+def test_formats_that_are_only_read_say_what_they_are(tmp_path: Path) -> None:
+    """What a driver reports of its image is its format."""
+    (tmp_path / "a.vmdk").write_bytes(vmdk(1 << 20, {}))
+    (found,) = chain_facts(parse_chain(f"vmdk:{tmp_path}/a.vmdk")).layers
+
+    assert ("VMDK, grains of 64 KiB", 1 << 20) == (found.format, found.virtual_size)
+
+
+def test_a_file_that_no_driver_serves(tmp_path: Path) -> None:
+    """It has facts without a layer, and what to do."""
+    (tmp_path / "a").write_bytes(b"QED\0" + bytes(60))
+    facts = file_facts(f"{tmp_path}/a", look_at(f"{tmp_path}/a"))
+
+    assert [("", "QED", 64)] == [(each.layer, each.format, each.file_size) for each in facts.layers]
+    assert ("", "a QED image, which no driver serves; qemu-img convert" in facts.problem) == (facts.chain, True)

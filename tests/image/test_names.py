@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vhd_images import fixed
-from xenbackend.errors import ChainError, ConfigError, DriverError
-from xenbackend.image.names import at_another_path, find_image, has_driver, image_of_file, probe
+from xenbackend.errors import ChainError, ConfigError
+from xenbackend.image.names import at_another_path, find_image, has_driver, image_of_file
 
 
 @pytest.mark.parametrize(
@@ -53,34 +52,6 @@ def test_a_format_can_be_demanded() -> None:
     """Where only some formats make sense, the others are refused."""
     with pytest.raises(ConfigError, match="write one of vhd:FILE"):
         find_image("aio:/x", ("vhd",))
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"QFI\xfb\0\0\0\1" + bytes(600), "qcow"),
-        (b"QFI\xfb\0\0\0\2" + bytes(600), "qcow2"),
-        (fixed(bytes(4096)), "vhd"),
-        (fixed(b"")[-512:] + bytes(4096), "vhd"),
-        (b"vhdxfile" + bytes(600), "vhdx"),
-        (b"KDMV" + bytes(600), "vmdk"),
-        (bytes(64) + b"\x7f\x10\xda\xbe" + bytes(600), "vdi"),
-        (bytes(4096), "raw"),
-        (b"x", "raw"),
-    ],
-)
-def test_what_a_file_looks_like(tmp_path: Path, content: bytes, expected: str) -> None:
-    """A format is known by its magic; whatever has none is raw."""
-    path = tmp_path / "file"
-    path.write_bytes(content)
-
-    assert expected == probe(str(path))
-
-
-def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
-    """What cannot be read is said with its name."""
-    with pytest.raises(DriverError, match="none: No such file"):
-        probe(f"{tmp_path}/none")
 
 
 def test_any_name_becomes_a_layer() -> None:

@@ -16,7 +16,7 @@ from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
 from tests.vhd_images import image as vhd_image
 from xenbackend.block.formats.blank import Wishes
-from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.block.images import QEMU_NAMES
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image import resize as module
 from xenbackend.image.check import CLEAN, check

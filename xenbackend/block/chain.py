@@ -145,7 +145,7 @@ def open_chain(
             raise DriverError("it can only be read; attach the disk read-only", layer=spec.text, errno=errno.EROFS)
         return Chain(layers, read_only=read_only, checked=checked)
     except BaseException:
-        opening.undo()
+        opening.close()
         raise
 
 

@@ -12,13 +12,11 @@ from typing import Any
 
 from xenbackend.block import grammar
 from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank
+from xenbackend.block.images import FORMAT_OF, FORMATS, QEMU_NAMES
 from xenbackend.block.opening import MAX_PARENTS, OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError
 
-FORMATS = {"raw": "aio", "vhd": "vhd", "qcow2": "qcow2", "qcow": "qcow"}  # our words for formats, and their drivers
-FORMAT_OF = {driver: name for name, driver in FORMATS.items()} | {"sync": "raw"}
-QEMU_NAMES = {"raw": "raw", "vhd": "vpc", "qcow2": "qcow2", "qcow": "qcow"}
 _PARENTS = {"vhd": ("vhd", "raw"), "qcow2": ("raw", "vhd", "qcow2", "qcow"), "qcow": ("raw", "vhd", "qcow2", "qcow")}
 _OVER_RAW = "qcow2"  # it says itself of which format its parent is, and any tool knows it
 

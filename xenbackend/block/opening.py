@@ -59,12 +59,14 @@ class Opening:
     def __init__(self, make_env: MakeEnv, sleep: Callable[[float], None]) -> None:
         self._make_env = make_env
         self._sleep = sleep
+        self.layers: list[OpenLayer] = []  # the source and its parents, as many as could be opened
         self._opened: list[Driver] = []
         self._keys: set[str] = set()
 
     def source_and_parents(self, spec: LayerSpec, *, read_only: bool, shareable: bool) -> list[OpenLayer]:
         """Open a source, then its parents for reading, each after the child whose image names it."""
-        layers = [self._open(spec, read_only=read_only, shareable=shareable)]
+        layers = self.layers
+        layers.append(self._open(spec, read_only=read_only, shareable=shareable))
         seen = _identities(layers[0].driver.options)
         while (reference := layers[-1].driver.parent) is not None:
             child = layers[-1]
@@ -77,7 +79,7 @@ class Opening:
             opened = self._parent(parent, child, seen)
             seen |= _identities(opened.driver.options)
             layers.append(opened)
-        return layers
+        return layers[:]
 
     def filter(self, spec: LayerSpec, below: OpenLayer, *, read_only: bool) -> OpenLayer:
         """Open a filter in front of the layer `below`."""
@@ -86,7 +88,7 @@ class Opening:
             raise DriverError("a filter cannot have a parent: it has a layer below it", layer=spec.text)
         return layer
 
-    def undo(self) -> None:
+    def close(self) -> None:
         """Close what is open, the last one first."""
         for driver in reversed(self._opened):
             with suppress(Exception):  # the reason why we close is the one to report

@@ -6,7 +6,6 @@ Must not do what `xenbackend.image` should; a verb here is its arguments, one ca
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,8 @@ def _register_create(verbs: Any) -> None:
 
 def _register_info(verbs: Any) -> None:
     verb = verbs.add_parser("info", help="say what an image is", description="Say what an image or a chain is, and its "
-        "parents. Of a FILE alone it finds out what it looks like; nothing else here does that.")  # fmt: skip
+        "parents. Of a FILE alone it finds out what it looks like; nothing else here does that. Of what cannot be "
+        "served it says what is known, what is in the way and what to do, and ends with 2.")  # fmt: skip
     verb.add_argument("image", metavar="CHAIN_OR_FILE", help="such as qcow2:FILE, or just FILE")
     verb.set_defaults(run=info)
 
@@ -200,9 +200,9 @@ def snapshot(arguments: argparse.Namespace) -> int:
 
 def info(arguments: argparse.Namespace) -> int:
     """Say what an image is. Raises: ChainError, DriverError."""
-    from xenbackend.cli import image_show
+    from xenbackend.cli import image_info
 
-    return image_show.info(arguments)
+    return image_info.info(arguments)
 
 
 def show_map(arguments: argparse.Namespace) -> int:
@@ -394,4 +394,6 @@ def _print_created(made: Created, *, as_json: bool) -> int:
 
 
 def _print_json(value: object) -> None:
+    import json  # late: people do not read it
+
     print(json.dumps(value, indent=2))

@@ -1,41 +1,38 @@
-"""What an image is: format, sizes, clusters, and the bits that say that something is wrong.
+"""What an image is: format, sizes, clusters, parents, and what stands in the way of serving it.
 
-Must not read data, nor decide what an image is served as.
+Must not read data, nor decide what an image is served as. What opens is asked of its open driver; of what does not, the
+headers are looked at.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from uuid import UUID
+from typing import Any
 
-from xenbackend.block.chain import OpenLayer
-from xenbackend.block.drivers.aio import Aio
-from xenbackend.block.drivers.qcow import Qcow
-from xenbackend.block.drivers.qcow2 import Qcow2
-from xenbackend.block.drivers.vhd import Vhd
-from xenbackend.block.formats import qcow, qcow2, vhd
+from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
-from xenbackend.block.spec import ChainSpec
-from xenbackend.errors import DriverError
-from xenbackend.image.session import Disk, Session
-
-_VHD_TYPES = {vhd.FIXED: "fixed", vhd.DYNAMIC: "dynamic", vhd.DIFFERENCING: "differencing"}
+from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
+from xenbackend.errors import ConfigError, DriverError, printable
+from xenbackend.image import looks
+from xenbackend.image.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One layer. Sizes are bytes; 0 where there is no such thing."""
+    """One layer. Sizes are bytes; 0 where there is no such thing, or it is not known."""
 
-    layer: str
-    format: str  # "VHD, dynamic"
+    layer: str  # empty for a file that no driver serves
+    format: str  # "VHD, dynamic"; empty where even that is not known
     virtual_size: int
     file: str = ""
     file_size: int = 0  # also 0 for a block device
     allocated: int = 0  # what the file takes on its file system
     cluster_size: int = 0
-    parent: str = ""  # the layer
+    parent: str = ""  # the layer, of a parent that was found
+    parent_names: tuple[str, ...] = ()  # what the image itself calls a parent that could not be opened
     is_dirty: bool = False
     is_corrupt: bool = False
     more: dict[str, str] = field(default_factory=dict)
@@ -47,54 +44,135 @@ class ChainFacts:
 
     chain: str
     in_use: bool  # somebody writes to it: numbers may be old already
-    layers: list[Facts]
+    layers: list[Facts]  # where something is in the way, up to the one that cannot be opened
+    problem: str = ""  # why it cannot be opened
 
 
 def chain_facts(spec: ChainSpec) -> ChainFacts:
     """Return what a chain is made of; also of one that is in use, which is then read without a lock.
 
-    Raises: DriverError.
+    Raises: DriverError, where there is nothing to look at.
     """
-    with Session() as session:
-        disk, in_use = _open(session, spec)
-        layers = disk.chain.layers
+    with Session(use_queues=False) as session:
+        try:
+            layers, in_use = _open(session, spec)
+        except DriverError as error:
+            return _in_the_way(session, spec, error)
         children = {each.parent_of: each.text for each in layers if each.parent_of}
         return ChainFacts(spec.text, in_use, [_facts(each, children.get(each.text, "")) for each in layers])
 
 
-def _open(session: Session, spec: ChainSpec) -> tuple[Disk, bool]:
+def file_facts(path: str, look: looks.Look) -> ChainFacts:
+    """Return what a file is that no driver serves. Raises: DriverError, where it cannot be read."""
+    problem = f"{printable(path)} looks like {look.title}, which no driver serves; {look.advice}"
+    return ChainFacts("", False, [_headers("", path)], problem)
+
+
+def _open(session: Session, spec: ChainSpec) -> tuple[tuple[OpenLayer, ...], bool]:
     try:
-        return session.open(spec, read_only=True), False
+        return session.open(spec, read_only=True).chain.layers, False
     except DriverError as error:
         if error.errno != errno.EBUSY:
             raise
-    return session.open(spec, read_only=True, locked=False), True
+    return session.open(spec, read_only=True, locked=False).chain.layers, True
+
+
+def _in_the_way(session: Session, spec: ChainSpec, error: DriverError) -> ChainFacts:
+    """Return what can be said of a chain that cannot be opened. Raises: that error, where nothing can."""
+    found = [Facts(each.text, each.driver.name, 0) for each in spec.layers[:-1]]
+    opened = session.open_as_far(spec.layers[-1], locked=False)
+    failed = spec.layers[-1]
+    for number, layer in enumerate(opened):
+        parent = layer.driver.parent
+        text = opened[number + 1].text if number + 1 < len(opened) else parent.text if parent else ""
+        found.append(_facts(layer, text))
+    if opened:
+        if not found[-1].parent:
+            return ChainFacts(spec.text, False, found, str(error))
+        try:
+            (failed,) = parse_chain(found[-1].parent).layers
+        except (ConfigError, ValueError):  # the error says so
+            return ChainFacts(spec.text, False, found, str(error))
+    try:
+        found.append(_of_spec(failed))
+    except DriverError:
+        if not opened:
+            raise error from None
+    return ChainFacts(spec.text, False, found, str(error))
+
+
+def _of_spec(spec: LayerSpec) -> Facts:
+    """Return what the file of a layer says that could not be opened. Raises: DriverError, where there is none."""
+    path = next(iter(files_of(spec.options).values()), "")
+    if not path:
+        raise DriverError("it has no file", layer=spec.text)
+    return _headers(spec.text, path)
+
+
+def _headers(layer: str, path: str) -> Facts:
+    from xenbackend.image.headers import read_headers  # late: most images open
+
+    fd = looks.open_to_look(path)
+    try:
+        size = os.lseek(fd, 0, os.SEEK_END)
+        read = looks.reader(fd, size)
+        name = looks.name_of(read, size)
+        found = read_headers(name, read, size)
+    except OSError as error:
+        raise DriverError(f"{path}: {error.strerror}", path=path, errno=error.errno or errno.EIO) from error
+    finally:
+        os.close(fd)
+    base = _base(layer, path, found.size)
+    title = "" if name == "raw" else found.format  # what looks like nothing may be anything, damaged
+    return replace(base, format=title, cluster_size=found.cluster_size, parent_names=found.parents, more=found.more)
+
+
+def _base(layer: str, path: str, virtual_size: int) -> Facts:
+    found = os.stat(path) if path else None  # noqa: PTH116 - as `opening`: pathlib would alter the name
+    file_size, allocated = (found.st_size, found.st_blocks * 512) if found else (0, 0)
+    return Facts(layer, "raw", virtual_size, path, file_size, allocated)
 
 
 def _facts(layer: OpenLayer, parent: str) -> Facts:
     driver = layer.driver
-    path = next(iter(files_of(driver.options).values()), "")
-    found = os.stat(path) if path else None  # noqa: PTH116 - as `opening`: pathlib would alter the name
-    file_size, allocated = (found.st_size, found.st_blocks * 512) if found else (0, 0)
-    base = Facts(layer.text, "raw", layer.geometry.size, path, file_size, allocated, parent=parent)
-    if isinstance(driver, Vhd):
-        return _vhd(driver, base)
-    if isinstance(driver, Qcow2):
-        return _qcow2(driver, base)
-    if isinstance(driver, Qcow):
-        header = qcow.parse_header(driver.file.read_at, driver.file.size)
-        return replace(base, format="QCOW, version 1", cluster_size=header.cluster_size)
-    return base if isinstance(driver, Aio) else replace(base, format=driver.name)
+    base = _base(layer.text, next(iter(files_of(driver.options).values()), ""), layer.geometry.size)
+    of_format = _OF_FORMAT.get(driver.name, _reported)
+    return of_format(driver, replace(base, parent=parent))
 
 
-def _vhd(driver: Vhd, base: Facts) -> Facts:
+def _raw(_: Any, base: Facts) -> Facts:
+    return base
+
+
+def _reported(driver: Any, base: Facts) -> Facts:
+    """Return what a driver says of itself."""
+    facts = dict(driver.env.facts)
+    facts.pop("mode", None)
+    return replace(base, format=facts.pop("format", driver.name), more=facts)
+
+
+def _vhd(driver: Any, base: Facts) -> Facts:
+    from uuid import UUID
+
+    from xenbackend.block.formats import vhd
+
     footer = driver.footer
+    kinds = {vhd.FIXED: "fixed", vhd.DYNAMIC: "dynamic", vhd.DIFFERENCING: "differencing"}
     cluster_size = 0 if footer.type == vhd.FIXED else driver.header.block_size
     more = {"uuid": str(UUID(bytes=footer.uuid)), "creator": footer.creator.rstrip(b"\0").decode("latin-1")}
-    return replace(base, format=f"VHD, {_VHD_TYPES[footer.type]}", cluster_size=cluster_size, more=more)
+    return replace(base, format=f"VHD, {kinds[footer.type]}", cluster_size=cluster_size, more=more)
 
 
-def _qcow2(driver: Qcow2, base: Facts) -> Facts:
+def _qcow(driver: Any, base: Facts) -> Facts:
+    from xenbackend.block.formats import qcow
+
+    header = qcow.parse_header(driver.file.read_at, driver.file.size)
+    return replace(base, format="QCOW, version 1", cluster_size=header.cluster_size)
+
+
+def _qcow2(driver: Any, base: Facts) -> Facts:
+    from xenbackend.block.formats import qcow2
+
     header = qcow2.parse_header(driver.file.read_at, driver.file.size)
     return replace(
         base,
@@ -104,3 +182,8 @@ def _qcow2(driver: Qcow2, base: Facts) -> Facts:
         is_corrupt=bool(header.incompatible & qcow2.CORRUPT),
         more={"snapshots": str(header.snapshot_count)} if header.snapshot_count else {},
     )
+
+
+_OF_FORMAT: dict[str, Callable[[Any, Facts], Facts]] = {  # by driver; what they need is there when one is open
+    "aio": _raw, "sync": _raw, "vhd": _vhd, "qcow": _qcow, "qcow2": _qcow2,
+}  # fmt: skip

@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Self
 
 from xenbackend.block.chain import Chain, open_chain
 from xenbackend.block.driver import File
+from xenbackend.block.opening import Opening, OpenLayer
 from xenbackend.block.request import PENDING, Op, Request
-from xenbackend.block.spec import ChainSpec
+from xenbackend.block.spec import ChainSpec, LayerSpec
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
@@ -48,14 +50,15 @@ class Session:
 
     Args:
         direct: bypass the page cache where layers ask for it; without it, nothing does.
+        use_queues: have the kernel do I/O asynchronously. Who reads only what drivers read while they open needs none.
     """
 
-    def __init__(self, *, direct: bool = True) -> None:
+    def __init__(self, *, direct: bool = True, use_queues: bool = True) -> None:
         self._reactor = Reactor()
-        self._files = HostFiles(self._reactor, lock_timeout_s=LOCK_TIMEOUT_S, direct=direct)
+        self._files = HostFiles(self._reactor, use_queues=use_queues, lock_timeout_s=LOCK_TIMEOUT_S, direct=direct)
         # a loop has one queue of each kind
         self._unlocked = HostFiles(self._reactor, use_queues=False, direct=direct, locks=False)
-        self._open: list[Chain | File] = []
+        self._open: list[Chain | File | Opening] = []
 
     def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True) -> Disk:
         """Open a chain. Without a lock it is only read, and what is read may be half of somebody's change.
@@ -66,6 +69,18 @@ class Session:
         chain = open_chain(spec, env, read_only=read_only or not locked)
         self._open.append(chain)
         return Disk(chain)
+
+    def open_as_far(self, spec: LayerSpec, *, locked: bool = True) -> list[OpenLayer]:
+        """Open a source, for reading, and its parents up to the first that cannot be opened; return those that could.
+
+        They are to be looked at: no request can be sent there.
+        """
+        env = EnvFactory(self._reactor, self._files if locked else self._unlocked)
+        opening = Opening(env, _do_not_sleep)
+        self._open.append(opening)
+        with suppress(DriverError):  # who asks has been told why already
+            opening.source_and_parents(spec, read_only=True, shareable=True)
+        return opening.layers
 
     def open_file(self, path: str, *, read_only: bool, step: int = 0) -> File:
         """Open an image's file: locked for readers, or for us alone. `step` is that of `block.driver.Files`.
@@ -82,7 +97,7 @@ class Session:
 
     def close(self, opened: Disk | File) -> None:
         """Close a disk or a file before the session ends; nothing is in flight. Raises: what closing it raised."""
-        what = opened.chain if isinstance(opened, Disk) else opened
+        what: Chain | File = opened.chain if isinstance(opened, Disk) else opened
         self._open.remove(what)
         what.close()
 
@@ -145,6 +160,10 @@ def flush_request() -> Request:
     request = Request()
     request.op = Op.FLUSH
     return request
+
+
+def _do_not_sleep(seconds: float) -> None:
+    """Try again at once: the medium has been waited for already."""
 
 
 def _tell(batch: list[Request]) -> None:

@@ -12,7 +12,7 @@ from tests.image_content import disk_content, disk_write
 from tests.qemu import qemu_img
 from xenbackend.block.formats.blank import Parent, Wishes, blank
 from xenbackend.block.formats.qcow2_check import check as check_qcow2
-from xenbackend.block.leaf import QEMU_NAMES
+from xenbackend.block.images import QEMU_NAMES
 from xenbackend.errors import ConfigError
 from xenbackend.worker.newfile import write_new
 

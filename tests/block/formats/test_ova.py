@@ -139,7 +139,7 @@ def test_a_description() -> None:
     assert [Described("b", "", is_chunked=False)] == described_disks(text)
 
 
-@pytest.mark.parametrize("data", [b"", bytes(512), b"x" * 512, archive([("a", b"")])[:500]])
+@pytest.mark.parametrize("data", [b"", bytes(512), b"0" * 512, archive([("a", b"")])[:500]])
 def test_what_is_no_archive(data: bytes) -> None:
     """A file that does not begin with a header of tar is none."""
     assert not is_archive(data)

@@ -94,8 +94,8 @@ class Vmdk(ForeignDisk):
             disk = self._parse_one(file, start)
         if self.options.disk and not ova.is_archive(start):
             raise DriverError("it is no OVA, and has no disks to choose from; leave disk= away")
-        kind = disk.descriptor.create_type or "VMDK"
-        env.report("format", f"VMDK, {printable(kind)}, {_grains(disk)}")
+        kind = f"{printable(disk.descriptor.create_type)}, " if disk.descriptor.create_type else ""
+        env.report("format", f"VMDK, {kind}{_grains(disk)}")
         if disk.descriptor.parent_cid != vmdk_descriptor.NO_PARENT:
             self.parent = self._find_parent(disk.descriptor.parent)
         self._inflated = Inflated(self)

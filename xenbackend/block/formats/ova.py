@@ -48,7 +48,7 @@ class Described:
 
 def is_archive(start: bytes) -> bool:
     """Return whether a file that begins like this is a tar archive."""
-    return len(start) >= _BLOCK and start[257:262] == b"ustar" and _has_checksum(start[:_BLOCK])
+    return len(start) >= _BLOCK and _has_checksum(start[:_BLOCK])
 
 
 def members(read: Read, file_size: int) -> Iterator[Member]:

@@ -1,0 +1,93 @@
+"""The verb info of the command image, as main runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.foreign_images import GRAIN, MIB, archive, descriptor, ovf, vmdk
+from tests.qcow_images import qcow2
+from tests.vhd_images import image
+from xenbackend.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return what runs the verb in the test's directory: status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(*words: str) -> tuple[int, str, str]:
+        status = main(["image", "info", *words])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run_it
+
+
+def test_what_is_served_is_a_layer(run: Run, tmp_path: Path) -> None:
+    """An image that is served is 0, and the layer to write is said; so is what an ISO or an OVA is served by."""
+    (tmp_path / "d.ova").write_bytes(archive([("a.ovf", ovf("d")), ("d", vmdk(MIB, {1: b"x" * GRAIN}))]))
+    (tmp_path / "cd").write_bytes(bytes(32768) + b"\1CD001\1" + bytes(505))
+    (tmp_path / "f-flat.vmdk").write_bytes(bytes(4096))
+    (tmp_path / "f.vmdk").write_bytes(descriptor('RW 8 FLAT "f-flat.vmdk" 0', create_type="monolithicFlat"))
+
+    for name, says, line in [
+        ("d.ova", "looks like ova; as a layer it is vmdk:d.ova", "VMDK, grains of 64 KiB"),
+        ("cd", "looks like iso; as a layer it is aio:cd (as a disk it can only be read: attach it read-only)", "raw"),
+        ("f.vmdk", "looks like vmdk; as a layer it is vmdk:f.vmdk", "VMDK, monolithicFlat, flat"),
+    ]:
+        status, out, err = run(name)
+        assert (0, "", f"{name} {says}") == (status, err, out.splitlines()[0])
+        assert f"  format:       {line}" in out.splitlines()
+
+
+def test_facts_come_first(run: Run, tmp_path: Path) -> None:
+    """Of what cannot be served all is said that is known; then, as an error and with 2, why, and what to do."""
+    (tmp_path / "a.qed").write_bytes(b"QED\0".ljust(48, b"\0") + (MIB).to_bytes(8, "little") + bytes(512))
+    status, out, err = run("a.qed")
+    assert (2, "a.qed") == (status, out.splitlines()[0])
+    assert "  disk:         1 MiB (1048576 bytes)" in out.splitlines()
+    assert "a.qed looks like a QED image, which no driver serves; qemu-img convert -f qed -O qcow2 a.qed a.qcow2" in err
+
+    names = [(b"W2ru", "base.vhd".encode("utf-16-le"))]
+    (tmp_path / "c.vhd").write_bytes(image(MIB, parent_uuid=b"p" * 16, names=names))
+    status, out, err = run("c.vhd")
+    assert (2, "c.vhd looks like vhd; as a layer it is vhd:c.vhd") == (status, out.splitlines()[0])
+    assert "  parent:       called 'base.vhd' by the image" in out.splitlines()
+    assert "its parent is not there" in err
+
+
+def test_json_has_the_same(run: Run, tmp_path: Path) -> None:
+    """JSON says what is known and what is in the way; the status and the sentence are the same."""
+    (tmp_path / "a").write_bytes(qcow2(MIB, backing=b"gone", backing_format=b"raw"))
+    status, out, err = run("a", "--json")
+    found = json.loads(out)
+    assert (2, "qcow2", ["gone"]) == (status, found["probed"], found["layers"][0]["parent_names"])
+    assert f"xenbackend: {found['problem']}\n" == err
+
+    (tmp_path / "z").write_bytes(b"\x1f\x8b\x08" + bytes(600))
+    status, out, err = run("z", "--json")
+    found = json.loads(out)
+    assert (2, "gzip", "", 603) == (status, found["probed"], found["chain"], found["layers"][0]["file_size"])
+    assert "gunzip -c z > z.unpacked" in found["problem"]
+
+
+def test_nothing_in_a_name_reaches_the_terminal(run: Run, tmp_path: Path) -> None:
+    """A parent's name is any bytes: what would move the cursor is escaped."""
+    (tmp_path / "a").write_bytes(qcow2(MIB, backing=b"\x1b[2J\xff", backing_format=b"raw"))
+    _, out, err = run("a")
+
+    assert "\x1b" not in out + err
+
+
+def test_a_choice_of_disks_is_offered(run: Run, tmp_path: Path) -> None:
+    """An OVA with several disks says which there are."""
+    (tmp_path / "a.ova").write_bytes(archive([("a.ovf", ovf("1", "2")), ("1", b""), ("2", b"")]))
+    status, out, err = run("a.ova")
+
+    assert (2, True, True) == (status, "files:        1, 2" in out, "say disk=NAME, one of 1, 2" in err)
