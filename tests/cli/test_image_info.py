@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.foreign_images import GRAIN, MIB, archive, descriptor, ovf, vmdk
+from tests.foreign_images import GRAIN, MIB, archive, descriptor, ovf, vdi, vmdk
 from tests.qcow_images import qcow2
 from tests.vhd_images import image
 from xenbackend.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
+# What takes long to import, and what only other commands and other images need. "xenbackend.block.drivers." is all.
+DEAR = {
+    "asyncio", "daemon", "difflib", "logging", "multiprocessing", "pathlib", "platform", "pyxs", "rich", "structlog",
+    "subprocess", "urllib", "uuid", "xml", "xenbackend.bench", "xenbackend.block.leaf", "xenbackend.host",
+    "xenbackend.image.convert", "xenbackend.image.create", "xenbackend.image.extents", "xenbackend.image.resize",
+    "xenbackend.image.transfer", "xenbackend.kernel.aio", "xenbackend.kernel.uring", "xenbackend.rig",
+    "xenbackend.supervisor", "xenbackend.worker.engine", "xenbackend.worker.io_queue",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -91,3 +101,33 @@ def test_a_choice_of_disks_is_offered(run: Run, tmp_path: Path) -> None:
     status, out, err = run("a.ova")
 
     assert (2, True, True) == (status, "files:        1, 2" in out, "say disk=NAME, one of 1, 2" in err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "data", "driver"),
+    [
+        (["info", "image"], qcow2(MIB), "qcow2"),
+        (["info", "qcow2:image"], qcow2(MIB), "qcow2"),
+        (["info", "image"], vmdk(MIB, {}), "vmdk"),
+        (["info", "image"], vdi(MIB, {}), "vdi"),
+        (["info", "image"], bytes(MIB), "aio"),
+        (["check", "qcow2:image"], qcow2(MIB), ""),
+    ],
+)
+def test_looking_imports_little(tmp_path: Path, words: list[str], data: bytes, driver: str) -> None:
+    """To look at an image nothing is imported that takes long and is not needed, nor another format's driver."""
+    (tmp_path / "image").write_bytes(data)
+    program = (
+        "import sys, xenbackend.cli.main as cli;"
+        f"assert cli.main({['image', *words]!r}) == 0; print(*sorted(sys.modules), sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+    )  # fmt: skip
+    loaded = done.stdout.splitlines()
+    drivers = {name for name in loaded if name.startswith("xenbackend.block.drivers.")}
+
+    assert [] == [name for name in loaded if any(name == dear or name.startswith(f"{dear}.") for dear in DEAR)]
+    assert drivers <= ({f"xenbackend.block.drivers.{driver}"} if driver else drivers)

@@ -14,7 +14,6 @@ together is checked in `__post_init__`, which raises ValueError with a sentence.
 
 from __future__ import annotations
 
-import difflib
 import errno as errno_module
 import os
 from collections.abc import Callable, Iterable
@@ -107,6 +106,8 @@ def describe_options(options: type) -> list[OptionHelp]:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return what to add to a sentence about an unknown word: the nearest known one, or nothing."""
+    import difflib  # late: most words are right
+
     close = difflib.get_close_matches(word.lower(), list(words), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -1,26 +1,26 @@
 """Checking an image file by itself, and repairing what can be repaired without risk.
 
-Must not look at an image that somebody writes to, nor repair what data may depend on.
+Must not look at an image that somebody writes to, nor repair what data may depend on, nor import what looks at another
+format than the image's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from xenbackend.block.driver import File
-from xenbackend.block.drivers.vhd import is_device
-from xenbackend.block.formats import qcow2, qcow2_check
-from xenbackend.block.formats.qcow2_repair import Write, plan_repair
-from xenbackend.block.formats.vhd import SECTOR
-from xenbackend.block.qcow.datafile import check_length, find_data
 from xenbackend.errors import DriverError
-from xenbackend.image import qcow_check, vhd_check
 from xenbackend.image.faults import Faults
 from xenbackend.image.names import Image
 from xenbackend.image.session import Session
 from xenbackend.units import PAGE, round_up
 
+if TYPE_CHECKING:
+    from xenbackend.block.formats.qcow2_repair import Write
+
+_SECTOR = 512
 CLEAN, ERRORS, LEAKS = 0, 2, 3  # as qemu-img check ends
 STEP = {"qcow2": 64 * 1024, "qcow": 64 * 1024, "vhd": 512, "raw": 512}  # bytes: what a file that is written ends at
 
@@ -44,7 +44,7 @@ class Verdict:
 
 def check(image: Image) -> Verdict:
     """Look at an image that nobody writes to. Raises: DriverError, where it is in use or no image of its format."""
-    with Session() as session:
+    with Session(use_queues=False) as session:
         file = session.open_file(image.path, read_only=True, step=512)
         return _look(image, file)
 
@@ -54,7 +54,7 @@ def repair(image: Image) -> Verdict:
 
     Raises: DriverError, where it is in use, or cannot be repaired without risk; OSError.
     """
-    with Session() as session:
+    with Session(use_queues=False) as session:
         file = session.open_file(image.path, read_only=False, step=STEP[image.format])
         before = _look(image, file)
         if before.status:
@@ -78,8 +78,13 @@ def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
 
 def _plan(image: Image, file: File) -> list[list[Write]]:
     if image.format == "vhd":
+        from xenbackend.image import vhd_check
+
         return vhd_check.plan_repair(file)
     if image.format == "qcow2":
+        from xenbackend.block.formats import qcow2_check
+        from xenbackend.block.formats.qcow2_repair import plan_repair
+
         found = qcow2_check.Check(file.read_at, file.size)
         found.run()
         return plan_repair(found)
@@ -97,9 +102,16 @@ def _look(image: Image, file: File) -> Verdict:
 
 def _faults(image: Image, file: File) -> Faults:
     if image.format == "vhd":
+        from xenbackend.block.drivers.vhd import is_device
+        from xenbackend.image import vhd_check
+
         return vhd_check.check(file.read_at, file.size, on_device=is_device(image.path))
     if image.format == "qcow":
+        from xenbackend.image import qcow_check
+
         return qcow_check.check(file.read_at, file.size)
+    from xenbackend.block.formats import qcow2_check
+
     report = qcow2_check.check(file.read_at, file.size)
     faults = Faults(report.errors + report.is_corrupt, report.leaks, is_dirty=report.is_dirty)
     faults.sentences = report.sentences[:]
@@ -109,13 +121,16 @@ def _faults(image: Image, file: File) -> Faults:
 
 def _look_for_data(image: Image, file: File, faults: Faults) -> None:
     """See that an external data file is there, may be opened, and is as long as the disk."""
+    from xenbackend.block.formats import qcow2
+    from xenbackend.block.qcow.datafile import check_length, find_data
+
     header, options = qcow2.parse_header(file.read_at, file.size), image.chain.layers[0].options
     if not header.has_data_file:
         return
     try:
         path = find_data(image.path, header.data_name, options.data_file, options.parents)
-        with Session() as session:
-            check_length(path, session.open_file(path, read_only=True, step=SECTOR).size, header.size)
+        with Session(use_queues=False) as session:
+            check_length(path, session.open_file(path, read_only=True, step=_SECTOR).size, header.size)
     except OSError as error:
         faults.add_error(str(error))
     except DriverError as error:

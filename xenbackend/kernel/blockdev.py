@@ -10,11 +10,9 @@ import errno
 import fcntl
 import mmap
 import os
-import shlex
 import stat
 import struct
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import round_up
@@ -98,6 +96,8 @@ def refuse_part_of_a_sector(medium: Medium, path: str) -> None:
         return
     sector = medium.sector_size
     sentence = f"{path} has {medium.end} bytes, which is no multiple of its {sector} byte sectors"
+    import shlex  # late: most files are whole
+
     way_out = f"make the file whole: truncate -s %{sector} {shlex.quote(printable(path))}"
     if medium.is_device:
         way_out = "choose smaller sectors by sector="
@@ -139,6 +139,8 @@ def _is_physical(size: int, sector_size: int) -> bool:
 
 def _queue_limit(number: int, name: str) -> int:
     """Return a limit of a block device's queue from sysfs, 0 where it is not known; a partition has its disk's."""
+    from pathlib import Path  # late: most images are files
+
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     for queue in (device / "queue", device.resolve().parent / "queue"):
         try:

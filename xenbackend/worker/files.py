@@ -23,9 +23,9 @@ from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
-from xenbackend.worker.io_queue import CachedQueue, DirectQueue, IoQueue
 
 if TYPE_CHECKING:
+    from xenbackend.worker.io_queue import IoQueue
     from xenbackend.worker.reactor import Reactor
 
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
@@ -111,8 +111,8 @@ class HostFiles:
         if blocking:
             return Image(fd, medium, alignment, self._reactor, None)
         if alignment is not None:
-            return DirectImage(fd, medium, alignment, self._reactor, self._queue(DirectQueue))
-        return CachedImage(fd, medium, None, self._reactor, self._queue(CachedQueue))
+            return DirectImage(fd, medium, alignment, self._reactor, self._queue(direct=True))
+        return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
 
     def _lock(self, fd: int, path: str, *, shared: bool) -> None:
         if not self._locks:
@@ -129,13 +129,16 @@ class HostFiles:
             else:
                 return
 
-    def _queue(self, kind: type[DirectQueue | CachedQueue]) -> IoQueue | None:
+    def _queue(self, *, direct: bool) -> IoQueue | None:
         """Return the worker's one queue of a kind, or None where the host has none for us."""
+        if not self._use_queues:
+            return None
+        from xenbackend.worker.io_queue import CachedQueue, DirectQueue  # late: who opens files only to look has none
+
+        kind = DirectQueue if direct else CachedQueue
         for queue in self._queues:
             if isinstance(queue, kind):
                 return queue
-        if not self._use_queues:
-            return None
         try:
             self._queues.append(queue := kind(self._reactor))
         except KernelError:

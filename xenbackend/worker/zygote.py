@@ -16,6 +16,7 @@ import sys
 
 from xenbackend.block.drivers import BUILT_IN, find_driver
 from xenbackend.kernel.ports import load_host
+from xenbackend.worker import io_queue  # noqa: F401 - whoever opens an image for I/O imports it then
 from xenbackend.worker.main import serve
 
 

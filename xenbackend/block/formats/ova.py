@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from xml.parsers import expat
 
 from xenbackend.block.formats.layout import Read
 from xenbackend.errors import DriverError, printable
@@ -110,6 +109,8 @@ def find_disk(read: Read, file_size: int, wanted: str) -> Member:
 
 def described_disks(text: bytes) -> list[Described]:
     """Return the disks that a description names, in its order. Raises: DriverError, where it cannot be read."""
+    from xml.parsers import expat  # late: most disks are in no OVA
+
     found: dict[str, list[dict[str, str]]] = {"File": [], "Disk": []}
 
     def start(name: str, attributes: dict[str, str]) -> None:

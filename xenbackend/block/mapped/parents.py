@@ -10,7 +10,6 @@ import errno
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from xenbackend.block.driver import ParentRef
 from xenbackend.block.grammar import format_layer
@@ -60,8 +59,8 @@ def parent_ref(driver: str, path: str, **options: str) -> ParentRef:
 
 
 def _check_within(what: str, path: str, directory: str) -> None:
-    real, root = Path(path).resolve(), Path(directory).resolve()
-    if not real.is_relative_to(root):
+    real, root = os.path.realpath(path), os.path.realpath(directory)
+    if os.path.commonpath([real, root]) != root:
         advice = "data_file=FILE" if what == DATA_FILE else "parents=DIRECTORY"
         problem = f"its {what} {printable(path)} is {real}, outside of {root}; if that is right, say {advice}"
         raise DriverError(problem, path=path, errno=errno.EACCES)
