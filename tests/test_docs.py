@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from xenbackend.block import drivers
 from xenbackend.block.options import describe_options
 from xenbackend.block.spec import parse_chain
 
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
 HEADINGS = ["Synopsis", "Description", "Options", "Behaviour", "Example", "Limits"]
 IS_THIRD_PARTY_HERE = bool(metadata.entry_points(group=drivers.GROUP, name="xor"))
 NAMES = [*sorted(drivers.BUILT_IN), *(["xor"] if IS_THIRD_PARTY_HERE else [])]
@@ -50,3 +53,14 @@ def test_a_synopsis_names_every_option(name: str) -> None:
     for each in describe_options(driver.Options):
         assert each.is_target or f"{each.name}=" in section(manual, "Synopsis")
         assert re.search(rf"^{each.name}: ", section(manual, "Options"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    """Each link of a page to another one of ours leads to a file, and a part of it that is named to a heading."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, part = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if part else []
+        assert not part or part in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings], target
