@@ -56,7 +56,7 @@ def test_a_damaged_image_is_waited_for(vbd: Served) -> None:
     vbd.pass_time(PAUSE_S)
     frontend.poll()
     sentence = (
-        "a write at byte 4096 was not done, as it would destroy a table of its damaged image; it waits: "
+        "a write at byte 4096 was not done, as it would destroy metadata of its damaged image; it waits: "
         "shut the guest down, and mend the image with: xenbackend image check --repair"
     )
 

@@ -120,6 +120,6 @@ def _sentence(request: Request, code: int) -> str:
     place = f"at byte {request.offset}"
     if code == IMAGE_DAMAGED:
         way_out = "shut the guest down, and mend the image with: xenbackend image check --repair"
-        return f"{what} {place} was not done, as it would destroy a table of its damaged image; it waits: {way_out}"
+        return f"{what} {place} was not done, as it would destroy metadata of its damaged image; it waits: {way_out}"
     way_out = "make space" if code in (errno.ENOSPC, errno.EDQUOT) else "mend the disk"
     return f"{what} {place} failed ({why}); the disk waits and tries again every second: {way_out}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,8 @@ from tests.helpers_block import content, flush, read, write
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
 from xenbackend.block.drivers.vhd import Vhd
 from xenbackend.block.formats import vhd
-from xenbackend.block.request import Op, Request
+from xenbackend.block.request import IMAGE_DAMAGED, Op, Request
+from xenbackend.errors import DriverError
 
 SIZE, BLOCK, PARENT = 256 << 10, 16 << 10, 128 << 10
 SECTORS = BLOCK // 512
@@ -242,6 +244,70 @@ def test_no_room(make: Callable[[str, int], Image]) -> None:
     first = disk.do(*(write(block * BLOCK, b"v" * 512) for block in range(2)))
     assert vhd.pack_footer(disk.chain.layers[0].driver.footer) == image.file.bytes[-512:]
     assert set(first) <= {0, errno.ENOSPC}
+
+
+def changed(image: Image, **fields: object) -> None:
+    """Give an image's header other fields."""
+    footer, _ = vhd.read_footer(image.file.read_at, image.file.size)
+    header = vhd.read_header(image.file.read_at, footer, image.file.size)
+    image.file.bytes[512:1536] = vhd.pack_header(replace(header, **fields))  # type: ignore[arg-type]
+
+
+def test_no_block_is_put_where_a_name_is(make: Callable[[str, int], Image]) -> None:
+    """Where the image says that a parent's name is behind its end, a guest could write that name: nothing is done, and
+    the disk says so. What the image has is written as before.
+    """
+    image = make("differencing", 1)
+    image.open().do(write(0, b"0" * BLOCK))
+    place = image.file.size + 2 * BLOCK
+    changed(image, locators=(vhd.Locator(b"MacX", 512, 20, place), vhd.Locator(b"W2ku", 1, 20, 2048)))
+    image.file.bytes[2048:2068] = ".\\base.vhd".encode("utf-16-le")
+    disk = image.open()
+    first = disk.do(write(BLOCK, b"n" * 512))
+    before = bytes(image.file.bytes)
+
+    assert [0] == first
+    assert [IMAGE_DAMAGED] * 5 == disk.do(*(write(block * BLOCK, b"n" * 512) for block in range(2, 7)))
+    assert [0, IMAGE_DAMAGED, 0] == disk.do(write(512, b"1" * 512), write(3 * BLOCK, b"n" * 512), flush())
+    assert len(before) == image.file.size < place
+
+
+def test_a_device_keeps_what_lies_behind_its_blocks(make: Callable[[str, int], Image]) -> None:
+    """New blocks on a block device begin behind everything that the image says it has there, a map of old too."""
+    image = make("device", 1)
+    name = 5 * BLOCK
+    changed(image, locators=(vhd.Locator(b"W2ku", 512, 20, name),))
+    before = bytes(image.file.bytes)
+    assert [0] == image.open().do(write(0, b"n" * 512))
+
+    assert before[2048 : name + 512] == image.file.bytes[2048 : name + 512]
+    assert b"n" * 512 in image.file.bytes[name + 512 :]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"table_offset": 1024, "parent_name": bytes(448) + b"\xff" * 64}, "the header and the table overlap"),
+        ({"locators": (vhd.Locator(b"W2ru", 1, 20, 1536),)}, r"the table and the parent's name \(W2ru\) overlap"),
+        ({}, "the header and the map of full blocks overlap"),
+    ],
+)
+def test_what_changes_is_written_over_nothing(
+    make: Callable[[str, int], Image], fields: dict[str, object], sentence: str
+) -> None:
+    """A table or a map that lies over something else is not written: such an image is read only, and not changed."""
+    image = make("dynamic", 1)
+    file = image.file.bytes
+    file[:] = vhd_images.image(SIZE, block_size=BLOCK, full=[])
+    if not fields:  # a map in the second half of the header, with a right checksum
+        file[2048 + 8 : 2048 + 16] = (1024).to_bytes(8, "big")
+        file[2048 + 24 : 2048 + 28] = (~sum(file[1024:1536]) & 0xFFFFFFFF).to_bytes(4, "big")
+    changed(image, **fields)
+    before = bytes(file)
+    assert bytes(SIZE) == image.holds(file, read_only=True)
+    with pytest.raises(DriverError, match=f"{sentence}, so that it can only be read"):
+        image.open()
+    assert before == file
 
 
 def test_bitmaps_are_bounded(make: Callable[[str, int], Image], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,11 @@ Behaviour:
     writes the block's bitmap, before it is answered. Whoever is killed in the middle loses room in the file at most,
     and there is always a valid footer at its end. A flush returns when everything that was answered is durable.
 
+    An image whose blocks lie over one another, or over anything else that the image keeps, is refused; one whose table
+    or map of full blocks lies over something is read, and not written to. A new block is never put where the image
+    says that a name of its parent is: then nothing is written, and the disk waits until `xenbackend image check
+    --repair` has mended the image.
+
     A discard makes holes in the file, where the host's file system can: what the image had there is zeros, and takes
     no room in the host. No block is freed, so the file does not become shorter, nor does a copy of it that is not
     sparse; what was a parent's stays so.
@@ -44,7 +49,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +57,8 @@ from typing import Literal
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, Kind, with_holes
 from xenbackend.block.formats import vhd, vhd_tables
-from xenbackend.block.formats.vhd_names import parent_names, space_of
+from xenbackend.block.formats.vhd_names import parent_names
+from xenbackend.block.formats.vhd_places import Place, overlaps, places_of, ranges_of
 from xenbackend.block.mapped.blocks import Blocks
 from xenbackend.block.mapped.parents import find_parent, parent_ref
 from xenbackend.block.mapped.tables import OWNED
@@ -125,9 +131,11 @@ class Vhd(Blocks):
         header = self.header = vhd.read_header(file.read_at, footer, file.size)
         table = vhd_tables.read_table(file.read_at, footer, header)
         batmap = vhd_tables.read_batmap(file.read_at, footer, header, table)
-        metadata = _metadata(footer, header, batmap)
+        places = places_of(footer, header, batmap)
         room = file.size - vhd.SECTOR if is_at_end else file.size
-        end = vhd_tables.check_table(table, header, metadata, room)
+        end = vhd_tables.check_table(table, header, ranges_of(places), room)
+        if not env.read_only:
+            _check_apart([*places, Place("the footer at the end", room, file.size)])
         on_device = is_device(self.options.file)
         if on_device and end > room:
             raise vhd.damaged("a block reaches behind the end of the device")
@@ -138,8 +146,9 @@ class Vhd(Blocks):
             self.parent = self._find_parent()
         full = batmap.blocks if batmap else bytes(len(table))
         self._batmap = None if env.read_only else batmap
-        device_end = max([end, *(stop for _, stop in metadata)]) if on_device else 0
-        self.serve(file, footer.size, header, table, full, packed, device_end)
+        taken = [*ranges_of(places), *vhd_tables.batmap_ranges(file.read_at, footer, header)]
+        device_end = max([end, *(stop for _, stop in taken if stop <= room)]) if on_device else 0
+        self.serve(file, footer.size, header, table, full, packed, taken, device_end)
 
     def _give_end(self, end: int, footer: bytes) -> None:
         """Give the file what whoever was killed did not come to: the end of its last block, and a footer behind it."""
@@ -207,12 +216,8 @@ def is_device(path: str) -> bool:
     return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116 - as `opening`: pathlib would alter the name
 
 
-def _metadata(footer: vhd.Footer, header: vhd.Header, batmap: vhd_tables.Batmap | None) -> Sequence[tuple[int, int]]:
-    """Return the ranges of the file that hold no blocks, as offset and end."""
-    ranges = [(0, vhd.SECTOR), (footer.data_offset, footer.data_offset + 1024)]
-    ranges.append((header.table_offset, header.table_offset + 4 * header.entries))
-    ranges += [(each.offset, each.offset + space_of(each)) for each in header.locators]
-    if batmap is not None:
-        ranges += [(batmap.header_offset, batmap.header_offset + vhd.SECTOR)]
-        ranges += [(batmap.offset, batmap.offset + batmap.size)]
-    return ranges
+def _check_apart(places: list[Place]) -> None:
+    """Refuse to write where what changes in service would be written over something else. Raises: DriverError."""
+    for one, other in overlaps(places):
+        if one.changes or other.changes:
+            raise vhd.damaged(f"{one.what} and {other.what} overlap, so that it can only be read")

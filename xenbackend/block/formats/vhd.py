@@ -107,7 +107,7 @@ class Header:
 
 def damaged(problem: str) -> DriverError:
     """Return what to say of an image that cannot be right."""
-    return DriverError(f"it is damaged: {problem}; look at it with vhd-util check")
+    return DriverError(f"it is damaged: {problem}; look at it with xenbackend image check")
 
 
 def checksum(data: bytes, place: int) -> int:

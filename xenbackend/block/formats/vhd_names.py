@@ -20,18 +20,27 @@ _DRIVE = re.compile(r"[A-Za-z]:(?=/)")
 def parent_names(read: Read, header: Header, file_size: int) -> list[str]:
     """Return the parent's names, the relative ones first; what is no name is left out. Raises: OSError."""
     names: list[str] = []
-    for code, decode in _CODES.items():
+    for code in NAME_CODES:
         for locator in header.locators:
             if locator.code == code:
-                names += decode(_content(read, locator, file_size))
-    names += _windows(header.parent_name.decode("utf-16-be", "replace").encode("utf-16-le"))
-    names = [name for name in dict.fromkeys(names) if name and "\0" not in name and "\ufffd" not in name]
-    return sorted(names, key=lambda name: name.startswith("/"))
+                names += names_in(read, locator, file_size)
+    names += _readable(_windows(header.parent_name.decode("utf-16-be", "replace").encode("utf-16-le")))
+    return sorted(dict.fromkeys(names), key=lambda name: name.startswith("/"))
+
+
+def names_in(read: Read, locator: Locator, file_size: int) -> list[str]:
+    """Return the names that one locator gives, none where its code or what is written there is no name's."""
+    decode = _CODES.get(locator.code)
+    return _readable(decode(_content(read, locator, file_size))) if decode else []
 
 
 def space_of(locator: Locator) -> int:
     """Return how many bytes a locator keeps; libvhd and Windows write bytes where the specification says sectors."""
     return locator.space * SECTOR if locator.space < SECTOR else locator.space
+
+
+def _readable(names: list[str]) -> list[str]:
+    return [name for name in names if name and "\0" not in name and "\ufffd" not in name]
 
 
 def _content(read: Read, locator: Locator, file_size: int) -> bytes:
@@ -56,3 +65,5 @@ def _url(data: bytes) -> list[str]:
 
 
 _CODES: dict[bytes, Callable[[bytes], list[str]]] = {b"W2ru": _windows, b"MacX": _url, b"W2ku": _windows}
+NAME_CODES = tuple(_CODES)  # of locators that are read
+OTHER_CODES = (b"Wi2r", b"Wi2k", b"Mac ")  # of the specification, too: no program reads them any more

@@ -106,9 +106,9 @@ def read_batmap(read: Read, footer: Footer, header: Header, table: array[int]) -
 
     Raises: DriverError, where it says that the disk is encrypted.
     """
-    if footer.creator[:3] != b"tap" or footer.creator_version < 0x00010001:
+    if not _may_have_batmap(footer):
         return None
-    place = header.table_offset + round_up(4 * header.entries, SECTOR)
+    place = _batmap_place(header)
     data = read(place, SECTOR)
     if len(data) < SECTOR or data[:8] != _BATMAP_COOKIE:
         return None
@@ -127,6 +127,16 @@ def read_batmap(read: Read, footer: Footer, header: Header, table: array[int]) -
     return Batmap(place, data, offset, size, blocks)
 
 
+def batmap_ranges(read: Read, footer: Footer, header: Header) -> list[tuple[int, int]]:
+    """Return what a batmap takes by its own word, as offset and end, also of one that is not to be trusted."""
+    place = _batmap_place(header)
+    data = read(place, SECTOR)
+    if not _may_have_batmap(footer) or len(data) < SECTOR or data[:8] != _BATMAP_COOKIE:
+        return []
+    _, offset, sectors, *_ = BATMAP.unpack_from(data)
+    return [(place, place + SECTOR), (offset, offset + sectors * SECTOR)]
+
+
 def pack_batmap(batmap: Batmap, blocks: bytes) -> tuple[bytes, bytes]:
     """Return what a batmap's header and map become; `blocks` has one byte for each block."""
     bits = pack_bitmap(blocks[: 8 * batmap.size], batmap.size)
@@ -134,6 +144,14 @@ def pack_batmap(batmap: Batmap, blocks: bytes) -> tuple[bytes, bytes]:
     total = _batmap_sum(bits, version)
     after = _VERSION_AT + _VERSION_AND_SUM.size
     return batmap.header[:_VERSION_AT] + _VERSION_AND_SUM.pack(version, total) + batmap.header[after:], bits
+
+
+def _may_have_batmap(footer: Footer) -> bool:
+    return footer.creator[:3] == b"tap" and footer.creator_version >= 0x00010001
+
+
+def _batmap_place(header: Header) -> int:
+    return header.table_offset + round_up(4 * header.entries, SECTOR)
 
 
 def _batmap_sum(bits: bytes, version: int) -> int:

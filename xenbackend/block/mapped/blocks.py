@@ -13,13 +13,16 @@ A new block begins behind the end of the file, where everything is zeros. The fi
 its end; then comes the bitmap, a flush, and last the table's entry. Whoever is killed in between, or loses the power,
 has lost the room, and nothing else. Without a parent zeros are what the sectors hold, so the new bitmap says at once
 that they are all there. A block device does not grow, and what is there is anything: its bitmaps begin as zeros.
+
+No block is put where the image says that something else is, such as a name of its parent behind the end of its file: a
+guest could write that. Nothing is done then, and the requests end with IMAGE_DAMAGED.
 """
 
 from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from xenbackend.block.driver import Driver, File
@@ -32,7 +35,7 @@ from xenbackend.block.mapped.owners import Memo
 from xenbackend.block.mapped.pieces import runs_of
 from xenbackend.block.mapped.shared import Shared, Then
 from xenbackend.block.mapped.tables import OWNED, PLACE, SPECIAL, Table, Tables
-from xenbackend.block.request import Request
+from xenbackend.block.request import IMAGE_DAMAGED, Request
 from xenbackend.units import PAGE, round_up
 
 _BITMAPS = 8 << 20  # bytes that the bitmaps in memory take, one for each sector; up to twice that
@@ -58,7 +61,15 @@ class Blocks(MappedDisk):
     """See the head of this file. A driver calls `serve` when it has read and checked the headers."""
 
     def serve(
-        self, file: File, size: int, header: Header, table: array[int], full: bytes, footer: bytes, end: int
+        self,
+        file: File,
+        size: int,
+        header: Header,
+        table: array[int],
+        full: bytes,
+        footer: bytes,
+        taken: Iterable[tuple[int, int]],
+        end: int,
     ) -> None:
         """Begin to serve.
 
@@ -69,11 +80,13 @@ class Blocks(MappedDisk):
             table: the first sector of each block, or UNUSED.
             full: one byte for each block: 1 where it is known to have all its sectors.
             footer: what stands at the end of the file.
+            taken: what is no block, as offset and end; where the image says so, which may be behind the end.
             end: where the last block ends, for a block device; 0 for a file.
         """
         self._header = header
         self._footer = footer
         self._device_end = end
+        self._taken_behind = [each for each in taken if each[1] > (end or file.size)]
         room = header.bitmap_size
         self.entries = array("Q", bytes(8 * len(table)))
         for block in used_blocks(table):
@@ -277,14 +290,16 @@ class Blocks(MappedDisk):
         if self._is_growing or not self._wanted:
             return
         wanted, self._wanted = self._wanted, []
-        end = self._device_end or self.file.size
+        begin = end = self._device_end or self.file.size
         places = {}
         for block in wanted:
             place = round_up(end + self._header.bitmap_size, PAGE)
             places[block] = place
             end = place + self._header.block_size
         self._is_growing = True
-        if end > UNUSED * SECTOR or (self._device_end and end > self.file.size - SECTOR):
+        if any(start < end and begin < stop for start, stop in self._taken_behind):
+            self._room_found(places, IMAGE_DAMAGED)
+        elif end > UNUSED * SECTOR or (self._device_end and end > self.file.size - SECTOR):
             self._room_found(places, errno.ENOSPC)
         elif self._device_end:
             self._device_end = end
@@ -375,13 +390,8 @@ class Blocks(MappedDisk):
 
 
 def _sector_extents(present: bytearray, start: int, place: int) -> Iterator[Extent]:
-    first = 0
-    while first < len(present):
-        after = present.find(1 - present[first], first)
-        after = len(present) if after < 0 else after
-        inside, length = first * SECTOR, (after - first) * SECTOR
-        if present[first]:
-            yield Extent(start + inside, length, Kind.DATA, place + inside)
-        else:
-            yield Extent(start + inside, length, Kind.ABSENT)
-        first = after
+    inside, is_own = 0, present[0]
+    for length in runs_of(present, 0, len(present)):
+        where = (Kind.DATA, place + inside) if is_own else (Kind.ABSENT,)
+        yield Extent(start + inside, length, *where)
+        inside, is_own = inside + length, not is_own
