@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from xenbackend.block.driver import File
-from xenbackend.errors import DriverError
+from xenbackend.errors import DriverError, printable
 from xenbackend.image.faults import Faults
 from xenbackend.image.names import Image
 from xenbackend.image.session import Session
@@ -46,7 +46,7 @@ def check(image: Image) -> Verdict:
     """Look at an image that nobody writes to. Raises: DriverError, where it is in use or no image of its format."""
     with Session(use_queues=False) as session:
         file = session.open_file(image.path, read_only=True, step=512)
-        return _look(image, file)
+        return _look(session, image, file)
 
 
 def repair(image: Image) -> Verdict:
@@ -56,21 +56,23 @@ def repair(image: Image) -> Verdict:
     """
     with Session(use_queues=False) as session:
         file = session.open_file(image.path, read_only=False, step=STEP[image.format])
-        before = _look(image, file)
+        before = _look(session, image, file)
         if before.status:
             try:
                 write_plan(file, _plan(image, file))
             except DriverError as error:
                 error.layer = error.layer or image.text
                 raise
-        after = _look(image, file)
+        after = _look(session, image, file)
         return replace(after, repaired=before.errors + before.leaks - after.errors - after.leaks)
 
 
 def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
     """Do lists of writes, each durable before the next one is begun; the file grows as it has to. Raises: OSError."""
     for writes in filter(None, plan):
-        file.grow(round_up(max(offset + len(data) for offset, data in writes), PAGE))
+        end = max(offset + len(data) for offset, data in writes)
+        if end > file.size:
+            file.grow(round_up(end, PAGE))
         for offset, data in writes:
             file.write_at(offset, data)
         file.sync()
@@ -78,9 +80,10 @@ def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
 
 def _plan(image: Image, file: File) -> list[list[Write]]:
     if image.format == "vhd":
+        from xenbackend.block.drivers.vhd import is_device
         from xenbackend.image import vhd_check
 
-        return vhd_check.plan_repair(file)
+        return vhd_check.plan_repair(file, on_device=is_device(image.path))
     if image.format == "qcow2":
         from xenbackend.block.formats import qcow2_check
         from xenbackend.block.formats.qcow2_repair import plan_repair
@@ -91,13 +94,27 @@ def _plan(image: Image, file: File) -> list[list[Write]]:
     return []
 
 
-def _look(image: Image, file: File) -> Verdict:
+def _look(session: Session, image: Image, file: File) -> Verdict:
     try:
         faults = _faults(image, file)
+        if image.format == "vhd" and not faults.errors:
+            _open_parents(session, image, faults)
     except DriverError as error:
         error.layer = error.layer or image.text
         raise
     return Verdict(image.text, faults.errors, faults.leaks, faults.is_dirty, tuple(faults.sentences))
+
+
+def _open_parents(session: Session, image: Image, faults: Faults) -> None:
+    """Open the image with its parents, by the rules of a disk in service: what cannot be opened is not sound.
+
+    A lock would be in the way of the one that the caller has, and says nothing of what is in the files.
+    """
+    try:
+        session.close(session.open(image.chain, read_only=True, locked=False))
+    except DriverError as error:
+        where = "" if error.layer == image.text else f"its parent {printable(error.layer)}: "
+        faults.add_error(f"it cannot be opened: {where}{error.problem}")
 
 
 def _faults(image: Image, file: File) -> Faults:

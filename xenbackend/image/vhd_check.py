@@ -1,19 +1,26 @@
-"""Whether a VHD image is sound: its footers, header, table and bitmaps; and what mends its footers.
+"""Whether a VHD image is sound: its footers, header, table, and what it says of its parent; and what mends it.
 
-Source: "Virtual Hard Disk Image Format Specification", version 1.0. Must not write, nor touch a block.
+Source: "Virtual Hard Disk Image Format Specification", version 1.0. What other programs demand of a parent's names is
+blktap's ``vhd-util check``. Must not write, touch a block, nor open the parent.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
 
 from xenbackend.block.driver import File
 from xenbackend.block.formats import vhd, vhd_tables
 from xenbackend.block.formats.qcow2_repair import Write
 from xenbackend.block.formats.vhd import SECTOR, Footer, Header, Read
-from xenbackend.block.formats.vhd_names import space_of
+from xenbackend.block.formats.vhd_names import NAME_CODES, OTHER_CODES, names_in, space_of
+from xenbackend.block.formats.vhd_places import Place, overlaps, places_of, ranges_of
 from xenbackend.block.formats.vhd_tables import UNUSED
-from xenbackend.errors import DriverError
+from xenbackend.errors import DriverError, printable
 from xenbackend.image.faults import Faults
 from xenbackend.units import PAGE, round_up
+
+_RENAME = "image rebase --unsafe gives it its parent's name again"
 
 
 def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
@@ -32,11 +39,13 @@ def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
     if is_at_end and read(0, SECTOR) != vhd.pack_footer(footer):
         faults.add_error("the footer's copy at its beginning is another one")
     header = vhd.read_header(read, footer, file_size)
+    _check_parent(read, file_size, footer, header, faults)
     table = vhd_tables.read_table(read, footer, header)
     room = file_size - SECTOR if is_at_end else file_size
-    metadata = _metadata(footer, header)
+    places = places_of(footer, header, vhd_tables.read_batmap(read, footer, header, table))
+    _check_places(places, room, faults)
     try:
-        end = vhd_tables.check_table(table, header, metadata, room)
+        end = vhd_tables.check_table(table, header, ranges_of(places), room)
     except DriverError as error:
         faults.add_error(error.problem)
         return faults
@@ -44,7 +53,7 @@ def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
         faults.add_error(f"its last block ends at {end}, behind the end of the file")
     stride = header.bitmap_size + header.block_size
     used = sorted(sector * SECTOR for sector in table if sector != UNUSED)
-    taken = sorted([*metadata, *((place, place + stride) for place in used)])
+    taken = sorted([*ranges_of(places), *((place, place + stride) for place in used)])
     lost = 0 if on_device else _lost(taken, room, stride)
     if lost:
         faults.add_leaks(
@@ -53,34 +62,70 @@ def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
     return faults
 
 
-def plan_repair(file: File) -> list[list[Write]]:
-    """Return what gives an image both of its footers again: a list of writes. Raises: DriverError, OSError."""
+def plan_repair(file: File, *, on_device: bool = False) -> list[list[Write]]:
+    """Return what gives an image both of its footers again, and takes names out that lie outside of it.
+
+    Returns: lists of writes. A header with fewer names goes to a new place, since one sector does not hold all of it;
+        the footers lead there when it is durable.
+
+    Raises: DriverError, OSError.
+    """
     footer, is_at_end = vhd.read_footer(file.read_at, file.size)
-    packed = vhd.pack_footer(footer)
     if footer.type == vhd.FIXED:
         raise DriverError("a fixed image that is too short cannot be repaired; restore it")
     header = vhd.read_header(file.read_at, footer, file.size)
     table = vhd_tables.read_table(file.read_at, footer, header)
     room = file.size - SECTOR if is_at_end else file.size
-    end = vhd_tables.check_table(table, header, _metadata(footer, header), room)
-    writes = [] if file.read_at(0, SECTOR) == packed else [(0, packed)]
+    places = ranges_of(places_of(footer, header, vhd_tables.read_batmap(file.read_at, footer, header, table)))
+    end = vhd_tables.check_table(table, header, places, room)
+    kept = tuple(each for each in header.locators if each.offset + space_of(each) <= room)
+    plan: list[list[Write]] = []
+    if kept != header.locators and any(names_in(file.read_at, each, file.size) for each in kept):
+        used = max(end, *(stop for _, stop in places if stop <= room))
+        place = round_up(used if on_device else max(end, file.size), PAGE)
+        plan.append([(place, vhd.pack_header(replace(header, locators=kept)))])
+        footer, is_at_end, end = replace(footer, data_offset=place), False, place + vhd.HEADER_SIZE
+    packed = vhd.pack_footer(footer)
+    if on_device and end > file.size - SECTOR:
+        raise DriverError("the device has no room for what would mend it; copy it to a larger one")
     if end > room or not is_at_end:
-        place = round_up(max(end, file.size) + SECTOR, PAGE) - SECTOR
-        writes.insert(0, (place, packed))
-    return [writes]
+        place = file.size if on_device else round_up(max(end, file.size) + SECTOR, PAGE)
+        plan.append([(place - SECTOR, packed)])
+    return plan if file.read_at(0, SECTOR) == packed else [*plan, [(0, packed)]]
 
 
-def _metadata(footer: Footer, header: Header) -> list[tuple[int, int]]:
-    """Return the ranges that hold no blocks, as offset and end."""
-    ranges = [(0, SECTOR), (footer.data_offset, footer.data_offset + 1024)]
-    ranges.append((header.table_offset, header.table_offset + 4 * header.entries))
-    return ranges + [(each.offset, each.offset + space_of(each)) for each in header.locators]
+def _check_parent(read: Read, file_size: int, footer: Footer, header: Header, faults: Faults) -> None:
+    """Look at what the image says of a parent, by itself; opening it finds out what the names lead to."""
+    if footer.type != vhd.DIFFERENCING:
+        if any(header.parent_uuid) or header.parent_name or header.locators:
+            faults.add_error("it says that it has no parent, and names one; image convert makes an image of its data")
+        return
+    if not header.locators:
+        faults.add_error(f"it says that it has a parent, and no locator names it; {_RENAME}")
+    for code, count in Counter(each.code for each in header.locators).items():
+        name = printable(code.decode("latin-1"))
+        if code not in NAME_CODES + OTHER_CODES:
+            faults.add_error(f"a locator has the code {name}, which the format does not know; {_RENAME}")
+        elif count > 1:
+            faults.add_error(f"{count} locators have the code {name}, and may name different parents; {_RENAME}")
+    for each in header.locators:
+        if each.code in NAME_CODES and not names_in(read, each, file_size):
+            name = printable(each.code.decode("latin-1"))
+            faults.add_error(f"its parent's name ({name}) at {each.offset} cannot be read; {_RENAME}")
+
+
+def _check_places(places: list[Place], room: int, faults: Faults) -> None:
+    for place in places:
+        if place.end > room:
+            faults.add_error(f"{place.what} at {place.offset} is not inside the file, which has room up to {room}")
+    for one, other in overlaps(places):
+        faults.add_error(f"{one.what} at {one.offset} and {other.what} at {other.offset} overlap")
 
 
 def _lost(taken: list[tuple[int, int]], end: int, stride: int) -> int:
     """Return how many blocks would fit between the ranges that are taken, sorted, up to `end`."""
     lost = place = 0
     for start, stop in [*taken, (end, end)]:
-        lost += max(0, start - place) // stride
+        lost += max(0, min(start, end) - place) // stride
         place = max(place, stop)
     return lost
