@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,116 @@ def test_whoever_is_killed_leaves_a_whole_image(
 
     assert after > 1
     assert CLEAN == check(image).status
+
+
+# Block devices: what does not become longer has room behind what its image uses.
+
+
+@pytest.fixture
+def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files whose name is "device" be taken for block devices."""
+    for module_name in ("image.resize", "block.drivers.vhd"):
+        monkeypatch.setattr(f"xenbackend.{module_name}.is_device", lambda path: path.endswith("/device"))
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """Return a real block device of 8 MiB that is full of something."""
+    path = tmp_path / "device"
+    path.write_bytes(b"old!" * (2 * MIB))
+    done = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("needs root and a loop device")
+    yield Path(done.stdout.strip())
+    subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+
+
+def put(image_format: str, tmp_path: Path, target: Path, *, ends: bool = True) -> Image:
+    """Put a new image with small clusters and some data onto a device; a VHD's footer at its end, or where it was."""
+    small = {"vhd": 64 << 10, "qcow2": 512, "qcow": 512}[image_format]
+    create(image_format, f"{tmp_path}/made", MIB, Wishes(small))
+    disk_write(f"{image_format}:{tmp_path}/made", {0: b"a" * 4096, MIB - 512: b"m" * 512})
+    data = (tmp_path / "made").read_bytes()
+    with target.open("r+b") as file:
+        file.write(data)
+        if image_format == "vhd" and ends:
+            file.seek(-512, os.SEEK_END)
+            file.write(data[-512:])
+    (tmp_path / "made").unlink()
+    return image_of_file(image_format, str(target))
+
+
+def grow_there(image: Image, size: int) -> None:
+    """Grow an image on a device of 8 MiB, and see that it has what it had, and takes what is written to its new end."""
+    assert MIB == resize(image, size)
+    assert check(image).errors == 0
+    expected = (b"a" * 4096).ljust(MIB - 512, b"\0") + b"m" * 512 + bytes(1 * MIB)
+    assert expected == disk_content(image.text, 2 * MIB)
+    if image.format != "qcow":  # there is no room for more of one on a device
+        disk_write(image.text, {size - 512: b"n" * 512, MIB: b"o" * 512})
+        assert b"o" * 512 == disk_content(image.text, MIB + 512)[-512:]
+        qemu.qemu_io(Path(image.path), QEMU_NAMES[image.format], f"read -P 110 {size - 512} 512", "read -P 97 0 4k")
+    assert check(image).errors == 0
+
+
+@pytest.mark.usefixtures("as_device")
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
+def test_an_image_on_a_device_grows_where_there_is_room(tmp_path: Path, image_format: str, *, ends: bool) -> None:
+    """Longer tables go behind what the image uses, whatever was there; a VHD's footer goes to the device's end."""
+    target = tmp_path / "device"
+    target.write_bytes(b"old!" * (2 * MIB))
+    image = put(image_format, tmp_path, target, ends=ends)
+    grow_there(image, 200 * MIB)
+
+    assert 8 * MIB == target.stat().st_size
+    if image_format == "vhd":
+        assert target.read_bytes()[:512] == target.read_bytes()[-512:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
+def test_a_real_device(device: Path, tmp_path: Path, image_format: str) -> None:
+    """The same on a loop device."""
+    grow_there(put(image_format, tmp_path, device), 200 * MIB)
+
+
+@pytest.mark.usefixtures("as_device")
+@pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow", "raw"])
+def test_a_device_without_room_is_left_alone(tmp_path: Path, image_format: str) -> None:
+    """Where tables do not fit the sentence says how much is needed, and nothing is written."""
+    target = tmp_path / "device"
+    target.write_bytes(b"old!" * (MIB // 2))
+    image = image_of_file("raw", str(target)) if image_format == "raw" else put(image_format, tmp_path, target)
+    before = target.read_bytes()
+    with pytest.raises(DriverError, match=r"the device has 2 MiB, and .* are needed for that; make the device larger"):
+        resize(image, {"vhd": 40 << 30, "qcow2": 9 << 30, "qcow": 1 << 40}.get(image_format, 3 * MIB))
+
+    assert before == target.read_bytes()
+
+
+@pytest.mark.usefixtures("as_device")
+def test_a_block_at_the_end_of_a_device_stays(tmp_path: Path) -> None:
+    """A device that has lost its footer at the end may have a block there: the footer is not written over it."""
+    path = tmp_path / "device"
+    path.write_bytes(vhd_image(MIB, {15: dict.fromkeys(range(128), b"b" * 512)}, block_size=64 << 10)[:-512])
+    before = path.read_bytes()
+    with pytest.raises(DriverError, match="are needed for that"):
+        resize(find_image(f"vhd:{path}"), MIB + 512)
+
+    assert before == path.read_bytes()
+
+
+@pytest.mark.usefixtures("as_device")
+def test_a_fixed_vhd_on_a_device(tmp_path: Path) -> None:
+    """It grows up to the footer at the device's end, over whatever was there."""
+    path = tmp_path / "device"
+    create("vhd", str(path), MIB, Wishes(is_fixed=True))
+    data = path.read_bytes()
+    path.write_bytes(b"a" * MIB + b"old!" * MIB + data[-512:])
+    image = find_image(f"vhd:{path}")
+    with pytest.raises(DriverError, match="are needed for that"):
+        resize(image, 5 * MIB + 512)
+    resize(image, 5 * MIB)
+
+    assert b"a" * MIB + bytes(4 * MIB) == disk_content(image.text)

@@ -102,7 +102,8 @@ def _register_commit(verbs: Any) -> None:
 
 
 def _register_resize(verbs: Any) -> None:
-    verb = verbs.add_parser("resize", help="make the disk of an image larger")
+    verb = verbs.add_parser("resize", help="make the disk of an image larger", description="Make the disk of an image "
+        "larger; what is new reads as zeros. An image on a block device grows where that has room.")  # fmt: skip
     verb.add_argument("image", metavar="LAYER", help=f"the image with its format: {_LAYERS}")
     verb.add_argument("size", metavar="SIZE", type=size, help="such as 40G; never smaller than it is")
     verb.set_defaults(run=resize)

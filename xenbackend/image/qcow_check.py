@@ -18,7 +18,21 @@ _PADDING = 64 * 1024  # bytes: whoever opens an image for writing first lengthen
 def check(read: Read, file_size: int) -> Faults:
     """Return what is wrong with an image. Raises: DriverError, where it is no image of this version; OSError."""
     header = qcow.parse_header(read, file_size)
-    faults, regions = Faults(), [("the L1 table", header.l1)]
+    faults = Faults()
+    _find_overlaps(_regions(read, file_size, header, faults), faults, header.cluster_size)
+    return faults
+
+
+def used_end(read: Read, file_size: int) -> int:
+    """Return where everything ends that a sound image has. Raises: DriverError, OSError."""
+    header = qcow.parse_header(read, file_size)
+    regions = [region for _, region in _regions(read, file_size, header, Faults())]
+    return max(region.offset + region.length for region in regions)
+
+
+def _regions(read: Read, file_size: int, header: qcow.Header, faults: Faults) -> list[tuple[str, Region]]:
+    """Return what the image has, and where; what is not inside of the file is a fault."""
+    regions = [("the L1 table", header.l1)]
     inside = header.cluster_size - 1
     for number, place in enumerate(unpack_table(read(header.l1.offset, header.l1.length))):
         if not place:
@@ -35,8 +49,7 @@ def check(read: Read, file_size: int) -> Faults:
                 faults.add_error(f"{what} at byte {region.offset} is not inside the file of {file_size}")
             else:
                 regions.append((what, region))
-    _find_overlaps(regions, faults, header.cluster_size)
-    return faults
+    return regions
 
 
 def _clusters(entries: Iterable[int], first: int, header: qcow.Header) -> Iterator[tuple[str, Region]]:
