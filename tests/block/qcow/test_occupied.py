@@ -93,6 +93,26 @@ def test_a_sound_image_is_not_called_corrupt(tmp_path: Path) -> None:
     assert 0 == looked_at(bytes(file.bytes)).report.errors
 
 
+@pytest.mark.parametrize("what", ["L1", "L2", "refcount table", "block", "twice", "snapshot"])
+def test_tables_over_one_another_are_not_written(tmp_path: Path, what: str) -> None:
+    """Where a refcount block or an L2 table lies over another table, what is written to one would destroy the other:
+    such an image is read, and not written to.
+    """
+    image = bytearray(qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, snapshot=True))
+    header = parse_header(lambda offset, length: image[offset : offset + length], len(image))
+    table, l1 = header.refcount_table.offset, header.l1.offset
+    places = {"L1": l1, "refcount table": table, "L2": unpack_table(image[l1 : l1 + 8])[0]}
+    places["block"] = unpack_table(image[table : table + 8])[0]
+    places["snapshot"] = header.snapshots_offset
+    if what == "twice":  # two entries of L1 at one L2 table
+        image[l1 + 8 : l1 + 16] = image[l1 : l1 + 8]
+    else:
+        image[table + 8 : table + 16] = places[what].to_bytes(8, "big")
+    with pytest.raises(DriverError, match="two of its tables lie over one another, so that it can only be read"):
+        opened(tmp_path / "x", image)
+    opened(tmp_path / "x", image, read_only=True)
+
+
 def test_tables_that_take_long_to_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sparse file has room for tables of any length: an image that asks for too many is not opened for writing."""
     image = qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, snapshot=True)
@@ -113,6 +133,19 @@ def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
     assert ([0], bytes(CLUSTER)) == (disk.do(request), content(request))
     with pytest.raises(DriverError, match="behind the end of the file, where new data would go"):
         opened(tmp_path / "x", image, layer="qcow")
+
+
+def test_tables_of_version_1_over_one_another_are_refused(tmp_path: Path) -> None:
+    """Two entries at one table, a table inside another, or over L1: such an image is read, and not written to."""
+    image = qcow(SIZE, DATA, cluster_bits=CLUSTER_BITS)
+    place = int.from_bytes(image[40:48], "big")
+    first = int.from_bytes(image[place : place + 8], "big")
+    for table in (first, first + 512, place):
+        changed = bytearray(image)
+        changed[place + 8 : place + 16] = table.to_bytes(8, "big")
+        with pytest.raises(DriverError, match="two of its tables lie over one another, so that it can only be read"):
+            opened(tmp_path / "x", changed, layer="qcow")
+        opened(tmp_path / "x", changed, layer="qcow", read_only=True)
 
 
 def test_what_is_occupied_is_found() -> None:

@@ -17,6 +17,8 @@ Behaviour:
     write is answered. Whoever is killed in the middle loses room in the file at most. A flush returns when everything
     that was answered is durable.
 
+    An image whose tables lie over one another, or reach behind the end of its file, is only opened for reading.
+
     A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
     image is locked while it is open: one writer, or any number of readers.
 
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from xenbackend.block.driver import Env, File, Geometry
 from xenbackend.block.formats import qcow
@@ -64,10 +67,14 @@ class Qcow(QcowDisk):
 
 
 def _check_tables(words: Sequence[int], file_size: int, header: qcow.Header) -> None:
-    """Refuse tables where new clusters would go. Raises: DriverError."""
-    place = max(words, default=0)
-    if place and place + (8 << header.l2_bits) > round_up(file_size, header.cluster_size):
-        raise damaged(f"its table at byte {place} reaches behind the end of the file, where new data would go")
+    """Refuse tables where new clusters would go, and such as lie over one another. Raises: DriverError."""
+    length, places = 8 << header.l2_bits, sorted(filter(None, words))
+    if places and places[-1] + length > round_up(file_size, header.cluster_size):
+        raise damaged(f"its table at byte {places[-1]} reaches behind the end of the file, where new data would go")
+    l1 = header.l1.offset, header.l1.offset + header.l1.length
+    spans = sorted([l1, *((place, place + length) for place in places)])
+    if any(start < end for (_, end), (start, _) in pairwise(spans)):
+        raise damaged("two of its tables lie over one another, so that it can only be read")
 
 
 class End:

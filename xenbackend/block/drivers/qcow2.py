@@ -32,7 +32,8 @@ Behaviour:
     A cluster that holds a table of the image is never written over, also where the image's refcount says that it is
     free: nothing is written, an image of version 3 says from then on that it is corrupt, and the disk waits until
     `xenbackend image check --repair` has mended it. Where it is data that is wrongly counted as free, nobody sees that
-    but `image check`: have a look at an image that comes from a host that crashed.
+    but `image check`: have a look at an image that comes from a host that crashed. An image whose tables lie over one
+    another is only opened for reading.
 
     Reserved bits in an image's tables mean nothing here, as to QEMU; `image check` finds them.
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from xenbackend.block.formats.qcow2 import Header, Read, Region, damaged
 from xenbackend.block.formats.qcow2_tables import OFFSET, parse_bitmaps, parse_snapshots, unpack_table
+from xenbackend.errors import DriverError
 
 MAX_TABLES = 64 << 20  # bytes of snapshots' and bitmaps' tables; an L1 table of a disk of 1 TiB has 16 KiB
 
@@ -31,6 +33,17 @@ class Occupied:
         self._bits = cluster_bits
         self._regions = [self._span(region) for region in regions]
         self._tables = array("Q", sorted(place >> cluster_bits for place in tables if place))
+
+    @property
+    def is_crossed(self) -> bool:
+        """Return whether a whole table has a cluster of another one, or one that is an L2 table or a refcount block."""
+        spans = sorted(self._regions)
+        if any(start < stop for (_, stop), (start, _) in pairwise(spans)):
+            return True
+        places = (bisect_left(self._tables, start) for start, _ in spans)
+        return any(
+            at < len(self._tables) and self._tables[at] < stop for at, (_, stop) in zip(places, spans, strict=True)
+        )
 
     def find(self, first: int, end: int) -> int | None:
         """Return the first cluster of `first` to `end` - 1 that holds a table, or None."""
@@ -75,7 +88,8 @@ def occupied_by(
     Raises: DriverError, OSError.
     """
     regions = [Region(0, header.cluster_size), header.l1, header.refcount_table]
-    tables = [*refcount_table, *_places(l1)]
+    blocks, active = [place for place in refcount_table if place], _places(l1)
+    tables: list[int] = []  # of snapshots: they share theirs with one another and with the disk
     if header.snapshot_count:
         snapshots, l1_tables = parse_snapshots(read, header, file_size)
         regions += [snapshots, *l1_tables]
@@ -87,7 +101,17 @@ def occupied_by(
         length += region.length if region.length > header.cluster_size else 0
         _check_length(length)
         regions.append(region)
-    return Occupied(header.cluster_bits, regions, tables)
+    alone = {*blocks, *active}
+    if len(alone) < len(blocks) + len(active) or not set(blocks).isdisjoint(tables):
+        raise _overlap()
+    occupied = Occupied(header.cluster_bits, set(regions), [*blocks, *active, *tables])
+    if occupied.is_crossed:
+        raise _overlap()
+    return occupied
+
+
+def _overlap() -> DriverError:
+    return damaged("two of its tables lie over one another, so that it can only be read")
 
 
 def _check_length(length: int) -> None:
