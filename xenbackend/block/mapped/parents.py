@@ -16,6 +16,10 @@ from xenbackend.block.grammar import format_layer
 from xenbackend.errors import DriverError, printable
 
 PARENT, DATA_FILE, EXTENT = "parent", "data file", "extent"  # what an image names
+_OR = {  # what else can be done where it is not there
+    PARENT: ", or name it anew by xenbackend image rebase --unsafe",
+    DATA_FILE: ", or say data_file=FILE",
+}
 _PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
 
 
@@ -48,8 +52,7 @@ def find_named(what: str, image: str, names: Sequence[str], within: str = "") ->
             _check_within(what, path, within or beside)
             return path
     said = ", ".join(printable(repr(name)) for name in names) or "nothing that is a name"
-    advice = "say data_file=FILE" if what == DATA_FILE else "give the image its new name"
-    problem = f"its {what} is not there: it says {said}; put the {what} beside the image, or {advice}"
+    problem = f"its {what} is not there: it says {said}; put the {what} beside the image{_OR.get(what, '')}"
     raise DriverError(problem, path=image, errno=errno.ENOENT)
 
 
