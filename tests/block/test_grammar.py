@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from xenbackend.block.grammar import MAX_CHAIN, MAX_LAYERS, Item, Layer, format_chain, format_layer, parse
+from xenbackend.block.grammar import MAX_CHAIN, MAX_LAYERS, Item, Layer, format_chain, format_item, format_layer, parse
 from xenbackend.errors import ChainError
 
 AIO = Layer("aio", (Item("/img"),))
@@ -62,6 +62,14 @@ def test_the_text_of_one_layer_holds_any_file_name(name: str) -> None:
 
     assert (layer,) == parse(format_layer("aio", name))
     assert (LOG, layer) == parse(f"log:|{format_layer('aio', name)}")
+
+
+@pytest.mark.parametrize("name", ["log:x", "tap2:log:|aio:/img", r"a\b", "|", ",", "a,b=c"])
+def test_an_item_that_is_added_holds_any_value(name: str) -> None:
+    """`format_item` writes an item so that it is read back as it was, behind whatever a layer has already."""
+    layer = Layer("aio", (Item("/img"), Item(f"key={name}")))
+
+    assert (layer, LOG) == parse(f"aio:/img,{format_item(f'key={name}')}|log:")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ def make(shape: Shape, directory: Path, number: int) -> str:
         return f"{shape.layer}:{path}"
     parent_options = ("-b", base, "-F", image_format) if number else ()
     qemu.qemu_img("create", "-q", "-f", image_format, *options, *parent_options, path, str(shape.size))
+    if "data_file=" in shape.options:
+        more = f",data_file={directory}/data{number}"
     return f"{shape.layer}:{path}{more}"
 
 

@@ -19,7 +19,8 @@ import pytest
 
 from tests import qemu
 from tests.driven import WorkerProcess
-from tests.image_content import leak
+from tests.image_content import disk_write, leak
+from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
 from xenbackend import control
 from xenbackend.cli.main import main
@@ -75,6 +76,20 @@ def test_a_file_becomes_a_guests_disk_and_a_file_again(run_json: RunJson, raw: P
     os.truncate(raw, 8 * MIB)
     qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, tmp_path / "c.qcow2")
     assert json.loads(qemu_img("info", "--output=json", tmp_path / "c.qcow2"))["cluster-size"] == 4096
+
+
+def test_commit_says_what_a_parent_with_a_data_file_needs(run: Run, run_json: RunJson, tmp_path: Path) -> None:
+    """The layer that the refusal names is the one that `--into` takes."""
+    (tmp_path / "base").write_bytes(qcow2(MIB, data_name=b"data"))
+    (tmp_path / "data").write_bytes(bytes(MIB))
+    disk_write(run_json("snapshot", "qcow2:base", "leaf")["text"], {0: b"c" * 512})
+    status, _, sentence = run("commit", "qcow2:leaf")
+    assert (2, bytes(MIB)) == (status, (tmp_path / "data").read_bytes())
+    into = sentence.strip().partition("; if that file belongs to it, say --into ")[2]
+    assert f"qcow2:{tmp_path}/base,data_file={tmp_path}/data" == into
+    assert into == run_json("commit", "qcow2:leaf", "--into", into)["parent"]
+
+    assert b"c" * 512 == (tmp_path / "data").read_bytes()[:512]
 
 
 def test_create_makes_what_it_says(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def image(tmp_path: Path, request: pytest.FixtureRequest) -> Image:
     """Return an image of QEMU's with a data file, thin or a raw disk."""
     options = f"data_file={tmp_path}/data,data_file_raw={'on' if request.param == 'raw' else 'off'}"
     qemu_img("create", "-f", "qcow2", "-o", options, tmp_path / "a", str(SIZE))
-    found, chance = find_image(f"qcow2:{tmp_path}/a"), Random(1)
+    found, chance = find_image(f"qcow2:{tmp_path}/a,data_file={tmp_path}/data"), Random(1)
     disk_write(found.text, {place: chance.randbytes(length) for place, length in DATA.items()})
     return found
 
@@ -126,7 +126,10 @@ def test_a_snapshot_and_back(image: Image, tmp_path: Path) -> None:
     expected = bytearray(first)
     expected[512:1024], expected[2 * MIB : 2 * MIB + 4096] = b"c" * 512, b"d" * 4096
     assert expected == disk_content(child.text)
-    commit(child, ignore)
+    with pytest.raises(ConfigError, match=rf"suffices for reading only; .* say --into {image.text}$"):
+        commit(child, ignore)
+    assert first == disk_content(image.text)
+    commit(child, ignore, into=image)
 
     assert expected == disk_content(image.text)
     assert (0, 0) == qemu.check(Path(image.path))
@@ -142,8 +145,7 @@ def test_another_parent(image: Image, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="its external data file is a raw disk by itself, which has no parent"):
             rebase(image, base, ignore)
     else:
-        named = find_image(f"{image.text},data_file={tmp_path}/data")
-        assert f"qcow2:{image.path},data_file={tmp_path}/data" == rebase(named, base, ignore).text
+        assert f"qcow2:{image.path},data_file={tmp_path}/data" == rebase(image, base, ignore).text
         assert before == disk_content(image.text)
     rebase(image, None, ignore)
 
@@ -159,12 +161,14 @@ def test_a_data_file_in_use(tmp_path: Path) -> None:
         (tmp_path / f"{name}.data").write_bytes(bytes(MIB))
         options = {"backing": backing, "backing_format": b"qcow2"} if backing else {}
         (tmp_path / name).write_bytes(qcow2(MIB, data_name=f"{name}.data".encode(), **options))  # type: ignore[arg-type]
-    child, base = find_image(f"qcow2:{tmp_path}/child"), find_image(f"qcow2:{tmp_path}/base")
+    child, base = (
+        find_image(f"qcow2:{tmp_path}/{name},data_file={tmp_path}/{name}.data") for name in ("child", "base")
+    )
     for used in ("child.data", "base.data"):
         with Session() as session:
             session.open(parse_chain(f"aio:{tmp_path / used}"), read_only=False)
             with pytest.raises(DriverError, match=f"{used} is locked by another process"):
-                commit(child, ignore)
+                commit(child, ignore, into=base)
             image = base if used == "base.data" else child
             assert any(f"{used} is locked" in each for each in check(image).sentences)
             with pytest.raises(DriverError, match=f"{used} is locked by another process"):
@@ -203,14 +207,16 @@ def test_a_child_elsewhere(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_not_sound(tmp_path: Path, length: int | None, sentence: str) -> None:
     """A data file that is not there, or cannot hold the disk, is an error that no repair mends."""
     image = find_image(f"qcow2:{tmp_path}/a")
+    named = find_image(f"{image.text},data_file={tmp_path}/data")
     (tmp_path / "a").write_bytes(qcow2(MIB, {0: b""}, data_name=b"data"))
     if length is not None:
         (tmp_path / "data").write_bytes(bytes(length))
-    for look in (check, repair):
-        found = look(image)
+    found = check(image)
+    assert (ERRORS, 1) == (found.status, found.errors)
+    assert sentence in found.sentences[0]
 
-        assert (ERRORS, 1) == (found.status, found.errors)
-        assert sentence in found.sentences[0]
+    found = repair(named)
+    assert (ERRORS, 1) == (found.status, found.errors)
 
 
 def test_a_cluster_at_another_place(tmp_path: Path) -> None:
@@ -224,3 +230,67 @@ def test_a_cluster_at_another_place(tmp_path: Path) -> None:
         found.status,
         found.sentences,
     )
+
+
+def neighbours(directory: Path) -> tuple[Path, Path]:
+    """Return an image that names somebody else's raw disk as its data file, and that disk, with an awkward name."""
+    victim, path = directory / "a, b|c", directory / "image"
+    victim.write_bytes(b"v" * MIB)
+    path.write_bytes(qcow2(MIB, {0: b""}, data_name=victim.name.encode(), autoclear=1, backing=b"base"))
+    (directory / "base").write_bytes(bytes(MIB))
+    return path, victim
+
+
+@pytest.mark.parametrize("attempt", ["open", "resize", "repair", "rebase", "rebase --unsafe"])
+def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
+    """What writes is refused where only the image names its data file, and says what to add; that is enough then."""
+    path, victim = neighbours(tmp_path)
+    bare = f"qcow2:{path},parent_format=raw"
+    before, lengths = path.read_bytes(), (path.stat().st_size, victim.stat().st_size)
+
+    def attempt_it(image: Image) -> None:
+        if attempt == "open":
+            disk_write(image.text, {0: b"w" * 512})
+        elif attempt == "resize":
+            resize(image, 2 * MIB)
+        elif attempt == "repair":
+            repair(image)
+        else:
+            assert ",data_file=" in rebase(image, None, ignore, is_unsafe=attempt != "rebase").text
+
+    with pytest.raises(DriverError, match="is named by the image alone, which suffices for reading only") as caught:
+        attempt_it(find_image(bare))
+    assert bare == caught.value.layer
+    assert b"v" * MIB == victim.read_bytes()
+    if attempt == "open":  # that has opened the image itself, which made it end where a writer's does
+        assert before == path.read_bytes()[: len(before)]
+    else:
+        assert (before, lengths) == (path.read_bytes(), (path.stat().st_size, victim.stat().st_size))
+    said = caught.value.problem.partition("; if that file belongs to it, say ")[2]
+    assert rf"data_file={tmp_path}/a\, b\|c" == said
+
+    attempt_it(find_image(f"{bare},{said}"))
+
+
+def test_a_neighbours_disk_is_not_committed_to(tmp_path: Path) -> None:
+    """A parent's data file is written where `into` names the parent with it, and nothing else."""
+    path, victim = neighbours(tmp_path)
+    parents = find_image(f"qcow2:{path},parent_format=raw")
+    child = find_image(snapshot(parents, f"{tmp_path}/child").text)
+    disk_write(child.text, {0: b"c" * 512})
+    before = path.read_bytes()
+    other = tmp_path / "other"
+    other.write_bytes(b"o" * MIB)
+    escaped = rf"{parents.text},data_file={tmp_path}/a\, b\|c"
+    with pytest.raises(ConfigError, match="suffices for reading only") as caught:
+        commit(child, ignore)
+    assert escaped == str(caught.value).partition(" --into ")[2]
+    wrong = [parents.text, f"aio:{path}", f"aio:{tmp_path}/base", f"{parents.text},data_file={tmp_path}/other",
+             f"{parents.text},data_file={tmp_path}/gone", child.text]  # fmt: skip
+    for text in wrong:
+        with pytest.raises(ConfigError, match="is not its parent, or is without the parent's data file"):
+            commit(child, ignore, into=find_image(text))
+    assert (before, b"v" * MIB, b"o" * MIB) == (path.read_bytes(), victim.read_bytes(), other.read_bytes())
+    commit(child, ignore, into=find_image(escaped))
+
+    assert b"c" * 512 + b"v" * 3584 == victim.read_bytes()[:4096]

@@ -83,10 +83,15 @@ def format_chain(layers: tuple[Layer, ...]) -> str:
 
 def format_layer(name: str, *items: str) -> str:
     """Return the text of one layer, such as ``vhd:/img/base.vhd``, with whatever its items need escaped."""
-    written = [_SPECIAL.sub(r"\\\g<0>", item) for item in items]
+    written = [format_item(item) for item in items]
     if written and name in FORMATS:  # or the name would be taken for a prefix
         written[0] = _WORD_WITH_COLON.sub(r"\1\:", written[0])
     return f"{name}:{','.join(written)}"
+
+
+def format_item(item: str) -> str:
+    """Return the text of an item behind the first one, such as ``key=value``, with whatever it needs escaped."""
+    return _SPECIAL.sub(r"\\\g<0>", item)
 
 
 def _check_whole(text: str) -> None:

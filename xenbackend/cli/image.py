@@ -97,6 +97,7 @@ def _register_commit(verbs: Any) -> None:
         "has into its parent. It may be stopped anywhere and done again. The image itself stays as it is; other "
         "children of the parent are worthless afterwards.")  # fmt: skip
     verb.add_argument("image", metavar="LAYER", help=_WITH_TABLES)
+    verb.add_argument("--into", metavar="LAYER", help="its parent, if that has a data file: qcow2:FILE,data_file=FILE")
     _add_direct(verb)
     verb.set_defaults(run=commit)
 
@@ -238,10 +239,10 @@ def commit(arguments: argparse.Namespace) -> int:
     from xenbackend.image.commit import commit as write_down
     from xenbackend.image.names import find_image
 
-    image = find_image(arguments.image)
+    image, into = find_image(arguments.image), find_image(arguments.into) if arguments.into else None
     try:
         with watched("commit", quiet=arguments.json) as progress:
-            done = write_down(image, progress, direct=arguments.direct)
+            done = write_down(image, progress, into=into, direct=arguments.direct)
     except KeyboardInterrupt:
         print(f"stopped; {printable(image.path)} reads as before, and commit can be done again", file=sys.stderr)
         raise

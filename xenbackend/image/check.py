@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.driver import File
 from xenbackend.errors import DriverError, printable
@@ -52,9 +52,13 @@ def check(image: Image) -> Verdict:
 def repair(image: Image) -> Verdict:
     """Check an image that nobody uses, write what mends it, and check it again.
 
-    Raises: DriverError, where it is in use, or cannot be repaired without risk; OSError.
+    Raises: DriverError, where it is in use, cannot be repaired without risk, or has its data in a file that only it
+        names; OSError.
     """
     with Session(use_queues=False) as session:
+        file = session.open_file(image.path, read_only=True, step=512)
+        refuse_unchosen_data(image, file)
+        session.close(file)
         file = session.open_file(image.path, read_only=False, step=STEP[image.format])
         before = _look(session, image, file)
         if before.status:
@@ -65,6 +69,26 @@ def repair(image: Image) -> Verdict:
                 raise
         after = _look(session, image, file)
         return replace(after, repaired=before.errors + before.leaks - after.errors - after.leaks)
+
+
+def refuse_unchosen_data(image: Image, file: File) -> None:
+    """Refuse to write to an image whose data are in another file, where its layer does not say in which.
+
+    Raises: DriverError, OSError.
+    """
+    options: Any = image.chain.layers[0].options
+    if image.format != "qcow2" or options.data_file:
+        return
+    from xenbackend.block.formats import qcow2
+    from xenbackend.block.qcow.datafile import find_data
+
+    try:
+        header = qcow2.parse_header(file.read_at, file.size)
+        if header.has_data_file:
+            find_data(image.path, header.data_name, "", options.parents, read_only=False)
+    except DriverError as error:
+        error.layer = error.layer or image.text
+        raise
 
 
 def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
@@ -145,7 +169,8 @@ def _look_for_data(image: Image, file: File, faults: Faults) -> None:
     if not header.has_data_file:
         return
     try:
-        path = find_data(image.path, header.data_name, options.data_file, options.parents)
+        chosen = options.data_file
+        path = find_data(image.path, header.data_name, chosen, options.parents, read_only=True)
         with Session(use_queues=False) as session:
             check_length(path, session.open_file(path, read_only=True, step=_SECTOR).size, header.size)
     except OSError as error:

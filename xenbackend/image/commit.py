@@ -6,12 +6,17 @@ reads as before, since what is written to the parent is what the image has.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xenbackend.block.extents import Extent, Kind
+from xenbackend.block.images import FORMAT_OF
+from xenbackend.block.opening import Identity, OpenLayer, identity
 from xenbackend.block.options import files_of
-from xenbackend.block.spec import parse_chain
+from xenbackend.block.qcow.datafile import data_item, unchosen
+from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.image.extents import extents_of
 from xenbackend.image.names import Image
@@ -30,11 +35,17 @@ class Committed:
     written: int
 
 
-def commit(image: Image, progress: Progress, *, direct: bool = False) -> Committed:
+def commit(image: Image, progress: Progress, *, into: Image | None = None, direct: bool = False) -> Committed:
     """Write what an image has to its parent. Whatever `progress` raises stops it between two turns.
 
-    Raises: ConfigError, where there is no parent, or one that is smaller; DriverError, where either is in use;
-        RequestFailed, where one cannot be read or written.
+    Args:
+        image: is only read.
+        progress: told of what was written.
+        into: the parent as the operator opens it, which one that has an external data file needs.
+        direct: bypass the page cache where the files allow it.
+
+    Raises: ConfigError, where there is no parent, one that is smaller, or `into` is another one or missing;
+        DriverError, where either is in use; RequestFailed, where one cannot be read or written.
     """
     # The image is locked against writers, and the parent against everybody. So the chain of both, which opens the
     # parent once more, goes without locks: it is read where the image itself has data, and nobody writes there.
@@ -46,7 +57,7 @@ def commit(image: Image, progress: Progress, *, direct: bool = False) -> Committ
             session.open_file(path, read_only=True, step=512)
         if len(layers) < 2:
             raise ConfigError(f"{image.text} has no parent that it could be committed to")
-        parent = parse_chain(layers[1].text)
+        parent = _parent(layers[1], into)
         target = session.open(parent, read_only=False)
         if target.size < child.size:
             problem = f"its parent has {format_size(target.size)}, and it {format_size(child.size)}"
@@ -55,6 +66,25 @@ def commit(image: Image, progress: Progress, *, direct: bool = False) -> Committ
         transfer = Transfer(session, child, target, is_blank=False)
         _run(transfer, own, progress)
         return Committed(parent.text, transfer.written)
+
+
+def _parent(found: OpenLayer, into: Image | None) -> ChainSpec:
+    """Return the parent that an image has, as it may be written: where its data are is for the operator to say."""
+    data_file = getattr(found.driver.options, "data_file", "")
+    text = f"{found.text},{data_item(data_file)}" if data_file else found.text
+    if into is None:
+        if data_file:
+            raise ConfigError(f"{found.text}: {unchosen(data_file, f'--into {text}')}")
+        return parse_chain(text)
+    named, wanted = into.chain.layers[0].options, found.driver.options
+    if into.format != FORMAT_OF.get(found.driver.name) or _identities(named) != _identities(wanted):
+        raise ConfigError(f"{into.text} is not its parent, or is without the parent's data file; that is {text}")
+    return into.chain
+
+
+def _identities(options: Any) -> set[Identity | None]:
+    """Return what tells the files apart that options name; None for one that is not there."""
+    return {identity(path) if os.path.exists(path) else None for path in files_of(options).values()}  # noqa: PTH110
 
 
 def _run(transfer: Transfer, own: Sequence[Extent], progress: Progress) -> None:

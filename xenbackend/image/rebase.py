@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from xenbackend.block import grammar
 from xenbackend.block.driver import File
 from xenbackend.block.drivers.vhd import is_device
 from xenbackend.block.extents import Extent, Kind
@@ -20,9 +19,10 @@ from xenbackend.block.formats.qcow2_repair import Write
 from xenbackend.block.leaf import child_of
 from xenbackend.block.opening import identity
 from xenbackend.block.options import files_of
+from xenbackend.block.qcow.datafile import data_item
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import ConfigError, DriverError, printable
-from xenbackend.image.check import STEP, write_plan
+from xenbackend.image.check import STEP, refuse_unchosen_data, write_plan
 from xenbackend.image.extents import extents_of, map_chain
 from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.pairs import read_pairs, where_either
@@ -55,7 +55,8 @@ def rebase(
             wherever it has nothing itself.
         direct: bypass the page cache where the files allow it.
 
-    Raises: ConfigError, where that cannot be; DriverError, where a file is in use or damaged; RequestFailed; OSError.
+    Raises: ConfigError, where that cannot be; DriverError, where a file is in use or damaged, or the data are in one
+        that only the image names; RequestFailed; OSError.
     """
     if image.format not in _KINDS:
         raise ConfigError(f"{image.text} cannot be given another parent; only {' and '.join(_KINDS)} images can")
@@ -94,11 +95,7 @@ def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
 def _with_data_file(image: Image, text: str) -> str:
     """Return the layer with the external data file that the image's own names, if it does."""
     data_file = getattr(image.chain.layers[0].options, "data_file", "")
-    if not data_file:
-        return text
-    (layer,) = grammar.parse(text)
-    options = [item.text for item in layer.items[1:]]
-    return image_of_file(image.format, image.path, *options, f"data_file={data_file}").text
+    return f"{text},{data_item(data_file)}" if data_file else text
 
 
 def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Progress) -> int:
@@ -175,6 +172,7 @@ class _Qcow2:
         if header.snapshot_count and not is_unsafe:
             problem = "it has internal snapshots, which have the former parent and would read as the new one does"
             raise ConfigError(f"{image.text}: {problem}; delete them by qemu-img snapshot -d, or say --unsafe")
+        refuse_unchosen_data(image, file)
 
     @staticmethod
     def name(file: File, parent: Parent | None) -> None:

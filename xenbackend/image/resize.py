@@ -19,7 +19,7 @@ from xenbackend.block.formats.vhd import SECTOR
 from xenbackend.block.formats.vhd_places import places_of, ranges_of
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import behind, qcow_check
-from xenbackend.image.check import ERRORS, STEP, check, write_plan
+from xenbackend.image.check import ERRORS, STEP, check, refuse_unchosen_data, write_plan
 from xenbackend.image.names import Image
 from xenbackend.image.session import Session
 from xenbackend.units import PAGE, format_size, round_up
@@ -32,7 +32,7 @@ def resize(image: Image, size: int) -> int:
     """Make a disk `size` bytes large, and return how large it was.
 
     Raises: ConfigError, where it would become smaller, or where the parent would show in what is new; DriverError,
-        where it is in use, damaged, or of a kind that cannot grow; OSError.
+        where it is in use, damaged, of a kind that cannot grow, or has its data in a file that only it names; OSError.
     """
     if size % SECTOR:
         raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
@@ -64,7 +64,9 @@ def _check_growth(image: Image, size: int) -> tuple[int, str]:
             raise ConfigError(f"{problem} would be lost")
         if size > before and len(layers) > 1 and layers[1].geometry.size > before:
             raise ConfigError("its parent is larger than it is, and would show in what is new; convert it instead")
-        return before, getattr(layers[0].driver.options, "data_file", "")
+        if size > before:
+            refuse_unchosen_data(image, session.open_file(image.path, read_only=True, step=SECTOR))
+        return before, getattr(image.chain.layers[0].options, "data_file", "")
 
 
 def _grow_raw(file: File, size: int, *, on_device: bool) -> None:

@@ -26,9 +26,14 @@ RAW = 1 << 1  # an auto-clear feature
 
 
 def make(path: Path, name: bytes = b"data", **options: Any) -> str:
-    """Write an image with a data file, and return the text of its layer."""
+    """Write an image with a data file, and return the text of its layer, which suffices to read it."""
     path.write_bytes(qcow2(SIZE, data_name=name, **options))
     return f"qcow2:{path}"
+
+
+def writable(text: str, data: Path) -> str:
+    """Return the layer with which the disk may be written."""
+    return f"{text},data_file={data}"
 
 
 def everything(machine: Machine, text: str) -> bytes:
@@ -61,7 +66,7 @@ def test_what_is_written(machine: Machine, tmp_path: Path, data: Path) -> None:
     """A write to part of a cluster that the image does not have puts around it what the disk had, at its one place."""
     text = make(tmp_path / "a", os.fsencode(data), clusters={3: b""}, zeros=[1])  # QEMU knows a whole path only
     before = data.read_bytes()
-    chain = machine.open(text)
+    chain = machine.open(writable(text, data))
     requests = [write(512, b"w" * 512), write(CLUSTER + 512, b"x" * CLUSTER), write(3 * CLUSTER, b"y" * 512)]
     assert [0] * 4 == machine.do(chain, *requests, flush())
     chain.close()
@@ -78,7 +83,7 @@ def test_the_last_cluster_ends_with_the_disk(machine: Machine, tmp_path: Path) -
     size = SIZE - 1024
     (tmp_path / "data").write_bytes(b"d" * size)
     (tmp_path / "a").write_bytes(qcow2(size, data_name=b"data"))
-    chain = machine.open(f"qcow2:{tmp_path / 'a'}")
+    chain = machine.open(writable(f"qcow2:{tmp_path / 'a'}", tmp_path / "data"))
     assert [0, 0] == machine.do(chain, write(size - 512, b"w" * 512), flush())
     chain.close()
 
@@ -91,7 +96,7 @@ def test_holes_are_made_in_it(machine: Machine, tmp_path: Path, data: Path) -> N
     image = tmp_path / "a"
     text = make(image, clusters=dict.fromkeys(range(SIZE // CLUSTER), b""), autoclear=RAW)
     before = image.read_bytes()
-    chain = machine.open(text)
+    chain = machine.open(writable(text, data))
     if not chain.geometry.can_discard:
         pytest.skip("this file system makes no holes")
     assert [0, 0] == machine.do(chain, discard(SIZE // 2, SIZE // 2), flush())
@@ -106,7 +111,7 @@ def test_holes_are_made_in_it(machine: Machine, tmp_path: Path, data: Path) -> N
 def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: int, kept: int) -> None:
     """That the data file is a raw disk stays true where we write, and only that."""
     text = make(tmp_path / "a", autoclear=autoclear)
-    machine.open(text).close()
+    machine.open(writable(text, data)).close()
 
     assert kept == (tmp_path / "a").read_bytes()[95]
 
@@ -123,6 +128,20 @@ def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: 
         (b"json:{}", "is no file"),
         (b"a", "is the image itself"),
         (b"same", "is the image itself"),
+        (b"sound", "sound is named by the image alone, which suffices for reading only; .* say data_file=/.*/sound$"),
+    ],
+)
+def test_names_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
+    """R18: what an image names is refused where it is no file, or somewhere else; and to be written, wherever it is."""
+    refuse(machine, tmp_path, name, sentence, is_chosen=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (b"gone", "there is no file or device"),
+        (b"a", "is the image itself"),
+        (b"same", "is the image itself"),
         (b".", "is a directory"),
         (b"pipe", "is a pipe"),
         (b"empty", "is empty"),
@@ -130,15 +149,23 @@ def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: 
     ],
 )
 def test_data_files_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
-    """R18: a data file that is no file, or somewhere else, or cannot hold the disk, is refused, and nothing written."""
+    """A data file that the operator has named and that cannot hold the disk is refused, and nothing written."""
+    refuse(machine, tmp_path, name, sentence, is_chosen=True)
+
+
+def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_chosen: bool) -> None:
+    """See that a data file is refused for a disk that is to be written, by a sentence, and nothing is touched."""
     directory = tmp_path / "images"
     directory.mkdir()
     (tmp_path / "outside").write_bytes(bytes(SIZE))
     (directory / "link").symlink_to("../outside")
     (directory / "empty").touch()
+    (directory / "sound").write_bytes(b"s" * SIZE)
     (directory / "short").write_bytes(bytes(SIZE // 2))
     os.mkfifo(directory / "pipe")
     text = make(directory / "a", name, autoclear=1)
+    if is_chosen:
+        text = writable(text, directory / os.fsdecode(name))
     os.link(directory / "a", directory / "same")
     before = (directory / "a").read_bytes()
     with pytest.raises(DriverError, match=sentence) as caught:
@@ -146,6 +173,7 @@ def test_data_files_that_are_refused(machine: Machine, tmp_path: Path, name: byt
 
     assert text == caught.value.layer
     assert before == (directory / "a").read_bytes()[: len(before)]
+    assert b"s" * SIZE == (directory / "sound").read_bytes()
 
 
 def test_a_device_is_named_by_the_operator_only(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +182,9 @@ def test_a_device_is_named_by_the_operator_only(tmp_path: Path, data: Path, monk
     image.touch()
     monkeypatch.setattr(module.stat, "S_ISBLK", lambda _mode: True)
     with pytest.raises(DriverError, match=rf"is a device, and an image may not name one; .* say data_file={data}"):
-        find_data(str(image), b"data", "", "")
+        find_data(str(image), b"data", "", "", read_only=True)
 
-    assert str(data) == find_data(str(image), b"data", str(data), "")
+    assert str(data) == find_data(str(image), b"data", str(data), "", read_only=False)
 
 
 def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
@@ -166,7 +194,7 @@ def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "images" / "data").write_bytes(b"2" * SIZE)
     for name in (b"data", b"", b"nbd://host/x"):
         text = make(tmp_path / "images" / "a", name, clusters={0: b""})
-        assert b"1" == everything(machine, f"{text},data_file={tmp_path / 'data'}")[:1]
+        assert b"1" == everything(machine, writable(text, tmp_path / "data"))[:1]
     text = make(tmp_path / "images" / "a", b"../data", clusters={0: b""})
 
     assert b"1" == everything(machine, f"{text},parents={tmp_path}")[:1]
@@ -176,7 +204,7 @@ def test_an_image_without(machine: Machine, tmp_path: Path, data: Path) -> None:
     """`data_file=` is refused where the image has no such file: whoever wrote it takes the image for another one."""
     (tmp_path / "a").write_bytes(qcow2(SIZE))
     with pytest.raises(DriverError, match="its data are in the image itself"):
-        machine.open(f"qcow2:{tmp_path / 'a'},data_file={data}")
+        machine.open(writable(f"qcow2:{tmp_path / 'a'}", data))
 
 
 def test_a_short_data_file_is_read(machine: Machine, tmp_path: Path) -> None:
@@ -189,7 +217,7 @@ def test_a_short_data_file_is_read(machine: Machine, tmp_path: Path) -> None:
 
 def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
     """A data file has one writer or any number of readers, by whatever image or layer they came to it."""
-    one, other = make(tmp_path / "a"), make(tmp_path / "b")
+    one, other = (writable(make(tmp_path / name), data) for name in ("a", "b"))
     chain = machine.open(one)
     for text in (other, f"aio:{data}"):
         with pytest.raises(DriverError, match="data is locked by another process"):
@@ -206,12 +234,12 @@ def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize("read_only", [False, True])
 def test_no_file_is_used_twice_in_a_chain(machine: Machine, tmp_path: Path, data: Path, *, read_only: bool) -> None:
     """A parent that is the data file of its child, or whose data file a child has, is refused by its name."""
-    text = make(tmp_path / "a", backing=b"data", backing_format=b"raw")
+    text = writable(make(tmp_path / "a", backing=b"data", backing_format=b"raw"), data)
     with pytest.raises(DriverError, match=rf"parent aio:{data} is itself .*, or has the data of one"):
         machine.open(text, read_only=read_only)
     for name in (b"a", b"data"):
         make(tmp_path / "b", name)
-        text = make(tmp_path / "a", backing=b"b", backing_format=b"qcow2")
+        text = writable(make(tmp_path / "a", backing=b"b", backing_format=b"qcow2"), data)
         with pytest.raises(DriverError, match=rf"{name.decode()} has the data of one of its children"):
             machine.open(text, read_only=read_only)
     machine.open(f"aio:{data}").close()  # nothing is left open
@@ -232,7 +260,7 @@ def test_clusters_at_other_places(
     path = tmp_path / "a"
     text = make(path, clusters={0: b""})
     path.write_bytes(with_word(path.read_bytes(), 2, lambda _word: word, index))
-    chain = machine.open(text)
+    chain = machine.open(writable(text, data))
     assert [errno.EIO, errno.EIO] == machine.do(chain, read(CLUSTER, 512), write(CLUSTER, b"w" * 512))
     chain.close()
     assert b"d" * SIZE == data.read_bytes()
@@ -242,7 +270,7 @@ def test_snapshots_are_not_written_over(machine: Machine, tmp_path: Path, data: 
     """An image with snapshots, all of which would be in the one data file, can be read only."""
     text = make(tmp_path / "a", clusters={1: b""}, snapshot=True)
     with pytest.raises(DriverError, match="it has snapshots"):
-        machine.open(text)
+        machine.open(writable(text, data))
 
     assert b"\0d" == everything(machine, text)[: 2 * CLUSTER : CLUSTER]
 
@@ -286,7 +314,7 @@ def test_both_ways(
         qemu.qemu_io(path, "qcow2", f"write -P {turn + 1} {offset} 99840", "write -z 512k 4k", "write -z 1k 200k")
         model[offset : offset + 99840] = bytes([turn + 1]) * 99840
         model[512 << 10 : 516 << 10], model[1024 : 201 << 10] = bytes(4096), bytes(200 << 10)
-        chain = machine.open(f"qcow2:{path}")
+        chain = machine.open(writable(f"qcow2:{path}", tmp_path / "data"))
         random_guest(machine, chain, model, chance, request.config.getoption("--requests") // 100)
         chain.close()
         raw.write_bytes(model)
@@ -339,7 +367,8 @@ class Bed:
             file = RecordedFile(bytearray(content.get(name, self.start[name])), Random(self.chance.random()))
             file.log = Log(name, both)
             files[path] = file
-        return Disk(f"qcow2:{self.paths['image']}", RecordedFiles(**files)), both
+        text = writable(f"qcow2:{self.paths['image']}", Path(self.paths["data"]))
+        return Disk(text, RecordedFiles(**files)), both
 
     def session(self, count: int) -> tuple[Session, list[tuple[str, Change]]]:
         """Run a guest against a new disk."""

@@ -13,8 +13,9 @@ Description:
     `parent_format=` must: the format is never guessed, since whoever writes to a raw disk could make it look like
     anything.
 
-    An image may keep its data in a file beside it, the external data file. That is opened too, and written to, as the
-    image is; every cluster in it is where it is on the disk.
+    An image may keep its data in a file beside it, the external data file. That is opened too, as the image is; every
+    cluster in it is where it is on the disk. To write to the disk, `data_file=` has to name that file: an image alone
+    does not decide which file is written.
 
 Behaviour:
     Requests that lie in a cluster that the image has to itself go to the file as they are. The first write to a
@@ -42,12 +43,16 @@ Behaviour:
     A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
     image is locked while it is open: one writer, or any number of readers.
 
-    So must an external data file, and it must not be a device; `data_file=` names any other one, a device too. A
-    relative name in an image is relative to the image; to QEMU it is relative to where QEMU was started, so that a
-    whole path is better. Whoever made the image chose which file will be written: one that you do not trust belongs
-    into a directory of its own. The data file has a lock of its own. A cluster is durable in it before the image names
-    it, and a flush is one of the data file, then of the image. A discard makes holes in the data file. An image whose
-    data file is shorter than the disk, or that has snapshots besides, can only be read.
+    So must an external data file that only the image names, and it must not be a device. It is read, as that of a
+    read-only disk, of a parent, or by `image convert`, and never written: whoever made the image could have named the
+    disk of another guest. `data_file=` names any file, a device too, and then what the image says does not matter.
+    What changes an image (`image resize`, `rebase`, `check --repair`) needs it too, and for a parent
+    `image commit --into qcow2:FILE,data_file=FILE`. A parent's data file is found by what the parent says.
+
+    A relative name in an image is relative to the image; to QEMU it is relative to where QEMU was started, so that a
+    whole path is better. The data file has a lock of its own. A cluster is durable in it before the image names it,
+    and a flush is one of the data file, then of the image. A discard makes holes in the data file. An image whose data
+    file is shorter than the disk, or that has snapshots besides, can only be read.
 
 Example:
     log:|qcow2:/srv/images/guest.qcow2
@@ -68,8 +73,8 @@ Limits:
         internal snapshots              yes   yes      they are kept, but neither made nor looked at
         persistent bitmaps              yes   yes      writing makes them invalid, and a leak of their room
         lazy refcounts                  yes   yes      no use is made of them
-        external data file              yes   yes
-        raw external data file          yes   yes      it stays a raw disk
+        external data file              yes   yes      data_file= has to name it to be written
+        raw external data file          yes   yes      the same; it stays a raw disk
         subclusters (extended L2)       yes   no       convert it, or make it the parent of another image
         dirty                           yes   no       its refcounts are out of date: qemu-img check -r all
         corrupt                         yes   no       xenbackend image check --repair
@@ -128,7 +133,7 @@ class Qcow2(QcowDisk):
     class Options(QcowDisk.Options):
         """What the chain says of the image."""
 
-        data_file: FilePath = option("the external data file; by default the one that the image names", default="")
+        data_file: FilePath = option("the external data file; without it what the image names, to read", default="")
 
     options: Options
     allocator: Refcounts | None = None
@@ -158,7 +163,8 @@ class Qcow2(QcowDisk):
             if options.data_file:
                 raise DriverError("its data are in the image itself, and data_file= names another file; leave that out")
             return None
-        path = find_data(options.file, header.data_name, options.data_file, options.parents)
+        chosen, read_only = options.data_file, env.read_only
+        path = find_data(options.file, header.data_name, chosen, options.parents, read_only=read_only)
         data = open_data(env, path, header, direct=not options.cache)
         self.options = replace(options, data_file=path)
         env.report("data_file", f"{path}: {data.mode}")
@@ -170,7 +176,7 @@ class Qcow2(QcowDisk):
         if not header.has_data_file:
             return True
         try:
-            path = find_data(options.file, header.data_name, "", options.parents)
+            path = find_data(options.file, header.data_name, "", options.parents, read_only=True)
             return os.path.samefile(path, options.data_file)  # noqa: PTH121 - as `opening`: pathlib would alter names
         except (OSError, DriverError):
             return False

@@ -2,7 +2,8 @@
 
 Every cluster in it is where it is on the disk, so that nothing in it is ever handed out, counted or moved.
 
-Must not follow a name that the image gives but by the rule for parents: this file is even written to.
+Must not follow a name that the image gives but by the rule for parents, nor for writing at all: whoever made the image
+could name the disk of somebody else there, which lies in the same directory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from xenbackend.block.driver import Env, File
 from xenbackend.block.formats.qcow2 import Header
+from xenbackend.block.grammar import format_item
 from xenbackend.block.mapped.parents import DATA_FILE, find_named, is_file_name
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import format_size
@@ -21,7 +23,7 @@ from xenbackend.units import format_size
 _STEP = 512  # bytes: it may end inside of a sector, and is made longer by a hole then
 
 
-def find_data(image: str, name: bytes, chosen: str, within: str) -> str:
+def find_data(image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> str:
     """Return the path of the data file.
 
     Args:
@@ -29,6 +31,7 @@ def find_data(image: str, name: bytes, chosen: str, within: str) -> str:
         name: what the image says.
         chosen: what the operator says, who may name any file.
         within: the directory that what the image says has to be in; without it the image's own.
+        read_only: it is only read, for which what the image says suffices.
 
     Raises: DriverError, OSError.
     """
@@ -43,10 +46,23 @@ def find_data(image: str, name: bytes, chosen: str, within: str) -> str:
         path = find_named(DATA_FILE, image, [said], within)
         if stat.S_ISBLK(os.stat(path).st_mode):  # noqa: PTH116 - as `opening`: pathlib would alter the name
             problem = f"its data file {printable(path)} is a device, and an image may not name one"
-            raise DriverError(f"{problem}; if that is right, say data_file={printable(path)}", path=path)
+            raise DriverError(f"{problem}; if that is right, say {printable(data_item(path))}", path=path)
     if os.path.samefile(image, path):  # noqa: PTH121 - the same
         raise DriverError(f"its data file {printable(path)} is the image itself", path=path)
+    if not chosen and not read_only:
+        raise DriverError(unchosen(path, data_item(path)), path=path, errno=errno.EACCES)
     return path
+
+
+def data_item(path: str) -> str:
+    """Return what a layer says to choose a data file, with whatever it needs escaped."""
+    return format_item(f"data_file={path}")
+
+
+def unchosen(path: str, advice: str) -> str:
+    """Return why a data file is not written to that only the image names, and what to say instead."""
+    problem = f"its data file {printable(path)} is named by the image alone, which suffices for reading only"
+    return f"{problem}; if that file belongs to it, say {printable(advice)}"
 
 
 def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
