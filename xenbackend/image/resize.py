@@ -65,7 +65,11 @@ def _check_growth(image: Image, size: int) -> tuple[int, str]:
         if size > before and len(layers) > 1 and layers[1].geometry.size > before:
             raise ConfigError("its parent is larger than it is, and would show in what is new; convert it instead")
         if size > before:
-            refuse_unchosen_data(image, session.open_file(image.path, read_only=True, step=SECTOR))
+            file = session.open_file(image.path, read_only=True, step=SECTOR)
+            refuse_unchosen_data(image, file)
+            if image.format == "qcow2" and qcow2.parse_header(file.read_at, file.size).has_subclusters:
+                problem = "it has subclusters (extended L2 entries), and it can only be read; convert it instead"
+                raise DriverError(problem, layer=image.text)
         return before, getattr(image.chain.layers[0].options, "data_file", "")
 
 
@@ -81,7 +85,6 @@ def _grow_data(data: File, file: File, path: str, size: int) -> None:
     Of a raw one that is all of it; else what is in the disk's last cluster: the others are not named by the image.
     """
     header = qcow2.parse_header(file.read_at, file.size)
-    _check_subclusters(header)
     try:
         data.grow(size)
     except OSError as error:
@@ -95,14 +98,8 @@ def _grow_data(data: File, file: File, path: str, size: int) -> None:
     data.sync()
 
 
-def _check_subclusters(header: qcow2.Header) -> None:
-    if header.has_subclusters:
-        raise DriverError("it has subclusters (extended L2 entries), and it can only be read; convert it instead")
-
-
 def _grow_qcow2(file: File, size: int, *, on_device: bool) -> None:
     header = qcow2.parse_header(file.read_at, file.size)
-    _check_subclusters(header)
     if header.snapshot_count and header.version == 2:
         raise DriverError("an image of version 2 with snapshots cannot grow; convert it instead")
     entries = max(1, -(-size >> header.cluster_bits + header.l2_bits))

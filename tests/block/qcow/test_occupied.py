@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from tests.helpers_block import content, flush, read, write
+from tests.helpers_block import content, discard, flush, read, write
 from tests.qcow_images import qcow, qcow2
 from tests.recorded import Disk, RecordedFile, RecordedFiles, at
+from xenbackend.block.formats.qcow import parse_header as parse_qcow
 from xenbackend.block.formats.qcow2 import CORRUPT, Region, parse_header
 from xenbackend.block.formats.qcow2_check import Check
 from xenbackend.block.formats.qcow2_repair import plan_repair
-from xenbackend.block.formats.qcow2_tables import pack_refcounts, unpack_refcounts, unpack_table
+from xenbackend.block.formats.qcow2_tables import COPIED, OFFSET, pack_refcounts, unpack_refcounts, unpack_table
 from xenbackend.block.qcow import occupied
 from xenbackend.block.qcow.occupied import Occupied
 from xenbackend.block.request import IMAGE_DAMAGED
@@ -162,3 +165,54 @@ def test_what_is_occupied_is_found() -> None:
     assert [0, None, 10, 11, None, 20, 30] == found
     assert 20 == once
     assert [None, 5, None, 40] == [occupied.find(*span) for span in ((12, 25), (1, 20), (10, 20), (31, 99))]
+
+
+def pointed(data: bytes, entry: int, place: int) -> bytearray:
+    """Return an image whose first L2 table says that a cluster of the disk is at `place`, to be written there."""
+    read = partial(read_of, data)
+    is_v1 = data[4:8] == bytes([0, 0, 0, 1])
+    l1 = (parse_qcow(read, len(data)) if is_v1 else parse_header(read, len(data))).l1
+    table = unpack_table(data[l1.offset : l1.offset + 8])[0] & OFFSET
+    changed = bytearray(data)
+    changed[table + 8 * entry : table + 8 * entry + 8] = (place if is_v1 else place | COPIED).to_bytes(8, "big")
+    return changed
+
+
+def read_of(data: bytes, offset: int, length: int) -> bytes:
+    """Read an image in memory."""
+    return data[offset : offset + length]
+
+
+@pytest.mark.parametrize(("layer", "version"), [("qcow2", 2), ("qcow2", 3), ("qcow", 1)])
+def test_a_cluster_of_the_disk_that_is_a_table_is_not_written(tmp_path: Path, layer: str, version: int) -> None:
+    """An L2 table that names one of the image's own tables as data lets nobody write there, nor free it; the rest of
+    the disk is read and written on, but for new clusters where the format says that it is corrupt.
+    """
+    if layer == "qcow":
+        image = qcow(SIZE, DATA)
+        header = parse_qcow(partial(read_of, image), len(image))
+        tables = unpack_table(image[header.l1.offset : header.l1.offset + 8]).tolist()  # the others are in cluster 0
+    else:
+        image = qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, version=version)
+        tables = [place << CLUSTER_BITS for place in sorted(looked_at(image)._metadata) if place]
+        assert len(tables) >= 5
+    for place in tables:
+        disk, file = opened(tmp_path / "x", pointed(image, 2, place), layer=layer)
+        before = bytes(file.bytes[place : place + CLUSTER])
+        request = read(2 * CLUSTER, CLUSTER)
+        assert [0] == disk.do(request)
+        assert before == content(request)
+        for request in (
+            write(2 * CLUSTER, b"!" * 512),
+            write(2 * CLUSTER, b"!" * CLUSTER),
+            discard(2 * CLUSTER, CLUSTER),
+        ):
+            assert disk.do(request) in ([IMAGE_DAMAGED], [errno.EOPNOTSUPP])
+        assert [0] == disk.do(write(0, b"ours" * 128))
+        assert [0] == disk.do(flush())
+        disk.chain.close()
+        after = bytes(file.bytes[place : place + CLUSTER])
+        assert before == after, place
+        if version == 3:
+            found = parse_header(partial(read_of, bytes(file.bytes)), len(file.bytes))
+            assert found.incompatible & CORRUPT

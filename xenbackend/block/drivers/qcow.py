@@ -35,14 +35,17 @@ Limits:
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from xenbackend.block.driver import Env, File, Geometry
 from xenbackend.block.formats import qcow
-from xenbackend.block.formats.qcow2 import damaged
+from xenbackend.block.formats.qcow2 import Region, damaged
 from xenbackend.block.qcow.codec import Version1
 from xenbackend.block.qcow.disk import QcowDisk
+from xenbackend.block.qcow.occupied import Occupied
+from xenbackend.block.qcow.steps import Steps
+from xenbackend.block.request import IMAGE_DAMAGED
 from xenbackend.units import format_size, round_up
 
 _GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium
@@ -62,7 +65,7 @@ class Qcow(QcowDisk):
         self.serve(file, header.size, header.cluster_bits, header.l1, Version1(header))
         if not env.read_only:
             _check_tables(self.l1_words(), file.size, header)
-            self.serve_writes(End(file, header.cluster_size))
+            self.serve_writes(End(file, header, self.l1_words()))
         return Geometry(size=header.size, read_only=env.read_only)
 
 
@@ -80,10 +83,13 @@ def _check_tables(words: Sequence[int], file_size: int, header: qcow.Header) -> 
 class End:
     """Hands out clusters behind the end of the file, where everything reads as zeros."""
 
-    def __init__(self, file: File, cluster_size: int) -> None:
+    def __init__(self, file: File, header: qcow.Header, l1: Sequence[int]) -> None:
         self._file = file
-        self._size = cluster_size
-        self._next = round_up(file.size, cluster_size)
+        self._size = header.cluster_size
+        self._next = round_up(file.size, self._size)
+        self._table_size = 8 << header.l2_bits
+        clusters = (cluster for place in l1 if place for cluster in self._clusters(place))
+        self._occupied = Occupied(header.cluster_bits, [Region(0, self._size), header.l1], clusters)
 
     def reserve(self, count: int, then: Callable[[int, int, int, bool], None]) -> None:
         """See `Allocator`."""
@@ -104,4 +110,18 @@ class End:
         """Forget a table likewise."""
 
     def note_table(self, place: int) -> None:
-        """Take no note: what is handed out lies behind everything."""
+        """See `Allocator`."""
+        for cluster in self._clusters(place):
+            self._occupied.add_table(cluster)
+
+    def tables_among(self, places: Iterable[int]) -> set[int]:
+        """See `Allocator`."""
+        return self._occupied.among(places)
+
+    def refuse(self) -> Steps[None]:
+        """See `Allocator`: this format has no mark for it. Raises: OSError."""
+        yield from ()
+        raise OSError(IMAGE_DAMAGED, "a write would go over a table of the image")
+
+    def _clusters(self, place: int) -> range:
+        return range(place // self._size * self._size, place + self._table_size, self._size)

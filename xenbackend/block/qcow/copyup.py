@@ -74,7 +74,9 @@ class CopyUp:
         """Write piece by piece: as much at a time as there is room for in one place."""
         status, offset, end = 0, request.offset, request.offset + request.length
         views: Sequence[memoryview] = request.iov
+        number, index = divmod(clusters.start, 1 << self._table_bits)
         try:
+            yield from self._mapping.refuse_tables(number, range(index, index + len(clusters)))
             while offset < end:
                 first = offset >> self._bits
                 place, got, is_zero = yield partial(self._reserve, first, clusters.stop - first)

@@ -9,7 +9,7 @@ guest is answered that a table in the file does not have yet. What is freed goes
 from __future__ import annotations
 
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 from weakref import proxy
@@ -17,7 +17,7 @@ from weakref import proxy
 from xenbackend.block.formats.qcow2_tables import pack_table, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Shared, Soon, Then
-from xenbackend.block.mapped.tables import Tables
+from xenbackend.block.mapped.tables import PLACE, WRITABLE, Tables
 from xenbackend.block.qcow.steps import Steps, run
 
 UNIT = 4096  # bytes of a table that are written together; a smaller table is written whole
@@ -55,7 +55,13 @@ class Allocator(Protocol):
         """Find up to `count` clusters in a row: ``then(status, place, got, is_zero)``."""
 
     def free(self, places: Sequence[int]) -> None:
-        """Take back clusters that no table names any more, or never named."""
+        """Take back clusters that no table names any more, or never named; not those where a table is."""
+
+    def tables_among(self, places: Iterable[int]) -> set[int]:
+        """Return those of some places of clusters where the image has a table, which no data may be written over."""
+
+    def refuse(self) -> Steps[None]:
+        """Say that a write would destroy a table, in the image too where it has a mark. Raises: OSError, always."""
 
     def free_table(self, place: int) -> None:
         """Take back the room of an L2 table."""
@@ -75,6 +81,7 @@ class L2Table(array):  # type: ignore[type-arg]  # its items are the "Q" that it
     place: int  # in the file, 0 for nowhere yet
     may_write: bool  # there, and used by nobody else
     words: array[int]  # what the file has, or will have when the writes on their way have ended
+    on_tables: set[int]  # entries that name a place where the image has a table: they stay as they are
     pending: set[int]  # entries that are behind their words: these are on their way to the file
     units: dict[int, Shared]  # writes of parts of it
     move: Shared  # gives it a place where it may be written
@@ -162,14 +169,21 @@ class Mapping:
             yield partial(self.load, number)
         return table
 
+    def refuse_tables(self, number: int, span: range) -> Steps[None]:
+        """Refuse to change entries that name a place where the image has a table. Raises: OSError, IMAGE_DAMAGED."""
+        table = yield from self.table(number)
+        if self.allocator is not None and not table.on_tables.isdisjoint(span):
+            yield from self.allocator.refuse()
+
     def change(self, number: int, index: int, entries: Sequence[int]) -> Steps[None]:
         """Set neighbouring entries of a table: in the file first, then in memory; then free what they had.
 
         Raises: OSError, and nothing has changed in memory.
         """
+        span = range(index, index + len(entries))
+        yield from self.refuse_tables(number, span)
         table = yield from self.table(number)
         self._tables.pin(number)
-        span = range(index, index + len(entries))
         try:
             while not table.pending.isdisjoint(span):  # another change of the same has begun before
                 yield self._unit(table, index).want if table.may_write else table.move.want
@@ -214,8 +228,19 @@ class Mapping:
         self._codec.check_table(number, table)
         table.number, table.place, table.may_write = number, place, may_write
         table.words, table.pending, table.units = words, set(), {}
+        table.on_tables = self._protect(table)
         table.move = Shared(partial(self._move, proxy(table)), self._disk.soon)
         self._tables.put(number, table)
+
+    def _protect(self, table: L2Table) -> set[int]:
+        """Let no write go to where the image has a table; return the entries that would have let it."""
+        if self.allocator is None or self._disk.data is not self._disk.file:
+            return set()
+        places = self.allocator.tables_among(entry & PLACE for entry in table if entry & WRITABLE)
+        found = {index for index, entry in enumerate(table) if entry & PLACE in places} if places else set()
+        for index in found:
+            table[index] &= ~WRITABLE
+        return found
 
     def _soon(self, then: Then) -> None:
         self._disk.soon(partial(then, 0))

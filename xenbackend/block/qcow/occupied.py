@@ -9,7 +9,7 @@ check can tell; where it holds a table, a write would take all with it that the 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -52,6 +52,19 @@ class Occupied:
         if at < len(self._tables) and self._tables[at] < end:
             found.append(self._tables[at])
         return min(found, default=None)
+
+    def among(self, places: Iterable[int]) -> set[int]:
+        """Return those of some places of clusters, in bytes, where a table is."""
+        clusters = {place >> self._bits for place in places}
+        if not clusters:
+            return set()
+        low, high = min(clusters), max(clusters)
+        at, to = bisect_left(self._tables, low), bisect_right(self._tables, high)
+        found = clusters.intersection(self._tables[at:to])
+        for start, stop in self._regions:
+            if start <= high and low < stop:
+                found |= clusters.intersection(range(start, stop))
+        return {cluster << self._bits for cluster in found}
 
     def add_table(self, place: int) -> None:
         """Take note of a new L2 table or refcount block."""

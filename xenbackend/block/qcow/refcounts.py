@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,13 +84,29 @@ class Refcounts:
             self._line.add(self._refill(), self._refilled)
 
     def free(self, places: Sequence[int]) -> None:
-        """Take back clusters that no table names any more."""
-        self._freed += [place >> self._header.cluster_bits for place in places]
+        """Take back clusters that no table names any more; see `Allocator`."""
+        tables = self._occupied.among(places)
+        self._freed += [place >> self._header.cluster_bits for place in places if place not in tables]
+
+    def tables_among(self, places: Iterable[int]) -> set[int]:
+        """See `Allocator`."""
+        return self._occupied.among(places)
+
+    def refuse(self) -> Steps[None]:
+        """See `Allocator`. Nothing more is reserved from now on: who knows what else is wrong."""
+        if not self._is_corrupt and self._header.version >= 3:
+            place, fields = incompatible_bytes(self._header.incompatible | CORRUPT)
+            sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
+            sector[place : place + len(fields)] = fields
+            yield partial(self._disk.write_meta, 0, bytes(sector))
+            yield self._disk.sync
+        self._is_corrupt = True
+        raise OSError(IMAGE_DAMAGED, "a write would go over a table of the image")
 
     def free_table(self, place: int) -> None:
         """Take back the room of an L2 table; see `Allocator`."""
         self._occupied.remove_table(place)
-        self.free([place])
+        self._freed.append(place >> self._header.cluster_bits)  # a snapshot may have it, too, and keeps it
 
     def note_table(self, place: int) -> None:
         """See `Allocator`."""
@@ -191,20 +207,9 @@ class Refcounts:
         self._batch = min(2 * self._batch, MAX_BATCH)
 
     def _refuse_tables(self, first: int, end: int) -> Steps[None]:
-        """Hand out nothing where a table is, and let the image say that it is corrupt. Raises: OSError, IMAGE_DAMAGED.
-
-        The refcounts are wrong, and who knows which: nothing more is reserved from now on.
-        """
-        if not self._is_corrupt and self._occupied.find(first, end) is None:
-            return
-        if not self._is_corrupt and self._header.version >= 3:
-            place, fields = incompatible_bytes(self._header.incompatible | CORRUPT)
-            sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
-            sector[place : place + len(fields)] = fields
-            yield partial(self._disk.write_meta, 0, bytes(sector))
-            yield self._disk.sync
-        self._is_corrupt = True
-        raise OSError(IMAGE_DAMAGED, "a cluster that is counted as free holds a table of the image")
+        """Hand out nothing where a table is. Raises: OSError, IMAGE_DAMAGED."""
+        if self._is_corrupt or self._occupied.find(first, end) is not None:
+            yield from self.refuse()
 
     def _make_room(self, first: int, end: int) -> int:
         """Grow the file to hold the clusters up to `end`; return how far it does. Raises: OSError."""
