@@ -187,8 +187,7 @@ def create(arguments: argparse.Namespace) -> int:
     """Make an image. Raises: ConfigError, DriverError."""
     from xenbackend.image.create import create as make
 
-    parent = _parent(arguments)
-    made = make(arguments.format, arguments.file, arguments.size, _wishes(arguments), parent)
+    made = make(arguments.format, arguments.file, arguments.size, _wishes(arguments), _parent(arguments))
     return _print_created(made, as_json=arguments.json)
 
 
