@@ -114,6 +114,7 @@ class StepEnv:
     read_only: bool = False
     shareable: bool = False
     resumes: bool = False
+    is_draft: bool = False
     files: Any = None
     facts: dict[str, str] = field(default_factory=dict)
     timers: list[tuple[float, Callable[[], None]]] = field(default_factory=list)

@@ -192,8 +192,9 @@ class Written:
 class Disk:
     """An open chain on recorded files whose requests wait for `run`."""
 
-    def __init__(self, text: str, files: RecordedFiles, *, read_only: bool = False) -> None:
+    def __init__(self, text: str, files: RecordedFiles, *, read_only: bool = False, is_draft: bool = False) -> None:
         self.files = files
+        self._is_draft = is_draft
         self.chance = Random(0)
         self.calls: list[Callable[[], None]] = []
         self.chain: Chain = open_chain(parse_chain(text), self._env, read_only=read_only, checked=True)
@@ -201,7 +202,7 @@ class Disk:
         self.chain.complete = self.back.extend
 
     def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
-        env = StepEnv(read_only=read_only, shareable=shareable, files=self.files)
+        env = StepEnv(read_only=read_only, shareable=shareable, is_draft=self._is_draft, files=self.files)
         env.run_in_thread = self._in_thread
         return env
 

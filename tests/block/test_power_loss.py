@@ -7,7 +7,12 @@ from random import Random
 
 import pytest
 
+from tests.helpers_block import content, flush, read, write
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
+from xenbackend.block.formats.blank import Wishes, blank
+from xenbackend.block.formats.qcow2_check import Check
+from xenbackend.block.formats.qcow2_repair import plan_repair
+from xenbackend.errors import DriverError
 
 SIZE = 64 << 10
 CHAINS = ("aio:{path}", "sync:{path}", "log:|aio:{path}", "delay:|log:granularity=4K|aio:{path}")
@@ -73,3 +78,61 @@ def test_a_flush_that_is_not_passed_on_is_found(tmp_path: Path) -> None:
     lost = state(guest.first, guest.file.log, 0)
 
     assert guest.faults_of_power_loss(again("aio:{path}", path, lost), len(guest.file.log))
+
+
+@pytest.mark.parametrize(
+    ("layer", "wishes"), [("qcow2", Wishes(4096)), ("qcow2", Wishes()), ("vhd", Wishes(64 << 10)), ("qcow", Wishes())]
+)
+def test_a_draft_is_whole_up_to_its_last_flush(tmp_path: Path, layer: str, wishes: Wishes) -> None:
+    """An image that is being made orders nothing between flushes. After a power failure it is what it was at the last
+    one, and can be written on from there, once it was mended; or else it is found to be damaged.
+    """
+    size, piece, chance = 2 << 20, 64 << 10, Random(4)
+    new, path, data = blank(layer, size, wishes, None), at(tmp_path / "image"), Random(5).randbytes(2 << 20)
+    first = bytearray(new.size)
+    for place, each in new.pieces:
+        first[place : place + len(each)] = each
+    file = RecordedFile(bytearray(first), chance)
+    disk = Disk(f"{layer}:{path}", RecordedFiles(**{path: file}), is_draft=True)
+    begun = len(file.log)
+    for start in range(0, size // 2, piece):
+        assert [0] == disk.do(write(start, data[start : start + piece]))
+    assert not any(change.kind == "flush" for change in file.log[begun:])
+    assert [0] == disk.do(flush())
+    durable = len(file.log)
+    for start in range(size // 2, size, piece):
+        assert [0] == disk.do(write(start, data[start : start + piece]))
+    went_on = 0
+    for _ in range(60):
+        left, flushed = after_power_loss(bytes(first), file.log, chance)
+        if flushed < durable - 1:
+            continue
+        again = RecordedFile(left)
+        try:
+            if layer == "qcow2":
+                mend(again)
+            disk = Disk(f"{layer}:{path}", RecordedFiles(**{path: again}))
+        except DriverError:
+            continue
+        request = read(0, size // 2)
+        assert [0] == disk.do(request)
+        assert data[: size // 2] == content(request)
+        for start in range(size // 2, size, piece):
+            assert [0] == disk.do(write(start, data[start : start + piece]))
+        assert data == disk.everything()
+        went_on += 1
+    assert went_on > 5
+
+
+def mend(file: RecordedFile) -> None:
+    """Do what `image check --repair` does. Raises: DriverError."""
+    check = Check(file.read_at, file.size)
+    check.run()
+    for writes in plan_repair(check):
+        for place, data in writes:
+            file.grow(place + len(data))
+            file.write_at(place, data)
+    check = Check(file.read_at, file.size)
+    check.run()
+    if check.report.errors:
+        raise DriverError("it cannot be mended")

@@ -167,6 +167,7 @@ class Env(Protocol):
     read_only: bool  # this layer must not alter what it holds
     shareable: bool  # this layer's image is a parent: others may read it at the same time
     resumes: bool  # the guest may have written already: a memory that is fresh knows nothing of that
+    is_draft: bool  # of an image that is being made: only what a flush has made durable is ever looked at again
     files: Files
     facts: dict[str, str]  # what the layer reported so far
 

@@ -81,7 +81,7 @@ def convert(
             except BaseException:
                 state.remove()
                 raise
-        elif target.format == "qcow2":
+        else:
             _mend(partial)
         written = _copy(session, disk, partial, done, progress, lambda place: state.save(begun, place))
         publish(partial.path, target.path)
@@ -168,16 +168,28 @@ def _identity(disk: Disk, target: Image, wishes: Wishes) -> dict[str, Any]:
 
 
 def _mend(partial: Image) -> None:
-    """Give back what was reserved when it was killed."""
-    if check(partial).status:
-        repair(partial)
+    """Make a partial image whole up to where it was durable: of what came later a power failure leaves any part.
+
+    Raises: ConfigError, where that cannot be.
+    """
+    if partial.format == "raw":
+        return
+    try:
+        verdict = check(partial)
+        if verdict.status and partial.format == "qcow2":
+            verdict = repair(partial)
+    except DriverError as error:
+        raise ConfigError(f"{error}; that cannot be gone on with, {_ANEW}") from error
+    if verdict.errors:
+        problem = verdict.sentences[0] if verdict.sentences else "it is damaged"
+        raise ConfigError(f"{printable(partial.text)}: {problem}; that cannot be gone on with, {_ANEW}")
 
 
 def _copy(
     session: Session, source: Disk, partial: Image, done: int, progress: Progress, save: Callable[[int], None]
 ) -> int:
     """Copy from `done` on; return the bytes that were written. What ends it leaves a state to go on from."""
-    target = session.open(parse_chain(partial.text), read_only=False)
+    target = session.open(parse_chain(partial.text), read_only=False, is_draft=True)
     if target.size < source.size:
         raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=partial.text)
     transfer = Transfer(session, source, target, is_blank=True)

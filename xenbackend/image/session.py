@@ -60,12 +60,14 @@ class Session:
         self._unlocked = HostFiles(self._reactor, use_queues=False, direct=direct, locks=False)
         self._open: list[Chain | File | Opening] = []
 
-    def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True) -> Disk:
+    def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True, is_draft: bool = False) -> Disk:
         """Open a chain. Without a lock it is only read, and what is read may be half of somebody's change.
+
+        With `is_draft` nobody may use the image, should it stay as it is, but for what a flush has made durable.
 
         Raises: DriverError.
         """
-        env = EnvFactory(self._reactor, self._files if locked else self._unlocked)
+        env = EnvFactory(self._reactor, self._files if locked else self._unlocked, is_draft=is_draft)
         chain = open_chain(spec, env, read_only=read_only or not locked)
         self._open.append(chain)
         return Disk(chain)

@@ -33,6 +33,7 @@ class WorkerEnv:
         self.read_only = read_only
         self.shareable = shareable
         self.resumes = factory.resumes
+        self.is_draft = factory.is_draft
         self.files = factory.files
         self.facts: dict[str, str] = {}  # what the layer reported
         self.now = factory.reactor.now
@@ -63,6 +64,7 @@ class EnvFactory:
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
         drop: tells the supervisor that a memory is wanted no more.
         resumes: a guest may have written through an earlier worker.
+        is_draft: the image is being made, as `Env` says.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class EnvFactory:
         drop: Callable[[str], None] = drop_nothing,
         *,
         resumes: bool = False,
+        is_draft: bool = False,
     ) -> None:
         self.reactor = reactor
         self.files = files
         self.resumes = resumes
+        self.is_draft = is_draft
         self._memories = dict(memories or {})
         self._keep = keep
         self._drop = drop

@@ -331,7 +331,7 @@ class Blocks(MappedDisk):
         if status:
             then(status)
         else:
-            self.sync(then)
+            self.order(then)
 
     def _enter(self, block: int, place: int, status: int) -> None:
         """Write the table's entry of a block whose bitmap is in the file."""

@@ -258,7 +258,7 @@ class Mapping:
         before = self._l1[table.number]
         try:
             yield partial(self._disk.write_meta, place, pack_table(table.words))
-            yield self._disk.sync
+            yield self._disk.order
             self._l1[table.number] = self._codec.encode_l1(place)
             yield partial(self._l1.store, table.number)
         except OSError:

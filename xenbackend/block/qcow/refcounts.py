@@ -198,7 +198,7 @@ class Refcounts:
         for place in range(first, end):
             raised[place] = 1
         yield from self._store(index, raised, range(first, end))
-        yield self._disk.sync
+        yield self._disk.order
         self._blocks.put(index, raised)
         self._next, self._end = base + first, base + end
         self._cursor = self._end
@@ -233,12 +233,12 @@ class Refcounts:
         block[0] = 1
         place = first << self._header.cluster_bits
         yield partial(self._disk.write_meta, place, pack_refcounts(block, self._header.refcount_order))
-        yield self._disk.sync
+        yield self._disk.order
         self._fresh = max(self._fresh, first + 1)
         self._table[index] = place
         try:
             yield from self._store_table(index)
-            yield self._disk.sync
+            yield self._disk.order
         except OSError:
             self._table[index] = 0
             raise
@@ -274,12 +274,12 @@ class Refcounts:
         region = Region((first + blocks) << bits, clusters * size)
         data = pack_refcounts(counts, self._header.refcount_order) + pack_table(table)
         yield partial(self._disk.write_meta, first << bits, data)
-        yield self._disk.sync
+        yield self._disk.order
         sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
         place, fields = refcount_table_bytes(region, size)
         sector[place : place + len(fields)] = fields
         yield partial(self._disk.write_meta, 0, bytes(sector))
-        yield self._disk.sync
+        yield self._disk.order
         self._occupied.move(self._region, region)
         for block in range(first, first + blocks):
             self._occupied.add_table(block << bits)
