@@ -191,21 +191,20 @@ def test_whoever_is_killed_shows_nothing_old(kind: str, tmp_path: Path, monkeypa
             write_plan(file, [[each]])
 
     monkeypatch.setattr(module, "write_plan", killed)
-    for seed in range(2):
-        image, before = made(kind, tmp_path, Random(seed))
-        start = Path(image.path).read_bytes()
-        for after in range(0, 1000, 7 if "512" in kind else 1):
-            Path(image.path).write_bytes(start)
-            left = after
-            try:
-                resize(image, SIZE if kind == "vhd, full" else 2 * SIZE)
-            except OSError:
-                found = check(image)
-                assert found.status != ERRORS or (image.format == "vhd" and found.errors == 1), (seed, after)
-                assert disk_content(image.text) in (before, before.ljust(2 * SIZE, b"\0"), before.ljust(SIZE, b"\0"))
-            else:
-                break
-        assert after > 1
+    image, before = made(kind, tmp_path, Random(0))
+    start = Path(image.path).read_bytes()
+    for after in range(0, 1000, 7 if "512" in kind else 1):
+        Path(image.path).write_bytes(start)
+        left = after
+        try:
+            resize(image, SIZE if kind == "vhd, full" else 2 * SIZE)
+        except OSError:
+            found = check(image)
+            assert found.status != ERRORS or (image.format == "vhd" and found.errors == 1), after
+            assert disk_content(image.text) in (before, before.ljust(2 * SIZE, b"\0"), before.ljust(SIZE, b"\0"))
+        else:
+            break
+    assert after > 1
 
 
 def test_a_killed_fixed_disk_has_a_footer(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def test_what_is_made_is_no_larger(tmp_path: Path, image_format: str, wishes: Wi
     """A file system with room for what was measured has room for the image, and not twice as much was asked for."""
     chance, source = Random(3), tmp_path / "source"
     with source.open("wb") as file:
-        file.truncate(20 * MIB)
-        for place in range(0, 20 * MIB, MIB if is_full else 5 * MIB):
+        file.truncate(8 * MIB)
+        for place in range(0, 8 * MIB, MIB if is_full else 3 * MIB):
             file.seek(place)
             file.write(chance.randbytes(MIB if is_full else 70000))
     chain = parse_chain(f"aio:{source}")
