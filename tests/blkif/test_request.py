@@ -355,7 +355,10 @@ def test_segment_spans() -> None:
 
             assert expected == (record.refused and type(record.refused))
             if record.refused is None:
-                assert [(first * 512, (last - first + 1) * 512), (0, 4096)] == record.spans
+                expected_spans = [(first * 512, (last - first + 1) * 512), (0, 4096)]
+                assert (None if (first, last) == WHOLE else expected_spans) == record.spans
+                assert [5, 6] == list(record.grefs)
+                assert 4096 + (last - first + 1) * 512 == record.length
 
 
 @each_layout

@@ -37,6 +37,8 @@ from xenbackend.units import PAGE
 _SEGMENT = Struct("<IBBxx")
 _ONE_READ, _ONE_WRITE = 1 << 8 | BLKIF_OP_READ, 1 << 8 | BLKIF_OP_WRITE  # as `Layout.glance` gives them
 _WHOLE = LAST_SECTOR_OF_PAGE << 8
+_FROM_FIRST = [(0,) * count for count in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)]  # sectors of whole pages
+_TO_LAST = [(LAST_SECTOR_OF_PAGE,) * count for count in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)]
 _WHOLE_PAGES = [WHOLE_PAGE * count for count in range(SEGMENTS_PER_INDIRECT_PAGE + 1)]
 
 
@@ -85,7 +87,7 @@ class RingRequest:
     first_sector   in 512-byte sectors; the range lies inside the disk
     length         bytes, 0 for a flush or an empty barrier
     grefs          the data pages in order, where there is not exactly one whole page
-    spans          (first byte, bytes) per page; None for a plain record and an indirect one of whole pages only
+    spans          (first byte, bytes) per page; None for a plain record and one of several whole pages only
     indirect       the pages that hold the segments, until `Decoder.decode_indirect` was called; then empty
     segment_count  segments in those pages
     refused        the rule that was broken, or None
@@ -199,7 +201,13 @@ class Decoder:
         if not 1 <= count <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
             raise BadSegmentCount(f"{count} segments in a request; 1 to {BLKIF_MAX_SEGMENTS_PER_REQUEST} are possible")
         values = SEGMENTS[count].unpack_from(slot, self._layout.segments_at)
-        self._take_segments(record, list(zip(values[0::3], values[1::3], values[2::3], strict=True)))
+        grefs, first, last = values[0::3], values[1::3], values[2::3]
+        if count > 1 and first == _FROM_FIRST[count] and last == _TO_LAST[count]:  # all at once, as `decode_indirect`
+            record.grefs = grefs
+            record.length = count * PAGE
+            self._check_range(record)
+        else:
+            self._take_segments(record, list(zip(grefs, first, last, strict=True)))
 
     def _decode_indirect_head(self, record: RingRequest, count: int, grefs: tuple[int, ...]) -> None:
         record.reset()

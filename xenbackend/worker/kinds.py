@@ -11,6 +11,7 @@ from typing import NamedTuple
 from xenbackend.blkif.abi import BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER, SECTOR
 from xenbackend.blkif.request import RingRequest
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.units import PAGE
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 
 
@@ -34,7 +35,7 @@ def sort_out(records: Sequence[RingRequest], grants: PersistentGrants | CopiedGr
             if record.refused is None:  # and only reads and writes are ever indirect
                 data.append(record)
             continue
-        if record.spans is None:  # one whole page among others; what `grefs` says is from an earlier use
+        if record.spans is None and record.length <= PAGE:  # one whole page; what `grefs` says is from an earlier use
             record.grefs = (record.gref,)
         if record.refused is not None:
             continue
