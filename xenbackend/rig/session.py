@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from xenbackend.rig.tree import Change, Node, Transaction, Tree, may, resolve, walk
 
@@ -35,16 +36,49 @@ class Registry:
         self.tree = tree
         self.domains = {0}
         self.sessions: list[Session] = []
+        self._watches: dict[str, dict[Watch, None]] = {}  # by absolute path
+        self._made = 0  # watches
         self._observer = observer
 
     def publish(self) -> None:
         """Tell watchers and the observer what changed in the tree since the last call."""
         changes, self.tree.changes = self.tree.changes, []
         for change in changes:
-            for session in self.sessions:
-                session.hear(change)
+            self._tell(change)
             if self._observer is not None:
                 self._observer(change.path, change.after.value if change.after else None)
+
+    def next_number(self) -> int:
+        """Return the number of a new watch."""
+        self._made += 1
+        return self._made
+
+    def watch(self, path: str, watch: Watch) -> None:
+        """Let a session hear of changes at a path and below it."""
+        self._watches.setdefault(path, {})[watch] = None
+
+    def unwatch(self, path: str, watch: Watch) -> None:
+        """Undo a `watch`."""
+        del self._watches[path][watch]
+        if not self._watches[path]:
+            del self._watches[path]
+
+    def _tell(self, change: Change) -> None:
+        """Tell those who watch the node or one above it, and those who watch one below it that went with it.
+
+        What nobody watches costs nothing: there are as many watches as devices, and most changes concern one.
+        """
+        node, path = change.after or change.before, change.path
+        places = [(path, node)]
+        while path != "/":
+            path = path.rpartition("/")[0] or "/"
+            places.append((path, node))
+        heard = [(watch, change.path, node) for place, node in places for watch in self._watches.get(place, ())]
+        if change.after is None and change.before is not None:
+            below = [(place, node) for place, node in walk(change.path, change.before) if place != change.path]
+            heard += [(watch, place, node) for place, node in below for watch in self._watches.get(place, ())]
+        for watch, place, found in sorted(heard, key=lambda each: each[0].number):
+            watch.session.tell(watch, place, found)
 
     def introduce(self, domid: int) -> None:
         """Let a domain exist, with its directory, which it may read, and the node `domid` in there."""
@@ -66,6 +100,16 @@ class Registry:
             session.hear_special(name)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Watch:
+    """A watch as a session asked for it. Of several, the older ones hear first."""
+
+    session: Session
+    number: int
+    given: str
+    token: str
+
+
 class Session:
     """One connection of domain `domid`. Give it what arrives by `feed`, send what stands in `outgoing`."""
 
@@ -75,13 +119,14 @@ class Session:
         self._incoming = bytearray()
         self._registry = registry
         self._home = f"/local/domain/{domid}/"
-        self._watches: dict[tuple[str, str], str] = {}  # absolute path by path as given and token
+        self._watches: dict[tuple[str, str], tuple[str, Watch]] = {}  # absolute path too, by path as given and token
         self._transactions: dict[int, Transaction] = {}
         self._begun = 0
         registry.sessions.append(self)
 
     def close(self) -> None:
         """Forget watches and transactions."""
+        self._reset_watches(b"")
         self._registry.sessions.remove(self)
 
     def feed(self, data: bytes) -> None:
@@ -98,28 +143,17 @@ class Session:
             del self._incoming[:end]
             self._serve(op, request, transaction, payload)
 
-    def hear(self, change: Change) -> None:
-        """Queue an event for each watch that a change concerns."""
-        node = change.after or change.before
-        for (given, token), watched in self._watches.items():
-            prefix = "/" if watched == "/" else f"{watched}/"
-            if change.path == watched or change.path.startswith(prefix):
-                self._event(given, token, change.path, node)
-            elif change.after is None and change.before is not None and watched.startswith(f"{change.path}/"):
-                below = dict(walk(change.path, change.before))
-                if watched in below:
-                    self._event(given, token, watched, below[watched])
+    def tell(self, watch: Watch, path: str, node: Node | None) -> None:
+        """Queue an event, unless the node is one that the domain may not read."""
+        if node is None or may(node, self.domid, "r"):
+            told = path if watch.given.startswith("/") else path.removeprefix(self._home)
+            self._send(XS_WATCH_EVENT, 0, 0, f"{told}\0{watch.token}\0".encode("latin-1"))
 
     def hear_special(self, name: str) -> None:
         """Queue an event for watches of a name such as ``@releaseDomain``; guests may not hear those."""
         for given, token in self._watches:
             if given == name and self.domid == 0:
                 self._send(XS_WATCH_EVENT, 0, 0, f"{name}\0{token}\0".encode())
-
-    def _event(self, given: str, token: str, path: str, node: Node | None) -> None:
-        if node is None or may(node, self.domid, "r"):
-            told = path if given.startswith("/") else path.removeprefix(self._home)
-            self._send(XS_WATCH_EVENT, 0, 0, f"{told}\0{token}\0".encode("latin-1"))
 
     def _send(self, op: int, request: int, transaction: int, payload: bytes) -> None:
         self.outgoing += HEADER.pack(op, request, transaction, len(payload)) + payload
@@ -189,16 +223,22 @@ class Session:
             absolute = resolve(self.domid, given)
         if (given, token) in self._watches:
             raise OSError(errno.EEXIST, given)
-        self._watches[given, token] = absolute
+        watch = Watch(self, self._registry.next_number(), given, token)
+        self._watches[given, token] = absolute, watch
+        self._registry.watch(absolute, watch)
         return _OK
 
     def _unwatch(self, payload: bytes) -> bytes:
         given, token = _strings(payload, 2)
-        if self._watches.pop((given, token), None) is None:
+        found = self._watches.pop((given, token), None)
+        if found is None:
             raise OSError(errno.ENOENT, given)
+        self._registry.unwatch(*found)
         return _OK
 
     def _reset_watches(self, _: bytes) -> bytes:
+        for found in self._watches.values():
+            self._registry.unwatch(*found)
         self._watches.clear()
         self._transactions.clear()
         return _OK
