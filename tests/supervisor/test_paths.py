@@ -3,7 +3,14 @@
 import pytest
 
 from xenbackend.errors import ConfigError
-from xenbackend.supervisor.paths import DEVID_END, VbdPath, devid_to_vdev, parse_backend_path, vdev_to_devid
+from xenbackend.supervisor.paths import (
+    DEVID_END,
+    VbdPath,
+    devid_to_vdev,
+    parse_backend_path,
+    parse_domain_directory,
+    vdev_to_devid,
+)
 
 NUMBERS = {  # the first four lines: xen-vbd-interface(7)
     "xvda": 51712,
@@ -93,3 +100,20 @@ def test_a_number_of_any_length_is_a_sentence() -> None:
         vdev_to_devid("1" * 5000)
 
     assert len(str(caught.value)) < 100
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/local/domain/0/backend/vbd/5", ("vbd", 5)),
+        ("backend/vbd3/12", ("vbd3", 12)),
+        ("/local/domain/0/backend/vbd", None),
+        ("/local/domain/0/backend/vbd/5/51712", None),
+        ("/local/domain/0/backend/vbd/05", None),
+        ("/local/domain/0/backend/vbd/5/", None),
+        ("/local/domain/0/backend/VBD/5", None),
+    ],
+)
+def test_a_domains_directory(path: str, expected: tuple[str, int] | None) -> None:
+    """Exactly what toolstacks make for the vbds of one domain is one; all else is looked at as a whole."""
+    assert expected == parse_domain_directory(path)

@@ -63,6 +63,38 @@ def test_birth_service_and_removal(stepped: Stepped, toolstack: Store, guest: St
     assert toolstack.read_optional(PATH.backend) is None
 
 
+def test_the_end_of_a_domain_concerns_no_other(
+    stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A domain's directory that goes is a reason to look at that domain's vbds, and one that comes to serve them."""
+    other = VbdPath("vbd", 0, 6, 51712)
+    write_like_libxl(toolstack)
+    write_like_libxl(toolstack, other)
+    stepped.until(lambda: {PATH, other} <= set(stepped.registry.vbds))
+    stepped.until(_has(toolstack, "hotplug-status", "connected"))
+    stepped.until(lambda: toolstack.read_optional(f"{other.backend}/hotplug-status") == "connected")
+    stepped.until(lambda: not any(vbd.node_changed for vbd in stepped.registry.vbds.values()))
+
+    def never() -> None:
+        pytest.fail("it looked at everybody's vbds")
+
+    monkeypatch.setattr(stepped.registry, "_scan", never)
+    looked: list[str] = []
+    read = stepped.store.read_many
+
+    def read_many(path: str, keys: tuple[str, ...]) -> dict[str, str]:
+        looked.append(path)
+        return read(path, keys)
+
+    monkeypatch.setattr(stepped.store, "read_many", read_many)
+    toolstack.remove("/local/domain/0/backend/vbd/5")
+    stepped.until(lambda: set(stepped.registry.vbds) == {other})
+
+    assert not any(path.startswith(other.backend) for path in looked)
+    write_like_libxl(toolstack)
+    stepped.until(lambda: PATH in stepped.registry.vbds)
+
+
 def test_only_vbds_with_our_script_are_served(stepped: Stepped, toolstack: Store) -> None:
     """A vbd with another script belongs to somebody else: nothing is written into it."""
     other = VbdPath("vbd", 0, 5, 51728)

@@ -28,6 +28,7 @@ DEVID_END = 2 << 28  # reserved from here on
 
 _NUMBER = "(0|[1-9][0-9]{0,9})"
 _BACKEND = re.compile(rf"(?:/local/domain/{_NUMBER}/)?backend/([a-z0-9_]{{1,32}})/{_NUMBER}/{_NUMBER}(?:/(.*))?")
+_OF_DOMAIN = re.compile(rf"(?:/local/domain/{_NUMBER}/)?backend/([a-z0-9_]{{1,32}})/{_NUMBER}")
 _LETTERS = re.compile(r"(xvd|sd|hd)([a-z]{1,5})([1-9][0-9]{0,2})?")
 _DIGITS = re.compile(rf"d{_NUMBER}(?:p{_NUMBER})?")
 
@@ -79,6 +80,15 @@ def parse_backend_path(path: str, own_domid: int) -> tuple[VbdPath, str] | None:
     if max(backend_domid, frontend_domid) >= DOMID_FIRST_RESERVED or devid >= DEVID_END:
         return None
     return VbdPath(match[2], backend_domid, frontend_domid, devid), match[5] or ""
+
+
+def parse_domain_directory(path: str) -> tuple[str, int] | None:
+    """Return kind and frontend's domain of a directory that has the vbds of one domain, or None when it is none.
+
+    That is what a toolstack removes with the last vbd of a domain.
+    """
+    match = _OF_DOMAIN.fullmatch(path)
+    return (match[2], int(match[3])) if match else None
 
 
 def vdev_to_devid(vdev: str) -> int:

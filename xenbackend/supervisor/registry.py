@@ -18,7 +18,7 @@ from xenbackend.supervisor.claim import Bus
 from xenbackend.supervisor.estate import sort_inherited
 from xenbackend.supervisor.fleet import Fleet
 from xenbackend.supervisor.keeper import Keeper
-from xenbackend.supervisor.paths import VbdPath, domain_path, parse_backend_path, vdev_to_devid
+from xenbackend.supervisor.paths import VbdPath, domain_path, parse_backend_path, parse_domain_directory, vdev_to_devid
 from xenbackend.supervisor.settings import Settings
 from xenbackend.supervisor.spec import is_ours
 from xenbackend.supervisor.store import Store
@@ -60,6 +60,7 @@ class Registry:
         self._xentop_at: float | None = None  # when it is shown the counters again
         self._xentop_failed = ""
         self._must_scan = True
+        self._changed_domains: dict[tuple[str, int], None] = {}
         self._is_stopping = False
         self._back_off_s = _BACK_OFF_S[0]
         self._reconnect_at: float | None = None
@@ -176,6 +177,9 @@ class Registry:
         self._sort(events)
         if self._must_scan:
             self._scan()
+        for kind, domid in self._changed_domains:
+            self._scan_domain(kind, domid)
+        self._changed_domains.clear()
         for path in list(self._candidates):
             self._consider(path)
             del self._candidates[path]
@@ -191,10 +195,13 @@ class Registry:
                 by_token[token].theirs_changed = True
             elif token == _TOKEN:
                 found = parse_backend_path(path, self.domid)
-                if found is None:
-                    self._must_scan = True
-                else:
+                domain = parse_domain_directory(path)
+                if found is not None:
                     self._mark(found[0])
+                elif domain is not None:  # others' vbds are left alone: with many of them, to look at all takes long
+                    self._changed_domains[domain] = None
+                else:
+                    self._must_scan = True
 
     def _mark(self, path: VbdPath) -> None:
         if path in self.vbds:
@@ -207,13 +214,23 @@ class Registry:
         for vbd in self.vbds.values():
             vbd.node_changed = True
         for kind in self._kinds():
-            root = self._kind_path(kind)
-            for domid in self._store.directory(root):
-                for devid in self._store.directory(f"{root}/{domid}"):
-                    found = parse_backend_path(f"{root}/{domid}/{devid}", self.domid)
-                    if found is not None:
-                        self._mark(found[0])
+            for domid in self._store.directory(self._kind_path(kind)):
+                self._mark_domain(kind, domid)
         self._must_scan = False
+
+    def _scan_domain(self, kind: str, domid: int) -> None:
+        """Look at every vbd of a kind that a domain has or had."""
+        for path, vbd in self.vbds.items():
+            if (path.kind, path.frontend_domid) == (kind, domid):
+                vbd.node_changed = True
+        self._mark_domain(kind, str(domid))
+
+    def _mark_domain(self, kind: str, domid: str) -> None:
+        root = self._kind_path(kind)
+        for devid in self._store.directory(f"{root}/{domid}"):
+            found = parse_backend_path(f"{root}/{domid}/{devid}", self.domid)
+            if found is not None:
+                self._mark(found[0])
 
     def _consider(self, path: VbdPath) -> None:
         """Serve a vbd if it is ours."""
