@@ -149,7 +149,7 @@ class Served:
             geometry=self.geometry,
             journal=self.journal,
             submit=self.disk.submit,
-            poller=Poller(0),
+            poller=Poller(0, None),
             kick=lambda: None,
             policy=Policy(self.policy),
             voice=self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
+from itertools import pairwise
 
 import pytest
 
 from xenbackend.blkif.abi import REQ_PROD, X86_64, ring_entries
 from xenbackend.blkif.ring import BackRing
-from xenbackend.worker.polling import Poller
+from xenbackend.kernel.cpu import CpuTimes
+from xenbackend.worker.polling import Permit, Poller
 
 
 class Clock:
@@ -35,8 +37,8 @@ def test_work_is_found_at_once() -> None:
     words[REQ_PROD] = 1
     clock = Clock()
 
-    assert Poller(100, clock).finds_work(ring, []) is True
-    assert clock.now <= 2
+    assert Poller(100, Permit(Times(), clock), clock).finds_work(ring, []) is True
+    assert clock.now <= 3
 
 
 def test_a_look_ends_with_its_time() -> None:
@@ -44,7 +46,7 @@ def test_a_look_ends_with_its_time() -> None:
     ring, _ = make_ring()
     clock = Clock()
 
-    assert Poller(100, clock).finds_work(ring, []) is False
+    assert Poller(100, Permit(Times(), clock), clock).finds_work(ring, []) is False
     assert 100 <= clock.now <= 102
 
 
@@ -57,28 +59,110 @@ def test_another_ring_ends_the_look(own: int) -> None:
     words[REQ_PROD] = 1
     clock = Clock()
 
-    assert Poller(1000, clock).finds_work(ring, [other]) is False
+    assert Poller(1000, Permit(Times(), clock), clock).finds_work(ring, [other]) is False
     assert clock.now <= 3
 
 
-@pytest.mark.parametrize("forbidden", ["host is busy", "switched off"])
-def test_no_look_where_it_is_not_wanted(forbidden: str) -> None:
-    """Without an idle CPU, or with a duration of zero, not even the clock is read."""
+def test_no_look_where_it_is_not_wanted() -> None:
+    """With a duration of zero, or where nobody can tell what it costs, not even the clock is read."""
     ring, words = make_ring()
     words[REQ_PROD] = 1
     clock = Clock()
-    poller = Poller(0 if forbidden == "switched off" else 100, clock)
-    poller.is_allowed = forbidden != "host is busy"
 
-    assert poller.finds_work(ring, []) is False
+    assert Poller(0, Permit(Times(), clock), clock).finds_work(ring, []) is False
+    assert Poller(100, None, clock).finds_work(ring, []) is False
     assert clock.now == 0
+
+
+def looking(permit: Permit, times: Times, seconds: float, waits: float, stolen: float = 0.0) -> list[tuple[int, int]]:
+    """Look all the time for so long, and return from when to when that was allowed, in ms.
+
+    Args:
+        permit: what is asked, every 50 us.
+        times: what it gets to see.
+        seconds: how long.
+        waits: the part of the time in which we look that somebody else runs.
+        stolen: the part of all CPUs' time that the hypervisor takes meanwhile.
+    """
+    start, allowed = times.now, []
+    while times.now < start + seconds * 1e9:
+        is_allowed = permit.allows(times.now)
+        if is_allowed:
+            allowed.append(times.now)
+            times.ran += 50_000 * (1 - waits)
+            times.waited += 50_000 * waits
+        times.stolen += 50_000 * stolen
+        times.now += 50_000
+    runs: list[tuple[int, int]] = []
+    for each in allowed:
+        ms = (each - start) // 1_000_000
+        if runs and ms <= runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], ms
+        else:
+            runs.append((ms, ms))
+    return runs
+
+
+class Times:
+    """What a process got of the CPUs."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.ran = self.waited = self.stolen = 0.0
+
+    def __call__(self) -> CpuTimes:
+        """Return the times by now: of one CPU, in ticks as long as our nanoseconds."""
+        return CpuTimes(int(self.ran), int(self.waited), int(self.stolen), self.now)
+
+
+@pytest.mark.parametrize("waits", [0.0, 0.02, 0.15])
+def test_what_waits_for_us_is_no_reason_to_stop(waits: float) -> None:
+    """Something at nice 19 on each CPU makes us wait for a little of the time; looking goes on all the while."""
+    times = Times()
+
+    assert [(0, 9999)] == looking(Permit(times), times, 10, waits)
+
+
+@pytest.mark.parametrize(("waits", "stolen"), [(0.5, 0.0), (0.3, 0.0), (0.0, 0.2)])
+def test_beside_equals_tries_are_short_and_rare(waits: float, stolen: float) -> None:
+    """Where others want the CPUs as we do, or the hypervisor gives them away, a try takes 30 ms; rests get longer."""
+    times = Times()
+    tries = looking(Permit(times), times, 120, waits, stolen)
+    rests = [after[0] - before[1] for before, after in pairwise(tries)]
+
+    assert all(end - start <= 31 for start, end in tries)
+    assert [1, 2, 4, 8, 16, 32, 32] == [round(rest / 1000) for rest in rests]
+
+
+def test_when_equals_have_gone_it_looks_again() -> None:
+    """At most half a minute later, and after that it is as quick to try again as at first."""
+    times = Times()
+    permit = Permit(times)
+    looking(permit, times, 120, 0.5)
+    ((first, end),) = looking(permit, times, 60, 0.0)
+    assert first <= 33_000
+    assert end == 59_999
+    tries = looking(permit, times, 10, 0.5)
+
+    assert [1, 2, 4] == [round((after[0] - before[1]) / 1000) for before, after in pairwise(tries)]
+
+
+def test_an_idle_worker_is_not_judged() -> None:
+    """What little it ran and waited says nothing: a wake-up that came late is no competition."""
+    times = Times()
+    permit = Permit(times)
+    for _ in range(100_000):
+        assert permit.allows(times.now)
+        times.ran += 4_000
+        times.waited += 4_000
+        times.now += 10_000_000
 
 
 def test_looks_in_vain_are_given_up_for_a_while() -> None:
     """After eight looks in vain the next 256 sleeps are not delayed; then it is tried again."""
     ring, _ = make_ring()
     clock = Clock()
-    poller = Poller(10, clock)
+    poller = Poller(10, Permit(Times(), clock), clock)
     for _ in range(8):
         poller.finds_work(ring, [])
     spent = clock.now
@@ -94,7 +178,7 @@ def test_success_forgives_what_was_in_vain() -> None:
     """Looks that pay now and then go on: only failures in a row count."""
     ring, words = make_ring()
     clock = Clock()
-    poller = Poller(10, clock)
+    poller = Poller(10, Permit(Times(), clock), clock)
     for _ in range(20):
         words[REQ_PROD] = 0
         for _ in range(7):

@@ -1,23 +1,46 @@
-"""Whether the host's CPUs have something better to do than to wait.
+"""What this process got of the host's CPUs, and what it wanted and did not get.
 
-Must not be asked more than about once a second: it reads a file.
+Must not judge. The files are opened once: a process that is walled in later can read on.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
-_CPUS = os.cpu_count() or 1
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Times since the process, or the host, began."""
+
+    ran_ns: int  # this process's main thread
+    waited_ns: int  # the same, while it was ready to run and others did
+    stolen: int  # ticks in which the hypervisor ran somebody else, of all CPUs
+    all: int  # ticks of all CPUs
 
 
-def has_idle_cpu() -> bool:
-    """Return whether fewer threads want to run now, ourselves included, than there are CPUs, or just as many.
+class Cpu:
+    """Reads the times of this process's main thread and of the host.
 
-    Source: proc(5), /proc/loadavg, fourth field: currently runnable / existing.
+    Sources: Linux, ``Documentation/scheduler/sched-stats.rst``, "/proc/<pid>/schedstat"; proc(5), /proc/stat.
     """
-    fd = os.open("/proc/loadavg", os.O_RDONLY)
-    try:
-        runnable = os.read(fd, 128).split()[3].partition(b"/")[0]
-    finally:
-        os.close(fd)
-    return int(runnable) <= _CPUS
+
+    def __init__(self) -> None:
+        """Open the files. Raises: OSError, where the kernel has none (CONFIG_SCHED_INFO)."""
+        self._own = os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._host = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._own)
+            raise
+
+    def times(self) -> CpuTimes:
+        """Return the times by now; some microseconds. Raises: OSError."""
+        ran, waited, *_ = os.pread(self._own, 128, 0).split()
+        ticks = [int(word) for word in os.pread(self._host, 512, 0).partition(b"\n")[0].split()[1:9]]
+        return CpuTimes(int(ran), int(waited), ticks[7], sum(ticks))
+
+    def close(self) -> None:
+        """Release the files."""
+        os.close(self._own)
+        os.close(self._host)

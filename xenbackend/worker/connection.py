@@ -21,7 +21,6 @@ from xenbackend.block.policy import Policy
 from xenbackend.block.request import Request
 from xenbackend.control import Connect, Halted, Paused, RingParameters, Trouble
 from xenbackend.journal import RingJournal, poison, poisoned
-from xenbackend.kernel.cpu import has_idle_cpu
 from xenbackend.kernel.fence import is_strongly_ordered
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.worker.engine import Engine
@@ -263,7 +262,6 @@ class Connection:
                 else:
                     self._suspects[queue] = queue.ring.consumed
         self._tally.publish()
-        self.engine.poller.is_allowed = has_idle_cpu()
         poll = WeakMethod(self._poll)  # so that a timer does not keep a frontend that has gone
         self._reactor.call_later(SAFETY_POLL_S, lambda: (again := poll()) and again())
 

@@ -24,7 +24,7 @@ from xenbackend.worker.connection import Connection
 from xenbackend.worker.disk import Disk, describe_flush, is_locked
 from xenbackend.worker.exchange import Exchange
 from xenbackend.worker.holds import Hold
-from xenbackend.worker.polling import POLL_US, Poller
+from xenbackend.worker.polling import POLL_US, Poller, find_permit
 from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
@@ -42,6 +42,7 @@ class Worker:
         self._channel = channel
         self._speech = Speech(channel)
         self._reactor = Reactor(on_bug=self._on_bug)
+        self._permit = find_permit()
         self._open: control.Open
         self._disk: Disk | None = None
         self._exchange: Exchange
@@ -169,7 +170,7 @@ class Worker:
                 journal=self._journal,
                 submit=disk.chain.submit,
                 kick=disk.files.kick,
-                poller=Poller(int(self._open.settings.get("poll_us", POLL_US)) * 1000),
+                poller=Poller(int(self._open.settings.get("poll_us", POLL_US)) * 1000, self._permit),
                 policy=Policy(self._policy),
                 voice=self._speech,
             )
