@@ -20,6 +20,9 @@ NAMES = (
     "latency_ns",        # their sum
     "latency_max_ns",
     "bugs",              # exceptions that were ours (D8)
+    "rests",             # how often looking for requests before sleeping was given up, for what it cost
+    "rested_ns",         # for how long, in all
+    "look_ns",           # how long a look may take now; 0 while it rests, and where nobody may look
 )  # fmt: skip
 HISTOGRAM = 64  # first word of the latency histogram: word 64 + n counts samples of 2**(n-1) <= ns < 2**n
 BUCKETS = 48

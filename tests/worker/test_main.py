@@ -167,6 +167,18 @@ def test_counters_outlive_connections(driven: Driven) -> None:
     assert counters.percentile_ns(driven.worker.journal, 0.5) > 0
 
 
+def test_counters_are_up_to_date_when_a_worker_was_asked_where_it_stands(driven: Driven) -> None:
+    """Who asks need not wait for the second that counters are published in."""
+    frontend = driven.connect("ram:1M")
+    counted = []
+    for _ in range(3):
+        frontend.write(0, DATA)
+        driven.worker.stand()
+        counted.append(driven.worker.counters()["writes"])
+
+    assert [1, 2, 3] == counted
+
+
 def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
     """What was taken is answered first, what comes waits for Resume; a disk without a frontend is held at once."""
     driven.open(SLOW)

@@ -147,6 +147,24 @@ def test_when_equals_have_gone_it_looks_again() -> None:
     assert [1, 2, 4] == [round((after[0] - before[1]) / 1000) for before, after in pairwise(tries)]
 
 
+def test_rests_are_told() -> None:
+    """How often looking was given up, and for how long by now, is known at any moment, asked to look or not."""
+    times = Times()
+    permit = Permit(times, lambda: times.now)
+    before = Poller(1000, permit)
+    told = [(permit.rests, permit.rested_ns(), before.look_ns)]
+    looking(permit, times, 0.5, 0.5)
+    told.append((permit.rests, round(permit.rested_ns() / 1e9, 1), before.look_ns))
+    later = Poller(1000, permit)
+    times.now += 60 * 10**9
+    told.append((permit.rests, permit.rested_ns() / 1e9, before.look_ns))
+
+    assert [(0, 0, 1000), (1, 0.5, 0), (1, 1.0, 1000)] == told
+    assert (1, 1.0) == (before.rests, before.rested_ns / 1e9)
+    assert (0, 0.5) == (later.rests, round(later.rested_ns / 1e9, 1))  # since there is this one
+    assert (0, 0, 0) == (Poller(1000, None).rests, Poller(1000, None).rested_ns, Poller(1000, None).look_ns)
+
+
 def test_an_idle_worker_is_not_judged() -> None:
     """What little it ran and waited says nothing: a wake-up that came late is no competition."""
     times = Times()

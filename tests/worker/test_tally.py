@@ -8,7 +8,9 @@ from tests.served import Served
 from xenbackend import counters
 from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE_BARRIER
 from xenbackend.block.request import Op
+from xenbackend.kernel.cpu import CpuTimes
 from xenbackend.rig.frontend import Wishes
+from xenbackend.worker.polling import Permit, Poller
 
 
 def numbers(vbd: Served, *names: str) -> list[int]:
@@ -87,3 +89,22 @@ def test_latency_has_a_histogram(vbd: Served) -> None:
     assert 0 < samples == sum(page[counters.HISTOGRAM : counters.HISTOGRAM + counters.BUCKETS])
     assert 0 < most <= total
     assert counters.percentile_ns(vbd.journal, 1.0) > most
+
+
+def test_rests_are_published(vbd: Served) -> None:
+    """Whether looking before sleeping rests now, and how long it has, is for whoever wonders about a slow guest."""
+    now = 0
+    permit = Permit(lambda: CpuTimes(now, now, 0, now), lambda: now)
+    vbd.connect()
+    vbd.connection.engine.poller = Poller(60_000, permit, lambda: now)
+    for now in (0, 50_000_000):  # half of it waiting
+        permit.allows(now)
+    now += 400_000_000
+    vbd.connection.publish_counters()
+
+    assert [1, 400_000_000, 0] == numbers(vbd, "rests", "rested_ns", "look_ns")
+
+    now += 10**9
+    vbd.connection.publish_counters()
+
+    assert [1, 10**9, 60_000] == numbers(vbd, "rests", "rested_ns", "look_ns")

@@ -162,6 +162,10 @@ class Connection:
         """
         self.engine.hold(Hold.END, lambda: flush(lambda: self._release(then, hands_over=hands_over)))
 
+    def publish_counters(self) -> None:
+        """Bring the counters' page up to date, which is done once a second anyhow."""
+        self._tally.publish()
+
     def _pause(self, code: int) -> None:
         poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
         self._say_paused(f"a flush failed ({errno.errorcode.get(code, code)}); the disk is paused")

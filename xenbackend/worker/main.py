@@ -226,8 +226,7 @@ class Worker:
 
     def _may_exchange(self) -> bool:
         """Return whether the chain may be exchanged now, and say so if it may not."""
-        is_open = self._disk is not None and self._disk.chain is not None
-        may = is_open and not (self._boot.path or self._when_disconnected)
+        may = bool(self._disk and self._disk.chain) and not (self._boot.path or self._when_disconnected)
         if not may:
             self._speech.say(control.Unswapped("the disk is not in service by the guest's own driver"))
         return may
@@ -279,6 +278,8 @@ class Worker:
 
     def _on_report(self, message: control.Report) -> None:
         disk, connection = self._disk, self._connection
+        if connection is not None:
+            connection.publish_counters()  # whoever asks may look at them next
         self._speech.say(
             control.Standing(
                 phase=self._phase(),
@@ -370,8 +371,7 @@ class Worker:
         if self._connection is not None:
             self._connection.engine.bugs += 1  # the tally publishes it
         elif len(self._journal):
-            words = self._journal[: counters.SIZE].cast("Q")
-            words[counters.INDEX["bugs"]] += 1
+            self._journal[: counters.SIZE].cast("Q")[counters.INDEX["bugs"]] += 1
         import traceback  # late: most workers never need it
 
         chain = self._disk.chain if self._disk else None

@@ -36,21 +36,28 @@ class Permit:
     Args:
         times: what this process got of the CPUs.
         clock: in nanoseconds.
+
+    `rests` is how often looking was given up.
     """
 
     def __init__(self, times: Callable[[], CpuTimes], clock: Callable[[], int] = perf_counter_ns) -> None:
+        self.rests = 0
         self._times = times
         self._clock = clock
         self._rest_s = 1
         self._rests_until: int | None = None
+        self._rested_ns = 0  # by all rests, up to the end of the present one
         self._judge_at = 0
         self._since: CpuTimes | None = None
         self._since_at = 0
 
-    @property
-    def is_resting(self) -> bool:
-        """Whether looking was too dear lately."""
-        return self._rests_until is not None
+    def rested_ns(self) -> int:
+        """Return for how long looking has been given up so far, whether or not anybody wanted to look."""
+        return self._rested_ns - self.rest_left_ns()
+
+    def rest_left_ns(self) -> int:
+        """Return for how long it will still be."""
+        return max(0, self._rests_until - self._clock()) if self._rests_until is not None else 0
 
     def allows(self, now: int) -> bool:
         """Return whether one may look now, by the clock that was given."""
@@ -74,7 +81,10 @@ class Permit:
         self._since, self._since_at = times, now
         stolen = (times.stolen - since.stolen) / max(1, times.all - since.all)
         if waited > _MOST_WAITED * (ran + waited) or stolen > _MOST_STOLEN:
-            self._rests_until = now + self._rest_s * 1_000_000_000
+            rest_ns = self._rest_s * 1_000_000_000
+            self._rests_until = now + rest_ns
+            self._rested_ns += rest_ns
+            self.rests += 1
             self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
         else:
             self._rest_s = max(1, self._rest_s // 2)
@@ -103,6 +113,22 @@ class Poller:
         self._clock = clock
         self._in_vain = 0
         self._pause = 0
+        self._rests_before, self._rested_ns_before = (permit.rests, permit.rested_ns()) if permit else (0, 0)
+
+    @property
+    def rests(self) -> int:
+        """Return how often looking was given up, for what it cost, since there is this poller."""
+        return self._permit.rests - self._rests_before if self._permit else 0
+
+    @property
+    def rested_ns(self) -> int:
+        """Return for how long it was."""
+        return self._permit.rested_ns() - self._rested_ns_before if self._permit else 0
+
+    @property
+    def look_ns(self) -> int:
+        """Return how long a look may take now: 0 during such a rest, and where nobody may look."""
+        return 0 if self._permit is None or self._permit.rest_left_ns() else self._duration_ns
 
     def may_look(self) -> bool:
         """True unless a look would be one too many now; each question counts towards the end of a pause."""

@@ -17,7 +17,7 @@ from xenbackend.worker.engine import Engine
 
 _SUMS = (
     "reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "guest_errors", "turns",
-    "notifications", "missed_wakeups", "latency_samples", "latency_ns", "bugs",
+    "notifications", "missed_wakeups", "latency_samples", "latency_ns", "bugs", "rests", "rested_ns",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Tally:
         now = self._now()
         for name in _SUMS:
             words[counters.INDEX[name]] = self._before[name] + now[name]
-        for name in ("in_flight", "latency_max_ns"):
+        for name in ("in_flight", "latency_max_ns", "look_ns"):
             words[counters.INDEX[name]] = now[name]
         queues = self._engine.queues
         for bucket, before in enumerate(self._buckets_before):
@@ -70,4 +70,7 @@ class Tally:
             "latency_ns": sum(queue.latency_ns for queue in queues),
             "latency_max_ns": max((queue.latency_max_ns for queue in queues), default=0),
             "bugs": engine.bugs,
+            "rests": engine.poller.rests,
+            "rested_ns": engine.poller.rested_ns,
+            "look_ns": engine.poller.look_ns,
         }
