@@ -44,7 +44,7 @@ HOMES = {
     "compression": ("block/formats/zstd",),  # of Python 3.14
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
-    "ctypes": ("kernel/",),
+    "ctypes": ("bench/blkif_native", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/parent", "worker/files"),
     "importlib": ("block/drivers/__init__", "cli/main", "kernel/ports"),  # what a text names: drivers, commands, hosts
     "matplotlib": ("bench/plot",),
@@ -70,15 +70,15 @@ HOMES = {
         "worker/reactor",
     ),
     "selectors": ("rig/store", "supervisor/"),
-    "signal": ("cli/", "embedded/machine", "rig/", "supervisor/"),
+    "signal": ("bench/native", "cli/", "embedded/machine", "rig/", "supervisor/"),
     "structlog": ("log",),
     "daemon": ("supervisor/main",),
     "zstandard": ("block/formats/zstd",),
     "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/process"),
     "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "worker/threads"),
     # attributes
-    # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts
-    "os.environ": ("cli/", "embedded/machine", "host/block_xenbackend", "supervisor/store"),
+    # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler
+    "os.environ": ("bench/native", "cli/", "embedded/machine", "host/block_xenbackend", "supervisor/store"),
     "os.getenv": (),
     "os.fork": ("worker/zygote",),
     "os.system": (),

@@ -109,6 +109,8 @@ def test_a_wheel_brings_what_is_installed(tmp_path: Path) -> None:
     installed = _stage(tmp_path / "site", tmp_path / "of-wheel")
 
     assert {"xenbackend"} == {name.split("/")[0].split("-")[0] for name in names}
+    sources = {f"xenbackend/bench/c/{name}" for name in ("blkif.h", "blkif_loop.c", "ring_server.c")}
+    assert sources == {name for name in names if "/bench/c/" in name}
     assert {"xenbackend.service", "60-xenbackend.rules"} <= {Path(each).name for each in installed}
     assert installed == _stage(ROOT, tmp_path / "of-checkout")
 

@@ -18,6 +18,7 @@ DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, 
 
 TESTED_ELSEWHERE = {
     "__main__.py": "a line that calls cli/main.py",
+    "bench/blkif_native.py": "bench/test_blkif.py holds both generators to the same tests",
     "bench/target.py": "bench/test_session.py starts every target and ends it",
     "bench/vhost_user.py": "bench/test_virtqueue.py speaks it to a real qemu-storage-daemon",
     "bench/worker.py": "bench/test_session.py runs every workload on one",

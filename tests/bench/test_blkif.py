@@ -1,13 +1,18 @@
-"""The blkif load generator against a backend in this test, which answers as a hostile one might."""
+"""The blkif load generators, in Python and in C, against a backend in this test that answers as a hostile one might."""
 
 from __future__ import annotations
 
+import select
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from xenbackend.bench import loop, native
 from xenbackend.bench.blkif import PAGES, BlkifLoop
+from xenbackend.bench.blkif_native import NativeBlkifLoop
 from xenbackend.bench.plan import SMALLEST, WORKS, BenchError, Work, places
 from xenbackend.blkif.abi import BLKIF_OP_INDIRECT, NATIVE, ring_entries
 from xenbackend.blkif.ring import BackRing
@@ -24,11 +29,14 @@ BY_NAME = {work.name: work for work in WORKS}
 class Backend(BlkifLoop):
     """A generator with its backend beside it, which answers whenever the generator is about to look."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__("ours", Guest(directory, 1, PAGES), FENCE, persistent=True, verify=True)
+    def __init__(self, directory: Path, **how: Any) -> None:
+        super().__init__("ours", Guest(directory, 1, PAGES), FENCE, persistent=True, verify=True, **how)
         self.size = SMALLEST
         host = open_host(str(directory))
         self.grants = host.open_grants(1)
+        self.events = host.open_events(1)
+        self.port = self.events.bind(self.parameters().rings[0].event_channel)
+        self.has_thread = False  # of its own, which answers
         self.mapping = self.grants.map(self.parameters().rings[0].grefs, writable=True)
         self.back = BackRing(self.mapping.view, NATIVE, ring_entries(NATIVE, 0), FENCE)
         self.taken: list[tuple[int, int, int, int]] = []  # operation, segments, first sector, first gref
@@ -39,7 +47,22 @@ class Backend(BlkifLoop):
         self.ids: list[bytes] = []  # of what was in flight at the last look
 
     def reap(self) -> list[int]:
-        """Answer everything but the `held` oldest, the youngest first where they are held; then take the answers."""
+        """Answer, unless a thread does, then take the answers."""
+        if not self.has_thread:
+            self.answer_all()
+        return super().reap()
+
+    def serve_until(self, is_over: threading.Event) -> None:
+        """Answer as a backend does that sleeps."""
+        while not is_over.is_set():
+            if not self.back.final_check():
+                select.select([self.events.fileno()], [], [], 0.01)
+                for port in self.events.pending():
+                    self.events.unmask(port)
+            self.answer_all()
+
+    def answer_all(self) -> None:
+        """Answer everything but the `held` oldest, the youngest first where they are held."""
         slots = self.pending
         while count := min(self.back.available(), self.back.until_wrap()):
             copy = bytearray(count * NATIVE.slot_size)
@@ -51,8 +74,8 @@ class Backend(BlkifLoop):
         for slot in reversed(answered) if self.held else answered:
             self.back.put_response(place, *self.serve(slot), self.status)
             place += 1
-        self.back.publish(place)
-        return super().reap()
+        if self.back.publish(place):
+            self.events.notify(self.port)
 
     def serve(self, slot: bytearray) -> tuple[int, int]:
         """Bring a read's stamp; return what the response says."""
@@ -73,17 +96,30 @@ class Backend(BlkifLoop):
 
     def close(self) -> None:
         """Release what the backend holds."""
+        self.events.close()
         self.back.release()
         self.mapping.release()
         self.grants.close()
         self._guest.close()
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> Iterator[Backend]:
+class NativeBackend(Backend, NativeBlkifLoop):
+    """The same with the generator that is in C."""
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The generator's inner part, built."""
+    return native.build(tmp_path_factory.mktemp("native")).loop
+
+
+@pytest.fixture(params=["Python", "C"])
+def ours(request: pytest.FixtureRequest, tmp_path: Path, library: Path | None) -> Iterator[Backend]:
     """A generator and its backend on a rig."""
+    if request.param == "C" and library is None:
+        pytest.skip("no C compiler is installed")
     with Xen(tmp_path):
-        backend = Backend(tmp_path)
+        backend = Backend(tmp_path) if request.param == "Python" else NativeBackend(tmp_path, library=library)
         yield backend
         backend.close()
 
@@ -132,12 +168,59 @@ def test_an_error_ends_the_measurement(ours: Backend, name: str) -> None:
         ours.reap()
 
 
+@pytest.mark.parametrize("number", [1, 31, 2**32])
+def test_an_answer_to_nothing_ends_the_measurement(ours: Backend, number: int) -> None:
+    """An answer to a request that was never made is no answer."""
+    ours.start(BY_NAME["rr4k-1"], [0])
+    ours.back.put_response(0, number, 0, 0)
+    ours.back.publish(1)
+    with pytest.raises(BenchError, match="or one that was not made"):
+        super(Backend, ours).reap()
+
+
+def test_a_backend_that_falls_silent_ends_the_measurement(ours: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gets no answer, and only notifications for nothing, does not wait for ever."""
+    monkeypatch.setattr("xenbackend.bench.blkif.STALL", 0.02)
+    if isinstance(ours, NativeBlkifLoop):
+        ours._state.stall_ms = 20
+    ours.start(BY_NAME["rr4k-1"], [0])
+    ours.events.notify(ours.port)
+    with pytest.raises(BenchError, match=f"ours has not answered for {loop.STALL:.0f} seconds"):
+        super(Backend, ours).reap()
+
+
+@pytest.mark.parametrize("poll_ns", [0, 10**9], ids=["asleep", "looking"])
+def test_a_whole_run(ours: Backend, poll_ns: int) -> None:
+    """All that was asked of a backend is answered, one request timed at a time, while the generator sleeps or looks."""
+    work = BY_NAME["rr4k"]
+    ours.poll_ns, ours.has_thread = poll_ns, True
+    is_over = threading.Event()
+    thread = threading.Thread(target=ours.serve_until, args=(is_over,))
+    ours.start(work, order := places(work, SMALLEST))
+    thread.start()
+    try:
+        windows = [super(Backend, ours).run(0.02) for _ in range(2)]
+        ours.drain(work)
+    finally:
+        is_over.set()
+        thread.join()
+    requests = sum(window.requests for window in windows) + work.depth
+
+    assert requests == len(ours.taken)
+    assert order[:100] == [sector for _, _, sector, _ in ours.taken][:100]
+    for window in windows:
+        assert 0 < len(window.latencies) <= window.requests
+        assert sum(window.latencies) <= window.seconds * 1e9
+        assert 0 <= window.busy <= 1
+        assert window.seconds >= 0.02
+
+
 def test_more_answers_than_requests(ours: Backend) -> None:
     """A backend that announces what was never asked for is no backend to measure."""
     ours.start(BY_NAME["rr4k-1"], [0])
     ours._ring.index[2] = 9
     with pytest.raises(BenchError, match="ours announced 9 responses to 1 requests"):
-        BlkifLoop.reap(ours)
+        super(Backend, ours).reap()
 
 
 def test_pages_lie_scattered(ours: Backend) -> None:

@@ -71,17 +71,21 @@ class BlkifLoop(ClosedLoop):
 
     def start(self, work: Work, places: list[int]) -> None:
         """Encode a request per slot, and issue the first ones."""
+        self._prepare(work, places)
+        self.renew(list(range(work.depth)))
+
+    def _prepare(self, work: Work, places: list[int]) -> None:
         self._write = work.write
         self._depth = work.depth
         self._operation = BLKIF_OP_WRITE if work.write else BLKIF_OP_READ
         self._places = cycle(places)
-        images = memoryview(bytearray(b"".join(self._encode(slot, work.length) for slot in range(work.depth))))
-        self._images = [images[start : start + NATIVE.slot_size] for start in range(0, len(images), NATIVE.slot_size)]
-        self._sectors = images.cast("Q")[_SECTOR_WORD :: NATIVE.slot_size // 8]
+        encoded = memoryview(bytearray(b"".join(self._encode(slot, work.length) for slot in range(work.depth))))
+        self._encoded = encoded
+        self._images = [encoded[start : start + NATIVE.slot_size] for start in range(0, len(encoded), NATIVE.slot_size)]
+        self._sectors = encoded.cast("Q")[_SECTOR_WORD :: NATIVE.slot_size // 8]
         self._stamps_at = [self._frames[slot * _PAGES] * PAGE // 8 for slot in range(work.depth)]
         for at in self._stamps_at:
             self._words[at] = 0  # as if each slot had just read sector 0, which renew will check
-        self.renew(list(range(work.depth)))
 
     def _encode(self, slot: int, length: int) -> bytes:
         first = slot * _PAGES
@@ -97,7 +101,7 @@ class BlkifLoop(ClosedLoop):
         ring = self._ring
         count = ring.waiting() or self.wait(ring.waiting, self._sleep)
         if count > self._depth:
-            raise BenchError(f"{self.name} announced {count} responses to {self._depth} requests")
+            raise self.too_many(count)
         first = ring.consumed & (ring.size - 1)
         last = (first + count) & (ring.size - 1)
         ring.consumed += count
@@ -107,9 +111,17 @@ class BlkifLoop(ClosedLoop):
         else:
             finished = self._ids[first:].tolist() + self._ids[:last].tolist()
             results = self._results[first:].tolist() + self._results[:last].tolist()
-        if results.count(self._operation) != count:
-            raise BenchError(f"{self.name} answered a request with an error or another operation")
+        if results.count(self._operation) != count or max(finished) >= self._depth:
+            raise self.failed()
         return finished
+
+    def too_many(self, count: int) -> BenchError:
+        """Return the error for answers that nobody asked for."""
+        return BenchError(f"{self.name} announced {count} responses to {self._depth} requests")
+
+    def failed(self) -> BenchError:
+        """Return the error for an answer that is none."""
+        return BenchError(f"{self.name} answered a request with an error, or one that was not made")
 
     def _sleep(self) -> int:
         while not (count := self._ring.final_check()):

@@ -39,6 +39,10 @@ class GuestPort:
         """Return a descriptor that is readable while the backend has notified us."""
         return self._incoming
 
+    def outgoing(self) -> int:
+        """Return the descriptor that notifies the backend, an eventfd, for who does without Python."""
+        return self._outgoing
+
     def notify(self) -> None:
         """Notify the backend; nothing happens where there is none."""
         os.eventfd_write(self._outgoing, 1)
