@@ -70,7 +70,7 @@ HOMES = {
         "worker/reactor",
     ),
     "selectors": ("rig/store", "supervisor/"),
-    "signal": ("bench/native", "cli/", "embedded/machine", "rig/", "supervisor/"),
+    "signal": ("bench/calls", "bench/native", "cli/", "embedded/machine", "rig/", "supervisor/"),
     "structlog": ("log",),
     "daemon": ("supervisor/main",),
     "zstandard": ("block/formats/zstd",),

@@ -1,0 +1,63 @@
+"""The loops beside what is measured."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xenbackend.bench import beside
+from xenbackend.bench.beside import Loops
+from xenbackend.errors import ConfigError
+
+pytestmark = pytest.mark.slow  # each starts processes
+
+
+@pytest.mark.parametrize("kind", beside.NICE)
+def test_a_loop_on_each_cpu(tmp_path: Path, kind: str) -> None:
+    """There is one loop for each CPU of ours, bound to it, as nice as it should be, and in our session."""
+    if os.getpriority(os.PRIO_PROCESS, 0) >= 19:
+        pytest.skip("these tests run at nice 19 themselves")
+    loops = Loops(kind, tmp_path)
+    try:
+        while loops.cpu_time() < 0.2:  # until each has set its priority
+            select.select([], [], [], 0.01)
+        pids = [loop.pid for loop in loops._loops]
+        nice = 19 if kind == "nice19" else os.getpriority(os.PRIO_PROCESS, 0)
+
+        assert [{cpu} for cpu in sorted(os.sched_getaffinity(0))] == [os.sched_getaffinity(pid) for pid in pids]
+        assert [nice] * len(pids) == [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids]
+        assert {os.getsid(0)} == {os.getsid(pid) for pid in pids}
+    finally:
+        loops.close()
+    assert [False] * len(pids) == [Path(f"/proc/{pid}").exists() for pid in pids]
+
+
+def test_loops_that_would_be_nothing_special_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that is as nice itself cannot have loops of a lower priority beside it."""
+    monkeypatch.setattr(os, "getpriority", lambda *_: 19)
+    with pytest.raises(ConfigError, match="beside a bench that is at nice 19 itself"):
+        Loops("nice19", tmp_path)
+
+
+def test_loops_end_with_a_bench_that_was_killed(tmp_path: Path) -> None:
+    """Nobody has to look for loops that a dead bench left behind."""
+    code = (
+        "import sys; from pathlib import Path; from xenbackend.bench.beside import Loops\n"
+        f"loops = Loops('equal', Path({str(tmp_path)!r}))\n"
+        "print(*[loop.pid for loop in loops._loops], flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as bench:
+        assert bench.stdout is not None
+        ends = [os.pidfd_open(int(pid)) for pid in bench.stdout.readline().split()]
+        bench.send_signal(signal.SIGKILL)
+    for end in ends:
+        assert [end] == select.select([end], [], [], 10)[0]
+        os.close(end)
