@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 from rich.console import Console
 
+from xenbackend.bench.disturbance import Usage
 from xenbackend.bench.plan import WORKS, Sample
 from xenbackend.bench.report import Spread, _short, as_json, legend, summarise, table
-from xenbackend.bench.session import Measured
+from xenbackend.bench.session import NEVER_LOOKS, Measured
+
+QUIET = Usage(foreign=0.05, kernel=0.0, interrupts=0.0, stolen=0.0, programs=[], autogroup=False)
+LOUD = replace(QUIET, foreign=0.84, programs=[("make", 0.8), ("\x1b[31mrogue", 0.04)], autogroup=True)
 
 
-def sample(requests: int, cpu: float = 0.5, busy: float = 0.2) -> Sample:
+def sample(
+    requests: int, cpu: float = 0.5, busy: float = 0.2, rested: float | None = None, loops: float | None = None
+) -> Sample:
     """A sample of one second."""
-    return Sample(requests, 1.0, cpu, busy, p50=10_000, p99=20_000, p999=3_000_000)
+    return Sample(requests, 1.0, cpu, busy, p50=10_000, p99=20_000, p999=3_000_000, rested=rested, loops=loops)
+
+
+def text_of(*measured: Measured, is_disturbed: bool = False) -> str:
+    """What people see of one workload's table."""
+    console = Console(width=132, record=True, file=StringIO())
+    console.print(table(summarise(measured), is_disturbed=is_disturbed))
+    text = console.export_text()
+    console.file.close()
+    return text
 
 
 OURS = Measured(WORKS[1], "aio:{file}", [sample(200_000), sample(400_000), sample(300_000)])
@@ -47,11 +63,8 @@ def test_each_workload_has_its_own_first() -> None:
 
 def test_table_and_legend() -> None:
     """A reader sees the median, the spread, the ratio, and where the load generator was the limit."""
-    rows = summarise([OURS, Measured(WORKS[1], "nbdkit", [sample(100_000, busy=1.0)] * 3)])
-    console = Console(width=132, record=True, file=StringIO())
-    console.print(table(rows))
-    text = console.export_text()
-    console.file.close()
+    measured = [OURS, Measured(WORKS[1], "nbdkit", [sample(100_000, busy=1.0)] * 3)]
+    rows, text = summarise(measured), text_of(*measured)
 
     for part in (
         "4 KiB random read, depth 32",
@@ -64,25 +77,90 @@ def test_table_and_legend() -> None:
         "3 ms",
     ):
         assert part in text
-    assert "the load generator was the limit" in legend(rows, 0)
-    assert "the load generator was the limit" not in legend(rows[:1], 0)
+    assert "the load generator was the limit" in legend(rows, QUIET)
+    assert "the load generator was the limit" not in legend(rows[:1], QUIET)
 
 
 def test_a_disturbed_session_says_so() -> None:
-    """Figures that were taken while others used the machine carry a warning."""
+    """Ratios that were taken while others used the machine are marked, and a reader is told who that was."""
     rows = summarise([OURS])
 
-    assert "Other programs used 0.8 CPUs" in legend(rows, 0.8)
-    assert "Other programs" not in legend(rows, 0.05)
+    assert "?: nothing can be concluded, for other programs used 0.84 CPUs (at most 0.1)." in legend(rows, LOUD)
+    assert "Other programs, in CPUs: make 0.80, " in legend(rows, LOUD)
+    assert "\x1b" not in legend(rows, LOUD)  # a program may call itself anything
+    assert ("2.00x?", "0.50x?") == tuple(
+        part for part in text_of(OURS, THEIRS, is_disturbed=True).split() if "?" in part
+    )
+    assert "?" not in text_of(OURS, THEIRS) + legend(rows, QUIET)
+
+
+def test_autogroup_is_told() -> None:
+    """Where Linux shares the CPUs by session, a reader must not rely on somebody else's nice value."""
+    assert "how nice a program of another session is means nothing" in legend(summarise([OURS]), LOUD)
+    assert "session is" not in legend(summarise([OURS]), QUIET)
+
+
+def test_what_the_load_came_from_is_told() -> None:
+    """The language of the load generators matters, and fio has none of ours."""
+    measured = [replace(OURS, client="C"), replace(THEIRS, client="Python"), Measured(WORKS[1], "fio", [sample(1)] * 3)]
+
+    assert "Load generator in C: aio:{file}.\nLoad generator in Python: nbdkit." in legend(summarise(measured), QUIET)
+
+
+def test_whether_our_workers_looked_is_told() -> None:
+    """A rate at depth 1 with looking and one without are two things."""
+    steady = Measured(
+        WORKS[0], "aio:{file}", [sample(100, rested=0.0), sample(100, rested=0.9), sample(100, rested=0.0)]
+    )
+    resting = Measured(WORKS[1], "log:", [sample(100, rested=0.4)] * 3)
+    never = Measured(WORKS[1], "log:" + NEVER_LOOKS, [sample(100, rested=0.0)] * 3)
+
+    assert "looked for requests before they slept, whenever" in legend(summarise([steady, never]), QUIET)
+    assert "or the kernel does not tell: 40% of rr4k by log:." in legend(summarise([steady, resting, never]), QUIET)
+    assert "looked" not in legend(summarise([never, THEIRS]), QUIET)
+
+
+def test_what_loops_lost_is_against_the_same_chain_without_looks() -> None:
+    """The loops beside a chain are compared, round by round, with those beside the same chain that never looks."""
+    looking = Measured(WORKS[1], "aio:{file}", [sample(100, loops=1.0), sample(100, loops=0.9), sample(100, loops=1.9)])
+    never = Measured(WORKS[1], "aio:{file}" + NEVER_LOOKS, [sample(100, loops=loops) for loops in (1.0, 1.0, 2.0)])
+    ours, theirs = summarise([looking, never])
+
+    assert (1.0, 0.0, 0.1) == tuple(round(each, 6) for each in (ours.loops.median, ours.lost.least, ours.lost.greatest))
+    assert 0.05 == round(ours.lost.median, 6)
+    assert theirs.lost is None
+    assert {"loops", "lost", "5.0%", "1.00"} <= {*text_of(looking, never).split()}
+    assert not {"loops", "lost", "calls"} & {*text_of(OURS, THEIRS).split()}
+
+
+def test_calls_are_shown_where_they_were_counted() -> None:
+    """A target whose calls nobody can count has none."""
+    text = text_of(replace(OURS, calls=1.254), THEIRS)
+
+    assert {"calls", "1.25"} <= {*text.split()}
+    assert "system calls per request" in legend(summarise([replace(OURS, calls=1.0)]), QUIET)
+
+
+def test_notes_are_told() -> None:
+    """What could not be measured, and why, reaches the reader."""
+    assert "there is no C limit: why" in legend(summarise([OURS]), QUIET, ["there is no C limit: why"])
 
 
 def test_json_is_complete() -> None:
-    """A script finds the machine, and per row everything that the table has and the table leaves out."""
-    text = json.dumps(as_json(summarise([OURS, THEIRS]), 0.25))
-    result = json.loads(text)
+    """A script finds the machine, the verdict, and per row everything that the table has and the table leaves out."""
+    measured = [replace(OURS, client="C", calls=1.5), THEIRS]
+    result = json.loads(json.dumps(as_json(summarise(measured), LOUD, ["a note"])))
 
-    assert {"cpu", "cpus", "kernel", "python"} == result["machine"].keys()
-    assert ("rr4k", "nbdkit", 0.25) == (result["rows"][1]["work"], result["rows"][1]["target"], result["foreign_cpus"])
+    assert {"name", "cpu", "cpus", "kernel", "python", "autogroup"} == result["machine"].keys()
+    assert ("disturbed", ["other programs used 0.84 CPUs (at most 0.1)"]) == (result["verdict"], result["disturbances"])
+    assert ("undisturbed", []) == tuple(as_json([], QUIET)[key] for key in ("verdict", "disturbances"))
+    assert (0.84, "make", ["a note"]) == (
+        result["cpus_used_by"]["foreign"],
+        result["programs"][0]["name"],
+        result["notes"],
+    )
+    assert ("rr4k", "nbdkit", None) == tuple(result["rows"][1][key] for key in ("work", "target", "calls"))
+    assert ("C", 1.5) == tuple(result["rows"][0][key] for key in ("client", "calls"))
     assert {"median": 2, "least": 1, "greatest": 4} == result["rows"][1]["speed_ratio"]
 
 

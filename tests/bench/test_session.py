@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
-from xenbackend.bench import target
+from xenbackend.bench import calls, native, target
 from xenbackend.bench.plan import SECTOR, SMALLEST, BenchError, select_works
-from xenbackend.bench.session import Session, bench_file, run
+from xenbackend.bench.session import NEVER_LOOKS, Session, bench_file, run
 from xenbackend.errors import ConfigError
 
 BENCH = """
@@ -47,6 +48,22 @@ def children() -> list[str]:
     """The processes that we started and that still live."""
     tasks = Path("/proc/self/task").iterdir()
     return [child for task in tasks for child in (task / "children").read_text().split()]
+
+
+def children_of(pid: int) -> list[str]:
+    """The processes that the main thread of another one started."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def command_of(pid: str) -> str:
+    """The command line of a process, nothing where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+HAS_COMPILER = any(map(shutil.which, native.COMPILERS))
 
 
 def ignore(_text: str, _total: int) -> None:
@@ -98,6 +115,71 @@ def test_every_workload_on_a_worker(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("client", ["Python", "C"])
+def test_the_clients_language_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str) -> None:
+    """Where there is no compiler our chains are measured by the client in Python, without a limit, and that is said."""
+    if client == "C" and not HAS_COMPILER:
+        pytest.skip("no C compiler is installed")
+    if client == "Python":
+        monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(target, "PEERS", {})
+    outcome = run(replace(quick(tmp_path, "rr4k"), compare=True), ignore)
+
+    assert {client} == {each.client for each in outcome.measured}
+    assert (client == "C") == ("C limit" in [each.target for each in outcome.measured])
+    assert (client == "Python") == any("no C compiler (no-such-compiler)" in note for note in outcome.notes)
+
+
+@pytest.mark.slow
+def test_the_limit_with_either_kind_of_grants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring server in C stands all workloads, with a client that sleeps, also where it has to copy."""
+    if not HAS_COMPILER:
+        pytest.skip("no C compiler is installed")
+    monkeypatch.setattr(target, "PEERS", {})
+    session = replace(quick(tmp_path), compare=True, poll=0.0)
+    for persistent in (True, False):
+        measured = run(replace(session, persistent=persistent), ignore).measured
+        limit = [each for each in measured if each.target == "C limit"]
+
+        assert len(select_works([], read_only=False)) == len(limit)
+        assert all(each.samples[0].requests > 0 and each.samples[0].rested is None for each in limit)
+
+
+@pytest.mark.slow
+def test_loops_beside_it(tmp_path: Path) -> None:
+    """Each chain is measured with and without looks, and what the loops got meanwhile is known for both."""
+    before = os.sched_getaffinity(0)
+    outcome = run(replace(quick(tmp_path, "rr4k-1"), beside="equal"), ignore)
+
+    assert ["aio:{file},cache=on", "aio:{file},cache=on" + NEVER_LOOKS] == [each.target for each in outcome.measured]
+    for each in outcome.measured:
+        assert 0 < each.samples[0].loops <= len(before) + 0.1
+        assert 0 <= each.samples[0].rested <= 1
+    assert outcome.measured[1].samples[0].rested > 0.9
+    assert ([], [], before) == (list(tmp_path.iterdir()), children(), os.sched_getaffinity(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_tool", [True, False])
+def test_system_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_tool: bool) -> None:
+    """A worker makes a call per request or so, if a tool is there to see them; if not, that is a note, no failure."""
+    if not has_tool:
+        monkeypatch.setattr(calls, "_begin_perf", lambda *_: calls._start("perf", ["/no/perf"]))
+        monkeypatch.setattr(calls, "_begin_strace", lambda *_: calls._start("strace", ["/no/strace"]))
+    outcome = run(replace(quick(tmp_path, "rr4k"), calls=True), ignore)
+    (measured,) = outcome.measured
+    if any("not counted" in note for note in outcome.notes):
+        reason = "System calls were not counted: perf is not installed; strace is not installed."
+
+        assert has_tool or [reason] == outcome.notes
+        assert measured.calls is None
+    else:
+        assert has_tool
+        assert 0.9 < measured.calls < 3
+    assert ([], []) == (list(tmp_path.iterdir()), children())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent grants", "grant copies"])
 def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:
     """No wake-up is lost between a worker and a generator that always sleeps, with either kind of grants."""
@@ -109,14 +191,16 @@ def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
-    """Each installed peer is measured in each round after our chains, and ends with the session."""
+    """Each installed peer is measured in each round after our chains and the limit, and ends with the session."""
     steps: list[str] = []
     # Long enough for a peer that others on the host keep waiting: fio's time is the clock's.
     session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2, seconds=0.3)
     outcome = run(session, lambda text, _total: steps.append(text))
     names = [each.target for each in outcome.measured]
 
-    assert len(target.peers(direct=direct)) + 1 == len(names)
+    assert ["aio:{file},cache=on", *["C limit"] * HAS_COMPILER] == names[: 1 + HAS_COMPILER]
+    assert len(target.peers(direct=direct)) + 1 + HAS_COMPILER == len(names)
+    assert {"C", "Python", ""} >= {each.client for each in outcome.measured}
     assert [f"round {number}" for number in (1, 2) for _ in names] == [text.partition(" of")[0] for text in steps]
     assert ([], []) == (list(tmp_path.iterdir()), children())
 
@@ -161,9 +245,13 @@ def test_a_chain_that_does_not_open_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupted_bench_puts_everything_away(tmp_path: Path, number: signal.Signals) -> None:
-    """A bench that is interrupted ends its backends, and removes its file and its sockets."""
+@pytest.mark.parametrize(
+    ("number", "program"),
+    [(signal.SIGINT, "xenbackend.worker"), (signal.SIGTERM, "xenbackend.worker"), (signal.SIGTERM, "")],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM at once"],
+)
+def test_an_interrupted_bench_puts_everything_away(tmp_path: Path, number: signal.Signals, program: str) -> None:
+    """A bench that is interrupted ends its backends or its compiler, and removes its file and its sockets."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     file = ["--file", str(tmp_path / "file"), "--size", "64M"]
     with subprocess.Popen(
@@ -172,7 +260,7 @@ def test_an_interrupted_bench_puts_everything_away(tmp_path: Path, number: signa
     ) as bench:  # fmt: skip
         backends: list[str] = []
         while not backends and bench.poll() is None:
-            backends = Path(f"/proc/{bench.pid}/task/{bench.pid}/children").read_text().split()
+            backends = [each for each in children_of(bench.pid) if program in command_of(each)]
         backend = os.pidfd_open(int(backends[0]))
         bench.send_signal(number)
         bench.communicate()

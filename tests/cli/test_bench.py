@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from xenbackend.bench.disturbance import Usage
 from xenbackend.cli import bench
 from xenbackend.errors import ConfigError
 
@@ -29,14 +30,15 @@ def test_defaults() -> None:
         session.direct,
         session.compare,
     )
-    assert 8 == len(session.works)
+    assert 9 == len(session.works)
+    assert ("", False) == (session.beside, session.calls)
 
 
 def test_arguments_reach_the_session(tmp_path: Path) -> None:
     """Every option ends where it is used."""
     session = bench._session(
         parse("ram:{file}", "--compare", "--direct", "--file", str(tmp_path / "f"), "--size", "128M", "--work", "rr4k",
-              "--seconds", "0.5", "--rounds", "3", "--poll", "20us", "--no-persistent")
+              "--seconds", "0.5", "--rounds", "3", "--poll", "20us", "--no-persistent", "--beside", "equal", "--calls")
     )  # fmt: skip
 
     assert (["ram:{file}"], True, True, tmp_path / "f") == (
@@ -45,6 +47,7 @@ def test_arguments_reach_the_session(tmp_path: Path) -> None:
     assert (128 << 20, ["rr4k"], 0.5, 3) == (
         session.size, [work.name for work in session.works], session.seconds, session.rounds,
     )  # fmt: skip
+    assert ("equal", True) == (session.beside, session.calls)
     assert (2e-05, False, False) == (round(session.poll, 9), session.persistent, session.overwrite)
 
 
@@ -76,16 +79,35 @@ def test_what_is_no_quantity_is_refused(arguments: tuple[str, str], capsys: pyte
 @pytest.mark.slow
 def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     """`--json` prints one document and nothing else on standard output."""
-    args = parse("null:64M", "--work", "rr4k", "--rounds", "1", "--seconds", "0.05", "--json")
+    args = parse("null:64M", "--work", "rr4k", "--rounds", "1", "--seconds", "0.05", "--json", "--any")
 
     assert args.run(args) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["target"] == "null:64M"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("options", "foreign", "expected"), [([], 0.5, 3), (["--any"], 0.5, 0), ([], 0.05, 0)])
+def test_the_exit_status_tells_whether_it_was_disturbed(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    foreign: float,
+    expected: int,
+) -> None:
+    """A script hears that nothing can be concluded, unless it does not want to; the figures are there all the same."""
+    usage = Usage(foreign, 0.0, 0.0, 0.0, [], autogroup=False)
+    monkeypatch.setattr("xenbackend.bench.session.between", lambda *_: usage)
+    args = parse("null:64M", "--work", "rr4k", "--rounds", "1", "--seconds", "0.05", *options)
+
+    assert args.run(args) == expected
+    assert (foreign > 0.1) == ("nothing can be concluded" in (out := capsys.readouterr().out))
+    assert "null:64M" in out
+
+
+@pytest.mark.slow
 def test_table_output(capsys: pytest.CaptureFixture[str]) -> None:
     """Without it people get a table and its legend."""
-    args = parse("null:64M", "--work", "rr4k-1", "--rounds", "1", "--seconds", "0.05")
+    args = parse("null:64M", "--work", "rr4k-1", "--rounds", "1", "--seconds", "0.05", "--any")
 
     assert args.run(args) == 0
     assert "4 KiB random read, depth 1" in (out := capsys.readouterr().out)

@@ -14,10 +14,14 @@ from xenbackend.bench.plan import BenchError, Sample, Work, half
 
 
 class Fio:
-    """fio as a target: psync through the page cache, io_uring with O_DIRECT. Its CPU time is that of the whole job."""
+    """fio as a target, load and backend in one: psync through the page cache, io_uring with O_DIRECT.
+
+    Its CPU time is that of the whole job.
+    """
 
     def __init__(self, name: str, file: Path, *, direct: bool, cpu: int | None) -> None:
         self.name = name
+        self.client = ""
         self._file = file
         self._direct = direct
         self._cpu = cpu
@@ -56,6 +60,9 @@ class Fio:
         if self._cpu is not None:
             job["cpus_allowed"] = self._cpu
         return ["fio", *(f"--{key}={value}" for key, value in job.items())]
+
+    def count_calls(self, _work: Work, _seconds: float, _directory: Path) -> None:
+        """Nothing: its calls are those of its load, too."""
 
     def close(self) -> None:
         """Nothing of it runs between measurements."""

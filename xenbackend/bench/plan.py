@@ -44,6 +44,8 @@ WORKS = (
     Work("rr4k", "4 KiB random read, depth 32", write=False, random=True, length=4096, depth=32),
     Work("rw4k-1", "4 KiB random write, depth 1", write=True, random=True, length=4096, depth=1),
     Work("rw4k", "4 KiB random write, depth 32", write=True, random=True, length=4096, depth=32),
+    # the longest direct request, of 11 segments: a frontend without indirect ones has no longer one
+    Work("sr44k", "44 KiB sequential read, depth 32", write=False, random=False, length=44 << 10, depth=32),
     Work("sr64k", "64 KiB sequential read, depth 32", write=False, random=False, length=64 << 10, depth=32),
     Work("sw64k", "64 KiB sequential write, depth 32", write=True, random=False, length=64 << 10, depth=32),
     Work("sr1m", "1 MiB sequential read, depth 32", write=False, random=False, length=1 << 20, depth=32),
@@ -62,6 +64,9 @@ class Sample:
 
     `backend_cpu` is what the process that serves used, user and system, with its kernel threads. `client_busy` is the
     share of the time in which the load generator did not wait: near 1 it was the limit, and the rate is a lower bound.
+    `rested` is the share of the measurement, warm-up included, in which a worker of ours did not look for requests
+    before it slept, because that cost too much or nobody could tell; None for others. `loops` is how many CPUs the
+    loops beside it got; None without any.
     """
 
     requests: int
@@ -71,6 +76,8 @@ class Sample:
     p50: int
     p99: int
     p999: int
+    rested: float | None = None
+    loops: float | None = None
 
     @property
     def rate(self) -> float:

@@ -13,15 +13,17 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from xenbackend.bench.disturbance import Usage
 from xenbackend.bench.plan import Sample, Work
-from xenbackend.bench.session import Measured
+from xenbackend.bench.session import NEVER_LOOKS, Measured
+from xenbackend.errors import printable
 from xenbackend.units import format_duration
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _CLIENT_BOUND = 0.97  # a load generator that is busier than this was the limit
-_DISTURBED = 0.1  # CPUs busy with other things; more of that and a session proves little
+_RESTED = 0.01  # the share of the time without looks from which on a reader is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,12 @@ class Row:
 
     `speed_ratio` is our first chain's rate divided by this target's, and `cpu_ratio` its CPU time per request likewise;
     both are taken within each round. `client_busy` is the share of the time in which the load generator did not wait.
+
+    client   what the load generator is written in, nothing where the target is its own
+    calls    system calls per request, where they were counted
+    rested   the share of the time in which a worker of ours did not look for requests before it slept
+    loops    how many CPUs the loops beside it got
+    lost     the share that they lost to the same chain without looks
     """
 
     work: Work
@@ -52,6 +60,11 @@ class Row:
     client_busy: float
     speed_ratio: Spread
     cpu_ratio: Spread
+    client: str
+    calls: float | None
+    rested: float | None
+    loops: Spread | None
+    lost: Spread | None
 
 
 def summarise(measured: Sequence[Measured]) -> list[Row]:
@@ -59,10 +72,14 @@ def summarise(measured: Sequence[Measured]) -> list[Row]:
     firsts: dict[str, Sequence[Sample]] = {}
     for each in measured:
         firsts.setdefault(each.work.name, each.samples)
-    return [_row(each, firsts[each.work.name]) for each in measured]
+    by_name = {(each.work.name, each.target): each.samples for each in measured}
+    return [
+        _row(each, firsts[each.work.name], by_name.get((each.work.name, each.target + NEVER_LOOKS)))
+        for each in measured
+    ]
 
 
-def _row(measured: Measured, first: Sequence[Sample]) -> Row:
+def _row(measured: Measured, first: Sequence[Sample], without_looks: Sequence[Sample] | None) -> Row:
     samples = measured.samples
     rate = _spread([sample.rate for sample in samples])
     pairs = list(zip(first, samples, strict=True))
@@ -78,22 +95,36 @@ def _row(measured: Measured, first: Sequence[Sample]) -> Row:
         client_busy=median(sample.client_busy for sample in samples),
         speed_ratio=_spread([ours.rate / theirs.rate for ours, theirs in pairs]),
         cpu_ratio=_spread([ours.cpu_us / theirs.cpu_us for ours, theirs in pairs]),
+        client=measured.client,
+        calls=measured.calls,
+        rested=median(rested) if (rested := [each.rested for each in samples if each.rested is not None]) else None,
+        loops=_spread(loops) if (loops := [each.loops for each in samples if each.loops is not None]) else None,
+        lost=_lost(samples, without_looks) if without_looks else None,
     )
+
+
+def _lost(samples: Sequence[Sample], without_looks: Sequence[Sample]) -> Spread | None:
+    pairs = [(one.loops, two.loops) for one, two in zip(samples, without_looks, strict=True)]
+    lost = [1 - mine / theirs for mine, theirs in pairs if mine is not None and theirs]
+    return _spread(lost) if lost else None
 
 
 def _spread(values: list[float]) -> Spread:
     return Spread(median(values), min(values), max(values))
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the table of one workload's rows."""
+def table(rows: Sequence[Row], *, is_disturbed: bool = False) -> Table:
+    """Return the table of one workload's rows. `is_disturbed`: mark the ratios, which prove nothing then."""
     from rich import box
     from rich.table import Table
 
     title = rows[0].work.title
     result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     result.add_column("target", overflow="fold")
-    for heading in ("requests/s", "min-max", "MB/s", "CPU us", "p50", "p99", "p99.9", "speed", "min-max", "CPU"):
+    headings = ["requests/s", "min-max", "MB/s", "CPU us", "p50", "p99", "p99.9", "speed", "min-max", "CPU"]
+    counted, beside = any(row.calls is not None for row in rows), any(row.loops is not None for row in rows)
+    headings += ["calls"] * counted + ["loops", "lost"] * beside
+    for heading in headings:
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         mark = " *" if row.client_busy > _CLIENT_BOUND else ""
@@ -104,19 +135,25 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.megabytes:.0f}",
             f"{row.cpu_us.median:.3g}",
             *(format_duration(latency / 1e9) for latency in (row.p50, row.p99, row.p999)),
-            *_ratios(row, is_first=row is rows[0]),
+            *_ratios(row, is_first=row is rows[0], mark="?" if is_disturbed else ""),
+            *([] if not counted else ["" if row.calls is None else f"{row.calls:.2f}"]),
+            *([] if not beside else _beside(row)),
         )
     return result
 
 
-def _ratios(row: Row, *, is_first: bool) -> tuple[str, str, str]:
+def _ratios(row: Row, *, is_first: bool, mark: str) -> tuple[str, str, str]:
     if is_first:
         return "1", "", "1"
     speed = row.speed_ratio
-    return f"{speed.median:.2f}x", f"{speed.least:.2f}-{speed.greatest:.2f}", f"{row.cpu_ratio.median:.2f}x"
+    return f"{speed.median:.2f}x{mark}", f"{speed.least:.2f}-{speed.greatest:.2f}", f"{row.cpu_ratio.median:.2f}x{mark}"
 
 
-def legend(rows: Sequence[Row], foreign: float) -> str:
+def _beside(row: Row) -> tuple[str, str]:
+    return "" if row.loops is None else f"{row.loops.median:.2f}", "" if row.lost is None else f"{row.lost.median:.1%}"
+
+
+def legend(rows: Sequence[Row], usage: Usage, notes: Sequence[str] = ()) -> str:
     """Return what a reader of the tables has to know."""
     lines = [
         "speed: requests/s of the first row divided by this row's; CPU: CPU time per request likewise, less is better.",
@@ -125,22 +162,71 @@ def legend(rows: Sequence[Row], foreign: float) -> str:
     ]
     if any(row.client_busy > _CLIENT_BOUND for row in rows):
         lines.append("*: the load generator was the limit; the backend may be faster.")
-    if foreign > _DISTURBED:
-        lines.append(f"Other programs used {foreign:.1f} CPUs meanwhile: rates and latencies are not to be trusted.")
+    if any(row.calls is not None for row in rows):
+        lines.append("calls: system calls per request, counted in rounds of their own.")
+    if any(row.loops is not None for row in rows):
+        lines.append("loops: CPUs that the loops beside it got; lost: against the same chain, never looking.")
+    lines += [*_clients(rows), *notes, *_looking(rows), *_others(usage)]
     return "\n".join(lines)
 
 
-def as_json(rows: Sequence[Row], foreign: float) -> dict[str, Any]:
+def _clients(rows: Sequence[Row]) -> list[str]:
+    by_client: dict[str, list[str]] = {}
+    for row in rows:
+        if row.client and row.target not in by_client.setdefault(row.client, []):
+            by_client[row.client].append(row.target)
+    return [f"Load generator in {client}: {', '.join(targets)}." for client, targets in by_client.items()]
+
+
+def _looking(rows: Sequence[Row]) -> list[str]:
+    """Say whether our workers looked for requests before they slept."""
+    ours = [row for row in rows if row.rested is not None and not row.target.endswith(NEVER_LOOKS)]
+    rested = [row for row in ours if row.rested is not None and row.rested > _RESTED]
+    if not ours:
+        return []
+    if not rested:
+        return ["Our workers looked for requests before they slept, whenever they wanted to."]
+    which = ", ".join(f"{row.rested:.0%} of {row.work.name} by {row.target}" for row in rested)
+    why = "because it cost too much, or the kernel does not tell"
+    return [f"Our workers did not look for requests before they slept, {why}: {which}."]
+
+
+def _others(usage: Usage) -> list[str]:
+    lines = []
+    if usage.programs:
+        names = ", ".join(f"{printable(name)} {cpus:.2f}" for name, cpus in usage.programs)
+        lines.append(f"Other programs, in CPUs: {names}.")
+    if usage.autogroup:
+        lines.append(
+            "Linux shares the CPUs by session here (autogroup): how nice a program of another session is means nothing."
+        )
+    if usage.disturbances:
+        lines.append(f"?: nothing can be concluded, for {' and '.join(usage.disturbances)}.")
+    return lines
+
+
+def as_json(rows: Sequence[Row], usage: Usage, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return everything for scripts, with what identifies the machine."""
     machine = {
+        "name": platform.node(),
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "autogroup": usage.autogroup,
     }
     return {
         "machine": machine,
-        "foreign_cpus": foreign,
+        "verdict": "disturbed" if usage.disturbances else "undisturbed",
+        "disturbances": usage.disturbances,
+        "cpus_used_by": {
+            "foreign": usage.foreign,
+            "kernel": usage.kernel,
+            "interrupts": usage.interrupts,
+            "stolen": usage.stolen,
+        },
+        "programs": [{"name": name, "cpus": cpus} for name, cpus in usage.programs],
+        "notes": list(notes),
         "rows": [{**asdict(row), "work": row.work.name} for row in rows],
     }
 

@@ -89,14 +89,6 @@ def choose_cpus() -> tuple[int, int] | None:
     return (backend, others[-1]) if others else None
 
 
-def foreign_time() -> float:
-    """Return the seconds of CPU that this machine has spent on others than us and our ended children."""
-    with Path("/proc/stat").open(encoding="ascii") as file:
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
-    all_of_it = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return all_of_it - sum(os.times()[:4])
-
-
 def _parse_list(text: str) -> set[int]:
     """Return the numbers in a kernel's list such as ``0-3,8``."""
     numbers: set[int] = set()

@@ -12,7 +12,6 @@ import contextlib
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,9 +20,12 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+from xenbackend.bench import calls, native
+from xenbackend.bench.beside import Loops
+from xenbackend.bench.disturbance import Usage, between, look
 from xenbackend.bench.plan import LENGTH, SECTOR, SMALLEST, BenchError, Sample, Work, stamp
-from xenbackend.bench.server import choose_cpus, foreign_time
-from xenbackend.bench.target import Bed, Target, chain_target, peers
+from xenbackend.bench.server import choose_cpus
+from xenbackend.bench.target import Bed, Target, chain_target, limit_target, peers
 from xenbackend.errors import ConfigError
 from xenbackend.rig.xen import Xen
 from xenbackend.units import format_size, round_up
@@ -31,7 +33,9 @@ from xenbackend.units import format_size, round_up
 FILE = "{file}"  # in a chain: the bench file
 DRIVERS = {"qcow2": "qcow2", "qcow": "qcow", "vpc": "vhd", "vdi": "vdi", "vmdk": "vmdk", "vhdx": "vhdx"}  # by format
 READ_ONLY = ("vdi", "vmdk", "vhdx")  # formats that we only read
+NEVER_LOOKS = ", never looking"  # ends the name of a chain whose worker sleeps whenever its ring is empty
 _FIRST_DOMID = 1
+_COUNTED_S = 0.3  # of each workload while system calls are counted
 _FRESH = 64 << 30  # bytes of an empty image
 
 Start = Callable[[Bed], Target]
@@ -55,23 +59,34 @@ class Session:
     seconds: float = 1.0
     warm_up: float = 0.3
     poll: float = 100e-6  # seconds that a load generator looks before it sleeps
+    beside: str = (
+        ""  # a loop of this kind on each CPU, a key of `beside.NICE`; each chain is measured without looks too
+    )
+    calls: bool = False  # count system calls, when everything is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The samples of one workload on one target, in the order of the rounds."""
+    """The samples of one workload on one target, in the order of the rounds.
+
+    client   what the load generator is written in, nothing where the target is its own
+    calls    system calls per request, where they were counted
+    """
 
     work: Work
     target: str
     samples: list[Sample]
+    client: str = ""
+    calls: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a session yields. `foreign` is how many CPUs were busy with what was not ours; it should be near 0."""
+    """What a session yields: the samples, what else used the CPUs, and notes on what could not be measured."""
 
     measured: list[Measured]
-    foreign: float
+    usage: Usage
+    notes: list[str]
 
 
 def run(session: Session, progress: Progress) -> Outcome:
@@ -81,47 +96,75 @@ def run(session: Session, progress: Progress) -> Outcome:
     """
     if session.rounds < 1 or session.seconds <= 0:
         raise ConfigError("a session takes at least one round of more than no seconds")
-    begin, before = time.monotonic(), foreign_time()
-    measured = _measure(session, progress)
-    return Outcome(measured, max(0.0, (foreign_time() - before) / (time.monotonic() - begin)))
+    before = look()
+    notes: list[str] = []
+    measured = _measure(session, progress, notes)
+    return Outcome(measured, between(before, look()), notes)
 
 
-def _measure(session: Session, progress: Progress) -> list[Measured]:
+def _measure(session: Session, progress: Progress, notes: list[str]) -> list[Measured]:
     with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenbackend-bench-")))
+        built = native.build(directory)
+        if built.missing:
+            notes.append(f"The load generator for rings is in Python, and there is no C limit: {built.missing}.")
+        loops = Loops(session.beside, directory) if session.beside else None
+        if loops is not None:
+            stack.callback(loops.close)
         cpus = choose_cpus()
         if cpus is not None:
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cpus[1]})
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xenbackend-bench-")))
         if session.compare or any(FILE in chain for chain in session.chains):
             stack.enter_context(bench_file(session.file, session.size, session.image))
         poll_ns = int(session.poll * 1e9)
-        bed = Bed(session.file, directory, session.direct, cpus[0] if cpus else None, poll_ns, session.image)
+        bed = Bed(
+            file=session.file,
+            directory=directory,
+            direct=session.direct,
+            backend_cpu=cpus[0] if cpus else None,
+            poll_ns=poll_ns,
+            native=built,
+            loops_time=loops.cpu_time if loops else None,
+            image=session.image,
+        )
         stack.enter_context(Xen(directory))
-        runners = _runners(session)
+        runners = _runners(session, has_limit=built.ring_server is not None)
         targets: list[Target] = []
         for start in runners:
             targets.append(start(bed))
             stack.callback(targets[-1].close)
-        return _rounds(session, bed, list(zip(runners, targets, strict=True)), progress)
+        measured = _rounds(session, bed, list(zip(runners, targets, strict=True)), progress)
+        return _with_calls(measured, targets, directory, notes) if session.calls else measured
 
 
-def _runners(session: Session) -> list[Start]:
+def _runners(session: Session, *, has_limit: bool) -> list[Start]:
     """Return what starts each target on a bed, any number of times."""
     domids = count(_FIRST_DOMID)
-    starts: list[Start] = [partial(_start_chain, session, chain, domids) for chain in session.chains]
+    starts: list[Start] = []
+    for chain in session.chains:
+        starts.append(partial(_start_chain, session, chain, domids))
+        if session.beside:
+            starts.append(partial(_start_chain, session, chain, domids, never_looks=True))
+    if session.compare and session.image == "raw" and has_limit:
+        starts.append(partial(_start_limit, session, domids))
     if session.compare:
         starts += [peer.start for peer in peers(direct=session.direct, image=session.image != "raw")]
     return starts
 
 
-def _start_chain(session: Session, chain: str, domids: Iterator[int], bed: Bed) -> Target:
+def _start_limit(session: Session, domids: Iterator[int], bed: Bed) -> Target:
+    return limit_target(bed, next(domids), persistent=session.persistent)
+
+
+def _start_chain(session: Session, chain: str, domids: Iterator[int], bed: Bed, *, never_looks: bool = False) -> Target:
     ours = FILE in chain
     return chain_target(
         bed,
         chain.replace(FILE, _escaped(bed.file)),
         next(domids),
-        name=chain,
+        name=chain + (NEVER_LOOKS if never_looks else ""),
+        never_looks=never_looks,
         read_only=not (ours or session.overwrite) or session.image in READ_ONLY,
         verify=ours,
         persistent=session.persistent,
@@ -135,7 +178,11 @@ def _escaped(path: Path) -> str:
 
 def _rounds(session: Session, bed: Bed, runners: list[tuple[Start, Target]], progress: Progress) -> list[Measured]:
     targets = [target for _, target in runners]
-    table = {(work.name, target.name): Measured(work, target.name, []) for work in session.works for target in targets}
+    table = {
+        (work.name, target.name): Measured(work, target.name, [], target.client)
+        for work in session.works
+        for target in targets
+    }
     total = session.rounds * len(table)
     for number in range(session.rounds):
         for work in session.works:
@@ -144,6 +191,21 @@ def _rounds(session: Session, bed: Bed, runners: list[tuple[Start, Target]], pro
                 sample = _fresh(session, bed, start, work) if work.fresh else _of(target, session, work)
                 table[work.name, target.name].samples.append(sample)
     return list(table.values())
+
+
+def _with_calls(measured: list[Measured], targets: list[Target], directory: Path, notes: list[str]) -> list[Measured]:
+    """Return what was measured with the system calls per request, as far as something here can count them."""
+    by_name = {target.name: target for target in targets}
+    try:
+        return [
+            each
+            if each.work.fresh
+            else replace(each, calls=by_name[each.target].count_calls(each.work, _COUNTED_S, directory))
+            for each in measured
+        ]
+    except calls.Uncountable as error:
+        notes.append(f"System calls were not counted: {error}.")
+        return measured
 
 
 def _of(target: Target, session: Session, work: Work) -> Sample:

@@ -6,17 +6,22 @@ Must not order or repeat measurements: `session.py` does.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from xenbackend.bench import calls
 from xenbackend.bench.blkif import PAGES, BlkifLoop
+from xenbackend.bench.blkif_native import NativeBlkifLoop
 from xenbackend.bench.fio import Fio
 from xenbackend.bench.loop import ClosedLoop
+from xenbackend.bench.native import Native
 from xenbackend.bench.nbd import NbdLoop
 from xenbackend.bench.plan import Sample, Work, percentiles, places
+from xenbackend.bench.ring_server import RingServer
 from xenbackend.bench.server import Server
 from xenbackend.bench.virtqueue import VirtqueueLoop
 from xenbackend.bench.worker import Worker
@@ -25,12 +30,19 @@ from xenbackend.rig.guest import Guest
 
 
 class Target(Protocol):
-    """Something to measure."""
+    """Something to measure. `client` is what its load generator is written in, nothing where it is its own."""
 
     name: str
+    client: str
 
     def measure(self, work: Work, seconds: float, warm_up: float) -> Sample:
         """Run one workload for `seconds` after `warm_up` seconds. Raises: BenchError."""
+
+    def count_calls(self, work: Work, seconds: float, directory: Path) -> float | None:
+        """Return the system calls per request while one workload runs, None where nobody can tell whose they are.
+
+        Nothing is timed meanwhile. Raises: BenchError; Uncountable, where no tool can do it.
+        """
 
     def close(self) -> None:
         """End what was started for it."""
@@ -48,6 +60,8 @@ class Bed:
     direct: bool
     backend_cpu: int | None
     poll_ns: int  # how long a load generator looks before it sleeps
+    native: Native
+    loops_time: Callable[[], float] | None = None  # the CPU time of the loops beside the targets, where there are any
     image: str = "raw"
     label: str = ""  # of the sockets, where targets with the same name run
 
@@ -55,42 +69,115 @@ class Bed:
 class Served:
     """A backend process with a load generator at its other end."""
 
-    def __init__(self, server: Server, loop: ClosedLoop, close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        bed: Bed,
+        server: Server,
+        loop: ClosedLoop,
+        close: Callable[[], None],
+        rested_s: Callable[[], float] | None = None,
+    ) -> None:
+        """Measure `server` by `loop`. `rested_s`: for how long a worker of ours has not looked for requests."""
         self.name = loop.name
+        self.client = "C" if isinstance(loop, NativeBlkifLoop) else "Python"
+        self._loops_time = bed.loops_time
         self._server = server
         self._loop = loop
+        self._rested_s = rested_s
         self.close = close
 
     def measure(self, work: Work, seconds: float, warm_up: float) -> Sample:
         """Run the closed loop: warm up, measure, drain."""
         loop = self._loop
+        begin, rested = time.monotonic(), self._rested_s and self._rested_s()
         loop.start(work, places(work, loop.size))
         loop.run(warm_up)
-        before = self._server.cpu_time()
+        before, loops = self._server.cpu_time(), self._loops_time and self._loops_time()
         window = loop.run(seconds)
         used = self._server.cpu_time() - before
+        if self._loops_time and loops is not None:
+            loops = (self._loops_time() - loops) / window.seconds
         loop.drain(work)
-        return Sample(window.requests, window.seconds, used, window.busy, *percentiles(window.latencies))
+        if self._rested_s and rested is not None:
+            rested = (self._rested_s() - rested) / (time.monotonic() - begin)
+        latencies = percentiles(window.latencies)
+        return Sample(window.requests, window.seconds, used, window.busy, *latencies, rested, loops)
+
+    def count_calls(self, work: Work, seconds: float, directory: Path) -> float:
+        """Run the closed loop under a tool that counts, from the first request to the last."""
+        loop = self._loop
+        counting = calls.begin(self._server.pid, directory)
+        try:
+            loop.start(work, places(work, loop.size))
+            window = loop.run(seconds)
+            loop.drain(work)
+        finally:
+            count = counting.end()
+        return count / (window.requests + work.depth)
 
 
 def chain_target(
-    bed: Bed, chain: str, domid: int, *, name: str, read_only: bool, verify: bool, persistent: bool
+    bed: Bed,
+    chain: str,
+    domid: int,
+    *,
+    name: str,
+    read_only: bool,
+    verify: bool,
+    persistent: bool,
+    never_looks: bool = False,
 ) -> Served:
     """Open a chain in a worker of ours, on the rig that runs in `bed.directory`. Raises: BenchError, KernelError."""
     stack = ExitStack()
     try:
         guest = Guest(bed.directory, domid, PAGES)
         stack.callback(guest.close)
-        worker = Worker(chain, bed.directory, domid, read_only=read_only, cpu=bed.backend_cpu)
+        worker = Worker(chain, bed.directory, domid, read_only=read_only, cpu=bed.backend_cpu, never_looks=never_looks)
         stack.callback(worker.close)
-        loop = BlkifLoop(name, guest, find_fence()[0], persistent=persistent, verify=verify)
+        loop = _ring_loop(bed, name, guest, persistent=persistent, verify=verify)
         loop.size = worker.size
-        loop.poll_ns = bed.poll_ns
         worker.connect(loop.parameters())
     except BaseException:
         stack.close()
         raise
-    return Served(worker.server, loop, stack.close)
+    return Served(bed, worker.server, loop, stack.close, worker.rested_s)
+
+
+def limit_target(bed: Bed, domid: int, *, persistent: bool) -> Served:
+    """Start the ring server in C, which was built, for another guest of that rig. Raises: BenchError, KernelError."""
+    assert bed.native.ring_server is not None  # noqa: S101 - whoever asks has looked
+    stack = ExitStack()
+    try:
+        guest = Guest(bed.directory, domid, PAGES)
+        stack.callback(guest.close)
+        loop = _ring_loop(bed, "C limit", guest, persistent=persistent, verify=True)
+        loop.size = bed.file.stat().st_size
+        limit = RingServer(
+            bed.native.ring_server,
+            bed.directory,
+            domid,
+            loop.parameters(),
+            bed.file,
+            direct=bed.direct,
+            cpu=bed.backend_cpu,
+        )
+        stack.callback(limit.close)
+    except BaseException:
+        stack.close()
+        raise
+    return Served(bed, limit.server, loop, stack.close)
+
+
+def _ring_loop(bed: Bed, name: str, guest: Guest, *, persistent: bool, verify: bool) -> BlkifLoop:
+    """Return the load generator of all blkif rings of a session: in C where that was built."""
+    fence = find_fence()[0]
+    library = bed.native.loop
+    if library is None:
+        loop = BlkifLoop(name, guest, fence, persistent=persistent, verify=verify)
+    else:
+        loop = NativeBlkifLoop(name, guest, fence, persistent=persistent, verify=verify, library=library)
+    loop.poll_ns = bed.poll_ns
+    return loop
 
 
 def _serve(bed: Bed, name: str, arguments: list[str], connect: Callable[[str], ClosedLoop]) -> Served:
@@ -107,7 +194,7 @@ def _serve(bed: Bed, name: str, arguments: list[str], connect: Callable[[str], C
         raise
     stack.callback(loop.close)
     loop.poll_ns = bed.poll_ns
-    return Served(server, loop, stack.close)
+    return Served(bed, server, loop, stack.close)
 
 
 def _nbdkit(bed: Bed) -> Target:

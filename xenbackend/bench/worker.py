@@ -6,13 +6,15 @@ Must not measure.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import TypeVar
 
-from xenbackend import control, journal
+from xenbackend import control, counters, journal
 from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
 
@@ -23,8 +25,12 @@ M = TypeVar("M")
 class Worker:
     """A worker with one open chain. Raises: BenchError, with the worker's own sentence when it refuses."""
 
-    def __init__(self, chain: str, rig: Path, domid: int, *, read_only: bool, cpu: int | None) -> None:
+    def __init__(
+        self, chain: str, rig: Path, domid: int, *, read_only: bool, cpu: int | None, never_looks: bool = False
+    ) -> None:
+        """Start it on CPU number `cpu`, if not None. `never_looks`: it sleeps whenever the ring is empty."""
         self.name = chain
+        self._settings = {"poll_us": 0} if never_looks else {}
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_PATIENCE)
         with theirs:
@@ -40,9 +46,16 @@ class Worker:
     def _open(self, chain: str, rig: Path, domid: int, *, read_only: bool) -> int:
         memory = os.memfd_create("journal")
         os.ftruncate(memory, journal.SIZE)
+        self._counters = memoryview(mmap.mmap(memory, counters.SIZE))
         # Shareable: several chains are measured in turn on one file.
         message = control.Open(
-            f"vbd/{domid}/51712", f"xenbackend.rig.host:{rig}", domid, chain, read_only, shareable=True
+            f"vbd/{domid}/51712",
+            f"xenbackend.rig.host:{rig}",
+            domid,
+            chain,
+            read_only,
+            shareable=True,
+            settings=self._settings,
         )
         try:
             socket.send_fds(self._socket, [control.encode(message)], [memory])
@@ -54,6 +67,17 @@ class Worker:
         """Let it serve a frontend's rings."""
         self._socket.send(control.encode(parameters))
         self._expect(control.Connected)
+
+    def rested_s(self) -> float:
+        """Return for how many seconds, since some moment, it has not looked for requests before it slept.
+
+        Raises: BenchError.
+        """
+        self._socket.send(control.encode(control.Report()))
+        self._expect(control.Standing)  # it has brought its counters up to date
+        counted = counters.snapshot(self._counters)
+        may_look = counted["look_ns"] or counted["rests"]
+        return counted["rested_ns"] / 1e9 if may_look else time.monotonic()
 
     def _expect(self, kind: type[M]) -> M:
         while True:

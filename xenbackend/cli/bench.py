@@ -1,6 +1,7 @@
 """`xenbackend bench`: measure chains, and the peers that are installed, on one file in turn.
 
-Must not measure or compute: arguments to calls.
+Must not measure or compute: arguments to calls. Exit status 3: it was measured, and disturbed by others, so that
+nothing can be concluded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 from xenbackend.bench import plot, report
+from xenbackend.bench.beside import NICE
 from xenbackend.bench.plan import WORKS, select_works
 from xenbackend.bench.session import DRIVERS, FILE, READ_ONLY, Outcome, Session, run
 from xenbackend.cli.arguments import duration, size
@@ -24,6 +26,7 @@ _CHAINS = [f"aio:{FILE}", f"log:|aio:{FILE}"]
 _CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 - tmpfs: the page cache and nothing else
 _DISK_DIRECTORY = Path("/var/tmp")  # noqa: S108 - on a disk, where /tmp may not be
 
+_DISTURBED = 3  # exit status
 _WIDTH = 132  # characters; of a table that is not shown on a terminal
 
 
@@ -33,7 +36,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "bench",
         help="measure chains, and other backends beside them",
         description="Measure chains under load, through a simulated guest, with every read checked. Targets take turns "
-        "in each round; figures are medians. Uses two CPUs, one for the backend and one for the load.",
+        "in each round; figures are medians. Uses two CPUs, one for the backend and one for the load. Where other "
+        "programs or the hypervisor used the CPUs meanwhile, ratios are marked by ?, and the exit status is 3.",
         epilog="Workloads: " + "; ".join(f"{work.name}: {work.title}" for work in WORKS),
     )
     parser.add_argument(
@@ -43,7 +47,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"chains to measure, the first being what others are compared with; {FILE} stands for a bench file. "
         f"A chain that does not name it is only read. Default: {' and '.join(_CHAINS)}",
     )
-    parser.add_argument("--compare", action="store_true", help="measure nbdkit, QEMU and fio too, as far as installed")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="measure nbdkit, QEMU and fio too, as far as installed, and a ring server in C, the limit, where there is "
+        "a C compiler",
+    )
     parser.add_argument(
         "--image",
         choices=DRIVERS,
@@ -53,6 +62,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--file", type=Path, help="where to make the bench file; it is removed in the end")
     parser.add_argument("--size", type=size, default=1 << 30, help="size of the bench file; default 1G")
     parser.add_argument("--work", action="append", default=[], metavar="NAME", help="only this workload; repeatable")
+    parser.add_argument("--overwrite", action="store_true", help="write to chains of yours too: destroys their content")
+    parser.add_argument("--no-persistent", action="store_true", help="a frontend without persistent grants")
+    _add_how(parser)
+    parser.add_argument("--any", action="store_true", help="exit status 0 even if others disturbed the measurement")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture too; needs xenbackend[plot]")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=main)
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    """Add what says how it is measured."""
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement; default 1")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is repeated; default 5")
     parser.add_argument(
@@ -63,11 +83,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="how long the load looks for answers before it sleeps; 0us sleeps at once, as a guest does, and shows "
         "what waking up costs this machine; default 100us",
     )
-    parser.add_argument("--overwrite", action="store_true", help="write to chains of yours too: destroys their content")
-    parser.add_argument("--no-persistent", action="store_true", help="a frontend without persistent grants")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture too; needs xenbackend[plot]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.set_defaults(run=main)
+    parser.add_argument(
+        "--beside",
+        choices=NICE,
+        default="",
+        help="run a loop on each CPU meanwhile, of the lowest priority or of ours, and show what it loses because "
+        "workers look for requests before they sleep: each chain is measured without that, too",
+    )
+    parser.add_argument(
+        "--calls", action="store_true", help="count system calls per request afterwards, by perf, else by strace"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,12 +102,12 @@ def main(args: argparse.Namespace) -> int:
     outcome = _measure(_session(args))
     rows = report.summarise(outcome.measured)
     if args.json:
-        print(json.dumps(report.as_json(rows, outcome.foreign), indent=2))
+        print(json.dumps(report.as_json(rows, outcome.usage, outcome.notes), indent=2))
     else:
-        _print(rows, outcome.foreign)
+        _print(rows, outcome)
     if args.plot:
         plot.save(rows, args.plot)
-    return 0
+    return _DISTURBED if outcome.usage.disturbances and not args.any else 0
 
 
 def _session(args: argparse.Namespace) -> Session:
@@ -102,6 +127,8 @@ def _session(args: argparse.Namespace) -> Session:
         rounds=args.rounds,
         seconds=args.seconds,
         poll=args.poll,
+        beside=args.beside,
+        calls=args.calls,
     )
 
 
@@ -132,11 +159,11 @@ def _ends_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print(rows: list[report.Row], foreign: float) -> None:
+def _print(rows: list[report.Row], outcome: Outcome) -> None:
     from rich.console import Console
 
     # Where nobody's terminal sets the width, a table is as wide as it needs.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for _, group in groupby(rows, key=lambda row: row.work.name):
-        console.print(report.table(list(group)))
-    console.print(report.legend(rows, foreign), highlight=False)
+        console.print(report.table(list(group), is_disturbed=bool(outcome.usage.disturbances)))
+    console.print(report.legend(rows, outcome.usage, outcome.notes), highlight=False, markup=False)
