@@ -125,12 +125,12 @@ def test_what_waits_for_us_is_no_reason_to_stop(waits: float) -> None:
 
 @pytest.mark.parametrize(("waits", "stolen"), [(0.5, 0.0), (0.3, 0.0), (0.0, 0.2)])
 def test_beside_equals_tries_are_short_and_rare(waits: float, stolen: float) -> None:
-    """Where others want the CPUs as we do, or the hypervisor gives them away, a try takes 30 ms; rests get longer."""
+    """Where others want the CPUs as we do, or the hypervisor gives them away, a try takes 130 ms; rests get longer."""
     times = Times()
     tries = looking(Permit(times), times, 120, waits, stolen)
     rests = [after[0] - before[1] for before, after in pairwise(tries)]
 
-    assert all(end - start <= 31 for start, end in tries)
+    assert all(end - start <= 131 for start, end in tries)
     assert [1, 2, 4, 8, 16, 32, 32] == [round(rest / 1000) for rest in rests]
 
 
@@ -159,9 +159,9 @@ def test_rests_are_told() -> None:
     times.now += 60 * 10**9
     told.append((permit.rests, permit.rested_ns() / 1e9, before.look_ns))
 
-    assert [(0, 0, 1000), (1, 0.5, 0), (1, 1.0, 1000)] == told
+    assert [(0, 0, 1000), (1, 0.4, 0), (1, 1.0, 1000)] == told
     assert (1, 1.0) == (before.rests, before.rested_ns / 1e9)
-    assert (0, 0.5) == (later.rests, round(later.rested_ns / 1e9, 1))  # since there is this one
+    assert (0, 0.6) == (later.rests, round(later.rested_ns / 1e9, 1))  # since there is this one
     assert (0, 0, 0) == (Poller(1000, None).rests, Poller(1000, None).rested_ns, Poller(1000, None).look_ns)
 
 

@@ -9,7 +9,7 @@ answer before it sends the next request is back within that time.
 What looking costs others shows in what it costs us: an equal that wants the same CPU gets half of it, and we wait for
 as long as we ran. Something that runs at nice 19 when nobody else wants to makes us wait for next to nothing; it counts
 as a runnable thread and as pressure on the CPU all the same, so that neither of these can tell them apart. Beside an
-equal a try costs it some 10 ms, and the tries become rare: one in half a minute.
+equal a try takes some 100 ms, and the tries become rare: one in half a minute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xenbackend.kernel.cpu import Cpu, CpuTimes
 POLL_US = 60  # by default: a guest that sleeps needs about 40 to wake, see its answer and ask again
 _PATIENCE = 8  # looks in vain, one after the other, before it gives up for a while
 _PAUSE = 256  # sleeps without a look after that
-_JUDGED_NS = 20_000_000  # after so much time of ours, running or waiting, it is judged what looking costs
+_JUDGED_NS = 100_000_000  # of our time, running or waiting: one slice of something at nice 19 is 4 ms, and no reason
 _FORGOTTEN_NS = 1_000_000_000  # who wants less than that in a second is not judged: it harms nobody
 _MOST_WAITED = 0.2  # of that time
 _MOST_STOLEN = 0.1  # of all CPUs' time by the hypervisor, which other guests want
