@@ -25,10 +25,10 @@ def test_a_loop_on_each_cpu(tmp_path: Path, kind: str) -> None:
         pytest.skip("these tests run at nice 19 themselves")
     loops = Loops(kind, tmp_path)
     try:
-        while loops.cpu_time() < 0.2:  # until each has set its priority
-            select.select([], [], [], 0.01)
         pids = [loop.pid for loop in loops._loops]
         nice = 19 if kind == "nice19" else os.getpriority(os.PRIO_PROCESS, 0)
+        while loops.cpu_time() < 0.2 or any(nice != os.getpriority(os.PRIO_PROCESS, pid) for pid in pids):
+            select.select([], [], [], 0.01)
 
         assert [{cpu} for cpu in sorted(os.sched_getaffinity(0))] == [os.sched_getaffinity(pid) for pid in pids]
         assert [nice] * len(pids) == [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids]
