@@ -296,8 +296,9 @@ def random_guest(machine: Machine, chain: Chain, model: bytearray, chance: Rando
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["thin", "raw", "backed"])
-@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 20])
+@pytest.mark.parametrize(
+    ("cluster_bits", "kind"), [(9, "thin"), (9, "backed"), (12, "raw"), (16, "backed"), (20, "thin")]
+)
 def test_both_ways(
     machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, kind: str
 ) -> None:
@@ -395,8 +396,7 @@ class Bed:
         assert 0 == report.errors, report
 
 
-@pytest.mark.parametrize("backed", [False, True])
-@pytest.mark.parametrize("cluster_bits", [9, 12])
+@pytest.mark.parametrize(("cluster_bits", "backed"), [(9, False), (12, True)])
 def test_killed_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, *, backed: bool) -> None:
     """Wherever a writer is killed, what was answered is there, and nothing that the disk never held."""
     bed = Bed(tmp_path, request.config.getoption("--seed"), cluster_bits, backed=backed)
@@ -416,8 +416,7 @@ def test_killed_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cluster
         bed.look(now["image"])
 
 
-@pytest.mark.parametrize("backed", [False, True])
-@pytest.mark.parametrize("cluster_bits", [9, 12])
+@pytest.mark.parametrize(("cluster_bits", "backed"), [(9, True), (12, False)])
 def test_power_lost_anywhere(
     tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, *, backed: bool
 ) -> None:
@@ -435,8 +434,7 @@ def test_power_lost_anywhere(
             bed.look(now["image"])
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("cluster_bits", [9, 12])
+@pytest.mark.parametrize(("cluster_bits", "number"), [(9, errno.EIO), (12, errno.ENOSPC)])
 def test_files_that_fail(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, number: int) -> None:
     """Requests of either file that fail harm those of the guest that needed them, and nothing else."""
     bed = Bed(tmp_path, request.config.getoption("--seed"), cluster_bits, backed=True)

@@ -156,8 +156,7 @@ def test_it_cannot_grow(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["alone", "backed", "apart"])
-@pytest.mark.parametrize("cluster_bits", [14, 16, 21])
+@pytest.mark.parametrize(("cluster_bits", "kind"), [(14, "alone"), (16, "backed"), (21, "apart")])
 def test_what_qemu_wrote(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, kind: str) -> None:
     """Of whatever QEMU wrote the content is QEMU's, by us and by what we convert it to; the check finds no fault."""
     chance = Random(request.config.getoption("--seed") + cluster_bits)
