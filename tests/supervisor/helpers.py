@@ -74,12 +74,12 @@ class Stepped:
             if self.selector.get_map().get(key.fd) is key:
                 key.data()
 
-    def until(self, condition: Callable[[], Any]) -> Any:
+    def until(self, condition: Callable[[], Any], *, timeout_s: float = 0.05) -> Any:
         """Turn until the condition holds, and return what it returned."""
         deadline = time.monotonic() + PATIENCE_S
         while not (found := condition()):
             assert time.monotonic() < deadline, "it never happened"
-            self.turn()
+            self.turn(timeout_s)
         return found
 
     def vbd(self) -> Vbd:
