@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.built_once import _built_once, built  # noqa: F401 - fixtures
 from xenbackend.bench.disturbance import Usage
 from xenbackend.cli import bench
 from xenbackend.errors import ConfigError
