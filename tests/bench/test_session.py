@@ -195,7 +195,7 @@ def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
     """Each installed peer is measured in each round after our chains and the limit, and ends with the session."""
     steps: list[str] = []
     # Long enough for a peer that others on the host keep waiting: fio's time is the clock's.
-    session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2, seconds=0.3)
+    session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2, seconds=0.15)
     outcome = run(session, lambda text, _total: steps.append(text))
     names = [each.target for each in outcome.measured]
 

@@ -52,7 +52,10 @@ def _known(machine: Machine) -> dict[str, Any]:
 
 
 def _until_ended(pid: int) -> None:
-    end = os.pidfd_open(pid)
+    try:
+        end = os.pidfd_open(pid)
+    except ProcessLookupError:  # whoever took it over has heard of its end already
+        return
     assert select.select([end], [], [], PATIENCE_S)[0]
     os.close(end)
 
