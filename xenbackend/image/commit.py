@@ -7,7 +7,7 @@ reads as before, since what is written to the parent is what the image has.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,9 @@ from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.image.extents import extents_of
 from xenbackend.image.names import Image
-from xenbackend.image.session import Session
+from xenbackend.image.session import Progress, Session
 from xenbackend.image.transfer import Piece, Transfer, pieces_of
 from xenbackend.units import format_size
-
-Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
 
 
 @dataclass(frozen=True, slots=True)

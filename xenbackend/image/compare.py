@@ -5,15 +5,12 @@ Must not write, nor go on when it knows the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from xenbackend.block.spec import ChainSpec
 from xenbackend.image.extents import map_chain
 from xenbackend.image.pairs import read_pairs, where_either
-from xenbackend.image.session import Session
-
-Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
+from xenbackend.image.session import Progress, Session
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xenbackend.block.extents import Extent, Kind
+from xenbackend.block.extents import Extent, Kind, merged
 from xenbackend.block.formats.blank import Wishes, blank
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
@@ -25,14 +25,12 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image.check import check, repair
 from xenbackend.image.extents import map_chain
 from xenbackend.image.names import Image, at_another_path
-from xenbackend.image.session import Disk, RequestFailed, Session
+from xenbackend.image.session import Disk, Progress, RequestFailed, Session
 from xenbackend.image.transfer import Piece, Transfer, pieces_of
 from xenbackend.units import format_size
 from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 
-SMALL_HOLE = 64 << 10  # bytes
-
-Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
+SMALL_HOLE = 64 << 10  # bytes of zeros that are read like data
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def convert(
     """
     if target.format == "raw" and Path(target.path).exists():
         raise ConfigError(f"{printable(target.path)} is there already; --overwrite writes over all that it holds")
-    if getattr(target.chain.layers[0].options, "data_file", ""):
+    if target.data_file:
         raise ConfigError(f"{target.text}: a new image has its data in itself; leave data_file= out")
     refuse_existing(target.path)
     partial = at_another_path(target, f"{target.path}.partial")
@@ -222,25 +220,6 @@ def _to_copy(source: Disk, done: int) -> Iterator[Extent]:
 
 
 def without_small_holes(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Yield extents as data or zeros, with so little between data read along that a request more would cost more."""
-    data: Extent | None = None
-    zeros: Extent | None = None  # what follows it
-    for extent in extents:
-        if extent.is_zeros:
-            zeros = Extent(
-                zeros.start if zeros else extent.start, extent.length + (zeros.length if zeros else 0), Kind.ZERO
-            )
-        elif data is None:
-            if zeros:
-                yield zeros
-            data, zeros = Extent(extent.start, extent.length, Kind.DATA), None
-        elif zeros is None or zeros.length < SMALL_HOLE:
-            data, zeros = Extent(data.start, extent.end - data.start, Kind.DATA), None
-        else:
-            yield data
-            yield zeros
-            data, zeros = Extent(extent.start, extent.length, Kind.DATA), None
-    if data:
-        yield data
-    if zeros:
-        yield zeros
+    """Yield extents as data or zeros; so few zeros that a request more would cost more count as data."""
+    whole = merged(Extent(each.start, each.length, Kind.ZERO if each.is_zeros else Kind.DATA) for each in extents)
+    return merged(replace(each, kind=Kind.DATA) if each.length < SMALL_HOLE else each for each in whole)

@@ -91,23 +91,20 @@ def _vhd(read: Read, file_size: int) -> Headers:
 
 
 def _vhdx(read: Read, file_size: int) -> Headers:
-    from uuid import UUID
-
-    def guid(text: str) -> bytes:
-        return UUID(text).bytes_le
+    from xenbackend.block.formats import vhdx
 
     regions = {each[:16]: struct.unpack("<QI", each[16:28]) for each in _entries(read(192 << 10, 64 << 10), 16, 8)}
-    place, _ = regions[guid("8b7ca206-4790-4b9a-b8fe-575f050f886e")]
+    place, _ = regions[vhdx.METADATA]
     table = read(place, 64 << 10)
     items = {each[:16]: struct.unpack("<II", each[16:24]) for each in _entries(table, 32, 10)}
 
-    def item(text: str, most: int) -> bytes:
-        offset, length = items.get(guid(text), (0, 0))
+    def item(guid: bytes, most: int) -> bytes:
+        offset, length = items.get(guid, (0, 0))
         return read(place + offset, min(length, most)) if offset and place + offset < file_size else b""
 
-    (size,) = struct.unpack("<Q", item("2fa54224-cd1b-4876-b211-5dbed83bf4b8", 8))
-    block_size, flags = struct.unpack("<II", item("caa16737-fa36-4d43-b3b6-33f0aa44e76b", 8))
-    locator = item("a8d35f2d-b30b-454d-abf7-d3d84834ab0c", 64 << 10) if flags & 2 else b""
+    (size,) = struct.unpack("<Q", item(vhdx.DISK_SIZE, 8))
+    block_size, flags = struct.unpack("<II", item(vhdx.PARAMETERS, 8))
+    locator = item(vhdx.PARENT_LOCATOR, 64 << 10) if flags & 2 else b""
     kind = "differencing" if flags & 2 else "fixed" if flags & 1 else "dynamic"
     return Headers(f"VHDX, {kind}", size, block_size, _vhdx_parents(locator))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xenbackend.block.extents import Extent
-from xenbackend.block.formats.blank import Wishes, blank
+from xenbackend.block.formats.blank import CLUSTER_SIZES, REFCOUNT_ORDER, Wishes, blank, qcow_l2_bits
 from xenbackend.block.formats.qcow2_tables import refcount_clusters
 from xenbackend.block.formats.vhd import SECTOR
 from xenbackend.block.spec import ChainSpec
@@ -17,9 +17,6 @@ from xenbackend.image.check import STEP
 from xenbackend.image.extents import map_chain
 from xenbackend.image.session import Session
 from xenbackend.units import PAGE, round_up
-
-_QCOW2_CLUSTER, _QCOW_CLUSTER, _VHD_BLOCK = 64 << 10, 4 << 10, 2 << 20  # bytes, where nothing else is wished for
-_REFCOUNT_ORDER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +48,13 @@ def _measure(image_format: str, size: int, extents: Iterable[Extent], wishes: Wi
     empty = blank(image_format, size, wishes, None)  # refuses what cannot be
     if image_format == "raw" or wishes.is_fixed:
         return Measured(empty.size, empty.size)
-    cluster = wishes.cluster_size or {"qcow2": _QCOW2_CLUSTER, "qcow": _QCOW_CLUSTER, "vhd": _VHD_BLOCK}[image_format]
+    cluster = wishes.cluster_size or CLUSTER_SIZES[image_format]
     used, most = _clusters(extents, cluster), -(-size // cluster)
     if image_format == "qcow2":
         full = _full_qcow2(most, cluster)
         return Measured(full - (most - used) * cluster, full)
     if image_format == "qcow":
-        table = 8 << (12 if cluster == SECTOR else 9)  # bytes: see `blank_qcow`
+        table = 8 << qcow_l2_bits(cluster)  # bytes
         tables = -(-most // (table // 8))
         front = round_up(empty.size, STEP["qcow"]) + tables * round_up(table, cluster)
         return Measured(*(round_up(front + n * cluster, STEP["qcow"]) for n in (used, most)))
@@ -83,4 +80,4 @@ def _full_qcow2(clusters: int, cluster: int) -> int:
     l2_tables = -(-clusters // per_table)
     l1_clusters = -(-l2_tables // per_table)
     used = 1 + clusters + l2_tables + l1_clusters
-    return (used + sum(refcount_clusters(used, cluster, _REFCOUNT_ORDER))) * cluster
+    return (used + sum(refcount_clusters(used, cluster, REFCOUNT_ORDER))) * cluster

@@ -30,6 +30,11 @@ class Image:
         """The layer as it is written in a chain."""
         return self.chain.text
 
+    @property
+    def data_file(self) -> str:
+        """The external data file that the layer names; empty where it names none."""
+        return getattr(self.chain.layers[0].options, "data_file", "")
+
 
 def has_driver(text: str) -> bool:
     """Return whether a text begins with a driver, and so is a chain and not a file."""

@@ -11,7 +11,7 @@ from itertools import islice
 from xenbackend.block.extents import Extent
 from xenbackend.block.mapped.parts import allocate
 from xenbackend.block.request import Op, Request
-from xenbackend.image.session import Disk, Session
+from xenbackend.image.session import Disk, Session, request_for
 from xenbackend.image.transfer import DEPTH, PIECE, Piece, pieces_of
 
 
@@ -58,6 +58,4 @@ def _read(size: int, memory: memoryview, piece: Piece) -> Request:
     """Return the request for as much of a piece as a disk of `size` bytes has; the rest is zeros at once."""
     length = max(0, min(piece.end, size) - piece.offset)
     memory[length : piece.length] = bytes(piece.length - length)
-    request = Request()
-    request.op, request.offset, request.length, request.iov = Op.READ, piece.offset, length, [memory[:length]]
-    return request
+    return request_for(Op.READ, piece.offset, memory[:length])

@@ -6,8 +6,9 @@ done again: what is written first is what the image reads as anyway, and its hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from xenbackend.block.driver import File
@@ -20,17 +21,15 @@ from xenbackend.block.leaf import child_of
 from xenbackend.block.opening import identity
 from xenbackend.block.options import files_of
 from xenbackend.block.qcow.datafile import data_item
-from xenbackend.block.request import Op, Request
+from xenbackend.block.request import Op
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image.check import STEP, refuse_unchosen_data, write_plan
 from xenbackend.image.extents import extents_of, map_chain
 from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.pairs import read_pairs, where_either
-from xenbackend.image.session import Disk, Session, flush_request
-from xenbackend.image.transfer import GRAIN
+from xenbackend.image.session import Disk, Progress, Session, flush_request, request_for
+from xenbackend.image.transfer import grain_runs
 from xenbackend.units import PAGE, round_up
-
-Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +93,7 @@ def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
 
 def _with_data_file(image: Image, text: str) -> str:
     """Return the layer with the external data file that the image's own names, if it does."""
-    data_file = getattr(image.chain.layers[0].options, "data_file", "")
-    return f"{text},{data_item(data_file)}" if data_file else text
+    return f"{text},{data_item(image.data_file)}" if image.data_file else text
 
 
 def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Progress) -> int:
@@ -106,7 +104,8 @@ def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Pro
     total, done, written = sum(each.length for each in extents), 0, 0
     progress(0, total)
     for piece, mine, theirs in read_pairs(session, child, new, extents):
-        writes = [_write(piece.offset + start, mine[start:end]) for start, end in _differences(mine, theirs)]
+        runs = [] if bytes(mine) == bytes(theirs) else grain_runs(piece.length, partial(_is_different, mine, theirs))
+        writes = [request_for(Op.WRITE, piece.offset + start, mine[start:end]) for start, end in runs]
         if writes:
             session.do(child, *writes)
             written += sum(each.length for each in writes)
@@ -130,23 +129,8 @@ def _common(one: Iterable[Extent], other: Iterable[Extent]) -> Iterator[Extent]:
             current = next(others, None)
 
 
-def _differences(mine: memoryview, theirs: memoryview) -> list[tuple[int, int]]:
-    """Return the runs that are not the same, as start and end, in steps of `GRAIN`."""
-    if bytes(mine) == bytes(theirs):
-        return []
-    runs: list[tuple[int, int]] = []
-    for start in range(0, len(mine), GRAIN):
-        end = min(len(mine), start + GRAIN)
-        if bytes(mine[start:end]) != bytes(theirs[start:end]):
-            first = runs.pop()[0] if runs and runs[-1][1] == start else start
-            runs.append((first, end))
-    return runs
-
-
-def _write(offset: int, view: memoryview) -> Request:
-    request = Request()
-    request.op, request.offset, request.length, request.iov = Op.WRITE, offset, len(view), [view]
-    return request
+def _is_different(mine: memoryview, theirs: memoryview, start: int, end: int) -> bool:
+    return bytes(mine[start:end]) != bytes(theirs[start:end])
 
 
 class _Kind(Protocol):

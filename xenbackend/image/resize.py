@@ -36,7 +36,7 @@ def resize(image: Image, size: int) -> int:
     """
     if size % SECTOR:
         raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
-    before, data_file = _check_growth(image, size)
+    before = _check_growth(image, size)
     if size == before:
         return before
     if image.format != "raw" and check(image).status == ERRORS:
@@ -44,8 +44,9 @@ def resize(image: Image, size: int) -> int:
     with Session() as session:
         file = session.open_file(image.path, read_only=False, step=STEP[image.format])
         try:
-            if data_file:
-                _grow_data(session.open_file(data_file, read_only=False, step=SECTOR), file, data_file, size)
+            if image.data_file:
+                data = session.open_file(image.data_file, read_only=False, step=SECTOR)
+                _grow_data(data, file, image.data_file, size)
             _GROW[image.format](file, size, on_device=is_device(image.path))
             file.sync()
         except DriverError as error:
@@ -54,8 +55,8 @@ def resize(image: Image, size: int) -> int:
     return before
 
 
-def _check_growth(image: Image, size: int) -> tuple[int, str]:
-    """Return how large a disk is, and where its external data file is, if it has one."""
+def _check_growth(image: Image, size: int) -> int:
+    """Return how large a disk is. Raises: as `resize`."""
     with Session() as session:
         layers = session.open(image.chain, read_only=True).chain.layers
         before = layers[0].geometry.size
@@ -70,7 +71,7 @@ def _check_growth(image: Image, size: int) -> tuple[int, str]:
             if image.format == "qcow2" and qcow2.parse_header(file.read_at, file.size).has_subclusters:
                 problem = "it has subclusters (extended L2 entries), and it can only be read; convert it instead"
                 raise DriverError(problem, layer=image.text)
-        return before, getattr(image.chain.layers[0].options, "data_file", "")
+        return before
 
 
 def _grow_raw(file: File, size: int, *, on_device: bool) -> None:

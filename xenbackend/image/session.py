@@ -22,6 +22,7 @@ from xenbackend.worker.files import HostFiles
 from xenbackend.worker.reactor import Reactor
 
 Ended = Callable[[Request], None]
+Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
 
 LOCK_TIMEOUT_S = 2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has
 
@@ -155,6 +156,13 @@ def check_status(disk: Disk, request: Request) -> None:
     if request.status:
         what = f"{Op(request.op).name.lower()} of {request.length} bytes at {request.offset}"
         raise RequestFailed(f"{disk.chain.layers[0].text}: {what}: {os.strerror(request.status)}")
+
+
+def request_for(op: Op, offset: int, view: memoryview, then: Ended | None = None) -> Request:
+    """Return a read into a view, or a write of it."""
+    request = Request(then)
+    request.op, request.offset, request.length, request.iov = op, offset, len(view), [view]
+    return request
 
 
 def flush_request() -> Request:

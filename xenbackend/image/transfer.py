@@ -13,7 +13,7 @@ from functools import partial
 from xenbackend.block.extents import Extent
 from xenbackend.block.mapped.parts import allocate
 from xenbackend.block.request import Op, Request
-from xenbackend.image.session import Disk, Ended, Session, check_status, flush_request
+from xenbackend.image.session import Disk, Session, check_status, flush_request, request_for
 from xenbackend.units import round_up
 
 PIECE = 1 << 20  # bytes of one request
@@ -143,7 +143,7 @@ class Transfer:
             self._under_way.append(slot)
             disk = self._source if piece.is_data else self._target
             then = partial(self._ended, disk, slot)
-            reads[disk].append(_request(Op.READ, piece.offset, slot.memory[: piece.length], then))
+            reads[disk].append(request_for(Op.READ, piece.offset, slot.memory[: piece.length], then))
         for disk, batch in reads.items():
             self._send(disk, batch)
         return bool(self._under_way)
@@ -166,7 +166,7 @@ class Transfer:
             self.written += slot.written
             slot.left = len(runs)
             then = partial(self._ended, self._target, slot)
-            writes += [_request(Op.WRITE, read.offset + start, view[start:end], then) for start, end in runs]
+            writes += [request_for(Op.WRITE, read.offset + start, view[start:end], then) for start, end in runs]
         self._send(self._target, writes)
 
     def _ended(self, disk: Disk, slot: _Slot, request: Request) -> None:
@@ -208,23 +208,19 @@ def data_runs(view: memoryview) -> Runs:
     words = view[: len(view) // 8 * 8].cast("Q")
     if not (words and (words[0] or words[-1])) and bytes(view) == bytes(len(view)):
         return []
-    zeros, runs = bytes(GRAIN), []
-    first = -1
-    for start in range(0, len(view), GRAIN):
-        if words[start >> 3]:  # as a rule that says enough, and costs a twentieth of looking at all of it
-            is_zeros = False
-        else:
-            piece = bytes(view[start : start + GRAIN])
-            is_zeros = piece == zeros[: len(piece)]
-        if is_zeros and first >= 0:
-            runs.append((first, start))
-            first = -1
-        elif not is_zeros and first < 0:
-            first = start
-    return [*runs, (first, len(view))] if first >= 0 else runs
+
+    def has_data(start: int, end: int) -> bool:  # as a rule one word says enough, at a twentieth of the cost
+        return bool(words[start >> 3]) or bytes(view[start:end]) != bytes(end - start)
+
+    return grain_runs(len(view), has_data)
 
 
-def _request(op: Op, offset: int, view: memoryview, then: Ended) -> Request:
-    request = Request(then)
-    request.op, request.offset, request.length, request.iov = op, offset, len(view), [view]
-    return request
+def grain_runs(length: int, is_wanted: Callable[[int, int], bool]) -> Runs:
+    """Return the runs of `length` bytes whose grains are wanted; that is asked of each by its start and end."""
+    runs: Runs = []
+    for start in range(0, length, GRAIN):
+        end = min(length, start + GRAIN)
+        if is_wanted(start, end):
+            first = runs.pop()[0] if runs and runs[-1][1] == start else start
+            runs.append((first, end))
+    return runs

@@ -25,10 +25,10 @@ SECTOR = 512
 # QEMU and blktap take the disk's size as the footer has it, and not from the geometry, only for creators they know.
 # With version 1.1 of this one they look for no map of full blocks, which a new image does not have.
 _VHD_CREATOR, _VHD_CREATOR_VERSION = b"tap\0", 0x00010001
-_VHD_BLOCK = 2 << 20  # bytes; what libvhd and Hyper-V make
+CLUSTER_SIZES = {"qcow2": 64 << 10, "qcow": 4 << 10, "vhd": 2 << 20}  # bytes, unless others are wished for: as QEMU
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _QCOW_HEADER = struct.Struct(">4sIQIIQBBHIQ")
-_REFCOUNT_ORDER = 4
+REFCOUNT_ORDER = 4
 _PROTOCOL = re.compile(rb"[A-Za-z0-9+.-]+:")
 
 
@@ -74,7 +74,7 @@ def blank(image_format: str, size: int, wishes: Wishes, parent: Parent | None) -
 
 def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW2 image of version 3. Raises: ConfigError."""
-    bits = _cluster_bits(wishes.cluster_size or 64 << 10, qcow2.MIN_CLUSTER_BITS, qcow2.MAX_CLUSTER_BITS)
+    bits = _cluster_bits(wishes.cluster_size or CLUSTER_SIZES["qcow2"], qcow2.MIN_CLUSTER_BITS, qcow2.MAX_CLUSTER_BITS)
     cluster = 1 << bits
     l1_entries = max(1, -(-size >> 2 * bits - 3))
     if l1_entries * 8 > qcow2.MAX_L1_BYTES:
@@ -92,19 +92,19 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     l1 = (1 + table_clusters + blocks) * cluster
     header = _QCOW2_HEADER.pack(
         qcow2.MAGIC, 3, backing if name else 0, len(name), bits, size, 0, l1_entries, l1, cluster, table_clusters,
-        0, 0, 0, 0, 0, _REFCOUNT_ORDER, _QCOW2_HEADER.size,
+        0, 0, 0, 0, 0, REFCOUNT_ORDER, _QCOW2_HEADER.size,
     )  # fmt: skip
     places = [(1 + table_clusters + index) * cluster for index in range(blocks)]
     used = 1 + table_clusters + blocks + l1_clusters
     pieces = [(0, header + extensions + name), (cluster, pack_table(array("Q", places)))]
-    pieces.append((places[0], pack_refcounts(array("H", [1]) * used, _REFCOUNT_ORDER)))  # the blocks are neighbours
+    pieces.append((places[0], pack_refcounts(array("H", [1]) * used, REFCOUNT_ORDER)))  # the blocks are neighbours
     return Blank(used * cluster, pieces)
 
 
 def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW image of version 1. Raises: ConfigError."""
-    bits = _cluster_bits(wishes.cluster_size or 4096, 9, 16)
-    l2_bits = 12 if bits == 9 else 9  # as QEMU
+    bits = _cluster_bits(wishes.cluster_size or CLUSTER_SIZES["qcow"], 9, 16)
+    l2_bits = qcow_l2_bits(1 << bits)
     name = qcow_name(parent)
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
     l1_bytes = -(-size >> bits + l2_bits) * 8
@@ -114,6 +114,11 @@ def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
         qcow2.MAGIC, 1, _QCOW_HEADER.size if name else 0, len(name), int(time.time()), size, bits, l2_bits, 0, 0, l1
     )
     return Blank(round_up(l1 + l1_bytes, max(1 << bits, SECTOR)), [(0, header + name)])
+
+
+def qcow_l2_bits(cluster_size: int) -> int:
+    """Return the power of two of the entries of an L2 table of QCOW, version 1: as QEMU chooses it."""
+    return 12 if cluster_size == SECTOR else 9
 
 
 def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
@@ -127,7 +132,7 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     packed = vhd.pack_footer(footer)
     if wishes.is_fixed:
         return Blank(size + SECTOR, [(size, packed)])
-    block = 1 << _cluster_bits(wishes.cluster_size or _VHD_BLOCK, 12, vhd.MAX_NEW_BLOCK.bit_length() - 1)
+    block = 1 << _cluster_bits(wishes.cluster_size or CLUSTER_SIZES["vhd"], 12, vhd.MAX_NEW_BLOCK.bit_length() - 1)
     entries = -(-size // block)
     if entries > vhd.MAX_ENTRIES:
         raise ConfigError(f"{format_size(size)} are too many for blocks of {format_size(block)}; choose larger ones")
@@ -172,7 +177,7 @@ def _refcount_clusters(others: int, cluster: int, disk: int) -> tuple[int, int]:
 
     The table has room for the clusters of a full disk, so that it need not move while the disk is filled.
     """
-    full, _ = refcount_clusters(1 + others + disk + disk // (cluster // 8), cluster, _REFCOUNT_ORDER)
+    full, _ = refcount_clusters(1 + others + disk + disk // (cluster // 8), cluster, REFCOUNT_ORDER)
     table, blocks = min(full, qcow2.MAX_REFCOUNT_TABLE_BYTES // cluster), 1
     while blocks * (cluster // 2) < 1 + table + blocks + others:
         blocks += 1

@@ -30,14 +30,15 @@ _HEADER = struct.Struct("<4sIQ16s16s16sHHIQ")
 _ENTRY = struct.Struct("<16sQII")  # of the region table
 _ITEM = struct.Struct("<16sIII")  # of the metadata
 _BAT = UUID("2dc27766-f623-4200-9d64-115e9bfd4a08").bytes_le
-_METADATA = UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
-_PARAMETERS = UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b").bytes_le
-_SIZE = UUID("2fa54224-cd1b-4876-b211-5dbed83bf4b8").bytes_le
+METADATA = UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
+PARAMETERS = UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b").bytes_le
+DISK_SIZE = UUID("2fa54224-cd1b-4876-b211-5dbed83bf4b8").bytes_le
 _SECTOR_SIZE = UUID("8141bf1d-a96f-4709-ba47-f233a8faab5f").bytes_le
 _PHYSICAL = UUID("cda348c7-445d-4471-9cc9-e9885251c556").bytes_le
-_KNOWN = {  # with the ID of the disk, and where a parent is
-    _PARAMETERS, _SIZE, _SECTOR_SIZE, _PHYSICAL, UUID("beca12ab-b2e6-4523-93ef-c309e000c746").bytes_le,
-    UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le,
+PARENT_LOCATOR = UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c").bytes_le
+_KNOWN = {  # with the ID of the disk
+    PARAMETERS, DISK_SIZE, _SECTOR_SIZE, _PHYSICAL, UUID("beca12ab-b2e6-4523-93ef-c309e000c746").bytes_le,
+    PARENT_LOCATOR,
 }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def parse(read: Read, file_size: int) -> Image:
     if log is not None:
         read, file_size = log.changes.reader(read, log.size), log.size
     regions = _regions(read, file_size)
-    place, length = regions[_METADATA]
+    place, length = regions[METADATA]
     items = _items(read, place, length)
     size, block_size, sector_size = _numbers(items)
     block_bits = power_of(block_size)
@@ -130,7 +131,7 @@ def _regions(read: Read, file_size: int) -> dict[bytes, tuple[int, int]]:
         raise damaged("neither of its region tables is right")
     regions = {}
     for guid, place, length, is_required in _entries(_ENTRY, data, 16, count):
-        if guid in (_BAT, _METADATA):
+        if guid in (_BAT, METADATA):
             if place < _MIB or place % _MIB or length % _MIB or place + length > file_size:
                 raise damaged(f"a region of {length} bytes at byte {place} is not inside the file of {file_size}")
             regions[guid] = place, length
@@ -166,8 +167,11 @@ def _entries(entry: struct.Struct, table: bytes, first: int, count: int) -> list
 def _numbers(items: dict[bytes, bytes]) -> tuple[int, int, int]:
     """Return the bytes of the disk, of a block and of a sector."""
     try:
-        block_size, flags = struct.unpack_from("<II", items[_PARAMETERS])
-        (size,), (sector_size,) = struct.unpack_from("<Q", items[_SIZE]), struct.unpack_from("<I", items[_SECTOR_SIZE])
+        block_size, flags = struct.unpack_from("<II", items[PARAMETERS])
+        (size,), (sector_size,) = (
+            struct.unpack_from("<Q", items[DISK_SIZE]),
+            struct.unpack_from("<I", items[_SECTOR_SIZE]),
+        )
     except (KeyError, struct.error):
         raise damaged("its size, or that of its blocks or sectors, is missing") from None
     if flags & 2:
