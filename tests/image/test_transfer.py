@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from tests.helpers_block import image
 from xenbackend.block.extents import Extent, Kind
+from xenbackend.block.request import Op, Request
 from xenbackend.block.spec import parse_chain
 from xenbackend.image.session import RequestFailed, Session
-from xenbackend.image.transfer import DEPTH, Piece, Transfer, data_runs, pieces_of
+from xenbackend.image.transfer import Piece, Transfer, data_runs, pieces_of
 
 MIB = 1 << 20
 
@@ -126,28 +129,82 @@ def test_what_is_told_is_done_in_order(tmp_path: Path, seed: int) -> None:
     assert source.read_bytes() == target.read_bytes()
 
 
-def test_what_is_durable_is_told_while_the_copy_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush covers only what was told as done before it began, and its failure ends the copy."""
+class Stage:
+    """A session in which everything is done at once, but for flushes: each ends when the third write after it came."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, Request]] = []
+        self.writes = 0
+        self.flushes = 0
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests of either disk."""
+        for request in batch:
+            if request.op == Op.FLUSH:
+                self.flushes += 1
+                self.waiting.append((self.writes + 3, request))
+                continue
+            self.writes += request.op == Op.WRITE
+            if request.op == Op.READ:
+                request.iov[0][:] = b"x" * request.length
+            self.end(request)
+
+    def end(self, request: Request) -> None:
+        """Give a request back."""
+        request.status = 0
+        request.tag(request)
+
+    def glance(self) -> None:
+        """Let the flushes end that are due."""
+        due = [request for at, request in self.waiting if at <= self.writes]
+        self.waiting = [each for each in self.waiting if each[0] > self.writes]
+        for request in due:
+            self.end(request)
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Let the flushes end that are left, if it cannot go on without."""
+        while not is_done():
+            self.end(self.waiting.pop(0)[1])
+
+    def wake(self) -> None:
+        """Do nothing: nobody sleeps."""
+
+
+def test_what_is_durable_is_told_while_the_copy_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush begins when enough was told as done, one at a time, and covers that much, however late it ends."""
+    monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 4 * MIB)
+    stage: Any = Stage()
+    told: list[int] = []
+    durable: list[tuple[int, int]] = []
+    begun: list[int] = []
+    submit = stage.submit
+
+    def noted(batch: list[Request]) -> None:
+        begun.extend(told[-1] for request in batch if request.op == Op.FLUSH)
+        submit(batch)
+
+    stage.submit = noted
+    transfer = Transfer(stage, stage, stage, is_blank=True)
+    pieces = pieces_of([Extent(0, 100 * MIB, Kind.DATA)])
+    transfer.run(pieces, lambda piece: told.append(piece.end), lambda piece: durable.append((piece.end, told[-1])))
+
+    assert [(each + 1) * MIB for each in range(100)] == told
+    assert begun[: len(durable)] == [end for end, _ in durable]
+    assert 3 <= len(durable) <= stage.flushes
+    assert all(end < now for end, now in durable)
+    assert not stage.waiting
+
+
+def test_a_flush_that_failed_fails_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the copy, and the next one, which the kernel would let succeed, does not say that all is durable."""
     monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 4 * MIB)
     source, target = tmp_path / "source", image(tmp_path / "target", 40 * MIB)
     source.write_bytes(b"x" * 40 * MIB)
-    order: list[tuple[str, int]] = []
     with Session() as session:
-        texts = [f"aio:{source}", f"delay:write=1ms|aio:{target}"]  # so that a flush has time to end meanwhile
-        disks = [session.open(parse_chain(text), read_only=text is texts[0]) for text in texts]
-        transfer = Transfer(session, *disks, is_blank=True)
-        pieces = pieces_of([Extent(0, 40 * MIB, Kind.DATA)])
-        transfer.run(
-            pieces, lambda piece: order.append(("done", piece.end)), lambda piece: order.append(("durable", piece.end))
-        )
-    durable = [(at, end) for at, (what, end) in enumerate(order) if what == "durable"]
-
-    assert len(durable) > 1
-    assert DEPTH * MIB < durable[-1][1] <= 40 * MIB
-    assert all(("done", end) in order[:at] for at, end in durable if end)
-
-    with Session() as session:
-        failing = f"fault:errno=EIO,op=flush|aio:{target}"
+        failing = f"fault:errno=EIO,op=flush,limit=1|aio:{target}"
         disks = [session.open(parse_chain(text), read_only=text is not failing) for text in (f"aio:{source}", failing)]
+        transfer = Transfer(session, *disks, is_blank=True)
         with pytest.raises(RequestFailed, match="flush"):
-            Transfer(session, *disks, is_blank=True).run(pieces_of([Extent(0, 40 * MIB, Kind.DATA)]), ignore)
+            transfer.run(pieces_of([Extent(0, 40 * MIB, Kind.DATA)]), ignore)
+        with pytest.raises(RequestFailed, match="flush"):
+            transfer.flush()

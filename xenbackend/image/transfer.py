@@ -86,6 +86,7 @@ class Transfer:
         self._pending = 0  # requests that are not back
         self._sync: Request | None = None  # on its way
         self._durable: Callable[[], None] | None = None  # to be called, since it has ended
+        self._lost: Request | None = None  # a flush that failed
         self.written = 0  # bytes
 
     def run(self, pieces: Iterable[Piece], done: Told, durable: Told = lambda _: None) -> None:
@@ -131,7 +132,12 @@ class Transfer:
             self._durable = None
 
     def flush(self) -> None:
-        """Make durable what was written. Raises: RequestFailed."""
+        """Make durable what was written. Raises: RequestFailed, also where an earlier flush failed.
+
+        What that one was for may be lost, and the kernel says so once: the next flush would succeed.
+        """
+        if self._lost is not None:
+            check_status(self._target, self._lost)
         self._session.do(self._target, flush_request())
 
     def _begin(self, todo: Iterator[Piece]) -> bool:
@@ -197,6 +203,7 @@ class Transfer:
         self._pending -= 1
         self._sync = None
         if request.status:
+            self._lost = request
             self._failed.append((self._target, request))
         else:
             self._durable = then
