@@ -46,7 +46,12 @@ HOMES = {
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/parent", "worker/files"),
-    "importlib": ("block/drivers/__init__", "cli/main", "kernel/ports"),  # what a text names: drivers, commands, hosts
+    "importlib": (
+        "block/drivers/__init__",
+        "cli/image",
+        "cli/main",
+        "kernel/ports",
+    ),  # what a text names: drivers, commands, hosts
     "matplotlib": ("bench/plot",),
     "mmap": (
         "block/mapped/parts",

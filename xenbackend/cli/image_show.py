@@ -10,20 +10,16 @@ import json
 from collections.abc import Iterator
 
 from xenbackend.block.extents import Extent, Kind
-from xenbackend.block.spec import parse_chain
 from xenbackend.errors import printable
 from xenbackend.image.extents import map_chain
-from xenbackend.image.names import find_image, has_driver
+from xenbackend.image.names import find_chain
 from xenbackend.image.session import Session
 
 
 def show_map(arguments: argparse.Namespace) -> int:
     """Print the extents of a disk. Raises: ChainError, ConfigError, DriverError."""
-    if not has_driver(arguments.image):
-        find_image(arguments.image)  # it says what to write
-    spec = parse_chain(arguments.image)
     with Session() as session:
-        layers = session.open(spec, read_only=True).chain.layers
+        layers = session.open(find_chain(arguments.image), read_only=True).chain.layers
         extents = map_chain(layers)
         if arguments.json:
             _print_map_json(extents)

@@ -41,6 +41,14 @@ def has_driver(text: str) -> bool:
     return _HAS_DRIVER.match(text) is not None
 
 
+def find_chain(text: str) -> ChainSpec:
+    """Return the chain that a text is; of a file without its format, say what to write.
+
+    Raises: ChainError, ConfigError.
+    """
+    return parse_chain(text) if has_driver(text) else find_image(text).chain
+
+
 def find_image(text: str, formats: tuple[str, ...] = tuple(FORMATS)) -> Image:
     """Return the image that a layer such as ``qcow2:/img`` names. Raises: ChainError, ConfigError."""
     if not has_driver(text):

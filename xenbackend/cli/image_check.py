@@ -1,0 +1,33 @@
+"""`xenbackend image check`: whether an image is sound.
+
+Must not import what a look at an image does not need: it is run for each image of a directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+
+from xenbackend.errors import printable
+from xenbackend.image import check as checks
+from xenbackend.image.check import Verdict
+from xenbackend.image.names import Image, find_image
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check an image; the status is qemu-img's. Raises: ConfigError, DriverError."""
+    look: Callable[[Image], Verdict] = checks.repair if arguments.repair else checks.check
+    verdict = look(find_image(arguments.image, ("vhd", "qcow2", "qcow")))
+    if arguments.json:
+        import json  # late: people do not read it
+
+        print(json.dumps({**asdict(verdict), "status": verdict.status}, indent=2))
+        return verdict.status
+    for sentence in verdict.sentences:
+        print(printable(sentence))
+    if verdict.repaired:
+        print(f"{verdict.repaired} faults were repaired")
+    dirty = "; it says that it was not closed properly" if verdict.is_dirty else ""
+    print(f"{printable(verdict.image)}: {verdict.errors} errors, {verdict.leaks} leaks{dirty}")
+    return verdict.status

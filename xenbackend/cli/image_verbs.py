@@ -1,0 +1,171 @@
+"""`xenbackend image`: the verbs that make, copy and change images, or compare what they hold.
+
+Must not do what `xenbackend.image` should: each is one call, and a sentence or JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from xenbackend.block.formats.blank import Wishes
+from xenbackend.block.images import FORMATS
+from xenbackend.cli.image_progress import watched
+from xenbackend.errors import ConfigError, DriverError, printable
+from xenbackend.image import commit as commits
+from xenbackend.image import compare as comparisons
+from xenbackend.image import convert as conversions
+from xenbackend.image import create as creations
+from xenbackend.image import measure as measures
+from xenbackend.image import rebase as rebases
+from xenbackend.image import resize as sizes
+from xenbackend.image.compare import Compared
+from xenbackend.image.create import Created
+from xenbackend.image.names import Image, find_chain, find_image, image_of_file
+from xenbackend.image.session import RequestFailed
+from xenbackend.units import format_size
+
+
+def create(arguments: argparse.Namespace) -> int:
+    """Make an image. Raises: ConfigError, DriverError."""
+    made = creations.create(arguments.format, arguments.file, arguments.size, _wishes(arguments), _parent(arguments))
+    return _print_created(made, as_json=arguments.json)
+
+
+def snapshot(arguments: argparse.Namespace) -> int:
+    """Make a child. Raises: ConfigError, DriverError."""
+    return _print_created(creations.snapshot(find_image(arguments.image), arguments.new), as_json=arguments.json)
+
+
+def commit(arguments: argparse.Namespace) -> int:
+    """Commit an image. Raises: ConfigError, DriverError, RequestFailed."""
+    image, into = find_image(arguments.image), find_image(arguments.into) if arguments.into else None
+    try:
+        with watched("commit", quiet=arguments.json) as progress:
+            done = commits.commit(image, progress, into=into, direct=arguments.direct)
+    except KeyboardInterrupt:
+        print(f"stopped; {printable(image.path)} reads as before, and commit can be done again", file=sys.stderr)
+        raise
+    if arguments.json:
+        _print_json({"image": image.text, **asdict(done)})
+    else:
+        wrote = format_size(done.written)
+        print(f"{printable(done.parent)} now holds what {printable(image.path)} does ({wrote}); that may be removed")
+    return 0
+
+
+def resize(arguments: argparse.Namespace) -> int:
+    """Make a disk larger. Raises: ConfigError, DriverError."""
+    image = find_image(arguments.image)
+    before = sizes.resize(image, arguments.size)
+    if arguments.json:
+        _print_json({"image": image.text, "before": before, "size": arguments.size})
+    else:
+        print(f"{printable(image.text)}: {format_size(before)} before, {format_size(arguments.size)} now")
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert a chain into a new image. Raises: ConfigError, ChainError, DriverError, RequestFailed."""
+    source, target = find_chain(arguments.source), find_image(arguments.target)
+    try:
+        with watched("convert", quiet=arguments.quiet or arguments.json) as progress:
+            direct = arguments.direct
+            if arguments.overwrite:
+                done = conversions.overwrite(source, target, progress, direct=direct)
+            else:
+                wishes, resume = _wishes(arguments), arguments.resume
+                done = conversions.convert(source, target, wishes, progress, resume=resume, direct=direct)
+    except (KeyboardInterrupt, RequestFailed):
+        goes_on = f"the same with --resume goes on with {printable(target.path)}.partial"
+        print(f"stopped; {'it has to be done again' if arguments.overwrite else goes_on}", file=sys.stderr)
+        raise
+    if arguments.json:
+        _print_json({"source": source.text, "target": target.text, **asdict(done)})
+    else:
+        went_on = f", gone on at {format_size(done.resumed_at)}" if done.resumed_at else ""
+        print(f"{printable(target.text)}: {format_size(done.size)}, {format_size(done.written)} written{went_on}")
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare two chains; the status is 0 or 1. Raises: ChainError, ConfigError, DriverError: not known, status 2."""
+    first, second = find_chain(arguments.first), find_chain(arguments.second)
+    try:
+        with watched("compare", quiet=arguments.quiet or arguments.json) as progress:
+            found = comparisons.compare(first, second, progress, direct=arguments.direct)
+    except (RequestFailed, OSError) as error:
+        raise DriverError(str(error)) from error
+    is_same = found.is_same(strict=arguments.strict)
+    if arguments.json:
+        _print_json({**asdict(found), "is_same": is_same})
+    elif not arguments.quiet:
+        _print_compared(found, is_same=is_same)
+    return 0 if is_same else 1
+
+
+def _print_compared(found: Compared, *, is_same: bool) -> None:
+    one, other = found.sizes
+    if one != other:
+        print(f"they have {format_size(one)} and {format_size(other)} ({one} and {other} bytes)")
+    if found.differs_at is not None:
+        print(f"they differ from byte {found.differs_at} on")
+    elif is_same:
+        print("they read the same")
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Say how large an image would be. Raises: ChainError, ConfigError, DriverError."""
+    source = arguments.size if arguments.source is None else find_chain(arguments.source)
+    found = measures.measure(arguments.format, source, _wishes(arguments))
+    if arguments.json:
+        _print_json(asdict(found))
+    else:
+        print(f"{format_size(found.required)} needed ({found.required} bytes)")
+        print(f"{format_size(found.fully_allocated)} when it is full ({found.fully_allocated} bytes)")
+    return 0
+
+
+def rebase(arguments: argparse.Namespace) -> int:
+    """Give an image another parent. Raises: ConfigError, DriverError, RequestFailed."""
+    image, parent = find_image(arguments.image), _parent(arguments)
+    try:
+        with watched("rebase", quiet=arguments.quiet or arguments.json) as progress:
+            done = rebases.rebase(image, parent, progress, is_unsafe=arguments.unsafe, direct=arguments.direct)
+    except KeyboardInterrupt:
+        print(f"stopped; {printable(image.path)} has its former parent, and rebase can be done again", file=sys.stderr)
+        raise
+    if arguments.json:
+        _print_json(asdict(done))
+    else:
+        of = f"a child of {printable(done.parent)}" if done.parent else "without a parent"
+        print(f"{printable(done.text)}: {of}; {format_size(done.written)} written")
+    return 0
+
+
+def _parent(arguments: argparse.Namespace) -> Image | None:
+    if arguments.parent is None:
+        return None
+    if arguments.parent_format is None:
+        problem = f"{arguments.parent} may be of any format, and that is never guessed"
+        raise ConfigError(f"{problem}; say --parent-format {', '.join(FORMATS)}")
+    return image_of_file(arguments.parent_format, arguments.parent)
+
+
+def _wishes(arguments: argparse.Namespace) -> Wishes:
+    return Wishes(arguments.cluster_size, is_fixed=arguments.fixed)
+
+
+def _print_created(made: Created, *, as_json: bool) -> int:
+    if as_json:
+        _print_json(asdict(made))
+        return 0
+    of = f", a child of {printable(made.parent)}" if made.parent else ""
+    print(f"{printable(made.text)}: {format_size(made.size)}{of}")
+    return 0
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
