@@ -51,6 +51,19 @@ class Machine:
             self.reactor.run()
         return [request.status for request in batch]
 
+    def everything(self, chain: Chain) -> bytes:
+        """Return what a disk holds."""
+        request = read(0, chain.geometry.size)
+        assert [0] == self.do(chain, request)
+        return content(request)
+
+    def contents(self, text: str) -> bytes:
+        """Return what the disk of a chain holds that is only opened for it."""
+        chain = self.open(text, read_only=True)
+        found = self.everything(chain)
+        chain.close()
+        return found
+
     def close(self) -> None:
         """Release everything."""
         self.files.close()

@@ -8,10 +8,9 @@ from random import Random
 
 import pytest
 
-from tests.helpers_block import Machine, content, flush, read, write
+from tests.helpers_block import Machine, flush, write
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
-from xenbackend.block.chain import Chain
 from xenbackend.errors import ConfigError
 from xenbackend.worker.leaf import make_leaf
 
@@ -28,13 +27,6 @@ def machine() -> Iterator[Machine]:
     )
     yield machine
     machine.close()
-
-
-def everything(machine: Machine, chain: Chain) -> bytes:
-    """Return what a disk holds."""
-    request = read(0, SIZE)
-    assert [0] == machine.do(chain, request)
-    return content(request)
 
 
 @pytest.mark.parametrize("driver", BLANK)
@@ -57,10 +49,10 @@ def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, tmp_path: Path, driver:
         chain.close()
         old = (tmp_path / "base").read_bytes()
         chain = machine.open(text)
-        assert model == everything(machine, chain)
+        assert model == machine.everything(chain)
 
     writes(20)
-    assert model == everything(machine, chain)
+    assert model == machine.everything(chain)
     assert "log" == chain.layers[0].driver.name
     assert old == (tmp_path / "base").read_bytes()
     assert 5 == len(chain.layers)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from tests import places, qemu
-from tests.block.drivers.test_qcow2 import contents, random_guest
+from tests.block.drivers.test_qcow2 import random_guest
 from tests.helpers_block import Machine, content, discard, flush, image, read, write
 from tests.loops import loop
 from tests.qcow_images import qcow2
@@ -95,7 +95,7 @@ def test_a_file_that_ends_inside_a_sector(machine: Machine, driver: str, cache: 
         path.write_bytes(ODD)
         text = f"{driver}:{path},cache={cache}"
 
-        assert WHOLE == contents(machine, text)
+        assert WHOLE == machine.contents(text)
         with pytest.raises(DriverError, match=r"no multiple of its 512 byte sectors; .*: truncate -s %512 /") as caught:
             machine.open(text)
         assert (text, "file", str(path)) == (caught.value.layer, caught.value.option, caught.value.path)
@@ -107,12 +107,12 @@ def test_a_parent_that_ends_inside_a_sector(machine: Machine, tmp_path: Path) ->
     (tmp_path / "odd").write_bytes(ODD)
     (tmp_path / "child").write_bytes(qcow2(len(WHOLE), backing=b"odd"))
     text = f"qcow2:{tmp_path}/child,parent_format=raw"
-    assert WHOLE == contents(machine, text)
+    assert WHOLE == machine.contents(text)
     chain = machine.open(text)
     assert [0] == machine.do(chain, write(len(WHOLE) - 1024, b"w" * 512))
     chain.close()
 
-    assert WHOLE[:-1024] + b"w" * 512 + WHOLE[-512:] == contents(machine, text)
+    assert WHOLE[:-1024] + b"w" * 512 + WHOLE[-512:] == machine.contents(text)
     assert ODD == (tmp_path / "odd").read_bytes()
 
 
@@ -142,7 +142,7 @@ def test_a_size_that_is_no_multiple_of_the_sector(machine: Machine, tmp_path: Pa
     with pytest.raises(DriverError, match=r"8704 bytes, which is no multiple of its 4096 byte sectors; .* -s %4096 "):
         machine.open(text)
 
-    assert bytes(12288) == contents(machine, text)
+    assert bytes(12288) == machine.contents(text)
 
 
 @pytest.mark.slow
@@ -185,5 +185,5 @@ def test_an_image_on_a_device_with_large_sectors(machine: Machine, tmp_path: Pat
         model = bytearray(1 << 20)
         random_guest(machine, f"qcow2:{device}", model, Random(4), 40)
 
-        assert model == contents(machine, f"qcow2:{device}")
+        assert model == machine.contents(f"qcow2:{device}")
         assert (0, 0) == qemu.check(path)

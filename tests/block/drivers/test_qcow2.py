@@ -29,15 +29,6 @@ def make(path: Path, **options: object) -> str:
     return f"qcow2:{path}"
 
 
-def contents(machine: Machine, text: str) -> bytes:
-    """Return what a disk holds."""
-    chain = machine.open(text, read_only=True)
-    request = read(0, chain.geometry.size)
-    assert [0] == machine.do(chain, request)
-    chain.close()
-    return content(request)
-
-
 def test_what_is_reported(machine: Machine, tmp_path: Path) -> None:
     """Size, granularity and format are the image's."""
     chain = machine.open(make(tmp_path / "a"))
@@ -57,7 +48,7 @@ def test_dirty_and_corrupt_images(machine: Machine, tmp_path: Path, bits: int, s
     with pytest.raises(DriverError, match=sentence):
         machine.open(text)
 
-    assert b"x" * CLUSTER == contents(machine, text)[:CLUSTER]
+    assert b"x" * CLUSTER == machine.contents(text)[:CLUSTER]
     assert before == (tmp_path / "a").read_bytes()[: len(before)]
 
 
@@ -116,7 +107,7 @@ def test_parents_elsewhere(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(b"p" * SIZE)
     text = make(tmp_path / "images" / "a", backing=b"../base")
 
-    assert b"p" * SIZE == contents(machine, f"{text},parents={tmp_path},parent_format=raw")
+    assert b"p" * SIZE == machine.contents(f"{text},parents={tmp_path},parent_format=raw")
 
 
 def test_eight_parents(machine: Machine, tmp_path: Path) -> None:
@@ -124,7 +115,7 @@ def test_eight_parents(machine: Machine, tmp_path: Path) -> None:
     for number in range(9):
         options = {"backing": b"%d" % (number - 1), "backing_format": b"qcow2"} if number else {}
         make(tmp_path / str(number), clusters={number: bytes([65 + number]) * CLUSTER}, **options)
-    found = contents(machine, f"qcow2:{tmp_path}/8")
+    found = machine.contents(f"qcow2:{tmp_path}/8")
 
     assert b"ABCDEFGHI\0" == found[: 10 * CLUSTER : CLUSTER]
 
@@ -133,7 +124,7 @@ def test_eight_parents(machine: Machine, tmp_path: Path) -> None:
 def test_sizes_of_parents(machine: Machine, tmp_path: Path, parent_size: int) -> None:
     """A parent may be smaller, and then there are zeros behind it, or larger."""
     (tmp_path / "base").write_bytes(b"p" * parent_size)
-    found = contents(machine, make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
+    found = machine.contents(make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
 
     assert (b"p" * parent_size).ljust(SIZE, b"\0")[:SIZE] == found
 
@@ -181,7 +172,7 @@ def test_zeros_hide_the_parent(machine: Machine, tmp_path: Path) -> None:
     chain = machine.open(text)
     assert [0] == machine.do(chain, discard(2 * CLUSTER, 2 * CLUSTER + 512))
     chain.close()
-    found = contents(machine, text)
+    found = machine.contents(text)
 
     assert b"p\0p\0yp" == found[: 6 * CLUSTER : CLUSTER]
 
@@ -222,7 +213,7 @@ def test_a_compressed_cluster_is_discarded(machine: Machine, tmp_path: Path) -> 
     assert [0, 0] == machine.do(chain, discard(0, CLUSTER), flush())
     chain.close()
 
-    assert bytes(3 * CLUSTER) + data == contents(machine, text)[: 4 * CLUSTER]
+    assert bytes(3 * CLUSTER) + data == machine.contents(text)[: 4 * CLUSTER]
     assert (0, 0) == qemu.check(tmp_path / "a")
 
 
@@ -260,7 +251,7 @@ def test_words_that_qemu_reads(machine: Machine, tmp_path: Path, index: int, cha
     path.write_bytes(with_word(image, 2, change, index))
     qemu.qemu_img("convert", "-f", "qcow2", "-O", "raw", path, raw)
 
-    assert raw.read_bytes() == contents(machine, f"qcow2:{path}")
+    assert raw.read_bytes() == machine.contents(f"qcow2:{path}")
     found = check(lambda offset, length: path.read_bytes()[offset : offset + length], path.stat().st_size)
     assert (found.errors > 0) == (qemu.check(path)[0] > 0)
 
@@ -275,7 +266,7 @@ def test_an_l1_entry_without_a_place(machine: Machine, tmp_path: Path) -> None:
     chain.close()
 
     assert before == path.read_bytes()[:CLUSTER]
-    assert b"w" * CLUSTER + bytes(SIZE - CLUSTER) == contents(machine, f"qcow2:{path}")
+    assert b"w" * CLUSTER + bytes(SIZE - CLUSTER) == machine.contents(f"qcow2:{path}")
     assert (0, 0) == qemu.check(path)
 
 
@@ -303,7 +294,7 @@ def test_zstd_both_ways(machine: Machine, tmp_path: Path, request: pytest.Fixtur
     options = f"compression_type=zstd,cluster_size={cluster_size}"
     qemu.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
 
-    assert bytes(model) == contents(machine, f"qcow2:{path}")
+    assert bytes(model) == machine.contents(f"qcow2:{path}")
     random_guest(machine, f"qcow2:{path}", model, chance, request.config.getoption("--requests") // 200)
     raw.write_bytes(model)
     qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", path, raw)

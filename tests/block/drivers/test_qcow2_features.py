@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from tests import qemu
-from tests.helpers_block import Machine, content, flush, read, write
+from tests.helpers_block import Machine, flush, write
 from tests.qemu import qemu_img, qemu_io
 from xenbackend.block.drivers import qcow2 as driver
 from xenbackend.errors import DriverError
@@ -151,15 +151,6 @@ def layer_of(image: Path) -> str:
     return f"qcow2:{image}" + (f",data_file={data}" if data.exists() else "")
 
 
-def everything(machine: Machine, image: Path) -> bytes:
-    """Return what a disk holds."""
-    chain = machine.open(f"qcow2:{image}", read_only=True)
-    request = read(0, chain.geometry.size)
-    assert [0] == machine.do(chain, request)
-    chain.close()
-    return content(request)
-
-
 def test_every_feature_has_a_row() -> None:
     """The table has a row for each feature that is tried here, and no other one."""
     assert set(MAKERS) == set(table())
@@ -177,7 +168,7 @@ def test_the_table_is_true(machine: Machine, tmp_path: Path, feature: str) -> No
                 machine.open(text, read_only=True)
         else:
             qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", image, raw)
-            assert raw.read_bytes() == everything(machine, image)
+            assert raw.read_bytes() == machine.contents(f"qcow2:{image}")
         if not writes:
             before = image.read_bytes()
             with pytest.raises(DriverError):
@@ -190,7 +181,7 @@ def test_the_table_is_true(machine: Machine, tmp_path: Path, feature: str) -> No
         assert [0, 0] == machine.do(chain, write(3072, bytes(model[3072:200_192])), flush())
         chain.close()
         raw.write_bytes(model)
-        assert bytes(model) == everything(machine, image)
+        assert bytes(model) == machine.contents(f"qcow2:{image}")
         qemu_img("compare", "-f", "qcow2", "-F", "raw", image, raw)
         errors, leaks = qemu.check(image)
         assert (0, feature == "persistent bitmaps") == (errors, leaks > 0)  # nobody names the room that those had

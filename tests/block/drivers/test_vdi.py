@@ -12,7 +12,7 @@ from struct import pack
 import pytest
 
 from tests import qemu
-from tests.block.drivers.test_qcow2 import contents, random_guest
+from tests.block.drivers.test_qcow2 import random_guest
 from tests.foreign_images import GRAIN, MIB, vdi, vhdx, vhdx_entry, vhdx_ring, vmdk
 from tests.helpers_block import Machine, content, read, write
 from tests.qcow_images import qcow2
@@ -91,7 +91,7 @@ def test_blocks_in_any_order(machine: Machine, tmp_path: Path, name: str) -> Non
     qemu.qemu_img("create", "-f", name, *(("-o", "block_size=1M") if name == "vhdx" else ()), path, "16M")
     qemu.qemu_io(path, name, *(f"write -P {number} {number}M 1M" for number in (9, 4, 5, 3, 15)))
 
-    found = contents(machine, f"{name}:{path}")
+    found = machine.contents(f"{name}:{path}")
     assert b"".join(bytes([number if number in (3, 4, 5, 9, 15) else 0]) * MIB for number in range(16)) == found
 
 
@@ -130,7 +130,7 @@ def test_a_parent_whose_format_is_said_by_the_chain(machine: Machine, tmp_path: 
     (tmp_path / "base").write_bytes(SMALL["vdi"])
     (tmp_path / "a").write_bytes(qcow2(4 * MIB, backing=b"base"))
 
-    assert SMALL["vdi"][-MIB:] == contents(machine, f"qcow2:{tmp_path}/a,parent_format=vdi")[MIB : 2 * MIB]
+    assert SMALL["vdi"][-MIB:] == machine.contents(f"qcow2:{tmp_path}/a,parent_format=vdi")[MIB : 2 * MIB]
 
 
 def look(machine: Machine, text: str) -> None:

@@ -49,13 +49,6 @@ def put(path: Path, data: bytes) -> Path:
     return path
 
 
-def everything(machine: Machine, chain: Chain) -> bytes:
-    """Return what the disk holds."""
-    request = read(0, chain.geometry.size)
-    assert [0] == machine.do(chain, request)
-    return content(request)
-
-
 def exercise(machine: Machine, chain: Chain, model: bytearray, chance: Random, count: int) -> None:
     """Send random batches that do not overlap, and compare every read with the model."""
     for _ in range(count):
@@ -103,7 +96,7 @@ def test_what_we_write_qemu_reads(
     model[9 * MIB : 12 * MIB] = b"\7" * (3 * MIB)
     chain = machine.open(f"vhd:{path},cache={cache}")
     exercise(machine, chain, model, chance, 10)
-    assert model == everything(machine, chain)
+    assert model == machine.everything(chain)
     chain.close()
     raw.write_bytes(model)
     qemu_img("compare", *kind, path, raw)
@@ -117,7 +110,7 @@ def test_what_qemu_writes_we_read(machine: Machine, tmp_path: Path, subformat: s
     path = tmp_path / "img.vhd"
     qemu_img("convert", "-f", "raw", "-O", "vpc", "-o", f"subformat={subformat},force_size", raw, path)
     chain = machine.open(f"vhd:{path}", read_only=True)
-    found = everything(machine, chain)
+    found = machine.everything(chain)
     chain.close()
 
     assert raw.read_bytes() == found
@@ -189,7 +182,7 @@ def test_a_written_down_chain(machine: Machine, tmp_path: Path) -> None:
     )
     put(tmp_path / "c.vhd", child)
     chain = machine.open(f"vhd:{tmp_path}/c.vhd")
-    found = everything(machine, chain)
+    found = machine.everything(chain)
     assert [f"vhd:{tmp_path}/{name}.vhd" for name in "cba"] == [layer.text for layer in chain.layers]
     model = bytearray(size)
     for sector, letter in ((0, b"a"), (1, b"b"), (9, b"c"), (2 * 4096 + 7, b"a")):
@@ -198,7 +191,7 @@ def test_a_written_down_chain(machine: Machine, tmp_path: Path) -> None:
 
     others = [(tmp_path / name).read_bytes() for name in ("a.vhd", "b.vhd")]
     exercise(machine, chain, model, Random(1), 12)
-    assert model == everything(machine, chain)
+    assert model == machine.everything(chain)
     chain.close()
     assert others == [(tmp_path / name).read_bytes() for name in ("a.vhd", "b.vhd")]
 
@@ -228,7 +221,7 @@ def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
     names = [(b"W2ru", ".\\base.raw".encode("utf-16-le"))]
     put(tmp_path / "img.vhd", vhd_images.image(5 * MIB, {1: {1: b"c" * 512}}, parent_uuid=bytes(16), names=names))
     chain = machine.open(f"vhd:{tmp_path}/img.vhd")
-    found = everything(machine, chain)
+    found = machine.everything(chain)
     assert f"aio:{base}" == chain.layers[1].text
     chain.close()
     model = bytearray(base.read_bytes().ljust(5 * MIB, b"\0"))
@@ -304,7 +297,7 @@ def test_the_batmap_is_used_and_kept(machine: Machine, tmp_path: Path) -> None:
     driver = chain.layers[0].driver
     assert isinstance(driver, Vhd)
     assert b"\1\0\1\0" == driver._batmap.blocks if driver._batmap else None
-    assert b"f" * 2 * MIB + bytes(2 * MIB) + b"n" * 2 * MIB + bytes(2 * MIB) == everything(machine, chain)
+    assert b"f" * 2 * MIB + bytes(2 * MIB) + b"n" * 2 * MIB + bytes(2 * MIB) == machine.everything(chain)
     chain.close()
 
 
@@ -314,12 +307,12 @@ def test_an_end_that_is_missing(machine: Machine, tmp_path: Path, cut: int) -> N
     full = dict.fromkeys(range(4096), b"f" * 512)
     path = put(tmp_path / "img.vhd", vhd_images.image(8 * MIB, {1: full})[:-cut])
     chain = machine.open(f"vhd:{path}", read_only=True)
-    before = everything(machine, chain)
+    before = machine.everything(chain)
     chain.close()
     assert bytes(2 * MIB) + (b"f" * (2 * MIB - cut + 512)).ljust(2 * MIB, b"\0") + bytes(4 * MIB) == before
 
     chain = machine.open(f"vhd:{path}")
-    assert before == everything(machine, chain)
+    assert before == machine.everything(chain)
     assert [0] == machine.do(chain, write(2 * MIB, b"w" * 2 * MIB))
     chain.close()
     data = path.read_bytes()
@@ -351,7 +344,7 @@ def test_a_footer_without_its_last_byte(machine: Machine, tmp_path: Path) -> Non
     """Virtual PC once wrote footers of 511 bytes: the last byte means nothing, and readers can do without it."""
     path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB)[:-1])
     chain = machine.open(f"vhd:{path}", read_only=True)
-    found = everything(machine, chain)
+    found = machine.everything(chain)
     chain.close()
 
     assert b"x" * MIB == found
@@ -369,7 +362,7 @@ def test_a_fixed_disk_is_its_file(machine: Machine, tmp_path: Path, monkeypatch:
     assert [0, 0] == machine.do(chain, write(MIB - 512, b"e" * 512), flush())
     if chain.geometry.can_discard:
         assert [0] == machine.do(chain, discard(0, 65536))
-    found = everything(machine, chain)
+    found = machine.everything(chain)
     chain.close()
 
     assert path.read_bytes() == found + vhd_images.fixed(b"x" * MIB)[-512:]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
-from tests.block.drivers.test_qcow2 import contents
 from tests.foreign_images import MIB, vhdx, vhdx_entry, vhdx_ring
 from tests.helpers_block import Machine, content, read
 from tests.image.test_extents import extents
@@ -76,8 +75,8 @@ def test_a_log_is_replayed(machine: Machine, tmp_path: Path, kind: str) -> None:
     child = tmp_path / "child"
     child.write_bytes(qcow2(4 * MIB, backing=b"a"))
 
-    assert raw.read_bytes() == contents(machine, f"vhdx:{path}")
-    assert raw.read_bytes() == contents(machine, f"qcow2:{child},parent_format=vhdx")
+    assert raw.read_bytes() == machine.contents(f"vhdx:{path}")
+    assert raw.read_bytes() == machine.contents(f"qcow2:{child},parent_format=vhdx")
     assert data == path.read_bytes()
 
 

@@ -10,7 +10,6 @@ from random import Random
 
 import pytest
 
-from tests.block.drivers.test_qcow2 import contents
 from tests.foreign_images import GRAIN, MIB, archive, cowd, descriptor, ovf, vmdk
 from tests.helpers_block import Machine, content, read
 from tests.qemu import qemu_img
@@ -31,7 +30,7 @@ def make(directory: Path, *, parent: str = "base.vmdk", parent_cid: int = 0x1234
 @pytest.mark.parametrize("parent", ["base.vmdk", "C:\\\\machines\\\\base.vmdk", "/gone/base.vmdk"])
 def test_a_snapshot(machine: Machine, tmp_path: Path, parent: str) -> None:
     """What a snapshot does not have is its parent's, which is found beside it whatever its directory was."""
-    found = contents(machine, make(tmp_path, parent=parent))
+    found = machine.contents(make(tmp_path, parent=parent))
 
     assert b"pc\0\0" == found[: 4 * GRAIN : GRAIN]
 
@@ -42,7 +41,7 @@ def test_a_parent_that_was_altered(machine: Machine, tmp_path: Path) -> None:
     with pytest.raises(DriverError, match="content ID 00001234, and this image was made for 00004321"):
         machine.open(text, read_only=True)
 
-    assert b"pc" == contents(machine, text + ",changed=accept")[: 2 * GRAIN : GRAIN]
+    assert b"pc" == machine.contents(text + ",changed=accept")[: 2 * GRAIN : GRAIN]
 
 
 def test_a_parent_that_is_another_kind_of_image(machine: Machine, tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_disk_of_esx(machine: Machine, tmp_path: Path) -> None:
     for number, data in grains.items():
         base[number * 512 : number * 512 + 512] = data
 
-    assert base == contents(machine, f"vmdk:{tmp_path}/a.vmdk")
+    assert base == machine.contents(f"vmdk:{tmp_path}/a.vmdk")
     (tmp_path / "raw").write_bytes(base)
     qemu_img("compare", "-f", "vmdk", "-F", "raw", tmp_path / "a.vmdk", tmp_path / "raw")
 
@@ -132,9 +131,9 @@ def test_a_disk_in_an_ova(machine: Machine, tmp_path: Path, compressed: bool) ->
     (tmp_path / "a.ova").write_bytes(archive(files))
     text = f"vmdk:{tmp_path}/a.ova"
 
-    assert bytes(3 * GRAIN) + b"1" * GRAIN + bytes(60 * GRAIN) == contents(machine, f"{text},disk=1.vmdk")
+    assert bytes(3 * GRAIN) + b"1" * GRAIN + bytes(60 * GRAIN) == machine.contents(f"{text},disk=1.vmdk")
     expected = bytes(63 * GRAIN) + b"2" * (GRAIN - 1024) + bytes(1024)
-    assert expected == contents(machine, f"{text},disk=2.vmdk")
+    assert expected == machine.contents(f"{text},disk=2.vmdk")
     with pytest.raises(DriverError, match=r"say disk=NAME, one of 1\.vmdk, 2\.vmdk"):
         machine.open(text, read_only=True)
 
@@ -193,7 +192,7 @@ def test_an_operator_may_name_the_directory_of_extents(machine: Machine, tmp_pat
     (tmp_path / "images").mkdir()
     (tmp_path / "data").write_bytes(b"d" * 4096)
     text = one_extent(tmp_path / "images", 'RW 8 FLAT "../data" 0')
-    assert b"d" * 4096 == contents(machine, f"{text},parents={tmp_path}")
+    assert b"d" * 4096 == machine.contents(f"{text},parents={tmp_path}")
 
     text = one_extent(tmp_path / "images", 'RW 8 FLAT "/dev/null" 0')
     with pytest.raises(DriverError, match="/dev/null is no file"):

@@ -26,13 +26,6 @@ def open_image(machine: Machine, path: Path) -> Chain:
     return chain
 
 
-def everything(machine: Machine, chain: Chain) -> bytes:
-    """Return what the disk holds."""
-    request = read(0, chain.geometry.size)
-    assert [0] == machine.do(chain, request)
-    return content(request)
-
-
 def test_a_hole_is_zeros_and_gives_room_back(machine: Machine, tmp_path: Path) -> None:
     """What was discarded, in blocks that are there and others, is zeros; headers and table stay as they were."""
     path = tmp_path / "image"
@@ -40,7 +33,7 @@ def test_a_hole_is_zeros_and_gives_room_back(machine: Machine, tmp_path: Path) -
     room, front = path.stat().st_blocks, path.read_bytes()[:2048]
     chain = open_image(machine, path)
     statuses = machine.do(chain, discard(512, 5 * MIB), write(6 * MIB, b"n" * 512))
-    found = everything(machine, chain)
+    found = machine.everything(chain)
     chain.close()
 
     assert [0, 0] == statuses
@@ -64,7 +57,7 @@ def test_the_parents_sectors_stay(machine: Machine, tmp_path: Path) -> None:
 
     expected = bytearray(b"f" * (4 * MIB))
     expected[512 : 3 * 512], expected[9 * 512 : 10 * 512] = bytes(1024), b"c" * 512
-    assert expected == everything(machine, chain)
+    assert expected == machine.everything(chain)
     chain.close()
 
 

@@ -36,15 +36,6 @@ def writable(text: str, data: Path) -> str:
     return f"{text},data_file={data}"
 
 
-def everything(machine: Machine, text: str) -> bytes:
-    """Return what a disk holds."""
-    chain = machine.open(text, read_only=True)
-    request = read(0, chain.geometry.size)
-    assert [0] == machine.do(chain, request)
-    chain.close()
-    return content(request)
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Return a data file that is full of something."""
@@ -59,7 +50,7 @@ def test_what_is_read(machine: Machine, tmp_path: Path, data: Path) -> None:
     words = {0: b"", 2: b""}
     text = make(tmp_path / "a", clusters=words, zeros=[1], backing=b"base", backing_format=b"raw")
 
-    assert b"d\0dp" == everything(machine, text)[: 4 * CLUSTER : CLUSTER]
+    assert b"d\0dp" == machine.contents(text)[: 4 * CLUSTER : CLUSTER]
 
 
 def test_what_is_written(machine: Machine, tmp_path: Path, data: Path) -> None:
@@ -72,7 +63,7 @@ def test_what_is_written(machine: Machine, tmp_path: Path, data: Path) -> None:
     chain.close()
     expected = bytes(512) + b"w" * 512 + bytes(CLUSTER - 512) + b"x" * CLUSTER + bytes(CLUSTER - 512)
 
-    assert expected + b"y" * 512 + b"d" * (CLUSTER - 512) == everything(machine, text)[: 4 * CLUSTER]
+    assert expected + b"y" * 512 + b"d" * (CLUSTER - 512) == machine.contents(text)[: 4 * CLUSTER]
     assert expected == data.read_bytes()[: 3 * CLUSTER]
     assert before[4 * CLUSTER :] == data.read_bytes()[4 * CLUSTER :]
     assert (0, 0) == qemu.check(tmp_path / "a")
@@ -102,7 +93,7 @@ def test_holes_are_made_in_it(machine: Machine, tmp_path: Path, data: Path) -> N
     assert [0, 0] == machine.do(chain, discard(SIZE // 2, SIZE // 2), flush())
     chain.close()
 
-    assert b"d" * (SIZE // 2) + bytes(SIZE // 2) == data.read_bytes() == everything(machine, text)
+    assert b"d" * (SIZE // 2) + bytes(SIZE // 2) == data.read_bytes() == machine.contents(text)
     assert data.stat().st_blocks * 512 <= SIZE // 2
     assert before == image.read_bytes()[: len(before)]
 
@@ -194,10 +185,10 @@ def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "images" / "data").write_bytes(b"2" * SIZE)
     for name in (b"data", b"", b"nbd://host/x"):
         text = make(tmp_path / "images" / "a", name, clusters={0: b""})
-        assert b"1" == everything(machine, writable(text, tmp_path / "data"))[:1]
+        assert b"1" == machine.contents(writable(text, tmp_path / "data"))[:1]
     text = make(tmp_path / "images" / "a", b"../data", clusters={0: b""})
 
-    assert b"1" == everything(machine, f"{text},parents={tmp_path}")[:1]
+    assert b"1" == machine.contents(f"{text},parents={tmp_path}")[:1]
 
 
 def test_an_image_without(machine: Machine, tmp_path: Path, data: Path) -> None:
@@ -212,7 +203,7 @@ def test_a_short_data_file_is_read(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"d" * CLUSTER)
     text = make(tmp_path / "a", clusters={0: b"", 1: b""})
 
-    assert b"d" * CLUSTER + bytes(CLUSTER) == everything(machine, text)[: 2 * CLUSTER]
+    assert b"d" * CLUSTER + bytes(CLUSTER) == machine.contents(text)[: 2 * CLUSTER]
 
 
 def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
@@ -272,7 +263,7 @@ def test_snapshots_are_not_written_over(machine: Machine, tmp_path: Path, data: 
     with pytest.raises(DriverError, match="it has snapshots"):
         machine.open(writable(text, data))
 
-    assert b"\0d" == everything(machine, text)[: 2 * CLUSTER : CLUSTER]
+    assert b"\0d" == machine.contents(text)[: 2 * CLUSTER : CLUSTER]
 
 
 def random_guest(machine: Machine, chain: Chain, model: bytearray, chance: Random, requests: int) -> None:
@@ -320,7 +311,7 @@ def test_both_ways(
         chain.close()
         raw.write_bytes(model)
 
-        assert bytes(model) == everything(machine, f"qcow2:{path}")
+        assert bytes(model) == machine.contents(f"qcow2:{path}")
         qemu.qemu_img("compare", "-f", "qcow2", "-F", "raw", path, raw)
         assert (0, 0) == qemu.check(path)
         assert kind != "raw" or bytes(model) == (tmp_path / "data").read_bytes()[:size]
