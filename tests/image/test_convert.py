@@ -250,3 +250,21 @@ def test_a_state_is_forgotten_once(tmp_path: Path) -> None:
     state.remove()
     state.remove()
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["shorter", "written"])
+def test_a_source_that_changes_meanwhile_is_not_published(
+    raw: Path, tmp_path: Path, target: Image, change: str
+) -> None:
+    """A program that takes no lock cannot have half of its change converted; what the source lost is no hole."""
+
+    def progress(done: int, _total: int) -> None:
+        if not done:
+            with raw.open("r+b") as file:
+                file.truncate(1 * MIB if change == "shorter" else 6 * MIB)
+
+    with pytest.raises((ConfigError, OSError, RequestFailed)):
+        convert(parse_chain(f"aio:{raw}"), target, NONE, progress)
+    assert not Path(target.path).exists()
+    with pytest.raises(ConfigError, match=r"remove the \.partial file"):
+        convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True)

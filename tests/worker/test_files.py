@@ -447,3 +447,17 @@ def test_status_is_set_before_it_is_given_back(reactor: Reactor, path: str) -> N
         assert PENDING not in {each.status for each in back}
         image.close()
     files.close()
+
+
+def test_what_a_file_has_lost_is_no_hole(reactor: Reactor, path: str) -> None:
+    """Where a file has become shorter, nobody is told that there are zeros; a hole at its end is one as before."""
+    os.truncate(path, 2 * SIZE)
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=True)
+    assert (2 * SIZE, 2 * SIZE) == image.next_data(SIZE)
+
+    os.truncate(path, SIZE)
+    with pytest.raises(OSError, match="become shorter"):
+        image.next_data(SIZE)
+    image.close()
+    files.close()

@@ -54,8 +54,8 @@ def convert(
     """Make `target` from what `source` reads as; `direct` bypasses the page cache where the files allow it.
 
     Raises: ConfigError, where the target is there, or a partial one without `resume`, or one that was begun from
-        something else; DriverError. When the copy has begun, RequestFailed or OSError: then, and whatever `progress`
-        raises, the partial file stays to be gone on with.
+        something else, or the source was changed meanwhile; DriverError. When the copy has begun, RequestFailed or
+        OSError: then, and whatever `progress` raises, the partial file stays to be gone on with.
     """
     if target.format == "raw" and Path(target.path).exists():
         raise ConfigError(f"{printable(target.path)} is there already; --overwrite writes over all that it holds")
@@ -82,6 +82,8 @@ def convert(
         else:
             _mend(partial)
         written = _copy(session, disk, partial, done, progress, lambda place: state.save(begun, place))
+        if _identity(disk, target, wishes) != begun:
+            raise ConfigError(f"the source was changed while it was converted to {printable(partial.path)}; {_ANEW}")
         publish(partial.path, target.path)
         state.remove()
         return Converted(disk.size, written, done)
@@ -142,7 +144,7 @@ class State:
             sync_directory(self._path)
 
 
-_ANEW = "remove it and the .partial file to begin anew"
+_ANEW = "remove the .partial file and its .json to begin anew"
 
 
 def _refuse_partial(path: str) -> None:

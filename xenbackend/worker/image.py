@@ -129,7 +129,9 @@ class Image:
         try:
             return min(self.size, os.lseek(self.fd, offset, whence))
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here on
+            if error.errno == errno.ENXIO:  # nothing but a hole from here on, or nothing at all any more
+                if not self.medium.is_device and os.fstat(self.fd).st_size < self._end:
+                    raise OSError(errno.EIO, "the image has become shorter") from error
                 return self.size
             if error.errno == errno.EINVAL:  # a block device, or a file system that does not know: all of it is data
                 return offset if whence == os.SEEK_DATA else self.size
