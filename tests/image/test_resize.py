@@ -277,3 +277,24 @@ def test_a_fixed_vhd_on_a_device(tmp_path: Path) -> None:
     resize(image, 5 * MIB)
 
     assert b"a" * MIB + bytes(4 * MIB) == disk_content(image.text)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "vhd", "qcow2", "qcow"])
+def test_somebody_elses_resize_is_not_undone(
+    tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another one makes the disk larger between our look at it and our lock, it does not become smaller again."""
+    image = find_image(create(image_format, f"{tmp_path}/image", MIB).text)
+    look = module._check_growth
+
+    def look_before_the_other(image: Image, size: int) -> tuple[int, str]:
+        found = look(image, size)
+        monkeypatch.setattr(module, "_check_growth", look)
+        resize(image, 8 * MIB)
+        return found
+
+    monkeypatch.setattr(module, "_check_growth", look_before_the_other)
+    with pytest.raises(DriverError, match="somebody else has changed its size"):
+        resize(image, 4 * MIB)
+    with Session() as session:
+        assert 8 * MIB == session.open(image.chain, read_only=True).size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 
 from xenbackend.block.driver import File
@@ -44,6 +45,8 @@ def resize(image: Image, size: int) -> int:
     with Session() as session:
         file = session.open_file(image.path, read_only=False, step=STEP[image.format])
         try:
+            if _SIZE[image.format](file) != before:  # nobody else writes to it from here on
+                raise DriverError("somebody else has changed its size meanwhile; look at it, and do it again")
             if image.data_file:
                 data = session.open_file(image.data_file, read_only=False, step=SECTOR)
                 _grow_data(data, file, image.data_file, size)
@@ -230,4 +233,10 @@ def _no_room(needed: int, size: int) -> DriverError:
     return DriverError(f"{problem}; make the device larger first", errno=errno.ENOSPC)
 
 
+_SIZE: dict[str, Callable[[File], int]] = {  # bytes of the disk
+    "raw": lambda file: file.size,
+    "qcow2": lambda file: qcow2.parse_header(file.read_at, file.size).size,
+    "qcow": lambda file: qcow.parse_header(file.read_at, file.size).size,
+    "vhd": lambda file: vhd.read_footer(file.read_at, file.size)[0].size,
+}
 _GROW = {"raw": _grow_raw, "qcow2": _grow_qcow2, "qcow": _grow_qcow, "vhd": _grow_vhd}
