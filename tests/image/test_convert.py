@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,15 @@ import pytest
 
 from tests import qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
-from xenbackend.block.formats.blank import Wishes
+from xenbackend.block.formats.blank import Blank, Wishes
 from xenbackend.block.images import FORMATS, QEMU_NAMES
-from xenbackend.block.spec import parse_chain
+from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError
+from xenbackend.image import convert as module
 from xenbackend.image.convert import Progress, State, convert, overwrite
 from xenbackend.image.create import create
 from xenbackend.image.names import Image, find_image, image_of_file
-from xenbackend.image.session import RequestFailed
+from xenbackend.image.session import Disk, RequestFailed, Session
 
 Make = Callable[[str], Image]
 NONE = Wishes()
@@ -268,3 +270,111 @@ def test_a_source_that_changes_meanwhile_is_not_published(
     assert not Path(target.path).exists()
     with pytest.raises(ConfigError, match=r"remove the \.partial file"):
         convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True)
+
+
+@pytest.mark.usefixtures("small_turns")
+def test_of_two_that_begin_at_once_one_does(
+    raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is refused though there was nothing when it looked, and what is known of the first one stays."""
+    look, source = module._identity, parse_chain(f"aio:{raw}")
+
+    def look_while_the_other_begins(*arguments: Any) -> dict[str, Any]:
+        monkeypatch.setattr(module, "_identity", look)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, target, NONE, stop_after(2))
+        return look(*arguments)
+
+    monkeypatch.setattr(module, "_identity", look_while_the_other_begins)
+    with pytest.raises(ConfigError, match="exists already"):
+        convert(parse_chain(f"delay:|aio:{raw}"), target, NONE, ignore)
+    assert convert(source, target, NONE, ignore, resume=True).resumed_at > 0
+    assert_same_for_qemu(tmp_path / "new", "qcow2", raw)
+
+
+@pytest.mark.usefixtures("no_wait_for_locks")
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_under_way_is_not_gone_on_with(
+    raw: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else is told that it is in use until it has its name, and not to remove anything."""
+    source, target = parse_chain(f"aio:{raw}"), image_of_file(to, f"{tmp_path}/new")
+    refused = []
+
+    def resume_as_well(done: int, _total: int) -> None:
+        with pytest.raises(DriverError, match=r"locked by another process; one writer at a time, or readers only$"):
+            convert(source, target, NONE, ignore, resume=True)
+        refused.append(done)
+
+    def publish_in_use(partial: str, path: str) -> None:
+        resume_as_well(-1, 0)
+        publish(partial, path)
+
+    publish = module.publish
+    monkeypatch.setattr(module, "publish", publish_in_use)
+    convert(source, target, NONE, resume_as_well)
+    assert [0, 5 * MIB, -1] == [refused[0], *refused[-2:]]
+    assert_same_for_qemu(tmp_path / "new", to, raw)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_completed_is_not_written_again(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """Who waited for the lock, and got it when the image had its name, writes nothing there."""
+    source, target = parse_chain(f"aio:{raw}"), image_of_file(to, f"{tmp_path}/new")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, NONE, stop_after(1))
+    open_disk = Session.open
+
+    def open_when_the_other_is_done(session: Session, spec: ChainSpec, **options: Any) -> Disk:
+        disk = open_disk(session, spec, **options)
+        if options.get("is_draft"):
+            Path(f"{target.path}.partial").rename(target.path)
+            Path(f"{target.path}.partial.json").unlink()
+        return disk
+
+    monkeypatch.setattr(Session, "open", open_when_the_other_is_done)
+    with pytest.raises(ConfigError, match="completed meanwhile by somebody else"):
+        convert(source, target, NONE, ignore, resume=True)
+    assert ["disk.raw", "new"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_state_without_its_image_says_nothing(
+    raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was killed after its image had its name, which is gone since: the next one begins at the beginning.
+
+    There is no moment when the former state lies beside the new image.
+    """
+    source, state = parse_chain(f"aio:{raw}"), tmp_path / "new.partial.json"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, NONE, stop_after(2))
+    kept = state.read_bytes()
+    convert(source, target, NONE, ignore, resume=True)
+    Path(target.path).unlink()
+    state.write_bytes(kept)
+    write_new, found = module.write_new, []
+
+    def watched(path: str, new: Blank) -> None:
+        found.append(state.exists())
+        write_new(path, new)
+
+    monkeypatch.setattr(module, "write_new", watched)
+    assert 0 == convert(source, target, NONE, ignore, resume=True).resumed_at
+    assert_same_for_qemu(tmp_path / "new", "qcow2", raw)
+    assert [False] == found
+
+
+def test_without_a_state_there_is_no_partial_image(
+    raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a full disk has no room for it, nothing is left."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(State, "save", fail)
+    with pytest.raises(OSError, match="no room"):
+        convert(parse_chain(f"aio:{raw}"), target, NONE, ignore)
+    assert [raw] == list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ changed since. That is seen by the times and sizes of its files; of a block devi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.block.extents import Extent, Kind, merged
-from xenbackend.block.formats.blank import Wishes, blank
+from xenbackend.block.formats.blank import Blank, Wishes, blank
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError, printable
@@ -26,7 +27,7 @@ from xenbackend.image.check import check, repair
 from xenbackend.image.extents import map_chain
 from xenbackend.image.names import Image, at_another_path
 from xenbackend.image.session import Disk, Progress, RequestFailed, Session
-from xenbackend.image.transfer import Piece, Transfer, pieces_of
+from xenbackend.image.transfer import SECTOR, Piece, Transfer, pieces_of
 from xenbackend.units import format_size
 from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 
@@ -64,24 +65,25 @@ def convert(
     refuse_existing(target.path)
     partial = at_another_path(target, f"{target.path}.partial")
     state = State(f"{partial.path}.json")
-    if resume and not Path(partial.path).exists():
-        resume = False
-    elif not resume:
+    resume = resume and Path(partial.path).exists()
+    if not resume:
         _refuse_partial(partial.path)
+        state.remove()  # of one that was killed when it had completed the image
     with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
         begun = _identity(disk, target, wishes)
-        done = state.load(begun) if resume else 0
-        if not resume:
-            state.save(begun, 0)
-            try:
-                write_new(partial.path, blank(target.format, disk.size, wishes, None))
-            except BaseException:
-                state.remove()
-                raise
-        else:
+        if resume:
+            state.load(begun)
             _mend(partial)
-        written = _copy(session, disk, partial, done, progress, lambda place: state.save(begun, place))
+        else:
+            _begin(partial, blank(target.format, disk.size, wishes, None), state, begun)
+        made = session.open(parse_chain(partial.text), read_only=False, is_draft=True)
+        if not Path(partial.path).exists():
+            raise ConfigError(f"{printable(target.path)} has been completed meanwhile by somebody else")
+        done = state.load(begun)  # nobody else writes it from here on
+        written = _copy(session, disk, made, done, progress, lambda place: state.save(begun, place))
+        session.close(made)
+        session.open_file(partial.path, read_only=True, step=SECTOR)  # so that nobody goes on with it
         if _identity(disk, target, wishes) != begun:
             raise ConfigError(f"the source was changed while it was converted to {printable(partial.path)}; {_ANEW}")
         publish(partial.path, target.path)
@@ -167,6 +169,16 @@ def _identity(disk: Disk, target: Image, wishes: Wishes) -> dict[str, Any]:
     return {"source": source, "size": disk.size, "target": target.text, "wishes": asdict(wishes), "files": files}
 
 
+def _begin(partial: Image, new: Blank, state: State, begun: dict[str, Any]) -> None:
+    """Make a partial image, which is his who has made it, then its state."""
+    write_new(partial.path, new)
+    try:
+        state.save(begun, 0)
+    except BaseException:
+        Path(partial.path).unlink()
+        raise
+
+
 def _mend(partial: Image) -> None:
     """Make a partial image whole up to where it was durable: of what came later a power failure leaves any part.
 
@@ -179,6 +191,8 @@ def _mend(partial: Image) -> None:
         if verdict.status and partial.format == "qcow2":
             verdict = repair(partial)
     except DriverError as error:
+        if error.errno == errno.EBUSY:  # somebody else goes on with it
+            raise
         raise ConfigError(f"{error}; that cannot be gone on with, {_ANEW}") from error
     if verdict.errors:
         problem = verdict.sentences[0] if verdict.sentences else "it is damaged"
@@ -186,12 +200,12 @@ def _mend(partial: Image) -> None:
 
 
 def _copy(
-    session: Session, source: Disk, partial: Image, done: int, progress: Progress, save: Callable[[int], None]
+    session: Session, source: Disk, target: Disk, done: int, progress: Progress, save: Callable[[int], None]
 ) -> int:
     """Copy from `done` on; return the bytes that were written. What ends it leaves a state to go on from."""
-    target = session.open(parse_chain(partial.text), read_only=False, is_draft=True)
     if target.size < source.size:
-        raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=partial.text)
+        layer = target.chain.layers[0].text
+        raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=layer)
     transfer = Transfer(session, source, target, is_blank=True)
 
     def tell(piece: Piece) -> None:
@@ -208,7 +222,6 @@ def _copy(
             save(done)
         raise
     transfer.flush()
-    session.close(target)
     progress(source.size, source.size)
     return transfer.written
 
