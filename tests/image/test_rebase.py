@@ -224,3 +224,28 @@ def test_what_is_told_can_be_used(family: Family, tmp_path: Path) -> None:
     assert isinstance(done, Rebased)
     assert f"parents={tmp_path}" in done.text
     assert before == disk_content(done.text)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("how", ["exchanged", "removed", "grandparent"])
+def test_a_parent_that_is_exchanged_is_not_named(family: Family, tmp_path: Path, image_format: str, how: str) -> None:
+    """Where another file has the name, or none, of what the content was compared with, the former parent stays."""
+    child, parent, other = family(image_format)
+    before = disk_content(child.text)
+    middle = find_image(create(image_format, f"{tmp_path}/middle", None, parent=other).text)
+    path = Path((other if how == "grandparent" else middle).path)
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+
+    def exchange(done: int, total: int) -> None:
+        if done == total:
+            path.unlink()
+            if how != "removed":
+                copy.rename(path)
+
+    with pytest.raises(DriverError, match=f"{image_format}:{child.path}: .*exchanged or moved meanwhile"):
+        rebase(child, middle, exchange)
+    assert before == disk_content(child.text)
+    Path(parent.path).unlink()
+    with pytest.raises(DriverError, match="parent is not there"):
+        disk_content(child.text)

@@ -6,6 +6,7 @@ done again: what is written first is what the image reads as anyway, and its hea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from xenbackend.block.formats import qcow2, vhd
 from xenbackend.block.formats.blank import Parent, qcow_name, vhd_with_parent
 from xenbackend.block.formats.qcow2_repair import Write
 from xenbackend.block.leaf import child_of
-from xenbackend.block.opening import identity
+from xenbackend.block.opening import Identity, identity
 from xenbackend.block.options import files_of
 from xenbackend.block.qcow.datafile import data_item
 from xenbackend.block.request import Op
@@ -62,6 +63,7 @@ def rebase(
     with Session(direct=direct) as session:
         new = session.open(parent.chain, read_only=True) if parent else None
         named, text = _named(image, new)
+        files = _files_of(new)
         kind = _KINDS[image.format]
         try:
             file: File = session.open_file(image.path, read_only=True, step=512)
@@ -74,6 +76,9 @@ def rebase(
                 file = child.chain.layers[0].driver.file  # type: ignore[attr-defined]  # each of these has one
             kind.check(image, file, named, is_unsafe=is_unsafe)  # nobody else writes to it from here on
             written = _keep_content(session, child, new, progress) if child else 0
+            if _files_of(new) != files:
+                problem = "its new parent, or one of that one's, was exchanged or moved meanwhile"
+                raise DriverError(f"{problem}; it has its former parent still, and this can be done again")
             kind.name(file, named)
         except DriverError as error:
             error.layer = error.layer or image.text
@@ -84,11 +89,16 @@ def rebase(
 def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
     if new is None:
         return None, image_of_file(image.format, image.path).text
-    layers = [layer for layer in new.chain.layers if not layer.driver.is_filter]
-    mine = identity(image.path)
-    if any(identity(path) == mine for layer in layers for path in files_of(layer.driver.options).values()):
+    layers = new.chain.layers
+    if identity(image.path) in _files_of(new).values():
         raise ConfigError(f"{printable(layers[0].text)} is {printable(image.path)} itself, or one of its children")
     return child_of(layers, image.path, image.format)
+
+
+def _files_of(new: Disk | None) -> dict[str, Identity | None]:
+    """Return which files a parent and its own parents are in, by name: one may get another's name while we read it."""
+    paths = {path for each in (new.chain.layers if new else ()) for path in files_of(each.driver.options).values()}
+    return {path: identity(path) if os.path.exists(path) else None for path in paths}  # noqa: PTH110 - as `opening`
 
 
 def _with_data_file(image: Image, text: str) -> str:
