@@ -2,12 +2,13 @@
 
 import random
 import struct
+from itertools import product
 
 import pytest
 
 from xenbackend.rig import session as wire
 from xenbackend.rig.session import Registry, Session
-from xenbackend.rig.tree import Quota, Tree
+from xenbackend.rig.tree import Change, Node, Quota, Tree, may
 
 Packet = tuple[int, int, int, bytes]
 
@@ -168,3 +169,66 @@ def test_a_closed_session_is_not_told_anything(registry: Registry) -> None:
     ask(host, wire.XS_WRITE, b"/guest/a\0x")
 
     assert heard(gone) == []
+
+
+def due(change: Change, watched: str, before: Node | None, domid: int) -> list[bytes]:
+    """Return what a watch, its path as its token, has to hear of a change; `before` is the node that it watches."""
+    told, node = change.path, change.after or change.before
+    if not f"{told}/".startswith(f"{watched.rstrip('/')}/"):
+        is_gone = change.after is None and watched.startswith(f"{told}/")
+        told, node = watched, before if is_gone else None
+    return [f"{told}\0{watched}\0".encode()] if node is not None and may(node, domid, "r") else []
+
+
+def test_a_change_is_heard_by_whoever_watches_there(registry: Registry) -> None:
+    """A watch hears once of each change at its path and below it, and of its own node where that went with one above.
+
+    The older of several hear first. What was unwatched, reset or closed hears nothing, and leaves nothing behind.
+    """
+    dice = random.Random(1)
+    paths = ["/", "/guest", "/guest/a", "/guest/a/b", "/guest/a/b/c", "/guest/ab", "/other", "/other/a"]
+    sessions = [Session(registry, 0), Session(registry, 5), Session(registry, 0)]
+    watches: list[tuple[Session, str]] = []
+    for _ in range(3000):
+        session, path = chosen = dice.choice(sessions), dice.choice(paths)
+        request = f"{path}\0{path}\0".encode()
+        what = dice.randrange(60)
+        if what < 8:
+            if ask(session, wire.XS_UNWATCH if chosen in watches else wire.XS_WATCH, request) == b"OK\0":
+                watches = [each for each in watches if each != chosen] if chosen in watches else [*watches, chosen]
+        elif what == 8:
+            ask(session, wire.XS_RESET_WATCHES, b"\0")
+            watches = [each for each in watches if each[0] is not session]
+        elif what == 9:
+            session.close()
+            sessions[sessions.index(session)] = Session(registry, session.domid)
+            watches = [each for each in watches if each[0] is not session]
+        for each in sessions:
+            heard(each)
+        before = {each: registry.tree.find(each) for each in paths}
+        if before[path := dice.choice(paths[1:])] and not dice.randrange(3):
+            registry.tree.remove(0, path)
+        else:
+            registry.tree.write(0, path, b"")
+        expected: dict[Session, list[bytes]] = {each: [] for each in sessions}
+        for change, (watcher, watched) in product(registry.tree.changes, watches):
+            expected[watcher] += due(change, watched, before[watched], watcher.domid)
+        registry.publish()
+
+        assert list(expected.values()) == [[payload for _, _, _, payload in heard(each)] for each in sessions]
+    for each in sessions:
+        each.close()
+
+    assert {} == registry._watches
+
+
+def test_a_relative_watch_is_told_relative_paths(registry: Registry) -> None:
+    """Whoever watches a path below its own directory by its name there hears of it by such names."""
+    guest = Session(registry, 5)
+    ask(guest, wire.XS_WATCH, b"data\0short\0")
+    ask(guest, wire.XS_WATCH, b"/local/domain/5/data\0long\0")
+    heard(guest)
+    registry.tree.write(0, "/local/domain/5/data/a", b"")
+    registry.publish()
+
+    assert [b"data/a\0short\0", b"/local/domain/5/data/a\0long\0"] == [each[3] for each in heard(guest)][-2:]
