@@ -79,20 +79,31 @@ def test_the_end_of_a_domain_concerns_no_other(
         pytest.fail("it looked at everybody's vbds")
 
     monkeypatch.setattr(stepped.registry, "_scan", never)
-    looked: list[str] = []
-    read = stepped.store.read_many
-
-    def read_many(path: str, keys: tuple[str, ...]) -> dict[str, str]:
-        looked.append(path)
-        return read(path, keys)
-
-    monkeypatch.setattr(stepped.store, "read_many", read_many)
     toolstack.remove("/local/domain/0/backend/vbd/5")
     stepped.until(lambda: set(stepped.registry.vbds) == {other})
-
-    assert not any(path.startswith(other.backend) for path in looked)
     write_like_libxl(toolstack)
     stepped.until(lambda: PATH in stepped.registry.vbds)
+
+
+def test_a_domains_directory_stands_for_its_vbds_of_that_kind(
+    stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event for the directory alone makes us look at the domain's vbds, gone and new ones too, and at no others."""
+    gone, new = VbdPath("vbd", 0, 5, 51728), VbdPath("vbd", 0, 5, 51744)
+    served = [PATH, gone, VbdPath("vbd3", 0, 5, 51712), VbdPath("vbd", 0, 6, 51712)]
+    for path in served:
+        write_like_libxl(toolstack, path)
+    stepped.until(lambda: set(served) == set(stepped.registry.vbds))
+    stepped.until(lambda: not any(vbd.node_changed for vbd in stepped.registry.vbds.values()))
+    monkeypatch.setattr(stepped.store, "events", lambda: [("/local/domain/0/backend/vbd/5", "vbds")])
+    toolstack.remove(gone.backend)
+    write_like_libxl(toolstack, new)
+    stepped.registry._follow_store()
+    changed = {path for path, vbd in stepped.registry.vbds.items() if vbd.node_changed}
+    monkeypatch.undo()
+
+    assert {PATH, gone, new} == changed
+    assert not stepped.registry._changed_domains
 
 
 def test_only_vbds_with_our_script_are_served(stepped: Stepped, toolstack: Store) -> None:
