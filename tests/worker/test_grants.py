@@ -10,9 +10,9 @@ from random import Random
 import pytest
 
 from tests.driven import DOMID
-from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, SECTOR
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, SECTOR, X86_64
 from xenbackend.blkif.features import MAX_SEGMENTS
-from xenbackend.blkif.request import RingRequest
+from xenbackend.blkif.request import Decoder, RingRequest, encode_direct, encode_indirect, encode_segments
 from xenbackend.block.request import Request
 from xenbackend.kernel.ports import open_host
 from xenbackend.rig.guest import Guest
@@ -149,6 +149,23 @@ def test_page_is_mapped_once(table: Table) -> None:
 
     assert 2 == len(table.persistent._pages)
     assert {} == table.persistent.held
+
+
+@pytest.mark.parametrize("is_indirect", [False, True])
+def test_pages_that_were_mapped_together_are_one_view(table: Table, is_indirect: bool) -> None:
+    """Whole pages that lie side by side are lent as one piece, whichever kind of request names them."""
+    grefs = [table.guest.grant(frame) for frame in table.guest.allocate(11)]
+    segments = [(gref, 0, 7) for gref in grefs]
+    decoder = Decoder(X86_64, 88, read_only=False, can_flush=True, can_discard=True, max_segments=256)
+    record = RingRequest(0, None, Request())
+    if is_indirect:
+        decoder.decode(memoryview(encode_indirect(X86_64, BLKIF_OP_WRITE, 1, 0, 11, [0])), [record])
+        decoder.decode_indirect(record, memoryview(encode_segments(segments)))
+    else:
+        decoder.decode(memoryview(encode_direct(X86_64, BLKIF_OP_WRITE, 1, 0, segments)), [record])
+    (request,) = table.persistent.lend([record])
+
+    assert [11 * PAGE] == [len(view) for view in request.iov]
 
 
 def test_page_that_cannot_be_mapped_goes_the_other_way(table: Table) -> None:

@@ -203,7 +203,7 @@ class Decoder:
         values = SEGMENTS[count].unpack_from(slot, self._layout.segments_at)
         grefs, first, last = values[0::3], values[1::3], values[2::3]
         if count > 1 and first == _FROM_FIRST[count] and last == _TO_LAST[count]:  # all at once, as `decode_indirect`
-            record.grefs = grefs
+            record.grefs = list(grefs)  # as there, and as those are kept that were mapped side by side
             record.length = count * PAGE
             self._check_range(record)
         else:
