@@ -7,7 +7,10 @@ import subprocess
 import sys
 import time
 
-from xenbackend.kernel.cpu import Cpu
+import pytest
+
+from tests.descriptors import open_descriptors
+from xenbackend.kernel.cpu import Cpu, CpuTimes
 
 _WATCHED = """
 import os, sys, time
@@ -53,11 +56,34 @@ def test_times_go_on() -> None:
     assert after.stolen >= before.stolen
 
 
-def test_files_stay_open_and_are_closed() -> None:
-    """Reading opens nothing: a process that may open no files any more reads on."""
+def test_which_numbers_these_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stolen is the eighth number of all CPUs; a guest's time, which follows, is in the first and second already."""
     cpu = Cpu()
-    before = sorted(os.listdir("/proc/self/fd"))
+    texts = {cpu._own: b"12 34 56\n", cpu._host: b"cpu  1 2 3 4 5 6 7 8 1 2\ncpu0 1 2 3 4 5 6 7 8 1 2\n"}
+    monkeypatch.setattr(os, "pread", lambda fd, _length, _offset: texts[fd])
+    times = cpu.times()
+    cpu.close()
+
+    assert CpuTimes(ran_ns=12, waited_ns=34, stolen=8, all=36) == times
+
+
+def test_files_stay_open_and_are_closed() -> None:
+    """Reading opens nothing: a process that may open no files any more reads on. Nothing is left behind."""
+    before = open_descriptors()
+    cpu = Cpu()
+    opened = open_descriptors()
     cpu.times()
 
-    assert before == sorted(os.listdir("/proc/self/fd"))
+    assert opened == open_descriptors()
     cpu.close()
+    assert before == open_descriptors()
+
+
+def test_a_kernel_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without schedstats and delay accounting the file is there and has zeros; that is as good as none."""
+    before = open_descriptors()
+    monkeypatch.setattr(os, "pread", lambda *_: b"0 0 0\n")
+    with pytest.raises(OSError, match="does not count"):
+        Cpu()
+
+    assert before == open_descriptors()

@@ -28,6 +28,16 @@ def test_messages_in_order(driven: Driven) -> None:
     assert [] == driven.worker.said
 
 
+def test_a_frontend_that_comes_again_takes_no_more_descriptors(driven: Driven) -> None:
+    """What a worker opens for a connection it closes with it; what says whether to look for requests it has once."""
+    descriptors = Path(f"/proc/{driven.worker.process.pid}/fd")
+    driven.connect("ram:1M")
+    before = sorted(each.name for each in descriptors.iterdir())
+    driven.reconnect()
+
+    assert before == sorted(each.name for each in descriptors.iterdir())
+
+
 def test_supervisors_death_ends_the_worker_in_order(driven: Driven) -> None:
     """When the socket closes, what is in flight is answered before the chain is closed and the process ends."""
     driven.connect(SLOW)

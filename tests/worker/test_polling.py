@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from itertools import pairwise
 
@@ -10,7 +11,8 @@ import pytest
 from xenbackend.blkif.abi import REQ_PROD, X86_64, ring_entries
 from xenbackend.blkif.ring import BackRing
 from xenbackend.kernel.cpu import CpuTimes
-from xenbackend.worker.polling import Permit, Poller
+from xenbackend.worker import polling
+from xenbackend.worker.polling import Permit, Poller, find_permit
 
 
 class Clock:
@@ -174,6 +176,43 @@ def test_an_idle_worker_is_not_judged() -> None:
         times.ran += 4_000
         times.waited += 4_000
         times.now += 10_000_000
+
+
+def test_what_was_judged_once_is_not_judged_again() -> None:
+    """A tenth of a second in which others wanted the CPU is no better for one before it in which nobody did."""
+    times = Times()
+    permit = Permit(times)
+
+    assert [(0, 99)] == looking(permit, times, 0.1, 0.1)
+    assert permit.allows(times.now)
+    assert [(0, 99)] == looking(permit, times, 0.1, 0.3)
+    assert not permit.allows(times.now)
+
+
+def test_times_are_read_now_and_then() -> None:
+    """However often it is asked, it looks at the times forty times a second."""
+    times = Times()
+    reads: list[int] = []
+
+    def read() -> CpuTimes:
+        reads.append(times.now)
+        return times()
+
+    looking(Permit(read), times, 1, 0.0)
+
+    assert [25] * 39 == [(later - before) // 1_000_000 for before, later in pairwise(reads)]
+
+
+def test_nobody_looks_where_the_kernel_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel's word on what looking costs there is no permit."""
+    assert find_permit() is not None
+
+    def refuse() -> None:
+        raise OSError(errno.ENOENT, "/proc/self/schedstat")
+
+    monkeypatch.setattr(polling, "Cpu", refuse)
+
+    assert find_permit() is None
 
 
 def test_looks_in_vain_are_given_up_for_a_while() -> None:

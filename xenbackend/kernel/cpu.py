@@ -5,6 +5,7 @@ Must not judge. The files are opened once: a process that is walled in later can
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -26,9 +27,11 @@ class Cpu:
     """
 
     def __init__(self) -> None:
-        """Open the files. Raises: OSError, where the kernel has none (CONFIG_SCHED_INFO)."""
+        """Open the files. Raises: OSError, where the kernel has none (CONFIG_SCHED_INFO), or counts nothing in them."""
         self._own = os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if os.pread(self._own, 128, 0).split()[2] == b"0":  # it runs, and was never given a CPU: delayacct is off
+                raise OSError(errno.ENODATA, "the kernel does not count how long processes wait for a CPU")
             self._host = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             os.close(self._own)

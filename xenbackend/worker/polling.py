@@ -108,7 +108,7 @@ class Poller:
     """
 
     def __init__(self, duration_ns: int, permit: Permit | None, clock: Callable[[], int] = perf_counter_ns) -> None:
-        self._duration_ns = duration_ns if permit else 0
+        self._duration_ns = duration_ns
         self._permit = permit
         self._clock = clock
         self._in_vain = 0
