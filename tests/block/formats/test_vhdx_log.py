@@ -221,6 +221,14 @@ def test_the_file_is_as_long_as_its_log_says() -> None:
     for last, place, size in ((9 * MIB, MIB, 9 * MIB), (MIB, MIB, 8 * MIB), (MIB, 12 * MIB, 12 * MIB + SECTOR)):
         assert size == replayed({0: entry(1, 0, "x", place, last=last)}).size
     assert 8 * MIB == replayed({0: entry(1, 0, "x", last=16 * MIB), 8192: entry(2, 0, "x")}).size
+    assert 128 << 40 == replayed({0: entry(1, 0, "x", last=128 << 40)}).size
+
+
+def test_a_change_of_nothing() -> None:
+    """Zeros of no length change nothing, wherever they are said to be."""
+    found = replayed({0: vhdx_entry(LOG, 1, 0, [(0, 0), (MIB, sector("data"))])})
+
+    assert (b"data", 1) == (at(found, MIB), len(found.changes))
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,8 @@ def test_the_file_is_as_long_as_its_log_says() -> None:
         ({0: vhdx_entry(LOG, 1, 0, [(MIB, 128 << 40)])}, "where nothing may be changed"),
         ({0: vhdx_entry(LOG, 1, 0, [((1 << 64) - SECTOR, (1 << 64) - SECTOR)])}, "where nothing may be changed"),
         ({0: entry(1, 0, "x", place=(1 << 64) - SECTOR)}, "where nothing may be changed"),
+        ({0: entry(1, 0, "x", last=(1 << 64) - 1)}, "says that the file needs 18446744073709551615 bytes"),
+        ({0: entry(1, 0, "x", last=(128 << 40) + 1)}, "says that the file needs"),
     ],
 )
 def test_logs_that_are_refused(entries: dict[int, bytes], sentence: str) -> None:

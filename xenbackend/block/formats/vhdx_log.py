@@ -24,7 +24,7 @@ from xenbackend.units import format_size
 _MIB = 1 << 20
 MAX_LOG = 64 * _MIB  # bytes; Hyper-V and QEMU make logs of 1 MiB
 _MAX_DESCRIPTORS = 1 << 16  # of a sequence; the log of 1 MiB has room for 32,752
-_MAX_END = 128 << 40  # bytes: where a change ends at most; a disk has 64 TiB
+_MAX_END = 128 << 40  # bytes: where a change, or the file, ends at most; a disk has 64 TiB
 _MAX_LOOKS = 4  # times the log: entries that nobody laid over one another are looked at once
 _SECTOR = 4096  # bytes of which entries are made, and that a descriptor of data stands for
 _HEADERS_END = 192 << 10  # bytes: what stands before is never changed by a log
@@ -80,6 +80,8 @@ def replay(read: Read, file_size: int, guid: bytes, place: int, length: int) -> 
             f"it was cut off: it had {head.flushed} bytes when it was last written to, and has {file_size}; "
             "copy it again from where it comes from"
         )
+    if head.last > _MAX_END:
+        raise damaged(f"its log says that the file needs {head.last} bytes")
     if sum(entry.descriptors for entry in entries) > _MAX_DESCRIPTORS:
         raise DriverError(f"its log has more than {_MAX_DESCRIPTORS} changes, and no more are read")
     found = [change for entry in entries for change in ring.changes(entry) if change[1]]
