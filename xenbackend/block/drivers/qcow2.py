@@ -43,11 +43,12 @@ Behaviour:
     A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
     image is locked while it is open: one writer, or any number of readers.
 
-    So must an external data file that only the image names, and it must not be a device. It is read, as that of a
-    read-only disk, of a parent, or by `image convert`, and never written: whoever made the image could have named the
-    disk of another guest. `data_file=` names any file, a device too, and then what the image says does not matter.
-    What changes an image (`image resize`, `rebase`, `check --repair`) needs it too, and for a parent
-    `image commit --into qcow2:FILE,data_file=FILE`. A parent's data file is found by what the parent says.
+    An external data file that only the image names must lie there, too, and must not be a device. It is read (for a
+    read-only disk, of a parent, by `image convert`) and never written: whoever made the image could have named the
+    disk of another guest. `data_file=` may name any file, a device too, and then what the image says does not matter.
+    The commands that change an image (`image resize`, `rebase`, `check --repair`) need `data_file=` in its layer;
+    `image commit` into such an image takes `--into qcow2:FILE,data_file=FILE`. A parent's data file is the one that
+    the parent names.
 
     A relative name in an image is relative to the image; to QEMU it is relative to where QEMU was started, so that a
     whole path is better. The data file has a lock of its own. A cluster is durable in it before the image names it,
