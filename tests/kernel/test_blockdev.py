@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,36 @@ def test_tail_that_direct_io_cannot_write(image: tuple[int, str], monkeypatch: p
     medium = replace(examine(*image, read_only=False), end=(1 << 20) - 512)
 
     assert switch_to_direct(image[0], medium) is None
+
+
+@pytest.mark.parametrize(("said", "physical"), [(512, 512), (4096, 4096), (0, 512), (3000, 512), (1 << 21, 512)])
+def test_what_a_device_writes_at_once(
+    image: tuple[int, str], monkeypatch: pytest.MonkeyPatch, said: int, physical: int
+) -> None:
+    """A device's physical sector is what it says, where a guest can make sense of that."""
+    answers = {
+        blockdev._BLKGETSIZE64: (1 << 20).to_bytes(8, sys.byteorder),
+        blockdev._BLKSSZGET: (512).to_bytes(4, sys.byteorder),
+        blockdev._BLKPBSZGET: said.to_bytes(4, sys.byteorder),
+    }
+    monkeypatch.setattr(blockdev.fcntl, "ioctl", lambda _fd, number, _room: answers[number])
+
+    assert physical == blockdev._device(image[0], os.makedev(0, 0)).physical_sector_size
+
+
+@pytest.mark.parametrize(
+    ("unit", "sector", "end", "offset"),
+    [(1, 512, 1 << 20, 512), (512, 4096, 1 << 20, 512), (4096, 512, 1 << 20, 4096), (1, 512, 511, None)],
+)
+def test_what_is_tried(
+    image: tuple[int, str], monkeypatch: pytest.MonkeyPatch, unit: int, sector: int, end: int, offset: int | None
+) -> None:
+    """Reads are tried that the medium has for certain, whatever sectors its disk shows, and none past its end."""
+    monkeypatch.setattr(blockdev, "_reads", lambda _fd, shift, length: not shift and length >= 512)
+    medium = replace(examine(*image, read_only=False), unit=unit, sector_size=sector, end=end)
+    found = blockdev._tried_alignment(image[0], medium)
+
+    assert offset == (found and found.offset)
 
 
 def test_block_device() -> None:

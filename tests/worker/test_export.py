@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.exported import Exported
+from xenbackend.block.driver import Geometry
 from xenbackend.block.request import Op
 from xenbackend.nbd.abi import CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, MAX_BLOCK, REQUEST, REQUEST_MAGIC
-from xenbackend.worker.export import LARGEST, MAX_CLIENTS, SLOTS
+from xenbackend.worker.export import LARGEST, MAX_CLIENTS, SLOTS, _offer
 
 DATA = b"d" * 512
 
@@ -307,3 +308,11 @@ def test_end_wakes_nobody_who_waits(exported: Exported) -> None:
 
     assert exported.is_over
     assert ["READ"] * (MAX_BLOCK // LARGEST) == exported.chain.seen
+
+
+@pytest.mark.parametrize(("physical", "preferred"), [(0, 4096), (512, 4096), (4096, 4096), (65536, 65536)])
+def test_what_clients_are_told_to_prefer(physical: int, preferred: int) -> None:
+    """Clients hear what the medium writes at once, and never less than a page."""
+    offer = _offer(Geometry(size=1 << 20, physical_sector_size=physical))
+
+    assert (1 << 20, preferred) == (offer.size, offer.preferred_block)

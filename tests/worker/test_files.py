@@ -170,18 +170,22 @@ def test_medium_of_larger_blocks(
 def test_mode_says_what_was_chosen(reactor: Reactor, path: str) -> None:
     """`mode` names the way: O_DIRECT only where the file truly allows it, and AIO only where the host has it."""
     files, plain = HostFiles(reactor), HostFiles(reactor, use_queues=False)
+    cached = HostFiles(reactor, direct=False)
+    asked = ((files, {}), (plain, {}), (files, {"direct": False}), (files, {"blocking": True}), (cached, {}))
     modes = []
-    for host, options in ((files, {}), (plain, {}), (files, {"direct": False}), (files, {"blocking": True})):
+    for host, options in asked:
         image = host.open(path, read_only=True, **options)
         modes.append(image.mode)
         assert os.get_blocking(image.fd)  # otherwise asynchronous I/O answers EAGAIN instead of waiting
         image.close()
     files.close()
+    cached.close()
 
     if not modes[0].startswith("O_DIRECT"):
         pytest.skip("no direct I/O there")
     assert modes[0] in {"O_DIRECT, Linux AIO", "O_DIRECT, threads"}
-    assert modes[1:] == ["O_DIRECT, threads", "page cache, preadv and pwritev", "O_DIRECT, blocking calls"]
+    page_cache = "page cache, preadv and pwritev"
+    assert modes[1:] == ["O_DIRECT, threads", page_cache, "O_DIRECT, blocking calls", page_cache]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -223,6 +227,31 @@ def test_growing(reactor: Reactor, path: str, way: str) -> None:
     serve(reactor, image, [[write]])
     assert write.status == 0
     assert Path(path).read_bytes()[SIZE + 8192 :] == bytes(4096) + b"w" * 4096
+    image.close()
+    files.close()
+
+
+@pytest.mark.parametrize("step", [0, 65536])
+def test_part_of_a_block_that_is_new(reactor: Reactor, path: str, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """What was written to a file where it has grown survives a write to another part of the same block."""
+    monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
+    os.truncate(path, SIZE - 8191)
+    if not step:
+        os.truncate(path, SIZE - 8192)
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, step=step)
+    if not step:
+        image.grow(SIZE)
+    whole, part = request(Op.WRITE, SIZE - 4096, 4096), request(Op.WRITE, SIZE - 2048, 512)
+    whole.iov[0][:] = b"w" * 4096
+    part.iov[0][:] = b"p" * 512
+    serve(reactor, image, [[whole], [part]])
+
+    assert b"w" * 2048 + b"p" * 512 + b"w" * 1536 == Path(path).read_bytes()[SIZE - 4096 : SIZE]
+    os.truncate(path, SIZE - 2048)
+    gone = request(Op.READ, SIZE - 4096, 4096)
+    serve(reactor, image, [[gone]])
+    assert errno.EIO == gone.status
     image.close()
     files.close()
 
