@@ -213,7 +213,17 @@ def test_entries_that_only_look_whole(place: int, value: bytes) -> None:
     whole = vhdx_entry(LOG, 6, 0, [(MIB, sector("bad ")), (2 * MIB, SECTOR)])
     assert b"bad " == at(replayed({0: entry(5, 0, "good"), 8192: whole}), MIB)
 
-    assert b"good" == at(replayed({0: entry(5, 0, "good"), 8192: resummed(whole, place, value)}), MIB)
+    found = replayed({0: entry(5, 0, "good"), 8192: resummed(whole, place, value)})
+    assert (b"good", 1) == (at(found, MIB), found.entries)
+
+
+def test_what_no_entry_can_be() -> None:
+    """An entry is made of whole sectors and has a number; anything else is none, also under a right checksum."""
+    longer = resummed(entry(6, 0, "bad ") + bytes(512), 8, (2 * SECTOR + 512).to_bytes(4, "little"))
+    assert 1 == replayed({0: entry(5, 0, "good"), 8192: longer}).entries
+
+    with pytest.raises(DriverError, match="no entry there is whole"):
+        replayed({0: entry(0, 0, "none")})
 
 
 def test_the_file_is_as_long_as_its_log_says() -> None:
@@ -290,6 +300,14 @@ def test_entries_that_lie_over_one_another() -> None:
     ring = dict.fromkeys(range(SECTOR, MIB, SECTOR), long[:SECTOR])
     with pytest.raises(DriverError, match="lie over one another"):
         replayed(ring)
+
+
+def test_descriptors_that_lie_over_one_another() -> None:
+    """The same for lists of descriptors: to walk through one takes as long as the log, whatever it ends with."""
+    long = vhdx_entry(LOG, 1, 0, [(MIB, SECTOR)] * ((MIB - 64) // 32))
+    assert MIB == len(long)
+    with pytest.raises(DriverError, match="lie over one another"):
+        replayed(dict.fromkeys(range(0, MIB, SECTOR), long[:SECTOR]))
 
 
 def test_a_long_sequence_without_its_oldest_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,9 @@ def test_a_file_seen_with_changes(machine: Machine, tmp_path: Path) -> None:
     path = image(tmp_path / "file", SIZE)
     path.write_bytes(data := chance.randbytes(SIZE))
     changes = [*some(chance, 20), (SIZE + 4096, 512, b"n" * 512)]
-    opened = machine.files.open(str(path), read_only=True, direct=False)
+    opened = machine.files.open(str(path), read_only=True, direct=False, sector_size=4096)
     file = ChangedFile(opened, Changes(changes), SIZE + 8192)
+    assert (4096, opened.physical_sector_size) == (file.sector_size, file.physical_sector_size)
     requests = [read(chance.randrange(SIZE // 512) * 512, 512, 1024, 2048) for _ in range(30)]
     requests.append(read(SIZE - 4096, 4096, 8192))
 
@@ -97,9 +98,11 @@ def test_data_of_a_file_with_changes(machine: Machine, tmp_path: Path) -> None:
         found.append(file.next_data(place))
         place = found[-1][1]
     allocated = file.allocated
+    inside = file.next_data(4608)
     file.close()
 
     size = SIZE + 8192
+    assert (4608, 8192) == inside
     assert [(4096, 8192), (16384, 24576), (SIZE + 4096, SIZE + 4608), (size, size)] == found
     assert allocated == path.stat().st_blocks * 512
 
