@@ -42,6 +42,11 @@ def test_what_it_says() -> None:
         extent.check()
 
 
+def test_kinds_are_known_in_any_case() -> None:
+    """The kind of an extent is the same word in capitals or not."""
+    assert [FLAT, SPARSE] == [each.kind for each in parse(descriptor('RW 8 flat "a" 0', 'RW 8 Sparse "b"')).extents]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -21,7 +21,7 @@ class Closing:
     def __init__(self, closed: list[str], name: str, *, fails: bool = False) -> None:
         self.closed, self.name, self.fails = closed, name, fails
         self.mode = name
-        self.physical_sector_size = 512
+        self.physical_sector_size = 4096 if name == "one" else 512
 
     def close(self) -> None:
         """Take note of it."""
@@ -121,3 +121,4 @@ def test_all_files_are_closed() -> None:
     joined.close()
 
     assert ["one", "two"] == closed
+    assert 4096 == joined.physical_sector_size  # the largest of them
