@@ -1,7 +1,7 @@
 """The command line: finds the command, calls it, and turns what went wrong into one sentence and an exit status.
 
 Must not contain logic that a test would want to call. Exit status: 0 done; 1 it failed; 2 the operator's mistake, with
-nothing touched; 3 of `bench`: nothing can be concluded; 130 interrupted.
+nothing touched; 3 of `bench`: nothing can be concluded (`image check` and `compare` have their own); 130 interrupted.
 """
 
 from __future__ import annotations

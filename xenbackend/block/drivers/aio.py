@@ -29,7 +29,7 @@ Behaviour:
     its own is left as it is.
 
     A file that ends inside a sector is served read-only, with zeros up to the end of that sector. To write to it, make
-    it whole first: `truncate -s %512 FILE`.
+    it whole first: `truncate -s %512 FILE`, with the disk's sector instead of 512 where that is larger.
 
 Example:
     log:|aio:/srv/images/guest.img
