@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from xenbackend import control, counters, journal
+from xenbackend import counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import Submitted
@@ -77,43 +78,43 @@ class WorkerProcess:
         self.memfd = memfd if memfd >= 0 else os.memfd_create("journal", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, journal.SIZE)
         self.journal = memoryview(mmap.mmap(self.memfd, journal.SIZE))
-        self.said: list[control.Message] = []
+        self.said: list[messages.Message] = []
         self.kept: dict[str, int] = {}
 
-    def send(self, message: control.Message, *fds: int) -> None:
-        socket.send_fds(self.socket, [control.encode(message)], fds)
+    def send(self, message: messages.Message, *fds: int) -> None:
+        socket.send_fds(self.socket, [messages.encode(message)], fds)
 
     def expect(self, *kinds: type[Any], timeout_s: float = 20) -> Any:
         """Return the next message of one of `kinds`; what else was said goes to `said`."""
         while True:
             if not select.select([self.socket], [], [], timeout_s)[0]:
                 raise TimeoutError(f"the worker said nothing but {self.said}")
-            datagram, fds, _, _ = socket.recv_fds(self.socket, control.MAX_MESSAGE, 8)
+            datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
             assert datagram, f"the worker ended; it had said {self.said}"
-            message = control.decode(datagram)
-            if isinstance(message, control.Keep):
+            message = messages.decode(datagram)
+            if isinstance(message, messages.Keep):
                 self.kept[message.name] = fds[0]
             elif isinstance(message, kinds):
                 return message
             else:
                 self.said.append(message)
 
-    def ask(self, message: control.Message, *kinds: type[Any]) -> Any:
+    def ask(self, message: messages.Message, *kinds: type[Any]) -> Any:
         """Send a message and return the answer, of one of `kinds`."""
         self.send(message)
         return self.expect(*kinds)
 
-    def stand(self) -> control.Standing:
+    def stand(self) -> messages.Standing:
         """Return where the worker stands by its own word."""
-        standing: control.Standing = self.ask(control.Report(), control.Standing)
+        standing: messages.Standing = self.ask(messages.Report(), messages.Standing)
         return standing
 
-    def open(self, chain: str, **wishes: Any) -> control.Opened | control.Failed:
+    def open(self, chain: str, **wishes: Any) -> messages.Opened | messages.Failed:
         names = list(self.kept)
         how: dict[str, Any] = {"read_only": False, "memories": names, **wishes}
-        message = control.Open("vbd/5/51712", self.host, DOMID, chain, **how)
+        message = messages.Open("vbd/5/51712", self.host, DOMID, chain, **how)
         self.send(message, self.memfd, *[self.kept[name] for name in names])
-        return self.expect(control.Opened, control.Failed)
+        return self.expect(messages.Opened, messages.Failed)
 
     def counters(self) -> dict[str, int]:
         return counters.snapshot(self.journal)
@@ -128,8 +129,8 @@ class WorkerProcess:
 
     def end(self) -> None:
         """Close in order, and see the process end by itself."""
-        self.send(control.Close())
-        self.expect(control.Closed)
+        self.send(messages.Close())
+        self.expect(messages.Closed)
         assert self.process.wait(10) == 0
 
     def drop(self) -> None:
@@ -160,10 +161,10 @@ class Driven:
         self.open(chain, **how)
         return self.attach(wishes)
 
-    def open(self, chain: str, **how: Any) -> control.Opened:
+    def open(self, chain: str, **how: Any) -> messages.Opened:
         """Open a chain."""
         opened = self.worker.open(chain, **how)
-        assert isinstance(opened, control.Opened), opened
+        assert isinstance(opened, messages.Opened), opened
         top = opened.layers[0]
         read_only = top.read_only or how.get("read_only", False)
         self.disk = Disk(top.size, top.sector_size, read_only, top.can_flush, top.can_discard)
@@ -185,22 +186,22 @@ class Driven:
 
     def joined(self) -> Frontend:
         """Return the frontend once the worker serves it."""
-        answer = self.worker.expect(control.Connected, control.Failed)
-        assert isinstance(answer, control.Connected), answer
+        answer = self.worker.expect(messages.Connected, messages.Failed)
+        assert isinstance(answer, messages.Connected), answer
         self._publish(publish_at_connect(self.disk))
         self.frontend.read_facts()
         return self.frontend
 
-    def connect_rings(self) -> control.Connected | control.Failed:
+    def connect_rings(self) -> messages.Connected | messages.Failed:
         """Let the worker map what the frontend announced."""
         self.offer_rings()
-        return self.worker.expect(control.Connected, control.Failed)
+        return self.worker.expect(messages.Connected, messages.Failed)
 
     def offer_rings(self) -> None:
         """Tell the worker what the frontend announced."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
-        rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
-        self.worker.send(control.Connect(asked.protocol, rings, asked.persistent, goes_on=self.goes_on))
+        rings = [messages.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
+        self.worker.send(messages.Connect(asked.protocol, rings, asked.persistent, goes_on=self.goes_on))
 
     def reconnect(self, wishes: Wishes | None = None) -> Frontend:
         """Disconnect, see that nothing of the guest's is still mapped, and connect again, perhaps otherwise."""
@@ -225,9 +226,9 @@ class Driven:
         """Let a successor of a killed worker take over its rings."""
         self.start_successor()
         self.open(chain, **how)
-        self.worker.send(control.Rejoin())
-        answer = self.worker.expect(control.Connected, control.Failed)
-        assert isinstance(answer, control.Connected), answer
+        self.worker.send(messages.Rejoin())
+        answer = self.worker.expect(messages.Connected, messages.Failed)
+        assert isinstance(answer, messages.Connected), answer
 
     def begin_write(self, data: bytes) -> Submitted:
         """Return a write to the disk's beginning, which the worker has taken."""
@@ -239,8 +240,8 @@ class Driven:
 
     def disconnect(self) -> None:
         """Let the worker go away from the rings."""
-        self.worker.send(control.Disconnect())
-        self.worker.expect(control.Disconnected)
+        self.worker.send(messages.Disconnect())
+        self.worker.expect(messages.Disconnected)
 
     def _publish(self, keys: dict[str, str]) -> None:
         for key, value in keys.items():

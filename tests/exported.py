@@ -13,9 +13,9 @@ from typing import Any, Self
 from tests.served import HeldDisk
 from xenbackend.block.driver import Geometry
 from xenbackend.block.request import PENDING
+from xenbackend.loop.reactor import Reactor
 from xenbackend.nbd.abi import IHAVEOPT, OPT_GO, REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC
 from xenbackend.worker.export import Export
-from xenbackend.worker.reactor import Reactor
 
 SIZE = 64 << 20
 GO = pack(">I", 3) + IHAVEOPT + pack(">IIIH", OPT_GO, 6, 0, 0)

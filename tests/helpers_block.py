@@ -13,9 +13,9 @@ from xenbackend.block.driver import Driver, Env, Filter, Geometry, ParentRef
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 
 SIZE = 1 << 20
 

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.driven import BACK, DOMID, FRONT, Nodes
-from xenbackend import control, journal
+from xenbackend import journal
 from xenbackend.blkif.abi import SECTOR
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
 from xenbackend.block.driver import Geometry
 from xenbackend.block.policy import Policy
 from xenbackend.block.request import Op, Request
 from xenbackend.kernel.ports import open_host
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.xen import Xen
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.polling import Poller
-from xenbackend.worker.reactor import Reactor
 
 SIZE = 1 << 20
 
@@ -98,7 +99,7 @@ class Served:
         self.journal = memoryview(mmap.mmap(-1, journal.SIZE))
         self.nodes = Nodes()
         self.limits = Limits(max_queues=8)
-        self.offered: dict[str, Any] = {}  # what `control.Connect` says besides
+        self.offered: dict[str, Any] = {}  # what `messages.Connect` says besides
         self.flushes_at_end = 0
         self.frontend: Frontend
         self.connection: Connection | None = None
@@ -119,13 +120,13 @@ class Served:
         self.step()  # a channel is pending when it is bound
         return self.frontend
 
-    def say(self, message: control.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         """Hear what the worker would tell its supervisor."""
-        if isinstance(message, control.Halted):
+        if isinstance(message, messages.Halted):
             self.halted.append((message.ring, message.sentence))
-        elif isinstance(message, control.Paused):
+        elif isinstance(message, messages.Paused):
             self.pauses.append(message.sentence)
-        elif isinstance(message, control.Trouble):
+        elif isinstance(message, messages.Trouble):
             self.troubles.append(message.sentence)
 
     def complain(self, sentence: str) -> None:
@@ -139,12 +140,12 @@ class Served:
     def connect_rings(self, *, rejoins: bool = False) -> None:
         """Serve the rings that the frontend announced; `rejoins`: where a predecessor stopped. Raises: KernelError."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
-        rings = [control.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
+        rings = [messages.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.connection = Connection(
             host=open_host(f"xenbackend.rig.host:{self.directory}"),
             reactor=self.reactor,
             domid=DOMID,
-            agreed=control.Connect(asked.protocol, rings, asked.persistent, **self.offered),
+            agreed=messages.Connect(asked.protocol, rings, asked.persistent, **self.offered),
             rejoins=rejoins,
             geometry=self.geometry,
             journal=self.journal,

@@ -17,23 +17,24 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
 GROUND = {"units", "errors", "log", "counters"}
-STRANGERS = {"kernel", "blkif", "nbd", "block", "control", "journal"}  # layer 1: they do not know each other
+STRANGERS = {"kernel", "blkif", "nbd", "block", "protocol", "journal", "loop"}  # layer 1: they do not know each other
 LAYERS = {
     "units": set(),
     "errors": set(),
     "counters": set(),
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
+    "block": GROUND - {"log"} | {"loop.steps"},
     "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
     "supervisor": GROUND
-    | {"control", "journal", "blkif.features", "blkif.handshake", "block", "kernel.ports", "kernel.process"},
-    "rig": GROUND | {"control", "kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
-    "bench": GROUND | {"rig", "control", "kernel", "journal", "blkif"},
-    "embedded": GROUND | {"rig", "supervisor", "blkif"},
-    "host": GROUND | {"supervisor.client", "supervisor.settings", "xl.shim"},
+    | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block", "kernel.ports", "kernel.process"},
+    "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
+    "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif"},
+    "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
+    "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
-    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.newfile", "worker.reactor"},
+    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.newfile", "loop"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),
@@ -45,7 +46,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/parent", "worker/files"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "worker/files"),
     "importlib": (
         "block/drivers/__init__",
         "cli/image",
@@ -58,32 +59,32 @@ HOMES = {
         "kernel/",
         "rig/",
         "bench/",
-        "supervisor/estate",
+        "supervisor/vbd/handover",
         "worker/env",
         "worker/image",
         "worker/main",
     ),
-    "pyxs": ("supervisor/store",),
+    "pyxs": ("supervisor/xenstore/store",),
     "rich": ("bench/report", "cli/"),
     "select": (
         "bench/",
         "embedded/",
         "rig/",
-        "supervisor/store",
-        "supervisor/toolstack",
+        "supervisor/xenstore/store",
+        "supervisor/xenstore/toolstack",
         "worker/export_client",
-        "worker/reactor",
+        "loop/reactor",
     ),
     "selectors": ("rig/store", "supervisor/"),
     "signal": ("bench/calls", "bench/native", "cli/", "embedded/machine", "rig/", "supervisor/"),
     "structlog": ("log",),
-    "daemon": ("supervisor/main",),
+    "daemon": ("supervisor/service/main",),
     "zstandard": ("block/formats/zstd",),
-    "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/process"),
-    "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "worker/threads"),
+    "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/service/process"),
+    "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "loop/threads"),
     # attributes
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler
-    "os.environ": ("bench/native", "cli/", "embedded/machine", "host/block_xenbackend", "supervisor/store"),
+    "os.environ": ("bench/native", "cli/", "embedded/machine", "host/block_xenbackend", "supervisor/xenstore/store"),
     "os.getenv": (),
     "os.fork": ("worker/zygote",),
     "os.system": (),
@@ -102,7 +103,7 @@ HOMES = {
         "cli/",
         "embedded/",
         "rig/",
-        "supervisor/store",
+        "supervisor/xenstore/store",
         "worker/files",
     ),
 }
@@ -224,9 +225,9 @@ def test_homes_are_lived_in() -> None:
         ("block/chain", "def late():\n    import xenbackend.kernel.gntdev"),
         ("blkif/ring", "from xenbackend import worker"),
         ("units", "from xenbackend.errors import ConfigError"),
-        ("supervisor/vbd", "from xenbackend.blkif.ring import BackRing"),
+        ("supervisor/vbd/vbd", "from xenbackend.blkif.ring import BackRing"),
         ("worker/engine", "from xenbackend.log import get_logger"),
-        ("rig/xen", "from xenbackend.supervisor.store import Store"),
+        ("rig/xen", "from xenbackend.supervisor.xenstore.store import Store"),
     ],
 )
 def test_a_wrong_import_is_seen(place: str, text: str) -> None:

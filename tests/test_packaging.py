@@ -16,7 +16,7 @@ import pytest
 
 from xenbackend import __version__
 from xenbackend.cli import run
-from xenbackend.supervisor.client import DEFAULT_SOCKET
+from xenbackend.protocol.client import DEFAULT_SOCKET
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "systemd" / "xenbackend.service"

@@ -25,8 +25,8 @@ from xenbackend.blkif.abi import (
     REQ_PROD,
 )
 from xenbackend.blkif.request import encode_direct, encode_indirect, encode_segments
-from xenbackend.control import Connect, RingParameters
 from xenbackend.kernel.fence import find_fence
+from xenbackend.protocol.messages import Connect, RingParameters
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import GuestRing
 from xenbackend.rig.hypervisor import BACKEND_DOMID

@@ -21,7 +21,7 @@ from tests.workload import Load, make_model, read_all
 from xenbackend.blkif.abi import LAYOUTS
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
-from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.xenstore.store import Store
 
 PAGES = 8192
 PATIENCE_S = 60.0  # for one answer

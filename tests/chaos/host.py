@@ -26,7 +26,7 @@ from tests.chaos.plan import Disk, Step, disks
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.image.create import create
-from xenbackend.supervisor.paths import VbdPath
+from xenbackend.supervisor.xenstore.paths import VbdPath
 
 PATIENCE_S = 60.0  # for anything that must come in the end
 FIRST_DOMID = 11

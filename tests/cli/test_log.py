@@ -23,7 +23,7 @@ from xenbackend.block.record import Entry, Lost, Session
 from xenbackend.block.request import Op
 from xenbackend.cli import log
 from xenbackend.errors import ConfigError, XenbackendError
-from xenbackend.supervisor.server import Reply, Server
+from xenbackend.supervisor.service.server import Reply, Server
 
 BEGAN_NS = 1_700_000_000_000_000_000
 ENTRIES = [

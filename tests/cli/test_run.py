@@ -12,16 +12,16 @@ import pytest
 from xenbackend.cli import run
 from xenbackend.cli.main import main
 from xenbackend.kernel import process
-from xenbackend.supervisor import main as service
-from xenbackend.supervisor import parent
-from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.service import main as service
+from xenbackend.supervisor.service import parent
+from xenbackend.supervisor.service.settings import Settings
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processes that are to come first."""
     pids: list[int] = []
-    monkeypatch.setattr(process, "hurry", pids.append)
+    monkeypatch.setattr(process, "boost", pids.append)
     return pids
 
 
@@ -47,7 +47,7 @@ def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_service_that_is_kept_is_started_with_the_same_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, hurried: list[int]
 ) -> None:
-    """The parent starts `run` with what was given, by whole paths, and without what made it one; it has no hurry."""
+    """The parent starts `run` with what was given, by whole paths, and without what made it one; it has no boost."""
     monkeypatch.chdir(tmp_path)
     Path("x.toml").write_text('serve = "ours"\n')
     started: list[Any] = []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from xenbackend.cli.main import main
-from xenbackend.supervisor.server import Server
+from xenbackend.supervisor.service.server import Server
 
 VBD = {
     "vbd": "vbd/5/51712", "kind": "vbd", "domid": 5, "device": "xvda", "chain": "log:|[bold]null:1G",

@@ -14,8 +14,8 @@ import pytest
 from tests.contract import real
 from xenbackend.errors import StoreError
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.nodes import Nodes
-from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.xenstore.nodes import Nodes
+from xenbackend.supervisor.xenstore.store import Store
 
 REAL = Path("/run/xenstored/socket")
 Pair = tuple[Store, Store]

@@ -15,11 +15,11 @@ import pytest
 from tests.supervisor.helpers import PATH, Stepped, write_like_libxl
 from xenbackend.host import block_xenbackend
 from xenbackend.host.example import example
+from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.client import DEFAULT_SOCKET
-from xenbackend.supervisor.settings import PATH as SETTINGS
-from xenbackend.supervisor.settings import Settings
-from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.service.settings import PATH as SETTINGS
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.xenstore.store import Store
 
 pytestmark = pytest.mark.slow  # every one starts processes
 SCRIPT = Path(block_xenbackend.__file__)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from xenbackend.host.example import example
-from xenbackend.supervisor.settings import Settings, load
+from xenbackend.supervisor.service.settings import Settings, load
 
 
 def test_the_example_changes_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from xenbackend.host.files import Item, items
 from xenbackend.host.program import PACKAGED, Program
-from xenbackend.supervisor.settings import PATH, Settings
+from xenbackend.supervisor.service.settings import PATH, Settings
 
 VENV = Program("/opt/x/bin/xenbackend", "/opt/x/bin/python3")
 

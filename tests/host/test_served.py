@@ -14,7 +14,7 @@ import pytest
 
 from xenbackend.errors import XenbackendError
 from xenbackend.host.served import control_sockets, refuse_while_serving
-from xenbackend.supervisor.client import DEFAULT_SOCKET
+from xenbackend.protocol.client import DEFAULT_SOCKET
 
 
 @contextmanager

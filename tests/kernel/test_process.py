@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from xenbackend.kernel.process import AHEAD, calm, hurry
+from xenbackend.kernel.process import AHEAD, boost, unboost
 
 # The shell in between ends first; then its child does, with status 7.
 _PROGRAM = """
@@ -73,9 +73,9 @@ def test_who_hurries_comes_first_as_a_whole(leads: bool) -> None:
         try:
             assert child.stdout is not None
             child.stdout.readline()
-            hurry(child.pid)
+            boost(child.pid)
             ahead = _nice_values(child.pid)
-            calm(child.pid)
+            unboost(child.pid)
             after = _nice_values(child.pid)
         finally:
             child.kill()
@@ -85,10 +85,10 @@ def test_who_hurries_comes_first_as_a_whole(leads: bool) -> None:
 
 
 def test_who_has_gone_hurries_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is no error; nor is it we who hurry, for whom the kernel would take a process without a number."""
+    """That is no error; nor is it we who boost, for whom the kernel would take a process without a number."""
     with subprocess.Popen(["true"]) as child:
         pass
-    hurry(child.pid)
-    calm(child.pid)
+    boost(child.pid)
+    unboost(child.pid)
     monkeypatch.setattr(os, "setpriority", pytest.fail)
-    hurry(0)
+    boost(0)

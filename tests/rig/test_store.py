@@ -15,7 +15,7 @@ from xenbackend.errors import StoreError
 from xenbackend.rig import store as module
 from xenbackend.rig.session import HEADER
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.xenstore.store import Store
 
 TEST_XENSTORE = next(iter(sorted(Path("/usr/lib").glob("xen-*/bin/test-xenstore"))), None)
 needs_tools = pytest.mark.skipif(shutil.which("xenstore-ls") is None, reason="package xenstore-utils is not installed")

@@ -13,8 +13,8 @@ from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import Kept, Stepped
 from xenbackend import log
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.settings import Settings
-from xenbackend.supervisor.store import Store
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.xenstore.store import Store
 
 
 @pytest.fixture

@@ -11,19 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xenbackend.supervisor import parent
-from xenbackend.supervisor.claim import Bus
-from xenbackend.supervisor.events import Expired
-from xenbackend.supervisor.fleet import Fleet
-from xenbackend.supervisor.keeper import Keeper
-from xenbackend.supervisor.nodes import Nodes
-from xenbackend.supervisor.paths import VbdPath
-from xenbackend.supervisor.registry import Registry
-from xenbackend.supervisor.server import Reply, Server
-from xenbackend.supervisor.settings import Settings
-from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.vbd import Vbd
-from xenbackend.supervisor.xentop import Xentop
+from xenbackend.supervisor.service import parent
+from xenbackend.supervisor.service.fleet import Fleet
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.registry import Registry
+from xenbackend.supervisor.service.server import Reply, Server
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.service.xentop import Xentop
+from xenbackend.supervisor.vbd.claim import Bus
+from xenbackend.supervisor.vbd.events import Expired
+from xenbackend.supervisor.vbd.vbd import Vbd
+from xenbackend.supervisor.xenstore.nodes import Nodes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.store import Store
 
 _ROOT = Path(__file__).parents[2]
 FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from xenbackend import control
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.supervisor import events
-from xenbackend.supervisor.device import Device
-from xenbackend.supervisor.paths import VbdPath
-from xenbackend.supervisor.phase import Phase
+from xenbackend.protocol import messages
+from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.vbd.phase import Phase
+from xenbackend.supervisor.xenstore.paths import VbdPath
 
 S = XenbusState
 PATH = VbdPath("vbd", 0, 5, 51712)
-LAYER = control.LayerFacts(
+LAYER = messages.LayerFacts(
     text="null:1G",
     size=1 << 30,
     sector_size=512,
@@ -43,7 +43,7 @@ class World:
 
     node: dict[str, str] | None = field(default_factory=lambda: dict(NODE))
     theirs: S = S.INITIALISING
-    inbox: list[control.Message | str] = field(default_factory=list)  # what the worker has been told
+    inbox: list[messages.Message | str] = field(default_factory=list)  # what the worker has been told
     is_running: bool = False
     is_connected: bool = False
     was_opened: bool = False
@@ -124,30 +124,30 @@ class World:
             return
         told = self.inbox.pop(0)
         if told == "open" and self.cannot:
-            self.send(control.Failed(self.cannot, 5))
+            self.send(messages.Failed(self.cannot, 5))
         elif told == "open":
             self.was_opened = True
-            self.send(control.Opened([LAYER]))
+            self.send(messages.Opened([LAYER]))
         elif told == "connect":
             self.is_connected = True
-            self.send(control.Connected())
-        elif isinstance(told, control.Disconnect):
+            self.send(messages.Connected())
+        elif isinstance(told, messages.Disconnect):
             self.is_connected = False
-            self.send(control.Disconnected())
-        elif isinstance(told, control.Report):
+            self.send(messages.Disconnected())
+        elif isinstance(told, messages.Report):
             self.send(replace(self.standing(), report=told.id))
-        elif isinstance(told, control.Close):
-            self.send(control.Closed())
+        elif isinstance(told, messages.Close):
+            self.send(messages.Closed())
             self.die("the worker ended unexpectedly with exit status 0")
         else:
             self.die(str(told))
 
-    def standing(self) -> control.Standing:
+    def standing(self) -> messages.Standing:
         """Return where the worker stands."""
         phase = "serving" if self.is_connected else "open" if self.was_opened else "idle"
         layers = [LAYER] if self.was_opened else []
         chain = "null:1G" if self.was_opened else ""
-        return control.Standing(
+        return messages.Standing(
             phase, chain, read_only=False, shareable=False, layers=layers, export="", halted="", paused="", trouble=""
         )
 
@@ -169,7 +169,7 @@ class World:
         if self.is_running or any(isinstance(each, events.Ended) for each in unheard):
             self.services += 1
             self.send(events.Inherited(self.services))
-            self.inbox += [control.Report(self.services)] if self.is_running else []
+            self.inbox += [messages.Report(self.services)] if self.is_running else []
             for event in unheard:
                 self.send(event)
 

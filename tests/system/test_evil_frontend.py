@@ -15,7 +15,6 @@ import pytest
 from tests.driven import Driven
 from tests.evil import DATA, ERROR, OK, RAM, SECTORS, UNSUPPORTED, Evil, flipping, resident, until_answered
 from tests.workload import make_model, read_all, work
-from xenbackend import control
 from xenbackend.blkif.abi import (
     BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_READ,
@@ -31,6 +30,7 @@ from xenbackend.blkif.abi import (
     Layout,
 )
 from xenbackend.blkif.request import encode_direct, encode_discard, encode_indirect, encode_segments
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 
@@ -51,7 +51,7 @@ def test_producer_far_ahead_halts_that_ring_only(victim: Driven, ahead: str, sta
     before = broken.ring.pushed
     broken.ring.index[REQ_PROD] = (before + eval(ahead, {"size": broken.ring.size})) & 0xFFFFFFFF  # noqa: S307 - ours
     broken.port.notify()
-    halted = victim.worker.expect(control.Halted)
+    halted = victim.worker.expect(messages.Halted)
     for _ in range(100):
         broken.port.notify()
     work(frontend, model, 200)
@@ -69,7 +69,7 @@ def test_halted_ring_is_closed_and_served_anew(victim: Driven) -> None:
         frontend.write(0, b"h" * PAGE)
         frontend.rings[0].ring.index[REQ_PROD] = 2**31
         frontend.rings[0].port.notify()
-        victim.worker.expect(control.Halted)
+        victim.worker.expect(messages.Halted)
         frontend.rings[0].port.notify()
         victim.disconnect()
         frontend.rings[0].port.notify()
@@ -119,7 +119,7 @@ def test_random_indices_stop_the_ring_at_worst(victim: Driven) -> None:
         frontend = victim.reconnect()
     read_all(frontend, model)
 
-    assert {control.Halted, control.Log} >= {type(message) for message in victim.worker.said}
+    assert {messages.Halted, messages.Log} >= {type(message) for message in victim.worker.said}
 
 
 def test_guest_that_reads_no_answers_costs_no_memory(victim: Driven) -> None:

@@ -10,7 +10,6 @@ import pytest
 from tests.driven import Driven
 from tests.evil import DATA, ERROR, GNTST, OK, RAM, SECTORS, Evil, descriptors, resident
 from tests.workload import make_model, work
-from xenbackend import control
 from xenbackend.blkif.abi import (
     BLKIF_OP_READ,
     BLKIF_OP_WRITE,
@@ -19,6 +18,7 @@ from xenbackend.blkif.abi import (
     X86_64,
 )
 from xenbackend.blkif.request import encode_direct, encode_indirect, encode_segments
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.grants import ARENA_CHUNKS, CHUNK, MAX_PERSISTENT
@@ -90,10 +90,10 @@ def test_ring_that_cannot_be_mapped_fails_the_connection(victim: Driven) -> None
         victim.guest.fail(frontend.rings[0].grefs[0], status)
         answer = victim.connect_rings()
 
-        assert isinstance(answer, control.Failed)
+        assert isinstance(answer, messages.Failed)
         assert {"mappings": 0, "pins": 0, "ports": 0} == victim.xen.held()
     victim.guest.fail(frontend.rings[0].grefs[0], 0)
-    assert isinstance(victim.connect_rings(), control.Connected)
+    assert isinstance(victim.connect_rings(), messages.Connected)
     frontend.write(0, b"m" * PAGE)
 
 
@@ -200,9 +200,9 @@ def test_bad_requests_do_not_fill_the_log(victim: Driven) -> None:
 
     assert {ERROR} == set(evil.statuses(*slots))
     victim.disconnect()
-    lines = [message for message in victim.worker.said if isinstance(message, control.Log)]
+    lines = [message for message in victim.worker.said if isinstance(message, messages.Log)]
     assert 0 < len(lines) <= 11
-    assert sum(len(control.encode(line)) for line in lines) < 8192
+    assert sum(len(messages.encode(line)) for line in lines) < 8192
     victim.attach(Wishes())
 
 

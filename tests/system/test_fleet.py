@@ -13,7 +13,7 @@ from xenbackend.embedded.machine import Machine
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest_ring import Submitted
 from xenbackend.rig.pattern import DiskModel, Step
-from xenbackend.supervisor.paths import VbdPath
+from xenbackend.supervisor.xenstore.paths import VbdPath
 
 GUESTS = 10
 DISKS_EACH = 5

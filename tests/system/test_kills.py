@@ -10,7 +10,6 @@ import pytest
 
 from tests.driven import Driven
 from tests.workload import Load, make_model, read_all
-from xenbackend import control
 from xenbackend.blkif.abi import (
     BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_READ,
@@ -18,6 +17,7 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
     X86_32,
 )
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Wishes
 
 pytestmark = pytest.mark.slow
@@ -99,16 +99,16 @@ def test_a_failed_flush_is_not_forgotten(driven: Driven) -> None:
     chain = "fault:op=flush,limit=1|ram:1M"
     frontend = driven.connect(chain)
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    driven.worker.expect(control.Paused)
+    driven.worker.expect(messages.Paused)
     driven.kill()
     driven.succeed("ram:1M", resumes=True)
     late = frontend.submit(BLKIF_OP_READ, 0, 8)
-    driven.worker.send(control.Report())
-    standing = driven.worker.expect(control.Standing)
+    driven.worker.send(messages.Report())
+    standing = driven.worker.expect(messages.Standing)
 
     assert "the disk is paused" in standing.paused
     assert [None, None] == [flush.status, late.status]
-    driven.worker.send(control.Resume())
+    driven.worker.send(messages.Resume())
     frontend.wait([flush, late])
     assert [BLKIF_RSP_OKAY] * 2 == [flush.status, late.status]
 
@@ -116,6 +116,6 @@ def test_a_failed_flush_is_not_forgotten(driven: Driven) -> None:
 def test_without_an_agreement_there_is_nothing_to_rejoin(driven: Driven) -> None:
     """A worker that is told to rejoin rings which nobody connected says so."""
     driven.open("ram:1M")
-    driven.worker.send(control.Rejoin())
+    driven.worker.send(messages.Rejoin())
 
-    assert "does not know" in driven.worker.expect(control.Failed).sentence
+    assert "does not know" in driven.worker.expect(messages.Failed).sentence

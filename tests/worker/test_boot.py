@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.exported import SIZE, Client, HeldChain
-from xenbackend import control
 from xenbackend.block.driver import Geometry
+from xenbackend.loop.reactor import Reactor
 from xenbackend.nbd.abi import CMD_WRITE
+from xenbackend.protocol import messages
 from xenbackend.worker.boot import Boot
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
 
@@ -116,9 +116,9 @@ def test_a_socket_that_cannot_be_made_is_told(booted: Booted) -> None:
     """Where no socket can be made the guest cannot boot from it, which an administrator reads; the disk is there."""
     (booted.path.parent).write_text("a file where the directory should be")
     booted.begin()
-    line = control.decode(booted.ours.recv(control.MAX_MESSAGE))
+    line = messages.decode(booted.ours.recv(messages.MAX_MESSAGE))
 
-    assert isinstance(line, control.Log)
+    assert isinstance(line, messages.Log)
     assert "no device model can boot from this disk" in line.event
     assert "" == booted.boot.path
 

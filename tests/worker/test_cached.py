@@ -8,10 +8,10 @@ import pytest
 
 from tests import places
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.cached import _runs
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
-from xenbackend.worker.reactor import Reactor
 
 CONTENT = b"".join(bytes([number]) * 4096 for number in range(64))
 

@@ -13,9 +13,9 @@ from xenbackend.block.request import Op, Request
 from xenbackend.errors import KernelError
 from xenbackend.kernel import blockdev, memory
 from xenbackend.kernel.blockdev import Alignment
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.io_queue import DirectQueue
-from xenbackend.worker.reactor import Reactor
 
 SIZE = 1 << 20
 
@@ -113,7 +113,7 @@ from xenbackend.block.request import Op, Request
 from xenbackend.kernel import blockdev
 from xenbackend.kernel.blockdev import Alignment
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
+from xenbackend.loop.reactor import Reactor
 
 blockdev._stated_alignment = lambda fd: Alignment(512, 4096)
 reactor = Reactor()

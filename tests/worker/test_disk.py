@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from tests.helpers_block import EVENTS, TEST_DRIVERS, content, image, read, write
-from xenbackend import control
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import messages
 from xenbackend.units import PAGE
 from xenbackend.worker.disk import Disk, describe_flush, is_locked
-from xenbackend.worker.reactor import Reactor
 
 SIZE = 1 << 20
 
@@ -34,7 +34,7 @@ class Bench:
         self.dropped: list[str] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor()
-        message = control.Open("vbd/5/51712", "", 5, chain, **{"read_only": False, **wishes})
+        message = messages.Open("vbd/5/51712", "", 5, chain, **{"read_only": False, **wishes})
         self.disk = Disk(message, {}, self.reactor, self._keep, self.dropped.append, self.bugs.append)
         self.reactor.before_sleep(self.disk.files.kick)
 

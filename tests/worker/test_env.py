@@ -7,9 +7,9 @@ import pytest
 from descriptors import open_descriptors
 
 from xenbackend.block.driver import Env
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from xenbackend.block.chain import open_chain, parse_chain
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blockdev, memory
 from xenbackend.kernel.blockdev import Alignment
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
-from xenbackend.worker.reactor import Reactor
 
 SIZE = 1 << 20
 WAYS = {
@@ -318,7 +318,7 @@ def test_lock_between_processes(reactor: Reactor, path: str, first_reads: bool, 
     files = HostFiles(reactor)
     image = files.open(path, read_only=first_reads)
     script = (
-        "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.worker.reactor import Reactor\n"
+        "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.loop.reactor import Reactor\n"
         f"try: HostFiles(Reactor()).open(sys.argv[1], read_only={second_reads})\n"
         "except Exception as error: print(error.errno, error)\n"
     )
@@ -347,7 +347,7 @@ def test_lock_ends_with_close(reactor: Reactor, path: str) -> None:
 def test_successor_waits_for_the_lock(reactor: Reactor, path: str) -> None:
     """A successor with a time-out gets the lock as soon as its predecessor's last description is gone."""
     script = (
-        "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.worker.reactor import Reactor\n"
+        "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.loop.reactor import Reactor\n"
         "image = HostFiles(Reactor()).open(sys.argv[1], read_only=False)\nprint(1, flush=True)\nsys.stdin.read()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, path], stdin=-1, stdout=-1) as predecessor:

@@ -11,8 +11,8 @@ from xenbackend.block.request import Op, Request
 from xenbackend.errors import XenbackendError
 from xenbackend.kernel import blockdev
 from xenbackend.kernel.blockdev import Alignment
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.image import Image
-from xenbackend.worker.reactor import Reactor
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from xenbackend.block.request import Op, Request
 from xenbackend.errors import KernelError
 from xenbackend.kernel import blockdev, memory
 from xenbackend.kernel.aio import Aio
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.image import Image
 from xenbackend.worker.io_queue import CachedQueue, DirectQueue
-from xenbackend.worker.reactor import Reactor
 
 
 class Taker(Image):

@@ -125,7 +125,7 @@ def test_a_request_that_is_used_again_has_all_its_tries(vbd: Served) -> None:
 
 
 def test_each_kind_has_its_own_pace(vbd: Served) -> None:
-    """A request that is to be tried again soon does not hurry one that is to wait, nor waits for it."""
+    """A request that is to be tried again soon does not boost one that is to wait, nor waits for it."""
     vbd.policy = "read=retry 2 every 10s"
     frontend = vbd.connect()
     vbd.disk.errors = {Op.READ: errno.EIO, **FULL}

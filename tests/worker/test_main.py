@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.driven import Driven, WorkerProcess
-from xenbackend import control, counters, journal
+from xenbackend import counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import DiskError, Wishes
 from xenbackend.units import PAGE
 
@@ -53,10 +54,10 @@ def test_close_right_behind_disconnect_waits_for_it(driven: Driven) -> None:
     """Close may come while Disconnect still drains: the chain is closed when nothing is in flight any more."""
     driven.connect(SLOW)
     request = driven.begin_write(DATA)
-    driven.worker.send(control.Disconnect())
-    driven.worker.send(control.Close())
-    driven.worker.expect(control.Disconnected)
-    driven.worker.expect(control.Closed)
+    driven.worker.send(messages.Disconnect())
+    driven.worker.send(messages.Close())
+    driven.worker.expect(messages.Disconnected)
+    driven.worker.expect(messages.Closed)
 
     assert 0 == driven.worker.process.wait(10)
     driven.frontend.poll()
@@ -67,7 +68,7 @@ def test_failed_open_is_said(driven: Driven) -> None:
     """A chain that cannot be opened is answered with a sentence, and the worker can be ended as ever."""
     answer = driven.worker.open("aio:/nonexistent/image")
 
-    assert isinstance(answer, control.Failed)
+    assert isinstance(answer, messages.Failed)
     assert "/nonexistent/image" in answer.sentence
     driven.worker.end()
 
@@ -100,32 +101,32 @@ def test_command_is_answered_by_the_layer(driven: Driven) -> None:
     driven.connect("fault:op=write,limit=1|ram:1M")
     with pytest.raises(DiskError):
         driven.frontend.write(0, DATA)
-    driven.worker.send(control.Command(1, "fault", "count", []))
-    driven.worker.send(control.Command(2, "nobody", "count", []))
+    driven.worker.send(messages.Command(1, "fault", "count", []))
+    driven.worker.send(messages.Command(2, "nobody", "count", []))
 
-    assert control.Reply(1, ok=True, data="1") == driven.worker.expect(control.Reply)
-    assert not driven.worker.expect(control.Reply).ok
+    assert messages.Reply(1, ok=True, data="1") == driven.worker.expect(messages.Reply)
+    assert not driven.worker.expect(messages.Reply).ok
 
 
 @pytest.mark.parametrize(("size", "expected"), [("x", "ValueError"), ("300000", "too large"), ("40000", "too large")])
 def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, expected: str) -> None:
     """A layer's bug over a verb, and an answer that fits into no datagram, come back as a sentence; work goes on."""
     driven.connect("clumsy:at=nothing|ram:1M")
-    driven.worker.send(control.Command(1, "clumsy", "bytes", [size]))
-    driven.worker.send(control.Command(2, "clumsy", "bytes", ["3"]))
-    reply = driven.worker.expect(control.Reply)
+    driven.worker.send(messages.Command(1, "clumsy", "bytes", [size]))
+    driven.worker.send(messages.Command(2, "clumsy", "bytes", ["3"]))
+    reply = driven.worker.expect(messages.Reply)
 
     assert (1, False) == (reply.id, reply.ok)
     assert expected in reply.data
-    assert control.Reply(2, ok=True, data="\0\0\0") == driven.worker.expect(control.Reply)
+    assert messages.Reply(2, ok=True, data="\0\0\0") == driven.worker.expect(messages.Reply)
 
 
 def test_most_memories_can_be_handed_over(driven: Driven) -> None:
     """As many memories as a supervisor keeps, and the journal, fit beside one message."""
-    driven.worker.kept = {str(number): os.memfd_create("kept") for number in range(control.MAX_MEMORIES)}
+    driven.worker.kept = {str(number): os.memfd_create("kept") for number in range(messages.MAX_MEMORIES)}
 
-    assert isinstance(driven.worker.open("ram:1M"), control.Opened)
-    assert control.MAX_MEMORIES < len(driven.worker.kept)
+    assert isinstance(driven.worker.open("ram:1M"), messages.Opened)
+    assert messages.MAX_MEMORIES < len(driven.worker.kept)
 
 
 def test_paused_disk_is_told(driven: Driven) -> None:
@@ -133,7 +134,7 @@ def test_paused_disk_is_told(driven: Driven) -> None:
     driven.connect("fault:op=flush|ram:1M")
     driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
 
-    assert "the disk is paused" in driven.worker.expect(control.Paused).sentence
+    assert "the disk is paused" in driven.worker.expect(messages.Paused).sentence
 
 
 def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
@@ -141,8 +142,8 @@ def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
     driven.connect("clumsy:at=complete|ram:1M")
     with pytest.raises(DiskError) as caught:
         driven.frontend.write(0, DATA)
-    driven.worker.send(control.Command(1, "clumsy", "x", []))
-    driven.worker.expect(control.Reply)
+    driven.worker.send(messages.Command(1, "clumsy", "x", []))
+    driven.worker.expect(messages.Reply)
 
     assert BLKIF_RSP_ERROR == caught.value.status
     assert ["critical"] == [line.level for line in driven.worker.said]
@@ -192,17 +193,17 @@ def test_counters_are_up_to_date_when_a_worker_was_asked_where_it_stands(driven:
 def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
     """What was taken is answered first, what comes waits for Resume; a disk without a frontend is held at once."""
     driven.open(SLOW)
-    driven.worker.ask(control.Pause(), control.Held)
-    driven.worker.send(control.Resume())
+    driven.worker.ask(messages.Pause(), messages.Held)
+    driven.worker.send(messages.Resume())
     driven.attach(Wishes())
     early = driven.begin_write(DATA)
-    driven.worker.ask(control.Pause(), control.Held)
+    driven.worker.ask(messages.Pause(), messages.Held)
     driven.frontend.poll()
     late = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
     driven.worker.stand()
     driven.frontend.poll()
     held = (early.status, late.status)
-    driven.worker.send(control.Resume())
+    driven.worker.send(messages.Resume())
     driven.frontend.wait([late])
 
     assert (BLKIF_RSP_OKAY, None) == held
@@ -213,17 +214,17 @@ def test_a_paused_disk_stays_so(driven: Driven) -> None:
     """A pause outlives the frontend's connection, and a worker that is opened so: each is told Held once connected."""
     driven.open("ram:1M", is_paused=True)
     driven.attach(Wishes())
-    driven.worker.expect(control.Held)
+    driven.worker.expect(messages.Held)
     driven.disconnect()
     for ring in driven.frontend.rings:
         ring.close()
     driven.attach(Wishes())
-    driven.worker.expect(control.Held)
+    driven.worker.expect(messages.Held)
     flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
     driven.worker.stand()
     driven.frontend.poll()
     held = flush.status
-    driven.worker.send(control.Resume())
+    driven.worker.send(messages.Resume())
     driven.frontend.wait([flush])
 
     assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
@@ -234,12 +235,12 @@ def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
     driven.goes_on = True
     driven.open("ram:1M", lost="it lost a flush yesterday")
     driven.attach(Wishes())
-    (said,) = [message for message in driven.worker.said if isinstance(message, control.Paused)]
+    (said,) = [message for message in driven.worker.said if isinstance(message, messages.Paused)]
     flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
     standing = driven.worker.stand()
     driven.frontend.poll()
     held = flush.status
-    driven.worker.send(control.Resume())
+    driven.worker.send(messages.Resume())
     driven.frontend.wait([flush])
     driven.reconnect().flush()
 
@@ -264,9 +265,9 @@ def test_where_a_worker_stands(driven: Driven) -> None:
     driven.attach(Wishes())
     phases.append(driven.worker.stand())
     request = driven.begin_write(DATA)
-    driven.worker.send(control.Disconnect())
+    driven.worker.send(messages.Disconnect())
     phases.append(driven.worker.stand())
-    driven.worker.expect(control.Disconnected)
+    driven.worker.expect(messages.Disconnected)
     driven.frontend.wait([request])
     phases.append(driven.worker.stand())
 
@@ -305,11 +306,11 @@ def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
     """A full disk is told and stands in a report; a policy that says report ends it for the guest."""
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    trouble = driven.worker.expect(control.Trouble).sentence
+    trouble = driven.worker.expect(messages.Trouble).sentence
     standing = driven.worker.stand().trouble
-    driven.worker.send(control.Obey("enospc=report"))
-    driven.worker.send(control.Resume())
-    over = driven.worker.expect(control.Trouble).sentence
+    driven.worker.send(messages.Obey("enospc=report"))
+    driven.worker.send(messages.Resume())
+    over = driven.worker.expect(messages.Trouble).sentence
     driven.frontend.wait([write])
 
     assert trouble.endswith("make space")
@@ -322,8 +323,8 @@ def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
     """A request that failed and is kept is not answered by a worker that a successor follows: the successor does it."""
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    driven.worker.expect(control.Trouble)
-    driven.worker.ask(control.Close(hands_over=True), control.Closed)
+    driven.worker.expect(messages.Trouble)
+    driven.worker.ask(messages.Close(hands_over=True), messages.Closed)
     driven.frontend.poll()
     left = write.status
     driven.worker.process.wait(10)
@@ -338,8 +339,8 @@ def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
     and a successor that has the journal does not answer the guest's next flush.
     """
     driven.connect("fault:op=flush,limit=1|ram:1M").write(0, DATA)
-    driven.worker.ask(control.Close(hands_over=True), control.Paused)
-    driven.worker.expect(control.Closed)
+    driven.worker.ask(messages.Close(hands_over=True), messages.Paused)
+    driven.worker.expect(messages.Closed)
     driven.worker.process.wait(10)
     driven.succeed("ram:1M")
 

@@ -11,13 +11,13 @@ import pytest
 from tests.descriptors import open_descriptors
 from tests.driven import Driven, WorkerProcess
 from tests.qcow_images import qcow2
-from xenbackend import control
 from xenbackend.errors import DriverError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.disk import LOCK_TIMEOUT_S
 from xenbackend.worker.peek import peek
-from xenbackend.worker.reactor import Reactor
 
 pytestmark = pytest.mark.slow  # each starts processes
 
@@ -42,7 +42,7 @@ def reactor() -> Iterator[Reactor]:
 def former(tmp_path: Path, image: Path) -> Iterator[WorkerProcess]:
     """A worker that has the image."""
     former = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
-    assert isinstance(former.open(f"aio:{image}"), control.Opened)
+    assert isinstance(former.open(f"aio:{image}"), messages.Opened)
     yield former
     former.drop()
 
@@ -58,11 +58,11 @@ def test_a_guest_that_migrates_gets_its_disk_from_its_former_self(
         driven.announce(Wishes())
         driven.offer_rings()
         with pytest.raises(TimeoutError):
-            driven.worker.expect(control.Connected, control.Failed, control.Opened, timeout_s=0.2)
+            driven.worker.expect(messages.Connected, messages.Failed, messages.Opened, timeout_s=0.2)
         with image.open("r+b") as file:
             file.write(b"n" * PAGE)
         former.end()
-        again = driven.worker.expect(control.Opened, control.Failed)
+        again = driven.worker.expect(messages.Opened, messages.Failed)
         frontend = driven.joined()
 
         assert [each.size for each in opened.layers] == [each.size for each in again.layers] == [1 << 20] * 2
@@ -76,7 +76,7 @@ def test_without_leave_to_wait_a_lock_is_an_answer(tmp_path: Path, image: Path, 
     with Driven(tmp_path) as driven:
         answer = driven.worker.open(f"aio:{image}")
 
-    assert isinstance(answer, control.Failed)
+    assert isinstance(answer, messages.Failed)
     assert (errno.EBUSY, True) == (answer.errno, "locked by another process" in answer.sentence)
     assert LOCK_TIMEOUT_S < 10  # libxl waits for 40 s in all
 
@@ -85,9 +85,9 @@ def test_waiting_can_be_ended(tmp_path: Path, image: Path, former: WorkerProcess
     """A migration that fails takes the new guest away: whoever waits for the lock lets go, and does not open."""
     with Driven(tmp_path) as driven:
         driven.worker.open(f"aio:{image}", may_wait=True)
-        driven.worker.send(control.Connect("x86_64-abi", [], persistent=True))
-        driven.worker.send(control.Disconnect())
-        driven.worker.expect(control.Disconnected)
+        driven.worker.send(messages.Connect("x86_64-abi", [], persistent=True))
+        driven.worker.send(messages.Disconnect())
+        driven.worker.expect(messages.Disconnected)
         former.end()
         driven.worker.end()
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from xenbackend import control
+from xenbackend.protocol import messages
 from xenbackend.worker import speech
 from xenbackend.worker.speech import ALARM, BURST, LINE, REFILL_S, Speech
 
@@ -22,12 +22,12 @@ class Ears:
         monkeypatch.setattr(speech.time, "monotonic", lambda: self.now)
         self.speech = Speech(theirs)
 
-    def heard(self) -> list[control.Message]:
+    def heard(self) -> list[messages.Message]:
         """Return everything that was said since the last time."""
         said = []
         while True:
             try:
-                said.append(control.decode(self.ours.recv(control.MAX_MESSAGE)))
+                said.append(messages.decode(self.ours.recv(messages.MAX_MESSAGE)))
             except BlockingIOError:
                 return said
 
@@ -54,8 +54,8 @@ def test_complaints_have_a_budget(ears: Ears) -> None:
     ears.speech.complain("bad again")
     ears.speech.complain("bad again")
 
-    assert [control.Log("warning", "bad", {})] * BURST == at_once
-    assert [control.Log("warning", "bad again", {"unsaid": str(1000 - BURST)})] == ears.heard()
+    assert [messages.Log("warning", "bad", {})] * BURST == at_once
+    assert [messages.Log("warning", "bad again", {"unsaid": str(1000 - BURST)})] == ears.heard()
 
 
 def test_budget_does_not_grow_beyond_the_burst(ears: Ears) -> None:
@@ -72,7 +72,7 @@ def test_complaints_are_short_and_bare(ears: Ears) -> None:
     ears.speech.complain("\x1b[2J\nroot: all is well \u202e" + "x" * 1000)
     (line,) = ears.heard()
 
-    assert isinstance(line, control.Log)
+    assert isinstance(line, messages.Log)
     assert LINE == len(line.event)
     assert line.event.startswith("\\x1b[2J\\nroot: all is well \\u202e")
 
@@ -84,7 +84,7 @@ def test_alarms_are_said_whatever_the_budget(ears: Ears) -> None:
     ears.heard()
     ears.speech.alarm("a flush failed")
 
-    assert [control.Log("critical", "a flush failed", {})] == ears.heard()
+    assert [messages.Log("critical", "a flush failed", {})] == ears.heard()
 
 
 def test_alarms_have_a_budget_of_their_own(ears: Ears) -> None:
@@ -93,23 +93,23 @@ def test_alarms_have_a_budget_of_their_own(ears: Ears) -> None:
         ears.speech.alarm("x" * 10_000)
     lines = ears.heard()
 
-    assert [ALARM] * BURST == [len(line.event) for line in lines if isinstance(line, control.Log)]
+    assert [ALARM] * BURST == [len(line.event) for line in lines if isinstance(line, messages.Log)]
 
 
 def test_nobody_listening_is_no_error(ears: Ears) -> None:
     """Whoever drains while the supervisor dies is not interrupted by what it says."""
     ears.ours.close()
     ears.speech.alarm("is anybody there")
-    ears.speech.say(control.Closed())
+    ears.speech.say(messages.Closed())
 
 
 def test_a_listener_that_does_not_listen_keeps_nobody_waiting(ears: Ears) -> None:
     """A supervisor that reads nothing loses what does not fit, and the worker goes on; what fits is read later."""
     for number in range(10_000):
-        ears.speech.say(control.Trouble(f"{number} {'x' * 1000}"))
+        ears.speech.say(messages.Trouble(f"{number} {'x' * 1000}"))
     heard = ears.heard()
-    ears.speech.say(control.Trouble(""))
+    ears.speech.say(messages.Trouble(""))
 
     assert 10 < len(heard) < 10_000
-    assert heard == [control.Trouble(f"{number} {'x' * 1000}") for number in range(len(heard))]
-    assert [control.Trouble("")] == ears.heard()
+    assert heard == [messages.Trouble(f"{number} {'x' * 1000}") for number in range(len(heard))]
+    assert [messages.Trouble("")] == ears.heard()

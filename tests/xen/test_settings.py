@@ -10,7 +10,7 @@ import pytest
 from tests.xen.tools.command import run
 from tests.xen.tools.disks import blank
 from tests.xen.tools.service import UNIT, Service, attached
-from xenbackend.supervisor.client import DEFAULT_SOCKET, call
+from xenbackend.protocol.client import DEFAULT_SOCKET, call
 
 SETTINGS = Path("/etc/xenbackend.toml")
 MOVED = "/run/xenbackend/moved.sock"

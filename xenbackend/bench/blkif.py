@@ -23,8 +23,8 @@ from xenbackend.blkif.abi import (
     RING_HEADER,
 )
 from xenbackend.blkif.request import encode_direct, encode_indirect, encode_segments
-from xenbackend.control import Connect, RingParameters
 from xenbackend.kernel.ports import Fence
+from xenbackend.protocol.messages import Connect, RingParameters
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import GuestRing
 from xenbackend.units import PAGE

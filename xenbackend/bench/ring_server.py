@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from xenbackend.bench.server import Server
-from xenbackend.control import Connect
+from xenbackend.protocol.messages import Connect
 from xenbackend.rig.wire import Connection
 
 POLL_US = 60  # as a worker has it: worker/polling.py

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from xenbackend import control, counters, journal
+from xenbackend import counters, journal
 from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
+from xenbackend.protocol import messages
 
 _PATIENCE = 20.0  # seconds for an answer; opening a chain tries again for ten
 M = TypeVar("M")
@@ -48,7 +49,7 @@ class Worker:
         os.ftruncate(memory, journal.SIZE)
         self._counters = memoryview(mmap.mmap(memory, counters.SIZE))
         # Shareable: several chains are measured in turn on one file.
-        message = control.Open(
+        message = messages.Open(
             f"vbd/{domid}/51712",
             f"xenbackend.rig.host:{rig}",
             domid,
@@ -58,23 +59,23 @@ class Worker:
             settings=self._settings,
         )
         try:
-            socket.send_fds(self._socket, [control.encode(message)], [memory])
+            socket.send_fds(self._socket, [messages.encode(message)], [memory])
         finally:
             os.close(memory)
-        return self._expect(control.Opened).layers[0].size
+        return self._expect(messages.Opened).layers[0].size
 
-    def connect(self, parameters: control.Connect) -> None:
+    def connect(self, parameters: messages.Connect) -> None:
         """Let it serve a frontend's rings."""
-        self._socket.send(control.encode(parameters))
-        self._expect(control.Connected)
+        self._socket.send(messages.encode(parameters))
+        self._expect(messages.Connected)
 
     def rested_s(self) -> float:
         """Return for how many seconds, since some moment, it has not looked for requests before it slept.
 
         Raises: BenchError.
         """
-        self._socket.send(control.encode(control.Report()))
-        self._expect(control.Standing)  # it has brought its counters up to date
+        self._socket.send(messages.encode(messages.Report()))
+        self._expect(messages.Standing)  # it has brought its counters up to date
         counted = counters.snapshot(self._counters)
         may_look = counted["look_ns"] or counted["rests"]
         return counted["rested_ns"] / 1e9 if may_look else time.monotonic()
@@ -82,23 +83,23 @@ class Worker:
     def _expect(self, kind: type[M]) -> M:
         while True:
             try:
-                datagram, descriptors, _, _ = socket.recv_fds(self._socket, control.MAX_MESSAGE, 8)
+                datagram, descriptors, _, _ = socket.recv_fds(self._socket, messages.MAX_MESSAGE, 8)
             except (TimeoutError, ConnectionResetError):
                 datagram, descriptors = b"", []
             for descriptor in descriptors:  # what a worker wants kept; there will be no successor
                 os.close(descriptor)
             if not datagram:
                 raise BenchError(f"{self.name} does not answer: {self.server.last_words()}")
-            message = control.decode(datagram)
+            message = messages.decode(datagram)
             if isinstance(message, kind):
                 return message
-            if isinstance(message, control.Failed):
+            if isinstance(message, messages.Failed):
                 raise BenchError(f"{self.name}: {message.sentence}")
 
     def close(self) -> None:
         """Ask it to close the chain, and end it."""
         with contextlib.suppress(OSError, BenchError):  # it may have died; whoever measured it has said so
-            self._socket.send(control.encode(control.Close()))
-            self._expect(control.Closed)
+            self._socket.send(messages.encode(messages.Close()))
+            self._expect(messages.Closed)
         self._socket.close()
         self.server.close()

@@ -11,9 +11,9 @@ from typing import Any
 
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.cli.arguments import duration
-from xenbackend.supervisor.client import DEFAULT_SOCKET
-from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.toolstack import (
+from xenbackend.protocol.client import DEFAULT_SOCKET
+from xenbackend.supervisor.xenstore.store import Store
+from xenbackend.supervisor.xenstore.toolstack import (
     DETACH_TIMEOUT_S,
     OPEN_TIMEOUT_S,
     Attachment,

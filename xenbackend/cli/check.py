@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
-from xenbackend.control import LayerFacts
 from xenbackend.errors import printable
+from xenbackend.protocol.messages import LayerFacts
 from xenbackend.units import format_size
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def check(arguments: argparse.Namespace) -> int:
     """Open, explain and close the chain. Raises: ChainError, DriverError."""
+    from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.env import EnvFactory
     from xenbackend.worker.files import HostFiles
-    from xenbackend.worker.reactor import Reactor
 
     spec = parse_chain(arguments.chain)
     reactor = Reactor()

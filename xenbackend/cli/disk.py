@@ -14,7 +14,7 @@ from typing import Any
 from xenbackend.block.policy import DEFAULT
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import printable
-from xenbackend.supervisor.client import DEFAULT_SOCKET, call
+from xenbackend.protocol.client import DEFAULT_SOCKET, call
 from xenbackend.units import format_size
 
 _POLICY_HELP = f"""\

@@ -21,7 +21,7 @@ from xenbackend.block import record
 from xenbackend.block.record import Choice, Entry, Lost
 from xenbackend.block.request import Op
 from xenbackend.errors import ConfigError
-from xenbackend.supervisor import client
+from xenbackend.protocol import client
 from xenbackend.units import format_duration, format_size, parse_duration
 
 _SECTOR = 512  # bytes

@@ -12,7 +12,7 @@ from typing import Any
 
 from xenbackend.kernel import process
 from xenbackend.log import FORMATS, LEVELS
-from xenbackend.supervisor import settings
+from xenbackend.supervisor.service import settings
 
 
 def register(subparsers: Any) -> None:
@@ -44,9 +44,9 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     if not (args.detach or args.keep):
-        process.hurry(os.getpid())  # guests may wait for us, also while we import; `main` calms us once we serve
-    from xenbackend.supervisor import main, parent
-    from xenbackend.supervisor.keeper import forget_inheritance
+        process.boost(os.getpid())  # guests may wait for us, also while we import; `main` calms us once we serve
+    from xenbackend.supervisor.service import main, parent
+    from xenbackend.supervisor.service.keeper import forget_inheritance
 
     names = ("store", "host", "socket", "serve", "log", "log_level")
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from xenbackend.cli.arguments import duration
 from xenbackend.errors import printable
-from xenbackend.supervisor.client import DEFAULT_SOCKET, call
-from xenbackend.supervisor.status import rates
+from xenbackend.protocol.client import DEFAULT_SOCKET, call
+from xenbackend.supervisor.service.status import rates
 from xenbackend.units import format_duration, format_size
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from xenbackend.errors import XenbackendError
-from xenbackend.supervisor.client import DEFAULT_SOCKET, call
+from xenbackend.protocol.client import DEFAULT_SOCKET, call
 
 
 def register(subparsers: Any) -> None:

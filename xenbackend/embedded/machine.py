@@ -20,14 +20,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from xenbackend.errors import XenbackendError
+from xenbackend.protocol import client
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.store import Xenstored
 from xenbackend.rig.xen import Xen
-from xenbackend.supervisor import client
-from xenbackend.supervisor.paths import VbdPath
-from xenbackend.supervisor.store import Store
-from xenbackend.supervisor.toolstack import Attachment, attach, detach, vbd_path
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.store import Store
+from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach, vbd_path
 
 START_TIMEOUT_S = 20.0
 _LONGEST = 64  # characters of the directory for temporary files: a socket's whole path must stay below 108

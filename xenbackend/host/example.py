@@ -9,7 +9,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from xenbackend.supervisor.settings import Settings
+from xenbackend.supervisor.service.settings import Settings
 
 _HEAD = """\
 # Settings of xenbackend. All are optional: a line that begins with # shows a default.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from xenbackend.host.example import example
 from xenbackend.host.program import PACKAGED, Program
-from xenbackend.supervisor import settings
+from xenbackend.supervisor.service import settings
 from xenbackend.xl.shim import SHIM_PLACE, shim_text
 
 UNIT = "xenbackend.service"

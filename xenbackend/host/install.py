@@ -15,7 +15,7 @@ from xenbackend.host import manifest as manifests
 from xenbackend.host.files import UNIT, Item
 from xenbackend.host.manifest import Manifest
 from xenbackend.host.tree import Tree
-from xenbackend.supervisor import settings
+from xenbackend.supervisor.service import settings
 
 Say = Callable[[str, str], None]  # what is done, and to which path
 MADE, REPLACED, KEPT, YOURS, REMOVED = "made", "replaced", "kept", "kept your", "removed"

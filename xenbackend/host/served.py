@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from xenbackend.errors import ConfigError, XenbackendError
-from xenbackend.supervisor import settings
-from xenbackend.supervisor.client import DEFAULT_SOCKET, call
+from xenbackend.protocol.client import DEFAULT_SOCKET, call
+from xenbackend.supervisor.service import settings
 
 _NAMED = 5
 

@@ -17,9 +17,9 @@ from xenbackend.block.opening import Opening, OpenLayer
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.spec import ChainSpec, LayerSpec
 from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 
 Ended = Callable[[Request], None]
 Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop

@@ -34,12 +34,12 @@ def adopting_orphans() -> Iterator[None]:
         _set_subreaper(0)
 
 
-def hurry(pid: int) -> None:
-    """Let a process come before what else the host does, until `calm`; no harm where the host does not permit that."""
+def boost(pid: int) -> None:
+    """Let a process come before what else the host does, until `unboost`; no harm where the host does not permit it."""
     _set_nice(pid, AHEAD)
 
 
-def calm(pid: int) -> None:
+def unboost(pid: int) -> None:
     """Let a process have its turn as any other."""
     _set_nice(pid, 0)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain
+from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
 if TYPE_CHECKING:

@@ -19,17 +19,17 @@ from xenbackend.block.chain import Chain
 from xenbackend.block.driver import Geometry
 from xenbackend.block.policy import Policy
 from xenbackend.block.request import Request
-from xenbackend.control import Connect, Halted, Paused, RingParameters, Trouble
 from xenbackend.journal import RingJournal, poison, poisoned
 from xenbackend.kernel.fence import is_strongly_ordered
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.messages import Connect, Halted, Paused, RingParameters, Trouble
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 from xenbackend.worker.holds import Hold
 from xenbackend.worker.kept import Kept
 from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Queue
-from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Voice
 from xenbackend.worker.tally import Tally
 

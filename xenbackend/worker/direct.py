@@ -13,8 +13,8 @@ from xenbackend.kernel.blockdev import Alignment, Medium
 from xenbackend.worker.image import Image
 
 if TYPE_CHECKING:
+    from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.io_queue import IoQueue
-    from xenbackend.worker.reactor import Reactor
 
 
 class DirectImage(Image):

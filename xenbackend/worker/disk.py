@@ -9,16 +9,16 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 
-from xenbackend import control
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Geometry
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, Keep
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.peek import peek
-from xenbackend.worker.reactor import Reactor
 
 LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
 
@@ -28,7 +28,7 @@ class Disk:
 
     def __init__(
         self,
-        message: control.Open,
+        message: messages.Open,
         memories: Mapping[str, int],
         reactor: Reactor,
         keep: Keep,
@@ -45,7 +45,7 @@ class Disk:
         self._on_bug = on_bug
 
     @property
-    def layers(self) -> list[control.LayerFacts]:
+    def layers(self) -> list[messages.LayerFacts]:
         """What each layer said of itself, top first."""
         return [facts_of(layer) for layer in self.chain.layers] if self.chain else []
 
@@ -55,7 +55,7 @@ class Disk:
         self._env.drop_unwanted()
         return self.chain
 
-    def peek(self) -> list[control.LayerFacts]:
+    def peek(self) -> list[messages.LayerFacts]:
         """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
         return peek(self.text, self._reactor, read_only=self._read_only)
 

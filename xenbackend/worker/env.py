@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from xenbackend.block.driver import Files
 
 if TYPE_CHECKING:
-    from xenbackend.worker.reactor import Reactor
+    from xenbackend.loop.reactor import Reactor
 
 Keep = Callable[[str, int, int], None]  # name, size in bytes, descriptor: lent for the call
 

@@ -30,7 +30,7 @@ from xenbackend.nbd.transmission import error_of
 from xenbackend.worker.export_client import Client, Job
 
 if TYPE_CHECKING:
-    from xenbackend.worker.reactor import Reactor
+    from xenbackend.loop.reactor import Reactor
 
 MAX_CLIENTS = 8
 SLOTS = 64  # requests of clients in flight, of all of them

@@ -18,7 +18,7 @@ from xenbackend.nbd.handshake import GREETING, Handshake, Phase
 from xenbackend.nbd.transmission import Command, error_in, parse_command, reply
 
 if TYPE_CHECKING:
-    from xenbackend.worker.reactor import Reactor
+    from xenbackend.loop.reactor import Reactor
 
 HANDSHAKE_S = 10.0  # for a client to say what it wants
 STALL_S = 30.0  # for one that has begun a write, or has answers to take, to go on

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import cast
 
-from xenbackend import control
 from xenbackend.block.chain import OpenLayer
+from xenbackend.protocol import messages
 from xenbackend.worker.env import WorkerEnv
 
 
-def facts_of(layer: OpenLayer) -> control.LayerFacts:
+def facts_of(layer: OpenLayer) -> messages.LayerFacts:
     """Return what is known of an open layer."""
     geometry = layer.geometry
-    return control.LayerFacts(
+    return messages.LayerFacts(
         text=layer.text,
         size=geometry.size,
         sector_size=geometry.sector_size,

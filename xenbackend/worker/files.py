@@ -25,8 +25,8 @@ from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
 
 if TYPE_CHECKING:
+    from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.io_queue import IoQueue
-    from xenbackend.worker.reactor import Reactor
 
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
 

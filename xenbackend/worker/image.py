@@ -20,8 +20,8 @@ from xenbackend.kernel.blockdev import Alignment, Medium
 from xenbackend.units import round_up
 
 if TYPE_CHECKING:
+    from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.io_queue import IoQueue
-    from xenbackend.worker.reactor import Reactor
 
 MAX_IOVECS = 1024  # IOV_MAX: pieces of one call
 _ANYTHING = Alignment(1, 1)

@@ -17,7 +17,7 @@ from xenbackend.kernel.memory import address_of, addresses
 from xenbackend.kernel.uring import Uring
 
 if TYPE_CHECKING:
-    from xenbackend.worker.reactor import Reactor
+    from xenbackend.loop.reactor import Reactor
 
 _EAGER = 8  # queued: more would leave the disk idle while we queue; measured, a fifth more I/O than without
 _POLL = 1 << 63  # the user_data of no request

@@ -15,21 +15,22 @@ import socket
 import sys
 from collections.abc import Callable
 
-from xenbackend import control, counters, journal
+from xenbackend import counters, journal
 from xenbackend.block.policy import Policy
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.kernel.ports import open_host
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import messages
 from xenbackend.worker.boot import Boot
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.disk import Disk, describe_flush, is_locked
 from xenbackend.worker.exchange import Exchange
 from xenbackend.worker.holds import Hold
 from xenbackend.worker.polling import POLL_US, Poller, find_permit
-from xenbackend.worker.reactor import Reactor
 from xenbackend.worker.speech import Speech
 
-MAX_DESCRIPTORS = 1 + control.MAX_MEMORIES  # beside one message: the journal, and memories
-_REPLY_MAX = 128 * 1024  # bytes of a datagram: below any socket's buffer, and `control.MAX_MESSAGE`
+MAX_DESCRIPTORS = 1 + messages.MAX_MEMORIES  # beside one message: the journal, and memories
+_REPLY_MAX = 128 * 1024  # bytes of a datagram: below any socket's buffer, and `messages.MAX_MESSAGE`
 _SENTENCE_MAX = 1000  # characters
 LOCK_PAUSE_S = 0.02  # between two tries for the lock of a domain that migrates
 
@@ -43,16 +44,16 @@ class Worker:
         self._speech = Speech(channel)
         self._reactor = Reactor(on_bug=self._on_bug)
         self._permit = find_permit()
-        self._open: control.Open
+        self._open: messages.Open
         self._disk: Disk | None = None
         self._exchange: Exchange
-        self._layers: list[control.LayerFacts] = []  # as last said
+        self._layers: list[messages.LayerFacts] = []  # as last said
         self._policy = ""
         self._is_paused = False  # by an administrator
         self._lost = ""  # a flush failed earlier
         self._is_alone = False  # the supervisor is gone
         self._journal = memoryview(b"")
-        self._waiting: control.Connect | control.Rejoin | None = None  # for the image's lock, or the export's end
+        self._waiting: messages.Connect | messages.Rejoin | None = None  # for the image's lock, or the export's end
         self._boot = Boot(self._reactor, self._speech, self._flush, self._on_bug)  # until the first connection
         self._connection: Connection | None = None
         self._is_closing = False
@@ -60,17 +61,17 @@ class Worker:
         self._had_bugs = False  # of layers, in an earlier connection
         self._when_disconnected: list[Callable[[], None]] = []
         self._steps: dict[type[object], Callable[..., None]] = {
-            control.Connect: self._on_connect,
-            control.Rejoin: self._on_connect,
-            control.Swap: self._on_swap,
-            control.Branch: self._on_branch,
-            control.Pause: self._on_pause,
-            control.Resume: self._on_resume,
-            control.Obey: self._on_obey,
-            control.Report: self._on_report,
-            control.Command: self._on_command,
-            control.Disconnect: self._on_disconnect,
-            control.Close: self._on_close,
+            messages.Connect: self._on_connect,
+            messages.Rejoin: self._on_connect,
+            messages.Swap: self._on_swap,
+            messages.Branch: self._on_branch,
+            messages.Pause: self._on_pause,
+            messages.Resume: self._on_resume,
+            messages.Obey: self._on_obey,
+            messages.Report: self._on_report,
+            messages.Command: self._on_command,
+            messages.Disconnect: self._on_disconnect,
+            messages.Close: self._on_close,
         }
 
     def run(self) -> None:
@@ -82,19 +83,19 @@ class Worker:
         self._reactor.run()
 
     def _take_message(self) -> None:
-        datagram, fds, _, _ = socket.recv_fds(self._channel, control.MAX_MESSAGE, MAX_DESCRIPTORS)
+        datagram, fds, _, _ = socket.recv_fds(self._channel, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
         if not datagram:  # the supervisor is gone
             self._is_alone = True
             self._reactor.remove(self._channel.fileno())
-            self._on_close(control.Close())
+            self._on_close(messages.Close())
             return
-        message = control.decode(datagram)
-        if isinstance(message, control.Open):
+        message = messages.decode(datagram)
+        if isinstance(message, messages.Open):
             self._on_open(message, fds)
         else:
             self._steps[type(message)](message)
 
-    def _on_open(self, message: control.Open, fds: list[int]) -> None:
+    def _on_open(self, message: messages.Open, fds: list[int]) -> None:
         self._open = message
         self._policy, self._is_paused, self._lost = message.policy, message.is_paused, message.lost
         self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
@@ -115,7 +116,7 @@ class Worker:
         if self._open.export:
             self._boot.begin(self._open.export, chain, disk.files)
         self._layers = disk.layers
-        self._speech.say(control.Opened(self._layers, self._boot.path))
+        self._speech.say(messages.Opened(self._layers, self._boot.path))
 
     def _peek(self, disk: Disk) -> None:
         try:
@@ -123,19 +124,19 @@ class Worker:
         except XenbackendError as problem:
             self._fail(problem)
             return
-        self._speech.say(control.Opened(self._layers))
+        self._speech.say(messages.Opened(self._layers))
 
     def _fail(self, problem: XenbackendError) -> None:
-        self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
+        self._speech.say(messages.Failed(str(problem), getattr(problem, "errno", errno.EINVAL)))
 
-    def _on_connect(self, message: control.Connect | control.Rejoin) -> None:
+    def _on_connect(self, message: messages.Connect | messages.Rejoin) -> None:
         self._waiting = message
         if self._disk is None or self._disk.chain is None:
             self._wait_for_image(message)
         else:
             self._boot.end(lambda: self._connect(message))
 
-    def _wait_for_image(self, message: control.Connect | control.Rejoin) -> None:
+    def _wait_for_image(self, message: messages.Connect | messages.Rejoin) -> None:
         """Open what was only looked at as soon as its lock is free, then connect; unless we are told otherwise."""
         assert self._disk is not None  # noqa: S101 - the order of messages
         if self._waiting is not message:
@@ -152,12 +153,12 @@ class Worker:
             return
         self._on_connect(message)
 
-    def _connect(self, message: control.Connect | control.Rejoin) -> None:
+    def _connect(self, message: messages.Connect | messages.Rejoin) -> None:
         disk, self._waiting = self._disk, None
         assert disk is not None and disk.chain is not None  # noqa: S101, PT018 - the order of messages
-        rejoins = isinstance(message, control.Rejoin)
+        rejoins = isinstance(message, messages.Rejoin)
         try:
-            agreed = self._recall() if isinstance(message, control.Rejoin) else message
+            agreed = self._recall() if isinstance(message, messages.Rejoin) else message
             if not rejoins:
                 journal.AGREED.write(self._journal, None)
             self._connection = Connection(
@@ -175,7 +176,7 @@ class Worker:
                 voice=self._speech,
             )
         except XenbackendError as problem:
-            self._speech.say(control.Failed(str(problem), getattr(problem, "errno", errno.EIO)))
+            self._speech.say(messages.Failed(str(problem), getattr(problem, "errno", errno.EIO)))
             return
         if self._had_bugs or self._boot.had_bugs:
             self._connection.engine.expect_strays()
@@ -187,48 +188,48 @@ class Worker:
             self._hold(self._connection)
         self._wire(disk, self._connection)
         self._note(disk.text, agreed)
-        self._speech.say(control.Connected())
+        self._speech.say(messages.Connected())
 
     def _wire(self, disk: Disk, connection: Connection) -> None:
         assert disk.chain is not None  # noqa: S101 - the callers have opened it
         disk.chain.contain = connection.engine.contain
         disk.chain.complete = connection.engine.finish
 
-    def _note(self, chain: str, agreed: control.Connect) -> None:
+    def _note(self, chain: str, agreed: messages.Connect) -> None:
         """Leave to a successor what is served, and how."""
-        journal.AGREED.write(self._journal, {"chain": chain, "connect": control.as_fields(agreed)})
+        journal.AGREED.write(self._journal, {"chain": chain, "connect": messages.as_fields(agreed)})
 
-    def _recall(self) -> control.Connect:
+    def _recall(self) -> messages.Connect:
         """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
         noted = journal.AGREED.read(self._journal)
         if noted is None:
             raise DriverError("the journal does not know what was agreed with the frontend", errno=errno.ENODATA)
-        agreed: control.Connect = control.restore(control.Connect, noted["connect"])
+        agreed: messages.Connect = messages.restore(messages.Connect, noted["connect"])
         return agreed
 
-    def _on_swap(self, message: control.Swap) -> None:
+    def _on_swap(self, message: messages.Swap) -> None:
         def done(problem: str) -> None:
-            self._speech.say(control.Unswapped(problem) if problem else control.Swapped(message.chain, self._layers))
+            self._speech.say(messages.Unswapped(problem) if problem else messages.Swapped(message.chain, self._layers))
 
         if self._may_exchange():
             self._exchange.swap(message.chain, self._connection, done)
 
-    def _on_branch(self, message: control.Branch) -> None:
+    def _on_branch(self, message: messages.Branch) -> None:
         if not self._may_exchange():
             return
         from xenbackend.worker.leaf import make_leaf  # late: most workers never need it
 
         assert self._disk is not None and self._disk.chain is not None  # noqa: S101, PT018 - `_may_exchange` has looked
         try:
-            self._speech.say(control.Branched(make_leaf(self._disk.chain, message.file, message.format)))
+            self._speech.say(messages.Branched(make_leaf(self._disk.chain, message.file, message.format)))
         except (XenbackendError, OSError) as problem:
-            self._speech.say(control.Unswapped(str(problem)))
+            self._speech.say(messages.Unswapped(str(problem)))
 
     def _may_exchange(self) -> bool:
         """Return whether the chain may be exchanged now, and say so if it may not."""
         may = bool(self._disk and self._disk.chain) and not (self._boot.path or self._when_disconnected)
         if not may:
-            self._speech.say(control.Unswapped("the disk is not in service by the guest's own driver"))
+            self._speech.say(messages.Unswapped("the disk is not in service by the guest's own driver"))
         return may
 
     def _listen(self, is_listening: bool) -> None:  # noqa: FBT001 - a switch
@@ -253,35 +254,35 @@ class Worker:
     def _give_up(self, sentence: str) -> None:
         """End the process, so that a successor tries again: no chain could be opened."""
         self._speech.alarm(sentence)
-        self._speech.say(control.Unswapped(sentence))
+        self._speech.say(messages.Unswapped(sentence))
         os._exit(1)
 
-    def _on_pause(self, _: control.Pause) -> None:
+    def _on_pause(self, _: messages.Pause) -> None:
         self._is_paused = True
         if self._connection is None:
-            self._speech.say(control.Held())
+            self._speech.say(messages.Held())
         else:
             self._hold(self._connection)
 
     def _hold(self, connection: Connection) -> None:
-        connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(control.Held()))
+        connection.engine.hold(Hold.PAUSE, lambda: self._speech.say(messages.Held()))
 
-    def _on_resume(self, _: control.Resume) -> None:
+    def _on_resume(self, _: messages.Resume) -> None:
         self._is_paused, self._lost = False, ""
         if self._connection is not None:
             self._connection.resume()
 
-    def _on_obey(self, message: control.Obey) -> None:
+    def _on_obey(self, message: messages.Obey) -> None:
         self._policy = message.policy
         if self._connection is not None:
             self._connection.engine.kept.policy = Policy(message.policy)
 
-    def _on_report(self, message: control.Report) -> None:
+    def _on_report(self, message: messages.Report) -> None:
         disk, connection = self._disk, self._connection
         if connection is not None:
             connection.publish_counters()  # whoever asks may look at them next
         self._speech.say(
-            control.Standing(
+            messages.Standing(
                 phase=self._phase(),
                 chain=disk.text if disk else "",
                 read_only=disk is not None and self._open.read_only,
@@ -304,26 +305,26 @@ class Worker:
             return "connecting"
         return "open" if self._layers else "idle"
 
-    def _on_command(self, message: control.Command) -> None:
+    def _on_command(self, message: messages.Command) -> None:
         try:
             if self._disk is None or self._disk.chain is None:
                 raise DriverError("the chain is not open", errno=errno.ENODEV)
             data = self._disk.chain.control(message.layer, message.verb, message.arguments)
-            reply = control.Reply(message.id, ok=True, data=data.decode("latin-1"))
-            if len(control.encode(reply)) > _REPLY_MAX:
+            reply = messages.Reply(message.id, ok=True, data=data.decode("latin-1"))
+            if len(messages.encode(reply)) > _REPLY_MAX:
                 raise DriverError(f"an answer of {len(data)} bytes is too large; ask for less", errno=errno.EMSGSIZE)
         except XenbackendError as problem:
-            reply = control.Reply(message.id, ok=False, data=str(problem)[:_SENTENCE_MAX])
+            reply = messages.Reply(message.id, ok=False, data=str(problem)[:_SENTENCE_MAX])
         except Exception as bug:  # D8; whoever asked is still waiting
             self._on_bug(bug)
             sentence = f"a bug in layer {message.layer}: {type(bug).__name__}: {bug}"
-            reply = control.Reply(message.id, ok=False, data=sentence[:_SENTENCE_MAX])
+            reply = messages.Reply(message.id, ok=False, data=sentence[:_SENTENCE_MAX])
         self._speech.say(reply)
 
-    def _on_disconnect(self, _: control.Disconnect) -> None:
-        self._boot.end(lambda: self._disconnect(lambda: self._speech.say(control.Disconnected())))
+    def _on_disconnect(self, _: messages.Disconnect) -> None:
+        self._boot.end(lambda: self._disconnect(lambda: self._speech.say(messages.Disconnected())))
 
-    def _on_close(self, message: control.Close) -> None:
+    def _on_close(self, message: messages.Close) -> None:
         self._is_closing, self._hands_over = True, message.hands_over
         self._boot.end(lambda: self._disconnect(self._close))
 
@@ -364,7 +365,7 @@ class Worker:
             if self._disk is not None:
                 self._disk.close()
         finally:  # whatever a layer does, the process ends
-            self._speech.say(control.Closed())
+            self._speech.say(messages.Closed())
             self._reactor.stop()
 
     def _on_bug(self, bug: Exception) -> None:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from xenbackend import control
 from xenbackend.block.chain import open_chain, parse_chain
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, WorkerEnv
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.reactor import Reactor
 
 
-def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[control.LayerFacts]:
+def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[messages.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open.
 
     Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.

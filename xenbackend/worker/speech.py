@@ -12,7 +12,7 @@ from array import array
 from contextlib import suppress
 from typing import Protocol
 
-from xenbackend import control
+from xenbackend.protocol import messages
 
 BURST = 10  # lines before a bucket is empty
 REFILL_S = 60.0  # seconds for one more; with lines of some 100 bytes a guest makes at most 8 KiB of log an hour
@@ -23,7 +23,7 @@ ALARM = 4000  # characters of an alarm: a traceback fits
 class Voice(Protocol):
     """Whoever hears what happens to a connection: the supervisor, in the end."""
 
-    def say(self, message: control.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         """Say what has become of the rings."""
 
     def complain(self, sentence: str) -> None:
@@ -62,17 +62,17 @@ class Speech:
         self._complaints = Bucket()
         self._alarms = Bucket()
 
-    def say(self, message: control.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         """Send a message."""
         self._send(message)
 
     def keep(self, name: str, size: int, fd: int) -> None:
         """Hand over a memory that a successor is to get."""
-        self._send(control.Keep(name, size), fd)
+        self._send(messages.Keep(name, size), fd)
 
     def drop(self, name: str) -> None:
         """Say that a memory is wanted no more."""
-        self._send(control.Drop(name))
+        self._send(messages.Drop(name))
 
     def complain(self, sentence: str) -> None:
         """Say something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
@@ -85,9 +85,9 @@ class Speech:
     def _log(self, bucket: Bucket, level: str, sentence: str) -> None:
         unsaid = bucket.take()
         if unsaid is not None:
-            self._send(control.Log(level, sentence, {"unsaid": str(unsaid)} if unsaid else {}))
+            self._send(messages.Log(level, sentence, {"unsaid": str(unsaid)} if unsaid else {}))
 
-    def _send(self, message: control.Message, *fds: int) -> None:
+    def _send(self, message: messages.Message, *fds: int) -> None:
         """Send a message with the descriptors that belong to it; lost where nobody listens.
 
         Whoever serves a guest must not wait for that: a supervisor that has gone tells the loop by its socket, and one
@@ -96,4 +96,4 @@ class Speech:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         with suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
             # Not `socket.send_fds`, which drops the flags that it is given, and so would wait.
-            self._channel.sendmsg([control.encode(message)], rights, socket.MSG_DONTWAIT)
+            self._channel.sendmsg([messages.encode(message)], rights, socket.MSG_DONTWAIT)

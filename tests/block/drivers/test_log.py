@@ -13,7 +13,6 @@ from random import Random
 import pytest
 
 from tests.helpers_block import SIZE, Bottom, Machine, StepEnv, discard, flush, image, read, write
-from xenbackend import control
 from xenbackend.block import record
 from xenbackend.block.chain import Chain
 from xenbackend.block.dirty import CHUNK_BITS
@@ -22,6 +21,7 @@ from xenbackend.block.drivers.log import _PASSED, Log
 from xenbackend.block.record import Entry, Lost, Session
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import ChainError, DriverError
+from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory
 
 CHUNK = CHUNK_BITS * 512  # bytes of disk
@@ -243,7 +243,7 @@ def test_replies_fit_into_a_message() -> None:
     peeked = log.control("peek", [])
 
     for data in (handed, peeked):
-        assert len(control.encode(control.Reply(1, ok=True, data=data.decode("latin-1")))) < control.MAX_MESSAGE // 2
+        assert len(messages.encode(messages.Reply(1, ok=True, data=data.decode("latin-1")))) < messages.MAX_MESSAGE // 2
 
 
 def test_pages_of_peek_cover_the_disk() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.xen.tools.command import run, until, xenbackend
-from xenbackend.supervisor.client import DEFAULT_SOCKET, call
+from xenbackend.protocol.client import DEFAULT_SOCKET, call
 
 UNIT = "xenbackend.service"
 

@@ -44,8 +44,8 @@ from xenbackend.block.formats.qcow2 import Region, damaged
 from xenbackend.block.qcow.codec import Version1
 from xenbackend.block.qcow.disk import QcowDisk
 from xenbackend.block.qcow.occupied import Occupied
-from xenbackend.block.qcow.steps import Steps
 from xenbackend.block.request import IMAGE_DAMAGED
+from xenbackend.loop.steps import Steps
 from xenbackend.units import format_size, round_up
 
 _GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium

@@ -116,10 +116,10 @@ from xenbackend.block.qcow.datafile import find_data, in_place, open_data
 from xenbackend.block.qcow.disk import QcowDisk
 from xenbackend.block.qcow.occupied import occupied_by
 from xenbackend.block.qcow.refcounts import Refcounts
-from xenbackend.block.qcow.steps import Steps, run
 from xenbackend.block.qcow.subclusters import Subclusters
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
+from xenbackend.loop.steps import Steps, run
 from xenbackend.units import format_size
 
 _MOST_FREED = 8192  # clusters that wait for the guest's next flush; with more of them a discard flushes itself

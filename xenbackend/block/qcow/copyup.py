@@ -23,8 +23,8 @@ from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.parts import allocate, cut
 from xenbackend.block.mapped.tables import OWNED, ZERO
 from xenbackend.block.qcow.level2 import Mapping
-from xenbackend.block.qcow.steps import Steps, run
 from xenbackend.block.request import Request
+from xenbackend.loop.steps import Steps, run
 
 Reserve = Callable[[int, int, Any], None]  # first cluster of the disk, how many; calls back as `Allocator.reserve` does
 

@@ -18,7 +18,7 @@ from xenbackend.block.formats.qcow2_tables import pack_table, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Shared, Soon, Then
 from xenbackend.block.mapped.tables import PLACE, WRITABLE, Tables
-from xenbackend.block.qcow.steps import Steps, run
+from xenbackend.loop.steps import Steps, run
 
 UNIT = 4096  # bytes of a table that are written together; a smaller table is written whole
 SECTOR = 512

@@ -35,8 +35,8 @@ from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
 from xenbackend.block.qcow.occupied import Occupied
-from xenbackend.block.qcow.steps import Line, Steps
 from xenbackend.block.request import IMAGE_DAMAGED
+from xenbackend.loop.steps import Line, Steps
 from xenbackend.units import round_up
 
 FIRST_BATCH, MAX_BATCH = 1 << 20, 16 << 20  # bytes reserved ahead: less at first, more while they are used up

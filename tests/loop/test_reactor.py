@@ -1,0 +1,273 @@
+"""Tests of `xenbackend.loop.reactor`; time is a number that the tests move."""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+from descriptors import open_descriptors
+
+from xenbackend.errors import KernelError
+from xenbackend.loop.reactor import Reactor
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.time
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Return the time that the reactor sees."""
+    return Clock()
+
+
+@pytest.fixture
+def reactor(clock: Clock) -> Iterator[Reactor]:
+    """Return a reactor on that time."""
+    made = Reactor(clock)
+    yield made
+    made.close()
+
+
+def test_readable_descriptor_is_called(reactor: Reactor) -> None:
+    """A callback is called while its descriptor is readable, and no more after it was removed."""
+    reader, writer = os.pipe()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        seen.append(os.read(reader, 1))
+        if len(seen) == 2:
+            reactor.remove(reader)
+            reactor.call_soon(reactor.stop)
+
+    reactor.add(reader, read)
+    os.write(writer, b"abc")
+    reactor.run()
+
+    assert seen == [b"a", b"b"]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_edges_need_no_read(reactor: Reactor) -> None:
+    """A descriptor watched for edges calls once per write, although nobody reads it."""
+    event = os.eventfd(0)
+    calls = []
+    reactor.add(event, lambda: calls.append(1), edge=True)
+    for _ in range(3):
+        os.eventfd_write(event, 1)
+        reactor.call_soon(reactor.stop)
+        reactor.run()
+        reactor.call_soon(reactor.stop)
+        reactor.run()
+
+    assert len(calls) == 3
+    reactor.remove(event)
+    os.close(event)
+
+
+def test_timers_in_order(reactor: Reactor, clock: Clock) -> None:
+    """Timers are called when their time has come, in the order of their times and then of asking; none is early."""
+    order: list[str] = []
+    for delay, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (9.0, "never")):
+        reactor.call_later(delay, lambda name=name: order.append(name))
+    seen = []
+    for time in (100.5, 101.0, 102.5):
+        clock.time = time
+        reactor.call_soon(reactor.stop)
+        reactor.run()
+        seen.append("".join(order))
+
+    assert seen == ["", "ab", "abc"]
+
+
+def test_calls_asked_for_by_calls_wait_for_the_next_pass(reactor: Reactor) -> None:
+    """A call that asks for another one does not keep the descriptors from their turn."""
+    order: list[str] = []
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+
+    def again() -> None:
+        order.append("call")
+        reactor.call_soon(again)
+
+    reactor.add(reader, lambda: (order.append("ready"), reactor.stop()))
+    reactor.call_soon(again)
+    reactor.run()
+
+    assert order == ["call", "ready"]
+    reactor.remove(reader)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_threads_wake_the_loop(reactor: Reactor) -> None:
+    """A call from another thread is done by the loop's thread, which may be asleep without any timer."""
+    seen: list[int] = []
+
+    def finish() -> None:
+        seen.append(threading.get_ident())
+        reactor.stop()
+
+    thread = threading.Thread(target=lambda: reactor.call_soon_threadsafe(finish))
+    reactor.call_soon(thread.start)
+    reactor.run()
+    thread.join()
+
+    assert seen == [threading.get_ident()]
+
+
+def test_hook_that_found_work_keeps_it_awake(reactor: Reactor) -> None:
+    """Hooks are called before sleeping; while one returns True the loop does not sleep, though nothing else happens."""
+    calls: list[int] = []
+
+    def hook() -> bool:
+        calls.append(1)
+        if len(calls) == 5:
+            reactor.stop()
+            reactor.call_soon(int)
+        return True
+
+    reactor.before_sleep(hook)
+    reactor.run()
+    reactor.remove_hook(hook)
+    reactor.call_soon(reactor.stop)
+    reactor.run()
+
+    assert len(calls) == 5
+
+
+def test_hook_that_stops_the_loop(reactor: Reactor) -> None:
+    """A loop that a hook stopped does not go to sleep first."""
+
+    def hook() -> bool:
+        reactor.stop()
+        return False
+
+    reactor.before_sleep(hook)
+    reactor.run()
+
+
+def test_idle_loop_sleeps() -> None:
+    """An idle loop makes one pass per reason to wake up, and none without; a call from a thread is one reason."""
+    reactor = Reactor()
+    passes: list[int] = []
+
+    def hook() -> bool:
+        passes.append(1)
+        return False
+
+    reactor.before_sleep(hook)
+    reactor.call_later(0.01, int)
+    reactor.call_soon_threadsafe(int)
+    reactor.call_later(0.05, reactor.stop)
+    reactor.run()
+    reactor.close()
+
+    assert len(passes) <= 5
+
+
+def test_bugs_go_to_their_handler(clock: Clock) -> None:
+    """An exception out of a callback, or out of a thread, reaches `on_bug`, and everything else goes on."""
+    bugs: list[str] = []
+    reactor = Reactor(clock, on_bug=lambda error: bugs.append(str(error)))
+
+    def bug() -> None:
+        raise ValueError("a bug of ours")
+
+    reactor.call_soon(bug)
+    reactor.run_in_thread(bug, reactor.stop)
+    reactor.run()
+    reactor.close()
+
+    assert bugs == ["a bug of ours", "a bug of ours"]
+
+
+class Sleeper:
+    """Something in flight that the host does not let us wait for, at first."""
+
+    in_flight = 1
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.delivered = 0
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Fail, or have slept."""
+        if self.failures:
+            self.failures -= 1
+            raise KernelError("wait for asynchronous I/O", errno.ENOMEM)
+        return False
+
+    def deliver(self) -> None:
+        """Count."""
+        self.delivered += 1
+
+
+def test_bug_in_a_hook_goes_to_the_handler(clock: Clock) -> None:
+    """An exception out of a hook is contained as a callback's is, and the hooks behind it are called."""
+    bugs: list[str] = []
+    reactor = Reactor(clock, on_bug=lambda error: bugs.append(str(error)))
+
+    def bug() -> bool:
+        raise ValueError("a bug of ours")
+
+    def stop() -> bool:
+        reactor.stop()
+        return True
+
+    reactor.before_sleep(bug)
+    reactor.before_sleep(stop)
+    reactor.run()
+    reactor.close()
+
+    assert bugs == ["a bug of ours"]
+
+
+def test_sleeper_that_cannot_wait_is_told_and_tried_again(clock: Clock) -> None:
+    """While the host refuses the one sleep for everything, the loop serves its own descriptors, and tries again."""
+    bugs: list[Exception] = []
+    reactor = Reactor(clock, on_bug=bugs.append)
+    event = os.eventfd(1)
+    sleeper = Sleeper(failures=2)
+    seen: list[int] = []
+    reactor.add(event, lambda: seen.append(os.eventfd_read(event)))
+    reactor.before_sleep(lambda: bool(sleeper.delivered and reactor.stop()))
+    reactor.sleep_by(sleeper)
+    reactor.run()
+    reactor.close()
+    os.close(event)
+
+    assert [KernelError] * 2 == [type(bug) for bug in bugs]
+    assert seen == [1]
+    assert sleeper.delivered
+
+
+def test_bugs_without_a_handler_end_the_loop(reactor: Reactor) -> None:
+    """Without `on_bug` an exception out of a callback comes out of `run`."""
+
+    def bug() -> None:
+        raise ValueError("a bug of ours")
+
+    reactor.call_soon(bug)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        reactor.run()
+
+
+def test_close_leaves_nothing_open() -> None:
+    """A closed reactor leaves no descriptor and no thread behind."""
+    before = open_descriptors(), threading.active_count()
+    reactor = Reactor()
+    reactor.run_in_thread(int, reactor.stop)
+    reactor.run()
+    reactor.close()
+
+    assert (open_descriptors(), threading.active_count()) == before

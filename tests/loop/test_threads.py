@@ -1,0 +1,66 @@
+"""Tests of `xenbackend.loop.threads`."""
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from xenbackend.loop.threads import Threads
+
+Calls = SimpleQueue[Callable[[], object]]
+
+
+def never(error: Exception) -> Callable[[], object]:
+    """Fail: no exception is expected."""
+    raise AssertionError(error)
+
+
+def test_then_comes_after_function() -> None:
+    """What a thread did is finished before `then` is handed over, and `then` is left to the caller to call."""
+    calls: Calls = SimpleQueue()
+    threads = Threads(calls.put)
+    order: list[str] = []
+    threads.run(lambda: order.append("function"), lambda: order.append("then"), never)
+    then = calls.get(timeout=10)
+    before = list(order)
+    then()
+    threads.close()
+
+    assert (before, order) == (["function"], ["function", "then"])
+
+
+def test_threads_are_started_as_needed_and_bounded() -> None:
+    """An idle thread is used again, a further one is started only when all are busy, and never more than the limit."""
+    calls: Calls = SimpleQueue()
+    threads = Threads(calls.put, limit=3)
+    start = threading.active_count()
+    for _ in range(5):
+        threads.run(int, int, never)
+        calls.get(timeout=10)()
+    one = threading.active_count() - start
+    gate = threading.Event()
+    for _ in range(8):
+        threads.run(gate.wait, int, never)
+    three = threading.active_count() - start
+    gate.set()
+    for _ in range(8):
+        calls.get(timeout=10)()
+    threads.close()
+
+    assert (one, three, threading.active_count() - start) == (1, 3, 0)
+
+
+def test_error_is_handed_over_before_then() -> None:
+    """An exception reaches the loop as what `on_error` made of it, and `then` is called all the same."""
+    calls: Calls = SimpleQueue()
+    threads = Threads(calls.put)
+    order: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    threads.run(fail, lambda: order.append("then"), lambda error: lambda: order.append(str(error)))
+    for _ in range(2):
+        calls.get(timeout=10)()
+    threads.close()
+
+    assert order == ["broken", "then"]

@@ -1,0 +1,121 @@
+"""Descriptors that outlive their service, with the keeper that `supervisor.parent` is."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.descriptors import open_descriptors
+from tests.supervisor.helpers import Kept
+from xenbackend.errors import KernelError
+from xenbackend.supervisor.service.keeper import FIRST, Keeper, forget_inheritance
+
+
+def test_what_is_kept_is_the_same_open_file(kept: Kept) -> None:
+    """A descriptor is kept under its name until that is forgotten; a later one of that name takes its place."""
+    keeper = kept.keeper()
+    first, second = os.memfd_create("first"), os.memfd_create("second")
+    keeper.keep("a", first)
+    keeper.keep("b", first)
+    keeper.keep("b", second)
+    os.write(second, b"content")
+    keeper.forget("nothing")
+    found = {name: os.pread(fd, 10, 0) for name, fd in kept.fds.items()}
+    keeper.forget("b")
+    for fd in (first, second):
+        os.close(fd)
+
+    assert {"a": b"", "b": b"content"} == found
+    assert ["a"] == list(kept.fds)
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"NOTIFY_SOCKET": "/nowhere"}, {"FDSTORE": "64"}, {"NOTIFY_SOCKET": "/nowhere", "FDSTORE": "0"}]
+)
+def test_without_a_keeper_nothing_is_kept(environment: dict[str, str]) -> None:
+    """A service that nobody keeps anything for does not fail for that, and takes nothing for inherited."""
+    keeper = Keeper({**environment, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a"})
+    keeper.keep("a", 0)
+    keeper.forget("a")
+
+    assert (False, {}) == (keeper.is_there, keeper.inherited)
+
+
+def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
+    """Whoever relies on it hears that; the sentence says what was not done."""
+    keeper = kept.keeper()
+    kept.close()
+
+    with pytest.raises(KernelError, match="have a descriptor kept"):
+        keeper.keep("a", 0)
+
+
+@pytest.mark.slow
+def test_a_service_inherits_under_names() -> None:
+    """Descriptors from number 3 on have the names that the environment gives, are ours, and go to no process of ours;
+    of two with one name only one is left open. Another process's inheritance is not taken for ours.
+    """
+    program = """
+import os, subprocess, sys
+from xenbackend.supervisor.service.keeper import Keeper, forget_inheritance
+alien = Keeper({**os.environ, "LISTEN_PID": "1"}).inherited
+found = Keeper(os.environ).inherited
+is_open = [os.path.exists(f"/proc/self/fd/{number}") for number in (3, 4, 5)]
+forget_inheritance(os.environ)
+names = [name for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID") if name in os.environ]
+print(alien, {name: os.readlink(f"/proc/self/fd/{fd}") for name, fd in found.items()}, is_open, names)
+print({name: os.get_inheritable(fd) for name, fd in found.items()})
+"""
+    files = [os.open(place, os.O_RDONLY) for place in ("/dev/null", "/dev/zero", "/dev/full")]
+    environment = {
+        **os.environ, "NOTIFY_SOCKET": "/nowhere", "FDSTORE": "9", "LISTEN_FDS": "3", "LISTEN_FDNAMES": "a:b:b",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    moves = [(os.POSIX_SPAWN_DUP2, fd, FIRST + place) for place, fd in enumerate(_moved_away(files))]
+    near, far = os.pipe()
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-c", program],
+        environment,
+        file_actions=[*moves, (os.POSIX_SPAWN_DUP2, far, 1)],
+    )
+    os.close(far)
+    with os.fdopen(near) as stream:
+        said = stream.read()
+    os.waitpid(pid, 0)
+    for _, fd, _ in moves:
+        os.close(fd)
+
+    assert "{} {'a': '/dev/null', 'b': '/dev/zero'} [True, True, False] []\n{'a': False, 'b': False}\n" == said
+
+
+def _moved_away(fds: list[int]) -> list[int]:
+    """Return descriptors for the same files that are out of the way."""
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    return moved
+
+
+def test_a_keeper_costs_no_descriptor(kept: Kept) -> None:
+    """However much is kept and forgotten, nothing of it stays open here."""
+    keeper = kept.keeper()
+    before = len(open_descriptors())
+    for number in range(20):
+        keeper.keep(str(number), 0)
+        keeper.forget(str(number))
+        assert {} == kept.fds
+
+    assert before == len(open_descriptors())
+
+
+def test_forgetting_takes_the_variables_out() -> None:
+    """Nothing else of the environment is touched."""
+    environment = {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "a", "LISTEN_PID": "1", "NOTIFY_SOCKET": "/x"}
+    forget_inheritance(environment)
+
+    assert {"NOTIFY_SOCKET": "/x"} == environment

@@ -1,0 +1,400 @@
+"""The service as a process: real workers, a simulated xenstored, signals, systemd's protocol, the daemon."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.privileges import MAY_COME_FIRST
+from tests.supervisor.helpers import PATH, write_like_libxl
+from xenbackend.errors import XenbackendError
+from xenbackend.kernel.process import AHEAD
+from xenbackend.protocol.client import call
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.xenstore.store import Store
+from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
+
+pytestmark = pytest.mark.slow  # every one starts a service
+
+_ROOT = Path(__file__).parents[2]
+_COMMAND = (sys.executable, "-c", "import sys; from xenbackend.cli.main import main; sys.exit(main())")
+
+
+class Systemd:
+    """The end of the notify socket that systemd has."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(30)
+        self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "100000"}
+        self.heard: list[str] = []
+
+    def hears(self, beginning: str) -> bool:
+        """Wait for one more state, and return whether one began so."""
+        self.heard.append(self._socket.recv(1000).decode())
+        return any(each.startswith(beginning) for each in self.heard)
+
+    def wait_for(self, state: str) -> None:
+        """Wait until the service has said `state`."""
+        while state not in self.heard:
+            self.heard.append(self._socket.recv(1000).decode())
+
+    def listen_until(self, end: int) -> None:
+        """Hear whatever is said until a process has ended: one that finds nobody listening waits before it goes on."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(end, select.POLLIN)
+        while all(fd != end for fd, _ in poll.poll(30_000) or [(end, 0)]):
+            self.heard.append(self._socket.recv(1000).decode())
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+    def let_go(self) -> None:
+        """Stop listening, and let what was to be kept go: as nobody has received it, the kernel does that."""
+        self.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    """A systemd that listens."""
+    systemd = Systemd(tmp_path / "notify")
+    yield systemd
+    systemd.close()
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(_ROOT), **more}
+
+
+def _start(xenstored: Xenstored, control_socket: Path, systemd: Systemd, *more: str) -> subprocess.Popen[str]:
+    arguments = ("run", "--store", xenstored.address, "--socket", str(control_socket), "--log", "journal", *more)
+    service = subprocess.Popen(
+        [*_COMMAND, *arguments], env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True
+    )
+    systemd.wait_for("READY=1")
+    return service
+
+
+def _stop(service: subprocess.Popen[str]) -> str:
+    service.send_signal(signal.SIGTERM)
+    _, log = service.communicate(timeout=30)
+    assert 0 == service.returncode
+    return log
+
+
+def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
+    """A real worker opens the chain; SIGTERM closes it, leaves the states, and takes our own nodes and socket away."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    pid = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    systemd.wait_for("WATCHDOG=1")
+    systemd.wait_for("STATUS=serving 1 vbds")
+    log = _stop(service)
+    systemd.wait_for("STOPPING=1")
+
+    assert service.pid == pid
+    assert ("InitWait", "", 1 << 30) == (known["state"], known["error"], known["layers"][0]["size"])
+    assert not Path(f"/proc/{known['worker']}").exists()
+    assert "2" == toolstack.read(f"{PATH.backend}/state")
+    assert [] == toolstack.directory("/local/domain/0/xenbackend")
+    assert not control_socket.exists()
+    assert {"<6>"} == {line[:3] for line in log.splitlines()}
+
+
+def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
+    """An unknown verb, an unknown vbd and odd arguments get a sentence from the service, which lives on."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    answers = []
+    command = {"verb": "command", "vbd": "5/xvdz", "layer": "log", "command": "get"}
+    for request in ({"verb": "frob"}, command, {}, {**command, "arguments": 5}, {**command, "arguments": [5]}):
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"from xenbackend.protocol.client import call; call({str(control_socket)!r}, {request})",
+            ],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        answers.append(run.stderr.splitlines()[-1])
+    _stop(service)
+
+    assert ["unknown request" in answers[0], "there is no vbd '5/xvdz'" in answers[1]] == [True, True]
+    assert "unknown request" in answers[2]
+    assert ["the arguments of a command are a list of texts" in answer for answer in answers[3:]] == [True, True]
+
+
+@pytest.mark.parametrize("how", ["replaced", "killed"])
+def test_a_service_that_is_kept_is_followed_by_another_one(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, how: str
+) -> None:
+    """With --keep a service that is killed, or replaced at SIGHUP, has a successor that takes its workers over; SIGTERM
+    drains them and ends all. A worker gets none of the descriptors that are kept.
+    """
+    control_socket = tmp_path / "control.sock"
+    keeping = _start(xenstored, control_socket, systemd, "--keep")
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    service = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    for _ in range(2):
+        systemd.heard.clear()
+        if how == "killed":
+            os.kill(call(str(control_socket), {"verb": "ping"})["data"]["pid"], signal.SIGKILL)
+        else:
+            keeping.send_signal(signal.SIGHUP)
+        systemd.wait_for("READY=1")
+        _wait_until(lambda: _status(control_socket)["phase"] == "open")
+    [after] = call(str(control_socket), {"verb": "status"})["data"]
+    successor = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    descriptors = [_links(pid) for pid in (after["worker"], successor)]
+    end = os.pidfd_open(after["worker"])
+    _wait_until(lambda: os.getpriority(os.PRIO_PROCESS, successor) == os.getpriority(os.PRIO_PROCESS, 0))
+    session = os.getsid(successor)
+    log = _stop(keeping)
+    assert select.select([end], [], [], 0)[0]  # it is another's child by now, who may not have noticed yet
+    os.close(end)
+
+    assert known["worker"] == after["worker"]
+    assert ("open", "", "null:1G") == (after["phase"], after["error"], after["layers"][0]["text"])
+    journals = [each.count("/memfd:xenbackend-journal (deleted)") for each in descriptors]
+    assert [1, 2] == journals  # a mapping has a descriptor of its own
+    assert (True, successor) == (service != successor, session)
+    assert 2 == log.count("taking over from an earlier service")
+
+
+def test_nothing_is_kept_twice(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
+    """Of two descriptors with one name systemd would keep both, and hand the former over too."""
+    systemd.environment["FDSTORE"] = "8"
+    _stop(_start(xenstored, tmp_path / "control.sock", systemd))
+    names = {line.partition("=")[2] for said in systemd.heard for line in said.splitlines() if "FDNAME" in line}
+    kept = [said.split("=")[0] for name in names for said in systemd.heard if f"FDNAME={name}" in said.splitlines()]
+
+    assert {"control", "settings"} == names
+    assert ["FDSTOREREMOVE", "FDSTORE"] * 2 == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("frob = 1", "settings.toml: there is no setting frob"),
+        ('socket = "/nowhere/control.sock"', "/nowhere/control.sock: cannot listen: No such file or directory"),
+        ('socket = "/tmp"', "/tmp: cannot listen there: it is no socket"),
+        (f'socket = "/tmp/{"x" * 200}"', "cannot listen there: AF_UNIX path too long"),
+        ('host = "xenbackend.kernel.xne"', "host: there is no module 'xenbackend.kernel.xne'"),
+    ],
+    ids=["unknown", "no directory", "no socket", "too long", "host"],
+)
+def test_a_mistake_in_the_settings_harms_no_disk(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, text: str, sentence: str
+) -> None:
+    """A service that is replaced by one with unusable settings is followed by one that goes by the former ones, and
+    says so in its log and to systemd; with no disk in service, the mistake ends it.
+    """
+    control_socket, config = tmp_path / "control.sock", tmp_path / "settings.toml"
+    right = f'socket = "{control_socket}"\nserve = "all"\n'
+    config.write_text(right)
+    command = [*_COMMAND, "run", "--keep", "--config", str(config), "--store", xenstored.address, "--log", "journal"]
+    keeping = subprocess.Popen(command, env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True)
+    systemd.wait_for("READY=1")
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    before = _status(control_socket)["worker"]
+    config.write_text(f"{text}\n" if "socket" in text else f"{text}\n{right}")
+    systemd.heard.clear()
+    keeping.send_signal(signal.SIGHUP)
+    systemd.wait_for("READY=1")
+    _wait_until(lambda: _status(control_socket)["phase"] == "open")
+    after = _status(control_socket)["worker"]
+    _wait_until(lambda: systemd.hears("STATUS=serving 1 vbds by the settings of the service before: "))
+    detach(toolstack, PATH)
+    _wait_until(lambda: not call(str(control_socket), {"verb": "status"})["data"])
+    keeping.send_signal(signal.SIGHUP)
+    _, log = keeping.communicate(timeout=30)
+
+    assert before == after
+    assert 1 == log.count("the settings cannot be used, those of the service before hold")
+    assert 2 == keeping.returncode
+    assert 2 == log.count(sentence)  # by the service that went on, and by the one that did not
+
+
+@pytest.mark.skipif(not MAY_COME_FIRST, reason="we may not come before others")
+def test_a_service_comes_before_others_while_it_starts(tmp_path: Path) -> None:
+    """Guests may wait for it; that it calms down where it serves is seen in the test above."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as store:
+        store.bind(str(tmp_path / "store"))
+        store.listen()
+        store.settimeout(30)
+        arguments = ("run", "--store", str(tmp_path / "store"), "--socket", str(tmp_path / "control"))
+        with subprocess.Popen([*_COMMAND, *arguments], env=_environment()) as service:
+            asks, _ = store.accept()  # for its domain, and waits for the answer
+            seen = os.getpriority(os.PRIO_PROCESS, service.pid)
+            service.kill()
+        asks.close()
+
+    assert os.getpriority(os.PRIO_PROCESS, 0) - AHEAD == seen
+
+
+@pytest.mark.parametrize(("number", "stays"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_how_a_service_ends_its_workers(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, number: int, *, stays: bool
+) -> None:
+    """Where a keeper has the workers' sockets SIGTERM leaves them for the next service; SIGINT drains them always."""
+    control_socket = tmp_path / "control.sock"
+    systemd.environment["FDSTORE"] = "16"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    worker = _status(control_socket)["worker"]
+    end, end_of_service = os.pidfd_open(worker), os.pidfd_open(service.pid)
+    service.send_signal(number)
+    if not stays:  # whoever hears what is said gets the descriptors with it
+        systemd.listen_until(end_of_service)
+    service.wait(30)
+    os.close(end_of_service)
+    ended = bool(select.select([end], [], [], 0 if stays else 30)[0])
+    systemd.let_go()
+    assert select.select([end], [], [], 30)[0]
+    os.close(end)
+    service.communicate()  # the worker had the same stream
+
+    assert (0, stays) == (service.returncode, not ended)
+    assert "2" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
+    """Each verb that operators have reaches the disk that it names, and its answer comes back; `stop` ends all."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+
+    def ask(verb: str, **more: str) -> Any:
+        return call(str(control_socket), {"verb": verb, "vbd": "5/xvda", **more}, 30)["data"]
+
+    first = _status(control_socket)["worker"]
+    answers = [ask("pause"), ask("resume"), ask("policy", policy="write=report"), ask("upgrade")]
+    layers = [ask("set", chain="null:2G")["layers"][0]["size"], ask("resize")["layers"][0]["size"]]
+    known = _status(control_socket)
+    with pytest.raises(XenbackendError, match="unknown request"):
+        ask("frob")
+    with pytest.raises(XenbackendError, match="cannot shrink"):
+        ask("set", chain="null:1G")
+    stopped = call(str(control_socket), {"verb": "stop"})["data"]
+    service.communicate(timeout=30)
+
+    assert ["paused", "resumed", "upgraded"] == [answers[0], answers[1], answers[3]]
+    assert "write=report" in answers[2]
+    assert [2 << 30, 2 << 30] == layers
+    assert first != known["worker"]
+    assert ("null:2G", "") == (known["chain"], known["error"])
+    assert ({"pid": service.pid}, 0) == (stopped, service.returncode)
+
+
+def _status(control_socket: Path) -> dict[str, Any]:
+    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    return dict(known)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+def _links(pid: int) -> list[str]:
+    """Return what a process's descriptors are."""
+    return [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> None:
+    """With --detach a missing xenstore is one sentence on the operator's terminal and exit status 1."""
+    run = subprocess.run(
+        [*_COMMAND, "run", "--detach", "--store", str(tmp_path / "none"), "--socket", str(tmp_path / "control.sock")],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (1, 1) == (run.returncode, len(run.stderr.splitlines()))
+    assert f"xenstore at {tmp_path / 'none'}" in run.stderr
+
+
+def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> None:
+    """With --detach the command returns at once, the pid file names the daemon, which is the parent that starts the
+    service and keeps its descriptors, and SIGTERM ends both tidily.
+    """
+    pid_file, control_socket, log_file = (tmp_path / name for name in ("pid", "control.sock", "log"))
+    subprocess.run(
+        [
+            *_COMMAND, "run", "--detach", "--store", xenstored.address, "--socket", str(control_socket),
+            "--pid-file", str(pid_file), "--log-file", str(log_file), "--log", "journal",
+        ],
+        env=_environment(), check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    with Store(xenstored.address) as store:
+        _wait_until_served(store, control_socket)
+    pid = int(pid_file.read_text())
+    end = os.pidfd_open(pid)
+    service = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    assert f"PPid:\t{pid}\n" in Path(f"/proc/{service}/status").read_text()
+    os.kill(pid, signal.SIGTERM)
+    ended, _, _ = select.select([end], [], [], 30)
+    os.close(end)
+
+    assert ended
+    assert not pid_file.exists()
+    assert not Path(f"/proc/{service}").exists()
+    assert not Path(f"{control_socket}.keep").exists()
+    assert "service: stopped" in log_file.read_text()
+
+
+def _wait_until_served(store: Store, control_socket: Path) -> None:
+    """Wait for the daemon's own sign of life in xenstore: a disk of a toolstack that it takes notice of."""
+    write_like_libxl(store)
+    store.watch(f"{PATH.backend}/state", "state")
+    while "2" != store.read(f"{PATH.backend}/state"):
+        assert select.select([store.fileno()], [], [], 30)[0]
+        store.events()
+    assert control_socket.exists()
+
+
+@pytest.mark.parametrize("wrong", ["directory", "running", "socket"])
+def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wrong: str) -> None:
+    """A pid file that cannot be written or names a running service, and a socket that no address holds, are refused
+    while the operator still looks.
+    """
+    pid_file, control_socket = tmp_path / "pid", tmp_path / "control.sock"
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()", "xenbackend"], stdin=subprocess.PIPE)
+    pid_file.write_text(f"{sleeper.pid if wrong == 'running' else 2**22}\n")
+    if wrong == "directory":
+        pid_file = tmp_path
+    if wrong == "socket":
+        control_socket = tmp_path / ("x" * 120)
+    run = subprocess.run(
+        [
+            *_COMMAND, "run", "--detach", "--store", xenstored.address, "--socket", str(control_socket),
+            "--pid-file", str(pid_file), "--log-file", str(tmp_path / "log"),
+        ],
+        env=_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    sleeper.communicate(b"\n")
+
+    assert (2, 1) == (run.returncode, len(run.stderr.splitlines()))
+    expected = {"directory": "cannot write the pid there", "running": f"runs as process {sleeper.pid}"}
+    assert expected.get(wrong, "cannot listen there") in run.stderr

@@ -1,0 +1,206 @@
+"""What starts a service again, and keeps its descriptors meanwhile: with real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.descriptors import open_descriptors
+from xenbackend.errors import ConfigError
+from xenbackend.supervisor.service import parent
+from xenbackend.supervisor.service.parent import Parent, Store
+
+pytestmark = pytest.mark.slow  # every one starts processes
+
+_HEAD = """
+import os, signal, sys
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.notify import Notifier
+place = sys.argv[1]
+with open(place, "a+") as file:
+    file.write("x")
+    file.flush()
+    file.seek(0)
+    run = len(file.read())
+keeper = Keeper(os.environ)
+
+def memory(content):
+    fd = os.memfd_create("x")
+    os.write(fd, content)
+    return fd
+
+def left():
+    return {name: (os.pread(fd, 20, 0).decode(), os.lseek(fd, 0, os.SEEK_CUR)) for name, fd in keeper.inherited.items()}
+
+def say(what):
+    with open(place + ".said", "a") as file:
+        file.write(f"{what}\\n")
+
+"""
+
+
+class Runs:
+    """A parent of a service that is a program's text, and what that said."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        self.store = Store(directory / "keep")
+
+    def run(self, text: str) -> int:
+        """Run the program until the parent has done with it; return the exit status."""
+        (self._directory / "service.py").write_text(_HEAD + text)
+        command = [sys.executable, str(self._directory / "service.py"), str(self._directory / "runs")]
+        return Parent(command, self.store, self.environment).run()
+
+    @property
+    def count(self) -> int:
+        """How often the service was started."""
+        return len((self._directory / "runs").read_text())
+
+    @property
+    def said(self) -> list[str]:
+        """The lines that the service wrote."""
+        return (self._directory / "runs.said").read_text().splitlines()
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    """A parent that does not wait before it starts a service again, and that leaves no descriptor."""
+    monkeypatch.setattr(parent, "RESTART_S", 0.05)
+    before = len(open_descriptors())
+    runs = Runs(tmp_path)
+    yield runs
+    runs.store.close()
+    assert before == len(open_descriptors())
+
+
+def test_a_service_that_dies_is_followed_by_one_that_has_its_descriptors(runs: Runs) -> None:
+    """What was kept comes back under its name as the same open file, in any number; what was forgotten does not."""
+    status = runs.run("""
+if run == 1:
+    for number in range(20):
+        keeper.keep(f"m{number}", memory(bytes([97 + number]) * number))
+    keeper.keep("m3", memory(b"another"))
+    keeper.forget("m0")
+    os.kill(os.getpid(), signal.SIGKILL)
+if run == 2:
+    say(left())
+    sys.exit(3)
+say(sorted(left()) == sorted(f"m{number}" for number in range(1, 20)))
+""")
+    content = {f"m{n}": (chr(97 + n) * n, n) for n in range(1, 20)} | {"m3": ("another", 7)}
+
+    assert (0, 3) == (status, runs.count)
+    assert content == eval(runs.said[0])  # noqa: S307 - what the test's own program wrote
+    assert "True" == runs.said[1]
+
+
+@pytest.mark.parametrize(("status", "count"), [(0, 1), (2, 1), (1, 2), (7, 2)])
+def test_a_service_that_wants_to_end_ends(runs: Runs, status: int, count: int) -> None:
+    """Status 0 is the end, and so is a mistake of the operator, which does not mend itself; any other one is not."""
+    found = runs.run(f"sys.exit({status} if run == 1 else 0)")
+
+    assert (status if count == 1 else 0, count) == (found, runs.count)
+
+
+def test_hangup_replaces_the_service(runs: Runs) -> None:
+    """SIGHUP ends the service by SIGTERM, and another one is started whatever the status was."""
+    status = runs.run("""
+if run < 3:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    keeper.keep(f"of {run}", memory(b"x"))
+    os.kill(os.getppid(), signal.SIGHUP)
+    while True:
+        signal.pause()
+say(sorted(left()))
+""")
+
+    assert (0, 3, ["['of 1', 'of 2']"]) == (status, runs.count, runs.said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_end_drains_and_ends_both(runs: Runs, number: int) -> None:
+    """The service gets SIGINT, by which it drains, and its status is the parent's."""
+    status = runs.run(f"""
+signal.signal(signal.SIGINT, lambda *_: sys.exit(5))
+os.kill(os.getppid(), {int(number)})
+while True:
+    signal.pause()
+""")
+
+    assert (5, 1) == (status, runs.count)
+
+
+def test_a_signal_between_two_services_starts_no_other_one(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants the end while a service that died is about to be followed gets it at once."""
+    monkeypatch.setattr(parent, "RESTART_S", 30.0)
+    status = runs.run("""
+import select
+above, end = os.getppid(), os.pidfd_open(os.getpid())
+if os.fork() == 0:
+    select.select([end], [], [])
+    os.kill(above, signal.SIGTERM)
+    os._exit(0)
+os._exit(1)
+""")
+
+    assert (1, 1) == (status, runs.count)
+
+
+def test_what_the_service_says_of_itself_is_handed_on(runs: Runs, tmp_path: Path) -> None:
+    """Whoever started the parent hears when the service is ready; of descriptors it hears nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as above:
+        above.bind(str(tmp_path / "above"))
+        runs.environment["NOTIFY_SOCKET"] = str(tmp_path / "above")
+        runs.run("keeper.keep('a', memory(b'')); Notifier(os.environ).ready(); Notifier(os.environ).stopping()")
+        above.setblocking(False)
+
+        assert [b"READY=1", b"STOPPING=1"] == [above.recv(100) for _ in range(2)]
+        with pytest.raises(BlockingIOError):
+            above.recv(100)
+
+
+def test_an_inheritance_of_the_parents_is_not_the_services(runs: Runs) -> None:
+    """Numbers that systemd gave to the parent do not make the service overlook what is kept for it."""
+    runs.environment |= {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "odd"}
+    runs.run("""
+if run == 1:
+    keeper.keep("a", memory(b""))
+    sys.exit(1)
+say(list(left()))
+""")
+
+    assert ["['a']"] == runs.said
+
+
+def test_a_place_that_cannot_be_listened_at_is_said(tmp_path: Path) -> None:
+    """Nothing is started where nothing could be kept."""
+    with pytest.raises(ConfigError, match="cannot listen there"):
+        parent.run(["run"], str(tmp_path / "nowhere" / "control.sock"), {})
+
+
+def test_kept_descriptors_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that goes mad fills no table; what is one too many, or has no name to be kept by, is closed."""
+    monkeypatch.setattr(parent, "MAX_KEPT", 3)
+    before = len(open_descriptors())
+    store = Store(tmp_path / "keep")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
+        near.connect(str(tmp_path / "keep"))
+        for number in range(5):
+            socket.send_fds(near, [f"FDSTORE=1\nFDNAME={number}".encode()], [0, 0])
+            store.take()
+        socket.send_fds(near, [b"STATUS=\xff"], [0])
+        store.take()
+    held = list(store.fds)
+    assert not any(os.get_inheritable(fd) for fd in store.fds.values())  # each service gets its own, and no other
+    store.close()
+
+    assert ["0", "1", "2"] == held
+    assert before == len(open_descriptors())

@@ -1,0 +1,147 @@
+"""The zygote as the service holds it: workers from it are our children, and nobody depends on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.privileges import MAY_COME_FIRST
+from xenbackend.protocol import messages
+from xenbackend.supervisor.service import zygote
+from xenbackend.supervisor.service.process import Process
+from xenbackend.supervisor.service.zygote import COMMAND, Zygote
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
+
+REAL = (*COMMAND, "--host", "xenbackend.rig.host")
+
+
+def _fake(text: str) -> tuple[str, ...]:
+    head = "import os, socket, sys; channel = socket.socket(fileno=int(sys.argv[2]))\n"
+    return (sys.executable, "-S", "-c", head + text)
+
+
+def _fork(it: Zygote) -> Process:
+    """Return a worker once the zygote is ready."""
+    while (forked := it.fork()) is None:
+        assert not it.has_ended()
+        os.sched_yield()
+    return forked
+
+
+def _until_ended(it: Zygote) -> None:
+    os.waitid(os.P_PID, it.pid, os.WEXITED | os.WNOWAIT)
+    assert it.has_ended()
+
+
+def test_a_worker_is_as_one_that_we_started() -> None:
+    """It is our child, serves its socket, and how it ended is told; also when its zygote has gone before it."""
+    it = Zygote(REAL)
+    first, second = _fork(it), _fork(it)
+    it.close()
+    second.socket.setblocking(True)
+    second.socket.send(messages.encode(messages.Report(3)))
+    standing = messages.decode(second.socket.recv(messages.MAX_MESSAGE))
+    first.kill()
+    second.socket.send(messages.encode(messages.Close()))
+
+    assert isinstance(standing, messages.Standing)
+    assert 3 == standing.report
+    assert first.pid != second.pid
+    assert "the worker was ended by SIGKILL" == first.describe_end()
+    assert "the worker ended unexpectedly with exit status 0" == second.describe_end()
+
+
+def test_only_workers_come_to_us() -> None:
+    """A helper that a driver started is not left to us when its worker has ended: nobody here would wait for it."""
+    it = Zygote(REAL)
+    _fork(it).leave()
+    with subprocess.Popen(["sh", "-c", "true & echo $!"], stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        orphan = int(shell.stdout.readline())
+    it.close()
+
+    with pytest.raises(ChildProcessError):
+        os.waitpid(orphan, os.WNOHANG)
+
+
+def test_a_worker_is_whole_when_it_is_handed_over() -> None:
+    """However early it dies, its end is ours to hear: the process between has gone before we know of it. And it leads
+    its session, else it could not come before others.
+    """
+    it = Zygote(REAL)
+    ends = set()
+    for _ in range(20):
+        worker = _fork(it)
+        assert worker.pid == os.getsid(worker.pid)
+        worker.kill()
+        ends.add(worker.describe_end())
+    it.close()
+
+    assert {"the worker was ended by SIGKILL"} == ends
+
+
+def test_it_comes_before_others() -> None:
+    """A disk waits for whatever it does; its workers have their turn as we have ours."""
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    it = Zygote(REAL)
+    first = os.getpriority(os.PRIO_PROCESS, it.pid)
+    worker = _fork(it)
+    seen = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (it.pid, worker.pid)]
+    worker.kill()
+    worker.describe_end()
+    it.close()
+
+    assert first < ours or not MAY_COME_FIRST
+    assert [first, ours] == seen
+
+
+def test_nobody_waits_until_it_is_ready() -> None:
+    """One that has not imported everything yet has no worker for us, and lives on."""
+    it = Zygote(_fake("channel.recv(1)"))
+
+    assert it.fork() is None
+    assert not it.has_ended()
+    it.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("channel.send(b'failed')", "it could not fork"),
+        ("channel.send(b'born')", "it sent no pidfd"),
+        ("", "it ended"),
+        ("socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(os.getpid())])", "it ended in the middle of it"),
+        ("socket.send_fds(channel, [b'pidfd'], [0]); channel.send(b'failed')", "it failed in the end"),
+        ("socket.send_fds(channel, [b'pidfd'], [0]); channel.recv(1)", "nothing came of it in time"),
+        ("channel.recv(1)", "it does not answer"),
+    ],
+)
+def test_one_that_fails_is_good_for_nothing(monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+    """Whatever is wrong, there is no worker, no disk waits long, nothing is left open, and the zygote ends."""
+    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.1)
+    it = Zygote(_fake(f"channel.send(b'ready'); channel.recv(16)\n{text}\n# {why}"))
+    while not it._hears():
+        os.sched_yield()
+
+    assert it.fork() is None
+    monkeypatch.setattr(it, "_ask", pytest.fail)  # nobody waits for it once more, ended or not
+    assert it.fork() is None
+    _until_ended(it)
+    assert it.fork() is None
+    it.close()
+
+
+def test_one_that_was_killed_has_no_worker() -> None:
+    """A zygote that somebody killed is found out when it is asked."""
+    it = Zygote(REAL)
+    _fork(it).leave()
+    os.kill(it.pid, signal.SIGKILL)
+    _until_ended(it)
+
+    assert it.fork() is None
+    it.close()

@@ -1,0 +1,256 @@
+"""Taking a vbd from the kernel's backend, beside a model of that kernel: a bus in a directory, fed by xenstore."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.supervisor.helpers import PATH, Kept, Stepped, offer_ring, remove_like_libxl, write_like_libxl
+from xenbackend.blkif.features import Limits
+from xenbackend.errors import XenbackendError
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.claim import TIMEOUT_S, Bus, Claim
+from xenbackend.supervisor.xenstore.paths import VbdPath, libxl_path
+from xenbackend.supervisor.xenstore.store import Store
+
+DEVICE = f"vbd-{PATH.frontend_domid}-{PATH.devid}"
+
+
+class Kernel:
+    """The kernel's xen-backend bus: a device stands for each directory seen in Initialising until it is seen gone."""
+
+    def __init__(self, root: Path, address: str) -> None:
+        self.bus = Bus(root)
+        self.store = Store(address)
+        self._device = root / DEVICE
+
+    def look(self) -> None:
+        """Do what xenbus_dev_changed does."""
+        if not self.store.directory(PATH.backend):
+            self._device.unlink(missing_ok=True)
+        elif self.store.read_optional(f"{PATH.backend}/state") == "1":
+            self._device.touch()
+
+    def probe(self) -> None:
+        """Do what xen-blkback does with a device: write what it offers, whether or not the directory is there."""
+        if self._device.exists():
+            self.store.write(f"{PATH.backend}/feature-max-indirect-segments", "256")
+            self.store.write(f"{PATH.backend}/state", "2")
+
+
+@pytest.fixture
+def kernel(xenstored: Xenstored, tmp_path: Path) -> Iterator[Kernel]:
+    """A kernel with an empty bus."""
+    kernel = Kernel(tmp_path, xenstored.address)
+    yield kernel
+    kernel.store.close()
+
+
+def _make(toolstack: Store, kernel: Kernel) -> dict[str, str]:
+    """Let libxl make a vbd and blkback take it; return its keys."""
+    write_like_libxl(toolstack)
+    toolstack.write(f"{libxl_path(PATH)}/backend", PATH.backend)
+    kernel.look()
+    kernel.probe()
+    return toolstack.dictionary(PATH.backend)
+
+
+def test_a_claimed_vbd_is_the_same_without_the_kernel(toolstack: Store, kernel: Kernel, guest: Store) -> None:
+    """After a claim every key and right is as before, in InitWait, and the kernel has forgotten the device for good."""
+    del guest
+    before = _make(toolstack, kernel)
+    rights = toolstack.get_permissions(f"{PATH.backend}/params")
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0)
+
+    assert (True, False) == (kernel.bus.has(PATH), claim.step())
+    kernel.look()
+    assert claim.step()
+    kernel.look()
+    assert (before, rights) == (toolstack.dictionary(PATH.backend), toolstack.get_permissions(f"{PATH.backend}/params"))
+    assert not kernel.bus.has(PATH)
+
+
+def test_what_blkback_writes_too_late_goes_too(toolstack: Store, kernel: Kernel, guest: Store) -> None:
+    """A driver that was just being loaded writes into the directory that is away: that is no vbd, and is removed."""
+    del guest
+    before = _make(toolstack, kernel)
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0)
+    claim.step()
+    kernel.probe()
+    kernel.look()
+    assert kernel.bus.has(PATH)
+    assert not claim.step()
+    kernel.look()
+
+    assert claim.step()
+    assert before == toolstack.dictionary(PATH.backend)
+
+
+@pytest.mark.parametrize("gone", [f"{PATH.frontend}", libxl_path(PATH)])
+def test_a_vbd_that_was_destroyed_meanwhile_stays_away(
+    toolstack: Store, kernel: Kernel, guest: Store, gone: str
+) -> None:
+    """When the toolstack removes the vbd while its directory is away, the directory does not come back."""
+    del guest
+    _make(toolstack, kernel)
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0)
+    claim.step()
+    toolstack.remove(gone)
+    kernel.look()
+
+    assert claim.step()
+    assert [] == toolstack.directory(PATH.backend)
+
+
+def test_a_vbd_that_is_to_go_is_left_alone(toolstack: Store, kernel: Kernel, guest: Store) -> None:
+    """A toolstack that waits for Closed must not lose the directory."""
+    del guest
+    _make(toolstack, kernel)
+    remove_like_libxl(toolstack)
+    before = toolstack.dictionary(PATH.backend)
+
+    assert Claim(toolstack, kernel.bus, PATH, lambda: 0.0).step()
+    assert before == toolstack.dictionary(PATH.backend)
+
+
+def test_a_kernel_that_does_not_let_go_is_told(toolstack: Store, kernel: Kernel, guest: Store) -> None:
+    """After its time the claim gives up with a sentence, and the toolstack finds the directory again to detach it."""
+    del guest
+    before = _make(toolstack, kernel)
+    times = iter([0.0, 1.0, TIMEOUT_S + 1])
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: next(times))
+    claim.step()
+    with pytest.raises(XenbackendError, match=f"did not let go of {DEVICE} within 10 s; dmesg"):
+        claim.step()
+
+    assert before == toolstack.dictionary(PATH.backend)
+
+
+def test_other_kinds_are_nobodys(tmp_path: Path) -> None:
+    """A device of kind vbd3 stands on the bus as well, but Linux has no driver that would take it."""
+    (tmp_path / "vbd3-5-51712").touch()
+
+    assert not Bus(tmp_path).has(VbdPath("vbd3", 0, 5, 51712))
+
+
+def test_a_transaction_that_has_to_be_repeated_is_no_reason_to_stop(
+    toolstack: Store, kernel: Kernel, guest: Store
+) -> None:
+    """Somebody who writes at the same moment does not make us leave the vbd to the kernel."""
+    del guest
+    _make(toolstack, kernel)
+
+    notes: list[Any] = []
+
+    def note(value: Any) -> None:
+        notes.append(value)
+        if len(notes) == 1:
+            kernel.store.write(f"{PATH.backend}/dev", "xvdb")  # within our transaction
+
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, note)
+    is_over = claim.step()
+    away = toolstack.directory(PATH.backend)
+    kernel.look()
+
+    assert (False, []) == (is_over, away)
+    assert claim.step()
+    assert "xvdb" == toolstack.read(f"{PATH.backend}/dev")
+    assert notes[-1] is None
+
+
+def test_a_claim_is_gone_on_with_by_the_next_service(toolstack: Store, kernel: Kernel, guest: Store) -> None:
+    """What stood in the directory is noted before it goes away, so that a service that dies meanwhile loses no vbd."""
+    del guest
+    before = _make(toolstack, kernel)
+    notes: list[Any] = []
+    Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append).step()
+    assert [] == toolstack.directory(PATH.backend)
+    noted = json.loads(json.dumps(notes[-1]))
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, noted)
+    assert not claim.step()
+    kernel.look()
+
+    assert claim.step()
+    assert (before, None) == (toolstack.dictionary(PATH.backend), notes[-1])
+
+
+def test_a_claim_that_was_noted_and_never_made_takes_nothing_away(
+    toolstack: Store, kernel: Kernel, guest: Store
+) -> None:
+    """A directory that is there is the toolstack's, whatever an earlier service had noted of it."""
+    del guest
+    before = _make(toolstack, kernel)
+    notes: list[Any] = []
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, {"keys": {}, "permissions": []})
+
+    assert claim.step()
+    assert (before, [None]) == (toolstack.dictionary(PATH.backend), notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_service_that_stops_gives_back_what_it_was_claiming(
+    xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store, kept: Kept, *, leaves: bool
+) -> None:
+    """A toolstack that waits for its vbd finds the directory again, and the next service claims it anew."""
+    del guest
+    before = _make(toolstack, kernel)
+    stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus, keeper=kept.keeper())
+    stepped.until(lambda: stepped.registry.vbds and not toolstack.directory(PATH.backend))
+    stepped.leave() if leaves else stepped.close()
+    assert before.items() <= toolstack.dictionary(PATH.backend).items()
+    stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus, keeper=kept.keeper())
+    try:
+        stepped.until(lambda: stepped.registry.vbds and not toolstack.directory(PATH.backend))
+        kernel.look()
+        stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    finally:
+        stepped.close()
+
+    assert {} == kept.fds
+
+
+@pytest.mark.slow
+def test_no_ring_is_joined_while_the_kernel_has_the_device(
+    xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store
+) -> None:
+    """A frontend that has answered blkback's offer is served only after the kernel has let go, and then it is."""
+    _make(toolstack, kernel)
+    offer_ring(guest)
+    stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus)
+    try:
+        stepped.until(lambda: stepped.registry.vbds and not toolstack.directory(PATH.backend))
+        for _ in range(20):
+            stepped.turn(0.001)
+        assert [] == stepped.answers
+        kernel.look()
+        stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/state") == "4")
+    finally:
+        stepped.close()
+
+    assert [{"data": "connected"}] == stepped.answers
+
+
+@pytest.mark.slow
+def test_what_the_kernel_offered_is_served(
+    xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store
+) -> None:
+    """A frontend that chose more queues than our settings offer is served: it read the number of blkback's."""
+    _make(toolstack, kernel)
+    guest.write(f"{PATH.frontend}/multi-queue-num-queues", "2")
+    for queue in "01":
+        guest.write(f"{PATH.frontend}/queue-{queue}/ring-ref", f"8{queue}")
+        guest.write(f"{PATH.frontend}/queue-{queue}/event-channel", f"3{queue}")
+    guest.write(f"{PATH.frontend}/state", "3")
+    stepped = Stepped(xenstored.address, Settings(limits=Limits(max_queues=1)), bus=kernel.bus)
+    try:
+        stepped.until(lambda: stepped.registry.vbds and not toolstack.directory(PATH.backend))
+        kernel.look()
+        stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/state") == "4")
+    finally:
+        stepped.close()

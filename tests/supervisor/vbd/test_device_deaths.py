@@ -1,0 +1,236 @@
+"""The automaton of one vbd: a worker's death, and who comes after it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.supervisor.world import NODE, World, connected, remove
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.protocol import messages
+from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.device import FORCED_LIMIT_S, Phase
+
+S = XenbusState
+
+
+@pytest.mark.parametrize("theirs", [S.INITIALISED, S.CONNECTED, S.CLOSING])
+def test_a_dead_worker_is_followed_by_another_one(theirs: S) -> None:
+    """A guest that has rings sees nothing of a worker's death: a successor serves the same rings, whichever state the
+    guest is in, and the reason is shown until it does.
+    """
+    world = connected()
+    world.theirs = theirs
+    world.settle()
+    before = world.state
+    world.die("the worker was ended by SIGKILL")
+    meanwhile = (world.state, world.device.error, world.inbox[:])
+    world.settle()
+
+    assert (before, "the worker was ended by SIGKILL", ["open"]) == meanwhile
+    assert (before, True, "") == (world.state, world.is_connected, world.device.error)
+    assert world.joined is not None
+    assert world.joined.goes_on
+
+
+def test_workers_that_die_in_vain_come_later_and_later() -> None:
+    """The first successor comes at once, the next ones rest longer and longer, the last one stays away: the guest waits
+    in Connected for an administrator, who has a sentence and the word that helps.
+    """
+    world = connected()
+    rests = []
+    for _ in range(7):
+        world.die("died")
+        rests.append(world.limit if world.device.phase is Phase.RESTING else None)
+        world.rest()
+        world.answer()
+    world.settle()
+
+    assert [None, 0.1, 0.3, 1.0, 2.0, 5.0, None] == rests
+    assert ("4", Phase.NONE) == (world.state, world.device.phase)
+    assert "died, 7 in a row; `xenbackend resume` starts another one" == world.device.error
+    world.send(events.Resume())
+    world.settle()
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_a_worker_that_did_something_for_the_guest_did_not_die_in_vain() -> None:
+    """However often workers die: while the guest gets on, there is a next one, and at once."""
+    world = connected()
+    for _ in range(20):
+        world.die("died", has_progressed=True)
+        assert Phase.OPENING is world.device.phase
+        world.answer()
+        world.answer()
+
+    assert (True, "") == (world.is_connected, world.device.error)
+
+
+def test_a_frontend_that_begins_anew_gets_another_worker_after_all() -> None:
+    """A guest that was given up is served again when its driver begins anew, also by a service that never opened it."""
+    for world in (connected(), World(node=connected().node, theirs=S.CONNECTED)):
+        world.see()
+        for _ in range(7):
+            world.die("died")
+            world.rest()
+        assert world.device.phase is Phase.NONE
+        world.theirs = S.INITIALISING
+        world.settle()
+
+        assert ("2", Phase.OPEN, "") == (world.state, world.device.phase, world.device.error)
+
+
+def test_workers_that_die_before_there_is_a_guest_close_the_vbd() -> None:
+    """Nobody waits yet: after the last one the vbd goes to Closed with its sentence, until it is attached anew."""
+    world = World()
+    world.settle()
+    for _ in range(7):
+        world.die("died")
+        world.rest()
+        world.answer()
+    world.settle()
+
+    assert world.node is not None
+    assert ("6", "error", "died") == (world.state, world.node["hotplug-status"], world.device.error)
+    world.node = dict(NODE)
+    world.settle()
+    assert ("2", True, "") == (world.state, world.is_running, world.device.error)
+
+
+def test_what_cannot_be_opened_for_a_guest_that_waits_is_tried_for_ever() -> None:
+    """A successor that finds the image away (a server that is down) is followed by others, later and later but always;
+    the guest stays Connected and is served when the image is back.
+    """
+    world = connected()
+    world.cannot = "no such file"
+    world.die("died", has_progressed=True)
+    for _ in range(5):
+        world.settle()
+        assert ("4", "no such file") == (world.state, world.device.error)
+    world.cannot = ""
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_rings_that_a_successor_cannot_map_are_tried_again() -> None:
+    """A host that is out of memory for a moment does not cost a guest its disk."""
+    world = connected()
+    world.die("died", has_progressed=True)
+    world.answer()
+    world.inbox.remove("connect")
+    world.send(messages.Failed("map a grant: out of memory", 12))
+    meanwhile = (world.state, world.device.error)
+    world.settle()
+
+    assert ("4", "map a grant: out of memory") == meanwhile
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_failures_to_open_do_not_count_as_deaths() -> None:
+    """An image that was away for long leaves a successor as many lives as any other one has."""
+    world = connected()
+    world.cannot = "no such file"
+    world.die("died", has_progressed=True)
+    world.settle()
+    world.settle()
+    world.cannot = ""
+    world.settle()
+    world.die("died again")
+
+    assert (Phase.RESTING, 0.1) == (world.device.phase, world.limit)
+
+
+def test_a_removal_is_finished_without_another_look() -> None:
+    """A worker that dies while its vbd is removed leaves Closed behind at once: no watch would fire any more."""
+    world = connected()
+    remove(world)
+    world.theirs = S.CLOSED
+    world.see()
+    world.die("died")
+
+    assert ("6", Phase.NONE) == (world.state, world.device.phase)
+
+
+def test_another_process_takes_over() -> None:
+    """A worker that is to be replaced hands over in order, and the next one serves the same rings; nobody has died."""
+    world = connected()
+    world.send(events.Replace())
+    told = (world.device.phase, world.inbox[:])
+    world.answer()
+    shown = world.device.error
+    world.settle()
+
+    assert (Phase.RETIRING, [messages.Close(hands_over=True)]) == told
+    assert "" == shown
+    assert ("4", True) == (world.state, world.is_connected)
+    assert world.joined is not None
+    assert world.joined.goes_on
+
+
+def test_a_worker_that_does_not_hand_over_is_killed() -> None:
+    """Its successor goes by the journal; a node that is gone shortens the wait."""
+    world = connected()
+    world.send(events.Replace())
+    world.send(events.Expired())
+    world.settle()
+    assert ("4", True) == (world.state, world.is_connected)
+    world.send(events.Replace())
+    world.node = None
+    world.see()
+
+    assert FORCED_LIMIT_S == world.limit
+
+
+def test_nobody_is_replaced_who_is_not_there() -> None:
+    """An order that comes while a vbd has no worker does not hit the next one."""
+    world = connected()
+    world.die("died")
+    world.die("died")
+    assert world.device.phase is Phase.RESTING
+    world.send(events.Replace())
+    world.settle()
+
+    assert Phase.SERVING is world.device.phase
+
+
+def test_paused_disk_stays_paused_when_its_worker_dies() -> None:
+    """The successor is told what was lost, until somebody says to go on, even while there is no worker at all."""
+    world = connected()
+    world.send(messages.Paused("a flush failed"))
+    world.die("died")
+    assert "a flush failed" == world.lost
+    for _ in range(6):
+        world.die("died")
+        world.rest()
+    assert world.device.phase is Phase.NONE
+    world.send(events.Resume())
+    world.settle()
+
+    assert ("", "") == (world.lost, world.device.error)
+    assert "flush-failed" not in (world.node or {})
+
+
+def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
+    """What the guest wrote to it must not be lost: the successor opens that one, whatever the node says as yet."""
+    world = connected()
+    starts = [
+        each
+        for each in world.device.handle(events.Ended("died", has_progressed=True, chain="null:2G"))
+        if isinstance(each, events.Start)
+    ]
+
+    assert ["null:2G"] == [each.spec.chain for each in starts]
+
+
+def test_worker_that_takes_too_long_is_killed() -> None:
+    """R23: a worker that does not answer in time is killed, and the vbd goes on with another one."""
+    world = connected()
+    world.theirs = S.CLOSED
+    world.see()
+    assert [messages.Disconnect()] == world.inbox
+    world.send(events.Expired())
+    world.answer()
+    assert "disconnecting for too long" in world.device.error
+    world.settle()
+
+    assert ("6", False, Phase.OPEN) == (world.state, world.is_connected, world.device.phase)

@@ -1,0 +1,189 @@
+"""The automaton of one vbd in every combination and in random order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.supervisor.world import LAYER, NODE, PATH, World, connected, remove
+from xenbackend.blkif.features import Limits
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.protocol import messages
+from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.device import Device, Phase
+
+S = XenbusState
+
+
+@pytest.mark.parametrize("ours", list(S))
+@pytest.mark.parametrize("theirs", list(S))
+def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
+    """R16: from each pair of states and each phase, every event leads to a state without an exception, twice alike."""
+    given: list[events.Event] = [
+        events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
+        events.Ended("x", has_progressed=True, chain="null:2G"), events.Expired(), events.Called(), events.Stop(),
+        events.Stop(leaves=True), events.Inherited(), events.Resume(), events.Replace(),
+        messages.Standing("serving", "null:1G", False, False, [LAYER], "", "", "", ""),
+        messages.Standing("idle", "", False, False, [], "", "", "", ""),
+        messages.Swapped("null:2G", [LAYER]), messages.Trouble("x"), messages.Trouble(""),
+        messages.Opened([LAYER]), messages.Failed("x", 5), messages.Connected(),
+        messages.Halted(0, "x"), messages.Paused("x"), messages.Disconnected(), messages.Closed(),
+    ]  # fmt: skip
+    for phase in Phase:
+        for online in "01":
+            for event in given:
+                device = Device(PATH, Limits())
+                node = {**NODE, "state": str(ours.value), "online": online}
+                device.handle(events.Seen(node, theirs))
+                device.phase = phase
+                device.handle(event)
+                seen = events.Seen(device.keys, theirs)
+                device.handle(seen)
+
+                again = device.handle(events.Seen(device.keys, theirs))
+                assert [] == [each for each in again if each != events.Forget()]
+
+
+@pytest.mark.slow
+def test_random_walks_keep_the_invariants() -> None:
+    """R16: in any order of events, among them deaths of workers and services, no guest that is connected is let down,
+    there are never two workers, Connected needs served rings, and when all is calm the guest is served or told why not;
+    a vbd that is removed ends in Closed, and nothing of it is left.
+    """
+    generator = random.Random(20)
+    world = World()
+    for _ in range(100_000):
+        _random_step(world, generator)
+        if world.is_forgotten:
+            world = World()
+        if generator.random() < 0.001 and world.node is not None:
+            _check_that_it_serves_again(world)
+            _check_that_removal_ends(world)
+            world = World()
+
+
+@pytest.mark.parametrize("death", ["worker", "service", "both"])
+def test_a_death_at_any_step_is_no_more_than_a_delay(death: str) -> None:
+    """Whatever dies after whichever step of a vbd's life from its birth to Connected, the guest is served in the end,
+    and after a detach nothing is left.
+    """
+    for dies_at in range(30):
+        world = World()
+        for step in range(40):
+            if step == dies_at:
+                _die(world, death)
+            (world.see if step % 2 else world.answer)()
+            if step == 8:
+                world.theirs = S.INITIALISED
+            if world.state == "4":
+                world.theirs = S.CONNECTED
+        world.settle()
+        assert ("4", True, "") == (world.state, world.is_connected, world.device.error), f"a death at step {dies_at}"
+        _check_that_removal_ends(world)
+
+
+@pytest.mark.parametrize("death", ["worker", "service", "both"])
+@pytest.mark.parametrize("theirs", [S.CLOSING, S.CLOSED, S.UNKNOWN])
+def test_a_death_at_any_step_of_a_removal_is_no_more_than_a_delay(death: str, theirs: S) -> None:
+    """Whatever dies while a vbd is detached, it ends in Closed, and nothing is left of it."""
+    for dies_at in range(12):
+        world = connected()
+        remove(world)
+        for step in range(12):
+            if step == dies_at:
+                _die(world, death)
+            (world.see if step % 2 else world.answer)()
+            if step == 4:
+                world.theirs = theirs
+        _check_that_removal_ends(world)
+
+
+def _die(world: World, death: str) -> None:
+    if death != "worker":
+        world.lose_service()
+    if death != "service" and world.is_running:
+        world.die("died")
+    if death != "worker":
+        world.begin_service()
+
+
+def _random_step(world: World, generator: random.Random) -> None:
+    kinds = (
+        _frontend_moves, World.answer, World.see, _toolstack_writes, _worker_fails, _node_is_replaced,
+        _service_changes, _operator_asks,
+    )  # fmt: skip
+    step = generator.choices(kinds, weights=(35, 35, 10, 8, 4, 1, 2, 1))[0]
+    if step in (World.answer, World.see):
+        step(world)
+    else:
+        step(world, generator)
+
+
+def _frontend_moves(world: World, generator: random.Random) -> None:
+    world.theirs = generator.choice(list(S))
+    world.see()
+
+
+def _toolstack_writes(world: World, generator: random.Random) -> None:
+    if world.node is not None:
+        world.node["online"] = generator.choice("0111")
+        # Only 4 is left out: whoever writes Connected in our place has to be believed.
+        world.node["state"] = generator.choice([world.node.get("state", "1")] * 8 + list("01235678"))
+
+
+def _worker_fails(world: World, generator: random.Random) -> None:
+    kind = generator.choice(("dies", "dies", "expires", "refuses", "store", "cannot"))
+    if kind == "dies" and world.is_running:
+        world.die("died", has_progressed=generator.random() < 0.5)
+    elif kind == "expires" and world.limit is not None:
+        world.send(events.Expired())
+    elif kind == "cannot":
+        world.cannot = generator.choice(("", "it cannot be opened"))
+    elif kind in ("refuses", "store") and "connect" in world.inbox:
+        world.inbox.remove("connect")
+        world.send(messages.Failed("rings", 22) if kind == "refuses" else events.Postponed())
+
+
+def _service_changes(world: World, generator: random.Random) -> None:
+    if generator.random() < 0.5:
+        world.replace_service()
+        return
+    world.lose_service()
+    for _ in range(generator.randrange(4)):
+        world.answer()
+    if generator.random() < 0.2 and world.is_running:
+        world.die("died with its service")
+    world.begin_service()
+
+
+def _operator_asks(world: World, generator: random.Random) -> None:
+    world.send(generator.choice((events.Resume(), events.Replace())))
+
+
+def _node_is_replaced(world: World, generator: random.Random) -> None:
+    world.node = generator.choice((None, dict(NODE)))
+
+
+def _check_that_it_serves_again(world: World) -> None:
+    assert world.node is not None
+    world.cannot = ""
+    if world.node.get("state") != "4" or world.device.ours is not S.CONNECTED or world.node["online"] == "0":
+        return
+    world.theirs = S.CONNECTED
+    world.settle()
+
+    assert world.state == "4"
+    assert world.is_connected or world.device.error
+
+
+def _check_that_removal_ends(world: World) -> None:
+    remove(world) if world.state is not None else None
+    world.theirs = S.UNKNOWN
+    world.settle()
+
+    assert not world.is_running
+    assert world.state in ("6", None, "0", "9")
+    world.node = None
+    world.settle()
+    assert world.is_forgotten

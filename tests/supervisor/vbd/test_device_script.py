@@ -1,0 +1,99 @@
+"""The automaton of one vbd: what the toolstack's script and a device model wait for."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.supervisor.world import LAYER, NODE, World, connected
+from xenbackend.blkif.features import Limits
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.protocol import messages
+from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+S = XenbusState
+
+
+def test_no_ring_is_served_before_the_script_has_come() -> None:
+    """A toolstack that has not seen InitWait yet would wait for it in vain: a faster frontend waits for the script."""
+    world = World(theirs=S.INITIALISED, runs_script=False)
+    world.settle()
+    before = (world.state, world.device.hotplug, world.is_connected)
+    world.send(events.Called())
+    world.settle()
+
+    assert ("2", "", False) == before
+    assert ("4", "connected", True) == (world.state, world.device.hotplug, world.is_connected)
+
+
+def test_the_next_service_knows_that_the_script_has_come() -> None:
+    """A service that was started again serves a vbd whose script has come, without waiting for another one."""
+    world = World(runs_script=False)
+    assert world.node is not None
+    world.node |= {"state": "2", "hotplug-status": "connected"}
+    world.theirs = S.INITIALISED
+    world.settle()
+
+    assert "4" == world.state
+
+
+def test_a_vbd_without_a_script_is_not_waited_for() -> None:
+    """Where the toolstack names no script, none will come."""
+    world = World(theirs=S.INITIALISED, runs_script=False)
+    assert world.node is not None
+    del world.node["script"]
+    world.settle()
+
+    assert "4" == world.state
+
+
+def test_a_script_that_comes_after_the_failure_is_told() -> None:
+    """A chain that failed before the script came leaves its sentence at once, and the status when the script asks."""
+    world = World(runs_script=False)
+    world.see()
+    world.inbox.clear()
+    world.send(messages.Failed("aio: /img: there is no such file", 2))
+    world.settle()
+    assert world.node is not None
+    before = (world.node["hotplug-error"], world.device.hotplug)
+    world.send(events.Called())
+
+    assert ("aio: /img: there is no such file", "") == before
+    assert ("2", "error") == (world.state, world.device.hotplug)
+
+
+def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
+    """The script of a former vbd in the same place counts for nothing."""
+    world = connected()
+    world.node = dict(NODE)
+    world.theirs = S.INITIALISED
+    world.runs_script = False
+    world.settle()
+
+    assert ("2", "") == (world.state, world.device.hotplug)
+
+
+@pytest.mark.parametrize(("kind", "at"), [("vbd", "nbd+unix:///?socket=/run/x.sock"), ("vbd3", "/run/x.sock")])
+def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, at: str) -> None:
+    """It stands where libxl looks when it starts QEMU, in the form that it makes QEMU's argument of, and not longer."""
+    device = Device(VbdPath(kind, 0, 5, 51712), Limits())
+    device.handle(events.Seen(dict(NODE), S.INITIALISING))
+    device.handle(events.Called())
+    device.handle(messages.Opened([LAYER], "/run/x.sock"))
+    offered = dict(device.keys or {})
+    device.handle(events.Seen(offered, S.INITIALISED))
+    device.handle(messages.Connected())
+
+    assert at == offered["physical-device-path"]
+    assert "4" == (device.keys or {})["state"]
+    assert "physical-device-path" not in (device.keys or {})
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("vbd", None), ("vbd3", "4711")])
+def test_xentop_finds_the_counters_of_kind_vbd3(kind: str, expected: str | None) -> None:
+    """The service's number leads to them, and stands only where somebody looks for it."""
+    device = Device(VbdPath(kind, 0, 5, 51712), Limits(), pid=4711)
+    device.handle(events.Seen(dict(NODE), S.INITIALISING))
+
+    assert expected == (device.keys or {}).get("kthread-pid")

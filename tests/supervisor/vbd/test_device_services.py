@@ -1,0 +1,208 @@
+"""The automaton of one vbd: services that end, and the next ones that inherit its worker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.supervisor.world import NODE, World, connected, remove
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.protocol import messages
+from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.device import FORCED_LIMIT_S, Phase
+
+S = XenbusState
+
+
+def test_stopped_service_leaves_the_state_and_the_next_one_serves_on() -> None:
+    """Stop drains and closes without a write; a new automaton finds both sides Connected and serves the same rings."""
+    world = connected()
+    before = dict(world.node or {})
+    world.send(events.Stop())
+    world.settle()
+    assert (True, before) == (world.is_forgotten, world.node)
+    successor = World(node=world.node, theirs=S.CONNECTED)
+    successor.settle()
+    assert ("4", True) == (successor.state, successor.is_connected)
+
+
+def test_refused_detach_survives_a_restart_of_the_service() -> None:
+    """A guest that still uses its disk after online=0 is served again by the next service, in Closing as before."""
+    world = World({**NODE, "online": "0", "state": "5"}, S.CONNECTED)
+    world.settle()
+
+    assert ("5", True) == (world.state, world.is_connected)
+
+
+def test_removal_is_finished_by_a_service_that_stops() -> None:
+    """Stop in the middle of a removal still ends in Closed: the toolstack is waiting for it."""
+    world = connected()
+    remove(world)
+    world.settle()
+    world.theirs = S.CLOSED
+    world.see()
+    world.send(events.Stop())
+    world.answer()
+
+    assert ("6", True) == (world.state, world.is_forgotten)
+
+
+def test_paused_disk_is_paused_again_by_the_next_service() -> None:
+    """What a failed flush lost stays lost: a service that stops leaves word of it in the node, and the next one tells
+    its worker, shows it, and has it removed when somebody says to go on.
+    """
+    world = connected()
+    world.send(messages.Paused("a flush failed"))
+    world.send(events.Stop())
+    world.answer()
+    assert world.node is not None
+    assert ("4", "a flush failed", True) == (world.state, world.node["flush-failed"], world.is_forgotten)
+    successor = World(node=world.node, theirs=S.CONNECTED)
+    successor.see()
+    successor.answer()
+    opened = (successor.lost, dict(successor.node or {}).get("flush-failed"), successor.device.error)
+    successor.settle()
+    successor.send(events.Resume())
+
+    assert ("a flush failed",) * 3 == opened
+    assert ("4", True, "") == (successor.state, successor.is_connected, successor.device.error)
+    assert "flush-failed" not in (successor.node or {})
+
+
+@pytest.mark.parametrize("looks_first", [True, False])
+def test_the_next_service_takes_the_worker_over(*, looks_first: bool) -> None:
+    """A service that is replaced leaves its worker serving; the next one asks where it stands and goes on from there,
+    whether it hears that before its first look at xenstore or after.
+    """
+    world = connected()
+    before = dict(world.node or {})
+    world.replace_service()
+    if looks_first:
+        world.see()
+    phase = world.device.phase
+    world.answer()
+    world.see()
+
+    assert Phase.ADOPTING is phase
+    assert (Phase.SERVING, True, before) == (world.device.phase, world.is_connected, world.node)
+    assert [] == world.inbox
+    assert "null:1G" == world.device.layers[0].text
+
+
+def test_nothing_is_decided_before_the_first_look() -> None:
+    """While xenstore is away an inherited worker serves on, and one that dies is followed when the store is back; only
+    a service that stops does not wait for it.
+    """
+    world = connected()
+    world.replace_service()
+    world.answer()
+    assert (Phase.SERVING, []) == (world.device.phase, world.inbox)
+    world.send(messages.Paused("a flush failed"))
+    world.die("died")
+    assert (False, False) == (world.is_running, world.is_forgotten)
+    world.see()
+    assert ("4", "a flush failed") == (world.state, world.lost)
+    world.settle()
+    world.replace_service()
+    world.answer()
+    world.send(events.Stop())
+    world.answer()
+
+    assert ("4", True) == (world.state, world.is_forgotten)
+
+
+def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() -> None:
+    """A first look that comes late takes nothing back: neither the connection nor the pause that came before it."""
+    world = connected()
+    world.replace_service()
+    world.inbox.clear()
+    world.send(replace(world.standing(), phase="connecting", report=world.services))
+    world.send(messages.Connected())
+    world.send(messages.Paused("a flush failed"))
+    world.see()
+
+    assert (Phase.SERVING, "a flush failed") == (world.device.phase, world.device.error)
+    assert "a flush failed" == (world.node or {})["flush-failed"]
+
+
+def test_an_answer_to_an_earlier_service_is_none_to_this_one() -> None:
+    """Two services that follow each other quickly ask the same worker: what it says to the first may be out of date."""
+    world = World()
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.replace_service()
+    asked = world.inbox.pop()
+    world.inbox += ["connect"]  # told by the service in between
+    world.replace_service()
+    world.send(replace(world.standing(), report=asked.id))
+    assert world.device.phase is Phase.ADOPTING
+    world.settle()
+
+    assert ("4", Phase.SERVING) == (world.state, world.device.phase)
+
+
+def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
+    """Its service died before it could say what to open, or after that had failed."""
+    world = World()
+    world.see()
+    world.inbox.clear()
+    world.replace_service()
+    world.settle()
+
+    assert ("2", Phase.OPEN, "connected") == (world.state, world.device.phase, world.device.hotplug)
+
+
+def test_an_inherited_worker_that_does_not_answer_is_killed() -> None:
+    """R23: it has ten seconds to say where it stands."""
+    world = connected()
+    world.replace_service()
+    world.see()
+    assert 10.0 == world.limit
+    world.send(events.Expired())
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_an_inherited_worker_with_another_chain_than_is_wanted_is_replaced() -> None:
+    """A toolstack that put another disk into the same place while there was no service gets it."""
+    world = connected()
+    world.lose_service()
+    assert world.node is not None
+    world.node["params"] = "null:2G"
+    world.begin_service()
+    world.see()
+    world.answer()
+    assert [messages.Close()] == world.inbox
+    world.settle()
+
+    assert "null:2G" == world.node["params"] == (world.device.spec and world.device.spec.chain)
+
+
+def test_a_cdrom_is_not_replaced_because_no_worker_knows_that_it_is_one() -> None:
+    """What only the guest is told of a disk is no difference to what a worker was started with."""
+    for looks_first in (True, False):
+        world = World({**NODE, "device-type": "cdrom", "removable": "1"})
+        world.settle()
+        world.replace_service()
+        if looks_first:
+            world.see()
+        world.answer()
+        world.see()
+
+        assert (Phase.OPEN, []) == (world.device.phase, world.inbox)
+
+
+def test_a_vbd_that_went_while_there_was_no_service_is_closed() -> None:
+    """The worker that serves nobody any more is closed within the short limit, and nothing is left."""
+    world = connected()
+    world.lose_service()
+    world.node = None
+    world.begin_service()
+    world.see()
+    world.answer()
+    assert ([messages.Close()], FORCED_LIMIT_S) == (world.inbox, world.limit)
+    world.answer()
+
+    assert (True, False) == (world.is_forgotten, world.is_running)

@@ -1,0 +1,58 @@
+"""What a toolstack wrote, read strictly."""
+
+from __future__ import annotations
+
+import pytest
+
+from xenbackend.errors import ChainError
+from xenbackend.supervisor.vbd.spec import is_ours, parse_spec
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+KEYS = {"frontend": "/local/domain/5/device/vbd/51712", "mode": "w", "params": "null:1G"}
+VBD = VbdPath("vbd", 0, 5, 51712)
+VBD3 = VbdPath("vbd3", 0, 5, 51712)
+
+
+@pytest.mark.parametrize(
+    ("mode", "read_only", "shareable"), [("r", True, False), ("w", False, False), ("w!", False, True)]
+)
+def test_modes(mode: str, read_only: bool, shareable: bool) -> None:
+    """Only the exact letters w and w! may write, and only w! gives up the lock."""
+    spec = parse_spec(VBD, {**KEYS, "mode": mode})
+
+    assert (read_only, shareable) == (spec.read_only, spec.shareable)
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "chain"),
+    [
+        (VBD3, "aio:log:|null:1G", "log:|null:1G"),
+        (VBD3, "vhd:log:|null:1G", "log:|null:1G"),
+        (VBD3, "aio:/img/disk.raw", "aio:/img/disk.raw"),
+        (VBD, "aio:/img/disk.raw", "aio:/img/disk.raw"),
+    ],
+)
+def test_libxl_carrier_falls_away(path: VbdPath, params: str, chain: str) -> None:
+    """What libxl puts before a target of kind vbd3 is dropped when a chain follows, and kept before a plain path."""
+    assert chain == parse_spec(path, {**KEYS, "params": params}).chain
+
+
+def test_a_bad_chain_is_refused_early() -> None:
+    """A chain that cannot be meant is refused before any process is started."""
+    with pytest.raises(ChainError):
+        parse_spec(VBD, {**KEYS, "params": "log:|"})
+
+
+@pytest.mark.parametrize(
+    ("script", "ours"),
+    [
+        ("/etc/xen/scripts/block-xenbackend", True),
+        ("tap2", True),
+        ("/etc/xen/scripts/block", False),
+        ("/tap2/block", False),
+        ("", False),
+    ],
+)
+def test_our_vbds_are_known_by_their_script(script: str, ours: bool) -> None:
+    """The base name of the script decides, whatever its directory."""
+    assert ours == is_ours({"script": script}, ["block-xenbackend", "tap2"])

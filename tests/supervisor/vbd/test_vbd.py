@@ -1,0 +1,219 @@
+"""One vbd in service when xenstore or a guest gets in its way; its usual life is in `test_registry.py`."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import FAKE_WORKER, PATH, Kept, Stepped, offer_ring, write_like_libxl
+from xenbackend.blkif.features import Limits
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service.fleet import Worker
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.device import Phase
+from xenbackend.supervisor.vbd.vbd import Vbd, events
+from xenbackend.supervisor.xenstore.store import Store
+
+pytestmark = pytest.mark.slow  # every one starts processes
+
+
+def test_write_for_a_state_that_has_passed_is_dropped(stepped: Stepped, toolstack: Store) -> None:
+    """A write is made only where the state is still the one it was decided on, and another look follows."""
+    write_like_libxl(toolstack)
+    vbd = stepped.vbd()
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "2")
+    vbd.node_changed = False
+    vbd._write(events.Write({"state": "4", "sectors": "8"}, XenbusState.CLOSING))
+
+    assert vbd.node_changed
+    assert "2" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_write_into_a_node_that_is_gone_does_not_make_it_again(stepped: Stepped, toolstack: Store) -> None:
+    """A directory that the toolstack has removed stays removed, whatever we had still to say."""
+    write_like_libxl(toolstack)
+    vbd = stepped.vbd()
+    toolstack.remove(PATH.backend)
+    vbd._write(events.Write({"state": "2"}, XenbusState.INITIALISING))
+
+    assert toolstack.read_optional(PATH.backend) is None
+
+
+def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: Store, lines: io.StringIO) -> None:
+    """R13: a frontend that toggles its state for ever fills no log."""
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    for number in range(300):
+        toolstack.write(f"{PATH.frontend}/state", "6" if number % 2 else "1")
+        stepped.turn(0)
+
+    assert 10 < len(lines.getvalue().splitlines()) < 60
+
+
+def test_the_worker_hears_what_was_offered(
+    xenstored: Xenstored, toolstack: Store, guest: Store, lines: io.StringIO
+) -> None:
+    """The limits of the settings, and a disk that cannot discard, reach the worker that has to enforce them."""
+    stepped = Stepped(xenstored.address, Settings(limits=Limits(max_segments=32)))
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    offer_ring(guest)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+    stepped.close()
+
+    assert "discard=False segments=32" in lines.getvalue()
+
+
+@pytest.mark.parametrize(("type_", "exports"), [("hvm", True), ("pv", False), ("", False)])
+def test_disks_of_hvm_guests_are_exported(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, type_: str, *, exports: bool
+) -> None:
+    """Only their firmware boots from a disk before their own driver does; and only until that has connected."""
+    if type_:
+        toolstack.write("/libxl/5/type", type_)
+    stepped = Stepped(xenstored.address, Settings(socket=str(tmp_path / "control.sock")))
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    where = toolstack.read_optional(f"{PATH.backend}/physical-device-path")
+    offer_ring(guest)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+
+    assert (f"nbd+unix:///?socket={tmp_path}/nbd/vbd-5-51712.sock" if exports else None) == where
+    assert toolstack.read_optional(f"{PATH.backend}/physical-device-path") is None
+    assert not stepped.vbd()._export_path()
+    stepped.close()
+
+
+@pytest.mark.parametrize("is_the_same", [True, False])
+def test_rings_are_gone_on_with_where_they_are_the_same(
+    stepped: Stepped, toolstack: Store, guest: Store, lines: io.StringIO, *, is_the_same: bool
+) -> None:
+    """The journal tells a successor what was in flight in the rings that were agreed; it says nothing of other ones."""
+    vbd = _serve(stepped, toolstack, guest)
+    if not is_the_same:
+        guest.write(f"{PATH.frontend}/ring-ref", "9")
+    _kill(vbd)
+    stepped.until(lambda: lines.getvalue().count("opening") == 2 and vbd.device.phase is Phase.SERVING)
+
+    assert (1, is_the_same) == (
+        lines.getvalue().count("connecting") - (not is_the_same),
+        "rejoining" in lines.getvalue(),
+    )
+
+
+def test_a_successor_comes_before_others_until_it_serves(
+    stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest waits for it, which on a busy host could be long; for a first worker nobody does."""
+    seen: list[str] = []
+    boost, unboost = Worker.boost, Worker.unboost
+    monkeypatch.setattr(Worker, "boost", lambda worker: (seen.append("boost"), boost(worker)))
+    monkeypatch.setattr(Worker, "unboost", lambda worker: (seen.append("unboost"), unboost(worker)))
+    vbd = _serve(stepped, toolstack, guest)
+    assert ["unboost"] == seen
+    _kill(vbd)
+    stepped.until(lambda: len(seen) == 3)
+
+    assert ["unboost", "boost", "unboost"] == seen
+    assert vbd.worker is not None
+    assert os.getpriority(os.PRIO_PROCESS, 0) == os.getpriority(os.PRIO_PROCESS, vbd.worker.pid)
+
+
+def test_a_frontend_that_writes_nonsense_while_it_is_served_is_served_on(
+    stepped: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
+) -> None:
+    """What it writes later takes back nothing of what it had agreed to."""
+    vbd = _serve(stepped, toolstack, guest)
+    guest.write(f"{PATH.frontend}/ring-ref", "nonsense")
+    _kill(vbd)
+    stepped.until(lambda: "rejoining" in lines.getvalue() and vbd.device.phase is Phase.SERVING)
+
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_a_frontend_that_is_connected_may_have_more_queues_than_are_offered_today(
+    xenstored: Xenstored, toolstack: Store, guest: Store
+) -> None:
+    """It goes by what an earlier service offered."""
+    stepped = Stepped(xenstored.address, Settings(limits=Limits(max_queues=1)))
+    write_like_libxl(toolstack, state="4", hotplug_status="connected")
+    guest.write(f"{PATH.frontend}/multi-queue-num-queues", "2")
+    for queue in "01":
+        guest.write(f"{PATH.frontend}/queue-{queue}/ring-ref", f"8{queue}")
+        guest.write(f"{PATH.frontend}/queue-{queue}/event-channel", f"3{queue}")
+    guest.write(f"{PATH.frontend}/state", "4")
+    stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)
+    stepped.close()
+
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_a_worker_that_lived_long_has_not_died_in_vain(
+    stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that had nothing to do for a while does not use up the lives of its disk."""
+    monkeypatch.setattr("xenbackend.supervisor.vbd.vbd.LONG_S", 0.0)
+    vbd = _serve(stepped, toolstack, guest)
+    for _ in range(8):
+        pid = _kill(vbd)
+        stepped.until(lambda: vbd.worker is not None and vbd.worker.pid != pid and vbd.device.phase is Phase.SERVING)  # noqa: B023 - at once
+
+    assert "" == vbd.device.error
+
+
+def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack: Store) -> None:
+    """Where no worker can be started the disk rests, says why, and goes on resting: no step waits for an answer that
+    nobody gives.
+    """
+    stepped = Stepped(xenstored.address, Settings())
+    stepped.fleet._command = ("/nonexistent/worker",)
+    write_like_libxl(toolstack)
+    stepped.until(lambda: stepped.vbd().device.phase is Phase.RESTING)
+    assert "start a worker process" in stepped.vbd().device.error
+    stepped.fleet._command = FAKE_WORKER
+    stepped.expire()
+    stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
+    stepped.close()
+
+
+def test_a_worker_with_another_programs_journal_closes_its_disk_in_order(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, lines: io.StringIO
+) -> None:
+    """What it has in flight only it can finish: it is asked to, and its successor begins with a journal of its own,
+    in the same rings; the guest stays connected.
+    """
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    vbd = _serve(stepped, toolstack, guest)
+    worker = vbd.worker.pid
+    vbd.handover.page[4096:8192].cast("Q")[1] += 1  # the version
+    stepped.leave()
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)
+    successor = stepped.vbd().worker.pid
+    stepped.close()
+
+    assert worker != successor
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+    assert 2 == lines.getvalue().count("connecting")
+    assert {} == kept.fds
+
+
+def _serve(stepped: Stepped, toolstack: Store, guest: Store) -> Vbd:
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    offer_ring(guest)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+    guest.write(f"{PATH.frontend}/state", "4")
+    stepped.until(lambda: stepped.vbd().device.theirs == 4)
+    return stepped.vbd()
+
+
+def _kill(vbd: Vbd) -> int:
+    assert vbd.worker is not None
+    pid = vbd.worker.pid
+    vbd.worker.kill("the test wants it")
+    return pid

@@ -1,0 +1,349 @@
+"""The xenstore client where things go wrong; what both xenstoreds must do alike is in contract/test_store.py."""
+
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyxs import connection
+from pyxs._internal import Op, Packet
+
+from xenbackend.errors import StoreError
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.xenstore import store as module
+from xenbackend.supervisor.xenstore.nodes import Nodes
+from xenbackend.supervisor.xenstore.store import Store, find_address
+
+Peer = Callable[[socket.socket], None]
+REQUEST = 16 + len("/a\0")  # bytes of the request that the scripted peers answer
+
+
+@pytest.fixture
+def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
+    """A rig's xenstored with domain 5."""
+    with Xenstored(tmp_path / "store") as running:
+        running.add_domain_socket(5)
+        yield running
+
+
+@pytest.fixture
+def store(xenstored: Xenstored) -> Iterator[Store]:
+    """A client of it as domain 0, which does not wait between attempts."""
+    with Store(xenstored.address, pause=lambda _: None) as client:
+        yield client
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Callable[[Peer], str]]:
+    """Start a xenstored that does what a function says to the one connection it gets."""
+    threads = []
+
+    def start(behave: Peer) -> str:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "peer"))
+        listener.listen()
+
+        def run() -> None:
+            with listener, listener.accept()[0] as near:
+                behave(near)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        return str(tmp_path / "peer")
+
+    yield start
+    for thread in threads:
+        thread.join()
+
+
+def packet(op: int, request: int, payload: bytes, size: int | None = None) -> bytes:
+    """Return a packet as a xenstored sends it."""
+    return struct.pack("=IIII", op, request, 0, len(payload) if size is None else size) + payload
+
+
+def until_gone(near: socket.socket) -> None:
+    """Read until the client hangs up."""
+    while near.recv(65536):
+        pass
+
+
+def test_the_names_of_pyxs_that_we_stand_on_are_there() -> None:
+    """The private and public parts of pyxs that the client uses are what it takes them for."""
+    assert (Op.DIRECTORY, Op.READ, Op.WRITE, Op.WATCH_EVENT, Op.ERROR) == (1, 2, 11, 15, 16)
+    assert {
+        "DIRECTORY",
+        "READ",
+        "GET_PERMS",
+        "WATCH",
+        "UNWATCH",
+        "TRANSACTION_START",
+        "TRANSACTION_END",
+        "WRITE",
+    } < set(Op._fields)
+    assert Packet._fields == ("op", "rq_id", "tx_id", "size", "payload")
+    assert Packet._struct.size == module._HEADER.size
+    assert connection.PacketConnection.transport is None
+    assert {"connect", "close", "send", "fileno", "is_connected"} <= set(vars(connection.PacketConnection))
+
+
+def test_the_address_is_where_libxenstore_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """XENSTORED_PATH names the socket, else XENSTORED_RUNDIR its directory."""
+    (tmp_path / "socket").touch()
+    monkeypatch.delenv("XENSTORED_PATH", raising=False)
+    monkeypatch.setenv("XENSTORED_RUNDIR", str(tmp_path))
+    assert find_address() == f"{tmp_path}/socket"
+
+    monkeypatch.setenv("XENSTORED_PATH", "/elsewhere")
+    assert find_address() == "/elsewhere"
+
+
+def test_connecting_to_nothing_is_a_sentence(tmp_path: Path) -> None:
+    """Without a xenstored the error names the address; a socket nobody listens at leaks nothing."""
+    with pytest.raises(StoreError, match=f"{tmp_path}/none: cannot connect: No such file"):
+        Store(f"{tmp_path}/none")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{tmp_path}/stale")
+    with pytest.raises(StoreError, match="Connection refused"):
+        Store(f"{tmp_path}/stale")
+
+
+def test_a_device_is_spoken_to_as_well_as_a_socket() -> None:
+    """An address that is no socket is opened as the kernel's xenbus device is, without blocking."""
+    controller, terminal = os.openpty()
+    with Store(os.ttyname(terminal), timeout_s=0.01) as store:
+        assert store.is_connected
+        assert not os.get_blocking(store.fileno())
+    os.close(controller)
+    os.close(terminal)
+
+
+def test_silence_ends_at_the_deadline(peer: Callable[[Peer], str]) -> None:
+    """A xenstored that does not answer in time counts as lost, and the next call does not wait again."""
+    store = Store(peer(until_gone), timeout_s=0.02)
+
+    with pytest.raises(StoreError, match="did not answer in time") as caught:
+        store.read("/a")
+
+    assert caught.value.errno == errno.EIO
+    assert not store.is_connected
+    assert store.fileno() == -1
+    with pytest.raises(StoreError, match="not connected"):
+        store.read("/a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"", "closed the connection"),
+        (packet(Op.READ, 1, b"", size=10) + b"short", "closed the connection"),
+        (packet(Op.READ, 1, b"", size=(1 << 20) + 1), "1048577 bytes"),
+        (packet(Op.READ, 99, b"x"), "nobody asked for"),
+        (packet(Op.WRITE, 1, b"OK\0"), "nobody asked for"),
+    ],
+    ids=["end of file", "cut off", "too long", "another request's", "another operation's"],
+)
+def test_a_broken_answer_loses_the_connection(peer: Callable[[Peer], str], answer: bytes, reason: str) -> None:
+    """A call in flight raises promptly when xenstored goes away or is out of step, and never hangs."""
+
+    def behave(near: socket.socket) -> None:
+        near.recv(REQUEST, socket.MSG_WAITALL)
+        near.sendall(answer)
+
+    store = Store(peer(behave))
+    with pytest.raises(StoreError, match=reason):
+        store.read("/a")
+
+    assert not store.is_connected
+
+
+def test_an_unknown_error_name_is_an_io_error_of_a_living_connection(peer: Callable[[Peer], str]) -> None:
+    """An error name that this host does not know refuses the call, not the connection."""
+
+    def behave(near: socket.socket) -> None:
+        near.recv(REQUEST, socket.MSG_WAITALL)
+        near.sendall(packet(Op.ERROR, 1, b"EWHATEVER\0"))
+        until_gone(near)
+
+    with Store(peer(behave)) as store:
+        with pytest.raises(StoreError, match="xenstore: read /a: "):
+            store.read("/a")
+        assert store.is_connected
+
+
+def test_losing_xenstored_shows_at_the_descriptor(xenstored: Xenstored, store: Store) -> None:
+    """When xenstored goes while nothing is asked, the descriptor becomes readable and `events` raises."""
+    xenstored.stop()
+
+    assert [(store.fileno(), select.POLLIN)] == [(fd, what & select.POLLIN) for fd, what in polled(store)]
+    with pytest.raises(StoreError, match="connection lost"):
+        store.events()
+
+
+def polled(store: Store) -> list[tuple[int, int]]:
+    """Wait until the client's descriptor says something."""
+    poll = select.poll()
+    poll.register(store, select.POLLIN)
+    return poll.poll(5000)
+
+
+def drained(store: Store) -> list[tuple[str, str]]:
+    """Return all events that earlier operations of ours or of others caused."""
+    store.read("domid")  # its reply comes after the events of what was answered before
+    return store.events()
+
+
+def test_after_reconnecting_every_watch_is_there_and_fires(xenstored: Xenstored, store: Store) -> None:
+    """A restarted xenstored has forgotten us: `reconnect` sets all watches again, and each fires once."""
+    store.watch("/a", "one")
+    store.watch("backend/vbd", "two")
+    store.watch("/gone", "three")
+    store.unwatch("/gone", "three")
+    store.write("/a/old", "an event that nobody took")
+    xenstored.stop(forget=True)
+    with pytest.raises(StoreError):
+        store.read("/a")
+    with pytest.raises(StoreError, match="cannot connect"):
+        store.reconnect()
+    xenstored.start()
+
+    store.reconnect()
+
+    assert drained(store) == [("/a", "one"), ("backend/vbd", "two")]
+    store.write("/a/b", "x")
+    assert drained(store) == [("/a/b", "one")]
+
+
+def test_a_node_written_often_is_one_event(store: Store) -> None:
+    """Events are a set: a node that changes a thousand times while nobody looks is reported once."""
+    store.watch("/a", "token")
+    for number in range(100):
+        store.write("/a/b", str(number))
+
+    assert drained(store) == [("/a", "token"), ("/a/b", "token")]
+    assert drained(store) == []
+
+
+def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
+    """R12: no list grows with guest behaviour; too many changed paths collapse into the watched one."""
+    store.watch("/a", "flood")
+    store.watch("/b", "calm")
+    for number in range(300):
+        store.write(f"/a/{number}", "")
+        store.remove(f"/a/{number}")
+    store.write("/b", "")
+
+    events = drained(store)
+
+    assert len(events) <= 2 * module._PATHS_PER_TOKEN
+    assert ("/a", "flood") in events
+    assert [event for event in events if event[1] == "calm"] == [("/b", "calm")]
+
+
+def test_an_event_of_a_removed_watch_is_dropped(store: Store) -> None:
+    """After `unwatch` no event of that watch comes any more, not even one that was already on its way."""
+    store.watch("/a", "token")
+    store.write("/a", "1")
+    store.unwatch("/a", "token")
+    store.write("/a", "2")
+
+    assert drained(store) == []
+
+
+def test_a_watch_is_set_once(store: Store) -> None:
+    """Setting a watch again, or taking back one that is not there, is no error."""
+    store.watch("/a", "token")
+    store.watch("/a", "token")
+    store.unwatch("/a", "token")
+    store.unwatch("/a", "token")
+
+    assert drained(store) == []
+
+
+def test_a_refused_watch_is_not_set_again_later(xenstored: Xenstored, store: Store) -> None:
+    """A watch that xenstored refused is forgotten, so that `reconnect` does not fail on it for ever."""
+    with pytest.raises(StoreError, match="watch /a//b"):
+        store.watch("/a//b", "token")
+
+    store.reconnect()
+
+    assert drained(store) == []
+
+
+def test_what_the_wire_cannot_carry_is_refused_before_sending(store: Store) -> None:
+    """A value beyond XENSTORE_PAYLOAD_MAX or a NUL in a path is a clear error, and the connection lives."""
+    store.write("/a", "x" * (4096 - 3))
+    with pytest.raises(StoreError, match="4097 bytes of path and value; xenstore carries at most 4096") as caught:
+        store.write("/a", "x" * (4096 - 2))
+    assert caught.value.errno == errno.E2BIG
+    with pytest.raises(StoreError, match="NUL"):
+        store.read("/a\0/b")
+
+    assert store.is_connected
+
+
+def test_a_transaction_is_tried_again_until_nobody_interferes(xenstored: Xenstored, store: Store) -> None:
+    """A body whose commit meets EAGAIN runs again and sees what the other wrote."""
+    store.write("/n", "0")
+    others = Store(xenstored.address)
+    seen = []
+
+    def body(transaction: Nodes) -> str:
+        seen.append(transaction.read("/n"))
+        if len(seen) < 3:
+            others.write("/n", str(len(seen)))
+        transaction.write("/n", "mine")
+        return "done"
+
+    assert store.transact(body) == "done"
+    assert seen == ["0", "1", "2"]
+    assert store.read("/n") == "mine"
+    others.close()
+
+
+def test_a_transaction_that_always_collides_is_given_up_with_growing_pauses(xenstored: Xenstored) -> None:
+    """Retries are capped and wait between attempts with jitter: no spin."""
+    pauses: list[float] = []
+    store, others = Store(xenstored.address, pause=pauses.append), Store(xenstored.address)
+
+    def body(transaction: Nodes) -> None:
+        transaction.read_optional("/n")
+        others.write("/n", "x")
+
+    with pytest.raises(StoreError) as caught:
+        store.transact(body, attempts=9)
+
+    assert caught.value.errno == errno.EAGAIN
+    assert len(pauses) == 8
+    assert all(pause <= module._PAUSE_MAX_S for pause in pauses)
+    assert sum(pauses[4:]) > sum(pauses[:2])
+    store.close()
+    others.close()
+
+
+def test_an_exception_aborts_the_transaction(store: Store) -> None:
+    """What the body raises comes out, and nothing of the transaction stays."""
+
+    def body(transaction: Nodes) -> None:
+        transaction.write("/a", "x")
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        store.transact(body)
+
+    assert store.read_optional("/a") is None
+    assert store.transact(lambda transaction: transaction.read_optional("/a")) is None
+
+
+def test_a_domain_knows_its_number(xenstored: Xenstored, store: Store) -> None:
+    """The own domain's number is the node `domid`, and anything else in there is refused."""
+    with Store(f"{xenstored.address}.5") as guest:
+        assert guest.own_domid() == 5
+    store.write("domid", "0x1")
+
+    with pytest.raises(StoreError, match="'0x1', which is no domain number"):
+        store.own_domid()

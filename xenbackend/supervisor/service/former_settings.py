@@ -1,0 +1,73 @@
+"""The settings of the service before, kept for one that cannot use its own: guests are served on all the same.
+
+Must not be used where no disk is in service: then a mistake is said, and nothing is started.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+from xenbackend.blkif.features import Limits
+from xenbackend.errors import ConfigError, KernelError
+from xenbackend.supervisor.service import settings
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.handover import is_of_a_disk
+
+_NAME = "settings"  # at the keeper
+_MAX = 1 << 20  # bytes
+
+
+def choose(read: Callable[[], Settings], keeper: Keeper) -> tuple[Settings, str]:
+    """Return the settings to go by, and what is wrong with those that should be; empty where nothing is.
+
+    Args:
+        read: returns our own. Raises: ConfigError.
+        keeper: what an earlier service left.
+
+    Raises: ConfigError where our own are not usable, and no disk is in service or nobody knows by which settings.
+    """
+    former = _take(keeper)
+    try:
+        return read(), ""
+    except ConfigError as problem:
+        if former is None or not any(is_of_a_disk(name) for name in keeper.inherited):
+            raise
+        return former, str(problem)
+
+
+def leave(chosen: Settings, keeper: Keeper) -> None:
+    """Have the settings kept for the next service. Raises: KernelError."""
+    try:
+        fd = os.memfd_create("xenbackend-settings", os.MFD_CLOEXEC)
+        with os.fdopen(fd, "wb") as file:
+            file.write(json.dumps(asdict(chosen)).encode())
+            file.flush()
+            keeper.replace(_NAME, fd)
+    except OSError as error:
+        raise KernelError("keep the settings", error.errno or errno.EIO) from None
+
+
+def _take(keeper: Keeper) -> Settings | None:
+    fd = keeper.inherited.pop(_NAME, -1)
+    if fd < 0:
+        return None
+    try:
+        values = json.loads(os.pread(fd, _MAX, 0))
+        known = {**_known(Settings, values), "limits": _known(Limits, values["limits"])}
+        return settings.make(known, "the settings of the service before")
+    except (ConfigError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):  # not ours
+        return None
+    finally:
+        os.close(fd)
+
+
+def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the values that this program knows: another one has others."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}

@@ -1,0 +1,86 @@
+"""Descriptors that outlive the service: whoever started it keeps them, and hands them to the next one.
+
+Must not know what a descriptor is. systemd is such a keeper (`FileDescriptorStoreMax=` in the unit); where there is
+none, `supervisor.parent` is.
+
+Source: sd_notify(3), FDSTORE, FDSTOREREMOVE, FDNAME and FDPOLL; sd_listen_fds(3).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+
+from xenbackend.errors import KernelError
+from xenbackend.supervisor.service.notify import address_of
+
+FIRST = 3  # descriptor that a service inherits, SD_LISTEN_FDS_START
+MAX_NAME = 255  # characters
+_TIMEOUT_S = 5.0
+
+
+class Keeper:
+    """The keeper's address, and what it had kept.
+
+    is_there    somebody keeps descriptors for us
+    inherited   descriptors by name, ours from now on
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Read ``NOTIFY_SOCKET``, ``FDSTORE``, ``LISTEN_FDS``, ``LISTEN_FDNAMES`` and ``LISTEN_PID``."""
+        self._address = address_of(environment)
+        store = environment.get("FDSTORE", "")
+        self.is_there = bool(self._address) and store.isdigit() and int(store) > 0
+        self.inherited = _inherited(environment) if self.is_there else {}
+
+    def keep(self, name: str, fd: int) -> None:
+        """Have a descriptor kept under a name that nothing else has. Raises: KernelError."""
+        self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
+
+    def replace(self, name: str, fd: int) -> None:
+        """Have a descriptor kept in the place of a former one of that name. Raises: KernelError.
+
+        Of two with one name systemd would keep both.
+        """
+        self.forget(name)
+        self.keep(name, fd)
+
+    def forget(self, name: str) -> None:
+        """Have it let go. Raises: KernelError."""
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def _send(self, state: str, *fds: int) -> None:
+        if not self.is_there:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
+                near.settimeout(_TIMEOUT_S)
+                near.connect(self._address)
+                socket.send_fds(near, [state.encode()], list(fds))
+        except OSError as error:
+            code = error.errno or errno.ETIMEDOUT
+            raise KernelError("have a descriptor kept by whoever started the service", code) from None
+
+
+def forget_inheritance(environment: MutableMapping[str, str]) -> None:
+    """Take the variables out, so that no process of ours takes its own descriptors for kept ones."""
+    for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"):
+        environment.pop(name, None)
+
+
+def _inherited(environment: Mapping[str, str]) -> dict[str, int]:
+    if environment.get("LISTEN_PID", str(os.getpid())) != str(os.getpid()):
+        return {}
+    count = environment.get("LISTEN_FDS", "0")
+    names = environment.get("LISTEN_FDNAMES", "").split(":")
+    found: dict[str, int] = {}
+    for place in range(int(count) if count.isdigit() else 0):
+        os.set_inheritable(FIRST + place, False)
+        name = names[place] if place < len(names) else str(place)
+        if name in found:  # systemd keeps both where a name is given twice, and hands over the newest first
+            os.close(FIRST + place)
+        else:
+            found[name] = FIRST + place
+    return found

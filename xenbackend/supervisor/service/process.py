@@ -1,0 +1,107 @@
+"""A process of ours with a socket to it: started by exec, told of its end by a pidfd.
+
+Must not know what is said over the socket.
+
+No signal handler is needed, and no process number can be mistaken for its successor's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from xenbackend.errors import KernelError
+from xenbackend.kernel.process import boost, unboost
+
+
+class Process:
+    """A process as somebody holds it who may not be its parent.
+
+    socket      our end
+    pidfd       readable once it has ended
+    pid         its number, for people
+    """
+
+    def __init__(self, near: socket.socket, pidfd: int) -> None:
+        self.socket = near
+        self.pidfd = pidfd
+        self.pid = _pid_of(pidfd)
+        near.setblocking(False)
+
+    def kill(self) -> None:
+        """Kill it; whoever waits for the pidfd hears of its end."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def boost(self) -> None:
+        """Let it come before what else the host does, until `unboost`; no harm where the host does not permit that."""
+        boost(self.pid)
+
+    def unboost(self) -> None:
+        """Let it have its turn as any other."""
+        unboost(self.pid)
+
+    def describe_end(self) -> str:
+        """Wait for the end, collect the exit status where we may, close both descriptors, and return how it ended."""
+        try:
+            end = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        except ChildProcessError:  # it is an earlier service's
+            end = None
+        self.leave()
+        if end is None:
+            return "the worker has ended"
+        if end.si_code == os.CLD_EXITED:
+            return f"the worker ended unexpectedly with exit status {end.si_status}"
+        return f"the worker was ended by {signal.Signals(end.si_status).name}"
+
+    def leave(self) -> None:
+        """Close both descriptors; somebody else may have them too."""
+        self.socket.close()
+        os.close(self.pidfd)
+
+
+def start(command: Sequence[str]) -> Process:
+    """Start a program that gets the number of its end of the socket after ``--socket``. Raises: KernelError."""
+    with ExitStack() as undo:
+        near, far = pair()
+        undo.callback(near.close)
+        try:
+            with far:
+                # A session of its own: a Ctrl-C meant for the service must not end the workers before they are drained.
+                child = subprocess.Popen(  # noqa: S603 - the command is ours
+                    [*command, "--socket", str(far.fileno())],
+                    pass_fds=[far.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            pidfd = os.pidfd_open(child.pid)
+        except OSError as error:
+            raise KernelError("start a worker process", error.errno or errno.EIO) from None
+        undo.pop_all()
+    child.returncode = 0  # `Process` waits for it
+    started = Process(near, pidfd)
+    started.unboost()  # we may be in a boost ourselves
+    return started
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a socket for a process. Raises: KernelError."""
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise KernelError("make a socket for a worker process", error.errno or errno.EIO) from None
+
+
+def _pid_of(pidfd: int) -> int:
+    """Return the number of the process behind a pidfd; 0 once it is gone."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines():
+        key, _, value = line.partition(":")
+        if key == "Pid":
+            return max(0, int(value))
+    return 0

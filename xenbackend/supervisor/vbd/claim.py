@@ -1,0 +1,179 @@
+"""Takes a vbd away from the kernel's own block backend, so that nobody but us maps its rings.
+
+Must not run before the toolstack has seen InitWait: who waits for that takes a directory that vanishes for a failure.
+
+Linux makes a device on its xen-backend bus of each backend directory that it finds in state Initialising, and
+xen-blkback binds to those of kind ``vbd`` whenever it is loaded, be it much later. At the frontend's Initialised it
+maps the rings, even of a disk that it has no image for. What takes a device off the bus for good is that its directory
+is gone:
+
+    remove the directory -> the device has left the bus -> make it again in InitWait, which the bus does not look at
+
+While the directory is away nobody but us knows what stood in it. So it is noted first, where the next service finds it.
+
+Nothing is unbound by hand: that takes the device's lock and waits for the thread that handles xenstore's events, which
+waits for that lock when a toolstack removes the same device at that moment.
+
+Source: Linux drivers/xen/xenbus/xenbus_probe.c, `xenbus_probe_node` and `xenbus_dev_changed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xenbackend.blkif.handshake import XenbusState, parse_state
+from xenbackend.errors import StoreError, XenbackendError
+from xenbackend.supervisor.xenstore.nodes import Nodes
+from xenbackend.supervisor.xenstore.paths import VbdPath, libxl_path
+from xenbackend.supervisor.xenstore.store import Store
+
+BUS = Path("/sys/bus/xen-backend/devices")
+TIMEOUT_S = 10.0
+RETRY_S = 1.0  # after xenstore refused something
+PAUSE_S = 0.002  # between two looks at the bus; its files can be neither watched nor polled
+
+
+class Bus:
+    """The devices that the kernel's block backend has, or would take once it is loaded."""
+
+    def __init__(self, root: Path = BUS) -> None:
+        self._root = root
+
+    def has(self, path: VbdPath) -> bool:
+        """Return whether the kernel knows a vbd. No driver of Linux takes other kinds: those are never in our way."""
+        return path.kind == "vbd" and (self._root / f"vbd-{path.frontend_domid}-{path.devid}").exists()
+
+
+Note = Callable[[dict[str, Any] | None], None]
+
+
+class Claim:
+    """One vbd being taken; call `step` until it returns True."""
+
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus,
+        path: VbdPath,
+        now: Callable[[], float],
+        note: Note = lambda _: None,
+        noted: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin, or go on with what an earlier service had `noted`; `note` is given what the next one has to know."""
+        self._store = store
+        self._bus = bus
+        self._path = path
+        self._now = now
+        self._deadline = now() + TIMEOUT_S
+        self._note = note
+        self._noted = noted  # what the directory held, once it may be away
+        self._is_away = noted is not None
+
+    def step(self) -> bool:
+        """Do what can be done now, and return whether it is over: the vbd is ours, or the toolstack took it away.
+
+        Raises: StoreError; try again when xenstore is back. XenbackendError when the kernel does not let go.
+        """
+        self._is_away = self._store.transact(self._remove)
+        if not self._is_away:
+            self._note(None)
+            return True
+        if not self._bus.has(self._path):
+            self.give_back()
+            return True
+        if self._now() >= self._deadline:
+            self.give_back()
+            name = f"vbd-{self._path.frontend_domid}-{self._path.devid}"
+            raise XenbackendError(
+                f"the kernel's block backend did not let go of {name} within {TIMEOUT_S:g} s; "
+                "dmesg says what xen-blkback waits for"
+            )
+        return False
+
+    def give_back(self) -> None:
+        """Make the directory again if it is away. Raises: StoreError."""
+        if self._noted is not None:
+            self._store.transact(self._make_again)
+        self._note(None)
+
+    def _remove(self, nodes: Nodes) -> bool:
+        """Remove the directory, and again what xen-blkback wrote into it meanwhile; return whether it is away."""
+        backend = self._path.backend
+        found = nodes.dictionary(backend)
+        if "frontend" not in found:  # not a toolstack's: nothing, or what blkback wrote too late
+            if found:
+                nodes.remove(backend)
+            return self._noted is not None
+        if self._is_away or found.get("online") != "1" or parse_state(found.get("state")) not in _UNUSED:
+            return False
+        self._noted = {
+            "keys": found,
+            "permissions": nodes.get_permissions(backend),
+            "is_in_libxl": bool(nodes.directory(libxl_path(self._path))),
+        }
+        self._note(self._noted)
+        nodes.remove(backend)
+        return True
+
+    def _make_again(self, nodes: Nodes) -> None:
+        """Make the directory as it was, unless the toolstack has taken the vbd away in the meantime."""
+        assert self._noted is not None  # noqa: S101 - the caller has looked
+        path = self._path
+        is_wanted = nodes.read_optional(f"{path.frontend}/backend") == path.backend
+        if self._noted["is_in_libxl"] and not nodes.directory(libxl_path(path)):
+            is_wanted = False
+        if not is_wanted or "frontend" in nodes.dictionary(path.backend):
+            return
+        keys = {**self._noted["keys"], "state": str(XenbusState.INIT_WAIT.value)}
+        nodes.make(path.backend, keys, self._noted["permissions"])
+
+
+_UNUSED = (XenbusState.INITIALISING, XenbusState.INIT_WAIT)
+
+
+class Taking:
+    """What is due of one vbd's claims, one at a time. `due` is when, None while there is none."""
+
+    def __init__(
+        self,
+        begin: Callable[[], Claim],
+        now: Callable[[], float],
+        claim: Claim | None = None,
+    ) -> None:
+        """`begin` makes a claim; `claim` is one that an earlier service had begun."""
+        self._begin = begin
+        self._now = now
+        self._claim = claim
+        self.due = now() if claim else None
+
+    def begin(self) -> None:
+        """Begin, if nothing is going on."""
+        if self._claim is None:
+            self._claim, self.due = self._begin(), self._now()
+
+    def step(self) -> bool:
+        """Do what is due, and return whether it is over. Raises: XenbackendError when it failed for good."""
+        now = self._now()
+        if self._claim is None or self.due is None or now < self.due:
+            return False
+        try:
+            is_over = self._claim.step()
+        except StoreError:
+            self.due = now + RETRY_S
+            return False
+        except XenbackendError:
+            self._claim = self.due = None
+            raise
+        if is_over:
+            self._claim = self.due = None
+        else:
+            self.due = now + PAUSE_S
+        return is_over
+
+    def give_back(self) -> None:
+        """Make good at once what was begun: the service ends. Raises: StoreError."""
+        claim, self._claim, self.due = self._claim, None, None
+        if claim is not None:
+            claim.give_back()

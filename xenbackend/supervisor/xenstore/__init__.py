@@ -1,0 +1,1 @@
+"""xenstore: the connection, its nodes and paths, and those of one vbd."""

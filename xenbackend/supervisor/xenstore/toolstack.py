@@ -1,0 +1,229 @@
+"""Attaches and detaches a vbd without xl: writes what libxl writes, and waits for what the service answers.
+
+Must not serve, and must not start anything: who waits here has the service running elsewhere.
+
+The backend's directory is born in state InitWait, so that the kernel's own blkback, which only takes vbds in state
+Initialising, leaves it alone. Then the service is asked for it as a hotplug script does, and the frontend's directory
+follows once the chain is open: a guest never sees a disk that cannot be served. An entry below ``/libxl`` lets
+``xl block-list``, ``xl block-detach`` and ``xl destroy`` know the vbd; it is not in the domain's configuration, so it
+is lost when the domain is saved, migrated or rebooted.
+
+Source of the keys: libxl `device_disk_add`, `libxl__device_generic_add`, `libxl__initiate_device_generic_remove`.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from xenbackend.blkif.handshake import XenbusState, name, parse_state
+from xenbackend.block.chain import parse_chain
+from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.protocol.client import call
+from xenbackend.supervisor.xenstore.nodes import Nodes
+from xenbackend.supervisor.xenstore.paths import VbdPath, devid_to_vdev, domain_path, libxl_path, vdev_to_devid
+from xenbackend.supervisor.xenstore.store import Store
+
+OPEN_TIMEOUT_S = 40.0  # libxl's for a hotplug script
+DETACH_TIMEOUT_S = 10.0  # libxl's
+_LOOK_S = 0.01  # between two looks for a device
+_SCRIPT = "/etc/xen/scripts/block-xenbackend"
+_TOKEN = "toolstack"  # noqa: S105 - a watch's token
+_S = XenbusState
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A vbd as `attach` makes it."""
+
+    path: VbdPath
+    chain: str
+    read_only: bool = False
+
+    @property
+    def libxl(self) -> str:
+        """The directory of libxl's own copy of the backend's keys."""
+        return libxl_path(self.path)
+
+
+def vbd_path(store: Store, domid: int, vdev: str, kind: str = "vbd") -> VbdPath:
+    """Return the path of a vbd that our own domain is the backend of. Raises: ConfigError, StoreError."""
+    return VbdPath(kind, store.own_domid(), domid, vdev_to_devid(vdev))
+
+
+def attach(
+    store: Store,
+    wanted: Attachment,
+    service: str,
+    timeout_s: float = OPEN_TIMEOUT_S,
+    patience_s: float = DETACH_TIMEOUT_S,
+) -> None:
+    """Attach a vbd, and return when its chain is open and the frontend has been told.
+
+    Args:
+        store: the connection.
+        wanted: the vbd.
+        service: the control socket of the service.
+        timeout_s: how long to wait for the chain to be open.
+        patience_s: how long to wait for the service to let go of a vbd that could not be opened.
+
+    Raises: ChainError, and XenbackendError where no service answers, before anything is touched; ConfigError where the
+    domain or the place is not free; XenbackendError with the service's sentence; then everything is removed again.
+    """
+    parse_chain(wanted.chain)
+    store.transact(lambda nodes: _check_place(nodes, wanted))
+    call(service, {"verb": "ping"})
+    store.transact(lambda nodes: _write_backend(nodes, wanted))
+    try:
+        call(service, {"verb": "hotplug", "action": "add", "path": wanted.path.backend}, timeout_s)
+    except BaseException:
+        _withdraw(store, wanted.path, patience_s)
+        raise
+    store.transact(lambda nodes: _write_frontend(nodes, wanted))
+
+
+def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
+    """Return when the frontend is served. Raises: XenbackendError."""
+    node = f"{path.backend}/state"
+    last = _wait_for(store, node, lambda state: parse_state(state) in (_S.UNKNOWN, _S.CONNECTED, _S.CLOSED), timeout_s)
+    state = parse_state(last)
+    if state is not _S.CONNECTED:
+        error = store.read_optional(f"{domain_path(path.backend_domid)}/error/backend/{path}/error")
+        hint = (
+            "the guest's blkfront has not answered; in Linux: modprobe xen-blkfront" if state is _S.INIT_WAIT else error
+        )
+        raise XenbackendError(f"{path} is not connected: our state is {name(state)}{f' ({hint})' if hint else ''}")
+
+
+def wait_until_there(device: Path, timeout_s: float, pause: Callable[[float], object] | None = None) -> None:
+    """Return when our own kernel has made a block device of a connected disk, which it does a moment later.
+
+    Raises: XenbackendError.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not device.is_block_device():
+        if time.monotonic() >= deadline:
+            raise XenbackendError(f"the disk is connected, but there is no {device} after {timeout_s:g} s; see dmesg")
+        (pause or _pause)(_LOOK_S)
+
+
+def detach(store: Store, path: VbdPath, timeout_s: float = DETACH_TIMEOUT_S, *, force: bool = False) -> None:
+    """Ask both ends to let go of a vbd, wait, and remove its directories.
+
+    Args:
+        store: the connection.
+        path: the vbd.
+        timeout_s: how long to wait for the backend to say Closed.
+        force: take the frontend's directory away first, whatever the guest still does with the disk.
+
+    Raises: XenbackendError when there is no such vbd, or when it is in use and `force` is not given.
+    """
+    store.transact(lambda nodes: _request_removal(nodes, path, force=force))
+    node = f"{path.backend}/state"
+    state = parse_state(_wait_for(store, node, lambda state: parse_state(state) in (_S.UNKNOWN, _S.CLOSED), timeout_s))
+    if state not in (_S.UNKNOWN, _S.CLOSED) and not force:
+        raise XenbackendError(
+            f"{path} is still {name(state)} after {timeout_s:g} s: the guest uses it, or no service runs; "
+            "it goes away when the guest lets go, or with --force"
+        )
+    store.transact(lambda nodes: _remove(nodes, path))
+
+
+def _backend_keys(wanted: Attachment) -> dict[str, str]:
+    path = wanted.path
+    return {
+        "frontend": path.frontend,
+        "params": wanted.chain,
+        "script": _SCRIPT,
+        "frontend-id": str(path.frontend_domid),
+        "online": "1",
+        "removable": "0",
+        "bootable": "1",
+        "dev": devid_to_vdev(path.devid),
+        "type": "phy",
+        "mode": "r" if wanted.read_only else "w",
+        "device-type": "disk",
+        "discard-enable": "1",
+        "specification": "xen",
+        "state": str(_S.INIT_WAIT.value),
+    }
+
+
+def _check_place(nodes: Nodes, wanted: Attachment) -> None:
+    path = wanted.path
+    if not nodes.directory(domain_path(path.frontend_domid)):
+        raise ConfigError(f"there is no domain {path.frontend_domid}; xl list shows them")
+    for taken in (path.backend, path.frontend, wanted.libxl):
+        if nodes.directory(taken):
+            vdev = devid_to_vdev(path.devid)
+            raise ConfigError(f"domain {path.frontend_domid} has a device {vdev} already ({taken})")
+
+
+def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
+    path = wanted.path
+    _check_place(nodes, wanted)
+    keys = _backend_keys(wanted)
+    nodes.make(path.backend, keys, [f"n{path.backend_domid}", f"r{path.frontend_domid}"])
+    if path.backend_domid == 0:
+        nodes.make(wanted.libxl, {**keys, "backend": path.backend}, ["n0"])
+
+
+def _write_frontend(nodes: Nodes, wanted: Attachment) -> None:
+    path = wanted.path
+    keys = {
+        "backend": path.backend,
+        "backend-id": str(path.backend_domid),
+        "virtual-device": str(path.devid),
+        "device-type": "disk",
+        "trusted": "1",
+        "state": str(_S.INITIALISING.value),
+    }
+    nodes.make(path.frontend, keys, [f"n{path.frontend_domid}", f"r{path.backend_domid}"])
+
+
+def _withdraw(store: Store, path: VbdPath, patience_s: float) -> None:
+    """Take back an attachment that did not succeed."""
+    store.transact(lambda nodes: _request_removal(nodes, path, force=True))
+    _wait_for(store, f"{path.backend}/state", lambda state: parse_state(state) is _S.CLOSED, patience_s)
+    store.transact(lambda nodes: _remove(nodes, path))
+
+
+def _request_removal(nodes: Nodes, path: VbdPath, *, force: bool) -> None:
+    state = nodes.read_optional(f"{path.backend}/state")
+    if state is None:
+        raise XenbackendError(f"domain {path.frontend_domid} has no {path.kind} {devid_to_vdev(path.devid)} of ours")
+    if force:
+        nodes.remove(path.frontend)
+    nodes.write(f"{path.backend}/online", "0")
+    if parse_state(state) is not _S.CLOSED:
+        nodes.write(f"{path.backend}/state", str(_S.CLOSING.value))
+
+
+def _remove(nodes: Nodes, path: VbdPath) -> None:
+    """Remove the three directories, and what is left empty above them."""
+    nodes.prune(path.frontend, domain_path(path.frontend_domid))
+    nodes.prune(path.backend, domain_path(path.backend_domid))
+    nodes.prune(libxl_path(path), f"/libxl/{path.frontend_domid}")
+
+
+def _pause(seconds: float) -> None:
+    select.select([], [], [], seconds)
+
+
+def _wait_for(store: Store, node: str, is_enough: Callable[[str | None], bool], timeout_s: float) -> str | None:
+    """Wait until the node's value is enough, and return the last value seen."""
+    deadline = time.monotonic() + timeout_s
+    store.watch(node, _TOKEN)
+    try:
+        while not is_enough(value := store.read_optional(node)):
+            while not store.events():
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return value
+                select.select([store.fileno()], [], [], left_s)
+        return value
+    finally:
+        store.unwatch(node, _TOKEN)
