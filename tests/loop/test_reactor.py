@@ -271,3 +271,35 @@ def test_close_leaves_nothing_open() -> None:
     reactor.close()
 
     assert (open_descriptors(), threading.active_count()) == before
+
+
+def test_a_timer_counts_only_as_it_was_set_last() -> None:
+    """A timer that is set later, earlier or not at all is due then, once; one that is due may be set anew."""
+    now = [0.0]
+    loop = Reactor(clock=lambda: now[0])
+    seen: list[float] = []
+    timer = loop.timer(lambda: seen.append(now[0]))
+
+    def pass_until(time: float) -> None:
+        now[0] = time
+        loop.call_soon(loop.stop)
+        loop.run()
+
+    timer.set(5.0)
+    timer.set(2.0)
+    pass_until(1.0)
+    assert seen == []
+    pass_until(2.0)
+    pass_until(6.0)
+    assert seen == [2.0]
+    timer.set(8.0)
+    timer.set(9.0)
+    pass_until(8.5)
+    assert seen == [2.0]
+    pass_until(9.0)
+    assert seen == [2.0, 9.0]
+    timer.set(10.0)
+    timer.set(None)
+    pass_until(11.0)
+    assert seen == [2.0, 9.0]
+    loop.close()

@@ -1,4 +1,4 @@
-"""The worker's loop: readiness of descriptors, timers, calls from threads, hooks before it sleeps.
+"""The loop of each process: readiness of descriptors, timers, calls from threads, hooks before it sleeps.
 
 Must not know blkif, a request or a file; must not wake up without a reason.
 
@@ -39,6 +39,36 @@ class Sleeper(Protocol):
 
     def deliver(self) -> None:
         """Act on what it waited for."""
+
+
+class Timer:
+    """One time at which something is due. It may be set anew any number of times; only the last setting counts."""
+
+    def __init__(self, reactor: Reactor, callback: Call) -> None:
+        """Call `callback` from the loop when it is due."""
+        self.due: float | None = None
+        self._reactor = reactor
+        self._callback = callback
+        self._wakes_at: float | None = None  # the earliest that the loop was asked for
+
+    def set(self, when: float | None) -> None:
+        """Be due at `when`, by the loop's clock, and never before; None: not at all."""
+        self.due = when
+        if when is not None and (self._wakes_at is None or when < self._wakes_at):
+            self._wakes_at = when
+            self._reactor.call_later(when - self._reactor.now(), self._wake)
+
+    def _wake(self) -> None:
+        now = self._reactor.now()
+        if self._wakes_at is not None and now >= self._wakes_at:
+            self._wakes_at = None
+        if self.due is None:
+            return
+        if now >= self.due:
+            self.due = None
+            self._callback()
+        else:
+            self.set(self.due)
 
 
 class Reactor:
@@ -100,6 +130,10 @@ class Reactor:
     def call_later(self, delay_s: float, function: Call) -> None:
         """Call `function` after `delay_s` seconds; equal times in the order of asking."""
         heapq.heappush(self._timers, (self.now() + delay_s, next(self._order), function))
+
+    def timer(self, callback: Call) -> Timer:
+        """Return a time that can be set and set anew, at which `callback` is called."""
+        return Timer(self, callback)
 
     def call_soon_threadsafe(self, function: Call) -> None:
         """Call `function` from the loop, soon; for other threads and for signal handlers."""
