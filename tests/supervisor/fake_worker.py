@@ -1,7 +1,8 @@
-"""A worker without a chain or a ring: speaks `xenbackend.protocol.messages` and does as its chain's text says.
+"""A worker without a chain or a ring: speaks `xenbackend.protocol` and does as its chain's text says.
 
-null:1G serves; null:2G cannot be opened; null:3G dies when it is asked to connect; null:4G never disconnects, holds or
-reports; null:5G cannot take another chain's place; null:6G does, and dies before it says so.
+null:1G serves; null:2G cannot be opened; null:3G dies when it is asked to connect; null:4G never leaves, pauses or
+reports; null:5G cannot take another chain's place; null:6G does, and dies before it says so; null:8G says that it is in
+service when nobody asked for it; null:9G answers what nobody asked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import sys
 from dataclasses import replace
 
 from xenbackend import journal
-from xenbackend.protocol import messages
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import Stage
 
 
 def main() -> int:
@@ -24,12 +27,12 @@ def main() -> int:
         datagram, fds, _, _ = socket.recv_fds(channel, messages.MAX_MESSAGE, 8)
         if not datagram:
             return 0
-        message = messages.decode(datagram)
+        message = codec.from_supervisor(datagram)
         if isinstance(message, messages.Open):
             worker.journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
             worker.journal[0] += 7  # the counter `reads`
         for answer in worker.answers(message):
-            channel.send(messages.encode(answer))
+            channel.send(codec.encode(answer))
         if isinstance(message, messages.Close):
             return 0
 
@@ -39,87 +42,103 @@ class FakeWorker:
 
     def __init__(self) -> None:
         self.journal = memoryview(b"")
-        self.standing = messages.Standing(
-            "idle", "", read_only=False, shareable=False, layers=[], export="", halted="", paused="", trouble=""
-        )
+        self.standing = messages.Standing(-1, Stage.IDLE, "", read_only=False, shareable=False)
 
-    def answers(self, message: messages.Message) -> list[messages.Message]:
+    def answers(self, message: messages.FromSupervisor) -> list[messages.FromWorker]:
         """Do what a message asks for, and return what is said."""
-        said = self._answers(self.standing.chain, message)
-        for each in said:
-            match each:
-                case messages.Opened():
-                    self.standing = replace(self.standing, phase="open", layers=each.layers)
-                case messages.Connected():
-                    self.standing = replace(self.standing, phase="serving")
-                case messages.Disconnected():
-                    self.standing = replace(self.standing, phase="open")
-                case messages.Swapped():
-                    self.standing = replace(self.standing, chain=each.chain, layers=each.layers)
-        return said
+        if isinstance(message, messages.Ask):
+            return self._replies(message)
+        if isinstance(message, messages.Reply):
+            return []
+        logs = self._obey(message)
+        if self.standing.chain == "null:4G" and isinstance(message, messages.Leave | messages.Report):
+            return []
+        self.standing = replace(self.standing, number=message.number)
+        return [*(messages.Log("info", event) for event in logs), self.standing]
 
-    def _note(self, chain: str, connect: object) -> None:
-        journal.AGREED.write(self.journal, {"chain": chain, "connect": connect} if connect else None)
+    def _note(self, chain: str, connect: messages.Connect | None) -> None:
+        journal.AGREED.write(self.journal, journal.Agreed(chain, connect) if connect else None)
 
-    def _answers(  # noqa: C901, PLR0911, PLR0912 - a table
-        self, chain: str, message: messages.Message
-    ) -> list[messages.Message]:
-        match message:
+    def _obey(self, order: messages.Order) -> list[str]:
+        """Do what an order says, and return lines for the log."""
+        chain = self.standing.chain
+        match order:
             case messages.Open():
-                self.standing = replace(
-                    self.standing, chain=message.chain, read_only=message.read_only, shareable=message.shareable
-                )
-                told = {"lost": message.lost, "paused": str(message.is_paused), "policy": message.policy}
-                log = messages.Log("info", "opening", told)
-                broken = messages.Failed("null: it is broken", 5)
-                if message.chain == "null:2G":
-                    return [log, broken]
-                return [log, messages.Opened([_layer(message.chain, message.read_only)], message.export)]
-            case messages.Connect() if chain == "null:3G":
+                self.standing = messages.Standing(-1, Stage.OPEN, order.chain, order.read_only, order.shareable)
+                self.standing = replace(self.standing, is_paused=order.is_paused, export=order.export)
+                if order.chain == "null:2G":
+                    self.standing = replace(
+                        self.standing, stage=Stage.IDLE, failure="null: it is broken", errno=5, export=""
+                    )
+                else:
+                    self.standing = replace(self.standing, layers=[_layer(order.chain, read_only=order.read_only)])
+                return [f"opening paused={order.is_paused} policy={order.policy}"]
+            case messages.Serve() if chain == "null:3G" and order.connect is not None:
                 os._exit(3)
-            case messages.Connect():
-                self._note(chain, messages.as_fields(message))
-                agreed = {"discard": str(message.can_discard), "segments": str(message.max_segments)}
-                return [
-                    messages.Log("info", "connecting", {"rings": str(message.rings), **agreed}),
-                    messages.Connected(),
-                ]
-            case messages.Rejoin():
-                return [messages.Log("info", "rejoining", {}), messages.Connected()]
-            case messages.Disconnect() if chain != "null:4G":
+            case messages.Serve():
+                stage = Stage.OPEN if chain == "null:8G" else Stage.SERVING
+                self.standing = replace(self.standing, stage=stage, export="")
+                if order.connect is None:
+                    return ["rejoining"]
+                self._note(chain, order.connect)
+                agreed = f"discard={order.connect.can_discard} segments={order.connect.max_segments}"
+                return [f"connecting rings={order.connect.rings} {agreed}"]
+            case messages.Leave() if chain != "null:4G":
                 self._note(chain, None)
-                return [messages.Disconnected()]
-            case messages.Swap(chain="null:5G"):
-                return [messages.Unswapped("null:5G: it is too small")]
-            case messages.Swap():
-                agreed = journal.AGREED.read(self.journal)
-                if agreed is not None:
-                    self._note(message.chain, agreed["connect"])
-                if message.chain == "null:6G":
-                    os._exit(6)
-                return [messages.Swapped(message.chain, [_layer(message.chain, self.standing.read_only)])]
-            case messages.Branch(file="/full"):
-                return [messages.Unswapped("/full: no room for another image")]
-            case messages.Branch():
-                return [messages.Branched("null:7G")]
-            case messages.Pause() if chain != "null:4G":
-                return [messages.Held()]
-            case messages.Resume():
-                return [messages.Log("info", "resuming", {})]
-            case messages.Obey():
-                return [messages.Log("info", "obeying", {"policy": message.policy})]
-            case messages.Report() if chain != "null:4G":
-                return [replace(self.standing, report=message.id)]
-            case messages.Command():
-                return [messages.Reply(message.id, message.verb == "get", f"{message.layer} {message.arguments}")]
+                self.standing = replace(self.standing, stage=Stage.OPEN)
             case messages.Close():
-                if not message.hands_over and len(self.journal):
+                if not order.hands_over and len(self.journal):
                     self._note(chain, None)
-                return [messages.Closed()]
+                self.standing = replace(self.standing, stage=Stage.IDLE, layers=[], export="")
         return []
 
+    def _replies(self, ask: messages.Ask) -> list[messages.FromWorker]:
+        """Return the reply, after the standing where that has changed."""
+        former = self.standing
+        reply = self._reply(ask)
+        if former.chain == "null:4G" and isinstance(ask.question, messages.Pause):
+            return []
+        said: list[messages.FromWorker] = [reply] if self.standing == former else [self.standing, reply]
+        match ask.question:
+            case messages.Resume():
+                return [messages.Log("info", "resuming"), *said]
+            case messages.SetPolicy():
+                return [messages.Log("info", f"obeying policy={ask.question.policy}"), *said]
+        return said if self.standing.chain != "null:9G" else [*said, messages.Reply(ask.id + 1, Code.OK)]
 
-def _layer(chain: str, read_only: bool) -> messages.LayerFacts:
+    def _reply(self, ask: messages.Ask) -> messages.Reply:
+        match ask.question:
+            case messages.Swap():
+                return self._swap(ask.id, ask.question)
+            case messages.Branch(file="/full"):
+                return messages.Reply(ask.id, Code.FAILED, "/full: no room for another image")
+            case messages.Branch():
+                return messages.Reply(ask.id, Code.OK, data="null:7G")
+            case messages.Command():
+                answer = f"{ask.question.layer} {ask.question.arguments}"
+                if ask.question.verb == "get":
+                    return messages.Reply(ask.id, Code.OK, data=answer)
+                return messages.Reply(ask.id, Code.INVALID, answer)
+            case messages.Pause() | messages.Resume():
+                self.standing = replace(self.standing, is_paused=isinstance(ask.question, messages.Pause))
+        return messages.Reply(ask.id, Code.OK)
+
+    def _swap(self, number: int, question: messages.Swap) -> messages.Reply:
+        if question.chain == "null:5G":
+            return messages.Reply(number, Code.INVALID, "null:5G: it is too small")
+        if question.is_dry_run:
+            return messages.Reply(number, Code.OK, data=f'["{question.chain}"]')
+        agreed = journal.AGREED.read(self.journal)
+        if agreed is not None:
+            self._note(question.chain, agreed.connect)
+        if question.chain == "null:6G":
+            os._exit(6)
+        layers = [_layer(question.chain, read_only=self.standing.read_only)]
+        self.standing = replace(self.standing, chain=question.chain, layers=layers)
+        return messages.Reply(number, Code.OK)
+
+
+def _layer(chain: str, *, read_only: bool) -> messages.LayerFacts:
     return messages.LayerFacts(
         text=chain,
         size=int(chain[5]) << 30,
@@ -129,6 +148,7 @@ def _layer(chain: str, read_only: bool) -> messages.LayerFacts:
         can_discard=False,
         discard_granularity=0,
         discard_alignment=0,
+        physical_sector_size=512,
     )
 
 

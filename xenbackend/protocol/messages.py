@@ -165,9 +165,15 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Serve the guest through another chain from now on; if it cannot be opened, through the one that is open."""
+    """Serve the guest through another chain from now on; if it cannot be opened, through the one that is open.
+
+    It must have the image that the one in service writes to, by identity, unless `replaces`. With `is_dry_run` it is
+    only looked at: the reply's `data` is a JSON list of its layers' texts.
+    """
 
     chain: str
+    replaces: bool = False
+    is_dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,21 @@
-"""What operators ask of one vbd in service, and who waits for the answers.
+"""What operators ask of one vbd in service: each order has a number, and exactly one answer.
 
-Must not write xenstore. What is to outlive the service is in the handover's notes.
+Must not write xenstore, nor talk to a worker but by the vbd's link. What outlives the service is in the notes.
 
     pause, resume     the guest's requests wait, and go on
-    set               another chain serves the guest from now on
+    set               another chain over the same content serves the guest from now on
+    resize            the same chain, opened once more, with the size that it has become
     snapshot          a new image over the one that is written to, which takes the guest's writes from now on
     policy            what becomes of requests that fail
     upgrade           another worker process serves the guest from now on
+    command           a verb of one layer
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +23,29 @@ from xenbackend.block.policy import Policy
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.device import Device
-from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.handover import Exchange, Handover
+from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.phase import Phase
 
-ORDERS = ("pause", "resume", "set", "resize", "snapshot", "policy", "upgrade")
-MAX_CHAIN = 2048  # characters, the quota of a value
-Reply = Callable[[dict[str, Any]], None]
+MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
+Reply = Callable[[Answer], None]
+
+_EXCHANGES = frozenset({"set", "resize", "snapshot", "upgrade"})  # of the chain, or of the process that has it open
+BARRED_BY: dict[str, frozenset[str]] = {
+    "set": _EXCHANGES,
+    "resize": _EXCHANGES,
+    "snapshot": _EXCHANGES,
+    "upgrade": _EXCHANGES,
+    "pause": frozenset({"pause"}),
+    "resume": frozenset(),
+    "policy": frozenset(),
+    "command": frozenset(),
+}
+ORDERS = tuple(BARRED_BY)
 
 
 class Served(Protocol):
@@ -35,165 +53,241 @@ class Served(Protocol):
 
     device: Device
     handover: Handover
-
-    def tell(self, message: messages.Message) -> bool:
-        """Send a message to the worker; False where there is none."""
+    link: Link
 
     def handle(self, event: events.Event) -> None:
         """Let the automaton see an event."""
 
+    def chain_in_service(self) -> str:
+        """Return the chain that the guest is served through, or would be."""
+
+    def settle_exchange(self) -> None:
+        """Find out in the journal whether a worker that has ended had put another chain in."""
+
+
+@dataclass(slots=True)
+class Order:
+    """One that is under way."""
+
+    verb: str
+    number: int
+    reply: Reply
+    former: str = ""  # chain in service when it began
+    chain: str = ""  # that it puts in
+    worker: int = 0  # process that it replaces
+
 
 class Orders:
-    """The orders of one vbd. Every method raises ConfigError for what cannot be asked now."""
+    """The orders of one vbd."""
 
     def __init__(self, vbd: Served, default_policy: str) -> None:
         self._vbd = vbd
         self._default_policy = default_policy
-        self._waiting: dict[str, list[Reply]] = {}  # by order
+        self._under_way: dict[int, Order] = {}
 
     @property
     def policy(self) -> str:
         """The policy's text, as a worker is given it."""
-        return str(self._vbd.handover.notes.get("policy", self._default_policy))
+        return self._vbd.handover.notes.policy or self._default_policy
 
     @property
-    def chain(self) -> str:
-        """The chain that is wanted now, empty where there is none that could be."""
-        spec = self._vbd.device.spec
-        return spec.chain if spec else ""
+    def under_way(self) -> list[Order]:
+        """Orders without an answer, the oldest first."""
+        return list(self._under_way.values())
 
-    @property
-    def is_paused(self) -> bool:
-        """True while an administrator wants it."""
-        return bool(self._vbd.handover.notes.get("paused"))
+    def give(self, verb: str, request: Mapping[str, Any], number: int, reply: Reply) -> None:
+        """Do what an operator asks by a verb of `ORDERS`; `reply` gets the one answer, now or later.
 
-    def pause(self, reply: Reply) -> None:
-        """Take no more requests from the guest; `reply` is called when nothing is in flight."""
-        self._vbd.handover.note(paused=True)
-        if self._vbd.tell(messages.Pause()):
-            self._wait("pause", reply)
-        else:
-            reply({"data": "paused"})
+        Raises: ConfigError (ChainError) for what cannot be asked; then nothing was touched, and there is no answer.
+        """
+        barring = [each for each in self._under_way.values() if each.verb in BARRED_BY[verb]]
+        if barring:
+            sentence = f"a {barring[0].verb} is under way, order {barring[0].number}; wait for it"
+            reply(Answer(Code.BUSY, sentence=sentence, data=self._chain_data()))
+            return
+        order = Order(verb, number, reply, former=self._vbd.chain_in_service())
+        match verb:
+            case "pause":
+                self._pause(order, str(request.get("by") or f"order {number}"))
+            case "resume":
+                self._resume(order)
+            case "set":
+                self._set(order, _text(request, "chain"), request)
+            case "resize":
+                self._check_service()
+                self._exchange(order, order.former, replaces=False)
+            case "snapshot":
+                self._snapshot(order, _text(request, "file"), str(request.get("format", "")))
+            case "policy":
+                self._set_policy(order, str(request.get("policy", "")))
+            case "upgrade":
+                self._upgrade(order)
+            case "command":
+                self._command(order, request)
 
-    def resume(self, reply: Reply) -> None:
-        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died."""
-        self._vbd.handover.note(paused=None)
-        if self._vbd.device.phase is not Phase.SERVING:
-            self._vbd.handover.forgive()  # a worker that serves does that itself
-        self._vbd.tell(messages.Resume())
-        self._vbd.handle(events.Resume())
-        reply({"data": "resumed"})
+    def looked(self) -> None:
+        """Look whether the worker that an upgrade waits for is there, or cannot be."""
+        for order in [each for each in self._under_way.values() if each.verb == "upgrade"]:
+            device, worker = self._vbd.device, self._vbd.link.worker
+            is_there = device.phase is Phase.SERVING or (device.phase is Phase.OPEN and not device.is_waited_for())
+            if worker is not None and worker.pid != order.worker and is_there:
+                self._answer(order, Answer(Code.OK, data={"worker": worker.pid}))
+            elif device.phase is Phase.NONE or (device.phase is Phase.RESTING and worker is None and device.error):
+                sentence = f"the new worker could not take over: {device.error or 'the disk is not served'}"
+                self._answer(order, Answer(Code.FAILED, sentence=sentence))
+
+    def give_up(self, sentence: str) -> None:
+        """Answer everybody: the vbd has gone, or this service goes; the next one learns what became of an exchange."""
+        exchange = self._vbd.handover.notes.exchange
+        for order in self.under_way:
+            code = Code.UNDER_WAY if exchange and exchange.order == order.number else Code.GONE
+            self._answer(order, Answer(code, sentence=sentence, data=self._chain_data()))
 
     def _check_service(self) -> None:
         device = self._vbd.device
         if device.phase not in (Phase.OPEN, Phase.SERVING) or device.keys is None:
             raise ConfigError(f"the disk is not in service: {device.error or f'its worker is {device.phase.value}'}")
 
-    def set_chain(self, text: str, reply: Reply) -> None:
-        """Serve the guest through another chain, or once more through the same one; `reply` gets its layers."""
+    def _pause(self, order: Order, by: str) -> None:
+        self._vbd.handover.note(paused=by)
+        self._ask(order, messages.Pause(), lambda reply: self._paused(order, reply))
+
+    def _paused(self, order: Order, reply: messages.Reply) -> None:
+        is_paused = bool(self._vbd.handover.notes.paused)
+        if reply.code is Code.GONE and is_paused:  # nothing is in flight where no worker is, and the next one is told
+            self._answer(order, Answer(Code.OK, data={"paused": True}))
+        else:
+            self._answer(order, Answer(reply.code, sentence=reply.sentence, data={"paused": is_paused}))
+
+    def _resume(self, order: Order) -> None:
+        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died."""
+        self._vbd.handover.note(paused=None)
+        if self._vbd.device.phase is not Phase.SERVING:
+            self._vbd.handover.poison(0)  # a worker that serves does that itself
+        self._ask(order, messages.Resume(), lambda reply: self._done_or_noted(order, reply, {"paused": False}))
+        self._vbd.handle(events.Resume())
+
+    def _set_policy(self, order: Order, text: str) -> None:
+        """Go by another policy, if one is given; the answer has the one that holds."""
+        if not text:
+            order.reply(Answer(Code.OK, data={"policy": str(Policy(self.policy))}))
+            return
+        Policy(text)  # so that a mistake is told of what was given, and nothing else
+        policy = str(Policy(f"{self.policy},{text}"))
+        self._vbd.handover.note(policy=policy)
+        question = messages.SetPolicy(policy)
+        self._ask(order, question, lambda reply: self._done_or_noted(order, reply, {"policy": policy}))
+
+    def _done_or_noted(self, order: Order, reply: messages.Reply, data: dict[str, Any]) -> None:
+        """Answer for what holds also where there is no worker: the next one is told."""
+        code = Code.OK if reply.code is Code.GONE else reply.code
+        self._answer(order, Answer(code, sentence=reply.sentence if code is not Code.OK else "", data=data))
+
+    def _set(self, order: Order, text: str, request: Mapping[str, Any]) -> None:
         check_whole_paths(parse_chain(text))
         self._check_service()
-        if "set" in self._waiting:
-            raise ConfigError("another chain is just being put in; wait for it")
         if len(text) > MAX_CHAIN:
             raise ConfigError(f"a chain of {len(text)} characters does not fit into xenstore, which takes {MAX_CHAIN}")
-        self._vbd.handover.note(swap={"from": (self._vbd.device.keys or {}).get("params", ""), "to": text})
-        self._vbd.tell(messages.Swap(text))
-        self._wait("set", reply)
+        replaces = request.get("replace") is True
+        if request.get("dry_run") is True:
+            question = messages.Swap(text, replaces=replaces, is_dry_run=True)
+            self._ask(order, question, lambda reply: self._looked_at(order, reply))
+        else:
+            self._exchange(order, text, replaces=replaces)
 
-    def snapshot(self, file: str, image_format: str, reply: Reply) -> None:
-        """Put a new image over the guest's; `reply` gets the layers, `set_chain`'s."""
+    def _looked_at(self, order: Order, reply: messages.Reply) -> None:
+        data = self._chain_data()
+        if reply.code is Code.OK:
+            data |= {"before": [each.text for each in self._vbd.device.layers], "after": _list_of_texts(reply.data)}
+        self._answer(order, Answer(reply.code, sentence=reply.sentence, data=data))
+
+    def _snapshot(self, order: Order, file: str, image_format: str) -> None:
         self._check_service()
-        if "set" in self._waiting or "snapshot" in self._waiting:
-            raise ConfigError("another chain is just being put in; wait for it")
         if not Path(file).is_absolute():
             raise ConfigError(f"{file!r} is no whole path: the service would look for it in a directory of its own")
-        self._wait("snapshot", reply)
-        self._vbd.tell(messages.Branch(file, image_format))
+        self._ask(order, messages.Branch(file, image_format), lambda reply: self._branched(order, reply))
 
-    def _branched(self, chain: str) -> None:
+    def _branched(self, order: Order, reply: messages.Reply) -> None:
         """Put the chain with the new image in; where that is refused the image is left, empty."""
-        for reply in self._waiting.pop("snapshot", []):
-            try:
-                self.set_chain(chain, reply)
-            except ConfigError as error:
-                reply({"error": str(error)})
+        if order.number not in self._under_way:
+            return
+        if reply.code is not Code.OK:
+            self._answer(order, Answer(reply.code, sentence=reply.sentence, data=self._chain_data()))
+            return
+        try:
+            check_whole_paths(parse_chain(reply.data))
+            if len(reply.data) > MAX_CHAIN:
+                raise ConfigError(f"the chain would have {len(reply.data)} characters, and xenstore takes {MAX_CHAIN}")
+        except ConfigError as error:
+            self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self._chain_data()))
+            return
+        self._exchange(order, reply.data, replaces=False)
 
-    def set_policy(self, text: str, reply: Reply) -> None:
-        """Go by another policy, if one is given; `reply` gets the one that holds."""
-        if text:
-            Policy(text)  # so that a mistake is told of what was given, and nothing else
-            policy = str(Policy(f"{self.policy},{text}"))
-            self._vbd.handover.note(policy=policy)
-            self._vbd.tell(messages.Obey(policy))
-        reply({"data": str(Policy(self.policy))})
+    def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
+        """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
+        order.chain = chain
+        params = (self._vbd.device.keys or {}).get("params", "")
+        self._vbd.handover.note(exchange=Exchange(order.number, params, chain))
+        self._ask(order, messages.Swap(chain, replaces=replaces), lambda reply: self._swapped(order, reply))
 
-    def upgrade(self, reply: Reply) -> None:
-        """Let another process serve the disk; `reply` is called when it does."""
-        if self._vbd.device.phase not in (Phase.OPEN, Phase.SERVING):
-            raise ConfigError(f"its worker is {self._vbd.device.phase.value}; only one in service can be replaced")
-        self._wait("upgrade", reply)
+    def _swapped(self, order: Order, reply: messages.Reply) -> None:
+        """Answer for the chain that is in service: what the worker replies must agree with where it stands."""
+        if order.number not in self._under_way:
+            return  # the service goes; the next one finds the exchange among the notes
+        is_noted = self._vbd.handover.notes.exchange is not None  # no standing has told that it is done
+        if reply.code is Code.GONE:
+            self._vbd.settle_exchange()  # the journal tells what the worker could not
+        elif reply.code is Code.OK and is_noted and order.chain != order.former:
+            self._vbd.link.breach("it says that another chain is in service, and stands with the former one")
+            return  # and it is answered when the worker has ended
+        else:
+            self._vbd.handover.note(exchange=None)
+        is_done = reply.code is Code.OK or self._vbd.chain_in_service() == order.chain != order.former
+        code = Code.OK if is_done else Code.FAILED if reply.code is Code.GONE else reply.code
+        self._answer(order, Answer(code, sentence="" if is_done else reply.sentence, data=self._chain_data()))
+
+    def _upgrade(self, order: Order) -> None:
+        """Let another process serve the disk."""
+        device, worker = self._vbd.device, self._vbd.link.worker
+        if device.phase not in (Phase.OPEN, Phase.SERVING) or worker is None:
+            raise ConfigError(f"its worker is {device.phase.value}; only one in service can be replaced")
+        order.worker = worker.pid
+        self._under_way[order.number] = order
         self._vbd.handle(events.Replace())
 
-    def hear(self, message: messages.Message) -> None:
-        """Answer who waited for this."""
-        match message:
-            case messages.Held():
-                self._answer("pause", {"data": "paused"})
-            case messages.Branched():
-                self._branched(message.chain)
-            case messages.Swapped():
-                self._vbd.handover.note(chain=message.chain)
-                self._answer(
-                    "set", {"data": {"chain": message.chain, "layers": [asdict(each) for each in message.layers]}}
-                )
-            case messages.Unswapped():
-                self._vbd.handover.note(swap=None)
-                for order in ("snapshot", "set"):
-                    self._answer(order, {"error": message.sentence})
-            case messages.Connected():
-                self._answer("upgrade", {"data": "upgraded"})
-            case messages.Opened() if not self._vbd.device.is_waited_for():
-                self._answer("upgrade", {"data": "upgraded"})
-            case messages.Failed():
-                self._answer("upgrade", {"error": f"the new worker could not take over: {message.sentence}"})
+    def _command(self, order: Order, request: Mapping[str, Any]) -> None:
+        layer, verb, arguments = _text(request, "layer"), _text(request, "command"), request.get("arguments", [])
+        if not isinstance(arguments, list) or not all(isinstance(each, str) for each in arguments):
+            raise ConfigError("the arguments of a command are a list of texts")
+        if self._vbd.link.worker is None:
+            raise ConfigError(f"the disk has no worker: {self._vbd.device.error or 'its chain is not open'}")
+        question = messages.Command(layer, verb, arguments)
+        self._ask(order, question, lambda r: self._answer(order, Answer(r.code, sentence=r.sentence, data=r.data)))
 
-    def worker_ended(self, sentence: str) -> None:
-        """Answer who waited for the worker that has ended."""
-        for order in ("snapshot", "set"):
-            self._answer(order, {"error": f"{sentence} meanwhile; `xenbackend status` says what is in service"})
-        if self.is_paused:
-            self._answer("pause", {"data": "paused"})
-        if self._vbd.device.phase is Phase.NONE:  # nobody takes over
-            self._answer("upgrade", {"error": self._vbd.device.error or sentence})
+    def _ask(self, order: Order, question: messages.Question, then: Callable[[messages.Reply], None]) -> None:
+        self._under_way[order.number] = order
+        self._vbd.link.ask(question, then)
 
-    def give_up(self, sentence: str) -> None:
-        """Answer everybody: the vbd has gone, or this service goes."""
-        for order in list(self._waiting):
-            self._answer(order, {"error": sentence})
+    def _answer(self, order: Order, answer: Answer) -> None:
+        """Answer an order, once: whoever answers it later, after a `give_up`, comes too late."""
+        if self._under_way.pop(order.number, None) is not None:
+            order.reply(answer)
 
-    def _wait(self, order: str, reply: Reply) -> None:
-        self._waiting.setdefault(order, []).append(reply)
-
-    def _answer(self, order: str, answer: dict[str, Any]) -> None:
-        for reply in self._waiting.pop(order, []):
-            reply(answer)
+    def _chain_data(self) -> dict[str, Any]:
+        return {"chain": self._vbd.chain_in_service(), "layers": [asdict(each) for each in self._vbd.device.layers]}
 
 
-def give(orders: Orders, verb: str, request: Mapping[str, Any], reply: Reply) -> None:
-    """Do what an operator asks of one vbd, by a verb of ORDERS. Raises: ConfigError."""
-    match verb:
-        case "pause":
-            orders.pause(reply)
-        case "resume":
-            orders.resume(reply)
-        case "set":
-            orders.set_chain(str(request.get("chain", "")), reply)
-        case "resize":  # what is opened once more is as large as it has become
-            orders.set_chain(orders.chain, reply)
-        case "snapshot":
-            orders.snapshot(str(request.get("file", "")), str(request.get("format", "")), reply)
-        case "policy":
-            orders.set_policy(str(request.get("policy", "")), reply)
-        case "upgrade":
-            orders.upgrade(reply)
+def _text(request: Mapping[str, Any], key: str) -> str:
+    value = request.get(key)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"the request needs {key}, a text")
+    return value
+
+
+def _list_of_texts(data: str) -> list[str]:
+    """Return the chain's layers in a reply of the worker's, which is not believed to be any."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    return [str(each) for each in found] if isinstance(found, list) else []

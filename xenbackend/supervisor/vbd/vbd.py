@@ -1,14 +1,15 @@
 """One vbd in service: looks at its nodes, asks its automaton, and does what that answers.
 
-Must not decide: what follows from what is in `device`.
+Must not decide: what follows from what is in `device`, what a worker may say in `link`, what operators may ask in
+`orders`. One path, one object, one worker: an object that was forgotten does nothing any more.
 
 What a guest can make this hold is bounded: two flags say that a look is due, however many events there were.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,118 +22,120 @@ from xenbackend.blkif.features import MAXIMA, parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
 from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError
 from xenbackend.protocol import messages
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.fleet import Worker
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.claim import Claim, Taking
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.link import Link
+from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.vbd_log import VbdLog
-from xenbackend.supervisor.xenstore.domain import boots_by_device_model, is_incoming
-from xenbackend.supervisor.xenstore.lookout import Lookout
-from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes
+from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
+from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 from xenbackend.supervisor.xenstore.paths import VbdPath
-from xenbackend.supervisor.xenstore.shown import Shown
 
-Reply = Callable[[dict[str, Any]], None]
+Reply = Callable[[Answer], None]
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-_RETRY_S = 1.0  # after xenstore refused something although it is there
-LONG_S = 60.0  # a worker that lived so long did not die in vain
+_RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
 
 class Vbd:
     """One vbd, its worker, and what its workers leave to each other."""
 
-    def __init__(self, path: VbdPath, context: Context, inherited: Mapping[str, int] | None = None) -> None:
-        """Begin, or go on with the descriptors that an earlier service left. Raises: KernelError."""
+    def __init__(
+        self,
+        path: VbdPath,
+        context: Context,
+        inherited: Mapping[str, int] | None = None,
+        on_forgotten: Callable[[Vbd], None] = lambda _: None,
+    ) -> None:
+        """Begin with the loop's next pass, or go on with the descriptors that an earlier service left.
+
+        `on_forgotten` is called once, when nothing of the vbd is left. Raises: KernelError.
+        """
         self.path = path
         self.device = Device(path, context.settings.limits, os.getpid())
-        self.worker: Worker | None = None
         self.since = context.time()  # of the last change of our state
         self.is_forgotten = False
-        self.node_changed = True
-        self.theirs_changed = True
-        self.deadline: float | None = None
-        self._context = context
-        self._retry_at = 0.0
-        self._lookout = Lookout(context.store, path)
-        self._say = VbdLog(path, context.now).say
-        self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._say("warning", sentence))
-        self.orders = Orders(self, context.settings.on_error)
-        self._progress = journal.progress(self.handover.page)  # of the guest, when the last worker ended
-        self._worker_since = context.now()
-        self._shown = Shown(context.store, path)
-        self._events: deque[events.Event] = deque()
-        self._replies: dict[int, Reply] = {}
+        self.faults = 0  # of the program, while this vbd was handled
         self.scripts: list[Reply] = []  # of hotplug scripts that wait for an answer
-        noted = self.handover.notes.get("claim")
-        self._taking = Taking(self._begin_claim, context.now, self._begin_claim(noted) if noted else None)
+        self._context = context
+        self._on_forgotten = on_forgotten
+        self._log = VbdLog(path, context.loop.now)
+        self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
+        self.link = Link(self, context.fleet, int(context.time() * 1e6))
+        self.orders = Orders(self, context.settings.on_error)
+        self.lives = Lives(journal.progress(self.handover.page))
+        self._nodes = VbdNodes(context.store, path)
+        self._must_look = {"node", "theirs"}
+        self._look_at = context.loop.timer(self._look_if_due)
+        self._limit = context.loop.timer(lambda: self.handle(events.Expired()))
+        self._events: deque[events.Event] = deque()
+        noted = self.handover.notes.claim
         self._limits = MAXIMA if noted else context.settings.limits  # that a frontend has to keep to
-        self._last_command = int(context.time() * 1e6)  # a reply to an earlier service's command answers none of ours
-        if self.handover.worker is None and self.handover.swapped() is None:
-            self.handover.note(swap=None)  # the worker that was to put another chain in has gone before it did
-        if self.handover.worker is not None:
-            self.worker = context.fleet.adopt(self.handover.worker, self._take, self._end)
-            report = self._last_command
-            self.handle(events.Inherited(report))
-            self.tell(messages.Report(report) if self.handover.is_readable else messages.Close())
+        self._taking = Taking(context.loop, self._begin_claim, self._taken, self._begin_claim(noted) if noted else None)
+        context.loop.call_soon(self._contained(self._begin))
 
     @property
     def token(self) -> str:
         """The token of the watch on the frontend's state."""
-        return self._lookout.token
+        return self._nodes.token
 
-    def next_deadline(self) -> float | None:
-        """Return when `turn` has to be called at the latest."""
-        if self._taking.due is not None:
-            return self._taking.due
-        retry_at = self._retry_at if self.node_changed or self.theirs_changed else None
-        return min((each for each in (self.deadline, retry_at) if each is not None), default=None)
+    @property
+    def worker(self) -> Worker | None:
+        """The process that serves it."""
+        return self.link.worker
 
-    def turn(self) -> bool:
-        """Do what is due, and return whether there was anything."""
-        now = self._context.now()
-        if self._taking.due is not None:
-            return self._go_on_taking()
-        is_due = (self.node_changed or self.theirs_changed) and now >= self._retry_at
-        if is_due and self._context.store.is_connected:
-            self._guarded(self._look)
-        if self.deadline is not None and now >= self.deadline:
-            self.deadline = None
-            self.handle(events.Expired())
-        return is_due
+    def look_soon(self, *, node: bool = False, theirs: bool = False) -> None:
+        """Look at the backend's directory, or only at the frontend's state, with the loop's next pass."""
+        if self.is_forgotten:
+            return
+        self._must_look |= {each for each, is_meant in (("node", node), ("theirs", theirs)) if is_meant}
+        if self._look_at.due is None:
+            self._look_at.set(self._context.loop.now())
 
     def handle(self, event: events.Event) -> None:
         """Let the automaton see an event, and do what it answers; what comes of that is seen in turn."""
+        if self.is_forgotten:
+            return
         self._events.append(event)
         if len(self._events) > 1:
             return  # called from within an action
-        while self._events:
-            error = self.device.error
-            actions = self.device.handle(self._events[0])
-            self._guarded(self._show_error)  # before the state: who sees the state looks for the reason
-            for action in actions:
-                self._guarded(self._perform, action)
-            if self.device.error not in ("", error):
-                self._say("error", self.device.error)
-            self._events.popleft()
-        self._guarded(self._show)
-        if self.device.hotplug and not self.node_changed:
-            is_open = self.device.hotplug == "connected"
-            self._answer_scripts({"data": "connected"} if is_open else {"error": self.device.error})
+        try:
+            while self._events and not self.is_forgotten:
+                self._handle_one(self._events[0])
+                self._events.popleft()
+        except Exception as bug:  # ours; the other disks are served on, and a fresh look may put this one right
+            self._events.clear()
+            self.fault(bug)
+        if not self.is_forgotten:
+            self._guarded(self._show)
+            self.orders.looked()
+            self._answer_scripts_if_known()
 
     def hotplug(self, reply: Reply) -> None:
         """Do what the toolstack's hotplug script asks for: serve the vbd.
 
-        `reply` gets ``{"data": "connected"}`` once the chain is open, or ``{"error": sentence}``.
+        `reply` gets `Code.OK` once the chain is open, or `Code.FAILED` with a sentence.
         """
         self.scripts.append(reply)
-        self._guarded(self._look_at_all)  # what was seen last may be of a former vbd in the same place
+        self._must_look.add("node")  # what was seen last may be of a former vbd in the same place
+        self._guarded(self._look)
+        if self.is_forgotten or self.device.is_over:
+            return  # the registry brings the script to the next one
         self._take_from_kernel()
-        if self._taking.due is None:
+        if not self._taking.is_under_way:
             self.handle(events.Called())
+
+    def give_up_scripts(self) -> list[Reply]:
+        """Return the scripts that wait, for whoever comes next in this place."""
+        scripts, self.scripts = self.scripts, []
+        return scripts
 
     def stop(self, *, leaves: bool) -> None:
         """Finish and close, or leave the worker to the next service: see `events.Stop`."""
@@ -141,87 +144,90 @@ class Vbd:
 
     def doubt(self) -> None:
         """Look at everything again and show it anew: xenstore was away."""
-        self.node_changed, self._retry_at = True, 0.0
-        self._shown.doubt()
+        self._nodes.doubt()
+        self._look_at.set(None)
+        self.look_soon(node=True)
 
     def counters_page(self) -> memoryview | None:
         """Return the counters as they are now, `counters.SIZE` bytes, without asking the worker; None without one."""
         return memoryview(bytes(self.handover.page[: counters.SIZE])) if self.worker else None
 
-    def command(self, layer: str, verb: str, arguments: list[str], reply: Reply) -> None:
-        """Ask a layer; `reply` gets ``{"data": text}`` or ``{"error": sentence}``."""
-        if self.worker is None:
-            reply({"error": f"{self.path} has no worker: {self.device.error or 'its chain is not open'}"})
+    def chain_in_service(self) -> str:
+        """Return the chain that the guest is served through, or would be; empty where the toolstack named none."""
+        spec = self.device.spec
+        return self.handover.notes.chain or (spec.chain if spec else "")
+
+    def settle_exchange(self) -> None:
+        """Find out in the journal whether a worker that has ended had put another chain in."""
+        done = self.handover.exchanged()
+        if done is not None:
+            self._put_in_service(*done)
+        elif self.handover.notes.exchange is not None:
+            self.handover.note(exchange=None)  # it never came to that
+
+    # what the worker says, from `link`
+
+    def stands(self, standing: messages.Standing) -> None:
+        """Take where the worker stands, if that can be."""
+        notes = self.handover.notes
+        if standing.chain not in (notes.chain, notes.exchange.chain if notes.exchange else notes.chain):
+            self.link.breach("it says that a chain is in service that nobody asked for")
             return
-        self._last_command += 1
-        self._replies[self._last_command] = reply
-        self.worker.send(messages.Command(self._last_command, layer, verb, arguments))
+        if notes.exchange is not None and standing.chain != notes.chain:
+            self._put_in_service(notes.exchange.former_params, notes.exchange.chain)
+        is_adopted = self.device.is_adopting
+        if standing.stage is messages.Stage.SERVING:
+            self._served()
+        self.handle(standing)
+        if is_adopted and self.handover.notes.exchange is not None:
+            self._close_inherited_exchange()
 
-    def tell(self, message: messages.Message) -> bool:
-        """Send a message to the worker; False where there is none."""
-        if self.worker is not None:
-            self.worker.send(message)
-        return self.worker is not None
+    def keeps(self, name: str, fd: int) -> None:
+        """Take over a memory's descriptor."""
+        self.handover.keep(name, fd)
 
-    def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call a function; where xenstore lets it down a fresh look will put things right."""
-        try:
-            function(*arguments)
-        except StoreError as error:
-            self.node_changed = True
-            self._retry_at = self._context.now() + _RETRY_S
-            if self._context.store.is_connected:
-                self._say("warning", str(error))
+    def drops(self, name: str) -> None:
+        """Let go of a memory."""
+        self.handover.drop(name)
 
-    def _answer_scripts(self, answer: dict[str, Any]) -> None:
-        scripts, self.scripts = self.scripts, []
-        for reply in scripts:
-            reply(answer)
+    def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
+        """Write a line that the worker asks for."""
+        self._log.say(level if level in _LEVELS else "warning", event, **fields)
 
-    def _begin_claim(self, noted: dict[str, Any] | None = None) -> Claim:
-        context = self._context
-        return Claim(
-            context.store, context.bus, self.path, context.now, lambda kept: self.handover.note(claim=kept), noted
-        )
+    def ends(self, sentence: str) -> None:
+        """Take note that the worker has ended."""
+        self.handover.forget_worker()
+        has_progressed = self.lives.end(self._context.loop.now(), journal.progress(self.handover.page))
+        self.settle_exchange()
+        self.handle(events.Ended(sentence, has_progressed))
 
-    def _take_from_kernel(self) -> None:
-        """Begin to take the vbd from the kernel's backend where that has it; looks wait until it is ours."""
-        if self._context.bus.has(self.path):
-            self._taking.begin()
-            self._limits = MAXIMA  # a frontend that runs already goes by what blkback offered
+    def fault(self, bug: Exception) -> None:
+        """Take note of a fault of the program while this vbd was handled: said, counted, and looked at again soon."""
+        self.faults += 1
+        trace = "".join(traceback.format_exception(bug))
+        self._log.say("critical", f"a bug, while this disk was handled: {type(bug).__name__}: {bug}", exception=trace)
+        self._must_look.add("node")
+        self._look_at.set(self._context.loop.now() + _RETRY_S)
 
-    def _go_on_taking(self) -> bool:
-        try:
-            if not self._taking.step():
-                return False
-        except XenbackendError as error:
-            self.node_changed = True
-            self._say("error", str(error))
-            self._answer_scripts({"error": str(error)})
-            return True
-        self._guarded(self._look_at_all)
-        if self.scripts:
-            self.handle(events.Called())
-        return True
+    # the steps
 
-    def _look_at_all(self) -> None:
-        self.node_changed = True
-        self._look()
+    def _begin(self) -> None:
+        if self.handover.worker is not None:
+            self.link.adopt(self.handover.worker)
+            self.handle(events.Inherited())
+            self.link.order(messages.Report)
+        else:
+            self.settle_exchange()  # the worker that was to put another chain in has gone
+        self.look_soon(node=True)
 
-    def _look(self) -> None:
-        if self.node_changed:
-            self._name_chain()
-        keys = self._lookout.keys() if self.node_changed else self.device.keys
-        theirs = self._lookout.theirs(keys or {})
-        self.node_changed = self.theirs_changed = False
-        self.handle(events.Seen(keys, theirs))
-
-    def _name_chain(self) -> None:
-        """Let ``params`` name the chain that is in service, where another one was put in."""
-        swap = self.handover.swapped()
-        if swap is not None:
-            self._lookout.rename_chain(*swap)
-            self.handover.note(swap=None, chain=swap[1])
+    def _handle_one(self, event: events.Event) -> None:
+        error = self.device.error
+        actions = self.device.handle(event)
+        self._guarded(self._nodes.show_error, self.device.error)  # before the state: who sees that looks for the reason
+        for action in actions:
+            self._guarded(self._perform, action)
+        if self.device.error not in ("", error):
+            self._log.say("error", self.device.error)
 
     def _perform(self, action: events.Action) -> None:
         match action:
@@ -231,174 +237,210 @@ class Vbd:
                 self._start(action)
             case events.Join():
                 self._join(action)
-            case events.Tell():
-                self.tell(action.message)
-            case events.Kill() if self.worker is not None:
-                self.worker.kill(action.sentence)
+            case events.Leave():
+                self.link.order(messages.Leave)
+            case events.Close():
+                self.link.order(lambda number: messages.Close(number, hands_over=action.hands_over))
+            case events.Kill():
+                self.link.breach(action.sentence) if action.is_breach else self._kill(action.sentence)
             case events.Limit():
-                self.deadline = None if action.seconds is None else self._context.now() + action.seconds
+                self._limit.set(None if action.seconds is None else self._context.loop.now() + action.seconds)
             case events.Forget():
                 self._forget()
 
-    def _write(self, action: events.Write) -> None:
-        def body(nodes: Nodes) -> bool:
-            if parse_state(nodes.read_optional(f"{self.path.backend}/state")) is not action.state:
-                return False  # the toolstack was faster, or has removed the node: never bring it back
-            for key, value in action.keys.items():
-                if value is None:
-                    nodes.remove(f"{self.path.backend}/{key}")
-                else:
-                    nodes.write(f"{self.path.backend}/{key}", value)
-            return True
+    def _kill(self, sentence: str) -> None:
+        if self.worker is not None:
+            self.worker.kill(sentence)
 
-        if not self._context.store.transact(body):
-            self.node_changed = True
+    def _write(self, action: events.Write) -> None:
+        if not self._nodes.write(action.keys, action.state, action.params):
+            self.look_soon(node=True)
             return
         state = action.keys.get("state")
         if state is not None and parse_state(state) is not action.state:
             self.since = self._context.time()
-            self._say("info", name(parse_state(state)), frontend=name(self.device.theirs))
+            self._log.say("info", name(parse_state(state)), frontend=name(self.device.theirs))
 
     def _start(self, action: events.Start) -> None:
         spec, settings = action.spec, self._context.settings
-        self._worker_since = self._context.now()
+        if action.lost:
+            self.handover.poison_for(action.lost)
         try:
             fd, memories = self.handover.descriptors(spec.chain)
-            worker = self._context.fleet.start(self._take, self._end)
+            self.link.start()
         except (ConfigError, KernelError) as error:
             self.handle(events.Ended(str(error)))
             return
-        self.worker = worker
+        worker = self.worker
+        assert worker is not None  # noqa: S101 - it was started
+        self.lives.start(self._context.loop.now())
         if self.handover.agreed():
             worker.boost()
         self.handover.keep_worker(*worker.descriptors)
-        message = messages.Open(
-            vbd=str(self.path),
-            host=settings.host,
-            frontend_domid=self.path.frontend_domid,
-            chain=spec.chain,
-            read_only=spec.read_only,
-            shareable=spec.shareable,
-            resumes="hotplug-status" in (self.device.keys or {}),  # somebody had come as far as to open it
-            memories=list(memories),
-            may_wait=is_incoming(self._context.store, self.path.frontend_domid),
-            settings={"poll_us": settings.poll_us},
-            export=self._export_path(),
-            policy=self.orders.policy,
-            lost=action.lost,
-            is_paused=self.orders.is_paused,
+        self.link.order(
+            lambda number: messages.Open(
+                number=number,
+                vbd=str(self.path),
+                host=settings.host,
+                frontend_domid=self.path.frontend_domid,
+                chain=spec.chain,
+                read_only=spec.read_only,
+                shareable=spec.shareable,
+                resumes="hotplug-status" in (self.device.keys or {}),  # somebody had come as far as to open it
+                memories=list(memories),
+                poll_us=settings.poll_us,
+                may_wait=self._nodes.is_incoming(),
+                export=self._export_path(),
+                policy=self.orders.policy,
+                is_paused=bool(self.handover.notes.paused),
+            ),
+            [fd, *memories.values()],
         )
-        worker.send(message, [fd, *memories.values()])
 
     def _export_path(self) -> str:
         """Return where the worker is to export the disk for a guest that boots from it; empty for one that does not."""
-        if not (self.device.may_boot and boots_by_device_model(self._context.store, self.path.frontend_domid)):
+        if not (self.device.may_boot and self._nodes.boots_by_device_model()):
             return ""
-        name = str(self.path).replace("/", "-")
-        return str(Path(self._context.settings.socket).parent / "nbd" / f"{name}.sock")
+        return str(Path(self._context.settings.socket).parent / "nbd" / f"{str(self.path).replace('/', '-')}.sock")
 
     def _join(self, action: events.Join) -> None:
+        """Have the rings served that the frontend offers, or those that were agreed on already."""
         self._take_from_kernel()
-        if self._taking.due is not None:
+        if self._taking.is_under_way:
             self.handle(events.Postponed())
             return
         agreed = self.handover.agreed() if action.goes_on else None
         try:
             # One that is connected already goes by what an earlier service offered.
-            chosen = parse_frontend(self._lookout.read_frontend, MAXIMA if action.goes_on else self._limits)
+            chosen = parse_frontend(self._nodes.read_frontend, MAXIMA if action.goes_on else self._limits)
         except GuestError as error:
-            if agreed is not None:  # what it writes now cannot take back what it had agreed to
-                self.tell(messages.Rejoin())
-            else:
-                self.handle(messages.Failed(str(error), errno.EINVAL))
+            if agreed is None:
+                self.handle(events.Refused(str(error)))
+            else:  # what it writes now cannot take back what it had agreed to
+                self._serve(None)
             return
         except StoreError:
             self.handle(events.Postponed())
             raise
         connect = connect_of(chosen, action)
-        are_the_same = agreed is not None and agreed[1].rings == connect.rings
-        self.tell(messages.Rejoin() if are_the_same else connect)
+        self._serve(None if agreed is not None and agreed.connect.rings == connect.rings else connect)
 
-    def _take(self, message: messages.Message, fds: list[int]) -> None:
-        """Take a worker's message."""
-        match message:
-            case messages.Keep() if fds:
-                self.handover.keep(message.name, fds.pop())
-            case messages.Drop():
-                self.handover.drop(message.name)
-            case messages.Reply():
-                reply = self._replies.pop(message.id, None)
-                if reply is not None:
-                    reply({"data": message.data} if message.ok else {"error": message.data})
-            case messages.Log():
-                level = message.level if message.level in _LEVELS else "warning"
-                self._say(level, message.event, **message.fields)
-            case messages.Held() | messages.Branched() | messages.Unswapped():
-                self.orders.hear(message)
-            case (
-                messages.Opened() | messages.Failed() | messages.Connected() | messages.Halted() | messages.Paused()
-                | messages.Trouble() | messages.Swapped() | messages.Standing() | messages.Disconnected()
-                | messages.Closed()
-            ):  # fmt: skip
-                self.handle(message)
-                self.orders.hear(message)
-                self._take_note(message)
-        for fd in fds:
-            os.close(fd)
+    def _serve(self, connect: messages.Connect | None) -> None:
+        self.link.order(lambda number: messages.Serve(number, connect))
 
-    def _take_note(self, message: messages.Message) -> None:
-        if isinstance(message, messages.Swapped):
-            self._guarded(self._name_chain)
-        elif isinstance(message, messages.Connected | messages.Standing) and self.worker is not None:
+    def _served(self) -> None:
+        """Let the worker have its turn as any other, and say how long a guest has waited for it."""
+        if self.worker is not None:
             self.worker.unboost()
+        if self.lives.ended:
+            waited_s = self._context.loop.now() - self.lives.ended
+            self._log.say("info", "another worker serves", after_ms=f"{1000 * waited_s:.0f}")
+        self.lives.ended = 0.0
 
-    def _end(self, sentence: str) -> None:
-        self.worker = None
-        for reply in self._replies.values():
-            reply({"error": f"{self.path}: the worker ended before it answered"})
-        self._replies.clear()
-        self.handover.forget_worker()
-        progress = journal.progress(self.handover.page)
-        lived = self._context.now() - self._worker_since > LONG_S
-        has_progressed, self._progress = lived or progress != self._progress, progress
-        swap = self.handover.swapped()
-        if swap is None:
-            self.handover.note(swap=None)  # it never came to that
-        self.handle(events.Ended(sentence, has_progressed, swap[1] if swap else ""))
-        self.orders.worker_ended(sentence)
+    def _put_in_service(self, former_params: str, chain: str) -> None:
+        """Take note of a chain that took another one's place; its order is answered by whoever gave it."""
+        self.handover.note(chain=chain, exchange=None)
+        self.handle(events.Exchanged(former_params, chain))
 
-    def _show_error(self) -> None:
-        if not self.is_forgotten:
-            self._shown.error(self.device.error)
+    def _close_inherited_exchange(self) -> None:
+        """An earlier service had asked for another chain; the worker has done with that, and stands with the former."""
+        exchange = self.handover.notes.exchange
+        self.handover.note(exchange=None)
+        if exchange is not None:
+            sentence = "the service was replaced meanwhile; the former chain is in service"
+            self._context.ledger.close(exchange.order, Answer(Code.FAILED, sentence=sentence))
+
+    def _forget(self) -> None:
+        leaves = self.device.is_leaving
+        sentence = f"{self.path}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
+        self.orders.give_up(sentence)
+        self.link.let_go(sentence, leaves=leaves)
+        self.is_forgotten = True
+        for timer in (self._limit, self._look_at):
+            timer.set(None)
+        if leaves:
+            self.handover.leave()
+        else:
+            self.handover.close()
+        with suppress(StoreError):
+            self._nodes.forget()
+        self._on_forgotten(self)
+
+    # xenstore
+
+    def _look_if_due(self) -> None:
+        if self._must_look and not self._taking.is_under_way and self._context.store.is_connected:
+            self._guarded(self._look)
+
+    def _look(self) -> None:
+        must_look, self._must_look = self._must_look, set()
+        self._look_at.set(None)
+        try:
+            keys = self._nodes.keys() if "node" in must_look else self.device.keys
+            theirs = self._nodes.theirs(keys or {})
+        except StoreError:
+            self._must_look |= must_look
+            raise
+        self.handle(events.Seen(keys, theirs))
+
+    def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function; where xenstore lets it down a fresh look will put things right."""
+        try:
+            function(*arguments)
+        except StoreError as error:
+            self._must_look.add("node")
+            self._look_at.set(self._context.loop.now() + _RETRY_S)
+            if self._context.store.is_connected:
+                self._log.say("warning", str(error))
+
+    def _contained(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Return a callback for the loop that does nothing once the vbd is forgotten."""
+        return lambda: None if self.is_forgotten else function()
 
     def _show(self) -> None:
-        if self.is_forgotten:
-            return
-        self._shown.status(
+        self._nodes.show_status(
             {
-                "chain": self.device.spec.chain if self.device.spec else "",
+                "chain": self.chain_in_service(),
                 "worker": str(self.worker.pid) if self.worker else "",
                 "phase": self.device.phase.value,
                 "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+                "paused": self.handover.notes.paused or "",
                 "error": self.device.error[:SENTENCE_MAX],
             }
         )
 
-    def _forget(self) -> None:
-        if self.is_forgotten:
+    def _answer_scripts_if_known(self) -> None:
+        if self.device.hotplug and "node" not in self._must_look:
+            is_open = self.device.hotplug == "connected"
+            self._answer_scripts(
+                Answer(Code.OK, data="connected") if is_open else Answer(Code.FAILED, sentence=self.device.error)
+            )
+
+    def _answer_scripts(self, answer: Answer) -> None:
+        for reply in self.give_up_scripts():
+            reply(answer)
+
+    # the kernel's own backend
+
+    def _begin_claim(self, noted: dict[str, Any] | None = None) -> Claim:
+        context = self._context
+        note = lambda kept: self.handover.note(claim=kept)  # noqa: E731 - an argument with a name
+        return Claim(context.store, context.bus, self.path, context.loop.now, note, noted)
+
+    def _take_from_kernel(self) -> None:
+        """Begin to take the vbd from the kernel's backend where that has it; looks wait until it is ours."""
+        if self._context.bus.has(self.path):
+            self._taking.begin()
+            self._limits = MAXIMA  # a frontend that runs already goes by what blkback offered
+
+    def _taken(self, problem: XenbackendError | None) -> None:
+        """Go on once the vbd is ours, or say why it is not."""
+        self._must_look.add("node")
+        if problem is not None:
+            self._log.say("error", str(problem))
+            self._answer_scripts(Answer(Code.FAILED, sentence=str(problem)))
+            self.look_soon(node=True)
             return
-        self.is_forgotten = True
-        leaves = self.device.is_leaving
-        sentence = f"{self.path}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
-        self.orders.give_up(sentence)
-        for reply in self._replies.values():
-            reply({"error": sentence})
-        if not leaves:
-            self.handover.close()
-        else:
-            self.handover.leave()
-            if self.worker is not None:
-                self.worker.leave()
-        with suppress(StoreError):
-            self._lookout.forget()
-            self._shown.remove()
+        self._guarded(self._look)
+        if self.scripts:
+            self.handle(events.Called())

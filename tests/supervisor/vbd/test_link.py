@@ -1,0 +1,198 @@
+"""What a worker may say to its supervisor, and what becomes of one that says anything else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from xenbackend.protocol import messages
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import Stage
+from xenbackend.supervisor.vbd.link import Link
+
+
+class FakeProcess:
+    """A worker process that is only written down."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.killed: list[str] = []
+        self.is_left = False
+
+    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
+        """Take note of a message."""
+        self.sent.append(message)
+
+    def kill(self, sentence: str) -> None:
+        """Take note."""
+        self.killed.append(sentence)
+
+    def leave(self) -> None:
+        """Take note."""
+        self.is_left = True
+
+
+class FakeFleet:
+    """Starts nothing."""
+
+    def __init__(self) -> None:
+        self.process = FakeProcess()
+
+    def start(self, on_message: Any, on_end: Any) -> FakeProcess:
+        """Keep what would be called."""
+        self.say, self.end = on_message, on_end
+        return self.process
+
+
+class Owner:
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def stands(self, standing: messages.Standing) -> None:
+        """Take note."""
+        self.heard.append(standing)
+        if standing.failure == "bug":
+            raise ZeroDivisionError
+
+    def keeps(self, name: str, fd: int) -> None:
+        """Take note."""
+        os.close(fd)
+        self.heard.append(("keeps", name))
+
+    def drops(self, name: str) -> None:
+        """Take note."""
+        self.heard.append(("drops", name))
+
+    def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
+        """Take note."""
+        self.heard.append((level, event, dict(fields)))
+
+    def ends(self, sentence: str) -> None:
+        """Take note."""
+        self.heard.append(("ends", sentence))
+
+    def fault(self, bug: Exception) -> None:
+        """Take note."""
+        self.heard.append(("fault", type(bug)))
+
+
+class Linked:
+    """A link, its owner and its process."""
+
+    def __init__(self) -> None:
+        self.owner, self.fleet = Owner(), FakeFleet()
+        self.link = Link(self.owner, self.fleet, 1000)  # type: ignore[arg-type]
+        self.link.start()
+        self.process = self.fleet.process
+
+
+@pytest.fixture
+def linked() -> Linked:
+    """A worker that was just started."""
+    return Linked()
+
+
+def standing(number: int, **changes: Any) -> messages.Standing:
+    """Return where a worker stands that has taken an order."""
+    return messages.Standing(number, Stage.OPEN, "null:1G", read_only=False, shareable=False, **changes)
+
+
+def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
+    """A standing of an earlier order is passed over: another one is on its way. One of a later order is a lie."""
+    linked.link.order(messages.Report)
+    linked.link.order(messages.Leave)
+    numbers = [each.number for each in linked.process.sent]
+    for number in numbers:
+        linked.fleet.say(standing(number), [])
+    assert numbers == sorted(set(numbers))
+    assert [standing(numbers[-1])] == linked.owner.heard
+    linked.fleet.say(standing(numbers[-1] + 1), [])
+
+    assert ["the worker was killed: it answers order 1003, which nobody gave"] == linked.process.killed
+
+
+def test_each_question_has_one_reply(linked: Linked) -> None:
+    """The reply goes to who asked that; a second one, or one to a question that nobody asked, ends the worker."""
+    replies: list[messages.Reply] = []
+    linked.link.ask(messages.Pause(), replies.append)
+    linked.link.ask(messages.Resume(), replies.append)
+    second, first = (messages.Reply(ask.id, Code.OK) for ask in reversed(linked.process.sent))
+    linked.fleet.say(second, [])
+    linked.fleet.say(first, [])
+    assert [second, first] == replies
+    assert not linked.process.killed
+    linked.fleet.say(first, [])
+
+    assert linked.link.breaches == 1 == len(linked.process.killed)
+
+
+def test_a_reply_to_an_earlier_service_is_passed_over(linked: Linked) -> None:
+    """The worker that was inherited may still have to answer what that one had asked."""
+    linked.fleet.say(messages.Reply(999, Code.OK), [])
+
+    assert not linked.process.killed
+
+
+def test_what_is_asked_of_a_worker_that_ends_is_answered(linked: Linked) -> None:
+    """Nobody waits for the dead; where there is no worker at all the answer comes at once."""
+    replies: list[messages.Reply] = []
+    linked.link.ask(messages.Pause(), lambda reply: (replies.append(reply), linked.owner.heard.append("reply")))
+    linked.fleet.end("the worker was ended by SIGKILL")
+    linked.link.ask(messages.Pause(), replies.append)
+
+    assert [Code.GONE, Code.GONE] == [each.code for each in replies]
+    assert ["reply", ("ends", "the worker was ended by SIGKILL")] == linked.owner.heard
+
+
+@pytest.mark.parametrize("message", [messages.Drop("map"), messages.Keep("map", 5), messages.Log("info", "x")])
+def test_descriptors_come_with_what_they_belong_to(linked: Linked, message: Any) -> None:
+    """Those that came with anything else, or too many, are closed, and their sender is killed."""
+    fds = [os.open("/dev/null", os.O_RDONLY), os.open("/dev/null", os.O_RDONLY)]
+    linked.fleet.say(message, list(fds))
+
+    assert linked.process.killed
+    assert [] == linked.owner.heard
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:
+    """Memories and lines are handed on; what it asks and we do not know is refused, not left open."""
+    linked.fleet.say(messages.Keep("map", 4096), [os.open("/dev/null", os.O_RDONLY)])
+    linked.fleet.say(messages.Drop("map"), [])
+    linked.fleet.say(messages.Log("info", "x" * 10_000, unsaid=3), [])
+    linked.fleet.say(messages.Ask(7, messages.Pause()), [])
+
+    assert [("keeps", "map"), ("drops", "map"), ("info", "x" * 4000, {"unsaid": "3"})] == linked.owner.heard
+    assert (7, Code.INVALID) == (linked.process.sent[0].id, linked.process.sent[0].code)
+
+
+def test_a_message_that_finds_a_fault_of_ours_ends_its_sender(linked: Linked) -> None:
+    """The fault is told to the vbd, the worker is replaced, and nothing else is harmed."""
+    linked.link.order(messages.Report)
+    linked.fleet.say(standing(linked.process.sent[-1].number, failure="bug"), [])
+
+    assert ("fault", ZeroDivisionError) == linked.owner.heard[-1]
+    assert linked.process.killed
+
+
+def test_nothing_is_heard_of_a_worker_that_was_let_go(linked: Linked) -> None:
+    """It goes on for the next service: it is not killed, and what was asked of it is answered by whoever lets go."""
+    replies: list[messages.Reply] = []
+    linked.link.ask(messages.Pause(), replies.append)
+    linked.link.let_go("the service is being replaced", leaves=True)
+    linked.fleet.say(messages.Log("info", "late"), [])
+    linked.fleet.say(messages.Reply(12345, Code.OK), [])
+
+    assert linked.process.is_left
+    assert (["the service is being replaced"], [], []) == (
+        [each.sentence for each in replies],
+        linked.owner.heard,
+        linked.process.killed,
+    )

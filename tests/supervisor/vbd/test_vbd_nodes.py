@@ -1,0 +1,149 @@
+"""What is seen and shown of one vbd in a simulated xenstored."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.supervisor.helpers import PATH, write_like_libxl
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.store import Store
+
+STATE, HOME = f"{PATH.frontend}/state", "/local/domain/0"
+S = XenbusState
+
+
+@pytest.fixture
+def nodes(xenstored: Xenstored, toolstack: Store) -> VbdNodes:
+    """The nodes of a vbd as libxl makes it."""
+    write_like_libxl(toolstack)
+    return VbdNodes(Store(xenstored.address), PATH)
+
+
+def test_both_ends_are_seen(nodes: VbdNodes, toolstack: Store) -> None:
+    """The keys are those of the backend's directory; the state is the frontend's, whose keys can be read then."""
+    keys = nodes.keys()
+    assert keys is not None
+    assert ("null:1G", XenbusState.INITIALISING) == (keys["params"], nodes.theirs(keys))
+    assert PATH.backend == nodes.read_frontend("backend")
+    toolstack.remove(PATH.backend)
+
+    assert nodes.keys() is None
+    assert XenbusState.UNKNOWN is nodes.theirs({})
+
+
+def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) -> None:
+    """The first look sets a watch, and only once; a frontend elsewhere is watched instead; in the end nobody is."""
+    store = nodes._store
+    nodes.theirs(nodes.keys() or {})
+    nodes.theirs(nodes.keys() or {})
+    store.events()
+    toolstack.write(STATE, "3")
+    store.own_domid()  # its answer comes after the event
+    assert [(STATE, nodes.token)] == store.events()
+    nodes.theirs({"frontend": "/local/domain/5/device/vbd/1"})
+    store.events()
+    toolstack.write(STATE, "4")
+    store.own_domid()
+    assert [] == store.events()
+    nodes.forget()
+    toolstack.write("/local/domain/5/device/vbd/1/state", "4")
+    store.own_domid()
+
+    assert [] == store.events()
+
+
+def test_a_frontend_of_another_domain_is_not_looked_at(nodes: VbdNodes) -> None:
+    """R15: a path that leads elsewhere is as good as none."""
+    assert XenbusState.UNKNOWN is nodes.theirs({"frontend": "/local/domain/0/device/vbd/51712"})
+    assert "" == nodes.frontend
+
+
+def test_keys_are_written_for_the_node_that_they_were_decided_on(nodes: VbdNodes, toolstack: Store) -> None:
+    """Another state, another params or a node that is gone: nothing is written, and nothing comes back."""
+    written = nodes.write({"sectors": "8", "mode": None}, S.INITIALISING, "null:1G")
+    others = nodes.write({"sectors": "9"}, S.INITIALISING, "null:2G"), nodes.write({"sectors": "9"}, S.CLOSED, None)
+    keys = toolstack.dictionary(PATH.backend)
+    toolstack.remove(PATH.backend)
+
+    assert (True, (False, False)) == (written, others)
+    assert ("8", None) == (keys["sectors"], keys.get("mode"))
+    assert not nodes.write({"state": "2"}, S.INITIALISING, None)
+    assert toolstack.read_optional(PATH.backend) is None
+
+
+def test_only_what_changes_is_written(toolstack: Store) -> None:
+    """A value that stands there is not written again, unless xenstore was away."""
+    shown = VbdNodes(toolstack, PATH)
+    shown.show_status({"phase": "open", "error": ""})
+    toolstack.remove(f"{HOME}/xenbackend")
+    shown.show_status({"phase": "serving", "error": ""})
+    assert {"phase": "serving"} == toolstack.dictionary(f"{HOME}/xenbackend/{PATH}")
+    shown.doubt()
+    shown.show_status({"phase": "serving", "error": ""})
+
+    assert {"phase": "serving", "error": ""} == toolstack.dictionary(f"{HOME}/xenbackend/{PATH}")
+
+
+def test_an_error_is_shown_as_the_kernel_shows_it(toolstack: Store) -> None:
+    """The errno stands before the sentence, and an error that is over leaves no node behind."""
+    shown = VbdNodes(toolstack, PATH)
+    shown.show_error("it broke")
+    text = toolstack.read(f"{HOME}/error/backend/{PATH}/error")
+    shown.show_error("")
+
+    assert "22 it broke" == text
+    assert [] == toolstack.directory(f"{HOME}/error")
+
+
+def test_no_error_costs_one_question(toolstack: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a disk that is well nothing is removed: every new disk would do so."""
+    monkeypatch.setattr(toolstack, "remove", pytest.fail)
+    VbdNodes(toolstack, PATH).show_error("")
+
+
+def test_an_error_of_an_earlier_service_is_over(toolstack: Store) -> None:
+    """What a service left that had no time to tidy up goes away with the first word that all is well."""
+    VbdNodes(toolstack, PATH).show_error("it broke")
+    VbdNodes(toolstack, PATH).show_error("")
+
+    assert [] == toolstack.directory(f"{HOME}/error")
+
+
+def test_the_last_vbd_takes_the_directories_along(toolstack: Store) -> None:
+    """Removing one vbd leaves the other ones' nodes; removing the last leaves nothing of ours."""
+    one, other = VbdNodes(toolstack, PATH), VbdNodes(toolstack, VbdPath("vbd", 0, 6, 51712))
+    one.show_status({"phase": "open"})
+    other.show_status({"phase": "open"})
+    other.show_error("it broke")
+    one.forget()
+    assert ["6"] == toolstack.directory(f"{HOME}/xenbackend/vbd")
+    other.forget()
+
+    assert not {"xenbackend", "error"} & set(toolstack.directory(HOME))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("db--incoming", True), ("db", False), ("db--migratedaway", False)])
+def test_a_guest_on_its_way_here_is_known_by_its_name(toolstack: Store, name: str, *, expected: bool) -> None:
+    """Only the name that xl gives to the receiving end of a migration counts."""
+    toolstack.write("/local/domain/5/name", name)
+
+    assert expected is VbdNodes(toolstack, PATH).is_incoming()
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("hvm", True), ("pv", False), ("pvh", False)])
+def test_only_hvm_guests_boot_by_a_device_model(toolstack: Store, kind: str, *, expected: bool) -> None:
+    """PV and PVH guests have no emulated disk."""
+    toolstack.write("/libxl/5/type", kind)
+
+    assert expected is VbdNodes(toolstack, PATH).boots_by_device_model()
+
+
+def test_what_cannot_be_read_of_a_domain_is_not_so(toolstack: Store) -> None:
+    """A domain without these nodes, and a xenstore that is away, leave a disk as it is for most guests."""
+    nodes = VbdNodes(toolstack, PATH)
+    assert (False, False) == (nodes.is_incoming(), nodes.boots_by_device_model())
+    toolstack.close()
+    assert (False, False) == (nodes.is_incoming(), nodes.boots_by_device_model())

@@ -1,0 +1,48 @@
+"""What the service answers over its control socket: one line of JSON for each request.
+
+Must not open a socket.
+
+    {"version": 1, "code": "ok", "data": …}                            and "order": N where the request was an order
+    {"version": 1, "code": "busy", "error": "sentence", "data": …}     `data` where something is known all the same
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from xenbackend.protocol.codes import Code
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a request ended; `sentence` is for people where that is not `Code.OK`."""
+
+    code: Code
+    data: Any = None
+    sentence: str = ""
+    order: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plain values of the line."""
+        found: dict[str, Any] = {"version": VERSION, "code": self.code.value, "data": self.data}
+        if self.order is not None:
+            found["order"] = self.order
+        if self.code is not Code.OK:
+            found["error"] = self.sentence
+        return found
+
+    @classmethod
+    def from_json(cls, values: Any) -> Answer:
+        """Return what `as_json` made plain. Raises: ValueError where it is none of this version."""
+        if not isinstance(values, dict) or values.get("version") != VERSION:
+            raise ValueError(f"not an answer of version {VERSION}: {str(values)[:80]}")
+        order = values.get("order")
+        return cls(
+            Code(values["code"]),
+            values.get("data"),
+            str(values.get("error", "")),
+            order if type(order) is int else None,
+        )

@@ -1,0 +1,33 @@
+"""How the workers of one vbd came and went.
+
+Must not start anything, nor read a clock.
+"""
+
+from __future__ import annotations
+
+LONG_S = 60.0  # a worker that lived so long did not die in vain
+
+
+class Lives:
+    """The lives.
+
+    since       when the one that runs was started, by the loop's clock
+    ended       when the last one ended, 0 once its successor serves
+    count       of those that were started by this service
+    """
+
+    def __init__(self, progress: list[int]) -> None:
+        self.since = self.ended = 0.0
+        self.count = 0
+        self._progress = progress  # of the guest, when the last worker ended
+
+    def start(self, now: float) -> None:
+        """Take note that one is started."""
+        self.since = now
+        self.count += 1
+
+    def end(self, now: float, progress: list[int]) -> bool:
+        """Take note that one has ended, and return whether the guest got an answer meanwhile, or it lived long."""
+        has_progressed = now - self.since > LONG_S or progress != self._progress
+        self._progress, self.ended = progress, self.ended or now
+        return has_progressed

@@ -1,0 +1,126 @@
+"""Everything of one vbd that stands in xenstore: both ends' directories, our status, its error, what its domain is.
+
+Must not decide what follows from it, nor what is written.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+
+from xenbackend.blkif.handshake import XenbusState, parse_state
+from xenbackend.errors import ConfigError, StoreError
+from xenbackend.supervisor.vbd.spec import frontend_path
+from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path
+from xenbackend.supervisor.xenstore.store import Store
+
+_INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
+
+
+class VbdNodes:
+    """One vbd's; every method raises StoreError, unless it says otherwise.
+
+    frontend   the frontend's directory once a look has found it, else empty
+    token      of the watch on the frontend's state
+    """
+
+    def __init__(self, store: Store, path: VbdPath) -> None:
+        self.frontend = ""
+        self.token = f"frontend/{path}"
+        self._store = store
+        self._path = path
+        self._home = domain_path(path.backend_domid)
+        self._status_path = f"{self._home}/xenbackend/{path}"
+        self._error_path = f"{self._home}/error/backend/{path}"
+        self._status: dict[str, str] = {}  # as last written
+        self._error: str | None = None  # None: nobody knows what stands there
+
+    def keys(self) -> dict[str, str] | None:
+        """Return the backend directory's keys, None when it is gone."""
+        return self._store.transact(lambda nodes: nodes.dictionary(self._path.backend)) or None
+
+    def theirs(self, keys: Mapping[str, str]) -> XenbusState:
+        """Return the frontend's state, UNKNOWN while there is none that we may look at; it is watched from now on."""
+        try:
+            frontend = frontend_path(self._path, keys) or ""
+        except ConfigError:
+            frontend = ""  # the automaton says so
+        if frontend != self.frontend:
+            self._unwatch()
+            self.frontend = frontend
+            if frontend:
+                self._store.watch(f"{frontend}/state", self.token)
+        return parse_state(self._store.read_optional(f"{frontend}/state") if frontend else None)
+
+    def read_frontend(self, key: str) -> str | None:
+        """Return one of the frontend's keys, None where it has none."""
+        return self._store.read_optional(f"{self.frontend}/{key}")
+
+    def write(self, keys: Mapping[str, str | None], state: XenbusState, params: str | None) -> bool:
+        """Set keys of the backend's directory (None removes), if our state still is `state` there, and `params` too.
+
+        Returns whether that was so: else the toolstack was faster, or has removed the node; that is never brought back.
+        """
+
+        def body(nodes: Nodes) -> bool:
+            backend = self._path.backend
+            if parse_state(nodes.read_optional(f"{backend}/state")) is not state:
+                return False
+            if params is not None and nodes.read_optional(f"{backend}/params") != params:
+                return False
+            for key, value in keys.items():
+                if value is None:
+                    nodes.remove(f"{backend}/{key}")
+                else:
+                    nodes.write(f"{backend}/{key}", value)
+            return True
+
+        return self._store.transact(body)
+
+    def is_incoming(self) -> bool:
+        """Return whether `xl migrate` brings the guest here: until it runs, its former self may have its images."""
+        return self._of_domain(f"{domain_path(self._path.frontend_domid)}/name").endswith(_INCOMING)
+
+    def boots_by_device_model(self) -> bool:
+        """Return whether a device model shows the guest an emulated disk until its own driver starts."""
+        return self._of_domain(f"/libxl/{self._path.frontend_domid}/type") == "hvm"
+
+    def show_error(self, sentence: str) -> None:
+        """Show ``error/backend/…/error``, as Linux `xenbus_dev_error` does: errno and a sentence; empty removes it."""
+        sentence = sentence[:SENTENCE_MAX]
+        if sentence == self._error:
+            return
+        if sentence:
+            self._store.write(f"{self._error_path}/error", f"{errno.EINVAL} {sentence}")
+        elif self._error is not None or self._store.directory(self._error_path):
+            self._store.prune(self._error_path, self._home)
+        self._error = sentence
+
+    def show_status(self, values: Mapping[str, str]) -> None:
+        """Show these values below ``xenbackend/…``; each is written when it changes, since that wakes watchers."""
+        for key, value in values.items():
+            if self._status.get(key) != value:
+                self._store.write(f"{self._status_path}/{key}", value)
+        self._status = dict(values)
+
+    def doubt(self) -> None:
+        """Show everything anew with the next calls: xenstore was away. Raises nothing."""
+        self._status, self._error = {}, None
+
+    def forget(self) -> None:
+        """Watch no more, and remove what was shown, with the directories that were made for it."""
+        self._unwatch()
+        self._store.prune(self._status_path, self._home)
+        self._store.prune(self._error_path, self._home)
+
+    def _unwatch(self) -> None:
+        frontend, self.frontend = self.frontend, ""
+        if frontend:
+            self._store.unwatch(f"{frontend}/state", self.token)
+
+    def _of_domain(self, path: str) -> str:
+        try:
+            return self._store.read_optional(path) or ""
+        except StoreError:
+            return ""  # the guest gets its disk all the same
