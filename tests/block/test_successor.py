@@ -1,0 +1,77 @@
+"""What may take a chain's place below a running guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_block import Machine
+from tests.qcow_images import qcow2
+from xenbackend.block.leaf import leaf_over
+from xenbackend.block.successor import keeps_content
+from xenbackend.worker.newfile import write_new
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A directory with two raw images, other names of the first one, and a snapshot over it."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(bytes(SIZE))
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "hard").hardlink_to(tmp_path / "one")
+    (tmp_path / "other.qcow2").write_bytes(qcow2(SIZE))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("former", "new", "keeps"),
+    [
+        ("aio:{d}/one", "log:|aio:{d}/one", True),
+        ("log:|aio:{d}/one", "sync:{d}/one", True),
+        ("aio:{d}/one", "aio:{d}/link", True),
+        ("aio:{d}/one", "aio:{d}/hard", True),
+        ("aio:{d}/one", "aio:{d}/two", False),
+        ("aio:{d}/one", "ram:1M", False),
+        ("aio:{d}/one", "qcow2:{d}/other.qcow2", False),
+        ("ram:1M", "delay:read=1ms|ram:1M", True),
+        ("ram:1M", "null:1M", False),
+        ("null:1M", "null:1M", True),
+    ],
+)
+def test_the_same_content_is_known_by_its_file(
+    machine: Machine, files: Path, former: str, new: str, *, keeps: bool
+) -> None:
+    """Filters come and go, and a file has many names; another file, or none, is another content."""
+    chains = [machine.open(text.format(d=files), read_only=True) for text in (former, new)]
+    found = keeps_content(*(chain.layers for chain in chains))
+    for chain in chains:
+        chain.close()
+
+    assert keeps == found
+
+
+def test_a_name_that_means_another_file_now(machine: Machine, files: Path) -> None:
+    """The text may be the same, letter by letter: what counts is the file."""
+    chain = machine.open(f"aio:{files}/one", read_only=True)
+    (files / "two").rename(files / "new")
+    successor = machine.open(f"aio:{files}/new", read_only=True)
+
+    assert not keeps_content(chain.layers, successor.layers)
+    chain.close()
+    successor.close()
+
+
+def test_a_snapshot_has_the_content_and_what_it_was_taken_of_has_lost_it(machine: Machine, files: Path) -> None:
+    """Over the image that the guest writes to is the same content; back from it to its parent is not."""
+    base = machine.open(f"aio:{files}/one", read_only=True)
+    leaf = leaf_over(base.layers, f"{files}/leaf")
+    write_new(f"{files}/leaf", leaf.blank)
+    child = machine.open(leaf.text, read_only=True)
+
+    assert keeps_content(base.layers, child.layers)
+    assert not keeps_content(child.layers, base.layers)
+    child.close()
+    base.close()
