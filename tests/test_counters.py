@@ -59,11 +59,21 @@ def test_snapshot_of_shared_memory() -> None:
         ({0: 5}, 0.5, 1),
         ({BUCKETS - 1: 1}, 0.5, 1 << (BUCKETS - 1)),
         ({3: 2**60, 4: 1}, 0.5, 8),
+        ({3: 2**60 - 1, 4: 2**10}, 1.0, 16),
+        ({3: 2**53 + 3}, 1.0, 8),  # a float of that is larger
     ],
 )
 def test_percentiles(buckets: dict[int, int], fraction: float, expected: int) -> None:
     """A percentile is the upper bound of the bucket that it falls into, and 0 where nothing was sampled."""
     assert expected == percentile_ns(page_with(buckets), fraction)
+
+
+def test_any_words_are_counters() -> None:
+    """A worker may have written anything there: what is read has a name, fits into 64 bits, and is no error."""
+    page = memoryview(bytearray(b"\xff" * SIZE))
+
+    assert {2**64 - 1} == set(snapshot(page).values())
+    assert [1 << BUCKETS - 1, 1] == [percentile_ns(page, fraction) for fraction in (1.0, 0.0)]
 
 
 def test_buckets_are_powers_of_two() -> None:

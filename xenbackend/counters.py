@@ -38,11 +38,11 @@ def snapshot(page: memoryview) -> dict[str, int]:
 
 def percentile_ns(page: memoryview, fraction: float) -> int:
     """Return the upper bound in ns of the histogram bucket where `fraction` of the samples lie below, 0 without any."""
-    buckets = page[:SIZE].cast("Q")[HISTOGRAM : HISTOGRAM + BUCKETS].tolist()
-    wanted = sum(buckets) * fraction
-    seen = 0
-    for place, count in enumerate(buckets):
+    counts = page[:SIZE].cast("Q")[HISTOGRAM : HISTOGRAM + BUCKETS].tolist()
+    wanted = sum(counts) * fraction  # rounded up it may be more than there are
+    seen = bound = 0
+    for place, count in enumerate(counts):
+        if count and (not bound or seen < wanted):
+            bound = 1 << place
         seen += count
-        if count and seen >= wanted:
-            return int(1 << place)
-    return 0
+    return bound
