@@ -95,7 +95,7 @@ def _restore(wanted: Any, value: Any) -> Any:
         return {_restore(str, name): _restore(get_args(wanted)[1], each) for name, each in value.items()}
     elif type(value) is wanted and _is_within_bounds(value):
         return value
-    raise NotAMessage(f"{str(value)[:80]!r} where a message has {wanted}")
+    raise NotAMessage(f"{_shown(value)} where a message has {wanted}")
 
 
 def _restore_one_of(kinds: Any, value: Any) -> Any:
@@ -106,13 +106,13 @@ def _restore_one_of(kinds: Any, value: Any) -> Any:
         return _restore(inner[0], value)
     named = {each.__name__: each for each in inner}
     if not isinstance(value, dict) or not isinstance(value.get(_KIND), str) or value[_KIND] not in named:
-        raise NotAMessage(f"{str(value)[:80]!r} where a message has one of {', '.join(named)}")
+        raise NotAMessage(f"{_shown(value)} where a message has one of {', '.join(named)}")
     return _restore_fields(named[value[_KIND]], {name: each for name, each in value.items() if name != _KIND})
 
 
 def _restore_fields(kind: Any, value: Any) -> Any:
     if type(value) is not dict:
-        raise NotAMessage(f"{str(value)[:80]!r} where a message has {kind.__name__}")
+        raise NotAMessage(f"{_shown(value)} where a message has {kind.__name__}")
     found, left = {}, dict(value)
     for each, wanted in _fields_of(kind):
         if each.name in left:
@@ -122,6 +122,11 @@ def _restore_fields(kind: Any, value: Any) -> Any:
     if left:
         raise NotAMessage(f"{kind.__name__} has no {str(next(iter(left)))[:80]!r}")
     return kind(**found)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for people; to write out what is nested takes the interpreter's stack."""
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)[:80]
 
 
 def _is_within_bounds(value: Any) -> bool:

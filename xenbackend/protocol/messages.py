@@ -84,6 +84,14 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreed:
+    """What a worker that serves leaves in its journal (AGREED), for its successor and the service; never sent."""
+
+    chain: str
+    connect: Connect
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
     """Map the rings and serve. Without `connect`: where a predecessor stopped, as the journal tells."""
 
