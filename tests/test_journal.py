@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from array import array
 
@@ -14,7 +15,6 @@ from xenbackend.journal import (
     BATCH,
     MAX_ENTRIES,
     MAX_RINGS,
-    NOTES,
     SEGMENTS,
     SLOT,
     RingJournal,
@@ -23,7 +23,7 @@ from xenbackend.journal import (
 )
 from xenbackend.units import PAGE
 
-FIRST_RING = 50 * PAGE
+FIRST_RING = 18 * PAGE
 
 
 @pytest.fixture
@@ -76,16 +76,15 @@ def test_begin_forgets_the_last_connection(memory: memoryview) -> None:
 
 
 def test_note_is_found_again(memory: memoryview) -> None:
-    """What was noted is read back as it was written, replaced as a whole, and taken back; the two do not meet."""
+    """What was noted is read back as it was written, replaced as a whole, and taken back."""
     AGREED.write(memory, {"vbd": "vbd/5/51712", "rings": list(range(100))})
-    NOTES.write(memory, {"note": "x" * 20_000})
+    AGREED.write(memory, {"vbd": "x" * 30_000})
+    longest = AGREED.read(memory)
     AGREED.write(memory, {"vbd": "ä"})
 
-    assert {"vbd": "ä"} == AGREED.read(memory)
-    assert {"note": "x" * 20_000} == NOTES.read(memory)
+    assert ({"vbd": "x" * 30_000}, {"vbd": "ä"}) == (longest, AGREED.read(memory))
     AGREED.write(memory, None)
     assert AGREED.read(memory) is None
-    assert NOTES.read(memory) is not None
 
 
 def test_memory_that_no_worker_wrote_has_no_note(memory: memoryview) -> None:
@@ -95,6 +94,30 @@ def test_memory_that_no_worker_wrote_has_no_note(memory: memoryview) -> None:
         AGREED.write(memory, {})
         memory[PAGE : 2 * PAGE].cast("Q")[word] = value
         assert AGREED.read(memory) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"[1]", b"1", b"null", b'"text"', b"{", b"\xff", b"[" * 32_000, b'{"a":' * 5000, b"9" * 32_000,
+        b"{\0}", b'{"a": 1} {"b": 2}',
+    ],
+)  # fmt: skip
+def test_what_is_no_note_is_none(memory: memoryview, text: bytes) -> None:
+    """What a worker of ours would not write, however deep, is read as nothing."""
+    AGREED.write(memory, {})
+    memory[2 * PAGE : 2 * PAGE + 8 + len(text)] = len(text).to_bytes(8, "little") + text
+
+    assert AGREED.read(memory) is None
+
+
+@pytest.mark.parametrize("length", [8 * PAGE - 7, 2**32, 2**63, 2**64 - 1])
+def test_a_length_that_no_note_has_is_none(memory: memoryview, length: int) -> None:
+    """A note ends where its place does, whatever its length says."""
+    AGREED.write(memory, {})
+    memory[2 * PAGE : FIRST_RING] = length.to_bytes(8, "little") + b"{}".ljust(16 * PAGE - 8)
+
+    assert AGREED.read(memory) is None
 
 
 def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
@@ -128,6 +151,28 @@ def test_poison_is_noted_and_taken_back(memory: memoryview) -> None:
     assert 5 == poisoned(memory)
     poison(memory, 0)
     assert 0 == poisoned(memory)
+
+
+def test_poison_that_is_no_errno_is_one(memory: memoryview) -> None:
+    """Whatever lies there, what is returned can be put into words."""
+    for word in (4096, 2**63, 2**64 - 1):
+        poison(memory, word)
+        assert errno.EIO == poisoned(memory)
+
+
+@pytest.mark.parametrize("word", [255, 17, 2**64 - 1, 77 << 8 | BATCH + 1])
+@pytest.mark.parametrize("entries", [32, 2**63])
+def test_a_block_that_no_batch_fits_is_none(memory: memoryview, entries: int, word: int) -> None:
+    """Only what a worker of ours writes counts as in flight; the last block has no entries beyond it."""
+    ring = RingJournal(memory, 7, SLOT)
+    ring.begin(entries, 100)
+    for block in range(MAX_ENTRIES):
+        ring.blocks[block] = word
+
+    assert ([], [], 100, [100]) == (ring.unanswered(), ring.answering(), ring.taken(), journal.progress(memory))
+    ring.blocks[MAX_ENTRIES - 1] = 99 << 8 | BATCH
+    last = MAX_ENTRIES * BATCH
+    assert [(99 + place, last - BATCH + place) for place in range(BATCH)] == ring.unanswered()
 
 
 def test_what_is_in_flight_is_told_from_what_is_answered(memory: memoryview) -> None:

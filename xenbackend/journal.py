@@ -1,15 +1,19 @@
 """The crash journal of one vbd: where each request in flight lies, in memory that outlives the worker.
 
-Must not know a socket, a ring or a request's meaning. The supervisor makes the memory and keeps it; a worker writes it
-while it serves; a successor reads it to learn what its predecessor had taken and not answered.
+Must not know a socket, a ring or a request's meaning, nor believe what it reads: a worker that a guest has taken over
+may write anything at any time. Every reader here takes a bounded time, and answers with None, 0 or nothing where a
+memory holds what no worker of ours writes.
+
+The supervisor makes the memory, sealed (`kernel.memfd`), and keeps it; a worker writes it while it serves; a successor
+reads it to learn what its predecessor had taken and not answered.
 
 Requests are taken in batches of up to BATCH from one ring. A batch gets a free block of BATCH entries side by side, so
 that one copy moves all its slots out of the shared ring: the entry is the only copy that anybody parses.
 
     page 0                counters (`xenbackend.counters`)
-    page 1                words:  0 MAGIC   1 VERSION   2, 3 which copy of AGREED and NOTES is valid, 0 = none
-                                  4 the errno of a flush that failed: the image has lost something (`poison`)
-    pages 2-17, 18-49     AGREED and NOTES: two copies each, of JSON with its length before
+    page 1                words:  0 MAGIC   1 VERSION   2 which copy of AGREED is valid, 0 = none
+                                  3 the errno of a flush that failed: the image has lost something (`poison`)
+    pages 2-17            AGREED: two copies of JSON, with its length before
     then per ring         one page of words:  0 req_cons   1 rsp_prod   2 the ring's entries
                           a word per block:   first request number << 8 | requests in the block; 0 = none
                           a word per entry:   0 = not answered, else response number << 2 | answer
@@ -38,12 +42,13 @@ done about them. `xenbackend.worker.recovery` goes by all this.
 The copy of indirect segments is scratch memory, written after the batch was taken: a successor fetches them anew from
 the guest's pages, which the guest may not touch before its answer, and checks them as the first time.
 
-AGREED is written by the worker: what was agreed with the frontend, from `Connected` to `Disconnected`. NOTES are the
-supervisor's. Either is written into the copy that is not valid, then made valid by one store.
+AGREED is what the worker has agreed with the frontend (`protocol.messages.Agreed`), while it serves. It is written into
+the copy that is not valid, then made valid by one store.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from struct import Struct
@@ -52,7 +57,7 @@ from typing import Any
 from xenbackend.units import PAGE
 
 MAGIC = 0x4A4B4C42_4E4558  # "XENBLKJ"
-VERSION = 2
+VERSION = 3  # 2, which the last release left, is read by `supervisor.vbd.former`
 BATCH = 16  # requests taken and answered together; of a ring of 32, 8 cost a tenth more, 32 make both sides wait
 MAX_ENTRIES = 512  # slots of the largest ring
 MAX_RINGS = 8
@@ -64,16 +69,18 @@ ANSWER_OKAY, ANSWER_ERROR, ANSWER_EOPNOTSUPP = 1, 2, 3  # the two low bits of an
 REQ_CONS, RSP_PROD, RING_ENTRIES = 0, 1, 2  # words of a ring's first page
 
 _ENTRIES = MAX_ENTRIES * BATCH  # every block may hold just one request
+# Bytes: where the rings begin, what each of them takes, and from where on that is scratch memory.
+RINGS_AT = 18 * PAGE
 _BLOCKS_AT = PAGE
 _ANSWERS_AT = _BLOCKS_AT + MAX_ENTRIES * 8
 _SLOTS_AT = _ANSWERS_AT + _ENTRIES * 8
-_SEGMENTS_AT = _SLOTS_AT + _ENTRIES * SLOT
-_RING_SIZE = _SEGMENTS_AT + _ENTRIES * SEGMENTS
-_RINGS_AT = 50 * PAGE
-_POISON = 4  # word of page 1
+SCRATCH_AT = _SLOTS_AT + _ENTRIES * SLOT
+RING_SIZE = SCRATCH_AT + _ENTRIES * SEGMENTS
+_POISON = 3  # word of page 1
+_MAX_ERRNO = 4095
 _LENGTH = Struct("Q")  # bytes of JSON, before it
 
-SIZE = _RINGS_AT + MAX_RINGS * _RING_SIZE  # bytes; the memory is sparse, only pages in use exist
+SIZE = RINGS_AT + MAX_RINGS * RING_SIZE  # bytes; the memory is sparse, only pages in use exist
 
 
 class RingJournal:
@@ -87,13 +94,13 @@ class RingJournal:
 
     def __init__(self, memory: memoryview, ring: int, slot_size: int) -> None:
         """Look at ring number `ring` of a journal of SIZE bytes; `slot_size` is the layout's, at most SLOT bytes."""
-        start = _RINGS_AT + ring * _RING_SIZE
+        start = RINGS_AT + ring * RING_SIZE
         self.words = memory[start : start + PAGE].cast("Q")
         self.blocks = memory[start + _BLOCKS_AT : start + _ANSWERS_AT].cast("Q")
         self.answers = memory[start + _ANSWERS_AT : start + _SLOTS_AT].cast("Q")
         self.slot_size = slot_size
-        self._slots = memory[start + _SLOTS_AT : start + _SEGMENTS_AT]
-        self._segments = memory[start + _SEGMENTS_AT : start + _RING_SIZE]
+        self._slots = memory[start + _SLOTS_AT : start + SCRATCH_AT]
+        self._segments = memory[start + SCRATCH_AT : start + RING_SIZE]
 
     def begin(self, entries: int, index: int) -> None:
         """Start afresh for a ring of `entries` slots whose both sides stand at `index`."""
@@ -121,7 +128,8 @@ class RingJournal:
     def _entries(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield (first request of its block, place in it, entry, answer word) of each entry that holds a request."""
         for block, word in enumerate(self.blocks):
-            for place in range(word & 0xFF):
+            count = word & 0xFF
+            for place in range(count if count <= BATCH else 0):
                 entry = block * BATCH + place
                 yield word >> 8, place, entry, self.answers[entry]
 
@@ -141,26 +149,28 @@ class RingJournal:
 
 
 class Note:
-    """A JSON value that is replaced as a whole: whoever is killed while writing leaves the former one."""
+    """A JSON object that is replaced as a whole: whoever is killed while writing leaves the former one."""
 
-    def __init__(self, word: int, page: int, size: int) -> None:
-        """Lie in two copies of `size` bytes from page `page` on; word `word` of page 1 says which one is valid."""
+    def __init__(self, words_at: int, word: int, places: tuple[int, int], size: int, version: int) -> None:
+        """Lie in two copies of `size` bytes at `places`; word `word` of those at `words_at` says which one is valid."""
+        self._words_at = words_at
         self._word = word
-        self._places = [page * PAGE, page * PAGE + size]
+        self._places = places
         self._room = size - _LENGTH.size
+        self._version = version
 
     def write(self, memory: memoryview, value: dict[str, Any] | None) -> None:
         """Replace the value; None: there is none from now on. Raises: ValueError when it is too long."""
-        words = _words(memory)
+        words = self._words(memory)
         if words[0] != MAGIC:
-            words[1] = VERSION
+            words[1] = self._version
             words[0] = MAGIC
         if value is None:
             words[self._word] = 0
             return
         text = json.dumps(value).encode()
         if len(text) > self._room:
-            raise ValueError(f"{len(text)} bytes do not fit into a note of the journal, which has {self._room}")
+            raise ValueError(f"{len(text)} bytes do not fit into a note, which has room for {self._room}")
         copy = 2 if words[self._word] == 1 else 1
         place = self._places[copy - 1]
         _LENGTH.pack_into(memory, place, len(text))
@@ -168,24 +178,30 @@ class Note:
         words[self._word] = copy
 
     def read(self, memory: memoryview) -> dict[str, Any] | None:
-        """Return the value, or None where there is none, or the journal is of another version."""
-        words = _words(memory)
-        if words[0] != MAGIC or words[1] != VERSION or words[self._word] not in (1, 2):
+        """Return the value, None where there is none: nobody wrote one, or what lies there is not what `write` left.
+
+        What the object holds is the caller's to check.
+        """
+        magic, version, *_ = words = self._words(memory).tolist()
+        if magic != MAGIC or version != self._version or words[self._word] not in (1, 2):
             return None
         place = self._places[words[self._word] - 1]
         (length,) = _LENGTH.unpack_from(memory, place)
-        value: dict[str, Any] = json.loads(bytes(memory[place + _LENGTH.size : place + _LENGTH.size + length]))
-        return value
+        if length > self._room:
+            return None
+        try:
+            value = json.loads(bytes(memory[place + _LENGTH.size : place + _LENGTH.size + length]))
+        except (ValueError, RecursionError):  # also of bytes that are no text, and of brackets without an end
+            return None
+        return value if isinstance(value, dict) else None
+
+    def _words(self, memory: memoryview) -> memoryview:
+        return memory[self._words_at : self._words_at + 8 * _WORDS].cast("Q")
 
 
-AGREED = Note(2, 2, 8 * PAGE)  # a chain of the longest value that xenstore takes fits, whatever its bytes
-NOTES = Note(3, 18, 16 * PAGE)
-
-
-def is_readable(memory: memoryview) -> bool:
-    """Return whether a journal is of this version, or nobody has written into it yet."""
-    words = _words(memory)
-    return words[0] == 0 or (words[0] == MAGIC and words[1] == VERSION)
+_WORDS = 8  # of those at the head that anybody looks at
+# A chain of the longest value that xenstore takes fits, whatever its bytes.
+AGREED = Note(PAGE, 2, (2 * PAGE, 10 * PAGE), 8 * PAGE, VERSION)
 
 
 def poison(memory: memoryview, code: int) -> None:
@@ -195,7 +211,8 @@ def poison(memory: memoryview, code: int) -> None:
 
 def poisoned(memory: memoryview) -> int:
     """Return the errno of a flush that failed, 0 where none did."""
-    return _words(memory)[_POISON]
+    code: int = _words(memory)[_POISON]
+    return code if code <= _MAX_ERRNO else errno.EIO
 
 
 def progress(memory: memoryview) -> list[int]:
