@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import diagrams
 from xenbackend.block import drivers
 from xenbackend.block.options import describe_options
 from xenbackend.block.spec import parse_chain
@@ -53,6 +54,14 @@ def test_a_synopsis_names_every_option(name: str) -> None:
     for each in describe_options(driver.Options):
         assert each.is_target or f"{each.name}=" in section(manual, "Synopsis")
         assert re.search(rf"^{each.name}: ", section(manual, "Options"), re.MULTILINE)
+
+
+def test_the_diagrams_are_the_tables() -> None:
+    """ARCHITECTURE.md shows the states and phases as the code has them; `tests.tools.diagrams` writes them."""
+    page = diagrams.PAGE.read_text()
+
+    assert diagrams.with_diagrams(page) == page
+    assert all(diagram() in page for diagram in diagrams.DIAGRAMS.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

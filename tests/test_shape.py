@@ -36,8 +36,8 @@ TESTED_ELSEWHERE = {
     "image/faults.py": "values only; image/test_check.py counts them",
     "image/session.py": "image/test_transfer.py and everything else there runs in one",
     "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
+    "supervisor/vbd/aims.py": "supervisor/vbd/test_device.py has each aim, test_device_is_total.py all at once",
     "supervisor/vbd/events.py": "values only; test_device.py is made of them",
-    "supervisor/vbd/phase.py": "tables only; supervisor/vbd/test_device.py and test_device_is_total.py go by each line",
     "supervisor/vbd/context.py": "values only; supervisor/service/test_registry.py hands them to each vbd",
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.vbd.phase import Phase
@@ -23,7 +25,9 @@ LAYER = messages.LayerFacts(
     can_discard=True,
     discard_granularity=4096,
     discard_alignment=0,
+    physical_sector_size=512,
 )
+IDLE = messages.Standing(0, Stage.IDLE, "", read_only=False, shareable=False)
 NODE = {
     "frontend": "/local/domain/5/device/vbd/51712",
     "params": "null:1G",
@@ -36,32 +40,49 @@ NODE = {
 
 @dataclass
 class World:
-    """Everything around the automaton, with messages delivered only when `answer` is called.
+    """Everything around the automaton; the worker does what it was told only when `answer` is called.
 
-    Every write is held to what must never happen: see `_check`.
+    Whatever the automaton does is held to what must never happen: see `_do`, `_check`.
     """
 
-    node: dict[str, str] | None = field(default_factory=lambda: dict(NODE))
+    node: dict[str, str] | None = field(default_factory=lambda: dict(NODE))  # made anew: another object
     theirs: S = S.INITIALISING
-    inbox: list[messages.Message | str] = field(default_factory=list)  # what the worker has been told
+    inbox: list[events.Action | str] = field(default_factory=list)  # what the worker has been told
     is_running: bool = False
-    is_connected: bool = False
-    was_opened: bool = False
+    is_connected: bool = False  # the worker has the rings, whatever it says
     limit: float | None = None
     is_forgotten: bool = False
     unheard: list[events.Event] = field(default_factory=list)  # said while there was no service
     is_away: bool = False  # the service, not the worker
-    services: int = 1  # that there were
     cannot: str = ""  # why the worker cannot open the chain now
     joined: events.Join | None = None  # as it was asked for last
     lost: str = ""  # what the worker was told at its start
     runs_script: bool = True  # as libxl does once it has seen InitWait
+    lives: int = 1  # of vbds in this place
 
     def __post_init__(self) -> None:
-        self.device = Device(PATH, Limits())
+        self.standing = IDLE
+        self.journal = ""  # which flush failed, for a successor
+        self.is_stopped = False
+        self._begin()
+
+    def _begin(self, *, has_past: bool = False) -> None:
+        """Let the registry make an object for the vbd."""
+        self.device = Device(PATH, Limits(), has_past=has_past)
+        self.is_forgotten = self.is_stopped = False
+        self._life: dict[str, str] | None = None  # the node of which the automaton has seen that it was written to
+        self._seen: dict[str, str] | None = None
+        if not has_past:
+            self.journal = ""
 
     def see(self) -> None:
-        """Let the automaton look, and the toolstack do what it does then."""
+        """Let the automaton look, the registry make another one of a vbd in its place, and the script come."""
+        if self.is_forgotten and not self.is_stopped and self.state is not None:
+            self.lives += 1
+            self._begin()
+        if not self.is_away and not self.device.is_over and self.node and "max-ring-page-order" in self.node:
+            self._life = self._life or self.node
+        self._seen = self._seen if self.is_away else self.node
         self.send(events.Seen(self.node, self.theirs))
         if self.runs_script and self.state == "2" and not self.device.hotplug:
             self.send(events.Called())
@@ -71,22 +92,30 @@ class World:
         if self.is_away:
             self.unheard.append(event)
             return
-        for action in self.device.handle(event):
-            self._do(action)
+        if isinstance(event, events.Resume):
+            self.journal = ""
+            self.standing = replace(self.standing, flush_failed="")
+        self.is_stopped |= isinstance(event, events.Stop)
+        if not self.is_forgotten:
+            for action in self.device.handle(event):
+                self._do(action)
 
     def _do(self, action: events.Action) -> None:
+        is_of_this_life = self._life is None or self._life is self._seen or self.device.is_leaving
         match action:
             case events.Write():
                 self._write(action)
             case events.Start():
                 assert not self.is_running, "two workers"
-                self.is_running, self.lost = True, action.lost
+                assert is_of_this_life, "a worker for a vbd that is over"
+                self.is_running, self.lost, self.standing = True, action.lost, IDLE
+                self.journal = self.journal or action.lost
                 self.inbox.append("open")
             case events.Join():
                 self.inbox.append("connect")
                 self.joined = action
-            case events.Tell():
-                self.inbox.append(action.message)
+            case events.Leave() | events.Close():
+                self.inbox.append(action)
             case events.Kill():
                 self.inbox[:] = [action.sentence]
             case events.Limit():
@@ -98,6 +127,11 @@ class World:
     def _write(self, action: events.Write) -> None:
         if self.node is None or self.node.get("state") != str(action.state.value):
             return
+        if action.params is not None and self.node.get("params") != action.params:
+            return
+        if action.mark is not None and action.mark not in self.node:
+            return
+        assert self._life is None or self._life is self.node, "written into another vbd's node"
         self._check(action)
         for key, value in action.keys.items():
             if value is None:
@@ -107,16 +141,32 @@ class World:
 
     def _check(self, action: events.Write) -> None:
         """See that a write may be."""
+        assert not self.device.is_over, "written into a vbd that is over"
         state = action.keys.get("state")
         was_connected = action.state is S.CONNECTED
         if state == "4" and not was_connected:
-            assert self.was_opened, "Connected before the chain was open"
+            assert self.standing.layers, "Connected before the chain was open"
             assert self.is_connected, "Connected before the rings are served"
-        if state in ("2", "6"):
-            assert not self.is_connected, "offered or closed with rings mapped"
+        if state == "2":
+            assert not self.is_connected, "offered with rings mapped"
+        if state == "6":
+            assert not self.is_running, "Closed while there is a worker"
         is_wanted = self.device.spec is not None and (self.node or {}).get("online") != "0"
-        if was_connected and is_wanted and self.device.theirs is S.CONNECTED and not self.device._failure:
+        is_refused = "rings" in self.device.error  # by `refuse`: it is connected to nothing, whatever it says
+        if was_connected and is_wanted and self.device.theirs is S.CONNECTED and not is_refused:
             assert state in (None, "4"), "a guest that is connected was let down"
+
+    def say(self, **changes: Any) -> None:
+        """Let the worker say where it stands, which has changed so; nobody hears it before it has taken all orders."""
+        self.standing = replace(self.standing, **changes)
+        self.journal = self.standing.flush_failed or self.journal
+        if self.is_running and not self.inbox:
+            self.send(self.standing)
+
+    def lie(self, stage: Stage) -> None:
+        """Let the worker say once that it stands elsewhere."""
+        if self.is_running and not self.inbox:
+            self.send(replace(self.standing, stage=stage))
 
     def answer(self) -> None:
         """Let the worker do the next thing that it was told, as it should."""
@@ -124,36 +174,33 @@ class World:
             return
         told = self.inbox.pop(0)
         if told == "open" and self.cannot:
-            self.send(messages.Failed(self.cannot, 5))
+            self.say(failure=self.cannot, errno=5)
         elif told == "open":
-            self.was_opened = True
-            self.send(messages.Opened([LAYER]))
+            chain = self.device.spec.chain if self.device.spec else ""
+            self.say(stage=Stage.OPEN, chain=chain, layers=[LAYER], flush_failed=self.journal)
         elif told == "connect":
+            self.journal = self.journal if self.joined and self.joined.goes_on else ""
             self.is_connected = True
-            self.send(messages.Connected())
-        elif isinstance(told, messages.Disconnect):
+            self.say(stage=Stage.SERVING, flush_failed=self.journal, halted="")
+        elif isinstance(told, events.Leave):
             self.is_connected = False
-            self.send(messages.Disconnected())
-        elif isinstance(told, messages.Report):
-            self.send(replace(self.standing(), report=told.id))
-        elif isinstance(told, messages.Close):
-            self.send(messages.Closed())
+            self.say(stage=Stage.OPEN)
+        elif told == "report":
+            self.say()
+        elif isinstance(told, events.Close):
             self.die("the worker ended unexpectedly with exit status 0")
         else:
             self.die(str(told))
 
-    def standing(self) -> messages.Standing:
-        """Return where the worker stands."""
-        phase = "serving" if self.is_connected else "open" if self.was_opened else "idle"
-        layers = [LAYER] if self.was_opened else []
-        chain = "null:1G" if self.was_opened else ""
-        return messages.Standing(
-            phase, chain, read_only=False, shareable=False, layers=layers, export="", halted="", paused="", trouble=""
-        )
+    def refuse(self, sentence: str) -> None:
+        """Let the worker answer the order that it has next that it cannot."""
+        assert self.inbox.pop(0) in ("open", "connect")
+        self.say(failure=sentence, errno=5)
+        self.standing = replace(self.standing, failure="", errno=0)
 
     def die(self, sentence: str, *, has_progressed: bool = False) -> None:
         """Let the worker process end."""
-        self.is_running = self.is_connected = self.was_opened = False
+        self.is_running, self.is_connected, self.standing = False, False, IDLE
         self.inbox.clear()
         self.send(events.Ended(sentence, has_progressed))
 
@@ -163,15 +210,17 @@ class World:
 
     def begin_service(self) -> None:
         """Let the next service find what is there; it hears what was said meanwhile."""
-        self.device = Device(PATH, Limits())
-        self.is_away = self.is_forgotten = False
+        life = self._life
+        self._begin(has_past=True)
+        self.is_away = False
+        self._life = self._seen = life
         unheard, self.unheard = self.unheard, []
         if self.is_running or any(isinstance(each, events.Ended) for each in unheard):
-            self.services += 1
-            self.send(events.Inherited(self.services))
-            self.inbox += [messages.Report(self.services)] if self.is_running else []
+            self.send(events.Inherited())
+            self.inbox += ["report"] if self.is_running else []
             for event in unheard:
-                self.send(event)
+                if isinstance(event, events.Ended):  # a standing answers no order of this service
+                    self.send(event)
 
     def replace_service(self) -> None:
         """Let a new service take over from this one."""

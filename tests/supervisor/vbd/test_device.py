@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from tests.supervisor.world import LAYER, NODE, PATH, World, connected, remove
+from tests.supervisor.world import IDLE, LAYER, NODE, PATH, World, connected, remove
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.device import FORCED_LIMIT_S, Device, Phase
+from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, Phase
 
 S = XenbusState
 
@@ -45,14 +46,18 @@ def test_frontend_that_is_faster_than_the_chain_waits() -> None:
 
 
 def test_guest_closes_and_comes_back() -> None:
-    """After the frontend's Closing and Closed the vbd is Closed with its chain open; Initialising offers it again."""
+    """After the frontend's Closing and Closed the worker is closed, and the vbd is Closed when it has ended, so that
+    the image is free; Initialising offers the disk again, and another worker serves it.
+    """
     world = connected()
     world.theirs = S.CLOSING
     world.settle()
     assert ("5", True) == (world.state, world.is_connected)
     world.theirs = S.CLOSED
+    world.see()
+    assert ("5", [events.Close()]) == (world.state, world.inbox)
     world.settle()
-    assert ("6", False, Phase.OPEN) == (world.state, world.is_connected, world.device.phase)
+    assert ("6", False, Phase.NONE) == (world.state, world.is_running, world.device.phase)
     world.theirs = S.INITIALISING
     world.settle()
     assert "2" == world.state
@@ -91,7 +96,7 @@ def test_frontend_that_starts_anew_is_disconnected_first() -> None:
     world = connected()
     world.theirs = S.INITIALISING
     world.see()
-    assert ("4", [messages.Disconnect()]) == (world.state, world.inbox)
+    assert ("4", [events.Leave()]) == (world.state, world.inbox)
     world.answer()
     assert "2" == world.state
 
@@ -119,7 +124,7 @@ def test_removal_waits_for_a_connected_frontend() -> None:
     assert ("5", True) == (world.state, world.is_connected)
     world.theirs = S.CLOSED
     world.see()
-    assert ("5", [messages.Close()]) == (world.state, world.inbox)
+    assert ("5", [events.Close()]) == (world.state, world.inbox)
     world.answer()
     assert "6" == world.state
 
@@ -139,7 +144,7 @@ def test_vanished_node_is_a_forced_close() -> None:
     world = connected()
     world.node = None
     world.see()
-    assert ([messages.Close()], FORCED_LIMIT_S) == (world.inbox, world.limit)
+    assert ([events.Close()], FORCED_LIMIT_S) == (world.inbox, world.limit)
     world.send(events.Expired())
     world.answer()
     assert (True, None) == (world.is_forgotten, world.node)
@@ -160,8 +165,7 @@ def test_chain_that_cannot_be_opened_is_reported_and_the_state_stays() -> None:
     """A failed open is told in hotplug-error and hotplug-status, in InitWait, and is not tried again by itself."""
     world = World()
     world.see()
-    world.inbox.clear()
-    world.send(messages.Failed("aio: /img: there is no such file", 2))
+    world.refuse("aio: /img: there is no such file")
     world.answer()
     world.theirs = S.INITIALISED
     world.settle()
@@ -176,9 +180,9 @@ def test_retry_after_an_error_clears_it() -> None:
     """A vbd that is attached anew loses the error of its former life."""
     world = World()
     world.see()
-    world.send(messages.Failed("no", 2))
+    world.refuse("no")
     world.settle()
-    world.node = {**NODE, "hotplug-status": "error", "hotplug-error": "no"}
+    world.node = dict(NODE)
     world.settle()
 
     assert "connected" == world.node["hotplug-status"]
@@ -215,36 +219,85 @@ def test_keys_that_are_put_right_are_served() -> None:
     """A directory that is written key by key is served once it is complete."""
     world = World({"state": "1", "script": "x"})
     world.settle()
-    world.node = {**NODE, **(world.node or {})}
+    assert world.node is not None
+    world.node.update({**NODE, "state": "2"})
     world.settle()
 
     assert world.is_running
     assert "connected" == world.node["hotplug-status"]
 
 
-def test_rings_that_cannot_be_mapped_close_the_vbd_until_the_frontend_starts_anew() -> None:
-    """A failed connect ends in Closed, is not repeated, and is forgiven when the frontend starts anew."""
+@pytest.mark.parametrize("is_told", [True, False])
+def test_rings_that_cannot_be_mapped_close_the_vbd_until_the_frontend_starts_anew(*, is_told: bool) -> None:
+    """Rings that cannot be served end in Closed and are not tried again, until the frontend starts anew."""
     world = World()
     world.settle()
     world.theirs = S.INITIALISED
     world.see()
-    world.inbox.clear()
-    world.send(messages.Failed("ring-ref is missing", 22))
+    if is_told:
+        world.refuse("ring-ref is missing")
+    else:
+        world.inbox.clear()
+        world.send(events.Refused("ring-ref is missing"))
     world.settle()
-    assert ("6", Phase.OPEN, "ring-ref is missing") == (world.state, world.device.phase, world.device.error)
+    assert ("6", Phase.NONE, "ring-ref is missing") == (world.state, world.device.phase, world.device.error)
     world.theirs = S.INITIALISING
     world.settle()
     assert ("2", "") == (world.state, world.device.error)
 
 
-def test_node_that_is_made_anew_lets_go_of_the_old_rings_first() -> None:
-    """A toolstack that makes the same vbd again under a running worker gets a fresh one, and never the old rings."""
+@pytest.mark.parametrize("state", ["1", "2"])
+def test_a_node_that_is_made_anew_ends_the_former_life(state: str) -> None:
+    """A toolstack that makes the same vbd again (as libxl does, or as `attach`) gets an object and a worker of its own
+    once the former ones are gone, which is soon or by force; until then nothing is written to the new node.
+    """
     world = connected()
-    world.node, world.theirs = dict(NODE), S.INITIALISING
+    world.say(flush_failed="a flush failed")
+    world.node, world.theirs = {**NODE, "state": state}, S.INITIALISING
     world.see()
-    assert ("1", [messages.Disconnect()]) == (world.state, world.inbox)
+    assert (True, [events.Close()], FORCED_LIMIT_S) == (world.device.is_over, world.inbox, world.limit)
+    world.see()
+    world.send(events.Called())
+    assert {**NODE, "state": state} == world.node
+    world.answer()
+    assert world.is_forgotten
     world.settle()
-    assert ("2", False) == (world.state, world.is_connected)
+
+    assert ("2", False, 2) == (world.state, world.is_connected, world.lives)
+    assert ("", "", "connected") == (world.device.error, world.lost, world.device.hotplug)
+
+
+def test_a_vbd_that_is_over_stays_so() -> None:
+    """Whatever is in the place of a node that was seen to be gone is another vbd's, even with the same keys."""
+    world = connected()
+    former, world.node = world.node, None
+    world.see()
+    world.node = former
+    world.see()
+
+    assert (True, None, S.UNKNOWN) == (world.device.is_over, world.device.keys, world.device.theirs)
+    world.settle()
+    assert ("4", 2) == (world.state, world.lives)
+
+
+def test_a_write_that_failed_ends_no_life() -> None:
+    """What we write counts for ours only once it was seen: xenstore may have refused it."""
+    world = World()
+    for state in ("1", "2"):
+        world.node = {**NODE, "state": state}
+        world.device.handle(events.Seen(dict(world.node), S.INITIALISING))
+        world.device.handle(events.Seen(dict(world.node), S.INITIALISING))
+
+    assert not world.device.is_over
+
+
+def test_a_directory_that_is_made_again_with_our_keys_is_the_same_vbd() -> None:
+    """So `claim` makes it: with all that it held, in InitWait, and nobody has looked meanwhile."""
+    world = World()
+    world.settle()
+    world.send(events.Seen({**(world.node or {}), "state": "2"}, S.INITIALISING))
+
+    assert (False, Phase.OPEN) == (world.device.is_over, world.device.phase)
 
 
 def test_read_only_mode_reaches_worker_and_guest() -> None:
@@ -255,7 +308,8 @@ def test_read_only_mode_reaches_worker_and_guest() -> None:
         for each in device.handle(events.Seen({**NODE, "mode": "r"}, S.INITIALISING))
         if isinstance(each, events.Start)
     ]
-    write = next(each for each in device.handle(messages.Opened([LAYER])) if isinstance(each, events.Write))
+    opened = replace(IDLE, stage=Stage.OPEN, layers=[LAYER])
+    write = next(each for each in device.handle(opened) if isinstance(each, events.Write))
 
     assert [True] == [each.spec.read_only for each in start]
     assert "4" == write.keys["info"]
@@ -307,17 +361,17 @@ def test_an_offer_that_is_no_number_is_ours(text: str) -> None:
     assert 256 == world.joined.max_segments
 
 
-def test_paused_disk_is_an_error_until_the_next_connection() -> None:
+def test_a_failed_flush_is_an_error_until_the_next_connection() -> None:
     """A flush that failed is said where operators look, and forgotten when the frontend connects again."""
     world = connected()
-    world.send(messages.Paused("a flush failed"))
-    paused = world.device.error
+    world.say(flush_failed="a flush failed")
+    failed = world.device.error
     world.theirs = S.INITIALISING
     world.settle()
     world.theirs = S.INITIALISED
     world.settle()
 
-    assert ("a flush failed", "", "4") == (paused, world.device.error, world.state)
+    assert ("a flush failed", "", "4") == (failed, world.device.error, world.state)
 
 
 def test_a_disk_that_grew_is_told_to_the_guest() -> None:
@@ -325,30 +379,77 @@ def test_a_disk_that_grew_is_told_to_the_guest() -> None:
     world = connected()
     writes = [
         each.keys
-        for each in world.device.handle(messages.Swapped("null:2G", [replace(LAYER, size=2 << 30)]))
+        for each in world.device.handle(replace(world.standing, layers=[replace(LAYER, size=2 << 30)]))
         if isinstance(each, events.Write)
     ]
 
     assert [{"sectors": "4194304", "state": "4"}] == writes
 
 
-def test_another_chain_is_no_reason_to_begin_anew() -> None:
-    """A chain that took the place of another one is what the toolstack's keys say from now on; a third one that the
-    toolstack wants meanwhile is put into service all the same.
+def test_params_follow_the_chain_in_service() -> None:
+    """A chain that took the place of another one is what the toolstack's key says from now on, and the same worker
+    serves on; it is written only over what stood there.
     """
     world = connected()
-    assert world.node is not None
-    world.node["params"] = "null:2G"  # as the service itself writes it
-    world.send(messages.Swapped("null:2G", [LAYER]))
-    world.settle()
-    assert ("null:2G", Phase.SERVING) == (world.device.spec and world.device.spec.chain, world.device.phase)
-    world.node["params"] = "null:3G"
-    world.see()
-    world.send(messages.Swapped("null:4G", [LAYER]))
-    assert "null:3G" == (world.device.spec and world.device.spec.chain)
+    writes = [
+        each for each in world.device.handle(events.Exchanged("null:1G", "null:2G")) if isinstance(each, events.Write)
+    ]
+    for each in writes:
+        world._do(each)
+    following = world.device.is_following
     world.settle()
 
-    assert "null:3G" == (world.device.spec and world.device.spec.chain)
+    assert [({"params": "null:2G"}, S.CONNECTED, "null:1G")] == [
+        (each.keys, each.state, each.params) for each in writes
+    ]
+    assert ("null:2G", Phase.SERVING) == (world.device.spec and world.device.spec.chain, world.device.phase)
+    assert ("null:2G", [], True, False) == (
+        (world.node or {})["params"], world.inbox, following, world.device.is_following
+    )  # fmt: skip
+
+
+def test_params_follow_although_writes_fail() -> None:
+    """While xenstore is away two chains may take each other's place; the node still says the first, and follows."""
+    world = connected()
+    for former, chain in (("null:1G", "null:2G"), ("null:2G", "null:3G")):
+        world.device.handle(events.Exchanged(former, chain))
+    world.settle()
+
+    assert ("null:3G", Phase.SERVING) == ((world.node or {})["params"], world.device.phase)
+    assert not world.device.is_following
+
+
+def test_params_follow_while_the_vbd_is_to_go_away() -> None:
+    """Else the next service would open the former chain under a guest that is still connected."""
+    world = connected()
+    remove(world)
+    world.settle()
+    world.send(events.Exchanged("null:1G", "null:2G"))
+    world.settle()
+
+    assert ("null:2G", Phase.SERVING) == ((world.node or {})["params"], world.device.phase)
+
+
+def test_a_third_chain_that_the_toolstack_wants_wins() -> None:
+    """It is another disk then: the worker is closed, and the toolstack's chain is opened."""
+    world = connected()
+    assert world.node is not None
+    world.node["params"] = "null:3G"
+    world.send(events.Exchanged("null:1G", "null:2G"))
+    world.settle()
+
+    assert ("null:3G", "null:3G") == (world.node["params"], world.device.spec and world.device.spec.chain)
+    assert "null:3G" == world.standing.chain
+
+
+def test_a_node_that_is_made_anew_keeps_its_params() -> None:
+    """It is of another vbd, whatever took another one's place in the former."""
+    world = connected()
+    world.device.handle(events.Exchanged("null:1G", "null:2G"))
+    world.node = dict(NODE)
+    world.settle()
+
+    assert ("null:1G", "null:1G") == (world.node["params"], world.standing.chain)
 
 
 def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
@@ -357,6 +458,105 @@ def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
     assert world.node is not None
     world.node["params"] = "null:2G"
     world.see()
-    assert [messages.Close()] == world.inbox
+    assert [events.Close()] == world.inbox
     world.settle()
     assert ("4", "null:2G", True) == (world.state, world.device.spec and world.device.spec.chain, world.is_connected)
+
+
+def test_frontend_that_comes_back_while_the_worker_closes_is_served() -> None:
+    """A frontend that is Initialised again before we have said Closed gets that first, then another worker."""
+    world = connected()
+    world.theirs = S.CLOSING
+    world.settle()
+    world.theirs = S.CLOSED
+    world.see()
+    world.theirs = S.INITIALISED
+    world.see()
+    assert ("5", [events.Close()]) == (world.state, world.inbox)
+    world.settle()
+
+    assert ("4", True) == (world.state, world.is_connected)
+
+
+def test_closed_needs_no_worker() -> None:
+    """A vbd that is Closed, with a frontend that does nothing, starts no worker: nobody is to hold the image."""
+    world = World({**NODE, "state": "6", "hotplug-status": "connected"}, S.CLOSED)
+    world.settle()
+
+    assert ("6", False) == (world.state, world.is_running)
+
+
+@pytest.mark.parametrize("theirs", [S.CLOSING, S.CLOSED])
+def test_frontend_that_closes_before_the_script_was_told_waits(theirs: S) -> None:
+    """A guest can write Closed at once; the toolstack sees InitWait all the same, and its script gets an answer."""
+    world = World(theirs=theirs, runs_script=False)
+    world.see()
+    world.answer()
+    world.see()
+    offered = world.state
+    world.send(events.Called())
+    told = world.device.hotplug
+    world.settle()
+
+    assert ("2", "connected") == (offered, told)
+    assert ("5" if theirs is S.CLOSING else "6") == world.state
+
+
+def test_a_disk_that_was_promised_is_opened_as_soon_as_that_can_be() -> None:
+    """An image that is away while a guest's next driver begins (after a boot loader, say) is opened when it is back:
+    the script was told long ago, so nobody else would try again.
+    """
+    world = connected()
+    world.theirs = S.CLOSED
+    world.settle()
+    world.cannot = "no such file"
+    world.theirs = S.INITIALISING
+    world.settle()
+    meanwhile = (world.state, world.device.error, (world.node or {}).get("hotplug-error"))
+    world.cannot, world.theirs = "", S.INITIALISED
+    world.settle()
+
+    assert ("2", "no such file", None) == meanwhile
+    assert ("4", "") == (world.state, world.device.error)
+
+
+@pytest.mark.parametrize(
+    ("order", "stage", "failure"),
+    [
+        ("open", Stage.SERVING, ""),
+        ("open", Stage.CONNECTING, ""),
+        ("open", Stage.OPEN, "it failed"),
+        ("connect", Stage.LEAVING, ""),
+        ("connect", Stage.SERVING, "it failed"),
+    ],
+)
+def test_what_cannot_be_is_a_breach(order: str, stage: Stage, failure: str) -> None:
+    """A worker that says what cannot follow from its last order is killed with a sentence, and replaced."""
+    world = World()
+    if order == "connect":
+        world.settle()
+        world.theirs = S.INITIALISED
+    world.see()
+    assert [order] == world.inbox
+    phase = world.device.phase
+    kills = world.device.handle(replace(world.standing, stage=stage, failure=failure))
+
+    said = f"{stage.value}{' and failed' if failure else ''}, while it was {phase.value}"
+    assert [events.Kill(f"the worker was killed: it says that it is {said}", is_breach=True)] == kills
+    world.die("killed")
+    world.settle()
+    assert world.is_running
+
+
+def test_every_standing_counts() -> None:
+    """All of where the worker stands is taken from each of its reports, and what it shows goes with it."""
+    world = connected()
+    world.say(trouble="write: no room", is_paused=True)
+    troubled = (world.device.error, world.device.is_paused)
+    world.say(trouble="", halted="ring 0 was stopped: bad index")
+    halted = (world.device.error, world.device.is_paused)
+    world.say(halted="", is_paused=False)
+
+    assert ("write: no room", True) == troubled
+    assert ("ring 0 was stopped: bad index", True) == halted
+    assert ("", False) == (world.device.error, world.device.is_paused)

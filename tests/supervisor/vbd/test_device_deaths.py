@@ -6,9 +6,9 @@ import pytest
 
 from tests.supervisor.world import NODE, World, connected, remove
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.device import FORCED_LIMIT_S, Phase
+from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, Phase
 
 S = XenbusState
 
@@ -90,7 +90,8 @@ def test_workers_that_die_before_there_is_a_guest_close_the_vbd() -> None:
     world.settle()
 
     assert world.node is not None
-    assert ("6", "error", "died") == (world.state, world.node["hotplug-status"], world.device.error)
+    assert ("6", "error") == (world.state, world.node["hotplug-status"])
+    assert "died, 7 in a row; `xenbackend resume` starts another one" == world.device.error
     world.node = dict(NODE)
     world.settle()
     assert ("2", True, "") == (world.state, world.is_running, world.device.error)
@@ -117,8 +118,7 @@ def test_rings_that_a_successor_cannot_map_are_tried_again() -> None:
     world = connected()
     world.die("died", has_progressed=True)
     world.answer()
-    world.inbox.remove("connect")
-    world.send(messages.Failed("map a grant: out of memory", 12))
+    world.refuse("map a grant: out of memory")
     meanwhile = (world.state, world.device.error)
     world.settle()
 
@@ -160,7 +160,7 @@ def test_another_process_takes_over() -> None:
     shown = world.device.error
     world.settle()
 
-    assert (Phase.RETIRING, [messages.Close(hands_over=True)]) == told
+    assert (Phase.RETIRING, [events.Close(hands_over=True)]) == told
     assert "" == shown
     assert ("4", True) == (world.state, world.is_connected)
     assert world.joined is not None
@@ -193,10 +193,10 @@ def test_nobody_is_replaced_who_is_not_there() -> None:
     assert Phase.SERVING is world.device.phase
 
 
-def test_paused_disk_stays_paused_when_its_worker_dies() -> None:
+def test_a_failed_flush_stays_one_when_its_worker_dies() -> None:
     """The successor is told what was lost, until somebody says to go on, even while there is no worker at all."""
     world = connected()
-    world.send(messages.Paused("a flush failed"))
+    world.say(flush_failed="a flush failed")
     world.die("died")
     assert "a flush failed" == world.lost
     for _ in range(6):
@@ -213,9 +213,10 @@ def test_paused_disk_stays_paused_when_its_worker_dies() -> None:
 def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
     """What the guest wrote to it must not be lost: the successor opens that one, whatever the node says as yet."""
     world = connected()
+    world.device.handle(events.Exchanged("null:1G", "null:2G"))
     starts = [
         each
-        for each in world.device.handle(events.Ended("died", has_progressed=True, chain="null:2G"))
+        for each in world.device.handle(events.Ended("died", has_progressed=True))
         if isinstance(each, events.Start)
     ]
 
@@ -225,12 +226,27 @@ def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
 def test_worker_that_takes_too_long_is_killed() -> None:
     """R23: a worker that does not answer in time is killed, and the vbd goes on with another one."""
     world = connected()
-    world.theirs = S.CLOSED
+    world.theirs = S.INITIALISING
     world.see()
-    assert [messages.Disconnect()] == world.inbox
+    assert [events.Leave()] == world.inbox
     world.send(events.Expired())
     world.answer()
     assert "disconnecting for too long" in world.device.error
     world.settle()
 
-    assert ("6", False, Phase.OPEN) == (world.state, world.is_connected, world.device.phase)
+    assert ("2", False, Phase.OPEN) == (world.state, world.is_connected, world.device.phase)
+
+
+def test_a_worker_that_breaks_the_protocol_is_replaced_like_one_that_died() -> None:
+    """The guest sees nothing but a delay, and one that does so again and again is given up."""
+    world = connected()
+    for _ in range(6):
+        world.lie(Stage.IDLE)
+        assert ["the worker was killed: it says that it is idle, while it was serving"] == world.inbox
+        world.settle()
+        assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+    world.lie(Stage.IDLE)
+    world.settle()
+
+    assert ("4", False) == (world.state, world.is_running)
+    assert "it says that it is idle, while it was serving, 7 in a row" in world.device.error

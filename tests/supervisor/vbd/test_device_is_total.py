@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from tests.supervisor.world import LAYER, NODE, PATH, World, connected, remove
+from tests.supervisor.world import IDLE, LAYER, NODE, PATH, World, connected, remove
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.device import Device, Phase
+from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.vbd.phase import Phase
 
 S = XenbusState
 
@@ -22,13 +25,11 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
     """R16: from each pair of states and each phase, every event leads to a state without an exception, twice alike."""
     given: list[events.Event] = [
         events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
-        events.Ended("x", has_progressed=True, chain="null:2G"), events.Expired(), events.Called(), events.Stop(),
-        events.Stop(leaves=True), events.Inherited(), events.Resume(), events.Replace(),
-        messages.Standing("serving", "null:1G", False, False, [LAYER], "", "", "", ""),
-        messages.Standing("idle", "", False, False, [], "", "", "", ""),
-        messages.Swapped("null:2G", [LAYER]), messages.Trouble("x"), messages.Trouble(""),
-        messages.Opened([LAYER]), messages.Failed("x", 5), messages.Connected(),
-        messages.Halted(0, "x"), messages.Paused("x"), messages.Disconnected(), messages.Closed(),
+        events.Ended("x", has_progressed=True), events.Expired(), events.Called(), events.Stop(),
+        events.Stop(leaves=True), events.Inherited(), events.Resume(), events.Replace(), events.Refused("x"),
+        events.Exchanged("null:1G", "null:2G"), events.Exchanged("null:3G", "null:2G"),
+        *(replace(IDLE, stage=stage, failure=failure) for stage in Stage for failure in ("", "x")),
+        replace(IDLE, stage=Stage.SERVING, layers=[LAYER], trouble="x", halted="x", flush_failed="x", is_paused=True),
     ]  # fmt: skip
     for phase in Phase:
         for online in "01":
@@ -48,19 +49,26 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
 @pytest.mark.slow
 def test_random_walks_keep_the_invariants() -> None:
     """R16: in any order of events, among them deaths of workers and services, no guest that is connected is let down,
-    there are never two workers, Connected needs served rings, and when all is calm the guest is served or told why not;
-    a vbd that is removed ends in Closed, and nothing of it is left.
+    there are never two workers, Connected needs served rings, Closed that there is no worker, a node that was made anew
+    gets nothing of the former vbd; when all is calm the guest is served or told why not, and a vbd that is removed ends
+    in Closed, and nothing of it is left.
     """
     generator = random.Random(20)
     world = World()
+    seen = Counter[str]()
     for _ in range(100_000):
         _random_step(world, generator)
-        if world.is_forgotten:
+        seen.update([world.device.phase.value, f"state {world.state}", f"lives {min(world.lives, 2)}"])
+        seen.update(["over"] if world.device.is_over else [])
+        if world.is_forgotten and (world.state is None or world.is_stopped):
             world = World()
         if generator.random() < 0.001 and world.node is not None:
             _check_that_it_serves_again(world)
             _check_that_removal_ends(world)
             world = World()
+
+    assert set(Phase) == {phase for phase in Phase if seen[phase.value]}
+    assert all(seen[each] > 100 for each in ("state 2", "state 4", "state 5", "state 6", "lives 2", "over")), seen
 
 
 @pytest.mark.parametrize("death", ["worker", "service", "both"])
@@ -110,10 +118,10 @@ def _die(world: World, death: str) -> None:
 
 def _random_step(world: World, generator: random.Random) -> None:
     kinds = (
-        _frontend_moves, World.answer, World.see, _toolstack_writes, _worker_fails, _node_is_replaced,
+        _frontend_moves, World.answer, World.see, _toolstack_writes, _worker_fails, _worker_says, _node_is_replaced,
         _service_changes, _operator_asks,
     )  # fmt: skip
-    step = generator.choices(kinds, weights=(35, 35, 10, 8, 4, 1, 2, 1))[0]
+    step = generator.choices(kinds, weights=(35, 35, 10, 8, 4, 2, 1, 2, 1))[0]
     if step in (World.answer, World.see):
         step(world)
     else:
@@ -140,9 +148,18 @@ def _worker_fails(world: World, generator: random.Random) -> None:
         world.send(events.Expired())
     elif kind == "cannot":
         world.cannot = generator.choice(("", "it cannot be opened"))
-    elif kind in ("refuses", "store") and "connect" in world.inbox:
-        world.inbox.remove("connect")
-        world.send(messages.Failed("rings", 22) if kind == "refuses" else events.Postponed())
+    elif kind == "refuses" and world.inbox[:1] == ["connect"]:
+        world.refuse("rings")
+    elif kind == "store" and world.inbox[-1:] == ["connect"]:  # it was never told
+        world.inbox.pop()
+        world.send(events.Postponed() if generator.random() < 0.5 else events.Refused("rings"))
+
+
+def _worker_says(world: World, generator: random.Random) -> None:
+    if generator.random() < 0.2:
+        world.lie(generator.choice(list(Stage)))
+    else:
+        world.say(**{generator.choice(("trouble", "halted", "flush_failed")): generator.choice(("", "x"))})
 
 
 def _service_changes(world: World, generator: random.Random) -> None:
@@ -158,11 +175,16 @@ def _service_changes(world: World, generator: random.Random) -> None:
 
 
 def _operator_asks(world: World, generator: random.Random) -> None:
-    world.send(generator.choice((events.Resume(), events.Replace())))
+    params = (world.device.keys or {}).get("params", "")
+    exchange = events.Exchanged(params, generator.choice(("null:1G", "null:2G", "null:3G")))
+    order = generator.choice((events.Resume(), events.Replace(), exchange))
+    if order is exchange and world.device.phase is not Phase.SERVING:
+        return
+    world.send(order)
 
 
 def _node_is_replaced(world: World, generator: random.Random) -> None:
-    world.node = generator.choice((None, dict(NODE)))
+    world.node = generator.choice((None, dict(NODE), {**NODE, "state": "2"}, {**NODE, "params": "null:2G"}))
 
 
 def _check_that_it_serves_again(world: World) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.supervisor.world import LAYER, NODE, World, connected
+from tests.supervisor.world import IDLE, LAYER, NODE, World, connected
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -52,8 +54,7 @@ def test_a_script_that_comes_after_the_failure_is_told() -> None:
     """A chain that failed before the script came leaves its sentence at once, and the status when the script asks."""
     world = World(runs_script=False)
     world.see()
-    world.inbox.clear()
-    world.send(messages.Failed("aio: /img: there is no such file", 2))
+    world.refuse("aio: /img: there is no such file")
     world.settle()
     assert world.node is not None
     before = (world.node["hotplug-error"], world.device.hotplug)
@@ -71,7 +72,7 @@ def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
     world.runs_script = False
     world.settle()
 
-    assert ("2", "") == (world.state, world.device.hotplug)
+    assert ("2", "", 2) == (world.state, world.device.hotplug, world.lives)
 
 
 @pytest.mark.parametrize(("kind", "at"), [("vbd", "nbd+unix:///?socket=/run/x.sock"), ("vbd3", "/run/x.sock")])
@@ -80,10 +81,10 @@ def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, 
     device = Device(VbdPath(kind, 0, 5, 51712), Limits())
     device.handle(events.Seen(dict(NODE), S.INITIALISING))
     device.handle(events.Called())
-    device.handle(messages.Opened([LAYER], "/run/x.sock"))
+    device.handle(replace(IDLE, stage=Stage.OPEN, layers=[LAYER], export="/run/x.sock"))
     offered = dict(device.keys or {})
     device.handle(events.Seen(offered, S.INITIALISED))
-    device.handle(messages.Connected())
+    device.handle(replace(IDLE, stage=Stage.SERVING, layers=[LAYER]))
 
     assert at == offered["physical-device-path"]
     assert "4" == (device.keys or {})["state"]

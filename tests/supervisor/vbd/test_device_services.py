@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tests.supervisor.world import NODE, World, connected, remove
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.device import FORCED_LIMIT_S, Phase
+from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, Phase
 
 S = XenbusState
 
@@ -48,12 +46,12 @@ def test_removal_is_finished_by_a_service_that_stops() -> None:
     assert ("6", True) == (world.state, world.is_forgotten)
 
 
-def test_paused_disk_is_paused_again_by_the_next_service() -> None:
+def test_a_failed_flush_is_one_to_the_next_service() -> None:
     """What a failed flush lost stays lost: a service that stops leaves word of it in the node, and the next one tells
     its worker, shows it, and has it removed when somebody says to go on.
     """
     world = connected()
-    world.send(messages.Paused("a flush failed"))
+    world.say(flush_failed="a flush failed")
     world.send(events.Stop())
     world.answer()
     assert world.node is not None
@@ -98,7 +96,7 @@ def test_nothing_is_decided_before_the_first_look() -> None:
     world.replace_service()
     world.answer()
     assert (Phase.SERVING, []) == (world.device.phase, world.inbox)
-    world.send(messages.Paused("a flush failed"))
+    world.say(flush_failed="a flush failed")
     world.die("died")
     assert (False, False) == (world.is_running, world.is_forgotten)
     world.see()
@@ -113,33 +111,35 @@ def test_nothing_is_decided_before_the_first_look() -> None:
 
 
 def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() -> None:
-    """A first look that comes late takes nothing back: neither the connection nor the pause that came before it."""
+    """A first look that comes late takes nothing back: neither the connection nor the flush that failed before it."""
     world = connected()
     world.replace_service()
     world.inbox.clear()
-    world.send(replace(world.standing(), phase="connecting", report=world.services))
-    world.send(messages.Connected())
-    world.send(messages.Paused("a flush failed"))
+    world.say(stage=Stage.CONNECTING)
+    world.say(stage=Stage.SERVING)
+    world.say(flush_failed="a flush failed")
     world.see()
 
     assert (Phase.SERVING, "a flush failed") == (world.device.phase, world.device.error)
     assert "a flush failed" == (world.node or {})["flush-failed"]
 
 
-def test_an_answer_to_an_earlier_service_is_none_to_this_one() -> None:
-    """Two services that follow each other quickly ask the same worker: what it says to the first may be out of date."""
-    world = World()
-    world.settle()
-    world.theirs = S.INITIALISED
-    world.replace_service()
-    asked = world.inbox.pop()
-    world.inbox += ["connect"]  # told by the service in between
-    world.replace_service()
-    world.send(replace(world.standing(), report=asked.id))
-    assert world.device.phase is Phase.ADOPTING
+@pytest.mark.parametrize("state", ["1", "2"])
+@pytest.mark.parametrize("has_worker", [True, False])
+def test_a_domid_that_is_used_again_while_there_is_no_service_inherits_nothing(state: str, *, has_worker: bool) -> None:
+    """A node that no service has written to is not the one that the worker, or the journal, is of."""
+    world = connected()
+    world.say(flush_failed="a flush failed")
+    world.lose_service()
+    if not has_worker:
+        world.die("died")
+    world.node, world.theirs = {**NODE, "state": state}, S.INITIALISING
+    world.begin_service()
+    world.see()
+    assert world.device.is_over
     world.settle()
 
-    assert ("4", Phase.SERVING) == (world.state, world.device.phase)
+    assert ("2", "", "", 2) == (world.state, world.device.error, world.lost, world.lives)
 
 
 def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
@@ -174,7 +174,7 @@ def test_an_inherited_worker_with_another_chain_than_is_wanted_is_replaced() -> 
     world.begin_service()
     world.see()
     world.answer()
-    assert [messages.Close()] == world.inbox
+    assert [events.Close()] == world.inbox
     world.settle()
 
     assert "null:2G" == world.node["params"] == (world.device.spec and world.device.spec.chain)
@@ -202,7 +202,7 @@ def test_a_vbd_that_went_while_there_was_no_service_is_closed() -> None:
     world.begin_service()
     world.see()
     world.answer()
-    assert ([messages.Close()], FORCED_LIMIT_S) == (world.inbox, world.limit)
+    assert ([events.Close()], FORCED_LIMIT_S) == (world.inbox, world.limit)
     world.answer()
 
     assert (True, False) == (world.is_forgotten, world.is_running)

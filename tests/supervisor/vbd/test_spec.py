@@ -37,6 +37,20 @@ def test_libxl_carrier_falls_away(path: VbdPath, params: str, chain: str) -> Non
     assert chain == parse_spec(path, {**KEYS, "params": params}).chain
 
 
+@pytest.mark.parametrize(
+    ("change", "is_alike"),
+    [
+        ({"device-type": "cdrom", "removable": "1"}, True),
+        ({"params": "null:2G"}, False),
+        ({"mode": "r"}, False),
+        ({"mode": "w!"}, False),
+    ],
+)
+def test_what_only_the_guest_is_told_asks_for_no_other_worker(change: dict[str, str], *, is_alike: bool) -> None:
+    """A worker knows its chain, and whether it may write and share; no worker knows what a CD-ROM is."""
+    assert is_alike == parse_spec(VBD, KEYS).is_served_like(parse_spec(VBD, {**KEYS, **change}))
+
+
 def test_a_bad_chain_is_refused_early() -> None:
     """A chain that cannot be meant is refused before any process is started."""
     with pytest.raises(ChainError):

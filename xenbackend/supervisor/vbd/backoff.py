@@ -14,40 +14,35 @@ REST_S = (0.0, 0.1, 0.3, 1.0, 2.0, 5.0)  # before the next worker, by how many h
 class Backoff:
     """The count.
 
-    lost      how the last worker ended, or why it could not serve; empty once the next one serves
-    stopped   why there is no next one; empty while there is
-    rest_s    seconds before the next one
+    deaths   in a row
+    rest_s   seconds before the next worker
     """
 
-    lost: str
-    stopped: str
+    deaths: int
     rest_s: float
-    _count: int
     _failures: int
 
     def __init__(self) -> None:
         self.forget()
 
-    def died(self, sentence: str, *, in_vain: bool) -> None:
-        """Take note that a worker died."""
-        self._count = self._count + 1 if in_vain else 1
-        self.lost = sentence
-        if self._count > len(REST_S):
-            self.stopped = f"{sentence}, {self._count} in a row; `xenbackend resume` starts another one"
-        else:
-            self.rest_s = REST_S[self._count - 1]
+    def died(self, *, in_vain: bool) -> bool:
+        """Count a worker's death, and return whether another worker should follow."""
+        self.deaths = self.deaths + 1 if in_vain else 1
+        has_next = self.deaths <= len(REST_S)
+        if has_next:
+            self.rest_s = REST_S[self.deaths - 1]
+        return has_next
 
-    def failed(self, sentence: str) -> None:
-        """Take note that a worker could not serve the disk: that is tried again for ever."""
+    def failed(self) -> None:
+        """Count a worker that could not serve the disk: that is tried again for ever."""
         self._failures = min(self._failures + 1, len(REST_S))
-        self.lost, self.rest_s = sentence, REST_S[self._failures - 1]
+        self.rest_s = REST_S[self._failures - 1]
 
     def served(self) -> None:
-        """Take note that the next one serves. Whether it does so for long is still to be seen."""
-        self.lost, self._failures = "", 0
+        """Forget the failures: a worker serves. Whether it does so for long is still to be seen."""
+        self._failures = 0
 
     def forget(self) -> None:
         """Begin anew."""
-        self.lost = self.stopped = ""
         self.rest_s = 0.0
-        self._count = self._failures = 0
+        self.deaths = self._failures = 0

@@ -30,22 +30,33 @@ class Ended:
     """The worker process has ended, wanted or not; `sentence` says how.
 
     `has_progressed`: the guest got an answer since the last worker ended, or this one had lived for long.
-    `chain`: the one that was in service at last, where it had just taken another one's place and could not say so.
     """
 
     sentence: str
     has_progressed: bool = False
-    chain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """A worker that an earlier service started is there; it has been asked where it stands, by `report`.
+    """A worker that an earlier service started is there; it has been asked where it stands."""
 
-    It may still have to answer the same question of a service that was gone again before it got to that.
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """Another chain is in service, and the key ``params`` is to name it where it still is `former_params`.
+
+    Comes before the `Standing` or `Ended` from which it was known.
     """
 
-    report: int = 0
+    former_params: str
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The frontend's keys cannot be; the worker was not told to serve."""
+
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +90,32 @@ class Stop:
 
 
 Event = (
-    Seen | Postponed | Ended | Inherited | Resume | Replace | Expired | Called | Stop
-    | messages.Standing | messages.Swapped | messages.Trouble
-    | messages.Opened | messages.Failed | messages.Connected | messages.Halted | messages.Paused
-    | messages.Disconnected | messages.Closed
+    Seen | Postponed | Ended | Inherited | Exchanged | Refused | Resume | Replace | Expired | Called | Stop
+    | messages.Standing  # only one that answers the last order, or a later one with the same number
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Set keys of the backend's directory (None removes), in one transaction that first sees `state` unchanged."""
+    """Set keys of the backend's directory (None removes), in one transaction that first sees that it is the same one.
+
+    state    what our state must still be
+    params   what the key of that name must still be, where it is among the keys; else None
+    mark     a key of ours that must still be there: in a node made anew it is not; None before one was seen
+    """
 
     keys: dict[str, str | None]
     state: XenbusState
+    params: str | None = None
+    mark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a worker and have it open the chain; `lost` says what a failed flush has lost, if one failed."""
+    """Start a worker and have it open the chain; `lost` says what a failed flush has lost, if one failed.
+
+    A journal that does not know of that flush has to be told before the worker gets it.
+    """
 
     spec: Spec
     lost: str = ""
@@ -104,7 +123,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Have the worker connect; answer `messages.Failed` where the frontend's keys cannot be.
+    """Have the worker serve; answer `Refused` where the frontend's keys cannot be.
 
     `can_discard` and `max_segments` (of an indirect request) are what the frontend was offered.
     `goes_on`: it is connected already, to an earlier worker.
@@ -116,17 +135,26 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message to the worker."""
+class Leave:
+    """Have the worker let go of the rings, and keep the chain open."""
 
-    message: messages.Disconnect | messages.Close | messages.Resume
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Have the worker close the chain and end; `hands_over`: another one goes on with the rings."""
+
+    hands_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Kill the worker; `sentence` says why, and comes back in `Ended`."""
+    """Kill the worker; `sentence` says why, and comes back in `Ended`.
+
+    `is_breach`: it said what cannot be; else it took too long.
+    """
 
     sentence: str
+    is_breach: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +169,4 @@ class Forget:
     """The vbd has gone and nothing of it is left."""
 
 
-Action = Write | Start | Join | Tell | Kill | Limit | Forget
+Action = Write | Start | Join | Leave | Close | Kill | Limit | Forget

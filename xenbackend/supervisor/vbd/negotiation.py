@@ -5,14 +5,68 @@ Must not know how far a worker is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from xenbackend.blkif.features import MAX_SEGMENTS, Disk, Frontend, Limits
+from xenbackend.blkif.features import (
+    MAX_SEGMENTS,
+    Disk,
+    Frontend,
+    Limits,
+    publish_at_connect,
+    publish_at_probe,
+)
+from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.protocol import messages
 from xenbackend.supervisor.vbd.events import Join
 from xenbackend.supervisor.vbd.spec import Spec
+from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 
-SEGMENTS = "feature-max-indirect-segments"
+STATUS = "hotplug-status"
+LOST = "flush-failed"
+_ERROR = "hotplug-error"
+_SEGMENTS = "feature-max-indirect-segments"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a vbd's published keys depend on, beside its own keys.
+
+    pid            the service's, by which `xentop` finds the counters; 0: it does not
+    spec, layers   what the worker serves; no layers while it has not opened them
+    export         path of the socket on which it serves a device model, empty where none is
+    problem        why there is no disk to be told of, empty where there is one
+    flush_failed   which flush failed, empty while none did
+    has_come       the toolstack's script has come, so it may be answered
+    """
+
+    kind: str
+    pid: int
+    limits: Limits
+    spec: Spec | None
+    layers: Sequence[messages.LayerFacts]
+    export: str
+    problem: str
+    flush_failed: str
+    has_come: bool
+
+
+def keys_for(view: View, keys: Mapping[str, str]) -> dict[str, str | None]:
+    """Return what should stand in a backend's directory that holds `keys`, but for our state; None: nothing."""
+    wanted: dict[str, str | None] = {**publish_at_probe(view.limits), LOST: view.flush_failed[:SENTENCE_MAX] or None}
+    if parse_state(keys.get("state")) in (XenbusState.CONNECTED, XenbusState.CLOSING) and _SEGMENTS in keys:
+        del wanted[_SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
+    if view.problem:
+        wanted |= {_ERROR: view.problem[:SENTENCE_MAX], STATUS: "error"}
+    elif view.layers:
+        url = export_url(view.kind, view.export)
+        wanted |= publish_at_connect(disk_of(view.layers[0], view.spec, keys))
+        wanted |= {_ERROR: None, STATUS: "connected", "physical-device-path": url}
+    if view.kind == "vbd3" and view.pid:
+        wanted["kthread-pid"] = str(view.pid)
+    if not view.has_come:
+        wanted.pop(STATUS, None)
+    return wanted
 
 
 def disk_of(top: messages.LayerFacts, spec: Spec | None, keys: Mapping[str, str]) -> Disk:
@@ -40,7 +94,7 @@ def export_url(kind: str, path: str) -> str | None:
 
 def join_of(keys: Mapping[str, str], limits: Limits, *, goes_on: bool) -> Join:
     """Return how the rings are joined of a frontend that goes by what stands in `keys`."""
-    segments = keys.get(SEGMENTS, "")
+    segments = keys.get(_SEGMENTS, "")
     is_number = segments.isascii() and segments.isdecimal() and len(segments) <= len(str(MAX_SEGMENTS))
     return Join(
         can_discard=keys.get("feature-discard") == "1",

@@ -1,4 +1,4 @@
-"""How far a worker is, how far it should be, how long it may take, and what its answers lead to: tables.
+"""How far a worker is, how far it should be, and how it gets from the one to the other: tables.
 
 Must not hold behaviour.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from enum import Enum
 
-from xenbackend.protocol import messages
-from xenbackend.supervisor.vbd.events import Postponed
+from xenbackend.protocol.messages import Stage
 
 
 class Phase(Enum):
-    """How far the worker is."""
+    """How far the worker is, as far as it has been told and has answered."""
 
     NONE = "none"
     OPENING = "opening"
@@ -32,26 +31,78 @@ class Goal(Enum):
     NONE = "none"
     OPEN = "open"
     SERVE = "serve"
+    REPLACE = "replace"  # as far as it is, but by another process
 
 
+class Move(Enum):
+    """What is done to get nearer to the goal."""
+
+    START = "start"
+    JOIN = "join"
+    LEAVE = "leave"
+    CLOSE = "close"
+    HAND_OVER = "hand over"
+
+
+_P = Phase
+MOVES: dict[tuple[Phase, Goal], tuple[Move, Phase]] = {  # of a pair that is not here the worker's answer is awaited
+    (_P.NONE, Goal.OPEN): (Move.START, _P.OPENING),
+    (_P.NONE, Goal.SERVE): (Move.START, _P.OPENING),
+    (_P.OPEN, Goal.SERVE): (Move.JOIN, _P.CONNECTING),
+    (_P.SERVING, Goal.OPEN): (Move.LEAVE, _P.DISCONNECTING),
+    (_P.OPEN, Goal.REPLACE): (Move.HAND_OVER, _P.RETIRING),
+    (_P.SERVING, Goal.REPLACE): (Move.HAND_OVER, _P.RETIRING),
+    (_P.OPENING, Goal.NONE): (Move.CLOSE, _P.CLOSING),
+    (_P.OPEN, Goal.NONE): (Move.CLOSE, _P.CLOSING),
+    (_P.CONNECTING, Goal.NONE): (Move.CLOSE, _P.CLOSING),
+    (_P.SERVING, Goal.NONE): (Move.CLOSE, _P.CLOSING),
+    (_P.DISCONNECTING, Goal.NONE): (Move.CLOSE, _P.CLOSING),
+}
+STANDINGS: dict[Phase, dict[Stage, Phase]] = {  # a stage that is not here cannot be: the worker breaks the protocol
+    _P.NONE: {},
+    _P.OPENING: {Stage.IDLE: _P.OPENING, Stage.OPEN: _P.OPEN},
+    _P.OPEN: {Stage.OPEN: _P.OPEN},
+    _P.CONNECTING: {Stage.OPEN: _P.CONNECTING, Stage.CONNECTING: _P.CONNECTING, Stage.SERVING: _P.SERVING},
+    _P.SERVING: {Stage.SERVING: _P.SERVING},
+    _P.DISCONNECTING: {
+        Stage.SERVING: _P.DISCONNECTING, Stage.LEAVING: _P.DISCONNECTING, Stage.OPEN: _P.OPEN
+    },
+    _P.RETIRING: dict.fromkeys(Stage, _P.RETIRING),
+    _P.CLOSING: dict.fromkeys(Stage, _P.CLOSING),
+    _P.RESTING: {},
+    _P.ADOPTING: {
+        Stage.IDLE: _P.OPEN,  # it has opened nothing, so not what is wanted, and is closed
+        Stage.OPEN: _P.OPEN, Stage.CONNECTING: _P.CONNECTING, Stage.SERVING: _P.SERVING,
+        Stage.LEAVING: _P.DISCONNECTING,
+    },
+}  # fmt: skip
+FAILURES = {  # in which a worker may say that it could not do what it was told
+    (_P.OPENING, Stage.IDLE), (_P.CONNECTING, Stage.IDLE), (_P.CONNECTING, Stage.OPEN)
+}  # fmt: skip
 LIMIT_S = {
-    Phase.OPENING: 60.0, Phase.CONNECTING: 60.0, Phase.DISCONNECTING: 30.0, Phase.RETIRING: 30.0, Phase.CLOSING: 30.0,
-    Phase.ADOPTING: 10.0,
+    _P.OPENING: 60.0, _P.CONNECTING: 60.0, _P.DISCONNECTING: 30.0, _P.RETIRING: 30.0, _P.CLOSING: 30.0,
+    _P.ADOPTING: 10.0,
 }  # fmt: skip
 FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for the drain, and a domain must not become a zombie
 ATTACHED = (  # rings may be mapped
-    Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING, Phase.RETIRING, Phase.CLOSING, Phase.ADOPTING
+    _P.CONNECTING, _P.SERVING, _P.DISCONNECTING, _P.RETIRING, _P.CLOSING, _P.ADOPTING
 )  # fmt: skip
-USABLE = (Phase.OPEN, Phase.CONNECTING, Phase.SERVING, Phase.DISCONNECTING)
-ANSWERS: dict[tuple[type, Phase], Phase] = {
-    (messages.Opened, Phase.OPENING): Phase.OPEN,
-    (messages.Failed, Phase.OPENING): Phase.OPEN,  # the process is still there, and is told to close next
-    (messages.Opened, Phase.CONNECTING): Phase.CONNECTING,  # what was only looked at until now
-    (messages.Connected, Phase.CONNECTING): Phase.SERVING,
-    (messages.Failed, Phase.CONNECTING): Phase.OPEN,
-    (Postponed, Phase.CONNECTING): Phase.OPEN,
-    (messages.Disconnected, Phase.DISCONNECTING): Phase.OPEN,
-}
-STANDINGS = {
-    "open": Phase.OPEN, "connecting": Phase.CONNECTING, "serving": Phase.SERVING, "disconnecting": Phase.DISCONNECTING
-}  # fmt: skip
+USABLE = (_P.OPEN, _P.CONNECTING, _P.SERVING, _P.DISCONNECTING)
+
+
+def diagram() -> str:
+    """Return the tables for people: a row per phase, a column per goal, then one per stage of the worker's."""
+    goals = [["phase", "limit", *(f"goal {goal.value}" for goal in Goal)]]
+    stages = [["phase", *(f"stage {stage.value}" for stage in Stage)]]
+    for phase in Phase:
+        moves = [MOVES.get((phase, goal)) for goal in Goal]
+        limit = f"{LIMIT_S[phase]:g} s" if phase in LIMIT_S else "-"
+        goals.append([phase.value, limit, *(f"{each[0].value}: {each[1].value}" if each else "-" for each in moves)])
+        after = [STANDINGS[phase].get(stage) for stage in Stage]
+        stages.append([phase.value, *(each.value if each else "-" for each in after)])
+    return f"{_in_columns(goals)}\n\n{_in_columns(stages)}"
+
+
+def _in_columns(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)

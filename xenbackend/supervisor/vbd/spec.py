@@ -8,7 +8,7 @@ Source of the keys: libxl `device_disk_add`; see also io/blkif.h, "Backend XenBu
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from xenbackend.block.chain import parse_chain
 from xenbackend.errors import ChainError, ConfigError
@@ -28,9 +28,9 @@ class Spec:
     cdrom: bool
     removable: bool
 
-    def shown_as(self, other: Spec) -> Spec:
-        """Return this with what only the guest is told, and no worker knows, as in another one."""
-        return replace(self, cdrom=other.cdrom, removable=other.removable)
+    def is_served_like(self, other: Spec) -> bool:
+        """Return whether they differ at most in what only the guest is told, and no worker knows."""
+        return (self.chain, self.read_only, self.shareable) == (other.chain, other.read_only, other.shareable)
 
 
 def is_ours(keys: Mapping[str, str], scripts: Collection[str]) -> bool:

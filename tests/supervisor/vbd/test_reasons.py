@@ -1,0 +1,63 @@
+"""Why a disk is not served: which sentence is shown, and what takes it away."""
+
+from __future__ import annotations
+
+import pytest
+
+from xenbackend.supervisor.vbd.reasons import ROWS, Cause, Reason, Reasons
+
+CLEARED = {
+    Cause.KEYS: {Reason.BAD_KEYS},
+    Cause.RESUME: {Reason.CANNOT_OPEN, Reason.GIVEN_UP, Reason.FLUSH_FAILED, Reason.INTERRUPTED},
+    Cause.ANEW: {Reason.GIVEN_UP, Reason.INTERRUPTED},
+    Cause.LET_GO: {Reason.BAD_RINGS},
+    Cause.JOIN: {Reason.HALTED},
+    Cause.FRESH: {Reason.FLUSH_FAILED},
+    Cause.SERVED: {Reason.INTERRUPTED},
+    Cause.ENDED: {Reason.TROUBLE},
+}
+
+
+def all_of_them() -> Reasons:
+    """Return every reason at once."""
+    reasons = Reasons()
+    for reason in Reason:
+        reasons.say(reason, reason.name)
+    return reasons
+
+
+def test_every_reason_has_a_row_and_can_be_cleared() -> None:
+    """None of them stays for ever."""
+    assert set(Reason) == set(ROWS)
+    assert all(row.cleared_by for row in ROWS.values())
+
+
+@pytest.mark.parametrize("cause", list(Cause))
+def test_a_cause_takes_away_its_own(cause: Cause) -> None:
+    """What a cause does not name stays."""
+    reasons = all_of_them()
+    reasons.clear(cause)
+
+    assert CLEARED[cause] == {reason for reason in Reason if not reasons[reason]}
+
+
+def test_the_first_one_is_shown() -> None:
+    """What stops the disk comes before what it suffers from; what is not there is not shown."""
+    reasons = all_of_them()
+    shown = []
+    while reasons.first:
+        shown.append(reasons.first)
+        reasons.say(Reason[reasons.first], "")
+
+    assert [reason.name for reason in Reason] == shown
+
+
+def test_only_some_bar_a_worker() -> None:
+    """A disk that has a sentence is served as well as can be, unless nothing could come of it."""
+    reasons = all_of_them()
+    bars = []
+    while reasons.bar:
+        bars.append(Reason[reasons.bar])
+        reasons.say(bars[-1], "")
+
+    assert [Reason.CANNOT_OPEN, Reason.BAD_KEYS, Reason.GIVEN_UP] == bars

@@ -1,0 +1,142 @@
+"""What was seen of a vbd's two ends: the backend's keys, the frontend's state, and whose life of the vbd they are of.
+
+Must not know how far a worker is, nor read xenstore.
+
+A toolstack may make a node anew in the place of one whose worker has not ended yet. What is there then is another vbd:
+nothing of it is believed to be of this one, which is over. It is known by our state, which only a toolstack makes
+Initialising, and by the keys that we publish and nobody else removes; both count only once they were seen in the node,
+since a write of ours may have failed. A claim (`claim.py`) makes the directory again with our keys in it, so it ends no
+life, as long as nobody looks while the directory is away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xenbackend.blkif.features import Limits, publish_at_probe
+from xenbackend.blkif.handshake import XenbusState, parse_state
+from xenbackend.errors import ConfigError
+from xenbackend.supervisor.vbd.events import Exchanged, Seen
+from xenbackend.supervisor.vbd.negotiation import STATUS
+from xenbackend.supervisor.vbd.reasons import Cause
+from xenbackend.supervisor.vbd.spec import Spec, in_one_line, parse_spec
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+_S = XenbusState
+_OURS = frozenset(publish_at_probe(Limits()))
+
+
+class Sight:
+    """What was seen, and what was written since: a later look corrects that if it is not so.
+
+    keys         of the backend's directory, None before the first look and once the vbd is over
+    theirs       the frontend's state
+    spec         what the toolstack wants, None where it cannot be meant; `problem` says why
+    has_looked   there was a look
+    is_over      the node is gone, or is another vbd's
+    is_called    the toolstack's hotplug script has come to this service
+    """
+
+    def __init__(self, path: VbdPath, *, has_past: bool) -> None:
+        """Begin with nothing seen; `has_past`: an earlier service had seen the node, and written its keys."""
+        self.keys: dict[str, str] | None = None
+        self.theirs = _S.UNKNOWN
+        self.spec: Spec | None = None
+        self.problem = ""
+        self.has_looked = self.is_over = self.is_called = False
+        self.had_state = self.had_keys = has_past  # in this life the node was seen as only we make it
+        self._path = path
+        self._follows: tuple[frozenset[str], str] | None = None  # texts of `params`, and the chain that replaces them
+
+    @property
+    def ours(self) -> XenbusState:
+        """Our own state as the store holds it."""
+        return parse_state((self.keys or {}).get("state"))
+
+    @property
+    def is_online(self) -> bool:
+        """False once the toolstack wants the vbd to go away."""
+        return self.keys is not None and self.keys.get("online") != "0"
+
+    @property
+    def hotplug(self) -> str:
+        """What the hotplug script is told: ``connected``, ``error``, or nothing yet."""
+        return (self.keys or {}).get(STATUS, "")
+
+    @property
+    def is_answered(self) -> bool:
+        """True once the toolstack's script knows what became of the vbd, or if there is no script."""
+        return bool(self.hotplug) or not (self.keys or {}).get("script")
+
+    @property
+    def has_come(self) -> bool:
+        """True once the toolstack's script has come, to this service or an earlier one, or if there is none."""
+        return self.is_called or self.is_answered
+
+    @property
+    def mark(self) -> str | None:
+        """A key of ours that was seen in the node, None before that: it tells the node from one that was made anew."""
+        return min(_OURS & (self.keys or {}).keys(), default=None) if self.had_keys else None
+
+    @property
+    def params(self) -> str | None:
+        """The chain that the key ``params`` is to name, None where it stays as the toolstack has written it."""
+        if self._follows is None or self.keys is None or self.ours is _S.INITIALISING:
+            return None
+        formers, chain = self._follows
+        return chain if self.keys.get("params") in formers else None
+
+    @property
+    def is_following(self) -> bool:
+        """True until ``params`` was seen to name the chain in service, or a third one that the toolstack wants."""
+        return self._follows is not None
+
+    def look(self, seen: Seen) -> set[Cause]:
+        """Take a look at both ends, and return what it takes away of the reasons."""
+        self.has_looked = True
+        if self.is_over or seen.keys is None or self._is_anothers(seen.keys):
+            self.is_over, self.keys, self.spec, self.theirs, self._follows = True, None, None, _S.UNKNOWN, None
+            return {Cause.LET_GO}
+        causes = {Cause.LET_GO} if seen.theirs in (_S.UNKNOWN, _S.INITIALISING, _S.CLOSED) else set()
+        begins_anew = self.theirs is not _S.INITIALISING and seen.theirs is _S.INITIALISING
+        begins_anew |= self.theirs is _S.CLOSED and seen.theirs is _S.INITIALISED  # what lay between was not seen
+        causes |= {Cause.ANEW} if begins_anew else set()
+        self.theirs = seen.theirs
+        if seen.keys != self.keys:
+            self.keys = dict(seen.keys)
+            self._read()
+            causes.add(Cause.KEYS)
+        if self._follows is not None and seen.keys.get("params") not in self._follows[0] - {self._follows[1]}:
+            self._follows = None
+        return causes
+
+    def take_as_written(self, keys: Mapping[str, str | None]) -> None:
+        """Believe what is being written; None removes a key."""
+        assert self.keys is not None  # noqa: S101 - nothing is written to a node that was not seen
+        for key, value in keys.items():
+            if value is None:
+                self.keys.pop(key, None)
+            else:
+                self.keys[key] = value
+
+    def exchange(self, exchanged: Exchanged) -> None:
+        """Want ``params`` to name another chain; an earlier write may have failed, so either text may be there."""
+        if not self.is_over:
+            formers = self._follows[0] if self._follows else frozenset()
+            self._follows = formers | {exchanged.former_params}, exchanged.chain
+            self._read()
+
+    def _is_anothers(self, keys: Mapping[str, str]) -> bool:
+        state = parse_state(keys.get("state"))
+        is_anothers = (self.had_state and state is _S.INITIALISING) or (self.had_keys and not keys.keys() & _OURS)
+        self.had_state |= state not in (_S.UNKNOWN, _S.INITIALISING)
+        self.had_keys |= bool(keys.keys() & _OURS)
+        return is_anothers
+
+    def _read(self) -> None:
+        self.spec, self.problem = None, ""
+        if self.keys is not None:
+            try:
+                self.spec = parse_spec(self._path, {**self.keys, "params": self.params or self.keys.get("params", "")})
+            except ConfigError as error:
+                self.problem = in_one_line(error)
