@@ -59,10 +59,11 @@ class Owner:
         if standing.failure == "bug":
             raise ZeroDivisionError
 
-    def keeps(self, name: str, fd: int) -> None:
+    def keeps(self, name: str, fd: int) -> bool:
         """Take note."""
         os.close(fd)
         self.heard.append(("keeps", name))
+        return name != "no memory"
 
     def drops(self, name: str) -> None:
         """Take note."""
@@ -171,6 +172,13 @@ def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:
 
     assert [("keeps", "map"), ("drops", "map"), ("info", "x" * 4000, {"unsaid": "3"})] == linked.owner.heard
     assert (7, Code.INVALID) == (linked.process.sent[0].id, linked.process.sent[0].code)
+
+
+def test_a_memory_that_is_none_ends_its_sender(linked: Linked) -> None:
+    """Only what the next worker can be given is kept."""
+    linked.fleet.say(messages.Keep("no memory", 4096), [os.open("/dev/null", os.O_RDONLY)])
+
+    assert 1 == linked.link.breaches == len(linked.process.killed)
 
 
 def test_a_message_that_finds_a_fault_of_ours_ends_its_sender(linked: Linked) -> None:

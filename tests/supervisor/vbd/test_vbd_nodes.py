@@ -7,6 +7,7 @@ import pytest
 from tests.supervisor.helpers import PATH, write_like_libxl
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.vbd.events import Write
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
@@ -62,15 +63,18 @@ def test_a_frontend_of_another_domain_is_not_looked_at(nodes: VbdNodes) -> None:
 
 
 def test_keys_are_written_for_the_node_that_they_were_decided_on(nodes: VbdNodes, toolstack: Store) -> None:
-    """Another state, another params or a node that is gone: nothing is written, and nothing comes back."""
-    written = nodes.write({"sectors": "8", "mode": None}, S.INITIALISING, "null:1G")
-    others = nodes.write({"sectors": "9"}, S.INITIALISING, "null:2G"), nodes.write({"sectors": "9"}, S.CLOSED, None)
+    """Another state, another params, a node made anew or gone: nothing is written, and nothing comes back."""
+    written = nodes.write(Write({"sectors": "8", "mode": None}, S.INITIALISING, "null:1G", "script"))
+    others = [
+        nodes.write(Write({"sectors": "9"}, *changed))
+        for changed in ((S.INITIALISING, "null:2G"), (S.CLOSED,), (S.INITIALISING, None, "feature-persistent"))
+    ]
     keys = toolstack.dictionary(PATH.backend)
     toolstack.remove(PATH.backend)
 
-    assert (True, (False, False)) == (written, others)
+    assert (True, [False, False, False]) == (written, others)
     assert ("8", None) == (keys["sectors"], keys.get("mode"))
-    assert not nodes.write({"state": "2"}, S.INITIALISING, None)
+    assert not nodes.write(Write({"state": "2"}, S.INITIALISING))
     assert toolstack.read_optional(PATH.backend) is None
 
 

@@ -24,8 +24,8 @@ class Owner(Protocol):
     def stands(self, standing: messages.Standing) -> None:
         """Take where the worker stands, after the last order that it was given."""
 
-    def keeps(self, name: str, fd: int) -> None:
-        """Take over a memory's descriptor."""
+    def keeps(self, name: str, fd: int) -> bool:
+        """Take over a memory's descriptor; False where it is none, or one too many."""
 
     def drops(self, name: str) -> None:
         """Let go of a memory."""
@@ -78,9 +78,13 @@ class Link:
 
     def breach(self, what: str) -> None:
         """Kill the worker: it said what it was not asked for, or what cannot be."""
-        self.breaches += 1
+        self.kill(f"the worker was killed: {what}", is_breach=True)
+
+    def kill(self, sentence: str, *, is_breach: bool = False) -> None:
+        """Kill the worker; the owner gets the sentence when it has ended."""
+        self.breaches += is_breach
         if self.worker is not None:
-            self.worker.kill(f"the worker was killed: {what}")
+            self.worker.kill(sentence)
 
     def let_go(self, sentence: str, *, leaves: bool) -> None:
         """Hear nothing more, and answer every question with `sentence`; with `leaves` the worker goes on."""
@@ -94,7 +98,8 @@ class Link:
             if self.worker is None:
                 pass  # it was let go
             elif isinstance(message, messages.Keep) and len(fds) == 1:
-                self._owner.keeps(message.name, fds.pop())
+                if not self._owner.keeps(message.name, fds.pop()):
+                    self.breach("it had kept what is no memory, or one too many")
             elif fds or isinstance(message, messages.Keep):
                 self.breach(f"{len(fds)} descriptors came with {type(message).__name__}")
             else:

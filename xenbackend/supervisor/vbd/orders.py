@@ -88,7 +88,8 @@ class Orders:
     @property
     def policy(self) -> str:
         """The policy's text, as a worker is given it."""
-        return self._vbd.handover.notes.policy or self._default_policy
+        noted = self._vbd.handover.notes.policy
+        return self._default_policy if noted is None else noted
 
     @property
     def under_way(self) -> list[Order]:
@@ -153,7 +154,7 @@ class Orders:
         self._ask(order, messages.Pause(), lambda reply: self._paused(order, reply))
 
     def _paused(self, order: Order, reply: messages.Reply) -> None:
-        is_paused = bool(self._vbd.handover.notes.paused)
+        is_paused = self._vbd.handover.notes.paused is not None
         if reply.code is Code.GONE and is_paused:  # nothing is in flight where no worker is, and the next one is told
             self._answer(order, Answer(Code.OK, data={"paused": True}))
         else:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from xenbackend import counters, journal
 from xenbackend.blkif.features import MAXIMA, parse_frontend
@@ -29,10 +28,11 @@ from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.claim import Claim, Taking
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
-from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.handover import Handover, What
 from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
+from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
@@ -51,7 +51,7 @@ class Vbd:
         self,
         path: VbdPath,
         context: Context,
-        inherited: Mapping[str, int] | None = None,
+        inherited: Mapping[What, int] | None = None,
         on_forgotten: Callable[[Vbd], None] = lambda _: None,
     ) -> None:
         """Begin with the loop's next pass, or go on with the descriptors that an earlier service left.
@@ -59,7 +59,7 @@ class Vbd:
         `on_forgotten` is called once, when nothing of the vbd is left. Raises: KernelError.
         """
         self.path = path
-        self.device = Device(path, context.settings.limits, os.getpid())
+        self.device = Device(path, context.settings.limits, os.getpid(), has_past=bool(inherited))
         self.since = context.time()  # of the last change of our state
         self.is_forgotten = False
         self.faults = 0  # of the program, while this vbd was handled
@@ -154,16 +154,15 @@ class Vbd:
 
     def chain_in_service(self) -> str:
         """Return the chain that the guest is served through, or would be; empty where the toolstack named none."""
-        spec = self.device.spec
-        return self.handover.notes.chain or (spec.chain if spec else "")
+        return self.handover.chain_in_service() or (self.device.spec.chain if self.device.spec else "")
 
     def settle_exchange(self) -> None:
         """Find out in the journal whether a worker that has ended had put another chain in."""
         done = self.handover.exchanged()
-        if done is not None:
+        if done is None:
+            self._end_exchange(is_done=False)  # it never came to that
+        else:
             self._put_in_service(*done)
-        elif self.handover.notes.exchange is not None:
-            self.handover.note(exchange=None)  # it never came to that
 
     # what the worker says, from `link`
 
@@ -179,12 +178,12 @@ class Vbd:
         if standing.stage is messages.Stage.SERVING:
             self._served()
         self.handle(standing)
-        if is_adopted and self.handover.notes.exchange is not None:
-            self._close_inherited_exchange()
+        if is_adopted:
+            self._end_exchange(is_done=False)  # the worker has done with what an earlier service asked for
 
-    def keeps(self, name: str, fd: int) -> None:
-        """Take over a memory's descriptor."""
-        self.handover.keep(name, fd)
+    def keeps(self, name: str, fd: int) -> bool:
+        """Take over a memory's descriptor; False where it is none, or one too many."""
+        return self.handover.keep(name, fd)
 
     def drops(self, name: str) -> None:
         """Let go of a memory."""
@@ -212,13 +211,16 @@ class Vbd:
     # the steps
 
     def _begin(self) -> None:
-        if self.handover.worker is not None:
+        notes = self.handover.notes
+        if self.handover.worker is None:
+            self.settle_exchange()  # the worker that was to put another chain in has gone
+        else:
+            if notes.stale_params is not None:
+                self.handle(events.Exchanged(notes.stale_params, notes.chain))
             self.link.adopt(self.handover.worker)
             self.handle(events.Inherited())
             self.link.order(messages.Report)
-        else:
-            self.settle_exchange()  # the worker that was to put another chain in has gone
-        self.look_soon(node=True)
+        self._look_if_due()
 
     def _handle_one(self, event: events.Event) -> None:
         error = self.device.error
@@ -242,18 +244,14 @@ class Vbd:
             case events.Close():
                 self.link.order(lambda number: messages.Close(number, hands_over=action.hands_over))
             case events.Kill():
-                self.link.breach(action.sentence) if action.is_breach else self._kill(action.sentence)
+                self.link.kill(action.sentence, is_breach=action.is_breach)
             case events.Limit():
                 self._limit.set(None if action.seconds is None else self._context.loop.now() + action.seconds)
             case events.Forget():
                 self._forget()
 
-    def _kill(self, sentence: str) -> None:
-        if self.worker is not None:
-            self.worker.kill(sentence)
-
     def _write(self, action: events.Write) -> None:
-        if not self._nodes.write(action.keys, action.state, action.params):
+        if not self._nodes.write(action):
             self.look_soon(node=True)
             return
         state = action.keys.get("state")
@@ -292,7 +290,7 @@ class Vbd:
                 may_wait=self._nodes.is_incoming(),
                 export=self._export_path(),
                 policy=self.orders.policy,
-                is_paused=bool(self.handover.notes.paused),
+                is_paused=self.handover.notes.paused is not None,
             ),
             [fd, *memories.values()],
         )
@@ -338,17 +336,27 @@ class Vbd:
         self.lives.ended = 0.0
 
     def _put_in_service(self, former_params: str, chain: str) -> None:
-        """Take note of a chain that took another one's place; its order is answered by whoever gave it."""
-        self.handover.note(chain=chain, exchange=None)
+        """Take note of a chain that took another one's place, and have ``params`` follow."""
+        self._end_exchange(is_done=True)
         self.handle(events.Exchanged(former_params, chain))
 
-    def _close_inherited_exchange(self) -> None:
-        """An earlier service had asked for another chain; the worker has done with that, and stands with the former."""
+    def _end_exchange(self, *, is_done: bool) -> None:
+        """Take note of how the exchange under way has ended, if there is one; its order is answered by `orders`.
+
+        One that an earlier service had begun, and did not live to see, ends in the ledger.
+        """
         exchange = self.handover.notes.exchange
-        self.handover.note(exchange=None)
-        if exchange is not None:
-            sentence = "the service was replaced meanwhile; the former chain is in service"
-            self._context.ledger.close(exchange.order, Answer(Code.FAILED, sentence=sentence))
+        if exchange is None:
+            return
+        if is_done:
+            self.handover.exchange_is_done()
+        else:
+            self.handover.note(exchange=None)
+        if exchange.order not in [each.number for each in self.orders.under_way]:
+            chain = self.chain_in_service()
+            sentence = "" if is_done else f"the service was replaced meanwhile; {chain} is in service"
+            code = Code.OK if is_done else Code.FAILED
+            self._context.ledger.close(exchange.order, Answer(code, {"chain": chain}, sentence))
 
     def _forget(self) -> None:
         leaves = self.device.is_leaving
@@ -381,6 +389,8 @@ class Vbd:
         except StoreError:
             self._must_look |= must_look
             raise
+        if keys is not None:
+            self.handover.saw_params(keys.get("params", ""))
         self.handle(events.Seen(keys, theirs))
 
     def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
@@ -404,10 +414,14 @@ class Vbd:
                 "worker": str(self.worker.pid) if self.worker else "",
                 "phase": self.device.phase.value,
                 "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
-                "paused": self.handover.notes.paused or "",
+                "paused": self._paused_by(),
                 "error": self.device.error[:SENTENCE_MAX],
             }
         )
+
+    def _paused_by(self) -> str:
+        paused = self.handover.notes.paused
+        return "" if paused is None else paused or "an administrator"
 
     def _answer_scripts_if_known(self) -> None:
         if self.device.hotplug and "node" not in self._must_look:
@@ -422,7 +436,7 @@ class Vbd:
 
     # the kernel's own backend
 
-    def _begin_claim(self, noted: dict[str, Any] | None = None) -> Claim:
+    def _begin_claim(self, noted: Claimed | None = None) -> Claim:
         context = self._context
         note = lambda kept: self.handover.note(claim=kept)  # noqa: E731 - an argument with a name
         return Claim(context.store, context.bus, self.path, context.loop.now, note, noted)

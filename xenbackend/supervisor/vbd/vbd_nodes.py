@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
+from xenbackend.supervisor.vbd.events import Write
 from xenbackend.supervisor.vbd.spec import frontend_path
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path
@@ -57,19 +58,21 @@ class VbdNodes:
         """Return one of the frontend's keys, None where it has none."""
         return self._store.read_optional(f"{self.frontend}/{key}")
 
-    def write(self, keys: Mapping[str, str | None], state: XenbusState, params: str | None) -> bool:
-        """Set keys of the backend's directory (None removes), if our state still is `state` there, and `params` too.
+    def write(self, write: Write) -> bool:
+        """Set keys of the backend's directory, if it still is as it was when that was decided; return whether it was.
 
-        Returns whether that was so: else the toolstack was faster, or has removed the node; that is never brought back.
+        Else the toolstack was faster, has made the node anew, or has removed it; that is never brought back.
         """
+        backend = self._path.backend
 
         def body(nodes: Nodes) -> bool:
-            backend = self._path.backend
-            if parse_state(nodes.read_optional(f"{backend}/state")) is not state:
+            if parse_state(nodes.read_optional(f"{backend}/state")) is not write.state:
                 return False
-            if params is not None and nodes.read_optional(f"{backend}/params") != params:
+            if write.params is not None and nodes.read_optional(f"{backend}/params") != write.params:
                 return False
-            for key, value in keys.items():
+            if write.mark is not None and nodes.read_optional(f"{backend}/{write.mark}") is None:
+                return False
+            for key, value in write.keys.items():
                 if value is None:
                     nodes.remove(f"{backend}/{key}")
                 else:
