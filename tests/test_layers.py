@@ -27,7 +27,8 @@ LAYERS = {
     "block": GROUND - {"log"} | {"loop.steps"},
     "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
     "supervisor": GROUND
-    | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block", "kernel.ports", "kernel.process"},
+    | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
+    | {"kernel.memfd", "kernel.ports", "kernel.process"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
@@ -59,7 +60,6 @@ HOMES = {
         "kernel/",
         "rig/",
         "bench/",
-        "supervisor/vbd/handover",
         "worker/env",
         "worker/image",
         "worker/main",

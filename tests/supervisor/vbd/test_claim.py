@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from xenbackend.errors import XenbackendError
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.claim import TIMEOUT_S, Bus, Claim
+from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.xenstore.paths import VbdPath, libxl_path
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -170,7 +170,7 @@ def test_a_claim_is_gone_on_with_by_the_next_service(toolstack: Store, kernel: K
     notes: list[Any] = []
     Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append).step()
     assert [] == toolstack.directory(PATH.backend)
-    noted = json.loads(json.dumps(notes[-1]))
+    noted = notes[-1]
     claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, noted)
     assert not claim.step()
     kernel.look()
@@ -186,7 +186,7 @@ def test_a_claim_that_was_noted_and_never_made_takes_nothing_away(
     del guest
     before = _make(toolstack, kernel)
     notes: list[Any] = []
-    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, {"keys": {}, "permissions": []})
+    claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0, notes.append, Claimed({}, [], is_in_libxl=False))
 
     assert claim.step()
     assert (before, [None]) == (toolstack.dictionary(PATH.backend), notes)

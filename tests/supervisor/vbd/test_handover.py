@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import select
 import subprocess
@@ -13,14 +13,22 @@ import pytest
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import PATH, Kept
 from xenbackend import journal
-from xenbackend.errors import ConfigError
-from xenbackend.protocol import messages
-from xenbackend.protocol.messages import MAX_MEMORIES
+from xenbackend.kernel import memfd
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
-from xenbackend.supervisor.vbd.handover import Handover, prefix_of, sort_inherited
-from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.vbd import notes
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.inheritance import end_predecessor, prefix_of, sort_inherited
+from xenbackend.supervisor.vbd.notes import Exchange, Notes
 
-AGREED = messages.Connect("x86_64-abi", [messages.RingParameters([8], 3)], persistent=True)
+CONNECT = messages.Connect("x86_64-abi", [messages.RingParameters([8], 3)], persistent=True)
+EMPTY = [f"{prefix_of(PATH)}.journal.3", f"{prefix_of(PATH)}.notes.3"]  # that are kept of any disk
+
+
+def serves(handover: Handover, chain: str) -> None:
+    """Do what a worker does that serves a chain."""
+    journal.AGREED.write(handover.page, codec.as_fields(Agreed(chain, CONNECT)))
 
 
 def made(content: bytes) -> int:
@@ -87,7 +95,7 @@ def test_the_next_service_finds_all_of_it(kept: Kept) -> None:
     for name in ("one", "two", "three"):
         handover.keep(name, made(name.encode()))
     handover.drop("two")
-    handover.note(paused=True)
+    handover.note(paused="root")
     handover.page[0] = 7
     handover.leave()
     heir = next_one(kept)
@@ -95,7 +103,7 @@ def test_the_next_service_finds_all_of_it(kept: Kept) -> None:
     heir.leave()
     heir = next_one(kept)
 
-    assert (7, True) == (heir.page[0], heir.notes["paused"])
+    assert (7, "root") == (heir.page[0], heir.notes.paused)
     contents = {name: os.pread(fd, 8, 0) for name, fd in heir.descriptors("log:|ram:1M")[1].items()}
     assert {each: each.encode() for each in ("one", "three", "four")} == contents
     heir.close()
@@ -111,7 +119,7 @@ def test_what_nobody_had_noted_is_let_go(kept: Kept) -> None:
     handover.leave()
     heir = next_one(kept)
 
-    assert [f"{prefix_of(PATH)}.journal"] == list(kept.fds)
+    assert EMPTY == list(kept.fds)
     assert {} == heir.descriptors("")[1]
     heir.close()
 
@@ -159,92 +167,208 @@ def test_a_socket_without_a_process_is_let_go(kept: Kept) -> None:
     heir = next_one(kept)
 
     assert heir.worker is None
-    assert [f"{prefix_of(PATH)}.journal"] == list(kept.fds)
+    assert EMPTY == list(kept.fds)
     heir.close()
 
 
-@pytest.mark.parametrize("what", ["size", "version"])
-def test_a_journal_of_another_program_is_not_read(kept: Kept, what: str) -> None:
-    """A new one is begun in its place; what the worker knows is the worker's to finish."""
-    fd = made(b"")
-    os.ftruncate(fd, journal.SIZE if what == "version" else 4096)
-    if what == "version":
-        with mmap.mmap(fd, journal.SIZE) as memory:
-            page = memoryview(memory)
-            journal.NOTES.write(page, {"paused": True})
-            words = page[4096:8192].cast("Q")
-            words[1] += 1
-            words.release()
-            page.release()
+@pytest.mark.parametrize("what", ["unsealed", "smaller", "notes", "gone"])
+def test_what_could_be_cut_short_is_not_mapped(kept: Kept, what: str) -> None:
+    """A journal or notes that are not sealed, or not as large as ours, are begun anew; a worker that has others is
+    ended, and heard to end like any other.
+    """
+    said: list[str] = []
+    process = subprocess.Popen(["sleep", "100"])
+    pidfd = os.pidfd_open(process.pid)
+    handover = Handover(kept.keeper(), PATH)
+    handover.note(paused="root")
+    handover.keep_worker(0, pidfd)
+    os.close(pidfd)
+    handover.leave()
+    name = f"{prefix_of(PATH)}.{'notes' if what == 'notes' else 'journal'}.3"
     keeper = kept.keeper()
-    keeper.keep(f"{prefix_of(PATH)}.journal", fd)
-    os.close(fd)
-    heir = next_one(kept)
+    keeper.forget(name)
+    if what != "gone":
+        fd = memfd.make("test", 4096) if what == "smaller" else made(b"")
+        if what != "smaller":
+            os.ftruncate(fd, journal.SIZE if what == "unsealed" else notes.SIZE)
+        keeper.keep(name, fd)
+    keeper = kept.keeper()
+    heir = Handover(keeper, PATH, sort_inherited(keeper, 0)[PATH], said.append)
 
-    assert (False, {}) == (heir.is_readable, heir.notes)
-    assert journal.SIZE == os.fstat(kept.fds[f"{prefix_of(PATH)}.journal"]).st_size
-    assert next_one(kept).is_readable
+    assert heir.worker is not None
+    assert select.select([heir.worker[1]], [], [], 20)[0]
+    assert -9 == process.wait()
+    assert (what != "gone") == any("is of no use" in each for each in said)
+    assert (None if what == "notes" else "root") == heir.notes.paused
+    assert memfd.is_sealed(kept.fds[f"{prefix_of(PATH)}.journal.3"], journal.SIZE)
     heir.close()
+
+
+def test_a_worker_of_another_protocol_is_replaced_by_its_journal(kept: Kept) -> None:
+    """Where only what it says has changed it is ended, and its journal and notes are gone on with as they are."""
+    process = subprocess.Popen(["sleep", "100"])
+    pidfd = os.pidfd_open(process.pid)
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors("null:1G")
+    serves(handover, "null:1G")
+    handover.leave()
+    keeper = kept.keeper()
+    for what in ("pidfd", "worker"):
+        keeper.keep(f"{prefix_of(PATH)}.{what}", pidfd)
+    os.close(pidfd)
+    keeper = kept.keeper()
+    found = sort_inherited(keeper, 0)[PATH]
+    assert select.select([end_predecessor(found)], [], [], 20)[0]
+    heir = Handover(keeper, PATH, found)
+
+    assert -9 == process.wait()
+    assert (None, Agreed("null:1G", CONNECT), EMPTY) == (heir.worker, heir.agreed(), list(kept.fds))
+    heir.close()
+
+
+def test_no_worker_can_cut_a_journal_short() -> None:
+    """What is handed to a worker keeps its size, whatever the worker does with it."""
+    handover = Handover(Keeper({}), PATH)
+    fd, _ = handover.descriptors("null:1G")
+    for size in (0, 4096, 2 * journal.SIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+
+    assert 0 == handover.page[journal.SIZE - 1]
+    handover.close()
+
+
+def test_a_memory_may_be_anything() -> None:
+    """What a worker gives is kept and handed on, and never looked at: it may shrink at any moment. What is no memory is
+    refused.
+    """
+    handover = Handover(Keeper({}), PATH)
+    handover.descriptors("null:1G")
+    fd = made(b"x" * 4096)
+    far = os.dup(fd)
+    assert handover.keep("map", fd)
+    os.ftruncate(far, 0)
+    near, other = os.pipe()
+
+    assert [False, False] == [handover.keep("pipe", near), handover.keep("file", os.open(__file__, os.O_RDONLY))]
+    assert [0] == [os.fstat(each).st_size for each in handover.descriptors("null:1G")[1].values()]
+    handover.close()
+    os.close(far)
+    os.close(other)
 
 
 def test_what_is_in_service_stands_in_the_journal() -> None:
-    """What a worker noted is read back; where its memory holds nonsense nothing is in service, and nothing breaks."""
+    """What a worker noted is read back, as far as it was told to serve that; where its memory holds nonsense nothing is
+    in service, and nothing breaks.
+    """
     handover = Handover(Keeper({}), PATH)
     nothing = handover.agreed()
-    journal.AGREED.write(handover.page, {"chain": "null:1G", "connect": messages.as_fields(AGREED)})
+    handover.note(chain="null:1G", exchange=Exchange(1, "null:1G", "null:2G"))
+    serves(handover, "null:1G")
     found = handover.agreed()
-    journal.AGREED.write(handover.page, {"chain": "null:1G"})
-    lacking = handover.agreed()
-    journal.AGREED.write(handover.page, {"chain": "null:1G", "connect": {"rings": 5}})
-    odd = handover.agreed()
-    place = bytes(handover.page).index(b'{"chain"')
-    handover.page[place] = 0
-    broken = handover.agreed()
+    serves(handover, "null:2G")
+    exchanged = handover.agreed()
+    serves(handover, "aio:/etc/shadow")
 
-    assert (None, ("null:1G", AGREED), None, None, None) == (nothing, found, lacking, odd, broken)
+    assert (None, Agreed("null:1G", CONNECT), Agreed("null:2G", CONNECT)) == (nothing, found, exchanged)
+    assert handover.agreed() is None
+    assert "null:1G" == handover.chain_in_service()
     handover.close()
 
 
-def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for() -> None:
-    """The worker's note says which chain serves, and so does ours once it has told us; an order alone does not."""
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"chain": "null:1G"}, {"connect": codec.as_fields(CONNECT)}, {"chain": "null:1G", "connect": None},
+        {"chain": "null:1G", "connect": {"rings": 5}}, {"chain": 1, "connect": codec.as_fields(CONNECT)},
+        {"chain": "null:1G", "connect": codec.as_fields(CONNECT), "more": 1},
+        {"chain": "null:1G", "connect": {**codec.as_fields(CONNECT), "rings": [{"grefs": [2**64]}]}},
+        {"chain": ["null:1G"], "connect": codec.as_fields(CONNECT)}, {},
+    ],
+)  # fmt: skip
+def test_what_no_worker_agrees_is_nothing(value: dict[str, object]) -> None:
+    """AGREED is as strict as a message."""
     handover = Handover(Keeper({}), PATH)
-    handover.note(chain="null:1G", swap={"from": "null:1G", "to": "null:2G"})
-    asked = handover.swapped()
-    journal.AGREED.write(handover.page, {"chain": "null:2G", "connect": messages.as_fields(AGREED)})
-    served = handover.swapped()
-    journal.AGREED.write(handover.page, None)
-    handover.note(chain="null:2G")
+    handover.descriptors("null:1G")
+    journal.AGREED.write(handover.page, value)
 
-    assert (None, ("null:1G", "null:2G")) == (asked, served)
-    assert served == handover.swapped()
-    handover.note(swap=None)
-    assert handover.swapped() is None
+    assert handover.agreed() is None
     handover.close()
 
 
-def test_notes_have_a_bound(kept: Kept) -> None:
-    """What does not fit is refused with a sentence, and what was noted before holds; a memory with such a name outlives
-    its worker all the same.
+@pytest.mark.parametrize("depth", [1, 300, 900, 950, 980, 1000, 30_000])
+def test_nothing_is_too_deep_to_be_refused(depth: int) -> None:
+    """However deep a worker nests what it writes, it is nothing that was agreed, and no error."""
+    handover = Handover(Keeper({}), PATH)
+    handover.descriptors("null:1G")
+    for text in (b"[" * depth, b'{"chain": ' + b"[" * depth + b"]" * depth + b', "connect": {}}'):
+        journal.AGREED.write(handover.page, {})
+        at = bytes(handover.page[: journal.RINGS_AT]).rindex(b"\2\0\0\0\0\0\0\0{}")
+        length = min(len(text), 8 * 4096 - 8)
+        handover.page[at : at + 8 + length] = length.to_bytes(8, "little") + text[:length]
+        assert handover.agreed() is None
+    handover.close()
+
+
+def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: Kept) -> None:
+    """An order alone changes nothing. The worker's note says that it was done, and so do ours once it has told us,
+    until the toolstack's key says so too: also for the next service.
     """
     handover = Handover(kept.keeper(), PATH)
-    handover.note(paused=True, chain="")
-    with pytest.raises(ConfigError, match="cannot remember"):
-        handover.note(policy="x" * 100_000)
-    handover.keep("x" * 100_000, made(b"long"))
+    handover.descriptors("null:1G")
+    handover.note(exchange=Exchange(1, "params", "null:2G"))
+    asked = handover.exchanged(), handover.chain_in_service()
+    serves(handover, "null:2G")
+    served = handover.exchanged(), handover.chain_in_service()
+    handover.exchange_is_done()
+    journal.AGREED.write(handover.page, None)
+    handover.leave()
+    heir = next_one(kept)
+    noted = heir.exchanged(), heir.chain_in_service()
+    heir.saw_params("null:2G")
 
-    assert {"paused": True, "chain": ""} == handover.notes == journal.NOTES.read(handover.page)
-    assert 1 == len(handover.descriptors("")[1])
-    assert [f"{prefix_of(PATH)}.journal"] == list(kept.fds)
+    assert (None, "null:1G") == asked
+    assert (("params", "null:2G"), "null:2G") == served == noted
+    assert (None, "null:2G", Notes("null:2G")) == (heir.exchanged(), heir.chain_in_service(), heir.notes)
+    heir.close()
+
+
+def test_the_key_is_followed_while_another_exchange_is_under_way() -> None:
+    """Where xenstore was away a second order may come before the key has followed the first: either way it is told from
+    what the key says now.
+    """
+    handover = Handover(Keeper({}), PATH)
+    handover.descriptors("null:1G")
+    handover.note(exchange=Exchange(1, "params", "null:2G"))
+    handover.exchange_is_done()
+    handover.note(exchange=Exchange(2, "params", "null:3G"))
+    handover.saw_params("params")
+    first = handover.exchanged()
+    handover.saw_params("null:2G")
+    between = handover.exchanged()
+    handover.exchange_is_done()
+    second = handover.exchanged()
+    handover.saw_params("of the toolstack")
+    handover.exchange_is_done()  # there is none
+
+    assert (("params", "null:2G"), None, ("null:2G", "null:3G")) == (first, between, second)
+    assert (None, "null:3G") == (handover.exchanged(), handover.notes.chain)
     handover.close()
 
 
-def test_a_failed_flush_can_be_forgiven() -> None:
-    """What a worker noted counts no more for the next one."""
+def test_a_failed_flush_is_noted_and_forgiven() -> None:
+    """What a service finds in xenstore counts for the next worker, until it counts no more."""
     handover = Handover(Keeper({}), PATH)
-    journal.poison(handover.page, 5)
-    handover.forgive()
+    handover.poison_for("")
+    nothing = journal.poisoned(handover.page)
+    handover.poison_for("a flush failed")
+    noted = journal.poisoned(handover.page)
+    handover.poison(errno.ENOSPC)
+    handover.poison_for("a flush failed")
+    exact = journal.poisoned(handover.page)
+    handover.poison(0)
 
-    assert 0 == journal.poisoned(handover.page)
+    assert (0, errno.EIO, errno.ENOSPC, 0) == (nothing, noted, exact, journal.poisoned(handover.page))
     handover.close()
 
 
@@ -263,29 +387,3 @@ def test_a_keeper_in_trouble_keeps_no_disk_from_being_served(kept: Kept) -> None
 
     assert (["map"], True) == (memories, len(said) > 4)
     assert all("the next service would have to do without" in each for each in said)
-
-
-def test_names_tell_whose_they_are(kept: Kept) -> None:
-    """Descriptors are sorted by vbd, whatever the order; names that are nobody's are closed and forgotten."""
-    other = VbdPath("vbd3", 0, 7, 768)
-    keeper = kept.keeper()
-    for name in (
-        "vbd-0-5-51712.journal",
-        "vbd3-0-7-768.m0",
-        "vbd-0-5-51712.worker",
-        "x",
-        "vbd-1-5-51712.m0",
-        "a-b-c-d.e",
-    ):
-        keeper.keep(name, 0)
-    assert 6 == len(kept.fds)
-    before = len(open_descriptors())
-    keeper = kept.keeper()
-    found = sort_inherited(keeper, 0)
-
-    assert {PATH: {"journal", "worker"}, other: {"m0"}} == {path: set(fds) for path, fds in found.items()}
-    assert 3 == len(open_descriptors()) - before
-    assert 3 == len(kept.fds)
-    for fds in found.values():
-        for fd in fds.values():
-            os.close(fd)

@@ -17,7 +17,7 @@ from xenbackend.errors import ConfigError, KernelError
 from xenbackend.supervisor.service import settings
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.settings import Settings
-from xenbackend.supervisor.vbd.handover import is_of_a_disk
+from xenbackend.supervisor.vbd.inheritance import is_of_a_disk
 
 _NAME = "settings"  # at the keeper
 _MAX = 1 << 20  # bytes

@@ -35,6 +35,7 @@ from xenbackend.supervisor.service.server import Reply, Server, check_place
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.status import describe
 from xenbackend.supervisor.service.xentop import Xentop
+from xenbackend.supervisor.vbd.inheritance import check_versions
 from xenbackend.supervisor.vbd.orders import ORDERS, give
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -238,6 +239,7 @@ def check(settings: Settings) -> None:
 def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
     """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError when that cannot be."""
     keeper = Keeper(environment)
+    check_versions(keeper.inherited)
 
     def read_usable() -> Settings:
         settings = read()

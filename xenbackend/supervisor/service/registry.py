@@ -20,7 +20,7 @@ from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.xentop import KIND, PERIOD_S, Xentop
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
-from xenbackend.supervisor.vbd.handover import sort_inherited
+from xenbackend.supervisor.vbd.inheritance import sort_inherited
 from xenbackend.supervisor.vbd.spec import is_ours
 from xenbackend.supervisor.vbd.vbd import Reply, Vbd
 from xenbackend.supervisor.xenstore.paths import (

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import StoreError, XenbackendError
+from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath, libxl_path
 from xenbackend.supervisor.xenstore.store import Store
@@ -46,7 +46,7 @@ class Bus:
         return path.kind == "vbd" and (self._root / f"vbd-{path.frontend_domid}-{path.devid}").exists()
 
 
-Note = Callable[[dict[str, Any] | None], None]
+Note = Callable[[Claimed | None], None]
 
 
 class Claim:
@@ -59,7 +59,7 @@ class Claim:
         path: VbdPath,
         now: Callable[[], float],
         note: Note = lambda _: None,
-        noted: dict[str, Any] | None = None,
+        noted: Claimed | None = None,
     ) -> None:
         """Begin, or go on with what an earlier service had `noted`; `note` is given what the next one has to know."""
         self._store = store
@@ -108,11 +108,8 @@ class Claim:
             return self._noted is not None
         if self._is_away or found.get("online") != "1" or parse_state(found.get("state")) not in _UNUSED:
             return False
-        self._noted = {
-            "keys": found,
-            "permissions": nodes.get_permissions(backend),
-            "is_in_libxl": bool(nodes.directory(libxl_path(self._path))),
-        }
+        is_in_libxl = bool(nodes.directory(libxl_path(self._path)))
+        self._noted = Claimed(found, nodes.get_permissions(backend), is_in_libxl)
         self._note(self._noted)
         nodes.remove(backend)
         return True
@@ -122,12 +119,12 @@ class Claim:
         assert self._noted is not None  # noqa: S101 - the caller has looked
         path = self._path
         is_wanted = nodes.read_optional(f"{path.frontend}/backend") == path.backend
-        if self._noted["is_in_libxl"] and not nodes.directory(libxl_path(path)):
+        if self._noted.is_in_libxl and not nodes.directory(libxl_path(path)):
             is_wanted = False
         if not is_wanted or "frontend" in nodes.dictionary(path.backend):
             return
-        keys = {**self._noted["keys"], "state": str(XenbusState.INIT_WAIT.value)}
-        nodes.make(path.backend, keys, self._noted["permissions"])
+        keys = {**self._noted.keys, "state": str(XenbusState.INIT_WAIT.value)}
+        nodes.make(path.backend, keys, self._noted.permissions)
 
 
 _UNUSED = (XenbusState.INITIALISING, XenbusState.INIT_WAIT)

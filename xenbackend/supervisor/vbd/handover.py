@@ -1,144 +1,187 @@
 """What the workers of one vbd leave to each other, and one service to the next: journal, memories, a running worker.
 
-Must not look into a memory, nor give one to another disk.
+Must not look into a memory that a worker gave, nor give one to another disk, nor give the notes to any worker.
 
-Everything is a descriptor: the supervisor has it open, and the keeper has it too, under a name that says which vbd's it
-is. So a worker and the service may die at the same moment, and the next service finds all of it. What the descriptors
-do not tell themselves stands in the journal's notes.
+Everything is a descriptor: the supervisor has it open, and the keeper has it too, under a name (`inheritance`). So a
+worker and the service may die at the same moment, and the next service finds all of it.
+
+    journal   what is in flight (`xenbackend.journal`), which every worker is given and may write
+    notes     what only the supervisor writes (`notes`)
+    m0, m1 …  memories that layers had kept; the notes say of which name
+    worker    the socket of the worker that runs      pidfd   its process
+
+What an older version left is made ours: its worker is killed, and once it is dead (`inheritance.end_predecessor`) its
+journal and memories are copied (`former`). Until our notes are kept, as the last of them, the former ones count, and
+whoever comes next begins again.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from xenbackend import journal
 from xenbackend.errors import ConfigError, KernelError
-from xenbackend.protocol import messages
-from xenbackend.protocol.messages import MAX_MEMORIES
+from xenbackend.kernel import memfd
+from xenbackend.protocol import codec
+from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.vbd import former, notes
+from xenbackend.supervisor.vbd.inheritance import What, current, is_memory, kill, name_of
+from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-_JOURNAL, _WORKER, _PIDFD = "journal", "worker", "pidfd"
+_LARGEST = 1 << 30  # bytes of a former version's memory that is still copied
 
 
 class Handover:
     """One vbd's. A keeper that is in trouble is told about, and keeps no disk from being served.
 
-    page         the journal's memory
-    notes        what the supervisor has noted in it, for the next service
-    worker       the socket and the pidfd of a worker that was inherited
-    is_readable  False: what was inherited is of a program with another journal. That worker must finish by itself what
-                 is in flight, and a new journal was begun
+    page    the journal's memory
+    notes   see `Notes`; changed by `note`
+    worker  the socket and the pidfd of a worker that was inherited, or None
     """
 
     def __init__(
         self,
         keeper: Keeper,
         path: VbdPath,
-        found: Mapping[str, int] | None = None,
+        found: Mapping[What, int] | None = None,
         complain: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Take over the descriptors `found` (see `sort_inherited`), or begin a journal.
+        """Take over the descriptors `found` (see `inheritance`), or begin a journal and notes.
 
-        `complain` gets a sentence where the keeper fails. Raises: KernelError.
+        A former version's worker among them must have ended. `complain` gets a sentence where
+        something is lost to the next service, or was to this one. Raises: KernelError.
         """
         self._keeper = keeper
-        self._prefix = prefix_of(path)
+        self._path = path
         self._complain = complain
-        found = dict(found or {})
-        self.worker = self._take_worker(found)
-        self._journal = found.pop(_JOURNAL, -1)
-        self.is_readable = self._journal < 0 or _is_ours(self._journal)
-        if not self.is_readable:
-            self._forget(_JOURNAL)
-            os.close(self._journal)
-        if self._journal < 0 or not self.is_readable:
-            self._journal = _make_journal()
-            self._keep(_JOURNAL, self._journal)
-        self.page = memoryview(mmap.mmap(self._journal, journal.SIZE))
-        self.notes: dict[str, Any] = _read(journal.NOTES, self.page) or {}
-        slots = self.notes.get("memories", {})
-        self._memories = {name: found.pop(slot) for slot, name in slots.items() if slot in found}
-        for what, fd in found.items():  # kept by somebody who died before he had noted what it is
-            os.close(fd)
-            self._forget(what)
+        ours = {what: fd for what, fd in (found or {}).items() if what == current(what[0])}
+        theirs = {what: fd for what, fd in (found or {}).items() if what not in ours}
+        self.worker = self._take_worker(ours)
+        self._unkept: dict[str, int] = {}
+        self._journal, self.page = self._take_memory(ours, "journal", journal.SIZE)
+        self._notes, self._notes_page = self._take_memory(ours, "notes", notes.SIZE)
+        self.notes = notes.read(self._notes_page)
+        slots = {slot: name for slot, name in self.notes.memories.items() if current(slot) in ours}
+        self._memories = {name: ours.pop(current(slot)) for slot, name in slots.items()}
+        self._let_go(ours)  # kept by somebody who died before he had noted what it is
+        if "notes" in self._unkept:
+            self._adopt(theirs)
+        self._keep_new()
+        self._let_go(theirs)
 
-    def agreed(self) -> tuple[str, messages.Connect] | None:
-        """Return the chain in service, and what was agreed with the frontend, as the last worker noted it."""
-        found = _read(journal.AGREED, self.page)
-        try:
-            return (str(found["chain"]), messages.restore(messages.Connect, found["connect"])) if found else None
-        except (KeyError, ValueError):  # a worker's bug must not end the service
-            return None
+    def agreed(self) -> Agreed | None:
+        """Return the chain in service and what was agreed with the frontend, as the last worker noted it.
 
-    def swapped(self) -> tuple[str, str] | None:
-        """Return the ``params`` that were and the chain that took their place, where the toolstack's keys may not know.
-
-        A worker may have put it in and died, or the service, before either could say so.
+        None where it says nothing, or a chain that nobody has told it to serve: a worker is not to be believed.
         """
-        swap = self.notes.get("swap")
-        agreed = self.agreed()
-        if swap is None or swap["to"] not in (self.notes.get("chain"), agreed[0] if agreed else ""):
+        try:
+            agreed: Agreed = codec.restore(Agreed, journal.AGREED.read(self.page))
+        except codec.NotAMessage:
             return None
-        return swap["from"], swap["to"]
+        exchange = self.notes.exchange
+        return agreed if agreed.chain in (self.notes.chain, exchange and exchange.chain) else None
+
+    def exchanged(self) -> tuple[str, str] | None:
+        """Return what ``params`` was and the chain that has taken its place, where the key may not say so yet.
+
+        A worker may have put it in and died, or the service, before either could tell.
+        """
+        exchange, agreed = self.notes.exchange, self.agreed()
+        if exchange is not None and agreed is not None and agreed.chain == exchange.chain:
+            return exchange.former_params, exchange.chain
+        if self.notes.stale_params is not None:
+            return self.notes.stale_params, self.notes.chain
+        return None
+
+    def chain_in_service(self) -> str:
+        """Return the chain that the guest's data is in, empty for a disk that was never opened."""
+        exchanged = self.exchanged()
+        return exchanged[1] if exchanged else self.notes.chain
+
+    def exchange_is_done(self) -> None:
+        """Take note that the chain of the exchange under way is in service; `exchanged` goes on saying so."""
+        if self.notes.exchange is not None:
+            former_params, chain = self.notes.exchange.former_params, self.notes.exchange.chain
+            self.note(chain=chain, exchange=None, stale_params=former_params)
+
+    def saw_params(self, params: str) -> None:
+        """Take note of what the key ``params`` says, which may have followed the chain by now."""
+        if params == self.notes.stale_params or self.notes.stale_params is None:
+            return
+        exchange = self.notes.exchange
+        if exchange is not None and params == self.notes.chain:  # ordered while the key had not yet followed
+            exchange = replace(exchange, former_params=params)
+        self.note(stale_params=None, exchange=exchange)
 
     def descriptors(self, chain: str) -> tuple[int, dict[str, int]]:
         """Return the journal and the memories by name for a worker that is to open `chain`; another chain's are closed.
 
         Raises: ConfigError, where the chain is too long to be noted.
         """
-        if chain != self.notes.get("chain"):
+        if chain != self.notes.chain:
             for name in list(self._memories):
                 self.drop(name)
             self.note(chain=chain)
         return self._journal, dict(self._memories)
 
-    def note(self, **values: Any) -> None:
-        """Note values for the next service; None takes one out. Raises: ConfigError where it is too much."""
-        notes = {key: value for key, value in {**self.notes, **values}.items() if value is not None}
-        if notes == self.notes:
+    def note(self, **changes: Any) -> None:
+        """Change fields of the notes. Raises: ConfigError where it is too much, and nothing was changed."""
+        self._write(replace(self.notes, **changes))
+
+    def _write(self, changed: Notes) -> None:
+        if changed == self.notes:
             return
         try:
-            journal.NOTES.write(self.page, notes)
+            notes.write(self._notes_page, changed)
         except ValueError as error:
             raise ConfigError(f"the service cannot remember that for the next one: {error}") from None
-        self.notes = notes
+        self.notes = changed
 
-    def forgive(self) -> None:
-        """Let no failed flush count any more, for a worker that serves nobody yet."""
-        journal.poison(self.page, 0)
+    def poison(self, code: int) -> None:
+        """Have the next worker serve nothing until it is told to: a flush failed with errno `code`. 0 takes it back."""
+        journal.poison(self.page, code)
+
+    def poison_for(self, sentence: str) -> None:
+        """Do so where only xenstore knows that a flush failed; what the journal says is more exact."""
+        if sentence and not journal.poisoned(self.page):
+            self.poison(errno.EIO)
 
     def keep_worker(self, socket_fd: int, pidfd: int) -> None:
         """Have a worker kept that was just started: its socket stays open when we die."""
-        self._keep(_PIDFD, pidfd)
-        self._keep(_WORKER, socket_fd)
+        self._keep("pidfd", pidfd)
+        self._keep("worker", socket_fd)
 
     def forget_worker(self) -> None:
         """Take note that the worker has ended."""
-        self._forget(_WORKER)
-        self._forget(_PIDFD)
+        self._forget(current("worker"))
+        self._forget(current("pidfd"))
 
-    def keep(self, name: str, fd: int) -> None:
-        """Take over a memory's descriptor, in the place of a former one of that name; one too many is closed."""
+    def keep(self, name: str, fd: int) -> bool:
+        """Take over a memory's descriptor, in the place of a former one of that name.
+
+        False: it is no memory, or one too many, which no worker of ours gives; it was closed.
+        """
         self.drop(name)
-        if len(self._memories) >= MAX_MEMORIES:
+        if len(self._memories) >= MAX_MEMORIES or not memfd.is_memory(fd):
             os.close(fd)
-            return
+            return False
         self._memories[name] = fd
-        slots = self.notes.get("memories", {})
+        slots = self.notes.memories
         slot = next(f"m{number}" for number in range(MAX_MEMORIES + 1) if f"m{number}" not in slots)
         self._keep(slot, fd)
         try:
             self.note(memories={**slots, slot: name})
         except ConfigError:  # it outlives the worker, not the service
-            self._forget(slot)
+            self._forget(current(slot))
+        return True
 
     def drop(self, name: str) -> None:
         """Let go of a memory, if there is one of that name."""
@@ -146,51 +189,107 @@ class Handover:
         if fd < 0:
             return
         os.close(fd)
-        slots = self.notes.get("memories", {})
+        slots = self.notes.memories
         self.note(memories={slot: each for slot, each in slots.items() if each != name})
         for slot in [slot for slot, each in slots.items() if each == name]:
-            self._forget(slot)
+            self._forget(current(slot))
 
     def close(self) -> None:
         """Let go of everything: the vbd has ended."""
         for name in list(self._memories):
             self.drop(name)
-        self._forget(_JOURNAL)
+        for kind in ("notes", "journal"):
+            self._forget(current(kind))
         self.leave()
 
     def leave(self) -> None:
         """Close our descriptors, and leave the keeper's to the next service."""
-        for fd in (self._journal, *self._memories.values()):
+        for fd in (self._journal, self._notes, *self._memories.values()):
             os.close(fd)
         self._memories.clear()
         self.page.release()
+        self._notes_page.release()
 
-    def _take_worker(self, found: dict[str, int]) -> tuple[int, int] | None:
+    def _take_worker(self, ours: dict[What, int]) -> tuple[int, int] | None:
         """Return the worker among what was found; one whose socket nobody has kept is killed, and has an end at once.
 
         It could not be talked to, and has to have ended before another one may touch the rings.
         """
-        near, pidfd = found.pop(_WORKER, -1), found.pop(_PIDFD, -1)
+        near, pidfd = ours.pop(current("worker"), -1), ours.pop(current("pidfd"), -1)
         if pidfd < 0:
             if near >= 0:  # to it we are gone: it closes the disk in order
                 os.close(near)
-                self._forget(_WORKER)
+                self._forget(current("worker"))
             return None
         if near < 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            kill(pidfd)
             end, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             far.close()
             near = end.detach()
         return near, pidfd
 
-    def _keep(self, what: str, fd: int) -> None:
-        with self._complaining():
-            self._keeper.keep(f"{self._prefix}.{what}", fd)
+    def _take_memory(self, ours: dict[What, int], kind: str, size: int) -> tuple[int, memoryview]:
+        """Map what was found, or else begin a new one. Raises: KernelError."""
+        fd = ours.pop(current(kind), -1)
+        try:
+            if fd >= 0:
+                return fd, memfd.map_sealed(fd, size)
+        except KernelError as error:
+            self._complain(f"the {kind} that was kept is of no use: {error}")
+            self._let_go({current(kind): fd})
+        if self.worker is not None:  # what it goes by is lost to us
+            kill(self.worker[1])
+        self._unkept[kind] = fd = memfd.make(f"xenbackend-{kind}", size)
+        return fd, memfd.map_sealed(fd, size)
 
-    def _forget(self, what: str) -> None:
+    def _adopt(self, theirs: Mapping[What, int]) -> None:
+        """Make copies of what a former version left."""
+        left = theirs.get(("journal", former.VERSION), -1)
+        if left < 0:
+            return
+        is_over = ("pidfd", former.VERSION) in theirs or ("worker", former.VERSION) not in theirs
+        memories: dict[str, str] = {}
+        try:
+            found = former.read_notes(left)
+            if is_over:  # else nobody can end it, and it finishes by itself what it has in flight
+                former.copy_journal(left, self.page)
+        except KernelError as error:
+            self._complain(f"{error}: what a former version's worker had in flight is lost")
+            return
+        for slot, name in found.memories.items():
+            fd = theirs.get((slot, former.VERSION), -1)
+            if fd >= 0 and is_memory(slot) and name not in self._memories:
+                try:
+                    self._memories[name] = memfd.copy(fd, "xenbackend", _LARGEST)
+                except KernelError as error:
+                    self._complain(f"{error}: what layer {name} had kept is lost")
+                else:
+                    memories[slot] = name
+        self._write(replace(found, memories=memories))
+
+    def _keep_new(self) -> None:
+        """Have kept what we made, the notes last: from then on all of it counts."""
+        if "journal" in self._unkept:
+            self._keep("journal", self._unkept.pop("journal"))
+        if "notes" in self._unkept:
+            for slot, name in self.notes.memories.items():
+                self._keep(slot, self._memories[name])
+            self._keep("notes", self._unkept.pop("notes"))
+
+    def _let_go(self, descriptors: dict[What, int]) -> None:
+        """Close descriptors, and have the keeper forget them."""
+        for what, fd in descriptors.items():
+            os.close(fd)
+            self._forget(what)
+        descriptors.clear()
+
+    def _keep(self, kind: str, fd: int) -> None:
         with self._complaining():
-            self._keeper.forget(f"{self._prefix}.{what}")
+            self._keeper.keep(name_of(self._path, current(kind)), fd)
+
+    def _forget(self, what: What) -> None:
+        with self._complaining():
+            self._keeper.forget(name_of(self._path, what))
 
     @contextmanager
     def _complaining(self) -> Iterator[None]:
@@ -198,61 +297,3 @@ class Handover:
             yield
         except KernelError as error:
             self._complain(f"{error}: the next service would have to do without")
-
-
-def prefix_of(path: VbdPath) -> str:
-    """Return what the names of a vbd's descriptors begin with."""
-    return f"{path.kind}-{path.backend_domid}-{path.frontend_domid}-{path.devid}"
-
-
-def sort_inherited(keeper: Keeper, domid: int) -> dict[VbdPath, dict[str, int]]:
-    """Return the descriptors that the keeper handed over, by vbd of the backend's domain `domid`.
-
-    Those that are nobody's are closed and forgotten.
-    """
-    sorted_: dict[VbdPath, dict[str, int]] = {}
-    for name, fd in keeper.inherited.items():
-        path, what = _parse_name(name)
-        if path is not None and path.backend_domid == domid:
-            sorted_.setdefault(path, {})[what] = fd
-        else:
-            os.close(fd)
-            with suppress(KernelError):
-                keeper.forget(name)
-    keeper.inherited.clear()
-    return sorted_
-
-
-def is_of_a_disk(name: str) -> bool:
-    """Return whether the keeper has something of a vbd's under this name."""
-    return _parse_name(name)[0] is not None
-
-
-def _parse_name(name: str) -> tuple[VbdPath | None, str]:
-    """Return the vbd that a descriptor's name is of, and which of its descriptors; see `prefix_of`."""
-    vbd, _, what = name.partition(".")
-    kind, *numbers = vbd.split("-")
-    if what and len(numbers) == 3 and all(each.isdecimal() for each in numbers):
-        return VbdPath(kind, *map(int, numbers)), what
-    return None, ""
-
-
-def _read(note: journal.Note, page: memoryview) -> dict[str, Any] | None:
-    try:
-        return note.read(page)
-    except ValueError:  # a worker has the same memory, and may have a bug
-        return None
-
-
-def _is_ours(fd: int) -> bool:
-    """Return whether a journal is laid out as this program knows it."""
-    return os.fstat(fd).st_size == journal.SIZE and journal.is_readable(memoryview(mmap.mmap(fd, journal.SIZE)))
-
-
-def _make_journal() -> int:
-    try:
-        fd = os.memfd_create("xenbackend-journal", os.MFD_CLOEXEC)
-        os.ftruncate(fd, journal.SIZE)
-    except OSError as error:
-        raise KernelError("make a journal", error.errno or errno.EIO) from None
-    return fd

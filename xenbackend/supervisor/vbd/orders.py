@@ -27,8 +27,9 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.device import Device
-from xenbackend.supervisor.vbd.handover import Exchange, Handover
+from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.link import Link
+from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.phase import Phase
 
 MAX_CHAIN = 2048  # characters, the quota of a value in xenstore

@@ -1,0 +1,52 @@
+"""What the service remembers of a disk, in a memory of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.supervisor.helpers import PATH, Kept
+from xenbackend import journal
+from xenbackend.errors import ConfigError
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.vbd import notes
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.inheritance import prefix_of, sort_inherited
+from xenbackend.supervisor.vbd.notes import Claimed, Exchange, Notes
+
+
+def test_notes_have_their_types(kept: Kept) -> None:
+    """The next service finds what was noted as it was; what the memory cannot hold, or cannot store, is refused with a
+    sentence, and what was noted before holds. A memory with such a name outlives its worker all the same.
+    """
+    noted = Notes(
+        "null:1G", Exchange(2**63, "params", "null:\udcff"), "stale", "uid 0", "read=retry",
+        Claimed({"state": "1"}, ["n0", "r5"], is_in_libxl=True),
+    )  # fmt: skip
+    handover = Handover(kept.keeper(), PATH)
+    handover.note(**{name: getattr(noted, name) for name in noted.__slots__})
+    for much in ("x" * 100_000, "\ud800"):
+        with pytest.raises(ConfigError, match="cannot remember"):
+            handover.note(policy=much)
+    handover.keep("x" * 100_000, os.memfd_create("long"))
+    handover.leave()
+    keeper = kept.keeper()
+    heir = Handover(keeper, PATH, sort_inherited(keeper, 0)[PATH])
+
+    assert noted == handover.notes == heir.notes
+    assert [] == list(heir.descriptors("null:1G")[1])
+    assert [f"{prefix_of(PATH)}.{kind}.3" for kind in ("journal", "notes")] == list(kept.fds)
+    heir.close()
+
+
+def test_no_worker_is_given_the_notes() -> None:
+    """What a worker gets does not show them, and to write all over it does not change them."""
+    handover = Handover(Keeper({}), PATH)
+    handover.note(policy="secret")
+    page, _ = handover.descriptors("null:1G")
+
+    assert b"secret" not in os.pread(page, journal.RINGS_AT, 0)
+    handover.page[: journal.RINGS_AT] = b"\xff" * journal.RINGS_AT
+    assert Notes("null:1G", policy="secret") == notes.read(handover._notes_page)
+    handover.close()

@@ -1,0 +1,80 @@
+"""What the release before this one left of a disk, and how that becomes ours: its journal and the notes in it.
+
+Must not map anything: those memories are not sealed, and a worker of that release may have written all over them.
+
+VERSION 2 of the journal had the notes in it, in pages 18-49, and the rings behind them; the errno of a failed flush was
+word 4. What was agreed with the frontend and the rings themselves looked as they do now.
+
+The notes lay in the worker's reach. So they are only as good as that worker was, as they were for its own service.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from xenbackend import journal
+from xenbackend.kernel import memfd
+from xenbackend.protocol import codec
+from xenbackend.supervisor.vbd.notes import Notes
+from xenbackend.units import PAGE
+
+VERSION = 2
+_HEAD = 50 * PAGE  # bytes before the rings
+_AGREED = journal.Note(PAGE, 2, (2 * PAGE, 10 * PAGE), 8 * PAGE, VERSION)
+_NOTES = journal.Note(PAGE, 3, (18 * PAGE, 34 * PAGE), 16 * PAGE, VERSION)
+_POISON = 4
+
+
+def copy_journal(fd: int, page: memoryview) -> None:
+    """Write what a journal of VERSION holds into a new one of ours, once nobody writes the former any more.
+
+    Raises: KernelError.
+    """
+    head = _head(fd)
+    if head is None:
+        return
+    page[:PAGE] = head[:PAGE]  # the counters
+    journal.poison(page, head[PAGE : 2 * PAGE].cast("Q")[_POISON])
+    with suppress(ValueError):  # no worker of ours writes what takes more room once it was read
+        journal.AGREED.write(page, _AGREED.read(head))
+    for ring in range(journal.MAX_RINGS):
+        start = ring * journal.RING_SIZE
+        target = page[journal.RINGS_AT + start : journal.RINGS_AT + start + journal.SCRATCH_AT]
+        memfd.read_into(fd, _HEAD + start, target)
+
+
+def read_notes(fd: int) -> Notes:
+    """Return the notes in a journal of VERSION; a new disk's where there are none. Raises: KernelError."""
+    head = _head(fd)
+    try:
+        return _notes_of((head and _NOTES.read(head)) or {})
+    except (codec.NotAMessage, LookupError, TypeError):
+        return Notes()
+
+
+def _head(fd: int) -> memoryview | None:
+    """Return what lies before the rings, zeros as far as nothing does; None where that is no journal of VERSION."""
+    head = memoryview(bytearray(_HEAD))
+    memfd.read_into(fd, 0, head)
+    is_ours = tuple(head[PAGE : PAGE + 16].cast("Q")) in ((0, 0), (journal.MAGIC, VERSION))
+    return head if is_ours else None
+
+
+def _notes_of(found: dict[str, Any]) -> Notes:
+    chain, swap, exchange, stale_params = found.get("chain", ""), found.get("swap"), None, None
+    if swap is not None and swap["to"] == chain:
+        stale_params = swap["from"]
+    elif swap is not None:
+        exchange = {"order": 0, "former_params": swap["from"], "chain": swap["to"]}
+    values = {
+        "chain": chain,
+        "exchange": exchange,
+        "stale_params": stale_params,
+        "paused": "" if found.get("paused") else None,
+        "policy": found.get("policy"),
+        "claim": found.get("claim"),
+        "memories": found.get("memories", {}),
+    }
+    notes: Notes = codec.restore(Notes, values)
+    return notes

@@ -1,0 +1,120 @@
+"""The names under which the keeper has a vbd's descriptors: whose each is, what it is, and of which version.
+
+Must not look into one.
+
+``vbd-0-5-51712.journal.3`` is a journal of version 3. The last release named no version; that is 2. What is older than
+ours is made ours by whoever takes it over (`handover`, `former`), what is newer is not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+
+from xenbackend import journal
+from xenbackend.errors import KernelError, XenbackendError
+from xenbackend.protocol import messages
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.vbd import former, notes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+What = tuple[str, int]  # which of a vbd's descriptors, and its version
+
+_VERSIONS = {"journal": journal.VERSION, "notes": notes.VERSION, "worker": messages.VERSION, "pidfd": messages.VERSION}
+_MEMORY_VERSION = 3
+_MEMORY = re.compile(r"m\d+")
+
+
+def prefix_of(path: VbdPath) -> str:
+    """Return what the names of a vbd's descriptors begin with."""
+    return f"{path.kind}-{path.backend_domid}-{path.frontend_domid}-{path.devid}"
+
+
+def sort_inherited(keeper: Keeper, domid: int) -> dict[VbdPath, dict[What, int]]:
+    """Return the descriptors that the keeper handed over, by vbd of the backend's domain `domid`.
+
+    Those that are nobody's are closed and forgotten.
+    """
+    sorted_: dict[VbdPath, dict[What, int]] = {}
+    for name, fd in keeper.inherited.items():
+        path, what = _parse_name(name)
+        if path is not None and path.backend_domid == domid:
+            sorted_.setdefault(path, {})[what] = fd
+        else:
+            os.close(fd)
+            with suppress(KernelError):
+                keeper.forget(name)
+    keeper.inherited.clear()
+    return sorted_
+
+
+def check_versions(names: Iterable[str]) -> None:
+    """Refuse to go on where the keeper has, under one of these names, what only a newer version of ours understands.
+
+    Nothing was touched then: its workers serve on, and whoever starts that version again has them. Raises:
+    XenbackendError; not ConfigError, whose exit status has the keeper let go of everything.
+    """
+    for name in names:
+        path, (kind, version) = _parse_name(name)
+        if path is not None and version > (version_of(kind) or former.VERSION):
+            raise XenbackendError(
+                f"{path} is served by a newer version of xenbackend, whose {kind} this one does not understand; "
+                "install that version again, which serves it on, or stop its service before this one is started"
+            )
+
+
+def end_predecessor(found: Mapping[What, int]) -> int:
+    """Kill the worker of a former version among what was found; -1 where there is none.
+
+    Returns its pidfd, which stays `found`'s: once it is readable there may be a `Handover`.
+    """
+    pidfds = [fd for (kind, version), fd in found.items() if kind == "pidfd" and version < _VERSIONS[kind]]
+    for pidfd in pidfds:
+        kill(pidfd)
+    return max(pidfds, default=-1)
+
+
+def is_of_a_disk(name: str) -> bool:
+    """Return whether the keeper has something of a vbd's under this name."""
+    return _parse_name(name)[0] is not None
+
+
+def _parse_name(name: str) -> tuple[VbdPath | None, What]:
+    """Return the vbd that a descriptor's name is of, and which of its descriptors; see `prefix_of`."""
+    vbd, _, what = name.partition(".")
+    vbd_kind, *numbers = vbd.split("-")
+    if not what or len(numbers) != 3 or not all(each.isdecimal() for each in numbers):
+        return None, ("", 0)
+    kind, _, version = what.partition(".")
+    is_numbered = version.isdecimal()
+    return VbdPath(vbd_kind, *map(int, numbers)), (kind, int(version)) if is_numbered else (what, former.VERSION)
+
+
+def is_memory(kind: str) -> bool:
+    """Return whether a kind of descriptor is one of the memories that layers keep."""
+    return _MEMORY.fullmatch(kind) is not None
+
+
+def version_of(kind: str) -> int:
+    """Return the version that ours have of a kind of descriptor, 0 where there is no such kind."""
+    return _MEMORY_VERSION if is_memory(kind) else _VERSIONS.get(kind, 0)
+
+
+def current(kind: str) -> What:
+    """Return which descriptor of that kind is of our version."""
+    return kind, version_of(kind)
+
+
+def name_of(path: VbdPath, what: What) -> str:
+    """Return a descriptor's name."""
+    kind, version = what
+    return f"{prefix_of(path)}.{kind}" + (f".{version}" if version != former.VERSION else "")
+
+
+def kill(pidfd: int) -> None:
+    """Kill a process, if it is still there."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)

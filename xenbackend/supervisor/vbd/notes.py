@@ -1,0 +1,77 @@
+"""What the service has to know of a disk although it may die any moment: typed, in a memory that no worker is given.
+
+Must not hold what is told by anything else: xenstore, the journal, a worker.
+
+The memory is a page of words (0 MAGIC, 1 VERSION, 2 which copy is valid) and two copies of JSON, as `journal.Note` has
+it. Whoever changes these classes raises VERSION, and writes into `former` how the version before is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xenbackend import journal
+from xenbackend.protocol import codec
+from xenbackend.units import PAGE
+
+VERSION = 3
+_ROOM = 16 * PAGE
+SIZE = PAGE + 2 * _ROOM  # bytes
+_NOTE = journal.Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """An exchange of the chain that is under way: by which order, what ``params`` was, and which chain is put in."""
+
+    order: int
+    former_params: str
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The backend directory while it is away because the vbd is being taken from the kernel's backend (`claim`)."""
+
+    keys: dict[str, str]
+    permissions: list[str]
+    is_in_libxl: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """All of them.
+
+    chain         the chain in service, or the one that a worker was last told to open
+    exchange      the exchange under way; None: there is none
+    stale_params  what the key ``params`` may still say although `chain` has taken its place; None: it says so too
+    paused        which administrator has paused the disk, empty where that is not known; None: it is not paused
+    policy        what was ordered to become of requests that fail; None: as the settings say
+    claim         see `Claimed`
+    memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
+    """
+
+    chain: str = ""
+    exchange: Exchange | None = None
+    stale_params: str | None = None
+    paused: str | None = None
+    policy: str | None = None
+    claim: Claimed | None = None
+    memories: dict[str, str] = field(default_factory=dict)
+
+
+def write(memory: memoryview, notes: Notes) -> None:
+    """Replace the notes at one stroke. Raises: ValueError where they are too long, or hold what cannot be stored."""
+    values = codec.as_fields(notes)
+    codec.restore(Notes, values)
+    _NOTE.write(memory, values)
+
+
+def read(memory: memoryview) -> Notes:
+    """Return the notes; those of a new disk where there are none."""
+    found = _NOTE.read(memory)
+    try:
+        notes: Notes = codec.restore(Notes, found or {})
+    except codec.NotAMessage:
+        return Notes()
+    return notes
