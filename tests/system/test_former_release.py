@@ -1,0 +1,183 @@
+"""A newer service over the last release: guests under load notice nothing, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.former_release import PATIENCE_S, ROOT, Site, ask, unpack, wait_for_end
+from tests.workload import Load, make_model, read_all
+from xenbackend.embedded.machine import Machine
+from xenbackend.rig.frontend import Wishes
+from xenbackend.supervisor.xenstore.toolstack import vbd_path
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
+]
+SECTORS = 4096
+NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 3\n", "\nVERSION = 4\n")  # what a later release may change
+
+
+@pytest.fixture(scope="session")
+def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last release's program."""
+    return unpack(tmp_path_factory.mktemp("former"))
+
+
+class Host:
+    """A machine whose service is of the last release at first, with a disk under load."""
+
+    def __init__(self, machine: Machine, site: Site, image: Path, seed: int) -> None:
+        """Give guest 5 the disk, and connect it."""
+        self.machine = machine
+        self.site = site
+        self.guest = machine.create_guest(5)
+        store = str(machine.directory / "xenstore.sock")
+        site.run("attach", "--store", store, "--socket", machine.control, "5", "xvda", f"log:|aio:{image}")
+        path = vbd_path(machine.store, 5, "xvda")
+        self.frontend = self.guest.connect(path, Wishes(queues=2, persistent=True, indirect=32))
+        self.model = make_model(seed, SECTORS)
+        self.load = Load(self.frontend, self.model, patience_s=PATIENCE_S)
+        self.load.run(300)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the service says of the disk."""
+        return ask(self.machine.control, {"verb": "status"})[0]  # type: ignore[no-any-return]
+
+    def service(self) -> int:
+        """Return the service's process."""
+        found = None
+        while found is None:  # one goes and another one comes; whoever asks meanwhile waits
+            found = ask(self.machine.control, {"verb": "ping"})
+        return int(found["pid"])
+
+    def upgrade(self, program: Path = ROOT) -> None:
+        """Install a program and have its service take the place of the one that runs, with requests in flight."""
+        pidfd = os.pidfd_open(self.service())
+        self.site.install(program)
+        self.load.top_up()
+        self.machine.replace_service()
+        wait_for_end(pidfd)
+        os.close(pidfd)
+
+    def finish(self) -> None:
+        """Go on for a while, then see that nothing failed and every sector is what it has to be."""
+        self.load.run(1000)
+        self.load.finish()
+        assert 0 == self.model.failures
+        read_all(self.frontend, self.model)
+
+
+@pytest.fixture
+def host(
+    former: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Host]:
+    """A host with the last release."""
+    site = Site(tmp_path / "site", former)
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(SECTORS * 512)
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
+    with Machine(log=tmp_path / "log") as machine:
+        host = Host(machine, site, image, request.config.getoption("--seed"))
+        with closing(host.guest):
+            yield host
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_service_is_replaced_under_load(host: Host) -> None:
+    """The disk goes on with another worker, by its journal: no request fails, none is lost, the counters go on."""
+    before = host.status()
+    written = host.machine.written_ranges
+    host.upgrade()
+    host.finish()
+    after = host.status()
+
+    assert before["worker"] != after["worker"]
+    assert before["counters"]["writes"] < after["counters"]["writes"]
+    assert ("serving", before["chain"]) == (after["phase"], after["chain"])
+    assert written("5/xvda")  # what the former worker had seen written is known
+
+
+def test_the_worker_is_killed_meanwhile(host: Host) -> None:
+    """Neither service saw it die in order: its journal is all there is."""
+    worker = host.status()["worker"]
+    pidfd = os.pidfd_open(host.service())
+    host.site.install(ROOT)
+    host.load.top_up()
+    os.kill(worker, signal.SIGKILL)
+    host.machine.replace_service()
+    wait_for_end(pidfd)
+    os.close(pidfd)
+    host.finish()
+
+
+def test_new_services_are_killed_meanwhile(host: Host) -> None:
+    """A new service that dies on its way leaves enough for the next one, as often as that happens."""
+    former = host.service()
+    host.upgrade()
+    for _ in range(4):
+        service = host.service()
+        assert former != service
+        pidfd = os.pidfd_open(service)
+        host.load.top_up()
+        os.kill(service, signal.SIGKILL)
+        wait_for_end(pidfd)
+        os.close(pidfd)
+        host.load.run(50)
+    host.finish()
+
+
+def test_what_an_administrator_had_ordered_holds(host: Host) -> None:
+    """A pause and a policy of the last release's are this one's; the guest's requests wait, and go on."""
+    assert ask(host.machine.control, {"verb": "policy", "vbd": "5/xvda", "policy": "write=report"})
+    host.load.finish()
+    assert ask(host.machine.control, {"verb": "pause", "vbd": "5/xvda"})
+    host.upgrade()
+    _wait_until_served(host)
+    with pytest.raises(TimeoutError):  # what was asked for since then waits
+        host.frontend.wait_for_any(0.2)
+    assert "write=report" in str(ask(host.machine.control, {"verb": "policy", "vbd": "5/xvda", "policy": ""}))
+    assert ask(host.machine.control, {"verb": "resume", "vbd": "5/xvda"})
+    host.finish()
+
+
+def test_an_older_service_leaves_a_newer_one_s_disks_alone(host: Host, tmp_path: Path) -> None:
+    """It refuses to start, and says why; the guest is served on, and the newer service takes all of it over again."""
+    later = tmp_path / "later"
+    shutil.copytree(ROOT / "xenbackend", later / "xenbackend", ignore=shutil.ignore_patterns("__pycache__"))
+    changed = later / NEXT[0]
+    text = changed.read_text()
+    assert 1 == text.count(NEXT[1])
+    changed.write_text(text.replace(*NEXT[1:]))
+    host.upgrade()
+    host.load.run(100)
+    host.upgrade(later)
+    host.load.run(100)
+    worker = host.status()["worker"]
+    host.upgrade(ROOT)
+    host.load.run(300)  # nobody is there but the worker
+    while "is served by a newer version of xenbackend" not in host.machine.log.read_text():
+        host.load.run(10)
+    host.site.install(later)
+    host.service()
+    host.finish()
+
+    assert worker == host.status()["worker"]
+
+
+def _wait_until_served(host: Host) -> None:
+    """Wait until the new service has the disk in service again."""
+    end = time.monotonic() + PATIENCE_S
+    while host.status()["phase"] != "serving":
+        assert time.monotonic() < end
