@@ -122,6 +122,87 @@ def test_debian_has_the_same_version() -> None:
     assert first.startswith(f"xenbackend ({__version__}) ")
 
 
+@pytest.mark.parametrize("has_disks", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "is_downgrade"),
+    [
+        ("upgrade 0.1.9", True), ("upgrade 0.2.0", False), ("upgrade 0.10.0", False), ("remove", False),
+        ("deconfigure in-favour other 1", False), ("failed-upgrade 0.3.0 0.2.0", True),
+        ("failed-upgrade 0.1.0 0.2.0", False), ("upgrade 0.2.0~rc1", True),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(shutil.which("dpkg") is None, reason="dpkg is not installed")
+def test_debian_refuses_an_older_version_while_disks_are_served(
+    tmp_path: Path, arguments: str, *, has_disks: bool, is_downgrade: bool
+) -> None:
+    """An older version is not unpacked over this one, 0.2.0, as long as guests have disks; anything else is."""
+    for name, line in (
+        ("dpkg-query", "echo 0.2.0"),
+        ("python3", f'[ "$*" = "-m xenbackend.host.served" ] && exit {int(has_disks)}'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    result = subprocess.run(
+        ["sh", str(ROOT / "debian" / "xenbackend.prerm"), *arguments.split()],
+        env={"PATH": f"{tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (1 if is_downgrade and has_disks else 0) == result.returncode
+    assert ("systemctl stop xenbackend" in result.stderr) == bool(result.returncode)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg is not installed")
+def test_dpkg_heeds_the_refusal(tmp_path: Path) -> None:
+    """Packages with that script replace each other as they may: dpkg asks the older one, too, and that says no."""
+    root, tools = tmp_path / "root", tmp_path / "tools"
+    for directory in (root / "var/lib/dpkg/info", root / "var/lib/dpkg/updates", tools):
+        directory.mkdir(parents=True)
+    (root / "var/lib/dpkg/status").touch()
+    (tools / "python3").write_text(f"#!/bin/sh\ntest ! -e {tmp_path}/serves\n")
+    (tools / "python3").chmod(0o755)
+    for version in ("0.2.0", "0.3.0"):
+        control = tmp_path / version / "DEBIAN"
+        control.mkdir(parents=True)
+        (control / "control").write_text(
+            f"Package: xenbackend\nVersion: {version}\nArchitecture: all\nMaintainer: X <x@y>\nDescription: x\n"
+        )
+        shutil.copy(ROOT / "debian" / "xenbackend.prerm", control / "prerm")
+        (control / "prerm").chmod(0o755)
+        subprocess.run(["dpkg-deb", "--build", control.parent, tmp_path], check=True, capture_output=True)
+
+    def install(version: str) -> tuple[int, str]:
+        dpkg = [
+            "dpkg",
+            f"--root={root}",
+            "--force-not-root",
+            "--force-script-chrootless",
+            "--force-bad-path",
+            "--install",
+        ]
+        environment = {"PATH": f"{tools}:/usr/sbin:/usr/bin:/sbin:/bin"}
+        package = tmp_path / f"xenbackend_{version}_all.deb"
+        done = subprocess.run([*dpkg, package], env=environment, capture_output=True, text=True, check=False)
+        query = [
+            "dpkg-query",
+            f"--admindir={root}/var/lib/dpkg",
+            "--show",
+            "--showformat=${Version} ${db:Status-Status}",
+            "xenbackend",
+        ]
+        return done.returncode, subprocess.run(query, capture_output=True, text=True, check=True).stdout
+
+    assert (0, "0.2.0 installed") == install("0.2.0")
+    (tmp_path / "serves").touch()
+    assert (0, "0.3.0 installed") == install("0.3.0")
+    assert (1, "0.3.0 installed") == install("0.2.0")
+    (tmp_path / "serves").unlink()
+    assert (0, "0.2.0 installed") == install("0.2.0")
+
+
 def test_udev_rules_have_the_form_of_udev() -> None:
     """Each line is a comment or a list of matches and assignments, and both devices are covered."""
     lines = (ROOT / "udev" / "60-xenbackend.rules").read_text().splitlines()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from xenbackend.errors import XenbackendError
+from xenbackend.host import served
 from xenbackend.host.served import control_sockets, refuse_while_serving
 from xenbackend.protocol.client import DEFAULT_SOCKET
 
@@ -44,7 +45,7 @@ def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
     path.write_text("")
     default = control_sockets(path)
     path.write_text("frob = 1\n")
-    with pytest.raises(XenbackendError, match=r"is not known: .*no setting frob.*--force goes on anyhow"):
+    with pytest.raises(XenbackendError, match=r"is not known: .*no setting frob.*or use --force"):
         control_sockets(path)
 
     assert (["/elsewhere", DEFAULT_SOCKET], [DEFAULT_SOCKET]) == (moved, default)
@@ -77,5 +78,23 @@ def test_silence_is_no_answer(tmp_path: Path) -> None:
     """A socket that nobody serves may be one of a service that hangs: only the admin knows."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
-    with pytest.raises(XenbackendError, match=r"is not known: .*--force goes on anyhow"):
+    with pytest.raises(XenbackendError, match=r"is not known: .*or use --force"):
         refuse_while_serving(str(tmp_path / "socket"))
+
+
+@pytest.mark.parametrize(("disks", "status"), [([], 0), ([{"vbd": "vbd/5/51712"}], 1)])
+def test_a_script_hears_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    disks: list[dict[str, Any]],
+    status: int,
+) -> None:
+    """The exit status says whether guests have disks, and a sentence which; a package manager's --force is another."""
+    with answering(tmp_path / "socket", {"data": disks}) as path:
+        monkeypatch.setattr(served, "control_sockets", lambda: [str(tmp_path / "none"), path])
+        found = served.main()
+    said = capsys.readouterr().err
+
+    assert (status, status == 1) == (found, "guests have disks: vbd/5/51712; detach" in said)
+    assert "--force" not in said

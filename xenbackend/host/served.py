@@ -1,10 +1,14 @@
 """Whether guests depend on the service right now.
 
 Must not take silence for a no.
+
+``python3 -m xenbackend.host.served`` is for the package's scripts: its exit status is 1 where guests do, or that is not
+known, which it says.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from xenbackend.errors import ConfigError, XenbackendError
@@ -12,6 +16,7 @@ from xenbackend.protocol.client import DEFAULT_SOCKET, call
 from xenbackend.supervisor.service import settings
 
 _NAMED = 5
+_FORCE = ", or use --force"  # which a package manager knows in another sense
 
 
 def control_sockets(path: Path | None = None) -> list[str]:
@@ -39,8 +44,23 @@ def refuse_while_serving(socket: str) -> None:
         raise _not_known(problem) from None
     if served:
         names = ", ".join(served[:_NAMED]) + (f" ... ({len(served)} in all)" if served[_NAMED:] else "")
-        raise XenbackendError(f"guests have disks: {names}; detach them or shut the guests down first, or use --force")
+        raise XenbackendError(f"guests have disks: {names}; detach them or shut the guests down first{_FORCE}")
 
 
 def _not_known(problem: XenbackendError) -> XenbackendError:
-    return XenbackendError(f"whether disks are served is not known: {problem}; --force goes on anyhow")
+    return XenbackendError(f"whether disks are served is not known: {problem}{_FORCE}")
+
+
+def main() -> int:
+    """Say whether guests have disks, for a script; return the exit status."""
+    try:
+        for socket in control_sockets():
+            refuse_while_serving(socket)
+    except XenbackendError as problem:
+        print(f"xenbackend: {str(problem).removesuffix(_FORCE)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
