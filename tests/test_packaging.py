@@ -138,7 +138,7 @@ def test_debian_refuses_an_older_version_while_disks_are_served(
     """An older version is not unpacked over this one, 0.2.0, as long as guests have disks; anything else is."""
     for name, line in (
         ("dpkg-query", "echo 0.2.0"),
-        ("python3", f'[ "$*" = "-m xenbackend.host.served" ] && exit {int(has_disks)}'),
+        ("python3", f'[ "$*" = "-I -m xenbackend.host.served" ] && exit {int(has_disks)}'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
