@@ -14,6 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from xenbackend import journal
+from xenbackend.block.policy import Policy
+from xenbackend.errors import ConfigError
 from xenbackend.kernel import memfd
 from xenbackend.protocol import codec
 from xenbackend.supervisor.vbd.notes import Notes
@@ -72,9 +74,19 @@ def _notes_of(found: dict[str, Any]) -> Notes:
         "exchange": exchange,
         "stale_params": stale_params,
         "paused": "" if found.get("paused") else None,
-        "policy": found.get("policy"),
+        "policy": _policy_of(str(found.get("policy", ""))),
         "claim": found.get("claim"),
         "memories": found.get("memories", {}),
     }
     notes: Notes = codec.restore(Notes, values)
     return notes
+
+
+def _policy_of(text: str) -> str | None:
+    """Return what of a policy has a meaning still; None where nothing was ordered."""
+    parts = []
+    for part in text.split(","):
+        with suppress(ConfigError):
+            Policy(part)
+            parts.append(part)
+    return ",".join(parts) or None
