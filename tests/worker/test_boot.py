@@ -14,8 +14,8 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.nbd.abi import CMD_WRITE
 from xenbackend.protocol import messages
 from xenbackend.worker.boot import Boot
+from xenbackend.worker.channel import Channel
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.speech import Speech
 
 
 class Booted:
@@ -30,7 +30,7 @@ class Booted:
         self.ours.setblocking(False)
         self._theirs = theirs
         self.steps: list[str] = []
-        self.boot = Boot(self.reactor, Speech(theirs), self._flush, self._note_bug)
+        self.boot = Boot(self.reactor, Channel(theirs), self._flush, self._note_bug)
 
     def begin(self, path: str = "") -> None:
         """Export the disk."""

@@ -66,7 +66,7 @@ def test_lost_wake_up_is_found_and_counted(vbd: Served) -> None:
     assert [] == first_look
     assert BLKIF_RSP_OKAY == request.status
     assert vbd.connection is not None
-    assert 1 == vbd.connection._tally.missed_wakeups
+    assert 1 == vbd.connection._counters.missed_wakeups
 
 
 def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
@@ -134,7 +134,7 @@ def test_bug_at_the_end_does_not_keep_the_guests_pages(vbd: Served, monkeypatch:
     def bug() -> None:
         raise ValueError(step)
 
-    monkeypatch.setattr(vbd.engine if step == "fail_held" else vbd.connection._tally, step, bug)
+    monkeypatch.setattr(vbd.engine if step == "fail_held" else vbd.connection._counters, step, bug)
 
     assert vbd.disconnect()
     assert NOTHING == vbd.xen.held()

@@ -238,7 +238,7 @@ def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
     other = Bench(f"aio:{one}", may_wait=True)
     with pytest.raises(DriverError) as caught:
         other.disk.open()
-    looked_at = [layer.text for layer in other.disk.peek()]
+    looked_at = [layer.text for layer in other.disk.probe()]
     other.close()
 
     assert is_locked(caught.value)

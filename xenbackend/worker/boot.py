@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain
 from xenbackend.loop.reactor import Reactor
+from xenbackend.worker.channel import Channel
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.speech import Speech
 
 if TYPE_CHECKING:
     from xenbackend.worker.export import Export
@@ -24,18 +24,18 @@ class Boot:
 
     Args:
         reactor: the worker's loop.
-        speech: hears of a guest's mistakes, and of what goes wrong.
+        channel: hears of a guest's mistakes, and of what goes wrong.
         flush: makes everything durable that was acknowledged, then calls its argument.
         on_bug: gets what layers let out (D8).
     """
 
     def __init__(
-        self, reactor: Reactor, speech: Speech, flush: Callable[[Call], None], on_bug: Callable[[Exception], None]
+        self, reactor: Reactor, channel: Channel, flush: Callable[[Call], None], on_bug: Callable[[Exception], None]
     ) -> None:
         self.path = ""
         self.had_bugs = False
         self._reactor = reactor
-        self._speech = speech
+        self._speech = channel
         self._flush = flush
         self._on_bug = on_bug
         self._export: Export | None = None

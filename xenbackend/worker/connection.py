@@ -24,21 +24,21 @@ from xenbackend.kernel.fence import is_strongly_ordered
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.messages import Connect, Halted, Paused, RingParameters, Trouble
+from xenbackend.worker.channel import Voice
+from xenbackend.worker.counters_writer import CountersWriter
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 from xenbackend.worker.holds import Hold
-from xenbackend.worker.kept import Kept
 from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Queue
-from xenbackend.worker.speech import Voice
-from xenbackend.worker.tally import Tally
+from xenbackend.worker.retries import Retries
 
 SAFETY_POLL_S = 1.0  # a second line against a lost wake-up; what it finds is counted, and expected to be nothing
 _PATIENCE = 8  # events without work before the next one is made to wait
 _MAX_DELAY_S = 0.01
 
 
-class Channel:
+class EventChannel:
     """One ring's event channel. A frontend that kicks without giving work waits longer and longer to be heard."""
 
     def __init__(self, events: EventChannels, port: int, reactor: Reactor, on_halt: Callable[[str], None]) -> None:
@@ -117,8 +117,8 @@ class Connection:
         self._layout = LAYOUTS[agreed.protocol]
         self._suspects: dict[Queue, int] = {}
         self._closed = False
-        self._by_port: dict[int, tuple[Channel, Queue]] = {}
-        kept = Kept(policy, reactor.now, reactor.call_later, self._tell_trouble)
+        self._by_port: dict[int, tuple[EventChannel, Queue]] = {}
+        kept = Retries(policy, reactor.now, reactor.call_later, self._tell_trouble)
         with ExitStack() as undo:
             table = host.open_grants(domid)
             undo.callback(table.close)
@@ -126,7 +126,7 @@ class Connection:
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
             self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, voice, self._pause, kept)
-            self._tally = Tally(journal[: counters.SIZE], self.engine)
+            self._counters = CountersWriter(journal[: counters.SIZE], self.engine)
             self._open_rings(undo, host, table, domid)
             self._undo = undo.pop_all()
         if not (rejoins or agreed.goes_on):
@@ -164,7 +164,7 @@ class Connection:
 
     def publish_counters(self) -> None:
         """Bring the counters' page up to date, which is done once a second anyhow."""
-        self._tally.publish()
+        self._counters.publish()
 
     def _pause(self, code: int) -> None:
         poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
@@ -187,7 +187,7 @@ class Connection:
 
     def _release(self, then: Callable[[], None], *, hands_over: bool) -> None:
         self._closed = True
-        self._undo.callback(self._tally.publish)
+        self._undo.callback(self._counters.publish)
         if not hands_over:
             self._undo.callback(self.engine.fail_held)  # is called first
         try:
@@ -228,7 +228,7 @@ class Connection:
         )
         port = self._events.bind(parameters.event_channel)
         undo.callback(self._events.unbind, port)
-        channel = Channel(self._events, port, self._reactor, lambda why: self._halt(number, why))
+        channel = EventChannel(self._events, port, self._reactor, lambda why: self._halt(number, why))
         channel.ring = ring
         undo.callback(channel.close)
         queue = Queue(ring, journal, decoder, channel)
@@ -238,7 +238,7 @@ class Connection:
         if self._rejoins:
             self._go_on(queue, channel)
 
-    def _go_on(self, queue: Queue, channel: Channel) -> None:
+    def _go_on(self, queue: Queue, channel: EventChannel) -> None:
         try:
             records = queue.go_on()
         except RingOverflow as problem:
@@ -261,11 +261,11 @@ class Connection:
         for queue in self.engine.queues:
             if queue.is_idle and not queue.halted and self._waits(queue):
                 if self._suspects.get(queue) == queue.ring.consumed:
-                    self._tally.missed_wakeups += 1
+                    self._counters.missed_wakeups += 1
                     self.engine.serve(queue)
                 else:
                     self._suspects[queue] = queue.ring.consumed
-        self._tally.publish()
+        self._counters.publish()
         poll = WeakMethod(self._poll)  # so that a timer does not keep a frontend that has gone
         self._reactor.call_later(SAFETY_POLL_S, lambda: (again := poll()) and again())
 

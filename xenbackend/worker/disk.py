@@ -18,7 +18,7 @@ from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, Keep
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.peek import peek
+from xenbackend.worker.probe import probe
 
 LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
 
@@ -55,16 +55,16 @@ class Disk:
         self._env.drop_unwanted()
         return self.chain
 
-    def peek(self) -> list[messages.LayerFacts]:
+    def probe(self) -> list[messages.LayerFacts]:
         """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
-        return peek(self.text, self._reactor, read_only=self._read_only)
+        return probe(self.text, self._reactor, read_only=self._read_only)
 
     def check_successor(self, text: str) -> None:
         """Look at another chain, which may have the same image, while ours serves on.
 
         Raises: XenbackendError, where it cannot be opened, or a guest that uses ours could not use it.
         """
-        top = peek(text, self._reactor, read_only=self._read_only)[0]
+        top = probe(text, self._reactor, read_only=self._read_only)[0]
         self._check(text, top.size, top.sector_size)
 
     def exchange(self, text: str) -> Chain:

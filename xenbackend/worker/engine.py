@@ -25,14 +25,14 @@ from xenbackend.blkif.request import RingRequest
 from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.worker.barrier import Barrier
-from xenbackend.worker.containment import is_ours, substitute
+from xenbackend.worker.channel import Voice
+from xenbackend.worker.fault import is_ours, substitute
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 from xenbackend.worker.holds import Hold, Holds
-from xenbackend.worker.kept import Kept
-from xenbackend.worker.kinds import sort_out
+from xenbackend.worker.odd_requests import sort_out
 from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Block, Queue
-from xenbackend.worker.speech import Voice
+from xenbackend.worker.retries import Retries
 
 Call = Callable[[], object]
 _ANSWERS = frozenset((0, errno.EOPNOTSUPP))  # what is no failure
@@ -51,7 +51,7 @@ class Engine:
         call_soon: Callable[[Call], None],
         voice: Voice,
         on_pause: Callable[[int], None],
-        kept: Kept,
+        retries: Retries,
     ) -> None:
         """Serve a chain whose `complete` is `finish`.
 
@@ -63,15 +63,15 @@ class Engine:
             call_soon: calls a function from the loop.
             voice: hears about the guest, and what an administrator must read.
             on_pause: is told the errno of a flush that failed, once, before anything else is done about it.
-            kept: requests that failed and are tried again.
+            retries: requests that failed and are tried again.
         """
         self.queues: list[Queue] = []
         self.in_flight = 0  # requests lent to the chain
         self.guest_errors = self.bugs = self.turns = 0
         self.poller = poller
         self.holds = Holds()
-        self.kept = kept
-        kept.again = self._try_what_is_due
+        self.retries = retries
+        retries.again = self._try_what_is_due
         self._submit_to_chain = submit
         self._kick = kick
         self._grants = grants
@@ -155,7 +155,7 @@ class Engine:
         self.holds.remove(why)
         if not self.holds.bar_retries():
             flushes, self._failed_flushes = self._failed_flushes, []
-            self._submit_again([*flushes, *self.kept.give_back()])
+            self._submit_again([*flushes, *self.retries.give_back()])
         self._call_soon(self._go_on)
 
     def flush_failed(self, code: int) -> None:
@@ -172,7 +172,7 @@ class Engine:
 
     def fail_held(self) -> None:
         """Answer what was held back with an error after all: the frontend is going away."""
-        for request in [*self._failed_flushes, *self.kept.give_up()]:
+        for request in [*self._failed_flushes, *self.retries.give_up()]:
             request.status, tag = request.status or errno.EIO, request.tag
             answer = request
             if isinstance(tag, Barrier):
@@ -193,15 +193,15 @@ class Engine:
         lost = [each for each in lent if is_ours(each) and not self._has_come_back(each)]
         substitutes = [substitute(request, self._grants) for request in lost]
         for request in lost:
-            self.kept.forget(request)
-        self.kept.refuse(substitutes)
+            self.retries.forget(request)
+        self.retries.refuse(substitutes)
         if substitutes:
             self.finish(substitutes)
 
     def _has_come_back(self, request: Request) -> bool:
         """True if `finish` saw the request. Its status does not tell: a layer on its way up may have lost it."""
         tag = request.tag
-        if request in self._failed_flushes or request in self.kept:
+        if request in self._failed_flushes or request in self.retries:
             return True
         return tag.step is not request if isinstance(tag, Barrier) else tag.owner.has_answered(tag)
 
@@ -246,7 +246,7 @@ class Engine:
 
     def _try_what_is_due(self) -> None:
         if not self.holds.bar_retries():
-            self._submit_again(self.kept.due())
+            self._submit_again(self.retries.due())
 
     def _submit_again(self, batch: list[Request]) -> None:
         """Submit what comes from no ring right now."""
@@ -329,8 +329,8 @@ class Engine:
     def _is_kept(self, request: Request) -> bool:
         """Keep a request that has failed if it is to be tried again, and return whether it is kept."""
         if request.status in _ANSWERS:
-            self.kept.forget(request)
-        elif self.kept.take(request):
+            self.retries.forget(request)
+        elif self.retries.take(request):
             if not isinstance(request.tag, Barrier):
                 request.tag.owner.break_up(request.tag)
             return True
@@ -364,7 +364,7 @@ class Engine:
         if barrier is not None and Hold.FLUSH not in self.holds:
             if self.in_flight:
                 return
-            if barrier.step is None and not len(self.kept):  # else a step of its own, or something before it, is kept
+            if barrier.step is None and not len(self.retries):  # else a step, or something before it, is kept
                 step = barrier.next_step()
                 if step is not None:
                     self._submit_again([step])
@@ -373,7 +373,7 @@ class Engine:
         if Hold.REPLAY in self.holds and Hold.PAUSE not in self.holds and not self._barrier:
             self._replay_next()
         if self.holds:
-            is_stuck = Hold.FLUSH in self.holds or len(self._failed_flushes) + len(self.kept) > 0
+            is_stuck = Hold.FLUSH in self.holds or len(self._failed_flushes) + len(self.retries) > 0
             if not self.in_flight and (self._barrier is None or is_stuck):
                 self.holds.quiet()
             return

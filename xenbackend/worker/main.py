@@ -22,12 +22,12 @@ from xenbackend.kernel.ports import open_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
 from xenbackend.worker.boot import Boot
+from xenbackend.worker.channel import Channel
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.disk import Disk, describe_flush, is_locked
 from xenbackend.worker.exchange import Exchange
 from xenbackend.worker.holds import Hold
 from xenbackend.worker.polling import POLL_US, Poller, find_permit
-from xenbackend.worker.speech import Speech
 
 MAX_DESCRIPTORS = 1 + messages.MAX_MEMORIES  # beside one message: the journal, and memories
 _REPLY_MAX = 128 * 1024  # bytes of a datagram: below any socket's buffer, and `messages.MAX_MESSAGE`
@@ -41,7 +41,7 @@ class Worker:
     def __init__(self, channel: socket.socket) -> None:
         """Serve the supervisor at the other end of `channel`, a SOCK_SEQPACKET socket."""
         self._channel = channel
-        self._speech = Speech(channel)
+        self._speech = Channel(channel)
         self._reactor = Reactor(on_bug=self._on_bug)
         self._permit = find_permit()
         self._open: messages.Open
@@ -275,7 +275,7 @@ class Worker:
     def _on_obey(self, message: messages.Obey) -> None:
         self._policy = message.policy
         if self._connection is not None:
-            self._connection.engine.kept.policy = Policy(message.policy)
+            self._connection.engine.retries.policy = Policy(message.policy)
 
     def _on_report(self, message: messages.Report) -> None:
         disk, connection = self._disk, self._connection

@@ -64,7 +64,7 @@ class Block:
         self.started = 0
 
 
-class Channel(Protocol):
+class EventChannel(Protocol):
     """The ring's event channel, and whoever wants to know that the ring is broken."""
 
     def notify(self) -> None:
@@ -84,7 +84,7 @@ class Queue:
     in_flight         taken and not answered
     """
 
-    def __init__(self, ring: BackRing, journal: RingJournal, decoder: Decoder, channel: Channel) -> None:
+    def __init__(self, ring: BackRing, journal: RingJournal, decoder: Decoder, channel: EventChannel) -> None:
         """Serve `ring`, whose index `journal` was begun at."""
         self.ring = ring
         self.halted = False  # the frontend broke the ring: nothing is taken any more

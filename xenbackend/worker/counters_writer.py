@@ -21,7 +21,7 @@ _SUMS = (
 )  # fmt: skip
 
 
-class Tally:
+class CountersWriter:
     """Adds what one connection counts to what the page says already: counters outlive both connection and worker."""
 
     def __init__(self, page: memoryview, engine: Engine) -> None:

@@ -20,7 +20,7 @@ from xenbackend.block.policy import PAUSE_S, Policy
 from xenbackend.block.request import IMAGE_DAMAGED, Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
-from xenbackend.worker.kept import Kept
+from xenbackend.worker.retries import Retries
 
 DATA = b"k" * PAGE
 FULL = {Op.WRITE: errno.ENOSPC}
@@ -169,7 +169,7 @@ def test_another_policy_counts_from_the_next_failure_on(vbd: Served) -> None:
     vbd.disk.errors = FULL
     write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
     vbd.step(2)
-    vbd.engine.kept.policy = Policy("enospc=report")
+    vbd.engine.retries.policy = Policy("enospc=report")
     vbd.pass_time(PAUSE_S)
     frontend.poll()
 
@@ -307,15 +307,15 @@ def test_one_timer_is_enough() -> None:
     owner: a loop that a disk in trouble keeps busy would take the CPU from all the others.
     """
     now, timers = 0.0, []
-    kept = Kept(Policy(""), lambda: now, lambda delay_s, call: timers.append((delay_s, call)), lambda _: None)
-    kept.again = lambda: None
+    retries = Retries(Policy(""), lambda: now, lambda delay_s, call: timers.append((delay_s, call)), lambda _: None)
+    retries.again = lambda: None
     for _ in range(3):
         request = Request()
         request.op, request.status = Op.WRITE, errno.ENOSPC
-        assert kept.take(request)
+        assert retries.take(request)
     now = 1.5 * PAUSE_S
     for _, call in timers[:]:
         call()
 
     assert [PAUSE_S] == [delay_s for delay_s, _ in timers]
-    assert 3 == len(kept.due())
+    assert 3 == len(retries.due())

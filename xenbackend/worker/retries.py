@@ -20,7 +20,7 @@ _TOGETHER_S = 0.01  # what is due so soon after the first goes along with it
 Call = Callable[[], object]
 
 
-class Kept:
+class Retries:
     """The requests, and when they are due.
 
     `tell` gets a sentence once the disk is paused, and nothing ("") once all that was paused has gone through.

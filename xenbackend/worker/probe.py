@@ -19,7 +19,7 @@ from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
 
 
-def peek(chain: str, reactor: Reactor, *, read_only: bool) -> list[messages.LayerFacts]:
+def probe(chain: str, reactor: Reactor, *, read_only: bool) -> list[messages.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open.
 
     Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.

@@ -23,7 +23,7 @@ from xenbackend.blkif.request import (
 )
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.units import PAGE
-from xenbackend.worker.kinds import Sorted, sort_out
+from xenbackend.worker.odd_requests import Sorted, sort_out
 
 SECTORS = 4096
 WHOLE = (7, 0, 7)

@@ -54,7 +54,7 @@ class Bucket:
         return unsaid
 
 
-class Speech:
+class Channel:
     """One end of the supervisor's socket, for sending."""
 
     def __init__(self, channel: socket.socket) -> None:

@@ -16,7 +16,7 @@ from xenbackend.block.request import Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.barrier import Barrier
-from xenbackend.worker.containment import is_ours, substitute
+from xenbackend.worker.fault import is_ours, substitute
 
 DATA = b"c" * PAGE
 
