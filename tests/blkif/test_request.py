@@ -64,7 +64,7 @@ ODD = [
     SECTORS,
 ]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-FIELDS = [field for field in RingRequest.__slots__ if field not in ("entry", "owner", "request", "started", "refused")]
+FIELDS = [field for field in RingRequest.__slots__ if field not in ("entry", "owner", "request", "refused")]
 
 
 def make_decoder(layout: Layout = NATIVE, sectors: int = SECTORS, **abilities: Any) -> Decoder:

@@ -95,14 +95,13 @@ class RingRequest:
 
     __slots__ = (
         "entry", "first_sector", "gref", "grefs", "guest_id", "indirect", "length", "operation", "owner",
-        "refused", "request", "segment_count", "spans", "started",
+        "refused", "request", "segment_count", "spans",
     )  # fmt: skip
 
     def __init__(self, entry: int, owner: Any, request: Any) -> None:
         self.entry = entry  # the journal entry that holds the copy
         self.owner = owner  # whoever pools it: theirs alone
         self.request = request  # what is lent to the chain for it: theirs alone
-        self.started = 0  # likewise
         self.guest_id = 0
         self.operation = 0
         self.first_sector = 0
