@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from xenbackend.errors import DriverError
-from xenbackend.loop.steps import Line, run
+from xenbackend.loop.steps import Line, Steps, run
 
 Log = list[Any]
 
@@ -126,3 +126,24 @@ def test_one_after_the_other() -> None:
     assert ["a begins", f"a ends {errno.EIO}", "b begins"] == log
     later.end(0)
     assert "b ends 0" == log[-1]
+
+
+def test_any_number_can_wait_in_line() -> None:
+    """However many wait behind steps that take long and end at once when it is their turn: the stack stays flat."""
+    line, later, log = Line(), Later(), []
+
+    def wait() -> Steps[None]:
+        yield later
+
+    def note(number: int) -> Steps[None]:
+        log.append(number)
+        yield from ()
+
+    line.add(wait())
+    for number in range(10_000):
+        line.add(note(number))
+    before = log[:]
+    later.end(0)
+
+    assert [] == before
+    assert list(range(10_000)) == log

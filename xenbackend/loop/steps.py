@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, TypeVar
 
 from xenbackend.errors import DriverError
@@ -25,7 +26,11 @@ Steps = Generator[Step, Any, T]
 Ended = Callable[[int, Any], None]  # gets 0 or a positive errno, and what the steps returned
 
 
-def run(steps: Steps[Any], then: Ended) -> None:
+def _ignore(_status: int, _result: object) -> None:
+    """Nobody waits for the end of steps that say themselves how they ended."""
+
+
+def run(steps: Steps[Any], then: Ended = _ignore) -> None:
     """Begin the steps, and call `then` when they have ended: by return, by OSError, or by DriverError, which is EIO."""
     _Run(steps, then).go(0, None)
 
@@ -35,23 +40,30 @@ class Line:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Steps[Any], Ended]] = deque()
-        self._is_running = False
+        self._is_running = self._is_looking = False
 
-    def add(self, steps: Steps[Any], then: Ended) -> None:
+    def add(self, steps: Steps[Any], then: Ended = _ignore) -> None:
         """Run the steps when it is their turn; `then` as in `run`."""
         self._waiting.append((steps, then))
-        if not self._is_running:
-            self._next()
+        self._look()
 
-    def _next(self) -> None:
-        self._is_running = bool(self._waiting)
-        if self._waiting:
-            steps, then = self._waiting.popleft()
-            run(steps, lambda status, result: self._ended(then, status, result))
+    def _look(self) -> None:
+        """Begin what waits, one after the other; what ends at once makes no deeper stack."""
+        if self._is_looking:
+            return
+        self._is_looking = True
+        try:
+            while self._waiting and not self._is_running:
+                self._is_running = True
+                steps, then = self._waiting.popleft()
+                run(steps, partial(self._ended, then))
+        finally:
+            self._is_looking = False
 
     def _ended(self, then: Ended, status: int, result: Any) -> None:
         then(status, result)
-        self._next()
+        self._is_running = False
+        self._look()
 
 
 class _Run:
