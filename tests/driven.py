@@ -12,13 +12,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from xenbackend import counters, journal
+from xenbackend.bench.worker import POLL_US
 from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
-from xenbackend.protocol import messages
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import Submitted
@@ -63,58 +67,113 @@ class Nodes:
 
 
 class WorkerProcess:
-    """A worker, its socket and its journal."""
+    """A worker, its socket and its journal.
 
-    def __init__(self, host: str, drivers: dict[str, str] | None = None, memfd: int = -1) -> None:
-        """Start one; `drivers` are words of its own, as `module:Class` by name; `memfd` is a predecessor's journal."""
+    number   of the last order
+    said     what it said that no `expect` was for, but for memories
+    kept     descriptors of memories by name
+    """
+
+    def __init__(
+        self, host: str, drivers: dict[str, str] | None = None, memfd: int = -1, command: Sequence[str] = ()
+    ) -> None:
+        """Start one.
+
+        Args:
+            host: names the rig.
+            drivers: words of its own, as `module:Class` by name.
+            memfd: a predecessor's journal.
+            command: another program that takes `--socket N`, instead of ours.
+        """
         self.host = host
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = ours
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM.format(drivers=drivers or {}), "--socket", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-        )
+        command = command or [sys.executable, "-c", _PROGRAM.format(drivers=drivers or {})]
+        self.process = subprocess.Popen([*command, "--socket", str(theirs.fileno())], pass_fds=[theirs.fileno()])
         theirs.close()
         self.memfd = memfd if memfd >= 0 else os.memfd_create("journal", os.MFD_CLOEXEC)
         os.ftruncate(self.memfd, journal.SIZE)
         self.journal = memoryview(mmap.mmap(self.memfd, journal.SIZE))
-        self.said: list[messages.Message] = []
+        self.number = 0
+        self._last_id = 0
+        self.said: list[messages.FromWorker] = []
         self.kept: dict[str, int] = {}
 
-    def send(self, message: messages.Message, *fds: int) -> None:
-        socket.send_fds(self.socket, [messages.encode(message)], fds)
+    @property
+    def lines(self) -> list[messages.Log]:
+        """Return the log lines that were said until now."""
+        return [message for message in self.said if isinstance(message, messages.Log)]
 
-    def expect(self, *kinds: type[Any], timeout_s: float = 20) -> Any:
-        """Return the next message of one of `kinds`; what else was said goes to `said`."""
+    def send(self, message: messages.FromSupervisor, *fds: int) -> None:
+        """Send a message."""
+        socket.send_fds(self.socket, [codec.encode(message)], fds)
+
+    def tell(self, kind: Callable[..., messages.Order], *fields: Any, fds: Sequence[int] = ()) -> int:
+        """Give an order of this kind, and return its number."""
+        self.number += 1
+        self.send(kind(self.number, *fields), *fds)
+        return self.number
+
+    def put(self, question: messages.Question) -> int:
+        """Ask, and return the question's id."""
+        self._last_id += 1
+        self.send(messages.Ask(self._last_id, question))
+        return self._last_id
+
+    def hear(self, timeout_s: float = 20) -> messages.FromWorker | None:
+        """Return the next message, None where the worker has closed the socket. Raises: TimeoutError."""
+        if not select.select([self.socket], [], [], timeout_s)[0]:
+            raise TimeoutError(f"the worker said nothing but {self.said}")
+        datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
+        if not datagram:
+            return None
+        message = codec.from_worker(datagram)
+        if isinstance(message, messages.Keep):
+            (self.kept[message.name],) = fds
+        return message
+
+    def expect(self, is_wanted: Callable[[Any], bool]) -> Any:
+        """Return the next message that is wanted; what comes before goes to `said`."""
         while True:
-            if not select.select([self.socket], [], [], timeout_s)[0]:
-                raise TimeoutError(f"the worker said nothing but {self.said}")
-            datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
-            assert datagram, f"the worker ended; it had said {self.said}"
-            message = messages.decode(datagram)
-            if isinstance(message, messages.Keep):
-                self.kept[message.name] = fds[0]
-            elif isinstance(message, kinds):
+            message = self.hear()
+            assert message is not None, f"the worker ended; it had said {self.said}"
+            if is_wanted(message):
                 return message
-            else:
+            if not isinstance(message, messages.Keep):
                 self.said.append(message)
 
-    def ask(self, message: messages.Message, *kinds: type[Any]) -> Any:
-        """Send a message and return the answer, of one of `kinds`."""
-        self.send(message)
-        return self.expect(*kinds)
+    def expect_standing(self, *stages: Stage) -> messages.Standing:
+        """Return where it stands after the last order, once that is one of `stages` or the order has failed."""
+        standing: messages.Standing = self.expect(
+            lambda it: (
+                isinstance(it, messages.Standing)
+                and it.number == self.number
+                and (not stages or it.stage in stages or bool(it.failure))
+            )
+        )
+        return standing
+
+    def expect_reply(self, number: int) -> messages.Reply:
+        """Return the reply to the question with this id."""
+        reply: messages.Reply = self.expect(lambda it: isinstance(it, messages.Reply) and it.id == number)
+        return reply
+
+    def ask(self, question: messages.Question) -> messages.Reply:
+        """Ask, and return the reply."""
+        return self.expect_reply(self.put(question))
 
     def stand(self) -> messages.Standing:
         """Return where the worker stands by its own word."""
-        standing: messages.Standing = self.ask(messages.Report(), messages.Standing)
-        return standing
+        self.tell(messages.Report)
+        return self.expect_standing()
 
-    def open(self, chain: str, **wishes: Any) -> messages.Opened | messages.Failed:
+    def open(self, chain: str, **wishes: Any) -> messages.Standing:
+        """Let it open a chain, and return where it stands then."""
         names = list(self.kept)
-        how: dict[str, Any] = {"read_only": False, "memories": names, **wishes}
-        message = messages.Open("vbd/5/51712", self.host, DOMID, chain, **how)
-        self.send(message, self.memfd, *[self.kept[name] for name in names])
-        return self.expect(messages.Opened, messages.Failed)
+        how: dict[str, Any] = {"host": self.host, "read_only": False, "memories": names, "poll_us": POLL_US, **wishes}
+        order = partial(messages.Open, vbd="vbd/5/51712", frontend_domid=DOMID, chain=chain, **how)
+        self.tell(order, fds=[self.memfd, *[self.kept[name] for name in names]])
+        return self.expect_standing()
 
     def counters(self) -> dict[str, int]:
         return counters.snapshot(self.journal)
@@ -129,9 +188,13 @@ class WorkerProcess:
 
     def end(self) -> None:
         """Close in order, and see the process end by itself."""
-        self.send(messages.Close())
-        self.expect(messages.Closed)
+        self.close()
         assert self.process.wait(10) == 0
+
+    def close(self, *, hands_over: bool = False) -> messages.Standing:
+        """Close in order, and return where it stands in the end."""
+        self.tell(messages.Close, hands_over)
+        return self.expect_standing(Stage.IDLE)
 
     def drop(self) -> None:
         """Release everything, whatever state it is in."""
@@ -161,10 +224,10 @@ class Driven:
         self.open(chain, **how)
         return self.attach(wishes)
 
-    def open(self, chain: str, **how: Any) -> messages.Opened:
+    def open(self, chain: str, **how: Any) -> messages.Standing:
         """Open a chain."""
         opened = self.worker.open(chain, **how)
-        assert isinstance(opened, messages.Opened), opened
+        assert not opened.failure, opened
         top = opened.layers[0]
         read_only = top.read_only or how.get("read_only", False)
         self.disk = Disk(top.size, top.sector_size, read_only, top.can_flush, top.can_discard)
@@ -186,22 +249,23 @@ class Driven:
 
     def joined(self) -> Frontend:
         """Return the frontend once the worker serves it."""
-        answer = self.worker.expect(messages.Connected, messages.Failed)
-        assert isinstance(answer, messages.Connected), answer
+        standing = self.worker.expect_standing(Stage.SERVING)
+        assert not standing.failure, standing
         self._publish(publish_at_connect(self.disk))
         self.frontend.read_facts()
         return self.frontend
 
-    def connect_rings(self) -> messages.Connected | messages.Failed:
-        """Let the worker map what the frontend announced."""
+    def connect_rings(self) -> messages.Standing:
+        """Let the worker map what the frontend announced, and return where it stands then."""
         self.offer_rings()
-        return self.worker.expect(messages.Connected, messages.Failed)
+        return self.worker.expect_standing(Stage.SERVING)
 
     def offer_rings(self) -> None:
         """Tell the worker what the frontend announced."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
         rings = [messages.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
-        self.worker.send(messages.Connect(asked.protocol, rings, asked.persistent, goes_on=self.goes_on))
+        connect = messages.Connect(asked.protocol, rings, asked.persistent, goes_on=self.goes_on)
+        self.worker.tell(messages.Serve, connect)
 
     def reconnect(self, wishes: Wishes | None = None) -> Frontend:
         """Disconnect, see that nothing of the guest's is still mapped, and connect again, perhaps otherwise."""
@@ -226,9 +290,9 @@ class Driven:
         """Let a successor of a killed worker take over its rings."""
         self.start_successor()
         self.open(chain, **how)
-        self.worker.send(messages.Rejoin())
-        answer = self.worker.expect(messages.Connected, messages.Failed)
-        assert isinstance(answer, messages.Connected), answer
+        self.worker.tell(messages.Serve, None)
+        standing = self.worker.expect_standing(Stage.SERVING)
+        assert not standing.failure, standing
 
     def begin_write(self, data: bytes) -> Submitted:
         """Return a write to the disk's beginning, which the worker has taken."""
@@ -240,8 +304,8 @@ class Driven:
 
     def disconnect(self) -> None:
         """Let the worker go away from the rings."""
-        self.worker.send(messages.Disconnect())
-        self.worker.expect(messages.Disconnected)
+        self.worker.tell(messages.Leave)
+        assert self.worker.expect_standing(Stage.OPEN)
 
     def _publish(self, keys: dict[str, str]) -> None:
         for key, value in keys.items():

@@ -131,10 +131,20 @@ class Exported:
             self.chain,
             self.reactor,
             kick=lambda: None,
-            complain=self.complaints.append,
-            alarm=self.alarms.append,
+            channel=self,
             on_bug=self.bugs.append,
         )
+
+    def stand(self) -> None:
+        """Hear that where the worker stands has changed."""
+
+    def complain(self, sentence: str) -> None:
+        """Hear a complaint about a client."""
+        self.complaints.append(sentence)
+
+    def alarm(self, sentence: str) -> None:
+        """Hear what an administrator must read."""
+        self.alarms.append(sentence)
 
     def client(self) -> Client:
         """Return a client behind its greeting's sending."""

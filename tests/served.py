@@ -19,11 +19,13 @@ from xenbackend.block.policy import Policy
 from xenbackend.block.request import Op, Request
 from xenbackend.kernel.ports import open_host
 from xenbackend.loop.reactor import Reactor
+from xenbackend.loop.steps import Steps, run
 from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.xen import Xen
-from xenbackend.worker.connection import Connection
+from xenbackend.worker.connection import Below, Connection, Peer
+from xenbackend.worker.holds import Hold
 from xenbackend.worker.polling import Poller
 
 SIZE = 1 << 20
@@ -79,8 +81,9 @@ class HeldDisk:
 class Served:
     """Hypervisor, guest, frontend and a `Connection`, stepped by the frontend's waiting.
 
-    complaints, alarms, halted, pauses, troubles    what the worker would have said
-    now                           the worker's clock, in seconds
+    complaints, alarms    what the worker would have said
+    halted, troubles      how where it stands has changed
+    now                   the worker's clock, in seconds
     """
 
     def __init__(self, directory: Path, disk: Any = None, geometry: Geometry | None = None) -> None:
@@ -90,10 +93,9 @@ class Served:
         self.now = 0.0
         self.complaints: list[str] = []
         self.alarms: list[str] = []
-        self.pauses: list[str] = []
         self.troubles: list[str] = []
         self.policy = ""
-        self.halted: list[tuple[int, str]] = []
+        self.halted: list[str] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor(clock=lambda: self.now, on_bug=self.bugs.append)
         self.journal = memoryview(mmap.mmap(-1, journal.SIZE))
@@ -120,14 +122,14 @@ class Served:
         self.step()  # a channel is pending when it is bound
         return self.frontend
 
-    def say(self, message: messages.Message) -> None:
-        """Hear what the worker would tell its supervisor."""
-        if isinstance(message, messages.Halted):
-            self.halted.append((message.ring, message.sentence))
-        elif isinstance(message, messages.Paused):
-            self.pauses.append(message.sentence)
-        elif isinstance(message, messages.Trouble):
-            self.troubles.append(message.sentence)
+    def stand(self) -> None:
+        """Hear that where the worker stands has changed, and take note of what is wrong now."""
+        connection = self.connection
+        halted, trouble = (connection.halted, connection.trouble) if connection else ("", "")
+        if halted and halted not in self.halted:
+            self.halted.append(halted)
+        if trouble != (self.troubles or [""])[-1]:
+            self.troubles.append(trouble)
 
     def complain(self, sentence: str) -> None:
         """Hear a complaint about the guest."""
@@ -142,18 +144,18 @@ class Served:
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
         rings = [messages.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.connection = Connection(
-            host=open_host(f"xenbackend.rig.host:{self.directory}"),
-            reactor=self.reactor,
-            domid=DOMID,
-            agreed=messages.Connect(asked.protocol, rings, asked.persistent, **self.offered),
-            rejoins=rejoins,
-            geometry=self.geometry,
-            journal=self.journal,
-            submit=self.disk.submit,
+            Peer(
+                open_host(f"xenbackend.rig.host:{self.directory}"),
+                DOMID,
+                messages.Connect(asked.protocol, rings, asked.persistent, **self.offered),
+                is_inherited=rejoins,
+            ),
+            Below(self.geometry, self.disk.submit, kick=lambda: None),
+            self.reactor,
+            self.journal,
+            channel=self,
             poller=Poller(0, None),
-            kick=lambda: None,
             policy=Policy(self.policy),
-            voice=self,
         )
         self.disk.complete = self.connection.engine.finish
 
@@ -189,12 +191,9 @@ class Served:
     def disconnect(self) -> bool:
         """Go away from the rings; False where something is still in flight after a few passes."""
         assert self.connection is not None
-        gone: list[bool] = []
-        self.connection.disconnect(self._flush_at_end, lambda: gone.append(True))
+        run(self._leave(self.connection), lambda *_: None)
         self.step(8)
-        if gone:
-            self.connection = None
-        return bool(gone)
+        return self.connection is None
 
     def close(self) -> None:
         """Release everything."""
@@ -208,9 +207,14 @@ class Served:
         self.xen.close()
         self.nodes.close()
 
-    def _flush_at_end(self, then: Callable[[], None]) -> None:
+    def _leave(self, connection: Connection) -> Steps[None]:
+        yield connection.quiet(Hold.END)
         self.flushes_at_end += 1
-        then()
+        self.connection = None
+        try:
+            connection.close()
+        except Exception as bug:
+            self.bugs.append(bug)
 
     def _idle(self, _timeout_s: float) -> None:
         self.step()

@@ -62,7 +62,7 @@ HOMES = {
         "bench/",
         "worker/env",
         "worker/image",
-        "worker/main",
+        "worker/stages",
     ),
     "pyxs": ("supervisor/xenstore/store",),
     "rich": ("bench/report", "cli/"),

@@ -11,8 +11,9 @@ import pytest
 from xenbackend import journal
 from xenbackend.bench import native
 from xenbackend.bench.plan import SECTOR, SMALLEST, BenchError
-from xenbackend.bench.ring_server import POLL_US, RingServer
+from xenbackend.bench.ring_server import RingServer
 from xenbackend.bench.session import bench_file
+from xenbackend.bench.worker import POLL_US
 from xenbackend.blkif.abi import (
     BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_INDIRECT,
@@ -31,6 +32,7 @@ from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import GuestRing
 from xenbackend.rig.hypervisor import BACKEND_DOMID
 from xenbackend.rig.xen import Xen
+from xenbackend.supervisor.service.settings import Settings
 from xenbackend.units import PAGE
 from xenbackend.worker import polling
 
@@ -243,4 +245,4 @@ def test_it_waits_as_a_worker_does() -> None:
     of_a_worker = {"BATCH": journal.BATCH, "PATIENCE": polling._PATIENCE, "PAUSE": polling._PAUSE}
 
     assert {name: str(value) for name, value in of_a_worker.items()} == found
-    assert polling.POLL_US == POLL_US
+    assert Settings().poll_us == POLL_US

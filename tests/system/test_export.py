@@ -12,11 +12,11 @@ from struct import pack
 
 import pytest
 
-from tests.driven import DOMID, Driven
+from tests.driven import Driven
 from tests.exported import GO, HANDSHAKE
-from xenbackend.blkif.features import Disk
 from xenbackend.nbd.abi import CMD_FLUSH, CMD_READ, CMD_WRITE, REPLY, REQUEST, REQUEST_MAGIC
 from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
 
 pytestmark = pytest.mark.slow  # each starts a process
@@ -42,18 +42,12 @@ class Booting:
         self.clients: list[socket.socket] = []
         self.content = Random(1).randbytes(1 << 20) * (SIZE >> 20)
 
-    def open(self, chain: str = "", *, read_only: bool = False) -> messages.Opened:
+    def open(self, chain: str = "", *, read_only: bool = False) -> messages.Standing:
         """Open a chain, by default one on an image of random bytes, and export it."""
         if not chain:
             self.image.write_bytes(self.content)
             chain = f"log:|aio:{self.image}"
-        worker = self.driven.worker
-        message = messages.Open("vbd/5/51712", worker.host, DOMID, chain, read_only=read_only, export=str(self.path))
-        worker.send(message, worker.memfd)
-        opened: messages.Opened = worker.expect(messages.Opened)
-        top = opened.layers[0]
-        self.driven.disk = Disk(top.size, top.sector_size, top.read_only or read_only, top.can_flush, top.can_discard)
-        return opened
+        return self.driven.open(chain, read_only=read_only, export=str(self.path))
 
     def run(self, *command: str) -> str:
         """Run a tool that has to succeed, and return what it said."""
@@ -127,8 +121,7 @@ def test_disk_is_written_whole(booting: Booting) -> None:
     source = booting.directory / "source"
     source.write_bytes(booting.content[::-1])
     booting.run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), booting.url)
-    booting.driven.worker.send(messages.Close())
-    booting.driven.worker.expect(messages.Closed)
+    booting.driven.worker.close()
 
     assert source.read_bytes() == booting.image.read_bytes()
     booting.driven.start_successor()
@@ -234,25 +227,29 @@ def test_guests_driver_takes_over(booting: Booting) -> None:
     assert not booting.path.exists()
 
 
-@pytest.mark.parametrize("told", [[], [messages.Disconnect()], [messages.Close()]])
-def test_take_over_answers_what_is_in_flight(booting: Booting, told: list[messages.Message]) -> None:
-    """What the chain has is answered before the ring is served, and later messages wait for both."""
+@pytest.mark.parametrize("told", [None, messages.Leave, messages.Close])
+def test_take_over_answers_what_is_in_flight(booting: Booting, told: type[messages.Order] | None) -> None:
+    """What the chain has is answered before the ring is served, or the export is left."""
     booting.open("delay:write=200ms|ram:1M")
     client = booting.client()
     ask(client, CMD_WRITE, 4096, PAGE, b"f" * PAGE)
     ask(client, CMD_WRITE, 8192, 2 * PAGE, b"half")
     ask_again = booting.client()  # the worker has read what was sent before this one's handshake was answered
     frontend = booting.driven.attach(Wishes()) if not told else None
-    for message in told:
-        booting.driven.worker.send(message)
-        booting.driven.worker.expect(messages.Disconnected, messages.Closed)
+    stages = []
+    if told:
+        booting.driven.worker.tell(told)
+        ends = Stage.OPEN if told is messages.Leave else Stage.IDLE
+        stages += [booting.driven.worker.expect_standing().stage, booting.driven.worker.expect_standing(ends).stage]
 
     assert (0, 4096) == reply(client)
     assert None is reply(client)
     assert None is reply(ask_again)
     if frontend:
         assert b"f" * PAGE + bytes(PAGE) == frontend.read(8, 16)
-    if told and isinstance(told[-1], messages.Close):
+    if told:
+        assert [Stage.LEAVING, ends] == stages
+    if told is messages.Close:
         booting.driven.start_successor()
 
 
@@ -285,7 +282,7 @@ def test_end_makes_durable(booting: Booting) -> None:
     ask(client, CMD_WRITE, 0, 512, b"g" * 512)
     reply(client)
     booting.driven.attach(Wishes())
-    lines = [message.event for message in booting.driven.worker.said if isinstance(message, messages.Log)]
+    lines = [line.event for line in booting.driven.worker.lines]
 
     assert ["the last flush failed: Input/output error"] == lines
 
@@ -298,7 +295,7 @@ def test_layers_bug_under_the_export(booting: Booting, at: str) -> None:
     ask(client, CMD_WRITE, 0, 512, b"h" * 512)
     got = reply(client)
     booting.driven.attach(Wishes())
-    lines = [message.event for message in booting.driven.worker.said if isinstance(message, messages.Log)]
+    lines = [line.event for line in booting.driven.worker.lines]
 
     assert (5, 0) == got
     assert "a bug in clumsy" in lines[0]
@@ -321,7 +318,7 @@ def test_disk_without_its_export(booting: Booting, spoil: Callable[[Booting], No
     spoil(booting)
     opened = booting.open("ram:1M")
     booting.driven.attach(Wishes()).write(0, b"i" * PAGE)
-    lines = [message.event for message in booting.driven.worker.said if isinstance(message, messages.Log)]
+    lines = [line.event for line in booting.driven.worker.lines]
 
     assert "" == opened.export
     assert "no device model can boot from this disk" in lines[0]

@@ -88,9 +88,8 @@ def test_a_ring_that_the_guest_broke_meanwhile_is_stopped(driven: Driven) -> Non
     frontend.rings[0].ring.index[2] += 7  # rsp_prod
     driven.succeed("ram:1M", resumes=True)
 
-    assert ["the frontend moved our response index by 7, of 0 answers"] == [
-        each.sentence for each in driven.worker.said
-    ]
+    why = "the frontend moved our response index by 7, of 0 answers"
+    assert f"ring 0 was stopped: {why}" == driven.worker.stand().halted
     driven.worker.end()
 
 
@@ -99,16 +98,15 @@ def test_a_failed_flush_is_not_forgotten(driven: Driven) -> None:
     chain = "fault:op=flush,limit=1|ram:1M"
     frontend = driven.connect(chain)
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    driven.worker.expect(messages.Paused)
+    driven.worker.expect_standing()
     driven.kill()
     driven.succeed("ram:1M", resumes=True)
     late = frontend.submit(BLKIF_OP_READ, 0, 8)
-    driven.worker.send(messages.Report())
-    standing = driven.worker.expect(messages.Standing)
+    standing = driven.worker.stand()
 
-    assert "the disk is paused" in standing.paused
+    assert "the disk is paused" in standing.flush_failed
     assert [None, None] == [flush.status, late.status]
-    driven.worker.send(messages.Resume())
+    driven.worker.ask(messages.Resume())
     frontend.wait([flush, late])
     assert [BLKIF_RSP_OKAY] * 2 == [flush.status, late.status]
 
@@ -116,6 +114,6 @@ def test_a_failed_flush_is_not_forgotten(driven: Driven) -> None:
 def test_without_an_agreement_there_is_nothing_to_rejoin(driven: Driven) -> None:
     """A worker that is told to rejoin rings which nobody connected says so."""
     driven.open("ram:1M")
-    driven.worker.send(messages.Rejoin())
+    driven.worker.tell(messages.Serve, None)
 
-    assert "does not know" in driven.worker.expect(messages.Failed).sentence
+    assert "does not know" in driven.worker.expect_standing().failure

@@ -22,7 +22,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
         driven.connect(f"ram:{SECTORS * 512}")
         yield driven
         driven.worker.end()
-        assert [] == driven.worker.said
+        assert [] == driven.worker.lines
 
 
 @pytest.mark.slow

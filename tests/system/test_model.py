@@ -40,6 +40,6 @@ def test_disk_is_what_the_model_says(tmp_path: Path, pytestconfig: pytest.Config
         driven.worker.end()
         counted = driven.worker.counters()
 
-        assert [] == driven.worker.said
+        assert [] == driven.worker.lines
         assert [0] * 4 == [counted[name] for name in ("errors", "guest_errors", "missed_wakeups", "bugs")]
     assert 0 == model.failures

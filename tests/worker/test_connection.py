@@ -21,7 +21,7 @@ from xenbackend.block.request import Op
 from xenbackend.errors import KernelError
 from xenbackend.journal import poison, poisoned
 from xenbackend.rig.frontend import Wishes
-from xenbackend.worker.connection import SAFETY_POLL_S
+from xenbackend.worker.connection import SAFETY_POLL_S, describe_failed_flush
 
 NOTHING = {"mappings": 0, "pins": 0, "ports": 0}
 
@@ -76,8 +76,8 @@ def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
     vbd.pass_time(SAFETY_POLL_S + 0.01)
     vbd.pass_time(SAFETY_POLL_S + 0.01)
 
-    assert [1] == [ring for ring, _ in vbd.halted]
-    assert "announced 2147483648 requests where 32 slots are free" in vbd.halted[0][1]
+    assert ["ring 1 was stopped: "] == [each[:20] for each in vbd.halted]
+    assert "announced 2147483648 requests where 32 slots are free" in vbd.halted[0]
 
 
 @pytest.mark.parametrize("key", ["ring-ref0", "ring-ref1", "event-channel"])
@@ -143,15 +143,14 @@ def test_bug_at_the_end_does_not_keep_the_guests_pages(vbd: Served, monkeypatch:
 
 
 def test_failed_flush_is_told(vbd: Served) -> None:
-    """The supervisor hears, once, that the disk is paused, with the sentence that the alarm has."""
+    """An administrator hears, once, that the disk is paused."""
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     for _ in range(2):
         frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
     vbd.step(3)
 
-    assert 1 == len(vbd.pauses)
-    assert vbd.alarms == vbd.pauses
+    assert [describe_failed_flush(errno.EIO)] == vbd.alarms
 
 
 def test_failed_flush_is_in_the_journal_before_anything_else(vbd: Served) -> None:
@@ -174,41 +173,39 @@ def test_successor_honours_a_failed_flush(vbd: Served) -> None:
     vbd.step(3)
     vbd.disk.errors = {}
     vbd.kill()
-    vbd.pauses.clear()
+    vbd.alarms.clear()
     vbd.connect_rings(rejoins=True)
     late = frontend.submit(BLKIF_OP_READ, 0, 8)
     vbd.step(5)
     frontend.poll()
     held = (flush.status, late.status)
     assert vbd.connection is not None
-    standing = vbd.connection.paused
     vbd.connection.resume()
     frontend.wait([flush, late])
     vbd.disconnect()
 
     assert (None, None) == held
-    assert [standing] == vbd.pauses
-    assert 0 == poisoned(vbd.journal)
+    assert [describe_failed_flush(errno.EIO)] == vbd.alarms
     poison(vbd.journal, errno.EIO)
     assert bytes(4096) == vbd.connect().read(0, 8)
     assert 0 == poisoned(vbd.journal)
 
 
 def test_what_was_lost_earlier_holds_the_disk(vbd: Served) -> None:
-    """A disk that lost something before this worker began serves nothing until an administrator resumes it."""
+    """A frontend in service, whose disk lost something before this worker began, is served nothing until `resume`."""
+    vbd.offered = {"goes_on": True}
+    poison(vbd.journal, errno.EIO)
     frontend = vbd.connect()
     assert vbd.connection is not None
-    vbd.connection.hold_lost("it lost something yesterday")
     read = frontend.submit(BLKIF_OP_READ, 0, 8)
     vbd.step(4)
     frontend.poll()
-    held = (read.status, vbd.connection.paused)
+    held = read.status
     vbd.connection.resume()
     frontend.wait([read])
 
-    assert (None, "it lost something yesterday") == held
-    assert ["it lost something yesterday"] == vbd.pauses == vbd.alarms
-    assert (BLKIF_RSP_OKAY, "") == (read.status, vbd.connection.paused)
+    assert (None, BLKIF_RSP_OKAY) == (held, read.status)
+    assert [describe_failed_flush(errno.EIO)] == vbd.alarms
 
 
 def test_a_ring_is_gone_on_with_in_its_order(vbd: Served) -> None:

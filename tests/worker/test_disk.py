@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from tests.helpers_block import EVENTS, TEST_DRIVERS, content, image, read, write
+from tests.qcow_images import qcow2
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.request import PENDING, Request
-from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
 from xenbackend.units import PAGE
-from xenbackend.worker.disk import Disk, describe_flush, is_locked
+from xenbackend.worker.disk import Disk, is_locked
 
 SIZE = 1 << 20
 
@@ -34,7 +35,7 @@ class Bench:
         self.dropped: list[str] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor()
-        message = messages.Open("vbd/5/51712", "", 5, chain, **{"read_only": False, **wishes})
+        message = messages.Open(1, "vbd/5/51712", "", 5, chain, **{"read_only": False, **wishes})
         self.disk = Disk(message, {}, self.reactor, self._keep, self.dropped.append, self.bugs.append)
         self.reactor.before_sleep(self.disk.files.kick)
 
@@ -94,7 +95,7 @@ def test_another_chain_takes_over(benches: Any, tmp_path: Path) -> None:
     one, two = image(tmp_path / "one"), image(tmp_path / "two")
     bench = benches(f"aio:{one}")
     bench.do(write(0, b"1" * PAGE))
-    bench.disk.check_successor(f"aio:{two}")
+    bench.disk.check_successor(f"aio:{two}", replaces=True)
     bench.disk.exchange(f"aio:{two}")
     bench.do(write(0, b"2" * PAGE))
     other = benches(f"aio:{one}")  # not locked any more
@@ -108,10 +109,24 @@ def test_the_same_image_may_be_looked_at_and_taken_over(benches: Any, tmp_path: 
     """A filter can be put above the image that is open: to look at it needs no lock, and the exchange lets go first."""
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
-    bench.disk.check_successor(f"log:|aio:{one}")
+    looked_at = bench.disk.check_successor(f"log:|aio:{one}", replaces=False)
     bench.disk.exchange(f"log:|aio:{one}")
 
-    assert ["log:", f"aio:{one}"] == [layer.text for layer in bench.disk.layers]
+    assert ["log:", f"aio:{one}"] == looked_at == [layer.text for layer in bench.disk.layers]
+
+
+def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path: Path) -> None:
+    """An image is known by its file and not by its name; one whose parent it is has its content, too."""
+    one, two = image(tmp_path / "one"), image(tmp_path / "two")
+    (tmp_path / "again").hardlink_to(one)
+    (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one"))
+    bench = benches(f"aio:{one}")
+    for chain in (f"silent:|aio:{tmp_path}/again", f"qcow2:{tmp_path}/child,parent_format=raw"):
+        assert bench.disk.check_successor(chain, replaces=False)
+    for chain in (f"aio:{two}", "ram:1M", f"ram:{one}"):
+        with pytest.raises(ConfigError, match="does not have the image that the guest writes to"):
+            bench.disk.check_successor(chain, replaces=False)
+        assert bench.disk.check_successor(chain, replaces=True)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +144,8 @@ def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, w
     bench = benches("silent:|ram:1M")
     bench.do(write(PAGE, b"w" * PAGE))
     chain = bench.disk.chain
-    with pytest.raises(XenbackendError, match=why):
-        bench.disk.check_successor(successor)
+    with pytest.raises(ConfigError, match=why):
+        bench.disk.check_successor(successor, replaces=True)
     untouched = bench.disk.chain is chain
     with pytest.raises(XenbackendError, match=why):
         bench.disk.exchange(successor)
@@ -145,7 +160,7 @@ def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, w
 def test_a_disk_may_grow(benches: Any) -> None:
     """A larger chain is as good as one of the same size."""
     bench = benches("null:1M")
-    bench.disk.check_successor("null:2M")
+    bench.disk.check_successor("null:2M", replaces=True)
 
     assert 2 * SIZE == bench.disk.exchange("null:2M").geometry.size
 
@@ -156,7 +171,7 @@ def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> N
     bench = benches(f"aio:{one}")
     os.truncate(one, SIZE + 1000)
     with pytest.raises(XenbackendError, match="1049576 bytes, which is no multiple of its 512 byte sectors"):
-        bench.disk.check_successor(f"aio:{one}")
+        bench.disk.check_successor(f"aio:{one}", replaces=False)
 
     assert 0 == bench.do(write(0, b"w" * PAGE))
 
@@ -245,4 +260,3 @@ def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
     assert not is_locked(DriverError("x", errno=errno.EIO))
     assert [f"aio:{one}"] == looked_at
     assert [] == other.disk.layers
-    assert "the last flush failed: Input/output error" == describe_flush(errno.EIO)

@@ -19,6 +19,7 @@ from xenbackend.blkif.abi import (
 from xenbackend.block.request import Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
+from xenbackend.worker.holds import Hold
 
 GNTST_GENERAL_ERROR = -1  # grant_table.h
 
@@ -299,10 +300,10 @@ def test_drain_takes_nothing_more(vbd: Served) -> None:
     vbd.disk.holding = True
     early = [frontend.submit(BLKIF_OP_READ, 0, 8, ring=0) for _ in range(2)]
     vbd.step()
-    calls: list[str] = []
-    finish_flush = []
-    assert vbd.connection is not None
-    vbd.connection.disconnect(finish_flush.append, lambda: calls.append("gone"))
+    calls: list[int] = []
+    connection = vbd.connection
+    assert connection is not None
+    connection.quiet(Hold.END)(calls.append)
     late = [frontend.submit(BLKIF_OP_WRITE, 8, data=bytes(PAGE), ring=0)]
     vbd.step(2)
     for request in list(vbd.disk.held):
@@ -310,13 +311,12 @@ def test_drain_takes_nothing_more(vbd: Served) -> None:
     vbd.step(2)
     late.append(frontend.submit(BLKIF_OP_WRITE, 8, data=bytes(PAGE), ring=1))
     vbd.step(2)
-    finish_flush[0]()
-    vbd.step(2)
+    connection.close()
     frontend.poll()
     vbd.connection = None
 
     assert ["READ", "READ"] == vbd.disk.seen
-    assert ["gone"] == calls
+    assert [0] == calls
     assert [BLKIF_RSP_OKAY, BLKIF_RSP_OKAY, None, None] == [request.status for request in (*early, *late)]
 
 

@@ -36,20 +36,18 @@ def test_who_waits_is_called_once() -> None:
     assert (True, False) == (Hold.END in holds, holds.awaits_quiet())
 
 
-def test_who_exchanges_the_chain_is_alone() -> None:
-    """While the chain is exchanged nobody else may believe that nothing happens; they are called afterwards."""
+def test_who_waits_for_quiet_is_called_once() -> None:
+    """Everybody who waits until nothing is in flight hears of it, once, and holds on until it lets go."""
     holds = Holds()
     called: list[str] = []
-    holds.add(Hold.END, lambda: called.append("end"))
+    holds.add(Hold.PAUSE, lambda: called.append("pause"))
     holds.add(Hold.SWAP, lambda: called.append("swap"))
     holds.quiet()
     holds.quiet()
-    during = called[:]
-    holds.remove(Hold.SWAP)
-    holds.quiet()
 
-    assert ["swap"] == during
-    assert ["swap", "end"] == called
+    assert ["pause", "swap"] == called
+    assert not holds.awaits_quiet()
+    assert {Hold.PAUSE, Hold.SWAP} == holds.reasons
 
 
 def test_what_was_taken_goes_on_while_a_predecessors_requests_are_done() -> None:

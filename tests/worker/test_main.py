@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,8 @@ from tests.driven import Driven, WorkerProcess
 from xenbackend import counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenbackend.protocol import messages
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import DiskError, Wishes
 from xenbackend.units import PAGE
 
@@ -20,13 +24,13 @@ SLOW = "delay:write=100ms|ram:1M"
 
 
 def test_messages_in_order(driven: Driven) -> None:
-    """Open, Connect, Disconnect, Connect, Close: each has its answer, and the process ends with status 0."""
+    """Open, Serve, Leave, Serve, Close: each has its answer, and the process ends with status 0."""
     driven.connect("ram:1M").write(0, DATA)
     driven.reconnect()
 
     assert DATA == driven.frontend.read(0, 8)
     driven.worker.end()
-    assert [] == driven.worker.said
+    assert [] == driven.worker.lines
 
 
 def test_a_frontend_that_comes_again_takes_no_more_descriptors(driven: Driven) -> None:
@@ -50,14 +54,12 @@ def test_supervisors_death_ends_the_worker_in_order(driven: Driven) -> None:
     assert BLKIF_RSP_OKAY == request.status
 
 
-def test_close_right_behind_disconnect_waits_for_it(driven: Driven) -> None:
-    """Close may come while Disconnect still drains: the chain is closed when nothing is in flight any more."""
+def test_close_right_behind_leave_waits_for_it(driven: Driven) -> None:
+    """Close may come while Leave still drains: the chain is closed when nothing is in flight any more."""
     driven.connect(SLOW)
     request = driven.begin_write(DATA)
-    driven.worker.send(messages.Disconnect())
-    driven.worker.send(messages.Close())
-    driven.worker.expect(messages.Disconnected)
-    driven.worker.expect(messages.Closed)
+    driven.worker.tell(messages.Leave)
+    driven.worker.close()
 
     assert 0 == driven.worker.process.wait(10)
     driven.frontend.poll()
@@ -66,10 +68,10 @@ def test_close_right_behind_disconnect_waits_for_it(driven: Driven) -> None:
 
 def test_failed_open_is_said(driven: Driven) -> None:
     """A chain that cannot be opened is answered with a sentence, and the worker can be ended as ever."""
-    answer = driven.worker.open("aio:/nonexistent/image")
+    standing = driven.worker.open("aio:/nonexistent/image")
 
-    assert isinstance(answer, messages.Failed)
-    assert "/nonexistent/image" in answer.sentence
+    assert (Stage.IDLE, errno.ENOENT) == (standing.stage, standing.errno)
+    assert "/nonexistent/image" in standing.failure
     driven.worker.end()
 
 
@@ -101,31 +103,38 @@ def test_command_is_answered_by_the_layer(driven: Driven) -> None:
     driven.connect("fault:op=write,limit=1|ram:1M")
     with pytest.raises(DiskError):
         driven.frontend.write(0, DATA)
-    driven.worker.send(messages.Command(1, "fault", "count", []))
-    driven.worker.send(messages.Command(2, "nobody", "count", []))
+    commands = [messages.Command(*each, []) for each in (("fault", "count"), ("nobody", "count"), ("fault", "sing"))]
+    replies = [driven.worker.ask(command) for command in commands]
 
-    assert messages.Reply(1, ok=True, data="1") == driven.worker.expect(messages.Reply)
-    assert not driven.worker.expect(messages.Reply).ok
+    assert (Code.OK, "1") == (replies[0].code, replies[0].data)
+    assert [Code.INVALID] * 2 == [reply.code for reply in replies[1:]]
+    assert "'nobody'" in replies[1].sentence
+    assert "'sing'" in replies[2].sentence
 
 
-@pytest.mark.parametrize(("size", "expected"), [("x", "ValueError"), ("300000", "too large"), ("40000", "too large")])
-def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "code", "expected"),
+    [
+        ("x", Code.BUG, "ValueError"),
+        ("300000", Code.INVALID, "too large"),
+        ("40000", Code.INVALID, "too large"),
+    ],
+)
+def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, code: Code, expected: str) -> None:
     """A layer's bug over a verb, and an answer that fits into no datagram, come back as a sentence; work goes on."""
     driven.connect("clumsy:at=nothing|ram:1M")
-    driven.worker.send(messages.Command(1, "clumsy", "bytes", [size]))
-    driven.worker.send(messages.Command(2, "clumsy", "bytes", ["3"]))
-    reply = driven.worker.expect(messages.Reply)
+    reply = driven.worker.ask(messages.Command("clumsy", "bytes", [size]))
 
-    assert (1, False) == (reply.id, reply.ok)
-    assert expected in reply.data
-    assert messages.Reply(2, ok=True, data="\0\0\0") == driven.worker.expect(messages.Reply)
+    assert (code, "") == (reply.code, reply.data)
+    assert expected in reply.sentence
+    assert "\0\0\0" == driven.worker.ask(messages.Command("clumsy", "bytes", ["3"])).data
 
 
 def test_most_memories_can_be_handed_over(driven: Driven) -> None:
     """As many memories as a supervisor keeps, and the journal, fit beside one message."""
     driven.worker.kept = {str(number): os.memfd_create("kept") for number in range(messages.MAX_MEMORIES)}
 
-    assert isinstance(driven.worker.open("ram:1M"), messages.Opened)
+    assert Stage.OPEN == driven.worker.open("ram:1M").stage
     assert messages.MAX_MEMORIES < len(driven.worker.kept)
 
 
@@ -134,7 +143,7 @@ def test_paused_disk_is_told(driven: Driven) -> None:
     driven.connect("fault:op=flush|ram:1M")
     driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
 
-    assert "the disk is paused" in driven.worker.expect(messages.Paused).sentence
+    assert "the disk is paused" in driven.worker.expect_standing().flush_failed
 
 
 def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
@@ -142,12 +151,11 @@ def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
     driven.connect("clumsy:at=complete|ram:1M")
     with pytest.raises(DiskError) as caught:
         driven.frontend.write(0, DATA)
-    driven.worker.send(messages.Command(1, "clumsy", "x", []))
-    driven.worker.expect(messages.Reply)
+    driven.worker.stand()
 
     assert BLKIF_RSP_ERROR == caught.value.status
-    assert ["critical"] == [line.level for line in driven.worker.said]
-    assert "KeyError: 'complete'" in driven.worker.said[0].event
+    assert ["critical"] == [line.level for line in driven.worker.lines]
+    assert "KeyError: 'complete'" in driven.worker.lines[0].event
 
 
 @pytest.mark.parametrize("at", ["submit", "complete"])
@@ -157,7 +165,7 @@ def test_bug_in_the_last_flush_does_not_keep_the_disk(driven: Driven, at: str) -
     driven.disconnect()
     driven.worker.end()
 
-    assert ["critical"] == [line.level for line in driven.worker.said]
+    assert ["critical"] == [line.level for line in driven.worker.lines]
 
 
 def test_counters_outlive_connections(driven: Driven) -> None:
@@ -193,88 +201,116 @@ def test_counters_are_up_to_date_when_a_worker_was_asked_where_it_stands(driven:
 def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
     """What was taken is answered first, what comes waits for Resume; a disk without a frontend is held at once."""
     driven.open(SLOW)
-    driven.worker.ask(messages.Pause(), messages.Held)
-    driven.worker.send(messages.Resume())
+    codes = [driven.worker.ask(each).code for each in (messages.Pause(), messages.Resume())]
     driven.attach(Wishes())
     early = driven.begin_write(DATA)
-    driven.worker.ask(messages.Pause(), messages.Held)
+    codes.append(driven.worker.ask(messages.Pause()).code)
     driven.frontend.poll()
     late = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    driven.worker.stand()
+    is_paused = driven.worker.stand().is_paused
     driven.frontend.poll()
     held = (early.status, late.status)
-    driven.worker.send(messages.Resume())
+    driven.worker.ask(messages.Resume())
     driven.frontend.wait([late])
 
+    assert ([Code.OK] * 3, True, False) == (codes, is_paused, driven.worker.stand().is_paused)
     assert (BLKIF_RSP_OKAY, None) == held
     assert BLKIF_RSP_OKAY == late.status
 
 
+def test_a_pause_that_is_taken_back_is_told(driven: Driven) -> None:
+    """Whoever waits for a pause hears that it was resumed first; everybody who waited has one reply."""
+    driven.connect(SLOW)
+    driven.begin_write(DATA)
+    pauses = [driven.worker.put(messages.Pause()) for _ in range(2)]
+    resume = driven.worker.put(messages.Resume())
+    replies = [driven.worker.expect_reply(each) for each in (*pauses, resume)]
+
+    assert [Code.FAILED, Code.FAILED, Code.OK] == [reply.code for reply in replies]
+    assert "it was resumed" in replies[0].sentence
+
+
+def test_a_pause_that_nothing_is_left_for_is_reached(driven: Driven) -> None:
+    """A frontend that leaves, or a worker that ends, leaves nothing in flight: whoever waits for that has a reply."""
+    driven.connect(SLOW)
+    driven.begin_write(DATA)
+    first = driven.worker.put(messages.Pause())
+    driven.worker.tell(messages.Leave)
+    replies = [driven.worker.expect_reply(first)]
+    driven.worker.tell(messages.Close)
+    late = driven.worker.put(messages.Pause())
+    replies.append(driven.worker.expect_reply(late))
+
+    assert [Code.OK, Code.FAILED] == [reply.code for reply in replies]
+    assert 0 == driven.worker.process.wait(10)
+
+
 def test_a_paused_disk_stays_so(driven: Driven) -> None:
-    """A pause outlives the frontend's connection, and a worker that is opened so: each is told Held once connected."""
-    driven.open("ram:1M", is_paused=True)
+    """A pause outlives the frontend's connection, and a worker that is opened so is paused."""
+    standings = [driven.open("ram:1M", is_paused=True)]
     driven.attach(Wishes())
-    driven.worker.expect(messages.Held)
+    standings.append(driven.worker.stand())
     driven.disconnect()
     for ring in driven.frontend.rings:
         ring.close()
     driven.attach(Wishes())
-    driven.worker.expect(messages.Held)
     flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-    driven.worker.stand()
+    standings.append(driven.worker.stand())
     driven.frontend.poll()
     held = flush.status
-    driven.worker.send(messages.Resume())
+    driven.worker.ask(messages.Resume())
     driven.frontend.wait([flush])
 
+    assert [True] * 3 == [standing.is_paused for standing in standings]
     assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
 
 
 def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
     """What an earlier worker lost holds a frontend in service until somebody resumes; one that begins anew is free."""
+    journal.poison(driven.worker.journal, errno.EIO)
     driven.goes_on = True
-    driven.open("ram:1M", lost="it lost a flush yesterday")
+    driven.open("ram:1M")
     driven.attach(Wishes())
-    (said,) = [message for message in driven.worker.said if isinstance(message, messages.Paused)]
     flush = driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
     standing = driven.worker.stand()
     driven.frontend.poll()
     held = flush.status
-    driven.worker.send(messages.Resume())
+    driven.worker.ask(messages.Resume())
     driven.frontend.wait([flush])
     driven.reconnect().flush()
 
-    assert "it lost a flush yesterday" == said.sentence == standing.paused
+    assert "a flush failed (EIO); the disk is paused" == standing.flush_failed
     assert (None, BLKIF_RSP_OKAY) == (held, flush.status)
-    assert "" == driven.worker.stand().paused
+    assert "" == driven.worker.stand().flush_failed
 
 
 def test_a_frontend_that_begins_anew_goes_by_what_it_finds(driven: Driven) -> None:
     """A guest that boots after something was lost is not held: it reads what is there."""
-    driven.open("ram:1M", lost="it lost a flush yesterday")
+    journal.poison(driven.worker.journal, errno.EIO)
+    driven.open("ram:1M")
     driven.attach(Wishes()).flush()
 
-    assert "" == driven.worker.stand().paused
+    assert "" == driven.worker.stand().flush_failed
 
 
 def test_where_a_worker_stands(driven: Driven) -> None:
-    """A supervisor that is a new one hears in which phase the worker is, of which chain, and what is wrong now."""
-    phases = [driven.worker.stand()]
+    """A supervisor that is a new one hears in which stage the worker is, of which chain, and what is wrong now."""
+    standings = [driven.worker.stand()]
     driven.open(SLOW, policy="write=pause")
-    phases.append(driven.worker.stand())
+    standings.append(driven.worker.stand())
     driven.attach(Wishes())
-    phases.append(driven.worker.stand())
+    standings.append(driven.worker.stand())
     request = driven.begin_write(DATA)
-    driven.worker.send(messages.Disconnect())
-    phases.append(driven.worker.stand())
-    driven.worker.expect(messages.Disconnected)
+    driven.worker.tell(messages.Leave)
+    standings += [driven.worker.stand(), driven.worker.expect_standing(Stage.OPEN)]
     driven.frontend.wait([request])
-    phases.append(driven.worker.stand())
 
-    assert ["idle", "open", "serving", "disconnecting", "open"] == [each.phase for each in phases]
-    assert ["", SLOW, SLOW, SLOW, SLOW] == [each.chain for each in phases]
-    assert [[], *[["delay:write=100ms", "ram:1M"]] * 4] == [[layer.text for layer in each.layers] for each in phases]
-    assert {("", "", "")} == {(each.halted, each.paused, each.trouble) for each in phases}
+    expected = [Stage.IDLE, Stage.OPEN, Stage.SERVING, Stage.LEAVING, Stage.OPEN]
+    assert expected == [each.stage for each in standings]
+    assert ["", SLOW, SLOW, SLOW, SLOW] == [each.chain for each in standings]
+    texts = [[layer.text for layer in each.layers] for each in standings]
+    assert [[], *[["delay:write=100ms", "ram:1M"]] * 4] == texts
+    assert {("", "", "")} == {(each.halted, each.flush_failed, each.trouble) for each in standings}
 
 
 def test_a_worker_that_waits_for_its_image_says_so(driven: Driven, images: list[Path]) -> None:
@@ -284,11 +320,34 @@ def test_a_worker_that_waits_for_its_image_says_so(driven: Driven, images: list[
     driven.open(f"aio:{images[0]}", may_wait=True)
     driven.announce(Wishes())
     driven.offer_rings()
-    waiting = driven.worker.stand().phase
+    waiting = driven.worker.stand().stage
+    paused = driven.worker.ask(messages.Pause()).code
+    swap = driven.worker.ask(messages.Swap("ram:1M"))
     other.drop()
     driven.joined()
 
-    assert ("connecting", "serving") == (waiting, driven.worker.stand().phase)
+    assert (Stage.CONNECTING, Stage.SERVING) == (waiting, driven.worker.stand().stage)
+    assert (Code.OK, Code.BUSY) == (paused, swap.code)
+
+
+@pytest.mark.parametrize("kind", [messages.Leave, messages.Close])
+def test_a_later_order_ends_the_wait_for_the_image(driven: Driven, images: list[Path], kind: Any) -> None:
+    """Whoever waits for an image that somebody else has can be told to leave it."""
+    other = WorkerProcess(driven.worker.host)
+    other.open(f"aio:{images[0]}")
+    driven.open(f"aio:{images[0]}", may_wait=True)
+    driven.announce(Wishes())
+    driven.offer_rings()
+    driven.worker.stand()
+    driven.worker.tell(kind)
+    standing = driven.worker.expect_standing()
+    other.end()
+
+    assert (Stage.OPEN if kind is messages.Leave else Stage.IDLE) == standing.stage
+    if kind is messages.Leave:
+        assert Stage.OPEN == driven.worker.stand().stage
+        driven.worker.end()
+    other.drop()
 
 
 def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_path: Path) -> None:
@@ -296,26 +355,26 @@ def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_p
     driven.open("delay:flush=100ms|ram:1M", export=str(tmp_path / "nbd" / "sock"))
     driven.announce(Wishes())
     driven.offer_rings()
-    ending = driven.worker.stand().phase
+    ending = driven.worker.stand().stage
     driven.joined()
 
-    assert ("connecting", "serving") == (ending, driven.worker.stand().phase)
+    assert (Stage.CONNECTING, Stage.SERVING) == (ending, driven.worker.stand().stage)
 
 
 def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
     """A full disk is told and stands in a report; a policy that says report ends it for the guest."""
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    trouble = driven.worker.expect(messages.Trouble).sentence
+    trouble = driven.worker.expect_standing().trouble
     standing = driven.worker.stand().trouble
-    driven.worker.send(messages.Obey("enospc=report"))
-    driven.worker.send(messages.Resume())
-    over = driven.worker.expect(messages.Trouble).sentence
+    replies = [driven.worker.ask(each) for each in (messages.SetPolicy("enospc=report"), messages.Resume())]
     driven.frontend.wait([write])
 
     assert trouble.endswith("make space")
     assert trouble == standing
-    assert "" == over == driven.worker.stand().trouble
+    assert [Code.OK] * 2 == [reply.code for reply in replies]
+    assert "" == driven.worker.stand().trouble
+    assert Code.INVALID == driven.worker.ask(messages.SetPolicy("enospc=sing")).code
     assert BLKIF_RSP_ERROR == write.status
 
 
@@ -323,8 +382,8 @@ def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
     """A request that failed and is kept is not answered by a worker that a successor follows: the successor does it."""
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    driven.worker.expect(messages.Trouble)
-    driven.worker.ask(messages.Close(hands_over=True), messages.Closed)
+    driven.worker.expect_standing()
+    driven.worker.close(hands_over=True)
     driven.frontend.poll()
     left = write.status
     driven.worker.process.wait(10)
@@ -339,9 +398,36 @@ def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
     and a successor that has the journal does not answer the guest's next flush.
     """
     driven.connect("fault:op=flush,limit=1|ram:1M").write(0, DATA)
-    driven.worker.ask(messages.Close(hands_over=True), messages.Paused)
-    driven.worker.expect(messages.Closed)
+    left = driven.worker.close(hands_over=True).flush_failed
     driven.worker.process.wait(10)
     driven.succeed("ram:1M")
 
-    assert "a flush failed (EIO)" in driven.worker.stand().paused
+    assert "a flush failed (EIO); the disk is paused" == left == driven.worker.stand().flush_failed
+
+
+def test_an_order_that_cannot_be_carried_out_is_told(driven: Driven) -> None:
+    """Whatever is wrong, whoever ordered it hears of it, and the next order begins without it."""
+    early = driven.worker.tell(messages.Serve, None), driven.worker.expect_standing()
+    driven.open("ram:1M", host="nonexistent")
+    again = driven.worker.open("ram:1M")
+    driven.announce(Wishes())
+    driven.offer_rings()
+    failed = driven.worker.expect_standing()
+    driven.worker.tell(messages.Leave)
+    left = driven.worker.expect_standing()
+
+    assert (1, Stage.IDLE, "the chain is not open") == (early[1].number, early[1].stage, early[1].failure)
+    assert (Stage.OPEN, "a worker opens one chain in its life") == (again.stage, again.failure)
+    assert (Stage.OPEN, True) == (failed.stage, "nonexistent" in failed.failure)
+    assert (Stage.OPEN, "", 0) == (left.stage, left.failure, left.errno)
+    driven.worker.end()
+
+
+def test_what_was_asked_of_a_worker_that_ends_has_its_reply(driven: Driven) -> None:
+    """A question right behind Close has a reply like any other."""
+    driven.open("ram:1M")
+    driven.worker.tell(messages.Close)
+    reply = driven.worker.ask(messages.Resume())
+
+    assert Code.FAILED == reply.code
+    assert 0 == driven.worker.process.wait(10)

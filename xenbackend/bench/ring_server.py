@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from xenbackend.bench.server import Server
+from xenbackend.bench.worker import POLL_US
 from xenbackend.protocol.messages import Connect
 from xenbackend.rig.wire import Connection
 
-POLL_US = 60  # as a worker has it: worker/polling.py
 _READY = "serving"  # what it writes when it is about to serve
 
 

@@ -12,15 +12,15 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TypeVar
 
 from xenbackend import counters, journal
 from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
-from xenbackend.protocol import messages
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.messages import Stage
 
 _PATIENCE = 20.0  # seconds for an answer; opening a chain tries again for ten
-M = TypeVar("M")
+POLL_US = 60  # as a service's settings have it: a guest that sleeps needs about 40 to wake and ask again
 
 
 class Worker:
@@ -31,7 +31,8 @@ class Worker:
     ) -> None:
         """Start it on CPU number `cpu`, if not None. `never_looks`: it sleeps whenever the ring is empty."""
         self.name = chain
-        self._settings = {"poll_us": 0} if never_looks else {}
+        self._poll_us = 0 if never_looks else POLL_US
+        self._number = 0  # of the last order
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_PATIENCE)
         with theirs:
@@ -48,39 +49,44 @@ class Worker:
         memory = os.memfd_create("journal")
         os.ftruncate(memory, journal.SIZE)
         self._counters = memoryview(mmap.mmap(memory, counters.SIZE))
-        # Shareable: several chains are measured in turn on one file.
-        message = messages.Open(
+        order = messages.Open(
+            self._next_number(),
             f"vbd/{domid}/51712",
             f"xenbackend.rig.host:{rig}",
             domid,
             chain,
             read_only,
-            shareable=True,
-            settings=self._settings,
+            shareable=True,  # several chains are measured in turn on one file
+            poll_us=self._poll_us,
         )
         try:
-            socket.send_fds(self._socket, [messages.encode(message)], [memory])
+            socket.send_fds(self._socket, [codec.encode(order)], [memory])
         finally:
             os.close(memory)
-        return self._expect(messages.Opened).layers[0].size
+        return self._expect(Stage.OPEN).layers[0].size
 
     def connect(self, parameters: messages.Connect) -> None:
         """Let it serve a frontend's rings."""
-        self._socket.send(messages.encode(parameters))
-        self._expect(messages.Connected)
+        self._socket.send(codec.encode(messages.Serve(self._next_number(), parameters)))
+        self._expect(Stage.SERVING)
 
     def rested_s(self) -> float:
         """Return for how many seconds, since some moment, it has not looked for requests before it slept.
 
         Raises: BenchError.
         """
-        self._socket.send(messages.encode(messages.Report()))
-        self._expect(messages.Standing)  # it has brought its counters up to date
+        self._socket.send(codec.encode(messages.Report(self._next_number())))
+        self._expect()  # it has brought its counters up to date
         counted = counters.snapshot(self._counters)
         may_look = counted["look_ns"] or counted["rests"]
         return counted["rested_ns"] / 1e9 if may_look else time.monotonic()
 
-    def _expect(self, kind: type[M]) -> M:
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _expect(self, *stages: Stage) -> messages.Standing:
+        """Return where it stands after the last order, once that is one of `stages`, if any are named."""
         while True:
             try:
                 datagram, descriptors, _, _ = socket.recv_fds(self._socket, messages.MAX_MESSAGE, 8)
@@ -90,16 +96,17 @@ class Worker:
                 os.close(descriptor)
             if not datagram:
                 raise BenchError(f"{self.name} does not answer: {self.server.last_words()}")
-            message = messages.decode(datagram)
-            if isinstance(message, kind):
-                return message
-            if isinstance(message, messages.Failed):
-                raise BenchError(f"{self.name}: {message.sentence}")
+            message = codec.from_worker(datagram)
+            if isinstance(message, messages.Standing) and message.number == self._number:
+                if message.failure:
+                    raise BenchError(f"{self.name}: {message.failure}")
+                if not stages or message.stage in stages:
+                    return message
 
     def close(self) -> None:
         """Ask it to close the chain, and end it."""
         with contextlib.suppress(OSError, BenchError):  # it may have died; whoever measured it has said so
-            self._socket.send(messages.encode(messages.Close()))
-            self._expect(messages.Closed)
+            self._socket.send(codec.encode(messages.Close(self._next_number())))
+            self._expect(Stage.IDLE)
         self._socket.close()
         self.server.close()

@@ -1,49 +1,57 @@
-"""What a worker says to its supervisor: answers, log lines within a budget, memories to keep.
+"""What a worker says to its supervisor: where it stands, replies, memories to keep, log lines within a budget.
 
-Must not let a guest fill the log: lines come out of buckets that refill slowly, complaints about a guest out of one,
-alarms out of another, because a guest may find out how to raise them.
+Must not wait for a supervisor that does not listen, nor let a guest fill the log: lines come out of buckets that refill
+slowly, complaints about a guest out of one, alarms out of another, because a guest may find out how to raise them.
+
+What the socket does not take at once is sent later, in its order; of standings only the newest one is, and log lines
+are left out. A supervisor that is gone hears nothing, and a later one asks where we stand.
 """
 
 from __future__ import annotations
 
+import os
 import socket
-import time
 from array import array
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
-from xenbackend.protocol import messages
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.codes import Code
 
 BURST = 10  # lines before a bucket is empty
 REFILL_S = 60.0  # seconds for one more; with lines of some 100 bytes a guest makes at most 8 KiB of log an hour
 LINE = 400  # characters of a complaint
-ALARM = 4000  # characters of an alarm: a traceback fits
+RETRY_S = 0.1  # between two tries while the supervisor reads nothing
+DATAGRAM_MAX = 128 * 1024  # bytes: below any socket's buffer, and `messages.MAX_MESSAGE`
 
 
-class Voice(Protocol):
-    """Whoever hears what happens to a connection: the supervisor, in the end."""
+class Reports(Protocol):
+    """What hears of a connection: the supervisor, in the end."""
 
-    def say(self, message: messages.Message) -> None:
-        """Say what has become of the rings."""
+    def stand(self) -> None:
+        """Say where the worker stands, if that has changed."""
 
     def complain(self, sentence: str) -> None:
-        """Say something that a guest provoked."""
+        """Log something that a guest provoked."""
 
     def alarm(self, sentence: str) -> None:
-        """Say something that an administrator must read."""
+        """Log something that an administrator must read."""
 
 
 class Bucket:
     """A budget of lines. `take` gives None where it is spent, else how many were left unsaid before."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self._left = float(BURST)
-        self._refilled = time.monotonic()
+        self._refilled = now()
         self._unsaid = 0
 
     def take(self) -> int | None:
         """Take one line out."""
-        now = time.monotonic()
+        now = self._now()
         self._left = min(BURST, self._left + (now - self._refilled) / REFILL_S)
         self._refilled = now
         if self._left < 1:
@@ -55,16 +63,34 @@ class Bucket:
 
 
 class Channel:
-    """One end of the supervisor's socket, for sending."""
+    """One end of the supervisor's socket, for sending; `standing` returns where the worker stands."""
 
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        self._complaints = Bucket()
-        self._alarms = Bucket()
+    def __init__(
+        self, near: socket.socket, reactor: Reactor, standing: Callable[[], messages.Standing] | None = None
+    ) -> None:
+        """Send over `near`, a SOCK_SEQPACKET socket."""
+        self._socket = near
+        self._now = reactor.now
+        self._standing = standing
+        self._stood: messages.Standing | None = None  # as last said
+        self._unsent: list[tuple[messages.Message, list[int]]] = []  # with descriptors of our own
+        self._retry = reactor.timer(self._send_again)
+        self._complaints = Bucket(reactor.now)
+        self._alarms = Bucket(reactor.now)
 
-    def say(self, message: messages.Message) -> None:
-        """Send a message."""
-        self._send(message)
+    def stand(self) -> None:
+        """Say where the worker stands, if that has changed: each order changes the number."""
+        if self._standing is None:
+            return
+        standing = self._standing()
+        if standing != self._stood:
+            self._stood = standing
+            self._unsent = [each for each in self._unsent if not isinstance(each[0], messages.Standing)]
+            self._send(_fitting(standing))
+
+    def reply(self, number: int, code: Code, sentence: str = "", data: str = "") -> None:
+        """Reply to the question with this id."""
+        self._send(messages.Reply(number, code, plain(sentence), data))
 
     def keep(self, name: str, size: int, fd: int) -> None:
         """Hand over a memory that a successor is to get."""
@@ -75,25 +101,51 @@ class Channel:
         self._send(messages.Drop(name))
 
     def complain(self, sentence: str) -> None:
-        """Say something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
+        """Log something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
         self._log(self._complaints, "warning", ascii(sentence)[1:-1][:LINE])
 
     def alarm(self, sentence: str) -> None:
-        """Say something that an administrator must read."""
-        self._log(self._alarms, "critical", sentence[:ALARM])
+        """Log something that an administrator must read."""
+        self._log(self._alarms, "critical", plain(sentence))
 
     def _log(self, bucket: Bucket, level: str, sentence: str) -> None:
         unsaid = bucket.take()
-        if unsaid is not None:
-            self._send(messages.Log(level, sentence, {"unsaid": str(unsaid)} if unsaid else {}))
+        if unsaid is not None and not self._unsent:
+            self._try(messages.Log(level, sentence, unsaid), [])
 
     def _send(self, message: messages.Message, *fds: int) -> None:
-        """Send a message with the descriptors that belong to it; lost where nobody listens.
+        """Send a message with the descriptors that belong to it, now or later."""
+        if self._unsent or not self._try(message, fds):
+            self._unsent.append((message, [os.dup(fd) for fd in fds]))
+            self._retry.set(self._now() + RETRY_S)
 
-        Whoever serves a guest must not wait for that: a supervisor that has gone tells the loop by its socket, and one
-        that comes again asks where we stand.
-        """
+    def _send_again(self) -> None:
+        while self._unsent and self._try(*self._unsent[0]):
+            for fd in self._unsent.pop(0)[1]:
+                os.close(fd)
+        if self._unsent:
+            self._retry.set(self._now() + RETRY_S)
+
+    def _try(self, message: messages.Message, fds: list[int] | tuple[int, ...]) -> bool:
+        """Send a message; False where the socket is full. Nothing is left to do where nobody listens."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        with suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
+        try:
             # Not `socket.send_fds`, which drops the flags that it is given, and so would wait.
-            self._channel.sendmsg([messages.encode(message)], rights, socket.MSG_DONTWAIT)
+            self._socket.sendmsg([codec.encode(message)], rights, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return True
+
+
+def plain(sentence: str) -> str:
+    """Return a sentence as a message takes it: whatever an exception says, it is short enough and can be stored."""
+    return sentence[: messages.SENTENCE_MAX].encode(errors="backslashreplace").decode()[: messages.SENTENCE_MAX]
+
+
+def _fitting(standing: messages.Standing) -> messages.Standing:
+    """Return a standing that fits into a datagram: without the lowest layers where there are too many."""
+    while len(standing.layers) > 1 and len(codec.encode(standing)) > DATAGRAM_MAX:
+        standing = replace(standing, layers=standing.layers[: len(standing.layers) // 2])
+    return standing

@@ -1,4 +1,4 @@
-"""A frontend being served: its devices, rings and engine, from Connect to Disconnected.
+"""A frontend being served: its devices, rings and engine, from `Serve` to `Leave`.
 
 Must not parse a request or know a driver. Everything acquired here is released here, in reverse order, whatever
 happens in between.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from weakref import WeakMethod
 
 from xenbackend import counters
@@ -23,8 +25,9 @@ from xenbackend.journal import RingJournal, poison, poisoned
 from xenbackend.kernel.fence import is_strongly_ordered
 from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.messages import Connect, Halted, Paused, RingParameters, Trouble
-from xenbackend.worker.channel import Voice
+from xenbackend.loop.steps import Step
+from xenbackend.protocol.messages import Connect, RingParameters
+from xenbackend.worker.channel import Reports
 from xenbackend.worker.counters_writer import CountersWriter
 from xenbackend.worker.engine import Engine
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
@@ -81,69 +84,74 @@ class EventChannel:
         self._events = None  # type: ignore[assignment]  # nothing asks for them any more
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The frontend, and what was agreed with it. `is_inherited`: go on where a predecessor stopped; else it is new."""
+
+    host: Host
+    domid: int
+    agreed: Connect
+    is_inherited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """What requests go to: the chain's top, and what starts those that were queued below it."""
+
+    geometry: Geometry
+    submit: Callable[[list[Request]], None]
+    kick: Callable[[], object]
+
+
 class Connection:
     """The rings of one frontend, served through one open chain."""
 
     def __init__(
         self,
-        *,
-        host: Host,
+        peer: Peer,
+        below: Below,
         reactor: Reactor,
-        domid: int,
-        agreed: Connect,
-        rejoins: bool,
-        geometry: Geometry,
         journal: memoryview,
-        submit: Callable[[list[Request]], None],
-        kick: Callable[[], object],
+        channel: Reports,
         poller: Poller,
         policy: Policy,
-        voice: Voice,
     ) -> None:
         """Map the rings and bind the channels; serving begins with the next pass of the loop.
 
-        `agreed` is what the frontend offers. `rejoins`: go on where a predecessor stopped; else the rings are new.
-        `submit` is the chain's top, and `kick` starts the requests that were queued below it.
-
         Raises: KernelError, where the frontend's pages or port cannot be had; then nothing is left behind.
         """
+        agreed = self.agreed = peer.agreed
+        self.halted = self.trouble = ""  # sentences of what is wrong now
+        self._is_inherited = peer.is_inherited
         self._reactor = reactor
-        self.agreed = agreed
-        self.halted = self.paused = self.trouble = ""  # sentences of what is wrong now
-        self._rejoins = rejoins
-        self._geometry = geometry
+        self._geometry = below.geometry
         self._journal = journal
-        self._voice = voice
+        self._channel = channel
         self._layout = LAYOUTS[agreed.protocol]
         self._suspects: dict[Queue, int] = {}
         self._closed = False
         self._by_port: dict[int, tuple[EventChannel, Queue]] = {}
-        kept = Retries(policy, reactor.now, reactor.call_later, self._tell_trouble)
+        retries = Retries(policy, reactor.now, reactor.call_later, self._tell_trouble)
         with ExitStack() as undo:
-            table = host.open_grants(domid)
+            table = peer.host.open_grants(peer.domid)
             undo.callback(table.close)
-            copied = CopiedGrants(table, host.allocate)
+            copied = CopiedGrants(table, peer.host.allocate)
             grants = PersistentGrants(table, copied) if agreed.persistent else copied
             undo.callback(grants.close)
-            self.engine = Engine(submit, kick, grants, poller, reactor.call_soon, voice, self._pause, kept)
+            self.engine = Engine(
+                below.submit, below.kick, grants, poller, reactor.call_soon, channel, self._flush_failed, retries
+            )
             self._counters = CountersWriter(journal[: counters.SIZE], self.engine)
-            self._open_rings(undo, host, table, domid)
+            self._open_rings(undo, peer, table)
             self._undo = undo.pop_all()
-        if not (rejoins or agreed.goes_on):
+        if not (peer.is_inherited or agreed.goes_on):
             poison(journal, 0)  # whoever begins anew goes by what he finds
         elif poisoned(journal):
             self.engine.flush_failed(poisoned(journal))
         self._poll()
 
-    def hold_lost(self, sentence: str) -> None:
-        """Serve nothing: the disk lost something earlier, as `sentence` says."""
-        self._say_paused(sentence)
-        self.engine.holds.add(Hold.FLUSH)
-
     def resume(self) -> None:
         """Serve on after an administrator's pause, or a flush that failed; what failed is tried again now."""
-        poison(self._journal, 0)
-        self.paused = ""
         self.engine.let_go(Hold.PAUSE)
         self.engine.let_go(Hold.FLUSH)
 
@@ -153,55 +161,49 @@ class Connection:
             queue.decoder.sectors = chain.geometry.size // SECTOR
         self.engine.let_go(Hold.SWAP, chain.submit)
 
-    def disconnect(
-        self, flush: Callable[[Callable[[], None]], None], then: Callable[[], None], *, hands_over: bool = False
-    ) -> None:
-        """Drain, make everything durable by `flush`, release everything, then call `then`.
+    def quiet(self, why: Hold) -> Step:
+        """Return a step (`loop.steps`) that takes nothing more, and is done when nothing is in flight."""
+        return lambda done: self.engine.hold(why, lambda: self._reactor.call_soon(partial(done, 0)))
 
-        With `hands_over` what is held back stays unanswered, for a successor.
+    def close(self, *, hands_over: bool = False) -> None:
+        """Release everything; nothing is in flight. With `hands_over` what is held stays unanswered, for a successor.
+
+        Raises: what went wrong meanwhile; everything is released all the same.
         """
-        self.engine.hold(Hold.END, lambda: flush(lambda: self._release(then, hands_over=hands_over)))
-
-    def publish_counters(self) -> None:
-        """Bring the counters' page up to date, which is done once a second anyhow."""
-        self._counters.publish()
-
-    def _pause(self, code: int) -> None:
-        poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
-        self._say_paused(f"a flush failed ({errno.errorcode.get(code, code)}); the disk is paused")
-
-    def _say_paused(self, sentence: str) -> None:
-        self.paused = sentence
-        self._voice.alarm(self.paused)
-        self._voice.say(Paused(self.paused))
-
-    def _tell_trouble(self, sentence: str) -> None:
-        self.trouble = sentence
-        if sentence:
-            self._voice.alarm(sentence)
-        self._voice.say(Trouble(sentence))
-
-    def _halt(self, ring: int, why: str) -> None:
-        self.halted = f"ring {ring} was stopped: {why}"
-        self._voice.say(Halted(ring, why))
-
-    def _release(self, then: Callable[[], None], *, hands_over: bool) -> None:
         self._closed = True
         self._undo.callback(self._counters.publish)
         if not hands_over:
             self._undo.callback(self.engine.fail_held)  # is called first
         try:
             self._undo.close()
-        finally:  # whatever goes wrong now, the chain has to be closed and the image let go
+        finally:
             self.engine.queues.clear()  # they know us: without this, only the garbage collector would find us
             self._by_port.clear()
-            then()
 
-    def _open_rings(self, undo: ExitStack, host: Host, table: GrantTable, domid: int) -> None:
-        self._events = host.open_events(domid)
+    def publish_counters(self) -> None:
+        """Bring the counters' page up to date, which is done once a second anyhow."""
+        self._counters.publish()
+
+    def _flush_failed(self, code: int) -> None:
+        poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
+        self._channel.alarm(describe_failed_flush(code))
+        self._channel.stand()
+
+    def _tell_trouble(self, sentence: str) -> None:
+        self.trouble = sentence
+        if sentence:
+            self._channel.alarm(sentence)
+        self._channel.stand()
+
+    def _halt(self, ring: int, why: str) -> None:
+        self.halted = f"ring {ring} was stopped: {why}"
+        self._channel.stand()
+
+    def _open_rings(self, undo: ExitStack, peer: Peer, table: GrantTable) -> None:
+        self._events = peer.host.open_events(peer.domid)
         undo.callback(self._events.close)
         for number, parameters in enumerate(self.agreed.rings):
-            self._open_ring(undo, table, number, parameters, host)
+            self._open_ring(undo, table, number, parameters, peer.host)
         self._reactor.add(self._events.fileno(), self._take_events)
         undo.callback(self._reactor.remove, self._events.fileno())
         self._reactor.before_sleep(self.engine.look_again)
@@ -216,7 +218,7 @@ class Connection:
         entries = ring_entries(self._layout, order)
         ring = BackRing(mapping.view, self._layout, entries, host.fence, is_strongly_ordered=is_strongly_ordered())
         journal = RingJournal(self._journal, number, self._layout.slot_size)
-        if not self._rejoins:
+        if not self._is_inherited:
             journal.begin(ring.size, ring.consumed)
         decoder = Decoder(
             self._layout,
@@ -235,7 +237,7 @@ class Connection:
         undo.callback(queue.release)
         self.engine.queues.append(queue)
         self._by_port[port] = (channel, queue)
-        if self._rejoins:
+        if self._is_inherited:
             self._go_on(queue, channel)
 
     def _go_on(self, queue: Queue, channel: EventChannel) -> None:
@@ -274,3 +276,8 @@ class Connection:
             return queue.ring.available() > 0
         except RingOverflow:
             return True  # `serve` halts it
+
+
+def describe_failed_flush(code: int) -> str:
+    """Return a sentence about a flush that failed with errno `code`."""
+    return f"a flush failed ({errno.errorcode.get(code, code)}); the disk is paused"

@@ -6,19 +6,19 @@ Must not know a ring, nor speak to the supervisor: whoever asks gets an exceptio
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Mapping
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Geometry
 from xenbackend.block.request import PENDING, Op, Request
-from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.block.successor import keeps_content
+from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, Keep
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles
-from xenbackend.worker.probe import probe
+from xenbackend.worker.probe import probe, probing
 
 LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
 
@@ -59,13 +59,26 @@ class Disk:
         """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
         return probe(self.text, self._reactor, read_only=self._read_only)
 
-    def check_successor(self, text: str) -> None:
-        """Look at another chain, which may have the same image, while ours serves on.
+    def check_successor(self, text: str, *, replaces: bool) -> list[str]:
+        """Look at another chain while ours serves on, and return its layers' texts.
 
-        Raises: XenbackendError, where it cannot be opened, or a guest that uses ours could not use it.
+        Raises: ConfigError, where it cannot be opened, a guest that uses ours could not use it, or it is not over the
+        same image, unless it `replaces` that.
         """
-        top = probe(text, self._reactor, read_only=self._read_only)[0]
-        self._check(text, top.size, top.sector_size)
+        assert self.chain is not None  # noqa: S101 - the order of messages
+        try:
+            with probing(text, self._reactor, read_only=self._read_only) as found:
+                self._check(text, found.layers[0].geometry.size, found.layers[0].geometry.sector_size)
+                if not replaces and not keeps_content(self.chain.layers, found.layers):
+                    raise ConfigError(
+                        f"{text} does not have the image that the guest writes to, by {self.text}; "
+                        "--replace puts it in all the same"
+                    )
+                return [layer.text for layer in found.layers]
+        except ConfigError:
+            raise
+        except XenbackendError as problem:  # nothing was touched
+            raise ConfigError(str(problem)) from problem
 
     def exchange(self, text: str) -> Chain:
         """Close the chain and open another one; where that fails, open the former one again.
@@ -94,17 +107,17 @@ class Disk:
         self._env.drop_unwanted()  # not before: the former chain would have missed them
         return chain
 
-    def flush(self, then: Callable[[int], None]) -> None:
-        """Make everything durable that was acknowledged, and tell `then` the errno, 0 for done.
+    def flush(self, done: Callable[..., None]) -> None:
+        """Make everything durable that was acknowledged, as a step (`loop.steps`).
 
         The chain's completions are ours from now on.
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
         chain = self.chain
         if chain.geometry.read_only or not chain.geometry.can_flush:
-            then(0)
+            done(0)
             return
-        waiting = [then]
+        waiting = [done]
 
         def finish(code: int) -> None:
             if waiting:
@@ -135,6 +148,7 @@ class Disk:
             if self.chain is not None:
                 self.chain.close()
         finally:
+            self.chain = None
             self._env.close()
             self.files.close()
 
@@ -160,8 +174,3 @@ class Disk:
 def is_locked(problem: XenbackendError) -> bool:
     """Return whether somebody else has the image."""
     return isinstance(problem, DriverError) and problem.errno == errno.EBUSY
-
-
-def describe_flush(code: int) -> str:
-    """Return a sentence about a last flush that failed, which can be answered to nobody."""
-    return f"the last flush failed: {os.strerror(code)}"

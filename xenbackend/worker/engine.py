@@ -25,7 +25,7 @@ from xenbackend.blkif.request import RingRequest
 from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.worker.barrier import Barrier
-from xenbackend.worker.channel import Voice
+from xenbackend.worker.channel import Reports
 from xenbackend.worker.fault import is_ours, substitute
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 from xenbackend.worker.holds import Hold, Holds
@@ -49,8 +49,8 @@ class Engine:
         grants: PersistentGrants | CopiedGrants,
         poller: Poller,
         call_soon: Callable[[Call], None],
-        voice: Voice,
-        on_pause: Callable[[int], None],
+        channel: Reports,
+        on_flush_failed: Callable[[int], None],
         retries: Retries,
     ) -> None:
         """Serve a chain whose `complete` is `finish`.
@@ -61,8 +61,8 @@ class Engine:
             grants: the guest's pages.
             poller: looks for more before the loop sleeps.
             call_soon: calls a function from the loop.
-            voice: hears about the guest, and what an administrator must read.
-            on_pause: is told the errno of a flush that failed, once, before anything else is done about it.
+            channel: hears about the guest, and what an administrator must read.
+            on_flush_failed: is told the errno of a flush that failed, once, before anything else is done about it.
             retries: requests that failed and are tried again.
         """
         self.queues: list[Queue] = []
@@ -76,9 +76,10 @@ class Engine:
         self._kick = kick
         self._grants = grants
         self._call_soon = call_soon
-        self._voice = voice
-        self._on_pause = on_pause
-        self._mixed = 0  # requests in flight that `finish` must look at one by one
+        self._channel = channel
+        self._on_flush_failed = on_flush_failed
+        self._flushes = 0  # in flight: what comes back with one is looked at one by one
+        self._expects_strays = False  # so is all, for good: what a layer's bug had ended may come back
         self._barrier: Barrier | None = None
         self._waiting: list[Queue] = []  # had to stop taking, for memory or for a barrier
         self._failed_flushes: list[Request] = []
@@ -129,7 +130,7 @@ class Engine:
 
     def finish(self, batch: list[Request]) -> None:
         """Answer what the chain gives back."""
-        if self._mixed or self._barrier or len(self.queues) != 1:
+        if self._flushes or self._expects_strays or self._barrier or len(self.queues) != 1:
             for queue, part in self._sort(batch).items():
                 self._answer(queue, part)
         else:
@@ -144,8 +145,8 @@ class Engine:
         if self._waiting or self._barrier or self.holds.awaits_quiet():
             self._call_soon(self._go_on)
 
-    def hold(self, why: Hold, then: Call) -> None:
-        """Take nothing more until `let_go`; call `then` from the loop when nothing is in flight."""
+    def hold(self, why: Hold, then: Call | None = None) -> None:
+        """Take nothing more until `let_go`; call `then`, if any, from the loop when nothing is in flight."""
         self.holds.add(why, then)
         self._call_soon(self._go_on)
 
@@ -161,7 +162,7 @@ class Engine:
     def flush_failed(self, code: int) -> None:
         """Answer no flush from now on, as one failed with `code`: a frontend takes an error for success, for ever."""
         if Hold.FLUSH not in self.holds:
-            self._on_pause(code)
+            self._on_flush_failed(code)
             self.holds.add(Hold.FLUSH)
 
     def go_on_with(self, records: list[RingRequest]) -> None:
@@ -183,13 +184,13 @@ class Engine:
 
     def expect_strays(self) -> None:
         """Look at each request that comes back: one of an earlier connection's may be among them, after a bug."""
-        self._mixed += 1
+        self._expects_strays = True
 
     def contain(self, bug: Exception, lent: Sequence[Request]) -> None:
         """End with EIO what a layer still held when it let an exception out (D8)."""
         self.bugs += 1
-        self.expect_strays()  # for good: one may come back at any time
-        self._voice.alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
+        self.expect_strays()
+        self._channel.alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
         lost = [each for each in lent if is_ours(each) and not self._has_come_back(each)]
         substitutes = [substitute(request, self._grants) for request in lost]
         for request in lost:
@@ -252,7 +253,7 @@ class Engine:
         """Submit what comes from no ring right now."""
         for request in batch:
             request.status = PENDING
-            self._mixed += request.op == Op.FLUSH
+            self._flushes += request.op == Op.FLUSH
         if batch:
             self._submit(batch)
             self._kick()
@@ -268,7 +269,7 @@ class Engine:
     def _lend_and_submit(self, data: list[RingRequest], ready: list[Request], block: Block | None) -> None:
         batch = self._grants.lend(data) if data else []
         if ready:
-            self._mixed += sum(request.op == Op.FLUSH for request in ready)
+            self._flushes += sum(request.op == Op.FLUSH for request in ready)
             batch = ready + batch
         elif block is not None and len(batch) == len(block.taken):
             block.lent = batch
@@ -285,7 +286,7 @@ class Engine:
             assert record.refused is not None  # noqa: S101 - chosen above
             unsupported = record.refused.status == BLKIF_RSP_EOPNOTSUPP
             record.request.status = errno.EOPNOTSUPP if unsupported else errno.EIO
-        self._voice.complain(str(refused[-1].refused))
+        self._channel.complain(str(refused[-1].refused))
         batch = [record.request for record in refused]
         if self._grants.held:
             self._grants.settle(refused)
@@ -303,7 +304,7 @@ class Engine:
                 self._grants.reclaim(request)
                 continue
             self.in_flight -= 1
-            self._mixed -= request.op == Op.FLUSH
+            self._flushes -= request.op == Op.FLUSH
             # A failed flush takes all others with it: the kernel reports what was lost to one of them only.
             if request.op == Op.FLUSH and Hold.FLUSH in self.holds:
                 self._failed_flushes.append(request)
@@ -344,7 +345,7 @@ class Engine:
                 request.tag.refused = None  # it is answered now, whatever becomes of the rest of its block
                 request.status = errno.EIO
                 self.guest_errors += 1
-                self._voice.complain(str(refused))
+                self._channel.complain(str(refused))
 
     def _begin_barrier(self, record: RingRequest, behind: list[RingRequest]) -> None:
         write = None

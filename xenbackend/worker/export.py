@@ -27,6 +27,7 @@ from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.nbd.abi import CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, MAX_BLOCK
 from xenbackend.nbd.abi import Export as Offer
 from xenbackend.nbd.transmission import error_of
+from xenbackend.worker.channel import Reports
 from xenbackend.worker.export_client import Client, Job
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ class Export:
         chain: Chain,
         reactor: Reactor,
         kick: Callable[[], object],
-        complain: Callable[[str], None],
-        alarm: Callable[[str], None],
+        channel: Reports,
         on_bug: Callable[[Exception], None],
     ) -> None:
         """Listen at `path`, for our own user only; what a predecessor left there is replaced.
@@ -61,12 +61,12 @@ class Export:
             chain: open, and nobody is above it.
             reactor: the worker's loop.
             kick: starts what the file engine has queued.
-            complain: says a sentence about a client, as often as the log's budget allows.
-            alarm: says a sentence that an administrator must read.
+            channel: hears about clients, and what an administrator must read.
             on_bug: takes an exception that a layer let out (D8).
 
         Raises: OSError, where the socket cannot be made; then the chain is as it was.
         """
+        self.path = path
         self.had_bugs = False
         self._path = Path(path)
         self._listener = _listen(self._path)
@@ -75,8 +75,7 @@ class Export:
         self._chain = chain
         self._reactor = reactor
         self._kick = kick
-        self._complain = complain
-        self._alarm = alarm
+        self._channel = channel
         self._on_bug = on_bug
         self._clients: set[Client] = set()
         self._free = [Request() for _ in range(SLOTS)]
@@ -137,7 +136,7 @@ class Export:
     def forget(self, client: Client, why: str) -> None:
         """Take note that a client has gone."""
         if why:
-            self._complain(f"a client of the NBD export was thrown out: {why}")
+            self._channel.complain(f"a client of the NBD export was thrown out: {why}")
         self._clients.discard(client)
         if client in self._waiting:
             self._waiting.remove(client)
@@ -213,7 +212,8 @@ class Export:
         """Let no flush succeed after one that failed: the kernel tells of what was lost only once."""
         if request.status not in (0, errno.EOPNOTSUPP) and not self._has_lost_writes:
             self._has_lost_writes = True
-            self._alarm(f"a flush of the NBD export failed: {os.strerror(request.status)}; none is answered well now")
+            why = os.strerror(request.status)
+            self._channel.alarm(f"a flush of the NBD export failed: {why}; none is answered well now")
         if self._has_lost_writes:
             request.status = errno.EIO
 
@@ -241,7 +241,7 @@ class Export:
             return
         if len(self._clients) >= MAX_CLIENTS:
             connection.close()
-            self._complain(f"a client of the NBD export was refused: there are {MAX_CLIENTS} already")
+            self._channel.complain(f"a client of the NBD export was refused: there are {MAX_CLIENTS} already")
             return
         self._clients.add(Client(connection, self._offer, self, self._reactor))
         if not self._is_ticking:

@@ -54,10 +54,7 @@ class Holds:
         return bool(self._thens)
 
     def quiet(self) -> None:
-        """Nothing is in flight: call who waits for that.
-
-        Whoever exchanges the chain is called alone, and nobody else until it lets go.
-        """
-        called = [why for why in self._thens if Hold.SWAP not in self.reasons or why is Hold.SWAP]
-        for then in [self._thens.pop(why) for why in called]:
+        """Nothing is in flight: call who waits for that."""
+        thens, self._thens = self._thens, {}
+        for then in thens.values():
             then()

@@ -20,7 +20,6 @@ from time import perf_counter_ns
 from xenbackend.blkif.ring import BackRing
 from xenbackend.kernel.cpu import Cpu, CpuTimes
 
-POLL_US = 60  # by default: a guest that sleeps needs about 40 to wake, see its answer and ask again
 _PATIENCE = 8  # looks in vain, one after the other, before it gives up for a while
 _PAUSE = 256  # sleeps without a look after that
 _JUDGED_NS = 100_000_000  # of our time, running or waiting: one slice of something at nice 19 is 4 ms, and no reason

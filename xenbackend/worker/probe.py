@@ -9,9 +9,11 @@ when a ring is to be connected.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-from xenbackend.block.chain import open_chain, parse_chain
+from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, WorkerEnv
@@ -24,6 +26,14 @@ def probe(chain: str, reactor: Reactor, *, read_only: bool) -> list[messages.Lay
 
     Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.
     """
+    with probing(chain, reactor, read_only=read_only) as found:
+        top, *others = [facts_of(layer) for layer in found.layers]
+    return [replace(top, read_only=read_only), *others]
+
+
+@contextmanager
+def probing(chain: str, reactor: Reactor, *, read_only: bool) -> Iterator[Chain]:
+    """Have a chain open to look at it. Raises: as `probe`."""
     source = HostFiles(reactor, use_queues=False, locks=False, whole=not read_only)
     files = HostFiles(reactor, use_queues=False, locks=False)
     env = EnvFactory(reactor, files)
@@ -36,11 +46,10 @@ def probe(chain: str, reactor: Reactor, *, read_only: bool) -> list[messages.Lay
     try:
         found = open_chain(parse_chain(chain), make_env, read_only=True, shareable=True)
         try:
-            layers = [facts_of(layer) for layer in found.layers]
+            yield found
         finally:
             found.close()
     finally:
         env.close()
         files.close()
         source.close()
-    return [replace(layers[0], read_only=read_only), *layers[1:]]

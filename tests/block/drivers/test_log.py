@@ -21,7 +21,8 @@ from xenbackend.block.drivers.log import _PASSED, Log
 from xenbackend.block.record import Entry, Lost, Session
 from xenbackend.block.request import Op, Request
 from xenbackend.errors import ChainError, DriverError
-from xenbackend.protocol import messages
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.codes import Code
 from xenbackend.worker.env import EnvFactory
 
 CHUNK = CHUNK_BITS * 512  # bytes of disk
@@ -243,7 +244,8 @@ def test_replies_fit_into_a_message() -> None:
     peeked = log.control("peek", [])
 
     for data in (handed, peeked):
-        assert len(messages.encode(messages.Reply(1, ok=True, data=data.decode("latin-1")))) < messages.MAX_MESSAGE // 2
+        reply = messages.Reply(1, Code.OK, data=data.decode("latin-1"))
+        assert len(codec.encode(reply)) < messages.MAX_MESSAGE // 2
 
 
 def test_pages_of_peek_cover_the_disk() -> None:

@@ -1,0 +1,222 @@
+"""A chain exchanged in a worker's process while a frontend is there, comes, or leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.driven import Driven
+from xenbackend import journal
+from xenbackend.blkif.abi import BLKIF_OP_WRITE
+from xenbackend.protocol import messages
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import Stage
+from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
+
+pytestmark = pytest.mark.slow  # each starts a process
+DATA = b"d" * PAGE
+
+
+def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) -> None:
+    """What was in flight ends in the former chain, what comes later goes to the new one; memories are dropped."""
+    one, two = images
+    driven.connect(f"log:|delay:write=50ms|aio:{one}")
+    early = driven.begin_write(DATA)
+    swap = driven.worker.put(messages.Swap(f"aio:{two}", replaces=True))
+    driven.worker.stand()
+    late = driven.frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
+    reply = driven.worker.expect_reply(swap)
+    told = [each.chain for each in driven.worker.said if isinstance(each, messages.Standing)]
+    driven.frontend.wait([early, late])
+    dropped = [message for message in driven.worker.said if isinstance(message, messages.Drop)]
+
+    standing = driven.worker.stand()
+    assert (Code.OK, f"aio:{two}") == (reply.code, told[-1])  # it is told before it is replied
+    assert f"aio:{two}" == standing.chain == standing.layers[0].text
+    assert [next(iter(driven.worker.kept))] == [message.name for message in dropped]
+    assert [DATA, bytes(PAGE)] == [one.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
+    assert [bytes(PAGE), DATA] == [two.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
+    assert f"aio:{two}" == (journal.AGREED.read(driven.worker.journal) or {})["chain"]
+
+
+@pytest.mark.parametrize("chain", ["aio:/nonexistent/image", "ram:512K", "coarse:|ram:1M"])
+def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str) -> None:
+    """A refused exchange is answered with a sentence; the guest is served on as it was."""
+    driven.connect("ram:1M").write(0, DATA)
+    reply = driven.worker.ask(messages.Swap(chain, replaces=True))
+
+    assert Code.INVALID == reply.code
+    assert chain.rsplit(":", maxsplit=1)[-1] in reply.sentence
+    assert DATA == driven.frontend.read(0, 8)
+    assert "ram:1M" == driven.worker.stand().chain
+
+
+def test_what_can_be_refused_at_once_is(driven: Driven) -> None:
+    """A chain that anybody could see to be wrong does not make the guest wait: what is in flight stays so."""
+    driven.connect("delay:write=500ms|ram:1M")
+    request = driven.begin_write(DATA)
+    reply = driven.worker.ask(messages.Swap("aio:/nonexistent/image"))
+    driven.frontend.poll()
+    status = request.status
+    driven.frontend.wait([request])
+
+    assert Code.INVALID == reply.code
+    assert status is None
+
+
+def test_a_last_flush_that_fails_keeps_the_chain(driven: Driven, images: list[Path]) -> None:
+    """Where the former chain has lost something the guest does not go on in another one; the disk is paused."""
+    driven.connect(f"fault:op=flush,limit=1|aio:{images[0]}")
+    reply = driven.worker.ask(messages.Swap(f"aio:{images[1]}", replaces=True))
+
+    assert Code.FAILED == reply.code
+    assert "the last flush failed" in reply.sentence
+    assert "a flush failed (EIO)" in driven.worker.stand().flush_failed
+    assert 5 == journal.poisoned(driven.worker.journal)
+    driven.worker.ask(messages.Resume())
+    driven.frontend.write(0, DATA)
+    assert ("", 0) == (driven.worker.stand().flush_failed, journal.poisoned(driven.worker.journal))
+
+
+def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Path]) -> None:
+    """Whoever asks for another chain while one is being put in place is told so, and the first one is served."""
+    driven.connect("delay:write=100ms|null:1M")
+    request = driven.begin_write(DATA)
+    first, second = (driven.worker.put(messages.Swap(f"aio:{path}", replaces=True)) for path in images)
+    branch = driven.worker.put(messages.Branch(f"{images[0]}.leaf", ""))
+    replies = [driven.worker.expect_reply(each) for each in (second, branch, first)]
+    driven.frontend.wait([request])
+
+    assert [Code.BUSY, Code.BUSY, Code.OK] == [reply.code for reply in replies]
+    assert f"the chain is being exchanged already, for aio:{images[0]}" == replies[0].sentence
+    assert f"aio:{images[0]}" == driven.worker.stand().chain
+    assert not Path(f"{images[0]}.leaf").exists()
+
+
+def test_who_leaves_during_an_exchange_leaves_after_it(driven: Driven, images: list[Path]) -> None:
+    """A frontend that goes away in the middle of an exchange is let go when the chain stands, whatever takes long."""
+    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
+    driven.begin_write(DATA)
+    swap = driven.worker.put(messages.Swap(f"delay:flush=50ms|aio:{images[1]}", replaces=True))
+    driven.worker.tell(messages.Leave)
+    during = driven.worker.expect_standing().stage
+    reply = driven.worker.expect_reply(swap)
+
+    assert (Stage.LEAVING, Code.OK) == (during, reply.code)
+    assert f"delay:flush=50ms|aio:{images[1]}" == driven.worker.expect_standing(Stage.OPEN).chain
+    driven.worker.end()
+
+
+def test_who_comes_during_an_exchange_comes_after_it(driven: Driven, images: list[Path]) -> None:
+    """A frontend that connects in the middle of an exchange is served by the new chain."""
+    driven.open(f"delay:flush=50ms|aio:{images[0]}")
+    driven.announce(Wishes())
+    swap = driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.offer_rings()
+    reply = driven.worker.expect_reply(swap)
+    driven.joined().write(0, DATA)
+
+    assert Code.OK == reply.code
+    assert DATA == images[1].read_bytes()[:PAGE]
+
+
+def test_a_supervisor_that_dies_during_an_exchange(driven: Driven, images: list[Path]) -> None:
+    """The worker ends in order, after the exchange, when nobody is left to hear of it."""
+    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
+    driven.begin_write(DATA)
+    driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.worker.socket.close()
+
+    assert 0 == driven.worker.process.wait(10)
+    assert DATA == images[0].read_bytes()[:PAGE]
+
+
+def test_no_chain_left_ends_the_worker(driven: Driven) -> None:
+    """A layer that fails when its chain is closed leaves none to serve: it is said, and a successor tries again."""
+    driven.connect("clumsy:at=close|ram:1M")
+    reply = driven.worker.ask(messages.Swap("null:1M", replaces=True))
+
+    assert Code.FAILED == reply.code
+    assert 1 == driven.worker.process.wait(10)
+    assert ["critical"] == [line.level for line in driven.worker.lines]
+    assert "clumsy:at=close|ram:1M" == (journal.AGREED.read(driven.worker.journal) or {})["chain"]
+
+
+def test_what_a_snapshot_would_serve_is_told(driven: Driven, images: list[Path]) -> None:
+    """A new image over ours is made at once, and its chain may take the place of ours; another file is left alone."""
+    driven.connect(f"log:|aio:{images[0]}").write(0, DATA)
+    leaf = f"{images[0]}.leaf"
+    taken = driven.worker.ask(messages.Branch(str(images[1]), ""))
+    reply = driven.worker.ask(messages.Branch(leaf, ""))
+    looked_at = driven.worker.ask(messages.Swap(reply.data, is_dry_run=True))
+    before = driven.worker.stand().chain
+    done = driven.worker.ask(messages.Swap(reply.data))
+
+    assert (Code.INVALID, "exists already" in taken.sentence) == (taken.code, True)
+    assert reply.data.startswith(f"log:|qcow2:{leaf}")
+    assert [*reply.data.split("|"), f"aio:{images[0]}"] == json.loads(looked_at.data)
+    assert (Code.OK, f"log:|aio:{images[0]}") == (done.code, before)
+    assert DATA == driven.frontend.read(0, 8)
+
+
+def test_other_content_is_refused_unless_that_is_meant(driven: Driven, images: list[Path]) -> None:
+    """A guest that runs does not get another image under its hands by mistake."""
+    driven.connect(f"aio:{images[0]}")
+    reply = driven.worker.ask(messages.Swap(f"aio:{images[1]}"))
+
+    assert (Code.INVALID, f"aio:{images[0]}") == (reply.code, driven.worker.stand().chain)
+    assert "--replace" in reply.sentence
+
+
+def test_an_export_excludes_an_exchange(driven: Driven, images: list[Path], tmp_path: Path) -> None:
+    """While a device model has the disk its chain stays: what excludes the exchange is named."""
+    driven.open(f"aio:{images[0]}", export=str(tmp_path / "nbd" / "sock"))
+    reply = driven.worker.ask(messages.Swap(f"log:|aio:{images[0]}"))
+
+    assert Code.BUSY == reply.code
+    assert "exported to a device model" in reply.sentence
+
+
+def test_a_socket_that_cannot_be_made_is_told(driven: Driven, tmp_path: Path) -> None:
+    """Where no export can be made the guest cannot boot from it, which an administrator reads; the disk is there."""
+    (tmp_path / "nbd").write_text("a file where the directory should be")
+    opened = driven.open("ram:1M", export=str(tmp_path / "nbd" / "sock"))
+    (line,) = driven.worker.lines
+
+    assert (Stage.OPEN, "") == (opened.stage, opened.export)
+    assert "no device model can boot from this disk" in line.event
+    driven.attach(Wishes()).write(0, DATA)
+
+
+def test_a_command_does_not_wait_for_an_exchange(driven: Driven, images: list[Path]) -> None:
+    """A verb that changes nothing is replied to at once, by the chain that is open; a pause waits for its turn."""
+    driven.connect(f"fault:op=read,limit=1|delay:write=100ms|aio:{images[0]}")
+    driven.begin_write(DATA)
+    questions = [
+        messages.Swap(f"aio:{images[1]}", replaces=True),
+        messages.Pause(),
+        messages.Command("fault", "count", []),
+    ]
+    swap, pause, command = (driven.worker.put(question) for question in questions)
+    replies = [driven.worker.expect_reply(each) for each in (command, swap, pause)]
+
+    assert [Code.OK] * 3 == [reply.code for reply in replies]
+    assert "0" == replies[0].data
+
+
+def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven, images: list[Path]) -> None:
+    """Until the first request can go to the new chain the journal has the former one, by which a successor goes on."""
+    driven.connect(f"delay:write=200ms|aio:{images[0]}")
+    request = driven.begin_write(DATA)
+    driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.worker.stand()
+    driven.kill()
+    left = (journal.AGREED.read(driven.worker.journal) or {})["chain"]
+    driven.succeed(left, resumes=True)
+    driven.frontend.wait([request])
+
+    assert f"delay:write=200ms|aio:{images[0]}" == left
+    assert [DATA, bytes(PAGE)] == [path.read_bytes()[:PAGE] for path in images]

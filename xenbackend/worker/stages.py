@@ -1,0 +1,303 @@
+"""One disk on its way from stage to stage, as steps (`loop.steps`): opened, served, its chain exchanged, left, closed.
+
+Must not know a message's number: `main` says in which order the steps come, one after the other, and who hears of it.
+
+    serve      end the export -> map the rings -> note in the journal what was agreed
+    exchange   check -> nothing in flight -> flush -> close -> open -> note in the journal -> go on
+    leave      end the export -> nothing in flight -> flush -> unmap -> take the note back
+
+A chain that cannot be opened, or that the guest could not go on with, leaves the former one in service. A flush that
+fails ends the exchange before anything is closed: the disk is paused as after any failed flush.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xenbackend import counters, journal
+from xenbackend.block.chain import Chain
+from xenbackend.block.policy import Policy
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.kernel.ports import open_host
+from xenbackend.loop.reactor import Reactor
+from xenbackend.loop.steps import Steps
+from xenbackend.protocol import codec, messages
+from xenbackend.worker.channel import Channel
+from xenbackend.worker.connection import Below, Connection, Peer, describe_failed_flush
+from xenbackend.worker.disk import Disk, is_locked
+from xenbackend.worker.holds import Hold
+from xenbackend.worker.polling import Poller, find_permit
+
+if TYPE_CHECKING:
+    from xenbackend.worker.export import Export
+
+
+class NoChainLeft(Exception):
+    """The chain was closed, and neither another one nor the former one could be opened."""
+
+
+class Stages:
+    """The disk of one worker; `layers` as they were last seen, `connection` while a frontend is served."""
+
+    def __init__(
+        self,
+        order: messages.Open,
+        fds: list[int],
+        reactor: Reactor,
+        channel: Channel,
+        on_bug: Callable[[Exception], None],
+    ) -> None:
+        """Open nothing yet. `fds` are the order's descriptors, ours from now on; `on_bug` gets what layers let out."""
+        self.order = order
+        self.layers: list[messages.LayerFacts] = []
+        self.connection: Connection | None = None
+        self.is_paused = order.is_paused
+        self._policy = order.policy
+        self._export: Export | None = None
+        self._had_bugs = False  # of layers, in an earlier connection or an export
+        self._permit = find_permit()
+        self._reactor = reactor
+        self._channel = channel
+        self._on_bug = on_bug
+        self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
+        os.close(fds[0])
+        memories = dict(zip(order.memories, fds[1:], strict=True))
+        self._disk = Disk(order, memories, reactor, channel.keep, channel.drop, on_bug)
+
+    @property
+    def chain(self) -> str:
+        """Return the text of the chain that is open, or would be."""
+        return self._disk.text
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether the chain is open, and not only looked at."""
+        return self._disk.chain is not None
+
+    @property
+    def export(self) -> str:
+        """Return the path of the export's socket, nothing where there is no export."""
+        return self._export.path if self._export else ""
+
+    @property
+    def flush_failed(self) -> str:
+        """Return a sentence where a flush failed, of whichever worker."""
+        code = journal.poisoned(self._journal)
+        return describe_failed_flush(code) if code else ""
+
+    def open(self) -> None:
+        """Open the chain; while somebody else has its lock only look at it, if it may wait. Raises: XenbackendError."""
+        try:
+            self.open_chain()
+        except XenbackendError as problem:
+            if not (self.order.may_wait and is_locked(problem)):
+                raise
+            self.layers = self._disk.probe()
+
+    def open_chain(self) -> None:
+        """Open the chain, and export the disk to a device model if that was ordered. Raises: XenbackendError."""
+        chain = self._disk.open()
+        self.layers = self._disk.layers
+        if self.order.export:
+            self._begin_export(self.order.export, chain)
+
+    def serve(self, connect: messages.Connect | None) -> Steps[None]:
+        """Serve a frontend's rings; None: those that a predecessor served. Raises: XenbackendError."""
+        if self.connection is not None:
+            raise DriverError("a frontend is served already", errno=errno.EBUSY)
+        yield from self._end_export()
+        chain = self._opened()
+        agreed = connect or self._recall()
+        if connect is not None:
+            journal.AGREED.write(self._journal, None)
+        connection = Connection(
+            Peer(open_host(self.order.host), self.order.frontend_domid, agreed, is_inherited=connect is None),
+            Below(chain.geometry, chain.submit, self._disk.files.kick),
+            self._reactor,
+            self._journal,
+            self._channel,
+            Poller(self.order.poll_us * 1000, self._permit),
+            Policy(self._policy),
+        )
+        if self._had_bugs:
+            connection.engine.expect_strays()
+        if self.is_paused:
+            connection.engine.hold(Hold.PAUSE)
+        try:
+            self._wire(chain, connection)
+        except BaseException:
+            connection.close(hands_over=True)
+            raise
+        self.connection = connection
+
+    def check(self, question: messages.Swap) -> list[str]:
+        """Return the layers of another chain. Raises: XenbackendError where it cannot take the place of this one."""
+        self._opened()
+        return self._disk.check_successor(question.chain, replaces=question.replaces)
+
+    def exchange(self, text: str) -> Steps[None]:
+        """Serve through another chain, which was checked.
+
+        Raises: XenbackendError, where the former chain goes on; NoChainLeft.
+        """
+        connection = self.connection
+        if connection is not None:
+            yield connection.quiet(Hold.SWAP)
+        code = yield from self._flush()
+        if code:
+            if connection is not None:
+                connection.engine.flush_failed(code)
+            self._go_on(connection)
+            raise DriverError(_describe(code), errno=code)
+        try:
+            self._disk.exchange(text)
+        except XenbackendError:
+            raise
+        except Exception as problem:  # the former chain could not be opened again, or a layer's bug (D8)
+            raise NoChainLeft(str(problem)) from problem
+        finally:
+            self._go_on(connection)
+
+    def branch(self, file: str, image_format: str) -> str:
+        """Make an image over the one that is written to, and return the chain with it. Raises: ConfigError, OSError."""
+        from xenbackend.worker.leaf import make_leaf  # late: most workers never need it
+
+        return make_leaf(self._opened(), file, image_format)
+
+    def pause(self, then: Callable[[], None]) -> None:
+        """Take nothing from the rings, and call `then` when nothing is in flight."""
+        self.is_paused = True
+        if self.connection is None:
+            then()
+        else:
+            self.connection.engine.hold(Hold.PAUSE, then)
+
+    def resume(self) -> None:
+        """Serve on after a pause, or a flush that failed; what failed is tried again now."""
+        self.is_paused = False
+        journal.poison(self._journal, 0)
+        if self.connection is not None:
+            self.connection.resume()
+
+    def set_policy(self, policy: str) -> None:
+        """Go by another policy. Raises: ConfigError."""
+        parsed = Policy(policy)
+        self._policy = policy
+        if self.connection is not None:
+            self.connection.engine.retries.policy = parsed
+
+    def control(self, command: messages.Command) -> bytes:
+        """Do an operator's verb at a layer. Raises: DriverError; whatever a layer's bug raises."""
+        return self._opened().control(command.layer, command.verb, command.arguments)
+
+    def leave(self, *, hands_over: bool = False, ends: bool = False) -> Steps[None]:
+        """Drain, make everything durable, unmap. With `hands_over` a successor finds what is held, and what was agreed.
+
+        `ends`: the worker ends; where its last flush fails, a guest that goes on with a successor has lost something.
+        """
+        yield from self._end_export()
+        connection = self.connection
+        if connection is None:
+            return
+        yield connection.quiet(Hold.END)
+        code = yield from self._flush()
+        if code and ends:
+            connection.engine.flush_failed(code)
+        elif code:
+            self._channel.alarm(_describe(code))
+        self._had_bugs |= connection.engine.bugs > 0
+        self.connection = None
+        try:
+            connection.close(hands_over=hands_over)
+        except Exception as bug:  # whatever goes wrong now, the chain has to be closed and the image let go
+            self._on_bug(bug)
+        if not hands_over:
+            journal.AGREED.write(self._journal, None)
+
+    def close(self) -> None:
+        """Close the chain and release everything. Raises: what the first layer that failed raised."""
+        self.layers = []
+        self._disk.close()
+
+    def publish_counters(self) -> None:
+        """Bring the counters' page up to date, which is done once a second anyhow."""
+        if self.connection is not None:
+            self.connection.publish_counters()
+
+    def count_bug(self, bug: Exception) -> str:
+        """Count a bug, and return the text of the layer that it came out of, if it was one."""
+        if self.connection is not None:
+            self.connection.engine.bugs += 1  # which is published
+        else:
+            self._journal[: counters.SIZE].cast("Q")[counters.INDEX["bugs"]] += 1
+        return self._disk.chain.blame(bug) if self._disk.chain else ""
+
+    def _opened(self) -> Chain:
+        if self._disk.chain is None:
+            raise DriverError("the chain is not open", errno=errno.ENODEV)
+        return self._disk.chain
+
+    def _go_on(self, connection: Connection | None) -> None:
+        """Serve through the chain that is open now, if one is."""
+        if self._disk.chain is None:
+            return
+        self.layers = self._disk.layers
+        if connection is not None:
+            self._wire(self._disk.chain, connection)  # first, so that a successor knows before a request goes there
+            connection.go_on_through(self._disk.chain)
+
+    def _wire(self, chain: Chain, connection: Connection) -> None:
+        """Let the chain answer to a connection, and leave to a successor what is served, and how."""
+        chain.contain = connection.engine.contain
+        chain.complete = connection.engine.finish
+        agreed = {"chain": self._disk.text, "connect": codec.as_fields(connection.agreed)}
+        journal.AGREED.write(self._journal, agreed)
+
+    def _recall(self) -> messages.Connect:
+        """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
+        try:
+            noted = journal.AGREED.read(self._journal) or {}
+            agreed: messages.Connect = codec.restore(messages.Connect, noted.get("connect"))
+        except codec.NotAMessage as error:  # or what a predecessor left there is none
+            sentence = "the journal does not know what was agreed with the frontend"
+            raise DriverError(sentence, errno=errno.ENODATA) from error
+        return agreed
+
+    def _begin_export(self, path: str, chain: Chain) -> None:
+        """Offer the disk to a device model; without that the guest can still use it by its own driver."""
+        from xenbackend.worker.export import Export  # late: most workers never need it
+
+        try:
+            self._export = Export(path, chain, self._reactor, self._disk.files.kick, self._channel, self._on_bug)
+        except OSError as error:
+            self._channel.alarm(f"{path}: no device model can boot from this disk: {error.strerror or error}")
+
+    def _end_export(self) -> Steps[None]:
+        """Let nobody but the worker be above the chain (D10)."""
+        export = self._export
+        if export is not None:
+            yield lambda done: export.close(partial(done, 0))
+            # The device model's own last flush finds nobody any more, so it is ours to do.
+            code = yield from self._flush()
+            if code:
+                self._channel.alarm(_describe(code))
+            self._had_bugs |= export.had_bugs
+            self._export = None
+
+    def _flush(self) -> Steps[int]:
+        """Make everything durable that was acknowledged; return the errno, 0 for done."""
+        try:
+            yield self._disk.flush
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+
+def _describe(code: int) -> str:
+    """Return a sentence about a last flush that failed, which can be answered to nobody."""
+    return f"the last flush failed: {os.strerror(code)}"
