@@ -212,6 +212,8 @@ class World:
         """Let the next service find what is there; it hears what was said meanwhile."""
         life = self._life
         self._begin(has_past=True)
+        if self.is_running:  # `Inherited` says it
+            self.device = Device(PATH, Limits())
         self.is_away = False
         self._life = self._seen = life
         unheard, self.unheard = self.unheard, []

@@ -366,12 +366,17 @@ def test_a_failed_flush_is_an_error_until_the_next_connection() -> None:
     world = connected()
     world.say(flush_failed="a flush failed")
     failed = world.device.error
-    world.theirs = S.INITIALISING
-    world.settle()
+    for world.theirs in (S.CLOSED, S.INITIALISING):
+        world.settle()
+    lost = (world.lost, world.device.error)
     world.theirs = S.INITIALISED
-    world.settle()
+    world.see()
+    joining = (world.inbox[:], world.device.error)
+    world.answer()
 
-    assert ("a flush failed", "", "4") == (failed, world.device.error, world.state)
+    assert ("a flush failed", ("", "a flush failed")) == (failed, lost)
+    assert (["connect"], "") == joining
+    assert ("", "4") == (world.device.error, world.state)
 
 
 def test_a_disk_that_grew_is_told_to_the_guest() -> None:
@@ -560,3 +565,54 @@ def test_every_standing_counts() -> None:
     assert ("write: no room", True) == troubled
     assert ("ring 0 was stopped: bad index", True) == halted
     assert ("", False) == (world.device.error, world.device.is_paused)
+
+
+def test_a_frontend_that_is_served_before_it_says_connected_is_served_on() -> None:
+    """A toolstack that writes Closing before the frontend has come to Connected takes no rings away."""
+    world = World()
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.settle()
+    assert world.node is not None
+    world.node["state"] = "5"
+    world.settle()
+
+    assert ("5", Phase.SERVING) == (world.state, world.device.phase)
+
+
+def test_a_frontend_that_let_go_without_a_word_has_no_rings() -> None:
+    """A frontend that goes back to InitWait is disconnected, and is nobody's guest until it offers rings again."""
+    world = connected()
+    world.theirs = S.INIT_WAIT
+    world.settle()
+    world.send(events.Seen(world.node, S.INITIALISED))
+
+    assert (Phase.CONNECTING, False) == (world.device.phase, world.device.is_waited_for())
+
+
+def test_keys_that_become_bad_do_not_keep_a_vbd_from_going_away() -> None:
+    """Nobody serves the guest then, so nobody waits for it to close; until then it is not let down."""
+    world = connected()
+    assert world.node is not None
+    world.node["mode"] = "rw"
+    world.settle()
+    before = (world.state, world.is_running, "mode" in world.device.error)
+    remove(world)
+    world.settle()
+
+    assert (("4", False, True), "6") == (before, world.state)
+
+
+def test_each_try_to_connect_has_its_own_time() -> None:
+    """A try that was put off, because xenstore was away, takes nothing from the next one."""
+    world = World()
+    world.settle()
+    world.theirs = S.INITIALISED
+    world.see()
+    limits = [world.limit]
+    world.inbox.clear()
+    world.send(events.Postponed())
+    limits.append(world.limit)
+    world.see()
+
+    assert ([60.0, None, 60.0], ["connect"]) == ([*limits, world.limit], world.inbox)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.supervisor.world import NODE, World, connected, remove
+from tests.supervisor.world import IDLE, NODE, World, connected, remove
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
@@ -46,6 +46,7 @@ def test_workers_that_die_in_vain_come_later_and_later() -> None:
     world.settle()
 
     assert [None, 0.1, 0.3, 1.0, 2.0, 5.0, None] == rests
+    assert "hotplug-error" not in (world.node or {})
     assert ("4", Phase.NONE) == (world.state, world.device.phase)
     assert "died, 7 in a row; `xenbackend resume` starts another one" == world.device.error
     world.send(events.Resume())
@@ -140,6 +141,35 @@ def test_failures_to_open_do_not_count_as_deaths() -> None:
     assert (Phase.RESTING, 0.1) == (world.device.phase, world.limit)
 
 
+def test_an_image_that_comes_and_goes_is_looked_for_at_once_each_time() -> None:
+    """Failures before the last time that the disk was served make no pause longer."""
+    world = connected()
+    for _ in range(2):
+        world.cannot = "no such file"
+        world.die("died", has_progressed=True)
+        world.answer()
+        world.answer()
+        assert (["open"], Phase.OPENING) == (world.inbox, world.device.phase)  # not after a rest
+        world.answer()
+        world.answer()
+        assert (Phase.RESTING, 0.1) == (world.device.phase, world.limit)
+        world.cannot = ""
+        world.settle()
+
+
+def test_what_a_worker_suffered_from_ends_with_it() -> None:
+    """Its successor may be luckier; the layers stay those that it is to open again."""
+    world = connected()
+    world.say(trouble="write: no room")
+    world.die("died", has_progressed=True)
+    assert "died" == world.device.error
+    world.answer()
+    world.answer()
+    world.die("died", has_progressed=True)
+
+    assert ("died", ["null:1G"]) == (world.device.error, [each.text for each in world.device.layers])
+
+
 def test_a_removal_is_finished_without_another_look() -> None:
     """A worker that dies while its vbd is removed leaves Closed behind at once: no watch would fire any more."""
     world = connected()
@@ -199,6 +229,8 @@ def test_a_failed_flush_stays_one_when_its_worker_dies() -> None:
     world.say(flush_failed="a flush failed")
     world.die("died")
     assert "a flush failed" == world.lost
+    world.send(IDLE)  # it has not looked into the journal yet
+    assert "a flush failed" == world.device.error
     for _ in range(6):
         world.die("died")
         world.rest()

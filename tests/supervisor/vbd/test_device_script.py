@@ -82,13 +82,15 @@ def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, 
     device.handle(events.Seen(dict(NODE), S.INITIALISING))
     device.handle(events.Called())
     device.handle(replace(IDLE, stage=Stage.OPEN, layers=[LAYER], export="/run/x.sock"))
-    offered = dict(device.keys or {})
+    offered, may_boot = dict(device.keys or {}), device.may_boot
     device.handle(events.Seen(offered, S.INITIALISED))
     device.handle(replace(IDLE, stage=Stage.SERVING, layers=[LAYER]))
 
     assert at == offered["physical-device-path"]
     assert "4" == (device.keys or {})["state"]
     assert "physical-device-path" not in (device.keys or {})
+    device.handle(events.Seen({**(device.keys or {}), "state": "2"}, S.INITIALISING))
+    assert (True, False) == (may_boot, device.may_boot)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("vbd", None), ("vbd3", "4711")])

@@ -147,7 +147,11 @@ def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
     world = World()
     world.see()
     world.inbox.clear()
+    world.say(chain="null:1G")
     world.replace_service()
+    world.see()
+    world.answer()
+    assert [events.Close()] == world.inbox
     world.settle()
 
     assert ("2", Phase.OPEN, "connected") == (world.state, world.device.phase, world.device.hotplug)

@@ -119,3 +119,12 @@ def test_an_exchange_that_was_known_before_the_first_look_counts() -> None:
     sight.look(Seen(SERVED, S.CONNECTED))
 
     assert ("null:2G", "null:2G") == (sight.params, sight.spec and sight.spec.chain)
+
+
+def test_params_of_a_node_that_is_being_made_are_its_own() -> None:
+    """While our state is Initialising the toolstack has just written them."""
+    sight = Sight(PATH, has_past=False)
+    sight.exchange(Exchanged("null:1G", "null:2G"))
+    sight.look(Seen(dict(NODE), S.CONNECTED))
+
+    assert (None, "null:1G") == (sight.params, sight.spec and sight.spec.chain)

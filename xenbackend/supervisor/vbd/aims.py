@@ -101,7 +101,7 @@ class Aims:
             closed = _S.CLOSED if has_ended else ours
             return _S.CLOSING if self.is_live() else closed
         if self._reasons[Reason.GIVEN_UP] and not self.is_waited_for():
-            return _S.CLOSED if has_ended else ours
+            return _S.CLOSED
         match self.step():
             case Step.OFFER | Step.RESTART if self.worker.phase not in ATTACHED:
                 return _S.INIT_WAIT

@@ -41,7 +41,7 @@ from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.aims import Aims, WorkerFacts
 from xenbackend.supervisor.vbd.backoff import Backoff
-from xenbackend.supervisor.vbd.negotiation import LOST
+from xenbackend.supervisor.vbd.negotiation import EXPORT, LOST
 from xenbackend.supervisor.vbd.phase import (
     FAILURES,
     FORCED_LIMIT_S,
@@ -138,8 +138,12 @@ class Device:
 
     @property
     def may_boot(self) -> bool:
-        """True while no frontend was ever connected, as far as the store tells."""
-        return self.ours in (_S.UNKNOWN, _S.INITIALISING, _S.INIT_WAIT)
+        """True while no frontend was ever connected, as far as the store tells.
+
+        What a device model finds stands there from when the chain is first open until a frontend is connected.
+        """
+        was_open = self.hotplug == "connected" and EXPORT not in (self.keys or {})
+        return self.ours in (_S.UNKNOWN, _S.INITIALISING, _S.INIT_WAIT) and not was_open
 
     @property
     def error(self) -> str:

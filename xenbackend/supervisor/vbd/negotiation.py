@@ -24,6 +24,7 @@ from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 
 STATUS = "hotplug-status"
 LOST = "flush-failed"
+EXPORT = "physical-device-path"
 _ERROR = "hotplug-error"
 _SEGMENTS = "feature-max-indirect-segments"
 
@@ -61,7 +62,7 @@ def keys_for(view: View, keys: Mapping[str, str]) -> dict[str, str | None]:
     elif view.layers:
         url = export_url(view.kind, view.export)
         wanted |= publish_at_connect(disk_of(view.layers[0], view.spec, keys))
-        wanted |= {_ERROR: None, STATUS: "connected", "physical-device-path": url}
+        wanted |= {_ERROR: None, STATUS: "connected", EXPORT: url}
     if view.kind == "vbd3" and view.pid:
         wanted["kthread-pid"] = str(view.pid)
     if not view.has_come:
