@@ -10,17 +10,17 @@ from tests.supervisor.world import LAYER
 from xenbackend.blkif.features import Frontend, FrontendRing, Limits
 from xenbackend.protocol import messages
 from xenbackend.supervisor.vbd.events import Join
-from xenbackend.supervisor.vbd.negotiation import View, connect_of, disk_of, export_url, join_of, keys_for
+from xenbackend.supervisor.vbd.negotiation import connect_of, disk_of, export_url, join_of, keys_for
 from xenbackend.supervisor.vbd.spec import Spec
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 
-SERVES = Spec("null:1G", read_only=False, shareable=False, cdrom=False, removable=False)
-VIEW = View("vbd", 0, Limits(), SERVES, [LAYER], export="", problem="", flush_failed="", has_come=True)
+LIMITS = Limits()
+DISK = disk_of(LAYER, None, {})
 
 
 def test_a_disk_that_is_open_is_published() -> None:
     """Whoever looks finds what the guest may ask for, the disk's size, and that the script is answered."""
-    keys = keys_for(VIEW, {"hotplug-error": "of a former try"})
+    keys = keys_for({"hotplug-error": "of a former try"}, LIMITS, disk=DISK)
 
     assert ("connected", "2097152", "256") == (
         keys["hotplug-status"], keys["sectors"], keys["feature-max-indirect-segments"]
@@ -30,7 +30,7 @@ def test_a_disk_that_is_open_is_published() -> None:
 
 def test_a_disk_that_is_not_open_yet_has_no_size() -> None:
     """Only what we can do at all stands there before."""
-    keys = keys_for(replace(VIEW, layers=[]), {})
+    keys = keys_for({}, LIMITS)
 
     assert not {"sectors", "hotplug-status", "hotplug-error"} & keys.keys()
     assert "4" == keys["multi-queue-max-queues"]
@@ -38,8 +38,8 @@ def test_a_disk_that_is_not_open_yet_has_no_size() -> None:
 
 def test_a_problem_is_told_to_the_script_once_it_has_come() -> None:
     """The sentence stands there at once, within the quota of a value; a status nobody asked for does not."""
-    early = keys_for(replace(VIEW, problem="x" * 5000, has_come=False), {})
-    told = keys_for(replace(VIEW, problem="x"), {})
+    early = keys_for({}, LIMITS, disk=DISK, problem="x" * 5000, has_come=False)
+    told = keys_for({}, LIMITS, disk=DISK, problem="x")
 
     assert ("x" * SENTENCE_MAX, False) == (early["hotplug-error"], "hotplug-status" in early)
     assert ("x", "error", False) == (told["hotplug-error"], told["hotplug-status"], "sectors" in told)
@@ -48,14 +48,14 @@ def test_a_problem_is_told_to_the_script_once_it_has_come() -> None:
 @pytest.mark.parametrize(("state", "is_kept"), [("1", False), ("2", False), ("4", True), ("5", True)])
 def test_what_a_connected_frontend_was_offered_stays(state: str, *, is_kept: bool) -> None:
     """A service with other limits changes nothing for a frontend that goes by what it read."""
-    keys = keys_for(VIEW, {"state": state, "feature-max-indirect-segments": "16"})
+    keys = keys_for({"state": state, "feature-max-indirect-segments": "16"}, LIMITS, disk=DISK)
 
     assert is_kept == ("feature-max-indirect-segments" not in keys)
 
 
 def test_a_failed_flush_stands_there() -> None:
     """So that a service which finds nothing else of the disk's past knows of it."""
-    assert "x" == keys_for(replace(VIEW, flush_failed="x"), {})["flush-failed"]
+    assert "x" == keys_for({}, LIMITS, flush_failed="x")["flush-failed"]
 
 
 @pytest.mark.parametrize(("kind", "url"), [("vbd", "nbd+unix:///?socket=/run/x"), ("vbd3", "/run/x")])

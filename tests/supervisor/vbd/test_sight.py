@@ -90,15 +90,15 @@ def test_params_are_wanted_while_they_are_what_they_were() -> None:
     """Then the toolstack's key stays, whoever has written it."""
     sight = seen({**SERVED, "params": "null:2G"})
     sight.exchange(Exchanged("null:2G", "null:3G"))
-    wanted = (sight.params, sight.spec and sight.spec.chain, sight.is_following)
+    wanted = (sight.params, sight.spec and sight.spec.chain)
     sight.look(Seen({**SERVED, "params": "null:2G"}, S.CONNECTED))
-    still = (sight.params, sight.spec and sight.spec.chain, sight.is_following)
+    still = (sight.params, sight.spec and sight.spec.chain)
     sight.look(Seen({**SERVED, "params": "null:3G"}, S.CONNECTED))
-    done = (sight.params, sight.spec and sight.spec.chain, sight.is_following)
+    done = (sight.params, sight.spec and sight.spec.chain)
     sight.look(Seen({**SERVED, "params": "null:2G"}, S.CONNECTED))
 
-    assert ("null:3G", "null:3G", True) == wanted == still
-    assert (None, "null:3G", False) == done
+    assert ("null:3G", "null:3G") == wanted == still
+    assert (None, "null:3G") == done
     assert (None, "null:2G") == (sight.params, sight.spec and sight.spec.chain)
 
 
@@ -109,7 +109,9 @@ def test_a_chain_that_was_put_back_is_no_riddle() -> None:
     sight.exchange(Exchanged("null:2G", "null:1G"))
     sight.look(Seen(SERVED, S.CONNECTED))
 
-    assert (None, False) == (sight.params, sight.is_following)
+    assert sight.params is None
+    sight.look(Seen({**SERVED, "params": "null:2G"}, S.CONNECTED))
+    assert (None, "null:2G") == (sight.params, sight.spec and sight.spec.chain)
 
 
 def test_an_exchange_that_was_known_before_the_first_look_counts() -> None:

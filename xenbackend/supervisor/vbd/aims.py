@@ -11,7 +11,7 @@ from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import STEPS, Step, XenbusState
 from xenbackend.protocol import messages
 from xenbackend.supervisor.vbd.events import Join
-from xenbackend.supervisor.vbd.negotiation import View, join_of, keys_for
+from xenbackend.supervisor.vbd.negotiation import disk_of, export_url, join_of, keys_for
 from xenbackend.supervisor.vbd.phase import ATTACHED, USABLE, Goal, Phase
 from xenbackend.supervisor.vbd.reasons import Reason, Reasons
 from xenbackend.supervisor.vbd.sight import Sight
@@ -80,19 +80,18 @@ class Aims:
         params: dict[str, str | None] = {"params": sight.params} if sight.params else {}
         if not sight.is_online:
             return params
+        is_usable = worker.phase in USABLE and bool(worker.layers)
         given_up = "" if self.is_waited_for() else reasons[Reason.GIVEN_UP]
-        view = View(
-            kind=kind,
-            pid=self._pid,
-            limits=self._limits,
-            spec=worker.serves,
-            layers=worker.layers if worker.phase in USABLE else [],
-            export=worker.export,
+        wanted = keys_for(
+            sight.keys or {},
+            self._limits,
+            disk=disk_of(worker.layers[0], worker.serves, sight.keys or {}) if is_usable else None,
+            export=export_url(kind, worker.export),
             problem=reasons[Reason.CANNOT_OPEN] or reasons[Reason.BAD_KEYS] or given_up,
             flush_failed=reasons[Reason.FLUSH_FAILED],
             has_come=sight.has_come,
         )
-        return {**keys_for(view, sight.keys or {}), **params}
+        return {**wanted, **params, **({"kthread-pid": str(self._pid)} if kind == "vbd3" and self._pid else {})}
 
     def state(self) -> XenbusState:
         """Return the state that we should show now, given how far the worker is."""

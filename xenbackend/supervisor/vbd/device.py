@@ -117,11 +117,6 @@ class Device:
         return self._sight.is_over
 
     @property
-    def is_following(self) -> bool:
-        """True while ``params`` may not name the chain in service yet: the next service has to know of `Exchanged`."""
-        return self._sight.is_following
-
-    @property
     def is_adopting(self) -> bool:
         """True while an inherited worker has not said where it stands."""
         return self.phase is Phase.ADOPTING

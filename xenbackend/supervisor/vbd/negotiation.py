@@ -5,8 +5,7 @@ Must not know how far a worker is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from xenbackend.blkif.features import (
     MAX_SEGMENTS,
@@ -29,43 +28,35 @@ _ERROR = "hotplug-error"
 _SEGMENTS = "feature-max-indirect-segments"
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a vbd's published keys depend on, beside its own keys.
+def keys_for(
+    keys: Mapping[str, str],
+    limits: Limits,
+    *,
+    disk: Disk | None = None,
+    export: str | None = None,
+    problem: str = "",
+    flush_failed: str = "",
+    has_come: bool = True,
+) -> dict[str, str | None]:
+    """Return what should stand in a backend's directory that holds `keys`, but for our state; None: nothing.
 
-    pid            the service's, by which `xentop` finds the counters; 0: it does not
-    spec, layers   what the worker serves; no layers while it has not opened them
-    export         path of the socket on which it serves a device model, empty where none is
-    problem        why there is no disk to be told of, empty where there is one
-    flush_failed   which flush failed, empty while none did
-    has_come       the toolstack's script has come, so it may be answered
+    Args:
+        keys: of the directory.
+        limits: of what we offer.
+        disk: as the guest sees it, None while it is not open.
+        export: what leads a device model to it, as `export_url` returns it.
+        problem: why there is no disk to be told of, empty where there is one.
+        flush_failed: which flush failed, empty while none did.
+        has_come: the toolstack's script has come, so it may be answered.
     """
-
-    kind: str
-    pid: int
-    limits: Limits
-    spec: Spec | None
-    layers: Sequence[messages.LayerFacts]
-    export: str
-    problem: str
-    flush_failed: str
-    has_come: bool
-
-
-def keys_for(view: View, keys: Mapping[str, str]) -> dict[str, str | None]:
-    """Return what should stand in a backend's directory that holds `keys`, but for our state; None: nothing."""
-    wanted: dict[str, str | None] = {**publish_at_probe(view.limits), LOST: view.flush_failed[:SENTENCE_MAX] or None}
+    wanted: dict[str, str | None] = {**publish_at_probe(limits), LOST: flush_failed[:SENTENCE_MAX] or None}
     if parse_state(keys.get("state")) in (XenbusState.CONNECTED, XenbusState.CLOSING) and _SEGMENTS in keys:
         del wanted[_SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
-    if view.problem:
-        wanted |= {_ERROR: view.problem[:SENTENCE_MAX], STATUS: "error"}
-    elif view.layers:
-        url = export_url(view.kind, view.export)
-        wanted |= publish_at_connect(disk_of(view.layers[0], view.spec, keys))
-        wanted |= {_ERROR: None, STATUS: "connected", EXPORT: url}
-    if view.kind == "vbd3" and view.pid:
-        wanted["kthread-pid"] = str(view.pid)
-    if not view.has_come:
+    if problem:
+        wanted |= {_ERROR: problem[:SENTENCE_MAX], STATUS: "error"}
+    elif disk is not None:
+        wanted |= {**publish_at_connect(disk), _ERROR: None, STATUS: "connected", EXPORT: export}
+    if not has_come:
         wanted.pop(STATUS, None)
     return wanted
 

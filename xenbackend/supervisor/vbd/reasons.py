@@ -5,7 +5,6 @@ Must not know how a sentence came about.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 
 
@@ -23,37 +22,21 @@ class Cause(Enum):
 
 
 class Reason(Enum):
-    """The sentences, by rank: who looks is told the first one that there is."""
+    """The sentences: rank (the first one that there is is shown), whether it bars a worker, and what takes it away."""
 
-    CANNOT_OPEN = auto()  # the chain, when the toolstack's script waited for it
-    BAD_KEYS = auto()  # the toolstack's
-    GIVEN_UP = auto()  # too many workers have died one after the other
-    BAD_RINGS = auto()  # the frontend's, which cannot be served
-    FLUSH_FAILED = auto()
-    TROUBLE = auto()  # what the disk could not do and tries again
-    INTERRUPTED = auto()  # how the last worker ended, or why it could not serve; another one follows
-    HALTED = auto()  # which ring the frontend broke
+    CANNOT_OPEN = 1, True, (Cause.RESUME,)  # the chain, when the toolstack's script waited for it
+    BAD_KEYS = 2, True, (Cause.KEYS,)  # the toolstack's
+    GIVEN_UP = 3, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
+    BAD_RINGS = 4, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
+    FLUSH_FAILED = 5, False, (Cause.RESUME, Cause.FRESH)
+    TROUBLE = 6, False, (Cause.ENDED,)  # what the disk could not do and tries again
+    INTERRUPTED = 7, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
+    HALTED = 8, False, (Cause.JOIN,)  # which ring the frontend broke
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What follows from one of them: `bars`: there is no worker meanwhile."""
-
-    bars: bool
-    cleared_by: frozenset[Cause]
-
-
-_C = Cause
-ROWS = {
-    Reason.CANNOT_OPEN: Row(bars=True, cleared_by=frozenset({_C.RESUME})),
-    Reason.BAD_KEYS: Row(bars=True, cleared_by=frozenset({_C.KEYS})),
-    Reason.GIVEN_UP: Row(bars=True, cleared_by=frozenset({_C.RESUME, _C.ANEW})),
-    Reason.BAD_RINGS: Row(bars=False, cleared_by=frozenset({_C.LET_GO})),
-    Reason.FLUSH_FAILED: Row(bars=False, cleared_by=frozenset({_C.RESUME, _C.FRESH})),
-    Reason.TROUBLE: Row(bars=False, cleared_by=frozenset({_C.ENDED})),
-    Reason.INTERRUPTED: Row(bars=False, cleared_by=frozenset({_C.RESUME, _C.ANEW, _C.SERVED})),
-    Reason.HALTED: Row(bars=False, cleared_by=frozenset({_C.JOIN})),
-}
+    def __init__(self, rank: int, bars: bool, cleared_by: tuple[Cause, ...]) -> None:  # noqa: FBT001 - a column
+        self.rank = rank
+        self.bars = bars
+        self.cleared_by = cleared_by
 
 
 class Reasons:
@@ -72,8 +55,8 @@ class Reasons:
 
     def clear(self, cause: Cause) -> None:
         """Take away what this takes away."""
-        for reason, row in ROWS.items():
-            if cause in row.cleared_by:
+        for reason in Reason:
+            if cause in reason.cleared_by:
                 self._said.pop(reason, None)
 
     @property
@@ -84,4 +67,4 @@ class Reasons:
     @property
     def bar(self) -> str:
         """The first sentence because of which there is no worker, empty where there is none."""
-        return next((self[reason] for reason in Reason if self[reason] and ROWS[reason].bars), "")
+        return next((self[reason] for reason in Reason if self[reason] and reason.bars), "")

@@ -86,11 +86,6 @@ class Sight:
         formers, chain = self._follows
         return chain if self.keys.get("params") in formers else None
 
-    @property
-    def is_following(self) -> bool:
-        """True until ``params`` was seen to name the chain in service, or a third one that the toolstack wants."""
-        return self._follows is not None
-
     def look(self, seen: Seen) -> set[Cause]:
         """Take a look at both ends, and return what it takes away of the reasons."""
         self.has_looked = True
