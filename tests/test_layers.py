@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent / "xenbackend"
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
-GROUND = {"units", "errors", "log", "counters"}
+GROUND = {"units", "errors", "disks", "log", "counters"}
 STRANGERS = {"kernel", "blkif", "nbd", "block", "protocol", "journal", "loop"}  # layer 1: they do not know each other
 LAYERS = {
     "units": set(),
     "errors": set(),
+    "disks": {"errors"},
     "counters": set(),
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
@@ -47,7 +48,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "worker/files"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/ledger", "supervisor/service/parent", "worker/files"),
     "importlib": (
         "block/drivers/__init__",
         "cli/image",
@@ -60,6 +61,8 @@ HOMES = {
         "kernel/",
         "rig/",
         "bench/",
+        "supervisor/service/ledger",
+        "supervisor/vbd/handover",
         "worker/env",
         "worker/image",
         "worker/stages",

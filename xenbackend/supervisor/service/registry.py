@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from xenbackend.disks import vdev_to_devid
 from xenbackend.errors import ConfigError, KernelError, StoreError
 from xenbackend.log import get_logger
 from xenbackend.supervisor.service.fleet import Fleet
@@ -28,7 +29,6 @@ from xenbackend.supervisor.xenstore.paths import (
     domain_path,
     parse_backend_path,
     parse_domain_directory,
-    vdev_to_devid,
 )
 from xenbackend.supervisor.xenstore.store import Store
 
