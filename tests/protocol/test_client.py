@@ -1,49 +1,113 @@
-"""The caller's side of the control socket, against servers that misbehave."""
+"""The caller's side of the control socket, against services that do well, take their time, or misbehave."""
 
 from __future__ import annotations
 
-import socket
 import threading
 from pathlib import Path
 
 import pytest
 
-from xenbackend.errors import XenbackendError
-from xenbackend.protocol.client import call
+from tests.answering import answering
+from xenbackend.protocol import client
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.client import ServiceError, call, give_order
+from xenbackend.protocol.codes import Code
+
+SET = {"verb": "set", "vbd": "5/xvda", "chain": "null:1G"}
 
 
-def _call_one_that_says(path: Path, answer: bytes | None, timeout_s: float = 5.0) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TICK_S", 0.01)
 
-        def serve() -> None:
-            near, _ = server.accept()
-            with near:
-                near.recv(1000)
-                if answer is None:
-                    near.recv(1)  # until the caller gives up
-                else:
-                    near.sendall(answer)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            call(str(path), {"verb": "ping"}, timeout_s)
-        finally:
-            thread.join()
+@pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
+def test_a_no_has_code_sentence_and_what_is_known(tmp_path: Path, code: Code) -> None:
+    """Whatever the service answers reaches the caller whole."""
+    answer = Answer(code, {"chain": "null:1G"}, "it cannot be", 17)
+    with (
+        answering(tmp_path / "x", lambda _: answer) as control,
+        pytest.raises(ServiceError, match="cannot be") as caught,
+    ):
+        call(control.path, {"verb": "set"})
+
+    assert answer == caught.value.answer
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence"),
+    ("said", "code", "sentence"),
     [
-        (b'{"error": "there is no vbd 5/xvdz"}\n', "there is no vbd 5/xvdz"),
-        (b"", "closed the connection"),
-        (b'{"data": 1', "closed the connection"),
-        (None, r"did not answer within 0\.05 s"),
+        (b"", Code.GONE, "closed the connection before it answered"),
+        (b'{"version": 1', Code.GONE, "closed the connection before it answered"),
+        (b'{"error": "of another version"}\n', Code.FAILED, "no service of this version; restart it"),
+        (b"[]\n", Code.FAILED, "no service of this version"),
+        (b"\xff\n", Code.FAILED, "no service of this version"),
+        (b'{"version": 1, "code": "what"}\n', Code.FAILED, "no service of this version"),
+        (b'{"version": 1}\n', Code.FAILED, "no service of this version"),
+        (None, Code.UNREACHABLE, r"did not answer within 0\.05 s"),
     ],
 )
-def test_every_failure_is_a_sentence(tmp_path: Path, answer: bytes | None, sentence: str) -> None:
-    """The service's own sentence, a hang-up and silence each reach the caller as one XenbackendError."""
-    with pytest.raises(XenbackendError, match=sentence):
-        _call_one_that_says(tmp_path / "x", answer, timeout_s=0.05 if answer is None else 5.0)
+def test_every_failure_is_a_sentence(tmp_path: Path, said: bytes | None, code: Code, sentence: str) -> None:
+    """A hang-up, silence, and what is no answer each reach the caller as a code and a sentence."""
+    with answering(tmp_path / "x", lambda _: said) as control, pytest.raises(ServiceError, match=sentence) as caught:
+        call(control.path, {"verb": "ping"}, 0.05 if said is None else 5.0)
+
+    assert code is caught.value.answer.code
+
+
+def test_no_service_is_unreachable(tmp_path: Path) -> None:
+    """Where nothing listens nothing was asked, for orders too."""
+    for ask in (lambda path: call(path, SET), lambda path: give_order(path, SET, "5/xvda: set", 1.0)):
+        with pytest.raises(ServiceError, match="systemctl start xenbackend") as caught:
+            ask(str(tmp_path / "none"))
+        assert Code.UNREACHABLE is caught.value.answer.code
+
+
+def test_an_order_waits_as_long_as_the_service_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that is enough for a question ends no order; whoever waits is told that he does."""
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.0)
+    ticks: list[float] = []
+    enough = threading.Event()
+
+    def waiting(waited_s: float) -> None:
+        ticks.append(waited_s)
+        if len(ticks) == 5:
+            enough.set()
+
+    def answer(_: object) -> Answer:
+        enough.wait(20)
+        return Answer(Code.OK, {"chain": "null:1G"}, order=17)
+
+    with answering(tmp_path / "x", answer) as control:
+        given = give_order(control.path, SET, "5/xvda: set", waiting=waiting)
+
+    assert Answer(Code.OK, {"chain": "null:1G"}, order=17) == given
+    assert SET == control.asked[0]
+    assert sorted(ticks) == ticks
+
+
+def test_a_time_limit_is_the_services_to_keep(tmp_path: Path) -> None:
+    """With a time the service is told how long the caller waits, and what it answers then names the order."""
+    answer = Answer(Code.UNDER_WAY, {"chain": "null:2G"}, "it is still under way", 17)
+    with answering(tmp_path / "x", lambda _: answer) as control, pytest.raises(ServiceError) as caught:
+        give_order(control.path, SET, "5/xvda: set", 3.5)
+
+    assert {**SET, "wait": 3.5} == control.asked[0]
+    assert "5/xvda: set is still under way, order 17; see: xenbackend orders 17" == str(caught.value)
+    assert (Code.UNDER_WAY, {"chain": "null:2G"}, 17) == (
+        caught.value.answer.code, caught.value.answer.data, caught.value.answer.order,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "why"), [(b"", "closed the connection"), (None, "did not answer within")])
+def test_an_order_that_was_sent_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes | None, why: str
+) -> None:
+    """A service that ends or hangs after it was given an order may do it all the same: that is no failure."""
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.0)
+    with answering(tmp_path / "x", lambda _: said) as control, pytest.raises(ServiceError, match=why) as caught:
+        give_order(control.path, SET, "5/xvda: set", 0.05)
+
+    assert Code.UNDER_WAY is caught.value.answer.code
+    assert str(caught.value).startswith("5/xvda: set may be under way")
+    assert "xenbackend orders" in str(caught.value)

@@ -30,7 +30,7 @@ def _worker_after_restart(the_service: Service, socket: str) -> int:
     """Write to the disk after a restart, and return the worker that serves it."""
     the_service.restart()
     run("dd", "if=/dev/zero", "of=/dev/xvdq", "bs=64k", "count=16", "oflag=direct")
-    return int(call(socket, {"verb": "status"})["data"][0]["worker"])
+    return int(call(socket, {"verb": "status"}).data[0]["worker"])
 
 
 def test_a_mistake_costs_no_disk(the_service: Service, worker: int) -> None:

@@ -166,7 +166,7 @@ class Machine:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Ask the service over its control socket. Raises: XenbackendError."""
-        return client.call(self.control, request)
+        return client.call(self.control, request).as_json()
 
     def written_ranges(self, vbd: str) -> list[tuple[int, int]]:
         """Return what the `log:` layer of a vbd saw written: (first sector, count). Raises: XenbackendError."""

@@ -39,7 +39,7 @@ def refuse_while_serving(socket: str) -> None:
     if not Path(socket).exists():
         return
     try:
-        served = [each["vbd"] for each in call(socket, {"verb": "status"})["data"]]
+        served = [each["vbd"] for each in call(socket, {"verb": "status"}).data]
     except XenbackendError as problem:
         raise _not_known(problem) from None
     if served:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from xenbackend.errors import ConfigError, DriverError
 from xenbackend.protocol.codes import Code
 
 VERSION = 1
@@ -46,3 +47,8 @@ class Answer:
             str(values.get("error", "")),
             order if type(order) is int else None,
         )
+
+
+def code_of(problem: Exception) -> Code:
+    """Return the code of an error that nobody has given one: whose mistake it is decides."""
+    return Code.INVALID if isinstance(problem, ConfigError | DriverError) else Code.FAILED

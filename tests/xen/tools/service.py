@@ -49,7 +49,7 @@ class Service:
 
     def disks(self) -> list[dict[str, Any]]:
         """Return what `xenbackend status --json` prints, without the second that starting it takes here."""
-        return call(DEFAULT_SOCKET, {"verb": "status"})["data"]
+        return call(DEFAULT_SOCKET, {"verb": "status"}).data
 
     def disk(self, domid: int, vdev: str) -> dict[str, Any]:
         """Return what is known of one disk. Raises: StopIteration where it is not served."""

@@ -1,0 +1,110 @@
+"""A control socket that answers as a test says: the client's other end, without a service."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
+
+Request = dict[str, Any]
+Answering = Callable[[Request], Answer | bytes | None]  # None: it hangs until the client gives up; bytes: as they are
+
+
+class Control:
+    """The socket's path, and what was asked there."""
+
+    def __init__(self, path: Path, answer: Answering) -> None:
+        self.path = str(path)
+        self.asked: list[Request] = []
+        self._answer = answer
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.path)
+        self._socket.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._socket.accept()
+            except OSError:
+                return
+            with near, near.makefile("rb") as stream:
+                request = json.loads(stream.readline())
+                self.asked.append(request)
+                answer = self._answer(request)
+                if isinstance(answer, Answer):
+                    near.sendall(json.dumps(answer.as_json()).encode() + b"\n")
+                elif answer is not None:
+                    near.sendall(answer)
+                else:
+                    stream.readline()
+
+
+@contextmanager
+def answering(path: Path, answer: Answering) -> Iterator[Control]:
+    """Give a control socket."""
+    control = Control(path, answer)
+    try:
+        yield control
+    finally:
+        control.close()
+
+
+DISK = {
+    "vbd": "5/xvda", "node": "vbd/5/51712", "kind": "vbd", "domid": 5, "guest": "mail", "device": "xvda",
+    "chain": "log:|aio:/img", "read_only": False, "state": "Connected", "frontend_state": "Connected",
+    "phase": "serving", "since": 0.0, "paused": False, "paused_by": "", "reason": "", "error": "", "under_way": [],
+    "worker": 12, "worker_since": 0.0, "worker_version": "0.1.0", "needs_upgrade": False, "restarts": 0, "layers": [],
+    "counters": {"reads": 7, "writes": 0, "read_bytes": 0, "written_bytes": 0, "errors": 3, "guest_errors": 0,
+                 "latency_samples": 0, "latency_ns": 0},
+    "latency_histogram": [0] * 48,
+}  # fmt: skip
+LAYER = {
+    "text": "aio:/img", "size": 1 << 30, "sector_size": 512, "read_only": False, "can_flush": True,
+    "can_discard": True, "discard_granularity": 4096, "discard_alignment": 0, "physical_sector_size": 4096,
+    "parent_of": "", "facts": {"file": "/img"},
+}  # fmt: skip
+CHAIN = {"chain": "log:|aio:/img", "layers": [LAYER]}
+ENTRY = {
+    "number": 17, "verb": "set", "vbd": "5/xvda", "who": {"uid": 0, "pid": 33, "command": "xenbackend"},
+    "from": "aio:/img", "to": "log:|aio:/img", "began": 1e9, "ended": 1e9 + 2.5, "code": "ok", "error": "",
+}  # fmt: skip
+_DONE: dict[str, Any] = {
+    "ping": {"pid": 11, "version": "0.1.0", "since": 0.0},
+    "status": [DISK],
+    "orders": [ENTRY],
+    "set": CHAIN,
+    "snapshot": CHAIN,
+    "resize": CHAIN,
+    "pause": {"paused": True},
+    "resume": {"paused": False},
+    "policy": {"policy": "enospc=pause"},
+    "upgrade": {"worker": 13},
+    "stop": {"pid": 11},
+    "command": "8 3\nend\n",
+}
+
+
+def working(request: Request) -> Answer:
+    """Answer as a service does where all is well; each order has the number 17."""
+    verb = str(request["verb"])
+    data = _DONE[verb]
+    if request.get("dry_run"):
+        data = {**CHAIN, "before": ["aio:/img"], "after": ["log:", "aio:/img"]}
+    if request.get("command") not in (None, "get", "peek"):
+        data = "tracking on\ngranularity 512\nsize 1048576\n"
+    return Answer(Code.OK, data, order=None if verb in ("ping", "status", "orders") else 17)
