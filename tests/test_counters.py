@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 
-from xenbackend.counters import BUCKETS, HISTOGRAM, INDEX, NAMES, SIZE, percentile_ns, snapshot
+from xenbackend.counters import BUCKETS, HISTOGRAM, INDEX, NAMES, SIZE, histogram, percentile_ns, snapshot
 
 
 def page_with(buckets: dict[int, int]) -> memoryview:
@@ -65,7 +65,7 @@ def test_snapshot_of_shared_memory() -> None:
 )
 def test_percentiles(buckets: dict[int, int], fraction: float, expected: int) -> None:
     """A percentile is the upper bound of the bucket that it falls into, and 0 where nothing was sampled."""
-    assert expected == percentile_ns(page_with(buckets), fraction)
+    assert expected == percentile_ns(histogram(page_with(buckets)), fraction)
 
 
 def test_any_words_are_counters() -> None:
@@ -79,6 +79,6 @@ def test_any_words_are_counters() -> None:
 def test_buckets_are_powers_of_two() -> None:
     """A sample of n ns counts in bucket n.bit_length(), so that its percentile is above it and at most twice it."""
     for sample in (1, 2, 3, 1000, 1023, 1024, 10**9):
-        bound = percentile_ns(page_with({sample.bit_length(): 1}), 0.5)
+        bound = percentile_ns(histogram(page_with({sample.bit_length(): 1})), 0.5)
 
         assert sample < bound <= 2 * sample

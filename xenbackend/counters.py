@@ -36,13 +36,15 @@ def snapshot(page: memoryview) -> dict[str, int]:
     return {name: words[place] for place, name in enumerate(NAMES)}
 
 
-def percentile_ns(page: memoryview, fraction: float) -> int:
-    """Return the upper bound in ns of the histogram bucket where `fraction` of the samples lie below, 0 without any."""
-    counts = page[:SIZE].cast("Q")[HISTOGRAM : HISTOGRAM + BUCKETS].tolist()
-    wanted = sum(counts) * fraction  # rounded up it may be more than there are
-    seen = bound = 0
-    for place, count in enumerate(counts):
-        if count and (not bound or seen < wanted):
-            bound = 1 << place
+def histogram(page: memoryview) -> list[int]:
+    """Return the latency histogram's buckets; `page` is at least SIZE bytes."""
+    return page[:SIZE].cast("Q")[HISTOGRAM : HISTOGRAM + BUCKETS].tolist()
+
+
+def percentile_ns(buckets: list[int], fraction: float) -> int:
+    """Return the upper bound in ns of the bucket where `fraction` of the samples lie below, 0 without any."""
+    wanted = sum(buckets) * fraction
+    seen = 0
+    for place, count in enumerate(buckets):
         seen += count
     return bound

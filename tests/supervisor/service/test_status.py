@@ -1,20 +1,104 @@
-"""Rates between two pictures of a vbd; what a picture holds is tried in `test_registry.py`."""
+"""What is said of a disk and of the service: the keys that clients go by."""
 
 from __future__ import annotations
 
-from xenbackend.supervisor.service.status import rates
+import os
+import subprocess
+import time
+from types import SimpleNamespace
+from typing import Any
 
-BEFORE = {"worker": 12, "counters": {"reads": 100, "writes": 10, "read_bytes": 4096, "written_bytes": 0}}
-AFTER = {"worker": 12, "counters": {"reads": 300, "writes": 10, "read_bytes": 12288, "written_bytes": 0}}
+from tests.answering import DISK, LAYER
+from xenbackend import __version__, counters
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.protocol.messages import LayerFacts
+from xenbackend.supervisor.service.status import describe, describe_service, started_at
+from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
-def test_rates_are_per_second() -> None:
-    """Each rate is the difference of its counter over the time between the pictures."""
-    assert {"reads": 100.0, "writes": 0.0, "read_bytes": 4096.0, "written_bytes": 0.0} == rates(BEFORE, AFTER, 2.0)
+def vbd(**changes: Any) -> Any:
+    """Return a vbd as far as it is shown, with a worker of this process."""
+    page = memoryview(bytearray(counters.SIZE))
+    page.cast("Q")[counters.INDEX["reads"]] = 7
+    page.cast("Q")[counters.HISTOGRAM + 17] = 3
+    device = SimpleNamespace(
+        spec=SimpleNamespace(read_only=False),
+        ours=XenbusState.CONNECTED,
+        theirs=XenbusState.INITIALISED,
+        phase=SimpleNamespace(value="serving"),
+        error="a flush failed: EIO",
+        reason="flush-failed",
+        layers=[LayerFacts(**LAYER)],
+    )
+    values: dict[str, Any] = {
+        "path": VbdPath("vbd", 0, 5, 51712),
+        "device": device,
+        "worker": SimpleNamespace(pid=os.getpid()),
+        "handover": SimpleNamespace(notes=SimpleNamespace(paused=None)),
+        "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
+        "since": 100.0,
+        "guest": "mail",
+        "restarts": 2,
+        "worker_version": "0.0.1",
+        "counters_page": lambda: page,
+        "chain_in_service": lambda: "aio:/img",
+    }
+    return SimpleNamespace(**values | changes)
 
 
-def test_another_worker_has_other_counters() -> None:
-    """Counters of two processes, or without time between them, give no rate: never a negative or infinite one."""
-    zeros = dict.fromkeys(("reads", "writes", "read_bytes", "written_bytes"), 0.0)
+def test_a_disk_has_the_keys_that_clients_go_by() -> None:
+    """The description has exactly the keys that the command line's tests are given, and docs/json.md lists."""
+    assert set(DISK) == set(describe(vbd()))
+    assert set(DISK["counters"]) <= set(describe(vbd())["counters"])
 
-    assert [zeros, zeros] == [rates(BEFORE, {**AFTER, "worker": 13}, 2.0), rates(BEFORE, AFTER, 0.0)]
+
+def test_what_an_administrator_needs_to_know() -> None:
+    """Whose disk it is, what is in service, what holds it, what is under way, and which worker serves it since when."""
+    known = describe(vbd())
+
+    assert ("5/xvda", "vbd/5/51712", "mail", "aio:/img") == tuple(
+        known[key] for key in ("vbd", "node", "guest", "chain")
+    )
+    assert ("Connected", "Initialised", "serving") == tuple(known[key] for key in ("state", "frontend_state", "phase"))
+    assert ("flush-failed", "a flush failed: EIO") == (known["reason"], known["error"])
+    assert (False, "", 2, [{"order": 17, "verb": "set"}]) == (
+        known["paused"], known["paused_by"], known["restarts"], known["under_way"],
+    )  # fmt: skip
+    assert (os.getpid(), "0.0.1", True) == (known["worker"], known["worker_version"], known["needs_upgrade"])
+    assert known["worker_since"] <= time.time()
+    assert (7, 3) == (known["counters"]["reads"], known["latency_histogram"][17])
+    assert "aio:/img" == known["layers"][0]["layer"]
+    assert "text" not in known["layers"][0]
+
+
+def test_a_pause_is_shown_with_who_made_it() -> None:
+    """Also where nobody knows who did."""
+    by = [describe(vbd(handover=SimpleNamespace(notes=SimpleNamespace(paused=each)))) for each in ("uid 0", "", None)]
+
+    assert [(True, "uid 0"), (True, ""), (False, "")] == [(known["paused"], known["paused_by"]) for known in by]
+
+
+def test_a_disk_without_a_worker() -> None:
+    """Nothing is made up: no counters, no version, and nothing to upgrade."""
+    known = describe(vbd(worker=None, counters_page=lambda: None))
+
+    assert (None, None, "", False) == tuple(
+        known[key] for key in ("worker", "worker_since", "worker_version", "needs_upgrade")
+    )
+    assert ({}, []) == (known["counters"], known["latency_histogram"])
+    assert not describe(vbd(worker_version=__version__))["needs_upgrade"]
+
+
+def test_a_process_has_a_start() -> None:
+    """It is the kernel's word, to a hundredth of a second or two; a process that has gone has none."""
+    before = time.time()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started = started_at(process.pid)
+        process.kill()
+    service = describe_service()
+
+    assert started is not None
+    assert before - 0.1 <= started <= time.time() + 0.1
+    assert started_at(process.pid) is None
+    assert (os.getpid(), __version__) == (service["pid"], service["version"])
+    assert service["since"] <= before

@@ -1,48 +1,68 @@
-"""What is known of each vbd, as plain values for people and scripts, and the rates between two such pictures.
+"""What is known of each disk and of the service, as plain values for people and scripts.
 
 Must not ask a worker: counters are read from the page that it shares, so a worker that hangs is described as well.
+Times are seconds since 1970. docs/json.md says what each key means.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from xenbackend import counters
+from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import name
-from xenbackend.supervisor.vbd.vbd import Vbd
-from xenbackend.supervisor.xenstore.paths import devid_to_vdev
+from xenbackend.disks import devid_to_vdev
 
-_PERCENTILES = (0.5, 0.99, 0.999)
+if TYPE_CHECKING:
+    from xenbackend.supervisor.vbd.vbd import Vbd
 
 
 def describe(vbd: Vbd) -> dict[str, Any]:
-    """Return one vbd; durations in seconds unless the key says ns, times in seconds since 1970."""
-    device, spec = vbd.device, vbd.device.spec
-    page = vbd.counters_page()
+    """Return what is known of one disk."""
+    path, device, paused = vbd.path, vbd.device, vbd.handover.notes.paused
+    page, pid = vbd.counters_page(), vbd.worker.pid if vbd.worker else None
     return {
-        "vbd": str(vbd.path),
-        "kind": vbd.path.kind,
-        "domid": vbd.path.frontend_domid,
-        "device": devid_to_vdev(vbd.path.devid),
-        "chain": spec.chain if spec else "",
-        "read_only": spec.read_only if spec else None,
+        "vbd": path.disk,
+        "node": str(path),
+        "kind": path.kind,
+        "domid": path.frontend_domid,
+        "guest": vbd.guest,
+        "device": devid_to_vdev(path.devid),
+        "chain": vbd.chain_in_service(),
+        "read_only": device.spec.read_only if device.spec else None,
         "state": name(device.ours),
         "frontend_state": name(device.theirs),
         "phase": device.phase.value,
-        "worker": vbd.worker.pid if vbd.worker else None,
         "since": vbd.since,
+        "paused": paused is not None,
+        "paused_by": paused or "",
+        "reason": device.reason,
         "error": device.error,
-        "layers": [asdict(layer) for layer in device.layers],
+        "under_way": [{"order": each.number, "verb": each.verb} for each in vbd.orders.under_way],
+        "worker": pid,
+        "worker_since": None if pid is None else started_at(pid),
+        "worker_version": vbd.worker_version if pid is not None else "",
+        "needs_upgrade": pid is not None and vbd.worker_version != __version__,
+        "restarts": vbd.restarts,
+        "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
         "counters": counters.snapshot(page) if page else {},
-        "latency_ns": {f"{100 * each:g}%": counters.percentile_ns(page, each) for each in _PERCENTILES} if page else {},
+        "latency_histogram": counters.histogram(page) if page else [],
     }
 
 
-def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> dict[str, float]:
-    """Return requests and bytes per second of one vbd between two pictures; zeros where its worker is another one."""
-    names = ("reads", "writes", "read_bytes", "written_bytes")
-    if seconds <= 0 or before.get("worker") != after.get("worker"):
-        return dict.fromkeys(names, 0.0)
-    old, new = before.get("counters", {}), after.get("counters", {})
-    return {each: max(0, new.get(each, 0) - old.get(each, 0)) / seconds for each in names}
+def describe_service() -> dict[str, Any]:
+    """Return what is known of this process; the answer to `ping`."""
+    return {"pid": os.getpid(), "version": __version__, "since": started_at(os.getpid())}
+
+
+def started_at(pid: int) -> float | None:
+    """Return when a process was started, None where it has gone. Source: proc_pid_stat(5), field 22."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return round(time.time() - age_s, 2)
