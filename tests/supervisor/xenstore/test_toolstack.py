@@ -97,11 +97,11 @@ def test_no_service_is_told(toolstack: Store) -> None:
 def test_place_that_is_taken_and_domain_that_is_missing(service: str, toolstack: Store) -> None:
     """A device number in use, and a domain that does not exist, are refused with a sentence."""
     attach(toolstack, Attachment(PATH, "null:1G"), service)
-    with pytest.raises(ConfigError, match="has a device xvda already"):
+    with pytest.raises(ConfigError, match="there is a disk 5/xvda already"):
         attach(toolstack, Attachment(PATH, "null:1G"), service)
     with pytest.raises(ConfigError, match="there is no domain 77"):
         attach(toolstack, Attachment(vbd_path(toolstack, 77, "xvda"), "null:1G"), service)
-    with pytest.raises(XenbackendError, match="has no vbd xvdb"):
+    with pytest.raises(ConfigError, match="there is no disk 5/xvdb of ours"):
         detach(toolstack, vbd_path(toolstack, 5, "xvdb"))
 
 
@@ -111,7 +111,7 @@ def test_disk_in_use_goes_only_with_force(service: str, toolstack: Store, guest:
     offer_ring(guest)
     wait_until_connected(toolstack, PATH, 20)
     guest.write(f"{PATH.frontend}/state", "4")
-    with pytest.raises(XenbackendError, match=r"is still Closing after 0\.1 s"):
+    with pytest.raises(XenbackendError, match=r"our state is Closing after 0\.1 s"):
         detach(toolstack, PATH, 0.1)
     detach(toolstack, PATH, 20, force=True)
 

@@ -21,13 +21,16 @@ from pathlib import Path
 
 from xenbackend.blkif.handshake import XenbusState, name, parse_state
 from xenbackend.block.chain import parse_chain
+from xenbackend.disks import DiskName, devid_to_vdev, vdev_to_devid
 from xenbackend.errors import ConfigError, XenbackendError
-from xenbackend.protocol.client import call
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.client import TICK_S, ServiceError, Waiting, call, give_order
+from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.xenstore.nodes import Nodes
-from xenbackend.supervisor.xenstore.paths import VbdPath, devid_to_vdev, domain_path, libxl_path, vdev_to_devid
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, libxl_path
 from xenbackend.supervisor.xenstore.store import Store
 
-OPEN_TIMEOUT_S = 40.0  # libxl's for a hotplug script
+CONNECT_TIMEOUT_S = 40.0  # libxl's for a hotplug script
 DETACH_TIMEOUT_S = 10.0  # libxl's
 _LOOK_S = 0.01  # between two looks for a device
 _SCRIPT = "/etc/xen/scripts/block-xenbackend"
@@ -54,35 +57,56 @@ def vbd_path(store: Store, domid: int, vdev: str, kind: str = "vbd") -> VbdPath:
     return VbdPath(kind, store.own_domid(), domid, vdev_to_devid(vdev))
 
 
+def find_vbd(store: Store, disk: DiskName) -> VbdPath:
+    """Return the path of a disk, whose domain may be called by its guest's name. Raises: ConfigError, StoreError."""
+    domid = disk.domid
+    if domid is None:
+        domids = [int(each) for each in store.directory("/local/domain") if each.isdigit()]
+        named = [each for each in domids if store.read_optional(f"{domain_path(each)}/name") == disk.domain]
+        if len(named) != 1:  # two of one name are possible while a guest is migrated within its host
+            raise ConfigError(f"there {'are several guests' if named else 'is no guest'} {disk.domain!r}; see: xl list")
+        domid = named[0]
+    return VbdPath(disk.kind or "vbd", store.own_domid(), domid, disk.devid)
+
+
 def attach(
     store: Store,
     wanted: Attachment,
     service: str,
-    timeout_s: float = OPEN_TIMEOUT_S,
+    timeout_s: float | None = None,
     patience_s: float = DETACH_TIMEOUT_S,
-) -> None:
-    """Attach a vbd, and return when its chain is open and the frontend has been told.
+    waiting: Waiting | None = None,
+) -> Answer:
+    """Attach a vbd, and return the service's answer when its chain is open and the frontend has been told.
 
     Args:
         store: the connection.
         wanted: the vbd.
         service: the control socket of the service.
-        timeout_s: how long to wait for the chain to be open.
+        timeout_s: how long to wait for the chain to be open, None for as long as it takes. When the time is up, the
+            service goes on: the guest gets the disk once it is open.
         patience_s: how long to wait for the service to let go of a vbd that could not be opened.
+        waiting: called now and then while the chain is opened.
 
-    Raises: ChainError, and XenbackendError where no service answers, before anything is touched; ConfigError where the
-    domain or the place is not free; XenbackendError with the service's sentence; then everything is removed again.
+    Raises: ChainError, and ServiceError where no service answers, before anything is touched; ConfigError where the
+    domain or the place is not free; ServiceError with the service's sentence; then everything is removed again unless
+    its code is UNDER_WAY.
     """
     parse_chain(wanted.chain)
     store.transact(lambda nodes: _check_place(nodes, wanted))
     call(service, {"verb": "ping"})
     store.transact(lambda nodes: _write_backend(nodes, wanted))
+    request = {"verb": "hotplug", "action": "add", "path": wanted.path.backend}
     try:
-        call(service, {"verb": "hotplug", "action": "add", "path": wanted.path.backend}, timeout_s)
-    except BaseException:
-        _withdraw(store, wanted.path, patience_s)
+        answer = give_order(service, request, f"{wanted.path.disk}: attach", timeout_s, waiting)
+    except BaseException as problem:
+        if isinstance(problem, ServiceError) and problem.answer.code is Code.UNDER_WAY:
+            store.transact(lambda nodes: _write_frontend(nodes, wanted))
+        else:
+            _withdraw(store, wanted.path, patience_s)
         raise
     store.transact(lambda nodes: _write_frontend(nodes, wanted))
+    return answer
 
 
 def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
@@ -95,7 +119,7 @@ def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
         hint = (
             "the guest's blkfront has not answered; in Linux: modprobe xen-blkfront" if state is _S.INIT_WAIT else error
         )
-        raise XenbackendError(f"{path} is not connected: our state is {name(state)}{f' ({hint})' if hint else ''}")
+        raise XenbackendError(f"{path.disk} is not connected: our state is {name(state)}{f' ({hint})' if hint else ''}")
 
 
 def wait_until_there(device: Path, timeout_s: float, pause: Callable[[float], object] | None = None) -> None:
@@ -110,7 +134,14 @@ def wait_until_there(device: Path, timeout_s: float, pause: Callable[[float], ob
         (pause or _pause)(_LOOK_S)
 
 
-def detach(store: Store, path: VbdPath, timeout_s: float = DETACH_TIMEOUT_S, *, force: bool = False) -> None:
+def detach(
+    store: Store,
+    path: VbdPath,
+    timeout_s: float = DETACH_TIMEOUT_S,
+    *,
+    force: bool = False,
+    waiting: Waiting | None = None,
+) -> None:
     """Ask both ends to let go of a vbd, wait, and remove its directories.
 
     Args:
@@ -118,17 +149,21 @@ def detach(store: Store, path: VbdPath, timeout_s: float = DETACH_TIMEOUT_S, *, 
         path: the vbd.
         timeout_s: how long to wait for the backend to say Closed.
         force: take the frontend's directory away first, whatever the guest still does with the disk.
+        waiting: called now and then.
 
-    Raises: XenbackendError when there is no such vbd, or when it is in use and `force` is not given.
+    Raises: ConfigError when there is no such vbd; ServiceError with code UNDER_WAY when it is still in use and `force`
+    is not given.
     """
     store.transact(lambda nodes: _request_removal(nodes, path, force=force))
     node = f"{path.backend}/state"
-    state = parse_state(_wait_for(store, node, lambda state: parse_state(state) in (_S.UNKNOWN, _S.CLOSED), timeout_s))
-    if state not in (_S.UNKNOWN, _S.CLOSED) and not force:
-        raise XenbackendError(
-            f"{path} is still {name(state)} after {timeout_s:g} s: the guest uses it, or no service runs; "
-            "it goes away when the guest lets go, or with --force"
+    ended = (_S.UNKNOWN, _S.CLOSED)
+    state = parse_state(_wait_for(store, node, lambda state: parse_state(state) in ended, timeout_s, waiting))
+    if state not in ended and not force:
+        sentence = (
+            f"{path.disk}: detach is still under way, our state is {name(state)} after {timeout_s:g} s: the guest uses "
+            "the disk, or no service runs; run the same again to go on, with --force whatever the guest does"
         )
+        raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence))
     store.transact(lambda nodes: _remove(nodes, path))
 
 
@@ -158,8 +193,7 @@ def _check_place(nodes: Nodes, wanted: Attachment) -> None:
         raise ConfigError(f"there is no domain {path.frontend_domid}; xl list shows them")
     for taken in (path.backend, path.frontend, wanted.libxl):
         if nodes.directory(taken):
-            vdev = devid_to_vdev(path.devid)
-            raise ConfigError(f"domain {path.frontend_domid} has a device {vdev} already ({taken})")
+            raise ConfigError(f"there is a disk {path.disk} already ({taken})")
 
 
 def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
@@ -194,7 +228,7 @@ def _withdraw(store: Store, path: VbdPath, patience_s: float) -> None:
 def _request_removal(nodes: Nodes, path: VbdPath, *, force: bool) -> None:
     state = nodes.read_optional(f"{path.backend}/state")
     if state is None:
-        raise XenbackendError(f"domain {path.frontend_domid} has no {path.kind} {devid_to_vdev(path.devid)} of ours")
+        raise ConfigError(f"there is no disk {path.disk} of ours; see: xenbackend status")
     if force:
         nodes.remove(path.frontend)
     nodes.write(f"{path.backend}/online", "0")
@@ -213,9 +247,16 @@ def _pause(seconds: float) -> None:
     select.select([], [], [], seconds)
 
 
-def _wait_for(store: Store, node: str, is_enough: Callable[[str | None], bool], timeout_s: float) -> str | None:
+def _wait_for(
+    store: Store,
+    node: str,
+    is_enough: Callable[[str | None], bool],
+    timeout_s: float,
+    waiting: Waiting | None = None,
+) -> str | None:
     """Wait until the node's value is enough, and return the last value seen."""
-    deadline = time.monotonic() + timeout_s
+    begun = time.monotonic()
+    deadline = begun + timeout_s
     store.watch(node, _TOKEN)
     try:
         while not is_enough(value := store.read_optional(node)):
@@ -223,7 +264,8 @@ def _wait_for(store: Store, node: str, is_enough: Callable[[str | None], bool], 
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return value
-                select.select([store.fileno()], [], [], left_s)
+                if not select.select([store.fileno()], [], [], min(left_s, TICK_S))[0] and waiting is not None:
+                    waiting(time.monotonic() - begun)
         return value
     finally:
         store.unwatch(node, _TOKEN)
