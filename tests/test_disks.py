@@ -91,7 +91,7 @@ def test_what_is_no_disk_is_refused(text: str) -> None:
 
 
 def test_a_name_means_one_disk() -> None:
-    """A number is a domain's, whatever a guest is called; a guest's name means its domain; a kind has to be that one."""
+    """A number is a domain's, whatever guests are called; a name means its domain; a kind has to be that one."""
     vbd = ("vbd", 5, 51712)
 
     assert parse_disk("5/xvda").means(*vbd, guest="mail")

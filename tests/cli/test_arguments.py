@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from xenbackend.cli.arguments import duration, size
+from xenbackend.cli.arguments import disk, duration, size
+from xenbackend.cli.main import MODULES, main
 
 
 def test_quantities_are_read_as_everywhere_else() -> None:
@@ -17,9 +18,51 @@ def test_quantities_are_read_as_everywhere_else() -> None:
 
 @pytest.mark.parametrize(
     ("parse", "text", "sentence"),
-    [(size, "64X", "'64X' is not a size; write bytes"), (duration, "nan", "'nan' is not a duration; write a number")],
-)
+    [(size, "64X", "'64X' is not a size; write bytes"), (duration, "nan", "'nan' is not a duration; write a number"),
+     (disk, "foo", "'foo' is not a disk; write it as 5/xvda")],
+)  # fmt: skip
 def test_what_is_wrong_is_said(parse: Callable[[str], object], text: str, sentence: str) -> None:
     """The sentence about a quantity reaches the operator: argparse prints it behind the argument's name."""
     with pytest.raises(argparse.ArgumentTypeError, match=sentence):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "usage", "sentence"),
+    [
+        ("status 5/xvda --frob", "usage: xenbackend status [", "xenbackend status: unknown arguments: --frob; see: "),
+        ("stop --js", "usage: xenbackend stop [", "xenbackend stop: unknown arguments: --js; see: "),
+        ("upgrade 5/xvda 6/xvda", "usage: xenbackend upgrade [", "unknown arguments: 6/xvda"),
+        ("image check qcow2:a b", "usage: xenbackend image check [", "unknown arguments: b"),
+        ("statsu", "usage: xenbackend [", "unknown command 'statsu'; did you mean status?; see: xenbackend --help"),
+        ("--frob", "usage: xenbackend [", "xenbackend: "),
+    ],
+)
+def test_a_command_shows_its_own_usage(
+    capsys: pytest.CaptureFixture[str], line: str, usage: str, sentence: str
+) -> None:
+    """A word too many is told with the usage of the command that has it; no option can be abbreviated."""
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    said = capsys.readouterr().err
+
+    assert 2 == end.value.code
+    assert said.startswith(usage)
+    assert sentence in said
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_command_describes_itself(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """--help, before or after the command or as `help`, has a description, and JSON for all but xl."""
+    texts = []
+    for words in ([name, "--help"], ["help", name]):
+        if name != "xl":
+            with pytest.raises(SystemExit):
+                main(words)
+        texts.append(capsys.readouterr().out)
+
+    assert texts[0] == texts[1]
+    if name != "xl":
+        _, _, below = texts[0].partition("\n\n")
+        assert below[0].isupper()
+        assert "--json" in texts[0] or "COMMAND" in texts[0]

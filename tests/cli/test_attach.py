@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.answering import answering
+from xenbackend.cli.attach import join_place
 from xenbackend.cli.main import main
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.xenstore import toolstack
+from xenbackend.supervisor.xenstore.store import Store
 
 
 def test_a_file_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,20 +43,108 @@ def test_a_timeout_is_a_duration(timeout: str, capsys: pytest.CaptureFixture[str
 
 
 def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A chain, a device or a domain that cannot be meant is exit status 2; a vbd that is not there is 1."""
+    """A chain, a domain or a disk that is not there is exit status 2; a xenstore that is not there is 1."""
     with Xenstored(tmp_path / "store") as xenstored:
         store = ["--store", xenstored.address]
         statuses = [
-            main(["attach", "5", "xvdb", "nosuch:x", *store]),
-            main(["attach", "5", "frob", "null:1G", *store]),
-            main(["attach", "5", "xvdb", "null:1G", *store]),
-            main(["detach", "5", "xvdb", *store]),
-            main(["detach", "5", "xvdb", "--store", str(tmp_path / "none")]),
+            main(["attach", "5/xvdb", "nosuch:x", *store]),
+            main(["attach", "5/xvdb", "null:1G", *store]),
+            main(["attach", "mail/xvdb", "null:1G", *store]),
+            main(["detach", "5/xvdb", *store]),
+            main(["detach", "5/xvdb", "--store", str(tmp_path / "none")]),
         ]
     lines = capsys.readouterr().err.splitlines()
 
-    assert [2, 2, 2, 1, 1] == statuses
+    assert [2, 2, 2, 2, 1] == statuses
     assert "nosuch" in lines[0]
     assert "xenbackend: there is no domain 5; xl list shows them" in lines
-    assert "xenbackend: domain 5 has no vbd xvdb of ours" in lines
+    assert "xenbackend: there is no guest 'mail'; see: xl list" in lines
+    assert "xenbackend: there is no disk 5/xvdb of ours; see: xenbackend status" in lines
     assert "cannot connect" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "joined"),
+    [
+        ("5/xvda null:1G", "5/xvda null:1G"), ("5 xvda null:1G", "5/xvda null:1G"), ("5 51712", "5/51712"),
+        ("--timeout 5 5 xvda", "--timeout 5 5/xvda"), ("--timeout 5 mail/xvda", "--timeout 5 mail/xvda"),
+        ("5 /dev/xvda null:1G", "5/xvda null:1G"), ("5 xvda --timeout 3 7 x", "5/xvda --timeout 3 7 x"), ("5", "5"),
+        ("5 --wait xvda", "5 --wait xvda"), ("--store /x 5 xvda", "--store /x 5/xvda"), ("5 null:1G", "5 null:1G"),
+    ],
+)  # fmt: skip
+def test_a_disk_in_two_words_is_still_understood(words: str, joined: str) -> None:
+    """Domain and device were two words once; nothing else of a command line is taken for that."""
+    assert joined.split() == join_place(words.split())
+
+
+@pytest.fixture
+def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
+    """A xenstore with a guest 5, which is called mail."""
+    with Xenstored(tmp_path / "store") as daemon:
+        daemon.add_domain_socket(5)
+        with Store(daemon.address) as store:
+            store.write("/local/domain/5/name", "mail")
+        yield daemon
+
+
+def paths(xenstored: Xenstored) -> set[str]:
+    """Return all that is there."""
+    return {path for path, *_ in xenstored.dump()}
+
+
+FRONTEND, BACKEND = "/local/domain/5/device/vbd/51728", "/local/domain/0/backend/vbd/5/51728"
+
+
+@pytest.mark.parametrize("name", [["5/xvdb"], ["5", "xvdb"], ["mail/xvdb"]])
+def test_a_disk_is_attached(
+    tmp_path: Path, xenstored: Xenstored, capsys: pytest.CaptureFixture[str], name: list[str]
+) -> None:
+    """However it is called, the answer has one name for it."""
+    with answering(tmp_path / "x", lambda _: Answer(Code.OK)) as control:
+        where = ["--store", xenstored.address]
+        assert 0 == main(["attach", *name, "null:1G", *where, "--socket", control.path])
+        attached = paths(xenstored)
+        assert 0 == main(["detach", *name, "--force", "--timeout", "0", *where])
+
+    assert "attached 5/xvdb\ndetached 5/xvdb\n" == capsys.readouterr().out
+    assert [{"verb": "ping"}, {"verb": "hotplug", "action": "add", "path": BACKEND}] == control.asked
+    assert {FRONTEND, BACKEND} <= attached
+    assert not {FRONTEND, BACKEND} & paths(xenstored)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "is_there"),
+    [
+        (Answer(Code.UNDER_WAY, order=17), 75, True),
+        (Answer(Code.FAILED, sentence="no lock"), 1, False),
+        (b"", 75, True),
+    ],
+)
+def test_an_attach_that_is_not_done_yet_goes_on(
+    tmp_path: Path,
+    xenstored: Xenstored,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Answer | bytes,
+    status: int,
+    is_there: bool,
+) -> None:
+    """When the time is up the guest gets the disk once it is open; what failed is taken back as a whole."""
+    monkeypatch.setattr(toolstack, "_wait_for", lambda *_: None)  # for a service that is none
+    reply = {"ping": Answer(Code.OK), "hotplug": answer}
+    with answering(tmp_path / "x", lambda request: reply[request["verb"]]) as control:
+        where = ["--store", xenstored.address, "--socket", control.path]
+        assert status == main(["attach", "5/xvdb", "null:1G", "--timeout", "2", *where])
+
+    assert 2.0 == control.asked[-1]["wait"]
+    assert is_there == ({FRONTEND, BACKEND} <= paths(xenstored))
+
+
+def test_a_detach_that_waits_for_the_guest_is_under_way(
+    tmp_path: Path, xenstored: Xenstored, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both ends were asked to let go: it happens as soon as the guest does."""
+    with answering(tmp_path / "x", lambda _: Answer(Code.OK)) as control:
+        main(["attach", "5/xvdb", "null:1G", "--store", xenstored.address, "--socket", control.path])
+        assert 75 == main(["detach", "5/xvdb", "--timeout", "0.01", "--store", xenstored.address])
+
+    assert "5/xvdb: detach is still under way, our state is Closing after 0.01 s" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_json_has_the_facts(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert run("--json", "--read-only", f"tap2:delay:|aio:{path}") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["chain"] == f"delay:|aio:{path}"
-    assert ["delay:", f"aio:{path}"] == [layer["text"] for layer in report["layers"]]
+    assert ["delay:", f"aio:{path}"] == [layer["layer"] for layer in report["layers"]]
     assert [(1 << 20, True)] * 2 == [(layer["size"], layer["read_only"]) for layer in report["layers"]]
     assert "mode" in report["layers"][1]["facts"]
 

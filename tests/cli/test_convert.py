@@ -78,6 +78,6 @@ def test_one_bad_file_leaves_all_alone(
 
 
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is named, and the exit status is 1."""
-    assert main(["convert", str(tmp_path / "none.cfg")]) == 1
+    """It is named, and the exit status is that of a mistake."""
+    assert main(["convert", str(tmp_path / "none.cfg")]) == 2
     assert capsys.readouterr().err == f"xenbackend: {tmp_path}/none.cfg: No such file or directory\n"

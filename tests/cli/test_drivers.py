@@ -31,7 +31,7 @@ def test_the_list_has_every_driver(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_list_is_there_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     """With --json each driver comes with its kind and options."""
     assert run("--json") == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["drivers"]}
     assert ("source", "filter") == (rows["aio"]["kind"], rows["delay"]["kind"])
     assert ["file", "cache", "sector"] == [option["name"] for option in rows["aio"]["options"]]
 

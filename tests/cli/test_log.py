@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import selectors
 import struct
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.answering import Control
 from tests.helpers_block import Machine, write
 from xenbackend.block import record
 from xenbackend.block.chain import Chain
@@ -23,7 +21,8 @@ from xenbackend.block.record import Entry, Lost, Session
 from xenbackend.block.request import Op
 from xenbackend.cli import log
 from xenbackend.errors import ConfigError, XenbackendError
-from xenbackend.supervisor.service.server import Reply, Server
+from xenbackend.protocol.answers import Answer, code_of
+from xenbackend.protocol.codes import Code
 
 BEGAN_NS = 1_700_000_000_000_000_000
 ENTRIES = [
@@ -46,16 +45,11 @@ class Service:
     """A control socket whose only verb goes to the layers of one chain."""
 
     def __init__(self, path: Path) -> None:
-        self.path = str(path)
         self.machine = Machine()
         self.chain: Chain = self.machine.open("log:|ram:1M", checked=False)
         self.asked: list[list[str]] = []
-        self._selector = selectors.DefaultSelector()
-        self._server = Server(self.path, self._selector, self._answer, lambda: 0.0)
-        self._stop = os.eventfd(0)
-        self._selector.register(self._stop, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        self._control = Control(path, self._answer)
+        self.path = self._control.path
 
     def write(self, sector: int, count: int) -> None:
         """Let the guest write."""
@@ -63,32 +57,19 @@ class Service:
 
     def close(self) -> None:
         """Stop serving."""
-        os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        self._server.close()
-        self._selector.close()
-        os.close(self._stop)
+        self._control.close()
         self.chain.close()
         self.machine.close()
 
-    def _serve(self) -> None:
-        while True:
-            for key, _ in self._selector.select():
-                if key.fd == self._stop:
-                    return
-                key.data()
-
-    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
+    def _answer(self, request: dict[str, Any]) -> Answer:
         self.asked.append([request["command"], *request["arguments"]])
         if (request["verb"], request["vbd"]) != ("command", "5/xvda"):
-            reply({"error": f"there is no vbd {request['vbd']}"})
-            return
+            return Answer(Code.INVALID, sentence=f"there is no disk {request['vbd']}")
         try:
             data = self.chain.control(request["layer"], request["command"], request["arguments"])
         except XenbackendError as error:
-            reply({"error": str(error)})
-            return
-        reply({"data": data.decode("latin-1")})
+            return Answer(code_of(error), sentence=str(error), order=17)
+        return Answer(Code.OK, data.decode("latin-1"), order=17)
 
 
 @pytest.fixture
@@ -240,7 +221,9 @@ def test_peek_for_scripts(service: Service, capfdbinary: pytest.CaptureFixture[b
     run("peek", "5/xvda", "--socket", service.path, "--binary")
     binary = capfdbinary.readouterr().out
 
-    assert [{"first_sector": 8, "count": 3}, {"first_sector": 100, "count": 1}] == [json.loads(line) for line in lines]
+    assert [{"first_sector": 8, "sectors": 3}, {"first_sector": 100, "sectors": 1}] == [
+        json.loads(line) for line in lines
+    ]
     assert [(8, 3, 0), (100, 1, 0), (0, 0, 0)] == list(struct.iter_unpack("<QII", binary))
 
 
@@ -263,5 +246,5 @@ def test_verbs_print_the_status(service: Service, capsys: pytest.CaptureFixture[
 
 def test_unknown_vbd_is_a_sentence(service: Service) -> None:
     """What the service refuses reaches the operator in its own words."""
-    with pytest.raises(XenbackendError, match="there is no vbd 6/xvda"):
+    with pytest.raises(XenbackendError, match="there is no disk 6/xvda"):
         run("peek", "6/xvda", "--socket", service.path)

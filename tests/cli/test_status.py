@@ -2,84 +2,274 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
-import selectors
-import threading
+import time
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import answering
+from tests.answering import DISK, Control, working
+from xenbackend.cli import status, status_table
 from xenbackend.cli.main import main
-from xenbackend.supervisor.service.server import Server
+from xenbackend.cli.status import COLUMNS, Picture, Speed, speed
+from xenbackend.disks import parse_disk
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 
-VBD = {
-    "vbd": "vbd/5/51712", "kind": "vbd", "domid": 5, "device": "xvda", "chain": "log:|[bold]null:1G",
-    "read_only": False,
-    "state": "Connected", "frontend_state": "Connected", "phase": "serving", "worker": 12, "since": 0.0, "error": "",
-    "layers": [], "counters": {"reads": 7, "errors": 3}, "latency_ns": {"50%": 65536, "99%": 1048576},
-}  # fmt: skip
+
+def disk(**changes: Any) -> dict[str, Any]:
+    """Return a description of a disk, with some of it changed."""
+    return {**deepcopy(DISK), **changes}
+
+
+OTHER = disk(vbd="6/xvdb", node="vbd3/6/51728", kind="vbd3", domid=6, guest="web", device="xvdb", chain="ram:1G")
+
+
+class Service:
+    """A service whose disks a test sets; each look at them takes the next picture, the last one again."""
+
+    def __init__(self) -> None:
+        self.pictures: list[list[dict[str, Any]]] = [[disk(), OTHER]]
+        self.looks = 0
+
+    def answer(self, request: dict[str, Any]) -> Answer:
+        """Answer as the service does."""
+        if request["verb"] == "status":
+            self.looks += 1
+            return Answer(Code.OK, self.pictures.pop(0) if len(self.pictures) > 1 else self.pictures[0])
+        return working(request)
 
 
 @pytest.fixture
-def answering(tmp_path: Path) -> Iterator[str]:
-    """The path of a control socket that knows one vbd."""
-    selector = selectors.DefaultSelector()
-    server = Server(str(tmp_path / "x"), selector, lambda _, reply: reply({"data": [VBD]}), lambda: 0.0)
-    is_over = threading.Event()
-
-    def loop() -> None:
-        while not is_over.is_set():
-            for key, _ in selector.select(0.01):
-                key.data()
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    yield str(tmp_path / "x")
-    is_over.set()
-    thread.join()
-    server.close()
-    selector.close()
+def service() -> Service:
+    """What the service knows."""
+    return Service()
 
 
-def test_json_is_what_the_service_said(answering: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --json a script gets all that is known, unchanged."""
-    assert 0 == main(["status", "--json", "--socket", answering])
-    printed: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
-
-    assert [VBD] == printed
-
-
-def test_table_for_people(answering: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table shows domain, device, chain as it is written, state, worker, latency and errors."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("xenbackend.cli.status._SAMPLE_S", 0.0)
-    assert 0 == main(["status", "--socket", answering])
-    out = capsys.readouterr().out
-
-    for part in ("xvda", "log:|[bold]null:1G", "Connected", "12", "0/s", "0 B/s", "65.5 us", "1.05 ms", " 3 "):
-        assert part in out
+@pytest.fixture
+def control(tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
+    """Its control socket, in a world where nobody sleeps."""
+    monkeypatch.setattr(status, "SAMPLE_S", 0.0)
+    with answering.answering(tmp_path / "x", service.answer) as made:
+        yield made
 
 
-def test_the_table_fits_and_is_safe(
-    answering: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
+    """Return a description as it is once so much more has been counted."""
+    later = deepcopy(known)
+    later["latency_histogram"][17] += counts.get("latency_samples", 0)
+    for name, count in counts.items():
+        later["counters"][name] += count
+    return later
+
+
+def test_json_is_all_that_the_service_knows(control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json a script gets the service and each disk, with nothing added or left out."""
+    assert 0 == main(["status", "--json", "--socket", control.path])
+
+    assert {
+        "version": 1,
+        "service": {"pid": 11, "version": "0.1.0", "since": 0.0},
+        "vbds": [disk(), OTHER],
+    } == json.loads(capsys.readouterr().out)
+
+
+def test_piped_it_is_one_line_for_each_disk(
+    control: Control, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 80 columns no word but the chain is broken, an error stands there whole, and nothing moves the cursor."""
+    """A script finds a word in each column, whatever the terminal's width, and the whole chain in one line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    chain = f"aio:/img/\x1b[2J{'x' * 300}"
+    later = moved(disk(), reads=50, read_bytes=8192, latency_samples=10, latency_ns=1_000_000)
+    service.pictures = [[disk(chain=chain)], [{**later, "chain": chain}]]
+    monkeypatch.setattr(time, "monotonic", lambda: 2.0 * service.looks)
+    monkeypatch.setattr(time, "time", lambda: 7300.0)
+    assert 0 == main(["status", "--socket", control.path])
+    heading, line = capsys.readouterr().out.splitlines()
+
+    assert list(COLUMNS) == heading.split()
+    assert [
+        "5/xvda", "mail", "Connected", "12", "2h", "0.1.0", "0", "25", "0", "4096", "0", "100", "131", "3",
+        rf"aio:/img/\x1b[2J{'x' * 300}",
+    ] == line.split()  # fmt: skip
+
+
+def test_why_a_disk_is_not_served_stands_in_its_line(
+    control: Control, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pause, and whose; what holds the disk; orders that are under way: a word in its column, and the sentence."""
+    paused = disk(paused=True, paused_by="uid 0, pid 7 (bash)", under_way=[{"order": 18, "verb": "set"}])
+    service.pictures = [[paused, {**OTHER, "reason": "flush-failed", "error": "a flush failed: EIO"}]]
+    main(["status", "--socket", control.path])
+    _, first, second = capsys.readouterr().out.splitlines()
+
+    assert "paused" == first.split()[2]
+    assert first.endswith("log:|aio:/img  # paused by uid 0, pid 7 (bash)  # set is under way, order 18")
+    assert "flush-failed" == second.split()[2]
+    assert second.endswith("ram:1G  # a flush failed: EIO")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["5/xvda"], ["5/xvda"]), (["web/xvdb"], ["6/xvdb"]), (["vbd3/6/51728"], ["6/xvdb"]),
+        (["web/xvdb", "mail/xvda"], ["5/xvda", "6/xvdb"]), ([], ["5/xvda", "6/xvdb"]),
+    ],
+)  # fmt: skip
+def test_only_the_disks_that_are_named(
+    control: Control, capsys: pytest.CaptureFixture[str], names: list[str], found: list[str]
+) -> None:
+    """A disk may be named by domain or guest, in any spelling."""
+    assert 0 == main(["status", *names, "--json", "--socket", control.path])
+
+    assert found == [each["vbd"] for each in json.loads(capsys.readouterr().out)["vbds"]]
+
+
+def test_a_disk_that_is_not_served_is_a_mistake(control: Control, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told, with those that are."""
+    assert 2 == main(["status", "7/xvda", "--socket", control.path])
+    assert "there is no disk 7/xvda; served are: 5/xvda, 6/xvdb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "found"), [("disk", "56"), ("reads", "65"), ("chain", "56"), ("guest", "56"),
+                                            ("latency", "65"), ("errors", "56")])  # fmt: skip
+def test_sorting(control: Control, service: Service, capsys: pytest.CaptureFixture[str], key: str, found: str) -> None:
+    """The busiest, slowest or most faulty disk comes first; names are in their order."""
+    other = {**OTHER, "counters": {**OTHER["counters"], "errors": 0}}
+    service.pictures = [[disk(), other], [disk(), moved(other, reads=9, latency_samples=9, latency_ns=9000)]]
+    main(["status", "--sort", key, "--socket", control.path])
+    _, *lines = capsys.readouterr().out.splitlines()
+
+    assert found == "".join(line[0] for line in lines)
+
+
+def test_a_table_on_a_terminal(
+    control: Control, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 80 columns no word but the chain is broken, nothing moves the cursor, and the service has its line."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("xenbackend.cli.status._SAMPLE_S", 0.0)
-    monkeypatch.setitem(VBD, "chain", "aio:/img/\x1b[2J" + 40 * "x")
-    monkeypatch.setitem(VBD, "error", "the worker was ended by SIGKILL")
-    assert 0 == main(["status", "--socket", answering])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    service.pictures = [
+        [disk(chain="[bold]aio:/img/\x1b[2J" + 40 * "x", error="the worker was ended by SIGKILL", restarts=2),
+         {**OTHER, "needs_upgrade": True, "worker_version": "0.0.9"}]
+    ]  # fmt: skip
+    assert 0 == main(["status", "--socket", control.path])
     out = capsys.readouterr().out
 
-    assert "\x1b" not in out
-    for part in ("5/xvda", "Connected", "0 B/s", "1.05 ms", r"\x1b[2J"):
+    assert "\x1b[2J" not in out
+    for part in ("5/xvda", "mail", "Connected", "0 B/s", r"\x1b[2J", "[bold]", "restarts: 2", "6/xvdb"):
         assert part in out
     assert "the worker was ended by SIGKILL" in " ".join(out.split())
+    assert "worker of 0.0.9: xenbackend upgrade 6/xvdb" in " ".join(out.split())
+    assert "service 0.1.0, process 11, up" in out
+    assert "2 disks; 1 of 2 need upgrade: xenbackend upgrade" in " ".join(out.split())
+
+
+def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
+    """Return what the service said at a moment."""
+    return Picture({"pid": 11}, list(disks), at)
+
+
+def shown(before: Picture, after: Picture, room: int | None = None) -> str:
+    """Return the table as a terminal of 100 columns has it."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    args = argparse.Namespace(sort="disk")
+    Console(file=stream, width=100).print(status_table.table(args, before, after, room))
+    return stream.getvalue()
+
+
+def test_the_first_picture_has_no_rates() -> None:
+    """What was never looked at before has a dash and no zero, and so has a disk that has just come."""
+    first = picture(disk())
+    later = picture(moved(disk(), reads=100), OTHER, at=2.0)
+
+    assert "0/s" not in shown(first, first)
+    assert "50/s" in shown(first, later)
+    assert ["-", "-"] == [word for word in shown(first, later).splitlines()[4].split() if word == "-"][:2]
+
+
+def test_a_table_has_no_more_disks_than_room() -> None:
+    """What does not fit on a terminal is left out as a whole."""
+    both = picture(disk(), OTHER)
+
+    assert "6/xvdb" in shown(both, both)
+    assert "6/xvdb" not in shown(both, both, 1)
+
+
+def test_rates_and_latency_are_of_the_interval() -> None:
+    """What a disk did before the first look counts for nothing; a bound is that of a bucket."""
+    before = moved(disk(), reads=10**6, latency_samples=10**6, latency_ns=10**15)
+    after = moved(before, reads=100, writes=20, read_bytes=8192, latency_samples=4, latency_ns=400_000)
+
+    assert Speed({"reads": 50.0, "writes": 10.0, "read_bytes": 4096.0, "written_bytes": 0.0}, 100_000.0, 1 << 17) == (
+        speed(before, after, 2.0)
+    )
+    assert Speed(dict.fromkeys(status.RATES, 0.0)) == speed(after, after, 2.0)
+
+
+def test_counters_that_began_anew_are_no_rate() -> None:
+    """A disk that was attached anew, has no worker, or was not looked at before, has no rate: never a negative one."""
+    known = moved(disk(), reads=100)
+
+    assert {Speed()} == {
+        speed(None, known, 1.0), speed(known, disk(), 1.0), speed(known, known, 0.0),
+        speed(known, disk(counters={}, latency_histogram=[]), 1.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("0", "too short"), ("0.9", "too short"), ("soon", "no")])
+def test_watching_faster_than_counters_change_is_refused(
+    capsys: pytest.CaptureFixture[str], text: str, sentence: str
+) -> None:
+    """Two looks within one sum of the workers' would show nothing, then a jump."""
+    with pytest.raises(SystemExit) as end:
+        main(["status", "--watch", text])
+
+    assert 2 == end.value.code
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_watching_into_a_pipe_is_written_at_once(
+    control: Control, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    """Each look is out before the next one is waited for, until the reader or the operator ends it."""
+    seen: list[str] = []
+    written = io.StringIO()
+    flushed = io.StringIO()
+    monkeypatch.setattr(written, "flush", lambda: (flushed.seek(0), flushed.write(written.getvalue())))
+
+    def sleep(_: float) -> None:
+        seen.append(flushed.getvalue())
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert 0 == main(["status", "--watch", *form, "--socket", control.path])
+
+    assert [1, 2, 3] == [each.count("6/xvdb") for each in seen]
 
 
 def test_no_service_is_told_with_how_to_start_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where nothing listens the operator reads how to start the service, and the exit status is 1."""
     assert 1 == main(["status", "--socket", str(tmp_path / "none")])
     assert "systemctl start xenbackend" in capsys.readouterr().err
+
+
+def test_an_age_is_one_word() -> None:
+    """The largest unit that there is one of; a dash where nobody knows."""
+    assert ["0s", "59s", "2m", "3h", "4d", "-"] == [
+        status.age(1000.0 - each if each is not None else None, 1000.0)
+        for each in (0, 59, 120, 3 * 3600, 4 * 86400, None)
+    ]
+    assert status.chosen([disk()], [parse_disk("5/xvda")])

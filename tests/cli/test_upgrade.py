@@ -30,10 +30,3 @@ def test_stop_ends_everything_in_order(tmp_path: Path) -> None:
         assert (0, 0) == (status, ended)
         assert 0 == held["mappings"]
         frontend.close()
-
-
-def test_without_a_service(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no service runs, both commands say how to start one."""
-    for command in ("stop", "upgrade"):
-        assert 1 == main([command, "--socket", "/nonexistent"])
-        assert "systemctl start xenbackend" in capsys.readouterr().err

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.answering import Answering, answering
 from xenbackend.errors import XenbackendError
 from xenbackend.host import served
 from xenbackend.host.served import control_sockets, refuse_while_serving
+from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import DEFAULT_SOCKET
+from xenbackend.protocol.codes import Code
 
 
-@contextmanager
-def answering(path: Path, answer: dict[str, Any]) -> Iterator[str]:
-    """Answer one request on a control socket."""
-
-    def serve() -> None:
-        near, _ = listening.accept()
-        with near, near.makefile("rwb") as stream:
-            assert {"verb": "status"} == json.loads(stream.readline())
-            stream.write(json.dumps(answer).encode() + b"\n")
-
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
-        listening.listen()
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield str(path)
-        thread.join()
+def serving(*names: str) -> Answering:
+    """Return what answers as a service with disks of these names."""
+    return lambda _: Answer(Code.OK, [{"vbd": name} for name in names])
 
 
 def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
@@ -58,20 +42,21 @@ def test_where_nobody_listens_nobody_is_served(tmp_path: Path) -> None:
 
 def test_a_service_without_disks_may_go(tmp_path: Path) -> None:
     """An idle service is in nobody's way."""
-    with answering(tmp_path / "socket", {"data": []}) as path:
-        refuse_while_serving(path)
+    with answering(tmp_path / "socket", serving()) as control:
+        refuse_while_serving(control.path)
+
+    assert [{"verb": "status"}] == control.asked
 
 
 def test_disks_are_named(tmp_path: Path) -> None:
     """Disks that are served are counted, and the first of them named."""
-    disks = [{"vbd": f"vbd/{domid}/51712"} for domid in range(1, 8)]
+    names = [f"{domid}/xvda" for domid in range(1, 8)]
+    sentence = r"^guests have disks: 1/xvda, .*5/xvda \.\.\. \(7 in all\); detach"
     with (
-        answering(tmp_path / "socket", {"data": disks}) as path,
-        pytest.raises(
-            XenbackendError, match=r"^guests have disks: vbd/1/51712, .*vbd/5/51712 \.\.\. \(7 in all\); detach"
-        ),
+        answering(tmp_path / "socket", serving(*names)) as control,
+        pytest.raises(XenbackendError, match=sentence),
     ):
-        refuse_while_serving(path)
+        refuse_while_serving(control.path)
 
 
 def test_silence_is_no_answer(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kinds of arguments that several commands take, for argparse's `type`.
+"""The parser of every command, what several commands take, and kinds of arguments for argparse's `type`.
 
 Must not know a command.
 """
@@ -6,12 +6,75 @@ Must not know a command.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
+from xenbackend.disks import DiskName, parse_disk
+from xenbackend.errors import ConfigError
+from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.units import parse_duration, parse_size
 
 _T = TypeVar("_T")
+
+
+class UsageError(SystemExit):
+    """A command line that cannot be parsed; the operator has been told."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(2)
+        self.sentence = sentence
+
+
+class Parser(argparse.ArgumentParser):
+    """Knows no abbreviations, which would break when options are added, and shows a command's own usage."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **arguments})
+        self.rewrite: Callable[[list[str]], list[str]] = list  # another spelling of the words
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; whatever is left over is a mistake of this command, not of the program."""
+        found, left = super().parse_known_args(None if args is None else self.rewrite(list(args)), namespace)
+        if left:
+            self.error(f"unknown arguments: {' '.join(left)}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        """Tell the operator, and end."""
+        self.print_usage(_stderr())
+        self._print_message(f"{self.prog}: {message}; see: {self.prog} --help\n", _stderr())
+        raise UsageError(message)
+
+
+def check_command(words: Sequence[str], commands: Sequence[str], parser: Parser) -> None:
+    """Say which command was meant, where the first word is none and no option."""
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        import difflib  # late: few words are misspelt
+
+        near = difflib.get_close_matches(words[0], commands, 1)
+        parser.error(f"unknown command {words[0]!r}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def add_json(parser: argparse.ArgumentParser, text: str = "print JSON, errors too; docs/json.md has its keys") -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def add_socket(parser: argparse.ArgumentParser) -> None:
+    """Add --socket."""
+    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
+
+
+def add_order_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every order to the service takes."""
+    parser.add_argument(
+        "--timeout",
+        type=duration,
+        metavar="SECONDS",
+        help="wait no longer; the order goes on, and the exit status is 75 (default: as long as it takes)",
+    )
+    add_json(parser)
+    add_socket(parser)
 
 
 def size(text: str) -> int:
@@ -24,8 +87,19 @@ def duration(text: str) -> float:
     return _parse(parse_duration, text)
 
 
+def disk(text: str) -> DiskName:
+    """Return the disk that a text such as ``5/xvda`` names. Raises: argparse.ArgumentTypeError, with a sentence."""
+    return _parse(parse_disk, text)
+
+
 def _parse(parse: Callable[[str], _T], text: str) -> _T:
     try:
         return parse(text)
-    except ValueError as error:  # argparse would say no more than that it is invalid
+    except (ValueError, ConfigError) as error:  # argparse would say no more than that it is invalid
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _stderr() -> Any:
+    import sys  # as it is now: tests put another one in its place
+
+    return sys.stderr

@@ -1,28 +1,21 @@
 """`xenbackend attach` and `xenbackend detach`: a disk for a running guest without xl.
 
-Must not know a key of xenstore.
+Must not know a key of xenstore, nor import what knows one before the command line is known to be right.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from xenbackend.block.spec import check_whole_paths, parse_chain
-from xenbackend.cli.arguments import duration
-from xenbackend.protocol.client import DEFAULT_SOCKET
-from xenbackend.supervisor.xenstore.store import Store
-from xenbackend.supervisor.xenstore.toolstack import (
-    DETACH_TIMEOUT_S,
-    OPEN_TIMEOUT_S,
-    Attachment,
-    attach,
-    detach,
-    vbd_path,
-    wait_until_connected,
-    wait_until_there,
-)
+from xenbackend.cli import output, waiting
+from xenbackend.cli.arguments import Parser, add_json, add_order_options, disk, duration
+from xenbackend.disks import devid_to_vdev
+
+_TAKING = ("--timeout", "--socket", "--store")  # options that are followed by a value
 
 
 def register(subparsers: Any) -> None:
@@ -32,16 +25,13 @@ def register(subparsers: Any) -> None:
         help="give a running guest a disk made of a chain",
         description="Give a running guest a disk, and return when its chain is open. The disk is gone after the "
         "guest's reboot, save or migration: it is not in the guest's configuration. A disk for the domain that this "
-        "command runs in, such as 0, is there as soon as its name is printed: /dev/xvdq.",
+        "command runs in, such as 0, exists as soon as its name is printed: /dev/xvdq.",
     )
     _add_place(parser)
-    parser.add_argument("chain", metavar="CHAIN", help="the disk, such as log:|aio:/img/disk.raw")
+    parser.add_argument("chain", metavar="CHAIN", help="what it is made of, such as log:|aio:/img/disk.raw")
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument("--wait", action="store_true", help="return only when the guest is connected")
-    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
-    parser.add_argument(
-        "--timeout", type=duration, default=OPEN_TIMEOUT_S, metavar="SECONDS", help="wait so long (%(default)s)"
-    )
+    add_order_options(parser)
     parser.set_defaults(run=run_attach)
     parser = subparsers.add_parser(
         "detach",
@@ -51,37 +41,69 @@ def register(subparsers: Any) -> None:
     _add_place(parser)
     parser.add_argument("--force", action="store_true", help="even while the guest uses it")
     parser.add_argument(
-        "--timeout", type=duration, default=DETACH_TIMEOUT_S, metavar="SECONDS", help="wait so long (%(default)s)"
+        "--timeout",
+        type=duration,
+        default=10.0,
+        metavar="SECONDS",
+        help="wait no longer for the guest; then the exit status is 75 (%(default)s)",
     )
+    add_json(parser)
     parser.set_defaults(run=run_detach)
 
 
 def run_attach(args: argparse.Namespace) -> int:
-    """Attach, and print which vbd it became, or which device of our own domain."""
+    """Attach, and print which disk it became, or which device of our own domain."""
+    from xenbackend.supervisor.xenstore import toolstack
+    from xenbackend.supervisor.xenstore.store import Store
+
     check_whole_paths(parse_chain(args.chain))
     with Store(args.store) as store:
-        path = vbd_path(store, args.domid, args.vdev)
-        attach(store, Attachment(path, args.chain, read_only=args.read_only), args.socket, args.timeout)
+        path = toolstack.find_vbd(store, args.vbd)
+        wanted = toolstack.Attachment(path, args.chain, read_only=args.read_only)
+        with waiting.shown(f"{path.disk}: attach") as show:
+            answer = toolstack.attach(store, wanted, args.socket, args.timeout, waiting=show)
         is_ours = path.frontend_domid == path.backend_domid
+        patience_s = toolstack.CONNECT_TIMEOUT_S if args.timeout is None else args.timeout
         if args.wait or is_ours:
-            wait_until_connected(store, path, args.timeout)
-    device = Path("/dev", args.vdev.removeprefix("/dev/"))
+            toolstack.wait_until_connected(store, path, patience_s)
+    device = Path("/dev", devid_to_vdev(path.devid))
     if is_ours:
-        wait_until_there(device, args.timeout)
-    print(device if is_ours else f"attached {path}")
+        toolstack.wait_until_there(device, patience_s)
+    if args.json:
+        found = {"device": str(device)} if is_ours else {}
+        output.print_json({"vbd": path.disk, "chain": args.chain, **output.values_of(answer), **found})
+    else:
+        print(device if is_ours else f"attached {path.disk}")
     return 0
 
 
 def run_detach(args: argparse.Namespace) -> int:
     """Detach."""
+    from xenbackend.supervisor.xenstore import toolstack
+    from xenbackend.supervisor.xenstore.store import Store
+
     with Store(args.store) as store:
-        path = vbd_path(store, args.domid, args.vdev)
-        detach(store, path, args.timeout, force=args.force)
-    print(f"detached {path}")
+        path = toolstack.find_vbd(store, args.vbd)
+        with waiting.shown(f"{path.disk}: detach") as show:
+            toolstack.detach(store, path, args.timeout, force=args.force, waiting=show)
+    if args.json:
+        output.print_json({"vbd": path.disk})
+    else:
+        print(f"detached {path.disk}")
     return 0
 
 
-def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("domid", type=int, metavar="DOMID", help="the guest's domain number")
-    parser.add_argument("vdev", metavar="VDEV", help="the device in the guest, such as xvdb")
+def _add_place(parser: Parser) -> None:
+    parser.add_argument("vbd", type=disk, metavar="DISK", help="such as 5/xvdb or guest/xvdb (or two words: 5 xvdb)")
     parser.add_argument("--store", metavar="PATH", help="xenstore's socket or device")
+    parser.rewrite = join_place
+
+
+def join_place(words: list[str]) -> list[str]:
+    """Return the words of a command line with a disk in two words, ``5 xvdb``, as one: ``5/xvdb``."""
+    for place, (one, other) in enumerate(pairwise(words)):
+        is_value = place > 0 and words[place - 1] in _TAKING
+        device = other.removeprefix("/dev/")
+        if one.isdigit() and not is_value and not device.startswith("-") and not {*"/:"} & {*device}:
+            return [*words[:place], f"{one}/{device}", *words[place + 2 :]]
+    return words

@@ -7,7 +7,6 @@ nothing can be concluded.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -20,7 +19,9 @@ from xenbackend.bench import plot, report
 from xenbackend.bench.beside import NICE
 from xenbackend.bench.plan import WORKS, select_works
 from xenbackend.bench.session import DRIVERS, FILE, READ_ONLY, Outcome, Session, run
-from xenbackend.cli.arguments import duration, size
+from xenbackend.block.spec import parse_chain
+from xenbackend.cli import output
+from xenbackend.cli.arguments import add_json, duration, size
 
 _CHAINS = [f"aio:{FILE}", f"log:|aio:{FILE}"]
 _CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 - tmpfs: the page cache and nothing else
@@ -67,7 +68,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_how(parser)
     parser.add_argument("--any", action="store_true", help="exit status 0 even if others disturbed the measurement")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture too; needs xenbackend[plot]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_json(parser, "print JSON instead of tables")
     parser.set_defaults(run=main)
 
 
@@ -102,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     outcome = _measure(_session(args))
     rows = report.summarise(outcome.measured)
     if args.json:
-        print(json.dumps(report.as_json(rows, outcome.usage, outcome.notes), indent=2))
+        output.print_json(report.as_json(rows, outcome.usage, outcome.notes), indent=2)
     else:
         _print(rows, outcome)
     if args.plot:
@@ -112,12 +113,15 @@ def main(args: argparse.Namespace) -> int:
 
 def _session(args: argparse.Namespace) -> Session:
     chains = args.chains or ([f"{DRIVERS[args.image]}:{FILE}"] if args.image else _CHAINS)
-    read_only = args.image in READ_ONLY or (not args.overwrite and any(FILE not in chain for chain in chains))
     directory = _DISK_DIRECTORY if args.direct else _CACHED_DIRECTORY
+    file = args.file or directory / f"xenbackend-bench-{os.getpid()}"
+    for chain in chains:
+        parse_chain(chain.replace(FILE, str(file)))  # a mistake is told before anything is measured
+    read_only = args.image in READ_ONLY or (not args.overwrite and any(FILE not in chain for chain in chains))
     return Session(
         chains=chains,
         works=select_works(args.work, read_only=read_only, image=bool(args.image)),
-        file=args.file or directory / f"xenbackend-bench-{os.getpid()}",
+        file=file,
         size=args.size,
         image=args.image or "raw",
         compare=args.compare,

@@ -6,11 +6,13 @@ Must not do what the chain itself cannot: whatever this command knows, a driver 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
+from xenbackend.block.spec import ChainSpec
+from xenbackend.cli import output
+from xenbackend.cli.arguments import add_json
 from xenbackend.errors import printable
 from xenbackend.protocol.messages import LayerFacts
 from xenbackend.units import format_size
@@ -18,10 +20,10 @@ from xenbackend.units import format_size
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-_HELP = "open a chain, explain it layer by layer, close it"
+_HELP = "open a chain and explain it layer by layer"
 _DESCRIPTION = (
-    "Open a chain as a worker would, explain it layer by layer, close it. What opening makes is made here too: "
-    "log:FILE leaves FILE and FILE.1 behind."
+    "Open a chain as a worker would, explain it layer by layer, and close it. Files that opening creates are created "
+    "here too: log:FILE leaves FILE and FILE.1 behind."
 )
 
 
@@ -29,34 +31,40 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("check", help=_HELP, description=_DESCRIPTION)
     parser.add_argument("chain", metavar="CHAIN", help="the layers, the guest's end first, such as log:|aio:/img")
-    parser.add_argument("--read-only", action="store_true", help="open it as a disk that nobody may write to")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--read-only", action="store_true", help="open it as a read-only disk")
+    add_json(parser)
     parser.set_defaults(run=check)
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Open, explain and close the chain. Raises: ChainError, DriverError."""
+    spec = parse_chain(arguments.chain)
+    facts = open_once(spec, read_only=arguments.read_only)
+    if arguments.json:
+        layers = [output.layer_values(asdict(each)) for each in facts]
+        output.print_json({"chain": spec.text, "layers": layers}, indent=2)
+    else:
+        _print_table(spec.text, facts)
+    return 0
+
+
+def open_once(spec: ChainSpec, *, read_only: bool) -> list[LayerFacts]:
+    """Open a chain as a worker would, close it, and return what each layer said of itself. Raises: DriverError."""
     from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.env import EnvFactory
     from xenbackend.worker.files import HostFiles
 
-    spec = parse_chain(arguments.chain)
     reactor = Reactor()
     files = HostFiles(reactor)
     try:
-        chain = open_chain(spec, EnvFactory(reactor, files), read_only=arguments.read_only)
+        chain = open_chain(spec, EnvFactory(reactor, files), read_only=read_only)
         try:
-            facts = layer_facts(chain)
+            return layer_facts(chain)
         finally:
             chain.close()
     finally:
         files.close()
         reactor.close()
-    if arguments.json:
-        print(json.dumps({"chain": spec.text, "layers": [asdict(each) for each in facts]}, indent=2))
-    else:
-        _print_table(spec.text, facts)
-    return 0
 
 
 def layer_facts(chain: Chain) -> list[LayerFacts]:

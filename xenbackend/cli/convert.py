@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from xenbackend.cli import output
+from xenbackend.cli.arguments import add_json
+from xenbackend.errors import ConfigError
 from xenbackend.xl.host import parse_version, running_xen
 from xenbackend.xl.rewrite import convert
 
@@ -27,24 +30,42 @@ def register(subparsers: Any) -> None:
         "would refuse it.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="such as /etc/xen/vm.cfg")
-    parser.add_argument("-i", "--in-place", action="store_true", help="write the files, which keep mode and owner")
-    parser.add_argument("--xen-version", metavar="VERSION", help="write for this Xen, such as 4.19 (the running one)")
+    parser.add_argument("-i", "--in-place", action="store_true", help="rewrite the files; mode and owner stay")
+    parser.add_argument(
+        "--xen-version", metavar="VERSION", help="for this Xen, such as 4.19 (default: the one that runs)"
+    )
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert all files, or none. Raises: ChainError, ConfigError, with file and line; OSError."""
+    """Convert all files, or none. Raises: ChainError, ConfigError, with file and line."""
     xen = running_xen() if arguments.xen_version is None else parse_version(arguments.xen_version)
-    converted = [(file, *convert(os.fsdecode(file.read_bytes()), str(file), xen)) for file in arguments.files]
+    converted = [(file, *convert(_read(file), str(file), xen)) for file in arguments.files]
     for file, text, count in converted:
-        if not arguments.in_place:
-            sys.stdout.flush()
-            sys.stdout.buffer.write(os.fsencode(text))
-        elif count:
+        if arguments.in_place and count:
             _replace(file, os.fsencode(text))
+        if arguments.json:
+            continue
         if arguments.in_place:
             print(f"{file}: {f'rewritten disk lines: {count}' if count else 'unchanged'}")
+        else:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(text))
+    if arguments.json:
+        output.print_json({"files": [_values(arguments, *each) for each in converted]})
     return 0
+
+
+def _read(file: Path) -> str:
+    try:
+        return os.fsdecode(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+
+
+def _values(arguments: argparse.Namespace, file: Path, text: str, count: int) -> dict[str, Any]:
+    return {"file": str(file), "rewritten": count} | ({} if arguments.in_place else {"text": text})
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from xenbackend.cli.arguments import duration, size
+from xenbackend.cli import output
+from xenbackend.cli.arguments import add_json, duration, size
 from xenbackend.errors import ConfigError, XenbackendError, printable
 from xenbackend.units import format_duration, format_size
 
@@ -39,12 +40,14 @@ def register(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "demo",
-        help="show the whole thing at work, on a simulated Xen",
-        description="Serve a chain to a simulated guest that writes, reads back and verifies. Every sector that it "
-        "writes to a disk of yours is put back before the end.",
+        help="show a disk at work, on a simulated Xen",
+        description="Serve a chain to a simulated guest that writes, reads back and verifies. An image of your own "
+        "must exist; the sectors that the guest writes are restored at the end.",
     )
-    parser.add_argument("chain", nargs="?", metavar="CHAIN", help="the disk (default: log: on an image of its own)")
-    parser.add_argument("--area", type=size, default="64M", metavar="SIZE", help="how much to try (%(default)s)")
+    parser.add_argument("chain", nargs="?", metavar="CHAIN", help="the disk (default: log: on a temporary image)")
+    parser.add_argument(
+        "--area", type=size, default="64M", metavar="SIZE", help="how much of the disk to use (%(default)s)"
+    )
     parser.add_argument("--seconds", type=duration, default=3.0, metavar="S", help="of random requests (%(default)s)")
     parser.add_argument(
         "--queues", type=int, choices=range(1, 9), default=2, metavar="1-8", help="rings of the guest (%(default)s)"
@@ -52,6 +55,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--no-persistent", action="store_true", help="a guest without persistent grants")
     parser.add_argument("--save", type=Path, metavar="FILE", help="a new file for the disk as the guest reads it")
     parser.add_argument("--quiet", action="store_true", help="only the summary")
+    add_json(parser, "print the summary as JSON, and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -60,19 +64,21 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from xenbackend.block.chain import parse_chain
+    from xenbackend.cli.check import open_once
     from xenbackend.embedded.machine import Machine
     from xenbackend.rig.frontend import DiskError
     from xenbackend.rig.guest_ring import BackendMisbehaved
     from xenbackend.rig.pattern import WrongData
 
-    console = Console(highlight=False, soft_wrap=True)
+    args.quiet |= args.json
+    console = Console(highlight=False, soft_wrap=True, quiet=args.json)
     with ExitStack() as stack:
         if args.area < SECTOR:
             raise ConfigError(f"--area is {format_size(args.area)}; there is nothing to try below one sector, 512 B")
         chain = args.chain or _own_chain(stack, args.area)
-        parse_chain(chain)
         if args.save:
             _check_new(args.save)
+        open_once(parse_chain(chain), read_only=False)  # what cannot be opened is told before a Xen is started for it
         watcher = Watcher(console, quiet=args.quiet)
         console.print(f"[bold]chain[/bold]  {_escape(chain)}", markup=True)
         machine = stack.enter_context(Machine(observer=watcher.changed))
@@ -189,18 +195,18 @@ def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher:
                 with args.save.open("xb") as file:
                     exercise.read_all(file.write)
         frontend.close()
-        _summary(console, machine, exercise, seen)  # after the end, when every request has been counted
+        summary = _summary(console, machine, exercise, seen)  # after the end, when every request has been counted
         machine.detach(path)
         if seen is not None and seen != [(0, exercise.size // SECTOR)]:
-            console.print("[red]log: did not see exactly what was written[/red]")
-            return 1
+            raise XenbackendError("log: did not see exactly what was written")
     finally:
         guest.close()
     left = {what: count for what, count in machine.xen.held().items() if count}
     if left:
-        console.print(f"[red]left behind: {left}[/red]")
-        return 1
+        raise XenbackendError(f"left behind: {', '.join(f'{what}: {count}' for what, count in left.items())}")
     console.print("[bold green]verified:[/bold green] every sector held what the guest wrote; nothing is left behind")
+    if args.json:
+        output.print_json({"chain": chain, "size": facts.sectors * SECTOR, **summary})
     return 0
 
 
@@ -246,7 +252,7 @@ class ProgressBar:
             return
         self._next = now + 0.1
         rate = phase.moved / phase.seconds if phase.seconds else 0
-        self._bar.update(self._task, completed=phase.moved, rate=f"{rate / 1e6:.0f} MB/s")
+        self._bar.update(self._task, completed=phase.moved, rate=f"{rate / 2**20:.0f} MiB/s")
 
 
 def _ask_log(machine: Machine, chain: str) -> list[tuple[int, int]] | None:
@@ -257,18 +263,26 @@ def _ask_log(machine: Machine, chain: str) -> list[tuple[int, int]] | None:
     return machine.written_ranges(f"{DOMID}/xvda") if names.count("log") == 1 else None
 
 
-def _summary(console: Console, machine: Machine, exercise: Exercise, seen: list[tuple[int, int]] | None) -> None:
+def _summary(
+    console: Console, machine: Machine, exercise: Exercise, seen: list[tuple[int, int]] | None
+) -> dict[str, Any]:
+    """Print what the guest saw, and return it for scripts."""
     from rich.table import Table
 
-    table = Table("phase", "moved", "MB/s", "requests/s", "median", "99 %", title="what the guest saw")
+    table = Table("phase", "moved", "MiB/s", "requests/s", "median", "99 %", title="what the guest saw")
     for column in table.columns[1:]:
         column.justify = "right"
+    phases = []
     for phase in exercise.phases:
         seconds = phase.seconds or 1e-9
+        phases.append(
+            {"phase": phase.name, "bytes": phase.moved, "seconds": seconds, "requests": len(phase.latencies)}
+            | {f"latency_p{share}_ns": round(phase.latency(share / 100) * 1e9) for share in (50, 99)}
+        )
         table.add_row(
             phase.name,
             format_size(phase.moved),
-            f"{phase.moved / seconds / 1e6:.0f}",
+            f"{phase.moved / seconds / 2**20:.0f}",
             f"{len(phase.latencies) / seconds:.0f}",
             format_duration(phase.latency(0.5)),
             format_duration(phase.latency(0.99)),
@@ -276,13 +290,14 @@ def _summary(console: Console, machine: Machine, exercise: Exercise, seen: list[
     console.print(table)
     if seen is not None:
         written = sum(count for _, count in seen) * SECTOR
-        console.print(f"log: saw {len(seen)} written range{'s' * (len(seen) != 1)}, {format_size(written)}: {seen[:4]}")
+        console.print(f"log: saw {len(seen)} written range{'s' * (len(seen) != 1)}, {format_size(written)}")
     (vbd,) = machine.ask({"verb": "status"})["data"]
     counters = vbd["counters"]
     console.print(
         f"the worker (pid {vbd['worker']}) answered {counters['reads']} reads, {counters['writes']} writes and "
         f"{counters['flushes']} flushes; errors: {counters['errors']}, guest errors: {counters['guest_errors']}"
     )
+    return {"phases": phases, "counters": counters}
 
 
 def _escape(text: str) -> str:

@@ -6,34 +6,36 @@ Must not decide anything: the service does, or refuses.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xenbackend.block.policy import DEFAULT
-from xenbackend.block.spec import check_whole_paths, parse_chain
+from xenbackend.block.policy import DEFAULT, Policy
+from xenbackend.cli import output, waiting
+from xenbackend.cli.arguments import add_order_options
+from xenbackend.disks import parse_disk
 from xenbackend.errors import printable
-from xenbackend.protocol.client import DEFAULT_SOCKET, call
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.client import ServiceError
 from xenbackend.units import format_size
 
 _POLICY_HELP = f"""\
-What becomes of a request that the disk cannot do, by kind of error:
+What happens to a request that the disk cannot do, by kind of error:
 
   enospc   no space left, of writes
   read     any other error of a read
   write    any other error of a write
   flush    any error of a flush
 
-and what may become of it:
+and what may happen to it:
 
-  pause             it is kept, the guest waits, and it is tried again every second until it works
+  pause             the request is kept, the guest waits, and it is tried again every second until it works
   retry N every Ts  it is kept and tried again up to N times, then the guest gets an error
   report            the guest gets an error
 
 The default is {DEFAULT}; the setting on_error changes it for all disks.
-A flush can only pause, and is not tried again by itself: a guest takes an error for success and never flushes again,
-and the kernel tells only once what it has lost. `xenbackend resume` says that the guest may go on all the same.
+A flush can only pause, and is not retried automatically: a guest takes an error for success and never flushes again,
+and the kernel reports what it has lost only once. `xenbackend resume` lets the guest continue in spite of that.
 """
 
 
@@ -43,22 +45,24 @@ def register(subparsers: Any) -> None:
         subparsers,
         "pause",
         _pause,
-        "let a guest's requests wait",
-        "Take no more requests from a guest, and return when nothing is in flight. The guest only sees that its disk "
-        "takes long. This outlives the service, but not the disk's detaching.",
+        "suspend a disk",
+        "Take no more requests from a guest, and return when none is in flight. The guest only sees a slow disk. A "
+        "pause outlives the service, but not the disk's detaching.",
     )
     _add(
         subparsers,
         "resume",
         _resume,
-        "serve a disk on, whatever stopped it",
-        "Serve a disk on: after `pause`; after a flush that failed, whose loss stays lost; after workers that died one "
-        "after the other.",
+        "resume a disk, whatever stopped it",
+        "Continue to serve a disk: after `pause`; after a failed flush, whose data stay lost; after workers that died "
+        "one after the other.",
     )
     _register_chains(subparsers)
-    parser = _add(subparsers, "policy", _policy, "choose what becomes of requests that fail", _POLICY_HELP)
+    parser = _add(subparsers, "policy", _policy, "choose what happens to requests that fail", _POLICY_HELP)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("policy", nargs="?", default="", metavar="POLICY", help="enospc=report,...; none: show it")
+    parser.add_argument(
+        "policy", nargs="?", default="", metavar="POLICY", help="such as enospc=report (default: show the policy)"
+    )
 
 
 def _register_chains(subparsers: Any) -> None:
@@ -67,31 +71,38 @@ def _register_chains(subparsers: Any) -> None:
         subparsers,
         "set",
         _set,
-        "put another chain below a running guest",
-        "Serve a running guest through another chain: a filter put in or taken out, an image in the place of another "
-        "one with the same content. The chain is looked at first; if it cannot be used, nothing happens.",
+        "switch a running guest to another chain",
+        "Serve a running guest through another chain over the same content: to add or remove a filter, or to open an "
+        "image with other options. The new chain is opened before the old one is given up; if it cannot be used, "
+        "nothing changes. A chain with another file, device or image at its bottom is refused without --replace.",
     )
-    parser.add_argument("chain", metavar="CHAIN", help="the chain, such as log:|aio:/img/disk.raw")
+    parser.add_argument("chain", metavar="CHAIN", help="the new chain, such as log:|aio:/img/disk.raw")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="accept another file, device or image; its content must be the same",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the layers before and after; change nothing")
     parser = _add(
         subparsers,
         "snapshot",
         _snapshot,
         "put a new image over a running guest's",
-        "Keep what a running guest's disk holds now: a new image FILE takes its writes from now on, and the one that "
-        "it wrote to becomes its parent, which is only read. The guest only sees that a request takes a moment. Its "
-        "configuration has to name the new chain, which is printed, before it boots again: from the old image it would "
-        "boot without all that it wrote since.",
+        "Keep what a running guest's disk holds now: a new image FILE takes all writes from now on, and the former "
+        "image becomes its read-only parent. The guest only sees one slow request. Put the new chain, which "
+        "is printed, into the guest's configuration before it boots again: from the former image it would boot "
+        "without all later writes.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the new image; nothing may be there yet")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the new image; nothing may exist there yet")
     parser.add_argument(
-        "--format", default="", choices=("vhd", "qcow2", "qcow"), help="as the guest's; over raw: qcow2"
+        "--format", default="", choices=("vhd", "qcow2", "qcow"), help="default: the guest's own; over raw: qcow2"
     )
     _add(
         subparsers,
         "resize",
         _resize,
-        "let a running guest see that its disk has grown",
-        "Announce to a running guest that its image has grown, by truncate or lvextend. A disk never shrinks.",
+        "tell a running guest that its disk has grown",
+        "Announce the new size of a disk to a running guest, after truncate or lvextend. A disk never shrinks.",
     )
 
 
@@ -99,48 +110,76 @@ def _add(
     subparsers: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, description: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=text, description=description)
-    parser.add_argument("vbd", metavar="VBD", help="the disk, such as 5/xvda")
-    parser.add_argument("--json", action="store_true", help="print the answer for scripts")
-    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
+    parser.add_argument("vbd", metavar="DISK", help="such as 5/xvda or guest/xvda")
+    add_order_options(parser)
     parser.set_defaults(run=function, verb=name)
     return parser
 
 
 def _pause(args: argparse.Namespace) -> int:
-    return _print(args, _ask(args), f"{args.vbd} waits; `xenbackend resume {args.vbd}` lets it go on")
+    return _print(args, _ask(args), f"{args.disk} is paused; to continue: xenbackend resume {args.disk}", paused=True)
 
 
 def _resume(args: argparse.Namespace) -> int:
-    return _print(args, _ask(args), f"{args.vbd} goes on")
+    return _print(args, _ask(args), f"{args.disk} continues", paused=False)
 
 
 def _set(args: argparse.Namespace) -> int:
+    from xenbackend.block.spec import check_whole_paths, parse_chain  # late: other orders have no chain to read
+
     check_whole_paths(parse_chain(args.chain))
-    answer = _ask(args, chain=args.chain)
-    return _print(
-        args, answer, f"{args.vbd} is served by {answer['chain']}; the guest's configuration is yours to change"
-    )
+    flags = {"replace": True} if args.replace else {}
+    if args.dry_run:
+        answer = _ask(args, chain=args.chain, dry_run=True, **flags)
+        lines = [f"{when}: {_layers(answer.data[when])}" for when in ("before", "after")]
+        return _print(args, answer, "\n".join(lines))
+    answer = _ask_for_chain(args, chain=args.chain, **flags)
+    note = "; update the guest's configuration yourself"
+    return _print(args, answer, f"{args.disk} is served by {printable(answer.data['chain'])}{note}")
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    answer = _ask(args, file=str(args.file.absolute()), format=args.format)
-    return _print(args, answer, printable(answer["chain"]))
+    answer = _ask_for_chain(args, file=str(args.file.absolute()), format=args.format)
+    return _print(args, answer, printable(answer.data["chain"]))
 
 
 def _resize(args: argparse.Namespace) -> int:
     answer = _ask(args)
-    return _print(args, answer, f"{args.vbd} has {format_size(answer['layers'][0]['size'])}")
+    size = answer.data["layers"][0]["size"]
+    return _print(args, answer, f"{args.disk} has {format_size(size)}", size=size)
 
 
 def _policy(args: argparse.Namespace) -> int:
+    if args.policy:
+        Policy(args.policy)  # a mistake is one with and without a service
     answer = _ask(args, policy=args.policy)
-    return _print(args, answer, answer)
+    policy = answer.data["policy"] if isinstance(answer.data, dict) else str(answer.data)
+    return _print(args, answer, policy, policy=policy)
 
 
-def _ask(args: argparse.Namespace, **more: str) -> Any:
-    return call(args.socket, {"verb": args.verb, "vbd": args.vbd, **more})["data"]
+def _ask(args: argparse.Namespace, **more: object) -> Answer:
+    args.disk = parse_disk(args.vbd)
+    return waiting.order(args, {"verb": args.verb, "vbd": args.vbd, **more})
 
 
-def _print(args: argparse.Namespace, answer: Any, sentence: str) -> int:
-    print(json.dumps(answer) if args.json else sentence)
+def _ask_for_chain(args: argparse.Namespace, **more: object) -> Answer:
+    """Ask; where that fails, say all the same which chain is in service, if the service does."""
+    try:
+        return _ask(args, **more)
+    except ServiceError as problem:
+        data = problem.answer.data
+        if not args.json and isinstance(data, dict) and data.get("chain"):
+            print(f"{args.disk} is served by {printable(str(data['chain']))}")
+        raise
+
+
+def _layers(layers: list[Any]) -> str:
+    return " | ".join(printable(str(output.layer_values(each)["layer"])) for each in layers)
+
+
+def _print(args: argparse.Namespace, answer: Answer, sentence: str, **more: object) -> int:
+    if args.json:
+        output.print_json({"vbd": str(args.disk), **output.values_of(answer), **more})
+    else:
+        print(sentence)
     return 0

@@ -6,12 +6,13 @@ Must not describe a driver: its module's docstring does.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.drivers import UNBUILT, driver_names, find_driver, manual, summary
 from xenbackend.block.options import describe_options
+from xenbackend.cli import output
+from xenbackend.cli.arguments import add_json
 from xenbackend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("drivers", help="list the drivers, or print the manual of one")
+    parser = subparsers.add_parser(
+        "drivers",
+        help="list the drivers, or print the manual of one",
+        description="List the drivers that a chain may use, or print the manual of one: what it does, its options, an "
+        "example, its limits.",
+    )
     parser.add_argument("name", metavar="NAME", nargs="?", help="the driver whose manual to print")
-    parser.add_argument("--json", action="store_true", help="print the list, with all options, as JSON")
+    add_json(parser, "print the list, with all options, as JSON; docs/json.md has its keys")
     parser.set_defaults(run=drivers)
 
 
@@ -38,7 +44,7 @@ def drivers(arguments: argparse.Namespace) -> int:
             return 0
     rows = [_describe(name) for name in ([arguments.name] if arguments.name else driver_names())]
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        output.print_json({"drivers": rows}, indent=2)
     else:
         _print_table(rows)
     return 0
@@ -67,5 +73,5 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(Text(row[key]) for key in ("name", "kind", "summary")))
     unbuilt = sorted(set(UNBUILT) - {row["name"] for row in rows})
-    table.caption = Text(f"known but not built in this version: {', '.join(unbuilt)}")
+    table.caption = Text(f"known names without a driver in this version: {', '.join(unbuilt)}")
     Console().print(table)

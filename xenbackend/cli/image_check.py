@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 
+from xenbackend.cli import output
 from xenbackend.errors import printable
 from xenbackend.image import check as checks
 from xenbackend.image.check import Verdict
@@ -20,9 +21,7 @@ def check(arguments: argparse.Namespace) -> int:
     look: Callable[[Image], Verdict] = checks.repair if arguments.repair else checks.check
     verdict = look(find_image(arguments.image, ("vhd", "qcow2", "qcow")))
     if arguments.json:
-        import json  # late: people do not read it
-
-        print(json.dumps({**asdict(verdict), "status": verdict.status}, indent=2))
+        output.print_json({**asdict(verdict), "status": verdict.status}, indent=2)
         return verdict.status
     for sentence in verdict.sentences:
         print(printable(sentence))

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from xenbackend.block.spec import parse_chain
+from xenbackend.cli import output
 from xenbackend.errors import DriverError, printable
 from xenbackend.image import looks
 from xenbackend.image.facts import ChainFacts, Facts, chain_facts, file_facts
 from xenbackend.image.names import has_driver
+from xenbackend.protocol.codes import Code
 from xenbackend.units import format_size
 
 
@@ -28,9 +30,9 @@ def info(arguments: argparse.Namespace) -> int:
     else:
         facts = file_facts(arguments.image, look)
     if arguments.json:
-        import json  # late: people do not read it
-
-        print(json.dumps({**asdict(facts), "probed": look.name if look else None}, indent=2))
+        error = output.error_object(Code.INVALID, facts.problem) if facts.problem else {}
+        output.print_json({**asdict(facts), "probed": look.name if look else None, **error}, indent=2)
+        arguments.json = False  # the error is told already
     else:
         if look and look.driver:
             _print_look(look, arguments.image, facts.chain)
@@ -47,7 +49,7 @@ def _print_look(look: looks.Look, path: str, layer: str) -> None:
 
 def _print_facts(facts: ChainFacts) -> None:
     if facts.in_use:
-        print("somebody writes to it: this may be old already")
+        print("in use: this may be out of date")
     for layer in facts.layers:
         print(printable(layer.layer or layer.file))
         for key, value in _lines(layer):
@@ -68,7 +70,7 @@ def _lines(layer: Facts) -> Iterator[tuple[str, str]]:
     if layer.parent_names:
         yield "parent", f"called {' or '.join(map(repr, layer.parent_names))} by the image"
     if layer.is_dirty:
-        yield "dirty", "yes: its refcounts may be out of date; image check --repair mends them"
+        yield "dirty", "yes: its refcounts may be out of date; image check --repair fixes them"
     if layer.is_corrupt:
         yield "corrupt", "yes: it says so itself; image check says what is wrong"
     yield from layer.more.items()

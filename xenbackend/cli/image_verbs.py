@@ -6,12 +6,13 @@ Must not do what `xenbackend.image` should: each is one call, and a sentence or 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from xenbackend.block.formats.blank import Wishes
 from xenbackend.block.images import FORMATS
+from xenbackend.cli import output
 from xenbackend.cli.image_progress import watched
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import commit as commits
@@ -167,5 +168,5 @@ def _print_created(made: Created, *, as_json: bool) -> int:
     return 0
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2))
+def _print_json(value: dict[str, Any]) -> None:
+    output.print_json(value, indent=2)

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from xenbackend.cli import output
+from xenbackend.cli.arguments import add_json
 from xenbackend.errors import ConfigError
 from xenbackend.host import activate, manifest
 from xenbackend.host.files import UNIT, items, shim
@@ -35,9 +37,9 @@ def register(subparsers: Any) -> None:
     """Add both commands."""
     parser = subparsers.add_parser(
         "install",
-        help="put into this Xen host what xl and systemd need",
+        help="install what xl and systemd need on this Xen host",
         description="Install the hotplug script for xl, a systemd unit, udev rules, a group and an example of the "
-        "settings file, and start the service. What is right already is kept, settings that you changed too.",
+        "settings file, and start the service. Safe to re-run: correct files and your settings are kept.",
     )
     _add_common(parser)
     parser.add_argument(
@@ -51,22 +53,65 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=run_install)
     parser = subparsers.add_parser(
         "uninstall",
-        help="take that away again",
-        description="Stop the service and remove what install put there. What was changed since is kept.",
+        help="remove that again",
+        description="Stop the service and remove what install installed. Files that were changed since are kept.",
     )
     _add_common(parser)
-    parser.add_argument("--purge", action="store_true", help="remove the settings too, and whatever was changed")
-    parser.add_argument("--force", action="store_true", help="even while disks are served: their guests will hang")
+    parser.add_argument("--purge", action="store_true", help="remove the settings and all changed files, too")
+    parser.add_argument("--force", action="store_true", help="even while disks are served; their guests will hang")
     parser.set_defaults(run=run_uninstall)
+
+
+class Told:
+    """What is done, told line by line, or at the end as JSON."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._is_dry: bool = args.dry_run
+        self._as_json: bool = args.json
+        self._steps: list[dict[str, str]] = []
+        self._notes: list[str] = []
+
+    def file(self, done: str, path: str) -> None:
+        """Tell what was done with a file."""
+        self._step(_IF_DRY[done] if self._is_dry else done, "file", path)
+
+    def take(self, steps: list[activate.Command]) -> None:
+        """Run commands, and tell of each. Raises: XenbackendError."""
+        if self._is_dry:
+            for step in steps:
+                self._step("would run", "command", " ".join(step))
+        else:
+            activate.run(steps, lambda step: self._step("ran", "command", " ".join(step)))
+
+    def note(self, sentence: str) -> None:
+        """Tell what has to be known."""
+        self._notes.append(sentence)
+        self._print(sentence)
+
+    def end(self) -> int:
+        """Print the JSON, where it is wanted, and return the exit status."""
+        if self._as_json:
+            with suppress(BrokenPipeError):
+                output.print_json({"steps": self._steps, "notes": self._notes}, indent=2)
+        return 0
+
+    def _step(self, done: str, kind: str, what: str) -> None:
+        self._steps.append({"done": done, kind: what})
+        self._print(f"{done} {what}")
+
+    def _print(self, line: str) -> None:
+        """Print a line. A reader who has seen enough must not end an installation in the middle."""
+        if not self._as_json:
+            with suppress(BrokenPipeError):
+                print(line, flush=True)
 
 
 def run_install(args: argparse.Namespace) -> int:
     """Install, and start what was installed where that is possible."""
-    tree = Tree(args.root)
-    say = _sayer(is_dry=args.dry_run)
+    tree, told = Tree(args.root), Told(args)
     if args.packaged:
-        _stage(args, tree, say)
-        return 0
+        _stage(args, tree, told.file)
+        return told.end()
     _check_host(tree)
     program = this_program(sys.argv[0], sys.executable)
     chosen = items(program)
@@ -74,23 +119,25 @@ def run_install(args: argparse.Namespace) -> int:
         chosen.append(shim(program, _real_xl(tree)))
     is_live = _is_live(tree)
     was_serving = is_live and activate.is_serving()
-    if not install(tree, chosen, say, is_dry=args.dry_run):
-        _print("everything was in place already")
+    if not install(tree, chosen, told.file, is_dry=args.dry_run):
+        told.note("everything was in place already")
     elif was_serving and not args.dry_run:
-        _print("the service still runs what was there before; to change that, at a pause to the guests:")
-        _print(f"    systemctl restart {UNIT}")
+        told.note("the service still runs what was installed before; to restart it, at a pause to the guests:")
+        told.note(f"    systemctl restart {UNIT}")
     if is_live:
-        _start(args)
+        told.take(activate.starting(starts=not args.no_start))
+        if not (args.dry_run or args.no_start or activate.is_serving()):
+            told.note(f"the service does not run: this system was not booted under Xen; see: systemctl status {UNIT}")
     elif tree.is_host:
-        _print("systemd does not run this system; start the service by: xenbackend run --detach")
+        told.note("systemd does not run this system; start the service by: xenbackend run --detach")
     else:
-        _print(f"to have the service started there: systemctl --root {args.root} enable {UNIT}")
-    return 0
+        told.note(f"to have the service started there: systemctl --root {args.root} enable {UNIT}")
+    return told.end()
 
 
 def run_uninstall(args: argparse.Namespace) -> int:
     """Stop the service and remove everything."""
-    tree = Tree(args.root)
+    tree, told = Tree(args.root), Told(args)
     _check_host(tree)
     uninstall(tree, lambda _done, _path: None, is_dry=True, is_purge=args.purge)  # refuses while all is untouched
     if tree.is_host and not args.force:
@@ -98,30 +145,25 @@ def run_uninstall(args: argparse.Namespace) -> int:
             refuse_while_serving(each)
     is_live = _is_live(tree)
     if is_live:
-        _take(activate.stopping(), is_dry=args.dry_run)
-    uninstall(tree, _sayer(is_dry=args.dry_run), is_dry=args.dry_run, is_purge=args.purge)
+        told.take(activate.stopping())
+    uninstall(tree, told.file, is_dry=args.dry_run, is_purge=args.purge)
     if is_live:
-        _take(activate.forgetting(), is_dry=args.dry_run)
-    return 0
+        told.take(activate.forgetting())
+    return told.end()
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, default=Path("/"), metavar="DIR", help="a system in a directory (%(default)s)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
+    add_json(parser)
 
 
 def _stage(args: argparse.Namespace, tree: Tree, say: Say) -> None:
     if tree.is_host or args.dry_run:
-        raise ConfigError("--packaged is for building a package: it needs --root, and knows no --dry-run")
+        raise ConfigError("--packaged is for building a package: it needs --root, and excludes --dry-run")
     stage(tree, items(PACKAGED), say)
-
-
-def _start(args: argparse.Namespace) -> None:
-    _take(activate.starting(starts=not args.no_start), is_dry=args.dry_run)
-    if not (args.dry_run or args.no_start or activate.is_serving()):
-        _print(f"the service does not run: this system was not booted under Xen; see: systemctl status {UNIT}")
 
 
 def _real_xl(tree: Tree) -> str:
@@ -140,26 +182,3 @@ def _check_host(tree: Tree) -> None:
 
 def _is_live(tree: Tree) -> bool:
     return tree.is_host and activate.is_possible()
-
-
-def _take(steps: list[activate.Command], *, is_dry: bool) -> None:
-    if is_dry:
-        for step in steps:
-            _print("would run", *step)
-    else:
-        activate.run(steps, lambda step: _print("ran", *step))
-
-
-def _sayer(*, is_dry: bool) -> Say:
-    """Return what prints a line for each file."""
-
-    def say(done: str, path: str) -> None:
-        _print(_IF_DRY[done] if is_dry else done, path)
-
-    return say
-
-
-def _print(*words: str) -> None:
-    """Print a line. A reader who has seen enough must not end an installation in the middle."""
-    with suppress(BrokenPipeError):
-        print(*words, flush=True)

@@ -13,56 +13,67 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from xenbackend.block import record
 from xenbackend.block.record import Choice, Entry, Lost
 from xenbackend.block.request import Op
+from xenbackend.cli import output, waiting
+from xenbackend.cli.arguments import add_json, add_order_options
+from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError
-from xenbackend.protocol import client
 from xenbackend.units import format_duration, format_size, parse_duration
 
 _SECTOR = 512  # bytes
-_DISK_RANGE = struct.Struct(
-    "<QI4x"
-)  # struct disk_range of blktap's log.h as x86-64 lays it out: sector, count, padding
+_DISK_RANGE = struct.Struct("<QI4x")  # struct disk_range of blktap's log.h, x86-64: sector, count, padding
 _MAX_COUNT = 0xFFFF_FFFF // 8 * 8  # sectors of one such range; whole pieces of 4 KiB
 _VERBS = {
-    "get": "print the dirty ranges and forget them",
-    "peek": "print the dirty ranges",
-    "start": "begin to track writes",
-    "stop": "track no more, and keep what was found",
-    "clear": "forget the dirty ranges",
-    "status": "say whether writes are tracked, and how much is dirty",
+    "get": "print the ranges that were written, and forget them",
+    "peek": "print the ranges that were written",
+    "start": "start tracking writes",
+    "stop": "stop tracking writes, and keep what was found",
+    "clear": "forget the ranges that were written",
+    "status": "show whether writes are tracked, and how much was written",
 }
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("log", help="show what a guest's disk was asked for, and what was written")
+    parser = subparsers.add_parser(
+        "log",
+        help="show what was requested of a guest's disk, and what was written",
+        description="Ask the log: layer of a disk in service which ranges were written, or print a file of requests "
+        "that it recorded. See also: xenbackend drivers log",
+    )
     commands = parser.add_subparsers(dest="log_command", required=True, metavar="COMMAND")
     _register_show(commands)
     for verb, help_text in _VERBS.items():
-        command = commands.add_parser(verb, help=help_text)
-        command.add_argument("vbd", metavar="VBD", help="the disk as `xenbackend status` shows it, such as 5/xvda")
+        is_ranges = verb in ("get", "peek")
+        text = f"{help_text[0].upper()}{help_text[1:]}: by the log: layer of a disk in service."
+        if verb == "get":
+            text += " Ranges are forgotten only once they have been printed: a `get` that is interrupted loses none."
+        command = commands.add_parser(verb, help=help_text, description=text)
+        command.add_argument("vbd", metavar="DISK", help="such as 5/xvda or guest/xvda")
         command.add_argument(
             "--layer", default="log", help="the layer's driver, or its number in the chain (%(default)s)"
         )
-        command.add_argument("--socket", default=client.DEFAULT_SOCKET, help="the service's socket (%(default)s)")
-        form = command.add_mutually_exclusive_group()
-        form.add_argument("--json", action="store_true", help="one JSON object per range, or one for the status")
-        is_ranges = verb in ("get", "peek")
         if is_ranges:
-            form.add_argument(
+            command.add_argument(
                 "--binary", action="store_true", help="16 bytes per range: u64 sector, u32 count, 4 zeros"
             )
-        command.set_defaults(run=ranges if is_ranges else status, verb=verb)
+        add_order_options(command)
+        command.set_defaults(run=ranges if is_ranges else status, verb=f"log {verb}", command=verb)
 
 
 def _register_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    show = commands.add_parser("show", help="print, choose and sum up the records of a file")
+    show = commands.add_parser(
+        "show",
+        help="print, filter or sum up recorded requests",
+        description="Print the requests that a log: layer has recorded in files, all or those that the options choose. "
+        "Times are local, with --json nanoseconds since 1970.",
+    )
     show.add_argument(
         "files", metavar="FILE", nargs="+", type=Path, help="record files, the oldest first: guest.rec.1 guest.rec"
     )
@@ -79,14 +90,15 @@ def _register_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     ends.add_argument("--head", metavar="N", type=int, help="only the first N of them")
     ends.add_argument("--tail", metavar="N", type=int, help="only the last N of them")
     show.add_argument("--summary", action="store_true", help="sums instead of requests")
-    show.add_argument("--json", action="store_true", help="one JSON object per request, or one for the summary")
+    add_json(show, "one JSON object a line for each request, or one for the summary; docs/json.md has its keys")
     show.set_defaults(run=show_records)
 
 
 def show_records(arguments: argparse.Namespace) -> int:
     """Print the requests of record files, or their sums."""
     choice = choice_of(arguments, time.time_ns())
-    entries = _limited(_chosen(arguments.files, choice), arguments.head, arguments.tail)
+    entries = iter(_limited(_chosen(arguments.files, choice), arguments.head, arguments.tail))
+    entries = chain(list(islice(entries, 1)), entries)  # a file that cannot be read is told before anything is printed
     if arguments.summary:
         summary = record.Summary()
         summary.add(entries)
@@ -192,7 +204,7 @@ def _as_values(entry: Entry | Lost) -> dict[str, Any]:
 
 def _print_summary(result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        output.print_json(result)
         return
     from rich.console import Console
     from rich.table import Table
@@ -219,6 +231,8 @@ def ranges(arguments: argparse.Namespace) -> int:
     `get` asks for the next page, and so has this one forgotten, only when this one has been written out.
     """
     out = sys.stdout.buffer
+    if arguments.binary and arguments.json:
+        raise ConfigError("--json and --binary exclude each other")
     form = _binary if arguments.binary else _json if arguments.json else _text
     for page in _pages(arguments):
         out.write(b"".join(form(first, count) for first, count in page))
@@ -246,7 +260,7 @@ def _binary(first: int, count: int) -> bytes:
 
 
 def _json(first: int, count: int) -> bytes:
-    return f'{{"first_sector": {first}, "count": {count}}}\n'.encode()
+    return f'{{"first_sector": {first}, "sectors": {count}}}\n'.encode()
 
 
 def _text(first: int, count: int) -> bytes:
@@ -260,7 +274,8 @@ def status(arguments: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     pairs = [line.split(" ", 1) for line in text.splitlines()]
-    print(json.dumps({key: int(value) if value.isdecimal() else value for key, value in pairs}))
+    values = {key: int(value) if value.isdecimal() else value for key, value in pairs}
+    output.print_json({"vbd": str(parse_disk(arguments.vbd)), **values})
     return 0
 
 
@@ -269,7 +284,7 @@ def _ask(arguments: argparse.Namespace, following: list[str]) -> str:
         "verb": "command",
         "vbd": arguments.vbd,
         "layer": arguments.layer,
-        "command": arguments.verb,
+        "command": arguments.command,
         "arguments": following,
     }
-    return str(client.call(arguments.socket, request)["data"])
+    return str(waiting.order(arguments, request).data)

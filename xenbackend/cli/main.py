@@ -1,7 +1,7 @@
 """The command line: finds the command, calls it, and turns what went wrong into one sentence and an exit status.
 
-Must not contain logic that a test would want to call. Exit status: 0 done; 1 it failed; 2 the operator's mistake, with
-nothing touched; 3 of `bench`: nothing can be concluded (`image check` and `compare` have their own); 130 interrupted.
+Must not contain logic that a test would want to call. Exit statuses are those of `protocol.codes`, with and without a
+service; 3 of `bench`: nothing can be concluded (`image check` and `compare` have their own); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import sys
 from collections.abc import Sequence
 
 from xenbackend import __version__
-from xenbackend.errors import ChainError, ConfigError, DriverError, XenbackendError, printable
+from xenbackend.cli import output
+from xenbackend.cli.arguments import Parser, UsageError, check_command
+from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable
+from xenbackend.protocol.codes import EXIT_STATUS
 
 MODULES = {  # of the commands, in the order of the help
     "run": "run", "status": "status", "attach": "attach", "detach": "attach", "check": "check",
     "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",
     "policy": "disk", "upgrade": "upgrade",
-    "stop": "upgrade", "drivers": "drivers", "log": "log", "demo": "demo", "bench": "bench",
+    "stop": "upgrade", "orders": "orders", "drivers": "drivers", "log": "log", "demo": "demo", "bench": "bench",
     "install": "install", "uninstall": "install", "xl": "xl", "convert": "convert", "image": "image",
 }  # fmt: skip
 
@@ -30,25 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be anything, a terminal's alphabet small
-    parser = argparse.ArgumentParser(
-        prog="xenbackend",
-        description="Disks for Xen guests, made of chains of block drivers: log:|aio:/img",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # A command that is named needs no other one: importing them all takes half a second.
-    wanted = {MODULES[words[0]]} if words and words[0] in MODULES else dict.fromkeys(MODULES.values())
-    for module in wanted:
-        importlib.import_module(f"xenbackend.cli.{module}").register(commands)
-    given = parser.parse_args(words)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    as_json = "--json" in words and words[0] != "xl"
+    try:
+        given = _parse(words)
+    except UsageError as mistake:
+        if as_json:
+            output.print_error(ConfigError(mistake.sentence))
+        raise
     try:
         status: int = given.run(given)
         sys.stdout.flush()
-    except (ConfigError, DriverError) as problem:
-        return _fail(problem, 2)
     except XenbackendError as problem:
-        return _fail(problem, 1)
+        return _fail(problem, as_json=as_json and given.json)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -57,8 +56,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as problem:  # whatever else the host refuses: a full disk below our output, a file to write
         _flush_or_forget()
         where = f"{problem.filename}: " if problem.filename else ""
-        return _fail(XenbackendError(f"{where}{problem.strerror or problem}"), 1)
+        return _fail(XenbackendError(f"{where}{problem.strerror or problem}"), as_json=as_json and given.json)
     return status
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="xenbackend",
+        description="Disks for Xen guests, made of chains of block drivers: log:|aio:/img",
+        epilog="Exit status: 0 done; 1 failed; 2 the request was invalid and nothing was changed; 75 an order is still "
+        "under way. `xenbackend COMMAND --help` says more.",
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check_command(words, list(MODULES), parser)
+    # A command that is named needs no other one: importing them all takes half a second.
+    wanted = {MODULES[words[0]]} if words and words[0] in MODULES else dict.fromkeys(MODULES.values())
+    for module in wanted:
+        importlib.import_module(f"xenbackend.cli.{module}").register(commands)
+    return parser.parse_args(words)
 
 
 def _flush_or_forget() -> None:
@@ -69,7 +85,13 @@ def _flush_or_forget() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(problem: XenbackendError, status: int) -> int:
+def _fail(problem: XenbackendError, *, as_json: bool) -> int:
     text = str(problem) if isinstance(problem, ChainError) else printable(str(problem))
     print(f"xenbackend: {text}", file=sys.stderr)
-    return status
+    if as_json:
+        try:
+            output.print_error(problem)
+            sys.stdout.flush()
+        except OSError:
+            _flush_or_forget()
+    return EXIT_STATUS[output.answer_of(problem).code]

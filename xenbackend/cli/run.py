@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from xenbackend.cli.arguments import add_json
 from xenbackend.kernel import process
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.supervisor.service import settings
@@ -17,27 +18,33 @@ from xenbackend.supervisor.service import settings
 
 def register(subparsers: Any) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("run", help="serve guests' disks", description="Serve guests' disks.")
+    parser = subparsers.add_parser(
+        "run",
+        help="serve guests' disks",
+        description="Run the service: watch xenstore, and serve the disks of guests, each by a process of its own, "
+        "until SIGTERM or SIGINT. Options override the settings file. SIGTERM leaves disks in service where somebody "
+        "keeps them for the next service (systemd, --keep, --detach); SIGINT closes them.",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings in TOML (default: {settings.PATH})")
     parser.add_argument("--store", metavar="PATH", help="xenstore's socket or device")
-    parser.add_argument("--host", metavar="MODULE[:ARGUMENT]", help="where grants and event channels come from")
+    parser.add_argument("--host", metavar="MODULE[:ARGUMENT]", help="source of grants and event channels; for tests")
     parser.add_argument("--socket", metavar="PATH", help="control socket to listen on")
-    parser.add_argument("--serve", choices=("ours", "all"), help="vbds whose script is ours, or all")
-    parser.add_argument("--log", choices=FORMATS, help="how to write the log")
-    parser.add_argument("--log-level", choices=LEVELS, help="the least level that is written")
+    parser.add_argument("--serve", choices=("ours", "all"), help="serve only disks whose script is ours, or all")
+    parser.add_argument("--log", choices=FORMATS, help="the log's format")
+    parser.add_argument("--log-level", choices=LEVELS, help="the lowest level that is logged")
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="start the service again when it dies, and keep what the next one needs to serve guests on "
-        "(systemd does that by itself)",
+        help="restart the service when it dies, and keep what the next one needs to continue (as systemd does)",
     )
-    parser.add_argument("--detach", action="store_true", help="become a daemon once all is checked; with --keep")
+    parser.add_argument("--detach", action="store_true", help="check the settings, then run as a daemon, with --keep")
     parser.add_argument(
         "--pid-file", type=Path, default=Path("/run/xenbackend.pid"), help="with --detach (%(default)s)"
     )
     parser.add_argument(
         "--log-file", type=Path, default=Path("/var/log/xenbackend.log"), help="with --detach (%(default)s)"
     )
+    add_json(parser, "print an error that keeps the service from starting as JSON; for the log see --log json")
     parser.set_defaults(run=run)
 
 

@@ -1,38 +1,51 @@
 """`xenbackend status`: what the service serves, and how fast.
 
-Must not work anything out that a script would want: `--json` prints what the service says.
+Must not import rich where nobody looks at a terminal. Rates and latencies are those of the time between two looks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from xenbackend.cli.arguments import duration
-from xenbackend.errors import printable
-from xenbackend.protocol.client import DEFAULT_SOCKET, call
-from xenbackend.supervisor.service.status import rates
-from xenbackend.units import format_duration, format_size
+from xenbackend import counters
+from xenbackend.cli.arguments import add_json, add_socket, disk, duration
+from xenbackend.cli.output import print_json
+from xenbackend.disks import DiskName
+from xenbackend.errors import ConfigError, printable
+from xenbackend.protocol.client import call
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_SAMPLE_S = 1.0  # between the two pictures that rates are made of
-_SHORTEST_S = 0.1  # between two looks of --watch
-Picture = dict[str, dict[str, Any]]  # a description per vbd
+SAMPLE_S = 1.0  # between the two looks that rates are made of
+SHORTEST_S = 1.0  # between two looks of --watch: workers add up their counters once a second
+RATES = ("reads", "writes", "read_bytes", "written_bytes")
+COLUMNS = (
+    "disk", "guest", "state", "worker", "age", "version", "restarts", "r/s", "w/s", "rB/s", "wB/s", "mean-us", "p99-us",
+    "errors", "chain",
+)  # fmt: skip
+_AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+Known = dict[str, Any]  # of one disk, as the service describes it
 
 
 def register(subparsers: Any) -> None:
     """Add the command."""
-    parser = subparsers.add_parser("status", help="show the disks that are served")
-    parser.add_argument("--json", action="store_true", help="print all that is known, for scripts")
-    parser.add_argument(
-        "--watch", type=duration, nargs="?", const=2.0, metavar="SECONDS", help="go on, every SECONDS (%(const)s)"
+    parser = subparsers.add_parser(
+        "status",
+        help="show the disks that are served",
+        description="Show each disk: its state, its worker, requests and bytes per second, latency (mean, and the "
+        "bound below which 99 of 100 requests lie), errors and chain. Rates and latency are those of one second, or "
+        "with --watch of the time since the last picture. On a terminal it is a table, otherwise a line for each disk.",
     )
-    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
+    parser.add_argument("vbds", nargs="*", type=disk, metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
+    parser.add_argument(
+        "--watch", type=_interval, nargs="?", const=2.0, metavar="SECONDS", help="refresh every SECONDS (%(const)s)"
+    )
+    parser.add_argument("--sort", choices=SORTS, default="disk", help="what comes first (%(default)s)")
+    add_json(parser, "print all that is known, as JSON; docs/json.md has its keys")
+    add_socket(parser)
     parser.set_defaults(run=run)
 
 
@@ -41,69 +54,187 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.json:
             _print_json(args)
+        elif sys.stdout.isatty():
+            from xenbackend.cli.status_table import show  # late: it needs rich
+
+            show(args)
         else:
-            _print_tables(args)
+            _print_lines(args)
     except KeyboardInterrupt:
         if args.watch is None:
             raise
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of one disk between two looks; None is what cannot be known: a first look, or nothing that was timed."""
+
+    rates: dict[str, float] | None = None  # by RATES, per second
+    mean_ns: float | None = None
+    p99_ns: int | None = None  # the upper bound of a bucket, a power of two
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What the service said at one moment."""
+
+    service: dict[str, Any]
+    disks: list[Known]
+    at: float  # by the monotonic clock
+
+
+def look(args: argparse.Namespace) -> Picture:
+    """Ask the service. Raises: ServiceError; ConfigError for a disk that it does not serve."""
+    service = call(args.socket, {"verb": "ping"}).data
+    disks = chosen(call(args.socket, {"verb": "status"}).data, args.vbds)
+    return Picture(service, disks, time.monotonic())
+
+
+def chosen(disks: list[Known], names: Sequence[DiskName]) -> list[Known]:
+    """Return those that are named, all without a name. Raises: ConfigError for a name that none has."""
+    if not names:
+        return disks
+
+    def is_meant(known: Known, by: DiskName) -> bool:
+        node = known["node"].split("/")
+        return by.means(known["kind"], known["domid"], int(node[-1]), known["guest"])
+
+    for each in names:
+        if not any(is_meant(known, each) for known in disks):
+            served = ", ".join(known["vbd"] for known in disks) or "none"
+            raise ConfigError(f"there is no disk {each}; served are: {served}")
+    return [known for known in disks if any(is_meant(known, each) for each in names)]
+
+
+def speeds(before: Picture, after: Picture) -> dict[str, Speed]:
+    """Return the speed of each disk of the later picture between the two."""
+    former = {each["node"]: each for each in before.disks}
+    seconds = after.at - before.at
+    return {each["node"]: speed(former.get(each["node"]), each, seconds) for each in after.disks}
+
+
+def speed(before: Known | None, after: Known, seconds: float) -> Speed:
+    """Return what happened between two descriptions of a disk; nothing is known where its counters began anew."""
+    if before is None or seconds <= 0 or not before["counters"] or not after["counters"]:
+        return Speed()
+    moved = {each: after["counters"][each] - before["counters"][each] for each in after["counters"]}
+    pairs = zip(after["latency_histogram"], before["latency_histogram"], strict=True)
+    buckets = [new - old for new, old in pairs]
+    if min(*(moved[each] for each in RATES), *buckets) < 0:
+        return Speed()
+    rates = {each: moved[each] / seconds for each in RATES}
+    samples = moved["latency_samples"]
+    if samples <= 0 or not sum(buckets):
+        return Speed(rates)
+    return Speed(rates, moved["latency_ns"] / samples, counters.percentile_ns(buckets, 0.99))
+
+
+def condition(known: Known) -> str:
+    """Return how a disk is in one word: ``paused``, why it is not served as it should be, or our state."""
+    return "paused" if known["paused"] else known["reason"] or known["state"]
+
+
+def remarks(known: Known) -> list[str]:
+    """Return the sentences that belong to it."""
+    paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
+    under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
+    return [printable(each) for each in (*paused, *under_way, known["error"]) if each]
+
+
+def errors(known: Known) -> int:
+    """Return how many requests failed or were wrong, of its whole life."""
+    return int(known["counters"].get("errors", 0) + known["counters"].get("guest_errors", 0))
+
+
+def age(since: float | None, now: float) -> str:
+    """Return how long ago that was: ``45s``, ``3h``; a dash where it is not known."""
+    if since is None:
+        return "-"
+    seconds = max(0.0, now - since)
+    step, letter = next((each for each in _AGES if seconds >= each[0]), _AGES[-1])
+    return f"{seconds / step:.0f}{letter}"
+
+
+def service_line(picture: Picture) -> str:
+    """Return what is to be said of the service."""
+    service, count = picture.service, len(picture.disks)
+    old = sum(each["needs_upgrade"] for each in picture.disks)
+    stale = f"; {old} of {count} need upgrade: xenbackend upgrade" if old else ""
+    up = age(service.get("since"), time.time())
+    disks = f"{count} disk{'s' * (count != 1)}"
+    return f"service {service.get('version', '?')}, process {service['pid']}, up {up}: {disks}{stale}"
+
+
+def _rate(key: str) -> Callable[[Known, Speed], Any]:
+    return lambda _, moved: -moved.rates[key] if moved.rates else 0
+
+
+SORTS: dict[str, Callable[[Known, Speed], Any]] = {
+    "disk": lambda known, _: (known["domid"], known["node"]),
+    "guest": lambda known, _: known["guest"],
+    "state": lambda known, _: condition(known),
+    "reads": _rate("reads"),
+    "writes": _rate("writes"),
+    "read-bytes": _rate("read_bytes"),
+    "written-bytes": _rate("written_bytes"),
+    "latency": lambda _, moved: -(moved.mean_ns or 0),
+    "errors": lambda known, _: -errors(known),
+    "restarts": lambda known, _: -known["restarts"],
+    "age": lambda known, _: known["worker_since"] or 0,
+    "chain": lambda known, _: known["chain"],
+}
+
+
+def arranged(args: argparse.Namespace, before: Picture, after: Picture) -> list[tuple[Known, Speed]]:
+    """Return the disks with their speeds, as --sort says."""
+    moved = speeds(before, after)
+    rows = [(each, moved[each["node"]]) for each in after.disks]
+    return sorted(rows, key=lambda row: (SORTS[args.sort](*row), SORTS["disk"](*row)))
+
+
+def line(known: Known, moved: Speed, now: float) -> list[str]:
+    """Return one disk as the words of COLUMNS; a dash where nothing is known. What follows the chain are remarks."""
+    rates = [f"{moved.rates[each]:.0f}" if moved.rates else "-" for each in RATES]
+    latencies = ["-" if each is None else f"{each / 1e3:.0f}" for each in (moved.mean_ns, moved.p99_ns)]
+    worker = [str(known["worker"] or "-"), age(known["worker_since"], now), known["worker_version"] or "-"]
+    chain = printable(known["chain"]) or "-"
+    words = [known["vbd"], printable(known["guest"]) or "-", condition(known), *worker, str(known["restarts"])]
+    return [*words, *rates, *latencies, str(errors(known)), chain + "".join(f"  # {each}" for each in remarks(known))]
+
+
 def _print_json(args: argparse.Namespace) -> None:
-    print(json.dumps(call(args.socket, {"verb": "status"})["data"]))
-    while args.watch is not None:
+    while True:
+        picture = look(args)
+        rows = arranged(args, picture, picture)
+        print_json({"service": picture.service, "vbds": [known for known, _ in rows]})
         sys.stdout.flush()
-        time.sleep(max(args.watch, _SHORTEST_S))
-        print(json.dumps(call(args.socket, {"verb": "status"})["data"]))
+        if args.watch is None:
+            return
+        time.sleep(args.watch)
 
 
-def _print_tables(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console()
-    before, started = _look(args.socket), time.monotonic()
-    if args.watch is None:
-        if before:
-            time.sleep(_SAMPLE_S)
-        console.print(_table(before, _look(args.socket), time.monotonic() - started))
-        return
-    with Live(_table(before, before, 0), console=console) as live:
-        while True:
-            time.sleep(max(args.watch, _SHORTEST_S))
-            after, now = _look(args.socket), time.monotonic()
-            live.update(_table(before, after, now - started))
-            before, started = after, now
-
-
-def _look(socket: str) -> Picture:
-    return {each["vbd"]: each for each in call(socket, {"verb": "status"})["data"]}
+def _print_lines(args: argparse.Namespace) -> None:
+    """Print a line for each disk, below a line of headings; with --watch a block of them at every look."""
+    before = after = look(args)
+    if args.watch is None and before.disks:
+        time.sleep(SAMPLE_S)
+        after = look(args)
+    while True:
+        now = time.time()
+        rows = [list(COLUMNS), *(line(*row, now) for row in arranged(args, before, after))]
+        widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS))]
+        for row in rows:
+            print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+        sys.stdout.flush()
+        if args.watch is None:
+            return
+        time.sleep(args.watch)
+        before, after = after, look(args)
 
 
-def _table(before: Picture, after: Picture, seconds: float) -> Table | str:
-    """Return the table, made so that it fits into 80 columns: what belongs together stands one above the other."""
-    from rich.table import Table
-    from rich.text import Text
-
-    if not after:
-        return "no disk is served"
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("disk\nstate", "worker", "reads", "writes", "median\n99%", "errors"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("chain", overflow="fold", ratio=1)
-    for vbd, now in after.items():
-        speed = rates(before.get(vbd, now), now, seconds)
-        counted, latency = now["counters"], now["latency_ns"]
-        cells = [
-            f"{now['domid']}/{now['device']}\n{now['state']}",
-            str(now["worker"] or "-"),
-            f"{speed['reads']:.0f}/s\n{format_size(int(speed['read_bytes']))}/s",
-            f"{speed['writes']:.0f}/s\n{format_size(int(speed['written_bytes']))}/s",
-            f"{format_duration(latency.get('50%', 0) / 1e9)}\n{format_duration(latency.get('99%', 0) / 1e9)}",
-            str(counted.get("errors", 0) + counted.get("guest_errors", 0)),
-            printable(now["chain"]) + (" (read-only)" if now["read_only"] else ""),
-        ]
-        if now["error"]:
-            cells[-1] += f"\n{printable(now['error'])}"
-        table.add_row(*(Text(cell) for cell in cells))  # Text: a chain may hold what rich takes for mark-up
-    return table
+def _interval(text: str) -> float:
+    seconds = duration(text)
+    if seconds < SHORTEST_S:
+        raise argparse.ArgumentTypeError(f"{text} is too short: workers add up their counters once a second")
+    return seconds

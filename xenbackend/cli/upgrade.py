@@ -9,8 +9,12 @@ import argparse
 import sys
 from typing import Any
 
-from xenbackend.errors import XenbackendError
-from xenbackend.protocol.client import DEFAULT_SOCKET, call
+from xenbackend.cli import output, waiting
+from xenbackend.cli.arguments import add_order_options
+from xenbackend.disks import parse_disk
+from xenbackend.errors import printable
+from xenbackend.protocol.client import ServiceError, call
+from xenbackend.protocol.codes import EXIT_STATUS, Code
 
 
 def register(subparsers: Any) -> None:
@@ -19,38 +23,57 @@ def register(subparsers: Any) -> None:
         "upgrade",
         help="let new processes serve the disks",
         description="Replace the processes that serve disks, one after the other, by new ones of the program that is "
-        "installed now. Guests only see that a request takes a moment. Restart the service itself first.",
+        "installed now. Guests only see one slow request. Restart the service itself first.",
     )
-    parser.add_argument("vbd", nargs="?", default="", metavar="VBD", help="only this disk, such as 5/xvda")
-    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
-    parser.set_defaults(run=_upgrade)
+    parser.add_argument("vbd", nargs="?", default="", metavar="DISK", help="only this disk, such as 5/xvda")
+    add_order_options(parser)
+    parser.set_defaults(run=_upgrade, verb="upgrade")
     parser = subparsers.add_parser(
         "stop",
-        help="end the service and its workers in order",
-        description="Finish what is in flight, close every disk, and end the service: guests wait until it is started "
+        help="stop the service and its workers in order",
+        description="Finish what is in flight, close every disk, and end the service: guests hang until it is started "
         "again. To restart the service without that, use systemctl restart.",
     )
-    parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
-    parser.set_defaults(run=_stop)
+    add_order_options(parser)
+    parser.set_defaults(run=_stop, verb="stop")
 
 
 def _upgrade(args: argparse.Namespace) -> int:
-    from rich.progress import track  # late: other commands of this module's family do without
+    if args.vbd:
+        answer = waiting.order(args, {"verb": "upgrade", "vbd": args.vbd})
+        name = str(parse_disk(args.vbd))
+        if args.json:
+            output.print_json({"vbd": name, **output.values_of(answer)})
+        else:
+            print(f"{name} is served by a new process")
+        return 0
+    return _upgrade_all(args)
 
-    status = call(args.socket, {"verb": "status"})["data"]
-    vbds = [args.vbd] if args.vbd else [f"{each['domid']}/{each['device']}" for each in status]
-    failed = 0
-    for vbd in track(vbds, "replacing", disable=not sys.stdout.isatty()):
+
+def _upgrade_all(args: argparse.Namespace) -> int:
+    """Replace one worker after the other; the status is that of the first order that failed."""
+    statuses, done = [0], []
+    for name in [each["vbd"] for each in call(args.socket, {"verb": "status"}).data]:
         try:
-            call(args.socket, {"verb": "upgrade", "vbd": vbd})
-            print(f"{vbd} is served by a new process")
-        except XenbackendError as problem:
-            failed += 1
-            print(f"{vbd}: {problem}", file=sys.stderr)
-    return 1 if failed else 0
+            answer = waiting.order(args, {"verb": "upgrade", "vbd": name})
+        except ServiceError as problem:
+            answer = problem.answer
+            print(f"xenbackend: {name}: {printable(answer.sentence)}", file=sys.stderr)
+        else:
+            if not args.json:
+                print(f"{name} is served by a new process", flush=True)
+        failed = {} if answer.code is Code.OK else output.error_object(answer.code, answer.sentence)
+        done.append({"vbd": name, **output.values_of(answer), **failed})
+        statuses.append(EXIT_STATUS[answer.code])
+    if args.json:
+        output.print_json({"vbds": done})
+    return next(filter(None, statuses), 0)
 
 
 def _stop(args: argparse.Namespace) -> int:
-    call(args.socket, {"verb": "stop"})
-    print("the service ends once its disks are closed")
+    answer = waiting.order(args, {"verb": "stop"})
+    if args.json:
+        output.print_json(output.values_of(answer))
+    else:
+        print("the service ends once its disks are closed")
     return 0

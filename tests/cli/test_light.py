@@ -1,0 +1,62 @@
+"""What asks the service costs little: it is run for each disk of a host, and by monitoring every few seconds."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.answering import answering, working
+
+DEAR = ("rich", "structlog", "pyxs", "asyncio", "logging", "subprocess", "daemon", "zstandard")
+LIGHT = [
+    "status", "status --json", "status 5/xvda", "orders", "orders 17 --json", "pause 5/xvda", "resume 5/xvda",
+    "set 5/xvda 'log:|aio:/new' --timeout 5", "set 5/xvda aio:/new --dry-run --json", "resize 5/xvda",
+    "snapshot 5/xvda /new", "policy 5/xvda enospc=report", "upgrade 5/xvda", "upgrade", "stop", "log get 5/xvda",
+    "log status 5/xvda --json", "attach foo x:", "detach foo",
+]  # fmt: skip
+CPU_S = 0.1  # of a command on the machine that it was measured on, which needs a half of that
+GENEROUS = 3  # where others have the caches
+
+
+def command(line: str, socket: str, before: str = "", after: str = "") -> list[str]:
+    """Return the words that run a command in a process of its own, with Python before and after it."""
+    where = [] if line.startswith(("attach", "detach")) else ["--socket", socket]
+    words = [*shlex.split(line), *where]
+    run = f"from xenbackend.cli.main import main\ntry:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+    return [sys.executable, "-c", f"{before}\n{run}{after}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LIGHT)
+def test_it_imports_no_supervisor_and_nothing_dear(tmp_path: Path, line: str) -> None:
+    """A client needs what reads its words and prints an answer; nothing of the service, nothing that draws."""
+    after = "import sys\nprint(*sorted(sys.modules), file=sys.stderr)"
+    with answering(tmp_path / "x", working) as control:
+        words = command(line, control.path, after=after)
+        result = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    modules = set(result.stderr.split("\n")[-2].split())
+
+    assert "xenbackend.cli.main" in modules
+    assert set() == modules & set(DEAR)
+    assert [] == [each for each in modules if each.startswith(("xenbackend.supervisor", "xenbackend.worker"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["status", "status --json", "pause 5/xvda", "set 5/xvda 'log:|aio:/new'"])
+def test_it_takes_little_cpu(tmp_path: Path, line: str) -> None:
+    """The least of some runs, with room for what others do to the caches; the supervisor's import takes twice that."""
+    spent = []
+    with answering(tmp_path / "x", working) as control, (tmp_path / "out").open("wb") as out:
+        for _ in range(5):
+            process = subprocess.Popen(command(line, control.path), stdout=out)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert 0 == process.returncode
+            spent.append(usage.ru_utime + usage.ru_stime)
+
+    assert min(spent) < CPU_S * GENEROUS

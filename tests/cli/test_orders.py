@@ -1,0 +1,146 @@
+"""The command orders, and what every order prints, against a control socket that gives prepared answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.answering import CHAIN, ENTRY, answering, working
+from xenbackend.cli import waiting
+from xenbackend.cli.main import main
+from xenbackend.protocol import client
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
+
+FAILED = {**ENTRY, "number": 18, "verb": "pause", "from": "", "to": "", "code": "failed", "error": "no\x1b[2J"}
+OPEN = {**ENTRY, "number": 19, "ended": None, "code": "under-way"}
+
+
+def test_a_line_for_each_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who ordered what for which disk, how it ended, after how long, from what to what; nothing moves a cursor."""
+    with answering(tmp_path / "x", lambda _: Answer(Code.OK, [ENTRY, FAILED, OPEN])) as control:
+        assert 0 == main(["orders", "--socket", control.path])
+    heading, *lines = capsys.readouterr().out.splitlines()
+
+    assert heading.split() == ["order", "began", "took", "by", "disk", "what", "ended", "from", "->", "to"]
+    assert [line.split()[0] for line in lines] == ["17", "18", "19"]
+    assert "2.5s" == lines[0].split()[3]
+    assert lines[0].endswith("xenbackend[33],uid=0  5/xvda  set    ok         aio:/img -> log:|aio:/img")
+    assert lines[1].endswith(r"pause  failed     -  # no\x1b[2J")
+    assert "under way" in lines[2]
+
+
+def test_one_order_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a number the service is asked for that one."""
+    with answering(tmp_path / "x", lambda _: Answer(Code.OK, [ENTRY])) as control:
+        assert 0 == main(["orders", "17", "--socket", control.path])
+        assert 0 == main(["orders", "17", "--json", "--socket", control.path])
+    *lines, values = capsys.readouterr().out.splitlines()
+    said = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+    assert [{"verb": "orders", "order": 17}] * 2 == control.asked
+    assert ("17", "set", "5/xvda", "2.5s", "ok") == tuple(
+        said[key] for key in ("order", "what", "disk", "took", "ended")
+    )
+    assert ("aio:/img", "log:|aio:/img") == (said["from"], said["to"])
+    assert {"version": 1, "orders": [ENTRY]} == json.loads(values)
+
+
+@pytest.mark.parametrize(
+    ("words", "request_", "said"),
+    [
+        (["set", "5/xvda", "aio:/a"], {"verb": "set", "chain": "aio:/a"}, "5/xvda is served by log:|aio:/img; "),
+        (["set", "5/xvda", "aio:/a", "--replace"], {"verb": "set", "chain": "aio:/a", "replace": True},
+         "5/xvda is served by log:|aio:/img; "),
+        (["set", "5/xvda", "aio:/a", "--dry-run"], {"verb": "set", "chain": "aio:/a", "dry_run": True},
+         "before: aio:/img\nafter: log: | aio:/img"),
+        (["snapshot", "5/xvda", "/new", "--format", "vhd"], {"verb": "snapshot", "file": "/new", "format": "vhd"},
+         "log:|aio:/img"),
+        (["resize", "5/xvda"], {"verb": "resize"}, "5/xvda has 1 GiB"),
+        (["pause", "5/xvda"], {"verb": "pause"}, "5/xvda is paused; to continue: xenbackend resume 5/xvda"),
+        (["resume", "5/xvda"], {"verb": "resume"}, "5/xvda continues"),
+        (["policy", "5/xvda"], {"verb": "policy", "policy": ""}, "enospc=pause"),
+        (["upgrade", "5/xvda"], {"verb": "upgrade"}, "5/xvda is served by a new process"),
+    ],
+)  # fmt: skip
+def test_what_an_order_asks_and_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], request_: dict[str, Any], said: str
+) -> None:
+    """Each order asks for what its words say, with the time that its caller waits, and says what holds now."""
+    with answering(tmp_path / "x", working) as control:
+        assert 0 == main([*words, "--socket", control.path])
+        assert 0 == main([*words, "--socket", control.path, "--timeout", "2.5", "--json"])
+    out = capsys.readouterr().out
+
+    assert [{**request_, "vbd": "5/xvda"}, {**request_, "vbd": "5/xvda", "wait": 2.5}] == control.asked
+    assert out.startswith(said)
+    assert 1 == json.loads(out.splitlines()[-1])["version"]
+
+
+@pytest.mark.parametrize("words", [["set", "5/xvda", "aio:/new"], ["snapshot", "5/xvda", "/new"]])
+@pytest.mark.parametrize("code", [Code.FAILED, Code.BUSY, Code.UNDER_WAY, Code.GONE])
+def test_the_chain_in_service_is_printed_whenever_it_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: Code
+) -> None:
+    """An order that was not done, or not yet, leaves no doubt which chain the guest has."""
+    with answering(tmp_path / "x", lambda _: Answer(code, CHAIN, "not now", 17)) as control:
+        main([*words, "--socket", control.path])
+        plain = capsys.readouterr()
+        main([*words, "--socket", control.path, "--json"])
+        values = json.loads(capsys.readouterr().out)
+
+    assert "5/xvda is served by log:|aio:/img\n" == plain.out
+    assert (
+        "not now" if code is not Code.UNDER_WAY else "still under way, order 17; see: xenbackend orders 17"
+    ) in plain.err
+    assert ("log:|aio:/img", 17, code.value) == (values["chain"], values["order"], values["error"]["code"])
+
+
+def test_upgrade_goes_through_all_disks_and_says_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that cannot be replaced keeps none of the others from it, and the status is that of the first that failed."""
+    disks = [{"vbd": name} for name in ("5/xvda", "5/xvdb", "6/xvda")]
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if request["verb"] == "status":
+            return Answer(Code.OK, disks)
+        return Answer(Code.UNDER_WAY, None, "x", 20) if request["vbd"] == "5/xvdb" else working(request)
+
+    with answering(tmp_path / "x", answer) as control:
+        status = main(["upgrade", "--timeout", "1", "--socket", control.path])
+        captured = capsys.readouterr()
+        main(["upgrade", "--json", "--socket", control.path])
+    done = json.loads(capsys.readouterr().out)["vbds"]
+
+    assert 75 == status
+    assert "5/xvda is served by a new process\n6/xvda is served by a new process\n" == captured.out
+    assert "5/xvdb: upgrade is still under way, order 20; see: xenbackend orders 20" in captured.err
+    assert [("5/xvda", None), ("5/xvdb", "under-way"), ("6/xvda", None)] == [
+        (each["vbd"], each.get("error", {}).get("code")) for each in done
+    ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_waiting_is_shown_on_a_terminal_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    """An order that takes its time says so on standard error where somebody looks, and never on standard output."""
+    monkeypatch.setattr(client, "TICK_S", 0.01)
+    monkeypatch.setattr(waiting, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+
+    def answer(request: dict[str, Any]) -> Answer:
+        import threading
+
+        threading.Event().wait(0.05)  # what takes its time
+        return working(request)
+
+    with answering(tmp_path / "x", answer) as control:
+        main(["pause", "5/xvda", "--socket", control.path])
+    captured = capsys.readouterr()
+
+    assert ("5/xvda: pause: 0 s" in captured.err) == is_terminal
+    assert captured.out.startswith("5/xvda is paused")

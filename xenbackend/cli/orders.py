@@ -1,0 +1,125 @@
+"""`xenbackend orders [N]`: what became of the last orders.
+
+Must not decide anything: the service remembers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from xenbackend.cli.arguments import add_json, add_socket
+from xenbackend.cli.output import print_json
+from xenbackend.errors import printable
+from xenbackend.protocol.client import call
+from xenbackend.protocol.codes import Code
+from xenbackend.units import format_duration
+
+HEADINGS = ("order", "began", "took", "by", "disk", "what", "ended", "from -> to")
+Entry = dict[str, Any]
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "orders",
+        help="show what became of the last orders",
+        description="Show the last 1,000 orders, the latest at the end: when each began, how long it took, who gave "
+        "it (user and process), for which disk, how it ended, and which chain it led from and to. They are remembered "
+        "over restarts of the service, until `xenbackend stop`.",
+    )
+    parser.add_argument("number", nargs="?", type=int, metavar="N", help="only this one, with all that is known")
+    add_json(parser)
+    add_socket(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print all orders, or one."""
+    asked = {} if args.number is None else {"order": args.number}
+    entries = call(args.socket, {"verb": "orders", **asked}).data
+    if args.json:
+        print_json({"orders": entries})
+    elif args.number is not None:
+        for entry in entries:
+            print("\n".join(f"{key + ':':8}{value}" for key, value in details(entry) if value))
+    elif sys.stdout.isatty():
+        _print_table(entries)
+    else:
+        _print_lines([HEADINGS, *(words(each) for each in entries)])
+    return 0
+
+
+def words(entry: Entry) -> tuple[str, ...]:
+    """Return an order as the words of HEADINGS."""
+    change = " -> ".join(printable(entry[key]) for key in ("from", "to") if entry[key])
+    sentence = f"  # {printable(entry['error'])}" if entry["error"] else ""
+    number, began, who = str(entry["number"]), _moment(entry["began"]), _who(entry["who"])
+    return (
+        number,
+        began,
+        _took(entry),
+        who,
+        entry["vbd"] or "-",
+        entry["verb"],
+        _end(entry),
+        (change or "-") + sentence,
+    )
+
+
+def details(entry: Entry) -> list[tuple[str, str]]:
+    """Return all that is known of an order, by names for people."""
+    texts = {key: printable(str(entry[key])) for key in ("vbd", "verb", "from", "to", "error")}
+    return [
+        ("order", str(entry["number"])), ("what", texts["verb"]), ("disk", texts["vbd"]), ("by", _who(entry["who"])),
+        ("from", texts["from"]), ("to", texts["to"]), ("began", _moment(entry["began"])), ("took", _took(entry)),
+        ("ended", _end(entry)), ("error", texts["error"]),
+    ]  # fmt: skip
+
+
+def _end(entry: Entry) -> str:
+    return str(entry["code"]).replace(Code.UNDER_WAY, "under way")
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(" ", "seconds")
+
+
+def _took(entry: Entry) -> str:
+    ended = time.time() if entry["ended"] is None else entry["ended"]
+    return format_duration(max(0.0, ended - entry["began"])).replace(" ", "")
+
+
+def _who(who: dict[str, Any]) -> str:
+    """Return a peer as one word: its command, user and process."""
+    if not who:
+        return "-"
+    command = printable(str(who.get("command", ""))) or "?"
+    return f"{command}[{who.get('pid', '?')}],uid={who.get('uid', '?')}"
+
+
+def _print_lines(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(HEADINGS))]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_table(entries: list[Entry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not entries:
+        print("no orders were given")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in HEADINGS[:-1]:
+        table.add_column(heading, no_wrap=True)
+    table.add_column(HEADINGS[-1], overflow="fold", ratio=1)
+    for entry in entries:
+        table.add_row(*map(Text, words(entry)))
+    Console(highlight=False).print(table)
