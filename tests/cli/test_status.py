@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -164,10 +165,10 @@ def test_a_table_on_a_terminal(
     out = capsys.readouterr().out
 
     assert "\x1b[2J" not in out
-    for part in ("5/xvda", "mail", "Connected", "0 B/s", r"\x1b[2J", "[bold]", "restarts: 2", "6/xvdb"):
+    for part in ("5/xvda", "mail", "Connected", "0 B/s", r"\x1b[2J", "[bold]", "restarts of its worker: 2", "6/xvdb"):
         assert part in out
     assert "the worker was ended by SIGKILL" in " ".join(out.split())
-    assert "worker of 0.0.9: xenbackend upgrade 6/xvdb" in " ".join(out.split())
+    assert "6/xvdb: its worker runs 0.0.9" in out
     assert "service 0.1.0, process 11, up" in out
     assert "2 disks; 1 of 2 need upgrade: xenbackend upgrade" in " ".join(out.split())
 
@@ -177,13 +178,13 @@ def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
     return Picture({"pid": 11}, list(disks), at)
 
 
-def shown(before: Picture, after: Picture, room: int | None = None) -> str:
-    """Return the table as a terminal of 100 columns has it."""
+def shown(before: Picture, after: Picture, height: int = 100) -> str:
+    """Return what a terminal of so many lines has with --watch."""
     from rich.console import Console
 
     stream = io.StringIO()
-    args = argparse.Namespace(sort="disk")
-    Console(file=stream, width=100).print(status_table.table(args, before, after, room))
+    console = Console(file=stream, width=100, height=height)
+    console.print(status_table.fitting(console, argparse.Namespace(sort="disk"), before, after))
     return stream.getvalue()
 
 
@@ -193,16 +194,22 @@ def test_the_first_picture_has_no_rates() -> None:
     later = picture(moved(disk(), reads=100), OTHER, at=2.0)
 
     assert "0/s" not in shown(first, first)
+    assert "rates follow with the next picture" in shown(first, first)
     assert "50/s" in shown(first, later)
     assert ["-", "-"] == [word for word in shown(first, later).splitlines()[4].split() if word == "-"][:2]
 
 
-def test_a_table_has_no_more_disks_than_room() -> None:
-    """What does not fit on a terminal is left out as a whole."""
-    both = picture(disk(), OTHER)
+@pytest.mark.parametrize("error", ["", "it is so\n" * 3])
+def test_a_picture_is_no_higher_than_the_terminal(error: str) -> None:
+    """What does not fit is left out as a whole, with what is said of it, and counted."""
+    all_ = picture(*(disk(vbd=f"{number}/xvda", node=f"vbd/{number}/51712", domid=number, error=error, paused=True)
+                     for number in range(20)))  # fmt: skip
+    lines = shown(all_, all_, 24).splitlines()
 
-    assert "6/xvdb" in shown(both, both)
-    assert "6/xvdb" not in shown(both, both, 1)
+    assert len(lines) <= 24
+    assert "0/xvda" in lines[2]
+    assert re.search(r"; 1\d disks more have no room here: see --sort", " ".join(" ".join(lines).split()))
+    assert "19/xvda" in shown(all_, all_, 500)
 
 
 def test_rates_and_latency_are_of_the_interval() -> None:

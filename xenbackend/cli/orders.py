@@ -6,7 +6,6 @@ Must not decide anything: the service remembers.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -47,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
     elif args.number is not None:
         for entry in entries:
             print("\n".join(f"{key + ':':8}{value}" for key, value in details(entry) if value))
-    elif sys.stdout.isatty():
-        _print_table(entries)
     else:
         _print_lines([HEADINGS, *(words(each) for each in entries)])
     return 0
@@ -106,20 +103,3 @@ def _print_lines(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[place]) for row in rows) for place in range(len(HEADINGS))]
     for row in rows:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_table(entries: list[Entry]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not entries:
-        print("no orders were given")
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in HEADINGS[:-1]:
-        table.add_column(heading, no_wrap=True)
-    table.add_column(HEADINGS[-1], overflow="fold", ratio=1)
-    for entry in entries:
-        table.add_row(*map(Text, words(entry)))
-    Console(highlight=False).print(table)

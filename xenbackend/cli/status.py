@@ -139,7 +139,8 @@ def remarks(known: Known) -> list[str]:
     """Return the sentences that belong to it."""
     paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
     under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
-    return [printable(each) for each in (*paused, *under_way, known["error"]) if each]
+    old = [f"its worker runs {known['worker_version'] or 'another version'}"] if known["needs_upgrade"] else []
+    return [printable(each) for each in (*paused, *under_way, known["error"], *old) if each]
 
 
 def errors(known: Known) -> int:

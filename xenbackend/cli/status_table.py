@@ -1,4 +1,4 @@
-"""`xenbackend status` on a terminal: a table, and with --watch one that goes on.
+"""`xenbackend status` on a terminal: a table, what is to be said of its disks below it, and the service.
 
 Must not work anything out: `status` does.
 """
@@ -15,70 +15,85 @@ from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from rich.console import Console, Group
     from rich.table import Table
     from rich.text import Text
 
 _STYLES = {"Connected": "green", "paused": "yellow"}  # of a disk's state
-_OTHER_LINES = 3  # of a picture: headings, and what is said of the service
 _LINES = 2  # that a disk takes at least
 
 
 def show(args: argparse.Namespace) -> None:
     """Print once, or go on."""
-    from rich.console import Console, Group
+    from rich.console import Console
     from rich.live import Live
-    from rich.text import Text
 
     console = Console(highlight=False)
-    before = status.look(args)
+    before = after = status.look(args)
     if args.watch is None:
         if before.disks:
             time.sleep(status.SAMPLE_S)
-        after = status.look(args) if before.disks else before
-        console.print(table(args, before, after))
-        console.print(Text(status.service_line(after)))
+            after = status.look(args)
+        console.print(frame(args, before, after))
         return
-
-    def frame(before: Picture, after: Picture) -> Group:
-        room = max(1, (console.height - _OTHER_LINES) // _LINES)
-        first = "" if before is not after else "; rates follow with the next picture"
-        below = f"; {len(after.disks) - room} more do not fit: --sort" if len(after.disks) > room else ""
-        return Group(table(args, before, after, room), Text(status.service_line(after) + first + below))
-
-    with Live(frame(before, before), console=console, auto_refresh=False) as live:
+    with Live(fitting(console, args, before, before), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(args.watch)
             after = status.look(args)
-            live.update(frame(before, after), refresh=True)
+            live.update(fitting(console, args, before, after), refresh=True)
             before = after
 
 
-def table(args: argparse.Namespace, before: Picture, after: Picture, room: int | None = None) -> Table | Text:
-    """Return the table of at most `room` disks; it fits into 80 columns: what belongs together is one cell."""
-    from rich.table import Table
+def fitting(console: Console, args: argparse.Namespace, before: Picture, after: Picture) -> Group:
+    """Return as much of a picture as a terminal has lines for: what does not fit would stand there for ever."""
+    room = min(len(after.disks), console.height // _LINES)
+    while True:
+        found = frame(args, before, after, room)
+        excess = len(console.render_lines(found)) - console.height
+        if excess <= 0 or room <= 1:
+            return found
+        room = max(1, room - -(-excess // (2 * _LINES)))
+
+
+def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int | None = None) -> Group:
+    """Return a picture with at most `room` disks; two that are the same one are the first of --watch."""
+    from rich.console import Group
     from rich.text import Text
 
-    if not after.disks:
-        return Text("no disk is served")
+    rows = status.arranged(args, before, after)[:room]
+    notes = [f"{known['vbd']}: {each}" for known, _ in rows for each in _notes(known)]
+    line = status.service_line(after)
+    if before is after and rows:
+        line += "; rates follow with the next picture"
+    if len(rows) < len(after.disks):
+        line += f"; {len(after.disks) - len(rows)} disks more have no room here: see --sort"
+    return Group(*([table(rows)] if rows else []), *map(Text, [*notes, line]))
+
+
+def table(rows: list[tuple[Known, Speed]]) -> Table:
+    """Return the table, which fits into 80 columns: what belongs together stands one above the other."""
+    from rich.table import Table
+
     made = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("disk\nguest", "state\nworker", "reads", "writes", "mean\n99%", "errors"):
         made.add_column(heading, no_wrap=True)
     made.add_column("chain", overflow="fold", ratio=1)
     now = time.time()
-    for known, moved in status.arranged(args, before, after)[:room]:
+    for known, moved in rows:
         made.add_row(*_cells(known, moved, now))
     return made
 
 
+def _notes(known: Known) -> list[str]:
+    restarts = [f"restarts of its worker: {known['restarts']}"] if known["restarts"] else []
+    return [*status.remarks(known), *restarts]
+
+
 def _cells(known: Known, moved: Speed, now: float) -> list[Text]:
-    from rich.text import Text  # Text: a chain may hold what rich takes for mark-up
+    from rich.text import Text  # a chain may hold what rich takes for mark-up
 
     word = status.condition(known)
     worker = f"{known['worker']}, {status.age(known['worker_since'], now)}" if known["worker"] else "no worker"
-    chain = printable(known["chain"]) + (" (read-only)" if known["read_only"] else "")
-    notes = [*status.remarks(known), *([f"restarts: {known['restarts']}"] if known["restarts"] else [])]
-    if known["needs_upgrade"]:
-        notes.append(f"worker of {known['worker_version'] or 'another version'}: xenbackend upgrade {known['vbd']}")
     return [
         Text(f"{known['vbd']}\n{printable(known['guest'])}"),
         Text.assemble((word, _STYLES.get(word, "red" if known["reason"] else "")), f"\n{worker}"),
@@ -86,7 +101,7 @@ def _cells(known: Known, moved: Speed, now: float) -> list[Text]:
         Text(_rates(moved, "writes", "written_bytes")),
         Text(f"{_duration(moved.mean_ns)}\n{_duration(moved.p99_ns, '<')}"),
         Text(str(status.errors(known))),
-        Text("\n".join([chain, *notes])),
+        Text(printable(known["chain"]) + (" (read-only)" if known["read_only"] else "")),
     ]
 
 
