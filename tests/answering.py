@@ -84,7 +84,7 @@ ENTRY = {
     "from": "aio:/img", "to": "log:|aio:/img", "began": 1e9, "ended": 1e9 + 2.5, "code": "ok", "error": "",
 }  # fmt: skip
 _DONE: dict[str, Any] = {
-    "ping": {"pid": 11, "version": "0.1.0", "since": 0.0},
+    "ping": {"pid": 11, "version": "0.1.0", "since": 0.0, "bugs": 0, "breaches": 0},
     "status": [DISK],
     "orders": [ENTRY],
     "set": CHAIN,

@@ -76,7 +76,7 @@ def test_json_is_all_that_the_service_knows(control: Control, capsys: pytest.Cap
 
     assert {
         "version": 1,
-        "service": {"pid": 11, "version": "0.1.0", "since": 0.0},
+        "service": {"pid": 11, "version": "0.1.0", "since": 0.0, "bugs": 0, "breaches": 0},
         "vbds": [disk(), OTHER],
     } == json.loads(capsys.readouterr().out)
 

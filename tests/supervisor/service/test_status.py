@@ -37,7 +37,6 @@ def vbd(**changes: Any) -> Any:
         "handover": SimpleNamespace(notes=SimpleNamespace(paused=None)),
         "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
         "since": 100.0,
-        "guest": "mail",
         "restarts": 2,
         "worker_version": "0.0.1",
         "counters_page": lambda: page,
@@ -54,7 +53,7 @@ def test_a_disk_has_the_keys_that_clients_go_by() -> None:
 
 def test_what_an_administrator_needs_to_know() -> None:
     """Whose disk it is, what is in service, what holds it, what is under way, and which worker serves it since when."""
-    known = describe(vbd())
+    known = describe(vbd(), "mail")
 
     assert ("5/xvda", "vbd/5/51712", "mail", "aio:/img") == tuple(
         known[key] for key in ("vbd", "node", "guest", "chain")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
 
-def describe(vbd: Vbd) -> dict[str, Any]:
-    """Return what is known of one disk."""
+def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
+    """Return what is known of one disk; `guest` is the name of its frontend's domain."""
     path, device, paused = vbd.path, vbd.device, vbd.handover.notes.paused
     page, pid = vbd.counters_page(), vbd.worker.pid if vbd.worker else None
     return {
@@ -29,7 +29,7 @@ def describe(vbd: Vbd) -> dict[str, Any]:
         "node": str(path),
         "kind": path.kind,
         "domid": path.frontend_domid,
-        "guest": vbd.guest,
+        "guest": guest,
         "device": devid_to_vdev(path.devid),
         "chain": vbd.chain_in_service(),
         "read_only": device.spec.read_only if device.spec else None,
@@ -54,7 +54,7 @@ def describe(vbd: Vbd) -> dict[str, Any]:
 
 
 def describe_service() -> dict[str, Any]:
-    """Return what is known of this process; the answer to `ping`."""
+    """Return what is known of this process, for the answer to `ping`."""
     return {"pid": os.getpid(), "version": __version__, "since": started_at(os.getpid())}
 
 
