@@ -86,15 +86,18 @@ def test_an_order_waits_as_long_as_the_service_needs(tmp_path: Path, monkeypatch
     assert sorted(ticks) == ticks
 
 
-def test_a_time_limit_is_the_services_to_keep(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "where"), [(17, "order 17; see: xenbackend orders 17"), (None, "see: xenbackend status")]
+)
+def test_a_time_limit_is_the_services_to_keep(tmp_path: Path, number: int | None, where: str) -> None:
     """With a time the service is told how long the caller waits, and what it answers then names the order."""
-    answer = Answer(Code.UNDER_WAY, {"chain": "null:2G"}, "it is still under way", 17)
+    answer = Answer(Code.UNDER_WAY, {"chain": "null:2G"}, "it is still under way", number)
     with answering(tmp_path / "x", lambda _: answer) as control, pytest.raises(ServiceError) as caught:
         give_order(control.path, SET, "5/xvda: set", 3.5)
 
     assert {**SET, "wait": 3.5} == control.asked[0]
-    assert "5/xvda: set is still under way, order 17; see: xenbackend orders 17" == str(caught.value)
-    assert (Code.UNDER_WAY, {"chain": "null:2G"}, 17) == (
+    assert f"5/xvda: set is still under way, {where}" == str(caught.value)
+    assert (Code.UNDER_WAY, {"chain": "null:2G"}, number) == (
         caught.value.answer.code, caught.value.answer.data, caught.value.answer.order,
     )  # fmt: skip
 

@@ -93,7 +93,8 @@ def give_order(
         if answer.code is not Code.UNDER_WAY:
             raise
         number = answer.order
-        sentence = f"{what} is still under way, order {number}; see: xenbackend orders {number}"
+        where = "see: xenbackend status" if number is None else f"order {number}; see: xenbackend orders {number}"
+        sentence = f"{what} is still under way, {where}"
         raise ServiceError(Answer(Code.UNDER_WAY, answer.data, sentence, number)) from None
 
 
