@@ -68,7 +68,7 @@ def test_a_file_becomes_a_guests_disk_and_a_file_again(run_json: RunJson, raw: P
     qemu_img("convert", "-O", "qcow2", raw, tmp_path / "a.qcow2")
     assert run_json("convert", "qcow2:a.qcow2", "vhd:b.vhd")["size"] == 4 * MIB
     leaf = run_json("snapshot", "vhd:b.vhd", "leaf.vhd")
-    assert leaf == {"text": "vhd:leaf.vhd", "size": 4 * MIB, "parent": "vhd:b.vhd"}
+    assert leaf == {"version": 1, "text": "vhd:leaf.vhd", "size": 4 * MIB, "parent": "vhd:b.vhd"}
     assert run_json("commit", leaf["text"])["written"] == 0
     assert run_json("resize", "vhd:b.vhd", "8M") == {"image": "vhd:b.vhd", "before": 4 * MIB, "size": 8 * MIB}
     run_json("convert", "vhd:b.vhd", "qcow2:c.qcow2", "--cluster-size", "4K")
@@ -210,7 +210,7 @@ def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path:
         ):
             status, _, err = run(*words)
             assert (2, True) == (status, "is locked by another process" in err), words
-        assert "somebody writes to it" in run("info", "qcow2:a.qcow2")[1]
+        assert "in use: this may be out of date" in run("info", "qcow2:a.qcow2")[1]
         assert not (tmp_path / "new").exists()
     finally:
         worker.drop()
@@ -225,7 +225,7 @@ def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number:
         [sys.executable, "-m", "xenbackend", "image", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     give_up = time.monotonic() + 20
-    while not (tmp_path / "new.partial").exists():
+    while not (tmp_path / "new.partial.json").exists():  # which is written after `new.partial`
         assert time.monotonic() < give_up
         select.select([], [], [], 0.01)
     process.send_signal(number)

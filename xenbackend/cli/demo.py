@@ -294,7 +294,7 @@ def _summary(
     (vbd,) = machine.ask({"verb": "status"})["data"]
     counters = vbd["counters"]
     console.print(
-        f"the worker (pid {vbd['worker']}) answered {counters['reads']} reads, {counters['writes']} writes and "
+        f"the worker answered {counters['reads']} reads, {counters['writes']} writes and "
         f"{counters['flushes']} flushes; errors: {counters['errors']}, guest errors: {counters['guest_errors']}"
     )
     return {"phases": phases, "counters": counters}
