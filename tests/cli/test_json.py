@@ -178,6 +178,15 @@ def xenstored_has_domain(xenstored: Xenstored) -> None:
         store.write("/local/domain/5/name", "mail")
 
 
+@pytest.mark.slow
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    """The summary, and nothing else."""
+    always, maybe = documented("demo")
+    assert 0 == main(["demo", "--json", "--seconds", "0.1", "--area", "64K"])
+
+    assert (set(), always) == (maybe, keys(json.loads(capsys.readouterr().out), maps("demo")))
+
+
 def test_bench() -> None:
     """What stands beside the rows, which are those of the tables."""
     usage = Usage(1.0, 0.0, 0.0, 0.0, autogroup=False, programs=[("make", 1.0)])

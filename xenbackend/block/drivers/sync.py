@@ -8,8 +8,8 @@ Description:
     for. It is there to compare with, and for hosts or file systems on which asynchronous I/O misbehaves.
 
 Behaviour:
-    Sectors, locking, flush, discard and errors are those of `aio:`. The worker does nothing else while a call lasts:
-    rule D3 (`submit` does not sleep) is broken here on purpose.
+    Sectors, locking, flush, discard and errors are those of `aio:`. The worker does nothing else while a call lasts,
+    although a driver's `submit` should never sleep: that is what this driver is for.
 
 Example:
     log:|sync:/srv/images/guest.img
