@@ -123,7 +123,7 @@ def test_any_rings(request: pytest.FixtureRequest, dice: random.Random, handover
         assert 0 <= ring.taken() < 2**64
         ring.release()
         assert len(counters.NAMES) == len(counters.snapshot(page))
-        assert 0 <= counters.percentile_ns(page, dice.random()) < 2**counters.BUCKETS
+        assert 0 <= counters.percentile_ns(counters.histogram(page), dice.random()) < 2**counters.BUCKETS
         assert all(0 <= each < 2**64 for each in found)
         return len(found)
 
