@@ -37,6 +37,7 @@ TESTED_ELSEWHERE = {
     "image/session.py": "image/test_transfer.py and everything else there runs in one",
     "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
     "supervisor/vbd/aims.py": "supervisor/vbd/test_device.py has each aim, test_device_is_total.py all at once",
+    "protocol/messages.py": "values only; protocol/test_codec.py sends each",
     "supervisor/vbd/events.py": "values only; test_device.py is made of them",
     "supervisor/vbd/context.py": "values only; supervisor/service/test_registry.py hands them to each vbd",
 }

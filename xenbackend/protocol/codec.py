@@ -58,7 +58,8 @@ def _decode(kinds: Any, datagram: bytes) -> Any:
         values = json.loads(datagram, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # also of deep nesting, and of bytes that are no UTF-8
         raise NotAMessage(f"not a message: {datagram[:80]!r}") from None
-    if not isinstance(values, dict) or values.pop("version", None) != VERSION:
+    version = values.pop("version", None) if isinstance(values, dict) else None
+    if type(version) is not int or version != VERSION:
         raise NotAMessage(f"not a message of version {VERSION}: {datagram[:80]!r}")
     return _restore_one_of(kinds, values)
 
