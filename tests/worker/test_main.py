@@ -423,6 +423,16 @@ def test_an_order_that_cannot_be_carried_out_is_told(driven: Driven) -> None:
     driven.worker.end()
 
 
+def test_a_frontend_is_served_once(driven: Driven) -> None:
+    """Rings that are served are not mapped again, and go on being served."""
+    driven.connect("ram:1M")
+    driven.offer_rings()
+    standing = driven.worker.expect_standing()
+    driven.frontend.write(0, DATA)
+
+    assert (Stage.SERVING, "a frontend is served already") == (standing.stage, standing.failure)
+
+
 def test_what_was_asked_of_a_worker_that_ends_has_its_reply(driven: Driven) -> None:
     """A question right behind Close has a reply like any other."""
     driven.open("ram:1M")

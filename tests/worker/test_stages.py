@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from tests.driven import Driven
+from tests.driven import DOMID, Driven
 from xenbackend import journal
-from xenbackend.blkif.abi import BLKIF_OP_WRITE
+from xenbackend.blkif.abi import BLKIF_OP_WRITE, NATIVE
+from xenbackend.kernel.ports import open_host
+from xenbackend.loop.reactor import Reactor
+from xenbackend.loop.steps import run
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
+from xenbackend.rig.guest import Guest
+from xenbackend.rig.guest_ring import GuestRing
+from xenbackend.rig.xen import Xen
 from xenbackend.units import PAGE
+from xenbackend.worker.channel import Channel
+from xenbackend.worker.stages import Stages
 
 pytestmark = pytest.mark.slow  # each starts a process
 DATA = b"d" * PAGE
@@ -220,3 +230,33 @@ def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven
 
     assert f"delay:write=200ms|aio:{images[0]}" == left
     assert [DATA, bytes(PAGE)] == [path.read_bytes()[:PAGE] for path in images]
+
+
+def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
+    """D8: what a layer's bug lost may come back to whoever is above the chain later, who has to know."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = os.memfd_create("journal")
+    os.ftruncate(memory, journal.SIZE)
+    reactor = Reactor()
+    with ours, theirs, Xen(tmp_path):
+        guest = Guest(tmp_path, DOMID, 64)
+        host = f"xenbackend.rig.host:{tmp_path}"
+        order = messages.Open(1, "vbd/5/51712", host, DOMID, "null:1M", read_only=False)
+        stages = Stages(order, [memory], reactor, Channel(theirs, reactor), lambda bug: pytest.fail(str(bug)))
+        stages.open()
+        found = []
+        for _ in range(3):
+            ring = GuestRing(guest, NATIVE, 0, open_host(host).fence)
+            parameters = messages.RingParameters(ring.grefs, ring.port.number)
+            run(stages.serve(messages.Connect(NATIVE.protocol, [parameters], persistent=True)))
+            assert stages.connection is not None
+            found.append(stages.connection.engine._expects_strays)
+            if len(found) == 2:
+                stages.connection.engine.contain(KeyError("x"), [])
+            run(stages.leave(), lambda *_: reactor.stop())
+            reactor.run()
+        stages.close()
+        guest.close()
+    reactor.close()
+
+    assert [False, False, True] == found

@@ -136,8 +136,6 @@ class Worker:
         except Exception as bug:  # whoever ordered it has to know
             self._on_bug(bug)
             failure, code = _of_bug(bug), errno.EIO
-        if self._stages is None or self._stages.connection is None:
-            self._has_paused()
         if self._under_way is order:  # else nobody waits for it any more
             self._under_way, self._failure, self._errno = None, failure, code
         self._channel.stand()

@@ -170,7 +170,7 @@ class Stages:
         return make_leaf(self._opened(), file, image_format)
 
     def pause(self, then: Callable[[], None]) -> None:
-        """Take nothing from the rings, and call `then` when nothing is in flight."""
+        """Take nothing from the rings, and call `then` when nothing is in flight, also because the frontend leaves."""
         self.is_paused = True
         if self.connection is None:
             then()
