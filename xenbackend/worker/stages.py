@@ -255,18 +255,17 @@ class Stages:
         """Let the chain answer to a connection, and leave to a successor what is served, and how."""
         chain.contain = connection.engine.contain
         chain.complete = connection.engine.finish
-        agreed = {"chain": self._disk.text, "connect": codec.as_fields(connection.agreed)}
-        journal.AGREED.write(self._journal, agreed)
+        agreed = messages.Agreed(self._disk.text, connection.agreed)
+        journal.AGREED.write(self._journal, codec.as_fields(agreed))
 
     def _recall(self) -> messages.Connect:
         """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
         try:
-            noted = journal.AGREED.read(self._journal) or {}
-            agreed: messages.Connect = codec.restore(messages.Connect, noted.get("connect"))
+            agreed: messages.Agreed = codec.restore(messages.Agreed, journal.AGREED.read(self._journal))
         except codec.NotAMessage as error:  # or what a predecessor left there is none
             sentence = "the journal does not know what was agreed with the frontend"
             raise DriverError(sentence, errno=errno.ENODATA) from error
-        return agreed
+        return agreed.connect
 
     def _begin_export(self, path: str, chain: Chain) -> None:
         """Offer the disk to a device model; without that the guest can still use it by its own driver."""
