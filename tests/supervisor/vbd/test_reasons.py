@@ -46,10 +46,11 @@ def test_the_first_one_is_shown() -> None:
     reasons = all_of_them()
     shown = []
     while reasons.first:
-        shown.append(reasons.first)
-        reasons.say(Reason[reasons.first], "")
+        shown.append((reasons.first, reasons.word()))
+        reasons.say(reasons.first, "")
 
-    assert [reason.name for reason in Reason] == shown
+    assert list(Reason) == [reason for reason, _ in shown]
+    assert ("cannot-open", "flush-failed", "") == (shown[0][1], shown[4][1], reasons.word())
 
 
 def test_only_some_bar_a_worker() -> None:

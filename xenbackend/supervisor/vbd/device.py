@@ -143,7 +143,12 @@ class Device:
     @property
     def error(self) -> str:
         """A sentence for the operator, empty while all is well."""
-        return self._reasons.first
+        return self._reasons[self._reasons.first] if self._reasons.first else ""
+
+    @property
+    def reason(self) -> str:
+        """One word for `error`, for programs."""
+        return self._reasons.word()
 
     def is_waited_for(self) -> bool:
         """Return whether a guest has rings that we serve, or will again: it must see nothing but a delay."""

@@ -49,6 +49,10 @@ class Reasons:
         """Return a sentence, empty while there is no such reason."""
         return self._said.get(reason, "")
 
+    def word(self) -> str:
+        """Return one word for the first one, for programs: ``flush-failed``; empty where there is none."""
+        return self.first.name.lower().replace("_", "-") if self.first else ""
+
     def say(self, reason: Reason, sentence: str) -> None:
         """Take note of a sentence; an empty one takes it away."""
         self._said[reason] = sentence
@@ -60,9 +64,9 @@ class Reasons:
                 self._said.pop(reason, None)
 
     @property
-    def first(self) -> str:
-        """The sentence of the highest rank, empty where there is none."""
-        return next((self[reason] for reason in Reason if self[reason]), "")
+    def first(self) -> Reason | None:
+        """The one of the highest rank, None where there is none."""
+        return next((reason for reason in Reason if self[reason]), None)
 
     @property
     def bar(self) -> str:
