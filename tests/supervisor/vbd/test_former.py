@@ -148,7 +148,7 @@ def see_all_of_it(kept: Kept, heir: Handover) -> None:
     """See that everything has become ours, and nothing else is left."""
     first, last_one = (journal.RingJournal(heir.page, number, journal.SLOT) for number in (0, 7))
     memories = heir.descriptors("null:1G")[1]
-    expected = Notes("null:1G", None, None, "", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"})
+    expected = Notes("null:1G", None, None, "an administrator", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"})
 
     assert [(101, 17), (103, 19), *((104 + place, 8176 + place) for place in range(16))] == first.unanswered()
     assert [(101, 18, 2)] == last_one.answering()
@@ -226,7 +226,7 @@ def test_a_worker_that_nobody_can_kill_finishes_by_itself(kept: Kept, leave: Cal
     heir = next_one(kept)
 
     assert (None, None) == (heir.worker, heir.agreed())
-    assert ([], "null:1G", "") == (journal.progress(heir.page), heir.notes.chain, heir.notes.paused)
+    assert ([], "null:1G", "an administrator") == (journal.progress(heir.page), heir.notes.chain, heir.notes.paused)
     assert {f"{PREFIX}.{name}.3" for name in ("journal", "notes", "m0", "m3")} == set(kept.fds)
     heir.close()
 

@@ -26,6 +26,7 @@ _HEAD = 50 * PAGE  # bytes before the rings
 _AGREED = journal.Note(PAGE, 2, (2 * PAGE, 10 * PAGE), 8 * PAGE, VERSION)
 _NOTES = journal.Note(PAGE, 3, (18 * PAGE, 34 * PAGE), 16 * PAGE, VERSION)
 _POISON = 4
+_SOMEBODY = "an administrator"  # who paused a disk was not noted
 
 
 def copy_journal(fd: int, page: memoryview) -> None:
@@ -73,7 +74,7 @@ def _notes_of(found: dict[str, Any]) -> Notes:
         "chain": chain,
         "exchange": exchange,
         "stale_params": stale_params,
-        "paused": "" if found.get("paused") else None,
+        "paused": _SOMEBODY if found.get("paused") else None,
         "policy": _policy_of(str(found.get("policy", ""))),
         "claim": found.get("claim"),
         "memories": found.get("memories", {}),

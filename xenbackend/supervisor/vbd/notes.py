@@ -45,7 +45,7 @@ class Notes:
     chain         the chain in service, or the one that a worker was last told to open
     exchange      the exchange under way; None: there is none
     stale_params  what the key ``params`` may still say although `chain` has taken its place; None: it says so too
-    paused        which administrator has paused the disk, empty where that is not known; None: it is not paused
+    paused        who has paused the disk, for people; None: it is not paused
     policy        what was ordered to become of requests that fail; None: as the settings say
     claim         see `Claimed`
     memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
