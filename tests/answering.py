@@ -45,7 +45,10 @@ class Control:
             with near, near.makefile("rb") as stream:
                 request = json.loads(stream.readline())
                 self.asked.append(request)
-                answer = self._answer(request)
+                try:
+                    answer = self._answer(request)
+                except Exception as bug:
+                    answer = Answer(Code.BUG, sentence=f"{type(bug).__name__}: {bug}")
                 if isinstance(answer, Answer):
                     near.sendall(json.dumps(answer.as_json()).encode() + b"\n")
                 elif answer is not None:

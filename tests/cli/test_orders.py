@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.answering import CHAIN, ENTRY, answering, working
+from tests.answering import CHAIN, DISK, ENTRY, answering, working
 from xenbackend.cli import waiting
 from xenbackend.cli.main import main
 from xenbackend.protocol import client
@@ -108,6 +109,8 @@ def test_upgrade_goes_through_all_disks_and_says_of_each(tmp_path: Path, capsys:
     def answer(request: dict[str, Any]) -> Answer:
         if request["verb"] == "status":
             return Answer(Code.OK, disks)
+        if request["verb"] == "orders":
+            return Answer(Code.OK, [])
         return Answer(Code.UNDER_WAY, None, "x", 20) if request["vbd"] == "5/xvdb" else working(request)
 
     with answering(tmp_path / "x", answer) as control:
@@ -130,7 +133,7 @@ def test_waiting_is_shown_on_a_terminal_only(
 ) -> None:
     """An order that takes its time says so on standard error where somebody looks, and never on standard output."""
     monkeypatch.setattr(client, "TICK_S", 0.01)
-    monkeypatch.setattr(waiting, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(waiting, "PATIENCE_S", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
     if not is_terminal:
@@ -146,3 +149,57 @@ def test_waiting_is_shown_on_a_terminal_only(
 
     assert ("5/xvda: pause: 0 s" in captured.err) == is_terminal
     assert captured.out.startswith("5/xvda is paused")
+
+
+LEFT = Answer(Code.UNDER_WAY, CHAIN, "the service is replaced", 17)
+AWAY = Answer(Code.UNREACHABLE, sentence="it is away")
+OURS = {**ENTRY, "who": {**ENTRY["who"], "pid": os.getpid()}}
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "status", "said"),
+    [
+        (LEFT, [AWAY, [OPEN | {"number": 17}], [ENTRY]], 0, "5/xvda is served by log:|aio:/img; update"),
+        (LEFT, [[ENTRY | {"code": "failed", "error": "killed"}]], 1, "5/xvda is served by log:|aio:/img\n"),
+        (LEFT, [[]], 75, "5/xvda is served by log:|aio:/img\n"),
+        (LEFT, [AWAY], 75, "5/xvda is served by log:|aio:/img\n"),
+        (b"", [AWAY, [ENTRY], [ENTRY, OURS]], 75, ""),
+        (b"", [[ENTRY, OURS | {"number": 18}]], 0, "5/xvda is served by log:|aio:/img; update"),
+        (b"", [[OURS | {"verb": "pause"}]], 75, ""),
+    ],
+)
+def test_an_order_is_waited_for_over_a_restart_of_the_service(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    first: Answer | bytes,
+    later: list[Any],
+    status: int,
+    said: str,
+) -> None:
+    """What the next service says is the answer; where it knows nothing, or none comes, nobody says that it failed.
+
+    A service that was killed has told no number: the order is the last one of its kind that this process gave.
+    """
+    monkeypatch.setattr(waiting, "LOOK_S", 0.0)
+    monkeypatch.setattr(waiting, "RETURN_S", 0.0 if later == [AWAY] else 60.0)
+    looks = iter(later)
+
+    def answer(request: dict[str, Any]) -> Answer | bytes:
+        if request["verb"] == "orders":
+            found = next(looks, later[-1])
+            return found if isinstance(found, Answer) else Answer(Code.OK, found)
+        return first if request["verb"] == "set" else Answer(Code.OK, [{**DISK, **CHAIN, "layers": []}])
+
+    with answering(tmp_path / "x", answer) as control:
+        assert status == main(["set", "5/xvda", "aio:/new", "--socket", control.path])
+
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_a_time_limit_holds_over_a_restart_too(tmp_path: Path) -> None:
+    """Whoever has set one does not wait for the next service."""
+    with answering(tmp_path / "x", lambda _: LEFT) as control:
+        assert 75 == main(["set", "5/xvda", "aio:/new", "--timeout", "9", "--socket", control.path])
+
+    assert ["set"] == [each["verb"] for each in control.asked]
