@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.helpers_block import content, read, write
 from tests.qemu import qemu_img
-from xenbackend.block.images import QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.block.spec import parse_chain
 from xenbackend.image.session import Session
 
@@ -32,7 +32,7 @@ def disk_write(text: str, pieces: dict[int, bytes]) -> None:
 
 def assert_same_for_qemu(first: Path, image_format: str, raw: Path) -> None:
     """Let QEMU compare an image with a raw one."""
-    qemu_img("compare", "-f", QEMU_NAMES[image_format], "-F", "raw", first, raw)
+    qemu_img("compare", "-f", FORMATS[image_format].qemu_name, "-F", "raw", first, raw)
 
 
 def leak(path: Path, clusters: int = 1) -> None:

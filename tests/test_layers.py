@@ -31,7 +31,7 @@ LAYERS = {
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
     | {"kernel.memfd", "kernel.ports", "kernel.process"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
-    "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif"},
+    "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif", "block.formats.table"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
     "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
@@ -51,10 +51,11 @@ HOMES = {
     "fcntl": ("kernel/", "rig/", "supervisor/service/ledger", "supervisor/service/parent", "worker/files"),
     "importlib": (
         "block/drivers/__init__",
+        "block/formats/table",
         "cli/image",
         "cli/main",
         "kernel/ports",
-    ),  # what a text names: drivers, commands, hosts
+    ),  # what a text names: drivers, formats, commands, hosts
     "matplotlib": ("bench/plot",),
     "mmap": (
         "block/mapped/parts",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+SECTOR = 512  # bytes: what protocols and formats count in, whatever the medium has; direct I/O needs at least that
 PAGE = 4096  # bytes; Xen's page on every architecture that runs blkif
 _SIZE = re.compile(r"(\d+)([kmgtp]?)(i?b)?", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m)?", re.IGNORECASE | re.ASCII)

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from tests.qemu import qemu_img
-from xenbackend.block.images import QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.image.names import Image, find_image
 
 SIZE = 5 << 20
@@ -43,7 +43,7 @@ def made(raw: Path, tmp_path: Path) -> Callable[[str], Image]:
     def make(image_format: str) -> Image:
         path = tmp_path / f"disk.{image_format}"
         options = ["-o", "force_size"] if image_format == "vhd" else []
-        qemu_img("convert", "-f", "raw", "-O", QEMU_NAMES[image_format], *options, raw, path)
+        qemu_img("convert", "-f", "raw", "-O", FORMATS[image_format].qemu_name, *options, raw, path)
         return find_image(f"{image_format}:{path}")
 
     return make

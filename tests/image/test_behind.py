@@ -15,10 +15,13 @@ from tests.image_content import assert_same_for_qemu, disk_content, disk_write
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import fixed
 from tests.vhd_images import image as vhd_image
+from xenbackend.block.driver import File
 from xenbackend.block.formats import vhd
-from xenbackend.image import resize as module
+from xenbackend.block.formats.common import Plan
+from xenbackend.image import writing
 from xenbackend.image.behind import zeros
 from xenbackend.image.check import CLEAN, ERRORS, LEAKS, check
+from xenbackend.image.formats.vhd import Vhd
 from xenbackend.image.names import Image, find_image
 from xenbackend.image.resize import resize
 from xenbackend.image.session import Session
@@ -180,9 +183,9 @@ def test_a_fixed_disk_in_a_longer_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vhd, fixed"])
 def test_whoever_is_killed_shows_nothing_old(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each write the disk has its old size and content, or its new size with zeros; and nothing is an error."""
-    write_plan, left = module.write_plan, 0
+    write_plan, left = writing.write_plan, 0
 
-    def killed(file: module.File, plan: list[list[module.Write]]) -> None:
+    def killed(file: File, plan: Plan) -> None:
         nonlocal left
         for each in (write for writes in plan for write in writes):
             if not left:
@@ -190,7 +193,7 @@ def test_whoever_is_killed_shows_nothing_old(kind: str, tmp_path: Path, monkeypa
             left -= 1
             write_plan(file, [[each]])
 
-    monkeypatch.setattr(module, "write_plan", killed)
+    monkeypatch.setattr(writing, "write_plan", killed)
     image, before = made(kind, tmp_path, Random(0))
     start = Path(image.path).read_bytes()
     for after in range(0, 1000, 7 if "512" in kind else 1):
@@ -216,7 +219,7 @@ def test_a_killed_fixed_disk_has_a_footer(tmp_path: Path) -> None:
         seen = []
         for name in ("write_at", "grow", "sync"):
             monitor(file, name, lambda: seen.append(path.read_bytes()))
-        module._grow_vhd(file, 2 * BLOCK, on_device=False)
+        Vhd().grow(file, 2 * BLOCK, on_device=False)
 
     assert len(seen) > 5
     for data in seen:

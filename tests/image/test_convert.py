@@ -14,7 +14,7 @@ import pytest
 from tests import qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
 from xenbackend.block.formats.blank import Blank, Wishes
-from xenbackend.block.images import FORMATS, QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS, WRITTEN
 from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image import convert as module
@@ -57,7 +57,7 @@ def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "to", "wishes"),
     [
-        *((source, to, NONE) for source in FORMATS for to in FORMATS),
+        *((source, to, NONE) for source in WRITTEN for to in WRITTEN),
         ("raw", "qcow2", Wishes(cluster_size=4096)),
         ("raw", "qcow", Wishes(cluster_size=512)),
         ("raw", "vhd", Wishes(cluster_size=4096)),
@@ -97,7 +97,7 @@ def test_every_format_becomes_every_other(
 )
 def test_what_a_format_does_not_have_is_not_read(tmp_path: Path, image_format: str, options: str) -> None:
     """Of a large disk with little data, the rest is known to be zeros by tables or holes: a read of it would fail."""
-    source, name = tmp_path / "source", QEMU_NAMES.get(image_format, image_format)
+    source, name = tmp_path / "source", FORMATS[image_format].qemu_name
     qemu.qemu_img("create", "-q", "-f", name, *(["-o", options] if options else []), source, "1G")
     qemu.qemu_io(source, name, "write -P 7 20M 1M")
     layer = f"{'aio' if image_format == 'raw' else image_format}:{source}"
@@ -293,7 +293,7 @@ def test_of_two_that_begin_at_once_one_does(
 
 
 @pytest.mark.usefixtures("no_wait_for_locks")
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", WRITTEN)
 def test_what_is_under_way_is_not_gone_on_with(
     raw: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +317,7 @@ def test_what_is_under_way_is_not_gone_on_with(
     assert_same_for_qemu(tmp_path / "new", to, raw)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", WRITTEN)
 def test_what_is_completed_is_not_written_again(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:

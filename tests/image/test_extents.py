@@ -16,7 +16,7 @@ from tests.qcow_images import qcow2
 from tests.qemu import qemu_img, qemu_io
 from tests.vhd_images import UUID, image
 from xenbackend.block.extents import Extent, Kind
-from xenbackend.block.images import QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.block.spec import parse_chain
 from xenbackend.cli.image_show import in_qemus_words
 from xenbackend.errors import DriverError
@@ -39,7 +39,7 @@ def extents(text: str) -> list[Extent]:
 
 def from_qemu(path: Path, image_format: str) -> list[dict[str, Any]]:
     """Return QEMU's map, without `present`, which it says of formats without parents only."""
-    found = json.loads(qemu_img("map", "--output=json", "-f", QEMU_NAMES.get(image_format, image_format), path))
+    found = json.loads(qemu_img("map", "--output=json", "-f", FORMATS[image_format].qemu_name, path))
     return [{key: each.get(key) for key in FIELDS} for each in found]
 
 
@@ -71,7 +71,7 @@ def as_qemu(found: list[Extent]) -> list[dict[str, Any]]:
 )
 def test_the_map_is_qemus(raw: Path, tmp_path: Path, image_format: str, options: str) -> None:
     """Of one image, the ranges are QEMU's, to the byte and with their places, in every format that it can map."""
-    path, name = tmp_path / "img", QEMU_NAMES.get(image_format, image_format)
+    path, name = tmp_path / "img", FORMATS[image_format].qemu_name
     qemu_img("convert", "-f", "raw", "-O", name, *(["-o", options] if options else []), raw, path)
     if "streamOptimized" not in options:
         qemu_io(path, name, "write -z 2M 128k", "write -P 7 4M 1k")

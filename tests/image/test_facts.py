@@ -13,7 +13,7 @@ from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
 from tests.vhd_images import image as vhd_image
 from xenbackend.block.formats.qcow2 import CORRUPT, DIRTY
-from xenbackend.block.images import QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError
 from xenbackend.image.create import create
@@ -30,7 +30,7 @@ def test_the_sizes_are_qemus(made: Make, image_format: str, says: str) -> None:
     """Of the disk, of what the file takes, and of the clusters."""
     image = made(image_format)
     (found,) = chain_facts(image.chain).layers
-    qemu = json.loads(qemu_img("info", "--output=json", "-f", QEMU_NAMES[image_format], image.path))
+    qemu = json.loads(qemu_img("info", "--output=json", "-f", FORMATS[image_format].qemu_name, image.path))
 
     assert (says, image.path) == (found.format, found.file)
     assert (qemu["virtual-size"], qemu["actual-size"]) == (found.virtual_size, found.allocated)

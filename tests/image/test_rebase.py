@@ -131,16 +131,16 @@ def test_a_header_is_changed_in_steps(
     child, _, other = family(image_format)
     before = disk_content(child.text)
     kept: list[bytes] = []
-    from xenbackend.image import rebase as module
+    from xenbackend.image import writing
 
-    steps = module.write_plan
+    steps = writing.write_plan
 
     def watched(file: object, plan: list[list[tuple[int, bytes]]]) -> None:
         for writes in plan:
             steps(file, [writes])  # type: ignore[arg-type]
             kept.append(Path(child.path).read_bytes())
 
-    monkeypatch.setattr(module, "write_plan", watched)
+    monkeypatch.setattr(writing, "write_plan", watched)
     rebase(child, other, ignore)
     for number, content in enumerate(kept):
         copy = image_of_file(image_format, f"{tmp_path}/copy{number}")

@@ -17,9 +17,10 @@ from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
 from tests.vhd_images import image as vhd_image
 from xenbackend.block.formats.blank import Wishes
-from xenbackend.block.images import QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image import resize as module
+from xenbackend.image import writing
 from xenbackend.image.check import CLEAN, check
 from xenbackend.image.create import create
 from xenbackend.image.names import Image, find_image, image_of_file
@@ -70,7 +71,7 @@ def test_tables_that_are_too_small_are_moved(tmp_path: Path, image_format: str) 
     assert CLEAN == check(image).status
     qemu.qemu_io(
         Path(path),
-        QEMU_NAMES[image_format],
+        FORMATS[image_format].qemu_name,
         "read -P 97 0 4k",
         f"read -P 109 {MIB - 512} 512",
         f"read -P 110 {150 * MIB} 512",
@@ -136,7 +137,7 @@ def test_whoever_is_killed_leaves_a_whole_image(
     image = image_of_file(image_format, f"{tmp_path}/img")
     disk_write(image.text, {0: b"a" * 512})
     content, left = Path(image.path).read_bytes(), 0
-    write_plan = module.write_plan
+    write_plan = writing.write_plan
 
     def killed(file: module.File, plan: list[list[module.Write]]) -> None:
         nonlocal left
@@ -147,7 +148,7 @@ def test_whoever_is_killed_leaves_a_whole_image(
                 left -= 1
                 write_plan(file, [[write]])
 
-    monkeypatch.setattr(module, "write_plan", killed)
+    monkeypatch.setattr(writing, "write_plan", killed)
     for after in range(100):
         Path(image.path).write_bytes(content)
         left = after
@@ -172,8 +173,7 @@ def test_whoever_is_killed_leaves_a_whole_image(
 @pytest.fixture
 def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files whose name is "device" be taken for block devices."""
-    for module_name in ("image.resize", "block.drivers.vhd"):
-        monkeypatch.setattr(f"xenbackend.{module_name}.is_device", lambda path: path.endswith("/device"))
+    monkeypatch.setattr("xenbackend.block.drivers.vhd.is_device", lambda path: path.endswith("/device"))
 
 
 @pytest.fixture
@@ -212,7 +212,9 @@ def grow_there(image: Image, size: int) -> None:
     if image.format != "qcow":  # there is no room for more of one on a device
         disk_write(image.text, {size - 512: b"n" * 512, MIB: b"o" * 512})
         assert b"o" * 512 == disk_content(image.text, MIB + 512)[-512:]
-        qemu.qemu_io(Path(image.path), QEMU_NAMES[image.format], f"read -P 110 {size - 512} 512", "read -P 97 0 4k")
+        qemu.qemu_io(
+            Path(image.path), FORMATS[image.format].qemu_name, f"read -P 110 {size - 512} 512", "read -P 97 0 4k"
+        )
     assert check(image).errors == 0
 
 

@@ -26,13 +26,13 @@ from xenbackend.bench.disturbance import Usage, between, look
 from xenbackend.bench.plan import LENGTH, SECTOR, SMALLEST, BenchError, Sample, Work, stamp
 from xenbackend.bench.server import choose_cpus
 from xenbackend.bench.target import Bed, Target, chain_target, limit_target, peers
+from xenbackend.block.formats.table import BY_QEMU_NAME
 from xenbackend.errors import ConfigError
 from xenbackend.rig.xen import Xen
 from xenbackend.units import format_size, round_up
 
 FILE = "{file}"  # in a chain: the bench file
-DRIVERS = {"qcow2": "qcow2", "qcow": "qcow", "vpc": "vhd", "vdi": "vdi", "vmdk": "vmdk", "vhdx": "vhdx"}  # by format
-READ_ONLY = ("vdi", "vmdk", "vhdx")  # formats that we only read
+IMAGES = {name: row for name, row in BY_QEMU_NAME.items() if name != "raw"}  # of which formats the bench file may be
 NEVER_LOOKS = ", never looking"  # ends the name of a chain whose worker sleeps whenever its ring is empty
 _FIRST_DOMID = 1
 _COUNTED_S = 0.3  # of each workload while system calls are counted
@@ -165,7 +165,7 @@ def _start_chain(session: Session, chain: str, domids: Iterator[int], bed: Bed, 
         next(domids),
         name=chain + (NEVER_LOOKS if never_looks else ""),
         never_looks=never_looks,
-        read_only=not (ours or session.overwrite) or session.image in READ_ONLY,
+        read_only=not (ours or session.overwrite) or is_read_only(session.image),
         verify=ours,
         persistent=session.persistent,
     )
@@ -224,6 +224,11 @@ def _fresh(session: Session, bed: Bed, start: Start, work: Work) -> Sample:
             target.close()
     finally:
         file.unlink(missing_ok=True)
+
+
+def is_read_only(image: str) -> bool:
+    """Return whether a format, as qemu-img calls it, is one that we only read."""
+    return not BY_QEMU_NAME[image].blank
 
 
 @contextlib.contextmanager

@@ -239,6 +239,13 @@ class Driver:
         """
         yield Extent(0, size, Kind.DATA)
 
+    def identify(self) -> bytes:
+        """Return the UUID by which the image of a child knows this one: 16 bytes, zeros where there is no such thing.
+
+        Raises: ConfigError, where a child's layer could not open this one.
+        """
+        return bytes(16)
+
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
         """Do what an operator asks of this layer in service. Raises: DriverError for an unknown verb."""
         raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)

@@ -12,12 +12,11 @@ from typing import Any
 
 from xenbackend.block import grammar
 from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank
-from xenbackend.block.images import FORMAT_OF, FORMATS, QEMU_NAMES
+from xenbackend.block.formats.table import BY_DRIVER, FORMATS, Format
 from xenbackend.block.opening import MAX_PARENTS, OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError
 
-_PARENTS = {"vhd": ("vhd", "raw"), "qcow2": ("raw", "vhd", "qcow2", "qcow"), "qcow": ("raw", "vhd", "qcow2", "qcow")}
 _OVER_RAW = "qcow2"  # it says itself of which format its parent is, and any tool knows it
 
 
@@ -42,15 +41,16 @@ def leaf_over(
     Args:
         layers: the image's, and its parents' behind it.
         path: where the child will be.
-        image_format: the child's, a key of FORMATS; by default the image's own, and over a raw one QCOW2.
+        image_format: the child's, one of WRITTEN; by default the image's own, and over a raw one QCOW2.
         size: bytes of the child's disk; by default as many as the image has.
         wishes: what else may be chosen.
 
     Raises: ConfigError, where that child cannot be.
     """
     if not image_format:
-        parent_format = FORMAT_OF.get(layers[0].driver.name, "")
-        image_format = _OVER_RAW if parent_format == "raw" else parent_format
+        image_format = format_name(layers[0])
+        if image_format == "raw":
+            image_format = _OVER_RAW
     parent, text = child_of(layers, path, image_format)
     size = layers[0].geometry.size if size is None else size
     return Leaf(text, size, blank(image_format, size, wishes or Wishes(), parent))
@@ -62,27 +62,31 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
     Raises: ConfigError, where an image of that format cannot have that parent.
     """
     layer = layers[0]
-    parent_format = FORMAT_OF.get(layer.driver.name, "")
-    known = _PARENTS.get(image_format, ())
-    if parent_format not in known:
+    child_format, parent_format = FORMATS.get(image_format), BY_DRIVER.get(layer.driver.name)
+    known = child_format.parents if child_format else ()
+    if child_format is None or parent_format is None or parent_format.name not in known:
         words = " or ".join(known) or "no image at all"
-        found = parent_format or f"{layer.driver.name}:"
+        found = parent_format.name if parent_format else f"{layer.driver.name}:"
         raise ConfigError(f"the parent of a {image_format or 'new'} image can be {words}, and not {found}")
-    if parent_format == "qcow2" and not layer.driver.says_where_its_data_are():  # type: ignore[attr-defined]
-        problem = "only data_file= in its layer says where its data are, which its child's layer cannot"
-        raise ConfigError(f"{problem}; let the image say it: qemu-img amend -f qcow2 -o data_file=FILE IMAGE")
+    uuid = layer.driver.identify()
     if len(layers) > MAX_PARENTS:
         raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")
     parent_path = next(iter(files_of(layer.driver.options).values()))
     parent = Parent(
         _name(path, parent_path),
-        parent_format,
-        QEMU_NAMES[parent_format],
-        layer.driver.footer.uuid if parent_format == "vhd" else bytes(16),  # type: ignore[attr-defined]  # it is a Vhd
+        parent_format.name,
+        parent_format.qemu_name,
+        uuid,
         os.stat(parent_path).st_mtime,  # noqa: PTH116 - as `opening`: pathlib would alter the name
     )
-    options = _options(image_format, path, parent_path, parent_format, layer.driver.options)
-    return parent, grammar.format_layer(FORMATS[image_format], path, *options)
+    options = _options(child_format, path, parent_path, parent_format, layer.driver.options)
+    return parent, grammar.format_layer(child_format.driver, path, *options)
+
+
+def format_name(layer: OpenLayer) -> str:
+    """Return our word for the format of an open image; empty where it is none."""
+    found = BY_DRIVER.get(layer.driver.name)
+    return found.name if found else ""
 
 
 def parents_option(path: str, parent: str) -> str:
@@ -92,7 +96,7 @@ def parents_option(path: str, parent: str) -> str:
     return "" if both == beside else both
 
 
-def _options(image_format: str, path: str, parent: str, parent_format: str, options: Any) -> list[str]:
+def _options(child: Format, path: str, parent: str, parent_format: Format, options: Any) -> list[str]:
     """Return what the child's layer has to say: where its parents may be, and what the image itself cannot say.
 
     What the parent's own layer says of its file and its parents goes on: they are opened by the child from now on.
@@ -103,12 +107,12 @@ def _options(image_format: str, path: str, parent: str, parent_format: str, opti
         directory = os.path.commonpath([os.path.realpath(given), directory or os.path.realpath(given)])
     words = ["cache=on"] if getattr(options, "cache", False) else []
     words += [f"parents={directory}"] if directory else []
-    if image_format == "vhd" and getattr(options, "changed", "") == "accept":
+    if "changed" in child.passes_on and getattr(options, "changed", "") == "accept":
         words.append("changed=accept")
     kept = getattr(options, "parent_format", "")
-    if image_format == "qcow":
-        words.append(f"parent_format={QEMU_NAMES[parent_format]}")
-    elif kept and image_format == "qcow2":
+    if not child.says_parents_format:
+        words.append(f"parent_format={parent_format.qemu_name}")
+    elif kept and "parent_format" in child.passes_on:
         words.append(f"parent_format={kept}")
     return words
 

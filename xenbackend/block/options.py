@@ -175,13 +175,15 @@ def _kind(annotation: Any) -> Kind:
     if origin is Annotated:
         return next(each for each in arguments if isinstance(each, Kind))
     if origin is Literal:
-        return _choice(arguments)
+        return choice(arguments)
     if type(None) in arguments:
         return _kind(next(each for each in arguments if each is not type(None)))
     return _PLAIN[annotation]
 
 
-def _choice(words: tuple[str, ...]) -> Kind:
+def choice(words: tuple[str, ...]) -> Kind:
+    """Return the kind of an option that is one of some words."""
+
     def parse(text: str) -> str:
         if text not in words:
             raise ValueError(f"{text!r} is none of {', '.join(words)}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from xenbackend.bench import plot, report
 from xenbackend.bench.beside import NICE
 from xenbackend.bench.plan import WORKS, select_works
-from xenbackend.bench.session import DRIVERS, FILE, READ_ONLY, Outcome, Session, run
+from xenbackend.bench.session import FILE, IMAGES, Outcome, Session, is_read_only, run
 from xenbackend.block.spec import parse_chain
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json, duration, size
@@ -56,7 +56,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--image",
-        choices=DRIVERS,
+        choices=IMAGES,
         help="let the bench file be an image of this format, by qemu-img, and QEMU serve it too",
     )
     parser.add_argument("--direct", action="store_true", help="O_DIRECT on a disk instead of the page cache on tmpfs")
@@ -112,12 +112,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _session(args: argparse.Namespace) -> Session:
-    chains = args.chains or ([f"{DRIVERS[args.image]}:{FILE}"] if args.image else _CHAINS)
+    chains = args.chains or ([f"{IMAGES[args.image].driver}:{FILE}"] if args.image else _CHAINS)
     directory = _DISK_DIRECTORY if args.direct else _CACHED_DIRECTORY
     file = args.file or directory / f"xenbackend-bench-{os.getpid()}"
     for chain in chains:
         parse_chain(chain.replace(FILE, str(file)))  # a mistake is told before anything is measured
-    read_only = args.image in READ_ONLY or (not args.overwrite and any(FILE not in chain for chain in chains))
+    read_only = is_read_only(args.image or "raw") or (not args.overwrite and any(FILE not in chain for chain in chains))
     return Session(
         chains=chains,
         works=select_works(args.work, read_only=read_only, image=bool(args.image)),

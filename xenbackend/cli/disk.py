@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xenbackend.block.formats.table import WRITTEN
 from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_order_options
@@ -19,6 +20,7 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import ServiceError
 from xenbackend.units import format_size
 
+_FORMATS = tuple(each.name for each in WRITTEN.values() if each.parents)
 _POLICY_HELP = f"""\
 What happens to a request that the disk cannot do, by kind of error:
 
@@ -95,7 +97,10 @@ def _register_chains(subparsers: Any) -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the new image; nothing may exist there yet")
     parser.add_argument(
-        "--format", default="", choices=("vhd", "qcow2", "qcow"), help="default: the guest's own; over raw: qcow2"
+        "--format",
+        default="",
+        choices=_FORMATS,
+        help="default: the guest's own; over raw: qcow2",
     )
     _add(
         subparsers,

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from xenbackend.block.images import FORMATS
+from xenbackend.block.formats.table import WRITTEN, layers
 from xenbackend.cli.arguments import add_json, size
 
-_LAYERS = "vhd:FILE, qcow2:FILE, qcow:FILE or aio:FILE (raw)"
-_WITH_TABLES = "the image with its format: vhd:FILE, qcow2:FILE or qcow:FILE"
+_TABLES = layers(tuple(each.name for each in WRITTEN.values() if each.cluster_size))
+_WITH_TABLES = f"the image with its format: {', '.join(_TABLES[:-1])} or {_TABLES[-1]}"
+_LAYERS = f"{', '.join(_TABLES)} or aio:FILE (raw)"
+_REBASED = " or ".join(layers(tuple(each.name for each in WRITTEN.values() if each.can_rebase)))
 _CHECK_STATUS = (
     "Check an image's tables. Exit status, as of qemu-img check: 0 the image is sound; 1 it could not be checked; 2 it "
     "has errors, or could not be opened; 3 it has only leaks, which waste space and are harmless. With --repair the "
@@ -48,11 +50,11 @@ def register(subparsers: Any) -> None:
 def _register_create(verbs: Any) -> None:
     verb = verbs.add_parser("create", help="create an image", description="Create an image that reads as zeros, or as "
         "its parent. It appears complete or not at all, and never replaces another file.")  # fmt: skip
-    verb.add_argument("format", choices=FORMATS, help="of the new image")
+    verb.add_argument("format", choices=WRITTEN, help="of the new image")
     verb.add_argument("file", metavar="FILE", help="where to create it; nothing may exist there yet")
     verb.add_argument("size", metavar="SIZE", type=size, nargs="?", help="such as 20G (default: the parent's)")
     verb.add_argument("--parent", metavar="FILE", help="what it reads as at first; relative to the new image")
-    verb.add_argument("--parent-format", choices=FORMATS, help="of the parent; it is never guessed")
+    verb.add_argument("--parent-format", choices=WRITTEN, help="of the parent; it is never guessed")
     _add_wishes(verb)
     verb.set_defaults(run=_late("image_verbs", "create"))
 
@@ -137,7 +139,7 @@ def _register_compare(verbs: Any) -> None:
 def _register_measure(verbs: Any) -> None:
     verb = verbs.add_parser("measure", help="show how large a new image would be", description="Show how large the "
         "file of a new image becomes at most: for what a chain reads as, and for a full disk.")  # fmt: skip
-    verb.add_argument("format", choices=FORMATS, help="of the new image")
+    verb.add_argument("format", choices=WRITTEN, help="of the new image")
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("source", metavar="FROM", nargs="?", help="any chain, such as qcow2:FILE, with its parents")
     what.add_argument("--size", metavar="SIZE", type=size, help="of an empty disk, such as 20G")
@@ -149,11 +151,11 @@ def _register_rebase(verbs: Any) -> None:
     verb = verbs.add_parser("rebase", help="give an image another parent", description="Give an image another parent, "
         "or none. It reads as before: data that it had from the former parent, and would not have from the new one, "
         "are copied into it. It may be interrupted at any point and repeated.")  # fmt: skip
-    verb.add_argument("image", metavar="LAYER", help="the image with its format: vhd:FILE or qcow2:FILE")
+    verb.add_argument("image", metavar="LAYER", help=f"the image with its format: {_REBASED}")
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--parent", metavar="FILE", help="the new parent; named relative to the image")
     what.add_argument("--no-parent", action="store_true", help="make the image independent of any parent")
-    verb.add_argument("--parent-format", choices=FORMATS, help="of the new parent; it is never guessed")
+    verb.add_argument("--parent-format", choices=WRITTEN, help="of the new parent; it is never guessed")
     verb.add_argument("--unsafe", action="store_true", help="change only the parent's name, for a parent that was "
         "moved or replaced: where the image has no data of its own it will read as the new parent")  # fmt: skip
     verb.add_argument("--quiet", action="store_true", help="no progress bar")

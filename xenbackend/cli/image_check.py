@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 
+from xenbackend.block.formats.table import WRITTEN
 from xenbackend.cli import output
 from xenbackend.errors import printable
 from xenbackend.image import check as checks
@@ -19,7 +20,7 @@ from xenbackend.image.names import Image, find_image
 def check(arguments: argparse.Namespace) -> int:
     """Check an image; the status is qemu-img's. Raises: ConfigError, DriverError."""
     look: Callable[[Image], Verdict] = checks.repair if arguments.repair else checks.check
-    verdict = look(find_image(arguments.image, ("vhd", "qcow2", "qcow")))
+    verdict = look(find_image(arguments.image, tuple(each.name for each in WRITTEN.values() if each.cluster_size)))
     if arguments.json:
         output.print_json({**asdict(verdict), "status": verdict.status}, indent=2)
         return verdict.status

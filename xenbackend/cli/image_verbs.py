@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from xenbackend.block.formats.blank import Wishes
-from xenbackend.block.images import FORMATS
+from xenbackend.block.formats.table import WRITTEN
 from xenbackend.cli import output
 from xenbackend.cli.image_progress import watched
 from xenbackend.errors import ConfigError, DriverError, printable
@@ -151,7 +151,7 @@ def _parent(arguments: argparse.Namespace) -> Image | None:
         return None
     if arguments.parent_format is None:
         problem = f"{arguments.parent} may be of any format, and that is never guessed"
-        raise ConfigError(f"{problem}; say --parent-format {', '.join(FORMATS)}")
+        raise ConfigError(f"{problem}; say --parent-format {', '.join(WRITTEN)}")
     return image_of_file(arguments.parent_format, arguments.parent)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from xenbackend.block.driver import File
 from xenbackend.block.formats import qcow, qcow2, qcow2_check, vhd, vhd_tables
-from xenbackend.block.formats.qcow2 import Read
-from xenbackend.block.formats.qcow2_repair import Write, plan_repair
+from xenbackend.block.formats.common import Plan, Read, Write
+from xenbackend.block.formats.qcow2_repair import plan_repair
 from xenbackend.block.formats.qcow2_tables import (
     COMPRESSED,
     COPIED,
@@ -24,12 +24,10 @@ from xenbackend.block.formats.qcow2_tables import (
     pack_table,
     unpack_table,
 )
-from xenbackend.block.formats.vhd import SECTOR
 from xenbackend.block.formats.vhd_tables import UNUSED
 from xenbackend.block.formats.zstd import find_unzstd
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
-Plan = list[list[Write]]
 _CHUNK = 1 << 20  # bytes that are looked at, and written, at a time
 
 

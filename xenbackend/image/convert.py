@@ -184,8 +184,6 @@ def _mend(partial: Image) -> None:
 
     Raises: ConfigError, where that cannot be.
     """
-    if partial.format == "raw":
-        return
     try:
         verdict = check(partial)
         if verdict.status and partial.format == "qcow2":

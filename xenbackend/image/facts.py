@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from xenbackend.block.formats.table import WRITTEN
+from xenbackend.block.leaf import format_name
 from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import looks
 from xenbackend.image.session import Session
+from xenbackend.image.tools import tools_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +138,9 @@ def _base(layer: str, path: str, virtual_size: int) -> Facts:
 def _facts(layer: OpenLayer, parent: str) -> Facts:
     driver = layer.driver
     base = _base(layer.text, next(iter(files_of(driver.options).values()), ""), layer.geometry.size)
-    of_format = _OF_FORMAT.get(driver.name, _reported)
-    return of_format(driver, replace(base, parent=parent))
-
-
-def _raw(_: Any, base: Facts) -> Facts:
-    return base
+    base = replace(base, parent=parent)
+    name = format_name(layer)
+    return tools_of(name).facts(driver, base) if name in WRITTEN else _reported(driver, base)
 
 
 def _reported(driver: Any, base: Facts) -> Facts:
@@ -149,41 +148,3 @@ def _reported(driver: Any, base: Facts) -> Facts:
     facts = dict(driver.env.facts)
     facts.pop("mode", None)
     return replace(base, format=facts.pop("format", driver.name), more=facts)
-
-
-def _vhd(driver: Any, base: Facts) -> Facts:
-    from uuid import UUID
-
-    from xenbackend.block.formats import vhd
-
-    footer = driver.footer
-    kinds = {vhd.FIXED: "fixed", vhd.DYNAMIC: "dynamic", vhd.DIFFERENCING: "differencing"}
-    cluster_size = 0 if footer.type == vhd.FIXED else driver.header.block_size
-    more = {"uuid": str(UUID(bytes=footer.uuid)), "creator": footer.creator.rstrip(b"\0").decode("latin-1")}
-    return replace(base, format=f"VHD, {kinds[footer.type]}", cluster_size=cluster_size, more=more)
-
-
-def _qcow(driver: Any, base: Facts) -> Facts:
-    from xenbackend.block.formats import qcow
-
-    header = qcow.parse_header(driver.file.read_at, driver.file.size)
-    return replace(base, format="QCOW, version 1", cluster_size=header.cluster_size)
-
-
-def _qcow2(driver: Any, base: Facts) -> Facts:
-    from xenbackend.block.formats import qcow2
-
-    header = qcow2.parse_header(driver.file.read_at, driver.file.size)
-    return replace(
-        base,
-        format=f"QCOW2, version {header.version}",
-        cluster_size=header.cluster_size,
-        is_dirty=bool(header.incompatible & qcow2.DIRTY),
-        is_corrupt=bool(header.incompatible & qcow2.CORRUPT),
-        more={"snapshots": str(header.snapshot_count)} if header.snapshot_count else {},
-    )
-
-
-_OF_FORMAT: dict[str, Callable[[Any, Facts], Facts]] = {  # by driver; what they need is there when one is open
-    "aio": _raw, "sync": _raw, "vhd": _vhd, "qcow": _qcow, "qcow2": _qcow2,
-}  # fmt: skip

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import DriverError
 
 Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
@@ -78,8 +79,7 @@ def _vhd(read: Read, file_size: int) -> Headers:
     from xenbackend.block.formats.vhd_names import parent_names
 
     footer, _ = vhd.read_footer(read, file_size)
-    kinds = {vhd.FIXED: "fixed", vhd.DYNAMIC: "dynamic", vhd.DIFFERENCING: "differencing"}
-    title = f"VHD, {kinds.get(footer.type, f'type {footer.type}')}"
+    title = vhd.title_of(footer)
     if footer.type == vhd.FIXED:
         return Headers(title, footer.size)
     try:
@@ -206,4 +206,4 @@ _READERS: dict[str, Callable[[Read, int], Headers]] = {
     "qcow2": _qcow2, "qcow": _qcow, "vhd": _vhd, "vhdx": _vhdx, "vdi": _vdi, "vmdk": _vmdk, "ova": _ova, "qed": _qed,
     "parallels": _parallels, "luks": _luks, "cowd": _cowd, "sesparse": _sesparse, "dmg": _dmg,
 }  # fmt: skip
-_TITLES = {"qcow2": "QCOW2", "qcow": "QCOW", "vhd": "VHD", "vhdx": "VHDX", "vdi": "VDI", "vmdk": "VMDK", "qed": "QED"}
+_TITLES = {each.name: each.title for each in FORMATS.values()} | {"qed": "QED"}

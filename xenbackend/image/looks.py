@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xenbackend.block import grammar
-from xenbackend.block.images import FORMATS
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import DriverError, printable
 
 Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
 
 _START = 1024  # bytes
 _DESCRIPTOR = 64 << 10  # bytes of a text in which "version=" is looked for
-_ISO_AT, _TAR_AT, _VDI_AT = 32768, 257, 64  # where these say what they are
+_ISO_AT, _TAR_AT = 32768, 257  # where these say what they are
 _TAR_SUM = slice(148, 156)  # of the oldest kind of tar this is all that there is
 _QEMU = "qemu-img convert -f {name} -O qcow2 {file} {new} makes an image of it that {layer} serves"
 _TEXT = "its descriptor, the small text file beside it"
@@ -52,13 +52,7 @@ class _Kind:
 
 
 _KINDS = {
-    "raw": _Kind("a raw disk", "aio"),
-    "qcow": _Kind("a QCOW image of version 1", "qcow"),
-    "qcow2": _Kind("a QCOW2 image", "qcow2"),
-    "vhd": _Kind("a VHD image", "vhd"),
-    "vhdx": _Kind("a VHDX image", "vhdx"),
-    "vdi": _Kind("a VDI image", "vdi"),
-    "vmdk": _Kind("a VMDK image", "vmdk"),
+    **{each.name: _Kind(each.look, each.driver) for each in FORMATS.values()},
     "ova": _Kind("an OVA, an appliance with its disks", "vmdk"),
     "iso": _Kind("an ISO 9660 image, the content of a CD", "aio", "as a disk it can only be read: attach it read-only"),
     "cowd": _Kind("a sparse extent of ESX (COWD), a part of a VMDK disk", advice=f"vmdk: serves the disk by {_TEXT}"),
@@ -81,24 +75,22 @@ _KINDS = {
     "zip": _Kind("a ZIP archive", advice=_PACKED, command="unzip {file}"),
     "7z": _Kind("a 7z archive", advice=_PACKED, command="7z x {file}"),
 }
-_MAGIC = (  # at the beginning
-    (b"vhdxfile", "vhdx"),
-    (b"conectix", "vhd"),
-    (b"KDMV", "vmdk"),
-    (b"COWD", "cowd"),
-    (b"\xbe\xba\xfe\xca\0\0\0\0", "sesparse"),
-    (b"LUKS\xba\xbe", "luks"),
-    (b"QED\0", "qed"),
-    (b"WithoutFreeSpace", "parallels"),
-    (b"WithouFreSpacExt", "parallels"),
-    (b"Bochs Virtual HD Image", "bochs"),
-    (b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
-    (b"\x1f\x8b\x08", "gzip"),
-    (b"\xfd7zXZ\0", "xz"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-    (b"\x04\x22\x4d\x18", "lz4"),
-    (b"PK\3\4", "zip"),
-    (b"7z\xbc\xaf\x27\x1c", "7z"),
+_MAGIC = (  # where, what, and the format's name
+    *sorted(((*each.magic, each.name) for each in FORMATS.values() if each.magic[1]), key=lambda row: -len(row[1])),
+    (0, b"COWD", "cowd"),
+    (0, b"\xbe\xba\xfe\xca\0\0\0\0", "sesparse"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"QED\0", "qed"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
+    (0, b"\x1f\x8b\x08", "gzip"),
+    (0, b"\xfd7zXZ\0", "xz"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd"),
+    (0, b"\x04\x22\x4d\x18", "lz4"),
+    (0, b"PK\3\4", "zip"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7z"),
 )
 
 
@@ -155,7 +147,7 @@ def name_of(read: Read, size: int) -> str:
     """Return the name of the format that a file of `size` bytes looks like; "raw" where it looks like none."""
     start = read(0, _START)
     end = read(max(0, size - 512), 512)
-    if end.startswith(b"conectix") and not start.startswith(b"QFI\xfb"):
+    if end.startswith(FORMATS["vhd"].magic[1]) and not start.startswith(FORMATS["qcow2"].magic[1]):
         return "vhd"  # a fixed one begins with what the guest has written
     if name := _name_by_start(start):
         return name
@@ -171,13 +163,9 @@ def name_of(read: Read, size: int) -> str:
 
 
 def _name_by_start(start: bytes) -> str:
-    if start.startswith(b"QFI\xfb"):
-        return "qcow" if start[4:8] == b"\0\0\0\1" else "qcow2"
-    if start[_VDI_AT:].startswith(b"\x7f\x10\xda\xbe"):
-        return "vdi"
     if start.startswith(b"BZh") and start[4:10] == b"1AY&SY":
         return "bzip2"
-    return next((name for magic, name in _MAGIC if start.startswith(magic)), "")
+    return next((name for place, magic, name in _MAGIC if start.startswith(magic, place)), "")
 
 
 def _name_of_archive(read: Read, start: bytes, size: int) -> str:
@@ -211,8 +199,8 @@ def _advice(name: str, kind: _Kind, path: str) -> str:
         name=name,
         file=file,
         new=shlex.quote(printable(new)),
-        layer=printable(grammar.format_layer(FORMATS["qcow2"], new)),
-        raw=printable(grammar.format_layer(FORMATS["raw"], path)),
+        layer=printable(grammar.format_layer(FORMATS["qcow2"].driver, new)),
+        raw=printable(grammar.format_layer(FORMATS["raw"].driver, path)),
         command=kind.command.format(file=file, unpacked=shlex.quote(printable(_unpacked(path)))),
     )
 

@@ -6,13 +6,15 @@ Must not open a chain, nor guess a format: what a file looks like, which `looks`
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from xenbackend.block import grammar
-from xenbackend.block.images import FORMAT_OF, FORMATS
+from xenbackend.block.formats.table import BY_DRIVER, FORMATS, WRITTEN, Format, layers
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
-from xenbackend.errors import ConfigError, printable
+from xenbackend.errors import ConfigError, DriverError, printable
 
 _HAS_DRIVER = re.compile(r"[a-z][a-z0-9_-]*:")
 
@@ -21,7 +23,7 @@ _HAS_DRIVER = re.compile(r"[a-z][a-z0-9_-]*:")
 class Image:
     """An image that somebody named: one layer, which is a source."""
 
-    format: str  # a key of FORMATS
+    format: str  # one of WRITTEN
     path: str
     chain: ChainSpec
 
@@ -31,9 +33,24 @@ class Image:
         return self.chain.text
 
     @property
+    def row(self) -> Format:
+        """The row of its format."""
+        return FORMATS[self.format]
+
+    @property
     def data_file(self) -> str:
         """The external data file that the layer names; empty where it names none."""
         return getattr(self.chain.layers[0].options, "data_file", "")
+
+
+@contextmanager
+def blame(image: Image) -> Iterator[None]:
+    """Name the image in whatever is raised about a file of it. Raises: DriverError."""
+    try:
+        yield
+    except DriverError as error:
+        error.layer = error.layer or image.text
+        raise
 
 
 def has_driver(text: str) -> bool:
@@ -49,7 +66,7 @@ def find_chain(text: str) -> ChainSpec:
     return parse_chain(text) if has_driver(text) else find_image(text).chain
 
 
-def find_image(text: str, formats: tuple[str, ...] = tuple(FORMATS)) -> Image:
+def find_image(text: str, formats: tuple[str, ...] = tuple(WRITTEN)) -> Image:
     """Return the image that a layer such as ``qcow2:/img`` names. Raises: ChainError, ConfigError."""
     if not has_driver(text):
         from xenbackend.image.looks import hint_for  # late: only who makes this mistake needs it
@@ -57,16 +74,16 @@ def find_image(text: str, formats: tuple[str, ...] = tuple(FORMATS)) -> Image:
         raise ConfigError(f"{printable(text)!r} does not say its format; {hint_for(text)}")
     chain = parse_chain(text)
     layer = chain.layers[-1]
-    name = FORMAT_OF.get(layer.driver.name, "")
-    if len(chain.layers) > 1 or name not in formats:
-        words = ", ".join(f"{FORMATS[each]}:FILE" for each in formats)
+    found = BY_DRIVER.get(layer.driver.name)
+    if len(chain.layers) > 1 or found is None or found.name not in formats:
+        words = ", ".join(layers(formats))
         raise ConfigError(f"{printable(chain.text)!r} is not an image by itself; write one of {words}")
-    return Image(name, next(iter(files_of(layer.options).values())), chain)
+    return Image(found.name, next(iter(files_of(layer.options).values())), chain)
 
 
 def image_of_file(image_format: str, path: str, *options: str) -> Image:
     """Return the image in a file, whose format is known."""
-    return find_image(grammar.format_layer(FORMATS[image_format], path, *options))
+    return find_image(grammar.format_layer(FORMATS[image_format].driver, path, *options))
 
 
 def at_another_path(image: Image, path: str) -> Image:

@@ -12,7 +12,7 @@ from tests.image_content import disk_content, disk_write
 from tests.qemu import qemu_img
 from xenbackend.block.formats.blank import Parent, Wishes, blank
 from xenbackend.block.formats.qcow2_check import check as check_qcow2
-from xenbackend.block.images import QEMU_NAMES
+from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import ConfigError
 from xenbackend.worker.newfile import write_new
 
@@ -25,7 +25,7 @@ def test_a_new_image_is_one_for_qemu(tmp_path: Path, image_format: str, size: in
     """QEMU sees the size that was asked for, to the byte, and nothing in it."""
     path = tmp_path / "new"
     write_new(str(path), blank(image_format, size, Wishes(), None))
-    found = json.loads(qemu_img("info", "--output=json", "-f", QEMU_NAMES[image_format], path))
+    found = json.loads(qemu_img("info", "--output=json", "-f", FORMATS[image_format].qemu_name, path))
 
     assert size == found["virtual-size"]
     if image_format == "qcow2":
@@ -40,7 +40,7 @@ def test_a_new_image_can_be_written(tmp_path: Path, image_format: str) -> None:
     disk_write(f"{image_format}:{path}", {0: b"a" * 512, size - 512: b"z" * 512})
 
     assert b"a" * 512 + bytes(size - 1024) + b"z" * 512 == disk_content(f"{image_format}:{path}")
-    qemu.qemu_io(path, QEMU_NAMES[image_format], "read -P 97 0 512", f"read -P 122 {size - 512} 512")
+    qemu.qemu_io(path, FORMATS[image_format].qemu_name, "read -P 97 0 512", f"read -P 122 {size - 512} 512")
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4096, MIB])

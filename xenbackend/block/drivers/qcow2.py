@@ -118,7 +118,7 @@ from xenbackend.block.qcow.occupied import occupied_by
 from xenbackend.block.qcow.refcounts import Refcounts
 from xenbackend.block.qcow.subclusters import Subclusters
 from xenbackend.block.request import Request
-from xenbackend.errors import DriverError
+from xenbackend.errors import ConfigError, DriverError
 from xenbackend.loop.steps import Steps, run
 from xenbackend.units import format_size
 
@@ -171,7 +171,14 @@ class Qcow2(QcowDisk):
         env.report("data_file", f"{path}: {data.mode}")
         return data
 
-    def says_where_its_data_are(self) -> bool:
+    def identify(self) -> bytes:
+        """See `Driver`."""
+        if not self._says_where_its_data_are():
+            problem = "only data_file= in its layer says where its data are, which its child's layer cannot"
+            raise ConfigError(f"{problem}; let the image say it: qemu-img amend -f qcow2 -o data_file=FILE IMAGE")
+        return super().identify()
+
+    def _says_where_its_data_are(self) -> bool:
         """Return whether the image itself leads to its data, as `parents=` is now, and not only `data_file=`."""
         options, header = self.options, self._header
         if not header.has_data_file:

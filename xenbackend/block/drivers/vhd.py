@@ -201,6 +201,10 @@ class Vhd(Blocks):
         finally:
             self.file.close()
 
+    def identify(self) -> bytes:
+        """See `Driver`."""
+        return self.footer.uuid
+
     def _write_batmap(self, batmap: vhd_tables.Batmap) -> None:
         blocks = bytes(entry & OWNED == OWNED for entry in self.entries)
         if blocks == batmap.blocks:

@@ -12,11 +12,12 @@ import struct
 import time
 import uuid
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from xenbackend.block.formats import qcow2, vhd
 from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table, refcount_clusters
+from xenbackend.block.formats.table import FORMATS, load
 from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.errors import ConfigError, printable
 from xenbackend.units import PAGE, format_size, round_up
@@ -25,7 +26,6 @@ SECTOR = 512
 # QEMU and blktap take the disk's size as the footer has it, and not from the geometry, only for creators they know.
 # With version 1.1 of this one they look for no map of full blocks, which a new image does not have.
 _VHD_CREATOR, _VHD_CREATOR_VERSION = b"tap\0", 0x00010001
-CLUSTER_SIZES = {"qcow2": 64 << 10, "qcow": 4 << 10, "vhd": 2 << 20}  # bytes, unless others are wished for: as QEMU
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _QCOW_HEADER = struct.Struct(">4sIQIIQBBHIQ")
 REFCOUNT_ORDER = 4
@@ -53,7 +53,7 @@ class Parent:
     """How a new image names its parent."""
 
     name: str  # as it is written into the image
-    format: str  # a key of `leaf.QEMU_NAMES`
+    format: str  # a key of FORMATS
     qemu_format: str
     uuid: bytes = bytes(16)  # of a VHD image
     mtime: float = 0.0  # seconds since 1970
@@ -63,18 +63,23 @@ def blank(image_format: str, size: int, wishes: Wishes, parent: Parent | None) -
     """Return a new image. Raises: ConfigError, where the format cannot be what was wished for."""
     if size <= 0 or size % SECTOR:
         raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
-    if wishes.is_fixed and (image_format != "vhd" or parent):
+    row = FORMATS[image_format]
+    if wishes.is_fixed and (not row.can_be_fixed or parent):
         raise ConfigError("only a VHD image without a parent can be fixed")
-    if image_format == "raw":
-        if parent or wishes.cluster_size:
-            raise ConfigError("a raw image has neither clusters nor a parent; choose qcow2 or vhd")
-        return Blank(size)
-    return {"qcow2": blank_qcow2, "qcow": blank_qcow, "vhd": blank_vhd}[image_format](size, wishes, parent)
+    make: Callable[[int, Wishes, Parent | None], Blank] = load(row.blank)
+    return make(size, replace(wishes, cluster_size=wishes.cluster_size or row.cluster_size), parent)
+
+
+def blank_raw(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
+    """Return a raw image. Raises: ConfigError."""
+    if parent or wishes.cluster_size:
+        raise ConfigError("a raw image has neither clusters nor a parent; choose qcow2 or vhd")
+    return Blank(size)
 
 
 def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW2 image of version 3. Raises: ConfigError."""
-    bits = _cluster_bits(wishes.cluster_size or CLUSTER_SIZES["qcow2"], qcow2.MIN_CLUSTER_BITS, qcow2.MAX_CLUSTER_BITS)
+    bits = _cluster_bits(wishes.cluster_size, qcow2.MIN_CLUSTER_BITS, qcow2.MAX_CLUSTER_BITS)
     cluster = 1 << bits
     l1_entries = max(1, -(-size >> 2 * bits - 3))
     if l1_entries * 8 > qcow2.MAX_L1_BYTES:
@@ -103,7 +108,7 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
 
 def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a QCOW image of version 1. Raises: ConfigError."""
-    bits = _cluster_bits(wishes.cluster_size or CLUSTER_SIZES["qcow"], 9, 16)
+    bits = _cluster_bits(wishes.cluster_size, 9, 16)
     l2_bits = qcow_l2_bits(1 << bits)
     name = qcow_name(parent)
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
@@ -132,7 +137,7 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     packed = vhd.pack_footer(footer)
     if wishes.is_fixed:
         return Blank(size + SECTOR, [(size, packed)])
-    block = 1 << _cluster_bits(wishes.cluster_size or CLUSTER_SIZES["vhd"], 12, vhd.MAX_NEW_BLOCK.bit_length() - 1)
+    block = 1 << _cluster_bits(wishes.cluster_size, 12, vhd.MAX_NEW_BLOCK.bit_length() - 1)
     entries = -(-size // block)
     if entries > vhd.MAX_ENTRIES:
         raise ConfigError(f"{format_size(size)} are too many for blocks of {format_size(block)}; choose larger ones")

@@ -110,6 +110,12 @@ def damaged(problem: str) -> DriverError:
     return DriverError(f"it is damaged: {problem}; look at it with xenbackend image check")
 
 
+def title_of(footer: Footer) -> str:
+    """Return what an image is, for people."""
+    kinds = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
+    return f"VHD, {kinds.get(footer.type, f'type {footer.type}')}"
+
+
 def checksum(data: bytes, place: int) -> int:
     """Return the ones' complement of the sum of all bytes, but for the 4 at `place`, where the checksum is."""
     return ~(sum(data) - sum(data[place : place + 4])) & 0xFFFFFFFF

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, of_entries, with_holes
 from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import Unpack, inflate, unpack_table
+from xenbackend.block.formats.table import BY_QEMU_NAME, QemuName
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.parents import find_parent, is_file_name, parent_ref
@@ -33,10 +34,6 @@ from xenbackend.units import round_up
 _TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
 _TABLE_EXTRA = 1024  # bytes that a table takes beside its words
 _STEP = 64 * 1024  # bytes: a file that is written ends at a multiple of this, which suits every medium
-_DRIVERS = {  # by QEMU's names of formats
-    "raw": "aio", "qcow": "qcow", "qcow2": "qcow2", "vpc": "vhd", "vmdk": "vmdk", "vhdx": "vhdx", "vdi": "vdi",
-}  # fmt: skip
-_WITH_PARENTS = ("qcow", "qcow2", "vpc", "vmdk")
 
 
 class QcowDisk(MappedDisk):
@@ -49,9 +46,7 @@ class QcowDisk(MappedDisk):
         file: FilePath = option("the image file or block device", target=True)
         cache: bool = option("go through the host's page cache", default=False)
         parents: str = option("directory that the parents must be in; by default the image's own", default="")
-        parent_format: Literal["raw", "qcow", "qcow2", "vpc", "vmdk", "vhdx", "vdi"] = option(
-            "what the parent is, where the image does not say", default=""
-        )
+        parent_format: QemuName = option("what the parent is, where the image does not say", default="")
 
     options: Options
     allocator: Allocator | None = None
@@ -163,21 +158,19 @@ class QcowDisk(MappedDisk):
     def find_parent(self, name: bytes, image_format: str) -> ParentRef:
         """Return the parent that the image names. Raises: DriverError, where it cannot or must not be opened."""
         options, path = self.options, os.fsdecode(name)
-        parent_format: str = image_format or options.parent_format
+        parent_format = image_format or options.parent_format
+        known = ", ".join(BY_QEMU_NAME)
         if not is_file_name(path):
             raise DriverError(f"its parent {printable(path)!r} is no file; qemu-img rebase gives it another one")
         if not parent_format:
             problem = f"it does not say of which format its parent {printable(path)!r} is, and that is never guessed"
-            raise DriverError(f"{problem}; say parent_format={', '.join(_DRIVERS)}")
-        if parent_format not in _DRIVERS:
-            known = ", ".join(_DRIVERS)
+            raise DriverError(f"{problem}; say parent_format={known}")
+        if parent_format not in BY_QEMU_NAME:
             raise DriverError(f"its parent is of the format {printable(parent_format)!r}, which is none of {known}")
-        more = {"cache": "on" if options.cache else ""}
-        if parent_format in _WITH_PARENTS:
-            more["parents"] = options.parents
-        if parent_format in ("qcow", "qcow2"):
-            more["parent_format"] = options.parent_format
-        return parent_ref(_DRIVERS[parent_format], find_parent(options.file, [path], options.parents), **more)
+        row = BY_QEMU_NAME[parent_format]
+        more = {name: getattr(options, name, "") for name in row.passes_on}
+        more["cache"] = "on" if options.cache else ""
+        return parent_ref(row.driver, find_parent(options.file, [path], options.parents), **more)
 
     def _reaches_parent(self, offset: int) -> bool:
         return offset < self._parent_size

@@ -1,0 +1,80 @@
+"""The image formats, a row each: all that depends on the format and is not in the format's own modules.
+
+Must not import what a row names as text: it is loaded when it is needed, as drivers are. Must not open a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any
+
+from xenbackend.block.options import choice
+
+_BLANK = "xenbackend.block.formats.blank"
+_TOOLS = "xenbackend.image.formats"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format. One without `blank` is only read, and nothing that follows applies."""
+
+    name: str  # our word for it
+    driver: str  # that serves it
+    qemu_name: str  # what QEMU calls it, also where an image of QCOW names its parent
+    title: str  # its name for people
+    look: str  # what a file of it looks like, as in "a VHD image"
+    magic: tuple[int, bytes] = (0, b"")  # where the file has which bytes; of several that it has, the longest decide
+    passes_on: tuple[str, ...] = ()  # options of its layer that the layers of its parent and its child have, too
+    blank: str = ""  # what makes an empty image of it, as `blank.blank_vhd`
+    tools: str = ""  # what commands do to its images, an `image.tools.Tools`
+    parents: tuple[str, ...] = ()  # which formats the parent of a new image may have, by our words
+    says_parents_format: bool = True  # it says of which format its parent is; if not, its layer must
+    step: int = 0  # bytes: a file that is written ends at a multiple of it
+    cluster_size: int = 0  # bytes, of VHD: of a block; as QEMU chooses it. 0 where there are no tables to check
+    can_be_fixed: bool = False  # an image may have all of its disk from the beginning
+    can_rebase: bool = False  # an image may get another parent
+
+
+_ROWS = (
+    Format(
+        "raw", "aio", "raw", "raw", "a raw disk",
+        blank=f"{_BLANK}:blank_raw", tools=f"{_TOOLS}.raw:Raw", step=512,
+    ),
+    Format(
+        "vhd", "vhd", "vpc", "VHD", "a VHD image", (0, b"conectix"), ("parents", "changed"),
+        blank=f"{_BLANK}:blank_vhd", tools=f"{_TOOLS}.vhd:Vhd", parents=("vhd", "raw"), step=512,
+        cluster_size=2 << 20, can_be_fixed=True, can_rebase=True,
+    ),
+    Format(
+        "qcow2", "qcow2", "qcow2", "QCOW2", "a QCOW2 image", (0, b"QFI\xfb"), ("parents", "parent_format"),
+        blank=f"{_BLANK}:blank_qcow2", tools=f"{_TOOLS}.qcow2:Qcow2", parents=("raw", "vhd", "qcow2", "qcow"),
+        step=64 << 10, cluster_size=64 << 10, can_rebase=True,
+    ),
+    Format(
+        "qcow", "qcow", "qcow", "QCOW", "a QCOW image of version 1", (0, b"QFI\xfb\0\0\0\1"),
+        ("parents", "parent_format"), blank=f"{_BLANK}:blank_qcow", tools=f"{_TOOLS}.qcow:Qcow",
+        parents=("raw", "vhd", "qcow2", "qcow"), step=64 << 10, cluster_size=4 << 10, says_parents_format=False,
+    ),
+    Format("vmdk", "vmdk", "vmdk", "VMDK", "a VMDK image", (0, b"KDMV"), ("parents", "changed")),
+    Format("vhdx", "vhdx", "vhdx", "VHDX", "a VHDX image", (0, b"vhdxfile")),
+    Format("vdi", "vdi", "vdi", "VDI", "a VDI image", (64, b"\x7f\x10\xda\xbe")),
+)  # fmt: skip
+
+FORMATS = {each.name: each for each in _ROWS}
+WRITTEN = {each.name: each for each in _ROWS if each.blank}  # the others are only read
+BY_DRIVER = {each.driver: each for each in _ROWS} | {"sync": FORMATS["raw"]}
+BY_QEMU_NAME = {each.qemu_name: each for each in _ROWS}
+
+QemuName = Annotated[str, choice(tuple(BY_QEMU_NAME))]  # of a format, as an option
+
+
+def load(name: str) -> Any:
+    """Return what a row names, as ``module:attribute``."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def layers(formats: tuple[str, ...] | dict[str, Format]) -> list[str]:
+    """Return how an image of each format is written as a layer: ``vhd:FILE``."""
+    return [f"{FORMATS[each].driver}:FILE" for each in formats]

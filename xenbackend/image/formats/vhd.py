@@ -1,0 +1,167 @@
+"""VHD images: fixed, dynamic and differencing.
+
+Must not look at what the blocks hold but where a disk grows over them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from xenbackend.block.driver import File
+from xenbackend.block.drivers import vhd as driver_module
+from xenbackend.block.formats import vhd, vhd_tables
+from xenbackend.block.formats.blank import Blank, Parent, vhd_with_parent
+from xenbackend.block.formats.common import Plan
+from xenbackend.block.formats.vhd_places import places_of, ranges_of
+from xenbackend.errors import ConfigError, DriverError, printable
+from xenbackend.image import behind, vhd_check, writing
+from xenbackend.image.faults import Faults
+from xenbackend.image.tools import Tools
+from xenbackend.units import PAGE, SECTOR, format_size, round_up
+
+if TYPE_CHECKING:
+    from xenbackend.image.facts import Facts
+    from xenbackend.image.names import Image
+    from xenbackend.image.session import Session
+
+
+class Vhd(Tools):
+    """See `Tools`."""
+
+    def size(self, file: File) -> int:
+        """See `Tools`."""
+        return vhd.read_footer(file.read_at, file.size)[0].size
+
+    def facts(self, driver: Any, base: Facts) -> Facts:
+        """See `Tools`."""
+        footer = driver.footer
+        cluster_size = 0 if footer.type == vhd.FIXED else driver.header.block_size
+        more = {"uuid": str(UUID(bytes=footer.uuid)), "creator": footer.creator.rstrip(b"\0").decode("latin-1")}
+        return replace(base, format=vhd.title_of(footer), cluster_size=cluster_size, more=more)
+
+    def check(self, session: Session, image: Image, file: File) -> Faults:
+        """See `Tools`; what opens has its parents, by the rules of a disk in service."""
+        faults = vhd_check.check(file.read_at, file.size, on_device=driver_module.is_device(image.path))
+        if not faults.errors:
+            _open_parents(session, image, faults)
+        return faults
+
+    def plan_repair(self, image: Image, file: File) -> Plan:
+        """See `Tools`."""
+        return vhd_check.plan_repair(file, on_device=driver_module.is_device(image.path))
+
+    def grow(self, file: File, size: int, *, on_device: bool) -> None:
+        """See `Tools`."""
+        vhd.check_new_size(size)
+        footer, _ = vhd.read_footer(file.read_at, file.size)
+        if footer.size != footer.current_size:
+            raise DriverError("its size is that of its geometry, and cannot grow; convert it instead")
+        grown = replace(footer, current_size=size, geometry=vhd.geometry_of(size))
+        packed = vhd.pack_footer(grown)
+        if footer.type == vhd.FIXED:
+            _grow_fixed_vhd(file, footer, grown, on_device=on_device)
+            return
+        header = vhd.read_header(file.read_at, footer, file.size)
+        end = _end_of_vhd(file, footer, header)
+        if on_device and end > file.size - SECTOR:
+            raise writing.no_room(end + SECTOR, file.size)  # a block is where the footer has to be
+        if size > header.entries * header.block_size:
+            _check_table_moves(file, footer, header, size)
+        writing.write_plan(file, behind.behind_vhd(file, footer, header, size))
+        if size > header.entries * header.block_size:
+            _move_table(file, footer, header, -(-size // header.block_size), end if on_device else 0)
+        writing.write_plan(file, [[(file.size - SECTOR, packed)], [(0, packed)]])
+
+    def measure(self, empty: Blank, cluster: int, used: int, most: int) -> tuple[int, int]:
+        """See `Tools`."""
+        bitmap = round_up(cluster // SECTOR // 8, SECTOR)
+        stride = round_up(bitmap, PAGE) + cluster + PAGE  # blocks begin at pages; a footer may have been between them
+        return empty.size + used * stride, empty.size + most * stride
+
+    def check_parent(self, image: Image, file: File, parent: Parent | None, *, is_unsafe: bool) -> None:  # noqa: ARG002
+        """See `Tools`."""
+        footer, _ = vhd.read_footer(file.read_at, file.size)
+        if footer.type == vhd.FIXED:
+            raise ConfigError(f"{image.text} is fixed: it has all of its disk itself, and can have no parent")
+        if driver_module.is_device(image.path):
+            raise ConfigError(f"{image.text} is on a block device, where no VHD gets another parent; convert it")
+        vhd_with_parent(vhd.read_header(file.read_at, footer, file.size), 0, parent)
+
+    def name_parent(self, file: File, parent: Parent | None) -> None:
+        """See `Tools`.
+
+        Another header is put behind everything, then the footers point there: each is one sector, and valid.
+        """
+        footer, _ = vhd.read_footer(file.read_at, file.size)
+        header = vhd.read_header(file.read_at, footer, file.size)
+        place = round_up(file.size, PAGE)
+        moved, names = vhd_with_parent(header, place + vhd.HEADER_SIZE, parent)
+        kind = vhd.DIFFERENCING if parent else vhd.DYNAMIC
+        pointing = vhd.pack_footer(replace(footer, type=kind, data_offset=place))
+        data = vhd.pack_header(moved) + names
+        file.grow(round_up(place + len(data) + SECTOR, PAGE), vhd.pack_footer(footer))
+        writing.write_plan(file, [[(place, data)], [(file.size - SECTOR, pointing)], [(0, pointing)]])
+
+
+def _open_parents(session: Session, image: Image, faults: Faults) -> None:
+    """Open the image with its parents, by the rules of a disk in service: what cannot be opened is not sound.
+
+    A lock would be in the way of the one that the caller has, and says nothing of what is in the files.
+    """
+    try:
+        session.close(session.open(image.chain, read_only=True, locked=False))
+    except DriverError as error:
+        where = "" if error.layer == image.text else f"its parent {printable(error.layer)}: "
+        faults.add_error(f"it cannot be opened: {where}{error.problem}")
+
+
+def _grow_fixed_vhd(file: File, footer: vhd.Footer, grown: vhd.Footer, *, on_device: bool) -> None:
+    """Let the file end where it has to with the footer that it has, clear what is in between, then write the new one.
+
+    What is in between is the former footer, and whatever a file has that is longer than its disk.
+    """
+    if on_device and grown.size > file.size - SECTOR:
+        raise writing.no_room(grown.size + SECTOR, file.size)
+    file.grow(grown.size + SECTOR, vhd.pack_footer(footer))
+    file.sync()
+    for place, data in behind.zeros(file.read_at, footer.size, grown.size):
+        file.write_at(place, data)
+    file.sync()
+    writing.write_plan(file, [[(file.size - SECTOR, vhd.pack_footer(grown))]])
+
+
+def _end_of_vhd(file: File, footer: vhd.Footer, header: vhd.Header) -> int:
+    """Return where everything ends that the image has, but for its footer. Raises: DriverError."""
+    table = vhd_tables.read_table(file.read_at, footer, header)
+    places = ranges_of(places_of(footer, header, None))
+    end = vhd_tables.check_table(table, header, places, file.size)
+    taken = [*places, *vhd_tables.batmap_ranges(file.read_at, footer, header)]
+    return max(end, *(stop for _, stop in taken if stop <= file.size))
+
+
+def _check_table_moves(file: File, footer: vhd.Footer, header: vhd.Header, size: int) -> None:
+    """Refuse what needs a longer table and cannot have it. Raises: ConfigError, DriverError."""
+    table = vhd_tables.read_table(file.read_at, footer, header)
+    if vhd_tables.read_batmap(file.read_at, footer, header, table) is not None:
+        raise DriverError("it has a map of full blocks, which cannot grow here; convert it instead")
+    if size > vhd.MAX_ENTRIES * header.block_size:
+        raise ConfigError(f"its blocks of {format_size(header.block_size)} are too small for that; convert it instead")
+
+
+def _move_table(file: File, footer: vhd.Footer, header: vhd.Header, entries: int, device_end: int) -> None:
+    """Put a longer table behind everything else, then let the header point there: its first sector says all of it.
+
+    On a block device that is behind what the image has, else at the file's end, which becomes longer by that.
+    """
+    table = vhd_tables.read_table(file.read_at, footer, header)
+    place = round_up(device_end or file.size, PAGE)
+    data = vhd_tables.pack_entries(table).ljust(round_up(4 * entries, SECTOR), b"\xff")
+    end = place + len(data) + SECTOR
+    if device_end and end > file.size:
+        raise writing.no_room(end, file.size)
+    if not device_end:
+        file.grow(round_up(end, PAGE), vhd.pack_footer(footer))
+    moved = vhd.pack_header(replace(header, table_offset=place, entries=entries))
+    writing.write_plan(file, [[(place, data)], [(footer.data_offset, moved)]])

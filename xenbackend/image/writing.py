@@ -1,0 +1,42 @@
+"""Writing to an image's file in steps, each durable before the next one is begun.
+
+Must not know a format.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from xenbackend.block.driver import File
+from xenbackend.block.formats.common import Write
+from xenbackend.errors import DriverError
+from xenbackend.units import PAGE, format_size, round_up
+
+
+def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
+    """Do the steps of a plan; the file grows as it has to. Raises: OSError."""
+    for writes in filter(None, plan):
+        end = _end_of([writes])
+        if end > file.size:
+            file.grow(round_up(end, PAGE))
+        for offset, data in writes:
+            file.write_at(offset, data)
+        file.sync()
+
+
+def write_within(file: File, plan: Sequence[Sequence[Write]], *, on_device: bool) -> None:
+    """Do the steps of a plan, all of which has to fit onto a block device. Raises: DriverError, OSError."""
+    if on_device and (end := _end_of(plan)) > file.size:
+        raise no_room(end, file.size)
+    write_plan(file, plan)
+
+
+def no_room(needed: int, size: int) -> DriverError:
+    """Return what to raise where a block device is too small."""
+    problem = f"the device has {format_size(size)}, and {format_size(needed)} are needed for that"
+    return DriverError(f"{problem}; make the device larger first", errno=errno.ENOSPC)
+
+
+def _end_of(plan: Sequence[Sequence[Write]]) -> int:
+    return max((offset + len(data) for writes in plan for offset, data in writes), default=0)
