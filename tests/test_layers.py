@@ -16,13 +16,14 @@ ROOT = Path(__file__).parent.parent / "xenbackend"
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
-GROUND = {"units", "errors", "disks", "log", "counters"}
+GROUND = {"units", "errors", "disks", "log", "counters", "budget"}
 STRANGERS = {"kernel", "blkif", "nbd", "block", "protocol", "journal", "loop"}  # layer 1: they do not know each other
 LAYERS = {
     "units": set(),
     "errors": set(),
     "disks": {"errors"},
     "counters": set(),
+    "budget": set(),
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps"},

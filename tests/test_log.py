@@ -61,14 +61,3 @@ def test_guest_text_cannot_forge_lines() -> None:
     assert 1 == stream.getvalue().count("\n")
     assert "\\n<0>forged\\x1b[2J\\u202e" in stream.getvalue().replace("\\\\", "\\")
     assert len(stream.getvalue()) < 700
-
-
-def test_brake_lets_a_burst_through_and_then_one_per_interval() -> None:
-    """R13: lines beyond the burst are held back and counted until time has passed."""
-    time = 0.0
-    brake = log.Brake(3, 10.0, lambda: time)
-
-    assert [True, True, True, False, False] == [brake.allows() for _ in range(5)]
-    time = 10.0
-    assert [True, False] == [brake.allows() for _ in range(2)]
-    assert [3, 0] == [brake.take_held_back() for _ in range(2)]

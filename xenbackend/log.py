@@ -1,4 +1,4 @@
-"""The service's log: set up once, one logger per component, a brake for lines that a guest can provoke.
+"""The service's log: set up once, one logger per component.
 
 Must not be imported by a worker: structlog costs 60 ms and 10 MiB, and workers log by messages to the supervisor.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -45,37 +45,6 @@ def get_logger(component: str, **fields: str) -> Logger:
     """Return a logger whose lines name their component and `fields`, such as ``vbd="vbd/1/51712"``."""
     logger: Logger = structlog.get_logger(component=component, **fields)
     return logger
-
-
-class Brake:
-    """A token bucket: lets `burst` lines through at once and one more per `interval_s`, and counts the rest.
-
-    `now` gives seconds of a clock that only goes forward.
-    """
-
-    def __init__(self, burst: int, interval_s: float, now: Callable[[], float]) -> None:
-        self._burst = burst
-        self._interval_s = interval_s
-        self._now = now
-        self._tokens = float(burst)
-        self._filled_at = now()
-        self._held_back = 0
-
-    def allows(self) -> bool:
-        """True when a line may be written now."""
-        now = self._now()
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) / self._interval_s)
-        self._filled_at = now
-        if self._tokens < 1:
-            self._held_back += 1
-            return False
-        self._tokens -= 1
-        return True
-
-    def take_held_back(self) -> int:
-        """Return how many lines were held back since this was last asked."""
-        held_back, self._held_back = self._held_back, 0
-        return held_back
 
 
 def printable(text: str) -> str:

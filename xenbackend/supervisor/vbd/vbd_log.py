@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from xenbackend.log import Brake, get_logger
+from xenbackend.budget import Bucket
+from xenbackend.log import get_logger
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _BURST, _INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
@@ -20,13 +21,13 @@ class VbdLog:
     def __init__(self, path: VbdPath, now: Callable[[], float]) -> None:
         """`now` is a clock in seconds that only goes forward."""
         self._log = get_logger("supervisor", vbd=str(path))
-        self._brake = Brake(_BURST, _INTERVAL_S, now)
+        self._budget = Bucket(_BURST, _INTERVAL_S, now)
 
     def say(self, level: str, event: str, **fields: str) -> None:
         """Write a line, unless there were too many; how many were not written stands in the next one."""
-        if not self._brake.allows():
+        held_back = self._budget.take()
+        if held_back is None:
             return
-        held_back = self._brake.take_held_back()
         if held_back:
             fields = {**fields, "lines_held_back": str(held_back)}
         getattr(self._log, level)(event, **{key: value for key, value in fields.items() if key not in _OWN})

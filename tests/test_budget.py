@@ -1,0 +1,26 @@
+"""A budget."""
+
+from __future__ import annotations
+
+from xenbackend.budget import Bucket
+
+
+def test_a_burst_goes_through_and_then_one_per_interval() -> None:
+    """R13: what comes beyond the burst is refused until time has passed, and counted for the next that is not."""
+    time = 0.0
+    bucket = Bucket(3, 10.0, lambda: time)
+
+    assert [0, 0, 0, None, None] == [bucket.take() for _ in range(5)]
+    time = 10.0
+    assert [2, None] == [bucket.take() for _ in range(2)]
+    time = 30.0
+    assert [1, 0, None] == [bucket.take() for _ in range(3)]
+
+
+def test_a_bucket_is_never_fuller_than_full() -> None:
+    """However long nothing came, no more than the burst goes through at once."""
+    time = 0.0
+    bucket = Bucket(2, 1.0, lambda: time)
+    time = 1e6
+
+    assert [0, 0, None] == [bucket.take() for _ in range(3)]
