@@ -21,8 +21,8 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_ERROR,
     BLKIF_RSP_OKAY,
     RSP_PROD,
-    SECTOR,
 )
+from xenbackend.units import SECTOR
 
 SECTORS = 2048
 RAM = f"ram:{SECTORS * SECTOR}"

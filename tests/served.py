@@ -12,7 +12,6 @@ from typing import Any, Self
 
 from tests.driven import BACK, DOMID, FRONT, Nodes
 from xenbackend import journal
-from xenbackend.blkif.abi import SECTOR
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
 from xenbackend.block.driver import Geometry
 from xenbackend.block.policy import Policy
@@ -24,6 +23,7 @@ from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.xen import Xen
+from xenbackend.units import SECTOR
 from xenbackend.worker.connection import Below, Connection, Peer
 from xenbackend.worker.holds import Hold
 from xenbackend.worker.polling import Poller

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from xenbackend.block.formats import vhd
-from xenbackend.block.formats.vhd import SECTOR, Footer, Header, Locator, geometry_of, pack_footer, pack_header
+from xenbackend.block.formats.vhd import Footer, Header, Locator, geometry_of, pack_footer, pack_header
 from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 UUID = bytes(range(1, 17))
 

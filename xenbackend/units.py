@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-SECTOR = 512  # bytes: what protocols and formats count in, whatever the medium has; direct I/O needs at least that
+SECTOR = 512  # bytes: the unit of sector numbers on the ring and in images, whatever `sector-size` and the medium say
 PAGE = 4096  # bytes; Xen's page on every architecture that runs blkif
 _SIZE = re.compile(r"(\d+)([kmgtp]?)(i?b)?", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m)?", re.IGNORECASE | re.ASCII)

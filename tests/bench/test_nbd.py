@@ -14,9 +14,10 @@ from struct import Struct
 import pytest
 
 from xenbackend.bench.nbd import NbdLoop
-from xenbackend.bench.plan import SECTOR, SMALLEST, WORKS, BenchError, places
+from xenbackend.bench.plan import SMALLEST, WORKS, BenchError, places
 from xenbackend.bench.server import Server
 from xenbackend.bench.session import bench_file
+from xenbackend.units import SECTOR
 
 REQUEST = Struct(">IHHQQI")
 READ = next(work for work in WORKS if work.name == "rr4k")

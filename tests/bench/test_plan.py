@@ -6,19 +6,9 @@ from array import array
 
 import pytest
 
-from xenbackend.bench.plan import (
-    SECTOR,
-    SMALLEST,
-    WORKS,
-    Sample,
-    Work,
-    half,
-    percentiles,
-    places,
-    select_works,
-    stamp,
-)
+from xenbackend.bench.plan import SMALLEST, WORKS, Sample, Work, half, percentiles, places, select_works, stamp
 from xenbackend.errors import ConfigError
+from xenbackend.units import SECTOR
 
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)

@@ -10,7 +10,7 @@ import pytest
 
 from xenbackend import journal
 from xenbackend.bench import native
-from xenbackend.bench.plan import SECTOR, SMALLEST, BenchError
+from xenbackend.bench.plan import SMALLEST, BenchError
 from xenbackend.bench.ring_server import RingServer
 from xenbackend.bench.session import bench_file
 from xenbackend.bench.worker import POLL_US
@@ -33,7 +33,7 @@ from xenbackend.rig.guest_ring import GuestRing
 from xenbackend.rig.hypervisor import BACKEND_DOMID
 from xenbackend.rig.xen import Xen
 from xenbackend.supervisor.service.settings import Settings
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 from xenbackend.worker import polling
 
 pytestmark = pytest.mark.slow  # each starts a process

@@ -17,9 +17,10 @@ import pytest
 from tests import qemu
 from tests.built_once import _built_once, built  # noqa: F401 - fixtures
 from xenbackend.bench import calls, native, target
-from xenbackend.bench.plan import SECTOR, SMALLEST, BenchError, select_works
+from xenbackend.bench.plan import SMALLEST, BenchError, select_works
 from xenbackend.bench.session import NEVER_LOOKS, Session, bench_file, run
 from xenbackend.errors import ConfigError
+from xenbackend.units import SECTOR
 
 BENCH = """
 import argparse, signal, sys

@@ -13,12 +13,13 @@ from struct import Struct
 
 import pytest
 
-from xenbackend.bench.plan import SECTOR, SMALLEST, WORKS, BenchError, places, select_works
+from xenbackend.bench.plan import SMALLEST, WORKS, BenchError, places, select_works
 from xenbackend.bench.server import Server
 from xenbackend.bench.session import bench_file
 from xenbackend.bench.vhost_user import VhostUser
 from xenbackend.bench.virtqueue import VirtqueueLoop
 from xenbackend.kernel.fence import find_fence
+from xenbackend.units import SECTOR
 
 READ = next(work for work in WORKS if work.name == "rr4k")
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="QEMU is not installed")

@@ -19,7 +19,6 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_ERROR,
     LAYOUTS,
     NATIVE,
-    SECTOR,
     SEGMENT_SIZE,
     Layout,
 )
@@ -38,6 +37,7 @@ from xenbackend.blkif.request import (
     encode_indirect,
     encode_segments,
 )
+from xenbackend.units import SECTOR
 
 SEED = 20240229
 SECTORS = 2048  # of the disk

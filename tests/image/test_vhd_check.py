@@ -11,7 +11,7 @@ import pytest
 from tests.image_content import disk_content, disk_write
 from tests.vhd_images import fixed, image
 from xenbackend.block.formats import vhd
-from xenbackend.block.formats.vhd import SECTOR, Footer, Header, Locator
+from xenbackend.block.formats.vhd import Footer, Header, Locator
 from xenbackend.errors import DriverError
 from xenbackend.image import vhd_check
 from xenbackend.image.check import CLEAN, ERRORS, check, repair
@@ -19,6 +19,7 @@ from xenbackend.image.create import create, snapshot
 from xenbackend.image.faults import Faults
 from xenbackend.image.names import find_image
 from xenbackend.image.session import Session
+from xenbackend.units import SECTOR
 
 MIB = 1 << 20
 BLOCKS = {0: {0: b"a" * 512}, 1: {5: b"b" * 512}}

@@ -9,22 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from xenbackend.blkif.abi import (
-    BLKIF_OP_DISCARD,
-    BLKIF_OP_READ,
-    BLKIF_RSP_ERROR,
-    BLKIF_RSP_OKAY,
-    LAYOUTS,
-    SECTOR,
-    ring_entries,
-)
+from xenbackend.blkif.abi import BLKIF_OP_DISCARD, BLKIF_OP_READ, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, LAYOUTS, ring_entries
 from xenbackend.blkif.request import Decoder, RingRequest
 from xenbackend.blkif.ring import BackRing
 from xenbackend.kernel.ports import GRANT_OK, CopySegment, Mapping, open_host
 from xenbackend.rig.frontend import CLOSED, CLOSING, CONNECTED, INIT_WAIT, INITIALISED, Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.xen import Xen
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 
 DOMID = 5
 FRONT = f"/local/domain/{DOMID}/device/vbd/51712"

@@ -17,12 +17,12 @@ from xenbackend.blkif.abi import (
     BLKIF_OP_WRITE_BARRIER,
     BLKIF_RSP_ERROR,
     NATIVE,
-    SECTOR,
     X86_32,
 )
 from xenbackend.rig.frontend import CLOSED, CONNECTED, DiskError, Wishes
 from xenbackend.rig.guest_ring import random_spans, whole_spans
 from xenbackend.rig.pattern import DiskModel
+from xenbackend.units import SECTOR
 
 WRAP = 2**32 - 5
 

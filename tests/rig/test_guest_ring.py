@@ -6,17 +6,10 @@ from random import Random
 
 import pytest
 
-from xenbackend.blkif.abi import (
-    BLKIF_OP_INDIRECT,
-    BLKIF_OP_READ,
-    BLKIF_OP_WRITE,
-    BLKIF_RSP_ERROR,
-    RSP_EVENT,
-    RSP_PROD,
-    SECTOR,
-)
+from xenbackend.blkif.abi import BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, RSP_EVENT, RSP_PROD
 from xenbackend.rig.frontend import Wishes
 from xenbackend.rig.guest_ring import BackendMisbehaved, random_spans, whole_spans
+from xenbackend.units import SECTOR
 
 
 def swap_id(ring, place, guest_id, operation, status):

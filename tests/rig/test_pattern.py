@@ -6,8 +6,9 @@ from random import Random
 
 import pytest
 
-from xenbackend.blkif.abi import BLKIF_OP_DISCARD, BLKIF_OP_READ, BLKIF_OP_WRITE, SECTOR
+from xenbackend.blkif.abi import BLKIF_OP_DISCARD, BLKIF_OP_READ, BLKIF_OP_WRITE
 from xenbackend.rig.pattern import DiskModel, Step, WrongData, describe, make
+from xenbackend.units import SECTOR
 
 SEED = 3
 

@@ -24,7 +24,6 @@ from xenbackend.blkif.abi import (
     REQ_PROD,
     RSP_EVENT,
     RSP_PROD,
-    SECTOR,
     X86_32,
     X86_64,
     Layout,
@@ -32,7 +31,7 @@ from xenbackend.blkif.abi import (
 from xenbackend.blkif.request import encode_direct, encode_discard, encode_indirect, encode_segments
 from xenbackend.protocol import messages
 from xenbackend.rig.frontend import Wishes
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 
 pytestmark = pytest.mark.slow  # each starts a process
 

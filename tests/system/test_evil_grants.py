@@ -10,18 +10,12 @@ import pytest
 from tests.driven import Driven
 from tests.evil import DATA, ERROR, GNTST, OK, RAM, SECTORS, Evil, descriptors, resident
 from tests.workload import make_model, work
-from xenbackend.blkif.abi import (
-    BLKIF_OP_READ,
-    BLKIF_OP_WRITE,
-    BLKIF_OP_WRITE_BARRIER,
-    SECTOR,
-    X86_64,
-)
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, X86_64
 from xenbackend.blkif.request import encode_direct, encode_indirect, encode_segments
 from xenbackend.protocol import codec
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 from xenbackend.worker.grants import ARENA_CHUNKS, CHUNK, MAX_PERSISTENT
 
 pytestmark = pytest.mark.slow  # each starts a process

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from tests.driven import DOMID
-from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, SECTOR, X86_64
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, X86_64
 from xenbackend.blkif.features import MAX_SEGMENTS
 from xenbackend.blkif.request import Decoder, RingRequest, encode_direct, encode_indirect, encode_segments
 from xenbackend.block.request import Request
@@ -18,7 +18,7 @@ from xenbackend.kernel.ports import open_host
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import random_spans
 from xenbackend.rig.xen import Xen
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 from xenbackend.worker.grants import ARENA_CHUNKS, CHUNK, CopiedGrants, PersistentGrants
 
 

@@ -17,7 +17,8 @@ from itertools import chain
 from struct import Struct
 
 from xenbackend.bench.loop import STALL, ClosedLoop
-from xenbackend.bench.plan import SECTOR, BenchError, Work
+from xenbackend.bench.plan import BenchError, Work
+from xenbackend.units import SECTOR
 
 _MAGIC = b"NBDMAGIC" + b"IHAVEOPT"
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2

@@ -13,8 +13,8 @@ from array import array
 from dataclasses import dataclass
 
 from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.units import SECTOR
 
-SECTOR = 512  # bytes; also the distance between two stamps
 PLACES = 1 << 16  # how many places a random workload visits before it begins again
 _SEED = 20091110  # a workload visits the same places in every run, round and target
 

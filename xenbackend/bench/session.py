@@ -23,13 +23,13 @@ from typing import BinaryIO
 from xenbackend.bench import calls, native
 from xenbackend.bench.beside import Loops
 from xenbackend.bench.disturbance import Usage, between, look
-from xenbackend.bench.plan import LENGTH, SECTOR, SMALLEST, BenchError, Sample, Work, stamp
+from xenbackend.bench.plan import LENGTH, SMALLEST, BenchError, Sample, Work, stamp
 from xenbackend.bench.server import choose_cpus
 from xenbackend.bench.target import Bed, Target, chain_target, limit_target, peers
 from xenbackend.block.formats.table import BY_QEMU_NAME
 from xenbackend.errors import ConfigError
 from xenbackend.rig.xen import Xen
-from xenbackend.units import format_size, round_up
+from xenbackend.units import SECTOR, format_size, round_up
 
 FILE = "{file}"  # in a chain: the bench file
 IMAGES = {name: row for name, row in BY_QEMU_NAME.items() if name != "raw"}  # of which formats the bench file may be

@@ -18,9 +18,10 @@ from itertools import cycle
 from struct import Struct
 
 from xenbackend.bench.loop import STALL, ClosedLoop
-from xenbackend.bench.plan import DEPTH, LENGTH, SECTOR, BenchError, Work
+from xenbackend.bench.plan import DEPTH, LENGTH, BenchError, Work
 from xenbackend.bench.vhost_user import QueueAddresses, VhostUser
 from xenbackend.kernel.ports import Fence
+from xenbackend.units import SECTOR
 
 ENTRIES = 256  # of the queue; the first descriptor of slot n is n, then n + 64, n + 128
 _SLOTS = 64

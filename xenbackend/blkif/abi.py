@@ -20,8 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from struct import Struct
 
-SECTOR = 512  # bytes; the unit of every sector number on the wire, whatever `sector-size` says
-
 BLKIF_OP_READ = 0
 BLKIF_OP_WRITE = 1
 BLKIF_OP_WRITE_BARRIER = 2

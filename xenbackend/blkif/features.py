@@ -11,16 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xenbackend.blkif.abi import (
-    LAYOUTS,
-    MAX_RING_ORDER,
-    NATIVE,
-    SECTOR,
-    VDISK_CDROM,
-    VDISK_READONLY,
-    VDISK_REMOVABLE,
-)
+from xenbackend.blkif.abi import LAYOUTS, MAX_RING_ORDER, NATIVE, VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE
 from xenbackend.errors import GuestError
+from xenbackend.units import SECTOR
 
 MAX_QUEUES = 8
 MAX_SEGMENTS = 256  # 1 MiB; IOV_MAX is 1024

@@ -24,7 +24,6 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR,
     LAST_SECTOR_OF_PAGE,
-    SECTOR,
     SEGMENT_SIZE,
     SEGMENTS,
     SEGMENTS_PER_INDIRECT_PAGE,
@@ -32,7 +31,7 @@ from xenbackend.blkif.abi import (
     Layout,
 )
 from xenbackend.errors import GuestError
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 
 _SEGMENT = Struct("<IBBxx")
 _ONE_READ, _ONE_WRITE = 1 << 8 | BLKIF_OP_READ, 1 << 8 | BLKIF_OP_WRITE  # as `Layout.glance` gives them

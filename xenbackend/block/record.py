@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from xenbackend.block.request import Op
+from xenbackend.units import SECTOR
 
-SECTOR = 512  # bytes; the unit of the file, whatever the medium's is
 SIZE = 32  # bytes of every record
 MAGIC = b"xbelog\x01\xff"
 LOST = 255  # operation

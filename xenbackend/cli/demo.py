@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json, duration, size
 from xenbackend.errors import ConfigError, XenbackendError, printable
-from xenbackend.units import format_duration, format_size
+from xenbackend.units import SECTOR, format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from xenbackend.embedded.machine import Machine
 
 DOMID = 1
-SECTOR = 512  # bytes
 _OF_VBDS = re.compile(r"/(backend|device|xenbackend)/")
 _STATES = {
     "1": "Initialising", "2": "InitWait", "3": "Initialised", "4": "Connected", "5": "Closing", "6": "Closed",

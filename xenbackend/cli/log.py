@@ -24,9 +24,8 @@ from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_json, add_order_options
 from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError
-from xenbackend.units import format_duration, format_size, parse_duration
+from xenbackend.units import SECTOR, format_duration, format_size, parse_duration
 
-_SECTOR = 512  # bytes
 _DISK_RANGE = struct.Struct("<QI4x")  # struct disk_range of blktap's log.h, x86-64: sector, count, padding
 _MAX_COUNT = 0xFFFF_FFFF // 8 * 8  # sectors of one such range; whole pieces of 4 KiB
 _VERBS = {
@@ -150,7 +149,7 @@ def _sectors(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
     if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise ConfigError(f"--sectors {text} is not a range of sectors such as 2048-4095")
-    return int(first) * _SECTOR, (int(last) + 1) * _SECTOR
+    return int(first) * SECTOR, (int(last) + 1) * SECTOR
 
 
 def _chosen(files: Sequence[Path], choice: Choice) -> Iterator[Entry | Lost]:
@@ -178,8 +177,8 @@ def _as_line(entry: Entry | Lost) -> str:
     if isinstance(entry, Lost):
         return f"{'':26}  {entry.records} records are missing before this place"
     return (
-        f"{_time(entry.time_ns)}  {entry.op.name.lower():7}  {entry.offset // _SECTOR:>14}  "
-        f"{entry.length // _SECTOR:>10}  {format_duration(entry.latency_ns / 1e9):>9}  {_status(entry.status)}"
+        f"{_time(entry.time_ns)}  {entry.op.name.lower():7}  {entry.offset // SECTOR:>14}  "
+        f"{entry.length // SECTOR:>10}  {format_duration(entry.latency_ns / 1e9):>9}  {_status(entry.status)}"
     )
 
 
@@ -195,8 +194,8 @@ def _as_values(entry: Entry | Lost) -> dict[str, Any]:
     return {
         "time_ns": entry.time_ns,
         "op": entry.op.name.lower(),
-        "first_sector": entry.offset // _SECTOR,
-        "sectors": entry.length // _SECTOR,
+        "first_sector": entry.offset // SECTOR,
+        "sectors": entry.length // SECTOR,
         "latency_ns": entry.latency_ns,
         "status": entry.status,
     }
@@ -219,8 +218,8 @@ def _print_summary(result: dict[str, Any], *, as_json: bool) -> None:
     console = Console()
     console.print(table)
     for each in result["hottest"]:
-        first = each["offset"] // _SECTOR
-        last = first + each["length"] // _SECTOR - 1
+        first = each["offset"] // SECTOR
+        last = first + each["length"] // SECTOR - 1
         console.print(f"sectors {first}-{last}: {each['requests']} requests", highlight=False)
     console.print(f"in {format_duration(result['duration_s'])}; {result['lost']} records lost", highlight=False)
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_OKAY, SECTOR
+from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_OKAY
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend
 from xenbackend.rig.guest_ring import Submitted
 from xenbackend.rig.pattern import DiskModel, Step
+from xenbackend.units import SECTOR
 
 DEPTH = 16  # requests in flight
 LARGE = 1024  # sectors of a large request: 512 KiB

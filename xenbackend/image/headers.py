@@ -13,13 +13,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from xenbackend.block.formats.common import Read
 from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import DriverError
-
-Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
+from xenbackend.units import SECTOR
 
 _MAX_NAME = 8192  # bytes of a parent's name
-_SECTOR = 512
 _QCOW2_FEATURES = {0: "dirty", 1: "corrupt", 2: "external data file", 3: "compression type", 4: "extended L2 entries"}
 _CRYPT = {0: "", 1: "AES", 2: "LUKS"}
 
@@ -143,8 +142,8 @@ def _vmdk(read: Read, file_size: int) -> Headers:
     size, grain = 0, 0
     if read(0, 4) == b"KDMV":
         capacity, grain, text_at, text_length = _at("<QQQQ", read, 12)
-        size = capacity * _SECTOR
-        text = read(text_at * _SECTOR, min(text_length * _SECTOR, vmdk_descriptor.MAX_LENGTH)) if text_at else b""
+        size = capacity * SECTOR
+        text = read(text_at * SECTOR, min(text_length * SECTOR, vmdk_descriptor.MAX_LENGTH)) if text_at else b""
     else:
         text = read(0, min(file_size, vmdk_descriptor.MAX_LENGTH))
     found = vmdk_descriptor.parse(text)
@@ -152,7 +151,7 @@ def _vmdk(read: Read, file_size: int) -> Headers:
     more = {"files": ", ".join(map(_text, names[:8])) + (", ..." if len(names) > 8 else "")} if not size else {}
     parents = (_text(found.parent),) if found.parent_cid != vmdk_descriptor.NO_PARENT else ()
     kind = f"VMDK, {found.create_type}" if found.create_type else "VMDK"
-    return Headers(kind, size or found.size, grain * _SECTOR, parents, more)
+    return Headers(kind, size or found.size, grain * SECTOR, parents, more)
 
 
 def _ova(read: Read, file_size: int) -> Headers:
@@ -176,7 +175,7 @@ def _parallels(read: Read, _: int) -> Headers:
     (sectors,) = _at("<Q", read, 36)
     if read(0, 16) == b"WithoutFreeSpace":
         sectors &= 0xFFFFFFFF
-    return Headers("Parallels", sectors * _SECTOR, cluster * _SECTOR)
+    return Headers("Parallels", sectors * SECTOR, cluster * SECTOR)
 
 
 def _luks(read: Read, file_size: int) -> Headers:
@@ -184,22 +183,22 @@ def _luks(read: Read, file_size: int) -> Headers:
     if version != 1:
         return Headers(f"LUKS, version {version}")
     (payload,) = _at(">I", read, 104)
-    return Headers("LUKS, version 1", max(0, file_size - payload * _SECTOR))
+    return Headers("LUKS, version 1", max(0, file_size - payload * SECTOR))
 
 
 def _cowd(read: Read, _: int) -> Headers:
     sectors, grain = _at("<II", read, 12)
-    return Headers("VMDK extent, COWD", sectors * _SECTOR, grain * _SECTOR)
+    return Headers("VMDK extent, COWD", sectors * SECTOR, grain * SECTOR)
 
 
 def _sesparse(read: Read, _: int) -> Headers:
     sectors, grain = _at("<QQ", read, 16)
-    return Headers("VMDK extent, SE sparse", sectors * _SECTOR, grain * _SECTOR)
+    return Headers("VMDK extent, SE sparse", sectors * SECTOR, grain * SECTOR)
 
 
 def _dmg(read: Read, file_size: int) -> Headers:
     (sectors,) = _at(">Q", read, file_size - 512 + 492)
-    return Headers("DMG", sectors * _SECTOR)
+    return Headers("DMG", sectors * SECTOR)
 
 
 _READERS: dict[str, Callable[[Read, int], Headers]] = {

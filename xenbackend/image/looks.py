@@ -11,14 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from xenbackend.block import grammar
+from xenbackend.block.formats.common import Read
 from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import DriverError, printable
-
-Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
 
 _START = 1024  # bytes
 _DESCRIPTOR = 64 << 10  # bytes of a text in which "version=" is looked for

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from xenbackend.block.formats import qcow
-from xenbackend.block.formats.qcow2 import Read, Region
+from xenbackend.block.formats.common import Read
+from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import unpack_table
 from xenbackend.image.faults import Faults
 

@@ -14,10 +14,9 @@ from xenbackend.block.extents import Extent
 from xenbackend.block.mapped.parts import allocate
 from xenbackend.block.request import Op, Request
 from xenbackend.image.session import Disk, Session, check_status, flush_request, request_for
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 PIECE = 1 << 20  # bytes of one request
-SECTOR = 512  # bytes: requests have no less
 DEPTH = 16  # pieces that are under way
 GRAIN = 4096  # bytes: shorter runs of zeros are data
 SYNC_EVERY = 128 << 20  # bytes written: then the target begins to make them durable, while the copy goes on

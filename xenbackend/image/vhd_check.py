@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from xenbackend.block.driver import File
 from xenbackend.block.formats import vhd, vhd_tables
-from xenbackend.block.formats.qcow2_repair import Write
-from xenbackend.block.formats.vhd import SECTOR, Footer, Header, Read
+from xenbackend.block.formats.common import Read, Write
+from xenbackend.block.formats.vhd import Footer, Header
 from xenbackend.block.formats.vhd_names import NAME_CODES, OTHER_CODES, names_in, space_of
 from xenbackend.block.formats.vhd_places import Place, overlaps, places_of, ranges_of
 from xenbackend.block.formats.vhd_tables import UNUSED
 from xenbackend.errors import DriverError, printable
 from xenbackend.image.faults import Faults
-from xenbackend.units import PAGE, round_up
+from xenbackend.units import PAGE, SECTOR, round_up
 
 _RENAME = "image rebase --unsafe gives it its parent's name again"
 

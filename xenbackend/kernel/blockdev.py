@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from xenbackend.errors import DriverError, printable
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 _BLKSSZGET = 0x1268  # linux/fs.h
 _BLKDISCARD = 0x1277
@@ -26,7 +26,6 @@ _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _STATX_DIOALIGN = 0x2000  # linux/stat.h
 _STATX_SIZE = 256  # bytes
 _DIO_MEM_ALIGN = 152  # offset of stx_dio_mem_align in struct statx; stx_dio_offset_align follows
-SECTOR = 512  # bytes: the least that direct I/O is ever aligned to
 _MAX_PHYSICAL = 1 << 20  # bytes; what is larger no disk writes at once
 
 _libc = ctypes.CDLL(None, use_errno=True)

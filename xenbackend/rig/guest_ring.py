@@ -15,7 +15,6 @@ from xenbackend.blkif.abi import (
     BLKIF_OP_DISCARD,
     BLKIF_OP_READ,
     LAST_SECTOR_OF_PAGE,
-    SECTOR,
     SEGMENT_SIZE,
     SEGMENTS_PER_INDIRECT_PAGE,
     Layout,
@@ -25,7 +24,7 @@ from xenbackend.blkif.request import encode_direct, encode_discard, encode_indir
 from xenbackend.blkif.ring import FrontRing
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.guest import GrantInUse, Guest
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 
 PER_PAGE = PAGE // SECTOR
 Span = tuple[int, int]  # first and last sector within a page, both inclusive

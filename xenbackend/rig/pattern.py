@@ -19,9 +19,9 @@ from xenbackend.blkif.abi import (
     BLKIF_OP_READ,
     BLKIF_OP_WRITE,
     BLKIF_RSP_OKAY,
-    SECTOR,
 )
 from xenbackend.errors import XenbackendError
+from xenbackend.units import SECTOR
 
 _UNIT = Struct("<8sQQQ")
 _UNITS = SECTOR // _UNIT.size

@@ -14,7 +14,7 @@ from functools import partial
 from weakref import WeakMethod
 
 from xenbackend import counters
-from xenbackend.blkif.abi import LAYOUTS, SECTOR, ring_entries
+from xenbackend.blkif.abi import LAYOUTS, ring_entries
 from xenbackend.blkif.request import Decoder
 from xenbackend.blkif.ring import BackRing, RingOverflow
 from xenbackend.block.chain import Chain
@@ -27,6 +27,7 @@ from xenbackend.kernel.ports import EventChannels, GrantTable, Host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Step
 from xenbackend.protocol.messages import Connect, RingParameters
+from xenbackend.units import SECTOR
 from xenbackend.worker.channel import Reports
 from xenbackend.worker.counters_writer import CountersWriter
 from xenbackend.worker.engine import Engine

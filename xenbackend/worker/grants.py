@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from xenbackend.blkif.abi import BLKIF_OP_READ, SECTOR, SEGMENT_SIZE
+from xenbackend.blkif.abi import BLKIF_OP_READ, SEGMENT_SIZE
 from xenbackend.blkif.features import MAX_SEGMENTS
 from xenbackend.blkif.request import BadGrant, RingRequest
 from xenbackend.block.request import Request
 from xenbackend.errors import KernelError
 from xenbackend.kernel import memory
 from xenbackend.kernel.ports import GRANT_OK, Arena, CopySegment, GrantTable, Mapping
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 
 CHUNK = 16 * PAGE  # bytes; most requests fit into one, and then are one buffer for the disk
 CHUNKS_PER_REQUEST = MAX_SEGMENTS * PAGE // CHUNK

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from xenbackend.blkif.abi import BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER, SECTOR
+from xenbackend.blkif.abi import BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER
 from xenbackend.blkif.request import RingRequest
 from xenbackend.block.request import PENDING, Op, Request
-from xenbackend.units import PAGE
+from xenbackend.units import PAGE, SECTOR
 from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 
 

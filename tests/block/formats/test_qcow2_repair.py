@@ -9,9 +9,10 @@ import pytest
 
 from tests import qemu
 from tests.qcow_images import qcow2
+from xenbackend.block.formats.common import Write
 from xenbackend.block.formats.qcow2 import parse_header
 from xenbackend.block.formats.qcow2_check import Check, Report
-from xenbackend.block.formats.qcow2_repair import Write, plan_repair
+from xenbackend.block.formats.qcow2_repair import plan_repair
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20

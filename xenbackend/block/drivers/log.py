@@ -81,9 +81,8 @@ from xenbackend.block.options import FilePath, Size, option
 from xenbackend.block.recorder import MIN_LIMIT, Recorder
 from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import DriverError
-from xenbackend.units import format_size
+from xenbackend.units import SECTOR, format_size
 
-_SECTOR = 512  # bytes: the unit of replies, whatever the medium's is
 _PASSED = 8192  # requests remembered before those that came back are forgotten: twice what 8 rings of 512 slots hold
 
 
@@ -103,7 +102,7 @@ class Log(Filter):
         granularity: Size = option("track in pieces of this many bytes, a power of two", default=512)
 
         def __post_init__(self) -> None:
-            if self.granularity < _SECTOR or self.granularity & (self.granularity - 1):
+            if self.granularity < SECTOR or self.granularity & (self.granularity - 1):
                 raise ValueError(f"granularity is {format_size(self.granularity)}; it must be 512, 1K, 2K, 4K ...")
             if self.limit < MIN_LIMIT:
                 raise ValueError(f"limit is {format_size(self.limit)}; it must be {format_size(MIN_LIMIT)} or more")
@@ -166,9 +165,9 @@ class Log(Filter):
             records.append(
                 pack(
                     epoch_ns + started_ns,
-                    request.offset // _SECTOR,
+                    request.offset // SECTOR,
                     now_ns - started_ns,
-                    min(request.length // _SECTOR, most),
+                    min(request.length // SECTOR, most),
                     request.status,
                     request.op,
                 )
@@ -232,8 +231,8 @@ class Log(Filter):
         return "".join(f"{key} {value}\n" for key, value in facts.items())
 
     def _peek(self, sector: int = 0) -> str:
-        ranges, after = self._dirty.peek(sector * _SECTOR)
-        return _page(ranges, "end" if after >= self._dirty.size else f"more {after // _SECTOR}")
+        ranges, after = self._dirty.peek(sector * SECTOR)
+        return _page(ranges, "end" if after >= self._dirty.size else f"more {after // SECTOR}")
 
     def _get(self, acknowledged: int | None = None) -> str:
         try:
@@ -254,7 +253,7 @@ def _page(ranges: list[Range], last_line: str) -> str:
 
 
 def _line(offset: int, length: int) -> str:
-    return f"{offset // _SECTOR} {length // _SECTOR}\n"
+    return f"{offset // SECTOR} {length // SECTOR}\n"
 
 
 def _number(text: str) -> int:

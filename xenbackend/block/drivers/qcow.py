@@ -40,7 +40,8 @@ from itertools import pairwise
 
 from xenbackend.block.driver import Env, File, Geometry
 from xenbackend.block.formats import qcow
-from xenbackend.block.formats.qcow2 import Region, damaged
+from xenbackend.block.formats.common import damaged
+from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.qcow.codec import Version1
 from xenbackend.block.qcow.disk import QcowDisk
 from xenbackend.block.qcow.occupied import Occupied

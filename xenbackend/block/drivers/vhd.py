@@ -65,7 +65,7 @@ from xenbackend.block.mapped.tables import OWNED
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
-from xenbackend.units import PAGE, round_up
+from xenbackend.units import PAGE, SECTOR, round_up
 
 _RAW = bytes(16)  # the UUID of a parent that is no VHD image (libvhd)
 _TOLERANCE = 2  # seconds: what file systems round times to
@@ -114,7 +114,7 @@ class Vhd(Blocks):
 
     def _open_fixed(self, env: Env, file: File) -> Geometry:
         size = self.footer.size
-        if size > file.size - vhd.SECTOR:
+        if size > file.size - SECTOR:
             raise vhd.damaged(f"the file has {file.size} bytes, too few for its disk of {size}")
         file.complete = self._pass_up
         self.submit = file.submit  # type: ignore[method-assign]  # the file begins with the disk
@@ -132,7 +132,7 @@ class Vhd(Blocks):
         table = vhd_tables.read_table(file.read_at, footer, header)
         batmap = vhd_tables.read_batmap(file.read_at, footer, header, table)
         places = places_of(footer, header, batmap)
-        room = file.size - vhd.SECTOR if is_at_end else file.size
+        room = file.size - SECTOR if is_at_end else file.size
         end = vhd_tables.check_table(table, header, ranges_of(places), room)
         if not env.read_only:
             _check_apart([*places, Place("the footer at the end", room, file.size)])
@@ -152,7 +152,7 @@ class Vhd(Blocks):
 
     def _give_end(self, end: int, footer: bytes) -> None:
         """Give the file what whoever was killed did not come to: the end of its last block, and a footer behind it."""
-        self.file.grow(round_up(end + vhd.SECTOR, PAGE), footer)
+        self.file.grow(round_up(end + SECTOR, PAGE), footer)
 
     def _find_parent(self) -> ParentRef:
         options = self.options

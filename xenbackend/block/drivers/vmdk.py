@@ -49,7 +49,7 @@ from typing import Literal
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, with_holes
 from xenbackend.block.formats import ova, vmdk, vmdk_descriptor
-from xenbackend.block.formats.layout import damaged
+from xenbackend.block.formats.common import damaged
 from xenbackend.block.formats.vmdk_descriptor import COWD, FLAT, ZEROS, Descriptor
 from xenbackend.block.formats.vmdk_descriptor import Extent as ExtentFile
 from xenbackend.block.formats.vmdk_disk import Disk, Piece
@@ -62,9 +62,7 @@ from xenbackend.block.mapped.tables import PLACE
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError, printable
-from xenbackend.units import format_size, round_up
-
-_SECTOR = 512
+from xenbackend.units import SECTOR, format_size, round_up
 
 
 class Vmdk(ForeignDisk):
@@ -121,8 +119,8 @@ class Vmdk(ForeignDisk):
         needs = self.image.needs(number)
         left = Gathering(len(needs), partial(self._build, number, then))
         for place, need in enumerate(needs):
-            first = need.place // _SECTOR * _SECTOR
-            length = round_up(need.place + need.length, _SECTOR) - first
+            first = need.place // SECTOR * SECTOR
+            length = round_up(need.place + need.length, SECTOR) - first
             self.read_meta(first, length, partial(left.put, place, need.place - first, need.length))
         if not needs:
             self.soon(partial(self._build, number, then, 0, []))
@@ -146,7 +144,7 @@ class Vmdk(ForeignDisk):
         assert entry is not None  # noqa: S101 - it was just found
         assert piece.image is not None  # noqa: S101 - nobody else says SPECIAL
         sector = (cluster << self.cluster_bits) - piece.start >> 9
-        most = (1 << self.cluster_bits) + _SECTOR  # what does not become smaller becomes a little larger
+        most = (1 << self.cluster_bits) + SECTOR  # what does not become smaller becomes a little larger
         self._inflated.read(request, cluster, entry & PLACE, most, partial(piece.image.inflate, sector))
 
     def _parse_one(self, file: File, start: bytes) -> Disk:

@@ -20,9 +20,8 @@ from xenbackend.block.formats.qcow2_tables import pack_refcounts, pack_table, re
 from xenbackend.block.formats.table import FORMATS, load
 from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.errors import ConfigError, printable
-from xenbackend.units import PAGE, format_size, round_up
+from xenbackend.units import PAGE, SECTOR, format_size, round_up
 
-SECTOR = 512
 # QEMU and blktap take the disk's size as the footer has it, and not from the geometry, only for creators they know.
 # With version 1.1 of this one they look for no map of full blocks, which a new image does not have.
 _VHD_CREATOR, _VHD_CREATOR_VERSION = b"tap\0", 0x00010001

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from xenbackend.block.formats.common import damaged
 from xenbackend.block.mapped.tables import PLACE
-from xenbackend.errors import DriverError
-
-Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
 
 MIN_CLUSTER_BITS = 9  # bytes of a place in the file begin a sector
 
@@ -48,11 +46,6 @@ class Layout(Protocol):
 
     def decode(self, data: bytes) -> array[int]:
         """Return the entries of a table, as `block.mapped.tables` has them. Raises: DriverError."""
-
-
-def damaged(problem: str) -> DriverError:
-    """Return the error for an image whose own bytes contradict one another."""
-    return DriverError(f"it is damaged: {problem}; look at it with qemu-img check")
 
 
 def power_of(number: int) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from xenbackend.block.formats.layout import Read
+from xenbackend.block.formats.common import Read
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import round_up
 

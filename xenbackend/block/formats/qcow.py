@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from xenbackend.block.formats.qcow2 import MAGIC, MAX_L1_BYTES, MAX_NAME, Read, Region, damaged
+from xenbackend.block.formats.common import Read, damaged
+from xenbackend.block.formats.qcow2 import MAGIC, MAX_L1_BYTES, MAX_NAME, Region
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 

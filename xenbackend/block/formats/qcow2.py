@@ -7,13 +7,12 @@ endian. Must not open a file, nor take a size or an offset from an image without
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from xenbackend.block.formats.common import Read, damaged
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.units import format_size, round_up
-
-Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
 
 MAGIC = b"QFI\xfb"
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21  # 512 bytes to 2 MiB, as QEMU
@@ -203,11 +202,6 @@ def with_parent(read: Read, header: Header, name: bytes, image_format: str) -> l
 def pack_extension(kind: int, data: bytes) -> bytes:
     """Return a header extension; kind 0 ends them."""
     return _EXTENSION.pack(kind, len(data)) + data.ljust(round_up(len(data), 8), b"\0")
-
-
-def damaged(problem: str) -> DriverError:
-    """Return the error for an image whose own bytes contradict one another."""
-    return DriverError(f"it is damaged: {problem}; look at it with qemu-img check")
 
 
 def check_region(what: str, region: Region, most: int, cluster_size: int, file_size: int) -> None:

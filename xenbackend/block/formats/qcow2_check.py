@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from xenbackend.block.formats import qcow2_tables as tables
-from xenbackend.block.formats.qcow2 import CORRUPT, DIRTY, Read, Region, parse_header
+from xenbackend.block.formats.common import Read
+from xenbackend.block.formats.qcow2 import CORRUPT, DIRTY, Region, parse_header
 from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, OFFSET
 from xenbackend.errors import DriverError
 from xenbackend.units import round_up

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from array import array
 
+from xenbackend.block.formats.common import Write
 from xenbackend.block.formats.qcow2 import CORRUPT, DIRTY, incompatible_bytes
 from xenbackend.block.formats.qcow2_check import Check
 from xenbackend.block.formats.qcow2_tables import COPIED, pack_refcounts, pack_table
 from xenbackend.errors import DriverError
-from xenbackend.units import round_up
-
-Write = tuple[int, bytes]  # offset in the image file, which may grow, and what to write there
-_SECTOR = 512
+from xenbackend.units import SECTOR, round_up
 
 
 def plan_repair(check: Check) -> list[list[Write]]:
@@ -88,10 +86,10 @@ def _flags(check: Check) -> list[Write]:
     changed: dict[int, tuple[array[int], int, int]] = {}
     for offset, table, index in check.wrong_flags():
         table[index] ^= COPIED
-        changed[offset + index * 8 // _SECTOR * _SECTOR] = table, offset, index
+        changed[offset + index * 8 // SECTOR * SECTOR] = table, offset, index
     return [_sector(offset, table, index) for table, offset, index in changed.values()]
 
 
 def _sector(table_offset: int, table: array[int], index: int) -> Write:
-    first = index // (_SECTOR // 8) * (_SECTOR // 8)
-    return table_offset + first * 8, pack_table(table[first : first + _SECTOR // 8])
+    first = index // (SECTOR // 8) * (SECTOR // 8)
+    return table_offset + first * 8, pack_table(table[first : first + SECTOR // 8])

@@ -13,7 +13,8 @@ from array import array
 from collections.abc import Iterator
 from typing import Protocol
 
-from xenbackend.block.formats.qcow2 import SUBCLUSTERS, Header, Read, Region, check_region, damaged
+from xenbackend.block.formats.common import Read, damaged
+from xenbackend.block.formats.qcow2 import SUBCLUSTERS, Header, Region, check_region
 from xenbackend.units import round_up
 
 COPIED = 1 << 63  # of an entry of L1 or L2: its refcount is exactly one, so that it may be written in place

@@ -11,7 +11,8 @@ import struct
 from array import array
 from dataclasses import dataclass
 
-from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Read, Shape, check_places, damaged, power_of, unpack
+from xenbackend.block.formats.common import Read, damaged
+from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Shape, check_places, power_of, unpack
 from xenbackend.block.mapped.tables import READABLE, ZERO
 from xenbackend.errors import DriverError
 from xenbackend.units import round_up

@@ -8,15 +8,14 @@ Must not open a file, nor take a size or an offset from an image without having 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from xenbackend.block.formats import common
+from xenbackend.block.formats.common import Read
 from xenbackend.errors import ConfigError, DriverError, printable
-from xenbackend.units import format_size, round_up
+from xenbackend.units import SECTOR, format_size, round_up
 
-Read = Callable[[int, int], bytes]  # (offset, length) to bytes, fewer at the end of the file
-
-SECTOR = 512  # bytes: the unit of the block allocation table, and of what a bitmap's bit stands for
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4  # Footer.type
 MAX_SIZE = 2 << 40  # bytes: as many sectors as an entry of the table can name
 MAX_NEW_SIZE = 2040 << 30  # bytes: QEMU (block/vpc.c) and libvhd read no larger ones, and 2 TiB have no room for blocks
@@ -105,9 +104,7 @@ class Header:
         return round_up(self.block_size // SECTOR // 8, SECTOR)
 
 
-def damaged(problem: str) -> DriverError:
-    """Return what to say of an image that cannot be right."""
-    return DriverError(f"it is damaged: {problem}; look at it with xenbackend image check")
+damaged = partial(common.damaged, tool="xenbackend image check")
 
 
 def title_of(footer: Footer) -> str:

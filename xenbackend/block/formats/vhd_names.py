@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from urllib.parse import unquote
 
-from xenbackend.block.formats.vhd import SECTOR, Header, Locator, Read
+from xenbackend.block.formats.common import Read
+from xenbackend.block.formats.vhd import Header, Locator
+from xenbackend.units import SECTOR
 
 MAX_NAME = 8192  # bytes
 _DRIVE = re.compile(r"[A-Za-z]:(?=/)")

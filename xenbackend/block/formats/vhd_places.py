@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from xenbackend.block.formats.vhd import HEADER_SIZE, SECTOR, Footer, Header
+from xenbackend.block.formats.vhd import HEADER_SIZE, Footer, Header
 from xenbackend.block.formats.vhd_names import space_of
 from xenbackend.block.formats.vhd_tables import Batmap
 from xenbackend.errors import printable
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from xenbackend.block.formats.vhd import SECTOR, Footer, Header, Read, damaged
+from xenbackend.block.formats.common import Read
+from xenbackend.block.formats.vhd import Footer, Header, damaged
 from xenbackend.errors import DriverError
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 UNUSED = 0xFFFFFFFF  # an entry of the table for a block that the image does not have
 BATMAP = struct.Struct(">8sQIII1sB")  # the rest of its sector is zeros, or a key's hash

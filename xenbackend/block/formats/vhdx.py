@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from xenbackend.block.formats import vhdx_log
+from xenbackend.block.formats.common import Read, damaged
 from xenbackend.block.formats.crc32c import crc32c
-from xenbackend.block.formats.layout import Read, Shape, check_places, damaged, power_of, unpack
+from xenbackend.block.formats.layout import Shape, check_places, power_of, unpack
 from xenbackend.block.mapped.tables import READABLE, ZERO
 from xenbackend.errors import DriverError
 

@@ -15,8 +15,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from xenbackend.block.formats.common import Read, damaged
 from xenbackend.block.formats.crc32c import crc32c
-from xenbackend.block.formats.layout import Read, damaged
 from xenbackend.block.mapped.changed import Change, Changes
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size

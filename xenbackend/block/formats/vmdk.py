@@ -13,17 +13,17 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
-from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Read, Shape, check_places, damaged, power_of, unpack
+from xenbackend.block.formats.common import Read, damaged
+from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Shape, check_places, power_of, unpack
 from xenbackend.block.formats.vmdk_descriptor import MAX_LENGTH, SPARSE, Descriptor
 from xenbackend.block.formats.vmdk_descriptor import parse as parse_descriptor
 from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO
 from xenbackend.errors import DriverError
-from xenbackend.units import format_size
+from xenbackend.units import SECTOR, format_size
 
 MAGIC = b"KDMV"
 MAX_DIRECTORY = 16 << 20  # bytes, of all files of a disk together
 MARKER = 12  # bytes before a compressed grain: its first sector on the disk, and how many bytes follow
-_SECTOR = 512
 _ZERO_GRAINS, _COMPRESSED, _MARKERS = 1 << 2, 1 << 16, 1 << 17  # flags of the header
 _AT_END = (1 << 64) - 1  # as the place of the directory: a second header at the end of the file says it
 _TABLE_BITS = 9  # the format has no other tables
@@ -51,15 +51,15 @@ class Image:
 
     def table_at(self, number: int) -> tuple[int, int]:
         """See `Layout`."""
-        place = self.directory[number] * _SECTOR
+        place = self.directory[number] * SECTOR
         return place, 4 << self.shape.table_bits if place else 0
 
     def decode(self, data: bytes) -> array[int]:
         """See `Layout`."""
         flag = SPECIAL if self.is_compressed else READABLE
-        entries = array("Q", [each * _SECTOR | flag if each else 0 for each in unpack("I", data)])
+        entries = array("Q", [each * SECTOR | flag if each else 0 for each in unpack("I", data)])
         if self.has_zero_grains:
-            entries = array("Q", [ZERO if each == _SECTOR | flag else each for each in entries])
+            entries = array("Q", [ZERO if each == SECTOR | flag else each for each in entries])
         check_places(entries, self.shape.file_size)
         return entries
 
@@ -73,7 +73,7 @@ class Image:
             grain = zlib.decompressobj().decompress(data[MARKER : MARKER + length], size)
         except zlib.error as error:
             raise damaged(f"a compressed grain cannot be read: {error}") from error
-        if len(grain) != min(size, self.shape.size - sector * _SECTOR) and len(grain) != size:
+        if len(grain) != min(size, self.shape.size - sector * SECTOR) and len(grain) != size:
             raise damaged(f"a compressed grain gives {len(grain)} bytes and not {size}")
         return grain.ljust(size, b"\0")
 
@@ -90,11 +90,11 @@ def parse(read: Read, file_size: int, *, is_part: bool = False) -> Image:
     """
     fields = _fields(read, 0)
     if fields[9] == _AT_END:
-        fields = _fields(read, file_size - 2 * _SECTOR)
+        fields = _fields(read, file_size - 2 * SECTOR)
     _, _, flags, capacity, grain, text_at, text_length, per_table, _, directory_at, _, _, newlines, algorithm = fields
     if newlines != _NEWLINES:
         raise damaged("its line ends were altered, as by a transfer in text mode")
-    bits = power_of(grain * _SECTOR)
+    bits = power_of(grain * SECTOR)
     if not MIN_CLUSTER_BITS <= bits <= _MAX_GRAIN_BITS or per_table != 1 << _TABLE_BITS:
         raise damaged(f"its grains have {grain} sectors, and its tables {per_table} of them")
     is_compressed = bool(flags & _COMPRESSED)
@@ -102,9 +102,9 @@ def parse(read: Read, file_size: int, *, is_part: bool = False) -> Image:
         raise DriverError(
             f"it is compressed by method {algorithm}, which is not known; convert it with qemu-img convert"
         )
-    shape = Shape(capacity * _SECTOR, bits, _TABLE_BITS, file_size)
-    directory = _directory(read, shape, directory_at * _SECTOR)
-    descriptor = _NO_DESCRIPTOR if is_part else _descriptor(read, text_at * _SECTOR, text_length * _SECTOR)
+    shape = Shape(capacity * SECTOR, bits, _TABLE_BITS, file_size)
+    directory = _directory(read, shape, directory_at * SECTOR)
+    descriptor = _NO_DESCRIPTOR if is_part else _descriptor(read, text_at * SECTOR, text_length * SECTOR)
     return Image(shape, is_compressed, bool(flags & _ZERO_GRAINS), directory, descriptor)
 
 
@@ -114,11 +114,11 @@ def parse_cowd(read: Read, file_size: int) -> Image:
     if len(data) < _COWD_HEADER.size or data[:4] != _COWD_MAGIC:
         raise DriverError("it is no extent of the format COWD: it does not begin as one")
     _, _, _, sectors, grain, directory_at, _ = _COWD_HEADER.unpack(data)
-    bits = power_of(grain * _SECTOR)
+    bits = power_of(grain * SECTOR)
     if not MIN_CLUSTER_BITS <= bits <= _MAX_GRAIN_BITS:
         raise damaged(f"its grains have {grain} sectors")
-    shape = Shape(sectors * _SECTOR, bits, _COWD_TABLE_BITS, file_size)
-    directory = _directory(read, shape, directory_at * _SECTOR)
+    shape = Shape(sectors * SECTOR, bits, _COWD_TABLE_BITS, file_size)
+    directory = _directory(read, shape, directory_at * SECTOR)
     return Image(shape, is_compressed=False, has_zero_grains=False, directory=directory, descriptor=_NO_DESCRIPTOR)
 
 
@@ -139,7 +139,7 @@ def _directory(read: Read, shape: Shape, place: int) -> array[int]:
     if not 0 < place <= shape.file_size - length:
         raise damaged(f"its directory of {length} bytes at byte {place} is not inside the file of {shape.file_size}")
     directory = unpack("I", read(place, length))
-    last = max(directory, default=0) * _SECTOR
+    last = max(directory, default=0) * SECTOR
     if last + (4 << shape.table_bits) > shape.file_size:
         raise damaged(f"a table is at byte {last}, and the file has {shape.file_size}")
     return directory

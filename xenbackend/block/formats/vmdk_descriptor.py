@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from xenbackend.block.formats.layout import damaged
+from xenbackend.block.formats.common import damaged
 from xenbackend.errors import DriverError, printable
+from xenbackend.units import SECTOR
 
 NO_PARENT = 0xFFFFFFFF  # as a content ID
 MAX_LENGTH = 1 << 20  # bytes
 MAX_EXTENTS = 512  # files that a worker has open for one disk: 1 TiB in pieces of 2 GiB
 MAX_SIZE = 64 << 40  # bytes of a disk; VMware has 62 TiB
-SECTOR = 512
 
 FLAT, SPARSE, COWD, ZEROS = "FLAT", "SPARSE", "VMFSSPARSE", "ZERO"
 _KINDS = {FLAT: FLAT, "VMFS": FLAT, SPARSE: SPARSE, COWD: COWD, ZEROS: ZEROS}  # by the words of the text

@@ -11,7 +11,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xenbackend.block.formats.layout import Shape, damaged
+from xenbackend.block.formats.common import damaged
+from xenbackend.block.formats.layout import Shape
 from xenbackend.block.formats.vmdk import Image
 from xenbackend.block.formats.vmdk_descriptor import Descriptor
 from xenbackend.block.mapped.tables import PLACE, READABLE, ZERO

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from xenbackend.block.formats.qcow2 import damaged
+from xenbackend.block.formats.common import damaged
 from xenbackend.block.formats.qcow2_tables import Unpack
 from xenbackend.errors import DriverError
 

@@ -27,7 +27,7 @@ from functools import partial
 
 from xenbackend.block.driver import Driver, File
 from xenbackend.block.extents import Extent, Kind, with_holes
-from xenbackend.block.formats.vhd import SECTOR, Header
+from xenbackend.block.formats.vhd import Header
 from xenbackend.block.formats.vhd_tables import UNUSED, pack_bitmap, pack_entries, unpack_bitmap, used_blocks
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.holes import Holes
@@ -36,7 +36,7 @@ from xenbackend.block.mapped.pieces import runs_of
 from xenbackend.block.mapped.shared import Shared, Then
 from xenbackend.block.mapped.tables import OWNED, PLACE, SPECIAL, Table, Tables
 from xenbackend.block.request import IMAGE_DAMAGED, Request
-from xenbackend.units import PAGE, round_up
+from xenbackend.units import PAGE, SECTOR, round_up
 
 _BITMAPS = 8 << 20  # bytes that the bitmaps in memory take, one for each sector; up to twice that
 _PER_SECTOR = SECTOR // 4  # entries of the table in one sector

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from xenbackend.block.driver import Complete, File
-from xenbackend.block.formats.layout import Read
+from xenbackend.block.formats.common import Read
 from xenbackend.block.request import Op, Request
 
 Change = tuple[int, int, bytes | None]  # first byte in the file, length, what stands there; None: zeros

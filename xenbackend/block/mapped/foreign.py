@@ -20,12 +20,11 @@ from xenbackend.block.mapped.tables import Table, Tables
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 _TABLES = 8 << 20  # bytes that tables in memory take, up to twice that
 _TABLE_EXTRA = 256  # bytes that a table takes beside its entries
 _STEP = 64 * 1024  # the file may end anywhere
-_SECTOR = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +94,9 @@ class ForeignDisk(MappedDisk):
         """See `MappedDisk`."""
         place, length = self.image.table_at(number)
         if length:
-            first = place // _SECTOR * _SECTOR
+            first = place // SECTOR * SECTOR
             got = partial(self._decode, number, place - first, length, then)
-            self.read_meta(first, round_up(place + length, _SECTOR) - first, got)
+            self.read_meta(first, round_up(place + length, SECTOR) - first, got)
         else:
             self.soon(partial(self._put, number, self._empty(), then))
 

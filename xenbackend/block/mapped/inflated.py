@@ -12,9 +12,7 @@ from functools import partial
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
-from xenbackend.units import round_up
-
-_SECTOR = 512
+from xenbackend.units import SECTOR, round_up
 
 Inflate = Callable[[bytes], bytes]  # from the file's bytes, and whatever follows them, to a cluster
 
@@ -49,9 +47,9 @@ class Inflated:
             self._waiting[key].append(request)
         else:
             self._waiting[key] = [request]
-            first = place // _SECTOR * _SECTOR
+            first = place // SECTOR * SECTOR
             then = partial(self._read, key, place - first, inflate)
-            self._disk.read_meta(first, round_up(place + length, _SECTOR) - first, then)
+            self._disk.read_meta(first, round_up(place + length, SECTOR) - first, then)
 
     def _read(self, key: int, skip: int, inflate: Inflate, status: int, data: memoryview) -> None:
         cluster = b""

@@ -11,6 +11,7 @@ from enum import IntEnum
 
 from xenbackend.block.mapped.tables import PLACE, SPECIAL, ZERO, Table
 from xenbackend.block.request import Op, Request
+from xenbackend.units import SECTOR
 
 
 class Way(IntEnum):
@@ -23,8 +24,6 @@ class Way(IntEnum):
     ELSEWHERE = 4  # the format writes it, somewhere
     LOAD = 5  # nobody knows before its table is there
 
-
-SECTOR = 512
 
 Piece = tuple[Way, int, int]  # the place in the file, or the number of the table; how many bytes
 

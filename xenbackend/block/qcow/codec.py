@@ -10,7 +10,8 @@ from array import array
 from collections.abc import Sequence
 
 from xenbackend.block.formats import qcow, qcow2, qcow2_tables
-from xenbackend.block.formats.qcow2 import Region, damaged
+from xenbackend.block.formats.common import damaged
+from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import COMPRESSED, COPIED, OFFSET
 from xenbackend.block.mapped.tables import OWNED, PLACE, READABLE, SPECIAL, WRITABLE, ZERO
 

@@ -26,10 +26,10 @@ from xenbackend.block.mapped.tables import Tables
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.qcow.codec import Version1, Version2
 from xenbackend.block.qcow.copyup import CopyUp, Reserve
-from xenbackend.block.qcow.level2 import SECTOR, Allocator, L1Table, L2Table, Mapping
+from xenbackend.block.qcow.level2 import Allocator, L1Table, L2Table, Mapping
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError, printable
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 _TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
 _TABLE_EXTRA = 1024  # bytes that a table takes beside its words

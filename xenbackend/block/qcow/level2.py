@@ -19,9 +19,9 @@ from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Shared, Soon, Then
 from xenbackend.block.mapped.tables import PLACE, WRITABLE, Tables
 from xenbackend.loop.steps import Steps, run
+from xenbackend.units import SECTOR
 
 UNIT = 4096  # bytes of a table that are written together; a smaller table is written whole
-SECTOR = 512
 
 
 class Codec(Protocol):

@@ -13,7 +13,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from xenbackend.block.formats.qcow2 import Header, Read, Region, damaged
+from xenbackend.block.formats.common import Read, damaged
+from xenbackend.block.formats.qcow2 import Header, Region
 from xenbackend.block.formats.qcow2_tables import OFFSET, parse_bitmaps, parse_snapshots, unpack_table
 from xenbackend.errors import DriverError
 

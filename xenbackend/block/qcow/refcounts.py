@@ -37,12 +37,11 @@ from xenbackend.block.mapped.tables import Tables
 from xenbackend.block.qcow.occupied import Occupied
 from xenbackend.block.request import IMAGE_DAMAGED
 from xenbackend.loop.steps import Line, Steps
-from xenbackend.units import round_up
+from xenbackend.units import SECTOR, round_up
 
 FIRST_BATCH, MAX_BATCH = 1 << 20, 16 << 20  # bytes reserved ahead: less at first, more while they are used up
 _CACHE = 4 << 20  # bytes of refcount blocks kept as they are in the file, twice that for a moment
 _GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium
-_SECTOR = 512
 
 Reserved = Callable[[int, int, int, bool], None]  # status, place, clusters, whether they read as zeros
 
@@ -96,7 +95,7 @@ class Refcounts:
         """See `Allocator`. Nothing more is reserved from now on: who knows what else is wrong."""
         if not self._is_corrupt and self._header.version >= 3:
             place, fields = incompatible_bytes(self._header.incompatible | CORRUPT)
-            sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
+            sector = bytearray((yield partial(self._disk.read_meta, 0, SECTOR)))
             sector[place : place + len(fields)] = fields
             yield partial(self._disk.write_meta, 0, bytes(sector))
             yield self._disk.sync
@@ -246,8 +245,8 @@ class Refcounts:
         self._blocks.put(index, block)
 
     def _store_table(self, index: int) -> Steps[None]:
-        first = index // (_SECTOR // 8) * (_SECTOR // 8)
-        data = pack_table(self._table[first : first + _SECTOR // 8])
+        first = index // (SECTOR // 8) * (SECTOR // 8)
+        data = pack_table(self._table[first : first + SECTOR // 8])
         yield partial(self._disk.write_meta, self._region.offset + first * 8, data)
 
     def _grow_table(self) -> Steps[None]:
@@ -275,7 +274,7 @@ class Refcounts:
         data = pack_refcounts(counts, self._header.refcount_order) + pack_table(table)
         yield partial(self._disk.write_meta, first << bits, data)
         yield self._disk.order
-        sector = bytearray((yield partial(self._disk.read_meta, 0, _SECTOR)))
+        sector = bytearray((yield partial(self._disk.read_meta, 0, SECTOR)))
         place, fields = refcount_table_bytes(region, size)
         sector[place : place + len(fields)] = fields
         yield partial(self._disk.write_meta, 0, bytes(sector))
@@ -321,10 +320,10 @@ class Refcounts:
     def _changes(self, block: array[int], places: Sequence[int] | Counter[int]) -> list[tuple[int, bytes]]:
         """Return the sectors of a block that hold the refcounts of `places`: offset in the block, and bytes."""
         order = self._header.refcount_order
-        per_sector = _SECTOR * 8 >> order
+        per_sector = SECTOR * 8 >> order
         sectors = sorted({place // per_sector for place in places})
         return [
-            (sector * _SECTOR, pack_refcounts(block[sector * per_sector : (sector + 1) * per_sector], order))
+            (sector * SECTOR, pack_refcounts(block[sector * per_sector : (sector + 1) * per_sector], order))
             for sector in sectors
         ]
 

@@ -24,13 +24,13 @@ from struct import Struct
 from xenbackend import counters
 from xenbackend.errors import KernelError
 from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.units import SECTOR
 
 KIND = "vbd3"  # of the vbds that are looked for
 PERIOD_S = 1.0  # between two looks at the counters; workers write theirs as often
 DIRECTORY = Path("/run/xenbackend/xentop")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where libxenstat looks
 _RECORD = Struct("=II11Q")
-_SECTOR = 512  # bytes: a unit of the record
 _VERSION = 1
 
 
@@ -42,7 +42,7 @@ def pack_record(page: memoryview) -> bytes:
     """
     now = counters.snapshot(page)
     reads, writes = now["reads"], now["writes"]
-    read_sectors, written_sectors = now["read_bytes"] // _SECTOR, now["written_bytes"] // _SECTOR
+    read_sectors, written_sectors = now["read_bytes"] // SECTOR, now["written_bytes"] // SECTOR
     of_reads, of_writes = (reads, reads, read_sectors, 0), (writes, writes, written_sectors, 0)
     return _RECORD.pack(_VERSION, 0, 0, *of_reads, *of_writes, now["errors"], 0)
 
