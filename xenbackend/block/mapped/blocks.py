@@ -33,9 +33,10 @@ from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.holes import Holes
 from xenbackend.block.mapped.owners import Memo
 from xenbackend.block.mapped.pieces import runs_of
-from xenbackend.block.mapped.shared import Shared, Then
+from xenbackend.block.mapped.shared import Once, Shared, SharedByNumber, Then
 from xenbackend.block.mapped.tables import OWNED, PLACE, SPECIAL, Table, Tables
 from xenbackend.block.request import IMAGE_DAMAGED, Request
+from xenbackend.loop.steps import Steps, run
 from xenbackend.units import PAGE, SECTOR, round_up
 
 _BITMAPS = 8 << 20  # bytes that the bitmaps in memory take, one for each sector; up to twice that
@@ -97,12 +98,13 @@ class Blocks(MappedDisk):
         self._inside_mask = header.block_size - 1
         self._page_owners = Memo(header.block_size // PAGE)  # of blocks that lack sectors
         self._holes = Holes(self)
-        self._waiting_for_bitmap: dict[int, list[Request]] = {}
-        self._waiting_for_block: dict[int, list[Request]] = {}
+        self._loading_bitmap: Once[Request] = Once(self.go_on)
+        self._making: Once[Request] = Once(self.go_on)
         self._wanted: list[int] = []  # blocks that nothing was done for yet
-        self._is_growing = False
-        self._coming: dict[int, int] = {}  # blocks whose entries are being written, and their places
-        self._table_writes: dict[int, Shared] = {}
+        self._room = Shared(self._find_room, self.soon)
+        self._places: dict[int, int] = {}  # of blocks that room was found for
+        self._coming: dict[int, int] = {}  # those of blocks whose entries are being written
+        self._table_writes = SharedByNumber(self._write_table, self.soon)
         bits = header.block_size.bit_length() - 1
         self.start(file, size, cluster_bits=bits, table_bits=_TABLE_BITS, tables=tables)
 
@@ -206,7 +208,7 @@ class Blocks(MappedDisk):
         block, first, last = self.sectors(request)
         entry = self.entries[block]
         if not entry:
-            self._await_block(block, request)
+            self._making.want(block, request, partial(self._make, block))
             return
         bitmap = self._bitmaps.find(block)
         if bitmap is None:
@@ -252,24 +254,20 @@ class Blocks(MappedDisk):
 
     def load_bitmap(self, block: int, request: Request) -> None:
         """Read a bitmap, once for all who need it, and dispatch them again."""
-        waiting = self._waiting_for_bitmap.setdefault(block, [])
-        waiting.append(request)
-        if len(waiting) == 1:
-            size = self._header.bitmap_size
-            self.read_meta((self.entries[block] & PLACE) - size, size, partial(self._bitmap_loaded, block))
+        self._loading_bitmap.want(block, request, partial(self._load_bitmap, block))
 
-    def _bitmap_loaded(self, block: int, status: int, data: memoryview) -> None:
+    def _load_bitmap(self, block: int, then: Then) -> None:
+        size = self._header.bitmap_size
+        self.read_meta((self.entries[block] & PLACE) - size, size, partial(self._bitmap_loaded, block, then))
+
+    def _bitmap_loaded(self, block: int, then: Then, status: int, data: memoryview) -> None:
         if not status:
             present = unpack_bitmap(data, self._header.block_size // SECTOR)
             if present.find(0, 0, self._sectors_of(block)) < 0:
                 self.entries[block] = self.entries[block] & PLACE | OWNED
             else:
                 self._keep(block, present)
-        for request in self._waiting_for_bitmap.pop(block):
-            if status:
-                self.finish(request, status)
-            else:
-                self.dispatch(request)
+        then(status)
 
     def _keep(self, block: int, present: bytearray) -> None:
         bitmap = Bitmap(present)
@@ -278,73 +276,50 @@ class Blocks(MappedDisk):
 
     # New blocks.
 
-    def _await_block(self, block: int, request: Request) -> None:
-        waiting = self._waiting_for_block.setdefault(block, [])
-        waiting.append(request)
-        if len(waiting) == 1:
-            self._wanted.append(block)
-            self.soon(self._find_room)
+    def _make(self, block: int, then: Then) -> None:
+        run(self._make_block(block), lambda status, _: then(status))
 
-    def _find_room(self) -> None:
-        """Find room for all blocks that are wanted, at the end of the file; one step at a time."""
-        if self._is_growing or not self._wanted:
-            return
+    def _make_block(self, block: int) -> Steps[None]:
+        """Give a block its place. Where that fails it is tried again for the next who wants it."""
+        self._wanted.append(block)
+        try:
+            yield self._room.want
+        finally:
+            place = self._places.pop(block, 0)
+        size = self._header.bitmap_size
+        is_full = self.parent is None and not self._device_end
+        if is_full or self._device_end:  # else the file has zeros there
+            yield partial(self.write_meta, place - size, b"\xff" * size if is_full else bytes(size))
+        yield self.order
+        self._coming[block] = place
+        try:
+            yield partial(self._table_writes.want, block // _PER_SECTOR)
+        finally:
+            del self._coming[block]
+            self._table_writes.forget(block // _PER_SECTOR)
+        self.entries[block] = place | (OWNED if is_full else SPECIAL)
+        if not is_full:
+            self._keep(block, bytearray(self._header.block_size // SECTOR))
+
+    def _find_room(self, then: Then) -> None:
+        """Find room for all blocks that are wanted, at the end of the file."""
         wanted, self._wanted = self._wanted, []
         begin = end = self._device_end or self.file.size
-        places = {}
         for block in wanted:
-            place = round_up(end + self._header.bitmap_size, PAGE)
-            places[block] = place
+            place = self._places[block] = round_up(end + self._header.bitmap_size, PAGE)
             end = place + self._header.block_size
-        self._is_growing = True
         if any(start < end and begin < stop for start, stop in self._taken_behind):
-            self._room_found(places, IMAGE_DAMAGED)
+            then(IMAGE_DAMAGED)
         elif end > UNUSED * SECTOR or (self._device_end and end > self.file.size - SECTOR):
-            self._room_found(places, errno.ENOSPC)
+            then(errno.ENOSPC)
         elif self._device_end:
             self._device_end = end
-            self._room_found(places, 0)
+            then(0)
         else:
-            grow = partial(self.file.grow, round_up(end + SECTOR, PAGE), self._footer)
-            self.in_thread(grow, partial(self._room_found, places))
-
-    def _room_found(self, places: dict[int, int], status: int) -> None:
-        self._is_growing = False
-        for block, place in places.items():
-            if status:
-                self._block_is_there(block, place, status)
-            else:
-                self._begin_bitmap(block, place)
-        self.soon(self._find_room)
-
-    def _begin_bitmap(self, block: int, place: int) -> None:
-        size = self._header.bitmap_size
-        durable = partial(self._make_durable, partial(self._enter, block, place))
-        if self._device_end:
-            self.write_meta(place - size, bytes(size), durable)
-        elif self.parent is None:
-            self.write_meta(place - size, b"\xff" * size, durable)
-        else:
-            durable(0)  # the file has zeros there
-
-    def _make_durable(self, then: Then, status: int) -> None:
-        if status:
-            then(status)
-        else:
-            self.order(then)
-
-    def _enter(self, block: int, place: int, status: int) -> None:
-        """Write the table's entry of a block whose bitmap is in the file."""
-        if status:
-            self._block_is_there(block, place, status)
-            return
-        self._coming[block] = place
-        sector = block // _PER_SECTOR
-        if sector not in self._table_writes:
-            self._table_writes[sector] = Shared(partial(self._write_table, sector), self.soon)
-        self._table_writes[sector].want(partial(self._block_is_there, block, place))
+            self.in_thread(partial(self.file.grow, round_up(end + SECTOR, PAGE), self._footer), then)
 
     def _write_table(self, sector: int, then: Then) -> None:
+        """Write the table's entries of blocks whose bitmaps are in the file."""
         first, room = sector * _PER_SECTOR, self._header.bitmap_size
         places = [entry & PLACE for entry in self.entries[first : first + _PER_SECTOR]]
         for block, place in self._coming.items():
@@ -353,23 +328,6 @@ class Blocks(MappedDisk):
         entries = [(place - room) // SECTOR if place else UNUSED for place in places]
         entries += [UNUSED] * (_PER_SECTOR - len(entries))
         self.write_meta(self._header.table_offset + sector * SECTOR, pack_entries(entries), then)
-
-    def _block_is_there(self, block: int, place: int, status: int) -> None:
-        """Go on with those who wanted the block, or fail them: it is tried again for the next who wants it."""
-        self._coming.pop(block, None)
-        if not status:
-            is_full = self.parent is None and not self._device_end
-            self.entries[block] = place | (OWNED if is_full else SPECIAL)
-            if not is_full:
-                self._keep(block, bytearray(self._header.block_size // SECTOR))
-        table_write = self._table_writes.get(block // _PER_SECTOR)
-        if table_write is not None and table_write.is_idle:
-            del self._table_writes[block // _PER_SECTOR]
-        for request in self._waiting_for_block.pop(block):
-            if status:
-                self.finish(request, status)
-            else:
-                self.dispatch(request)
 
     # Arithmetic.
 

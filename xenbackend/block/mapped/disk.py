@@ -28,7 +28,7 @@ from xenbackend.block.mapped.files import FileIO
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
 from xenbackend.block.mapped.parts import Part, clear
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
-from xenbackend.block.mapped.shared import Then
+from xenbackend.block.mapped.shared import Once, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.request import PENDING, Op, Request
 
@@ -71,7 +71,7 @@ class MappedDisk(FileIO):
             Way.PARENT: self.to_parent, Way.ZEROS: self.zeros,
             Way.SPECIAL: self.read_special, Way.ELSEWHERE: self.write_elsewhere,
         }  # fmt: skip
-        self._waiting: dict[int, list[Request]] = {}  # for tables that are being loaded
+        self._loading: Once[Request] = Once(self.go_on)
         self._parent_size = 0
         self.owners = Owners()
         self._memo = Memo(min(entries, -(-size // cluster)))
@@ -189,6 +189,13 @@ class MappedDisk(FileIO):
             for part, (way, place, _) in zip(parts, pieces, strict=True):
                 self._send_by(part, way, place)
 
+    def go_on(self, request: Request, status: int) -> None:
+        """Go on with a request that has waited for a table or for room, or fail it where that failed."""
+        if status:
+            self.finish(request, status)
+        else:
+            self.dispatch(request)
+
     def split(self, request: Request, lengths: Sequence[int]) -> Sequence[Request]:
         """Return parts of a request, one for each length in bytes; it ends when they have. One part is itself.
 
@@ -290,24 +297,9 @@ class MappedDisk(FileIO):
         if way == Way.FILE:
             self.to_file(request, place)
         elif way == Way.LOAD:
-            self._await_table(request, place)
+            self._loading.want(place, request, partial(self.load_table, place))
         else:
             self._ways[way](request)
-
-    def _await_table(self, request: Request, number: int) -> None:
-        waiting = self._waiting.get(number)
-        if waiting is not None:
-            waiting.append(request)
-            return
-        self._waiting[number] = [request]
-        self.load_table(number, partial(self._loaded, number))
-
-    def _loaded(self, number: int, status: int) -> None:
-        for request in self._waiting.pop(number):
-            if status:
-                self.finish(request, status)
-            else:
-                self.dispatch(request)
 
     def _joined(self, part: Part) -> None:
         join = part.tag

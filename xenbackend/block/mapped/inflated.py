@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.shared import Once
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, round_up
@@ -29,7 +30,7 @@ class Inflated:
         self._disk = disk
         self._bits = cluster_bits
         self._last: tuple[int, bytes] = (-1, b"")
-        self._waiting: dict[int, list[Request]] = {}
+        self._inflating: Once[Request] = Once(self._give)
 
     def read(self, request: Request, key: int, place: int, length: int, inflate: Inflate) -> None:
         """Read inside one cluster.
@@ -42,16 +43,18 @@ class Inflated:
             inflate: makes the cluster of them; what it raises, a DriverError, is EIO for whoever reads.
         """
         if key == self._last[0]:
-            self._give(request, self._last[1])
-        elif key in self._waiting:
-            self._waiting[key].append(request)
+            self._give(request, 0, self._last[1])
         else:
-            self._waiting[key] = [request]
-            first = place // SECTOR * SECTOR
-            then = partial(self._read, key, place - first, inflate)
-            self._disk.read_meta(first, round_up(place + length, SECTOR) - first, then)
+            self._inflating.want(key, request, partial(self._begin, key, place, length, inflate))
 
-    def _read(self, key: int, skip: int, inflate: Inflate, status: int, data: memoryview) -> None:
+    def _begin(self, key: int, place: int, length: int, inflate: Inflate, then: Callable[[int, bytes], None]) -> None:
+        first = place // SECTOR * SECTOR
+        got = partial(self._read, key, place - first, inflate, then)
+        self._disk.read_meta(first, round_up(place + length, SECTOR) - first, got)
+
+    def _read(
+        self, key: int, skip: int, inflate: Inflate, then: Callable[[int, bytes], None], status: int, data: memoryview
+    ) -> None:
         cluster = b""
         if not status:
             try:
@@ -59,13 +62,12 @@ class Inflated:
                 self._last = key, cluster
             except DriverError:
                 status = errno.EIO
-        for request in self._waiting.pop(key):
-            if status:
-                self._disk.finish(request, status)
-            else:
-                self._give(request, cluster)
+        then(status, cluster)
 
-    def _give(self, request: Request, cluster: bytes) -> None:
+    def _give(self, request: Request, status: int, cluster: bytes) -> None:
+        if status:
+            self._disk.finish(request, status)
+            return
         place = request.offset & ((1 << (self._bits or self._disk.cluster_bits)) - 1)
         for view in request.iov:
             view[:] = cluster[place : place + len(view)]

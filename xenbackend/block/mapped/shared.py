@@ -1,4 +1,4 @@
-"""Work that many ask for at once and that is done once for all of them: a write of metadata, a flush.
+"""Work that many ask for at once and that is done once for all of them: a table read, a write of metadata, a flush.
 
 Must not know what the work is.
 """
@@ -6,9 +6,12 @@ Must not know what the work is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 Then = Callable[[int], None]  # gets 0 or a positive errno
 Soon = Callable[[Callable[[], None]], None]
+W = TypeVar("W")
 
 
 class Shared:
@@ -46,3 +49,49 @@ class Shared:
             self._soon(self._start)
         for then in sharing:
             then(status)
+
+
+class SharedByNumber:
+    """Pieces of work that have numbers, each `Shared` by itself: `begin` gets the number as well."""
+
+    def __init__(self, begin: Callable[[int, Then], None], soon: Soon) -> None:
+        self._begin = begin
+        self._soon = soon
+        self._works: dict[int, Shared] = {}
+
+    def want(self, number: int, then: Then) -> None:
+        """See `Shared`."""
+        work = self._works.get(number)
+        if work is None:
+            work = self._works[number] = Shared(partial(self._begin, number), self._soon)
+        work.want(then)
+
+    def forget(self, number: int) -> None:
+        """Give back the memory for a piece of work, unless somebody waits for it."""
+        if number in self._works and self._works[number].is_idle:
+            del self._works[number]
+
+
+class Once(Generic[W]):
+    """Something that is got once for all who wait for it: the first has it begun, the others wait, then all go on.
+
+    Args:
+        go_on: lets one of them go on; gets whoever waited, and what the work has come to.
+    """
+
+    def __init__(self, go_on: Callable[..., None]) -> None:
+        self._go_on = go_on
+        self._waiting: dict[int, list[W]] = {}
+
+    def want(self, number: int, who: W, begin: Callable[[Callable[..., None]], Any]) -> None:
+        """Let somebody wait for what has a number; `begin` gets what to call when it is there, and does not keep it."""
+        waiting = self._waiting.get(number)
+        if waiting is not None:
+            waiting.append(who)
+            return
+        self._waiting[number] = [who]
+        begin(partial(self._ended, number))
+
+    def _ended(self, number: int, *results: Any) -> None:
+        for who in self._waiting.pop(number):
+            self._go_on(who, *results)

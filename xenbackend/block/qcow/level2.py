@@ -16,9 +16,9 @@ from weakref import proxy
 
 from xenbackend.block.formats.qcow2_tables import pack_table, unpack_table
 from xenbackend.block.mapped.disk import MappedDisk
-from xenbackend.block.mapped.shared import Shared, Soon, Then
+from xenbackend.block.mapped.shared import Once, Shared, SharedByNumber, Soon, Then
 from xenbackend.block.mapped.tables import PLACE, WRITABLE, Tables
-from xenbackend.loop.steps import Steps, run
+from xenbackend.loop.steps import Step, Steps, run
 from xenbackend.units import SECTOR
 
 UNIT = 4096  # bytes of a table that are written together; a smaller table is written whole
@@ -83,7 +83,7 @@ class L2Table(array):  # type: ignore[type-arg]  # its items are the "Q" that it
     words: array[int]  # what the file has, or will have when the writes on their way have ended
     on_tables: set[int]  # entries that name a place where the image has a table: they stay as they are
     pending: set[int]  # entries that are behind their words: these are on their way to the file
-    units: dict[int, Shared]  # writes of parts of it
+    units: SharedByNumber  # writes of parts of it
     move: Shared  # gives it a place where it may be written
 
 
@@ -103,8 +103,7 @@ class L1Table:
         self._inside = offset - self._first
         self._sectors = bytearray(sectors)
         self._write = write
-        self._soon = soon
-        self._units: dict[int, Shared] = {}
+        self._stores = SharedByNumber(self._store, soon)
 
     def __getitem__(self, number: int) -> int:
         return int.from_bytes(self._sectors[self._at(number) : self._at(number) + 8], "big")
@@ -118,10 +117,7 @@ class L1Table:
 
     def store(self, number: int, then: Then) -> None:
         """Write the sector of an entry."""
-        unit = self._at(number) // SECTOR
-        if unit not in self._units:
-            self._units[unit] = Shared(partial(self._store, unit), self._soon)
-        self._units[unit].want(then)
+        self._stores.want(self._at(number) // SECTOR, then)
 
     def _at(self, number: int) -> int:
         return self._inside + number * 8
@@ -146,18 +142,13 @@ class Mapping:
         self._codec = codec
         self._l1 = l1
         self._tables = tables
-        self._loading: dict[int, list[Then]] = {}
+        self._loading: Once[Then] = Once(lambda then, status, _: then(status))
         self._per_unit = min(UNIT >> 3, 1 << codec.l2_bits)
         self.allocator: Allocator | None = None  # where nothing may be written
 
     def load(self, number: int, then: Then) -> None:
         """Load a table, once for all who ask for it at the same time."""
-        waiting = self._loading.get(number)
-        if waiting is not None:
-            waiting.append(then)
-            return
-        self._loading[number] = [then]
-        run(self._load(number), partial(self._loaded, number))
+        self._loading.want(number, then, lambda then: run(self._load(number), then))
 
     def is_mapped(self, number: int) -> bool:
         """Return whether there is a table, without loading it."""
@@ -186,7 +177,7 @@ class Mapping:
         self._tables.pin(number)
         try:
             while not table.pending.isdisjoint(span):  # another change of the same has begun before
-                yield self._unit(table, index).want if table.may_write else table.move.want
+                yield self._unit(table, index) if table.may_write else table.move.want
             freed = yield from self._change(table, span, entries)
         finally:
             self._tables.unpin(number)
@@ -203,7 +194,7 @@ class Mapping:
             if not table.may_write:
                 yield table.move.want
             for first in range(span.start // self._per_unit * self._per_unit, span.stop, self._per_unit):
-                yield self._unit(table, first).want
+                yield self._unit(table, first)
         except OSError:
             table.words[here] = before
             raise
@@ -211,10 +202,6 @@ class Mapping:
             table.pending.difference_update(span)
         table[here] = array("Q", entries)
         return [place for word in before for place in self._codec.places_of(word)]
-
-    def _loaded(self, number: int, status: int, _: None) -> None:
-        for then in self._loading.pop(number):
-            then(status)
 
     def _load(self, number: int) -> Steps[None]:
         place, may_write = self._codec.decode_l1(self._l1[number])
@@ -227,7 +214,8 @@ class Mapping:
         table = L2Table("Q", self._codec.decode_l2(words))
         self._codec.check_table(number, table)
         table.number, table.place, table.may_write = number, place, may_write
-        table.words, table.pending, table.units = words, set(), {}
+        table.words, table.pending = words, set()
+        table.units = SharedByNumber(partial(self._write_unit, proxy(table)), self._disk.soon)
         table.on_tables = self._protect(table)
         table.move = Shared(partial(self._move, proxy(table)), self._disk.soon)
         self._tables.put(number, table)
@@ -267,7 +255,7 @@ class Mapping:
         self.allocator.note_table(place)
         if table.place:
             self.allocator.free_table(table.place)
-        table.place, table.may_write, table.units = place, True, {}
+        table.place, table.may_write = place, True
 
     def _room(self, count: int) -> Generator[Any, Any, int]:
         """Return the place of clusters in a row."""
@@ -278,12 +266,9 @@ class Mapping:
                 return int(place)
             self.allocator.free([place + (each << self._disk.cluster_bits) for each in range(got)])
 
-    def _unit(self, table: L2Table, index: int) -> Shared:
+    def _unit(self, table: L2Table, index: int) -> Step:
         """Return what writes the part of a table that an entry is in."""
-        first = index // self._per_unit * self._per_unit
-        if first not in table.units:
-            table.units[first] = Shared(partial(self._write_unit, proxy(table), first), self._disk.soon)
-        return table.units[first]
+        return partial(table.units.want, index // self._per_unit * self._per_unit)
 
     def _write_unit(self, table: L2Table, first: int, then: Then) -> None:
         data = pack_table(table.words[first : first + self._per_unit])
