@@ -37,7 +37,7 @@ class Plain(MappedDisk):
     def load_table(self, number: int, then: Then) -> None:
         """Remember who waits, and read something, so that it takes a step."""
         self.loading.append((number, then))
-        self.read_meta(0, 512, lambda status, _: self.loaded(status))
+        self.io.read_meta(0, 512, lambda status, _: self.loaded(status))
 
     def loaded(self, status: int) -> None:
         """Fill the table, and go on."""
@@ -51,7 +51,7 @@ class Plain(MappedDisk):
         assert request.offset // CLUSTER == (request.offset + request.length - 1) // CLUSTER
         for view in request.iov:
             view[:] = b"s" * len(view)
-        self.finish(request, 0)
+        self.io.finish(request, 0)
 
     def write_elsewhere(self, request: Request) -> None:
         """Keep the request."""
@@ -60,7 +60,7 @@ class Plain(MappedDisk):
 
     def step(self) -> bool:
         """Let the files do something; False where nothing waits."""
-        return self.image.step() or (self.data is not self.image and self.data.step())  # type: ignore[attr-defined]
+        return self.image.step() or (self.io.is_apart and self.io.data.step())  # type: ignore[attr-defined]
 
     def do(self, *batch: Request) -> list[int]:
         """Submit a batch and let everything happen."""
@@ -68,7 +68,7 @@ class Plain(MappedDisk):
         while self.step():
             pass
         assert set(batch) == {request for back in self.back for request in back}
-        assert not self._pool.lent
+        assert not self.io.pool.lent
         self.back.clear()
         return [request.status for request in batch]
 

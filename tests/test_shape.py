@@ -25,7 +25,6 @@ TESTED_ELSEWHERE = {
     "block/formats/common.py": "words only; every format's tests use them",
     "block/mapped/foreign.py": "block/drivers/test_vdi.py opens images by it, sound and damaged ones",
     "block/mapped/inflated.py": "block/drivers/test_qcow2.py and test_vmdk.py read compressed clusters by it",
-    "block/mapped/sending.py": "block/mapped/test_disk.py sends by it",
     "block/qcow/copyup.py": "block/qcow/test_kills.py kills it at every write",
     "block/qcow/disk.py": "block/drivers/test_qcow2.py and test_qcow.py open images by it",
     "block/qcow/level2.py": "block/qcow/test_kills.py kills it at every write",

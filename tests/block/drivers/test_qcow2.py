@@ -144,7 +144,7 @@ def test_where_a_parent_ends(machine: Machine, tmp_path: Path) -> None:
 
 def test_tables_that_are_forgotten_are_gone(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that the cache has forgotten takes no memory any more, also without a garbage collection."""
-    monkeypatch.setattr("xenbackend.block.qcow.disk._TABLES", 4096)  # two of them
+    monkeypatch.setattr("xenbackend.block.qcow.disk.TABLES", 4096)  # two of them
     chain = machine.open(make(tmp_path / "a", cluster_bits=9, table_clusters=16))
     gc.collect()  # what earlier tests left
     gc.disable()

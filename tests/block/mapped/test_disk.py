@@ -38,8 +38,8 @@ def test_requests_to_the_file_are_used_again() -> None:
     for _ in range(50):
         disk.do(*(read(number * CLUSTER, 512) for number in range(8)), flush())
 
-    assert len(disk._moved) < 12
-    assert {()} == {request.iov for request in disk._moved}
+    assert len(disk.io.moved) < 12
+    assert {()} == {request.iov for request in disk.io.moved}
 
 
 def test_neighbours_in_the_file_are_one() -> None:
@@ -80,7 +80,7 @@ def test_writes_that_need_a_place() -> None:
     ]
     assert [] == disk.back
     first, second = disk.elsewhere
-    disk.in_thread(lambda: None, lambda _: [disk.finish(first, errno.ENOSPC), disk.finish(second, 0)][0])
+    disk.io.in_thread(lambda: None, lambda _: [disk.io.finish(first, errno.ENOSPC), disk.io.finish(second, 0)][0])
     assert (errno.ENOSPC, [[request]]) == (request.status, disk.back)
     assert b"w" * CLUSTER == disk.image.bytes[at(3) :][:CLUSTER]
 
@@ -186,7 +186,7 @@ def test_quiet_is_when_all_of_before_is_back() -> None:
     disk.do(read(0, 512))
     disk.submit([read(0, 512)])
     (before,) = disk.image.waiting
-    disk.when_quiet(lambda: heard.append("quiet"))
+    disk.io.when_quiet(lambda: heard.append("quiet"))
     disk.submit([read(512, 512)])
     _, after = disk.image.waiting
 
@@ -194,7 +194,7 @@ def test_quiet_is_when_all_of_before_is_back() -> None:
         request.status = 0
         disk.image.complete([request])
         assert expected == heard
-    disk.when_quiet(lambda: heard.append("at once"))
+    disk.io.when_quiet(lambda: heard.append("at once"))
     assert ["quiet", "at once"] == heard
 
 
@@ -202,7 +202,7 @@ def test_flushes_of_our_own_are_shared() -> None:
     """Who asks for a flush in one turn shares one; and what fails is told to each."""
     disk, heard = Plain([0]), list[int]()
     disk.image.fails = lambda request: errno.EIO if request.op == Op.FLUSH else 0
-    disk.soon(lambda: [disk.sync(heard.append) for _ in range(3)])
+    disk.io.soon(lambda: [disk.io.sync(heard.append) for _ in range(3)])
     disk.do(read(0, 512))
 
     assert [errno.EIO] * 3 == heard
@@ -215,8 +215,8 @@ def test_threads_give_a_status() -> None:
     def fails() -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    disk.in_thread(fails, heard.append)
-    disk.in_thread(lambda: None, lambda status: disk.write_meta(0, b"x" * 512, heard.append))
+    disk.io.in_thread(fails, heard.append)
+    disk.io.in_thread(lambda: None, lambda status: disk.io.write_meta(0, b"x" * 512, heard.append))
     while disk.image.step():
         pass
     assert ([errno.ENOSPC, 0], b"x" * 512) == (heard, disk.image.bytes[:512])

@@ -109,11 +109,11 @@ from xenbackend.block.formats.qcow2_tables import ZERO as WORD_OF_ZEROS
 from xenbackend.block.formats.qcow2_tables import Unpack, has_more_clusters, inflate, unpack_table
 from xenbackend.block.formats.zstd import find_unzstd
 from xenbackend.block.mapped.shared import Then
-from xenbackend.block.mapped.tables import ZERO
+from xenbackend.block.mapped.tables import ZERO, Table, Tables
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.qcow.codec import Version2
 from xenbackend.block.qcow.datafile import find_data, in_place, open_data
-from xenbackend.block.qcow.disk import QcowDisk
+from xenbackend.block.qcow.disk import TABLES, QcowDisk
 from xenbackend.block.qcow.occupied import occupied_by
 from xenbackend.block.qcow.refcounts import Refcounts
 from xenbackend.block.qcow.subclusters import Subclusters
@@ -200,7 +200,7 @@ class Qcow2(QcowDisk):
         words = file.read_at(header.refcount_table.offset, header.refcount_table.length)
         table = unpack_table(words + bytes(header.refcount_table.length - len(words)))
         occupied = occupied_by(file.read_at, file.size, header, self.l1_words(), table)
-        self.serve_writes(Refcounts(self, header, table, occupied), in_place(header.cluster_bits) if data else None)
+        self.serve_writes(Refcounts(self.io, header, table, occupied), in_place(header.cluster_bits) if data else None)
         if header.autoclear != header.kept_autoclear:
             file.write_at(*qcow2.autoclear_bytes(header.kept_autoclear))
             file.sync()
@@ -229,9 +229,11 @@ class Qcow2(QcowDisk):
         header = self._header
         words = file.read_at(header.l1.offset, header.l1.length)
         l1 = unpack_table(words + bytes(header.l1.length - len(words)))
-        found = self._subclusters = Subclusters(self, header, l1, partial(unpack, cluster_size=header.cluster_size))
-        bits = header.subcluster_size.bit_length() - 1
-        self.start(file, header.size, cluster_bits=bits, table_bits=found.table_bits, tables=found.tables, data=data)
+        bits, table_bits = header.subcluster_size.bit_length() - 1, Subclusters.table_bits
+        tables: Tables[Table] = Tables(TABLES // (8 << table_bits))
+        self.start(file, header.size, cluster_bits=bits, table_bits=table_bits, tables=tables, data=data)
+        whole = partial(unpack, cluster_size=header.cluster_size)
+        self._subclusters = Subclusters(self.io, header, l1, whole, tables)
         return Geometry(size=header.size, read_only=True)
 
     def _cluster_extents(self, size: int) -> Iterator[Extent]:
@@ -257,16 +259,16 @@ class Qcow2(QcowDisk):
         if allocator is None or not allocator.freed_count:
             super().flush(request)
         else:
-            self.sync(partial(self._flushed, request, allocator, allocator.take_freed()))
+            self.io.sync(partial(self._flushed, request, allocator, allocator.take_freed()))
 
     def discard(self, request: Request) -> None:
         """Free the clusters that lie in the range as a whole; of a data file, which stays as it is, make holes."""
         if not self._can_discard:
-            self.finish(request, errno.EOPNOTSUPP)
+            self.io.finish(request, errno.EOPNOTSUPP)
         elif self._header.has_data_file:
-            self.to_file(request, request.offset)
+            self.io.to_file(request, request.offset)
         else:
-            run(self._discard(request.offset, request.length), lambda status, _: self.finish(request, status))
+            run(self._discard(request.offset, request.length), lambda status, _: self.io.finish(request, status))
 
     def close(self) -> None:
         """Give back the clusters that were reserved and not used, and close the files."""
@@ -274,14 +276,14 @@ class Qcow2(QcowDisk):
             if self.allocator is not None:
                 self.allocator.close()
         finally:
-            self.close_files()
+            self.io.close()
 
     def _flushed(self, request: Request, allocator: Refcounts, freed: list[int], status: int) -> None:
         if status:
             allocator.keep_freed(freed)
-            self.finish(request, status)
+            self.io.finish(request, status)
         else:
-            allocator.lower(freed, lambda _: self.finish(request, 0))
+            allocator.lower(freed, lambda _: self.io.finish(request, 0))
 
     def _discard(self, offset: int, length: int) -> Steps[None]:
         bits, table_bits = self.cluster_bits, self._header.l2_bits
@@ -293,12 +295,12 @@ class Qcow2(QcowDisk):
             count = min(end - first, (1 << table_bits) - index)
             if self._mapping.is_mapped(number):
                 yield from self._discard_in_table(number, index, count)
-                yield partial(self.in_thread, _nothing)  # so that others have their turn
+                yield self.io.pause  # so that others have their turn
             first += count
         if self.allocator is not None and self.allocator.freed_count > _MOST_FREED:
             freed = self.allocator.take_freed()
             try:
-                yield self.sync
+                yield self.io.sync
             except OSError:
                 self.allocator.keep_freed(freed)
                 raise
@@ -330,7 +332,3 @@ def _check_writable(header: qcow2.Header) -> None:
         raise DriverError("it has snapshots, which would change with its data file, and it can only be read")
     if header.incompatible & qcow2.DIRTY:
         raise DriverError("its refcounts are out of date (dirty), and it can only be read; run qemu-img check -r all")
-
-
-def _nothing() -> None:
-    """Do nothing, in a thread."""

@@ -51,8 +51,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, Kind, with_holes
@@ -60,16 +58,15 @@ from xenbackend.block.formats import vhd, vhd_tables
 from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.block.formats.vhd_places import Place, overlaps, places_of, ranges_of
 from xenbackend.block.mapped.blocks import Blocks
+from xenbackend.block.mapped.disk import ChangedOptions
 from xenbackend.block.mapped.parents import find_parent, parent_ref
 from xenbackend.block.mapped.tables import OWNED
-from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, SECTOR, round_up
 
 _RAW = bytes(16)  # the UUID of a parent that is no VHD image (libvhd)
 _TOLERANCE = 2  # seconds: what file systems round times to
-_TYPES = {vhd.FIXED: "fixed", vhd.DYNAMIC: "dynamic", vhd.DIFFERENCING: "differencing"}
 
 
 class Vhd(Blocks):
@@ -77,35 +74,15 @@ class Vhd(Blocks):
 
     name = "vhd"
 
-    @dataclass(frozen=True, slots=True)
-    class Options:
-        """What the chain says of the image."""
-
-        file: FilePath = option("the image file or block device", target=True)
-        cache: bool = option("go through the host's page cache", default=False)
-        parents: str = option("directory that the parents must be in; by default the image's own", default="")
-        changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
-
-    options: Options
+    Options = ChangedOptions
+    options: ChangedOptions
     _batmap: vhd_tables.Batmap | None = None
 
-    def open(self, env: Env) -> Geometry:
+    def open_image(self, env: Env, file: File) -> Geometry:
         """Read and check the headers and the table; find the parent's file."""
-        options = self.options
-        self.file = env.files.open(
-            options.file, read_only=env.read_only, shareable=env.shareable, direct=not options.cache
-        )
-        try:
-            return self._open(env, self.file)
-        except BaseException:
-            self.file.close()
-            raise
-
-    def _open(self, env: Env, file: File) -> Geometry:
         footer, is_at_end = vhd.read_footer(file.read_at, file.size)
         self.footer = footer
-        env.report("mode", file.mode)
-        env.report("format", f"VHD, {_TYPES[footer.type]}")
+        env.report("format", vhd.title_of(footer))
         if footer.type == vhd.FIXED:
             return self._open_fixed(env, file)
         self._open_dynamic(env, file, is_at_end=is_at_end)

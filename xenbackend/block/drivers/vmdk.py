@@ -44,7 +44,6 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, with_holes
@@ -53,13 +52,14 @@ from xenbackend.block.formats.common import damaged
 from xenbackend.block.formats.vmdk_descriptor import COWD, FLAT, ZEROS, Descriptor
 from xenbackend.block.formats.vmdk_descriptor import Extent as ExtentFile
 from xenbackend.block.formats.vmdk_disk import Disk, Piece
+from xenbackend.block.mapped.disk import ChangedOptions
 from xenbackend.block.mapped.foreign import ForeignDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.joined import Joined
 from xenbackend.block.mapped.parents import EXTENT, find_named, find_parent, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import PLACE
-from xenbackend.block.options import FilePath, option
+from xenbackend.block.options import option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import SECTOR, format_size, round_up
@@ -71,16 +71,12 @@ class Vmdk(ForeignDisk):
     name = "vmdk"
 
     @dataclass(frozen=True, slots=True)
-    class Options:
+    class Options(ChangedOptions):
         """What the chain says of the image."""
 
-        file: FilePath = option("the image file or block device", target=True)
-        cache: bool = option("go through the host's page cache", default=False)
-        parents: str = option("directory that the parents must be in; by default the image's own", default="")
-        changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
         disk: str = option("which disk of an OVA: the name of its file there", default="")
 
-    options: Options  # type: ignore[assignment]  # those of the base, and more
+    options: Options
     image: Disk  # type: ignore[assignment]  # what a table of it is made of may be in several places
 
     def parse(self, env: Env, file: File) -> Disk:  # type: ignore[override]  # see `image`
@@ -96,8 +92,13 @@ class Vmdk(ForeignDisk):
         env.report("format", f"VMDK, {kind}{_grains(disk)}")
         if disk.descriptor.parent_cid != vmdk_descriptor.NO_PARENT:
             self.parent = self._find_parent(disk.descriptor.parent)
-        self._inflated = Inflated(self)
         return disk
+
+    def open_image(self, env: Env, file: File) -> Geometry:
+        """See `MappedDisk`."""
+        geometry = super().open_image(env, file)
+        self._inflated = Inflated(self.io, self.cluster_bits)
+        return geometry
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`. What is in a flat extent is data where its file has some."""
@@ -121,9 +122,9 @@ class Vmdk(ForeignDisk):
         for place, need in enumerate(needs):
             first = need.place // SECTOR * SECTOR
             length = round_up(need.place + need.length, SECTOR) - first
-            self.read_meta(first, length, partial(left.put, place, need.place - first, need.length))
+            self.io.read_meta(first, length, partial(left.put, place, need.place - first, need.length))
         if not needs:
-            self.soon(partial(self._build, number, then, 0, []))
+            self.io.soon(partial(self._build, number, then, 0, []))
 
     def check_parent(self, parent: Geometry) -> None:
         """Refuse a parent that is not what it was when the image was made. Raises: DriverError."""
@@ -183,7 +184,7 @@ class Vmdk(ForeignDisk):
         path = find_named(EXTENT, self.options.file, _names(extent.name), self.options.parents)
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - as `opening`: pathlib would alter the name
             raise DriverError(f"its extent {printable(path)} is no file", path=path, errno=errno.EACCES)
-        file = self.open_file(path)
+        file = self.open_file(self.env, path)
         base = joined.add(file, 0, file.size)
         try:
             return self._piece_of(file, extent, start, base)

@@ -94,6 +94,8 @@ class Blocks(MappedDisk):
             self.entries[block] = table[block] * SECTOR + room | (OWNED if full[block] else SPECIAL)
         tables: Tables[Table] = Tables(1)
         tables.put(0, self.entries)
+        bits = header.block_size.bit_length() - 1
+        self.start(file, size, cluster_bits=bits, table_bits=_TABLE_BITS, tables=tables)
         self._bitmaps: Tables[Bitmap] = Tables(_BITMAPS * SECTOR // header.block_size)
         self._inside_mask = header.block_size - 1
         self._page_owners = Memo(header.block_size // PAGE)  # of blocks that lack sectors
@@ -101,12 +103,10 @@ class Blocks(MappedDisk):
         self._loading_bitmap: Once[Request] = Once(self.go_on)
         self._making: Once[Request] = Once(self.go_on)
         self._wanted: list[int] = []  # blocks that nothing was done for yet
-        self._room = Shared(self._find_room, self.soon)
+        self._room = Shared(self._find_room, self.io.soon)
         self._places: dict[int, int] = {}  # of blocks that room was found for
         self._coming: dict[int, int] = {}  # those of blocks whose entries are being written
-        self._table_writes = SharedByNumber(self._write_table, self.soon)
-        bits = header.block_size.bit_length() - 1
-        self.start(file, size, cluster_bits=bits, table_bits=_TABLE_BITS, tables=tables)
+        self._table_writes = SharedByNumber(self._write_table, self.io.soon)
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`. QEMU knows no parents here: to it what is not there is zeros, and a block is all there."""
@@ -176,9 +176,9 @@ class Blocks(MappedDisk):
             self.load_bitmap(block, request)
             return
         is_own = bitmap.present[first]
-        for part in self.split(request, runs_of(bitmap.present, first, last)):
+        for part in self.io.split(request, runs_of(bitmap.present, first, last)):
             if is_own:
-                self.to_file(part, self.place(part))
+                self.io.to_file(part, self.place(part))
             else:
                 self.to_parent(part)
             is_own = not is_own
@@ -201,7 +201,7 @@ class Blocks(MappedDisk):
         """Write to blocks that lack sectors, or that are not there; each by itself."""
         size, inside = self._header.block_size, request.offset % self._header.block_size
         ends = [*range(size - inside, request.length, size), request.length]
-        for part in self.split(request, [end - start for start, end in zip([0, *ends], ends, strict=False)]):
+        for part in self.io.split(request, [end - start for start, end in zip([0, *ends], ends, strict=False)]):
             self._write(part)
 
     def _write(self, request: Request) -> None:
@@ -214,17 +214,17 @@ class Blocks(MappedDisk):
         if bitmap is None:
             self.load_bitmap(block, request)
         elif bitmap.present.find(0, first, last) < 0:
-            self.to_file(request, self.place(request))
+            self.io.to_file(request, self.place(request))
         else:
             self._bitmaps.pin(block)
-            self.write_data(self.place(request), request.iov, partial(self._written, request, bitmap))
+            self.io.write_data(self.place(request), request.iov, partial(self._written, request, bitmap))
 
     def _written(self, request: Request, bitmap: Bitmap, status: int) -> None:
         """Go on with the bitmap when the data are in the file."""
         block, first, last = self.sectors(request)
         if status:
             self._bitmaps.unpin(block)
-            self.finish(request, status)
+            self.io.finish(request, status)
             return
         if bitmap.planned is bitmap.present:
             bitmap.planned = bitmap.present.copy()
@@ -233,7 +233,7 @@ class Blocks(MappedDisk):
 
     def _named(self, request: Request, status: int) -> None:
         self._bitmaps.unpin(request.offset >> self.cluster_bits)
-        self.finish(request, status)
+        self.io.finish(request, status)
 
     def _write_bitmap(self, block: int, bitmap: Bitmap, then: Then) -> None:
         planned = bitmap.planned.copy()
@@ -242,7 +242,9 @@ class Blocks(MappedDisk):
             return
         size = self._header.bitmap_size
         place = (self.entries[block] & PLACE) - size
-        self.write_meta(place, pack_bitmap(planned, size), partial(self._bitmap_written, block, bitmap, planned, then))
+        self.io.write_meta(
+            place, pack_bitmap(planned, size), partial(self._bitmap_written, block, bitmap, planned, then)
+        )
 
     def _bitmap_written(self, block: int, bitmap: Bitmap, planned: bytearray, then: Then, status: int) -> None:
         if not status:
@@ -258,7 +260,7 @@ class Blocks(MappedDisk):
 
     def _load_bitmap(self, block: int, then: Then) -> None:
         size = self._header.bitmap_size
-        self.read_meta((self.entries[block] & PLACE) - size, size, partial(self._bitmap_loaded, block, then))
+        self.io.read_meta((self.entries[block] & PLACE) - size, size, partial(self._bitmap_loaded, block, then))
 
     def _bitmap_loaded(self, block: int, then: Then, status: int, data: memoryview) -> None:
         if not status:
@@ -271,7 +273,7 @@ class Blocks(MappedDisk):
 
     def _keep(self, block: int, present: bytearray) -> None:
         bitmap = Bitmap(present)
-        bitmap.write = Shared(partial(self._write_bitmap, block, bitmap), self.soon)
+        bitmap.write = Shared(partial(self._write_bitmap, block, bitmap), self.io.soon)
         self._bitmaps.put(block, bitmap)
 
     # New blocks.
@@ -289,8 +291,8 @@ class Blocks(MappedDisk):
         size = self._header.bitmap_size
         is_full = self.parent is None and not self._device_end
         if is_full or self._device_end:  # else the file has zeros there
-            yield partial(self.write_meta, place - size, b"\xff" * size if is_full else bytes(size))
-        yield self.order
+            yield partial(self.io.write_meta, place - size, b"\xff" * size if is_full else bytes(size))
+        yield self.io.order
         self._coming[block] = place
         try:
             yield partial(self._table_writes.want, block // _PER_SECTOR)
@@ -316,7 +318,7 @@ class Blocks(MappedDisk):
             self._device_end = end
             then(0)
         else:
-            self.in_thread(partial(self.file.grow, round_up(end + SECTOR, PAGE), self._footer), then)
+            self.io.in_thread(partial(self.file.grow, round_up(end + SECTOR, PAGE), self._footer), then)
 
     def _write_table(self, sector: int, then: Then) -> None:
         """Write the table's entries of blocks whose bitmaps are in the file."""
@@ -327,7 +329,7 @@ class Blocks(MappedDisk):
                 places[block - first] = place
         entries = [(place - room) // SECTOR if place else UNUSED for place in places]
         entries += [UNUSED] * (_PER_SECTOR - len(entries))
-        self.write_meta(self._header.table_offset + sector * SECTOR, pack_entries(entries), then)
+        self.io.write_meta(self._header.table_offset + sector * SECTOR, pack_entries(entries), then)
 
     # Arithmetic.
 

@@ -12,33 +12,81 @@ needed, each piece to where it belongs.
                     \- WRITE ------> file, write_elsewhere: the format finds a place, writes, and says so in its tables
 
 What is all a parent's goes to the one that has it, however far down the chain, once that is known: see `owners`. What
-is to be sent gathers in lists: see `sending`.
+is to be sent gathers in lists: see `io`.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from xenbackend.block.driver import Driver, File, Geometry
-from xenbackend.block.mapped.files import FileIO
+from xenbackend.block.driver import Driver, Env, File, Geometry
+from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
-from xenbackend.block.mapped.parts import Part, clear
+from xenbackend.block.mapped.parts import clear
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
 from xenbackend.block.mapped.shared import Once, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
+from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import PENDING, Op, Request
 
 
-class MappedDisk(FileIO):
-    """The base of mapped formats: a subclass opens the file, calls `start`, and has the hooks below.
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What the chain says of an image."""
+
+    file: FilePath = option("the image file or block device", target=True)
+    cache: bool = option("go through the host's page cache", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildOptions(ImageOptions):
+    """What the chain says of an image that may have a parent."""
+
+    parents: str = option("directory that the parents must be in; by default the image's own", default="")
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedOptions(ChildOptions):
+    """What the chain says of an image that knows when its parent was changed."""
+
+    changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
+
+
+class MappedDisk(Driver):
+    """The base of mapped formats: a subclass reads the headers, calls `start`, and has the hooks below.
 
     Entries and tables: `xenbackend.block.mapped.tables`. A request that a hook gets is a guest's own or a `Part`; the
-    hook ends it by `finish`, or passes it to another of the helpers.
+    hook ends it by `io.finish`, or passes it to another helper of `io` or of the disk.
     """
+
+    Options: ClassVar[type] = ImageOptions
+    step: ClassVar[int] = 0  # bytes: the file ends at a multiple of this; 0 for one that ends where it has to
+
+    def open(self, env: Env) -> Geometry:
+        """Open the image, and close it where it cannot be served. Raises: DriverError, OSError."""
+        self.file = self.open_file(env)
+        try:
+            geometry = self.open_image(env, self.file)
+        except BaseException:
+            self.file.close()
+            raise
+        env.report("mode", self.file.mode)
+        return geometry
+
+    def open_file(self, env: Env, path: str = "", *, read_only: bool = False) -> File:
+        """Open a file of the disk, by default the image itself. Raises: DriverError, OSError."""
+        options = self.options
+        return env.files.open(
+            path or options.file,
+            read_only=read_only or env.read_only,
+            shareable=env.shareable,
+            direct=not options.cache,
+            step=self.step,
+        )
 
     def start(
         self,
@@ -53,14 +101,15 @@ class MappedDisk(FileIO):
         """Begin to serve: call this from `open`.
 
         Args:
-            file: the image; its completions are ours from now on.
+            file: the image, as `ImageIO` takes it.
             size: bytes of the disk.
             cluster_bits: a cluster has 2 to the power of this many bytes.
             table_bits: a table has 2 to the power of this many entries.
             tables: what is known of them.
-            data: the file that has the clusters, where they are not in the image; its completions are ours as well.
+            data: the file that has the clusters, likewise.
         """
-        self.begin_files(file, data, self._from_file)
+        self.file = file
+        self.io = ImageIO(self, file, data)
         self.size = size
         self.tables = tables
         self.cluster_bits = cluster_bits
@@ -78,6 +127,13 @@ class MappedDisk(FileIO):
 
     # What a format does.
 
+    def open_image(self, env: Env, file: File) -> Geometry:
+        """Read the headers, and call `start`; what then stands in the place of `self.file` closes it.
+
+        Raises: DriverError, OSError.
+        """
+        raise NotImplementedError
+
     def load_table(self, number: int, then: Then) -> None:
         """Get a table that `tables` does not have, put it there, then call `then`; once for all who need it."""
         raise NotImplementedError
@@ -92,14 +148,14 @@ class MappedDisk(FileIO):
 
     def flush(self, request: Request) -> None:
         """Make what was completed durable; enough as it is where answers wait for the metadata's writes."""
-        if self.data is self.file:
-            self.to_file(request, 0)
+        if self.io.is_apart:
+            self.io.sync(partial(self.io.finish, request))
         else:
-            self.sync(partial(self.finish, request))
+            self.io.to_file(request, 0)
 
     def discard(self, request: Request) -> None:
         """Forget the range, or parts of it."""
-        self.finish(request, errno.EOPNOTSUPP)
+        self.io.finish(request, errno.EOPNOTSUPP)
 
     def shortcut(self, request: Request) -> int:  # noqa: ARG002 - for formats that know more than entries say
         """Return where all of a request lies in the file, though its entry does not say so; 0 if that is not known.
@@ -113,12 +169,13 @@ class MappedDisk(FileIO):
     def check_parent(self, parent: Geometry) -> None:
         """Remember where the parent ends; a child may be larger or smaller."""
         self._parent_size = parent.size
-        self.on_complete = self._returned
+        self.on_complete = self.io.returned
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests. This loop runs for every request."""
         young, table_shift, cluster_shift, table_mask, inside_mask, cluster = self._layout
-        free, parent_size, known, gathered = self._free, self._parent_size, self._memo.known, self.owners.gathered
+        io, parent_size, known, gathered = self.io, self._parent_size, self._memo.known, self.owners.gathered
+        free = io.free
         moved: list[Request] = []
         odd: list[Request] = []
         for request in batch:
@@ -131,7 +188,7 @@ class MappedDisk(FileIO):
                 op, length = request.op, request.length
                 if (offset & inside_mask) + length <= cluster:
                     if entry >> op & 1:
-                        ours = free.pop() if free else self._another()
+                        ours = free.pop() if free else io.another()
                         ours.op, ours.offset, ours.length = op, (entry & PLACE) + (offset & inside_mask), length
                         ours.iov, ours.tag, ours.status = request.iov, request, PENDING
                         moved.append(ours)
@@ -143,39 +200,30 @@ class MappedDisk(FileIO):
         if odd or parent_size:
             self._submit_sorted(moved, odd)
         elif moved:
-            self.data.submit(moved)
+            io.data.submit(moved)
 
     def close(self) -> None:
-        """Close the file; nothing is in flight."""
-        self.close_files()
+        """Close the files; nothing is in flight."""
+        self.io.close()
 
     # What a format may call, from its hooks and from whatever they were promised to be called back by.
-
-    def finish(self, request: Request, status: int) -> None:
-        """End a request."""
-        request.status = status
-        if isinstance(request, Part) and request.pool is self._pool:
-            request.done(request)
-            self._pool.put(request)
-        else:
-            self._finished.append(request)
 
     def to_parent(self, request: Request) -> None:
         """Read from the parent, as far as it reaches, and zeros beyond."""
         inside = self._parent_size - request.offset
         if inside >= request.length:
-            self._to_parent.append(request)
+            self.io.to_parent(request)
         elif inside <= 0:
             self.zeros(request)
         else:
-            first, rest = self.split(request, [inside, request.length - inside])
-            self._to_parent.append(first)
+            first, rest = self.io.split(request, [inside, request.length - inside])
+            self.io.to_parent(first)
             self.zeros(rest)
 
     def zeros(self, request: Request) -> None:
         """Read zeros."""
         clear(request.iov)
-        self.finish(request, 0)
+        self.io.finish(request, 0)
 
     def dispatch(self, request: Request) -> None:
         """Send a request, or pieces of it, to where the tables say; also once more, when they have changed."""
@@ -185,29 +233,20 @@ class MappedDisk(FileIO):
             self.discard(request)
         else:
             pieces = pieces_of(request, self.tables.find, self._shape)
-            parts = self.split(request, [length for _, _, length in pieces])
+            parts = self.io.split(request, [length for _, _, length in pieces])
             for part, (way, place, _) in zip(parts, pieces, strict=True):
                 self._send_by(part, way, place)
 
     def go_on(self, request: Request, status: int) -> None:
         """Go on with a request that has waited for a table or for room, or fail it where that failed."""
         if status:
-            self.finish(request, status)
+            self.io.finish(request, status)
         else:
             self.dispatch(request)
 
-    def split(self, request: Request, lengths: Sequence[int]) -> Sequence[Request]:
-        """Return parts of a request, one for each length in bytes; it ends when they have. One part is itself.
-
-        What is a part itself is replaced by its parts: however often a request is cut, they all end in one step.
-        """
-        if len(lengths) == 1:
-            return [request]
-        return self._pool.split(request, lengths, self._joined)
-
     def read_disk(self, offset: int, view: memoryview, then: Then) -> None:
         """Read what the disk has now, wherever that is."""
-        self.dispatch(self.part(Op.READ, offset, len(view), [view], then))
+        self.dispatch(self.io.part(Op.READ, offset, len(view), [view], then))
 
     def entry(self, cluster: int) -> int | None:
         """Return a cluster's entry, or None where its table has to be loaded."""
@@ -239,7 +278,7 @@ class MappedDisk(FileIO):
             self._submit_odd(moved, through, rest)
             return
         if moved:
-            self.data.submit(moved)
+            self.io.data.submit(moved)
         for owner, requests in through:
             if owner is None:
                 self._to_unknown(requests)
@@ -252,7 +291,7 @@ class MappedDisk(FileIO):
         for request in odd:
             place = self.shortcut(request)
             if place > 0:
-                moved.append(self._ours(request, place))
+                moved.append(self.io.ours(request, place))
             elif place < 0:
                 gathered[-1 - place].append(request)
             else:
@@ -260,7 +299,6 @@ class MappedDisk(FileIO):
         return rest
 
     def _submit_odd(self, moved: list[Request], through: Gathered, odd: list[Request]) -> None:
-        self._to_file += moved
         direct: dict[Any, list[Request]] = defaultdict(list)
         for known, requests in through:
             direct[known or self.next] += requests
@@ -270,7 +308,7 @@ class MappedDisk(FileIO):
                 self.dispatch(request)
             else:
                 direct[owner].append(request)
-        self._send()
+        self.io.send(moved)
         for owner, requests in direct.items():
             owner.submit(requests)
 
@@ -295,39 +333,8 @@ class MappedDisk(FileIO):
 
     def _send_by(self, request: Request, way: Way, place: int) -> None:
         if way == Way.FILE:
-            self.to_file(request, place)
+            self.io.to_file(request, place)
         elif way == Way.LOAD:
             self._loading.want(place, request, partial(self.load_table, place))
         else:
             self._ways[way](request)
-
-    def _joined(self, part: Part) -> None:
-        join = part.tag
-        join.left -= 1
-        join.status = join.status or part.status
-        if not join.left:
-            self.finish(join.request, join.status)
-
-    # What comes back.
-
-    def _from_file(self, batch: list[Request]) -> None:
-        """Take back what the file has done. This loop runs for every request."""
-        done = []
-        for ours in batch:
-            request = ours.tag
-            request.status = ours.status
-            ours.iov = ours.tag = ()  # a view that is kept keeps a guest's memory
-            done.append(request)
-        if self._watches:
-            self._notice(batch)
-        self._free += batch
-        self._returned(done)
-
-    def _returned(self, batch: list[Request]) -> None:
-        """Give back what is the layer's above, and go on with our own."""
-        if not (self._pool.lent or self._soon):
-            self.complete(batch)
-            return
-        for request in batch:
-            self.finish(request, request.status)
-        self._send()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 from xenbackend.block.driver import Env, File, Geometry
@@ -17,30 +16,18 @@ from xenbackend.block.formats.layout import Layout
 from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Table, Tables
-from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, round_up
 
 _TABLES = 8 << 20  # bytes that tables in memory take, up to twice that
 _TABLE_EXTRA = 256  # bytes that a table takes beside its entries
-_STEP = 64 * 1024  # the file may end anywhere
-
-
-@dataclass(frozen=True, slots=True)
-class ImageOptions:
-    """What the chain says of the image."""
-
-    file: FilePath = option("the image file or block device", target=True)
-    cache: bool = option("go through the host's page cache", default=False)
 
 
 class ForeignDisk(MappedDisk):
     """A format says what its image is by `parse`; everything else is done here."""
 
-    Options = ImageOptions
-    options: ImageOptions
-
+    step = 64 * 1024  # the file may end anywhere
     image: Layout
     is_preallocated = False  # whether the image was made with room for all of its disk
 
@@ -51,26 +38,17 @@ class ForeignDisk(MappedDisk):
         """
         raise NotImplementedError
 
-    def open(self, env: Env) -> Geometry:
-        """Read the headers."""
-        options = self.options
-        self.file = self.open_file(options.file)
-        try:
-            self.image = self.parse(env, self.file)
-        except BaseException:
-            self.file.close()
-            raise
-        file = self.file
-        env.report("mode", file.mode)
+    def open_file(self, env: Env, path: str = "", *, read_only: bool = True) -> File:
+        """See `MappedDisk`."""
+        return super().open_file(env, path, read_only=read_only)
+
+    def open_image(self, env: Env, file: File) -> Geometry:
+        """See `MappedDisk`."""
+        self.image = self.parse(env, file)
         shape = self.image.shape
         tables: Tables[Table] = Tables(_TABLES // ((8 << shape.table_bits) + _TABLE_EXTRA))
-        self.start(file, shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables)
+        self.start(self.file, shape.size, cluster_bits=shape.cluster_bits, table_bits=shape.table_bits, tables=tables)
         return Geometry(shape.size, shape.sector_size, True, physical_sector_size=shape.physical_sector_size)
-
-    def open_file(self, path: str) -> File:
-        """Open a file of the disk. Raises: DriverError, OSError."""
-        env, direct = self.env, not self.options.cache
-        return env.files.open(path, read_only=True, shareable=env.shareable, direct=direct, step=_STEP)
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`."""
@@ -96,13 +74,13 @@ class ForeignDisk(MappedDisk):
         if length:
             first = place // SECTOR * SECTOR
             got = partial(self._decode, number, place - first, length, then)
-            self.read_meta(first, round_up(place + length, SECTOR) - first, got)
+            self.io.read_meta(first, round_up(place + length, SECTOR) - first, got)
         else:
-            self.soon(partial(self._put, number, self._empty(), then))
+            self.io.soon(partial(self._put, number, self._empty(), then))
 
     def write_elsewhere(self, request: Request) -> None:
         """Refuse it: nobody above writes to a disk that says that it can only be read."""
-        self.finish(request, errno.EROFS)
+        self.io.finish(request, errno.EROFS)
 
     def _decode(self, number: int, skip: int, length: int, then: Then, status: int, data: memoryview) -> None:
         if status:

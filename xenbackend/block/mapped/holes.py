@@ -25,12 +25,13 @@ class Holes:
 
     def __init__(self, disk: Blocks) -> None:
         self._disk = disk
+        self._io = disk.io
 
     def make(self, request: Request) -> None:
         """Do a discard, and end it."""
         disk, bits = self._disk, self._disk.cluster_bits
         if not disk.can_discard:
-            disk.finish(request, errno.EOPNOTSUPP)
+            disk.io.finish(request, errno.EOPNOTSUPP)
         elif request.offset >> bits == request.offset + request.length - 1 >> bits:
             self._make_in_block(request)
         else:
@@ -43,16 +44,16 @@ class Holes:
         while offset < stop and not disk.entries[offset >> bits]:
             offset = (offset >> bits) + 1 << bits
         if status or offset >= end:
-            disk.finish(request, status)
+            disk.io.finish(request, status)
         elif offset >= stop:
-            disk.in_thread(_nothing, partial(self._go_on, request, offset))
+            disk.io.pause(partial(self._go_on, request, offset))
         else:
             stop = min(end, (offset >> bits) + 1 << bits)
             then = partial(self._soon_go_on, request, stop)
-            self._make_in_block(disk.part(Op.DISCARD, offset, stop - offset, (), then))
+            self._make_in_block(disk.io.part(Op.DISCARD, offset, stop - offset, (), then))
 
     def _soon_go_on(self, request: Request, offset: int, status: int) -> None:
-        self._disk.soon(partial(self._go_on, request, offset, status))  # or each block went one call deeper
+        self._io.soon(partial(self._go_on, request, offset, status))  # or each block went one call deeper
 
     def _make_in_block(self, request: Request) -> None:
         disk = self._disk
@@ -60,20 +61,16 @@ class Holes:
         entry = disk.entries[block]
         present = disk.bitmap(block) if entry & SPECIAL else None
         if not entry:
-            disk.finish(request, 0)
+            disk.io.finish(request, 0)
         elif not entry & SPECIAL:
-            disk.to_file(request, disk.place(request))
+            disk.io.to_file(request, disk.place(request))
         elif present is None:
             disk.load_bitmap(block, request)
         else:
             is_own = present[first]
-            for part in disk.split(request, runs_of(present, first, last)):
+            for part in disk.io.split(request, runs_of(present, first, last)):
                 if is_own:
-                    disk.to_file(part, disk.place(part))
+                    disk.io.to_file(part, disk.place(part))
                 else:
-                    disk.finish(part, 0)
+                    disk.io.finish(part, 0)
                 is_own = not is_own
-
-
-def _nothing() -> None:
-    """Do nothing, in a thread."""

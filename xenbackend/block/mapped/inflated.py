@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable
 from functools import partial
 
-from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.shared import Once
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
@@ -19,15 +19,15 @@ Inflate = Callable[[bytes], bytes]  # from the file's bytes, and whatever follow
 
 
 class Inflated:
-    """Reads from compressed clusters for `read_special` of `disk`.
+    """Reads from compressed clusters for `read_special` of a disk.
 
     Args:
-        disk: does the I/O.
-        cluster_bits: a cluster has 2 to the power of this many bytes; without it, as many as the disk's clusters.
+        io: of the image.
+        cluster_bits: a cluster has 2 to the power of this many bytes.
     """
 
-    def __init__(self, disk: MappedDisk, cluster_bits: int = 0) -> None:
-        self._disk = disk
+    def __init__(self, io: ImageIO, cluster_bits: int) -> None:
+        self._io = io
         self._bits = cluster_bits
         self._last: tuple[int, bytes] = (-1, b"")
         self._inflating: Once[Request] = Once(self._give)
@@ -50,7 +50,7 @@ class Inflated:
     def _begin(self, key: int, place: int, length: int, inflate: Inflate, then: Callable[[int, bytes], None]) -> None:
         first = place // SECTOR * SECTOR
         got = partial(self._read, key, place - first, inflate, then)
-        self._disk.read_meta(first, round_up(place + length, SECTOR) - first, got)
+        self._io.read_meta(first, round_up(place + length, SECTOR) - first, got)
 
     def _read(
         self, key: int, skip: int, inflate: Inflate, then: Callable[[int, bytes], None], status: int, data: memoryview
@@ -66,10 +66,10 @@ class Inflated:
 
     def _give(self, request: Request, status: int, cluster: bytes) -> None:
         if status:
-            self._disk.finish(request, status)
+            self._io.finish(request, status)
             return
-        place = request.offset & ((1 << (self._bits or self._disk.cluster_bits)) - 1)
+        place = request.offset & ((1 << self._bits) - 1)
         for view in request.iov:
             view[:] = cluster[place : place + len(view)]
             place += len(view)
-        self._disk.finish(request, 0)
+        self._io.finish(request, 0)

@@ -42,9 +42,10 @@ class CopyUp:
     ) -> None:
         """Take what does the steps; `reaches_parent` says whether the parent has something at an offset or behind."""
         self._disk = disk
+        self._io = disk.io
         self._mapping = mapping
         self._reserve = reserve
-        self._is_apart = disk.data is not disk.file
+        self._is_apart = disk.io.is_apart
         self._table_bits = table_bits
         self._reaches_parent = reaches_parent
         self._bits = disk.cluster_bits
@@ -86,7 +87,7 @@ class CopyUp:
                 offset = stop
         except OSError as error:
             status = error.errno or errno.EIO
-        self._disk.finish(request, status)
+        self._io.finish(request, status)
         self._release(clusters)
 
     def _write(self, start: int, stop: int, views: Sequence[memoryview], place: int, *, is_zero: bool) -> Steps[None]:
@@ -97,15 +98,15 @@ class CopyUp:
             behind = min(behind, self._disk.size - stop)
         needs_sync = self._is_apart
         if not (before or behind):  # whole clusters, as of a guest that writes in sequence
-            yield partial(self._disk.write_data, place, views)
+            yield partial(self._io.write_data, place, views)
         else:
             head, no_head = yield from self._old(start - before, before, is_zero=is_zero)
             tail, no_tail = yield from self._old(stop, behind, is_zero=is_zero)
             iov = [view for view in (head, *views, tail) if len(view)]
-            yield partial(self._disk.write_data, place + before - len(head), iov)
+            yield partial(self._io.write_data, place + before - len(head), iov)
             needs_sync = needs_sync or not (no_head and no_tail)
         if needs_sync:
-            yield self._disk.sync_data
+            yield self._io.sync_data
         number, index = divmod(start >> self._bits, 1 << self._table_bits)
         entries = [each | OWNED for each in range(place, place + before + stop - start, size)]
         yield from self._mapping.change(number, index, entries)

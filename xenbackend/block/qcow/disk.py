@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xenbackend.block.driver import Env, File, Geometry, ParentRef
+from xenbackend.block.driver import File, ParentRef
 from xenbackend.block.extents import Extent, of_entries, with_holes
 from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import Unpack, inflate, unpack_table
 from xenbackend.block.formats.table import BY_QEMU_NAME, QemuName
-from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.disk import ChildOptions, MappedDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.parents import find_parent, is_file_name, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
-from xenbackend.block.options import FilePath, option
+from xenbackend.block.options import option
 from xenbackend.block.qcow.codec import Version1, Version2
 from xenbackend.block.qcow.copyup import CopyUp, Reserve
 from xenbackend.block.qcow.level2 import Allocator, L1Table, L2Table, Mapping
@@ -31,43 +31,22 @@ from xenbackend.block.request import Request
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import SECTOR, round_up
 
-_TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
+TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
 _TABLE_EXTRA = 1024  # bytes that a table takes beside its words
-_STEP = 64 * 1024  # bytes: a file that is written ends at a multiple of this, which suits every medium
 
 
 class QcowDisk(MappedDisk):
     """The base of `qcow:` and `qcow2:`."""
 
     @dataclass(frozen=True, slots=True)
-    class Options:
+    class Options(ChildOptions):
         """What the chain says of the image."""
 
-        file: FilePath = option("the image file or block device", target=True)
-        cache: bool = option("go through the host's page cache", default=False)
-        parents: str = option("directory that the parents must be in; by default the image's own", default="")
         parent_format: QemuName = option("what the parent is, where the image does not say", default="")
 
     options: Options
+    step = 64 * 1024  # which suits every medium
     allocator: Allocator | None = None
-
-    def open(self, env: Env) -> Geometry:
-        """Open the image and read its header. Raises: DriverError, OSError."""
-        options = self.options
-        file = env.files.open(
-            options.file, read_only=env.read_only, shareable=env.shareable, direct=not options.cache, step=_STEP
-        )
-        try:
-            geometry = self.open_image(env, file)
-        except BaseException:
-            file.close()
-            raise
-        env.report("mode", file.mode)
-        return geometry
-
-    def open_image(self, env: Env, file: File) -> Geometry:
-        """Read the header and call `serve`. Raises: DriverError, OSError."""
-        raise NotImplementedError
 
     def serve(
         self,
@@ -83,7 +62,7 @@ class QcowDisk(MappedDisk):
         self._codec = codec
         self._unpack = partial(unpack, cluster_size=1 << cluster_bits)
         table_bytes = 2 * 8 << codec.l2_bits  # entries, and the words of the file
-        tables: Tables[L2Table] = Tables(_TABLES // (table_bytes + _TABLE_EXTRA))
+        tables: Tables[L2Table] = Tables(TABLES // (table_bytes + _TABLE_EXTRA))
         # `Tables` is not covariant; nobody but us puts one in.
         bits = codec.l2_bits
         self.start(file, size, cluster_bits=cluster_bits, table_bits=bits, tables=tables, data=data)  # type: ignore[arg-type]
@@ -91,9 +70,9 @@ class QcowDisk(MappedDisk):
         length = round_up(l1.offset + l1.length, SECTOR) - first
         sectors = file.read_at(first, length)
         self._l1_entries = l1.length // 8
-        self._l1 = L1Table(l1.offset, sectors + bytes(length - len(sectors)), self.write_meta, self.soon)
-        self._mapping = Mapping(self, codec, self._l1, tables)
-        self._inflated = Inflated(self)
+        self._l1 = L1Table(l1.offset, sectors + bytes(length - len(sectors)), self.io.write_meta, self.io.soon)
+        self._mapping = Mapping(self.io, codec, cluster_bits, self._l1, tables)
+        self._inflated = Inflated(self.io, cluster_bits)
 
     def l1_words(self) -> array[int]:
         """Return the words of the L1 table."""
@@ -102,7 +81,7 @@ class QcowDisk(MappedDisk):
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
         """See `Driver`."""
         found = self._cluster_extents(size)
-        return with_holes(found, self.data) if all_holes or self.is_preallocated() else found
+        return with_holes(found, self.io.data) if all_holes or self.is_preallocated() else found
 
     def is_preallocated(self) -> bool:
         """Return whether the image seems to have been made with room for data that are not there yet."""

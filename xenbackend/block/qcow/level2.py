@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from weakref import proxy
 
 from xenbackend.block.formats.qcow2_tables import pack_table, unpack_table
-from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.shared import Once, Shared, SharedByNumber, Soon, Then
 from xenbackend.block.mapped.tables import PLACE, WRITABLE, Tables
 from xenbackend.loop.steps import Step, Steps, run
@@ -131,15 +131,17 @@ class Mapping:
     """Loads tables for a disk and changes them.
 
     Args:
-        disk: what it is for; does the I/O.
+        io: of the image.
         codec: how the version writes tables.
+        cluster_bits: a cluster has 2 to the power of this many bytes.
         l1: the first level.
         tables: where the disk looks for tables; each table in it is an `L2Table`.
     """
 
-    def __init__(self, disk: MappedDisk, codec: Codec, l1: L1Table, tables: Tables[L2Table]) -> None:
-        self._disk = disk
+    def __init__(self, io: ImageIO, codec: Codec, cluster_bits: int, l1: L1Table, tables: Tables[L2Table]) -> None:
+        self._io = io
         self._codec = codec
+        self._cluster_bits = cluster_bits
         self._l1 = l1
         self._tables = tables
         self._loading: Once[Then] = Once(lambda then, status, _: then(status))
@@ -207,7 +209,7 @@ class Mapping:
         place, may_write = self._codec.decode_l1(self._l1[number])
         data = bytes(8 << self._codec.l2_bits)
         if place:
-            data = bytes((yield partial(self._disk.read_meta, place, len(data))))
+            data = bytes((yield partial(self._io.read_meta, place, len(data))))
         else:
             yield self._soon  # or a request across many tables would go one call deeper for each of them
         words = unpack_table(data)
@@ -215,14 +217,14 @@ class Mapping:
         self._codec.check_table(number, table)
         table.number, table.place, table.may_write = number, place, may_write
         table.words, table.pending = words, set()
-        table.units = SharedByNumber(partial(self._write_unit, proxy(table)), self._disk.soon)
+        table.units = SharedByNumber(partial(self._write_unit, proxy(table)), self._io.soon)
         table.on_tables = self._protect(table)
-        table.move = Shared(partial(self._move, proxy(table)), self._disk.soon)
+        table.move = Shared(partial(self._move, proxy(table)), self._io.soon)
         self._tables.put(number, table)
 
     def _protect(self, table: L2Table) -> set[int]:
         """Let no write go to where the image has a table; return the entries that would have let it."""
-        if self.allocator is None or self._disk.data is not self._disk.file:
+        if self.allocator is None or self._io.is_apart:
             return set()
         places = self.allocator.tables_among(entry & PLACE for entry in table if entry & WRITABLE)
         found = {index for index, entry in enumerate(table) if entry & PLACE in places} if places else set()
@@ -231,7 +233,7 @@ class Mapping:
         return found
 
     def _soon(self, then: Then) -> None:
-        self._disk.soon(partial(then, 0))
+        self._io.soon(partial(then, 0))
 
     def _move(self, table: L2Table, then: Then) -> None:
         run(self._find_place(table), lambda status, _: then(status))
@@ -241,12 +243,12 @@ class Mapping:
         if table.may_write:
             return
         assert self.allocator is not None  # noqa: S101 - nothing is changed where there is none
-        size, cluster = 8 << self._codec.l2_bits, 1 << self._disk.cluster_bits
+        size, cluster = 8 << self._codec.l2_bits, 1 << self._cluster_bits
         place = yield from self._room(max(1, size // cluster))
         before = self._l1[table.number]
         try:
-            yield partial(self._disk.write_meta, place, pack_table(table.words))
-            yield self._disk.order
+            yield partial(self._io.write_meta, place, pack_table(table.words))
+            yield self._io.order
             self._l1[table.number] = self._codec.encode_l1(place)
             yield partial(self._l1.store, table.number)
         except OSError:
@@ -264,7 +266,7 @@ class Mapping:
             place, got, _ = yield partial(self.allocator.reserve, count)
             if got == count:
                 return int(place)
-            self.allocator.free([place + (each << self._disk.cluster_bits) for each in range(got)])
+            self.allocator.free([place + (each << self._cluster_bits) for each in range(got)])
 
     def _unit(self, table: L2Table, index: int) -> Step:
         """Return what writes the part of a table that an entry is in."""
@@ -272,4 +274,4 @@ class Mapping:
 
     def _write_unit(self, table: L2Table, first: int, then: Then) -> None:
         data = pack_table(table.words[first : first + self._per_unit])
-        self._disk.write_meta(table.place + first * 8, data, then)
+        self._io.write_meta(table.place + first * 8, data, then)

@@ -31,7 +31,7 @@ from xenbackend.block.formats.qcow2_tables import (
     refcount_block_of,
     unpack_refcounts,
 )
-from xenbackend.block.mapped.disk import MappedDisk
+from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
 from xenbackend.block.qcow.occupied import Occupied
@@ -50,14 +50,14 @@ class Refcounts:
     """Hands out clusters of an image that is open for writing.
 
     Args:
-        disk: does the I/O.
+        io: of the image.
         header: of the image.
         table: the refcount table.
         occupied: where the image's tables are.
     """
 
-    def __init__(self, disk: MappedDisk, header: Header, table: array[int], occupied: Occupied) -> None:
-        self._disk = disk
+    def __init__(self, io: ImageIO, header: Header, table: array[int], occupied: Occupied) -> None:
+        self._io = io
         self._occupied = occupied
         self._is_corrupt = False
         self._header = header
@@ -68,7 +68,7 @@ class Refcounts:
         self._line = Line()
         self._cursor = 0  # clusters before it are in use, as far as is known
         self._next = self._end = 0  # clusters that are ours: raised in the file, and not handed out yet
-        self._fresh = -(-disk.file.size >> header.cluster_bits)  # from here on nothing was ever written
+        self._fresh = -(-io.file.size >> header.cluster_bits)  # from here on nothing was ever written
         self._is_zero = False  # what is ours reads as zeros
         self._batch = FIRST_BATCH
         self._freed: list[int] = []  # clusters that no table names, once what was written is durable
@@ -95,10 +95,10 @@ class Refcounts:
         """See `Allocator`. Nothing more is reserved from now on: who knows what else is wrong."""
         if not self._is_corrupt and self._header.version >= 3:
             place, fields = incompatible_bytes(self._header.incompatible | CORRUPT)
-            sector = bytearray((yield partial(self._disk.read_meta, 0, SECTOR)))
+            sector = bytearray((yield partial(self._io.read_meta, 0, SECTOR)))
             sector[place : place + len(fields)] = fields
-            yield partial(self._disk.write_meta, 0, bytes(sector))
-            yield self._disk.sync
+            yield partial(self._io.write_meta, 0, bytes(sector))
+            yield self._io.sync
         self._is_corrupt = True
         raise OSError(IMAGE_DAMAGED, "a write would go over a table of the image")
 
@@ -128,11 +128,11 @@ class Refcounts:
     def lower(self, clusters: list[int], then: Then) -> None:
         """Lower the refcounts of clusters that were freed. A failure leaks them and is no error: `then` gets 0."""
         steps = self._lower(Counter(clusters))
-        self._disk.when_quiet(lambda: self._line.add(steps, lambda _status, _result: then(0)))
+        self._io.when_quiet(lambda: self._line.add(steps, lambda _status, _result: then(0)))
 
     def close(self) -> None:
         """Give back what was not handed out or was freed; by blocking calls, nothing is in flight. Raises: OSError."""
-        file = self._disk.file
+        file = self._io.file
         unused = Counter(range(self._next, self._end))
         if not (unused or self._freed):
             return
@@ -197,7 +197,7 @@ class Refcounts:
         for place in range(first, end):
             raised[place] = 1
         yield from self._store(index, raised, range(first, end))
-        yield self._disk.order
+        yield self._io.order
         self._blocks.put(index, raised)
         self._next, self._end = base + first, base + end
         self._cursor = self._end
@@ -212,7 +212,7 @@ class Refcounts:
 
     def _make_room(self, first: int, end: int) -> int:
         """Grow the file to hold the clusters up to `end`; return how far it does. Raises: OSError."""
-        bits, file = self._header.cluster_bits, self._disk.file
+        bits, file = self._header.cluster_bits, self._io.file
         try:
             file.grow(round_up(end << bits, _GROW))
         except OSError:  # a block device, or a full disk: what there is may be enough
@@ -231,13 +231,13 @@ class Refcounts:
         block = array("Q", bytes(8 * self._per_block))
         block[0] = 1
         place = first << self._header.cluster_bits
-        yield partial(self._disk.write_meta, place, pack_refcounts(block, self._header.refcount_order))
-        yield self._disk.order
+        yield partial(self._io.write_meta, place, pack_refcounts(block, self._header.refcount_order))
+        yield self._io.order
         self._fresh = max(self._fresh, first + 1)
         self._table[index] = place
         try:
             yield from self._store_table(index)
-            yield self._disk.order
+            yield self._io.order
         except OSError:
             self._table[index] = 0
             raise
@@ -247,7 +247,7 @@ class Refcounts:
     def _store_table(self, index: int) -> Steps[None]:
         first = index // (SECTOR // 8) * (SECTOR // 8)
         data = pack_table(self._table[first : first + SECTOR // 8])
-        yield partial(self._disk.write_meta, self._region.offset + first * 8, data)
+        yield partial(self._io.write_meta, self._region.offset + first * 8, data)
 
     def _grow_table(self) -> Steps[None]:
         """Write a larger refcount table behind everything, with the blocks that count it, then let the header name it.
@@ -272,13 +272,13 @@ class Refcounts:
         table.extend([0] * (clusters * size // 8 - len(table)))
         region = Region((first + blocks) << bits, clusters * size)
         data = pack_refcounts(counts, self._header.refcount_order) + pack_table(table)
-        yield partial(self._disk.write_meta, first << bits, data)
-        yield self._disk.order
-        sector = bytearray((yield partial(self._disk.read_meta, 0, SECTOR)))
+        yield partial(self._io.write_meta, first << bits, data)
+        yield self._io.order
+        sector = bytearray((yield partial(self._io.read_meta, 0, SECTOR)))
         place, fields = refcount_table_bytes(region, size)
         sector[place : place + len(fields)] = fields
-        yield partial(self._disk.write_meta, 0, bytes(sector))
-        yield self._disk.order
+        yield partial(self._io.write_meta, 0, bytes(sector))
+        yield self._io.order
         self._occupied.move(self._region, region)
         for block in range(first, first + blocks):
             self._occupied.add_table(block << bits)
@@ -307,7 +307,7 @@ class Refcounts:
         block = self._blocks.find(index)
         if block is None:
             place = refcount_block_of(self._table[index], self._header)
-            data = yield partial(self._disk.read_meta, place, self._header.cluster_size)
+            data = yield partial(self._io.read_meta, place, self._header.cluster_size)
             block = unpack_refcounts(bytes(data), self._header.refcount_order)
             self._blocks.put(index, block)
         return block
@@ -315,7 +315,7 @@ class Refcounts:
     def _store(self, index: int, block: array[int], places: Sequence[int] | Counter[int]) -> Steps[None]:
         offset = refcount_block_of(self._table[index], self._header)
         for place, data in self._changes(block, places):
-            yield partial(self._disk.write_meta, offset + place, data)
+            yield partial(self._io.write_meta, offset + place, data)
 
     def _changes(self, block: array[int], places: Sequence[int] | Counter[int]) -> list[tuple[int, bytes]]:
         """Return the sectors of a block that hold the refcounts of `places`: offset in the block, and bytes."""

@@ -23,8 +23,8 @@ from xenbackend.block.formats.qcow2_tables import (
     l2_place,
     unpack_table,
 )
-from xenbackend.block.mapped.disk import MappedDisk
 from xenbackend.block.mapped.inflated import Inflate, Inflated
+from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO, Table, Tables
 from xenbackend.block.request import Request
@@ -45,22 +45,22 @@ class Subclusters:
     """Loads parts of L2 tables for a disk, and reads its compressed clusters.
 
     Args:
-        disk: does the I/O.
+        io: of the image.
         header: of the image.
         l1: the words of its L1 table.
         inflate: makes a cluster of compressed bytes.
+        tables: where the disk looks for parts.
     """
 
     table_bits = _PART_BITS + SUBCLUSTERS.bit_length() - 1  # of a part, in subclusters
 
-    def __init__(self, disk: MappedDisk, header: Header, l1: Sequence[int], inflate: Inflate) -> None:
-        self._disk = disk
+    def __init__(self, io: ImageIO, header: Header, l1: Sequence[int], inflate: Inflate, tables: Tables[Table]) -> None:
+        self._io = io
         self._header = header
         self._l1 = l1
         self._inflate = inflate
-        self._inflated = Inflated(disk, header.cluster_bits)
-        memory = 8 << self.table_bits
-        self.tables: Tables[Table] = Tables((16 << 20) // memory)
+        self._inflated = Inflated(io, header.cluster_bits)
+        self._tables = tables
 
     def load(self, number: int, then: Then) -> None:
         """Load a part of a table; see `MappedDisk.load_table`."""
@@ -71,20 +71,20 @@ class Subclusters:
             then(errno.EIO)
             return
         if place:
-            self._disk.read_meta(place + part * 16, 16 << _PART_BITS, partial(self._loaded, number, then))
+            self._io.read_meta(place + part * 16, 16 << _PART_BITS, partial(self._loaded, number, then))
         else:
-            self._disk.soon(partial(self._loaded, number, then, 0, memoryview(bytes(16 << _PART_BITS))))
+            self._io.soon(partial(self._loaded, number, then, 0, memoryview(bytes(16 << _PART_BITS))))
 
     def read_special(self, request: Request) -> None:
         """Read inside a subcluster of a compressed cluster, or of one whose entry is damaged, which is EIO."""
         header, cluster = self._header, request.offset >> self._header.cluster_bits
-        part: Any = self._disk.tables.find(cluster >> _PART_BITS)
+        part: Any = self._tables.find(cluster >> _PART_BITS)
         word = part.words[cluster & (1 << _PART_BITS) - 1]
         region = compressed_place(word, header.cluster_bits)
         if word & COMPRESSED and not header.has_data_file:
             self._inflated.read(request, word, region.offset, region.length, self._inflate)
         else:
-            self._disk.finish(request, errno.EIO)
+            self._io.finish(request, errno.EIO)
 
     def extents(self, size: int) -> Iterator[Extent]:
         """Yield what the image has of a disk of `size` bytes; it may block. Raises: DriverError, OSError."""
@@ -93,7 +93,7 @@ class Subclusters:
         for number, word in enumerate(self._l1[: -(-size // span)]):
             place = l1_place(word, header)
             if place:
-                data = self._disk.file.read_at(place, header.cluster_size)
+                data = self._io.file.read_at(place, header.cluster_size)
                 words = unpack_table(data + bytes(header.cluster_size - len(data)))
                 entries = entries_of(words, header, number << header.l2_bits)
                 yield from of_entries(entries, header.subcluster_size, number * span, size)
@@ -105,7 +105,7 @@ class Subclusters:
             words = unpack_table(bytes(data))
             part = Part("Q", entries_of(words, self._header, number << _PART_BITS))
             part.words = words[::2]
-            self.tables.put(number, part)
+            self._tables.put(number, part)
         then(status)
 
 

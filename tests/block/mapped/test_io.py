@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.mapped.files`: a disk whose tables and clusters are in two files."""
+"""Tests of `xenbackend.block.mapped.io`: a disk whose tables and clusters are in two files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_clusters_and_tables_are_apart(clusters: RecordedFile) -> None:
     for _ in range(2):  # the second time the table is there
         request = read(0, 2 * CLUSTER)
         assert [0, 0] == disk.do(write(512, b"w" * 512), request)
-        disk.read_meta(0, 512, lambda _status, view: got.append(bytes(view)))
+        disk.io.read_meta(0, 512, lambda _status, view: got.append(bytes(view)))
         disk.do(request := read(0, 2 * CLUSTER))
 
         assert b"c" * 512 + b"w" * 512 + b"c" * (2 * CLUSTER - 1024) == content(request)
         assert image == disk.image.bytes
     assert [image[:512]] * 2 == got
 
-    disk.write_meta(512, b"m" * 512, lambda status: got.append(bytes([status])))
+    disk.io.write_meta(512, b"m" * 512, lambda status: got.append(bytes([status])))
     disk.do(read(0, 512))
     assert (b"m" * 512, b"w" * 512) == (bytes(disk.image.bytes[512:1024]), bytes(clusters.bytes[at(0) + 512 :][:512]))
 
@@ -47,9 +47,9 @@ def test_clusters_are_durable_before_tables(clusters: RecordedFile) -> None:
     for name, file in (("clusters", clusters), ("tables", disk.image)):
         file.fails = lambda request, name=name: order.append(name) or 0 if request.op == Op.FLUSH else 0
     assert [0] == disk.do(flush())
-    disk.sync(lambda _status: order.append("done"))
+    disk.io.sync(lambda _status: order.append("done"))
     disk.do(read(0, 512))
-    disk.sync_data(lambda _status: order.append("done"))
+    disk.io.sync_data(lambda _status: order.append("done"))
     disk.do(read(0, 512))
 
     assert ["clusters", "tables", "clusters", "tables", "done", "clusters", "done"] == order
