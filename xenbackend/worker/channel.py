@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from xenbackend.budget import Bucket
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.codes import Code
@@ -40,28 +41,6 @@ class Reports(Protocol):
         """Log something that an administrator must read."""
 
 
-class Bucket:
-    """A budget of lines. `take` gives None where it is spent, else how many were left unsaid before."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._left = float(BURST)
-        self._refilled = now()
-        self._unsaid = 0
-
-    def take(self) -> int | None:
-        """Take one line out."""
-        now = self._now()
-        self._left = min(BURST, self._left + (now - self._refilled) / REFILL_S)
-        self._refilled = now
-        if self._left < 1:
-            self._unsaid += 1
-            return None
-        self._left -= 1
-        unsaid, self._unsaid = self._unsaid, 0
-        return unsaid
-
-
 class Channel:
     """One end of the supervisor's socket, for sending; `standing` returns where the worker stands."""
 
@@ -75,8 +54,8 @@ class Channel:
         self._stood: messages.Standing | None = None  # as last said
         self._unsent: list[tuple[messages.Message, list[int]]] = []  # with descriptors of our own
         self._retry = reactor.timer(self._send_again)
-        self._complaints = Bucket(reactor.now)
-        self._alarms = Bucket(reactor.now)
+        self._complaints = Bucket(BURST, REFILL_S, reactor.now)
+        self._alarms = Bucket(BURST, REFILL_S, reactor.now)
 
     def stand(self) -> None:
         """Say where the worker stands, if that has changed: each order changes the number."""
