@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from xenbackend import errors
-from xenbackend.errors import ChainError, ConfigError, DriverError, GuestError, KernelError, StoreError, XenbackendError
+from xenbackend.errors import ChainError, ConfigError, DriverError, KernelError, StoreError, XenbackendError
 
 
 def test_all_are_ours() -> None:
@@ -16,18 +16,6 @@ def test_all_are_ours() -> None:
 
     assert all(issubclass(each, XenbackendError) for each in classes)
     assert not issubclass(XenbackendError, OSError | ValueError)
-
-
-def test_loudness() -> None:
-    """What a guest or xenstored provokes is a warning; what an operator has to mend is an error."""
-    levels = {
-        each: each.log_level for each in (GuestError, StoreError, ConfigError, ChainError, DriverError, KernelError)
-    }
-
-    assert {
-        GuestError: "warning", StoreError: "warning",
-        ConfigError: "error", ChainError: "error", DriverError: "error", KernelError: "error",
-    } == levels  # fmt: skip
 
 
 def test_chain_error_points_at_the_place() -> None:

@@ -22,13 +22,9 @@ import unicodedata
 class XenbackendError(Exception):
     """Whatever we raise on purpose; its text is a sentence for the person who has to act."""
 
-    log_level = "error"
-
 
 class GuestError(XenbackendError):
     """A frontend broke a rule of the protocol; contained to its request or its ring."""
-
-    log_level = "warning"
 
 
 class ConfigError(XenbackendError):
@@ -81,8 +77,6 @@ class KernelError(XenbackendError):
 
 class StoreError(XenbackendError):
     """Xenstore did not do what we asked; `errno` is its answer's, or EIO when the connection is gone."""
-
-    log_level = "warning"
 
     def __init__(self, problem: str, errno: int = errno_module.EIO) -> None:
         super().__init__(problem)

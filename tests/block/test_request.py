@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.request import PENDING, Op, Request, clear
 
 
 def test_a_request_begins_as_lent() -> None:
@@ -25,3 +25,11 @@ def test_a_request_shows_what_it_is() -> None:
     request.op, request.offset, request.length = Op.WRITE, 4096, 512
 
     assert repr(request) == "<WRITE 4096+512 status=-1>"
+
+
+def test_clearing_takes_any_length() -> None:
+    """Memory longer than the zeros that are at hand is cleared to its end."""
+    view = memoryview(bytearray(b"x" * 200_001))
+    clear([view])
+
+    assert bytes(200_001) == view

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any
 
 PENDING = -1  # `Request.status` while it is lent
+_ZEROS = bytes(64 * 1024)
 IMAGE_DAMAGED = errno.ENOTRECOVERABLE  # of a write that would destroy more; no file system returns that
 
 
@@ -44,3 +45,11 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<{Op(self.op).name} {self.offset}+{self.length} status={self.status}>"
+
+
+def clear(iov: Sequence[memoryview]) -> None:
+    """Fill the memory of a request, or the rest of it, with zeros."""
+    for view in iov:
+        for start in range(0, len(view), len(_ZEROS)):
+            piece = view[start : start + len(_ZEROS)]
+            piece[:] = _ZEROS[: len(piece)]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from xenbackend.block.driver import Complete
-from xenbackend.block.request import Op, Request
+from xenbackend.block.request import Op, Request, clear
 from xenbackend.errors import XenbackendError
 from xenbackend.kernel import blockdev
 from xenbackend.kernel.blockdev import Alignment, Medium
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 MAX_IOVECS = 1024  # IOV_MAX: pieces of one call
 _ANYTHING = Alignment(1, 1)
-_ZEROS = bytes(64 * 1024)
 
 
 class Image:
@@ -185,8 +184,7 @@ class Image:
             return
         if rest and request.offset + request.length - sum(map(len, rest)) < self._end:
             raise OSError(errno.EIO, "the image has become shorter")
-        for view in rest:  # past the end: a frontend must not get to see what was in its buffer before
-            _clear(view)
+        clear(rest)  # past the end: a frontend must not get to see what was in its buffer before
 
     def _read_copied(self, request: Request) -> None:
         """Read what direct I/O cannot: an odd place or length, or memory that the medium cannot use."""
@@ -252,12 +250,6 @@ _STEPS: tuple[Callable[[Image, Request], None], ...] = (
 
 def _nobody(batch: list[Request]) -> None:
     raise XenbackendError(f"an image was given requests before it had an owner: {batch!r}")
-
-
-def _clear(view: memoryview) -> None:
-    for start in range(0, len(view), len(_ZEROS)):
-        piece = view[start : start + len(_ZEROS)]
-        piece[:] = _ZEROS[: len(piece)]
 
 
 def _whole(

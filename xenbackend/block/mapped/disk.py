@@ -26,12 +26,11 @@ from typing import Any, ClassVar, Literal
 from xenbackend.block.driver import Driver, Env, File, Geometry
 from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
-from xenbackend.block.mapped.parts import clear
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
 from xenbackend.block.mapped.shared import Once, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.options import FilePath, option
-from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.request import PENDING, Op, Request, clear
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from xenbackend.block.driver import Complete, File
-from xenbackend.block.mapped.parts import clear, cut
-from xenbackend.block.request import Op, Request
+from xenbackend.block.mapped.parts import cut
+from xenbackend.block.request import Op, Request, clear
 from xenbackend.units import round_up
 
 _GAP = 1 << 20  # bytes between two ranges, and more than any cluster that begins in the first one goes on

@@ -11,8 +11,6 @@ from typing import Any
 
 from xenbackend.block.request import PENDING, Request
 
-_ZEROS = bytes(64 * 1024)
-
 
 class Part(Request):
     """A piece of a request, or a request of our own. `done` is called when it is back, and must not keep it.
@@ -97,14 +95,6 @@ def cut(iov: Sequence[memoryview], lengths: Sequence[int]) -> Iterator[list[memo
             view = view[missing:]
             missing -= len(piece[-1])
         yield piece
-
-
-def clear(iov: Sequence[memoryview]) -> None:
-    """Fill with zeros."""
-    for view in iov:
-        for start in range(0, len(view), len(_ZEROS)):
-            piece = view[start : start + len(_ZEROS)]
-            piece[:] = _ZEROS[: len(piece)]
 
 
 def tell(part: Part) -> None:
