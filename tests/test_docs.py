@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,9 +15,11 @@ from tests.tools import diagrams
 from xenbackend.block import drivers
 from xenbackend.block.options import describe_options
 from xenbackend.block.spec import parse_chain
+from xenbackend.protocol import messages
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
+SUPERVISOR = sorted(ROOT.glob("xenbackend/supervisor/*/__init__.py"))
 HEADINGS = ["Synopsis", "Description", "Options", "Behaviour", "Example", "Limits"]
 IS_THIRD_PARTY_HERE = bool(metadata.entry_points(group=drivers.GROUP, name="xor"))
 NAMES = [*sorted(drivers.BUILT_IN), *(["xor"] if IS_THIRD_PARTY_HERE else [])]
@@ -73,3 +77,48 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), target
         headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if part else []
         assert not part or part in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings], target
+
+
+@pytest.mark.parametrize("room", [f"supervisor/{each.parent.name}" for each in SUPERVISOR] + ["protocol", "loop"])
+def test_every_file_of_the_control_plane_is_introduced(room: str) -> None:
+    """ARCHITECTURE.md says in a line what each file of these rooms holds, in the room's own table."""
+    _, _, after = (ROOT / "ARCHITECTURE.md").read_text().partition(f"\n`{room}/` is ")
+    _, _, table = after.partition("\n\n")
+    introduced = re.findall(r"^\| `(\w+\.py)` \| .+ \|$", table.partition("\n\n")[0], re.MULTILINE)
+
+    assert sorted(set(introduced)) == sorted(introduced)
+    assert {file.name for file in (ROOT / "xenbackend" / room).glob("*.py")} - {"__init__.py"} <= set(introduced)
+
+
+def test_every_message_is_introduced() -> None:
+    """ARCHITECTURE.md names each message between supervisor and worker."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for message in get_args(messages.Message):
+        assert re.search(rf"\b{message.__name__}\b", text), message
+
+
+def test_every_note_is_introduced() -> None:
+    """ARCHITECTURE.md has a row for each field of the notes, and none for another."""
+    notes = pytest.importorskip("xenbackend.supervisor.vbd.notes")
+    _, _, table = (ROOT / "ARCHITECTURE.md").read_text().partition("\n| field | holds |\n")
+    names = re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE)
+
+    assert [each.name for each in fields(notes.Notes)] == names
+
+
+def test_the_glossary_has_one_line_for_each_word() -> None:
+    """No word is explained twice."""
+    _, _, glossary = (ROOT / "ARCHITECTURE.md").read_text().partition("\n## Glossary\n")
+    rows = re.findall(r"^\| (.+?) \| .+? \| ?(.*?) ?\|$", glossary, re.MULTILINE)
+    words = [word for heads, _ in rows if heads != "word" for word in heads.split(", ")]
+
+    assert len(rows) > 40
+    assert sorted(set(words)) == sorted(words)
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/decisions.md"])
+def test_files_that_are_named_are_there(page: str) -> None:
+    """Each path in a page about the code leads to a file or directory of it."""
+    for path in set(re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.(?:py|md|toml|c|json))?)`", (ROOT / page).read_text())):
+        places = (ROOT, ROOT / "xenbackend", ROOT / "xenbackend/supervisor", ROOT / "xenbackend/block")
+        assert "NAME" in path or any((place / path).exists() for place in places), path

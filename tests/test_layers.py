@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -190,8 +191,37 @@ def test_every_part_has_a_layer() -> None:
     assert set(LAYERS) == {part_of(file) for file in FILES}
 
 
+def documented_layers() -> dict[str, set[str]]:
+    """Return the table of rooms in ARCHITECTURE.md as `LAYERS` has it; "ground" is short for the lowest rooms."""
+    text = (ROOT.parent / "ARCHITECTURE.md").read_text().partition("| room |")[2].partition("\n\n")[0]
+    phrases = {"ground": GROUND - {"log"}, "everything": {""}, "nothing": set()}
+    found = {}
+    for rooms, uses in re.findall(r"^\| (`.*`) \| [^|]* \| (.*) \|$", text, re.MULTILINE):
+        names = re.findall(r"`(.*?)`", uses)
+        words = re.findall(r"\w+", re.sub(r"`.*?`", "", uses))
+        allowed = set(names).union(*(phrases[word] for word in words))
+        found.update({room.rstrip("/"): allowed for room in re.findall(r"`(.*?)`", rooms)})
+    return found
+
+
+def test_the_rooms_are_documented() -> None:
+    """ARCHITECTURE.md shows newcomers this table: each room, and exactly what it may use."""
+    assert documented_layers() == LAYERS
+
+
+@pytest.mark.parametrize("part", sorted(LAYERS))
+def test_nothing_is_allowed_in_vain(part: str) -> None:
+    """What a room may use beyond the ground is used: a line of the table that nobody needs misleads its reader."""
+    files = [file for file in FILES if part_of(file) == part]
+    used = {
+        name.partition(".")[2] for file in files for name in imports(tree_of(file)) if name.startswith("xenbackend.")
+    }
+
+    assert [] == [each for each in sorted(LAYERS[part] - GROUND) if not any(begins(name, {each}) for name in used)]
+
+
 def test_strangers_know_the_ground_only() -> None:
-    """Kernel, blkif, block, control and journal meet in a worker and nowhere else."""
+    """The rooms that a worker joins do not know each other, but for the steps by which formats write tables."""
     for part in STRANGERS:
         assert not LAYERS[part] & STRANGERS
 
