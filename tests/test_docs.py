@@ -122,3 +122,14 @@ def test_files_that_are_named_are_there(page: str) -> None:
     for path in set(re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.(?:py|md|toml|c|json))?)`", (ROOT / page).read_text())):
         places = (ROOT, ROOT / "xenbackend", ROOT / "xenbackend/supervisor", ROOT / "xenbackend/block")
         assert "NAME" in path or any((place / path).exists() for place in places), path
+
+
+def test_the_map_of_harnesses_is_true() -> None:
+    """Each class that CONTRIBUTING.md's map of harnesses names is defined in the file beside it."""
+    _, _, after = (ROOT / "CONTRIBUTING.md").read_text().partition("\n| harness |")
+    rows = re.findall(r"^\| (.+?) \| `(\S+\.py)` \|", after, re.MULTILINE)
+
+    assert len(rows) > 10
+    for names, file in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"\nclass {name}" in (ROOT / file).read_text(), name
