@@ -12,7 +12,7 @@ and sample bytes that a C compiler made from those headers; the tests compare.
                            2 bytes of padding, indirect_grefs[8] u32
     struct blkif_response  id u64, operation u8, 1 byte of padding, status s16 (and 4 more of padding on x86_64)
 
-On x86_64 a u64 is aligned to 8 bytes, on i386 to 4: that is the only difference between the layouts.
+On x86_64 a u64 is aligned to 8 bytes, on i386 to 4: the layouts differ in nothing else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What we publish to a frontend and what it answers, as xenstore keys and values.
+"""The xenstore keys by which backend and frontend agree: those that we publish, and those that the frontend answers.
 
 Must not talk to xenstore: keys are looked up by a function that the caller gives.
 
-Source: io/blkif.h, "Backend XenBus Nodes" and "Frontend XenBus Nodes"; where frontends and the header differ, what
-Linux does is marked.
+Source: io/blkif.h, "Backend XenBus Nodes" and "Frontend XenBus Nodes"; where frontends and the header differ, the code
+marks what Linux does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PROTOCOLS = {**{name: name for name in LAYOUTS}, "arm-abi": NATIVE.protocol}
 
 
 class BadFrontend(GuestError):
-    """The frontend's nodes cannot be what a frontend means."""
+    """The frontend's nodes make no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Frontend:
 
 
 def publish_at_probe(limits: Limits) -> dict[str, str]:
-    """Return the keys that must be there before the backend's state is InitWait, where frontends read them."""
+    """Return the keys that must be written before state InitWait, in which frontends read them."""
     return {
         "max-ring-page-order": str(limits.max_ring_order),
         "multi-queue-max-queues": str(limits.max_queues),
@@ -81,7 +81,7 @@ def publish_at_probe(limits: Limits) -> dict[str, str]:
 
 
 def publish_at_connect(disk: Disk) -> dict[str, str]:
-    """Return the keys that must be there before the backend's state is Connected.
+    """Return the keys that must be written before state Connected.
 
     `sectors` counts 512-byte sectors, as the header rules since 2024 and Linux always did.
     """
@@ -106,7 +106,7 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
     """Return what the frontend chose. `read` gives the value of a key below the frontend's directory, or None.
 
     An absent `protocol` means the native one (as Linux blkback does; tapback takes x86_32 for it). A feature is
-    there if its value is 1; any other value means that it is absent.
+    present if its value is 1, and absent for any other value.
 
     Raises: BadFrontend.
     """
@@ -144,5 +144,5 @@ def _number(read: Callable[[str], str | None], key: str, least: int, most: int, 
 
 
 def _shown(text: str | None) -> str:
-    """Return a guest's text, short and without anything that a terminal would obey."""
+    """Return a guest's text, short and without control characters."""
     return ascii((text or "")[:40])

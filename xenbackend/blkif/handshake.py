@@ -1,11 +1,11 @@
-"""The states of a vbd's two ends and the one table that says what a backend does in each pair of them.
+"""The states of a vbd's two ends, and the table that says what a backend does in each pair of them.
 
 Must not keep the state of a device or talk to xenstore.
 
-Sources: io/xenbus.h for the numbers; Linux xen-blkback `frontend_changed` for the moves. Where this table differs from
-it: a frontend directory that is not there yet is waited for (a toolstack may write it last), and a frontend that starts
-anew while we are connected (kexec after a crash) is offered the vbd again. As there, a frontend that has come back to
-Initialised is served although we are Closed: its Initialising may have come and gone between two looks.
+Sources: io/xenbus.h for the numbers; Linux xen-blkback `frontend_changed` for the moves. This table differs from it in
+two points: it waits for a frontend directory that does not exist yet (a toolstack may write it last), and it offers the
+vbd again to a frontend that starts anew while we are connected (kexec after a crash). As in Linux, a frontend that is
+back in Initialised is served although we are Closed: its Initialising may have come and gone between two looks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Enum, IntEnum
 
 
 class XenbusState(IntEnum):
-    """One end's state, as its decimal number stands in the node ``state``; UNKNOWN also means that there is no node."""
+    """One end's state, as the node ``state`` holds its decimal number; UNKNOWN also means that the node is missing."""
 
     UNKNOWN = 0
     INITIALISING = 1
@@ -28,7 +28,7 @@ class XenbusState(IntEnum):
 
 
 class Step(Enum):
-    """What the backend should do. Each is a goal, not an event: to do it twice is to do it once."""
+    """What the backend should do. Each is a goal, not an event: doing it twice has the effect of doing it once."""
 
     WAIT = "wait"  # the next move is the frontend's
     OFFER = "offer"  # publish what we can do, then InitWait
@@ -42,8 +42,10 @@ _STATES = {str(state.value): state for state in XenbusState}
 
 
 def parse_state(text: str | None) -> XenbusState:
-    """Return the state that a node's text names; UNKNOWN for a missing node and for anything that is no state."""
-    return _STATES.get(text or "", XenbusState.UNKNOWN)
+    """Return the state that a node's text names; UNKNOWN for a missing node and for any other text."""
+    if text is None or len(text) != 1 or not "0" <= text <= "8":
+        return XenbusState.UNKNOWN
+    return XenbusState(int(text))
 
 
 _LETTERS = {"-": Step.WAIT, "O": Step.OFFER, "S": Step.SERVE, "F": Step.FOLLOW, "C": Step.CLOSE, "R": Step.RESTART}

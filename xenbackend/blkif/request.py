@@ -1,9 +1,9 @@
 """Copies of ring slots turned into checked requests, and requests turned into slots.
 
-Must not map a grant, touch a file, or look at shared memory: what comes in here is private already (R4).
+Must not map a grant, touch a file, or look at shared memory: its input is a private copy already (R4).
 
-Law: for any bytes the decoder gives a valid operation or a `GuestError` in `RingRequest.refused`; it raises nothing,
-its work is bounded, and `guest_id` and `operation` are right even then, so that the request can be answered.
+Law: from any bytes the decoder makes a valid operation, or a `GuestError` in `RingRequest.refused`. It raises nothing,
+and its work is bounded. `guest_id` and `operation` are right in either case, so that the request can be answered.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _WHOLE_PAGES = [WHOLE_PAGE * count for count in range(SEGMENTS_PER_INDIRECT_PAGE
 
 
 class BadRequest(GuestError):
-    """A request that breaks a rule; `status` is what it is answered with."""
+    """A request that breaks a rule; `status` is its answer."""
 
     status = BLKIF_RSP_ERROR
 
 
 class BadOperation(BadRequest):
-    """An operation that we do not know or did not announce."""
+    """An operation that is unknown, or that we did not announce."""
 
     status = BLKIF_RSP_EOPNOTSUPP
 
 
 class BadSegmentCount(BadRequest):
-    """No segment where data is due, or more than was agreed."""
+    """No segment although data is due, or more segments than agreed."""
 
 
 class BadSegment(BadRequest):
@@ -62,7 +62,7 @@ class BadSegment(BadRequest):
 
 
 class BadDiscard(BadRequest):
-    """A discard that names nothing."""
+    """A discard of no sectors."""
 
 
 class OutOfRange(BadRequest):
@@ -70,7 +70,7 @@ class OutOfRange(BadRequest):
 
 
 class ReadOnly(BadRequest):
-    """Something that would alter a read-only disk."""
+    """A request that would change a read-only disk."""
 
 
 class BadGrant(BadRequest):
@@ -85,7 +85,7 @@ class RingRequest:
     operation      BLKIF_OP_*; for an indirect request the inner one, which is what the response must carry
     first_sector   in 512-byte sectors; the range lies inside the disk
     length         bytes, 0 for a flush or an empty barrier
-    grefs          the data pages in order, where there is not exactly one whole page
+    grefs          the data pages in order, unless the data is exactly one whole page
     spans          (first byte, bytes) per page; None for a plain record and one of several whole pages only
     indirect       the pages that hold the segments, until `Decoder.decode_indirect` was called; then empty
     segment_count  segments in those pages
@@ -123,7 +123,7 @@ class Decoder:
     def __init__(
         self, layout: Layout, sectors: int, *, read_only: bool, can_flush: bool, can_discard: bool, max_segments: int
     ) -> None:
-        """Remember what was agreed: the disk's size in 512-byte sectors, and how long an indirect request may be."""
+        """Take the agreement: the disk's size in 512-byte sectors, and the limit of an indirect request."""
         self.sectors = sectors
         self._layout = layout
         self._read_only = read_only
@@ -163,7 +163,7 @@ class Decoder:
     def decode_indirect(self, record: RingRequest, segments: memoryview) -> None:
         """Decode the segments of an indirect request from the private copy of its pages, 8 bytes per segment.
 
-        Whole pages are recognised all at once: with 256 segments that is what the time of a request goes into.
+        Whole pages are recognised all at once: with 256 segments this is where the time of a request goes.
         """
         record.indirect = ()
         count = record.segment_count

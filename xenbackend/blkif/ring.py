@@ -1,4 +1,4 @@
-"""Both ends of a shared ring: indices, slots, and who must be told. Pure over a memoryview and a fence.
+"""Both ends of a shared ring: indices, slots, and when to notify. Pure, over a memoryview and a fence.
 
 Must not know what a request means. The other side is hostile and may write any byte of the ring at any moment.
 
@@ -15,8 +15,8 @@ R10 Index loads and stores are single aligned 32-bit accesses: `memoryview.cast(
 
 R2 and R5 need no fence of their own on x86, where loads stay in order among loads and stores among stores; elsewhere
 `BackRing` is told that it needs one. R8 is the engine's to keep.
-Private indices here count on beyond 32 bits, so that they can be compared; what was written to the ring is never read
-back as truth.
+Private indices here count beyond 32 bits, so that they can be compared; our own values are never read back from the
+ring.
 
 Source: io/ring.h (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY, RING_FINAL_CHECK_FOR_REQUESTS, RING_REQUEST_PROD_OVERFLOW).
 """
@@ -50,7 +50,7 @@ class BackRing:
         *,
         is_strongly_ordered: bool = True,
     ) -> None:
-        """Look at a ring that is already in use or new: both sides agree from `rsp_prod` on, as a restart would.
+        """Join a ring, new or in use: both sides agree from `rsp_prod` on, as after a restart.
 
         `pages` are the ring's bytes, mapped side by side; on x86 memory is strongly ordered.
         """
@@ -66,7 +66,7 @@ class BackRing:
         self.places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]  # bytes into `pages`
 
     def published(self) -> int:
-        """Return how many responses the ring shows beyond `answered`; the frontend may have written anything there."""
+        """Return how many responses the ring shows beyond `answered`; the frontend may have written any index."""
         return (self._index[RSP_PROD] - self.answered) & _MASK
 
     def go_on_from(self, consumed: int, answered: int) -> None:
@@ -84,7 +84,7 @@ class BackRing:
         return count
 
     def has_moved(self) -> bool:
-        """Return whether the frontend's producer index is another one than what was taken: worth a closer look."""
+        """Return whether the frontend's producer index differs from the requests taken: worth a closer look."""
         return self._index[REQ_PROD] != self.consumed & _MASK
 
     def until_wrap(self) -> int:
@@ -116,7 +116,7 @@ class BackRing:
         return (answered - index[RSP_EVENT]) & _MASK < answered - before
 
     def disarm(self) -> None:
-        """Ask for no event: we are looking ourselves. Before sleeping comes `final_check`."""
+        """Ask for no event while we look ourselves. Call `final_check` before sleeping."""
         self._index[REQ_EVENT] = self.consumed & _MASK
 
     def final_check(self) -> int:
@@ -131,7 +131,7 @@ class BackRing:
 
 
 class FrontRing:
-    """The frontend's end, for the rig, the load generator and the tests. It trusts nobody either."""
+    """The frontend's end, for the rig, the load generator and the tests. It does not trust the backend either."""
 
     def __init__(self, pages: memoryview, layout: Layout, entries: int, fence: Callable[[], None]) -> None:
         """Make a new ring in `pages`: all indices zero, both events at one (SHARED_RING_INIT)."""
@@ -175,7 +175,7 @@ class FrontRing:
         return (self.produced - self.index[REQ_EVENT]) & _MASK < self.produced - before
 
     def waiting(self) -> int:
-        """Return how many responses wait to be taken; more than were asked for is for the caller to refuse."""
+        """Return how many responses wait to be taken; the caller has to refuse more than it asked for."""
         return (self.index[RSP_PROD] - self.consumed) & _MASK
 
     def take(self) -> tuple[int, int, int, bytes]:

@@ -1,6 +1,6 @@
-"""A guest that tries its disk: fills an area with data that tell where they belong, mixes, verifies, puts all back.
+"""A guest that tests its disk: fills an area with data that tell where they belong, mixes, verifies, restores all.
 
-Must not print. Whoever watches gives a function that is told of progress.
+Must not print. The caller may give a function that is told about progress.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE_SECTORS = 8
 
 @dataclass(slots=True)
 class Phase:
-    """What one phase did: bytes moved, seconds, and each request's latency in seconds."""
+    """The result of one phase: bytes moved, seconds, and each request's latency in seconds."""
 
     name: str
     total: int  # bytes or, for a phase that is timed, 0
@@ -34,7 +34,7 @@ class Phase:
     latencies: list[float] = field(default_factory=list)
 
     def latency(self, fraction: float) -> float:
-        """Return the latency in seconds that `fraction` of the requests stayed within."""
+        """Return the latency in seconds that `fraction` of the requests did not exceed."""
         ordered = sorted(self.latencies)
         return ordered[min(len(ordered) - 1, int(len(ordered) * fraction))] if ordered else 0.0
 
@@ -45,12 +45,12 @@ Progress = Callable[[Phase], None]
 class Exercise:
     """Drives one connected frontend over the first `size` bytes of its disk.
 
-    Raises, from any phase: WrongData, the moment a sector does not hold what it must; XenbackendError when a request
-    ends with an error.
+    Raises, from any phase: WrongData, as soon as a sector has the wrong content; XenbackendError if a request ends with
+    an error.
     """
 
     def __init__(self, frontend: Frontend, size: int, seed: int, progress: Progress) -> None:
-        """Take the frontend; `size`, a sector or more, is cut to the disk's and to whole pages where it has one."""
+        """Take the frontend; `size`, at least a sector, is cut to the disk's, and to whole pages if that leaves any."""
         sectors = min(size // SECTOR, frontend.facts.sectors)
         unit = PAGE_SECTORS if sectors >= PAGE_SECTORS else 1
         sectors -= sectors % unit
@@ -63,7 +63,7 @@ class Exercise:
         self._before: dict[int, bytes] = {}  # sector -> what was there
 
     def save(self) -> None:
-        """Read what the area holds now, so that it can be put back."""
+        """Read the area's content, so that it can be restored."""
         steps = (Step(BLKIF_OP_READ, sector, count) for sector, count in self._areas())
         self._run(Phase("save", self.size), steps, lambda step, data: self._before.update({step.sector: data}))
 
@@ -92,7 +92,7 @@ class Exercise:
         self._run(Phase("verify", self.size), steps, lambda _step, _data: None)
 
     def restore(self) -> None:
-        """Write what was there before, make it durable, and read it back."""
+        """Write the former content back, make it durable, and verify it."""
         if not self._before:
             return
         before = self._before

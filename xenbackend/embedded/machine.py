@@ -1,6 +1,6 @@
 """Starts and ends an embedded Xen host: hypervisor, xenstored, the service as its own process, guests with disks.
 
-Must not do a guest's I/O. Everything lives in one directory and ends with the machine, whatever happened before.
+Must not do a guest's I/O. Everything is in one directory and ends with the machine, whatever happened before.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Machine:
 
     directory   where its sockets and logs are; removed at the end
     store       dom0's connection to xenstore
-    service     the process that starts the service, and starts it again should it die
+    service     the process that starts the service, and restarts it if it dies
     """
 
     def __init__(self, *, observer: Observer | None = None, log: Path | None = None) -> None:
-        """Prepare a machine; `observer` is told of every change of xenstore, from another thread."""
+        """Prepare a machine; `observer` is told about every change of xenstore, from another thread."""
         if len(tempfile.gettempdir()) > _LONGEST:
             raise XenbackendError(
                 f"{tempfile.gettempdir()} is too long a path for sockets; set TMPDIR to a shorter one"
@@ -81,7 +81,7 @@ class Machine:
         self._undo.callback(shutil.rmtree, self.directory)
 
     def __enter__(self) -> Self:
-        """Boot. Raises: XenbackendError with the service's own words when it does not start."""
+        """Boot. Raises: XenbackendError with the service's own sentence if it does not start."""
         try:
             self.xen.start()
             self._undo.callback(self.xen.close)
@@ -107,11 +107,11 @@ class Machine:
 
     @property
     def service_pid(self) -> int:
-        """The service's process, 0 while there is none. Raises: XenbackendError where it does not answer."""
+        """The service's process, 0 while none runs. Raises: XenbackendError if it does not answer."""
         return int(self.ask({"verb": "ping"})["data"]["pid"]) if self.service else 0
 
     def replace_service(self) -> None:
-        """Let a new service take over from the one that runs, as a package's upgrade does."""
+        """Have a new service take over from the running one, as a package's upgrade does."""
         if self.service is not None:
             self.service.send_signal(signal.SIGHUP)
 
@@ -138,7 +138,7 @@ class Machine:
         notify.unlink()
 
     def stop_service(self) -> None:
-        """End the service in order, and by force when it does not."""
+        """End the service in order, or by force if it does not end."""
         if self.service is None:
             return
         service, self.service = self.service, None
@@ -169,7 +169,7 @@ class Machine:
         return client.call(self.control, request).as_json()
 
     def written_ranges(self, vbd: str) -> list[tuple[int, int]]:
-        """Return what the `log:` layer of a vbd saw written: (first sector, count). Raises: XenbackendError."""
+        """Return the ranges that a vbd's `log:` layer saw written: (first sector, count). Raises: XenbackendError."""
         ranges: list[tuple[int, int]] = []
         arguments: list[str] = []
         while True:

@@ -1,1 +1,1 @@
-"""What is put into a Xen host: the files, where they go, and how they are taken away again."""
+"""The installation on a Xen host: the files, their places, and their removal."""

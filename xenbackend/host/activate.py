@@ -1,4 +1,4 @@
-"""Makes a running host take in what was installed, and let go of it: systemd and udev, step by step.
+"""Makes a running host use the installed files, or stop using them: systemd and udev, step by step.
 
 Must not write a file.
 """
@@ -33,7 +33,7 @@ def is_serving() -> bool:
 
 
 def starting(*, starts: bool) -> list[Command]:
-    """Return the steps after files were put; without `starts` the service comes with the next boot only."""
+    """Return the steps after files were installed; without `starts` the service only starts at the next boot."""
     enable = ("systemctl", "enable", *(["--now"] if starts else []), UNIT)
     return [("systemd-sysusers", SYSUSERS), _RELOAD_RULES, _APPLY_RULES, _RELOAD_UNITS, enable]
 
@@ -44,12 +44,12 @@ def stopping() -> list[Command]:
 
 
 def forgetting() -> list[Command]:
-    """Return the steps after files were removed. Devices keep their group until they are made anew: so does udev."""
+    """Return the steps after files were removed. Devices keep their group until udev makes them anew."""
     return [_RELOAD_RULES, _RELOAD_UNITS]
 
 
 def run(steps: Sequence[Command], tell: Tell) -> None:
-    """Take the steps in order. Each may be repeated. Raises: XenbackendError at the first that fails."""
+    """Take the steps in order. Each may be repeated. Raises: XenbackendError at the first one that fails."""
     for step in steps:
         _run(step)
         tell(step)

@@ -1,9 +1,9 @@
 #!/usr/bin/python3 -IS
-"""libxl's hotplug script for disks of xenbackend: asks the service to serve one, and tells the toolstack how it went.
+"""libxl's hotplug script for disks of xenbackend: asks the service to serve one, and tells the toolstack the result.
 
-Must not import anything but the standard library, and of that only what a disk that opens needs: it runs once per disk
-while a guest is created, for all of them at once, and what it costs is the interpreter's start. `socket` would double
-that, `json` and `glob` each nearly so; `_socket` is what `socket` is made of.
+Must not import anything but the standard library, and of that only the modules that a successful attach needs. It runs
+once per disk while a guest is created, for all disks at once, and most of its cost is the start of the interpreter.
+`socket` would double that, `json` and `glob` each nearly so; `_socket` is the part of `socket` that is needed.
 
 libxl starts it with `add` once it has seen the backend in InitWait, and with `remove` after Closed; XENBUS_PATH names
 the backend's directory. A failure is its exit status, with the sentence in ``hotplug-error``, which libxl prints.
@@ -22,7 +22,7 @@ TOOLS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/sbin", "/usr/loca
 
 
 def main() -> int:
-    """Do what libxl asks for, and return the exit status."""
+    """Carry out libxl's request, and return the exit status."""
     action = sys.argv[1] if len(sys.argv) > 1 else ""
     path = os.environ.get("XENBUS_PATH", "")
     if action == "remove":
@@ -43,17 +43,17 @@ def main() -> int:
 
 
 class Refused(Exception):
-    """The service has said no, in xenstore too; the text is for the operator."""
+    """The service refused, and said so in xenstore too; the text is for the operator."""
 
 
 class NoService(Exception):
-    """The service has said nothing; the text is for the operator."""
+    """The service did not answer; the text is for the operator."""
 
 
 def ask(path: str) -> None:
     """Ask the service to serve the vbd of a backend directory, and wait. Raises: Refused, NoService.
 
-    A service that is just being replaced ends before it answers; the next one takes the request from the same socket.
+    A service that is being replaced ends before it answers; the next one takes the request from the same socket.
     """
     if '"' in path or "\\" in path or not path.isprintable():
         raise Refused(f"XENBUS_PATH={path!r} is no path in xenstore")
@@ -73,7 +73,7 @@ def ask(path: str) -> None:
 
 
 def talk(place: str, request: bytes) -> bytes:
-    """Return the service's answer, a line; less where it ended before. Raises: NoService."""
+    """Return the service's answer, a line; less if the service ended before. Raises: NoService."""
     near = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         near.settimeout(TIMEOUT_S)
@@ -111,7 +111,7 @@ def service_socket() -> str:
 
 
 def leave_word(path: str, sentence: str) -> None:
-    """Write a failure where the toolstack looks for it, as the service does when it runs."""
+    """Write a failure into the node where the toolstack looks for it, as a running service does."""
     import glob  # only where there is something to tell
 
     tool = next((found for place in TOOLS for found in glob.glob(f"{place}/xenstore-write")), "")  # noqa: PTH207 - likewise

@@ -1,6 +1,6 @@
 """The example of a settings file: every setting with its default, commented out, made from the settings themselves.
 
-Must not hold a default: those are the settings' own.
+Must not hold a default; the settings have them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ABOUT = {
 
 
 def example() -> str:
-    """Return the text of the file. With each ``#`` before a setting taken away it means the same."""
+    """Return the text of the file. Without the ``#`` before each setting it means the same."""
     defaults = Settings()
     blocks = [_HEAD]
     blocks += [_setting(each.name, getattr(defaults, each.name)) for each in fields(Settings) if each.name != "limits"]

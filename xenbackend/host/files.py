@@ -1,9 +1,9 @@
-"""The files that a Xen host gets: what is in each, and where it goes.
+"""The files that are installed on a Xen host: their content and their places.
 
 Must not write anything.
 
-The unit and the udev rules lie at the top of a checkout and in `files/` of an installed package; the hotplug script is
-a module of ours that is run by itself.
+The unit and the udev rules are at the top of a checkout, and in `files/` of an installed package. The hotplug script is
+a module of ours that runs by itself.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class Item:
 
     @property
     def fingerprint(self) -> str:
-        """What `Tree.fingerprint` says of it once it is there."""
+        """The result of `Tree.fingerprint` once it is installed."""
         return fingerprint_of_link(self.link) if self.link else fingerprint_of_file(self.content)
 
 
 def fingerprint_of_file(content: bytes) -> str:
-    """Return what a file's content is known by."""
+    """Return the fingerprint of a file's content."""
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def fingerprint_of_link(target: str) -> str:
-    """Return what a symbolic link is known by."""
+    """Return the fingerprint of a symbolic link."""
     return f"link:{target}"
 
 
 def items(program: Program) -> list[Item]:
-    """Return all that is installed for a program: a package's at a distribution's places, others' at the admin's."""
+    """Return all that is installed for a program: a package's in a distribution's places, others' in the admin's."""
     is_packaged = program == PACKAGED
     units, rules, users = (
         ("/lib/systemd/system", "/lib/udev/rules.d", "/usr/lib/sysusers.d")
@@ -76,7 +76,7 @@ def shim(program: Program, xl: str) -> Item:
 
 
 def _hotplug_script(program: Program) -> bytes:
-    """Return the script for the interpreter that runs us: what libxl runs has no environment to find another one."""
+    """Return the script for the interpreter that runs us: below libxl it has no environment to find another."""
     first, _, rest = (_HERE / "block_xenbackend.py").read_bytes().partition(b"\n")
     return first.replace(PACKAGED.python.encode(), program.python.encode()) + b"\n" + rest
 

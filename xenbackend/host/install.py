@@ -1,9 +1,9 @@
-"""Installs items below a root and takes them away again, telling of each what was done.
+"""Installs items below a root and removes them again, and reports each step.
 
 Must not start or stop anything.
 
-The settings file is the admin's once it was changed. Everything else is ours: install writes it anew, and uninstall
-takes it away, unless somebody has changed it since.
+Once changed, the settings file belongs to the admin. Everything else is ours: install writes it anew, and uninstall
+removes it unless it was changed since.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _PACKAGES_UNITS = (f"/lib/systemd/system/{UNIT}", f"/usr/lib/systemd/system/{UNI
 
 
 def install(tree: Tree, items: Sequence[Item], say: Say, *, is_dry: bool = False) -> set[str]:
-    """Put the items below the root, remove what an older version had, and return the paths that changed.
+    """Put the items below the root, remove an older version's files, and return the paths that changed.
 
-    The manifest is written first: after a power cut uninstall knows of every file that may be there.
+    The manifest is written first, so that after a power cut uninstall knows every file that may be there.
 
-    Raises: ConfigError, before anything is touched, when something of somebody else's is in the way.
+    Raises: ConfigError, before anything is touched, if somebody else's file is in the way.
     """
     _refuse_package(tree)
     before = manifests.load(tree)
@@ -59,9 +59,9 @@ def stage(tree: Tree, items: Sequence[Item], say: Say) -> None:
 
 
 def uninstall(tree: Tree, say: Say, *, is_dry: bool = False, is_purge: bool = False) -> None:
-    """Take away what was installed; with `is_purge` also what was changed since.
+    """Remove the installed files; with `is_purge` also those that were changed since.
 
-    Raises: ConfigError when nothing was installed.
+    Raises: ConfigError if nothing was installed.
     """
     manifest = manifests.load(tree)
     config = str(settings.PATH)
@@ -85,7 +85,7 @@ def uninstall(tree: Tree, say: Say, *, is_dry: bool = False, is_purge: bool = Fa
 
 
 def _judge(tree: Tree, item: Item, installed: str | None) -> str:
-    """Return what is to be done with an item; `installed` is the fingerprint of what we put there before."""
+    """Return what to do with an item; `installed` is the fingerprint of the file that we installed before."""
     found = tree.fingerprint(item.path)
     if found is None:
         return MADE
@@ -99,7 +99,7 @@ def _judge(tree: Tree, item: Item, installed: str | None) -> str:
 
 
 def _manifest(tree: Tree, verdicts: Sequence[tuple[Item, str]], before: Manifest) -> Manifest:
-    """Return what will be installed. A file that the admin changed stays known by what it was."""
+    """Return the manifest after the installation. A file that the admin changed keeps its former fingerprint."""
     files = {item.path: item.fingerprint for item, verdict in verdicts if verdict != YOURS}
     former = {
         item.path: before.files[item.path]

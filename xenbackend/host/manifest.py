@@ -1,4 +1,4 @@
-"""What was installed, so that exactly that is taken away again.
+"""The list of installed files, so that exactly those are removed again.
 
 Must not decide what happens to a file.
 """
@@ -24,7 +24,7 @@ class Manifest:
 
 
 def load(tree: Tree) -> Manifest:
-    """Return what was installed below a root: nothing where there is no manifest. Raises: ConfigError."""
+    """Return the manifest below a root; an empty one if none exists. Raises: ConfigError."""
     place = tree.at(PATH)
     try:
         manifest = Manifest(**json.loads(place.read_text(encoding="utf-8")))
@@ -36,7 +36,7 @@ def load(tree: Tree) -> Manifest:
 
 
 def save(tree: Tree, manifest: Manifest) -> None:
-    """Write the manifest, if it says anything new."""
+    """Write the manifest, if it has changed."""
     item = Item(PATH, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     if not tree.has(item):
         tree.put(item)

@@ -1,6 +1,6 @@
-"""How this xenbackend is started by something that knows neither our environment nor our directory.
+"""The command that starts this xenbackend from a program that knows neither our environment nor our directory.
 
-Must not guess: what does not start that way is refused.
+Must not guess: a program that cannot be started in that way is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKAGED = Program("/usr/bin/xenbackend", "/usr/bin/python3")
 def this_program(called_as: str, python: str) -> Program:
     """Return the program that is running, from its ``sys.argv[0]`` and ``sys.executable``.
 
-    Raises: ConfigError when a service manager could not start it.
+    Raises: ConfigError if a service manager could not start it.
     """
     script = Path(called_as).absolute()
     is_script = script.name == _NAME and script.is_file()

@@ -1,9 +1,6 @@
 """Whether guests depend on the service right now.
 
-Must not take silence for a no.
-
-``python3 -m xenbackend.host.served`` is for the package's scripts: its exit status is 1 where guests do, or that is not
-known, which it says.
+Must not take a missing answer for a no.
 """
 
 from __future__ import annotations
@@ -20,10 +17,10 @@ _FORCE = ", or use --force"  # which a package manager knows in another sense
 
 
 def control_sockets(path: Path | None = None) -> list[str]:
-    """Return where a service may listen: where its settings say, and at the default place.
+    """Return the sockets on which a service may listen: that of its settings, and the default one.
 
-    A service that cannot use its settings goes by former ones, which may have said the default.
-    Raises: XenbackendError where the settings cannot be read: they may have said anything.
+    A service that cannot use its settings uses former ones, which may have named the default.
+    Raises: XenbackendError if the settings cannot be read: they may name any socket.
     """
     try:
         return list(dict.fromkeys([settings.load(path, {}).socket, DEFAULT_SOCKET]))
@@ -32,9 +29,9 @@ def control_sockets(path: Path | None = None) -> list[str]:
 
 
 def refuse_while_serving(socket: str) -> None:
-    """Return when no service listens on the control socket, or it has no disk.
+    """Return if no service listens on the control socket, or it serves no disk.
 
-    Raises: XenbackendError, naming disks that would be lost to their guests.
+    Raises: XenbackendError, which names the disks that guests would lose.
     """
     if not Path(socket).exists():
         return

@@ -1,6 +1,6 @@
-"""A root directory, and what can be done to a file in it: look, write whole or not at all, remove.
+"""A root directory and the operations on its files: look, write atomically, remove.
 
-Must not know what is installed.
+Must not know which files are installed.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ class Tree:
     """The files below `root`; paths are absolute as seen from inside."""
 
     def __init__(self, root: Path) -> None:
-        """Raises: ConfigError when `root` is no directory."""
+        """Raises: ConfigError if `root` is no directory."""
         if not root.is_dir():
             raise ConfigError(f"{root}: is not a directory; --root names one that holds a system")
         self._root = root.resolve()
         self.is_host = self._root == Path("/")
 
     def at(self, path: str) -> Path:
-        """Return where a path is on this host. Raises: ConfigError when a symbolic link leads out of the root."""
+        """Return where a path is on this host. Raises: ConfigError if a symbolic link leads out of the root."""
         place = self._root / path.lstrip("/")
         if not place.parent.resolve().is_relative_to(self._root):
             raise ConfigError(f"{place}: a symbolic link leads out of {self._root}; run the command in a chroot there")
         return place
 
     def fingerprint(self, path: str) -> str | None:
-        """Return what a path is known by (see `Item.fingerprint`), None where nothing is."""
+        """Return the fingerprint of a path (see `Item.fingerprint`), None if nothing is there."""
         place = self.at(path)
         if place.is_symlink():
             return fingerprint_of_link(str(place.readlink()))
@@ -41,13 +41,13 @@ class Tree:
         return fingerprint_of_file(place.read_bytes()) if place.is_file() else "no file"
 
     def has(self, item: Item) -> bool:
-        """Return whether an item is there just as it should be; of the admin's file the mode is the admin's too."""
+        """Return whether an item is there as it should be; the mode of the admin's file is the admin's choice."""
         if self.fingerprint(item.path) != item.fingerprint:
             return False
         return bool(item.link) or item.is_config or self.at(item.path).stat().st_mode & 0o7777 == item.mode
 
     def put(self, item: Item) -> None:
-        """Write an item and the directories above it. Whoever looks sees what was there before, or all of it."""
+        """Write an item and the directories above it. Readers see the former file or all of the new one."""
         place = self.at(item.path)
         for directory in self.missing_directories([item.path]):
             self.at(directory).mkdir()
@@ -73,7 +73,7 @@ class Tree:
         return sorted(each for each in above if not self.at(each).is_dir())
 
     def remove_directories(self, paths: list[str]) -> None:
-        """Remove the directories that are empty, innermost first; somebody else may have put something into one."""
+        """Remove the directories that are empty, innermost first; others may have put files into some."""
         for path in sorted(paths, reverse=True):
             with suppress(OSError):
                 self.at(path).rmdir()

@@ -1,1 +1,1 @@
-"""What we ask of the host kernel."""
+"""Everything that we ask of the host kernel."""

@@ -2,8 +2,8 @@
 
 Must not know a request, a driver, or what a number in `user_data` stands for. One thread owns a context.
 
-Older than io_uring, and waited for: when a process is killed its memory stays until the disk is done with it
-(`exit_aio` in fs/aio.c). Memory that is a guest's must not go before: Linux would take the mapping of the grant apart
+AIO is older than io_uring, and Linux waits for it: when a process is killed, its memory stays until the disk has
+finished (`exit_aio` in fs/aio.c). A guest's memory must not go earlier: Linux would tear down the mapping of the grant
 behind Xen's back, and neither the page nor the grant could be used again.
 
 Source: linux/aio_abi.h, io_submit(2).
@@ -48,13 +48,13 @@ _syscall = _libc.syscall  # without argtypes: half the price
 class Aio:
     """One context: operations are queued, then submitted together, and come back from `reap` after `wait`.
 
-    Invariant: at most `entries` operations are in flight, and the kernel takes no more; what it does not take now
-    stays queued.
+    Invariant: at most `entries` operations are in flight; the kernel takes no more. An operation that it does not take
+    now stays queued.
 
     Args:
         entries: a host has fs.aio-max-nr of them, 65536 by default.
 
-    Raises: KernelError: ENOSYS where the kernel has no AIO, EAGAIN where others have used up the host's.
+    Raises: KernelError: ENOSYS if the kernel has no AIO, EAGAIN if others have used up the host's.
     """
 
     single = (OP_READ, OP_WRITE)
@@ -81,7 +81,7 @@ class Aio:
         self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
 
     def queue(self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int) -> None:
-        """Queue one operation; the memory at `address` must stay until its completion was reaped."""
+        """Queue one operation; the memory at `address` must stay until the completion is reaped."""
         if self._first + self.queued == self._entries:
             self._submit_all()
         place = (self._first + self.queued) * _IOCB.size
@@ -102,11 +102,11 @@ class Aio:
         self.queue(_FDSYNC, fd, 0, 0, 0, user_data)
 
     def queue_poll(self, fd: int, user_data: int) -> None:
-        """Queue a look at a descriptor, which completes once when it is readable."""
+        """Queue a poll of a descriptor, which completes once when it is readable."""
         self.queue(_POLL, fd, 0, _POLLIN, 0, user_data)
 
     def submit(self) -> None:
-        """Submit what is queued, as far as the kernel takes it. What it refuses comes back with the error."""
+        """Submit the queue, as far as the kernel takes it. An operation that it refuses comes back with the error."""
         while self.queued:
             pointers = ctypes.c_void_p(self._pointers + self._first * 8)
             taken = _syscall(_SYS_SUBMIT, self._context, self.queued, pointers)
@@ -121,11 +121,11 @@ class Aio:
         self._first = self._iovecs_used = 0
 
     def enter(self) -> None:
-        """Submit what is queued, and take what has completed; does not wait. Raises: KernelError."""
+        """Submit the queue and collect completions, without waiting. Raises: KernelError."""
         self.wait(0)
 
     def wait(self, timeout_s: float | None) -> None:
-        """Submit what is queued and sleep until something has completed, `timeout_s` at most. Raises: KernelError."""
+        """Submit the queue and sleep until something completes, at most `timeout_s`. Raises: KernelError."""
         if self.queued:
             self.submit()
             if self.queued:
@@ -133,16 +133,16 @@ class Aio:
         self._get_events(0 if self._done else timeout_s)
 
     def reap(self) -> list[tuple[int, int]]:
-        """Return what has completed until the last `wait`, as (user_data, result): a byte count or a negative errno."""
+        """Return the completions up to the last `wait`, as (user_data, result): a byte count or a negative errno."""
         done, self._done = self._done, []
         return done
 
     def close(self) -> None:
-        """Release the context; nothing but looks at descriptors is in flight."""
+        """Release the context; only polls may be in flight."""
         _syscall(_SYS_DESTROY, self._context)
 
     def _submit_all(self) -> None:
-        """Make room: submit everything, and sleep until the kernel has taken it."""
+        """Make room: submit everything and sleep until the kernel has taken it."""
         self.submit()
         while self.queued:
             self._get_events(_RETRY_S)

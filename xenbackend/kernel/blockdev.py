@@ -1,6 +1,6 @@
-"""What an open image is: its size and sectors, whether it can discard, whether direct I/O truly reaches the medium.
+"""The properties of an open image: size, sectors, whether it can discard, whether direct I/O really reaches the medium.
 
-Must not open, lock, read on behalf of a guest, or decide what to do with what it finds out.
+Must not open, lock, read for a guest, or decide what follows from its findings.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ class Medium:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """What direct I/O demands, in bytes, powers of two."""
+    """The alignment that direct I/O demands, in bytes, powers of two."""
 
     memory: int  # of each address
     offset: int  # of the place in the file, and of each length
 
 
 def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False, sector_size: int = 0) -> Medium:
-    """Return what `fd` is.
+    """Return the properties of the image behind `fd`.
 
     Args:
-        fd: open as the image is to be.
+        fd: open in the way in which the image will be used.
         path: for messages.
-        read_only: nothing is written: part of a sector at the end is made whole by zeros, which are not in the file.
-        ends_anywhere: part of a sector at the end is no sector, and stays what it is.
+        read_only: nothing is written; an incomplete sector at the end is completed by zeros that are not in the file.
+        ends_anywhere: an incomplete sector at the end does not count, and stays as it is.
         sector_size: of the disk, in bytes; 0 for the medium's own.
 
-    Raises: DriverError where it cannot be an image, OSError.
+    Raises: DriverError if it cannot be an image, OSError.
     """
     status = os.fstat(fd)
     for is_kind, words in _WRONG_KINDS:
@@ -90,7 +90,7 @@ def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False,
 
 
 def refuse_part_of_a_sector(medium: Medium, path: str) -> None:
-    """Refuse what only a reader can use. Raises: DriverError, which says what to do."""
+    """Refuse an image that can only be read. Raises: DriverError, which says what to do."""
     if medium.end == medium.size:
         return
     sector = medium.sector_size
@@ -113,7 +113,7 @@ def _file(fd: int, status: os.stat_result, *, read_only: bool) -> Medium:
 
 
 def _unit_of_file(fd: int) -> int:
-    """Return what the file system says that direct I/O to a file takes: the sector of the device below, or more."""
+    """Return the unit of direct I/O to a file, as the file system says: the sector of the device below, or more."""
     stated = _stated_alignment(fd)
     return stated.offset if stated is not None and _is_physical(stated.offset, SECTOR) else SECTOR
 
@@ -132,12 +132,12 @@ def _device(fd: int, number: int) -> Medium:
 
 
 def _is_physical(size: int, sector_size: int) -> bool:
-    """Return whether a guest can make sense of it: Linux demands a power of two, and no less than the sector."""
+    """Return whether a guest accepts this size: Linux demands a power of two, at least the sector."""
     return sector_size <= size <= _MAX_PHYSICAL and not size & size - 1
 
 
 def _queue_limit(number: int, name: str) -> int:
-    """Return a limit of a block device's queue from sysfs, 0 where it is not known; a partition has its disk's."""
+    """Return a limit of a block device's queue from sysfs, 0 if unknown; a partition has its disk's limit."""
     from pathlib import Path  # late: most images are files
 
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
@@ -150,12 +150,12 @@ def _queue_limit(number: int, name: str) -> int:
 
 
 def _can_punch(fd: int, size: int) -> bool:
-    """Try it behind the end of the file, where there is nothing to lose."""
+    """Try to punch a hole behind the end of the file, where nothing can be lost."""
     return bool(_libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, size, mmap.PAGESIZE) == 0)
 
 
 def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
-    """Forget a range, blocking; of a device only what is its own whole sectors. Raises: OSError."""
+    """Discard a range, blocking; of a device only whole sectors of its own. Raises: OSError."""
     if medium.is_device:
         first, end = round_up(offset, medium.unit), (offset + length) // medium.unit * medium.unit
         if first < end:
@@ -166,9 +166,9 @@ def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
 
 
 def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
-    """Make `fd` bypass the page cache and return what that demands; where it cannot, leave it alone and return None.
+    """Make `fd` bypass the page cache and return the alignment; if that is impossible, leave it alone and return None.
 
-    It is switched instead of opening a second one, so that lock and writes in flight stay one description's.
+    Switching keeps the lock and the writes in flight on one file description; a second `open` would not.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
@@ -183,7 +183,7 @@ def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
 
 
 def _stated_alignment(fd: int) -> Alignment | None:
-    """Ask statx (Linux 6.1); None where the file system does not say, or says that it cannot."""
+    """Ask statx (Linux 6.1); None if the file system does not say, or cannot do direct I/O."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if not hasattr(_libc, "statx") or _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
         return None

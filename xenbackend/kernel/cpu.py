@@ -1,6 +1,6 @@
-"""What this process got of the host's CPUs, and what it wanted and did not get.
+"""How much of the host's CPUs this process got, and how long it waited for one.
 
-Must not judge. The files are opened once: a process that is walled in later can read on.
+Must not judge. The files are opened once: a process that is sandboxed later can still read them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cpu:
     """
 
     def __init__(self) -> None:
-        """Open the files. Raises: OSError, where the kernel has none (CONFIG_SCHED_INFO), or counts nothing in them."""
+        """Open the files. Raises: OSError, if the kernel has none (CONFIG_SCHED_INFO) or does not count."""
         self._own = os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if os.pread(self._own, 128, 0).split()[2] == b"0":  # it runs, and was never given a CPU: delayacct is off
@@ -38,7 +38,7 @@ class Cpu:
             raise
 
     def times(self) -> CpuTimes:
-        """Return the times by now; some microseconds. Raises: OSError."""
+        """Return the current times; takes some microseconds. Raises: OSError."""
         ran, waited, *_ = os.pread(self._own, 128, 0).split()
         ticks = [int(word) for word in os.pread(self._host, 512, 0).partition(b"\n")[0].split()[1:9]]
         return CpuTimes(int(ran), int(waited), ticks[7], sum(ticks))

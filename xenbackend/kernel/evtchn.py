@@ -1,4 +1,4 @@
-"""Event channels through `/dev/xen/evtchn`: bind, see what fired, let it fire again, notify.
+"""Event channels through `/dev/xen/evtchn`: bind, see which ports fired, let them fire again, notify.
 
 Must not loop or wait. Structures and numbers: linux/include/uapi/xen/evtchn.h.
 """
@@ -27,9 +27,9 @@ _READ = 4096  # bytes: the kernel gives a page at most
 
 
 class Evtchn:
-    """The event channels towards one domain; implements `kernel.ports.EventChannels`.
+    """Event channels towards one domain; implements `kernel.ports.EventChannels`.
 
-    Raises: KernelError, where the device cannot be opened or restricted.
+    Raises: KernelError, if the device cannot be opened or restricted.
     """
 
     def __init__(self, domid: int, path: str = PATH) -> None:
@@ -71,11 +71,11 @@ class Evtchn:
         return list(self._ports)
 
     def unmask(self, port: int) -> None:
-        """Let the port fire again; it does so at once if it was notified meanwhile."""
+        """Let the port fire again; it fires at once if it was notified meanwhile."""
         os.write(self._fd, self._ports[port])
 
     def notify(self, port: int) -> None:
-        """Kick the other side; a peer that has gone is not our error."""
+        """Notify the other side; a peer that has gone is not our error."""
         with suppress(OSError):
             fcntl.ioctl(self._fd, NOTIFY, self._ports[port])
 
@@ -92,7 +92,7 @@ class Evtchn:
         os.close(self._fd)
 
     def _restrict(self) -> None:
-        """Give up the right to bind towards any other domain. The kernel knows no such restriction to domain 0."""
+        """Give up the right to bind towards any other domain. The kernel has no such restriction for domain 0."""
         if self._domid == 0:
             return
         try:

@@ -1,8 +1,8 @@
-"""A full memory fence from Python, and how it was found on this host.
+"""A full memory fence from Python, and the way it was found on this host.
 
-Must not be used but for the ring: nothing else shares memory without a system call in between.
+Must not be used for anything but the ring: nothing else shares memory without a system call in between.
 
-Two places of the protocol need one (R6, R7): between moving our producer index and looking at the other side's event
+Two places of the protocol need a fence (R6, R7): between moving our producer index and reading the other side's event
 index, and between setting our event index and the last look before sleeping. Without it a wake-up is lost about once in
 six thousand tight races, and the guest hangs.
 """
@@ -23,14 +23,14 @@ _LIBRARIES = (("libatomic.so.1", "atomic_thread_fence"), ("libgcc_s.so.1", "__sy
 
 
 def is_strongly_ordered(machine: str = "") -> bool:
-    """Return whether loads stay in order among loads, and stores among stores, without a fence."""
+    """Return whether loads stay ordered among loads, and stores among stores, without a fence."""
     return (machine or platform.machine()) in _X86
 
 
 def find_fence(machine: str = "") -> tuple[Fence, str]:
-    """Return a full fence for this machine (or the one named as `uname -m` does), and how it was found.
+    """Return a full fence for this machine (or the one named as `uname -m` does), and the way it was found.
 
-    Raises: KernelError, where there is none.
+    Raises: KernelError, if the machine offers none.
     Cost: 0.1 us.
     """
     machine = machine or platform.machine()

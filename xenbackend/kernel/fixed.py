@@ -1,4 +1,4 @@
-"""Pages of a file mapped side by side in a chosen order: what the rig puts in the place of a grant mapping.
+"""Pages of a file mapped side by side in a chosen order: the rig's substitute for a grant mapping.
 
 Must not know a grant. The standard library's `mmap` cannot place a mapping at an address, so the C library is called.
 """
@@ -26,10 +26,10 @@ _libc.mmap.argtypes = [
 
 
 def map_pages(fd: int, frames: Sequence[int], *, writable: bool) -> tuple[memoryview, int, Callable[[], None]]:
-    """Map the pages number `frames` of the file `fd`, shared, one after the other in that order.
+    """Map the pages of the file `fd` whose numbers are `frames`, shared, one after the other in that order.
 
     Returns: the view of all their bytes, the address of its first byte, and the function that unmaps them. The view
-    must not be used after that; nothing can check it.
+    must not be used afterwards; nothing can check that.
     Raises: KernelError; then nothing is mapped.
     """
     if not frames:

@@ -45,7 +45,7 @@ class GrantMapping:
         live.add(self)
 
     def release(self) -> None:
-        """Unmap. All views of the mapping must be gone or unused. Raises: KernelError."""
+        """Unmap. No view of the mapping may be used any more. Raises: KernelError."""
         self._live.discard(self)
         self.view = memoryview(b"")
         memory.unmap(self.address, self._count * PAGE)
@@ -55,7 +55,7 @@ class GrantMapping:
 class Gntdev:
     """The grant device, for the grants of one domain; implements `kernel.ports.GrantTable`.
 
-    Raises: KernelError, where the device cannot be opened.
+    Raises: KernelError, if the device cannot be opened.
     """
 
     def __init__(self, domid: int, path: str = PATH) -> None:
@@ -70,7 +70,7 @@ class Gntdev:
         self._address = 0
 
     def map(self, grefs: Sequence[int], *, writable: bool) -> GrantMapping:
-        """Map pages side by side. Raises: KernelError when any of them cannot be mapped; then none is."""
+        """Map pages side by side, all or none. Raises: KernelError."""
         buffer = pack_map(self._domid, grefs)
         ioctl.call(self._fd, MAP_GRANT_REF, buffer, f"reserve the mapping of {len(grefs)} grants")
         (_, _, index) = MAP.unpack_from(buffer)
@@ -81,7 +81,7 @@ class Gntdev:
             raise
 
     def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> list[int]:
-        """Copy, and return one status per segment. Raises: KernelError when nothing was tried."""
+        """Copy, and return one status per segment. Raises: KernelError if nothing was tried."""
         if len(segments) * FROM_GUEST.size > len(self._segments):
             self._grow(len(segments))
         pack_copy(self._segments, self._domid, arena.address, segments)
@@ -89,7 +89,7 @@ class Gntdev:
         return self._statuses[STATUS_AT // 2 : len(segments) * FROM_GUEST.size // 2 : FROM_GUEST.size // 2].tolist()
 
     def close(self) -> None:
-        """Release everything still mapped, and the device. Raises: KernelError."""
+        """Release every mapping that is left, and the device. Raises: KernelError."""
         for mapping in tuple(self._live):
             mapping.release()
         os.close(self._fd)
@@ -109,7 +109,7 @@ def pack_map(domid: int, grefs: Sequence[int]) -> bytearray:
 
 
 def pack_copy(buffer: bytearray, domid: int, near: int, segments: Sequence[CopySegment]) -> None:
-    """Write segments as GRANT_COPY wants them; `near` is the address of the arena."""
+    """Write segments as GRANT_COPY expects them; `near` is the address of the arena."""
     place = 0
     for each in segments:
         virt = near + each.arena_offset
@@ -125,6 +125,6 @@ def pack_copy(buffer: bytearray, domid: int, near: int, segments: Sequence[CopyS
 
 
 def _forget(fd: int, index: int, count: int) -> None:
-    """Give the reservation back; the kernel refuses where it is gone already, which is what we want."""
+    """Give the reservation back; if it has gone already the kernel refuses, which does no harm."""
     with suppress(KernelError):
         ioctl.call(fd, UNMAP_GRANT_REF, UNMAP.pack(index, count, 0), "unmap grants")

@@ -16,12 +16,12 @@ def number(kind: str, nr: int, size: int) -> int:
 
 
 def call(fd: int, request: int, argument: bytearray | bytes | int, operation: str) -> int:
-    """Do an ioctl and return what it returns (0 where `argument` is `bytes`); a bytearray is changed in place.
+    """Do an ioctl and return its result (0 if `argument` is `bytes`); a bytearray is changed in place.
 
     Args:
         fd: the device.
         request: the ioctl's number.
-        argument: what it points to, or a plain number.
+        argument: the structure it points to, or a plain number.
         operation: the call in words, for the error.
 
     Raises: KernelError.

@@ -1,6 +1,6 @@
-"""Memory by its address: mappings of devices, our own arenas, and where in memory a view lies.
+"""Memory by its address: mappings of devices, our own arenas, and the address of a view.
 
-Must not decide what lies in it. A view here is plain bytes; whoever unmaps answers for the views that are left.
+Must not decide what lies in it. A view here is plain bytes; a caller that unmaps is responsible for remaining views.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _PyBuffer(ctypes.Structure):
 def address_of(view: memoryview) -> int:
     """Return the address of the first byte of a contiguous view that is not empty.
 
-    Cost: 0.1 us for a view that was noted, 0.4 us for another one.
+    Cost: 0.1 us for a view that was noted, 0.4 us for any other.
     """
     address = addresses.get(id(view))
     if address is None:
@@ -67,14 +67,14 @@ def _read_only_address(view: memoryview) -> int:
 
 
 def note(views: Iterable[memoryview]) -> None:
-    """Remember the addresses of views that will be used often; `forget` them before their memory goes."""
+    """Remember the addresses of views that will be used often; `forget` them before their memory is unmapped."""
     for view in views:
         addresses[id(view)] = address_of(view)
         _noted[id(view)] = view
 
 
 def forget(views: Iterable[memoryview]) -> None:
-    """Undo `note`; views that were not noted are passed over."""
+    """Undo `note`; views that were not noted are ignored."""
     for view in views:
         addresses.pop(id(view), None)
         _noted.pop(id(view), None)
@@ -93,7 +93,7 @@ def allocate(size: int) -> Arena:
 def map_device(fd: int, length: int, offset: int, *, writable: bool, operation: str) -> int:
     """Map `length` bytes of a device from `offset` on, shared, and return the address.
 
-    Python's own mmap would keep a duplicate of the descriptor per mapping, of which there are thousands.
+    Python's own mmap would keep a duplicate of the descriptor for each of thousands of mappings.
 
     Raises: KernelError, with `operation` in words.
     """
@@ -105,7 +105,7 @@ def map_device(fd: int, length: int, offset: int, *, writable: bool, operation: 
 
 
 def unmap(address: int, length: int) -> None:
-    """Undo `map_device`. Using a view of that memory afterwards kills the process."""
+    """Undo `map_device`. Using a view of that memory afterwards ends the process (SIGSEGV)."""
     if _libc.munmap(address, length) != 0:
         raise KernelError(f"unmap {length} bytes at {address:#x}", ctypes.get_errno())
 

@@ -1,6 +1,6 @@
-"""What a backend asks of the machine it runs on: grants and event channels. The seam between a real Xen and the rig.
+"""The machine as a backend needs it: grants and event channels. The seam between a real Xen and the rig.
 
-Must not import its implementations by name: `open_host` finds them by a text that the supervisor hands down.
+Must not import its implementations by name: `open_host` finds them by a text that the supervisor passes to its workers.
 
 Real:  `xenbackend.kernel.xen` (gntdev and evtchn).    Simulated:  `xenbackend.rig.host`.
 Both pass `tests/contract/test_ports.py`.
@@ -29,7 +29,7 @@ class Mapping(Protocol):
     address: int  # of the first byte, in this process
 
     def release(self) -> None:
-        """Unmap. All views of the mapping must be gone or unused."""
+        """Unmap. No view of the mapping may be used any more."""
 
 
 @dataclass(slots=True)
@@ -57,19 +57,19 @@ class GrantTable(Protocol):
     """Access to pages that one domain granted to us (`/dev/xen/gntdev`)."""
 
     def map(self, grefs: Sequence[int], *, writable: bool) -> Mapping:
-        """Map pages. Raises: KernelError when any of them cannot be mapped; then none is."""
+        """Map pages, all or none. Raises: KernelError."""
 
     def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> Sequence[int]:
-        """Copy, and return one status per segment (`GRANT_OK` or not). Raises: KernelError when nothing was tried."""
+        """Copy, and return one status per segment (`GRANT_OK` or not). Raises: KernelError if nothing was tried."""
 
     def close(self) -> None:
-        """Release the device and everything still mapped."""
+        """Release the device and every mapping that is left."""
 
 
 class EventChannels(Protocol):
     """Event channels of this process towards one domain (`/dev/xen/evtchn`).
 
-    A port that fired stays masked until `unmask` (lateeoi): unmask when the work is done, not before.
+    A port that fired stays masked until `unmask` (lateeoi). Unmask it when the work is done, not before.
     """
 
     def fileno(self) -> int:
@@ -82,10 +82,10 @@ class EventChannels(Protocol):
         """Return the ports that fired, without blocking; they stay masked."""
 
     def unmask(self, port: int) -> None:
-        """Let the port fire again; it does so at once if it was notified meanwhile."""
+        """Let the port fire again; it fires at once if it was notified meanwhile."""
 
     def notify(self, port: int) -> None:
-        """Kick the other side. Never fails: a peer that has gone is not our error."""
+        """Notify the other side. Never fails: a peer that has gone is not our error."""
 
     def unbind(self, port: int) -> None:
         """Close the port. Raises: KernelError."""
@@ -95,7 +95,7 @@ class EventChannels(Protocol):
 
 
 class Host(Protocol):
-    """Where this process runs: opens the devices, each restricted to one frontend domain."""
+    """The machine that this process runs on: opens the devices, each restricted to one frontend domain."""
 
     fence: Fence
 
@@ -124,7 +124,7 @@ def load_host(text: str) -> ModuleType:
 
 
 def check_host(text: str) -> None:
-    """Raise ConfigError where `text` names no module that there is; import nothing but what it lies in."""
+    """Raise ConfigError if `text` names no existing module; import only the package that it lies in."""
     name = text.partition(":")[0]
     try:
         is_there = importlib.util.find_spec(name) is not None

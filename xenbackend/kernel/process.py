@@ -1,9 +1,9 @@
-"""A process's place among others: whose parent it is, and when it has its turn on a busy host.
+"""A process's place among others: which orphans it adopts, and its priority on a busy host.
 
 Must not start or end one, nor decide who comes first.
 
-Where Linux groups tasks by session (sched(7), "The autogroup feature") a nice value counts among those of one session
-only, and every session has as large a share as any other. So that of the group is set too, for whoever leads one.
+Where Linux groups tasks by session (sched(7), "The autogroup feature"), a nice value counts only within its session,
+and every session has an equal share. So the nice value of the group is set too, for a process that leads one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """Be the parent of every descendant whose own parent ends meanwhile. Raises: KernelError."""
+    """Be the parent of every descendant whose own parent ends while the context lasts. Raises: KernelError."""
     _set_subreaper(1)
     try:
         yield
@@ -35,12 +35,12 @@ def adopting_orphans() -> Iterator[None]:
 
 
 def boost(pid: int) -> None:
-    """Let a process come before what else the host does, until `unboost`; no harm where the host does not permit it."""
+    """Give a process priority over the rest of the host, until `unboost`; does nothing if the host forbids it."""
     _set_nice(pid, AHEAD)
 
 
 def unboost(pid: int) -> None:
-    """Let a process have its turn as any other."""
+    """Give a process normal priority again."""
     _set_nice(pid, 0)
 
 

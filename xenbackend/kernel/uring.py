@@ -49,13 +49,13 @@ _syscall = _libc.syscall  # without argtypes: half the price
 class Uring:
     """One io_uring: operations are queued, then submitted together, and come back from `reap` after `enter`.
 
-    Invariants: never more queued than the submission queue holds (a full one is submitted at once); a completion that
-    the completion queue has no room for is kept by the kernel (IORING_FEAT_NODROP) until the next `enter`.
+    Invariants: at most as much is queued as the submission queue holds (a full one is submitted at once). If the
+    completion queue is full, the kernel keeps further completions (IORING_FEAT_NODROP) until the next `enter`.
 
     Args:
-        entries: of the submission queue, a power of two; bounds what is queued, not what is in flight.
+        entries: of the submission queue, a power of two; limits the operations that are queued, not those in flight.
 
-    Raises: KernelError: ENOSYS, EPERM where io_uring is absent or forbidden.
+    Raises: KernelError: ENOSYS, EPERM if io_uring is absent or forbidden.
     """
 
     single = (OP_READ, OP_WRITE)
@@ -103,7 +103,7 @@ class Uring:
     def queue(
         self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int, op_flags: int = 0
     ) -> None:
-        """Queue one operation; the memory at `address` must stay until its completion was reaped."""
+        """Queue one operation; the memory at `address` must stay until the completion is reaped."""
         tail = self._tail
         place = (tail & self._sq_mask) * _SQE_SIZE
         _SQE.pack_into(self._sqes, place, opcode, 0, 0, fd, offset, address, length, op_flags, user_data)
@@ -136,7 +136,7 @@ class Uring:
         self._enter(0)
 
     def enter(self) -> None:
-        """Submit everything queued, and let the kernel post what has completed; does not wait. Raises: KernelError."""
+        """Submit everything queued and let the kernel post completions, without waiting. Raises: KernelError."""
         self._enter(_ENTER_GETEVENTS)
 
     def _enter(self, flags: int) -> None:
@@ -156,7 +156,7 @@ class Uring:
         self._iovecs_used = 0
 
     def reap(self) -> list[tuple[int, int]]:
-        """Return what has completed and was posted, as (user_data, result): a byte count or a negative errno."""
+        """Return the completions that were posted, as (user_data, result): a byte count or a negative errno."""
         words = self._words
         head, tail = words[self._cq_head_at], words[self._cq_tail_at]
         rings, mask, cqes, unpack = self._rings, self._cq_mask, self._cqes, _CQE.unpack_from
@@ -169,7 +169,7 @@ class Uring:
         return done
 
     def close(self) -> None:
-        """Release the ring; nothing is in flight, and nothing of this object is used again."""
+        """Release the ring; nothing may be in flight, and this object is not used again."""
         for address, size in self._mapped:
             unmap(address, size)
         self._mapped.clear()

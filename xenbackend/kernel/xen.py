@@ -13,7 +13,7 @@ from xenbackend.kernel.ports import Arena
 
 
 class XenHost:
-    """Implements `kernel.ports.Host`. Raises: KernelError, where the machine has no memory fence for us."""
+    """Implements `kernel.ports.Host`. Raises: KernelError, if the machine offers no memory fence."""
 
     def __init__(self) -> None:
         self.fence, self.fence_found = find_fence()

@@ -1,4 +1,4 @@
-"""The numbers and layouts of NBD, newstyle with simple replies, and what a server tells of its export.
+"""The numbers and layouts of NBD, newstyle with simple replies, and the facts that a server tells about its export.
 
 Must not hold behaviour. Everything is big-endian.
 
@@ -45,12 +45,12 @@ MAX_BLOCK = 32 << 20  # bytes of one read or write
 
 
 class NbdError(GuestError):
-    """A client broke the protocol, and where its next message begins is not known: its connection ends."""
+    """A client broke the protocol so that the begin of its next message is unknown: its connection ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What is exported, under the name that is empty."""
+    """The disk that is exported, under the empty name."""
 
     size: int  # bytes
     preferred_block: int = 4096  # bytes

@@ -1,6 +1,6 @@
 """The handshake of an NBD server, fixed newstyle: a client's bytes in, answers out, until it begins to read and write.
 
-Must not hold a socket, nor more of a client's bytes than one option may have.
+Must not hold a socket, nor more bytes of a client than one option may have.
 
     server  greeting ->
                       <- flags                          client
@@ -69,9 +69,9 @@ class Handshake:
         self._options = 0
 
     def take(self, received: bytearray) -> bytes:
-        """Remove the whole messages at the front of `received`, and return what is to be sent.
+        """Remove the complete messages at the front of `received`, and return the bytes to send.
 
-        What is left belongs to the transmission where `phase` says so. Raises: NbdError.
+        The rest belongs to the transmission once `phase` says so. Raises: NbdError.
         """
         answers = []
         while self.phase in (Phase.FLAGS, Phase.OPTIONS):
@@ -141,7 +141,7 @@ class Handshake:
             return _reply(option, REP_ERR_UNKNOWN, b"the only export has no name")
         if option == OPT_GO:
             self.phase = Phase.TRANSMISSION
-        # The sizes of blocks are told to who does not ask, too: requests that are smaller are refused.
+        # A client that does not ask is told the block sizes, too: smaller requests are refused.
         export = self._export
         blocks = pack(">HIII", INFO_BLOCK_SIZE, MIN_BLOCK, export.preferred_block, MAX_BLOCK)
         return (

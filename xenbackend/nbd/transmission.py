@@ -1,6 +1,6 @@
 """Requests and replies of an NBD connection after its handshake.
 
-Must not do what a request asks for.
+Must not carry out a request.
 
 Source: NetworkBlockDevice/nbd doc/proto.md, "Transmission".
 """
@@ -31,7 +31,7 @@ from xenbackend.nbd.abi import (
 
 
 class Command(NamedTuple):
-    """What a client asks for; the bytes of a write follow it on the wire."""
+    """A client's request; the bytes of a write follow it on the wire."""
 
     kind: int
     flags: int
@@ -46,14 +46,14 @@ class Command(NamedTuple):
 
     @property
     def must_be_durable(self) -> bool:
-        """True for a write that is answered when it is on the medium."""
+        """True for a write that may be answered only when it is on the medium."""
         return bool(self.flags & CMD_FLAG_FUA) and self.kind in (CMD_WRITE, CMD_TRIM)
 
 
 def parse_command(received: bytearray) -> Command:
     """Return the request at the front of REQUEST.size bytes or more.
 
-    Raises: NbdError where it is none, or is a write that no server has to take.
+    Raises: NbdError for other bytes, and for a write that no server has to accept.
     """
     magic, flags, kind, cookie, offset, length = REQUEST.unpack_from(received)
     if magic != REQUEST_MAGIC:
@@ -65,7 +65,7 @@ def parse_command(received: bytearray) -> Command:
 
 
 def error_in(command: Command, export: Export) -> int:
-    """Return the protocol's error number for a request that cannot be done as it stands, or 0."""
+    """Return the protocol's error number for a request that cannot be done as it is, or 0."""
     if command.kind not in (CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM):
         return errno.EINVAL
     if command.flags & ~CMD_FLAG_FUA or (command.flags and not (export.can_flush and not export.read_only)):

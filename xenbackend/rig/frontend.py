@@ -1,6 +1,6 @@
 """A blkfront on the rig: the handshake through xenstore as Linux does it, and a guest's I/O on all its rings.
 
-Must not take a backend's word for anything: what a real blkfront refuses raises `BackendMisbehaved`.
+Must not trust the backend: whatever a real blkfront refuses raises `BackendMisbehaved`.
 
 Source: Linux drivers/block/xen-blkfront.c (talk_to_blkback, blkfront_connect, blkback_changed); io/blkif.h.
 """
@@ -33,10 +33,10 @@ INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = range(1, 7)  
 
 
 class Store(Protocol):
-    """What a frontend needs of xenstore."""
+    """The part of a xenstore client that a frontend needs."""
 
     def read_optional(self, path: str) -> str | None:
-        """Return a node's value, or None where there is none."""
+        """Return a node's value, or None without one."""
 
     def write(self, path: str, value: str) -> None:
         """Write a node."""
@@ -45,7 +45,7 @@ class Store(Protocol):
         """Ask for an event whenever the node changes."""
 
     def events(self) -> object:
-        """Take the events that have come, without blocking."""
+        """Return the events that have come, without blocking."""
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when an event has come."""
@@ -61,7 +61,7 @@ class DiskError(XenbackendError):
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What this frontend would use if the backend offers it."""
+    """The features that this frontend uses if the backend offers them."""
 
     layout: Layout = NATIVE
     protocol: bool = True  # write the `protocol` node; without it a backend assumes its native layout
@@ -77,7 +77,7 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class DiskFacts:
-    """What the backend said when it connected."""
+    """The backend's description of the disk when it connected."""
 
     sectors: int  # of 512 bytes
     sector_size: int  # bytes
@@ -102,8 +102,8 @@ class Frontend:
     ) -> None:
         """Take the frontend at `path`, such as ``/local/domain/5/device/vbd/51712``.
 
-        `idle` is called with seconds whenever there is nothing to do but to wait; the default sleeps until the store
-        or the backend has something for us. A backend in the same thread is stepped by it.
+        `idle` is called with seconds whenever the frontend has to wait. The default sleeps until the store or the
+        backend has something for us; another function may step a backend in this thread.
         """
         self.guest = guest
         self.wishes = wishes
@@ -129,7 +129,7 @@ class Frontend:
         self._set_state(CONNECTED)
 
     def announce(self) -> None:
-        """Make the rings and write what the backend needs to find them."""
+        """Make the rings, and write the keys by which the backend finds them."""
         wishes = self.wishes
         order = min(wishes.ring_order, self._offered("max-ring-page-order"))
         queues = min(wishes.queues, max(1, self._offered("multi-queue-max-queues")))
@@ -160,7 +160,7 @@ class Frontend:
         self._write(f"{prefix}event-channel", ring.port.number)
 
     def read_facts(self) -> None:
-        """Read what the connected backend says of the disk; again, when its size may have changed."""
+        """Read the connected backend's description of the disk; again when the size may have changed."""
         wishes = self.wishes
         can_flush = wishes.flush and bool(self._offered("feature-flush-cache"))
         persistent = wishes.persistent and bool(self._offered("feature-persistent"))
@@ -189,7 +189,7 @@ class Frontend:
         ring: int | None = None,
         push: bool = True,
     ) -> Submitted:
-        """Put a request into a ring, the next one in turn unless told; see `GuestRing.submit`."""
+        """Put a request into a ring, by default the next one in turn; see `GuestRing.submit`."""
         if ring is None:
             ring = self._next_ring = (self._next_ring + 1) % len(self.rings)
         request = self.rings[ring].submit(operation, sector, count, data, spans=spans)
@@ -198,17 +198,17 @@ class Frontend:
         return request
 
     def free(self) -> int:
-        """Return how many requests the fullest ring still takes."""
+        """Return how many requests the fullest ring can still take."""
         return min(ring.ring.size - ring.in_flight() for ring in self.rings)
 
     def poll(self) -> list[Submitted]:
-        """Push what was submitted, and return what is done. Raises: BackendMisbehaved."""
+        """Push the submitted requests, and return those that are done. Raises: BackendMisbehaved."""
         for ring in self.rings:
             ring.push()
         return [request for ring in self.rings for request in ring.reap()]
 
     def wait(self, requests: Iterable[Submitted], timeout_s: float = 10) -> list[Submitted]:
-        """Wait until all of `requests` are done; return whatever was done. Raises: TimeoutError, BackendMisbehaved."""
+        """Wait until all of `requests` are done; return all that are done. Raises: TimeoutError, BackendMisbehaved."""
         deadline = time.monotonic() + timeout_s
         waiting = [request for request in requests if request.status is None]
         done: list[Submitted] = []
@@ -242,15 +242,15 @@ class Frontend:
         self._do(self.submit(BLKIF_OP_WRITE, sector, data=data))
 
     def flush(self) -> None:
-        """Make completed writes durable, by an empty barrier where there is no flush. Raises: DiskError."""
+        """Make completed writes durable, by an empty barrier if the backend has no flush. Raises: DiskError."""
         self._do(self.submit(BLKIF_OP_WRITE_BARRIER if self.facts.can_barrier else BLKIF_OP_FLUSH_DISKCACHE))
 
     def discard(self, sector: int, count: int) -> None:
-        """Forget sectors. Raises: DiskError."""
+        """Discard sectors. Raises: DiskError."""
         self._do(self.submit(BLKIF_OP_DISCARD, sector, count))
 
     def close(self, timeout_s: float = 10) -> None:
-        """Finish what is in flight, then go through Closing to Closed with the backend.
+        """Finish the requests in flight, then go through Closing to Closed with the backend.
 
         Raises: TimeoutError; BackendMisbehaved if the backend keeps a page mapped.
         """
@@ -264,13 +264,13 @@ class Frontend:
         self.rings = []
 
     def crash(self) -> None:
-        """Die without a word to anybody; `guest.close()` then takes the domain with it."""
+        """Die without telling the backend; `guest.close()` then ends the domain."""
         for ring in self.rings:
             ring.forget()
         self.rings = []
 
     def backend_state(self) -> int:
-        """Return the backend's state, 0 where it has none."""
+        """Return the backend's state, 0 if it has none."""
         return self._offered("state")
 
     def _do(self, request: Submitted) -> Submitted:

@@ -1,4 +1,4 @@
-"""A guest's own side of the simulated Xen: its pages, what it grants, its event channels.
+"""A guest's own side of the simulated Xen: its pages, grants and event channels.
 
 Must not know a protocol: `rig/frontend.py` does.
 """
@@ -21,14 +21,14 @@ from xenbackend.units import PAGE
 
 
 class GrantInUse(KernelError):
-    """A page was to be taken back while a backend still has it mapped; a real guest would leak it and complain."""
+    """A page cannot be taken back while a backend has it mapped; a real guest would leak it and complain."""
 
     def __init__(self, gref: int) -> None:
         super().__init__(f"taking back grant {gref}, which is still mapped", errno.EBUSY)
 
 
 class GuestPort:
-    """The guest's end of one event channel; `number` is what it tells the backend."""
+    """The guest's end of one event channel; the guest tells `number` to the backend."""
 
     def __init__(self, connection: Connection, remote_domid: int) -> None:
         answer, (self._incoming, self._outgoing) = connection.call("allocate_port", remote_domid=remote_domid)
@@ -40,15 +40,15 @@ class GuestPort:
         return self._incoming
 
     def outgoing(self) -> int:
-        """Return the descriptor that notifies the backend, an eventfd, for who does without Python."""
+        """Return the descriptor that notifies the backend, an eventfd, for code in C."""
         return self._outgoing
 
     def notify(self) -> None:
-        """Notify the backend; nothing happens where there is none."""
+        """Notify the backend; without one nothing happens."""
         os.eventfd_write(self._outgoing, 1)
 
     def clear(self) -> bool:
-        """Forget the notifications so far; True when there was one."""
+        """Forget the notifications so far; True if there were any."""
         try:
             return os.eventfd_read(self._incoming) > 0
         except BlockingIOError:
@@ -66,11 +66,11 @@ class GuestPort:
         self.forget()
 
     def forget(self) -> None:
-        """Let our end go, if it has not gone already, without a word to the hypervisor."""
+        """Release our end, if that is still to be done, without telling the hypervisor."""
         if self._incoming >= 0:
             os.close(self._incoming)
             os.close(self._outgoing)
-        self._incoming = self._outgoing = -1  # whoever still uses the port must not reach a stranger's descriptor
+        self._incoming = self._outgoing = -1  # later uses of the port must not reach a stranger's descriptor
 
 
 class Guest:
@@ -97,7 +97,7 @@ class Guest:
         self._ports: list[GuestPort] = []
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` free frames, side by side as long as nothing was freed. Raises: KernelError."""
+        """Return `count` free frames; they are side by side until the first frame is freed. Raises: KernelError."""
         if count > len(self._free_frames):
             raise KernelError(f"allocating {count} pages in domain {self.domid}", errno.ENOMEM)
         return [self._free_frames.pop() for _ in range(count)]
@@ -115,12 +115,12 @@ class Guest:
         return self.memory[frame * PAGE : (frame + count) * PAGE]
 
     def side_by_side(self, frames: list[int]) -> tuple[memoryview, Callable[[], None]]:
-        """Return a view of any frames one after the other, as a driver's ring needs it, and what ends the view."""
+        """Return a view of frames one after the other, as a driver's ring needs it, and the function that ends it."""
         view, _, release = map_pages(self._memory_fd, frames, writable=True)
         return view, release
 
     def grant(self, frame: int, *, read_only: bool = False, domid: int = BACKEND_DOMID) -> int:
-        """Grant a page and return its gref. Raises: KernelError when the table is full."""
+        """Grant a page and return its gref. Raises: KernelError if the table is full."""
         if not self._free_grefs:
             raise KernelError(f"granting a page of domain {self.domid}", errno.ENOSPC)
         gref = self._free_grefs.pop()
@@ -128,14 +128,14 @@ class Guest:
         return gref
 
     def revoke(self, gref: int) -> None:
-        """Take a grant back. Raises: GrantInUse while a backend has the page mapped."""
+        """Revoke a grant. Raises: GrantInUse while a backend has the page mapped."""
         if self.table.in_use(gref):
             raise GrantInUse(gref)
         self.table.clear(gref)
         self._free_grefs.append(gref)
 
     def fail(self, gref: int, status: int) -> None:
-        """Let every map and copy of `gref` end with `status` (negative) from now on; 0 ends it."""
+        """Make every map and copy of `gref` end with `status` (negative) from now on; 0 stops that."""
         self.table.faults[gref] = status
 
     def allocate_port(self, remote_domid: int = BACKEND_DOMID) -> GuestPort:
@@ -144,7 +144,7 @@ class Guest:
         return port
 
     def close(self) -> None:
-        """Let the domain die, with its ports."""
+        """End the domain and its ports."""
         self._connection.close()
         for port in self._ports:
             port.forget()

@@ -1,6 +1,6 @@
 """One ring of a blkfront: requests in flight, their pages and grants, and every check that Linux' blkfront makes.
 
-Must not know xenstore. A backend that breaks a rule ends in `BackendMisbehaved`, as Linux disables such a device for
+Must not know xenstore. If a backend breaks a rule, `BackendMisbehaved` is raised; Linux disables such a device for
 good (drivers/block/xen-blkfront.c, "disabled for further use").
 """
 
@@ -31,12 +31,12 @@ Span = tuple[int, int]  # first and last sector within a page, both inclusive
 
 
 class BackendMisbehaved(XenbackendError):
-    """A backend did what makes a real blkfront give up."""
+    """A backend did something for which a real blkfront gives up."""
 
 
 @dataclass(slots=True)
 class GrantedPage:
-    """A page of the guest's that the backend may use."""
+    """A page of the guest that the backend may use."""
 
     frame: int
     gref: int
@@ -44,7 +44,7 @@ class GrantedPage:
 
 @dataclass(slots=True, eq=False)
 class Submitted:
-    """One request of the guest's. `status` is None while it is in flight, then the response's."""
+    """One request of the guest. `status` is None while it is in flight, then the response's."""
 
     operation: int
     sector: int
@@ -57,12 +57,12 @@ class Submitted:
 
 
 def whole_spans(count: int) -> list[Span]:
-    """Return the segments of `count` sectors from the start of a page on."""
+    """Return the segments of `count` sectors that begin at the start of a page."""
     return [(0, min(LAST_SECTOR_OF_PAGE, count - first - 1)) for first in range(0, count, PER_PAGE)]
 
 
 def random_spans(random: Random, count: int) -> list[Span]:
-    """Return segments of `count` sectors in all that begin and end anywhere in their pages."""
+    """Return segments of `count` sectors in total that begin and end anywhere in their pages."""
     spans = []
     while count:
         first = random.randint(0, LAST_SECTOR_OF_PAGE)
@@ -73,7 +73,7 @@ def random_spans(random: Random, count: int) -> list[Span]:
 
 
 class GuestRing:
-    """A ring of 2**`order` pages with its event channel; `ring` and `port` are open to tests that mean ill."""
+    """A ring of 2**`order` pages with its event channel; `ring` and `port` are public for tests of hostile guests."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class GuestRing:
         """Put one request into the ring; `push` makes it visible.
 
         A write's or barrier's sectors come from `data`; `count` is for a read or discard. More than 11 segments go
-        indirect. Raises: BlockingIOError when no slot is free; KernelError when the guest is out of pages.
+        indirect. Raises: BlockingIOError if no slot is free; KernelError if the guest is out of pages.
         """
         if not self._free_ids:
             raise BlockingIOError("every slot of the ring is in use")
@@ -153,12 +153,12 @@ class GuestRing:
         return encode_indirect(self.layout, request.operation, guest_id, request.sector, len(segments), grefs)
 
     def push(self) -> None:
-        """Make what was submitted visible, and notify the backend if it asked for that."""
+        """Make the submitted requests visible, and notify the backend if it asked for that."""
         if self.ring.push():
             self.port.notify()
 
     def put_raw(self, slot: bytes) -> None:
-        """Put any bytes into the next slot, behind the back of every check."""
+        """Put any bytes into the next slot, without any check."""
         self.ring.put(slot)
 
     def in_flight(self) -> int:
@@ -166,7 +166,7 @@ class GuestRing:
         return self.ring.size - len(self._free_ids)
 
     def reap(self) -> list[Submitted]:
-        """Take all responses that are there, and ask to be notified of the next. Raises: BackendMisbehaved."""
+        """Take all responses, and ask to be notified of the next one. Raises: BackendMisbehaved."""
         done = []
         self.port.clear()
         while self.ring.waiting() or self.ring.final_check():
@@ -195,7 +195,7 @@ class GuestRing:
         return request
 
     def close(self) -> None:
-        """Take back everything granted and the port. Raises: BackendMisbehaved if any of it is still mapped."""
+        """Revoke all grants and close the port. Raises: BackendMisbehaved if a page is still mapped."""
         self.port.close()
         for page in self._pool:
             self._take_back(page)
@@ -205,7 +205,7 @@ class GuestRing:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the view of the ring; what is granted stays granted, as when a guest crashes."""
+        """Drop the view of the ring; grants stay, as when a guest crashes."""
         self.ring.release()
         self._unmap()
 

@@ -1,6 +1,6 @@
 """The simulated machine of a backend process: `kernel.ports` on the rig. A host's text is ``xenbackend.rig.host:DIR``.
 
-Must not be gentler than the devices: what gntdev and evtchn refuse is refused here
+Must not be more lenient than the devices: whatever gntdev and evtchn refuse is refused here
 (`tests/contract/test_ports.py` runs both through the same cases).
 """
 
@@ -61,9 +61,9 @@ class RigGrants:
         return RigMapping(view, address, release)
 
     def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> list[int]:
-        """Copy between guest and arena; every grant is looked at anew.
+        """Copy between guest and arena; every grant is looked up anew.
 
-        Raises: KernelError where a segment crosses the guest's page; gntdev refuses the whole call for it.
+        Raises: KernelError if a segment crosses the guest's page; gntdev refuses the whole call too.
         """
         if any(segment.page_offset + segment.length > PAGE for segment in segments):
             raise KernelError(f"copy {len(segments)} grants", errno.EINVAL)
@@ -83,7 +83,7 @@ class RigGrants:
         return GRANT_OK
 
     def close(self) -> None:
-        """Release the domain; the hypervisor forgets what is still mapped, the views stay until the process ends."""
+        """Release the domain; the hypervisor forgets its mappings, and the views stay until the process ends."""
         self._connection.close()
         self._memory.release()
         del self._table  # it maps the grants as long as it lives
@@ -130,7 +130,7 @@ class RigEvents:
         self._epoll.modify(self._incoming[port], select.EPOLLIN | select.EPOLLONESHOT)
 
     def notify(self, port: int) -> None:
-        """Notify the guest; nothing happens where it has gone."""
+        """Notify the guest; nothing happens if it has gone."""
         os.eventfd_write(self._outgoing[port], 1)
 
     def unbind(self, port: int) -> None:

@@ -1,7 +1,7 @@
 """The rules of the simulated Xen: domains with memory, grants that are mapped, event channels; no socket.
 
-Must not wait for anything. A user of the hypervisor is a `Holder`: what it holds is released when it goes, as a kernel
-does at a process's death. Event channels follow Xen's common/event_channel.c: when the backend's end closes, the
+Must not wait for anything. A user of the hypervisor is a `Holder`: all that it holds is released when it goes, as a
+kernel does at a process's death. Event channels follow Xen's common/event_channel.c: when the backend's end closes, the
 guest's port is unbound again, and the same domain may bind it again; a port is pending at once when it is bound.
 """
 
@@ -18,13 +18,13 @@ from xenbackend.errors import KernelError
 from xenbackend.rig.table import GTF_READING, GTF_WRITING, SIZE, Table
 from xenbackend.units import PAGE
 
-BACKEND_DOMID = 0  # whoever maps, copies and binds
+BACKEND_DOMID = 0  # the domain that maps, copies and binds
 _EVENTFD = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 
 
 @dataclass(slots=True)
 class Port:
-    """The guest's end of an event channel: one counter per direction, which outlive the backend's end."""
+    """The guest's end of an event channel: one counter per direction; both outlive the backend's end."""
 
     number: int
     remote_domid: int
@@ -33,13 +33,13 @@ class Port:
     is_bound: bool = False
 
     def close(self) -> None:
-        """Forget the counters; who has a copy of them notifies nobody from now on."""
+        """Forget the counters; a copy of them notifies nobody from now on."""
         os.close(self.to_guest)
         os.close(self.to_backend)
 
 
 class Domain:
-    """A guest: its memory, its grant table, its ports, and who has what of its memory mapped."""
+    """A guest: its memory, grant table and ports, and who has which of its pages mapped."""
 
     def __init__(self, domid: int, pages: int) -> None:
         self.domid = domid
@@ -66,11 +66,11 @@ class Domain:
         return GTF_READING if gref in self._readers else 0
 
     def pins(self) -> int:
-        """Return how many pages are mapped, each as often as it is."""
+        """Return how many mappings of pages exist; a page that is mapped twice counts twice."""
         return sum(self._readers.values()) + sum(self._writers.values())
 
     def destroy(self) -> None:
-        """Let the domain die: nothing is granted any more, its ports are gone; what is mapped stays."""
+        """End the domain: its grants and ports are gone, mappings stay."""
         self.table.entries[:] = memoryview(bytes(self.table.entries.nbytes)).cast("Q")
         for port in self.ports.values():
             port.close()
@@ -80,7 +80,7 @@ class Domain:
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """What one connection holds."""
+    """Everything that one connection holds."""
 
     owned: Domain | None = None
     mappings: dict[int, tuple[Domain, list[int], bool]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ Answer = tuple[dict[str, Any], list[int]]  # a result, and the descriptors that 
 
 
 class Hypervisor:
-    """All domains, and the calls. Every call raises KernelError where Xen or its devices would refuse."""
+    """All domains, and the calls. Every call raises KernelError if Xen or its devices would refuse it."""
 
     def __init__(self) -> None:
         self._domains: dict[int, Domain] = {}

@@ -1,9 +1,9 @@
-"""Disk contents that tell where they belong, and a model of what a disk must hold after any mix of requests.
+"""Disk contents that tell where they belong, and a model of a disk's content after any mix of requests.
 
-Must not send a request: whoever drives a disk asks the model what to do next and tells it what came back.
+Must not send a request: the code that drives a disk asks the model for the next step and reports the result.
 
 A written sector consists of 16 equal units of 32 bytes: (magic, seed, sector, generation). So a sector that is
-misplaced, stale, another disk's or torn is recognised from its bytes alone. Generation 0 is a sector of zeros.
+misplaced, stale, torn or from another disk is recognised by its bytes alone. Generation 0 is a sector of zeros.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ZEROS = bytes(SECTOR)
 
 
 class WrongData(XenbackendError):
-    """A disk gave back what nobody wrote there; the text says what it is instead."""
+    """A disk returned data that was not written there; the text says what it is instead."""
 
 
 def make(seed: int, sector: int, generations: Iterable[int]) -> bytes:
@@ -42,7 +42,7 @@ def make(seed: int, sector: int, generations: Iterable[int]) -> bytes:
 
 
 def describe(data: bytes, seed: int, sector: int, expected: Iterable[int]) -> str:
-    """Say in a sentence what one sector's bytes are, where one of the generations `expected` should be."""
+    """Describe one sector's bytes in a sentence; one of the generations `expected` should be there."""
     wanted = " or ".join(f"generation {generation}" if generation else "zeros" for generation in expected)
     return f"sector {sector} holds {_content(data, seed, sector)} where {wanted} belongs"
 
@@ -80,7 +80,7 @@ class Step:
 
 @dataclass
 class DiskModel:
-    """What `sectors` sectors of a disk may hold: per sector the generations that are possible.
+    """The possible contents of `sectors` sectors of a disk: for each sector, the generations that it may have.
 
     One generation is the normal case. After a discard the old ones and zeros are possible, after a failed write the old
     ones and the new one. Requests in flight never overlap where one of them writes, since their order is free.
@@ -104,7 +104,7 @@ class DiskModel:
         self._reading = [0] * self.sectors
 
     def next_step(self) -> Step | None:
-        """Return a random step that overlaps nothing in flight that it must not, or None if none was found soon."""
+        """Return a random step that does not conflict with anything in flight, or None if none was found soon."""
         operation = self.random.choice(self.operations)
         if operation == BLKIF_OP_FLUSH_DISKCACHE:
             return Step(operation)
@@ -117,7 +117,7 @@ class DiskModel:
         return None
 
     def step(self, operation: int, sector: int, count: int) -> Step:
-        """Return a chosen step and count it as in flight; the caller answers for what it overlaps."""
+        """Return a chosen step and count it as in flight; the caller is responsible for overlaps."""
         step = Step(operation, sector, count)
         end = sector + count
         if operation == BLKIF_OP_READ:
@@ -131,7 +131,7 @@ class DiskModel:
         return step
 
     def finish(self, step: Step, status: int, data: bytes = b"") -> None:
-        """Take what came back: a status of the wire, and for a read the bytes. Raises: WrongData."""
+        """Take the result: a status of the wire, and for a read the bytes. Raises: WrongData."""
         end = step.sector + step.count
         if status != BLKIF_RSP_OKAY:
             self.failures += 1
@@ -151,7 +151,7 @@ class DiskModel:
             ]
 
     def check(self, sector: int, data: bytes) -> None:
-        """Compare bytes that were read from `sector` on with what may be there. Raises: WrongData."""
+        """Compare bytes that were read from `sector` on with the possible contents. Raises: WrongData."""
         possible = self._possible[sector : sector + len(data) // SECTOR]
         if data == make(self.seed, sector, [generations[0] for generations in possible]):
             return

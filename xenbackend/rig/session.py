@@ -2,8 +2,8 @@
 
 Must not keep nodes (`rig/tree.py`) or wait for anything.
 
-The wire is `io/xs_wire.h`; what the operations mean is docs/misc/xenstore.txt. Domain 0 sees everything; a guest is
-held to permissions and quotas, and hears only of nodes that it may read.
+The wire is described in `io/xs_wire.h`, the operations in docs/misc/xenstore.txt. Domain 0 sees everything; a guest is
+subject to permissions and quotas, and gets events only for nodes that it may read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OK = b"OK\0"
 
 
 class Registry:
-    """What all sessions share: the tree, the domains that exist, and who has to hear of a change."""
+    """Everything that sessions share: the tree, the domains that exist, the watches."""
 
     def __init__(self, tree: Tree, observer: Observer | None = None) -> None:
         self.tree = tree
@@ -41,7 +41,7 @@ class Registry:
         self._observer = observer
 
     def publish(self) -> None:
-        """Tell watchers and the observer what changed in the tree since the last call."""
+        """Tell watchers and the observer about changes of the tree since the last call."""
         changes, self.tree.changes = self.tree.changes, []
         for change in changes:
             self._tell(change)
@@ -54,7 +54,7 @@ class Registry:
         return self._made
 
     def watch(self, path: str, watch: Watch) -> None:
-        """Let a session hear of changes at a path and below it."""
+        """Give a session events for changes at a path and below it."""
         self._watches.setdefault(path, {})[watch] = None
 
     def unwatch(self, path: str, watch: Watch) -> None:
@@ -64,9 +64,9 @@ class Registry:
             del self._watches[path]
 
     def _tell(self, change: Change) -> None:
-        """Tell those who watch the node or one above it, and those who watch one below it that went with it.
+        """Tell the watches of the node, of those above it, and of those below that were removed with it.
 
-        What nobody watches costs nothing: there are as many watches as devices, and most changes concern one.
+        A node without a watch costs nothing: a host has as many watches as devices, and most changes concern one.
         """
         node, path = change.after or change.before, change.path
         places = [(path, node)]
@@ -81,7 +81,7 @@ class Registry:
             watch.session.tell(watch, place, found)
 
     def introduce(self, domid: int) -> None:
-        """Let a domain exist, with its directory, which it may read, and the node `domid` in there."""
+        """Create a domain with its directory, which it may read, and the node `domid` in it."""
         home = f"/local/domain/{domid}"
         self.domains.add(domid)
         self.tree.mkdir(0, home)
@@ -91,7 +91,7 @@ class Registry:
         self._fire(INTRODUCE_DOMAIN)
 
     def release(self, domid: int) -> None:
-        """Let a domain be gone. Its nodes stay until a toolstack removes them, as on a real host."""
+        """Remove a domain. Its nodes stay until a toolstack removes them, as on a real host."""
         self.domains.discard(domid)
         self._fire(RELEASE_DOMAIN)
 
@@ -102,7 +102,7 @@ class Registry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Watch:
-    """A watch as a session asked for it. Of several, the older ones hear first."""
+    """A watch of a session. Older watches get their events first."""
 
     session: Session
     number: int
@@ -111,7 +111,7 @@ class Watch:
 
 
 class Session:
-    """One connection of domain `domid`. Give it what arrives by `feed`, send what stands in `outgoing`."""
+    """One connection of domain `domid`. Pass arriving bytes to `feed`; send the bytes in `outgoing`."""
 
     def __init__(self, registry: Registry, domid: int) -> None:
         self.domid = domid
@@ -130,7 +130,7 @@ class Session:
         self._registry.sessions.remove(self)
 
     def feed(self, data: bytes) -> None:
-        """Serve what has arrived completely. Raises: ValueError when the client breaks the framing; hang up then."""
+        """Serve the complete messages. Raises: ValueError if the client breaks the framing; hang up then."""
         self._incoming += data
         while len(self._incoming) >= HEADER.size:
             op, request, transaction, size = HEADER.unpack_from(self._incoming)
@@ -150,7 +150,7 @@ class Session:
             self._send(XS_WATCH_EVENT, 0, 0, f"{told}\0{watch.token}\0".encode("latin-1"))
 
     def hear_special(self, name: str) -> None:
-        """Queue an event for watches of a name such as ``@releaseDomain``; guests may not hear those."""
+        """Queue an event for watches of a name such as ``@releaseDomain``; guests do not get those."""
         for given, token in self._watches:
             if given == name and self.domid == 0:
                 self._send(XS_WATCH_EVENT, 0, 0, f"{name}\0{token}\0".encode())

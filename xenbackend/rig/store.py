@@ -5,10 +5,10 @@ Must not know what an operation means (`rig/session.py`) or keep nodes (`rig/tre
     with Xenstored("/run/rig/store") as xenstored:          domain 0 connects to /run/rig/store
         socket = xenstored.add_domain_socket(5)             domain 5 to /run/rig/store.5
 
-Who connects to a domain's socket is that domain: the rig's stand-in for the ring page by which Xen knows. Everything
-runs on the one thread, and calls from others are carried over to it; the observer runs there too and must not block.
+A client of a domain's socket is that domain: the rig's substitute for the ring page by which Xen knows it. Everything
+runs on one thread, to which calls from other threads are passed; the observer runs there too and must not block.
 
-By itself: ``python -m xenbackend.rig.store SOCKET [DOMID ...]``, until SIGINT or SIGTERM.
+As a program: ``python -m xenbackend.rig.store SOCKET [DOMID ...]``, until SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _UNREAD_MAX = 4 << 20  # bytes kept for a client that does not read; then it is 
 
 
 class _Client:
-    """A connection and what it said and hears."""
+    """A connection, with its session and its buffers."""
 
     def __init__(self, near: socket.socket, session: Session) -> None:
         self.near = near
@@ -65,7 +65,7 @@ class Xenstored:
         self.stop()
 
     def start(self) -> None:
-        """Listen and serve, with the nodes that there are. Raises: OSError when a socket cannot be made."""
+        """Listen and serve, with the nodes that exist. Raises: OSError if a socket cannot be made."""
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ, self._run_calls)
@@ -76,7 +76,7 @@ class Xenstored:
         self._thread.start()
 
     def stop(self, *, forget: bool = False) -> None:
-        """Hang up on everybody and stop; `forget` loses nodes and domains too, as a xenstored that restarts does."""
+        """Close all connections and stop; `forget` loses nodes and domains too, as a restarting xenstored does."""
         if self._thread is not None:
             thread = self._thread
             self._on_thread(self._close_all)
@@ -86,16 +86,16 @@ class Xenstored:
             self._registry = self._new_registry()
 
     def add_domain_socket(self, domid: int) -> str:
-        """Let a domain exist (its directory, `domid` in there, @introduceDomain) and return the path of its socket."""
+        """Create a domain (its directory with `domid`, @introduceDomain) and return the path of its socket."""
         self._on_thread(partial(self._add_domain, domid))
         return self._socket_path(domid)
 
     def release_domain(self, domid: int) -> None:
-        """Let a domain die: its socket and connections go, @releaseDomain fires. Its nodes are the toolstack's."""
+        """End a domain: its socket and connections go, @releaseDomain fires. The toolstack removes its nodes."""
         self._on_thread(partial(self._release_domain, domid))
 
     def dump(self, path: str = "/") -> list[tuple[str, str]]:
-        """Return (path, value) of a node and all below, parents first; empty when there is no such node."""
+        """Return (path, value) of a node and all below, parents first; empty if the node does not exist."""
         return self._on_thread(partial(self._dump, path))
 
     def _new_registry(self) -> Registry:
@@ -149,7 +149,7 @@ class Xenstored:
         self._selector.register(near, selectors.EVENT_READ, partial(self._receive, client))
 
     def _receive(self, client: _Client) -> None:
-        """Serve a client; a broken or closed one is hung up on. A writable one is served by the flush that follows."""
+        """Serve a client, and close a broken one. The flush that follows serves a writable one."""
         try:
             data = client.near.recv(65536)
             client.session.feed(data)
@@ -197,7 +197,7 @@ class Xenstored:
         self._selector.close()
 
     def _on_thread(self, function: Callable[[], T]) -> T:
-        """Run a function on the loop's thread and return its result; here when there is no loop, or this is it."""
+        """Run a function on the loop's thread and return its result; here if no loop runs, or this is its thread."""
         if self._thread is None or self._thread is threading.current_thread():
             return function()
         future: Future[T] = Future()

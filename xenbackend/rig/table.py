@@ -1,10 +1,10 @@
 """A domain's grant table in shared memory, as guest, hypervisor and backend see it.
 
 Must not make a call. The guest writes an entry with one store and no call, as a real guest does (grant table v1,
-public/grant_table.h, `struct grant_entry_v1`: flags u16, domid u16, frame u32); the hypervisor adds the flags that say
-that a page is in use. Behind the entries lies one status per gref: the faults that a test injects.
+public/grant_table.h, `struct grant_entry_v1`: flags u16, domid u16, frame u32); the hypervisor adds the flags that mark
+a page as in use. Behind the entries lies one status per gref: the faults that a test injects.
 
-Statuses: Xen answers some of these cases by GNTST_general_error; whoever uses them may rely on "not 0" only.
+Statuses: Xen answers some of these cases by GNTST_general_error; callers may rely only on "not 0".
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class Table:
         self.entries[gref] = flags | domid << _DOMID | frame << _FRAME
 
     def clear(self, gref: int) -> None:
-        """Grant nothing any more."""
+        """Revoke the grant."""
         self.entries[gref] = 0
 
     def in_use(self, gref: int) -> bool:
-        """True while somebody has the page mapped."""
+        """True while the page is mapped."""
         return bool(self.flags[gref * 4] & (GTF_READING | GTF_WRITING))
 
     def mark(self, gref: int, used: int) -> None:
-        """Say who has the page mapped: `used` of GTF_READING and GTF_WRITING."""
+        """Mark how the page is mapped: `used` is made of GTF_READING and GTF_WRITING."""
         self.flags[gref * 4] = self.flags[gref * 4] & ~(GTF_READING | GTF_WRITING) | used
 
     def frame(self, gref: int, domid: int, *, writable: bool) -> int:
-        """Return the frame that `gref` grants to `domid`, or a negative status where it does not."""
+        """Return the frame that `gref` grants to `domid`, or a negative status if it grants none."""
         if not 0 <= gref < ENTRIES:
             return GNTST_BAD_GNTREF
         if self.faults[gref]:

@@ -1,11 +1,11 @@
 """The nodes of a xenstore: values, permissions, quotas and transactions. Pure: no socket, no watch.
 
-Must not know a connection. A caller is a domain number; no permission and no quota holds domain 0 back.
+Must not know a connection. A caller is a domain number; permissions and quotas do not apply to domain 0.
 
-Nodes are never changed in place. A change makes new nodes from the root down to the place, so that a transaction is the
-root it began with plus a list of what it did, and keeping a whole tree costs nothing.
+Nodes are never changed in place. A change makes new nodes from the root down to the place. So a transaction is the root
+it began with plus a list of its changes, and keeping a whole tree costs nothing.
 
-What is refused is an OSError with the errno that a xenstored answers (`io/xs_wire.h`, "xsd_errors").
+A refusal is an OSError with the errno that a xenstored answers (`io/xs_wire.h`, "xsd_errors").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PERMISSION = re.compile(r"([nrwb])([0-9]{1,5})")
 
 @dataclass(frozen=True)
 class Quota:
-    """What an unprivileged domain may have; the defaults are xenstored's."""
+    """The limits of an unprivileged domain; the defaults are xenstored's."""
 
     nodes: int = 1000
     watches: int = 128
@@ -47,7 +47,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A node that was written, made or removed: it and all below it before and after, None where there is none."""
+    """A node that was written, made or removed, with all below it, before and after; None if it does not exist."""
 
     path: str
     before: Node | None
@@ -55,7 +55,7 @@ class Change:
 
 
 def resolve(domid: int, path: str) -> str:
-    """Return the absolute path of what a domain writes. Raises: OSError EINVAL for what is no path."""
+    """Return the absolute path for a path as a domain writes it. Raises: OSError EINVAL if it is none."""
     relative = not path.startswith("/")
     absolute = f"/local/domain/{domid}/{path}" if relative else path
     if _PATH.fullmatch(absolute) is None or len(path) > (REL_PATH_MAX if relative else ABS_PATH_MAX):
@@ -64,7 +64,7 @@ def resolve(domid: int, path: str) -> str:
 
 
 def may(node: Node, domid: int, right: str) -> bool:
-    """Tell whether a domain has the right ``r`` or ``w`` on a node: it is the owner, or an entry says so."""
+    """Return whether a domain has the right ``r`` or ``w`` on a node: as its owner, or by an entry."""
     if domid in (0, node.permissions[0][1]):
         return True
     everybody = node.permissions[0][0]
@@ -89,14 +89,14 @@ class Tree:
         self._generation = 1
 
     def find(self, path: str) -> Node | None:
-        """Return a node whoever may see it."""
+        """Return a node without looking at permissions."""
         node: Node | None = self.root
         for key in _keys(path):
             node = node.children.get(key) if node is not None else None
         return node
 
     def get(self, domid: int, path: str, right: str = "r") -> Node:
-        """Return a node that a domain has a right on. Raises: OSError EACCES, or ENOENT where it may know that."""
+        """Return a node on which a domain has a right. Raises: OSError EACCES, or ENOENT if it may know that."""
         self._touch(path)
         node = self.find(path)
         if not may(node or self._nearest(path), domid, right):
@@ -118,7 +118,7 @@ class Tree:
         self._log(lambda tree: tree.write(domid, path, value))
 
     def mkdir(self, domid: int, path: str) -> None:
-        """Make a node and its parents; one that exists is left alone. Raises: OSError EACCES, ENOSPC for a quota."""
+        """Make a node and its parents; an existing one is left alone. Raises: OSError EACCES, ENOSPC for a quota."""
         try:
             self.get(domid, path, "w")
         except FileNotFoundError:
@@ -126,7 +126,7 @@ class Tree:
             self._log(lambda tree: tree.mkdir(domid, path))
 
     def remove(self, domid: int, path: str) -> None:
-        """Remove a node and all below. Raises: OSError EINVAL for the root, ENOENT when even its parent is missing."""
+        """Remove a node and all below. Raises: OSError EINVAL for the root, ENOENT if even its parent is missing."""
         if path == "/":
             raise OSError(errno.EINVAL, path)
         parent, _, _ = path.rpartition("/")
@@ -163,10 +163,10 @@ class Tree:
         return Transaction(self, domid)
 
     def commit(self, transaction: Transaction) -> None:
-        """Do what a transaction did, all or nothing.
+        """Apply a transaction's changes, all or nothing.
 
-        Raises: OSError EAGAIN when a node that it looked at or changed is no longer what it was when it began, and
-        ENOSPC when a quota is exceeded by now.
+        Raises: OSError EAGAIN if a node that it read or changed has changed since it began, ENOSPC if a quota is
+        exceeded by now.
         """
         for path, generation in transaction.touched.items():
             node = self.find(path)
@@ -181,13 +181,13 @@ class Tree:
             raise
 
     def _nearest(self, path: str) -> Node:
-        """Return the closest parent that exists: its permissions decide over what does not exist."""
+        """Return the closest existing parent: its permissions apply to a node that does not exist."""
         while (node := self.find(path)) is None:
             path = path.rpartition("/")[0] or "/"
         return node
 
     def _create(self, domid: int, path: str, value: bytes) -> None:
-        """Make a node; new ones have the parent's permissions, but a guest owns what it makes."""
+        """Make a node; new nodes have the parent's permissions, but a guest owns the nodes that it makes."""
         keys = _keys(path)
         missing = next(depth for depth in range(1, len(keys) + 1) if self.find("/" + "/".join(keys[:depth])) is None)
         parent_path = "/" + "/".join(keys[: missing - 1])
@@ -211,7 +211,7 @@ class Tree:
         self.root = self._grafted(self.root, _keys(path), node) or Node()
 
     def _grafted(self, at: Node, keys: list[str], node: Node | None) -> Node | None:
-        """Return the tree below `at` with another node, or none, in the place that the keys name."""
+        """Return the tree below `at` with another node, or none, at the place that the keys name."""
         if not keys:
             return node
         key, *rest = keys
@@ -225,10 +225,10 @@ class Tree:
         return self._generation
 
     def _touch(self, path: str) -> None:
-        """Hear that an operation depends on a node."""
+        """Note that an operation depends on a node."""
 
     def _log(self, action: Callable[[Tree], None]) -> None:
-        """Hear what was done, in a form that can be done again."""
+        """Note a change, in a form that can be applied again."""
 
 
 class Transaction(Tree):

@@ -1,6 +1,6 @@
 """Calls to the simulated hypervisor: one datagram of JSON each way on a Unix socket, descriptors beside it.
 
-Must not know what a call does.
+Must not know the meaning of a call.
 
     call    {"call": name, argument: value, …}
     answer  {"result": {…}}  or  {"errno": number}
@@ -27,9 +27,9 @@ def send(connection: socket.socket, message: dict[str, Any], descriptors: list[i
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Receive one message with its descriptors; no keys at all means that the other end has closed.
+    """Receive one message with its descriptors; a message without keys means that the other end has closed.
 
-    Raises: OSError; ValueError for what is not JSON.
+    Raises: OSError; ValueError if it is not JSON.
     """
     descriptors = array("i")
     room = socket.CMSG_SPACE(MAX_DESCRIPTORS * descriptors.itemsize)
@@ -41,7 +41,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 class Connection:
-    """One user of the hypervisor, as an open device is: what it holds goes when it closes or its process dies."""
+    """One user of the hypervisor, like an open device: all that it holds goes when it closes or its process dies."""
 
     def __init__(self, directory: str | Path) -> None:
         """Connect to the rig in `directory`. Raises: KernelError."""
@@ -65,5 +65,5 @@ class Connection:
         return answer["result"], descriptors
 
     def close(self) -> None:
-        """Close it, and with it release everything that it holds."""
+        """Close it, and release everything that it holds."""
         self._socket.close()

@@ -1,6 +1,6 @@
 """The simulated hypervisor as a small server on a Unix socket, in a thread or as a process of its own.
 
-Must not hold a rule of Xen: those are in `rig/hypervisor.py`.
+Must not hold the rules of Xen, which are in `rig/hypervisor.py`.
 
     with Xen("/run/rig"): …                  or     python -m xenbackend.rig.xen /run/rig
 """
@@ -27,7 +27,7 @@ class Xen:
     """A simulated hypervisor whose socket lies in `directory`."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Listen; nobody is answered before `serve` or `start`. Raises: OSError."""
+        """Listen; calls are answered from `serve` or `start` on. Raises: OSError."""
         self.directory = Path(directory)
         self._path = self.directory / wire.SOCKET
         self._path.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ class Xen:
         """Answer calls until `stop`."""
         while True:
             events = self._epoll.poll()
-            # The dead first: whoever saw a process die must find released what it held, and may bind its ports.
+            # The dead first: a caller that saw a process die must find its ports and mappings released.
             for fd in (fd for fd, event in events if event & select.EPOLLHUP):
                 self._drop(fd)
             for fd in (fd for fd, event in events if not event & select.EPOLLHUP):
@@ -66,7 +66,7 @@ class Xen:
                     self._answer(fd)
 
     def held(self, domid: int | None = None) -> dict[str, int]:
-        """Return how many ``mappings``, ``pins`` (mapped pages) and ``ports`` backends hold of one domain or all."""
+        """Return how many ``mappings``, ``pins`` (mapped pages) and ``ports`` of one domain or all backends hold."""
         connection = wire.Connection(self.directory)
         try:
             return connection.call("held", domid=domid)[0]

@@ -1,6 +1,6 @@
-"""xl's command line: where it names a configuration or a disk, and the same command with lines that xl understands.
+"""xl's command line: finds a configuration or a disk in it, and returns the command with lines that xl understands.
 
-Must not run anything. What xl would refuse is passed on as it is, so that xl says why.
+Must not run anything. Arguments that xl would refuse are passed on unchanged, so that xl says why.
 
 Source: xl's xl.c, xl_vmcontrol.c, xl_misc.c, xl_saverestore.c, xl_migrate.c, xl_block.c.
 """
@@ -41,9 +41,9 @@ _WITH_VALUE: Final = ("-C", "-s")
 
 
 def translate(words: Sequence[str], xen: Version, as_file: AsFile) -> list[str]:
-    """Return xl's arguments with the disks that they name rewritten; the same where there is nothing to rewrite.
+    """Return xl's arguments with their disks rewritten; unchanged if there is nothing to rewrite.
 
-    Raises: ChainError, ConfigError with the place, where a disk asks for us but could not be.
+    Raises: ChainError, ConfigError with the place, if a disk asks for us but cannot exist.
     """
     try:
         _, rest = getopt(list(words), _GLOBAL_OPTIONS)
@@ -67,7 +67,7 @@ def _command(rest: Sequence[str]) -> str | None:
 
 
 def _with_disks(words: list[str], options: str, xen: Version) -> list[str]:
-    """Return the arguments of create or config-update; the last setting of a name counts, so ours stands last."""
+    """Return the arguments of create or config-update; the last setting of a name counts, so ours comes last."""
     file, settings = _config_of(words, options)
     text = None if file is None else _read(file)
     if file is None or text is None:
@@ -94,7 +94,7 @@ def _config_of(words: list[str], options: str) -> tuple[str | None, list[str]]:
 
 
 def _with_file(command: str, words: list[str], xen: Version, as_file: AsFile) -> list[str]:
-    """Return the arguments of a command that takes a whole file in the place of the domain's configuration."""
+    """Return the arguments of a command that takes a whole file instead of the domain's configuration."""
     options, known, count, place = _TAKES_FILE[command]
     given, rest = gnu_getopt(words, options, known)
     file = dict(given).get("-C") if place is None else rest[place] if len(rest) == count else None
@@ -109,7 +109,7 @@ def _with_file(command: str, words: list[str], xen: Version, as_file: AsFile) ->
 
 
 def _converted(file: str, xen: Version, as_file: AsFile) -> str | None:
-    """Return the path of a file with that file's disks rewritten; None where there is nothing to rewrite."""
+    """Return the path of a file with that file's disks rewritten; None if there is nothing to rewrite."""
     text = _read(file)
     if text is None or not _is_readable(text):
         return None
@@ -130,7 +130,7 @@ def _with_disk(words: list[str], xen: Version) -> list[str]:
 
 
 def _read(file: str) -> str | None:
-    """Return a configuration's text; None where xl would not read it: nothing but plain files, and its /dev/null."""
+    """Return a configuration's text; None if xl would not read it: it reads only plain files and /dev/null."""
     if file == "/dev/null":
         return ""
     try:

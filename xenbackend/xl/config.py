@@ -1,12 +1,12 @@
-r"""xl's configuration language, as far as it takes to find the disks in a text: read like xl, never changed.
+r"""xl's configuration language, as far as finding the disks in a text needs it: reads as xl does, changes nothing.
 
-Must not know what a disk line says, and must not read a file.
+Must not know the meaning of a disk line, and must not read a file.
 
     file  = statements of NAME = value or NAME += value, each ended by a line's end or ";"
     value = 'string' | "string" | number | [ value, value, ]    lines may end, and comments stand, within a list
 
 The last setting of a name counts; ``+=`` adds to the one before. Source: libxl's libxlu_cfg_l.l, libxlu_cfg_y.y and
-libxlu_cfg.c. What xl refuses is refused here, with one exception: lists in lists in lists beyond `_DEPTH`.
+libxlu_cfg.c. It refuses what xl refuses, and in addition lists that are nested deeper than `_DEPTH`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DEPTH = 20
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A string or number: its value, and the span of the text where it is written, quotes included."""
+    """A string or number: its value, and its span in the text, quotes included."""
 
     value: str
     start: int
@@ -57,7 +57,7 @@ class _Token:
 def read_disks(text: str, source: str) -> tuple[Atom, ...]:
     """Return the disk lines that xl would see in a text, in their order.
 
-    Raises: ConfigError, with `source` and the line, where xl refuses the text.
+    Raises: ConfigError, with `source` and the line, if xl refuses the text.
     """
     disks = _Reader(text, source).settings().get("disk")
     if not isinstance(disks, list):
@@ -67,7 +67,7 @@ def read_disks(text: str, source: str) -> tuple[Atom, ...]:
 
 
 def line_of(text: str, position: int) -> int:
-    """Return the number of the line where a position lies, from 1."""
+    """Return the number of the line in which a position lies, from 1."""
     return text.count("\n", 0, position) + 1
 
 
@@ -87,7 +87,7 @@ class _Reader:
         self._place = 0
 
     def settings(self) -> dict[str, _Value]:
-        """Return the value of each name in the end. Raises: ConfigError."""
+        """Return the final value of each name. Raises: ConfigError."""
         settings: dict[str, _Value] = {}
         while (token := self._next()).kind != "over":
             if token.kind == "end" or token.text == ";":
@@ -160,7 +160,7 @@ class _Reader:
         return token
 
     def _unquote(self, token: _Token) -> str:
-        """Return a string's value, as xlu__cfgl_dequote has it: it drops characters that are given by number."""
+        """Return a string's value, as xlu__cfgl_dequote does: it drops characters that are given by number."""
         inner = token.text[1:-1]
         value = []
         place = 0

@@ -1,13 +1,13 @@
-r"""One disk line: whether it asks for a chain of ours in words that xl would lose, and the line that says it in xl's.
+r"""One disk line: whether it asks for one of our chains in words that xl would lose, and the same in words of xl.
 
-Must not know where a line stands, and must not touch a file.
+Must not know where a line comes from, and must not touch a file.
 
     tap2:log:|aio:/img,xvda,w      becomes      vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:/img
 
 xl drops the words ``tap2:``, ``tap:`` and the driver's behind them, or refuses the line (libxl's libxlu_disk_l.l). A
-line that begins with ``tap2:`` asks for us and is always rewritten. One that begins with ``tap:`` is left alone where
-xl makes a disk of it: hosts have served such lines by blkback and QEMU for years, and nobody asked to change that. So
-are lines with ``target=``, with another hotplug script, or with another backendtype.
+line that begins with ``tap2:`` asks for us and is always rewritten. One that begins with ``tap:`` is left alone if xl
+makes a disk of it: hosts have served such lines by blkback and QEMU for years. Lines with ``target=``, with another
+hotplug script, or with another backendtype are left alone too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _OPTION = re.compile(
 
 
 def rewrite(line: str, xen: Version) -> str | None:
-    """Return the line that means to xl what `line` means to its author; None where xl does that already.
+    """Return a line that tells xl what the author of `line` means; None if `line` does so already.
 
-    Raises: ChainError, ConfigError when the line asks for us, but not for a disk that could be.
+    Raises: ChainError, ConfigError if the line asks for us, but for a disk that cannot exist.
     """
     found: dict[str, str] = {}
     rest = _take_leading(line.lstrip(_BLANK), found)
@@ -56,7 +56,7 @@ def rewrite(line: str, xen: Version) -> str | None:
 
 
 def _take_leading(text: str, found: dict[str, str]) -> str:
-    """Return a text without the options that stand first in it."""
+    """Return a text without the options at its begin."""
     while True:
         item, comma, rest = text.partition(",")
         if not comma or not _take(_OPTION, item, found):
@@ -65,7 +65,7 @@ def _take_leading(text: str, found: dict[str, str]) -> str:
 
 
 def _take_trailing(text: str, found: dict[str, str]) -> str:
-    """Return a text without what xl takes from its end: the device, the access, and options at any place among them."""
+    """Return a text without the part that xl takes from its end: device, access, and options anywhere among them."""
     text = _take_last(_OPTION, text.removesuffix(","), found, many=True)
     if "access" not in found:
         text = _take_last(_ACCESS, text, found)
@@ -76,7 +76,7 @@ def _take_trailing(text: str, found: dict[str, str]) -> str:
 
 
 def _take_last(pattern: re.Pattern[str], text: str, found: dict[str, str], *, many: bool = False) -> str:
-    """Return a text without its last item, or last items, of a kind; what stands before the first comma stays."""
+    """Return a text without its last item, or last items, of a kind; the part before the first comma stays."""
     while True:
         rest, comma, item = text.rpartition(",")
         is_escaped = (len(rest) - len(rest.rstrip("\\"))) % 2
@@ -88,7 +88,7 @@ def _take_last(pattern: re.Pattern[str], text: str, found: dict[str, str], *, ma
 
 
 def _take(pattern: re.Pattern[str], item: str, found: dict[str, str]) -> bool:
-    """Note what an item says, if it is of a kind. Raises: ConfigError when it was said before."""
+    """Note an item, if it is of a known kind. Raises: ConfigError if it was given before."""
     match = pattern.fullmatch(item.strip(_BLANK))
     if match is None:
         return False
@@ -104,7 +104,7 @@ def _take(pattern: re.Pattern[str], item: str, found: dict[str, str]) -> bool:
 
 
 def _check_chain(text: str) -> str:
-    """Return the canonical text of a chain that could be opened. Raises: ChainError, ConfigError."""
+    """Return the canonical text of a chain that can be opened. Raises: ChainError, ConfigError."""
     chain = parse_chain(text)
     check_whole_paths(chain)
     if "\n" in chain.text:

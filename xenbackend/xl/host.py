@@ -1,4 +1,4 @@
-"""What the host has: the version of the running Xen, and the real xl.
+"""Facts about the host: the version of the running Xen, and the real xl.
 
 Must not run anything.
 """
@@ -36,9 +36,9 @@ def parse_version(text: str) -> Version:
 
 
 def find_xl(path: str, xen: Version, root: Path = _ROOT) -> Path:
-    """Return the real xl: the first on `path` that is not the shim, or where distributions put it.
+    """Return the real xl: the first on `path` that is not the shim, or in the places of distributions.
 
-    Raises: XenbackendError when there is none.
+    Raises: XenbackendError if there is none.
     """
     private = [root / f"usr/lib/xen-{xen[0]}.{xen[1]}/bin", *sorted(root.glob("usr/lib/xen-*/bin"), reverse=True)]
     for folder in [*map(Path, filter(os.path.isabs, path.split(":"))), root / "usr/sbin", *private]:

@@ -1,4 +1,4 @@
-"""A configuration file with the disk lines that xl would not understand rewritten: as a text, or as one more argument.
+"""Rewrites the disk lines of a configuration that xl would not understand: as a text, or as one more argument.
 
 Must not read or write a file.
 """
@@ -11,7 +11,7 @@ from xenbackend.xl.disk import Version, rewrite
 
 
 def convert(text: str, source: str, xen: Version) -> tuple[str, int]:
-    """Return a file's text with its disk lines rewritten, all else as it was, and how many lines those are.
+    """Return a file's text with its disk lines rewritten and everything else unchanged, and the number of those lines.
 
     Raises: ChainError, ConfigError, both with `source` and the line.
     """
@@ -26,7 +26,7 @@ def convert(text: str, source: str, xen: Version) -> tuple[str, int]:
 
 
 def disk_argument(text: str, source: str, xen: Version) -> str | None:
-    """Return the setting that gives xl the disks of a text when it stands behind that text; None: it has them already.
+    """Return a setting that, behind the text, gives xl the text's disks; None if xl understands them already.
 
     Raises: ChainError, ConfigError, both with `source` and the line.
     """

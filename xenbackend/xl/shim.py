@@ -1,7 +1,7 @@
-"""The file that makes plain ``xl`` the front step: its text, its place, and how it is told from the real xl.
+"""The file that makes plain ``xl`` run our step first: its text, its place, and how it differs from the real xl.
 
-Must not install itself: an operator asks for that. Must not be in the way: commands that name no disk, and all of them
-once xenbackend is gone, are the real xl's at the cost of a shell.
+Must not install itself: an operator asks for that. Must not be in the way: commands that name no disk, and all commands
+once xenbackend is gone, go to the real xl at the cost of a shell.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ exec {xl} "$@"
 
 
 def shim_text(xl: str, *command: str) -> str:
-    """Return the shim between `xl`, the real one, and `command`, which starts xenbackend; both by whole paths."""
+    """Return the text of the shim; `xl` is the real one and `command` starts xenbackend, both as absolute paths."""
     return _TEXT.format(
         mark=_MARK,
         commands="|".join(f"{least}*" for least in SHORTEST.values()),
@@ -37,7 +37,7 @@ def shim_text(xl: str, *command: str) -> str:
 
 
 def is_shim(file: Path) -> bool:
-    """Return whether a file is the shim, wherever and by whatever name."""
+    """Return whether a file is the shim, under any name."""
     try:
         with file.open("rb") as opened:
             return _MARK.encode() in opened.read(200)
