@@ -148,7 +148,9 @@ def see_all_of_it(kept: Kept, heir: Handover) -> None:
     """See that everything has become ours, and nothing else is left."""
     first, last_one = (journal.RingJournal(heir.page, number, journal.SLOT) for number in (0, 7))
     memories = heir.descriptors("null:1G")[1]
-    expected = Notes("null:1G", None, None, "an administrator", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"})
+    expected = Notes(
+        "null:1G", None, None, "an administrator", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"}
+    )
 
     assert [(101, 17), (103, 19), *((104 + place, 8176 + place) for place in range(16))] == first.unanswered()
     assert [(101, 18, 2)] == last_one.answering()
