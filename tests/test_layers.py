@@ -50,7 +50,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/service/ledger", "supervisor/service/parent", "worker/files"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "worker/files"),
     "importlib": (
         "block/drivers/__init__",
         "block/formats/table",
@@ -64,8 +64,6 @@ HOMES = {
         "kernel/",
         "rig/",
         "bench/",
-        "supervisor/service/ledger",
-        "supervisor/vbd/handover",
         "worker/env",
         "worker/image",
         "worker/stages",

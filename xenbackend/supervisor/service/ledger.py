@@ -16,10 +16,7 @@ that SIGKILL between any two instructions leaves the former state.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +24,7 @@ from contextlib import suppress
 from typing import Any
 
 from xenbackend.errors import KernelError
+from xenbackend.kernel import memfd
 from xenbackend.log import get_logger
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
@@ -54,17 +52,15 @@ class Ledger:
         self._wall_clock = wall_clock
         self._log = get_logger("orders")
         fd = keeper.inherited.pop(KEPT, -1)
-        is_new = fd < 0 or not _is_sealed(fd)
+        is_new = fd < 0 or not memfd.is_sealed(fd, _SIZE)
         if is_new:
             if fd >= 0:  # nobody of ours made that
                 os.close(fd)
-            fd = _make_sealed()
+            fd = memfd.make(KEPT, _SIZE)
         try:
-            self._memory = memoryview(mmap.mmap(fd, _SIZE))
+            self._memory = memfd.map_sealed(fd, _SIZE)
             if is_new:
-                keeper.replace(KEPT, fd)
-        except KernelError as error:  # they are remembered, but not for the next service
-            self._log.warning(str(error))
+                self._keep(fd)
         finally:
             os.close(fd)
         self._words = self._memory[:_RECORDS_AT].cast("Q")
@@ -139,6 +135,12 @@ class Ledger:
             self._keeper.forget(KEPT)
         self._release()
 
+    def _keep(self, fd: int) -> None:
+        try:
+            self._keeper.replace(KEPT, fd)
+        except KernelError as error:  # they are remembered, but not for the next service
+            self._log.warning(str(error))
+
     def _release(self) -> None:
         self._words.release()
         self._memory.release()
@@ -180,24 +182,3 @@ def _packed(entry: dict[str, Any]) -> bytes:
 def _cut(text: str, length: int) -> str:
     """Return a text of at most about `length` characters: its begin, and that there was more."""
     return text if len(text) <= length else f"{text[: max(_SHORTEST, length - 12)]} [...]"
-
-
-def _make_sealed() -> int:
-    """Return the descriptor of a new memory whose size nobody can change."""
-    try:
-        fd = os.memfd_create(KEPT, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, _SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        raise KernelError("make a memory for the orders", error.errno or errno.EIO) from None
-    return fd
-
-
-def _is_sealed(fd: int) -> bool:
-    try:
-        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS and os.fstat(fd).st_size == _SIZE
-    except OSError:
-        return False
-
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
