@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
     """Return what is known of one disk; `guest` is the name of its frontend's domain."""
     path, device, paused = vbd.path, vbd.device, vbd.handover.notes.paused
-    page, pid = vbd.counters_page(), vbd.worker.pid if vbd.worker else None
+    page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
+    pid = vbd.worker.pid if vbd.worker else None
     return {
         "vbd": path.disk,
         "node": str(path),
@@ -48,8 +49,8 @@ def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
         "needs_upgrade": pid is not None and vbd.worker_version != __version__,
         "restarts": vbd.restarts,
         "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
-        "counters": counters.snapshot(page) if page else {},
-        "latency_histogram": counters.histogram(page) if page else [],
+        "counters": counters.snapshot(page),
+        "latency_histogram": counters.histogram(page),
     }
 
 
