@@ -36,6 +36,7 @@ def files(tmp_path: Path) -> Path:
         ("aio:{d}/one", "aio:{d}/two", False),
         ("aio:{d}/one", "ram:1M", False),
         ("aio:{d}/one", "qcow2:{d}/other.qcow2", False),
+        ("aio:{d}/other.qcow2", "qcow2:{d}/other.qcow2", False),
         ("ram:1M", "delay:read=1ms|ram:1M", True),
         ("ram:1M", "null:1M", False),
         ("null:1M", "null:1M", True),

@@ -120,6 +120,17 @@ def test_who_leaves_during_an_exchange_leaves_after_it(driven: Driven, images: l
     driven.worker.end()
 
 
+def test_another_service_that_asks_during_an_exchange_hears_how_it_ended(driven: Driven, images: list[Path]) -> None:
+    """Else it would take the former chain for the one in service, and the guest's next writes would be lost."""
+    driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
+    driven.begin_write(DATA)
+    swap = driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.worker.tell(messages.Report)
+
+    assert f"aio:{images[1]}" == driven.worker.expect_standing().chain
+    driven.worker.end()
+
+
 def test_who_comes_during_an_exchange_comes_after_it(driven: Driven, images: list[Path]) -> None:
     """A frontend that connects in the middle of an exchange is served by the new chain."""
     driven.open(f"delay:flush=50ms|aio:{images[0]}")

@@ -1,4 +1,4 @@
-"""Whether one chain can take another one's place below a running guest: does it have what the guest has written?
+"""Whether a chain has what a guest has written, so that it can take another one's place below the running guest.
 
 Must not open a file. What decides is which file a name means now, and not the name.
 """
@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Hashable, Sequence
 
+from xenbackend.block.formats.table import BY_DRIVER
 from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
 
@@ -16,21 +17,23 @@ from xenbackend.block.options import files_of
 def keeps_content(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool:
     """Return whether `new`, layers of an open chain, top first, has the source that `former` writes to.
 
-    Its source is the same one, or has it as a parent at any depth. One without files, such as ``ram:``, is the same if
-    its text is. Whether an image in between is empty nobody can tell: a snapshot's is.
+    Its source is the same one, of the same format, or has it as a parent at any depth. One without files, such as
+    ``ram:``, is the same if its text is. Whether an image in between is empty nobody can tell: a snapshot's is.
 
-    Raises: OSError, where a file of `former` cannot be looked at.
+    Raises: OSError, where a file cannot be looked at.
     """
-    source = _source(former)
-    files = {_identity(path) for path in files_of(source.driver.options).values()}
+    source = next(each for each in former if not each.driver.is_filter)
+    return _disk_of(source) in [_disk_of(each) for each in new if not each.driver.is_filter]
+
+
+def _disk_of(layer: OpenLayer) -> Hashable:
+    """Return what tells the disk of a source from any other, however it is written."""
+    driver, options = layer.driver.name, layer.driver.options
+    files = frozenset(_identity(path) for path in files_of(options).values())
     if not files:
-        return _source(new).text == source.text
-    below = [each for each in new if not each.driver.is_filter]
-    return files <= {_identity(path) for each in below for path in files_of(each.driver.options).values()}
-
-
-def _source(layers: Sequence[OpenLayer]) -> OpenLayer:
-    return next(each for each in layers if not each.driver.is_filter)
+        return layer.text
+    is_written_as = BY_DRIVER[driver].name if driver in BY_DRIVER else driver
+    return is_written_as, files, getattr(options, "disk", "")  # of an archive with several
 
 
 def _identity(path: str) -> Hashable:

@@ -117,6 +117,9 @@ class Worker:
     # orders
 
     def _take_order(self, order: messages.Order, fds: list[int]) -> None:
+        if isinstance(order, messages.Report) and self._exchange:
+            self._line.add(self._report(order))  # another service has to know which chain it came to
+            return
         self._number = order.number
         if isinstance(order, messages.Report):
             if self._stages is not None:
@@ -125,6 +128,11 @@ class Worker:
             self._under_way, self._failure, self._errno = order, "", 0
             self._line.add(self._carry_out(order, fds))
         self._channel.stand()
+
+    def _report(self, order: messages.Report) -> Steps[None]:
+        self._number = max(self._number, order.number)  # a later order may have been taken meanwhile
+        self._channel.stand()
+        yield from ()
 
     def _carry_out(self, order: messages.Order, fds: list[int]) -> Steps[None]:
         failure, code = "", 0

@@ -125,7 +125,8 @@ class Vbd:
         """
         self.scripts.append(reply)
         self._must_look.add("node")  # what was seen last may be of a former vbd in the same place
-        self._guarded(self._look)
+        if not self._taking.is_under_way:  # else the directory may be away
+            self._guarded(self._look)
         if self.is_forgotten or self.device.is_over:
             return  # the registry brings the script to the next one
         self._take_from_kernel()
@@ -169,10 +170,11 @@ class Vbd:
     def stands(self, standing: messages.Standing) -> None:
         """Take where the worker stands, if that can be."""
         notes = self.handover.notes
-        if standing.chain not in (notes.chain, notes.exchange.chain if notes.exchange else notes.chain):
+        known = {notes.chain, notes.exchange.chain if notes.exchange else notes.chain}
+        if standing.chain not in known and standing.stage is not messages.Stage.IDLE:
             self.link.breach("it says that a chain is in service that nobody asked for")
             return
-        if notes.exchange is not None and standing.chain != notes.chain:
+        if notes.exchange is not None and standing.chain == notes.exchange.chain != notes.chain:
             self._put_in_service(notes.exchange.former_params, notes.exchange.chain)
         is_adopted = self.device.is_adopting
         if standing.stage is messages.Stage.SERVING:
