@@ -36,7 +36,7 @@ def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) 
     driven.connect(f"log:|delay:write=50ms|aio:{one}")
     early = driven.begin_write(DATA)
     swap = driven.worker.put(messages.Swap(f"aio:{two}", replaces=True))
-    driven.worker.stand()
+    driven.worker.ask(messages.Command("nosuch", "get", []))  # the exchange has begun
     late = driven.frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
     reply = driven.worker.expect_reply(swap)
     told = [each.chain for each in driven.worker.said if isinstance(each, messages.Standing)]
@@ -233,7 +233,7 @@ def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven
     driven.connect(f"delay:write=200ms|aio:{images[0]}")
     request = driven.begin_write(DATA)
     driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
-    driven.worker.stand()
+    driven.worker.ask(messages.Command("nosuch", "get", []))  # the exchange has begun
     driven.kill()
     left = (journal.AGREED.read(driven.worker.journal) or {})["chain"]
     driven.succeed(left, resumes=True)
