@@ -124,7 +124,7 @@ def test_another_service_that_asks_during_an_exchange_hears_how_it_ended(driven:
     """Else it would take the former chain for the one in service, and the guest's next writes would be lost."""
     driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
     driven.begin_write(DATA)
-    swap = driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
     driven.worker.tell(messages.Report)
 
     assert f"aio:{images[1]}" == driven.worker.expect_standing().chain

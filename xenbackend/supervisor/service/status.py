@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
     """Return what is known of one disk; `guest` is the name of its frontend's domain."""
-    path, device, paused = vbd.path, vbd.device, vbd.handover.notes.paused
+    path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
     pid = vbd.worker.pid if vbd.worker else None
     return {
@@ -38,16 +38,16 @@ def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
         "frontend_state": name(device.theirs),
         "phase": device.phase.value,
         "since": vbd.since,
-        "paused": paused is not None,
-        "paused_by": paused or "",
+        "paused": notes.paused is not None,
+        "paused_by": notes.paused or "",
         "reason": device.reason,
         "error": device.error,
         "under_way": [{"order": each.number, "verb": each.verb} for each in vbd.orders.under_way],
         "worker": pid,
         "worker_since": None if pid is None else started_at(pid),
-        "worker_version": vbd.worker_version if pid is not None else "",
-        "needs_upgrade": pid is not None and vbd.worker_version != __version__,
-        "restarts": vbd.restarts,
+        "worker_version": notes.program if pid is not None else "",
+        "needs_upgrade": pid is not None and notes.program != __version__,
+        "restarts": notes.restarts,
         "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
         "counters": counters.snapshot(page),
         "latency_histogram": counters.histogram(page),

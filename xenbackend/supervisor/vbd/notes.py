@@ -49,6 +49,8 @@ class Notes:
     policy        what was ordered to become of requests that fail; None: as the settings say
     claim         see `Claimed`
     memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
+    program       version of the program that the worker was started from
+    restarts      workers that took the place of one that had died
     """
 
     chain: str = ""
@@ -58,6 +60,8 @@ class Notes:
     policy: str | None = None
     claim: Claimed | None = None
     memories: dict[str, str] = field(default_factory=dict)
+    program: str = ""
+    restarts: int = 0
 
 
 def write(memory: memoryview, notes: Notes) -> None:

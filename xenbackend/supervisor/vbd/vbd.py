@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from xenbackend import counters, journal
+from xenbackend import __version__, counters, journal
 from xenbackend.blkif.features import MAXIMA, parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
 from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError
@@ -276,6 +276,8 @@ class Vbd:
         self.lives.start(self._context.loop.now())
         if self.handover.agreed():
             worker.boost()
+        notes = self.handover.notes
+        self.handover.note(program=__version__, restarts=notes.restarts + bool(self.lives.ended))
         self.handover.keep_worker(*worker.descriptors)
         self.link.order(
             lambda number: messages.Open(
