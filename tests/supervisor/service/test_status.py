@@ -13,6 +13,7 @@ from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import LayerFacts
 from xenbackend.supervisor.service.status import describe, describe_service, started_at
+from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
@@ -34,11 +35,9 @@ def vbd(**changes: Any) -> Any:
         "path": VbdPath("vbd", 0, 5, 51712),
         "device": device,
         "worker": SimpleNamespace(pid=os.getpid()),
-        "handover": SimpleNamespace(notes=SimpleNamespace(paused=None), page=page),
+        "handover": SimpleNamespace(notes=Notes(program="0.0.1", restarts=2), page=page),
         "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
         "since": 100.0,
-        "restarts": 2,
-        "worker_version": "0.0.1",
         "chain_in_service": lambda: "aio:/img",
     }
     return SimpleNamespace(**values | changes)
@@ -74,7 +73,7 @@ def test_a_pause_is_shown_with_who_made_it() -> None:
     found = []
     for by in ("uid 0", "", None):
         paused = vbd()
-        paused.handover.notes.paused = by
+        paused.handover.notes = Notes(paused=by)
         known = describe(paused)
         found.append((known["paused"], known["paused_by"]))
 

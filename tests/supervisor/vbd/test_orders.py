@@ -94,14 +94,17 @@ def test_a_pause_holds_for_the_next_worker(serving: Stepped, lines: io.StringIO)
     assert "paused=False" in lines.getvalue()[len(again) :]
 
 
-def test_a_pause_without_a_worker_is_one_all_the_same(stepped: Stepped, toolstack: Store, lines: io.StringIO) -> None:
+def test_a_pause_without_a_worker_is_one_all_the_same(
+    serving: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
+) -> None:
     """Nothing is in flight where nobody serves: the answer comes at once, and the next worker is told."""
-    write_like_libxl(toolstack, params="null:2G")
-    stepped.until(lambda: stepped.vbd().device.error and stepped.vbd().worker is None)
+    guest.write(f"{PATH.frontend}/state", "6")
+    serving.until(lambda: toolstack.read(f"{PATH.backend}/state") == "6")
+    assert serving.vbd().worker is None
 
-    assert Answer(Code.OK, {"paused": True}) == ask(stepped, "pause")
-    toolstack.write(f"{PATH.backend}/params", "null:1G")
-    stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
+    assert [Answer(Code.OK, {"paused": True})] == begin(serving, "pause")
+    guest.write(f"{PATH.frontend}/state", "1")
+    serving.until(lambda: serving.vbd().device.phase is Phase.OPEN)
     assert "paused=True" in lines.getvalue()
 
 
@@ -168,9 +171,7 @@ def test_a_dry_run_changes_nothing(serving: Stepped, toolstack: Store) -> None:
 
 @pytest.mark.parametrize("verb", BARRED_BY)
 @pytest.mark.parametrize("other", BARRED_BY)
-def test_orders_that_exclude_each_other(
-    stepped: Stepped, toolstack: Store, guest: Store, verb: str, other: str
-) -> None:
+def test_orders_that_exclude_each_other(serving: Stepped, verb: str, other: str) -> None:
     """What excludes what is the table, and nothing else: the second is refused with the name and number of the first;
     both get one answer each, and the first one's is its own.
     """

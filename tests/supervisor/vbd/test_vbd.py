@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.helpers import FAKE_WORKER, PATH, Kept, Stepped, offer_ring, write_like_libxl
+from tests.supervisor.helpers import FAKE_WORKER, PATH, Stepped, offer_ring, write_like_libxl
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
@@ -26,10 +26,10 @@ def test_write_for_a_state_that_has_passed_is_dropped(stepped: Stepped, toolstac
     write_like_libxl(toolstack)
     vbd = stepped.vbd()
     stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "2")
-    vbd.node_changed = False
+    vbd._must_look.clear()
     vbd._write(events.Write({"state": "4", "sectors": "8"}, XenbusState.CLOSING))
 
-    assert vbd.node_changed
+    assert "node" in vbd._must_look
     assert "2" == toolstack.read(f"{PATH.backend}/state")
 
 
@@ -48,8 +48,8 @@ def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: St
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
     for number in range(300):
-        toolstack.write(f"{PATH.frontend}/state", "6" if number % 2 else "1")
-        stepped.turn(0)
+        toolstack.write(f"{PATH.frontend}/state", "5" if number % 2 else "1")
+        stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == ("5" if number % 2 else "2"))  # noqa: B023 - at once
 
     assert 10 < len(lines.getvalue().splitlines()) < 60
 
@@ -156,7 +156,7 @@ def test_a_worker_that_lived_long_has_not_died_in_vain(
     stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that had nothing to do for a while does not use up the lives of its disk."""
-    monkeypatch.setattr("xenbackend.supervisor.vbd.vbd.LONG_S", 0.0)
+    monkeypatch.setattr("xenbackend.supervisor.vbd.lives.LONG_S", 0.0)
     vbd = _serve(stepped, toolstack, guest)
     for _ in range(8):
         pid = _kill(vbd)
@@ -178,28 +178,6 @@ def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack
     stepped.expire()
     stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
     stepped.close()
-
-
-def test_a_worker_with_another_programs_journal_closes_its_disk_in_order(
-    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, lines: io.StringIO
-) -> None:
-    """What it has in flight only it can finish: it is asked to, and its successor begins with a journal of its own,
-    in the same rings; the guest stays connected.
-    """
-    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
-    vbd = _serve(stepped, toolstack, guest)
-    worker = vbd.worker.pid
-    vbd.handover.page[4096:8192].cast("Q")[1] += 1  # the version
-    stepped.leave()
-    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
-    stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)
-    successor = stepped.vbd().worker.pid
-    stepped.close()
-
-    assert worker != successor
-    assert "4" == toolstack.read(f"{PATH.backend}/state")
-    assert 2 == lines.getvalue().count("connecting")
-    assert {} == kept.fds
 
 
 def _serve(stepped: Stepped, toolstack: Store, guest: Store) -> Vbd:
