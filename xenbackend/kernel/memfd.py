@@ -87,10 +87,14 @@ def read_into(fd: int, offset: int, target: memoryview) -> None:
 
 
 def copy(fd: int, name: str, limit: int) -> int:
-    """Return a sealed memory with what is in another one. Raises: KernelError, also for more than `limit` bytes."""
-    size = os.fstat(fd).st_size
-    if not is_memory(fd) or not 0 < size <= limit:
-        raise KernelError(f"copy a memory of {size} bytes", errno.EFBIG)
+    """Return a sealed memory with what is in another one; holes do not count, as they take no room.
+
+    Raises: KernelError, also where it holds more than `limit` bytes.
+    """
+    found = os.fstat(fd)
+    size, held = found.st_size, 512 * found.st_blocks
+    if not is_memory(fd) or not size or held > limit:
+        raise KernelError(f"copy a memory of {size} bytes, which holds {held}", errno.ENOMEM)
     made = make(name, size)
     try:
         read_into(fd, 0, map_sealed(made, size))

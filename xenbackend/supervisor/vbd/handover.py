@@ -23,6 +23,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from xenbackend import journal
@@ -35,8 +36,6 @@ from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.vbd.inheritance import What, current, is_memory, kill, name_of
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
-
-_LARGEST = 1 << 30  # bytes of a former version's memory that is still copied
 
 
 class Handover:
@@ -260,7 +259,7 @@ class Handover:
             fd = theirs.get((slot, former.VERSION), -1)
             if fd >= 0 and is_memory(slot) and name not in self._memories:
                 try:
-                    self._memories[name] = memfd.copy(fd, "xenbackend", _LARGEST)
+                    self._memories[name] = memfd.copy(fd, "xenbackend", _available())
                 except KernelError as error:
                     self._complain(f"{error}: what layer {name} had kept is lost")
                 else:
@@ -297,3 +296,12 @@ class Handover:
             yield
         except KernelError as error:
             self._complain(f"{error}: the next service would have to do without")
+
+
+def _available() -> int:
+    """Return the bytes of memory that the host can give without trouble."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            return 1024 * int(value.split()[0])
+    return 0
