@@ -5,7 +5,6 @@ Must not serve a request: the tests that use it try the worker alone, before the
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import socket
@@ -21,6 +20,7 @@ from xenbackend import counters, journal
 from xenbackend.bench.worker import POLL_US
 from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
+from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -75,14 +75,14 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, host: str, drivers: dict[str, str] | None = None, memfd: int = -1, command: Sequence[str] = ()
+        self, host: str, drivers: dict[str, str] | None = None, left: int = -1, command: Sequence[str] = ()
     ) -> None:
         """Start one.
 
         Args:
             host: names the rig.
             drivers: words of its own, as `module:Class` by name.
-            memfd: a predecessor's journal.
+            left: a predecessor's journal.
             command: another program that takes `--socket N`, instead of ours.
         """
         self.host = host
@@ -91,9 +91,8 @@ class WorkerProcess:
         command = command or [sys.executable, "-c", _PROGRAM.format(drivers=drivers or {})]
         self.process = subprocess.Popen([*command, "--socket", str(theirs.fileno())], pass_fds=[theirs.fileno()])
         theirs.close()
-        self.memfd = memfd if memfd >= 0 else os.memfd_create("journal", os.MFD_CLOEXEC)
-        os.ftruncate(self.memfd, journal.SIZE)
-        self.journal = memoryview(mmap.mmap(self.memfd, journal.SIZE))
+        self.memfd = left if left >= 0 else memfd.make("journal", journal.SIZE)
+        self.journal = memfd.map_sealed(self.memfd, journal.SIZE)
         self.number = 0
         self._last_id = 0
         self.said: list[messages.FromWorker] = []
@@ -277,7 +276,7 @@ class Driven:
     def start_successor(self) -> None:
         """Start another worker in the place of one that was killed, with the journal and the memories that it left."""
         old = self.worker
-        self.worker = WorkerProcess(old.host, memfd=os.dup(old.memfd))
+        self.worker = WorkerProcess(old.host, left=os.dup(old.memfd))
         self.worker.kept, old.kept = old.kept, {}
         old.drop()
 

@@ -7,6 +7,7 @@ import pytest
 from descriptors import open_descriptors
 
 from xenbackend.block.driver import Env
+from xenbackend.kernel import memfd
 from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
@@ -57,7 +58,7 @@ def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
 def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
     """Another layer's memory of the same name is another one, and another size gives fresh zeros, kept anew."""
     kept: list[tuple[str, int]] = []
-    old = os.memfd_create("old")
+    old = memfd.make("old", 4096)
     os.pwrite(old, b"x" * 4096, 0)
     factory = EnvFactory(
         reactor, HostFiles(reactor), memories={"a:m": old}, keep=lambda name, size, _fd: kept.append((name, size))
@@ -66,6 +67,21 @@ def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
     assert bytes(factory("b").memory("m", 4096)) == bytes(4096)
     assert bytes(factory("a").memory("m", 8192)) == bytes(8192)
     assert kept == [("b:m", 4096), ("a:m", 8192)]
+    factory.close()
+
+
+def test_memory_that_could_be_cut_short_is_fresh(reactor: Reactor) -> None:
+    """A predecessor that was taken over may leave one whose size can change: to touch it could kill us later."""
+    kept: list[str] = []
+    old = os.memfd_create("old")
+    os.pwrite(old, b"x" * 4096, 0)
+    factory = EnvFactory(
+        reactor, HostFiles(reactor), memories={"a:m": old}, keep=lambda name, _size, fd: kept.append(name)
+    )
+    view = factory("a").memory("m", 4096)
+
+    assert (["a:m"], bytes(4096)) == (kept, bytes(view))
+    assert memfd.is_sealed(factory._memories["a:m"], 4096)
     factory.close()
 
 

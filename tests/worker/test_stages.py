@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.driven import DOMID, Driven
 from xenbackend import journal
 from xenbackend.blkif.abi import BLKIF_OP_WRITE, NATIVE
+from xenbackend.kernel import memfd
 from xenbackend.kernel.ports import open_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import run
@@ -246,8 +246,7 @@ def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven
 def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
     """D8: what a layer's bug lost may come back to whoever is above the chain later, who has to know."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    memory = os.memfd_create("journal")
-    os.ftruncate(memory, journal.SIZE)
+    memory = memfd.make("journal", journal.SIZE)
     reactor = Reactor()
     with ours, theirs, Xen(tmp_path):
         guest = Guest(tmp_path, DOMID, 64)

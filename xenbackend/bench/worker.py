@@ -6,7 +6,6 @@ Must not measure.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from xenbackend import counters, journal
 from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
+from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.messages import Stage
 
@@ -46,9 +46,8 @@ class Worker:
             raise
 
     def _open(self, chain: str, rig: Path, domid: int, *, read_only: bool) -> int:
-        memory = os.memfd_create("journal")
-        os.ftruncate(memory, journal.SIZE)
-        self._counters = memoryview(mmap.mmap(memory, counters.SIZE))
+        memory = memfd.make("journal", journal.SIZE)
+        self._counters = memfd.map_sealed(memory, journal.SIZE)[: counters.SIZE]
         order = messages.Open(
             self._next_number(),
             f"vbd/{domid}/51712",

@@ -5,12 +5,13 @@ Must not know a driver by name, nor the messages by which the supervisor keeps a
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from xenbackend.block.driver import Files
+from xenbackend.errors import KernelError
+from xenbackend.kernel import memfd
 
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
@@ -92,17 +93,22 @@ class EnvFactory:
         return WorkerEnv(self, layer, read_only=read_only, shareable=shareable)
 
     def memory(self, name: str, size: int) -> memoryview:
-        """Return the memory called `name`: the predecessor's where it has `size` bytes, else fresh and zero."""
+        """Return the memory called `name`: the predecessor's where it has `size` bytes for good, else fresh and zero.
+
+        Raises: OSError.
+        """
         self._wanted.add(name)
         fd = self._memories.get(name, -1)
-        if fd >= 0 and os.fstat(fd).st_size != size:
+        if fd >= 0 and not memfd.is_sealed(fd, size):
             os.close(self._memories.pop(name))
             fd = -1
-        if fd < 0:
-            fd = self._memories[name] = os.memfd_create("xenbackend", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
-            self._keep(name, size, fd)
-        return memoryview(mmap.mmap(fd, size))
+        try:
+            if fd < 0:
+                fd = self._memories[name] = memfd.make("xenbackend", size)
+                self._keep(name, size, fd)
+            return memfd.map_sealed(fd, size)
+        except KernelError as error:
+            raise OSError(error.errno, str(error)) from None
 
     def begin(self) -> None:
         """Take note that layers are opened anew."""

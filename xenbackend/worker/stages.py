@@ -13,7 +13,6 @@ fails ends the exchange before anything is closed: the disk is paused as after a
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from xenbackend import counters, journal
 from xenbackend.block.chain import Chain
 from xenbackend.block.policy import Policy
 from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.kernel import memfd
 from xenbackend.kernel.ports import open_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Steps
@@ -64,7 +64,7 @@ class Stages:
         self._reactor = reactor
         self._channel = channel
         self._on_bug = on_bug
-        self._journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
+        self._journal = memfd.map_sealed(fds[0], journal.SIZE)
         os.close(fds[0])
         memories = dict(zip(order.memories, fds[1:], strict=True))
         self._disk = Disk(order, memories, reactor, channel.keep, channel.drop, on_bug)
