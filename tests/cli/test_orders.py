@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.answering import CHAIN, DISK, ENTRY, answering, working
-from xenbackend.cli import waiting
+from tests.answering import CHAIN, ENTRY, answering, working
 from xenbackend.cli.main import main
-from xenbackend.protocol import client
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -125,81 +120,3 @@ def test_upgrade_goes_through_all_disks_and_says_of_each(tmp_path: Path, capsys:
     assert [("5/xvda", None), ("5/xvdb", "under-way"), ("6/xvda", None)] == [
         (each["vbd"], each.get("error", {}).get("code")) for each in done
     ]
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_waiting_is_shown_on_a_terminal_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
-) -> None:
-    """An order that takes its time says so on standard error where somebody looks, and never on standard output."""
-    monkeypatch.setattr(client, "TICK_S", 0.01)
-    monkeypatch.setattr(waiting, "PATIENCE_S", 0.0)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
-    if not is_terminal:
-        monkeypatch.setitem(sys.modules, "rich.console", None)  # whoever imports it now fails
-
-    def answer(request: dict[str, Any]) -> Answer:
-        threading.Event().wait(0.05)  # what takes its time
-        return working(request)
-
-    with answering(tmp_path / "x", answer) as control:
-        main(["pause", "5/xvda", "--socket", control.path])
-    captured = capsys.readouterr()
-
-    assert ("5/xvda: pause: 0 s" in captured.err) == is_terminal
-    assert captured.out.startswith("5/xvda is paused")
-
-
-LEFT = Answer(Code.UNDER_WAY, CHAIN, "the service is replaced", 17)
-AWAY = Answer(Code.UNREACHABLE, sentence="it is away")
-OURS = {**ENTRY, "who": {**ENTRY["who"], "pid": os.getpid()}}
-
-
-@pytest.mark.parametrize(
-    ("first", "later", "status", "said"),
-    [
-        (LEFT, [AWAY, [OPEN | {"number": 17}], [ENTRY]], 0, "5/xvda is served by log:|aio:/img; update"),
-        (LEFT, [[ENTRY | {"code": "failed", "error": "killed"}]], 1, "5/xvda is served by log:|aio:/img\n"),
-        (LEFT, [[]], 75, "5/xvda is served by log:|aio:/img\n"),
-        (LEFT, [AWAY], 75, "5/xvda is served by log:|aio:/img\n"),
-        (b"", [AWAY, [ENTRY], [ENTRY, OURS]], 75, ""),
-        (b"", [[ENTRY, OURS | {"number": 18}]], 0, "5/xvda is served by log:|aio:/img; update"),
-        (b"", [[OURS | {"verb": "pause"}]], 75, ""),
-    ],
-)
-def test_an_order_is_waited_for_over_a_restart_of_the_service(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    first: Answer | bytes,
-    later: list[Any],
-    status: int,
-    said: str,
-) -> None:
-    """What the next service says is the answer; where it knows nothing, or none comes, nobody says that it failed.
-
-    A service that was killed has told no number: the order is the last one of its kind that this process gave.
-    """
-    monkeypatch.setattr(waiting, "LOOK_S", 0.0)
-    monkeypatch.setattr(waiting, "RETURN_S", 0.0 if later == [AWAY] else 60.0)
-    looks = iter(later)
-
-    def answer(request: dict[str, Any]) -> Answer | bytes:
-        if request["verb"] == "orders":
-            found = next(looks, later[-1])
-            return found if isinstance(found, Answer) else Answer(Code.OK, found)
-        return first if request["verb"] == "set" else Answer(Code.OK, [{**DISK, **CHAIN, "layers": []}])
-
-    with answering(tmp_path / "x", answer) as control:
-        assert status == main(["set", "5/xvda", "aio:/new", "--socket", control.path])
-
-    assert capsys.readouterr().out.startswith(said)
-
-
-def test_a_time_limit_holds_over_a_restart_too(tmp_path: Path) -> None:
-    """Whoever has set one does not wait for the next service."""
-    with answering(tmp_path / "x", lambda _: LEFT) as control:
-        assert 75 == main(["set", "5/xvda", "aio:/new", "--timeout", "9", "--socket", control.path])
-
-    assert ["set"] == [each["verb"] for each in control.asked]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import re
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,9 +14,9 @@ import pytest
 
 from tests import answering
 from tests.answering import DISK, Control, working
-from xenbackend.cli import status, status_table
+from xenbackend.cli import status
 from xenbackend.cli.main import main
-from xenbackend.cli.status import COLUMNS, Picture, Speed, speed
+from xenbackend.cli.status import COLUMNS, Speed, speed
 from xenbackend.disks import parse_disk
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
@@ -148,68 +146,6 @@ def test_sorting(control: Control, service: Service, capsys: pytest.CaptureFixtu
     _, *lines = capsys.readouterr().out.splitlines()
 
     assert found == "".join(line[0] for line in lines)
-
-
-def test_a_table_on_a_terminal(
-    control: Control, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In 80 columns no word but the chain is broken, nothing moves the cursor, and the service has its line."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "dumb")
-    service.pictures = [
-        [disk(chain="[bold]aio:/img/\x1b[2J" + 40 * "x", error="the worker was ended by SIGKILL", restarts=2),
-         {**OTHER, "needs_upgrade": True, "worker_version": "0.0.9"}]
-    ]  # fmt: skip
-    assert 0 == main(["status", "--socket", control.path])
-    out = capsys.readouterr().out
-
-    assert "\x1b[2J" not in out
-    for part in ("5/xvda", "mail", "Connected", "0 B/s", r"\x1b[2J", "[bold]", "restarts of its worker: 2", "6/xvdb"):
-        assert part in out
-    assert "the worker was ended by SIGKILL" in " ".join(out.split())
-    assert "6/xvdb: its worker runs 0.0.9" in out
-    assert "service 0.1.0, process 11, up" in out
-    assert "2 disks; 1 of 2 need upgrade: xenbackend upgrade" in " ".join(out.split())
-
-
-def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
-    """Return what the service said at a moment."""
-    return Picture({"pid": 11}, list(disks), at)
-
-
-def shown(before: Picture, after: Picture, height: int = 100) -> str:
-    """Return what a terminal of so many lines has with --watch."""
-    from rich.console import Console
-
-    stream = io.StringIO()
-    console = Console(file=stream, width=100, height=height)
-    console.print(status_table.fitting(console, argparse.Namespace(sort="disk"), before, after))
-    return stream.getvalue()
-
-
-def test_the_first_picture_has_no_rates() -> None:
-    """What was never looked at before has a dash and no zero, and so has a disk that has just come."""
-    first = picture(disk())
-    later = picture(moved(disk(), reads=100), OTHER, at=2.0)
-
-    assert "0/s" not in shown(first, first)
-    assert "rates follow with the next picture" in shown(first, first)
-    assert "50/s" in shown(first, later)
-    assert ["-", "-"] == [word for word in shown(first, later).splitlines()[4].split() if word == "-"][:2]
-
-
-@pytest.mark.parametrize("error", ["", "it is so\n" * 3])
-def test_a_picture_is_no_higher_than_the_terminal(error: str) -> None:
-    """What does not fit is left out as a whole, with what is said of it, and counted."""
-    all_ = picture(*(disk(vbd=f"{number}/xvda", node=f"vbd/{number}/51712", domid=number, error=error, paused=True)
-                     for number in range(20)))  # fmt: skip
-    lines = shown(all_, all_, 24).splitlines()
-
-    assert len(lines) <= 24
-    assert "0/xvda" in lines[2]
-    assert re.search(r"; 1\d disks more have no room here: see --sort", " ".join(" ".join(lines).split()))
-    assert "19/xvda" in shown(all_, all_, 500)
 
 
 def test_rates_and_latency_are_of_the_interval() -> None:

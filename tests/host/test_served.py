@@ -68,16 +68,16 @@ def test_silence_is_no_answer(tmp_path: Path) -> None:
         refuse_while_serving(str(tmp_path / "socket"))
 
 
-@pytest.mark.parametrize(("names", "status"), [((), 0), (("5/xvda",), 1)])
+@pytest.mark.parametrize(("disks", "status"), [([], 0), (["5/xvda"], 1)])
 def test_a_script_hears_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    names: tuple[str, ...],
+    disks: list[str],
     status: int,
 ) -> None:
     """The exit status says whether guests have disks, and a sentence which; a package manager's --force is another."""
-    with answering(tmp_path / "socket", serving(*names)) as control:
+    with answering(tmp_path / "socket", serving(*disks)) as control:
         monkeypatch.setattr(served, "control_sockets", lambda: [str(tmp_path / "none"), control.path])
         found = served.main()
     said = capsys.readouterr().err
