@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypeVar
 
 from xenbackend.disks import DiskName, parse_disk
 from xenbackend.errors import ConfigError
-from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.units import parse_duration, parse_size
 
 _T = TypeVar("_T")
@@ -62,6 +61,8 @@ def add_json(parser: argparse.ArgumentParser, text: str = "print JSON, errors to
 
 def add_socket(parser: argparse.ArgumentParser) -> None:
     """Add --socket."""
+    from xenbackend.protocol.client import DEFAULT_SOCKET  # late: most commands speak to no service
+
     parser.add_argument("--socket", default=DEFAULT_SOCKET, metavar="PATH", help="the service's socket (%(default)s)")
 
 

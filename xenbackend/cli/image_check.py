@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from xenbackend.block.formats.table import WRITTEN
-from xenbackend.cli import output
 from xenbackend.errors import printable
 from xenbackend.image import check as checks
 from xenbackend.image.check import Verdict
@@ -22,6 +21,8 @@ def check(arguments: argparse.Namespace) -> int:
     look: Callable[[Image], Verdict] = checks.repair if arguments.repair else checks.check
     verdict = look(find_image(arguments.image, tuple(each.name for each in WRITTEN.values() if each.cluster_size)))
     if arguments.json:
+        from xenbackend.cli import output  # late: people do not read it
+
         output.print_json({**asdict(verdict), "status": verdict.status}, indent=2)
         return verdict.status
     for sentence in verdict.sentences:

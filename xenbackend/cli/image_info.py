@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from xenbackend.block.spec import parse_chain
-from xenbackend.cli import output
 from xenbackend.errors import DriverError, printable
 from xenbackend.image import looks
 from xenbackend.image.facts import ChainFacts, Facts, chain_facts, file_facts
 from xenbackend.image.names import has_driver
-from xenbackend.protocol.codes import Code
 from xenbackend.units import format_size
 
 
@@ -30,6 +28,9 @@ def info(arguments: argparse.Namespace) -> int:
     else:
         facts = file_facts(arguments.image, look)
     if arguments.json:
+        from xenbackend.cli import output  # late: people do not read it
+        from xenbackend.protocol.codes import Code
+
         error = output.error_object(Code.INVALID, facts.problem) if facts.problem else {}
         output.print_json({**asdict(facts), "probed": look.name if look else None, **error}, indent=2)
         arguments.json = False  # the error is told already

@@ -14,10 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from xenbackend import __version__
-from xenbackend.cli import output
 from xenbackend.cli.arguments import Parser, UsageError, check_command
 from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable
-from xenbackend.protocol.codes import EXIT_STATUS
 
 MODULES = {  # of the commands, in the order of the help
     "run": "run", "status": "status", "attach": "attach", "detach": "attach", "check": "check",
@@ -41,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = _parse(words)
     except UsageError as mistake:
         if as_json:
+            from xenbackend.cli import output  # late, as in `_fail`: it speaks JSON, and of services
+
             output.print_error(ConfigError(mistake.sentence))
         raise
     try:
@@ -86,6 +86,9 @@ def _flush_or_forget() -> None:
 
 
 def _fail(problem: XenbackendError, *, as_json: bool) -> int:
+    from xenbackend.cli import output
+    from xenbackend.protocol.codes import EXIT_STATUS
+
     text = str(problem) if isinstance(problem, ChainError) else printable(str(problem))
     print(f"xenbackend: {text}", file=sys.stderr)
     if as_json:
