@@ -303,3 +303,64 @@ def test_a_timer_counts_only_as_it_was_set_last() -> None:
     pass_until(11.0)
     assert seen == [2.0, 9.0]
     loop.close()
+
+
+def test_a_descriptor_may_be_waited_for_until_it_can_be_written_to(reactor: Reactor) -> None:
+    """Its callback is called once there is room, and not before."""
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    while True:
+        try:
+            os.write(writer, bytes(4096))
+        except BlockingIOError:
+            break
+    calls: list[int] = []
+    reactor.add(writer, lambda: calls.append(1), writable=True)
+    reactor.call_soon(reactor.stop)
+    reactor.run()
+    before = len(calls)
+    os.read(reader, 1 << 20)
+    reactor.call_soon(reactor.stop)
+    reactor.run()
+    reactor.remove(writer)
+    os.close(reader)
+    os.close(writer)
+
+    assert (0, 1) == (before, len(calls))
+
+
+def test_a_number_that_is_used_again_in_a_pass_is_not_ready(reactor: Reactor) -> None:
+    """A descriptor that takes the number of one that was ready, and was removed meanwhile, is not called for it."""
+    first, second, third = os.eventfd(1), os.eventfd(1), os.eventfd(0)
+    calls: list[str] = []
+
+    def replace(other: int) -> None:
+        calls.append("ready")
+        reactor.remove(other)
+        os.dup2(third, other)
+        reactor.add(other, lambda: calls.append("not ready"))
+
+    reactor.add(first, lambda: replace(second))
+    reactor.add(second, lambda: replace(first))
+    reactor.call_soon(reactor.stop)
+    reactor.run()
+    for event in (first, second):
+        reactor.remove(event)
+    for event in (first, second, third):
+        os.close(event)
+
+    assert ["ready"] == calls
+
+
+def test_a_bug_that_somebody_contained_goes_the_same_way(clock: Clock) -> None:
+    """Whoever goes on after an exception tells of it as the loop would; without a handler it comes out."""
+    bugs: list[Exception] = []
+    reactor = Reactor(clock, on_bug=bugs.append)
+    bug = ValueError("a bug of ours")
+    reactor.bug(bug)
+    reactor.close()
+    reactor = Reactor(clock)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        reactor.bug(bug)
+    reactor.close()
+
+    assert [bug] == bugs

@@ -86,6 +86,7 @@ class Reactor:
         self._on_bug = on_bug
         self._epoll = select.epoll()
         self._callbacks: dict[int, Call] = {}
+        self._ready: list[tuple[int, int]] = []  # of this pass
         self._soon: deque[Call] = deque()
         self._timers: list[tuple[float, int, Call]] = []
         self._order = count()
@@ -97,15 +98,21 @@ class Reactor:
         self._threads = Threads(self.call_soon_threadsafe)
         self.add(self._wake, self._take_from_threads)
 
-    def add(self, fd: int, callback: Call, *, edge: bool = False) -> None:
-        """Call `callback` whenever `fd` is readable or broken; with `edge`, only when it becomes so once more."""
-        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
+    def add(self, fd: int, callback: Call, *, edge: bool = False, writable: bool = False) -> None:
+        """Call `callback` whenever `fd` is readable or broken; with `edge`, only when it becomes so once more.
+
+        With `writable` it is called when `fd` can be written to, or is broken, instead.
+        """
+        self._epoll.register(fd, (select.EPOLLOUT if writable else select.EPOLLIN) | (select.EPOLLET if edge else 0))
         self._callbacks[fd] = callback
 
     def remove(self, fd: int) -> None:
         """Forget `fd`; call this before closing it."""
         del self._callbacks[fd]
         self._epoll.unregister(fd)
+        for place, (ready, _) in enumerate(self._ready):
+            if ready == fd:  # whatever gets the number in this pass is not what was ready
+                self._ready[place] = (-1, 0)
 
     def before_sleep(self, hook: Callable[[], bool]) -> None:
         """Call `hook` in every pass before sleeping; when it returns True this pass does not sleep."""
@@ -145,7 +152,13 @@ class Reactor:
 
         Should `function` let an exception out, it is dealt with as a callback's, and `then` is called all the same.
         """
-        self._threads.run(function, then, partial(partial, self._bug))
+        self._threads.run(function, then, partial(partial, self.bug))
+
+    def bug(self, error: Exception) -> None:
+        """Deal with an exception that somebody has contained as with one that a callback let out."""
+        if self._on_bug is None:
+            raise error
+        self._on_bug(error)
 
     def stop(self) -> None:
         """Let `run` return after this pass."""
@@ -172,8 +185,8 @@ class Reactor:
             try:
                 awake |= hook()
             except Exception as error:
-                self._bug(error)
-        ready = self._wait(0 if awake or soon or self._stopped else self._until_timer())
+                self.bug(error)
+        self._ready = ready = self._wait(0 if awake or soon or self._stopped else self._until_timer())
         if self._timers:
             self._run_timers()
         callbacks = self._callbacks
@@ -189,7 +202,7 @@ class Reactor:
         try:
             may_be_ready = sleeper.wait(timeout_s)
         except Exception as error:  # the host refused: the loop's own descriptors are served on, and it is tried again
-            self._bug(error)
+            self.bug(error)
             retry_s = _SLEEPER_RETRY_S
             return self._epoll.poll(retry_s if timeout_s is None else min(timeout_s, retry_s), _EVENTS)
         self._call(sleeper.deliver)
@@ -199,12 +212,7 @@ class Reactor:
         try:
             function()
         except Exception as error:  # D8: a bug of one layer must not end the others
-            self._bug(error)
-
-    def _bug(self, error: Exception) -> None:
-        if self._on_bug is None:
-            raise error
-        self._on_bug(error)
+            self.bug(error)
 
     def _until_timer(self) -> float | None:
         return max(0.0, self._timers[0][0] - self.now()) if self._timers else None
