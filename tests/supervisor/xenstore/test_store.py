@@ -117,7 +117,7 @@ def test_a_device_is_spoken_to_as_well_as_a_socket() -> None:
     controller, terminal = os.openpty()
     with Store(os.ttyname(terminal), timeout_s=0.01) as store:
         assert store.is_connected
-        assert not os.get_blocking(store.fileno())
+        assert not os.get_blocking(store._connection.fileno())
     os.close(controller)
     os.close(terminal)
 
@@ -131,7 +131,6 @@ def test_silence_ends_at_the_deadline(peer: Callable[[Peer], str]) -> None:
 
     assert caught.value.errno == errno.EIO
     assert not store.is_connected
-    assert store.fileno() == -1
     with pytest.raises(StoreError, match="not connected"):
         store.read("/a")
 
@@ -182,6 +181,117 @@ def test_losing_xenstored_shows_at_the_descriptor(xenstored: Xenstored, store: S
     assert [(store.fileno(), select.POLLIN)] == [(fd, what & select.POLLIN) for fd, what in polled(store)]
     with pytest.raises(StoreError, match="connection lost"):
         store.events()
+
+
+def test_the_descriptor_is_the_same_for_ever(xenstored: Xenstored, store: Store) -> None:
+    """It says nothing while there is no connection, whatever else gets that one's number, and goes on with the next."""
+    number = store.fileno()
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    store.watch("/a", "token")
+    assert [("/a", "token")] == drained(store)
+    lost = store._connection.fileno()
+    held = os.dup(lost)  # as a program that is just being started has it
+    xenstored.stop()
+    with pytest.raises(StoreError):
+        store.read("/a")
+    event = os.eventfd(1)
+    os.dup2(event, lost)  # something that is ready has the number that has become free
+    before = poll.poll(0)
+    os.close(lost)
+    os.close(held)
+    xenstored.start()
+    store.reconnect()
+    drained(store)
+    with Store(xenstored.address) as other:
+        other.write("/a", "1")
+    after = poll.poll(5000)
+    os.close(event)
+
+    assert [] == before
+    assert ([(number, select.POLLIN)], number) == (after, store.fileno())
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_nothing_is_left_of_a_store_that_was_closed(xenstored: Xenstored) -> None:
+    """Also where its connection was lost before."""
+    for lose in (False, True):
+        store = Store(xenstored.address)
+        store.fileno()
+        if lose:
+            store.disconnect()
+        store.close()
+
+
+def test_many_keys_are_asked_for_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory is read without waiting for each of its keys; those that are not there are left out, and more than
+    fit at once come, too.
+    """
+    wanted = {f"key{number}": str(number) for number in range(2 * module._AT_ONCE + 1)}
+    store.write_many("/many", wanted)
+    moves = []
+    for name in ("_send", "_receive"):
+        former = getattr(store, name)
+        monkeypatch.setattr(store, name, lambda *a, n=name, f=former: (moves.append(n), f(*a))[1])
+    found = store.transact(lambda nodes: nodes.read_many("/many", ["none", *wanted]))
+
+    assert wanted == found
+    ahead = [moves[: place + 1].count("_send") - moves[: place + 1].count("_receive") for place in range(len(moves))]
+    assert module._AT_ONCE == max(ahead)
+
+
+def test_an_error_over_one_of_many_keys_leaves_the_connection_in_step(xenstored: Xenstored, store: Store) -> None:
+    """What a guest may not read or write is refused, after every answer has been read."""
+    store.write("/a/x", "1")
+    with Store(f"{xenstored.address}.5") as guest:
+        with pytest.raises(StoreError, match="write /a/y: Permission denied"):
+            guest.write_many("/a", {"y": "1", "x": "2"})
+        with pytest.raises(StoreError, match="read /a/none: Permission denied"):
+            guest.read_many("/a", ["none", "x", "y"])
+        assert guest.is_connected
+        assert 5 == guest.own_domid()
+
+
+def test_xenstored_that_goes_while_many_are_asked(peer: Callable[[Peer], str]) -> None:
+    """It is an error as over one: nothing is taken for an answer."""
+
+    def behave(near: socket.socket) -> None:
+        near.recv(2 * (16 + len("/a/1\0")), socket.MSG_WAITALL)
+        near.sendall(packet(Op.READ, 1, b"1"))
+
+    with Store(peer(behave)) as store:
+        with pytest.raises(StoreError, match="closed the connection"):
+            store.read_many("/a", ["1", "2"])
+        assert not store.is_connected
+
+
+def test_as_much_as_the_wire_carries_is_written_at_once(store: Store) -> None:
+    """Long values do not make both sides wait for each other."""
+    values = {f"{number:02}": "x" * 4000 for number in range(3 * module._AT_ONCE)}
+    store.write_many("/long", values)
+
+    assert values == store.dictionary("/long")
+
+
+def test_an_event_costs_the_same_however_many_watches_there_are(store: Store) -> None:
+    """Whoever watches much is not looked through for each event."""
+
+    class Counted(dict[str, dict[str, None]]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.looks += 1
+            return super().__iter__()
+
+    for number in range(100):
+        store.watch(f"/{number}", f"token {number}")
+    drained(store)
+    store._watches = watches = Counted(store._watches)
+    store.write("/7/x", "1")
+    store.unwatch("/8", "token 8")
+
+    assert [("/7/x", "token 7")] == drained(store)
+    assert watches.looks == 0
 
 
 def polled(store: Store) -> list[tuple[int, int]]:

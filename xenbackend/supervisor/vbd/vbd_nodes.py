@@ -102,9 +102,8 @@ class VbdNodes:
 
     def show_status(self, values: Mapping[str, str]) -> None:
         """Show these values below ``xenbackend/…``; each is written when it changes, since that wakes watchers."""
-        for key, value in values.items():
-            if self._status.get(key) != value:
-                self._store.write(f"{self._status_path}/{key}", value)
+        changed = {key: value for key, value in values.items() if self._status.get(key) != value}
+        self._store.write_many(self._status_path, changed)
         self._status = dict(values)
 
     def doubt(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from xenbackend.errors import StoreError
 
 Ask = Callable[[str, Sequence[str], bytes], bytes]  # (operation, NUL-terminated strings, raw tail) -> reply's payload
+Request = tuple[str, bytes]  # a path, and what follows it
+AskMany = Callable[[str, Sequence[Request]], list[bytes | StoreError]]  # each one's payload or error
 SENTENCE_MAX = 1000  # characters of a sentence for people: values end at 2048 bytes (quota)
 _RESTARTS = 8  # of a listing in parts that others keep changing
 
@@ -18,14 +20,17 @@ _RESTARTS = 8  # of a listing in parts that others keep changing
 class Nodes:
     """The operations on nodes. `ask` sends an operation named as in io/xs_wire.h and returns the reply's payload.
 
+    `ask_many` sends many of one operation before it waits for the first answer, where the connection has that.
+
     Paths are absolute, or relative to our domain's own. Values are text, in which bytes that are no UTF-8 are lone
     surrogates, as in Python's names of files; so what a guest wrote never raises, and any file's name comes through.
     They are at most 4096 bytes by protocol.
     Every method raises StoreError: with xenstore's errno, or EIO once the connection is lost.
     """
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, ask_many: AskMany | None = None) -> None:
         self._ask = ask
+        self._ask_many = ask_many or self._ask_each
 
     def read(self, path: str) -> str:
         """Return a node's value."""
@@ -42,8 +47,24 @@ class Nodes:
 
     def read_many(self, path: str, keys: Iterable[str]) -> dict[str, str]:
         """Return those of the named keys below `path` that exist. The way to read what a guest may fill."""
-        found = {key: self.read_optional(f"{path}/{key}") for key in keys}
-        return {key: value for key, value in found.items() if value is not None}
+        keys = list(keys)
+        answers = self._ask_many("READ", [(f"{path}/{key}", b"") for key in keys])
+        found = {}
+        for key, answer in zip(keys, answers, strict=True):
+            if isinstance(answer, bytes):
+                found[key] = decode(answer)
+            elif answer.errno != errno_module.ENOENT:
+                raise answer
+        return found
+
+    def _ask_each(self, operation: str, requests: Sequence[Request]) -> list[bytes | StoreError]:
+        answers: list[bytes | StoreError] = []
+        for path, tail in requests:
+            try:
+                answers.append(self._ask(operation, (path,), tail))
+            except StoreError as error:
+                answers.append(error)
+        return answers
 
     def dictionary(self, path: str) -> dict[str, str]:
         """Return every direct child's value by key; empty when there is no such node."""
@@ -84,6 +105,13 @@ class Nodes:
     def write(self, path: str, value: str) -> None:
         """Set a node's value; it and its parents are made when missing."""
         self._ask("WRITE", (path,), encode(value))
+
+    def write_many(self, path: str, values: Mapping[str, str]) -> None:
+        """Set the named keys below `path`, each as `write` does."""
+        requests = [(f"{path}/{key}", encode(value)) for key, value in values.items()]
+        for answer in self._ask_many("WRITE", requests):
+            if isinstance(answer, StoreError):
+                raise answer
 
     def mkdir(self, path: str) -> None:
         """Make a node with an empty value; one that exists is left alone."""

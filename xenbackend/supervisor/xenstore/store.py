@@ -31,7 +31,7 @@ from pyxs.exceptions import ConnectionError as PacketError
 
 from xenbackend.errors import StoreError
 from xenbackend.supervisor.xenstore import nodes
-from xenbackend.supervisor.xenstore.nodes import Nodes
+from xenbackend.supervisor.xenstore.nodes import Nodes, Request
 
 T = TypeVar("T")
 
@@ -44,6 +44,7 @@ TIMEOUT_S = 10.0
 ATTEMPTS = 20  # of a transaction; with the pauses about a second in all
 _PAUSE_S = 0.001  # before the second attempt at most; doubled up to the next line
 _PAUSE_MAX_S = 0.1
+_AT_ONCE = 16  # requests sent before the first answer is read: so many fit into any socket, whatever they write
 _EVENTS_PER_CALL = 1024  # packets read by one `events`, so that a flood cannot hold the caller
 _PATHS_PER_TOKEN = 64  # distinct changed paths kept per token; more are said as "something below the watch"
 
@@ -119,6 +120,20 @@ class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.poll: select.epoll | None = None  # shows whether there is something to be read, once anybody wants to know
+
+    def connect(self) -> None:
+        super().connect()
+        self.be_shown()
+
+    def be_shown(self) -> None:
+        if self.poll is not None and self.is_connected:
+            self.poll.register(self.fileno(), select.EPOLLIN)
+
+    def close(self, silent: bool = True) -> None:  # noqa: FBT001, FBT002 - pyxs's, which calls it by itself, too
+        if self.poll is not None and self.is_connected:
+            self.poll.unregister(self.fileno())
+        super().close(silent)
 
     def create_transport(self) -> _Transport:
         if not stat.S_ISSOCK(os.stat(self.path).st_mode):  # noqa: PTH116 - pyxs keeps a plain string
@@ -135,21 +150,21 @@ class Transaction(Nodes):
 class Store(Nodes):
     """One connection to xenstore, for one thread. The constructor connects.
 
-    Before sleeping on `fileno`, call `events` until it returns nothing: events also arrive while a call waits for its
-    reply.
+    Before sleeping on `fileno`, call `events` until `has_events` is False: they also arrive while a call waits for its
+    reply. What an event costs does not grow with the number of watches.
     """
 
     def __init__(
         self, address: str | None = None, *, timeout_s: float = TIMEOUT_S, pause: Callable[[float], None] = time.sleep
     ) -> None:
-        super().__init__(partial(self._exchange, 0))
+        super().__init__(partial(self._exchange, 0), partial(self._exchange_many, 0))
         self.address = address or find_address()
         self.why_lost = ""  # the connection, the last time
         self._timeout_s = timeout_s
         self._pause = pause
         self._connection = _Connection(self.address)
         self._request = 0
-        self._watches: dict[tuple[str, str], None] = {}
+        self._watches: dict[str, dict[str, None]] = {}  # paths by token
         self._events: dict[str, dict[str, None]] = {}  # changed paths by token, in order of arrival
         self._open()
 
@@ -164,12 +179,30 @@ class Store(Nodes):
         """True until the connection is lost or closed."""
         return bool(self._connection.is_connected)
 
+    @property
+    def has_events(self) -> bool:
+        """True while `events` would return something without asking."""
+        return bool(self._events)
+
     def fileno(self) -> int:
-        """Return a descriptor that is readable when events may have come or the connection is lost; -1 without one."""
-        return int(self._connection.fileno()) if self.is_connected else -1
+        """Return a descriptor that is readable when events may have come or the connection is lost.
+
+        It is the same one after every `reconnect`, and says nothing while there is no connection.
+        """
+        if self._connection.poll is None:
+            self._connection.poll = select.epoll()
+            self._connection.be_shown()
+        return int(self._connection.poll.fileno())
 
     def close(self) -> None:
-        """Close the connection; xenstored drops its watches and transactions."""
+        """Close everything; xenstored drops our watches and transactions."""
+        self.disconnect()
+        poll, self._connection.poll = self._connection.poll, None
+        if poll is not None:
+            poll.close()
+
+    def disconnect(self) -> None:
+        """Close the connection until `reconnect`."""
         self._connection.close()
 
     def reconnect(self) -> None:
@@ -177,11 +210,12 @@ class Store(Nodes):
 
         Raises: StoreError, and the watches are still remembered for the next try.
         """
-        self.close()
+        self.disconnect()
         self._events.clear()
         self._open()
-        for path, token in self._watches:
-            self._ask("WATCH", (path, token), b"")
+        for token, paths in self._watches.items():
+            for path in paths:
+                self._ask("WATCH", (path, token), b"")
 
     def own_domid(self) -> int:
         """Return the number of the domain that we run in."""
@@ -192,21 +226,22 @@ class Store(Nodes):
 
     def watch(self, path: str, token: str) -> None:
         """Ask for an event (path, token) at once and whenever the node or one below it changes or goes away."""
-        if (path, token) in self._watches:
+        paths = self._watches.setdefault(token, {})
+        if path in paths:
             return
-        self._watches[path, token] = None  # before asking: the first event may precede the reply
+        paths[path] = None  # before asking: the first event may precede the reply
         try:
             self._ask("WATCH", (path, token), b"")
         except StoreError:
-            del self._watches[path, token]
+            self._forget_watch(path, token)
             raise
 
     def unwatch(self, path: str, token: str) -> None:
         """Take a watch back; no event of it is reported any more. A watch that was never set is fine."""
-        if (path, token) not in self._watches:
+        if path not in self._watches.get(token, ()):
             return
-        del self._watches[path, token]
-        if not any(each == token for _, each in self._watches):
+        self._forget_watch(path, token)
+        if token not in self._watches:
             self._events.pop(token, None)
         with suppress(StoreError):  # lost connections have no watches either
             self._ask("UNWATCH", (path, token), b"")
@@ -249,7 +284,7 @@ class Store(Nodes):
         number = int(self._ask("TRANSACTION_START", ("",), b"").rstrip(b"\0"))
         ask = partial(self._exchange, number)
         try:
-            result = body(Transaction(ask))
+            result = body(Transaction(ask, partial(self._exchange_many, number)))
         except BaseException:
             with suppress(StoreError):  # the reason for the abort is what counts
                 ask("TRANSACTION_END", ("F",), b"")
@@ -263,27 +298,59 @@ class Store(Nodes):
         except OSError as error:
             raise StoreError(f"xenstore at {self.address}: cannot connect: {error.strerror}") from None
 
+    def _forget_watch(self, path: str, token: str) -> None:
+        del self._watches[token][path]
+        if not self._watches[token]:
+            del self._watches[token]
+
     def _exchange(self, transaction: int, operation: str, strings: Sequence[str], tail: bytes) -> bytes:
         """Send one request and return the payload of its reply, noting the events that come in between."""
         what = f"xenstore: {operation.lower().replace('_', ' ')} {strings[0]}"
         payload = _payload(what, strings, tail)
-        op = _NUMBERS[operation]
-        transport = self._transport()
-        transport.deadline = time.monotonic() + self._timeout_s
+        return self._take_reply(operation, self._send(transaction, operation, payload), what)
+
+    def _exchange_many(self, transaction: int, operation: str, requests: Sequence[Request]) -> list[bytes | StoreError]:
+        """Send requests of one operation, and return the payload of each one's reply or what was wrong with it.
+
+        Many are sent before the first answer is waited for, which takes most of the time. Raises: StoreError when the
+        connection is lost.
+        """
+        answers: list[bytes | StoreError] = []
+        for first in range(0, len(requests), _AT_ONCE):
+            part = requests[first : first + _AT_ONCE]
+            whats = [f"xenstore: {operation.lower()} {path}" for path, _ in part]
+            payloads = [_payload(what, (path,), tail) for what, (path, tail) in zip(whats, part, strict=True)]
+            numbers = [self._send(transaction, operation, payload) for payload in payloads]
+            for number, what in zip(numbers, whats, strict=True):
+                try:
+                    answers.append(self._take_reply(operation, number, what))
+                except StoreError as error:
+                    if not self.is_connected:
+                        raise
+                    answers.append(error)
+        return answers
+
+    def _send(self, transaction: int, operation: str, payload: bytes) -> int:
+        """Send a request, and return its number."""
+        self._transport().deadline = time.monotonic() + self._timeout_s
         self._request = (self._request + 1) & 0xFFFFFFFF
         try:
             # Packet(...) would refuse operations that are younger than pyxs.
-            self._connection.send(Packet._make((op, self._request, transaction, len(payload), payload)))
+            packet = Packet._make((_NUMBERS[operation], self._request, transaction, len(payload), payload))
+            self._connection.send(packet)
         except PacketError as error:
             raise self._lost(getattr(error.__context__, "strerror", None) or str(error)) from None
+        return self._request
+
+    def _take_reply(self, operation: str, number: int, what: str) -> bytes:
         while (packet := self._receive()).op == Op.WATCH_EVENT:
             self._note(packet.payload)
-        if packet.rq_id != self._request or packet.op not in (op, Op.ERROR):
+        if packet.rq_id != number or packet.op not in (_NUMBERS[operation], Op.ERROR):
             raise self._lost("a reply came that nobody asked for")
         if packet.op == Op.ERROR:
             name = packet.payload.rstrip(b"\0").decode("ascii", "replace")
-            number = getattr(errno_module, name, errno_module.EIO)
-            raise StoreError(f"{what}: {os.strerror(number)}", number)
+            errno = getattr(errno_module, name, errno_module.EIO)
+            raise StoreError(f"{what}: {os.strerror(errno)}", errno)
         return bytes(packet.payload)
 
     def _receive(self) -> Any:
@@ -299,7 +366,7 @@ class Store(Nodes):
     def _note(self, payload: bytes) -> None:
         """Remember an event, once; drop it when its watch is gone."""
         path, token, *_ = (*nodes.strings(payload), "", "")
-        watched = [each for each, name in self._watches if name == token]
+        watched = self._watches.get(token)
         if watched:
             paths = self._events.setdefault(token, {})
             paths[path] = None
@@ -313,7 +380,7 @@ class Store(Nodes):
         return transport
 
     def _lost(self, reason: str) -> StoreError:
-        self.close()
+        self.disconnect()
         self.why_lost = f"xenstore at {self.address}: connection lost: {reason}"
         return StoreError(self.why_lost)
 
