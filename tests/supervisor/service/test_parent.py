@@ -7,12 +7,14 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.descriptors import open_descriptors
 from xenbackend.errors import ConfigError
+from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service import parent
 from xenbackend.supervisor.service.parent import Parent, Store
 
@@ -57,7 +59,8 @@ class Runs:
         """Run the program until the parent has done with it; return the exit status."""
         (self._directory / "service.py").write_text(_HEAD + text)
         command = [sys.executable, str(self._directory / "service.py"), str(self._directory / "runs")]
-        return Parent(command, self.store, self.environment).run()
+        with closing(Reactor()) as loop:
+            return Parent(command, self.store, self.environment, loop).run()
 
     @property
     def count(self) -> int:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-import selectors
 import signal
 import socket
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 from xenbackend.errors import ConfigError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.loop.signals import taking_signals
+from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.keeper import FIRST
 from xenbackend.supervisor.service.notify import address_of
 
@@ -41,7 +42,7 @@ class Store:
         self.fds: dict[str, int] = {}
         self.path = path
         path.unlink(missing_ok=True)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             self.socket.bind(str(path))
             path.chmod(0o600)
@@ -50,10 +51,11 @@ class Store:
             raise
 
     def take(self) -> str:
-        """Take one message: do what it asks for, and return it for whoever else wants to know."""
-        data, fds, _, _ = socket.recv_fds(self.socket, _MESSAGE, 8)
-        for fd in fds:  # Python's recv_fds passes over the flag that would do it
-            os.set_inheritable(fd, False)
+        """Take one message: do what it asks for, and return it for whoever else wants to know.
+
+        Raises: BlockingIOError while there is none.
+        """
+        data, fds, _ = process.receive(self.socket, _MESSAGE, 8)
         message = data.decode(errors="replace")
         fields = dict(line.partition("=")[::2] for line in message.splitlines())
         name = fields.get("FDNAME", "")
@@ -81,115 +83,90 @@ class Store:
 class Parent:
     """Runs one service after the other."""
 
-    def __init__(self, command: Sequence[str], store: Store, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], store: Store, environment: Mapping[str, str], loop: Reactor) -> None:
         """Run `command`; `environment` is ours, whose ``NOTIFY_SOCKET`` hears what the service says."""
         self._command = command
         self._store = store
         self._environment = {**environment, "NOTIFY_SOCKET": str(store.path), "FDSTORE": str(MAX_KEPT)}
         self._environment.pop("LISTEN_PID", None)  # ours, where systemd gave us descriptors; the service has another
         self._above = address_of(environment)
-        self._pidfd = -1  # of the service that runs
+        self._loop = loop
+        self._start_soon = loop.timer(self._start)
+        self._pid = 0  # of the service that runs
+        self._pidfd = -1
+        self._began = 0.0
+        self._rest_s = RESTART_S
+        self._status = 0
         self._is_ending = self._is_replacing = False
 
     def run(self) -> int:
         """Run until the service ends of its own will, or ours, and return its exit status."""
         _raise_limit()
-        rest_s = RESTART_S
-        with selectors.DefaultSelector() as selector, self._signals(selector):
-            selector.register(self._store.socket, selectors.EVENT_READ)
-            while True:
-                began = time.monotonic()
-                status = self._run_once(selector)
-                is_over = self._is_ending or status in (0, _MISTAKE) or not self._store.path.exists()
-                if is_over and not self._is_replacing:
-                    return status
-                self._is_replacing = False
-                if not status or time.monotonic() - began >= RESTART_S:
-                    rest_s = RESTART_S
-                elif self._rest(selector, time.monotonic() + rest_s):
-                    rest_s = min(2 * rest_s, MAX_RESTART_S)
-                else:
-                    return status
+        self._loop.add(self._store.socket.fileno(), self._listen)
+        with taking_signals(self._loop, _SIGNALS, self._on_signal):
+            self._start()
+            self._loop.run()
+        self._loop.remove(self._store.socket.fileno())
+        return self._status
 
-    def _run_once(self, selector: selectors.BaseSelector) -> int:
+    def _start(self) -> None:
+        self._began = self._loop.now()
         try:
-            pid = _spawn(self._command, self._store.fds, self._environment)
-            self._pidfd = pidfd = os.pidfd_open(pid)
+            self._pid = _spawn(self._command, self._store.fds, self._environment)
+            self._pidfd = os.pidfd_open(self._pid)
         except OSError:  # no process or descriptor is to be had now: later
-            return 1
-        selector.register(pidfd, selectors.EVENT_READ)
-        if self._is_ending:  # the signal came before there was anybody to tell
-            self._tell(signal.SIGINT)
-        while pidfd not in [key.fd for key, _ in self._select(selector, None)]:
-            pass
+            self._follow(1)
+        else:
+            self._loop.add(self._pidfd, self._reap)
+
+    def _reap(self) -> None:
         self._listen()  # what it said last counts, before it is started again
-        selector.unregister(pidfd)
+        self._loop.remove(self._pidfd)
+        os.close(self._pidfd)
         self._pidfd = -1
-        os.close(pidfd)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self._follow(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
 
-    def _rest(self, selector: selectors.BaseSelector, until: float) -> bool:
-        """Let the time pass, and return whether there is to be another service."""
-        while not self._is_ending and (left_s := until - time.monotonic()) > 0:
-            self._select(selector, left_s)
-        return not self._is_ending
-
-    def _select(
-        self, selector: selectors.BaseSelector, timeout_s: float | None
-    ) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for anything, take what the service says and the signals, and return what was ready."""
-        ready = selector.select(timeout_s)
-        for key, _ in ready:
-            if key.data is not None:
-                key.data()
-        self._listen()
-        return ready
+    def _follow(self, status: int) -> None:
+        """Start another service after one that has ended so, now or later, or come to the end."""
+        self._status = status
+        is_over = self._is_ending or status in (0, _MISTAKE) or not self._store.path.exists()
+        if is_over and not self._is_replacing:
+            self._loop.stop()
+            return
+        self._is_replacing = False
+        now = self._loop.now()
+        if not status or now - self._began >= RESTART_S:
+            self._rest_s = RESTART_S
+            self._start_soon.set(now)
+        else:
+            self._start_soon.set(now + self._rest_s)
+            self._rest_s = min(2 * self._rest_s, MAX_RESTART_S)
 
     def _listen(self) -> None:
-        self._store.socket.setblocking(False)
-        while True:
-            try:
+        """Take what the service has said."""
+        with suppress(BlockingIOError):
+            while True:
                 message = self._store.take()
-            except BlockingIOError:
-                return
-            if self._above and "FDSTORE" not in message:
-                with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as near:
-                    near.sendto(message.encode(), self._above)
-
-    @contextmanager
-    def _signals(self, selector: selectors.BaseSelector) -> Iterator[None]:
-        """Hand on signals, which are taken in the loop, from now on."""
-
-        def take() -> None:
-            for number in near.recv(64):
-                self._on_signal(number)
-
-        near, far = socket.socketpair()
-        far.setblocking(False)
-        former_fd = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-        former = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-        selector.register(near, selectors.EVENT_READ, take)
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(former_fd)
-            near.close()
-            far.close()
+                if self._above and "FDSTORE" not in message:
+                    _tell(self._above, message)
 
     def _on_signal(self, number: int) -> None:
-        self._is_replacing = number == signal.SIGHUP and not self._is_ending and self._pidfd >= 0
+        is_running = self._pidfd >= 0
+        self._is_replacing = number == signal.SIGHUP and not self._is_ending and is_running
         self._is_ending |= number != signal.SIGHUP
-        self._tell(signal.SIGTERM if self._is_replacing else signal.SIGINT)
-
-    def _tell(self, number: int) -> None:
-        if self._pidfd >= 0:
+        if is_running:
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM if self._is_replacing else signal.SIGINT)
+        elif self._is_ending:
+            self._loop.stop()
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _tell(address: str, message: str) -> None:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as near:
+        near.sendto(message.encode(), address)
 
 
 def _raise_limit() -> None:
@@ -205,10 +182,8 @@ def run(arguments: Sequence[str], socket_path: str, environment: Mapping[str, st
         store = Store(Path(f"{socket_path}.keep"))
     except OSError as error:
         raise ConfigError(f"{socket_path}.keep: cannot listen there: {error.strerror or error}") from None
-    try:
-        return Parent([sys.executable, "-m", "xenbackend", *arguments], store, environment).run()
-    finally:
-        store.close()
+    with closing(store), closing(Reactor()) as loop:
+        return Parent([sys.executable, "-m", "xenbackend", *arguments], store, environment, loop).run()
 
 
 def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping[str, str]) -> int:

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -96,6 +97,21 @@ def pair() -> tuple[socket.socket, socket.socket]:
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except OSError as error:
         raise KernelError("make a socket for a worker process", error.errno or errno.EIO) from None
+
+
+def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int], bool]:
+    """Return a datagram, the descriptors beside it, which no program of ours inherits, and whether that is all of it.
+
+    It is not where the datagram was longer than `size`, or came with more than `most` descriptors: those are closed.
+    Python's own `recv_fds` passes over the flag that keeps them from being inherited. Raises: OSError.
+    """
+    fds = array("i")
+    room = socket.CMSG_LEN(most * fds.itemsize)
+    datagram, beside, flags, _ = near.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in beside:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return datagram, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def _pid_of(pidfd: int) -> int:
