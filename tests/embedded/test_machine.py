@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import ChainError, XenbackendError
 from xenbackend.rig.frontend import Wishes
+from xenbackend.supervisor.xenstore import toolstack
 
 
 @pytest.mark.slow
@@ -55,6 +62,63 @@ def test_mistakes_are_told_in_sentences() -> None:
             machine.ask({"verb": "ping"})  # the service tidies up after the last step that a toolstack waits for
 
         assert "/51712" not in str(machine.xenstored.dump())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
+    """F2: both are seen in one turn of the service. The script has its answer, one worker has the image, and when the
+    disk is detached nobody has it.
+    """
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine:
+        guest = machine.create_guest(5)
+        path = machine.attach(5, "xvda", f"aio:{image}")
+        guest.connect(path, Wishes()).write(0, b"x" * 4096)
+        [known] = machine.ask({"verb": "status"})["data"]
+        worker, service = known["worker"], machine.service_pid
+        end = os.pidfd_open(worker)
+        os.kill(worker, signal.SIGSTOP)  # it takes a moment to close its image
+        machine.store.transact(lambda nodes: toolstack._remove(nodes, path))
+        _wait_until(lambda: machine.ask({"verb": "status"})["data"][0]["phase"] != known["phase"])
+        os.kill(service, signal.SIGSTOP)
+        os.kill(worker, signal.SIGCONT)
+        assert select.select([end], [], [], 20)[0]
+        os.close(end)
+        wanted = toolstack.Attachment(path, f"aio:{image}")
+        machine.store.transact(lambda nodes: toolstack._write_backend(nodes, wanted))
+        answers: list[dict[str, Any]] = []
+        request = {"verb": "hotplug", "action": "add", "path": path.backend}
+        thread = threading.Thread(target=lambda: answers.append(machine.ask(request)))
+        thread.start()
+        os.kill(service, signal.SIGCONT)
+        thread.join(20)
+        [after] = machine.ask({"verb": "status"})["data"]
+        holders = _who_has(image)
+        toolstack.detach(machine.store, path, 20, force=True)
+        _wait_until(lambda: not machine.ask({"verb": "status"})["data"])
+        left = _who_has(image)
+        guest.close()
+
+    assert ["connected"] == [each["data"] for each in answers]
+    assert ([after["worker"]], []) == (holders, left)
+    assert worker != after["worker"]
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+def _who_has(file: Path) -> list[int]:
+    """Return the processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if link.readlink() == file:
+                found.add(int(link.parts[2]))
+    return sorted(found)
 
 
 def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:

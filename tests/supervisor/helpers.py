@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import selectors
 import sys
 import time
 from collections.abc import Callable
@@ -11,14 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import parent
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
-from xenbackend.supervisor.service.registry import Registry
-from xenbackend.supervisor.service.server import Reply, Server
+from xenbackend.supervisor.service.ledger import Ledger
+from xenbackend.supervisor.service.registry import Registry, Reply
+from xenbackend.supervisor.service.server import Peer, Server
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd.claim import Bus
+from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.events import Expired
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.nodes import Nodes
@@ -28,7 +32,25 @@ from xenbackend.supervisor.xenstore.store import Store
 _ROOT = Path(__file__).parents[2]
 FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 PATH = VbdPath("vbd", 0, 5, 51712)
+_TICK_S = 0.05
 PATIENCE_S = 20.0  # for what must happen; a failed test takes this long, a passed one does not
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def settle(loop: Reactor, passes: int = 20) -> None:
+    """Let a loop do everything that is due now, and what follows from it, without waiting."""
+    for _ in range(passes):
+        loop.call_soon(loop.stop)
+        loop.run()
 
 
 class Stepped:
@@ -45,55 +67,92 @@ class Stepped:
         socket: str = "",
         runs_script: bool = True,
     ) -> None:
-        self.selector = selectors.DefaultSelector()
+        self.bugs: list[Exception] = []
+        self.loop = Reactor(on_bug=self.bugs.append)
         self.store = Store(address)
-        self.answers: list[dict[str, Any]] = []  # that the script got
-        self.fleet = Fleet(self.selector, FAKE_WORKER)
-        self.registry = Registry(self.store, self.fleet, settings, self.selector, bus=bus, xentop=xentop, keeper=keeper)
+        self.answers: list[Answer] = []  # that the script got
+        self.fleet = Fleet(self.loop, FAKE_WORKER)
+        keeper = keeper or Keeper({})
+        self.context = Context(
+            self.store, self.loop, self.fleet, settings, bus or Bus(), keeper, time.time, Ledger(keeper)
+        )
+        self.registry = Registry(self.context, Vbd, xentop=xentop)
         self.registry.start()
         self._runs_script = runs_script
-        self._server = Server(socket, self.selector, self._answer, time.monotonic) if socket else None
+        self._is_waiting = False
+        self._asked: dict[VbdPath, Vbd] = {}  # for whom the script was run
+        self._tick = self.loop.timer(int)  # wakes the loop: a condition may be of somebody else's making
+        self.loop.before_sleep(self._run_scripts)
+        self._server = Server(socket, self.loop, self._answer) if socket else None
 
-    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
+    def _answer(self, request: dict[str, Any], _peer: Peer, reply: Reply) -> None:
         if request["verb"] == "hotplug":
             self.registry.hotplug(request["path"], reply)
         else:
-            reply({"data": ""})
+            reply(Answer(Code.OK, ""))
 
     def script(self, path: VbdPath = PATH) -> None:
         """Run the toolstack's hotplug script; what it is told goes to `answers`."""
         self.registry.hotplug(path.backend, self.answers.append)
 
-    def turn(self, timeout_s: float = 0.05) -> None:
-        """Do one pass of the loop."""
-        is_busy = self.registry.turn()
+    def _run_scripts(self) -> bool:
+        """Do what a toolstack does that sees InitWait."""
         for path, vbd in list(self.registry.vbds.items()):
-            if self._runs_script and vbd.device.ours == 2 and not vbd.device.hotplug and not vbd.scripts:
+            is_due = self._runs_script and vbd.device.ours == 2 and not vbd.device.hotplug
+            if is_due and self._asked.get(path) is not vbd:
+                self._asked[path] = vbd
                 self.script(path)
-        for key, _ in self.selector.select(0 if is_busy else timeout_s):
-            if self.selector.get_map().get(key.fd) is key:
-                key.data()
+        return False
 
-    def until(self, condition: Callable[[], Any], *, timeout_s: float = 0.05) -> Any:
-        """Turn until the condition holds, and return what it returned."""
+    def turn(self, seconds: float = 0.0) -> None:
+        """Let the loop make one pass, or run for so long."""
+        if not seconds:
+            settle(self.loop, 1)
+            return
+        limit = self.loop.timer(self.loop.stop)
+        limit.set(self.loop.now() + seconds)
+        self.loop.run()
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Let the loop run until the condition holds, and return what it returned."""
         deadline = time.monotonic() + PATIENCE_S
-        while not (found := condition()):
-            assert time.monotonic() < deadline, "it never happened"
-            self.turn(timeout_s)
-        return found
+        seen: list[Any] = []
+
+        assert not self._is_waiting, "a condition waits for another one"
+        self._is_waiting = True
+
+        def look() -> bool:
+            self._tick.set(self.loop.now() + _TICK_S)
+            try:
+                seen.append(condition())
+            except Exception as error:
+                seen.append(error)
+            if seen[-1] or time.monotonic() >= deadline:
+                self.loop.stop()
+            return False
+
+        self.loop.before_sleep(look)
+        self.loop.run()
+        self.loop.remove_hook(look)
+        self._is_waiting = False
+        if isinstance(seen[-1], Exception):
+            raise seen[-1]
+        assert seen[-1], "it never happened"
+        return seen[-1]
 
     def vbd(self) -> Vbd:
         """The one vbd that most tests have."""
-        return self.until(lambda: self.registry.vbds.get(PATH))
+        return self.registry.vbds.get(PATH) or self.until(lambda: self.registry.vbds.get(PATH))
 
     def expire(self) -> None:
         """Let the vbd's limit be over now."""
         self.vbd().handle(Expired())
 
-    def ask(self, order: Callable[..., None], *arguments: str) -> dict[str, Any]:
-        """Give an order, wait for its answer and return it."""
-        answers: list[dict[str, Any]] = []
-        order(*arguments, answers.append)
+    def give(self, verb: str, **request: Any) -> Answer:
+        """Give an order to the one vbd, wait for its answer and return it."""
+        answers: list[Answer] = []
+        number = self.context.ledger.open(verb, str(PATH), {}, {})
+        self.vbd().orders.give(verb, request, number, answers.append)
         self.until(lambda: answers)
         return answers[0]
 
@@ -101,6 +160,7 @@ class Stepped:
         """Stop, and leave the workers to the next service."""
         self.registry.stop(leaves=True)
         assert not self.registry.vbds
+        self.context.ledger.leave()
         self._close()
 
     def close(self) -> None:
@@ -110,14 +170,18 @@ class Stepped:
             if vbd.worker is not None:
                 vbd.worker.kill("the test is over")
         self.until(lambda: not self.registry.vbds)
+        self.context.ledger.forget()
         self._close()
 
     def _close(self) -> None:
+        self._tick.set(None)
+        self.registry.close()
         self.fleet.close()
         if self._server is not None:
             self._server.close()
         self.store.close()
-        self.selector.close()
+        self.loop.close()
+        assert [] == self.bugs
 
 
 class Kept:
@@ -125,7 +189,6 @@ class Kept:
 
     def __init__(self, directory: Path) -> None:
         self._parents = parent.Store(directory / "keep")
-        self._parents.socket.setblocking(False)
         self._environment = {"NOTIFY_SOCKET": str(self._parents.path), "FDSTORE": "64"}
 
     @property

@@ -94,7 +94,7 @@ def _restore(wanted: Any, value: Any) -> Any:
         return [_restore(get_args(wanted)[0], each) for each in value]
     elif get_origin(wanted) is dict and type(value) is dict and len(value) <= MAX_ITEMS:
         return {_restore(str, name): _restore(get_args(wanted)[1], each) for name, each in value.items()}
-    elif type(value) is wanted and _is_within_bounds(value):
+    elif type(value) is wanted and is_storable(value):
         return value
     raise NotAMessage(f"{_shown(value)} where a message has {wanted}")
 
@@ -130,7 +130,7 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)[:80]
 
 
-def _is_within_bounds(value: Any) -> bool:
+def is_storable(value: Any) -> bool:
     """Return whether a plain value can be stored wherever it may go: in the journal, a log, xenstore."""
     if type(value) is int:
         return -(2**63) <= value < 2**64

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
-import selectors
+import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.supervisor.helpers import FAKE_WORKER
+from tests.descriptors import open_descriptors
+from tests.supervisor.helpers import FAKE_WORKER, PATIENCE_S, settle
 from xenbackend import journal
-from xenbackend.protocol import messages
+from xenbackend.errors import KernelError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import codec, messages
 from xenbackend.supervisor.service import zygote
-from xenbackend.supervisor.service.fleet import Fleet, Worker
+from xenbackend.supervisor.service.fleet import REST_S, Fleet, Worker
 
-OPEN = messages.Open(vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
+OPEN = messages.Open(number=7, vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
 
-pytestmark = pytest.mark.slow  # every one starts a process
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]  # every one starts a process
 
 
 class Heard:
     """A worker and all that it said."""
 
     def __init__(self, command: tuple[str, ...], zygote: tuple[str, ...] = ()) -> None:
-        self.selector = selectors.DefaultSelector()
-        self.messages: list[messages.Message] = []
+        self.ahead_s = 0.0  # of the time that there is
+        self.bugs: list[Exception] = []
+        self.loop = Reactor(lambda: time.monotonic() + self.ahead_s, on_bug=self.bugs.append)
+        self.messages: list[messages.FromWorker] = []
         self.ends: list[str] = []
         self.fds: list[int] = []
-        self.fleet = Fleet(self.selector, command, zygote)
+        self.on_message: Callable[[messages.FromWorker, list[int]], None] = self.hear
+        self.fleet = Fleet(self.loop, command, zygote)
         self.worker = self.start()
 
     def start(self) -> Worker:
         """Start another worker, and return it."""
-        self.worker = self.fleet.start(self._hear, self.ends.append)
+        self.worker = self.fleet.start(self._said, self.ends.append)
         return self.worker
 
     def kill(self) -> None:
@@ -46,29 +54,57 @@ class Heard:
         self.worker.kill("the test wants it")
         self.until_end()
 
-    def _hear(self, message: messages.Message, fds: list[int]) -> None:
+    def _said(self, message: messages.FromWorker, fds: list[int]) -> None:
+        self.on_message(message, fds)
+
+    def hear(self, message: messages.FromWorker, fds: list[int]) -> None:
+        """Keep what is said, with the descriptors beside it."""
         self.messages.append(message)
-        self.fds += fds
+        while fds:
+            self.fds.append(fds.pop())
 
     def until(self, condition: Callable[[], object]) -> None:
         """Listen until the condition holds."""
-        while not condition():
-            ready = self.selector.select(20)
-            assert ready, "it never happened"
-            for key, _ in ready:
-                if self.selector.get_map().get(key.fd) is key:
-                    key.data()
+
+        def look() -> bool:
+            if condition() or late:
+                self.loop.stop()
+            return False
+
+        late: list[int] = []
+        patience = self.loop.timer(lambda: late.append(1))
+        patience.set(self.loop.now() + PATIENCE_S)
+        self.loop.before_sleep(look)
+        self.loop.run()
+        self.loop.remove_hook(look)
+        patience.set(None)
+        assert condition(), "it never happened"
 
     def until_end(self) -> str:
         """Listen until the process has ended, and return the sentence about it."""
-        while not self.ends:
-            ready = self.selector.select(20)
-            assert ready, "it never ended"
-            # The process's end first, as may happen: what it said before must not be lost.
-            for key, _ in sorted(ready, key=lambda each: each[0].fd, reverse=True):
-                if self.selector.get_map().get(key.fd) is key:
-                    key.data()
+        self.until(lambda: self.ends)
         return self.ends[0]
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.fleet.close()
+        self.loop.close()
+        for fd in self.fds:
+            os.close(fd)
+
+
+@pytest.fixture
+def hear(descriptors: None) -> Iterator[Callable[..., Heard]]:
+    """Start a worker and listen to it."""
+    made: list[Heard] = []
+
+    def start(*arguments: Any) -> Heard:
+        made.append(Heard(*arguments))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
 
 
 def _python(tmp_path: Path, text: str) -> tuple[str, ...]:
@@ -77,23 +113,26 @@ def _python(tmp_path: Path, text: str) -> tuple[str, ...]:
     return (sys.executable, "-S", str(script))
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_a_life_in_order() -> None:
+def test_a_life_in_order(hear: Callable[..., Heard]) -> None:
     """A worker that is opened and closed says so, it gets the descriptors of a message, and nothing is left of it."""
-    heard = Heard(FAKE_WORKER)
+    heard = hear(FAKE_WORKER)
     page = os.memfd_create("journal")
     os.ftruncate(page, journal.SIZE)
     heard.worker.send(OPEN, [page])
-    heard.until(lambda: len(heard.messages) == 2)
+    heard.until(lambda: any(isinstance(each, messages.Standing) for each in heard.messages))
     reads = int.from_bytes(os.pread(page, 8, 0), "little")
     os.close(page)
-    heard.worker.send(messages.Close())
+    heard.worker.send(messages.Close(8))
     sentence = heard.until_end()
-    heard.selector.close()
+    [standing] = [each for each in heard.messages if isinstance(each, messages.Standing)][:1]
 
-    assert [messages.Log, messages.Opened, messages.Closed] == [type(each) for each in heard.messages]
-    assert 7 == reads
+    assert (7, messages.Stage.OPEN, 7) == (standing.number, standing.stage, reads)
     assert "the worker ended unexpectedly with exit status 0" == sentence
+
+
+BREACH = "the worker was killed: it broke the protocol: "
+KEEP = codec.encode(messages.Keep("log:bitmap", 4096))
+LOG = codec.encode(messages.Log("info", "bye"))
 
 
 @pytest.mark.parametrize(
@@ -101,101 +140,177 @@ def test_a_life_in_order() -> None:
     [
         ("os.kill(os.getpid(), 9)", "the worker was ended by SIGKILL"),
         ("sys.exit(4)", "the worker ended unexpectedly with exit status 4"),
-        ("channel.send(b'nonsense'); channel.recv(1)", "the worker was killed: it sent something that is no message"),
-        ("channel.send(b'[]'); channel.recv(1)", "the worker was killed: it sent something that is no message"),
+        ("channel.send(b'nonsense'); channel.recv(1)", f"{BREACH}not a message: b'nonsense'"),
+        ("channel.send(b'[]'); channel.recv(1)", f"{BREACH}not a message of version 3: b'[]'"),
+        ("channel.send(b''); channel.recv(1)", f"{BREACH}an empty datagram"),
+        (f"channel.send({KEEP!r}); channel.recv(1)", f"{BREACH}Keep with other descriptors than the 1 that it carries"),
+        (
+            f"socket.send_fds(channel, [{KEEP!r}], [0, 0]); channel.recv(1)",
+            f"{BREACH}Keep with other descriptors than the 1 that it carries",
+        ),
+        (
+            f"socket.send_fds(channel, [{LOG!r}], [0]); channel.recv(1)",
+            f"{BREACH}Log with other descriptors than the 0 that it carries",
+        ),
+        ("socket.send_fds(channel, [b'x'], [0, 0]); channel.recv(1)", f"{BREACH}not a message: b'x'"),
+        (
+            "channel.setsockopt(1, 7, 1 << 20); channel.send(b'x' * 300_000); channel.recv(1)",
+            f"{BREACH}not a message: ",
+        ),
     ],
 )
-@pytest.mark.usefixtures("descriptors")
-def test_every_end_has_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
-    """However a worker ends, the supervisor hears once, with the reason."""
-    heard = Heard(_python(tmp_path, text))
+def test_every_end_has_a_sentence(hear: Callable[..., Heard], tmp_path: Path, text: str, sentence: str) -> None:
+    """However a worker ends, the supervisor hears once, with the reason; what breaks the protocol ends it, and nothing
+    of that is handed on or left open.
+    """
+    heard = hear(_python(tmp_path, text))
 
-    assert sentence == heard.until_end()
-    assert 1 == len(heard.ends)
-    heard.selector.close()
+    assert heard.until_end().startswith(sentence)
+    assert (1, []) == (len(heard.ends), heard.messages)
+    assert heard.fleet.breaches == sentence.startswith(BREACH)
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_last_words_are_heard(tmp_path: Path) -> None:
-    """What a worker said before it died is taken before its end is told."""
-    text = f"channel.send({messages.encode(messages.Log('info', 'bye', {}))!r}); os._exit(1)"
-    heard = Heard(_python(tmp_path, text))
-    os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)  # message and end are both there to be seen
+def test_nothing_is_heard_after_a_breach(hear: Callable[..., Heard], tmp_path: Path, lines: io.StringIO) -> None:
+    """A worker that has been found out is one line in the log, whatever else it says."""
+    text = f"for _ in range(100): channel.send({LOG!r})\nchannel.send(b'x')\n"
+    heard = hear(_python(tmp_path, text + f"while True: channel.send({LOG!r}); channel.send(b'x')"))
     heard.until_end()
-    heard.selector.close()
 
-    assert [messages.Log("info", "bye", {})] == heard.messages
+    assert (100, 1) == (len(heard.messages), heard.fleet.breaches)
+    assert 1 == lines.getvalue().count("\n")
+    assert lines.getvalue().startswith("<3>fleet: a worker broke the protocol and is killed worker=")
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_a_worker_that_does_not_read_is_killed(tmp_path: Path) -> None:
+def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """It is told, the descriptors beside the message are closed, and the messages after it are heard."""
+    heard = hear(_python(tmp_path, f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])\nchannel.recv(1)"))
+
+    def fail(message: messages.FromWorker, fds: list[int]) -> None:
+        heard.messages.append(message)
+        if len(heard.messages) == 2:
+            raise ValueError("a bug of ours")
+        heard.fds.append(fds.pop())
+
+    heard.on_message = fail
+    heard.until(lambda: len(heard.messages) == 3)
+    heard.kill()
+
+    assert (["a bug of ours"], 2, 0) == ([str(each) for each in heard.bugs], len(heard.fds), heard.fleet.breaches)
+
+
+def test_last_words_are_heard(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """All that a worker said before it died is taken before its end is told."""
+    heard = hear(_python(tmp_path, f"for _ in range(200): channel.send({LOG!r})\nos._exit(1)"))
+    os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)  # messages and end are all there to be seen
+    heard.worker._reap()
+
+    assert [messages.Log("info", "bye")] * 200 == heard.messages
+    assert 1 == len(heard.ends)
+
+
+def test_a_bug_over_last_words_does_not_hide_the_end(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """The vbd hears that its worker has ended, whatever its last message led to."""
+    heard = hear(_python(tmp_path, f"channel.send({LOG!r})\nchannel.send({LOG!r})"))
+
+    def fail(message: messages.FromWorker, fds: list[int]) -> None:
+        raise ValueError("a bug of ours")
+
+    heard.on_message = fail
+    os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)
+    heard.worker._reap()
+
+    assert (2, 1) == (len(heard.bugs), len(heard.ends))
+
+
+def test_a_worker_that_does_not_read_is_killed(hear: Callable[..., Heard], tmp_path: Path) -> None:
     """Messages to a worker never make the supervisor wait: when its socket is full it is killed."""
-    heard = Heard(_python(tmp_path, "import signal; signal.pause()"))
-    for number in range(10_000):
-        heard.worker.send(messages.Command(number, "log", "get", ["x" * 1000]))
-        if heard.selector.select(0):
-            break
+    heard = hear(_python(tmp_path, "import signal; signal.pause()"))
+    for number in range(1000):
+        heard.worker.send(messages.Ask(number, messages.Command("log", "get", ["x" * 1000])))
 
     assert "the worker was killed: it does not read its messages" == heard.until_end()
-    heard.selector.close()
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_a_memory_comes_with_its_message(tmp_path: Path) -> None:
-    """A descriptor is handed on beside its message; one too many, and one beside what is no message, is closed."""
-    keep = messages.encode(messages.Keep("log:bitmap", 4096))
-    text = (
-        f"fd = os.memfd_create('x')\nfor _ in range(3): socket.send_fds(channel, [{keep!r}], [fd, fd])\n"
-        "socket.send_fds(channel, [b'nonsense'], [fd])\nchannel.recv(1)"
-    )
-    heard = Heard(_python(tmp_path, text))
+def test_a_memory_comes_with_its_message(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """A descriptor is handed on beside its message, and no program of ours inherits it; what nobody keeps is closed."""
+    heard = hear(_python(tmp_path, f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])"))
+    heard.on_message = lambda message, fds: heard.hear(message, [] if heard.messages else fds)
     heard.until_end()
-    heard.selector.close()
-    for fd in heard.fds:
+
+    assert (3, 1) == (len(heard.messages), len(heard.fds))
+    assert not os.get_inheritable(heard.fds[0])
+
+
+def test_a_memory_that_finds_no_room_is_not_the_workers_fault(
+    hear: Callable[..., Heard], tmp_path: Path, lines: io.StringIO
+) -> None:
+    """Where the service may not open another file the memory is done without, and that is said once."""
+    text = f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])\nchannel.send({LOG!r})\nchannel.recv(1)"
+    heard = hear(_python(tmp_path, text))
+    taken: list[int] = []
+    while True:
+        try:
+            taken.append(os.dup(0))
+        except OSError:
+            break
+        if len(taken) == 1:
+            former = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 3, former[1]))
+    heard.until(lambda: heard.messages)
+    resource.setrlimit(resource.RLIMIT_NOFILE, former)
+    for fd in taken:
         os.close(fd)
+    heard.kill()
 
-    assert (3, 3) == (len(heard.messages), len(heard.fds))
-
-
-@pytest.mark.usefixtures("descriptors")
-def test_what_a_worker_of_another_program_says_is_a_line_in_the_log(tmp_path: Path) -> None:
-    """A kind that we do not know costs a guest nothing; another version of the protocol does, and is told."""
-    odd = json.dumps({"version": messages.VERSION, "kind": "Sung", "song": "la"}).encode()
-    other = json.dumps({"version": messages.VERSION + 1, "kind": "Closed"}).encode()
-    heard = Heard(_python(tmp_path, f"channel.send({odd!r}); channel.send({other!r}); channel.recv(1)"))
-    sentence = heard.until_end()
-    heard.selector.close()
-
-    [line] = heard.messages
-    assert isinstance(line, messages.Log)
-    assert ("warning", True) == (line.level, "Sung" in line.event)
-    assert "the worker was killed: it sent something that is no message" == sentence
+    assert ([messages.Log("info", "bye")], 0) == (heard.messages, heard.fleet.breaches)
+    assert 1 == lines.getvalue().count("too many open files")
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it() -> None:
+def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it(hear: Callable[..., Heard]) -> None:
     """Who has its two descriptors can talk to a worker that somebody else started, and hears how it ends."""
-    heard = Heard(FAKE_WORKER)
+    heard = hear(FAKE_WORKER)
     near, pidfd = (os.dup(fd) for fd in heard.worker.descriptors)
     pid = heard.worker.pid
+    before = len(heard.loop._callbacks)
     heard.worker.leave()
-    nothing_left = not heard.selector.get_map()
-    heard.worker = Fleet(heard.selector, FAKE_WORKER).adopt((near, pidfd), heard._hear, heard.ends.append)
+    heard.worker.leave()
+    callbacks = len(heard.loop._callbacks)
+    heard.worker = Fleet(heard.loop, FAKE_WORKER).adopt((near, pidfd), heard.hear, heard.ends.append)
     heard.worker.send(messages.Report(5))
     heard.until(lambda: heard.messages)
     adopted = heard.worker.pid
-    heard.worker.kill("the test wants it")
-    sentence = heard.until_end()
-    heard.selector.close()
+    heard.kill()
 
-    assert nothing_left
-    assert pid == adopted
-    assert [5] == [each.report for each in heard.messages if isinstance(each, messages.Standing)]
-    assert "the test wants it" == sentence
+    assert (2, pid) == (before - callbacks, adopted)
+    assert [5] == [each.number for each in heard.messages if isinstance(each, messages.Standing)]
+    assert ["the test wants it"] == heard.ends
 
 
-@pytest.mark.usefixtures("descriptors")
-def test_workers_come_from_a_zygote_where_there_is_one() -> None:
+def test_who_is_started_in_vain_is_let_go(hear: Callable[..., Heard]) -> None:
+    """Where what a worker was started for fails, it is killed, and nobody hears of it; others are left alone."""
+    heard = hear(FAKE_WORKER)
+    first = heard.worker
+    before = open_descriptors()
+    pidfd = -1
+
+    def fail() -> None:
+        nonlocal pidfd
+        with heard.fleet.undoing():
+            pidfd = os.dup(heard.start().descriptors[1])
+            raise ValueError("a bug of ours")
+
+    with pytest.raises(ValueError, match="a bug of ours"):
+        fail()
+    assert before == [each for each in open_descriptors() if each != str(pidfd)]
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+    settle(heard.loop)
+    assert [] == heard.ends
+    heard.worker = first
+    heard.kill()
+
+
+def test_workers_come_from_a_zygote_where_there_is_one(hear: Callable[..., Heard]) -> None:
     """They come by exec while it is not ready. One that died is replaced after a while, so that one that cannot live
     keeps no host busy; in the end it is sent away, and its workers go on.
     """
@@ -204,30 +319,54 @@ def test_workers_come_from_a_zygote_where_there_is_one() -> None:
     def children() -> list[int]:
         return [each for each in _children() if each not in before]
 
-    heard = Heard(FAKE_WORKER, (*zygote.COMMAND, "--host", "xenbackend.rig.host"))
+    heard = hear(FAKE_WORKER, (*zygote.COMMAND, "--host", "xenbackend.rig.host"))
     heard.kill()
     assert [] == children()
-    heard.fleet.prepare(0.0)
+    heard.fleet.prepare()
     [first] = children()
-    heard.fleet.prepare(0.0)
+    heard.fleet.prepare()
     assert [first] == children()
     os.kill(first, signal.SIGKILL)
-    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-    for now in (1.0, 5.9):
-        heard.fleet.prepare(now)
-        assert [] == children()
-    heard.fleet.prepare(6.1)
+    heard.until(lambda: heard.fleet._zygote is None)
+    settle(heard.loop)
+    assert [] == children()
+    heard.ahead_s += REST_S
+    settle(heard.loop)
     [second] = children()
+    give_up = time.monotonic() + PATIENCE_S
     while heard.start() and zygote.COMMAND[-1] not in Path(f"/proc/{heard.worker.pid}/cmdline").read_text():
         heard.kill()
+        assert time.monotonic() < give_up
+    worker = heard.worker.pid
+    heard.fleet.renew()
+    assert [worker] == children()
+    settle(heard.loop)
+    [third] = [each for each in children() if each != worker]
     heard.fleet.close()
+    heard.ahead_s += 10 * REST_S
+    settle(heard.loop)
 
-    assert [heard.worker.pid] == children()
-    assert first != second
+    assert [worker] == children()
+    assert 3 == len({first, second, third})
     heard.worker.send(messages.Report(5))
     heard.until(lambda: heard.messages)
     heard.kill()
-    heard.selector.close()
+
+
+def test_a_zygote_that_cannot_be_started_is_told_once(
+    hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch, lines: io.StringIO
+) -> None:
+    """It is tried again, and workers are started by exec."""
+    heard = hear(FAKE_WORKER, ("/nonexistent/zygote",))
+    for _ in range(3):
+        heard.fleet.prepare()
+        heard.ahead_s += REST_S
+        settle(heard.loop)
+    heard.kill()
+
+    assert 1 == lines.getvalue().count("start a worker process: No such file")
+    with pytest.raises(KernelError):
+        Fleet(heard.loop, ("/nonexistent/worker",)).start(heard.hear, heard.ends.append)
 
 
 def _children() -> list[int]:

@@ -17,10 +17,12 @@ import pytest
 
 from tests.privileges import MAY_COME_FIRST
 from tests.supervisor.helpers import PATH, write_like_libxl
-from xenbackend.errors import XenbackendError
 from xenbackend.kernel.process import AHEAD
-from xenbackend.protocol.client import call
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.client import ServiceError, call
+from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service.ledger import KEPT
 from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
 
@@ -100,8 +102,8 @@ def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, sy
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
-    [known] = call(str(control_socket), {"verb": "status"})["data"]
-    pid = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    [known] = call(str(control_socket), {"verb": "status"}).data
+    pid = call(str(control_socket), {"verb": "ping"}).data["pid"]
     systemd.wait_for("WATCHDOG=1")
     systemd.wait_for("STATUS=serving 1 vbds")
     log = _stop(service)
@@ -117,29 +119,33 @@ def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, sy
 
 
 def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
-    """An unknown verb, an unknown vbd and odd arguments get a sentence from the service, which lives on."""
+    """An unknown verb, an unknown vbd, and what a verb lacks get a code and a sentence; the service lives on."""
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
-    answers = []
-    command = {"verb": "command", "vbd": "5/xvdz", "layer": "log", "command": "get"}
-    for request in ({"verb": "frob"}, command, {}, {**command, "arguments": 5}, {**command, "arguments": [5]}):
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"from xenbackend.protocol.client import call; call({str(control_socket)!r}, {request})",
-            ],
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        answers.append(run.stderr.splitlines()[-1])
+    expected = {
+        "unknown request; the verbs are ping, status, orders, hotplug, stop, set,": {"verb": "frob"},
+        "unknown request; the verbs are ping": {"verb": ["ping"]},
+        "unknown request": {},
+        "there is no disk '5/xvdz' in service; none is": {"verb": "command", "vbd": "5/xvdz", "layer": "log"},
+        "'5' is not a disk": {"verb": "pause", "vbd": "5"},
+        "the request needs vbd, a text": {"verb": "pause", "vbd": 5},
+        "there is no disk '5/xvda' in service": {"verb": "status", "vbd": "5/xvda"},
+        "there is no order 7 among the last 1000": {"verb": "orders", "order": 7},
+        "there is no order 'x' among": {"verb": "orders", "order": "x"},
+        "the action of a hotplug is add": {"verb": "hotplug", "action": "remove", "path": "x"},
+        "'x' is not the directory of a vbd of domain 0": {"verb": "hotplug", "action": "add", "path": "x"},
+    }
+    answers = {}
+    for sentence, request in expected.items():
+        with pytest.raises(ServiceError) as caught:
+            call(str(control_socket), request)
+        answers[sentence] = caught.value.answer
+    pinged = call(str(control_socket), {"verb": "ping"}).data
     _stop(service)
 
-    assert ["unknown request" in answers[0], "there is no vbd '5/xvdz'" in answers[1]] == [True, True]
-    assert "unknown request" in answers[2]
-    assert ["the arguments of a command are a list of texts" in answer for answer in answers[3:]] == [True, True]
+    assert {Code.INVALID} == {each.code for each in answers.values()}
+    assert [] == [each.sentence for sentence, each in answers.items() if sentence not in each.sentence]
+    assert (service.pid, 0, 0) == tuple(pinged[key] for key in ("pid", "bugs", "breaches"))
 
 
 @pytest.mark.parametrize("how", ["replaced", "killed"])
@@ -152,18 +158,18 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
     control_socket = tmp_path / "control.sock"
     keeping = _start(xenstored, control_socket, systemd, "--keep")
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
-    [known] = call(str(control_socket), {"verb": "status"})["data"]
-    service = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    [known] = call(str(control_socket), {"verb": "status"}).data
+    service = call(str(control_socket), {"verb": "ping"}).data["pid"]
     for _ in range(2):
         systemd.heard.clear()
         if how == "killed":
-            os.kill(call(str(control_socket), {"verb": "ping"})["data"]["pid"], signal.SIGKILL)
+            os.kill(call(str(control_socket), {"verb": "ping"}).data["pid"], signal.SIGKILL)
         else:
             keeping.send_signal(signal.SIGHUP)
         systemd.wait_for("READY=1")
         _wait_until(lambda: _status(control_socket)["phase"] == "open")
-    [after] = call(str(control_socket), {"verb": "status"})["data"]
-    successor = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    [after] = call(str(control_socket), {"verb": "status"}).data
+    successor = call(str(control_socket), {"verb": "ping"}).data["pid"]
     descriptors = [_links(pid) for pid in (after["worker"], successor)]
     end = os.pidfd_open(after["worker"])
     _wait_until(lambda: os.getpriority(os.PRIO_PROCESS, successor) == os.getpriority(os.PRIO_PROCESS, 0))
@@ -173,7 +179,7 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
     os.close(end)
 
     assert known["worker"] == after["worker"]
-    assert ("open", "", "null:1G") == (after["phase"], after["error"], after["layers"][0]["text"])
+    assert ("open", "", "null:1G") == (after["phase"], after["error"], after["layers"][0]["layer"])
     journals = [each.count("/memfd:xenbackend-journal (deleted)") for each in descriptors]
     assert [1, 2] == journals  # a mapping has a descriptor of its own
     assert (True, successor) == (service != successor, session)
@@ -187,8 +193,8 @@ def test_nothing_is_kept_twice(xenstored: Xenstored, systemd: Systemd, tmp_path:
     names = {line.partition("=")[2] for said in systemd.heard for line in said.splitlines() if "FDNAME" in line}
     kept = [said.split("=")[0] for name in names for said in systemd.heard if f"FDNAME={name}" in said.splitlines()]
 
-    assert {"control", "settings"} == names
-    assert ["FDSTOREREMOVE", "FDSTORE"] * 2 == kept
+    assert {"control", "settings", KEPT} == names
+    assert ["FDSTOREREMOVE", "FDSTORE"] * 3 == [each for each in kept if each in ("FDSTOREREMOVE", "FDSTORE")]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +230,7 @@ def test_a_mistake_in_the_settings_harms_no_disk(
     after = _status(control_socket)["worker"]
     _wait_until(lambda: systemd.hears("STATUS=serving 1 vbds by the settings of the service before: "))
     detach(toolstack, PATH)
-    _wait_until(lambda: not call(str(control_socket), {"verb": "status"})["data"])
+    _wait_until(lambda: not call(str(control_socket), {"verb": "status"}).data)
     keeping.send_signal(signal.SIGHUP)
     _, log = keeping.communicate(timeout=30)
 
@@ -278,35 +284,68 @@ def test_how_a_service_ends_its_workers(
 
 
 def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
-    """Each verb that operators have reaches the disk that it names, and its answer comes back; `stop` ends all."""
+    """Each verb that operators have reaches the disk that it names, and its answer comes back with the order's number,
+    by which it is found afterwards; `stop` ends all.
+    """
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
 
-    def ask(verb: str, **more: str) -> Any:
-        return call(str(control_socket), {"verb": verb, "vbd": "5/xvda", **more}, 30)["data"]
+    def ask(verb: str, **more: Any) -> Answer:
+        return call(str(control_socket), {"verb": verb, "vbd": "5/xvda", **more}, 30)
 
     first = _status(control_socket)["worker"]
     answers = [ask("pause"), ask("resume"), ask("policy", policy="write=report"), ask("upgrade")]
-    layers = [ask("set", chain="null:2G")["layers"][0]["size"], ask("resize")["layers"][0]["size"]]
+    answers += [ask("set", chain="null:2G", replace=True), ask("resize")]
     known = _status(control_socket)
-    with pytest.raises(XenbackendError, match="unknown request"):
+    with pytest.raises(ServiceError, match="unknown request"):
         ask("frob")
-    with pytest.raises(XenbackendError, match="cannot shrink"):
-        ask("set", chain="null:1G")
-    stopped = call(str(control_socket), {"verb": "stop"})["data"]
-    service.communicate(timeout=30)
+    with pytest.raises(ServiceError, match="cannot shrink") as caught:
+        ask("set", chain="null:1G", replace=True)
+    orders = call(str(control_socket), {"verb": "orders"}).data
+    last = call(str(control_socket), {"verb": "orders", "order": orders[-1]["number"]}).data
+    stopped = call(str(control_socket), {"verb": "stop"})
+    log = service.communicate(timeout=30)[1]
 
-    assert ["paused", "resumed", "upgraded"] == [answers[0], answers[1], answers[3]]
-    assert "write=report" in answers[2]
-    assert [2 << 30, 2 << 30] == layers
+    assert [each.order for each in answers] == [each["number"] for each in orders[:-1]]
+    assert (caught.value.answer.order, last) == (orders[-1]["number"], orders[-1:])
+    who = {"pid": os.getpid(), "uid": os.getuid(), "command": Path("/proc/self/comm").read_text().rstrip()}
+    assert [who] * 7 == [each["who"] for each in orders]
+    assert ["ok"] * 6 == [each["code"] for each in orders[:-1]]
+    assert ("5/xvda", "null:1G", "null:2G") == tuple(orders[4][key] for key in ("vbd", "from", "to"))
     assert first != known["worker"]
-    assert ("null:2G", "") == (known["chain"], known["error"])
-    assert ({"pid": service.pid}, 0) == (stopped, service.returncode)
+    assert ("null:2G", "", 2 << 30) == (known["chain"], known["error"], known["layers"][0]["size"])
+    assert ({"pid": service.pid}, 0) == (stopped.data, service.returncode)
+    assert 8 == sum(" order=" in line for line in log.splitlines())
+
+
+def test_whoever_waits_no_longer_is_told_the_order(
+    xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path
+) -> None:
+    """The order goes on: what became of it is asked by its number."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    worker = _status(control_socket)["worker"]
+    os.kill(worker, signal.SIGSTOP)
+    with pytest.raises(ServiceError) as caught:
+        call(str(control_socket), {"verb": "pause", "vbd": "5/xvda", "wait": 0.05})
+    number = caught.value.answer.order
+
+    def order() -> dict[str, Any]:
+        return dict(call(str(control_socket), {"verb": "orders", "order": number}).data[0])
+
+    before = order()["code"]
+    os.kill(worker, signal.SIGCONT)
+    _wait_until(lambda: order()["ended"] is not None)
+    after = order()["code"]
+    _stop(service)
+
+    assert (Code.UNDER_WAY, 1, "under-way", "ok") == (caught.value.answer.code, number, before, after)
 
 
 def _status(control_socket: Path) -> dict[str, Any]:
-    [known] = call(str(control_socket), {"verb": "status"})["data"]
+    [known] = call(str(control_socket), {"verb": "status"}).data
     return dict(known)
 
 
@@ -351,7 +390,7 @@ def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> No
         _wait_until_served(store, control_socket)
     pid = int(pid_file.read_text())
     end = os.pidfd_open(pid)
-    service = call(str(control_socket), {"verb": "ping"})["data"]["pid"]
+    service = call(str(control_socket), {"verb": "ping"}).data["pid"]
     assert f"PPid:\t{pid}\n" in Path(f"/proc/{service}/status").read_text()
     os.kill(pid, signal.SIGTERM)
     ended, _, _ = select.select([end], [], [], 30)

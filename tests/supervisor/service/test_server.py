@@ -2,54 +2,79 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
 import os
-import selectors
 import socket
 import stat
-import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from xenbackend.errors import ConfigError, XenbackendError
-from xenbackend.protocol.client import call
+from xenbackend.errors import ConfigError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import server as server_module
-from xenbackend.supervisor.service.server import IDLE_S, MAX_CLIENTS, MAX_LINE, Reply, Server, check_place
+from xenbackend.supervisor.service.server import (
+    IDLE_S,
+    MAX_CLIENTS,
+    MAX_DEPTH,
+    MAX_LINE,
+    Peer,
+    Reply,
+    Server,
+    check_place,
+)
+
+DEEP = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH  # with the object around it one too many
+
+
+def _ok(data: Any) -> bytes:
+    return json.dumps(Answer(Code.OK, data).as_json()).encode() + b"\n"
 
 
 class Loop:
-    """A server that echoes, and its loop."""
+    """A server that echoes, and its loop, whose time stands still."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        self.time = 0.0
+        self.time = 100.0
         self.held: list[Reply] = []
-        self.selector = selectors.DefaultSelector()
-        self.server = Server(self.path, self.selector, self._answer, lambda: self.time)
+        self.peers: list[Peer] = []
+        self.bugs: list[Exception] = []
+        self.reactor = Reactor(lambda: self.time, on_bug=self.bugs.append)
+        self.server = Server(self.path, self.reactor, self._answer)
 
-    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
-        if request.get("verb") == "hold":
-            self.held.append(reply)
-        elif request.get("verb") == "big":
-            reply({"data": "x" * 2_000_000})
-        elif request.get("verb") == "bug":
-            raise TypeError("a bug of ours")
-        else:
-            reply({"data": request})
+    def _answer(self, request: dict[str, Any], peer: Peer, reply: Reply) -> None:
+        self.peers.append(peer)
+        match request.get("verb"):
+            case "hold":
+                self.held.append(reply)
+            case "order":
+                reply.order = 17
+                self.held.append(reply)
+            case "big":
+                reply(Answer(Code.OK, "x" * 2_000_000))
+            case "bug":
+                raise TypeError("a bug of ours")
+            case _:
+                reply(Answer(Code.OK, request))
 
-    def turn(self, timeout_s: float = 0.0) -> None:
-        """Do what descriptors are ready for."""
-        for key, _ in self.selector.select(timeout_s):
-            key.data()
-
-    def settle(self) -> None:
-        """Do everything that follows from what clients did so far."""
+    def settle(self, seconds: float = 0.0) -> None:
+        """Do everything that follows from what clients did so far, and from the time that passes."""
+        self.time += seconds
         for _ in range(40):
-            self.turn()
+            self.reactor.call_soon(self.reactor.stop)
+            self.reactor.run()
+
+    def ask(self, client: socket.socket, line: bytes) -> dict[str, Any]:
+        """Return the answer to a line that one client sends."""
+        client.sendall(line)
+        self.settle()
+        return dict(json.loads(client.recv(100_000)))
 
     def connect(self) -> socket.socket:
         """Return a new client's socket."""
@@ -65,23 +90,30 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
     loop = Loop(tmp_path / "control.sock")
     yield loop
     loop.server.close()
-    loop.selector.close()
-
-
-def _ask(loop: Loop, request: dict[str, Any]) -> dict[str, Any]:
-    answers: list[dict[str, Any]] = []
-    thread = threading.Thread(target=lambda: answers.append(call(loop.path, request)))
-    thread.start()
-    while thread.is_alive():
-        loop.turn(0.01)
-    thread.join()
-    return answers[0]
+    loop.reactor.close()
 
 
 def test_a_request_gets_its_answer(loop: Loop) -> None:
     """One line in, one line out; an answer larger than any socket buffer arrives whole."""
-    assert {"data": {"verb": "ping"}} == _ask(loop, {"verb": "ping"})
-    assert 2_000_000 == len(_ask(loop, {"verb": "big"})["data"])
+    with loop.connect() as client:
+        assert {"version": 1, "code": "ok", "data": {"verb": "ping"}} == loop.ask(client, b'{"verb": "ping"}\n')
+        client.sendall(b'{"verb": "big"}\n{"verb": "after"}\n')
+        answer = b""
+        while answer.count(b"\n") < 2:
+            loop.settle()
+            answer += client.recv(1 << 20)
+
+    assert _ok("x" * 2_000_000) + _ok({"verb": "after"}) == answer
+    assert [] == loop.bugs
+
+
+def test_the_handler_is_told_who_asks(loop: Loop) -> None:
+    """The kernel says whose connection it is; the program's name comes with it."""
+    with loop.connect() as client:
+        loop.ask(client, b"{}\n")
+    command = Path("/proc/self/comm").read_text().rstrip()
+
+    assert [Peer(os.getpid(), os.getuid(), command)] == loop.peers
 
 
 def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
@@ -91,7 +123,7 @@ def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
 
 def test_other_users_are_sent_away(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """R22: a peer that is neither root nor our own user is hung up on, whatever the socket's mode is by now."""
-    monkeypatch.setattr(server_module, "_may_use", lambda _: False)
+    monkeypatch.setattr(server_module, "_peer_of", lambda _: Peer(1, os.geteuid() + 1, "other"))
     with loop.connect() as client:
         loop.settle()
 
@@ -107,22 +139,29 @@ def test_clients_are_bounded(loop: Loop) -> None:
     with loop.connect() as late:
         loop.settle()
         assert b"" == late.recv(1)
-    clients[0].sendall(b'{"verb": "ping"}\n')
-    loop.settle()
-    assert b'{"data": {"verb": "ping"}}\n' == clients[0].recv(1000)
+    assert {"verb": "ping"} == loop.ask(clients[0], b'{"verb": "ping"}\n')["data"]
     for client in clients:
         client.close()
 
 
 def test_idle_clients_are_sent_away(loop: Loop) -> None:
-    """R22: who says nothing for too long loses the connection."""
-    with loop.connect() as client:
+    """R22: who says nothing for too long, or does not read an answer, loses the connection; who waits does not."""
+    with loop.connect() as client, loop.connect() as slow, loop.connect() as waiting:
+        slow.sendall(b'{"verb": "big"}\n')
+        waiting.sendall(b'{"verb": "hold"}\n')
         loop.settle()
-        assert IDLE_S == loop.server.next_deadline()
-        loop.time = IDLE_S
-        loop.server.turn()
+        loop.settle(IDLE_S - 1)
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        loop.settle(1)
         assert b"" == client.recv(1)
-    assert loop.server.next_deadline() is None
+        loop.settle(10_000)
+        while piece := slow.recv(1 << 20):
+            assert b"\n" not in piece
+        loop.held[0](Answer(Code.OK))
+        loop.settle()
+        assert _ok(None) == waiting.recv(1000)
 
 
 def test_a_line_is_bounded(loop: Loop) -> None:
@@ -142,29 +181,97 @@ def test_a_line_is_bounded(loop: Loop) -> None:
         assert sent <= 2 * MAX_LINE
 
 
-@pytest.mark.parametrize("line", [b"nonsense\n", b"[1]\n", b"\xff\xfe\n", b"\n", b"[" * 30_000 + b"\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense", b"[1]", b"\xff\xfe", b"", b"[" * 30_000, b'{"a": ' * 9_000, b'{"a": NaN}', b'{"a": "\\ud800"}',
+        b'{"a": 1%s}' % (b"0" * 5000), b'{"a": 36893488147419103232}', b'{"a": %s}' % DEEP,
+    ],
+    ids=["text", "list", "bytes", "empty", "deep", "deep object", "number", "surrogate", "long", "large", "too deep"],
+)  # fmt: skip
 def test_nonsense_is_answered(loop: Loop, line: bytes) -> None:
-    """What is no JSON object gets a sentence, and the connection lives on."""
+    """What is no JSON object of plain values gets a sentence and a code, and the connection lives on."""
     with loop.connect() as client:
-        client.sendall(line)
-        loop.settle()
-        assert b"not a JSON object" in client.recv(1000)
-        client.sendall(b"{}\n")
-        loop.settle()
-        assert b'{"data": {}}\n' == client.recv(1000)
+        answer = loop.ask(client, line + b"\n")
+        assert ("invalid", "the request is not a JSON object in one line") == (answer["code"], answer["error"])
+        assert {} == loop.ask(client, b"{}\n")["data"]
 
 
-def test_a_bug_over_a_request_is_answered(loop: Loop, lines: io.StringIO) -> None:
-    """One request that meets a bug of ours is answered and logged; the service and the connection live on."""
+def test_values_may_lie_in_each_other(loop: Loop) -> None:
+    """A list of texts in the request is what verbs take; a file's name may be no UTF-8."""
     with loop.connect() as client:
-        client.sendall(b'{"verb": "bug"}\n{}\n')
-        loop.settle()
-        answers = client.recv(1000).splitlines()
+        request = {"arguments": ["a", "\udcff", 1.5, None, [[]]]}
 
-    assert b"TypeError: a bug of ours" in answers[0]
-    assert b'{"data": {}}' == answers[1]
-    assert lines.getvalue().startswith("<3>server: a request could not be answered")
-    assert "Traceback" in lines.getvalue()
+        assert request == loop.ask(client, json.dumps(request).encode() + b"\n")["data"]
+
+
+@pytest.mark.parametrize("wait", ["true", '"1"', "-1", "1e300", "[]"])
+def test_a_wait_is_a_number_of_seconds(loop: Loop, wait: str) -> None:
+    """Anything else is refused before the request is handed on."""
+    with loop.connect() as client:
+        answer = loop.ask(client, b'{"wait": %s}\n' % wait.encode())
+
+    assert ("invalid", "wait is a number of seconds", []) == (answer["code"], answer["error"], loop.peers)
+
+
+def test_who_has_waited_for_long_enough_is_told(loop: Loop) -> None:
+    """After the time that a client gave it hears which order is under way; the order's answer goes to nobody, and the
+    client may go on with others.
+    """
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "order", "wait": 40}\n')
+        loop.settle()
+        client.setblocking(False)
+        loop.settle(39)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        loop.settle(1)
+        answer = json.loads(client.recv(1000))
+        loop.held[0](Answer(Code.OK, "at last", order=17))
+        loop.settle()
+        after = loop.ask(client, b"{}\n")
+
+    assert Answer(Code.UNDER_WAY, None, "it is still under way", 17) == Answer.from_json(answer)
+    assert {} == after["data"]
+    assert [] == loop.bugs
+
+
+def test_who_gives_no_time_waits_as_long_as_it_takes(loop: Loop) -> None:
+    """No answer comes too late."""
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "order"}\n')
+        loop.settle()
+        loop.settle(1e6)
+        loop.held[0](Answer(Code.BUSY, {"order": 16}, "a set is under way", 17))
+        loop.settle()
+        answer = json.loads(client.recv(1000))
+
+    busy = {"version": 1, "code": "busy", "order": 17, "error": "a set is under way", "data": {"order": 16}}
+    assert busy == answer
+
+
+def test_a_second_answer_is_a_bug_of_ours(loop: Loop) -> None:
+    """It reaches nobody, and is told."""
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "hold"}\n')
+        loop.settle()
+        loop.held[0](Answer(Code.OK, 1))
+        loop.held[0](Answer(Code.OK, 2))
+        loop.settle()
+        answer = client.recv(1000)
+
+    assert _ok(1) == answer
+    assert ["a second answer to 'hold'"] == [str(bug)[:25] for bug in loop.bugs]
+
+
+def test_a_bug_over_a_request_is_answered(loop: Loop) -> None:
+    """One request that meets a bug of ours is answered and told; the service and the connection live on."""
+    with loop.connect() as client:
+        answer = loop.ask(client, b'{"verb": "bug"}\n')
+        after = loop.ask(client, b"{}\n")
+
+    assert ("bug", True, {}) == (answer["code"], "TypeError: a bug of ours" in answer["error"], after["data"])
+    assert [TypeError] == [type(bug) for bug in loop.bugs]
 
 
 def test_requests_are_answered_in_order_one_at_a_time(loop: Loop) -> None:
@@ -174,33 +281,47 @@ def test_requests_are_answered_in_order_one_at_a_time(loop: Loop) -> None:
         loop.settle()
         client.sendall(b'{"n": 3}\n')
         loop.settle()
-        loop.held[0]({"data": 1})
+        loop.held[0](Answer(Code.OK, 1))
         loop.settle()
 
-        assert b'{"data": 1}\n{"data": {"n": 2}}\n{"data": {"n": 3}}\n' == client.recv(1000)
+        assert _ok(1) + _ok({"n": 2}) + _ok({"n": 3}) == client.recv(1000)
 
 
-def test_an_answer_for_a_client_that_has_gone_is_dropped(loop: Loop) -> None:
-    """A client may hang up while its request is under way."""
+def test_many_requests_at_once_make_no_deeper_stack(loop: Loop) -> None:
+    """As many as a line may be long are answered one after the other."""
+    with loop.connect() as client:
+        client.sendall(b"{}\n" * 2000)
+        answers = b""
+        while answers.count(b"\n") < 2000:
+            loop.settle()
+            answers += client.recv(1 << 20)
+
+    assert [] == loop.bugs
+
+
+@pytest.mark.parametrize("says_more", [False, True])
+def test_a_client_that_goes_away_ends_nothing(loop: Loop, *, says_more: bool) -> None:
+    """It may hang up while its request is under way, also with more that it wants; the answer goes to nobody."""
     client = loop.connect()
-    client.sendall(b'{"verb": "hold"}\n')
+    client.sendall(b'{"verb": "hold", "wait": 5}\n' + b"{}\n" * says_more)
     loop.settle()
     client.close()
-    loop.settle()
-    loop.held[0]({"data": 1})
+    loop.settle(10)
+    loop.held[0](Answer(Code.OK, 1))
     loop.settle()
 
-    assert loop.server.next_deadline() is None
+    assert (1, []) == (len(loop.peers), loop.bugs)
+    assert not loop.server._clients
 
 
 def test_only_one_service_listens(loop: Loop, tmp_path: Path) -> None:
     """A second service is refused while the first lives, and a socket left behind by a dead one is replaced."""
     with pytest.raises(ConfigError, match="listens there already"):
-        Server(loop.path, loop.selector, lambda *_: None, lambda: 0.0)
+        Server(loop.path, loop.reactor, lambda *_: None)
     left_behind = tmp_path / "old.sock"
     with socket.socket(socket.AF_UNIX) as near:
         near.bind(str(left_behind))
-    server = Server(str(left_behind), loop.selector, lambda *_: None, lambda: 0.0)
+    server = Server(str(left_behind), loop.reactor, lambda *_: None)
     server.close()
 
     assert not left_behind.exists()
@@ -208,19 +329,16 @@ def test_only_one_service_listens(loop: Loop, tmp_path: Path) -> None:
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     """The operator is told which directory to make."""
-    with pytest.raises(ConfigError, match=r"make the directory .*/none"):
-        Server(str(tmp_path / "none" / "x"), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
+    with closing(Reactor()) as reactor, pytest.raises(ConfigError, match=r"make the directory .*/none"):
+        Server(str(tmp_path / "none" / "x"), reactor, lambda *_: None)
 
 
 def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     """A typing error must not cost a file: only a socket is replaced."""
     file = tmp_path / "precious"
     file.write_text("x")
-    with (
-        contextlib.closing(selectors.DefaultSelector()) as selector,
-        pytest.raises(ConfigError, match="it is no socket"),
-    ):
-        Server(str(file), selector, lambda *_: None, lambda: 0.0)
+    with closing(Reactor()) as reactor, pytest.raises(ConfigError, match="it is no socket"):
+        Server(str(file), reactor, lambda *_: None)
 
     assert "x" == file.read_text()
 
@@ -230,71 +348,77 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     place, other = tmp_path / "x", tmp_path / "y"
     check_place(str(place))
     assert [] == [*tmp_path.iterdir()]
-    first = Server(str(place), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
-    check_place(str(place), first.fileno())
-    check_place(str(other), first.fileno())
-    with pytest.raises(ConfigError, match="listens there already"):
-        check_place(str(place))
-    assert [place] == [*tmp_path.iterdir()]
-    first.close()
+    with closing(Reactor()) as reactor:
+        first = Server(str(place), reactor, lambda *_: None)
+        check_place(str(place), first.fileno())
+        check_place(str(other), first.fileno())
+        with pytest.raises(ConfigError, match="listens there already"):
+            check_place(str(place))
+        assert [place] == [*tmp_path.iterdir()]
+        first.close()
 
 
 def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the unit's runtime directory is missing, because nobody used the unit, it is made, for us alone."""
     own = tmp_path / "xenbackend"
     monkeypatch.setattr(server_module, "OWN_DIRECTORY", own)
-    with contextlib.closing(selectors.DefaultSelector()) as selector:
-        listening = Server(str(own / "x"), selector, lambda *_: None, lambda: 0.0)
-        listening.close()
+    with closing(Reactor()) as reactor:
+        Server(str(own / "x"), reactor, lambda *_: None).close()
 
     assert 0o700 == own.stat().st_mode & 0o777
-
-
-def test_an_error_reaches_the_caller_as_an_exception(tmp_path: Path) -> None:
-    """A service that is not there is told with how to start it."""
-    with pytest.raises(XenbackendError, match="systemctl start xenbackend"):
-        call(str(tmp_path / "none"), {})
 
 
 def test_the_next_service_listens_on(tmp_path: Path) -> None:
     """A client that connects between two services is served by the second one, on the socket of the first."""
     path = str(tmp_path / "x")
-    first = Server(path, selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
-    kept = os.dup(first.fileno())
-    os.set_blocking(kept, True)  # whoever kept it may have done anything to it
-    first.close(leaves=True)
-    with socket.socket(socket.AF_UNIX) as client:
+    with closing(Reactor()) as reactor, socket.socket(socket.AF_UNIX) as client:
+        first = Server(path, reactor, lambda *_: None)
+        kept = os.dup(first.fileno())
+        os.set_blocking(kept, True)  # whoever kept it may have done anything to it
+        first.close(leaves=True)
         client.connect(path)
         client.sendall(b'{"verb": "x"}\n')
-        selector = selectors.DefaultSelector()
-        second = Server(path, selector, lambda _, reply: reply({"data": "y"}), lambda: 0.0, kept)
+        second = Server(path, reactor, lambda _, __, reply: reply(Answer(Code.OK, "y")), kept)
         assert not os.get_blocking(second.fileno())
+        for _ in range(10):
+            reactor.call_soon(reactor.stop)
+            reactor.run()
         client.setblocking(False)
-        answer = b""
-        while not answer:
-            for key, _ in selector.select(1):
-                key.data()
-            with contextlib.suppress(BlockingIOError):
-                answer = client.recv(100)
+        answer = client.recv(100)
         second.close()
 
-    assert b'{"data": "y"}\n' == answer
+    assert _ok("y") == answer
     assert not Path(path).exists()
+
+
+def test_the_last_answer_goes_out(loop: Loop) -> None:
+    """Who has the service end is told so, although the service ends at once."""
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "hold"}\n')
+        loop.settle()
+        loop.held[0](Answer(Code.OK, "stopped"))
+        loop.server.close()
+        answer = client.recv(1000)
+        loop.server = Server(loop.path, loop.reactor, lambda *_: None)
+        loop.settle()  # nothing is left of those who were sent away
+
+    assert (_ok("stopped"), []) == (answer, loop.bugs)
 
 
 def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> None:
     """Where the socket's file has gone, or another one is wanted, the service listens anew."""
     path = tmp_path / "x"
     for wanted in (path, tmp_path / "y"):
-        first = Server(str(path), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0)
-        kept = os.dup(first.fileno())
-        first.close(leaves=True)
-        if wanted == path:
-            path.unlink()
-        else:
-            os.mknod(wanted, 0o600 | stat.S_IFSOCK)  # left by somebody else
-        second = Server(str(wanted), selectors.DefaultSelector(), lambda *_: None, lambda: 0.0, kept)
+        with closing(Reactor()) as reactor:
+            first = Server(str(path), reactor, lambda *_: None)
+            kept = os.dup(first.fileno())
+            first.close(leaves=True)
+            if wanted == path:
+                path.unlink()
+            else:
+                os.mknod(wanted, 0o600 | stat.S_IFSOCK)  # left by somebody else
+            second = Server(str(wanted), reactor, lambda *_: None, kept)
 
-        with socket.socket(socket.AF_UNIX) as client:
-            assert 0 == client.connect_ex(str(wanted))
-        second.close()
+            with socket.socket(socket.AF_UNIX) as client:
+                assert 0 == client.connect_ex(str(wanted))
+            second.close()

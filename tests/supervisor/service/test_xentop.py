@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.descriptors import open_descriptors
+from tests.supervisor.helpers import Clock, settle
 from xenbackend import counters
 from xenbackend.errors import KernelError
-from xenbackend.supervisor.service.xentop import Xentop, pack_record
+from xenbackend.loop.reactor import Reactor
+from xenbackend.supervisor.service.xentop import PERIOD_S, Xentop, XentopUpdates, pack_record
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 DISK = VbdPath("vbd3", 0, 5, 51712)
@@ -161,3 +164,50 @@ def test_record_that_cannot_be_kept(tmp_path: Path, xentop: Xentop) -> None:
     xentop.show(DISK, page(reads=1))
 
     assert pack_record(page(reads=1)) == (tmp_path / "run" / "xentop" / "vbd-5-51712").read_bytes()
+
+
+def test_updates_come_now_and_then_while_there_is_a_disk(xentop: Xentop, shared_memory: Path) -> None:
+    """From the first disk on, once in a while, until there is none; what is shown then is removed."""
+    clock, asked = Clock(), []
+    loop = Reactor(clock)
+    pages: dict[VbdPath, memoryview | None] = {DISK: None, OTHER: page(reads=1)}
+
+    def look() -> dict[VbdPath, memoryview | None]:
+        asked.append(clock.time)
+        return pages
+
+    updates = XentopUpdates(loop, xentop, look)
+    settle(loop)
+    updates.begin()
+    updates.begin()
+    settle(loop)
+    first = [path.name for path in (shared_memory / f"td3-{PID}").iterdir()]
+    clock.time += PERIOD_S
+    settle(loop)
+    pages.clear()
+    clock.time += PERIOD_S
+    settle(loop)
+    second = list((shared_memory / f"td3-{PID}").iterdir())
+    clock.time += 10 * PERIOD_S
+    settle(loop)
+    updates.close()
+    loop.close()
+
+    assert (["vbd-5-51728"], []) == (first, second)
+    assert [100.0, 100.0 + PERIOD_S, 100.0 + 2 * PERIOD_S] == asked
+
+
+def test_a_record_that_cannot_be_kept_is_told_once(xentop: Xentop, shared_memory: Path, lines: io.StringIO) -> None:
+    """However often it is tried; the disk is served all the same."""
+    (shared_memory / f"td3-{PID}").mkdir()
+    clock = Clock()
+    loop = Reactor(clock)
+    updates = XentopUpdates(loop, xentop, lambda: {DISK: page()})
+    updates.begin()
+    for _ in range(3):
+        settle(loop)
+        clock.time += PERIOD_S
+    updates.close()
+    loop.close()
+
+    assert 1 == lines.getvalue().count("File exists")

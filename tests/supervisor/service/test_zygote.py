@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from xenbackend.protocol import messages
+from xenbackend.protocol import codec, messages
 from xenbackend.supervisor.service import zygote
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import COMMAND, Zygote
@@ -28,14 +29,18 @@ def _fake(text: str) -> tuple[str, ...]:
 def _fork(it: Zygote) -> Process:
     """Return a worker once the zygote is ready."""
     while (forked := it.fork()) is None:
-        assert not it.has_ended()
+        assert not _has_ended(it)
         os.sched_yield()
     return forked
 
 
 def _until_ended(it: Zygote) -> None:
     os.waitid(os.P_PID, it.pid, os.WEXITED | os.WNOWAIT)
-    assert it.has_ended()
+    assert _has_ended(it)
+
+
+def _has_ended(it: Zygote) -> bool:
+    return bool(select.select([it.pidfd], [], [], 0)[0])
 
 
 def test_a_worker_is_as_one_that_we_started() -> None:
@@ -44,13 +49,13 @@ def test_a_worker_is_as_one_that_we_started() -> None:
     first, second = _fork(it), _fork(it)
     it.close()
     second.socket.setblocking(True)
-    second.socket.send(messages.encode(messages.Report(3)))
-    standing = messages.decode(second.socket.recv(messages.MAX_MESSAGE))
+    second.socket.send(codec.encode(messages.Report(3)))
+    standing = codec.from_worker(second.socket.recv(messages.MAX_MESSAGE))
     first.kill()
-    second.socket.send(messages.encode(messages.Close()))
+    second.socket.send(codec.encode(messages.Close(4)))
 
     assert isinstance(standing, messages.Standing)
-    assert 3 == standing.report
+    assert 3 == standing.number
     assert first.pid != second.pid
     assert "the worker was ended by SIGKILL" == first.describe_end()
     assert "the worker ended unexpectedly with exit status 0" == second.describe_end()
@@ -105,7 +110,7 @@ def test_nobody_waits_until_it_is_ready() -> None:
     it = Zygote(_fake("channel.recv(1)"))
 
     assert it.fork() is None
-    assert not it.has_ended()
+    assert not _has_ended(it)
     it.close()
 
 

@@ -4,43 +4,56 @@ Must not know xenstore, nor what a message means to a vbd.
 
 A worker is forked from the zygote, or started by exec where there is none; never forked from here. It gets one end of a
 datagram socket pair; messages in `xenbackend.protocol.messages` travel over it, descriptors beside them.
+
+What a worker sends is as hostile as what a guest writes. A datagram that is no message of a worker's, was cut off, or
+comes with descriptors that its kind does not carry, is a breach of the protocol: the worker is killed, nothing that it
+has sent besides is looked at, and its end is told as any other's.
 """
 
 from __future__ import annotations
 
 import os
-import selectors
+import select
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from xenbackend.protocol import messages
+from xenbackend.errors import KernelError
+from xenbackend.log import get_logger
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import codec, messages
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
-_REST_S = 5.0  # after a zygote that has ended
+REST_S = 5.0  # after a zygote that has ended
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
+_LAST_MESSAGES = 1024  # of one that has ended: more than its socket holds
+_CARRIED: dict[type[messages.Message], int] = {messages.Keep: 1}  # descriptors beside a message; none beside others
+_MOST_CARRIED = max(_CARRIED.values())
 
-OnMessage = Callable[[messages.Message, list[int]], None]  # with the descriptors beside it, the callee's to close
+# With the descriptors beside it: the callee takes out those that it keeps, and the rest is closed.
+OnMessage = Callable[[messages.FromWorker, list[int]], None]
 OnEnd = Callable[[str], None]
 
 
 class Worker:
     """One process that serves a vbd."""
 
-    def __init__(
-        self, selector: selectors.BaseSelector, process: Process, on_message: OnMessage, on_end: OnEnd
-    ) -> None:
+    def __init__(self, fleet: Fleet, started: Process, on_message: OnMessage, on_end: OnEnd) -> None:
         """Listen to it from now on."""
-        self._selector = selector
+        self._fleet = fleet
+        self._loop = fleet.loop
+        self._process = started
         self._on_message = on_message
         self._on_end = on_end
         self._why_killed = ""
-        self._process = process
-        selector.register(process.socket, selectors.EVENT_READ, self._receive)
-        selector.register(process.pidfd, selectors.EVENT_READ, self._reap)
+        self._is_short_of_descriptors = False
+        self._is_heard = self._is_held = True  # we listen; it is ours
+        self._loop.add(started.socket.fileno(), self._receive)
+        self._loop.add(started.pidfd, self._reap)
 
     @property
     def pid(self) -> int:
@@ -52,10 +65,10 @@ class Worker:
         """The socket and the pidfd, by which another service can talk to it."""
         return self._process.socket.fileno(), self._process.pidfd
 
-    def send(self, message: messages.Message, fds: Sequence[int] = ()) -> None:
+    def send(self, message: messages.FromSupervisor, fds: Sequence[int] = ()) -> None:
         """Send a message. A worker that does not read is killed: it would never do what was asked."""
         try:
-            socket.send_fds(self._process.socket, [messages.encode(message)], list(fds))
+            socket.send_fds(self._process.socket, [codec.encode(message)], list(fds))
         except BlockingIOError:
             self.kill("the worker was killed: it does not read its messages")
         except OSError:
@@ -65,6 +78,13 @@ class Worker:
         """Kill the process; `on_end` gets the sentence once it is gone."""
         self._why_killed = self._why_killed or sentence
         self._process.kill()
+
+    def breach(self, sentence: str) -> None:
+        """Kill a worker that breaks the protocol, and hear nothing more of it; `sentence` says how it does."""
+        if self._is_heard:
+            self._deafen()
+            self._fleet.note_breach(self.pid, sentence)
+        self.kill(f"the worker was killed: it broke the protocol: {sentence}")
 
     def boost(self) -> None:
         """Let it come before what else the host does, until `unboost`: a guest waits for it."""
@@ -76,90 +96,170 @@ class Worker:
 
     def leave(self) -> None:
         """Let go of the worker, which goes on: the keeper has its socket for the next service."""
-        for each in (self._process.socket, self._process.pidfd):
-            if each in self._selector.get_map():
-                self._selector.unregister(each)
-        self._process.leave()
+        if self._is_held:
+            self._let_go()
+            self._process.leave()
 
-    def _receive(self) -> None:
+    def _let_go(self) -> None:
+        self._is_held = False
+        self._deafen()
+        self._loop.remove(self._process.pidfd)
+
+    def _deafen(self) -> None:
+        if self._is_heard:
+            self._is_heard = False
+            self._loop.remove(self._process.socket.fileno())
+
+    def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
         """Hand on what the worker said."""
-        for _ in range(_MESSAGES_PER_TURN):
+        for _ in range(most):
+            if not self._is_heard:
+                return  # it was left, or broke the protocol
             try:
-                datagram, fds, _flags, _ = socket.recv_fds(self._process.socket, messages.MAX_MESSAGE, 1)
+                datagram, fds, is_whole = process.receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
             except BlockingIOError:
                 return
             except OSError:
-                datagram, fds = b"", []
-            if not datagram:
-                self._selector.unregister(self._process.socket)  # the process ends or is about to
+                self._deafen()
                 return
-            self._take(datagram, fds)
-            if self._process.socket.fileno() < 0:
-                return  # it was left while its message was handled
+            if datagram or fds or not is_whole:
+                self._take(datagram, fds, is_whole=is_whole)
+            elif _has_hung_up(self._process.socket):
+                self._deafen()  # the process ends or is about to
+            else:
+                self.breach("an empty datagram")
 
-    def _take(self, datagram: bytes, fds: list[int]) -> None:
-        message: messages.Message
+    def _take(self, datagram: bytes, fds: list[int], *, is_whole: bool) -> None:
         try:
-            message = messages.decode(datagram)
-        except messages.UnknownKind as error:  # of another program than ours: it was inherited
-            message = messages.Log("warning", f"the worker said what this service does not know: {error}", {})
-        except ValueError:
+            message = codec.from_worker(datagram)
+        except codec.NotAMessage as problem:
+            self.breach(str(problem))
+        else:
+            self._hand_on(message, fds, is_whole=is_whole)
+        finally:
             for fd in fds:
                 os.close(fd)
-            self.kill("the worker was killed: it sent something that is no message")
-            return
-        self._on_message(message, fds)
+
+    def _hand_on(self, message: messages.FromWorker, fds: list[int], *, is_whole: bool) -> None:
+        carried = _CARRIED.get(type(message), 0)
+        if len(fds) < carried and not is_whole:
+            self._note_shortage()
+        elif len(fds) != carried or not is_whole:
+            self.breach(f"{type(message).__name__} with other descriptors than the {carried} that it carries")
+        else:
+            try:
+                self._on_message(message, fds)
+            except Exception as bug:  # over this message; the next one is another matter
+                self._loop.bug(bug)
+
+    def _note_shortage(self) -> None:
+        """Do without what the kernel had no place for in our table of descriptors: that is no fault of the worker's."""
+        if not self._is_short_of_descriptors:
+            self._is_short_of_descriptors = True
+            self._fleet.log.warning("a memory cannot be kept: too many open files", worker=self.pid)
 
     def _reap(self) -> None:
         """Take the last messages, collect the exit status, let go of everything, and tell."""
-        near = self._process.socket
-        if near in self._selector.get_map():
-            self._receive()
-        if near.fileno() >= 0 and near in self._selector.get_map():
-            self._selector.unregister(near)
-        self._selector.unregister(self._process.pidfd)
-        sentence = self._process.describe_end()
-        self._on_end(self._why_killed or sentence)
+        self._receive(_LAST_MESSAGES)
+        if self._is_held:
+            self._let_go()
+            sentence = self._process.describe_end()
+            self._on_end(self._why_killed or sentence)
 
 
 class Fleet:
-    """All worker processes of this service."""
+    """All worker processes of this service.
 
-    def __init__(
-        self, selector: selectors.BaseSelector, command: Sequence[str] = COMMAND, zygote: Sequence[str] = ()
-    ) -> None:
+    breaches    how many workers were killed because they broke the protocol
+    """
+
+    def __init__(self, loop: Reactor, command: Sequence[str] = COMMAND, zygote: Sequence[str] = ()) -> None:
         """Start nothing yet; the command lines of a worker and of a zygote are without ``--socket``.
 
         Without a zygote's every worker is started by exec.
         """
-        self._selector = selector
+        self.loop = loop
+        self.log = get_logger("fleet")
+        self.breaches = 0
         self._command = command
         self._zygote_command = zygote
         self._zygote: Zygote | None = None
-        self._rest_until = 0.0
+        self._preparation = loop.timer(self.prepare)
+        self._complaint = ""  # why there is no zygote
+        self._young: list[Worker] | None = None  # those that came within `undoing`
 
     def start(self, on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Start a worker. Raises: KernelError."""
         forked = self._zygote.fork() if self._zygote else None
-        return Worker(self._selector, forked or process.start(self._command), on_message, on_end)
+        return self._hold(forked or process.start(self._command), on_message, on_end)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
-        return Worker(self._selector, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
+        return self._hold(Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
 
-    def prepare(self, now: float) -> None:
-        """Have a zygote, so that the next worker starts fast; one that has ended is not replaced at once.
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Kill and let go of those that are started or adopted within, should an exception come out."""
+        former, self._young = self._young, []
+        try:
+            yield
+        except BaseException:
+            for worker in self._young:
+                worker.kill("")
+                worker.leave()
+            raise
+        finally:
+            self._young = former
 
-        Raises: KernelError.
-        """
-        if self._zygote is not None and self._zygote.has_ended():
-            self.close()
-            self._rest_until = now + _REST_S
-        if self._zygote_command and self._zygote is None and now >= self._rest_until:
+    def note_breach(self, pid: int, sentence: str) -> None:
+        """Count a worker that broke the protocol, and say so."""
+        self.breaches += 1
+        self.log.error("a worker broke the protocol and is killed", worker=pid, reason=sentence)
+
+    def prepare(self) -> None:
+        """Have a zygote from now on, so that the next worker starts fast; one that ends is not replaced at once."""
+        if self._zygote is not None or not self._zygote_command:
+            return
+        try:
             self._zygote = Zygote(self._zygote_command)
+        except KernelError as error:
+            if str(error) != self._complaint:
+                self.log.warning(str(error))
+            self._complaint = str(error)
+            self._rest()
+        else:
+            self._complaint = ""
+            self.loop.add(self._zygote.pidfd, self._replace)
+
+    def renew(self) -> None:
+        """Have another zygote, of the program as it is now."""
+        self.close()
+        self._preparation.set(self.loop.now())  # not before whoever wanted it has been served
 
     def close(self) -> None:
-        """Send the zygote away; `prepare` starts another one, of the program as it is then."""
+        """Send the zygote away."""
+        self._preparation.set(None)
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
+            self.loop.remove(zygote.pidfd)
             zygote.close()
+
+    def _replace(self) -> None:
+        self.close()
+        self._rest()
+
+    def _rest(self) -> None:
+        self._preparation.set(self.loop.now() + REST_S)
+
+    def _hold(self, started: Process, on_message: OnMessage, on_end: OnEnd) -> Worker:
+        worker = Worker(self, started, on_message, on_end)
+        if self._young is not None:
+            self._young.append(worker)
+        return worker
+
+
+def _has_hung_up(near: socket.socket) -> bool:
+    """Return whether the other end is closed: to read nothing may as well be an empty datagram."""
+    poll = select.poll()
+    poll.register(near, select.POLLIN)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))

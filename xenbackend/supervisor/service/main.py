@@ -10,33 +10,41 @@ the vbds' states as they are: to a guest it is a pause, until the next service s
 from __future__ import annotations
 
 import os
-import selectors
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
 from xenbackend.kernel import process
 from xenbackend.kernel.ports import check_host
+from xenbackend.loop.reactor import Reactor
+from xenbackend.loop.signals import taking_signals
+from xenbackend.protocol.answers import Answer, code_of
+from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import former_settings, parent, zygote
+from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.ledger import ORDERS as REMEMBERED
+from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.service.notify import Notifier
 from xenbackend.supervisor.service.registry import Registry
-from xenbackend.supervisor.service.server import Reply, Server, check_place
+from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server, check_place
 from xenbackend.supervisor.service.settings import Settings
-from xenbackend.supervisor.service.status import describe
+from xenbackend.supervisor.service.status import describe, describe_service
 from xenbackend.supervisor.service.xentop import Xentop
+from xenbackend.supervisor.vbd.claim import Bus
+from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import check_versions
-from xenbackend.supervisor.vbd.orders import ORDERS, give
+from xenbackend.supervisor.vbd.orders import ORDERS
+from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.store import Store
 
 if TYPE_CHECKING:
@@ -44,33 +52,51 @@ if TYPE_CHECKING:
 
 _CONTROL = "control"  # the control socket's name at the keeper
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ORDERED = {"set": "chain", "snapshot": "file", "policy": "policy", "command": "command"}  # what an order leads to
 
 
 class Service:
     """Everything that is open while the service runs."""
 
-    def __init__(self, settings: Settings, notifier: Notifier, keeper: Keeper, complaint: str = "") -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        notifier: Notifier,
+        keeper: Keeper,
+        complaint: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         """Connect to xenstore and listen; `complaint` is why these are not the settings that should be.
 
-        Raises: StoreError, ConfigError.
+        Raises: StoreError, ConfigError, KernelError.
         """
         self._log = log.get_logger("service")
         self._notifier = notifier
-        self._selector = selectors.DefaultSelector()
-        self._store = Store(settings.store or None)
-        xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._keeper = keeper
-        inherited = self._keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
-        self._fleet = Fleet(self._selector, zygote=(*zygote.COMMAND, "--host", settings.host))
-        self._registry = Registry(
-            self._store, self._fleet, settings, self._selector, xentop=xentop, keeper=self._keeper
-        )
-        self._server = Server(settings.socket, self._selector, self._answer, time.monotonic, inherited)
+        self._bugs = Bugs()
+        self._loop = Reactor(clock, on_bug=self._bugs.note)
+        self._store = Store(settings.store or None)
+        self._ledger = Ledger(keeper, wall_clock)
+        inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
+        self._fleet = Fleet(self._loop, zygote=(*zygote.COMMAND, "--host", settings.host))
+        context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
+        xentop = Xentop(Path(settings.socket).parent / "xentop")
+        self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
+        self._server = Server(settings.socket, self._loop, self._answer, inherited)
         self._complaint = complaint
         self._keep(settings, is_new=self._server.fileno() != inherited)
-        self._is_stopping = self._leaves = self._is_unboosted = False
-        self._alive_at = time.monotonic()
-        self._said = self._prepare_failed = ""
+        self._is_stopping = self._leaves = False
+        self._status_timer = self._loop.timer(self._tell_status)
+        self._alive_timer = self._loop.timer(self._tell_alive)
+        self._verbs: dict[str, Handler] = {
+            "ping": self._ping,
+            "status": self._status,
+            "orders": self._orders,
+            "hotplug": self._hotplug,
+            "stop": self._stop_by_order,
+            **dict.fromkeys(ORDERS, self._order),
+        }
 
     def _keep(self, settings: Settings, *, is_new: bool) -> None:
         """Have kept what the next service needs if this one ends or dies: the settings, and where clients wait."""
@@ -83,150 +109,160 @@ class Service:
 
     def run(self) -> int:
         """Serve until a signal comes, then drain, and return the exit status."""
-        with _signals(self._selector, self._stop):
-            self._prepare()
+        with taking_signals(self._loop, _SIGNALS, self._stop):
+            self._fleet.prepare()
             self._registry.start()
+            self._close_former_orders()
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
                 self._log.error("the settings cannot be used, those of the service before hold", reason=self._complaint)
-            while not (self._is_stopping and not self._registry.vbds):
-                self._turn()
+            # In the first pass everything is found, and is looked at in the second one before what comes then.
+            self._loop.call_later(0, partial(self._loop.call_soon, partial(process.unboost, os.getpid())))
+            self._tell_status()
+            self._tell_alive()
+            self._loop.run()
         self._close()
         return 0
 
-    def _turn(self) -> None:
-        is_busy = self._registry.turn()
-        self._server.turn()
-        if not is_busy and not self._is_stopping:
-            self._prepare()
-            self._unboost()
-        self._tell_systemd()
-        for key, _ in self._selector.select(0 if is_busy else self._sleep_s()):
-            # One callback may have let go of what another descriptor of this round stood for.
-            if self._selector.get_map().get(key.fd) is key:
-                key.data()
-
-    def _sleep_s(self) -> float | None:
+    def _count(self) -> None:
+        """Take note that there is a vbd more or less."""
+        self._status_timer.set(self._loop.now())
         if self._is_stopping and not self._registry.vbds:
-            return 0
-        times = [self._registry.next_deadline(), self._server.next_deadline()]
-        if self._notifier.interval_s is not None:
-            times.append(self._alive_at)
-        first = min((each for each in times if each is not None), default=None)
-        return None if first is None else max(0.0, first - time.monotonic())
+            self._loop.stop()
 
-    def _tell_systemd(self) -> None:
+    def _tell_status(self) -> None:
         sentence = f"serving {len(self._registry.vbds)} vbds"
         if self._complaint:
             sentence += f" by the settings of the service before: {self._complaint}"
-        if sentence != self._said:
-            self._said = sentence
-            self._notifier.status(sentence)
-        now = time.monotonic()
-        if self._notifier.interval_s is not None and now >= self._alive_at:
-            self._alive_at = now + self._notifier.interval_s
+        self._notifier.status(sentence)
+
+    def _tell_alive(self) -> None:
+        if self._notifier.interval_s is not None:
             self._notifier.alive()
+            self._alive_timer.set(self._loop.now() + self._notifier.interval_s)
 
-    def _prepare(self) -> None:
-        """Have what the next disk, or the next death, needs at once."""
-        try:
-            self._fleet.prepare(time.monotonic())
-            self._prepare_failed = ""
-        except KernelError as error:
-            if str(error) != self._prepare_failed:
-                self._log.warning(str(error))
-            self._prepare_failed = str(error)
+    def _close_former_orders(self) -> None:
+        """Let no order be under way that nobody carries out: an earlier service died over it.
 
-    def _unboost(self) -> None:
-        """Have our turn as any other: all disks have been looked at, and whoever died has a successor."""
-        if not self._is_unboosted:
-            self._is_unboosted = True
-            process.unboost(os.getpid())
+        An exchange of chains is told by its vbd, which finds out how far it came.
+        """
+        exchanges = [vbd.handover.notes.exchange for vbd in self._registry.vbds.values()]
+        carried_out = {exchange.order for exchange in exchanges if exchange is not None}
+        for entry in self._ledger.entries():
+            if entry["ended"] is None and entry["number"] not in carried_out:
+                self._ledger.close(entry["number"], Answer(Code.GONE, None, "the service ended before it was done"))
 
-    def _stop(self, signals: bytes) -> None:
+    def _stop(self, number: int) -> None:
+        """End, by a signal's number."""
         if self._is_stopping:
             return
-        self._leaves = leaves = self._keeper.is_there and signal.SIGINT not in signals
+        self._leaves = leaves = self._keeper.is_there and number != signal.SIGINT
         self._log.info("stopping", vbds=len(self._registry.vbds), workers="go on" if leaves else "are drained")
         self._notifier.stopping()
         self._is_stopping = True
         self._registry.stop(leaves=leaves)
+        if not self._registry.vbds:
+            self._loop.stop()
 
     def _close(self) -> None:
-        self._registry.tidy()
+        self._registry.close()
         self._fleet.close()
-        if not self._leaves:
+        if self._leaves:
+            self._ledger.leave()
+        else:
+            self._ledger.forget()
             with suppress(KernelError):
                 self._keeper.forget(_CONTROL)
         self._server.close(leaves=self._leaves)
         self._store.close()
-        self._selector.close()
+        self._loop.close()
         self._log.info("stopped")
 
-    def _answer(self, request: dict[str, Any], reply: Reply) -> None:
+    def _answer(self, request: dict[str, Any], peer: Peer, reply: Reply) -> None:
         """Do what a client of the control socket asks."""
+        verb = request.get("verb")
+        handle = self._verbs.get(verb) if isinstance(verb, str) else None
         try:
-            match request:
-                case {"verb": "ping"}:
-                    reply({"data": {"pid": os.getpid()}})
-                case {"verb": "status"}:
-                    reply({"data": [describe(vbd) for _, vbd in sorted(self._registry.vbds.items())]})
-                case {"verb": "hotplug", "action": "add", "path": str(path)}:
-                    self._registry.hotplug(path, reply)
-                case {"verb": str(verb), "vbd": str(vbd)} if verb in ORDERS:
-                    if verb == "upgrade":
-                        self._fleet.close()  # it has imported the program as it was
-                    give(self._registry.find(vbd).orders, verb, request, reply)
-                case {"verb": "stop"}:
-                    self._stop(bytes([signal.SIGINT]))
-                    reply({"data": {"pid": os.getpid()}})
-                case {"verb": "command", "vbd": str(vbd), "layer": str(layer), "command": str(verb)}:
-                    arguments = _arguments(request)
-                    self._registry.find(vbd).command(layer, verb, arguments, reply)
-                case _:
-                    reply(
-                        {
-                            "error": "unknown request; the verbs are ping, status, stop, hotplug with action and path, "
-                            f"command with vbd, layer, command, and with a vbd {', '.join(ORDERS)}"
-                        }
-                    )
+            if handle is None:
+                raise ConfigError(f"unknown request; the verbs are {', '.join(self._verbs)}")
+            handle(request, peer, reply)
         except XenbackendError as error:
-            reply({"error": str(error)})
+            reply(Answer(code_of(error), None, str(error)))
+
+    def _ping(self, _request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
+        counts = {"bugs": self._bugs.count, "breaches": self._fleet.breaches}
+        reply(Answer(Code.OK, {**describe_service(), **counts}))
+
+    def _status(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
+        if "vbd" in request:
+            vbds = [self._registry.find(_text(request, "vbd"))]
+        else:
+            vbds = [vbd for _, vbd in sorted(self._registry.vbds.items())]
+        guests = self._registry.names_of({vbd.path.frontend_domid for vbd in vbds})
+        described = [self._describe(vbd, guests.get(vbd.path.frontend_domid, "")) for vbd in vbds]
+        reply(Answer(Code.OK, [each for each in described if each]))
+
+    def _describe(self, vbd: Vbd, guest: str) -> dict[str, Any] | None:
+        """Return what is known of one vbd; one that meets a fault of ours does not hide the others."""
+        try:
+            return describe(vbd, guest)
+        except Exception as bug:
+            bug.add_note(f"while {vbd.path} was described")
+            self._loop.bug(bug)
+            return None
+
+    def _orders(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
+        """Tell of the last orders, or of one."""
+        number = request.get("order")
+        if number is None:
+            reply(Answer(Code.OK, self._ledger.entries()))
+            return
+        entry = self._ledger.entry(number) if type(number) is int else None
+        if entry is None:
+            raise ConfigError(f"there is no order {number!r:.40} among the last {REMEMBERED}")
+        reply(Answer(Code.OK, [entry]))
+
+    def _hotplug(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
+        if request.get("action") != "add":
+            raise ConfigError("the action of a hotplug is add")
+        self._registry.hotplug(_text(request, "path"), reply)
+
+    def _stop_by_order(self, _request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
+        number = reply.order = self._ledger.open("stop", "", asdict(peer), {})
+        answer = Answer(Code.OK, {"pid": os.getpid()}, order=number)
+        self._ledger.close(number, answer)
+        self._stop(signal.SIGINT)
+        reply(answer)
+
+    def _order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
+        """Give an order to a vbd: it has a number from now on, and is in the ledger until it has its answer."""
+        verb, vbd = str(request["verb"]), self._registry.find(_text(request, "vbd"))
+        given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
+        number = self._ledger.open(verb, vbd.path.disk, asdict(peer), given)
+        reply.order = number
+
+        def answer(how: Answer) -> None:
+            if how.code is not Code.UNDER_WAY:  # the next service goes on with it
+                self._ledger.close(number, how)
+            reply(replace(how, order=number))
+
+        if verb == "upgrade":
+            self._fleet.renew()  # the zygote has imported the program as it was
+        try:
+            vbd.orders.give(verb, request, number, answer)
+        except XenbackendError as error:
+            answer(Answer(code_of(error), None, str(error)))
+        except Exception as bug:
+            answer(Answer(Code.BUG, None, f"the service could not do that, see its log: {type(bug).__name__}: {bug}"))
+            raise
 
 
-def _arguments(request: dict[str, Any]) -> list[str]:
-    arguments = request.get("arguments", [])
-    if not isinstance(arguments, list) or not all(isinstance(each, str) for each in arguments):
-        raise ConfigError("the arguments of a command are a list of texts")
-    return arguments
-
-
-@contextmanager
-def _signals(selector: selectors.BaseSelector, stop: Callable[[bytes], None]) -> Iterator[None]:
-    """Call `stop` from the loop, with the signals' numbers, when a signal comes that ends the service."""
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        """Do nothing here: the wake-up descriptor brings the signal into the loop."""
-
-    def wake() -> None:
-        stop(near.recv(64))
-
-    near, far = socket.socketpair()
-    near.setblocking(False)
-    far.setblocking(False)
-    former = {number: signal.signal(number, note) for number in _SIGNALS}
-    former_fd = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-    selector.register(near, selectors.EVENT_READ, wake)
-    try:
-        yield
-    finally:
-        selector.unregister(near)
-        signal.set_wakeup_fd(former_fd)
-        for number, handler in former.items():
-            signal.signal(number, handler)
-        near.close()
-        far.close()
+def _text(request: Mapping[str, Any], key: str) -> str:
+    value = request.get(key)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"the request needs {key}, a text")
+    return value
 
 
 def check(settings: Settings) -> None:

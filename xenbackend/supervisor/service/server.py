@@ -2,8 +2,12 @@
 
 Must not know what a verb does.
 
-One request, one line: ``{"verb": "status"}``; one answer, one line: ``{"data": …}`` or ``{"error": sentence}``.
-Everything that a client can make this hold is bounded: clients, the length of a line, the time that it may idle.
+One request, one line: ``{"verb": "status"}``; one answer, one line, as `protocol.answers` has it. An order may take as
+long as it takes: a client that names the seconds for which it waits, ``{"verb": …, "wait": 10}``, is told after that
+time that its order is still under way, and which one it is. A client that goes away ends nothing.
+
+Everything that a client can make this hold is bounded: clients, the length of a line, how deep its values lie in each
+other, the time that it may idle.
 """
 
 from __future__ import annotations
@@ -11,62 +15,86 @@ from __future__ import annotations
 import errno
 import json
 import os
-import selectors
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from struct import Struct
 from typing import Any
 
 from xenbackend.errors import ConfigError
-from xenbackend.log import get_logger
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import DEFAULT_SOCKET
-
-Reply = Callable[[dict[str, Any]], None]
-Handler = Callable[[dict[str, Any], Reply], None]
+from xenbackend.protocol.codec import is_storable
+from xenbackend.protocol.codes import Code
 
 MAX_CLIENTS = 256  # a hotplug script of each disk that is just being attached
 MAX_LINE = 64 * 1024  # bytes of a request
+MAX_DEPTH = 4  # of the values in it: the deepest that a verb takes is a list of texts
+MAX_WAIT_S = 1e9
 IDLE_S = 30.0
-ANSWER_S = 90.0  # the longest that an answer may take: a worker has 60 s to open its chain
 OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
-class Server:
-    """Listens, reads requests, writes answers. `handler` gets each request and a function for its one answer."""
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who asks: the process that made the connection, and its program's name, empty once it has gone."""
 
-    def __init__(
-        self,
-        path: str,
-        selector: selectors.BaseSelector,
-        handler: Handler,
-        now: Callable[[], float],
-        inherited: int = -1,
-    ) -> None:
+    pid: int
+    uid: int
+    command: str
+
+
+class Reply:
+    """Takes the one answer to a request, at once or later. `order` is the number of the order that it began."""
+
+    def __init__(self, loop: Reactor, send: Callable[[Answer], None]) -> None:
+        self.order: int | None = None
+        self.verb = ""
+        self._loop = loop
+        self._send: Callable[[Answer], None] | None = send
+        self._is_given = False
+
+    def __call__(self, answer: Answer) -> None:
+        """Give the answer; a client that has gone, or waits no longer, does not get it."""
+        if self._is_given:
+            self._loop.bug(RuntimeError(f"a second answer to {self.verb!r}: {answer}"))
+            return
+        self._is_given = True
+        self._deliver(answer)
+
+    def give_up(self) -> None:
+        """Tell the client that it has waited for long enough."""
+        self._deliver(Answer(Code.UNDER_WAY, None, "it is still under way", self.order))
+
+    def _deliver(self, answer: Answer) -> None:
+        send, self._send = self._send, None
+        if send is not None:
+            send(answer)
+
+
+Handler = Callable[[dict[str, Any], Peer, Reply], None]
+
+
+class Server:
+    """Listens, reads requests, writes answers. `handler` gets each request, who asks, and what takes its answer."""
+
+    def __init__(self, path: str, loop: Reactor, handler: Handler, inherited: int = -1) -> None:
         """Listen at `path`; `inherited` is a descriptor that a former service listened on there.
 
         Raises: ConfigError, where another service listens already or the socket cannot be made.
         """
         self._path = Path(path)
-        self._selector = selector
+        self._loop = loop
         self._handler = handler
-        self._now = now
-        self._log = get_logger("server")
         self._clients: dict[_Client, None] = {}
+        self._timer = loop.timer(self._look_at_the_clock)
         self._socket = _take_over(self._path, inherited) or _listen(self._path)
-        selector.register(self._socket, selectors.EVENT_READ, self._accept)
-
-    def next_deadline(self) -> float | None:
-        """Return when `turn` has to be called at the latest."""
-        return min((client.deadline for client in self._clients), default=None)
-
-    def turn(self) -> None:
-        """Send clients away that have idled for too long."""
-        now = self._now()
-        for client in [client for client in self._clients if now >= client.deadline]:
-            self._drop(client)
+        loop.add(self._socket.fileno(), self._accept)
 
     def fileno(self) -> int:
         """Return the descriptor on which the next service may go on listening."""
@@ -78,7 +106,7 @@ class Server:
             with suppress(OSError):  # the last answer is that of who ended us
                 client.write()
             self._drop(client)
-        self._selector.unregister(self._socket)
+        self._loop.remove(self._socket.fileno())
         self._socket.close()
         if not leaves:
             self._path.unlink(missing_ok=True)
@@ -86,72 +114,117 @@ class Server:
     def _accept(self) -> None:
         with suppress(BlockingIOError, ConnectionAbortedError):
             near, _ = self._socket.accept()
-            if len(self._clients) >= MAX_CLIENTS or not _may_use(near):
+            peer = _peer_of(near)
+            if len(self._clients) >= MAX_CLIENTS or peer.uid not in (0, os.geteuid()):
                 near.close()
                 return
-            client = _Client(near, self._now() + IDLE_S)
+            client = _Client(near, peer)
             self._clients[client] = None
-            self._selector.register(near, selectors.EVENT_READ, lambda: self._serve(client))
+            self._set_deadline(client, IDLE_S)
+            self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
 
-    def _serve(self, client: _Client) -> None:
-        """Read or write what is possible now."""
+    def _guarded(self, client: _Client, move: Callable[[], bool]) -> None:
+        """Read or write what is possible now, and do what follows."""
         try:
-            is_open = client.write() if client.outgoing else client.read()
+            is_there = move()
         except BlockingIOError:
             return
         except OSError:
-            is_open = False
-        if not is_open:
+            is_there = False
+        if is_there:
+            self._go_on(client)
+        else:
             self._drop(client)
-            return
-        self._next(client)
 
-    def _next(self, client: _Client) -> None:
-        """Hand over the next request once the last one is answered, and wait for what is due."""
-        client.deadline = self._now() + IDLE_S
-        line = client.take_line()
+    def _go_on(self, client: _Client) -> None:
+        """Wait until the rest of an answer can be written, or hand over the next request once the last is answered."""
+        if client not in self._clients or client.reply is not None:
+            return
+        self._set_deadline(client, IDLE_S)
+        if client.is_writing != bool(client.outgoing):
+            client.is_writing = bool(client.outgoing)
+            move = client.write if client.is_writing else client.read
+            self._loop.remove(client.socket.fileno())
+            self._loop.add(client.socket.fileno(), partial(self._guarded, client, move), writable=client.is_writing)
+        line = None if client.outgoing else client.take_line()
         if line is not None:
-            client.is_waiting, client.deadline = True, self._now() + ANSWER_S
             self._handle(client, line)
-        if client in self._clients:
-            wanted = selectors.EVENT_WRITE if client.outgoing else selectors.EVENT_READ
-            self._selector.modify(client.socket, wanted, lambda: self._serve(client))
 
     def _handle(self, client: _Client, line: bytes) -> None:
-        def reply(answer: dict[str, Any]) -> None:
-            if client in self._clients:
-                client.is_waiting = False
-                client.outgoing = json.dumps(answer).encode() + b"\n"
-                self._selector.modify(client.socket, selectors.EVENT_WRITE, lambda: self._serve(client))
-
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict):
-            reply({"error": "the request is not a JSON object in one line"})
+        client.reply = reply = Reply(self._loop, partial(self._send, client))
+        self._set_deadline(client, None)
+        request = _parse(line)
+        wait_s = request.get("wait") if request is not None else None
+        if request is None or not _is_wait(wait_s):
+            what = "the request is not a JSON object in one line" if request is None else "wait is a number of seconds"
+            reply(Answer(Code.INVALID, None, what))
             return
+        reply.verb = str(request.get("verb", ""))
         try:
-            self._handler(request, reply)
+            self._handler(request, client.peer, reply)
         except Exception as bug:  # one odd request must not end the service of every disk
-            self._log.exception("a request could not be answered", verb=str(request.get("verb")))
-            reply({"error": f"the service could not answer, see its log: {type(bug).__name__}: {bug}"})
+            sentence = f"the service could not answer, see its log: {type(bug).__name__}: {bug}"
+            if client.reply is reply:
+                reply(Answer(Code.BUG, None, sentence, reply.order))
+            self._loop.bug(bug)
+        if wait_s is not None and client.reply is reply:
+            self._set_deadline(client, wait_s)
+
+    def _send(self, client: _Client, answer: Answer) -> None:
+        """Send an answer, as much as can be now, and go on with the client in the next pass: it may ask for more."""
+        if client not in self._clients:
+            return
+        client.reply = None
+        client.outgoing = json.dumps(answer.as_json()).encode() + b"\n"
+        self._set_deadline(client, IDLE_S)
+        self._loop.call_soon(partial(self._write_first, client))
+
+    def _write_first(self, client: _Client) -> None:
+        if client in self._clients:
+            try:
+                is_there = client.write()
+            except BlockingIOError:
+                is_there = True
+            except OSError:
+                is_there = False
+            if is_there:
+                self._go_on(client)
+            else:
+                self._drop(client)
+
+    def _set_deadline(self, client: _Client, seconds: float | None) -> None:
+        """Give a client so many seconds: to say or to read something, or until it waits no longer; None: for ever."""
+        client.deadline = None if seconds is None else self._loop.now() + seconds
+        if client.deadline is not None and (self._timer.due is None or client.deadline < self._timer.due):
+            self._timer.set(client.deadline)
+
+    def _look_at_the_clock(self) -> None:
+        """Send those away that have idled for too long, and tell those that have waited for long enough."""
+        now = self._loop.now()
+        for client in [each for each in self._clients if each.deadline is not None and now >= each.deadline]:
+            if client.reply is not None:
+                client.reply.give_up()
+            else:
+                self._drop(client)
+        self._timer.set(min((each.deadline for each in self._clients if each.deadline is not None), default=None))
 
     def _drop(self, client: _Client) -> None:
         del self._clients[client]
-        self._selector.unregister(client.socket)
+        self._loop.remove(client.socket.fileno())
         client.socket.close()
 
 
 class _Client:
     """One connection: at most one request being handled, at most one line more in the buffer."""
 
-    def __init__(self, near: socket.socket, deadline: float) -> None:
+    def __init__(self, near: socket.socket, peer: Peer) -> None:
         near.setblocking(False)
         self.socket = near
-        self.deadline = deadline
+        self.peer = peer
+        self.deadline: float | None = None
         self.outgoing = b""
-        self.is_waiting = False  # for the answer to its request
+        self.is_writing = False  # what the loop waits for
+        self.reply: Reply | None = None  # to the request that is being handled
         self._incoming = bytearray()
 
     def read(self) -> bool:
@@ -162,16 +235,42 @@ class _Client:
 
     def write(self) -> bool:
         """Send what can be sent."""
-        self.outgoing = self.outgoing[self.socket.send(self.outgoing) :]
+        if self.outgoing:
+            self.outgoing = self.outgoing[self.socket.send(self.outgoing) :]
         return True
 
     def take_line(self) -> bytes | None:
-        """Return the next request, None while there is none or the last is not answered yet."""
-        if self.is_waiting or self.outgoing or b"\n" not in self._incoming:
+        """Return the next request, None while there is none."""
+        if b"\n" not in self._incoming:
             return None
         line, _, rest = bytes(self._incoming).partition(b"\n")
         self._incoming[:] = rest
         return line
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return a request, None for what is none."""
+    try:
+        request = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return request if isinstance(request, dict) and _is_plain(request, MAX_DEPTH) else None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Return whether a value is not too deep, and all that is in it can be stored wherever it may go."""
+    if isinstance(value, dict | list):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
+    return is_storable(value)
+
+
+def _is_wait(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= MAX_WAIT_S)
 
 
 def check_place(path: str, inherited: int = -1) -> None:
@@ -237,6 +336,10 @@ def _listen(path: Path) -> socket.socket:
     return near
 
 
-def _may_use(near: socket.socket) -> bool:
-    _, uid, _ = _UCRED.unpack(near.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return uid in (0, os.geteuid())
+def _peer_of(near: socket.socket) -> Peer:
+    pid, uid, _ = _UCRED.unpack(near.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    try:
+        command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
+    except OSError:  # it has gone, or is in another namespace
+        command = ""
+    return Peer(pid, uid, command)

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
 from xenbackend import counters
 from xenbackend.errors import KernelError
+from xenbackend.log import get_logger
+from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.units import SECTOR
 
@@ -106,6 +108,50 @@ class Xentop:
 
     def _file(self, path: VbdPath) -> Path:
         return self._directory / f"vbd-{path.frontend_domid}-{path.devid}"
+
+
+class XentopUpdates:
+    """Lets `xentop` see the counters now and then, from `begin` on until there is none to be seen."""
+
+    def __init__(
+        self, loop: Reactor, xentop: Xentop | None, pages: Callable[[], Mapping[VbdPath, memoryview | None]]
+    ) -> None:
+        """`pages` returns the counters of all disks of that kind, None of one that has none yet."""
+        self._loop = loop
+        self._xentop = xentop
+        self._pages = pages
+        self._timer = loop.timer(self._update)
+        self._complaint = ""
+        self._log = get_logger("xentop")
+        if xentop is not None:
+            xentop.clear()
+
+    def begin(self) -> None:
+        """There is a disk more to be seen."""
+        if self._xentop is not None and self._timer.due is None:
+            self._timer.set(self._loop.now())
+
+    def close(self) -> None:
+        """Show nothing any more."""
+        self._timer.set(None)
+        if self._xentop is not None:
+            self._xentop.clear()
+
+    def _update(self) -> None:
+        if self._xentop is None:
+            return
+        pages = self._pages()
+        shown = {path: page for path, page in pages.items() if page is not None}
+        self._xentop.keep_only(shown)
+        try:
+            for path, page in shown.items():
+                self._xentop.show(path, page)
+        except KernelError as error:
+            if str(error) != self._complaint:
+                self._log.warning(str(error))
+            self._complaint = str(error)
+        if pages:
+            self._timer.set(self._loop.now() + PERIOD_S)
 
 
 def _leads_to(link: Path, directory: Path) -> bool:

@@ -9,7 +9,6 @@ as with one that we started. Other orphans, a driver's helpers, do not. See `wor
 from __future__ import annotations
 
 import os
-import selectors
 import socket
 import sys
 import time
@@ -41,11 +40,10 @@ class Zygote:
         """The process number, for people."""
         return self._process.pid
 
-    def has_ended(self) -> bool:
-        """Return whether it has ended by itself, or was killed."""
-        with selectors.PollSelector() as selector:
-            selector.register(self._process.pidfd, selectors.EVENT_READ)
-            return bool(selector.select(0))
+    @property
+    def pidfd(self) -> int:
+        """Readable once it has ended, by itself or killed."""
+        return self._process.pidfd
 
     def fork(self) -> Process | None:
         """Return a new worker, or None where the zygote is not ready, or fails at it: then it is good for nothing.
@@ -85,10 +83,9 @@ class Zygote:
         channel.settimeout(_PATIENCE_S)
         try:
             socket.send_fds(channel, [b"fork"], [far.fileno()])
-            datagram, fds, _, _ = socket.recv_fds(channel, 16, 1)
+            datagram, fds, _ = process.receive(channel, 16, 1)
             if fds:
                 pidfd = fds[0]
-                os.set_inheritable(pidfd, False)  # Python's recv_fds passes over the flag that would do it
                 channel.settimeout(max(0.0, give_up - time.monotonic()))
                 datagram = channel.recv(16)
         except OSError:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import StoreError, XenbackendError
+from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath, libxl_path
@@ -131,46 +132,59 @@ _UNUSED = (XenbusState.INITIALISING, XenbusState.INIT_WAIT)
 
 
 class Taking:
-    """What is due of one vbd's claims, one at a time. `due` is when, None while there is none."""
+    """A vbd's claims, one at a time, as time goes by."""
 
     def __init__(
         self,
+        loop: Reactor,
         begin: Callable[[], Claim],
-        now: Callable[[], float],
+        then: Callable[[XenbackendError | None], object],
         claim: Claim | None = None,
     ) -> None:
-        """`begin` makes a claim; `claim` is one that an earlier service had begun."""
+        """`begin` makes a claim; `claim` is one that an earlier service had begun.
+
+        `then` is called from the loop when one is over: with None where the vbd is ours, else with why it is not.
+        """
+        self._loop = loop
         self._begin = begin
-        self._now = now
+        self._then = then
         self._claim = claim
-        self.due = now() if claim else None
+        self._timer = loop.timer(self._step)
+        if claim is not None:
+            self._timer.set(loop.now())
+
+    @property
+    def is_under_way(self) -> bool:
+        """True from the beginning of a claim until it is over."""
+        return self._claim is not None
 
     def begin(self) -> None:
         """Begin, if nothing is going on."""
         if self._claim is None:
-            self._claim, self.due = self._begin(), self._now()
-
-    def step(self) -> bool:
-        """Do what is due, and return whether it is over. Raises: XenbackendError when it failed for good."""
-        now = self._now()
-        if self._claim is None or self.due is None or now < self.due:
-            return False
-        try:
-            is_over = self._claim.step()
-        except StoreError:
-            self.due = now + RETRY_S
-            return False
-        except XenbackendError:
-            self._claim = self.due = None
-            raise
-        if is_over:
-            self._claim = self.due = None
-        else:
-            self.due = now + PAUSE_S
-        return is_over
+            self._claim = self._begin()
+            self._timer.set(self._loop.now())
 
     def give_back(self) -> None:
         """Make good at once what was begun: the service ends. Raises: StoreError."""
-        claim, self._claim, self.due = self._claim, None, None
+        claim, self._claim = self._claim, None
+        self._timer.set(None)
         if claim is not None:
             claim.give_back()
+
+    def _step(self) -> None:
+        if self._claim is None:
+            return
+        now = self._loop.now()
+        problem: XenbackendError | None = None
+        self._timer.set(now + RETRY_S)
+        try:
+            if not self._claim.step():
+                self._timer.set(now + PAUSE_S)
+                return
+        except StoreError:
+            return
+        except XenbackendError as error:
+            problem = error
+        self._claim = None
+        self._timer.set(None)
+        self._then(problem)

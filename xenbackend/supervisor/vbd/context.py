@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.xenstore.store import Store
@@ -17,12 +19,13 @@ from xenbackend.supervisor.xenstore.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The store, the workers, and the rest."""
+    """The store, the loop with its clock, the workers, and the rest."""
 
     store: Store
+    loop: Reactor
     fleet: Fleet
     settings: Settings
     bus: Bus
     keeper: Keeper
-    now: Callable[[], float]  # seconds of a clock that only goes forward
     time: Callable[[], float]  # seconds since 1970
+    ledger: Ledger

@@ -28,7 +28,8 @@ from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.claim import Claim, Taking
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
-from xenbackend.supervisor.vbd.handover import Handover, What
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.inheritance import What
 from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
@@ -371,11 +372,11 @@ class Vbd:
         for timer in (self._limit, self._look_at):
             timer.set(None)
         if leaves:
-            self.handover.leave()
+            self.handover.leave()  # what is shown goes all at once, with the service
         else:
             self.handover.close()
-        with suppress(StoreError):
-            self._nodes.forget()
+            with suppress(StoreError):
+                self._nodes.forget()
         self._on_forgotten(self)
 
     # xenstore

@@ -1,0 +1,172 @@
+"""A vbd that only notes what it is asked for, and what a registry needs beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+
+from tests.supervisor.helpers import Clock, settle
+from xenbackend.errors import StoreError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.registry import Registry, Reply
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.service.xentop import Xentop
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.store import Store
+
+
+class FakeVbd:
+    """One of them; `calls` counts those to all, `bugs` names the methods that raise."""
+
+    calls: list[tuple[VbdPath, str]]
+    bugs: set[tuple[VbdPath, str]]
+
+    def __init__(
+        self,
+        path: VbdPath,
+        context: Any,
+        inherited: Mapping[str, int] | None,
+        on_forgotten: Callable[[FakeVbd], None],
+    ) -> None:
+        self.path = path
+        self.token = f"frontend/{path}"
+        self.is_forgotten = False
+        self.worker = None
+        self.looks: list[str] = []
+        self.stopped: list[bool] = []
+        self.doubted = 0
+        self.waiting: list[Reply] = []  # scripts
+        self.page: memoryview | None = None
+        self.inherited = dict(inherited) if inherited is not None else None
+        self._on_forgotten = on_forgotten
+        try:
+            self._note("__init__")
+        except ValueError:
+            self._let_go()
+            raise
+
+    def _note(self, method: str) -> None:
+        assert not self.is_forgotten, f"{method} of a vbd that was forgotten"
+        self.calls.append((self.path, method))
+        if (self.path, method) in self.bugs:
+            raise ValueError(f"a bug of {self.path}")
+
+    def look_soon(self, *, node: bool, theirs: bool) -> None:
+        """Note that a look is due."""
+        self._note("look_soon")
+        self.looks += ["node"] * node + ["theirs"] * theirs
+
+    def hotplug(self, reply: Reply) -> None:
+        """Let a script wait."""
+        self._note("hotplug")
+        self.waiting.append(reply)
+
+    def stop(self, *, leaves: bool) -> None:
+        """Note how the service ends."""
+        self._note("stop")
+        self.stopped.append(leaves)
+
+    def doubt(self) -> None:
+        """Note that xenstore was away."""
+        self._note("doubt")
+        self.doubted += 1
+
+    def counters_page(self) -> memoryview | None:
+        """Return what the test has put there."""
+        self._note("counters_page")
+        return self.page
+
+    def give_up_scripts(self) -> list[Reply]:
+        """Return those that wait."""
+        given, self.waiting = self.waiting, []
+        return given
+
+    def end(self) -> None:
+        """Be over."""
+        self._note("end")
+        self.is_forgotten = True
+        self._let_go()
+        self._on_forgotten(self)
+
+    def _let_go(self) -> None:
+        for fd in (self.inherited or {}).values():
+            os.close(fd)
+
+
+class FakeFleet:
+    """Workers, of which there are none."""
+
+    def __init__(self) -> None:
+        self.undone = 0
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Count what comes out."""
+        try:
+            yield
+        except BaseException:
+            self.undone += 1
+            raise
+
+
+class Place:
+    """A registry of fake vbds in a loop whose time stands still."""
+
+    def __init__(
+        self,
+        address: str,
+        settings: Settings | None = None,
+        *,
+        keeper: Keeper | None = None,
+        xentop: Xentop | None = None,
+    ) -> None:
+        FakeVbd.calls, FakeVbd.bugs = [], set()
+        self.clock = Clock()
+        self.told: list[Exception] = []
+        self.changes: list[int] = []  # how many there were after each
+        self.loop = Reactor(self.clock, on_bug=self.told.append)
+        self.store = Store(address)
+        self.fleet = FakeFleet()
+        context: Any = SimpleNamespace(
+            store=self.store,
+            loop=self.loop,
+            fleet=self.fleet,
+            settings=settings or Settings(),
+            keeper=keeper or Keeper({}),
+        )
+        make: Any = FakeVbd
+        self.registry = Registry(context, make, xentop=xentop, on_change=self._note_change)
+
+    def _note_change(self) -> None:
+        self.changes.append(len(self.registry.vbds))
+
+    def start(self) -> Place:
+        """Begin, and look at everything."""
+        self.registry.start()
+        self.settle()
+        return self
+
+    def settle(self, seconds: float = 0.0) -> None:
+        """Do what is due after so much time, and all that follows; what others did in xenstore has happened by then."""
+        self.clock.time += seconds
+        with suppress(StoreError):
+            self.store.read("domid")  # its answer comes after the events
+        settle(self.loop)
+
+    def vbd(self, path: VbdPath) -> FakeVbd:
+        """Return the one in a place."""
+        found: Any = self.registry.vbds[path]
+        return found
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for path in list(self.registry.vbds):
+            self.vbd(path).end()
+        self.registry.stop()
+        self.registry.close()
+        self.store.close()
+        self.loop.close()

@@ -1,0 +1,138 @@
+"""The connection to xenstore in a loop whose time stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.supervisor.helpers import Clock, settle
+from xenbackend.errors import StoreError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service.store_link import StoreLink
+from xenbackend.supervisor.xenstore.store import Store
+
+
+class Linked:
+    """A store in a loop, and what was asked for."""
+
+    def __init__(self, address: str) -> None:
+        self.clock = Clock()
+        self.loop = Reactor(self.clock)
+        self.store = Store(address)
+        self.seen: list[list[tuple[str, str]]] = []
+        self.backs = 0
+        self.work = False
+        self.problem: StoreError | None = None
+        self.link = StoreLink(
+            self.store, self.loop, follow=self._follow, has_work=lambda: self.work, on_back=self._come_back
+        )
+
+    def _follow(self) -> None:
+        self.work = False
+        problem, self.problem = self.problem, None
+        if problem is not None:
+            raise problem
+        self.seen.append(self.store.events())
+
+    def _come_back(self) -> None:
+        self.backs += 1
+
+    def settle(self, seconds: float = 0.0) -> None:
+        """Do what is due after so much time."""
+        self.clock.time += seconds
+        settle(self.loop)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.link.close()
+        self.store.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def linked(xenstored: Xenstored) -> Iterator[Linked]:
+    """A store in a loop."""
+    linked = Linked(xenstored.address)
+    yield linked
+    linked.close()
+
+
+def test_events_that_came_with_an_answer_are_seen(linked: Linked, toolstack: Store) -> None:
+    """Before the loop sleeps they are looked at, though nothing more comes; nothing is looked at for nothing."""
+    linked.store.watch("/a", "token")
+    toolstack.write("/a", "1")
+    linked.store.read("domid")  # its answer comes after the event
+    linked.settle()
+    seen = [each for each in linked.seen if each]
+    linked.seen.clear()
+    linked.settle()
+    linked.work = True
+    linked.settle()
+
+    assert [[("/a", "token")]] == seen
+    assert [[]] == linked.seen
+
+
+def test_an_event_wakes_the_loop(linked: Linked, toolstack: Store) -> None:
+    """One that comes while nobody asks is seen, too."""
+    linked.store.watch("/a", "token")
+    linked.settle()
+    toolstack.write("/a", "1")
+    linked.loop.before_sleep(lambda: bool(("/a", "token") in linked.seen[-1] and linked.loop.stop()))
+    linked.loop.run()
+
+    assert [("/a", "token")] == linked.seen[-1]
+
+
+@pytest.mark.parametrize("how", ["somebody asks", "nobody asks", "it refuses something"])
+def test_a_lost_connection_is_made_anew(linked: Linked, xenstored: Xenstored, toolstack: Store, how: str) -> None:
+    """Whoever finds out; tries become rarer, up to some seconds; nothing is followed meanwhile."""
+    linked.store.watch("/a", "token")
+    linked.settle()
+    xenstored.stop()
+    if how == "it refuses something":
+        xenstored.start()
+        linked.problem, linked.work = StoreError("xenstore: read /a: Quota exceeded"), True
+    elif how == "somebody asks":
+        with pytest.raises(StoreError):
+            linked.store.read("/a")
+    linked.settle()
+    assert not linked.store.is_connected
+    linked.seen.clear()
+    linked.work = True
+    tried: list[float] = []
+    former = linked.store.reconnect
+
+    def note() -> None:
+        tried.append(round(linked.clock.time - 100, 3))
+        former()
+
+    linked.store.reconnect = note  # type: ignore[method-assign]  # the fake's own
+    if how == "it refuses something":
+        linked.settle(0.1)
+        assert ([0.1], 1) == (tried, linked.backs)
+        return
+    for _ in range(200):
+        linked.settle(0.1)
+    assert pytest.approx([0.1, 0.3, 0.7, 1.5, 3.1, 6.3, 11.3, 16.3], abs=0.75) == tried
+    assert [] == linked.seen
+    xenstored.start()
+    linked.settle(5)
+    linked.settle()
+
+    assert (1, [("/a", "token")]) == (linked.backs, [event for each in linked.seen for event in each])
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_nothing_is_left_of_it(xenstored: Xenstored) -> None:
+    """Also where it is closed while it waits for xenstore, nothing is called any more."""
+    linked = Linked(xenstored.address)
+    linked.problem, linked.work = StoreError("no"), True
+    linked.settle()
+    linked.link.close()
+    linked.settle(10)
+    assert 0 == linked.backs
+    linked.store.close()
+    linked.loop.close()

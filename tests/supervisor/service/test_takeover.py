@@ -1,0 +1,155 @@
+"""What an earlier service has left, taken over by vbds that do nothing, with processes that do nothing either."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.supervisor.fake_vbd import FakeVbd, Place
+from tests.supervisor.helpers import PATH, Kept, write_like_libxl
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import VERSION
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.vbd.inheritance import prefix_of
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.store import Store
+
+OTHER = VbdPath("vbd", 0, 6, 51712)
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
+
+
+class Left:
+    """A keeper with what is said to be a vbd's, and the process that is said to be its worker."""
+
+    def __init__(self, kept: Kept, path: VbdPath, version: str = f".{VERSION}") -> None:
+        keeper = kept.keeper()
+        self.process = subprocess.Popen(["sleep", "1000"])
+        self.pidfd = os.pidfd_open(self.process.pid)
+        memory = os.memfd_create("left")
+        keeper.keep(f"{prefix_of(path)}.pidfd{version}", self.pidfd)
+        keeper.keep(f"{prefix_of(path)}.journal{version}", memory)
+        os.close(memory)
+        for fd in keeper.inherited.values():
+            os.close(fd)
+
+    def has_ended(self, timeout_s: float = 0.0) -> bool:
+        """Return whether the process has ended within so much time."""
+        return bool(select.select([self.pidfd], [], [], timeout_s)[0])
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.pidfd)
+
+
+@pytest.fixture
+def left(kept: Kept) -> Iterator[Left]:
+    """What is left of a vbd in service."""
+    left = Left(kept, PATH)
+    yield left
+    left.close()
+
+
+def test_a_vbd_goes_on_with_what_was_left(xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left) -> None:
+    """It gets the descriptors, also where its node has gone meanwhile; what is new begins with nothing."""
+    write_like_libxl(toolstack, OTHER)
+    place = Place(xenstored.address, keeper=kept.keeper()).start()
+    found = place.vbd(PATH).inherited
+    assert found is not None
+    kinds = {kind for kind, _ in found}
+    new = place.vbd(OTHER).inherited
+    place.close()
+
+    assert ({"pidfd", "journal"}, None) == (kinds, new)
+    assert not left.has_ended()
+
+
+def test_a_fault_over_it_concerns_no_other_vbd(
+    xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left, lines: io.StringIO
+) -> None:
+    """S1: that one's worker is killed, what was left of it is let go of, and when it has ended the vbd is served anew;
+    the scripts that come meanwhile wait.
+    """
+    second = Left(kept, OTHER)
+    for path in (PATH, OTHER):
+        write_like_libxl(toolstack, path)
+    place = Place(xenstored.address, keeper=kept.keeper())
+    FakeVbd.bugs.add((PATH, "__init__"))
+    place.registry.start()
+    FakeVbd.bugs.clear()
+    served = list(place.registry.vbds)
+    replies: list[Answer] = []
+    place.registry.hotplug(PATH.backend, replies.append)
+    assert [] == replies
+    ended = left.has_ended(10), second.has_ended()
+    place.settle()
+    vbd = place.vbd(PATH)
+    inherited, waiting = vbd.inherited, vbd.waiting
+    names = sorted(kept.fds)
+    place.close()
+    second.close()
+
+    assert ([OTHER], (True, False)) == (served, ended)
+    assert (None, 1) == (inherited, len(waiting))
+    assert [f"vbd-0-6-51712.{what}.{VERSION}" for what in ("journal", "pidfd")] == names
+    assert [f"while {PATH} was taken into service"] == [note for bug in place.told for note in bug.__notes__]
+    assert 1 == lines.getvalue().count("what an earlier service has left cannot be used")
+
+
+def test_a_former_versions_worker_is_ended_first(
+    xenstored: Xenstored, toolstack: Store, kept: Kept, lines: io.StringIO
+) -> None:
+    """Its place is occupied until it has ended; then the vbd gets all that it left, and the script that waited."""
+    left = Left(kept, PATH, version="")
+    write_like_libxl(toolstack)
+    place = Place(xenstored.address, keeper=kept.keeper())
+    place.registry.start()
+    replies: list[Answer] = []
+    place.registry.hotplug(PATH.backend, replies.append)
+    before = list(place.registry.vbds)
+    assert left.has_ended(10)
+    place.settle()
+    found, waiting, told = place.vbd(PATH).inherited, place.vbd(PATH).waiting, list(replies)
+    place.close()
+    left.close()
+
+    assert ([], {("journal", 2), ("pidfd", 2)}) == (before, set(found or {}))
+    assert ([], 1) == (told, len(waiting))
+    assert "cannot be used" not in lines.getvalue()
+
+
+def test_a_service_that_stops_meanwhile_leaves_it_to_the_next_one(
+    xenstored: Xenstored, toolstack: Store, kept: Kept
+) -> None:
+    """Whoever waits is told, and the keeper has everything."""
+    left = Left(kept, PATH, version="")
+    write_like_libxl(toolstack)
+    place = Place(xenstored.address, keeper=kept.keeper())
+    place.registry.start()
+    replies: list[Answer] = []
+    place.registry.hotplug(PATH.backend, replies.append)
+    place.close()
+    left.close()
+
+    assert [Code.GONE] == [each.code for each in replies]
+    assert ["vbd-0-5-51712.journal", "vbd-0-5-51712.pidfd"] == sorted(kept.fds)
+
+
+def test_what_is_nobodys_is_let_go(xenstored: Xenstored, kept: Kept) -> None:
+    """Names that no service of this domain gives are closed and forgotten; nothing is started for them."""
+    keeper = kept.keeper()
+    for name in ("stored", "vbd-1-5-51712.journal", "vbd-0-5.journal"):
+        keeper.keep(name, 0)
+    assert 3 == len(kept.fds)
+    place = Place(xenstored.address, keeper=kept.keeper()).start()
+    place.close()
+
+    assert ([], {}) == (FakeVbd.calls, kept.fds)

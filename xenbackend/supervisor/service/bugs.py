@@ -1,0 +1,31 @@
+"""Exceptions that no part of ours should have let out: counted, and each told once.
+
+Must not end anything. A guest or a worker that finds a way to a fault can go it a million times, so what is told is
+bounded by the places in our own text.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+from xenbackend.log import get_logger
+
+_MOST = 1000  # places
+
+
+class Bugs:
+    """Those of one process; `count` is how many there were."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._places: set[tuple[type[Exception], str, int | None]] = set()
+        self._log = get_logger("service")
+
+    def note(self, bug: Exception) -> None:
+        """Count a bug; the first one of its kind and place is logged, with how it came to that."""
+        self.count += 1
+        frames = traceback.extract_tb(bug.__traceback__)
+        place = (type(bug), frames[-1].filename, frames[-1].lineno) if frames else (type(bug), str(bug), None)
+        if place not in self._places and len(self._places) < _MOST:
+            self._places.add(place)
+            self._log.error("a bug; everything else goes on, and it is not told again", exc_info=bug)
