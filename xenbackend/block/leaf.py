@@ -12,7 +12,7 @@ from typing import Any
 
 from xenbackend.block import grammar
 from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank
-from xenbackend.block.formats.table import BY_DRIVER, FORMATS, Format
+from xenbackend.block.formats.table import BY_DRIVER, FORMATS, Format, format_of
 from xenbackend.block.opening import MAX_PARENTS, OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError
@@ -48,7 +48,7 @@ def leaf_over(
     Raises: ConfigError, where that child cannot be.
     """
     if not image_format:
-        image_format = format_name(layers[0])
+        image_format = format_of(layers[0].driver.name)
         if image_format == "raw":
             image_format = _OVER_RAW
     parent, text = child_of(layers, path, image_format)
@@ -81,12 +81,6 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
     )
     options = _options(child_format, path, parent_path, parent_format, layer.driver.options)
     return parent, grammar.format_layer(child_format.driver, path, *options)
-
-
-def format_name(layer: OpenLayer) -> str:
-    """Return our word for the format of an open image; empty where it is none."""
-    found = BY_DRIVER.get(layer.driver.name)
-    return found.name if found else ""
 
 
 def parents_option(path: str, parent: str) -> str:

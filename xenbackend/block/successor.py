@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Hashable, Sequence
 
-from xenbackend.block.formats.table import BY_DRIVER
+from xenbackend.block.formats.table import format_of
 from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
 
@@ -32,8 +32,7 @@ def _disk_of(layer: OpenLayer) -> Hashable:
     files = frozenset(_identity(path) for path in files_of(options).values())
     if not files:
         return layer.text
-    is_written_as = BY_DRIVER[driver].name if driver in BY_DRIVER else driver
-    return is_written_as, files, getattr(options, "disk", "")  # of an archive with several
+    return format_of(driver) or driver, files, getattr(options, "disk", "")  # of an archive with several
 
 
 def _identity(path: str) -> Hashable:

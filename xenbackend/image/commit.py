@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.block.extents import Extent, Kind
-from xenbackend.block.leaf import format_name
+from xenbackend.block.formats.table import format_of
 from xenbackend.block.opening import Identity, OpenLayer, identity
 from xenbackend.block.options import files_of
 from xenbackend.block.qcow.datafile import data_item, unchosen
@@ -75,7 +75,7 @@ def _parent(found: OpenLayer, into: Image | None) -> ChainSpec:
             raise ConfigError(f"{found.text}: {unchosen(data_file, f'--into {text}')}")
         return parse_chain(text)
     named, wanted = into.chain.layers[0].options, found.driver.options
-    if into.format != format_name(found) or _identities(named) != _identities(wanted):
+    if into.format != format_of(found.driver.name) or _identities(named) != _identities(wanted):
         raise ConfigError(f"{into.text} is not its parent, or is without the parent's data file; that is {text}")
     return into.chain
 

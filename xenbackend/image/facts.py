@@ -11,8 +11,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from xenbackend.block.formats.table import WRITTEN
-from xenbackend.block.leaf import format_name
+from xenbackend.block.formats.table import WRITTEN, format_of
 from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
@@ -139,7 +138,7 @@ def _facts(layer: OpenLayer, parent: str) -> Facts:
     driver = layer.driver
     base = _base(layer.text, next(iter(files_of(driver.options).values()), ""), layer.geometry.size)
     base = replace(base, parent=parent)
-    name = format_name(layer)
+    name = format_of(layer.driver.name)
     return tools_of(name).facts(driver, base) if name in WRITTEN else _reported(driver, base)
 
 

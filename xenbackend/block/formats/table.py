@@ -69,6 +69,11 @@ BY_QEMU_NAME = {each.qemu_name: each for each in _ROWS}
 QemuName = Annotated[str, choice(tuple(BY_QEMU_NAME))]  # of a format, as an option
 
 
+def format_of(driver: str) -> str:
+    """Return our word for the format that a driver serves; empty where it is none."""
+    return BY_DRIVER[driver].name if driver in BY_DRIVER else ""
+
+
 def load(name: str) -> Any:
     """Return what a row names, as ``module:attribute``."""
     module, _, attribute = name.partition(":")

@@ -25,15 +25,15 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.fleet import Worker
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.claim import Claim, Taking
+from xenbackend.supervisor.vbd.arrival import Arrival
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.vbd.exchanges import Exchanges
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import What
 from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
-from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
@@ -64,23 +64,21 @@ class Vbd:
         self.since = context.time()  # of the last change of our state
         self.is_forgotten = False
         self.faults = 0  # of the program, while this vbd was handled
-        self.scripts: list[Reply] = []  # of hotplug scripts that wait for an answer
         self._context = context
         self._on_forgotten = on_forgotten
         self._log = VbdLog(path, context.loop.now)
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
         self.link = Link(self, context.fleet, int(context.time() * 1e6))
         self.orders = Orders(self, context.settings.on_error)
+        self._exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
         self._nodes = VbdNodes(context.store, path)
         self._must_look = {"node", "theirs"}
         self._look_at = context.loop.timer(self._look_if_due)
         self._limit = context.loop.timer(lambda: self.handle(events.Expired()))
         self._events: deque[events.Event] = deque()
-        noted = self.handover.notes.claim
-        self._limits = MAXIMA if noted else context.settings.limits  # that a frontend has to keep to
-        self._taking = Taking(context.loop, self._begin_claim, self._taken, self._begin_claim(noted) if noted else None)
-        context.loop.call_soon(self._contained(self._begin))
+        self._arrival = Arrival(path, context, self.handover, self._has_arrived)
+        self._begin()
 
     @property
     def token(self) -> str:
@@ -117,31 +115,33 @@ class Vbd:
         if not self.is_forgotten:
             self._guarded(self._show)
             self.orders.looked()
-            self._answer_scripts_if_known()
+            if self.device.hotplug and "node" not in self._must_look:
+                is_open = self.device.hotplug == "connected"
+                self._arrival.answer(
+                    Answer(Code.OK, "connected") if is_open else Answer(Code.FAILED, None, self.device.error)
+                )
 
     def hotplug(self, reply: Reply) -> None:
         """Do what the toolstack's hotplug script asks for: serve the vbd.
 
         `reply` gets `Code.OK` once the chain is open, or `Code.FAILED` with a sentence.
         """
-        self.scripts.append(reply)
+        self._arrival.scripts.append(reply)
         self._must_look.add("node")  # what was seen last may be of a former vbd in the same place
-        if not self._taking.is_under_way:  # else the directory may be away
+        if not self._arrival.is_under_way:  # else the directory may be away
             self._guarded(self._look)
         if self.is_forgotten or self.device.is_over:
             return  # the registry brings the script to the next one
-        self._take_from_kernel()
-        if not self._taking.is_under_way:
+        if not self._arrival.takes_from_kernel():
             self.handle(events.Called())
 
     def give_up_scripts(self) -> list[Reply]:
         """Return the scripts that wait, for whoever comes next in this place."""
-        scripts, self.scripts = self.scripts, []
-        return scripts
+        return self._arrival.give_up()
 
     def stop(self, *, leaves: bool) -> None:
         """Finish and close, or leave the worker to the next service: see `events.Stop`."""
-        self._guarded(self._taking.give_back)
+        self._guarded(self._arrival.give_back)
         self.handle(events.Stop(leaves))
 
     def doubt(self) -> None:
@@ -160,29 +160,21 @@ class Vbd:
 
     def settle_exchange(self) -> None:
         """Find out in the journal whether a worker that has ended had put another chain in."""
-        done = self.handover.exchanged()
-        if done is None:
-            self._end_exchange(is_done=False)  # it never came to that
-        else:
-            self._put_in_service(*done)
+        self._exchanges.settle()
 
     # what the worker says, from `link`
 
     def stands(self, standing: messages.Standing) -> None:
         """Take where the worker stands, if that can be."""
-        notes = self.handover.notes
-        known = {notes.chain, notes.exchange.chain if notes.exchange else notes.chain}
-        if standing.chain not in known and standing.stage is not messages.Stage.IDLE:
+        if not self._exchanges.believes(standing):
             self.link.breach("it says that a chain is in service that nobody asked for")
             return
-        if notes.exchange is not None and standing.chain == notes.exchange.chain != notes.chain:
-            self._put_in_service(notes.exchange.former_params, notes.exchange.chain)
         is_adopted = self.device.is_adopting
         if standing.stage is messages.Stage.SERVING:
             self._served()
         self.handle(standing)
         if is_adopted:
-            self._end_exchange(is_done=False)  # the worker has done with what an earlier service asked for
+            self._exchanges.end(is_done=False)  # the worker has done with what an earlier service asked for
 
     def keeps(self, name: str, fd: int) -> bool:
         """Take over a memory's descriptor; False where it is none, or one too many."""
@@ -308,14 +300,13 @@ class Vbd:
 
     def _join(self, action: events.Join) -> None:
         """Have the rings served that the frontend offers, or those that were agreed on already."""
-        self._take_from_kernel()
-        if self._taking.is_under_way:
+        if self._arrival.takes_from_kernel():
             self.handle(events.Postponed())
             return
         agreed = self.handover.agreed() if action.goes_on else None
         try:
             # One that is connected already goes by what an earlier service offered.
-            chosen = parse_frontend(self._nodes.read_frontend, MAXIMA if action.goes_on else self._limits)
+            chosen = parse_frontend(self._nodes.read_frontend, MAXIMA if action.goes_on else self._arrival.limits)
         except GuestError as error:
             if agreed is None:
                 self.handle(events.Refused(str(error)))
@@ -340,29 +331,6 @@ class Vbd:
             self._log.say("info", "another worker serves", after_ms=f"{1000 * waited_s:.0f}")
         self.lives.ended = 0.0
 
-    def _put_in_service(self, former_params: str, chain: str) -> None:
-        """Take note of a chain that took another one's place, and have ``params`` follow."""
-        self._end_exchange(is_done=True)
-        self.handle(events.Exchanged(former_params, chain))
-
-    def _end_exchange(self, *, is_done: bool) -> None:
-        """Take note of how the exchange under way has ended, if there is one; its order is answered by `orders`.
-
-        One that an earlier service had begun, and did not live to see, ends in the ledger.
-        """
-        exchange = self.handover.notes.exchange
-        if exchange is None:
-            return
-        if is_done:
-            self.handover.exchange_is_done()
-        else:
-            self.handover.note(exchange=None)
-        if exchange.order not in [each.number for each in self.orders.under_way]:
-            chain = self.chain_in_service()
-            sentence = "" if is_done else f"the service was replaced meanwhile; {chain} is in service"
-            code = Code.OK if is_done else Code.FAILED
-            self._context.ledger.close(exchange.order, Answer(code, {"chain": chain}, sentence))
-
     def _forget(self) -> None:
         leaves = self.device.is_leaving
         sentence = f"{self.path}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
@@ -382,7 +350,7 @@ class Vbd:
     # xenstore
 
     def _look_if_due(self) -> None:
-        if self._must_look and not self._taking.is_under_way and self._context.store.is_connected:
+        if self._must_look and not self._arrival.is_under_way and self._context.store.is_connected:
             self._guarded(self._look)
 
     def _look(self) -> None:
@@ -408,10 +376,6 @@ class Vbd:
             if self._context.store.is_connected:
                 self._log.say("warning", str(error))
 
-    def _contained(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Return a callback for the loop that does nothing once the vbd is forgotten."""
-        return lambda: None if self.is_forgotten else function()
-
     def _show(self) -> None:
         self._nodes.show_status(
             {
@@ -428,38 +392,14 @@ class Vbd:
         paused = self.handover.notes.paused
         return "" if paused is None else paused or "an administrator"
 
-    def _answer_scripts_if_known(self) -> None:
-        if self.device.hotplug and "node" not in self._must_look:
-            is_open = self.device.hotplug == "connected"
-            self._answer_scripts(
-                Answer(Code.OK, data="connected") if is_open else Answer(Code.FAILED, sentence=self.device.error)
-            )
-
-    def _answer_scripts(self, answer: Answer) -> None:
-        for reply in self.give_up_scripts():
-            reply(answer)
-
-    # the kernel's own backend
-
-    def _begin_claim(self, noted: Claimed | None = None) -> Claim:
-        context = self._context
-        note = lambda kept: self.handover.note(claim=kept)  # noqa: E731 - an argument with a name
-        return Claim(context.store, context.bus, self.path, context.loop.now, note, noted)
-
-    def _take_from_kernel(self) -> None:
-        """Begin to take the vbd from the kernel's backend where that has it; looks wait until it is ours."""
-        if self._context.bus.has(self.path):
-            self._taking.begin()
-            self._limits = MAXIMA  # a frontend that runs already goes by what blkback offered
-
-    def _taken(self, problem: XenbackendError | None) -> None:
-        """Go on once the vbd is ours, or say why it is not."""
+    def _has_arrived(self, problem: XenbackendError | None) -> None:
+        """Go on once the vbd is ours alone, or say why it is not."""
         self._must_look.add("node")
         if problem is not None:
             self._log.say("error", str(problem))
-            self._answer_scripts(Answer(Code.FAILED, sentence=str(problem)))
+            self._arrival.answer(Answer(Code.FAILED, sentence=str(problem)))
             self.look_soon(node=True)
             return
         self._guarded(self._look)
-        if self.scripts:
+        if self._arrival.scripts:
             self.handle(events.Called())

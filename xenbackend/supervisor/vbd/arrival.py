@@ -1,0 +1,83 @@
+"""How a vbd arrives: the toolstack's hotplug script waits for an answer, and the kernel's own backend lets go of it.
+
+Must not decide what the script is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xenbackend.blkif.features import MAXIMA
+from xenbackend.errors import XenbackendError
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
+from xenbackend.supervisor.vbd.claim import Claim, Taking
+from xenbackend.supervisor.vbd.context import Context
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.notes import Claimed
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+Reply = Callable[[Answer], None]
+
+
+class Arrival:
+    """One vbd's.
+
+    scripts   of the toolstack's, that wait for an answer
+    limits    that its frontend has to keep to; one that runs already goes by what blkback offered
+    """
+
+    def __init__(
+        self,
+        path: VbdPath,
+        context: Context,
+        handover: Handover,
+        then: Callable[[XenbackendError | None], None],
+    ) -> None:
+        """Go on with a claim that an earlier service had begun, if it had; `then` as in `Taking`."""
+        self.scripts: list[Reply] = []
+        self._path = path
+        self._context = context
+        self._handover = handover
+        noted = handover.notes.claim
+        self.limits = MAXIMA if noted else context.settings.limits
+        self._taking = Taking(context.loop, self._claim, then, self._claim(noted) if noted else None)
+
+    @property
+    def is_under_way(self) -> bool:
+        """True while the vbd is being taken from the kernel's backend: its directory may be away."""
+        return self._taking.is_under_way
+
+    def takes_from_kernel(self) -> bool:
+        """Begin to take the vbd from the kernel's backend where that has it, and return whether that is under way."""
+        if self._context.bus.has(self._path):
+            self._taking.begin()
+            self.limits = MAXIMA
+        return self._taking.is_under_way
+
+    def give_back(self) -> None:
+        """Make good at once what was begun: the service ends. Raises: StoreError."""
+        self._taking.give_back()
+
+    def tell(self, hotplug: str, error: str) -> None:
+        """Tell all scripts that wait what ``hotplug-status`` says, ``connected`` or not, and why not."""
+        is_open = hotplug == "connected"
+        self.answer(Answer(Code.OK, "connected") if is_open else Answer(Code.FAILED, None, error))
+
+    def answer(self, answer: Answer) -> None:
+        """Tell all scripts that wait."""
+        for reply in self.give_up():
+            reply(answer)
+
+    def give_up(self) -> list[Reply]:
+        """Return the scripts, which wait here no more."""
+        scripts, self.scripts = self.scripts, []
+        return scripts
+
+    def _claim(self, noted: Claimed | None = None) -> Claim:
+        context = self._context
+
+        def note(claimed: Claimed | None) -> None:
+            self._handover.note(claim=claimed)
+
+        return Claim(context.store, context.bus, self._path, context.loop.now, note, noted)

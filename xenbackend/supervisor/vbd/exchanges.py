@@ -1,0 +1,64 @@
+"""How the exchange of one vbd's chain ends: by what the worker says, or by the journal of one that has died.
+
+Must not ask for one, nor answer an order that this service was given: `orders` does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import Stage, Standing
+from xenbackend.supervisor.service.ledger import Ledger
+from xenbackend.supervisor.vbd.events import Exchanged
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.orders import Orders
+
+
+class Exchanges:
+    """One vbd's, one at a time: `handover.notes.exchange`."""
+
+    def __init__(self, handover: Handover, orders: Orders, ledger: Ledger, handle: Callable[[Exchanged], None]) -> None:
+        """`handle` lets the automaton know of a chain that took another one's place, so that ``params`` follows."""
+        self._handover = handover
+        self._orders = orders
+        self._ledger = ledger
+        self._handle = handle
+
+    def believes(self, standing: Standing) -> bool:
+        """Return whether the chain can be that a worker says is in service; if it is the one to be put in, it is."""
+        notes = self._handover.notes
+        if notes.exchange is not None and standing.chain == notes.exchange.chain != notes.chain:
+            self._put_in_service(notes.exchange.former_params, standing.chain)
+            return True
+        return standing.chain == notes.chain or standing.stage is Stage.IDLE
+
+    def settle(self) -> None:
+        """Find out in the journal whether a worker that has ended had put another chain in."""
+        done = self._handover.exchanged()
+        if done is None:
+            self.end(is_done=False)  # it never came to that
+        else:
+            self._put_in_service(*done)
+
+    def end(self, *, is_done: bool) -> None:
+        """Take note of how the exchange under way has ended, if there is one.
+
+        The order of one that an earlier service had begun, and did not live to see, ends in the ledger.
+        """
+        exchange = self._handover.notes.exchange
+        if exchange is None:
+            return
+        if is_done:
+            self._handover.exchange_is_done()
+        else:
+            self._handover.note(exchange=None)
+        if exchange.order not in [each.number for each in self._orders.under_way]:
+            chain = self._handover.chain_in_service()
+            sentence = "" if is_done else f"the service was replaced meanwhile; {chain} is in service"
+            self._ledger.close(exchange.order, Answer(Code.OK if is_done else Code.FAILED, {"chain": chain}, sentence))
+
+    def _put_in_service(self, former_params: str, chain: str) -> None:
+        self.end(is_done=True)
+        self._handle(Exchanged(former_params, chain))
