@@ -26,7 +26,7 @@ class FakeProcess:
         """Take note of a message."""
         self.sent.append(message)
 
-    def kill(self, sentence: str) -> None:
+    def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Take note."""
         self.killed.append(sentence)
 
@@ -148,6 +148,15 @@ def test_what_is_asked_of_a_worker_that_ends_is_answered(linked: Linked) -> None
 
     assert [Code.GONE, Code.GONE] == [each.code for each in replies]
     assert ["reply", ("ends", "the worker was ended by SIGKILL")] == linked.owner.heard
+
+
+def test_a_descriptor_is_closed_once(linked: Linked) -> None:
+    """Whoever received it closes what is left in the list: nothing is, also once the worker was let go."""
+    linked.link.let_go("the test is over", leaves=False)
+    fds = [os.open("/dev/null", os.O_RDONLY)]
+    linked.link._take(messages.Keep("log", 4096), fds)
+
+    assert [] == fds
 
 
 @pytest.mark.parametrize("message", [messages.Drop("map"), messages.Keep("map", 5), messages.Log("info", "x")])

@@ -74,17 +74,16 @@ class Worker:
         except OSError:
             pass  # it is ending; `_reap` will tell
 
-    def kill(self, sentence: str) -> None:
-        """Kill the process; `on_end` gets the sentence once it is gone."""
-        self._why_killed = self._why_killed or sentence
-        self._process.kill()
+    def kill(self, sentence: str, *, is_breach: bool = False) -> None:
+        """Kill the process; `on_end` gets the sentence once it is gone.
 
-    def breach(self, sentence: str) -> None:
-        """Kill a worker that breaks the protocol, and hear nothing more of it; `sentence` says how it does."""
-        if self._is_heard:
+        `is_breach`: it breaks the protocol. That is counted and logged, and nothing more is heard of it.
+        """
+        if is_breach and self._is_heard:
             self._deafen()
             self._fleet.note_breach(self.pid, sentence)
-        self.kill(f"the worker was killed: it broke the protocol: {sentence}")
+        self._why_killed = self._why_killed or sentence
+        self._process.kill()
 
     def boost(self) -> None:
         """Let it come before what else the host does, until `unboost`: a guest waits for it."""
@@ -99,6 +98,9 @@ class Worker:
         if self._is_held:
             self._let_go()
             self._process.leave()
+
+    def _breach(self, what: str) -> None:
+        self.kill(f"the worker was killed: it broke the protocol: {what}", is_breach=True)
 
     def _let_go(self) -> None:
         self._is_held = False
@@ -127,13 +129,13 @@ class Worker:
             elif _has_hung_up(self._process.socket):
                 self._deafen()  # the process ends or is about to
             else:
-                self.breach("an empty datagram")
+                self._breach("an empty datagram")
 
     def _take(self, datagram: bytes, fds: list[int], *, is_whole: bool) -> None:
         try:
             message = codec.from_worker(datagram)
         except codec.NotAMessage as problem:
-            self.breach(str(problem))
+            self._breach(str(problem))
         else:
             self._hand_on(message, fds, is_whole=is_whole)
         finally:
@@ -145,7 +147,7 @@ class Worker:
         if len(fds) < carried and not is_whole:
             self._note_shortage()
         elif len(fds) != carried or not is_whole:
-            self.breach(f"{type(message).__name__} with other descriptors than the {carried} that it carries")
+            self._breach(f"{type(message).__name__} with other descriptors than the {carried} that it carries")
         else:
             try:
                 self._on_message(message, fds)

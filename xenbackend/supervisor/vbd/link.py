@@ -84,7 +84,7 @@ class Link:
         """Kill the worker; the owner gets the sentence when it has ended."""
         self.breaches += is_breach
         if self.worker is not None:
-            self.worker.kill(sentence)
+            self.worker.kill(sentence, is_breach=is_breach)
 
     def let_go(self, sentence: str, *, leaves: bool) -> None:
         """Hear nothing more, and answer every question with `sentence`; with `leaves` the worker goes on."""
@@ -107,8 +107,8 @@ class Link:
         except Exception as bug:  # whatever it said to find a fault of ours, the other disks are served on
             self._owner.fault(bug)
             self.breach("it said what the service could not handle")
-        for fd in fds:
-            os.close(fd)
+        while fds:  # none is left in there, or it would be closed twice
+            os.close(fds.pop())
 
     def _hear(self, message: messages.FromWorker) -> None:
         match message:
