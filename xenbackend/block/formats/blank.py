@@ -10,7 +10,6 @@ import os
 import re
 import struct
 import time
-import uuid
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,6 +126,8 @@ def qcow_l2_bits(cluster_size: int) -> int:
 
 def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a VHD image: dynamic, fixed, or with a parent differencing. Raises: ConfigError."""
+    import uuid  # late: it takes long, and whoever looks at an image needs none
+
     vhd.check_new_size(size)
     kind = vhd.FIXED if wishes.is_fixed else vhd.DIFFERENCING if parent else vhd.DYNAMIC
     footer = vhd.Footer(
