@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from urllib.parse import unquote
 
 from xenbackend.block.formats.common import Read
 from xenbackend.block.formats.vhd import Header, Locator
@@ -59,6 +58,8 @@ def _windows(data: bytes) -> list[str]:
 
 def _url(data: bytes) -> list[str]:
     """Return the path of a URL, as it stands (libvhd does not quote) and unquoted (RFC 2396)."""
+    from urllib.parse import unquote  # late: most images have no parent
+
     url = data.decode("utf-8", "replace").rstrip("\0")
     if not url.startswith("file://"):
         return []
