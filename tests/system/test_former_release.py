@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -55,8 +56,9 @@ class Host:
 
     def service(self) -> int:
         """Return the service's process."""
-        found = None
+        found, end = None, time.monotonic() + PATIENCE_S
         while found is None:  # one goes and another one comes; whoever asks meanwhile waits
+            assert time.monotonic() < end, "there is no service"
             found = ask(self.machine.control, {"verb": "ping"})
         return int(found["pid"])
 
@@ -77,11 +79,12 @@ class Host:
 
     def work_until(self, condition: Callable[[], object]) -> None:
         """Keep the rings full until something holds, which may wait for a service."""
-        is_over = Event()
+        is_over, end = Event(), time.monotonic() + PATIENCE_S
+        held: list[object] = []
 
         def wait() -> None:
-            while not is_over.is_set() and not condition():
-                pass
+            while not is_over.is_set() and time.monotonic() < end and not held:
+                held.extend([found] if (found := condition()) else [])
             is_over.set()
 
         thread = Thread(target=wait)
@@ -92,6 +95,7 @@ class Host:
         finally:
             is_over.set()
             thread.join()
+        assert held, "it never happened"
 
     def finish(self) -> None:
         """Go on for a while, then see that nothing failed and every sector is what it has to be."""
@@ -166,8 +170,9 @@ def test_what_an_administrator_had_ordered_holds(host: Host) -> None:
     assert ask(host.machine.control, {"verb": "pause", "vbd": "5/xvda"})
     host.load.top_up()
     host.replace()
+    end = time.monotonic() + PATIENCE_S
     while host.status().get("phase") != "serving":
-        pass
+        assert time.monotonic() < end
     with pytest.raises(TimeoutError):  # what was asked for since then waits
         host.frontend.wait_for_any(0.2)
     assert "write=report" in str(ask(host.machine.control, {"verb": "policy", "vbd": "5/xvda", "policy": ""}))
