@@ -96,6 +96,7 @@ def test_a_mistake_is_two_and_asks_for_nothing(
     directory = tmp_path / "d"
     directory.mkdir()
     (directory / "taken").write_bytes(b"x" * 512)
+    monkeypatch.setattr("xenbackend.kernel.process.boost", lambda _: None)  # it would be ours, for all later tests
     monkeypatch.chdir(directory)
     words = shlex.split(line.replace("{}", str(directory)))
     with answering(tmp_path / "x", working) as control:
