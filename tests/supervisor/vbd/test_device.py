@@ -397,7 +397,9 @@ def test_params_follow_the_chain_in_service() -> None:
     """
     world = connected()
     writes = [
-        each for each in world.device.handle(events.Exchanged("null:1G", "null:2G")) if isinstance(each, events.Write)
+        each
+        for each in world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
+        if isinstance(each, events.Write)
     ]
     for each in writes:
         world._do(each)
@@ -413,8 +415,8 @@ def test_params_follow_the_chain_in_service() -> None:
 def test_params_follow_although_writes_fail() -> None:
     """While xenstore is away two chains may take each other's place; the node still says the first, and follows."""
     world = connected()
-    for former, chain in (("null:1G", "null:2G"), ("null:2G", "null:3G")):
-        world.device.handle(events.Exchanged(former, chain))
+    world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
+    world.device.handle(events.Exchanged(("null:1G", "null:2G"), "null:3G"))
     world.settle()
 
     assert ("null:3G", Phase.SERVING) == ((world.node or {})["params"], world.device.phase)
@@ -425,7 +427,7 @@ def test_params_follow_while_the_vbd_is_to_go_away() -> None:
     world = connected()
     remove(world)
     world.settle()
-    world.send(events.Exchanged("null:1G", "null:2G"))
+    world.send(events.Exchanged(("null:1G",), "null:2G"))
     world.settle()
 
     assert ("null:2G", Phase.SERVING) == ((world.node or {})["params"], world.device.phase)
@@ -436,7 +438,7 @@ def test_a_third_chain_that_the_toolstack_wants_wins() -> None:
     world = connected()
     assert world.node is not None
     world.node["params"] = "null:3G"
-    world.send(events.Exchanged("null:1G", "null:2G"))
+    world.send(events.Exchanged(("null:1G",), "null:2G"))
     world.settle()
 
     assert ("null:3G", "null:3G") == (world.node["params"], world.device.spec and world.device.spec.chain)
@@ -446,7 +448,7 @@ def test_a_third_chain_that_the_toolstack_wants_wins() -> None:
 def test_a_node_that_is_made_anew_keeps_its_params() -> None:
     """It is of another vbd, whatever took another one's place in the former."""
     world = connected()
-    world.device.handle(events.Exchanged("null:1G", "null:2G"))
+    world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
     world.node = dict(NODE)
     world.settle()
 

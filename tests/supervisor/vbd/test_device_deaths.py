@@ -245,7 +245,7 @@ def test_a_failed_flush_stays_one_when_its_worker_dies() -> None:
 def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
     """What the guest wrote to it must not be lost: the successor opens that one, whatever the node says as yet."""
     world = connected()
-    world.device.handle(events.Exchanged("null:1G", "null:2G"))
+    world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
     starts = [
         each
         for each in world.device.handle(events.Ended("died", has_progressed=True))

@@ -27,7 +27,7 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
         events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
         events.Ended("x", has_progressed=True), events.Expired(), events.Called(), events.Stop(),
         events.Stop(leaves=True), events.Inherited(), events.Resume(), events.Replace(), events.Refused("x"),
-        events.Exchanged("null:1G", "null:2G"), events.Exchanged("null:3G", "null:2G"),
+        events.Exchanged(("null:1G",), "null:2G"), events.Exchanged(("null:3G",), "null:2G"),
         *(replace(IDLE, stage=stage, failure=failure) for stage in Stage for failure in ("", "x")),
         replace(IDLE, stage=Stage.SERVING, layers=[LAYER], trouble="x", halted="x", flush_failed="x", is_paused=True),
     ]  # fmt: skip
@@ -175,8 +175,7 @@ def _service_changes(world: World, generator: random.Random) -> None:
 
 
 def _operator_asks(world: World, generator: random.Random) -> None:
-    params = (world.device.keys or {}).get("params", "")
-    exchange = events.Exchanged(params, generator.choice(("null:1G", "null:2G", "null:3G")))
+    exchange = events.Exchanged(("null:1G", "null:2G"), generator.choice(("null:1G", "null:2G", "null:3G")))
     order = generator.choice((events.Resume(), events.Replace(), exchange))
     if order is exchange and world.device.phase is not Phase.SERVING:
         return

@@ -148,9 +148,7 @@ def see_all_of_it(kept: Kept, heir: Handover) -> None:
     """See that everything has become ours, and nothing else is left."""
     first, last_one = (journal.RingJournal(heir.page, number, journal.SLOT) for number in (0, 7))
     memories = heir.descriptors("null:1G")[1]
-    expected = Notes(
-        "null:1G", None, None, "an administrator", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"}
-    )
+    expected = Notes("null:1G", None, [], "an administrator", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"})
 
     assert [(101, 17), (103, 19), *((104 + place, 8176 + place) for place in range(16))] == first.unanswered()
     assert [(101, 18, 2)] == last_one.answering()
@@ -238,7 +236,7 @@ def test_a_worker_that_nobody_can_kill_finishes_by_itself(kept: Kept, leave: Cal
     [
         ({}, Notes()),
         ({"chain": "a", "swap": {"from": "a", "to": "b"}}, Notes("a", Exchange(0, "a", "b"))),
-        ({"chain": "b", "swap": {"from": "a", "to": "b"}}, Notes("b", None, "a")),
+        ({"chain": "b", "swap": {"from": "a", "to": "b"}}, Notes("b", None, ["a"])),
         ({"swap": {"from": "a", "to": "b"}}, Notes("", Exchange(0, "a", "b"))),
         ({"chain": "a", "later": 1}, Notes("a")),
         ({"chain": "a", "policy": "of=old,write=report,read=retry 9999 every 1s"}, Notes("a", policy="write=report")),

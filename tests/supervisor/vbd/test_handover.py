@@ -317,43 +317,19 @@ def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: 
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors("null:1G")
     handover.note(exchange=Exchange(1, "params", "null:2G"))
-    asked = handover.exchanged(), handover.chain_in_service()
+    asked = handover.chain_in_service()
     serves(handover, "null:2G")
-    served = handover.exchanged(), handover.chain_in_service()
+    served = handover.chain_in_service()
     handover.exchange_is_done()
     journal.AGREED.write(handover.page, None)
     handover.leave()
     heir = next_one(kept)
-    noted = heir.exchanged(), heir.chain_in_service()
+    noted = heir.notes.stale_params, heir.chain_in_service()
     heir.saw_params("null:2G")
 
-    assert (None, "null:1G") == asked
-    assert (("params", "null:2G"), "null:2G") == served == noted
-    assert (None, "null:2G", Notes("null:2G")) == (heir.exchanged(), heir.chain_in_service(), heir.notes)
+    assert ("null:1G", "null:2G", (["params", "null:1G"], "null:2G")) == (asked, served, noted)
+    assert ("null:2G", Notes("null:2G")) == (heir.chain_in_service(), heir.notes)
     heir.close()
-
-
-def test_the_key_is_followed_while_another_exchange_is_under_way() -> None:
-    """Where xenstore was away a second order may come before the key has followed the first: either way it is told from
-    what the key says now.
-    """
-    handover = Handover(Keeper({}), PATH)
-    handover.descriptors("null:1G")
-    handover.note(exchange=Exchange(1, "params", "null:2G"))
-    handover.exchange_is_done()
-    handover.note(exchange=Exchange(2, "params", "null:3G"))
-    handover.saw_params("params")
-    first = handover.exchanged()
-    handover.saw_params("null:2G")
-    between = handover.exchanged()
-    handover.exchange_is_done()
-    second = handover.exchanged()
-    handover.saw_params("of the toolstack")
-    handover.exchange_is_done()  # there is none
-
-    assert (("params", "null:2G"), None, ("null:2G", "null:3G")) == (first, between, second)
-    assert (None, "null:3G") == (handover.exchanged(), handover.notes.chain)
-    handover.close()
 
 
 def test_a_failed_flush_is_noted_and_forgiven() -> None:

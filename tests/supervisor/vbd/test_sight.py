@@ -89,7 +89,7 @@ def test_what_a_frontend_does_takes_reasons_away(before: S, after: S, causes: se
 def test_params_are_wanted_while_they_are_what_they_were() -> None:
     """Then the toolstack's key stays, whoever has written it."""
     sight = seen({**SERVED, "params": "null:2G"})
-    sight.exchange(Exchanged("null:2G", "null:3G"))
+    sight.exchange(Exchanged(("null:2G",), "null:3G"))
     wanted = (sight.params, sight.spec and sight.spec.chain)
     sight.look(Seen({**SERVED, "params": "null:2G"}, S.CONNECTED))
     still = (sight.params, sight.spec and sight.spec.chain)
@@ -105,8 +105,8 @@ def test_params_are_wanted_while_they_are_what_they_were() -> None:
 def test_a_chain_that_was_put_back_is_no_riddle() -> None:
     """Of two exchanges that lead back to the first chain nothing is left to write once that is seen."""
     sight = seen(SERVED)
-    sight.exchange(Exchanged("null:1G", "null:2G"))
-    sight.exchange(Exchanged("null:2G", "null:1G"))
+    sight.exchange(Exchanged(("null:1G",), "null:2G"))
+    sight.exchange(Exchanged(("null:2G",), "null:1G"))
     sight.look(Seen(SERVED, S.CONNECTED))
 
     assert sight.params is None
@@ -117,7 +117,7 @@ def test_a_chain_that_was_put_back_is_no_riddle() -> None:
 def test_an_exchange_that_was_known_before_the_first_look_counts() -> None:
     """A service that starts may know of it from its predecessor, or from the journal."""
     sight = Sight(PATH, has_past=True)
-    sight.exchange(Exchanged("null:1G", "null:2G"))
+    sight.exchange(Exchanged(("null:1G",), "null:2G"))
     sight.look(Seen(SERVED, S.CONNECTED))
 
     assert ("null:2G", "null:2G") == (sight.params, sight.spec and sight.spec.chain)
@@ -126,7 +126,7 @@ def test_an_exchange_that_was_known_before_the_first_look_counts() -> None:
 def test_params_of_a_node_that_is_being_made_are_its_own() -> None:
     """While our state is Initialising the toolstack has just written them."""
     sight = Sight(PATH, has_past=False)
-    sight.exchange(Exchanged("null:1G", "null:2G"))
+    sight.exchange(Exchanged(("null:1G",), "null:2G"))
     sight.look(Seen(dict(NODE), S.CONNECTED))
 
     assert (None, "null:1G") == (sight.params, sight.spec and sight.spec.chain)

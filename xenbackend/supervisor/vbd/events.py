@@ -43,12 +43,12 @@ class Inherited:
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """Another chain is in service, and the key ``params`` is to name it where it still is `former_params`.
+    """Another chain is in service, and the key ``params`` is to name it where it still is one of `stale_params`.
 
     Comes before the `Standing` or `Ended` from which it was known.
     """
 
-    former_params: str
+    stale_params: tuple[str, ...]
     chain: str
 
 

@@ -30,17 +30,22 @@ class Exchanges:
         """Return whether the chain can be that a worker says is in service; if it is the one to be put in, it is."""
         notes = self._handover.notes
         if notes.exchange is not None and standing.chain == notes.exchange.chain != notes.chain:
-            self._put_in_service(notes.exchange.former_params, standing.chain)
+            self.end(is_done=True)
+            self.follow()
             return True
         return standing.chain == notes.chain or standing.stage is Stage.IDLE
 
     def settle(self) -> None:
         """Find out in the journal whether a worker that has ended had put another chain in."""
-        done = self._handover.exchanged()
-        if done is None:
-            self.end(is_done=False)  # it never came to that
-        else:
-            self._put_in_service(*done)
+        exchange = self._handover.notes.exchange
+        self.end(is_done=exchange is not None and self._handover.chain_in_service() == exchange.chain)
+        self.follow()
+
+    def follow(self) -> None:
+        """Let ``params`` follow the chain in service, where it may not have done so yet."""
+        notes = self._handover.notes
+        if notes.stale_params:
+            self._handle(Exchanged(tuple(notes.stale_params), notes.chain))
 
     def end(self, *, is_done: bool) -> None:
         """Take note of how the exchange under way has ended, if there is one.
@@ -58,7 +63,3 @@ class Exchanges:
             chain = self._handover.chain_in_service()
             sentence = "" if is_done else f"the service was replaced meanwhile; {chain} is in service"
             self._ledger.close(exchange.order, Answer(Code.OK if is_done else Code.FAILED, {"chain": chain}, sentence))
-
-    def _put_in_service(self, former_params: str, chain: str) -> None:
-        self.end(is_done=True)
-        self._handle(Exchanged(former_params, chain))

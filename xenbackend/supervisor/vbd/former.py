@@ -65,9 +65,9 @@ def _head(fd: int) -> memoryview | None:
 
 
 def _notes_of(found: dict[str, Any]) -> Notes:
-    chain, swap, exchange, stale_params = found.get("chain", ""), found.get("swap"), None, None
+    chain, swap, exchange, stale_params = found.get("chain", ""), found.get("swap"), None, []
     if swap is not None and swap["to"] == chain:
-        stale_params = swap["from"]
+        stale_params = [swap["from"]]
     elif swap is not None:
         exchange = {"order": 0, "former_params": swap["from"], "chain": swap["to"]}
     values = {

@@ -88,37 +88,30 @@ class Handover:
         exchange = self.notes.exchange
         return agreed if agreed.chain in (self.notes.chain, exchange and exchange.chain) else None
 
-    def exchanged(self) -> tuple[str, str] | None:
-        """Return what ``params`` was and the chain that has taken its place, where the key may not say so yet.
-
-        A worker may have put it in and died, or the service, before either could tell.
-        """
-        exchange, agreed = self.notes.exchange, self.agreed()
-        if exchange is not None and agreed is not None and agreed.chain == exchange.chain:
-            return exchange.former_params, exchange.chain
-        if self.notes.stale_params is not None:
-            return self.notes.stale_params, self.notes.chain
-        return None
-
     def chain_in_service(self) -> str:
-        """Return the chain that the guest's data is in, empty for a disk that was never opened."""
-        exchanged = self.exchanged()
-        return exchanged[1] if exchanged else self.notes.chain
+        """Return the chain that the guest's data is in, empty for a disk that was never opened.
+
+        A worker may have put another one in and died, or the service, before either could tell.
+        """
+        exchange = self.notes.exchange
+        agreed = self.agreed() if exchange is not None else None
+        return agreed.chain if agreed is not None else self.notes.chain
 
     def exchange_is_done(self) -> None:
-        """Take note that the chain of the exchange under way is in service; `exchanged` goes on saying so."""
-        if self.notes.exchange is not None:
-            former_params, chain = self.notes.exchange.former_params, self.notes.exchange.chain
-            self.note(chain=chain, exchange=None, stale_params=former_params)
+        """Take note that the chain of the exchange under way is in service.
+
+        The key ``params`` may say now what it said then, or the former chain, if that had come into it meanwhile.
+        """
+        exchange = self.notes.exchange
+        if exchange is not None:
+            stale = dict.fromkeys([*self.notes.stale_params, exchange.former_params, self.notes.chain])
+            stale.pop(exchange.chain, None)
+            self.note(chain=exchange.chain, exchange=None, stale_params=list(stale))
 
     def saw_params(self, params: str) -> None:
         """Take note of what the key ``params`` says, which may have followed the chain by now."""
-        if params == self.notes.stale_params or self.notes.stale_params is None:
-            return
-        exchange = self.notes.exchange
-        if exchange is not None and params == self.notes.chain:  # ordered while the key had not yet followed
-            exchange = replace(exchange, former_params=params)
-        self.note(stale_params=None, exchange=exchange)
+        if params not in self.notes.stale_params:
+            self.note(stale_params=[])
 
     def descriptors(self, chain: str) -> tuple[int, dict[str, int]]:
         """Return the journal and the memories by name for a worker that is to open `chain`; another chain's are closed.

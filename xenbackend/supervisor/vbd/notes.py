@@ -44,7 +44,7 @@ class Notes:
 
     chain         the chain in service, or the one that a worker was last told to open
     exchange      the exchange under way; None: there is none
-    stale_params  what the key ``params`` may still say although `chain` has taken its place; None: it says so too
+    stale_params  what the key ``params`` may still say although `chain` has taken its place; none: it says so too
     paused        who has paused the disk, for people; None: it is not paused
     policy        what was ordered to become of requests that fail; None: as the settings say
     claim         see `Claimed`
@@ -55,7 +55,7 @@ class Notes:
 
     chain: str = ""
     exchange: Exchange | None = None
-    stale_params: str | None = None
+    stale_params: list[str] = field(default_factory=list)
     paused: str | None = None
     policy: str | None = None
     claim: Claimed | None = None

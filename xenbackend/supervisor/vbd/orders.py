@@ -228,8 +228,7 @@ class Orders:
     def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
         order.chain = chain
-        stale = self._vbd.handover.notes.stale_params  # what the key may still say, whatever we saw or meant to write
-        params = (self._vbd.device.keys or {}).get("params", "") if stale is None else stale
+        params = (self._vbd.device.keys or {}).get("params", "")
         self._vbd.handover.note(exchange=Exchange(order.number, params, chain))
         self._ask(order, messages.Swap(chain, replaces=replaces), lambda reply: self._swapped(order, reply))
 

@@ -115,10 +115,9 @@ class Sight:
                 self.keys[key] = value
 
     def exchange(self, exchanged: Exchanged) -> None:
-        """Want ``params`` to name another chain; an earlier write may have failed, so either text may be there."""
+        """Want ``params`` to name another chain."""
         if not self.is_over:
-            formers = self._follows[0] if self._follows else frozenset()
-            self._follows = formers | {exchanged.former_params}, exchanged.chain
+            self._follows = frozenset(exchanged.stale_params), exchanged.chain
             self._read()
 
     def _is_anothers(self, keys: Mapping[str, str]) -> bool:

@@ -206,12 +206,10 @@ class Vbd:
     # the steps
 
     def _begin(self) -> None:
-        notes = self.handover.notes
         if self.handover.worker is None:
             self.settle_exchange()  # the worker that was to put another chain in has gone
         else:
-            if notes.stale_params is not None:
-                self.handle(events.Exchanged(notes.stale_params, notes.chain))
+            self._exchanges.follow()
             self.link.adopt(self.handover.worker)
             self.handle(events.Inherited())
             self.link.order(messages.Report)

@@ -1,0 +1,88 @@
+"""How an exchange of chains ends: what is in service afterwards, and what `params` may still say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.supervisor.helpers import PATH
+from tests.supervisor.vbd.test_handover import serves
+from xenbackend.protocol.messages import Stage, Standing
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.vbd.events import Exchanged
+from xenbackend.supervisor.vbd.exchanges import Exchanges
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.notes import Exchange
+
+
+class Disk:
+    """One that serves null:1G, whose key params no exchange has followed yet."""
+
+    def __init__(self) -> None:
+        self.events: list[Exchanged] = []
+        self.closed: list[Any] = []  # orders in the ledger: number, code
+        self.handover = Handover(Keeper({}), PATH)
+        self.handover.descriptors("null:1G")
+        orders: Any = SimpleNamespace(under_way=[])
+        ledger: Any = SimpleNamespace(close=lambda number, answer: self.closed.append((number, answer.code.value)))
+        self.exchanges = Exchanges(self.handover, orders, ledger, self.events.append)
+
+    def order(self, number: int, chain: str, params: str = "null:1G") -> None:
+        """Have an exchange under way."""
+        self.handover.note(exchange=Exchange(number, params, chain))
+
+    def stand(self, chain: str) -> bool:
+        """Let the worker say what it serves, and return whether that is believed."""
+        return self.exchanges.believes(Standing(1, Stage.SERVING, chain, read_only=False, shareable=False))
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """A disk in service."""
+    disk = Disk()
+    serves(disk.handover, "null:1G")
+    yield disk
+    disk.handover.close()
+
+
+def test_a_worker_that_dies_before_the_second_exchange_has_done_the_first_only(disk: Disk) -> None:
+    """While params have not followed the first one it is still known; the second is not taken for done over that."""
+    disk.order(1, "null:2G")
+    assert disk.stand("null:2G")
+    serves(disk.handover, "null:2G")
+    disk.order(2, "null:3G")
+    disk.exchanges.settle()
+
+    assert ("null:2G", "null:2G") == (disk.handover.chain_in_service(), disk.handover.notes.chain)
+    assert (None, [(1, "ok"), (2, "failed")]) == (disk.handover.notes.exchange, disk.closed)
+    assert {"null:2G"} == {each.chain for each in disk.events}
+
+
+@pytest.mark.parametrize("has_written", [True, False])
+def test_whatever_the_key_says_after_two_exchanges_it_follows_the_second(disk: Disk, *, has_written: bool) -> None:
+    """Whether the first one's text came into the key may be unknown: xenstore went away over it."""
+    disk.order(1, "null:2G")
+    disk.stand("null:2G")
+    disk.order(2, "null:3G")
+    disk.stand("null:3G")
+    disk.handover.saw_params("null:2G" if has_written else "null:1G")
+    disk.exchanges.settle()  # as the next service does
+
+    assert "null:3G" == disk.events[-1].chain
+    assert {"null:1G", "null:2G"} <= set(disk.events[-1].stale_params)
+    disk.handover.saw_params("null:3G")
+    assert [] == disk.handover.notes.stale_params
+
+
+def test_an_exchange_that_the_journal_tells_of_is_done(disk: Disk) -> None:
+    """The worker put the chain in, and died before it could say so."""
+    disk.order(1, "null:2G", "null:1G")
+    serves(disk.handover, "null:2G")
+    before = disk.handover.chain_in_service()
+    disk.exchanges.settle()
+
+    assert ("null:2G", "null:2G", [(1, "ok")]) == (before, disk.handover.notes.chain, disk.closed)
+    assert [Exchanged(("null:1G",), "null:2G")] == disk.events
