@@ -53,9 +53,9 @@ class Owner:
     def __init__(self) -> None:
         self.heard: list[Any] = []
 
-    def stands(self, standing: messages.Standing) -> None:
+    def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
         """Take note."""
-        self.heard.append(standing)
+        self.heard.append(standing if is_last else ("before", standing.number))
         if standing.failure == "bug":
             raise ZeroDivisionError
 
@@ -104,14 +104,14 @@ def standing(number: int, **changes: Any) -> messages.Standing:
 
 
 def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
-    """A standing of an earlier order is passed over: another one is on its way. One of a later order is a lie."""
+    """A standing of an earlier order is told as such: another one is on its way. One of a later order is a lie."""
     linked.link.order(messages.Report)
     linked.link.order(messages.Leave)
     numbers = [each.number for each in linked.process.sent]
     for number in numbers:
         linked.fleet.say(standing(number), [])
     assert numbers == sorted(set(numbers))
-    assert [standing(numbers[-1])] == linked.owner.heard
+    assert [("before", numbers[0]), standing(numbers[-1])] == linked.owner.heard
     linked.fleet.say(standing(numbers[-1] + 1), [])
 
     assert ["the worker was killed: it answers order 1003, which nobody gave"] == linked.process.killed
@@ -129,7 +129,7 @@ def test_each_question_has_one_reply(linked: Linked) -> None:
     assert not linked.process.killed
     linked.fleet.say(first, [])
 
-    assert linked.link.breaches == 1 == len(linked.process.killed)
+    assert 1 == len(linked.process.killed)
 
 
 def test_a_reply_to_an_earlier_service_is_passed_over(linked: Linked) -> None:
@@ -187,7 +187,7 @@ def test_a_memory_that_is_none_ends_its_sender(linked: Linked) -> None:
     """Only what the next worker can be given is kept."""
     linked.fleet.say(messages.Keep("no memory", 4096), [os.open("/dev/null", os.O_RDONLY)])
 
-    assert 1 == linked.link.breaches == len(linked.process.killed)
+    assert 1 == len(linked.process.killed)
 
 
 def test_a_message_that_finds_a_fault_of_ours_ends_its_sender(linked: Linked) -> None:

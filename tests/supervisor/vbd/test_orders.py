@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from itertools import count
@@ -13,6 +15,7 @@ import pytest
 from tests.supervisor.helpers import PATH, Kept, Stepped, offer_ring, write_like_libxl
 from xenbackend import journal
 from xenbackend.errors import ChainError, ConfigError
+from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
@@ -143,6 +146,33 @@ def test_another_chain_is_put_in(serving: Stepped, toolstack: Store) -> None:
     assert [(f"{PATH.backend}/state", "state")] == toolstack.events()
     assert worker is serving.vbd().worker
     assert serving.vbd().handover.notes.exchange is None
+
+
+def test_an_order_that_is_given_meanwhile_is_no_matter(serving: Stepped, toolstack: Store) -> None:
+    """A frontend may close just when the chain has been put in: the worker said so before it heard of that."""
+    worker = serving.vbd().worker
+    answers = begin(serving, "set", chain="null:3G")
+    serving.vbd().link.order(messages.Report)
+    serving.until(lambda: answers)
+    serving.until(lambda: toolstack.read(f"{PATH.backend}/params") == "null:3G")
+
+    assert (Code.OK, "null:3G") == (answers[0].code, answers[0].data["chain"])
+    assert (worker, 0) == (serving.vbd().worker, serving.fleet.breaches)
+
+
+def test_a_worker_that_says_it_has_done_what_it_has_not_is_replaced(serving: Stepped, toolstack: Store) -> None:
+    """Whoever has ordered that is told, the former chain stays in service, and nothing is left under way."""
+    vbd = serving.vbd()
+    worker = vbd.worker
+    assert worker is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    answers = begin(serving, "set", chain="null:3G")
+    vbd.link._take(messages.Reply(vbd.link._last, Code.OK), [])
+    serving.until(is_served(serving, worker.pid))
+
+    assert [(Code.FAILED, "null:1G")] == [(each.code, each.data["chain"]) for each in answers]
+    assert ([], None, 1) == (vbd.orders.under_way, vbd.handover.notes.exchange, serving.fleet.breaches)
+    assert "null:1G" == toolstack.read(f"{PATH.backend}/params") == vbd.device.layers[0].text
 
 
 def test_a_chain_that_does_not_fit_is_refused(serving: Stepped, toolstack: Store) -> None:

@@ -21,8 +21,8 @@ _MAX_LOG = 4000  # characters of a line
 class Owner(Protocol):
     """What hears of the worker. A method that finds the worker's word impossible calls `Link.breach`."""
 
-    def stands(self, standing: messages.Standing) -> None:
-        """Take where the worker stands, after the last order that it was given."""
+    def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
+        """Take where the worker stands; `is_last`: after the last order that it was given, else before that."""
 
     def keeps(self, name: str, fd: int) -> bool:
         """Take over a memory's descriptor; False where it is none, or one too many."""
@@ -46,7 +46,6 @@ class Link:
     def __init__(self, owner: Owner, fleet: Fleet, first: int) -> None:
         """Number orders and questions from `first` on, which is larger than any number of an earlier service."""
         self.worker: Worker | None = None
-        self.breaches = 0
         self._owner = owner
         self._fleet = fleet
         self._first = self._last = first
@@ -82,7 +81,6 @@ class Link:
 
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Kill the worker; the owner gets the sentence when it has ended."""
-        self.breaches += is_breach
         if self.worker is not None:
             self.worker.kill(sentence, is_breach=is_breach)
 
@@ -113,10 +111,10 @@ class Link:
     def _hear(self, message: messages.FromWorker) -> None:
         match message:
             case messages.Standing():
-                if message.number == self._told:
-                    self._owner.stands(message)
-                elif message.number > self._told:
+                if message.number > self._told:
                     self.breach(f"it answers order {message.number}, which nobody gave")
+                else:
+                    self._owner.stands(message, is_last=message.number == self._told)
             case messages.Reply():
                 self._hear_reply(message)
             case messages.Drop():

@@ -239,14 +239,17 @@ class Orders:
         is_noted = self._vbd.handover.notes.exchange is not None  # no standing has told that it is done
         if reply.code is Code.GONE:
             self._vbd.settle_exchange()  # the journal tells what the worker could not
-        elif reply.code is Code.OK and is_noted and order.chain != order.former:
-            self._vbd.link.breach("it says that another chain is in service, and stands with the former one")
-            return  # and it is answered when the worker has ended
         else:
             self._vbd.handover.note(exchange=None)
-        is_done = reply.code is Code.OK or self._vbd.chain_in_service() == order.chain != order.former
-        code = Code.OK if is_done else Code.FAILED if reply.code is Code.GONE else reply.code
-        self._answer(order, Answer(code, sentence="" if is_done else reply.sentence, data=self._chain_data()))
+        code, sentence = reply.code, reply.sentence
+        if code is Code.OK and is_noted and order.chain != order.former:
+            code, sentence = Code.FAILED, "its worker says that another chain is in service, and stands with this one"
+            self._vbd.link.breach(sentence)
+        elif self._vbd.chain_in_service() == order.chain != order.former:
+            code, sentence = Code.OK, ""
+        elif code is Code.GONE:
+            code = Code.FAILED
+        self._answer(order, Answer(code, sentence=sentence, data=self._chain_data()))
 
     def _upgrade(self, order: Order) -> None:
         """Let another process serve the disk."""

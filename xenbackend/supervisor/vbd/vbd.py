@@ -164,10 +164,12 @@ class Vbd:
 
     # what the worker says, from `link`
 
-    def stands(self, standing: messages.Standing) -> None:
-        """Take where the worker stands, if that can be."""
+    def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
+        """Take where the worker stands, if that can be; before the last order only its chain counts."""
         if not self._exchanges.believes(standing):
             self.link.breach("it says that a chain is in service that nobody asked for")
+            return
+        if not is_last:
             return
         is_adopted = self.device.is_adopting
         if standing.stage is messages.Stage.SERVING:
