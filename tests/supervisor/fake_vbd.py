@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,22 +97,6 @@ class FakeVbd:
             os.close(fd)
 
 
-class FakeFleet:
-    """Workers, of which there are none."""
-
-    def __init__(self) -> None:
-        self.undone = 0
-
-    @contextmanager
-    def undoing(self) -> Iterator[None]:
-        """Count what comes out."""
-        try:
-            yield
-        except BaseException:
-            self.undone += 1
-            raise
-
-
 class Place:
     """A registry of fake vbds in a loop whose time stands still."""
 
@@ -130,11 +114,9 @@ class Place:
         self.changes: list[int] = []  # how many there were after each
         self.loop = Reactor(self.clock, on_bug=self.told.append)
         self.store = Store(address)
-        self.fleet = FakeFleet()
         context: Any = SimpleNamespace(
             store=self.store,
             loop=self.loop,
-            fleet=self.fleet,
             settings=settings or Settings(),
             keeper=keeper or Keeper({}),
         )

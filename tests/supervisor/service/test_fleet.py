@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import FAKE_WORKER, PATIENCE_S, settle
 from xenbackend import journal
 from xenbackend.errors import KernelError
@@ -284,30 +283,6 @@ def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it(hear: Callable[...,
     assert (2, pid) == (before - callbacks, adopted)
     assert [5] == [each.number for each in heard.messages if isinstance(each, messages.Standing)]
     assert ["the test wants it"] == heard.ends
-
-
-def test_who_is_started_in_vain_is_let_go(hear: Callable[..., Heard]) -> None:
-    """Where what a worker was started for fails, it is killed, and nobody hears of it; others are left alone."""
-    heard = hear(FAKE_WORKER)
-    first = heard.worker
-    before = open_descriptors()
-    pidfd = -1
-
-    def fail() -> None:
-        nonlocal pidfd
-        with heard.fleet.undoing():
-            pidfd = os.dup(heard.start().descriptors[1])
-            raise ValueError("a bug of ours")
-
-    with pytest.raises(ValueError, match="a bug of ours"):
-        fail()
-    assert before == [each for each in open_descriptors() if each != str(pidfd)]
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
-    settle(heard.loop)
-    assert [] == heard.ends
-    heard.worker = first
-    heard.kill()
 
 
 def test_workers_come_from_a_zygote_where_there_is_one(hear: Callable[..., Heard]) -> None:

@@ -233,7 +233,7 @@ def test_what_cannot_be_taken_into_service_is_tried_again(
     served.append(set(place.registry.vbds))
 
     assert [{OTHER}, {OTHER}, {PATH, OTHER}] == served
-    assert (2, ["a bug"]) == (place.fleet.undone, [str(each) for each in place.told])
+    assert ["a bug"] == [str(each) for each in place.told]
     assert ["see its log: ValueError: a bug" in each.sentence for each in replies] == [True]
 
 

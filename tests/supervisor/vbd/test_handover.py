@@ -13,6 +13,7 @@ import pytest
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import PATH, Kept
 from xenbackend import journal
+from xenbackend.errors import KernelError
 from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
@@ -363,3 +364,23 @@ def test_a_keeper_in_trouble_keeps_no_disk_from_being_served(kept: Kept) -> None
 
     assert (["map"], True) == (memories, len(said) > 4)
     assert all("the next service would have to do without" in each for each in said)
+
+
+def test_a_host_without_memory_for_the_notes_keeps_no_journal_open(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry tries again and again, with what was found, too."""
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors("null:1G")
+    handover.keep("map", made(b"map"))
+    handover.leave()
+    kept.keeper().forget(f"{prefix_of(PATH)}.notes.3")
+    keeper = kept.keeper()
+    found = sort_inherited(keeper, 0)[PATH]
+    del handover
+    before = len(open_descriptors()) - len(found)
+    make = memfd.make
+    monkeypatch.setattr(memfd, "make", lambda name, size: make(name, 2**63 if "notes" in name else size))
+    for each in (None, found):
+        with pytest.raises(KernelError):
+            Handover(keeper, PATH, each)
+
+    assert before == len(open_descriptors())

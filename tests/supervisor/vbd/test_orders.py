@@ -175,6 +175,42 @@ def test_a_worker_that_says_it_has_done_what_it_has_not_is_replaced(serving: Ste
     assert "null:1G" == toolstack.read(f"{PATH.backend}/params") == vbd.device.layers[0].text
 
 
+@pytest.mark.parametrize("verb", ["set", "snapshot", "pause", "policy"])
+def test_an_order_over_which_a_fault_of_ours_is_met_has_one_answer(
+    serving: Stepped, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """It is not under way any more, and excludes nothing."""
+    vbd = serving.vbd()
+    answers = begin(serving, verb, **REQUESTS[verb])
+    with monkeypatch.context() as patch:
+        patch.setattr(vbd.orders, "_chain_data", fail)
+        patch.setattr(vbd.orders, "_paused", fail)
+        patch.setattr(vbd.orders, "_done_or_noted", fail)
+        serving.until(lambda: answers)
+
+    assert [Code.BUG] == [each.code for each in answers]
+    assert Code.OK is ask(serving, "set", chain="null:1G").code
+    assert 1 == len(serving.bugs)
+    serving.bugs.clear()
+
+
+def test_a_fault_when_an_order_is_given_leaves_nothing_under_way(
+    serving: Stepped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever gave it hears of the fault from whoever called, and of nothing else."""
+    with monkeypatch.context() as patch:
+        patch.setattr(serving.vbd().link, "ask", fail)
+        with pytest.raises(ZeroDivisionError):
+            begin(serving, "set", chain="null:3G")
+
+    assert [] == serving.vbd().orders.under_way
+
+
+def fail(*_: object, **__: object) -> None:
+    """Be a fault of ours."""
+    raise ZeroDivisionError
+
+
 def test_a_chain_that_does_not_fit_is_refused(serving: Stepped, toolstack: Store) -> None:
     """A chain that cannot be meant is refused at once, one that the worker refuses with its words; the keys stay."""
     with pytest.raises(ChainError, match="nosuch"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import FAKE_WORKER, PATH, Stepped, offer_ring, write_like_libxl
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
@@ -15,7 +16,9 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.fleet import Worker
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.device import Phase
+from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.vbd import Vbd, events
+from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.store import Store
 
 pytestmark = pytest.mark.slow  # every one starts processes
@@ -178,6 +181,68 @@ def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack
     stepped.expire()
     stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
     stepped.close()
+
+
+@pytest.mark.parametrize("where", ["descriptors", "keep_worker"])
+def test_a_fault_over_the_start_of_a_worker_is_that_workers_end(
+    stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """No step waits for an answer of a worker that was never started, or never told what to open."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Handover, where, _fail)
+        write_like_libxl(toolstack)
+        stepped.until(lambda: stepped.bugs)
+    stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
+    assert {ZeroDivisionError} == {type(bug) for bug in stepped.bugs}
+    stepped.bugs.clear()
+
+
+def test_a_fault_over_one_action_leaves_out_no_other(
+    stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys that could not be written follow with the next look; meanwhile the worker is started all the same."""
+    with monkeypatch.context() as patch:
+        patch.setattr(VbdNodes, "write", _fail)
+        write_like_libxl(toolstack)
+        stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/state") == "2")
+    assert {ZeroDivisionError} == {type(bug) for bug in stepped.bugs}
+    stepped.bugs.clear()
+
+
+def test_a_fault_over_the_end_of_a_vbd_leaves_its_place_free(
+    stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is not let go of, the registry hears that it is over, and another one may come."""
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    with monkeypatch.context() as patch:
+        patch.setattr(VbdNodes, "forget", _fail)
+        toolstack.remove(PATH.backend)
+        stepped.until(lambda: not stepped.registry.vbds)
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    assert [ZeroDivisionError] == [type(bug) for bug in stepped.bugs]
+    stepped.bugs.clear()
+
+
+def test_a_fault_over_the_beginning_leaves_nothing_open(
+    stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is tried again: no descriptor, no timer, no process."""
+    before = len(open_descriptors())
+    with monkeypatch.context() as patch:
+        patch.setattr(Vbd, "_look_if_due", _fail)
+        write_like_libxl(toolstack)
+        stepped.until(lambda: stepped.bugs)
+    assert ({}, before) == (dict(stepped.registry.vbds), len(open_descriptors()))
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    assert [ZeroDivisionError] == [type(bug) for bug in stepped.bugs]
+    stepped.bugs.clear()
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
 
 
 def _serve(stepped: Stepped, toolstack: Store, guest: Store) -> Vbd:

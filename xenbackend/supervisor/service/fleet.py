@@ -16,8 +16,7 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from xenbackend.errors import KernelError
 from xenbackend.log import get_logger
@@ -188,30 +187,15 @@ class Fleet:
         self._zygote: Zygote | None = None
         self._preparation = loop.timer(self.prepare)
         self._complaint = ""  # why there is no zygote
-        self._young: list[Worker] | None = None  # those that came within `undoing`
 
     def start(self, on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Start a worker. Raises: KernelError."""
         forked = self._zygote.fork() if self._zygote else None
-        return self._hold(forked or process.start(self._command), on_message, on_end)
+        return Worker(self, forked or process.start(self._command), on_message, on_end)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
-        return self._hold(Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
-
-    @contextmanager
-    def undoing(self) -> Iterator[None]:
-        """Kill and let go of those that are started or adopted within, should an exception come out."""
-        former, self._young = self._young, []
-        try:
-            yield
-        except BaseException:
-            for worker in self._young:
-                worker.kill("")
-                worker.leave()
-            raise
-        finally:
-            self._young = former
+        return Worker(self, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
 
     def note_breach(self, pid: int, sentence: str) -> None:
         """Count a worker that broke the protocol, and say so."""
@@ -252,12 +236,6 @@ class Fleet:
 
     def _rest(self) -> None:
         self._preparation.set(self.loop.now() + REST_S)
-
-    def _hold(self, started: Process, on_message: OnMessage, on_end: OnEnd) -> Worker:
-        worker = Worker(self, started, on_message, on_end)
-        if self._young is not None:
-            self._young.append(worker)
-        return worker
 
 
 def _has_hung_up(near: socket.socket) -> bool:

@@ -115,9 +115,10 @@ def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int]
 
 
 def _pid_of(pidfd: int) -> int:
-    """Return the number of the process behind a pidfd; 0 once it is gone."""
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        if key == "Pid":
-            return max(0, int(value))
+    """Return the number of the process behind a pidfd; 0 once it is gone, or where we have no descriptor to look."""
+    with suppress(OSError):
+        for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines():
+            key, _, value = line.partition(":")
+            if key == "Pid":
+                return max(0, int(value))
     return 0

@@ -87,8 +87,6 @@ class Registry:
         self._is_stopping = True
         for vbd in list(self.vbds.values()):
             if self._contained(vbd, partial(vbd.stop, leaves=leaves), default=self) is self:
-                if vbd.worker is not None and not leaves:
-                    vbd.worker.kill("the service ends")
                 self._forget(vbd)
         self._candidates.clear()
         self._bring_scripts()
@@ -209,8 +207,7 @@ class Registry:
     def _add(self, path: VbdPath, found: Mapping[What, int] | None = None) -> bool:
         """Take a vbd into service, and return whether that could be done: else it is tried again."""
         try:
-            with self._context.fleet.undoing():
-                vbd = self._make(path, self._context, found, self._forget)
+            vbd = self._make(path, self._context, found, self._forget)
         except KernelError as error:
             self._log.error(str(error), vbd=str(path))
             self._fail(path, str(error))

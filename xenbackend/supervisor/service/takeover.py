@@ -38,7 +38,7 @@ class Takeover:
     """All of it; `paths` are those of vbds that there were."""
 
     def __init__(self, context: Context, domid: int, take: Take, free: Callable[[VbdPath, list[Reply]], None]) -> None:
-        """`take` makes a vbd that goes on with these descriptors, from then on its own, and returns whether it could.
+        """`take` makes a vbd that goes on with these descriptors, and returns whether it could; else they are closed.
 
         `free` hears of a place that may be looked at, with the scripts that have waited for it.
         """
@@ -76,24 +76,24 @@ class Takeover:
         for path in list(self._occupants):
             self._vacate(path)
         for found in self._found.values():
-            _close_all(found)
+            for fd in found.values():
+                os.close(fd)
         self._found.clear()
         return waiting
 
     def _take_over(self, path: VbdPath) -> None:
         found = self._found.pop(path)
-        if not self._take(path, {what: os.dup(fd) for what, fd in found.items()}):
-            self._give_up(path, found)
-        _close_all(found)
-
-    def _give_up(self, path: VbdPath, found: Mapping[What, int]) -> None:
-        self._log.error("what an earlier service has left cannot be used, and its worker is killed", vbd=str(path))
-        for what, fd in found.items():
-            with suppress(KernelError):
-                self._keeper.forget(name_of(path, what))
-            if what[0] == "pidfd":
-                kill(fd)
-                self._occupy(path, fd, lambda: None)
+        pidfds = [os.dup(fd) for (kind, _), fd in found.items() if kind == "pidfd"]
+        if not self._take(path, found):
+            self._log.error("what an earlier service has left cannot be used, and its worker is killed", vbd=str(path))
+            for what in found:
+                with suppress(KernelError):
+                    self._keeper.forget(name_of(path, what))
+            for pidfd in pidfds:
+                kill(pidfd)
+                self._occupy(path, pidfd, lambda: None)
+        for pidfd in pidfds:
+            os.close(pidfd)
 
     def _occupy(self, path: VbdPath, pidfd: int, then: Callable[[], None]) -> None:
         pidfd = os.dup(pidfd)
@@ -110,8 +110,3 @@ class Takeover:
         self._loop.remove(occupant.pidfd)
         os.close(occupant.pidfd)
         return occupant
-
-
-def _close_all(found: Mapping[What, int]) -> None:
-    for fd in found.values():
-        os.close(fd)

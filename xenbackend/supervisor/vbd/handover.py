@@ -55,21 +55,34 @@ class Handover:
     ) -> None:
         """Take over the descriptors `found` (see `inheritance`), or begin a journal and notes.
 
-        A former version's worker among them must have ended. `complain` gets a sentence where
-        something is lost to the next service, or was to this one. Raises: KernelError.
+        A former version's worker among them must have ended. `complain` gets a sentence where something is lost to the
+        next service, or was to this one. Raises: KernelError, and then all of them are closed.
         """
         self._keeper = keeper
         self._path = path
         self._complain = complain
         ours = {what: fd for what, fd in (found or {}).items() if what == current(what[0])}
         theirs = {what: fd for what, fd in (found or {}).items() if what not in ours}
-        self.worker = self._take_worker(ours)
+        self.worker: tuple[int, int] | None = None
         self._unkept: dict[str, int] = {}
+        self._journal = self._notes = -1
+        self._memories: dict[str, int] = {}
+        try:
+            self._take(ours, theirs)
+        except Exception:
+            held = {*self._unkept.values(), self._journal, self._notes, *self._memories.values(), *(self.worker or ())}
+            for fd in {*ours.values(), *theirs.values(), *held} - {-1}:
+                os.close(fd)
+            raise
+
+    def _take(self, ours: dict[What, int], theirs: dict[What, int]) -> None:
+        self.worker = self._take_worker(ours)
         self._journal, self.page = self._take_memory(ours, "journal", journal.SIZE)
         self._notes, self._notes_page = self._take_memory(ours, "notes", notes.SIZE)
         self.notes = notes.read(self._notes_page)
-        slots = {slot: name for slot, name in self.notes.memories.items() if current(slot) in ours}
-        self._memories = {name: ours.pop(current(slot)) for slot, name in slots.items()}
+        for slot, name in self.notes.memories.items():
+            if current(slot) in ours:
+                self._memories[name] = ours.pop(current(slot))
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:
             self._adopt(theirs)
@@ -270,10 +283,10 @@ class Handover:
 
     def _let_go(self, descriptors: dict[What, int]) -> None:
         """Close descriptors, and have the keeper forget them."""
-        for what, fd in descriptors.items():
+        while descriptors:
+            what, fd = descriptors.popitem()
             os.close(fd)
             self._forget(what)
-        descriptors.clear()
 
     def _keep(self, kind: str, fd: int) -> None:
         with self._complaining():

@@ -135,6 +135,8 @@ class Link:
             self.breach(f"it answers question {reply.id}, which nobody asked")
 
     def _end(self, sentence: str) -> None:
+        if self.worker is None:
+            return  # it was let go
         self.worker = None
         self._answer_all(sentence)
         self._owner.ends(sentence)

@@ -65,6 +65,9 @@ class Served(Protocol):
     def settle_exchange(self) -> None:
         """Find out in the journal whether a worker that has ended had put another chain in."""
 
+    def fault(self, bug: Exception) -> None:
+        """Take note of a fault of the program."""
+
 
 @dataclass(slots=True)
 class Order:
@@ -108,24 +111,11 @@ class Orders:
             reply(Answer(Code.BUSY, sentence=sentence, data=self._chain_data()))
             return
         order = Order(verb, number, reply, former=self._vbd.chain_in_service())
-        match verb:
-            case "pause":
-                self._pause(order, str(request.get("by") or f"order {number}"))
-            case "resume":
-                self._resume(order)
-            case "set":
-                self._set(order, _text(request, "chain"), request)
-            case "resize":
-                self._check_service()
-                self._exchange(order, order.former, replaces=False)
-            case "snapshot":
-                self._snapshot(order, _text(request, "file"), str(request.get("format", "")))
-            case "policy":
-                self._set_policy(order, str(request.get("policy", "")))
-            case "upgrade":
-                self._upgrade(order)
-            case "command":
-                self._command(order, request)
+        try:
+            self._begin(order, request)
+        except Exception:
+            self._under_way.pop(number, None)  # whoever called answers
+            raise
 
     def looked(self) -> None:
         """Look whether the worker that an upgrade waits for is there, or cannot be."""
@@ -144,6 +134,26 @@ class Orders:
         for order in self.under_way:
             code = Code.UNDER_WAY if exchange and exchange.order == order.number else Code.GONE
             self._answer(order, Answer(code, sentence=sentence, data=self._chain_data()))
+
+    def _begin(self, order: Order, request: Mapping[str, Any]) -> None:
+        match order.verb:
+            case "pause":
+                self._pause(order, str(request.get("by") or f"order {order.number}"))
+            case "resume":
+                self._resume(order)
+            case "set":
+                self._set(order, _text(request, "chain"), request)
+            case "resize":
+                self._check_service()
+                self._exchange(order, order.former, replaces=False)
+            case "snapshot":
+                self._snapshot(order, _text(request, "file"), str(request.get("format", "")))
+            case "policy":
+                self._set_policy(order, str(request.get("policy", "")))
+            case "upgrade":
+                self._upgrade(order)
+            case "command":
+                self._command(order, request)
 
     def _check_service(self) -> None:
         device = self._vbd.device
@@ -220,10 +230,9 @@ class Orders:
             check_whole_paths(parse_chain(reply.data))
             if len(reply.data) > MAX_CHAIN:
                 raise ConfigError(f"the chain would have {len(reply.data)} characters, and xenstore takes {MAX_CHAIN}")
+            self._exchange(order, reply.data, replaces=False)
         except ConfigError as error:
             self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self._chain_data()))
-            return
-        self._exchange(order, reply.data, replaces=False)
 
     def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
@@ -270,8 +279,18 @@ class Orders:
         self._ask(order, question, lambda r: self._answer(order, Answer(r.code, sentence=r.sentence, data=r.data)))
 
     def _ask(self, order: Order, question: messages.Question, then: Callable[[messages.Reply], None]) -> None:
+        """Ask the worker; a fault of ours over its reply is an answer, too."""
+
+        def take(reply: messages.Reply) -> None:
+            try:
+                then(reply)
+            except Exception as bug:
+                self._vbd.fault(bug)
+                sentence = f"the service could not do that, see its log: {type(bug).__name__}: {bug}"
+                self._answer(order, Answer(Code.BUG, sentence=sentence))
+
         self._under_way[order.number] = order
-        self._vbd.link.ask(question, then)
+        self._vbd.link.ask(question, take)
 
     def _answer(self, order: Order, answer: Answer) -> None:
         """Answer an order, once: whoever answers it later, after a `give_up`, comes too late."""

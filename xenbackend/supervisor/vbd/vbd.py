@@ -9,10 +9,8 @@ What a guest can make this hold is bounded: two flags say that a look is due, ho
 from __future__ import annotations
 
 import os
-import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -63,7 +61,6 @@ class Vbd:
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=bool(inherited))
         self.since = context.time()  # of the last change of our state
         self.is_forgotten = False
-        self.faults = 0  # of the program, while this vbd was handled
         self._context = context
         self._on_forgotten = on_forgotten
         self._log = VbdLog(path, context.loop.now)
@@ -78,7 +75,11 @@ class Vbd:
         self._limit = context.loop.timer(lambda: self.handle(events.Expired()))
         self._events: deque[events.Event] = deque()
         self._arrival = Arrival(path, context, self.handover, self._has_arrived)
-        self._begin()
+        try:
+            self._begin()
+        except Exception:
+            self.abandon("the service could not go on with it")
+            raise
 
     @property
     def token(self) -> str:
@@ -105,21 +106,14 @@ class Vbd:
         self._events.append(event)
         if len(self._events) > 1:
             return  # called from within an action
-        try:
-            while self._events and not self.is_forgotten:
-                self._handle_one(self._events[0])
-                self._events.popleft()
-        except Exception as bug:  # ours; the other disks are served on, and a fresh look may put this one right
-            self._events.clear()
-            self.fault(bug)
+        while self._events and not self.is_forgotten:
+            self._guarded(self._handle_one, self._events[0])
+            self._events.popleft()
         if not self.is_forgotten:
             self._guarded(self._show)
-            self.orders.looked()
+            self._guarded(self.orders.looked)
             if self.device.hotplug and "node" not in self._must_look:
-                is_open = self.device.hotplug == "connected"
-                self._arrival.answer(
-                    Answer(Code.OK, "connected") if is_open else Answer(Code.FAILED, None, self.device.error)
-                )
+                self._guarded(self._arrival.tell, self.device.hotplug, self.device.error)
 
     def hotplug(self, reply: Reply) -> None:
         """Do what the toolstack's hotplug script asks for: serve the vbd.
@@ -143,6 +137,12 @@ class Vbd:
         """Finish and close, or leave the worker to the next service: see `events.Stop`."""
         self._guarded(self._arrival.give_back)
         self.handle(events.Stop(leaves))
+
+    def abandon(self, sentence: str) -> None:
+        """Be forgotten at once, over a fault of ours: the worker is killed, for which `sentence` is the reason."""
+        self._guarded(self._arrival.give_back)
+        self.link.kill(sentence)
+        self._forget()
 
     def doubt(self) -> None:
         """Look at everything again and show it anew: xenstore was away."""
@@ -194,16 +194,14 @@ class Vbd:
         """Take note that the worker has ended."""
         self.handover.forget_worker()
         has_progressed = self.lives.end(self._context.loop.now(), journal.progress(self.handover.page))
-        self.settle_exchange()
+        self._guarded(self.settle_exchange)
         self.handle(events.Ended(sentence, has_progressed))
 
     def fault(self, bug: Exception) -> None:
-        """Take note of a fault of the program while this vbd was handled: said, counted, and looked at again soon."""
-        self.faults += 1
-        trace = "".join(traceback.format_exception(bug))
-        self._log.say("critical", f"a bug, while this disk was handled: {type(bug).__name__}: {bug}", exception=trace)
-        self._must_look.add("node")
-        self._look_at.set(self._context.loop.now() + _RETRY_S)
+        """Take note of a fault of the program while this vbd was handled. A fresh look may put it right."""
+        bug.add_note(f"while {self.path} was handled")
+        self._context.loop.bug(bug)
+        self._look_again()
 
     # the steps
 
@@ -255,15 +253,23 @@ class Vbd:
             self._log.say("info", name(parse_state(state)), frontend=name(self.device.theirs))
 
     def _start(self, action: events.Start) -> None:
-        spec, settings = action.spec, self._context.settings
-        if action.lost:
-            self.handover.poison_for(action.lost)
+        """Start a worker; where that cannot be done it has ended, as one that dies."""
         try:
-            fd, memories = self.handover.descriptors(spec.chain)
-            self.link.start()
-        except (ConfigError, KernelError) as error:
-            self.handle(events.Ended(str(error)))
-            return
+            self._open(action)
+        except Exception as problem:
+            if self.worker is None:
+                self.handle(events.Ended(str(problem)))
+            else:
+                self.link.kill(str(problem))
+            if not isinstance(problem, ConfigError | KernelError):
+                raise
+
+    def _open(self, action: events.Start) -> None:
+        """Start a worker, and have it open the chain. Raises: ConfigError, KernelError."""
+        spec, settings = action.spec, self._context.settings
+        self.handover.poison_for(action.lost)
+        fd, memories = self.handover.descriptors(spec.chain)
+        self.link.start()
         worker = self.worker
         assert worker is not None  # noqa: S101 - it was started
         self.lives.start(self._context.loop.now())
@@ -334,17 +340,16 @@ class Vbd:
     def _forget(self) -> None:
         leaves = self.device.is_leaving
         sentence = f"{self.path}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
-        self.orders.give_up(sentence)
-        self.link.let_go(sentence, leaves=leaves)
         self.is_forgotten = True
         for timer in (self._limit, self._look_at):
             timer.set(None)
+        self._guarded(self.orders.give_up, sentence)
+        self.link.let_go(sentence, leaves=leaves)
         if leaves:
-            self.handover.leave()  # what is shown goes all at once, with the service
+            self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
-            self.handover.close()
-            with suppress(StoreError):
-                self._nodes.forget()
+            self._guarded(self.handover.close)
+            self._guarded(self._nodes.forget)
         self._on_forgotten(self)
 
     # xenstore
@@ -367,14 +372,20 @@ class Vbd:
         self.handle(events.Seen(keys, theirs))
 
     def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call a function; where xenstore lets it down a fresh look will put things right."""
+        """Call a function; where xenstore lets it down, or a fault of ours, a fresh look will put things right."""
         try:
             function(*arguments)
         except StoreError as error:
-            self._must_look.add("node")
-            self._look_at.set(self._context.loop.now() + _RETRY_S)
+            self._look_again()
             if self._context.store.is_connected:
                 self._log.say("warning", str(error))
+        except Exception as bug:
+            self.fault(bug)
+
+    def _look_again(self) -> None:
+        if not self.is_forgotten:
+            self._must_look.add("node")
+            self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:
         self._nodes.show_status(
