@@ -1,0 +1,194 @@
+"""Orders of several administrators at once, and orders that take long: what each is told is what happens."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+from xenbackend.protocol import client
+from xenbackend.protocol.codes import Code
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+pytestmark = pytest.mark.slow
+SIZE = 1 << 20
+
+
+class Site:
+    """A machine with a guest that uses the image `one`."""
+
+    def __init__(self, machine: Machine, directory: Path, path: VbdPath, frontend: Frontend) -> None:
+        self.machine = machine
+        self.directory = directory
+        self.path = path
+        self.frontend = frontend
+
+    def status(self) -> dict[str, Any]:
+        """Return what the service says of the disk."""
+        [found] = self.machine.ask({"verb": "status", "vbd": "5/xvda"})["data"]
+        return found  # type: ignore[no-any-return]
+
+    def under_way(self) -> list[str]:
+        """Return the verbs of orders without an answer."""
+        return [each["verb"] for each in self.status()["under_way"]]
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """Run a command; return its exit status and what it printed."""
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+            status = main([*words, "--socket", self.machine.control])
+        return status, out.getvalue(), errors.getvalue()
+
+    def look_again(self) -> None:
+        """Have the service look at the disk's directory, and see what it makes of it."""
+        self.machine.store.write(f"{self.path.backend}/poke", "1")
+        for _ in range(3):
+            self.machine.ask({"verb": "ping"})
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Keep the worker from doing anything."""
+        worker = self.status()["worker"]
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(worker, signal.SIGCONT)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """A guest that has written to its disk."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(bytes(SIZE))
+    with Machine(log=tmp_path / "log") as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", f"aio:{tmp_path}/one")
+        frontend = guest.connect(path, Wishes(persistent=True))
+        frontend.write(0, b"a" * 4096)
+        yield Site(machine, tmp_path, path, frontend)
+        frontend.crash()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+def give(site: Site, request: dict[str, Any]) -> tuple[threading.Thread, list[client.Answer]]:
+    """Give an order, and return where its one answer will be."""
+    answers: list[client.Answer] = []
+
+    def ask() -> None:
+        try:
+            answers.append(client.give_order(site.machine.control, {"vbd": "5/xvda", **request}, "it"))
+        except client.ServiceError as problem:
+            answers.append(problem.answer)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread, answers
+
+
+@pytest.mark.parametrize("first", ["set", "snapshot"])
+def test_a_set_and_a_snapshot_that_fails(site: Site, first: str) -> None:
+    """Each is told how it ended, and not how the other did. The guest goes on with the chain that the set was told."""
+    taken = site.directory / "taken"
+    taken.write_bytes(b"something")
+    chains = {name: f"aio:{site.directory}/{name}" for name in ("one", "two")}
+    requests: dict[str, dict[str, Any]] = {
+        "set": {"verb": "set", "chain": chains["two"], "replace": True},
+        "snapshot": {"verb": "snapshot", "file": str(taken), "format": "qcow2"},
+    }
+    second = "snapshot" if first == "set" else "set"
+    with site.stopped():
+        waiting, told = give(site, requests[first])
+        wait_until(lambda: site.under_way() == [first])
+        refused, busy = give(site, requests[second])
+        refused.join(20)
+        number = site.status()["under_way"][0]["order"]
+    waiting.join(20)
+    chain = chains["two"] if first == "set" else chains["one"]
+    site.frontend.write(8, b"b" * 4096)
+    wait_until(lambda: site.machine.store.read(f"{site.path.backend}/params") == chain)
+    worker = site.status()["worker"]
+    site.look_again()
+
+    assert [(Code.BUSY, True)] == [(each.code, f"order {number}" in each.sentence) for each in busy]
+    assert [Code.OK if first == "set" else Code.INVALID] == [each.code for each in told]
+    assert [chain, chain] == [each.data["chain"] for each in told + busy] or first == "set"
+    assert (chain, worker) == (site.status()["chain"], site.status()["worker"])
+    assert b"b" * 4096 == site.frontend.read(8, 8)
+    assert b"b" * 4096 == Path(chain.removeprefix("aio:")).read_bytes()[4096:8192]
+    assert b"something" == taken.read_bytes()
+
+
+def test_an_order_is_waited_for_longer_than_any_question(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the disk takes, whoever orders hears how it ended, and gets the chain for vm.cfg."""
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
+    results = []
+    words = ("snapshot", "5/xvda", str(site.directory / "new.qcow2"))
+    thread = threading.Thread(target=lambda: results.append(site.run(*words)))
+    with site.stopped():
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive()
+    thread.join(20)
+
+    [(status, out, _)] = results
+    assert (0, site.status()["chain"]) == (status, out.splitlines()[0])
+    assert f"qcow2:{site.directory}/new.qcow2" == site.status()["chain"]
+
+
+def test_whoever_gives_up_learns_later_what_became_of_it(site: Site) -> None:
+    """With --timeout the order goes on: status 75, its number, and the chain that is in service until then."""
+    with site.stopped():
+        status, out, errors = site.run("snapshot", "5/xvda", f"{site.directory}/new.qcow2", "--timeout", "0.1")
+        number = site.status()["under_way"][0]["order"]
+        meanwhile = json.loads(site.run("orders", str(number), "--json")[1])["orders"][0]
+    wait_until(lambda: not site.under_way())
+    [after] = json.loads(site.run("orders", str(number), "--json")[1])["orders"]
+
+    assert (75, f"5/xvda is served by aio:{site.directory}/one\n") == (status, out)
+    assert f"still under way, order {number}; see: xenbackend orders {number}" in errors
+    assert ("under-way", "ok") == (meanwhile["code"], after["code"])
+    assert (f"aio:{site.directory}/one", site.status()["chain"]) == (after["from"], after["to"])
+    assert f"qcow2:{site.directory}/new.qcow2" == site.status()["chain"]
+
+
+def test_an_order_outlives_the_service_that_took_it(site: Site) -> None:
+    """A service that is killed in the middle leaves the order to the next one, which tells how it ended."""
+    results = []
+    words = ("set", "5/xvda", f"aio:{site.directory}/two", "--replace")
+    thread = threading.Thread(target=lambda: results.append(site.run(*words)))
+    service = site.machine.service_pid
+    with site.stopped():
+        thread.start()
+        wait_until(lambda: site.under_way() == ["set"])
+        end = os.pidfd_open(service)
+        os.kill(service, signal.SIGKILL)
+        assert select.select([end], [], [], 20)[0]
+        os.close(end)
+    thread.join(40)
+    site.frontend.write(8, b"b" * 4096)
+    chain = site.status()["chain"]
+    [entry] = [each for each in json.loads(site.run("orders", "--json")[1])["orders"] if each["verb"] == "set"]
+
+    assert 1 == len(results)
+    assert f"5/xvda is served by {chain}" == results[0][1].partition(";")[0].strip()
+    assert (entry["code"] == "ok", chain == f"aio:{site.directory}/two") in ((True, True), (False, False))
+    assert (results[0][0] == 0) == (entry["code"] == "ok")
+    assert b"b" * 4096 == Path(chain.removeprefix("aio:")).read_bytes()[4096:8192]
