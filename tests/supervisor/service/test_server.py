@@ -215,12 +215,13 @@ def test_a_wait_is_a_number_of_seconds(loop: Loop, wait: str) -> None:
 
 
 def test_who_has_waited_for_long_enough_is_told(loop: Loop) -> None:
-    """After the time that a client gave it hears which order is under way; the order's answer goes to nobody, and the
-    client may go on with others.
+    """After the time that a client gave it hears which order is under way, and what is known so far; the order's answer
+    goes to nobody, and the client may go on with others.
     """
     with loop.connect() as client:
         client.sendall(b'{"verb": "order", "wait": 40}\n')
         loop.settle()
+        loop.held[0].known = lambda: {"chain": "x"}
         client.setblocking(False)
         loop.settle(39)
         with pytest.raises(BlockingIOError):
@@ -231,7 +232,7 @@ def test_who_has_waited_for_long_enough_is_told(loop: Loop) -> None:
         loop.settle()
         after = loop.ask(client, b"{}\n")
 
-    assert Answer(Code.UNDER_WAY, None, "it is still under way", 17) == Answer.from_json(answer)
+    assert Answer(Code.UNDER_WAY, {"chain": "x"}, "it is still under way", 17) == Answer.from_json(answer)
     assert {} == after["data"]
     assert [] == loop.bugs
 

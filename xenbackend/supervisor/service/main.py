@@ -240,7 +240,7 @@ class Service:
         verb, vbd = str(request["verb"]), self._registry.find(_text(request, "vbd"))
         given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
         number = self._ledger.open(verb, vbd.path.disk, asdict(peer), given)
-        reply.order = number
+        reply.order, reply.known = number, vbd.orders.chain_data
 
         def answer(how: Answer) -> None:
             if how.code is not Code.UNDER_WAY:  # the next service goes on with it
@@ -252,7 +252,7 @@ class Service:
         try:
             vbd.orders.give(verb, request, number, answer)
         except XenbackendError as error:
-            answer(Answer(code_of(error), None, str(error)))
+            answer(Answer(code_of(error), vbd.orders.chain_data(), str(error)))
         except Exception as bug:
             answer(Answer(Code.BUG, None, f"the service could not do that, see its log: {type(bug).__name__}: {bug}"))
             raise

@@ -50,10 +50,15 @@ class Peer:
 
 
 class Reply:
-    """Takes the one answer to a request, at once or later. `order` is the number of the order that it began."""
+    """Takes the one answer to a request, at once or later.
+
+    order   the number of the order that it began
+    known   returns what is known until that has its answer
+    """
 
     def __init__(self, loop: Reactor, send: Callable[[Answer], None]) -> None:
         self.order: int | None = None
+        self.known: Callable[[], Any] = lambda: None
         self.verb = ""
         self._loop = loop
         self._send: Callable[[Answer], None] | None = send
@@ -69,7 +74,7 @@ class Reply:
 
     def give_up(self) -> None:
         """Tell the client that it has waited for long enough."""
-        self._deliver(Answer(Code.UNDER_WAY, None, "it is still under way", self.order))
+        self._deliver(Answer(Code.UNDER_WAY, self.known(), "it is still under way", self.order))
 
     def _deliver(self, answer: Answer) -> None:
         send, self._send = self._send, None

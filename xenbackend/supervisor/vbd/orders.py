@@ -108,7 +108,7 @@ class Orders:
         barring = [each for each in self._under_way.values() if each.verb in BARRED_BY[verb]]
         if barring:
             sentence = f"a {barring[0].verb} is under way, order {barring[0].number}; wait for it"
-            reply(Answer(Code.BUSY, sentence=sentence, data=self._chain_data()))
+            reply(Answer(Code.BUSY, sentence=sentence, data=self.chain_data()))
             return
         order = Order(verb, number, reply, former=self._vbd.chain_in_service())
         try:
@@ -133,7 +133,11 @@ class Orders:
         exchange = self._vbd.handover.notes.exchange
         for order in self.under_way:
             code = Code.UNDER_WAY if exchange and exchange.order == order.number else Code.GONE
-            self._answer(order, Answer(code, sentence=sentence, data=self._chain_data()))
+            self._answer(order, Answer(code, sentence=sentence, data=self.chain_data()))
+
+    def chain_data(self) -> dict[str, Any]:
+        """Return what answers say of the chain in service, whatever became of the order."""
+        return {"chain": self._vbd.chain_in_service(), "layers": [asdict(each) for each in self._vbd.device.layers]}
 
     def _begin(self, order: Order, request: Mapping[str, Any]) -> None:
         match order.verb:
@@ -208,7 +212,7 @@ class Orders:
             self._exchange(order, text, replaces=replaces)
 
     def _looked_at(self, order: Order, reply: messages.Reply) -> None:
-        data = self._chain_data()
+        data = self.chain_data()
         if reply.code is Code.OK:
             data |= {"before": [each.text for each in self._vbd.device.layers], "after": _list_of_texts(reply.data)}
         self._answer(order, Answer(reply.code, sentence=reply.sentence, data=data))
@@ -224,7 +228,7 @@ class Orders:
         if order.number not in self._under_way:
             return
         if reply.code is not Code.OK:
-            self._answer(order, Answer(reply.code, sentence=reply.sentence, data=self._chain_data()))
+            self._answer(order, Answer(reply.code, sentence=reply.sentence, data=self.chain_data()))
             return
         try:
             check_whole_paths(parse_chain(reply.data))
@@ -232,7 +236,9 @@ class Orders:
                 raise ConfigError(f"the chain would have {len(reply.data)} characters, and xenstore takes {MAX_CHAIN}")
             self._exchange(order, reply.data, replaces=False)
         except ConfigError as error:
-            self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self._chain_data()))
+            self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self.chain_data()))
+            return
+        self._exchange(order, reply.data, replaces=False)
 
     def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
@@ -250,15 +256,9 @@ class Orders:
             self._vbd.settle_exchange()  # the journal tells what the worker could not
         else:
             self._vbd.handover.note(exchange=None)
-        code, sentence = reply.code, reply.sentence
-        if code is Code.OK and is_noted and order.chain != order.former:
-            code, sentence = Code.FAILED, "its worker says that another chain is in service, and stands with this one"
-            self._vbd.link.breach(sentence)
-        elif self._vbd.chain_in_service() == order.chain != order.former:
-            code, sentence = Code.OK, ""
-        elif code is Code.GONE:
-            code = Code.FAILED
-        self._answer(order, Answer(code, sentence=sentence, data=self._chain_data()))
+        is_done = reply.code is Code.OK or self._vbd.chain_in_service() == order.chain != order.former
+        code = Code.OK if is_done else Code.FAILED if reply.code is Code.GONE else reply.code
+        self._answer(order, Answer(code, sentence="" if is_done else reply.sentence, data=self.chain_data()))
 
     def _upgrade(self, order: Order) -> None:
         """Let another process serve the disk."""
@@ -296,9 +296,6 @@ class Orders:
         """Answer an order, once: whoever answers it later, after a `give_up`, comes too late."""
         if self._under_way.pop(order.number, None) is not None:
             order.reply(answer)
-
-    def _chain_data(self) -> dict[str, Any]:
-        return {"chain": self._vbd.chain_in_service(), "layers": [asdict(each) for each in self._vbd.device.layers]}
 
 
 def _text(request: Mapping[str, Any], key: str) -> str:
