@@ -183,7 +183,7 @@ def test_an_order_over_which_a_fault_of_ours_is_met_has_one_answer(
     vbd = serving.vbd()
     answers = begin(serving, verb, **REQUESTS[verb])
     with monkeypatch.context() as patch:
-        patch.setattr(vbd.orders, "_chain_data", fail)
+        patch.setattr(vbd.orders, "chain_data", fail)
         patch.setattr(vbd.orders, "_paused", fail)
         patch.setattr(vbd.orders, "_done_or_noted", fail)
         serving.until(lambda: answers)
