@@ -1,0 +1,192 @@
+"""Places in xenstore that are used again at once: by the same guest's disk, or by another guest with the same domid.
+
+Each disk has one path, one worker and one life; nothing of a former life reaches the next, and nobody waits in vain.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenbackend.embedded.machine import GuestDomain, Machine
+from xenbackend.errors import XenbackendError
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.xenstore import toolstack
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+pytestmark = pytest.mark.slow
+DATA = b"x" * 4096
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    return image
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Keep a process from doing anything."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # it may have been killed meanwhile
+            os.kill(pid, signal.SIGCONT)
+
+
+def users(file: Path) -> set[int]:
+    """Return the processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if link.readlink() == file:
+                found.add(int(link.parts[2]))
+    return found
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+def status(machine: Machine) -> dict[str, Any]:
+    """Return what the service says of the only disk."""
+    [found] = machine.ask({"verb": "status"})["data"]
+    return found  # type: ignore[no-any-return]
+
+
+def serve(machine: Machine, guest: GuestDomain, chain: str) -> tuple[VbdPath, Frontend]:
+    """Give a guest a disk that it uses."""
+    path = machine.attach(guest.domid, "xvda", chain)
+    frontend = guest.connect(path, Wishes())
+    frontend.write(0, DATA)
+    return path, frontend
+
+
+@pytest.mark.parametrize("who", ["the guest", "the toolstack", "force"])
+def test_a_disk_is_closed_when_its_image_is_free(image: Path, who: str) -> None:
+    """Whichever side lets go first, and however long the worker takes: Closed means that nobody has the image."""
+    seen: list[set[int]] = []
+
+    def observe(path: str, value: bytes | None) -> None:
+        if path.startswith("/local/domain/0/backend/") and path.endswith("/state") and value == b"6":
+            seen.append(users(image))
+
+    with Machine(observer=observe) as machine, closing(machine.create_guest(5)) as guest:
+        path, frontend = serve(machine, guest, f"aio:{image}")
+        worker = status(machine)["worker"]
+        if who == "the guest":
+            thread = threading.Thread(target=frontend.close)
+        else:
+            thread = threading.Thread(
+                target=lambda: toolstack.detach(machine.store, path, 20, force=who == "force"),
+            )
+        with stopped(worker):
+            thread.start()
+            if who == "the toolstack":
+                wait_until(lambda: frontend.backend_state() == 5)
+                closing_guest = threading.Thread(target=frontend.close)
+                closing_guest.start()
+            wait_until(lambda: status(machine)["phase"] != "serving")
+            machine.ask({"verb": "ping"})
+            assert {worker} == users(image)
+        thread.join(20)
+        if who == "the toolstack":
+            closing_guest.join(20)
+        frontend.crash()
+
+    assert [set()] == seen
+
+
+def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Config) -> None:
+    """However soon a disk is attached where one was just detached: each attach is answered, and serves the guest; when
+    the last one is detached nobody has the image.
+    """
+    dice = random.Random(pytestconfig.getoption("--seed"))
+    with Machine(log=image.with_name("log")) as machine, closing(machine.create_guest(5)) as guest:
+        for _ in range(100 if pytestconfig.getoption("--long") else 15):
+            path, frontend = serve(machine, guest, f"aio:{image}")
+            assert {status(machine)["worker"]} == users(image)
+            frontend.close()
+            machine.detach(path)
+            select.select([], [], [], dice.uniform(0, 0.05))
+        wait_until(lambda: not machine.ask({"verb": "status"})["data"])
+        ping = machine.ask({"verb": "ping"})["data"]
+
+        assert set() == users(image)
+    assert (0, 0) == (ping["bugs"], ping["breaches"])
+    assert "Traceback" not in image.with_name("log").read_text()
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["busy", "killed"])
+def test_a_domid_that_is_used_again_at_once(tmp_path: Path, is_killed: bool) -> None:
+    """Nothing that an administrator had ordered for the guest that died holds for the next one, whose disk is served
+    with its own chain, also where the service was away, or died, meanwhile.
+    """
+    with Machine(log=tmp_path / "log") as machine:
+        guest = machine.create_guest(6)
+        path, frontend = serve(machine, guest, "ram:1M")
+        machine.ask({"verb": "pause", "vbd": "6/xvda"})
+        machine.ask({"verb": "policy", "vbd": "6/xvda", "policy": "write=report,enospc=report"})
+        policy = machine.ask({"verb": "policy", "vbd": "6/xvda", "policy": ""})["data"]
+        service, before = machine.service_pid, status(machine)
+        answers: list[dict[str, Any]] = []
+        request = {"verb": "hotplug", "action": "add", "path": path.backend}
+        script = threading.Thread(target=lambda: answers.append(machine.ask(request)))
+        with stopped(service):
+            frontend.crash()
+            guest.close()
+            for node in (path.backend, "/local/domain/6", "/libxl/6"):
+                machine.store.remove(node)
+            guest = machine.create_guest(6)
+            wanted = toolstack.Attachment(path, "ram:2M")
+            machine.store.transact(lambda nodes: toolstack._write_backend(nodes, wanted))
+            machine.store.transact(lambda nodes: toolstack._write_frontend(nodes, wanted))
+            if is_killed:
+                kill(service)
+                wait_until(lambda: is_there(machine))
+            script.start()
+        script.join(20)
+        with closing(guest):
+            frontend = guest.connect(path, Wishes())
+            first = frontend.read(0, 8)
+            now = machine.ask({"verb": "policy", "vbd": "6/xvda", "policy": ""})["data"]
+            after = status(machine)
+            frontend.crash()
+
+    assert bytes(4096) == first
+    assert (True, False, "") == (before["paused"], after["paused"], after["paused_by"])
+    assert ("ram:2M", 2 << 20) == (after["chain"], after["layers"][0]["size"])
+    assert before["worker"] != after["worker"]
+    assert policy != now
+    assert ["connected"] == [each["data"] for each in answers]
+
+
+def kill(pid: int) -> None:
+    """Kill a process, and wait for its end."""
+    end = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert select.select([end], [], [], 20)[0]
+    os.close(end)
+
+
+def is_there(machine: Machine) -> bool:
+    """Return whether a service runs."""
+    with suppress(XenbackendError):
+        return bool(machine.service_pid)
+    return False
