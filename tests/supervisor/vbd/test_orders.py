@@ -386,6 +386,16 @@ def test_another_process_takes_over(serving: Stepped, toolstack: Store, lines: i
     assert "4" == toolstack.read(f"{PATH.backend}/state")
 
 
+def test_a_worker_that_was_asked_to_end_is_no_restart(serving: Stepped) -> None:
+    """What `status` counts are deaths: an upgrade is none."""
+    vbd = serving.vbd()
+    assert Code.OK is ask(serving, "upgrade").code
+    assert 0 == vbd.handover.notes.restarts
+    serving.until(is_served(serving, kill(serving)))
+
+    assert 1 == vbd.handover.notes.restarts
+
+
 def test_an_upgrade_of_a_disk_without_a_guest(stepped: Stepped, toolstack: Store) -> None:
     """Where nobody is connected the other process only opens the chain."""
     write_like_libxl(toolstack)

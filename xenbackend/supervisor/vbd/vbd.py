@@ -33,6 +33,7 @@ from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
 from xenbackend.supervisor.vbd.orders import Orders
+from xenbackend.supervisor.vbd.phase import Phase
 from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
@@ -193,7 +194,8 @@ class Vbd:
     def ends(self, sentence: str) -> None:
         """Take note that the worker has ended."""
         self.handover.forget_worker()
-        has_progressed = self.lives.end(self._context.loop.now(), journal.progress(self.handover.page))
+        now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
+        has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
         self._guarded(self.settle_exchange)
         self.handle(events.Ended(sentence, has_progressed))
 
@@ -272,11 +274,11 @@ class Vbd:
         self.link.start()
         worker = self.worker
         assert worker is not None  # noqa: S101 - it was started
+        restarts = self.handover.notes.restarts + self.lives.has_died
+        self.handover.note(program=__version__, restarts=restarts)
         self.lives.start(self._context.loop.now())
         if self.handover.agreed():
             worker.boost()
-        notes = self.handover.notes
-        self.handover.note(program=__version__, restarts=notes.restarts + bool(self.lives.ended))
         self.handover.keep_worker(*worker.descriptors)
         self.link.order(
             lambda number: messages.Open(
@@ -339,7 +341,7 @@ class Vbd:
 
     def _forget(self) -> None:
         leaves = self.device.is_leaving
-        sentence = f"{self.path}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
+        sentence = f"{self.path.disk}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
         self.is_forgotten = True
         for timer in (self._limit, self._look_at):
             timer.set(None)
