@@ -54,7 +54,7 @@ def test_what_is_said_replaces_its_part_only() -> None:
         ("flush=report", "never flushes again"),
         ("flush=retry 3 every 1s", "never flushes again"),
         ("flush", "lets a flush nothing"),
-        ("writes=pause", "names 'writes'; the kinds of errors are enospc, read, write, flush"),
+        ("writes=pause", "names 'writes'; write KIND=ACTION, where KIND is one of enospc, read, write, flush"),
         ("read", "says '' for read"),
         ("read=retry", "may say pause, report, or retry 3 every 1s"),
         ("read=retry 3 every 1", "may say"),

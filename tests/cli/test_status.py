@@ -133,7 +133,7 @@ def test_only_the_disks_that_are_named(
 def test_a_disk_that_is_not_served_is_a_mistake(control: Control, capsys: pytest.CaptureFixture[str]) -> None:
     """It is told, with those that are."""
     assert 2 == main(["status", "7/xvda", "--socket", control.path])
-    assert "there is no disk 7/xvda; served are: 5/xvda, 6/xvdb" in capsys.readouterr().err
+    assert "there is no disk 7/xvda in service; there are 5/xvda, 6/xvdb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "found"), [("disk", "56"), ("reads", "65"), ("chain", "56"), ("guest", "56"),

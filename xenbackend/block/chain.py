@@ -98,8 +98,9 @@ class Chain:
         if layer.isdecimal() and int(layer) < len(self.layers):
             return self.layers[int(layer)].driver
         known = ", ".join(f"{index} is {each.text}" for index, each in enumerate(self.layers))
-        number = "several layers" if named else "no layer"
-        raise DriverError(f"the chain has {number} {layer!r}; name one by its number: {known}", errno=errno.ENOENT)
+        problem = "several layers" if named else "no layer"
+        hint = "name one by its number" if named else "its layers are"
+        raise DriverError(f"the chain has {problem} {layer!r}; {hint}: {known}", errno=errno.ENOENT)
 
 
 def _guarded(on_complete: Complete, contain: Contain) -> Complete:

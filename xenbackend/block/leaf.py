@@ -63,11 +63,13 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
     """
     layer = layers[0]
     child_format, parent_format = FORMATS.get(image_format), BY_DRIVER.get(layer.driver.name)
-    known = child_format.parents if child_format else ()
-    if child_format is None or parent_format is None or parent_format.name not in known:
-        words = " or ".join(known) or "no image at all"
-        found = parent_format.name if parent_format else f"{layer.driver.name}:"
-        raise ConfigError(f"the parent of a {image_format or 'new'} image can be {words}, and not {found}")
+    if parent_format is None:
+        raise ConfigError(f"{layer.text} is no image that another one can have as its parent")
+    if child_format is None or not child_format.parents:
+        raise ConfigError(f"an image of the format {image_format!r} can have no parent; choose another format")
+    if parent_format.name not in child_format.parents:
+        words = " or ".join(child_format.parents)
+        raise ConfigError(f"the parent of a {image_format} image can be {words}, and not {parent_format.name}")
     uuid = layer.driver.identify()
     if len(layers) > MAX_PARENTS:
         raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")

@@ -82,7 +82,8 @@ class Policy:
 
 def _parse(text: str, kind: str, action: str) -> Action:
     if kind not in _KINDS:
-        raise ConfigError(f"the policy {text!r} names {kind!r}; the kinds of errors are {', '.join(_KINDS)}")
+        kinds = ", ".join(_KINDS)
+        raise ConfigError(f"the policy {text!r} names {kind!r}; write KIND=ACTION, where KIND is one of {kinds}")
     if kind == "flush" and action != "pause":
         raise ConfigError(
             f"the policy {text!r} lets a flush {action or 'nothing'}; it can only pause: "

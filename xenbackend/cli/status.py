@@ -102,8 +102,8 @@ def chosen(disks: list[Known], names: Sequence[DiskName]) -> list[Known]:
 
     for each in names:
         if not any(is_meant(known, each) for known in disks):
-            served = ", ".join(known["vbd"] for known in disks) or "none"
-            raise ConfigError(f"there is no disk {each}; served are: {served}")
+            served = ", ".join(known["vbd"] for known in disks) or "none at all"
+            raise ConfigError(f"there is no disk {each} in service; there are {served}")
     return [known for known in disks if any(is_meant(known, each) for each in names)]
 
 

@@ -71,8 +71,8 @@ class Disk:
                 self._check(text, found.layers[0].geometry.size, found.layers[0].geometry.sector_size)
                 if not replaces and not keeps_content(self.chain.layers, found.layers):
                     raise ConfigError(
-                        f"{text} does not have the image that the guest writes to, by {self.text}; "
-                        "--replace puts it in all the same"
+                        f"{text} is over another image than the one that the guest writes to, in {self.text}; "
+                        "if the guest is to have that one's content, add --replace"
                     )
                 return [layer.text for layer in found.layers]
         except ConfigError:

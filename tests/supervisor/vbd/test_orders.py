@@ -249,7 +249,7 @@ def test_orders_that_exclude_each_other(serving: Stepped, verb: str, other: str)
 
     assert is_refused == (is_under_way and verb in BARRED_BY[other])
     assert [Code.OK] == [each.code for each in first]
-    assert is_refused == (f"a {verb} is under way, order " in second[0].sentence)
+    assert is_refused == (f"{verb} is under way, order " in second[0].sentence)
     assert not is_refused or second[0].data["chain"]
 
 

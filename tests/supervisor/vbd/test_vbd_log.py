@@ -17,7 +17,7 @@ def test_a_line_names_its_vbd(lines: io.StringIO) -> None:
     VbdLog(PATH, lambda: 0.0).say("warning", "something is odd", ring="0", vbd="vbd/6/1", component="kernel")
     [line] = lines.getvalue().splitlines()
 
-    for part in ('"vbd/5/51712"', '"something is odd"', '"ring"', '"warning"', '"supervisor"'):
+    for part in ('"5/xvda"', '"something is odd"', '"ring"', '"warning"', '"supervisor"'):
         assert part in line
     assert "vbd/6/1" not in line
     assert "kernel" not in line

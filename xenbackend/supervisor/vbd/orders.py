@@ -107,7 +107,7 @@ class Orders:
         """
         barring = [each for each in self._under_way.values() if each.verb in BARRED_BY[verb]]
         if barring:
-            sentence = f"a {barring[0].verb} is under way, order {barring[0].number}; wait for it"
+            sentence = f"{barring[0].verb} is under way, order {barring[0].number}; wait for it"
             reply(Answer(Code.BUSY, sentence=sentence, data=self.chain_data()))
             return
         order = Order(verb, number, reply, former=self._vbd.chain_in_service())

@@ -20,7 +20,7 @@ class VbdLog:
 
     def __init__(self, path: VbdPath, now: Callable[[], float]) -> None:
         """`now` is a clock in seconds that only goes forward."""
-        self._log = get_logger("supervisor", vbd=str(path))
+        self._log = get_logger("supervisor", vbd=path.disk)
         self._budget = Bucket(_BURST, _INTERVAL_S, now)
 
     def say(self, level: str, event: str, **fields: str) -> None:
