@@ -47,6 +47,14 @@ def test_one_order_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {"version": 1, "orders": [ENTRY]} == json.loads(values)
 
 
+def test_an_order_has_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """Anything else is a mistake that is told without a service."""
+    with pytest.raises(SystemExit):
+        main(["orders", "5/xvda"])
+
+    assert "argument N: '5/xvda' is not the number of an order, such as 17" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "request_", "said"),
     [

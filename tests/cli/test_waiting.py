@@ -90,9 +90,10 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
     assert capsys.readouterr().out.startswith(said)
 
 
-def test_a_time_limit_holds_over_a_restart_too(tmp_path: Path) -> None:
-    """Whoever has set one does not wait for the next service."""
+@pytest.mark.parametrize("more", [["--timeout", "9"], ["--dry-run"]])
+def test_what_is_not_waited_for_over_a_restart(tmp_path: Path, more: list[str]) -> None:
+    """Whoever has set a time limit does not wait for the next service, nor does a look, of which no service knows."""
     with answering(tmp_path / "x", lambda _: LEFT) as control:
-        assert 75 == main(["set", "5/xvda", "aio:/new", "--timeout", "9", "--socket", control.path])
+        assert 75 == main(["set", "5/xvda", "aio:/new", *more, "--socket", control.path])
 
     assert ["set"] == [each["verb"] for each in control.asked]

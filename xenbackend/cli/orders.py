@@ -31,7 +31,7 @@ def register(subparsers: Any) -> None:
         "it (user and process), for which disk, how it ended, and which chain it led from and to. They are remembered "
         "over restarts of the service, until `xenbackend stop`.",
     )
-    parser.add_argument("number", nargs="?", type=int, metavar="N", help="only this one, with all that is known")
+    parser.add_argument("number", nargs="?", type=_number, metavar="N", help="only this one, with all that is known")
     add_json(parser)
     add_socket(parser)
     parser.set_defaults(run=run)
@@ -49,6 +49,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_lines([HEADINGS, *(words(each) for each in entries)])
     return 0
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of an order, such as 17")
+    return int(text)
 
 
 def words(entry: Entry) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ def order(args: argparse.Namespace, request: dict[str, Any]) -> Answer:
         try:
             return give_order(args.socket, request, what, args.timeout, waiting)
         except ServiceError as problem:
-            has_limit = args.timeout is not None or request["verb"] not in FOLLOWED
-            if has_limit or problem.answer.code is not Code.UNDER_WAY:
+            is_followed = args.timeout is None and request["verb"] in FOLLOWED and not request.get("dry_run")
+            if not is_followed or problem.answer.code is not Code.UNDER_WAY:
                 raise
             return _follow(args.socket, request, problem, waiting)
 

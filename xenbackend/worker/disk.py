@@ -72,7 +72,7 @@ class Disk:
                 if not replaces and not keeps_content(self.chain.layers, found.layers):
                     raise ConfigError(
                         f"{text} is over another image than the one that the guest writes to, in {self.text}; "
-                        "if the guest is to have that one's content, add --replace"
+                        "if that one holds the same content, add --replace"
                     )
                 return [layer.text for layer in found.layers]
         except ConfigError:
