@@ -271,7 +271,7 @@ def test_what_cannot_be_asked_now_is_refused(stepped: Stepped, toolstack: Store)
     stepped.until(lambda: stepped.vbd().device.error and stepped.vbd().worker is None)
 
     for verb, sentence in (("set", "not in service: null: it is broken"), ("snapshot", "not in service"),
-                           ("resize", "not in service"), ("upgrade", "only one in service"),
+                           ("resize", "not in service"), ("upgrade", "not in service: null: it is broken"),
                            ("command", "has no worker: null: it is broken")):  # fmt: skip
         with pytest.raises(ConfigError, match=sentence):
             begin(stepped, verb, **REQUESTS[verb])

@@ -162,7 +162,8 @@ class Orders:
     def _check_service(self) -> None:
         device = self._vbd.device
         if device.phase not in (Phase.OPEN, Phase.SERVING) or device.keys is None:
-            raise ConfigError(f"the disk is not in service: {device.error or f'its worker is {device.phase.value}'}")
+            stage = "it has no worker" if device.phase is Phase.NONE else f"its worker is {device.phase.value}"
+            raise ConfigError(f"the disk is not in service: {device.error or stage}")
 
     def _pause(self, order: Order, by: str) -> None:
         self._vbd.handover.note(paused=by)
@@ -262,9 +263,9 @@ class Orders:
 
     def _upgrade(self, order: Order) -> None:
         """Let another process serve the disk."""
-        device, worker = self._vbd.device, self._vbd.link.worker
-        if device.phase not in (Phase.OPEN, Phase.SERVING) or worker is None:
-            raise ConfigError(f"its worker is {device.phase.value}; only one in service can be replaced")
+        self._check_service()
+        worker = self._vbd.link.worker
+        assert worker is not None  # noqa: S101 - it is in service
         order.worker = worker.pid
         self._under_way[order.number] = order
         self._vbd.handle(events.Replace())
