@@ -329,7 +329,7 @@ def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: 
     heir.saw_params("null:2G")
 
     assert ("null:1G", "null:2G", (["params", "null:1G"], "null:2G")) == (asked, served, noted)
-    assert ("null:2G", Notes("null:2G")) == (heir.chain_in_service(), heir.notes)
+    assert ("null:2G", Notes("null:2G", exchanged_by=1)) == (heir.chain_in_service(), heir.notes)
     heir.close()
 
 

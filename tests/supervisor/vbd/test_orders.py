@@ -427,3 +427,50 @@ def test_whoever_waits_hears_that_the_disk_has_gone(stepped: Stepped, toolstack:
     stepped.until(lambda: answers)
 
     assert answers[0].code in (Code.OK, Code.GONE)
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "policy"])
+def test_the_next_service_goes_on_with_what_can_be_ordered_twice(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, verb: str
+) -> None:
+    """Nobody is told that it was not done, as it may have been noted already, and nothing else tells the worker."""
+    former = serve(Stepped(xenstored.address, Settings(), keeper=kept.keeper()), toolstack, guest)
+    if verb == "resume":
+        assert Code.OK is ask(former, "pause").code
+    told = begin(former, verb, **REQUESTS[verb])
+    number = former.vbd().orders.under_way[0].number
+    former.leave()
+    answers: list[Answer] = []
+    with closing(Stepped(xenstored.address, Settings(), keeper=kept.keeper())) as stepped:
+        stepped.until(is_served(stepped))
+        before = stepped.vbd().device.is_paused
+        stepped.vbd().orders.go_on(verb, REQUESTS[verb].get("policy", ""), number, answers.append)
+        stepped.until(lambda: answers)
+        after = stepped.vbd().device.is_paused
+
+    assert [(Code.UNDER_WAY, "vbd/5/51712: the service is being replaced; ask again")] == [
+        (each.code, each.sentence) for each in told
+    ]
+    assert [Code.OK] == [each.code for each in answers]
+    assert (verb == "pause") == after, before
+
+
+def test_the_next_service_knows_which_exchange_was_the_last(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
+) -> None:
+    """A service may die between the moment that the chain is in service and the moment that it remembers the answer:
+    the order was done, and no other one was.
+    """
+    former = serve(Stepped(xenstored.address, Settings(), keeper=kept.keeper()), toolstack, guest)
+    before = former.vbd().handover.notes.exchanged_by
+    assert Code.OK is ask(former, "set", chain="null:3G").code
+    number = former.vbd().handover.notes.exchanged_by
+    former.leave()
+    answers: list[Answer] = []
+    with closing(Stepped(xenstored.address, Settings(), keeper=kept.keeper())) as stepped:
+        stepped.until(is_served(stepped))
+        for each in (number, number + 1):
+            stepped.vbd().orders.go_on("set", "null:3G", each, answers.append)
+
+    assert (0, [Code.OK, Code.GONE]) == (before, [each.code for each in answers])
+    assert ["null:3G", "null:3G"] == [each.data["chain"] for each in answers]

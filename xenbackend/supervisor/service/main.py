@@ -112,7 +112,7 @@ class Service:
         with taking_signals(self._loop, _SIGNALS, self._stop):
             self._fleet.prepare()
             self._registry.start()
-            self._close_former_orders()
+            self._go_on_with_orders()
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
@@ -142,16 +142,19 @@ class Service:
             self._notifier.alive()
             self._alive_timer.set(self._loop.now() + self._notifier.interval_s)
 
-    def _close_former_orders(self) -> None:
-        """Let no order be under way that nobody carries out: an earlier service died over it.
+    def _go_on_with_orders(self) -> None:
+        """Let no order be under way that nobody carries out: an earlier service died over it, or was replaced.
 
         An exchange of chains is told by its vbd, which finds out how far it came.
         """
-        exchanges = [vbd.handover.notes.exchange for vbd in self._registry.vbds.values()]
-        carried_out = {exchange.order for exchange in exchanges if exchange is not None}
-        for entry in self._ledger.entries():
-            if entry["ended"] is None and entry["number"] not in carried_out:
-                self._ledger.close(entry["number"], Answer(Code.GONE, None, "the service ended before it was done"))
+        vbds = {vbd.path.disk: vbd for vbd in self._registry.vbds.values()}
+        for entry in [each for each in self._ledger.entries() if each["ended"] is None]:
+            close, vbd = partial(self._ledger.close, entry["number"]), vbds.get(entry["vbd"])
+            if vbd is None:
+                close(Answer(Code.GONE, None, "the service ended before it was done"))
+            else:
+                go_on = partial(vbd.orders.go_on, entry["verb"], entry["to"], entry["number"])
+                self._give(go_on, close)
 
     def _stop(self, number: int) -> None:
         """End, by a signal's number."""
@@ -249,8 +252,13 @@ class Service:
 
         if verb == "upgrade":
             self._fleet.renew()  # the zygote has imported the program as it was
+        self._give(partial(vbd.orders.give, verb, request, number), answer)
+
+    @staticmethod
+    def _give(give: Callable[[Callable[[Answer], None]], None], answer: Callable[[Answer], None]) -> None:
+        """Give an order, and answer for it where it cannot be given."""
         try:
-            vbd.orders.give(verb, request, number, answer)
+            give(answer)
         except XenbackendError as error:
             answer(Answer(code_of(error), vbd.orders.chain_data(), str(error)))
         except Exception as bug:

@@ -119,7 +119,8 @@ class Handover:
         if exchange is not None:
             stale = dict.fromkeys([*self.notes.stale_params, exchange.former_params, self.notes.chain])
             stale.pop(exchange.chain, None)
-            self.note(chain=exchange.chain, exchange=None, stale_params=list(stale))
+            changed = {"chain": exchange.chain, "stale_params": list(stale), "exchanged_by": exchange.order}
+            self.note(exchange=None, **changed)
 
     def saw_params(self, params: str) -> None:
         """Take note of what the key ``params`` says, which may have followed the chain by now."""

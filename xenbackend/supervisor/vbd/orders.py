@@ -47,6 +47,7 @@ BARRED_BY: dict[str, frozenset[str]] = {
     "command": frozenset(),
 }
 ORDERS = tuple(BARRED_BY)
+_AGAIN = ("pause", "resume", "policy")  # a service that finds one under way gives it once more: twice is as once
 
 
 class Served(Protocol):
@@ -128,16 +129,29 @@ class Orders:
                 sentence = f"the new worker could not take over: {device.error or 'the disk is not served'}"
                 self._answer(order, Answer(Code.FAILED, sentence=sentence))
 
-    def give_up(self, sentence: str) -> None:
-        """Answer everybody: the vbd has gone, or this service goes; the next one learns what became of an exchange."""
-        exchange = self._vbd.handover.notes.exchange
+    def give_up(self, sentence: str, *, leaves: bool) -> None:
+        """Answer everybody: the vbd has gone, or with `leaves` this service does, and the next one may go on."""
         for order in self.under_way:
-            code = Code.UNDER_WAY if exchange and exchange.order == order.number else Code.GONE
+            goes_on = leaves and (order.verb in _AGAIN or self._is_noted(order.number))
+            code = Code.UNDER_WAY if goes_on else Code.GONE
             self._answer(order, Answer(code, sentence=sentence, data=self.chain_data()))
 
     def chain_data(self) -> dict[str, Any]:
         """Return what answers say of the chain in service, whatever became of the order."""
         return {"chain": self._vbd.chain_in_service(), "layers": [asdict(each) for each in self._vbd.device.layers]}
+
+    def go_on(self, verb: str, to: str, number: int, reply: Reply) -> None:
+        """Go on with an order to lead `to` something, which an earlier service took and did not live to answer.
+
+        Raises: ConfigError, as `give`.
+        """
+        notes = self._vbd.handover.notes
+        if notes.exchanged_by == number:
+            reply(Answer(Code.OK, data=self.chain_data()))
+        elif verb in _AGAIN:
+            self.give(verb, {"policy": to, "by": notes.paused}, number, reply)
+        elif not self._is_noted(number):
+            reply(Answer(Code.GONE, sentence="the service ended before it was done", data=self.chain_data()))
 
     def _begin(self, order: Order, request: Mapping[str, Any]) -> None:
         match order.verb:
@@ -158,6 +172,11 @@ class Orders:
                 self._upgrade(order)
             case "command":
                 self._command(order, request)
+
+    def _is_noted(self, number: int) -> bool:
+        """Return whether the notes know of an exchange by this order: whether it is done will be found out, or is."""
+        notes = self._vbd.handover.notes
+        return number == notes.exchanged_by or (notes.exchange is not None and notes.exchange.order == number)
 
     def _check_service(self) -> None:
         device = self._vbd.device

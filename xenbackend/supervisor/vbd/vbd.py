@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from xenbackend import __version__, counters, journal
@@ -345,7 +346,7 @@ class Vbd:
         self.is_forgotten = True
         for timer in (self._limit, self._look_at):
             timer.set(None)
-        self._guarded(self.orders.give_up, sentence)
+        self._guarded(partial(self.orders.give_up, sentence, leaves=leaves))
         self.link.let_go(sentence, leaves=leaves)
         if leaves:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
