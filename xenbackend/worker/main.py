@@ -219,9 +219,12 @@ class Worker:
         return ""
 
     def _answer(self, ask: messages.Ask) -> Steps[None]:
-        """Do what was asked, and reply."""
+        """Do what was asked, and reply; it came too early or too late where nothing is open."""
+        if self._stages is None or self._has_ended:
+            self._channel.reply(ask.id, Code.GONE, "the chain is not open")
+            return
         try:
-            reply = Code.OK, "", (yield from self._do(self._opened(), ask))
+            reply = Code.OK, "", (yield from self._do(self._stages, ask))
         except ConfigError as problem:
             reply = Code.INVALID, str(problem), ""
         except (XenbackendError, OSError) as problem:
