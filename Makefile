@@ -35,7 +35,7 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 		tests/block/test_damaged_tables.py
 
 # KILLS=number, or HOURS=number; S=number plans other steps.
-chaos: $(VENV)/.dev  ## kill everything below guests under load; the figures are build/chaos.json
+chaos: $(VENV)/.dev  ## kill everything below guests under load, while administrators order; the figures are build/chaos.json
 	mkdir -p build
 	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json

@@ -89,10 +89,12 @@ def work(frontend: Frontend, model: DiskModel, requests: int) -> None:
     load.finish()
 
 
-def read_all(frontend: Frontend, model: DiskModel) -> None:
-    """Compare the whole disk. Raises: WrongData."""
+def read_all(frontend: Frontend, model: DiskModel, see: Callable[[bytes], object] = lambda _: None) -> None:
+    """Compare the whole disk; `see` gets all that is in it, piece by piece. Raises: WrongData."""
     for sector in range(0, model.sectors, DIRECT):
-        model.check(sector, frontend.read(sector, min(DIRECT, model.sectors - sector)))
+        data = frontend.read(sector, min(DIRECT, model.sectors - sector))
+        model.check(sector, data)
+        see(data)
 
 
 def _submit(frontend: Frontend, step: Step, random: Random) -> Submitted:

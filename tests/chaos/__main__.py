@@ -1,4 +1,5 @@
-"""`python -m tests.chaos`: kills what serves guests under load, and says what they noticed of it.
+"""`python -m tests.chaos`: kills what serves guests under load, while administrators give orders, and says what guests
+noticed of it, and what administrators were told that is not so.
 
 Must not be gentle. The same seed plans the same steps; when exactly they strike is the machine's.
 """
@@ -11,17 +12,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.chaos.host import ChaosError, Host
-from tests.chaos.plan import ACTIONS, next_step
+from tests.chaos.orders import Tally
+from tests.chaos.plan import ACTIONS, ORDERS, VERBS, Step, next_step
 
+ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
+_LIES = "lies"
 _TELL = 200  # kills between two lines where there is no progress bar
 _IN_A_ROW = 3  # steps, before what is in flight is let come to its end: nobody follows a seventh that died in vain
 # how long guests waited for their next answer, by what was done
@@ -45,12 +50,14 @@ def main(arguments: Sequence[str]) -> int:
     except ChaosError as problem:
         console.print(f"[red]failed[/] with --seed {args.seed}: {problem}", highlight=False, markup=True)
         return 1
+    for lie in figures.pop(_LIES):
+        console.print(f"[red]untrue[/]: {escape(lie)}", highlight=False, markup=True)
     console.print("no guest read a wrong sector or had an answer twice: the first would have ended the run")
     for key, value in figures.items():
         console.print(f"{key:<32} {value}", highlight=False, markup=False)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 1 if figures["errors that guests saw"] else 0
+    return 1 if figures[ERRORS] or figures[UNTRUE] else 0
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -75,14 +82,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             passed = (time.monotonic() - began) if args.hours else host.kills["workers"]
             if passed >= total:
                 break
-            step = next_step(random, args.guests, actions)
+            begins = ORDERS in actions and not steps
+            step = Step(ORDERS, 0, 0.0) if begins else next_step(random, args.guests, actions)
             progress.update(task, description=step.action, completed=int(passed))
             steps.append((time.monotonic_ns(), step.action))
             took = host.wait_for_answers(host.do(step))
             if len(steps) % _IN_A_ROW == 0:
                 host.wait_until_settled()
-            timed = {number: took[number] for number, guest in enumerate(host.guests) if guest.disk.is_timed}
-            slowest[step.action] = max(slowest[step.action], *timed.values())
+            timed = {number: seconds for number, seconds in took.items() if host.guests[number].disk.is_timed}
+            slowest[step.action] = max([slowest[step.action], *timed.values()])
             if step.action in _KILLS and step.guest in timed:
                 waits[_ONE].append(timed.pop(step.guest))
                 waits[_OTHERS] += timed.values()
@@ -112,10 +120,11 @@ def _figures(
         "worker kills": host.kills["workers"],
         "service kills": host.kills["services"],
         **{f"  {name}": f"{count}, all served on after {slowest[name]:.2f} s" for name, count in sorted(done.items())},
+        **_orders(host.desk.tally),
         "wake-ups missed, in the end": missed,
         "guests": len(host.guests),
         "requests verified": sum(end["requests"] for end in ends),
-        "errors that guests saw": sum(end["errors"] for end in ends),
+        ERRORS: sum(end["errors"] for end in ends),
         **{
             f"  {guest.disk.chain}": end["errors"]
             for guest, end in zip(host.guests, ends, strict=True)
@@ -124,7 +133,26 @@ def _figures(
         **{name: _spread(seconds) for name, seconds in waits.items()},
         "longest pause of a guest": _longest(ends, steps),
         "minutes": round(seconds / 60, 1),
+        _LIES: host.desk.tally.lies,
     }
+
+
+def _orders(tally: Tally) -> dict[str, Any]:
+    """Return what was ordered, how it ended, and what administrators were told that is not so."""
+    by_verb = {
+        verb: {code: n for (each, code), n in tally.ended.items() if each == verb} for verb in (*VERBS, "resume")
+    }
+    return {
+        "orders": tally.ended.total(),
+        **{f"  {verb}": _counts(ended) for verb, ended in by_verb.items()},
+        "answers that were heard": _counts(tally.heard),
+        "rounds of one, and of two at once": f"{tally.rounds[1]}, {tally.rounds[2]}",
+        UNTRUE: len(tally.lies),
+    }
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
 
 
 def _spread(seconds: list[float]) -> str:

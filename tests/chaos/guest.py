@@ -49,9 +49,9 @@ class Clock:
 
 
 def main(arguments: list[str]) -> int:
-    """Run until SIGTERM, then verify the whole disk, close it, and say how it went."""
+    """Run until SIGTERM, then verify the whole disk, leave a copy of it, and say how it went."""
     parser = argparse.ArgumentParser()
-    for name in ("directory", "store", "frontend", "disk", "clock"):
+    for name in ("directory", "store", "frontend", "disk", "clock", "content"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--domid", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -87,7 +87,9 @@ def _serve(args: argparse.Namespace, disk: Disk, clock: Clock, is_over: list[int
     while not is_over:
         load.run(ROUND)
     load.finish()
-    read_all(frontend, model)  # like every read before, it raises over the first sector that is not what it must be
+    # like every read before, that raises over the first sector that is not what it must be
+    with Path(args.content).open("wb") as file:
+        read_all(frontend, model, file.write)
     return {"requests": load.finished, "errors": model.failures, "is_timed": disk.is_timed}
 
 

@@ -17,14 +17,18 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from types import TracebackType
 from typing import Any, Self
 
 from tests import places
 from tests.chaos.guest import ANSWERED, BEGUN, LAST, SETTLED
-from tests.chaos.plan import Disk, Step, disks
+from tests.chaos.orders import Desk
+from tests.chaos.plan import ORDERS, Disk, Step, disks, is_ordered_of
+from xenbackend.block.spec import parse_chain
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
+from xenbackend.image.compare import compare
 from xenbackend.image.create import create
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
@@ -49,10 +53,14 @@ class GuestProcess:
         self.disk = disk
         self.domid = FIRST_DOMID + number
         self.vbd = f"{self.domid}/xvda"
-        self.is_exchanged = False
+        self.images = directory  # where its snapshots go
+        self.workers: set[int] = set()  # that were seen to serve it
+        self.rests = False  # an administrator has paused its disk, or is about to
+        self.rested_ns = 0  # when that was over
         store = machine.xenstored.add_domain_socket(self.domid)
         machine.store.write(f"/local/domain/{self.domid}/name", f"chaos-{number}")
         self.path: VbdPath = machine.attach(self.domid, "xvda", disk.chain)
+        self.content = directory / f"content-{number}"  # of its disk, once it has ended
         clock = directory / f"clock-{number}"
         clock.write_bytes(bytes(mmap.PAGESIZE))
         with clock.open("r+b") as file:
@@ -61,7 +69,7 @@ class GuestProcess:
             [
                 sys.executable, "-m", "tests.chaos.guest",
                 "--directory", str(machine.directory), "--store", store, "--frontend", self.path.frontend,
-                "--disk", json.dumps(asdict(disk)), "--clock", str(clock),
+                "--disk", json.dumps(asdict(disk)), "--clock", str(clock), "--content", str(self.content),
                 "--domid", str(self.domid), "--seed", str(seed * 100 + number),
             ],
             stdout=subprocess.PIPE,
@@ -112,6 +120,7 @@ class Host:
         """Prepare; images that are to be on a real disk lie below `slow`."""
         self.guests: list[GuestProcess] = []
         self._count, self._seed, self._slow = guests, seed, slow
+        self._random = Random(seed)
         self._undo = ExitStack()
         self.actions: dict[str, Callable[[GuestProcess], None]] = {
             "kill a worker": self._kill_worker,
@@ -121,9 +130,7 @@ class Host:
             "kill both": self._kill_both,
             "stop a worker for a moment": self._stop_worker,
             "replace the service": self._replace_service,
-            "upgrade a worker": lambda guest: self._order(guest, "upgrade"),
-            "exchange a chain": self._exchange,
-            "pause and resume": self._pause,
+            ORDERS: self._order,
             "xenstore goes away": self._lose_xenstore,
         }
         self.kills = {"workers": 0, "services": 0}
@@ -140,6 +147,8 @@ class Host:
                 self.guests.append(guest)
             for guest in self.guests:
                 guest.hear()
+            self.desk = Desk(self.machine.control, self.machine.xenstored.address, self._ask)
+            undo.callback(self.desk.close)
             self._undo = undo.pop_all()
         return self
 
@@ -154,9 +163,24 @@ class Host:
 
     def finish(self) -> list[dict[str, Any]]:
         """Let the guests verify their disks and end; return what each says. Raises: ChaosError."""
+        self.desk.finish()
         for guest in self.guests:
             guest.process.terminate()
-        return [guest.hear() for guest in self.guests]
+        ends = [guest.hear() for guest in self.guests]
+        chains = {guest: self.desk.chain(guest.vbd) or guest.disk.chain for guest in self.guests}
+        self.machine.stop_service()
+        for guest, chain in chains.items():  # what an administrator would write into its vm.cfg
+            self._compare(guest, chain)
+        return ends
+
+    def _compare(self, guest: GuestProcess, chain: str) -> None:
+        """See that a chain has what the guest has read from its disk in the end."""
+        *_, source = chain.split("|")  # without the filters, which may break requests
+        differs_at = compare(parse_chain(source), parse_chain(f"aio:{guest.content}"), lambda *_: None).differs_at
+        if differs_at is not None:
+            self.desk.tally.lies.append(
+                f"{guest.vbd}: {chain} is in service, and differs at {differs_at} from its disk"
+            )
 
     def do(self, step: Step) -> int:
         """Do something and return when it was done, in ns. Raises: ChaosError."""
@@ -165,15 +189,20 @@ class Host:
         self.actions[step.action](guest)
         return time.monotonic_ns()
 
-    def wait_for_answers(self, since_ns: int) -> list[float]:
-        """Wait until every guest has had an answer since then; return how long each took. Raises: ChaosError."""
+    def wait_for_answers(self, since_ns: int) -> dict[int, float]:
+        """Wait until every guest has had an answer since then; return how long each took, by its number.
+
+        Those whose disk an administrator had paused meanwhile are not among them. Raises: ChaosError.
+        """
         waiting = dict(enumerate(self.guests))
-        took = [0.0] * len(self.guests)
+        took: dict[int, float] = {}
         give_up = time.monotonic() + PATIENCE_S
         while waiting:
             for number, guest in list(waiting.items()):
                 guest.check()
-                if guest.last_answer_ns > since_ns:
+                if guest.rests or guest.rested_ns > since_ns:
+                    del waiting[number]
+                elif guest.last_answer_ns > since_ns:
                     took[number] = (guest.last_answer_ns - since_ns) / 1e9
                     del waiting[number]
             if waiting and time.monotonic() > give_up:
@@ -188,9 +217,9 @@ class Host:
         Else a request that takes longer than others may see worker after worker die: to us each death follows answers,
         to the service the request is one that kills whoever touches it.
         """
-        begun = [guest.begun for guest in self.guests]
+        begun = [(guest, guest.begun) for guest in self.guests]
         give_up = time.monotonic() + PATIENCE_S
-        while waiting := [each for each, count in zip(self.guests, begun, strict=True) if each.settled < count]:
+        while waiting := [guest for guest, count in begun if guest.settled < count and not guest.rests]:
             for guest in waiting:
                 guest.check()
             if time.monotonic() > give_up:
@@ -275,30 +304,11 @@ class Host:
                 raise ChaosError("the service was not replaced")
             pause(PAUSE_S)
 
-    def _order(self, guest: GuestProcess, verb: str, **more: str) -> None:
-        """Give an order to the service, once the disk is in service."""
-        give_up = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                self.machine.ask({"verb": verb, "vbd": guest.vbd, **more})
-            except (XenbackendError, ValueError) as problem:
-                if time.monotonic() > give_up:
-                    raise ChaosError(f"{verb} {guest.vbd}: {problem}") from problem
-                pause(PAUSE_S)
-            else:
-                return
-
-    def _exchange(self, guest: GuestProcess) -> None:
-        guest.is_exchanged = not guest.is_exchanged
-        self._order(guest, "set", chain=guest.disk.other if guest.is_exchanged else guest.disk.chain)
-
-    def _pause(self, guest: GuestProcess) -> None:
-        self._order(guest, "pause")
-        before = guest.answers
-        pause(0.02)
-        if guest.answers - before > 512:  # what had been answered may still be looked at, and no more
-            raise ChaosError(f"{guest.vbd} had {guest.answers - before} answers while its disk was paused")
-        self._order(guest, "resume")
+    def _order(self, guest: GuestProcess) -> None:
+        """Let administrators order something of this disk and of others, and do not wait for them."""
+        for each in self.guests:
+            if each is guest or is_ordered_of(self._random):
+                self.desk.order(each, self._random)
 
     def _lose_xenstore(self, _guest: GuestProcess) -> None:
         self.machine.xenstored.stop()

@@ -1,4 +1,4 @@
-"""What disks the guests get and what is done below them, from one seed; the same seed makes the same plan.
+"""What disks the guests get, what is done below them and what is ordered of them, from one seed: the same plan again.
 
 Must not do any of it.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from random import Random
+from typing import Any
 
 SECTORS = 8192  # of a guest's disk: 4 MiB, so that requests meet each other
 
@@ -62,17 +64,16 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
     ]
 
 
+ORDERS = "administrators order"
 ACTIONS = {  # with how often of a hundred
-    "kill a worker": 48,
-    "kill every worker": 16,
-    "kill a worker twice": 6,
-    "kill the service": 5,
+    "kill a worker": 40,
+    "kill every worker": 13,
+    "kill a worker twice": 5,
+    "kill the service": 6,
     "kill both": 5,
-    "stop a worker for a moment": 5,
+    "stop a worker for a moment": 4,
     "replace the service": 3,
-    "upgrade a worker": 4,
-    "exchange a chain": 4,
-    "pause and resume": 2,
+    ORDERS: 22,
     "xenstore goes away": 2,
 }
 
@@ -90,3 +91,80 @@ def next_step(random: Random, guests: int, actions: dict[str, int]) -> Step:
     """Return the next step."""
     action = random.choices([*actions], [*actions.values()])[0]
     return Step(action, random.randrange(guests), random.random() ** 3 * 0.2)
+
+
+# What is ordered ----------------------------------------------------------------------------------------------------
+
+VERBS = {"set": 34, "snapshot": 12, "resize": 8, "pause": 12, "policy": 9, "upgrade": 14, "command": 11}
+MOST_SNAPSHOTS = 4  # images over one another: each makes its guest slower, for good
+POLICIES = ("read=retry 3 every 1s", "read=retry 4 every 0.5s", "write=retry 9 every 0.1s")  # harmless to all disks
+_BUSY = 0.4  # of a round: disks that somebody orders something of
+
+
+class Manner(Enum):
+    """How a client waits for the answer to its order."""
+
+    PATIENT = "waits"
+    SHORT = "waits for a moment, and asks what became of it"
+    GONE = "goes away"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One order of one client: `request` without the verb and the disk; it comes `after_s`, and waits `wait_s`."""
+
+    verb: str
+    request: dict[str, Any]
+    manner: Manner
+    after_s: float
+    wait_s: float
+
+
+def next_wishes(random: Random, disk: Disk, chain: str, image: Path, *, may_grow: bool) -> list[list[Wish]]:
+    """Return what is ordered of a disk at once: by one administrator or by two, each one order after the other.
+
+    `chain` is in service until then, `image` is not there yet; without `may_grow` a snapshot is to be refused.
+    """
+    verbs = random.choices([*VERBS], [*VERBS.values()], k=random.choice((1, 2, 2)))
+    if verbs.count("pause") > 1:
+        verbs.pop()  # whoever paused a disk resumes it, and nobody else
+    return [[_wish(random, verb, _request(random, verb, disk, chain, image, may_grow=may_grow))] for verb in verbs]
+
+
+def is_ordered_of(random: Random) -> bool:
+    """Return whether somebody orders something of one more disk."""
+    return random.random() < _BUSY
+
+
+def _wish(random: Random, verb: str, request: dict[str, Any]) -> Wish:
+    manner = random.choices([*Manner], [5, 3, 2])[0]
+    return Wish(verb, request, manner, random.random() ** 2 * 0.1, random.random() ** 2 * 0.2)
+
+
+def _request(random: Random, verb: str, disk: Disk, chain: str, image: Path, *, may_grow: bool) -> dict[str, Any]:
+    *_, source = layers = chain.split("|")
+    match verb:
+        case "set":
+            return _set(random, disk, layers)
+        case "snapshot":
+            return {"file": str(image) if may_grow else source.partition(":")[2].partition(",")[0]}
+        case "policy":
+            return {"policy": random.choice(POLICIES)}
+        case "command":
+            return {"layer": "log", "command": "peek"}
+    return {}
+
+
+def _set(random: Random, disk: Disk, layers: list[str]) -> dict[str, Any]:
+    """Return another chain over the same source, with filters or without; sometimes one that must be refused."""
+    own = [each for each in f"{disk.chain}|{disk.other}".split("|") if each.startswith(("fault:", "delay:"))]
+    filters = [each for each in ["log:", *own[:1]] if random.random() < 0.5]
+    chosen = "|".join([*filters, layers[-1]])
+    match random.choices(["other", "dry", "bottom", "missing"], [17, 1, 1, 1])[0]:
+        case "dry":
+            return {"chain": chosen, "dry_run": True}
+        case "bottom":
+            return {"chain": "|".join([*filters, "null:4M"])}
+        case "missing":
+            return {"chain": "|".join([*filters, "aio:/nonexistent/chaos"])}
+    return {"chain": chosen}

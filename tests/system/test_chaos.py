@@ -12,10 +12,14 @@ from tests.chaos.__main__ import run
 
 @pytest.mark.slow
 def test_guests_notice_nothing_but_a_pause(request: pytest.FixtureRequest) -> None:
-    """Guests under verified load see no error, no wrong sector and no second answer, whatever dies below them."""
+    """Guests under verified load see no error, no wrong sector and no second answer, whatever dies below them; and
+    administrators who order things of their disks meanwhile are told the truth.
+    """
     args = Namespace(kills=12, hours=None, guests=4, seed=request.config.getoption("--seed"), only=None)
     figures = run(args, Console(quiet=True))
 
     assert 0 == figures["errors that guests saw"]
+    assert [] == figures["lies"]
+    assert figures["orders"] > 0
     assert figures["worker kills"] >= 12
     assert figures["requests verified"] > 0
