@@ -21,7 +21,7 @@ from xenbackend.errors import KernelError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
 from xenbackend.supervisor.service import zygote
-from xenbackend.supervisor.service.fleet import REST_S, Fleet, Worker
+from xenbackend.supervisor.service.fleet import HANG_UP_S, REST_S, Fleet, Worker
 
 OPEN = messages.Open(number=7, vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
 
@@ -178,6 +178,18 @@ def test_nothing_is_heard_after_a_breach(hear: Callable[..., Heard], tmp_path: P
     assert (100, 1) == (len(heard.messages), heard.fleet.breaches)
     assert 1 == lines.getvalue().count("\n")
     assert lines.getvalue().startswith("<3>fleet: a worker broke the protocol and is killed worker=")
+
+
+@pytest.mark.parametrize("how", ["close()", "shutdown(socket.SHUT_RDWR)"])
+def test_a_worker_that_hangs_up_and_stays_is_killed(hear: Callable[..., Heard], tmp_path: Path, how: str) -> None:
+    """It could serve for ever, and not be told anything: it gets the time that one takes to end, and no more."""
+    heard = hear(_python(tmp_path, f"channel.{how}\nimport time; time.sleep(1000)"))
+    heard.until(lambda: not heard.worker._is_heard)
+    assert [] == heard.ends
+    heard.ahead_s = HANG_UP_S
+
+    assert "the worker was killed: it closed its socket, and did not end" == heard.until_end()
+    assert 1 == heard.fleet.breaches
 
 
 def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
+HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
 REST_S = 5.0  # after a zygote that has ended
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 _LAST_MESSAGES = 1024  # of one that has ended: more than its socket holds
@@ -51,6 +52,7 @@ class Worker:
         self._why_killed = ""
         self._is_short_of_descriptors = False
         self._is_heard = self._is_held = True  # we listen; it is ours
+        self._overdue = self._loop.timer(self._has_not_ended)
         self._loop.add(started.socket.fileno(), self._receive)
         self._loop.add(started.pidfd, self._reap)
 
@@ -103,6 +105,7 @@ class Worker:
 
     def _let_go(self) -> None:
         self._is_held = False
+        self._overdue.set(None)
         self._deafen()
         self._loop.remove(self._process.pidfd)
 
@@ -110,6 +113,17 @@ class Worker:
         if self._is_heard:
             self._is_heard = False
             self._loop.remove(self._process.socket.fileno())
+
+    def _hear_no_more(self) -> None:
+        """Expect the end of a worker that has closed its socket: one that stays could not be told anything."""
+        self._deafen()
+        self._overdue.set(self._loop.now() + HANG_UP_S)
+
+    def _has_not_ended(self) -> None:
+        if not self._why_killed:
+            sentence = "the worker was killed: it closed its socket, and did not end"
+            self._fleet.note_breach(self.pid, sentence)
+            self.kill(sentence)
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
         """Hand on what the worker said."""
@@ -121,12 +135,12 @@ class Worker:
             except BlockingIOError:
                 return
             except OSError:
-                self._deafen()
+                self._hear_no_more()
                 return
             if datagram or fds or not is_whole:
                 self._take(datagram, fds, is_whole=is_whole)
             elif _has_hung_up(self._process.socket):
-                self._deafen()  # the process ends or is about to
+                self._hear_no_more()
             else:
                 self._breach("an empty datagram")
 
