@@ -64,8 +64,13 @@ class Machine:
     service     the process that starts the service, and restarts it if it dies
     """
 
-    def __init__(self, *, observer: Observer | None = None, log: Path | None = None) -> None:
-        """Prepare a machine; `observer` is told about every change of xenstore, from another thread."""
+    def __init__(
+        self, *, observer: Observer | None = None, log: Path | None = None, program: str = "xenbackend"
+    ) -> None:
+        """Prepare a machine; `observer` is told about every change of xenstore, from another thread.
+
+        `program` is the module that is run as the service.
+        """
         if len(tempfile.gettempdir()) > _LONGEST:
             raise XenbackendError(
                 f"{tempfile.gettempdir()} is too long a path for sockets; set TMPDIR to a shorter one"
@@ -77,6 +82,7 @@ class Machine:
         self.xen = Xen(self.directory)
         self.xenstored = Xenstored(self.directory / "xenstore.sock", observer=observer)
         self.service: subprocess.Popen[bytes] | None = None
+        self._program = program
         self._undo = ExitStack()
         self._undo.callback(shutil.rmtree, self.directory)
 
@@ -118,7 +124,7 @@ class Machine:
     def start_service(self, *arguments: str) -> None:
         """Start the service and return when it is ready. Raises: XenbackendError."""
         command = [
-            sys.executable, "-m", "xenbackend", "run", "--keep", "--serve", "all", "--log", "json",
+            sys.executable, "-m", self._program, "run", "--keep", "--serve", "all", "--log", "json",
             "--store", str(self.directory / "xenstore.sock"),
             "--host", f"xenbackend.rig.host:{self.directory}",
             "--socket", self.control, *arguments,

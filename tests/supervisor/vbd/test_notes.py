@@ -21,7 +21,7 @@ def test_notes_have_their_types(kept: Kept) -> None:
     sentence, and what was noted before holds. A memory with such a name outlives its worker all the same.
     """
     noted = Notes(
-        "null:1G", Exchange(2**63, "params", "null:\udcff"), ["stale"], 17, "uid 0", "read=retry",
+        "null:1G", Exchange(2**63, "params", "null:\udcff"), ["stale"], "uid 0", "read=retry",
         Claimed({"state": "1"}, ["n0", "r5"], is_in_libxl=True),
     )  # fmt: skip
     handover = Handover(kept.keeper(), PATH)

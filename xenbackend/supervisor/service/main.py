@@ -154,7 +154,10 @@ class Service:
                 close(Answer(Code.GONE, None, "the service ended before it was done"))
             else:
                 go_on = partial(vbd.orders.go_on, entry["verb"], entry["to"], entry["number"])
-                self._give(go_on, close)
+                try:
+                    self._give(vbd, go_on, close)
+                except Exception as bug:  # which must not keep the service from starting
+                    self._loop.bug(bug)
 
     def _stop(self, number: int) -> None:
         """End, by a signal's number."""
@@ -252,11 +255,11 @@ class Service:
 
         if verb == "upgrade":
             self._fleet.renew()  # the zygote has imported the program as it was
-        self._give(partial(vbd.orders.give, verb, request, number), answer)
+        self._give(vbd, partial(vbd.orders.give, verb, request, number), answer)
 
     @staticmethod
-    def _give(give: Callable[[Callable[[Answer], None]], None], answer: Callable[[Answer], None]) -> None:
-        """Give an order, and answer for it where it cannot be given."""
+    def _give(vbd: Vbd, give: Callable[[Callable[[Answer], None]], None], answer: Callable[[Answer], None]) -> None:
+        """Give an order to a vbd, and answer for it where it cannot be given."""
         try:
             give(answer)
         except XenbackendError as error:

@@ -45,25 +45,25 @@ class Notes:
     chain         the chain in service, or the one that a worker was last told to open
     exchange      the exchange under way; None: there is none
     stale_params  what the key ``params`` may still say although `chain` has taken its place; none: it says so too
-    exchanged_by  the order by which `chain` took the place of another one
     paused        who has paused the disk, for people; None: it is not paused
     policy        what was ordered to become of requests that fail; None: as the settings say
     claim         see `Claimed`
     memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
     program       version of the program that the worker was started from
     restarts      workers that took the place of one that had died
+    exchanged_by  number of the order by which `chain` took another one's place
     """
 
     chain: str = ""
     exchange: Exchange | None = None
     stale_params: list[str] = field(default_factory=list)
-    exchanged_by: int = 0
     paused: str | None = None
     policy: str | None = None
     claim: Claimed | None = None
     memories: dict[str, str] = field(default_factory=dict)
     program: str = ""
     restarts: int = 0
+    exchanged_by: int = 0
 
 
 def write(memory: memoryview, notes: Notes) -> None:

@@ -1,0 +1,43 @@
+"""The service, whose workers are `wild_worker`: as `python -m xenbackend`, and counts what workers say.
+
+Must not change anything else of the service, but that a worker that hangs up has less time to end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from typing import Any
+
+from tests.supervisor.wild_worker import ENVIRONMENT, HEARD, Words
+from xenbackend.cli.main import main
+from xenbackend.protocol import codec
+from xenbackend.supervisor.service import fleet, parent, zygote
+from xenbackend.supervisor.service import main as service
+
+_WORKER = (sys.executable, "-m", "tests.supervisor.wild_worker")
+
+
+def _count(words: Words) -> None:
+    decode = codec.from_worker
+
+    def from_worker(datagram: bytes) -> Any:
+        words.words[HEARD] += 1
+        return decode(datagram)
+
+    codec.from_worker = from_worker
+
+
+def _parent(command: list[str], *rest: Any) -> parent.Parent:
+    """Return what starts this program where it would start the real one."""
+    return _Parent([sys.executable, "-m", "tests.supervisor.wild_service", *command[3:]], *rest)
+
+
+if __name__ == "__main__":
+    _count(Words(os.environ[ENVIRONMENT]))
+    _Parent, parent.Parent = parent.Parent, _parent  # type: ignore[misc,assignment]
+    zygote.COMMAND = _WORKER
+    service.Fleet = partial(fleet.Fleet, command=_WORKER)  # type: ignore[misc,assignment]
+    fleet.HANG_UP_S = 0.3
+    sys.exit(main(sys.argv[1:]))

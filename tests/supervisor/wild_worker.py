@@ -1,0 +1,382 @@
+"""A worker that somebody has taken over: it serves for a moment, then says and does whatever may harm its supervisor.
+
+Must not harm what is not the supervisor's: it is run as the real one is.
+
+Disks of `null:` get it, all others a real worker (`--socket N`), forked by the real zygote or not (`--host …`). What it
+does by turns stands in `Wild.DEEDS`; most of what it says is fit to be heard, so that it lives for a while. What is
+done how often stands in the file that `WILD` names, for the test to see (`Words`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import select
+import socket
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.supervisor.fake_worker import FakeWorker
+from xenbackend import journal
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.messages import Stage
+from xenbackend.units import PAGE
+from xenbackend.worker import main as real
+from xenbackend.worker import zygote
+
+ENVIRONMENT = "WILD"
+HEARD, IS_CALM, SEED = 0, 1, 2  # words: messages that the service has taken; nobody is wild any more; of random numbers
+DISK_WORDS = 64  # per disk: its lives, then how often each deed was done
+DISKS = 7
+NAMES = [f"memory-{number}" for number in range(messages.MAX_MEMORIES // 2)]
+ODD: list[Any] = [
+    None, True, -1, 0, 2**31, 2**63, 2**64, -(2**70), 1.5, 1e308, "", "\0", "\ud800", "\udc80", "x" * 5000, [], {},
+    [[]], {"kind": "Open"}, ["x"] * 4097, {"": ""}, "aio:/etc/shadow", "null:3G", "serving", "ok", [0] * 100,
+]  # fmt: skip
+_WILD = 60  # one of so many messages is a deed
+_PATIENCE_S = 20.0  # until it is killed; it ends by itself then, and the test fails
+
+
+class Words:
+    """What the test, the service and all wild workers share: 64-bit words, each written by one of them."""
+
+    def __init__(self, path: str) -> None:
+        with Path(path).open("r+b") as file:
+            self.words = memoryview(mmap.mmap(file.fileno(), PAGE)).cast("Q")
+
+    @staticmethod
+    def make(path: Path, seed: int) -> Words:
+        """Begin."""
+        path.write_bytes(bytes(PAGE))
+        words = Words(str(path))
+        words.words[SEED] = seed
+        return words
+
+    def deeds(self) -> dict[str, int]:
+        """Return how often each was done."""
+        rows = [self.words[DISK_WORDS * disk : DISK_WORDS * (disk + 1)] for disk in range(1, DISKS + 1)]
+        return {name: sum(row[1 + place] for row in rows) for place, name in enumerate(Wild.DEEDS)}
+
+    def lives(self) -> int:
+        """Return how many wild workers there were."""
+        return sum(self.words[DISK_WORDS * disk] for disk in range(1, DISKS + 1))
+
+
+class Wild:
+    """One such worker, told to open a chain at the other end of `near`."""
+
+    def __init__(self, near: socket.socket, words: Words) -> None:
+        self._near = near
+        self._words = words
+        self._fake = FakeWorker()
+        self._heard: list[bytes] = [b"{}"]
+        self._fds: list[int] = []  # memories that a predecessor had kept
+        self._asked: list[int] = []
+        self._names = [*NAMES, "odd", "x", *(f"another-{number}" for number in range(messages.MAX_MEMORIES + 1))]
+        self._row = memoryview(array("Q", bytes(8 * DISK_WORDS)))
+        self._disk = 0
+        self._random = Random(0)
+
+    def run(self) -> None:
+        """Serve for a moment, then do all that comes to mind, until killed."""
+        while self._fake.standing.stage is not Stage.SERVING:
+            if not self._obey():
+                return
+        self._progress()
+        while self._is_calm() or self._random.randrange(4):
+            if self._is_calm():
+                self._say(*(messages.Drop(name) for name in self._names))
+                self._names = []
+            if not self._obey(0.05 if self._is_calm() else 0.002):
+                return
+        give_up = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < give_up and not self._is_calm():
+            self._obey(0)
+            if self._random.randrange(_WILD):
+                self._random.choice(self._HARMLESS)(self)
+            else:
+                self._do([*self.DEEDS][(3 * self._disk + sum(self._row[1:])) % len(self.DEEDS)])  # each has its turn
+        os._exit(7)
+
+    def _is_calm(self) -> bool:
+        return bool(self._words.words[IS_CALM])
+
+    def _do(self, name: str) -> None:
+        self._row[1 + [*self.DEEDS].index(name)] += 1
+        self.DEEDS[name](self)
+
+    def _obey(self, timeout_s: float | None = None) -> bool:
+        """Hear one message, if one comes in time, and mostly do as it says; False: nobody is there any more."""
+        if not select.select([self._near], [], [], timeout_s)[0]:
+            return True
+        try:
+            datagram, fds, _, _ = socket.recv_fds(self._near, messages.MAX_MESSAGE, 70)
+        except OSError:
+            return False
+        if not datagram:
+            return False
+        self._heard = [*self._heard[-9:], datagram]
+        message = codec.from_supervisor(datagram)
+        if isinstance(message, messages.Open):
+            self._open(message, fds)
+        else:
+            for fd in fds:
+                os.close(fd)
+        if isinstance(message, messages.Ask):
+            self._asked.append(message.id)
+        if isinstance(message, messages.Close):
+            self._say(*self._fake.answers(message))
+            return False
+        if isinstance(message, messages.Ask) and not self._is_calm() and not self._random.randrange(3):
+            self._do("wrong reply")
+        elif not isinstance(message, messages.Reply):
+            self._say(*self._fake.answers(message))
+        return True
+
+    def _open(self, message: messages.Open, fds: list[int]) -> None:
+        self._fake.journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
+        self._fds = fds
+        self._disk = disk = message.frontend_domid
+        self._row = self._words.words[DISK_WORDS * disk : DISK_WORDS * (disk + 1)]
+        self._random = Random(f"{self._words.words[SEED]} {disk} {self._row[0]}")
+        self._row[0] += 1
+
+    def _progress(self) -> None:
+        """Let the guest have had an answer, so that a successor comes at once."""
+        words = self._fake.journal[journal.RINGS_AT : journal.RINGS_AT + PAGE].cast("Q")
+        words[journal.RING_ENTRIES] = 32
+        words[journal.REQ_CONS] = (words[journal.REQ_CONS] + 1) & (2**40 - 1)
+
+    def _say(self, *said: messages.Message) -> None:
+        for each in said:
+            self._send(codec.encode(each))
+
+    def _send(self, datagram: bytes, fds: list[int] | None = None) -> None:
+        """Send, however long the service takes to read."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._near, [datagram], fds or [])
+
+    # what may be said
+
+    def _stand(self) -> None:
+        texts = ["", "", "it broke", "x" * 3000, "\0\n\t\x1b[2J", "\udcff"]
+        halted, trouble = self._random.choice(texts), self._random.choice(texts)
+        self._fake.standing = replace(self._fake.standing, halted=halted, trouble=trouble)
+        self._say(self._fake.standing)
+
+    def _stand_as_before(self) -> None:
+        old = replace(self._fake.standing, number=self._random.choice([-1, 0, 5]), chain="aio:/etc/shadow")
+        self._say(self._random.choice([old, self._fake.standing]))
+
+    def _log(self) -> None:
+        level = self._random.choice(["info", "critical", "nonsense", "", "x" * 1000])
+        self._say(messages.Log(level, "I am a line\n" * self._random.randrange(400), self._random.randrange(3)))
+
+    def _drop(self) -> None:
+        self._say(messages.Drop(self._random.choice([*NAMES, "", "nothing", "\udcff" * 4096])))
+
+    def _keep(self) -> None:
+        fd = os.memfd_create("wild", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, self._random.choice([0, 1, PAGE, 1 << 40]))
+        self._send(codec.encode(messages.Keep(self._random.choice(NAMES), self._random.choice([0, -1, 1 << 62]))), [fd])
+        with suppress(OSError):
+            os.ftruncate(fd, self._random.choice([0, PAGE]))
+        os.close(fd)
+
+    def _ask(self) -> None:
+        self._say(messages.Ask(self._random.choice([0, 1, -5, 2**63]), messages.Command("0", "get", [])))
+        self._obey(1.0)
+
+    # what must not be
+
+    def _valid(self) -> dict[str, Any]:
+        said = self._random.choice([
+            self._fake.standing, messages.Log("info", "x"), messages.Drop("x"), messages.Reply(1, Code.OK),
+            messages.Ask(1, messages.Command("0", "get", [])), messages.Keep("x", 1),
+        ])  # fmt: skip
+        return dict(json.loads(codec.encode(said)))
+
+    def _random_bytes(self) -> None:
+        self._send(self._random.randbytes(self._random.choice([1, 2, 80, 5000, 100_000])))
+
+    def _empty(self) -> None:
+        self._send(b"")
+
+    def _changed_bytes(self) -> None:
+        datagram = bytearray(json.dumps(self._valid()).encode())
+        for _ in range(self._random.choice([1, 1, 3, 20])):
+            datagram[self._random.randrange(len(datagram))] = self._random.randrange(256)
+        self._send(bytes(datagram))
+
+    def _changed_field(self) -> None:
+        values = self._valid()
+        values[self._random.choice([*values])] = self._random.choice(ODD)
+        self._send(json.dumps(values).encode())
+
+    def _field_more_or_less(self) -> None:
+        values = self._valid()
+        if self._random.randrange(2):
+            values[self._random.choice(["", "x", "is_admin", "number", "__class__"])] = self._random.choice(ODD)
+        else:
+            del values[self._random.choice([*values])]
+        self._send(json.dumps(values).encode())
+
+    def _deep(self) -> None:
+        piece = self._random.choice([b"[", b'{"a":', b'{"version":3,"kind":"Standing","layers":['])
+        self._send(piece * (self._random.choice([900, 60_000]) // len(piece)))
+
+    def _too_long(self) -> None:
+        self._near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        with suppress(OSError):
+            self._send(codec.encode(messages.Log("info", "x" * (messages.MAX_MESSAGE + 1))))
+
+    def _echo(self) -> None:
+        self._send(self._random.choice(self._heard))
+
+    def _wrong_number(self) -> None:
+        number = self._fake.standing.number + self._random.choice([1, 2, 10**9, 2**62 - self._fake.standing.number])
+        self._say(replace(self._fake.standing, number=number))
+
+    def _wrong_stage(self) -> None:
+        self._say(replace(self._fake.standing, stage=self._random.choice([Stage.IDLE, Stage.OPEN, Stage.LEAVING])))
+
+    def _wrong_chain(self) -> None:
+        self._say(
+            replace(self._fake.standing, chain=self._random.choice(["", "aio:/etc/shadow", "null:9G", "|" * 2000]))
+        )
+
+    def _reply_to_nobody(self) -> None:
+        self._say(messages.Reply(self._random.choice([2**62, 2**63]), Code.OK))
+
+    def _wrong_reply(self) -> None:
+        number = self._asked.pop() if self._asked else 0
+        code, data = (
+            self._random.choice([*Code]),
+            self._random.choice(["", "null:7G", "aio:/etc/shadow", "[[", "\0" * 9000]),
+        )
+        for _ in range(self._random.choice([1, 1, 2])):
+            self._say(messages.Reply(number, code, self._random.choice(["", "no", "x" * 9000]), data))
+
+    def _odd_descriptors(self) -> None:
+        near, far = os.pipe()
+        one, other = socket.socketpair()
+        epoll = select.epoll()
+        kinds = [near, far, one.fileno(), other.fileno(), epoll.fileno(), self._near.fileno(), self._fds[0], 0]
+        fds = self._random.choices(kinds, k=self._random.choice([0, 1, 1, 2, 60, 253]))
+        message = self._random.choice([messages.Keep("odd", 1), messages.Log("info", "x"), self._fake.standing])
+        self._send(codec.encode(message), fds)
+        for each in (one, other, epoll):
+            each.close()
+        os.close(near)
+        os.close(far)
+
+    def _too_many_memories(self) -> None:
+        for number in range(messages.MAX_MEMORIES + 1):
+            fd = os.memfd_create("wild")
+            self._send(codec.encode(messages.Keep(f"another-{number}", 1)), [fd])
+            os.close(fd)
+        for number in range(messages.MAX_MEMORIES + 1):
+            self._say(messages.Drop(f"another-{number}"))
+
+    def _flood(self) -> None:
+        self._near.setblocking(False)
+        for _ in range(self._random.choice([100, 1000])):
+            with suppress(BlockingIOError):
+                self._random.choice([self._log, self._stand, self._drop])()
+        self._near.setblocking(True)
+
+    def _read_nothing(self) -> None:
+        ask = codec.encode(messages.Ask(1, messages.Command("0", "get", [])))
+        for _ in range(2000):
+            self._send(ask)
+
+    def _scribble_journal(self) -> None:
+        page = self._fake.journal
+        for _ in range(self._random.choice([1, 20])):
+            place = 8 * self._random.choice([
+                self._random.randrange(512), 512 + self._random.randrange(8), 1024 + self._random.randrange(8192),
+                self._random.randrange(journal.SIZE // 8),
+            ])  # fmt: skip
+            page[place : place + 8] = self._random.choice([bytes(8), b"\xff" * 8, self._random.randbytes(8)])
+        if self._random.randrange(2):
+            with suppress(ValueError):
+                journal.AGREED.write(page, {"chain": self._random.choice(ODD[:10]), "connect": {"rings": [[]] * 50}})
+
+    def _truncate(self) -> None:
+        for fd in self._fds:
+            for size in (0, 1, 1 << 40):
+                with suppress(OSError):
+                    os.ftruncate(fd, size)
+            with suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+            with suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK)
+
+    def _hang_up(self) -> None:
+        self._near.close()
+        select.select([], [], [], _PATIENCE_S)
+
+    def _half_close(self) -> None:
+        self._near.shutdown(self._random.choice([socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR]))
+        self._obey(0.01)
+
+    def _end(self) -> None:
+        os._exit(self._random.randrange(256))
+
+    _HARMLESS = (_stand, *[_stand_as_before] * 3, *[_log] * 4, *[_drop] * 4, _keep, _ask)
+    DEEDS: dict[str, Callable[[Wild], None]] = {  # noqa: RUF012 - a table
+        "random bytes": _random_bytes,
+        "an empty datagram": _empty,
+        "changed bytes": _changed_bytes,
+        "a changed field": _changed_field,
+        "a field more or less": _field_more_or_less,
+        "deep values": _deep,
+        "a message too long": _too_long,
+        "an order's echo": _echo,
+        "a number that nobody gave": _wrong_number,
+        "a stage that cannot be": _wrong_stage,
+        "a chain that nobody ordered": _wrong_chain,
+        "a reply to nobody": _reply_to_nobody,
+        "wrong reply": _wrong_reply,
+        "odd descriptors": _odd_descriptors,
+        "too many memories": _too_many_memories,
+        "a flood": _flood,
+        "reads nothing": _read_nothing,
+        "scribbles into the journal": _scribble_journal,
+        "cuts memories short": _truncate,
+        "hangs up and stays": _hang_up,
+        "closes one way": _half_close,
+        "ends": _end,
+    }
+
+
+def serve(near: socket.socket) -> int:
+    """Be wild for a disk of `null:`, and a real worker for any other."""
+    message = codec.from_supervisor(near.recv(messages.MAX_MESSAGE, socket.MSG_PEEK))
+    if not (isinstance(message, messages.Open) and message.chain.startswith("null:")):
+        return real.serve(near)
+    near.setblocking(True)
+    Wild(near, Words(os.environ[ENVIRONMENT])).run()
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Be the zygote, or a worker that was started by exec."""
+    if "--host" not in arguments:
+        return serve(socket.socket(fileno=int(arguments[arguments.index("--socket") + 1])))
+    zygote.serve = serve
+    return zygote.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
