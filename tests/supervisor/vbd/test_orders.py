@@ -448,7 +448,7 @@ def test_the_next_service_goes_on_with_what_can_be_ordered_twice(
         stepped.until(lambda: answers)
         after = stepped.vbd().device.is_paused
 
-    assert [(Code.UNDER_WAY, "vbd/5/51712: the service is being replaced; ask again")] == [
+    assert [(Code.UNDER_WAY, "5/xvda: the service is being replaced; ask again")] == [
         (each.code, each.sentence) for each in told
     ]
     assert [Code.OK] == [each.code for each in answers]
