@@ -295,8 +295,11 @@ def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Sys
         return call(str(control_socket), {"verb": verb, "vbd": "5/xvda", **more}, 30)
 
     first = _status(control_socket)["worker"]
-    answers = [ask("pause"), ask("resume"), ask("policy", policy="write=report"), ask("upgrade")]
+    answers = [ask("pause", by="nobody")]
+    paused_by = _status(control_socket)["paused_by"]
+    answers += [ask("resume"), ask("policy", policy="write=report"), ask("upgrade")]
     answers += [ask("set", chain="null:2G", replace=True), ask("resize")]
+    answers += [ask("set", chain="null:3G", replace=True, dry_run=True)]
     known = _status(control_socket)
     with pytest.raises(ServiceError, match="unknown request"):
         ask("frob")
@@ -310,13 +313,15 @@ def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Sys
     assert [each.order for each in answers] == [each["number"] for each in orders[:-1]]
     assert (caught.value.answer.order, last) == (orders[-1]["number"], orders[-1:])
     who = {"pid": os.getpid(), "uid": os.getuid(), "command": Path("/proc/self/comm").read_text().rstrip()}
-    assert [who] * 7 == [each["who"] for each in orders]
-    assert ["ok"] * 6 == [each["code"] for each in orders[:-1]]
+    assert [who] * 8 == [each["who"] for each in orders]
+    assert f"uid {who['uid']}, pid {who['pid']}, {who['command']}" == paused_by
+    assert ["ok"] * 7 == [each["code"] for each in orders[:-1]]
+    assert ("set --dry-run", "null:2G", "null:3G") == tuple(orders[6][key] for key in ("verb", "from", "to"))
     assert ("5/xvda", "null:1G", "null:2G") == tuple(orders[4][key] for key in ("vbd", "from", "to"))
     assert first != known["worker"]
     assert ("null:2G", "", 2 << 30) == (known["chain"], known["error"], known["layers"][0]["size"])
     assert ({"pid": service.pid}, 0) == (stopped.data, service.returncode)
-    assert 8 == sum(" order=" in line for line in log.splitlines())
+    assert 9 == sum(" order=" in line for line in log.splitlines())
 
 
 def test_whoever_waits_no_longer_is_told_the_order(

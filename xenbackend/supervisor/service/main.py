@@ -245,12 +245,13 @@ class Service:
         """Give an order to a vbd: it has a number from now on, and is in the ledger until it has its answer."""
         verb, vbd = str(request["verb"]), self._registry.find(_text(request, "vbd"))
         given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
-        number = self._ledger.open(verb, vbd.path.disk, asdict(peer), given)
+        is_dry_run = request.get("dry_run") is True
+        number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
         reply.order, reply.known = number, vbd.orders.chain_data
 
         def answer(how: Answer) -> None:
             if how.code is not Code.UNDER_WAY:  # the next service goes on with it
-                self._ledger.close(number, how)
+                self._ledger.close(number, replace(how, data=None) if is_dry_run else how)  # it led to no chain
             reply(replace(how, order=number))
 
         if verb == "upgrade":
@@ -261,7 +262,7 @@ class Service:
     def _give(vbd: Vbd, give: Callable[[Callable[[Answer], None]], None], answer: Callable[[Answer], None]) -> None:
         """Give an order to a vbd, and answer for it where it cannot be given."""
         try:
-            give(answer)
+            vbd.orders.give(verb, {**request, "by": str(peer)}, number, answer)
         except XenbackendError as error:
             answer(Answer(code_of(error), vbd.orders.chain_data(), str(error)))
         except Exception as bug:

@@ -48,6 +48,9 @@ class Peer:
     uid: int
     command: str
 
+    def __str__(self) -> str:
+        return f"uid {self.uid}, pid {self.pid}" + (f", {self.command}" if self.command else "")
+
 
 class Reply:
     """Takes the one answer to a request, at once or later.

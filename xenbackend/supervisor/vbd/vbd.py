@@ -67,7 +67,7 @@ class Vbd:
         self._on_forgotten = on_forgotten
         self._log = VbdLog(path, context.loop.now)
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
-        self.link = Link(self, context.fleet, int(context.time() * 1e6))
+        self.link = Link(self, context.fleet, int(context.loop.now() * 1e6))  # no clock that could be set back
         self.orders = Orders(self, context.settings.on_error)
         self._exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
