@@ -2,7 +2,8 @@
 
 null:1G serves; null:2G cannot be opened; null:3G dies when it is asked to connect; null:4G never leaves, pauses or
 reports; null:5G cannot take another chain's place; null:6G does, and dies before it says so; null:8G says that it is in
-service when nobody asked for it; null:9G answers what nobody asked.
+service when nobody asked for it; null:9G answers what nobody asked. An image /full has no room, and
+instead of /lies another file is named.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class FakeWorker:
             case messages.Branch(file="/full"):
                 return messages.Reply(ask.id, Code.FAILED, "/full: no room for another image")
             case messages.Branch():
-                return messages.Reply(ask.id, Code.OK, data="null:7G")
+                file = "/etc/shadow" if ask.question.file == "/lies" else ask.question.file
+                return messages.Reply(ask.id, Code.OK, data=f"qcow2:{file}")
             case messages.Command():
                 answer = f"{ask.question.layer} {ask.question.arguments}"
                 if ask.question.verb == "get":
@@ -141,7 +143,7 @@ class FakeWorker:
 def _layer(chain: str, *, read_only: bool) -> messages.LayerFacts:
     return messages.LayerFacts(
         text=chain,
-        size=int(chain[5]) << 30,
+        size=(int(chain[5]) if chain.startswith("null:") else 7) << 30,
         sector_size=512,
         read_only=read_only,
         can_flush=True,

@@ -265,6 +265,16 @@ def test_a_snapshot_that_fails_ends_no_set(serving: Stepped, toolstack: Store) -
     assert ("/full: no room for another image", "null:1G") == (failed[0].sentence, failed[0].data["chain"])
 
 
+def test_a_snapshot_is_no_way_to_another_file(serving: Stepped, toolstack: Store) -> None:
+    """S5: a worker that a guest has taken over names another image than the one that was asked for: it is replaced."""
+    pid = serving.vbd().worker.pid
+    answer = ask(serving, "snapshot", file="/lies")
+    serving.until(is_served(serving, pid))
+
+    assert (Code.FAILED, "null:1G", 1) == (answer.code, answer.data["chain"], serving.fleet.breaches)
+    assert "null:1G" == toolstack.read(f"{PATH.backend}/params") == serving.vbd().handover.notes.chain
+
+
 def test_what_cannot_be_asked_now_is_refused(stepped: Stepped, toolstack: Store) -> None:
     """A disk that is not in service can neither be given another chain nor another worker."""
     write_like_libxl(toolstack, params="null:2G")
@@ -339,9 +349,9 @@ def test_an_order_that_came_to_nothing_is_forgotten(serving: Stepped, toolstack:
 def test_an_image_is_put_over_the_guests(serving: Stepped, toolstack: Store) -> None:
     """The worker makes the new image and the chain with it is put in like any other one."""
     made = ask(serving, "snapshot", file="/new", format="qcow2")
-    serving.until(lambda: toolstack.read(f"{PATH.backend}/params") == "null:7G")
+    serving.until(lambda: toolstack.read(f"{PATH.backend}/params") == "qcow2:/new")
 
-    assert (Code.OK, "null:7G") == (made.code, made.data["chain"])
+    assert (Code.OK, "qcow2:/new") == (made.code, made.data["chain"])
     with pytest.raises(ConfigError, match="no whole path"):
         begin(serving, "snapshot", file="new")
 

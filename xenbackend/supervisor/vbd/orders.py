@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from xenbackend.block.options import files_of
 from xenbackend.block.policy import Policy
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import ConfigError
@@ -241,9 +242,9 @@ class Orders:
         self._check_service()
         if not Path(file).is_absolute():
             raise ConfigError(f"{file!r} is no whole path: the service would look for it in a directory of its own")
-        self._ask(order, messages.Branch(file, image_format), lambda reply: self._branched(order, reply))
+        self._ask(order, messages.Branch(file, image_format), lambda reply: self._branched(order, file, reply))
 
-    def _branched(self, order: Order, reply: messages.Reply) -> None:
+    def _branched(self, order: Order, file: str, reply: messages.Reply) -> None:
         """Put the chain with the new image in; where that is refused the image is left, empty."""
         if order.number not in self._under_way:
             return
@@ -251,7 +252,9 @@ class Orders:
             self._answer(order, Answer(reply.code, sentence=reply.sentence, data=self.chain_data()))
             return
         try:
-            check_whole_paths(parse_chain(reply.data))
+            if not _is_over(reply.data, order.former, file):
+                self._vbd.link.breach(f"it says that its new image {file} is another one")
+                raise ConfigError(f"its worker made another image than {file}, and was killed")
             if len(reply.data) > MAX_CHAIN:
                 raise ConfigError(f"the chain would have {len(reply.data)} characters, and xenstore takes {MAX_CHAIN}")
             self._exchange(order, reply.data, replaces=False)
@@ -323,6 +326,16 @@ def _text(request: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"the request needs {key}, a text")
     return value
+
+
+def _is_over(chain: str, former: str, file: str) -> bool:
+    """Return whether a chain is the former one with an image in this file in the place of its source."""
+    try:
+        layers, formers = parse_chain(chain).layers, parse_chain(former).layers
+    except ConfigError:
+        return False
+    is_same = [each.text for each in layers[:-1]] == [each.text for each in formers[:-1]]
+    return is_same and list(files_of(layers[-1].options).values()) == [file]
 
 
 def _list_of_texts(data: str) -> list[str]:
