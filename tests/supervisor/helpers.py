@@ -98,7 +98,7 @@ class Stepped:
     def _run_scripts(self) -> bool:
         """Do what a toolstack does that sees InitWait."""
         for path, vbd in list(self.registry.vbds.items()):
-            is_due = self._runs_script and vbd.device.ours == 2 and not vbd.device.hotplug
+            is_due = self._runs_script and vbd.device.sight.ours == 2 and not vbd.device.sight.hotplug
             if is_due and self._asked.get(path) is not vbd:
                 self._asked[path] = vbd
                 self.script(path)

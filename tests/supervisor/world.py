@@ -80,11 +80,11 @@ class World:
         if self.is_forgotten and not self.is_stopped and self.state is not None:
             self.lives += 1
             self._begin()
-        if not self.is_away and not self.device.is_over and self.node and "max-ring-page-order" in self.node:
+        if not self.is_away and not self.device.sight.is_over and self.node and "max-ring-page-order" in self.node:
             self._life = self._life or self.node
         self._seen = self._seen if self.is_away else self.node
         self.send(events.Seen(self.node, self.theirs))
-        if self.runs_script and self.state == "2" and not self.device.hotplug:
+        if self.runs_script and self.state == "2" and not self.device.sight.hotplug:
             self.send(events.Called())
 
     def send(self, event: events.Event) -> None:
@@ -141,7 +141,7 @@ class World:
 
     def _check(self, action: events.Write) -> None:
         """See that a write may be."""
-        assert not self.device.is_over, "written into a vbd that is over"
+        assert not self.device.sight.is_over, "written into a vbd that is over"
         state = action.keys.get("state")
         was_connected = action.state is S.CONNECTED
         if state == "4" and not was_connected:
@@ -151,9 +151,9 @@ class World:
             assert not self.is_connected, "offered with rings mapped"
         if state == "6":
             assert not self.is_running, "Closed while there is a worker"
-        is_wanted = self.device.spec is not None and (self.node or {}).get("online") != "0"
+        is_wanted = self.device.sight.spec is not None and (self.node or {}).get("online") != "0"
         is_refused = "rings" in self.device.error  # by `refuse`: it is connected to nothing, whatever it says
-        if was_connected and is_wanted and self.device.theirs is S.CONNECTED and not is_refused:
+        if was_connected and is_wanted and self.device.sight.theirs is S.CONNECTED and not is_refused:
             assert state in (None, "4"), "a guest that is connected was let down"
 
     def say(self, **changes: Any) -> None:
@@ -176,7 +176,7 @@ class World:
         if told == "open" and self.cannot:
             self.say(failure=self.cannot, errno=5)
         elif told == "open":
-            chain = self.device.spec.chain if self.device.spec else ""
+            chain = self.device.sight.spec.chain if self.device.sight.spec else ""
             self.say(stage=Stage.OPEN, chain=chain, layers=[LAYER], flush_failed=self.journal)
         elif told == "connect":
             self.journal = self.journal if self.joined and self.joined.goes_on else ""

@@ -47,7 +47,7 @@ def test_birth_service_and_removal(stepped: Stepped, toolstack: Store, guest: St
     shown = toolstack.dictionary("/local/domain/0/xenbackend/vbd/5/51712")
     guest.write(f"{PATH.frontend}/state", "4")
     remove_like_libxl(toolstack)
-    stepped.until(lambda: stepped.vbd().device.ours == 5)
+    stepped.until(lambda: stepped.vbd().device.sight.ours == 5)
     guest.write(f"{PATH.frontend}/state", "6")
     stepped.until(_has(toolstack, "state", "6"))
     toolstack.remove(PATH.backend)

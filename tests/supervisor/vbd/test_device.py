@@ -255,7 +255,7 @@ def test_a_node_that_is_made_anew_ends_the_former_life(state: str) -> None:
     world.say(flush_failed="a flush failed")
     world.node, world.theirs = {**NODE, "state": state}, S.INITIALISING
     world.see()
-    assert (True, [events.Close()], FORCED_LIMIT_S) == (world.device.is_over, world.inbox, world.limit)
+    assert (True, [events.Close()], FORCED_LIMIT_S) == (world.device.sight.is_over, world.inbox, world.limit)
     world.see()
     world.send(events.Called())
     assert {**NODE, "state": state} == world.node
@@ -264,7 +264,7 @@ def test_a_node_that_is_made_anew_ends_the_former_life(state: str) -> None:
     world.settle()
 
     assert ("2", False, 2) == (world.state, world.is_connected, world.lives)
-    assert ("", "", "connected") == (world.device.error, world.lost, world.device.hotplug)
+    assert ("", "", "connected") == (world.device.error, world.lost, world.device.sight.hotplug)
 
 
 def test_a_vbd_that_is_over_stays_so() -> None:
@@ -275,7 +275,7 @@ def test_a_vbd_that_is_over_stays_so() -> None:
     world.node = former
     world.see()
 
-    assert (True, None, S.UNKNOWN) == (world.device.is_over, world.device.keys, world.device.theirs)
+    assert (True, None, S.UNKNOWN) == (world.device.sight.is_over, world.device.sight.keys, world.device.sight.theirs)
     world.settle()
     assert ("4", 2) == (world.state, world.lives)
 
@@ -288,7 +288,7 @@ def test_a_write_that_failed_ends_no_life() -> None:
         world.device.handle(events.Seen(dict(world.node), S.INITIALISING))
         world.device.handle(events.Seen(dict(world.node), S.INITIALISING))
 
-    assert not world.device.is_over
+    assert not world.device.sight.is_over
 
 
 def test_a_directory_that_is_made_again_with_our_keys_is_the_same_vbd() -> None:
@@ -297,7 +297,7 @@ def test_a_directory_that_is_made_again_with_our_keys_is_the_same_vbd() -> None:
     world.settle()
     world.send(events.Seen({**(world.node or {}), "state": "2"}, S.INITIALISING))
 
-    assert (False, Phase.OPEN) == (world.device.is_over, world.device.phase)
+    assert (False, Phase.OPEN) == (world.device.sight.is_over, world.device.phase)
 
 
 def test_read_only_mode_reaches_worker_and_guest() -> None:
@@ -408,7 +408,7 @@ def test_params_follow_the_chain_in_service() -> None:
     assert [({"params": "null:2G"}, S.CONNECTED, "null:1G")] == [
         (each.keys, each.state, each.params) for each in writes
     ]
-    assert ("null:2G", Phase.SERVING) == (world.device.spec and world.device.spec.chain, world.device.phase)
+    assert ("null:2G", Phase.SERVING) == (world.device.sight.spec and world.device.sight.spec.chain, world.device.phase)
     assert ("null:2G", []) == ((world.node or {})["params"], world.inbox)
 
 
@@ -441,7 +441,7 @@ def test_a_third_chain_that_the_toolstack_wants_wins() -> None:
     world.send(events.Exchanged(("null:1G",), "null:2G"))
     world.settle()
 
-    assert ("null:3G", "null:3G") == (world.node["params"], world.device.spec and world.device.spec.chain)
+    assert ("null:3G", "null:3G") == (world.node["params"], world.device.sight.spec and world.device.sight.spec.chain)
     assert "null:3G" == world.standing.chain
 
 
@@ -463,7 +463,11 @@ def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
     world.see()
     assert [events.Close()] == world.inbox
     world.settle()
-    assert ("4", "null:2G", True) == (world.state, world.device.spec and world.device.spec.chain, world.is_connected)
+    assert ("4", "null:2G", True) == (
+        world.state,
+        world.device.sight.spec and world.device.sight.spec.chain,
+        world.is_connected,
+    )
 
 
 def test_frontend_that_comes_back_while_the_worker_closes_is_served() -> None:
@@ -498,7 +502,7 @@ def test_frontend_that_closes_before_the_script_was_told_waits(theirs: S) -> Non
     world.see()
     offered = world.state
     world.send(events.Called())
-    told = world.device.hotplug
+    told = world.device.sight.hotplug
     world.settle()
 
     assert ("2", "connected") == (offered, told)
@@ -554,15 +558,13 @@ def test_what_cannot_be_is_a_breach(order: str, stage: Stage, failure: str) -> N
 def test_every_standing_counts() -> None:
     """All of where the worker stands is taken from each of its reports, and what it shows goes with it."""
     world = connected()
-    world.say(trouble="write: no room", is_paused=True)
-    troubled = (world.device.error, world.device.is_paused)
+    world.say(trouble="write: no room")
+    troubled = world.device.error
     world.say(trouble="", halted="ring 0 was stopped: bad index")
-    halted = (world.device.error, world.device.is_paused)
-    world.say(halted="", is_paused=False)
+    halted = world.device.error
+    world.say(halted="")
 
-    assert ("write: no room", True) == troubled
-    assert ("ring 0 was stopped: bad index", True) == halted
-    assert ("", False) == (world.device.error, world.device.is_paused)
+    assert ("write: no room", "ring 0 was stopped: bad index", "") == (troubled, halted, world.device.error)
 
 
 def test_a_frontend_that_is_served_before_it_says_connected_is_served_on() -> None:

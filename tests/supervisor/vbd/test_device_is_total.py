@@ -39,10 +39,10 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
                 device.handle(events.Seen(node, theirs))
                 device.phase = phase
                 device.handle(event)
-                seen = events.Seen(device.keys, theirs)
+                seen = events.Seen(device.sight.keys, theirs)
                 device.handle(seen)
 
-                again = device.handle(events.Seen(device.keys, theirs))
+                again = device.handle(events.Seen(device.sight.keys, theirs))
                 assert [] == [each for each in again if each != events.Forget()]
 
 
@@ -59,7 +59,7 @@ def test_random_walks_keep_the_invariants() -> None:
     for _ in range(100_000):
         _random_step(world, generator)
         seen.update([world.device.phase.value, f"state {world.state}", f"lives {min(world.lives, 2)}"])
-        seen.update(["over"] if world.device.is_over else [])
+        seen.update(["over"] if world.device.sight.is_over else [])
         if world.is_forgotten and (world.state is None or world.is_stopped):
             world = World()
         if generator.random() < 0.001 and world.node is not None:
@@ -189,7 +189,7 @@ def _node_is_replaced(world: World, generator: random.Random) -> None:
 def _check_that_it_serves_again(world: World) -> None:
     assert world.node is not None
     world.cannot = ""
-    if world.node.get("state") != "4" or world.device.ours is not S.CONNECTED or world.node["online"] == "0":
+    if world.node.get("state") != "4" or world.device.sight.ours is not S.CONNECTED or world.node["online"] == "0":
         return
     world.theirs = S.CONNECTED
     world.settle()

@@ -21,12 +21,12 @@ def test_no_ring_is_served_before_the_script_has_come() -> None:
     """A toolstack that has not seen InitWait yet would wait for it in vain: a faster frontend waits for the script."""
     world = World(theirs=S.INITIALISED, runs_script=False)
     world.settle()
-    before = (world.state, world.device.hotplug, world.is_connected)
+    before = (world.state, world.device.sight.hotplug, world.is_connected)
     world.send(events.Called())
     world.settle()
 
     assert ("2", "", False) == before
-    assert ("4", "connected", True) == (world.state, world.device.hotplug, world.is_connected)
+    assert ("4", "connected", True) == (world.state, world.device.sight.hotplug, world.is_connected)
 
 
 def test_the_next_service_knows_that_the_script_has_come() -> None:
@@ -57,11 +57,11 @@ def test_a_script_that_comes_after_the_failure_is_told() -> None:
     world.refuse("aio: /img: there is no such file")
     world.settle()
     assert world.node is not None
-    before = (world.node["hotplug-error"], world.device.hotplug)
+    before = (world.node["hotplug-error"], world.device.sight.hotplug)
     world.send(events.Called())
 
     assert ("aio: /img: there is no such file", "") == before
-    assert ("2", "error") == (world.state, world.device.hotplug)
+    assert ("2", "error") == (world.state, world.device.sight.hotplug)
 
 
 def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
@@ -72,7 +72,7 @@ def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
     world.runs_script = False
     world.settle()
 
-    assert ("2", "", 2) == (world.state, world.device.hotplug, world.lives)
+    assert ("2", "", 2) == (world.state, world.device.sight.hotplug, world.lives)
 
 
 @pytest.mark.parametrize(("kind", "at"), [("vbd", "nbd+unix:///?socket=/run/x.sock"), ("vbd3", "/run/x.sock")])
@@ -82,14 +82,14 @@ def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, 
     device.handle(events.Seen(dict(NODE), S.INITIALISING))
     device.handle(events.Called())
     device.handle(replace(IDLE, stage=Stage.OPEN, layers=[LAYER], export="/run/x.sock"))
-    offered, may_boot = dict(device.keys or {}), device.may_boot
+    offered, may_boot = dict(device.sight.keys or {}), device.may_boot
     device.handle(events.Seen(offered, S.INITIALISED))
     device.handle(replace(IDLE, stage=Stage.SERVING, layers=[LAYER]))
 
     assert at == offered["physical-device-path"]
-    assert "4" == (device.keys or {})["state"]
-    assert "physical-device-path" not in (device.keys or {})
-    device.handle(events.Seen({**(device.keys or {}), "state": "2"}, S.INITIALISING))
+    assert "4" == (device.sight.keys or {})["state"]
+    assert "physical-device-path" not in (device.sight.keys or {})
+    device.handle(events.Seen({**(device.sight.keys or {}), "state": "2"}, S.INITIALISING))
     assert (True, False) == (may_boot, device.may_boot)
 
 
@@ -99,4 +99,4 @@ def test_xentop_finds_the_counters_of_kind_vbd3(kind: str, expected: str | None)
     device = Device(VbdPath(kind, 0, 5, 51712), Limits(), pid=4711)
     device.handle(events.Seen(dict(NODE), S.INITIALISING))
 
-    assert expected == (device.keys or {}).get("kthread-pid")
+    assert expected == (device.sight.keys or {}).get("kthread-pid")

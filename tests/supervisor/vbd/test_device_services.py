@@ -136,7 +136,7 @@ def test_a_domid_that_is_used_again_while_there_is_no_service_inherits_nothing(s
     world.node, world.theirs = {**NODE, "state": state}, S.INITIALISING
     world.begin_service()
     world.see()
-    assert world.device.is_over
+    assert world.device.sight.is_over
     world.settle()
 
     assert ("2", "", "", 2) == (world.state, world.device.error, world.lost, world.lives)
@@ -154,7 +154,7 @@ def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
     assert [events.Close()] == world.inbox
     world.settle()
 
-    assert ("2", Phase.OPEN, "connected") == (world.state, world.device.phase, world.device.hotplug)
+    assert ("2", Phase.OPEN, "connected") == (world.state, world.device.phase, world.device.sight.hotplug)
 
 
 def test_an_inherited_worker_that_does_not_answer_is_killed() -> None:
@@ -181,7 +181,7 @@ def test_an_inherited_worker_with_another_chain_than_is_wanted_is_replaced() -> 
     assert [events.Close()] == world.inbox
     world.settle()
 
-    assert "null:2G" == world.node["params"] == (world.device.spec and world.device.spec.chain)
+    assert "null:2G" == world.node["params"] == (world.device.sight.spec and world.device.sight.spec.chain)
 
 
 def test_a_cdrom_is_not_replaced_because_no_worker_knows_that_it_is_one() -> None:

@@ -52,7 +52,7 @@ def serve(stepped: Stepped, toolstack: Store, guest: Store, chain: str = "null:1
     offer_ring(guest)
     stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
     guest.write(f"{PATH.frontend}/state", "4")
-    stepped.until(lambda: stepped.vbd().device.theirs == 4)
+    stepped.until(lambda: stepped.vbd().device.sight.theirs == 4)
     return stepped
 
 

@@ -251,7 +251,7 @@ def _serve(stepped: Stepped, toolstack: Store, guest: Store) -> Vbd:
     offer_ring(guest)
     stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
     guest.write(f"{PATH.frontend}/state", "4")
-    stepped.until(lambda: stepped.vbd().device.theirs == 4)
+    stepped.until(lambda: stepped.vbd().device.sight.theirs == 4)
     return stepped.vbd()
 
 

@@ -40,7 +40,6 @@ class WorkerFacts:
     serves: Spec | None = None
     layers: list[messages.LayerFacts] = field(default_factory=list)
     export: str = ""
-    is_paused: bool = False
     has_rings: bool = False
     is_retrying: bool = False
     is_replaceable: bool = False

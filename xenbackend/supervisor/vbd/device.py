@@ -61,7 +61,7 @@ _S = XenbusState
 
 
 class Device:
-    """The automaton of one vbd."""
+    """The automaton of one vbd; `sight` is what it has seen of it."""
 
     def __init__(self, path: VbdPath, limits: Limits, pid: int = 0, *, has_past: bool = False) -> None:
         """Begin with nothing known.
@@ -71,9 +71,9 @@ class Device:
         self.path = path
         self.is_leaving = False
         self._is_stopping = False
-        self._sight = Sight(path, has_past=has_past)
+        self.sight = Sight(path, has_past=has_past)
         self._reasons = Reasons()
-        self._aims = Aims(self._sight, self._reasons, limits, pid)
+        self._aims = Aims(self.sight, self._reasons, limits, pid)
         self._backoff = Backoff()
         self._limit: tuple[Phase, bool] = (Phase.NONE, False)
 
@@ -87,49 +87,9 @@ class Device:
         self._aims.worker.phase = phase
 
     @property
-    def keys(self) -> dict[str, str] | None:
-        """The keys of the backend's directory, as last seen or written; None before that and when the vbd is over."""
-        return self._sight.keys
-
-    @property
-    def ours(self) -> XenbusState:
-        """Our own state as the store holds it."""
-        return self._sight.ours
-
-    @property
-    def theirs(self) -> XenbusState:
-        """The frontend's state."""
-        return self._sight.theirs
-
-    @property
-    def spec(self) -> Spec | None:
-        """The disk as the toolstack wants it now, None where it cannot be meant."""
-        return self._sight.spec
-
-    @property
-    def hotplug(self) -> str:
-        """What the hotplug script is told: ``connected``, ``error``, or nothing yet."""
-        return self._sight.hotplug
-
-    @property
-    def is_over(self) -> bool:
-        """True once the node is gone or was made anew: what is in its place is another vbd's."""
-        return self._sight.is_over
-
-    @property
-    def is_adopting(self) -> bool:
-        """True while an inherited worker has not said where it stands."""
-        return self.phase is Phase.ADOPTING
-
-    @property
     def layers(self) -> list[messages.LayerFacts]:
         """The layers of the chain that is or was open, the top one first."""
         return self._aims.worker.layers
-
-    @property
-    def is_paused(self) -> bool:
-        """True while the worker says that an administrator has stopped it."""
-        return self._aims.worker.is_paused
 
     @property
     def may_boot(self) -> bool:
@@ -137,8 +97,8 @@ class Device:
 
         What a device model finds stands there from when the chain is first open until a frontend is connected.
         """
-        was_open = self.hotplug == "connected" and EXPORT not in (self.keys or {})
-        return self.ours in (_S.UNKNOWN, _S.INITIALISING, _S.INIT_WAIT) and not was_open
+        was_open = self.sight.hotplug == "connected" and EXPORT not in (self.sight.keys or {})
+        return self.sight.ours in (_S.UNKNOWN, _S.INITIALISING, _S.INIT_WAIT) and not was_open
 
     @property
     def error(self) -> str:
@@ -175,7 +135,7 @@ class Device:
                 return self._expire()
             case events.Inherited():
                 self.phase = Phase.ADOPTING
-                self._sight.had_state = self._sight.had_keys = True
+                self.sight.had_state = self.sight.had_keys = True
             case events.Refused() if self.phase is Phase.CONNECTING:
                 self._fail(event.sentence)
             case events.Postponed() if self.phase is Phase.CONNECTING:
@@ -190,7 +150,7 @@ class Device:
             case events.Seen():
                 self._look(event)
             case events.Called():
-                self._sight.is_called = True
+                self.sight.is_called = True
             case events.Exchanged():
                 self._exchange(event)
             case events.Resume():
@@ -208,24 +168,24 @@ class Device:
             self._aims.worker.has_rings = False
 
     def _look(self, seen: events.Seen) -> None:
-        is_first = not self._sight.has_looked
-        causes = self._sight.look(seen)
+        is_first = not self.sight.has_looked
+        causes = self.sight.look(seen)
         for cause in causes:
             self._clear(cause)
         if Cause.KEYS in causes:
-            self._reasons.say(Reason.BAD_KEYS, self._sight.problem)
+            self._reasons.say(Reason.BAD_KEYS, self.sight.problem)
             self._aims.worker.serves = self._as_shown(self._aims.worker.serves)
         if is_first and not self._reasons[Reason.FLUSH_FAILED]:
-            self._reasons.say(Reason.FLUSH_FAILED, (self.keys or {}).get(LOST, ""))  # as an earlier service knew
+            self._reasons.say(Reason.FLUSH_FAILED, (self.sight.keys or {}).get(LOST, ""))  # as an earlier service knew
 
     def _as_shown(self, serves: Spec | None) -> Spec | None:
         """Return what a worker serves, with what no worker knows, and only the guest is told, as the keys say it."""
-        return self.spec if serves and self.spec and serves.is_served_like(self.spec) else serves
+        return self.sight.spec if serves and self.sight.spec and serves.is_served_like(self.sight.spec) else serves
 
     def _exchange(self, exchanged: events.Exchanged) -> None:
         if self._aims.worker.serves is not None:
             self._aims.worker.serves = replace(self._aims.worker.serves, chain=exchanged.chain)
-        self._sight.exchange(exchanged)
+        self.sight.exchange(exchanged)
 
     def _stand(self, standing: messages.Standing) -> list[events.Action]:
         """Take where the worker stands: `STANDINGS`; what cannot be is a breach of the protocol."""
@@ -254,7 +214,7 @@ class Device:
         """Show what the worker says of itself; what one that does not serve says nothing of still holds."""
         worker = self._aims.worker
         worker.layers = standing.layers or worker.layers
-        worker.export, worker.is_paused = standing.export, standing.is_paused
+        worker.export = standing.export
         self._reasons.say(Reason.TROUBLE, standing.trouble)
         for reason, sentence in {Reason.FLUSH_FAILED: standing.flush_failed, Reason.HALTED: standing.halted}.items():
             if sentence or standing.stage is Stage.SERVING:
@@ -263,7 +223,7 @@ class Device:
     def _fail(self, sentence: str) -> None:
         """Take note of what the worker could not do. The process is still there, and is told to close next."""
         is_opening, self.phase = self.phase is Phase.OPENING, Phase.OPEN
-        if self.is_waited_for() or (is_opening and self.hotplug == "connected"):
+        if self.is_waited_for() or (is_opening and self.sight.hotplug == "connected"):
             self._aims.worker.is_retrying = True
             self._backoff.failed()
             self._reasons.say(Reason.INTERRUPTED, sentence)
@@ -297,9 +257,9 @@ class Device:
 
     def _write(self) -> list[events.Action]:
         """Return what the store lacks."""
-        if self.keys is None or self.ours is _S.UNKNOWN:
+        if self.sight.keys is None or self.sight.ours is _S.UNKNOWN:
             return []
-        keys, before = self.keys, self.ours
+        keys, before = self.sight.keys, self.sight.ours
         wanted = {
             **self._aims.keys(self.path.kind),
             "state": str(self._aims.state().value),
@@ -308,8 +268,8 @@ class Device:
         if "sectors" in missing and before is _S.CONNECTED:
             missing["state"] = wanted["state"]  # a frontend looks at the size again when the state is written
         params = keys["params"] if "params" in missing else None
-        write = events.Write(missing, before, params, self._sight.mark)
-        self._sight.take_as_written(missing)
+        write = events.Write(missing, before, params, self.sight.mark)
+        self.sight.take_as_written(missing)
         return [write] if missing else []
 
     def _goal(self) -> Goal:
@@ -317,13 +277,15 @@ class Device:
 
     def _move(self) -> list[events.Action]:
         """Return the worker's next step towards the goal: `MOVES`."""
-        if self.is_leaving or not (self._sight.has_looked or self._is_stopping):
+        if self.is_leaving or not (self.sight.has_looked or self._is_stopping):
             return []
         move, self.phase = MOVES.get((self.phase, self._goal()), (None, self.phase))
         match move:
-            case Move.START if self.spec is not None:
-                self._aims.worker.serves = self.spec
-                return [events.Start(self.spec, self._reasons[Reason.FLUSH_FAILED] if self._aims.is_joined() else "")]
+            case Move.START if self.sight.spec is not None:
+                self._aims.worker.serves = self.sight.spec
+                return [
+                    events.Start(self.sight.spec, self._reasons[Reason.FLUSH_FAILED] if self._aims.is_joined() else "")
+                ]
             case Move.JOIN:
                 join = self._aims.join()
                 for cause in (Cause.JOIN,) if join.goes_on else (Cause.JOIN, Cause.FRESH):
@@ -336,7 +298,7 @@ class Device:
         return []
 
     def _set_limit(self) -> list[events.Action]:
-        is_forced = self.is_over and self.phase in (Phase.CLOSING, Phase.RETIRING)
+        is_forced = self.sight.is_over and self.phase in (Phase.CLOSING, Phase.RETIRING)
         if self._limit == (self.phase, is_forced):
             return []
         self._limit = (self.phase, is_forced)
@@ -344,5 +306,5 @@ class Device:
         return [events.Limit(FORCED_LIMIT_S if is_forced else limit_s)]
 
     def _forget(self) -> list[events.Action]:
-        is_done = self.phase is Phase.NONE and (self.is_over or self._is_stopping)
+        is_done = self.phase is Phase.NONE and (self.sight.is_over or self._is_stopping)
         return [events.Forget()] if self.is_leaving or is_done else []

@@ -181,9 +181,8 @@ class Orders:
 
     def _check_service(self) -> None:
         device = self._vbd.device
-        if device.phase not in (Phase.OPEN, Phase.SERVING) or device.keys is None:
-            stage = "it has no worker" if device.phase is Phase.NONE else f"its worker is {device.phase.value}"
-            raise ConfigError(f"the disk is not in service: {device.error or stage}")
+        if device.phase not in (Phase.OPEN, Phase.SERVING) or device.sight.keys is None:
+            raise ConfigError(f"the disk is not in service: {device.error or f'its worker is {device.phase.value}'}")
 
     def _pause(self, order: Order, by: str) -> None:
         self._vbd.handover.note(paused=by)
@@ -266,7 +265,7 @@ class Orders:
     def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
         order.chain = chain
-        params = (self._vbd.device.keys or {}).get("params", "")
+        params = (self._vbd.device.sight.keys or {}).get("params", "")
         self._vbd.handover.note(exchange=Exchange(order.number, params, chain))
         self._ask(order, messages.Swap(chain, replaces=replaces), lambda reply: self._swapped(order, reply))
 

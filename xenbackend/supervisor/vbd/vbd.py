@@ -114,8 +114,8 @@ class Vbd:
         if not self.is_forgotten:
             self._guarded(self._show)
             self._guarded(self.orders.looked)
-            if self.device.hotplug and "node" not in self._must_look:
-                self._guarded(self._arrival.tell, self.device.hotplug, self.device.error)
+            if self.device.sight.hotplug and "node" not in self._must_look:
+                self._guarded(self._arrival.tell, self.device.sight.hotplug, self.device.error)
 
     def hotplug(self, reply: Reply) -> None:
         """Do what the toolstack's hotplug script asks for: serve the vbd.
@@ -126,7 +126,7 @@ class Vbd:
         self._must_look.add("node")  # what was seen last may be of a former vbd in the same place
         if not self._arrival.is_under_way:  # else the directory may be away
             self._guarded(self._look)
-        if self.is_forgotten or self.device.is_over:
+        if self.is_forgotten or self.device.sight.is_over:
             return  # the registry brings the script to the next one
         if not self._arrival.takes_from_kernel():
             self.handle(events.Called())
@@ -158,7 +158,7 @@ class Vbd:
 
     def chain_in_service(self) -> str:
         """Return the chain that the guest is served through, or would be; empty where the toolstack named none."""
-        return self.handover.chain_in_service() or (self.device.spec.chain if self.device.spec else "")
+        return self.handover.chain_in_service() or (self.device.sight.spec.chain if self.device.sight.spec else "")
 
     def settle_exchange(self) -> None:
         """Find out in the journal whether a worker that has ended had put another chain in."""
@@ -173,7 +173,7 @@ class Vbd:
             return
         if not is_last:
             return
-        is_adopted = self.device.is_adopting
+        is_adopted = self.device.phase is Phase.ADOPTING
         if standing.stage is messages.Stage.SERVING:
             self._served()
         self.handle(standing)
@@ -253,7 +253,7 @@ class Vbd:
         state = action.keys.get("state")
         if state is not None and parse_state(state) is not action.state:
             self.since = self._context.time()
-            self._log.say("info", name(parse_state(state)), frontend=name(self.device.theirs))
+            self._log.say("info", name(parse_state(state)), frontend=name(self.device.sight.theirs))
 
     def _start(self, action: events.Start) -> None:
         """Start a worker; where that cannot be done it has ended, as one that dies."""
@@ -290,7 +290,7 @@ class Vbd:
                 chain=spec.chain,
                 read_only=spec.read_only,
                 shareable=spec.shareable,
-                resumes="hotplug-status" in (self.device.keys or {}),  # somebody had come as far as to open it
+                resumes="hotplug-status" in (self.device.sight.keys or {}),  # somebody had come as far as to open it
                 memories=list(memories),
                 poll_us=settings.poll_us,
                 may_wait=self._nodes.is_incoming(),
@@ -365,7 +365,7 @@ class Vbd:
         must_look, self._must_look = self._must_look, set()
         self._look_at.set(None)
         try:
-            keys = self._nodes.keys() if "node" in must_look else self.device.keys
+            keys = self._nodes.keys() if "node" in must_look else self.device.sight.keys
             theirs = self._nodes.theirs(keys or {})
         except StoreError:
             self._must_look |= must_look
