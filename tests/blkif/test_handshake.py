@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from xenbackend.blkif.handshake import STEPS, Step, XenbusState, diagram, name, parse_state
+from tests.tools.diagrams import states
+from xenbackend.blkif.handshake import STEPS, Step, XenbusState, name, parse_state
 
 S = XenbusState
 
@@ -60,7 +61,7 @@ def test_states_are_decimal_digits() -> None:
 
 def test_the_diagram_shows_the_table() -> None:
     """The diagram for people has a row per state of ours and every step in its place."""
-    lines = diagram().splitlines()
+    lines = states().splitlines()
     row = lines[1 + S.CONNECTED].split()
 
     assert 10 == len(lines)

@@ -68,15 +68,6 @@ STEPS = {
 }
 
 
-def diagram() -> str:
-    """Return the table for people: a row per state of ours, a column per state of the frontend's."""
-    lines = [f"{'ours / theirs':<16}" + "".join(f"{theirs.value:>9}" for theirs in XenbusState)]
-    for ours in XenbusState:
-        cells = "".join(f"{STEPS[ours, theirs].value:>9}" for theirs in XenbusState)
-        lines.append(f"{ours.value} {name(ours):<14}{cells}")
-    return "\n".join(lines)
-
-
 def name(state: XenbusState) -> str:
     """Return a state's name as xenbus.h spells it: ``InitWait``."""
     return state.name.title().replace("_", "")

@@ -1,6 +1,6 @@
-"""A process's place among others: which orphans it adopts, and its priority on a busy host.
+"""A process's place among others: which orphans it adopts, its priority on a busy host, and its end by force.
 
-Must not start or end one, nor decide who comes first.
+Must not start one, nor decide who comes first.
 
 Where Linux groups tasks by session (sched(7), "The autogroup feature"), a nice value counts only within its session,
 and every session has an equal share. So the nice value of the group is set too, for a process that leads one.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,12 @@ def adopting_orphans() -> Iterator[None]:
         yield
     finally:
         _set_subreaper(0)
+
+
+def kill(pidfd: int) -> None:
+    """Kill a process, if it is still there."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def boost(pid: int) -> None:

@@ -49,6 +49,11 @@ class Answer:
         )
 
 
+def of_bug(bug: Exception) -> Answer:
+    """Return the answer to whoever has met a fault of the program."""
+    return Answer(Code.BUG, None, f"the service could not do that, see its log: {type(bug).__name__}: {bug}")
+
+
 def code_of(problem: Exception) -> Code:
     """Return the code of an error that nobody has given one: whose mistake it is decides."""
     return Code.INVALID if isinstance(problem, ConfigError | DriverError) else Code.FAILED

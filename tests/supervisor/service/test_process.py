@@ -75,15 +75,15 @@ def test_it_may_come_before_others() -> None:
     """Its priority goes by ours, and back again; a host that does not permit that is none the worse for it."""
     process = start(_python("channel.recv(1)"))
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    process.boost()
+    boost(process.pid)
     ahead = os.getpriority(os.PRIO_PROCESS, process.pid)
-    process.unboost()
+    unboost(process.pid)
     after = os.getpriority(os.PRIO_PROCESS, process.pid)
     process.kill()
     process.describe_end()
     process = start(_python(""))
     os.waitid(os.P_PID, process.pid, os.WEXITED)
-    process.boost()  # there is nobody any more
+    boost(process.pid)  # there is nobody any more
     process.describe_end()
 
     assert after == ours

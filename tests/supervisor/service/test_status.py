@@ -23,9 +23,9 @@ def vbd(**changes: Any) -> Any:
     page.cast("Q")[counters.INDEX["reads"]] = 7
     page.cast("Q")[counters.HISTOGRAM + 17] = 3
     device = SimpleNamespace(
-        spec=SimpleNamespace(read_only=False),
-        ours=XenbusState.CONNECTED,
-        theirs=XenbusState.INITIALISED,
+        sight=SimpleNamespace(
+            spec=SimpleNamespace(read_only=False), ours=XenbusState.CONNECTED, theirs=XenbusState.INITIALISED
+        ),
         phase=SimpleNamespace(value="serving"),
         error="a flush failed: EIO",
         reason="flush-failed",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tests.tools.diagrams import phases
 from xenbackend.protocol.messages import Stage
-from xenbackend.supervisor.vbd.phase import ATTACHED, FAILURES, LIMIT_S, MOVES, STANDINGS, Goal, Move, Phase, diagram
+from xenbackend.supervisor.vbd.phase import ATTACHED, FAILURES, LIMIT_S, MOVES, STANDINGS, Goal, Move, Phase
 
 
 def test_every_phase_that_waits_for_the_worker_has_a_limit() -> None:
@@ -44,7 +45,7 @@ def test_rings_are_only_said_to_be_served_where_they_may_be() -> None:
 
 def test_the_diagram_shows_the_tables() -> None:
     """A row per phase for goals, and one for stages."""
-    lines = diagram().splitlines()
+    lines = phases().splitlines()
     rows = {line.split()[0]: line for line in lines[: 1 + len(Phase)]}
 
     assert 2 * (1 + len(Phase)) + 1 == len(lines)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from xenbackend.errors import KernelError
+from xenbackend.kernel.process import boost, unboost
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
@@ -88,11 +89,11 @@ class Worker:
 
     def boost(self) -> None:
         """Let it come before what else the host does, until `unboost`: a guest waits for it."""
-        self._process.boost()
+        boost(self.pid)
 
     def unboost(self) -> None:
         """Let it have its turn as any process has."""
-        self._process.unboost()
+        unboost(self.pid)
 
     def leave(self) -> None:
         """Let go of the worker, which goes on: the keeper has its socket for the next service."""

@@ -26,7 +26,7 @@ from xenbackend.kernel import process
 from xenbackend.kernel.ports import check_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
-from xenbackend.protocol.answers import Answer, code_of
+from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import former_settings, parent, zygote
 from xenbackend.supervisor.service.bugs import Bugs
@@ -43,7 +43,7 @@ from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import check_versions
-from xenbackend.supervisor.vbd.orders import ORDERS
+from xenbackend.supervisor.vbd.orders import ORDERS, text_of
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -202,7 +202,7 @@ class Service:
 
     def _status(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
         if "vbd" in request:
-            vbds = [self._registry.find(_text(request, "vbd"))]
+            vbds = [self._registry.find(text_of(request, "vbd"))]
         else:
             vbds = [vbd for _, vbd in sorted(self._registry.vbds.items())]
         guests = self._registry.names_of({vbd.path.frontend_domid for vbd in vbds})
@@ -232,7 +232,7 @@ class Service:
     def _hotplug(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
         if request.get("action") != "add":
             raise ConfigError("the action of a hotplug is add")
-        self._registry.hotplug(_text(request, "path"), reply)
+        self._registry.hotplug(text_of(request, "path"), reply)
 
     def _stop_by_order(self, _request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         number = reply.order = self._ledger.open("stop", "", asdict(peer), {})
@@ -243,7 +243,7 @@ class Service:
 
     def _order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         """Give an order to a vbd: it has a number from now on, and is in the ledger until it has its answer."""
-        verb, vbd = str(request["verb"]), self._registry.find(_text(request, "vbd"))
+        verb, vbd = str(request["verb"]), self._registry.find(text_of(request, "vbd"))
         given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
         is_dry_run = request.get("dry_run") is True
         number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
@@ -266,15 +266,8 @@ class Service:
         except XenbackendError as error:
             answer(Answer(code_of(error), vbd.orders.chain_data(), str(error)))
         except Exception as bug:
-            answer(Answer(Code.BUG, None, f"the service could not do that, see its log: {type(bug).__name__}: {bug}"))
+            answer(of_bug(bug))
             raise
-
-
-def _text(request: Mapping[str, Any], key: str) -> str:
-    value = request.get(key)
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"the request needs {key}, a text")
-    return value
 
 
 def check(settings: Settings) -> None:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from xenbackend.errors import KernelError
-from xenbackend.kernel.process import boost, unboost
+from xenbackend.kernel.process import kill, unboost
 
 
 class Process:
@@ -37,16 +37,7 @@ class Process:
 
     def kill(self) -> None:
         """Kill it; whoever waits for the pidfd hears of its end."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def boost(self) -> None:
-        """Let it come before what else the host does, until `unboost`; no harm where the host does not permit that."""
-        boost(self.pid)
-
-    def unboost(self) -> None:
-        """Let it have its turn as any other."""
-        unboost(self.pid)
+        kill(self.pidfd)
 
     def describe_end(self) -> str:
         """Wait for the end, collect the exit status where we may, close both descriptors, and return how it ended."""
@@ -87,7 +78,7 @@ def start(command: Sequence[str]) -> Process:
         undo.pop_all()
     child.returncode = 0  # `Process` waits for it
     started = Process(near, pidfd)
-    started.unboost()  # we may be in a boost ourselves
+    unboost(started.pid)  # we may be in a boost ourselves
     return started
 
 

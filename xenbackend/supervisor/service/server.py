@@ -18,7 +18,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from struct import Struct
@@ -26,7 +26,7 @@ from typing import Any
 
 from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Answer, of_bug
 from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.protocol.codec import is_storable
 from xenbackend.protocol.codes import Code
@@ -133,10 +133,12 @@ class Server:
 
     def _guarded(self, client: _Client, move: Callable[[], bool]) -> None:
         """Read or write what is possible now, and do what follows."""
+        if client not in self._clients:
+            return  # it has gone meanwhile
         try:
             is_there = move()
         except BlockingIOError:
-            return
+            is_there = True
         except OSError:
             is_there = False
         if is_there:
@@ -146,7 +148,7 @@ class Server:
 
     def _go_on(self, client: _Client) -> None:
         """Wait until the rest of an answer can be written, or hand over the next request once the last is answered."""
-        if client not in self._clients or client.reply is not None:
+        if client.reply is not None:
             return
         self._set_deadline(client, IDLE_S)
         if client.is_writing != bool(client.outgoing):
@@ -171,9 +173,8 @@ class Server:
         try:
             self._handler(request, client.peer, reply)
         except Exception as bug:  # one odd request must not end the service of every disk
-            sentence = f"the service could not answer, see its log: {type(bug).__name__}: {bug}"
             if client.reply is reply:
-                reply(Answer(Code.BUG, None, sentence, reply.order))
+                reply(replace(of_bug(bug), order=reply.order))
             self._loop.bug(bug)
         if wait_s is not None and client.reply is reply:
             self._set_deadline(client, wait_s)
@@ -185,20 +186,7 @@ class Server:
         client.reply = None
         client.outgoing = json.dumps(answer.as_json()).encode() + b"\n"
         self._set_deadline(client, IDLE_S)
-        self._loop.call_soon(partial(self._write_first, client))
-
-    def _write_first(self, client: _Client) -> None:
-        if client in self._clients:
-            try:
-                is_there = client.write()
-            except BlockingIOError:
-                is_there = True
-            except OSError:
-                is_there = False
-            if is_there:
-                self._go_on(client)
-            else:
-                self._drop(client)
+        self._loop.call_soon(partial(self._guarded, client, client.write))
 
     def _set_deadline(self, client: _Client, seconds: float | None) -> None:
         """Give a client so many seconds: to say or to read something, or until it waits no longer; None: for ever."""

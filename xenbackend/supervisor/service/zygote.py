@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from xenbackend.kernel.process import adopting_orphans
+from xenbackend.kernel.process import adopting_orphans, boost, unboost
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 
@@ -32,7 +32,7 @@ class Zygote:
         It comes first for good: all it ever does is what a disk waits for.
         """
         self._process = process.start(command)
-        self._process.boost()
+        boost(self.pid)
         self._is_ready = self._has_failed = False
 
     @property
@@ -61,7 +61,7 @@ class Zygote:
             self._process.kill()
             return None
         worker = Process(near, pidfd)
-        worker.unboost()
+        unboost(worker.pid)
         return worker
 
     def close(self) -> None:

@@ -29,11 +29,12 @@ from typing import Any
 from xenbackend import journal
 from xenbackend.errors import ConfigError, KernelError
 from xenbackend.kernel import memfd
+from xenbackend.kernel.process import kill
 from xenbackend.protocol import codec
 from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
-from xenbackend.supervisor.vbd.inheritance import What, current, is_memory, kill, name_of
+from xenbackend.supervisor.vbd.inheritance import What, current, is_memory, name_of
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 

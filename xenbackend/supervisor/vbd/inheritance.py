@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from xenbackend import journal
 from xenbackend.errors import KernelError, XenbackendError
+from xenbackend.kernel.process import kill
 from xenbackend.protocol import messages
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
@@ -112,9 +112,3 @@ def name_of(path: VbdPath, what: What) -> str:
     """Return a descriptor's name."""
     kind, version = what
     return f"{prefix_of(path)}.{kind}" + (f".{version}" if version != former.VERSION else "")
-
-
-def kill(pidfd: int) -> None:
-    """Kill a process, if it is still there."""
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)

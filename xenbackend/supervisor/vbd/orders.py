@@ -24,7 +24,7 @@ from xenbackend.block.policy import Policy
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Answer, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.device import Device
@@ -161,12 +161,12 @@ class Orders:
             case "resume":
                 self._resume(order)
             case "set":
-                self._set(order, _text(request, "chain"), request)
+                self._set(order, text_of(request, "chain"), request)
             case "resize":
                 self._check_service()
                 self._exchange(order, order.former, replaces=False)
             case "snapshot":
-                self._snapshot(order, _text(request, "file"), str(request.get("format", "")))
+                self._snapshot(order, text_of(request, "file"), str(request.get("format", "")))
             case "policy":
                 self._set_policy(order, str(request.get("policy", "")))
             case "upgrade":
@@ -292,7 +292,7 @@ class Orders:
         self._vbd.handle(events.Replace())
 
     def _command(self, order: Order, request: Mapping[str, Any]) -> None:
-        layer, verb, arguments = _text(request, "layer"), _text(request, "command"), request.get("arguments", [])
+        layer, verb, arguments = text_of(request, "layer"), text_of(request, "command"), request.get("arguments", [])
         if not isinstance(arguments, list) or not all(isinstance(each, str) for each in arguments):
             raise ConfigError("the arguments of a command are a list of texts")
         if self._vbd.link.worker is None:
@@ -308,8 +308,7 @@ class Orders:
                 then(reply)
             except Exception as bug:
                 self._vbd.fault(bug)
-                sentence = f"the service could not do that, see its log: {type(bug).__name__}: {bug}"
-                self._answer(order, Answer(Code.BUG, sentence=sentence))
+                self._answer(order, of_bug(bug))
 
         self._under_way[order.number] = order
         self._vbd.link.ask(question, take)
@@ -320,7 +319,8 @@ class Orders:
             order.reply(answer)
 
 
-def _text(request: Mapping[str, Any], key: str) -> str:
+def text_of(request: Mapping[str, Any], key: str) -> str:
+    """Return what a request has by a key. Raises: ConfigError, where that is no text."""
     value = request.get(key)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"the request needs {key}, a text")

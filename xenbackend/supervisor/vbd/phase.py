@@ -88,21 +88,3 @@ ATTACHED = (  # rings may be mapped
     _P.CONNECTING, _P.SERVING, _P.DISCONNECTING, _P.RETIRING, _P.CLOSING, _P.ADOPTING
 )  # fmt: skip
 USABLE = (_P.OPEN, _P.CONNECTING, _P.SERVING, _P.DISCONNECTING)
-
-
-def diagram() -> str:
-    """Return the tables for people: a row per phase, a column per goal, then one per stage of the worker's."""
-    goals = [["phase", "limit", *(f"goal {goal.value}" for goal in Goal)]]
-    stages = [["phase", *(f"stage {stage.value}" for stage in Stage)]]
-    for phase in Phase:
-        moves = [MOVES.get((phase, goal)) for goal in Goal]
-        limit = f"{LIMIT_S[phase]:g} s" if phase in LIMIT_S else "-"
-        goals.append([phase.value, limit, *(f"{each[0].value}: {each[1].value}" if each else "-" for each in moves)])
-        after = [STANDINGS[phase].get(stage) for stage in Stage]
-        stages.append([phase.value, *(each.value if each else "-" for each in after)])
-    return f"{_in_columns(goals)}\n\n{_in_columns(stages)}"
-
-
-def _in_columns(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
