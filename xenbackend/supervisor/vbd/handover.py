@@ -20,8 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,17 +290,14 @@ class Handover:
             self._forget(what)
 
     def _keep(self, kind: str, fd: int) -> None:
-        with self._complaining():
-            self._keeper.keep(name_of(self._path, current(kind)), fd)
+        self._ask_keeper(self._keeper.keep, name_of(self._path, current(kind)), fd)
 
     def _forget(self, what: What) -> None:
-        with self._complaining():
-            self._keeper.forget(name_of(self._path, what))
+        self._ask_keeper(self._keeper.forget, name_of(self._path, what))
 
-    @contextmanager
-    def _complaining(self) -> Iterator[None]:
+    def _ask_keeper(self, ask: Callable[..., None], *arguments: object) -> None:
         try:
-            yield
+            ask(*arguments)
         except KernelError as error:
             self._complain(f"{error}: the next service would have to do without")
 

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.options import files_of
 from xenbackend.block.policy import Policy
@@ -27,11 +27,11 @@ from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.device import Device
-from xenbackend.supervisor.vbd.handover import Handover
-from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.phase import Phase
+
+if TYPE_CHECKING:
+    from xenbackend.supervisor.vbd.vbd import Vbd
 
 MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
 Reply = Callable[[Answer], None]
@@ -51,26 +51,6 @@ ORDERS = tuple(BARRED_BY)
 _AGAIN = ("pause", "resume", "policy")  # a service that finds one under way gives it once more: twice is as once
 
 
-class Served(Protocol):
-    """The vbd, as far as orders need it."""
-
-    device: Device
-    handover: Handover
-    link: Link
-
-    def handle(self, event: events.Event) -> None:
-        """Let the automaton see an event."""
-
-    def chain_in_service(self) -> str:
-        """Return the chain that the guest is served through, or would be."""
-
-    def settle_exchange(self) -> None:
-        """Find out in the journal whether a worker that has ended had put another chain in."""
-
-    def fault(self, bug: Exception) -> None:
-        """Take note of a fault of the program."""
-
-
 @dataclass(slots=True)
 class Order:
     """One that is under way."""
@@ -86,7 +66,7 @@ class Order:
 class Orders:
     """The orders of one vbd."""
 
-    def __init__(self, vbd: Served, default_policy: str) -> None:
+    def __init__(self, vbd: Vbd, default_policy: str) -> None:
         self._vbd = vbd
         self._default_policy = default_policy
         self._under_way: dict[int, Order] = {}
@@ -275,7 +255,7 @@ class Orders:
             return  # the service goes; the next one finds the exchange among the notes
         is_noted = self._vbd.handover.notes.exchange is not None  # no standing has told that it is done
         if reply.code is Code.GONE:
-            self._vbd.settle_exchange()  # the journal tells what the worker could not
+            self._vbd.exchanges.settle()  # the journal tells what the worker could not
         else:
             self._vbd.handover.note(exchange=None)
         is_done = reply.code is Code.OK or self._vbd.chain_in_service() == order.chain != order.former

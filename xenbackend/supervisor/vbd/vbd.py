@@ -69,7 +69,7 @@ class Vbd:
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
         self.link = Link(self, context.fleet, int(context.loop.now() * 1e6))  # no clock that could be set back
         self.orders = Orders(self, context.settings.on_error)
-        self._exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
+        self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
         self._nodes = VbdNodes(context.store, path)
         self._must_look = {"node", "theirs"}
@@ -160,15 +160,11 @@ class Vbd:
         """Return the chain that the guest is served through, or would be; empty where the toolstack named none."""
         return self.handover.chain_in_service() or (self.device.sight.spec.chain if self.device.sight.spec else "")
 
-    def settle_exchange(self) -> None:
-        """Find out in the journal whether a worker that has ended had put another chain in."""
-        self._exchanges.settle()
-
     # what the worker says, from `link`
 
     def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
         """Take where the worker stands, if that can be; before the last order only its chain counts."""
-        if not self._exchanges.believes(standing):
+        if not self.exchanges.believes(standing):
             self.link.breach("it says that a chain is in service that nobody asked for")
             return
         if not is_last:
@@ -178,7 +174,7 @@ class Vbd:
             self._served()
         self.handle(standing)
         if is_adopted:
-            self._exchanges.end(is_done=False)  # the worker has done with what an earlier service asked for
+            self.exchanges.end(is_done=False)  # the worker has done with what an earlier service asked for
 
     def keeps(self, name: str, fd: int) -> bool:
         """Take over a memory's descriptor; False where it is none, or one too many."""
@@ -195,9 +191,8 @@ class Vbd:
     def ends(self, sentence: str) -> None:
         """Take note that the worker has ended."""
         self.handover.forget_worker()
-        now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
-        has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
-        self._guarded(self.settle_exchange)
+        has_progressed = self.lives.end(self._context.loop.now(), journal.progress(self.handover.page))
+        self._guarded(self.exchanges.settle)
         self.handle(events.Ended(sentence, has_progressed))
 
     def fault(self, bug: Exception) -> None:
@@ -210,9 +205,9 @@ class Vbd:
 
     def _begin(self) -> None:
         if self.handover.worker is None:
-            self.settle_exchange()  # the worker that was to put another chain in has gone
+            self.exchanges.settle()  # the worker that was to put another chain in has gone
         else:
-            self._exchanges.follow()
+            self.exchanges.follow()
             self.link.adopt(self.handover.worker)
             self.handle(events.Inherited())
             self.link.order(messages.Report)
