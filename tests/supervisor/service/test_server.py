@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import select
 import socket
 import stat
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from xenbackend.supervisor.service.server import (
     MAX_CLIENTS,
     MAX_DEPTH,
     MAX_LINE,
+    RETRY_S,
     Peer,
     Reply,
     Server,
@@ -105,6 +108,24 @@ def test_a_request_gets_its_answer(loop: Loop) -> None:
 
     assert _ok("x" * 2_000_000) + _ok({"verb": "after"}) == answer
     assert [] == loop.bugs
+
+
+def test_a_client_waits_while_there_is_no_descriptor_for_it(loop: Loop) -> None:
+    """It is let in a while later, and the loop does not turn for that without a pause."""
+    loop.settle()
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "ping"}\n')
+        former = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, former[1]))
+        try:
+            loop.settle()
+            waits = not select.select([loop.reactor.fileno()], [], [], 0)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, former)
+        loop.settle(RETRY_S)
+
+        assert (True, []) == (waits, loop.bugs)
+        assert _ok({"verb": "ping"}) == client.recv(1000)
 
 
 def test_the_handler_is_told_who_asks(loop: Loop) -> None:

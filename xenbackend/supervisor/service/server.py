@@ -36,6 +36,7 @@ MAX_LINE = 64 * 1024  # bytes of a request
 MAX_DEPTH = 4  # of the values in it: the deepest that a verb takes is a list of texts
 MAX_WAIT_S = 1e9
 IDLE_S = 30.0
+RETRY_S = 1.0  # after there was no descriptor for a client
 OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 
@@ -102,6 +103,7 @@ class Server:
         self._clients: dict[_Client, None] = {}
         self._timer = loop.timer(self._look_at_the_clock)
         self._socket = _take_over(self._path, inherited) or _listen(self._path)
+        self._listening = loop.timer(self._listen_again)
         loop.add(self._socket.fileno(), self._accept)
 
     def fileno(self) -> int:
@@ -114,22 +116,33 @@ class Server:
             with suppress(OSError):  # the last answer is that of who ended us
                 client.write()
             self._drop(client)
-        self._loop.remove(self._socket.fileno())
+        if self._listening.due is None:
+            self._loop.remove(self._socket.fileno())
+        self._listening.set(None)
         self._socket.close()
         if not leaves:
             self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             near, _ = self._socket.accept()
-            peer = _peer_of(near)
-            if len(self._clients) >= MAX_CLIENTS or peer.uid not in (0, os.geteuid()):
-                near.close()
-                return
-            client = _Client(near, peer)
-            self._clients[client] = None
-            self._set_deadline(client, IDLE_S)
-            self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:  # no descriptor is to be had: whoever is there waits
+            self._loop.remove(self._socket.fileno())
+            self._listening.set(self._loop.now() + RETRY_S)
+            return
+        peer = _peer_of(near)
+        if len(self._clients) >= MAX_CLIENTS or peer.uid not in (0, os.geteuid()):
+            near.close()
+            return
+        client = _Client(near, peer)
+        self._clients[client] = None
+        self._set_deadline(client, IDLE_S)
+        self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
+
+    def _listen_again(self) -> None:
+        self._loop.add(self._socket.fileno(), self._accept)
 
     def _guarded(self, client: _Client, move: Callable[[], bool]) -> None:
         """Read or write what is possible now, and do what follows."""
