@@ -10,19 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from tests.supervisor.helpers import PATH, write_like_libxl
+from tests.supervisor.helpers import PATH, Clock, settle, write_like_libxl
 from xenbackend.kernel.process import AHEAD
+from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import ServiceError, call
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.service.ledger import KEPT
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.ledger import KEPT, Ledger
+from xenbackend.supervisor.service.main import Service
+from xenbackend.supervisor.vbd.notes import Exchange, Notes
 from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
 
@@ -442,3 +448,30 @@ def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wron
     assert (2, 1) == (run.returncode, len(run.stderr.splitlines()))
     expected = {"directory": "cannot write the pid there", "running": f"runs as process {sleeper.pid}"}
     assert expected.get(wrong, "cannot listen there") in run.stderr
+
+
+def test_orders_of_a_former_service_are_closed_once_every_vbd_is_taken_over(descriptors: None) -> None:
+    """Only a vbd knows what became of its exchange; what is ordered meanwhile is nobody's business here."""
+    del descriptors
+    clock = Clock()
+    loop = Reactor(clock)
+    ledger = Ledger(Keeper({}))
+    exchange, lost = (ledger.open(verb, "5/xvda", {}, {}) for verb in ("set", "pause"))
+    vbds: dict[Any, Any] = {}
+    registry = SimpleNamespace(has_taken_over=False, vbds=vbds)
+    service: Any = SimpleNamespace(_registry=registry, _loop=loop, _ledger=ledger)
+    service._close_former_orders = partial(Service._close_former_orders, service)
+    service._close_former_orders([exchange, lost])
+    settle(loop)
+    before = [each["code"] for each in ledger.entries()]
+    new = ledger.open("pause", "5/xvda", {}, {})
+    registry.has_taken_over = True
+    vbds[PATH] = SimpleNamespace(handover=SimpleNamespace(notes=Notes(exchange=Exchange(exchange, "a", "b"))))
+    clock.time += 1
+    settle(loop)
+    codes = {each["number"]: each["code"] for each in ledger.entries()}
+    ledger.leave()
+    loop.close()
+
+    assert ["under-way"] * 2 == before
+    assert {exchange: "under-way", lost: "gone", new: "under-way"} == codes

@@ -114,14 +114,16 @@ def test_a_former_versions_worker_is_ended_first(
     place.registry.start()
     replies: list[Answer] = []
     place.registry.hotplug(PATH.backend, replies.append)
-    before = list(place.registry.vbds)
+    before, is_over = list(place.registry.vbds), place.registry.has_taken_over
     assert left.has_ended(10)
     place.settle()
+    is_over_now = place.registry.has_taken_over
     found, waiting, told = place.vbd(PATH).inherited, place.vbd(PATH).waiting, list(replies)
     place.close()
     left.close()
 
     assert ([], {("journal", 2), ("pidfd", 2)}) == (before, set(found or {}))
+    assert (False, True) == (is_over, is_over_now)
     assert ([], 1) == (told, len(waiting))
     assert "cannot be used" not in lines.getvalue()
 

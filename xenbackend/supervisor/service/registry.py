@@ -103,6 +103,11 @@ class Registry:
         with suppress(StoreError):
             self._store.remove(self._status_root())
 
+    @property
+    def has_taken_over(self) -> bool:
+        """True once there is a vbd, or none any more, for all that an earlier service left."""
+        return self._takeover.is_over
+
     def find(self, text: str) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names. Raises: ConfigError, StoreError."""
         return self.vbds.find(text, lambda domid: self._store.read_optional(f"{domain_path(domid)}/name"))

@@ -63,6 +63,11 @@ class Takeover:
             else:
                 self._occupy(path, pidfd, partial(self._take_over, path))
 
+    @property
+    def is_over(self) -> bool:
+        """True once nothing is left that nobody goes on with."""
+        return not self._found
+
     def occupies(self, path: VbdPath) -> bool:
         """Return whether a former worker is still in a place."""
         return path in self._occupants
