@@ -10,6 +10,7 @@ import pytest
 
 from tests.supervisor.helpers import PATH
 from tests.supervisor.vbd.test_handover import serves
+from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.messages import Stage, Standing
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd.events import Exchanged
@@ -26,9 +27,14 @@ class Disk:
         self.closed: list[Any] = []  # orders in the ledger: number, code
         self.handover = Handover(Keeper({}), PATH)
         self.handover.descriptors("null:1G")
-        orders: Any = SimpleNamespace(under_way=[])
-        ledger: Any = SimpleNamespace(close=lambda number, answer: self.closed.append((number, answer.code.value)))
-        self.exchanges = Exchanges(self.handover, orders, ledger, self.events.append)
+        self.was_noted: list[bool] = []  # the exchange, when its order was closed
+        self.orders: Any = SimpleNamespace(under_way=[])
+        self.exchanges = Exchanges(self.handover, self.orders, self, self.events.append)  # type: ignore[arg-type]
+
+    def close(self, number: int, answer: Answer) -> None:
+        """Be the ledger."""
+        self.closed.append((number, answer.code.value))
+        self.was_noted.append(self.handover.notes.exchange is not None)
 
     def order(self, number: int, chain: str, params: str = "null:1G") -> None:
         """Have an exchange under way."""
@@ -75,6 +81,23 @@ def test_whatever_the_key_says_after_two_exchanges_it_follows_the_second(disk: D
     assert {"null:1G", "null:2G"} <= set(disk.events[-1].stale_params)
     disk.handover.saw_params("null:3G")
     assert [] == disk.handover.notes.stale_params
+
+
+def test_that_an_exchange_is_done_is_in_the_ledger_before_nobody_knows_of_it_any_more(disk: Disk) -> None:
+    """A service that dies in between leaves an order that is ended, and not one that nobody seems to have done."""
+    disk.orders.under_way.append(SimpleNamespace(number=1))
+    disk.order(1, "null:2G")
+    disk.stand("null:2G")
+
+    assert ([(1, "ok")], [True], None) == (disk.closed, disk.was_noted, disk.handover.notes.exchange)
+
+
+def test_no_journal_tells_that_a_chain_took_its_own_place(disk: Disk) -> None:
+    """A worker that dies over a resize has not done it, for all that anybody knows."""
+    disk.order(1, "null:1G")
+    disk.exchanges.settle()
+
+    assert ([(1, "failed")], None, []) == (disk.closed, disk.handover.notes.exchange, disk.handover.notes.stale_params)
 
 
 def test_an_exchange_that_the_journal_tells_of_is_done(disk: Disk) -> None:

@@ -148,6 +148,17 @@ def test_another_chain_is_put_in(serving: Stepped, toolstack: Store) -> None:
     assert serving.vbd().handover.notes.exchange is None
 
 
+@pytest.mark.parametrize(("verb", "request_"), [("resize", {}), ("set", {"chain": "null:3G"})])
+def test_what_is_done_is_in_the_ledger_first(serving: Stepped, verb: str, request_: dict[str, Any]) -> None:
+    """A service that dies before it has answered leaves an order that has ended."""
+    ledger, codes = serving.context.ledger, []
+    number = ledger.open(verb, "5/xvda", {}, {})
+    serving.vbd().orders.give(verb, request_, number, lambda _: codes.append(ledger.entries()[-1]["code"]))
+    serving.until(lambda: codes)
+
+    assert (["ok"], None) == (codes, serving.vbd().handover.notes.exchange)
+
+
 def test_an_order_that_is_given_meanwhile_is_no_matter(serving: Stepped, toolstack: Store) -> None:
     """A frontend may close just when the chain has been put in: the worker said so before it heard of that."""
     worker = serving.vbd().worker

@@ -37,8 +37,7 @@ class Exchanges:
 
     def settle(self) -> None:
         """Find out in the journal whether a worker that has ended had put another chain in."""
-        exchange = self._handover.notes.exchange
-        self.end(is_done=exchange is not None and self._handover.chain_in_service() == exchange.chain)
+        self.end(is_done=self._handover.chain_in_service() != self._handover.notes.chain)
         self.follow()
 
     def follow(self) -> None:
@@ -50,16 +49,18 @@ class Exchanges:
     def end(self, *, is_done: bool) -> None:
         """Take note of how the exchange under way has ended, if there is one.
 
-        The order of one that an earlier service had begun, and did not live to see, ends in the ledger.
+        Its order ends in the ledger: at once where it is done, so that a service that dies now leaves no doubt; else
+        where an earlier service had begun it, and did not live to see that.
         """
         exchange = self._handover.notes.exchange
         if exchange is None:
             return
         if is_done:
+            self._ledger.close(exchange.order, Answer(Code.OK, {"chain": exchange.chain}))
             self._handover.exchange_is_done()
-        else:
-            self._handover.note(exchange=None)
+            return
         if exchange.order not in [each.number for each in self._orders.under_way]:
-            chain = self._handover.chain_in_service()
-            sentence = "" if is_done else f"the service was replaced meanwhile; {chain} is in service"
-            self._ledger.close(exchange.order, Answer(Code.OK if is_done else Code.FAILED, {"chain": chain}, sentence))
+            chain = self._handover.notes.chain
+            sentence = f"the service was replaced meanwhile; {chain} is in service"
+            self._ledger.close(exchange.order, Answer(Code.FAILED, {"chain": chain}, sentence))
+        self._handover.note(exchange=None)

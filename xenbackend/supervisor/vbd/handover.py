@@ -116,11 +116,11 @@ class Handover:
         The key ``params`` may say now what it said then, or the former chain, if that had come into it meanwhile.
         """
         exchange = self.notes.exchange
-        if exchange is not None:
+        if exchange is not None and exchange.chain != self.notes.chain:
             stale = dict.fromkeys([*self.notes.stale_params, exchange.former_params, self.notes.chain])
             stale.pop(exchange.chain, None)
-            changed = {"chain": exchange.chain, "stale_params": list(stale), "exchanged_by": exchange.order}
-            self.note(exchange=None, **changed)
+            self.note(chain=exchange.chain, stale_params=list(stale), exchange=None)
+        self.note(exchange=None)
 
     def saw_params(self, params: str) -> None:
         """Take note of what the key ``params`` says, which may have followed the chain by now."""

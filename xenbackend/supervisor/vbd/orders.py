@@ -256,6 +256,8 @@ class Orders:
         is_noted = self._vbd.handover.notes.exchange is not None  # no standing has told that it is done
         if reply.code is Code.GONE:
             self._vbd.exchanges.settle()  # the journal tells what the worker could not
+        elif reply.code is Code.OK and order.chain == order.former:
+            self._vbd.exchanges.end(is_done=True)
         else:
             self._vbd.handover.note(exchange=None)
         is_done = reply.code is Code.OK or self._vbd.chain_in_service() == order.chain != order.former
