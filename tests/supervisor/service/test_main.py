@@ -28,7 +28,6 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import KEPT, Ledger
 from xenbackend.supervisor.service.main import Service
-from xenbackend.supervisor.vbd.notes import Exchange, Notes
 from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
 
@@ -450,23 +449,25 @@ def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wron
     assert expected.get(wrong, "cannot listen there") in run.stderr
 
 
-def test_orders_of_a_former_service_are_closed_once_every_vbd_is_taken_over(descriptors: None) -> None:
-    """Only a vbd knows what became of its exchange; what is ordered meanwhile is nobody's business here."""
+def test_orders_of_a_former_service_are_gone_on_with_once_every_vbd_is_taken_over(descriptors: None) -> None:
+    """Only a vbd knows what became of its orders; those of a vbd that has gone are closed, new ones left alone."""
     del descriptors
     clock = Clock()
     loop = Reactor(clock)
     ledger = Ledger(Keeper({}))
-    exchange, lost = (ledger.open(verb, "5/xvda", {}, {}) for verb in ("set", "pause"))
+    known, lost = (ledger.open("pause", vbd, {}, {}) for vbd in (PATH.disk, "6/xvda"))
+    gone_on: list[tuple[str, str, int]] = []
+    orders = SimpleNamespace(go_on=lambda verb, given, number, _: gone_on.append((verb, given, number)))
     vbds: dict[Any, Any] = {}
     registry = SimpleNamespace(has_taken_over=False, vbds=vbds)
-    service: Any = SimpleNamespace(_registry=registry, _loop=loop, _ledger=ledger)
-    service._close_former_orders = partial(Service._close_former_orders, service)
-    service._close_former_orders([exchange, lost])
+    service: Any = SimpleNamespace(_registry=registry, _loop=loop, _ledger=ledger, _give=Service._give)
+    service._go_on_with_orders = partial(Service._go_on_with_orders, service)
+    service._go_on_with_orders([known, lost])
     settle(loop)
     before = [each["code"] for each in ledger.entries()]
-    new = ledger.open("pause", "5/xvda", {}, {})
+    new = ledger.open("pause", PATH.disk, {}, {})
     registry.has_taken_over = True
-    vbds[PATH] = SimpleNamespace(handover=SimpleNamespace(notes=Notes(exchange=Exchange(exchange, "a", "b"))))
+    vbds[PATH] = SimpleNamespace(path=PATH, orders=orders)
     clock.time += 1
     settle(loop)
     codes = {each["number"]: each["code"] for each in ledger.entries()}
@@ -474,4 +475,5 @@ def test_orders_of_a_former_service_are_closed_once_every_vbd_is_taken_over(desc
     loop.close()
 
     assert ["under-way"] * 2 == before
-    assert {exchange: "under-way", lost: "gone", new: "under-way"} == codes
+    assert {known: "under-way", lost: "gone", new: "under-way"} == codes
+    assert [("pause", "", known)] == gone_on

@@ -9,6 +9,7 @@ import pytest
 from tests.supervisor.helpers import PATH, Kept
 from xenbackend import journal
 from xenbackend.errors import ConfigError
+from xenbackend.kernel import memfd
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import notes
 from xenbackend.supervisor.vbd.handover import Handover
@@ -49,4 +50,16 @@ def test_no_worker_is_given_the_notes() -> None:
     assert b"secret" not in os.pread(page, journal.RINGS_AT, 0)
     handover.page[: journal.RINGS_AT] = b"\xff" * journal.RINGS_AT
     assert Notes("null:1G", policy="secret") == notes.read(handover._notes_page)
+    handover.close()
+
+
+def test_names_of_memories_leave_room_for_what_counts() -> None:
+    """A worker that a guest has taken over gives them: what it fills would keep its disk from being served."""
+    handover = Handover(Keeper({}), PATH)
+    handover.descriptors("null:1G")
+    for number in range(8):
+        assert handover.keep(f"{number}{'x' * 8000}", memfd.make("test", 4096))
+    handover.note(paused="root", program="1.2.3", exchange=Exchange(1, "\udcff" * 2048, "\udcff" * 2048))
+
+    assert 8 == len(handover.descriptors("null:1G")[1])
     handover.close()

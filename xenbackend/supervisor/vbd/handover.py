@@ -271,7 +271,11 @@ class Handover:
                     self._complain(f"{error}: what layer {name} had kept is lost")
                 else:
                     memories[slot] = name
-        self._write(replace(found, memories=memories))
+        try:
+            self._write(replace(found, memories=memories))
+        except ConfigError as error:
+            self._complain(str(error))
+            self._write(replace(found, memories={}))
 
     def _keep_new(self) -> None:
         """Have kept what we made, the notes last: from then on all of it counts."""

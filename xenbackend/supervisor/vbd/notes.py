@@ -8,6 +8,7 @@ it. Whoever changes these classes raises VERSION, and writes into `former` how t
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 from xenbackend import journal
@@ -16,6 +17,7 @@ from xenbackend.units import PAGE
 
 VERSION = 3
 _ROOM = 16 * PAGE
+_NAMES = 8 * PAGE  # bytes for those of memories, which a worker gives; the rest is for what it must not crowd out
 SIZE = PAGE + 2 * _ROOM  # bytes
 _NOTE = journal.Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
 
@@ -70,6 +72,8 @@ def write(memory: memoryview, notes: Notes) -> None:
     """Replace the notes at one stroke. Raises: ValueError where they are too long, or hold what cannot be stored."""
     values = codec.as_fields(notes)
     codec.restore(Notes, values)
+    if len(json.dumps(values["memories"])) > _NAMES:
+        raise ValueError("the names of memories leave no room for anything else")
     _NOTE.write(memory, values)
 
 
