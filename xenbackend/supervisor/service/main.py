@@ -239,7 +239,10 @@ class Service:
 
     def _order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         """Give an order to a vbd: it has a number from now on, and is in the ledger until it has its answer."""
-        verb, vbd = str(request["verb"]), self._registry.find(text_of(request, "vbd"))
+        if self._is_stopping:  # what it would note of the disk is about to be forgotten
+            reply(Answer(Code.GONE, None, "the service is stopping"))
+            return
+        verb, vbd = str(request["verb"]), self._registry.find(_text(request, "vbd"))
         given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
         is_dry_run = request.get("dry_run") is True
         number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
