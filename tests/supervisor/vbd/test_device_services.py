@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.supervisor.world import NODE, World, connected, remove
@@ -210,3 +212,24 @@ def test_a_vbd_that_went_while_there_was_no_service_is_closed() -> None:
     world.answer()
 
     assert (True, False) == (world.is_forgotten, world.is_running)
+
+
+@pytest.mark.parametrize("meanwhile", [Stage.LEAVING, Stage.OPEN])
+def test_a_worker_that_an_earlier_service_has_told_to_close_is_followed_by_another_one(meanwhile: Stage) -> None:
+    """It says that it closes where it finds out; that breaks no rule, although this service has not told it to."""
+    world = connected()
+    world.lose_service()
+    world.begin_service()
+    world.inbox.clear()
+    world.say(stage=meanwhile)
+    kills = [each for each in world.device.handle(replace(world.standing, stage=Stage.IDLE)) if is_kill(each)]
+    world.die("the worker ended unexpectedly with exit status 0")
+    world.settle()
+
+    assert [] == kills
+    assert ("4", True) == (world.state, world.is_connected)
+
+
+def is_kill(action: events.Action) -> bool:
+    """Return whether a worker is to be killed."""
+    return isinstance(action, events.Kill)

@@ -61,11 +61,12 @@ MOVES: dict[tuple[Phase, Goal], tuple[Move, Phase]] = {  # of a pair that is not
 STANDINGS: dict[Phase, dict[Stage, Phase]] = {  # a stage that is not here cannot be: the worker breaks the protocol
     _P.NONE: {},
     _P.OPENING: {Stage.IDLE: _P.OPENING, Stage.OPEN: _P.OPEN},
-    _P.OPEN: {Stage.OPEN: _P.OPEN},
+    _P.OPEN: {Stage.OPEN: _P.OPEN, Stage.IDLE: _P.CLOSING},  # an earlier service may have told it to close
     _P.CONNECTING: {Stage.OPEN: _P.CONNECTING, Stage.CONNECTING: _P.CONNECTING, Stage.SERVING: _P.SERVING},
     _P.SERVING: {Stage.SERVING: _P.SERVING},
     _P.DISCONNECTING: {
-        Stage.SERVING: _P.DISCONNECTING, Stage.LEAVING: _P.DISCONNECTING, Stage.OPEN: _P.OPEN
+        Stage.SERVING: _P.DISCONNECTING, Stage.LEAVING: _P.DISCONNECTING, Stage.OPEN: _P.OPEN,
+        Stage.IDLE: _P.CLOSING,  # likewise
     },
     _P.RETIRING: dict.fromkeys(Stage, _P.RETIRING),
     _P.CLOSING: dict.fromkeys(Stage, _P.CLOSING),
