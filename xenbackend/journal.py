@@ -42,8 +42,8 @@ done about them. `xenbackend.worker.recovery` goes by all this.
 The copy of indirect segments is scratch memory, written after the batch was taken: a successor fetches them anew from
 the guest's pages, which the guest may not touch before its answer, and checks them as the first time.
 
-AGREED is what the worker has agreed with the frontend (`protocol.messages.Agreed`), while it serves. It is written into
-the copy that is not valid, then made valid by one store.
+AGREED is the worker's chain, and what it has agreed with the frontend while it serves (`protocol.messages.Agreed`). It
+is written into the copy that is not valid, then made valid by one store.
 """
 
 from __future__ import annotations

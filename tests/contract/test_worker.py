@@ -226,7 +226,7 @@ def test_a_look_at_a_chain_is_none_more(candidate: Candidate) -> None:
 
 
 def test_what_was_agreed_is_left_to_a_successor(candidate: Candidate) -> None:
-    """While a frontend is served the journal has which chain serves it; it has nothing once that was left."""
+    """The journal has which chain serves a frontend, or was the last to; what was agreed with it ends with it."""
     found = []
     candidate.open()
     candidate.tell(messages.Serve, candidate.connect())
@@ -236,7 +236,10 @@ def test_what_was_agreed_is_left_to_a_successor(candidate: Candidate) -> None:
     candidate.tell(messages.Leave)
     found.append(journal.AGREED.read(candidate.worker.journal))
 
-    assert [candidate.kind.good, candidate.kind.other, None] == [each and each["chain"] for each in found]
+    good, other = candidate.kind.good, candidate.kind.other
+    assert [(good, True), (other, True), (other, False)] == [
+        (each["chain"], each["connect"] is not None) for each in found if each
+    ]
 
 
 def test_a_supervisor_that_is_gone_ends_it(candidate: Candidate) -> None:

@@ -58,7 +58,7 @@ class FakeWorker:
         return [*(messages.Log("info", event) for event in logs), self.standing]
 
     def _note(self, chain: str, connect: messages.Connect | None) -> None:
-        journal.AGREED.write(self.journal, codec.as_fields(messages.Agreed(chain, connect)) if connect else None)
+        journal.AGREED.write(self.journal, codec.as_fields(messages.Agreed(chain, connect)))
 
     def _obey(self, order: messages.Order) -> list[str]:
         """Do what an order says, and return lines for the log."""
@@ -131,8 +131,7 @@ class FakeWorker:
         if question.is_dry_run:
             return messages.Reply(number, Code.OK, data=f'["{question.chain}"]')
         agreed = journal.AGREED.read(self.journal)
-        if agreed is not None:
-            self._note(question.chain, codec.restore(messages.Agreed, agreed).connect)
+        self._note(question.chain, codec.restore(messages.Agreed, agreed).connect if agreed else None)
         if question.chain == "null:6G":
             os._exit(6)
         layers = [_layer(question.chain, read_only=self.standing.read_only)]

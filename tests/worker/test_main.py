@@ -95,7 +95,7 @@ def test_journals_header_tells_what_was_agreed(driven: Driven) -> None:
 
     assert {"chain": "ram:1M", "connect": agreed} == journal.AGREED.read(driven.worker.journal)
     driven.disconnect()
-    assert journal.AGREED.read(driven.worker.journal) is None
+    assert {"chain": "ram:1M", "connect": None} == journal.AGREED.read(driven.worker.journal)
 
 
 def test_command_is_answered_by_the_layer(driven: Driven) -> None:

@@ -85,10 +85,14 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What a worker that serves leaves in its journal (AGREED), for its successor and the service; never sent."""
+    """What a worker leaves in its journal (AGREED), for its successor and the service; never sent.
+
+    chain    that it serves through, or served through last
+    connect  what was agreed with the frontend, None once that has let go
+    """
 
     chain: str
-    connect: Connect
+    connect: Connect | None
 
 
 @dataclass(frozen=True, slots=True)

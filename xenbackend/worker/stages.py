@@ -114,7 +114,7 @@ class Stages:
         chain = self._opened()
         agreed = connect or self._recall()
         if connect is not None:
-            journal.AGREED.write(self._journal, None)
+            self._note(None)
         connection = Connection(
             Peer(open_host(self.order.host), self.order.frontend_domid, agreed, is_inherited=connect is None),
             Below(chain.geometry, chain.submit, self._disk.files.kick),
@@ -217,7 +217,7 @@ class Stages:
         except Exception as bug:  # whatever goes wrong now, the chain has to be closed and the image let go
             self._on_bug(bug)
         if not hands_over:
-            journal.AGREED.write(self._journal, None)
+            self._note(None)
 
     def close(self) -> None:
         """Close the chain and release everything. Raises: what the first layer that failed raised."""
@@ -250,22 +250,30 @@ class Stages:
         if connection is not None:
             self._wire(self._disk.chain, connection)  # first, so that a successor knows before a request goes there
             connection.go_on_through(self._disk.chain)
+        else:
+            self._note(None)
 
     def _wire(self, chain: Chain, connection: Connection) -> None:
         """Let the chain answer to a connection, and leave to a successor what is served, and how."""
         chain.contain = connection.engine.contain
         chain.complete = connection.engine.finish
-        agreed = messages.Agreed(self._disk.text, connection.agreed)
-        journal.AGREED.write(self._journal, codec.as_fields(agreed))
+        self._note(connection.agreed)
+
+    def _note(self, connect: messages.Connect | None) -> None:
+        """Leave to whoever comes next which chain it is, and what is agreed with the frontend."""
+        journal.AGREED.write(self._journal, codec.as_fields(messages.Agreed(self._disk.text, connect)))
 
     def _recall(self) -> messages.Connect:
         """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
         try:
-            agreed: messages.Agreed = codec.restore(messages.Agreed, journal.AGREED.read(self._journal))
-        except codec.NotAMessage as error:  # or what a predecessor left there is none
-            sentence = "the journal does not know what was agreed with the frontend"
-            raise DriverError(sentence, errno=errno.ENODATA) from error
-        return agreed.connect
+            connect: messages.Connect | None = codec.restore(
+                messages.Agreed, journal.AGREED.read(self._journal)
+            ).connect
+        except codec.NotAMessage:  # or what a predecessor left there is none
+            connect = None
+        if connect is None:
+            raise DriverError("the journal does not know what was agreed with the frontend", errno=errno.ENODATA)
+        return connect
 
     def _begin_export(self, path: str, chain: Chain) -> None:
         """Offer the disk to a device model; without that the guest can still use it by its own driver."""

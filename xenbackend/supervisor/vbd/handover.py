@@ -90,7 +90,12 @@ class Handover:
         self._let_go(theirs)
 
     def agreed(self) -> Agreed | None:
-        """Return the chain in service and what was agreed with the frontend, as the last worker noted it.
+        """Return the chain in service and what was agreed with the frontend; None where that was not, or has ended."""
+        left = self._left()
+        return left if left is not None and left.connect is not None else None
+
+    def _left(self) -> Agreed | None:
+        """Return what the last worker noted in the journal.
 
         None where it says nothing, or a chain that nobody has told it to serve: a worker is not to be believed.
         """
@@ -107,7 +112,7 @@ class Handover:
         A worker may have put another one in and died, or the service, before either could tell.
         """
         exchange = self.notes.exchange
-        agreed = self.agreed() if exchange is not None else None
+        agreed = self._left() if exchange is not None else None
         return agreed.chain if agreed is not None else self.notes.chain
 
     def exchange_is_done(self) -> None:

@@ -321,7 +321,8 @@ class Vbd:
             self.handle(events.Postponed())
             raise
         connect = connect_of(chosen, action)
-        self._serve(None if agreed is not None and agreed.connect.rings == connect.rings else connect)
+        is_known = agreed is not None and agreed.connect is not None and agreed.connect.rings == connect.rings
+        self._serve(None if is_known else connect)
 
     def _serve(self, connect: messages.Connect | None) -> None:
         self.link.order(lambda number: messages.Serve(number, connect))
