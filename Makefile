@@ -11,7 +11,7 @@ CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-all test-images test-fuzz test-model test-xen chaos bench-xen bench deb clean
+.PHONY: run test test-all test-images test-fuzz test-model test-orders test-xen chaos bench-xen bench deb clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -42,7 +42,11 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load, while administr
 
 test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
 	exec nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \
-		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py
+		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py tests/model
+
+# ORDERS=number; S=number chooses others. What has failed is printed with the command that does it again.
+test-orders: $(VENV)/.dev  ## the control plane in one process, with kills and several administrators: every reply is true
+	exec nice $(CONTAINED) $(BIN)/python -m tests.model --orders $(or $(ORDERS),100000) --seed $(or $(S),1)
 
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage

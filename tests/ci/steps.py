@@ -57,6 +57,7 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         parts=6,
         failed="build/failed/model/v/cache/lastfailed",
     ),
+    Step("orders", "make test-orders ORDERS=4000", 1.0, full="make test-orders"),
     Step("fuzz", "make test-fuzz S={seed}", 1.5, full="make test-fuzz S={seed}"),
     Step(
         "images",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract import real
+from tests.model import xenstore
 from xenbackend.errors import StoreError
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.xenstore.nodes import Nodes
@@ -21,23 +22,25 @@ REAL = Path("/run/xenstored/socket")
 Pair = tuple[Store, Store]
 
 
-@pytest.fixture(params=["rig", "host"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The address of a xenstored."""
+@pytest.fixture(params=["rig", "model", "host"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    """Two clients of the same xenstored: the rig's, the same without a socket, the host's."""
     if request.param == "rig":
-        with Xenstored(tmp_path / "store") as xenstored:
-            yield xenstored.address
+        with (
+            Xenstored(tmp_path / "store") as xenstored,
+            Store(xenstored.address) as one,
+            Store(xenstored.address) as two,
+        ):
+            yield one, two
+    elif request.param == "model":
+        server = xenstore.Xenstored()
+        with server.store(0) as one, server.store(0) as two:
+            yield one, two
     elif REAL.is_socket():
-        yield str(REAL)
+        with Store(str(REAL)) as one, Store(str(REAL)) as two:
+            yield one, two
     else:
         real.is_missing(f"no xenstored runs on this host: {REAL} is missing")
-
-
-@pytest.fixture
-def pair(address: str) -> Iterator[Pair]:
-    """Two clients of the same xenstored."""
-    with Store(address) as one, Store(address) as two:
-        yield one, two
 
 
 @pytest.fixture

@@ -1,0 +1,148 @@
+"""The images of a run, and what every one of them must hold.
+
+Must not know a guest or a worker. An image's content is what was acknowledged to whoever wrote it, sector by sector;
+one that lies over another has the other's content where nothing was written to itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+SECTOR = 512
+SIZE = 256 * 1024  # bytes of a disk at first
+PLACES = tuple(number * 61 for number in range(8))  # sectors that guests write; some share a cluster of 64 KiB
+_BOTTOM = re.compile(r"(aio|qcow2|vhd):([^,]+)")
+
+
+def pattern(number: int) -> bytes:
+    """Return a sector that tells which write it is of."""
+    return number.to_bytes(8, "little") * (SECTOR // 8)
+
+
+@dataclass(eq=False)
+class Image:
+    """One image: for each place what may stand there, `None` for anything; a place that is missing is the parent's."""
+
+    path: str
+    sectors: dict[int, set[bytes] | None] = field(default_factory=dict)
+    parent: Image | None = None
+    children: list[Image] = field(default_factory=list)
+
+    def may_hold(self, place: int) -> set[bytes] | None:
+        """Return what may stand at a place."""
+        if place in self.sectors or self.parent is None:
+            return self.sectors[place]
+        return self.parent.may_hold(place)
+
+    def now_holds(self, place: int, values: set[bytes] | None) -> None:
+        """Take note of what was written. What lies over this image is of no use from then on."""
+        self.sectors[place] = values
+        for child in self.children:
+            child.spoil()
+
+    def holds(self, place: int, value: bytes) -> None:
+        """Take note of what was read."""
+        if place in self.sectors or self.parent is None:
+            self.sectors[place] = {value}
+        else:
+            self.parent.holds(place, value)
+
+    def spoil(self) -> None:
+        """Take note that nobody knows any more what this image holds."""
+        self.sectors = dict.fromkeys(PLACES)
+        for child in self.children:
+            child.spoil()
+
+
+class Images:
+    """All images of a run, by what their names mean."""
+
+    def __init__(self, directory: Path, random: Random) -> None:
+        self.directory = directory
+        self._random = random
+        self._by_inode: dict[int, Image] = {}
+        self._made = 0
+        self._written = 0
+
+    def next_pattern(self) -> bytes:
+        """Return a sector that no other one is like."""
+        self._written += 1
+        return pattern(self._written)
+
+    def new_name(self, suffix: str) -> str:
+        """Return a name that no file has."""
+        self._made += 1
+        return str(self.directory / f"{self._made}{suffix}")
+
+    def make_raw(self, size: int = SIZE) -> Image:
+        """Return a new raw image with content of its own."""
+        image = Image(self.new_name(".raw"))
+        with open(image.path, "wb") as file:  # noqa: PTH123 - a text
+            file.truncate(size)
+            for place in PLACES:
+                if place * SECTOR < size:
+                    sector = self.next_pattern()
+                    file.seek(place * SECTOR)
+                    file.write(sector)
+                    image.sectors[place] = {sector}
+        self._by_inode[os.stat(image.path).st_ino] = image  # noqa: PTH116 - a text
+        return image
+
+    def link(self, image: Image) -> str:
+        """Return another name of an image."""
+        name = self.new_name(".link")
+        if self._random.random() < 0.5:
+            os.link(image.path, name)
+        else:
+            Path(name).symlink_to(image.path)
+        return name
+
+    def of_chain(self, chain: str) -> Image | None:
+        """Return the image that a chain writes to, None where it has none that is known."""
+        match = _BOTTOM.fullmatch(chain.rsplit("|", maxsplit=1)[-1])
+        try:
+            return self._by_inode.get(os.stat(match[2]).st_ino) if match else None  # noqa: PTH116 - a text
+        except OSError:
+            return None
+
+    def branched(self, chain: str, parent: Image) -> None:
+        """Take note of an image that was made over another one."""
+        match = _BOTTOM.fullmatch(chain.rsplit("|", maxsplit=1)[-1])
+        assert match is not None, chain
+        image = Image(match[2], parent=parent)
+        parent.children.append(image)
+        self._by_inode[os.stat(image.path).st_ino] = image  # noqa: PTH116 - a text
+
+    def faults(self) -> list[str]:
+        """Return what any of the images holds that was not acknowledged; nobody has them open."""
+        return [fault for image in self._by_inode.values() for fault in _faults_of(image)]
+
+
+def _faults_of(image: Image) -> list[str]:
+    path = image.path
+    if path.endswith(".raw"):
+        content = Path(path).read_bytes()
+    elif all(image.may_hold(place) is None for place in PLACES):
+        return []
+    else:
+        done = subprocess.run(
+            ["qemu-img", "convert", "-U", "-O", "raw", path, f"{path}.out"], capture_output=True, check=False
+        )
+        if done.returncode:
+            return [f"qemu-img cannot read {path}: {done.stderr.decode()}"]
+        content = Path(f"{path}.out").read_bytes()
+    found = []
+    for place in PLACES:
+        values, sector = image.may_hold(place), content[place * SECTOR : (place + 1) * SECTOR]
+        if values is not None and sector not in values:
+            found.append(f"{path} has {_named(sector)} at sector {place}, not {' or '.join(map(_named, values))}")
+    return found
+
+
+def _named(sector: bytes) -> str:
+    return f"write {int.from_bytes(sector[:8], 'little')}" if sector == sector[:8] * 64 else sector[:16].hex()

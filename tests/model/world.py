@@ -1,0 +1,478 @@
+"""All of it in one process, and the scheduler, which chooses what happens next.
+
+Must not sleep, nor let anything else than the seed decide.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from tests.model import checks, seams
+from tests.model.fleet import WorkerProcess
+from tests.model.guests import Place
+from tests.model.images import SIZE, Images
+from tests.model.machine import Clock, Died, Loop, Machine
+from tests.model.operators import Administrator, Asking, Judge, existing
+from tests.model.service import ServiceProcess
+from tests.model.xenstore import Xenstored
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+if TYPE_CHECKING:
+    import socket
+
+PLACES = 3
+_UNDER_WAY = re.compile("an? ([a-z]+) is under way")
+ADMINISTRATORS = 3
+_REST_S = 1.0  # before a service that could not begin is started anew
+_SETTLED_S = 65.0  # more than any limit of the product
+
+
+class Wrong(Exception):
+    """What the run found wrong; its text says all of it."""
+
+
+class World:
+    """Everything that there is.
+
+    notes      how often what happened
+    faults     what was wrong, in words
+    """
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.directory = directory
+        self.random = Random(seed)
+        self.clock = Clock()
+        self.machine = Machine(f"model-{seed}-{directory.name}")
+        self.xenstored = Xenstored()
+        self.images = Images(directory, self.random)
+        self.notes: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.log: list[dict[str, Any]] = []
+        self.control = str(directory / "control.sock")
+        self.existing_file = existing(directory / "taken")
+        self.small_file = str(directory / "small")
+        Path(self.small_file).write_bytes(bytes(4096))
+        self.kept: dict[str, int] = {}
+        self.places = [Place(self, VbdPath("vbd", 0, 5 + number, 51712)) for number in range(PLACES)]
+        self.administrators = [Administrator(self) for _ in range(ADMINISTRATORS)]
+        self.judge = Judge(self)
+        self.workers: list[WorkerProcess] = []
+        self.service: ServiceProcess | None = None
+        self.orders = 0  # given
+        self.answered = 0  # requests of guests
+        self.steps = 0
+        self.is_calm = False  # nobody is killed, nothing goes away, nothing new is begun
+        self._pipes: dict[int, WorkerProcess] = {}
+        self._spares: list[int] = []
+        self._pids = 1 << 23  # no process has such a number
+        self._lives: dict[int, tuple[Place, int]] = {}  # of a vbd, by its journal's inode
+        self._limit = 0
+        self._read = 0  # of the log
+        self._start_at = 0.0  # of the next service
+
+    # what others need
+
+    def note(self, what: str) -> None:
+        """Count what happened."""
+        self.notes[what] += 1
+
+    def blame(self, sentence: str) -> None:
+        """Take note of what is wrong."""
+        self.faults.append(f"step {self.steps}: {sentence}")
+
+    def new_loop(self, on_bug: Callable[[Exception], None] | None) -> Loop:
+        """Return the loop of a process."""
+        return Loop(self.clock, self.random.randrange, on_bug)
+
+    def point(self, name: str) -> None:
+        """Be at a point where the process that runs may be killed."""
+        running = self.machine.running
+        if self.is_calm or running is None:
+            return
+        self.notes[f"reached: {name}"] += 1
+        if self.random.random() < 0.004:
+            self.note(f"killed: {name}")
+            running.is_dead = True
+            raise Died(name)
+
+    def before_operation(self, operation: str) -> None:
+        """An operation of the service's on xenstore is about to be done."""
+        self.point(f"service: before {operation.lower().replace('_', ' ')} in xenstore")
+
+    def can_be_asked(self) -> bool:
+        """Return whether somebody listens at the control socket."""
+        return os.path.exists(self.control)  # noqa: PTH110 - a text
+
+    def may_order(self) -> bool:
+        """Return whether an administrator may give another order."""
+        return not self.is_calm and self.orders < self._limit
+
+    def ask(self, request: dict[str, Any], place: Place | None) -> Asking | None:
+        """Send a request to the service; None where nobody listens."""
+        try:
+            asking = Asking(self, request, place)
+        except OSError:
+            return None
+        if request["verb"] != "hotplug":
+            self.orders += 1
+        return asking
+
+    def read_answer(self, asking: Asking, answer: dict[str, Any]) -> None:
+        """Take note of an answer that came."""
+        self.note(f"answer: {asking.request['verb']} {answer['code']}")
+        if answer["code"] == "busy" and (found := _UNDER_WAY.match(answer.get("error", ""))):
+            self.note(f"barred: {asking.request['verb']} by {found[1]}")
+        if answer["code"] == "bug":
+            self.blame(f"{asking.request} was answered by a bug: {answer.get('error')}")
+        if (answer["code"] == "ok") != ("error" not in answer):
+            self.blame(f"{asking.request} was answered {answer}")
+
+    # workers
+
+    def new_worker(self, far: socket.socket) -> int:
+        """Make a worker at the other end of a socket, and return its pidfd."""
+        reading, writing = os.pipe()
+        with self.machine.outside():
+            self._spares.append(os.dup(reading))  # so that no other pipe gets the inode
+        self._pids += 1
+        worker = WorkerProcess(self, far, writing, self._pids)
+        self._pipes[os.fstat(reading).st_ino] = worker
+        self.workers.append(worker)
+        return reading
+
+    def process_of(self, pidfd: int) -> WorkerProcess:
+        """Return the worker whose pidfd that is."""
+        return self._pipes[os.fstat(pidfd).st_ino]
+
+    def send_kill(self, worker: WorkerProcess) -> None:
+        """SIGKILL, as the service sends it: it may take a moment."""
+        worker.is_dying = True
+
+    def has_ended(self, worker: WorkerProcess) -> None:
+        """Take note that a worker has ended."""
+        if worker in self.workers:
+            self.workers.remove(worker)
+        place = self.place_of(worker)
+        if place is not None:
+            place.lost_worker()
+
+    def orders_open(self, order: Any, journal_fd: int) -> None:
+        """The service has a worker open a chain: take note of whose life that is."""
+        place = next(each for each in self.places if str(each.path) == order.vbd)
+        self._lives.setdefault(os.fstat(journal_fd).st_ino, (place, place.life))
+
+    def is_to_open(self, journal_fd: int) -> None:
+        """The worker that runs takes that order."""
+        worker = self.machine.running
+        assert isinstance(worker, WorkerProcess)
+        place, life = self._lives[os.fstat(journal_fd).st_ino]
+        worker.vbd = f"{place}#{life}"
+
+    def place_of(self, worker: WorkerProcess) -> Place | None:
+        """Return the place that a worker serves, None where that life is over."""
+        return next((each for each in self.places if each.is_there and f"{each}#{each.life}" == worker.vbd), None)
+
+    def worker_of(self, place: Place) -> WorkerProcess | None:
+        """Return the worker of a place's present life."""
+        return next((each for each in self.workers if each.vbd == f"{place}#{place.life}"), None)
+
+    def serves(self, worker: WorkerProcess, chain: str, how: str) -> None:
+        """A worker serves a chain from now on, or has opened it: see whether that may be."""
+        place = self.place_of(worker)
+        if place is None or place.truth is None:
+            return
+        place.poll()  # what was answered until now was answered through the former chain
+        truth = place.truth
+        if chain == truth.chain:
+            return
+        if chain not in truth.targets.values():
+            self.blame(f"{place}: {how} {chain}, which nobody ordered; {truth.chain} is in service")
+        if self.images.of_chain(chain) is not self.images.of_chain(truth.chain):
+            place.leave_image(self.images.of_chain(truth.chain))
+        truth.chain = chain
+
+    # the service
+
+    def vbd_of(self, place: Place) -> Any:
+        """Return the service's object for a place, None where there is none."""
+        service = self.service.service if self.service is not None else None
+        return service._registry.vbds.get(place.path) if service is not None else None
+
+    def place_of_vbd(self, vbd: Any) -> Place | None:
+        """Return the place whose present life one of the service's objects stands for."""
+        inode = os.fstat(vbd.handover._journal).st_ino
+        place = next((each for each in self.places if each.path == vbd.path), None)
+        if place is None or not place.is_there:
+            return None
+        return place if self._lives.get(inode, (place, place.life))[1] == place.life else None
+
+    def has_opened(self, worker: WorkerProcess, chain: str) -> None:
+        """A worker has opened a chain: see whether that may be."""
+        place = self.place_of(worker)
+        if (
+            place is not None
+            and place.truth is not None
+            and chain not in (place.truth.chain, *place.truth.targets.values())
+        ):
+            self.blame(f"{place}: a worker opens {chain}, which nobody ordered; {place.truth.chain} is in service")
+
+    def has_branched(self, worker: WorkerProcess, former: str, file: str, chain: str) -> None:
+        """A worker has made the image `file` over the one that it writes to, by which `chain` would serve."""
+        parent = self.images.of_chain(former)
+        if parent is not None:
+            self.images.branched(chain, parent)
+        place = self.place_of(worker)
+        if place is not None and place.truth is not None:
+            place.truth.targets[file] = chain
+
+    def ends(self, place: Place) -> None:
+        """A life of a vbd is over."""
+
+    def check_closed(self, place: Place) -> None:
+        """Our state is Closed: no worker has the image any more."""
+        worker = self.worker_of(place)
+        if worker is not None and worker.chain:
+            self.blame(f"{place}: our state is Closed, and worker {worker.pid} has {worker.chain} open")
+
+    def service_is_over(self, service: ServiceProcess, *, rests: bool = False) -> None:
+        """The service has ended or died; whoever starts it anew rests before that where it `rests`."""
+        if self.service is service:
+            self.service = None
+            self._start_at = self.clock.now + (_REST_S if rests else 0.0)
+
+    # what happens
+
+    def run(self, orders: int) -> None:
+        """Let so many orders be given, and everything come to rest. Raises: Wrong."""
+        self._limit = orders
+        with seams.applied(self):
+            self._begin()
+            while self.orders < orders and not self.faults:
+                self._step()
+            if not self.faults:
+                self._settle()
+            self._close()
+        if self.faults:
+            raise Wrong("\n".join(self.faults))
+
+    def _begin(self) -> None:
+        for place in self.places:
+            place.attach(self._new_chain(place))
+        self.service = ServiceProcess(self)
+
+    def _new_chain(self, place: Place) -> str:
+        """Return a chain for a disk that is attached: its own image, or another one."""
+        if place.base is None or self.random.random() < 0.3:
+            place.base = self.images.make_raw()
+        chain = place.last_chain if place.last_chain and self.random.random() < 0.5 else f"aio:{place.base.path}"
+        return chain if self.images.of_chain(chain) else f"aio:{place.base.path}"
+
+    def grow(self, place: Place) -> None:
+        """Let the image of a disk have become larger, if it is one that can be made so without a word."""
+        image = self.images.of_chain(place.truth.chain) if place.truth else None
+        if image is not None and image.path.endswith(".raw") and self.random.random() < 0.7:
+            size = os.stat(image.path).st_size  # noqa: PTH116 - a text
+            if size < 4 * SIZE:
+                os.truncate(image.path, size + 65536)
+
+    def _step(self) -> None:
+        self.steps += 1
+        chance = self.random.random()
+        if chance < 0.62:
+            self._pass_one()
+        elif chance < 0.80:
+            self.random.choice(self.administrators).step()
+        elif chance < 0.985:
+            self._step_place(self.random.choice(self.places))
+        elif chance < 0.9905:
+            self._step_toolstack(self.random.choice(self.places))
+        elif chance < 0.9935:
+            self._kill_somebody()
+        elif chance < 0.9945:
+            self._step_service()
+        elif chance < 0.995:
+            self._step_xenstore()
+        else:
+            self.clock.now += self.random.random() * 0.05
+
+    def _runnable(self) -> list[Callable[[], None]]:
+        found: list[Callable[[], None]] = []
+        if self.service is None:
+            found += [self._start_service] * (self.clock.now >= self._start_at)
+        elif self.service.has_something():
+            found += [self.service.step] * 2
+        for worker in self.workers:
+            if worker.has_something():
+                found.append(worker.step)
+            if worker.loop is not None:
+                found += [partial(worker.do_job, number) for number in range(len(worker.loop.jobs.waiting))]
+            if worker.is_dying:
+                found += [worker.kill] * 4
+        return found
+
+    def _pass_one(self) -> bool:
+        """Let a loop pass, or a job be done; where all sleep let time go by until one does not."""
+        found = self._runnable()
+        if found:
+            self.random.choice(found)()
+            self._check_log()
+            return True
+        return self._pass_time()
+
+    def _pass_time(self, until: float | None = None) -> bool:
+        loops = [self.service.loop if self.service else None, *(worker.loop for worker in self.workers)]
+        due = [when for loop in loops if loop is not None and (when := loop.due()) is not None]
+        due += [self._start_at] if self.service is None else []
+        next_at = min(due, default=self.clock.now + 1.0)
+        if until is not None and next_at > until:
+            return False
+        self.clock.now = max(self.clock.now, next_at)
+        return True
+
+    def _step_place(self, place: Place) -> bool:
+        if not self.xenstored.is_up:
+            return place.poll()
+        return place.hear_script() or place.run_script() or place.step_frontend() or place.finish_removal()
+
+    def _step_toolstack(self, place: Place) -> None:
+        chance = self.random.random()
+        if not self.xenstored.is_up:
+            return
+        if not place.is_there:
+            place.attach(self._new_chain(place))
+        elif chance < 0.35 and not place.is_leaving:
+            place.request_removal(force=self.random.random() < 0.3)
+        elif chance < 0.55:
+            place.make_anew(self._new_chain(place))
+        elif chance < 0.75:
+            place.destroy()
+
+    def _kill_somebody(self) -> None:
+        if self.workers:
+            self.note("killed: worker: between steps")
+            self.random.choice(self.workers).kill()
+
+    def _step_service(self) -> None:
+        chance, service = self.random.random(), self.service
+        if service is None:
+            return
+        if chance < 0.6:
+            self.note("killed: service: between steps")
+            if self.random.random() < 0.3 and self.workers:
+                self.note("killed: service and a worker at once")
+                self.random.choice(self.workers).kill()
+            service.kill("killed")
+        elif service.has_begun:
+            number = signal.SIGTERM if chance < 0.85 or not self._may_forget() else signal.SIGINT
+            self.note(f"service: {number.name}")
+            if number is signal.SIGINT:  # ends with it, as does all that it knew
+                for place in self.places:
+                    place.may_go_on()
+            service.stop(number)
+
+    def _may_forget(self) -> bool:
+        """Return whether all that the service knows stands in xenstore, too, since it ends with a stop in order."""
+        service: Any = self.service.service if self.service else None
+        notes = [vbd.handover.notes for vbd in service._registry.vbds.values()]
+        return self.xenstored.is_up and all(each.stale_params is None and each.exchange is None for each in notes)
+
+    def _step_xenstore(self) -> None:
+        if self.xenstored.is_up:
+            if self.service is None or self.service.is_stopping:
+                return
+            self.note("xenstore: goes away")
+            self.xenstored.go_down()
+        else:
+            self._xenstore_comes()
+
+    def _xenstore_comes(self) -> None:
+        self.xenstored.come_up()
+        for place in self.places:
+            place.reconnect()
+
+    def _start_service(self) -> None:
+        self.service = ServiceProcess(self)
+
+    def _check_log(self) -> None:
+        """See that nobody had to say that something of ours is wrong."""
+        for line in self.log[self._read :]:
+            text = f"{line.get('event')} {line.get('reason', '')} {line.get('exception', '')}"
+            if line.get("level") == "critical" or "a bug" in text or "broke the protocol" in text or "a fault" in text:
+                self.blame(f"the log says: {line}")
+        self._read = len(self.log)
+
+    # the end
+
+    def _settle(self) -> None:
+        """Let nothing new begin, and everything come to rest: all that was asked is answered, every guest served."""
+        self.is_calm = True
+        if not self.xenstored.is_up:
+            self._xenstore_comes()
+        self._rest(_SETTLED_S)
+        for place in self.places:
+            if place.is_there:
+                self._ask_and_rest({"verb": "resume", "vbd": place.name()}, place)
+                place.may_submit = 5
+        self._rest(_SETTLED_S)
+        if not self.faults:
+            checks.at_rest(self)
+        for place in self.places:
+            if place.is_there and not place.is_leaving:
+                place.request_removal()
+        self._rest(_SETTLED_S)
+        if not self.faults:
+            checks.when_all_is_gone(self)
+
+    def _ask_and_rest(self, request: dict[str, Any], place: Place | None) -> dict[str, Any] | None:
+        asking = self.ask(request, place)
+        self._rest(_SETTLED_S, asking)
+        if asking is None or not asking.poll():
+            self.blame(f"nobody answers {request}")
+            return None
+        return asking.answer
+
+    def ask_now(self, request: dict[str, Any]) -> Any:
+        """Return the data of an answer; to be asked when everything rests."""
+        answer = self._ask_and_rest(request, None)
+        return answer["data"] if answer is not None and answer["code"] == "ok" else None
+
+    def _rest(self, seconds: float, asking: Asking | None = None) -> None:
+        """Let everything happen until nothing does for so many seconds, or until a question is answered."""
+        until = self.clock.now + seconds
+        idle = 0
+        while not self.faults and not (asking is not None and asking.poll()):
+            self.steps += 1
+            found = self._runnable()
+            if found:
+                self.random.choice(found)()
+                self._check_log()
+            acted = [each.step() for each in self.administrators if each.asking is not None]
+            acted += [self._step_place(place) for place in self.places]
+            idle = 0 if found or any(acted) else idle + 1
+            if idle > 1 and not self._pass_time(until):
+                self.clock.now = until
+                break
+
+    def _close(self) -> None:
+        """Take everything down."""
+        self.is_calm = True
+        for each in self.administrators:
+            if each.asking is not None:
+                each.asking.give_up()
+        for worker in list(self.workers):
+            worker.kill()
+        if self.service is not None:
+            self.service.kill("the run is over")
+        for place in self.places:
+            place.close()
+        for fd in [*self.kept.values(), *self._spares]:
+            os.close(fd)
+        self.machine.close()
