@@ -11,8 +11,9 @@ from typing import Any
 from tests.supervisor.helpers import Clock, settle
 from xenbackend.errors import StoreError
 from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.answers import Reply
 from xenbackend.supervisor.service.keeper import Keeper
-from xenbackend.supervisor.service.registry import Registry, Reply
+from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.xenstore.paths import VbdPath

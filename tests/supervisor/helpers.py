@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import parent
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import Ledger
-from xenbackend.supervisor.service.registry import Registry, Reply
+from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.server import Peer, Server
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.xentop import Xentop

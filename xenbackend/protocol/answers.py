@@ -8,6 +8,7 @@ Must not open a socket.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from xenbackend.errors import ConfigError, DriverError
 from xenbackend.protocol.codes import Code
 
 VERSION = 1
+
+Reply = Callable[["Answer"], None]  # takes the one answer to a request, now or later
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,28 +150,6 @@ def test_what_is_asked_of_a_worker_that_ends_is_answered(linked: Linked) -> None
     assert ["reply", ("ends", "the worker was ended by SIGKILL")] == linked.owner.heard
 
 
-def test_a_descriptor_is_closed_once(linked: Linked) -> None:
-    """Whoever received it closes what is left in the list: nothing is, also once the worker was let go."""
-    linked.link.let_go("the test is over", leaves=False)
-    fds = [os.open("/dev/null", os.O_RDONLY)]
-    linked.link._take(messages.Keep("log", 4096), fds)
-
-    assert [] == fds
-
-
-@pytest.mark.parametrize("message", [messages.Drop("map"), messages.Keep("map", 5), messages.Log("info", "x")])
-def test_descriptors_come_with_what_they_belong_to(linked: Linked, message: Any) -> None:
-    """Those that came with anything else, or too many, are closed, and their sender is killed."""
-    fds = [os.open("/dev/null", os.O_RDONLY), os.open("/dev/null", os.O_RDONLY)]
-    linked.fleet.say(message, list(fds))
-
-    assert linked.process.killed
-    assert [] == linked.owner.heard
-    for fd in fds:
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(fd)
-
-
 def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:
     """Memories and lines are handed on; what it asks and we do not know is refused, not left open."""
     linked.fleet.say(messages.Keep("map", 4096), [os.open("/dev/null", os.O_RDONLY)])

@@ -19,7 +19,7 @@ from typing import Any
 
 from xenbackend.errors import ConfigError, KernelError, StoreError
 from xenbackend.log import get_logger
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.store_link import StoreLink
 from xenbackend.supervisor.service.takeover import Takeover
@@ -31,7 +31,6 @@ from xenbackend.supervisor.vbd.spec import is_ours
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, parse_backend_path, parse_domain_directory
 
-Reply = Callable[[Answer], None]
 Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], None]], Vbd]
 
 RETRY_S = 1.0  # after a vbd could not be taken into service

@@ -17,12 +17,11 @@ from functools import partial
 from xenbackend.errors import KernelError
 from xenbackend.kernel.process import kill
 from xenbackend.log import get_logger
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Reply
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import What, end_predecessor, name_of, sort_inherited
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-Reply = Callable[[Answer], None]
 Take = Callable[[VbdPath, Mapping[What, int]], bool]
 
 

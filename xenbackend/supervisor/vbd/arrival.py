@@ -9,15 +9,13 @@ from collections.abc import Callable
 
 from xenbackend.blkif.features import MAXIMA
 from xenbackend.errors import XenbackendError
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd.claim import Claim, Taking
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.xenstore.paths import VbdPath
-
-Reply = Callable[[Answer], None]
 
 
 class Arrival:

@@ -7,7 +7,6 @@ its word impossible, that calls `Link.breach`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -74,23 +73,16 @@ class Link:
         self._answer_all(sentence)
 
     def _take(self, message: messages.FromWorker, fds: list[int]) -> None:
+        """Hear a message, with the descriptors that it carries; those that are left are closed by whoever calls."""
+        if self.worker is None:
+            return  # it was let go
         try:
-            if self.worker is None:
-                pass  # it was let go
-            elif isinstance(message, messages.Keep) and len(fds) == 1:
-                if not self._vbd.keeps(message.name, fds.pop()):
-                    self.breach("it had kept what is no memory, or one too many")
-            elif fds or isinstance(message, messages.Keep):
-                self.breach(f"{len(fds)} descriptors came with {type(message).__name__}")
-            else:
-                self._hear(message)
+            self._hear(message, fds)
         except Exception as bug:  # whatever it said to find a fault of ours, the other disks are served on
             self._vbd.fault(bug)
             self.breach("it said what the service could not handle")
-        while fds:  # none is left in there, or it would be closed twice
-            os.close(fds.pop())
 
-    def _hear(self, message: messages.FromWorker) -> None:
+    def _hear(self, message: messages.FromWorker, fds: list[int]) -> None:
         match message:
             case messages.Standing():
                 if message.number > self._told:
@@ -99,6 +91,9 @@ class Link:
                     self._vbd.stands(message, is_last=message.number == self._told)
             case messages.Reply():
                 self._hear_reply(message)
+            case messages.Keep():
+                if not self._vbd.keeps(message.name, fds.pop()):
+                    self.breach("it had kept what is no memory, or one too many")
             case messages.Drop():
                 self._vbd.drops(message.name)
             case messages.Log():

@@ -24,7 +24,7 @@ from xenbackend.block.policy import Policy
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
-from xenbackend.protocol.answers import Answer, of_bug
+from xenbackend.protocol.answers import Answer, Reply, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.notes import Exchange
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
 MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
-Reply = Callable[[Answer], None]
 
 _EXCHANGES = frozenset({"set", "resize", "snapshot", "upgrade"})  # of the chain, or of the process that has it open
 BARRED_BY: dict[str, frozenset[str]] = {

@@ -20,7 +20,7 @@ from xenbackend.blkif.features import MAXIMA, parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
 from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError
 from xenbackend.protocol import messages
-from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.fleet import Worker
 from xenbackend.supervisor.vbd import events
@@ -40,7 +40,6 @@ from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-Reply = Callable[[Answer], None]
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
