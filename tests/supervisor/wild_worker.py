@@ -99,6 +99,7 @@ class Wild:
                 self._names = []
             if not self._obey(0.05 if self._is_calm() else 0.002):
                 return
+        self._say(*(messages.Drop(name) for name in self._names[len(NAMES) :]))  # what a predecessor had kept
         give_up = time.monotonic() + _PATIENCE_S
         while time.monotonic() < give_up and not self._is_calm():
             self._obey(0)
@@ -175,7 +176,7 @@ class Wild:
         self._say(self._fake.standing)
 
     def _stand_as_before(self) -> None:
-        old = replace(self._fake.standing, number=self._random.choice([-1, 0, 5]), chain="aio:/etc/shadow")
+        old = replace(self._fake.standing, number=self._random.choice([-1, 0, 5]), trouble="it broke")
         self._say(self._random.choice([old, self._fake.standing]))
 
     def _log(self) -> None:

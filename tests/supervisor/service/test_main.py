@@ -28,6 +28,7 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import KEPT, Ledger
 from xenbackend.supervisor.service.main import Service
+from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
 
@@ -449,31 +450,34 @@ def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wron
     assert expected.get(wrong, "cannot listen there") in run.stderr
 
 
-def test_orders_of_a_former_service_are_gone_on_with_once_every_vbd_is_taken_over(descriptors: None) -> None:
-    """Only a vbd knows what became of its orders; those of a vbd that has gone are closed, new ones left alone."""
+def test_orders_of_a_former_service_wait_for_a_vbd_that_is_being_taken_over(descriptors: None) -> None:
+    """Only a vbd knows what became of its orders; those of a vbd that is there do not wait for another one's, and those
+    of one that has gone are closed; new ones are left alone.
+    """
     del descriptors
     clock = Clock()
     loop = Reactor(clock)
     ledger = Ledger(Keeper({}))
-    known, lost = (ledger.open("pause", vbd, {}, {}) for vbd in (PATH.disk, "6/xvda"))
-    gone_on: list[tuple[str, str, int]] = []
-    orders = SimpleNamespace(go_on=lambda verb, given, number, _: gone_on.append((verb, given, number)))
-    vbds: dict[Any, Any] = {}
+    other = VbdPath("vbd", 0, 6, 51712)
+    known, late, lost = (ledger.open("pause", vbd, {}, {}) for vbd in (PATH.disk, other.disk, "7/xvda"))
+    gone_on: list[int] = []
+    orders = SimpleNamespace(go_on=lambda _verb, _given, number, _reply: gone_on.append(number))
+    vbds: dict[Any, Any] = {PATH: SimpleNamespace(path=PATH, orders=orders)}
     registry = SimpleNamespace(has_taken_over=False, vbds=vbds)
     service: Any = SimpleNamespace(_registry=registry, _loop=loop, _ledger=ledger, _give=Service._give)
     service._go_on_with_orders = partial(Service._go_on_with_orders, service)
-    service._go_on_with_orders([known, lost])
+    service._go_on_with_orders(ledger.entries())
     settle(loop)
-    before = [each["code"] for each in ledger.entries()]
+    before = [*gone_on, *(each["code"] for each in ledger.entries())]
     new = ledger.open("pause", PATH.disk, {}, {})
     registry.has_taken_over = True
-    vbds[PATH] = SimpleNamespace(path=PATH, orders=orders)
+    vbds[other] = SimpleNamespace(path=other, orders=orders)
     clock.time += 1
     settle(loop)
     codes = {each["number"]: each["code"] for each in ledger.entries()}
     ledger.leave()
     loop.close()
 
-    assert ["under-way"] * 2 == before
-    assert {known: "under-way", lost: "gone", new: "under-way"} == codes
-    assert [("pause", "", known)] == gone_on
+    assert [known, *["under-way"] * 3] == before
+    assert {known: "under-way", late: "under-way", lost: "gone", new: "under-way"} == codes
+    assert [known, late] == gone_on

@@ -112,7 +112,7 @@ class Service:
         with taking_signals(self._loop, _SIGNALS, self._stop):
             self._fleet.prepare()
             self._registry.start()
-            self._close_former_orders([each["number"] for each in self._ledger.entries() if each["ended"] is None])
+            self._go_on_with_orders([each for each in self._ledger.entries() if each["ended"] is None])
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
@@ -142,18 +142,28 @@ class Service:
             self._notifier.alive()
             self._alive_timer.set(self._loop.now() + self._notifier.interval_s)
 
-    def _close_former_orders(self, numbers: list[int]) -> None:
-        """Let none of these orders be under way that nobody carries out: an earlier service died over them.
+    def _go_on_with_orders(self, entries: list[dict[str, Any]]) -> None:
+        """Let none of these orders be under way that nobody carries out: an earlier service did not live to end it.
 
-        An exchange of chains is told by its vbd, which finds out how far it came.
+        An exchange of chains is told by its vbd, which finds out how far it came. One that is still being taken over is
+        awaited, and no other: what is ordered by then must not be undone.
         """
-        if not self._registry.has_taken_over:
-            self._loop.call_later(1.0, partial(self._close_former_orders, numbers))
-            return
-        exchanges = [vbd.handover.notes.exchange for vbd in self._registry.vbds.values()]
-        carried_out = {exchange.order for exchange in exchanges if exchange is not None}
-        for number in set(numbers) - carried_out:
-            self._ledger.close(number, Answer(Code.GONE, None, "the service ended before it was done"))
+        awaited = []
+        vbds = {vbd.path.disk: vbd for vbd in self._registry.vbds.values()}
+        for entry in entries:
+            close, vbd = partial(self._ledger.close, entry["number"]), vbds.get(entry["vbd"])
+            if vbd is None and not self._registry.has_taken_over:
+                awaited.append(entry)
+            elif vbd is None:
+                close(Answer(Code.GONE, None, "the service ended before it was done"))
+            else:
+                go_on = partial(vbd.orders.go_on, entry["verb"], entry["to"], entry["number"])
+                try:
+                    self._give(vbd, go_on, close)
+                except Exception as bug:  # which must not keep the service from starting
+                    self._loop.bug(bug)
+        if awaited:
+            self._loop.call_later(1.0, partial(self._go_on_with_orders, awaited))
 
     def _stop(self, number: int) -> None:
         """End, by a signal's number."""
