@@ -43,8 +43,10 @@ def histogram(page: memoryview) -> list[int]:
 
 def percentile_ns(buckets: list[int], fraction: float) -> int:
     """Return the upper bound in ns of the bucket where `fraction` of the samples lie below, 0 without any."""
-    wanted = sum(buckets) * fraction
-    seen = 0
+    wanted = sum(buckets) * fraction  # rounded up it may be more than there are
+    seen = bound = 0
     for place, count in enumerate(buckets):
+        if count and (not bound or seen < wanted):
+            bound = 1 << place
         seen += count
     return bound

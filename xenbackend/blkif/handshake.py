@@ -43,9 +43,7 @@ _STATES = {str(state.value): state for state in XenbusState}
 
 def parse_state(text: str | None) -> XenbusState:
     """Return the state that a node's text names; UNKNOWN for a missing node and for any other text."""
-    if text is None or len(text) != 1 or not "0" <= text <= "8":
-        return XenbusState.UNKNOWN
-    return XenbusState(int(text))
+    return _STATES.get(text or "", XenbusState.UNKNOWN)
 
 
 _LETTERS = {"-": Step.WAIT, "O": Step.OFFER, "S": Step.SERVE, "F": Step.FOLLOW, "C": Step.CLOSE, "R": Step.RESTART}

@@ -1,6 +1,9 @@
 """Whether guests depend on the service right now.
 
 Must not take a missing answer for a no.
+
+``python3 -m xenbackend.host.served`` is for the package's scripts: its exit status is 1 where guests do, or that is not
+known, which it says.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def test_a_disk_without_a_worker() -> None:
         known[key] for key in ("worker", "worker_since", "worker_version", "needs_upgrade")
     )
     assert 7 == known["counters"]["reads"]
-    assert not describe(vbd(worker_version=__version__))["needs_upgrade"]
+    current = SimpleNamespace(notes=Notes(program=__version__), page=vbd().handover.page)
+    assert not describe(vbd(handover=current))["needs_upgrade"]
 
 
 def test_a_process_has_a_start() -> None:

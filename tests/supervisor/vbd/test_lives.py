@@ -18,6 +18,19 @@ def test_a_worker_dies_in_vain_if_its_guest_got_nothing() -> None:
     assert (False, True, True) == (nothing, answered, long)
 
 
+def test_one_that_was_asked_to_end_has_not_died() -> None:
+    """Only a death counts as one, until there is a successor."""
+    lives = Lives([])
+    died = []
+    for was_asked in (True, False):
+        lives.start(1.0)
+        lives.end(2.0, [], was_asked=was_asked)
+        died.append(lives.has_died)
+    lives.start(3.0)
+
+    assert [False, True, False] == [*died, lives.has_died]
+
+
 def test_the_time_that_a_guest_waits_counts_from_the_first_of_several_deaths() -> None:
     """Workers that die one after the other without serving leave it waiting all the while."""
     lives = Lives([])

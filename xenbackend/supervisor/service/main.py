@@ -252,7 +252,7 @@ class Service:
         if self._is_stopping:  # what it would note of the disk is about to be forgotten
             reply(Answer(Code.GONE, None, "the service is stopping"))
             return
-        verb, vbd = str(request["verb"]), self._registry.find(_text(request, "vbd"))
+        verb, vbd = str(request["verb"]), self._registry.find(text_of(request, "vbd"))
         given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
         is_dry_run = request.get("dry_run") is True
         number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
@@ -265,13 +265,13 @@ class Service:
 
         if verb == "upgrade":
             self._fleet.renew()  # the zygote has imported the program as it was
-        self._give(vbd, partial(vbd.orders.give, verb, request, number), answer)
+        self._give(vbd, partial(vbd.orders.give, verb, {**request, "by": str(peer)}, number), answer)
 
     @staticmethod
     def _give(vbd: Vbd, give: Callable[[Callable[[Answer], None]], None], answer: Callable[[Answer], None]) -> None:
         """Give an order to a vbd, and answer for it where it cannot be given."""
         try:
-            vbd.orders.give(verb, {**request, "by": str(peer)}, number, answer)
+            give(answer)
         except XenbackendError as error:
             answer(Answer(code_of(error), vbd.orders.chain_data(), str(error)))
         except Exception as bug:

@@ -121,11 +121,14 @@ class Handover:
         The key ``params`` may say now what it said then, or the former chain, if that had come into it meanwhile.
         """
         exchange = self.notes.exchange
-        if exchange is not None and exchange.chain != self.notes.chain:
+        if exchange is None:
+            return
+        changes: dict[str, Any] = {"exchange": None, "exchanged_by": exchange.order}
+        if exchange.chain != self.notes.chain:
             stale = dict.fromkeys([*self.notes.stale_params, exchange.former_params, self.notes.chain])
             stale.pop(exchange.chain, None)
-            self.note(chain=exchange.chain, stale_params=list(stale), exchange=None)
-        self.note(exchange=None)
+            changes |= {"chain": exchange.chain, "stale_params": list(stale)}
+        self.note(**changes)
 
     def saw_params(self, params: str) -> None:
         """Take note of what the key ``params`` says, which may have followed the chain by now."""

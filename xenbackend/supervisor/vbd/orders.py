@@ -161,7 +161,8 @@ class Orders:
     def _check_service(self) -> None:
         device = self._vbd.device
         if device.phase not in (Phase.OPEN, Phase.SERVING) or device.sight.keys is None:
-            raise ConfigError(f"the disk is not in service: {device.error or f'its worker is {device.phase.value}'}")
+            stage = "it has no worker" if device.phase is Phase.NONE else f"its worker is {device.phase.value}"
+            raise ConfigError(f"the disk is not in service: {device.error or stage}")
 
     def _pause(self, order: Order, by: str) -> None:
         self._vbd.handover.note(paused=by)
@@ -238,8 +239,6 @@ class Orders:
             self._exchange(order, reply.data, replaces=False)
         except ConfigError as error:
             self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self.chain_data()))
-            return
-        self._exchange(order, reply.data, replaces=False)
 
     def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
@@ -259,9 +258,15 @@ class Orders:
             self._vbd.exchanges.end(is_done=True)
         else:
             self._vbd.handover.note(exchange=None)
-        is_done = reply.code is Code.OK or self._vbd.chain_in_service() == order.chain != order.former
-        code = Code.OK if is_done else Code.FAILED if reply.code is Code.GONE else reply.code
-        self._answer(order, Answer(code, sentence="" if is_done else reply.sentence, data=self.chain_data()))
+        code, sentence = reply.code, reply.sentence
+        if code is Code.OK and is_noted and order.chain != order.former:
+            code, sentence = Code.FAILED, "its worker says that another chain is in service, and stands with this one"
+            self._vbd.link.breach(sentence)
+        elif self._vbd.chain_in_service() == order.chain != order.former:
+            code, sentence = Code.OK, ""
+        elif code is Code.GONE:
+            code = Code.FAILED
+        self._answer(order, Answer(code, sentence=sentence, data=self.chain_data()))
 
     def _upgrade(self, order: Order) -> None:
         """Let another process serve the disk."""

@@ -190,7 +190,8 @@ class Vbd:
     def ends(self, sentence: str) -> None:
         """Take note that the worker has ended."""
         self.handover.forget_worker()
-        has_progressed = self.lives.end(self._context.loop.now(), journal.progress(self.handover.page))
+        now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
+        has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
         self._guarded(self.exchanges.settle)
         self.handle(events.Ended(sentence, has_progressed))
 
