@@ -66,7 +66,7 @@ def test_mistakes_are_told_in_sentences() -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
-    """F2: both are seen in one turn of the service. The script has its answer, one worker has the image, and when the
+    """Both are seen in one turn of the service. The script has its answer, one worker has the image, and when the
     disk is detached nobody has it.
     """
     image = tmp_path / "disk.img"

@@ -91,7 +91,7 @@ def test_a_place_is_looked_at_again_when_its_vbd_is_over(place: Place, toolstack
 @pytest.mark.parametrize("first", ["script", "event", "end"])
 def test_nothing_reaches_a_vbd_that_is_over(place: Place, toolstack: Store, first: str) -> None:
     """Whatever comes first of all that happens between two passes of the loop: there is one vbd, and it has the script
-    (F2: the script was never answered, and a worker that belonged to nobody kept the image).
+    (the script was never answered, and a worker that belonged to nobody kept the image).
     """
     write_like_libxl(toolstack)
     place.start()
@@ -154,7 +154,7 @@ def test_a_service_that_stops_serves_nobody_new(place: Place, toolstack: Store) 
 
 @pytest.mark.parametrize("method", ["look_soon", "doubt", "hotplug", "counters_page", "stop"])
 def test_a_bug_stays_with_its_vbd(xenstored: Xenstored, toolstack: Store, tmp_path: Path, method: str) -> None:
-    """S1: whatever is done with one vbd may meet a fault of ours: it is told, and all is done with the others."""
+    """Whatever is done with one vbd may meet a fault of ours: it is told, and all is done with the others."""
     paths = [VbdPath("vbd3", 0, 5, 51712 + 16 * number) for number in range(3)]
     (tmp_path / "shm").mkdir()
     place = Place(xenstored.address, xentop=Xentop(tmp_path / "xentop", tmp_path / "shm"))

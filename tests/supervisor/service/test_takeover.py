@@ -75,7 +75,7 @@ def test_a_vbd_goes_on_with_what_was_left(xenstored: Xenstored, toolstack: Store
 def test_a_fault_over_it_concerns_no_other_vbd(
     xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left, lines: io.StringIO
 ) -> None:
-    """S1: that one's worker is killed, what was left of it is let go of, and when it has ended the vbd is served anew;
+    """That one's worker is killed, what was left of it is let go of, and when it has ended the vbd is served anew;
     the scripts that come meanwhile wait.
     """
     second = Left(kept, OTHER)
