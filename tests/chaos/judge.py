@@ -85,7 +85,7 @@ def _of_answer(told: Told, answer: Answer, ended: Sequence[Entry], chains: Seque
     if answer.order is None:  # a service that went away before it could say so much
         return [] if answer.code in (Code.UNDER_WAY, Code.UNREACHABLE, Code.GONE) else ["the answer has no number"]
     [entry] = [each for each in ended if each["number"] == answer.order] or [None]
-    if entry is None or entry["verb"] != told.verb:
+    if entry is None or entry["verb"] != f"{told.verb}{' --dry-run' * (told.request.get('dry_run') is True)}":
         return [f"the service remembers {entry}"]
     lies = []
     if answer.code is not Code.UNDER_WAY and entry["code"] != answer.code:

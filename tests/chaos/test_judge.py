@@ -49,6 +49,11 @@ TRUE: dict[str, tuple[list[Told], list[dict[str, Any]], Truth]] = {
     "paused": ([told("pause", data={"paused": True})], [PAUSE], after(is_paused=True)),
     "upgraded": ([told("upgrade", data={"worker": 9})], [entry("upgrade")], after(worker=9, since=90.0)),
     "killed since": ([told("upgrade", data={"worker": 9})], [entry("upgrade")], after(worker=11, since=101.0)),
+    "a dry run": (
+        [told("set", data={"chain": "aio:/a"}, chain="log:|aio:/a", dry_run=True)],
+        [entry("set --dry-run")],
+        after(),
+    ),
     "no log:": ([told("command", Code.INVALID)], [entry("command", Code.INVALID)], after()),
 }
 LIES: dict[str, tuple[list[Told], list[dict[str, Any]], Truth]] = {
