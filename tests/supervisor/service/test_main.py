@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from tests.supervisor.helpers import PATH, Clock, settle, write_like_libxl
+from tests.supervisor.helpers import PATH, Clock, Kept, settle, write_like_libxl
 from xenbackend.kernel.process import AHEAD
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer
@@ -28,6 +28,9 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import KEPT, Ledger
 from xenbackend.supervisor.service.main import Service
+from xenbackend.supervisor.service.notify import Notifier
+from xenbackend.supervisor.service.server import Peer
+from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
@@ -353,6 +356,21 @@ def test_whoever_waits_no_longer_is_told_the_order(
     _stop(service)
 
     assert (Code.UNDER_WAY, 1, "under-way", "ok") == (caught.value.answer.code, number, before, after)
+
+
+def test_a_service_that_is_being_replaced_does_not_say_that_there_is_no_disk(
+    xenstored: Xenstored, kept: Kept, tmp_path: Path
+) -> None:
+    """It has let go of all of them, and may still hear of one: the next service is to be asked."""
+    settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
+    service = Service(settings, Notifier({}), kept.keeper())
+    service._stop(signal.SIGTERM)
+    answers: list[Answer] = []
+    for request in ({"verb": "resume", "vbd": "5/xvda"}, {"verb": "status"}, {"verb": "ping"}):
+        service._answer(request, Peer(1, 0, "test"), answers.append)  # type: ignore[arg-type]
+    service._close()
+
+    assert [Code.GONE, Code.GONE, Code.OK] == [each.code for each in answers]
 
 
 def _status(control_socket: Path) -> dict[str, Any]:

@@ -198,6 +198,9 @@ class Service:
         try:
             if handle is None:
                 raise ConfigError(f"unknown request; the verbs are {', '.join(self._verbs)}")
+            if self._leaves and verb in (*ORDERS, "status"):  # it has let go of all disks
+                reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
+                return
             handle(request, peer, reply)
         except XenbackendError as error:
             reply(Answer(code_of(error), None, str(error)))
