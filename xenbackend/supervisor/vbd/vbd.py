@@ -41,6 +41,7 @@ from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
+_UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
 _RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
 
@@ -54,7 +55,7 @@ class Vbd:
         inherited: Mapping[What, int] | None = None,
         on_forgotten: Callable[[Vbd], None] = lambda _: None,
     ) -> None:
-        """Begin with the loop's next pass, or go on with the descriptors that an earlier service left.
+        """Begin, or go on with the descriptors that an earlier service left.
 
         `on_forgotten` is called once, when nothing of the vbd is left. Raises: KernelError.
         """
@@ -347,6 +348,8 @@ class Vbd:
         if leaves:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
+            if self.handover.notes.stale_params and not self.device.sight.is_over:
+                self._log.say("critical", _UNTOLD, chain=self.chain_in_service())
             self._guarded(self.handover.close)
             self._guarded(self._nodes.forget)
         self._on_forgotten(self)
