@@ -109,3 +109,15 @@ def test_an_exchange_that_the_journal_tells_of_is_done(disk: Disk) -> None:
 
     assert ("null:2G", "null:2G", [(1, "ok")]) == (before, disk.handover.notes.chain, disk.closed)
     assert [Exchanged(("null:1G",), "null:2G")] == disk.events
+
+
+@pytest.mark.parametrize("is_exchanging", [True, False])
+def test_a_chain_that_nobody_asked_for_is_not_believed(disk: Disk, *, is_exchanging: bool) -> None:
+    """What a worker says is in service is so if it was, or was to be put in; its lie alters nothing."""
+    if is_exchanging:
+        disk.order(1, "null:2G")
+    noted = disk.handover.notes
+
+    assert disk.stand("null:1G")
+    assert not disk.stand("aio:/etc/hostname")
+    assert (noted, [], []) == (disk.handover.notes, disk.events, disk.closed)
