@@ -373,6 +373,19 @@ def test_a_service_that_is_being_replaced_does_not_say_that_there_is_no_disk(
     assert [Code.GONE, Code.GONE, Code.OK] == [each.code for each in answers]
 
 
+def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: Kept, tmp_path: Path) -> None:
+    """What it would note of the disk is about to be forgotten; what changes nothing is answered still."""
+    settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
+    service = Service(settings, Notifier({}), kept.keeper())
+    service._stop(signal.SIGINT)
+    answers: list[Answer] = []
+    for request in ({"verb": "pause", "vbd": "5/xvda"}, {"verb": "status"}):
+        service._answer(request, Peer(1, 0, "test"), answers.append)  # type: ignore[arg-type]
+    service._close()
+
+    assert [(Code.GONE, "the service is stopping"), (Code.OK, "")] == [(each.code, each.sentence) for each in answers]
+
+
 def _status(control_socket: Path) -> dict[str, Any]:
     [known] = call(str(control_socket), {"verb": "status"}).data
     return dict(known)
