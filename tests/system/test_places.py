@@ -119,7 +119,7 @@ def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Con
     """
     dice = random.Random(pytestconfig.getoption("--seed"))
     with Machine(log=image.with_name("log")) as machine, closing(machine.create_guest(5)) as guest:
-        for _ in range(100 if pytestconfig.getoption("--long") else 15):
+        for _ in range(100 if pytestconfig.getoption("--long") else 5):
             path, frontend = serve(machine, guest, f"aio:{image}")
             assert {status(machine)["worker"]} == users(image)
             frontend.close()
