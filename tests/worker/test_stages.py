@@ -243,6 +243,22 @@ def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven
     assert [DATA, bytes(PAGE)] == [path.read_bytes()[:PAGE] for path in images]
 
 
+def test_an_exchange_before_a_guest_is_taken_over_keeps_what_it_had_agreed(driven: Driven, images: list[Path]) -> None:
+    """A successor that has not mapped the rings yet takes another chain; what was in flight is done there, once."""
+    driven.connect(f"delay:write=200ms|aio:{images[0]}")
+    request = driven.begin_write(DATA)
+    driven.kill()
+    driven.start_successor()
+    driven.open(f"aio:{images[0]}", resumes=True)
+    reply = driven.worker.ask(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.worker.tell(messages.Serve, None)
+    standing = driven.worker.expect_standing(Stage.SERVING)
+    driven.frontend.wait([request])
+
+    assert (Code.OK, "") == (reply.code, standing.failure)
+    assert [bytes(PAGE), DATA] == [path.read_bytes()[:PAGE] for path in images]
+
+
 def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
     """D8: what a layer's bug lost may come back to whoever is above the chain later, who has to know."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

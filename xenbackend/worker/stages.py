@@ -251,7 +251,7 @@ class Stages:
             self._wire(self._disk.chain, connection)  # first, so that a successor knows before a request goes there
             connection.go_on_through(self._disk.chain)
         else:
-            self._note(None)
+            self._note(self._left())  # a frontend that a predecessor served may still be to come
 
     def _wire(self, chain: Chain, connection: Connection) -> None:
         """Let the chain answer to a connection, and leave to a successor what is served, and how."""
@@ -265,15 +265,18 @@ class Stages:
 
     def _recall(self) -> messages.Connect:
         """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
-        try:
-            connect: messages.Connect | None = codec.restore(
-                messages.Agreed, journal.AGREED.read(self._journal)
-            ).connect
-        except codec.NotAMessage:  # or what a predecessor left there is none
-            connect = None
+        connect = self._left()
         if connect is None:
             raise DriverError("the journal does not know what was agreed with the frontend", errno=errno.ENODATA)
         return connect
+
+    def _left(self) -> messages.Connect | None:
+        """Return what a predecessor had agreed with a frontend that nobody has taken leave of, None where none did."""
+        try:
+            found: messages.Agreed = codec.restore(messages.Agreed, journal.AGREED.read(self._journal))
+        except codec.NotAMessage:  # what a predecessor left there
+            return None
+        return found.connect
 
     def _begin_export(self, path: str, chain: Chain) -> None:
         """Offer the disk to a device model; without that the guest can still use it by its own driver."""
