@@ -48,6 +48,18 @@ def test_a_life_ends_when_the_node_is_gone_or_made_anew(looks: list[dict[str, st
     assert is_over == (sight.keys is None)
 
 
+@pytest.mark.parametrize(("keys", "is_over"), [({**OURS, "state": "2"}, True), (OURS, True), ({"params": "x"}, False)])
+def test_what_xenstore_has_taken_tells_a_node_from_one_that_was_made_anew(
+    keys: dict[str, str], *, is_over: bool
+) -> None:
+    """A node that is made anew before our own keys were seen in the former one is another vbd all the same."""
+    sight = seen(NODE)
+    sight.was_written(keys)
+    sight.look(Seen(NODE, S.CONNECTED))
+
+    assert is_over == sight.is_over
+
+
 @pytest.mark.parametrize(("node", "is_over"), [(SERVED, False), (NODE, True), ({**NODE, "state": "2"}, True)])
 def test_a_past_is_that_of_a_node_with_our_keys(node: dict[str, str], *, is_over: bool) -> None:
     """What an earlier service left belongs to a node that it had written to."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import FAKE_WORKER, PATH, Stepped, offer_ring, write_like_libxl
-from xenbackend.blkif.features import Limits
+from xenbackend.blkif.features import Limits, publish_at_probe
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.fleet import Worker
@@ -44,6 +44,17 @@ def test_write_into_a_node_that_is_gone_does_not_make_it_again(stepped: Stepped,
     vbd._write(events.Write({"state": "2"}, XenbusState.INITIALISING))
 
     assert toolstack.read_optional(PATH.backend) is None
+
+
+def test_what_xenstore_has_taken_is_known_without_another_look(stepped: Stepped, toolstack: Store) -> None:
+    """A node that is made anew before we have seen our keys in the former one would be taken for that one."""
+    write_like_libxl(toolstack)
+    vbd = Vbd(PATH, stepped.context)
+    mark = vbd.device.sight.mark
+    vbd.stop(leaves=False)
+    stepped.until(lambda: vbd.is_forgotten)
+
+    assert mark in publish_at_probe(Limits())
 
 
 def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: Store, lines: io.StringIO) -> None:

@@ -4,9 +4,9 @@ Must not know how far a worker is, nor read xenstore.
 
 A toolstack may make a node anew in the place of one whose worker has not ended yet. What is there then is another vbd:
 nothing of it is believed to be of this one, which is over. It is known by our state, which only a toolstack makes
-Initialising, and by the keys that we publish and nobody else removes; both count only once they were seen in the node,
-since a write of ours may have failed. A claim (`claim.py`) makes the directory again with our keys in it, so it ends no
-life, as long as nobody looks while the directory is away.
+Initialising, and by the keys that we publish and nobody else removes. Both count only once they were seen in the node
+or xenstore has taken them, since a write of ours may have failed. A claim (`claim.py`) makes the directory again with
+our keys in it, so it ends no life, as long as nobody looks while the directory is away.
 """
 
 from __future__ import annotations
@@ -114,6 +114,10 @@ class Sight:
             else:
                 self.keys[key] = value
 
+    def was_written(self, keys: Mapping[str, str | None]) -> None:
+        """Take note that keys are in the node for sure: xenstore has taken them."""
+        self._knows({key: value for key, value in keys.items() if value is not None})
+
     def exchange(self, exchanged: Exchanged) -> None:
         """Want ``params`` to name another chain."""
         if not self.is_over:
@@ -123,9 +127,12 @@ class Sight:
     def _is_anothers(self, keys: Mapping[str, str]) -> bool:
         state = parse_state(keys.get("state"))
         is_anothers = (self.had_state and state is _S.INITIALISING) or (self.had_keys and not keys.keys() & _OURS)
-        self.had_state |= state not in (_S.UNKNOWN, _S.INITIALISING)
-        self.had_keys |= bool(keys.keys() & _OURS)
+        self._knows(keys)
         return is_anothers
+
+    def _knows(self, keys: Mapping[str, str]) -> None:
+        self.had_state |= parse_state(keys.get("state")) not in (_S.UNKNOWN, _S.INITIALISING)
+        self.had_keys |= bool(keys.keys() & _OURS)
 
     def _read(self) -> None:
         self.spec, self.problem = None, ""

@@ -246,6 +246,7 @@ class Vbd:
         if not self._nodes.write(action):
             self.look_soon(node=True)
             return
+        self.device.sight.was_written(action.keys)
         state = action.keys.get("state")
         if state is not None and parse_state(state) is not action.state:
             self.since = self._context.time()
