@@ -16,11 +16,17 @@ FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-fai
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
 
+# Service, workers and guests together on the simulated Xen: these take their time.
+MACHINES = tests/system tests/bench/test_session.py
+
 test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t
+	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(addprefix --ignore=,$(MACHINES))
+
+test-system: $(VENV)/.dev  ## whole machines: services that follow one another, taken-over workers, kills, two administrators
+	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(PART_OF) $(call FAILED_OF,system) $(MACHINES)
 
 # What CI runs in part, with what it runs whole; tests/ci/steps.py. What has passed with the same code is not run again.
 test-all:  ## every suite in full, in hours; may be stopped and goes on; the report is build/all/report.txt

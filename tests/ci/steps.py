@@ -50,6 +50,13 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
     ),
     Step("test", "make test", 3.0, full="make test"),
     Step(
+        "system",
+        "make test-system",
+        3.0,
+        full="make test-system",
+        failed="build/failed/system/v/cache/lastfailed",
+    ),
+    Step(
         "model",
         "make test-model PART={part}",
         1.0,
