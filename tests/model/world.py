@@ -364,14 +364,14 @@ class World:
         chance, service = self.random.random(), self.service
         if service is None:
             return
-        if chance < 0.6:
+        if chance < 0.45:
             self.note("killed: service: between steps")
             if self.random.random() < 0.3 and self.workers:
                 self.note("killed: service and a worker at once")
                 self.random.choice(self.workers).kill()
             service.kill("killed")
         elif service.has_begun:
-            number = signal.SIGTERM if chance < 0.85 or not self._may_forget() else signal.SIGINT
+            number = signal.SIGTERM if chance < 0.7 or not self._may_forget() else signal.SIGINT
             self.note(f"service: {number.name}")
             if number is signal.SIGINT:  # ends with it, as does all that it knew
                 for place in self.places:
@@ -382,7 +382,7 @@ class World:
         """Return whether all that the service knows stands in xenstore, too, since it ends with a stop in order."""
         service: Any = self.service.service if self.service else None
         notes = [vbd.handover.notes for vbd in service._registry.vbds.values()]
-        return self.xenstored.is_up and all(each.stale_params is None and each.exchange is None for each in notes)
+        return self.xenstored.is_up and all(not each.stale_params and each.exchange is None for each in notes)
 
     def _step_xenstore(self) -> None:
         if self.xenstored.is_up:

@@ -222,6 +222,35 @@ def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dies", ["paused, before the stop", "while it is drained"])
+def test_a_stop_ends_no_request_that_a_dead_worker_had_taken(tmp_path: Path, dies: str) -> None:
+    """Answers of requests that were done out of turn lie in the ring where those that are left stood: only the journal
+    tells them apart, and the next service has none.
+    """
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        frontend = guest.connect(machine.attach(5, "xvda", f"delay:write=1s|aio:{image}"), Wishes())
+        writes = [frontend.submit(BLKIF_OP_WRITE, 8 * n, data=bytes([n + 1]) * _PAGE) for n in range(8)]
+        frontend.wait([frontend.submit(BLKIF_OP_READ, 128, 8) for _ in range(8)], PATIENCE_S)
+        worker = _known(machine)["worker"]
+        assert machine.service is not None
+        if dies == "while it is drained":
+            machine.service.terminate()
+        os.kill(worker, signal.SIGKILL)
+        if dies == "paused, before the stop":
+            machine.ask({"verb": "pause", "vbd": "5/xvda"})
+        machine.stop_service()
+        machine.start_service()
+        reads = [frontend.submit(BLKIF_OP_READ, 8 * n, 8) for n in range(8)]
+        frontend.wait([*writes, *reads], PATIENCE_S)
+
+        assert {0} == {request.status for request in [*writes, *reads]}
+        assert [bytes([n + 1]) * _PAGE for n in range(8)] == [frontend.read(8 * n, 8) for n in range(8)]
+        frontend.close()
+
+
+@pytest.mark.slow
 def test_the_next_service_pauses_a_paused_disk_again(tmp_path: Path) -> None:
     """After a failed flush the operator is told, by the next service too, although nothing but xenstore knows of it;
     the guest is served on once somebody says so.

@@ -185,6 +185,29 @@ def test_a_failed_flush_is_not_done_again_while_the_chain_is_exchanged(vbd: Serv
     assert BLKIF_RSP_OKAY == flush.status
 
 
+def test_a_predecessors_requests_are_done_before_a_paused_disk_is_left(vbd: Served) -> None:
+    """Nobody comes after a worker that closes in order who could do them; what is in the ring stays there."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    vbd.kill()
+    vbd.disk.holding = False
+    vbd.disk.seen.clear()
+    vbd.connect_rings(rejoins=True)
+    vbd.engine.hold(Hold.PAUSE)
+    later = frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
+    vbd.step(5)
+    before = vbd.disk.seen[:]
+    told: list[int] = []
+    vbd.engine.hold(Hold.END, lambda: told.append(vbd.engine.in_flight))
+    vbd.step(5)
+    frontend.wait([write])
+
+    assert ([], ["WRITE"]) == (before, vbd.disk.seen)
+    assert ([0], BLKIF_RSP_OKAY, None) == (told, write.status, later.status)
+
+
 def test_a_pause_holds_a_predecessors_requests_too(vbd: Served) -> None:
     """A successor of a worker that died while paused leaves the disk alone until it is told to resume."""
     frontend = vbd.connect()

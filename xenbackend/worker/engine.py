@@ -371,7 +371,8 @@ class Engine:
                     self._submit_again([step])
                     return
                 self._end_barrier(barrier)
-        if Hold.REPLAY in self.holds and Hold.PAUSE not in self.holds and not self._barrier:
+        may_replay = Hold.PAUSE not in self.holds or Hold.END in self.holds  # nobody comes after us who could do it
+        if Hold.REPLAY in self.holds and may_replay and not self._barrier:
             self._replay_next()
         if self.holds:
             is_stuck = Hold.FLUSH in self.holds or len(self._failed_flushes) + len(self.retries) > 0

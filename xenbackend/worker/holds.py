@@ -19,6 +19,7 @@ class Hold(Enum):
     PAUSE = "an administrator paused the disk"
     SWAP = "the chain is exchanged for another one"
     END = "the frontend or the service goes away"
+    HAND_OVER = "a successor goes on with what is held"
 
 
 class Holds:

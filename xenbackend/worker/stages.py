@@ -204,7 +204,7 @@ class Stages:
         connection = self.connection
         if connection is None:
             return
-        yield connection.quiet(Hold.END)
+        yield connection.quiet(Hold.HAND_OVER if hands_over else Hold.END)
         code = yield from self._flush()
         if code and ends:
             connection.engine.flush_failed(code)

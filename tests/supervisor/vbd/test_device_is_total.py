@@ -25,8 +25,9 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
     """R16: from each pair of states and each phase, every event leads to a state without an exception, twice alike."""
     given: list[events.Event] = [
         events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
-        events.Ended("x", has_progressed=True), events.Expired(), events.Called(), events.Stop(),
-        events.Stop(leaves=True), events.Inherited(), events.Resume(), events.Replace(), events.Refused("x"),
+        events.Ended("x", has_progressed=True), events.Ended("x", is_unfinished=True), events.Expired(),
+        events.Called(), events.Stop(), events.Stop(is_unfinished=True), events.Stop(leaves=True),
+        events.Inherited(), events.Resume(), events.Replace(), events.Refused("x"),
         events.Exchanged(("null:1G",), "null:2G"), events.Exchanged(("null:3G",), "null:2G"),
         *(replace(IDLE, stage=stage, failure=failure) for stage in Stage for failure in ("", "x")),
         replace(IDLE, stage=Stage.SERVING, layers=[LAYER], trouble="x", halted="x", flush_failed="x", is_paused=True),

@@ -10,6 +10,7 @@ from tests.supervisor.world import NODE, World, connected, remove
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.backoff import REST_S
 from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, Phase
 
 S = XenbusState
@@ -25,6 +26,46 @@ def test_stopped_service_leaves_the_state_and_the_next_one_serves_on() -> None:
     successor = World(node=world.node, theirs=S.CONNECTED)
     successor.settle()
     assert ("4", True) == (successor.state, successor.is_connected)
+
+
+@pytest.mark.parametrize("dies", ["before the stop", "while it is drained"])
+def test_what_a_dead_worker_had_taken_is_done_before_the_service_ends(dies: str) -> None:
+    """The next service knows nothing of it: another worker joins the rings, finishes and closes; the state stays."""
+    world = connected()
+    if dies == "before the stop":
+        world.die("died", is_unfinished=True)
+        world.send(events.Stop(is_unfinished=True))
+    else:
+        world.send(events.Stop(is_unfinished=True))
+        world.die("died", is_unfinished=True)
+    before = (world.is_forgotten, world.state)
+    world.answer()
+    world.answer()
+    joined = world.joined
+    world.answer()
+
+    assert (False, "4") == before
+    assert joined is not None
+    assert joined.goes_on
+    assert (True, "4", False) == (world.is_forgotten, world.state, world.is_running)
+
+
+def test_a_service_ends_at_last_where_what_was_left_cannot_be_done() -> None:
+    """A disk that cannot be opened is tried once more; workers that all die are followed as often as ever."""
+    refused, dying = connected(), connected()
+    refused.die("died", is_unfinished=True)
+    refused.send(events.Stop(is_unfinished=True))
+    refused.refuse("there is no such file")
+    refused.die("closed", is_unfinished=True)
+    dying.send(events.Stop(is_unfinished=True))
+    deaths = 0
+    while not dying.is_forgotten:
+        deaths += 1
+        dying.die("died", is_unfinished=True)
+        dying.rest()
+
+    assert refused.is_forgotten
+    assert 1 + len(REST_S) == deaths
 
 
 def test_refused_detach_survives_a_restart_of_the_service() -> None:

@@ -26,7 +26,8 @@ look at it. `phase.MOVES` says what the worker is told, `phase.STANDINGS` what f
 - A node that is gone, or was made anew in the same place, ends the vbd: the worker is closed, soon or by force, and
   nothing is written any more.
 - A service that stops leaves a connected vbd's state alone: the next one serves the same ring, and the guest only sees
-  a pause. That a flush failed stands in ``flush-failed``, for a service that finds nothing else of the disk's past.
+  a pause. The next service knows nothing of requests that a dead worker had taken, so another worker does them first.
+  That a flush failed stands in ``flush-failed``, for a service that finds nothing else of the disk's past.
 - Where another chain took the place of the one in service, ``params`` follows, unless the toolstack wants a third one.
 """
 
@@ -70,7 +71,7 @@ class Device:
         """
         self.path = path
         self.is_leaving = False
-        self._is_stopping = False
+        self._is_stopping = self._is_unfinished = False
         self.sight = Sight(path, has_past=has_past)
         self._reasons = Reasons()
         self._aims = Aims(self.sight, self._reasons, limits, pid)
@@ -159,6 +160,7 @@ class Device:
                 self._aims.worker.is_replaceable = self.phase not in (Phase.NONE, Phase.RESTING)
             case events.Stop():
                 self._is_stopping, self.is_leaving = True, event.leaves
+                self._is_unfinished = event.is_unfinished and self.phase is not Phase.SERVING
 
     def _clear(self, cause: Cause) -> None:
         self._reasons.clear(cause)
@@ -205,7 +207,7 @@ class Device:
         if self.phase is Phase.SERVING and former is not Phase.SERVING:
             self._clear(Cause.SERVED)
             self._backoff.served()
-            worker.has_rings = True
+            worker.has_rings, self._is_unfinished = True, False
         elif former is Phase.DISCONNECTING and self.phase is Phase.OPEN:
             worker.has_rings = False
         return []
@@ -235,10 +237,11 @@ class Device:
         self._aims.worker = WorkerFacts(
             layers=worker.layers if self.is_waited_for() else [], has_rings=worker.has_rings
         )
+        self._is_unfinished = ended.is_unfinished and not worker.is_retrying  # one that could not would not be able to
         self._reasons.clear(Cause.ENDED)
         if worker.is_retrying:
             self.phase = Phase.RESTING
-        elif former not in (Phase.CLOSING, Phase.RETIRING):
+        elif former not in (Phase.CLOSING, Phase.RETIRING) or (self._is_stopping and ended.is_unfinished):
             self._reasons.say(Reason.INTERRUPTED, ended.sentence)
             if self._backoff.died(in_vain=not ended.has_progressed):
                 self.phase = Phase.RESTING
@@ -273,7 +276,9 @@ class Device:
         return [write] if missing else []
 
     def _goal(self) -> Goal:
-        return Goal.NONE if self._is_stopping else self._aims.goal()
+        """Return how far the worker should be: in a service that stops, as far as is needed for what was left."""
+        goal = self._aims.goal()
+        return Goal.NONE if self._is_stopping and not (self._is_unfinished and goal is Goal.SERVE) else goal
 
     def _move(self) -> list[events.Action]:
         """Return the worker's next step towards the goal: `MOVES`."""
@@ -306,5 +311,6 @@ class Device:
         return [events.Limit(FORCED_LIMIT_S if is_forced else limit_s)]
 
     def _forget(self) -> list[events.Action]:
-        is_done = self.phase is Phase.NONE and (self.sight.is_over or self._is_stopping)
+        has_stopped = self._is_stopping and self._goal() is Goal.NONE
+        is_done = self.phase is Phase.NONE and (self.sight.is_over or has_stopped)
         return [events.Forget()] if self.is_leaving or is_done else []

@@ -30,10 +30,12 @@ class Ended:
     """The worker process has ended, wanted or not; `sentence` says how.
 
     `has_progressed`: the guest got an answer since the last worker ended, or this one had lived for long.
+    `is_unfinished`: it had not taken leave of the guest, and may have left requests that it had taken.
     """
 
     sentence: str
     has_progressed: bool = False
+    is_unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,11 @@ class Stop:
     """The service ends. The state is left as it is, for the next one.
 
     `leaves`: the worker goes on, and the next service takes it over; else it finishes what is in flight and closes.
+    `is_unfinished`: no worker has taken leave of the guest. Where none serves it now, one does before the end.
     """
 
     leaves: bool = False
+    is_unfinished: bool = False
 
 
 Event = (

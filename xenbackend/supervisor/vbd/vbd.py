@@ -35,13 +35,12 @@ from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.phase import Phase
-from xenbackend.supervisor.vbd.vbd_log import VbdLog
+from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-_UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
 _RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
 
@@ -138,7 +137,7 @@ class Vbd:
     def stop(self, *, leaves: bool) -> None:
         """Finish and close, or leave the worker to the next service: see `events.Stop`."""
         self._guarded(self._arrival.give_back)
-        self.handle(events.Stop(leaves))
+        self.handle(events.Stop(leaves, is_unfinished=self.handover.agreed() is not None))
 
     def abandon(self, sentence: str) -> None:
         """Be forgotten at once, over a fault of ours: the worker is killed, for which `sentence` is the reason."""
@@ -194,7 +193,7 @@ class Vbd:
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
         has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
         self._guarded(self.exchanges.settle)
-        self.handle(events.Ended(sentence, has_progressed))
+        self.handle(events.Ended(sentence, has_progressed, is_unfinished=self.handover.agreed() is not None))
 
     def fault(self, bug: Exception) -> None:
         """Take note of a fault of the program while this vbd was handled. A fresh look may put it right."""
@@ -350,7 +349,9 @@ class Vbd:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
             if self.handover.notes.stale_params and not self.device.sight.is_over:
-                self._log.say("critical", _UNTOLD, chain=self.chain_in_service())
+                self._log.say("critical", UNTOLD, chain=self.chain_in_service())
+            if self.handover.agreed() is not None and self.device.is_waited_for():
+                self._log.say("critical", UNFINISHED)
             self._guarded(self.handover.close)
             self._guarded(self._nodes.forget)
         self._on_forgotten(self)

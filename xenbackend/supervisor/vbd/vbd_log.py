@@ -11,6 +11,9 @@ from xenbackend.budget import Bucket
 from xenbackend.log import get_logger
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
+# What is lost where a service ends before it could put it right.
+UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
+UNFINISHED = "what the guest waits for could not be done before the service ended; restart the guest"
 _BURST, _INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
 _OWN = {"event", "vbd", "component"}  # fields that a worker's must not stand in for
 
