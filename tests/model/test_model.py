@@ -49,6 +49,7 @@ def test_what_is_known_to_be_wrong_is_found(request: pytest.FixtureRequest, wron
 
     assert 1 == status, report
     assert "--run" in report
+    assert [] == [each for each in ("AttributeError", "TypeError") if each in report]  # the change fits what it changes
 
 
 def _without_time(report: str) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import socket
 
 PLACES = 3
-_UNDER_WAY = re.compile("an? ([a-z]+) is under way")
+_UNDER_WAY = re.compile("([a-z]+) is under way, order")
 ADMINISTRATORS = 3
 _REST_S = 1.0  # before a service that could not begin is started anew
 _SETTLED_S = 65.0  # more than any limit of the product

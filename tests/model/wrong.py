@@ -19,7 +19,7 @@ from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.service.main import Service
 from xenbackend.supervisor.vbd import orders
 from xenbackend.supervisor.vbd.aims import Aims
-from xenbackend.supervisor.vbd.events import Exchanged
+from xenbackend.supervisor.vbd.events import Ended, Exchanged, Stop
 from xenbackend.supervisor.vbd.exchanges import Exchanges
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.link import Link
@@ -28,6 +28,7 @@ from xenbackend.supervisor.vbd.sight import Sight
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.disk import Disk
+from xenbackend.worker.stages import Stages
 
 Change = tuple[Any, str, Any]
 
@@ -45,9 +46,9 @@ def _the_race() -> list[Change]:
     """`snapshot` while a `set` is under way: a refusal ends both, and erases what was noted of the exchange."""
     bars = {**orders.BARRED_BY, "snapshot": frozenset({"snapshot"}), "set": frozenset({"set"})}
 
-    def branched(self: Orders, order: Order, reply: messages.Reply) -> None:
+    def branched(self: Orders, order: Order, file: str, reply: messages.Reply) -> None:
         if reply.code is Code.OK:
-            branch(self, order, reply)
+            branch(self, order, file, reply)
             return
         self._vbd.handover.note(exchange=None)
         for each in self.under_way:
@@ -74,7 +75,7 @@ def _the_next_vbd_is_made_before_the_former_has_ended() -> list[Change]:
 
     def early(self: Vbd, event: Any) -> None:
         handle(self, event)
-        if self.device.is_over and not self.is_forgotten and self.worker is not None:
+        if self.device.sight.is_over and not self.is_forgotten and self.worker is not None:
             self._on_forgotten(self)
 
     return [(Vbd, "handle", early)]
@@ -197,6 +198,19 @@ def _a_standing_of_an_earlier_order_is_passed_over() -> list[Change]:
     return [(Vbd, "stands", hear)]
 
 
+def _an_exchange_forgets_what_was_agreed_with_a_guest() -> list[Change]:
+    return [(Stages, "_left", lambda _: None)]
+
+
+def _a_stop_forgets_what_a_dead_worker_had_taken() -> list[Change]:
+    handle = Vbd.handle
+
+    def forget(self: Vbd, event: Any) -> None:
+        handle(self, replace(event, is_unfinished=False) if isinstance(event, Stop | Ended) else event)
+
+    return [(Vbd, "handle", forget)]
+
+
 WRONG: dict[str, Callable[[], list[Change]]] = {
     function.__name__.strip("_").replace("_", " "): function
     for function in (
@@ -218,6 +232,8 @@ WRONG: dict[str, Callable[[], list[Change]]] = {
         _a_snapshot_is_not_noted,
         _an_order_is_given_to_a_service_that_stops,
         _a_standing_of_an_earlier_order_is_passed_over,
+        _an_exchange_forgets_what_was_agreed_with_a_guest,
+        _a_stop_forgets_what_a_dead_worker_had_taken,
     )
 }
 
