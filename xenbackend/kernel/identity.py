@@ -1,0 +1,232 @@
+"""Which file or block device a descriptor is of, whatever it is called, and whatever else has got its name meanwhile.
+
+Must not open a name, nor write to what it looks at.
+
+Device and inode number alone do not tell a file from a later one, since file systems give an inode's number to the next
+file that is made (ext4 in 5 of 5 tries). The handle has a generation, which the next one does not have; where a file
+system makes no handles, the time of birth takes its place. A number of a block device is given to the next device as
+well, and a medium may change below one that stays. The kernel counts both by its disk sequence number; a partition is
+the same one only where it begins and ends at the same places.
+
+On NFS and the like a descriptor opened by O_PATH keeps nothing alive: asking about it may end with ESTALE.
+
+Sources: name_to_handle_at(2), AT_EMPTY_PATH; statx(2), STATX_BTIME; linux/fs.h, BLKGETDISKSEQ (Linux 5.15);
+sysfs-block, partition and start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from dataclasses import dataclass, fields
+
+from xenbackend.errors import KernelError
+from xenbackend.units import SECTOR
+
+MAX_TEXT = 512  # characters of an identity as a text
+_MAX_HANDLE = 128  # bytes, MAX_HANDLE_SZ of linux/exportfs.h
+_AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
+_AT_HANDLE_FID = 0x200  # linux/fcntl.h, Linux 6.6: a handle that tells files apart, and by which none can be opened
+_STATX_BTIME = 0x800  # linux/stat.h
+_STATX_SIZE = 256  # bytes
+_BORN = 80  # offset of stx_btime in struct statx: seconds with 64 bits, nanoseconds with 32
+_BLKGETDISKSEQ = 0x80081280  # linux/fs.h
+_BLKGETSIZE64 = 0x80081272
+_OUR_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # to look at a device: no wait for a medium
+_HAS_NO_HANDLES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EOVERFLOW, errno.EPERM)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """A regular file.
+
+    device  of its file system (st_dev)
+    inode   its number there
+    handle  type and bytes of the file system's handle, which has the inode's generation, as ``1:<hexadecimal>``;
+            empty where the file system makes none
+    born    time of birth, in nanoseconds since 1970, where there is no handle; 0: not known, or not needed
+    """
+
+    device: int
+    inode: int
+    handle: str = ""
+    born: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIdentity:
+    """A block device.
+
+    number    major and minor (st_rdev)
+    sequence  the disk's sequence number, which no other disk or medium has until the host is started again; 0 where
+              the kernel does not count them
+    start     of a partition, in bytes
+    size      of a partition, in bytes; 0 for a whole disk, which may grow
+    """
+
+    number: int
+    sequence: int = 0
+    start: int = 0
+    size: int = 0
+
+
+Identity = FileIdentity | DeviceIdentity
+_KINDS = {FileIdentity: "file", DeviceIdentity: "device"}
+
+
+def identify(fd: int) -> Identity:
+    """Return the identity of the regular file or block device behind a descriptor, which may be one opened by O_PATH.
+
+    A device behind such a descriptor is opened for reading while it is looked at. Raises: KernelError; its errno is
+    ESTALE where a server knows the file no more, ENXIO where no device has the node's number, EINVAL for whatever is
+    neither file nor device.
+    """
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            handle = _handle(fd)
+            return FileIdentity(status.st_dev, status.st_ino, handle, 0 if handle else _born(fd))
+        if stat.S_ISBLK(status.st_mode):
+            return _identify_device(fd, status.st_rdev)
+    except OSError as error:
+        raise KernelError("look which file it is", error.errno or errno.EIO) from None
+    raise KernelError("look which file it is: it is neither a regular file nor a block device", errno.EINVAL)
+
+
+def to_text(identity: Identity) -> str:
+    """Return an identity as it is stored and sent: ``file device=2049 inode=12 handle=1:0c000000deadbeef``."""
+    values = ((each.name, getattr(identity, each.name)) for each in fields(identity))
+    return " ".join([_KINDS[type(identity)], *(f"{name}={value}" for name, value in values if value)])
+
+
+def from_text(text: str) -> Identity:
+    """Return the identity that `to_text` made a text of. Raises: ValueError for anything else."""
+    word, *items = text.split(" ")
+    kind = next((each for each, name in _KINDS.items() if name == word), None)
+    values = dict(item.split("=", 1) for item in items if "=" in item)
+    if kind is None or len(text) > MAX_TEXT or len(values) != len(items):
+        raise ValueError(f"not an identity: {text[:80]!r}")
+    numbers = {name: int(value) for name, value in values.items() if name != "handle" and value.isdecimal()}
+    try:
+        found: Identity = kind(**(values | numbers))
+    except TypeError:
+        raise ValueError(f"not an identity: {text[:80]!r}") from None
+    if to_text(found) != text or not all(name in numbers or name == "handle" for name in values):
+        raise ValueError(f"not an identity: {text[:80]!r}")
+    return found
+
+
+def difference(noted: Identity, found: Identity) -> str:
+    """Return how `found` differs from what was noted, as the rest of a sentence about it; empty: it is the same."""
+    match noted, found:
+        case FileIdentity(), FileIdentity():
+            return _file_difference(noted, found)
+        case DeviceIdentity(), DeviceIdentity():
+            return _device_difference(noted, found)
+        case FileIdentity(), _:
+            return "it is a block device now, and was a file"
+    return "it is a file now, and was a block device"
+
+
+def _file_difference(noted: FileIdentity, found: FileIdentity) -> str:
+    if noted.device != found.device:
+        return f"it is another file, on device {_numbers(found.device)} and not {_numbers(noted.device)}"
+    if noted.inode != found.inode:
+        return f"it is another file, inode {found.inode} and not {noted.inode}"
+    if noted.handle and found.handle:
+        is_same = noted.handle == found.handle
+    else:  # what only one of them has tells nothing
+        is_same = not (noted.born and found.born) or noted.born == found.born
+    return "" if is_same else f"it is another file, made anew with the inode number {found.inode} of the former one"
+
+
+def _device_difference(noted: DeviceIdentity, found: DeviceIdentity) -> str:
+    if noted.number != found.number:
+        return f"it is another block device, {_numbers(found.number)} and not {_numbers(noted.number)}"
+    if noted.sequence != found.sequence:
+        return (
+            f"block device {_numbers(found.number)} has another disk or medium, of sequence number {found.sequence} "
+            f"and not {noted.sequence}"
+        )
+    if (noted.start, noted.size) != (found.start, found.size):
+        return (
+            f"partition {_numbers(found.number)} has {found.size} bytes from byte {found.start} on, "
+            f"and had {noted.size} from byte {noted.start} on"
+        )
+    return ""
+
+
+def _numbers(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _handle(fd: int) -> str:
+    """Return the file system's handle of a file, empty where it makes none. Raises: OSError."""
+    for flags in (0, _AT_HANDLE_FID):
+        buffer = ctypes.create_string_buffer(8 + _MAX_HANDLE)
+        struct.pack_into("I", buffer, 0, _MAX_HANDLE)
+        mount = ctypes.c_int()
+        if not hasattr(_libc, "name_to_handle_at"):
+            return ""
+        if _libc.name_to_handle_at(fd, b"", buffer, ctypes.byref(mount), _AT_EMPTY_PATH | flags) == 0:
+            length, kind = struct.unpack_from("Ii", buffer)
+            return f"{kind}:{buffer.raw[8 : 8 + length].hex()}"
+        code = ctypes.get_errno()
+        if code not in _HAS_NO_HANDLES:
+            raise OSError(code, os.strerror(code))
+    return ""
+
+
+def _born(fd: int) -> int:
+    """Return a file's time of birth in nanoseconds, 0 where its file system knows none. Raises: OSError."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    if not hasattr(_libc, "statx"):
+        return 0
+    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer) != 0:
+        code = ctypes.get_errno()
+        if code == errno.ENOSYS:
+            return 0
+        raise OSError(code, os.strerror(code))
+    (mask,) = struct.unpack_from("I", buffer)
+    seconds, nanoseconds = struct.unpack_from("qI", buffer, _BORN)
+    return int(seconds * 10**9 + nanoseconds) if mask & _STATX_BTIME else 0
+
+
+def _identify_device(fd: int, number: int) -> DeviceIdentity:
+    """Return the identity of an open block device, or of one that has to be opened. Raises: OSError."""
+    try:
+        sequence = _ask(fd, _BLKGETDISKSEQ)
+    except OSError as error:
+        if error.errno == errno.ENOTTY:  # Linux before 5.15
+            sequence = 0
+        elif error.errno == errno.EBADF:  # opened by O_PATH
+            opened = os.open(f"/proc/self/fd/{fd}", _OUR_FLAGS)
+            try:
+                return _identify_device(opened, number)
+            finally:
+                os.close(opened)
+        else:
+            raise
+    start = _start_of_partition(number)
+    return DeviceIdentity(number, sequence, start or 0, 0 if start is None else _ask(fd, _BLKGETSIZE64))
+
+
+def _start_of_partition(number: int) -> int | None:
+    """Return where a partition begins on its disk, in bytes; None for a whole disk."""
+    from pathlib import Path  # late: most images are files
+
+    directory = Path(f"/sys/dev/block/{_numbers(number)}")
+    if not (directory / "partition").exists():
+        return None
+    return int((directory / "start").read_text(encoding="ascii")) * SECTOR
+
+
+def _ask(fd: int, request: int) -> int:
+    value: int = struct.unpack("Q", fcntl.ioctl(fd, request, bytes(8)))[0]
+    return value
