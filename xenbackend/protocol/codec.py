@@ -1,4 +1,4 @@
-"""Datagrams of `protocol.messages`, and the plain values of their parts: strict both ways.
+"""Datagrams of `protocol.messages` and `protocol.opening`, and the plain values of their parts: strict both ways.
 
 Must not open a socket, nor trust a datagram: what a worker sends is as hostile as what a guest writes.
 
@@ -16,7 +16,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from xenbackend.protocol.messages import MAX_MESSAGE, VERSION, FromSupervisor, FromWorker, Message
+from xenbackend.protocol.messages import MAX_MESSAGE, VERSION, FromSupervisor, FromWorker
 
 MAX_ITEMS = 4096  # of a list or dictionary: the longest is a ring's grant refs, or a chain's layers
 MAX_TEXT = MAX_MESSAGE  # characters
@@ -27,19 +27,19 @@ class NotAMessage(ValueError):
     """A datagram that no side of ours makes."""
 
 
-def encode(message: Message) -> bytes:
-    """Return the datagram for a message."""
+def encode(message: Any) -> bytes:
+    """Return the datagram for a message: one of `messages`, or of `opening`."""
     return json.dumps({"version": VERSION, **as_fields(message), _KIND: type(message).__name__}).encode()
 
 
 def from_worker(datagram: bytes) -> FromWorker:
     """Return what a worker said. Raises: NotAMessage for anything that `encode` does not make of it."""
-    return _decode(FromWorker, datagram)  # type: ignore[no-any-return]
+    return decode(FromWorker, datagram)  # type: ignore[no-any-return]
 
 
 def from_supervisor(datagram: bytes) -> FromSupervisor:
     """Return what a supervisor said. Raises: NotAMessage."""
-    return _decode(FromSupervisor, datagram)  # type: ignore[no-any-return]
+    return decode(FromSupervisor, datagram)  # type: ignore[no-any-return]
 
 
 def as_fields(value: Any) -> dict[str, Any]:
@@ -53,7 +53,8 @@ def restore(kind: type[Any], values: Any) -> Any:
     return _restore(kind, values)
 
 
-def _decode(kinds: Any, datagram: bytes) -> Any:
+def decode(kinds: Any, datagram: bytes) -> Any:
+    """Return a message of one of several classes, joined by `|`. Raises: NotAMessage."""
     try:
         values = json.loads(datagram, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # also of deep nesting, and of bytes that are no UTF-8

@@ -1,0 +1,208 @@
+"""What is said when something is opened for a worker, which opens nothing itself: plain values, strict both ways.
+
+Must not open anything, nor know how files are told apart: `kernel.identity` writes an identity, and compares it.
+
+    supervisor                        opener                              worker
+      Job                        ->
+                                        <-  LookAt, FindFile, OpenFile ...   one at a time
+                                 <-     Opened        a file is opened for the first time; it waits for ...
+      Ack                        ->
+                                        Given  ->                            exactly one for each question
+
+An opener is a process of its own, for one order or question to one worker (`messages`): it ends when the worker closes
+its end of the socket. Both sockets are SOCK_SEQPACKET; descriptors travel beside a message, as its docstring says.
+
+What a worker asks is as hostile as what a guest writes. It may name what its job's chains name, and what the opener has
+found for it; everything else is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xenbackend.protocol import codec
+
+MAX_MESSAGE = 256 * 1024  # bytes of one datagram
+MAX_FILES = 640  # that one job may have to do with: a VMDK disk has up to 512 extents, a chain 32 parents
+MAX_NAMES = 16  # by which an image may name one parent
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """A file that an earlier worker of the same disk had open; `name` is that by which it was opened."""
+
+    name: str
+    identity: str  # as `kernel.identity` writes it
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What may be opened. Descriptors: the worker's socket, then an O_PATH one per item of `kept`.
+
+    vbd              for people: "vbd/5/51712"
+    chains           texts; the first one is in service, or to be, and what `kept` has is opened through that. A second
+                     one is to take its place: its names are looked up anew, and then compared with `kept`
+    replaces         a name of the second chain may mean another file than the one that is kept
+    read_only        nothing may be opened for writing, but for what a layer records
+    parents          directories of the settings in which parents may be
+    makes            path of the one file that may be made, empty: none
+    export           path of the socket that may be listened at, empty: none
+    host             for `kernel.ports`: the devices may be opened there, empty: they may not
+    frontend_domid   of the domain that they are for
+    """
+
+    vbd: str
+    chains: list[str]
+    read_only: bool
+    shareable: bool = False
+    replaces: bool = False
+    kept: list[KeptFile] = field(default_factory=list)
+    parents: list[str] = field(default_factory=list)
+    makes: str = ""
+    export: str = ""
+    host: str = ""
+    frontend_domid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file was opened that `Job.kept` does not have. Descriptors: an O_PATH one, to be kept while the disk lives.
+
+    `chain` is the place in `Job.chains` of the one that has led to it.
+    """
+
+    name: str
+    identity: str
+    chain: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The file is kept, and the worker may have it; or it may not, for which `refusal` is a sentence."""
+
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LookAt:
+    """Say what a file is. It is not opened for anything."""
+
+    name: str
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FindFile:
+    """Find the first file that is there of those that an image names, if it may: from then on its path may be opened.
+
+    what       `block.mapped.parents`: PARENT, DATA_FILE or EXTENT
+    named_by   the path of the image, which may be opened itself
+    names      what it says, relative to its own directory, or absolute
+    """
+
+    what: str
+    named_by: str
+    names: list[str]
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """Open a file. The answer has a descriptor of an open file description that nobody else has.
+
+    `create`: make it if it is not there, as a regular file for its owner only.
+    """
+
+    name: str
+    write: bool
+    create: bool = False
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Say which path the directory of a file is with all links followed, if the file may be opened, or made."""
+
+    name: str
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MakeFile:
+    """Make `Job.makes`, under another name at first. The answer has its descriptor, open for reading and writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Make durable what `MakeFile` made, and give it its name, never over another file."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDevices:
+    """Open the devices of `Job.host`. The answer has their descriptors, in the order of `kernel.ports.open_devices`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Listen at `Job.export`, in the place of what is there. The answer has the socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a file is.
+
+    identity               as `kernel.identity` writes it
+    is_device              it is a block device; else it is a regular file
+    size                   bytes
+    mtime_ns               time of its last change, since 1970
+    discard_granularity    bytes, of a device; 0: it cannot discard
+    real                   its path with all links followed
+    """
+
+    identity: str
+    is_device: bool
+    size: int
+    mtime_ns: int
+    discard_granularity: int
+    real: str
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The answer to a question. Descriptors: as the question says, none where it failed.
+
+    errno      0: it was done
+    sentence   why it was not, for people; empty: as errno says
+    path       of a file that was found or resolved, or which the failure is about
+    facts      of the file
+    """
+
+    errno: int = 0
+    sentence: str = ""
+    path: str = ""
+    facts: Facts | None = None
+
+
+Question = LookAt | FindFile | OpenFile | Resolve | MakeFile | Publish | OpenDevices | Listen
+FromOpener = Opened | Given
+FromSupervisor = Job | Ack
+
+
+def encode(message: Question | FromOpener | FromSupervisor) -> bytes:
+    """Return the datagram for a message."""
+    return codec.encode(message)
+
+
+def from_worker(datagram: bytes) -> Question:
+    """Return what a worker asks. Raises: `codec.NotAMessage` for anything that `encode` does not make of it."""
+    return codec.decode(Question, datagram)  # type: ignore[no-any-return]
+
+
+def from_opener(datagram: bytes) -> FromOpener:
+    """Return what an opener says. Raises: `codec.NotAMessage`."""
+    return codec.decode(FromOpener, datagram)  # type: ignore[no-any-return]
+
+
+def from_supervisor(datagram: bytes) -> FromSupervisor:
+    """Return what a supervisor says. Raises: `codec.NotAMessage`."""
+    return codec.decode(FromSupervisor, datagram)  # type: ignore[no-any-return]
