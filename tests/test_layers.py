@@ -31,7 +31,7 @@ LAYERS = {
     "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
-    | {"kernel.memfd", "kernel.ports", "kernel.process"},
+    | {"kernel.identity", "kernel.memfd", "kernel.ports", "kernel.process"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif", "block.formats.table"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},

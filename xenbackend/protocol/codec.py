@@ -79,6 +79,8 @@ def _as_plain(wanted: Any, value: Any) -> Any:
         return as_fields(value)
     if get_origin(wanted) is list:
         return [_as_plain(get_args(wanted)[0], each) for each in value]
+    if get_origin(wanted) is dict:
+        return {name: _as_plain(get_args(wanted)[1], each) for name, each in value.items()}
     return value
 
 
@@ -136,8 +138,8 @@ def is_storable(value: Any) -> bool:
     if type(value) is int:
         return -(2**63) <= value < 2**64
     if type(value) is str:
-        return len(value) <= MAX_TEXT and all(
-            not "\ud800" <= each <= "\udfff" or "\udc80" <= each <= "\udcff" for each in value
+        return len(value) <= MAX_TEXT and (
+            value.isascii() or all(not "\ud800" <= each <= "\udfff" or "\udc80" <= each <= "\udcff" for each in value)
         )
     return True
 

@@ -27,7 +27,7 @@ def test_notes_have_their_types(kept: Kept) -> None:
     )  # fmt: skip
     handover = Handover(kept.keeper(), PATH)
     handover.note(**{name: getattr(noted, name) for name in noted.__slots__})
-    for much in ("x" * 100_000, "\ud800"):
+    for much in ("x" * notes.SIZE, "\ud800"):
         with pytest.raises(ConfigError, match="cannot remember"):
             handover.note(policy=much)
     handover.keep("x" * 100_000, os.memfd_create("long"))

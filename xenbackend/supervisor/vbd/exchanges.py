@@ -63,4 +63,4 @@ class Exchanges:
             chain = self._handover.notes.chain
             sentence = f"the service was replaced meanwhile; {chain} is in service"
             self._ledger.close(exchange.order, Answer(Code.FAILED, {"chain": chain}, sentence))
-        self._handover.note(exchange=None)
+        self._handover.exchange_is_not_done()

@@ -8,6 +8,7 @@ worker and the service may die at the same moment, and the next service finds al
     journal   what is in flight (`xenbackend.journal`), which every worker is given and may write
     notes     what only the supervisor writes (`notes`)
     m0, m1 …  memories that layers had kept; the notes say of which name
+    f0, f1 …  the disk's files (`kept_files`); the notes say which name and identity each has
     worker    the socket of the worker that runs      pidfd   its process
 
 What an older version left is made ours: its worker is killed, and once it is dead (`inheritance.end_predecessor`) its
@@ -34,6 +35,7 @@ from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.vbd.inheritance import What, current, is_memory, name_of
+from xenbackend.supervisor.vbd.kept_files import KeptFiles
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
@@ -43,6 +45,7 @@ class Handover:
 
     page    the journal's memory
     notes   see `Notes`; changed by `note`
+    files   the files that the disk was opened from
     worker  the socket and the pidfd of a worker that was inherited, or None
     """
 
@@ -67,11 +70,18 @@ class Handover:
         self._unkept: dict[str, int] = {}
         self._journal = self._notes = -1
         self._memories: dict[str, int] = {}
+        self.files = KeptFiles(
+            lambda: self.notes.files,
+            lambda files: self.note(files=files),
+            self._keep,
+            lambda slot: self._forget(current(slot)),
+        )
         try:
             self._take(ours, theirs)
         except Exception:
             held = {*self._unkept.values(), self._journal, self._notes, *self._memories.values(), *(self.worker or ())}
-            for fd in {*ours.values(), *theirs.values(), *held} - {-1}:
+            files = self.files.descriptors().values()
+            for fd in {*ours.values(), *theirs.values(), *held, *files} - {-1}:
                 os.close(fd)
             raise
 
@@ -83,6 +93,9 @@ class Handover:
         for slot, name in self.notes.memories.items():
             if current(slot) in ours:
                 self._memories[name] = ours.pop(current(slot))
+        for slot in self.notes.files:
+            if current(slot) in ours:
+                self.files.find(slot, ours.pop(current(slot)))
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:
             self._adopt(theirs)
@@ -123,12 +136,19 @@ class Handover:
         exchange = self.notes.exchange
         if exchange is None:
             return
-        changes: dict[str, Any] = {"exchange": None, "exchanged_by": exchange.order}
+        files = self.files.after_exchange(is_done=True)
+        changes: dict[str, Any] = {"exchange": None, "exchanged_by": exchange.order, "files": files}
         if exchange.chain != self.notes.chain:
             stale = dict.fromkeys([*self.notes.stale_params, exchange.former_params, self.notes.chain])
             stale.pop(exchange.chain, None)
             changes |= {"chain": exchange.chain, "stale_params": list(stale)}
         self.note(**changes)
+        self.files.drop_unnoted()
+
+    def exchange_is_not_done(self) -> None:
+        """Take note that the exchange under way, if there is one, has left the former chain in service."""
+        self.note(exchange=None, files=self.files.after_exchange(is_done=False))
+        self.files.drop_unnoted()
 
     def saw_params(self, params: str) -> None:
         """Take note of what the key ``params`` says, which may have followed the chain by now."""
@@ -143,6 +163,7 @@ class Handover:
         if chain != self.notes.chain:
             for name in list(self._memories):
                 self.drop(name)
+            self.files.let_go()
             self.note(chain=chain)
         return self._journal, dict(self._memories)
 
@@ -212,6 +233,7 @@ class Handover:
         """Let go of everything: the vbd has ended."""
         for name in list(self._memories):
             self.drop(name)
+        self.files.let_go()
         for kind in ("notes", "journal"):
             self._forget(current(kind))
         self.leave()
@@ -221,6 +243,7 @@ class Handover:
         for fd in (self._journal, self._notes, *self._memories.values()):
             os.close(fd)
         self._memories.clear()
+        self.files.leave()
         self.page.release()
         self._notes_page.release()
 

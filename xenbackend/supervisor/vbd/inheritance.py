@@ -24,8 +24,8 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 What = tuple[str, int]  # which of a vbd's descriptors, and its version
 
 _VERSIONS = {"journal": journal.VERSION, "notes": notes.VERSION, "worker": messages.VERSION, "pidfd": messages.VERSION}
-_MEMORY_VERSION = 3
-_MEMORY = re.compile(r"m\d+")
+_SLOT_VERSION = 3
+_SLOT = re.compile(r"[mf]\d+")
 
 
 def prefix_of(path: VbdPath) -> str:
@@ -95,12 +95,17 @@ def _parse_name(name: str) -> tuple[VbdPath | None, What]:
 
 def is_memory(kind: str) -> bool:
     """Return whether a kind of descriptor is one of the memories that layers keep."""
-    return _MEMORY.fullmatch(kind) is not None
+    return _is_slot(kind) and kind[0] == "m"
+
+
+def _is_slot(kind: str) -> bool:
+    """Return whether it is one of those of which there are several: a memory (m0), or a file (f0)."""
+    return _SLOT.fullmatch(kind) is not None
 
 
 def version_of(kind: str) -> int:
     """Return the version that ours have of a kind of descriptor, 0 where there is no such kind."""
-    return _MEMORY_VERSION if is_memory(kind) else _VERSIONS.get(kind, 0)
+    return _SLOT_VERSION if _is_slot(kind) else _VERSIONS.get(kind, 0)
 
 
 def current(kind: str) -> What:

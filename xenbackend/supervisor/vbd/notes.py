@@ -16,8 +16,9 @@ from xenbackend.protocol import codec
 from xenbackend.units import PAGE
 
 VERSION = 3
-_ROOM = 16 * PAGE
+_ROOM = 64 * PAGE
 _NAMES = 8 * PAGE  # bytes for those of memories, which a worker gives; the rest is for what it must not crowd out
+_FILES = 48 * PAGE  # bytes for the files, whose names an image may give
 SIZE = PAGE + 2 * _ROOM  # bytes
 _NOTE = journal.Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
 
@@ -51,6 +52,7 @@ class Notes:
     policy        what was ordered to become of requests that fail; None: as the settings say
     claim         see `Claimed`
     memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
+    files         of the chain, and of one that is being put in, by the slot that each is kept under: `kept_files`
     program       version of the program that the worker was started from
     restarts      workers that took the place of one that had died
     exchanged_by  number of the order by which `chain` took another one's place
@@ -63,6 +65,7 @@ class Notes:
     policy: str | None = None
     claim: Claimed | None = None
     memories: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     program: str = ""
     restarts: int = 0
     exchanged_by: int = 0
@@ -74,6 +77,8 @@ def write(memory: memoryview, notes: Notes) -> None:
     codec.restore(Notes, values)
     if len(json.dumps(values["memories"])) > _NAMES:
         raise ValueError("the names of memories leave no room for anything else")
+    if len(json.dumps(values["files"])) > _FILES:
+        raise ValueError("the names of the disk's files are too long")
     _NOTE.write(memory, values)
 
 

@@ -257,7 +257,7 @@ class Orders:
         elif reply.code is Code.OK and order.chain == order.former:
             self._vbd.exchanges.end(is_done=True)
         else:
-            self._vbd.handover.note(exchange=None)
+            self._vbd.handover.exchange_is_not_done()
         code, sentence = reply.code, reply.sentence
         if code is Code.OK and is_noted and order.chain != order.former:
             code, sentence = Code.FAILED, "its worker says that another chain is in service, and stands with this one"

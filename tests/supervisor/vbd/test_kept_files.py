@@ -1,0 +1,284 @@
+"""The files of a disk that are kept while it lives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.descriptors import open_descriptors
+from tests.supervisor.helpers import PATH, Kept
+from xenbackend.kernel.identity import FileIdentity, identify, to_text
+from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.vbd import kept_files
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.inheritance import prefix_of, sort_inherited
+from xenbackend.supervisor.vbd.notes import Exchange
+
+A, B = "aio:/a", "log:|aio:/b"
+
+
+class Opener:
+    """Says which file a name means, as an opener does when it opens it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def make(self, name: str, content: str = "x") -> str:
+        """Make a file anew, in the place of a former one, and return its path."""
+        path = self.home / name
+        new = self.home / "new"
+        new.write_text(content)
+        new.rename(path)
+        return str(path)
+
+    def opens(self, handover: Handover, path: str, *, is_next: bool = False, replaces: bool = False) -> str:
+        """Tell the supervisor of a file that is being opened, and return why it may not be."""
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        return handover.files.take(path, to_text(identify(fd)), fd, is_next=is_next, replaces=replaces)
+
+
+@pytest.fixture
+def opener(tmp_path: Path) -> Opener:
+    """Return one for files of a directory."""
+    return Opener(tmp_path)
+
+
+@pytest.fixture
+def handover() -> Handover:
+    """Return one that nobody keeps."""
+    return Handover(Keeper({}), PATH)
+
+
+def next_one(kept: Kept) -> Handover:
+    """Return the handover as the next service finds it."""
+    keeper = kept.keeper()
+    return Handover(keeper, PATH, sort_inherited(keeper, 0).get(PATH))
+
+
+def inodes(handover: Handover) -> dict[str, int]:
+    """Return the inode number of what is kept by name."""
+    return {file.name: os.fstat(fd).st_ino for file, fd in handover.files.kept()}
+
+
+def inode(path: str) -> int:
+    """Return the inode number that a name means now."""
+    return Path(path).stat().st_ino
+
+
+def test_a_file_is_kept_whatever_becomes_of_its_name(kept: Kept, opener: Opener) -> None:
+    """The next service finds the file that was opened first, although its name means another one by then, or none."""
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors(A)
+    image, parent = opener.make("image"), opener.make("parent")
+    wanted = {path: inode(path) for path in (image, parent)}
+    assert [opener.opens(handover, image), opener.opens(handover, parent)] == ["", ""]
+    handover.leave()
+    opener.make("image")
+    Path(parent).unlink()
+    heir = next_one(kept)
+
+    assert wanted == inodes(heir)
+    assert wanted.keys() == heir.files.identities().keys()
+    heir.close()
+    assert {} == kept.fds
+
+
+def test_a_name_that_means_another_file_is_refused(handover: Handover, opener: Opener) -> None:
+    """A name of the chain in service that means another file is refused with a sentence that says what to do, and the
+    former file stays the one that is kept. After an administrator's word what is there is taken.
+    """
+    image = opener.make("image")
+    opener.opens(handover, image)
+    former = inodes(handover)
+    opener.make("image", "another")
+    sentence = opener.opens(handover, image)
+
+    assert sentence.startswith(f"{image} is not what the disk was served from: it is another file, inode ")
+    assert "`xenbackend resume`" in sentence
+    assert former == inodes(handover)
+    handover.files.accept_others()
+    assert "" == opener.opens(handover, image)
+    assert {image: inode(image)} == inodes(handover) != former
+    handover.close()
+
+
+def test_an_administrator_accepts_only_what_was_refused(handover: Handover, opener: Opener) -> None:
+    """Only the name that was told to be another file is taken as it is; another one is refused next."""
+    image, parent = opener.make("image"), opener.make("parent")
+    for path in (image, parent):
+        opener.opens(handover, path)
+    for name in ("image", "parent"):
+        opener.make(name, "another")
+    assert opener.opens(handover, image)
+    handover.files.accept_others()
+
+    assert "" == opener.opens(handover, image)
+    assert "is another file" in opener.opens(handover, parent)
+    handover.close()
+
+
+def test_where_nothing_was_refused_the_names_are_looked_up_anew_and_compared(
+    handover: Handover, opener: Opener
+) -> None:
+    """A descriptor that is of no use any more is let go by an administrator's word; which file it is still counts."""
+    image = opener.make("image")
+    opener.opens(handover, image)
+    handover.files.accept_others()
+
+    assert {} == inodes(handover)
+    assert "" == opener.opens(handover, image)
+    assert {image: inode(image)} == inodes(handover)
+    handover.files.accept_others()
+    opener.make("image", "another")
+    assert "is another file" in opener.opens(handover, image)
+    handover.close()
+
+
+def test_what_was_noted_elsewhere_is_compared(handover: Handover, opener: Opener) -> None:
+    """Where only identities are known, a name that means the same file is kept anew, and another one is refused."""
+    image, parent = opener.make("image"), opener.make("parent")
+    opener.opens(handover, image)
+    opener.opens(handover, parent)
+    noted = handover.files.identities()
+    handover.close()
+    heir = Handover(Keeper({}), PATH)
+    heir.descriptors(A)
+    heir.files.expect(noted)
+    opener.make("parent", "another")
+
+    assert {} == inodes(heir)
+    assert "" == opener.opens(heir, image)
+    assert "is another file" in opener.opens(heir, parent)
+    assert {image: inode(image)} == inodes(heir)
+    heir.close()
+
+
+def begin_exchange(handover: Handover) -> None:
+    """Take note that B is to take the place of A."""
+    handover.note(exchange=Exchange(1, A, B))
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_an_exchange_keeps_the_files_of_the_chain_that_is_in_service(
+    kept: Kept, opener: Opener, *, is_done: bool
+) -> None:
+    """Once it is done, files that only the former chain had are let go; where it was not, those that only the new one
+    had. What both have is kept once. A service that comes in between knows which is which.
+    """
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors(A)
+    image, record, parent = (opener.make(name) for name in ("image", "record", "parent"))
+    opener.opens(handover, image)
+    opener.opens(handover, record)
+    begin_exchange(handover)
+    before = len(open_descriptors())
+    assert "" == opener.opens(handover, image, is_next=True)
+    assert before == len(open_descriptors())
+    assert "" == opener.opens(handover, parent, is_next=True)
+    assert {image, record} == inodes(handover).keys()
+    handover.leave()
+    heir = next_one(kept)
+    if is_done:
+        heir.exchange_is_done()
+    else:
+        heir.exchange_is_not_done()
+
+    assert {image, parent if is_done else record} == inodes(heir).keys()
+    assert 2 == sum(name.startswith(f"{prefix_of(PATH)}.f") for name in kept.fds)
+    heir.close()
+
+
+def test_another_file_of_the_same_name_needs_an_administrators_word(handover: Handover, opener: Opener) -> None:
+    """What a name of the new chain means is compared with the file in service. Another file is refused, unless it is to
+    replace that; then each chain has its own, and the former one stays in service where the exchange is not done.
+    """
+    handover.descriptors(A)
+    image = opener.make("image")
+    opener.opens(handover, image)
+    former = inodes(handover)
+    begin_exchange(handover)
+    opener.make("image", "another")
+
+    assert opener.opens(handover, image, is_next=True).endswith("if it holds the same content, add --replace")
+    assert "" == opener.opens(handover, image, is_next=True, replaces=True)
+    assert former == inodes(handover)
+    handover.exchange_is_not_done()
+    assert former == inodes(handover)
+    begin_exchange(handover)
+    opener.opens(handover, image, is_next=True, replaces=True)
+    handover.exchange_is_done()
+    assert {image: inode(image)} == inodes(handover) != former
+    handover.close()
+
+
+def test_what_an_exchange_refuses_is_not_accepted_later(handover: Handover, opener: Opener) -> None:
+    """That `set` was refused a file does not make a later `resume` take it."""
+    image = opener.make("image")
+    opener.opens(handover, image)
+    opener.make("image", "another")
+    opener.opens(handover, image, is_next=True)
+    handover.files.accept_others()
+
+    assert "is another file" in opener.opens(handover, image)
+    handover.close()
+
+
+def test_another_chain_begins_anew(handover: Handover, opener: Opener) -> None:
+    """Where a toolstack wants another chain nothing is kept of the one before."""
+    before = len(open_descriptors())
+    handover.descriptors(A)
+    image = opener.make("image")
+    opener.opens(handover, image)
+    handover.descriptors(B)
+
+    assert ({}, {}) == (inodes(handover), handover.files.identities())
+    assert before == len(open_descriptors())
+    opener.make("image", "another")
+    assert "" == opener.opens(handover, image)
+    handover.close()
+
+
+def test_there_is_a_bound(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that names ever more files fills no table: one too many is refused, and closed."""
+    monkeypatch.setattr(kept_files, "MAX_FILES", 16)
+    before = len(open_descriptors())
+    handover, image = Handover(Keeper({}), PATH), opener.make("image")
+    identity = to_text(FileIdentity(1, 2))
+    said = [handover.files.take(f"/f{number}", identity, os.open(image, os.O_PATH)) for number in range(19)]
+
+    assert [""] * 16 == said[:16]
+    assert all("is one file too many: the service keeps 16 of a disk" in each for each in said[16:])
+    assert 16 == len(inodes(handover))
+    handover.close()
+    del handover
+    assert before == len(open_descriptors())
+
+
+def test_names_that_cannot_be_noted_are_refused(opener: Opener) -> None:
+    """Where the notes have no room for a name, its file is not opened: after a death nobody would know which it was."""
+    before = len(open_descriptors())
+    handover, image = Handover(Keeper({}), PATH), opener.make("image")
+    identity = to_text(FileIdentity(1, 2))
+    name = "/" + "\udcff" * 4000
+    said = [handover.files.take(f"{name}{number}", identity, os.open(image, os.O_PATH)) for number in range(20)]
+
+    assert "" == said[0]
+    assert "cannot be opened: the service cannot remember that for the next one" in said[-1]
+    assert said.count("") == len(inodes(handover))
+    handover.close()
+    del handover
+    assert before == len(open_descriptors())
+
+
+def test_no_identity_is_believed_that_nobody_writes(handover: Handover, opener: Opener) -> None:
+    """An identity that cannot be is an error, and its descriptor is closed."""
+    image = opener.make("image")
+    opener.opens(handover, image)
+    before = len(open_descriptors())
+    with pytest.raises(ValueError, match="not an identity"):
+        handover.files.take(image, "nonsense", os.open(image, os.O_PATH))
+
+    assert before == len(open_descriptors())
+    handover.close()

@@ -1,0 +1,223 @@
+"""The files of a disk, kept while it lives: its image, parents, records, by O_PATH descriptors and their identities.
+
+Must not open a file, nor ask one anything: an opener does, and says which file it found.
+
+Whatever becomes of a name, a disk stays the file that it was when it was attached. So the first opening of a name
+leaves a descriptor and an identity here, and every later one for the same disk goes through that descriptor. It is kept
+before a worker gets the file. Where nothing could be kept (the service was stopped) the identity alone decides: what a
+name means then is compared with what was noted.
+
+While another chain is being put in, its names are looked up anew: what they mean is compared with the files in service,
+and is kept beside them until the exchange has ended one way or the other.
+
+    of     served        both                    next
+    done   let go        kept, served            kept, served
+    not    kept          kept, served            let go
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from xenbackend.errors import ConfigError, printable
+from xenbackend.kernel.identity import difference, from_text
+from xenbackend.protocol.opening import MAX_FILES
+
+
+class Of(StrEnum):
+    """Which chain a file is of."""
+
+    SERVED = "served"  # the one in service
+    BOTH = "both"
+    NEXT = "next"  # the one that is being put in
+
+
+@dataclass(frozen=True, slots=True)
+class NotedFile:
+    """A file of the disk: by which name it was opened, and which it is, as `kernel.identity` writes that.
+
+    The notes have it as ``served|file device=2049 inode=12|/img``: a disk may have hundreds.
+    """
+
+    name: str
+    identity: str
+    of: Of = Of.SERVED
+
+    def __str__(self) -> str:
+        return f"{self.of.value}|{self.identity}|{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> NotedFile:
+        """Return what `str` made a text of."""
+        of, identity, name = text.split("|", 2)
+        return cls(name, identity, Of(of))
+
+
+class KeptFiles:
+    """One vbd's.
+
+    Args:
+        noted: returns what the notes say, by slot.
+        note: changes that. Raises: ConfigError where it is too much.
+        keep: has the keeper keep a slot's descriptor.
+        forget: has the keeper let go of a slot's.
+    """
+
+    def __init__(
+        self,
+        noted: Callable[[], Mapping[str, str]],
+        note: Callable[[dict[str, str]], None],
+        keep: Callable[[str, int], None],
+        forget: Callable[[str], None],
+    ) -> None:
+        self._noted = noted
+        self._note = note
+        self._keep = keep
+        self._forget = forget
+        self._fds: dict[str, int] = {}  # by slot
+        self._refused: set[str] = set()  # names that have come to mean another file
+        self._texts: Mapping[str, str] = {}  # from which these were parsed
+        self._parsed: dict[str, NotedFile] = {}
+
+    def find(self, slot: str, fd: int) -> None:
+        """Take over a slot's descriptor from an earlier service."""
+        self._fds[slot] = fd
+
+    def kept(self) -> list[tuple[NotedFile, int]]:
+        """Return the files in service of which there is a descriptor, each with it; lent."""
+        served = ((slot, file) for slot, file in self._files().items() if file.of is not Of.NEXT)
+        return [(file, self._fds[slot]) for slot, file in served if slot in self._fds]
+
+    def identities(self) -> dict[str, str]:
+        """Return the identities of the files in service by name, as `kernel.identity` writes them."""
+        return {file.name: file.identity for file in self._files().values() if file.of is not Of.NEXT}
+
+    def expect(self, identities: Mapping[str, str]) -> None:
+        """Take note of what an earlier service had noted elsewhere; nothing of it is kept. Raises: ConfigError."""
+        self.let_go()
+        self._note({f"f{number}": str(NotedFile(*each)) for number, each in enumerate(identities.items())})
+
+    def check(self, name: str, identity: str, *, is_next: bool = False, replaces: bool = False) -> str:
+        """Return why a name's file may not be opened now: it is another one than that in service; empty: it may.
+
+        `is_next`: it is of a chain that is to take the place of the one in service, which it `replaces`.
+        """
+        known = self._file(name, is_next=False)
+        differs = difference(from_text(known[1].identity), from_text(identity)) if known else ""
+        if not differs or (is_next and replaces):
+            return ""
+        if is_next:
+            return (
+                f"{printable(name)} leads to another file than the one in service: {differs}; "
+                "if it holds the same content, add --replace"
+            )
+        return (
+            f"{printable(name)} is not what the disk was served from: {differs}; put the former one back, or see that "
+            "this one holds the same; then `xenbackend resume` serves the disk from what is there"
+        )
+
+    def take(self, name: str, identity: str, fd: int, *, is_next: bool = False, replaces: bool = False) -> str:
+        """Keep a file that is being opened, by its O_PATH descriptor, ours from now on.
+
+        Returns: why it may not be opened, empty: it is kept. Raises: ValueError, for what is no identity.
+        """
+        try:
+            sentence = self.check(name, identity, is_next=is_next, replaces=replaces)
+            if sentence and not is_next:
+                self._refused.add(name)
+            if not sentence:
+                sentence = self._add(name, identity, fd, is_next=is_next)
+        except BaseException:
+            os.close(fd)
+            raise
+        if fd not in self._fds.values():
+            os.close(fd)
+        return sentence
+
+    def accept_others(self) -> None:
+        """Serve from whatever the names mean now, where one was refused: an administrator wants the disk served on.
+
+        Where none was, a descriptor may have become of no use (ESTALE): the names are looked up anew, and compared.
+        """
+        if self._refused:
+            files = self._files().items()
+            self._note({slot: str(file) for slot, file in files if file.name not in self._refused})
+            self.drop_unnoted()
+        else:
+            for slot in list(self._fds):
+                self._drop(slot)
+        self._refused.clear()
+
+    def after_exchange(self, *, is_done: bool) -> dict[str, str]:
+        """Return what to note once another chain has been put in, or has not; then comes `drop_unnoted`."""
+        gone = Of.SERVED if is_done else Of.NEXT
+        files = self._files().items()
+        return {slot: str(replace(file, of=Of.SERVED)) for slot, file in files if file.of is not gone}
+
+    def drop_unnoted(self) -> None:
+        """Let go of the descriptors that the notes know no more."""
+        for slot in self._fds.keys() - self._noted().keys():
+            self._drop(slot)
+
+    def let_go(self) -> None:
+        """Forget all of them: another chain is to be opened, or the vbd has ended."""
+        self._note({})
+        self._refused.clear()
+        self.drop_unnoted()
+
+    def leave(self) -> None:
+        """Close our descriptors, and leave the keeper's to the next service."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the descriptors by slot; lent."""
+        return dict(self._fds)
+
+    def _files(self) -> dict[str, NotedFile]:
+        noted = self._noted()
+        if noted is not self._texts:
+            self._texts = noted
+            self._parsed = {slot: NotedFile.parse(text) for slot, text in noted.items()}
+        return self._parsed
+
+    def _file(self, name: str, *, is_next: bool) -> tuple[str, NotedFile] | None:
+        for slot, file in self._files().items():
+            if file.name == name and (file.of is Of.NEXT) == is_next:
+                return slot, file
+        return None
+
+    def _add(self, name: str, identity: str, fd: int, *, is_next: bool) -> str:
+        """Note a file that may be opened, and have its descriptor kept; return why that cannot be, empty: it could."""
+        served, former = self._file(name, is_next=False), self._file(name, is_next=True)
+        is_served = served is not None and not difference(from_text(served[1].identity), from_text(identity))
+        if served is not None and is_served:
+            slot, file = served[0], replace(served[1], of=Of.BOTH if is_next else served[1].of)
+        else:
+            slot = former[0] if former is not None else self._free_slot()
+            file = NotedFile(name, identity, Of.NEXT if is_next else Of.SERVED)
+        files = {**self._noted(), slot: str(file)}
+        if len(files) > MAX_FILES:
+            return f"{printable(name)} is one file too many: the service keeps {MAX_FILES} of a disk; join some of them"
+        try:
+            self._note(files)
+        except ConfigError as error:
+            return f"{printable(name)} cannot be opened: {error}"
+        if not (is_served and slot in self._fds):
+            self._drop(slot)
+            self._fds[slot] = fd
+            self._keep(slot, fd)
+        return ""
+
+    def _free_slot(self) -> str:
+        taken = self._noted().keys() | self._fds.keys()
+        return next(slot for number in range(MAX_FILES + 2) if (slot := f"f{number}") not in taken)
+
+    def _drop(self, slot: str) -> None:
+        fd = self._fds.pop(slot, -1)
+        if fd >= 0:
+            os.close(fd)
+            self._forget(slot)
