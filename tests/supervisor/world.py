@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +56,8 @@ class World:
     unheard: list[events.Event] = field(default_factory=list)  # said while there was no service
     is_away: bool = False  # the service, not the worker
     cannot: str = ""  # why the worker cannot open the chain now
+    code: int = errno.EIO  # of that
+    top: messages.LayerFacts = LAYER  # what it says of the chain's top once that is open
     joined: events.Join | None = None  # as it was asked for last
     lost: str = ""  # what the worker was told at its start
     runs_script: bool = True  # as libxl does once it has seen InitWait
@@ -174,10 +177,10 @@ class World:
             return
         told = self.inbox.pop(0)
         if told == "open" and self.cannot:
-            self.say(failure=self.cannot, errno=5)
+            self.say(failure=self.cannot, errno=self.code)
         elif told == "open":
             chain = self.device.sight.spec.chain if self.device.sight.spec else ""
-            self.say(stage=Stage.OPEN, chain=chain, layers=[LAYER], flush_failed=self.journal)
+            self.say(stage=Stage.OPEN, chain=chain, layers=[self.top], flush_failed=self.journal)
         elif told == "connect":
             self.journal = self.journal if self.joined and self.joined.goes_on else ""
             self.is_connected = True

@@ -8,9 +8,16 @@ from xenbackend.supervisor.vbd.reasons import Cause, Reason, Reasons
 
 CLEARED = {
     Cause.KEYS: {Reason.BAD_KEYS},
-    Cause.RESUME: {Reason.CANNOT_OPEN, Reason.GIVEN_UP, Reason.FLUSH_FAILED, Reason.INTERRUPTED},
-    Cause.ANEW: {Reason.GIVEN_UP, Reason.INTERRUPTED},
-    Cause.LET_GO: {Reason.BAD_RINGS},
+    Cause.RESUME: {
+        Reason.CANNOT_OPEN,
+        Reason.OTHER_FILE,
+        Reason.OTHER_SIZE,
+        Reason.GIVEN_UP,
+        Reason.FLUSH_FAILED,
+        Reason.INTERRUPTED,
+    },
+    Cause.ANEW: {Reason.OTHER_SIZE, Reason.GIVEN_UP, Reason.INTERRUPTED},
+    Cause.LET_GO: {Reason.OTHER_SIZE, Reason.BAD_RINGS},
     Cause.JOIN: {Reason.HALTED},
     Cause.FRESH: {Reason.FLUSH_FAILED},
     Cause.SERVED: {Reason.INTERRUPTED},
@@ -50,7 +57,7 @@ def test_the_first_one_is_shown() -> None:
         reasons.say(reasons.first, "")
 
     assert list(Reason) == [reason for reason, _ in shown]
-    assert ("cannot-open", "flush-failed", "") == (shown[0][1], shown[4][1], reasons.word())
+    assert ("cannot-open", "flush-failed", "") == (shown[0][1], shown[6][1], reasons.word())
 
 
 def test_only_some_bar_a_worker() -> None:
@@ -61,4 +68,4 @@ def test_only_some_bar_a_worker() -> None:
         bars.append(Reason[reasons.bar])
         reasons.say(bars[-1], "")
 
-    assert [Reason.CANNOT_OPEN, Reason.BAD_KEYS, Reason.GIVEN_UP] == bars
+    assert [Reason.CANNOT_OPEN, Reason.BAD_KEYS, Reason.OTHER_FILE, Reason.OTHER_SIZE, Reason.GIVEN_UP] == bars

@@ -19,6 +19,8 @@ look at it. `phase.MOVES` says what the worker is told, `phase.STANDINGS` what f
   later and later, and then no more: the guest waits until an administrator says `xenbackend resume`. Without a guest
   the vbd goes to Closed, with a sentence, until its frontend begins anew. What cannot be done is tried again for ever,
   if a guest waits for it or the toolstack was told that it has the disk.
+- A guest that waits is served neither from another file than before nor from one that has shrunk: that takes a
+  `xenbackend resume`.
 - While the worker exports its disk to a device model, from which a guest boots before its own driver starts, a
   toolstack finds that by ``physical-device-path``: as QEMU's URL, for kind ``vbd3`` as the socket's path.
 - ``online`` = 0 is the toolstack's request to go away: that ends in Closed. A frontend that is still connected is
@@ -33,6 +35,7 @@ look at it. `phase.MOVES` says what the worker is told, `phase.STANDINGS` what f
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 from xenbackend.blkif.features import Limits
@@ -42,7 +45,7 @@ from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.aims import Aims, WorkerFacts
 from xenbackend.supervisor.vbd.backoff import Backoff
-from xenbackend.supervisor.vbd.negotiation import EXPORT, LOST
+from xenbackend.supervisor.vbd.negotiation import EXPORT, LOST, shrinkage
 from xenbackend.supervisor.vbd.phase import (
     FAILURES,
     FORCED_LIMIT_S,
@@ -138,7 +141,7 @@ class Device:
                 self.phase = Phase.ADOPTING
                 self.sight.had_state = self.sight.had_keys = True
             case events.Refused() if self.phase is Phase.CONNECTING:
-                self._fail(event.sentence)
+                self._fail(event.sentence, errno.EINVAL)
             case events.Postponed() if self.phase is Phase.CONNECTING:
                 self.phase = Phase.OPEN
             case events.Ended():
@@ -197,8 +200,13 @@ class Device:
             said = f"{stage.value}{' and failed' * has_failed}, while it was {former.value}"
             return [events.Kill(f"the worker was killed: it says that it is {said}", is_breach=True)]
         if has_failed:
-            self._fail(standing.failure)
+            self._fail(standing.failure, standing.errno)
             return []
+        if former is Phase.OPENING and standing.layers and self.is_waited_for():
+            self._reasons.say(Reason.OTHER_SIZE, shrinkage(standing.layers[0], self.sight.keys or {}))
+            if self._reasons[Reason.OTHER_SIZE]:
+                self.phase = Phase.OPEN  # and is closed next; nothing of it is shown
+                return []
         worker, self.phase = self._aims.worker, STANDINGS[former][stage]
         if former is Phase.ADOPTING:
             chain = standing.chain if standing.layers else ""
@@ -222,10 +230,13 @@ class Device:
             if sentence or standing.stage is Stage.SERVING:
                 self._reasons.say(reason, sentence)
 
-    def _fail(self, sentence: str) -> None:
+    def _fail(self, sentence: str, code: int) -> None:
         """Take note of what the worker could not do. The process is still there, and is told to close next."""
         is_opening, self.phase = self.phase is Phase.OPENING, Phase.OPEN
-        if self.is_waited_for() or (is_opening and self.sight.hotplug == "connected"):
+        is_wanted = self.is_waited_for() or (is_opening and self.sight.hotplug == "connected")
+        if is_wanted and is_opening and code == errno.ESTALE:
+            self._reasons.say(Reason.OTHER_FILE, sentence)
+        elif is_wanted:
             self._aims.worker.is_retrying = True
             self._backoff.failed()
             self._reasons.say(Reason.INTERRUPTED, sentence)

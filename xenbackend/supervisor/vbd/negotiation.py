@@ -20,12 +20,14 @@ from xenbackend.protocol import messages
 from xenbackend.supervisor.vbd.events import Join
 from xenbackend.supervisor.vbd.spec import Spec
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
+from xenbackend.units import SECTOR
 
 STATUS = "hotplug-status"
 LOST = "flush-failed"
 EXPORT = "physical-device-path"
 _ERROR = "hotplug-error"
 _SEGMENTS = "feature-max-indirect-segments"
+_DIGITS = 20  # of a number with 64 bits
 
 
 def keys_for(
@@ -75,6 +77,28 @@ def disk_of(top: messages.LayerFacts, spec: Spec | None, keys: Mapping[str, str]
         cdrom=spec is not None and spec.cdrom,
         removable=spec is not None and spec.removable,
     )
+
+
+def shrinkage(top: messages.LayerFacts, keys: Mapping[str, str]) -> str:
+    """Return why a chain with this top layer cannot serve a frontend that goes by `keys`; empty: it can.
+
+    A frontend writes wherever it was told that there are sectors, and in units of those that it was told of.
+    """
+    told = keys.get("sectors", ""), keys.get("sector-size", "")
+    if not all(each.isascii() and each.isdecimal() and len(each) <= _DIGITS for each in told):
+        return ""  # it was told nothing
+    size, sector_size = int(told[0]) * SECTOR, int(told[1])
+    if top.size < size:
+        return (
+            f"{top.text} has {top.size} bytes, and the guest was told of {size}: nothing is served of a disk that has "
+            "shrunk; make it as large again, then say `xenbackend resume`"
+        )
+    if top.sector_size != sector_size:
+        return (
+            f"{top.text} has sectors of {top.sector_size} bytes, and the guest was told of {sector_size}; give it such "
+            "sectors again, then say `xenbackend resume`"
+        )
+    return ""
 
 
 def export_url(kind: str, path: str) -> str | None:

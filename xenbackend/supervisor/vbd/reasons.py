@@ -1,4 +1,4 @@
-"""Why a disk is not served, or not as it should be: eight sentences, and what takes each of them away.
+"""Why a disk is not served, or not as it should be: ten sentences, and what takes each of them away.
 
 Must not know how a sentence came about.
 """
@@ -26,12 +26,14 @@ class Reason(Enum):
 
     CANNOT_OPEN = 1, True, (Cause.RESUME,)  # the chain, when the toolstack's script waited for it
     BAD_KEYS = 2, True, (Cause.KEYS,)  # the toolstack's
-    GIVEN_UP = 3, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
-    BAD_RINGS = 4, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
-    FLUSH_FAILED = 5, False, (Cause.RESUME, Cause.FRESH)
-    TROUBLE = 6, False, (Cause.ENDED,)  # what the disk could not do and tries again
-    INTERRUPTED = 7, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
-    HALTED = 8, False, (Cause.JOIN,)  # which ring the frontend broke
+    OTHER_FILE = 3, True, (Cause.RESUME,)  # a name means another file or medium than the one that was served
+    OTHER_SIZE = 4, True, (Cause.RESUME, Cause.ANEW, Cause.LET_GO)  # it is smaller than the guest was told
+    GIVEN_UP = 5, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
+    BAD_RINGS = 6, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
+    FLUSH_FAILED = 7, False, (Cause.RESUME, Cause.FRESH)
+    TROUBLE = 8, False, (Cause.ENDED,)  # what the disk could not do and tries again
+    INTERRUPTED = 9, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
+    HALTED = 10, False, (Cause.JOIN,)  # which ring the frontend broke
 
     def __init__(self, rank: int, bars: bool, cleared_by: tuple[Cause, ...]) -> None:  # noqa: FBT001 - a column
         self.rank = rank

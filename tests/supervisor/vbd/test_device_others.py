@@ -1,0 +1,114 @@
+"""The automaton of one vbd: a successor that finds another file than the one before, or a smaller one."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+import pytest
+
+from tests.supervisor.world import LAYER, World, connected
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd.phase import Phase
+
+S = XenbusState
+OTHER = "/img is another file"
+SMALLER = replace(LAYER, size=LAYER.size // 2)
+COARSER = replace(LAYER, sector_size=4096)
+
+
+def waits(world: World) -> bool:
+    """Return whether the guest waits in Connected for an administrator, and no worker is there or comes."""
+    world.settle()
+    return (world.state, world.device.phase, world.is_running) == ("4", Phase.NONE, False)
+
+
+@pytest.mark.parametrize("by", ["death", "replacement"])
+def test_another_file_is_not_served(by: str) -> None:
+    """Where a successor finds that a name means another file the guest waits, and no worker is tried in vain. After
+    `resume` it is opened once more, and the guest goes on.
+    """
+    world = connected()
+    world.cannot, world.code = OTHER, errno.ESTALE
+    if by == "death":
+        world.die("died")
+    else:
+        world.send(events.Replace())
+    assert waits(world)
+    assert (OTHER, "other-file") == (world.device.error, world.device.reason)
+    world.cannot = ""
+    assert waits(world)
+    world.send(events.Resume())
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_a_file_that_nobody_was_served_from_yet_is_only_one_that_cannot_be_opened() -> None:
+    """To the toolstack's script it is an error as any other."""
+    world = World(cannot=OTHER, code=errno.ESTALE)
+    world.settle()
+
+    assert (OTHER, "cannot-open") == ((world.node or {})["hotplug-error"], world.device.reason)
+
+
+@pytest.mark.parametrize(
+    ("top", "words"),
+    [
+        (SMALLER, "null:1G has 536870912 bytes, and the guest was told of 1073741824"),
+        (COARSER, "null:1G has sectors of 4096 bytes, and the guest was told of 512"),
+    ],
+)
+def test_what_has_shrunk_is_not_served(top: object, words: str) -> None:
+    """A successor's disk that is smaller than the guest was told, or has other sectors, is not served: the guest waits,
+    and its keys stay as it has read them. Once it is as large again `resume` serves it.
+    """
+    world = connected()
+    told = dict(world.node or {})
+    world.top = top  # type: ignore[assignment]
+    world.die("died")
+
+    assert waits(world)
+    assert world.device.error.startswith(words)
+    assert "`xenbackend resume`" in world.device.error
+    assert "other-size" == world.device.reason
+    assert told == world.node
+    world.send(events.Resume())
+    assert waits(world)
+    world.top = LAYER
+    world.send(events.Resume())
+    world.settle()
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_the_next_service_compares_too() -> None:
+    """What the guest was told stands in xenstore: a service that has nothing else of the disk's past goes by that."""
+    world = World(node=connected().node, theirs=S.CONNECTED, top=SMALLER)
+
+    assert waits(world)
+    assert "other-size" == world.device.reason
+
+
+def test_a_larger_disk_is_served_and_shown() -> None:
+    """A guest that was told of less loses nothing: it is told of the new size."""
+    world = connected()
+    world.top = replace(LAYER, size=2 * LAYER.size)
+    world.die("died")
+    world.settle()
+
+    assert ("4194304", True) == ((world.node or {})["sectors"], world.is_connected)
+
+
+def test_a_frontend_that_begins_anew_takes_a_smaller_disk() -> None:
+    """It reads the size anew, so whatever is there can be served."""
+    world = connected()
+    world.top = SMALLER
+    world.die("died")
+    assert waits(world)
+    world.theirs = S.INITIALISING
+    world.settle()
+
+    assert ("2", Phase.OPEN, "", "1048576") == (
+        world.state, world.device.phase, world.device.error, (world.node or {})["sectors"]
+    )  # fmt: skip
