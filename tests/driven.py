@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from tests.openers import Openers
 from xenbackend import counters, journal
 from xenbackend.bench.worker import POLL_US
 from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
+from xenbackend.block.drivers import BUILT_IN
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages
+from xenbackend.protocol import codec, messages, opening
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
@@ -97,6 +100,12 @@ class WorkerProcess:
         self._last_id = 0
         self.said: list[messages.FromWorker] = []
         self.kept: dict[str, int] = {}
+        self.openers = Openers()
+        self._job = opening.Job("vbd/5/51712", [], read_only=False)  # of the last `open`
+        self._may_wait = False
+        self._successor = ""  # the chain that is being put in
+        self._drivers = drivers or {}
+        BUILT_IN.update(self._drivers)  # for the openers, which are in this process
 
     @property
     def lines(self) -> list[messages.Log]:
@@ -108,16 +117,38 @@ class WorkerProcess:
         socket.send_fds(self.socket, [codec.encode(message)], fds)
 
     def tell(self, kind: Callable[..., messages.Order], *fields: Any, fds: Sequence[int] = ()) -> int:
-        """Give an order of this kind, and return its number."""
+        """Give an order of this kind, with an opener where it may open something, and return its number."""
         self.number += 1
-        self.send(kind(self.number, *fields), *fds)
+        order = kind(self.number, *fields)
+        if isinstance(order, messages.Open):
+            self._job = replace(self._job, chains=[order.chain], read_only=order.read_only, shareable=order.shareable)
+            self._may_wait = order.may_wait
+            devices = {"host": order.host, "frontend_domid": order.frontend_domid, "export": order.export}
+            self._send_with_opener(order, replace(self._job, **devices), *fds)  # type: ignore[arg-type]
+        elif isinstance(order, messages.Serve) and self._may_wait:
+            self._send_with_opener(order, self._job, *fds)
+        else:
+            self.send(order, *fds)
         return self.number
 
     def put(self, question: messages.Question) -> int:
-        """Ask, and return the question's id."""
+        """Ask, with an opener where something may be opened for it, and return the question's id."""
         self._last_id += 1
-        self.send(messages.Ask(self._last_id, question))
+        ask = messages.Ask(self._last_id, question)
+        match question:
+            case messages.Swap():
+                self._send_with_opener(ask, replace(self._job, chains=[*self._job.chains[:1], question.chain]))
+                if not question.is_dry_run:
+                    self._successor = question.chain
+            case messages.Branch():
+                self._send_with_opener(ask, replace(self._job, makes=question.file))
+            case _:
+                self.send(ask)
         return self._last_id
+
+    def _send_with_opener(self, message: messages.FromSupervisor, job: opening.Job, *fds: int) -> None:
+        with self.openers.begin(job) as opener:
+            self.send(message, *fds[:1], opener.fileno(), *fds[1:])
 
     def hear(self, timeout_s: float = 20) -> messages.FromWorker | None:
         """Return the next message, None where the worker has closed the socket. Raises: TimeoutError."""
@@ -127,6 +158,8 @@ class WorkerProcess:
         if not datagram:
             return None
         message = codec.from_worker(datagram)
+        if isinstance(message, messages.Standing) and message.chain == self._successor:
+            self._job = replace(self._job, chains=[message.chain])
         if isinstance(message, messages.Keep):
             (self.kept[message.name],) = fds
         return message
@@ -189,6 +222,7 @@ class WorkerProcess:
         """Close in order, and see the process end by itself."""
         self.close()
         assert self.process.wait(10) == 0
+        self.openers.close()
 
     def close(self, *, hands_over: bool = False) -> messages.Standing:
         """Close in order, and return where it stands in the end."""
@@ -200,6 +234,9 @@ class WorkerProcess:
         self.process.kill()
         self.process.wait()
         self.socket.close()
+        self.openers.close()
+        for name in self._drivers:
+            BUILT_IN.pop(name, None)
         for fd in (self.memfd, *self.kept.values()):
             os.close(fd)
 

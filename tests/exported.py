@@ -15,6 +15,7 @@ from xenbackend.block.driver import Geometry
 from xenbackend.block.request import PENDING
 from xenbackend.loop.reactor import Reactor
 from xenbackend.nbd.abi import IHAVEOPT, OPT_GO, REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC
+from xenbackend.opener.listening import listen
 from xenbackend.worker.export import Export
 
 SIZE = 64 << 20
@@ -127,6 +128,7 @@ class Exported:
         self.reactor = Reactor(clock=lambda: self.now, on_bug=self.stray_bugs.append)
         self.clients: list[Client] = []
         self.export = Export(
+            socket.socket(fileno=listen(str(self.path))),
             str(self.path),
             self.chain,
             self.reactor,

@@ -14,6 +14,7 @@ from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
 
@@ -128,7 +129,7 @@ class StepEnv:
     shareable: bool = False
     resumes: bool = False
     is_draft: bool = False
-    files: Any = None
+    files: Any = field(default_factory=LocalOpener)
     facts: dict[str, str] = field(default_factory=dict)
     timers: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     memories: dict[str, bytearray] = field(default_factory=dict)

@@ -8,8 +8,8 @@ disk with requests in flight that do not overlap, and says what the disk may hol
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -17,6 +17,8 @@ from tests.helpers_block import StepEnv, content, flush, read, write
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Complete
 from xenbackend.block.request import Op, Request
+from xenbackend.opener.local import LocalOpener
+from xenbackend.protocol.opening import Facts
 
 SECTOR = 512
 
@@ -176,6 +178,28 @@ class RecordedFiles:
         file = self.files[path]
         file.read_only = read_only
         return file
+
+    def look(self, path: str) -> Facts:
+        """See `Files`: what is at the path, if something is."""
+        is_device = path in self.files and self.files[path].is_device
+        try:
+            return replace(LocalOpener().look(path), is_device=is_device)
+        except FileNotFoundError:
+            if path not in self.files:
+                raise
+            return Facts(path, is_device=is_device, size=0, mtime_ns=0, discard_granularity=0, real=path)
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
+        """See `Files`."""
+        return LocalOpener().find(what, image, names, within)
+
+    def resolve(self, path: str) -> str:
+        """See `Files`."""
+        return LocalOpener().resolve(path)
+
+    def open_record(self, path: str) -> int:
+        """See `Files`."""
+        return LocalOpener().open_record(path)
 
 
 @dataclass

@@ -28,17 +28,18 @@ LAYERS = {
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps"},
-    "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
+    "opener": GROUND - {"log"} | {"kernel", "block", "protocol"},
+    "worker": GROUND - {"log"} | STRANGERS | {"opener"},  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
-    | {"kernel.identity", "kernel.memfd", "kernel.ports", "kernel.process"},
+    | {"kernel.datagram", "kernel.identity", "kernel.memfd", "kernel.ports", "kernel.process"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif", "block.formats.table"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
     "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
-    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.newfile", "loop"},
+    "image": GROUND - {"log"} | {"block", "opener.local", "opener.newfile", "worker.env", "worker.files", "loop"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),
@@ -73,6 +74,7 @@ HOMES = {
         "embedded/",
         "rig/",
         "supervisor/service/fleet",
+        "supervisor/service/opener",
         "supervisor/xenstore/store",
         "supervisor/xenstore/toolstack",
         "worker/export_client",
@@ -103,6 +105,7 @@ HOMES = {
     "sys.argv": (
         "cli/",
         "host/block_xenbackend",
+        "opener/main",
         "rig/store",
         "rig/xen",
         "worker/main",

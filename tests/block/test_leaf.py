@@ -11,6 +11,7 @@ from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
 from xenbackend.block.leaf import leaf_over, parents_option
 from xenbackend.errors import ConfigError
+from xenbackend.opener.local import LocalOpener
 
 SIZE = 1 << 20
 
@@ -56,6 +57,8 @@ def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
 def test_where_parents_are_is_said_only_where_it_must_be(tmp_path: Path) -> None:
     """In the child's own directory, or below it, no option is needed."""
     (tmp_path / "a").mkdir()
+    (tmp_path / "parent").touch()
+    (tmp_path / "a" / "parent").touch()
 
-    assert "" == parents_option(f"{tmp_path}/child", f"{tmp_path}/a/parent")
-    assert str(tmp_path) == parents_option(f"{tmp_path}/a/child", f"{tmp_path}/parent")
+    assert "" == parents_option(LocalOpener(), f"{tmp_path}/child", f"{tmp_path}/a/parent")
+    assert str(tmp_path) == parents_option(LocalOpener(), f"{tmp_path}/a/child", f"{tmp_path}/parent")

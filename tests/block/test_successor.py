@@ -10,7 +10,7 @@ from tests.helpers_block import Machine
 from tests.qcow_images import qcow2
 from xenbackend.block.leaf import leaf_over
 from xenbackend.block.successor import keeps_content
-from xenbackend.worker.newfile import write_new
+from xenbackend.opener.newfile import write_new
 
 SIZE = 1 << 20
 

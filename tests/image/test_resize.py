@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from xenbackend.image.create import create
 from xenbackend.image.names import Image, find_image, image_of_file
 from xenbackend.image.resize import resize
 from xenbackend.image.session import Session
+from xenbackend.opener.local import LocalOpener
+from xenbackend.protocol.opening import Facts
 
 Make = Callable[[str], Image]
 MIB = 1 << 20
@@ -173,7 +176,12 @@ def test_whoever_is_killed_leaves_a_whole_image(
 @pytest.fixture
 def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files whose name is "device" be taken for block devices."""
-    monkeypatch.setattr("xenbackend.block.drivers.vhd.is_device", lambda path: path.endswith("/device"))
+    look = LocalOpener.look
+
+    def taken(self: LocalOpener, path: str) -> Facts:
+        return replace(look(self, path), is_device=path.endswith("/device"))
+
+    monkeypatch.setattr(LocalOpener, "look", taken)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from xenbackend.image.create import create, snapshot
 from xenbackend.image.faults import Faults
 from xenbackend.image.names import find_image
 from xenbackend.image.session import Session
+from xenbackend.opener.local import LocalOpener
+from xenbackend.protocol.opening import Facts
 from xenbackend.units import SECTOR
 
 MIB = 1 << 20
@@ -275,7 +277,12 @@ def test_a_killed_repair_leaves_an_image_that_opens(tmp_path: Path) -> None:
 
 def test_a_repair_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a block device the new header goes behind what the image uses, and the footer to the device's end."""
-    monkeypatch.setattr("xenbackend.block.drivers.vhd.is_device", lambda path: path.endswith("child.vhd"))
+    look = LocalOpener.look
+
+    def taken(self: LocalOpener, path: str) -> Facts:
+        return replace(look(self, path), is_device=path.endswith("child.vhd"))
+
+    monkeypatch.setattr(LocalOpener, "look", taken)
     text = child(tmp_path, located(offset=1 << 40))
     before, path = disk_content(text), tmp_path / "child.vhd"
     for end in (b"", path.read_bytes()[-SECTOR:]):

@@ -18,7 +18,7 @@ HEADERS = json.loads((Path(__file__).parent.parent / "data" / "xen_devices.json"
 def events(tmp_path: Path) -> Evtchn:
     """Return event channels whose device is a pipe, with the ports 3 and 70 bound."""
     os.mkfifo(tmp_path / "evtchn")
-    device = Evtchn(0, path=str(tmp_path / "evtchn"))
+    device = Evtchn(0, evtchn.open_device(0, str(tmp_path / "evtchn")))
     device._ports = {port: evtchn.PORT.pack(port) for port in (3, 70)}
     return device
 
@@ -43,6 +43,15 @@ def test_ports_are_read_and_written_back(events: Evtchn) -> None:
     events.unmask(70)
 
     assert events.pending() == [3, 70]
+    assert events.pending() == []
+    events.close()
+
+
+def test_a_port_that_was_unbound_is_not_told_of(events: Evtchn) -> None:
+    """A device that was used before may still tell of a port of then; nobody is served for it."""
+    events.unmask(70)
+    del events._ports[70]
+
     assert events.pending() == []
     events.close()
 
@@ -74,7 +83,7 @@ def test_refusals_are_kernel_errors(tmp_path: Path, events: Evtchn) -> None:
     with pytest.raises(KernelError, match="bind port 9 of domain 0"):
         events.bind(9)
     with pytest.raises(KernelError, match="No such file"):
-        Evtchn(1, path=str(tmp_path / "nothing"))
+        evtchn.open_device(1, str(tmp_path / "nothing"))
     events.close()
 
 
@@ -89,6 +98,6 @@ def test_restriction_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(evtchn.ioctl, "call", old_kernel)
     for domid in (0, 258):
-        Evtchn(domid, path=str(tmp_path / "evtchn")).close()
+        os.close(evtchn.open_device(domid, str(tmp_path / "evtchn")))
 
     assert asked == [(evtchn.RESTRICT_DOMID, b"\x02\x01")]

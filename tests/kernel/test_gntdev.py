@@ -91,7 +91,7 @@ def test_copy_segment_layout(to_guest: bool) -> None:
 
 def test_each_status_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment that the kernel did not touch, or failed, is not okay although the call returned 0."""
-    table = Gntdev(5, path="/dev/null")
+    table = Gntdev(5, gntdev.open_device("/dev/null"))
 
     def kernel(_fd: int, _request: int, _argument: bytes, _operation: str) -> int:
         table._segments[gntdev.STATUS_AT : gntdev.STATUS_AT + 2] = b"\0\0"  # the first is done, the others never tried
@@ -109,8 +109,8 @@ def test_each_status_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_device() -> None:
     """Where there is no gntdev the error says what could not be opened, and where it is no gntdev what was tried."""
     with pytest.raises(KernelError, match="open /dev/xen/nothing: No such file"):
-        Gntdev(1, path="/dev/xen/nothing")
-    table = Gntdev(1, path="/dev/null")
+        gntdev.open_device("/dev/xen/nothing")
+    table = Gntdev(1, gntdev.open_device("/dev/null"))
     with pytest.raises(KernelError, match="reserve the mapping of 1 grants") as caught:
         table.map([8], writable=True)
 

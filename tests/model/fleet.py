@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from tests.model import openers
 from tests.model.machine import Begun, Died, Loop, Process
 from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.worker import main as worker_main
@@ -39,6 +40,7 @@ class WorkerProcess(Process):
         self.how: str | None = None
         self.is_dying = False
         self.vbd = ""  # as it was told
+        self.sockets: list[socket.socket] = []  # to openers
         self._far = far
         self._writing = writing
         self._world = world
@@ -120,6 +122,8 @@ class WorkerProcess(Process):
         self.worker = None
         loop, self.loop = self.loop, None
         self._far.close()
+        for each in self.sockets:
+            each.detach()
         self.die(loop)
         os.close(self._writing)
 
@@ -177,6 +181,10 @@ class LocalFleet(Fleet):
         self._world.point("service: after a worker was started")
         handle: Any = Handle(self._world, near, pidfd)
         return Worker(self, handle, on_message, on_end)
+
+    def open(self, job: Any, kept: Any, on_opened: Any, on_end: Any) -> tuple[Any, socket.socket]:
+        del on_end
+        return openers.begin(self._world, job, kept, on_opened)
 
     def adopt(self, fds: tuple[int, int], on_message: Any, on_end: Any) -> Worker:
         handle: Any = Handle(self._world, socket.socket(fileno=fds[0]), fds[1])

@@ -10,7 +10,6 @@ import functools
 import gc
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,14 +18,16 @@ from unittest.mock import patch
 
 import structlog
 
+from tests.model import openers
 from tests.model.fleet import WorkerProcess
 from tests.model.machine import Door, collect, freeze, tracking_map_pages
 from xenbackend import journal
 from xenbackend.errors import XenbackendError
+from xenbackend.kernel import datagram
 from xenbackend.protocol import messages
 from xenbackend.rig import guest as rig_guest
 from xenbackend.rig import host as rig_host
-from xenbackend.supervisor.service import fleet, main, process
+from xenbackend.supervisor.service import fleet, main
 from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.orders import Orders
@@ -73,18 +74,15 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
         init(self, *arguments, **{**named, "lock_timeout_s": 0.0})  # nobody else moves while it would wait
 
     open_files.__kwdefaults__ = init.__kwdefaults__
-    opened, receive, recv_fds = world.machine.opened, process.receive, socket.recv_fds
+    opened, receive = world.machine.opened, datagram.receive
+    asked = type("Asked", (openers.Asked,), {"world": world})
 
     def making(function: Callable[..., int]) -> Callable[..., int]:
         return lambda *arguments, **named: opened(function(*arguments, **named))
 
     def received(*arguments: Any) -> Any:
-        datagram, fds, is_whole = receive(*arguments)
-        return datagram, [opened(fd) for fd in fds], is_whole
-
-    def received_by_worker(*arguments: Any) -> Any:
-        datagram, fds, flags, address = recv_fds(*arguments)
-        return datagram, [opened(fd) for fd in fds], flags, address
+        data, fds, is_whole = receive(*arguments)
+        return data, [opened(fd) for fd in fds], is_whole
 
     return [
         (rig_host, "Connection", Door),
@@ -93,8 +91,8 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
         (HostFiles, "__init__", open_files),
         (os, "close", world.machine.closed),
         *[(os, name, making(getattr(os, name))) for name in ("open", "dup", "eventfd", "memfd_create")],
-        (process, "receive", received),
-        (socket, "recv_fds", received_by_worker),
+        (datagram, "receive", received),
+        (worker_main, "RemoteOpener", asked),
         (time, "sleep", lambda _: None),
         (os, "_exit", leave),
         (signal, "pidfd_send_signal", send_signal),

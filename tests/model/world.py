@@ -20,6 +20,7 @@ from tests.model.fleet import WorkerProcess
 from tests.model.guests import Place
 from tests.model.images import SIZE, Images
 from tests.model.machine import Clock, Died, Loop, Machine
+from tests.model.openers import LocalOpener
 from tests.model.operators import Administrator, Asking, Judge, existing
 from tests.model.service import ServiceProcess
 from tests.model.xenstore import Xenstored
@@ -72,6 +73,7 @@ class World:
         self.is_calm = False  # nobody is killed, nothing goes away, nothing new is begun
         self._pipes: dict[int, WorkerProcess] = {}
         self._spares: list[int] = []
+        self.openers: dict[int, LocalOpener] = {}  # by the inode of the socket that their worker has
         self._pids = 1 << 23  # no process has such a number
         self._lives: dict[int, tuple[Place, int]] = {}  # of a vbd, by its journal's inode
         self._limit = 0
@@ -244,6 +246,8 @@ class World:
 
     def service_is_over(self, service: ServiceProcess, *, rests: bool = False) -> None:
         """The service has ended or died; whoever starts it anew rests before that where it `rests`."""
+        for opener in self.openers.values():
+            opener.lose_service()
         if self.service is service:
             self.service = None
             self._start_at = self.clock.now + (_REST_S if rests else 0.0)
@@ -473,6 +477,8 @@ class World:
             self.service.kill("the run is over")
         for place in self.places:
             place.close()
+        for opener in self.openers.values():
+            opener.kill()
         for fd in [*self.kept.values(), *self._spares]:
             os.close(fd)
         self.machine.close()

@@ -30,6 +30,9 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
 _ROOT = Path(__file__).parents[2]
+# An opener that is asked for nothing: it reads its job, and ends when it is let go of.
+_READS = "import socket, sys\nnear = socket.socket(fileno=int(sys.argv[2]))\nwhile near.recv(1 << 18): pass"
+FAKE_OPENER = (sys.executable, "-I", "-S", "-c", _READS)
 FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 PATH = VbdPath("vbd", 0, 5, 51712)
 _TICK_S = 0.05
@@ -71,7 +74,7 @@ class Stepped:
         self.loop = Reactor(on_bug=self.bugs.append)
         self.store = Store(address)
         self.answers: list[Answer] = []  # that the script got
-        self.fleet = Fleet(self.loop, FAKE_WORKER)
+        self.fleet = Fleet(self.loop, FAKE_WORKER, opener=FAKE_OPENER)
         keeper = keeper or Keeper({})
         self.context = Context(
             self.store, self.loop, self.fleet, settings, bus or Bus(), keeper, time.time, Ledger(keeper)

@@ -375,7 +375,7 @@ def main(arguments: list[str]) -> int:
     """Be the zygote, or a worker that was started by exec."""
     if "--host" not in arguments:
         return serve(socket.socket(fileno=int(arguments[arguments.index("--socket") + 1])))
-    zygote.serve = serve
+    zygote.SERVE[zygote.WORKER] = serve
     return zygote.main(arguments)
 
 

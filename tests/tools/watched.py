@@ -11,6 +11,7 @@ import codecs
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from tests.helpers_block import Machine, read
@@ -25,8 +26,13 @@ is_watching = False
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
     """Note what a chain may have caused."""
-    if is_watching and event.startswith(WATCHED):
-        events.append((event, os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)))
+    if not (is_watching and event.startswith(WATCHED)):
+        return
+    what = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)
+    if what.startswith("/proc/self/fd/"):  # a file that is held already is opened for real, whatever is called so now
+        what = str(Path(what).readlink())
+    if (event, what) not in events:
+        events.append((event, what))
 
 
 def look(machine: Machine, chain_text: str) -> str:

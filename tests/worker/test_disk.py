@@ -16,11 +16,20 @@ from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
 from xenbackend.units import PAGE
 from xenbackend.worker.disk import Disk, is_locked
 
 SIZE = 1 << 20
+
+
+class AnyChain(LocalOpener):
+    """Opens everything in this process, whichever chain it is for."""
+
+    def for_chain(self, _chain: int) -> LocalOpener:
+        """Return itself."""
+        return self
 
 
 class Bench:
@@ -63,6 +72,26 @@ class Bench:
         (code,) = codes
         return code
 
+    def open(self) -> Any:
+        """Open the chain."""
+        return self._opening(self.disk.open)
+
+    def probe(self) -> Any:
+        """Look at the chain."""
+        return self._opening(self.disk.probe)
+
+    def check_successor(self, chain: str, **how: bool) -> Any:
+        """Look at another chain."""
+        return self._opening(self.disk.check_successor, chain, **how)
+
+    def exchange(self, chain: str) -> Any:
+        """Put another chain in."""
+        return self._opening(self.disk.exchange, chain)
+
+    def _opening(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        with self.disk.opening_by(AnyChain()):
+            return function(*arguments, **named)
+
     def close(self) -> None:
         """Release everything."""
         self.disk.close()
@@ -82,7 +111,7 @@ def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def make(chain: str, **wishes: Any) -> Bench:
         bench = Bench(chain, **wishes)
         made.append(bench)
-        bench.disk.open()
+        bench.open()
         return bench
 
     yield make
@@ -95,8 +124,8 @@ def test_another_chain_takes_over(benches: Any, tmp_path: Path) -> None:
     one, two = image(tmp_path / "one"), image(tmp_path / "two")
     bench = benches(f"aio:{one}")
     bench.do(write(0, b"1" * PAGE))
-    bench.disk.check_successor(f"aio:{two}", replaces=True)
-    bench.disk.exchange(f"aio:{two}")
+    bench.check_successor(f"aio:{two}", replaces=True)
+    bench.exchange(f"aio:{two}")
     bench.do(write(0, b"2" * PAGE))
     other = benches(f"aio:{one}")  # not locked any more
 
@@ -109,8 +138,8 @@ def test_the_same_image_may_be_looked_at_and_taken_over(benches: Any, tmp_path: 
     """A filter can be put above the image that is open: to look at it needs no lock, and the exchange lets go first."""
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
-    looked_at = bench.disk.check_successor(f"log:|aio:{one}", replaces=False)
-    bench.disk.exchange(f"log:|aio:{one}")
+    looked_at = bench.check_successor(f"log:|aio:{one}", replaces=False)
+    bench.exchange(f"log:|aio:{one}")
 
     assert ["log:", f"aio:{one}"] == looked_at == [layer.text for layer in bench.disk.layers]
 
@@ -122,11 +151,11 @@ def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path
     (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one"))
     bench = benches(f"aio:{one}")
     for chain in (f"silent:|aio:{tmp_path}/again", f"qcow2:{tmp_path}/child,parent_format=raw"):
-        assert bench.disk.check_successor(chain, replaces=False)
+        assert bench.check_successor(chain, replaces=False)
     for chain in (f"aio:{two}", "ram:1M", f"ram:{one}"):
         with pytest.raises(ConfigError, match="is over another image than the one that the guest writes to"):
-            bench.disk.check_successor(chain, replaces=False)
-        assert bench.disk.check_successor(chain, replaces=True)
+            bench.check_successor(chain, replaces=False)
+        assert bench.check_successor(chain, replaces=True)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +174,10 @@ def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, w
     bench.do(write(PAGE, b"w" * PAGE))
     chain = bench.disk.chain
     with pytest.raises(ConfigError, match=why):
-        bench.disk.check_successor(successor, replaces=True)
+        bench.check_successor(successor, replaces=True)
     untouched = bench.disk.chain is chain
     with pytest.raises(XenbackendError, match=why):
-        bench.disk.exchange(successor)
+        bench.exchange(successor)
     request = read(PAGE, PAGE)
 
     assert untouched
@@ -160,9 +189,9 @@ def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, w
 def test_a_disk_may_grow(benches: Any) -> None:
     """A larger chain is as good as one of the same size."""
     bench = benches("null:1M")
-    bench.disk.check_successor("null:2M", replaces=True)
+    bench.check_successor("null:2M", replaces=True)
 
-    assert 2 * SIZE == bench.disk.exchange("null:2M").geometry.size
+    assert 2 * SIZE == bench.exchange("null:2M").geometry.size
 
 
 def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> None:
@@ -171,7 +200,7 @@ def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> N
     bench = benches(f"aio:{one}")
     os.truncate(one, SIZE + 1000)
     with pytest.raises(XenbackendError, match="1049576 bytes, which is no multiple of its 512 byte sectors"):
-        bench.disk.check_successor(f"aio:{one}", replaces=False)
+        bench.check_successor(f"aio:{one}", replaces=False)
 
     assert 0 == bench.do(write(0, b"w" * PAGE))
 
@@ -181,12 +210,12 @@ def test_memories_of_layers_that_are_gone_are_dropped(benches: Any, tmp_path: Pa
     one = image(tmp_path / "one")
     bench = benches(f"log:|aio:{one}")
     kept = bench.kept[:]
-    bench.disk.exchange(f"aio:{one}")
+    bench.exchange(f"aio:{one}")
 
     assert kept
     assert kept == bench.dropped
-    bench.disk.exchange("ram:1M")
-    bench.disk.exchange(f"aio:{one}")
+    bench.exchange("ram:1M")
+    bench.exchange(f"aio:{one}")
     assert bench.kept[len(kept) :] == bench.dropped[len(kept) :]
 
 
@@ -194,7 +223,7 @@ def test_memories_of_a_chain_that_was_refused_are_dropped(benches: Any) -> None:
     """What the layers of a refused chain had asked for is dropped; the former chain's memories never are."""
     bench = benches("null:1M")
     with pytest.raises(DriverError):
-        bench.disk.exchange("ram:512K")
+        bench.exchange("ram:512K")
 
     assert 1 == len(bench.kept)
     assert bench.kept == bench.dropped
@@ -206,7 +235,7 @@ def test_no_chain_at_all_is_another_error(benches: Any, tmp_path: Path) -> None:
     bench = benches(f"aio:{one}")
     one.unlink()
     with pytest.raises(RuntimeError, match=r"/nonexistent/image.*former chain.*one"):
-        bench.disk.exchange("aio:/nonexistent/image")
+        bench.exchange("aio:/nonexistent/image")
     assert bench.disk.chain is None
 
 
@@ -238,7 +267,7 @@ def test_close_closes_every_layer(benches: Any) -> None:
     """A layer that fails when it is closed is told to whoever closes; the layers below it are closed all the same."""
     EVENTS.clear()
     bench = Bench("clumsy:at=close|ram:1M")
-    bench.disk.open()
+    bench.open()
     with pytest.raises(OSError, match="close"):
         bench.disk.close()
     bench.reactor.close()
@@ -252,8 +281,8 @@ def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
     benches(f"aio:{one}")
     other = Bench(f"aio:{one}", may_wait=True)
     with pytest.raises(DriverError) as caught:
-        other.disk.open()
-    looked_at = [layer.text for layer in other.disk.probe()]
+        other.open()
+    looked_at = [layer.text for layer in other.probe()]
     other.close()
 
     assert is_locked(caught.value)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
-import stat
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,35 +24,6 @@ def exported(tmp_path: Path) -> Iterator[Exported]:
     with Exported(tmp_path) as exported:
         yield exported
     assert [] == exported.stray_bugs
-
-
-def test_socket_is_for_our_user_only(exported: Exported) -> None:
-    """Nobody else can come near it, and the umask is as it was."""
-    modes = [stat.S_IMODE(path.stat().st_mode) for path in (exported.path, exported.path.parent)]
-    former = os.umask(0o22)
-    os.umask(former)
-
-    assert [0o600, 0o700] == modes
-    assert 0o177 != former
-
-
-def test_predecessors_socket_is_replaced(tmp_path: Path) -> None:
-    """What a killed worker left at the path is in nobody's way; what a successor put there is left alone."""
-    with Exported(tmp_path) as first, Exported(tmp_path) as second:
-        assert first.end()
-        second.client().go().ask(CMD_READ)
-        assert 0 == second.clients[0].reply(512)[1]
-        assert second.end()
-        assert not second.path.exists()
-
-
-def test_socket_that_cannot_be_made(tmp_path: Path) -> None:
-    """A path that is too long or in no directory is an OSError, which the worker tells."""
-    with pytest.raises(OSError, match="path too long"):
-        Exported(tmp_path / ("x" * 120))
-    (tmp_path / "nbd").write_text("a file")
-    with pytest.raises(FileExistsError):
-        Exported(tmp_path)
 
 
 def test_one_client_too_many_is_refused(exported: Exported) -> None:
@@ -247,7 +217,8 @@ def test_end_answers_what_is_in_flight(exported: Exported) -> None:
     assert (1, 0, b"") == busy.reply()
     assert [b"", b"", b""] == [client.take(1) for client in (busy, idle, half)]
     assert all(client.is_hung_up for client in (busy, idle, half))
-    assert not exported.path.exists()
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(exported.path))  # whoever made the socket removes it
 
 
 def test_end_waits_for_what_nobody_waits_for(exported: Exported) -> None:

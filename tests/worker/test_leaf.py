@@ -9,9 +9,13 @@ from random import Random
 import pytest
 
 from tests.helpers_block import Machine, flush, write
+from tests.openers import Openers
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
+from xenbackend.block.chain import Chain
 from xenbackend.errors import ConfigError
+from xenbackend.opener.local import LocalOpener
+from xenbackend.protocol import opening
 from xenbackend.worker.leaf import make_leaf
 
 SIZE = 4 << 20
@@ -29,8 +33,29 @@ def machine() -> Iterator[Machine]:
     machine.close()
 
 
+@pytest.fixture
+def openers() -> Iterator[Openers]:
+    """Return openers, whose workers are this process."""
+    openers = Openers()
+    yield openers
+    openers.close()
+
+
+def make(openers: Openers, machine: Machine, chain: Chain, path: str, image_format: str = "") -> str:
+    """Make a leaf by an opener, with nothing else of this process being opened meanwhile."""
+    text = "|".join(each.text for each in chain.layers if not each.parent_of)
+    opener = openers.remote(opening.Job("vbd/5/51712", [text], read_only=False, makes=path))
+    machine.files.opener = opener
+    try:
+        return make_leaf(chain, opener, path, image_format)
+    finally:
+        machine.files.opener = LocalOpener()
+        opener.close()
+        openers.close()
+
+
 @pytest.mark.parametrize("driver", BLANK)
-def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, tmp_path: Path, driver: str) -> None:
+def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, openers: Openers, tmp_path: Path, driver: str) -> None:
     """A leaf that was made while the guest wrote has, once it is opened, all that was written before and since."""
     (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
     chain, model, chance = machine.open(f"log:|{driver}:{tmp_path}/base"), bytearray(SIZE), Random(1)
@@ -43,7 +68,7 @@ def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, tmp_path: Path, driver:
 
     for generation in range(3):
         writes(20)
-        text = make_leaf(chain, f"{tmp_path}/leaf{generation}")
+        text = make(openers, machine, chain, f"{tmp_path}/leaf{generation}")
         writes(20)
         assert [0] == machine.do(chain, flush())
         chain.close()
@@ -60,14 +85,14 @@ def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, tmp_path: Path, driver:
     chain.close()
 
 
-def test_nothing_is_written_over(machine: Machine, tmp_path: Path) -> None:
+def test_nothing_is_written_over(machine: Machine, openers: Openers, tmp_path: Path) -> None:
     """Where the name is taken, or there can be no such leaf, nothing is made, and the chain is as it was."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     (tmp_path / "taken").write_bytes(b"mine")
     chain = machine.open(f"qcow2:{tmp_path}/base")
     for name, image_format, sentence in (("taken", "", "exists already"), ("new", "vhd", "and not qcow2")):
         with pytest.raises(ConfigError, match=sentence):
-            make_leaf(chain, f"{tmp_path}/{name}", image_format)
+            make(openers, machine, chain, f"{tmp_path}/{name}", image_format)
 
     assert {"base", "taken"} == {path.name for path in tmp_path.iterdir()}
     assert b"mine" == (tmp_path / "taken").read_bytes()
@@ -75,11 +100,11 @@ def test_nothing_is_written_over(machine: Machine, tmp_path: Path) -> None:
     chain.close()
 
 
-def test_only_its_owner_may_read_a_leaf(machine: Machine, tmp_path: Path) -> None:
+def test_only_its_owner_may_read_a_leaf(machine: Machine, openers: Openers, tmp_path: Path) -> None:
     """It becomes the guest's disk."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     chain = machine.open(f"qcow2:{tmp_path}/base")
-    make_leaf(chain, f"{tmp_path}/new")
+    make(openers, machine, chain, f"{tmp_path}/new")
     chain.close()
 
     assert 0o600 == (tmp_path / "new").stat().st_mode & 0o777

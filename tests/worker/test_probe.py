@@ -13,6 +13,7 @@ from tests.driven import Driven, WorkerProcess
 from tests.qcow_images import qcow2
 from xenbackend.errors import DriverError
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
@@ -86,7 +87,7 @@ def test_looking_alters_nothing(tmp_path: Path, image: Path, reactor: Reactor) -
     """A look keeps no file open and writes nothing, whatever the chain would do when it is open."""
     descriptors = open_descriptors()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    layers = probe(f"log:|aio:{image}", reactor, read_only=False)
+    layers = probe(f"log:|aio:{image}", reactor, LocalOpener(), read_only=False)
 
     assert ["log:", f"aio:{image}"] == [each.text for each in layers]
     assert descriptors == open_descriptors()
@@ -98,8 +99,8 @@ def test_what_could_not_be_written_to_is_refused(tmp_path: Path, reactor: Reacto
     (tmp_path / "odd").write_bytes(bytes(1000))
     (tmp_path / "child").write_bytes(qcow2(1024, backing=b"odd"))
     with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
-        probe(f"log:|aio:{tmp_path}/odd", reactor, read_only=False)
+        probe(f"log:|aio:{tmp_path}/odd", reactor, LocalOpener(), read_only=False)
 
-    assert [1024] == [each.size for each in probe(f"aio:{tmp_path}/odd", reactor, read_only=True)]
-    child = probe(f"qcow2:{tmp_path}/child,parent_format=raw", reactor, read_only=False)
+    assert [1024] == [each.size for each in probe(f"aio:{tmp_path}/odd", reactor, LocalOpener(), read_only=True)]
+    child = probe(f"qcow2:{tmp_path}/child,parent_format=raw", reactor, LocalOpener(), read_only=False)
     assert ([1024] * 2, False) == ([each.size for each in child], child[0].read_only)

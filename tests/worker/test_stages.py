@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.driven import DOMID, Driven
+from tests.openers import Openers
 from xenbackend import journal
 from xenbackend.blkif.abi import BLKIF_OP_WRITE, NATIVE
 from xenbackend.kernel import memfd
 from xenbackend.kernel.ports import open_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import run
-from xenbackend.protocol import messages
+from xenbackend.protocol import messages, opening
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
@@ -263,13 +264,16 @@ def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
     """D8: what a layer's bug lost may come back to whoever is above the chain later, who has to know."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = memfd.make("journal", journal.SIZE)
-    reactor = Reactor()
+    reactor, openers = Reactor(), Openers()
     with ours, theirs, Xen(tmp_path):
         guest = Guest(tmp_path, DOMID, 64)
         host = f"xenbackend.rig.host:{tmp_path}"
         order = messages.Open(1, "vbd/5/51712", host, DOMID, "null:1M", read_only=False)
-        stages = Stages(order, [memory], reactor, Channel(theirs, reactor), lambda bug: pytest.fail(str(bug)))
-        stages.open()
+        stages = Stages(order, [memory], reactor, Channel(theirs, reactor), lambda bug: pytest.fail(str(bug)), None)
+        job = opening.Job(order.vbd, [order.chain], read_only=False, host=host, frontend_domid=DOMID)
+        opener = openers.remote(job)
+        stages.open(opener)
+        opener.close()
         found = []
         for _ in range(3):
             ring = GuestRing(guest, NATIVE, 0, open_host(host).fence)
@@ -284,5 +288,6 @@ def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
         stages.close()
         guest.close()
     reactor.close()
+    openers.close()
 
     assert [False, False, True] == found

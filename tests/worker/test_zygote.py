@@ -22,7 +22,7 @@ def show(channel):
     modules = sorted({{each.partition(":")[0] for each in BUILT_IN.values()}} - sys.modules.keys())
     channel.send(repr((modules, sorted(os.listdir("/proc/self/fd")), os.getsid(0) == os.getpid())).encode())
     return 0
-zygote.serve = show
+zygote.SERVE["w"] = show
 sys.exit(zygote.main(["--host", "{HOST}", "--socket", sys.argv[1]]))
 """
 
@@ -40,7 +40,7 @@ def _ask_for_worker(near: socket.socket) -> tuple[socket.socket, int]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(20)
     with theirs:
-        socket.send_fds(near, [b"fork"], [theirs.fileno()])
+        socket.send_fds(near, [b"w"], [theirs.fileno()])
     datagram, fds, _, _ = socket.recv_fds(near, 16, 1)
     assert b"pidfd" == datagram
     assert b"born" == near.recv(16)
@@ -96,7 +96,7 @@ def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fork", fork)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for _ in range(2):
-        socket.send_fds(near, [b"fork"], [near.fileno()])
+        socket.send_fds(near, [b"w"], [near.fileno()])
     near.shutdown(socket.SHUT_WR)
 
     assert zygote.wait_for_birth(far) is None
@@ -108,12 +108,12 @@ def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_process_between_that_fails_is_told() -> None:
     """Where the second fork fails, the service hears so."""
-    broken = _FORKED.replace("zygote.serve = show", "os.pidfd_open = lambda _: os.close(-1)")
+    broken = _FORKED.replace('zygote.SERVE["w"] = show', "os.pidfd_open = lambda _: os.close(-1)")
     process, near = _start("-c", broken)
     assert b"ready" == near.recv(16)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        socket.send_fds(near, [b"fork"], [theirs.fileno()])
+        socket.send_fds(near, [b"w"], [theirs.fileno()])
 
     assert b"failed" == near.recv(16)
     near.close()

@@ -130,7 +130,46 @@ class File(Protocol):
         """Release the file and its lock; nothing is in flight."""
 
 
-class Files(Protocol):
+class FileFacts(Protocol):
+    """What a file is; `identity` tells it from any other, whatever it is called."""
+
+    @property
+    def identity(self) -> str:
+        """Equal texts are of one file, or of one block device."""
+
+    @property
+    def is_device(self) -> bool:
+        """It is a block device, else a regular file."""
+
+    @property
+    def mtime_ns(self) -> int:
+        """Time of its last change, since 1970."""
+
+    @property
+    def real(self) -> str:
+        """Its path with all links followed."""
+
+
+class Lookup(Protocol):
+    """Says what names mean. A driver looks nothing up itself: the process that it runs in may not be able to."""
+
+    def look(self, path: str) -> FileFacts:
+        """Return what a file is, without opening it. Raises: OSError; DriverError where it cannot be an image."""
+
+    def resolve(self, path: str) -> str:
+        """Return the directory of a file with all links followed; with a slash at its end, of a directory.
+
+        Raises: DriverError.
+        """
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
+        """Return the path of the first file that is there of those that an image names, as `parents.find_named` says.
+
+        From then on it may be opened, for reading. Raises: DriverError.
+        """
+
+
+class Files(Lookup, Protocol):
     """Opens image files, with the lock that keeps two writers apart."""
 
     def open(
@@ -158,6 +197,12 @@ class Files(Protocol):
                 inside its last sector, which zeros make whole.
 
         Raises: OSError, as open(2) would; DriverError where the file cannot be an image or is locked.
+        """
+
+    def open_record(self, path: str) -> int:
+        """Return a descriptor of a regular file, for reading and writing; it is made where it is not there.
+
+        Raises: DriverError where it is another thing, or no option of the layer names it as a record; OSError.
         """
 
 

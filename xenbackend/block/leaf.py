@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.block import grammar
+from xenbackend.block.driver import Lookup
 from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank
 from xenbackend.block.formats.table import BY_DRIVER, FORMATS, Format, format_of
 from xenbackend.block.opening import MAX_PARENTS, OpenLayer
@@ -74,33 +75,35 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
     if len(layers) > MAX_PARENTS:
         raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")
     parent_path = next(iter(files_of(layer.driver.options).values()))
+    files = layer.driver.env.files
     parent = Parent(
-        _name(path, parent_path),
+        _name(files, path, parent_path),
         parent_format.name,
         parent_format.qemu_name,
         uuid,
-        os.stat(parent_path).st_mtime,  # noqa: PTH116 - as `opening`: pathlib would alter the name
+        files.look(parent_path).mtime_ns / 1e9,
     )
-    options = _options(child_format, path, parent_path, parent_format, layer.driver.options)
+    options = _options(files, child_format, path, parent_path, parent_format, layer.driver.options)
     return parent, grammar.format_layer(child_format.driver, path, *options)
 
 
-def parents_option(path: str, parent: str) -> str:
+def parents_option(files: Lookup, path: str, parent: str) -> str:
     """Return the directory that `parents=` has to name so that an image at `path` may have a parent, or nothing."""
-    beside = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - as `opening`
-    both = os.path.commonpath([beside, os.path.realpath(parent)])
+    beside = files.resolve(path)
+    both = os.path.commonpath([beside, files.look(parent).real])
     return "" if both == beside else both
 
 
-def _options(child: Format, path: str, parent: str, parent_format: Format, options: Any) -> list[str]:
+def _options(files: Lookup, child: Format, path: str, parent: str, parent_format: Format, options: Any) -> list[str]:
     """Return what the child's layer has to say: where its parents may be, and what the image itself cannot say.
 
     What the parent's own layer says of its file and its parents goes on: they are opened by the child from now on.
     """
-    directory = parents_option(path, parent)
+    directory = parents_option(files, path, parent)
     given: str = getattr(options, "parents", "")
     if given:
-        directory = os.path.commonpath([os.path.realpath(given), directory or os.path.realpath(given)])
+        resolved = files.resolve(f"{given}/")
+        directory = os.path.commonpath([resolved, directory or resolved])
     words = ["cache=on"] if getattr(options, "cache", False) else []
     words += [f"parents={directory}"] if directory else []
     if "changed" in child.passes_on and getattr(options, "changed", "") == "accept":
@@ -113,10 +116,9 @@ def _options(child: Format, path: str, parent: str, parent_format: Format, optio
     return words
 
 
-def _name(path: str, parent: str) -> str:
+def _name(files: Lookup, path: str, parent: str) -> str:
     """Return a parent's name: relative to the child, unless they have no more than the root in common."""
-    beside = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - as `opening`
-    real = os.path.realpath(parent)
+    beside, real = files.resolve(path), files.look(parent).real
     if os.path.commonpath([beside, real]) == "/":
         return real
     return os.path.relpath(real, beside)

@@ -13,12 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from xenbackend.block.driver import Driver, Env, Geometry
+from xenbackend.block.driver import Driver, Env, Geometry, Lookup
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import LayerSpec, parse_chain
 from xenbackend.errors import ChainError, DriverError, printable
-
-Identity = tuple[int, int]  # device and inode of a file
 
 MAX_PARENTS = 32
 EIO_RETRIES = 10  # as blktap2: storage that is just coming up answers EIO for a while
@@ -67,17 +65,17 @@ class Opening:
         """Open a source, then its parents for reading, each after the child whose image names it."""
         layers = self.layers
         layers.append(self._open(spec, read_only=read_only, shareable=shareable))
-        seen = _identities(layers[0].driver.options)
+        seen = _identities(layers[0].driver.env.files, layers[0].driver.options)
         while (reference := layers[-1].driver.parent) is not None:
             child = layers[-1]
             parent = _parse_parent(child.text, reference.text)
-            if seen & _identities(parent.options):
+            if seen & _identities(child.driver.env.files, parent.options):
                 problem = "is itself or one of its own children, or has the data of one"
                 raise DriverError(f"its parent {parent.text} {problem}", layer=child.text)
             if len(layers) > MAX_PARENTS:
                 raise DriverError(f"there are more than {MAX_PARENTS} parents behind one another", layer=spec.text)
             opened = self._parent(parent, child, seen)
-            seen |= _identities(opened.driver.options)
+            seen |= _identities(opened.driver.env.files, opened.driver.options)
             layers.append(opened)
         return layers[:]
 
@@ -94,16 +92,16 @@ class Opening:
             with suppress(Exception):  # the reason why we close is the one to report
                 driver.close()
 
-    def _parent(self, spec: LayerSpec, child: OpenLayer, seen: set[Identity]) -> OpenLayer:
+    def _parent(self, spec: LayerSpec, child: OpenLayer, seen: set[str]) -> OpenLayer:
         """Open a parent; `seen` are the files of its children, none of which may be one of its own."""
         try:
             parent = self._open(spec, read_only=True, shareable=True, parent_of=child.text)
         except DriverError as error:
-            if error.errno == errno.EBUSY and seen & _identity(error.path):
+            if error.errno == errno.EBUSY and seen & _identity(child.driver.env.files, error.path):
                 raise _twice(spec, error.path) from error  # it is we who have it locked
             raise
         for path in files_of(parent.driver.options).values():
-            if seen & _identity(path):
+            if seen & _identity(parent.driver.env.files, path):
                 raise _twice(spec, path)
         child.driver.next, child.driver.below = parent.driver, parent.geometry
         with _explained(child.text, {}):
@@ -196,22 +194,16 @@ def _twice(spec: LayerSpec, path: str) -> DriverError:
     return DriverError(problem, layer=spec.text, path=path)
 
 
-def _identities(options: Any) -> set[Identity]:
+def _identities(files: Lookup, options: Any) -> set[str]:
     """Return what tells the files apart that a layer's options name."""
-    return {each for path in files_of(options).values() for each in _identity(path)}
+    return {each for path in files_of(options).values() for each in _identity(files, path)}
 
 
-def _identity(path: str) -> set[Identity]:
+def _identity(files: Lookup, path: str) -> set[str]:
     """Return what tells a file from any other, if it is there."""
-    with suppress(OSError):  # opening it says what is wrong
-        return {identity(path)}
+    with suppress(OSError, DriverError):  # opening it says what is wrong
+        return {files.look(path).identity}
     return set()
-
-
-def identity(path: str) -> Identity:
-    """Return what tells a file from any other, whatever it is called: device and inode. Raises: OSError."""
-    status = os.stat(path)  # noqa: PTH116 - pathlib would alter the name
-    return status.st_dev, status.st_ino
 
 
 def _check_geometry(layer: str, geometry: Geometry) -> None:

@@ -27,11 +27,15 @@ from xenbackend.units import format_duration, format_size, parse_duration, parse
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How one sort of value is read and shown. `parse` raises ValueError with a sentence for the operator."""
+    """How one sort of value is read and shown. `parse` raises ValueError with a sentence for the operator.
+
+    `use` is what a driver does with a value that is a text: nothing, or it opens a file of that name (IMAGE, RECORD).
+    """
 
     noun: str
     parse: Callable[[str], Any]
     show: Callable[[Any], str] = str
+    use: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,13 @@ def files_of(options: Any) -> dict[str, str]:
         for name, kind in _kinds(type(options)).items()
         if kind.noun == FILE.noun and getattr(options, name)
     }
+
+
+def uses_of(options: Any) -> dict[str, str]:
+    """Return what parsed options let a driver open: path to IMAGE or RECORD."""
+    kinds = _kinds(type(options))
+    values = {name: getattr(options, name) for name, kind in kinds.items() if kind.use}
+    return {value: kinds[name].use for name, value in values.items() if isinstance(value, str) and value}
 
 
 def describe_options(options: type) -> list[OptionHelp]:
@@ -236,9 +247,12 @@ _PLAIN: dict[Any, Kind] = {
     float: _number("a number", float, -1e300, 1e300),
     bool: Kind("on or off", _parse_bool, lambda value: "on" if value else "off"),
 }
-FILE = Kind("file", os.fspath)
+IMAGE = "image"  # a file or block device that is there
+RECORD = "record"  # a regular file that is made where it is not there, and one beside it whose name ends in .1
+FILE = Kind("file", os.fspath, use=IMAGE)
 
 FilePath = Annotated[str, FILE]  # names a file: the chain finds loops of parents by it
+RecordPath = Annotated[str, Kind(FILE.noun, os.fspath, use=RECORD)]
 Size = Annotated[int, Kind("size", parse_size, format_size)]  # bytes
 Duration = Annotated[float, Kind("duration", parse_duration, format_duration)]  # seconds
 Errno = Annotated[int, Kind("errno", _parse_errno, lambda number: errno_module.errorcode[number])]  # positive

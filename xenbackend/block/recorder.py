@@ -13,7 +13,6 @@ at most `limit` bytes.
 from __future__ import annotations
 
 import os
-import stat
 import threading
 from collections.abc import Callable
 
@@ -52,9 +51,9 @@ class Recorder:
         self._pending: list[bytes] = []  # what a thread was asked to write; `close` may be there before it
         self._has_timer = False
         self._lock = threading.Lock()  # held while the file is written
-        self._file, self._size = _open(path)
+        self._file, self._size = _open(env, path)
         try:
-            self._older, _ = _open(f"{path}.1")
+            self._older, _ = _open(env, f"{path}.1")
         except BaseException:
             os.close(self._file)
             raise
@@ -143,13 +142,15 @@ class Recorder:
         self._needs_session = True
 
 
-def _open(path: str) -> tuple[int, int]:
+def _open(env: Env, path: str) -> tuple[int, int]:
     """Return a descriptor of a record file and its size in bytes, without a last record that was cut short."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fd = env.files.open_record(path)
+    except DriverError as error:
+        error.layer, error.option = "log", "record"
+        raise
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise DriverError(f"{path} is not a regular file", layer="log", option="record", path=path)
         size = status.st_size - status.st_size % record.SIZE
         if status.st_size and os.pread(fd, len(record.MAGIC), 0) != record.MAGIC:
             problem = f"{path} holds {format_size(status.st_size)} of something else than records; name another file"

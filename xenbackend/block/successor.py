@@ -5,8 +5,6 @@ Must not open a file. What decides is which file a name means now, and not the n
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Hashable, Sequence
 
 from xenbackend.block.formats.table import format_of
@@ -20,7 +18,7 @@ def keeps_content(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool
     Its source is the same one, of the same format, or has it as a parent at any depth. One without files, such as
     ``ram:``, is the same if its text is. Whether an image in between is empty nobody can tell: a snapshot's is.
 
-    Raises: OSError, where a file cannot be looked at.
+    Raises: OSError, DriverError, where a file cannot be looked at.
     """
     source = next(each for each in former if not each.driver.is_filter)
     return _disk_of(source) in [_disk_of(each) for each in new if not each.driver.is_filter]
@@ -29,15 +27,7 @@ def keeps_content(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool
 def _disk_of(layer: OpenLayer) -> Hashable:
     """Return what tells the disk of a source from any other, however it is written."""
     driver, options = layer.driver.name, layer.driver.options
-    files = frozenset(_identity(path) for path in files_of(options).values())
+    files = frozenset(layer.driver.env.files.look(path).identity for path in files_of(options).values())
     if not files:
         return layer.text
     return format_of(driver) or driver, files, getattr(options, "disk", "")  # of an archive with several
-
-
-def _identity(path: str) -> Hashable:
-    """Return what tells a file or device from any other, whatever it is called."""
-    status = os.stat(path)  # noqa: PTH116 - pathlib would alter the name
-    if stat.S_ISBLK(status.st_mode):
-        return "device", status.st_rdev
-    return status.st_dev, status.st_ino

@@ -6,14 +6,13 @@ reads as before, since what is written to the parent is what the image has.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.formats.table import format_of
-from xenbackend.block.opening import Identity, OpenLayer, identity
+from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.block.qcow.datafile import data_item, unchosen
 from xenbackend.block.spec import ChainSpec, parse_chain
@@ -22,6 +21,7 @@ from xenbackend.image.extents import extents_of
 from xenbackend.image.names import Image
 from xenbackend.image.session import Progress, Session
 from xenbackend.image.transfer import Piece, Transfer, pieces_of
+from xenbackend.opener.local import identity_of
 from xenbackend.units import format_size
 
 
@@ -80,9 +80,9 @@ def _parent(found: OpenLayer, into: Image | None) -> ChainSpec:
     return into.chain
 
 
-def _identities(options: Any) -> set[Identity | None]:
+def _identities(options: Any) -> set[str | None]:
     """Return what tells the files apart that options name; None for one that is not there."""
-    return {identity(path) if os.path.exists(path) else None for path in files_of(options).values()}  # noqa: PTH110
+    return {identity_of(path) for path in files_of(options).values()}
 
 
 def _run(transfer: Transfer, own: Sequence[Extent], progress: Progress) -> None:

@@ -28,8 +28,8 @@ from xenbackend.image.extents import map_chain
 from xenbackend.image.names import Image, at_another_path
 from xenbackend.image.session import Disk, Progress, RequestFailed, Session
 from xenbackend.image.transfer import Piece, Transfer, pieces_of
+from xenbackend.opener.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 from xenbackend.units import SECTOR, format_size
-from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 
 SMALL_HOLE = 64 << 10  # bytes of zeros that are read like data
 

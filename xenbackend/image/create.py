@@ -12,7 +12,7 @@ from xenbackend.block.leaf import leaf_over
 from xenbackend.errors import ConfigError, printable
 from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.session import Session
-from xenbackend.worker.newfile import refuse_existing, write_new
+from xenbackend.opener.newfile import refuse_existing, write_new
 
 
 @dataclass(frozen=True, slots=True)

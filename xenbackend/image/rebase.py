@@ -6,7 +6,6 @@ done again: what is written first is what the image reads as anyway, and its hea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,6 @@ from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.formats.blank import Parent
 from xenbackend.block.formats.table import WRITTEN
 from xenbackend.block.leaf import child_of
-from xenbackend.block.opening import Identity, identity
 from xenbackend.block.options import files_of
 from xenbackend.block.qcow.datafile import data_item
 from xenbackend.block.request import Op
@@ -27,6 +25,7 @@ from xenbackend.image.pairs import read_pairs, where_either
 from xenbackend.image.session import Disk, Progress, Session, flush_request, request_for
 from xenbackend.image.tools import tools_of
 from xenbackend.image.transfer import grain_runs
+from xenbackend.opener.local import identity_of
 from xenbackend.units import SECTOR
 
 
@@ -85,15 +84,15 @@ def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
     if new is None:
         return None, image_of_file(image.format, image.path).text
     layers = new.chain.layers
-    if identity(image.path) in _files_of(new).values():
+    if identity_of(image.path) in _files_of(new).values():
         raise ConfigError(f"{printable(layers[0].text)} is {printable(image.path)} itself, or one of its children")
     return child_of(layers, image.path, image.format)
 
 
-def _files_of(new: Disk | None) -> dict[str, Identity | None]:
+def _files_of(new: Disk | None) -> dict[str, str | None]:
     """Return which files a parent and its own parents are in, by name: one may get another's name while we read it."""
     paths = {path for each in (new.chain.layers if new else ()) for path in files_of(each.driver.options).values()}
-    return {path: identity(path) if os.path.exists(path) else None for path in paths}  # noqa: PTH110 - as `opening`
+    return {path: identity_of(path) for path in paths}
 
 
 def _with_data_file(image: Image, text: str) -> str:

@@ -7,12 +7,12 @@ where it has to; on a block device everything goes behind what the image uses th
 
 from __future__ import annotations
 
-from xenbackend.block.drivers import vhd
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.image.check import ERRORS, check
 from xenbackend.image.names import Image, blame
 from xenbackend.image.session import Session
 from xenbackend.image.tools import tools_of
+from xenbackend.opener.local import is_device
 from xenbackend.units import SECTOR, format_size
 
 
@@ -38,7 +38,7 @@ def resize(image: Image, size: int) -> int:
             if image.data_file:
                 data = session.open_file(image.data_file, read_only=False, step=SECTOR)
                 tools.grow_data(data, file, image.data_file, size)
-            tools.grow(file, size, on_device=vhd.is_device(image.path))
+            tools.grow(file, size, on_device=is_device(image.path))
             file.sync()
     return before
 

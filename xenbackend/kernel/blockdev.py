@@ -61,7 +61,22 @@ class Alignment:
     offset: int  # of the place in the file, and of each length
 
 
-def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False, sector_size: int = 0) -> Medium:
+def check_kind(status: os.stat_result, path: str) -> None:
+    """Refuse what can be no image. Raises: DriverError."""
+    for is_kind, words in _WRONG_KINDS:
+        if is_kind(status.st_mode):
+            raise DriverError(f"{path} {words}; an image is a file or a block device", path=path)
+
+
+def examine(
+    fd: int,
+    path: str,
+    *,
+    read_only: bool,
+    ends_anywhere: bool = False,
+    sector_size: int = 0,
+    discard_granularity: int = 0,
+) -> Medium:
     """Return the properties of the image behind `fd`.
 
     Args:
@@ -70,14 +85,14 @@ def examine(fd: int, path: str, *, read_only: bool, ends_anywhere: bool = False,
         read_only: nothing is written; an incomplete sector at the end is completed by zeros that are not in the file.
         ends_anywhere: an incomplete sector at the end does not count, and stays as it is.
         sector_size: of the disk, in bytes; 0 for the medium's own.
+        discard_granularity: of a block device, as `find_granularity` returns it.
 
     Raises: DriverError if it cannot be an image, OSError.
     """
     status = os.fstat(fd)
-    for is_kind, words in _WRONG_KINDS:
-        if is_kind(status.st_mode):
-            raise DriverError(f"{path} {words}; an image is a file or a block device", path=path)
-    medium = _device(fd, status.st_rdev) if stat.S_ISBLK(status.st_mode) else _file(fd, status, read_only=read_only)
+    check_kind(status, path)
+    is_device = stat.S_ISBLK(status.st_mode)
+    medium = _device(fd, discard_granularity) if is_device else _file(fd, status, read_only=read_only)
     if medium.size == 0:
         raise DriverError(f"{path} is empty; an image has at least one sector", path=path)
     sector = sector_size or medium.sector_size
@@ -118,12 +133,12 @@ def _unit_of_file(fd: int) -> int:
     return stated.offset if stated is not None and _is_physical(stated.offset, SECTOR) else SECTOR
 
 
-def _device(fd: int, number: int) -> Medium:
+def _device(fd: int, discard_granularity: int) -> Medium:
     (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
     (sector_size,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
     (physical,) = struct.unpack("I", fcntl.ioctl(fd, _BLKPBSZGET, bytes(4)))
-    can_discard = _queue_limit(number, "discard_max_bytes") > 0
-    granularity = max(_queue_limit(number, "discard_granularity"), sector_size) if can_discard else 0
+    can_discard = discard_granularity > 0
+    granularity = max(discard_granularity, sector_size) if can_discard else 0
     return Medium(
         size=size, sector_size=sector_size, is_device=True, can_discard=can_discard, discard_granularity=granularity,
         end=size, unit=sector_size,
@@ -134,6 +149,13 @@ def _device(fd: int, number: int) -> Medium:
 def _is_physical(size: int, sector_size: int) -> bool:
     """Return whether a guest accepts this size: Linux demands a power of two, at least the sector."""
     return sector_size <= size <= _MAX_PHYSICAL and not size & size - 1
+
+
+def find_granularity(number: int) -> int:
+    """Return what a block device discards at a time, in bytes, from sysfs; 0: it cannot discard."""
+    if _queue_limit(number, "discard_max_bytes") <= 0:
+        return 0
+    return max(1, _queue_limit(number, "discard_granularity"))
 
 
 def _queue_limit(number: int, name: str) -> int:

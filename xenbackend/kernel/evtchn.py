@@ -26,24 +26,31 @@ RESTRICT_DOMID = ioctl.number("E", 6, DOMID.size)
 _READ = 4096  # bytes: the kernel gives a page at most
 
 
-class Evtchn:
-    """Event channels towards one domain; implements `kernel.ports.EventChannels`.
+def open_device(domid: int, path: str = PATH) -> int:
+    """Return a descriptor of the event channel device that can bind towards one domain only.
 
     Raises: KernelError, if the device cannot be opened or restricted.
     """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelError(f"open {path}", error.errno or 0) from error
+    try:
+        _restrict(fd, domid)
+    except KernelError:
+        os.close(fd)
+        raise
+    return fd
 
-    def __init__(self, domid: int, path: str = PATH) -> None:
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise KernelError(f"open {path}", error.errno or 0) from error
+
+class Evtchn:
+    """Event channels towards one domain; implements `kernel.ports.EventChannels`."""
+
+    def __init__(self, domid: int, fd: int) -> None:
+        """Use the device behind `fd`, ours from now on. Other copies of it may be open, one after the other used."""
+        self._fd = fd
         self._domid = domid
         self._ports: dict[int, bytes] = {}  # bound ports, as the device wants to see them
-        try:
-            self._restrict()
-        except KernelError:
-            self.close()
-            raise
 
     def fileno(self) -> int:
         """Return the device's descriptor, readable while a port is pending."""
@@ -60,7 +67,9 @@ class Evtchn:
     def pending(self) -> list[int]:
         """Return the ports that fired, without blocking; they stay masked. Raises: KernelError."""
         try:
-            return memoryview(os.read(self._fd, _READ)).cast("I").tolist()
+            fired = memoryview(os.read(self._fd, _READ)).cast("I").tolist()
+            # One that was unbound after it had fired, perhaps by an earlier user of the device, is still told.
+            return [port for port in fired if port in self._ports]
         except BlockingIOError:
             return []
         except OSError as error:
@@ -87,16 +96,19 @@ class Evtchn:
         ioctl.call(self._fd, UNBIND, argument, f"unbind port {port}")
 
     def close(self) -> None:
-        """Close every port and the device."""
-        self._ports.clear()
+        """Close every port and the descriptor."""
+        for port in list(self._ports):
+            with suppress(KernelError):  # the domain has gone, and its ports with it
+                self.unbind(port)
         os.close(self._fd)
 
-    def _restrict(self) -> None:
-        """Give up the right to bind towards any other domain. The kernel has no such restriction for domain 0."""
-        if self._domid == 0:
-            return
-        try:
-            ioctl.call(self._fd, RESTRICT_DOMID, DOMID.pack(self._domid), f"restrict events to domain {self._domid}")
-        except KernelError as error:
-            if error.errno != errno.ENOTTY:  # a kernel older than Linux 4.8
-                raise
+
+def _restrict(fd: int, domid: int) -> None:
+    """Give up the right to bind towards any other domain. The kernel has no such restriction for domain 0."""
+    if domid == 0:
+        return
+    try:
+        ioctl.call(fd, RESTRICT_DOMID, DOMID.pack(domid), f"restrict events to domain {domid}")
+    except KernelError as error:
+        if error.errno != errno.ENOTTY:  # a kernel older than Linux 4.8
+            raise

@@ -52,17 +52,20 @@ class GrantMapping:
         _forget(self._fd, self._index, self._count)
 
 
+def open_device(path: str = PATH) -> int:
+    """Return a descriptor of the grant device. Raises: KernelError."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"open {path}", error.errno or 0) from error
+
+
 class Gntdev:
-    """The grant device, for the grants of one domain; implements `kernel.ports.GrantTable`.
+    """The grant device, for the grants of one domain; implements `kernel.ports.GrantTable`."""
 
-    Raises: KernelError, if the device cannot be opened.
-    """
-
-    def __init__(self, domid: int, path: str = PATH) -> None:
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise KernelError(f"open {path}", error.errno or 0) from error
+    def __init__(self, domid: int, fd: int) -> None:
+        """Use the device behind `fd`, ours from now on. Other copies of it may be open, and have mappings of theirs."""
+        self._fd = fd
         self._domid = domid
         self._live: set[GrantMapping] = set()
         self._segments = bytearray()
@@ -89,7 +92,7 @@ class Gntdev:
         return self._statuses[STATUS_AT // 2 : len(segments) * FROM_GUEST.size // 2 : FROM_GUEST.size // 2].tolist()
 
     def close(self) -> None:
-        """Release every mapping that is left, and the device. Raises: KernelError."""
+        """Release every mapping of ours that is left, and the descriptor. Raises: KernelError."""
         for mapping in tuple(self._live):
             mapping.release()
         os.close(self._fd)

@@ -95,7 +95,10 @@ class EventChannels(Protocol):
 
 
 class Host(Protocol):
-    """The machine that this process runs on: opens the devices, each restricted to one frontend domain."""
+    """The machine that this process runs on: opens the devices, each restricted to one frontend domain.
+
+    A host that was given devices (`open_devices`) uses those, for that domain, and opens nothing.
+    """
 
     fence: Fence
 
@@ -109,13 +112,24 @@ class Host(Protocol):
         """Return page-aligned memory of `size` bytes."""
 
 
-def open_host(text: str) -> Host:
-    """Open the host that a text such as ``xenbackend.kernel.xen`` or ``xenbackend.rig.host:/run/rig`` names.
+def open_host(text: str, devices: Sequence[int] = ()) -> Host:
+    """Return the host that a text such as ``xenbackend.kernel.xen`` or ``xenbackend.rig.host:/run/rig`` names.
 
-    The part before the colon is a module with a function `open_host(argument)`. The text comes from the supervisor's
-    settings, never from xenstore.
+    Args:
+        text: before the colon is a module with functions `open_host(argument, devices)` and `open_devices(argument,
+            domid)`. It comes from the supervisor's settings, never from xenstore.
+        devices: descriptors from `open_devices`, which stay the caller's and open as long as the host is used. Without
+            them the host opens its own.
     """
-    return cast("Host", load_host(text).open_host(text.partition(":")[2]))
+    return cast("Host", load_host(text).open_host(text.partition(":")[2], devices))
+
+
+def open_devices(text: str, domid: int) -> list[int]:
+    """Open the grant device and the event channel device of the host that `text` names, the latter for one domain only.
+
+    What one device has mapped and bound lives as long as any copy of its descriptor. Raises: KernelError.
+    """
+    return cast("list[int]", load_host(text).open_devices(text.partition(":")[2], domid))
 
 
 def load_host(text: str) -> ModuleType:

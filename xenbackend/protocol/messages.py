@@ -27,7 +27,7 @@ from enum import StrEnum
 
 from xenbackend.protocol.codes import Code
 
-VERSION = 3
+VERSION = 4
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_MEMORIES = 64  # that one vbd may have kept
 SENTENCE_MAX = 4000  # characters of any sentence
@@ -45,7 +45,10 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Open a chain. Descriptors: the journal, then one per name in `memories`."""
+    """Open a chain. Descriptors: the journal, the socket of an opener (`protocol.opening`), one per name in `memories`.
+
+    The opener also opens the devices, and listens at `export`.
+    """
 
     number: int
     vbd: str  # for people: "vbd/5/51712"
@@ -58,7 +61,7 @@ class Open:
     memories: list[str] = field(default_factory=list)
     poll_us: int = 0  # how long to look for the next request before the loop sleeps
     may_wait: bool = False  # while the image is locked only look at it, and open it when a ring is to be connected
-    export: str = ""  # path of a Unix socket on which the disk is served by NBD until `Serve`; empty: none
+    export: str = ""  # path of the socket on which the disk is served by NBD until `Serve`; empty: none
     policy: str = ""  # `block.policy`: what becomes of requests that fail
     is_paused: bool = False  # by an administrator
 
@@ -97,7 +100,10 @@ class Agreed:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Map the rings and serve. Without `connect`: where a predecessor stopped, as the journal tells."""
+    """Map the rings and serve. Without `connect`: where a predecessor stopped, as the journal tells.
+
+    Descriptors: the socket of an opener, where `Open` said that the worker may wait for the image.
+    """
 
     number: int
     connect: Connect | None
@@ -230,7 +236,7 @@ Question = Swap | Branch | Pause | Resume | SetPolicy | Command
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A question; `id` is the asker's."""
+    """A question; `id` is the asker's. Descriptors: beside `Swap` and `Branch` the socket of an opener."""
 
     id: int
     question: Question

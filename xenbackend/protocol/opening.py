@@ -5,7 +5,7 @@ Must not open anything, nor know how files are told apart: `kernel.identity` wri
     supervisor                        opener                              worker
       Job                        ->
                                         <-  LookAt, FindFile, OpenFile ...   one at a time
-                                 <-     Opened        a file is opened for the first time; it waits for ...
+                                 <-     Opened        a name is looked up, what it means shall be kept; it waits for ...
       Ack                        ->
                                         Given  ->                            exactly one for each question
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from xenbackend.protocol import codec
 
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
+MAX_CARRIED = 250  # descriptors beside one datagram; SCM_MAX_FD of net/scm.h is 253
 MAX_FILES = 640  # that one job may have to do with: a VMDK disk has up to 512 extents, a chain 32 parents
 MAX_NAMES = 16  # by which an image may name one parent
 
@@ -39,10 +40,12 @@ class KeptFile:
 class Job:
     """What may be opened. Descriptors: the worker's socket, then an O_PATH one per item of `kept`.
 
+    Those that are more than MAX_CARRIED come beside an `Ack` each time, until all of them are there.
+
     vbd              for people: "vbd/5/51712"
     chains           texts; the first one is in service, or to be, and what `kept` has is opened through that. A second
-                     one is to take its place: its names are looked up anew, and then compared with `kept`
-    replaces         a name of the second chain may mean another file than the one that is kept
+                     one is to take its place: its names are looked up anew, and one that means the file that is kept
+                     for it is opened through that
     read_only        nothing may be opened for writing, but for what a layer records
     parents          directories of the settings in which parents may be
     makes            path of the one file that may be made, empty: none
@@ -55,7 +58,6 @@ class Job:
     chains: list[str]
     read_only: bool
     shareable: bool = False
-    replaces: bool = False
     kept: list[KeptFile] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
     makes: str = ""
@@ -66,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file was opened that `Job.kept` does not have. Descriptors: an O_PATH one, to be kept while the disk lives.
+    """A name was looked up. Descriptors: an O_PATH one of its file, to be kept while the disk lives.
 
     `chain` is the place in `Job.chains` of the one that has led to it.
     """
@@ -121,7 +123,10 @@ class OpenFile:
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """Say which path the directory of a file is with all links followed, if the file may be opened, or made."""
+    """Say which path the directory of a file is with all links followed, if the file may be opened, or made.
+
+    With a slash at its end it is the name of such a directory, in which a layer says that its parents are.
+    """
 
     name: str
     chain: int = 0

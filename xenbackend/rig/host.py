@@ -11,6 +11,7 @@ import mmap
 import os
 import select
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from xenbackend.errors import KernelError
@@ -36,10 +37,11 @@ class RigMapping:
 class RigGrants:
     """One domain's grants, as one open `/dev/xen/gntdev` gives them."""
 
-    def __init__(self, directory: str, domid: int) -> None:
-        """Open the domain. Raises: KernelError."""
+    def __init__(self, connection: Connection, domid: int) -> None:
+        """Open the domain, over a connection that is ours from now on. Raises: KernelError."""
         self._domid = domid
-        self._connection = Connection(directory)
+        self._connection = connection
+        self._handles: set[int] = set()  # of mappings
         try:
             answer, (self._memory_fd, grants) = self._connection.call("open", domid=domid)
         except KernelError:
@@ -54,9 +56,11 @@ class RigGrants:
         answer, _ = self._connection.call("map", domid=self._domid, grefs=[*grefs], writable=writable)
         view, address, unmap = map_pages(self._memory_fd, answer["frames"], writable=writable)
 
+        self._handles.add(answer["handle"])
+
         def release() -> None:
             unmap()
-            self._connection.call("unmap", handle=answer["handle"])
+            self._forget(answer["handle"])
 
         return RigMapping(view, address, release)
 
@@ -84,10 +88,17 @@ class RigGrants:
 
     def close(self) -> None:
         """Release the domain; the hypervisor forgets its mappings, and the views stay until the process ends."""
+        for handle in list(self._handles):
+            with suppress(KernelError):
+                self._forget(handle)
         self._connection.close()
         self._memory.release()
         del self._table  # it maps the grants as long as it lives
         os.close(self._memory_fd)
+
+    def _forget(self, handle: int) -> None:
+        self._handles.discard(handle)
+        self._connection.call("unmap", handle=handle)
 
 
 class RigEvents:
@@ -96,10 +107,10 @@ class RigEvents:
     A port is a descriptor in an epoll set that disarms itself when it fires: the mask until `unmask`.
     """
 
-    def __init__(self, directory: str, domid: int) -> None:
-        """Open the device. Raises: KernelError."""
+    def __init__(self, connection: Connection, domid: int) -> None:
+        """Open the device, over a connection that is ours from now on."""
         self._domid = domid
-        self._connection = Connection(directory)
+        self._connection = connection
         self._epoll = select.epoll()
         self._incoming: dict[int, int] = {}  # local port to descriptor
         self._outgoing: dict[int, int] = {}
@@ -142,9 +153,11 @@ class RigEvents:
 
     def close(self) -> None:
         """Close every port."""
-        self._connection.close()
         for port in list(self._incoming):
+            with suppress(KernelError):
+                self._connection.call("unbind", port=port)
             self._forget(port)
+        self._connection.close()
         self._epoll.close()
 
     def _forget(self, port: int) -> None:
@@ -158,23 +171,42 @@ class RigEvents:
 class RigHost:
     """The machine whose hypervisor serves in `directory`."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, devices: Sequence[int] = ()) -> None:
+        """`devices` are descriptors from `open_devices`, which stay the caller's; without them it connects itself."""
         self._directory = directory
+        self._devices = devices
         self.fence: Fence = find_fence()[0]
 
     def open_grants(self, domid: int) -> RigGrants:
         """Open a domain's grants. Raises: KernelError."""
-        return RigGrants(self._directory, domid)
+        return RigGrants(self._connect(0), domid)
 
     def open_events(self, domid: int) -> RigEvents:
         """Open event channels towards a domain. Raises: KernelError."""
-        return RigEvents(self._directory, domid)
+        return RigEvents(self._connect(1), domid)
 
     def allocate(self, size: int) -> Arena:
         """Return page-aligned memory."""
         return memory.allocate(size)
 
+    def _connect(self, number: int) -> Connection:
+        """Return a connection of one device's; what it holds is let go of by whoever has it, where it is a copy."""
+        return (
+            Connection(self._directory, os.dup(self._devices[number])) if self._devices else Connection(self._directory)
+        )
 
-def open_host(argument: str) -> RigHost:
+
+def open_host(argument: str, devices: Sequence[int] = ()) -> RigHost:
     """Return the host of the rig in the directory `argument`."""
-    return RigHost(argument)
+    return RigHost(argument, devices)
+
+
+def open_devices(argument: str, domid: int) -> list[int]:  # noqa: ARG001 - the rig restricts nobody
+    """Return two connections to the rig in the directory `argument`. Raises: KernelError."""
+    grants = Connection(argument)
+    try:
+        events = Connection(argument)
+    except KernelError:
+        grants.close()
+        raise
+    return [grants.detach(), events.detach()]

@@ -43,8 +43,11 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 class Connection:
     """One user of the hypervisor, like an open device: all that it holds goes when it closes or its process dies."""
 
-    def __init__(self, directory: str | Path) -> None:
-        """Connect to the rig in `directory`. Raises: KernelError."""
+    def __init__(self, directory: str | Path, fd: int = -1) -> None:
+        """Connect to the rig in `directory`, or use a descriptor, ours from now on. Raises: KernelError."""
+        if fd >= 0:
+            self._socket = socket.socket(fileno=fd)
+            return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
         try:
@@ -64,6 +67,10 @@ class Connection:
             raise KernelError(f"the rig's {name}", answer.get("errno", 104))
         return answer["result"], descriptors
 
+    def detach(self) -> int:
+        """Return its descriptor, the caller's from now on."""
+        return self._socket.detach()
+
     def close(self) -> None:
-        """Close it, and release everything that it holds."""
+        """Close it, and release everything that it holds, unless another copy of its descriptor is open."""
         self._socket.close()

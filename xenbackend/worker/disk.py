@@ -6,7 +6,9 @@ Must not know a ring, nor speak to the supervisor: whoever asks gets an exceptio
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Geometry
@@ -17,10 +19,18 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, Keep
 from xenbackend.worker.facts import facts_of
-from xenbackend.worker.files import HostFiles
+from xenbackend.worker.files import HostFiles, Opener
+from xenbackend.worker.opener import NoOpener
 from xenbackend.worker.probe import probe, probing
 
 LOCK_TIMEOUT_S = 5.0  # a predecessor's last writes hold the image's lock until they have landed
+
+
+class ChainOpener(Opener, Protocol):
+    """An opener that knows several chains: `worker.opener.RemoteOpener`."""
+
+    def for_chain(self, chain: int) -> Opener:
+        """Return the same opener for another chain of its job."""
 
 
 class Disk:
@@ -38,7 +48,8 @@ class Disk:
         """Open nothing yet. `memories` are descriptors by name, ours from now on."""
         self.text = message.chain
         self.chain: Chain | None = None
-        self.files = HostFiles(reactor, lock_timeout_s=0.0 if message.may_wait else LOCK_TIMEOUT_S)
+        self.files = HostFiles(reactor, NoOpener(), lock_timeout_s=0.0 if message.may_wait else LOCK_TIMEOUT_S)
+        self._opener: ChainOpener | None = None
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)
@@ -49,6 +60,16 @@ class Disk:
         """What each layer said of itself, top first."""
         return [facts_of(layer) for layer in self.chain.layers] if self.chain else []
 
+    @contextmanager
+    def opening_by(self, opener: ChainOpener) -> Iterator[None]:
+        """Have files opened by `opener` meanwhile, and by nobody afterwards. Its job's second chain is a successor."""
+        self._opener = opener
+        self.files.opener = opener
+        try:
+            yield
+        finally:
+            self._opener, self.files.opener = None, NoOpener()
+
     def open(self) -> Chain:
         """Open the chain. Raises: XenbackendError."""
         self.chain = self._open(self.text)
@@ -57,7 +78,7 @@ class Disk:
 
     def probe(self) -> list[messages.LayerFacts]:
         """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
-        return probe(self.text, self._reactor, read_only=self._read_only)
+        return probe(self.text, self._reactor, self.files.opener, read_only=self._read_only)
 
     def check_successor(self, text: str, *, replaces: bool) -> list[str]:
         """Look at another chain while ours serves on, and return its layers' texts.
@@ -67,7 +88,7 @@ class Disk:
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
         try:
-            with probing(text, self._reactor, read_only=self._read_only) as found:
+            with probing(text, self._reactor, self._for_chain(1), read_only=self._read_only) as found:
                 self._check(text, found.layers[0].geometry.size, found.layers[0].geometry.sector_size)
                 if not replaces and not keeps_content(self.chain.layers, found.layers):
                     raise ConfigError(
@@ -91,6 +112,7 @@ class Disk:
         former, self.chain = self.chain, None
         former.close()
         try:
+            self.files.opener = self._for_chain(1)
             chain = self._open(text)
             try:
                 self._check(text, chain.geometry.size, chain.geometry.sector_size, former.geometry)
@@ -99,6 +121,7 @@ class Disk:
                 raise
         except XenbackendError as problem:
             try:
+                self.files.opener = self._for_chain(0)
                 self.open()
             except XenbackendError as second:
                 raise RuntimeError(f"{problem}; and then the former chain could not be opened: {second}") from second
@@ -151,6 +174,10 @@ class Disk:
             self.chain = None
             self._env.close()
             self.files.close()
+
+    def _for_chain(self, number: int) -> Opener:
+        assert self._opener is not None  # noqa: S101 - whoever calls is within `opening_by`
+        return self._opener.for_chain(number)
 
     def _open(self, text: str) -> Chain:
         self._env.begin()

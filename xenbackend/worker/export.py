@@ -17,8 +17,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain
@@ -47,6 +45,7 @@ class Export:
 
     def __init__(
         self,
+        listener: socket.socket,
         path: str,
         chain: Chain,
         reactor: Reactor,
@@ -54,23 +53,21 @@ class Export:
         channel: Reports,
         on_bug: Callable[[Exception], None],
     ) -> None:
-        """Listen at `path`, for our own user only; what a predecessor left there is replaced.
+        """Accept clients from now on.
 
         Args:
-            path: of the socket; its directory is made.
+            listener: the socket, ours from now on.
+            path: of the socket, for people: whoever made it removes it.
             chain: open, and nobody is above it.
             reactor: the worker's loop.
             kick: starts what the file engine has queued.
             channel: hears about clients, and what an administrator must read.
             on_bug: takes an exception that a layer let out (D8).
-
-        Raises: OSError, where the socket cannot be made; then the chain is as it was.
         """
         self.path = path
         self.had_bugs = False
-        self._path = Path(path)
-        self._listener = _listen(self._path)
-        self._identity = _identity(self._path)
+        self._listener = listener
+        listener.setblocking(False)
         self._offer = _offer(chain.geometry)
         self._chain = chain
         self._reactor = reactor
@@ -94,8 +91,6 @@ class Export:
         """Take nothing more, answer what is in flight, hang up, then call `then` from the loop."""
         self._then = then
         self._reactor.remove(self._listener.fileno())
-        if _identity(self._path) == self._identity:
-            self._path.unlink(missing_ok=True)
         self._listener.close()
         for client in list(self._clients):
             client.finish()
@@ -278,29 +273,3 @@ def _offer(geometry: Geometry) -> Offer:
         can_flush=geometry.can_flush,
         can_trim=geometry.can_discard,
     )
-
-
-def _listen(path: Path) -> socket.socket:
-    """Return a socket that listens at `path` for our own user. Raises: OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        path.unlink(missing_ok=True)
-        former = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(former)
-        listener.listen(MAX_CLIENTS)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return which file is at `path`: a successor of ours may have put its own there."""
-    with suppress(OSError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
-    return None

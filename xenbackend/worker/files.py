@@ -13,12 +13,15 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import blockdev
 from xenbackend.kernel.blockdev import Medium
+from xenbackend.opener.local import LocalOpener
+from xenbackend.protocol.opening import Facts
 from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
@@ -31,11 +34,31 @@ if TYPE_CHECKING:
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
 
 
+class Opener(Protocol):
+    """What opens files for `HostFiles`: `LocalOpener` in this process, `worker.opener.RemoteOpener` in another one."""
+
+    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:
+        """Return a descriptor of an open file description of its own. Raises: DriverError, OSError."""
+
+    def open_record(self, path: str) -> int:
+        """As `block.driver.Files.open_record`."""
+
+    def look(self, path: str) -> Facts:
+        """As `block.driver.Files.look`."""
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
+        """As `block.driver.Files.find`."""
+
+    def resolve(self, path: str) -> str:
+        """As `block.driver.Files.resolve`."""
+
+
 class HostFiles:
     """Opens the images of one worker; implements `block.driver.Files`.
 
     Args:
         reactor: the worker's loop.
+        opener: gives it the files; without one this process opens them itself.
         use_queues: use the kernel's asynchronous I/O where the host has it; else threads do what blocks.
         lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
             predecessor; for everybody else a lock that is taken is an answer.
@@ -47,6 +70,7 @@ class HostFiles:
     def __init__(
         self,
         reactor: Reactor,
+        opener: Opener | None = None,
         *,
         use_queues: bool = True,
         lock_timeout_s: float = 0.0,
@@ -54,6 +78,7 @@ class HostFiles:
         locks: bool = True,
         whole: bool = False,
     ) -> None:
+        self.opener: Opener = opener or LocalOpener()
         self._reactor = reactor
         self._use_queues = use_queues
         self.lock_timeout_s = lock_timeout_s
@@ -74,14 +99,12 @@ class HostFiles:
         sector_size: int = 0,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        fd, facts = self.opener.open(path, write=not read_only)
         try:
-            fd = os.open(path, flags)
-        except IsADirectoryError as error:
-            raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
-        try:
-            medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size)
+            medium = blockdev.examine(
+                fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
+                discard_granularity=facts.discard_granularity,
+            )  # fmt: skip
             if self._whole:
                 blockdev.refuse_part_of_a_sector(medium, path)
             os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
@@ -94,6 +117,22 @@ class HostFiles:
         except BaseException:
             os.close(fd)
             raise
+
+    def open_record(self, path: str) -> int:
+        """See `block.driver.Files`."""
+        return self.opener.open_record(path)
+
+    def look(self, path: str) -> Facts:
+        """See `block.driver.Files`."""
+        return self.opener.look(path)
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
+        """See `block.driver.Files`."""
+        return self.opener.find(what, image, names, within)
+
+    def resolve(self, path: str) -> str:
+        """See `block.driver.Files`."""
+        return self.opener.resolve(path)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""

@@ -12,23 +12,32 @@ parent, so it can be made while the guest goes on, in a thread, and the guest re
 
 from __future__ import annotations
 
+import os
+
 from xenbackend.block.chain import Chain
 from xenbackend.block.leaf import leaf_over
-from xenbackend.worker.newfile import refuse_existing, write_new
+from xenbackend.opener.newfile import fill, naming
+from xenbackend.worker.opener import RemoteOpener
 
 
-def make_leaf(chain: Chain, path: str, image_format: str = "") -> str:
+def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str = "") -> str:
     """Make an image over a chain's source, and return the text of the chain that has it in the source's place.
 
     Args:
         chain: open, and perhaps written to at the moment.
+        opener: makes the file, and says where the others are.
         path: where the new image is to be; never over another file. Only its owner may read it.
         image_format: vhd, qcow2 or qcow; by default the source's own, and over a raw one qcow2.
 
     Raises: ConfigError, where there cannot be such a child; OSError. Nothing is left at `path` then.
     """
-    refuse_existing(path)
+    fd = opener.make()
     source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
-    leaf = leaf_over(chain.layers[source:], path, image_format)
-    write_new(path, leaf.blank)
+    try:
+        leaf = leaf_over(chain.layers[source:], path, image_format)
+        with naming(path):
+            fill(fd, leaf.blank)
+    finally:
+        os.close(fd)
+    opener.publish()
     return "|".join([*(layer.text for layer in chain.layers[:source]), leaf.text])

@@ -16,9 +16,11 @@ import json
 import os
 import socket
 import sys
+import traceback
 from functools import partial
 
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
+from xenbackend.kernel import datagram as datagrams
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Line, Steps, run
 from xenbackend.protocol import codec, messages
@@ -26,9 +28,11 @@ from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
 from xenbackend.worker.disk import is_locked
+from xenbackend.worker.opener import OpenerGone, RemoteOpener
+from xenbackend.worker.polling import find_permit
 from xenbackend.worker.stages import NoChainLeft, Stages
 
-MAX_DESCRIPTORS = 1 + messages.MAX_MEMORIES  # beside one message: the journal, and memories
+MAX_DESCRIPTORS = 2 + messages.MAX_MEMORIES  # beside one message: the journal, an opener, and memories
 LOCK_PAUSE_S = 0.02  # between two tries for the lock of a domain that migrates
 # A verb's errors that are mistakes of whoever asks: no such layer, no such verb, no such argument.
 _MISTAKES = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
@@ -45,6 +49,7 @@ class Worker:
         self._channel = Channel(near, self._reactor, self._standing)
         self._line = Line()
         self._stages: Stages | None = None  # until it is told what to open
+        self._permit = find_permit()  # while this process may still open a file
         self._number = -1  # of the last order
         self._under_way: messages.Order | None = None  # the last order that changes something, until it is carried out
         self._failure, self._errno = "", 0  # of that order
@@ -65,7 +70,7 @@ class Worker:
     def _take_message(self) -> bool:
         """Take one message; False where there is none."""
         try:
-            datagram, fds, _, _ = socket.recv_fds(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
+            datagram, fds, _ = datagrams.receive(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -77,7 +82,7 @@ class Worker:
             return False
         message = codec.from_supervisor(datagram)
         if isinstance(message, messages.Ask):
-            self._take_question(message)
+            self._take_question(message, _opener_of(message, fds))
         elif not isinstance(message, messages.Reply):  # nothing was asked yet that could be replied to
             self._take_order(message, fds)
         return True
@@ -126,7 +131,7 @@ class Worker:
                 self._stages.publish_counters()  # whoever asks may look at them next
         else:
             self._under_way, self._failure, self._errno = order, "", 0
-            self._line.add(self._carry_out(order, fds))
+            self._line.add(self._carry_out(order, _opener_of(order, fds), fds))
         self._channel.stand()
 
     def _report(self, order: messages.Report) -> Steps[None]:
@@ -134,11 +139,14 @@ class Worker:
         self._channel.stand()
         yield from ()
 
-    def _carry_out(self, order: messages.Order, fds: list[int]) -> Steps[None]:
+    def _carry_out(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[None]:
+        """Do what an order says, and say how it went; `fds` are the descriptors beside it but for the opener's."""
         failure, code = "", 0
         try:
-            if (yield from self._steps_of(order, fds)):
-                return
+            if (yield from self._steps_of(order, opener, fds)):
+                return  # it comes again, with its opener
+        except OpenerGone:  # the service has gone, too, or says why: another worker tries again
+            os._exit(1)
         except XenbackendError as problem:
             failure, code = plain(str(problem)), getattr(problem, "errno", errno.EINVAL)
         except Exception as bug:  # whoever ordered it has to know
@@ -146,19 +154,21 @@ class Worker:
             failure, code = _of_bug(bug), errno.EIO
         if self._under_way is order:  # else nobody waits for it any more
             self._under_way, self._failure, self._errno = None, failure, code
+        if opener is not None:
+            opener.close()
         self._channel.stand()
 
-    def _steps_of(self, order: messages.Order, fds: list[int]) -> Steps[bool]:
+    def _steps_of(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[bool]:
         """Do what an order says; True where it is tried again later."""
         match order:
             case messages.Open() if self._stages is not None:
                 raise DriverError("a worker opens one chain in its life", errno=errno.EINVAL)
             case messages.Open():
-                self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug)
-                self._stages.open()
+                self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug, self._permit)
+                self._stages.open(_needed(opener))
             case messages.Serve() if order is self._under_way:  # else a later order has taken it back
                 stages = self._opened()
-                if self._awaits_lock(stages, order):
+                if self._awaits_lock(stages, order, opener):
                     return True
                 yield from stages.serve(order.connect)
             case messages.Leave() if self._stages is not None:
@@ -173,15 +183,17 @@ class Worker:
             raise DriverError("the chain is not open", errno=errno.ENODEV)
         return self._stages
 
-    def _awaits_lock(self, stages: Stages, order: messages.Serve) -> bool:
+    def _awaits_lock(self, stages: Stages, order: messages.Serve, opener: RemoteOpener | None) -> bool:
         """Open what was only looked at; while somebody else has its lock, let the order come again in a moment."""
         try:
             if not stages.is_open:
-                stages.open_chain()
+                stages.open_chain(_needed(opener))
+        except OpenerGone:
+            raise
         except XenbackendError as problem:
             if not is_locked(problem):
                 raise
-            again = partial(self._line.add, self._carry_out(order, []))
+            again = partial(self._line.add, self._carry_out(order, opener, []))
             self._reactor.call_later(LOCK_PAUSE_S, again)
             return True
         return False
@@ -197,12 +209,14 @@ class Worker:
 
     # questions
 
-    def _take_question(self, ask: messages.Ask) -> None:
-        steps = self._answer(ask)
+    def _take_question(self, ask: messages.Ask, opener: RemoteOpener | None) -> None:
+        steps = self._answer(ask, opener)
         if isinstance(ask.question, messages.Command):
             run(steps)
         elif isinstance(ask.question, messages.Swap | messages.Branch) and (reason := self._what_excludes()):
             self._channel.reply(ask.id, Code.BUSY, reason)
+            if opener is not None:
+                opener.close()
         else:
             self._line.add(steps)
 
@@ -218,13 +232,15 @@ class Worker:
             return "the disk is exported to a device model, and not in service by the guest's own driver"
         return ""
 
-    def _answer(self, ask: messages.Ask) -> Steps[None]:
+    def _answer(self, ask: messages.Ask, opener: RemoteOpener | None) -> Steps[None]:
         """Do what was asked, and reply; it came too early or too late where nothing is open."""
         if self._stages is None or self._has_ended:
             self._channel.reply(ask.id, Code.GONE, "the chain is not open")
+            if opener is not None:
+                opener.close()
             return
         try:
-            reply = Code.OK, "", (yield from self._do(self._stages, ask))
+            reply = Code.OK, "", (yield from self._do(self._stages, ask, opener))
         except ConfigError as problem:
             reply = Code.INVALID, str(problem), ""
         except (XenbackendError, OSError) as problem:
@@ -234,18 +250,20 @@ class Worker:
         except Exception as bug:  # D8; whoever asked is still waiting
             self._on_bug(bug)
             reply = Code.BUG, _of_bug(bug), ""
+        if opener is not None:
+            opener.close()
         self._channel.stand()  # first: who hears the reply knows already what has changed
         code, sentence, data = reply
         if data is not None:
             self._channel.reply(ask.id, code, sentence, data)
 
-    def _do(self, stages: Stages, ask: messages.Ask) -> Steps[str | None]:
+    def _do(self, stages: Stages, ask: messages.Ask, opener: RemoteOpener | None) -> Steps[str | None]:
         """Do what a question says, and return the reply's data; None where the reply comes later."""
         match ask.question:
             case messages.Swap() as question:
-                return (yield from self._swap(stages, question))
+                return (yield from self._swap(stages, question, _needed(opener)))
             case messages.Branch() as question:
-                return stages.branch(question.file, question.format)
+                return stages.branch(question.file, question.format, _needed(opener))
             case messages.Pause():
                 self._pausing.append(ask.id)
                 stages.pause(self._has_paused)
@@ -259,13 +277,13 @@ class Worker:
                 return self._control(stages, question)
         return ""
 
-    def _swap(self, stages: Stages, question: messages.Swap) -> Steps[str]:
+    def _swap(self, stages: Stages, question: messages.Swap, opener: RemoteOpener) -> Steps[str]:
         self._exchange = question.chain
         try:
-            layers = stages.check(question)
+            layers = stages.check(question, opener)
             if question.is_dry_run:
                 return json.dumps(layers)
-            yield from stages.exchange(question.chain)
+            yield from stages.exchange(question.chain, opener)
         finally:
             self._exchange = ""
         return ""
@@ -295,10 +313,21 @@ class Worker:
         os._exit(1)
 
     def _on_bug(self, bug: Exception) -> None:
-        import traceback  # late: most workers never need it
-
         where = self._stages.count_bug(bug) if self._stages else ""
         self._channel.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
+
+
+def _opener_of(message: messages.Order | messages.Ask, fds: list[int]) -> RemoteOpener | None:
+    """Return the opener that came with a message, if it is one that may open something."""
+    place = 1 if isinstance(message, messages.Open) else 0
+    return RemoteOpener(socket.socket(fileno=fds.pop(place))) if len(fds) > place else None
+
+
+def _needed(opener: RemoteOpener | None) -> RemoteOpener:
+    """Return the opener. Raises: DriverError where none came."""
+    if opener is None:
+        raise DriverError("no opener came with it", errno=errno.EINVAL)
+    return opener
 
 
 def _of_bug(bug: Exception) -> str:

@@ -18,24 +18,24 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, WorkerEnv
 from xenbackend.worker.facts import facts_of
-from xenbackend.worker.files import HostFiles
+from xenbackend.worker.files import HostFiles, Opener
 
 
-def probe(chain: str, reactor: Reactor, *, read_only: bool) -> list[messages.LayerFacts]:
+def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> list[messages.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open.
 
     Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.
     """
-    with probing(chain, reactor, read_only=read_only) as found:
+    with probing(chain, reactor, opener, read_only=read_only) as found:
         top, *others = [facts_of(layer) for layer in found.layers]
     return [replace(top, read_only=read_only), *others]
 
 
 @contextmanager
-def probing(chain: str, reactor: Reactor, *, read_only: bool) -> Iterator[Chain]:
+def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> Iterator[Chain]:
     """Have a chain open to look at it. Raises: as `probe`."""
-    source = HostFiles(reactor, use_queues=False, locks=False, whole=not read_only)
-    files = HostFiles(reactor, use_queues=False, locks=False)
+    source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only)
+    files = HostFiles(reactor, opener, use_queues=False, locks=False)
     env = EnvFactory(reactor, files)
     factories = [EnvFactory(reactor, source)]  # the source is opened first; nobody writes to what comes after it
 

@@ -16,7 +16,6 @@ import errno
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from xenbackend import counters, journal
 from xenbackend.block.chain import Chain
@@ -30,11 +29,11 @@ from xenbackend.protocol import codec, messages
 from xenbackend.worker.channel import Channel
 from xenbackend.worker.connection import Below, Connection, Peer, describe_failed_flush
 from xenbackend.worker.disk import Disk, is_locked
+from xenbackend.worker.export import Export
 from xenbackend.worker.holds import Hold
-from xenbackend.worker.polling import Poller, find_permit
-
-if TYPE_CHECKING:
-    from xenbackend.worker.export import Export
+from xenbackend.worker.leaf import make_leaf
+from xenbackend.worker.opener import OpenerGone, RemoteOpener
+from xenbackend.worker.polling import Permit, Poller
 
 
 class NoChainLeft(Exception):
@@ -51,8 +50,12 @@ class Stages:
         reactor: Reactor,
         channel: Channel,
         on_bug: Callable[[Exception], None],
+        permit: Permit | None,
     ) -> None:
-        """Open nothing yet. `fds` are the order's descriptors, ours from now on; `on_bug` gets what layers let out."""
+        """Open nothing yet. `fds` are the order's journal and memories, ours from now on.
+
+        `on_bug` gets what layers let out; `permit` says whether to look for requests.
+        """
         self.order = order
         self.layers: list[messages.LayerFacts] = []
         self.connection: Connection | None = None
@@ -60,7 +63,9 @@ class Stages:
         self._policy = order.policy
         self._export: Export | None = None
         self._had_bugs = False  # of layers, in an earlier connection or an export
-        self._permit = find_permit()
+        self._permit = permit
+        self._devices: list[int] = []  # of the host, while this process lives
+        self._no_devices: DriverError | None = None  # why there are none
         self._reactor = reactor
         self._channel = channel
         self._on_bug = on_bug
@@ -90,21 +95,29 @@ class Stages:
         code = journal.poisoned(self._journal)
         return describe_failed_flush(code) if code else ""
 
-    def open(self) -> None:
+    def open(self, opener: RemoteOpener) -> None:
         """Open the chain; while somebody else has its lock only look at it, if it may wait. Raises: XenbackendError."""
         try:
-            self.open_chain()
+            self._devices = opener.open_devices()
+        except OpenerGone:
+            raise
+        except (DriverError, OSError) as problem:  # a disk that cannot be served to a guest may still be exported
+            self._no_devices = DriverError(str(problem), errno=problem.errno or errno.EIO)
+        try:
+            self.open_chain(opener)
         except XenbackendError as problem:
             if not (self.order.may_wait and is_locked(problem)):
                 raise
-            self.layers = self._disk.probe()
+            with self._disk.opening_by(opener):
+                self.layers = self._disk.probe()
 
-    def open_chain(self) -> None:
+    def open_chain(self, opener: RemoteOpener) -> None:
         """Open the chain, and export the disk to a device model if that was ordered. Raises: XenbackendError."""
-        chain = self._disk.open()
+        with self._disk.opening_by(opener):
+            chain = self._disk.open()
         self.layers = self._disk.layers
         if self.order.export:
-            self._begin_export(self.order.export, chain)
+            self._begin_export(opener, self.order.export, chain)
 
     def serve(self, connect: messages.Connect | None) -> Steps[None]:
         """Serve a frontend's rings; None: those that a predecessor served. Raises: XenbackendError."""
@@ -112,11 +125,14 @@ class Stages:
             raise DriverError("a frontend is served already", errno=errno.EBUSY)
         yield from self._end_export()
         chain = self._opened()
+        if self._no_devices is not None:
+            raise self._no_devices
         agreed = connect or self._recall()
         if connect is not None:
             self._note(None)
+        host = open_host(self.order.host, self._devices)
         connection = Connection(
-            Peer(open_host(self.order.host), self.order.frontend_domid, agreed, is_inherited=connect is None),
+            Peer(host, self.order.frontend_domid, agreed, is_inherited=connect is None),
             Below(chain.geometry, chain.submit, self._disk.files.kick),
             self._reactor,
             self._journal,
@@ -135,12 +151,13 @@ class Stages:
             raise
         self.connection = connection
 
-    def check(self, question: messages.Swap) -> list[str]:
+    def check(self, question: messages.Swap, opener: RemoteOpener) -> list[str]:
         """Return the layers of another chain. Raises: XenbackendError where it cannot take the place of this one."""
         self._opened()
-        return self._disk.check_successor(question.chain, replaces=question.replaces)
+        with self._disk.opening_by(opener):
+            return self._disk.check_successor(question.chain, replaces=question.replaces)
 
-    def exchange(self, text: str) -> Steps[None]:
+    def exchange(self, text: str, opener: RemoteOpener) -> Steps[None]:
         """Serve through another chain, which was checked.
 
         Raises: XenbackendError, where the former chain goes on; NoChainLeft.
@@ -155,7 +172,8 @@ class Stages:
             self._go_on(connection)
             raise DriverError(_describe(code), errno=code)
         try:
-            self._disk.exchange(text)
+            with self._disk.opening_by(opener):
+                self._disk.exchange(text)
         except XenbackendError:
             raise
         except Exception as problem:  # the former chain could not be opened again, or a layer's bug (D8)
@@ -163,11 +181,10 @@ class Stages:
         finally:
             self._go_on(connection)
 
-    def branch(self, file: str, image_format: str) -> str:
+    def branch(self, file: str, image_format: str, opener: RemoteOpener) -> str:
         """Make an image over the one that is written to, and return the chain with it. Raises: ConfigError, OSError."""
-        from xenbackend.worker.leaf import make_leaf  # late: most workers never need it
-
-        return make_leaf(self._opened(), file, image_format)
+        with self._disk.opening_by(opener):
+            return make_leaf(self._opened(), opener, file, image_format)
 
     def pause(self, then: Callable[[], None]) -> None:
         """Take nothing from the rings, and call `then` when nothing is in flight, also because the frontend leaves."""
@@ -222,7 +239,11 @@ class Stages:
     def close(self) -> None:
         """Close the chain and release everything. Raises: what the first layer that failed raised."""
         self.layers = []
-        self._disk.close()
+        try:
+            self._disk.close()
+        finally:
+            while self._devices:
+                os.close(self._devices.pop())
 
     def publish_counters(self) -> None:
         """Bring the counters' page up to date, which is done once a second anyhow."""
@@ -278,14 +299,16 @@ class Stages:
             return None
         return found.connect
 
-    def _begin_export(self, path: str, chain: Chain) -> None:
+    def _begin_export(self, opener: RemoteOpener, path: str, chain: Chain) -> None:
         """Offer the disk to a device model; without that the guest can still use it by its own driver."""
-        from xenbackend.worker.export import Export  # late: most workers never need it
-
         try:
-            self._export = Export(path, chain, self._reactor, self._disk.files.kick, self._channel, self._on_bug)
-        except OSError as error:
-            self._channel.alarm(f"{path}: no device model can boot from this disk: {error.strerror or error}")
+            listener = opener.listen()
+        except (DriverError, OSError) as error:
+            problem = getattr(error, "strerror", "") or error
+            self._channel.alarm(f"{path}: no device model can boot from this disk: {problem}")
+        else:
+            kick = self._disk.files.kick
+            self._export = Export(listener, path, chain, self._reactor, kick, self._channel, self._on_bug)
 
     def _end_export(self) -> Steps[None]:
         """Let nobody but the worker be above the chain (D10)."""

@@ -1,10 +1,10 @@
-"""The process that workers are forked from: it has imported all that a worker may need, and opened nothing.
+"""The process that workers and openers are forked from: it has imported all that they may need, and opened nothing.
 
 Must not start a thread, open a device or a file, or import what a third party wrote: every worker would have it.
 
-Over the socket given by number it says ``ready``; then come datagrams ``fork``, each with a worker's end of a socket.
-Its answer is ``pidfd``, with the worker's, and ``born``, once the worker is a child of whoever adopts orphans; or
-``failed``. It ends when the other end is closed.
+Over the socket given by number it says ``ready``; then come datagrams, each of which asks for processes by a letter for
+each, ``w`` or ``o``, with the end of a socket for each. Its answer is ``pidfd``, with theirs, and ``born``, once they
+are children of whoever adopts orphans; or ``failed``. It ends when the other end is closed.
 """
 
 from __future__ import annotations
@@ -15,48 +15,64 @@ import socket
 import sys
 
 from xenbackend.block.drivers import BUILT_IN, find_driver
+from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.ports import load_host
+from xenbackend.opener import main as opener_main
 from xenbackend.worker import io_queue  # noqa: F401 - whoever opens an image for I/O imports it then
-from xenbackend.worker.main import serve
+from xenbackend.worker import main as worker_main
+
+WORKER, OPENER = "w", "o"
+SERVE = {WORKER: worker_main.serve, OPENER: opener_main.serve}
+_MOST = 2  # processes at once
 
 
-def wait_for_birth(channel: socket.socket) -> socket.socket | None:
-    """Fork a worker at each request, and return its socket there; None here, once nobody can ask any more."""
+def wait_for_birth(channel: socket.socket) -> tuple[str, socket.socket] | None:
+    """Fork processes at each request, and return what one is and its socket there; None here, in the end."""
     channel.send(b"ready")
     while True:
-        _, fds, _, _ = socket.recv_fds(channel, 16, 1)
+        datagram, fds, _ = datagrams.receive(channel, 16, _MOST)
         if not fds:
             return None
-        far = socket.socket(fileno=fds[0])
+        kinds = datagram.decode()
         try:
             between = os.fork()
         except OSError:
             between = -1
         if between == 0:
-            _bear(channel)
+            born = _bear(channel, len(fds))
             channel.close()
-            return far
-        far.close()
+            for number, fd in enumerate(fds):
+                if number != born:
+                    os.close(fd)
+            return kinds[born], socket.socket(fileno=fds[born])
+        for fd in fds:
+            os.close(fd)
         is_born = between > 0 and os.waitpid(between, 0)[1] == 0
         channel.send(b"born" if is_born else b"failed")
 
 
-def _bear(channel: socket.socket) -> None:
-    """Return in a child of this process, which leads a session, and end this one: so the child gets another parent."""
+def _bear(channel: socket.socket, count: int) -> int:
+    """Return in children of this process, each of which leads a session, and end this one.
+
+    So they get another parent. Each gets its number, from 0 on.
+    """
+    children: list[int] = []
     try:
         near, far = os.pipe()
-        child = os.fork()
-        if child:
-            os.close(far)
-            os.read(near, 1)  # nothing comes: it leads its session, or has ended
-            socket.send_fds(channel, [b"pidfd"], [os.pidfd_open(child)])
+        for number in range(count):
+            child = os.fork()
+            if child == 0:
+                os.setsid()
+                os.close(near)
+                os.close(far)
+                return number
+            children.append(child)
+        os.close(far)
+        os.read(near, 1)  # nothing comes: all lead their sessions, or have ended
+        datagrams.send(channel, b"pidfd", [os.pidfd_open(child) for child in children])
     except OSError:
         os._exit(1)
-    if child:
-        os._exit(0)
-    os.setsid()
-    os.close(near)
-    os.close(far)
+    os._exit(0)
 
 
 def main(arguments: list[str]) -> int:
@@ -72,10 +88,13 @@ def main(arguments: list[str]) -> int:
     gc.collect()
     gc.freeze()
     try:
-        far = wait_for_birth(channel)
+        born = wait_for_birth(channel)
     except (BrokenPipeError, ConnectionResetError):  # the service went away while we spoke
         return 1
-    return serve(far) if far else 0
+    if born is None:
+        return 0
+    kind, far = born
+    return SERVE[kind](far)
 
 
 if __name__ == "__main__":

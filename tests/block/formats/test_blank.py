@@ -14,7 +14,7 @@ from xenbackend.block.formats.blank import Parent, Wishes, blank
 from xenbackend.block.formats.qcow2_check import check as check_qcow2
 from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import ConfigError
-from xenbackend.worker.newfile import write_new
+from xenbackend.opener.newfile import write_new
 
 MIB = 1 << 20
 

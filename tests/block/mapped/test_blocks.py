@@ -74,11 +74,10 @@ def _blocks(content: bytes) -> dict[int, dict[int, bytes]]:
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Image]:
+def make(tmp_path: Path) -> Callable[[str, int], Image]:
     """Return what makes images; files stand for block devices where the test says so."""
 
     def make(kind: str, seed: int) -> Image:
-        monkeypatch.setattr("xenbackend.block.drivers.vhd.is_device", lambda path: kind == "device" and "img" in path)
         return Image(kind, tmp_path, seed)
 
     return make

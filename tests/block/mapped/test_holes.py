@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.helpers_block import Machine, content, discard, read, write
 from tests.vhd_images import image
 from xenbackend.block.chain import Chain
 from xenbackend.block.mapped import holes
+from xenbackend.opener.local import LocalOpener
 
 MIB = 1 << 20
 BLOCK = 2 * MIB
@@ -77,7 +79,8 @@ def test_a_discard_of_everything(machine: Machine, tmp_path: Path, monkeypatch: 
 
 def test_a_device_is_left_alone(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block device that discards does not promise zeros: it is not offered, and refused."""
-    monkeypatch.setattr("xenbackend.block.drivers.vhd.is_device", lambda path: True)
+    look = LocalOpener.look
+    monkeypatch.setattr(LocalOpener, "look", lambda self, path: replace(look(self, path), is_device=True))
     path = tmp_path / "image"
     path.write_bytes(image(8 * MIB, {0: FULL}))
     chain = machine.open(f"vhd:{path}", checked=False)

@@ -11,6 +11,7 @@ import pytest
 from xenbackend.block.mapped.parents import find_parent, parent_ref
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError
+from xenbackend.opener.local import LocalOpener
 
 
 @pytest.fixture
@@ -27,15 +28,15 @@ def test_the_first_name_that_exists(images: Path) -> None:
     """Names are relative to the image's directory, and the first that exists is taken."""
     child = str(images / "child")
 
-    assert str(images / "base") == find_parent(child, ["gone", "./base", "deep/base"])
-    assert str(images / "deep/base") == find_parent(child, [str(images / "deep/base"), "base"])
+    assert str(images / "base") == find_parent(LocalOpener(), child, ["gone", "./base", "deep/base"])
+    assert str(images / "deep/base") == find_parent(LocalOpener(), child, [str(images / "deep/base"), "base"])
 
 
 def test_a_relative_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image that is named relative to the working directory finds its parent too."""
     monkeypatch.chdir(images)
 
-    assert str(images / "base") == find_parent("child", ["base"])
+    assert str(images / "base") == find_parent(LocalOpener(), "child", ["base"])
 
 
 @pytest.mark.parametrize("name", ["../elsewhere/base", "{outside}/elsewhere/base", "link", "/dev/null", "/etc/passwd"])
@@ -43,7 +44,7 @@ def test_a_parent_elsewhere_is_refused(images: Path, name: str) -> None:
     """R18: what lies outside of the image's directory is refused, by whatever name, and the way out named."""
     (images / "link").symlink_to("../elsewhere/base")
     with pytest.raises(DriverError, match=r"outside of .*; if that is right, say parents=DIRECTORY") as caught:
-        find_parent(str(images / "child"), [name.format(outside=images.parent)])
+        find_parent(LocalOpener(), str(images / "child"), [name.format(outside=images.parent)])
 
     assert errno.EACCES == caught.value.errno
 
@@ -53,19 +54,19 @@ def test_an_operator_may_name_the_directory(images: Path) -> None:
     (images / "link").symlink_to("../elsewhere/base")
     child, elsewhere = str(images / "child"), str(images.parent / "elsewhere")
 
-    assert str(images / "link") == find_parent(child, ["link"], elsewhere)
+    assert str(images / "link") == find_parent(LocalOpener(), child, ["link"], elsewhere)
     with pytest.raises(DriverError, match="outside"):
-        find_parent(child, ["base"], elsewhere)
-    assert str(images / "base") == find_parent(child, ["base"], "/")
+        find_parent(LocalOpener(), child, ["base"], elsewhere)
+    assert str(images / "base") == find_parent(LocalOpener(), child, ["base"], "/")
 
 
 def test_a_parent_that_is_gone(images: Path) -> None:
     """Where no name exists the sentence has all of them, and nothing in them moves the operator's cursor."""
     with pytest.raises(DriverError, match=r"it says 'gone', '\\x1b\[2Jx'; put the parent beside the image") as caught:
-        find_parent(str(images / "child"), ["gone", "\x1b[2Jx"])
+        find_parent(LocalOpener(), str(images / "child"), ["gone", "\x1b[2Jx"])
     assert errno.ENOENT == caught.value.errno
     with pytest.raises(DriverError, match="nothing that is a name"):
-        find_parent(str(images / "child"), [])
+        find_parent(LocalOpener(), str(images / "child"), [])
 
 
 @pytest.mark.parametrize("name", ["a|b", "a,b", r"a\b", "aio:x", " "])

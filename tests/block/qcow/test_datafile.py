@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,9 +17,9 @@ from tests.qcow_images import COPIED, qcow2, with_word
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, at, state, tears
 from xenbackend.block.chain import Chain
 from xenbackend.block.formats.qcow2_check import check
-from xenbackend.block.qcow import datafile as module
 from xenbackend.block.qcow.datafile import find_data
 from xenbackend.errors import DriverError
+from xenbackend.opener.local import LocalOpener
 
 SIZE = 1 << 20
 CLUSTER = 4096
@@ -171,11 +172,12 @@ def test_a_device_is_named_by_the_operator_only(tmp_path: Path, data: Path, monk
     """An image may name no device as its data file, wherever that is; `data_file=` may."""
     image = tmp_path / "a"
     image.touch()
-    monkeypatch.setattr(module.stat, "S_ISBLK", lambda _mode: True)
+    look = LocalOpener.look
+    monkeypatch.setattr(LocalOpener, "look", lambda self, path: replace(look(self, path), is_device=True))
     with pytest.raises(DriverError, match=rf"is a device, and an image may not name one; .* say data_file={data}"):
-        find_data(str(image), b"data", "", "", read_only=True)
+        find_data(LocalOpener(), str(image), b"data", "", "", read_only=True)
 
-    assert str(data) == find_data(str(image), b"data", str(data), "", read_only=False)
+    assert str(data) == find_data(LocalOpener(), str(image), b"data", str(data), "", read_only=False)
 
 
 def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 
@@ -28,10 +29,10 @@ def _fake(text: str) -> tuple[str, ...]:
 
 def _fork(it: Zygote) -> Process:
     """Return a worker once the zygote is ready."""
-    while (forked := it.fork()) is None:
+    while not (forked := it.fork("w")):
         assert not _has_ended(it)
         os.sched_yield()
-    return forked
+    return forked[0]
 
 
 def _until_ended(it: Zygote) -> None:
@@ -90,6 +91,21 @@ def test_a_worker_is_whole_when_it_is_handed_over() -> None:
     assert {"the worker was ended by SIGKILL"} == ends
 
 
+def test_a_worker_and_its_opener_come_together() -> None:
+    """Each is our child, leads its session, and has its own socket only: the one ends when that is closed."""
+    it = Zygote(REAL)
+    _fork(it).leave()
+    worker, opener = it.fork("wo")
+    it.close()
+    assert [worker.pid, opener.pid] == [os.getsid(worker.pid), os.getsid(opener.pid)]
+    opener.socket.shutdown(socket.SHUT_WR)
+
+    assert 0 == opener.wait()
+    assert not select.select([worker.pidfd], [], [], 0)[0]
+    worker.socket.shutdown(socket.SHUT_WR)
+    assert "the worker ended unexpectedly with exit status 0" == worker.describe_end()
+
+
 def test_it_comes_before_others() -> None:
     """A disk waits for whatever it does; its workers have their turn as we have ours."""
     ours = os.getpriority(os.PRIO_PROCESS, 0)
@@ -109,7 +125,7 @@ def test_nobody_waits_until_it_is_ready() -> None:
     """One that has not imported everything yet has no worker for us, and lives on."""
     it = Zygote(_fake("channel.recv(1)"))
 
-    assert it.fork() is None
+    assert [] == it.fork("w")
     assert not _has_ended(it)
     it.close()
 
@@ -133,11 +149,11 @@ def test_one_that_fails_is_good_for_nothing(monkeypatch: pytest.MonkeyPatch, tex
     while not it._hears():
         os.sched_yield()
 
-    assert it.fork() is None
+    assert [] == it.fork("w")
     monkeypatch.setattr(it, "_ask", pytest.fail)  # nobody waits for it once more, ended or not
-    assert it.fork() is None
+    assert [] == it.fork("w")
     _until_ended(it)
-    assert it.fork() is None
+    assert [] == it.fork("w")
     it.close()
 
 
@@ -148,5 +164,5 @@ def test_one_that_was_killed_has_no_worker() -> None:
     os.kill(it.pid, signal.SIGKILL)
     _until_ended(it)
 
-    assert it.fork() is None
+    assert [] == it.fork("w")
     it.close()

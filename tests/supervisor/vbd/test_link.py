@@ -35,11 +35,30 @@ class FakeProcess:
         self.is_left = True
 
 
+class Clock:
+    """Stands at one millisecond, from which a link numbers."""
+
+    def now(self) -> float:
+        """Return that."""
+        return 0.001
+
+
+class NoOpenings:
+    """Nothing that is said here opens anything."""
+
+    def for_order(self, _order: Any) -> None:
+        """Return that."""
+
+    def for_question(self, _question: Any) -> None:
+        """Return that."""
+
+
 class FakeFleet:
     """Starts nothing."""
 
     def __init__(self) -> None:
         self.process = FakeProcess()
+        self.loop = Clock()
 
     def start(self, on_message: Any, on_end: Any) -> FakeProcess:
         """Keep what would be called."""
@@ -87,7 +106,7 @@ class Linked:
 
     def __init__(self) -> None:
         self.owner, self.fleet = Owner(), FakeFleet()
-        self.link = Link(self.owner, self.fleet, 1000)  # type: ignore[arg-type]
+        self.link = Link(self.owner, self.fleet, NoOpenings())  # type: ignore[arg-type]
         self.link.start()
         self.process = self.fleet.process
 

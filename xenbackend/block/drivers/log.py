@@ -77,7 +77,7 @@ from itertools import starmap
 from xenbackend.block import record
 from xenbackend.block.dirty import DirtyMap, Range, StalePageError, memory_size
 from xenbackend.block.driver import Env, Filter, Geometry
-from xenbackend.block.options import FilePath, Size, option
+from xenbackend.block.options import RecordPath, Size, option
 from xenbackend.block.recorder import MIN_LIMIT, Recorder
 from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import DriverError
@@ -96,7 +96,7 @@ class Log(Filter):
     class Options:
         """The options of `log:`."""
 
-        record: FilePath = option("file for a record of every request; none: only track", default="", target=True)
+        record: RecordPath = option("file for a record of every request; none: only track", default="", target=True)
         limit: Size = option("bytes after which the file begins anew", default=64 << 20)
         track: bool = option("track writes from the beginning", default=True)
         granularity: Size = option("track in pieces of this many bytes, a power of two", default=512)

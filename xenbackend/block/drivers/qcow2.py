@@ -97,7 +97,6 @@ Limits:
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,7 +164,7 @@ class Qcow2(QcowDisk):
                 raise DriverError("its data are in the image itself, and data_file= names another file; leave that out")
             return None
         chosen, read_only = options.data_file, env.read_only
-        path = find_data(options.file, header.data_name, chosen, options.parents, read_only=read_only)
+        path = find_data(env.files, options.file, header.data_name, chosen, options.parents, read_only=read_only)
         data = open_data(env, path, header, direct=not options.cache)
         self.options = replace(options, data_file=path)
         env.report("data_file", f"{path}: {data.mode}")
@@ -184,8 +183,9 @@ class Qcow2(QcowDisk):
         if not header.has_data_file:
             return True
         try:
-            path = find_data(options.file, header.data_name, "", options.parents, read_only=True)
-            return os.path.samefile(path, options.data_file)  # noqa: PTH121 - as `opening`: pathlib would alter names
+            files = self.env.files
+            path = find_data(files, options.file, header.data_name, "", options.parents, read_only=True)
+            return files.look(path).identity == files.look(options.data_file).identity
         except (OSError, DriverError):
             return False
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from xenbackend.block.driver import Env, File, Geometry, SimpleDriver
-from xenbackend.block.options import Kind, option
+from xenbackend.block.options import IMAGE, Kind, option
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, format_size, parse_size, round_up
@@ -57,7 +57,7 @@ class Ram(SimpleDriver):
     class Options:
         """What the disk holds at first."""
 
-        content: Annotated[int | str, Kind("size or file", _size_or_file)] = option(
+        content: Annotated[int | str, Kind("size or file", _size_or_file, use=IMAGE)] = option(
             "bytes of an empty disk, or the file to fill it from", target=True
         )
 

@@ -47,10 +47,7 @@ Limits:
 from __future__ import annotations
 
 import errno
-import os
-import stat
 from collections.abc import Iterator
-from contextlib import suppress
 
 from xenbackend.block.driver import Env, File, Geometry, ParentRef
 from xenbackend.block.extents import Extent, Kind, with_holes
@@ -113,7 +110,7 @@ class Vhd(Blocks):
         end = vhd_tables.check_table(table, header, ranges_of(places), room)
         if not env.read_only:
             _check_apart([*places, Place("the footer at the end", room, file.size)])
-        on_device = is_device(self.options.file)
+        on_device = env.files.look(self.options.file).is_device
         if on_device and end > room:
             raise vhd.damaged("a block reaches behind the end of the device")
         packed = vhd.pack_footer(footer)
@@ -134,7 +131,7 @@ class Vhd(Blocks):
     def _find_parent(self) -> ParentRef:
         options = self.options
         names = parent_names(self.file.read_at, self.header, self.file.size)
-        self._parent_path = find_parent(options.file, names, options.parents)
+        self._parent_path = find_parent(self.env.files, options.file, names, options.parents)
         cache = "on" if options.cache else ""
         if self.header.parent_uuid == _RAW:
             return parent_ref("aio", self._parent_path, cache=cache)
@@ -166,9 +163,8 @@ class Vhd(Blocks):
         known = self.header.parent_timestamp
         if not known or self.footer.creator[:3] == b"tap":
             return False
-        with suppress(OSError):
-            return abs(os.stat(self._parent_path).st_mtime - vhd.EPOCH - known) > _TOLERANCE  # noqa: PTH116 - see below
-        return False
+        changed_s = self.env.files.look(self._parent_path).mtime_ns / 1e9
+        return abs(changed_s - vhd.EPOCH - known) > _TOLERANCE
 
     def close(self) -> None:
         """Note which blocks are full by now, where the image keeps that, and close the file."""
@@ -190,11 +186,6 @@ class Vhd(Blocks):
         self.file.sync()  # the bitmaps that it speaks of
         self.file.write_at(batmap.offset, bits)
         self.file.write_at(batmap.header_offset, header)
-
-
-def is_device(path: str) -> bool:
-    """Return whether an image lies on a block device, which cannot grow. Raises: OSError."""
-    return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116 - as `opening`: pathlib would alter the name
 
 
 def _check_apart(places: list[Place]) -> None:

@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +55,7 @@ from xenbackend.block.mapped.disk import ChangedOptions
 from xenbackend.block.mapped.foreign import ForeignDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.joined import Joined
-from xenbackend.block.mapped.parents import EXTENT, find_named, find_parent, parent_ref
+from xenbackend.block.mapped.parents import EXTENT, find_parent, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import PLACE
 from xenbackend.block.options import option
@@ -181,8 +180,8 @@ class Vmdk(ForeignDisk):
     def _piece(self, joined: Joined, extent: ExtentFile, start: int) -> Piece:
         if extent.kind == ZEROS:
             return Piece(start, extent.length, 0, is_zeros=True)
-        path = find_named(EXTENT, self.options.file, _names(extent.name), self.options.parents)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - as `opening`: pathlib would alter the name
+        path = self.env.files.find(EXTENT, self.options.file, _names(extent.name), self.options.parents)
+        if not _is_file(self.env, path):
             raise DriverError(f"its extent {printable(path)} is no file", path=path, errno=errno.EACCES)
         file = self.open_file(self.env, path)
         base = joined.add(file, 0, file.size)
@@ -210,7 +209,7 @@ class Vmdk(ForeignDisk):
 
     def _find_parent(self, hint: bytes) -> ParentRef:
         options = self.options
-        path = find_parent(options.file, _names(hint), options.parents)
+        path = find_parent(self.env.files, options.file, _names(hint), options.parents)
         cache = "on" if options.cache else ""
         changed = "" if options.changed == "refuse" else options.changed
         return parent_ref("vmdk", path, cache=cache, parents=options.parents, changed=changed)
@@ -232,6 +231,13 @@ class Gathering:
         self._left -= 1
         if not self._left:
             self._then(self._status, self._data)
+
+
+def _is_file(env: Env, path: str) -> bool:
+    try:
+        return not env.files.look(path).is_device
+    except DriverError:
+        return False
 
 
 def _names(name: bytes) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from xenbackend.block.driver import ParentRef
+from xenbackend.block.driver import Lookup, ParentRef
 from xenbackend.block.grammar import format_layer
 from xenbackend.errors import DriverError, printable
 
@@ -28,9 +28,9 @@ def is_file_name(name: str) -> bool:
     return _PROTOCOL.match(name) is None
 
 
-def find_parent(image: str, names: Sequence[str], within: str = "") -> str:
+def find_parent(files: Lookup, image: str, names: Sequence[str], within: str = "") -> str:
     """Return the path of the first name of a parent that exists; as `find_named`."""
-    return find_named(PARENT, image, names, within)
+    return files.find(PARENT, image, names, within)
 
 
 def find_named(what: str, image: str, names: Sequence[str], within: str = "") -> str:

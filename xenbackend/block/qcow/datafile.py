@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable
 
-from xenbackend.block.driver import Env, File
+from xenbackend.block.driver import Env, File, Lookup
 from xenbackend.block.formats.qcow2 import Header
 from xenbackend.block.grammar import format_item
-from xenbackend.block.mapped.parents import DATA_FILE, find_named, is_file_name
+from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import format_size
 
 _STEP = 512  # bytes: it may end inside of a sector, and is made longer by a hole then
 
 
-def find_data(image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> str:
+def find_data(files: Lookup, image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> str:
     """Return the path of the data file.
 
     Args:
+        files: finds it.
         image: the path of the image.
         name: what the image says.
         chosen: what the operator says, who may name any file.
@@ -43,11 +43,11 @@ def find_data(image: str, name: bytes, chosen: str, within: str, *, read_only: b
         said = os.fsdecode(name)
         if not is_file_name(said):
             raise DriverError(f"its data file {printable(said)!r} is no file; say data_file=FILE")
-        path = find_named(DATA_FILE, image, [said], within)
-        if stat.S_ISBLK(os.stat(path).st_mode):  # noqa: PTH116 - as `opening`: pathlib would alter the name
+        path = files.find(DATA_FILE, image, [said], within)
+        if files.look(path).is_device:
             problem = f"its data file {printable(path)} is a device, and an image may not name one"
             raise DriverError(f"{problem}; if that is right, say {printable(data_item(path))}", path=path)
-    if os.path.samefile(image, path):  # noqa: PTH121 - the same
+    if files.look(image).identity == files.look(path).identity:
         raise DriverError(f"its data file {printable(path)} is the image itself", path=path)
     if not chosen and not read_only:
         raise DriverError(unchosen(path, data_item(path)), path=path, errno=errno.EACCES)

@@ -149,7 +149,7 @@ class QcowDisk(MappedDisk):
         row = BY_QEMU_NAME[parent_format]
         more = {name: getattr(options, name, "") for name in row.passes_on}
         more["cache"] = "on" if options.cache else ""
-        return parent_ref(row.driver, find_parent(options.file, [path], options.parents), **more)
+        return parent_ref(row.driver, find_parent(self.env.files, options.file, [path], options.parents), **more)
 
     def _reaches_parent(self, offset: int) -> bool:
         return offset < self._parent_size

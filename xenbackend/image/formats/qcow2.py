@@ -21,6 +21,7 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import behind, writing
 from xenbackend.image.faults import Faults
 from xenbackend.image.tools import Tools
+from xenbackend.opener.local import LocalOpener
 from xenbackend.units import SECTOR, format_size, round_up
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Qcow2(Tools):
         """See `Tools`."""
         header = None if image.data_file else _header(file)
         if header and header.has_data_file:
-            find_data(image.path, header.data_name, "", _options(image).parents, read_only=False)
+            find_data(LocalOpener(), image.path, header.data_name, "", _options(image).parents, read_only=False)
 
     def check(self, session: Session, image: Image, file: File) -> Faults:
         """See `Tools`."""
@@ -176,7 +177,9 @@ def _look_for_data(session: Session, image: Image, file: File, faults: Faults) -
     if not header.has_data_file:
         return
     try:
-        path = find_data(image.path, header.data_name, options.data_file, options.parents, read_only=True)
+        path = find_data(
+            LocalOpener(), image.path, header.data_name, options.data_file, options.parents, read_only=True
+        )
         data = session.open_file(path, read_only=True, step=SECTOR)
         check_length(path, data.size, header.size)
         session.close(data)

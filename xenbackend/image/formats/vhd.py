@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from xenbackend.block.driver import File
-from xenbackend.block.drivers import vhd as driver_module
 from xenbackend.block.formats import vhd, vhd_tables
 from xenbackend.block.formats.blank import Blank, Parent, vhd_with_parent
 from xenbackend.block.formats.common import Plan
@@ -19,6 +18,7 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import behind, vhd_check, writing
 from xenbackend.image.faults import Faults
 from xenbackend.image.tools import Tools
+from xenbackend.opener.local import is_device
 from xenbackend.units import PAGE, SECTOR, format_size, round_up
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ class Vhd(Tools):
 
     def check(self, session: Session, image: Image, file: File) -> Faults:
         """See `Tools`; what opens has its parents, by the rules of a disk in service."""
-        faults = vhd_check.check(file.read_at, file.size, on_device=driver_module.is_device(image.path))
+        faults = vhd_check.check(file.read_at, file.size, on_device=is_device(image.path))
         if not faults.errors:
             _open_parents(session, image, faults)
         return faults
 
     def plan_repair(self, image: Image, file: File) -> Plan:
         """See `Tools`."""
-        return vhd_check.plan_repair(file, on_device=driver_module.is_device(image.path))
+        return vhd_check.plan_repair(file, on_device=is_device(image.path))
 
     def grow(self, file: File, size: int, *, on_device: bool) -> None:
         """See `Tools`."""
@@ -85,7 +85,7 @@ class Vhd(Tools):
         footer, _ = vhd.read_footer(file.read_at, file.size)
         if footer.type == vhd.FIXED:
             raise ConfigError(f"{image.text} is fixed: it has all of its disk itself, and can have no parent")
-        if driver_module.is_device(image.path):
+        if is_device(image.path):
             raise ConfigError(f"{image.text} is on a block device, where no VHD gets another parent; convert it")
         vhd_with_parent(vhd.read_header(file.read_at, footer, file.size), 0, parent)
 

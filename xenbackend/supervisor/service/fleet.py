@@ -2,7 +2,8 @@
 
 Must not know xenstore, nor what a message means to a vbd.
 
-A worker is forked from the zygote, or started by exec where there is none; never forked from here. It gets one end of a
+A worker is forked from the zygote, or started by exec where there is none; never forked from here. So is an opener: the
+first one together with its worker. A worker gets one end of a
 datagram socket pair; messages in `xenbackend.protocol.messages` travel over it, descriptors beside them.
 
 What a worker sends is as hostile as what a guest writes. A datagram that is no message of a worker's, was cut off, or
@@ -12,22 +13,29 @@ has sent besides is looked at, and its end is told as any other's.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from xenbackend.errors import KernelError
+from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import boost, unboost
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, messages
+from xenbackend.protocol import codec, messages, opening
 from xenbackend.supervisor.service import process
+from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
+from xenbackend.supervisor.service.opener import OnOpened, Opener
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
+OPENER = (sys.executable, "-m", "xenbackend.opener.main")
 HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
 REST_S = 5.0  # after a zygote that has ended
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
@@ -132,7 +140,7 @@ class Worker:
             if not self._is_heard:
                 return  # it was left, or broke the protocol
             try:
-                datagram, fds, is_whole = process.receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
+                datagram, fds, is_whole = datagrams.receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
             except BlockingIOError:
                 return
             except OSError:
@@ -189,24 +197,77 @@ class Fleet:
     breaches    how many workers were killed because they broke the protocol
     """
 
-    def __init__(self, loop: Reactor, command: Sequence[str] = COMMAND, zygote: Sequence[str] = ()) -> None:
-        """Start nothing yet; the command lines of a worker and of a zygote are without ``--socket``.
+    def __init__(
+        self,
+        loop: Reactor,
+        command: Sequence[str] = COMMAND,
+        zygote: Sequence[str] = (),
+        opener: Sequence[str] = OPENER,
+    ) -> None:
+        """Start nothing yet; the command lines of a worker, a zygote and an opener are without ``--socket``.
 
-        Without a zygote's every worker is started by exec.
+        Without a zygote's every process is started by exec.
         """
         self.loop = loop
         self.log = get_logger("fleet")
         self.breaches = 0
         self._command = command
         self._zygote_command = zygote
+        self._opener_command = opener
+        self._spare: Process | None = None  # an opener that was started with the last worker
+        self._openers: set[Opener] = set()  # that have not ended
         self._zygote: Zygote | None = None
         self._preparation = loop.timer(self.prepare)
         self._complaint = ""  # why there is no zygote
 
     def start(self, on_message: OnMessage, on_end: OnEnd) -> Worker:
-        """Start a worker. Raises: KernelError."""
-        forked = self._zygote.fork() if self._zygote else None
-        return Worker(self, forked or process.start(self._command), on_message, on_end)
+        """Start a worker, and an opener beside it, for the next `open`. Raises: KernelError."""
+        kinds = "w" if self._spare else "wo"
+        forked = self._zygote.fork(kinds) if self._zygote else []
+        started = forked[0] if forked else process.start(self._command)
+        try:
+            self._spare = self._spare or (forked[1] if forked else process.start(self._opener_command))
+        except KernelError:
+            started.kill()
+            started.wait()
+            raise
+        return Worker(self, started, on_message, on_end)
+
+    def open(
+        self, job: opening.Job, kept: Sequence[int], on_opened: OnOpened, on_end: OnOpenerEnd
+    ) -> tuple[Opener, socket.socket]:
+        """Start an opener on a job, and return it with the socket that its worker is to get. Raises: KernelError.
+
+        `kept` are the descriptors of the job's kept files, lent.
+        """
+        near, far = process.pair()
+        with far, ExitStack() as undo:
+            undo.callback(near.close)
+            for started in self._candidates():
+                opener = Opener(self.loop, started, on_opened, partial(self._has_ended, on_end))
+                self._openers.add(opener)
+                try:
+                    opener.begin(job, far, kept)
+                except OSError as error:  # one that was made in advance may have ended
+                    opener.end()
+                    self._openers.discard(opener)
+                    problem = KernelError("give an opener its job", error.errno or errno.EIO)
+                else:
+                    undo.pop_all()
+                    return opener, near
+            raise problem
+
+    def _has_ended(self, on_end: OnOpenerEnd, opener: Opener, breach: str) -> None:
+        self._openers.discard(opener)
+        on_end(opener, breach)
+
+    def _candidates(self) -> Iterator[Process]:
+        """Return the opener that was made in advance, if there is one, then another one."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            yield spare
+        forked = self._zygote.fork("o") if self._zygote else []
+        yield forked[0] if forked else process.start(self._opener_command)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
@@ -234,19 +295,29 @@ class Fleet:
 
     def renew(self) -> None:
         """Have another zygote, of the program as it is now."""
-        self.close()
+        self._send_zygote_away()
         self._preparation.set(self.loop.now())  # not before whoever wanted it has been served
 
     def close(self) -> None:
-        """Send the zygote away."""
+        """Send the zygote away, and the openers that are left: no worker of ours is."""
+        self._send_zygote_away()
+        for opener in list(self._openers):
+            opener.end()
+        self._openers.clear()
+
+    def _send_zygote_away(self) -> None:
         self._preparation.set(None)
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
+            spare.wait()
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
             self.loop.remove(zygote.pidfd)
             zygote.close()
 
     def _replace(self) -> None:
-        self.close()
+        self._send_zygote_away()
         self._rest()
 
     def _rest(self) -> None:

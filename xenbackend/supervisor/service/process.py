@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -39,18 +38,29 @@ class Process:
         """Kill it; whoever waits for the pidfd hears of its end."""
         kill(self.pidfd)
 
+    def wait(self) -> int:
+        """Wait for the end, close both descriptors, and return the exit status; less than 0: a signal, or unknown."""
+        end = self._collect()
+        if end is None:
+            return -1
+        return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+
     def describe_end(self) -> str:
         """Wait for the end, collect the exit status where we may, close both descriptors, and return how it ended."""
-        try:
-            end = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        except ChildProcessError:  # it is an earlier service's
-            end = None
-        self.leave()
+        end = self._collect()
         if end is None:
             return "the worker has ended"
         if end.si_code == os.CLD_EXITED:
             return f"the worker ended unexpectedly with exit status {end.si_status}"
         return f"the worker was ended by {signal.Signals(end.si_status).name}"
+
+    def _collect(self) -> os.waitid_result | None:
+        try:
+            return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        except ChildProcessError:  # it is an earlier service's
+            return None
+        finally:
+            self.leave()
 
     def leave(self) -> None:
         """Close both descriptors; somebody else may have them too."""
@@ -88,21 +98,6 @@ def pair() -> tuple[socket.socket, socket.socket]:
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except OSError as error:
         raise KernelError("make a socket for a worker process", error.errno or errno.EIO) from None
-
-
-def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int], bool]:
-    """Return a datagram, the descriptors beside it, which no program of ours inherits, and whether that is all of it.
-
-    It is not where the datagram was longer than `size`, or came with more than `most` descriptors: those are closed.
-    Python's own `recv_fds` passes over the flag that keeps them from being inherited. Raises: OSError.
-    """
-    fds = array("i")
-    room = socket.CMSG_LEN(most * fds.itemsize)
-    datagram, beside, flags, _ = near.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, data in beside:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return datagram, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def _pid_of(pidfd: int) -> int:

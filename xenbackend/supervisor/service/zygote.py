@@ -13,8 +13,9 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
+from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import adopting_orphans, boost, unboost
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
@@ -45,24 +46,30 @@ class Zygote:
         """Readable once it has ended, by itself or killed."""
         return self._process.pidfd
 
-    def fork(self) -> Process | None:
-        """Return a new worker, or None where the zygote is not ready, or fails at it: then it is good for nothing.
+    def fork(self, kinds: str) -> list[Process]:
+        """Return new processes, for each letter of `kinds` one, as `worker.zygote` knows them.
 
-        Raises: KernelError.
+        Return none where the zygote is not ready, or fails at it: then it is good for nothing. Raises: KernelError.
         """
         if not self._hears():
-            return None
-        near, far = process.pair()
-        with far, adopting_orphans():
-            pidfd = self._ask(far)
-        if pidfd < 0:
-            near.close()  # so that a worker that is born too late ends
-            self._has_failed = True  # nobody waits for it once more
-            self._process.kill()
-            return None
-        worker = Process(near, pidfd)
-        unboost(worker.pid)
-        return worker
+            return []
+        with ExitStack() as ours, ExitStack() as theirs:
+            near, far = [], []
+            for _ in kinds:
+                pair = process.pair()
+                near.append(ours.enter_context(pair[0]))
+                far.append(theirs.enter_context(pair[1]))
+            with adopting_orphans():
+                pidfds = self._ask(kinds, far)
+            if not pidfds:
+                self._has_failed = True  # nobody waits for it once more; a process that is born too late ends
+                self._process.kill()
+                return []
+            ours.pop_all()
+        born = [Process(*each) for each in zip(near, pidfds, strict=True)]
+        for each in born:
+            unboost(each.pid)
+        return born
 
     def close(self) -> None:
         """Send it away. What it has forked goes on."""
@@ -76,21 +83,22 @@ class Zygote:
                 self._is_ready = self._process.socket.recv(16) == b"ready"
         return self._is_ready and not self._has_failed
 
-    def _ask(self, far: socket.socket) -> int:
-        """Have a worker forked that serves `far`, and return its pidfd; -1 where there is none in time."""
-        channel, pidfd = self._process.socket, -1
+    def _ask(self, kinds: str, far: Sequence[socket.socket]) -> list[int]:
+        """Have processes forked that serve `far`, and return their pidfds; none where they are not there in time."""
+        channel = self._process.socket
+        pidfds: list[int] = []
         give_up = time.monotonic() + _PATIENCE_S
         channel.settimeout(_PATIENCE_S)
         try:
-            socket.send_fds(channel, [b"fork"], [far.fileno()])
-            datagram, fds, _ = process.receive(channel, 16, 1)
-            if fds:
-                pidfd = fds[0]
+            datagrams.send(channel, kinds.encode(), [each.fileno() for each in far])
+            datagram, pidfds, _ = datagrams.receive(channel, 16, len(far))
+            if pidfds:
                 channel.settimeout(max(0.0, give_up - time.monotonic()))
                 datagram = channel.recv(16)
         except OSError:
             datagram = b""
-        if datagram != b"born" and pidfd >= 0:
-            os.close(pidfd)
-            pidfd = -1
-        return pidfd
+        if datagram != b"born" or len(pidfds) != len(far):
+            for pidfd in pidfds:
+                os.close(pidfd)
+            return []
+        return pidfds

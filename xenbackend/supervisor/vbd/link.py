@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
+from xenbackend.protocol.opening import Job
 from xenbackend.supervisor.service.fleet import Fleet, Worker
+from xenbackend.supervisor.service.opener import Opener
+from xenbackend.supervisor.vbd.openings import Openings
 
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
@@ -24,14 +28,17 @@ _MAX_LOG = 4000  # characters of a line
 class Link:
     """One vbd's; `worker` is None while there is no process."""
 
-    def __init__(self, vbd: Vbd, fleet: Fleet, first: int) -> None:
-        """Number orders and questions from `first` on, which is larger than any number of an earlier service."""
+    def __init__(self, vbd: Vbd, fleet: Fleet, openings: Openings) -> None:
+        """Number orders and questions from a number on that is larger than any of an earlier service."""
+        first = int(fleet.loop.now() * 1e6)  # no clock that could be set back
         self.worker: Worker | None = None
         self._vbd = vbd
         self._fleet = fleet
         self._first = self._last = first
         self._told = -1  # the number of the last order
         self._asked: dict[int, Then] = {}
+        self._openings = openings
+        self._openers: list[Opener] = []
 
     def start(self) -> None:
         """Start a worker. Raises: KernelError."""
@@ -42,19 +49,29 @@ class Link:
         self.worker = self._fleet.adopt(fds, self._take, self._end)
 
     def order(self, make: Callable[[int], messages.Order], fds: Sequence[int] = ()) -> None:
-        """Give an order, which `make` returns for its number; nothing where there is no worker."""
+        """Give an order, which `make` returns for its number; nothing where there is no worker.
+
+        Where it may open something, an opener's socket goes beside it, after the first of `fds`. Raises: KernelError.
+        """
         self._last = self._told = self._last + 1
-        if self.worker is not None:
-            self.worker.send(make(self._told), fds)
+        if self.worker is None:
+            return
+        order = make(self._told)
+        job = self._openings.for_order(order) if isinstance(order, messages.Open | messages.Serve) else None
+        self._send(order, fds, job)
 
     def ask(self, question: messages.Question, then: Then) -> None:
-        """Ask, and call `then` with the one reply: the worker's, or one that says that it has ended."""
+        """Ask, and call `then` with the one reply: the worker's, or one that says why there is none."""
         self._last += 1
         if self.worker is None:
             then(messages.Reply(self._last, Code.GONE, "there is no worker"))
             return
         self._asked[self._last] = then
-        self.worker.send(messages.Ask(self._last, question))
+        try:
+            self._send(messages.Ask(self._last, question), [], self._openings.for_question(question))
+        except KernelError as error:
+            del self._asked[self._last]
+            then(messages.Reply(self._last, Code.FAILED, str(error)))
 
     def breach(self, what: str) -> None:
         """Kill the worker: it said what it was not asked for, or what cannot be."""
@@ -69,8 +86,35 @@ class Link:
         """Hear nothing more, and answer every question with `sentence`; with `leaves` the worker goes on."""
         if leaves and self.worker is not None:
             self.worker.leave()
+            for opener in self._openers:
+                opener.leave()
+            self._openers.clear()
         self.worker = None
+        self._dismiss_openers()
         self._answer_all(sentence)
+
+    def _send(self, message: messages.FromSupervisor, fds: Sequence[int], job: Job | None) -> None:
+        """Send a message, with an opener for its job beside it. Raises: KernelError."""
+        worker = self.worker
+        assert worker is not None  # noqa: S101 - whoever calls has looked
+        if job is None:
+            worker.send(message, fds)
+            return
+        openings = self._openings
+        opener, near = self._fleet.open(job, openings.kept(), openings.opened, self._opener_ended)
+        self._openers.append(opener)
+        with near:
+            worker.send(message, [*fds[:1], near.fileno(), *fds[1:]])
+
+    def _opener_ended(self, opener: Opener, breach: str) -> None:
+        self._openers.remove(opener)
+        if breach:
+            self.breach(breach)
+
+    def _dismiss_openers(self) -> None:
+        """Let no opener go on for a worker that has ended; one that hangs goes when its storage answers."""
+        for opener in self._openers:
+            opener.kill()
 
     def _take(self, message: messages.FromWorker, fds: list[int]) -> None:
         """Hear a message, with the descriptors that it carries; those that are left are closed by whoever calls."""
@@ -115,6 +159,7 @@ class Link:
         if self.worker is None:
             return  # it was let go
         self.worker = None
+        self._dismiss_openers()
         self._answer_all(sentence)
         self._vbd.ends(sentence)
 

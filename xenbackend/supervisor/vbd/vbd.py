@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from xenbackend import __version__, counters, journal
 from xenbackend.blkif.features import MAXIMA, parse_frontend
@@ -33,6 +32,7 @@ from xenbackend.supervisor.vbd.inheritance import What
 from xenbackend.supervisor.vbd.link import Link
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
+from xenbackend.supervisor.vbd.openings import Openings
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.phase import Phase
 from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
@@ -66,7 +66,8 @@ class Vbd:
         self._on_forgotten = on_forgotten
         self._log = VbdLog(path, context.loop.now)
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
-        self.link = Link(self, context.fleet, int(context.loop.now() * 1e6))  # no clock that could be set back
+        self._openings = Openings(path, context, self.device, self.handover)
+        self.link = Link(self, context.fleet, self._openings)
         self.orders = Orders(self, context.settings.on_error)
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
@@ -171,6 +172,7 @@ class Vbd:
         is_adopted = self.device.phase is Phase.ADOPTING
         if standing.stage is messages.Stage.SERVING:
             self._served()
+        self._openings.saw_export(standing.export)
         self.handle(standing)
         if is_adopted:
             self.exchanges.end(is_done=False)  # the worker has done with what an earlier service asked for
@@ -190,6 +192,7 @@ class Vbd:
     def ends(self, sentence: str) -> None:
         """Take note that the worker has ended."""
         self.handover.forget_worker()
+        self._openings.remove_export()
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
         has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
         self._guarded(self.exchanges.settle)
@@ -277,6 +280,7 @@ class Vbd:
         if self.handover.agreed():
             worker.boost()
         self.handover.keep_worker(*worker.descriptors)
+        boots = self.device.may_boot and self._nodes.boots_by_device_model()
         self.link.order(
             lambda number: messages.Open(
                 number=number,
@@ -290,18 +294,12 @@ class Vbd:
                 memories=list(memories),
                 poll_us=settings.poll_us,
                 may_wait=self._nodes.is_incoming(),
-                export=self._export_path(),
+                export=self._openings.export if boots else "",
                 policy=self.orders.policy,
                 is_paused=self.handover.notes.paused is not None,
             ),
             [fd, *memories.values()],
         )
-
-    def _export_path(self) -> str:
-        """Return where the worker is to export the disk for a guest that boots from it; empty for one that does not."""
-        if not (self.device.may_boot and self._nodes.boots_by_device_model()):
-            return ""
-        return str(Path(self._context.settings.socket).parent / "nbd" / f"{str(self.path).replace('/', '-')}.sock")
 
     def _join(self, action: events.Join) -> None:
         """Have the rings served that the frontend offers, or those that were agreed on already."""
@@ -326,7 +324,10 @@ class Vbd:
         self._serve(None if is_known else connect)
 
     def _serve(self, connect: messages.Connect | None) -> None:
-        self.link.order(lambda number: messages.Serve(number, connect))
+        try:
+            self.link.order(lambda number: messages.Serve(number, connect))
+        except KernelError as error:  # there is no opener to be had
+            self.link.kill(str(error))
 
     def _served(self) -> None:
         """Let the worker have its turn as any other, and say how long a guest has waited for it."""

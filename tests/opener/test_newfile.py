@@ -10,7 +10,7 @@ import pytest
 
 from xenbackend.block.formats.blank import Blank
 from xenbackend.errors import ConfigError
-from xenbackend.worker.newfile import publish, refuse_existing, replace_durably, write_new
+from xenbackend.opener.newfile import publish, refuse_existing, replace_durably, write_new
 
 
 def test_a_new_file_holds_its_pieces(tmp_path: Path) -> None:

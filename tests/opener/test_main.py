@@ -1,0 +1,192 @@
+"""The process that opens for one worker, here in a thread: what it gives, refuses, hands over, and when it ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.descriptors import open_descriptors
+from tests.openers import Openers
+from xenbackend.block.mapped.parents import PARENT
+from xenbackend.errors import ConfigError, DriverError
+from xenbackend.opener.main import BREACH
+from xenbackend.protocol.opening import Job
+from xenbackend.worker.opener import OpenerGone, RemoteOpener
+
+
+@pytest.fixture
+def openers() -> Iterator[Openers]:
+    """Return openers; nothing is open when they have ended."""
+    before = open_descriptors()
+    openers = Openers()
+    yield openers
+    openers.close()
+    assert before == open_descriptors()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return a file."""
+    (tmp_path / "image").write_bytes(b"first".ljust(512))
+    return tmp_path / "image"
+
+
+def job(*chains: str, read_only: bool = False, **more: object) -> Job:
+    """Return a job for these chains."""
+    return Job("vbd/5/51712", list(chains), read_only, **more)  # type: ignore[arg-type]
+
+
+def read(opener: RemoteOpener, path: Path, *, write: bool = False) -> bytes:
+    """Open a file, and return its first bytes."""
+    fd, _ = opener.open(str(path), write=write)
+    try:
+        return os.pread(fd, 5, 0)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_is_handed_over_before_the_worker_has_it(openers: Openers, image: Path) -> None:
+    """Once for each name, however often it is opened; what is not kept is not given."""
+    opener = openers.remote(job(f"aio:{image}"))
+    assert [b"first"] * 2 == [read(opener, image), read(opener, image, write=True)]
+    opener.close()
+    openers.refusal = "no room for it"
+    other = openers.remote(job(f"aio:{image}"))
+    with pytest.raises(DriverError, match="no room for it"):
+        read(other, image)
+    other.close()
+
+    assert [str(image)] * 2 == [each.name for each in openers.opened]
+    assert openers.opened[0].identity == openers.opened[1].identity
+
+
+def test_a_name_means_the_file_that_was_held(openers: Openers, image: Path) -> None:
+    """Whatever becomes of it meanwhile: within a job all questions are about one file."""
+    opener = openers.remote(job(f"aio:{image}"))
+    size = opener.look(str(image)).size
+    image.unlink()
+    image.write_bytes(b"other")
+
+    assert (512, b"first") == (size, read(opener, image))
+    opener.close()
+
+
+def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """Neither another name, nor for writing what is to be read, nor a device, socket or new file that no job is of."""
+    (tmp_path / "secret").write_bytes(b"s" * 512)
+    (tmp_path / "images").mkdir()
+    opener = openers.remote(job(f"aio:{image}", read_only=True))
+    for function in (
+        lambda: opener.open(str(tmp_path / "secret"), write=False),
+        lambda: opener.open(str(image), write=True),
+        lambda: opener.open_record(str(image)),
+        lambda: opener.look("/etc/shadow"),
+        lambda: opener.find(PARENT, str(tmp_path / "secret"), ["image"]),
+        lambda: opener.find(PARENT, str(image), ["/etc/shadow"]),
+        lambda: opener.resolve("/root/x"),
+        lambda: opener.for_chain(1).look(str(image)),
+        lambda: opener.for_chain(-1).look(str(image)),
+        opener.open_devices,
+        opener.listen,
+    ):
+        with pytest.raises(DriverError):
+            function()
+    with pytest.raises(ConfigError):
+        opener.make()
+    assert b"first" == read(opener, image)  # it lives on
+    opener.close()
+
+
+def test_what_an_image_names_may_be_opened_once_it_was_found(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """For reading, and it is kept as any other file."""
+    (tmp_path / "base").write_bytes(b"based".ljust(512))
+    opener = openers.remote(job(f"qcow2:{image}"))
+    with pytest.raises(DriverError):
+        read(opener, tmp_path / "base")
+    assert str(tmp_path / "base") == opener.find(PARENT, str(image), ["gone", "base"])
+    with pytest.raises(DriverError):
+        read(opener, tmp_path / "base", write=True)
+
+    assert b"based" == read(opener, tmp_path / "base")
+    assert [str(tmp_path / "base")] == [each.name for each in openers.opened]
+    opener.close()
+
+
+def test_what_is_kept_counts_and_not_the_name(openers: Openers, image: Path) -> None:
+    """The chain in service has the file that it was attached with; a successor's names are looked up anew."""
+    first = openers.remote(job(f"aio:{image}"))
+    read(first, image)
+    first.close()
+    openers.opened.clear()
+    image.unlink()
+    image.write_bytes(b"other".ljust(512))
+    opener = openers.remote_of(job(f"aio:{image}", f"log:|aio:{image}"))
+    found = [read(opener, image), read(opener.for_chain(1), image)]
+    opener.close()
+
+    assert [b"first", b"other"] == found
+    assert [(str(image), 1)] == [(each.name, each.chain) for each in openers.opened]
+
+
+def test_a_new_file_appears_whole_or_not_at_all(openers: Openers, tmp_path: Path) -> None:
+    """Until it is published there is none of its name; one that never is leaves nothing."""
+    for is_published in (False, True):
+        opener = openers.remote(job("null:1G", makes=str(tmp_path / "new")))
+        fd = opener.make()
+        os.write(fd, b"data")
+        os.close(fd)
+        assert not (tmp_path / "new").exists()
+        if is_published:
+            opener.publish()
+        opener.close()
+        openers.close()
+        assert [tmp_path / "new"][: int(is_published)] == list(tmp_path.iterdir())
+
+    assert b"data" == (tmp_path / "new").read_bytes()
+    again = openers.remote(job("null:1G", makes=str(tmp_path / "new")))
+    with pytest.raises(ConfigError, match="exists already"):
+        again.make()
+    again.close()
+
+
+def test_one_that_is_asked_nonsense_ends(openers: Openers) -> None:
+    """Its exit status says that the worker is not one of ours."""
+    near = openers.begin(job("null:1G"))
+    near.send(b'{"kind": "Job"}')
+    assert b"" == near.recv(16)
+    near.close()
+    openers.close()
+
+    assert [BREACH] == openers.ends
+
+
+def test_a_chain_that_cannot_be_is_an_answer(openers: Openers) -> None:
+    """Its driver may have been removed since; the opener lives on."""
+    opener = openers.remote(job("nosuch:/img"))
+    for _ in range(2):
+        with pytest.raises(DriverError, match="nosuch"):
+            opener.look("/img")
+    opener.close()
+
+
+def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
+    """Nobody would keep it: the next worker could find another file there."""
+    from xenbackend.kernel import datagram
+    from xenbackend.opener.main import Attendant
+    from xenbackend.protocol import opening
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, near, far:
+        ours.shutdown(socket.SHUT_RDWR)
+        datagram.send(near, opening.encode(opening.LookAt(str(image))))
+        status = Attendant(job(f"aio:{image}"), theirs, far, {}).serve()
+        far.close()
+
+        assert 0 == status
+        with pytest.raises(OpenerGone):
+            RemoteOpener(near).look(str(image))

@@ -1,0 +1,56 @@
+"""Which names may be opened for a worker."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from xenbackend.errors import DriverError
+from xenbackend.opener.rules import Rule, Rules
+from xenbackend.protocol.opening import MAX_FILES
+
+
+def test_what_the_chain_names_may_be_opened() -> None:
+    """Images as the disk is attached; records always, and the file for their older half; nothing else at all."""
+    rules = Rules("log:/log|qcow2:/img,data_file=/data,parents=/all", read_only=False)
+    reading = Rules("log:/log|qcow2:/img,data_file=/data", read_only=True)
+
+    assert Rule(may_write=True, within="/all") == rules.of("/img") == rules.of("/data")
+    assert Rule(may_write=True, is_record=True) == rules.of("/log") == rules.of("/log.1") == reading.of("/log")
+    assert Rule(may_write=False) == reading.of("/img")
+    for name in ("/etc/shadow", "/img.1", "img", ""):
+        with pytest.raises(DriverError, match="is not opened") as caught:
+            rules.of(name)
+        assert errno.EACCES == caught.value.errno
+
+
+def test_the_file_of_a_memory_disk_may_be_opened() -> None:
+    """`ram:` has a size or a file there."""
+    assert Rules("ram:/img", read_only=False).of("/img")
+    with pytest.raises(DriverError):
+        Rules("ram:64M", read_only=False).of("64M")
+
+
+def test_what_an_image_may_name_is_only_read() -> None:
+    """It has its files where the image has, and what the chain's text says of a file is not taken back by that."""
+    rules = Rules("qcow2:/img,parents=/all", read_only=False)
+    rules.allow("/all/base", "/img")
+    rules.allow("/all/deeper", "/all/base")
+    rules.allow("/img", "/all/deeper")
+    with pytest.raises(DriverError):
+        rules.allow("/other", "/nobody")
+
+    assert Rule(may_write=False, within="/all") == rules.of("/all/base") == rules.of("/all/deeper")
+    assert rules.of("/img").may_write
+
+
+def test_files_are_bounded() -> None:
+    """A worker that somebody has taken over cannot have any number of files held."""
+    rules = Rules("aio:/img", read_only=True)
+    for number in range(MAX_FILES - 1):
+        rules.allow(f"/{number}", "/img")
+    with pytest.raises(DriverError, match=f"more than {MAX_FILES} files") as caught:
+        rules.allow("/one-more", "/img")
+
+    assert errno.EMFILE == caught.value.errno

@@ -1,0 +1,78 @@
+"""The steps of opening a file."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from xenbackend.errors import DriverError
+from xenbackend.opener import steps
+
+
+def test_what_is_held_is_what_is_opened(tmp_path: Path) -> None:
+    """Whatever the name means by then, also when the file has none any more, the file that was looked at is opened."""
+    path = tmp_path / "image"
+    path.write_bytes(b"first")
+    held = steps.hold(str(path))
+    path.unlink()
+    path.write_bytes(b"other")
+    opened = steps.reopen(held, str(path), write=False)
+    found = os.read(opened, 10)
+    os.close(opened)
+    os.close(held)
+
+    assert b"first" == found
+
+
+@pytest.mark.parametrize(
+    ("make", "what"), [(os.mkfifo, "is a pipe"), (os.mkdir, "is a directory")], ids=["pipe", "directory"]
+)
+def test_what_can_be_no_image_is_never_opened(tmp_path: Path, make: object, what: str) -> None:
+    """Its type is looked at first: nobody waits for a pipe's other end, and no device notices."""
+    path = str(tmp_path / "odd")
+    make(path)  # type: ignore[operator]
+    with pytest.raises(DriverError, match=what):
+        steps.hold(path)
+
+
+def test_a_record_is_made_for_its_owner_and_through_no_link(tmp_path: Path) -> None:
+    """A file that is there stays; where a link is, somebody could have it lead anywhere."""
+    path = tmp_path / "record"
+    held = steps.hold_record(str(path), create=True)
+    os.close(held)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(DriverError, match="is not a regular file"):
+        steps.hold_record(str(tmp_path / "link"), create=True)
+    with pytest.raises(FileNotFoundError):
+        steps.hold_record(str(tmp_path / "none"), create=False)
+
+    assert 0o600 == stat.S_IMODE(path.stat().st_mode)
+
+
+def test_facts(tmp_path: Path) -> None:
+    """They are of the file that is held; the path is the one with all links followed."""
+    (tmp_path / "image").write_bytes(bytes(100))
+    (tmp_path / "link").symlink_to("image")
+    held = steps.hold(str(tmp_path / "link"))
+    facts = steps.look(held, str(tmp_path / "link"))
+    os.close(held)
+
+    status = (tmp_path / "image").stat()
+    assert (100, False, status.st_mtime_ns) == (facts.size, facts.is_device, facts.mtime_ns)
+    assert str((tmp_path / "image").resolve()) == facts.real
+    assert facts.identity.startswith("file ")
+
+
+def test_errors_are_about_the_name(tmp_path: Path) -> None:
+    """Nobody knows what /proc/self/fd/7 was."""
+    path = tmp_path / "image"
+    path.write_bytes(b"x")
+    held = steps.hold(str(path))
+    with pytest.raises(FileNotFoundError) as caught:
+        steps.reopen(held + 1000, str(path), write=True)
+    os.close(held)
+
+    assert str(path) == caught.value.filename

@@ -1,0 +1,164 @@
+"""Openers as the service holds them: real processes, from their job to their end."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import FAKE_OPENER
+from xenbackend.errors import DriverError, KernelError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.opening import Job, Opened
+from xenbackend.supervisor.service.fleet import OPENER, Fleet
+from xenbackend.supervisor.service.opener import Opener
+from xenbackend.worker.opener import OpenerGone, RemoteOpener
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
+
+
+class Service:
+    """A fleet, and what its openers have said."""
+
+    def __init__(self, command: tuple[str, ...] = OPENER) -> None:
+        self.bugs: list[Exception] = []
+        self.loop = Reactor(on_bug=self.bugs.append)
+        self.fleet = Fleet(self.loop, opener=command)
+        self.opened: list[Opened] = []
+        self.ends: list[str] = []
+        self.refusal = ""
+
+    def begin(self, chain: str) -> tuple[Opener, RemoteOpener]:
+        """Begin one on a chain."""
+        opener, near = self.fleet.open(Job("vbd/5/51712", [chain], read_only=False), [], self._keep, self._end)
+        return opener, RemoteOpener(near)
+
+    def _keep(self, found: Opened, fd: int) -> str:
+        self.opened.append(found)
+        os.close(fd)
+        return self.refusal
+
+    def _end(self, _opener: Opener, breach: str) -> None:
+        self.ends.append(breach)
+        self.loop.stop()
+
+    def until_end(self) -> None:
+        """Let the loop run until an opener has ended."""
+        self.loop.call_later(20, self.loop.stop)
+        self.loop.run()
+
+    def close(self) -> None:
+        self.fleet.close()
+        self.loop.close()
+        assert [] == self.bugs
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    """Return a fleet whose openers are real."""
+    service = Service()
+    yield service
+    service.close()
+
+
+def ask(service: Service, remote: RemoteOpener, path: Path) -> None:
+    """Have a file looked at while the loop runs."""
+    service.loop.run_in_thread(lambda: remote.look(str(path)) and None, service.loop.stop)
+    service.loop.run()
+
+
+def test_it_ends_when_its_worker_lets_go(service: Service, tmp_path: Path) -> None:
+    """What it opens for the first time is kept before the worker gets an answer."""
+    (tmp_path / "image").write_bytes(b"x" * 512)
+    _, remote = service.begin(f"aio:{tmp_path}/image")
+    ask(service, remote, tmp_path / "image")
+    remote.close()
+    service.until_end()
+
+    assert [str(tmp_path / "image")] == [each.name for each in service.opened]
+    assert [""] == service.ends
+
+
+def test_what_is_not_kept_is_not_given(service: Service, tmp_path: Path) -> None:
+    """The worker is told why."""
+    (tmp_path / "image").write_bytes(b"x" * 512)
+    service.refusal = "it is another file"
+    _, remote = service.begin(f"aio:{tmp_path}/image")
+    said: list[str] = []
+
+    def look() -> None:
+        with pytest.raises(DriverError) as caught:
+            remote.look(str(tmp_path / "image"))
+        said.append(caught.value.problem)
+
+    service.loop.run_in_thread(look, service.loop.stop)
+    service.loop.run()
+    remote.close()
+    service.until_end()
+
+    assert ["it is another file"] == said
+
+
+def test_a_worker_that_asks_nonsense_is_told_of(service: Service) -> None:
+    """No worker of ours does: whoever holds the opener hears of it with its end."""
+    _, remote = service.begin("null:1G")
+    remote._socket.send(b"nonsense")
+    service.until_end()
+    remote.close()
+
+    assert ["it asks for what no worker asks an opener for"] == service.ends
+
+
+def test_one_that_is_killed_says_nothing_more(service: Service) -> None:
+    """Its worker has ended; the other end of its socket is closed with it."""
+    opener, remote = service.begin("null:1G")
+    opener.kill()
+    service.until_end()
+    with pytest.raises(OpenerGone):
+        remote.look("/img")
+    remote.close()
+
+    assert [""] == service.ends
+
+
+def test_one_that_was_made_in_advance_and_has_ended_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Another one gets the job; where none can be had that is an error."""
+    marker = tmp_path / "marker"
+    text = (
+        "import pathlib, socket, sys\n"
+        f"marker = pathlib.Path({str(marker)!r})\n"
+        "if not marker.exists(): marker.touch(); sys.exit()\n"
+        "near = socket.socket(fileno=int(sys.argv[2]))\n"
+        "while near.recv(1 << 18): pass"
+    )
+    service = Service((sys.executable, "-I", "-S", "-c", text))
+    worker = service.fleet.start(lambda *_: None, lambda _: service.loop.stop())
+    spare = service.fleet._spare
+    assert spare is not None
+    select.select([spare.pidfd], [], [], 20)
+    _, remote = service.begin("null:1G")
+    worker.kill("the test wants it")
+    service.until_end()
+    remote.close()
+    service.close()
+
+    broken = Service(("/nonexistent/opener",))
+    with pytest.raises(KernelError):
+        broken.begin("null:1G")
+    broken.close()
+
+
+def test_a_service_that_ends_leaves_none() -> None:
+    """Those that wait for a job or serve nobody any more are ended with it."""
+    service = Service(FAKE_OPENER)
+    _, remote = service.begin("null:1G")
+    service.close()
+    with pytest.raises(OpenerGone):
+        remote.look("/img")
+    remote.close()
+
+    assert [] == service.ends

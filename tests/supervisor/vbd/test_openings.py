@@ -1,0 +1,90 @@
+"""What may be opened for the workers of one vbd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.supervisor.helpers import PATH
+from xenbackend.protocol import messages
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.openings import Openings
+
+OPEN = messages.Open(1, "vbd/5/51712", "xenbackend.rig.host:/rig", 5, "aio:/img", read_only=True, may_wait=True)
+
+
+def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) -> Openings:
+    """Return those of a disk that is served from /img, of which the file is kept."""
+
+    def take(*arguments: Any, **named: Any) -> str:
+        (taken if taken is not None else []).append((arguments, named))
+        return "no"
+
+    kept = [(SimpleNamespace(name="/img", identity="file device=1 inode=2"), 7)]
+    files = SimpleNamespace(kept=lambda: kept, take=take)
+    notes = SimpleNamespace(chain="aio:/img")
+    handover: Any = SimpleNamespace(files=files, notes=notes, chain_in_service=lambda: "aio:/img")
+    context: Any = SimpleNamespace(settings=Settings(socket=str(directory / "control.sock")))
+    device: Any = SimpleNamespace(sight=SimpleNamespace(spec=spec))
+    return Openings(PATH, context, device, handover)
+
+
+def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """Devices and the export with `Open` only; a chain that is put in beside the one in service; one new file."""
+    it = openings(tmp_path)
+    opened = it.for_order(OPEN)
+    waited, again = it.for_order(messages.Serve(2, None)), it.for_order(messages.Serve(3, None))
+    swap = it.for_question(messages.Swap("aio:/other"))
+    branch = it.for_question(messages.Branch("/leaf", ""))
+
+    assert opened is not None
+    assert waited is not None
+    assert swap is not None
+    assert branch is not None
+    assert (["aio:/img"], True, OPEN.host, 5) == (opened.chains, opened.read_only, opened.host, opened.frontend_domid)
+    assert (["aio:/img"], "", "") == (waited.chains, waited.host, waited.makes)
+    assert again is None, "the image is open"
+    assert (["aio:/img", "aio:/other"], True, "") == (swap.chains, swap.read_only, swap.makes)
+    assert (["aio:/img"], "/leaf") == (branch.chains, branch.makes)
+    assert it.for_question(messages.Pause()) is None
+    assert [7] == it.kept()
+    assert ["/img"] == [each.name for each in swap.kept]
+
+
+def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) -> None:
+    """How an earlier service had it open is what stands in the node; where that says nothing, nothing is written to."""
+    spec = SimpleNamespace(read_only=False, shareable=False)
+    written, read = (openings(tmp_path, spec=each).for_question(messages.Swap("aio:/x")) for each in (spec, None))
+    waiting = openings(tmp_path, spec=spec).for_order(messages.Serve(2, None))
+
+    assert written is not None
+    assert read is not None
+    assert (False, True) == (written.read_only, read.read_only)
+    assert waiting is not None, "it may have looked at the image only"
+
+
+def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
+    """Of a chain that is put in another file may be taken only where the order says so."""
+    from xenbackend.protocol.opening import Opened
+
+    taken: list[Any] = []
+    it = openings(tmp_path, taken)
+    it.for_question(messages.Swap("aio:/x", replaces=True))
+
+    assert "no" == it.opened(Opened("/x", "file device=1 inode=3", 1), 9)
+    assert [(("/x", "file device=1 inode=3", 9), {"is_next": True, "replaces": True})] == taken
+
+
+def test_the_socket_of_an_export_is_removed_once_it_is_over(tmp_path: Path) -> None:
+    """Not before it was there: the worker may be about to open it."""
+    it = openings(tmp_path)
+    path = Path(it.export)
+    path.parent.mkdir()
+    path.touch()
+    it.saw_export("")
+    assert path.exists()
+    it.saw_export(str(path))
+    it.saw_export("")
+    assert not path.exists()
+    it.remove_export()

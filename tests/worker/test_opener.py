@@ -1,0 +1,79 @@
+"""The worker's side of an opener: what comes of answers that are none. Right answers: `tests/opener/test_main.py`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from xenbackend.errors import ConfigError, DriverError
+from xenbackend.kernel import datagram
+from xenbackend.protocol import opening
+from xenbackend.protocol.opening import Given
+from xenbackend.worker.opener import NoOpener, OpenerGone, RemoteOpener
+
+
+def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
+    """Return an opener that gives one answer and is gone."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def answer() -> None:
+        with far:
+            far.recv(opening.MAX_MESSAGE)
+            datagram.send(far, data, fds)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return RemoteOpener(near)
+
+
+@pytest.mark.parametrize(
+    ("data", "fds"),
+    [
+        (b"", []),
+        (b"nonsense", []),
+        (opening.encode(Given()), []),
+        (opening.encode(Given()), [0, 1]),
+        (opening.encode(Given()), [0]),
+        (opening.encode(opening.Opened("/img", "", 0)), [0]),
+    ],
+)
+def test_an_answer_that_is_none_is_an_opener_that_is_gone(data: bytes, fds: list[int]) -> None:
+    """No descriptor is left, and who has asked ends, so that a successor begins anew."""
+    before = len(os.listdir("/proc/self/fd"))
+    opener = answered(data, fds)
+    with pytest.raises(OpenerGone):
+        opener.open("/img", write=True)
+    opener.close()
+
+    assert before >= len(os.listdir("/proc/self/fd")) - 1  # the thread's end may be on its way
+
+
+def test_errors_are_as_of_the_call_itself() -> None:
+    """With a number alone it is an OSError about the file, with a sentence one for people."""
+    gone = answered(opening.encode(Given(2, "", "/img")))
+    with pytest.raises(FileNotFoundError) as caught:
+        gone.look("/img")
+    gone.close()
+    assert "/img" == caught.value.filename
+    for function in ("make", "publish"):
+        taken = answered(opening.encode(Given(17, "it is taken")))
+        with pytest.raises(ConfigError, match="it is taken"):
+            getattr(taken, function)()
+        taken.close()
+
+
+def test_between_two_orders_nothing_is_opened() -> None:
+    """Whoever tries hears so."""
+    nobody = NoOpener()
+    for function in (
+        lambda: nobody.open("/img", write=False),
+        lambda: nobody.open_record("/img"),
+        lambda: nobody.look("/img"),
+        lambda: nobody.find("parent", "/img", ["base"]),
+        lambda: nobody.resolve("/img"),
+    ):
+        with pytest.raises(DriverError, match="nobody has ordered anything"):
+            function()

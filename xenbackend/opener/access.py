@@ -1,0 +1,121 @@
+"""What is opened for one job: by its chains' rules, each name looked up once, and what was kept before anything else.
+
+Must not know a process or a socket: `main` speaks to both sides.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from xenbackend.block.mapped.parents import find_named
+from xenbackend.errors import DriverError, printable
+from xenbackend.kernel.identity import difference, from_text
+from xenbackend.opener import steps
+from xenbackend.opener.rules import Rule, Rules
+from xenbackend.protocol.opening import Facts, Job, KeptFile
+
+# Hands over a file that was opened for the first time: name, identity, place of the chain, descriptor, lent for the
+# call. Returns a sentence where the worker may not have it.
+Tell = Callable[[str, str, int, int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    fd: int  # O_PATH
+    identity: str
+
+
+class Access:
+    """The files of one job. Every name that a chain leads to means one file for as long as this lives."""
+
+    def __init__(self, job: Job, kept: Mapping[str, int], tell: Tell) -> None:
+        """`kept` are O_PATH descriptors by name, ours from now on. Raises: ChainError."""
+        self._job = job
+        self._tell = tell
+        self._rules = [Rules(text, read_only=job.read_only) for text in job.chains]
+        identities = {each.name: each for each in job.kept}
+        self._kept = {name: _Held(fd, identities[name].identity) for name, fd in kept.items()}
+        self._held: list[dict[str, _Held]] = [
+            dict(self._kept) if not number else {} for number in range(len(job.chains))
+        ]
+
+    def look(self, name: str, chain: int) -> Facts:
+        """Return what a file is. Raises: DriverError, OSError."""
+        held = self._hold(name, chain, create=False)
+        return steps.look(held.fd, name)
+
+    def find(self, what: str, named_by: str, names: list[str], chain: int) -> tuple[str, Facts]:
+        """Return the first file that is there of those that an image names, as `find_named`. Raises: DriverError."""
+        rules = self._chain(chain)
+        path = find_named(what, named_by, names, rules.of(named_by).within)
+        rules.allow(path, named_by)
+        return path, self.look(path, chain)
+
+    def open(self, name: str, chain: int, *, write: bool, create: bool) -> tuple[int, Facts]:
+        """Return a descriptor of an open file description of its own, and what it is of. Raises: DriverError, OSError.
+
+        Who called closes it.
+        """
+        rule = self._chain(chain).of(name)
+        if (write and not rule.may_write) or (create and not rule.is_record):
+            problem = f"{printable(name)} is to be read only"
+            raise DriverError(problem, path=name, errno=errno.EACCES)
+        held = self._hold(name, chain, create=create)
+        return steps.reopen(held.fd, name, write=write), steps.look(held.fd, name)
+
+    def resolve(self, name: str, chain: int) -> str:
+        """Return the directory of a file with all links followed; with a slash at its end, of one of `parents=`.
+
+        Raises: DriverError.
+        """
+        rules = self._chain(chain)
+        if name.endswith("/"):
+            rules.check_directory(name[:-1])
+        elif name != self._job.makes:
+            rules.of(name)
+        return steps.resolve(name)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for fd in {each.fd for names in [self._kept, *self._held] for each in names.values()}:
+            os.close(fd)
+        self._kept.clear()
+        self._held.clear()
+
+    def _chain(self, number: int) -> Rules:
+        if not 0 <= number < len(self._rules):
+            raise DriverError(f"the job has no chain {number}", errno=errno.EINVAL)
+        return self._rules[number]
+
+    def _hold(self, name: str, chain: int, *, create: bool) -> _Held:
+        rule = self._chain(chain).of(name)
+        held = self._held[chain].get(name)
+        if held is None:
+            held = self._held[chain][name] = self._look_up(name, chain, rule, create=create)
+        return held
+
+    def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
+        """Return what a name means now, after whoever keeps it has it."""
+        fd = steps.hold_record(name, create=create) if rule.is_record else steps.hold(name)
+        try:
+            identity = steps.identify(fd)
+            refusal = self._tell(name, identity, chain, fd)
+            if refusal:
+                raise DriverError(refusal, path=name, errno=errno.ESTALE)
+        except BaseException:
+            os.close(fd)
+            raise
+        kept = self._kept.get(name)
+        if kept is not None and not difference(from_text(kept.identity), from_text(identity)):
+            os.close(fd)
+            return kept
+        return _Held(fd, identity)
+
+
+def kept_of(job: Job, fds: list[int]) -> dict[str, int]:
+    """Return the descriptors of a job's kept files by name. Raises: ValueError, where there are not as many."""
+    names: list[KeptFile] = job.kept
+    return {each.name: fd for each, fd in zip(names, fds, strict=True)}

@@ -1,0 +1,36 @@
+"""The socket on which a worker serves a device model; whoever starts the worker removes it.
+
+Must not accept anybody.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+BACKLOG = 8
+
+
+def listen(path: str) -> int:
+    """Return a socket that listens at `path` for our own user, in the place of what was there.
+
+    Its directory is made. Raises: OSError, about `path`.
+    """
+    place = Path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        former = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(former)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno:  # Python's own have none
+            error.filename = error.filename or path
+        raise
+    return listener.detach()

@@ -1,0 +1,166 @@
+"""The process that opens files, devices and sockets for one worker: one job, then one question after the other.
+
+Must not wait for a lock, keep a copy of what it has handed over, or be of use to a worker once its supervisor has gone:
+a file that nobody keeps could be another one for the next worker.
+
+It may hang in a call to storage that does not answer; then this process does, and its worker, and nobody else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+
+from xenbackend.errors import XenbackendError
+from xenbackend.kernel import datagram as datagrams
+from xenbackend.kernel.ports import open_devices
+from xenbackend.opener.access import Access, kept_of
+from xenbackend.opener.listening import listen
+from xenbackend.opener.newfile import NewFile
+from xenbackend.protocol import codec, opening
+from xenbackend.protocol.messages import SENTENCE_MAX
+from xenbackend.protocol.opening import Given
+
+BREACH = 3  # exit status: the worker asked what no worker of ours asks
+
+
+class SupervisorGone(Exception):
+    """Nobody is left to keep what is opened."""
+
+
+class Attendant:
+    """Answers the questions of one worker."""
+
+    def __init__(
+        self, job: opening.Job, supervisor: socket.socket, worker: socket.socket, kept: dict[str, int]
+    ) -> None:
+        """Open nothing yet. `kept` are O_PATH descriptors by name, ours from now on."""
+        self._job = job
+        self._supervisor = supervisor
+        self._worker = worker
+        self._kept = kept
+        self._access: Access | None = None  # until it is needed: what is wrong with a chain is an answer
+        self._new: NewFile | None = None
+
+    def serve(self) -> int:
+        """Answer until the worker closes its end, and return the exit status."""
+        try:
+            while datagram := self._worker.recv(opening.MAX_MESSAGE):
+                try:
+                    question = opening.from_worker(datagram)
+                except codec.NotAMessage:
+                    return BREACH
+                answer, fds = self.answer(question)
+                try:
+                    datagrams.send(self._worker, opening.encode(answer), fds)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
+        except (SupervisorGone, ConnectionResetError, BrokenPipeError):
+            pass
+        finally:
+            self.close()
+        return 0
+
+    def close(self) -> None:
+        """Let go of everything, and remove a file that was not published."""
+        if self._access is not None:
+            self._access.close()
+        if self._new is not None:
+            self._new.abandon()
+            self._new = None
+
+    def answer(self, question: opening.Question) -> tuple[Given, list[int]]:
+        """Return the answer to one question, and the descriptors that were opened for it, the caller's."""
+        fds: list[int] = []
+        try:
+            answer = self._do(question, fds)
+        except XenbackendError as problem:
+            code, path = getattr(problem, "errno", 0) or errno.EINVAL, getattr(problem, "path", "")
+            answer = Given(code, _plain(getattr(problem, "problem", "") or str(problem)), path)
+        except OSError as problem:
+            sentence = "" if problem.errno else _plain(str(problem))
+            answer = Given(problem.errno or errno.EINVAL, sentence, str(problem.filename or ""))
+        except (SupervisorGone, AssertionError):
+            raise
+        except Exception as bug:  # of ours, or of what a driver's options are read by: whoever asked has to know
+            answer = Given(errno.EIO, _plain(f"the opener could not do it: {type(bug).__name__}: {bug}"))
+        return answer, fds
+
+    def _do(self, question: opening.Question, fds: list[int]) -> Given:
+        job, access = self._job, self._access
+        if access is None:
+            access = self._access = Access(job, self._kept, self._tell)
+        match question:
+            case opening.LookAt():
+                return Given(facts=access.look(question.name, question.chain))
+            case opening.FindFile():
+                path, facts = access.find(question.what, question.named_by, question.names, question.chain)
+                return Given(path=path, facts=facts)
+            case opening.OpenFile():
+                fd, facts = access.open(question.name, question.chain, write=question.write, create=question.create)
+                fds.append(fd)
+                return Given(facts=facts)
+            case opening.Resolve():
+                return Given(path=access.resolve(question.name, question.chain))
+            case opening.MakeFile() if job.makes and self._new is None:
+                self._new = NewFile(job.makes)
+                fds.append(os.dup(self._new.fd))
+            case opening.Publish() if self._new is not None:
+                self._new.publish()
+            case opening.OpenDevices() if job.host:
+                fds += open_devices(job.host, job.frontend_domid)
+            case opening.Listen() if job.export:
+                fds.append(listen(job.export))
+            case _:
+                return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
+        return Given()
+
+    def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
+        """Hand over a file, and return why the worker may not have it, once the supervisor has said so."""
+        try:
+            datagrams.send(self._supervisor, opening.encode(opening.Opened(name, identity, chain)), [fd])
+            datagram = self._supervisor.recv(opening.MAX_MESSAGE)
+        except OSError:
+            raise SupervisorGone from None
+        if not datagram:
+            raise SupervisorGone
+        ack = opening.from_supervisor(datagram)
+        if not isinstance(ack, opening.Ack):
+            raise SupervisorGone
+        return ack.refusal
+
+
+def serve(supervisor: socket.socket) -> int:
+    """Take one job from the supervisor, serve its worker, and return the exit status."""
+    datagram, fds, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)
+    if not datagram:
+        return 0
+    job = opening.from_supervisor(datagram)
+    assert isinstance(job, opening.Job)  # noqa: S101 - the supervisor says nothing else at first
+    while len(fds) < 1 + len(job.kept):
+        datagram, more, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)
+        if not datagram:
+            return 0
+        fds += more
+    with socket.socket(fileno=fds[0]) as worker:
+        return Attendant(job, supervisor, worker, kept_of(job, fds[1:])).serve()
+
+
+def main(arguments: list[str]) -> int:
+    """Serve over the socket to the supervisor, given by number."""
+    if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
+        print("an opener is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
+        return 2
+    return serve(socket.socket(fileno=int(arguments[1])))
+
+
+def _plain(sentence: str) -> str:
+    """Return a sentence as a message takes it, short enough and without what cannot be stored."""
+    return sentence[:SENTENCE_MAX].encode(errors="backslashreplace").decode()[:SENTENCE_MAX]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""The steps of opening a file: get hold of it, see what it is, and open it for real by what is held.
+
+Must not decide who may open what, nor wait for a lock.
+
+A name is looked up once, by O_PATH: that opens nothing, so that no device notices and no pipe waits, and what is looked
+at is what is opened afterwards, by /proc/self/fd, whatever the name means by then (open(2), "O_PATH").
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from xenbackend.errors import DriverError
+from xenbackend.kernel import blockdev, identity
+from xenbackend.protocol.opening import Facts
+
+
+def hold(path: str) -> int:
+    """Return an O_PATH descriptor of a file that can be an image. Raises: DriverError where it cannot; OSError."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        blockdev.check_kind(os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def hold_record(path: str, *, create: bool) -> int:
+    """Return an O_PATH descriptor of a regular file, and make the file where it is not there, for its owner only.
+
+    A link is not followed: whoever may write to the directory could have it lead to any file.
+
+    Raises: DriverError where it is another thing; OSError.
+    """
+    if create and not os.path.lexists(path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        os.close(os.open(path, flags, 0o600))
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DriverError(f"{path} is not a regular file", path=path)
+    return fd
+
+
+def identify(fd: int) -> str:
+    """Return what tells a file that is held from any other, as `kernel.identity` writes it. Raises: KernelError."""
+    return identity.to_text(identity.identify(fd))
+
+
+def look(fd: int, path: str) -> Facts:
+    """Return what a file that is held is. Raises: OSError."""
+    status = os.fstat(fd)
+    is_device = stat.S_ISBLK(status.st_mode)
+    return Facts(
+        identity=identify(fd),
+        is_device=is_device,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        discard_granularity=blockdev.find_granularity(status.st_rdev) if is_device else 0,
+        real=os.path.realpath(path),
+    )
+
+
+def reopen(fd: int, path: str, *, write: bool) -> int:
+    """Return a descriptor of an open file description of its own. Raises: OSError, about `path`."""
+    # Without O_NONBLOCK, opening a device may wait for a medium.
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags)
+    except OSError as error:
+        error.filename = path
+        raise
+
+
+def resolve(path: str) -> str:
+    """Return the directory of a file with all links followed."""
+    return os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - pathlib would alter it

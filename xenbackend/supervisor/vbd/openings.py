@@ -1,0 +1,92 @@
+"""What may be opened for the workers of one vbd: the job for each order or question that may open something.
+
+Must not take a worker's word for anything: what a job says comes from the toolstack, from an order, or from the notes.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from xenbackend.protocol import messages
+from xenbackend.protocol.opening import Job, KeptFile, Opened
+from xenbackend.supervisor.vbd.context import Context
+from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+
+class Openings:
+    """One vbd's.
+
+    may_wait    whether its worker may have only looked at the chain until now
+    """
+
+    def __init__(self, path: VbdPath, context: Context, device: Device, handover: Handover) -> None:
+        self.may_wait = True  # as an earlier service may have ordered
+        self._path = path
+        self._context = context
+        self._device = device
+        self._handover = handover
+        self._replaces = False  # the question that was asked last
+        self._mode: tuple[bool, bool] | None = None  # as the worker was told
+        self._has_export = False  # the worker's socket for a device model was there
+
+    @property
+    def export(self) -> str:
+        """Path of the socket on which a worker serves a device model."""
+        directory = Path(self._context.settings.socket).parent / "nbd"
+        return str(directory / f"{str(self._path).replace('/', '-')}.sock")
+
+    def for_order(self, order: messages.Open | messages.Serve) -> Job | None:
+        """Return the job for an order; None where it opens nothing."""
+        if isinstance(order, messages.Open):
+            self.may_wait, self._mode = order.may_wait, (order.read_only, order.shareable)
+            job = self._job([order.chain])
+            return replace(job, host=order.host, frontend_domid=order.frontend_domid, export=order.export)
+        if not self.may_wait:
+            return None
+        self.may_wait = False
+        return self._job([self._handover.chain_in_service()])
+
+    def for_question(self, question: messages.Question) -> Job | None:
+        """Return the job for a question, likewise."""
+        chain = self._handover.notes.chain
+        match question:
+            case messages.Swap():
+                self._replaces = question.replaces
+                return self._job([chain, question.chain])
+            case messages.Branch():
+                return replace(self._job([chain]), makes=question.file)
+        return None
+
+    def kept(self) -> list[int]:
+        """Return the descriptors of a job's kept files, lent."""
+        return [fd for _, fd in self._handover.files.kept()]
+
+    def opened(self, found: Opened, fd: int) -> str:
+        """Keep a file that was opened for the first time; return why the worker may not have it, or nothing."""
+        return self._handover.files.take(
+            found.name, found.identity, fd, is_next=found.chain > 0, replaces=self._replaces
+        )
+
+    def saw_export(self, path: str) -> None:
+        """Take note of whether the worker serves a device model; where it does not any more, remove the socket."""
+        if path:
+            self._has_export = True
+        elif self._has_export:
+            self.remove_export()
+
+    def remove_export(self) -> None:
+        """Remove the socket, of which no worker is left."""
+        self._has_export = False
+        with suppress(OSError):  # who opens the next one replaces it
+            Path(self.export).unlink(missing_ok=True)
+
+    def _job(self, chains: list[str]) -> Job:
+        spec = self._device.sight.spec
+        asked = (spec.read_only, spec.shareable) if spec else (True, False)  # an earlier service has told the worker
+        read_only, shareable = self._mode or asked
+        kept = [KeptFile(file.name, file.identity) for file, _ in self._handover.files.kept()]
+        return Job(str(self._path), chains, read_only, shareable, kept=kept)

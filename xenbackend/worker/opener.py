@@ -1,0 +1,148 @@
+"""What opens files, devices and sockets for this process, which opens none itself: an opener, asked over a socket.
+
+Must not look at a path. A call waits for its answer, as a system call would: it is used while a chain is opened, and
+while what it is on hangs, nobody could be served.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+from xenbackend.errors import ConfigError, DriverError
+from xenbackend.kernel import datagram as datagrams
+from xenbackend.protocol import codec, opening
+from xenbackend.protocol.opening import Facts, Given, Question
+
+_MOST_CARRIED = 2  # descriptors beside one answer: both devices
+
+
+class OpenerGone(DriverError):
+    """The opener has ended, or its supervisor; a successor of this process gets another one."""
+
+    def __init__(self) -> None:
+        super().__init__("the process that opens its files has ended", errno=errno.EPIPE)
+
+
+class NoOpener:
+    """Refuses everything: between two orders nothing is to be opened."""
+
+    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:  # noqa: ARG002
+        """Refuse it."""
+        raise _refusal(path)
+
+    def open_record(self, path: str) -> int:
+        """Refuse it."""
+        raise _refusal(path)
+
+    def look(self, path: str) -> Facts:
+        """Refuse it."""
+        raise _refusal(path)
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:  # noqa: ARG002
+        """Refuse it."""
+        raise _refusal(image)
+
+    def resolve(self, path: str) -> str:
+        """Refuse it."""
+        raise _refusal(path)
+
+
+class RemoteOpener:
+    """The opener of one order or question, for one chain of its job."""
+
+    def __init__(self, near: socket.socket, chain: int = 0) -> None:
+        """Use a socket that the supervisor gave; `chain` is a place in `Job.chains`."""
+        self.chain = chain
+        self._socket = near
+        near.setblocking(True)
+
+    def for_chain(self, chain: int) -> RemoteOpener:
+        """Return the same opener for another chain of its job."""
+        return type(self)(self._socket, chain)
+
+    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:
+        """Return a descriptor of an open file description of its own. Raises: DriverError, OSError."""
+        given, fds = self._ask(opening.OpenFile(path, write=write, chain=self.chain), 1)
+        return fds[0], _facts(given)
+
+    def open_record(self, path: str) -> int:
+        """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
+        return self._ask(opening.OpenFile(path, write=True, create=True, chain=self.chain), 1)[1][0]
+
+    def look(self, path: str) -> Facts:
+        """Return what a file is. Raises: DriverError, OSError."""
+        return _facts(self._ask(opening.LookAt(path, self.chain), 0)[0])
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:  # noqa: ARG002 - see below
+        """Return the first file that is there of those that an image names. Raises: DriverError.
+
+        `within` the opener takes from the chain's text itself.
+        """
+        return self._ask(opening.FindFile(what, image, list(names)[: opening.MAX_NAMES], self.chain), 0)[0].path
+
+    def resolve(self, path: str) -> str:
+        """Return the directory of a file with all links followed. Raises: DriverError."""
+        return self._ask(opening.Resolve(path, self.chain), 0)[0].path
+
+    def make(self) -> int:
+        """Return a descriptor of the new file that the job is to make. Raises: ConfigError, OSError."""
+        try:
+            return self._ask(opening.MakeFile(), 1)[1][0]
+        except DriverError as problem:
+            raise ConfigError(problem.problem) from problem
+
+    def publish(self) -> None:
+        """Give the new file its name. Raises: ConfigError, where that is taken meanwhile; OSError."""
+        try:
+            self._ask(opening.Publish(), 0)
+        except DriverError as problem:
+            raise ConfigError(problem.problem) from problem
+
+    def open_devices(self) -> list[int]:
+        """Return the devices' descriptors, as `kernel.ports.open_devices`. Raises: DriverError, OSError."""
+        return self._ask(opening.OpenDevices(), None)[1]
+
+    def listen(self) -> socket.socket:
+        """Return the socket for the export. Raises: DriverError, OSError."""
+        return socket.socket(fileno=self._ask(opening.Listen(), 1)[1][0])
+
+    def close(self) -> None:
+        """Let the opener end."""
+        self._socket.close()
+
+    def _ask(self, question: Question, carried: int | None) -> tuple[Given, list[int]]:
+        """Ask, and return the answer with as many descriptors as `carried` says, where it says so."""
+        given, fds = self._transact(question)
+        if not isinstance(given, Given) or (not given.errno and carried is not None and len(fds) != carried):
+            for fd in fds:
+                os.close(fd)
+            raise OpenerGone
+        if given.sentence:
+            raise DriverError(given.sentence, path=given.path, errno=given.errno)
+        if given.errno:
+            raise OSError(given.errno, os.strerror(given.errno), given.path or None)
+        return given, fds
+
+    def _transact(self, question: Question) -> tuple[opening.FromOpener | None, list[int]]:
+        """Send a question, and return what comes back with its descriptors; None where nothing does."""
+        fds: list[int] = []
+        try:
+            self._socket.send(opening.encode(question))
+            datagram, fds, _ = datagrams.receive(self._socket, opening.MAX_MESSAGE, _MOST_CARRIED)
+            return opening.from_opener(datagram), fds
+        except (OSError, codec.NotAMessage):
+            return None, fds
+
+
+def _refusal(path: str) -> DriverError:
+    problem = f"{path} is to be opened, and nobody has ordered anything that opens"
+    return DriverError(problem, path=path, errno=errno.EPERM)
+
+
+def _facts(given: Given) -> Facts:
+    if given.facts is None:
+        raise OpenerGone
+    return given.facts
