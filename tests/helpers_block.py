@@ -31,10 +31,15 @@ class Machine:
         self.make_env = EnvFactory(self.reactor, self.files)
         self.slept: list[float] = []
 
-    def open(self, text: str, *, read_only: bool = False, checked: bool = True) -> Chain:
+    def open(self, text: str, *, read_only: bool = False, checked: bool = True, shareable: bool = False) -> Chain:
         """Open a chain, with the asserting layer unless told otherwise."""
         return open_chain(
-            parse_chain(text), self.make_env, read_only=read_only, checked=checked, sleep=self.slept.append
+            parse_chain(text),
+            self.make_env,
+            read_only=read_only,
+            shareable=shareable,
+            checked=checked,
+            sleep=self.slept.append,
         )
 
     def do(self, chain: Chain, *batch: Request) -> list[int]:

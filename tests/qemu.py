@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,48 @@ def qemu_io(path: Path, image_format: str, *commands: str) -> None:
     _run("qemu-io", "-f", image_format, *(word for each in commands for word in ("-c", each)), path)
 
 
+def refusal(tool: str, *arguments: str | Path) -> str:
+    """Run one of the tools; return what it says where it fails, and nothing where it succeeds."""
+    _need(tool)
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, input="")
+    said = done.stderr + done.stdout
+    return said if done.returncode or "can't open" in said else ""  # qemu-io does not always say it by its status
+
+
+@contextmanager
+def held_open(image_format: str, path: Path, *options: str) -> Iterator[int]:
+    """Have an image open in a qemu-io with these options, for writing by default; give its process number."""
+    _need("qemu-io")
+    command = ["qemu-io", *options, "-f", image_format, path]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        said = process.stdout.readline()  # which it says once the image is open
+        assert "iB" in said or "bytes" in said, said
+        try:
+            yield process.pid
+        finally:
+            process.stdin.close()
+
+
+@contextmanager
+def daemon(tool: str, pid_file: Path, *arguments: str | Path) -> Iterator[int]:
+    """Have qemu-nbd or qemu-storage-daemon run, which has opened everything; give its process number."""
+    _need(tool)
+    words = {"qemu-nbd": ["--fork", "--pid-file"], "qemu-storage-daemon": ["--daemonize", "--pidfile"]}[tool]
+    subprocess.run([tool, *words, pid_file, *arguments], check=True, stdout=-3, stderr=-3)
+    pid = int(pid_file.read_text())
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pid
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # qemu-nbd misses a SIGTERM that comes early
+        assert select.select([pidfd], [], [], 10)[0]
+        os.close(pidfd)
+
+
 def check(path: Path) -> tuple[int, int]:
     """Return how many errors and leaks qemu-img finds in a QCOW2 image."""
     found = json.loads(qemu_img("check", "--output=json", "-f", "qcow2", path, may_fail=True))
@@ -27,8 +74,12 @@ def check(path: Path) -> tuple[int, int]:
 
 
 def _run(tool: str, *arguments: str | Path, may_fail: bool = False) -> str:
-    if not shutil.which(tool):
-        pytest.skip(f"{tool} is not installed (Debian: qemu-utils)")
+    _need(tool)
     done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
     assert may_fail or done.returncode == 0, (arguments, done.stdout, done.stderr)
     return done.stdout
+
+
+def _need(tool: str) -> None:
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not installed (Debian: qemu-utils, qemu-system-common)")

@@ -51,7 +51,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "worker/files"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/parent"),
     "importlib": (
         "block/drivers/__init__",
         "block/formats/table",

@@ -131,7 +131,7 @@ def open_chain(
         spec: what to open.
         make_env: called once for each layer and each parent.
         read_only: nothing may be altered.
-        shareable: others may have the source's image open too.
+        shareable: others may write to the source's image, too.
         checked: put the asserting layer between all layers; never in production.
         sleep: waits before a layer whose opening ended with EIO is tried again.
 

@@ -188,7 +188,7 @@ class Files(Lookup, Protocol):
         Args:
             path: the file or block device.
             read_only: open it for reading only.
-            shareable: others may have it open too (a parent of several images); otherwise it is locked.
+            shareable: others may write to it, too: somebody said so. Otherwise one may who has it alone, or all read.
             direct: bypass the page cache where the file allows.
             blocking: do every request by a blocking call, one after the other.
             step: for image formats whose file may end anywhere, also inside a sector. A file that is opened for writing
@@ -210,7 +210,7 @@ class Env(Protocol):
     """What a layer gets from its worker when it is opened. Everything here lives as long as the layer."""
 
     read_only: bool  # this layer must not alter what it holds
-    shareable: bool  # this layer's image is a parent: others may read it at the same time
+    shareable: bool  # others may write to this layer's image at the same time
     resumes: bool  # the guest may have written already: a memory that is fresh knows nothing of that
     is_draft: bool  # of an image that is being made: only what a flush has made durable is ever looked at again
     files: Files

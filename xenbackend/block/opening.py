@@ -95,7 +95,7 @@ class Opening:
     def _parent(self, spec: LayerSpec, child: OpenLayer, seen: set[str]) -> OpenLayer:
         """Open a parent; `seen` are the files of its children, none of which may be one of its own."""
         try:
-            parent = self._open(spec, read_only=True, shareable=True, parent_of=child.text)
+            parent = self._open(spec, read_only=True, parent_of=child.text)
         except DriverError as error:
             if error.errno == errno.EBUSY and seen & _identity(child.driver.env.files, error.path):
                 raise _twice(spec, error.path) from error  # it is we who have it locked

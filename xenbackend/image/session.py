@@ -82,7 +82,7 @@ class Session:
         opening = Opening(env, _do_not_sleep)
         self._open.append(opening)
         with suppress(DriverError):  # who asks has been told why already
-            opening.source_and_parents(spec, read_only=True, shareable=True)
+            opening.source_and_parents(spec, read_only=True, shareable=False)
         return opening.layers
 
     def open_file(self, path: str, *, read_only: bool, step: int = 0) -> File:

@@ -2,15 +2,14 @@
 
 Must not do I/O for a guest: `image`, `cached` and `direct` do.
 
-The lock is a flock on the image's own open file description, and there is never a second description: a write that a
-killed worker left in flight keeps the description, and with it the lock, until it has landed. Whoever gets the lock
-therefore knows that no old write can come after his.
+The locks (`kernel.locks`) hang on the image's own open file description, and there is never a second description: a
+write that a killed worker left in flight keeps the description, and with it the locks, until it has landed. Whoever
+gets them therefore knows that no old write can come after his.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.errors import DriverError, KernelError
-from xenbackend.kernel import blockdev
+from xenbackend.kernel import blockdev, locks
 from xenbackend.kernel.blockdev import Medium
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol.opening import Facts
@@ -108,7 +107,7 @@ class HostFiles:
             if self._whole:
                 blockdev.refuse_part_of_a_sector(medium, path)
             os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
-            self._lock(fd, path, shared=read_only or shareable)
+            self._lock(fd, path, locks.access(read_only=read_only, shareable=shareable))
             if step and not (read_only or medium.is_device):
                 size = round_up(medium.size, step)
                 os.ftruncate(fd, size)
@@ -153,20 +152,16 @@ class HostFiles:
             return DirectImage(fd, medium, alignment, self._reactor, self._queue(direct=True))
         return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
 
-    def _lock(self, fd: int, path: str, *, shared: bool) -> None:
+    def _lock(self, fd: int, path: str, access: locks.Access) -> None:
+        """Take the locks. Raises: DriverError, where somebody else still has them when the time is over; OSError."""
         if not self._locks:
             return
         give_up = time.monotonic() + self.lock_timeout_s
-        while True:
-            try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() >= give_up:
-                    sentence = f"{path} is locked by another process; one writer at a time, or readers only"
-                    raise DriverError(sentence, path=path, errno=errno.EBUSY) from error
-                time.sleep(_LOCK_PAUSE_S)
-            else:
-                return
+        while not locks.take(fd, access):
+            if time.monotonic() >= give_up:
+                sentence = f"{path} is locked by another process; one writer at a time, or readers only"
+                raise DriverError(sentence, path=path, errno=errno.EBUSY)
+            time.sleep(_LOCK_PAUSE_S)
 
     def _queue(self, *, direct: bool) -> IoQueue | None:
         """Return the worker's one queue of a kind, or None where the host has none for us."""

@@ -16,9 +16,14 @@ Description:
     FILE is taken as it stands; write a backslash before `|`, `,` and `\` in it.
 
 Behaviour:
-    The image is locked while it is open: one writer, or any number of readers. A flush returns when everything that
-    was written before is durable. A discard punches a hole into a file, or discards on a block device, where the
-    host can; what was discarded from a file reads as zeros. Errors of the host reach the guest.
+    The image is locked while it is open: one writer, or any number of readers. QEMU's tools see that lock, and theirs
+    is respected: who writes is refused beside any other user, on both sides. As with QEMU's own disks, `qemu-img info
+    -U` and its like read an image that is written to, and of a raw one its readers (`qemu-img convert -f raw`) do not
+    ask: what they see may be half of a change.
+
+    A flush returns when everything that was written before is durable. A discard punches a hole into a file, or
+    discards on a block device, where the host can; what was discarded from a file reads as zeros. Errors of the host
+    reach the guest.
 
     Where the disk's sectors are smaller than the medium's own, a write of a part of one of those reads all of it and
     writes it back. It does so alone: what is in flight ends first, and what comes meanwhile waits. So writes that

@@ -105,7 +105,7 @@ class Ram(SimpleDriver):
         self._memory.release()
 
     def _load(self, env: Env, path: str) -> int:
-        file = env.files.open(path, read_only=True, shareable=True, direct=False, blocking=True)
+        file = env.files.open(path, read_only=True, direct=False, blocking=True)
         try:
             return self._fill(env, file.size, file)
         finally:

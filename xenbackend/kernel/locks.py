@@ -1,0 +1,94 @@
+"""Locks on an image: a flock, which all of our processes respect, and the byte locks that QEMU's tools respect, too.
+
+Must not open anything, wait, or decide what follows from a lock that somebody else has.
+
+Both hang on the open file description. A write in flight keeps that, so they end when a killed worker's last write has
+landed, and not before: with the last copy of the descriptor, wherever that is.
+
+QEMU's locks are OFD byte locks (fcntl(2), "Open file description locks"), all of them shared, so that taking one never
+fails. Byte 100 + n says "I do n", byte 200 + n "nobody else may do n"; n is a permission. Whoever opens an image first
+takes its own locks, then looks whether somebody else forbids what it does, or does what it forbids. So of two that
+come at once, at least one sees the other.
+
+Source: QEMU block/file-posix.c, `raw_apply_lock_bytes` and `raw_check_lock_bytes`; include/block/block-common.h for the
+permissions.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import struct
+from dataclasses import dataclass
+
+_CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # BLK_PERM_*, as numbers of bits
+_DOES, _FORBIDS, _END = 100, 200, 300  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE, and no lock of QEMU's is behind this
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+_WITHOUT = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # a file system has no such locks
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What is done with an image, and what nobody else may do meanwhile, as permissions of QEMU."""
+
+    does: tuple[int, ...]
+    forbids: tuple[int, ...]
+    is_alone: bool = False  # among our own processes
+
+
+READ = Access((_CONSISTENT_READ,), (_WRITE, _RESIZE))
+WRITE = Access((_CONSISTENT_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE), is_alone=True)
+SHARED_READ = Access((_CONSISTENT_READ,), ())
+SHARED_WRITE = Access((_CONSISTENT_READ, _WRITE), ())
+
+
+def access(*, read_only: bool, shareable: bool) -> Access:
+    """Return what is done with an image that is open like this; `shareable`: others may write to it, too."""
+    if shareable:
+        return SHARED_READ if read_only else SHARED_WRITE
+    return READ if read_only else WRITE
+
+
+def take(fd: int, wanted: Access) -> bool:
+    """Take both kinds of locks, without waiting; return whether nobody stands against it. Else none of QEMU's is left.
+
+    A file system that has no byte locks leaves us with the flock. Raises: OSError.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if wanted.is_alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        for byte in _bytes(wanted.does, wanted.forbids):
+            _set(fd, fcntl.F_RDLCK, byte)
+        if is_free(fd, wanted):
+            return True
+        _set(fd, fcntl.F_UNLCK, 0, _END)
+    except OSError as error:
+        if error.errno not in _WITHOUT:
+            raise
+        return True
+    return False
+
+
+def is_free(fd: int, wanted: Access) -> bool:
+    """Return whether no byte lock of another description stands against this. Raises: OSError."""
+    return not any(_is_taken(fd, byte) for byte in _bytes(wanted.forbids, wanted.does))
+
+
+def _bytes(does: tuple[int, ...], forbids: tuple[int, ...]) -> list[int]:
+    return [_DOES + each for each in does] + [_FORBIDS + each for each in forbids]
+
+
+def _set(fd: int, kind: int, start: int, length: int = 1) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, 0, start, length, 0))
+
+
+def _is_taken(fd: int, byte: int) -> bool:
+    """Return whether somebody else has a byte. A lock on more than QEMU's bytes does not speak of permissions.
+
+    On NFS a flock is such a lock, on the whole file: nfs(5), "local_lock".
+    """
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
+    kind, _, start, length, _ = _FLOCK.unpack(found)
+    return bool(kind != fcntl.F_UNLCK and start >= _DOES and 0 < length <= _END - start)
