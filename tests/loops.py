@@ -5,13 +5,18 @@ Must not leave a device behind, whatever becomes of the test.
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+_BLKPG, _ADD, _DELETE = 0x1269, 1, 2
 
 
 @contextmanager
@@ -30,3 +35,49 @@ def loop(path: Path, size: int, *, sector_size: int) -> Iterator[tuple[str, Path
         yield device, path
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextmanager
+def over(path: Path | str, *options: str) -> Iterator[str]:
+    """Have a device over what is there, and get its path; options are those of losetup."""
+    done = subprocess.run(["losetup", "--find", "--show", *options, path], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no loop device for us: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextmanager
+def mounted(device: str, place: Path, *options: str) -> Iterator[None]:
+    """Have a new ext4 on a device mounted."""
+    subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
+    with remounted(device, place, *options):
+        yield
+
+
+@contextmanager
+def remounted(device: str, place: Path, *options: str) -> Iterator[None]:
+    """Have a device mounted as it is."""
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", *options, device, place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@contextmanager
+def partition(device: str) -> Iterator[str]:
+    """Have a partition of 4 MiB on a device, at 1 MiB, without a table: linux/blkpg.h."""
+    values = ctypes.create_string_buffer(struct.pack("=qqi64s64s4x", 1 << 20, 4 << 20, 1, b"", b""))
+    call = struct.Struct("iiiP")
+    with Path(device).open("r+b", buffering=0) as disk:
+        fcntl.ioctl(disk, _BLKPG, call.pack(_ADD, 0, len(values), ctypes.addressof(values)))
+    try:
+        yield f"{device}p1"
+    finally:
+        with Path(device).open("r+b", buffering=0) as disk:
+            fcntl.ioctl(disk, _BLKPG, call.pack(_DELETE, 0, len(values), ctypes.addressof(values)))

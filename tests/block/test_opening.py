@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers_block import Coarse, Machine, image
+from tests.qemu import qemu_img
 from xenbackend.block.chain import open_chain, parse_chain
 from xenbackend.block.driver import Env
 from xenbackend.block.opening import EIO_RETRIES, MAX_PARENTS
@@ -197,6 +198,24 @@ def test_layers_of_the_same_text_have_names_of_their_own(machine: Machine) -> No
     ram, delay = names[:2]
 
     assert [ram, delay, ram, delay, f"{delay}.2"] == names
+
+
+def test_a_layer_may_be_shared_by_its_option(machine: Machine, tmp_path: Path) -> None:
+    """share=on says of one layer what w! says of a disk; its parents are not written to for that."""
+    shared: dict[str, bool] = {}
+
+    def make_env(layer: str, *, read_only: bool, shareable: bool) -> Env:
+        shared[layer.partition("-")[0]] = shareable
+        return machine.make_env(layer, read_only=read_only, shareable=shareable)
+
+    base, child = tmp_path / "base", tmp_path / "child"
+    base.write_bytes(bytes(1 << 20))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", child)
+    for text, expected in ((f"aio:{base}", False), (f"aio:{base},share=on", True)):
+        open_chain(parse_chain(text), make_env, read_only=False).close()
+        assert {"aio": expected} == shared
+    open_chain(parse_chain(f"delay:|qcow2:{child},share=on"), make_env, read_only=False).close()
+    assert {"aio": False, "qcow2": True, "delay": False} == shared
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody without permission")

@@ -33,7 +33,7 @@ def test_the_list_is_there_for_scripts(capsys: pytest.CaptureFixture[str]) -> No
     assert run("--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["drivers"]}
     assert ("source", "filter") == (rows["aio"]["kind"], rows["delay"]["kind"])
-    assert ["file", "cache", "sector"] == [option["name"] for option in rows["aio"]["options"]]
+    assert ["file", "cache", "sector", "share"] == [option["name"] for option in rows["aio"]["options"]]
 
 
 def test_a_manual_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,7 @@ def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path:
     worker = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
     try:
         assert Stage.OPEN == worker.open(f"qcow2:{tmp_path}/a.qcow2").stage
+        user = f"the disk 5/xvda (process {worker.process.pid})"
         for words in (
             ["check", "qcow2:a.qcow2"],
             ["check", "qcow2:a.qcow2", "--repair"],
@@ -211,8 +212,9 @@ def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path:
             ["map", "qcow2:a.qcow2"],
         ):
             status, _, err = run(*words)
-            assert (2, True) == (status, "is locked by another process" in err), words
-        assert "in use: this may be out of date" in run("info", "qcow2:a.qcow2")[1]
+            assert (2, True) == (status, f"is locked by {user}; one writer at a time" in err), words
+        assert f"in use by {user}: this may be out of date" in run("info", "qcow2:a.qcow2")[1]
+        assert user == json.loads(run("info", "--json", "qcow2:a.qcow2")[1])["used_by"]
         assert not (tmp_path / "new").exists()
     finally:
         worker.drop()

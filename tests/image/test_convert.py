@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import qemu
+from tests import loops, qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write, ignore, leak
 from xenbackend.block.formats.blank import Blank, Wishes
 from xenbackend.block.formats.table import FORMATS, WRITTEN
@@ -241,6 +241,24 @@ def test_what_cannot_be_written_over_is_refused(made: Make, raw: Path, tmp_path:
         overwrite(source.chain, made("vhd"), ignore)
 
     assert b"old!" * 1024 == small.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_device_in_use_is_not_written_over(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mounted device, and one over a file that is in use, stay as they are; share=on writes to it all the same."""
+    monkeypatch.setattr("xenbackend.image.session.LOCK_TIMEOUT_S", 0)
+    with loops.loop(tmp_path / "disk", 8 * MIB, sector_size=512) as (device, file):
+        target = image_of_file("raw", device)
+        with loops.mounted(device, tmp_path / "place"):
+            with pytest.raises(DriverError, match=f"{device} is in use by a file system mounted at {tmp_path}/place"):
+                overwrite(parse_chain(f"aio:{raw}"), target, ignore)
+            assert raw.read_bytes()[: 64 << 10] != file.read_bytes()[: 64 << 10]
+        with qemu.held_open("raw", file), pytest.raises(DriverError, match=f"{device} is in use by qemu-io"):
+            overwrite(parse_chain(f"aio:{raw}"), target, ignore)
+        with loops.mounted(device, tmp_path / "place", "-o", "ro"):
+            overwrite(parse_chain(f"aio:{raw}"), find_image(f"aio:{device},share=on"), ignore)
+        piece = slice(3 * MIB, 3 * MIB + 4096)  # where the file system that was mounted writes nothing itself
+        assert raw.read_bytes()[piece] == file.read_bytes()[piece]
 
 
 def test_a_state_is_forgotten_once(tmp_path: Path) -> None:

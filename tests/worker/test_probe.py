@@ -75,11 +75,11 @@ def test_a_guest_that_migrates_gets_its_disk_from_its_former_self(
 
 def test_without_leave_to_wait_a_lock_is_an_answer(tmp_path: Path, image: Path, former: WorkerProcess) -> None:
     """Two guests on one image are a mistake: the second is refused, with the reason."""
-    del former
+    user = f"the disk 5/xvda (process {former.process.pid})"
     with Driven(tmp_path) as driven:
         answer = driven.worker.open(f"aio:{image}")
 
-    assert (errno.EBUSY, True) == (answer.errno, "locked by another process" in answer.failure)
+    assert (errno.EBUSY, True) == (answer.errno, f"locked by {user}" in answer.failure)
     assert LOCK_TIMEOUT_S < 10  # libxl waits for 40 s in all
 
 

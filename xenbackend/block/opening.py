@@ -117,6 +117,7 @@ class Opening:
         below: OpenLayer | None = None,
         parent_of: str = "",
     ) -> OpenLayer:
+        shareable = shareable or getattr(spec.options, "share", False)
         env = self._make_env(self._key(spec), read_only=read_only, shareable=shareable)
         driver, geometry = self._try(spec, env, below)
         self._opened.append(driver)

@@ -50,7 +50,7 @@ def _print_look(look: looks.Look, path: str, layer: str) -> None:
 
 def _print_facts(facts: ChainFacts) -> None:
     if facts.in_use:
-        print("in use: this may be out of date")
+        print(f"in use{f' by {printable(facts.used_by)}' if facts.used_by else ''}: this may be out of date")
     for layer in facts.layers:
         print(printable(layer.layer or layer.file))
         for key, value in _lines(layer):

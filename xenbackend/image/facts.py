@@ -47,6 +47,7 @@ class ChainFacts:
     in_use: bool  # somebody writes to it: numbers may be old already
     layers: list[Facts]  # where something is in the way, up to the one that cannot be opened
     problem: str = ""  # why it cannot be opened
+    used_by: str = ""  # who writes to it, where that is known
 
 
 def chain_facts(spec: ChainSpec) -> ChainFacts:
@@ -56,11 +57,12 @@ def chain_facts(spec: ChainSpec) -> ChainFacts:
     """
     with Session(use_queues=False) as session:
         try:
-            layers, in_use = _open(session, spec)
+            layers, in_use, user = _open(session, spec)
         except DriverError as error:
             return _in_the_way(session, spec, error)
         children = {each.parent_of: each.text for each in layers if each.parent_of}
-        return ChainFacts(spec.text, in_use, [_facts(each, children.get(each.text, "")) for each in layers])
+        facts = [_facts(each, children.get(each.text, "")) for each in layers]
+        return ChainFacts(spec.text, in_use, facts, used_by=user)
 
 
 def file_facts(path: str, look: looks.Look) -> ChainFacts:
@@ -69,13 +71,14 @@ def file_facts(path: str, look: looks.Look) -> ChainFacts:
     return ChainFacts("", False, [_headers("", path)], problem)
 
 
-def _open(session: Session, spec: ChainSpec) -> tuple[tuple[OpenLayer, ...], bool]:
+def _open(session: Session, spec: ChainSpec) -> tuple[tuple[OpenLayer, ...], bool, str]:
     try:
-        return session.open(spec, read_only=True).chain.layers, False
+        return session.open(spec, read_only=True).chain.layers, False, ""
     except DriverError as error:
         if error.errno != errno.EBUSY:
             raise
-    return session.open(spec, read_only=True, locked=False).chain.layers, True
+        user = getattr(error, "user", "")
+    return session.open(spec, read_only=True, locked=False).chain.layers, True, user
 
 
 def _in_the_way(session: Session, spec: ChainSpec, error: DriverError) -> ChainFacts:

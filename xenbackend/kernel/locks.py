@@ -35,6 +35,16 @@ class Access:
     forbids: tuple[int, ...]
     is_alone: bool = False  # among our own processes
 
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written."""
+        return _WRITE in self.does
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others may write meanwhile."""
+        return not self.forbids
+
 
 READ = Access((_CONSISTENT_READ,), (_WRITE, _RESIZE))
 WRITE = Access((_CONSISTENT_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE), is_alone=True)
@@ -63,7 +73,7 @@ def take(fd: int, wanted: Access) -> bool:
             _set(fd, fcntl.F_RDLCK, byte)
         if is_free(fd, wanted):
             return True
-        _set(fd, fcntl.F_UNLCK, 0, _END)
+        drop(fd)
     except OSError as error:
         if error.errno not in _WITHOUT:
             raise
@@ -71,9 +81,23 @@ def take(fd: int, wanted: Access) -> bool:
     return False
 
 
+def drop(fd: int) -> None:
+    """Give the byte locks back; the flock stays. Raises: OSError."""
+    try:
+        _set(fd, fcntl.F_UNLCK, 0, _END)
+    except OSError as error:
+        if error.errno not in _WITHOUT:
+            raise
+
+
 def is_free(fd: int, wanted: Access) -> bool:
     """Return whether no byte lock of another description stands against this. Raises: OSError."""
-    return not any(_is_taken(fd, byte) for byte in _bytes(wanted.forbids, wanted.does))
+    try:
+        return not any(_is_taken(fd, byte) for byte in _bytes(wanted.forbids, wanted.does))
+    except OSError as error:
+        if error.errno not in _WITHOUT:
+            raise
+        return True
 
 
 def _bytes(does: tuple[int, ...], forbids: tuple[int, ...]) -> list[int]:

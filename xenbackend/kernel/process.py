@@ -1,4 +1,4 @@
-"""A process's place among others: which orphans it adopts, its priority on a busy host, and its end by force.
+"""A process's place among others: its name, which orphans it adopts, its priority on a busy host, its end by force.
 
 Must not start one, nor decide who comes first.
 
@@ -20,7 +20,8 @@ from xenbackend.errors import KernelError
 AHEAD = 10  # nice values
 _NORMAL = os.getpriority(os.PRIO_PROCESS, 0)  # as we were started
 _LEAST = -20  # nice value
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PR_SET_NAME = 15  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,6 +34,12 @@ def adopting_orphans() -> Iterator[None]:
         yield
     finally:
         _set_subreaper(0)
+
+
+def rename(name: str) -> None:
+    """Have this process called so by ps(1), top(1) and `kernel.users`: its first 15 bytes. Raises: KernelError."""
+    if _libc.prctl(_PR_SET_NAME, name.encode(errors="surrogateescape"), 0, 0, 0) < 0:
+        raise KernelError("have a name (PR_SET_NAME)", ctypes.get_errno())
 
 
 def kill(pidfd: int) -> None:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeVar
 
-from xenbackend.errors import DriverError, KernelError
-from xenbackend.kernel import blockdev, locks
+from xenbackend.errors import DriverError, KernelError, printable
+from xenbackend.kernel import blockdev, claims, locks, loops
 from xenbackend.kernel.blockdev import Medium
-from xenbackend.opener.local import LocalOpener
-from xenbackend.protocol.opening import Facts
+from xenbackend.kernel.loops import Face
 from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
@@ -31,6 +30,18 @@ if TYPE_CHECKING:
     from xenbackend.worker.io_queue import IoQueue
 
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
+_LOOK_S = 0.05  # a look for a claim is one for a moment: of two who look at once, one tries again
+_WAY_OUT = "free it there first, or add share=on to the layer if both may write"
+
+_T = TypeVar("_T")
+
+
+class InUse(DriverError):
+    """Somebody else uses an image; `user` says who, where that is known."""
+
+    def __init__(self, sentence: str, path: str, user: str) -> None:
+        super().__init__(sentence, path=path, errno=errno.EBUSY)
+        self.user = user
 
 
 class Opener(Protocol):
@@ -98,16 +109,14 @@ class HostFiles:
         sector_size: int = 0,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
-        fd, facts = self.opener.open(path, write=not read_only)
+        access = locks.access(read_only=read_only, shareable=shareable)
+        fd = self._open(path, access)
         try:
-            medium = blockdev.examine(
-                fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
-                discard_granularity=facts.discard_granularity,
-            )  # fmt: skip
+            medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size)
             if self._whole:
                 blockdev.refuse_part_of_a_sector(medium, path)
             os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
-            self._lock(fd, path, locks.access(read_only=read_only, shareable=shareable))
+            self._lock(fd, path, access)
             if step and not (read_only or medium.is_device):
                 size = round_up(medium.size, step)
                 os.ftruncate(fd, size)
@@ -152,16 +161,51 @@ class HostFiles:
             return DirectImage(fd, medium, alignment, self._reactor, self._queue(direct=True))
         return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
 
+    def _open(self, path: str, access: locks.Access) -> int:
+        """Open a file, or a block device that nobody else uses. Raises: DriverError, OSError."""
+        claims_it = self._locks and not access.is_shared
+        node = os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+        def attempt() -> int | None:
+            try:
+                return claims.open_medium(node, read_only=not access.writes, claims=claims_it)
+            except IsADirectoryError as error:
+                sentence = f"{path} is a directory; an image is a file or a block device"
+                raise DriverError(sentence, path=path) from error
+            except OSError as error:
+                if claims_it and error.errno == errno.EBUSY:
+                    return None
+                error.filename = path
+                raise
+
+        try:
+            fd = self._patiently(attempt, at_least_s=_LOOK_S)
+            if fd is None:
+                raise _claimed(path, node)
+            return fd
+        finally:
+            os.close(node)
+
     def _lock(self, fd: int, path: str, access: locks.Access) -> None:
-        """Take the locks. Raises: DriverError, where somebody else still has them when the time is over; OSError."""
-        if not self._locks:
-            return
-        give_up = time.monotonic() + self.lock_timeout_s
-        while not locks.take(fd, access):
-            if time.monotonic() >= give_up:
-                sentence = f"{path} is locked by another process; one writer at a time, or readers only"
-                raise DriverError(sentence, path=path, errno=errno.EBUSY)
+        """Lock an image, and see that it is not in use by another face. Raises: DriverError, OSError."""
+
+        def attempt() -> bool | None:
+            if locks.take(fd, access):
+                with loops.faces(fd) as faces:
+                    if not any(_is_used(face, access) for face in faces):
+                        return True
+                locks.drop(fd)
+            return None
+
+        if self._locks and not self._patiently(attempt):
+            raise _locked(path, fd, access)
+
+    def _patiently(self, attempt: Callable[[], _T | None], *, at_least_s: float = 0.0) -> _T | None:
+        """Try until there is something, or the time is over; return it."""
+        give_up = time.monotonic() + max(self.lock_timeout_s, at_least_s)
+        while (found := attempt()) is None and time.monotonic() < give_up:
             time.sleep(_LOCK_PAUSE_S)
+        return found
 
     def _queue(self, *, direct: bool) -> IoQueue | None:
         """Return the worker's one queue of a kind, or None where the host has none for us."""
@@ -178,3 +222,32 @@ class HostFiles:
         except KernelError:
             return None
         return queue
+
+
+def _is_used(face: Face, access: locks.Access) -> bool:
+    """Return whether somebody uses an image by another face, in a way that does not go with this one."""
+    if not locks.is_free(face.fd, access):
+        return True
+    return face.is_device and not access.is_shared and claims.is_in_use(face.fd, by_writers=not access.writes)
+
+
+def _claimed(path: str, node: int) -> InUse:
+    from xenbackend.kernel.users import users_of  # late: here and below, most images are free
+
+    user = users_of(node)
+    sentence = f"{path} is in use by {user or 'the host or a process'}; {_WAY_OUT}"
+    return InUse(sentence, path, user)
+
+
+def _locked(path: str, fd: int, access: locks.Access) -> InUse:
+    """Return an error that says by whom an image is used, as far as that can be found out."""
+    from xenbackend.kernel.users import users_of
+
+    with loops.faces(fd) as faces:
+        for face in faces:
+            if _is_used(face, access):
+                user = f"{users_of(face.fd) or 'the host or a process'} as {printable(face.path)}"
+                return InUse(f"{path} is in use by {user}, which is the same image; {_WAY_OUT}", path, user)
+    user = users_of(fd)
+    sentence = f"{path} is locked by {user or 'another process'}; one writer at a time, or readers only"
+    return InUse(sentence, path, user)

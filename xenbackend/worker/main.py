@@ -16,11 +16,12 @@ import json
 import os
 import socket
 import sys
-import traceback
+from contextlib import suppress
 from functools import partial
 
-from xenbackend.errors import ConfigError, DriverError, XenbackendError
-from xenbackend.kernel import datagram as datagrams
+from xenbackend.disks import parse_disk
+from xenbackend.errors import ConfigError, DriverError, KernelError, XenbackendError
+from xenbackend.kernel import process, users
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Line, Steps, run
 from xenbackend.protocol import codec, messages
@@ -164,8 +165,9 @@ class Worker:
             case messages.Open() if self._stages is not None:
                 raise DriverError("a worker opens one chain in its life", errno=errno.EINVAL)
             case messages.Open():
-                self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug, self._permit)
-                self._stages.open(_needed(opener))
+                _take_name_of(order.vbd)
+                self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug)
+                self._stages.open()
             case messages.Serve() if order is self._under_way:  # else a later order has taken it back
                 stages = self._opened()
                 if self._awaits_lock(stages, order, opener):
@@ -317,17 +319,10 @@ class Worker:
         self._channel.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
 
 
-def _opener_of(message: messages.Order | messages.Ask, fds: list[int]) -> RemoteOpener | None:
-    """Return the opener that came with a message, if it is one that may open something."""
-    place = 1 if isinstance(message, messages.Open) else 0
-    return RemoteOpener(socket.socket(fileno=fds.pop(place))) if len(fds) > place else None
-
-
-def _needed(opener: RemoteOpener | None) -> RemoteOpener:
-    """Return the opener. Raises: DriverError where none came."""
-    if opener is None:
-        raise DriverError("no opener came with it", errno=errno.EINVAL)
-    return opener
+def _take_name_of(vbd: str) -> None:
+    """Be called by one's disk where others say who uses an image."""
+    with suppress(KernelError, ConfigError):  # nothing depends on it
+        process.rename(f"{users.WORKER}{parse_disk(vbd)}")
 
 
 def _of_bug(bug: Exception) -> str:

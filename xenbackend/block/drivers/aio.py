@@ -1,7 +1,7 @@
 r"""aio: a raw image file or block device; what is in the file is the disk.
 
 Synopsis:
-    aio:FILE[,cache=on|off][,sector=512|1024|2048|4096]
+    aio:FILE[,cache=on|off][,sector=512|1024|2048|4096][,share=on|off]
 
 Description:
     The source of most chains. Requests go to the kernel asynchronously, many at a time, and bypass the page cache
@@ -20,6 +20,17 @@ Behaviour:
     is respected: who writes is refused beside any other user, on both sides. As with QEMU's own disks, `qemu-img info
     -U` and its like read an image that is written to, and of a raw one its readers (`qemu-img convert -f raw`) do not
     ask: what they see may be half of a change.
+
+    A block device is refused, too, while the host uses it: mounted, swapped to, below LVM, device mapper or md, by
+    another node, or by way of a partition of it or the disk that it is a partition of. While it is served for
+    writing, the host cannot use it so. A file is refused while a loop device over it is used, and a loop device while
+    its file is. The refusal names the user where it can. Nothing is refused for a reader of what cannot be written to,
+    such as an ISO image that is mounted.
+
+    `share=on` is for who means it, as the mode `w!` is for a whole disk, and `image convert --overwrite` takes it in
+    the layer, too: the image is opened although the host uses it, and beside others that share it. Others that have
+    locked it against writers are still respected. Two writers of one disk destroy what is on it, unless both know of
+    each other, as a cluster file system does; two of an image with tables, such as QCOW2, do so always.
 
     A flush returns when everything that was written before is durable. A discard punches a hole into a file, or
     discards on a block device, where the host can; what was discarded from a file reads as zeros. Errors of the host
@@ -71,6 +82,8 @@ class Aio(Driver):
         sector: Literal["medium", "512", "1024", "2048", "4096"] = option(
             "bytes of a sector of the disk; by default as large as the medium's", default="medium"
         )
+
+        share: bool = option("others may write to it at the same time", default=False)
 
     options: Options
     _file: File | None = None

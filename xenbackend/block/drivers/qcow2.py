@@ -1,7 +1,7 @@
 r"""qcow2: an image of QEMU's format QCOW2; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow2:FILE[,cache=on|off][,parents=DIR][,parent_format=FORMAT][,data_file=FILE]
+    qcow2:FILE[,cache=on|off][,share=on|off][,parents=DIR][,parent_format=FORMAT][,data_file=FILE]
 
 Description:
     The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them; "Limits" says of each feature

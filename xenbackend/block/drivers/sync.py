@@ -1,7 +1,7 @@
 """sync: a raw image file or block device, one blocking call after the other.
 
 Synopsis:
-    sync:FILE[,cache=on|off][,sector=512|1024|2048|4096]
+    sync:FILE[,cache=on|off][,sector=512|1024|2048|4096][,share=on|off]
 
 Description:
     The same disk as `aio:`, served in the simplest way there is: each request is one system call that the worker waits

@@ -1,7 +1,7 @@
 r"""vdi: a VDI image of VirtualBox, for reading.
 
 Synopsis:
-    vdi:FILE[,cache=on|off]
+    vdi:FILE[,cache=on|off][,share=on|off]
 
 Description:
     The source of a chain for disks of VirtualBox, dynamic or fixed. It can only be read: attach it read-only, or give

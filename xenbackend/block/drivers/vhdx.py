@@ -1,7 +1,7 @@
 r"""vhdx: a VHDX image of Hyper-V, for reading.
 
 Synopsis:
-    vhdx:FILE[,cache=on|off]
+    vhdx:FILE[,cache=on|off][,share=on|off]
 
 Description:
     The source of a chain for disks of Hyper-V's newer format, dynamic or fixed, with sectors of 512 or 4096 bytes. It

@@ -1,7 +1,7 @@
 r"""vmdk: a VMDK disk of VMware, in one file or several, or in an OVA, for reading; a parent comes by itself.
 
 Synopsis:
-    vmdk:FILE[,cache=on|off][,parents=DIR][,changed=refuse|accept][,disk=NAME]
+    vmdk:FILE[,cache=on|off][,share=on|off][,parents=DIR][,changed=refuse|accept][,disk=NAME]
 
 Description:
     The source of a chain for disks of VMware Workstation, of ESX, and of appliances. It can only be read: attach it

@@ -39,6 +39,7 @@ class ImageOptions:
 
     file: FilePath = option("the image file or block device", target=True)
     cache: bool = option("go through the host's page cache", default=False)
+    share: bool = option("open it although others may write to it, as aio: says", default=False)
 
 
 @dataclass(frozen=True, slots=True)

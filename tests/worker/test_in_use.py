@@ -1,0 +1,272 @@
+"""Block devices and images that somebody else uses are refused, whoever it is, and theirs are refused to him."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import loops, qemu
+from xenbackend.errors import DriverError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.worker.files import HostFiles
+from xenbackend.worker.image import Image
+
+SIZE = 16 << 20
+
+
+@pytest.fixture
+def files() -> Iterator[HostFiles]:
+    """Return what opens images."""
+    reactor = Reactor()
+    files = HostFiles(reactor)
+    yield files
+    files.close()
+    reactor.close()
+
+
+@pytest.fixture
+def backing(tmp_path: Path) -> Path:
+    """Return a file for a loop device."""
+    path = tmp_path / "backing"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    return path
+
+
+@pytest.fixture
+def device(backing: Path) -> Iterator[str]:
+    """Return a loop device."""
+    with loops.over(backing) as device:
+        yield device
+
+
+@contextmanager
+def opened(files: HostFiles, path: str | Path, *, read_only: bool = False, shareable: bool = False) -> Iterator[Image]:
+    """Have an image open."""
+    image = files.open(str(path), read_only=read_only, shareable=shareable)
+    try:
+        yield image
+    finally:
+        image.close()
+
+
+def refusal(files: HostFiles, path: str | Path, *, read_only: bool = False, shareable: bool = False) -> str:
+    """Return why an image is refused as being in use; empty where it is not."""
+    try:
+        files.open(str(path), read_only=read_only, shareable=shareable).close()
+    except DriverError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return str(error)
+    return ""
+
+
+def fails(*command: str | Path) -> str:
+    """Run a command, which has to fail; return what it says."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0, command
+    return done.stderr
+
+
+def test_a_mounted_device(files: HostFiles, device: str, tmp_path: Path) -> None:
+    """It is neither written nor read, the refusal says where it is mounted and what to do; a shared one is opened."""
+    place = tmp_path / "a place"
+    with loops.mounted(device, place):
+        for read_only in (False, True):
+            said = refusal(files, device, read_only=read_only)
+            assert (
+                f"{device} is in use by a file system mounted at {place}; free it there first, or add share=on" in said
+            )
+            assert "" == refusal(files, device, read_only=read_only, shareable=True)
+    assert "" == refusal(files, device)
+
+
+def test_a_device_that_is_served_cannot_be_mounted(files: HostFiles, device: str, tmp_path: Path) -> None:
+    """The kernel refuses a mount and swap while we write to a device, and no longer."""
+    subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
+    (tmp_path / "place").mkdir()
+    with opened(files, device):
+        assert "already mounted or mount point busy" in fails("mount", device, tmp_path / "place")
+    with loops.remounted(device, tmp_path / "place"):
+        pass
+    subprocess.run(["mkswap", "-q", "-f", device], check=True, stdout=-3, stderr=-3)
+    with opened(files, device):
+        assert "Device or resource busy" in fails("swapon", device)
+
+
+def test_swap(files: HostFiles, device: str) -> None:
+    """A device that the host swaps to is refused, by that name."""
+    subprocess.run(["mkswap", "-q", device], check=True, stdout=-3, stderr=-3)
+    if subprocess.run(["swapon", device], check=False, stderr=-3).returncode:
+        pytest.skip("no swap here")
+    try:
+        assert f"{device} is in use by swap" in refusal(files, device)
+        assert f"{device} is in use by swap" in refusal(files, device, read_only=True)
+    finally:
+        subprocess.run(["swapoff", device], check=True)
+
+
+def test_device_mapper(files: HostFiles, device: str) -> None:
+    """So is one that a mapping is over: LVM, multipath, LUKS; the mapping is named."""
+    if not shutil.which("dmsetup") or subprocess.run(["dmsetup", "ls"], check=False, stdout=-3, stderr=-3).returncode:
+        pytest.skip("no device mapper in this kernel")
+    name = f"xb-{os.getpid()}"
+    subprocess.run(["dmsetup", "create", name, "--table", f"0 {SIZE // 512} linear {device} 0"], check=True)
+    try:
+        assert f"/dev/mapper/{name}" in refusal(files, device)
+        assert f"/dev/mapper/{name}" in refusal(files, device, read_only=True)
+    finally:
+        subprocess.run(["dmsetup", "remove", name], check=True)
+
+
+@pytest.mark.slow
+def test_partitions(files: HostFiles, device: str, tmp_path: Path) -> None:
+    """A disk is in use while one of its partitions is, and a partition while its disk is."""
+    with loops.partition(device) as part:
+        with loops.mounted(part, tmp_path / "place"):
+            where = f"{part}, a file system mounted at {tmp_path / 'place'}"
+            assert f"{device} is in use by {where}" in refusal(files, device)
+            assert f"{device} is in use by {where}" in refusal(files, device, read_only=True)
+        with opened(files, device):
+            assert f"{part} is in use by" in refusal(files, part)
+            assert f"{part} is in use by" in refusal(files, part, read_only=True)
+        with opened(files, part):
+            assert f"{device} is in use by" in refusal(files, device)
+
+
+@pytest.mark.slow
+def test_another_node_of_a_device(files: HostFiles, device: str, tmp_path: Path) -> None:
+    """Locks are a node's, the claim is the device's: by another node it is refused, too; readers go together."""
+    node = tmp_path / "node"
+    os.mknod(node, 0o600 | stat.S_IFBLK, Path(device).stat().st_rdev)
+    with opened(files, device):
+        assert refusal(files, node)
+        assert refusal(files, node, read_only=True)
+    with opened(files, node):
+        assert refusal(files, device)
+    with opened(files, node, read_only=True):
+        assert "" == refusal(files, device, read_only=True)
+
+
+def test_readers_of_a_device_do_not_disturb_one_another(files: HostFiles, device: str) -> None:
+    """Looks for a claim are claims for a moment; who meets one tries again. Eight readers come at once, many times."""
+    faults: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def read() -> None:
+        barrier.wait()
+        faults.extend(filter(None, (refusal(files, device, read_only=True) for _ in range(25))))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [] == faults
+
+
+def test_qemu_and_we_on_a_device(files: HostFiles, device: str) -> None:
+    """QEMU claims no device, but locks its node; so both see each other there as on a file."""
+    with opened(files, device):
+        assert "lock" in qemu.refusal("qemu-io", "-f", "raw", "-c", "write 0 512", device)
+    with opened(files, device, read_only=True):
+        assert "lock" in qemu.refusal("qemu-io", "-f", "raw", "-c", "write 0 512", device)
+    with qemu.held_open("raw", Path(device)) as pid:
+        assert f"{device} is locked by qemu-io -f raw {device} (process {pid})" in refusal(files, device)
+        assert f"(process {pid})" in refusal(files, device, read_only=True)
+
+
+@pytest.mark.slow
+def test_a_file_below_a_loop_device(files: HostFiles, backing: Path, device: str, tmp_path: Path) -> None:
+    """A file is in use while a loop device over it is mounted, or served; one that nobody uses is not in the way."""
+    assert "" == refusal(files, backing)
+    with loops.mounted(device, tmp_path / "place"):
+        for read_only in (False, True):
+            said = refusal(files, backing, read_only=read_only)
+            assert f"{backing} is in use by a file system mounted at {tmp_path / 'place'} as {device}" in said
+    with opened(files, device):
+        assert f"as {device}, which is the same image" in refusal(files, backing)
+        assert refusal(files, backing, read_only=True)
+    with opened(files, device, read_only=True):
+        assert refusal(files, backing)
+        assert "" == refusal(files, backing, read_only=True)
+    with qemu.held_open("raw", Path(device)) as pid:
+        assert f"(process {pid}) as {device}" in refusal(files, backing)
+    assert "" == refusal(files, backing)
+
+
+@pytest.mark.slow
+def test_a_loop_device_over_a_file(files: HostFiles, backing: Path, device: str) -> None:
+    """The other way round: while a file is served, or used by QEMU, the loop device over it is refused."""
+    with opened(files, backing):
+        assert f"as {backing}, which is the same image" in refusal(files, device)
+        assert refusal(files, device, read_only=True)
+    with opened(files, backing, read_only=True):
+        assert refusal(files, device)
+        assert "" == refusal(files, device, read_only=True)
+    with qemu.held_open("raw", backing) as pid:
+        assert f"(process {pid}) as {backing}" in refusal(files, device)
+    assert "" == refusal(files, device)
+
+
+@pytest.mark.slow
+def test_faces_of_faces(files: HostFiles, backing: Path, device: str) -> None:
+    """Two loop devices over one file, and one over the other: whichever is served, all others are refused."""
+    with loops.over(backing) as second, loops.over(device) as upper:
+        for one in (backing, device, second, upper):
+            with opened(files, one):
+                for other in (backing, device, second, upper):
+                    assert refusal(files, other), (one, other)
+            assert "" == refusal(files, one)
+
+
+def test_a_mounted_iso_is_read_by_guests(files: HostFiles, backing: Path, tmp_path: Path) -> None:
+    """What is mounted through a read-only loop device cannot change: it may be read, and not written."""
+    with loops.over(backing) as device:
+        subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
+    with loops.over(backing, "--read-only") as device, loops.remounted(device, tmp_path / "place", "-o", "ro,noload"):
+        assert "" == refusal(files, backing, read_only=True)
+        assert "" == refusal(files, device, read_only=True)
+        assert refusal(files, backing)
+
+
+def test_renamed_and_linked_files_below_a_loop_device(files: HostFiles, tmp_path: Path, backing: Path) -> None:
+    """It is the file that counts: renamed, and by its other name."""
+    with loops.over(backing) as device, opened(files, device):
+        moved = backing.rename(tmp_path / "moved")
+        assert refusal(files, moved)
+        (tmp_path / "linked").hardlink_to(moved)
+        assert refusal(files, tmp_path / "linked")
+        backing.write_bytes(bytes(1 << 20))
+        assert "" == refusal(files, backing)
+
+
+def test_a_claim_lasts_as_long_as_the_last_copy(files: HostFiles, device: str) -> None:
+    """A successor gets the device when the last descriptor of its predecessor is gone, and not before."""
+    image = files.open(device, read_only=False)
+    copy = os.dup(image.fd)
+    image.close()
+    assert refusal(files, device)
+    os.close(copy)
+    assert "" == refusal(files, device)
+
+
+def test_only_looking_claims_nothing(files: HostFiles, device: str, tmp_path: Path) -> None:
+    """Who looks without a lock, as `image info` does, reads a device that is mounted or served."""
+    reactor = Reactor()
+    looking = HostFiles(reactor, use_queues=False, locks=False)
+    with loops.mounted(device, tmp_path / "place"):
+        assert "" == refusal(looking, device, read_only=True)
+    with opened(files, device):
+        assert "" == refusal(looking, device, read_only=True)
+    looking.close()
+    reactor.close()

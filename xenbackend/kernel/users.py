@@ -1,0 +1,105 @@
+"""Who uses an image, in words: mounts, holders and partitions of a block device, and processes with a lock.
+
+Must not be asked before something was refused: it looks at every process. Must not raise, nor wait for a file system.
+
+Sources: proc_pid_mountinfo(5), proc_pid_fdinfo(5), proc_swaps(5), sysfs-block (holders).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from xenbackend.errors import printable
+
+WORKER = "xb "  # before the disk, in the name by which a worker's process goes
+_MOST = 3  # users that are named
+_LONGEST = 60  # characters of a command
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+def users_of(fd: int) -> str:
+    """Return who else uses an open file or block device, as the end of "it is used by"; empty if that is not known."""
+    with suppress(OSError):
+        status = os.fstat(fd)
+        found = _kernel_users(status.st_rdev) if stat.S_ISBLK(status.st_mode) else iter(())
+        named = [*islice(found, _MOST)] or [*islice(_processes(status), _MOST)]
+        return ", ".join(dict.fromkeys(named))
+    return ""
+
+
+def _kernel_users(number: int) -> Iterator[str]:
+    """Yield the mounts, swap and holders of a device, of its partitions, and of the disk that it is a partition of."""
+    own = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    family = [own, *(each.parent for each in own.glob("*/partition"))]
+    if (own / "partition").exists():
+        family.append(own.parent)
+    for device in family:
+        where = "" if device == own else f"/dev/{device.name}, "
+        with suppress(OSError):
+            place = (device / "dev").read_text().strip()
+            yield from (f"{where}a file system mounted at {each}" for each in _mounts(place))
+            yield from (f"{where}swap" for _ in _swaps(place))
+            yield from (f"{where}{_holder(each)}" for each in sorted((device / "holders").iterdir()))
+
+
+def _mounts(place: str) -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split()
+        if fields[2] == place:
+            yield printable(_OCTAL.sub(lambda found: chr(int(found[1], 8)), fields[4]))
+
+
+def _swaps(place: str) -> Iterator[str]:
+    for line in Path("/proc/swaps").read_text(errors="surrogateescape").splitlines()[1:]:
+        path = _OCTAL.sub(lambda found: chr(int(found[1], 8)), line.split()[0])
+        if path.startswith("/dev/"):
+            number = Path(path).stat().st_rdev
+            if f"{os.major(number)}:{os.minor(number)}" == place:
+                yield path
+
+
+def _holder(device: Path) -> str:
+    with suppress(OSError):
+        return f"/dev/mapper/{printable((device / 'dm' / 'name').read_text().strip())}"
+    return f"/dev/{device.name}"
+
+
+def _processes(status: os.stat_result) -> Iterator[str]:
+    """Yield the other processes that have a lock on this file, or have this device open."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - pathlib costs as much as the rest
+        if int(pid) != os.getpid():
+            with suppress(OSError):  # it ends, or is somebody's whose files we may not see
+                if any(_has(pid, fd, status) for fd in os.listdir(f"/proc/{pid}/fd")):  # noqa: PTH208
+                    yield f"{_name(pid)} (process {pid})"
+
+
+def _has(pid: str, fd: str, status: os.stat_result) -> bool:
+    """Return whether a descriptor keeps us from this file.
+
+    Nothing is asked of a file system that might not answer: only of what has the same inode number, or is in /dev.
+    """
+    place = f"/proc/{pid}/fd/{fd}"
+    with suppress(OSError):  # it was closed
+        facts = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        if "lock:" in facts and (f"ino:\t{status.st_ino}\n" in facts or "ino:" not in facts):  # since Linux 5.14
+            return os.path.samestat(os.stat(place), status)  # noqa: PTH116 - as in `_processes`
+        if stat.S_ISBLK(status.st_mode) and os.readlink(place).startswith("/dev/"):  # noqa: PTH115 - the same
+            found = os.stat(place)  # noqa: PTH116 - the same
+            return stat.S_ISBLK(found.st_mode) and found.st_rdev == status.st_rdev
+    return False
+
+
+def _name(pid: str) -> str:
+    """Return what people call a process: the disk of a worker of ours, else its command."""
+    own = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    if own.startswith(WORKER):
+        return f"the disk {printable(own.removeprefix(WORKER))}"
+    words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+    command = printable(" ".join([words[0].rpartition("/")[2], *words[1:]])) or printable(own)
+    return command if len(command) <= _LONGEST else f"{command[:_LONGEST]}..."
