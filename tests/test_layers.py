@@ -32,7 +32,7 @@ LAYERS = {
     "worker": GROUND - {"log"} | STRANGERS | {"opener"},  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
-    | {"kernel.datagram", "kernel.identity", "kernel.memfd", "kernel.ports", "kernel.process"},
+    | {"kernel.blkback", "kernel.memfd", "kernel.ports", "kernel.process"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif", "block.formats.table"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},

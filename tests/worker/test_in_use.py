@@ -16,6 +16,7 @@ import pytest
 
 from tests import loops, qemu
 from xenbackend.errors import DriverError
+from xenbackend.kernel import blkback
 from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
@@ -270,3 +271,24 @@ def test_only_looking_claims_nothing(files: HostFiles, device: str, tmp_path: Pa
         assert "" == refusal(looking, device, read_only=True)
     looking.close()
     reactor.close()
+
+
+def test_a_device_that_the_kernels_backend_serves(
+    files: HostFiles, backing: Path, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """xen-blkback claims nothing, and is found all the same: by the device, and by the file below it."""
+    number = Path(device).stat().st_rdev
+    vbd = tmp_path / "bus" / "vbd-7-51712"
+    vbd.mkdir(parents=True)
+    (vbd / "physical_device").write_text(f"{os.major(number):x}:{os.minor(number):x}\n")
+    (vbd / "mode").write_text("w\n")
+    monkeypatch.setattr(blkback, "BUS", str(vbd.parent))
+    for read_only in (False, True):
+        said = refusal(files, device, read_only=read_only)
+        assert f"{device} is in use by the kernel's backend for the disk 7/xvda; free it there first" in said
+        assert f"the kernel's backend for the disk 7/xvda as {device}" in refusal(files, backing, read_only=read_only)
+    assert "" == refusal(files, device, shareable=True)
+    (vbd / "mode").write_text("r\n")
+    assert "" == refusal(files, device, read_only=True)
+    assert "" == refusal(files, backing, read_only=True)
+    assert refusal(files, device)

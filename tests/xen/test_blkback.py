@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.xen.tools import xenstore
-from tests.xen.tools.command import run, until, xl
+from tests.xen.tools.command import run, until, xenbackend, xl
 from tests.xen.tools.disks import blank, line
 from tests.xen.tools.guest import Guest, unbind
 from tests.xen.tools.load import Load, verify
@@ -54,6 +54,22 @@ def test_blkback_comes_late(
 
     assert ["51728"] == served_by_blkback(guest)
     assert ["xvda"] == [disk["device"] for disk in the_service.disks()]
+
+
+def test_a_disk_of_blkback_is_in_use(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
+    """What the kernel serves to a guest is refused, the file and the loop device over it, until the guest has ended."""
+    run("modprobe", "xen-blkback")
+    theirs = blank(on_ext4 / "theirs.raw", 16)
+    guest = new_guest(disks=[f"file:{theirs},xvda,w"]).create().wait_until_ready()
+    number = xenstore.read(f"/local/domain/0/backend/vbd/{guest.domid}/51712/physical-device")
+    assert number is not None
+    device = f"/dev/loop{int(number.split(':')[1], 16)}"
+    for path in (theirs, device):
+        for words in (["check"], ["check", "--read-only"]):
+            refused = xenbackend(*words, f"aio:{path}", check=False)
+            assert f"the kernel's backend for the disk {guest.domid}/xvda" in refused.err, (path, words)
+    guest.destroy()
+    until("the image is free", lambda: xenbackend("check", f"aio:{theirs}", check=False).status == 0)
 
 
 def keys(guest: Guest, devid: int) -> list[str]:

@@ -18,6 +18,8 @@ import os
 import stat
 import struct
 
+from xenbackend.kernel import blkback
+
 _BLKROGET = 0x125E  # linux/fs.h
 _LOOK = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -36,13 +38,16 @@ def open_medium(node: int, *, read_only: bool, claims: bool = True) -> int:
     place = _place(node)
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-    if not (claims and stat.S_ISBLK(os.fstat(node).st_mode)):
+    status = os.fstat(node)
+    if not (claims and stat.S_ISBLK(status.st_mode)):
         return os.open(place, flags)
+    if any(blkback.disks_on(status.st_rdev, by_writers=read_only)):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
     if not read_only:
         return os.open(place, flags | os.O_EXCL)
     fd = os.open(place, flags)
     try:
-        if is_in_use(fd, by_writers=True):
+        if _is_claimed(fd, by_writers=True):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
     except BaseException:
         os.close(fd)
@@ -51,7 +56,13 @@ def open_medium(node: int, *, read_only: bool, claims: bool = True) -> int:
 
 
 def is_in_use(fd: int, *, by_writers: bool = False) -> bool:
-    """Return whether somebody claims an open block device; `by_writers`: and could write to it. Raises: OSError."""
+    """Return whether somebody uses an open block device; `by_writers`: and could write to it. Raises: OSError."""
+    if any(blkback.disks_on(os.fstat(fd).st_rdev, by_writers=by_writers)):
+        return True
+    return _is_claimed(fd, by_writers=by_writers)
+
+
+def _is_claimed(fd: int, *, by_writers: bool) -> bool:
     if by_writers and _is_read_only(fd):
         return False
     try:

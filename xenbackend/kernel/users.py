@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from xenbackend.errors import printable
+from xenbackend.kernel import blkback
 
 WORKER = "xb "  # before the disk, in the name by which a worker's process goes
 _MOST = 3  # users that are named
@@ -34,8 +35,9 @@ def users_of(fd: int) -> str:
 
 
 def _kernel_users(number: int) -> Iterator[str]:
-    """Yield the mounts, swap and holders of a device, of its partitions, and of the disk that it is a partition of."""
+    """Yield guests, mounts, swap and holders of a device, of its partitions, and of the disk that it is a part of."""
     own = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    yield from (f"the kernel's backend for the disk {each}" for each in blkback.disks_on(number))
     family = [own, *(each.parent for each in own.glob("*/partition"))]
     if (own / "partition").exists():
         family.append(own.parent)

@@ -22,10 +22,10 @@ Behaviour:
     ask: what they see may be half of a change.
 
     A block device is refused, too, while the host uses it: mounted, swapped to, below LVM, device mapper or md, by
-    another node, or by way of a partition of it or the disk that it is a partition of. While it is served for
-    writing, the host cannot use it so. A file is refused while a loop device over it is used, and a loop device while
-    its file is. The refusal names the user where it can. Nothing is refused for a reader of what cannot be written to,
-    such as an ISO image that is mounted.
+    another node, by the kernel's own backend for another guest, or by way of a partition of it or the disk that it is
+    a partition of. While it is served for writing, the host cannot use it so; only that backend does not ask. A file
+    is refused while a loop device over it is used, and a loop device while its file is. The refusal names the user
+    where it can. Nothing is refused for a reader of what cannot be written to, such as an ISO image that is mounted.
 
     `share=on` is for who means it, as the mode `w!` is for a whole disk, and `image convert --overwrite` takes it in
     the layer, too: the image is opened although the host uses it, and beside others that share it. Others that have

@@ -24,13 +24,13 @@ from pathlib import Path
 
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import StoreError, XenbackendError
+from xenbackend.kernel.blkback import BUS
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath, libxl_path
 from xenbackend.supervisor.xenstore.store import Store
 
-BUS = Path("/sys/bus/xen-backend/devices")
 TIMEOUT_S = 10.0
 RETRY_S = 1.0  # after xenstore refused something
 PAUSE_S = 0.002  # between two looks at the bus; its files can be neither watched nor polled
@@ -39,7 +39,7 @@ PAUSE_S = 0.002  # between two looks at the bus; its files can be neither watche
 class Bus:
     """The devices that the kernel's block backend has, or would take once it is loaded."""
 
-    def __init__(self, root: Path = BUS) -> None:
+    def __init__(self, root: Path = Path(BUS)) -> None:
         self._root = root
 
     def has(self, path: VbdPath) -> bool:
