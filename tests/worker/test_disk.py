@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.helpers_block import EVENTS, TEST_DRIVERS, content, image, read, write
+from tests.loops import loop
 from tests.qcow_images import qcow2
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
+from xenbackend.kernel import users
 from xenbackend.loop.reactor import Reactor
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
@@ -142,6 +144,36 @@ def test_the_same_image_may_be_looked_at_and_taken_over(benches: Any, tmp_path: 
     bench.exchange(f"log:|aio:{one}")
 
     assert ["log:", f"aio:{one}"] == looked_at == [layer.text for layer in bench.disk.layers]
+
+
+def test_a_block_device_is_looked_at_and_taken_over(benches: Any, tmp_path: Path) -> None:
+    """A claim does not stand against its own worker: to look needs none, and the exchange lets go of it first."""
+    with loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
+        bench = benches(f"aio:{device}")
+        bench.disk.check_successor(f"log:|aio:{device}", replaces=False)
+        bench.disk.exchange(f"log:|aio:{device}")
+        with pytest.raises(OSError, match="busy"):
+            os.open(device, os.O_RDWR | os.O_EXCL)
+        assert 0 == bench.do(write(0, b"w" * PAGE))
+        with pytest.raises(XenbackendError, match="cannot shrink"):
+            bench.disk.exchange("ram:512K")
+        assert f"log:|aio:{device}" == bench.disk.text
+        bench.disk.exchange("ram:1M")
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+
+def test_who_waits_does_not_ask_who_has_the_image(
+    benches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that may wait asks for its lock many times a second, and looks at no process for that."""
+    monkeypatch.setattr(users, "users_of", lambda _fd: "nobody should be looked for")
+    one = image(tmp_path / "one")
+    benches(f"aio:{one}")
+    waiting = Bench(f"aio:{one}", may_wait=True)
+    with pytest.raises(DriverError, match="is locked by another process") as caught:
+        waiting.disk.open()
+    waiting.close()
+    assert is_locked(caught.value)
 
 
 def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class Disk:
         """Open nothing yet. `memories` are descriptors by name, ours from now on."""
         self.text = message.chain
         self.chain: Chain | None = None
-        self.files = HostFiles(reactor, NoOpener(), lock_timeout_s=0.0 if message.may_wait else LOCK_TIMEOUT_S)
-        self._opener: ChainOpener | None = None
+        waits = message.may_wait  # for a lock, by asking again and again, and nobody is told meanwhile
+        self.files = HostFiles(reactor, lock_timeout_s=0.0 if waits else LOCK_TIMEOUT_S, names_users=not waits)
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)

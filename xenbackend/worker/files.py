@@ -33,6 +33,7 @@ _LOCK_PAUSE_S = 0.005  # between two tries for a lock
 _LOOK_S = 0.05  # a look for a claim is one for a moment: of two who look at once, one tries again
 _WAY_OUT = "free it there first, or add share=on to the layer if both may write"
 
+_Name = Callable[[int], str]
 _T = TypeVar("_T")
 
 
@@ -75,6 +76,7 @@ class HostFiles:
         direct: without it, everything goes through the page cache, whatever a layer asks for.
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
         whole: refuse what only a reader could open, because it ends inside a sector.
+        names_users: say who uses an image that is in use. That takes a look at every process: not for who asks often.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class HostFiles:
         direct: bool = True,
         locks: bool = True,
         whole: bool = False,
+        names_users: bool = True,
     ) -> None:
         self.opener: Opener = opener or LocalOpener()
         self._reactor = reactor
@@ -95,6 +98,7 @@ class HostFiles:
         self._direct = direct
         self._locks = locks
         self._whole = whole
+        self._names_users = names_users
         self._queues: list[IoQueue] = []
 
     def open(
@@ -181,7 +185,7 @@ class HostFiles:
         try:
             fd = self._patiently(attempt, at_least_s=_LOOK_S)
             if fd is None:
-                raise _claimed(path, node)
+                raise _claimed(path, node, self._users_of)
             return fd
         finally:
             os.close(node)
@@ -198,7 +202,14 @@ class HostFiles:
             return None
 
         if self._locks and not self._patiently(attempt):
-            raise _locked(path, fd, access)
+            raise _locked(path, fd, access, self._users_of)
+
+    def _users_of(self, fd: int) -> str:
+        if not self._names_users:
+            return ""
+        from xenbackend.kernel.users import users_of  # late: most images are free
+
+        return users_of(fd)
 
     def _patiently(self, attempt: Callable[[], _T | None], *, at_least_s: float = 0.0) -> _T | None:
         """Try until there is something, or the time is over; return it."""
@@ -231,18 +242,14 @@ def _is_used(face: Face, access: locks.Access) -> bool:
     return face.is_device and not access.is_shared and claims.is_in_use(face.fd, by_writers=not access.writes)
 
 
-def _claimed(path: str, node: int) -> InUse:
-    from xenbackend.kernel.users import users_of  # late: here and below, most images are free
-
+def _claimed(path: str, node: int, users_of: _Name) -> InUse:
     user = users_of(node)
     sentence = f"{path} is in use by {user or 'the host or a process'}; {_WAY_OUT}"
     return InUse(sentence, path, user)
 
 
-def _locked(path: str, fd: int, access: locks.Access) -> InUse:
+def _locked(path: str, fd: int, access: locks.Access, users_of: _Name) -> InUse:
     """Return an error that says by whom an image is used, as far as that can be found out."""
-    from xenbackend.kernel.users import users_of
-
     with loops.faces(fd) as faces:
         for face in faces:
             if _is_used(face, access):
