@@ -21,7 +21,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
 from xenbackend.units import PAGE
-from xenbackend.worker.disk import Disk, is_locked
+from xenbackend.worker.disk import Disk, is_locked, number_of
 
 SIZE = 1 << 20
 
@@ -321,3 +321,13 @@ def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
     assert not is_locked(DriverError("x", errno=errno.EIO))
     assert [f"aio:{one}"] == looked_at
     assert [] == other.disk.layers
+
+
+def test_each_disk_has_a_number() -> None:
+    """Two disks never have the same one; a name that is none of a vbd's has none."""
+    names = [(domid, f"vbd/{domid}/{devid}") for domid in (0, 5, 32767) for devid in (768, 51712, (1 << 28) + 256)]
+    numbers = {number_of(*each) for each in names}
+
+    assert len(names) == len(numbers)
+    assert all(0 <= each < 1 << 62 for each in numbers)
+    assert -1 == number_of(5, "vbd/5/xvda")

@@ -9,15 +9,17 @@ import stat
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests import loops, qemu
+from tests.driven import WorkerProcess
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blkback
 from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.messages import Stage
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
 
@@ -292,3 +294,61 @@ def test_a_device_that_the_kernels_backend_serves(
     assert "" == refusal(files, device, read_only=True)
     assert "" == refusal(files, backing, read_only=True)
     assert refusal(files, device)
+
+
+def locks_on(*paths: Path) -> dict[str, list[str]]:
+    """Return the locks on files as the kernel lists them, by file: kind, and the first and last byte."""
+    rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    ends = {f":{path.stat().st_ino}": path.name for path in paths}
+    found: dict[str, list[str]] = {path.name: [] for path in paths}
+    for row in rows:
+        for end, name in ends.items():
+            if row[5].endswith(end):
+                found[name].append(" ".join([row[1], *row[6:8]] if row[1] == "OFDLCK" else [row[1], row[3]]))
+    return {name: sorted(each) for name, each in found.items()}
+
+
+_READS = ["FLOCK READ", "OFDLCK 100 100", "OFDLCK 201 201", "OFDLCK 203 203"]
+_WRITES = ["FLOCK WRITE", "OFDLCK 100 101", "OFDLCK 103 103", "OFDLCK 201 201", "OFDLCK 203 203"]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_no_lock_and_no_claim(tmp_path: Path, device: str) -> None:
+    """Each file of a chain is locked as it is used; after SIGKILL nothing is left, and a successor has the same."""
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    qemu.qemu_img("create", "-q", "-f", "qcow2", parent, "4M")
+    qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", "qcow2", child)
+    expected = {"parent": _READS, "child": _WRITES, Path(device).name: []}
+    for chain, locks in (
+        (f"log:|qcow2:{child}", expected),
+        (f"aio:{device}", {"parent": [], "child": [], Path(device).name: _WRITES}),
+    ):
+        for _ in range(2):
+            worker = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
+            try:
+                assert Stage.OPEN == worker.open(chain).stage
+                assert locks == locks_on(parent, child, Path(device))
+                with pytest.raises(OSError, match="busy") if device in chain else nullcontext():
+                    os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+            finally:
+                worker.drop()
+            assert {"parent": [], "child": [], Path(device).name: []} == locks_on(parent, child, Path(device))
+            os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+
+def test_a_shared_disk_is_its_own_successors_alone(device: str, backing: Path) -> None:
+    """Who shares goes beside other disks, but not beside a predecessor: its last write would come after ours."""
+    reactor = Reactor()
+    one, two = HostFiles(reactor, disk=1), HostFiles(reactor, disk=2)
+    for path in (str(backing), device):
+        image = one.open(path, read_only=False, shareable=True)
+        copy = os.dup(image.fd)  # as a write in flight has one
+        image.close()
+        assert "" == refusal(two, path, shareable=True)
+        assert refusal(one, path, shareable=True)
+        assert "" == refusal(one, path, read_only=True, shareable=True)
+        os.close(copy)
+        assert "" == refusal(one, path, shareable=True)
+    one.close()
+    two.close()
+    reactor.close()

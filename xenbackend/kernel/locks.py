@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # BLK_PERM_*, as numbers of bits
 _DOES, _FORBIDS, _END = 100, 200, 300  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE, and no lock of QEMU's is behind this
+_DISKS = 1 << 62  # from here on, a byte for each disk: far behind any image
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _WITHOUT = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # a file system has no such locks
 
@@ -59,21 +60,31 @@ def access(*, read_only: bool, shareable: bool) -> Access:
     return READ if read_only else WRITE
 
 
-def take(fd: int, wanted: Access) -> bool:
-    """Take both kinds of locks, without waiting; return whether nobody stands against it. Else none of QEMU's is left.
+def take(fd: int, wanted: Access, disk: int = -1) -> bool:
+    """Take both kinds of locks, without waiting; return whether nobody stands against it. Else no byte lock is left.
 
     A file system that has no byte locks leaves us with the flock. Raises: OSError.
+
+    Args:
+        fd: an image, open in the way in which it will be used.
+        wanted: what will be done with it.
+        disk: a number that no other disk has. Who shares an image with writers locks that byte of it for himself, so
+            that his successor waits for the last of his writes.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if wanted.is_alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     try:
+        if disk >= 0 and wanted.is_shared and wanted.writes:
+            _set(fd, fcntl.F_WRLCK, _DISKS + disk)
         for byte in _bytes(wanted.does, wanted.forbids):
             _set(fd, fcntl.F_RDLCK, byte)
         if is_free(fd, wanted):
             return True
         drop(fd)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in _WITHOUT:
             raise
@@ -84,7 +95,7 @@ def take(fd: int, wanted: Access) -> bool:
 def drop(fd: int) -> None:
     """Give the byte locks back; the flock stays. Raises: OSError."""
     try:
-        _set(fd, fcntl.F_UNLCK, 0, _END)
+        _set(fd, fcntl.F_UNLCK, 0, 0)
     except OSError as error:
         if error.errno not in _WITHOUT:
             raise

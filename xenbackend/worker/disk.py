@@ -49,7 +49,12 @@ class Disk:
         self.text = message.chain
         self.chain: Chain | None = None
         waits = message.may_wait  # for a lock, by asking again and again, and nobody is told meanwhile
-        self.files = HostFiles(reactor, lock_timeout_s=0.0 if waits else LOCK_TIMEOUT_S, names_users=not waits)
+        self.files = HostFiles(
+            reactor,
+            lock_timeout_s=0.0 if waits else LOCK_TIMEOUT_S,
+            names_users=not waits,
+            disk=number_of(message.frontend_domid, message.vbd),
+        )
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)
@@ -196,6 +201,12 @@ class Disk:
             raise DriverError(
                 f"{text} has sectors of {sector_size} bytes; the guest goes by {former.sector_size}", errno=errno.EINVAL
             )
+
+
+def number_of(domid: int, vbd: str) -> int:
+    """Return a number that no other disk of this host has; -1 where the vbd is called like none."""
+    devid = vbd.rpartition("/")[2]
+    return domid << 32 | int(devid) if devid.isdecimal() and len(devid) < 10 else -1
 
 
 def is_locked(problem: XenbackendError) -> bool:

@@ -77,6 +77,7 @@ class HostFiles:
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
         whole: refuse what only a reader could open, because it ends inside a sector.
         names_users: say who uses an image that is in use. That takes a look at every process: not for who asks often.
+        disk: a number that no other disk has, as `kernel.locks.take` wants it.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class HostFiles:
         locks: bool = True,
         whole: bool = False,
         names_users: bool = True,
+        disk: int = -1,
     ) -> None:
         self.opener: Opener = opener or LocalOpener()
         self._reactor = reactor
@@ -99,6 +101,7 @@ class HostFiles:
         self._locks = locks
         self._whole = whole
         self._names_users = names_users
+        self._disk = disk
         self._queues: list[IoQueue] = []
 
     def open(
@@ -194,7 +197,7 @@ class HostFiles:
         """Lock an image, and see that it is not in use by another face. Raises: DriverError, OSError."""
 
         def attempt() -> bool | None:
-            if locks.take(fd, access):
+            if locks.take(fd, access, self._disk):
                 with loops.faces(fd) as faces:
                     if not any(_is_used(face, access) for face in faces):
                         return True
