@@ -220,6 +220,37 @@ def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path:
         worker.drop()
 
 
+@pytest.mark.usefixtures("no_wait_for_locks")
+def test_an_image_that_qemu_uses_is_refused(run: Run, raw: Path, tmp_path: Path) -> None:
+    """The same where QEMU writes to it; where QEMU only reads, what only reads goes on. `info` says who it is."""
+    run("convert", f"aio:{raw}", "qcow2:a.qcow2")
+    run("snapshot", "qcow2:a.qcow2", "child.qcow2")
+    reads = [
+        ["check", "qcow2:a.qcow2"],
+        ["map", "qcow2:a.qcow2"],
+        ["compare", "qcow2:a.qcow2", "aio:disk.raw"],
+        ["measure", "vhd", "qcow2:a.qcow2"],
+    ]
+    writes = [
+        ["check", "qcow2:a.qcow2", "--repair"],
+        ["resize", "qcow2:a.qcow2", "1G"],
+        ["commit", "qcow2:child.qcow2"],
+    ]
+    with qemu.held_open("qcow2", tmp_path / "a.qcow2") as pid:
+        for words in reads + writes:
+            status, _, err = run(*words)
+            assert (2, True) == (status, f"(process {pid}); one writer at a time" in err), (words, err)
+        said = run("info", "qcow2:a.qcow2")[1]
+        assert f"in use by qemu-io -f qcow2 {tmp_path}/a.qcow2"[:60] in said
+        assert f"(process {pid}): this may be out of date" in said
+    with qemu.held_open("qcow2", tmp_path / "a.qcow2", "-r") as pid:
+        for words in writes:
+            assert f"(process {pid})" in run(*words)[2], words
+        for words in reads:
+            assert 0 == run(*words)[0], words
+        assert "in use" not in run("info", "qcow2:a.qcow2")[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number: signal.Signals) -> None:

@@ -162,6 +162,29 @@ def test_a_block_device_is_looked_at_and_taken_over(benches: Any, tmp_path: Path
         os.close(os.open(device, os.O_RDWR | os.O_EXCL))
 
 
+def test_nobody_gets_an_image_between_two_chains(benches: Any, tmp_path: Path) -> None:
+    """While the former chain is closed and the next one not open yet, the image is locked all the same."""
+    one = image(tmp_path / "one")
+    bench = benches(f"aio:{one}")
+    chain, tries = bench.disk.chain, []
+
+    def close() -> None:
+        type(chain).close(chain)
+        with pytest.raises(DriverError, match="is locked") as caught:
+            benches(f"aio:{one}", may_wait=True)
+        tries.append(caught)
+
+    chain.close = close
+    bench.disk.exchange(f"log:|aio:{one}")
+    with pytest.raises(XenbackendError, match="cannot shrink"):
+        bench.disk.exchange("ram:512K")
+    assert 1 == len(tries)
+    assert f"log:|aio:{one}" == bench.disk.text
+    (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one"))
+    bench.disk.exchange(f"qcow2:{tmp_path}/child,parent_format=raw")
+    benches(f"aio:{one}", read_only=True)
+
+
 def test_who_waits_does_not_ask_who_has_the_image(
     benches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

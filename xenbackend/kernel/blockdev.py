@@ -204,6 +204,11 @@ def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
     return alignment
 
 
+def switch_to_cached(fd: int) -> None:
+    """Make `fd`, and every copy of it, go through the page cache. Raises: OSError."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
 def _stated_alignment(fd: int) -> Alignment | None:
     """Ask statx (Linux 6.1); None if the file system does not say, or cannot do direct I/O."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)

@@ -113,6 +113,10 @@ class Disk:
 
         Raises: XenbackendError where the former one is open again; anything else means that no chain is.
         """
+        with self.files.kept():
+            return self._exchange(text)
+
+    def _exchange(self, text: str) -> Chain:
         assert self.chain is not None  # noqa: S101 - the order of messages
         former, self.chain = self.chain, None
         former.close()

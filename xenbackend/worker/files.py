@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +25,7 @@ from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
+from xenbackend.worker.spares import Spares
 
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
@@ -103,6 +105,7 @@ class HostFiles:
         self._names_users = names_users
         self._disk = disk
         self._queues: list[IoQueue] = []
+        self._spares = Spares()
 
     def open(
         self,
@@ -117,7 +120,9 @@ class HostFiles:
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
         access = locks.access(read_only=read_only, shareable=shareable)
-        fd = self._open(path, access)
+        fd = self._spares.take(path, access)
+        if fd < 0:
+            fd = self._open(path, access)
         try:
             medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size)
             if self._whole:
@@ -128,26 +133,16 @@ class HostFiles:
                 size = round_up(medium.size, step)
                 os.ftruncate(fd, size)
                 medium = replace(medium, size=size, end=size)
-            return self._choose(fd, medium, direct=direct, blocking=blocking)
+            return self._spares.note(self._choose(fd, medium, direct=direct, blocking=blocking), access)
         except BaseException:
             os.close(fd)
             raise
 
-    def open_record(self, path: str) -> int:
-        """See `block.driver.Files`."""
-        return self.opener.open_record(path)
-
-    def look(self, path: str) -> Facts:
-        """See `block.driver.Files`."""
-        return self.opener.look(path)
-
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
-        """See `block.driver.Files`."""
-        return self.opener.find(what, image, names, within)
-
-    def resolve(self, path: str) -> str:
-        """See `block.driver.Files`."""
-        return self.opener.resolve(path)
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have nobody get the images that are open now while they are closed, and opened again in another chain."""
+        with self._spares.kept():
+            yield
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""
@@ -217,8 +212,11 @@ class HostFiles:
     def _patiently(self, attempt: Callable[[], _T | None], *, at_least_s: float = 0.0) -> _T | None:
         """Try until there is something, or the time is over; return it."""
         give_up = time.monotonic() + max(self.lock_timeout_s, at_least_s)
-        while (found := attempt()) is None and time.monotonic() < give_up:
-            time.sleep(_LOCK_PAUSE_S)
+        while (found := attempt()) is None:
+            if time.monotonic() < give_up:
+                time.sleep(_LOCK_PAUSE_S)
+            elif not self._spares.drop():  # else it may have been we, by another face
+                break
         return found
 
     def _queue(self, *, direct: bool) -> IoQueue | None:

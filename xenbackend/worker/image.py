@@ -157,7 +157,8 @@ class Image:
 
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        os.close(fd)
 
     def is_inside(self, request: Request) -> bool:
         """Return whether the range ends inside the image."""
