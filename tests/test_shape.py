@@ -40,6 +40,7 @@ TESTED_ELSEWHERE = {
     "image/writing.py": "image/test_behind.py and test_resize.py kill it at every write",
     "image/faults.py": "values only; image/test_check.py counts them",
     "image/session.py": "image/test_transfer.py and everything else there runs in one",
+    "kernel/inuse.py": "worker/test_in_use.py has each of its sentences",
     "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
     "supervisor/vbd/aims.py": "supervisor/vbd/test_device.py has each aim, test_device_is_total.py all at once",
     "opener/access.py": "opener/test_main.py asks it everything",

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from xenbackend.errors import DriverError, KernelError, printable
-from xenbackend.kernel import blockdev, claims, locks, loops
+from xenbackend.errors import DriverError, KernelError
+from xenbackend.kernel import blockdev, claims, locks
 from xenbackend.kernel.blockdev import Medium
-from xenbackend.kernel.loops import Face
+from xenbackend.kernel.inuse import Naming, is_used_by_another_face
 from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
@@ -33,37 +33,8 @@ if TYPE_CHECKING:
 
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
 _LOOK_S = 0.05  # a look for a claim is one for a moment: of two who look at once, one tries again
-_WAY_OUT = "free it there first, or add share=on to the layer if both may write"
 
-_Name = Callable[[int], str]
 _T = TypeVar("_T")
-
-
-class InUse(DriverError):
-    """Somebody else uses an image; `user` says who, where that is known."""
-
-    def __init__(self, sentence: str, path: str, user: str) -> None:
-        super().__init__(sentence, path=path, errno=errno.EBUSY)
-        self.user = user
-
-
-class Opener(Protocol):
-    """What opens files for `HostFiles`: `LocalOpener` in this process, `worker.opener.RemoteOpener` in another one."""
-
-    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own. Raises: DriverError, OSError."""
-
-    def open_record(self, path: str) -> int:
-        """As `block.driver.Files.open_record`."""
-
-    def look(self, path: str) -> Facts:
-        """As `block.driver.Files.look`."""
-
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
-        """As `block.driver.Files.find`."""
-
-    def resolve(self, path: str) -> str:
-        """As `block.driver.Files.resolve`."""
 
 
 class HostFiles:
@@ -102,7 +73,7 @@ class HostFiles:
         self._direct = direct
         self._locks = locks
         self._whole = whole
-        self._names_users = names_users
+        self._naming = Naming(names_users)
         self._disk = disk
         self._queues: list[IoQueue] = []
         self._spares = Spares()
@@ -183,7 +154,7 @@ class HostFiles:
         try:
             fd = self._patiently(attempt, at_least_s=_LOOK_S)
             if fd is None:
-                raise _claimed(path, node, self._users_of)
+                raise self._naming.claimed(node, path)
             return fd
         finally:
             os.close(node)
@@ -193,21 +164,13 @@ class HostFiles:
 
         def attempt() -> bool | None:
             if locks.take(fd, access, self._disk):
-                with loops.faces(fd) as faces:
-                    if not any(_is_used(face, access) for face in faces):
-                        return True
+                if not is_used_by_another_face(fd, access):
+                    return True
                 locks.drop(fd)
             return None
 
         if self._locks and not self._patiently(attempt):
-            raise _locked(path, fd, access, self._users_of)
-
-    def _users_of(self, fd: int) -> str:
-        if not self._names_users:
-            return ""
-        from xenbackend.kernel.users import users_of  # late: most images are free
-
-        return users_of(fd)
+            raise self._naming.locked(fd, path, access)
 
     def _patiently(self, attempt: Callable[[], _T | None], *, at_least_s: float = 0.0) -> _T | None:
         """Try until there is something, or the time is over; return it."""
@@ -234,28 +197,3 @@ class HostFiles:
         except KernelError:
             return None
         return queue
-
-
-def _is_used(face: Face, access: locks.Access) -> bool:
-    """Return whether somebody uses an image by another face, in a way that does not go with this one."""
-    if not locks.is_free(face.fd, access):
-        return True
-    return face.is_device and not access.is_shared and claims.is_in_use(face.fd, by_writers=not access.writes)
-
-
-def _claimed(path: str, node: int, users_of: _Name) -> InUse:
-    user = users_of(node)
-    sentence = f"{path} is in use by {user or 'the host or a process'}; {_WAY_OUT}"
-    return InUse(sentence, path, user)
-
-
-def _locked(path: str, fd: int, access: locks.Access, users_of: _Name) -> InUse:
-    """Return an error that says by whom an image is used, as far as that can be found out."""
-    with loops.faces(fd) as faces:
-        for face in faces:
-            if _is_used(face, access):
-                user = f"{users_of(face.fd) or 'the host or a process'} as {printable(face.path)}"
-                return InUse(f"{path} is in use by {user}, which is the same image; {_WAY_OUT}", path, user)
-    user = users_of(fd)
-    sentence = f"{path} is locked by {user or 'another process'}; one writer at a time, or readers only"
-    return InUse(sentence, path, user)
