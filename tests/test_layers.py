@@ -39,7 +39,7 @@ LAYERS = {
     "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
-    "image": GROUND - {"log"} | {"block", "opener.local", "opener.newfile", "worker.env", "worker.files", "loop"},
+    "image": GROUND - {"log"} | {"block", "kernel.inuse", "worker.env", "worker.files", "worker.newfile", "loop"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),

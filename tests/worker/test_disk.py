@@ -185,18 +185,21 @@ def test_nobody_gets_an_image_between_two_chains(benches: Any, tmp_path: Path) -
     benches(f"aio:{one}", read_only=True)
 
 
-def test_who_waits_does_not_ask_who_has_the_image(
-    benches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that may wait asks for its lock many times a second, and looks at no process for that."""
+def test_who_waits_does_not_ask_who_has_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that may wait asks for its lock, or claim, many times a second, and looks at no process for that."""
     monkeypatch.setattr(users, "users_of", lambda _fd: "nobody should be looked for")
-    one = image(tmp_path / "one")
-    benches(f"aio:{one}")
-    waiting = Bench(f"aio:{one}", may_wait=True)
-    with pytest.raises(DriverError, match="is locked by another process") as caught:
-        waiting.disk.open()
-    waiting.close()
-    assert is_locked(caught.value)
+    with loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
+        for path, why in ((image(tmp_path / "one"), "is locked by another process"), (device, "is in use by the host")):
+            former = Bench(f"aio:{path}")
+            former.disk.open()
+            waiting = Bench(f"aio:{path}", may_wait=True)
+            with pytest.raises(DriverError, match=why) as caught:
+                waiting.disk.open()
+            assert [f"aio:{path}"] == [each.text for each in waiting.disk.probe()]
+            former.close()
+            waiting.disk.open()
+            waiting.close()
+            assert is_locked(caught.value)
 
 
 def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ import stat
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import loops, qemu
 from tests.driven import WorkerProcess
 from xenbackend.errors import DriverError
-from xenbackend.kernel import blkback
+from xenbackend.kernel import blkback, locks
+from xenbackend.kernel.inuse import is_used_by_another_face
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.messages import Stage
 from xenbackend.worker.files import HostFiles
@@ -319,7 +321,7 @@ def test_a_killed_worker_leaves_no_lock_and_no_claim(tmp_path: Path, device: str
     qemu.qemu_img("create", "-q", "-f", "qcow2", parent, "4M")
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", "qcow2", child)
     expected = {"parent": _READS, "child": _WRITES, Path(device).name: []}
-    for chain, locks in (
+    for chain, there in (
         (f"log:|qcow2:{child}", expected),
         (f"aio:{device}", {"parent": [], "child": [], Path(device).name: _WRITES}),
     ):
@@ -327,7 +329,7 @@ def test_a_killed_worker_leaves_no_lock_and_no_claim(tmp_path: Path, device: str
             worker = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
             try:
                 assert Stage.OPEN == worker.open(chain).stage
-                assert locks == locks_on(parent, child, Path(device))
+                assert there == locks_on(parent, child, Path(device))
                 with pytest.raises(OSError, match="busy") if device in chain else nullcontext():
                     os.close(os.open(device, os.O_RDWR | os.O_EXCL))
             finally:
@@ -351,4 +353,41 @@ def test_a_shared_disk_is_its_own_successors_alone(device: str, backing: Path) -
         assert "" == refusal(one, path, shareable=True)
     one.close()
     two.close()
+    reactor.close()
+
+
+@pytest.mark.parametrize("first_step", ["take", "look"])
+def test_two_who_come_at_once_by_different_faces(
+    files: HostFiles, backing: Path, device: str, monkeypatch: pytest.MonkeyPatch, first_step: str
+) -> None:
+    """While one is between its two steps, to lock and to look, another comes by another face: never do both get it."""
+    reactor = Reactor()
+    others = HostFiles(reactor, names_users=False)
+    got: list[Image] = []
+    take, look = locks.take, is_used_by_another_face
+
+    def come() -> None:
+        monkeypatch.undo()
+        with suppress(DriverError):
+            got.append(others.open(device, read_only=False))
+
+    def take_and_let_come(*arguments: Any) -> bool:
+        has_taken = take(*arguments)
+        come()
+        return has_taken
+
+    def look_and_let_come(*arguments: Any) -> bool:
+        is_used = look(*arguments)
+        come()
+        return is_used
+
+    if first_step == "take":
+        monkeypatch.setattr(locks, "take", take_and_let_come)
+    else:
+        monkeypatch.setattr("xenbackend.worker.files.is_used_by_another_face", look_and_let_come)
+    with suppress(DriverError):
+        got.append(files.open(str(backing), read_only=False))
+    assert 1 == len(got)
+    got[0].close()
+    others.close()
     reactor.close()

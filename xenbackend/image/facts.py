@@ -19,6 +19,7 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import looks
 from xenbackend.image.session import Session
 from xenbackend.image.tools import tools_of
+from xenbackend.kernel.inuse import InUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,8 @@ def file_facts(path: str, look: looks.Look) -> ChainFacts:
 def _open(session: Session, spec: ChainSpec) -> tuple[tuple[OpenLayer, ...], bool, str]:
     try:
         return session.open(spec, read_only=True).chain.layers, False, ""
-    except DriverError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        user = getattr(error, "user", "")
+    except InUse as error:
+        user = error.user
     return session.open(spec, read_only=True, locked=False).chain.layers, True, user
 
 
