@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers_block import EVENTS, TEST_DRIVERS, content, image, read, write
-from tests.loops import loop
+from tests.loops import loop, mounted
 from tests.qcow_images import qcow2
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.request import PENDING, Request
@@ -160,6 +160,28 @@ def test_a_block_device_is_looked_at_and_taken_over(benches: Any, tmp_path: Path
         assert f"log:|aio:{device}" == bench.disk.text
         bench.disk.exchange("ram:1M")
         os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+
+def test_a_chain_whose_files_others_have_is_refused_before(benches: Any, tmp_path: Path) -> None:
+    """To find in an exchange that an image is locked, or a device mounted, would pause the guest while it is tried."""
+    one, two, base = (image(tmp_path / name) for name in ("one", "two", "base"))
+    (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"base"))
+    bench = benches(f"aio:{one}")
+    child = f"qcow2:{tmp_path}/child,parent_format=raw"
+    for chain in (f"aio:{two}", child):
+        assert bench.disk.check_successor(chain, replaces=True)
+    for path in (two, base):
+        benches(f"aio:{path}")
+    for chain, path in ((f"aio:{two}", two), (f"log:|aio:{two}", two), (child, base)):
+        with pytest.raises(ConfigError, match=f"{path} is locked by another process"):
+            bench.disk.check_successor(chain, replaces=True)
+    with loop(tmp_path / "disk", 8 * SIZE, sector_size=512) as (device, _), mounted(device, tmp_path / "place"):
+        with pytest.raises(ConfigError, match=f"{device} is in use by a file system mounted at {tmp_path}/place"):
+            bench.disk.check_successor(f"aio:{device}", replaces=True)
+        assert bench.disk.check_successor(f"aio:{device},share=on", replaces=True)
+    assert 0 == bench.do(write(0, b"w" * PAGE))
+    with pytest.raises(DriverError, match="is locked"):
+        benches(f"aio:{one}", may_wait=True)
 
 
 def test_nobody_gets_an_image_between_two_chains(benches: Any, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Geometry
+from xenbackend.block.opening import OpenLayer
+from xenbackend.block.options import files_of
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.successor import keeps_content
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
@@ -100,6 +102,8 @@ class Disk:
                         f"{text} is over another image than the one that the guest writes to, in {self.text}; "
                         "if that one holds the same content, add --replace"
                     )
+                for layer in found.layers:
+                    self._check_free(layer)
                 return [layer.text for layer in found.layers]
         except ConfigError:
             raise
@@ -191,6 +195,16 @@ class Disk:
     def _open(self, text: str) -> Chain:
         self._env.begin()
         return open_chain(parse_chain(text), self._env, read_only=self._read_only, shareable=self._shareable)
+
+    def _check_free(self, layer: OpenLayer) -> None:
+        """Refuse a layer whose files somebody else has: to find that out in an exchange would pause the guest."""
+        if layer.driver.is_filter:
+            return
+        options = layer.driver.options
+        shareable = getattr(options, "share", False) or (self._shareable and not layer.parent_of)
+        read_only = self._read_only or bool(layer.parent_of)
+        for path in files_of(options).values():
+            self.files.check_free(path, read_only=read_only, shareable=shareable)
 
     def _check(self, text: str, size: int, sector_size: int, former: Geometry | None = None) -> None:
         """Raise DriverError where a guest that knows the former geometry could not go on with another one."""

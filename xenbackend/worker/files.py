@@ -109,6 +109,21 @@ class HostFiles:
             os.close(fd)
             raise
 
+    def check_free(self, path: str, *, read_only: bool, shareable: bool) -> None:
+        """Refuse an image that somebody else has at the moment; nobody is waited for.
+
+        Raises: DriverError, OSError.
+        """
+        access = locks.access(read_only=read_only, shareable=shareable)
+        if self._spares.has(path):
+            return
+        fd = self._open(path, access, timeout_s=0.0)
+        try:
+            if not locks.take(fd, access, self._disk):
+                raise self._naming.locked(fd, path, access)
+        finally:
+            os.close(fd)
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Have nobody get the images that are open now while they are closed, and opened again in another chain."""
@@ -134,7 +149,7 @@ class HostFiles:
             return DirectImage(fd, medium, alignment, self._reactor, self._queue(direct=True))
         return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
 
-    def _open(self, path: str, access: locks.Access) -> int:
+    def _open(self, path: str, access: locks.Access, *, timeout_s: float | None = None) -> int:
         """Open a file, or a block device that nobody else uses. Raises: DriverError, OSError."""
         claims_it = self._locks and not access.is_shared
         node = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -152,7 +167,7 @@ class HostFiles:
                 raise
 
         try:
-            fd = self._patiently(attempt, at_least_s=_LOOK_S)
+            fd = self._patiently(attempt, max(_LOOK_S, self.lock_timeout_s if timeout_s is None else timeout_s))
             if fd is None:
                 raise self._naming.claimed(node, path)
             return fd
@@ -169,12 +184,12 @@ class HostFiles:
                 locks.drop(fd)
             return None
 
-        if self._locks and not self._patiently(attempt):
+        if self._locks and not self._patiently(attempt, self.lock_timeout_s):
             raise self._naming.locked(fd, path, access)
 
-    def _patiently(self, attempt: Callable[[], _T | None], *, at_least_s: float = 0.0) -> _T | None:
+    def _patiently(self, attempt: Callable[[], _T | None], timeout_s: float) -> _T | None:
         """Try until there is something, or the time is over; return it."""
-        give_up = time.monotonic() + max(self.lock_timeout_s, at_least_s)
+        give_up = time.monotonic() + timeout_s
         while (found := attempt()) is None:
             if time.monotonic() < give_up:
                 time.sleep(_LOCK_PAUSE_S)

@@ -33,6 +33,10 @@ class Spares:
         self._open.append((image, _key(os.fstat(image.fd)), access))
         return image
 
+    def has(self, path: str) -> bool:
+        """Return whether a file is open here. Raises: OSError."""
+        return self._has(_key_of(path))
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep what is open now, while it is closed and the next chain is opened. Raises: OSError."""
@@ -52,8 +56,8 @@ class Spares:
         """
         if not self._kept:
             return -1
-        key = _key(os.stat(path))  # noqa: PTH116 - as `opening`: pathlib would alter the name
-        if key not in self._kept or any(image.fd >= 0 and key == other for image, other, _ in self._open):
+        key = _key_of(path)
+        if key not in self._kept or self._has(key):
             return -1
         fd, earlier = self._kept[key]
         if earlier != access:
@@ -69,6 +73,13 @@ class Spares:
         while self._kept:
             os.close(self._kept.popitem()[1][0])
         return were_kept
+
+    def _has(self, key: _Key) -> bool:
+        return any(image.fd >= 0 and key == other for image, other, _ in self._open)
+
+
+def _key_of(path: str) -> _Key:
+    return _key(os.stat(path))  # noqa: PTH116 - as `opening`: pathlib would alter the name
 
 
 def _key(status: os.stat_result) -> _Key:
