@@ -20,6 +20,8 @@ from xenbackend.errors import XenbackendError
 WATCHED = ("open", "socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.system", "os.fork", "os.listdir",
            "os.scandir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate", "ctypes.dlopen")  # fmt: skip
 
+HOST = "/sys/block"  # which loop devices there are, and over what: the same for every image
+
 events: list[tuple[str, str]] = []
 is_watching = False
 
@@ -31,6 +33,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
     what = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)
     if what.startswith("/proc/self/fd/"):  # a file that is held already is opened for real, whatever is called so now
         what = str(Path(what).readlink())
+    if what.startswith(HOST):
+        return
     if (event, what) not in events:
         events.append((event, what))
 
