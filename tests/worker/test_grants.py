@@ -194,3 +194,20 @@ def test_bad_page_marks_its_record_only(table: Table, kind: str) -> None:
     assert "grant copy ended with status -3" == str(bad.refused)
     grants.settle([good, bad])
     assert {} == grants.held
+
+
+@pytest.mark.parametrize("status", [-3, -32768, 1, 2, 32767])
+def test_a_status_but_okay_is_a_failure(table: Table, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """R8: only GNTST_okay means that a page was copied; a status that no header names, above 0 too, refuses."""
+    really = table.copied._table.copy
+    monkeypatch.setattr(table.copied._table, "copy", lambda arena, copies: [*really(arena, copies)[:-1], status])
+    write, read = table.record(BLKIF_OP_WRITE, None, pages=3), table.record(BLKIF_OP_READ, None, pages=3)
+    lent_writes = table.copied.lend([write])
+    (request,) = table.copied.lend([read])
+    request.status = 0
+    table.copied.settle([write, read])
+
+    sentence = f"grant copy ended with status {status}"
+    assert [] == lent_writes
+    assert [sentence, sentence] == [str(write.refused), str(read.refused)]
+    assert {} == table.copied.held

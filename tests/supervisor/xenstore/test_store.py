@@ -354,6 +354,26 @@ def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
     assert [event for event in events if event[1] == "calm"] == [("/b", "calm")]
 
 
+def test_one_call_reads_no_more_than_its_share_of_a_flood(peer: Callable[[Peer], str]) -> None:
+    """R14: however many events wait, a call takes at most so many packets; what came behind them is in the next one."""
+    are_sent = threading.Event()
+    flood = packet(Op.WATCH_EVENT, 0, b"/a\0t\0")
+
+    def behave(near: socket.socket) -> None:
+        near.recv(REQUEST + len("t\0"), socket.MSG_WAITALL)
+        near.sendall(packet(Op.WATCH, 1, b"OK\0") + module._EVENTS_PER_CALL * flood)
+        near.sendall(packet(Op.WATCH_EVENT, 0, b"/a/late\0t\0"))
+        are_sent.set()
+        until_gone(near)
+
+    with Store(peer(behave)) as store:
+        store.watch("/a", "t")
+        assert are_sent.wait(10)
+
+        assert [("/a", "t")] == store.events()
+        assert [("/a/late", "t")] == store.events()
+
+
 def test_an_event_of_a_removed_watch_is_dropped(store: Store) -> None:
     """After `unwatch` no event of that watch comes any more, not even one that was already on its way."""
     store.watch("/a", "token")
