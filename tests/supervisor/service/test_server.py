@@ -28,6 +28,8 @@ from xenbackend.supervisor.service.server import (
     MAX_DEPTH,
     MAX_LINE,
     RETRY_S,
+    SPARE,
+    SPARE_WAIT_S,
     Peer,
     Reply,
     Server,
@@ -178,18 +180,50 @@ def test_other_users_are_sent_away(uid: int) -> None:
         assert ("ok", 1) == (loop.ask(own, b"{}\n")["code"], len(loop.peers))
 
 
-def test_clients_are_bounded(loop: Loop) -> None:
-    """R22: a connection beyond the limit is closed at once, and those before it are served."""
-    clients = []
-    for _ in range(MAX_CLIENTS):
-        clients.append(loop.connect())
+def test_idle_clients_keep_nobody_out(loop: Loop) -> None:
+    """C3: where 400 clients say nothing, the next one is answered: who has idled for longest makes room."""
+    with contextlib.ExitStack() as clients:
+        first = clients.enter_context(loop.connect())
+        waiting = clients.enter_context(loop.connect())
+        waiting.sendall(b'{"verb": "hold"}\n')
+        for _ in range(400):
+            clients.enter_context(loop.connect())
+            loop.settle(0.001)
+        with loop.connect() as late:
+            answer = loop.ask(late, b'{"verb": "ping"}\n')
+        loop.held[0](Answer(Code.OK))
         loop.settle()
-    with loop.connect() as late:
+
+        assert "ok" == answer["code"]
+        assert b"" == first.recv(1)
+        assert _ok(None) == waiting.recv(1000)
+        assert len(loop.server._clients) <= MAX_CLIENTS
+
+
+def test_clients_that_wait_are_bounded_and_leave_places(loop: Loop) -> None:
+    """C3, R22: where all wait for an answer there are some places more, for questions that are answered soon: who waits
+    there is told that it is still under way. When those are taken, too, a connection is closed at once.
+    """
+    with contextlib.ExitStack() as clients:
+        waiting = [clients.enter_context(loop.connect()) for _ in range(MAX_CLIENTS)]
+        for client in waiting:
+            client.sendall(b'{"verb": "hold"}\n')
+            loop.settle()
+        answers = []
+        for _ in range(SPARE):
+            spare = clients.enter_context(loop.connect())
+            answers.append(loop.ask(spare, b'{"verb": "ping"}\n')["code"])
+            spare.sendall(b'{"verb": "hold", "wait": 1000}\n')
+            loop.settle()
+        late = clients.enter_context(loop.connect())
         loop.settle()
-        assert b"" == late.recv(1)
-    assert {"verb": "ping"} == loop.ask(clients[0], b'{"verb": "ping"}\n')["data"]
-    for client in clients:
-        client.close()
+        assert (b"", ["ok"] * SPARE) == (late.recv(1), answers)
+        loop.settle(SPARE_WAIT_S)
+        assert "under-way" == json.loads(spare.recv(1000))["code"]
+        for reply in loop.held:
+            reply(Answer(Code.OK))
+        loop.settle()
+        assert [_ok(None)] * MAX_CLIENTS == [client.recv(1000) for client in waiting]
 
 
 def test_idle_clients_are_sent_away(loop: Loop) -> None:

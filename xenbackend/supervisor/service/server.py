@@ -7,7 +7,8 @@ long as it takes: a client that names the seconds for which it waits, ``{"verb":
 time that its order is still under way, and which one it is. A client that goes away ends nothing.
 
 Everything that a client can make this hold is bounded: clients, the length of a line, how deep its values lie in each
-other, the time that it may idle.
+other, the time that it may idle. Clients keep nobody out: where all places are taken, a new one gets the place of
+whoever has idled for longest; where everybody waits for an answer, one of a few places in which nobody waits for long.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -32,6 +34,8 @@ from xenbackend.protocol.codec import is_storable
 from xenbackend.protocol.codes import Code
 
 MAX_CLIENTS = 256  # a hotplug script of each disk that is just being attached
+SPARE = 16  # places beside those, for whoever looks what is the matter when all of them wait
+SPARE_WAIT_S = 5.0  # for which a client there waits at most
 MAX_LINE = 64 * 1024  # bytes of a request
 MAX_DEPTH = 4  # of the values in it: the deepest that a verb takes is a list of texts
 MAX_WAIT_S = 1e9
@@ -133,13 +137,23 @@ class Server:
             self._listening.set(self._loop.now() + RETRY_S)
             return
         peer = _peer_of(near)
-        if len(self._clients) >= MAX_CLIENTS or peer.uid not in (0, os.geteuid()):
+        if peer.uid not in (0, os.geteuid()) or not self._make_room():
             near.close()
             return
-        client = _Client(near, peer)
+        client = _Client(near, peer, is_spare=len(self._clients) >= MAX_CLIENTS)
         self._clients[client] = None
         self._set_deadline(client, IDLE_S)
         self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
+
+    def _make_room(self) -> bool:
+        """Send the client away that has idled for longest, if one has to go; False where there is no place."""
+        if len(self._clients) < MAX_CLIENTS:
+            return True
+        idle = [(each.deadline, each) for each in self._clients if each.reply is None and each.deadline is not None]
+        if idle:
+            self._drop(min(idle, key=itemgetter(0))[1])
+            return True
+        return len(self._clients) < MAX_CLIENTS + SPARE
 
     def _listen_again(self) -> None:
         self._loop.add(self._socket.fileno(), self._accept)
@@ -189,6 +203,8 @@ class Server:
             if client.reply is reply:
                 reply(replace(of_bug(bug), order=reply.order))
             self._loop.bug(bug)
+        if client.is_spare:
+            wait_s = SPARE_WAIT_S if wait_s is None else min(wait_s, SPARE_WAIT_S)
         if wait_s is not None and client.reply is reply:
             self._set_deadline(client, wait_s)
 
@@ -226,10 +242,11 @@ class Server:
 class _Client:
     """One connection: at most one request being handled, at most one line more in the buffer."""
 
-    def __init__(self, near: socket.socket, peer: Peer) -> None:
+    def __init__(self, near: socket.socket, peer: Peer, *, is_spare: bool) -> None:
         near.setblocking(False)
         self.socket = near
         self.peer = peer
+        self.is_spare = is_spare  # in a place in which it may not wait for long
         self.deadline: float | None = None
         self.outgoing = b""
         self.is_writing = False  # what the loop waits for
