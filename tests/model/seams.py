@@ -23,8 +23,7 @@ from tests.model.fleet import WorkerProcess
 from tests.model.machine import Door, collect, freeze, tracking_map_pages
 from xenbackend import journal
 from xenbackend.errors import XenbackendError
-from xenbackend.kernel import datagram
-from xenbackend.protocol import messages
+from xenbackend.protocol import datagrams, messages
 from xenbackend.rig import guest as rig_guest
 from xenbackend.rig import host as rig_host
 from xenbackend.supervisor.service import fleet, main
@@ -74,15 +73,14 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
         init(self, *arguments, **{**named, "lock_timeout_s": 0.0})  # nobody else moves while it would wait
 
     open_files.__kwdefaults__ = init.__kwdefaults__
-    opened, receive = world.machine.opened, datagram.receive
-    asked = type("Asked", (openers.Asked,), {"world": world})
+    opened, receive = world.machine.opened, datagrams.receive
 
     def making(function: Callable[..., int]) -> Callable[..., int]:
         return lambda *arguments, **named: opened(function(*arguments, **named))
 
     def received(*arguments: Any) -> Any:
-        data, fds, is_whole = receive(*arguments)
-        return data, [opened(fd) for fd in fds], is_whole
+        datagram, fds, is_whole = receive(*arguments)
+        return datagram, [opened(fd) for fd in fds], is_whole
 
     return [
         (rig_host, "Connection", Door),
@@ -91,8 +89,8 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
         (HostFiles, "__init__", open_files),
         (os, "close", world.machine.closed),
         *[(os, name, making(getattr(os, name))) for name in ("open", "dup", "eventfd", "memfd_create")],
-        (datagram, "receive", received),
-        (worker_main, "RemoteOpener", asked),
+        (fleet, "receive", received),
+        (worker_main, "receive", received),
         (time, "sleep", lambda _: None),
         (os, "_exit", leave),
         (signal, "pidfd_send_signal", send_signal),

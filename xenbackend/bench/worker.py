@@ -17,6 +17,7 @@ from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
 from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, messages
+from xenbackend.protocol.datagrams import receive
 from xenbackend.protocol.messages import Stage
 
 _PATIENCE = 20.0  # seconds for an answer; opening a chain tries again for ten
@@ -88,7 +89,7 @@ class Worker:
         """Return where it stands after the last order, once that is one of `stages`, if any are named."""
         while True:
             try:
-                datagram, descriptors, _, _ = socket.recv_fds(self._socket, messages.MAX_MESSAGE, 8)
+                datagram, descriptors, _ = receive(self._socket, messages.MAX_MESSAGE, 8)
             except (TimeoutError, ConnectionResetError):
                 datagram, descriptors = b"", []
             for descriptor in descriptors:  # what a worker wants kept; there will be no successor

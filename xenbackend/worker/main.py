@@ -26,6 +26,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Line, Steps, run
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.codes import Code
+from xenbackend.protocol.datagrams import inherited, receive
 from xenbackend.protocol.messages import Stage
 from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
 from xenbackend.worker.disk import is_locked
@@ -71,7 +72,7 @@ class Worker:
     def _take_message(self) -> bool:
         """Take one message; False where there is none."""
         try:
-            datagram, fds, _ = datagrams.receive(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
+            datagram, fds, _ = receive(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -340,7 +341,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
         print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
         return 2
-    return serve(socket.socket(fileno=int(arguments[1])))
+    return serve(inherited(int(arguments[1])))
 
 
 if __name__ == "__main__":

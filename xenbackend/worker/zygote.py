@@ -17,7 +17,7 @@ import sys
 from xenbackend.block.drivers import BUILT_IN, find_driver
 from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.ports import load_host
-from xenbackend.opener import main as opener_main
+from xenbackend.protocol.datagrams import inherited, receive
 from xenbackend.worker import io_queue  # noqa: F401 - whoever opens an image for I/O imports it then
 from xenbackend.worker import main as worker_main
 
@@ -30,7 +30,7 @@ def wait_for_birth(channel: socket.socket) -> tuple[str, socket.socket] | None:
     """Fork processes at each request, and return what one is and its socket there; None here, in the end."""
     channel.send(b"ready")
     while True:
-        datagram, fds, _ = datagrams.receive(channel, 16, _MOST)
+        _, fds, _ = receive(channel, 16, 1)
         if not fds:
             return None
         kinds = datagram.decode()
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     load_host(arguments[1])
     for name in BUILT_IN:
         find_driver(name)
-    channel = socket.socket(fileno=int(arguments[3]))
+    channel = inherited(int(arguments[3]))
     # What was made until here is looked at by no collection: it would write to memory that workers share.
     gc.collect()
     gc.freeze()

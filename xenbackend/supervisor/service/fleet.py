@@ -27,7 +27,8 @@ from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import boost, unboost
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, messages, opening
+from xenbackend.protocol import codec, messages
+from xenbackend.protocol.datagrams import receive
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
 from xenbackend.supervisor.service.opener import OnOpened, Opener
@@ -140,7 +141,7 @@ class Worker:
             if not self._is_heard:
                 return  # it was left, or broke the protocol
             try:
-                datagram, fds, is_whole = datagrams.receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
+                datagram, fds, is_whole = receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
             except BlockingIOError:
                 return
             except OSError:

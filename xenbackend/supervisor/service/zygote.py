@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 
 from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import adopting_orphans, boost, unboost
+from xenbackend.protocol.datagrams import receive
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 
@@ -90,9 +91,10 @@ class Zygote:
         give_up = time.monotonic() + _PATIENCE_S
         channel.settimeout(_PATIENCE_S)
         try:
-            datagrams.send(channel, kinds.encode(), [each.fileno() for each in far])
-            datagram, pidfds, _ = datagrams.receive(channel, 16, len(far))
-            if pidfds:
+            socket.send_fds(channel, [b"fork"], [far.fileno()])
+            datagram, fds, _ = receive(channel, 16, 1)
+            if fds:
+                pidfd = fds[0]
                 channel.settimeout(max(0.0, give_up - time.monotonic()))
                 datagram = channel.recv(16)
         except OSError:

@@ -1,0 +1,95 @@
+"""What the processes of a service would hand on to a program that they start: nothing but standard streams."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.qemu import qemu_img
+from xenbackend.embedded.machine import Machine
+from xenbackend.errors import XenbackendError
+from xenbackend.rig.frontend import Wishes
+
+CHAIN = "log:{0}/record|qcow2:{0}/image"
+pytestmark = pytest.mark.slow  # processes
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A host whose service is kept by its parent."""
+    with Machine() as machine:
+        yield machine
+
+
+def family(pid: int) -> Iterator[int]:
+    """Yield a process and all that descend from it."""
+    yield pid
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield from family(int(child))
+
+
+def inherited(pid: int) -> list[str]:
+    """Return the descriptors of a process, but for the standard streams, that stay open at exec."""
+    left = []
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        try:
+            flags = next(line.split()[1] for line in info.read_text().splitlines() if line.startswith("flags:"))
+            name = str(Path(f"/proc/{pid}/fd/{info.name}").readlink())
+        except FileNotFoundError:  # it was closed meanwhile
+            continue
+        if int(info.name) > 2 and not int(flags, 8) & os.O_CLOEXEC:
+            left.append(name)
+    return left
+
+
+def command(pid: int) -> str:
+    """Return a process's command line."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def worker_of(machine: Machine) -> int:
+    """Return the number of the one worker."""
+    return int(machine.ask({"verb": "status"})["data"][0]["worker"])
+
+
+def wait_for_another(machine: Machine, service: int) -> None:
+    """Return when another service answers."""
+    while True:
+        with suppress(XenbackendError):
+            if machine.service_pid != service:
+                return
+
+
+def test_no_process_hands_a_descriptor_on(machine: Machine, tmp_path: Path) -> None:
+    """Parent, service, zygote and workers close everything at exec, also where a second service has taken over, with a
+    guest on their rings, an exported disk's socket, memories, a record's file and an image.
+    """
+    qemu_img("create", "-q", "-f", "qcow2", f"{tmp_path}/image", "8M")
+    machine.store.write("/libxl/5/type", "hvm")
+    guest = machine.create_guest(5)
+    frontend = guest.connect(machine.attach(5, "xvda", CHAIN.format(tmp_path)), Wishes(queues=2, persistent=True))
+    frontend.write(0, b"x" * 4096)
+    first = machine.service_pid
+    os.kill(worker_of(machine), signal.SIGKILL)
+    frontend.read(0, 8)
+    machine.replace_service()
+    wait_for_another(machine, first)
+    frontend.read(0, 8)
+    assert machine.service is not None
+    give_up = time.monotonic() + 10
+    while True:
+        pids = {*family(machine.service.pid), worker_of(machine)}  # it is no child of this service's
+        found = {pid: (command(pid), inherited(pid)) for pid in pids}
+        if time.monotonic() > give_up or not any(fds for _, fds in found.values()):  # a zygote is still starting
+            break
+    frontend.close()
+    guest.close()
+
+    assert len(found) == 4, found  # parent, service, zygote, worker
+    assert {pid: (name, []) for pid, (name, _) in found.items()} == found

@@ -1,0 +1,31 @@
+"""A datagram with the descriptors beside it, as each of our processes takes one from a socket.
+
+Must not know what a datagram says, nor let a program that we start inherit a descriptor that came.
+"""
+
+from __future__ import annotations
+
+import socket
+from array import array
+
+
+def inherited(number: int) -> socket.socket:
+    """Return the socket that whoever started this process gave it by number; what this one starts does not get it."""
+    near = socket.socket(fileno=number)
+    near.set_inheritable(False)
+    return near
+
+
+def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int], bool]:
+    """Return a datagram, the descriptors beside it, which no program of ours inherits, and whether that is all of it.
+
+    It is not where the datagram was longer than `size`, or came with more than `most` descriptors: those are closed.
+    Python's own `recv_fds` passes over the flag that keeps them from being inherited. Raises: OSError.
+    """
+    fds = array("i")
+    room = socket.CMSG_LEN(most * fds.itemsize)
+    datagram, beside, flags, _ = near.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in beside:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return datagram, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
