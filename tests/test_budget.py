@@ -24,3 +24,16 @@ def test_a_bucket_is_never_fuller_than_full() -> None:
     time = 1e6
 
     assert [0, 0, None] == [bucket.take() for _ in range(3)]
+
+
+def test_what_cost_more_is_paid_off_first() -> None:
+    """Where one turns out to cost as much as five, five of them have to come back before there is another."""
+    time = 0.0
+    bucket = Bucket(3, 1.0, lambda: time)
+    assert bucket.take() == 0
+    bucket.spend(4)
+    assert bucket.take() is None
+    time = 2.9
+    assert bucket.take() is None
+    time = 3.1
+    assert bucket.take() == 2

@@ -61,3 +61,18 @@ def test_guest_text_cannot_forge_lines() -> None:
     assert 1 == stream.getvalue().count("\n")
     assert "\\n<0>forged\\x1b[2J\\u202e" in stream.getvalue().replace("\\\\", "\\")
     assert len(stream.getvalue()) < 700
+
+
+@pytest.mark.parametrize("form", log.FORMATS)
+def test_a_line_tells_its_length_and_is_cut_after_it_was_escaped(form: str) -> None:
+    """R13: what counts is what is written: escapes do not make a line longer than a text of plain characters."""
+    lengths = []
+    for text in ("x" * 9000, "\x1b" * 9000, "\udcff" * 9000):
+        stream = io.StringIO()
+        log.configure(form, "info", stream)
+        logger = log.get_logger("x")
+        lengths.append(logger.warning(text))
+
+        assert len(stream.getvalue().encode()) == lengths[-1]
+        assert logger.debug(text) is None
+    assert max(lengths) <= 2 * min(lengths)  # JSON doubles a backslash

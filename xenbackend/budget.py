@@ -37,3 +37,7 @@ class Bucket:
         self._left -= 1
         refused, self._refused = self._refused, 0
         return refused
+
+    def spend(self, more: float) -> None:
+        """Take what the one just taken has turned out to cost beyond one; the next ones wait until that is paid off."""
+        self._left -= more

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any, TextIO
 
 import structlog
@@ -27,7 +28,7 @@ def configure(form: str = "console", level: str = "info", stream: TextIO | None 
     processors: list[structlog.typing.Processor] = [_clean, structlog.processors.format_exc_info]
     if form == "json":
         processors += [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
-        processors.append(structlog.processors.JSONRenderer())
+        processors.append(structlog.processors.JSONRenderer(ensure_ascii=False))
     elif form == "journal":
         processors.append(_render_for_journal)
     else:
@@ -36,20 +37,38 @@ def configure(form: str = "console", level: str = "info", stream: TextIO | None 
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(stream or sys.stderr),
+        logger_factory=partial(_Writer, stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
 
 
+class _Writer:
+    """Writes lines; each of its methods returns how many bytes that were, which a logger's caller gets."""
+
+    def __init__(self, stream: TextIO, *_: Any) -> None:
+        self._stream = stream
+
+    def msg(self, line: str) -> int:
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+        return len(line.encode(self._stream.encoding or "utf-8", self._stream.errors or "replace")) + 1
+
+    debug = info = warning = error = critical = msg
+
+
 def get_logger(component: str, **fields: str) -> Logger:
-    """Return a logger whose lines name their component and `fields`, such as ``vbd="vbd/1/51712"``."""
+    """Return a logger whose lines name their component and `fields`, such as ``vbd="vbd/1/51712"``.
+
+    Its methods return the bytes written, None where the line is below the level.
+    """
     logger: Logger = structlog.get_logger(component=component, **fields)
     return logger
 
 
 def printable(text: str) -> str:
-    """Return a text that moves no cursor and starts no line, cut where it is long."""
-    return errors.printable(text if len(text) <= _TEXT_MAX else text[:_TEXT_MAX] + "…")
+    """Return a text that moves no cursor and starts no line, cut where it is long, or where escapes have made it so."""
+    shown = errors.printable(text[: _TEXT_MAX + 1])
+    return shown if len(shown) <= _TEXT_MAX else shown[:_TEXT_MAX] + "…"
 
 
 def _clean(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

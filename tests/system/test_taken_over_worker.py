@@ -164,7 +164,7 @@ def test_a_worker_that_breaks_the_protocol_is_replaced(host: Host) -> None:
             disk.wait_for_successor()
             disk.check()
             host.check()
-            said = [line for line in host.machine.log.read_text().splitlines() if f'"worker": {disk.worker}' in line]
+            said = [line for line in host.machine.log.read_text().splitlines() if f'"worker": "{disk.worker}"' in line]
 
         assert (what, 1) == (what, host.breaches() - before)
         assert (what, 1) == (what, len([line for line in said if "broke the protocol" in line]))

@@ -21,6 +21,7 @@ class FakeProcess:
         self.sent: list[Any] = []
         self.killed: list[str] = []
         self.is_left = False
+        self.has_broken_protocol = False
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """Take note of a message."""
@@ -29,6 +30,7 @@ class FakeProcess:
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Take note."""
         self.killed.append(sentence)
+        self.has_broken_protocol |= is_breach
 
     def leave(self) -> None:
         """Take note."""
@@ -71,6 +73,7 @@ class Owner:
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
+        self.breaches = 0
 
     def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
         """Take note."""
@@ -92,9 +95,10 @@ class Owner:
         """Take note."""
         self.heard.append((level, event, dict(fields)))
 
-    def ends(self, sentence: str) -> None:
+    def ends(self, worker: FakeProcess, sentence: str) -> None:
         """Take note."""
         self.heard.append(("ends", sentence))
+        self.breaches += worker.has_broken_protocol
 
     def fault(self, bug: Exception) -> None:
         """Take note."""
@@ -210,3 +214,14 @@ def test_nothing_is_heard_of_a_worker_that_was_let_go(linked: Linked) -> None:
         linked.owner.heard,
         linked.process.killed,
     )
+
+
+def test_a_breach_is_told_with_the_end(linked: Linked) -> None:
+    """Its vbd hears once, with the worker's end, that it had broken the protocol; of another end it hears nothing."""
+    linked.fleet.end("it was killed by SIGKILL")
+    first = linked.owner.breaches
+    linked.link.start()
+    linked.link.breach("it said what cannot be")
+    linked.fleet.end("it was killed by SIGKILL")
+
+    assert (0, 1) == (first, linked.owner.breaches)

@@ -7,11 +7,12 @@ import io
 import pytest
 
 from tests.supervisor.helpers import PATH
-from xenbackend.supervisor.vbd.vbd_log import VbdLog
+from xenbackend.supervisor.vbd.vbd_log import PER_HOUR, VbdLog
 
-pytestmark = pytest.mark.parametrize("lines", ["json"], indirect=True)
+as_json = pytest.mark.parametrize("lines", ["json"], indirect=True)
 
 
+@as_json
 def test_a_line_names_its_vbd(lines: io.StringIO) -> None:
     """Level, vbd and fields are in the line; a worker's fields stand in for none of our own."""
     VbdLog(PATH, lambda: 0.0).say("warning", "something is odd", ring="0", vbd="vbd/6/1", component="kernel")
@@ -23,6 +24,7 @@ def test_a_line_names_its_vbd(lines: io.StringIO) -> None:
     assert "kernel" not in line
 
 
+@as_json
 def test_what_a_guest_provokes_is_bounded_and_counted(lines: io.StringIO) -> None:
     """Beyond the budget nothing is written, and how much that was stands in the next line that is."""
     now = 0.0
@@ -33,5 +35,40 @@ def test_what_a_guest_provokes_is_bounded_and_counted(lines: io.StringIO) -> Non
     now = 1000.0
     vbd_log.say("info", "later")
 
-    assert 10 < written < 60
+    assert 50 < written < 200
     assert f'"{1000 - written}"' in lines.getvalue().splitlines()[-1]
+
+
+@pytest.mark.parametrize("lines", ["json", "journal", "console"], indirect=True)
+@pytest.mark.parametrize(
+    "text", ["\x1b" * 4000, "\U0001f600" * 4000, "\udcff" * 4000, "'\\ " * 2000, "x", "\0\n" * 900]
+)
+def test_no_hour_has_more_bytes_than_its_share(lines: io.StringIO, text: str) -> None:
+    """R13, B7: a guest, and its worker that was taken over, say what they like for three hours: what is written, in
+    bytes after it was escaped, is 64 KiB at most in any hour, and it does not end either.
+    """
+    now = 0.0
+    vbd_log = VbdLog(PATH, lambda: now)
+    at = [0]
+    for minute in range(180):
+        now = 60.0 * minute
+        for _ in range(50):
+            vbd_log.say_for_worker("critical", text, unsaid=text)
+            vbd_log.say("error", text, reason=text)
+        at.append(len(lines.getvalue().encode()))
+
+    hours = [after - before for before, after in zip(at, at[60:], strict=False)]
+    assert max(hours) <= PER_HOUR
+    assert min(hours) > PER_HOUR // 8
+
+
+@as_json
+def test_a_worker_does_not_silence_us(lines: io.StringIO) -> None:
+    """However much a worker has said, what we say about it is written; a level that no log knows is a warning."""
+    vbd_log = VbdLog(PATH, lambda: 0.0)
+    for _ in range(10_000):
+        vbd_log.say_for_worker("msg", "it is I")
+    vbd_log.say("critical", "it is not")
+
+    assert '"warning"' in lines.getvalue().splitlines()[0]
+    assert '"it is not"' in lines.getvalue().splitlines()[-1]

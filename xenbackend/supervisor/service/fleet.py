@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
+from xenbackend.budget import Bucket
 from xenbackend.errors import KernelError
 from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import boost, unboost
@@ -39,6 +40,7 @@ COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 OPENER = (sys.executable, "-m", "xenbackend.opener.main")
 HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
 REST_S = 5.0  # after a zygote that has ended
+_SHORTAGES = 10, 600.0  # lines at once, and seconds for one more
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 _LAST_MESSAGES = 1024  # of one that has ended: more than its socket holds
 _CARRIED: dict[type[messages.Message], int] = {messages.Keep: 1}  # descriptors beside a message; none beside others
@@ -61,6 +63,7 @@ class Worker:
         self._on_end = on_end
         self._why_killed = ""
         self._is_short_of_descriptors = False
+        self.has_broken_protocol = False
         self._is_heard = self._is_held = True  # we listen; it is ours
         self._overdue = self._loop.timer(self._has_not_ended)
         self._loop.add(started.socket.fileno(), self._receive)
@@ -88,11 +91,11 @@ class Worker:
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Kill the process; `on_end` gets the sentence once it is gone.
 
-        `is_breach`: it breaks the protocol. That is counted and logged, and nothing more is heard of it.
+        `is_breach`: it breaks the protocol. That is counted, and nothing more is heard of it.
         """
         if is_breach and self._is_heard:
             self._deafen()
-            self._fleet.note_breach(self.pid, sentence)
+            self._note_breach()
         self._why_killed = self._why_killed or sentence
         self._process.kill()
 
@@ -113,6 +116,10 @@ class Worker:
     def _breach(self, what: str) -> None:
         self.kill(f"the worker was killed: it broke the protocol: {what}", is_breach=True)
 
+    def _note_breach(self) -> None:
+        self.has_broken_protocol = True
+        self._fleet.breaches += 1
+
     def _let_go(self) -> None:
         self._is_held = False
         self._overdue.set(None)
@@ -132,7 +139,7 @@ class Worker:
     def _has_not_ended(self) -> None:
         if not self._why_killed:
             sentence = "the worker was killed: it closed its socket, and did not end"
-            self._fleet.note_breach(self.pid, sentence)
+            self._note_breach()
             self.kill(sentence)
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
@@ -181,7 +188,8 @@ class Worker:
         """Do without what the kernel had no place for in our table of descriptors: that is no fault of the worker's."""
         if not self._is_short_of_descriptors:
             self._is_short_of_descriptors = True
-            self._fleet.log.warning("a memory cannot be kept: too many open files", worker=self.pid)
+            if self._fleet.shortages.take() is not None:
+                self._fleet.log.warning("a memory cannot be kept: too many open files", worker=self.pid)
 
     def _reap(self) -> None:
         """Take the last messages, collect the exit status, let go of everything, and tell."""
@@ -211,6 +219,7 @@ class Fleet:
         """
         self.loop = loop
         self.log = get_logger("fleet")
+        self.shortages = Bucket(*_SHORTAGES, loop.now)  # of lines about them, which a worker can provoke
         self.breaches = 0
         self._command = command
         self._zygote_command = zygote
@@ -273,11 +282,6 @@ class Fleet:
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
         return Worker(self, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
-
-    def note_breach(self, pid: int, sentence: str) -> None:
-        """Count a worker that broke the protocol, and say so."""
-        self.breaches += 1
-        self.log.error("a worker broke the protocol and is killed", worker=pid, reason=sentence)
 
     def prepare(self) -> None:
         """Have a zygote from now on, so that the next worker starts fast; one that ends is not replaced at once."""

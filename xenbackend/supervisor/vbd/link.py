@@ -158,10 +158,9 @@ class Link:
     def _end(self, sentence: str) -> None:
         if self.worker is None:
             return  # it was let go
-        self.worker = None
-        self._dismiss_openers()
+        worker, self.worker = self.worker, None
         self._answer_all(sentence)
-        self._vbd.ends(sentence)
+        self._vbd.ends(worker, sentence)
 
     def _answer_all(self, sentence: str) -> None:
         asked, self._asked = self._asked, {}

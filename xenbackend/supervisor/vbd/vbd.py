@@ -40,7 +40,7 @@ from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-_LEVELS = ("debug", "info", "warning", "error", "critical")
+_UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
 _RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
 
@@ -187,10 +187,12 @@ class Vbd:
 
     def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
         """Write a line that the worker asks for."""
-        self._log.say(level if level in _LEVELS else "warning", event, **fields)
+        self._log.say_for_worker(level, event, **fields)
 
-    def ends(self, sentence: str) -> None:
+    def ends(self, worker: Worker, sentence: str) -> None:
         """Take note that the worker has ended."""
+        if worker.has_broken_protocol:
+            self._log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
         self.handover.forget_worker()
         self._openings.remove_export()
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)

@@ -1,6 +1,9 @@
 """The lines of the service's log that are about one vbd, within a budget: a guest can provoke some of them.
 
 Must not decide what is worth a line.
+
+What counts is the bytes that are written, after everything in a line has been escaped. What the worker says has a
+budget of its own: one that a guest has taken over does not silence what we say about it.
 """
 
 from __future__ import annotations
@@ -8,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xenbackend.budget import Bucket
-from xenbackend.log import get_logger
+from xenbackend.log import LEVELS, get_logger
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-# What is lost where a service ends before it could put it right.
-UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
-UNFINISHED = "what the guest waits for could not be done before the service ended; restart the guest"
-_BURST, _INTERVAL_S = 50, 30.0  # lines per vbd: what a guest can provoke stays below 64 KiB an hour
+PER_HOUR = 64 * 1024  # bytes, at most, in any hour
+_LONGEST_LINE = 8 * 1024  # bytes: two texts of 500 characters of four each, and what is around them
+_BURST = PER_HOUR // 4 - _LONGEST_LINE // 2  # at once, and once more during the hour, by each of two
 _OWN = {"event", "vbd", "component"}  # fields that a worker's must not stand in for
 
 
@@ -24,13 +26,21 @@ class VbdLog:
     def __init__(self, path: VbdPath, now: Callable[[], float]) -> None:
         """`now` is a clock in seconds that only goes forward."""
         self._log = get_logger("supervisor", vbd=path.disk)
-        self._budget = Bucket(_BURST, _INTERVAL_S, now)
+        self._ours, self._workers = (Bucket(_BURST, 3600 / _BURST, now) for _ in range(2))
 
     def say(self, level: str, event: str, **fields: str) -> None:
         """Write a line, unless there were too many; how many were not written stands in the next one."""
-        held_back = self._budget.take()
+        self._say(self._ours, level, event, fields)
+
+    def say_for_worker(self, level: str, event: str, **fields: str) -> None:
+        """Write a line that the worker asks for, likewise."""
+        self._say(self._workers, level if level in LEVELS else "warning", event, fields)
+
+    def _say(self, budget: Bucket, level: str, event: str, fields: dict[str, str]) -> None:
+        held_back = budget.take()
         if held_back is None:
             return
         if held_back:
             fields = {**fields, "lines_held_back": str(held_back)}
-        getattr(self._log, level)(event, **{key: value for key, value in fields.items() if key not in _OWN})
+        written = getattr(self._log, level)(event, **{key: each for key, each in fields.items() if key not in _OWN})
+        budget.spend((written or 1) - 1)
