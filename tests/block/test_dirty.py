@@ -10,11 +10,13 @@ import pytest
 
 from xenbackend.block.dirty import (
     CHUNK_BITS,
+    MAX_BITS,
     MAX_PAGE_RANGES,
     PAGE_CHUNKS,
     DirtyMap,
     Range,
     StalePageError,
+    fitting,
     memory_size,
 )
 from xenbackend.block.request import Op, Request
@@ -254,3 +256,34 @@ def test_whole_disk_discard_costs_no_bits() -> None:
     assert TIB == dirty.dirty_at_most()
     assert ([Range(0, PAGE_CHUNKS * CHUNK)], PAGE_CHUNKS * CHUNK) == (ranges, after)
     assert allocated <= 1 << 20
+
+
+@pytest.mark.parametrize("size", [0, 1, SIZE, TIB - 1, TIB, TIB + 1, 3 * TIB, 1 << 51, (1 << 51) + 512, (1 << 64) - 1])
+@pytest.mark.parametrize("wanted", [512, 4096, 1 << 30])
+def test_a_map_is_bounded_whatever_size_an_image_claims(size: int, wanted: int) -> None:
+    """R19, D8: more than 257 MiB are never asked for. The pieces are the ones that were wanted where there is room for
+    them, and else no larger than they have to be.
+    """
+    granularity = fitting(size, wanted)
+
+    assert granularity >= wanted
+    assert 0 == granularity & granularity - 1
+    assert memory_size(size, granularity) <= MAX_BITS + (1 << 20)
+    assert granularity == wanted or memory_size(size, granularity // 2) > MAX_BITS
+
+
+def test_a_disk_of_pebibytes_is_tracked_in_little_memory() -> None:
+    """Of 2 PiB a new map touches a few hundred KiB, a write marks its own MiB, and nothing is lost at the end."""
+    size = 1 << 51
+    granularity = fitting(size, 512)
+    bytes_of_map = memory_size(size, granularity)
+    fd = os.memfd_create("map")
+    os.ftruncate(fd, bytes_of_map)
+    dirty = DirtyMap(memoryview(mmap.mmap(fd, bytes_of_map)), size, granularity, is_tracking=True)
+    dirty.mark(5 * granularity + 512, 512)
+    dirty.mark(size - 512, 512)
+    touched = os.fstat(fd).st_blocks * 512
+    os.close(fd)
+
+    assert [Range(5 * granularity, granularity), Range(size - granularity, granularity)] == peek_all(dirty)
+    assert touched < 1 << 20

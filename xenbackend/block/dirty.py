@@ -10,6 +10,8 @@ clean without touching (and so allocating) its bits.
     header | outbox | states, 1 byte per chunk | bits, CHUNK_BYTES per chunk            for 512-byte pieces of 1 TiB:
                                                                                       256 KiB of states, 256 MiB of bits
 
+What a map can take is bounded whatever size an image claims to have: a larger disk has larger pieces (`fitting`).
+
 Every step is ordered so that a process that dies inside it leaves the map with too much in it, never with too little:
 
 - a chunk's bits are zeroed before its state says BITS, and marked before the request goes on;
@@ -30,6 +32,7 @@ from xenbackend.units import PAGE, round_up
 CHUNK_BYTES = 1024  # of bits; 4 MiB of disk in 512-byte pieces
 CHUNK_BITS = CHUNK_BYTES * 8
 _CHUNK_SHIFT = CHUNK_BYTES.bit_length() - 1
+MAX_BITS = 256 << 20  # bytes of a map's bits: 1 TiB of disk in 512-byte pieces
 PAGE_RANGES = 1024  # a page of ranges ends with the chunk that brings it to this many
 PAGE_CHUNKS = 512  # and after this many chunks, so that no page keeps the worker's loop for more than milliseconds
 MAX_PAGE_RANGES = PAGE_RANGES + CHUNK_BITS // 2  # the last chunk may hold every other piece
@@ -259,6 +262,15 @@ class DirtyMap:
 
 
 _AS_DIRTY = bytes((0, 1, 1)) + bytes(253)  # states to "is it dirty", for `bytes.find`
+
+
+def fitting(size: int, granularity: int) -> int:
+    """Return the granularity for a map of a disk of `size` bytes: the one wanted, or the next that fits in `MAX_BITS`.
+
+    Both are powers of two of at least 512 bytes. With larger pieces more is dirty than was written, never less.
+    """
+    pieces = -(-size // (MAX_BITS * 8))  # bytes of disk for each bit that there is room for
+    return max(granularity, 1 << (pieces - 1).bit_length() if pieces > 1 else 0)
 
 
 def memory_size(size: int, granularity: int) -> int:

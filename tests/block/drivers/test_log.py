@@ -15,7 +15,7 @@ import pytest
 from tests.helpers_block import SIZE, Bottom, Machine, StepEnv, discard, flush, image, read, write
 from xenbackend.block import record
 from xenbackend.block.chain import Chain
-from xenbackend.block.dirty import CHUNK_BITS
+from xenbackend.block.dirty import CHUNK_BITS, DirtyMap, memory_size
 from xenbackend.block.driver import Driver, Geometry
 from xenbackend.block.drivers.log import _PASSED, Log
 from xenbackend.block.record import Entry, Lost, Session
@@ -160,6 +160,27 @@ def test_status_names_what_an_operator_asks_for() -> None:
         "dirty_at_most": str(CHUNK),
         "unacknowledged_ranges": "0",
     } == status(log)
+
+
+def test_a_disk_of_pebibytes_takes_no_more_memory_than_others() -> None:
+    """An image may claim any size: the map never asks for more than 257 MiB, and `status` shows its pieces' size."""
+    env = StepEnv()
+    log = lone_log(env, Instant(), size=1 << 51, granularity=512)
+    log.submit([write(1 << 50, b"x" * 512)])
+
+    assert [True] == [len(memory) <= 257 << 20 for memory in env.memories.values()]
+    assert ("1048576", [(1 << 41, 2048)]) == (status(log)["granularity"], page(log, "peek")[0])
+
+
+def test_a_map_with_smaller_pieces_is_begun_anew() -> None:
+    """After an upgrade from a version that took more memory for a large disk everything is dirty: no write is lost."""
+    size = 2 << 40
+    env = StepEnv(resumes=True)
+    former = DirtyMap(env.memory("dirty", memory_size(size, 512)), size, 512, is_tracking=True)
+    former.mark(0, 512)
+    log = lone_log(env, Instant(), size=size, granularity=512)
+
+    assert ("1024", str(size)) == (status(log)["granularity"], status(log)["dirty_at_most"])
 
 
 def test_get_forgets_a_page_only_when_the_next_is_asked_for() -> None:

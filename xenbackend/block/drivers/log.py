@@ -59,6 +59,8 @@ Example:
 Limits:
     The map takes up to 256 MiB of the host's memory per TiB of disk in 512-byte pieces, but only for the parts that
     were written: 4 KiB for 16 MiB. `granularity=4K` takes an eighth of it, and marks 4 KiB for a write of 512 bytes.
+    It never takes more than 257 MiB: a disk of more than 1 TiB is tracked in larger pieces, of 1 KiB up to 2 TiB, of
+    1 MiB up to 2 PiB, whatever `granularity` says; `xenbackend log status` shows what they are.
     Ranges that are written or discarded as a whole take nothing. `status` counts dirty bytes in steps of 8192 times
     the granularity. A record holds at most 2 TiB of sectors: a discard of more shows as that much. Two disks must not
     share one FILE. FILE must not be a symbolic link. Whoever opens the chain makes FILE and FILE.1 where they do not
@@ -75,7 +77,7 @@ from dataclasses import dataclass
 from itertools import starmap
 
 from xenbackend.block import record
-from xenbackend.block.dirty import DirtyMap, Range, StalePageError, memory_size
+from xenbackend.block.dirty import DirtyMap, Range, StalePageError, fitting, memory_size
 from xenbackend.block.driver import Env, Filter, Geometry
 from xenbackend.block.options import RecordPath, Size, option
 from xenbackend.block.recorder import MIN_LIMIT, Recorder
@@ -99,7 +101,7 @@ class Log(Filter):
         record: RecordPath = option("file for a record of every request; none: only track", default="", target=True)
         limit: Size = option("bytes after which the file begins anew", default=64 << 20)
         track: bool = option("track writes from the beginning", default=True)
-        granularity: Size = option("track in pieces of this many bytes, a power of two", default=512)
+        granularity: Size = option("track in pieces of at least this many bytes, a power of two", default=512)
 
         def __post_init__(self) -> None:
             if self.granularity < SECTOR or self.granularity & (self.granularity - 1):
@@ -113,8 +115,9 @@ class Log(Filter):
         """Find the map or begin one, and open the file. Raises: DriverError, OSError."""
         geometry = super().open(env)
         options = self.options
-        memory = env.memory("dirty", memory_size(geometry.size, options.granularity))
-        self._dirty = DirtyMap(memory, geometry.size, options.granularity, is_tracking=options.track)
+        granularity = fitting(geometry.size, options.granularity)
+        memory = env.memory("dirty", memory_size(geometry.size, granularity))
+        self._dirty = DirtyMap(memory, geometry.size, granularity, is_tracking=options.track)
         self._is_tracking = self._dirty.is_tracking
         self._passed: set[Request] = set()  # among them all that changes the disk and is in flight; they are pooled
         self._most_passed = _PASSED
