@@ -6,12 +6,13 @@ import io
 import os
 import select
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import PATH, Kept, Stepped, offer_ring, remove_like_libxl, write_like_libxl
+from xenbackend.errors import StoreError
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
@@ -80,6 +81,32 @@ def test_failed_open_is_reported_everywhere(stepped: Stepped, toolstack: Store) 
     assert f"22 {sentence}" == toolstack.read("/local/domain/0/error/backend/vbd/5/51712/error")
     assert sentence == toolstack.read("/local/domain/0/xenbackend/vbd/5/51712/error")
     assert "2" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_no_guest_reads_what_names_our_files(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """A3: what may name a file of the host, and so tells whether it is there, is for the toolstack alone, also where a
+    guest may read what lies around it: the sentences, our status and error nodes, the socket of an export.
+    """
+    for open_to_all in ("/local/domain/0", "/local/domain/0/error"):
+        toolstack.mkdir(open_to_all)
+        toolstack.set_permissions(open_to_all, ["n0", "r5"])
+    write_like_libxl(toolstack, params="null:2G")
+    toolstack.write(f"{PATH.backend}/hotplug-error", "of somebody else")
+    stepped.until(_has(toolstack, "hotplug-status", "error"))
+    stepped.until(lambda: stepped.vbd().worker is None)
+    places = [
+        f"{PATH.backend}/hotplug-error",
+        f"/local/domain/0/error/backend/{PATH}/error",
+        *(f"/local/domain/0/xenbackend/{PATH}/{key}" for key in ("error", "chain")),
+    ]
+    seen = []
+    for place in places:
+        assert "" != toolstack.read(place)
+        with suppress(StoreError):
+            seen.append((place, guest.read(place)))
+
+    assert [] == seen
+    assert "error" == guest.read(f"{PATH.backend}/hotplug-status")
 
 
 def test_workers_that_always_die_are_reported_and_the_vbd_closed(

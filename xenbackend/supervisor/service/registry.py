@@ -29,7 +29,14 @@ from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import What
 from xenbackend.supervisor.vbd.spec import is_ours
 from xenbackend.supervisor.vbd.vbd import Vbd
-from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, parse_backend_path, parse_domain_directory
+from xenbackend.supervisor.xenstore.nodes import private
+from xenbackend.supervisor.xenstore.paths import (
+    VbdPath,
+    domain_path,
+    parse_backend_path,
+    parse_domain_directory,
+    status_root,
+)
 
 Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], None]], Vbd]
 
@@ -70,7 +77,8 @@ class Registry:
 
     def start(self) -> None:
         """Watch, go on with what an earlier service left, and look at what is there soon. Raises: StoreError."""
-        self._store.remove(self._status_root())  # of a service that had no time to tidy up
+        self._store.remove(status_root(self.domid))  # of a service that had no time to tidy up
+        self._make_status_root()
         for kind in self._kinds():
             self._store.watch(self._kind_path(kind), _TOKEN)
         self._link = StoreLink(
@@ -100,7 +108,7 @@ class Registry:
         self._bring_scripts()
         self._xentop.close()
         with suppress(StoreError):
-            self._store.remove(self._status_root())
+            self._store.remove(status_root(self.domid))
 
     @property
     def has_taken_over(self) -> bool:
@@ -150,6 +158,8 @@ class Registry:
         self._bring_scripts()
 
     def _begin_anew(self) -> None:
+        with suppress(StoreError):
+            self._make_status_root()
         for vbd in list(self.vbds.values()):
             self._contained(vbd, vbd.doubt)
 
@@ -295,5 +305,7 @@ class Registry:
     def _kind_path(self, kind: str) -> str:
         return f"{domain_path(self.domid)}/backend/{kind}"
 
-    def _status_root(self) -> str:
-        return f"{domain_path(self.domid)}/xenbackend"
+    def _make_status_root(self) -> None:
+        """Have the place for what we show of each vbd; it is ours alone, as is all below."""
+        self._store.mkdir(status_root(self.domid))
+        self._store.set_permissions(status_root(self.domid), private(self.domid))

@@ -26,6 +26,7 @@ STATUS = "hotplug-status"
 LOST = "flush-failed"
 EXPORT = "physical-device-path"
 _ERROR = "hotplug-error"
+PRIVATE = frozenset({_ERROR, LOST, EXPORT})  # keys that name the host's files: the guest may read those beside them
 _SEGMENTS = "feature-max-indirect-segments"
 _DIGITS = 20  # of a number with 64 bits
 

@@ -1,6 +1,9 @@
 """Everything of one vbd that stands in xenstore: both ends' directories, our status, its error, what its domain is.
 
 Must not decide what follows from it, nor what is written.
+
+The guest may read the backend's directory. What in there, and elsewhere, may name a file of the host is for us and the
+toolstack alone: else a guest whose image names parents would learn which files there are.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from collections.abc import Mapping
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
 from xenbackend.supervisor.vbd.events import Write
+from xenbackend.supervisor.vbd.negotiation import PRIVATE
 from xenbackend.supervisor.vbd.spec import frontend_path
-from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes
-from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path
+from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
 from xenbackend.supervisor.xenstore.store import Store
 
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
@@ -32,7 +36,8 @@ class VbdNodes:
         self._store = store
         self._path = path
         self._home = domain_path(path.backend_domid)
-        self._status_path = f"{self._home}/xenbackend/{path}"
+        self._ours = private(path.backend_domid)
+        self._status_path = f"{status_root(path.backend_domid)}/{path}"
         self._error_path = f"{self._home}/error/backend/{path}"
         self._status: dict[str, str] = {}  # as last written
         self._error: str | None = None  # None: nobody knows what stands there
@@ -77,6 +82,8 @@ class VbdNodes:
                     nodes.remove(f"{backend}/{key}")
                 else:
                     nodes.write(f"{backend}/{key}", value)
+                    if key in PRIVATE:
+                        nodes.set_permissions(f"{backend}/{key}", self._ours)
             return True
 
         return self._store.transact(body)
@@ -95,6 +102,9 @@ class VbdNodes:
         if sentence == self._error:
             return
         if sentence:
+            if not self._error:
+                self._store.mkdir(self._error_path)
+                self._store.set_permissions(self._error_path, self._ours)
             self._store.write(f"{self._error_path}/error", f"{errno.EINVAL} {sentence}")
         elif self._error is not None or self._store.directory(self._error_path):
             self._store.prune(self._error_path, self._home)
@@ -113,7 +123,7 @@ class VbdNodes:
     def forget(self) -> None:
         """Watch no more, and remove what was shown, with the directories that were made for it."""
         self._unwatch()
-        self._store.prune(self._status_path, self._home)
+        self._store.prune(self._status_path, status_root(self._path.backend_domid))
         self._store.prune(self._error_path, self._home)
 
     def _unwatch(self) -> None:

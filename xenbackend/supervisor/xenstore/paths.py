@@ -53,6 +53,11 @@ def domain_path(domid: int) -> str:
     return f"/local/domain/{domid}"
 
 
+def status_root(domid: int) -> str:
+    """Return the directory below which a service shows what becomes of its vbds."""
+    return f"{domain_path(domid)}/xenbackend"
+
+
 def libxl_path(path: VbdPath) -> str:
     """Return the directory by which libxl knows a vbd: its own copy of the backend's keys."""
     return f"/libxl/{path.frontend_domid}/device/vbd/{path.devid}"
