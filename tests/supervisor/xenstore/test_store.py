@@ -374,6 +374,46 @@ def test_one_call_reads_no_more_than_its_share_of_a_flood(peer: Callable[[Peer],
         assert [("/a/late", "t")] == store.events()
 
 
+def test_a_muted_watch_is_silent_and_fires_when_it_is_set_again(xenstored: Xenstored, store: Store) -> None:
+    """Nothing comes of a muted token, whose watches may change meanwhile, and none is set by a reconnect either."""
+    for path in ("/a", "/b"):
+        store.watch(path, "loud")
+    store.watch("/a", "other")
+    drained(store)
+    store.mute("loud")
+    store.watch("/c", "loud")
+    store.unwatch("/b", "loud")
+    for path in ("/a", "/b", "/c"):
+        store.write(path, "1")
+    assert drained(store) == [("/a", "other")]
+    xenstored.stop()
+    xenstored.start()
+    store.reconnect()
+    assert drained(store) == [("/a", "other")]
+
+    store.unmute("loud")
+    assert drained(store) == [("/a", "loud"), ("/c", "loud")]
+    store.write("/c", "2")
+    assert drained(store) == [("/c", "loud")]
+    store.mute("loud")
+    for path in ("/a", "/c"):
+        store.unwatch(path, "loud")
+    store.watch("/a", "loud")
+    assert drained(store) == [("/a", "loud")]
+
+
+def test_events_are_counted_by_watch(store: Store) -> None:
+    """R11: who looks at it sees how many events there were, however few changes they have been made into."""
+    store.watch("/a", "one")
+    store.watch("/b", "two")
+    for _ in range(10):
+        store.write("/a/x", "")
+    drained(store)
+    store.unwatch("/b", "two")
+
+    assert {"one": 11} == store.counts
+
+
 def test_an_event_of_a_removed_watch_is_dropped(store: Store) -> None:
     """After `unwatch` no event of that watch comes any more, not even one that was already on its way."""
     store.watch("/a", "token")

@@ -4,7 +4,8 @@ Must not know what a state means.
 
 A place in xenstore has one vbd or none. One that is over says so, and nothing reaches it from then on. Only then the
 place is looked at again, and whoever waits there is brought to the vbd that is found. A watch event is only ever a hint
-to look, so no flood of events makes anything grow; and what happens to one vbd costs the same however many there are.
+to look, so no flood of events makes anything grow, and a guest's is braked; and what happens to one vbd costs the same
+however many there are.
 
 A fault of ours while one vbd is handled is told (`Reactor.bug`) and stays with that one; see `Takeover` for one that
 is met over what an earlier service has left.
@@ -21,6 +22,7 @@ from xenbackend.errors import ConfigError, KernelError, StoreError
 from xenbackend.log import get_logger
 from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
+from xenbackend.supervisor.service.brake import Brake
 from xenbackend.supervisor.service.store_link import StoreLink
 from xenbackend.supervisor.service.takeover import Takeover
 from xenbackend.supervisor.service.vbds import Vbds
@@ -73,6 +75,7 @@ class Registry:
         self._retry = self._loop.timer(self._try_again)
         self._xentop = XentopUpdates(self._loop, xentop, self._counters)
         self._link: StoreLink | None = None
+        self._brake = Brake(self._loop, self._store, frozenset({_TOKEN}))
         self._is_stopping = False
 
     def start(self) -> None:
@@ -103,6 +106,7 @@ class Registry:
         if self._link is not None:
             self._link.close()
         self._retry.set(None)
+        self._brake.close()
         for reply in self._takeover.close():
             reply(Answer(Code.GONE, None, "the service is stopping"))
         self._bring_scripts()
@@ -146,7 +150,9 @@ class Registry:
 
     def _follow(self) -> None:
         """Look at what has changed. Raises: StoreError."""
-        self._sort(self._store.events())
+        found = self._store.events()
+        self._brake.look()
+        self._sort(found)
         if self._must_scan:
             self._scan()
         for kind, domid in list(self._changed_domains):
@@ -252,6 +258,7 @@ class Registry:
     def _forget(self, vbd: Vbd) -> None:
         """Take out a vbd that is over."""
         if self.vbds.remove(vbd):
+            self._brake.forget(vbd.token)
             self._free(vbd.path, self._contained(vbd, vbd.give_up_scripts, default=[]))
             self._on_change()
 

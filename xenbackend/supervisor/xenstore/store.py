@@ -164,7 +164,9 @@ class Store(Nodes):
         self._pause = pause
         self._connection = _Connection(self.address)
         self._request = 0
+        self.counts: dict[str, int] = {}  # events that came, by token of a watch; whoever looks at it clears it
         self._watches: dict[str, dict[str, None]] = {}  # paths by token
+        self._muted: set[str] = set()  # tokens
         self._events: dict[str, dict[str, None]] = {}  # changed paths by token, in order of arrival
         self._open()
 
@@ -213,9 +215,8 @@ class Store(Nodes):
         self.disconnect()
         self._events.clear()
         self._open()
-        for token, paths in self._watches.items():
-            for path in paths:
-                self._ask("WATCH", (path, token), b"")
+        for token in [token for token in self._watches if token not in self._muted]:
+            self._of_each("WATCH", token)
 
     def own_domid(self) -> int:
         """Return the number of the domain that we run in."""
@@ -230,6 +231,8 @@ class Store(Nodes):
         if path in paths:
             return
         paths[path] = None  # before asking: the first event may precede the reply
+        if token in self._muted:
+            return
         try:
             self._ask("WATCH", (path, token), b"")
         except StoreError:
@@ -243,8 +246,20 @@ class Store(Nodes):
         self._forget_watch(path, token)
         if token not in self._watches:
             self._events.pop(token, None)
-        with suppress(StoreError):  # lost connections have no watches either
+        with suppress(StoreError):  # lost connections have no watches either, nor has one that is muted
             self._ask("UNWATCH", (path, token), b"")
+
+    def mute(self, token: str) -> None:
+        """Take back the watches with this token until `unmute`."""
+        if token in self._watches and token not in self._muted:
+            self._muted.add(token)
+            self._of_each("UNWATCH", token)
+
+    def unmute(self, token: str) -> None:
+        """Set the watches with this token again; each fires at once. Where that fails, `reconnect` does it."""
+        if token in self._muted:
+            self._muted.remove(token)
+            self._of_each("WATCH", token)
 
     def events(self) -> list[tuple[str, str]]:
         """Return what changed since the last call as (path, token), each pair once, without blocking.
@@ -298,10 +313,16 @@ class Store(Nodes):
         except OSError as error:
             raise StoreError(f"xenstore at {self.address}: cannot connect: {error.strerror}") from None
 
+    def _of_each(self, operation: str, token: str) -> None:
+        for path in list(self._watches[token]):
+            self._ask(operation, (path, token), b"")
+
     def _forget_watch(self, path: str, token: str) -> None:
         del self._watches[token][path]
         if not self._watches[token]:
             del self._watches[token]
+            self.counts.pop(token, None)
+            self._muted.discard(token)
 
     def _exchange(self, transaction: int, operation: str, strings: Sequence[str], tail: bytes) -> bytes:
         """Send one request and return the payload of its reply, noting the events that come in between."""
@@ -367,7 +388,8 @@ class Store(Nodes):
         """Remember an event, once; drop it when its watch is gone."""
         path, token, *_ = (*nodes.strings(payload), "", "")
         watched = self._watches.get(token)
-        if watched:
+        if watched and token not in self._muted:
+            self.counts[token] = self.counts.get(token, 0) + 1
             paths = self._events.setdefault(token, {})
             paths[path] = None
             if len(paths) > _PATHS_PER_TOKEN + len(watched):

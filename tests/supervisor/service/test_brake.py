@@ -1,0 +1,158 @@
+"""Watches that bring too many events, on a real store in a loop whose time stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.supervisor.helpers import Clock, settle
+from xenbackend.errors import StoreError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service import brake as module
+from xenbackend.supervisor.service.brake import BURST, PAUSE_S, REFILL_S, Brake
+from xenbackend.supervisor.xenstore.store import Store
+
+LIFE = 6  # events of a frontend's whole life
+
+
+class Braked:
+    """A store with two watches, and what its brake lets through."""
+
+    def __init__(self, xenstored: Xenstored) -> None:
+        self.clock = Clock()
+        self.loop = Reactor(self.clock)
+        self.store = Store(xenstored.address)
+        self.others = Store(xenstored.address)
+        self.brake = Brake(self.loop, self.store, frozenset({"exempt"}))
+        self.store.watch("/guest/state", "guest")
+        self.store.watch("/other/state", "other")
+        self.store.watch("/free", "exempt")
+        self.look()
+
+    def write(self, path: str, times: int) -> None:
+        """Write a node so often."""
+        for number in range(times):
+            self.others.write(path, str(number))
+
+    def look(self, seconds: float = 0.0) -> list[tuple[str, str]]:
+        """Return what comes of events after so much time."""
+        self.clock.time += seconds
+        settle(self.loop)
+        self.store.own_domid()  # its answer comes after the events of what was answered before
+        found = self.store.events()
+        self.brake.look()
+        return found
+
+    def flood(self, path: str = "/guest/state") -> None:
+        """Write more often than is let through, and look."""
+        self.write(path, BURST)
+        self.look()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.brake.close()
+        self.store.close()
+        self.others.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def braked(xenstored: Xenstored) -> Iterator[Braked]:
+    """A store whose watches have fired."""
+    braked = Braked(xenstored)
+    yield braked
+    braked.close()
+
+
+def test_a_flood_costs_nothing_for_a_while_and_its_end_is_seen(braked: Braked) -> None:
+    """R11: a watch that brings too many events is taken back: none comes. When it is set again it fires, so that what
+    happened meanwhile is seen, and all is as it was.
+    """
+    braked.flood()
+    braked.write("/guest/state/below", 1000)
+    meanwhile = braked.look()
+    again = braked.look(PAUSE_S[0])
+    braked.write("/guest/state", 1)
+
+    assert [] == meanwhile
+    assert [("/guest/state", "guest")] == again == braked.look()
+
+
+def test_nobody_else_notices(braked: Braked) -> None:
+    """Events of others come on, those of a watch that no guest can make fire however many there are."""
+    braked.flood()
+    braked.flood("/free/a")
+    braked.write("/other/state", 1)
+    braked.write("/free/b", 1)
+
+    assert [("/other/state", "other"), ("/free/b", "exempt")] == braked.look()
+
+
+def test_a_frontend_that_comes_and_goes_is_not_braked(braked: Braked) -> None:
+    """Ten lives at once, and one each two seconds, are seen at each of their events."""
+    for _ in range(10 * LIFE):
+        braked.write("/guest/state", 1)
+        assert [("/guest/state", "guest")] == braked.look()
+    braked.clock.time += REFILL_S * BURST
+    for _ in range(300):
+        braked.write("/guest/state", LIFE)
+        assert [("/guest/state", "guest")] == braked.look(2.0)
+
+
+def test_who_does_not_stop_is_looked_at_less_and_less(braked: Braked) -> None:
+    """The pauses grow up to a limit, and one who was calm for long begins with the shortest again."""
+    lengths = []
+    for _ in range(6):
+        braked.flood()
+        begun = braked.clock.time
+        while not braked.look(0.5):
+            pass
+        lengths.append(braked.clock.time - begun)
+    braked.look(REFILL_S * BURST)
+    braked.flood()
+
+    assert [1.0, 2.0, 4.0, 8.0, 8.0, 8.0] == lengths
+    assert [("/guest/state", "guest")] == braked.look(PAUSE_S[0])
+
+
+def test_another_vbd_of_that_name_begins_anew(braked: Braked) -> None:
+    """What a former guest has done is not counted against it."""
+    braked.write("/guest/state", BURST - 2)  # it fired when it was set, too
+    braked.look()
+    braked.brake.forget("guest")
+    braked.write("/guest/state", 2)
+    braked.look()
+    braked.write("/guest/state", 1)
+
+    assert [("/guest/state", "guest")] == braked.look()
+
+
+def test_a_watch_is_set_again_though_xenstore_was_away(braked: Braked, xenstored: Xenstored) -> None:
+    """What is due while there is no connection is set when there is one again; what is not due yet, when it is."""
+    braked.flood()
+    braked.flood("/other/state")
+    xenstored.stop()
+    with pytest.raises(StoreError):
+        braked.look()
+    braked.brake._due["other"] += 1
+    braked.clock.time += PAUSE_S[0]
+    settle(braked.loop)
+    xenstored.start()
+    braked.store.reconnect()
+
+    assert [("/guest/state", "guest"), ("/free", "exempt")] == braked.look()
+    assert [("/other/state", "other")] == braked.look(1)
+
+
+def test_calm_watches_are_forgotten(braked: Braked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R12: what is remembered does not grow with all the guests that there ever were."""
+    monkeypatch.setattr(module, "_MOST", 10)
+    braked.brake._most = 10
+    for number in range(100):
+        braked.store.watch(f"/{number}", str(number))
+        braked.look(60.0)
+        braked.store.unwatch(f"/{number}", str(number))
+
+    assert len(braked.brake._paces) <= 11
