@@ -15,7 +15,6 @@ from xenbackend.journal import (
     BATCH,
     MAX_ENTRIES,
     MAX_RINGS,
-    SEGMENTS,
     SLOT,
     RingJournal,
     poison,
@@ -40,19 +39,18 @@ def test_every_ring_and_request_fits() -> None:
 
 
 def test_no_two_parts_share_a_byte(memory: memoryview) -> None:
-    """Each ring's words, blocks, answers, slots and segments lie apart from each other and from the counters."""
+    """Each ring's words, blocks, answers and slots lie apart from each other and from the counters."""
     rings = [RingJournal(memory, ring, SLOT) for ring in range(MAX_RINGS)]
     parts = [part for ring in rings for part in (ring.words, ring.blocks, ring.answers)]
     for number, part in enumerate(parts, 1):
         part[0] = part[len(part) - 1] = number
-    last = MAX_ENTRIES * BATCH - 1
     for ring in rings:
-        for place in (ring.block_slots(0), ring.block_slots(MAX_ENTRIES - 1), ring.segments(0), ring.segments(last)):
+        for place in (ring.block_slots(0), ring.block_slots(MAX_ENTRIES - 1)):
             place[0] = place[-1] = 0xFF
 
     assert list(range(1, len(parts) + 1)) == [part[0] for part in parts] == [part[-1] for part in parts]
     assert bytes(2 * PAGE) == memory[: 2 * PAGE]
-    assert (BATCH * SLOT, SEGMENTS) == (len(rings[0].block_slots(0)), len(rings[0].segments(0)))
+    assert BATCH * SLOT == len(rings[0].block_slots(0))
 
 
 def test_words_are_aligned(memory: memoryview) -> None:
@@ -198,4 +196,4 @@ def test_release_lets_go(memory: memoryview) -> None:
     ring = RingJournal(memory, 0, SLOT)
     ring.release()
     with pytest.raises(ValueError, match="released"):
-        ring.segments(0)
+        ring.block_slots(0)

@@ -18,7 +18,7 @@ that one copy moves all its slots out of the shared ring: the entry is the only 
                           a word per block:   first request number << 8 | requests in the block; 0 = none
                           a word per entry:   0 = not answered, else response number << 2 | answer
                           a copy of its slot per entry
-                          a copy of its indirect segments per entry
+                          then nothing: the last release kept copies of indirect segments there
 
 Every word is 64 bits, aligned, and written by one store; request and response numbers count on without wrapping, and
 their low 32 bits are the ring's indices. So an entry's state needs no word of its own:
@@ -39,8 +39,8 @@ Order of writes, which recovery rests on (SIGKILL between any two of them loses 
 A block word whose requests lie at or beyond req_cons means death between 2 and 3: they were taken, nothing had been
 done about them. `xenbackend.worker.recovery` goes by all this.
 
-The copy of indirect segments is scratch memory, written after the batch was taken: a successor fetches them anew from
-the guest's pages, which the guest may not touch before its answer, and checks them as the first time.
+No copy of indirect segments is here: a successor fetches them anew from the guest's pages, which the guest may not
+touch before its answer, and checks them as the first time.
 
 AGREED is the worker's chain, and what it has agreed with the frontend while it serves (`protocol.messages.Agreed`). It
 is written into the copy that is not valid, then made valid by one store.
@@ -69,7 +69,7 @@ ANSWER_OKAY, ANSWER_ERROR, ANSWER_EOPNOTSUPP = 1, 2, 3  # the two low bits of an
 REQ_CONS, RSP_PROD, RING_ENTRIES = 0, 1, 2  # words of a ring's first page
 
 _ENTRIES = MAX_ENTRIES * BATCH  # every block may hold just one request
-# Bytes: where the rings begin, what each of them takes, and from where on that is scratch memory.
+# Bytes: where the rings begin, what each of them takes, and from where on that is not used.
 RINGS_AT = 18 * PAGE
 _BLOCKS_AT = PAGE
 _ANSWERS_AT = _BLOCKS_AT + MAX_ENTRIES * 8
@@ -100,7 +100,6 @@ class RingJournal:
         self.answers = memory[start + _ANSWERS_AT : start + _SLOTS_AT].cast("Q")
         self.slot_size = slot_size
         self._slots = memory[start + _SLOTS_AT : start + SCRATCH_AT]
-        self._segments = memory[start + SCRATCH_AT : start + RING_SIZE]
 
     def begin(self, entries: int, index: int) -> None:
         """Start afresh for a ring of `entries` slots whose both sides stand at `index`."""
@@ -138,13 +137,9 @@ class RingJournal:
         start = block * BATCH * SLOT
         return self._slots[start : start + BATCH * self.slot_size]
 
-    def segments(self, entry: int) -> memoryview:
-        """Return the copy of an entry's indirect segments: SEGMENTS bytes."""
-        return self._segments[entry * SEGMENTS : (entry + 1) * SEGMENTS]
-
     def release(self) -> None:
         """Let go of the memory."""
-        for view in (self.words, self.blocks, self.answers, self._slots, self._segments):
+        for view in (self.words, self.blocks, self.answers, self._slots):
             view.release()
 
 

@@ -126,8 +126,9 @@ class Worker:
             block = queue._make_block()
             if known is not None:
                 count, is_lent, block.live, plain = known
+                queue._equip(block, count, is_bound=False)
                 block.taken = block.records[:count]
-                queue._decode(block.copies[count], block.taken)
+                queue._decode(block.slots[: count * queue._slot_size], block.taken)
                 block.plain = plain
                 block.lent = [record.request for record in block.taken] if is_lent else None
         queue._free = [queue._blocks[index] for index in free]

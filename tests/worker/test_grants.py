@@ -19,7 +19,7 @@ from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import random_spans
 from xenbackend.rig.xen import Xen
 from xenbackend.units import PAGE, SECTOR
-from xenbackend.worker.grants import ARENA_CHUNKS, CHUNK, CopiedGrants, PersistentGrants
+from xenbackend.worker.grants import ARENA_CHUNKS, CHUNK, FREE_SEGMENTS, CopiedGrants, PersistentGrants
 
 
 @dataclass
@@ -211,3 +211,31 @@ def test_a_status_but_okay_is_a_failure(table: Table, monkeypatch: pytest.Monkey
     assert [] == lent_writes
     assert [sentence, sentence] == [str(write.refused), str(read.refused)]
     assert {} == table.copied.held
+
+
+def test_long_requests_on_mapped_pages_count_as_if_they_were_copied(table: Table) -> None:
+    """A29: those of more than FREE_SEGMENTS pages leave less room, until they are settled, or come back after a bug.
+    Where there is no room left, a successor lends what its predecessor had lent all the same.
+    """
+    short = table.record(BLKIF_OP_READ, None, pages=FREE_SEGMENTS)
+    assert [short.request] == table.persistent.lend([short])
+    before = table.persistent.room(1000)
+    long = [table.record(BLKIF_OP_READ, None, pages=MAX_SEGMENTS) for _ in range(2)]
+    assert [record.request for record in long] == table.persistent.lend(long)
+    during = table.persistent.room(1000)
+    lost = long[1].request
+    table.persistent.abandon(long[1], lost)
+    for record in long:
+        record.request.status = 0
+    table.persistent.settle(long)
+    after_one = table.persistent.room(1000)
+    table.persistent.reclaim(lost)
+    after_both = table.persistent.room(1000)
+    has_room = True
+    while has_room:
+        has_room = bool(table.persistent.room(1))
+        record = RingRequest(0, None, Request())
+        record.operation, record.grefs, record.length = BLKIF_OP_READ, long[0].grefs, long[0].length
+        assert [record.request] == table.persistent.lend([record])
+
+    assert [before - 2, before - 1, before] == [during, after_one, after_both]

@@ -52,8 +52,7 @@ def direct(operation: int, *segments: tuple[int, int, int], sector: int = 8) -> 
 def sort(*slots: bytes, pages: Any = None) -> tuple[list[RingRequest], Sorted]:
     """Decode slots as a queue does, sort them, and return both."""
     decoder = Decoder(X86_64, SECTORS, read_only=False, can_flush=True, can_discard=True, max_segments=256)
-    copies = [memoryview(bytearray(8 * 256)) for _ in slots]
-    owner = SimpleNamespace(indirect_copies=copies, decode_indirect=decoder.decode_indirect)
+    owner = SimpleNamespace(segments=memoryview(bytearray(8 * 256)), decode_indirect=decoder.decode_indirect)
     records = [RingRequest(place, owner, Request()) for place in range(len(slots))]
     for record in records:
         record.request.tag = record

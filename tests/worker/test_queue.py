@@ -25,7 +25,7 @@ from xenbackend.blkif.request import Decoder, encode_direct
 from xenbackend.blkif.ring import BackRing, FrontRing, RingOverflow
 from xenbackend.block.request import Request
 from xenbackend.units import PAGE
-from xenbackend.worker.queue import Queue
+from xenbackend.worker.queue import RECORDS_PER_SLOT, Queue
 
 SECTORS = 4096
 STARTS = [0, 2**32 - 5]
@@ -255,3 +255,63 @@ def test_release_lets_go_of_all_memory() -> None:
 
     with pytest.raises(ValueError, match="released"):
         desk.journal.words[0] = 1
+
+
+def records_of(queue: Queue) -> int:
+    """Return how many records a queue keeps."""
+    return sum(len(block.records) for block in queue._blocks)
+
+
+def test_requests_that_come_one_at_a_time_have_a_record_each() -> None:
+    """R12: a batch of one needs one record, however large batches may be."""
+    desk = Desk("x86_64-abi", 0)
+    taken = []
+    for _ in range(desk.front.size):
+        desk.push(BLKIF_OP_READ)
+        taken += desk.take()
+
+    assert desk.front.size == len(taken) == records_of(desk.queue)
+    desk.answer(taken)
+    assert desk.front.size == len(desk.reap())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_records_are_bounded_in_whatever_order_requests_are_answered(seed: int) -> None:
+    """R12: each batch keeps one request that is not answered, so that all of them have gaps: a ring has a few records
+    for each slot all the same, batches get smaller, and every request is answered once.
+    """
+    random = Random(seed)
+    desk = Desk("x86_64-abi", 0)
+    size, slow, pushed = desk.front.size, [], 0
+    for _ in range(40 * size):
+        if len(slow) == size:
+            random.shuffle(slow)
+            desk.answer(slow[: size // 2])
+            slow = slow[size // 2 :]
+            desk.reap()
+        count = random.randint(1, size - len(slow))
+        desk.push(*[BLKIF_OP_READ] * count)
+        pushed += count
+        while desk.back.available():
+            first, *others = desk.take()
+            slow.append(first)
+            if others:
+                desk.answer(others)
+        desk.reap()
+        desk.check()
+        assert records_of(desk.queue) <= (RECORDS_PER_SLOT + 1) * size
+    desk.answer(slow)
+    desk.reap()
+
+    assert sorted(range(pushed)) == sorted(desk.answered)
+
+
+def test_a_record_at_rest_keeps_no_memory_of_the_guest() -> None:
+    """R12: hundreds of views that a ragged request had are let go with its answer."""
+    desk = Desk("x86_64-abi", 0)
+    desk.push(BLKIF_OP_FLUSH_DISKCACHE)
+    (request,) = desk.take()
+    request.iov = tuple(memoryview(bytes(512)) for _ in range(256))
+    desk.answer([request])
+
+    assert () == request.iov

@@ -33,6 +33,7 @@ from xenbackend.units import PAGE, SECTOR
 CHUNK = 16 * PAGE  # bytes; most requests fit into one, and then are one buffer for the disk
 CHUNKS_PER_REQUEST = MAX_SEGMENTS * PAGE // CHUNK
 ARENA_CHUNKS = 512  # 32 MiB of addresses; only what is in flight is ever touched
+FREE_SEGMENTS = 32  # of a request whose pages are mapped; one with more of them counts as if it were copied
 MAX_PERSISTENT = 8 * 1056  # pages per vbd, eight rings' worth of what Linux blkback keeps for one
 
 
@@ -69,6 +70,15 @@ class CopiedGrants:
             lent.append(record)
         self._copy(copies, writes)
         return [record.request for record in lent if record.refused is None]
+
+    def reserve(self, record: RingRequest) -> None:
+        """Count a request that needs no memory of the arena as if it did, as far as there is any, until `give_back`."""
+        chunks = min(-(-record.length // CHUNK), len(self._free))  # a predecessor may have taken any number
+        self.held[record] = [self._free.pop() for _ in range(chunks)]
+
+    def give_back(self, record: RingRequest) -> None:
+        """Take back what was reserved."""
+        self._free.extend(self.held.pop(record))
 
     def settle(self, records: Iterable[RingRequest]) -> None:
         """Copy what was read to the guest, and take the memory back. For finished requests with `status` 0 or not."""
@@ -150,7 +160,11 @@ class CopiedGrants:
 
 
 class PersistentGrants:
-    """Pages of the guest that stay mapped: at most `MAX_PERSISTENT`, until `close`."""
+    """Pages of the guest that stay mapped: at most `MAX_PERSISTENT`, until `close`.
+
+    What Python needs for the segments of a long request is bounded by the arena, too, as such requests take their place
+    in it: 4096 requests of 256 ragged segments, as a guest may have in flight, took hundreds of MiB.
+    """
 
     def __init__(self, table: GrantTable, copied: CopiedGrants) -> None:
         """Map through `table`; what cannot stay mapped goes through `copied`."""
@@ -162,9 +176,9 @@ class PersistentGrants:
             int, tuple[list[int], int, memoryview]
         ] = {}  # by gref: who was mapped with it, and where
         self._mappings: list[Mapping] = []
+        self._reserved: set[RingRequest] = set()
         self.room = copied.room
         self.held = copied.held
-        self.abandon = copied.abandon
         self.reclaim = copied.reclaim
 
     def lend_plain(self, records: Sequence[RingRequest]) -> list[Request]:
@@ -198,6 +212,9 @@ class PersistentGrants:
                     elsewhere.append(record)
                     continue
                 _fill(record, self._iov(record))
+            if len(record.grefs) > FREE_SEGMENTS:
+                self._copied.reserve(record)
+                self._reserved.add(record)
             lent.append(record.request)
         return lent + self._copied.lend(elsewhere) if elsewhere else lent
 
@@ -216,8 +233,17 @@ class PersistentGrants:
         return [self._pages[gref][at : at + length] for gref, (at, length) in zip(grefs, record.spans, strict=True)]
 
     def settle(self, records: Iterable[RingRequest]) -> None:
-        """Settle those that went through the arena."""
+        """Settle those that went through the arena, or had a place in it."""
+        records = list(records)
+        for record in self._reserved.intersection(records) if self._reserved else ():
+            self._reserved.remove(record)
+            self._copied.give_back(record)
         self._copied.settle(records)
+
+    def abandon(self, record: RingRequest, request: Request) -> None:
+        """Keep the record's place as `CopiedGrants.abandon` does."""
+        self._reserved.discard(record)
+        self._copied.abandon(record, request)
 
     def fetch_indirect(self, record: RingRequest, copy: memoryview) -> None:
         """Copy the segments of an indirect request into `copy`, once."""

@@ -51,7 +51,7 @@ def sort_out(records: Sequence[RingRequest], grants: PersistentGrants | CopiedGr
 
 def _fetch_segments(record: RingRequest, grants: PersistentGrants | CopiedGrants) -> None:
     queue = record.owner
-    copy = queue.indirect_copies[record.entry]
+    copy = queue.segments
     grants.fetch_indirect(record, copy)
     if record.refused is None:
         queue.decode_indirect(record, copy)

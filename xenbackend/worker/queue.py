@@ -28,11 +28,13 @@ from xenbackend.journal import (
     BATCH,
     REQ_CONS,
     RSP_PROD,
+    SEGMENTS,
     RingJournal,
 )
 from xenbackend.units import PAGE
 from xenbackend.worker.recovery import recover
 
+RECORDS_PER_SLOT = 4  # of a ring: requests in flight that are answered out of order leave gaps in their batches
 _UNTIMED = 7 * BATCH  # bits of a request number: batches that begin with any of them set are not timed, 7 in 8
 _OPERATIONS = 256  # operation is one byte of the guest's
 _WORDS = [Struct(f"@{count}Q") for count in range(BATCH + 1)]  # native: each word is one store
@@ -42,26 +44,32 @@ _ZEROS = [memoryview(bytes(8 * count)).cast("Q") if count else memoryview(b"") f
 class Block:
     """A block of journal entries with what is pooled for them; holds one batch while any of it is unanswered.
 
-    copies[n]   the private copies of the first n slots
+    slots       the private copies of its slots
+    records     of its first entries, as many as a batch has needed
     taken       the records of the batch
     lent        the requests that were handed to the chain together, if all of the batch was
     live        requests not answered yet
     """
 
-    __slots__ = ("copies", "first_entry", "index", "lent", "live", "plain", "records", "started", "taken")
+    __slots__ = ("first_entry", "index", "lent", "live", "plain", "records", "slots", "started", "taken")
 
-    def __init__(self, index: int, queue: Queue, slots: memoryview, slot_size: int) -> None:
+    def __init__(self, index: int, slots: memoryview) -> None:
         self.index = index
         self.first_entry = index * BATCH
-        self.copies = [slots[: count * slot_size] for count in range(BATCH + 1)]
-        self.records = [RingRequest(self.first_entry + place, queue, Request()) for place in range(BATCH)]
-        for record in self.records:
-            record.request.tag = record
+        self.slots = slots
+        self.records: list[RingRequest] = []
         self.taken: list[RingRequest] = []
         self.lent: list[Request] | None = None
         self.live = 0
         self.plain = True
         self.started = 0
+
+    def equip(self, count: int, queue: Queue) -> None:
+        """Have records for the first `count` entries."""
+        for entry in range(self.first_entry + len(self.records), self.first_entry + count):
+            record = RingRequest(entry, queue, Request())
+            record.request.tag = record
+            self.records.append(record)
 
 
 class EventChannel(Protocol):
@@ -103,7 +111,9 @@ class Queue:
         self._decode = decoder.decode
         self._channel = channel
         self.decode_indirect = decoder.decode_indirect
-        self.indirect_copies: list[memoryview] = []  # by entry: where the private copy of its segments belongs
+        self.segments = memoryview(bytearray(SEGMENTS))  # the private copy of one request's, until it is decoded
+        self._slot_size = ring.layout.slot_size
+        self._records_left = RECORDS_PER_SLOT * ring.size  # that may still be made, beyond one for each block
         self._blocks: list[Block] = []
         self._free: list[Block] = []
 
@@ -129,8 +139,9 @@ class Queue:
         """Let a block hold what is unanswered at some places of it."""
         count = places[-1] + 1
         block.live = len(places)
+        self._equip(block, count, is_bound=False)
         block.taken = block.records[:count]
-        self._decode(block.copies[count], block.taken)
+        self._decode(block.slots[: count * self._slot_size], block.taken)
         block.plain = False  # so that its records are reset when it is free
 
     def take(self, limit: int) -> Block | None:
@@ -141,7 +152,9 @@ class Queue:
             return None
         count = min(count, limit, BATCH, ring.until_wrap())
         block = self._free.pop() if self._free else self._make_block()
-        copies = block.copies[count]
+        if count > len(block.records):
+            count = self._equip(block, count)
+        copies = block.slots[: count * self._slot_size]
         first = ring.consumed
         journal = self._journal
         journal.blocks[block.index] = 0  # what it held before must not look as if it were in flight again
@@ -153,7 +166,7 @@ class Queue:
         self.in_flight += count
         block.live = count
         block.started = 0 if first & _UNTIMED else monotonic_ns()
-        block.taken = block.records if count == BATCH else block.records[:count]
+        block.taken = block.records if count == len(block.records) else block.records[:count]
         block.plain = self._decode(copies, block.taken)
         return block
 
@@ -200,12 +213,9 @@ class Queue:
     def release(self) -> None:
         """Let go of the ring and the journal."""
         for block in self._blocks:
-            for copies in block.copies:
-                copies.release()
+            block.slots.release()
             for record in block.records:
                 record.request.iov = ()
-        for copy in self.indirect_copies:
-            copy.release()
         self.ring.release()
         self._journal.release()
 
@@ -268,6 +278,7 @@ class Queue:
         if not block.plain:
             for record in block.taken:
                 record.reset()
+                record.request.iov = ()  # it may be hundreds of views
         block.lent = None
         self._free.append(block)
 
@@ -292,7 +303,22 @@ class Queue:
     def _make_block(self) -> Block:
         """Make one more block. There are never more than slots: each block in use holds a request in flight."""
         index = len(self._blocks)
-        block = Block(index, self, self._journal.block_slots(index), self.ring.layout.slot_size)
+        block = Block(index, self._journal.block_slots(index))
         self._blocks.append(block)
-        self.indirect_copies += [self._journal.segments(record.entry) for record in block.records]
         return block
+
+    def _equip(self, block: Block, count: int, *, is_bound: bool = True) -> int:
+        """Give a free block records for a batch of `count`, and return for how many it has some, one or more.
+
+        A ring has a bounded number of them: else one request that is not answered would keep all of its batch's, and a
+        frontend could have 16 records for each slot. Those of free blocks go first; then batches get smaller.
+        """
+        wanted = count - len(block.records)
+        if wanted > self._records_left and is_bound:
+            for other in self._free:
+                self._records_left += len(other.records)
+                other.records = []
+            wanted = max(min(wanted, self._records_left), not block.records)
+        block.equip(len(block.records) + wanted, self)
+        self._records_left -= wanted
+        return len(block.records)
