@@ -14,12 +14,10 @@ import os
 import socket
 import sys
 
-from xenbackend.block.drivers import BUILT_IN, find_driver
-from xenbackend.kernel import datagram as datagrams
-from xenbackend.kernel.ports import load_host
-from xenbackend.protocol.datagrams import inherited, receive
-from xenbackend.worker import io_queue  # noqa: F401 - whoever opens an image for I/O imports it then
+from xenbackend.opener import main as opener_main
+from xenbackend.protocol import datagrams
 from xenbackend.worker import main as worker_main
+from xenbackend.worker.preload import preload
 
 WORKER, OPENER = "w", "o"
 SERVE = {WORKER: worker_main.serve, OPENER: opener_main.serve}
@@ -80,10 +78,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 4 or arguments[0] != "--host" or arguments[2] != "--socket" or not arguments[3].isdecimal():
         print("the zygote is started by the service, with --host and --socket", file=sys.stderr)
         return 2
-    load_host(arguments[1])
-    for name in BUILT_IN:
-        find_driver(name)
-    channel = inherited(int(arguments[3]))
+    preload(arguments[1])
+    channel = datagrams.inherited(int(arguments[3]))
     # What was made until here is looked at by no collection: it would write to memory that workers share.
     gc.collect()
     gc.freeze()

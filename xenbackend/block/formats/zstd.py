@@ -1,7 +1,8 @@
 """Clusters that are compressed by zstd: unpacked by the standard library (Python 3.14) or the package `zstandard`.
 
-Must not import either before an image needs it. What an image holds is not trusted: at most a byte more than a cluster
-comes out of it, and no more than 8 MiB of memory are taken on the way, which RFC 8878 has every decoder support.
+Must not import either by itself: whoever opens such an image does, or `worker.preload`. What an image holds is not
+trusted: at most a byte more than a cluster comes out of it, and no more than 8 MiB of memory are taken on the way,
+which RFC 8878 has every decoder support.
 
 As QEMU writes it a cluster is one frame; as QEMU reads it, it may be several, and the last one ends with the cluster.
 """

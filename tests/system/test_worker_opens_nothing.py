@@ -1,0 +1,130 @@
+"""A worker makes no call that takes a path, nor one that opens anything, from its first message to its last."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.driven import Driven, WorkerProcess
+from tests.qcow_images import qcow2
+from tests.vhd_images import UUID, image
+from xenbackend.protocol import messages
+from xenbackend.protocol.codes import Code
+from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
+
+SIZE = 4 << 20
+DATA = b"d" * PAGE
+# As the zygote's children begin: everything is imported. What has no audit event is replaced by what has.
+PROGRAM = """
+import functools, os, socket, sys
+from xenbackend.worker import main, preload
+preload.preload("xenbackend.rig.host")
+WATCHED = ("open", "import", "os.", "socket.bind", "socket.connect", "socket.__new__", "subprocess.", "shutil.",
+           "glob.", "ctypes.dlopen", "pathlib.")
+told = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
+def tell(event, *arguments):
+    os.write(told, f"{event} {arguments}\\n".encode(errors="backslashreplace"))
+def hook(event, arguments):
+    if not event.startswith(WATCHED) or (arguments and isinstance(arguments[0], int)):
+        return  # of a descriptor that it has
+    if event != "socket.__new__" or arguments[1] != -1:  # else a descriptor that it has becomes an object
+        tell(event, arguments)
+def watched(function):
+    def call(path, *more, **named):
+        if not isinstance(path, int):
+            tell(function.__name__, path)
+        return function(path, *more, **named)
+    return call
+worker = main.Worker(socket.socket(fileno=int(sys.argv[sys.argv.index("--socket") + 1])))
+for name in ("stat", "lstat", "readlink", "access", "statvfs", "getxattr"):
+    setattr(os, name, watched(getattr(os, name)))
+sys.addaudithook(hook)
+if sys.argv[1] == "opens":
+    os.close(os.open("/dev/null", os.O_RDONLY))
+    os.path.exists("/dev/null")
+worker.run()
+"""
+
+
+class Watched(Driven):
+    """A disk whose workers are watched; `told` is what they did that they must not do."""
+
+    def __init__(self, directory: Path, how: str = "") -> None:
+        super().__init__(directory)
+        self._told = directory / "told"
+        self._told.touch()
+        self._command = [sys.executable, "-c", PROGRAM, how, str(self._told)]
+        self.worker.drop()
+        self.worker = WorkerProcess(self.worker.host, command=self._command)
+
+    def start_successor(self) -> None:
+        """See `Driven`."""
+        old = self.worker
+        self.worker = WorkerProcess(old.host, left=os.dup(old.memfd), command=self._command)
+        self.worker.kept, old.kept = old.kept, {}
+        old.drop()
+
+    @property
+    def told(self) -> list[str]:
+        return self._told.read_text().splitlines()
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    """Return a disk whose workers are watched."""
+    (tmp_path / "rig").mkdir()
+    with Watched(tmp_path / "rig") as watched:
+        yield watched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["aio", "qcow2", "vhd"])
+def test_from_attach_to_close(watched: Watched, tmp_path: Path, kind: str) -> None:
+    """Opened with a record and a parent, connected, snapshotted, set, commanded, killed, succeeded, left, closed."""
+    data = {
+        "aio": bytes(SIZE),
+        "qcow2": qcow2(SIZE, backing=b"base", backing_format=b"raw"),
+        "vhd": image(SIZE, uuid=b"c" * 16, parent_uuid=UUID, names=[(b"MacX", b"file://./base")]),
+    }[kind]
+    (tmp_path / "base").write_bytes(image(SIZE, uuid=UUID) if kind == "vhd" else bytes(SIZE))
+    (tmp_path / "disk").write_bytes(data)
+    options = ",changed=accept" if kind == "vhd" else ""
+    chain = f"log:{tmp_path}/record|{kind}:{tmp_path}/disk{options}"
+    worker = watched.worker
+    watched.connect(chain, Wishes(queues=2))
+    watched.frontend.write(0, DATA)
+    branched = worker.ask(messages.Branch(f"{tmp_path}/leaf", ""))
+    swapped = worker.ask(messages.Swap(branched.data))
+    watched.frontend.write(8, DATA)
+    looked = worker.ask(messages.Swap(f"log:|{branched.data.partition('|')[2]}", is_dry_run=True))
+    said = worker.ask(messages.Command("log", "status", []))
+    for question in (messages.Pause(), messages.Resume(), messages.SetPolicy("write=report")):
+        assert Code.OK == worker.ask(question).code
+    watched.kill()
+    watched.succeed(branched.data)
+    watched.frontend.write(16, DATA)
+    watched.reconnect()
+    watched.frontend.write(24, DATA)
+    found = watched.frontend.read(0, 32)
+    watched.disconnect()
+    watched.worker.end()
+
+    assert [Code.OK] * 4 == [each.code for each in (branched, swapped, looked, said)], (branched, swapped, looked, said)
+    assert 4 * DATA == found
+    assert [] == watched.told
+
+
+@pytest.mark.slow
+def test_the_watch_sees(tmp_path: Path) -> None:
+    """What it looks for it would see: a worker that opens or looks at a path is told of."""
+    with Watched(tmp_path, "opens") as watched:
+        watched.open("null:1M")
+        told = " ".join(watched.told)
+
+    assert "open" in told
+    assert "stat" in told
