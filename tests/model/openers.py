@@ -67,12 +67,19 @@ class LocalOpener(Attendant):
         """Refer to nothing of a service that has ended."""
         self._on_opened = None
 
+    def boost(self) -> None:
+        """Time is no matter here."""
+
     def kill(self) -> None:
         """Its worker has ended."""
         self._is_gone = True
         self._give_back()
 
-    leave = end = kill
+    end = kill
+
+    def leave(self) -> None:
+        """The service leaves it to its worker."""
+        self.lose_service()
 
     def _give_back(self) -> None:
         while self._lent:

@@ -63,6 +63,7 @@ class Worker:
         self._on_end = on_end
         self._why_killed = ""
         self._is_short_of_descriptors = False
+        self.is_boosted = False
         self.has_broken_protocol = False
         self._is_heard = self._is_held = True  # we listen; it is ours
         self._overdue = self._loop.timer(self._has_not_ended)
@@ -101,10 +102,12 @@ class Worker:
 
     def boost(self) -> None:
         """Let it come before what else the host does, until `unboost`: a guest waits for it."""
+        self.is_boosted = True
         boost(self.pid)
 
     def unboost(self) -> None:
         """Let it have its turn as any process has."""
+        self.is_boosted = False
         unboost(self.pid)
 
     def leave(self) -> None:

@@ -103,6 +103,8 @@ class Link:
         openings = self._openings
         opener, near = self._fleet.open(job, openings.kept(), openings.opened, self._opener_ended)
         self._openers.append(opener)
+        if worker.is_boosted:
+            opener.boost()
         with near:
             worker.send(message, [*fds[:1], near.fileno(), *fds[1:]])
 
