@@ -100,6 +100,21 @@ def test_a_larger_disk_is_served_and_shown() -> None:
     assert ("4194304", True) == ((world.node or {})["sectors"], world.is_connected)
 
 
+def test_the_toolstack_may_name_a_smaller_disk() -> None:
+    """A medium that is changed below a guest is another disk by the toolstack's word; the guest is told of it."""
+    world = connected()
+    world.top = replace(SMALLER, text="null:512M")
+    assert world.node is not None
+    world.node["params"] = "null:512M"
+    world.settle()
+
+    assert ("4", True, "1048576") == (world.state, world.is_connected, world.node["sectors"])
+    world.top = replace(SMALLER, size=SMALLER.size // 2)
+    world.die("died")
+    assert waits(world)
+    assert "other-size" == world.device.reason
+
+
 def test_a_frontend_that_begins_anew_takes_a_smaller_disk() -> None:
     """It reads the size anew, so whatever is there can be served."""
     world = connected()

@@ -14,6 +14,7 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import kept_files
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import prefix_of, sort_inherited
+from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.notes import Exchange
 
 A, B = "aio:/a", "log:|aio:/b"
@@ -144,8 +145,8 @@ def test_what_was_noted_elsewhere_is_compared(handover: Handover, opener: Opener
     noted = handover.files.identities()
     handover.close()
     heir = Handover(Keeper({}), PATH)
+    heir.expect(A, {key_of(name): identity for name, identity in noted.items()})
     heir.descriptors(A)
-    heir.files.expect(noted)
     opener.make("parent", "another")
 
     assert {} == inodes(heir)
@@ -153,6 +154,17 @@ def test_what_was_noted_elsewhere_is_compared(handover: Handover, opener: Opener
     assert "is another file" in opener.opens(heir, parent)
     assert {image: inode(image)} == inodes(heir)
     heir.close()
+
+
+def test_what_was_noted_elsewhere_may_be_nonsense(opener: Opener) -> None:
+    """What is no identity is told about, and the disk is served as one of which nothing is known."""
+    said: list[str] = []
+    handover = Handover(Keeper({}), PATH, complain=said.append)
+    handover.expect(A, {"/a": "nonsense"})
+
+    assert ["which files the disk had cannot be used: not an identity: 'nonsense'"] == said
+    assert "" == opener.opens(handover, opener.make("image"))
+    handover.close()
 
 
 def begin_exchange(handover: Handover) -> None:

@@ -8,6 +8,7 @@ from tests.supervisor.helpers import PATH, write_like_libxl
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.vbd.events import Write
+from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
@@ -152,3 +153,26 @@ def test_what_cannot_be_read_of_a_domain_is_not_so(toolstack: Store) -> None:
     assert (False, False) == (nodes.is_incoming(), nodes.boots_by_device_model())
     toolstack.close()
     assert (False, False) == (nodes.is_incoming(), nodes.boots_by_device_model())
+
+
+def test_the_next_service_finds_which_files_the_disk_had(nodes: VbdNodes, toolstack: Store) -> None:
+    """A service to which nothing else was left finds chain and identities, also of a name with a bar and of one too
+    long for a value; of a vbd that was made anew in the place, or with another chain, it finds nothing.
+    """
+    long = "/" + "x" * 4000
+    files = {"/a|b \udcff": "file device=1 inode=2", long: "file device=1 inode=3"}
+    nodes.show_status({"chain": "null:1G", "worker": "7"})
+    nodes.note_files({"/former": "file device=1 inode=1", **files, "/more": "file device=1 inode=4"})
+    nodes.note_files(files)
+    nodes.forget(goes_on=True)
+    heir = VbdNodes(nodes._store, PATH)
+    wanted = {key_of(name): identity for name, identity in files.items()}
+
+    assert (["chain", "files"], 2) == (sorted(toolstack.directory(f"{HOME}/xenbackend/{PATH}")), len(wanted))
+    assert wanted == heir.noted_files({"params": "null:1G", "state": "4"})
+    assert {} == heir.noted_files({"params": "null:1G", "state": "1"})
+    assert {} == heir.noted_files({"params": "null:2G", "state": "4"})
+    heir.note_files({})
+    assert {} == heir.noted_files({"params": "null:1G", "state": "4"})
+    heir.forget()
+    assert [] == toolstack.directory(f"{HOME}/xenbackend")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import name
 from xenbackend.disks import devid_to_vdev
+from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
@@ -51,6 +53,19 @@ def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
         "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
         "counters": counters.snapshot(page),
         "latency_histogram": counters.histogram(page),
+    }
+
+
+def describe_briefly(vbd: Vbd) -> dict[str, str]:
+    """Return what stands in xenstore about one disk, for people and scripts in dom0."""
+    paused = vbd.handover.notes.paused
+    return {
+        "chain": vbd.chain_in_service(),
+        "worker": str(vbd.worker.pid) if vbd.worker else "",
+        "phase": vbd.device.phase.value,
+        "since": datetime.fromtimestamp(vbd.since, UTC).isoformat(timespec="seconds"),
+        "paused": "" if paused is None else paused or "an administrator",
+        "error": vbd.device.error[:SENTENCE_MAX],
     }
 
 

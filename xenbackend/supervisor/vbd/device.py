@@ -79,6 +79,7 @@ class Device:
         self._reasons = Reasons()
         self._aims = Aims(self.sight, self._reasons, limits, pid)
         self._backoff = Backoff()
+        self._told_of = ""  # the chain whose size was shown last
         self._limit: tuple[Phase, bool] = (Phase.NONE, False)
 
     @property
@@ -113,6 +114,14 @@ class Device:
     def reason(self) -> str:
         """One word for `error`, for programs."""
         return self._reasons.word()
+
+    def has_found_another_file(self) -> bool:
+        """Return whether it is not served because a name means another file than the one that was served."""
+        return bool(self._reasons[Reason.OTHER_FILE])
+
+    def is_promised(self) -> bool:
+        """Return whether a guest waits for the disk, or the toolstack was told that it is there."""
+        return self.is_waited_for() or self.sight.hotplug == "connected"
 
     def is_waited_for(self) -> bool:
         """Return whether a guest has rings that we serve, or will again: it must see nothing but a delay."""
@@ -190,6 +199,7 @@ class Device:
     def _exchange(self, exchanged: events.Exchanged) -> None:
         if self._aims.worker.serves is not None:
             self._aims.worker.serves = replace(self._aims.worker.serves, chain=exchanged.chain)
+        self._told_of = exchanged.chain
         self.sight.exchange(exchanged)
 
     def _stand(self, standing: messages.Standing) -> list[events.Action]:
@@ -202,7 +212,7 @@ class Device:
         if has_failed:
             self._fail(standing.failure, standing.errno)
             return []
-        if former is Phase.OPENING and standing.layers and self.is_waited_for():
+        if former is Phase.OPENING and standing.layers and self.is_waited_for() and self._was_told_of(standing.chain):
             self._reasons.say(Reason.OTHER_SIZE, shrinkage(standing.layers[0], self.sight.keys or {}))
             if self._reasons[Reason.OTHER_SIZE]:
                 self.phase = Phase.OPEN  # and is closed next; nothing of it is shown
@@ -220,10 +230,18 @@ class Device:
             worker.has_rings = False
         return []
 
+    def _was_told_of(self, chain: str) -> bool:
+        """Return whether it is this chain's size that the guest has read, as far as anybody knows.
+
+        Where the toolstack names another chain below a guest, as for a medium that is changed, the guest is told anew.
+        """
+        return self._told_of in ("", chain)
+
     def _believe(self, standing: messages.Standing) -> None:
         """Show what the worker says of itself; what one that does not serve says nothing of still holds."""
         worker = self._aims.worker
         worker.layers = standing.layers or worker.layers
+        self._told_of = standing.chain if standing.layers else self._told_of
         worker.export = standing.export
         self._reasons.say(Reason.TROUBLE, standing.trouble)
         for reason, sentence in {Reason.FLUSH_FAILED: standing.flush_failed, Reason.HALTED: standing.halted}.items():

@@ -167,6 +167,15 @@ class Handover:
             self.note(chain=chain)
         return self._journal, dict(self._memories)
 
+    def expect(self, chain: str, identities: Mapping[str, str]) -> None:
+        """Take note of the chain in service, and of its files' identities, where nothing else was left to us."""
+        if identities:
+            try:
+                self.files.expect(identities)
+                self.note(chain=chain)
+            except (ConfigError, ValueError) as problem:
+                self._complain(f"which files the disk had cannot be used: {problem}")
+
     def note(self, **changes: Any) -> None:
         """Change fields of the notes. Raises: ConfigError where it is too much, and nothing was changed."""
         self._write(replace(self.notes, **changes))

@@ -17,6 +17,7 @@ and is kept beside them until the exchange has ended one way or the other.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from enum import StrEnum
 from xenbackend.errors import ConfigError, printable
 from xenbackend.kernel.identity import difference, from_text
 from xenbackend.protocol.opening import MAX_FILES
+
+_MAX_KEY = 1500  # bytes; a value in xenstore has 2048
 
 
 class Of(StrEnum):
@@ -54,6 +57,12 @@ class NotedFile:
         """Return what `str` made a text of."""
         of, identity, name = text.split("|", 2)
         return cls(name, identity, Of(of))
+
+
+def key_of(name: str) -> str:
+    """Return what stands for a name where there is no room for a long one: in xenstore."""
+    data = name.encode(errors="surrogateescape")
+    return name if len(data) <= _MAX_KEY else f"sha256 {hashlib.sha256(data).hexdigest()}"
 
 
 class KeptFiles:
@@ -96,7 +105,12 @@ class KeptFiles:
         return {file.name: file.identity for file in self._files().values() if file.of is not Of.NEXT}
 
     def expect(self, identities: Mapping[str, str]) -> None:
-        """Take note of what an earlier service had noted elsewhere; nothing of it is kept. Raises: ConfigError."""
+        """Take note of what an earlier service had noted elsewhere, by `key_of` names; nothing of it is kept.
+
+        Raises: ConfigError; ValueError, for what is no identity.
+        """
+        for identity in identities.values():
+            from_text(identity)
         self.let_go()
         self._note({f"f{number}": str(NotedFile(*each)) for number, each in enumerate(identities.items())})
 
@@ -185,8 +199,9 @@ class KeptFiles:
         return self._parsed
 
     def _file(self, name: str, *, is_next: bool) -> tuple[str, NotedFile] | None:
+        key = key_of(name)
         for slot, file in self._files().items():
-            if file.name == name and (file.of is Of.NEXT) == is_next:
+            if key_of(file.name) == key and (file.of is Of.NEXT) == is_next:
                 return slot, file
         return None
 
@@ -195,7 +210,7 @@ class KeptFiles:
         served, former = self._file(name, is_next=False), self._file(name, is_next=True)
         is_served = served is not None and not difference(from_text(served[1].identity), from_text(identity))
         if served is not None and is_served:
-            slot, file = served[0], replace(served[1], of=Of.BOTH if is_next else served[1].of)
+            slot, file = served[0], replace(served[1], name=name, of=Of.BOTH if is_next else served[1].of)
         else:
             slot = former[0] if former is not None else self._free_slot()
             file = NotedFile(name, identity, Of.NEXT if is_next else Of.SERVED)

@@ -176,8 +176,10 @@ class Orders:
             self._answer(order, Answer(reply.code, sentence=reply.sentence, data={"paused": is_paused}))
 
     def _resume(self, order: Order) -> None:
-        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died."""
+        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died, another file."""
         self._vbd.handover.note(paused=None)
+        if self._vbd.device.has_found_another_file():
+            self._vbd.handover.files.accept_others()
         if self._vbd.device.phase is not Phase.SERVING:
             self._vbd.handover.poison(0)  # a worker that serves does that itself
         self._ask(order, messages.Resume(), lambda reply: self._done_or_noted(order, reply, {"paused": False}))

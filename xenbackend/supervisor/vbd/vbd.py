@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from functools import partial
 
 from xenbackend import __version__, counters, journal
@@ -22,6 +21,7 @@ from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.fleet import Worker
+from xenbackend.supervisor.service.status import describe_briefly
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.arrival import Arrival
 from xenbackend.supervisor.vbd.context import Context
@@ -37,7 +37,6 @@ from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.phase import Phase
 from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
-from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
@@ -72,6 +71,7 @@ class Vbd:
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
         self._nodes = VbdNodes(context.store, path)
+        self._has_past = bool(inherited)
         self._must_look = {"node", "theirs"}
         self._look_at = context.loop.timer(self._look_if_due)
         self._limit = context.loop.timer(lambda: self.handle(events.Expired()))
@@ -194,7 +194,8 @@ class Vbd:
         if worker.has_broken_protocol:
             self._log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
         self.handover.forget_worker()
-        self._openings.remove_export()
+        if not self.device.is_promised():
+            self.handover.files.let_go()  # a chain that could not be opened may be put right by another file
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
         has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
         self._guarded(self.exchanges.settle)
@@ -352,11 +353,10 @@ class Vbd:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
             if self.handover.notes.stale_params and not self.device.sight.is_over:
-                self._log.say("critical", UNTOLD, chain=self.chain_in_service())
-            if self.handover.agreed() is not None and self.device.is_waited_for():
-                self._log.say("critical", UNFINISHED)
+                self._log.say("critical", _UNTOLD, chain=self.chain_in_service())
+            goes_on = self.device.is_promised() and not self.device.sight.is_over
             self._guarded(self.handover.close)
-            self._guarded(self._nodes.forget)
+            self._guarded(partial(self._nodes.forget, goes_on=goes_on))
         self._on_forgotten(self)
 
     # xenstore
@@ -375,8 +375,15 @@ class Vbd:
             self._must_look |= must_look
             raise
         if keys is not None:
+            self._recall(keys)
             self.handover.saw_params(keys.get("params", ""))
         self.handle(events.Seen(keys, theirs))
+
+    def _recall(self, keys: Mapping[str, str]) -> None:
+        """With the first look, take what stands in xenstore of the disk's files, where nothing else was left of it."""
+        if not self._has_past:
+            self.handover.expect(keys.get("params", ""), self._nodes.noted_files(keys))
+            self._has_past = True
 
     def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
         """Call a function; where xenstore lets it down, or a fault of ours, a fresh look will put things right."""
@@ -395,20 +402,8 @@ class Vbd:
             self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:
-        self._nodes.show_status(
-            {
-                "chain": self.chain_in_service(),
-                "worker": str(self.worker.pid) if self.worker else "",
-                "phase": self.device.phase.value,
-                "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
-                "paused": self._paused_by(),
-                "error": self.device.error[:SENTENCE_MAX],
-            }
-        )
-
-    def _paused_by(self) -> str:
-        paused = self.handover.notes.paused
-        return "" if paused is None else paused or "an administrator"
+        self._nodes.note_files(self.handover.files.identities())
+        self._nodes.show_status(describe_briefly(self))
 
     def _has_arrived(self, problem: XenbackendError | None) -> None:
         """Go on once the vbd is ours alone, or say why it is not."""

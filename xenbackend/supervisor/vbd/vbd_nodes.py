@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
 from xenbackend.supervisor.vbd.events import Write
-from xenbackend.supervisor.vbd.negotiation import PRIVATE
+from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.spec import frontend_path
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
 from xenbackend.supervisor.xenstore.store import Store
 
+_CHAIN, _FILES = "chain", "files"
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
 
 
@@ -40,6 +41,7 @@ class VbdNodes:
         self._status_path = f"{status_root(path.backend_domid)}/{path}"
         self._error_path = f"{self._home}/error/backend/{path}"
         self._status: dict[str, str] = {}  # as last written
+        self._files: list[str] | None = None  # as last written; None: nobody knows what stands there
         self._error: str | None = None  # None: nobody knows what stands there
 
     def keys(self) -> dict[str, str] | None:
@@ -116,14 +118,50 @@ class VbdNodes:
         self._store.write_many(self._status_path, changed)
         self._status = dict(values)
 
+    def note_files(self, identities: Mapping[str, str]) -> None:
+        """Note which files the disk is served from, by name, for a service to which nothing else was left."""
+        files = [f"{identity}|{key_of(name)}" for name, identity in identities.items()]
+        directory = f"{self._status_path}/{_FILES}"
+        if files == self._files or (not files and not self._store.directory(directory)):
+            return
+
+        def body(nodes: Nodes) -> None:
+            if nodes.directory(directory):
+                nodes.remove(directory)
+            for number, value in enumerate(files):
+                nodes.write(f"{directory}/{number}", value)
+
+        self._store.transact(body)
+        self._files = files
+
+    def noted_files(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """Return the identities of the files that an earlier service served the disk from, by `key_of` their names.
+
+        None where the keys, the backend directory's, are of a vbd that no service has seen yet, or name another chain.
+        """
+        if parse_state(keys.get("state")) in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
+            return {}
+        if self._store.read_optional(f"{self._status_path}/{_CHAIN}") != keys.get("params"):
+            return {}
+        values = self._store.dictionary(f"{self._status_path}/{_FILES}").values()
+        return {key: identity for identity, _, key in (value.partition("|") for value in values)}
+
     def doubt(self) -> None:
         """Show everything anew with the next calls: xenstore was away. Raises nothing."""
-        self._status, self._error = {}, None
+        self._status, self._error, self._files = {}, None, None
 
-    def forget(self) -> None:
-        """Watch no more, and remove what was shown, with the directories that were made for it."""
+    def forget(self, *, goes_on: bool = False) -> None:
+        """Watch no more, and remove what was shown, with the directories that were made for it.
+
+        `goes_on`: the guest does, so the chain and its files stay noted for the next service.
+        """
         self._unwatch()
-        self._store.prune(self._status_path, status_root(self._path.backend_domid))
+        if goes_on:
+            for key in self._store.directory(self._status_path):
+                if key not in (_CHAIN, _FILES):
+                    self._store.remove(f"{self._status_path}/{key}")
+        else:
+            self._store.prune(self._status_path, self._home)
         self._store.prune(self._error_path, self._home)
 
     def _unwatch(self) -> None:
