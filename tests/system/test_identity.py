@@ -1,0 +1,448 @@
+"""A disk stays the file that it was when it was attached, whatever its names come to mean below a guest that goes on.
+
+Each way in which a name can change its meaning, for each file of a chain, met with each way in which the chain is
+opened once more: the guest goes on with the same inode, or waits and an administrator reads why.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.loops import loop
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+from xenbackend.errors import XenbackendError
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+pytestmark = pytest.mark.slow
+SIZE = 1 << 20
+OURS, THEIRS = b"A" * SIZE, b"N" * SIZE
+DOMIDS = count(5)
+
+
+def until(condition: Callable[[], object], what: object = "") -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up, what or "it never happened"
+
+
+class Disk:
+    """A disk that a guest uses, and what is done to its files.
+
+    home    directory of its files
+    image   what the chain names
+    """
+
+    def __init__(self, machine: Machine, home: Path, path: VbdPath, frontend: Frontend, chain: str) -> None:
+        self.machine = machine
+        self.home = home
+        self.path = path
+        self.frontend = frontend
+        self.chain = chain
+        self.name = path.disk
+
+    def status(self) -> dict[str, Any]:
+        """Return what the service says of it."""
+        [found] = [each for each in self.machine.ask({"verb": "status"})["data"] if each["vbd"] == self.name]
+        return found  # type: ignore[no-any-return]
+
+    def order(self, verb: str, **words: object) -> dict[str, Any]:
+        """Give an order, and return its answer."""
+        return self.machine.ask({"verb": verb, "vbd": self.name, **words})
+
+    def kill(self) -> None:
+        """Kill its worker; a successor comes, or does not."""
+        worker = self.status()["worker"]
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: self.status()["worker"] != worker)
+
+    def is_served(self) -> bool:
+        """Return whether a worker has its rings."""
+        return bool(self.status()["phase"] == "serving")
+
+    def goes_on(self, held: int) -> None:
+        """See that the guest reads and writes the file behind a descriptor, and no other one."""
+        data = os.urandom(4096)
+        assert OURS[:4096] == self.frontend.read(0, 8)
+        self.frontend.write(64, data)
+        self.frontend.flush()
+        assert data == os.pread(held, 4096, 64 * 512)
+        assert "" == self.status()["error"]
+
+    def waits(self, reason: str, *words: str) -> None:
+        """See that no request of the guest's is answered, and that an administrator reads these words."""
+        until(lambda: self.status()["phase"] == "none" and self.status()["error"], self.status())
+        found = self.status()
+        assert reason == found["reason"], found
+        for each in words:
+            assert each in found["error"]
+        assert ("Connected", None) == (found["state"], found["worker"])
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """One machine for all of them: each has a guest of its own."""
+    with Machine(log=tmp_path_factory.mktemp("log") / "log") as machine:
+        yield machine
+
+
+@contextmanager
+def serving(machine: Machine, home: Path, chain: str) -> Iterator[Disk]:
+    """Have a guest that uses a chain."""
+    with closing(machine.create_guest(next(DOMIDS))) as guest:
+        path = machine.attach(guest.domid, "xvda", chain)
+        frontend = guest.connect(path, Wishes())
+        disk = Disk(machine, home, path, frontend, chain)
+        try:
+            yield disk
+        finally:
+            frontend.crash()
+            machine.store.remove(path.frontend)
+            machine.store.remove(path.backend)
+            until(lambda: disk.name not in [each["vbd"] for each in machine.ask({"verb": "status"})["data"]])
+
+
+@contextmanager
+def held(path: Path) -> Iterator[int]:
+    """Have a descriptor of what a name means now."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# What becomes of a name.
+
+
+def replace(name: Path) -> None:
+    """Put another file in its place, as a restored backup is."""
+    new = name.with_name("new")
+    new.write_bytes(THEIRS)
+    new.rename(name)
+
+
+def rename(name: Path) -> None:
+    """Give the file another name."""
+    name.rename(name.with_name("renamed"))
+
+
+def delete(name: Path) -> None:
+    """Take the file's name away."""
+    name.unlink()
+
+
+def link_anew(name: Path) -> None:
+    """Let a symbolic link lead to another file."""
+    other = name.with_name("other")
+    other.write_bytes(THEIRS)
+    name.unlink()
+    name.symlink_to(other)
+
+
+def shrink(name: Path) -> None:
+    """Cut the file itself short."""
+    os.truncate(name, SIZE // 2)
+
+
+# What has the chain opened once more. Each returns the answer of an order, None where it is none.
+
+
+def kill(disk: Disk) -> None:
+    """A worker's death."""
+    disk.kill()
+
+
+def upgrade(disk: Disk) -> dict[str, Any]:
+    """Another process."""
+    return disk.order("upgrade")
+
+
+def put_a_filter_in(disk: Disk) -> dict[str, Any]:
+    """Another chain over the same files."""
+    return disk.order("set", chain=f"delay:read=0ms|{disk.chain}")
+
+
+def resize(disk: Disk) -> dict[str, Any]:
+    """The same chain, with the size that it has become."""
+    return disk.order("resize")
+
+
+def replace_service(disk: Disk) -> None:
+    """A new service, which adopts the worker; then that dies."""
+    before = disk.machine.service_pid
+    disk.machine.replace_service()
+    until(lambda: _service_of(disk.machine) not in (0, before))
+    until(disk.is_served)
+    disk.kill()
+
+
+def stop_and_start(disk: Disk) -> None:
+    """A service that keeps nothing for the next one."""
+    disk.machine.stop_service()
+    disk.machine.start_service()
+
+
+def _service_of(machine: Machine) -> int:
+    try:
+        return machine.service_pid
+    except XenbackendError:  # it is between two services
+        return 0
+
+
+GOES_ON = ""
+ANOTHER = "other-file"
+SMALLER = "other-size"
+AWAY = "interrupted"
+UNWANTED = "add --replace"
+REFUSED = "refused"
+WANTED: dict[Callable[[Path], None], dict[Callable[[Disk], Any], str]] = {
+    replace: {
+        kill: GOES_ON, upgrade: GOES_ON, put_a_filter_in: UNWANTED, resize: GOES_ON, replace_service: GOES_ON,
+        stop_and_start: ANOTHER,
+    },
+    rename: {
+        kill: GOES_ON, upgrade: GOES_ON, put_a_filter_in: REFUSED, resize: GOES_ON, replace_service: GOES_ON,
+        stop_and_start: AWAY,
+    },
+    delete: {
+        kill: GOES_ON, upgrade: GOES_ON, put_a_filter_in: REFUSED, resize: GOES_ON, replace_service: GOES_ON,
+        stop_and_start: AWAY,
+    },
+    link_anew: {
+        kill: GOES_ON, upgrade: GOES_ON, put_a_filter_in: UNWANTED, resize: GOES_ON, replace_service: GOES_ON,
+        stop_and_start: ANOTHER,
+    },
+    shrink: {
+        kill: SMALLER, upgrade: SMALLER, put_a_filter_in: "cannot shrink", resize: "cannot shrink",
+        replace_service: SMALLER, stop_and_start: SMALLER,
+    },
+}  # fmt: skip
+CASES = [
+    pytest.param(change, act, id=f"{change.__name__}-{act.__name__}") for change in WANTED for act in WANTED[change]
+]
+
+
+@pytest.mark.parametrize(("change", "act"), CASES)
+def test_an_image(
+    machine: Machine, tmp_path: Path, change: Callable[[Path], None], act: Callable[[Disk], dict[str, Any] | None]
+) -> None:
+    """Whatever becomes of an image's name, the guest goes on with the same inode where that was kept. Where it was not,
+    or has shrunk, the guest waits, nothing is written to another file, and the sentence says what to do.
+    """
+    image, wanted = tmp_path / "image", WANTED[change][act]
+    image.write_bytes(OURS)
+    with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
+        change(image)
+        answer = act(disk)
+        if wanted in (ANOTHER, SMALLER):
+            disk.waits(wanted, str(image), "`xenbackend resume`")
+        elif wanted == AWAY:
+            until(lambda: "there is no file" in disk.status()["error"], disk.status())
+        elif wanted == GOES_ON:
+            assert answer is None or "ok" == answer["code"], answer
+            disk.goes_on(fd)
+        else:
+            assert answer is not None
+            assert "ok" != answer["code"]
+            assert wanted in (REFUSED, *answer["sentence"].split("; ")) or wanted in answer["sentence"], answer
+            if change is not shrink:
+                disk.goes_on(fd)
+    others = [path for path in tmp_path.iterdir() if path.name in ("new", "other") or change is replace]
+    assert all(THEIRS == path.read_bytes() for path in others)
+
+
+def test_an_administrator_takes_what_is_there(machine: Machine, tmp_path: Path) -> None:
+    """After a stop the disk waits where its name means another file; `resume` serves it from that one, and a worker
+    that dies then is followed by one with the same file.
+    """
+    image = tmp_path / "image"
+    image.write_bytes(OURS)
+    with serving(machine, tmp_path, f"aio:{image}") as disk:
+        replace(image)
+        stop_and_start(disk)
+        disk.waits(ANOTHER)
+        assert "ok" == disk.order("resume")["code"]
+        until(disk.is_served, disk.status())
+        assert THEIRS[:4096] == disk.frontend.read(0, 8)
+        delete(image)
+        disk.kill()
+        assert THEIRS[:4096] == disk.frontend.read(0, 8)
+
+
+def test_the_former_file_may_be_put_back(machine: Machine, tmp_path: Path) -> None:
+    """Where the former file has its name again after a stop, `resume` goes on with it."""
+    image = tmp_path / "image"
+    image.write_bytes(OURS)
+    with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
+        rename(image)
+        image.write_bytes(THEIRS)
+        stop_and_start(disk)
+        disk.waits(ANOTHER)
+        (tmp_path / "renamed").rename(image)
+        disk.order("resume")
+        until(disk.is_served, disk.status())
+        disk.goes_on(fd)
+
+
+def test_what_was_cut_short_is_served_once_it_is_whole(machine: Machine, tmp_path: Path) -> None:
+    """A file that has shrunk under a guest is served again when it is as large as before, after `resume`."""
+    image = tmp_path / "image"
+    image.write_bytes(OURS)
+    with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
+        shrink(image)
+        disk.kill()
+        disk.waits(SMALLER, f"has {SIZE // 2} bytes", f"told of {SIZE}")
+        disk.order("resume")
+        disk.waits(SMALLER)
+        assert str(SIZE // 512) == machine.store.read(f"{disk.path.backend}/sectors")
+        os.truncate(image, SIZE)
+        disk.order("resume")
+        until(disk.is_served, disk.status())
+        disk.goes_on(fd)
+
+
+@pytest.mark.parametrize("act", [kill, upgrade, resize, put_a_filter_in, stop_and_start], ids=lambda act: act.__name__)
+@pytest.mark.parametrize("image_format", ["qcow2", "vhd"])
+def test_a_parent(
+    machine: Machine, tmp_path: Path, image_format: str, act: Callable[[Disk], dict[str, Any] | None]
+) -> None:
+    """A parent that is replaced stays the one that the disk was opened with, or the disk waits."""
+    parent, other, leaf = (tmp_path / f"{each}.{image_format}" for each in ("parent", "other", "leaf"))
+    for raw, image, content in (("a", parent, OURS), ("b", other, THEIRS)):
+        (tmp_path / raw).write_bytes(content)
+        assert 0 == main(["image", "convert", f"aio:{tmp_path / raw}", f"{image_format}:{image}"])
+    assert 0 == main(["image", "snapshot", f"{image_format}:{parent}", str(leaf)])
+    with serving(machine, tmp_path, f"{image_format}:{leaf}") as disk:
+        assert OURS[:4096] == disk.frontend.read(0, 8)
+        other.rename(parent)
+        answer = act(disk)
+        if act is stop_and_start:
+            disk.waits(ANOTHER, str(parent))
+            return
+        if act is put_a_filter_in:
+            assert answer is not None
+            assert UNWANTED in answer["sentence"]
+        assert [OURS[:4096]] * 3 == [disk.frontend.read(sector, 8) for sector in (0, 64, SIZE // 512 - 8)]
+        disk.frontend.write(64, b"G" * 4096)
+        assert b"G" * 4096 == disk.frontend.read(64, 8)
+
+
+@pytest.mark.parametrize("act", [kill, upgrade, stop_and_start], ids=lambda act: act.__name__)
+def test_a_record(machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]) -> None:
+    """The file that `log:` records into stays the one that it was, as does an image."""
+    image, record = tmp_path / "image", tmp_path / "record"
+    image.write_bytes(OURS)
+    with serving(machine, tmp_path, f"log:{record},track=off|aio:{image}") as disk:
+        disk.frontend.write(0, b"1" * 4096)
+        with held(record) as fd:
+            record.rename(tmp_path / "former")
+            record.write_bytes(b"")
+            act(disk)
+            if act is stop_and_start:
+                disk.waits(ANOTHER, str(record))
+                return
+            before = os.fstat(fd).st_size
+            disk.frontend.write(8, b"2" * 4096)
+            disk.frontend.flush()
+            disk.order("set", chain=disk.chain)  # what was recorded is in the file
+            assert before < os.fstat(fd).st_size
+            assert 0 == record.stat().st_size
+
+
+@pytest.mark.parametrize("act", [kill, upgrade, resize], ids=lambda act: act.__name__)
+def test_a_device_behind_a_link(machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]) -> None:
+    """A link in /dev/disk that leads to another device by now changes nothing for the guest."""
+    link = tmp_path / "by-id"
+    with ExitStack() as devices:
+        (one, file), (two, other) = (
+            devices.enter_context(loop(tmp_path / name, SIZE, sector_size=512)) for name in ("one", "two")
+        )
+        for path, content in ((one, OURS), (two, THEIRS)):
+            with open(path, "wb") as device:  # noqa: PTH123 - a device
+                device.write(content)
+        link.symlink_to(one)
+        with serving(machine, tmp_path, f"aio:{link}") as disk:
+            link.unlink()
+            link.symlink_to(two)
+            answer = act(disk)
+            assert answer is None or "ok" == answer["code"], answer
+            disk.frontend.write(64, b"G" * 4096)
+            disk.frontend.flush()
+            assert OURS[:4096] == disk.frontend.read(0, 8)
+            fd = os.open(two, os.O_RDONLY)
+            assert THEIRS[:4096] == os.pread(fd, 4096, 64 * 512)
+            os.close(fd)
+            assert file != other
+
+
+@pytest.mark.parametrize("act", [kill, stop_and_start], ids=lambda act: act.__name__)
+def test_a_device_with_another_medium(
+    machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]
+) -> None:
+    """A loop device that was given to another file is another disk, although its number and its node are the same: the
+    guest waits, and nothing is written to the other file until an administrator wants that.
+    """
+    other = tmp_path / "other"
+    other.write_bytes(THEIRS)
+    with (
+        loop(tmp_path / "one", SIZE, sector_size=512) as (device, _),
+        serving(machine, tmp_path, f"aio:{device}") as disk,
+    ):
+        worker, service = disk.status()["worker"], machine.service_pid
+        os.kill(service, signal.SIGSTOP) if act is kill else machine.stop_service()
+        try:
+            if act is kill:
+                os.kill(worker, signal.SIGKILL)
+            until(lambda: subprocess.run(["losetup", "--detach", device], check=False).returncode == 0)
+            until(lambda: subprocess.run(["losetup", device, other], check=False, capture_output=True).returncode == 0)
+        finally:
+            os.kill(service, signal.SIGCONT) if act is kill else machine.start_service()
+        disk.waits(ANOTHER, device, "has another disk or medium")
+        assert THEIRS == other.read_bytes()
+        disk.order("resume")
+        until(disk.is_served, disk.status())
+        assert THEIRS[:4096] == disk.frontend.read(0, 8)
+
+
+def test_a_snapshot_is_over_the_file_in_service(machine: Machine, tmp_path: Path) -> None:
+    """Where the image's name means another file by now a snapshot is refused: its new image would be over that one."""
+    image, new = tmp_path / "image", tmp_path / "new.qcow2"
+    image.write_bytes(OURS)
+    with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
+        replace(image)
+        answer = disk.order("snapshot", file=str(new), format="qcow2")
+
+        assert "ok" != answer["code"]
+        assert f"{image} leads to another file than the one in service" in answer["sentence"], answer
+        assert not new.exists()
+        disk.goes_on(fd)
+
+
+def test_another_file_takes_the_place_by_an_administrators_word(machine: Machine, tmp_path: Path) -> None:
+    """`set --replace` serves what the name means now, also where the chain's text is the same, and so does every worker
+    that comes later. One that dies just then leaves no doubt about which file has the guest's data.
+    """
+    image = tmp_path / "image"
+    image.write_bytes(OURS)
+    with serving(machine, tmp_path, f"aio:{image}") as disk:
+        replace(image)
+        answer = disk.order("set", chain=disk.chain, replace=True)
+        assert "ok" == answer["code"], answer
+        assert THEIRS[:4096] == disk.frontend.read(0, 8)
+        disk.frontend.write(0, OURS[:4096])
+        delete(image)
+        disk.kill()
+        assert OURS[:4096] == disk.frontend.read(0, 8)
