@@ -16,7 +16,16 @@ import pytest
 from tests import places
 from tests.loops import loop
 from xenbackend.errors import KernelError
-from xenbackend.kernel.identity import DeviceIdentity, FileIdentity, Identity, difference, from_text, identify, to_text
+from xenbackend.kernel.identity import (
+    DeviceIdentity,
+    FileIdentity,
+    Identity,
+    difference,
+    from_text,
+    has_grown,
+    identify,
+    to_text,
+)
 
 FILE = FileIdentity(device=2049, inode=12, handle="1:0c000000deadbeef")
 DEVICE = DeviceIdentity(number=os.makedev(7, 1), sequence=40)
@@ -178,6 +187,20 @@ def test_no_other_text_is_an_identity(text: str) -> None:
 def test_the_difference_is_named(noted: Identity, found: Identity, sentence: str) -> None:
     """Each part of an identity that differs is named with what it is and what it was."""
     assert difference(noted, found) == sentence
+
+
+def test_a_partition_may_grow() -> None:
+    """Only a partition that begins where it did on the same disk, and is larger, has grown."""
+    larger = replace(PART, size=PART.size + 512)
+
+    assert has_grown(PART, larger)
+    assert not any(
+        has_grown(noted, found)
+        for noted, found in (
+            (PART, PART), (larger, PART), (PART, replace(larger, sequence=41)), (PART, replace(larger, start=0)),
+            (PART, replace(larger, number=5)), (DEVICE, replace(DEVICE, size=512)), (FILE, larger), (PART, FILE),
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "character device"])

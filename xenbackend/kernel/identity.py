@@ -22,7 +22,7 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from xenbackend.errors import KernelError
 from xenbackend.units import SECTOR
@@ -132,6 +132,13 @@ def difference(noted: Identity, found: Identity) -> str:
         case FileIdentity(), _:
             return "it is a block device now, and was a file"
     return "it is a file now, and was a block device"
+
+
+def has_grown(noted: Identity, found: Identity) -> bool:
+    """Return whether it is the same partition, which has got larger."""
+    if not isinstance(noted, DeviceIdentity) or not isinstance(found, DeviceIdentity) or not noted.size:
+        return False
+    return found.size > noted.size and replace(found, size=noted.size) == noted
 
 
 def _file_difference(noted: FileIdentity, found: FileIdentity) -> str:
