@@ -36,7 +36,7 @@ def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) 
     one, two = images
     driven.connect(f"log:|delay:write=50ms|aio:{one}")
     early = driven.begin_write(DATA)
-    swap = driven.worker.put(messages.Swap(f"aio:{two}", replaces=True))
+    swap = driven.worker.put(messages.Swap(f"aio:{two}", replaces=True, order=17))
     driven.worker.ask(messages.Command("nosuch", "get", []))  # the exchange has begun
     late = driven.frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
     reply = driven.worker.expect_reply(swap)
@@ -50,7 +50,8 @@ def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) 
     assert [next(iter(driven.worker.kept))] == [message.name for message in dropped]
     assert [DATA, bytes(PAGE)] == [one.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
     assert [bytes(PAGE), DATA] == [two.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
-    assert f"aio:{two}" == (journal.AGREED.read(driven.worker.journal) or {})["chain"]
+    agreed = journal.AGREED.read(driven.worker.journal) or {}
+    assert (f"aio:{two}", 17) == (agreed["chain"], agreed["order"])
 
 
 @pytest.mark.parametrize("chain", ["aio:/nonexistent/image", "ram:512K", "coarse:|ram:1M"])

@@ -92,10 +92,12 @@ class Agreed:
 
     chain    that it serves through, or served through last
     connect  what was agreed with the frontend, None once that has let go
+    order    by which it put that chain in, 0 where none told it to
     """
 
     chain: str
     connect: Connect | None
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +189,16 @@ class Swap:
 
     It must have the image that the one in service writes to, by identity, unless `replaces`. With `is_dry_run` it is
     only looked at: the reply's `data` is a JSON list of its layers' texts.
+
+    `order` is the operator's, which the worker leaves in AGREED once that is done. With `is_resize` it is the chain
+    that is open, with the same files, whatever their names mean now.
     """
 
     chain: str
     replaces: bool = False
     is_dry_run: bool = False
+    order: int = 0
+    is_resize: bool = False
 
 
 @dataclass(frozen=True, slots=True)

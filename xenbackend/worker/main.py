@@ -286,7 +286,7 @@ class Worker:
             layers = stages.check(question, opener)
             if question.is_dry_run:
                 return json.dumps(layers)
-            yield from stages.exchange(question.chain, opener)
+            yield from stages.exchange(question.chain, opener, question.order)
         finally:
             self._exchange = ""
         return ""

@@ -61,6 +61,7 @@ class Stages:
         self.connection: Connection | None = None
         self.is_paused = order.is_paused
         self._policy = order.policy
+        self._order = 0  # by which the chain was put in
         self._export: Export | None = None
         self._had_bugs = False  # of layers, in an earlier connection or an export
         self._permit = permit
@@ -157,8 +158,8 @@ class Stages:
         with self._disk.opening_by(opener):
             return self._disk.check_successor(question.chain, replaces=question.replaces)
 
-    def exchange(self, text: str, opener: RemoteOpener) -> Steps[None]:
-        """Serve through another chain, which was checked.
+    def exchange(self, text: str, opener: RemoteOpener, order: int) -> Steps[None]:
+        """Serve through another chain, which was checked, by an operator's order.
 
         Raises: XenbackendError, where the former chain goes on; NoChainLeft.
         """
@@ -174,6 +175,7 @@ class Stages:
         try:
             with self._disk.opening_by(opener):
                 self._disk.exchange(text)
+            self._order = order
         except XenbackendError:
             raise
         except Exception as problem:  # the former chain could not be opened again, or a layer's bug (D8)
@@ -282,7 +284,7 @@ class Stages:
 
     def _note(self, connect: messages.Connect | None) -> None:
         """Leave to whoever comes next which chain it is, and what is agreed with the frontend."""
-        journal.AGREED.write(self._journal, codec.as_fields(messages.Agreed(self._disk.text, connect)))
+        journal.AGREED.write(self._journal, codec.as_fields(messages.Agreed(self._disk.text, connect, self._order)))
 
     def _recall(self) -> messages.Connect:
         """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""

@@ -67,6 +67,32 @@ def test_a_worker_that_dies_before_the_second_exchange_has_done_the_first_only(d
     assert {"null:2G"} == {each.chain for each in disk.events}
 
 
+@pytest.mark.parametrize(("noted", "is_done"), [(0, False), (6, False), (7, True)])
+@pytest.mark.parametrize("who", ["a dead worker", "an earlier service"])
+def test_the_same_chain_once_more_is_known_by_its_order(disk: Disk, who: str, noted: int, *, is_done: bool) -> None:
+    """Where the text stays, for another file or another size, the order that the worker noted says whether it was done:
+    which file has the guest's data hangs on that.
+    """
+    disk.order(7, "null:1G")
+    serves(disk.handover, "null:1G", noted)
+    if who == "a dead worker":
+        assert is_done == disk.exchanges.settle()
+    else:
+        disk.exchanges.conclude(Standing(1, Stage.SERVING, "null:1G", read_only=False, shareable=False))
+
+    assert [(7, "ok" if is_done else "failed")] == disk.closed
+    assert (None, 7 if is_done else 0) == (disk.handover.notes.exchange, disk.handover.notes.exchanged_by)
+
+
+def test_a_worker_is_adopted_with_the_chain_that_it_stands_with(disk: Disk) -> None:
+    """What its journal says of a chain that it does not serve counts for nothing while it is there to be asked."""
+    disk.order(7, "null:2G")
+    serves(disk.handover, "null:2G", 7)
+    disk.exchanges.conclude(Standing(1, Stage.SERVING, "null:1G", read_only=False, shareable=False))
+
+    assert ("null:1G", [(7, "failed")]) == (disk.handover.notes.chain, disk.closed)
+
+
 @pytest.mark.parametrize("has_written", [True, False])
 def test_whatever_the_key_says_after_two_exchanges_it_follows_the_second(disk: Disk, *, has_written: bool) -> None:
     """Whether the first one's text came into the key may be unknown: xenstore went away over it."""

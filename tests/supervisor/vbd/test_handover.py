@@ -27,9 +27,9 @@ CONNECT = messages.Connect("x86_64-abi", [messages.RingParameters([8], 3)], pers
 EMPTY = [f"{prefix_of(PATH)}.journal.3", f"{prefix_of(PATH)}.notes.3"]  # that are kept of any disk
 
 
-def serves(handover: Handover, chain: str) -> None:
-    """Do what a worker does that serves a chain."""
-    journal.AGREED.write(handover.page, codec.as_fields(Agreed(chain, CONNECT)))
+def serves(handover: Handover, chain: str, order: int = 0) -> None:
+    """Do what a worker does that serves a chain, which an order has put in."""
+    journal.AGREED.write(handover.page, codec.as_fields(Agreed(chain, CONNECT, order)))
 
 
 def made(content: bytes) -> int:

@@ -35,10 +35,20 @@ class Exchanges:
             return True
         return standing.chain == notes.chain or standing.stage is Stage.IDLE
 
-    def settle(self) -> None:
-        """Find out in the journal whether a worker that has ended had put another chain in."""
-        self.end(is_done=self._handover.chain_in_service() != self._handover.notes.chain)
+    def conclude(self, standing: Standing) -> None:
+        """Take note that the worker has done with what an earlier service asked for; what is done `believes` has seen.
+
+        Unless it is the same chain once more.
+        """
+        exchange = self._handover.notes.exchange
+        self.end(is_done=exchange is not None and exchange.chain == standing.chain and self._handover.has_exchanged())
+
+    def settle(self) -> bool:
+        """Find out in the journal whether a worker had put the chain of the exchange under way in, and return that."""
+        is_done = self._handover.has_exchanged()
+        self.end(is_done=is_done)
         self.follow()
+        return is_done
 
     def follow(self) -> None:
         """Let ``params`` follow the chain in service, where it may not have done so yet."""

@@ -128,6 +128,16 @@ class Handover:
         agreed = self._left() if exchange is not None else None
         return agreed.chain if agreed is not None else self.notes.chain
 
+    def has_exchanged(self) -> bool:
+        """Return whether a worker noted that it has carried out the exchange under way.
+
+        One that puts the same text in again, for another file or another size, is known by its order alone.
+        """
+        exchange, left = self.notes.exchange, self._left()
+        if exchange is None or left is None or left.chain != exchange.chain:
+            return False
+        return exchange.chain != self.notes.chain or left.order == exchange.order
+
     def exchange_is_done(self) -> None:
         """Take note that the chain of the exchange under way is in service.
 
