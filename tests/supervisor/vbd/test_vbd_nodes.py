@@ -9,7 +9,7 @@ from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.vbd.events import Write
 from xenbackend.supervisor.vbd.kept_files import key_of
-from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
+from xenbackend.supervisor.vbd.vbd_nodes import NOTES, VbdNodes, forget_notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -161,18 +161,34 @@ def test_the_next_service_finds_which_files_the_disk_had(nodes: VbdNodes, toolst
     """
     long = "/" + "x" * 4000
     files = {"/a|b \udcff": "file device=1 inode=2", long: "file device=1 inode=3"}
-    nodes.show_status({"chain": "null:1G", "worker": "7"})
-    nodes.note_files({"/former": "file device=1 inode=1", **files, "/more": "file device=1 inode=4"})
-    nodes.note_files(files)
+    nodes.show_status({"worker": "7"})
+    nodes.note_files("null:1G", {"/former": "file device=1 inode=1", **files, "/more": "file device=1 inode=4"})
+    nodes.note_files("null:1G", files)
     nodes.forget(goes_on=True)
     heir = VbdNodes(nodes._store, PATH)
     wanted = {key_of(name): identity for name, identity in files.items()}
 
-    assert (["chain", "files"], 2) == (sorted(toolstack.directory(f"{HOME}/xenbackend/{PATH}")), len(wanted))
+    assert ([], 2) == (toolstack.directory(f"{HOME}/xenbackend"), len(wanted))
     assert wanted == heir.noted_files({"params": "null:1G", "state": "4"})
     assert {} == heir.noted_files({"params": "null:1G", "state": "1"})
     assert {} == heir.noted_files({"params": "null:2G", "state": "4"})
-    heir.note_files({})
+    heir.note_files("null:1G", {})
     assert {} == heir.noted_files({"params": "null:1G", "state": "4"})
-    heir.forget()
-    assert [] == toolstack.directory(f"{HOME}/xenbackend")
+
+
+def test_what_was_noted_of_a_vbd_goes_with_it(nodes: VbdNodes, toolstack: Store) -> None:
+    """Nothing stays of a vbd that has ended, nor of one that has gone while no service ran."""
+    noted = f"{HOME}/{NOTES}"
+    nodes.note_files("null:1G", {"/a": "file device=1 inode=2"})
+    forget_notes(toolstack, 0)
+    assert ["vbd"] == toolstack.directory(noted)
+    nodes.forget()
+    assert [] == toolstack.directory(noted)
+    VbdNodes(nodes._store, PATH).note_files("null:1G", {"/a": "file device=1 inode=2"})
+    VbdNodes(nodes._store, VbdPath("vbd", 0, 6, 768)).note_files("null:1G", {"/a": "file device=1 inode=2"})
+    forget_notes(toolstack, 0)
+
+    assert ["5"] == toolstack.directory(f"{noted}/vbd")
+    toolstack.remove(PATH.backend)
+    forget_notes(toolstack, 0)
+    assert NOTES not in toolstack.directory(HOME)

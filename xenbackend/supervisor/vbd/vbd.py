@@ -175,7 +175,7 @@ class Vbd:
         self._openings.saw_export(standing.export)
         self.handle(standing)
         if is_adopted:
-            self.exchanges.end(is_done=False)  # the worker has done with what an earlier service asked for
+            self.exchanges.conclude(standing)
 
     def keeps(self, name: str, fd: int) -> bool:
         """Take over a memory's descriptor; False where it is none, or one too many."""
@@ -385,7 +385,7 @@ class Vbd:
             self.handover.expect(keys.get("params", ""), self._nodes.noted_files(keys))
             self._has_past = True
 
-    def _guarded(self, function: Callable[..., None], *arguments: object) -> None:
+    def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function; where xenstore lets it down, or a fault of ours, a fresh look will put things right."""
         try:
             function(*arguments)
@@ -402,7 +402,7 @@ class Vbd:
             self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:
-        self._nodes.note_files(self.handover.files.identities())
+        self._nodes.note_files(self.handover.notes.chain, self.handover.files.identities())
         self._nodes.show_status(describe_briefly(self))
 
     def _has_arrived(self, problem: XenbackendError | None) -> None:

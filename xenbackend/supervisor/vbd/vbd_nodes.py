@@ -20,7 +20,8 @@ from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
 from xenbackend.supervisor.xenstore.store import Store
 
-_CHAIN, _FILES = "chain", "files"
+NOTES = "xenbackend-files"  # in our domain's directory: what outlives a service that keeps nothing
+_CHAIN = "chain"
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
 
 
@@ -37,11 +38,11 @@ class VbdNodes:
         self._store = store
         self._path = path
         self._home = domain_path(path.backend_domid)
-        self._ours = private(path.backend_domid)
-        self._status_path = f"{status_root(path.backend_domid)}/{path}"
+        self._status_path = f"{self._home}/xenbackend/{path}"
+        self._notes_path = f"{self._home}/{NOTES}/{path}"
         self._error_path = f"{self._home}/error/backend/{path}"
         self._status: dict[str, str] = {}  # as last written
-        self._files: list[str] | None = None  # as last written; None: nobody knows what stands there
+        self._noted: list[str] | None = None  # as last written; None: nobody knows what stands there
         self._error: str | None = None  # None: nobody knows what stands there
 
     def keys(self) -> dict[str, str] | None:
@@ -118,21 +119,21 @@ class VbdNodes:
         self._store.write_many(self._status_path, changed)
         self._status = dict(values)
 
-    def note_files(self, identities: Mapping[str, str]) -> None:
-        """Note which files the disk is served from, by name, for a service to which nothing else was left."""
+    def note_files(self, chain: str, identities: Mapping[str, str]) -> None:
+        """Note the chain and which files it is of, by name, for a service to which nothing else was left."""
         files = [f"{identity}|{key_of(name)}" for name, identity in identities.items()]
-        directory = f"{self._status_path}/{_FILES}"
-        if files == self._files or (not files and not self._store.directory(directory)):
+        noted = [chain, *files] if files else []
+        if noted == self._noted or (not noted and not self._store.directory(self._notes_path)):
             return
 
         def body(nodes: Nodes) -> None:
-            if nodes.directory(directory):
-                nodes.remove(directory)
-            for number, value in enumerate(files):
-                nodes.write(f"{directory}/{number}", value)
+            if nodes.directory(self._notes_path):
+                nodes.remove(self._notes_path)
+            for number, value in enumerate(noted):
+                nodes.write(f"{self._notes_path}/{number or _CHAIN}", value)
 
         self._store.transact(body)
-        self._files = files
+        self._noted = noted
 
     def noted_files(self, keys: Mapping[str, str]) -> dict[str, str]:
         """Return the identities of the files that an earlier service served the disk from, by `key_of` their names.
@@ -141,14 +142,14 @@ class VbdNodes:
         """
         if parse_state(keys.get("state")) in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
             return {}
-        if self._store.read_optional(f"{self._status_path}/{_CHAIN}") != keys.get("params"):
+        noted = self._store.dictionary(self._notes_path)
+        if noted.pop(_CHAIN, None) != keys.get("params"):
             return {}
-        values = self._store.dictionary(f"{self._status_path}/{_FILES}").values()
-        return {key: identity for identity, _, key in (value.partition("|") for value in values)}
+        return {key: identity for identity, _, key in (value.partition("|") for value in noted.values())}
 
     def doubt(self) -> None:
         """Show everything anew with the next calls: xenstore was away. Raises nothing."""
-        self._status, self._error, self._files = {}, None, None
+        self._status, self._error, self._noted = {}, None, None
 
     def forget(self, *, goes_on: bool = False) -> None:
         """Watch no more, and remove what was shown, with the directories that were made for it.
@@ -156,12 +157,9 @@ class VbdNodes:
         `goes_on`: the guest does, so the chain and its files stay noted for the next service.
         """
         self._unwatch()
-        if goes_on:
-            for key in self._store.directory(self._status_path):
-                if key not in (_CHAIN, _FILES):
-                    self._store.remove(f"{self._status_path}/{key}")
-        else:
-            self._store.prune(self._status_path, self._home)
+        if not goes_on:
+            self._store.prune(self._notes_path, self._home)
+        self._store.prune(self._status_path, self._home)
         self._store.prune(self._error_path, self._home)
 
     def _unwatch(self) -> None:
@@ -174,3 +172,13 @@ class VbdNodes:
             return self._store.read_optional(path) or ""
         except StoreError:
             return ""  # the guest gets its disk all the same
+
+
+def forget_notes(store: Store, domid: int) -> None:
+    """Remove what was noted of vbds that have gone while no service ran. Raises: StoreError."""
+    home = domain_path(domid)
+    for kind in store.directory(f"{home}/{NOTES}"):
+        for guest in store.directory(f"{home}/{NOTES}/{kind}"):
+            for device in store.directory(f"{home}/{NOTES}/{kind}/{guest}"):
+                if not store.directory(f"{home}/backend/{kind}/{guest}/{device}"):
+                    store.prune(f"{home}/{NOTES}/{kind}/{guest}/{device}", home)
