@@ -31,6 +31,7 @@ _SENTENCES = {
     errno.EPERM: "no permission for {path}",
     errno.EROFS: "{path} is on a read-only file system; attach the disk read-only",
     errno.EBUSY: "{path} is in use",
+    errno.ESTALE: "{path} is not known to its server any more: it was removed or replaced there",
 }
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from xenbackend.block.mapped.parents import find_named
+from xenbackend.block.mapped.parents import find_named, paths_of
 from xenbackend.errors import DriverError, printable
 from xenbackend.kernel.identity import difference, from_text
 from xenbackend.opener import steps
@@ -39,7 +39,7 @@ class Access:
         identities = {each.name: each for each in job.kept}
         self._kept = {name: _Held(fd, identities[name].identity) for name, fd in kept.items()}
         self._held: list[dict[str, _Held]] = [
-            dict(self._kept) if not number else {} for number in range(len(job.chains))
+            dict(self._kept) if job.keeps or not number else {} for number in range(len(job.chains))
         ]
 
     def look(self, name: str, chain: int) -> Facts:
@@ -50,7 +50,8 @@ class Access:
     def find(self, what: str, named_by: str, names: list[str], chain: int) -> tuple[str, Facts]:
         """Return the first file that is there of those that an image names, as `find_named`. Raises: DriverError."""
         rules = self._chain(chain)
-        path = find_named(what, named_by, names, rules.of(named_by).within)
+        within = rules.of(named_by).within
+        path = self._find_held(named_by, names, chain) or find_named(what, named_by, names, within)
         rules.allow(path, named_by)
         return path, self.look(path, chain)
 
@@ -64,7 +65,36 @@ class Access:
             problem = f"{printable(name)} is to be read only"
             raise DriverError(problem, path=name, errno=errno.EACCES)
         held = self._hold(name, chain, create=create)
-        return steps.reopen(held.fd, name, write=write), steps.look(held.fd, name)
+        fd = steps.reopen(held.fd, name, write=write)
+        try:
+            self._check_medium(name, chain, held, fd)
+            return fd, steps.look(held.fd, name)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def check_names(self) -> None:
+        """Refuse to go on where a name in the text of the chain in service means another file than that in service.
+
+        Whoever follows that name later, as an image's parent, would find the other one. Raises: DriverError.
+        """
+        for name in self._chain(0).images:
+            held = self._held[0].get(name)
+            if held is None:
+                continue
+            try:
+                fd = steps.hold(name)
+            except OSError as error:
+                problem = f"{printable(name)} does not lead to the file in service any more: {error.strerror}"
+            else:
+                try:
+                    differs = difference(from_text(held.identity), from_text(steps.identify(fd)))
+                finally:
+                    os.close(fd)
+                problem = f"{printable(name)} leads to another file than the one in service: {differs}" * bool(differs)
+            if problem:
+                advice = "give that one its name back first: the new image would find its parent by that"
+                raise DriverError(f"{problem}; {advice}", path=name, errno=errno.ESTALE)
 
     def resolve(self, name: str, chain: int) -> str:
         """Return the directory of a file with all links followed; with a slash at its end, of one of `parents=`.
@@ -84,6 +114,23 @@ class Access:
             os.close(fd)
         self._kept.clear()
         self._held.clear()
+
+    def _find_held(self, named_by: str, names: list[str], chain: int) -> str:
+        """Return the first path that is held of those that an image names, also if nothing is there any more."""
+        return next((path for path in paths_of(named_by, names) if path in self._held[chain]), "")
+
+    def _check_medium(self, name: str, chain: int, held: _Held, fd: int) -> None:
+        """Ask about a device that has become another one since it was held, by the same node. Raises: DriverError."""
+        identity = steps.identify(fd)
+        if not difference(from_text(held.identity), from_text(identity)):
+            return
+        again = os.dup(held.fd)
+        try:
+            refusal = self._tell(name, identity, chain, again)
+        finally:
+            os.close(again)
+        if refusal:
+            raise DriverError(refusal, path=name, errno=errno.ESTALE)
 
     def _chain(self, number: int) -> Rules:
         if not 0 <= number < len(self._rules):

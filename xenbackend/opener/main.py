@@ -16,6 +16,7 @@ import sys
 from xenbackend.errors import XenbackendError
 from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.ports import open_devices
+from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
 from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
@@ -106,6 +107,7 @@ class Attendant:
             case opening.Resolve():
                 return Given(path=access.resolve(question.name, question.chain))
             case opening.MakeFile() if job.makes and self._new is None:
+                access.check_names()
                 self._new = NewFile(job.makes)
                 fds.append(os.dup(self._new.fd))
             case opening.Publish() if self._new is not None:
@@ -133,12 +135,40 @@ class Attendant:
         return ack.refusal
 
 
+def look_up(supervisor: socket.socket, look: opening.FromSupervisor) -> None:
+    """Say what names mean now, one after the other, until nobody asks for more."""
+    try:
+        while isinstance(look, opening.Look):
+            for name in look.names:
+                supervisor.send(opening.encode(_meaning(name)))
+            datagram = supervisor.recv(opening.MAX_MESSAGE)
+            if not datagram:
+                return
+            look = opening.from_supervisor(datagram)
+    except (ConnectionResetError, BrokenPipeError):
+        pass
+
+
+def _meaning(name: str) -> opening.Meaning:
+    try:
+        fd = steps.hold(name)
+        try:
+            return opening.Meaning(name, steps.identify(fd))
+        finally:
+            os.close(fd)
+    except (XenbackendError, OSError) as problem:
+        return opening.Meaning(name, errno=getattr(problem, "errno", 0) or errno.EIO)
+
+
 def serve(supervisor: socket.socket) -> int:
     """Take one job from the supervisor, serve its worker, and return the exit status."""
     datagram, fds, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)
     if not datagram:
         return 0
     job = opening.from_supervisor(datagram)
+    if isinstance(job, opening.Look):
+        look_up(supervisor, job)
+        return 0
     assert isinstance(job, opening.Job)  # noqa: S101 - the supervisor says nothing else at first
     while len(fds) < 1 + len(job.kept):
         datagram, more, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)

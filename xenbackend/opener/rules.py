@@ -35,13 +35,20 @@ class Rules:
     def __init__(self, chain: str, *, read_only: bool) -> None:
         """Take the names from a chain's text. Raises: ChainError."""
         self._rules: dict[str, Rule] = {}
+        self._images: list[str] = []
         for layer in parse_chain(chain).layers:
             within: str = getattr(layer.options, "parents", "")
             for path, use in uses_of(layer.options).items():
                 if use == RECORD:
                     self._rules[path] = self._rules[f"{path}.1"] = Rule(may_write=True, is_record=True)
                 else:
+                    self._images.append(path)
                     self._rules[path] = Rule(may_write=not read_only, within=within)
+
+    @property
+    def images(self) -> list[str]:
+        """The names of images that stand in the chain's text."""
+        return self._images
 
     def of(self, name: str) -> Rule:
         """Return what may be done with a file of this name. Raises: DriverError where nothing may."""

@@ -9,6 +9,8 @@ Must not open anything, nor know how files are told apart: `kernel.identity` wri
       Ack                        ->
                                         Given  ->                            exactly one for each question
 
+A `Look` in the place of the job asks what names mean now, and gets a `Meaning` for each; there is no worker then.
+
 An opener is a process of its own, for one order or question to one worker (`messages`): it ends when the worker closes
 its end of the socket. Both sockets are SOCK_SEQPACKET; descriptors travel beside a message, as its docstring says.
 
@@ -46,6 +48,7 @@ class Job:
     chains           texts; the first one is in service, or to be, and what `kept` has is opened through that. A second
                      one is to take its place: its names are looked up anew, and one that means the file that is kept
                      for it is opened through that
+    keeps            what `kept` has is opened through that for the second chain, too
     read_only        nothing may be opened for writing, but for what a layer records
     parents          directories of the settings in which parents may be
     makes            path of the one file that may be made, empty: none
@@ -58,12 +61,29 @@ class Job:
     chains: list[str]
     read_only: bool
     shareable: bool = False
+    keeps: bool = False
     kept: list[KeptFile] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
     makes: str = ""
     export: str = ""
     host: str = ""
     frontend_domid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Say of each of these names what it means now: nothing is opened, and there is no worker. It comes for a Job."""
+
+    names: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a name means now: an identity as `kernel.identity` writes it, or the errno of what was met instead."""
+
+    name: str
+    identity: str = ""
+    errno: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +209,8 @@ class Given:
 
 
 Question = LookAt | FindFile | OpenFile | Resolve | MakeFile | Publish | OpenDevices | Listen
-FromOpener = Opened | Given
-FromSupervisor = Job | Ack
+FromOpener = Opened | Given | Meaning
+FromSupervisor = Job | Ack | Look
 
 
 def encode(message: Question | FromOpener | FromSupervisor) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import PATH, Kept
-from xenbackend.kernel.identity import FileIdentity, identify, to_text
+from xenbackend.kernel.identity import DeviceIdentity, FileIdentity, identify, to_text
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import kept_files
 from xenbackend.supervisor.vbd.handover import Handover
@@ -222,6 +223,27 @@ def test_another_file_of_the_same_name_needs_an_administrators_word(handover: Ha
     opener.opens(handover, image, is_next=True, replaces=True)
     handover.exchange_is_done()
     assert {image: inode(image)} == inodes(handover) != former
+    handover.close()
+
+
+def test_a_partition_that_grows_stays_the_same_disk(handover: Handover, opener: Opener) -> None:
+    """`resize` takes a partition that was made larger, and its new size counts from then on; a worker that finds one
+    without that order has another partition before it.
+    """
+    part = DeviceIdentity(2049, 40, 1 << 20, 1 << 20)
+    larger, image = to_text(replace(part, size=2 << 20)), opener.make("image")
+
+    def take(identity: str, **how: bool) -> str:
+        return handover.files.take("/dev/sda1", identity, os.open(image, os.O_PATH), **how)
+
+    assert "" == take(to_text(part))
+    assert "has 2097152 bytes" in take(larger)
+    begin_exchange(handover)
+    assert "add --replace" in take(larger, is_next=True)
+    assert "" == take(larger, is_next=True, may_grow=True)
+    handover.exchange_is_done()
+    assert {"/dev/sda1": larger} == handover.files.identities()
+    assert "" == take(larger)
     handover.close()
 
 

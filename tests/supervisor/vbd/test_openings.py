@@ -73,7 +73,8 @@ def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
     it.for_question(messages.Swap("aio:/x", replaces=True))
 
     assert "no" == it.opened(Opened("/x", "file device=1 inode=3", 1), 9)
-    assert [(("/x", "file device=1 inode=3", 9), {"is_next": True, "replaces": True})] == taken
+    named = {"is_next": True, "replaces": True, "may_grow": False}
+    assert [(("/x", "file device=1 inode=3", 9), named)] == taken
 
 
 def test_the_socket_of_an_export_is_removed_once_it_is_over(tmp_path: Path) -> None:

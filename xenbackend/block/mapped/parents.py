@@ -45,9 +45,8 @@ def find_named(what: str, image: str, names: Sequence[str], within: str = "") ->
 
     Raises: DriverError, where there is none, or the first that exists is somewhere else.
     """
-    beside = os.path.dirname(os.path.abspath(image))  # noqa: PTH100, PTH120 - as `opening`: pathlib would alter names
-    for name in names:
-        path = os.path.normpath(os.path.join(beside, name))  # noqa: PTH118 - the same
+    beside = _directory_of(image)
+    for path in paths_of(image, names):
         if os.path.exists(path):  # noqa: PTH110 - the same
             _check_within(what, path, within or beside)
             return path
@@ -56,9 +55,18 @@ def find_named(what: str, image: str, names: Sequence[str], within: str = "") ->
     raise DriverError(problem, path=image, errno=errno.ENOENT)
 
 
+def paths_of(image: str, names: Sequence[str]) -> list[str]:
+    """Return the paths that an image's names stand for, whether there is something or not."""
+    return [os.path.normpath(os.path.join(_directory_of(image), name)) for name in names]  # noqa: PTH118 - as below
+
+
 def parent_ref(driver: str, path: str, **options: str) -> ParentRef:
     """Return the parent as a layer; options without a value are left out."""
     return ParentRef(format_layer(driver, path, *(f"{key}={value}" for key, value in options.items() if value)))
+
+
+def _directory_of(image: str) -> str:
+    return os.path.dirname(os.path.abspath(image))  # noqa: PTH100, PTH120 - as `opening`: pathlib would alter names
 
 
 def _check_within(what: str, path: str, directory: str) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from xenbackend.errors import ConfigError, printable
-from xenbackend.kernel.identity import difference, from_text
+from xenbackend.kernel.identity import difference, from_text, has_grown
 from xenbackend.protocol.opening import MAX_FILES
 
 _MAX_KEY = 1500  # bytes; a value in xenstore has 2048
@@ -114,14 +114,18 @@ class KeptFiles:
         self.let_go()
         self._note({f"f{number}": str(NotedFile(*each)) for number, each in enumerate(identities.items())})
 
-    def check(self, name: str, identity: str, *, is_next: bool = False, replaces: bool = False) -> str:
+    def check(
+        self, name: str, identity: str, *, is_next: bool = False, replaces: bool = False, may_grow: bool = False
+    ) -> str:
         """Return why a name's file may not be opened now: it is another one than that in service; empty: it may.
 
-        `is_next`: it is of a chain that is to take the place of the one in service, which it `replaces`.
+        `is_next`: it is of a chain that is to take the place of the one in service, which it `replaces`, or in which a
+        partition `may_grow`.
         """
-        known = self._file(name, is_next=False)
-        differs = difference(from_text(known[1].identity), from_text(identity)) if known else ""
-        if not differs or (is_next and replaces):
+        known, found = self._file(name, is_next=False), from_text(identity)
+        noted = from_text(known[1].identity) if known else found
+        differs = difference(noted, found)
+        if not differs or (is_next and (replaces or (may_grow and has_grown(noted, found)))):
             return ""
         if is_next:
             return (
@@ -133,13 +137,22 @@ class KeptFiles:
             "this one holds the same; then `xenbackend resume` serves the disk from what is there"
         )
 
-    def take(self, name: str, identity: str, fd: int, *, is_next: bool = False, replaces: bool = False) -> str:
-        """Keep a file that is being opened, by its O_PATH descriptor, ours from now on.
+    def take(
+        self,
+        name: str,
+        identity: str,
+        fd: int,
+        *,
+        is_next: bool = False,
+        replaces: bool = False,
+        may_grow: bool = False,
+    ) -> str:
+        """Keep a file that is being opened, by its O_PATH descriptor, ours from now on; the rest is as for `check`.
 
         Returns: why it may not be opened, empty: it is kept. Raises: ValueError, for what is no identity.
         """
         try:
-            sentence = self.check(name, identity, is_next=is_next, replaces=replaces)
+            sentence = self.check(name, identity, is_next=is_next, replaces=replaces, may_grow=may_grow)
             if sentence and not is_next:
                 self._refused.add(name)
             if not sentence:

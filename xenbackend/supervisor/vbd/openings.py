@@ -5,6 +5,7 @@ Must not take a worker's word for anything: what a job says comes from the tools
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ class Openings:
         self._context = context
         self._device = device
         self._handover = handover
-        self._replaces = False  # the question that was asked last
+        self._swap = messages.Swap("")  # that was asked last
         self._mode: tuple[bool, bool] | None = None  # as the worker was told
         self._has_export = False  # the worker's socket for a device model was there
 
@@ -55,8 +56,8 @@ class Openings:
         chain = self._handover.notes.chain
         match question:
             case messages.Swap():
-                self._replaces = question.replaces
-                return self._job([chain, question.chain])
+                self._swap = question
+                return replace(self._job([chain, question.chain]), keeps=question.is_resize)
             case messages.Branch():
                 return replace(self._job([chain]), makes=question.file)
         return None
@@ -67,8 +68,12 @@ class Openings:
 
     def opened(self, found: Opened, fd: int) -> str:
         """Keep a file that was opened for the first time; return why the worker may not have it, or nothing."""
-        return self._handover.files.take(
-            found.name, found.identity, fd, is_next=found.chain > 0, replaces=self._replaces
+        files, swap, is_next = self._handover.files, self._swap, found.chain > 0
+        if is_next and swap.is_dry_run:
+            os.close(fd)
+            return files.check(found.name, found.identity, is_next=True, replaces=swap.replaces)
+        return files.take(
+            found.name, found.identity, fd, is_next=is_next, replaces=swap.replaces, may_grow=swap.is_resize
         )
 
     def saw_export(self, path: str) -> None:

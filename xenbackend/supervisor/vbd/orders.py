@@ -143,7 +143,7 @@ class Orders:
                 self._set(order, text_of(request, "chain"), request)
             case "resize":
                 self._check_service()
-                self._exchange(order, order.former, replaces=False)
+                self._exchange(order, order.former, replaces=False, is_resize=True)
             case "snapshot":
                 self._snapshot(order, text_of(request, "file"), str(request.get("format", "")))
             case "policy":
@@ -242,20 +242,22 @@ class Orders:
         except ConfigError as error:
             self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self.chain_data()))
 
-    def _exchange(self, order: Order, chain: str, *, replaces: bool) -> None:
+    def _exchange(self, order: Order, chain: str, *, replaces: bool, is_resize: bool = False) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
         order.chain = chain
         params = (self._vbd.device.sight.keys or {}).get("params", "")
         self._vbd.handover.note(exchange=Exchange(order.number, params, chain))
-        self._ask(order, messages.Swap(chain, replaces=replaces), lambda reply: self._swapped(order, reply))
+        question = messages.Swap(chain, replaces=replaces, order=order.number, is_resize=is_resize)
+        self._ask(order, question, lambda reply: self._swapped(order, reply))
 
     def _swapped(self, order: Order, reply: messages.Reply) -> None:
         """Answer for the chain that is in service: what the worker replies must agree with where it stands."""
         if order.number not in self._under_way:
             return  # the service goes; the next one finds the exchange among the notes
         is_noted = self._vbd.handover.notes.exchange is not None  # no standing has told that it is done
+        is_done = False
         if reply.code is Code.GONE:
-            self._vbd.exchanges.settle()  # the journal tells what the worker could not
+            is_done = self._vbd.exchanges.settle()  # the journal tells what the worker could not
         elif reply.code is Code.OK and order.chain == order.former:
             self._vbd.exchanges.end(is_done=True)
         else:
@@ -264,7 +266,7 @@ class Orders:
         if code is Code.OK and is_noted and order.chain != order.former:
             code, sentence = Code.FAILED, "its worker says that another chain is in service, and stands with this one"
             self._vbd.link.breach(sentence)
-        elif self._vbd.chain_in_service() == order.chain != order.former:
+        elif is_done or self._vbd.chain_in_service() == order.chain != order.former:
             code, sentence = Code.OK, ""
         elif code is Code.GONE:
             code = Code.FAILED

@@ -1,0 +1,169 @@
+"""What an opener makes of names whose files an earlier worker of the same disk had open."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.descriptors import open_descriptors
+from tests.loops import loop
+from xenbackend.block.mapped.parents import PARENT
+from xenbackend.errors import DriverError
+from xenbackend.opener import steps
+from xenbackend.opener.access import Access
+from xenbackend.protocol.opening import Job, KeptFile
+
+
+class Disk:
+    """A disk of several files, kept as they are when it is made.
+
+    told    what the supervisor was told: name, and place of the chain
+    refusal what it answers
+    """
+
+    def __init__(self, *names: str, chains: list[str], keeps: bool = False) -> None:
+        self.told: list[tuple[str, int]] = []
+        self.refusal = ""
+        held = {name: steps.hold(name) for name in names}
+        kept = [KeptFile(name, steps.identify(fd)) for name, fd in held.items()]
+        self.access = Access(Job("vbd/5/51712", chains, read_only=False, keeps=keeps, kept=kept), held, self._tell)
+
+    def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
+        assert identity == steps.identify(fd)
+        self.told.append((name, chain))
+        return self.refusal
+
+    def content(self, name: str, chain: int = 0) -> bytes:
+        """Return what is read from a name's file."""
+        fd, _ = self.access.open(name, chain, write=False, create=False)
+        try:
+            return os.pread(fd, 8, 0)
+        finally:
+            os.close(fd)
+
+
+@pytest.fixture
+def undo() -> Iterator[ExitStack]:
+    """Close what a test makes; then no descriptor is left."""
+    before = open_descriptors()
+    with ExitStack() as undo:
+        yield undo
+    assert before == open_descriptors()
+
+
+def make(path: Path, content: bytes) -> str:
+    """Write a file in the place of another one, and return its path."""
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.rename(path)
+    return str(path)
+
+
+def test_the_chain_in_service_is_opened_through_what_is_kept(undo: ExitStack, tmp_path: Path) -> None:
+    """Its names are not looked up any more, so nobody is told of them; those of a second chain are."""
+    image = make(tmp_path / "image", b"former")
+    disk = Disk(image, chains=[f"aio:{image}", f"log:|aio:{image}"])
+    undo.callback(disk.access.close)
+    make(tmp_path / "image", b"another")
+
+    assert b"former" == disk.content(image)
+    assert [] == disk.told
+    assert b"another" == disk.content(image, 1)
+    assert [(image, 1)] == disk.told
+    (tmp_path / "image").unlink()
+    assert b"former" == disk.content(image)
+
+
+def test_a_file_that_is_the_same_is_opened_through_what_is_kept(undo: ExitStack, tmp_path: Path) -> None:
+    """Where a name of the second chain means the file that is kept the supervisor hears that it has it, too."""
+    image = make(tmp_path / "image", b"former")
+    disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"])
+    undo.callback(disk.access.close)
+
+    assert b"former" == disk.content(image, 1)
+    assert [(image, 1)] == disk.told
+
+
+def test_a_size_that_changes_is_that_of_the_file_in_service(undo: ExitStack, tmp_path: Path) -> None:
+    """Where the second chain is the first one once more, names do not matter for it either."""
+    image = make(tmp_path / "image", b"former")
+    disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"], keeps=True)
+    undo.callback(disk.access.close)
+    make(tmp_path / "image", b"another")
+
+    assert b"former" == disk.content(image, 1)
+    assert [] == disk.told
+
+
+def test_a_refused_file_is_not_opened(undo: ExitStack, tmp_path: Path) -> None:
+    """What the supervisor says of a file is why it cannot be opened."""
+    image = make(tmp_path / "image", b"former")
+    disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"])
+    undo.callback(disk.access.close)
+    disk.refusal = "it is another one"
+    with pytest.raises(DriverError, match="it is another one") as caught:
+        disk.content(image, 1)
+
+    assert errno.ESTALE == caught.value.errno
+
+
+def test_a_parent_that_lost_its_name_is_found(undo: ExitStack, tmp_path: Path) -> None:
+    """A parent that is kept is the one that its child names, also when it has lost that name."""
+    image, parent, other = (make(tmp_path / name, name.encode()) for name in ("image", "parent", "other"))
+    disk = Disk(image, parent, chains=[f"qcow2:{image}"])
+    undo.callback(disk.access.close)
+    Path(parent).unlink()
+    names = ["nowhere", "other", "parent"]
+
+    assert parent == disk.access.find(PARENT, image, names, 0)[0]
+    assert b"parent" == disk.content(parent)
+    assert [] == disk.told
+    assert other == disk.access.find(PARENT, image, names[:2], 0)[0]
+
+
+@pytest.mark.parametrize("by", ["another", "nothing", "link"])
+def test_a_name_that_a_new_image_is_to_have_must_lead_to_the_file_in_service(
+    undo: ExitStack, tmp_path: Path, by: str
+) -> None:
+    """A name that an image would write down as its parent's is refused where it leads elsewhere, with what to do."""
+    image = make(tmp_path / "image", b"former")
+    record = make(tmp_path / "record", b"")
+    disk = Disk(image, record, chains=[f"log:{record}|aio:{image}"])
+    undo.callback(disk.access.close)
+    make(tmp_path / "record", b"another")
+    disk.access.check_names()  # nobody finds a parent by the name of a record
+    if by == "another":
+        make(tmp_path / "image", b"another")
+    else:
+        (tmp_path / "image").rename(tmp_path / "former")
+    if by == "link":
+        (tmp_path / "image").symlink_to("former")
+        disk.access.check_names()
+        return
+
+    words = "leads to another file than" if by == "another" else "does not lead to the file in service any more"
+    with pytest.raises(DriverError, match=f"{words}.*give that one its name back first"):
+        disk.access.check_names()
+
+
+def test_a_device_with_another_medium_is_refused(undo: ExitStack, tmp_path: Path) -> None:
+    """A device that is kept by its node is looked at when it is open: the node may lead to another medium by then."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(1 << 20))
+    with loop(tmp_path / "one", 1 << 20, sector_size=512) as (device, _):
+        disk = Disk(device, chains=[f"aio:{device}"])
+        undo.callback(disk.access.close)
+        assert bytes(8) == disk.content(device)
+        subprocess.run(["losetup", "--detach", device], check=True)
+        subprocess.run(["losetup", device, other], check=True)
+        disk.refusal = "it is another one"
+        with pytest.raises(DriverError, match="it is another one") as caught:
+            disk.content(device)
+
+    assert (errno.ESTALE, [(device, 0)]) == (caught.value.errno, disk.told)
