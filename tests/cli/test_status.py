@@ -114,6 +114,26 @@ def test_why_a_disk_is_not_served_stands_in_its_line(
     assert second.endswith("ram:1G  # a flush failed: EIO")
 
 
+def test_a_name_that_means_another_file_stands_in_the_line(
+    control: Control, service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a name of a disk's files has come to mean another file, or none, its line says so, and what is served."""
+    files = [
+        {"file": "/same", "now": "same", "difference": ""},
+        {"file": "/img", "now": "other", "difference": "it is another file, inode 9 and not 2"},
+        {"file": "/parent", "now": "gone", "difference": "No such file or directory"},
+    ]
+    service.pictures = [[disk(files=files)]]
+    main(["status", "--socket", control.path])
+    line = capsys.readouterr().out.splitlines()[1]
+
+    other = "/img leads to another file by now: it is another file, inode 9 and not 2; the disk is served from the one"
+    assert line.endswith(
+        f"  # {other} before  # /parent has lost that name; the disk is served from the file that had it"
+    )
+    assert "Connected" == line.split()[2]
+
+
 @pytest.mark.parametrize(
     ("names", "found"),
     [

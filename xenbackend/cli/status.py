@@ -87,7 +87,7 @@ class Picture:
 def look(args: argparse.Namespace) -> Picture:
     """Ask the service. Raises: ServiceError; ConfigError for a disk that it does not serve."""
     service = call(args.socket, {"verb": "ping"}).data
-    disks = chosen(call(args.socket, {"verb": "status"}).data, args.vbds)
+    disks = chosen(call(args.socket, {"verb": "status", "looks": True}).data, args.vbds)
     return Picture(service, disks, time.monotonic())
 
 
@@ -140,7 +140,14 @@ def remarks(known: Known) -> list[str]:
     paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
     under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
     old = [f"its worker runs {known['worker_version'] or 'another version'}"] if known["needs_upgrade"] else []
-    return [printable(each) for each in (*paused, *under_way, known["error"], *old) if each]
+    files = [_describe_file(each) for each in known["files"] if each["now"] in ("other", "gone")]
+    return [printable(each) for each in (*paused, *under_way, known["error"], *files, *old) if each]
+
+
+def _describe_file(file: dict[str, Any]) -> str:
+    if file["now"] == "gone":
+        return f"{file['file']} has lost that name; the disk is served from the file that had it"
+    return f"{file['file']} leads to another file by now: {file['difference']}; the disk is served from the one before"
 
 
 def errors(known: Known) -> int:

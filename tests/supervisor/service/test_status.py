@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -12,9 +13,12 @@ from tests.answering import DISK, LAYER
 from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import LayerFacts
+from xenbackend.protocol.opening import Meaning
 from xenbackend.supervisor.service.status import describe, describe_service, started_at
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
+
+FILES = {"/img": "file device=1 inode=2", "/parent": "file device=1 inode=3"}
 
 
 def vbd(**changes: Any) -> Any:
@@ -35,7 +39,9 @@ def vbd(**changes: Any) -> Any:
         "path": VbdPath("vbd", 0, 5, 51712),
         "device": device,
         "worker": SimpleNamespace(pid=os.getpid()),
-        "handover": SimpleNamespace(notes=Notes(program="0.0.1", restarts=2), page=page),
+        "handover": SimpleNamespace(
+            notes=Notes(program="0.0.1", restarts=2), page=page, files=SimpleNamespace(identities=lambda: dict(FILES))
+        ),
         "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
         "since": 100.0,
         "chain_in_service": lambda: "aio:/img",
@@ -47,6 +53,23 @@ def test_a_disk_has_the_keys_that_clients_go_by() -> None:
     """The description has exactly the keys that the command line's tests are given, and docs/json.md lists."""
     assert set(DISK) == set(describe(vbd()))
     assert set(DISK["counters"]) <= set(describe(vbd())["counters"])
+
+
+def test_whether_a_name_means_the_disks_file_still() -> None:
+    """Each file of a disk is named, and what its name means now where it was looked up."""
+    not_looked = describe(vbd())["files"]
+    found = {
+        "same": Meaning("/img", FILES["/img"]),
+        "other": Meaning("/img", "file device=1 inode=9"),
+        "gone": Meaning("/img", errno=errno.ENOENT),
+        "unknown": Meaning("/img", errno=errno.EIO),
+    }
+
+    assert [("/img", ""), ("/parent", "")] == [(each["file"], each["now"]) for each in not_looked]
+    for now, meaning in found.items():
+        assert [now, ""] == [each["now"] for each in describe(vbd(), "", {"/img": meaning})["files"]]
+    other = describe(vbd(), "", {"/img": found["other"]})["files"][0]
+    assert "it is another file, inode 9 and not 2" == other["difference"]
 
 
 def test_what_an_administrator_needs_to_know() -> None:
@@ -88,7 +111,8 @@ def test_a_disk_without_a_worker() -> None:
         known[key] for key in ("worker", "worker_since", "worker_version", "needs_upgrade")
     )
     assert 7 == known["counters"]["reads"]
-    current = SimpleNamespace(notes=Notes(program=__version__), page=vbd().handover.page)
+    handover = vbd().handover
+    current = SimpleNamespace(notes=Notes(program=__version__), page=handover.page, files=handover.files)
     assert not describe(vbd(handover=current))["needs_upgrade"]
 
 

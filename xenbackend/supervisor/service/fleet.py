@@ -279,8 +279,12 @@ class Fleet:
         spare, self._spare = self._spare, None
         if spare is not None:
             yield spare
+        yield self.start_opener()
+
+    def start_opener(self) -> Process:
+        """Start an opener that nobody has told anything. Raises: KernelError."""
         forked = self._zygote.fork("o") if self._zygote else []
-        yield forked[0] if forked else process.start(self._opener_command)
+        return forked[0] if forked else process.start(self._opener_command)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""

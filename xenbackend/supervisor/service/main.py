@@ -28,12 +28,14 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
+from xenbackend.protocol.opening import Meaning
 from xenbackend.supervisor.service import former_settings, parent, zygote
 from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import ORDERS as REMEMBERED
 from xenbackend.supervisor.service.ledger import Ledger
+from xenbackend.supervisor.service.looks import Looks
 from xenbackend.supervisor.service.notify import Notifier
 from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server, check_place
@@ -80,6 +82,7 @@ class Service:
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
         self._fleet = Fleet(self._loop, zygote=(*zygote.COMMAND, "--host", settings.host))
+        self._looks = Looks(self._fleet, self._loop)
         context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
@@ -179,6 +182,7 @@ class Service:
 
     def _close(self) -> None:
         self._registry.close()
+        self._looks.close()
         self._fleet.close()
         if self._leaves:
             self._ledger.leave()
@@ -214,14 +218,22 @@ class Service:
             vbds = [self._registry.find(text_of(request, "vbd"))]
         else:
             vbds = [vbd for _, vbd in sorted(self._registry.vbds.items())]
+        if request.get("looks") is True:
+            names = [name for vbd in vbds for name in vbd.handover.files.identities()]
+            self._looks.look(names, lambda meanings: self._describe_all(vbds, meanings, reply))
+        else:
+            self._describe_all(vbds, {}, reply)
+
+    def _describe_all(self, vbds: list[Vbd], meanings: Mapping[str, Meaning], reply: Reply) -> None:
+        vbds = [vbd for vbd in vbds if not vbd.is_forgotten]
         guests = self._registry.names_of({vbd.path.frontend_domid for vbd in vbds})
-        described = [self._describe(vbd, guests.get(vbd.path.frontend_domid, "")) for vbd in vbds]
+        described = [self._describe(vbd, guests.get(vbd.path.frontend_domid, ""), meanings) for vbd in vbds]
         reply(Answer(Code.OK, [each for each in described if each]))
 
-    def _describe(self, vbd: Vbd, guest: str) -> dict[str, Any] | None:
+    def _describe(self, vbd: Vbd, guest: str, meanings: Mapping[str, Meaning]) -> dict[str, Any] | None:
         """Return what is known of one vbd; one that meets a fault of ours does not hide the others."""
         try:
-            return describe(vbd, guest)
+            return describe(vbd, guest, meanings)
         except Exception as bug:
             bug.add_note(f"while {vbd.path} was described")
             self._loop.bug(bug)

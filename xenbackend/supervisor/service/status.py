@@ -6,8 +6,10 @@ Times are seconds since 1970. docs/json.md says what each key means.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import name
 from xenbackend.disks import devid_to_vdev
+from xenbackend.kernel.identity import difference, from_text
+from xenbackend.protocol.opening import Meaning
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
 
-def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
-    """Return what is known of one disk; `guest` is the name of its frontend's domain."""
+def describe(vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None = None) -> dict[str, Any]:
+    """Return what is known of one disk.
+
+    `guest` is the name of its frontend's domain, `meanings` what names mean now, as far as it was looked up.
+    """
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
     pid = vbd.worker.pid if vbd.worker else None
@@ -51,9 +58,25 @@ def describe(vbd: Vbd, guest: str = "") -> dict[str, Any]:
         "needs_upgrade": pid is not None and notes.program != __version__,
         "restarts": notes.restarts,
         "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
+        "files": [
+            describe_file(name, identity, (meanings or {}).get(name))
+            for name, identity in vbd.handover.files.identities().items()
+        ],
         "counters": counters.snapshot(page),
         "latency_histogram": counters.histogram(page),
     }
+
+
+def describe_file(name: str, identity: str, meaning: Meaning | None) -> dict[str, Any]:
+    """Return what is known of one file of a disk: whether its name still means it."""
+    now, sentence = "", ""
+    if meaning is not None and meaning.identity:
+        differs = difference(from_text(identity), from_text(meaning.identity))
+        now, sentence = ("other", differs) if differs else ("same", "")
+    elif meaning is not None:
+        now = "gone" if meaning.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO) else "unknown"
+        sentence = os.strerror(meaning.errno)
+    return {"file": name, "now": now, "difference": sentence}
 
 
 def describe_briefly(vbd: Vbd) -> dict[str, str]:
