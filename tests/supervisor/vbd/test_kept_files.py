@@ -157,6 +157,24 @@ def test_what_was_noted_elsewhere_is_compared(handover: Handover, opener: Opener
     heir.close()
 
 
+def test_a_name_for_which_xenstore_has_no_room_is_compared_too(handover: Handover, opener: Opener) -> None:
+    """Where only what stands for a long name was noted its file is compared, and then kept by the name itself."""
+    for _ in range(8):
+        opener.home /= "x" * 200
+    opener.home.mkdir(parents=True)
+    image = opener.make("image")
+    handover.expect(A, {key_of(image): to_text(identify(os.open(image, os.O_PATH)))})
+    handover.descriptors(A)
+
+    assert key_of(image) != image
+    assert "" == opener.opens(handover, image)
+    assert [image] == [*inodes(handover)] == [*handover.files.identities()]
+    handover.files.accept_others()
+    opener.make("image", "another")
+    assert "is another file" in opener.opens(handover, image)
+    handover.close()
+
+
 def test_what_was_noted_elsewhere_may_be_nonsense(opener: Opener) -> None:
     """What is no identity is told about, and the disk is served as one of which nothing is known."""
     said: list[str] = []
