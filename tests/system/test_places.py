@@ -48,13 +48,19 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def users(file: Path) -> set[int]:
-    """Return the processes that have a file open."""
+    """Return the processes that have a file open; whoever only keeps it (O_PATH) holds up nobody."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
-            if link.readlink() == file:
+            if link.readlink() == file and not _is_only_kept(link):
                 found.add(int(link.parts[2]))
     return found
+
+
+def _is_only_kept(link: Path) -> bool:
+    about = (link.parents[1] / "fdinfo" / link.name).read_text().splitlines()
+    [flags] = [line.split()[1] for line in about if line.startswith("flags:")]
+    return bool(int(flags, 8) & os.O_PATH)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
