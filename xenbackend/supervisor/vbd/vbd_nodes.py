@@ -123,16 +123,16 @@ class VbdNodes:
         """Note the chain and which files it is of, by name, for a service to which nothing else was left."""
         files = [f"{identity}|{key_of(name)}" for name, identity in identities.items()]
         noted = [chain, *files] if files else []
-        if noted == self._noted or (not noted and not self._store.directory(self._notes_path)):
+        if noted == self._noted:
             return
 
         def body(nodes: Nodes) -> None:
-            if nodes.directory(self._notes_path):
-                nodes.remove(self._notes_path)
+            nodes.remove(self._notes_path)
             for number, value in enumerate(noted):
                 nodes.write(f"{self._notes_path}/{number or _CHAIN}", value)
 
-        self._store.transact(body)
+        if noted or self._store.directory(self._notes_path):
+            self._store.transact(body)
         self._noted = noted
 
     def noted_files(self, keys: Mapping[str, str]) -> dict[str, str]:
