@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -17,7 +19,9 @@ from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import DriverError
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access
+from xenbackend.opener.main import Attendant
 from xenbackend.protocol.opening import Job, KeptFile
+from xenbackend.worker.opener import RemoteOpener
 
 
 class Disk:
@@ -46,6 +50,33 @@ class Disk:
             return os.pread(fd, 8, 0)
         finally:
             os.close(fd)
+
+
+class Asked(Thread):
+    """An opener whose supervisor has gone, for a disk with one kept file."""
+
+    def __init__(self, kept: str, *chains: str) -> None:
+        super().__init__()
+        supervisor, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._worker, self._near = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        supervisor.close()
+        self._far = far
+        fd = steps.hold(kept)
+        job = Job("vbd/5/51712", [*chains], read_only=False, kept=[KeptFile(kept, steps.identify(fd))])
+        self._attendant = Attendant(job, far, self._near, {kept: fd})
+        self.opener = RemoteOpener(self._worker)
+        self.start()
+
+    def run(self) -> None:
+        """Answer."""
+        self._attendant.serve()
+        self._near.close()
+        self._far.close()
+
+    def close(self) -> None:
+        """End."""
+        self.opener.close()
+        self.join()
 
 
 @pytest.fixture
@@ -150,6 +181,21 @@ def test_a_name_that_a_new_image_is_to_have_must_lead_to_the_file_in_service(
     words = "leads to another file than" if by == "another" else "does not lead to the file in service any more"
     with pytest.raises(DriverError, match=f"{words}.*give that one its name back first"):
         disk.access.check_names()
+
+
+def test_a_worker_whose_service_has_gone_may_open_what_is_kept(undo: ExitStack, tmp_path: Path) -> None:
+    """While there is no service nobody would keep another file, so none is opened; a chain that is being exchanged goes
+    back to the files that it had.
+    """
+    image, other = make(tmp_path / "image", b"former"), make(tmp_path / "other", b"another")
+    asked = Asked(image, f"aio:{image}", f"aio:{other}")
+    undo.callback(asked.close)
+    with pytest.raises(DriverError, match="the service has gone meanwhile"):
+        asked.opener.for_chain(1).open(other, write=False)
+    fd, facts = asked.opener.open(image, write=True)
+
+    assert (b"former", 6) == (os.pread(fd, 8, 0), facts.size)
+    os.close(fd)
 
 
 def test_a_device_with_another_medium_is_refused(undo: ExitStack, tmp_path: Path) -> None:

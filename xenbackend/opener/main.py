@@ -59,7 +59,7 @@ class Attendant:
                 finally:
                     for fd in fds:
                         os.close(fd)
-        except (SupervisorGone, ConnectionResetError, BrokenPipeError):
+        except (ConnectionResetError, BrokenPipeError):
             pass
         finally:
             self.close()
@@ -84,7 +84,9 @@ class Attendant:
         except OSError as problem:
             sentence = "" if problem.errno else _plain(str(problem))
             answer = Given(problem.errno or errno.EINVAL, sentence, str(problem.filename or ""))
-        except (SupervisorGone, AssertionError):
+        except SupervisorGone:  # the worker is served on, and what is kept is open to it
+            answer = Given(errno.ECONNABORTED, "the service has gone meanwhile, and nobody keeps what is opened now")
+        except AssertionError:
             raise
         except Exception as bug:  # of ours, or of what a driver's options are read by: whoever asked has to know
             answer = Given(errno.EIO, _plain(f"the opener could not do it: {type(bug).__name__}: {bug}"))
