@@ -447,6 +447,8 @@ def test_another_file_takes_the_place_by_an_administrators_word(machine: Machine
         answer = disk.order("set", chain=disk.chain, replace=True)
         assert "ok" == answer["code"], answer
         assert THEIRS[:4096] == disk.frontend.read(0, 8)
+        noted = f"/local/domain/0/xenbackend-files/{disk.path}/1"
+        until(lambda: f" inode={image.stat().st_ino} " in machine.store.read(noted))
         disk.frontend.write(0, OURS[:4096])
         delete(image)
         disk.kill()

@@ -260,6 +260,7 @@ class Orders:
             is_done = self._vbd.exchanges.settle()  # the journal tells what the worker could not
         elif reply.code is Code.OK and order.chain == order.former:
             self._vbd.exchanges.end(is_done=True)
+            self._vbd.look_soon(theirs=True)  # and note which files it has now, of which no standing tells
         else:
             self._vbd.handover.exchange_is_not_done()
         code, sentence = reply.code, reply.sentence
