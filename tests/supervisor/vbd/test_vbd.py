@@ -294,3 +294,50 @@ def _kill(vbd: Vbd) -> int:
     pid = vbd.worker.pid
     vbd.worker.kill("the test wants it")
     return pid
+
+
+IDENTITY = "file device=1 inode=2"
+
+
+def keep_file(vbd: Vbd, identity: str = IDENTITY) -> str:
+    """Let an opener tell of a file, and return why it is refused."""
+    return vbd.handover.files.take("/img", identity, os.open("/dev/null", os.O_PATH))
+
+
+def test_a_chain_that_could_not_be_opened_leaves_no_file_behind(stepped: Stepped, toolstack: Store) -> None:
+    """Where the toolstack was told that there is no disk, another file may put that right."""
+    write_like_libxl(toolstack, params="null:2G")
+    vbd = stepped.vbd()
+    stepped.until(lambda: vbd.worker is not None)
+    keep_file(vbd)
+    assert {"/img": IDENTITY} == vbd.handover.files.identities()
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "error" and vbd.worker is None)
+
+    assert {} == vbd.handover.files.identities()
+
+
+def test_the_next_service_knows_the_files_of_a_disk_that_goes_on(
+    xenstored: Xenstored, toolstack: Store, guest: Store
+) -> None:
+    """A service that is stopped leaves in xenstore what a guest's disk was served from; the next one refuses another
+    file until `resume`, and nothing stays of a disk that has gone.
+    """
+    first = Stepped(xenstored.address, Settings())
+    write_like_libxl(toolstack)
+    first.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    keep_file(first.vbd())
+    offer_ring(guest)
+    first.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+    toolstack.write(f"{PATH.frontend}/state", "4")
+    first.close()
+    assert [] == toolstack.directory("/local/domain/0/xenbackend")
+    second = Stepped(xenstored.address, Settings())
+    second.until(lambda: second.vbd().worker is not None)
+
+    assert {"/img": IDENTITY} == second.vbd().handover.files.identities()
+    assert "is another file, inode 3 and not 2" in keep_file(second.vbd(), "file device=1 inode=3")
+    toolstack.remove(PATH.frontend)
+    toolstack.remove(PATH.backend)
+    second.until(lambda: not second.registry.vbds)
+    second.close()
+    assert "xenbackend-files" not in toolstack.directory("/local/domain/0")
