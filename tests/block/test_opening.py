@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from itertools import pairwise
@@ -233,3 +234,19 @@ def test_a_file_without_permission_is_refused(machine: Machine, tmp_path: Path) 
         os.seteuid(0)
 
     assert str(error) == f"aio:{path}: option file: no permission for {path}"
+
+
+def test_a_file_that_its_server_knows_no_more_has_a_sentence(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not known to an NFS server any more keeps its errno, by which a disk in service waits."""
+    path = image(tmp_path / "image")
+
+    def opens(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(machine.files, "open", opens)
+    problem = refused(machine, f"aio:{path}")
+
+    assert errno.ESTALE == problem.errno
+    assert f"{path} is not known to its server any more: it was removed or replaced there" in str(problem)
