@@ -182,6 +182,8 @@ def test_what_was_noted_of_a_vbd_goes_with_it(nodes: VbdNodes, toolstack: Store)
     nodes.note_files("null:1G", {"/a": "file device=1 inode=2"})
     forget_notes(toolstack, 0)
     assert ["vbd"] == toolstack.directory(noted)
+    for key in ("", "/chain", "/1"):  # names of the host's files are not for guests
+        assert ["n0"] == toolstack.get_permissions(f"{noted}/{PATH}{key}")
     nodes.forget()
     assert [] == toolstack.directory(noted)
     VbdNodes(nodes._store, PATH).note_files("null:1G", {"/a": "file device=1 inode=2"})
