@@ -223,8 +223,8 @@ def test_guests_driver_takes_over(booting: Booting) -> None:
     assert b"e" * PAGE == frontend.read(8, 8)
     assert b"" == client.recv(1)
     assert not booting.driven.worker.stand().export  # so that the service removes the socket
-    with pytest.raises(ConnectionRefusedError):
-        socket.socket(socket.AF_UNIX).connect(str(booting.path))
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(booting.path))
     booting.driven.reconnect()
     assert not booting.driven.worker.stand().export
 
