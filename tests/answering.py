@@ -98,7 +98,7 @@ _DONE: dict[str, Any] = {
     "resume": {"paused": False},
     "policy": {"policy": "enospc=pause"},
     "upgrade": {"worker": 13},
-    "stop": {"pid": 11},
+    "stop": {"pid": 11, "untold": [{"vbd": "5/xvda", "chain": "aio:/img"}]},
     "command": "8 3\nend\n",
 }
 

@@ -17,6 +17,7 @@ import pytest
 from xenbackend import __version__
 from xenbackend.cli import run
 from xenbackend.protocol.client import DEFAULT_SOCKET
+from xenbackend.supervisor.vbd import ending
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "systemd" / "xenbackend.service"
@@ -69,6 +70,14 @@ def test_the_unit_keeps_what_serves_guests() -> None:
 
     assert ("process", "restart") == (service["KillMode"], service["RuntimeDirectoryPreserve"])
     assert f"FDSTORE={service['FileDescriptorStoreMax']}" == service["Environment"]
+
+
+def test_a_service_that_stops_ends_before_systemd_ends_it() -> None:
+    """The unit allows the time for which a service waits for xenstore, and names where its files are left."""
+    service = _unit()["Service"]
+
+    assert ending.WAIT_S + 10 <= float(service["TimeoutStopSec"].removesuffix("s"))
+    assert ("xenbackend", "0700") == (service["StateDirectory"], service["StateDirectoryMode"])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.xentop import Xentop
+from xenbackend.supervisor.vbd.last_chains import LastChains
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -120,6 +122,7 @@ class Place:
             loop=self.loop,
             settings=settings or Settings(),
             keeper=keeper or Keeper({}),
+            last_chains=LastChains(Path("/proc/nowhere")),
         )
         make: Any = FakeVbd
         self.registry = Registry(context, make, xentop=xentop, on_change=self._note_change)

@@ -24,6 +24,7 @@ from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.events import Expired
+from xenbackend.supervisor.vbd.last_chains import LastChains
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -69,6 +70,7 @@ class Stepped:
         keeper: Keeper | None = None,
         socket: str = "",
         runs_script: bool = True,
+        directory: Path = Path("/proc/nowhere"),
     ) -> None:
         self.bugs: list[Exception] = []
         self.loop = Reactor(on_bug=self.bugs.append)
@@ -76,8 +78,9 @@ class Stepped:
         self.answers: list[Answer] = []  # that the script got
         self.fleet = Fleet(self.loop, FAKE_WORKER, opener=FAKE_OPENER)
         keeper = keeper or Keeper({})
+        ledger, last_chains = Ledger(keeper), LastChains(directory)
         self.context = Context(
-            self.store, self.loop, self.fleet, settings, bus or Bus(), keeper, time.time, Ledger(keeper)
+            self.store, self.loop, self.fleet, settings, bus or Bus(), keeper, time.time, ledger, last_chains
         )
         self.registry = Registry(self.context, Vbd, xentop=xentop)
         self.registry.start()

@@ -265,20 +265,6 @@ def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
         serving.until(is_served(serving))
 
 
-def test_a_chain_that_xenstore_could_not_be_told_of_is_told_in_the_log(
-    serving: Stepped, xenstored: Xenstored, lines: io.StringIO
-) -> None:
-    """A service that stops forgets which chain has the guest's data; the log is the last that knows."""
-    xenstored.stop()
-    answer = ask(serving, "set", chain="null:3G")
-    serving.registry.stop()
-    serving.until(lambda: not serving.registry.vbds)
-
-    assert (Code.OK, "null:3G") == (answer.code, answer.data["chain"])
-    [line] = [each for each in lines.getvalue().splitlines() if each.startswith("<2>")]
-    assert line.endswith("chain=null:3G")
-
-
 def test_a_snapshot_that_fails_ends_no_set(serving: Stepped, toolstack: Store) -> None:
     """A refusal is answered to who asked for that; an exchange keeps its own answer, its note and its params."""
     failed = begin(serving, "snapshot", file="/full")

@@ -45,6 +45,7 @@ from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import check_versions
+from xenbackend.supervisor.vbd.last_chains import LastChains, state_directory
 from xenbackend.supervisor.vbd.orders import ORDERS, text_of
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.store import Store
@@ -68,9 +69,11 @@ class Service:
         complaint: str = "",
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        state_directory: Path | None = None,
     ) -> None:
         """Connect to xenstore and listen; `complaint` is why these are not the settings that should be.
 
+        `state_directory` is where files are left for the next service, by default the control socket's directory.
         Raises: StoreError, ConfigError, KernelError.
         """
         self._log = log.get_logger("service")
@@ -82,14 +85,17 @@ class Service:
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
         self._fleet = Fleet(self._loop, zygote=(*zygote.COMMAND, "--host", settings.host))
-        self._looks = Looks(self._fleet, self._loop)
-        context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
+        self._last_chains = LastChains(state_directory or Path(settings.socket).parent)
+        context = Context(
+            self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger, self._last_chains
+        )
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         self._server = Server(settings.socket, self._loop, self._answer, inherited)
         self._complaint = complaint
         self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = False
+        self._stops: list[Reply] = []  # of those who have ordered the stop
         self._status_timer = self._loop.timer(self._tell_status)
         self._alive_timer = self._loop.timer(self._tell_alive)
         self._verbs: dict[str, Handler] = {
@@ -181,6 +187,7 @@ class Service:
             self._loop.stop()
 
     def _close(self) -> None:
+        self._answer_stops()
         self._registry.close()
         self._looks.close()
         self._fleet.close()
@@ -256,11 +263,22 @@ class Service:
         self._registry.hotplug(text_of(request, "path"), reply)
 
     def _stop_by_order(self, _request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
-        number = reply.order = self._ledger.open("stop", "", asdict(peer), {})
-        answer = Answer(Code.OK, {"pid": os.getpid()}, order=number)
-        self._ledger.close(number, answer)
+        """End, and answer at the very end."""
+        if self._leaves:
+            reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
+            return
+        reply.order = self._ledger.open("stop", "", asdict(peer), {})
+        reply.known = lambda: {"pid": os.getpid(), "disks": sorted(each.disk for each in self._registry.vbds)}
+        self._stops.append(reply)
         self._stop(signal.SIGINT)
-        reply(answer)
+
+    def _answer_stops(self) -> None:
+        """Tell those who have ordered the stop that it is done, and what xenstore does not know."""
+        untold = [{"vbd": path.disk, "chain": chain} for path, chain in sorted(self._last_chains.left.items())]
+        for reply in self._stops:
+            answer = Answer(Code.OK, {"pid": os.getpid(), "untold": untold}, order=reply.order)
+            self._ledger.close(reply.order or 0, answer)
+            reply(answer)
 
     def _order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         """Give an order to a vbd: it has a number from now on, and is in the ledger until it has its answer."""
@@ -314,7 +332,8 @@ def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
 
     settings, complaint = former_settings.choose(read_usable, keeper)
     log.configure(settings.log, settings.log_level)
-    return Service(settings, Notifier(environment), keeper, complaint).run()
+    directory = state_directory(environment, settings.socket)
+    return Service(settings, Notifier(environment), keeper, complaint, state_directory=directory).run()
 
 
 def run_detached(

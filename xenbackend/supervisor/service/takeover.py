@@ -47,6 +47,9 @@ class Takeover:
         self._take = take
         self._free = free
         self._found = sort_inherited(context.keeper, domid)
+        for path in context.last_chains.paths():  # of which nobody has kept anything
+            if path.backend_domid == domid:
+                self._found.setdefault(path, {})
         self._occupants: dict[VbdPath, _Occupant] = {}
         self._log = get_logger("supervisor")
         self.paths = list(self._found)

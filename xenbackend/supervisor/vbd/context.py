@@ -14,6 +14,7 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.claim import Bus
+from xenbackend.supervisor.vbd.last_chains import LastChains
 from xenbackend.supervisor.xenstore.store import Store
 
 
@@ -29,3 +30,4 @@ class Context:
     keeper: Keeper
     time: Callable[[], float]  # seconds since 1970
     ledger: Ledger
+    last_chains: LastChains

@@ -33,6 +33,14 @@ def prefix_of(path: VbdPath) -> str:
     return f"{path.kind}-{path.backend_domid}-{path.frontend_domid}-{path.devid}"
 
 
+def parse_prefix(text: str) -> VbdPath | None:
+    """Return the vbd that a `prefix_of` is of, None where it is none."""
+    kind, *numbers = text.split("-")
+    if len(numbers) != 3 or not all(each.isascii() and each.isdecimal() for each in numbers):
+        return None
+    return VbdPath(kind, *map(int, numbers))
+
+
 def sort_inherited(keeper: Keeper, domid: int) -> dict[VbdPath, dict[What, int]]:
     """Return the descriptors that the keeper handed over, by vbd of the backend's domain `domid`.
 
@@ -85,12 +93,11 @@ def is_of_a_disk(name: str) -> bool:
 def _parse_name(name: str) -> tuple[VbdPath | None, What]:
     """Return the vbd that a descriptor's name is of, and which of its descriptors; see `prefix_of`."""
     vbd, _, what = name.partition(".")
-    vbd_kind, *numbers = vbd.split("-")
-    if not what or len(numbers) != 3 or not all(each.isdecimal() for each in numbers):
+    path = parse_prefix(vbd)
+    if not what or path is None:
         return None, ("", 0)
     kind, _, version = what.partition(".")
-    is_numbered = version.isdecimal()
-    return VbdPath(vbd_kind, *map(int, numbers)), (kind, int(version)) if is_numbered else (what, former.VERSION)
+    return path, (kind, int(version)) if version.isdecimal() else (what, former.VERSION)
 
 
 def is_memory(kind: str) -> bool:

@@ -26,6 +26,7 @@ from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.arrival import Arrival
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
+from xenbackend.supervisor.vbd.ending import Ending
 from xenbackend.supervisor.vbd.exchanges import Exchanges
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import What
@@ -39,7 +40,7 @@ from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-_UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
+_LEVELS = ("debug", "info", "warning", "error", "critical")
 _RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
 
@@ -58,20 +59,20 @@ class Vbd:
         `on_forgotten` is called once, when nothing of the vbd is left. Raises: KernelError.
         """
         self.path = path
-        self.device = Device(path, context.settings.limits, os.getpid(), has_past=bool(inherited))
         self.since = context.time()  # of the last change of our state
         self.is_forgotten = False
         self._context = context
         self._on_forgotten = on_forgotten
         self._log = VbdLog(path, context.loop.now)
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
-        self._openings = Openings(path, context, self.device, self.handover)
-        self.link = Link(self, context.fleet, self._openings)
+        self._nodes = VbdNodes(context.store, path)
+        self._ending = Ending(self, context, self._nodes, self._log)
+        has_past = bool(inherited) or self._ending.find()
+        self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
+        self.link = Link(self, context.fleet, int(context.loop.now() * 1e6))  # no clock that could be set back
         self.orders = Orders(self, context.settings.on_error)
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
-        self._nodes = VbdNodes(context.store, path)
-        self._has_past = bool(inherited)
         self._must_look = {"node", "theirs"}
         self._look_at = context.loop.timer(self._look_if_due)
         self._limit = context.loop.timer(lambda: self.handle(events.Expired()))
@@ -244,7 +245,7 @@ class Vbd:
                 self.link.kill(action.sentence, is_breach=action.is_breach)
             case events.Limit():
                 self._limit.set(None if action.seconds is None else self._context.loop.now() + action.seconds)
-            case events.Forget():
+            case events.Forget() if self._ending.may_end():
                 self._forget()
 
     def _write(self, action: events.Write) -> None:
@@ -349,12 +350,10 @@ class Vbd:
             timer.set(None)
         self._guarded(partial(self.orders.give_up, sentence, leaves=leaves))
         self.link.let_go(sentence, leaves=leaves)
+        self._guarded(self._ending.end)
         if leaves:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
-            if self.handover.notes.stale_params and not self.device.sight.is_over:
-                self._log.say("critical", _UNTOLD, chain=self.chain_in_service())
-            goes_on = self.device.is_promised() and not self.device.sight.is_over
             self._guarded(self.handover.close)
             self._guarded(partial(self._nodes.forget, goes_on=goes_on))
         self._on_forgotten(self)
@@ -375,8 +374,7 @@ class Vbd:
             self._must_look |= must_look
             raise
         if keys is not None:
-            self._recall(keys)
-            self.handover.saw_params(keys.get("params", ""))
+            self._ending.saw_params(keys.get("params", ""))
         self.handle(events.Seen(keys, theirs))
 
     def _recall(self, keys: Mapping[str, str]) -> None:

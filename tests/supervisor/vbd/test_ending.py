@@ -1,0 +1,156 @@
+"""What a service that stops does not lose of a disk: the chain that has the guest's data, while xenstore is away."""
+
+from __future__ import annotations
+
+import io
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import PATH, Kept, Stepped, write_like_libxl
+from tests.supervisor.vbd.test_orders import ask, is_served, serve
+from xenbackend.protocol.codes import Code
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd import ending
+from xenbackend.supervisor.vbd.last_chains import DIRECTORY
+from xenbackend.supervisor.xenstore.store import Store
+
+pytestmark = pytest.mark.slow  # every one starts processes
+
+
+def served(xenstored: Xenstored, toolstack: Store, guest: Store, directory: Path, kept: Kept | None = None) -> Stepped:
+    """Return a registry that serves a guest by a chain which xenstore, gone by now, was not told of."""
+    keeper = kept.keeper() if kept else None
+    stepped = serve(Stepped(xenstored.address, Settings(), directory=directory, keeper=keeper), toolstack, guest)
+    xenstored.stop()
+    answer = ask(stepped, "set", chain="null:7G")
+    assert (Code.OK, "null:7G") == (answer.code, answer.data["chain"])
+    return stepped
+
+
+def files(directory: Path) -> list[str]:
+    """Return the files that were left for the next service."""
+    return sorted(each.name for each in (directory / DIRECTORY).glob("*"))
+
+
+def test_a_service_that_stops_waits_for_xenstore(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, lines: io.StringIO
+) -> None:
+    """Its worker has closed the disk; once xenstore is back, params says which chain is in service, and it ends."""
+    stepped = served(xenstored, toolstack, guest, tmp_path)
+    stepped.registry.stop()
+    stepped.until(lambda: stepped.vbd().worker is None)
+    stepped.turn(0.1)
+    is_there = PATH in stepped.registry.vbds
+    xenstored.start()
+    stepped.until(lambda: not stepped.registry.vbds)
+    stepped.close()
+
+    assert is_there
+    with Store(xenstored.address) as store:
+        assert ("null:7G", "4") == (store.read(f"{PATH.backend}/params"), store.read(f"{PATH.backend}/state"))
+    assert [] == files(tmp_path)
+    [line] = [each for each in lines.getvalue().splitlines() if "waits for it before it ends" in each]
+    assert line.endswith("chain=null:7G seconds=45")
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["stop", "stop of systemd"])
+def test_the_next_service_serves_the_chain_that_was_in_service(
+    xenstored: Xenstored,
+    toolstack: Store,
+    guest: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    leaves: bool,
+) -> None:
+    """A service that ends all the same leaves a file, from which the next one knows; params follows, the file goes.
+
+    So it is where nothing that was kept comes to the next service: systemd lets go of all that when a unit is stopped.
+    """
+    monkeypatch.setattr(ending, "WAIT_S", 0.1)
+    stepped = served(xenstored, toolstack, guest, tmp_path)
+    if leaves:
+        stepped.leave()
+    else:
+        stepped.close()
+    left = files(tmp_path)
+    xenstored.start()
+    with Store(xenstored.address) as store:
+        params = store.read(f"{PATH.backend}/params")
+        with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as following:
+            following.until(is_served(following))
+            chain = following.vbd().device.layers[0].text
+            following.until(lambda: store.read(f"{PATH.backend}/params") == "null:7G")
+            following.until(lambda: not files(tmp_path))
+
+        assert (["vbd-0-5-51712.json"], "null:1G", "null:7G") == (left, params, chain)
+
+
+def test_a_node_that_was_made_anew_is_another_vbd_s(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was left of a vbd is not for the one that a toolstack makes in its place while no service runs."""
+    monkeypatch.setattr(ending, "WAIT_S", 0.0)
+    served(xenstored, toolstack, guest, tmp_path).close()
+    xenstored.start()
+    with Store(xenstored.address) as store:
+        store.remove(PATH.backend)
+        write_like_libxl(store, params="null:1G")
+        with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as following:
+            following.until(lambda: store.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+
+            assert "null:1G" == store.read(f"{PATH.backend}/params") == following.vbd().device.layers[0].text
+            assert [] == files(tmp_path)
+
+
+def test_what_was_left_of_a_vbd_that_is_gone_goes(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that has ended while no service ran leaves no file for one that gets its number."""
+    monkeypatch.setattr(ending, "WAIT_S", 0.0)
+    served(xenstored, toolstack, guest, tmp_path).close()
+    xenstored.start()
+    with Store(xenstored.address) as store:
+        store.remove(PATH.backend)
+    with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as following:
+        following.until(lambda: not files(tmp_path) and not following.registry.vbds)
+
+
+def test_what_was_kept_counts_more_than_a_file(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, kept: Kept
+) -> None:
+    """A service that is replaced does not wait, and the next one goes on with its worker; the file goes, too."""
+    stepped = served(xenstored, toolstack, guest, tmp_path, kept)
+    worker = stepped.vbd().worker
+    stepped.leave()
+    left = files(tmp_path)
+    xenstored.start()
+    with (
+        Store(xenstored.address) as store,
+        closing(Stepped(xenstored.address, Settings(), directory=tmp_path, keeper=kept.keeper())) as following,
+    ):
+        following.until(lambda: store.read(f"{PATH.backend}/params") == "null:7G")
+        following.until(lambda: not files(tmp_path))
+
+        assert (["vbd-0-5-51712.json"], worker.pid) == (left, following.vbd().worker.pid)
+
+
+def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
+    xenstored: Xenstored,
+    toolstack: Store,
+    guest: Store,
+    tmp_path: Path,
+    lines: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no file can be written the log is the last that knows which chain has the guest's data."""
+    monkeypatch.setattr(ending, "WAIT_S", 0.0)
+    (tmp_path / DIRECTORY).write_text("not a directory")
+    served(xenstored, toolstack, guest, tmp_path).close()
+
+    [line] = [each for each in lines.getvalue().splitlines() if each.startswith("<2>")]
+    assert "chain=null:7G" in line
+    assert "/last-chains" in line

@@ -1,0 +1,74 @@
+"""Files that tell the next service which chain was in service."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.supervisor.helpers import PATH
+from xenbackend.errors import KernelError
+from xenbackend.supervisor.vbd.last_chains import DIRECTORY, LastChain, LastChains, state_directory
+
+_LAST = LastChain("null:2G", ["null:1G", "log:|null:1G"])
+
+
+def test_what_was_left_is_found_by_the_next_service(tmp_path: Path) -> None:
+    """It is found until it is forgotten, by its own vbd only; nobody but root can look at it."""
+    former = LastChains(tmp_path / "state", "boot")
+    file = former.leave(PATH, _LAST)
+    following = LastChains(tmp_path / "state", "boot")
+    other = PATH.__class__("vbd", 0, 6, PATH.devid)
+
+    assert {PATH: "null:2G"} == former.left
+    assert ([PATH], _LAST, None) == (following.paths(), following.of(PATH), following.of(other))
+    assert 0o700 == file.parent.stat().st_mode & 0o777
+    following.forget(PATH)
+    following.forget(PATH)
+    assert ([], None, []) == (following.paths(), following.of(PATH), list(file.parent.iterdir()))
+
+
+def test_another_boot_s_guests_are_others(tmp_path: Path) -> None:
+    """What was left before the host was booted is removed: a guest of that number is not the same."""
+    file = LastChains(tmp_path, "boot").leave(PATH, _LAST)
+
+    assert [] == LastChains(tmp_path, "another").paths()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\xff", b"[" * 50000, b"{}", b"[]", b'{"boot": "boot", "chain": 5, "stale_params": []}',
+    b'{"boot": "boot", "chain": "null:", "stale_params": [5]}',
+])  # fmt: skip
+def test_what_is_none_of_ours_is_not_believed(tmp_path: Path, content: bytes) -> None:
+    """A file that was cut short, or says something else, keeps no service from starting."""
+    chains = LastChains(tmp_path, "boot")
+    chains.leave(PATH, _LAST).write_bytes(content)
+    (tmp_path / DIRECTORY / "readme.json").write_text("x")
+
+    assert ([], None) == (chains.paths(), chains.of(PATH))
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """Whoever would leave something hears where that is not possible, and by which name."""
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(KernelError, match=r"write .*/file/last-chains/vbd-0-5-51712.json"):
+        LastChains(tmp_path / "file").leave(PATH, _LAST)
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, "/run/x"), ({"STATE_DIRECTORY": ""}, "/run/x"), ({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, "/var/lib/a"),
+])  # fmt: skip
+def test_systemd_names_the_directory(environment: dict[str, Any], expected: str) -> None:
+    """Without systemd it is that of the control socket, which nobody removes then."""
+    assert Path(expected) == state_directory(environment, "/run/x/control.sock")
+
+
+def test_this_boot_has_a_name(tmp_path: Path) -> None:
+    """The host says which boot it is."""
+    file = LastChains(tmp_path).leave(PATH, _LAST)
+
+    assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() == json.loads(file.read_text())["boot"]

@@ -1,0 +1,89 @@
+"""What must not be lost of a vbd when its service forgets it: which chain has the guest's data.
+
+Must not forget anything itself, nor keep a service that is being replaced from ending.
+
+Where another chain took the place of the one that ``params`` names, and xenstore has not been told yet, a service that
+stops waits for xenstore, its worker closed already. If that does not come in time, a file tells the next service.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenbackend.errors import KernelError, StoreError
+from xenbackend.supervisor.vbd.context import Context
+from xenbackend.supervisor.vbd.events import Expired
+from xenbackend.supervisor.vbd.last_chains import LastChain
+from xenbackend.supervisor.vbd.vbd_log import VbdLog
+from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
+
+if TYPE_CHECKING:
+    from xenbackend.supervisor.vbd.vbd import Vbd
+
+WAIT_S = 45.0  # from the stop on; the unit's TimeoutStopSec is longer
+_WAITS = "xenstore has to be told which chain is in service; the service waits for it before it ends"
+_LEFT = "xenstore could not be told which chain was in service; a file tells the next service"
+_UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
+
+
+class Ending:
+    """One vbd's."""
+
+    def __init__(self, vbd: Vbd, context: Context, nodes: VbdNodes, log: VbdLog) -> None:
+        self._vbd = vbd
+        self._context = context
+        self._nodes = nodes
+        self._log = log
+        self._give_up_at = 0.0
+        self._timer = context.loop.timer(lambda: vbd.handle(Expired()))  # which looks whether it may end now
+
+    def find(self) -> bool:
+        """Go on with what an earlier service has left in a file, and return whether it has."""
+        last = self._context.last_chains.of(self._vbd.path)
+        if last is not None:
+            self._vbd.handover.note(chain=last.chain, stale_params=last.stale_params)
+        return last is not None
+
+    def saw_params(self, params: str) -> None:
+        """Take note of what the key ``params`` says."""
+        handover = self._vbd.handover
+        if handover.notes.stale_params:
+            handover.saw_params(params)
+            if not handover.notes.stale_params:
+                self._context.last_chains.forget(self._vbd.path)
+
+    def may_end(self) -> bool:
+        """Return whether the vbd may be forgotten now; else it is asked again, by an event."""
+        if self._vbd.device.is_leaving or self._is_told():
+            return True
+        now = self._context.loop.now()
+        if not self._give_up_at:
+            self._give_up_at = now + WAIT_S
+            self._timer.set(self._give_up_at)
+            self._log.say("warning", _WAITS, chain=self._vbd.chain_in_service(), seconds=f"{WAIT_S:.0f}")
+        return now >= self._give_up_at
+
+    def end(self) -> None:
+        """Leave a file where one is needed: also where the next service is to have the notes, which it may not get."""
+        self._timer.set(None)
+        notes, path, chain = self._vbd.handover.notes, self._vbd.path, self._vbd.chain_in_service()
+        if self._vbd.device.sight.is_over or not notes.stale_params:
+            self._context.last_chains.forget(path)
+            return
+        try:
+            file = self._context.last_chains.leave(path, LastChain(chain, notes.stale_params))
+        except KernelError as error:
+            self._log.say("critical", _UNTOLD, chain=chain, reason=str(error))
+        else:
+            self._log.say("warning", _LEFT, chain=chain, file=str(file))
+
+    def _is_told(self) -> bool:
+        if not self._vbd.handover.notes.stale_params or self._vbd.device.sight.is_over:
+            return True
+        try:
+            keys = self._nodes.keys()
+        except StoreError:
+            return False
+        if keys is not None:  # else a look will tell that the vbd is over
+            self.saw_params(keys.get("params", ""))
+        return keys is None or not self._vbd.handover.notes.stale_params

@@ -1,0 +1,108 @@
+"""Files for the next service: which chain has a guest's data, where xenstore could not be told.
+
+Must not be believed of another vbd, nor after the host was booted anew, when the guest is another one.
+
+A stopping service waits for xenstore first (`ending`). The keeper is no place for this: systemd lets go of what it
+keeps when a service is stopped. So there is one file for each such vbd, ``vbd-0-5-51712.json``, in the directory that
+systemd names by ``STATE_DIRECTORY``, else in that of the control socket. It goes once ``params`` has been seen to say
+something else than a former chain, or the vbd is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from xenbackend.errors import KernelError
+from xenbackend.supervisor.vbd.inheritance import parse_prefix, prefix_of
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+DIRECTORY = "last-chains"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_MAX = 1 << 16  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LastChain:
+    """The chain that was in service, and the texts that ``params`` may still have in its place."""
+
+    chain: str
+    stale_params: list[str]
+
+
+def state_directory(environment: Mapping[str, str], socket: str) -> Path:
+    """Return where files may be left: in systemd's `STATE_DIRECTORY`, the first where it names several."""
+    named = environment.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(named) if named else Path(socket).parent
+
+
+class LastChains:
+    """All files; `left` are those that this service wrote."""
+
+    def __init__(self, directory: Path, boot: str = "") -> None:
+        """Keep files below `directory`, which is made with the first one; `boot` names this run of the host."""
+        self.left: dict[VbdPath, str] = {}
+        self._directory = directory / DIRECTORY
+        self._boot = boot or _this_boot()
+
+    def paths(self) -> list[VbdPath]:
+        """Return the vbds that there are files for. Those of another boot are removed."""
+        try:
+            names = sorted(each.name for each in self._directory.glob("*.json"))
+        except OSError:
+            return []
+        found = [path for name in names if (path := parse_prefix(name.removesuffix(".json"))) is not None]
+        return [path for path in found if self.of(path) is not None]
+
+    def of(self, path: VbdPath) -> LastChain | None:
+        """Return what was left of a vbd; None where there is nothing, or nothing of this boot."""
+        try:
+            with self._file(path).open("rb") as file:
+                values = json.loads(file.read(_MAX))
+            chain, stale_params = values["chain"], values["stale_params"]
+            is_ours = values["boot"] == self._boot and isinstance(chain, str)
+            is_ours = is_ours and isinstance(stale_params, list) and all(isinstance(each, str) for each in stale_params)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            is_ours = False
+        if not is_ours:
+            self.forget(path)
+            return None
+        return LastChain(chain, stale_params)
+
+    def leave(self, path: VbdPath, last: LastChain) -> Path:
+        """Write the file of a vbd, at one stroke, and return its name. Raises: KernelError."""
+        file = self._file(path)
+        values = {"boot": self._boot, "chain": last.chain, "stale_params": last.stale_params}
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with file.with_suffix(".new").open("w", encoding="ascii") as new:
+                json.dump(values, new)
+                new.flush()
+                os.fsync(new.fileno())
+            file.with_suffix(".new").replace(file)
+        except OSError as error:
+            raise KernelError(f"write {file}", error.errno or 0) from None
+        self.left[path] = last.chain
+        return file
+
+    def forget(self, path: VbdPath) -> None:
+        """Remove the file of a vbd, if there is one."""
+        self.left.pop(path, None)
+        with suppress(OSError):
+            self._file(path).unlink(missing_ok=True)
+
+    def _file(self, path: VbdPath) -> Path:
+        return self._directory / f"{prefix_of(path)}.json"
+
+
+def _this_boot() -> str:
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"
