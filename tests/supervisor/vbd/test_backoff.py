@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xenbackend.supervisor.vbd.backoff import REST_S, Backoff
+from xenbackend.supervisor.vbd.backoff import HASTY_S, REST_S, Backoff
 
 
 def test_who_dies_in_vain_again_and_again_has_no_successor_in_the_end() -> None:
@@ -24,6 +24,13 @@ def test_a_single_answer_to_the_guest_begins_the_count_anew() -> None:
         backoff.died(in_vain=True)
 
     assert (True, 0.0) == (backoff.died(in_vain=False), backoff.rest_s)
+
+
+def test_hasty_deaths_are_followed_later_and_for_ever() -> None:
+    """Whatever the guest is said to have got; but a guest that did get on is not given up."""
+    backoff = Backoff()
+
+    assert [(True, HASTY_S)] * 20 == [(backoff.died(in_vain=False, is_hasty=True), backoff.rest_s) for _ in range(20)]
 
 
 def test_to_serve_for_a_moment_does_not_begin_the_count_anew() -> None:

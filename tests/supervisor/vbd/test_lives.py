@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xenbackend.supervisor.vbd.lives import LONG_S, Lives
+from xenbackend.supervisor.vbd.lives import LONG_S, SHORT_S, TRUSTED_S, Lives
 
 
 def test_a_worker_dies_in_vain_if_its_guest_got_nothing() -> None:
@@ -40,3 +40,34 @@ def test_the_time_that_a_guest_waits_counts_from_the_first_of_several_deaths() -
     lives.end(4.0, [])
 
     assert 2.0 == lives.ended
+
+
+def test_one_that_broke_the_protocol_is_not_believed() -> None:
+    """What the guest got stands in a memory that the worker writes; how long it lived our own clock says."""
+    lives, found = Lives([0]), []
+    for number, life_s in enumerate((0.5, LONG_S + 1, TRUSTED_S + 1), 1):
+        lives.start(10.0)
+        found.append(lives.end(10.0 + life_s, [number], is_breach=True))
+
+    assert [False, False, True] == found
+
+
+def test_many_short_lives_one_after_the_other_are_hasty() -> None:
+    """Each says that its guest got on; to start one after the other would keep the host busy, until one lives on."""
+    lives, found = Lives([0]), []
+    for number, life_s in enumerate([SHORT_S / 2] * 12 + [SHORT_S, SHORT_S / 2], 1):
+        lives.start(10.0)
+        assert lives.end(10.0 + life_s, [number])
+        found.append(lives.is_hasty)
+
+    assert [*[False] * 10, True, True, False, False] == found
+
+
+def test_one_that_ended_as_it_was_asked_was_not_hasty() -> None:
+    """An administrator may replace a worker as often as he likes."""
+    lives = Lives([0])
+    for number in range(20):
+        lives.start(10.0)
+        lives.end(10.1, [number], was_asked=True)
+
+    assert not lives.is_hasty

@@ -10,7 +10,8 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import FAKE_WORKER, PATH, Stepped, offer_ring, write_like_libxl
-from xenbackend.blkif.features import Limits, publish_at_probe
+from xenbackend import journal
+from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.brake import BURST
@@ -200,6 +201,28 @@ def test_a_worker_that_lived_long_has_not_died_in_vain(
         stepped.until(lambda: vbd.worker is not None and vbd.worker.pid != pid and vbd.device.phase is Phase.SERVING)  # noqa: B023 - at once
 
     assert "" == vbd.device.error
+
+
+@pytest.mark.parametrize("breaks", [True, False], ids=["breaks the protocol", "dies"])
+def test_a_worker_that_breaks_the_protocol_is_not_believed_that_its_guest_got_on(
+    stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch, *, breaks: bool
+) -> None:
+    """It writes into the journal whatever it likes, and is not started again for ever; one that dies may be right."""
+    monkeypatch.setattr("xenbackend.supervisor.vbd.backoff.REST_S", (0.0,) * 6)
+    vbd = _serve(stepped, toolstack, guest)
+    ring = journal.RingJournal(vbd.handover.page, 0, journal.SLOT)
+    ring.words[journal.RING_ENTRIES] = 32
+    for _ in range(8):
+        if vbd.worker is None:
+            break
+        ring.words[journal.REQ_CONS] += 1
+        pid = vbd.worker.pid
+        vbd.link.kill("it said what cannot be", is_breach=breaks)
+        stepped.until(lambda: vbd.worker is None or (vbd.worker.pid != pid and vbd.device.phase is Phase.SERVING))  # noqa: B023 - at once
+        stepped.until(lambda: vbd.device.phase in (Phase.SERVING, Phase.NONE))
+    ring.release()
+
+    assert (breaks, breaks) == (vbd.worker is None, "7 in a row" in vbd.device.error)
 
 
 def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack: Store) -> None:

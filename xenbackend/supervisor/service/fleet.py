@@ -52,7 +52,10 @@ OnEnd = Callable[[str], None]
 
 
 class Worker:
-    """One process that serves a vbd."""
+    """One process that serves a vbd.
+
+    has_breached   it broke the protocol, and is or was killed for that
+    """
 
     def __init__(self, fleet: Fleet, started: Process, on_message: OnMessage, on_end: OnEnd) -> None:
         """Listen to it from now on."""
@@ -62,6 +65,7 @@ class Worker:
         self._on_message = on_message
         self._on_end = on_end
         self._why_killed = ""
+        self.has_breached = False
         self._is_short_of_descriptors = False
         self.is_boosted = False
         self.has_broken_protocol = False
@@ -94,6 +98,7 @@ class Worker:
 
         `is_breach`: it breaks the protocol. That is counted, and nothing more is heard of it.
         """
+        self.has_breached |= is_breach
         if is_breach and self._is_heard:
             self._deafen()
             self._note_breach()
@@ -142,7 +147,8 @@ class Worker:
     def _has_not_ended(self) -> None:
         if not self._why_killed:
             sentence = "the worker was killed: it closed its socket, and did not end"
-            self._note_breach()
+            self._fleet.note_breach(self.pid, sentence)
+            self.has_breached = True
             self.kill(sentence)
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:

@@ -4,10 +4,12 @@ Must not start anything, nor read a clock.
 
 A worker that died after the guest had got an answer is followed at once. One that died in vain is followed later each
 time, and after the last time not at all: a request that kills whoever touches it must not keep the host busy for ever.
+The worker itself says what the guest got. So those that die hastily, many in a row, are followed later all the same.
 """
 
 from __future__ import annotations
 
+HASTY_S = 1.0  # before one that follows a hasty death
 REST_S = (0.0, 0.1, 0.3, 1.0, 2.0, 5.0)  # before the next worker, by how many have died in vain
 
 
@@ -25,12 +27,12 @@ class Backoff:
     def __init__(self) -> None:
         self.forget()
 
-    def died(self, *, in_vain: bool) -> bool:
+    def died(self, *, in_vain: bool, is_hasty: bool = False) -> bool:
         """Count a worker's death, and return whether another worker should follow."""
         self.deaths = self.deaths + 1 if in_vain else 1
         has_next = self.deaths <= len(REST_S)
         if has_next:
-            self.rest_s = REST_S[self.deaths - 1]
+            self.rest_s = max(REST_S[self.deaths - 1], HASTY_S if is_hasty else 0.0)
         return has_next
 
     def failed(self) -> None:

@@ -272,7 +272,7 @@ class Device:
             self.phase = Phase.RESTING
         elif former not in (Phase.CLOSING, Phase.RETIRING) or (self._is_stopping and ended.is_unfinished):
             self._reasons.say(Reason.INTERRUPTED, ended.sentence)
-            if self._backoff.died(in_vain=not ended.has_progressed):
+            if self._backoff.died(in_vain=not ended.has_progressed, is_hasty=ended.is_hasty):
                 self.phase = Phase.RESTING
             else:
                 in_a_row = f"{self._backoff.deaths} in a row; `xenbackend resume` starts another one"

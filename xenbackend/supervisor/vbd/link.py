@@ -158,11 +158,11 @@ class Link:
             self.breach(f"it answers question {reply.id}, which nobody asked")
 
     def _end(self, sentence: str) -> None:
-        if self.worker is None:
-            return  # it was let go
         worker, self.worker = self.worker, None
+        if worker is None:
+            return  # it was let go
         self._answer_all(sentence)
-        self._vbd.ends(worker, sentence)
+        self._vbd.ends(sentence, is_breach=worker.has_breached)
 
     def _answer_all(self, sentence: str) -> None:
         asked, self._asked = self._asked, {}

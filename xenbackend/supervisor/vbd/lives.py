@@ -6,6 +6,9 @@ Must not start anything, nor read a clock.
 from __future__ import annotations
 
 LONG_S = 60.0  # a worker that lived so long did not die in vain
+TRUSTED_S = 3600.0  # nor one that broke the protocol after so long
+SHORT_S = 1.0  # of a life; what a worker says that its guest got is written fast
+_SHORT_LIVES = 10  # in a row, that are believed
 
 
 class Lives:
@@ -19,6 +22,7 @@ class Lives:
     def __init__(self, progress: list[int]) -> None:
         self.since = self.ended = 0.0
         self.has_died = False
+        self._short = 0  # lives, one after the other
         self._progress = progress  # of the guest, when the last worker ended
 
     def start(self, now: float) -> None:
@@ -26,12 +30,20 @@ class Lives:
         self.since = now
         self.has_died = False
 
-    def end(self, now: float, progress: list[int], *, was_asked: bool = False) -> bool:
-        """Take note that one has ended, as it was asked or not.
+    @property
+    def is_hasty(self) -> bool:
+        """True while workers die right after they were started."""
+        return self._short > _SHORT_LIVES
 
-        Returns whether the guest got an answer meanwhile, or it lived long.
+    def end(self, now: float, progress: list[int], *, was_asked: bool = False, is_breach: bool = False) -> bool:
+        """Take note that one has ended, as it was asked or not, or because it broke the protocol.
+
+        Returns whether the guest got an answer meanwhile, or it lived long. The worker itself writes what the guest
+        got, so one that broke the protocol is not believed.
         """
-        has_progressed = now - self.since > LONG_S or progress != self._progress
+        life_s = now - self.since
+        has_progressed = life_s > TRUSTED_S if is_breach else life_s > LONG_S or progress != self._progress
+        self._short = self._short + 1 if life_s < SHORT_S and not was_asked else 0
         self._progress, self.ended = progress, self.ended or now
         self.has_died = not was_asked
         return has_progressed

@@ -190,17 +190,16 @@ class Vbd:
         """Write a line that the worker asks for."""
         self._log.say_for_worker(level, event, **fields)
 
-    def ends(self, worker: Worker, sentence: str) -> None:
-        """Take note that the worker has ended."""
-        if worker.has_broken_protocol:
-            self._log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
+    def ends(self, sentence: str, *, is_breach: bool) -> None:
+        """Take note that the worker has ended, or was ended because it broke the protocol."""
         self.handover.forget_worker()
         if not self.device.is_promised():
             self.handover.files.let_go()  # a chain that could not be opened may be put right by another file
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
-        has_progressed = self.lives.end(now, journal.progress(self.handover.page), was_asked=was_asked)
+        progress = journal.progress(self.handover.page)
+        has_progressed = self.lives.end(now, progress, was_asked=was_asked, is_breach=is_breach)
         self._guarded(self.exchanges.settle)
-        self.handle(events.Ended(sentence, has_progressed, is_unfinished=self.handover.agreed() is not None))
+        self.handle(events.Ended(sentence, has_progressed, self.lives.is_hasty))
 
     def fault(self, bug: Exception) -> None:
         """Take note of a fault of the program while this vbd was handled. A fresh look may put it right."""
