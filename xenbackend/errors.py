@@ -83,6 +83,18 @@ class StoreError(XenbackendError):
         self.errno = errno
 
 
+_SHORTAGES = {
+    errno_module.EMFILE, errno_module.ENFILE, errno_module.ENOMEM, errno_module.ENOBUFS, errno_module.ENOSPC,
+    errno_module.EAGAIN,
+}  # fmt: skip
+
+
+def is_shortage(problem: BaseException) -> bool:
+    """Return whether the host is short of something, or has refused something, which may be otherwise in a moment."""
+    is_short = isinstance(problem, OSError) and problem.errno in _SHORTAGES
+    return is_short or isinstance(problem, KernelError | MemoryError)
+
+
 def printable(text: str) -> str:
     """Return a text that moves no cursor and starts no line: whatever is no plain character is escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.supervisor.helpers import Clock, settle
-from xenbackend.errors import StoreError
+from xenbackend.errors import KernelError, StoreError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Reply
 from xenbackend.supervisor.service.keeper import Keeper
@@ -23,10 +24,11 @@ from xenbackend.supervisor.xenstore.store import Store
 
 
 class FakeVbd:
-    """One of them; `calls` counts those to all, `bugs` names the methods that raise."""
+    """One of them; `calls` counts those to all, `bugs` names the methods that raise, `short` who cannot be made now."""
 
     calls: list[tuple[VbdPath, str]]
     bugs: set[tuple[VbdPath, str]]
+    short: set[VbdPath]
 
     def __init__(
         self,
@@ -48,7 +50,9 @@ class FakeVbd:
         self._on_forgotten = on_forgotten
         try:
             self._note("__init__")
-        except ValueError:
+            if path in self.short:
+                raise KernelError("map a memory of 8192 bytes", errno.ENOMEM)
+        except (ValueError, KernelError):
             self._let_go()
             raise
 
@@ -111,7 +115,7 @@ class Place:
         keeper: Keeper | None = None,
         xentop: Xentop | None = None,
     ) -> None:
-        FakeVbd.calls, FakeVbd.bugs = [], set()
+        FakeVbd.calls, FakeVbd.bugs, FakeVbd.short = [], set(), set()
         self.clock = Clock()
         self.told: list[Exception] = []
         self.changes: list[int] = []  # how many there were after each

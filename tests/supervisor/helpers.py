@@ -71,6 +71,7 @@ class Stepped:
         socket: str = "",
         runs_script: bool = True,
         directory: Path = Path("/proc/nowhere"),
+        starts: bool = True,
     ) -> None:
         self.bugs: list[Exception] = []
         self.loop = Reactor(on_bug=self.bugs.append)
@@ -83,7 +84,8 @@ class Stepped:
             self.store, self.loop, self.fleet, settings, bus or Bus(), keeper, time.time, ledger, last_chains
         )
         self.registry = Registry(self.context, Vbd, xentop=xentop)
-        self.registry.start()
+        if starts:
+            self.registry.start()
         self._runs_script = runs_script
         self._is_waiting = False
         self._asked: dict[VbdPath, Vbd] = {}  # for whom the script was run

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import select
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -102,6 +104,66 @@ def test_a_fault_over_it_concerns_no_other_vbd(
     assert [f"vbd-0-6-51712.{what}.{VERSION}" for what in ("journal", "pidfd")] == names
     assert [f"while {PATH} was taken into service"] == [note for bug in place.told for note in bug.__notes__]
     assert 1 == lines.getvalue().count("what an earlier service has left cannot be used")
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Nobody in this process can open anything more."""
+    first_free = os.dup(0)
+    os.close(first_free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("of", ["memory", "descriptors"])
+def test_a_host_that_is_short_of_something_costs_no_guest_what_was_left(
+    xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left, of: str
+) -> None:
+    """It is tried again, with all that was left; the worker serves on meanwhile, nothing is forgotten, scripts wait."""
+    write_like_libxl(toolstack)
+    before = sorted(kept.fds)
+    place = Place(xenstored.address, keeper=kept.keeper())
+    FakeVbd.short = {PATH} if of == "memory" else set()
+    place.store.fileno()  # is made when it is first asked for
+    with no_descriptors() if of == "descriptors" else nullcontext():
+        place.registry.start()
+    replies: list[Answer] = []
+    place.registry.hotplug(PATH.backend, replies.append)
+    for _ in range(3 if of == "memory" else 0):
+        place.clock.time += 1.0
+        place.settle()
+    served, is_over, after = list(place.registry.vbds), place.registry.has_taken_over, sorted(kept.fds)
+    FakeVbd.short = set()
+    place.clock.time += 1.0
+    place.settle()
+    found, waiting, told = place.vbd(PATH).inherited, place.vbd(PATH).waiting, list(replies)
+    is_over_now = place.registry.has_taken_over
+    place.close()
+
+    assert ([], False, before) == (served, is_over, after)
+    assert ({"pidfd", "journal"}, 1, []) == ({kind for kind, _ in found or {}}, len(waiting), told)
+    assert is_over_now
+    assert not left.has_ended()
+
+
+def test_a_service_that_is_short_of_something_leaves_it_to_the_next_one(
+    xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left
+) -> None:
+    """Whoever waits is told, the keeper has everything, and the worker serves on."""
+    write_like_libxl(toolstack)
+    place = Place(xenstored.address, keeper=kept.keeper())
+    FakeVbd.short = {PATH}
+    place.registry.start()
+    replies: list[Answer] = []
+    place.registry.hotplug(PATH.backend, replies.append)
+    place.close()
+
+    assert ([Code.GONE], 2) == ([each.code for each in replies], len(kept.fds))
+    assert not left.has_ended()
 
 
 def test_a_former_versions_worker_is_ended_first(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.descriptors import open_descriptors
-from tests.supervisor.helpers import FAKE_WORKER, PATH, Stepped, offer_ring, write_like_libxl
+from tests.supervisor.helpers import FAKE_WORKER, PATH, Kept, Stepped, offer_ring, write_like_libxl
 from xenbackend import journal
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
+from xenbackend.errors import KernelError
+from xenbackend.kernel import memfd
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.service.brake import BURST
-from xenbackend.supervisor.service.fleet import Worker
+from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.device import Phase
 from xenbackend.supervisor.vbd.handover import Handover
@@ -238,6 +241,38 @@ def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack
     stepped.expire()
     stepped.until(lambda: stepped.vbd().device.phase is Phase.OPEN)
     stepped.close()
+
+
+@pytest.mark.parametrize(("owner", "method", "problem"), [
+    (memfd, "map_sealed", KernelError("map a memory of 8192 bytes", errno.ENOMEM)),
+    (Fleet, "adopt", OSError(errno.ENOSPC, "watch a descriptor")),
+], ids=["memory", "watches"])  # fmt: skip
+def test_a_host_that_is_short_of_something_costs_no_guest_its_worker(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, monkeypatch: pytest.MonkeyPatch,
+    owner: Any, method: str, problem: Exception,
+) -> None:  # fmt: skip
+    """A service that cannot take a disk over now tries again: the same worker serves on, by the same journal."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise problem
+
+    former = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    pid = _serve(former, toolstack, guest).worker.pid
+    former.leave()
+    inodes = {name: os.fstat(fd).st_ino for name, fd in kept.fds.items() if name.startswith("vbd")}
+    keeper = kept.keeper()
+    with monkeypatch.context() as patch:
+        following = Stepped(xenstored.address, Settings(), keeper=keeper, starts=False)
+        patch.setattr(owner, method, fail)
+        following.registry.start()
+        is_served = bool(following.registry.vbds)
+    vbd = following.vbd()
+    following.until(lambda: vbd.device.phase is Phase.SERVING)
+    found = following.vbd().worker.pid
+    after = {name: os.fstat(fd).st_ino for name, fd in kept.fds.items() if name.startswith("vbd")}
+    following.close()
+
+    assert (False, pid, inodes) == (is_served, found, after)
 
 
 @pytest.mark.parametrize("where", ["descriptors", "keep_worker"])

@@ -18,13 +18,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from xenbackend.errors import ConfigError, KernelError, StoreError
+from xenbackend.errors import ConfigError, StoreError, is_shortage
 from xenbackend.log import get_logger
 from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.brake import Brake
 from xenbackend.supervisor.service.store_link import StoreLink
-from xenbackend.supervisor.service.takeover import Takeover
+from xenbackend.supervisor.service.takeover import Taken, Takeover
 from xenbackend.supervisor.service.vbds import Vbds
 from xenbackend.supervisor.service.xentop import KIND, Xentop, XentopUpdates
 from xenbackend.supervisor.vbd.context import Context
@@ -218,26 +218,27 @@ class Registry:
         if "state" in keys and (settings.serve == "all" or is_ours(keys, settings.scripts)):
             self._add(path)
 
-    def _add(self, path: VbdPath, found: Mapping[What, int] | None = None) -> bool:
-        """Take a vbd into service, and return whether that could be done: else it is tried again."""
+    def _add(self, path: VbdPath, found: Mapping[What, int] | None = None) -> Taken:
+        """Take a vbd into service; where that cannot be done it is tried again."""
         try:
             vbd = self._make(path, self._context, found, self._forget)
-        except KernelError as error:
-            self._log.error(str(error), vbd=str(path))
-            self._fail(path, str(error))
-            return False
-        except Exception as bug:
-            bug.add_note(f"while {path} was taken into service")
-            self._loop.bug(bug)
-            self._fail(path, f"the service could not take it into service, see its log: {type(bug).__name__}: {bug}")
-            return False
+        except Exception as problem:
+            if is_shortage(problem):
+                self._log.error(str(problem), vbd=str(path))
+                self._fail(path, str(problem))
+                return Taken.LATER
+            problem.add_note(f"while {path} was taken into service")
+            self._loop.bug(problem)
+            said = f"{type(problem).__name__}: {problem}"
+            self._fail(path, f"the service could not take it into service, see its log: {said}")
+            return Taken.NEVER
         self._failed.pop(path, None)
         if not vbd.is_forgotten:
             self.vbds.add(vbd)
             self._on_change()
             if path.kind == KIND:
                 self._xentop.begin()
-        return True
+        return Taken.DONE
 
     def _fail(self, path: VbdPath, sentence: str) -> None:
         self._failed[path] = sentence

@@ -2,8 +2,9 @@
 
 Must not look into what was left.
 
-A worker of a former version is ended first, and its place stays occupied for as long as that takes. Where what was left
-leads to a fault of ours the worker is killed, nothing of it is used, and the place is looked at as one that is new.
+A worker of a former version is ended first, and its place stays occupied for as long as that takes. Where the host is
+short of something it is tried again, and everything stays as it is meanwhile: a worker that runs serves on. Where what
+was left leads to a fault of ours the worker is killed, nothing of it is used, and the place is looked at as a new one.
 """
 
 from __future__ import annotations
@@ -12,25 +13,43 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from functools import partial
 
 from xenbackend.errors import KernelError
 from xenbackend.kernel.process import kill
 from xenbackend.log import get_logger
+from xenbackend.loop.reactor import Timer
 from xenbackend.protocol.answers import Reply
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import What, end_predecessor, name_of, sort_inherited
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-Take = Callable[[VbdPath, Mapping[What, int]], bool]
+RETRY_S = 1.0  # after the host was short of something
+
+
+class Taken(Enum):
+    """Whether what was left could be taken over."""
+
+    DONE = auto()
+    LATER = auto()  # the host is short of something
+    NEVER = auto()  # it leads to a fault of ours
+
+
+Take = Callable[[VbdPath, Mapping[What, int]], Taken]
 
 
 @dataclass
 class _Occupant:
-    """A worker that is about to end: its pidfd, what comes then, and the scripts that wait for it."""
+    """What occupies a place: a worker that is about to end, by its pidfd; or what was left, until the next try.
 
-    pidfd: int
+    then      what comes then
+    scripts   that wait for it
+    """
+
     then: Callable[[], None]
+    pidfd: int = -1
+    timer: Timer | None = None
     scripts: list[Reply] = field(default_factory=list)
 
 
@@ -38,7 +57,7 @@ class Takeover:
     """All of it; `paths` are those of vbds that there were."""
 
     def __init__(self, context: Context, domid: int, take: Take, free: Callable[[VbdPath, list[Reply]], None]) -> None:
-        """`take` makes a vbd that goes on with these descriptors, and returns whether it could; else they are closed.
+        """`take` makes a vbd that goes on with these descriptors, if it can; else they are closed.
 
         `free` hears of a place that may be looked at, with the scripts that have waited for it.
         """
@@ -90,31 +109,76 @@ class Takeover:
         return waiting
 
     def _take_over(self, path: VbdPath) -> None:
-        found = self._found.pop(path)
-        pidfds = [os.dup(fd) for (kind, _), fd in found.items() if kind == "pidfd"]
-        if not self._take(path, found):
+        """Have a vbd go on with copies of the descriptors: if it cannot now, all of them are still there."""
+        found = self._found[path]
+        try:
+            copies = _copies(found)
+        except OSError as error:
+            self._log.error(f"take over what an earlier service has left: {error.strerror}", vbd=str(path))
+            self._rest(path)
+            return
+        taken = self._take(path, copies)
+        if taken is Taken.LATER:
+            self._rest(path)
+            return
+        if taken is Taken.NEVER:
             self._log.error("what an earlier service has left cannot be used, and its worker is killed", vbd=str(path))
-            for what in found:
-                with suppress(KernelError):
-                    self._keeper.forget(name_of(path, what))
-            for pidfd in pidfds:
-                kill(pidfd)
-                self._occupy(path, pidfd, lambda: None)
+            self._end_worker(path)
+        else:
+            self._let_go(path)
+
+    def _end_worker(self, path: VbdPath) -> None:
+        """Have forgotten what cannot be used, kill the worker, and let go of all of it once that has ended."""
+        found = self._found[path]
+        for what in found:
+            with suppress(KernelError):
+                self._keeper.forget(name_of(path, what))
+        pidfds = [fd for (kind, _), fd in found.items() if kind == "pidfd"]
         for pidfd in pidfds:
-            os.close(pidfd)
+            kill(pidfd)
+        if pidfds:
+            self._occupy(path, max(pidfds), partial(self._let_go, path))
+        else:
+            self._let_go(path)
+
+    def _let_go(self, path: VbdPath) -> None:
+        for fd in self._found.pop(path).values():
+            os.close(fd)
 
     def _occupy(self, path: VbdPath, pidfd: int, then: Callable[[], None]) -> None:
-        pidfd = os.dup(pidfd)
-        self._occupants[path] = _Occupant(pidfd, then)
+        self._occupants[path] = _Occupant(then, pidfd=pidfd)
         self._loop.add(pidfd, partial(self._end, path))
+
+    def _rest(self, path: VbdPath) -> None:
+        timer = self._loop.timer(partial(self._end, path))
+        self._occupants[path] = _Occupant(partial(self._take_over, path), timer=timer)
+        timer.set(self._loop.now() + RETRY_S)
 
     def _end(self, path: VbdPath) -> None:
         occupant = self._vacate(path)
         occupant.then()
-        self._free(path, occupant.scripts)
+        if path in self._occupants:
+            self._occupants[path].scripts.extend(occupant.scripts)
+        else:
+            self._free(path, occupant.scripts)
 
     def _vacate(self, path: VbdPath) -> _Occupant:
         occupant = self._occupants.pop(path)
-        self._loop.remove(occupant.pidfd)
-        os.close(occupant.pidfd)
+        if occupant.pidfd >= 0:
+            self._loop.remove(occupant.pidfd)
+        if occupant.timer is not None:
+            occupant.timer.set(None)
         return occupant
+
+
+def _copies(found: Mapping[What, int]) -> dict[What, int]:
+    """Return copies of descriptors, all or none. Raises: OSError."""
+    copies: dict[What, int] = {}
+    try:
+        for what, fd in found.items():
+            copies[what] = os.dup(fd)
+    except OSError:
+        for fd in copies.values():
+            os.close(fd)
+        raise
+    return copies

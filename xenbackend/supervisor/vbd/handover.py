@@ -291,6 +291,8 @@ class Handover:
             if fd >= 0:
                 return fd, memfd.map_sealed(fd, size)
         except KernelError as error:
+            if error.errno != errno.EPERM:  # the host cannot do it now, whatever the memory is
+                raise
             self._complain(f"the {kind} that was kept is of no use: {error}")
             self._let_go({current(kind): fd})
         if self.worker is not None:  # what it goes by is lost to us
@@ -318,6 +320,8 @@ class Handover:
                 try:
                     self._memories[name] = memfd.copy(fd, "xenbackend", _available())
                 except KernelError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                        raise
                     self._complain(f"{error}: what layer {name} had kept is lost")
                 else:
                     memories[slot] = name

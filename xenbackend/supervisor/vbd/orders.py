@@ -77,6 +77,12 @@ class Orders:
         return self._default_policy if noted is None else noted
 
     @property
+    def paused_by(self) -> str:
+        """Who has paused the disk, for people; empty while it is not paused."""
+        paused = self._vbd.handover.notes.paused
+        return "" if paused is None else paused or "an administrator"
+
+    @property
     def under_way(self) -> list[Order]:
         """Orders without an answer, the oldest first."""
         return list(self._under_way.values())

@@ -16,7 +16,7 @@ from functools import partial
 from xenbackend import __version__, counters, journal
 from xenbackend.blkif.features import MAXIMA, parse_frontend
 from xenbackend.blkif.handshake import name, parse_state
-from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError
+from xenbackend.errors import ConfigError, GuestError, KernelError, StoreError, XenbackendError, is_shortage
 from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
@@ -80,8 +80,8 @@ class Vbd:
         self._arrival = Arrival(path, context, self.handover, self._has_arrived)
         try:
             self._begin()
-        except Exception:
-            self.abandon("the service could not go on with it")
+        except Exception as problem:
+            self.abandon("the service could not go on with it", leaves=is_shortage(problem))
             raise
 
     @property
@@ -141,10 +141,12 @@ class Vbd:
         self._guarded(self._arrival.give_back)
         self.handle(events.Stop(leaves, is_unfinished=self.handover.agreed() is not None))
 
-    def abandon(self, sentence: str) -> None:
-        """Be forgotten at once, over a fault of ours: the worker is killed, for which `sentence` is the reason."""
+    def abandon(self, sentence: str, *, leaves: bool = False) -> None:
+        """Be forgotten at once: the worker is killed, for which `sentence` is the reason, or with `leaves` goes on."""
         self._guarded(self._arrival.give_back)
-        self.link.kill(sentence)
+        self.device.is_leaving |= leaves
+        if not leaves:
+            self.link.kill(sentence)
         self._forget()
 
     def doubt(self) -> None:
@@ -399,8 +401,16 @@ class Vbd:
             self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:
-        self._nodes.note_files(self.handover.notes.chain, self.handover.files.identities())
-        self._nodes.show_status(describe_briefly(self))
+        self._nodes.show_status(
+            {
+                "chain": self.chain_in_service(),
+                "worker": str(self.worker.pid) if self.worker else "",
+                "phase": self.device.phase.value,
+                "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
+                "paused": self.orders.paused_by,
+                "error": self.device.error[:SENTENCE_MAX],
+            }
+        )
 
     def _has_arrived(self, problem: XenbackendError | None) -> None:
         """Go on once the vbd is ours alone, or say why it is not."""
