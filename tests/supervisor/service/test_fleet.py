@@ -20,7 +20,7 @@ from xenbackend import journal
 from xenbackend.errors import KernelError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
-from xenbackend.supervisor.service import zygote
+from xenbackend.supervisor.service import fleet, zygote
 from xenbackend.supervisor.service.fleet import HANG_UP_S, REST_S, Fleet, Worker
 
 OPEN = messages.Open(number=7, vbd="vbd/5/51712", host="", frontend_domid=5, chain="null:1G", read_only=False)
@@ -297,10 +297,15 @@ def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it(hear: Callable[...,
     assert ["the test wants it"] == heard.ends
 
 
-def test_workers_come_from_a_zygote_where_there_is_one(hear: Callable[..., Heard]) -> None:
+def test_workers_come_from_a_zygote_where_there_is_one(
+    hear: Callable[..., Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They come by exec while it is not ready. One that died is replaced after a while, so that one that cannot live
-    keeps no host busy; in the end it is sent away, and its workers go on.
+    keeps no host busy; one of another program at once; in the end it is sent away, and its workers go on.
     """
+    program = tmp_path / "program"
+    program.mkdir()
+    monkeypatch.setattr(fleet, "_PACKAGE", program)
     before = set(_children())
 
     def children() -> list[int]:
@@ -326,6 +331,11 @@ def test_workers_come_from_a_zygote_where_there_is_one(hear: Callable[..., Heard
         heard.kill()
         assert time.monotonic() < give_up
     worker = heard.worker.pid
+    for _ in range(3):  # for each disk's upgrade: the program is the same
+        heard.fleet.renew()
+        settle(heard.loop)
+        assert {worker, second} == set(children())
+    (program / "new.py").write_text("")
     heard.fleet.renew()
     assert [worker] == children()
     settle(heard.loop)

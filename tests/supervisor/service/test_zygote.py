@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -138,13 +139,10 @@ def test_nobody_waits_until_it_is_ready() -> None:
         ("", "it ended"),
         ("socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(os.getpid())])", "it ended in the middle of it"),
         ("socket.send_fds(channel, [b'pidfd'], [0]); channel.send(b'failed')", "it failed in the end"),
-        ("socket.send_fds(channel, [b'pidfd'], [0]); channel.recv(1)", "nothing came of it in time"),
-        ("channel.recv(1)", "it does not answer"),
     ],
 )
 def test_one_that_fails_is_good_for_nothing(monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
     """Whatever is wrong, there is no worker, no disk waits long, nothing is left open, and the zygote ends."""
-    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.1)
     it = Zygote(_fake(f"channel.send(b'ready'); channel.recv(16)\n{text}\n# {why}"))
     while not it._hears():
         os.sched_yield()
@@ -154,6 +152,49 @@ def test_one_that_fails_is_good_for_nothing(monkeypatch: pytest.MonkeyPatch, tex
     assert [] == it.fork("w")
     _until_ended(it)
     assert [] == it.fork("w")
+    it.close()
+
+
+@pytest.mark.parametrize("names_it", [True, False], ids=["was forked", "was not forked"])
+def test_nobody_waits_long_for_a_birth(monkeypatch: pytest.MonkeyPatch, *, names_it: bool) -> None:
+    """While the service waits it does nothing else. Whatever comes too late is ended and collected, and the zygote is
+    asked for no other worker until then; afterwards it is as good as before.
+    """
+    it = Zygote(REAL)
+    _fork(it).leave()
+    os.kill(it.pid, signal.SIGSTOP)
+    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.05)
+    begun = time.monotonic()
+    late = it.fork()
+    took_s = time.monotonic() - begun
+    if names_it:  # as one does that was stopped between its two answers
+        os.kill(it.pid, signal.SIGCONT)
+        select.select([it._process.socket], [], [])
+        os.kill(it.pid, signal.SIGSTOP)
+    monkeypatch.setattr(it, "_ask", pytest.fail)
+    meanwhile = it.fork() if not names_it else None
+    monkeypatch.undo()
+    os.kill(it.pid, signal.SIGCONT)
+    following = _fork(it)
+    following.kill()
+    how = following.describe_end()
+    it.close()
+
+    assert (None, None, "the worker was ended by SIGKILL") == (late, meanwhile, how)
+    assert took_s < 1.0
+    assert [] == it._too_late
+
+
+def test_one_that_never_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker is started by exec meanwhile; when the zygote is sent away, nothing of it is left open."""
+    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.05)
+    names = "socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(os.getpid())])"
+    it = Zygote(_fake(f"channel.send(b'ready'); {names}; channel.recv(16); channel.recv(1)"))
+    while not it._hears():
+        os.sched_yield()
+
+    assert [None, None] == [it.fork(), it.fork()]
+    assert not _has_ended(it)
     it.close()
 
 

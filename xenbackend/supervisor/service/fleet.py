@@ -18,11 +18,11 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from xenbackend.budget import Bucket
+import xenbackend
 from xenbackend.errors import KernelError
 from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import boost, unboost
@@ -37,7 +37,7 @@ from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
-OPENER = (sys.executable, "-m", "xenbackend.opener.main")
+_PACKAGE = Path(xenbackend.__file__).parent
 HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
 REST_S = 5.0  # after a zygote that has ended
 _SHORTAGES = 10, 600.0  # lines at once, and seconds for one more
@@ -238,6 +238,7 @@ class Fleet:
         self._zygote: Zygote | None = None
         self._preparation = loop.timer(self.prepare)
         self._complaint = ""  # why there is no zygote
+        self._program = (0, 0)  # that the zygote has imported, see `_program_now`
 
     def start(self, on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Start a worker, and an opener beside it, for the next `open`. Raises: KernelError."""
@@ -300,6 +301,7 @@ class Fleet:
         """Have a zygote from now on, so that the next worker starts fast; one that ends is not replaced at once."""
         if self._zygote is not None or not self._zygote_command:
             return
+        self._program = _program_now()
         try:
             self._zygote = Zygote(self._zygote_command)
         except KernelError as error:
@@ -312,8 +314,10 @@ class Fleet:
             self.loop.add(self._zygote.pidfd, self._replace)
 
     def renew(self) -> None:
-        """Have another zygote, of the program as it is now."""
-        self._send_zygote_away()
+        """Have another zygote where the program is not what this one has imported."""
+        if self._zygote is None or self._program == _program_now():
+            return
+        self.close()
         self._preparation.set(self.loop.now())  # not before whoever wanted it has been served
 
     def close(self) -> None:
@@ -340,6 +344,15 @@ class Fleet:
 
     def _rest(self) -> None:
         self._preparation.set(self.loop.now() + REST_S)
+
+
+def _program_now() -> tuple[int, int]:
+    """Return what tells the installed program from another one: its files, and when the last of them was changed."""
+    changed = [0]
+    for file in _PACKAGE.rglob("*.py"):
+        with suppress(OSError):  # it is being replaced
+            changed.append(file.stat().st_ctime_ns)
+    return len(changed), max(changed)
 
 
 def _has_hung_up(near: socket.socket) -> bool:

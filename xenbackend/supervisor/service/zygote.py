@@ -4,6 +4,9 @@ Must not be needed: who gets None starts a worker by exec.
 
 A worker that the zygote forked becomes our child, because orphans come to us meanwhile: how it ended is ours to hear,
 as with one that we started. Other orphans, a driver's helpers, do not. See `worker.zygote` for what is said.
+
+While we wait for a birth the service does nothing else. So that is short, and a worker that comes later is ended: it
+has heard nothing yet. Until then the zygote is asked for no other one.
 """
 
 from __future__ import annotations
@@ -15,14 +18,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
-from xenbackend.kernel import datagram as datagrams
-from xenbackend.kernel.process import adopting_orphans, boost, unboost
-from xenbackend.protocol.datagrams import receive
+from xenbackend.kernel.process import adopting_orphans, boost, kill, unboost
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.zygote")
-_PATIENCE_S = 5.0  # for a birth on a crowded host, where a worker by exec would take still longer
+_PATIENCE_S = 0.5  # for a birth, which takes 5 ms on a quiet host
 
 
 class Zygote:
@@ -36,6 +37,9 @@ class Zygote:
         self._process = process.start(command)
         boost(self.pid)
         self._is_ready = self._has_failed = False
+        self._is_bearing = False  # it was asked, and has not said how that ended
+        self._born = -1  # pidfd of the worker that it has named meanwhile
+        self._too_late: list[int] = []  # pidfds of workers that nobody waited for
 
     @property
     def pid(self) -> int:
@@ -47,60 +51,96 @@ class Zygote:
         """Readable once it has ended, by itself or killed."""
         return self._process.pidfd
 
-    def fork(self, kinds: str) -> list[Process]:
-        """Return new processes, for each letter of `kinds` one, as `worker.zygote` knows them.
+    def fork(self) -> Process | None:
+        """Return a new worker; None where the zygote is not ready, or late, or fails: then it is good for nothing.
 
         Return none where the zygote is not ready, or fails at it: then it is good for nothing. Raises: KernelError.
         """
         if not self._hears():
-            return []
-        with ExitStack() as ours, ExitStack() as theirs:
-            near, far = [], []
-            for _ in kinds:
-                pair = process.pair()
-                near.append(ours.enter_context(pair[0]))
-                far.append(theirs.enter_context(pair[1]))
-            with adopting_orphans():
-                pidfds = self._ask(kinds, far)
-            if not pidfds:
-                self._has_failed = True  # nobody waits for it once more; a process that is born too late ends
-                self._process.kill()
-                return []
-            ours.pop_all()
-        born = [Process(*each) for each in zip(near, pidfds, strict=True)]
-        for each in born:
-            unboost(each.pid)
-        return born
+            return None
+        near, far = process.pair()
+        with far, adopting_orphans():
+            pidfd = self._ask(far)
+        if pidfd < 0:
+            near.close()  # so that a worker that is born too late ends
+            return None
+        worker = Process(near, pidfd)
+        unboost(worker.pid)
+        return worker
 
     def close(self) -> None:
         """Send it away. What it has forked goes on."""
         self._process.kill()
         self._process.describe_end()
+        if self._born >= 0:
+            self._too_late.append(self._born)
+        for pidfd in self._too_late:
+            kill(pidfd)
+            self._reap(pidfd, os.WEXITED)
+        self._born, self._too_late = -1, []
 
     def _hears(self) -> bool:
-        """Return whether it has said that it is ready; do not wait for that."""
-        if not self._is_ready and not self._has_failed:
+        """Return whether it waits to be asked; do not wait for that."""
+        if self._is_bearing and not self._has_failed:
+            late = self._hear(0.0)
+            if late >= 0:
+                kill(late)
+                self._too_late.append(late)
+        elif not self._is_ready and not self._has_failed:
             with suppress(OSError):  # it has said nothing yet, or has ended
                 self._is_ready = self._process.socket.recv(16) == b"ready"
-        return self._is_ready and not self._has_failed
+        self._too_late = [each for each in self._too_late if not self._reap(each, os.WEXITED | os.WNOHANG)]
+        return self._is_ready and not self._has_failed and not self._is_bearing
 
-    def _ask(self, kinds: str, far: Sequence[socket.socket]) -> list[int]:
-        """Have processes forked that serve `far`, and return their pidfds; none where they are not there in time."""
-        channel = self._process.socket
-        pidfds: list[int] = []
-        give_up = time.monotonic() + _PATIENCE_S
-        channel.settimeout(_PATIENCE_S)
+    def _ask(self, far: socket.socket) -> int:
+        """Have a worker forked that serves `far`, and return its pidfd; -1 where there is none in time."""
+        self._is_bearing = True
         try:
-            socket.send_fds(channel, [b"fork"], [far.fileno()])
-            datagram, fds, _ = receive(channel, 16, 1)
-            if fds:
-                pidfd = fds[0]
-                channel.settimeout(max(0.0, give_up - time.monotonic()))
-                datagram = channel.recv(16)
+            socket.send_fds(self._process.socket, [b"fork"], [far.fileno()])
         except OSError:
-            datagram = b""
-        if datagram != b"born" or len(pidfds) != len(far):
-            for pidfd in pidfds:
-                os.close(pidfd)
-            return []
-        return pidfds
+            self._fail()
+            return -1
+        return self._hear(_PATIENCE_S)
+
+    def _hear(self, patience_s: float) -> int:
+        """Wait for a birth for so long, and return the worker's pidfd; -1 where there is none by then."""
+        channel, give_up = self._process.socket, time.monotonic() + patience_s
+        try:
+            while self._is_bearing:
+                channel.settimeout(max(0.0, give_up - time.monotonic()))
+                datagram, fds, _ = process.receive(channel, 16, 1)
+                if fds and self._born < 0:
+                    self._born = fds[0]
+                else:
+                    self._is_bearing = False
+        except (TimeoutError, BlockingIOError):
+            return -1
+        except OSError:
+            datagram, fds = b"", []
+        finally:
+            channel.setblocking(False)
+        pidfd, self._born = self._born, -1
+        if datagram == b"born" and pidfd >= 0 and not fds:
+            return pidfd
+        for fd in [*fds, pidfd]:
+            if fd >= 0:
+                os.close(fd)
+        self._fail()
+        return -1
+
+    def _fail(self) -> None:
+        """Let nobody wait for it once more."""
+        self._has_failed = True
+        self._is_bearing = False
+        self._process.kill()
+
+    @staticmethod
+    def _reap(pidfd: int, options: int) -> bool:
+        """Collect a worker that came too late, if it has ended, and return whether it has."""
+        try:
+            if os.waitid(os.P_PIDFD, pidfd, options) is None:
+                return False
+        except ChildProcessError:  # it is not ours
+            pass
+        os.close(pidfd)
+        return True
