@@ -69,7 +69,19 @@ def test_the_unit_keeps_what_serves_guests() -> None:
     service = _unit()["Service"]
 
     assert ("process", "restart") == (service["KillMode"], service["RuntimeDirectoryPreserve"])
-    assert f"FDSTORE={service['FileDescriptorStoreMax']}" == service["Environment"]
+    assert f"FDSTORE={service['FileDescriptorStoreMax']}" in service["Environment"].split()
+
+
+def test_a_service_that_is_refused_rests() -> None:
+    """An older service than the one before is started again a few times a minute, within the time of a start, and not
+    ten times a second; and it is started again, as systemd lets go of the workers otherwise.
+    """
+    service = _unit()["Service"]
+    [rest_s] = [int(each.partition("=")[2]) for each in service["Environment"].split() if "REFUSED_REST_S" in each]
+
+    assert 10 <= rest_s <= 60
+    assert "TimeoutStartSec" not in service  # systemd's own is 90 s
+    assert "1" not in service["RestartPreventExitStatus"].split()
 
 
 def test_a_service_that_stops_ends_before_systemd_ends_it() -> None:

@@ -25,6 +25,7 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import ServiceError, call
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service import parent
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import KEPT, Ledger
 from xenbackend.supervisor.service.main import Service
@@ -290,6 +291,23 @@ def test_how_a_service_ends_its_workers(
 
     assert (0, stays) == (service.returncode, not ended)
     assert "2" == toolstack.read(f"{PATH.backend}/state")
+
+
+def test_a_service_that_finds_a_newer_one_s_disks_rests(systemd: Systemd) -> None:
+    """It says why at once, and is not started again at once; whoever stops the unit does not wait for the rest."""
+    memory = os.memfd_create("journal")
+    environment = _environment(**systemd.environment, FDSTORE="64", REFUSED_REST_S="100")
+    pid = parent._spawn([*_COMMAND, "run"], {"vbd-0-5-51712.journal.9": memory}, environment)
+    os.close(memory)
+    pidfd = os.pidfd_open(pid)
+    while not any("STATUS=vbd/5/51712 is served by a newer version" in each for each in systemd.heard):
+        systemd.heard.append(systemd._socket.recv(1000).decode())
+    rests = not select.select([pidfd], [], [], 0)[0]
+    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(pidfd)
+
+    assert (True, -signal.SIGTERM) == (rests, status)
 
 
 def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:

@@ -322,7 +322,11 @@ def check(settings: Settings) -> None:
 def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
     """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError when that cannot be."""
     keeper = Keeper(environment)
-    check_versions(keeper.inherited)
+    try:
+        check_versions(keeper.inherited)
+    except XenbackendError as problem:
+        _rest(str(problem), environment)
+        raise
 
     def read_usable() -> Settings:
         settings = read()
@@ -334,6 +338,21 @@ def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
     log.configure(settings.log, settings.log_level)
     directory = state_directory(environment, settings.socket)
     return Service(settings, Notifier(environment), keeper, complaint, state_directory=directory).run()
+
+
+def _rest(sentence: str, environment: Mapping[str, str]) -> None:
+    """Say what is wrong, and wait for as long as the unit says by ``REFUSED_REST_S``.
+
+    systemd starts us again at once when we end, as guests need; and it must, since it lets go of all that it keeps for
+    us once it does not any more: the workers would end.
+    """
+    rest_s = environment.get("REFUSED_REST_S", "")
+    if not rest_s.isdecimal():
+        return
+    process.unboost(os.getpid())
+    Notifier(environment).status(sentence)
+    print(f"xenbackend: {sentence}; until then it is tried again every {rest_s} s", file=sys.stderr, flush=True)
+    time.sleep(float(rest_s))
 
 
 def run_detached(
