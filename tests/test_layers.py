@@ -92,7 +92,7 @@ HOMES = {
         "supervisor/",
     ),
     "structlog": ("log",),
-    "daemon": ("supervisor/service/main",),
+    "daemon": ("supervisor/service/detached",),
     "zstandard": ("block/formats/zstd",),
     "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/service/process"),
     "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "loop/threads"),
@@ -111,13 +111,15 @@ HOMES = {
         "worker/main",
         "worker/zygote",
     ),  # processes of their own
-    # the chain and the store take it as an argument; a file waits for its lock before anything is served
+    # the chain and the store take it as an argument; a file waits for its lock before anything is served, and a service
+    # that may serve nothing before it ends
     "time.sleep": (
         "bench/",
         "block/chain",
         "cli/",
         "embedded/",
         "rig/",
+        "supervisor/service/main",
         "supervisor/xenstore/store",
         "worker/files",
     ),

@@ -18,6 +18,7 @@ from xenbackend import __version__
 from xenbackend.cli import run
 from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.supervisor.vbd import ending
+from xenbackend.supervisor.vbd.last_chains import DIRECTORY
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "systemd" / "xenbackend.service"
@@ -89,7 +90,8 @@ def test_a_service_that_stops_ends_before_systemd_ends_it() -> None:
     service = _unit()["Service"]
 
     assert ending.WAIT_S + 10 <= float(service["TimeoutStopSec"].removesuffix("s"))
-    assert ("xenbackend", "0700") == (service["StateDirectory"], service["StateDirectoryMode"])
+    assert "STATE_DIRECTORY=/run" in service["Environment"].split()
+    assert DIRECTORY != service["RuntimeDirectory"]  # which systemd removes at a stop
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "image/session.py": "image/test_transfer.py and everything else there runs in one",
     "kernel/inuse.py": "worker/test_in_use.py has each of its sentences",
     "kernel/ports.py": "contract/test_ports.py holds each implementation to it",
+    "supervisor/service/detached.py": "supervisor/service/test_main.py starts the daemon",
     "supervisor/vbd/aims.py": "supervisor/vbd/test_device.py has each aim, test_device_is_total.py all at once",
     "opener/access.py": "opener/test_main.py asks it everything",
     "protocol/messages.py": "values only; protocol/test_codec.py sends each",

@@ -107,7 +107,8 @@ def test_a_disk_is_attached(
         assert 0 == main(["detach", *name, "--force", "--timeout", "0", *where])
 
     assert "attached 5/xvdb\ndetached 5/xvdb\n" == capsys.readouterr().out
-    assert [{"verb": "ping"}, {"verb": "hotplug", "action": "add", "path": BACKEND}] == control.asked
+    hotplug = {"verb": "hotplug", "action": "add", "path": BACKEND, "chain": "null:1G"}
+    assert [{"verb": "ping"}, hotplug] == control.asked
     assert {FRONTEND, BACKEND} <= attached
     assert not {FRONTEND, BACKEND} & paths(xenstored)
 

@@ -12,8 +12,8 @@ import pytest
 from xenbackend.cli import run
 from xenbackend.cli.main import main
 from xenbackend.kernel import process
+from xenbackend.supervisor.service import detached, parent
 from xenbackend.supervisor.service import main as service
-from xenbackend.supervisor.service import parent
 from xenbackend.supervisor.service.settings import Settings
 
 
@@ -52,7 +52,7 @@ def test_a_service_that_is_kept_is_started_with_the_same_arguments(
     Path("x.toml").write_text('serve = "ours"\n')
     started: list[Any] = []
     monkeypatch.setattr(parent, "run", lambda *what: started.append(what) or 0)
-    monkeypatch.setattr(service, "run_detached", lambda _, *what: started.append((["run", *what[0]], what[2:])) or 0)
+    monkeypatch.setattr(detached, "run_detached", lambda _, *what: started.append((["run", *what[0]], what[2:])) or 0)
     args = _parse("--config", "x.toml", "--store", "s", "--socket", "c", "--log-level", "error", option)
 
     assert 0 == args.run(args)

@@ -246,6 +246,7 @@ class Driver:
     name: ClassVar[str] = ""
     api: ClassVar[int] = API
     is_filter: ClassVar[bool] = False
+    reading: ClassVar[frozenset[str]] = frozenset()  # verbs of `control` that only read: whoever polls gives no orders
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, options: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.cli import output, waiting
-from xenbackend.cli.arguments import Parser, add_json, add_order_options, disk, duration
+from xenbackend.cli.arguments import Parser, add_json, add_order_options, add_socket, disk, duration
 from xenbackend.disks import devid_to_vdev
 
 _TAKING = ("--timeout", "--socket", "--store")  # options that are followed by a value
@@ -48,6 +48,7 @@ def register(subparsers: Any) -> None:
         help="wait no longer for the guest; then the exit status is 75 (%(default)s)",
     )
     add_json(parser)
+    add_socket(parser)
     parser.set_defaults(run=run_detach)
 
 
@@ -85,7 +86,7 @@ def run_detach(args: argparse.Namespace) -> int:
     with Store(args.store) as store:
         path = toolstack.find_vbd(store, args.vbd)
         with waiting.shown(f"{path.disk}: detach") as show:
-            toolstack.detach(store, path, args.timeout, force=args.force, waiting=show)
+            toolstack.detach(store, path, args.timeout, force=args.force, waiting=show, service=args.socket)
     if args.json:
         output.print_json({"vbd": path.disk})
     else:

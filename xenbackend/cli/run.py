@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     if not (args.detach or args.keep):
         process.boost(os.getpid())  # guests may wait for us, also while we import; `main` calms us once we serve
-    from xenbackend.supervisor.service import main, parent
+    from xenbackend.supervisor.service import detached, main, parent
     from xenbackend.supervisor.service.keeper import forget_inheritance
 
     names = ("store", "host", "socket", "serve", "log", "log_level")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.detach:
         files = (args.pid_file.absolute(), args.log_file.absolute())
-        return main.run_detached(read(), _arguments(args, names), os.environ, *files)
+        return detached.run_detached(read(), _arguments(args, names), os.environ, *files)
     if args.keep:
         return parent.run(["run", *_arguments(args, names)], read().socket, os.environ)
     environment = dict(os.environ)

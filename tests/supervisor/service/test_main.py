@@ -19,6 +19,7 @@ import pytest
 
 from tests.privileges import MAY_COME_FIRST
 from tests.supervisor.helpers import PATH, Clock, Kept, settle, write_like_libxl
+from xenbackend.errors import ConfigError
 from xenbackend.kernel.process import AHEAD
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer
@@ -332,7 +333,8 @@ def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Sys
         ask("frob")
     with pytest.raises(ServiceError, match="cannot shrink") as caught:
         ask("set", chain="null:1G", replace=True)
-    orders = call(str(control_socket), {"verb": "orders"}).data
+    ask("policy")  # what only reads is no order
+    attached, *orders = call(str(control_socket), {"verb": "orders"}).data
     last = call(str(control_socket), {"verb": "orders", "order": orders[-1]["number"]}).data
     stopped = call(str(control_socket), {"verb": "stop"})
     log = service.communicate(timeout=30)[1]
@@ -348,7 +350,30 @@ def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Sys
     assert first != known["worker"]
     assert ("null:2G", "", 2 << 30) == (known["chain"], known["error"], known["layers"][0]["size"])
     assert ({"pid": service.pid, "untold": []}, 0) == (stopped.data, service.returncode)
-    assert 9 == sum(" order=" in line for line in log.splitlines())
+    assert 10 == sum(" order=" in line for line in log.splitlines())
+    assert ("attach", "5/xvda", "null:1G", "ok") == tuple(attached[key] for key in ("verb", "vbd", "to", "code"))
+    former = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause"
+    assert (former, "write=report") == (orders[2]["from"], orders[2]["to"])
+
+
+def test_a_detach_is_among_the_orders(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
+    """Who takes a disk away is remembered, and that it was done once it was; a disk that is not there is no order."""
+    control_socket = tmp_path / "control.sock"
+    service = _start(xenstored, control_socket, systemd)
+    attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
+    detach(toolstack, PATH, service=str(control_socket))
+    with pytest.raises(ConfigError, match="there is no disk 5/xvda"):
+        detach(toolstack, PATH, service=str(control_socket))
+
+    def orders() -> list[tuple[str, ...]]:
+        found = call(str(control_socket), {"verb": "orders"}).data
+        return [(each["verb"], each["vbd"], each["code"]) for each in found]
+
+    _wait_until(lambda: orders()[-1][-1] == "ok")
+    found = orders()
+    _stop(service)
+
+    assert [("attach", "5/xvda", "ok"), ("detach", "5/xvda", "ok")] == found
 
 
 def test_whoever_waits_no_longer_is_told_the_order(
@@ -373,7 +398,7 @@ def test_whoever_waits_no_longer_is_told_the_order(
     after = order()["code"]
     _stop(service)
 
-    assert (Code.UNDER_WAY, 1, "under-way", "ok") == (caught.value.answer.code, number, before, after)
+    assert (Code.UNDER_WAY, 2, "under-way", "ok") == (caught.value.answer.code, number, before, after)
 
 
 def test_a_service_that_is_being_replaced_does_not_say_that_there_is_no_disk(

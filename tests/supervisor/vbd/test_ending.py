@@ -153,4 +153,4 @@ def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
 
     [line] = [each for each in lines.getvalue().splitlines() if each.startswith("<2>")]
     assert "chain=null:7G" in line
-    assert "/last-chains" in line
+    assert DIRECTORY in line

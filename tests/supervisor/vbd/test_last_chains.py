@@ -27,7 +27,7 @@ def test_what_was_left_is_found_by_the_next_service(tmp_path: Path) -> None:
     assert 0o700 == file.parent.stat().st_mode & 0o777
     following.forget(PATH)
     following.forget(PATH)
-    assert ([], None, []) == (following.paths(), following.of(PATH), list(file.parent.iterdir()))
+    assert ([], None, False) == (following.paths(), following.of(PATH), file.parent.exists())
 
 
 def test_another_boot_s_guests_are_others(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     """Whoever would leave something hears where that is not possible, and by which name."""
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(KernelError, match=r"write .*/file/last-chains/vbd-0-5-51712.json"):
+    with pytest.raises(KernelError, match=r"write .*/file/xenbackend-last-chains/vbd-0-5-51712.json"):
         LastChains(tmp_path / "file").leave(PATH, _LAST)
 
 

@@ -97,6 +97,45 @@ def test_a_pause_holds_for_the_next_worker(serving: Stepped, lines: io.StringIO)
     assert "paused=False" in lines.getvalue()[len(again) :]
 
 
+def test_who_paused_a_disk_first_is_known(serving: Stepped) -> None:
+    """Another pause is one all the same, and takes the first one's name from nobody; after a resume it counts."""
+    codes = [ask(serving, "pause", by=by).code for by in ("first", "second")]
+    first = serving.vbd().orders.paused_by
+    ask(serving, "resume")
+    ask(serving, "pause", by="second")
+
+    assert ([Code.OK, Code.OK], "first", "second") == (codes, first, serving.vbd().orders.paused_by)
+
+
+def test_what_only_reads_is_known(serving: Stepped) -> None:
+    """A driver says which of its verbs somebody polls; a policy is asked for without one. All else changes things."""
+    serving.vbd().handover.note(chain="log:|log:|null:1G")
+    for layer, command, reads in (
+        ("0", "get", True), ("1", "status", True), ("0", "clear", False), ("2", "get", False), ("log", "get", False),
+        ("3", "get", False), ("0", "nonsense", False), (None, None, False),
+    ):  # fmt: skip
+        assert reads == serving.vbd().orders.only_reads("command", {"layer": layer, "command": command}), layer
+    assert [True, True, False, False] == [
+        serving.vbd().orders.only_reads(verb, request)
+        for verb, request in (
+            ("policy", {}), ("policy", {"policy": ""}), ("policy", {"policy": "write=report"}), ("pause", {}),
+        )
+    ]  # fmt: skip
+
+
+def test_a_detach_is_done_when_the_disk_is_over(serving: Stepped, toolstack: Store) -> None:
+    """Not before: the toolstack has taken the node away by then. It excludes nothing, also no second one."""
+    answers = [*begin(serving, "detach"), *begin(serving, "detach")]
+    waiting = [each.verb for each in serving.vbd().orders.under_way]
+    toolstack.remove(PATH.frontend)
+    toolstack.remove(PATH.backend)
+    told: list[Answer] = []
+    serving.vbd().orders.give("detach", {}, next(_NUMBERS), told.append)
+    serving.until(lambda: not serving.registry.vbds)
+
+    assert ([], ["detach", "detach"], [Code.OK]) == (answers, waiting, [each.code for each in told])
+
+
 def test_a_pause_without_a_worker_is_one_all_the_same(
     serving: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
 ) -> None:
@@ -246,15 +285,16 @@ def test_a_dry_run_changes_nothing(serving: Stepped, toolstack: Store) -> None:
     assert "null:1G" == toolstack.read(f"{PATH.backend}/params")
 
 
-@pytest.mark.parametrize("verb", BARRED_BY)
+@pytest.mark.parametrize("verb", REQUESTS)
 def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
     """What excludes what is the table, and nothing else: the second is refused with the name and number of the first;
     both get one answer each, and the first one's is its own.
     """
-    for other in BARRED_BY:
+    assert {*REQUESTS, "detach"} == set(BARRED_BY)  # the end of a disk excludes nothing
+    for other, request in REQUESTS.items():
         first = begin(serving, verb, **REQUESTS[verb])
         is_under_way = not first  # else it is done: it cannot exclude anything
-        second = begin(serving, other, **REQUESTS[other])
+        second = begin(serving, other, **request)
         is_refused = [each.code for each in second] == [Code.BUSY]
         serving.until(lambda: first and second)  # noqa: B023 - at once
 

@@ -93,6 +93,7 @@ class Log(Filter):
 
     name = "log"
     is_transparent = True
+    reading = frozenset({"status", "peek", "get"})
 
     @dataclass(frozen=True, slots=True)
     class Options:

@@ -13,12 +13,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xenbackend import log
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
@@ -28,8 +28,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.opening import Meaning
-from xenbackend.supervisor.service import former_settings, parent, zygote
+from xenbackend.supervisor.service import former_settings, zygote
 from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
@@ -48,10 +47,8 @@ from xenbackend.supervisor.vbd.inheritance import check_versions
 from xenbackend.supervisor.vbd.last_chains import LastChains, state_directory
 from xenbackend.supervisor.vbd.orders import ORDERS, text_of
 from xenbackend.supervisor.vbd.vbd import Vbd
+from xenbackend.supervisor.xenstore.paths import parse_backend_path
 from xenbackend.supervisor.xenstore.store import Store
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _CONTROL = "control"  # the control socket's name at the keeper
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -96,6 +93,7 @@ class Service:
         self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = False
         self._stops: list[Reply] = []  # of those who have ordered the stop
+        self._questions = 0  # that were no orders
         self._status_timer = self._loop.timer(self._tell_status)
         self._alive_timer = self._loop.timer(self._tell_alive)
         self._verbs: dict[str, Handler] = {
@@ -163,8 +161,12 @@ class Service:
             close, vbd = partial(self._ledger.close, entry["number"]), vbds.get(entry["vbd"])
             if vbd is None and not self._registry.has_taken_over:
                 awaited.append(entry)
+            elif vbd is None and entry["verb"] == "detach":
+                close(Answer(Code.OK))
             elif vbd is None:
                 close(Answer(Code.GONE, None, "the service ended before it was done"))
+            elif entry["verb"] == "attach":
+                self._loop.call_soon(partial(vbd.hotplug, close))
             else:
                 go_on = partial(vbd.orders.go_on, entry["verb"], entry["to"], entry["number"])
                 try:
@@ -257,10 +259,26 @@ class Service:
             raise ConfigError(f"there is no order {number!r:.40} among the last {REMEMBERED}")
         reply(Answer(Code.OK, [entry]))
 
-    def _hotplug(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
+    def _hotplug(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         if request.get("action") != "add":
             raise ConfigError("the action of a hotplug is add")
-        self._registry.hotplug(text_of(request, "path"), reply)
+        path = text_of(request, "path")
+        found = parse_backend_path(path, self._registry.domid)
+        if "chain" not in request or found is None:  # a toolstack's script
+            self._registry.hotplug(path, reply)
+            return
+        chain = text_of(request, "chain")  # of `xenbackend attach`
+        number = reply.order = self._ledger.open("attach", found[0].disk, asdict(peer), {"to": chain})
+
+        def answer(how: Answer) -> None:
+            if not (how.code is Code.GONE and self._leaves):  # the next service says what became of it
+                self._ledger.close(number, how)
+            reply(replace(how, order=number))
+
+        try:
+            self._registry.hotplug(path, answer)
+        except XenbackendError as error:
+            answer(Answer(code_of(error), None, str(error)))
 
     def _stop_by_order(self, _request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         """End, and answer at the very end."""
@@ -281,12 +299,16 @@ class Service:
             reply(answer)
 
     def _order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
-        """Give an order to a vbd: it has a number from now on, and is in the ledger until it has its answer."""
+        """Give an order to a vbd: it has a number from now on, and is in the ledger, unless it only reads."""
         if self._is_stopping:  # what it would note of the disk is about to be forgotten
             reply(Answer(Code.GONE, None, "the service is stopping"))
             return
         verb, vbd = str(request["verb"]), self._registry.find(text_of(request, "vbd"))
-        given = {"from": vbd.chain_in_service(), "to": request.get(_ORDERED.get(verb, ""), "")}
+        if vbd.orders.only_reads(verb, request):
+            self._questions += 1
+            self._give(vbd, partial(vbd.orders.give, verb, request, -self._questions), reply)
+            return
+        given = {"from": vbd.orders.former(verb), "to": request.get(_ORDERED.get(verb, ""), "")}
         is_dry_run = request.get("dry_run") is True
         number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
         reply.order, reply.known = number, vbd.orders.chain_data
@@ -353,58 +375,3 @@ def _rest(sentence: str, environment: Mapping[str, str]) -> None:
     Notifier(environment).status(sentence)
     print(f"xenbackend: {sentence}; until then it is tried again every {rest_s} s", file=sys.stderr, flush=True)
     time.sleep(float(rest_s))
-
-
-def run_detached(
-    settings: Settings, arguments: Sequence[str], environment: Mapping[str, str], pid_file: Path, log_file: Path
-) -> int:
-    """Check, then become a daemon that runs the service with these arguments, and again should it die.
-
-    Raises: XenbackendError while the operator still looks.
-    """
-    settings = _with_whole_paths(settings)
-    check(settings)
-    _check_pid_file(pid_file)
-    from daemon import DaemonContext  # only here: who stays in the foreground does not need it
-
-    try:
-        stream = log_file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-    except OSError as error:
-        raise ConfigError(f"{log_file}: cannot write the log there: {error.strerror}") from None
-    with DaemonContext(pidfile=_pid_file(pid_file), stdout=stream, stderr=stream, umask=0o077, signal_map={}):
-        try:
-            return parent.run(["run", *arguments], settings.socket, environment)
-        except XenbackendError as error:
-            log.get_logger("service").error(str(error))
-            sys.exit(1)
-
-
-def _with_whole_paths(settings: Settings) -> Settings:
-    """Return settings that mean the same from a daemon's directory, which is the root."""
-    store = str(Path(settings.store).absolute()) if settings.store else ""
-    return replace(settings, store=store, socket=str(Path(settings.socket).absolute()))
-
-
-def _check_pid_file(path: Path) -> None:
-    """Raise ConfigError when the file cannot be written, or names a service that runs."""
-    try:
-        with path.open("a+", encoding="ascii", errors="replace") as file:
-            file.seek(0)
-            pid = file.read(20).strip()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write the pid there: {error.strerror}") from None
-    with suppress(OSError):  # no such process: the file was left behind
-        if pid.isdecimal() and b"xenbackend" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            raise ConfigError(f"{path}: another xenbackend service runs as process {pid}")
-
-
-def _pid_file(path: Path) -> AbstractContextManager[None]:
-    @contextmanager
-    def hold() -> Iterator[None]:
-        path.write_text(f"{os.getpid()}\n", encoding="ascii")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-    return hold()

@@ -3,9 +3,9 @@
 Must not be believed of another vbd, nor after the host was booted anew, when the guest is another one.
 
 A stopping service waits for xenstore first (`ending`). The keeper is no place for this: systemd lets go of what it
-keeps when a service is stopped. So there is one file for each such vbd, ``vbd-0-5-51712.json``, in the directory that
-systemd names by ``STATE_DIRECTORY``, else in that of the control socket. It goes once ``params`` has been seen to say
-something else than a former chain, or the vbd is gone.
+keeps when a service is stopped, and of the unit's own directory. So there is one file for each such vbd,
+``vbd-0-5-51712.json``, in a directory below the one that ``STATE_DIRECTORY`` names, else below the control socket's. It
+goes once ``params`` has been seen to say something else than a former chain, or the vbd is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xenbackend.errors import KernelError
 from xenbackend.supervisor.vbd.inheritance import parse_prefix, prefix_of
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-DIRECTORY = "last-chains"
+DIRECTORY = "xenbackend-last-chains"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _MAX = 1 << 16  # bytes
 
@@ -35,7 +35,7 @@ class LastChain:
 
 
 def state_directory(environment: Mapping[str, str], socket: str) -> Path:
-    """Return where files may be left: in systemd's `STATE_DIRECTORY`, the first where it names several."""
+    """Return where files may be left: ``STATE_DIRECTORY``, the first where it names several, as systemd has it."""
     named = environment.get("STATE_DIRECTORY", "").split(":")[0]
     return Path(named) if named else Path(socket).parent
 
@@ -96,6 +96,7 @@ class LastChains:
         self.left.pop(path, None)
         with suppress(OSError):
             self._file(path).unlink(missing_ok=True)
+            self._directory.rmdir()
 
     def _file(self, path: VbdPath) -> Path:
         return self._directory / f"{prefix_of(path)}.json"

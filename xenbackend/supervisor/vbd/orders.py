@@ -9,6 +9,7 @@ Must not write xenstore, nor talk to a worker but by the vbd's link. What outliv
     policy            what becomes of requests that fail
     upgrade           another worker process serves the guest from now on
     command           a verb of one layer
+    detach            the toolstack takes the disk away; it is done when that is over
 """
 
 from __future__ import annotations
@@ -45,9 +46,15 @@ BARRED_BY: dict[str, frozenset[str]] = {
     "resume": frozenset(),
     "policy": frozenset(),
     "command": frozenset(),
+    "detach": frozenset(),
 }
 ORDERS = tuple(BARRED_BY)
-_AGAIN = ("pause", "resume", "policy")  # a service that finds one under way gives it once more: twice is as once
+_AGAIN = (
+    "pause",
+    "resume",
+    "policy",
+    "detach",
+)  # a service that finds one under way gives it once more: twice is as once
 
 
 @dataclass(slots=True)
@@ -104,6 +111,27 @@ class Orders:
             self._under_way.pop(number, None)  # whoever called answers
             raise
 
+    def only_reads(self, verb: str, request: Mapping[str, Any]) -> bool:
+        """Return whether what is asked changes nothing, so that nobody has to be able to find it among the orders."""
+        if verb == "policy":
+            return not request.get("policy")
+        if verb != "command":
+            return False
+        try:
+            layers = parse_chain(self._vbd.chain_in_service()).layers
+        except ConfigError:
+            return False
+        named = [
+            each.driver for place, each in enumerate(layers) if request.get("layer") in (each.driver.name, str(place))
+        ]
+        return len(named) == 1 and request.get("command") in named[0].reading
+
+    def former(self, verb: str) -> str:
+        """Return what an order changes, as it is before: the chain, or the policy; empty where it changes neither."""
+        if verb == "policy":
+            return str(Policy(self.policy))
+        return self._vbd.chain_in_service() if verb in ("set", "resize", "snapshot") else ""
+
     def looked(self) -> None:
         """Look whether the worker that an upgrade waits for is there, or cannot be."""
         for order in [each for each in self._under_way.values() if each.verb == "upgrade"]:
@@ -118,6 +146,9 @@ class Orders:
     def give_up(self, sentence: str, *, leaves: bool) -> None:
         """Answer everybody: the vbd has gone, or with `leaves` this service does, and the next one may go on."""
         for order in self.under_way:
+            if order.verb == "detach" and self._vbd.device.sight.is_over:
+                self._answer(order, Answer(Code.OK))
+                continue
             goes_on = leaves and (order.verb in _AGAIN or self._is_noted(order.number))
             code = Code.UNDER_WAY if goes_on else Code.GONE
             self._answer(order, Answer(code, sentence=sentence, data=self.chain_data()))
@@ -158,6 +189,8 @@ class Orders:
                 self._upgrade(order)
             case "command":
                 self._command(order, request)
+            case "detach":
+                self._under_way[order.number] = order  # `give_up` answers
 
     def _is_noted(self, number: int) -> bool:
         """Return whether the notes know of an exchange by this order: whether it is done will be found out, or is."""
@@ -171,7 +204,8 @@ class Orders:
             raise ConfigError(f"the disk is not in service: {device.error or stage}")
 
     def _pause(self, order: Order, by: str) -> None:
-        self._vbd.handover.note(paused=by)
+        if self._vbd.handover.notes.paused is None:  # else the first one has paused it
+            self._vbd.handover.note(paused=by)
         self._ask(order, messages.Pause(), lambda reply: self._paused(order, reply))
 
     def _paused(self, order: Order, reply: messages.Reply) -> None:

@@ -32,6 +32,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 CONNECT_TIMEOUT_S = 40.0  # libxl's for a hotplug script
 DETACH_TIMEOUT_S = 10.0  # libxl's
+_NOTE_S = 2.0  # for the service to take note
 _LOOK_S = 0.01  # between two looks for a device
 _SCRIPT = "/etc/xen/scripts/block-xenbackend"
 _TOKEN = "toolstack"  # noqa: S105 - a watch's token
@@ -96,7 +97,7 @@ def attach(
     store.transact(lambda nodes: _check_place(nodes, wanted))
     call(service, {"verb": "ping"})
     store.transact(lambda nodes: _write_backend(nodes, wanted))
-    request = {"verb": "hotplug", "action": "add", "path": wanted.path.backend}
+    request = {"verb": "hotplug", "action": "add", "path": wanted.path.backend, "chain": wanted.chain}
     try:
         answer = give_order(service, request, f"{wanted.path.disk}: attach", timeout_s, waiting)
     except BaseException as problem:
@@ -141,6 +142,7 @@ def detach(
     *,
     force: bool = False,
     waiting: Waiting | None = None,
+    service: str = "",
 ) -> None:
     """Ask both ends to let go of a vbd, wait, and remove its directories.
 
@@ -150,11 +152,13 @@ def detach(
         timeout_s: how long to wait for the backend to say Closed.
         force: take the frontend's directory away first, whatever the guest still does with the disk.
         waiting: called now and then.
+        service: the control socket of the service, which takes note of the order where it can; empty: of none.
 
     Raises: ConfigError when there is no such vbd; ServiceError with code UNDER_WAY when it is still in use and `force`
     is not given.
     """
     store.transact(lambda nodes: _request_removal(nodes, path, force=force))
+    number = _note_detach(service, path) if service else None
     node = f"{path.backend}/state"
     ended = (_S.UNKNOWN, _S.CLOSED)
     state = parse_state(_wait_for(store, node, lambda state: parse_state(state) in ended, timeout_s, waiting))
@@ -163,8 +167,17 @@ def detach(
             f"{path.disk}: detach is still under way, our state is {name(state)} after {timeout_s:g} s: the guest uses "
             "the disk, or no service runs; run the same again to go on, with --force whatever the guest does"
         )
-        raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence))
+        raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence, order=number))
     store.transact(lambda nodes: _remove(nodes, path))
+
+
+def _note_detach(service: str, path: VbdPath) -> int | None:
+    """Let the service know who detaches a disk, and return the order's number; None where it does not take it."""
+    try:
+        answer = call(service, {"verb": "detach", "vbd": path.disk, "wait": 0}, _NOTE_S)
+    except ServiceError as problem:  # it is still under way, of course
+        answer = problem.answer
+    return answer.order
 
 
 def _backend_keys(wanted: Attachment) -> dict[str, str]:
