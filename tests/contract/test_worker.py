@@ -178,6 +178,7 @@ def test_what_cannot_be_opened_is_told(candidate: Candidate) -> None:
 
     assert (Stage.IDLE, candidate.kind.broken, []) == (standing.stage, standing.chain, standing.layers)
     assert standing.failure
+    assert standing.is_mistake
     assert standing.errno
     assert replace(standing, number=again.number) == again
     assert 0 == candidate.worker.process.wait(10)

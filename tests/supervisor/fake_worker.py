@@ -69,7 +69,12 @@ class FakeWorker:
                 self.standing = replace(self.standing, is_paused=order.is_paused, export=order.export)
                 if order.chain == "null:2G":
                     self.standing = replace(
-                        self.standing, stage=Stage.IDLE, failure="null: it is broken", errno=5, export=""
+                        self.standing,
+                        stage=Stage.IDLE,
+                        failure="null: it is broken",
+                        errno=5,
+                        is_mistake=True,
+                        export="",
                     )
                 else:
                     self.standing = replace(self.standing, layers=[_layer(order.chain, read_only=order.read_only)])

@@ -160,6 +160,7 @@ class Standing:
     number        of the last order that it has taken
     stage         how far it is
     failure       why that order could not be done, with `errno`; empty: it could, or is on its way
+    is_mistake    that is a mistake of whoever named the chain, as `Code.INVALID` is of whoever asks
     chain         the one that is open, or would be; `layers` top first, empty while it is not open
     export        path of the socket on which a device model is served, empty where none is
     halted        which ring the frontend has broken, and how
@@ -176,6 +177,7 @@ class Standing:
     layers: list[LayerFacts] = field(default_factory=list)
     failure: str = ""
     errno: int = 0
+    is_mistake: bool = False
     export: str = ""
     halted: str = ""
     flush_failed: str = ""

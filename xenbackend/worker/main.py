@@ -54,7 +54,7 @@ class Worker:
         self._permit = find_permit()  # while this process may still open a file
         self._number = -1  # of the last order
         self._under_way: messages.Order | None = None  # the last order that changes something, until it is carried out
-        self._failure, self._errno = "", 0  # of that order
+        self._failure, self._errno, self._is_mistake = "", 0, False  # of that order
         self._exchange = ""  # the chain that is being put in
         self._pausing: list[int] = []  # questions to pause, until nothing is in flight
         self._has_ended = False
@@ -95,7 +95,14 @@ class Worker:
         stages = self._stages
         if stages is None:
             return messages.Standing(
-                self._number, Stage.IDLE, "", read_only=False, shareable=False, failure=self._failure, errno=self._errno
+                self._number,
+                Stage.IDLE,
+                "",
+                read_only=False,
+                shareable=False,
+                failure=self._failure,
+                errno=self._errno,
+                is_mistake=self._is_mistake,
             )
         connection = stages.connection
         return messages.Standing(
@@ -107,6 +114,7 @@ class Worker:
             layers=stages.layers,
             failure=self._failure,
             errno=self._errno,
+            is_mistake=self._is_mistake,
             export=stages.export,
             halted=connection.halted if connection else "",
             flush_failed=stages.flush_failed,
@@ -132,8 +140,8 @@ class Worker:
             if self._stages is not None:
                 self._stages.publish_counters()  # whoever asks may look at them next
         else:
-            self._under_way, self._failure, self._errno = order, "", 0
-            self._line.add(self._carry_out(order, _opener_of(order, fds), fds))
+            self._under_way, self._failure, self._errno, self._is_mistake = order, "", 0, False
+            self._line.add(self._carry_out(order, fds))
         self._channel.stand()
 
     def _report(self, order: messages.Report) -> Steps[None]:
@@ -141,9 +149,8 @@ class Worker:
         self._channel.stand()
         yield from ()
 
-    def _carry_out(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[None]:
-        """Do what an order says, and say how it went; `fds` are the descriptors beside it but for the opener's."""
-        failure, code = "", 0
+    def _carry_out(self, order: messages.Order, fds: list[int]) -> Steps[None]:
+        failure, code, is_mistake = "", 0, False
         try:
             if (yield from self._steps_of(order, opener, fds)):
                 return  # it comes again, with its opener
@@ -151,13 +158,12 @@ class Worker:
             os._exit(1)
         except XenbackendError as problem:
             failure, code = plain(str(problem)), getattr(problem, "errno", errno.EINVAL)
+            is_mistake = isinstance(problem, ConfigError | DriverError)
         except Exception as bug:  # whoever ordered it has to know
             self._on_bug(bug)
             failure, code = _of_bug(bug), errno.EIO
         if self._under_way is order:  # else nobody waits for it any more
-            self._under_way, self._failure, self._errno = None, failure, code
-        if opener is not None:
-            opener.close()
+            self._under_way, self._failure, self._errno, self._is_mistake = None, failure, code, is_mistake
         self._channel.stand()
 
     def _steps_of(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[bool]:

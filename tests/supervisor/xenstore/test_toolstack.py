@@ -10,6 +10,8 @@ import pytest
 
 from tests.supervisor.helpers import PATH, Stepped, offer_ring
 from xenbackend.errors import ChainError, ConfigError, XenbackendError
+from xenbackend.protocol.client import ServiceError
+from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.xenstore.paths import libxl_path
@@ -70,11 +72,14 @@ def test_attach_and_detach(service: str, toolstack: Store, guest: Store) -> None
 
 
 def test_chain_that_does_not_open_is_told_and_taken_back(service: str, toolstack: Store, guest: Store) -> None:
-    """The service's sentence reaches the operator, the guest never sees the disk, and nothing is left."""
+    """The service's sentence reaches the operator, the guest never sees the disk, and nothing is left. Whose mistake it
+    is decides the code, as with `set`.
+    """
     del guest
-    with pytest.raises(XenbackendError, match="null: it is broken"):
+    with pytest.raises(ServiceError, match="null: it is broken") as caught:
         attach(toolstack, Attachment(PATH, "null:2G"), service)
 
+    assert Code.INVALID is caught.value.answer.code
     assert [[], [], []] == [toolstack.directory(each) for each in (PATH.backend, PATH.frontend, libxl_path(PATH))]
 
 

@@ -57,10 +57,10 @@ class Arrival:
         """Make good at once what was begun: the service ends. Raises: StoreError."""
         self._taking.give_back()
 
-    def tell(self, hotplug: str, error: str) -> None:
-        """Tell all scripts that wait what ``hotplug-status`` says, ``connected`` or not, and why not."""
-        is_open = hotplug == "connected"
-        self.answer(Answer(Code.OK, "connected") if is_open else Answer(Code.FAILED, None, error))
+    def tell(self, hotplug: str, error: str, *, is_mistaken: bool) -> None:
+        """Tell all scripts that wait what ``hotplug-status`` says, ``connected`` or not, and why not, whose mistake."""
+        code = Code.INVALID if is_mistaken else Code.FAILED
+        self.answer(Answer(Code.OK, "connected") if hotplug == "connected" else Answer(code, None, error))
 
     def answer(self, answer: Answer) -> None:
         """Tell all scripts that wait."""

@@ -73,8 +73,8 @@ class Device:
         `pid` is the service's, by which `xentop` finds the counters; `has_past`: an earlier service had the vbd.
         """
         self.path = path
-        self.is_leaving = False
-        self._is_stopping = self._is_unfinished = False
+        self.is_leaving = self._is_mistake = False
+        self._is_stopping = False
         self.sight = Sight(path, has_past=has_past)
         self._reasons = Reasons()
         self._aims = Aims(self.sight, self._reasons, limits, pid)
@@ -109,6 +109,12 @@ class Device:
     def error(self) -> str:
         """A sentence for the operator, empty while all is well."""
         return self._reasons[self._reasons.first] if self._reasons.first else ""
+
+    @property
+    def is_mistaken(self) -> bool:
+        """Whether the chain is a mistake of whoever named it, where that is why the disk is not served."""
+        is_unusable = bool(self._reasons[Reason.CANNOT_OPEN]) and self._is_mistake
+        return is_unusable or bool(self._reasons[Reason.BAD_KEYS])
 
     @property
     def reason(self) -> str:
@@ -210,7 +216,8 @@ class Device:
             said = f"{stage.value}{' and failed' * has_failed}, while it was {former.value}"
             return [events.Kill(f"the worker was killed: it says that it is {said}", is_breach=True)]
         if has_failed:
-            self._fail(standing.failure, standing.errno)
+            self._is_mistake = standing.is_mistake
+            self._fail(standing.failure)
             return []
         if former is Phase.OPENING and standing.layers and self.is_waited_for() and self._was_told_of(standing.chain):
             self._reasons.say(Reason.OTHER_SIZE, shrinkage(standing.layers[0], self.sight.keys or {}))

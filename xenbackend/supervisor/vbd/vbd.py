@@ -116,7 +116,8 @@ class Vbd:
             self._guarded(self._show)
             self._guarded(self.orders.looked)
             if self.device.sight.hotplug and "node" not in self._must_look:
-                self._guarded(self._arrival.tell, self.device.sight.hotplug, self.device.error)
+                tell = partial(self._arrival.tell, is_mistaken=self.device.is_mistaken)
+                self._guarded(tell, self.device.sight.hotplug, self.device.error)
 
     def hotplug(self, reply: Reply) -> None:
         """Do what the toolstack's hotplug script asks for: serve the vbd.
