@@ -30,6 +30,13 @@ def served(xenstored: Xenstored, toolstack: Store, guest: Store, directory: Path
     return stepped
 
 
+def stop(stepped: Stepped) -> None:
+    """Stop, and let every worker close its disk."""
+    stepped.registry.stop()
+    stepped.until(lambda: not stepped.registry.vbds)
+    stepped.close()
+
+
 def files(directory: Path) -> list[str]:
     """Return the files that were left for the next service."""
     return sorted(each.name for each in (directory / DIRECTORY).glob("*"))
@@ -70,12 +77,12 @@ def test_the_next_service_serves_the_chain_that_was_in_service(
 
     So it is where nothing that was kept comes to the next service: systemd lets go of all that when a unit is stopped.
     """
-    monkeypatch.setattr(ending, "WAIT_S", 0.1)
+    monkeypatch.setattr(ending, "WAIT_S", 0.5)
     stepped = served(xenstored, toolstack, guest, tmp_path)
     if leaves:
         stepped.leave()
     else:
-        stepped.close()
+        stop(stepped)
     left = files(tmp_path)
     xenstored.start()
     with Store(xenstored.address) as store:
@@ -89,12 +96,27 @@ def test_the_next_service_serves_the_chain_that_was_in_service(
         assert (["vbd-0-5-51712.json"], "null:1G", "null:7G") == (left, params, chain)
 
 
+def test_a_service_ends_whatever_is_unfinished(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies while it closes the disk has no successor that could serve the guest without xenstore: the
+    service ends in time all the same, and leaves its file.
+    """
+    monkeypatch.setattr(ending, "WAIT_S", 1.0)
+    stepped = served(xenstored, toolstack, guest, tmp_path)
+    worker = stepped.vbd().worker
+    worker.kill("the test wants it")
+    stop(stepped)
+
+    assert ["vbd-0-5-51712.json"] == files(tmp_path)
+
+
 def test_a_node_that_was_made_anew_is_another_vbd_s(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was left of a vbd is not for the one that a toolstack makes in its place while no service runs."""
-    monkeypatch.setattr(ending, "WAIT_S", 0.0)
-    served(xenstored, toolstack, guest, tmp_path).close()
+    monkeypatch.setattr(ending, "WAIT_S", 0.5)
+    stop(served(xenstored, toolstack, guest, tmp_path))
     xenstored.start()
     with Store(xenstored.address) as store:
         store.remove(PATH.backend)
@@ -110,8 +132,8 @@ def test_what_was_left_of_a_vbd_that_is_gone_goes(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that has ended while no service ran leaves no file for one that gets its number."""
-    monkeypatch.setattr(ending, "WAIT_S", 0.0)
-    served(xenstored, toolstack, guest, tmp_path).close()
+    monkeypatch.setattr(ending, "WAIT_S", 0.5)
+    stop(served(xenstored, toolstack, guest, tmp_path))
     xenstored.start()
     with Store(xenstored.address) as store:
         store.remove(PATH.backend)
@@ -147,9 +169,9 @@ def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where no file can be written the log is the last that knows which chain has the guest's data."""
-    monkeypatch.setattr(ending, "WAIT_S", 0.0)
+    monkeypatch.setattr(ending, "WAIT_S", 0.5)
     (tmp_path / DIRECTORY).write_text("not a directory")
-    served(xenstored, toolstack, guest, tmp_path).close()
+    stop(served(xenstored, toolstack, guest, tmp_path))
 
     [line] = [each for each in lines.getvalue().splitlines() if each.startswith("<2>")]
     assert "chain=null:7G" in line

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from xenbackend.errors import KernelError, StoreError
 from xenbackend.supervisor.vbd.context import Context
-from xenbackend.supervisor.vbd.events import Expired
+from xenbackend.supervisor.vbd.events import Stop
 from xenbackend.supervisor.vbd.last_chains import LastChain
 from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
@@ -35,7 +35,8 @@ class Ending:
         self._nodes = nodes
         self._log = log
         self._give_up_at = 0.0
-        self._timer = context.loop.timer(lambda: vbd.handle(Expired()))  # which looks whether it may end now
+        self._has_said = False
+        self._timer = context.loop.timer(lambda: vbd.handle(Stop(vbd.device.is_leaving)))  # whatever is unfinished
 
     def find(self) -> bool:
         """Go on with what an earlier service has left in a file, and return whether it has."""
@@ -52,16 +53,24 @@ class Ending:
             if not handover.notes.stale_params:
                 self._context.last_chains.forget(self._vbd.path)
 
+    def begin(self) -> None:
+        """Leave word at once: a service that stops may be killed before it has ended. From now on its time counts."""
+        self._give_up_at = self._context.loop.now() + WAIT_S
+        self._timer.set(self._give_up_at)
+        notes = self._vbd.handover.notes
+        if notes.stale_params and not self._vbd.device.sight.is_over:
+            with suppress(KernelError):  # `end` tries again, and says so
+                self._leave()
+
     def may_end(self) -> bool:
         """Return whether the vbd may be forgotten now; else it is asked again, by an event."""
         if self._vbd.device.is_leaving or self._is_told():
             return True
-        now = self._context.loop.now()
-        if not self._give_up_at:
-            self._give_up_at = now + WAIT_S
-            self._timer.set(self._give_up_at)
+        is_late = self._context.loop.now() >= self._give_up_at
+        if not is_late and not self._has_said:
+            self._has_said = True
             self._log.say("warning", _WAITS, chain=self._vbd.chain_in_service(), seconds=f"{WAIT_S:.0f}")
-        return now >= self._give_up_at
+        return is_late
 
     def end(self) -> None:
         """Leave a file where one is needed: also where the next service is to have the notes, which it may not get."""
