@@ -383,10 +383,10 @@ class World:
             service.stop(number)
 
     def _may_forget(self) -> bool:
-        """Return whether a stop in order loses nothing that the guests go by: no exchange may be under way."""
+        """Return whether a stop in order loses nothing: no exchange is under way, and what is unfinished can be done."""
         service: Any = self.service.service if self.service else None
         notes = [vbd.handover.notes for vbd in service._registry.vbds.values()]
-        return all(each.exchange is None for each in notes)
+        return self.xenstored.is_up and all(each.exchange is None for each in notes)
 
     def _step_xenstore(self) -> None:
         if self.xenstored.is_up:
