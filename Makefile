@@ -11,7 +11,7 @@ CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-all test-images test-fuzz test-model test-orders test-xen chaos bench-xen bench deb clean
+.PHONY: run test test-all test-images test-fuzz test-model test-orders test-xen chaos bench-xen bench deb deb-former clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -80,6 +80,16 @@ deb:  ## a Debian package, in dist/
 		build/deb/source/debian/control
 	cd build/deb/source && dpkg-buildpackage --build=binary --no-sign
 	mv build/deb/xenbackend_*_all.deb dist/
+
+# The last release's, for the test of an upgrade on Xen; in dist/former.
+FORMER = $(shell sed -n 's/^COMMIT = "\([^"]*\)".*/\1/p' tests/former_release.py)
+deb-former:
+	rm -rf build/deb-former
+	mkdir -p build/deb-former/source dist/former
+	git archive $(FORMER) debian systemd udev xenbackend pyproject.toml README.md LICENSE CHANGELOG.md \
+		| tar --extract --directory=build/deb-former/source
+	cd build/deb-former/source && dpkg-buildpackage --build=binary --no-sign
+	mv build/deb-former/xenbackend_*_all.deb dist/former/
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "xenbackend needs Python 3.11 or newer" >&2; exit 1; }

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.xen.tools.command import run
+from tests.xen.test_kills import complaints, wait_until_served
+from tests.xen.tools.command import run, until
 from tests.xen.tools.disks import blank, head
+from tests.xen.tools.guest import Guest
+from tests.xen.tools.load import Load
 from tests.xen.tools.service import Service, attached
 
 PACKAGE = next(Path("/parcel").glob("xenbackend_*_all.deb"), None)
+FORMER = next(Path("/parcel/former").glob("xenbackend_*_all.deb"), None)
 OF_PIP = "/opt/xenbackend/bin/xenbackend"
+OF_PACKAGE = "/usr/bin/xenbackend"
 DEVICE = Path("/dev/xvdq")
 PLACES = ("etc", "run", "usr/bin", "usr/lib", "usr/share", "var/lib")
 WORD = b"written before the upgrade"
@@ -54,3 +59,67 @@ def test_from_installation_to_purge(nothing_installed: None, on_ext4: Path) -> N
     assert b"/usr/bin/xenbackend" in command
     assert WORD == content
     assert (False, []) == (Service().is_active(), ours())
+
+
+def wait_until_written(guest: Guest) -> None:
+    """Return when the guest's xvdb has taken more writes than just now, as the guest counts: whoever serves it."""
+
+    def writes() -> int:
+        return int(guest.run("cat /sys/block/xvdb/stat").split()[4])
+
+    before = writes()
+    until("xvdb is written", lambda: writes() > before)
+
+
+def renumbered(version: str, directory: Path) -> Path:
+    """Return the package with another version; what is in it is the same."""
+    tree, package = directory / version, directory / f"xenbackend_{version}_all.deb"
+    run("dpkg-deb", "--raw-extract", PACKAGE, tree)
+    control = tree / "DEBIAN/control"
+    lines = [
+        f"Version: {version}" if line.startswith("Version:") else line for line in control.read_text().splitlines()
+    ]
+    control.write_text("\n".join(lines) + "\n")
+    run("dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, package)
+    return package
+
+
+@pytest.mark.skipif(FORMER is None, reason="no package of the last release was built: make deb-former")
+def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_ext4: Path, tmp_path: Path) -> None:
+    """A guest's disk of the last release is served on by the service that is installed over it, and by a new worker;
+    and by the next service, with the same worker: fio in the guest finds every block right. To go back to an older
+    version is refused for as long as the guest has its disk, and changes nothing.
+    """
+    following, later = renumbered("0.1.0+1", tmp_path), renumbered("0.1.0+2", tmp_path)
+    run("dpkg", "--install", FORMER)
+    image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
+    services, chain = [Service().pid], f"log:|aio:{image}"
+    run(OF_PACKAGE, "attach", linux.domid, "xvdb", chain, "--wait")
+    try:
+        load = Load(linux, "xvdb")
+        wait_until_written(linux)
+        workers = [wait_until_served(linux)]
+        run("dpkg", "--install", following)
+        workers.append(wait_until_served(linux, but_not_by=workers[-1]))
+        wait_until_written(linux)
+        services.append(Service().pid)
+        run("dpkg", "--install", later)
+        services.append(Service().pid)
+        workers.append(wait_until_served(linux))
+        wait_until_written(linux)
+        refused = run("dpkg", "--install", following, check=False)
+        services.append(Service().pid)
+        workers.append(wait_until_served(linux))
+        load.stop()
+        version = run("dpkg-query", "--show", "--showformat=${Version}", "xenbackend").out
+        errors = Service().disk(linux.domid, "xvdb")["counters"]["errors"]
+    finally:
+        run(OF_PACKAGE, "detach", linux.domid, "xvdb", "--force", check=False)
+
+    assert ([], 0) == (complaints(linux, since), errors)
+    assert 0 not in services
+    assert (3, 2) == (len(set(services)), len(set(workers)))
+    assert (workers[1], services[2]) == (workers[3], services[3])
+    assert (True, "0.1.0+2") == (refused.status != 0, version)
+    assert f"guests have disks: {linux.domid}/xvdb" in refused.err + refused.out
+    assert "cannot take over disks" in refused.err + refused.out

@@ -37,8 +37,10 @@ def pack(directory: Path, arguments: Sequence[str]) -> Path:
     (tree / "out").mkdir()
     (tree / "arguments").write_text("".join(f"{each}\n" for each in arguments))
     shutil.copy(START, tree)
-    for package in (PROJECT / "dist").glob("xenbackend_*_all.deb"):
-        shutil.copy(package, tree)
+    for place in (".", "former"):  # the last release's is for the test of an upgrade
+        (tree / place).mkdir(exist_ok=True)
+        for package in (PROJECT / "dist" / place).glob("xenbackend_*_all.deb"):
+            shutil.copy(package, tree / place)
     size = sum(file.stat().st_size for file in tree.rglob("*") if file.is_file())
     with image.open("wb") as file:
         file.truncate(size * 2 + ROOM_FOR_RESULTS)
