@@ -36,7 +36,7 @@ class Ending:
         self._log = log
         self._give_up_at = 0.0
         self._has_said = False
-        self._timer = context.loop.timer(lambda: vbd.handle(Stop(vbd.device.is_leaving)))  # whatever is unfinished
+        self._timer = context.loop.timer(self._give_up)
 
     def find(self) -> bool:
         """Go on with what an earlier service has left in a file, and return whether it has."""
@@ -85,6 +85,18 @@ class Ending:
             self._log.say("critical", _UNTOLD, chain=chain, reason=str(error))
         else:
             self._log.say("warning", _LEFT, chain=chain, file=str(file))
+
+    def _give_up(self) -> None:
+        """End whatever is unfinished, where that cannot be done without xenstore."""
+        if self._context.store.is_connected:
+            self._timer.set(self._context.loop.now() + WAIT_S)
+            self._vbd.look_soon(node=True)
+        else:
+            self._vbd.handle(Stop(self._vbd.device.is_leaving))
+
+    def _leave(self) -> Path:
+        last = LastChain(self._vbd.chain_in_service(), self._vbd.handover.notes.stale_params)
+        return self._context.last_chains.leave(self._vbd.path, last)
 
     def _is_told(self) -> bool:
         if not self._vbd.handover.notes.stale_params or self._vbd.device.sight.is_over:
