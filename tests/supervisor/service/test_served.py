@@ -236,6 +236,7 @@ def test_a_service_takes_over_from_another_one(
         assert worker == stepped.vbd().worker.pid
     known = describe(stepped.vbd())
     answer = stepped.give("command", layer="log", command="get")
+    said = lines.getvalue()
     with closing(stepped):
         assert before == toolstack.dictionary(PATH.backend)
 
@@ -243,7 +244,7 @@ def test_a_service_takes_over_from_another_one(
     assert ["journal", "notes", "pidfd", "worker"] == [name.split(".")[1] for name in counts[0][1] if "vbd-" in name]
     assert (7, "null:1G", "log []") == (known["counters"]["reads"], known["layers"][0]["layer"], answer.data)
     assert not [name for name in kept.fds if "vbd-" in name]
-    assert "rejoining" not in lines.getvalue()
+    assert "rejoining" not in said
 
 
 def test_a_vbd_that_went_while_there_was_no_service_is_closed_and_forgotten(
