@@ -80,6 +80,11 @@ class Place:
         return self.truth is not None
 
     @property
+    def has_domain(self) -> bool:
+        """Whether its domain lives."""
+        return self._guest is not None
+
+    @property
     def is_leaving(self) -> bool:
         """Whether the toolstack has asked for its removal."""
         return self._removal_at is not None
@@ -350,7 +355,7 @@ class Place:
         assert truth is not None
         world.answered += 1
         self.answers += 1
-        if truth.is_paused:
+        if truth.is_paused and not self.is_leaving:  # what a dead worker had taken is done before a disk is closed
             world.blame(f"{self}: a request was answered although the disk is paused")
         image = world.images.of_chain(truth.chain)
         if place < 0 or image is None:

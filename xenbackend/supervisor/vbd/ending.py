@@ -75,9 +75,11 @@ class Ending:
     def end(self) -> None:
         """Leave a file where one is needed: also where the next service is to have the notes, which it may not get."""
         self._timer.set(None)
-        notes, path, chain = self._vbd.handover.notes, self._vbd.path, self._vbd.chain_in_service()
-        if self._vbd.device.sight.is_over or not notes.stale_params:
-            self._context.last_chains.forget(path)
+        device, handover, chain = self._vbd.device, self._vbd.handover, self._vbd.chain_in_service()
+        if not device.is_leaving and handover.agreed() is not None and self._is_waited_for():
+            self._log.say("critical", UNFINISHED)
+        if device.sight.is_over or not handover.notes.stale_params:
+            self._context.last_chains.forget(self._vbd.path)
             return
         try:
             file = self._context.last_chains.leave(path, LastChain(chain, notes.stale_params))
@@ -85,6 +87,15 @@ class Ending:
             self._log.say("critical", _UNTOLD, chain=chain, reason=str(error))
         else:
             self._log.say("warning", _LEFT, chain=chain, file=str(file))
+
+    def _is_waited_for(self) -> bool:
+        """Return whether there is a guest that has rings: it may have gone since the last look."""
+        if not self._vbd.device.is_waited_for():
+            return False
+        try:
+            return self._nodes.read_frontend("state") is not None
+        except StoreError:
+            return True
 
     def _give_up(self) -> None:
         """End whatever is unfinished, where that cannot be done without xenstore."""
