@@ -11,7 +11,7 @@ CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-all test-images test-fuzz test-model test-orders test-xen chaos bench-xen bench deb deb-former clean
+.PHONY: run test test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos bench-xen bench deb clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -58,6 +58,11 @@ test-orders: $(VENV)/.dev  ## the control plane in one process, with kills and s
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage
 	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t \
 		--seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
+
+# N=messages; it goes on where the last run of the same seed has ended, and may be ended anywhere; ANEW=1 begins again.
+fuzz: $(VENV)/.dev  ## hostile ring messages, rewritten while they are read; the figures are build/fuzz-SEED.json
+	exec nice $(CONTAINED) $(BIN)/python -m tests.ring_fuzz --messages $(or $(N),1000000) --seed $(or $(S),1) \
+		--json build/fuzz-$(or $(S),1).json $(if $(ANEW),--anew)
 
 # K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
 # The first time it builds an image, which only root can.

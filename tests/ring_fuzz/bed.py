@@ -1,0 +1,237 @@
+"""What messages are sent to: a connection as a worker has it, a guest with good and bad pages, and neighbours.
+
+Must not choose a message, nor forgive one: whatever is not as it has to be raises `Violation`.
+
+The neighbours are the other ring of the same disk, whose data is verified, the disk's first half, pages that the guest
+has not granted for writing, and another domain that has granted pages under the same numbers.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from random import Random
+
+from tests.driven import DOMID
+from tests.ring_fuzz.judge import Agreement, Verdict
+from tests.ring_fuzz.messages import ATTACKED, POOL, SECTORS
+from tests.ring_fuzz.rewriter import Rewriter
+from tests.served import HeldDisk, Served
+from tests.workload import Load, make_model
+from xenbackend.blkif.abi import BLKIF_OP_READ, RSP_PROD, X86_32, X86_64
+from xenbackend.block.driver import Geometry
+from xenbackend.block.request import Op, Request
+from xenbackend.rig.frontend import Wishes
+from xenbackend.rig.guest import Guest
+from xenbackend.rig.pattern import DiskModel
+from xenbackend.rig.table import ENTRIES
+from xenbackend.units import PAGE, SECTOR
+from xenbackend.worker.barrier import Barrier
+
+LISTS = 128  # list pages, one for each slot of the largest ring that is used
+GNTST = (-1, -2, -3, -8, -9, -10, -11, -12)  # grant_table.h
+ORDERS = (0, 0, 0, 1, 2)  # of rings
+CANARY = b"canary" * 1024
+
+
+class Violation(Exception):
+    """Something that no message may lead to."""
+
+
+class SternDisk(HeldDisk):
+    """A disk that knows what may reach it.
+
+    allowed   by the id of a message, what of it the disk may see
+    open      ids of messages of which it may see any read
+    attacked  the queue that messages come from
+    wrong     the first thing that should not have come; an exception would be the engine's to contain
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SECTORS * SECTOR)
+        self.allowed: dict[int, set[tuple[int, int, int]]] = {}
+        self.open: set[int] = set()
+        self.attacked: object = None
+        self.read_only = False
+        self.wrong = ""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests that lie on the disk, and that somebody may have asked for."""
+        for request in batch:
+            self.wrong = self.wrong or self._look_at(request)
+        self.seen.clear()
+        super().submit(batch)
+
+    def _look_at(self, request: Request) -> str:
+        tag = request.tag
+        record = tag.record if isinstance(tag, Barrier) else tag
+        length = sum(map(len, request.iov))
+        if request.op in (Op.READ, Op.WRITE) and length != request.length:
+            return f"a request of {request.length} bytes with {length} bytes of memory"
+        if request.offset < 0 or request.offset + request.length > len(self.content):
+            return f"bytes from {request.offset} on, {request.length} of them, reached the disk"
+        if self.read_only and request.op not in (Op.READ, Op.FLUSH):
+            return f"operation {request.op} reached a disk that is read-only"
+        if record.owner is self.attacked:
+            seen = (int(request.op), 0 if request.op == Op.FLUSH else request.offset, request.length)
+            allowed = self.allowed.get(record.guest_id, set())
+            if record.guest_id in self.open and request.op == Op.READ:
+                return ""
+            if seen not in allowed and not (request.op == Op.FLUSH and isinstance(tag, Barrier)):
+                return f"{seen} reached the disk for message {record.guest_id:#x}, which says {allowed}"
+        return ""
+
+
+class Bed:
+    """One guest, served again and again. A process has one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.disk = SternDisk()
+        self.vbd = Served(directory, self.disk)
+        self.vbd.policy = "enospc=report,read=report,write=report"
+        guest = self.guest = self.vbd.guest
+        self._fill_pool(guest)
+        self._fill_neighbour(directory)
+        self.rewriter = Rewriter(guest._memory_fd)
+        self.load: Load
+        self.model: DiskModel
+        self.agreed: Agreement
+        self._held_at_start = 0
+        self._open_at_start = 0
+
+    def _fill_pool(self, guest: Guest) -> None:
+        """Make the pages that messages name: good ones first, then ones that fail in every way there is."""
+        frames = guest.allocate(POOL + LISTS)
+        self.grefs: list[int] = []
+        self.frames: dict[int, int] = {}
+        self.writable: set[int] = set()
+        self.readable: set[int] = set()
+        self.silent: list[memoryview] = []  # pages that nobody may write to
+        for place, frame in enumerate(frames[:POOL]):
+            only_read = 40 <= place < 48
+            foreign = 48 <= place < 52
+            gref = guest.grant(frame, read_only=only_read, domid=7 if foreign else 0)
+            self.grefs.append(gref)
+            self.frames[gref] = frame
+            if place >= 52 and place < 52 + len(GNTST):
+                guest.fail(gref, GNTST[place - 52])
+            elif place < 40 or place >= 60:
+                self.writable.add(gref)
+                self.readable.add(gref)
+            elif only_read:
+                self.readable.add(gref)
+            if gref not in self.writable:
+                guest.page(frame)[:] = CANARY[:PAGE]
+                self.silent.append(guest.page(frame))
+        self.lists: list[int] = []
+        for frame in frames[POOL:]:
+            gref = guest.grant(frame, read_only=True)
+            self.lists.append(gref)
+            self.frames[gref] = frame
+            self.readable.add(gref)
+
+    def _fill_neighbour(self, directory: Path) -> None:
+        self.neighbour = Guest(directory, DOMID + 1, pages=POOL)
+        for frame in self.neighbour.allocate(POOL):
+            self.neighbour.grant(frame)
+            self.neighbour.page(frame)[:] = CANARY[:PAGE]
+
+    def connect(self, random: Random) -> None:
+        """Serve the guest anew, agreed on otherwise."""
+        vbd = self.vbd
+        layout = random.choice((X86_64, X86_64, X86_32))
+        order, persistent = random.choice(ORDERS), random.random() < 0.5
+        read_only, can_flush, can_discard = random.random() < 0.15, random.random() < 0.9, random.random() < 0.8
+        start = random.choice((0, 0, 2**31 - 9, 2**32 - 9, random.getrandbits(32)))
+        vbd.geometry = Geometry(
+            SECTORS * SECTOR, read_only=read_only, can_flush=can_flush, can_discard=can_discard,
+            discard_granularity=SECTOR,
+        )  # fmt: skip
+        wishes = Wishes(layout, ring_order=order, queues=2, persistent=persistent, indirect=64, start_index=start)
+        del vbd.nodes.values
+        vbd.nodes.values = {
+            f"/local/domain/{DOMID}/device/vbd/51712/backend": f"/local/domain/0/backend/vbd/{DOMID}/51712"
+        }
+        self.disk.content[:] = bytes(len(self.disk.content))
+        self.disk.errors, self.disk.holding, self.disk.read_only = {}, False, read_only
+        self.disk.attacked = None
+        self._open_at_start, self._held_at_start = len(os.listdir("/proc/self/fd")), sum(vbd.xen.held().values())
+        frontend = vbd.connect(wishes)
+        self.hostile = frontend.rings.pop()
+        self.queue = vbd.engine.queues[1]
+        self.disk.attacked = self.queue
+        self.model = make_model(random.getrandbits(32), ATTACKED, can_discard=can_discard and not read_only)
+        if read_only:
+            self.model.operations = (BLKIF_OP_READ,)  # type: ignore[misc]
+        self.load = Load(frontend, self.model)
+        self.agreed = Agreement(
+            layout, SECTORS, read_only, can_flush, can_discard, 256,
+            dict.fromkeys(self.readable), dict.fromkeys(self.writable), frozenset(self.lists),
+            lambda gref: self.guest.page(self.frames[gref]), self._is_strange,
+        )  # fmt: skip
+
+    def _is_strange(self, gref: int) -> bool:
+        return gref not in self.frames and gref < ENTRIES and self.guest.table.entries[gref] != 0
+
+    def step(self) -> None:
+        """Let the worker's loop pass once."""
+        self.vbd.step()
+
+    def is_harmless(self, verdict: Verdict) -> bool:
+        """Return whether what it does to the disk is not what a guest does to its own first half."""
+        if verdict.is_strange:
+            return False
+        if verdict.is_open:
+            return verdict.operation == 0 or self.agreed.read_only
+        if verdict.disk is None or verdict.disk[0] in (0, 2):
+            return True
+        return verdict.disk[1] >= ATTACKED * SECTOR
+
+    def disconnect(self) -> None:
+        """Let the worker go, and see that it has left nothing and touched nothing."""
+        vbd = self.vbd
+        self.disk.holding = False
+        if self.disk.held:
+            self.disk.give_back()
+        self.load.finish()
+        for _ in range(4):
+            if vbd.disconnect():
+                break
+        else:
+            raise Violation("the worker does not let go of the rings")
+        self._see_that_nothing_is_left()
+        self._see_that_nothing_was_touched()
+        self.hostile.ring.index[RSP_PROD] = 0
+        for ring in (*vbd.frontend.rings, self.hostile):
+            ring.close()  # which raises where a page is still mapped
+        gc.collect()
+        opened = len(os.listdir("/proc/self/fd"))
+        if opened != self._open_at_start:
+            raise Violation(f"{opened} descriptors are open where {self._open_at_start} were")
+        vbd.complaints.clear()
+        vbd.halted.clear()
+
+    def _see_that_nothing_is_left(self) -> None:
+        vbd = self.vbd
+        held = vbd.xen.held()
+        if sum(held.values()) != self._held_at_start:
+            raise Violation(f"the worker still holds {held}")
+        if vbd.bugs:
+            raise Violation(f"a bug came to the loop: {vbd.bugs[0]!r}") from vbd.bugs[0]
+        if vbd.alarms:
+            raise Violation(f"an alarm: {vbd.alarms[0]}")
+
+    def _see_that_nothing_was_touched(self) -> None:
+        if any(bytes(page) != CANARY[:PAGE] for page in self.silent):
+            raise Violation("a page was written to that the guest had not granted for it")
+        if self.neighbour.memory != CANARY[:PAGE] * POOL:
+            raise Violation("another domain's memory was written to")
+        if self.vbd.xen.held(DOMID + 1) != {"mappings": 0, "pins": 0, "ports": 0}:
+            raise Violation("another domain's page is mapped")
+
+    def close(self) -> None:
+        """Release everything."""
+        self.rewriter.close()
+        self.neighbour.close()
+        self.vbd.close()

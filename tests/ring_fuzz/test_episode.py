@@ -1,0 +1,72 @@
+"""The ring fuzzer itself: it finds what is known to be wrong, and what is right passes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ring_fuzz import messages
+from tests.ring_fuzz.__main__ import CORPUS, Figures
+from tests.ring_fuzz.bed import Bed
+from tests.ring_fuzz.episode import Episode, Tally
+from tests.ring_fuzz.wrong import WRONG
+
+pytestmark = pytest.mark.slow  # each starts a process
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_found(wrong: str) -> None:
+    """Each defence that is taken out is missed within some episodes."""
+    command = [sys.executable, "-m", "tests.ring_fuzz", "--episodes", "0-12", "--wrong", wrong]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    assert 1 == found.returncode
+    assert re.search(r"^episode \d+: (Violation|BackendMisbehaved): ", found.stderr, re.MULTILINE), found.stderr
+
+
+def test_kept_messages_are_answered_as_they_were(tmp_path: Path) -> None:
+    """Every message of the corpus is read, and messages made of them do no harm."""
+    corpus, tally, bed = messages.read(CORPUS), Tally(), Bed(tmp_path)
+    for number in range(3):
+        Episode(bed, 7, number, corpus, tally).run(1000)
+    bed.close()
+
+    assert len(corpus) > 50
+    assert corpus == [messages.read_line(messages.as_line(message)) for message in corpus]
+    assert tally.counts["messages"] >= 3000
+    assert tally.counts["rewritten"] > 10
+    assert tally.counts["episodes"] == 3
+
+
+def test_an_episode_is_the_same_again(tmp_path: Path) -> None:
+    """Seed and number choose an episode's messages, whatever was run before it."""
+    bed, sent = Bed(tmp_path), []
+    for before in (0, 1):
+        for number in range(before, -1, -1):
+            episode = Episode(bed, 3, 5 + number, [], Tally())
+            episode.run(100)
+        sent.append(list(episode.recent))
+    bed.close()
+
+    assert sent[0] == sent[1]
+
+
+def test_figures_go_on(tmp_path: Path) -> None:
+    """A run goes on where the one before has ended, with the same seed; another seed, or a failure, begins anew."""
+    file = tmp_path / "fuzz.json"
+    figures = Figures(file, 1, anew=False)
+    figures.add({"counts": {"messages": 7}, "kept": {}}, 40)
+    figures.write()
+
+    assert (40, 7) == (
+        Figures(file, 1, anew=False).known["next"],
+        Figures(file, 1, anew=False).known["counts"]["messages"],
+    )
+    assert 0 == Figures(file, 2, anew=False).known["next"]
+    figures.known["failed"] = ["0-40"]
+    figures.write()
+    assert 0 == Figures(file, 1, anew=False).known["next"]
