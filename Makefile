@@ -46,9 +46,9 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load, while administr
 	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json
 
-test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, and what is known to be wrong
+test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, what is known to be wrong, and calls that fail
 	exec nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \
-		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py tests/model
+		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py tests/model tests/system/test_failing_calls.py
 
 # ORDERS=number; S=number chooses others. What has failed is printed with the command that does it again.
 test-orders: $(VENV)/.dev  ## the control plane in one process, with kills and several administrators: every reply is true

@@ -154,7 +154,10 @@ class WorkerProcess:
         """Return the next message, None where the worker has closed the socket. Raises: TimeoutError."""
         if not select.select([self.socket], [], [], timeout_s)[0]:
             raise TimeoutError(f"the worker said nothing but {self.said}")
-        datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
+        try:
+            datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
+        except ConnectionResetError:  # it ended before it had read all that it was told
+            return None
         if not datagram:
             return None
         message = codec.from_worker(datagram)
@@ -244,14 +247,22 @@ class WorkerProcess:
 class Driven:
     """One disk: hypervisor, guest, worker and frontend."""
 
-    def __init__(self, directory: Path, pages: int = 16384, drivers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        pages: int = 16384,
+        drivers: dict[str, str] | None = None,
+        command: Sequence[str] = (),
+    ) -> None:
+        """Start all of it; `command` is a worker's program other than ours."""
+        self.command = command
         self.xen = Xen(directory)
         self.xen.start()
         self.guest = Guest(directory, DOMID, pages)
         self.nodes = Nodes()
         self.limits = Limits(max_queues=8)
         self.goes_on = False  # the frontends that connect are in service already
-        self.worker = WorkerProcess(f"xenbackend.rig.host:{directory}", drivers)
+        self.worker = WorkerProcess(f"xenbackend.rig.host:{directory}", drivers, command=command)
         self.disk: Disk
         self.frontend: Frontend
 
@@ -313,7 +324,7 @@ class Driven:
     def start_successor(self) -> None:
         """Start another worker in the place of one that was killed, with the journal and the memories that it left."""
         old = self.worker
-        self.worker = WorkerProcess(old.host, left=os.dup(old.memfd))
+        self.worker = WorkerProcess(old.host, left=os.dup(old.memfd), command=self.command)
         self.worker.kept, old.kept = old.kept, {}
         old.drop()
 

@@ -69,6 +69,34 @@ def test_lost_wake_up_is_found_and_counted(vbd: Served) -> None:
     assert 1 == vbd.connection._counters.missed_wakeups
 
 
+def test_port_that_cannot_be_armed_is_tried_again(vbd: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a port cannot be unmasked, its ring is looked at each second, and the port is tried again each time."""
+    frontend = vbd.connect()
+    assert vbd.connection is not None
+    events, tries = vbd.connection._events, []
+    real = events.unmask
+
+    def unmask(port: int) -> None:
+        tries.append(port)
+        if len(tries) <= 2:
+            raise KernelError("unmask a port", 5)
+        real(port)
+
+    monkeypatch.setattr(events, "unmask", unmask)
+    for _ in range(3):
+        request = frontend.rings[0].submit(BLKIF_OP_READ, 0, 8)
+        frontend.rings[0].push()
+        vbd.step(2)
+        for _ in range(3):
+            vbd.pass_time(SAFETY_POLL_S + 0.01)
+        frontend.poll()
+        assert BLKIF_RSP_OKAY == request.status
+
+    assert len(tries) >= 3
+    assert ["unmask a port: Input/output error"] * 2 == [str(bug) for bug in vbd.bugs]
+    vbd.bugs.clear()
+
+
 def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
     """A producer index that is out of range stops the ring even where no event tells of it."""
     frontend = vbd.connect(Wishes(queues=2))

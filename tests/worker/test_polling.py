@@ -43,6 +43,23 @@ def test_work_is_found_at_once() -> None:
     assert clock.now <= 3
 
 
+@pytest.mark.parametrize("error", [OSError(5, "an I/O error"), ValueError("nothing to read")])
+def test_times_that_cannot_be_had_forbid_a_look(error: Exception) -> None:
+    """Where the kernel does not tell what a look costs, nobody looks for a while, and nothing else fails."""
+    ring, words = make_ring()
+    words[REQ_PROD] = 1
+    clock = Clock()
+
+    def times() -> CpuTimes:
+        raise error
+
+    poller = Poller(100, Permit(times, clock), clock)
+
+    assert poller.finds_work(ring, []) is False
+    assert 1 == poller.rests
+    assert 0 == poller.look_ns
+
+
 def test_a_look_ends_with_its_time() -> None:
     """Nothing is found in an empty ring, and no longer than the duration is spent on it."""
     ring, _ = make_ring()

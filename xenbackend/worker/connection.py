@@ -74,11 +74,18 @@ class EventChannel:
                 delay_s = min(_MAX_DELAY_S, 1e-4 * 2 ** min(self._in_vain - _PATIENCE, 10))
                 self._reactor.call_later(delay_s, self._unmask_late)
                 return
-        self._events.unmask(self.port)
+        self._unmask()
 
     def _unmask_late(self) -> None:
         if self._events is not None:
+            self._unmask()
+
+    def _unmask(self) -> None:
+        try:
             self._events.unmask(self.port)
+        except Exception:
+            self.has_fired = True  # and still masked: whoever serves the ring next tries again
+            raise
 
     def close(self) -> None:
         """Forget the device: a late timer finds nothing to do."""
@@ -261,6 +268,9 @@ class Connection:
         """Look at idle rings once a second; work that waits there twice in a row was never announced to us."""
         if self._closed:
             return
+        poll = WeakMethod(self._poll)  # so that a timer does not keep a frontend that has gone
+        # First: whatever a ring lets out below, the next look is the second line against what it has cost.
+        self._reactor.call_later(SAFETY_POLL_S, lambda: (again := poll()) and again())
         for queue in self.engine.queues:
             if queue.is_idle and not queue.halted and self._waits(queue):
                 if self._suspects.get(queue) == queue.ring.consumed:
@@ -269,8 +279,6 @@ class Connection:
                 else:
                     self._suspects[queue] = queue.ring.consumed
         self._counters.publish()
-        poll = WeakMethod(self._poll)  # so that a timer does not keep a frontend that has gone
-        self._reactor.call_later(SAFETY_POLL_S, lambda: (again := poll()) and again())
 
     def _waits(self, queue: Queue) -> bool:
         try:

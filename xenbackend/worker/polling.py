@@ -69,8 +69,12 @@ class Permit:
         return self._rests_until is None
 
     def _judge(self, now: int) -> None:
-        times, since = self._times(), self._since
         self._judge_at = now + _JUDGED_NS // 4
+        try:
+            times, since = self._times(), self._since
+        except (OSError, ValueError):  # the kernel does not tell now; requests go on without looking
+            self._rest(now, _LONGEST_REST_S)
+            return
         if since is None or now - self._since_at > _FORGOTTEN_NS:
             self._since, self._since_at = times, now
             return
@@ -80,13 +84,15 @@ class Permit:
         self._since, self._since_at = times, now
         stolen = (times.stolen - since.stolen) / max(1, times.all - since.all)
         if waited > _MOST_WAITED * (ran + waited) or stolen > _MOST_STOLEN:
-            rest_ns = self._rest_s * 1_000_000_000
-            self._rests_until = now + rest_ns
-            self._rested_ns += rest_ns
-            self.rests += 1
+            self._rest(now, self._rest_s)
             self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
         else:
             self._rest_s = max(1, self._rest_s // 2)
+
+    def _rest(self, now: int, seconds: int) -> None:
+        self._rests_until = now + seconds * 1_000_000_000
+        self._rested_ns += seconds * 1_000_000_000
+        self.rests += 1
 
 
 def find_permit() -> Permit | None:
