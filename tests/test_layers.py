@@ -250,6 +250,7 @@ def test_homes(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=place_of)
+@pytest.mark.rows("C12")
 def test_no_other_dependency(file: Path) -> None:
     """Beyond the standard library only the packages that pyproject.toml names are imported."""
     names = {name.split(".")[0] for name in imports(tree_of(file))}

@@ -95,6 +95,7 @@ def test_what_a_guest_wrote_is_shown_harmless() -> None:
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
 @pytest.mark.parametrize("key", ["ring-ref", "event-channel", "multi-queue-num-queues", "ring-page-order"])
+@pytest.mark.rows("R14")
 def test_grammar_of_numbers(key: str, text: str) -> None:
     """R14: wherever a number is due, anything but a decimal one without a sign is refused by the key's name."""
     with pytest.raises(BadFrontend, match=f"the frontend's {key} is"):
@@ -183,6 +184,7 @@ def test_persistent_only_if_said_so(text: str | None) -> None:
     assert parse(keys).persistent is False
 
 
+@pytest.mark.rows("C5")
 def test_what_is_published_at_probe() -> None:
     """Before InitWait a frontend finds the most that it may choose."""
     limits = Limits(max_queues=3, max_ring_order=2, max_segments=64)
@@ -195,6 +197,7 @@ def test_what_is_published_at_probe() -> None:
     } == publish_at_probe(limits)
 
 
+@pytest.mark.rows("C5")
 def test_what_is_published_at_connect() -> None:
     """Sectors are counted in 512 bytes whatever the sector size; what the disk cannot do is said as 0."""
     disk = Disk(size=1 << 20, sector_size=4096, read_only=False, can_flush=False, can_discard=False)

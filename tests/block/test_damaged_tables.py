@@ -260,6 +260,7 @@ def _compare(case: Case, found: bytes, after: Places, verb: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize("layer", DAMAGE)
+@pytest.mark.rows("D10")
 def test_no_table_is_written_over(layer: str, share: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Whatever refcounts and tables say: no guest's data come to lie over a table, none that were answered are lost."""
     is_long = request.config.getoption("--long")

@@ -86,6 +86,7 @@ def watch(directory: Path, chains: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.rows("D9", "R18")
 def test_nothing_outside_is_ever_opened(directory: Path) -> None:
     """Absolute, relative, linked, /proc, /dev, URL, json, and every locator: nothing but what is in the directory."""
     chains = []

@@ -116,3 +116,22 @@ def test_no_device() -> None:
 
     assert caught.value.errno == errno.ENOTTY
     table.close()
+
+
+@pytest.mark.rows("A28")
+def test_a_map_that_fails_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that fails half-way gives its reservation back, and is not tried again: old kernels leak with each try."""
+    table = Gntdev(5, path="/dev/null")
+    calls = []
+
+    def refuse(*_: object, **__: object) -> int:
+        raise KernelError("map 2 grants", 12)
+
+    monkeypatch.setattr(gntdev.ioctl, "call", lambda _fd, request, *_: calls.append(request) or 0)
+    monkeypatch.setattr(gntdev.memory, "map_device", refuse)
+    with pytest.raises(KernelError, match="map 2 grants"):
+        table.map([1, 2], writable=True)
+
+    assert [gntdev.MAP_GRANT_REF, gntdev.UNMAP_GRANT_REF] == calls
+    assert set() == table._live
+    table.close()

@@ -28,6 +28,7 @@ def test_what_is_wrong_is_found(wrong: str) -> None:
     assert re.search(r"^episode \d+: (Violation|BackendMisbehaved): ", found.stderr, re.MULTILINE), found.stderr
 
 
+@pytest.mark.rows("B10", "R1", "R7")
 def test_kept_messages_are_answered_as_they_were(tmp_path: Path) -> None:
     """Every message of the corpus is read, and messages made of them do no harm."""
     corpus, tally, bed = messages.read(CORPUS), Tally(), Bed(tmp_path)

@@ -14,6 +14,9 @@ import pytest
 
 from tests.driven import Driven
 from tests.evil import DATA, ERROR, OK, RAM, SECTORS, UNSUPPORTED, Evil, flipping, resident, until_answered
+from tests.foreign_images import descriptor, vdi
+from tests.qcow_images import qcow, qcow2
+from tests.vhd_images import image as vhd
 from tests.workload import make_model, read_all, work
 from xenbackend.blkif.abi import (
     BLKIF_OP_FLUSH_DISKCACHE,
@@ -41,6 +44,7 @@ pytestmark = pytest.mark.slow  # each starts a process
 
 @pytest.mark.parametrize("ahead", ["size + 1", "2 ** 31", "2 ** 32 - 1"])
 @pytest.mark.parametrize("start", [0, 2**32 - 5])
+@pytest.mark.rows("A1", "B1", "R2")
 def test_producer_far_ahead_halts_that_ring_only(victim: Driven, ahead: str, start: int) -> None:
     """A1, B1 (CVE-2010-4247, XSA-39): a producer index that no ring has room for stops its ring once, and no other."""
     frontend = victim.connect(RAM, Wishes(queues=2, start_index=start))
@@ -61,6 +65,7 @@ def test_producer_far_ahead_halts_that_ring_only(victim: Driven, ahead: str, sta
     assert [] == victim.worker.said
 
 
+@pytest.mark.rows("B8")
 def test_halted_ring_is_closed_and_served_anew(victim: Driven) -> None:
     """B8 (XSA-374): a ring that was stopped bears events and a disconnect, and the next connection is a new start."""
     for _ in range(3):
@@ -77,6 +82,7 @@ def test_halted_ring_is_closed_and_served_anew(victim: Driven) -> None:
     assert b"h" * PAGE == victim.frontend.read(0, 8)
 
 
+@pytest.mark.rows("B2", "R3")
 def test_other_indices_are_not_believed(victim: Driven) -> None:
     """B2 (XSA-86): whatever a guest writes to the three other indices, each request is done once and nothing else."""
     frontend = victim.connect(RAM, Wishes(queues=2))
@@ -103,6 +109,7 @@ def test_other_indices_are_not_believed(victim: Driven) -> None:
     assert [] == victim.worker.lines
 
 
+@pytest.mark.rows("B2")
 def test_random_indices_stop_the_ring_at_worst(victim: Driven) -> None:
     """B2 (XSA-86): random numbers in all four indices stop the ring or are served; the other ring has right data."""
     frontend = victim.connect(RAM, Wishes(queues=2))
@@ -121,6 +128,7 @@ def test_random_indices_stop_the_ring_at_worst(victim: Driven) -> None:
     assert {messages.Standing, messages.Log} >= {type(message) for message in victim.worker.said}
 
 
+@pytest.mark.rows("B9")
 def test_guest_that_reads_no_answers_costs_no_memory(victim: Driven) -> None:
     """B9 (XSA-392): answers that are never taken are overwritten; the worker's memory stays as it is."""
     victim.connect(RAM)
@@ -146,6 +154,7 @@ def test_guest_that_reads_no_answers_costs_no_memory(victim: Driven) -> None:
 
 
 @pytest.mark.parametrize("chain", [RAM, "aio"])
+@pytest.mark.rows("A4", "A14", "R5")
 def test_read_only_disk_is_not_altered(victim: Driven, tmp_path: Path, chain: str) -> None:
     """A4, A14 (CVE-2013-2140, XSA-142): nothing that alters passes a read-only disk; its image is open for reading."""
     image = tmp_path / "image"
@@ -171,6 +180,7 @@ def test_read_only_disk_is_not_altered(victim: Driven, tmp_path: Path, chain: st
 
 
 @pytest.mark.parametrize("layout", [X86_64, X86_32])
+@pytest.mark.rows("A6", "R4")
 def test_sectors_beyond_the_end_are_refused(victim: Driven, layout: Layout) -> None:
     """A6 (CVE-2008-0928): every operation at every edge succeeds exactly where all its sectors are on the disk."""
     victim.connect(RAM, Wishes(layout=layout, indirect=256))
@@ -197,6 +207,7 @@ def test_sectors_beyond_the_end_are_refused(victim: Driven, layout: Layout) -> N
     assert expected == evil.statuses(*slots)
 
 
+@pytest.mark.rows("A6", "B10", "R4")
 def test_what_no_frontend_sends_is_refused(victim: Driven) -> None:
     """A6, B10: unknown operations, wrong numbers of segments and segments that leave their page fail alone."""
     victim.connect(RAM, Wishes(indirect=256))
@@ -223,6 +234,7 @@ def test_what_no_frontend_sends_is_refused(victim: Driven) -> None:
     assert len(cases) - 1 == victim.worker.expect_counter("guest_errors", len(cases) - 1)
 
 
+@pytest.mark.rows("B10", "R7")
 def test_random_slots_get_one_answer_each(victim: Driven) -> None:
     """B10: any bytes at all in a slot get exactly one response, with their own id, and do no harm."""
     victim.connect(RAM)
@@ -239,6 +251,7 @@ def test_random_slots_get_one_answer_each(victim: Driven) -> None:
 
 
 @pytest.mark.parametrize("field", ["operation", "count", "sector", "grant", "segment", "everything"])
+@pytest.mark.rows("A8", "B3", "R1")
 def test_slot_that_changes_while_it_is_read(victim: Driven, field: str) -> None:
     """A8, B3 (XSA-155, XSA-166): a slot is fetched once; what another process writes meanwhile opens no gap."""
     frontend = victim.connect(RAM, Wishes(queues=2))
@@ -268,6 +281,7 @@ def test_slot_that_changes_while_it_is_read(victim: Driven, field: str) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.rows("A10", "R1")
 def test_segments_that_change_while_they_are_read(victim: Driven, persistent: bool) -> None:
     """A10 (XSA-197): the pages of an indirect request are fetched once; a change meanwhile opens no gap."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
@@ -288,6 +302,7 @@ def test_segments_that_change_while_they_are_read(victim: Driven, persistent: bo
 
 
 @pytest.mark.parametrize("layout", [X86_64, X86_32])
+@pytest.mark.rows("A11", "R6")
 def test_padding_of_responses_is_zero(victim: Driven, layout: Layout) -> None:
     """A11 (XSA-216): no byte of a response says more than the response, whatever its status."""
     victim.connect(RAM, Wishes(layout=layout))
@@ -301,3 +316,33 @@ def test_padding_of_responses_is_zero(victim: Driven, layout: Layout) -> None:
 
     answers = evil.send(*slots)  # which compares each with a response whose padding is zero
     assert sorted([UNSUPPORTED, OK, ERROR, UNSUPPORTED, OK]) == sorted(status for _, _, status in answers)
+
+
+@pytest.mark.rows("A5", "R17")
+@pytest.mark.parametrize("kind", ["qcow2", "qcow", "vhd", "vmdk", "vdi", "luks"])
+def test_raw_stays_raw(victim: Driven, tmp_path: Path, kind: str) -> None:
+    """A header that a guest writes into its raw disk is data: nothing that it names is opened, ever (XSA-48)."""
+    canary, path = tmp_path / "canary", tmp_path / "raw.img"
+    canary.write_bytes(b"secret" * 4096)
+    path.write_bytes(bytes(SECTORS * SECTOR))
+    header = {
+        "qcow2": lambda: qcow2(1 << 20, backing=str(canary).encode(), backing_format=b"raw"),
+        "qcow": lambda: qcow(1 << 20, backing=str(canary).encode()),
+        "vhd": lambda: vhd(1 << 20, parent_uuid=b"p" * 16, names=[(b"MacX", b"file://" + str(canary).encode())]),
+        "vmdk": lambda: descriptor(f'RW 48 FLAT "{canary}" 0'),
+        "vdi": lambda: vdi(1 << 20, {}),
+        "luks": lambda: b"LUKS\xba\xbe\0\1" + bytes(504),
+    }[kind]()
+    data = header[:PAGE].ljust(PAGE, b"\0")
+    victim.connect(f"aio:{path}").write(0, data)
+    victim.disconnect()
+    victim.kill()
+    victim.start_successor()
+    layers = victim.open(f"aio:{path}").layers
+    opened = [each.readlink() for each in Path(f"/proc/{victim.worker.process.pid}/fd").iterdir()]
+
+    assert [(f"aio:{path}", SECTORS * SECTOR, "")] == [(each.text, each.size, each.parent_of) for each in layers]
+    assert path in opened
+    assert canary not in opened
+    victim.attach(Wishes())
+    assert data == victim.frontend.read(0, 8)

@@ -5,6 +5,9 @@ The rows and advisories are those of Xen's and Linux' block backends, as in `tes
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
+
 import pytest
 
 from tests.driven import Driven
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.slow  # each starts a process
 
 
 @pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.rows("A7", "A18")
 def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> None:
     """A7, A18 (XSA-71, XSA-365): a bad k-th segment fails its request, alters nothing, and costs nothing for good."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
@@ -55,6 +59,7 @@ def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> No
 
 
 @pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.rows("A17", "A19", "A20", "R8")
 def test_every_status_of_a_grant_is_an_error(victim: Driven, persistent: bool) -> None:
     """A17, A19, A20 (XSA-361, 362, 367): no status of a failed map or copy is taken for success, nor for a bug."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
@@ -77,6 +82,7 @@ def test_every_status_of_a_grant_is_an_error(victim: Driven, persistent: bool) -
     assert [ERROR, ERROR, ERROR, OK] * len(GNTST) == found
 
 
+@pytest.mark.rows("A17")
 def test_ring_that_cannot_be_mapped_fails_the_connection(victim: Driven) -> None:
     """A17 (XSA-362): every status of a ring's map is an answer to Serve, and a later connection works."""
     frontend = victim.connect(RAM)
@@ -92,6 +98,7 @@ def test_ring_that_cannot_be_mapped_fails_the_connection(victim: Driven) -> None
     frontend.write(0, b"m" * PAGE)
 
 
+@pytest.mark.rows("A21")
 def test_persistent_grants_have_a_limit_and_an_end(victim: Driven) -> None:
     """A21 (XSA-371): a guest that shows ever new pages has a fixed number mapped at most, and none after its end."""
     victim.connect(RAM, Wishes(persistent=True))
@@ -110,6 +117,7 @@ def test_persistent_grants_have_a_limit_and_an_end(victim: Driven) -> None:
     assert MAX_PERSISTENT - 11 <= victim.xen.held()["pins"] <= MAX_PERSISTENT + 1
 
 
+@pytest.mark.rows("A22", "B11")
 def test_nothing_is_mapped_when_a_request_is_answered(victim: Driven) -> None:
     """A22 (XSA-396): a guest without persistent grants can take its pages back as soon as it has the answer."""
     frontend = victim.connect(RAM, Wishes(indirect=64))
@@ -120,6 +128,7 @@ def test_nothing_is_mapped_when_a_request_is_answered(victim: Driven) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.rows("A23", "B11")
 def test_bytes_beside_a_segment_are_not_touched(victim: Driven, persistent: bool) -> None:
     """A23 (XSA-403): a read writes the sectors that its segment names and no byte beside; a write alters nothing."""
     frontend = victim.connect(RAM, Wishes(persistent=persistent))
@@ -142,6 +151,7 @@ def test_bytes_beside_a_segment_are_not_touched(victim: Driven, persistent: bool
 # Lifecycle, memory, log, events -------------------------------------------------------------------------------------
 
 
+@pytest.mark.rows("A16")
 def test_toggling_leaves_nothing_behind(victim: Driven) -> None:
     """A16 (XSA-350): thousands of connects and disconnects with I/O in flight leave the worker as large as it was."""
     victim.connect(RAM)
@@ -165,6 +175,7 @@ def test_toggling_leaves_nothing_behind(victim: Driven) -> None:
 
 
 @pytest.mark.parametrize("operation", DATA)
+@pytest.mark.rows("A29")
 def test_memory_has_a_bound_that_is_known_before(victim: Driven, operation: int) -> None:
     """A29 (XSA-184): the longest requests in all slots of all rings, on a disk that stalls, fill one arena."""
     victim.connect(f"delay:read=400ms,write=400ms|{RAM}", Wishes(queues=8, ring_order=4, indirect=256))
@@ -187,6 +198,7 @@ def test_memory_has_a_bound_that_is_known_before(victim: Driven, operation: int)
     assert max(largest, resident(victim)) - before < ARENA_CHUNKS * CHUNK + (8 << 20)
 
 
+@pytest.mark.rows("A30", "R13")
 def test_bad_requests_do_not_fill_the_log(victim: Driven) -> None:
     """A30 (XSA-180): twenty thousand bad requests are a handful of short lines."""
     victim.connect(RAM)
@@ -201,6 +213,7 @@ def test_bad_requests_do_not_fill_the_log(victim: Driven) -> None:
     victim.attach(Wishes())
 
 
+@pytest.mark.rows("B4", "R11")
 def test_event_storm_is_throttled(victim: Driven) -> None:
     """B4 (XSA-332): a port that fires without work is heard more and more rarely; the other ring is served as ever."""
     frontend = victim.connect(RAM, Wishes(queues=2))
@@ -218,6 +231,7 @@ def test_event_storm_is_throttled(victim: Driven) -> None:
     assert 0 == model.failures
 
 
+@pytest.mark.rows("A24", "B11")
 def test_no_more_kicks_than_answers(victim: Driven) -> None:
     """A24 (XSA-391): a frontend is notified at most once per response."""
     frontend = victim.connect(RAM, Wishes(queues=2))
@@ -227,3 +241,63 @@ def test_no_more_kicks_than_answers(victim: Driven) -> None:
 
     assert counted["notifications"] <= sum(counted[name] for name in ("reads", "writes", "flushes", "discards"))
     assert counted["notifications"] > 0
+
+
+@pytest.mark.rows("B5", "B7")
+def test_ports_that_fire_while_they_are_bound_and_unbound(victim: Driven) -> None:
+    """Events that come at any moment of a connect or a disconnect find a port that is served, or nobody (XSA-331)."""
+    stop = threading.Event()
+    victim.connect(RAM, Wishes(queues=2))
+
+    def storm() -> None:
+        while not stop.is_set():
+            for ring in list(victim.frontend.rings):
+                with suppress(OSError, ValueError):
+                    ring.port.notify()
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    try:
+        for _ in range(50):
+            victim.disconnect()
+            assert {"mappings": 0, "pins": 0, "ports": 0} == victim.xen.held()
+            victim.frontend.crash()
+            victim.attach(Wishes(queues=2))
+        victim.frontend.write(0, b"s" * PAGE)
+        assert b"s" * PAGE == victim.frontend.read(0, 8)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.rows("A25", "A26")
+def test_counters_are_read_while_frontends_come_and_go(victim: Driven) -> None:
+    """Whoever reads the counters meets whole numbers that never go back, also where a connect fails (XSA-526, 528)."""
+    stop, seen = threading.Event(), []
+    frontend = victim.connect(RAM)
+
+    def read() -> None:
+        last = victim.worker.counters()
+        while not stop.is_set():
+            now = victim.worker.counters()
+            seen.append(all(now[name] >= last[name] for name in ("reads", "writes", "turns", "notifications")))
+            last = now
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for turn in range(15):
+            frontend.write(0, bytes([turn]) * PAGE)
+            victim.disconnect()
+            gref = frontend.rings[0].grefs[0]
+            victim.guest.fail(gref, -1)
+            assert victim.connect_rings().failure
+            victim.guest.fail(gref, 0)
+            frontend.crash()
+            frontend = victim.attach(Wishes())
+    finally:
+        stop.set()
+        reader.join()
+
+    assert len(seen) > 100
+    assert all(seen)

@@ -147,6 +147,7 @@ def bed(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bed]:
 
 
 @pytest.mark.parametrize("wishes", [Wishes(), Wishes(persistent=True, queues=2, ring_order=1)], ids=["copy", "map"])
+@pytest.mark.rows("A26", "A27")
 def test_connect_and_leave(bed: Bed, wishes: Wishes) -> None:
     """A connect whose n-th call fails leaves nothing behind and can be repeated; a leave lets go of everything."""
     driven = bed.driven
@@ -186,6 +187,7 @@ def test_connect_and_leave(bed: Bed, wishes: Wishes) -> None:
 
 @pytest.mark.parametrize("bed", ["aio", "cached", "qcow2"], indirect=True)
 @pytest.mark.parametrize("persistent", [False, True], ids=["copy", "map"])
+@pytest.mark.rows("A27")
 def test_requests(bed: Bed, persistent: bool, pytestconfig: pytest.Config) -> None:
     """Each kind of request whose n-th call fails is tried again, or ends with an error; what it says is so."""
     driven = bed.driven
@@ -247,6 +249,7 @@ def test_exchange(bed: Bed, pytestconfig: pytest.Config) -> None:
     assert NOTHING == driven.xen.held()
 
 
+@pytest.mark.rows("A27")
 def test_recovery(bed: Bed, pytestconfig: pytest.Config) -> None:
     """A successor whose n-th call fails goes on, or leaves everything to the next: the guest gets its one answer."""
     if not pytestconfig.getoption("--long"):

@@ -140,6 +140,7 @@ def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Con
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["busy", "killed"])
+@pytest.mark.rows("C6")
 def test_a_domid_that_is_used_again_at_once(tmp_path: Path, is_killed: bool) -> None:
     """Nothing that an administrator had ordered for the guest that died holds for the next one, whose disk is served
     with its own chain, also where the service was away, or died, meanwhile.

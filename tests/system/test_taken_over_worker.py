@@ -155,6 +155,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         assert time.monotonic() < give_up, "it never happened"
 
 
+@pytest.mark.rows("R24")
 def test_a_worker_that_breaks_the_protocol_is_replaced(host: Host) -> None:
     """It is killed, counted once and said once; its guest is served by the next one, through the chain that it had."""
     for what, program in MESSAGES.items():

@@ -6,6 +6,8 @@ import errno
 import gc
 import sys
 
+import pytest
+
 from tests.served import HeldDisk, Served
 from xenbackend.blkif.abi import (
     BLKIF_OP_DISCARD,
@@ -40,6 +42,7 @@ class BrokenDisk(HeldDisk):
             raise Bug("it broke")
 
 
+@pytest.mark.rows("R24")
 def test_layers_bug_ends_what_it_held(vbd: Served) -> None:
     """D8: an exception out of `submit` ends with an error what the layer held; the disk goes on, and it is said."""
     disk = vbd.disk = BrokenDisk()

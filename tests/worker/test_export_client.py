@@ -200,6 +200,7 @@ def test_broken_protocol(exported: Exported, sent: bytes, why: str) -> None:
     ("sent", "limit_s"),
     [(b"", HANDSHAKE_S), (GO[:9], HANDSHAKE_S), (GO + REQUEST.pack(REQUEST_MAGIC, 0, CMD_WRITE, 0, 0, 512), STALL_S)],
 )
+@pytest.mark.rows("A31")
 def test_client_that_keeps_us_waiting(exported: Exported, sent: bytes, limit_s: float) -> None:
     """Neither a handshake nor the bytes of a write may take for ever."""
     client = exported.client()

@@ -367,6 +367,7 @@ def test_successor_waits_for_the_lock(reactor: Reactor, path: str) -> None:
     files.close()
 
 
+@pytest.mark.rows("A3")
 def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path) -> None:
     """A file that cannot be opened, or be an image, raises its own error and leaves no descriptor behind."""
     os.mkfifo(tmp_path / "pipe")

@@ -44,6 +44,7 @@ def test_image_that_became_shorter(image: Image) -> None:
     assert read.status == errno.EIO
 
 
+@pytest.mark.rows("R10")
 def test_long_read_past_the_end_is_cleared(image: Image) -> None:
     """A read past the end is zeros over its whole length, however long."""
     read = read_of(32768, 400_384)

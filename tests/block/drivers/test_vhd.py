@@ -270,6 +270,7 @@ def test_blktap_does_not_keep_times(machine: Machine, tmp_path: Path) -> None:
     machine.open(f"vhd:{tmp_path}/img.vhd").close()
 
 
+@pytest.mark.rows("D11")
 def test_a_chain_that_bites_its_tail(machine: Machine, tmp_path: Path) -> None:
     """D11: an image that names itself as its parent is refused."""
     names = [(b"MacX", b"file://./img.vhd")]

@@ -79,6 +79,7 @@ def look(data: bytes) -> None:
             codec.decode_l2(unpack_table(table))
 
 
+@pytest.mark.rows("D4", "D7", "R19")
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
     """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
     chance = Random(request.config.getoption("--seed"))

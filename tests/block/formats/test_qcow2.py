@@ -236,6 +236,7 @@ def look(data: bytes) -> None:
         check(lambda offset, length: data[offset : offset + length], len(data))
 
 
+@pytest.mark.rows("D1", "D2", "D3", "D4", "D5", "R19")
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
     """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
     chance = Random(request.config.getoption("--seed"))

@@ -159,6 +159,7 @@ def test_checksums_are_looked_at(place: int, sentence: str) -> None:
         look(bytes(data))
 
 
+@pytest.mark.rows("D1", "D2", "D3", "D4", "D5", "R19")
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
     """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
     chance = Random(request.config.getoption("--seed"))

@@ -76,6 +76,7 @@ def test_the_first_sector_is_the_highest_bit() -> None:
         ([4 + number * STRIDE for number in range(9)], "more blocks than there is room for"),
     ],
 )
+@pytest.mark.rows("D10")
 def test_tables_that_cannot_be(entries: list[int], sentence: str) -> None:
     """D10: blocks that overlap one another, a header or a table, or that lie outside of the file, are refused."""
     metadata = [(0, 1536), (1536, 1792), (5_000_192, 5_000_704)]

@@ -335,6 +335,7 @@ def test_an_image_is_read_with_its_log() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rows("D4", "D6", "R19")
 def test_any_bytes_are_a_log_or_a_sentence(request: pytest.FixtureRequest) -> None:
     """R19: whatever stands in a log, also under right checksums, only DriverError comes out, soon and small."""
     chance = Random(request.config.getoption("--seed"))

@@ -99,6 +99,7 @@ def test_a_content_id_that_is_no_number() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rows("D1", "D2", "D3", "D4", "D5", "R19")
 def test_any_bytes_are_a_descriptor_or_a_sentence(request: pytest.FixtureRequest) -> None:
     """R19: whatever stands in the text, nothing but DriverError comes out, soon and small."""
     chance = Random(request.config.getoption("--seed"))

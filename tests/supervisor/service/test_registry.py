@@ -153,6 +153,7 @@ def test_a_service_that_stops_serves_nobody_new(place: Place, toolstack: Store) 
 
 
 @pytest.mark.parametrize("method", ["look_soon", "doubt", "hotplug", "counters_page", "stop"])
+@pytest.mark.rows("R24")
 def test_a_bug_stays_with_its_vbd(xenstored: Xenstored, toolstack: Store, tmp_path: Path, method: str) -> None:
     """Whatever is done with one vbd may meet a fault of ours: it is told, and all is done with the others."""
     paths = [VbdPath("vbd3", 0, 5, 51712 + 16 * number) for number in range(3)]

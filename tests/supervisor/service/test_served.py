@@ -139,6 +139,7 @@ def test_vanished_node_is_never_brought_back(stepped: Stepped, toolstack: Store,
     assert [] == toolstack.directory(PATH.backend)
 
 
+@pytest.mark.rows("A2", "B6", "R23")
 def test_worker_that_never_disconnects_is_killed(stepped: Stepped, toolstack: Store, guest: Store) -> None:
     """R23: when the limit for letting go is over the worker is killed and the vbd is Closed."""
     _serve(stepped, toolstack, guest, params="null:4G")
@@ -150,6 +151,7 @@ def test_worker_that_never_disconnects_is_killed(stepped: Stepped, toolstack: St
     assert stepped.vbd().worker is None
 
 
+@pytest.mark.rows("C8")
 def test_lost_store_leaves_the_worker_alone_and_all_is_made_true_again(
     stepped: Stepped, xenstored: Xenstored, toolstack: Store, guest: Store
 ) -> None:
@@ -269,6 +271,7 @@ def test_a_vbd_that_went_while_there_was_no_service_is_closed_and_forgotten(
     assert toolstack.read_optional(PATH.backend) is None
 
 
+@pytest.mark.rows("C4", "R15")
 def test_frontend_outside_its_domain_is_not_even_watched(stepped: Stepped, toolstack: Store) -> None:
     """R15: a frontend path that lies in another domain is refused, and nothing there is read or watched."""
     write_like_libxl(toolstack, frontend="/local/domain/6/device/vbd/51712")

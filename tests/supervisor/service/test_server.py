@@ -180,18 +180,12 @@ def test_other_users_are_sent_away(uid: int) -> None:
         assert ("ok", 1) == (loop.ask(own, b"{}\n")["code"], len(loop.peers))
 
 
-def test_idle_clients_keep_nobody_out(loop: Loop) -> None:
-    """C3: where 400 clients say nothing, the next one is answered: who has idled for longest makes room."""
-    with contextlib.ExitStack() as clients:
-        first = clients.enter_context(loop.connect())
-        waiting = clients.enter_context(loop.connect())
-        waiting.sendall(b'{"verb": "hold"}\n')
-        for _ in range(400):
-            clients.enter_context(loop.connect())
-            loop.settle(0.001)
-        with loop.connect() as late:
-            answer = loop.ask(late, b'{"verb": "ping"}\n')
-        loop.held[0](Answer(Code.OK))
+@pytest.mark.rows("R22")
+def test_clients_are_bounded(loop: Loop) -> None:
+    """R22: a connection beyond the limit is closed at once, and those before it are served."""
+    clients = []
+    for _ in range(MAX_CLIENTS):
+        clients.append(loop.connect())
         loop.settle()
 
         assert "ok" == answer["code"]
@@ -226,6 +220,7 @@ def test_clients_that_wait_are_bounded_and_leave_places(loop: Loop) -> None:
         assert [_ok(None)] * MAX_CLIENTS == [client.recv(1000) for client in waiting]
 
 
+@pytest.mark.rows("R22")
 def test_idle_clients_are_sent_away(loop: Loop) -> None:
     """R22: who says nothing for too long, or does not read an answer, loses the connection; who waits does not."""
     with loop.connect() as client, loop.connect() as slow, loop.connect() as waiting:
@@ -246,6 +241,7 @@ def test_idle_clients_are_sent_away(loop: Loop) -> None:
         assert _ok(None) == waiting.recv(1000)
 
 
+@pytest.mark.rows("R22")
 def test_a_line_is_bounded(loop: Loop) -> None:
     """R22: more bytes than a request may have, without an end of line, end the connection."""
     with loop.connect() as client:

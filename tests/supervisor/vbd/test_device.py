@@ -129,6 +129,7 @@ def test_removal_waits_for_a_connected_frontend() -> None:
     assert "6" == world.state
 
 
+@pytest.mark.rows("A2", "R23")
 def test_forced_removal_does_not_wait_for_the_guest() -> None:
     """R23: once the frontend's directory is gone, a vbd that is to go away does so whatever the guest did."""
     world = connected()
@@ -139,6 +140,7 @@ def test_forced_removal_does_not_wait_for_the_guest() -> None:
     assert ("6", False) == (world.state, world.is_running)
 
 
+@pytest.mark.rows("C13")
 def test_vanished_node_is_a_forced_close() -> None:
     """A backend directory that is gone closes the vbd within a short limit and writes nothing."""
     world = connected()
@@ -150,6 +152,7 @@ def test_vanished_node_is_a_forced_close() -> None:
     assert (True, None) == (world.is_forgotten, world.node)
 
 
+@pytest.mark.rows("C13")
 def test_single_missing_state_is_a_forced_close() -> None:
     """A directory without a state is nobody's vbd any more: the worker is closed and no key is written."""
     world = connected()
@@ -267,6 +270,7 @@ def test_a_node_that_is_made_anew_ends_the_former_life(state: str) -> None:
     assert ("", "", "connected") == (world.device.error, world.lost, world.device.sight.hotplug)
 
 
+@pytest.mark.rows("A15")
 def test_a_vbd_that_is_over_stays_so() -> None:
     """Whatever is in the place of a node that was seen to be gone is another vbd's, even with the same keys."""
     world = connected()

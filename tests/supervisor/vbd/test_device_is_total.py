@@ -21,6 +21,7 @@ S = XenbusState
 
 @pytest.mark.parametrize("ours", list(S))
 @pytest.mark.parametrize("theirs", list(S))
+@pytest.mark.rows("A9", "R16")
 def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
     """R16: from each pair of states and each phase, every event leads to a state without an exception, twice alike."""
     given: list[events.Event] = [
@@ -48,6 +49,7 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rows("A9", "R16")
 def test_random_walks_keep_the_invariants() -> None:
     """R16: in any order of events, among them deaths of workers and services, no guest that is connected is let down,
     there are never two workers, Connected needs served rings, Closed that there is no worker, a node that was made anew

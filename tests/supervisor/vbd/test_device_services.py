@@ -169,6 +169,7 @@ def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() ->
 
 @pytest.mark.parametrize("state", ["1", "2"])
 @pytest.mark.parametrize("has_worker", [True, False])
+@pytest.mark.rows("C6")
 def test_a_domid_that_is_used_again_while_there_is_no_service_inherits_nothing(state: str, *, has_worker: bool) -> None:
     """A node that no service has written to is not the one that the worker, or the journal, is of."""
     world = connected()

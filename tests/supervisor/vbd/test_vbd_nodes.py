@@ -57,6 +57,7 @@ def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) ->
     assert [] == store.events()
 
 
+@pytest.mark.rows("C4", "R15")
 def test_a_frontend_of_another_domain_is_not_looked_at(nodes: VbdNodes) -> None:
     """R15: a path that leads elsewhere is as good as none."""
     assert XenbusState.UNKNOWN is nodes.theirs({"frontend": "/local/domain/0/device/vbd/51712"})

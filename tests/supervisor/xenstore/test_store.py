@@ -122,6 +122,7 @@ def test_a_device_is_spoken_to_as_well_as_a_socket() -> None:
     os.close(terminal)
 
 
+@pytest.mark.rows("C9")
 def test_silence_ends_at_the_deadline(peer: Callable[[Peer], str]) -> None:
     """A xenstored that does not answer in time counts as lost, and the next call does not wait again."""
     store = Store(peer(until_gone), timeout_s=0.02)
@@ -328,6 +329,7 @@ def test_after_reconnecting_every_watch_is_there_and_fires(xenstored: Xenstored,
     assert drained(store) == [("/a/b", "one")]
 
 
+@pytest.mark.rows("C1", "R14")
 def test_a_node_written_often_is_one_event(store: Store) -> None:
     """Events are a set: a node that changes a thousand times while nobody looks is reported once."""
     store.watch("/a", "token")
@@ -338,6 +340,7 @@ def test_a_node_written_often_is_one_event(store: Store) -> None:
     assert drained(store) == []
 
 
+@pytest.mark.rows("C1", "R14")
 def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
     """R12: no list grows with guest behaviour; too many changed paths collapse into the watched one."""
     store.watch("/a", "flood")
@@ -475,6 +478,7 @@ def test_a_transaction_is_tried_again_until_nobody_interferes(xenstored: Xenstor
     others.close()
 
 
+@pytest.mark.rows("C10")
 def test_a_transaction_that_always_collides_is_given_up_with_growing_pauses(xenstored: Xenstored) -> None:
     """Retries are capped and wait between attempts with jitter: no spin."""
     pauses: list[float] = []

@@ -1,0 +1,63 @@
+"""Every known attack has a test that bears its name, or a line that says why it has none."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+_ROW = re.compile(r"^\| ([ABCDR]\d+) \| (.+) \|$", re.MULTILINE)
+_REASON = re.compile(r"^- \*\*([ABCDR]\d+)\*\* (\S.*)$", re.MULTILINE)
+
+
+@cache
+def rows() -> dict[str, str]:
+    """Return what each row is about."""
+    return dict(_ROW.findall((ROOT / "docs/security-rows.md").read_text()))
+
+
+@cache
+def reasons() -> dict[str, str]:
+    """Return why rows have no test."""
+    return dict(_REASON.findall((ROOT / "SECURITY.md").read_text()))
+
+
+@cache
+def marked() -> dict[str, list[str]]:
+    """Return the tests of each row, as places."""
+    found = defaultdict(list)
+    for file in sorted(TESTS.rglob("test_*.py")):
+        text = file.read_text()
+        if "mark.rows(" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            for mark in getattr(node, "decorator_list", ()):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.rows":
+                    for name in mark.args:
+                        found[ast.literal_eval(name)].append(f"{file.relative_to(ROOT)}::{node.name}")  # type: ignore[attr-defined]
+    return dict(found)
+
+
+def test_the_rows_are_there() -> None:
+    """The tables have every row of the advisories that were gone through, and each has its sentence."""
+    counts = {letter: sum(name.startswith(letter) for name in rows()) for letter in "RABCD"}
+
+    assert {"R": 24, "A": 31, "B": 17, "C": 13, "D": 11} == counts
+    assert all(what.endswith(".") for what in rows().values())
+
+
+@pytest.mark.parametrize("row", sorted(rows()))
+def test_a_row_has_a_test_or_a_reason(row: str) -> None:
+    """A row has tests, or a line in SECURITY.md; never both, so that a line goes when its test comes."""
+    assert (row in marked()) != (row in reasons())
+
+
+def test_a_mark_names_a_row() -> None:
+    """A test, and a reason, name no row that there is not."""
+    assert set() == (set(marked()) | set(reasons())) - set(rows())
