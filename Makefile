@@ -11,7 +11,7 @@ CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos bench-xen bench deb clean
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos scoreboard bench-xen bench deb clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -56,8 +56,9 @@ test-orders: $(VENV)/.dev  ## the control plane in one process, with kills and s
 
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage
-	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t \
-		--seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
+	rm -rf build/damaged
+	exec env FIGURES=build/damaged $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 \
+		--basetemp={tmp}/t --seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
 
 # N=messages; it goes on where the last run of the same seed has ended, and may be ended anywhere; ANEW=1 begins again.
 fuzz: $(VENV)/.dev  ## hostile ring messages, rewritten while they are read; the figures are build/fuzz-SEED.json
@@ -71,6 +72,10 @@ test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; 
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
 	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed --cpus 2 tests/xen/speed.py
+
+# What suites have left in build/, and what is measured in seconds. RELEASE=1 fails where something is not measured, too.
+scoreboard: $(VENV)/.dev  ## every measure with its goal and its figure; fails where a figure is below its goal
+	exec $(BIN)/python -m tests.scoreboard $(if $(RELEASE),--release)
 
 bench: $(VENV)/.run  ## measure beside the peers that are installed
 	$(BIN)/xenbackend bench --compare

@@ -24,9 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tests.chaos.host import ChaosError, Host
 from tests.chaos.orders import Tally
 from tests.chaos.plan import ACTIONS, ORDERS, VERBS, Step, next_step
+from tests.stamp import stamp
 
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
 _LIES = "lies"
+_COUNTED = "counted"  # numbers for the scoreboard
 _TELL = 200  # kills between two lines where there is no progress bar
 _IN_A_ROW = 3  # steps, before what is in flight is let come to its end: nobody follows a seventh that died in vain
 # how long guests waited for their next answer, by what was done
@@ -52,11 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     for lie in figures.pop(_LIES):
         console.print(f"[red]untrue[/]: {escape(lie)}", highlight=False, markup=True)
+    counted = figures.pop(_COUNTED)
     console.print("no guest read a wrong sector or had an answer twice: the first would have ended the run")
     for key, value in figures.items():
         console.print(f"{key:<32} {value}", highlight=False, markup=False)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        args.json.write_text(json.dumps({**figures, **counted, **stamp()}, indent=1) + "\n")
     return 1 if figures[ERRORS] or figures[UNTRUE] else 0
 
 
@@ -134,6 +137,11 @@ def _figures(
         "longest pause of a guest": _longest(ends, steps),
         "minutes": round(seconds / 60, 1),
         _LIES: host.desk.tally.lies,
+        _COUNTED: {
+            "kills without an error": 0 if any(end["errors"] for end in ends) else host.kills["workers"],
+            "kill to first answer, ms, 99 %": round(_part(sorted(waits[_ONE]) or [0.0], 0.99) * 1000),
+            "times that xenstore went away": done["xenstore goes away"],
+        },
     }
 
 
@@ -159,9 +167,13 @@ def _spread(seconds: list[float]) -> str:
     ordered = sorted(seconds) or [0.0]
 
     def part(fraction: float) -> str:
-        return f"{ordered[min(len(ordered) - 1, int(len(ordered) * fraction))] * 1000:.0f} ms"
+        return f"{_part(ordered, fraction) * 1000:.0f} ms"
 
     return f"{part(0.5)} (99 %: {part(0.99)}, longest {part(1.0)})"
+
+
+def _part(ordered: list[float], fraction: float) -> float:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * fraction))]
 
 
 def _longest(ends: list[dict[str, Any]], steps: list[tuple[int, str]]) -> str:

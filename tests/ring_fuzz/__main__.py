@@ -15,8 +15,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from tests import places
 from tests.ring_fuzz import messages
 from tests.ring_fuzz.bed import Bed
 from tests.ring_fuzz.episode import LENGTH, Episode, Tally
+from tests.stamp import stamp
 
 CORPUS = Path(__file__).parent / "corpus.jsonl"
 _EPISODES = 40  # of one process
@@ -104,16 +103,9 @@ class Figures:
         """Leave it for whoever goes on, and for the scoreboard."""
         if self._file is None:
             return
-        self.known["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self.known["commit"] = _commit()
+        self.known |= stamp()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps(self.known, indent=1) + "\n")
-
-
-@cache
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def _run_all(arguments: argparse.Namespace) -> int:
