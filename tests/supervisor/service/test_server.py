@@ -167,9 +167,8 @@ def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
     assert 0o600 == Path(loop.path).stat().st_mode & 0o777
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-@pytest.mark.parametrize("uid", [1, 1000, 65534])
-def test_other_users_are_sent_away(uid: int) -> None:
+@pytest.mark.rows("R22")
+def test_other_users_are_sent_away(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """R22: a peer that is neither root nor our own user is hung up on, whatever the socket's mode is by now."""
     with listening_for_everybody() as loop, as_user(uid, loop) as client, loop.connect() as own:
         client.sendall(b'{"verb": "ping"}\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pyxs.connection import Packet
 
 from tests.supervisor.helpers import PATH, write_like_libxl
 from xenbackend.blkif.handshake import XenbusState
@@ -55,6 +56,37 @@ def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) ->
     store.own_domid()
 
     assert [] == store.events()
+
+
+@pytest.mark.rows("C2")
+def test_what_a_guest_makes_beside_its_keys_is_not_read(
+    nodes: VbdNodes, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look costs the same, in answers and in bytes, whatever else lies in the frontend's directory (XSA-354)."""
+    store = nodes._store
+    receive = store._receive
+    received: list[int] = []
+
+    def count() -> Packet:
+        packet = receive()
+        received.append(len(packet.payload))
+        return packet
+
+    def look() -> list[int]:
+        received.clear()
+        nodes.theirs(nodes.keys() or {})
+        nodes.read_frontend("ring-ref")
+        store.events()
+        return list(received)
+
+    look()
+    monkeypatch.setattr(store, "_receive", count)
+    before = look()
+    for number in range(300):
+        toolstack.write(f"{PATH.frontend}/{number}", "x" * 2000)
+
+    assert before == look()
+    assert len(before) > 2
 
 
 @pytest.mark.rows("C4", "R15")
