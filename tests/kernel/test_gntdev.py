@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,62 @@ def test_a_map_that_fails_is_given_back_once(monkeypatch: pytest.MonkeyPatch) ->
     assert [gntdev.MAP_GRANT_REF, gntdev.UNMAP_GRANT_REF] == calls
     assert set() == table._live
     table.close()
+
+
+class Kernel:
+    """What the kernel knows of one open gntdev; its n-th call fails, counted from 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+        self.reserved: list[bytes] = []
+        self.mapped = self.calls = 0
+        self._fails = fails
+        monkeypatch.setattr(gntdev.ioctl, "call", self._ioctl)
+        monkeypatch.setattr(gntdev.memory, "map_device", self._map)
+        monkeypatch.setattr(gntdev.memory, "unmap", self._unmap)
+        monkeypatch.setattr(gntdev.memory, "view_at", lambda *_, **__: memoryview(bytearray(4096)))
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self._fails:
+            raise KernelError("a call that fails", 12)
+
+    def _ioctl(self, _fd: int, request: int, argument: bytearray | bytes, _operation: str) -> int:
+        self._count()
+        if request == gntdev.MAP_GRANT_REF:
+            gntdev.MAP.pack_into(argument, 0, 1, 0, len(self.reserved) * 4096 + 4096)  # type: ignore[arg-type]
+            self.reserved.append(gntdev.UNMAP.pack(len(self.reserved) * 4096 + 4096, 1, 0))
+        elif request == gntdev.UNMAP_GRANT_REF:
+            self.reserved[self.reserved.index(bytes(argument))] = b""
+        return 0
+
+    def _map(self, *_: object, **__: object) -> int:
+        self._count()
+        self.mapped += 1
+        return 4096
+
+    def _unmap(self, *_: object) -> None:
+        self.mapped -= 1  # the last one may fail, and nothing is left of it all the same
+        self._count()
+
+
+@pytest.mark.rows("A27")
+@pytest.mark.parametrize("fails", range(1, 14))
+def test_whatever_fails_the_device_is_closed(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    """Of maps, one of them released, and a close, any call may fail: no other mapping stays, nor the descriptor."""
+    table = Gntdev(5, path="/dev/null")
+    fd = table._fd
+    kernel = Kernel(monkeypatch, fails)
+    mappings = []
+    for gref in range(3):
+        with suppress(KernelError):
+            mappings.append(table.map([gref], writable=True))
+    with suppress(KernelError):
+        mappings[0].release()
+    with suppress(KernelError):
+        table.close()
+
+    assert 0 == kernel.mapped
+    assert sum(map(bool, kernel.reserved)) <= 1  # the one whose own release was refused
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert (kernel.calls >= fails) == (fails <= 12)

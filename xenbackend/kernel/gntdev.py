@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from xenbackend.errors import KernelError
 from xenbackend.kernel import ioctl, memory
@@ -48,8 +48,10 @@ class GrantMapping:
         """Unmap. No view of the mapping may be used any more. Raises: KernelError."""
         self._live.discard(self)
         self.view = memoryview(b"")
-        memory.unmap(self.address, self._count * PAGE)
-        _forget(self._fd, self._index, self._count)
+        try:
+            memory.unmap(self.address, self._count * PAGE)
+        finally:
+            _forget(self._fd, self._index, self._count)
 
 
 def open_device(path: str = PATH) -> int:
@@ -92,10 +94,11 @@ class Gntdev:
         return self._statuses[STATUS_AT // 2 : len(segments) * FROM_GUEST.size // 2 : FROM_GUEST.size // 2].tolist()
 
     def close(self) -> None:
-        """Release every mapping of ours that is left, and the descriptor. Raises: KernelError."""
-        for mapping in tuple(self._live):
-            mapping.release()
-        os.close(self._fd)
+        """Release every mapping that is left, and the device, whatever goes wrong meanwhile. Raises: KernelError."""
+        with ExitStack() as undo:
+            undo.callback(os.close, self._fd)
+            for mapping in self._live:
+                undo.callback(mapping.release)
 
     def _grow(self, count: int) -> None:
         self._statuses.release()

@@ -20,6 +20,7 @@ Two ways, the same four methods, so that the engine does not know which one it h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 from xenbackend.blkif.abi import BLKIF_OP_READ, SEGMENT_SIZE
 from xenbackend.blkif.features import MAX_SEGMENTS
@@ -257,15 +258,16 @@ class PersistentGrants:
             copy[start:end] = pages[gref][: end - start]
 
     def close(self) -> None:
-        """Unmap everything; no request is in flight."""
+        """Unmap everything; no request is in flight. Raises: KernelError, after all has been tried."""
         memory.forget(self._pages.values())
         self._pages.clear()
         self._iovs.clear()
         self._neighbours.clear()
-        for mapping in self._mappings:
-            mapping.release()
-        self._mappings.clear()
-        self._copied.close()
+        with ExitStack() as undo:  # one that cannot be unmapped keeps no other
+            undo.callback(self._copied.close)
+            for mapping in self._mappings:
+                undo.callback(mapping.release)
+            self._mappings.clear()
 
     def _map_missing(self, grefs: Sequence[int]) -> bool:
         """Map the pages that are not mapped yet, side by side; False where they cannot be, or are too many."""
