@@ -21,6 +21,7 @@ import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 _ARMED, _COUNTED, _TRIPPED, _IS_ON, _HAS_SLOW = range(5)  # words of the control page
@@ -43,7 +44,8 @@ CALLS = {
     "uring 425": errno.ENOMEM, "uring 426": errno.EAGAIN,  # io_uring_setup, io_uring_enter
     "libc.fallocate": errno.EIO, "libc.statx": errno.EIO, "libc.mmap": errno.ENOMEM, "libc.munmap": errno.ENOMEM,
     "xen.open_grants": errno.EMFILE, "xen.open_events": errno.EMFILE, "xen.map": errno.ENOMEM, "xen.copy": errno.ENOMEM,
-    "xen.bind": errno.ENOSPC, "xen.unbind": errno.EIO, "xen.pending": errno.EIO, "xen.unmask": errno.EIO,
+    "xen.unmap": errno.ENOMEM, "xen.bind": errno.ENOSPC, "xen.unbind": errno.EIO, "xen.pending": errno.EIO,
+    "xen.unmask": errno.EIO,
 }  # fmt: skip
 SLOW = {"xen.unmask"}  # what costs seconds: the ring is only found by the look once a second
 EXEMPT = {
@@ -126,7 +128,11 @@ class Control:
 
 def _caller() -> str:
     """Return where in our own code a call comes from, nothing where it comes from elsewhere."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "contextlib":  # an ExitStack calls it for us
+        frame = frame.f_back
+    if frame is None:
+        return ""
     module = frame.f_globals.get("__name__", "")
     if not module.startswith(_OURS) or module in _NOT_OURS:
         return ""
@@ -217,6 +223,14 @@ class Failing:
             return call
 
         grants, events = host.RigGrants, host.RigEvents
+        real = grants.map
+
+        def mapped(*arguments: Any, **more: Any) -> Any:
+            mapping = real(*arguments, **more)
+            mapping.release = refusing("xen.unmap", mapping.release, is_done=True)
+            return mapping
+
+        grants.map = mapped  # type: ignore[method-assign]
         for kind, methods in ((grants, ("map", "copy")), (events, ("bind", "unbind", "pending", "unmask"))):
             for method in methods:
                 done = method == "unbind"
