@@ -42,6 +42,7 @@ POLICY = "enospc=report,read=retry 3 every 0.01s,write=retry 3 every 0.01s"
 NOTHING = {"mappings": 0, "pins": 0, "ports": 0}
 FLUSHES = (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER)
 MANY = 400  # calls that one step may make
+SHARES = 8  # of the longest sweep: each is a test
 
 
 class Bed:
@@ -251,14 +252,14 @@ def test_exchange(bed: Bed, pytestconfig: pytest.Config) -> None:
 
 
 @pytest.mark.rows("A27")
-def test_recovery(bed: Bed, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("first", range(1, SHARES + 1))
+def test_recovery(bed: Bed, first: int, pytestconfig: pytest.Config) -> None:
     """A successor whose n-th call fails goes on, or leaves everything to the next: the guest gets its one answer."""
     if not pytestconfig.getoption("--long"):
         pytest.skip("two processes for each n")
     driven = bed.driven
     frontend = driven.attach(Wishes(persistent=True))
-    number = failed = 0
-    for number in range(1, MANY):
+    for number in range(first, MANY, SHARES):
         data = bytes([number % 26 + ord("a")]) * PAGE
         request = driven.begin_write(data)
         driven.kill()
@@ -266,7 +267,6 @@ def test_recovery(bed: Bed, pytestconfig: pytest.Config) -> None:
         was_served = _succeed(driven, bed.chain())
         name = bed.control.disarm()
         if not was_served:
-            failed += 1
             assert name
             driven.kill()
             assert _succeed(driven, bed.chain()), f"after {name} had failed"
@@ -277,8 +277,7 @@ def test_recovery(bed: Bed, pytestconfig: pytest.Config) -> None:
             break
         bed.failed.append(name)
 
-    assert failed <= number
-    assert len(bed.failed) > 30
+    assert len(bed.failed) > 30 // SHARES
     driven.disconnect()
     assert NOTHING == driven.xen.held()
 
