@@ -207,7 +207,7 @@ class Bed:
             ring.close()  # which raises where a page is still mapped
         gc.collect()
         opened = len(os.listdir("/proc/self/fd"))
-        if opened != self._open_at_start:
+        if opened > self._open_at_start:  # fewer: what somebody else had left in this process is gone
             raise Violation(f"{opened} descriptors are open where {self._open_at_start} were")
         vbd.complaints.clear()
         vbd.halted.clear()
