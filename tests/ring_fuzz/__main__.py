@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -50,9 +51,22 @@ def main() -> int:
 
         WRONG[arguments.wrong]()
     if arguments.episodes or arguments.episode is not None:
+        if arguments.episodes:
+            _end_in_order()
         first, end = map(int, arguments.episodes.split("-")) if arguments.episodes else (arguments.episode,) * 2
         return _run(arguments.seed, range(first, max(end, first + 1)))
     return _run_all(arguments)
+
+
+def _end_in_order() -> None:
+    """Leave nothing behind when whoever started this process ends it; an interruption is theirs to hear."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once
+        sys.exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
 
 
 def _run(seed: int, numbers: range) -> int:
@@ -78,6 +92,9 @@ def _run(seed: int, numbers: range) -> int:
     kept = {signature: messages.as_line(message) for signature, message in tally.kept.items()}
     print(json.dumps({"counts": tally.counts, "kept": kept}))
     return 0
+
+
+Batches = list[tuple[subprocess.Popen[str], int, int]]  # a process, and its episodes from one to another
 
 
 class Figures:
@@ -108,11 +125,10 @@ class Figures:
         self._file.write_text(json.dumps(self.known, indent=1) + "\n")
 
 
-def _run_all(arguments: argparse.Namespace) -> int:
-    figures = Figures(arguments.json, arguments.seed, anew=arguments.anew)
-    begun, before, number = time.monotonic(), figures.known["seconds"], figures.known["next"]
+def _run_batches(arguments: argparse.Namespace, figures: Figures, busy: Batches, begun: float) -> int:
+    """Run all episodes in batches, each in a process of its own; return how many of these have failed."""
+    number = figures.known["next"]
     end = number + -(-arguments.messages // LENGTH)
-    busy: list[tuple[subprocess.Popen[str], int, int]] = []
     failed = 0
     while (number < end and not failed) or busy:
         while number < end and not failed and len(busy) < arguments.jobs:
@@ -121,15 +137,32 @@ def _run_all(arguments: argparse.Namespace) -> int:
             command += ["--episodes", f"{number}-{last}"]
             busy.append((subprocess.Popen(command, stdout=subprocess.PIPE, text=True), number, last))
             number = last
-        process, first, last = busy.pop(0)
+        process, first, last = busy[0]
         output, _ = process.communicate()
+        del busy[0]
         if process.returncode:
             failed += 1
             figures.known["failed"].append(f"{first}-{last}")
         else:
             figures.add(json.loads(output), last)
-        figures.known["seconds"] = round(before + time.monotonic() - begun, 1)
+        figures.known["seconds"] = round(time.monotonic() - begun, 1)
         figures.write()  # each time: it may be ended anywhere
+    return failed
+
+
+def _run_all(arguments: argparse.Namespace) -> int:
+    figures = Figures(arguments.json, arguments.seed, anew=arguments.anew)
+    begun, before = time.monotonic(), figures.known["seconds"]
+    busy: Batches = []
+    try:
+        failed = _run_batches(arguments, figures, busy, begun - before)
+    except KeyboardInterrupt:
+        _tell(figures, time.monotonic() - begun, 0)
+        return 130
+    finally:
+        for process, *_ in busy:
+            process.terminate()
+            process.communicate()
     _tell(figures, time.monotonic() - begun, failed)
     if arguments.keep and not failed:
         CORPUS.write_text("\n".join(figures.kept[each] for each in sorted(figures.kept)) + "\n")
