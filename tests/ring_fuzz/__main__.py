@@ -154,6 +154,12 @@ def _run_all(arguments: argparse.Namespace) -> int:
     figures = Figures(arguments.json, arguments.seed, anew=arguments.anew)
     begun, before = time.monotonic(), figures.known["seconds"]
     busy: Batches = []
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once: a terminal and `make` each send one
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         failed = _run_batches(arguments, figures, busy, begun - before)
     except KeyboardInterrupt:
