@@ -69,10 +69,18 @@ def test_the_longest_run_of_the_fuzzer_counts(tmp_path: Path) -> None:
 
 
 def test_the_format_with_the_fewest_counts(tmp_path: Path) -> None:
-    """Of damaged images the format with the fewest counts."""
+    """Of damaged images the format with the fewest counts, when all have had their turn."""
     (tmp_path / "damaged").mkdir()
-    for name, count in (("qcow2", 100_000), ("vhd", 5)):
-        (tmp_path / "damaged" / f"{name}.json").write_text(json.dumps({"count": count, **STAMP}))
+    for name, count in (
+        ("test_qcow-", 9),
+        ("test_qcow2-", 8),
+        ("test_vhd-", 5),
+        ("a-vdi-", 9),
+        ("a-vmdk-", 9),
+        ("-vhdx-", 9),
+    ):
+        assert measures._damaged(tmp_path) is None
+        (tmp_path / "damaged" / f"{name}py.json").write_text(json.dumps({"count": count, **STAMP}))
 
     assert Figure(5, **STAMP) == measures._damaged(tmp_path)
 
