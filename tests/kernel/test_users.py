@@ -63,7 +63,7 @@ def test_a_process_with_a_lock(image: Path, way: str) -> None:
     with image.open("rb") as file:
         with locked(image, way) as pid:
             said = users.users_of(file.fileno())
-            assert said.startswith("python -c \\nimport fcntl, sys")
+            assert said.startswith(f"{Path(sys.executable).name} -c \\nimport fcntl, sys")
             assert said.endswith(f"... (process {pid})")
             assert len(said) < 100
         assert "" == users.users_of(file.fileno())
