@@ -123,7 +123,7 @@ def test_no_device() -> None:
 @pytest.mark.rows("A28")
 def test_a_map_that_fails_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A map that fails half-way gives its reservation back, and is not tried again: old kernels leak with each try."""
-    table = Gntdev(5, path="/dev/null")
+    table = Gntdev(5, gntdev.open_device("/dev/null"))
     calls = []
 
     def refuse(*_: object, **__: object) -> int:
@@ -179,7 +179,7 @@ class Kernel:
 @pytest.mark.parametrize("fails", range(1, 14))
 def test_whatever_fails_the_device_is_closed(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
     """Of maps, one of them released, and a close, any call may fail: no other mapping stays, nor the descriptor."""
-    table = Gntdev(5, path="/dev/null")
+    table = Gntdev(5, gntdev.open_device("/dev/null"))
     fd = table._fd
     kernel = Kernel(monkeypatch, fails)
     mappings = []
