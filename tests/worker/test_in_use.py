@@ -265,6 +265,16 @@ def test_a_claim_lasts_as_long_as_the_last_copy(files: HostFiles, device: str) -
     assert "" == refusal(files, device)
 
 
+def test_nobody_is_told_of_himself(files: HostFiles, backing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for users is another process than the one that is refused, and has let go of the image by then."""
+    with qemu.held_open("raw", backing) as pid:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        said = refusal(files, backing)
+        monkeypatch.undo()
+    assert f"(process {pid})" in said
+    assert 1 == said.count("(process ")
+
+
 def test_only_looking_claims_nothing(files: HostFiles, device: str, tmp_path: Path) -> None:
     """Who looks without a lock, as `image info` does, reads a device that is mounted or served."""
     reactor = Reactor()
