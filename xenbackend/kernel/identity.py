@@ -91,7 +91,7 @@ def identify(fd: int) -> Identity:
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode):
             handle = _handle(fd)
-            return FileIdentity(status.st_dev, status.st_ino, handle, 0 if handle else _born(fd))
+            return FileIdentity(status.st_dev, status.st_ino, handle, 0 if handle else birth_of(fd))
         if stat.S_ISBLK(status.st_mode):
             return _identify_device(fd, status.st_rdev)
     except OSError as error:
@@ -190,8 +190,8 @@ def _handle(fd: int) -> str:
     return ""
 
 
-def _born(fd: int) -> int:
-    """Return a file's time of birth in nanoseconds, 0 where its file system knows none. Raises: OSError."""
+def birth_of(fd: int) -> int:
+    """Return a file's time of birth in nanoseconds since 1970, 0 where its file system knows none. Raises: OSError."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if not hasattr(_libc, "statx"):
         return 0
