@@ -17,7 +17,7 @@ from xenbackend.host import block_xenbackend
 from xenbackend.host.example import example
 from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.service.settings import PATH as SETTINGS
+from xenbackend.settings_file import PATH as SETTINGS
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.xenstore.store import Store
 

@@ -10,7 +10,8 @@ import pytest
 
 from xenbackend.host.files import Item, items
 from xenbackend.host.program import PACKAGED, Program
-from xenbackend.supervisor.service.settings import PATH, Settings
+from xenbackend.settings_file import PATH
+from xenbackend.supervisor.service.settings import Settings
 
 VENV = Program("/opt/x/bin/xenbackend", "/opt/x/bin/python3")
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from xenbackend import settings_file
 from xenbackend.cli.arguments import add_json
 from xenbackend.kernel import process
 from xenbackend.log import FORMATS, LEVELS
@@ -25,7 +26,7 @@ def register(subparsers: Any) -> None:
         "until SIGTERM or SIGINT. Options override the settings file. SIGTERM leaves disks in service where somebody "
         "keeps them for the next service (systemd, --keep, --detach); SIGINT closes them.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings in TOML (default: {settings.PATH})")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings in TOML (default: {settings_file.PATH})")
     parser.add_argument("--store", metavar="PATH", help="xenstore's socket or device")
     parser.add_argument("--host", metavar="MODULE[:ARGUMENT]", help="source of grants and event channels; for tests")
     parser.add_argument("--socket", metavar="PATH", help="control socket to listen on")

@@ -12,9 +12,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from xenbackend import settings_file
 from xenbackend.host.example import example
 from xenbackend.host.program import PACKAGED, Program
-from xenbackend.supervisor.service import settings
 from xenbackend.xl.shim import SHIM_PLACE, shim_text
 
 UNIT = "xenbackend.service"
@@ -66,7 +66,7 @@ def items(program: Program) -> list[Item]:
         Item(f"{users}/{SYSUSERS}", GROUP_FILE.encode()),
         Item(f"{rules}/60-xenbackend.rules", _source("udev", "60-xenbackend.rules")),
         Item(f"{units}/{UNIT}", _source("systemd", UNIT).replace(PACKAGED.command.encode(), program.command.encode())),
-        Item(str(settings.PATH), example().encode(), is_config=True),
+        Item(str(settings_file.PATH), example().encode(), is_config=True),
     ]
 
 

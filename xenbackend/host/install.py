@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from xenbackend import settings_file
 from xenbackend.errors import ConfigError
 from xenbackend.host import manifest as manifests
 from xenbackend.host.files import UNIT, Item
 from xenbackend.host.manifest import Manifest
 from xenbackend.host.tree import Tree
-from xenbackend.supervisor.service import settings
 
 Say = Callable[[str, str], None]  # what is done, and to which path
 MADE, REPLACED, KEPT, YOURS, REMOVED = "made", "replaced", "kept", "kept your", "removed"
@@ -64,7 +64,7 @@ def uninstall(tree: Tree, say: Say, *, is_dry: bool = False, is_purge: bool = Fa
     Raises: ConfigError if nothing was installed.
     """
     manifest = manifests.load(tree)
-    config = str(settings.PATH)
+    config = str(settings_file.PATH)
     if is_purge and not _is_packaged(tree) and tree.fingerprint(config):
         manifest.files.setdefault(config, "")  # one that was there before us goes as well
     if not manifest.files:

@@ -6,19 +6,19 @@ Must not act on a setting.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from xenbackend import settings_file
 from xenbackend.blkif.features import MAX_QUEUES, MAX_SEGMENTS, Limits
 from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.errors import ConfigError
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.protocol.client import DEFAULT_SOCKET
+from xenbackend.settings_file import PATH
 
-PATH = Path("/etc/xenbackend.toml")
 _SERVE = ("ours", "all")
 _POLL_US_MAX = 1000  # from there on to look is dearer than to sleep and be woken
 _TYPES = {"str": (str, "text in quotes"), "int": (int, "a whole number"), "list[str]": (list, "a list of texts")}
@@ -39,6 +39,7 @@ class Settings:
     on_error: str = DEFAULT  # what becomes of requests that the disk cannot do, see `xenbackend policy`
     log: str = "console"
     log_level: str = "info"
+    parents: list[str] = field(default_factory=list)  # directories below which parents may be, whatever names them
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]
 
 
@@ -51,7 +52,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
 
     Raises: ConfigError, naming file and setting.
     """
-    values = _read(path or PATH, must_exist=path is not None)
+    values = settings_file.read(path or PATH, must_exist=path is not None)
     values |= {name: value for name, value in overrides.items() if value is not None}
     return make(values, str(path or PATH))
 
@@ -65,20 +66,9 @@ def make(values: dict[str, Any], where: str) -> Settings:
     _check_types(where, Limits, limits)
     settings = replace(Settings(**values), limits=replace(Limits(), **limits))
     _check_values(where, settings)
+    if not all(each.startswith("/") for each in settings.parents):
+        raise ConfigError(f"{where}: parents is {settings.parents}; it must name directories by their whole paths")
     return settings
-
-
-def _read(path: Path, *, must_exist: bool) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if must_exist:
-            raise ConfigError(f"{path}: there is no such file") from None
-        return {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from None
 
 
 def _check_types(where: str, kind: type[Any], values: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
