@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.part import Part
+from xenbackend import settings_file
 from xenbackend.image import session
 
 
@@ -45,6 +46,14 @@ class TellsAtOnce:
             reason = (crash.message if crash else report.longreprtext.strip()).partition("\n")[0]
             terminal = self._config.pluginmanager.getplugin("terminalreporter")
             terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}): {reason}", red=True)
+
+
+@pytest.fixture
+def parents_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The settings of this host allow any file as a parent: for tests that are not about that."""
+    path = tmp_path_factory.mktemp("settings") / "xenbackend.toml"
+    path.write_text('parents = ["/"]\n')
+    monkeypatch.setattr(settings_file, "PATH", path)
 
 
 @pytest.fixture

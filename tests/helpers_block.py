@@ -22,11 +22,15 @@ SIZE = 1 << 20
 
 
 class Machine:
-    """A worker without a guest: opens chains on real files, and runs its loop until requests are back."""
+    """A worker without a guest: opens chains on real files, and runs its loop until requests are back.
 
-    def __init__(self) -> None:
+    `parents` is what the settings of its host say: by default images may lead to any file, since most tests are not
+    about that.
+    """
+
+    def __init__(self, parents: Sequence[str] = ("/",)) -> None:
         self.reactor = Reactor()
-        self.files = HostFiles(self.reactor)
+        self.files = HostFiles(self.reactor, opener=LocalOpener(lambda: parents))
         self.reactor.before_sleep(self.files.kick)
         self.make_env = EnvFactory(self.reactor, self.files)
         self.slept: list[float] = []

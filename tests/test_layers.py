@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "xenbackend"
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
-GROUND = {"units", "errors", "disks", "log", "counters", "budget"}
+GROUND = {"units", "errors", "disks", "log", "counters", "budget", "settings_file"}
 STRANGERS = {"kernel", "blkif", "nbd", "block", "protocol", "journal", "loop"}  # layer 1: they do not know each other
 LAYERS = {
     "units": set(),
@@ -25,10 +25,11 @@ LAYERS = {
     "disks": {"errors"},
     "counters": set(),
     "budget": set(),
+    "settings_file": {"errors"},
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps"},
-    "opener": GROUND - {"log"} | {"kernel", "block", "protocol"},
+    "opener": GROUND - {"log"} | {"kernel", "block"},
     "worker": GROUND - {"log"} | STRANGERS | {"opener"},  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
@@ -39,7 +40,7 @@ LAYERS = {
     "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
-    "image": GROUND - {"log"} | {"block", "kernel.inuse", "worker.env", "worker.files", "worker.newfile", "loop"},
+    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.newfile", "opener", "loop"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.helpers_block import Machine
+from tests.loops import loop
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
-from xenbackend.block.leaf import leaf_over, parents_option
+from xenbackend.block.leaf import leaf_over
 from xenbackend.errors import ConfigError
 from xenbackend.opener.local import LocalOpener
 
@@ -54,11 +56,29 @@ def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
         chain.close()
 
 
-def test_where_parents_are_is_said_only_where_it_must_be(tmp_path: Path) -> None:
-    """In the child's own directory, or below it, no option is needed."""
+def test_what_a_leaf_says_that_cannot_be_marked(machine: Machine, tmp_path: Path) -> None:
+    """Where the mark cannot be made, the layer names the parent's directory, beside what that one's names."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "parent").touch()
-    (tmp_path / "a" / "parent").touch()
+    (tmp_path / "a" / "base").write_bytes(qcow2(SIZE))
+    new = f"{tmp_path}/new"
+    for options, places in (
+        ("", f"{tmp_path}/a"),
+        (f",parents={tmp_path}/a", f"{tmp_path}/a"),
+        (",parents=/x:/y", f"/x:/y:{tmp_path}/a"),
+    ):
+        chain = machine.open(f"qcow2:{tmp_path}/a/base{options}", read_only=True)
+        leaf = leaf_over(chain.layers, new)
+        chain.close()
+        assert (f"qcow2:{new}{options}", f"qcow2:{new},parents={places}") == (leaf.text, leaf.unmarked)
 
-    assert "" == parents_option(LocalOpener(), f"{tmp_path}/child", f"{tmp_path}/a/parent")
-    assert str(tmp_path) == parents_option(LocalOpener(), f"{tmp_path}/a/child", f"{tmp_path}/parent")
+
+def test_a_leaf_over_a_device(machine: Machine, tmp_path: Path) -> None:
+    """A device is named by the name that the administrator has for it, which its links do not change."""
+    with loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
+        (tmp_path / "name").symlink_to(device)
+        chain = machine.open(f"aio:{tmp_path}/name", read_only=True)
+        leaf = leaf_over(chain.layers, f"{tmp_path}/new")
+        chain.close()
+
+    assert f"qcow2:{tmp_path}/new,parents={tmp_path}/name" == leaf.unmarked
+    assert any(os.fsencode(tmp_path / "name") in data for _, data in leaf.blank.pieces)

@@ -84,7 +84,7 @@ def test_commit_says_what_a_parent_with_a_data_file_needs(run: Run, run_json: Ru
     """The layer that the refusal names is the one that `--into` takes."""
     (tmp_path / "base").write_bytes(qcow2(MIB, data_name=b"data"))
     (tmp_path / "data").write_bytes(bytes(MIB))
-    disk_write(run_json("snapshot", "qcow2:base", "leaf")["text"], {0: b"c" * 512})
+    disk_write(run_json("snapshot", "qcow2:base,data_file=data", "leaf")["text"], {0: b"c" * 512})
     status, _, sentence = run("commit", "qcow2:leaf")
     assert (2, bytes(MIB)) == (status, (tmp_path / "data").read_bytes())
     into = sentence.strip().partition("; if that file belongs to it, say --into ")[2]

@@ -49,7 +49,8 @@ SECTIONS = {  # commands whose objects together have every key of the section
         "image create qcow2 a.qcow2 1M", "image info a.qcow2", "image check qcow2:a.qcow2",
         "image snapshot qcow2:a.qcow2 b.qcow2", "image commit qcow2:b.qcow2", "image resize qcow2:b.qcow2 2M",
         "image convert qcow2:b.qcow2 aio:c.raw", "image compare qcow2:b.qcow2 aio:c.raw",
-        "image measure qcow2 aio:c.raw", "image rebase qcow2:b.qcow2 --no-parent", "image info bad.qcow2",
+        "image measure qcow2 aio:c.raw", "image trust qcow2:b.qcow2",
+        "image rebase qcow2:b.qcow2 --no-parent", "image info bad.qcow2",
     ],
     "run": [],
 }  # fmt: skip

@@ -26,6 +26,8 @@ from xenbackend.image.names import Image, find_image
 from xenbackend.image.resize import resize
 from xenbackend.image.session import Session
 
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
+
 SIZE = 1 << 20
 BLOCK = 64 << 10  # of VHD
 Clusters = dict[int, bytes]

@@ -72,17 +72,17 @@ def test_a_qcow_child_is_told_its_parents_format(made: Make, raw: Path, tmp_path
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
 def test_a_tree_can_be_moved(made: Make, raw: Path, tmp_path: Path, image_format: str) -> None:
-    """A parent in the same tree is named relative to the child; the text says where parents may be."""
+    """A parent in the same tree is named relative to the child, and known wherever the tree is by then."""
     tree = tmp_path / "tree"
     (tree / "base").mkdir(parents=True)
     (tree / "guests").mkdir()
     made(image_format)
     base = (tmp_path / f"disk.{image_format}").rename(tree / "base" / "disk")
     child = create(image_format, f"{tree}/guests/child", None, parent=image_of_file(image_format, str(base)))
-    assert f"{image_format}:{tree}/guests/child,parents={tree}" == child.text
+    assert f"{image_format}:{tree}/guests/child" == child.text
     moved = tree.rename(tmp_path / "moved")
 
-    assert raw.read_bytes() == disk_content(f"{image_format}:{moved}/guests/child,parents={moved}")
+    assert raw.read_bytes() == disk_content(f"{image_format}:{moved}/guests/child")
 
 
 def test_children_of_children(made: Make, raw: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_parents_own_options_go_on(made: Make, raw: Path, tmp_path: Path) -> N
     (tmp_path / "sub").mkdir()
     grandchild = create("qcow2", f"{tmp_path}/sub/grandchild", None, parent=find_image(child.text))
 
-    assert f"qcow2:{tmp_path}/sub/grandchild,parents={tmp_path},parent_format=raw" == grandchild.text
+    assert f"qcow2:{tmp_path}/sub/grandchild,parent_format=raw" == grandchild.text
     assert raw.read_bytes() == disk_content(grandchild.text)
 
 

@@ -28,6 +28,8 @@ from xenbackend.image.resize import resize
 from xenbackend.image.session import Session
 from xenbackend.worker.image import Image as OpenImage
 
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
+
 MIB = 1 << 20
 SIZE = 3 * MIB - 1024
 DATA = {0: 4096, MIB: 300 << 10, SIZE - 512: 512}  # where there are bytes that are not zeros, and how many
@@ -126,7 +128,7 @@ def test_a_snapshot_and_back(image: Image, tmp_path: Path) -> None:
     expected = bytearray(first)
     expected[512:1024], expected[2 * MIB : 2 * MIB + 4096] = b"c" * 512, b"d" * 4096
     assert expected == disk_content(child.text)
-    with pytest.raises(ConfigError, match=rf"suffices for reading only; .* say --into {image.text}$"):
+    with pytest.raises(ConfigError, match=rf"does not suffice for writing; .* say --into {image.text}$"):
         commit(child, ignore)
     assert first == disk_content(image.text)
     commit(child, ignore, into=image)
@@ -258,7 +260,7 @@ def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
         else:
             assert ",data_file=" in rebase(image, None, ignore, is_unsafe=attempt != "rebase").text
 
-    with pytest.raises(DriverError, match="is named by the image alone, which suffices for reading only") as caught:
+    with pytest.raises(DriverError, match="is named by the image alone, which does not suffice for writing") as caught:
         attempt_it(find_image(bare))
     assert bare == caught.value.layer
     assert b"v" * MIB == victim.read_bytes()
@@ -282,7 +284,7 @@ def test_a_neighbours_disk_is_not_committed_to(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"o" * MIB)
     escaped = rf"{parents.text},data_file={tmp_path}/a\, b\|c"
-    with pytest.raises(ConfigError, match="suffices for reading only") as caught:
+    with pytest.raises(ConfigError, match="does not suffice for writing") as caught:
         commit(child, ignore)
     assert escaped == str(caught.value).partition(" --into ")[2]
     wrong = [parents.text, f"aio:{path}", f"aio:{tmp_path}/base", f"{parents.text},data_file={tmp_path}/other",

@@ -25,6 +25,8 @@ from xenbackend.image.names import Image
 from xenbackend.image.session import Session
 from xenbackend.kernel import blockdev
 
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
+
 Make = Callable[[str], Image]
 MIB = 1 << 20
 DATA = {64 << 10: 200 << 10, 3 << 20: 4096, (5 << 20) - 512: 512}  # what `raw` holds: places and lengths

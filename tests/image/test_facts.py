@@ -93,6 +93,7 @@ def test_where_there_is_no_file_there_are_no_facts(tmp_path: Path) -> None:
             chain_facts(parse_chain(f"qcow2:{path}"))
 
 
+@pytest.mark.usefixtures("parents_anywhere")
 def test_a_parent_that_is_missing(tmp_path: Path) -> None:
     """Every layer up to the one whose parent is missing has its facts, and that one the name that it has for it."""
     for name, parent in (("mid", "gone"), ("top", "mid")):
@@ -108,7 +109,7 @@ def test_a_parent_that_is_missing(tmp_path: Path) -> None:
     assert "its parent is not there: it says 'gone'" in facts.problem
 
 
-def test_a_parent_outside(tmp_path: Path) -> None:
+def test_a_parent_that_nobody_allowed(tmp_path: Path) -> None:
     """A parent that must not be opened is named, and not looked at."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "secret").write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"!"))
@@ -116,9 +117,10 @@ def test_a_parent_outside(tmp_path: Path) -> None:
     facts = chain_facts(parse_chain(f"qcow2:{tmp_path}/sub/a"))
 
     assert [("QCOW2, version 3", ("../secret",))] == [(each.format, each.parent_names) for each in facts.layers]
-    assert "say parents=DIRECTORY" in facts.problem
+    assert f"image trust LAYER, or by parents={tmp_path} in its layer" in facts.problem
 
 
+@pytest.mark.usefixtures("parents_anywhere")
 def test_a_parent_that_is_another_one(tmp_path: Path) -> None:
     """A parent that was exchanged is there with what it is, and so is its child."""
     (tmp_path / "base").write_bytes(vhd_image(1 << 20, uuid=b"x" * 16))

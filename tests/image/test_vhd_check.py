@@ -10,6 +10,7 @@ import pytest
 
 from tests.image_content import disk_content, disk_write
 from tests.vhd_images import fixed, image
+from xenbackend import settings_file
 from xenbackend.block.formats import vhd
 from xenbackend.block.formats.vhd import Footer, Header, Locator
 from xenbackend.errors import DriverError
@@ -22,6 +23,8 @@ from xenbackend.image.session import Session
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol.opening import Facts
 from xenbackend.units import SECTOR
+
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
 
 MIB = 1 << 20
 BLOCKS = {0: {0: b"a" * 512}, 1: {5: b"b" * 512}}
@@ -208,8 +211,9 @@ def test_a_child_that_cannot_be_opened_is_not_sound(tmp_path: Path) -> None:
     assert f"it cannot be opened: {base}: {base} is itself or one of its own children" in found.sentences[0]
 
 
-def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path) -> None:
-    """A parent elsewhere is not opened unless parents= names its directory, and the check says how to allow it."""
+def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent is not opened unless somebody has allowed that, and the check says how to allow it."""
+    monkeypatch.setattr(settings_file, "PATH", tmp_path / "none")
     (tmp_path / "in").mkdir()
     child(tmp_path)
     (tmp_path / "base.vhd").rename(tmp_path / "outside.vhd")
@@ -219,7 +223,7 @@ def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path) -> None:
     found = check(find_image(text))
 
     assert ERRORS == found.status
-    assert "if that is right, say parents=DIRECTORY" in found.sentences[0]
+    assert f"say so by xenbackend image trust LAYER, or by parents={tmp_path} in" in found.sentences[0]
     assert CLEAN == check(find_image(f"{text},parents={tmp_path}")).status
 
 

@@ -230,8 +230,8 @@ def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path
     (tmp_path / "again").hardlink_to(one)
     (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one"))
     bench = benches(f"aio:{one}")
-    for chain in (f"silent:|aio:{tmp_path}/again", f"qcow2:{tmp_path}/child,parent_format=raw"):
-        assert bench.check_successor(chain, replaces=False)
+    for chain in (f"silent:|aio:{tmp_path}/again", f"qcow2:{tmp_path}/child,parents={tmp_path},parent_format=raw"):
+        assert bench.disk.check_successor(chain, replaces=False)
     for chain in (f"aio:{two}", "ram:1M", f"ram:{one}"):
         with pytest.raises(ConfigError, match="is over another image than the one that the guest writes to"):
             bench.check_successor(chain, replaces=False)

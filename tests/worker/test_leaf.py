@@ -68,7 +68,7 @@ def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, openers: Openers, tmp_p
 
     for generation in range(3):
         writes(20)
-        text = make(openers, machine, chain, f"{tmp_path}/leaf{generation}")
+        text = make_leaf(chain, machine.files.opener, f"{tmp_path}/leaf{generation}")
         writes(20)
         assert [0] == machine.do(chain, flush())
         chain.close()
@@ -92,7 +92,7 @@ def test_nothing_is_written_over(machine: Machine, openers: Openers, tmp_path: P
     chain = machine.open(f"qcow2:{tmp_path}/base")
     for name, image_format, sentence in (("taken", "", "exists already"), ("new", "vhd", "and not qcow2")):
         with pytest.raises(ConfigError, match=sentence):
-            make(openers, machine, chain, f"{tmp_path}/{name}", image_format)
+            make_leaf(chain, machine.files.opener, f"{tmp_path}/{name}", image_format)
 
     assert {"base", "taken"} == {path.name for path in tmp_path.iterdir()}
     assert b"mine" == (tmp_path / "taken").read_bytes()
@@ -104,7 +104,7 @@ def test_only_its_owner_may_read_a_leaf(machine: Machine, openers: Openers, tmp_
     """It becomes the guest's disk."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     chain = machine.open(f"qcow2:{tmp_path}/base")
-    make(openers, machine, chain, f"{tmp_path}/new")
+    make_leaf(chain, machine.files.opener, f"{tmp_path}/new")
     chain.close()
 
     assert 0o600 == (tmp_path / "new").stat().st_mode & 0o777

@@ -130,46 +130,33 @@ class File(Protocol):
         """Release the file and its lock; nothing is in flight."""
 
 
-class FileFacts(Protocol):
-    """What a file is; `identity` tells it from any other, whatever it is called."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The file that an image means: `path` opens it from now on, `by` says by which act of an administrator."""
 
-    @property
-    def identity(self) -> str:
-        """Equal texts are of one file, or of one block device."""
-
-    @property
-    def is_device(self) -> bool:
-        """It is a block device, else a regular file."""
-
-    @property
-    def mtime_ns(self) -> int:
-        """Time of its last change, since 1970."""
-
-    @property
-    def real(self) -> str:
-        """Its path with all links followed."""
+    path: str
+    by: str
 
 
-class Lookup(Protocol):
-    """Says what names mean. A driver looks nothing up itself: the process that it runs in may not be able to."""
+class Finder(Protocol):
+    """Finds the files that images name. A driver looks for none itself: an image is not to be trusted."""
 
-    def look(self, path: str) -> FileFacts:
-        """Return what a file is, without opening it. Raises: OSError; DriverError where it cannot be an image."""
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
+        """Find the file that an image names, if an administrator has allowed that this image is followed to it.
 
-    def resolve(self, path: str) -> str:
-        """Return the directory of a file with all links followed; with a slash at its end, of a directory.
+        From then on `open` of the path that it returns opens that very file, whatever the name means by then.
+
+        Args:
+            what: of `block.mapped.parents`: PARENT, DATA_FILE or EXTENT.
+            image: the path by which the image itself was opened.
+            names: what it says, the likeliest name first, relative to its own directory, or absolute.
+            within: what the chain says of where such files may be (`parents=`).
 
         Raises: DriverError.
         """
 
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
-        """Return the path of the first file that is there of those that an image names, as `parents.find_named` says.
 
-        From then on it may be opened, for reading. Raises: DriverError.
-        """
-
-
-class Files(Lookup, Protocol):
+class Files(Finder, Protocol):
     """Opens image files, with the lock that keeps two writers apart."""
 
     def open(

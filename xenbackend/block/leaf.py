@@ -6,6 +6,7 @@ Must not open or write a file, nor guess of which format a parent is: the driver
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from xenbackend.block import grammar
 from xenbackend.block.driver import Lookup
 from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank
 from xenbackend.block.formats.table import BY_DRIVER, FORMATS, Format, format_of
+from xenbackend.block.mapped.parents import places_of
 from xenbackend.block.opening import MAX_PARENTS, OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError
@@ -23,9 +25,15 @@ _OVER_RAW = "qcow2"  # it says itself of which format its parent is, and any too
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A new image: `text` is the layer that opens it, with every option that it needs; `size` is its disk's, bytes."""
+    """A new image.
+
+    text      the layer that opens it, with every option that it needs once it is marked with its parent
+    unmarked  the same for an image that cannot be marked
+    size      its disk's, bytes
+    """
 
     text: str
+    unmarked: str
     size: int
     blank: Blank
 
@@ -52,13 +60,13 @@ def leaf_over(
         image_format = format_of(layers[0].driver.name)
         if image_format == "raw":
             image_format = _OVER_RAW
-    parent, text = child_of(layers, path, image_format)
+    parent, text, unmarked = child_of(layers, path, image_format)
     size = layers[0].geometry.size if size is None else size
-    return Leaf(text, size, blank(image_format, size, wishes or Wishes(), parent))
+    return Leaf(text, unmarked, size, blank(image_format, size, wishes or Wishes(), parent))
 
 
-def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple[Parent, str]:
-    """Return how an image at `path` names an open image as its parent, and the layer that opens it then.
+def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple[Parent, str, str]:
+    """Return how an image at `path` names an open image as its parent, and `text` and `unmarked` as of a `Leaf`.
 
     Raises: ConfigError, where an image of that format cannot have that parent.
     """
@@ -83,29 +91,35 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
         uuid,
         files.look(parent_path).mtime_ns / 1e9,
     )
-    options = _options(files, child_format, path, parent_path, parent_format, layer.driver.options)
-    return parent, grammar.format_layer(child_format.driver, path, *options)
+    texts = []
+    for places in ([], _places_for(layer.driver.options, parent_path)):
+        options = _options(child_format, places, parent_format, layer.driver.options)
+        texts.append(grammar.format_layer(child_format.driver, path, *options))
+    return parent, texts[0], texts[1]
 
 
-def parents_option(files: Lookup, path: str, parent: str) -> str:
-    """Return the directory that `parents=` has to name so that an image at `path` may have a parent, or nothing."""
-    beside = files.resolve(path)
-    both = os.path.commonpath([beside, files.look(parent).real])
-    return "" if both == beside else both
+def _places_for(options: Any, parent: str) -> list[str]:
+    """Return what `parents=` has to name for the child of an open image that cannot be marked.
+
+    That is the directory of the parent, so that one place will do for a whole family; of a device, that device; and the
+    file that has the parent's data.
+    """
+    path = os.path.abspath(parent)  # noqa: PTH100 - as `opening`: pathlib would alter the name
+    is_device = stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116 - the same
+    data_file: str = getattr(options, "data_file", "")
+    places = [path if is_device else os.path.dirname(os.path.realpath(path))]  # noqa: PTH120 - the same
+    return [*places, os.path.abspath(data_file)] if data_file else places  # noqa: PTH100 - the same
 
 
-def _options(files: Lookup, child: Format, path: str, parent: str, parent_format: Format, options: Any) -> list[str]:
+def _options(child: Format, places: list[str], parent_format: Format, options: Any) -> list[str]:
     """Return what the child's layer has to say: where its parents may be, and what the image itself cannot say.
 
     What the parent's own layer says of its file and its parents goes on: they are opened by the child from now on.
     """
-    directory = parents_option(files, path, parent)
-    given: str = getattr(options, "parents", "")
-    if given:
-        resolved = files.resolve(f"{given}/")
-        directory = os.path.commonpath([resolved, directory or resolved])
+    given = map(os.path.abspath, places_of(getattr(options, "parents", "")))
+    named = ":".join(dict.fromkeys([*given, *places]))
     words = ["cache=on"] if getattr(options, "cache", False) else []
-    words += [f"parents={directory}"] if directory else []
+    words += [f"parents={named}"] if named else []
     if "changed" in child.passes_on and getattr(options, "changed", "") == "accept":
         words.append("changed=accept")
     kept = getattr(options, "parent_format", "")
@@ -118,7 +132,10 @@ def _options(files: Lookup, child: Format, path: str, parent: str, parent_format
 
 def _name(files: Lookup, path: str, parent: str) -> str:
     """Return a parent's name: relative to the child, unless they have no more than the root in common."""
-    beside, real = files.resolve(path), files.look(parent).real
+    beside = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - as `opening`
+    real = os.path.realpath(parent)
+    if stat.S_ISBLK(os.stat(real).st_mode):  # noqa: PTH116 - as above; what its link leads to may be another tomorrow
+        return os.path.abspath(parent)  # noqa: PTH100 - as above
     if os.path.commonpath([beside, real]) == "/":
         return real
     return os.path.relpath(real, beside)

@@ -43,6 +43,7 @@ def register(subparsers: Any) -> None:
     _register_compare(verbs)
     _register_measure(verbs)
     _register_rebase(verbs)
+    _register_trust(verbs)
     for verb in verbs.choices.values():
         add_json(verb)
 
@@ -161,6 +162,15 @@ def _register_rebase(verbs: Any) -> None:
     verb.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_direct(verb)
     verb.set_defaults(run=_late("image_verbs", "rebase"))
+
+
+def _register_trust(verbs: Any) -> None:
+    verb = verbs.add_parser("trust", help="allow an image to be opened with its parents", description="Allow an image, "
+        "and each of its parents, to be opened with the file that it names as its parent, and with those that have its "
+        "data. Each is marked with them, and from then on opened with these files and no others. Look at what is "
+        "printed: whoever made the image chose them. An image in use may be marked, too.")  # fmt: skip
+    verb.add_argument("image", metavar="LAYER", help="the image with its format, such as qcow2:FILE")
+    verb.set_defaults(run=_late("image_verbs", "trust"))
 
 
 def _add_direct(verb: argparse.ArgumentParser) -> None:

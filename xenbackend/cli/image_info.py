@@ -67,7 +67,7 @@ def _lines(layer: Facts) -> Iterator[tuple[str, str]]:
     if layer.cluster_size:
         yield "clusters", format_size(layer.cluster_size)
     if layer.parent:
-        yield "parent", layer.parent
+        yield "parent", f"{layer.parent} (allowed by {layer.parent_by})" if layer.parent_by else layer.parent
     if layer.parent_names:
         yield "parent", f"called {' or '.join(map(repr, layer.parent_names))} by the image"
     if layer.is_dirty:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from xenbackend.block.formats.blank import Wishes
-from xenbackend.block.formats.table import WRITTEN
+from xenbackend.block.formats.table import FORMATS, WRITTEN
 from xenbackend.cli import output
 from xenbackend.cli.image_progress import watched
 from xenbackend.errors import ConfigError, DriverError, printable
@@ -22,10 +22,12 @@ from xenbackend.image import create as creations
 from xenbackend.image import measure as measures
 from xenbackend.image import rebase as rebases
 from xenbackend.image import resize as sizes
+from xenbackend.image import trust as trusts
 from xenbackend.image.compare import Compared
 from xenbackend.image.create import Created
 from xenbackend.image.names import Image, find_chain, find_image, image_of_file
 from xenbackend.image.session import RequestFailed
+from xenbackend.opener.parents import TRUSTED
 from xenbackend.units import format_size
 
 
@@ -143,6 +145,21 @@ def rebase(arguments: argparse.Namespace) -> int:
     else:
         of = f"a child of {printable(done.parent)}" if done.parent else "without a parent"
         print(f"{printable(done.text)}: {of}; {format_size(done.written)} written")
+    return 0
+
+
+def trust(arguments: argparse.Namespace) -> int:
+    """Mark an image and its parents with what they name. Raises: ConfigError, DriverError."""
+    image = find_image(arguments.image, tuple(FORMATS))
+    marked = trusts.trust(image)
+    if arguments.json:
+        _print_json({"image": image.text, "marked": [asdict(each) for each in marked]})
+        return 0
+    for each in marked:
+        before = "" if each.before == TRUSTED else f" (it was allowed by {each.before})"
+        print(f"{printable(each.image)}: its {each.what} is {printable(each.file)}{printable(before)}")
+    if not marked:
+        print(f"{printable(image.text)} names no other file, so that there is nothing to mark")
     return 0
 
 

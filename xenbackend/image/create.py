@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from xenbackend.block.formats.blank import Wishes, blank
 from xenbackend.block.leaf import leaf_over
+from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError, printable
 from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.session import Session
@@ -41,9 +42,11 @@ def create(
         return Created(image_of_file(image_format, path).text, size)
     with Session() as session:
         disk = session.open(parent.chain, read_only=True)
-        leaf = leaf_over(disk.chain.layers, path, image_format, size, wishes)
-        write_new(path, leaf.blank)
-    return Created(leaf.text, leaf.size, parent.text)
+        layers = disk.chain.layers
+        leaf = leaf_over(layers, path, image_format, size, wishes)
+        files = files_of(layers[0].driver.options)
+        is_marked = write_new(path, leaf.blank, lambda fd: session.opener.mark_child(fd, files))
+    return Created(leaf.text if is_marked else leaf.unmarked, leaf.size, parent.text)
 
 
 def snapshot(image: Image, path: str) -> Created:

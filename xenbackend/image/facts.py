@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xenbackend.block.formats.table import WRITTEN, format_of
+from xenbackend.block.mapped.parents import PARENT, act_key
 from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
@@ -34,6 +35,7 @@ class Facts:
     allocated: int = 0  # what the file takes on its file system
     cluster_size: int = 0
     parent: str = ""  # the layer, of a parent that was found
+    parent_by: str = ""  # by which act of an administrator the image is followed there
     parent_names: tuple[str, ...] = ()  # what the image itself calls a parent that could not be opened
     is_dirty: bool = False
     is_corrupt: bool = False
@@ -139,7 +141,7 @@ def _base(layer: str, path: str, virtual_size: int) -> Facts:
 def _facts(layer: OpenLayer, parent: str) -> Facts:
     driver = layer.driver
     base = _base(layer.text, next(iter(files_of(driver.options).values()), ""), layer.geometry.size)
-    base = replace(base, parent=parent)
+    base = replace(base, parent=parent, parent_by=driver.env.facts.get(act_key(PARENT), ""))
     name = format_of(layer.driver.name)
     return tools_of(name).facts(driver, base) if name in WRITTEN else _reported(driver, base)
 
@@ -148,4 +150,5 @@ def _reported(driver: Any, base: Facts) -> Facts:
     """Return what a driver says of itself."""
     facts = dict(driver.env.facts)
     facts.pop("mode", None)
+    facts.pop(act_key(PARENT), None)
     return replace(base, format=facts.pop("format", driver.name), more=facts)

@@ -25,7 +25,7 @@ from xenbackend.image.pairs import read_pairs, where_either
 from xenbackend.image.session import Disk, Progress, Session, flush_request, request_for
 from xenbackend.image.tools import tools_of
 from xenbackend.image.transfer import grain_runs
-from xenbackend.opener.local import identity_of
+from xenbackend.opener import marks
 from xenbackend.units import SECTOR
 
 
@@ -59,7 +59,7 @@ def rebase(
         raise ConfigError(f"{image.text} cannot be given another parent; only {able} images can")
     with Session(direct=direct) as session:
         new = session.open(parent.chain, read_only=True) if parent else None
-        named, text = _named(image, new)
+        named, marked, unmarked = _named(image, new)
         files = _files_of(new)
         tools = tools_of(image.format)
         with blame(image):
@@ -76,13 +76,32 @@ def rebase(
             if _files_of(new) != files:
                 problem = "its new parent, or one of that one's, was exchanged or moved meanwhile"
                 raise DriverError(f"{problem}; it has its former parent still, and this can be done again")
-            tools.name_parent(file, named)
+            is_marked = _name_parent(session, image, file, named, new)
+        text = marked if is_marked else unmarked
         return Rebased(_with_data_file(image, text), parent.text if parent else "", written)
 
 
-def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str]:
+def _name_parent(session: Session, image: Image, file: File, named: Parent | None, new: Disk | None) -> bool:
+    """Name the new parent in the image, and mark the image with it; return whether that can be.
+
+    The mark names both parents while the image is written: whoever is killed leaves an image that can be opened.
+    """
+    opener = session.opener
+    fd, former = opener.descriptor(image.path), marks.read(opener.descriptor(image.path)).parents
+    files = files_of(new.chain.layers[0].driver.options) if new else {}
+    is_marked = opener.mark_child(fd, files, former) if files else True
+    file.sync()
+    tools_of(image.format).name_parent(file, named)
+    if is_marked:
+        marks.mark_parents(fd, [opener.describe(next(iter(files.values())))] if files else [])
+    file.sync()
+    return is_marked
+
+
+def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str, str]:
     if new is None:
-        return None, image_of_file(image.format, image.path).text
+        text = image_of_file(image.format, image.path).text
+        return None, text, text
     layers = new.chain.layers
     if identity_of(image.path) in _files_of(new).values():
         raise ConfigError(f"{printable(layers[0].text)} is {printable(image.path)} itself, or one of its children")

@@ -18,6 +18,7 @@ from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.spec import ChainSpec, LayerSpec
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
 
@@ -52,13 +53,17 @@ class Session:
     Args:
         direct: bypass the page cache where layers ask for it; without it, nothing does.
         use_queues: have the kernel do I/O asynchronously. Who reads only what drivers read while they open needs none.
+        trusts: follow images wherever they lead to, as an administrator has said.
     """
 
-    def __init__(self, *, direct: bool = True, use_queues: bool = True) -> None:
+    def __init__(self, *, direct: bool = True, use_queues: bool = True, trusts: bool = False) -> None:
         self._reactor = Reactor()
-        self._files = HostFiles(self._reactor, use_queues=use_queues, lock_timeout_s=LOCK_TIMEOUT_S, direct=direct)
+        self.opener = LocalOpener(trusts=trusts)
+        self._files = HostFiles(
+            self._reactor, use_queues=use_queues, lock_timeout_s=LOCK_TIMEOUT_S, direct=direct, opener=self.opener
+        )
         # a loop has one queue of each kind
-        self._unlocked = HostFiles(self._reactor, use_queues=False, direct=direct, locks=False)
+        self._unlocked = HostFiles(self._reactor, use_queues=False, direct=direct, locks=False, opener=self.opener)
         self._open: list[Chain | File | Opening] = []
 
     def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True, is_draft: bool = False) -> Disk:

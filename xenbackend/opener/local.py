@@ -1,62 +1,120 @@
-"""Opens files in this process, for whoever may open them himself: image commands, `check`, tests.
+"""Opens files for the process that it is in: each name is looked up once, and what an image names by the rule for that.
 
-Must not be used by a worker.
-
-It has the methods of `worker.opener.RemoteOpener`, and follows what an image names by the same rule.
+Must not lock a file, nor decide what is done with it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from xenbackend.block.mapped.parents import find_named
-from xenbackend.opener import steps
-from xenbackend.protocol.opening import Facts
+from xenbackend import settings_file
+from xenbackend.block.driver import Found
+from xenbackend.kernel import openat
+from xenbackend.opener import marks, parents
+
+Settings = Callable[[], Sequence[str]]
+
+
+def parents_of_settings() -> Sequence[str]:
+    """Return the places in which the settings file of this host allows parents. Raises: ConfigError."""
+    found = settings_file.read(settings_file.PATH, must_exist=False).get("parents", [])
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """That an image was followed: `image` and `path` are the paths of both, `what` and `by` as `Finder` has them."""
+
+    image: str
+    what: str
+    path: str
+    by: str
 
 
 class LocalOpener:
-    """Opens any file by its name; nothing is kept."""
+    """Opens for image commands, and for a worker's process.
 
-    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own. Raises: DriverError, OSError."""
-        return self._reopen(steps.hold(path), path, write=write)
+    Args:
+        settings: returns the places of the settings; asked when an image names another file.
+        trusts: follow images wherever they lead to, as an administrator has said.
 
-    def open_record(self, path: str) -> int:
-        """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
-        return self._reopen(steps.hold_record(path, create=True), path, write=True)[0]
+    `followed` are the images that led to other files, in their order.
+    """
 
-    def look(self, path: str) -> Facts:
-        """Return what a file is. Raises: DriverError, OSError."""
-        fd = steps.hold(path)
+    def __init__(self, settings: Settings = parents_of_settings, *, trusts: bool = False) -> None:
+        self._settings = settings
+        self._trusts = trusts
+        self.followed: list[Followed] = []
+        self._fds: dict[str, int] = {}  # O_PATH, by name
+        self._uses: Counter[str] = Counter()  # how many are open by that name
+        self._found: set[str] = set()  # names that images led to: they stay what they were
+
+    def open(self, path: str, flags: int) -> int:
+        """Open a file that an administrator names, or that was found; `release` it when it is closed again.
+
+        Raises: OSError, about the path.
+        """
+        if path not in self._found:
+            self._keep(path, openat.open_place(path))
+        self._uses[path] += 1
         try:
-            return steps.look(fd, path)
-        finally:
+            return openat.reopen(self._fds[path], flags)
+        except OSError as error:
+            self.release(path)
+            error.filename = path
+            raise
+
+    def release(self, path: str) -> None:
+        """Take note that what was opened by a name is closed."""
+        self._uses[path] -= 1
+        if self._uses[path] <= 0 and path in self._fds:
+            os.close(self._fds.pop(path))
+            self._found.discard(path)
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
+        """Find the file that an image names, as `block.driver.Finder`. Raises: DriverError, ConfigError."""
+        named = parents.Named(what, image, names, within)
+        allowed = parents.find(self.descriptor(image), named, self._settings(), trusts=self._trusts)
+        self._keep(allowed.path, allowed.fd)
+        self._found.add(allowed.path)
+        self.followed.append(Followed(image, what, allowed.path, allowed.by))
+        return Found(allowed.path, allowed.by)
+
+    def mark_child(self, child: int, files: Mapping[str, str], former: Sequence[marks.Marked] = ()) -> bool:
+        """Mark an image with an open one as its parent, and that one with the file that has its data.
+
+        Args:
+            child: a descriptor of the image.
+            files: the parent's files by option (`block.options.files_of`), the image itself first.
+            former: what stays in the mark beside it.
+
+        Returns False where that cannot be. Raises: KernelError, OSError.
+        """
+        parent, *data = files.values()
+        if not marks.mark_parents(child, [*former, self.describe(parent)]):
+            return False
+        return not data or marks.mark_files(self.descriptor(parent), [self.describe(each) for each in data])
+
+    def describe(self, path: str) -> marks.Marked:
+        """Return what a mark says of an open file. Raises: KernelError, OSError."""
+        return marks.describe(self.descriptor(path), path)
+
+    def descriptor(self, path: str) -> int:
+        """Return an O_PATH descriptor of a file that was opened or found by this name, lent. Raises: KeyError."""
+        return self._fds[path]
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for fd in self._fds.values():
             os.close(fd)
+        self._fds.clear()
+        self._uses.clear()
+        self._found.clear()
 
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:
-        """Return the first file that is there of those that an image names. Raises: DriverError."""
-        return find_named(what, image, names, within)
-
-    def resolve(self, path: str) -> str:
-        """Return the directory of a file with all links followed."""
-        return steps.resolve(path)
-
-    def _reopen(self, held: int, path: str, *, write: bool) -> tuple[int, Facts]:
-        try:
-            return steps.reopen(held, path, write=write), steps.look(held, path)
-        finally:
-            os.close(held)
-
-
-def is_device(path: str) -> bool:
-    """Return whether a file is a block device. Raises: DriverError, OSError."""
-    return LocalOpener().look(path).is_device
-
-
-def identity_of(path: str) -> str | None:
-    """Return what tells a file from any other, None where none is there. Raises: DriverError, OSError."""
-    try:
-        return LocalOpener().look(path).identity
-    except FileNotFoundError:
-        return None
+    def _keep(self, path: str, fd: int) -> None:
+        if path in self._fds:
+            os.close(self._fds[path])
+        self._fds[path] = fd

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,41 +25,26 @@ def refuse_existing(path: str) -> None:
         raise ConfigError(f"there is no directory {printable(str(_directory(path)))}; make it first")
 
 
-class NewFile:
-    """A file that is being made: under a temporary name beside its own, for its owner only.
-
-    fd   open for reading and writing, until `publish` or `abandon`
-    """
-
-    def __init__(self, path: str) -> None:
-        """Make the temporary file. Raises: ConfigError, where the name is taken; OSError."""
-        refuse_existing(path)
-        self._path = path
-        self._temporary = f"{_directory(path)}/.xenbackend-{secrets.token_hex(8)}"
-        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-    def publish(self) -> None:
-        """Make it durable and give it its name. Raises: ConfigError, where that is taken meanwhile; OSError."""
-        publish(self._temporary, self._path)
-
-    def abandon(self) -> None:
-        """Close it, and remove what has no name of its own yet."""
-        os.close(self.fd)
-        Path(self._temporary).unlink(missing_ok=True)
-
-
-def write_new(path: str, blank: Blank) -> None:
+def write_new(path: str, blank: Blank, mark: Callable[[int], bool] | None = None) -> bool:
     """Make a file: under a temporary name beside it, made durable, then linked into its place.
 
-    Only its owner may read it: it becomes a guest's disk.
+    Only its owner may read it: it becomes a guest's disk. `mark` is called with its descriptor, before it has its name;
+    what that returns is returned, else True.
 
     Raises: ConfigError, where the name is taken; OSError.
     """
     new = NewFile(path)
     try:
-        with naming(path):
-            fill(new.fd, blank)
-        new.publish()
+        try:
+            with naming(path):
+                os.ftruncate(fd, blank.size)
+                for place, data in blank.pieces:
+                    os.pwrite(fd, data, place)
+                is_marked = mark is None or mark(fd)
+        finally:
+            os.close(fd)
+        publish(temporary, path)
+        return is_marked
     finally:
         new.abandon()
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
+from xenbackend.block.driver import Found
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import blockdev, claims, locks
 from xenbackend.kernel.blockdev import Medium
-from xenbackend.kernel.inuse import Naming, is_used_by_another_face
+from xenbackend.opener.local import LocalOpener
 from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
@@ -49,8 +50,8 @@ class HostFiles:
         direct: without it, everything goes through the page cache, whatever a layer asks for.
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
         whole: refuse what only a reader could open, because it ends inside a sector.
-        names_users: say who uses an image that is in use. That takes a look at every process: not for who asks often.
-        disk: a number that no other disk has, as `kernel.locks.take` wants it.
+        opener: gets the descriptors, and is closed with this; by default one of its own. Whoever opens a chain by
+            several `HostFiles` gives them the same one.
     """
 
     def __init__(
@@ -63,8 +64,7 @@ class HostFiles:
         direct: bool = True,
         locks: bool = True,
         whole: bool = False,
-        names_users: bool = True,
-        disk: int = -1,
+        opener: LocalOpener | None = None,
     ) -> None:
         self.opener: Opener = opener or LocalOpener()
         self._reactor = reactor
@@ -73,8 +73,7 @@ class HostFiles:
         self._direct = direct
         self._locks = locks
         self._whole = whole
-        self._naming = Naming(names_users)
-        self._disk = disk
+        self.opener = opener or LocalOpener()
         self._queues: list[IoQueue] = []
         self._spares = Spares()
 
@@ -90,10 +89,12 @@ class HostFiles:
         sector_size: int = 0,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
-        access = locks.access(read_only=read_only, shareable=shareable)
-        fd = self._spares.take(path, access)
-        if fd < 0:
-            fd = self._open(path, access)
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = self.opener.open(path, flags)
+        except IsADirectoryError as error:
+            raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
         try:
             medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size)
             if self._whole:
@@ -104,31 +105,17 @@ class HostFiles:
                 size = round_up(medium.size, step)
                 os.ftruncate(fd, size)
                 medium = replace(medium, size=size, end=size)
-            return self._spares.note(self._choose(fd, medium, direct=direct, blocking=blocking), access)
+            image = self._choose(fd, medium, direct=direct, blocking=blocking)
+            image.on_close = partial(self.opener.release, path)
+            return image
         except BaseException:
             os.close(fd)
+            self.opener.release(path)
             raise
 
-    def check_free(self, path: str, *, read_only: bool, shareable: bool) -> None:
-        """Refuse an image that somebody else has at the moment; nobody is waited for.
-
-        Raises: DriverError, OSError.
-        """
-        access = locks.access(read_only=read_only, shareable=shareable)
-        if self._spares.has(path):
-            return
-        fd = self._open(path, access, timeout_s=0.0)
-        try:
-            if not locks.take(fd, access, self._disk):
-                raise self._naming.locked(fd, path, access)
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Have nobody get the images that are open now while they are closed, and opened again in another chain."""
-        with self._spares.kept():
-            yield
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
+        """Find what an image names, as `block.driver.Finder` says."""
+        return self.opener.find(what, image, names, within)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""
@@ -140,6 +127,7 @@ class HostFiles:
         """Release what the images share; all of them are closed."""
         while self._queues:
             self._queues.pop().close()
+        self.opener.close()
 
     def _choose(self, fd: int, medium: Medium, *, direct: bool, blocking: bool) -> Image:
         alignment = blockdev.switch_to_direct(fd, medium) if direct and self._direct else None

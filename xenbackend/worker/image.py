@@ -51,6 +51,7 @@ class Image:
         self.can_discard = medium.can_discard
         self.discard_granularity = medium.discard_granularity
         self.complete: Complete = _nobody
+        self.on_close: Callable[[], None] | None = None
         self.mode = f"{'O_DIRECT' if alignment else 'page cache'}, {self.how}"
         self._end = medium.end  # what is not there from here on reads as zeros
         self._alignment = alignment or _ANYTHING
@@ -157,8 +158,9 @@ class Image:
 
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""
-        fd, self.fd = self.fd, -1
-        os.close(fd)
+        os.close(self.fd)
+        if self.on_close is not None:
+            self.on_close()
 
     def is_inside(self, request: Request) -> bool:
         """Return whether the range ends inside the image."""

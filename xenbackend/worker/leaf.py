@@ -5,7 +5,7 @@ Must not touch the chain: who calls this lets the guest rest, closes the chain, 
 The new image is durable and has its name when `make_leaf` returns. Nothing in it depends on what is written to its
 parent, so it can be made while the guest goes on, in a thread, and the guest rests only for closing and opening:
 
-    text = make_leaf(chain, path)        the guest writes to `chain`
+    text = make_leaf(chain, ...)         the guest writes to `chain`
     drain, flush, chain.close()          it rests
     open text                            the old image is opened as a parent: read-only, its lock shared
 """
@@ -16,16 +16,17 @@ import os
 
 from xenbackend.block.chain import Chain
 from xenbackend.block.leaf import leaf_over
-from xenbackend.opener.newfile import fill, naming
-from xenbackend.worker.opener import RemoteOpener
+from xenbackend.block.options import files_of
+from xenbackend.opener.local import LocalOpener
+from xenbackend.worker.newfile import refuse_existing, write_new
 
 
-def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str = "") -> str:
+def make_leaf(chain: Chain, opener: LocalOpener, path: str, image_format: str = "") -> str:
     """Make an image over a chain's source, and return the text of the chain that has it in the source's place.
 
     Args:
         chain: open, and perhaps written to at the moment.
-        opener: makes the file, and says where the others are.
+        opener: by which it was opened.
         path: where the new image is to be; never over another file. Only its owner may read it.
         image_format: vhd, qcow2 or qcow; by default the source's own, and over a raw one qcow2.
 
@@ -33,11 +34,8 @@ def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str =
     """
     fd = opener.make()
     source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
-    try:
-        leaf = leaf_over(chain.layers[source:], path, image_format)
-        with naming(path):
-            fill(fd, leaf.blank)
-    finally:
-        os.close(fd)
-    opener.publish()
-    return "|".join([*(layer.text for layer in chain.layers[:source]), leaf.text])
+    leaf = leaf_over(chain.layers[source:], path, image_format)
+    files = files_of(chain.layers[source].driver.options)
+    is_marked = write_new(path, leaf.blank, lambda fd: opener.mark_child(fd, files))
+    text = leaf.text if is_marked else leaf.unmarked
+    return "|".join([*(layer.text for layer in chain.layers[:source]), text])

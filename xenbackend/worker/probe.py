@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, WorkerEnv
 from xenbackend.worker.facts import facts_of
@@ -34,8 +35,9 @@ def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> l
 @contextmanager
 def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> Iterator[Chain]:
     """Have a chain open to look at it. Raises: as `probe`."""
-    source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only)
-    files = HostFiles(reactor, opener, use_queues=False, locks=False)
+    opener = LocalOpener()
+    source = HostFiles(reactor, use_queues=False, locks=False, whole=not read_only, opener=opener)
+    files = HostFiles(reactor, use_queues=False, locks=False, opener=opener)
     env = EnvFactory(reactor, files)
     factories = [EnvFactory(reactor, source)]  # the source is opened first; nobody writes to what comes after it
 

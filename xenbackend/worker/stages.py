@@ -185,8 +185,9 @@ class Stages:
 
     def branch(self, file: str, image_format: str, opener: RemoteOpener) -> str:
         """Make an image over the one that is written to, and return the chain with it. Raises: ConfigError, OSError."""
-        with self._disk.opening_by(opener):
-            return make_leaf(self._opened(), opener, file, image_format)
+        from xenbackend.worker.leaf import make_leaf  # late: most workers never need it
+
+        return make_leaf(self._opened(), self._disk.files.opener, file, image_format)
 
     def pause(self, then: Callable[[], None]) -> None:
         """Take nothing from the rings, and call `then` when nothing is in flight, also because the frontend leaves."""

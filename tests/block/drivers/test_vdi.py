@@ -18,6 +18,8 @@ from tests.helpers_block import Machine, content, read, write
 from tests.qcow_images import qcow2
 from xenbackend.errors import DriverError
 
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
+
 SIZE = 8 * MIB + 1536
 FORMATS = {
     "vdi": ("vdi", ""),

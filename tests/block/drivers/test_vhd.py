@@ -236,13 +236,14 @@ def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
         ("uuid", "has another UUID than the one this image was made for; use the right one, or say changed=accept"),
         ("time", "was altered after this image was made"),
         ("gone", "its parent is not there: it says './base.vhd', 'base.vhd'"),
-        ("away", "outside of .*; if that is right, say parents=DIRECTORY"),
+        ("away", "base.vhd is named by the image alone; if that is right, say so by"),
     ],
 )
-def test_a_parent_that_is_not_right(machine: Machine, tmp_path: Path, change: str, sentence: str) -> None:
+def test_a_parent_that_is_not_right(tmp_path: Path, change: str, sentence: str) -> None:
     """A parent that was exchanged, altered, moved or linked away is refused, and the way out works."""
     directory = tmp_path / "images"
     directory.mkdir()
+    machine = Machine(parents=[str(directory)])
     base = put(directory / "base.vhd", vhd_images.image(MIB, uuid=b"x" * 16 if change == "uuid" else P))
     os.utime(base, (0, vhd.EPOCH + 1000 + 10 * (change == "time")))
     names = [(b"W2ru", ".\\base.vhd".encode("utf-16-le"))]
@@ -259,6 +260,7 @@ def test_a_parent_that_is_not_right(machine: Machine, tmp_path: Path, change: st
     ways = {"uuid": ",changed=accept", "time": ",changed=accept", "away": f",parents={tmp_path}"}
     if change in ways:
         machine.open(f"vhd:{directory}/img.vhd{ways[change]}").close()
+    machine.close()
 
 
 def test_blktap_does_not_keep_times(machine: Machine, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from tests.image.test_extents import extents
 from tests.qcow_images import qcow2
 from xenbackend.errors import DriverError
 
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
+
 
 def test_large_sectors(machine: Machine, tmp_path: Path) -> None:
     """A disk with sectors of 4 KiB says so, and is read in them."""

@@ -1,72 +1,16 @@
-"""Tests of `xenbackend.block.mapped.parents`."""
+"""Tests of `xenbackend.block.mapped.parents`; where an image may lead to is tested in opener/test_parents.py."""
 
 from __future__ import annotations
 
-import errno
 import os
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from xenbackend.block.mapped.parents import find_parent, parent_ref
+from xenbackend.block.driver import Found
+from xenbackend.block.mapped.parents import PARENT, find_named, is_file_name, parent_ref, places_of
 from xenbackend.block.spec import parse_chain
-from xenbackend.errors import DriverError
-from xenbackend.opener.local import LocalOpener
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Return a directory with an image, and another one beside it with a parent."""
-    for name in ("images/child", "images/deep/base", "images/base", "elsewhere/base"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return tmp_path / "images"
-
-
-def test_the_first_name_that_exists(images: Path) -> None:
-    """Names are relative to the image's directory, and the first that exists is taken."""
-    child = str(images / "child")
-
-    assert str(images / "base") == find_parent(LocalOpener(), child, ["gone", "./base", "deep/base"])
-    assert str(images / "deep/base") == find_parent(LocalOpener(), child, [str(images / "deep/base"), "base"])
-
-
-def test_a_relative_image(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that is named relative to the working directory finds its parent too."""
-    monkeypatch.chdir(images)
-
-    assert str(images / "base") == find_parent(LocalOpener(), "child", ["base"])
-
-
-@pytest.mark.parametrize("name", ["../elsewhere/base", "{outside}/elsewhere/base", "link", "/dev/null", "/etc/passwd"])
-def test_a_parent_elsewhere_is_refused(images: Path, name: str) -> None:
-    """R18: what lies outside of the image's directory is refused, by whatever name, and the way out named."""
-    (images / "link").symlink_to("../elsewhere/base")
-    with pytest.raises(DriverError, match=r"outside of .*; if that is right, say parents=DIRECTORY") as caught:
-        find_parent(LocalOpener(), str(images / "child"), [name.format(outside=images.parent)])
-
-    assert errno.EACCES == caught.value.errno
-
-
-def test_an_operator_may_name_the_directory(images: Path) -> None:
-    """With a directory named, links and names may lead anywhere in it, and nowhere else, not even beside the image."""
-    (images / "link").symlink_to("../elsewhere/base")
-    child, elsewhere = str(images / "child"), str(images.parent / "elsewhere")
-
-    assert str(images / "link") == find_parent(LocalOpener(), child, ["link"], elsewhere)
-    with pytest.raises(DriverError, match="outside"):
-        find_parent(LocalOpener(), child, ["base"], elsewhere)
-    assert str(images / "base") == find_parent(LocalOpener(), child, ["base"], "/")
-
-
-def test_a_parent_that_is_gone(images: Path) -> None:
-    """Where no name exists the sentence has all of them, and nothing in them moves the operator's cursor."""
-    with pytest.raises(DriverError, match=r"it says 'gone', '\\x1b\[2Jx'; put the parent beside the image") as caught:
-        find_parent(LocalOpener(), str(images / "child"), ["gone", "\x1b[2Jx"])
-    assert errno.ENOENT == caught.value.errno
-    with pytest.raises(DriverError, match="nothing that is a name"):
-        find_parent(LocalOpener(), str(images / "child"), [])
 
 
 @pytest.mark.parametrize("name", ["a|b", "a,b", r"a\b", "aio:x", " "])
@@ -77,3 +21,43 @@ def test_a_parent_is_one_layer(name: str) -> None:
 
     assert (f"/img/{name}", "/a,b", False) == (layer.options.file, layer.options.parents, layer.options.cache)
     assert os.fspath(layer.options.file) == f"/img/{name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("", []),
+        ("/img", ["/img"]),
+        ("/img:/srv/base", ["/img", "/srv/base"]),
+        ("img:/srv", ["img", "/srv"]),
+        ("/dev/disk/by-path/pci-0000:00:1f.2", ["/dev/disk/by-path/pci-0000:00:1f.2"]),
+    ],
+)
+def test_several_places(text: str, places: list[str]) -> None:
+    """A colon before a slash separates two places of `parents=`; any other one is part of a name."""
+    assert places == places_of(text)
+
+
+def test_the_act_is_reported() -> None:
+    """A disk says what its image names and where that may be, and reports by which act it may be followed."""
+    asked: list[Any] = []
+    facts: dict[str, str] = {}
+
+    def find(*question: Any) -> Found:
+        asked.append(question)
+        return Found("/img/base", "its mark")
+
+    env = SimpleNamespace(files=SimpleNamespace(find=find), report=facts.__setitem__)
+    disk: Any = SimpleNamespace(options=SimpleNamespace(file="/img/a", parents="/img"), env=env)
+
+    assert "/img/base" == find_named(disk, PARENT, ["base"])
+    assert [("parent", "/img/a", ["base"], "/img")] == asked
+    assert {"parent_by": "its mark"} == facts
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("base", True), ("/img/base", True), ("nbd://x", False), ("json:{}", False), ("C:x", False)]
+)
+def test_what_is_a_file_to_qemu(name: str, expected: bool) -> None:
+    """A word and a colon at the beginning are a protocol to QEMU."""
+    assert expected == is_file_name(name)

@@ -17,7 +17,6 @@ from tests.qcow_images import COPIED, qcow2, with_word
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, at, state, tears
 from xenbackend.block.chain import Chain
 from xenbackend.block.formats.qcow2_check import check
-from xenbackend.block.qcow.datafile import find_data
 from xenbackend.errors import DriverError
 from xenbackend.opener.local import LocalOpener
 
@@ -112,20 +111,38 @@ def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: 
     ("name", "sentence"),
     [
         (b"", "does not say in which; say data_file=FILE"),
-        (b"gone", "data file is not there: it says 'gone'; put the data file beside the image, or say data_file=FILE"),
-        (b"../outside", r"data file .* is .*, outside of .*; if that is right, say data_file=FILE"),
-        (b"link", "outside of"),
-        (b"/etc/passwd", "outside of"),
+        (b"gone", "data file is not there: it says 'gone'; put the data file there, or say data_file=FILE"),
+        (
+            b"../outside",
+            r"outside is named by the image alone; .* image trust LAYER, or by parents=.* or data_file=FILE",
+        ),
+        (b"link", "link is /.*/outside, and is named by the image alone"),
+        (b"/etc/passwd", "/etc/passwd is named by the image alone"),
+        (b"pipe", "pipe is no file; if that is right, say data_file=FILE"),
+        (b"/dev/null", "/dev/null is no file"),
+        (b".", "is a directory"),
         (b"nbd://host/x", "'nbd://host/x' is no file; say data_file=FILE"),
         (b"json:{}", "is no file"),
-        (b"a", "is the image itself"),
-        (b"same", "is the image itself"),
-        (b"sound", "sound is named by the image alone, which suffices for reading only; .* say data_file=/.*/sound$"),
+        (b"sound", "sound is named by the image alone"),
     ],
 )
-def test_names_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
-    """R18: what an image names is refused where it is no file, or somewhere else; and to be written, wherever it is."""
-    refuse(machine, tmp_path, name, sentence, is_chosen=False)
+def test_names_that_are_refused(tmp_path: Path, name: bytes, sentence: str) -> None:
+    """R18: what only an image names is not opened, wherever it is, not to be read either."""
+    machine = Machine(parents=())
+    refuse(machine, tmp_path, name, sentence, is_chosen=False, read_only=True)
+    machine.close()
+
+
+@pytest.mark.parametrize("name", [b"a", b"same"])
+def test_an_image_has_not_its_data_in_itself(machine: Machine, tmp_path: Path, name: bytes) -> None:
+    """An image that names itself as its data file is refused, by whatever name, also where it may be followed."""
+    refuse(machine, tmp_path, name, "is the image itself", is_chosen=False, read_only=True)
+
+
+def test_a_name_does_not_suffice_for_writing(machine: Machine, tmp_path: Path) -> None:
+    """What an image names is not written to, also where it may be followed to be read."""
+    sentence = "sound is named by the image alone, which does not suffice for writing; .* say data_file=/.*/sound$"
+    refuse(machine, tmp_path, b"sound", sentence, is_chosen=False, read_only=False)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +159,11 @@ def test_names_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, s
 )
 def test_data_files_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
     """A data file that the operator has named and that cannot hold the disk is refused, and nothing written."""
-    refuse(machine, tmp_path, name, sentence, is_chosen=True)
+    refuse(machine, tmp_path, name, sentence, is_chosen=True, read_only=False)
 
 
-def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_chosen: bool) -> None:
-    """See that a data file is refused for a disk that is to be written, by a sentence, and nothing is touched."""
+def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_chosen: bool, read_only: bool) -> None:
+    """See that a data file is refused, by a sentence, and nothing is touched."""
     directory = tmp_path / "images"
     directory.mkdir()
     (tmp_path / "outside").write_bytes(bytes(SIZE))
@@ -161,23 +178,11 @@ def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_c
     os.link(directory / "a", directory / "same")
     before = (directory / "a").read_bytes()
     with pytest.raises(DriverError, match=sentence) as caught:
-        machine.open(text)
+        machine.open(text, read_only=read_only)
 
     assert text == caught.value.layer
     assert before == (directory / "a").read_bytes()[: len(before)]
     assert b"s" * SIZE == (directory / "sound").read_bytes()
-
-
-def test_a_device_is_named_by_the_operator_only(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image may name no device as its data file, wherever that is; `data_file=` may."""
-    image = tmp_path / "a"
-    image.touch()
-    look = LocalOpener.look
-    monkeypatch.setattr(LocalOpener, "look", lambda self, path: replace(look(self, path), is_device=True))
-    with pytest.raises(DriverError, match=rf"is a device, and an image may not name one; .* say data_file={data}"):
-        find_data(LocalOpener(), str(image), b"data", "", "", read_only=True)
-
-    assert str(data) == find_data(LocalOpener(), str(image), b"data", str(data), "", read_only=False)
 
 
 def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:

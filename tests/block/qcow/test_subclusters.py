@@ -29,6 +29,8 @@ from xenbackend.image.names import find_image, image_of_file
 from xenbackend.image.resize import resize
 from xenbackend.image.session import Session
 
+pytestmark = pytest.mark.usefixtures("parents_anywhere")
+
 SIZE = 1 << 20
 BITS, CLUSTER, PART = 14, 16384, 512
 PLACE = 5 * CLUSTER

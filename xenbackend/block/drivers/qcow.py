@@ -1,7 +1,7 @@
 r"""qcow: an image of QEMU's old format QCOW, version 1; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow:FILE[,cache=on|off][,share=on|off][,parents=DIR][,parent_format=FORMAT]
+    qcow:FILE[,cache=on|off][,parents=PLACES][,parent_format=FORMAT]
 
 Description:
     The source of a chain for QCOW images of version 1, as blktap and QEMU made them. What the image does not have is
@@ -19,8 +19,11 @@ Behaviour:
 
     An image whose tables lie over one another, or reach behind the end of its file, is only opened for reading.
 
-    A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
-    image is locked while it is open: one writer, or any number of readers.
+    A parent is opened only if an administrator has allowed it: by a mark at the image, which `image create --parent`,
+    `image snapshot`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`; or by `parents`
+    in the settings. These name directories, beneath which a parent may be, or the parent itself; a device has to be
+    named itself. `parents=` takes several, with a colon between them. The image is locked while it is open: one writer,
+    or any number of readers.
 
 Example:
     log:|qcow:/srv/images/old.qcow

@@ -1,7 +1,7 @@
 r"""qcow2: an image of QEMU's format QCOW2; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow2:FILE[,cache=on|off][,share=on|off][,parents=DIR][,parent_format=FORMAT][,data_file=FILE]
+    qcow2:FILE[,cache=on|off][,parents=PLACES][,parent_format=FORMAT][,data_file=FILE]
 
 Description:
     The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them; "Limits" says of each feature
@@ -40,12 +40,17 @@ Behaviour:
 
     Persistent dirty bitmaps in the image become invalid by opening it for writing, as the format demands.
 
-    A parent must lie in the image's own directory, or in `parents=`; links are followed before that is checked. The
-    image is locked while it is open: one writer, or any number of readers.
+    A parent is opened only if an administrator has allowed it: by a mark at the image, which `image create --parent`,
+    `image snapshot`, `image rebase`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`;
+    or by `parents` in the settings. These name directories, beneath which a parent may be, or the parent itself; a
+    device has to be named itself. `parents=` takes several, with a colon between them. Who copies an image copies no
+    mark (unless with `cp -a` or `rsync -X`, as root): `xenbackend image trust qcow2:FILE` makes one. The image is
+    locked while it is open: one writer, or any number of readers.
 
-    An external data file that only the image names must lie there, too, and must not be a device. It is read (for a
-    read-only disk, of a parent, by `image convert`) and never written: whoever made the image could have named the
-    disk of another guest. `data_file=` may name any file, a device too, and then what the image says does not matter.
+    An external data file that only the image names has to be allowed in the same way, and must not be a device. It is
+    read (for a read-only disk, of a parent, by `image convert`) and never written: whoever made the image could have
+    named the disk of another guest. `data_file=` may name any file, a device too, and then what the image says does not
+    matter.
     The commands that change an image (`image resize`, `rebase`, `check --repair`) need `data_file=` in its layer;
     `image commit` into such an image takes `--into qcow2:FILE,data_file=FILE`. A parent's data file is the one that
     the parent names.
@@ -107,6 +112,7 @@ from xenbackend.block.formats import qcow2
 from xenbackend.block.formats.qcow2_tables import ZERO as WORD_OF_ZEROS
 from xenbackend.block.formats.qcow2_tables import Unpack, has_more_clusters, inflate, unpack_table
 from xenbackend.block.formats.zstd import find_unzstd
+from xenbackend.block.mapped.parents import DATA_FILE, act_key
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import ZERO, Table, Tables
 from xenbackend.block.options import FilePath, option
@@ -164,10 +170,12 @@ class Qcow2(QcowDisk):
                 raise DriverError("its data are in the image itself, and data_file= names another file; leave that out")
             return None
         chosen, read_only = options.data_file, env.read_only
-        path = find_data(env.files, options.file, header.data_name, chosen, options.parents, read_only=read_only)
+        files = env.files
+        path, by = find_data(files, options.file, header.data_name, chosen, options.parents, read_only=read_only)
         data = open_data(env, path, header, direct=not options.cache)
         self.options = replace(options, data_file=path)
         env.report("data_file", f"{path}: {data.mode}")
+        env.report(act_key(DATA_FILE), by)
         return data
 
     def identify(self) -> bytes:
@@ -184,8 +192,9 @@ class Qcow2(QcowDisk):
             return True
         try:
             files = self.env.files
-            path = find_data(files, options.file, header.data_name, "", options.parents, read_only=True)
-            return files.look(path).identity == files.look(options.data_file).identity
+            within = f"{options.parents}:{os.path.abspath(options.data_file)}"  # noqa: PTH100 - as below
+            path, _ = find_data(files, options.file, header.data_name, "", within, read_only=True)
+            return os.path.samefile(path, options.data_file)  # noqa: PTH121 - as `opening`: pathlib would alter names
         except (OSError, DriverError):
             return False
 

@@ -1,7 +1,7 @@
 r"""vhd: a VHD image: fixed, dynamic or differencing; a parent comes by itself.
 
 Synopsis:
-    vhd:FILE[,cache=on|off][,share=on|off][,parents=DIR][,changed=refuse|accept]
+    vhd:FILE[,cache=on|off][,parents=PLACES][,changed=refuse|accept]
 
 Description:
     The source of a chain for images of XenServer, blktap, Hyper-V, Virtual PC and QEMU (`vpc`). What the image does
@@ -25,16 +25,20 @@ Behaviour:
     no room in the host. No block is freed, so the file does not become shorter, nor does a copy of it that is not
     sparse; what was a parent's stays so.
 
-    A parent is looked for beside the image, under its relative name first, then under its absolute one. It must lie
-    in the image's own directory, or in `parents=`; links are followed before that is checked. A parent with another
-    UUID than the one the image was made for is refused, and so is one that was altered since, where the image's
-    writer keeps that time; blktap and XenServer do not. `changed=accept` takes the parent as it is.
+    A parent is looked for beside the image, under its relative name first, then under its absolute one. It is opened
+    only if an administrator has allowed it: by a mark at the image, which `image create --parent`, `image snapshot`,
+    `image rebase`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`; or by `parents` in
+    the settings. These name directories, beneath which a parent may be, or the parent itself; a device has to be named
+    itself. `parents=` takes several, with a colon between them.
+
+    A parent with another UUID than the one the image was made for is refused, and so is one that was altered since,
+    where the image's writer keeps that time; blktap and XenServer do not. `changed=accept` takes the parent as it is.
 
     The image is locked while it is open: one writer, or any number of readers.
 
 Example:
     log:|vhd:/srv/images/guest.vhd
-    vhd:/dev/VG_XenStorage-1/VHD-2,parents=/dev
+    vhd:/dev/VG_XenStorage-1/VHD-3,parents=/dev/VG_XenStorage-1/VHD-2:/dev/VG_XenStorage-1/VHD-1
 
 Limits:
     New disks up to 2040 GiB, in blocks of up to 2 MiB, as other programs read no larger ones; older ones of ours up
@@ -56,7 +60,7 @@ from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.block.formats.vhd_places import Place, overlaps, places_of, ranges_of
 from xenbackend.block.mapped.blocks import Blocks
 from xenbackend.block.mapped.disk import ChangedOptions
-from xenbackend.block.mapped.parents import find_parent, parent_ref
+from xenbackend.block.mapped.parents import PARENT, find_named, parent_ref
 from xenbackend.block.mapped.tables import OWNED
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
@@ -131,7 +135,7 @@ class Vhd(Blocks):
     def _find_parent(self) -> ParentRef:
         options = self.options
         names = parent_names(self.file.read_at, self.header, self.file.size)
-        self._parent_path = find_parent(self.env.files, options.file, names, options.parents)
+        self._parent_path = find_named(self, PARENT, names)
         cache = "on" if options.cache else ""
         if self.header.parent_uuid == _RAW:
             return parent_ref("aio", self._parent_path, cache=cache)

@@ -1,7 +1,7 @@
 r"""vmdk: a VMDK disk of VMware, in one file or several, or in an OVA, for reading; a parent comes by itself.
 
 Synopsis:
-    vmdk:FILE[,cache=on|off][,share=on|off][,parents=DIR][,changed=refuse|accept][,disk=NAME]
+    vmdk:FILE[,cache=on|off][,parents=PLACES][,changed=refuse|accept][,disk=NAME]
 
 Description:
     The source of a chain for disks of VMware Workstation, of ESX, and of appliances. It can only be read: attach it
@@ -19,13 +19,15 @@ Behaviour:
     the last one is kept, so that small reads in a row cost that once. What the image does not have is its parent's, if
     it has one, and else zeros.
 
-    A parent, and each file that a descriptor names, must lie in the image's own directory, or in `parents=`; links are
-    followed before that is checked. What a descriptor names must be a file, and no device. A parent whose content
-    changed since the image was made is refused; `changed=accept` takes it as it is. All files are locked while the disk
-    is open: any number of readers.
+    A parent, and each file that a descriptor names, is opened only if an administrator has allowed it: by a mark at the
+    image, which `image trust` leaves; by `parents=`; or by `parents` in the settings. These name directories, beneath
+    which such files may be, or the file itself; `parents=` takes several, with a colon between them. What a descriptor
+    names must be a file, and no device. A parent whose content changed since the image was made is refused;
+    `changed=accept` takes it as it is. All files are locked while the disk is open: any number of readers.
 
 Example:
     vmdk:/srv/images/appliance-disk1.vmdk
+    vmdk:/srv/images/disk-in-parts.vmdk,parents=/srv/images
     vmdk:/srv/images/appliance.ova,disk=appliance-disk2.vmdk
 
 Limits:
@@ -55,7 +57,7 @@ from xenbackend.block.mapped.disk import ChangedOptions
 from xenbackend.block.mapped.foreign import ForeignDisk
 from xenbackend.block.mapped.inflated import Inflated
 from xenbackend.block.mapped.joined import Joined
-from xenbackend.block.mapped.parents import EXTENT, find_parent, parent_ref
+from xenbackend.block.mapped.parents import EXTENT, PARENT, find_named, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import PLACE
 from xenbackend.block.options import option
@@ -180,9 +182,7 @@ class Vmdk(ForeignDisk):
     def _piece(self, joined: Joined, extent: ExtentFile, start: int) -> Piece:
         if extent.kind == ZEROS:
             return Piece(start, extent.length, 0, is_zeros=True)
-        path = self.env.files.find(EXTENT, self.options.file, _names(extent.name), self.options.parents)
-        if not _is_file(self.env, path):
-            raise DriverError(f"its extent {printable(path)} is no file", path=path, errno=errno.EACCES)
+        path = find_named(self, EXTENT, _names(extent.name))
         file = self.open_file(self.env, path)
         base = joined.add(file, 0, file.size)
         try:
@@ -209,7 +209,7 @@ class Vmdk(ForeignDisk):
 
     def _find_parent(self, hint: bytes) -> ParentRef:
         options = self.options
-        path = find_parent(self.env.files, options.file, _names(hint), options.parents)
+        path = find_named(self, PARENT, _names(hint))
         cache = "on" if options.cache else ""
         changed = "" if options.changed == "refuse" else options.changed
         return parent_ref("vmdk", path, cache=cache, parents=options.parents, changed=changed)

@@ -46,7 +46,7 @@ class ImageOptions:
 class ChildOptions(ImageOptions):
     """What the chain says of an image that may have a parent."""
 
-    parents: str = option("directory that the parents must be in; by default the image's own", default="")
+    parents: str = option("where the files may be that the image names", default="")
 
 
 @dataclass(frozen=True, slots=True)

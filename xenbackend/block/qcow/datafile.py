@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from xenbackend.block.driver import Env, File, Lookup
+from xenbackend.block.driver import Env, File, Finder
 from xenbackend.block.formats.qcow2 import Header
 from xenbackend.block.grammar import format_item
 from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
@@ -22,36 +22,41 @@ from xenbackend.units import format_size
 _STEP = 512  # bytes: it may end inside of a sector, and is made longer by a hole then
 
 
-def find_data(files: Lookup, image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> str:
-    """Return the path of the data file.
+def find_data(files: Finder, image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> tuple[str, str]:
+    """Return the path of the data file, and by which act of an administrator it is that, as `Found.by`.
 
     Args:
-        files: finds it.
+        files: finds what the image names.
         image: the path of the image.
         name: what the image says.
         chosen: what the operator says, who may name any file.
-        within: the directory that what the image says has to be in; without it the image's own.
-        read_only: it is only read, for which what the image says suffices.
+        within: where the operator says that a file that the image names may be.
+        read_only: it is only read, for which what the image says may suffice.
 
     Raises: DriverError, OSError.
     """
     if chosen:
-        path = chosen
+        path, by = chosen, "data_file="
     elif not name:
         raise DriverError("its data are in another file, and it does not say in which; say data_file=FILE")
     else:
         said = os.fsdecode(name)
         if not is_file_name(said):
             raise DriverError(f"its data file {printable(said)!r} is no file; say data_file=FILE")
-        path = files.find(DATA_FILE, image, [said], within)
-        if files.look(path).is_device:
-            problem = f"its data file {printable(path)} is a device, and an image may not name one"
-            raise DriverError(f"{problem}; if that is right, say {printable(data_item(path))}", path=path)
-    if files.look(image).identity == files.look(path).identity:
+        if not read_only:
+            refuse_unchosen(image, name)
+        found = files.find(DATA_FILE, image, [said], within)
+        path, by = found.path, found.by
+    if os.path.samefile(image, path):  # noqa: PTH121 - as `opening`: pathlib would alter the name
         raise DriverError(f"its data file {printable(path)} is the image itself", path=path)
-    if not chosen and not read_only:
-        raise DriverError(unchosen(path, data_item(path)), path=path, errno=errno.EACCES)
-    return path
+    return path, by
+
+
+def refuse_unchosen(image: str, name: bytes) -> None:
+    """Refuse to write to a data file that only the image names. Raises: DriverError."""
+    beside = os.path.dirname(os.path.abspath(image))  # noqa: PTH100, PTH120 - as `opening`: pathlib would alter names
+    path = os.path.normpath(os.path.join(beside, os.fsdecode(name)))  # noqa: PTH118 - the same
+    raise DriverError(unchosen(path, data_item(path)), path=path, errno=errno.EACCES)
 
 
 def data_item(path: str) -> str:
@@ -61,7 +66,7 @@ def data_item(path: str) -> str:
 
 def unchosen(path: str, advice: str) -> str:
     """Return why a data file is not written to that only the image names, and what to say instead."""
-    problem = f"its data file {printable(path)} is named by the image alone, which suffices for reading only"
+    problem = f"its data file {printable(path)} is named by the image alone, which does not suffice for writing"
     return f"{problem}; if that file belongs to it, say {printable(advice)}"
 
 

@@ -20,7 +20,7 @@ from xenbackend.block.formats.qcow2_tables import Unpack, inflate, unpack_table
 from xenbackend.block.formats.table import BY_QEMU_NAME, QemuName
 from xenbackend.block.mapped.disk import ChildOptions, MappedDisk
 from xenbackend.block.mapped.inflated import Inflated
-from xenbackend.block.mapped.parents import find_parent, is_file_name, parent_ref
+from xenbackend.block.mapped.parents import PARENT, find_named, is_file_name, parent_ref
 from xenbackend.block.mapped.shared import Then
 from xenbackend.block.mapped.tables import Tables
 from xenbackend.block.options import option
@@ -149,7 +149,7 @@ class QcowDisk(MappedDisk):
         row = BY_QEMU_NAME[parent_format]
         more = {name: getattr(options, name, "") for name in row.passes_on}
         more["cache"] = "on" if options.cache else ""
-        return parent_ref(row.driver, find_parent(self.env.files, options.file, [path], options.parents), **more)
+        return parent_ref(row.driver, find_named(self, PARENT, [path]), **more)
 
     def _reaches_parent(self, offset: int) -> bool:
         return offset < self._parent_size

@@ -16,7 +16,7 @@ from xenbackend.block.formats.blank import REFCOUNT_ORDER, Blank, Parent, qcow_n
 from xenbackend.block.formats.common import Plan, Write
 from xenbackend.block.formats.qcow2_repair import plan_repair
 from xenbackend.block.formats.qcow2_tables import refcount_clusters
-from xenbackend.block.qcow.datafile import check_length, find_data
+from xenbackend.block.qcow.datafile import check_length, find_data, refuse_unchosen
 from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import behind, writing
 from xenbackend.image.faults import Faults
@@ -55,7 +55,7 @@ class Qcow2(Tools):
         """See `Tools`."""
         header = None if image.data_file else _header(file)
         if header and header.has_data_file:
-            find_data(LocalOpener(), image.path, header.data_name, "", _options(image).parents, read_only=False)
+            refuse_unchosen(image.path, header.data_name)
 
     def check(self, session: Session, image: Image, file: File) -> Faults:
         """See `Tools`."""
@@ -177,9 +177,8 @@ def _look_for_data(session: Session, image: Image, file: File, faults: Faults) -
     if not header.has_data_file:
         return
     try:
-        path = find_data(
-            LocalOpener(), image.path, header.data_name, options.data_file, options.parents, read_only=True
-        )
+        files, chosen = session.opener, options.data_file
+        path, _ = find_data(files, image.path, header.data_name, chosen, options.parents, read_only=True)
         data = session.open_file(path, read_only=True, step=SECTOR)
         check_length(path, data.size, header.size)
         session.close(data)

@@ -1,0 +1,398 @@
+"""The rule by which images are followed: each act of an administrator, what is never had, and names that change."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from tests import places
+from tests.loops import loop
+from xenbackend.block.mapped.parents import DATA_FILE, EXTENT, PARENT
+from xenbackend.errors import DriverError
+from xenbackend.kernel import openat
+from xenbackend.opener import marks, parents
+from xenbackend.opener.parents import IN_SERVICE, MARK, TRUSTED, Allowed, Named
+
+RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+class Place:
+    """A directory of images: `images/child` names others, `images/base`, `elsewhere/base` and `images/deep/base`."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.images, self.elsewhere = top / "images", top / "elsewhere"
+        for name in ("images/child", "images/deep/base", "images/base", "elsewhere/base"):
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
+            (top / name).write_text(name)
+        self.stack = ExitStack()
+
+    def find(self, *names: str, what: str = PARENT, within: str = "", settings: tuple[str, ...] = (),
+             is_in_service: Callable[[int], bool] | None = None, trusts: bool = False) -> Allowed:  # fmt: skip
+        """Follow the child to the first of these names."""
+        named = Named(what, str(self.images / "child"), names, within)
+        with closing(self.held("images/child")) as child:
+            found = parents.find(child.fd, named, settings, is_in_service, trusts=trusts)
+        self.stack.callback(os.close, found.fd)
+        return found
+
+    def held(self, name: str) -> Held:
+        """Return a file, opened by O_PATH."""
+        return Held(self.top / name)
+
+    def mark(self, name: str, what: str = PARENT) -> None:
+        """Mark the child with a file."""
+        with closing(self.held("images/child")) as child, closing(self.held(name)) as file:
+            mark = marks.mark_parents if what == PARENT else marks.mark_files
+            assert mark(child.fd, [marks.describe(file.fd, str(self.top / name))])
+
+    def refuse(self, *names: str, match: str, **more: object) -> DriverError:
+        """See that none of these names is followed, and that nothing stays open."""
+        before = sorted(os.listdir("/proc/self/fd"))
+        with pytest.raises(DriverError, match=match) as caught:
+            self.find(*names, **more)  # type: ignore[arg-type]
+        assert before == sorted(os.listdir("/proc/self/fd"))
+        return caught.value
+
+
+class Held:
+    """A descriptor by O_PATH."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_PATH)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+
+
+def content(found: Allowed) -> str:
+    """Return what the file holds that may be had, opened as a worker gets it."""
+    fd = openat.reopen(found.fd, os.O_RDONLY)
+    try:
+        return os.read(fd, 100).decode()
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """Return a directory of images."""
+    place = Place(tmp_path)
+    yield place
+    place.stack.close()
+
+
+def test_a_name_is_not_enough(place: Place) -> None:
+    """R18: a parent is not opened since an image names it, not even beside the image; the sentence has the way out."""
+    sentence = (
+        rf"its parent {place.images}/base is named by the image alone; if that is right, "
+        rf"say so by xenbackend image trust LAYER, or by parents={place.images} in its layer"
+    )
+    for name in ("base", "./base", "deep/../base", str(place.images / "base"), f"//{place.images}/base"):
+        assert errno.EACCES == place.refuse(name, match=sentence).errno
+    place.refuse("../elsewhere/base", match="named by the image alone")
+    place.refuse("/etc/passwd", match="/etc/passwd is named by the image alone")
+    place.refuse("base", match="its data file .* or data_file=FILE", what=DATA_FILE)
+    place.refuse("base", match="its extent .* is named by the image alone", what=EXTENT)
+
+
+def test_a_marked_parent_is_followed(place: Place) -> None:
+    """A mark at the child allows the parent that it names, by whatever name the image has for it, and no other file."""
+    place.mark("elsewhere/base")
+    (place.images / "link").symlink_to("../elsewhere/base")
+    for name in ("../elsewhere/base", "link", str(place.elsewhere / "base")):
+        found = place.find("gone", "base", name)
+        assert ("elsewhere/base", MARK) == (content(found), found.by)
+
+    place.refuse("base", match="base is not the one that the image was marked for; if that is right, say so by")
+    place.refuse("../elsewhere/base", match="its data file", what=DATA_FILE)
+
+
+def test_other_files_have_a_mark_of_their_own(place: Place) -> None:
+    """The mark for a parent allows no data, nor the other way round."""
+    place.mark("images/base", DATA_FILE)
+
+    assert "images/base" == content(place.find("base", what=DATA_FILE))
+    assert "images/base" == content(place.find("base", what=EXTENT))
+    place.refuse("base", match="is named by the image alone")
+
+
+def test_a_mark_at_the_parent_is_none(place: Place) -> None:
+    """A file that is marked itself, as each child is, is not open to whatever image names it."""
+    with closing(place.held("images/base")) as base, closing(place.held("elsewhere/base")) as other:
+        marks.mark_parents(base.fd, [marks.describe(other.fd, "")])
+        marks.mark_files(base.fd, [marks.describe(base.fd, "")])
+
+    place.refuse("base", match="is named by the image alone")
+
+
+def test_a_neighbour_who_takes_the_parents_name(place: Place) -> None:
+    """A marked parent that was exchanged for another file is refused, whoever exchanged it and however."""
+    place.mark("images/base")
+    (place.images / "base").rename(place.images / "former")
+    place.refuse("base", match="its parent is not there")
+    (place.images / "base").symlink_to(place.elsewhere / "base")
+    place.refuse("base", match=r"base is /.*/elsewhere/base, and is not the one that the image was marked for")
+    (place.images / "base").unlink()
+    (place.images / "base").write_text("another")
+    place.refuse("base", match="is not the one that the image was marked for")
+    (place.images / "base").unlink()
+    (place.images / "base").hardlink_to(place.images / "former")
+
+    assert "images/base" == content(place.find("base"))
+
+
+def test_a_copied_child_is_marked_anew(place: Place) -> None:
+    """What `cp` or `rsync` makes of a marked child has no mark, and the sentence says what makes one."""
+    place.mark("images/base")
+    subprocess.run(["cp", place.images / "child", place.images / "copy"], check=True)
+    (place.images / "copy").rename(place.images / "child")
+
+    place.refuse("base", match="is named by the image alone; .* xenbackend image trust LAYER")
+
+
+@pytest.mark.parametrize("by", ["the layer", "the settings"])
+def test_an_administrator_may_name_a_directory(place: Place, by: str) -> None:
+    """Names and links may lead anywhere beneath a directory that is named, and nowhere else."""
+    (place.images / "link").symlink_to("../elsewhere/base")
+    (place.elsewhere / "out").symlink_to(place.images / "base")
+    (place.top / "named").symlink_to("elsewhere")
+
+    def find(*names: str, where: Path = place.elsewhere) -> Allowed:
+        more = {"within": str(where)} if by == "the layer" else {"settings": (f"{place.top}/none", str(where))}
+        return place.find(*names, **more)  # type: ignore[arg-type]
+
+    act = f"parents={place.elsewhere}" if by == "the layer" else f"the settings' parents, {place.elsewhere}"
+    for name in ("link", "../elsewhere/base", str(place.elsewhere / "base"), str(place.top / "named" / "base")):
+        assert ("elsewhere/base", act) == (content(found := find(name)), found.by)
+    assert "elsewhere/base" == content(find("link", where=place.top / "named"))
+    assert "images/deep/base" == content(find("deep/base", where=place.images))
+    assert "images/base" == content(find("base", where=Path("/")))
+    for name in ("base", "../elsewhere/out", str(place.images / "base"), "../elsewhere/../images/base"):
+        with pytest.raises(DriverError, match="is named by the image alone"):
+            find(name)
+    (place.top / "elsewhere2").mkdir()
+    (place.top / "elsewhere2" / "base").write_text("a name that begins alike")
+    with pytest.raises(DriverError, match="named by the image alone"):
+        find("../elsewhere2/base")
+
+
+def test_an_administrator_may_name_several_places(place: Place) -> None:
+    """`parents=` takes several directories and files; a file is that one and no other."""
+    within = f"{place.images}/deep:{place.elsewhere}/base"
+
+    assert "images/deep/base" == content(place.find("deep/base", within=within))
+    assert f"parents={place.elsewhere}/base" == place.find("../elsewhere/base", within=within).by
+    place.refuse("base", match="named by the image alone", within=within)
+
+
+def test_the_first_that_may_be_had(place: Place) -> None:
+    """Of several names the first that is allowed is taken; where none is, the first that is there is named."""
+    deep, outside = str(place.images / "deep/base"), str(place.elsewhere / "base")
+
+    assert "images/deep/base" == content(place.find("gone", outside, deep, "base", within=str(place.images)))
+    place.refuse("gone", outside, deep, match=f"its parent {outside} is named")
+
+
+def test_links_on_the_way_to_the_image(place: Place) -> None:
+    """`..` leads to where the kernel goes, and else to where the path says; what is shown is what a person wrote."""
+    (place.top / "short").symlink_to("images/deep")
+    child = Named(PARENT, f"{place.top}/short/x", ["../base"], str(place.images))
+    (place.images / "deep" / "x").touch()
+    with closing(place.held("images/deep/x")) as fd:
+        found = parents.find(fd.fd, child)
+    place.stack.callback(os.close, found.fd)
+    assert ("images/base", f"{place.images}/base") == (content(found), found.path)
+
+    (place.top / "base").write_text("above the link")
+    (place.images / "base").unlink()
+    with closing(place.held("images/deep/x")) as fd:
+        found = parents.find(fd.fd, Named(PARENT, child.image, ["../base"], str(place.top)))
+    place.stack.callback(os.close, found.fd)
+    assert ("above the link", f"{place.top}/base") == (content(found), found.path)
+
+
+def test_a_relative_image(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is named relative to the working directory finds its parent too."""
+    monkeypatch.chdir(place.images)
+    with closing(place.held("images/child")) as child:
+        found = parents.find(child.fd, Named(PARENT, "child", ["base"], "."))
+    place.stack.callback(os.close, found.fd)
+
+    assert (str(place.images / "base"), "images/base") == (found.path, content(found))
+
+
+def test_what_is_in_service_stays_allowed(place: Place) -> None:
+    """What a disk of the last release has open may be had, and nothing else may."""
+    with closing(place.held("images/base")) as base:
+        known = os.fstat(base.fd)
+
+        def is_in_service(fd: int) -> bool:
+            return os.path.samestat(known, os.fstat(fd))
+
+        assert IN_SERVICE == place.find("base", is_in_service=is_in_service).by
+        place.refuse("deep/base", match="named by the image alone", is_in_service=is_in_service)
+
+
+def test_an_administrator_may_trust_an_image(place: Place) -> None:
+    """Where he says so, an image is followed wherever it leads to, but to no device."""
+    found = place.find("../elsewhere/base", trusts=True)
+    assert ("elsewhere/base", TRUSTED) == (content(found), found.by)
+
+    place.refuse("/dev/null", match="is no file or block device", trusts=True)
+    assert "parents=x" == place.find("base", trusts=True, within="x:/").by.replace("/", "x")
+
+
+def test_a_parent_that_is_gone(place: Place) -> None:
+    """Where no name exists the sentence has all of them, and nothing in them moves the operator's cursor."""
+    sentence = r"it says 'gone', '\\x1b\[2Jx'; put the parent there, or name it anew by xenbackend image rebase"
+    assert errno.ENOENT == place.refuse("gone", "\x1b[2Jx", match=sentence).errno
+    place.refuse(match="nothing that is a name")
+    place.refuse("", "\0", "a" * 5000, "base/x", match="its parent is not there")
+    place.refuse("gone", match="put the extent there$", what=EXTENT)
+
+
+def test_only_files_are_followed(place: Place) -> None:
+    """A directory, a pipe, a socket and a character device are never had, whoever allows them."""
+    os.mkfifo(place.images / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(place.images / "socket"))
+        for name, sentence in (
+            ("pipe", "is no file or block device"),
+            ("socket", "is no file or block device"),
+            (".", "is a directory"),
+            ("/", "is a directory"),
+            ("/dev/null", "is no file or block device"),
+            ("/proc/self/root", "is a directory"),
+        ):
+            place.refuse(name, match=sentence, within="/", trusts=True)
+    place.refuse("/dev/null", match="is no file$", within="/dev/null", what=EXTENT)
+
+
+def test_nothing_in_dev_but_what_is_named(place: Place) -> None:
+    """A device is opened only where the administrator's own text names it; a directory of devices is not enough."""
+    with loop(place.top / "disk", 1 << 20, sector_size=512) as (device, _):
+        (place.images / "device").symlink_to(device)
+        for name in (device, "device", f"/dev/../dev/{Path(device).name}"):
+            for within in ("", "/", "/dev", "/dev/", str(place.images)):
+                sentence = f"is a device, and no image decides that it is opened; .* must say parents={device}"
+                place.refuse(name, match=sentence, within=within, settings=("/dev", "/"), trusts=True)
+            found = place.find(name, within=f"/img:{device}")
+            assert (device, f"parents={device}") == (found.path, found.by)
+        place.refuse(device, match="is no file; .* say data_file=FILE", what=DATA_FILE, within=device)
+        (place.top / "name").symlink_to(device)
+        place.mark("name")
+        assert MARK == place.find(device).by
+
+
+def test_a_place_for_files_below_dev(place: Place) -> None:
+    """/dev/shm holds files, and is a directory as any other; the rest of /dev is not, whatever lies there."""
+    with places.directory(places.MEMORY) as memory:
+        (memory / "base").write_text("in memory")
+        assert "in memory" == content(place.find(f"{memory}/base", within=str(memory)))
+        assert "in memory" == content(place.find(f"{memory}/base", within="/"))
+    file = Path("/dev/xenbackend-test-file")
+    try:
+        file.touch()
+    except OSError:
+        pytest.skip("no file can be made in /dev")
+    try:
+        place.refuse(
+            str(file), match="is in /dev, and no image decides", within="/:/dev", settings=("/dev",), trusts=True
+        )
+    finally:
+        file.unlink()
+
+
+def test_magic_links_are_not_followed(place: Place) -> None:
+    """What this or another process has open cannot be got at by a name below /proc."""
+    with (place.elsewhere / "base").open("rb") as secret:
+        for name in (f"/proc/self/fd/{secret.fileno()}", f"/dev/fd/{secret.fileno()}"):
+            place.refuse(name, match="named by the image alone|not there", within=f"{place.images}:/proc")
+        place.refuse(
+            f"/proc/self/root{place.elsewhere}/base", match="named by the image alone|not there", within="/proc"
+        )
+
+
+def test_where_no_mark_can_be_the_sentence_says_what_to_do(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without such attributes, on a device, and for who is not root, `parents=` is named alone."""
+    monkeypatch.setattr(marks, "obstacle", lambda _fd: "its file system cannot keep marks (trusted.* attributes)")
+    sentence = (
+        r"is named by the image alone, and its file system cannot keep marks \(trusted\.\* attributes\); "
+        rf"if that is right, its layer must say parents={place.images}$"
+    )
+
+    place.refuse("base", match=sentence)
+
+
+def test_a_kernel_without_openat2(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the means to look safely, nothing is followed, and the sentence says which kernel has them."""
+    monkeypatch.setattr(openat, "_SYS_OPENAT2", 5000)
+
+    assert errno.ENOSYS == place.refuse("base", match=r"openat2 \(Linux 5.6 or later\)", within="/").errno
+
+
+def flip(one: str, other: str) -> None:
+    """Exchange two names for as long as this process lives."""
+    libc = ctypes.CDLL(None)
+    first, second = os.fsencode(one), os.fsencode(other)
+    while True:
+        libc.renameat2(-100, first, -100, second, RENAME_EXCHANGE)
+
+
+@pytest.fixture
+def flipping() -> Iterator[Callable[[Path, Path], None]]:
+    """Return what lets a process exchange two names until the test ends."""
+    with ExitStack() as stack:
+
+        def start(one: Path, other: Path) -> None:
+            program = f"from tests.opener.test_parents import flip; flip({str(one)!r}, {str(other)!r})"
+            process = subprocess.Popen([sys.executable, "-c", program])
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            there = other.lstat().st_ino
+            while other.lstat().st_ino == there:  # until it runs
+                pass
+
+        yield start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["the file", "its directory"])
+@pytest.mark.parametrize("act", ["parents=", "mark"])
+def test_an_exchange_between_check_and_open_reads_nothing(
+    place: Place, flipping: Callable[[Path, Path], None], how: str, act: str
+) -> None:
+    """R18: whoever exchanges what a name leads to, all the time, gets what is allowed opened, or a refusal."""
+    (place.top / "secret").mkdir()
+    (place.top / "secret" / "base").write_text("secret")
+    if act == "mark":
+        place.mark("images/deep/base")
+    if how == "the file":
+        (place.images / "deep" / "link").symlink_to(place.top / "secret" / "base")
+        flipping(place.images / "deep" / "base", place.images / "deep" / "link")
+    else:
+        (place.images / "link").symlink_to(place.top / "secret")
+        flipping(place.images / "deep", place.images / "link")
+    seen = {"images/deep/base": 0, "refused": 0}
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end or not all(seen.values()):
+        try:
+            found = place.find("deep/base", within=str(place.images) if act == "parents=" else "")
+        except DriverError:
+            seen["refused"] += 1
+        else:
+            seen[content(found)] += 1
+            place.stack.close()
+        assert time.monotonic() < end + 60
