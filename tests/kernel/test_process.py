@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from xenbackend.kernel.process import AHEAD, boost, unboost
+from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, unboost
 
 # The shell in between ends first; then its child does, with status 7.
 _PROGRAM = """
@@ -92,3 +92,22 @@ def test_who_has_gone_hurries_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     unboost(child.pid)
     monkeypatch.setattr(os, "setpriority", pytest.fail)
     boost(0)
+
+
+def test_what_a_process_has_open(tmp_path: Path) -> None:
+    """Files with a name are told: where they are by now, on which file system, and their number there."""
+    image = tmp_path / "an \n image"
+    image.write_bytes(b"x")
+    with image.open() as file:
+        process = subprocess.Popen(["sleep", "100"], stdin=file, stdout=subprocess.PIPE)
+    moved = image.rename(tmp_path / "moved")
+    pidfd = os.pidfd_open(process.pid)
+    found = files_of(pidfd)
+    process.kill()
+    process.communicate()
+
+    status = moved.stat()
+    assert OpenFile(str(moved), status.st_dev, status.st_ino) in found
+    assert all(each.path.startswith("/") for each in found)
+    assert [] == files_of(pidfd)
+    os.close(pidfd)

@@ -12,6 +12,7 @@ import pytest
 from xenbackend import settings_file
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import ConfigError, DriverError
+from xenbackend.kernel.process import OpenFile
 from xenbackend.opener import marks
 from xenbackend.opener.local import LocalOpener
 
@@ -96,6 +97,23 @@ def test_a_child_that_cannot_be_marked(opener: LocalOpener, images: Path, monkey
     monkeypatch.setattr(marks, "PARENT", "nonsense.xenbackend.parent")
     with (images / "child").open("r+b") as file:
         assert not opener.mark_child(file.fileno(), {"file": str(images / "base")})
+
+
+@pytest.mark.parametrize("is_on_btrfs", [False, True])
+def test_what_is_in_service_is_marked(images: Path, *, is_on_btrfs: bool) -> None:
+    """A file that a disk of the last release has open may be had, and is marked: it stays so when that has ended."""
+    status = (images / "base").stat()
+    known = OpenFile(str(images / "base"), status.st_dev + is_on_btrfs, status.st_ino)
+    (images / "mid").write_bytes(b"m")
+    opener = LocalOpener(lambda: (), [known])
+    for name in ("child", "mid"):
+        os.close(opener.open(str(images / name), os.O_RDONLY))
+    with pytest.raises(DriverError, match="named by the image alone"):
+        opener.find(PARENT, str(images / "child"), ["mid"])
+    assert "the disk in service" == opener.find(PARENT, str(images / "child"), ["base"]).by
+    assert "the disk in service" == opener.find("extent", str(images / "mid"), ["base"]).by
+    assert "its mark" == opener.find(PARENT, str(images / "child"), ["base"]).by
+    opener.close()
 
 
 def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

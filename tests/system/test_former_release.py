@@ -16,7 +16,11 @@ import pytest
 
 from tests.former_release import PATIENCE_S, ROOT, Site, ask, unpack, wait_for_end
 from tests.workload import Load, make_model, read_all
+from xenbackend.block.spec import parse_chain
 from xenbackend.embedded.machine import Machine
+from xenbackend.image.facts import chain_facts
+from xenbackend.image.names import find_image
+from xenbackend.image.trust import trust
 from xenbackend.rig.frontend import Wishes
 from xenbackend.supervisor.xenstore.toolstack import vbd_path
 
@@ -37,13 +41,13 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Host:
     """A machine whose service is of the last release at first, with a disk under load."""
 
-    def __init__(self, machine: Machine, site: Site, image: Path, seed: int) -> None:
+    def __init__(self, machine: Machine, site: Site, image: Path, seed: int, driver: str = "aio") -> None:
         """Give guest 5 the disk, and connect it."""
         self.machine = machine
         self.site = site
         self.guest = machine.create_guest(5)
         store = str(machine.directory / "xenstore.sock")
-        site.run("attach", "--store", store, "--socket", machine.control, "5", "xvda", f"log:|aio:{image}")
+        site.run("attach", "--store", store, "--socket", machine.control, "5", "xvda", f"log:|{driver}:{image}")
         path = vbd_path(machine.store, 5, "xvda")
         self.frontend = self.guest.connect(path, Wishes(queues=2, persistent=True, indirect=32))
         self.model = make_model(seed, SECTORS)
@@ -199,3 +203,35 @@ def test_an_older_service_leaves_a_newer_one_s_disks_alone(host: Host, tmp_path:
     host.finish()
 
     assert worker == host.status()["worker"]
+
+
+def test_a_disk_with_parents_goes_on(
+    former: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """What a disk of the last release has open stays allowed, and its images are marked: also its next start finds it.
+
+    Images of that release that nobody has open have to be trusted: each of them is refused until then.
+    """
+    site = Site(tmp_path / "site", former)
+    image = tmp_path / "base"
+    with image.open("wb") as file:
+        file.truncate(SECTORS * 512)
+    site.run("image", "create", "qcow2", str(tmp_path / "mid"), "--parent", str(image), "--parent-format", "raw")
+    for name in ("image", "idle"):
+        site.run("image", "snapshot", f"qcow2:{tmp_path}/mid", str(tmp_path / name))
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
+    with Machine(log=tmp_path / "log") as machine:
+        seed = request.config.getoption("--seed")
+        host = Host(machine, site, tmp_path / "image", seed, driver="qcow2")
+        with closing(host.guest):
+            host.upgrade()
+            host.finish()
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+    chain = chain_facts(parse_chain(f"qcow2:{tmp_path}/image"))
+    assert ["its mark", "its mark", ""] == [each.parent_by for each in chain.layers]
+    idle = chain_facts(parse_chain(f"qcow2:{tmp_path}/idle"))
+    assert "is named by the image alone" in idle.problem
+    trust(find_image(f"qcow2:{tmp_path}/idle"))
+    assert 3 == len(chain_facts(parse_chain(f"qcow2:{tmp_path}/idle")).layers)

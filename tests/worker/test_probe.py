@@ -101,6 +101,8 @@ def test_what_could_not_be_written_to_is_refused(tmp_path: Path, reactor: Reacto
     with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
         probe(f"log:|aio:{tmp_path}/odd", reactor, LocalOpener(), read_only=False)
 
-    assert [1024] == [each.size for each in probe(f"aio:{tmp_path}/odd", reactor, read_only=True)]
-    child = probe(f"qcow2:{tmp_path}/child,parents={tmp_path},parent_format=raw", reactor, read_only=False)
+    assert [1024] == [each.size for each in probe(f"aio:{tmp_path}/odd", reactor, LocalOpener(), read_only=True)]
+    child = probe(
+        f"qcow2:{tmp_path}/child,parents={tmp_path},parent_format=raw", reactor, LocalOpener(), read_only=False
+    )
     assert ([1024] * 2, False) == ([each.size for each in child], child[0].read_only)

@@ -9,9 +9,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from xenbackend import settings_file
 from xenbackend.block.driver import Found
+from xenbackend.block.mapped.parents import PARENT
 from xenbackend.kernel import openat
 from xenbackend.opener import marks, parents
 
@@ -34,18 +36,38 @@ class Followed:
     by: str
 
 
+class Known(Protocol):
+    """A file that a process had open, as `kernel.process.OpenFile`."""
+
+    @property
+    def path(self) -> str:
+        """Where it is, without links."""
+
+    @property
+    def device(self) -> int:
+        """Of the file system that is mounted there."""
+
+    @property
+    def inode(self) -> int:
+        """Its number there."""
+
+
 class LocalOpener:
     """Opens for image commands, and for a worker's process.
 
     Args:
         settings: returns the places of the settings; asked when an image names another file.
+        in_service: files that a disk of the last release had open. Who is followed to one of them is marked with it.
         trusts: follow images wherever they lead to, as an administrator has said.
 
     `followed` are the images that led to other files, in their order.
     """
 
-    def __init__(self, settings: Settings = parents_of_settings, *, trusts: bool = False) -> None:
+    def __init__(
+        self, settings: Settings = parents_of_settings, in_service: Sequence[Known] = (), *, trusts: bool = False
+    ) -> None:
         self._settings = settings
+        self._in_service = in_service
         self._trusts = trusts
         self.followed: list[Followed] = []
         self._fds: dict[str, int] = {}  # O_PATH, by name
@@ -77,8 +99,11 @@ class LocalOpener:
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
         """Find the file that an image names, as `block.driver.Finder`. Raises: DriverError, ConfigError."""
         named = parents.Named(what, image, names, within)
-        allowed = parents.find(self.descriptor(image), named, self._settings(), trusts=self._trusts)
+        child = self.descriptor(image)
+        allowed = parents.find(child, named, self._settings(), self._is_in_service, trusts=self._trusts)
         self._keep(allowed.path, allowed.fd)
+        if allowed.by == parents.IN_SERVICE:
+            marks.add(child, marks.PARENT if what == PARENT else marks.FILES, self.describe(allowed.path))
         self._found.add(allowed.path)
         self.followed.append(Followed(image, what, allowed.path, allowed.by))
         return Found(allowed.path, allowed.by)
@@ -114,7 +139,21 @@ class LocalOpener:
         self._uses.clear()
         self._found.clear()
 
+    def _is_in_service(self, fd: int) -> bool:
+        return any(is_known(each, fd) for each in self._in_service)
+
     def _keep(self, path: str, fd: int) -> None:
         if path in self._fds:
             os.close(self._fds[path])
         self._fds[path] = fd
+
+
+def is_known(known: Known, fd: int) -> bool:
+    """Return whether a file is one that a process had open. Raises: OSError.
+
+    The device of a file may be another one than that of the mount (btrfs): then the path decides.
+    """
+    status = os.fstat(fd)
+    if known.inode != status.st_ino:
+        return False
+    return known.device == status.st_dev or known.path == openat.path_of(fd)

@@ -118,6 +118,14 @@ def mark_files(fd: int, files: Sequence[Marked]) -> bool:
     return _write(fd, FILES, list(files))
 
 
+def add(fd: int, name: str, file: Marked) -> bool:
+    """Add a file to a mark, `name` of which is PARENT or FILES; return whether that could be done."""
+    try:
+        return _write(fd, name, [*_read(fd, name), file])
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def sync(fd: int) -> None:
     """Make an image's mark durable. Raises: OSError."""
     opened = openat.reopen(fd, os.O_RDONLY)

@@ -6,9 +6,8 @@ Must not know a ring, nor speak to the supervisor: whoever asks gets an exceptio
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Geometry
@@ -18,6 +17,7 @@ from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.successor import keeps_content
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, Keep
 from xenbackend.worker.facts import facts_of
@@ -50,13 +50,9 @@ class Disk:
         """Open nothing yet. `memories` are descriptors by name, ours from now on."""
         self.text = message.chain
         self.chain: Chain | None = None
-        waits = message.may_wait  # for a lock, by asking again and again, and nobody is told meanwhile
-        self.files = HostFiles(
-            reactor,
-            lock_timeout_s=0.0 if waits else LOCK_TIMEOUT_S,
-            names_users=not waits,
-            disk=number_of(message.frontend_domid, message.vbd),
-        )
+        self._make_opener = partial(LocalOpener, lambda: message.parents, message.in_service)
+        lock_timeout_s = 0.0 if message.may_wait else LOCK_TIMEOUT_S
+        self.files = HostFiles(reactor, lock_timeout_s=lock_timeout_s, opener=self._make_opener())
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)
@@ -85,7 +81,7 @@ class Disk:
 
     def probe(self) -> list[messages.LayerFacts]:
         """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
-        return probe(self.text, self._reactor, self.files.opener, read_only=self._read_only)
+        return probe(self.text, self._reactor, self._make_opener(), read_only=self._read_only)
 
     def check_successor(self, text: str, *, replaces: bool) -> list[str]:
         """Look at another chain while ours serves on, and return its layers' texts.
@@ -95,7 +91,7 @@ class Disk:
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
         try:
-            with probing(text, self._reactor, self._for_chain(1), read_only=self._read_only) as found:
+            with probing(text, self._reactor, self._make_opener(), read_only=self._read_only) as found:
                 self._check(text, found.layers[0].geometry.size, found.layers[0].geometry.sector_size)
                 if not replaces and not keeps_content(self.chain.layers, found.layers):
                     raise ConfigError(

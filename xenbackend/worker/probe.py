@@ -22,7 +22,7 @@ from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles, Opener
 
 
-def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> list[messages.LayerFacts]:
+def probe(chain: str, reactor: Reactor, opener: LocalOpener, *, read_only: bool) -> list[messages.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open.
 
     Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.
@@ -33,9 +33,8 @@ def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> l
 
 
 @contextmanager
-def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> Iterator[Chain]:
-    """Have a chain open to look at it. Raises: as `probe`."""
-    opener = LocalOpener()
+def probing(chain: str, reactor: Reactor, opener: LocalOpener, *, read_only: bool) -> Iterator[Chain]:
+    """Have a chain open to look at it; closes the opener in the end. Raises: as `probe`."""
     source = HostFiles(reactor, use_queues=False, locks=False, whole=not read_only, opener=opener)
     files = HostFiles(reactor, use_queues=False, locks=False, opener=opener)
     env = EnvFactory(reactor, files)

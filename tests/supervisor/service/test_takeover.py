@@ -184,7 +184,7 @@ def test_a_former_versions_worker_is_ended_first(
     place.close()
     left.close()
 
-    assert ([], {("journal", 2), ("pidfd", 2)}) == (before, set(found or {}))
+    assert ([], {("journal", 2), ("pidfd", 2), ("open", 3)}) == (before, set(found or {}))
     assert (False, True) == (is_over, is_over_now)
     assert ([], 1) == (told, len(waiting))
     assert "cannot be used" not in lines.getvalue()
@@ -204,7 +204,7 @@ def test_a_service_that_stops_meanwhile_leaves_it_to_the_next_one(
     left.close()
 
     assert [Code.GONE] == [each.code for each in replies]
-    assert ["vbd-0-5-51712.journal", "vbd-0-5-51712.pidfd"] == sorted(kept.fds)
+    assert ["vbd-0-5-51712.journal", "vbd-0-5-51712.open.3", "vbd-0-5-51712.pidfd"] == sorted(kept.fds)
 
 
 def test_what_is_nobodys_is_let_go(xenstored: Xenstored, kept: Kept) -> None:

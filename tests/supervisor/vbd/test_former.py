@@ -21,6 +21,7 @@ import pytest
 from tests.supervisor.helpers import PATH, Kept
 from xenbackend import counters, journal
 from xenbackend.kernel import memfd
+from xenbackend.kernel.process import OpenFile
 from xenbackend.protocol import codec
 from xenbackend.protocol.messages import Agreed, Connect, RingParameters
 from xenbackend.supervisor.service.keeper import Keeper
@@ -139,7 +140,7 @@ def next_one(kept: Kept, said: list[str] | None = None, words: int = 1000) -> Ha
     """Return the handover as the next service finds it, which dies after so many words to the keeper."""
     keeper = Mortal(kept, words)
     found = sort_inherited(keeper, 0).get(PATH, {})
-    if (pidfd := end_predecessor(found)) >= 0:
+    if (pidfd := end_predecessor(keeper, PATH, found)) >= 0:
         assert select.select([pidfd], [], [], 20)[0]
     return Handover(keeper, PATH, found, (said if said is not None else []).append)
 
@@ -155,7 +156,7 @@ def see_all_of_it(kept: Kept, heir: Handover) -> None:
     assert b"slots" == first.block_slots(511)[-5:] == last_one.block_slots(511)[-5:]
     assert [120, 101, 32] == last_one.words[:3].tolist()
     assert (77, errno.ENOSPC) == (counters.snapshot(heir.page)["reads"], journal.poisoned(heir.page))
-    assert (Agreed("null:1G", CONNECT), expected) == (heir.agreed(), heir.notes)
+    assert (Agreed("null:1G", CONNECT), expected) == (heir.agreed(), replace(heir.notes, in_service=[]))
     assert {"map": 8192, "x": 4096} == {name: os.fstat(fd).st_size for name, fd in memories.items()}
     assert b"map" == os.pread(memories["map"], 3, 5000)
     assert all(memfd.is_sealed(fd, os.fstat(fd).st_size) for fd in (heir._journal, heir._notes, *memories.values()))
@@ -178,16 +179,18 @@ def test_what_is_left_becomes_ours(kept: Kept, leave: Callable[..., Left]) -> No
 
 
 def test_its_worker_is_ended_first(kept: Kept, last: ModuleType, leave: Callable[..., Left]) -> None:
-    """The worker is killed, and what it wrote until it was dead counts; until then nothing is kept or forgotten."""
+    """The worker is killed, and what it wrote until it was dead counts; until then nothing is forgotten, and no more is
+    kept than what it has open.
+    """
     left = leave(has_worker=True)
     before = set(kept.fds)
     keeper = kept.keeper()
     found = sort_inherited(keeper, 0)[PATH]
-    pidfd = end_predecessor(found)
+    pidfd = end_predecessor(keeper, PATH, found)
     assert select.select([pidfd], [], [], 20)[0]
     assert left.worker is not None
     assert -9 == left.worker.wait()
-    assert before == set(kept.fds)
+    assert before | {f"{PREFIX}.open.3"} == set(kept.fds)
     ring = last.RingJournal(left.journal, 0, last.SLOT)
     ring.answers[17] = 102 << 2 | 1
     heir = Handover(keeper, PATH, found)
@@ -196,6 +199,48 @@ def test_its_worker_is_ended_first(kept: Kept, last: ModuleType, leave: Callable
     ring.answers[17] = journal.RingJournal(heir.page, 0, journal.SLOT).answers[17] = 0
     see_all_of_it(kept, heir)
     heir.close()
+
+
+def test_what_its_worker_has_open_is_known_afterwards(kept: Kept, leave: Callable[..., Left], tmp_path: Path) -> None:
+    """The files that a worker had open when it was ended stay in the notes, for each service that comes later."""
+    image = tmp_path / "image"
+    image.write_bytes(b"x")
+    left = leave()
+    with image.open() as file:
+        left.worker = subprocess.Popen(["sleep", "100"], stdin=file)
+    keeper = kept.keeper()
+    for name, fd in (("pidfd", os.pidfd_open(left.worker.pid)), ("worker", unsealed(0))):
+        keeper.keep(f"{PREFIX}.{name}", fd)
+        os.close(fd)
+    for words in (1, 2, 1000):  # of a service that dies when it has remembered, when it has ended the worker, and later
+        try:
+            heir = next_one(kept, words=words)
+        except SystemExit:
+            continue
+    heir.leave()
+    heir = next_one(kept)
+
+    (found,) = [each for each in heir.notes.in_service if each.path == str(image)]
+    assert (image.stat().st_dev, image.stat().st_ino) == (found.device, found.inode)
+    heir.close()
+    assert {} == kept.fds
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many files there are, and whatever they are called, no more is remembered than there is room for."""
+    files = [OpenFile("/" + "\udcff\n" * 40 + str(number), number, number) for number in range(1000)]
+    monkeypatch.setattr(former.process, "files_of", lambda _pidfd: files)
+    fd = former.remember_files(-1)
+    found = former.recall_files(fd)
+    os.close(fd)
+
+    assert 10 < len(found) < 1000
+    assert [(each.path, each.device, each.inode) for each in files[: len(found)]] == [
+        (each.path, each.device, each.inode) for each in found
+    ]
+    empty = unsealed(8192)
+    assert [] == former.recall_files(empty)
+    os.close(empty)
 
 
 @pytest.mark.parametrize("has_worker", [False, True])

@@ -219,7 +219,7 @@ def test_a_worker_of_another_protocol_is_replaced_by_its_journal(kept: Kept) -> 
     os.close(pidfd)
     keeper = kept.keeper()
     found = sort_inherited(keeper, 0)[PATH]
-    assert select.select([end_predecessor(found)], [], [], 20)[0]
+    assert select.select([end_predecessor(keeper, PATH, found)], [], [], 20)[0]
     heir = Handover(keeper, PATH, found)
 
     assert -9 == process.wait()

@@ -78,7 +78,7 @@ class Takeover:
         if self.paths:
             self._log.info("taking over from an earlier service", vbds=len(self.paths))
         for path in self.paths:
-            pidfd = end_predecessor(self._found[path])
+            pidfd = end_predecessor(self._keeper, path, self._found[path])
             if pidfd < 0:
                 self._take_over(path)
             else:

@@ -34,8 +34,7 @@ from xenbackend.protocol import codec
 from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
-from xenbackend.supervisor.vbd.inheritance import What, current, is_memory, name_of
-from xenbackend.supervisor.vbd.kept_files import KeptFiles
+from xenbackend.supervisor.vbd.inheritance import OPEN_FILES, What, current, is_memory, name_of
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
@@ -93,14 +92,16 @@ class Handover:
         for slot, name in self.notes.memories.items():
             if current(slot) in ours:
                 self._memories[name] = ours.pop(current(slot))
-        for slot in self.notes.files:
-            if current(slot) in ours:
-                self.files.find(slot, ours.pop(current(slot)))
+        remembered = ours.pop(current(OPEN_FILES), -1)
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:
             self._adopt(theirs)
+            if remembered >= 0:
+                self._recall(remembered)
         self._keep_new()
         self._let_go(theirs)
+        if remembered >= 0:
+            self._let_go({current(OPEN_FILES): remembered})
 
     def agreed(self) -> Agreed | None:
         """Return the chain in service and what was agreed with the frontend; None where that was not, or has ended."""
@@ -330,6 +331,13 @@ class Handover:
         except ConfigError as error:
             self._complain(str(error))
             self._write(replace(found, memories={}))
+
+    def _recall(self, remembered: int) -> None:
+        """Note what a former version's worker had open."""
+        try:
+            self._write(replace(self.notes, in_service=former.recall_files(remembered)))
+        except (KernelError, ConfigError) as error:
+            self._complain(f"{error}: the images of this disk have to be trusted, by xenbackend image trust")
 
     def _keep_new(self) -> None:
         """Have kept what we made, the notes last: from then on all of it counts."""

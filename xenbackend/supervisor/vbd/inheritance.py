@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 
 from xenbackend import journal
@@ -23,9 +23,16 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 What = tuple[str, int]  # which of a vbd's descriptors, and its version
 
-_VERSIONS = {"journal": journal.VERSION, "notes": notes.VERSION, "worker": messages.VERSION, "pidfd": messages.VERSION}
-_SLOT_VERSION = 3
-_SLOT = re.compile(r"[mf]\d+")
+OPEN_FILES = "open"  # what a former version's worker had open when it was ended: `former.remember_files`
+_VERSIONS = {
+    "journal": journal.VERSION,
+    "notes": notes.VERSION,
+    "worker": messages.VERSION,
+    "pidfd": messages.VERSION,
+    OPEN_FILES: 3,
+}
+_MEMORY_VERSION = 3
+_MEMORY = re.compile(r"m\d+")
 
 
 def prefix_of(path: VbdPath) -> str:
@@ -74,13 +81,19 @@ def check_versions(names: Iterable[str]) -> None:
             )
 
 
-def end_predecessor(found: Mapping[What, int]) -> int:
+def end_predecessor(keeper: Keeper, path: VbdPath, found: dict[What, int]) -> int:
     """Kill the worker of a former version among what was found; -1 where there is none.
+
+    What it has open is remembered before, among what was found, and by the keeper.
 
     Returns its pidfd, which stays `found`'s: once it is readable there may be a `Handover`.
     """
     pidfds = [fd for (kind, version), fd in found.items() if kind == "pidfd" and version < _VERSIONS[kind]]
     for pidfd in pidfds:
+        with suppress(KernelError):  # without it, its images have to be trusted anew
+            if current(OPEN_FILES) not in found:
+                found[current(OPEN_FILES)] = former.remember_files(pidfd)
+                keeper.keep(name_of(path, current(OPEN_FILES)), found[current(OPEN_FILES)])
         kill(pidfd)
     return max(pidfds, default=-1)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from xenbackend import journal
 from xenbackend.protocol import codec
+from xenbackend.protocol.messages import HeldFile
 from xenbackend.units import PAGE
 
 VERSION = 3
@@ -56,6 +57,7 @@ class Notes:
     program       version of the program that the worker was started from
     restarts      workers that took the place of one that had died
     exchanged_by  number of the order by which `chain` took another one's place
+    in_service    files that a worker of the last release had open for this disk: they stay allowed
     """
 
     chain: str = ""
@@ -69,6 +71,7 @@ class Notes:
     program: str = ""
     restarts: int = 0
     exchanged_by: int = 0
+    in_service: list[HeldFile] = field(default_factory=list)
 
 
 def write(memory: memoryview, notes: Notes) -> None:

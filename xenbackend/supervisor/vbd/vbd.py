@@ -303,6 +303,8 @@ class Vbd:
                 export=self._openings.export if boots else "",
                 policy=self.orders.policy,
                 is_paused=self.handover.notes.paused is not None,
+                parents=settings.parents,
+                in_service=self.handover.notes.in_service,
             ),
             [fd, *memories.values()],
         )
