@@ -1,8 +1,8 @@
 """A process of its own that opens chains and tells what was opened, connected to or started meanwhile.
 
-Usage: watched.py SOUND < CHAINS. `SOUND` is a chain for each driver, one to a line, to load what they import; the
-chains to look at are separated by NUL. Prints a line of JSON for each: what it said, and the events. An audit hook
-cannot be taken back, nor be gone round by code in Python.
+Usage: watched.py SOUND [PLACE...] < CHAINS. `SOUND` is a chain for each driver, one to a line, to load what they
+import; `PLACE`s are where the settings allow parents; the chains to look at are separated by NUL. Prints a line of JSON
+for each: what it said, and the events. An audit hook cannot be taken back, nor be gone round by code in Python.
 """
 
 from __future__ import annotations
@@ -27,16 +27,10 @@ is_watching = False
 
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
-    """Note what a chain may have caused."""
-    if not (is_watching and event.startswith(WATCHED)):
-        return
-    what = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)
-    if what.startswith("/proc/self/fd/"):  # a file that is held already is opened for real, whatever is called so now
-        what = str(Path(what).readlink())
-    if what.startswith(HOST):
-        return
-    if (event, what) not in events:
-        events.append((event, what))
+    """Note what a chain may have caused. O_PATH opens nothing: no device notices, and nothing can be read."""
+    if is_watching and event.startswith(WATCHED) and not (event == "open" and arguments[2] & os.O_PATH):
+        what = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)
+        events.append((event, str(Path(what).readlink()) if what.startswith("/proc/self/fd/") else what))
 
 
 def look(machine: Machine, chain_text: str) -> str:
@@ -50,10 +44,10 @@ def look(machine: Machine, chain_text: str) -> str:
     return f"opened: {status}"
 
 
-def main(sound: str) -> None:
+def main(sound: str, *places: str) -> None:
     """Look at each chain under the hook."""
     global is_watching  # noqa: PLW0603 - a hook is for the whole process
-    machine = Machine()
+    machine = Machine(places)
     for chain in sound.split("\n"):
         said = look(machine, chain)
         assert said == "opened: [0]", said
