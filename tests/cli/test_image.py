@@ -319,3 +319,27 @@ def test_measure_needs_no_image(run: Run, run_json: RunJson, raw: Path) -> None:
     assert 0 == run("convert", "aio:disk.raw", "qcow2:b.qcow2")[0]
     assert MIB < run_json("measure", "qcow2", "qcow2:b.qcow2")["required"] < 2 * MIB
     assert "4 MiB needed (4194304 bytes)" in run("measure", "raw", "--size", "4M")[1]
+
+
+def test_trust_says_what_it_marks(run: Run, run_json: RunJson, tmp_path: Path) -> None:
+    """An image from elsewhere is refused, trusted with all its parents, and opened; what allows that is said."""
+    qemu_img("create", "-q", "-f", "raw", tmp_path / "base", "1M")
+    for name, parent, kind in (("mid", "base", "raw"), ("top", "mid", "qcow2")):
+        qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", kind, tmp_path / name)
+    status, _, sentence = run("map", "qcow2:top")
+    assert (2, True) == (status, "say so by xenbackend image trust LAYER" in sentence)
+    status, said, _ = run("trust", "qcow2:top")
+    assert (0, [f"top: its parent is {tmp_path}/mid", f"{tmp_path}/mid: its parent is {tmp_path}/base"]) == (
+        status,
+        said.splitlines(),
+    )
+
+    assert f"  parent:       aio:{tmp_path}/base (allowed by its mark)" in run("info", "qcow2:mid")[1].splitlines()
+    assert [{"image": "mid", "what": "parent", "file": f"{tmp_path}/base", "before": "its mark"}] == run_json(
+        "trust", "qcow2:mid"
+    )["marked"]
+    assert (0, "aio:base names no other file, so that there is nothing to mark\n", "") == run("trust", "aio:base")
+    status, _, sentence = run("trust", "base")
+    assert (2, True) == (status, "does not say its format" in sentence)
+    status, _, sentence = run("trust", "log:|qcow2:top")
+    assert (2, True) == (status, "is not an image by itself" in sentence)

@@ -14,6 +14,8 @@ from tests.foreign_images import GRAIN, MIB, archive, descriptor, ovf, vdi, vmdk
 from tests.qcow_images import qcow2
 from tests.vhd_images import image
 from xenbackend.cli.main import main
+from xenbackend.image.names import find_image
+from xenbackend.image.trust import trust
 
 Run = Callable[..., tuple[int, str, str]]
 # What takes long to import, and what only other commands and other images need. "xenbackend.block.drivers." is all.
@@ -45,6 +47,7 @@ def test_what_is_served_is_a_layer(run: Run, tmp_path: Path) -> None:
     (tmp_path / "cd").write_bytes(bytes(32768) + b"\1CD001\1" + bytes(505))
     (tmp_path / "f-flat.vmdk").write_bytes(bytes(4096))
     (tmp_path / "f.vmdk").write_bytes(descriptor('RW 8 FLAT "f-flat.vmdk" 0', create_type="monolithicFlat"))
+    trust(find_image(f"vmdk:{tmp_path}/f.vmdk", ("vmdk",)))
 
     for name, says, line in [
         ("d.ova", "looks like ova; as a layer it is vmdk:d.ova", "VMDK, grains of 64 KiB"),

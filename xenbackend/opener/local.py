@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from xenbackend import settings_file
 from xenbackend.block.driver import Found
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.kernel import openat
@@ -22,6 +21,8 @@ Settings = Callable[[], Sequence[str]]
 
 def parents_of_settings() -> Sequence[str]:
     """Return the places in which the settings file of this host allows parents. Raises: ConfigError."""
+    from xenbackend import settings_file  # late: most images lead nowhere
+
     found = settings_file.read(settings_file.PATH, must_exist=False).get("parents", [])
     return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
