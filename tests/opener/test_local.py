@@ -116,6 +116,17 @@ def test_what_is_in_service_is_marked(images: Path, *, is_on_btrfs: bool) -> Non
     opener.close()
 
 
+def test_a_number_alone_is_not_a_file_in_service(images: Path) -> None:
+    """The inode's number counts on its own file system, or at its own place; each file system has such a number."""
+    status = (images / "base").stat()
+    other = LocalOpener(lambda: (), [OpenFile(f"{images}/x", status.st_dev + 1, status.st_ino),
+                                     OpenFile(f"{images}/base", status.st_dev, status.st_ino + 1)])  # fmt: skip
+    os.close(other.open(str(images / "child"), os.O_RDONLY))
+    with pytest.raises(DriverError, match="named by the image alone"):
+        other.find(PARENT, str(images / "child"), ["base"])
+    other.close()
+
+
 def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directories in the settings file are asked for when an image names another file, and not before."""
     path = images / "xenbackend.toml"

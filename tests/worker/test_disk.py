@@ -238,6 +238,26 @@ def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path
         assert bench.check_successor(chain, replaces=True)
 
 
+def test_where_images_may_lead_to_is_for_the_supervisor_to_say(benches: Any, tmp_path: Path) -> None:
+    """A parent is opened where the settings allow it, or a disk of the last release has it; also to look at a chain."""
+    one = image(tmp_path / "one")
+    (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one", backing_format=b"raw"))
+    child, status = f"qcow2:{tmp_path}/child", one.stat()
+    known = messages.HeldFile(str(one), status.st_dev, status.st_ino)
+    with pytest.raises(XenbackendError, match="one is named by the image alone"):
+        benches(child)
+    with pytest.raises(ConfigError, match="one is named by the image alone"):
+        benches("ram:1M").disk.check_successor(child, replaces=True)
+    bench = benches("ram:1M", parents=[str(tmp_path)])
+    assert [child, f"aio:{one}"] == bench.disk.check_successor(child, replaces=True)
+    bench.disk.exchange(child)
+    assert f"the settings' parents, {tmp_path}" == bench.disk.layers[0].facts["parent_by"]
+    bench.disk.close()
+    assert [] == os.listxattr(tmp_path / "child")
+    assert "the disk in service" == benches(child, in_service=[known]).disk.layers[0].facts["parent_by"]
+    assert ["trusted.xenbackend.parent"] == os.listxattr(tmp_path / "child")
+
+
 @pytest.mark.parametrize(
     ("successor", "why"),
     [

@@ -12,10 +12,8 @@ from tests.helpers_block import Machine, flush, write
 from tests.openers import Openers
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
-from xenbackend.block.chain import Chain
-from xenbackend.errors import ConfigError
-from xenbackend.opener.local import LocalOpener
-from xenbackend.protocol import opening
+from xenbackend.errors import ConfigError, DriverError
+from xenbackend.opener import marks
 from xenbackend.worker.leaf import make_leaf
 
 SIZE = 4 << 20
@@ -108,3 +106,37 @@ def test_only_its_owner_may_read_a_leaf(machine: Machine, openers: Openers, tmp_
     chain.close()
 
     assert 0o600 == (tmp_path / "new").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("driver", BLANK)
+def test_a_leaf_is_opened_with_its_parent_and_no_other(tmp_path: Path, driver: str) -> None:
+    """A leaf in another directory is marked with the image that the guest wrote to, whatever takes that one's name."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
+    machine = Machine(parents=())
+    chain = machine.open(f"{driver}:{tmp_path}/base")
+    text = make_leaf(chain, machine.files.opener, f"{tmp_path}/far/leaf")
+    chain.close()
+    assert "parents=" not in text
+    chain = machine.open(text)
+    assert "its mark" == chain.layers[0].driver.env.facts["parent_by"]
+    chain.close()
+    (tmp_path / "base").rename(tmp_path / "former")
+    (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
+    with pytest.raises(DriverError, match="base is not the one that the image was marked for"):
+        machine.open(text)
+    machine.close()
+
+
+def test_a_leaf_that_cannot_be_marked_says_where_its_parent_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system keeps no marks, the chain that is served names the directory of the parent."""
+    monkeypatch.setattr(marks, "PARENT", "nonsense.xenbackend.parent")
+    (tmp_path / "base").write_bytes(qcow2(SIZE))
+    machine = Machine(parents=())
+    chain = machine.open(f"qcow2:{tmp_path}/base")
+    text = make_leaf(chain, machine.files.opener, f"{tmp_path}/leaf")
+    chain.close()
+
+    assert f"qcow2:{tmp_path}/leaf,parents={tmp_path}" == text
+    machine.open(text).close()
+    machine.close()

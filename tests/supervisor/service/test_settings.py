@@ -44,6 +44,8 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ('serve = "some"', "serve is 'some'; it must be ours or all"),
         ('log = "xml"', "it must be console or journal or json"),
         ('host = ""', "host is empty; leave it away"),
+        ('parents = ["img"]', "parents is ['img']; it must name directories by their whole paths"),
+        ('parents = "/img"', "it must be a list of texts"),
         ("kinds = []", "kinds is []; it must name directories of xenstore"),
         ('kinds = ["../x"]', "it must name directories of xenstore"),
         ("limits = 4", "limits is not a table"),
