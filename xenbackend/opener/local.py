@@ -13,6 +13,7 @@ from typing import Protocol
 
 from xenbackend.block.driver import Found
 from xenbackend.block.mapped.parents import PARENT
+from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel import openat
 from xenbackend.opener import marks, parents
 
@@ -61,7 +62,7 @@ class LocalOpener:
         in_service: files that a disk of the last release had open. Who is followed to one of them is marked with it.
         trusts: follow images wherever they lead to, as an administrator has said.
 
-    `followed` are the images that led to other files, in their order.
+    `followed` are the images that led to other files, in their order, of one that trusts them.
     """
 
     def __init__(
@@ -98,15 +99,20 @@ class LocalOpener:
             self._found.discard(path)
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
-        """Find the file that an image names, as `block.driver.Finder`. Raises: DriverError, ConfigError."""
+        """Find the file that an image names, as `block.driver.Finder`. Raises: DriverError."""
         named = parents.Named(what, image, names, within)
         child = self.descriptor(image)
-        allowed = parents.find(child, named, self._settings(), self._is_in_service, trusts=self._trusts)
+        try:
+            settings = self._settings()
+        except ConfigError as error:
+            raise DriverError(f"where parents may be cannot be known: {error}", path=image) from error
+        allowed = parents.find(child, named, settings, self._is_in_service, trusts=self._trusts)
         self._keep(allowed.path, allowed.fd)
         if allowed.by == parents.IN_SERVICE:
             marks.add(child, marks.PARENT if what == PARENT else marks.FILES, self.describe(allowed.path))
         self._found.add(allowed.path)
-        self.followed.append(Followed(image, what, allowed.path, allowed.by))
+        if self._trusts:
+            self.followed.append(Followed(image, what, allowed.path, allowed.by))
         return Found(allowed.path, allowed.by)
 
     def mark_child(self, child: int, files: Mapping[str, str], former: Sequence[marks.Marked] = ()) -> bool:
