@@ -225,12 +225,13 @@ def _paths(named: Named) -> Iterator[tuple[str, str]]:
     for name in named.names:
         if not name or "\0" in name:
             continue
-        said = os.path.normpath(os.path.join(beside, name))  # noqa: PTH118 - the same
-        for path in (os.path.join(beside, name), said):  # noqa: PTH118 - the same
-            real = _without_links(path)
+        joined = os.path.join(beside, name)  # noqa: PTH118 - the same
+        said = os.path.normpath(joined)
+        there = _without_links(said)
+        for real in dict.fromkeys([there if joined == said else _without_links(joined), there]):
             if real not in done:
                 done.add(real)
-                yield real, said if _without_links(said) == real else real
+                yield real, said if there == real else real
 
 
 def _without_links(path: str) -> str:
