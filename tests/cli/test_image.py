@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,3 +344,28 @@ def test_trust_says_what_it_marks(run: Run, run_json: RunJson, tmp_path: Path) -
     assert (2, True) == (status, "does not say its format" in sentence)
     status, _, sentence = run("trust", "log:|qcow2:top")
     assert (2, True) == (status, "is not an image by itself" in sentence)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed (Debian: util-linux)")
+def test_a_file_system_without_marks(tmp_path: Path) -> None:
+    """On ramfs, which has no such attributes, the layer that is printed is enough, and a refusal says so."""
+    program = f"{sys.executable} -m xenbackend image"
+    script = f"""
+        mount -t ramfs ramfs {tmp_path} || exit 77
+        cd {tmp_path}; truncate -s 1M base
+        {program} create --json qcow2 child --parent base --parent-format raw
+        {program} map --json qcow2:child,parents={tmp_path} >/dev/null || exit 1
+        {program} map qcow2:child
+        {program} trust qcow2:child
+    """
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no mount for us: {done.stderr.strip()}")
+    refused, untrusted = done.stderr.splitlines()
+
+    assert f"qcow2:child,parents={tmp_path}" == json.loads(done.stdout)["text"]
+    assert (
+        f"cannot keep marks (trusted.* attributes); if that is right, its layer must say parents={tmp_path}" in refused
+    )
+    assert "child: its file system cannot keep marks (trusted.* attributes), so that its layer must say" in untrusted
