@@ -320,26 +320,35 @@ def test_what_was_cut_short_is_served_once_it_is_whole(machine: Machine, tmp_pat
 
 
 @pytest.mark.parametrize("act", [kill, upgrade, resize, put_a_filter_in, stop_and_start], ids=lambda act: act.__name__)
-@pytest.mark.parametrize("image_format", ["qcow2", "vhd"])
+@pytest.mark.parametrize(("image_format", "by"), [("qcow2", "a place"), ("vhd", "a place"), ("qcow2", "its mark")])
 def test_a_parent(
-    machine: Machine, tmp_path: Path, image_format: str, act: Callable[[Disk], dict[str, Any] | None]
+    machine: Machine, tmp_path: Path, image_format: str, by: str, act: Callable[[Disk], dict[str, Any] | None]
 ) -> None:
-    """A parent that is replaced stays the one that the disk was opened with, or the disk waits."""
+    """A parent that is replaced stays the one that the disk was opened with, or the disk waits.
+
+    Where any file at its place may be the parent, an administrator may have the other one; where it is the image's mark
+    that says which one it is, he has to say first that the other one may be.
+    """
     parent, other, leaf = (tmp_path / f"{each}.{image_format}" for each in ("parent", "other", "leaf"))
     for raw, image, content in (("a", parent, OURS), ("b", other, THEIRS)):
         (tmp_path / raw).write_bytes(content)
         assert 0 == main(["image", "convert", f"aio:{tmp_path / raw}", f"{image_format}:{image}"])
     assert 0 == main(["image", "snapshot", f"{image_format}:{parent}", str(leaf)])
-    with serving(machine, tmp_path, f"{image_format}:{leaf}") as disk:
+    place = f",parents={tmp_path}" if by == "a place" else ""
+    with serving(machine, tmp_path, f"{image_format}:{leaf}{place}") as disk:
         assert OURS[:4096] == disk.frontend.read(0, 8)
         other.rename(parent)
         answer = act(disk)
-        if act is stop_and_start:
+        if act is stop_and_start and place:
             disk.waits(ANOTHER, str(parent))
+            return
+        if act is stop_and_start:
+            until(lambda: "is not the one that the image was marked for" in disk.status()["error"], disk.status)
+            assert not disk.is_served()
             return
         if act is put_a_filter_in:
             assert answer is not None
-            assert UNWANTED in answer["sentence"]
+            assert (UNWANTED if place else "is not the one that the image was marked for") in answer["sentence"]
         assert [OURS[:4096]] * 3 == [disk.frontend.read(sector, 8) for sector in (0, 64, SIZE // 512 - 8)]
         disk.frontend.write(64, b"G" * 4096)
         assert b"G" * 4096 == disk.frontend.read(64, 8)

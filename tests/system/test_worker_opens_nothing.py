@@ -93,7 +93,7 @@ def test_from_attach_to_close(watched: Watched, tmp_path: Path, kind: str) -> No
     }[kind]
     (tmp_path / "base").write_bytes(image(SIZE, uuid=UUID) if kind == "vhd" else bytes(SIZE))
     (tmp_path / "disk").write_bytes(data)
-    options = ",changed=accept" if kind == "vhd" else ""
+    options = {"aio": "", "qcow2": f",parents={tmp_path}", "vhd": f",parents={tmp_path},changed=accept"}[kind]
     chain = f"log:{tmp_path}/record|{kind}:{tmp_path}/disk{options}"
     worker = watched.worker
     watched.connect(chain, Wishes(queues=2))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.supervisor.helpers import PATH
 from xenbackend.protocol import messages
+from xenbackend.protocol.opening import HeldFile, Opened
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.openings import Openings
 
@@ -23,9 +24,9 @@ def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) 
 
     kept = [(SimpleNamespace(name="/img", identity="file device=1 inode=2"), 7)]
     files = SimpleNamespace(kept=lambda: kept, take=take)
-    notes = SimpleNamespace(chain="aio:/img")
+    notes = SimpleNamespace(chain="aio:/img", in_service=[HeldFile("/base", 1, 3)])
     handover: Any = SimpleNamespace(files=files, notes=notes, chain_in_service=lambda: "aio:/img")
-    context: Any = SimpleNamespace(settings=Settings(socket=str(directory / "control.sock")))
+    context: Any = SimpleNamespace(settings=Settings(socket=str(directory / "control.sock"), parents=["/srv"]))
     device: Any = SimpleNamespace(sight=SimpleNamespace(spec=spec))
     return Openings(PATH, context, device, handover)
 
@@ -50,6 +51,8 @@ def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
     assert it.for_question(messages.Pause()) is None
     assert [7] == it.kept()
     assert ["/img"] == [each.name for each in swap.kept]
+    for job in (opened, waited, swap, branch):
+        assert (["/srv"], [HeldFile("/base", 1, 3)]) == (job.parents, job.in_service)
 
 
 def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) -> None:
@@ -66,8 +69,6 @@ def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) ->
 
 def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
     """Of a chain that is put in another file may be taken only where the order says so."""
-    from xenbackend.protocol.opening import Opened
-
     taken: list[Any] = []
     it = openings(tmp_path, taken)
     it.for_question(messages.Swap("aio:/x", replaces=True))
