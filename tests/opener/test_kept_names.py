@@ -213,3 +213,22 @@ def test_a_device_with_another_medium_is_refused(undo: ExitStack, tmp_path: Path
             disk.content(device)
 
     assert (errno.ESTALE, [(device, 0)]) == (caught.value.errno, disk.told)
+
+
+def test_a_parent_on_a_device_is_compared_when_it_is_open(undo: ExitStack, tmp_path: Path) -> None:
+    """An image that names a device by another name than the layer does is followed to the one that is kept by that."""
+    other, image = tmp_path / "other", make(tmp_path / "image", b"image")
+    other.write_bytes(bytes(1 << 20))
+    with loop(tmp_path / "one", 1 << 20, sector_size=512) as (device, _):
+        place = tmp_path / "place"
+        place.symlink_to(device)
+        disk = Disk(str(place), image, chains=[f"qcow2:{image},parents={place}"])
+        undo.callback(disk.access.close)
+        found = Found(str(place), f"parents={place}")
+        assert found == disk.access.find(PARENT, image, [device], 0)
+        subprocess.run(["losetup", "--detach", device], check=True)
+        subprocess.run(["losetup", device, other], check=True)
+        disk.refusal = "it is another one"
+        assert found == disk.access.find(PARENT, image, [device], 0)
+        with pytest.raises(DriverError, match="it is another one"):
+            disk.content(str(place))

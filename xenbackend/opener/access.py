@@ -115,9 +115,44 @@ class Access:
         self._kept.clear()
         self._held.clear()
 
-    def _find_held(self, named_by: str, names: list[str], chain: int) -> str:
-        """Return the first path that is held of those that an image names, also if nothing is there any more."""
-        return next((path for path in paths_of(named_by, names) if path in self._held[chain]), "")
+    def _led_before(self, named: parents.Named, chain: int) -> str:
+        """Return where an image has led to, of all that it names, also if nothing is there any more; empty: nowhere."""
+        kept = self._kept if self._job.keeps or not chain else {}
+        for path in (path for both in parents.paths_of(named) for path in reversed(both)):
+            if (chain, named.image, path) in self._led or (path in kept and not self._chain(chain).is_said(path)):
+                return path
+        return ""
+
+    def _take(self, child: _Held, what: str, allowed: parents.Allowed, former: str, chain: int) -> Found:
+        """Return what is opened where an image is followed, which is held from now on. Raises: DriverError."""
+        held, identity = self._held[chain], steps.identify(allowed.fd)
+        path = former or allowed.path
+        if path not in held:
+            held[path] = self._take_over(path, chain, os.dup(allowed.fd), identity)
+        elif _differ(held[path].identity, identity):
+            if former:
+                return Found(former, parents.IN_SERVICE)
+            if stat.S_ISBLK(os.fstat(held[path].fd).st_mode):  # held by its node: it is compared when it is open
+                return Found(path, allowed.by)
+            raise DriverError(f"{printable(path)} has become another file meanwhile", path=path, errno=errno.ESTALE)
+        if allowed.by == parents.IN_SERVICE and self._is_of_last_release(allowed.fd):
+            marks.add(child.fd, marks.PARENT if what == PARENT else marks.FILES, marks.describe(allowed.fd, path))
+        return Found(path, allowed.by)
+
+    def _is_in_service(self, fd: int) -> bool:
+        """Return whether the disk is served from a file already. Raises: OSError, KernelError."""
+        if self._is_of_last_release(fd):
+            return True
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # to look at a device is to open it
+            return False
+        identity = steps.identify(fd)
+        return any(not _differ(each.identity, identity) for each in self._kept.values())
+
+    def _is_of_last_release(self, fd: int) -> bool:
+        return any(_is_known(each, fd) for each in self._job.in_service)
+
+    def _describe(self, name: str) -> marks.Marked:
+        return marks.describe(self._hold(name, 0, create=False).fd, name)
 
     def _check_medium(self, name: str, chain: int, held: _Held, fd: int) -> None:
         """Ask about a device that has become another one since it was held, by the same node. Raises: DriverError."""
