@@ -176,6 +176,6 @@ def test_random_damage(machine: Machine, tmp_path: Path, request: pytest.Fixture
     """A damaged image is read or refused by one kind of error, within a second and 512 MiB."""
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 1000
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # other tests of this process may have taken more
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of whatever this process did
     assert fuzz(machine, tmp_path / "image", name, chance, count) < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
