@@ -31,3 +31,17 @@ def test_close_leaves_nothing_mapped() -> None:
         pytest.skip(str(error))
 
     assert "io_uring" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("operation", [5, 18, 45, 16])  # FIXED, OPENAT, SOCKET, CONNECT: linux/io_uring.h
+def test_a_ring_does_what_it_is_for_and_nothing_else(operation: int) -> None:
+    """What could open a file or a socket past a filter of system calls is refused by the ring itself."""
+    try:
+        ring = Uring(2)
+    except KernelError as error:
+        pytest.skip(str(error))
+    ring.queue(operation, -100, 0, 0, 0, 7)
+    ring.enter()
+
+    assert [(7, -errno.EACCES)] == ring.reap()
+    ring.close()

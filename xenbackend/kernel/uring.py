@@ -1,6 +1,9 @@
 """io_uring without a library: set up, queue, enter, reap.
 
 Must not know a request, a driver, or what a number in `user_data` stands for. One thread owns a ring.
+
+A ring does what is asked of it without a system call that a filter (seccomp(2)) could see. So each is restricted to the
+operations below before it can be used, and no later call lifts that.
 """
 
 from __future__ import annotations
@@ -23,15 +26,19 @@ OP_FSYNC = 3
 OP_READ = 22
 OP_WRITE = 23
 FSYNC_DATASYNC = 1
+_ALLOWED = (OP_READV, OP_WRITEV, OP_FSYNC, OP_READ, OP_WRITE)
 _SETUP_CQSIZE = 1 << 3
 _SETUP_CLAMP = 1 << 4
+_SETUP_R_DISABLED = 1 << 6
+_REGISTER_RESTRICTIONS, _REGISTER_ENABLE_RINGS = 11, 12
+_RESTRICTION_SQE_OP = 1
 _ENTER_GETEVENTS = 1
 _OFF_SQ_RING = 0
 _OFF_SQES = 0x10000000
 # One mapping for both rings, no completion is dropped, iovecs may go after submission, OP_READ exists.
 _FEATURES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3
 # generic system call numbers: the same on x86-64 and Arm
-_SYS_SETUP, _SYS_ENTER = 425, 426
+_SYS_SETUP, _SYS_ENTER, _SYS_REGISTER = 425, 426, 427
 
 _PARAMS = struct.Struct("=IIIIIIIIII")  # io_uring_params up to the two tables: sq_entries, cq_entries, flags, …
 _PARAMS_SIZE = 120
@@ -40,6 +47,7 @@ _CQ_OFFSETS = struct.Struct("=IIIIIIII8x")  # head, tail, mask, entries, overflo
 _SQE = struct.Struct("=BBHiQQIIQ")  # opcode, flags, ioprio, fd, off, addr, len, op_flags, user_data: 40 of 64 bytes
 _SQE_SIZE = 64
 _CQE = struct.Struct("=QiI")  # user_data, res, flags
+_RESTRICTION = struct.Struct("=HBB12x")  # opcode, the operation, reserved
 _IOVECS = 8192  # of all that is queued and not yet submitted
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -55,7 +63,8 @@ class Uring:
     Args:
         entries: of the submission queue, a power of two; limits the operations that are queued, not those in flight.
 
-    Raises: KernelError: ENOSYS, EPERM if io_uring is absent or forbidden.
+    Raises: KernelError: ENOSYS, EPERM if io_uring is absent or forbidden, EINVAL if it cannot be restricted (before
+        Linux 5.10).
     """
 
     single = (OP_READ, OP_WRITE)
@@ -65,6 +74,7 @@ class Uring:
         self._fd, params = _setup(entries)
         self._mapped: list[tuple[int, int]] = []  # address, size
         try:
+            _restrict(self._fd)
             self._map(params)
         except BaseException:
             self.close()
@@ -179,9 +189,18 @@ class Uring:
 def _setup(entries: int) -> tuple[int, bytes]:
     """Return a ring's descriptor and its `io_uring_params`."""
     params = ctypes.create_string_buffer(_PARAMS_SIZE)
-    _PARAMS.pack_into(params, 0, 0, entries * 16, _SETUP_CQSIZE | _SETUP_CLAMP, 0, 0, 0, 0, 0, 0, 0)
+    _PARAMS.pack_into(params, 0, 0, entries * 16, _SETUP_CQSIZE | _SETUP_CLAMP | _SETUP_R_DISABLED, 0, 0, 0, 0, 0, 0, 0)
     fd = _syscall(_SYS_SETUP, entries, ctypes.byref(params))
     if fd < 0:
         raise KernelError("set up io_uring", ctypes.get_errno())
     os.set_inheritable(fd, False)
     return fd, params.raw
+
+
+def _restrict(fd: int) -> None:
+    """Let a new ring do what is allowed and nothing else, and begin."""
+    allowed = b"".join(_RESTRICTION.pack(_RESTRICTION_SQE_OP, operation, 0) for operation in _ALLOWED)
+    if _syscall(_SYS_REGISTER, fd, _REGISTER_RESTRICTIONS, allowed, len(_ALLOWED)) < 0:
+        raise KernelError("restrict io_uring", ctypes.get_errno())
+    if _syscall(_SYS_REGISTER, fd, _REGISTER_ENABLE_RINGS, None, 0) < 0:
+        raise KernelError("enable io_uring", ctypes.get_errno())
