@@ -163,9 +163,9 @@ def test_what_a_device_writes_at_once(
 ) -> None:
     """A device's physical sector is what it says, where a guest can make sense of that."""
     answers = {
-        blockdev._BLKGETSIZE64: (1 << 20).to_bytes(8, sys.byteorder),
-        blockdev._BLKSSZGET: (512).to_bytes(4, sys.byteorder),
-        blockdev._BLKPBSZGET: said.to_bytes(4, sys.byteorder),
+        blockdev.BLKGETSIZE64: (1 << 20).to_bytes(8, sys.byteorder),
+        blockdev.BLKSSZGET: (512).to_bytes(4, sys.byteorder),
+        blockdev.BLKPBSZGET: said.to_bytes(4, sys.byteorder),
     }
     monkeypatch.setattr(blockdev.fcntl, "ioctl", lambda _fd, number, _room: answers[number])
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import SECTOR, round_up
 
-_BLKSSZGET = 0x1268  # linux/fs.h
-_BLKDISCARD = 0x1277
-_BLKPBSZGET = 0x127B
-_BLKGETSIZE64 = 0x80081272
+BLKSSZGET = 0x1268  # linux/fs.h
+BLKDISCARD = 0x1277
+BLKPBSZGET = 0x127B
+BLKGETSIZE64 = 0x80081272
 _PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _STATX_DIOALIGN = 0x2000  # linux/stat.h
@@ -133,12 +133,12 @@ def _unit_of_file(fd: int) -> int:
     return stated.offset if stated is not None and _is_physical(stated.offset, SECTOR) else SECTOR
 
 
-def _device(fd: int, discard_granularity: int) -> Medium:
-    (size,) = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))
-    (sector_size,) = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
-    (physical,) = struct.unpack("I", fcntl.ioctl(fd, _BLKPBSZGET, bytes(4)))
-    can_discard = discard_granularity > 0
-    granularity = max(discard_granularity, sector_size) if can_discard else 0
+def _device(fd: int, number: int) -> Medium:
+    (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
+    (sector_size,) = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))
+    (physical,) = struct.unpack("I", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))
+    can_discard = _queue_limit(number, "discard_max_bytes") > 0
+    granularity = max(_queue_limit(number, "discard_granularity"), sector_size) if can_discard else 0
     return Medium(
         size=size, sector_size=sector_size, is_device=True, can_discard=can_discard, discard_granularity=granularity,
         end=size, unit=sector_size,
@@ -181,7 +181,7 @@ def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
     if medium.is_device:
         first, end = round_up(offset, medium.unit), (offset + length) // medium.unit * medium.unit
         if first < end:
-            fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", first, end - first))
+            fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", first, end - first))
     elif _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, offset, length) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import platform
 import threading
+from functools import cache
 
 from xenbackend.errors import KernelError
 from xenbackend.kernel.ports import Fence
@@ -53,6 +54,7 @@ def _lock_fence() -> Fence:
     return fence
 
 
+@cache  # a process that is sandboxed later still has it
 def _library_fence(library: str, symbol: str) -> Fence | None:
     try:
         function = getattr(ctypes.PyDLL(library), symbol)  # PyDLL: no need to let go of the interpreter for this
