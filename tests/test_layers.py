@@ -29,8 +29,8 @@ LAYERS = {
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps"},
-    "opener": GROUND - {"log"} | {"kernel", "block"},
-    "worker": GROUND - {"log"} | STRANGERS | {"opener"},  # a worker logs by messages
+    "walls": GROUND - {"log"} | {"kernel"},
+    "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
     | {"kernel.blkback", "kernel.memfd", "kernel.ports", "kernel.process"},
@@ -52,7 +52,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/service/parent"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls", "worker/files"),
     "importlib": (
         "block/drivers/__init__",
         "block/formats/table",
@@ -99,9 +99,16 @@ HOMES = {
     "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "loop/threads"),
     # attributes
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler
-    "os.environ": ("bench/native", "cli/", "embedded/machine", "host/block_xenbackend", "supervisor/xenstore/store"),
+    "os.environ": (
+        "bench/native",
+        "cli/",
+        "embedded/machine",
+        "host/block_xenbackend",
+        "supervisor/xenstore/store",
+        "walls/raising",
+    ),
     "os.getenv": (),
-    "os.fork": ("worker/zygote",),
+    "os.fork": ("kernel/namespaces", "worker/zygote"),
     "os.system": (),
     "sys.argv": (
         "cli/",

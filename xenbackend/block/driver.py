@@ -49,6 +49,9 @@ from xenbackend.errors import DriverError
 
 API = 1  # the version of this contract; a third party's driver names the one it was written for
 
+# What a driver may need beside what `Env.files` opens: to read the files that anybody may; connections by IP.
+NEEDS = {"files", "network"}
+
 Complete = Callable[[list[Request]], None]
 
 
@@ -235,6 +238,7 @@ class Driver:
     is_filter: ClassVar[bool] = False
     reading: ClassVar[frozenset[str]] = frozenset()  # verbs of `control` that only read: whoever polls gives no orders
     Options: ClassVar[type] = NoOptions
+    needs: ClassVar[frozenset[str]] = frozenset()  # of NEEDS: what the worker's walls leave open; all else is refused
 
     def __init__(self, options: Any) -> None:
         """Keep the parsed options; nothing is opened yet."""

@@ -1,0 +1,89 @@
+"""Policies: which system calls a process may make, read from files for people.
+
+Must not know a machine's numbers beyond whether a name is one, nor load anything into the kernel.
+
+There is a file for each kind of process in `policies/`; the head of `worker.policy` says what a line means.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from xenbackend.errors import ConfigError
+from xenbackend.walls.calls import NUMBERS, VALUES
+
+WORKER = "worker"
+DIRECTORY = Path(__file__).parent / "policies"
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """A condition on an argument: `is_in` the values, or it has none of their bits."""
+
+    argument: int
+    is_in: bool
+    values: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Rule:
+    """What becomes of one call: allowed if one of the `tests` holds (no test: always), else refused with `errno`."""
+
+    tests: list[Test | None]
+    errno: int = errno.EPERM
+
+
+Policy = dict[str, Rule]  # by the call's name, in the order of the files
+
+
+def load(kinds: Iterable[str]) -> Policy:
+    """Return all that the policies of these kinds allow together. Raises: ConfigError, naming file and line."""
+    policy: Policy = {}
+    for kind in kinds:
+        file = DIRECTORY / f"{kind}.policy"
+        try:
+            text = file.read_text(encoding="ascii")
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: there is no such policy") from None
+        parse(text, str(file), policy)
+    return policy
+
+
+def parse(text: str, where: str, policy: Policy) -> None:
+    """Add to `policy` what a text says; `where` it stands, for people. Raises: ConfigError."""
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            _parse_line(words, policy)
+        except ValueError as problem:
+            raise ConfigError(f"{where}:{number}: {problem}") from None
+
+
+def _parse_line(words: list[str], policy: Policy) -> None:
+    call, *condition = words
+    if not any(call in numbers for numbers in NUMBERS.values()):
+        raise ValueError(f"{call} is no system call of any policy; give it its numbers in walls/calls.py")
+    rule = policy.setdefault(call, Rule([]))
+    match condition:
+        case []:
+            rule.tests.append(None)
+        case ["no", code] if isinstance(found := getattr(errno, code, None), int):
+            rule.errno = found
+        case [place, ("in" | "lacks") as verb, _, *_] if place in {f"arg{number}" for number in range(6)}:
+            values = tuple(_value(word) for word in condition[2:])
+            rule.tests.append(Test(int(place[3:]), verb == "in", values))
+        case _:
+            raise ValueError(
+                f"{' '.join(condition)!r} is no condition; write argN in NAME, argN lacks NAME, or no ERRNO"
+            )
+
+
+def _value(word: str) -> int:
+    if word not in VALUES:
+        raise ValueError(f"{word} is no value; give it its number in walls/calls.py")
+    return VALUES[word]
