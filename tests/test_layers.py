@@ -30,10 +30,10 @@ LAYERS = {
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps"},
     "walls": GROUND - {"log"} | {"kernel"},
-    "worker": GROUND - {"log"} | STRANGERS,  # a worker logs by messages
+    "worker": GROUND - {"log"} | STRANGERS | {"walls"},  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
-    | {"kernel.blkback", "kernel.memfd", "kernel.ports", "kernel.process"},
+    | {"kernel.memfd", "kernel.ports", "kernel.process", "walls.raising"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif", "block.formats.table"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
@@ -104,6 +104,7 @@ HOMES = {
         "cli/",
         "embedded/machine",
         "host/block_xenbackend",
+        "supervisor/service/process",
         "supervisor/xenstore/store",
         "walls/raising",
     ),

@@ -37,7 +37,13 @@ def test_a_table_on_a_terminal(
     monkeypatch.setattr(status, "SAMPLE_S", 0.0)
     disks = [
         disk(chain="[bold]aio:/img/\x1b[2J" + 40 * "x", error="the worker was ended by SIGKILL", restarts=2),
-        {**OTHER, "needs_upgrade": True, "worker_version": "0.0.9"},
+        {
+            **OTHER,
+            "needs_upgrade": True,
+            "worker_version": "0.0.9",
+            "no_walls": {"landlock": "no"},
+            "needs": ["network"],
+        },
     ]
 
     def answer(request: dict[str, Any]) -> Answer:
@@ -52,6 +58,8 @@ def test_a_table_on_a_terminal(
         assert part in out
     assert "the worker was ended by SIGKILL" in " ".join(out.split())
     assert "6/xvdb: its worker runs 0.0.9" in out
+    assert "6/xvdb: its worker is not behind these walls: landlock" in out
+    assert "6/xvdb: its drivers need, and have: network" in out
     assert "service 0.1.0, process 11, up" in out
     assert "2 disks; 1 of 2 need upgrade: xenbackend upgrade" in " ".join(out.split())
 

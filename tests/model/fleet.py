@@ -175,7 +175,7 @@ class LocalFleet(Fleet):
         super().__init__(loop)
         self._world = world
 
-    def start(self, on_message: Any, on_end: Any) -> Worker:
+    def start(self, on_message: Any, on_end: Any, _drivers: Any = ()) -> Worker:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pidfd = self._world.new_worker(far)
         self._world.point("service: after a worker was started")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from xenbackend.walls.raising import Walls
 from xenbackend.worker import zygote
 
 HOST = "xenbackend.rig.host"
@@ -18,7 +19,7 @@ _FORKED = f"""
 import os, socket, sys
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.worker import main, zygote
-def show(channel):
+def show(channel, walls, told):
     modules = sorted({{each.partition(":")[0] for each in BUILT_IN.values()}} - sys.modules.keys())
     channel.send(repr((modules, sorted(os.listdir("/proc/self/fd")), os.getsid(0) == os.getpid())).encode())
     return 0
@@ -99,7 +100,7 @@ def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         socket.send_fds(near, [b"w"], [near.fileno()])
     near.shutdown(socket.SHUT_WR)
 
-    assert zygote.wait_for_birth(far) is None
+    assert zygote.wait_for_birth(far, Walls("off")) is None
     assert [b"ready", b"failed", b"failed"] == [near.recv(16) for _ in range(3)]
     near.close()
     far.close()

@@ -24,6 +24,7 @@ _ABOUT = {
     "kinds": "Kinds of backend to look for, as xenstore's directories are named.",
     "poll_us": "How many microseconds a worker looks for the next request before it sleeps, up to 1000; 0 is never.",
     "on_error": "What becomes of requests that the disk cannot do, see: xenbackend policy --help.",
+    "walls": 'Workers give up all rights first: "on", "off", or "require": without all walls no disk is served.',
     "log": 'How the log is written: "console", "journal" or "json". The systemd unit asks for "journal", which holds.',
     "log_level": 'The least level that is logged: "debug", "info", "warning" or "error".',
     "parents": "Directories below which an image's parent may be, for each image; else see: xenbackend image trust.",

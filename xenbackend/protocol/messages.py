@@ -178,6 +178,8 @@ class Standing:
     flush_failed  a flush failed: nothing is taken from the rings any more until `Resume`
     trouble       which request the disk could not do, and that it is tried again
     is_paused     an administrator has stopped it
+    walls         around the worker (`walls.raising.Wall`), `no_walls` why others are not up, by wall; `needs` what was
+                  left open because a driver declares that it needs it
     """
 
     number: int
@@ -194,6 +196,9 @@ class Standing:
     flush_failed: str = ""
     trouble: str = ""
     is_paused: bool = False
+    walls: list[str] = field(default_factory=list)
+    no_walls: dict[str, str] = field(default_factory=dict)
+    needs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _EAGER = 8  # queued: more would leave the disk idle while we queue; measured, a fifth more I/O than without
 _POLL = 1 << 63  # the user_data of no request
+_set_aside: list[Uring] = []  # behind walls none can be made
+
+
+def set_aside() -> None:
+    """Make the io_uring of this worker now, for the first `CachedQueue`. Raises: KernelError."""
+    _set_aside.append(Uring())
 
 
 class Owner(Protocol):
@@ -178,7 +184,7 @@ class CachedQueue(IoQueue):
     name = "io_uring"
 
     def __init__(self, reactor: Reactor) -> None:
-        self._uring = Uring()
+        self._uring = _set_aside.pop() if _set_aside else Uring()
         super().__init__(reactor, self._uring)
         reactor.add(self._uring.fileno(), self._take)
         reactor.before_sleep(self.kick)

@@ -28,9 +28,10 @@ from xenbackend.protocol import codec, messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.datagrams import inherited, receive
 from xenbackend.protocol.messages import Stage
+from xenbackend.walls.raising import Raised, Walls
+from xenbackend.worker import birth
 from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
 from xenbackend.worker.disk import is_locked
-from xenbackend.worker.opener import OpenerGone, RemoteOpener
 from xenbackend.worker.polling import find_permit
 from xenbackend.worker.stages import NoChainLeft, Stages
 
@@ -58,6 +59,8 @@ class Worker:
         self._exchange = ""  # the chain that is being put in
         self._pausing: list[int] = []  # questions to pause, until nothing is in flight
         self._has_ended = False
+        self._permit = find_permit()
+        self.walls = Raised()  # what became of them; set before it runs
 
     def run(self) -> None:
         """Serve until `Close`, or until the supervisor is gone."""
@@ -65,7 +68,11 @@ class Worker:
         # The data path makes no reference cycles; what start-up made need not be looked at again and again.
         gc.collect()
         gc.freeze()
-        self._reactor.run()
+        try:
+            self._reactor.run()
+        except Exception as bug:  # whoever has an end of ours to explain finds it in the log: there is no stderr
+            self._on_bug(bug)
+            raise
         while self._take_message():  # what was asked meanwhile has its reply, too
             pass
 
@@ -95,19 +102,17 @@ class Worker:
         stages = self._stages
         if stages is None:
             return messages.Standing(
-                self._number,
-                Stage.IDLE,
-                "",
-                read_only=False,
-                shareable=False,
-                failure=self._failure,
-                errno=self._errno,
-                is_mistake=self._is_mistake,
-            )
+                self._number, Stage.IDLE, "", read_only=False, shareable=False,
+                failure=self._failure, errno=self._errno,
+                walls=self.walls.up, no_walls=self.walls.down, needs=self.walls.needs,
+            )  # fmt: skip
         connection = stages.connection
         return messages.Standing(
             number=self._number,
             stage=self._stage(stages),
+            walls=self.walls.up,
+            no_walls=self.walls.down,
+            needs=self.walls.needs,
             chain=stages.chain,
             read_only=stages.order.read_only,
             shareable=stages.order.shareable,
@@ -171,9 +176,10 @@ class Worker:
         match order:
             case messages.Open() if self._stages is not None:
                 raise DriverError("a worker opens one chain in its life", errno=errno.EINVAL)
+            case messages.Open() if self.walls.refusal:
+                raise DriverError(self.walls.refusal, errno=errno.EPERM)
             case messages.Open():
-                _take_name_of(order.vbd)
-                self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug)
+                self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug, self._permit)
                 self._stages.open()
             case messages.Serve() if order is self._under_way:  # else a later order has taken it back
                 stages = self._opened()
@@ -336,18 +342,27 @@ def _of_bug(bug: Exception) -> str:
     return plain(f"a bug of the worker or a layer: {type(bug).__name__}: {bug}")
 
 
-def serve(near: socket.socket) -> int:
-    """Serve the vbd whose supervisor is at the other end of `near`, and return the exit status."""
-    Worker(near).run()
+def serve(near: socket.socket, walls: Walls, told: birth.Birth) -> int:
+    """Serve the vbd whose supervisor is at the other end of `near`, and return the exit status.
+
+    The walls are up before its first message is read.
+    """
+    raised = birth.close_everything_but(near, walls, told)
+    worker = Worker(near)
+    birth.raise_walls(walls, told, raised)
+    worker.walls = raised
+    worker.run()
     return 0
 
 
 def main(arguments: list[str]) -> int:
     """Serve over the socket given by number."""
-    if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
+    given = birth.parse(arguments)
+    if given is None:
         print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
         return 2
-    return serve(inherited(int(arguments[1])))
+    walls, told = birth.by_exec(given)
+    return serve(socket.socket(fileno=int(given["socket"])), walls, told)
 
 
 if __name__ == "__main__":

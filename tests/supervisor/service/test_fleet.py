@@ -371,3 +371,43 @@ def _children() -> list[int]:
     """Return this process's children that have not been waited for."""
     task = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     return [int(each) for each in task.read_text().split()]
+
+
+def test_walls_that_are_missing_are_said_once(hear: Callable[..., Heard], capsys: pytest.CaptureFixture[str]) -> None:
+    """One warning for all workers; another one only where something else is missing. A worker's own are shown."""
+    heard = hear(FAKE_WORKER)
+
+    def stand(**walls: Any) -> None:
+        heard.worker.note_walls(
+            messages.Standing(1, messages.Stage.OPEN, "", read_only=False, shareable=False, **walls)
+        )
+
+    stand(walls=["user"])
+    stand(walls=["limits"], no_walls={"user": "become user 7: no", "capabilities": "become user 7: no"})
+    stand(walls=[])
+    stand(walls=["limits"], no_walls={"user": "become user 7: no", "capabilities": "become user 7: no"})
+    stand(walls=["user"], no_walls={"landlock": "use Landlock: no"})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "walls" in line]
+    heard.kill()
+
+    assert 2 == len(lines)
+    assert "user, capabilities (become user 7: no)" in lines[0]
+    assert "landlock (use Landlock: no)" in lines[1]
+    assert {"landlock": "use Landlock: no"} == heard.worker.no_walls
+
+
+def test_a_worker_by_exec_is_told_of_third_parties(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """Where there is no zygote, the words of their drivers are on its command line."""
+    heard = hear(_python(tmp_path, "channel.recv(1)"))
+    heard.kill()
+    heard.fleet._command = (
+        sys.executable,
+        "-c",
+        "import sys; open(sys.argv[1], 'w').write(repr(sys.argv[2:4]))",
+        f"{tmp_path}/said",
+    )
+    heard.ends.clear()
+    heard.fleet.start(heard._said, heard.ends.append, ["canary", "xor"])
+    heard.until_end()
+
+    assert "['--drivers', 'canary,xor']" == (tmp_path / "said").read_text()

@@ -35,6 +35,10 @@ class FakeProcess:
         """Take note."""
         self.is_left = True
 
+    def note_walls(self, standing: messages.Standing) -> None:
+        """Take note."""
+        self.walls = standing.walls
+
 
 class Clock:
     """Stands at one millisecond, from which a link numbers."""
@@ -61,8 +65,9 @@ class FakeFleet:
         self.process = FakeProcess()
         self.loop = Clock()
 
-    def start(self, on_message: Any, on_end: Any) -> FakeProcess:
+    def start(self, on_message: Any, on_end: Any, drivers: Sequence[str] = ()) -> FakeProcess:
         """Keep what would be called."""
+        self.drivers = drivers
         self.say, self.end = on_message, on_end
         return self.process
 
@@ -137,6 +142,26 @@ def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
     linked.fleet.say(standing(numbers[-1] + 1), [])
 
     assert ["the worker was killed: it answers order 1003, which nobody gave"] == linked.process.killed
+
+
+def test_a_worker_is_told_of_third_parties(linked: Linked) -> None:
+    """Whatever its chain has that is none of ours it imports before it serves; a text that is no chain has nothing."""
+    told = []
+    for chain in ("xor:|log:|canary:|xor:|aio:/img", "aio:/img", "no chain"):
+        linked.link.start(chain)
+        told.append(linked.fleet.drivers)
+
+    assert [["canary", "xor"], [], []] == told
+
+
+def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
+    """What the last standing says of walls is what `status` shows; a lie about a number changes nothing."""
+    linked.link.order(messages.Report)
+    number = linked.process.sent[-1].number
+    linked.fleet.say(standing(number, walls=["user"]), [])
+    linked.fleet.say(standing(number + 1, walls=[]), [])
+
+    assert ["user"] == linked.process.walls
 
 
 def test_each_question_has_one_reply(linked: Linked) -> None:

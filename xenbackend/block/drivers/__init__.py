@@ -13,10 +13,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xenbackend.block.driver import API, Driver
+from xenbackend.block.driver import API, NEEDS, Driver
+from xenbackend.block.grammar import parse
 from xenbackend.block.options import OptionHelp, describe_options, nearest
+from xenbackend.errors import ChainError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from importlib.metadata import EntryPoint
 
 GROUP = "xenbackend.drivers"
@@ -49,6 +52,33 @@ UNBUILT = {  # words of blktap2 and libxl that an operator may know
 }
 
 
+_ahead: dict[str, type[Driver] | LookupError] | None = None  # what was looked for ahead; None: whatever is asked for
+
+
+def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
+    """Import third parties' drivers now, and no other one ever after; return their classes.
+
+    For a process that will be able to import nothing. A name that cannot be used is no error until it is asked for.
+    """
+    global _ahead  # noqa: PLW0603 - of the whole process, as what it can import is
+    found: dict[str, type[Driver] | LookupError] = {}
+    for name in names:
+        try:
+            found[name] = find_driver(name)
+        except LookupError as problem:
+            found[name] = problem
+    _ahead = found
+    return [each for each in found.values() if isinstance(each, type)]
+
+
+def third_parties(chain: str) -> list[str]:
+    """Return the words of a chain's text that are none of our drivers; none of a text that is no chain."""
+    try:
+        return sorted({layer.name for layer in parse(chain)} - BUILT_IN.keys())
+    except ChainError:
+        return []
+
+
 def driver_names() -> list[str]:
     """Return every word that can be asked for, third parties' included, sorted."""
     return sorted({*BUILT_IN, *(each.name for each in _entry_points())})
@@ -64,6 +94,8 @@ def find_driver(name: str) -> type[Driver]:
         module, _, attribute = BUILT_IN[name].partition(":")
         found: type[Driver] = getattr(importlib.import_module(module), attribute)
         return found
+    if _ahead is not None:
+        return _find_ahead(name, _ahead)
     candidates = [each for each in _entry_points() if each.name == name]
     if len(candidates) > 1:
         raise LookupError(f"driver {name!r} is offered by {' and '.join(map(_source, candidates))}; remove one of them")
@@ -73,6 +105,18 @@ def find_driver(name: str) -> type[Driver]:
         raise LookupError(f"driver {name!r} ({UNBUILT[name]}) is known but not built in this version")
     hint = nearest(name, driver_names()) or "; `xenbackend drivers` lists the known ones"
     raise LookupError(f"unknown driver {name!r}{hint}")
+
+
+def _find_ahead(name: str, ahead: Mapping[str, type[Driver] | LookupError]) -> type[Driver]:
+    found = ahead.get(name)
+    if found is None:
+        raise LookupError(
+            f"driver {name!r} is none of ours, and this disk's worker was started without it; behind walls it imports "
+            "nothing any more, so that a third party's driver has to be in the chain when the disk is attached"
+        )
+    if isinstance(found, LookupError):
+        raise LookupError(str(found))
+    return found
 
 
 def summary(driver: type[Driver]) -> str:
@@ -118,6 +162,10 @@ def _load(entry: EntryPoint) -> type[Driver]:
         raise LookupError(sentence) from error
     if not (isinstance(found, type) and issubclass(found, Driver)):
         raise LookupError(f"driver {entry.name!r} of {_source(entry)} is not a subclass of Driver")
+    if unknown := sorted(set(found.needs) - NEEDS):
+        raise LookupError(
+            f"driver {entry.name!r} of {_source(entry)} needs {unknown[0]!r}; there are {', '.join(NEEDS)}"
+        )
     if found.api != API:
         sentence = f"was written for version {found.api} of the driver contract and this is version {API}; update it"
         raise LookupError(f"driver {entry.name!r} of {_source(entry)} {sentence}")

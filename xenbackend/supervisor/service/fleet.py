@@ -18,9 +18,7 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import xenbackend
 from xenbackend.errors import KernelError
@@ -35,6 +33,7 @@ from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
 from xenbackend.supervisor.service.opener import OnOpened, Opener
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
+from xenbackend.walls.raising import describe
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 _PACKAGE = Path(xenbackend.__file__).parent
@@ -54,7 +53,7 @@ OnEnd = Callable[[str], None]
 class Worker:
     """One process that serves a vbd.
 
-    has_breached   it broke the protocol, and is or was killed for that
+    walls, no_walls, needs   what it is behind, by its word, as `messages.Standing` has it
     """
 
     def __init__(self, fleet: Fleet, started: Process, on_message: OnMessage, on_end: OnEnd) -> None:
@@ -65,7 +64,9 @@ class Worker:
         self._on_message = on_message
         self._on_end = on_end
         self._why_killed = ""
-        self.has_breached = False
+        self.walls: list[str] = []
+        self.no_walls: dict[str, str] = {}
+        self.needs: list[str] = []
         self._is_short_of_descriptors = False
         self.is_boosted = False
         self.has_broken_protocol = False
@@ -114,6 +115,12 @@ class Worker:
         """Let it have its turn as any process has."""
         self.is_boosted = False
         unboost(self.pid)
+
+    def note_walls(self, standing: messages.Standing) -> None:
+        """Take note of what it says it is behind: it says so from its first message on."""
+        if (standing.walls, standing.needs) != (self.walls, self.needs):
+            self.walls, self.no_walls, self.needs = standing.walls, standing.no_walls, standing.needs
+            self._fleet.note_walls(self.no_walls)
 
     def leave(self) -> None:
         """Let go of the worker, which goes on: the keeper has its socket for the next service."""
@@ -238,64 +245,31 @@ class Fleet:
         self._zygote: Zygote | None = None
         self._preparation = loop.timer(self.prepare)
         self._complaint = ""  # why there is no zygote
-        self._program = (0, 0)  # that the zygote has imported, see `_program_now`
+        self._missing_walls = ""  # as last said
 
-    def start(self, on_message: OnMessage, on_end: OnEnd) -> Worker:
-        """Start a worker, and an opener beside it, for the next `open`. Raises: KernelError."""
-        kinds = "w" if self._spare else "wo"
-        forked = self._zygote.fork(kinds) if self._zygote else []
-        started = forked[0] if forked else process.start(self._command)
-        try:
-            self._spare = self._spare or (forked[1] if forked else process.start(self._opener_command))
-        except KernelError:
-            started.kill()
-            started.wait()
-            raise
+    def start(self, on_message: OnMessage, on_end: OnEnd, drivers: Sequence[str] = ()) -> Worker:
+        """Start a worker, which imports these drivers of third parties first. Raises: KernelError."""
+        started = self._zygote.fork(drivers) if self._zygote else None
+        if started is None:
+            words = ["--drivers", ",".join(drivers)] if drivers else []
+            started = process.start([*self._command, *words])
         return Worker(self, started, on_message, on_end)
-
-    def open(
-        self, job: opening.Job, kept: Sequence[int], on_opened: OnOpened, on_end: OnOpenerEnd
-    ) -> tuple[Opener, socket.socket]:
-        """Start an opener on a job, and return it with the socket that its worker is to get. Raises: KernelError.
-
-        `kept` are the descriptors of the job's kept files, lent.
-        """
-        near, far = process.pair()
-        with far, ExitStack() as undo:
-            undo.callback(near.close)
-            for started in self._candidates():
-                opener = Opener(self.loop, started, on_opened, partial(self._has_ended, on_end))
-                self._openers.add(opener)
-                try:
-                    opener.begin(job, far, kept)
-                except OSError as error:  # one that was made in advance may have ended
-                    opener.end()
-                    self._openers.discard(opener)
-                    problem = KernelError("give an opener its job", error.errno or errno.EIO)
-                else:
-                    undo.pop_all()
-                    return opener, near
-            raise problem
-
-    def _has_ended(self, on_end: OnOpenerEnd, opener: Opener, breach: str) -> None:
-        self._openers.discard(opener)
-        on_end(opener, breach)
-
-    def _candidates(self) -> Iterator[Process]:
-        """Return the opener that was made in advance, if there is one, then another one."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            yield spare
-        yield self.start_opener()
-
-    def start_opener(self) -> Process:
-        """Start an opener that nobody has told anything. Raises: KernelError."""
-        forked = self._zygote.fork("o") if self._zygote else []
-        return forked[0] if forked else process.start(self._opener_command)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
         return Worker(self, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
+
+    def note_walls(self, no_walls: Mapping[str, str]) -> None:
+        """Say which walls this host cannot raise around workers, and why; the same is said once."""
+        missing = describe(no_walls) if no_walls else ""
+        if missing and missing != self._missing_walls:
+            self._missing_walls = missing
+            self.log.warning("workers are not behind all of their walls", missing=missing)
+
+    def note_breach(self, pid: int, sentence: str) -> None:
+        """Count a worker that broke the protocol, and say so."""
+        self.breaches += 1
+        self.log.error("a worker broke the protocol and is killed", worker=pid, reason=sentence)
 
     def prepare(self) -> None:
         """Have a zygote from now on, so that the next worker starts fast; one that ends is not replaced at once."""

@@ -28,7 +28,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import former_settings, zygote
+from xenbackend.supervisor.service import fleet, former_settings, parent, zygote
 from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
@@ -81,11 +81,9 @@ class Service:
         self._store = Store(settings.store or None)
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
-        self._fleet = Fleet(self._loop, zygote=(*zygote.COMMAND, "--host", settings.host))
-        self._last_chains = LastChains(state_directory or Path(settings.socket).parent)
-        context = Context(
-            self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger, self._last_chains
-        )
+        common = ("--host", settings.host, "--walls", settings.walls)
+        self._fleet = Fleet(self._loop, (*fleet.COMMAND, *common), (*zygote.COMMAND, *common))
+        context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         self._server = Server(settings.socket, self._loop, self._answer, inherited)

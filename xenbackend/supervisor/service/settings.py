@@ -17,7 +17,7 @@ from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.errors import ConfigError
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.protocol.client import DEFAULT_SOCKET
-from xenbackend.settings_file import PATH
+from xenbackend.walls.raising import MODES
 
 _SERVE = ("ours", "all")
 _POLL_US_MAX = 1000  # from there on to look is dearer than to sleep and be woken
@@ -37,6 +37,9 @@ class Settings:
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])
     poll_us: int = 60  # how long a worker looks for the next request before it sleeps; 0 is never
     on_error: str = DEFAULT  # what becomes of requests that the disk cannot do, see `xenbackend policy`
+    walls: str = (
+        "off"  # what a worker gives up before it serves: "on", "off", "require": all of it or nothing is served
+    )
     log: str = "console"
     log_level: str = "info"
     parents: list[str] = field(default_factory=list)  # directories below which parents may be, whatever names them
@@ -98,7 +101,7 @@ def _check_values(where: str, settings: Settings) -> None:
         Policy(settings.on_error)
     except ConfigError as error:
         raise ConfigError(f"{where}: on_error: {error}") from None
-    for name, choices in (("serve", _SERVE), ("log", FORMATS), ("log_level", LEVELS)):
+    for name, choices in (("serve", _SERVE), ("walls", MODES), ("log", FORMATS), ("log_level", LEVELS)):
         if getattr(settings, name) not in choices:
             raise ConfigError(f"{where}: {name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")
     for name, (least, most) in _LIMIT_RANGES.items():

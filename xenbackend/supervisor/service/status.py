@@ -56,6 +56,9 @@ def describe(vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None =
         "worker_since": None if pid is None else started_at(pid),
         "worker_version": notes.program if pid is not None else "",
         "needs_upgrade": pid is not None and notes.program != __version__,
+        "walls": vbd.worker.walls if vbd.worker else [],
+        "no_walls": vbd.worker.no_walls if vbd.worker else {},
+        "needs": vbd.worker.needs if vbd.worker else [],
         "restarts": notes.restarts,
         "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
         "files": [

@@ -51,8 +51,10 @@ class Zygote:
         """Readable once it has ended, by itself or killed."""
         return self._process.pidfd
 
-    def fork(self) -> Process | None:
-        """Return a new worker; None where the zygote is not ready, or late, or fails: then it is good for nothing.
+    def fork(self, drivers: Sequence[str] = ()) -> Process | None:
+        """Return a new worker, which imports these drivers of third parties first.
+
+        None where the zygote is not ready, or fails at it: then it is good for nothing.
 
         Return none where the zygote is not ready, or fails at it: then it is good for nothing. Raises: KernelError.
         """
@@ -60,7 +62,7 @@ class Zygote:
             return None
         near, far = process.pair()
         with far, adopting_orphans():
-            pidfd = self._ask(far)
+            pidfd = self._ask(far, drivers)
         if pidfd < 0:
             near.close()  # so that a worker that is born too late ends
             return None
@@ -92,11 +94,16 @@ class Zygote:
         self._too_late = [each for each in self._too_late if not self._reap(each, os.WEXITED | os.WNOHANG)]
         return self._is_ready and not self._has_failed and not self._is_bearing
 
-    def _ask(self, far: socket.socket) -> int:
+    def _ask(self, far: socket.socket, drivers: Sequence[str]) -> int:
         """Have a worker forked that serves `far`, and return its pidfd; -1 where there is none in time."""
         self._is_bearing = True
         try:
-            socket.send_fds(self._process.socket, [b"fork"], [far.fileno()])
+            socket.send_fds(channel, [f"fork {','.join(drivers)}".encode()], [far.fileno()])
+            datagram, fds, _ = process.receive(channel, 16, 1)
+            if fds:
+                pidfd = fds[0]
+                channel.settimeout(max(0.0, give_up - time.monotonic()))
+                datagram = channel.recv(16)
         except OSError:
             self._fail()
             return -1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xenbackend.errors import KernelError
+from xenbackend.block.drivers import third_parties
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.opening import Job
@@ -40,9 +40,9 @@ class Link:
         self._openings = openings
         self._openers: list[Opener] = []
 
-    def start(self) -> None:
-        """Start a worker. Raises: KernelError."""
-        self.worker = self._fleet.start(self._take, self._end)
+    def start(self, chain: str = "") -> None:
+        """Start a worker, which imports what third parties have to do with this chain first. Raises: KernelError."""
+        self.worker = self._fleet.start(self._take, self._end, third_parties(chain))
 
     def adopt(self, fds: tuple[int, int]) -> None:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
@@ -131,10 +131,7 @@ class Link:
     def _hear(self, message: messages.FromWorker, fds: list[int]) -> None:
         match message:
             case messages.Standing():
-                if message.number > self._told:
-                    self.breach(f"it answers order {message.number}, which nobody gave")
-                else:
-                    self._vbd.stands(message, is_last=message.number == self._told)
+                self._hear_standing(message)
             case messages.Reply():
                 self._hear_reply(message)
             case messages.Keep():
@@ -149,6 +146,14 @@ class Link:
                 sentence = f"the service knows no {type(message.question).__name__}"
                 if self.worker is not None:
                     self.worker.send(messages.Reply(message.id, Code.INVALID, sentence))
+
+    def _hear_standing(self, standing: messages.Standing) -> None:
+        if standing.number > self._told:
+            self.breach(f"it answers order {standing.number}, which nobody gave")
+            return
+        if self.worker is not None:
+            self.worker.note_walls(standing)
+        self._vbd.stands(standing, is_last=standing.number == self._told)
 
     def _hear_reply(self, reply: messages.Reply) -> None:
         then = self._asked.pop(reply.id, None)

@@ -277,7 +277,7 @@ class Vbd:
         spec, settings = action.spec, self._context.settings
         self.handover.poison_for(action.lost)
         fd, memories = self.handover.descriptors(spec.chain)
-        self.link.start()
+        self.link.start(spec.chain)
         worker = self.worker
         assert worker is not None  # noqa: S101 - it was started
         restarts = self.handover.notes.restarts + self.lives.has_died

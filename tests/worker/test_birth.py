@@ -1,0 +1,249 @@
+"""How a worker begins: with all that it cannot get behind walls, and with nothing else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.behind_walls import inspect
+from xenbackend import journal
+from xenbackend.block import drivers
+from xenbackend.block.drivers import find_driver, load_ahead
+from xenbackend.kernel import memfd
+from xenbackend.protocol import codec, messages
+from xenbackend.walls.raising import Wall
+from xenbackend.worker import birth
+
+ROOT = Path(birth.__file__).parents[1]
+HOST = "xenbackend.rig.host"
+ROOMS = ("block", "blkif", "journal.py", "kernel", "loop", "nbd", "protocol", "rig/host.py", "walls", "worker")
+# What is imported late in these rooms, and not for workers.
+NOT_FOR_WORKERS = {
+    "importlib.metadata": "third parties' drivers, which are looked for before",
+    "compression": "of Python 3.14, which has it",
+    "zstandard": "where it is installed",
+}
+_EVERYTHING = f"""
+import json, sys
+from xenbackend.worker import birth, main
+birth.import_everything({HOST!r})
+print(json.dumps(sorted(sys.modules)))
+"""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root raises all walls")
+
+
+@contextmanager
+def zygote(walls: str) -> Iterator[socket.socket]:
+    """Start a zygote; give its socket once it is ready."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "xenbackend.worker.zygote", "--host", HOST, "--walls", walls, "--socket"]
+    with near, far:
+        process = subprocess.Popen([*command, str(far.fileno())], pass_fds=[far.fileno()])
+        far.close()
+        near.settimeout(20)
+        assert b"ready" == near.recv(16)
+        yield near
+        near.close()
+        assert 0 == process.wait(20)
+
+
+@contextmanager
+def worker_of(channel: socket.socket, drivers: str = "") -> Iterator[tuple[socket.socket, int]]:
+    """Have a worker forked; give its socket and its number."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.settimeout(20)
+        socket.send_fds(channel, [f"fork {drivers}".encode()], [theirs.fileno()])
+        theirs.close()
+        _, (pidfd,), _, _ = socket.recv_fds(channel, 16, 1)
+        assert b"born" == channel.recv(16)
+        line = next(each for each in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines() if "Pid" in each)
+        yield ours, int(line.split()[1])
+        os.close(pidfd)
+
+
+def open_chain(near: socket.socket, chain: str = "null:1G") -> messages.Standing:
+    """Let a worker open a chain, and return where it stands then."""
+    fd = memfd.make("journal", journal.SIZE)
+    socket.send_fds(near, [codec.encode(messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False))], [fd])
+    os.close(fd)
+    while True:
+        said = codec.from_worker(near.recv(messages.MAX_MESSAGE))
+        if isinstance(said, messages.Standing) and (said.layers or said.failure):
+            return said
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_worker_is_behind_all_walls_before_it_hears_a_message() -> None:
+    """Root sees nothing amiss; what is open are the loop, the load of the host, a restricted ring, and the journal."""
+    with zygote("on") as channel, worker_of(channel) as (near, pid):
+        near.send(codec.encode(messages.Report(0)))
+        first = codec.from_worker(near.recv(messages.MAX_MESSAGE))
+        assert isinstance(first, messages.Standing)
+        amiss = inspect(pid)
+        standing = open_chain(near)
+        links = {re.sub(r"socket:.*", "socket", each.readlink().name) for each in Path(f"/proc/{pid}/fd").iterdir()}
+
+    assert ([wall.value for wall in Wall], {}, []) == (first.walls, first.no_walls, first.needs)
+    assert [] == amiss
+    assert not standing.failure
+    assert standing.walls == first.walls
+    assert links - {"anon_inode:[io_uring]"} == {
+        "null", "anon_inode:[eventpoll]", "anon_inode:[eventfd]", "socket", "schedstat", "stat",
+        "memfd:journal (deleted)",
+    }  # fmt: skip
+
+
+@needs_root
+@pytest.mark.slow
+def test_two_workers_are_two_users() -> None:
+    """Two that live at once have neither user nor group in common."""
+    with zygote("on") as channel, worker_of(channel) as (first, one), worker_of(channel) as (second, other):
+        open_chain(first)
+        open_chain(second)
+        users = [Path(f"/proc/{pid}/status").read_text() for pid in (one, other)]
+
+    found = [re.findall(r"^[UG]id:\t(\d+)", text, re.MULTILINE) for text in users]
+    assert [True, True] == [len(set(each)) == 1 for each in found]
+    assert found[0] != found[1]
+
+
+@needs_root
+@pytest.mark.slow
+def test_without_walls_a_worker_is_the_services() -> None:
+    """With "off" nothing is given up, and nothing is told to be."""
+    with zygote("off") as channel, worker_of(channel) as (near, pid):
+        standing = open_chain(near)
+        status = Path(f"/proc/{pid}/status").read_text()
+
+    assert ([], {}, []) == (standing.walls, standing.no_walls, standing.needs)
+    assert "Seccomp:\t0" in status
+
+
+@pytest.mark.slow
+def test_required_walls_that_are_missing_are_why_a_disk_is_not_served() -> None:
+    """A service that may not raise them all says so once a chain is to be opened, and opens nothing."""
+    program = (
+        "import sys; from xenbackend.kernel import landlock; from xenbackend.worker.zygote import main\n"
+        "landlock._SYS_CREATE_RULESET = 100_000\nsys.exit(main(sys.argv[1:]))"
+    )
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        command = [sys.executable, "-c", program, "--host", HOST, "--walls", "require", "--socket", str(far.fileno())]
+        process = subprocess.Popen(command, pass_fds=[far.fileno()])
+        far.close()
+        near.settimeout(20)
+        near.recv(16)
+        with worker_of(near) as (ours, _):
+            standing = open_chain(ours)
+        near.close()
+        process.wait(20)
+
+    assert standing.failure.startswith('walls = "require", and this host cannot raise ')
+    assert "landlock (use Landlock: Function not implemented)" in standing.failure
+    assert "use Landlock: Function not implemented" == standing.no_walls["landlock"]
+    assert [] == standing.layers
+
+
+@pytest.mark.slow
+def test_a_worker_by_exec_is_behind_them_too() -> None:
+    """Where there is no zygote yet, all walls are raised but that of processes, which only a fork can have."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "xenbackend.worker.main", "--host", HOST, "--walls", "on", "--socket"]
+    with near, far:
+        process = subprocess.Popen([*command, str(far.fileno())], pass_fds=[far.fileno()])
+        far.close()
+        near.settimeout(20)
+        standing = open_chain(near)
+        near.close()
+        process.wait(20)
+
+    assert {wall.value for wall in Wall} - {"processes"} == {*standing.walls, *standing.no_walls}
+    assert os.geteuid() != 0 or standing.no_walls == {}
+
+
+def _late_imports() -> set[str]:
+    """Return the modules that a function imports, in the rooms that a worker lives in."""
+    found = set()
+    for room in ROOMS:
+        path = ROOT / room
+        for file in [path] if path.suffix else path.rglob("*.py"):
+            if file == Path(birth.__file__):
+                continue
+            tree = ast.parse(file.read_text())
+            for function in ast.walk(tree):
+                if isinstance(function, ast.FunctionDef):
+                    for node in ast.walk(function):
+                        if isinstance(node, ast.ImportFrom) and node.module:
+                            inner = [f"{node.module}.{each.name}" for each in node.names]
+                            found |= {node.module, *(each for each in inner if _is_module(each))}
+                        elif isinstance(node, ast.Import):
+                            found |= {each.name for each in node.names}
+    return found
+
+
+def _is_module(name: str) -> bool:
+    return (ROOT.parent / Path(*name.split(".")).with_suffix(".py")).exists()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_to_be_imported() -> None:
+    """Behind walls nothing can be imported: whatever a function imports late has been imported by then."""
+    done = subprocess.run([sys.executable, "-c", _EVERYTHING], check=True, capture_output=True, timeout=60)
+    late = _late_imports()
+
+    assert {"traceback", "xenbackend.worker.leaf", "uuid"} <= late
+    assert set() == late - NOT_FOR_WORKERS.keys() - set(json.loads(done.stdout))
+
+
+def test_every_encoding_is_there() -> None:
+    """An encoding is a module, too: each that a worker's rooms name is looked up before."""
+    named = set()
+    for room in ROOMS:
+        path = ROOT / room
+        for file in [path] if path.suffix else path.rglob("*.py"):
+            named |= set(re.findall(r"(?:en|de)code\(['\"]([\w-]+)['\"]", file.read_text()))
+
+    assert {"utf-16-be", "latin-1"} <= named <= set(birth._ENCODINGS)
+
+
+def test_what_was_not_there_from_the_beginning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that was not loaded ahead is a sentence that says what to do; one that could not be says why."""
+    monkeypatch.setattr(drivers, "_ahead", None)
+    load_ahead(["nonesuch"])
+
+    with pytest.raises(LookupError, match="unknown driver 'nonesuch'"):
+        find_driver("nonesuch")
+    with pytest.raises(LookupError, match="in the chain when the disk is attached"):
+        find_driver("xor")
+    assert "aio" == find_driver("aio").name
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--socket 7", {"socket": "7"}),
+        ("--host h --walls on --drivers a,b --socket 7", {"host": "h", "walls": "on", "drivers": "a,b", "socket": "7"}),
+        ("--socket x", None),
+        ("--socket", None),
+        ("--sockets 7", None),
+        ("--socket 7 --socket 8", None),
+        ("--host h", None),
+        ("", None),
+    ],
+)
+def test_a_command_line_is_pairs(line: str, expected: dict[str, str] | None) -> None:
+    """What is no pair of a known name and a value, or has no socket, is none of ours."""
+    assert expected == birth.parse(line.split())
