@@ -19,6 +19,7 @@ _ABOUT = {
     "store": "Xenstore's socket or device; empty: found as xenstore's own tools do.",
     "host": "The Python module that grants and event channels come from.",
     "socket": "The control socket, for: xenbackend status.",
+    "group": "Members of this group may ask what changes nothing, such as `xenbackend status`; empty: root alone may.",
     "serve": 'Which vbds are served: "ours" are those whose script is named in `scripts`, "all" is every one.',
     "scripts": "Hotplug scripts that are ours, by the last part of their path.",
     "kinds": "Kinds of backend to look for, as xenstore's directories are named.",

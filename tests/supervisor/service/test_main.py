@@ -159,6 +159,21 @@ def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Sys
     assert (service.pid, 0, 0) == tuple(pinged[key] for key in ("pid", "bugs", "breaches"))
 
 
+@pytest.mark.parametrize("uid", [0, 65533])
+def test_who_is_not_root_changes_nothing(uid: int) -> None:
+    """A member of the settings' group is answered what changes nothing; every other verb is root's."""
+    given: list[str] = []
+    answers: list[Answer] = []
+    verbs = {verb: lambda request, *_: given.append(request["verb"]) for verb in ("ping", "orders", "stop", "set")}
+    service: Any = SimpleNamespace(_verbs=verbs, _leaves=False)
+    for verb in verbs:
+        Service._answer(service, {"verb": verb}, Peer(1, uid, "x"), answers.append)  # type: ignore[arg-type]
+
+    assert (["ping", "orders", "stop", "set"] if uid == 0 else ["ping", "orders"]) == given
+    refused = [f"{verb} changes something, which only root may ask for" for verb in ("stop", "set")]
+    assert ([] if uid == 0 else refused) == [each.sentence for each in answers]
+
+
 @pytest.mark.parametrize("how", ["replaced", "killed"])
 def test_a_service_that_is_kept_is_followed_by_another_one(
     xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, how: str

@@ -28,7 +28,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import fleet, former_settings, parent, zygote
+from xenbackend.supervisor.service import access, fleet, former_settings, parent, zygote
 from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
@@ -86,7 +86,8 @@ class Service:
         context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
-        self._server = Server(settings.socket, self._loop, self._answer, inherited)
+        group = access.group_number(settings.group)
+        self._server = Server(settings.socket, self._loop, self._answer, inherited, group)
         self._complaint = complaint
         self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = False
@@ -209,6 +210,8 @@ class Service:
         try:
             if handle is None:
                 raise ConfigError(f"unknown request; the verbs are {', '.join(self._verbs)}")
+            if verb not in access.CHANGES_NOTHING and not access.is_ours(peer.uid):
+                raise ConfigError(f"{verb} changes something, which only root may ask for")
             if self._leaves and verb in (*ORDERS, "status"):  # it has let go of all disks
                 reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
                 return
@@ -335,6 +338,7 @@ class Service:
 def check(settings: Settings) -> None:
     """Check all that can be checked while the operator still looks. Raises: ConfigError, StoreError."""
     check_place(settings.socket)
+    access.group_number(settings.group)
     with Store(settings.store or None) as store:
         store.own_domid()
 
@@ -352,6 +356,7 @@ def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
         settings = read()
         check_place(settings.socket, keeper.inherited.get(_CONTROL, -1))
         check_host(settings.host)
+        access.group_number(settings.group)
         return settings
 
     settings, complaint = former_settings.choose(read_usable, keeper)

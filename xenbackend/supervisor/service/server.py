@@ -1,4 +1,4 @@
-"""The control socket: JSON lines over a Unix socket that only root (or the service's own user) may use.
+"""The control socket: JSON lines over a Unix socket; `access` says who may use it.
 
 Must not know what a verb does.
 
@@ -32,6 +32,7 @@ from xenbackend.protocol.answers import Answer, of_bug
 from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.protocol.codec import is_storable
 from xenbackend.protocol.codes import Code
+from xenbackend.supervisor.service import access
 
 MAX_CLIENTS = 256  # a hotplug script of each disk that is just being attached
 SPARE = 16  # places beside those, for whoever looks what is the matter when all of them wait
@@ -96,17 +97,27 @@ Handler = Callable[[dict[str, Any], Peer, Reply], None]
 class Server:
     """Listens, reads requests, writes answers. `handler` gets each request, who asks, and what takes its answer."""
 
-    def __init__(self, path: str, loop: Reactor, handler: Handler, inherited: int = -1) -> None:
+    def __init__(
+        self, path: str, loop: Reactor, handler: Handler, inherited: int = -1, group: int = access.NOBODY
+    ) -> None:
         """Listen at `path`; `inherited` is a descriptor that a former service listened on there.
+
+        Members of `group` may connect, too; `handler` sees to what they may ask.
 
         Raises: ConfigError, where another service listens already or the socket cannot be made.
         """
         self._path = Path(path)
         self._loop = loop
         self._handler = handler
+        self._group = group
         self._clients: dict[_Client, None] = {}
         self._timer = loop.timer(self._look_at_the_clock)
         self._socket = _take_over(self._path, inherited) or _listen(self._path)
+        try:
+            access.open_to(self._path, group, directory=self._path.parent == OWN_DIRECTORY)
+        except ConfigError:
+            self._socket.close()
+            raise
         self._listening = loop.timer(self._listen_again)
         loop.add(self._socket.fileno(), self._accept)
 
@@ -137,7 +148,7 @@ class Server:
             self._listening.set(self._loop.now() + RETRY_S)
             return
         peer = _peer_of(near)
-        if peer.uid not in (0, os.geteuid()) or not self._make_room():
+        if len(self._clients) >= MAX_CLIENTS or not self._may_use(near, peer):
             near.close()
             return
         client = _Client(near, peer, is_spare=len(self._clients) >= MAX_CLIENTS)
@@ -145,15 +156,11 @@ class Server:
         self._set_deadline(client, IDLE_S)
         self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
 
-    def _make_room(self) -> bool:
-        """Send the client away that has idled for longest, if one has to go; False where there is no place."""
-        if len(self._clients) < MAX_CLIENTS:
+    def _may_use(self, near: socket.socket, peer: Peer) -> bool:
+        if access.is_ours(peer.uid):
             return True
-        idle = [(each.deadline, each) for each in self._clients if each.reply is None and each.deadline is not None]
-        if idle:
-            self._drop(min(idle, key=itemgetter(0))[1])
-            return True
-        return len(self._clients) < MAX_CLIENTS + SPARE
+        readers = sum(not access.is_ours(each.peer.uid) for each in self._clients)
+        return readers < access.MAX_READERS and access.is_member(near, self._group)
 
     def _listen_again(self) -> None:
         self._loop.add(self._socket.fileno(), self._accept)

@@ -32,6 +32,7 @@ class Settings:
     store: str = ""  # xenstore's socket or device; empty: found as xenstore's own tools do
     host: str = "xenbackend.kernel.xen"  # for `kernel.ports.open_host`
     socket: str = DEFAULT_SOCKET
+    group: str = ""  # of users who may ask what changes nothing, such as `xenbackend status`; empty: root alone may
     serve: str = "ours"  # "ours": vbds whose script is named in `scripts`; "all": every vbd
     scripts: list[str] = field(default_factory=lambda: ["block-xenbackend", "tap2"])  # base names
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])

@@ -1,0 +1,131 @@
+"""Who may use the control socket, by real users and groups: root and a group, which may ask less, and nobody else."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.places import MEMORY, directory
+from xenbackend.errors import ConfigError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
+from xenbackend.supervisor.service import access, server
+from xenbackend.supervisor.service.server import Server
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+
+STRANGER, READERS, OTHERS = 65533, 65532, 65531
+# Connects as somebody else; says what it was answered, or why it was not.
+_CLIENT = """
+import os, socket, sys
+path, uid, gid, *groups = sys.argv[1:]
+os.setgroups([int(each) for each in groups])
+os.setresgid(*[int(gid)] * 3)
+os.setresuid(*[int(uid)] * 3)
+near = socket.socket(socket.AF_UNIX)
+try:
+    near.connect(path)
+    near.sendall(b'{"verb": "status"}\\n')
+    print(near.recv(1000).decode() or "hung up")
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that everybody may look into."""
+    with directory(MEMORY) as made:
+        made.chmod(0o711)
+        yield made
+
+
+def _ask(path: Path, gid: int, *groups: int) -> str:
+    """Return what a stranger in these groups hears from a service that lets READERS ask."""
+    loop = Reactor()
+    listening = Server(str(path), loop, lambda _, peer, reply: reply(Answer(Code.OK, peer.uid)), group=READERS)
+    who = [str(each) for each in (path, STRANGER, gid, *groups)]
+    client = subprocess.Popen([sys.executable, "-S", "-c", _CLIENT, *who], stdout=subprocess.PIPE, text=True)
+    pidfd = os.pidfd_open(client.pid)
+    loop.add(pidfd, loop.stop)
+    loop.run()
+    os.close(pidfd)
+    said = client.communicate()[0].strip()
+    listening.close()
+    loop.close()
+    return said
+
+
+@pytest.mark.parametrize(("gid", "groups"), [(READERS, ()), (OTHERS, (OTHERS, READERS))])
+def test_members_of_the_group_are_answered(place: Path, gid: int, groups: tuple[int, ...]) -> None:
+    """By their own group, or by one of the others that they are in."""
+    said = _ask(place / "x", gid, *groups)
+
+    assert STRANGER == json.loads(said)["data"]
+
+
+def test_strangers_cannot_connect(place: Path) -> None:
+    """The socket's mode keeps them out."""
+    assert "Permission denied" == _ask(place / "x", OTHERS, OTHERS)
+
+
+def test_strangers_are_hung_up_on_whatever_the_mode_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may have changed the mode: the kernel's word on who has connected counts."""
+    monkeypatch.setattr(access, "open_to", lambda path, _, directory: path.chmod(0o666))
+
+    said = _ask(place / "x", OTHERS, OTHERS)
+
+    assert said in ("hung up", "Connection reset by peer", "Broken pipe")
+
+
+def test_readers_do_not_take_roots_places(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond their number they are hung up on."""
+    monkeypatch.setattr(access, "MAX_READERS", 0)
+
+    said = _ask(place / "x", READERS)
+
+    assert said in ("hung up", "Connection reset by peer", "Broken pipe")
+
+
+def test_the_socket_is_the_groups_and_its_directory_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In our own directory the group may look for the socket and see nothing else; without a group all is root's."""
+    own = place / "own"
+    own.mkdir(mode=0o700)
+    monkeypatch.setattr(server, "OWN_DIRECTORY", own)
+    found = []
+    for group in (READERS, access.NOBODY):
+        loop = Reactor()
+        listening = Server(str(own / "x"), loop, lambda *_: None, group=group)
+        found.append([stat.S_IMODE(path.stat().st_mode) for path in (own, own / "x")])
+        listening.close()
+        loop.close()
+
+    assert [[0o710, 0o660], [0o700, 0o600]] == found
+    assert READERS == own.stat().st_gid
+    assert 0 == os.getegid()
+
+
+def test_a_group_that_is_not_there_is_named() -> None:
+    """The settings name a group that nobody has made: the sentence says how to."""
+    known = grp.getgrgid(0).gr_name
+    with pytest.raises(ConfigError, match="there is no group 'nonesuch'; make it by: groupadd --system nonesuch"):
+        access.group_number("nonesuch")
+
+    assert [0, access.NOBODY] == [access.group_number(known), access.group_number("")]
+
+
+def test_nobody_is_in_no_group() -> None:
+    """Without a group in the settings not even a process whose group is -1 in some way is a member."""
+    near, far = socket.socketpair()
+    with near, far:
+        assert [False, True] == [access.is_member(near, gid) for gid in (access.NOBODY, os.getegid())]
