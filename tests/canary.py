@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import resource
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from xenbackend.block.driver import Env, Geometry, SimpleDriver
+from xenbackend.block.request import Request
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -294,3 +298,41 @@ def _others() -> list[int]:
             os.fstat(fd)
             found.append(fd)
     return found[1:]
+
+
+class Canary(SimpleDriver):
+    """A driver that a worker opens as any other, and that tries to break out of it when it is told to.
+
+    Its verb ``escape PLACE NEIGHBOUR PAGE`` answers with the names of all that succeeded, as JSON.
+    """
+
+    name = "canary"
+
+    def open(self, env: Env) -> Geometry:
+        """Answer with a small disk."""
+        return Geometry(1 << 20)
+
+    def read(self, request: Request) -> None:
+        """Read zeros."""
+        for view in request.iov:
+            view[:] = bytes(len(view))
+
+    def control(self, verb: str, arguments: Sequence[str]) -> bytes:
+        """Try everything; a worker has descriptors by right, which are looked at from outside."""
+        place, neighbour, page = arguments
+        tried = try_all(Surroundings(place, int(neighbour), int(page)))
+        return json.dumps([each for each in tried if each != "have other descriptors"]).encode()
+
+
+class OfNetwork(Canary):
+    """One that declares that it needs the network."""
+
+    name = "canary-of-network"
+    needs = frozenset({"network"})
+
+
+class OfFiles(Canary):
+    """One that declares that it needs to read files."""
+
+    name = "canary-of-files"
+    needs = frozenset({"files"})

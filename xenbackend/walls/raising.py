@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from xenbackend.errors import KernelError
+from xenbackend.errors import KernelError, XenbackendError
 from xenbackend.kernel import landlock, namespaces, privileges, seccomp
 from xenbackend.walls.filter import compile_policy
 from xenbackend.walls.policy import WORKER, load
@@ -77,7 +77,7 @@ class Walls:
         self._programs: dict[tuple[str, ...], bytes] = {}
         if mode == "off":
             return
-        with suppress(KernelError):  # another machine: the wall is missing, and says why
+        with suppress(XenbackendError):  # another machine: the wall is missing, and says why
             self._program(())
         try:
             self._empty = namespaces.EmptySet()
@@ -108,10 +108,13 @@ class Walls:
             needs: what is left open (NETWORK, FILES).
         """
         raised = Raised(needs=sorted(set(needs)))
+        if self.mode == "off":
+            return raised
+        with suppress(XenbackendError):  # while its files can be read; what is wrong with them is told of the wall
+            self._program(tuple(raised.needs))
         besides = self._empty.descriptors if self._empty else ()
-        if self.mode != "off":
-            self.raise_one(Wall.DESCRIPTORS, raised, lambda: _keep_only(keeps, besides))
-            self.raise_one(Wall.ENVIRONMENT, raised, os.environ.clear)
+        self.raise_one(Wall.DESCRIPTORS, raised, lambda: _keep_only(keeps, besides))
+        self.raise_one(Wall.ENVIRONMENT, raised, os.environ.clear)
         return raised
 
     def raise_all(self, pid: int, raised: Raised, *, why_not_alone: str | None = None) -> None:
@@ -143,7 +146,7 @@ class Walls:
         """Raise one wall, and add to `raised` what became of it."""
         try:
             step()
-        except (KernelError, OSError, ValueError) as error:
+        except (XenbackendError, OSError, ValueError) as error:
             raised.down[wall.value] = str(error)
         else:
             raised.up.append(wall.value)
