@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from typing import Any
 
 from tests.supervisor.wild_worker import ENVIRONMENT, HEARD, Words
 from xenbackend.cli.main import main
 from xenbackend.protocol import codec
-from xenbackend.supervisor.service import fleet, parent, zygote
-from xenbackend.supervisor.service import main as service
+from xenbackend.supervisor.service import fleet, parent, process, zygote
 
 _WORKER = (sys.executable, "-m", "tests.supervisor.wild_worker")
+_ZYGOTE = (
+    sys.executable,
+    "-c",
+    "import sys; from tests.supervisor.wild_worker import be_zygote; sys.exit(be_zygote(sys.argv[1:]))",
+)
 
 
 def _count(words: Words) -> None:
@@ -37,7 +40,8 @@ def _parent(command: list[str], *rest: Any) -> parent.Parent:
 if __name__ == "__main__":
     _count(Words(os.environ[ENVIRONMENT]))
     _Parent, parent.Parent = parent.Parent, _parent  # type: ignore[misc,assignment]
-    zygote.COMMAND = _WORKER
-    service.Fleet = partial(fleet.Fleet, command=_WORKER)  # type: ignore[misc,assignment]
+    zygote.COMMAND = _ZYGOTE
+    fleet.COMMAND = _WORKER
+    process._TOLD = {*process._TOLD, ENVIRONMENT}
     fleet.HANG_UP_S = 0.3
     sys.exit(main(sys.argv[1:]))

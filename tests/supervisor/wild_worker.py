@@ -31,8 +31,9 @@ from xenbackend.protocol import codec, messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.units import PAGE
+from xenbackend.walls.raising import Walls
+from xenbackend.worker import birth, zygote
 from xenbackend.worker import main as real
-from xenbackend.worker import zygote
 
 ENVIRONMENT = "WILD"
 HEARD, IS_CALM, SEED = 0, 1, 2  # words: messages that the service has taken; nobody is wild any more; of random numbers
@@ -361,21 +362,26 @@ class Wild:
     }
 
 
-def serve(near: socket.socket) -> int:
-    """Be wild for a disk of `null:`, and a real worker for any other."""
+def serve(near: socket.socket, walls: Walls, told: birth.Birth) -> int:
+    """Be wild for a disk of `null:`, without walls, and a real worker for any other."""
     message = codec.from_supervisor(near.recv(messages.MAX_MESSAGE, socket.MSG_PEEK))
     if not (isinstance(message, messages.Open) and message.chain.startswith("null:")):
-        return real.serve(near)
+        return real.serve(near, walls, told)
     near.setblocking(True)
     Wild(near, Words(os.environ[ENVIRONMENT])).run()
     return 0
 
 
 def main(arguments: list[str]) -> int:
-    """Be the zygote, or a worker that was started by exec."""
-    if "--host" not in arguments:
-        return serve(socket.socket(fileno=int(arguments[arguments.index("--socket") + 1])))
-    zygote.SERVE[zygote.WORKER] = serve
+    """Be a worker that was started by exec."""
+    given = birth.parse(arguments)
+    assert given is not None
+    return serve(socket.socket(fileno=int(given["socket"])), *birth.by_exec(given))
+
+
+def be_zygote(arguments: list[str]) -> int:
+    """Be the zygote."""
+    zygote.serve = serve
     return zygote.main(arguments)
 
 

@@ -82,7 +82,7 @@ class Service:
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
         common = ("--host", settings.host, "--walls", settings.walls)
-        self._fleet = Fleet(self._loop, (*fleet.COMMAND, *common), (*zygote.COMMAND, *common))
+        self._fleet = Fleet(self._loop, command=(*fleet.COMMAND, *common), zygote=(*zygote.COMMAND, *common))
         context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
