@@ -48,6 +48,8 @@ def load(kinds: Iterable[str]) -> Policy:
             text = file.read_text(encoding="ascii")
         except FileNotFoundError:
             raise ConfigError(f"{file}: there is no such policy") from None
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
         parse(text, str(file), policy)
     return policy
 
