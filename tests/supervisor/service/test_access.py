@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,54 @@ def test_readers_do_not_take_roots_places(place: Path, monkeypatch: pytest.Monke
     said = _ask(place / "x", READERS)
 
     assert said in ("hung up", "Connection reset by peer", "Broken pipe")
+
+
+def test_readers_take_the_places_of_readers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who idles makes room for his like: root's clients stay however many readers come, and root finds a place."""
+    monkeypatch.setattr(access, "MAX_READERS", 2)
+    monkeypatch.setattr(server, "MAX_CLIENTS", 2)
+    loop = Reactor()
+    listening = Server(str(place / "x"), loop, lambda _, peer, reply: reply(Answer(Code.OK, peer.uid)), group=READERS)
+    with ExitStack() as undo:
+        undo.callback(loop.close)
+        undo.callback(listening.close)
+        ours = [undo.enter_context(_connected(place / "x", loop)) for _ in range(2)]
+        readers = [undo.enter_context(_connected(place / "x", loop, STRANGER)) for _ in range(5)]
+        ours.append(undo.enter_context(_connected(place / "x", loop)))
+        heard = [_heard(near, loop) for near in (*ours, *readers)]
+
+    assert [b"", 0, 0, b"", b"", b"", STRANGER, STRANGER] == heard, "an idle one of the same kind had to go"
+
+
+def _connected(path: Path, loop: Reactor, uid: int = 0) -> socket.socket:
+    """Connect as somebody, and let the server see it."""
+    near = socket.socket(socket.AF_UNIX)
+    near.setblocking(False)
+    if uid:
+        os.setegid(READERS)
+        os.seteuid(uid)
+    try:
+        near.connect(str(path))
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+    _turn(loop)
+    return near
+
+
+def _heard(near: socket.socket, loop: Reactor) -> object:
+    """Return the answer to a question, b"" where we were hung up on."""
+    with suppress(BrokenPipeError):
+        near.sendall(b'{"verb": "status"}\n')
+    _turn(loop)
+    said = near.recv(1000)
+    return json.loads(said)["data"] if said else said
+
+
+def _turn(loop: Reactor) -> None:
+    """Let the server do what there is to do."""
+    loop.call_later(0.02, loop.stop)
+    loop.run()
 
 
 def test_the_socket_is_the_groups_and_its_directory_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from xenbackend.errors import ConfigError
 
 CHANGES_NOTHING = frozenset({"ping", "status", "orders"})
-MAX_READERS = 16  # at once: they must not take root's places
+MAX_READERS = 16  # at once, in places of their own
 NOBODY = -1
 _SO_PEERGROUPS = 59
 _GROUPS_SIZE = 1024  # bytes, the most that Python reads: 256 groups

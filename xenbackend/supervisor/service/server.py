@@ -9,6 +9,7 @@ time that its order is still under way, and which one it is. A client that goes 
 Everything that a client can make this hold is bounded: clients, the length of a line, how deep its values lie in each
 other, the time that it may idle. Clients keep nobody out: where all places are taken, a new one gets the place of
 whoever has idled for longest; where everybody waits for an answer, one of a few places in which nobody waits for long.
+Readers have a few places of their own, and take nobody else's.
 """
 
 from __future__ import annotations
@@ -148,19 +149,35 @@ class Server:
             self._listening.set(self._loop.now() + RETRY_S)
             return
         peer = _peer_of(near)
-        if len(self._clients) >= MAX_CLIENTS or not self._may_use(near, peer):
+        if not self._may_use(near, peer) or not self._make_room(peer):
             near.close()
             return
-        client = _Client(near, peer, is_spare=len(self._clients) >= MAX_CLIENTS)
+        client = _Client(near, peer, is_spare=len(self._alike(peer)) >= MAX_CLIENTS)
         self._clients[client] = None
         self._set_deadline(client, IDLE_S)
         self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
 
     def _may_use(self, near: socket.socket, peer: Peer) -> bool:
-        if access.is_ours(peer.uid):
+        return access.is_ours(peer.uid) or access.is_member(near, self._group)
+
+    def _make_room(self, peer: Peer) -> bool:
+        """Send the client away that has idled for longest, if one has to go; False where there is no place.
+
+        A reader takes the places of readers only: root always finds one.
+        """
+        alike = self._alike(peer)
+        most, spare = (MAX_CLIENTS, SPARE) if access.is_ours(peer.uid) else (access.MAX_READERS, 0)
+        if len(alike) < most:
             return True
-        readers = sum(not access.is_ours(each.peer.uid) for each in self._clients)
-        return readers < access.MAX_READERS and access.is_member(near, self._group)
+        idle = [(each.deadline, each) for each in alike if each.reply is None and each.deadline is not None]
+        if idle:
+            self._drop(min(idle, key=itemgetter(0))[1])
+            return True
+        return len(alike) < most + spare
+
+    def _alike(self, peer: Peer) -> list[_Client]:
+        """Return the clients that may do what this one may."""
+        return [each for each in self._clients if access.is_ours(each.peer.uid) == access.is_ours(peer.uid)]
 
     def _listen_again(self) -> None:
         self._loop.add(self._socket.fileno(), self._accept)
