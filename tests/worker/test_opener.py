@@ -16,6 +16,9 @@ from xenbackend.protocol.opening import Given
 from xenbackend.worker.opener import NoOpener, OpenerGone, RemoteOpener
 
 
+_answering: list[threading.Thread] = []
+
+
 def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
     """Return an opener that gives one answer and is gone."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -25,7 +28,8 @@ def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
             far.recv(opening.MAX_MESSAGE)
             datagram.send(far, data, fds)
 
-    threading.Thread(target=answer, daemon=True).start()
+    _answering.append(threading.Thread(target=answer, daemon=True))
+    _answering[-1].start()
     return RemoteOpener(near)
 
 
@@ -37,6 +41,7 @@ def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
         (opening.encode(Given()), []),
         (opening.encode(Given()), [0, 1]),
         (opening.encode(Given()), [0]),
+        (opening.encode(Given(2, "", "/img")), [0]),
         (opening.encode(opening.Opened("/img", "", 0)), [0]),
     ],
 )
@@ -47,8 +52,9 @@ def test_an_answer_that_is_none_is_an_opener_that_is_gone(data: bytes, fds: list
     with pytest.raises(OpenerGone):
         opener.open("/img", write=True)
     opener.close()
+    _answering.pop().join()
 
-    assert before >= len(os.listdir("/proc/self/fd")) - 1  # the thread's end may be on its way
+    assert before == len(os.listdir("/proc/self/fd"))
 
 
 def test_errors_are_as_of_the_call_itself() -> None:
@@ -57,12 +63,14 @@ def test_errors_are_as_of_the_call_itself() -> None:
     with pytest.raises(FileNotFoundError) as caught:
         gone.look("/img")
     gone.close()
+    _answering.pop().join()
     assert "/img" == caught.value.filename
     for function in ("make", "publish"):
         taken = answered(opening.encode(Given(17, "it is taken")))
         with pytest.raises(ConfigError, match="it is taken"):
             getattr(taken, function)()
         taken.close()
+        _answering.pop().join()
 
 
 def test_between_two_orders_nothing_is_opened() -> None:

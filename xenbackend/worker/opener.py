@@ -63,10 +63,17 @@ class RemoteOpener:
         """Return the same opener for another chain of its job."""
         return type(self)(self._socket, chain)
 
-    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own. Raises: DriverError, OSError."""
-        given, fds = self._ask(opening.OpenFile(path, write=write, chain=self.chain), 1)
-        return fds[0], _facts(given)
+    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
+        """Return a descriptor of an open file description of its own.
+
+        Raises: DriverError; OSError, EBUSY where it `claims` a device that somebody else uses.
+        """
+        given, fds = self._ask(opening.OpenFile(path, write=write, claims=claims, chain=self.chain), 1)
+        try:
+            return fds[0], _facts(given)
+        except OpenerGone:
+            os.close(fds[0])
+            raise
 
     def open_record(self, path: str) -> int:
         """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
@@ -116,7 +123,9 @@ class RemoteOpener:
     def _ask(self, question: Question, carried: int | None) -> tuple[Given, list[int]]:
         """Ask, and return the answer with as many descriptors as `carried` says, where it says so."""
         given, fds = self._transact(question)
-        if not isinstance(given, Given) or (not given.errno and carried is not None and len(fds) != carried):
+        if isinstance(given, Given) and given.errno:
+            carried = 0
+        if not isinstance(given, Given) or (carried is not None and len(fds) != carried):
             for fd in fds:
                 os.close(fd)
             raise OpenerGone
