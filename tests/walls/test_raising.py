@@ -50,6 +50,7 @@ def _all_of(what: Any) -> set[str]:
     return {*what["got"], *what["seen"]}
 
 
+@pytest.mark.rows("R20", "R21", "B16")
 def test_behind_all_walls_nothing_succeeds(found: Any) -> None:
     """The canary gets 0 of everything, nothing is amiss as root sees it, and no wall is missing."""
     assert {"got": [], "seen": [], "down": {}} == found["",]
@@ -62,6 +63,7 @@ def test_without_walls_everything_succeeds(found: Any) -> None:
     assert set() == tried - set(found["all",]["got"])
 
 
+@pytest.mark.rows("R20", "R21", "B16")
 @pytest.mark.parametrize("wall", ONLY)
 def test_each_wall_stands_before_something(found: Any, wall: Wall) -> None:
     """With one wall taken out the canary gets what no other wall but the filter would keep from it."""

@@ -86,6 +86,7 @@ def open_chain(near: socket.socket, chain: str = "null:1G") -> messages.Standing
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.rows("R20", "B16")
 def test_a_worker_is_behind_all_walls_before_it_hears_a_message() -> None:
     """Root sees nothing amiss; what is open are the loop, the load of the host, a restricted ring, and the journal."""
     with zygote("on") as channel, worker_of(channel) as (near, pid):
@@ -108,6 +109,7 @@ def test_a_worker_is_behind_all_walls_before_it_hears_a_message() -> None:
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.rows("R20")
 def test_two_workers_are_two_users() -> None:
     """Two that live at once have neither user nor group in common."""
     with zygote("on") as channel, worker_of(channel) as (first, one), worker_of(channel) as (second, other):
