@@ -112,12 +112,15 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def _who_has(file: Path) -> list[int]:
-    """Return the processes that have a file open."""
+    """Return the processes that have a file open, which who only keeps it (O_PATH) does not."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
             if link.readlink() == file:
-                found.add(int(link.parts[2]))
+                facts = (link.parents[1] / "fdinfo" / link.name).read_text()
+                flags = next(line.split()[1] for line in facts.splitlines() if line.startswith("flags:"))
+                if not int(flags, 8) & os.O_PATH:
+                    found.add(int(link.parts[2]))
     return sorted(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -436,8 +437,11 @@ def test_a_frontend_is_served_once(driven: Driven) -> None:
 def test_what_was_asked_of_a_worker_that_ends_has_its_reply(driven: Driven) -> None:
     """A question right behind Close has a reply: that it came too late to be done, which is no failure to do it."""
     driven.open("ram:1M")
+    driven.worker.process.send_signal(signal.SIGSTOP)  # else it may have ended by the time that the question is there
     driven.worker.tell(messages.Close)
-    reply = driven.worker.ask(messages.Resume())
+    question = driven.worker.put(messages.Resume())
+    driven.worker.process.send_signal(signal.SIGCONT)
+    reply = driven.worker.expect_reply(question)
 
     assert Code.GONE == reply.code
     assert 0 == driven.worker.process.wait(10)

@@ -15,7 +15,6 @@ from xenbackend.protocol import opening
 from xenbackend.protocol.opening import Given
 from xenbackend.worker.opener import NoOpener, OpenerGone, RemoteOpener
 
-
 _answering: list[threading.Thread] = []
 
 
