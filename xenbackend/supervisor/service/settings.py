@@ -38,9 +38,7 @@ class Settings:
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])
     poll_us: int = 60  # how long a worker looks for the next request before it sleeps; 0 is never
     on_error: str = DEFAULT  # what becomes of requests that the disk cannot do, see `xenbackend policy`
-    walls: str = (
-        "off"  # what a worker gives up before it serves: "on", "off", "require": all of it or nothing is served
-    )
+    walls: str = "on"  # what a worker gives up before it serves; "off", "require": without all of it nothing is served
     log: str = "console"
     log_level: str = "info"
     parents: list[str] = field(default_factory=list)  # directories below which parents may be, whatever names them
