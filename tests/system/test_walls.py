@@ -1,0 +1,59 @@
+"""Disks whose workers are behind all walls: whatever opens something still works, because an opener does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenbackend.embedded.machine import Machine
+from xenbackend.errors import XenbackendError
+from xenbackend.rig.frontend import Wishes
+from xenbackend.walls.raising import Wall
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="only root raises all walls")]
+DATA = b"d" * 4096
+TIMEOUT_S = 30.0
+
+
+@pytest.mark.rows("R20")
+def test_a_disk_is_served_snapshotted_and_succeeded_behind_walls(tmp_path: Path) -> None:
+    """Attached with a record, refused to another guest with its user's name, snapshotted, killed: all walls are up."""
+    image, leaf = tmp_path / "disk", tmp_path / "leaf"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest, closing(machine.create_guest(6)):
+        disk = guest.connect(machine.attach(5, "xvda", f"log:{tmp_path}/record|aio:{image}"), Wishes())
+        disk.write(0, DATA)
+        with pytest.raises(XenbackendError, match=r"is locked by the disk 5/xvda \(process \d+\)"):
+            machine.attach(6, "xvda", f"aio:{image}")
+        machine.ask({"verb": "snapshot", "vbd": "5/xvda", "file": str(leaf), "format": "qcow2"})
+        disk.write(8, DATA)
+        before = _known(machine)
+        os.kill(before["worker"], signal.SIGKILL)
+        _wait_until(lambda: _known(machine)["restarts"] == 1 and _known(machine)["phase"] == "serving")
+        read = disk.read(0, 16)
+        after = _known(machine)
+
+    assert 2 * DATA == read
+    assert leaf.stat().st_size > len(DATA)
+    for known in (before, after):
+        assert ({}, []) == (known["no_walls"], known["needs"])
+        assert {wall.value for wall in Wall} - {*known["walls"]} <= {"processes"}, "which a worker by exec has not"
+
+
+def _known(machine: Machine) -> dict[str, Any]:
+    """Return what is known of guest 5's disk."""
+    [found] = [each for each in machine.ask({"verb": "status"})["data"] if each["vbd"] == "5/xvda"]
+    return dict(found)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
