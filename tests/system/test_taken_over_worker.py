@@ -141,8 +141,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def host(place: Path) -> Iterator[Host]:
-    """A host on which layers can be taken over."""
-    with Machine(log=place / "log") as machine:
+    """A host on which layers can be taken over, and no wall keeps them from what they try on the service."""
+    (place / "config").write_text('walls = "off"\n')
+    with Machine(log=place / "log", config=place / "config") as machine:
         host = Host(machine)
         with closing(host.neighbour):
             yield host

@@ -65,11 +65,16 @@ class Machine:
     """
 
     def __init__(
-        self, *, observer: Observer | None = None, log: Path | None = None, program: str = "xenbackend"
+        self,
+        *,
+        observer: Observer | None = None,
+        log: Path | None = None,
+        program: str = "xenbackend",
+        config: Path | None = None,
     ) -> None:
         """Prepare a machine; `observer` is told about every change of xenstore, from another thread.
 
-        `program` is the module that is run as the service.
+        `program` is the module that is run as the service, `config` its settings file.
         """
         if len(tempfile.gettempdir()) > _LONGEST:
             raise XenbackendError(
@@ -83,6 +88,7 @@ class Machine:
         self.xenstored = Xenstored(self.directory / "xenstore.sock", observer=observer)
         self.service: subprocess.Popen[bytes] | None = None
         self._program = program
+        self._config = ["--config", str(config)] if config else []
         self._undo = ExitStack()
         self._undo.callback(shutil.rmtree, self.directory)
 
@@ -127,7 +133,7 @@ class Machine:
             sys.executable, "-m", self._program, "run", "--keep", "--serve", "all", "--log", "json",
             "--store", str(self.directory / "xenstore.sock"),
             "--host", f"xenbackend.rig.host:{self.directory}",
-            "--socket", self.control, *arguments,
+            "--socket", self.control, *self._config, *arguments,
         ]  # fmt: skip
         notify = self.directory / "notify.sock"
         with self.log.open("ab") as log, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
