@@ -10,13 +10,28 @@ import fcntl
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 _BLKPG, _ADD, _DELETE = 0x1269, 1, 2
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let no other test take a device: one that is free for a moment stays so."""
+    with Path("/dev/loop-control").open("rb") as control:
+        fcntl.flock(control, fcntl.LOCK_EX)
+        yield
+
+
+def give(device: str, path: Path) -> None:
+    """Let a device that is set up be over another file from now on."""
+    with alone():
+        subprocess.run(["losetup", "--detach", device], check=True)
+        subprocess.run(["losetup", device, path], check=True)
 
 
 @contextmanager
@@ -27,7 +42,7 @@ def loop(path: Path, size: int, *, sector_size: int) -> Iterator[tuple[str, Path
     with path.open("wb") as file:
         file.truncate(size)
     arguments = ["losetup", "--find", "--show", f"--sector-size={sector_size}", path]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    done = _find(arguments)
     if done.returncode:
         pytest.skip(f"no loop device for us: {done.stderr.strip()}")
     device = done.stdout.strip()
@@ -40,7 +55,7 @@ def loop(path: Path, size: int, *, sector_size: int) -> Iterator[tuple[str, Path
 @contextmanager
 def over(path: Path | str, *options: str) -> Iterator[str]:
     """Have a device over what is there, and get its path; options are those of losetup."""
-    done = subprocess.run(["losetup", "--find", "--show", *options, path], capture_output=True, text=True, check=False)
+    done = _find(["losetup", "--find", "--show", *options, path])
     if done.returncode:
         pytest.skip(f"no loop device for us: {done.stderr.strip()}")
     device = done.stdout.strip()
@@ -81,3 +96,8 @@ def partition(device: str) -> Iterator[str]:
     finally:
         with Path(device).open("r+b", buffering=0) as disk:
             fcntl.ioctl(disk, _BLKPG, call.pack(_DELETE, 0, len(values), ctypes.addressof(values)))
+
+
+def _find(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    with alone() if Path("/dev/loop-control").exists() else nullcontext():
+        return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import places
-from tests.loops import loop
+from tests.loops import give, loop
 from xenbackend.errors import KernelError
 from xenbackend.kernel.identity import (
     DeviceIdentity,
@@ -231,8 +231,7 @@ def test_a_device_is_the_same_until_its_medium_is_another(tmp_path: Path) -> Non
         assert of(device) == before
         with opened(device) as fd:
             shutil.copy(file, other)
-            subprocess.run(["losetup", "--detach", device], check=True)
-            subprocess.run(["losetup", device, other], check=True)
+            give(device, other)
 
             assert "has another disk or medium" in difference(before, of(device))
             assert identify(fd) == of(device)  # the node that was opened by O_PATH leads to the new medium

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +13,9 @@ from threading import Thread
 import pytest
 
 from tests.descriptors import open_descriptors
-from tests.loops import loop
-from xenbackend.block.mapped.parents import PARENT
+from tests.loops import give, loop
+from xenbackend.block.driver import Found
+from xenbackend.block.mapped.parents import EXTENT, PARENT
 from xenbackend.errors import DriverError
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access
@@ -206,8 +206,7 @@ def test_a_device_with_another_medium_is_refused(undo: ExitStack, tmp_path: Path
         disk = Disk(device, chains=[f"aio:{device}"])
         undo.callback(disk.access.close)
         assert bytes(8) == disk.content(device)
-        subprocess.run(["losetup", "--detach", device], check=True)
-        subprocess.run(["losetup", device, other], check=True)
+        give(device, other)
         disk.refusal = "it is another one"
         with pytest.raises(DriverError, match="it is another one") as caught:
             disk.content(device)
@@ -226,8 +225,7 @@ def test_a_parent_on_a_device_is_compared_when_it_is_open(undo: ExitStack, tmp_p
         undo.callback(disk.access.close)
         found = Found(str(place), f"parents={place}")
         assert found == disk.access.find(PARENT, image, [device], 0)
-        subprocess.run(["losetup", "--detach", device], check=True)
-        subprocess.run(["losetup", device, other], check=True)
+        give(device, other)
         disk.refusal = "it is another one"
         assert found == disk.access.find(PARENT, image, [device], 0)
         with pytest.raises(DriverError, match="it is another one"):

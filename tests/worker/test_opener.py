@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Sequence
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel import datagram
 from xenbackend.protocol import opening
@@ -46,14 +46,14 @@ def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
 )
 def test_an_answer_that_is_none_is_an_opener_that_is_gone(data: bytes, fds: list[int]) -> None:
     """No descriptor is left, and who has asked ends, so that a successor begins anew."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     opener = answered(data, fds)
     with pytest.raises(OpenerGone):
         opener.open("/img", write=True)
     opener.close()
     _answering.pop().join()
 
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before == open_descriptors()
 
 
 def test_errors_are_as_of_the_call_itself() -> None:

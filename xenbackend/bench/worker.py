@@ -65,6 +65,46 @@ class Worker:
             os.close(memory)
         return self._expect(Stage.OPEN).layers[0].size
 
+    def _send_with_opener(self, order: messages.Open, memory: int, rig: Path) -> None:
+        """Send the order with an opener beside it, and serve that until the worker lets go of it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, far:
+            ours.settimeout(_PATIENCE)
+            with theirs:
+                arguments = [sys.executable, "-m", "xenbackend.opener.main", "--socket", str(theirs.fileno())]
+                log = rig / f"opener-{order.frontend_domid}.log"
+                opener = Server(self.name, arguments, log, cpu=None, keep=[theirs.fileno()])
+            try:
+                job = opening.Job(
+                    order.vbd,
+                    [order.chain],
+                    order.read_only,
+                    shareable=order.shareable,
+                    host=order.host,
+                    frontend_domid=order.frontend_domid,
+                )
+                with near:
+                    datagrams.send(ours, opening.encode(job), [far.fileno()])
+                    far.close()
+                    datagrams.send(self._socket, codec.encode(order), [memory, near.fileno()])
+                self._keep_nothing(ours)
+            finally:
+                opener.close()
+
+    def _keep_nothing(self, opener: socket.socket) -> None:
+        """Let the worker have whatever it opens: it has no successor."""
+        while True:
+            try:
+                datagram, descriptors, _ = datagrams.receive(opener, opening.MAX_MESSAGE, 1)
+            except (TimeoutError, ConnectionResetError):
+                return
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if not datagram:
+                return
+            opener.send(opening.encode(opening.Ack()))
+
     def connect(self, parameters: messages.Connect) -> None:
         """Let it serve a frontend's rings."""
         self._socket.send(codec.encode(messages.Serve(self._next_number(), parameters)))
