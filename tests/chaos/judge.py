@@ -82,8 +82,9 @@ def untrue(before: Truth, told: Sequence[Told], entries: Sequence[Entry], after:
 
 def _of_answer(told: Told, answer: Answer, ended: Sequence[Entry], chains: Sequence[str], after: Truth) -> list[str]:
     """Return what is wrong about one answer."""
-    if answer.order is None:  # a service that went away before it could say so much
-        return [] if answer.code in (Code.UNDER_WAY, Code.UNREACHABLE, Code.GONE) else ["the answer has no number"]
+    if answer.order is None:  # a service that went away before it could say so much, or a command that only reads
+        has_none = answer.code in (Code.UNDER_WAY, Code.UNREACHABLE, Code.GONE) or told.verb == "command"
+        return [] if has_none else ["the answer has no number"]
     [entry] = [each for each in ended if each["number"] == answer.order] or [None]
     if entry is None or entry["verb"] != f"{told.verb}{' --dry-run' * (told.request.get('dry_run') is True)}":
         return [f"the service remembers {entry}"]
