@@ -16,8 +16,8 @@ FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-fai
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
 
-# Service, workers and guests together on the simulated Xen: these take their time.
-MACHINES = tests/system tests/bench/test_session.py
+# Service, workers and guests together on the simulated Xen, real devices, hostile guests: these take their time.
+MACHINES = tests/system tests/bench/test_session.py tests/cli/test_demo.py tests/worker/test_in_use.py tests/ring_fuzz
 
 test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from xenbackend.image import session
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let random tests run longer, or again."""
-    parser.addoption("--requests", type=int, default=20_000, help="requests of tests against a model of the disk")
+    parser.addoption("--requests", type=int, default=10_000, help="requests of tests against a model of the disk")
     parser.addoption("--long", action="store_true", help="run what takes minutes, too")
     parser.addoption("--part", type=Part.parse, metavar="K/N", help="only the K-th of N parts of what would be run")
     parser.addoption("--seed", type=int, default=1, help="start of random numbers")
