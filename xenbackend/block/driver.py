@@ -141,13 +141,40 @@ class Found:
     by: str
 
 
-class Finder(Protocol):
-    """Finds the files that images name. A driver looks for none itself: an image is not to be trusted."""
+class FileFacts(Protocol):
+    """What a file is; `identity` tells it from any other, whatever it is called."""
+
+    @property
+    def identity(self) -> str:
+        """Equal texts are of one file, or of one block device."""
+
+    @property
+    def is_device(self) -> bool:
+        """It is a block device, else a regular file."""
+
+    @property
+    def mtime_ns(self) -> int:
+        """Time of its last change, since 1970."""
+
+    @property
+    def real(self) -> str:
+        """Its path with all links followed."""
+
+
+class Lookup(Protocol):
+    """Says what names mean. A driver looks nothing up itself: the process that it runs in may not be able to."""
+
+    def look(self, path: str) -> FileFacts:
+        """Return what a file is, without opening it. Raises: OSError; DriverError where it cannot be an image."""
+
+    def resolve(self, path: str) -> str:
+        """Return the directory of a file with all links followed. Raises: DriverError."""
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
         """Find the file that an image names, if an administrator has allowed that this image is followed to it.
 
-        From then on `open` of the path that it returns opens that very file, whatever the name means by then.
+        From then on `open` of the path that it returns opens that very file, for reading, whatever the name means by
+        then. An image is not to be trusted.
 
         Args:
             what: of `block.mapped.parents`: PARENT, DATA_FILE or EXTENT.
@@ -159,7 +186,7 @@ class Finder(Protocol):
         """
 
 
-class Files(Finder, Protocol):
+class Files(Lookup, Protocol):
     """Opens image files, with the lock that keeps two writers apart."""
 
     def open(

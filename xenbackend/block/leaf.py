@@ -6,7 +6,6 @@ Must not open or write a file, nor guess of which format a parent is: the driver
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,22 +91,21 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
         files.look(parent_path).mtime_ns / 1e9,
     )
     texts = []
-    for places in ([], _places_for(layer.driver.options, parent_path)):
+    for places in ([], _places_for(files, layer.driver.options, parent_path)):
         options = _options(child_format, places, parent_format, layer.driver.options)
         texts.append(grammar.format_layer(child_format.driver, path, *options))
     return parent, texts[0], texts[1]
 
 
-def _places_for(options: Any, parent: str) -> list[str]:
+def _places_for(files: Lookup, options: Any, parent: str) -> list[str]:
     """Return what `parents=` has to name for the child of an open image that cannot be marked.
 
     That is the directory of the parent, so that one place will do for a whole family; of a device, that device; and the
     file that has the parent's data.
     """
+    facts, data_file = files.look(parent), getattr(options, "data_file", "")
     path = os.path.abspath(parent)  # noqa: PTH100 - as `opening`: pathlib would alter the name
-    is_device = stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116 - the same
-    data_file: str = getattr(options, "data_file", "")
-    places = [path if is_device else os.path.dirname(os.path.realpath(path))]  # noqa: PTH120 - the same
+    places = [path if facts.is_device else os.path.dirname(facts.real)]  # noqa: PTH120 - the same
     return [*places, os.path.abspath(data_file)] if data_file else places  # noqa: PTH100 - the same
 
 
@@ -132,10 +130,10 @@ def _options(child: Format, places: list[str], parent_format: Format, options: A
 
 def _name(files: Lookup, path: str, parent: str) -> str:
     """Return a parent's name: relative to the child, unless they have no more than the root in common."""
-    beside = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - as `opening`
-    real = os.path.realpath(parent)
-    if stat.S_ISBLK(os.stat(real).st_mode):  # noqa: PTH116 - as above; what its link leads to may be another tomorrow
-        return os.path.abspath(parent)  # noqa: PTH100 - as above
+    facts = files.look(parent)
+    if facts.is_device:  # what its link leads to may be another one tomorrow
+        return os.path.abspath(parent)  # noqa: PTH100 - as `opening`: pathlib would alter the name
+    beside, real = files.resolve(path), facts.real
     if os.path.commonpath([beside, real]) == "/":
         return real
     return os.path.relpath(real, beside)

@@ -105,7 +105,7 @@ class Opening:
             if seen & _identity(parent.driver.env.files, path):
                 raise _twice(spec, path)
         child.driver.next, child.driver.below = parent.driver, parent.geometry
-        with _explained(child.text, {}):
+        with explained(child.text, {}):
             child.driver.check_parent(parent.geometry)
         return parent
 
@@ -148,7 +148,7 @@ class Opening:
 
 
 def _open_once(spec: LayerSpec, env: Env, below: OpenLayer | None) -> tuple[Driver, Geometry]:
-    with _explained(spec.text, files_of(spec.options)):
+    with explained(spec.text, files_of(spec.options)):
         driver = spec.driver(spec.options)
         driver.env = env
         if below is not None:
@@ -157,7 +157,7 @@ def _open_once(spec: LayerSpec, env: Env, below: OpenLayer | None) -> tuple[Driv
 
 
 @contextmanager
-def _explained(layer: str, files: dict[str, str]) -> Iterator[None]:
+def explained(layer: str, files: dict[str, str]) -> Iterator[None]:
     """Turn whatever a driver raises into a DriverError that names layer, option and file."""
     try:
         yield

@@ -26,6 +26,7 @@ from xenbackend.image.session import Disk, Progress, Session, flush_request, req
 from xenbackend.image.tools import tools_of
 from xenbackend.image.transfer import grain_runs
 from xenbackend.opener import marks
+from xenbackend.opener.local import identity_of
 from xenbackend.units import SECTOR
 
 

@@ -151,6 +151,7 @@ class Session:
         self._open.clear()
         self._files.close()
         self._unlocked.close()
+        self.opener.close()
         self._reactor.close()
         if failure and kind is None:
             raise failure

@@ -133,12 +133,12 @@ def _unit_of_file(fd: int) -> int:
     return stated.offset if stated is not None and _is_physical(stated.offset, SECTOR) else SECTOR
 
 
-def _device(fd: int, number: int) -> Medium:
+def _device(fd: int, discard_granularity: int) -> Medium:
     (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
     (sector_size,) = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))
     (physical,) = struct.unpack("I", fcntl.ioctl(fd, BLKPBSZGET, bytes(4)))
-    can_discard = _queue_limit(number, "discard_max_bytes") > 0
-    granularity = max(_queue_limit(number, "discard_granularity"), sector_size) if can_discard else 0
+    can_discard = discard_granularity > 0
+    granularity = max(discard_granularity, sector_size) if can_discard else 0
     return Medium(
         size=size, sector_size=sector_size, is_device=True, can_discard=can_discard, discard_granularity=granularity,
         end=size, unit=sector_size,

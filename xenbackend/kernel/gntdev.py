@@ -94,7 +94,10 @@ class Gntdev:
         return self._statuses[STATUS_AT // 2 : len(segments) * FROM_GUEST.size // 2 : FROM_GUEST.size // 2].tolist()
 
     def close(self) -> None:
-        """Release every mapping that is left, and the device, whatever goes wrong meanwhile. Raises: KernelError."""
+        """Release every mapping of ours that is left, and the descriptor, whatever goes wrong meanwhile.
+
+        Raises: KernelError.
+        """
         with ExitStack() as undo:
             undo.callback(os.close, self._fd)
             for mapping in self._live:

@@ -1,4 +1,4 @@
-"""A process's place among others: which orphans it adopts, its priority, its end by force; and what it has open.
+"""A process's place among others: its name, its orphans, its priority, its end by force; and what it has open.
 
 Must not start one, nor decide who comes first.
 

@@ -1,1 +1,1 @@
-"""Who may open what: the rules by which files are opened for a disk, and what opens them."""
+"""Who may open files, devices and sockets for a worker, which opens none itself; and the process that does."""

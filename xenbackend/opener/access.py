@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from xenbackend.block.mapped.parents import find_named, paths_of
+from xenbackend.block.driver import Found
+from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import DriverError, printable
+from xenbackend.kernel import locks, openat
 from xenbackend.kernel.identity import difference, from_text
-from xenbackend.opener import steps
+from xenbackend.kernel.inuse import InUse
+from xenbackend.opener import marks, parents, steps
 from xenbackend.opener.rules import Rule, Rules
-from xenbackend.protocol.opening import Facts, Job, KeptFile
+from xenbackend.protocol.opening import Facts, HeldFile, Job, KeptFile
 
 # Hands over a file that was opened for the first time: name, identity, place of the chain, descriptor, lent for the
 # call. Returns a sentence where the worker may not have it.
@@ -35,43 +39,73 @@ class Access:
         """`kept` are O_PATH descriptors by name, ours from now on. Raises: ChainError."""
         self._job = job
         self._tell = tell
-        self._rules = [Rules(text, read_only=job.read_only) for text in job.chains]
+        self._rules = [Rules(text, read_only=job.read_only, shareable=job.shareable) for text in job.chains]
         identities = {each.name: each for each in job.kept}
         self._kept = {name: _Held(fd, identities[name].identity) for name, fd in kept.items()}
         self._held: list[dict[str, _Held]] = [
             dict(self._kept) if job.keeps or not number else {} for number in range(len(job.chains))
         ]
+        self._led: dict[tuple[int, str, str], str] = {}  # chain, image and path where that led to: by which act
 
     def look(self, name: str, chain: int) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""
         held = self._hold(name, chain, create=False)
         return steps.look(held.fd, name)
 
-    def find(self, what: str, named_by: str, names: list[str], chain: int) -> tuple[str, Facts]:
-        """Return the first file that is there of those that an image names, as `find_named`. Raises: DriverError."""
+    def find(self, what: str, named_by: str, names: list[str], chain: int) -> Found:
+        """Return the file that an image means, if it may be followed there, as `parents.find`. Raises: DriverError.
+
+        Where the disk is served from a file of that name already it is that one, whatever is called so by now.
+        """
         rules = self._chain(chain)
-        within = rules.of(named_by).within
-        path = self._find_held(named_by, names, chain) or find_named(what, named_by, names, within)
-        rules.allow(path, named_by)
-        return path, self.look(path, chain)
+        rule = rules.of(named_by)
+        named = parents.Named(what, named_by, names, rule.places_for(what))
+        child = self._hold(named_by, chain, create=False)
+        former = self._led_before(named, chain)
+        try:
+            allowed = parents.find(child.fd, named, self._job.parents, self._is_in_service)
+        except (DriverError, OSError):
+            if not former:
+                raise
+            found = Found(former, parents.IN_SERVICE)
+        else:
+            try:
+                found = self._take(child, what, allowed, former, chain)
+            finally:
+                os.close(allowed.fd)
+        rules.allow(found.path, named_by)
+        self._led[chain, named_by, found.path] = found.by
+        return found
 
-    def open(self, name: str, chain: int, *, write: bool, create: bool) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own, and what it is of. Raises: DriverError, OSError.
+    def open(self, name: str, chain: int, *, write: bool, create: bool, claims: bool) -> tuple[int, Facts]:
+        """Return a descriptor of an open file description of its own, and what it is of, as `steps.reopen`.
 
-        Who called closes it.
+        Who called closes it. Raises: DriverError, OSError.
         """
         rule = self._chain(chain).of(name)
         if (write and not rule.may_write) or (create and not rule.is_record):
             problem = f"{printable(name)} is to be read only"
             raise DriverError(problem, path=name, errno=errno.EACCES)
+        if write and not (claims or rule.is_shared or rule.is_record):
+            problem = f"{printable(name)} is to be written to by nobody else meanwhile"
+            raise DriverError(problem, path=name, errno=errno.EACCES)
         held = self._hold(name, chain, create=create)
-        fd = steps.reopen(held.fd, name, write=write)
+        fd = steps.reopen(held.fd, name, write=write, claims=claims)
         try:
             self._check_medium(name, chain, held, fd)
             return fd, steps.look(held.fd, name)
         except BaseException:
             os.close(fd)
             raise
+
+    def is_used_beside(self, name: str, chain: int, access: locks.Access) -> bool:
+        """Return whether a file is in use by another face, as `steps.is_used_beside`. Raises: DriverError, OSError."""
+        return steps.is_used_beside(self._hold(name, chain, create=False).fd, name, access)
+
+    def why_in_use(self, name: str, chain: int, access: locks.Access, *, is_claimed: bool, with_names: bool) -> InUse:
+        """Return why a file cannot be had, as `steps.why_in_use`. Raises: DriverError, OSError."""
+        held = self._hold(name, chain, create=False)
+        return steps.why_in_use(held.fd, name, access, is_claimed=is_claimed, with_names=with_names)
 
     def check_names(self) -> None:
         """Refuse to go on where a name in the text of the chain in service means another file than that in service.
@@ -88,7 +122,7 @@ class Access:
                 problem = f"{printable(name)} does not lead to the file in service any more: {error.strerror}"
             else:
                 try:
-                    differs = difference(from_text(held.identity), from_text(steps.identify(fd)))
+                    differs = _differ(held.identity, steps.identify(fd))
                 finally:
                     os.close(fd)
                 problem = f"{printable(name)} leads to another file than the one in service: {differs}" * bool(differs)
@@ -96,15 +130,22 @@ class Access:
                 advice = "give that one its name back first: the new image would find its parent by that"
                 raise DriverError(f"{problem}; {advice}", path=name, errno=errno.ESTALE)
 
-    def resolve(self, name: str, chain: int) -> str:
-        """Return the directory of a file with all links followed; with a slash at its end, of one of `parents=`.
+    def mark_child(self, child: int) -> bool:
+        """Mark a new image with that of the chain in service as its parent, and that one with the file of its data.
 
-        Raises: DriverError.
+        Returns False where that cannot be. Raises: DriverError, OSError, KernelError.
         """
+        files = self._chain(0).source
+        if not files or not marks.mark_parents(child, [self._describe(files[0])]):
+            return False
+        parent, *data = files
+        held = self._hold(parent, 0, create=False)
+        return not data or marks.mark_files(held.fd, [self._describe(each) for each in data])
+
+    def resolve(self, name: str, chain: int) -> str:
+        """Return the directory of a file with all links followed. Raises: DriverError."""
         rules = self._chain(chain)
-        if name.endswith("/"):
-            rules.check_directory(name[:-1])
-        elif name != self._job.makes:
+        if name != self._job.makes:
             rules.of(name)
         return steps.resolve(name)
 
@@ -157,7 +198,7 @@ class Access:
     def _check_medium(self, name: str, chain: int, held: _Held, fd: int) -> None:
         """Ask about a device that has become another one since it was held, by the same node. Raises: DriverError."""
         identity = steps.identify(fd)
-        if not difference(from_text(held.identity), from_text(identity)):
+        if not _differ(held.identity, identity):
             return
         again = os.dup(held.fd)
         try:
@@ -182,8 +223,12 @@ class Access:
     def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
         """Return what a name means now, after whoever keeps it has it."""
         fd = steps.hold_record(name, create=create) if rule.is_record else steps.hold(name)
+        return self._take_over(name, chain, fd, "")
+
+    def _take_over(self, name: str, chain: int, fd: int, identity: str) -> _Held:
+        """Return a file that a name means, ours from now on, after whoever keeps it has it. Raises: DriverError."""
         try:
-            identity = steps.identify(fd)
+            identity = identity or steps.identify(fd)
             refusal = self._tell(name, identity, chain, fd)
             if refusal:
                 raise DriverError(refusal, path=name, errno=errno.ESTALE)
@@ -191,7 +236,7 @@ class Access:
             os.close(fd)
             raise
         kept = self._kept.get(name)
-        if kept is not None and not difference(from_text(kept.identity), from_text(identity)):
+        if kept is not None and not _differ(kept.identity, identity):
             os.close(fd)
             return kept
         return _Held(fd, identity)
@@ -201,3 +246,19 @@ def kept_of(job: Job, fds: list[int]) -> dict[str, int]:
     """Return the descriptors of a job's kept files by name. Raises: ValueError, where there are not as many."""
     names: list[KeptFile] = job.kept
     return {each.name: fd for each, fd in zip(names, fds, strict=True)}
+
+
+def _differ(one: str, other: str) -> str:
+    """Return how two identities differ, empty: they do not."""
+    return difference(from_text(one), from_text(other))
+
+
+def _is_known(known: HeldFile, fd: int) -> bool:
+    """Return whether a file is one that a process had open. Raises: OSError.
+
+    The device of a file may be another one than that of the mount (btrfs): then the path decides.
+    """
+    status = os.fstat(fd)
+    if known.inode != status.st_ino:
+        return False
+    return known.device == status.st_dev or known.path == openat.path_of(fd)

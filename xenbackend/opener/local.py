@@ -1,6 +1,8 @@
-"""Opens files for the process that it is in: each name is looked up once, and what an image names by the rule for that.
+"""Opens files in this process, for whoever may open them himself: image commands, `check`, tests.
 
-Must not lock a file, nor decide what is done with it.
+Each name is looked up once while it is open, and what an image names is had by the rule for that (`parents`).
+
+Must not be used by a worker, lock a file, nor decide what is done with it.
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from xenbackend.block.driver import Found
-from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import ConfigError, DriverError
-from xenbackend.kernel import openat
-from xenbackend.opener import marks, parents
+from xenbackend.kernel.inuse import InUse, is_used_by_another_face
+from xenbackend.kernel.locks import Access
+from xenbackend.opener import marks, parents, steps
+from xenbackend.protocol.opening import Facts
 
 Settings = Callable[[], Sequence[str]]
 
@@ -30,7 +32,7 @@ def parents_of_settings() -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """That an image was followed: `image` and `path` are the paths of both, `what` and `by` as `Finder` has them."""
+    """That an image was followed: `image` and `path` are the paths of both, `what` and `by` as `Found` has them."""
 
     image: str
     what: str
@@ -38,78 +40,87 @@ class Followed:
     by: str
 
 
-class Known(Protocol):
-    """A file that a process had open, as `kernel.process.OpenFile`."""
-
-    @property
-    def path(self) -> str:
-        """Where it is, without links."""
-
-    @property
-    def device(self) -> int:
-        """Of the file system that is mounted there."""
-
-    @property
-    def inode(self) -> int:
-        """Its number there."""
-
-
 class LocalOpener:
-    """Opens for image commands, and for a worker's process.
+    """Opens any file that an administrator names, and what images name by the rule; it holds what is open.
+
+    It has the methods of `worker.opener.RemoteOpener`.
 
     Args:
         settings: returns the places of the settings; asked when an image names another file.
-        in_service: files that a disk of the last release had open. Who is followed to one of them is marked with it.
         trusts: follow images wherever they lead to, as an administrator has said.
 
     `followed` are the images that led to other files, in their order, of one that trusts them.
     """
 
-    def __init__(
-        self, settings: Settings = parents_of_settings, in_service: Sequence[Known] = (), *, trusts: bool = False
-    ) -> None:
+    def __init__(self, settings: Settings = parents_of_settings, *, trusts: bool = False) -> None:
         self._settings = settings
-        self._in_service = in_service
         self._trusts = trusts
         self.followed: list[Followed] = []
         self._fds: dict[str, int] = {}  # O_PATH, by name
         self._uses: Counter[str] = Counter()  # how many are open by that name
         self._found: set[str] = set()  # names that images led to: they stay what they were
 
-    def open(self, path: str, flags: int) -> int:
-        """Open a file that an administrator names, or that was found; `release` it when it is closed again.
+    def hold(self, path: str) -> None:
+        """Have a name mean one file, that which an administrator means now, or that which was found.
 
-        Raises: OSError, about the path.
+        `release` it as often. Raises: DriverError; OSError, about the path.
         """
         if path not in self._found:
-            self._keep(path, openat.open_place(path))
+            self._keep(path, steps.hold(path))
         self._uses[path] += 1
+
+    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
+        """Open a file that is held. Raises: OSError, about the path; EBUSY, where it `claims` what is in use."""
+        held = self.descriptor(path)
+        facts = steps.look(held, path)
+        return steps.reopen(held, path, write=write, claims=claims), facts
+
+    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002 - for `RemoteOpener`
+        """Return whether an image is used by another face. Raises: OSError."""
+        return is_used_by_another_face(fd, access)
+
+    def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
+        """Return why an image that is held cannot be had, which somebody claims or has locked. Raises: OSError."""
+        return steps.why_in_use(self.descriptor(path), path, access, is_claimed=is_claimed, with_names=with_names)
+
+    def open_record(self, path: str) -> int:
+        """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
+        held = steps.hold_record(path, create=True)
         try:
-            return openat.reopen(self._fds[path], flags)
-        except OSError as error:
-            self.release(path)
-            error.filename = path
-            raise
+            return steps.reopen(held, path, write=True)
+        finally:
+            os.close(held)
+
+    def look(self, path: str) -> Facts:
+        """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""
+        if path in self._fds:
+            return steps.look(self._fds[path], path)
+        fd = steps.hold(path)
+        try:
+            return steps.look(fd, path)
+        finally:
+            os.close(fd)
+
+    def resolve(self, path: str) -> str:
+        """Return the directory of a file with all links followed."""
+        return steps.resolve(path)
 
     def release(self, path: str) -> None:
-        """Take note that what was opened by a name is closed."""
+        """Take note that what was opened by a name is closed: it may mean another file from now on."""
         self._uses[path] -= 1
         if self._uses[path] <= 0 and path in self._fds:
             os.close(self._fds.pop(path))
             self._found.discard(path)
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
-        """Find the file that an image names, as `block.driver.Finder`. Raises: DriverError."""
+        """Find the file that an image names, as `block.driver.Lookup`. Raises: DriverError."""
         named = parents.Named(what, image, names, within)
-        child = self.descriptor(image)
         try:
             settings = self._settings()
         except ConfigError as error:
             raise DriverError(f"where parents may be cannot be known: {error}", path=image) from error
-        allowed = parents.find(child, named, settings, self._is_in_service, trusts=self._trusts)
+        allowed = parents.find(self.descriptor(image), named, settings, trusts=self._trusts)
         self._keep(allowed.path, allowed.fd)
-        if allowed.by == parents.IN_SERVICE:
-            marks.add(child, marks.PARENT if what == PARENT else marks.FILES, self.describe(allowed.path))
         self._found.add(allowed.path)
         if self._trusts:
             self.followed.append(Followed(image, what, allowed.path, allowed.by))
@@ -146,21 +157,20 @@ class LocalOpener:
         self._uses.clear()
         self._found.clear()
 
-    def _is_in_service(self, fd: int) -> bool:
-        return any(is_known(each, fd) for each in self._in_service)
-
     def _keep(self, path: str, fd: int) -> None:
         if path in self._fds:
             os.close(self._fds[path])
         self._fds[path] = fd
 
 
-def is_known(known: Known, fd: int) -> bool:
-    """Return whether a file is one that a process had open. Raises: OSError.
+def is_device(path: str) -> bool:
+    """Return whether a file is a block device. Raises: DriverError, OSError."""
+    return LocalOpener().look(path).is_device
 
-    The device of a file may be another one than that of the mount (btrfs): then the path decides.
-    """
-    status = os.fstat(fd)
-    if known.inode != status.st_ino:
-        return False
-    return known.device == status.st_dev or known.path == openat.path_of(fd)
+
+def identity_of(path: str) -> str | None:
+    """Return what tells a file from any other, None where none is there. Raises: DriverError, OSError."""
+    try:
+        return LocalOpener().look(path).identity
+    except FileNotFoundError:
+        return None

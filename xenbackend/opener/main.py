@@ -14,13 +14,13 @@ import socket
 import sys
 
 from xenbackend.errors import XenbackendError
-from xenbackend.kernel import datagram as datagrams
+from xenbackend.kernel import locks
 from xenbackend.kernel.ports import open_devices
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
 from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
-from xenbackend.protocol import codec, opening
+from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.protocol.messages import SENTENCE_MAX
 from xenbackend.protocol.opening import Given
 
@@ -97,23 +97,18 @@ class Attendant:
         if access is None:
             access = self._access = Access(job, self._kept, self._tell)
         match question:
-            case opening.LookAt():
-                return Given(facts=access.look(question.name, question.chain))
-            case opening.FindFile():
-                path, facts = access.find(question.what, question.named_by, question.names, question.chain)
-                return Given(path=path, facts=facts)
-            case opening.OpenFile():
-                fd, facts = access.open(question.name, question.chain, write=question.write, create=question.create)
-                fds.append(fd)
-                return Given(facts=facts)
-            case opening.Resolve():
-                return Given(path=access.resolve(question.name, question.chain))
+            case opening.LookAt() | opening.FindFile() | opening.OpenFile() | opening.Resolve():
+                return _do_with_file(access, question, fds)
+            case opening.LookBeside() | opening.SayWhoUses():
+                return _look_for_users(access, question)
             case opening.MakeFile() if job.makes and self._new is None:
                 access.check_names()
                 self._new = NewFile(job.makes)
                 fds.append(os.dup(self._new.fd))
             case opening.Publish() if self._new is not None:
+                is_marked = access.mark_child(self._new.fd)
                 self._new.publish()
+                return Given(is_marked=is_marked)
             case opening.OpenDevices() if job.host:
                 fds += open_devices(job.host, job.frontend_domid)
             case opening.Listen() if job.export:
@@ -186,7 +181,36 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
         print("an opener is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
         return 2
-    return serve(socket.socket(fileno=int(arguments[1])))
+    return serve(datagrams.inherited(int(arguments[1])))
+
+
+def _do_with_file(
+    access: Access, question: opening.LookAt | opening.FindFile | opening.OpenFile | opening.Resolve, fds: list[int]
+) -> Given:
+    match question:
+        case opening.LookAt():
+            return Given(facts=access.look(question.name, question.chain))
+        case opening.FindFile():
+            found = access.find(question.what, question.named_by, question.names, question.chain)
+            return Given(path=found.path, by=found.by)
+        case opening.OpenFile():
+            fd, facts = access.open(
+                question.name, question.chain, write=question.write, create=question.create, claims=question.claims
+            )
+            fds.append(fd)
+            return Given(facts=facts)
+        case opening.Resolve():
+            return Given(path=access.resolve(question.name, question.chain))
+
+
+def _look_for_users(access: Access, question: opening.LookBeside | opening.SayWhoUses) -> Given:
+    wanted = locks.access(read_only=not question.write, shareable=question.shareable)
+    if isinstance(question, opening.LookBeside):
+        return Given(errno.EBUSY if access.is_used_beside(question.name, question.chain, wanted) else 0)
+    found = access.why_in_use(
+        question.name, question.chain, wanted, is_claimed=question.is_claimed, with_names=question.with_names
+    )
+    return Given(errno.EBUSY, _plain(found.problem), found.path, user=_plain(found.user))
 
 
 def _plain(sentence: str) -> str:

@@ -25,6 +25,29 @@ def refuse_existing(path: str) -> None:
         raise ConfigError(f"there is no directory {printable(str(_directory(path)))}; make it first")
 
 
+class NewFile:
+    """A file that is being made: under a temporary name beside its own, for its owner only.
+
+    fd   open for reading and writing, until `publish` or `abandon`
+    """
+
+    def __init__(self, path: str) -> None:
+        """Make the temporary file. Raises: ConfigError, where the name is taken; OSError."""
+        refuse_existing(path)
+        self._path = path
+        self._temporary = f"{_directory(path)}/.xenbackend-{secrets.token_hex(8)}"
+        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def publish(self) -> None:
+        """Make it durable and give it its name. Raises: ConfigError, where that is taken meanwhile; OSError."""
+        publish(self._temporary, self._path)
+
+    def abandon(self) -> None:
+        """Close it, and remove what has no name of its own yet."""
+        os.close(self.fd)
+        Path(self._temporary).unlink(missing_ok=True)
+
+
 def write_new(path: str, blank: Blank, mark: Callable[[int], bool] | None = None) -> bool:
     """Make a file: under a temporary name beside it, made durable, then linked into its place.
 
@@ -35,15 +58,10 @@ def write_new(path: str, blank: Blank, mark: Callable[[int], bool] | None = None
     """
     new = NewFile(path)
     try:
-        try:
-            with naming(path):
-                os.ftruncate(fd, blank.size)
-                for place, data in blank.pieces:
-                    os.pwrite(fd, data, place)
-                is_marked = mark is None or mark(fd)
-        finally:
-            os.close(fd)
-        publish(temporary, path)
+        with naming(path):
+            fill(new.fd, blank)
+            is_marked = mark is None or mark(new.fd)
+        new.publish()
         return is_marked
     finally:
         new.abandon()

@@ -6,7 +6,7 @@ counts only where an administrator has said so, by one of these acts:
     a mark        at the image itself, which says which file is its parent (`marks`)
     parents=      in the chain: directories beneath which parents may be, or a file or device that may be one
     the settings  the same for all disks of the host
-    in service    a disk of the last release has it open as this moment; it knew no such rule
+    in service    the disk has been served from it, by one of these acts or by the last release, which had no such rule
 
 What the image says is only looked for. Whether it may be had is decided of a descriptor: what it is, where it was found
 (by openat2 from the directory down, which follows no link), or which file it is. The caller opens that descriptor, and
@@ -41,7 +41,7 @@ _ELSE = {  # what else can be done where it is not there
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What an image says about another file, as `block.driver.Finder.find` takes it."""
+    """What an image says about another file, as `block.driver.Lookup.find` takes it."""
 
     what: str
     image: str
@@ -83,7 +83,7 @@ def find(
     acts = _Acts(child, named, settings, is_in_service, trusts=trusts)
     refused: DriverError | None = None
     try:
-        for real, shown in _paths(named):
+        for real, shown in paths_of(named):
             try:
                 return acts.follow(real, shown)
             except OSError as error:
@@ -214,7 +214,7 @@ def _advice_in_dev(real: str, mode: int) -> str:
     return f"{problem}; if that is right, its layer must say parents={printable(real)}"
 
 
-def _paths(named: Named) -> Iterator[tuple[str, str]]:
+def paths_of(named: Named) -> Iterator[tuple[str, str]]:
     """Yield the paths that an image may mean, the likeliest one first: without links, and as a person knows it.
 
     As the kernel does, ``..`` leads to the directory above the one where a link has led to; then, as older releases

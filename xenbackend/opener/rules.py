@@ -7,9 +7,11 @@ toolstack wrote it.
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 
-from xenbackend.block.options import RECORD, uses_of
+from xenbackend.block.mapped.parents import DATA_FILE
+from xenbackend.block.options import RECORD, files_of, uses_of
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError, printable
 from xenbackend.protocol.opening import MAX_FILES
@@ -20,35 +22,57 @@ class Rule:
     """What may be done with a file.
 
     may_write     open it for writing
+    is_shared     others may write to it as well, so that a block device need not be claimed for that
     is_record     make it where it is not there
-    within        the directory in which the files that it names have to be, empty: its own
+    within        the places where its layer says that the files that it names may be
+    data_file     the file that its layer says has its data, empty: its layer says nothing of that
     """
 
     may_write: bool
+    is_shared: bool = False
     is_record: bool = False
     within: str = ""
+    data_file: str = ""
+
+    def places_for(self, what: str) -> str:
+        """Return where a file may be that it names, as `parents=` says it."""
+        if what != DATA_FILE or not self.data_file:
+            return self.within
+        return f"{self.within}:{os.path.abspath(self.data_file)}"  # noqa: PTH100 - pathlib would alter the name
 
 
 class Rules:
     """Those of one chain."""
 
-    def __init__(self, chain: str, *, read_only: bool) -> None:
+    def __init__(self, chain: str, *, read_only: bool, shareable: bool = False) -> None:
         """Take the names from a chain's text. Raises: ChainError."""
         self._rules: dict[str, Rule] = {}
         self._images: list[str] = []
         for layer in parse_chain(chain).layers:
-            within: str = getattr(layer.options, "parents", "")
+            within, data_file = (getattr(layer.options, name, "") for name in ("parents", "data_file"))
+            is_shared: bool = shareable or getattr(layer.options, "share", False)
             for path, use in uses_of(layer.options).items():
                 if use == RECORD:
                     self._rules[path] = self._rules[f"{path}.1"] = Rule(may_write=True, is_record=True)
                 else:
                     self._images.append(path)
-                    self._rules[path] = Rule(may_write=not read_only, within=within)
+                    self._rules[path] = Rule(not read_only, is_shared, within=within, data_file=data_file)
+            self._source = list(files_of(layer.options).values())
+        self._said = frozenset(self._rules)
 
     @property
     def images(self) -> list[str]:
         """The names of images that stand in the chain's text."""
         return self._images
+
+    @property
+    def source(self) -> list[str]:
+        """The names that the text has of the files of the image that is written to, the image itself first."""
+        return self._source
+
+    def is_said(self, name: str) -> bool:
+        """Return whether a name stands in the chain's text; others are those that an image has led to."""
+        return name in self._said
 
     def of(self, name: str) -> Rule:
         """Return what may be done with a file of this name. Raises: DriverError where nothing may."""
@@ -57,11 +81,6 @@ class Rules:
         except KeyError:
             problem = f"{printable(name)} is named by nothing that this disk is made of, and is not opened"
             raise DriverError(problem, path=name, errno=errno.EACCES) from None
-
-    def check_directory(self, path: str) -> None:
-        """Refuse a directory in which no file of the disk has to be. Raises: DriverError."""
-        if path not in {rule.within for rule in self._rules.values()}:
-            self.of(path)
 
     def allow(self, name: str, named_by: str) -> None:
         """Let a file be read that an image may name, which itself may be opened.

@@ -12,7 +12,10 @@ import os
 import stat
 
 from xenbackend.errors import DriverError
-from xenbackend.kernel import blockdev, identity
+from xenbackend.kernel import blockdev, identity, inuse
+from xenbackend.kernel.claims import open_medium
+from xenbackend.kernel.inuse import InUse
+from xenbackend.kernel.locks import Access
 from xenbackend.protocol.opening import Facts
 
 
@@ -63,17 +66,42 @@ def look(fd: int, path: str) -> Facts:
     )
 
 
-def reopen(fd: int, path: str, *, write: bool) -> int:
-    """Return a descriptor of an open file description of its own. Raises: OSError, about `path`."""
-    # Without O_NONBLOCK, opening a device may wait for a medium.
-    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+def reopen(fd: int, path: str, *, write: bool, claims: bool = False) -> int:
+    """Return a descriptor of an open file description of its own.
+
+    Raises: OSError, about `path`; EBUSY where `claims` asks for a block device that somebody else uses.
+    """
     try:
-        return os.open(f"/proc/self/fd/{fd}", flags)
+        return open_medium(fd, read_only=not write, claims=claims)
     except OSError as error:
         error.filename = path
         raise
 
 
+def is_used_beside(fd: int, path: str, access: Access) -> bool:
+    """Return whether a file that is held is in use by another face, as `inuse.is_used_by_another_face`.
+
+    Raises: OSError.
+    """
+    opened = reopen(fd, path, write=False)  # a loop device tells what it is over to nobody who has it by O_PATH
+    try:
+        return inuse.is_used_by_another_face(opened, access)
+    finally:
+        os.close(opened)
+
+
+def why_in_use(fd: int, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
+    """Return why a file that is held cannot be had, which somebody claims or has locked. Raises: OSError."""
+    naming = inuse.Naming(with_names)
+    if is_claimed:
+        return naming.claimed(fd, path)
+    opened = reopen(fd, path, write=False)
+    try:
+        return naming.locked(opened, path, access)
+    finally:
+        os.close(opened)
+
+
 def resolve(path: str) -> str:
-    """Return the directory of a file with all links followed."""
-    return os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH100, PTH120 - pathlib would alter it
+    """Return the directory of a file with all links followed; of a name with a slash at its end, itself."""
+    return os.path.realpath(os.path.dirname(path) or ".")  # noqa: PTH120 - pathlib would alter it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from array import array
+from collections.abc import Sequence
 
 
 def inherited(number: int) -> socket.socket:
@@ -29,3 +30,12 @@ def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int]
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return datagram, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+
+
+def send(far: socket.socket, datagram: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:
+    """Send a datagram with descriptors, which stay ours. Raises: OSError.
+
+    Python's own `send_fds` passes over its flags, and so would wait.
+    """
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    far.sendmsg([datagram], rights, flags)

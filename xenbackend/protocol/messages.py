@@ -44,15 +44,6 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class HeldFile:
-    """A file that a worker of the last release had open, as `kernel.process.OpenFile`."""
-
-    path: str
-    device: int
-    inode: int
-
-
-@dataclass(frozen=True, slots=True)
 class Open:
     """Open a chain. Descriptors: the journal, the socket of an opener (`protocol.opening`), one per name in `memories`.
 
@@ -73,8 +64,6 @@ class Open:
     export: str = ""  # path of the socket on which the disk is served by NBD until `Serve`; empty: none
     policy: str = ""  # `block.policy`: what becomes of requests that fail
     is_paused: bool = False  # by an administrator
-    parents: list[str] = field(default_factory=list)  # places of the settings where images may lead to
-    in_service: list[HeldFile] = field(default_factory=list)  # files where they may lead to, since they do already
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,15 @@ class KeptFile:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldFile:
+    """A file that a worker of the last release had open, as `kernel.process.OpenFile`."""
+
+    path: str
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What may be opened. Descriptors: the worker's socket, then an O_PATH one per item of `kept`.
 
@@ -50,7 +59,8 @@ class Job:
                      for it is opened through that
     keeps            what `kept` has is opened through that for the second chain, too
     read_only        nothing may be opened for writing, but for what a layer records
-    parents          directories of the settings in which parents may be
+    parents          places of the settings where images may lead to
+    in_service       files where they may lead to, since they did in the last release
     makes            path of the one file that may be made, empty: none
     export           path of the socket that may be listened at, empty: none
     host             for `kernel.ports`: the devices may be opened there, empty: they may not
@@ -64,6 +74,7 @@ class Job:
     keeps: bool = False
     kept: list[KeptFile] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)
+    in_service: list[HeldFile] = field(default_factory=list)
     makes: str = ""
     export: str = ""
     host: str = ""
@@ -115,7 +126,7 @@ class LookAt:
 
 @dataclass(frozen=True, slots=True)
 class FindFile:
-    """Find the first file that is there of those that an image names, if it may: from then on its path may be opened.
+    """Find the file that an image names, if an administrator has allowed that: from then on its path may be opened.
 
     what       `block.mapped.parents`: PARENT, DATA_FILE or EXTENT
     named_by   the path of the image, which may be opened itself
@@ -132,21 +143,51 @@ class FindFile:
 class OpenFile:
     """Open a file. The answer has a descriptor of an open file description that nobody else has.
 
-    `create`: make it if it is not there, as a regular file for its owner only.
+    create   make it if it is not there, as a regular file for its owner only
+    claims   have a block device to oneself, as `kernel.claims.open_medium`; EBUSY is the answer where somebody else
+             uses it. Whoever writes has to, unless the disk or the layer is shared.
     """
 
     name: str
     write: bool
     create: bool = False
+    claims: bool = False
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LookBeside:
+    """Look whether an image, which the worker has locked, is in use by another face: EBUSY is the answer if it is.
+
+    write, shareable   how it is open, as `kernel.locks.access`
+    """
+
+    name: str
+    write: bool
+    shareable: bool
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SayWhoUses:
+    """Say why an image cannot be had; the worker has it open no more. The answer is EBUSY, with a sentence and a user.
+
+    write, shareable   how it was to be opened, as `kernel.locks.access`
+    is_claimed         it is a block device, and could not be opened; else it could not be locked
+    with_names         look who uses it, which takes a look at every process
+    """
+
+    name: str
+    write: bool
+    shareable: bool
+    is_claimed: bool
+    with_names: bool
     chain: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """Say which path the directory of a file is with all links followed, if the file may be opened, or made.
-
-    With a slash at its end it is the name of such a directory, in which a layer says that its parents are.
-    """
+    """Say which path the directory of a file is with all links followed, if the file may be opened, or made."""
 
     name: str
     chain: int = 0
@@ -159,7 +200,7 @@ class MakeFile:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Make durable what `MakeFile` made, and give it its name, never over another file."""
+    """Mark what `MakeFile` made with its parent, make it durable, and give it its name, never over another file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,15 +241,21 @@ class Given:
     sentence   why it was not, for people; empty: as errno says
     path       of a file that was found or resolved, or which the failure is about
     facts      of the file
+    user       who uses an image that is in use, where that is known
+    by         the act of an administrator by which a file was found (`block.driver.Found`)
+    is_marked  what was published is marked with its parent
     """
 
     errno: int = 0
     sentence: str = ""
     path: str = ""
     facts: Facts | None = None
+    user: str = ""
+    by: str = ""
+    is_marked: bool = False
 
 
-Question = LookAt | FindFile | OpenFile | Resolve | MakeFile | Publish | OpenDevices | Listen
+Question = LookAt | FindFile | OpenFile | LookBeside | SayWhoUses | Resolve | MakeFile | Publish | OpenDevices | Listen
 FromOpener = Opened | Given | Meaning
 FromSupervisor = Job | Ack | Look
 

@@ -15,15 +15,11 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from xenbackend.block.drivers import BUILT_IN, find_driver, load_ahead
-from xenbackend.block.formats.zstd import find_unzstd
-from xenbackend.errors import DriverError, KernelError
-from xenbackend.kernel.fence import find_fence
-from xenbackend.kernel.ports import load_host
+from xenbackend.block.drivers import load_ahead
+from xenbackend.errors import KernelError
 from xenbackend.walls.raising import Raised, Walls
 from xenbackend.worker import io_queue
-
-_ENCODINGS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "utf-16-le")
+from xenbackend.worker.preload import preload
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,32 +43,6 @@ def parse(arguments: list[str]) -> dict[str, str] | None:
     is_ours = len(names) == len(values) == len(found) and all(name.startswith("--") for name in names)
     is_known = found.keys() <= {"host", "walls", "drivers", "socket"}
     return found if is_ours and is_known and found.get("socket", "").isdecimal() else None
-
-
-def import_everything(host: str) -> None:
-    """Import what is imported late elsewhere, because few workers need it: behind walls it cannot be had any more."""
-    import difflib  # noqa: F401
-    import encodings.idna  # noqa: F401
-    import inspect  # noqa: F401
-    import pathlib  # noqa: F401
-    import shlex  # noqa: F401
-    import traceback  # noqa: F401
-    import urllib.parse  # noqa: F401
-    import uuid  # noqa: F401
-    from xml.parsers import expat  # noqa: F401
-
-    import xenbackend.worker.export
-    import xenbackend.worker.leaf  # noqa: F401
-
-    load_host(host)
-    for encoding in _ENCODINGS:
-        "".encode(encoding)
-    for name in BUILT_IN:
-        find_driver(name)
-    with suppress(DriverError):
-        find_unzstd()
-    with suppress(KernelError):
-        find_fence()
 
 
 def close_everything_but(near: socket.socket, walls: Walls, birth: Birth) -> Raised:
@@ -100,5 +70,5 @@ def by_exec(arguments: dict[str, str]) -> tuple[Walls, Birth]:
     """Return what a worker is told that was started by its command line. Imports everything, where there are walls."""
     walls = Walls(arguments.get("walls", "off"))
     if walls.mode != "off":
-        import_everything(arguments["host"])
+        preload(arguments["host"])
     return walls, Birth(os.getpid(), words(arguments.get("drivers", "")))

@@ -6,18 +6,18 @@ Must not know a ring, nor speak to the supervisor: whoever asks gets an exceptio
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Geometry
-from xenbackend.block.opening import OpenLayer
+from xenbackend.block.opening import OpenLayer, explained
 from xenbackend.block.options import files_of
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.successor import keeps_content
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
-from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, Keep
 from xenbackend.worker.facts import facts_of
@@ -50,9 +50,15 @@ class Disk:
         """Open nothing yet. `memories` are descriptors by name, ours from now on."""
         self.text = message.chain
         self.chain: Chain | None = None
-        self._make_opener = partial(LocalOpener, lambda: message.parents, message.in_service)
-        lock_timeout_s = 0.0 if message.may_wait else LOCK_TIMEOUT_S
-        self.files = HostFiles(reactor, lock_timeout_s=lock_timeout_s, opener=self._make_opener())
+        waits = message.may_wait  # for a lock, by asking again and again, and nobody is told meanwhile
+        self.files = HostFiles(
+            reactor,
+            NoOpener(),
+            lock_timeout_s=0.0 if waits else LOCK_TIMEOUT_S,
+            names_users=not waits,
+            disk=number_of(message.frontend_domid, message.vbd),
+        )
+        self._opener: ChainOpener | None = None
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)
@@ -81,7 +87,7 @@ class Disk:
 
     def probe(self) -> list[messages.LayerFacts]:
         """Return the layers of a chain that cannot be opened yet. Raises: XenbackendError."""
-        return probe(self.text, self._reactor, self._make_opener(), read_only=self._read_only)
+        return probe(self.text, self._reactor, self.files.opener, read_only=self._read_only)
 
     def check_successor(self, text: str, *, replaces: bool) -> list[str]:
         """Look at another chain while ours serves on, and return its layers' texts.
@@ -91,15 +97,16 @@ class Disk:
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
         try:
-            with probing(text, self._reactor, self._make_opener(), read_only=self._read_only) as found:
+            with probing(text, self._reactor, self._for_chain(1), read_only=self._read_only) as found:
                 self._check(text, found.layers[0].geometry.size, found.layers[0].geometry.sector_size)
                 if not replaces and not keeps_content(self.chain.layers, found.layers):
                     raise ConfigError(
                         f"{text} is over another image than the one that the guest writes to, in {self.text}; "
                         "if that one holds the same content, add --replace"
                     )
-                for layer in found.layers:
-                    self._check_free(layer)
+                with self._through(1):
+                    for layer in found.layers:
+                        self._check_free(layer)
                 return [layer.text for layer in found.layers]
         except ConfigError:
             raise
@@ -113,7 +120,7 @@ class Disk:
 
         Raises: XenbackendError where the former one is open again; anything else means that no chain is.
         """
-        with self.files.kept():
+        with self.files.kept():  # not longer than the opener is asked
             return self._exchange(text)
 
     def _exchange(self, text: str) -> Chain:
@@ -184,6 +191,15 @@ class Disk:
             self._env.close()
             self.files.close()
 
+    @contextmanager
+    def _through(self, number: int) -> Iterator[None]:
+        """Have files opened for a chain of the opener's job meanwhile."""
+        former, self.files.opener = self.files.opener, self._for_chain(number)
+        try:
+            yield
+        finally:
+            self.files.opener = former
+
     def _for_chain(self, number: int) -> Opener:
         assert self._opener is not None  # noqa: S101 - whoever calls is within `opening_by`
         return self._opener.for_chain(number)
@@ -199,8 +215,10 @@ class Disk:
         options = layer.driver.options
         shareable = getattr(options, "share", False) or (self._shareable and not layer.parent_of)
         read_only = self._read_only or bool(layer.parent_of)
-        for path in files_of(options).values():
-            self.files.check_free(path, read_only=read_only, shareable=shareable)
+        files = files_of(options)
+        with explained(layer.text, files):
+            for path in files.values():
+                self.files.check_free(path, read_only=read_only, shareable=shareable)
 
     def _check(self, text: str, size: int, sector_size: int, former: Geometry | None = None) -> None:
         """Raise DriverError where a guest that knows the former geometry could not go on with another one."""

@@ -12,16 +12,17 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
 from xenbackend.errors import DriverError, KernelError
-from xenbackend.kernel import blockdev, claims, locks
+from xenbackend.kernel import blockdev, locks
 from xenbackend.kernel.blockdev import Medium
 from xenbackend.opener.local import LocalOpener
+from xenbackend.protocol.opening import Facts
 from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
@@ -38,20 +39,57 @@ _LOOK_S = 0.05  # a look for a claim is one for a moment: of two who look at onc
 _T = TypeVar("_T")
 
 
+class Opener(Protocol):
+    """What opens files for `HostFiles`: `LocalOpener` in this process, `worker.opener.RemoteOpener` in another one."""
+
+    def hold(self, path: str) -> None:
+        """Have a name mean one file until it is `release`d as often. Raises: DriverError, OSError."""
+
+    def release(self, path: str) -> None:
+        """Take note that what a name was held for is over."""
+
+    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
+        """Return a descriptor of an open file description of its own; the name is held.
+
+        `claims`: have a block device to oneself, as `kernel.claims.open_medium`.
+
+        Raises: DriverError; OSError, EBUSY where somebody else uses the device.
+        """
+
+    def is_used_beside(self, path: str, fd: int, access: locks.Access) -> bool:
+        """As `kernel.inuse.is_used_by_another_face`; `fd` is the file's, which is locked by now."""
+
+    def why_in_use(self, path: str, access: locks.Access, *, is_claimed: bool, with_names: bool) -> DriverError:
+        """Return why an image cannot be had, which somebody claims, or has locked. Raises: DriverError, OSError."""
+
+    def open_record(self, path: str) -> int:
+        """As `block.driver.Files.open_record`."""
+
+    def look(self, path: str) -> Facts:
+        """As `block.driver.Files.look`."""
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
+        """As `block.driver.Files.find`."""
+
+    def resolve(self, path: str) -> str:
+        """As `block.driver.Files.resolve`."""
+
+
 class HostFiles:
     """Opens the images of one worker; implements `block.driver.Files`.
 
     Args:
         reactor: the worker's loop.
-        opener: gives it the files; without one this process opens them itself.
+        opener: gives it the files, and is closed by whoever made it. Whoever opens a chain by several `HostFiles` gives
+            them the same one. Without one this process opens them itself.
         use_queues: use the kernel's asynchronous I/O where the host has it; else threads do what blocks.
         lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
             predecessor; for everybody else a lock that is taken is an answer.
         direct: without it, everything goes through the page cache, whatever a layer asks for.
         locks: without locks nothing may be written, and what is read may be half of somebody's change.
         whole: refuse what only a reader could open, because it ends inside a sector.
-        opener: gets the descriptors, and is closed with this; by default one of its own. Whoever opens a chain by
-            several `HostFiles` gives them the same one.
+        names_users: say who uses an image that is in use. That takes a look at every process: not for who asks often.
+        disk: a number that no other disk has, as `kernel.locks.take` wants it.
     """
 
     def __init__(
@@ -64,16 +102,19 @@ class HostFiles:
         direct: bool = True,
         locks: bool = True,
         whole: bool = False,
-        opener: LocalOpener | None = None,
+        names_users: bool = True,
+        disk: int = -1,
     ) -> None:
-        self.opener: Opener = opener or LocalOpener()
+        self._own = LocalOpener()
+        self.opener: Opener = opener or self._own
         self._reactor = reactor
         self._use_queues = use_queues
         self.lock_timeout_s = lock_timeout_s
         self._direct = direct
         self._locks = locks
         self._whole = whole
-        self.opener = opener or LocalOpener()
+        self._names_users = names_users
+        self._disk = disk
         self._queues: list[IoQueue] = []
         self._spares = Spares()
 
@@ -89,33 +130,72 @@ class HostFiles:
         sector_size: int = 0,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-        try:
-            fd = self.opener.open(path, flags)
-        except IsADirectoryError as error:
-            raise DriverError(f"{path} is a directory; an image is a file or a block device", path=path) from error
-        try:
-            medium = blockdev.examine(fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size)
-            if self._whole:
-                blockdev.refuse_part_of_a_sector(medium, path)
-            os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
-            self._lock(fd, path, access)
-            if step and not (read_only or medium.is_device):
-                size = round_up(medium.size, step)
-                os.ftruncate(fd, size)
-                medium = replace(medium, size=size, end=size)
-            image = self._choose(fd, medium, direct=direct, blocking=blocking)
-            image.on_close = partial(self.opener.release, path)
-            return image
-        except BaseException:
-            os.close(fd)
-            self.opener.release(path)
-            raise
+        access = locks.access(read_only=read_only, shareable=shareable)
+        opener = self.opener  # by the time the image is closed it may be another one
+        with ExitStack() as held:
+            opener.hold(path)
+            held.callback(opener.release, path)
+            fd, facts = self._spare(path, access) or self._open(path, access)
+            with ExitStack() as opened:
+                opened.callback(os.close, fd)
+                medium = blockdev.examine(
+                    fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
+                    discard_granularity=facts.discard_granularity,
+                )  # fmt: skip
+                if self._whole:
+                    blockdev.refuse_part_of_a_sector(medium, path)
+                os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
+                if self._lock(fd, path, access):
+                    if step and not (read_only or medium.is_device):
+                        size = round_up(medium.size, step)
+                        os.ftruncate(fd, size)
+                        medium = replace(medium, size=size, end=size)
+                    image = self._choose(fd, medium, direct=direct, blocking=blocking)
+                    opened.pop_all()
+                    image.on_close = held.pop_all().close
+                    return self._spares.note(image, facts.identity, access)
+            raise self._in_use(path, access)  # the file is closed by now, else we would be among its users
+
+    def check_free(self, path: str, *, read_only: bool, shareable: bool) -> None:
+        """Refuse an image that somebody else has at the moment; nobody is waited for.
+
+        Raises: DriverError, OSError.
+        """
+        access = locks.access(read_only=read_only, shareable=shareable)
+        with ExitStack() as held:
+            self.opener.hold(path)
+            held.callback(self.opener.release, path)
+            if self._spares.has(self.opener.look(path).identity):
+                return
+            fd, _ = self._open(path, access, timeout_s=0.0)
+            try:
+                is_free = locks.take(fd, access, self._disk)
+            finally:
+                os.close(fd)  # as in `open`
+            if not is_free:
+                raise self._in_use(path, access)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have nobody get the images that are open now while they are closed, and opened again in another chain."""
+        with self._spares.kept():
+            yield
+
+    def open_record(self, path: str) -> int:
+        """See `block.driver.Files`."""
+        return self.opener.open_record(path)
+
+    def look(self, path: str) -> Facts:
+        """See `block.driver.Files`."""
+        return self.opener.look(path)
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
-        """Find what an image names, as `block.driver.Finder` says."""
+        """See `block.driver.Files`."""
         return self.opener.find(what, image, names, within)
+
+    def resolve(self, path: str) -> str:
+        """See `block.driver.Files`."""
+        return self.opener.resolve(path)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""
@@ -127,7 +207,7 @@ class HostFiles:
         """Release what the images share; all of them are closed."""
         while self._queues:
             self._queues.pop().close()
-        self.opener.close()
+        self._own.close()
 
     def _choose(self, fd: int, medium: Medium, *, direct: bool, blocking: bool) -> Image:
         alignment = blockdev.switch_to_direct(fd, medium) if direct and self._direct else None
@@ -137,43 +217,48 @@ class HostFiles:
             return DirectImage(fd, medium, alignment, self._reactor, self._queue(direct=True))
         return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
 
-    def _open(self, path: str, access: locks.Access, *, timeout_s: float | None = None) -> int:
-        """Open a file, or a block device that nobody else uses. Raises: DriverError, OSError."""
-        claims_it = self._locks and not access.is_shared
-        node = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    def _spare(self, path: str, access: locks.Access) -> tuple[int, Facts] | None:
+        """Return a file that is kept while a chain is exchanged, and what it is; None where there is none."""
+        if not self._spares.are_kept:
+            return None
+        facts = self.opener.look(path)
+        fd = self._spares.take(facts.identity, access)
+        return (fd, facts) if fd >= 0 else None
 
-        def attempt() -> int | None:
+    def _open(self, path: str, access: locks.Access, *, timeout_s: float | None = None) -> tuple[int, Facts]:
+        """Open a file, or a block device that nobody else uses. Raises: DriverError, OSError."""
+        claims = self._locks and not access.is_shared
+
+        def attempt() -> tuple[int, Facts] | None:
             try:
-                return claims.open_medium(node, read_only=not access.writes, claims=claims_it)
-            except IsADirectoryError as error:
-                sentence = f"{path} is a directory; an image is a file or a block device"
-                raise DriverError(sentence, path=path) from error
+                return self.opener.open(path, write=access.writes, claims=claims)
             except OSError as error:
-                if claims_it and error.errno == errno.EBUSY:
+                if claims and error.errno == errno.EBUSY:
                     return None
-                error.filename = path
                 raise
 
-        try:
-            fd = self._patiently(attempt, max(_LOOK_S, self.lock_timeout_s if timeout_s is None else timeout_s))
-            if fd is None:
-                raise self._naming.claimed(node, path)
-            return fd
-        finally:
-            os.close(node)
+        found = self._patiently(attempt, max(_LOOK_S, self.lock_timeout_s if timeout_s is None else timeout_s))
+        if found is None:
+            raise self._in_use(path, access, is_claimed=True)
+        return found
 
-    def _lock(self, fd: int, path: str, access: locks.Access) -> None:
-        """Lock an image, and see that it is not in use by another face. Raises: DriverError, OSError."""
+    def _lock(self, fd: int, path: str, access: locks.Access) -> bool:
+        """Lock an image, and see that it is not in use by another face; return whether it is ours. Raises: OSError.
+
+        Of two who come by different faces at once, at least one sees the other, since each has locked its own before.
+        """
 
         def attempt() -> bool | None:
             if locks.take(fd, access, self._disk):
-                if not is_used_by_another_face(fd, access):
+                if not self.opener.is_used_beside(path, fd, access):
                     return True
                 locks.drop(fd)
             return None
 
-        if self._locks and not self._patiently(attempt, self.lock_timeout_s):
-            raise self._naming.locked(fd, path, access)
+        return not self._locks or bool(self._patiently(attempt, self.lock_timeout_s))
+
+    def _in_use(self, path: str, access: locks.Access, *, is_claimed: bool = False) -> DriverError:
+        return self.opener.why_in_use(path, access, is_claimed=is_claimed, with_names=self._names_users)
 
     def _patiently(self, attempt: Callable[[], _T | None], timeout_s: float) -> _T | None:
         """Try until there is something, or the time is over; return it."""

@@ -158,7 +158,8 @@ class Image:
 
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        os.close(fd)
         if self.on_close is not None:
             self.on_close()
 

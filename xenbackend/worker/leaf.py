@@ -16,17 +16,16 @@ import os
 
 from xenbackend.block.chain import Chain
 from xenbackend.block.leaf import leaf_over
-from xenbackend.block.options import files_of
-from xenbackend.opener.local import LocalOpener
-from xenbackend.worker.newfile import refuse_existing, write_new
+from xenbackend.opener.newfile import fill, naming
+from xenbackend.worker.opener import RemoteOpener
 
 
-def make_leaf(chain: Chain, opener: LocalOpener, path: str, image_format: str = "") -> str:
+def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str = "") -> str:
     """Make an image over a chain's source, and return the text of the chain that has it in the source's place.
 
     Args:
         chain: open, and perhaps written to at the moment.
-        opener: by which it was opened.
+        opener: makes the file, and says where the others are.
         path: where the new image is to be; never over another file. Only its owner may read it.
         image_format: vhd, qcow2 or qcow; by default the source's own, and over a raw one qcow2.
 
@@ -34,8 +33,11 @@ def make_leaf(chain: Chain, opener: LocalOpener, path: str, image_format: str = 
     """
     fd = opener.make()
     source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
-    leaf = leaf_over(chain.layers[source:], path, image_format)
-    files = files_of(chain.layers[source].driver.options)
-    is_marked = write_new(path, leaf.blank, lambda fd: opener.mark_child(fd, files))
-    text = leaf.text if is_marked else leaf.unmarked
+    try:
+        leaf = leaf_over(chain.layers[source:], path, image_format)
+        with naming(path):
+            fill(fd, leaf.blank)
+    finally:
+        os.close(fd)
+    text = leaf.text if opener.publish() else leaf.unmarked
     return "|".join([*(layer.text for layer in chain.layers[:source]), text])

@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 from contextlib import suppress
 from functools import partial
 
@@ -24,14 +25,14 @@ from xenbackend.errors import ConfigError, DriverError, KernelError, XenbackendE
 from xenbackend.kernel import process, users
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Line, Steps, run
-from xenbackend.protocol import codec, messages
+from xenbackend.protocol import codec, datagrams, messages
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.datagrams import inherited, receive
 from xenbackend.protocol.messages import Stage
 from xenbackend.walls.raising import Raised, Walls
 from xenbackend.worker import birth
 from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
 from xenbackend.worker.disk import is_locked
+from xenbackend.worker.opener import OpenerGone, RemoteOpener
 from xenbackend.worker.polling import find_permit
 from xenbackend.worker.stages import NoChainLeft, Stages
 
@@ -52,14 +53,13 @@ class Worker:
         self._channel = Channel(near, self._reactor, self._standing)
         self._line = Line()
         self._stages: Stages | None = None  # until it is told what to open
-        self._permit = find_permit()  # while this process may still open a file
+        self._permit = find_permit()  # while this process can still open a file
         self._number = -1  # of the last order
         self._under_way: messages.Order | None = None  # the last order that changes something, until it is carried out
         self._failure, self._errno, self._is_mistake = "", 0, False  # of that order
         self._exchange = ""  # the chain that is being put in
         self._pausing: list[int] = []  # questions to pause, until nothing is in flight
         self._has_ended = False
-        self._permit = find_permit()
         self.walls = Raised()  # what became of them; set before it runs
 
     def run(self) -> None:
@@ -79,7 +79,7 @@ class Worker:
     def _take_message(self) -> bool:
         """Take one message; False where there is none."""
         try:
-            datagram, fds, _ = receive(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
+            datagram, fds, _ = datagrams.receive(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -102,10 +102,18 @@ class Worker:
         stages = self._stages
         if stages is None:
             return messages.Standing(
-                self._number, Stage.IDLE, "", read_only=False, shareable=False,
-                failure=self._failure, errno=self._errno,
-                walls=self.walls.up, no_walls=self.walls.down, needs=self.walls.needs,
-            )  # fmt: skip
+                self._number,
+                Stage.IDLE,
+                "",
+                read_only=False,
+                shareable=False,
+                failure=self._failure,
+                errno=self._errno,
+                is_mistake=self._is_mistake,
+                walls=self.walls.up,
+                no_walls=self.walls.down,
+                needs=self.walls.needs,
+            )
         connection = stages.connection
         return messages.Standing(
             number=self._number,
@@ -146,7 +154,7 @@ class Worker:
                 self._stages.publish_counters()  # whoever asks may look at them next
         else:
             self._under_way, self._failure, self._errno, self._is_mistake = order, "", 0, False
-            self._line.add(self._carry_out(order, fds))
+            self._line.add(self._carry_out(order, _opener_of(order, fds), fds))
         self._channel.stand()
 
     def _report(self, order: messages.Report) -> Steps[None]:
@@ -154,7 +162,8 @@ class Worker:
         self._channel.stand()
         yield from ()
 
-    def _carry_out(self, order: messages.Order, fds: list[int]) -> Steps[None]:
+    def _carry_out(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[None]:
+        """Do what an order says, and say how it went; `fds` are the descriptors beside it but for the opener's."""
         failure, code, is_mistake = "", 0, False
         try:
             if (yield from self._steps_of(order, opener, fds)):
@@ -169,6 +178,8 @@ class Worker:
             failure, code = _of_bug(bug), errno.EIO
         if self._under_way is order:  # else nobody waits for it any more
             self._under_way, self._failure, self._errno, self._is_mistake = None, failure, code, is_mistake
+        if opener is not None:
+            opener.close()
         self._channel.stand()
 
     def _steps_of(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[bool]:
@@ -179,8 +190,9 @@ class Worker:
             case messages.Open() if self.walls.refusal:
                 raise DriverError(self.walls.refusal, errno=errno.EPERM)
             case messages.Open():
+                _take_name_of(order.vbd)
                 self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug, self._permit)
-                self._stages.open()
+                self._stages.open(_needed(opener))
             case messages.Serve() if order is self._under_way:  # else a later order has taken it back
                 stages = self._opened()
                 if self._awaits_lock(stages, order, opener):
@@ -332,6 +344,19 @@ class Worker:
         self._channel.alarm(f"a bug{f' in {where}' if where else ''}: {''.join(traceback.format_exception(bug))}")
 
 
+def _opener_of(message: messages.Order | messages.Ask, fds: list[int]) -> RemoteOpener | None:
+    """Return the opener that came with a message, if it is one that may open something."""
+    place = 1 if isinstance(message, messages.Open) else 0
+    return RemoteOpener(socket.socket(fileno=fds.pop(place))) if len(fds) > place else None
+
+
+def _needed(opener: RemoteOpener | None) -> RemoteOpener:
+    """Return the opener. Raises: DriverError where none came."""
+    if opener is None:
+        raise DriverError("no opener came with it", errno=errno.EINVAL)
+    return opener
+
+
 def _take_name_of(vbd: str) -> None:
     """Be called by one's disk where others say who uses an image."""
     with suppress(KernelError, ConfigError):  # nothing depends on it
@@ -362,7 +387,7 @@ def main(arguments: list[str]) -> int:
         print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
         return 2
     walls, told = birth.by_exec(given)
-    return serve(socket.socket(fileno=int(given["socket"])), walls, told)
+    return serve(datagrams.inherited(int(given["socket"])), walls, told)
 
 
 if __name__ == "__main__":

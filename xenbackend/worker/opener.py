@@ -11,9 +11,11 @@ import os
 import socket
 from collections.abc import Sequence
 
+from xenbackend.block.driver import Found
 from xenbackend.errors import ConfigError, DriverError
-from xenbackend.kernel import datagram as datagrams
-from xenbackend.protocol import codec, opening
+from xenbackend.kernel.inuse import InUse
+from xenbackend.kernel.locks import Access
+from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.protocol.opening import Facts, Given, Question
 
 _MOST_CARRIED = 2  # descriptors beside one answer: both devices
@@ -29,7 +31,22 @@ class OpenerGone(DriverError):
 class NoOpener:
     """Refuses everything: between two orders nothing is to be opened."""
 
-    def open(self, path: str, *, write: bool) -> tuple[int, Facts]:  # noqa: ARG002
+    def hold(self, path: str) -> None:
+        """Refuse it."""
+        raise _refusal(path)
+
+    def release(self, path: str) -> None:
+        """Do nothing: whoever opened the file was another one."""
+
+    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:  # noqa: ARG002
+        """Refuse it."""
+        raise _refusal(path)
+
+    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002
+        """Refuse it."""
+        raise _refusal(path)
+
+    def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:  # noqa: ARG002
         """Refuse it."""
         raise _refusal(path)
 
@@ -41,7 +58,7 @@ class NoOpener:
         """Refuse it."""
         raise _refusal(path)
 
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:  # noqa: ARG002
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:  # noqa: ARG002
         """Refuse it."""
         raise _refusal(image)
 
@@ -63,6 +80,12 @@ class RemoteOpener:
         """Return the same opener for another chain of its job."""
         return type(self)(self._socket, chain)
 
+    def hold(self, path: str) -> None:
+        """Do nothing: what a name means to the opener it means as long as that lives."""
+
+    def release(self, path: str) -> None:
+        """Do nothing, as `hold`."""
+
     def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
         """Return a descriptor of an open file description of its own.
 
@@ -75,6 +98,28 @@ class RemoteOpener:
             os.close(fds[0])
             raise
 
+    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002 - the opener has its own
+        """Return whether an image, locked by us, is used by another face. Raises: DriverError, OSError."""
+        question = opening.LookBeside(path, write=access.writes, shareable=access.is_shared, chain=self.chain)
+        try:
+            self._ask(question, 0)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return True
+            raise
+        return False
+
+    def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
+        """Return why an image cannot be had, which somebody claims or has locked. Raises: DriverError, OSError."""
+        question = opening.SayWhoUses(
+            path, access.writes, access.is_shared, is_claimed=is_claimed, with_names=with_names, chain=self.chain
+        )
+        try:
+            self._ask(question, 0)
+        except InUse as found:
+            return found
+        raise OpenerGone
+
     def open_record(self, path: str) -> int:
         """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
         return self._ask(opening.OpenFile(path, write=True, create=True, chain=self.chain), 1)[1][0]
@@ -83,12 +128,13 @@ class RemoteOpener:
         """Return what a file is. Raises: DriverError, OSError."""
         return _facts(self._ask(opening.LookAt(path, self.chain), 0)[0])
 
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> str:  # noqa: ARG002 - see below
-        """Return the first file that is there of those that an image names. Raises: DriverError.
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:  # noqa: ARG002 - see below
+        """Return the file that an image names, if it may be followed there. Raises: DriverError.
 
         `within` the opener takes from the chain's text itself.
         """
-        return self._ask(opening.FindFile(what, image, list(names)[: opening.MAX_NAMES], self.chain), 0)[0].path
+        given = self._ask(opening.FindFile(what, image, list(names)[: opening.MAX_NAMES], self.chain), 0)[0]
+        return Found(given.path, given.by)
 
     def resolve(self, path: str) -> str:
         """Return the directory of a file with all links followed. Raises: DriverError."""
@@ -101,10 +147,13 @@ class RemoteOpener:
         except DriverError as problem:
             raise ConfigError(problem.problem) from problem
 
-    def publish(self) -> None:
-        """Give the new file its name. Raises: ConfigError, where that is taken meanwhile; OSError."""
+    def publish(self) -> bool:
+        """Give the new file its name, and return whether it is marked with its parent.
+
+        Raises: ConfigError, where the name is taken meanwhile; OSError.
+        """
         try:
-            self._ask(opening.Publish(), 0)
+            return self._ask(opening.Publish(), 0)[0].is_marked
         except DriverError as problem:
             raise ConfigError(problem.problem) from problem
 
@@ -129,6 +178,8 @@ class RemoteOpener:
             for fd in fds:
                 os.close(fd)
             raise OpenerGone
+        if given.sentence and given.errno == errno.EBUSY:
+            raise InUse(given.sentence, given.path, given.user)
         if given.sentence:
             raise DriverError(given.sentence, path=given.path, errno=given.errno)
         if given.errno:

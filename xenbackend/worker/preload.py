@@ -5,26 +5,39 @@ Must not open anything else, nor import what a third party's driver is made of: 
 
 from __future__ import annotations
 
-import codecs
-import difflib  # noqa: F401 - for the words of errors
-import shlex  # noqa: F401 - likewise
 from contextlib import suppress
 
 from xenbackend.block.drivers import BUILT_IN, find_driver
 from xenbackend.block.formats.zstd import find_unzstd
-from xenbackend.errors import DriverError
+from xenbackend.errors import DriverError, KernelError
+from xenbackend.kernel.fence import find_fence
 from xenbackend.kernel.ports import load_host
-from xenbackend.worker import io_queue  # noqa: F401 - whoever opens an image for I/O imports it then
 
-_CODECS = ("utf-8", "utf-16-le", "utf-16-be", "latin-1", "ascii")  # of names in images, and of messages
+ENCODINGS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "utf-16-le")  # of names in images, and of messages
 
 
 def preload(host: str) -> None:
-    """Import it, for a host that `kernel.ports` knows by this text."""
+    """Import what is imported late elsewhere, because few workers need it; `host` as `kernel.ports` knows it."""
+    import difflib  # noqa: F401
+    import encodings.idna  # noqa: F401
+    import inspect  # noqa: F401
+    import pathlib  # noqa: F401
+    import shlex  # noqa: F401
+    import traceback  # noqa: F401
+    import urllib.parse  # noqa: F401
+    import uuid  # noqa: F401
+    from xml.parsers import expat  # noqa: F401
+
+    import xenbackend.worker.export
+    import xenbackend.worker.io_queue
+    import xenbackend.worker.leaf  # noqa: F401
+
     load_host(host)
+    for encoding in ENCODINGS:
+        "".encode(encoding)
     for name in BUILT_IN:
         find_driver(name)
-    for name in _CODECS:
-        codecs.lookup(name)
     with suppress(DriverError):  # whoever has such an image is told
         find_unzstd()
+    with suppress(KernelError):
+        find_fence()

@@ -15,14 +15,13 @@ from dataclasses import replace
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.loop.reactor import Reactor
-from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
 from xenbackend.worker.env import EnvFactory, WorkerEnv
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles, Opener
 
 
-def probe(chain: str, reactor: Reactor, opener: LocalOpener, *, read_only: bool) -> list[messages.LayerFacts]:
+def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> list[messages.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open.
 
     Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.
@@ -33,10 +32,10 @@ def probe(chain: str, reactor: Reactor, opener: LocalOpener, *, read_only: bool)
 
 
 @contextmanager
-def probing(chain: str, reactor: Reactor, opener: LocalOpener, *, read_only: bool) -> Iterator[Chain]:
-    """Have a chain open to look at it; closes the opener in the end. Raises: as `probe`."""
-    source = HostFiles(reactor, use_queues=False, locks=False, whole=not read_only, opener=opener)
-    files = HostFiles(reactor, use_queues=False, locks=False, opener=opener)
+def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> Iterator[Chain]:
+    """Have a chain open to look at it. Raises: as `probe`."""
+    source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only)
+    files = HostFiles(reactor, opener, use_queues=False, locks=False)
     env = EnvFactory(reactor, files)
     factories = [EnvFactory(reactor, source)]  # the source is opened first; nobody writes to what comes after it
 

@@ -31,10 +31,9 @@ from xenbackend.worker.connection import Below, Connection, Peer, describe_faile
 from xenbackend.worker.disk import Disk, is_locked
 from xenbackend.worker.export import Export
 from xenbackend.worker.holds import Hold
+from xenbackend.worker.leaf import make_leaf
+from xenbackend.worker.opener import OpenerGone, RemoteOpener
 from xenbackend.worker.polling import Permit, Poller
-
-if TYPE_CHECKING:
-    from xenbackend.worker.export import Export
 
 
 class NoChainLeft(Exception):
@@ -53,10 +52,9 @@ class Stages:
         on_bug: Callable[[Exception], None],
         permit: Permit | None,
     ) -> None:
-        """Open nothing yet.
+        """Open nothing yet. `fds` are the order's journal and memories, ours from now on.
 
-        `fds` are the order's descriptors, ours from now on; `on_bug` gets what layers let out; `permit` says whether to
-        look for requests.
+        `on_bug` gets what layers let out; `permit` says whether to look for requests.
         """
         self.order = order
         self.layers: list[messages.LayerFacts] = []
@@ -67,6 +65,8 @@ class Stages:
         self._export: Export | None = None
         self._had_bugs = False  # of layers, in an earlier connection or an export
         self._permit = permit
+        self._devices: list[int] = []  # of the host, while this process lives
+        self._no_devices: DriverError | None = None  # why there are none
         self._reactor = reactor
         self._channel = channel
         self._on_bug = on_bug
@@ -185,9 +185,8 @@ class Stages:
 
     def branch(self, file: str, image_format: str, opener: RemoteOpener) -> str:
         """Make an image over the one that is written to, and return the chain with it. Raises: ConfigError, OSError."""
-        from xenbackend.worker.leaf import make_leaf  # late: most workers never need it
-
-        return make_leaf(self._opened(), self._disk.files.opener, file, image_format)
+        with self._disk.opening_by(opener):
+            return make_leaf(self._opened(), opener, file, image_format)
 
     def pause(self, then: Callable[[], None]) -> None:
         """Take nothing from the rings, and call `then` when nothing is in flight, also because the frontend leaves."""

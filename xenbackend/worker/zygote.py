@@ -3,10 +3,10 @@
 Must not start a thread, open a device or a file, or import what a third party wrote: every worker would have it. All
 that it holds for its workers are the empty namespaces of their walls.
 
-Over the socket given by number it says ``ready``; then come datagrams ``fork``, each with a worker's end of a socket,
-and the words of third parties' drivers behind it: ``fork xor``.
-Its answer is ``pidfd``, with the worker's, and ``born``, once the worker is a child of whoever adopts orphans; or
-``failed``. It ends when the other end is closed.
+Over the socket given by number it says ``ready``; then come datagrams, each of which asks for processes by a letter for
+each, ``w`` or ``o``, and the words of third parties' drivers, as in ``wo xor``, with the end of a socket for each. Its
+answer is ``pidfd``, with theirs, and ``born``, once they are children of whoever adopts orphans; or ``failed``. It ends
+when the other end is closed.
 """
 
 from __future__ import annotations
@@ -15,58 +15,97 @@ import gc
 import os
 import socket
 import sys
+from dataclasses import dataclass
 
+from xenbackend.opener import main as opener_main
+from xenbackend.protocol import datagrams
 from xenbackend.walls.raising import Walls
-from xenbackend.worker import birth, io_queue  # noqa: F401 - whoever opens an image for I/O imports the queues then
-from xenbackend.worker.main import serve
+from xenbackend.worker import birth
+from xenbackend.worker import main as worker_main
+from xenbackend.worker.preload import preload
 
-_MOST = 4096  # bytes of a request: words of a chain
+WORKER, OPENER = "w", "o"
+_MOST = 2  # processes at once
+_MOST_ASKED = 4096  # bytes of a request: words of a chain
 
 
-def wait_for_birth(channel: socket.socket, walls: Walls) -> tuple[socket.socket, birth.Birth] | None:
-    """Fork a worker at each request, and return its socket and what it is told there; None here, once nobody asks."""
+def _open(far: socket.socket, walls: Walls, _told: birth.Birth) -> int:
+    """Be an opener, which stays as it is."""
+    walls.close()
+    return opener_main.serve(far)
+
+
+SERVE = {WORKER: worker_main.serve, OPENER: _open}
+
+
+@dataclass(frozen=True, slots=True)
+class Born:
+    """What a new process is: of which kind, whom it serves, and what it is told if it is a worker."""
+
+    kind: str
+    far: socket.socket
+    told: birth.Birth
+
+
+def wait_for_birth(channel: socket.socket, walls: Walls) -> Born | None:
+    """Fork processes at each request, and return what one is there; None here, in the end."""
     channel.send(b"ready")
     while True:
-        asked, fds, _, _ = socket.recv_fds(channel, _MOST, 1)
+        datagram, fds, _ = datagrams.receive(channel, _MOST_ASKED, _MOST)
         if not fds:
             return None
-        kinds = datagram.decode()
+        kinds, _, drivers = datagram.decode().partition(" ")
         try:
             between = os.fork()
         except OSError:
             between = -1
         if between == 0:
-            pid, why_not_alone = _bear(channel, walls)
+            number, pid, why_not_alone = _bear(channel, kinds, walls)
             channel.close()
-            return far, birth.Birth(pid, birth.words(asked.decode().partition(" ")[2]), why_not_alone)
-        far.close()
+            for other, fd in enumerate(fds):
+                if other != number:
+                    os.close(fd)
+            told = birth.Birth(pid, birth.words(drivers), why_not_alone)
+            return Born(kinds[number], socket.socket(fileno=fds[number]), told)
+        for fd in fds:
+            os.close(fd)
         is_born = between > 0 and os.waitpid(between, 0)[1] == 0
         channel.send(b"born" if is_born else b"failed")
 
 
-def _bear(channel: socket.socket, walls: Walls) -> tuple[int, str]:
-    """Return in a child of this process, which leads a session, and end this one: so the child gets another parent.
+def _bear(channel: socket.socket, kinds: str, walls: Walls) -> tuple[int, int, str]:
+    """Return in children of this process, each of which leads a session, and end this one.
 
-    Returns: the child's number, as the host knows it, and why it sees other processes, empty where it does not.
+    So they get another parent. A worker comes last, as it numbers processes anew.
+
+    Returns: the child's place in `kinds`, its number as the host knows it, and why it sees other processes, empty where
+    it does not.
     """
-    why_not_alone = walls.number_anew()
+    pidfds = [-1] * len(kinds)
+    why_not_alone = ""
     try:
-        near, far = socket.socketpair()
-        child = os.fork()
-        if child:
+        for place in sorted(range(len(kinds)), key=lambda place: kinds[place] == WORKER):
+            if kinds[place] == WORKER:
+                why_not_alone = walls.number_anew()
+            near, far = socket.socketpair()
+            child = os.fork()
+            if child == 0:
+                near.close()
+                for pidfd in filter(lambda fd: fd >= 0, pidfds):
+                    os.close(pidfd)
+                pid = int(far.recv(16))
+                os.setsid()
+                far.close()
+                return place, pid, why_not_alone
             far.close()
             near.send(b"%d" % child)
             near.recv(1)  # nothing comes: it leads its session, or has ended
-            socket.send_fds(channel, [b"pidfd"], [os.pidfd_open(child)])
+            near.close()
+            pidfds[place] = os.pidfd_open(child)
+        datagrams.send(channel, b"pidfd", pidfds)
     except OSError:
         os._exit(1)
-    if child:
-        os._exit(0)
-    near.close()
-    pid = int(far.recv(16))
-    os.setsid()
-    far.close()
-    return pid, why_not_alone
+    os._exit(0)
 
 
 def main(arguments: list[str]) -> int:
@@ -76,8 +115,8 @@ def main(arguments: list[str]) -> int:
         print("the zygote is started by the service, with --host and --socket", file=sys.stderr)
         return 2
     walls = Walls(given.get("walls", "off"))
-    birth.import_everything(given["host"])
-    channel = socket.socket(fileno=int(given["socket"]))
+    preload(given["host"])
+    channel = datagrams.inherited(int(given["socket"]))
     # What was made until here is looked at by no collection: it would write to memory that workers share.
     gc.collect()
     gc.freeze()
@@ -85,7 +124,7 @@ def main(arguments: list[str]) -> int:
         born = wait_for_birth(channel, walls)
     except (BrokenPipeError, ConnectionResetError):  # the service went away while we spoke
         return 1
-    return serve(born[0], walls, born[1]) if born else 0
+    return SERVE[born.kind](born.far, walls, born.told) if born else 0
 
 
 if __name__ == "__main__":

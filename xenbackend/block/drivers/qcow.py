@@ -1,7 +1,7 @@
 r"""qcow: an image of QEMU's old format QCOW, version 1; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow:FILE[,cache=on|off][,parents=PLACES][,parent_format=FORMAT]
+    qcow:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,parent_format=FORMAT]
 
 Description:
     The source of a chain for QCOW images of version 1, as blktap and QEMU made them. What the image does not have is

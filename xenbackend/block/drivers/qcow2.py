@@ -1,7 +1,7 @@
 r"""qcow2: an image of QEMU's format QCOW2; a parent (backing file) comes by itself.
 
 Synopsis:
-    qcow2:FILE[,cache=on|off][,parents=PLACES][,parent_format=FORMAT][,data_file=FILE]
+    qcow2:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,parent_format=FORMAT][,data_file=FILE]
 
 Description:
     The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them; "Limits" says of each feature
@@ -102,6 +102,7 @@ Limits:
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,9 +193,9 @@ class Qcow2(QcowDisk):
             return True
         try:
             files = self.env.files
-            within = f"{options.parents}:{os.path.abspath(options.data_file)}"  # noqa: PTH100 - as below
+            within = f"{options.parents}:{os.path.abspath(options.data_file)}"  # noqa: PTH100 - as `opening`: pathlib would alter it
             path, _ = find_data(files, options.file, header.data_name, "", within, read_only=True)
-            return os.path.samefile(path, options.data_file)  # noqa: PTH121 - as `opening`: pathlib would alter names
+            return files.look(path).identity == files.look(options.data_file).identity
         except (OSError, DriverError):
             return False
 

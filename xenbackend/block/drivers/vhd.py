@@ -1,7 +1,7 @@
 r"""vhd: a VHD image: fixed, dynamic or differencing; a parent comes by itself.
 
 Synopsis:
-    vhd:FILE[,cache=on|off][,parents=PLACES][,changed=refuse|accept]
+    vhd:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,changed=refuse|accept]
 
 Description:
     The source of a chain for images of XenServer, blktap, Hyper-V, Virtual PC and QEMU (`vpc`). What the image does

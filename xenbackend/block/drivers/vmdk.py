@@ -1,7 +1,7 @@
 r"""vmdk: a VMDK disk of VMware, in one file or several, or in an OVA, for reading; a parent comes by itself.
 
 Synopsis:
-    vmdk:FILE[,cache=on|off][,parents=PLACES][,changed=refuse|accept][,disk=NAME]
+    vmdk:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,changed=refuse|accept][,disk=NAME]
 
 Description:
     The source of a chain for disks of VMware Workstation, of ESX, and of appliances. It can only be read: attach it
@@ -231,13 +231,6 @@ class Gathering:
         self._left -= 1
         if not self._left:
             self._then(self._status, self._data)
-
-
-def _is_file(env: Env, path: str) -> bool:
-    try:
-        return not env.files.look(path).is_device
-    except DriverError:
-        return False
 
 
 def _names(name: bytes) -> list[str]:

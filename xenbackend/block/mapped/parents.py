@@ -47,11 +47,6 @@ def act_key(what: str) -> str:
     return f"{what.replace(' ', '_')}_by"
 
 
-def paths_of(image: str, names: Sequence[str]) -> list[str]:
-    """Return the paths that an image's names stand for, whether there is something or not."""
-    return [os.path.normpath(os.path.join(_directory_of(image), name)) for name in names]  # noqa: PTH118 - as below
-
-
 def parent_ref(driver: str, path: str, **options: str) -> ParentRef:
     """Return the parent as a layer; options without a value are left out."""
     return ParentRef(format_layer(driver, path, *(f"{key}={value}" for key, value in options.items() if value)))

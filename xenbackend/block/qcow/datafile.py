@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from xenbackend.block.driver import Env, File, Finder
+from xenbackend.block.driver import Env, File, Lookup
 from xenbackend.block.formats.qcow2 import Header
 from xenbackend.block.grammar import format_item
 from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
@@ -22,11 +22,11 @@ from xenbackend.units import format_size
 _STEP = 512  # bytes: it may end inside of a sector, and is made longer by a hole then
 
 
-def find_data(files: Finder, image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> tuple[str, str]:
+def find_data(files: Lookup, image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> tuple[str, str]:
     """Return the path of the data file, and by which act of an administrator it is that, as `Found.by`.
 
     Args:
-        files: finds what the image names.
+        files: finds what the image names, and tells files apart.
         image: the path of the image.
         name: what the image says.
         chosen: what the operator says, who may name any file.
@@ -47,7 +47,7 @@ def find_data(files: Finder, image: str, name: bytes, chosen: str, within: str, 
             refuse_unchosen(image, name)
         found = files.find(DATA_FILE, image, [said], within)
         path, by = found.path, found.by
-    if os.path.samefile(image, path):  # noqa: PTH121 - as `opening`: pathlib would alter the name
+    if files.look(image).identity == files.look(path).identity:
         raise DriverError(f"its data file {printable(path)} is the image itself", path=path)
     return path, by
 

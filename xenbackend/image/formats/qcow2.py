@@ -21,7 +21,6 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.image import behind, writing
 from xenbackend.image.faults import Faults
 from xenbackend.image.tools import Tools
-from xenbackend.opener.local import LocalOpener
 from xenbackend.units import SECTOR, format_size, round_up
 
 if TYPE_CHECKING:
