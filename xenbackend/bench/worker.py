@@ -16,8 +16,7 @@ from xenbackend import counters, journal
 from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages
-from xenbackend.protocol.datagrams import receive
+from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.protocol.messages import Stage
 
 _PATIENCE = 20.0  # seconds for an answer; opening a chain tries again for ten
@@ -60,7 +59,7 @@ class Worker:
             poll_us=self._poll_us,
         )
         try:
-            socket.send_fds(self._socket, [codec.encode(order)], [memory])
+            self._send_with_opener(order, memory, rig)
         finally:
             os.close(memory)
         return self._expect(Stage.OPEN).layers[0].size
@@ -129,7 +128,7 @@ class Worker:
         """Return where it stands after the last order, once that is one of `stages`, if any are named."""
         while True:
             try:
-                datagram, descriptors, _ = receive(self._socket, messages.MAX_MESSAGE, 8)
+                datagram, descriptors, _ = datagrams.receive(self._socket, messages.MAX_MESSAGE, 8)
             except (TimeoutError, ConnectionResetError):
                 datagram, descriptors = b"", []
             for descriptor in descriptors:  # what a worker wants kept; there will be no successor

@@ -140,9 +140,17 @@ def remarks(known: Known) -> list[str]:
     paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
     under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
     old = [f"its worker runs {known['worker_version'] or 'another version'}"] if known["needs_upgrade"] else []
+    files = [_describe_file(each) for each in known["files"] if each["now"] in ("other", "gone")]
     walls = [f"its worker is not behind these walls: {', '.join(known['no_walls'])}"] if known["no_walls"] else []
     needs = [f"its drivers need, and have: {', '.join(known['needs'])}"] if known["needs"] else []
-    return [printable(each) for each in (*paused, *under_way, known["error"], *old, *walls, *needs) if each]
+    every = (*paused, *under_way, known["error"], *files, *old, *walls, *needs)
+    return [printable(each) for each in every if each]
+
+
+def _describe_file(file: dict[str, Any]) -> str:
+    if file["now"] == "gone":
+        return f"{file['file']} has lost that name; the disk is served from the file that had it"
+    return f"{file['file']} leads to another file by now: {file['difference']}; the disk is served from the one before"
 
 
 def errors(known: Known) -> int:

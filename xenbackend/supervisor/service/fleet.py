@@ -18,16 +18,18 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
 
 import xenbackend
+from xenbackend.budget import Bucket
 from xenbackend.errors import KernelError
-from xenbackend.kernel import datagram as datagrams
 from xenbackend.kernel.process import boost, unboost
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, messages
-from xenbackend.protocol.datagrams import receive
+from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
 from xenbackend.supervisor.service.opener import OnOpened, Opener
@@ -36,6 +38,7 @@ from xenbackend.supervisor.service.zygote import Zygote
 from xenbackend.walls.raising import describe
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
+OPENER = (sys.executable, "-m", "xenbackend.opener.main")
 _PACKAGE = Path(xenbackend.__file__).parent
 HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
 REST_S = 5.0  # after a zygote that has ended
@@ -53,6 +56,7 @@ OnEnd = Callable[[str], None]
 class Worker:
     """One process that serves a vbd.
 
+    has_broken_protocol      that is or was it killed for
     walls, no_walls, needs   what it is behind, by its word, as `messages.Standing` has it
     """
 
@@ -99,7 +103,6 @@ class Worker:
 
         `is_breach`: it breaks the protocol. That is counted, and nothing more is heard of it.
         """
-        self.has_breached |= is_breach
         if is_breach and self._is_heard:
             self._deafen()
             self._note_breach()
@@ -154,8 +157,7 @@ class Worker:
     def _has_not_ended(self) -> None:
         if not self._why_killed:
             sentence = "the worker was killed: it closed its socket, and did not end"
-            self._fleet.note_breach(self.pid, sentence)
-            self.has_breached = True
+            self._note_breach()
             self.kill(sentence)
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
@@ -164,7 +166,7 @@ class Worker:
             if not self._is_heard:
                 return  # it was left, or broke the protocol
             try:
-                datagram, fds, is_whole = receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
+                datagram, fds, is_whole = datagrams.receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
             except BlockingIOError:
                 return
             except OSError:
@@ -245,15 +247,65 @@ class Fleet:
         self._zygote: Zygote | None = None
         self._preparation = loop.timer(self.prepare)
         self._complaint = ""  # why there is no zygote
+        self._program = (0, 0)  # that the zygote has imported, see `_program_now`
         self._missing_walls = ""  # as last said
 
     def start(self, on_message: OnMessage, on_end: OnEnd, drivers: Sequence[str] = ()) -> Worker:
-        """Start a worker, which imports these drivers of third parties first. Raises: KernelError."""
-        started = self._zygote.fork(drivers) if self._zygote else None
-        if started is None:
-            words = ["--drivers", ",".join(drivers)] if drivers else []
-            started = process.start([*self._command, *words])
+        """Start a worker, which imports these drivers of third parties first, and an opener for the next `open`.
+
+        Raises: KernelError.
+        """
+        kinds = "w" if self._spare else "wo"
+        forked = self._zygote.fork(kinds, drivers) if self._zygote else []
+        words = ["--drivers", ",".join(drivers)] if drivers else []
+        started = forked[0] if forked else process.start([*self._command, *words])
+        try:
+            self._spare = self._spare or (forked[1] if forked else process.start(self._opener_command))
+        except KernelError:
+            started.kill()
+            started.wait()
+            raise
         return Worker(self, started, on_message, on_end)
+
+    def open(
+        self, job: opening.Job, kept: Sequence[int], on_opened: OnOpened, on_end: OnOpenerEnd
+    ) -> tuple[Opener, socket.socket]:
+        """Start an opener on a job, and return it with the socket that its worker is to get. Raises: KernelError.
+
+        `kept` are the descriptors of the job's kept files, lent.
+        """
+        near, far = process.pair()
+        with far, ExitStack() as undo:
+            undo.callback(near.close)
+            for started in self._candidates():
+                opener = Opener(self.loop, started, on_opened, partial(self._has_ended, on_end))
+                self._openers.add(opener)
+                try:
+                    opener.begin(job, far, kept)
+                except OSError as error:  # one that was made in advance may have ended
+                    opener.end()
+                    self._openers.discard(opener)
+                    problem = KernelError("give an opener its job", error.errno or errno.EIO)
+                else:
+                    undo.pop_all()
+                    return opener, near
+            raise problem
+
+    def _has_ended(self, on_end: OnOpenerEnd, opener: Opener, breach: str) -> None:
+        self._openers.discard(opener)
+        on_end(opener, breach)
+
+    def _candidates(self) -> Iterator[Process]:
+        """Return the opener that was made in advance, if there is one, then another one."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            yield spare
+        yield self.start_opener()
+
+    def start_opener(self) -> Process:
+        """Start an opener that nobody has told anything. Raises: KernelError."""
+        forked = self._zygote.fork("o") if self._zygote else []
+        return forked[0] if forked else process.start(self._opener_command)
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
@@ -265,11 +317,6 @@ class Fleet:
         if missing and missing != self._missing_walls:
             self._missing_walls = missing
             self.log.warning("workers are not behind all of their walls", missing=missing)
-
-    def note_breach(self, pid: int, sentence: str) -> None:
-        """Count a worker that broke the protocol, and say so."""
-        self.breaches += 1
-        self.log.error("a worker broke the protocol and is killed", worker=pid, reason=sentence)
 
     def prepare(self) -> None:
         """Have a zygote from now on, so that the next worker starts fast; one that ends is not replaced at once."""
@@ -291,7 +338,7 @@ class Fleet:
         """Have another zygote where the program is not what this one has imported."""
         if self._zygote is None or self._program == _program_now():
             return
-        self.close()
+        self._send_zygote_away()
         self._preparation.set(self.loop.now())  # not before whoever wanted it has been served
 
     def close(self) -> None:

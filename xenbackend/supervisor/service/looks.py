@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from xenbackend.errors import KernelError
-from xenbackend.kernel import datagram
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, opening
+from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.process import Process
 
@@ -99,7 +98,7 @@ class _Look:
 
     def _receive(self) -> None:
         try:
-            data, _, _ = datagram.receive(self._process.socket, opening.MAX_MESSAGE, 1)
+            data, _, _ = datagrams.receive(self._process.socket, opening.MAX_MESSAGE, 1)
             meaning = opening.from_opener(data) if data else None
         except BlockingIOError:
             return

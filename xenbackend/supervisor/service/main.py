@@ -28,7 +28,8 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import access, fleet, former_settings, parent, zygote
+from xenbackend.protocol.opening import Meaning
+from xenbackend.supervisor.service import access, fleet, former_settings, zygote
 from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
@@ -83,7 +84,11 @@ class Service:
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
         common = ("--host", settings.host, "--walls", settings.walls)
         self._fleet = Fleet(self._loop, command=(*fleet.COMMAND, *common), zygote=(*zygote.COMMAND, *common))
-        context = Context(self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger)
+        self._looks = Looks(self._fleet, self._loop)
+        self._last_chains = LastChains(state_directory or Path(settings.socket).parent)
+        context = Context(
+            self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger, self._last_chains
+        )
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         group = access.group_number(settings.group)

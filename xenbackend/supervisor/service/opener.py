@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from xenbackend.kernel.process import boost
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, opening
+from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.process import Process
 
 _PATIENCE_S = 1.0  # for one that was killed
@@ -75,11 +75,11 @@ class Opener:
             self._process.leave()
 
     def _send(self, message: opening.FromSupervisor, fds: Sequence[int] = ()) -> None:
-        datagram.send(self._process.socket, opening.encode(message), fds, socket.MSG_DONTWAIT)
+        datagrams.send(self._process.socket, opening.encode(message), fds, socket.MSG_DONTWAIT)
 
     def _receive(self) -> None:
         try:
-            data, fds, _ = datagram.receive(self._process.socket, opening.MAX_MESSAGE, 1)
+            data, fds, _ = datagrams.receive(self._process.socket, opening.MAX_MESSAGE, 1)
         except BlockingIOError:
             return
         except OSError:

@@ -21,10 +21,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from xenbackend.errors import ConfigError
-from xenbackend.kernel import datagram
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
-from xenbackend.protocol.datagrams import receive
+from xenbackend.protocol import datagrams
 from xenbackend.supervisor.service.keeper import FIRST
 from xenbackend.supervisor.service.notify import address_of
 
@@ -56,7 +55,7 @@ class Store:
 
         Raises: BlockingIOError while there is none.
         """
-        data, fds, _ = receive(self.socket, _MESSAGE, 8)
+        data, fds, _ = datagrams.receive(self.socket, _MESSAGE, 8)
         message = data.decode(errors="replace")
         fields = dict(line.partition("=")[::2] for line in message.splitlines())
         name = fields.get("FDNAME", "")

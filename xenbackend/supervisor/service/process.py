@@ -103,21 +103,6 @@ def pair() -> tuple[socket.socket, socket.socket]:
         raise KernelError("make a socket for a worker process", error.errno or errno.EIO) from None
 
 
-def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int], bool]:
-    """Return a datagram, the descriptors beside it, which no program of ours inherits, and whether that is all of it.
-
-    It is not where the datagram was longer than `size`, or came with more than `most` descriptors: those are closed.
-    Python's own `recv_fds` passes over the flag that keeps them from being inherited. Raises: OSError.
-    """
-    fds = array("i")
-    room = socket.CMSG_LEN(most * fds.itemsize)
-    datagram, beside, flags, _ = near.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, data in beside:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return datagram, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-
-
 def _environment() -> dict[str, str]:
     """Return what a process of ours is told of ours: where Python and its parts are, and nothing of the service's."""
     return {name: value for name, value in os.environ.items() if name in _TOLD or name.startswith("PYTHON")}

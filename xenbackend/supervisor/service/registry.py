@@ -32,7 +32,14 @@ from xenbackend.supervisor.vbd.inheritance import What
 from xenbackend.supervisor.vbd.spec import is_ours
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.vbd.vbd_nodes import forget_notes
-from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, parse_backend_path, parse_domain_directory
+from xenbackend.supervisor.xenstore.nodes import private
+from xenbackend.supervisor.xenstore.paths import (
+    VbdPath,
+    domain_path,
+    parse_backend_path,
+    parse_domain_directory,
+    status_root,
+)
 
 Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], None]], Vbd]
 
@@ -74,8 +81,9 @@ class Registry:
 
     def start(self) -> None:
         """Watch, go on with what an earlier service left, and look at what is there soon. Raises: StoreError."""
-        self._store.remove(self._status_root())  # of a service that had no time to tidy up
+        self._store.remove(status_root(self.domid))  # of a service that had no time to tidy up
         forget_notes(self._store, self.domid)
+        self._make_status_root()
         for kind in self._kinds():
             self._store.watch(self._kind_path(kind), _TOKEN)
         self._link = StoreLink(

@@ -17,6 +17,7 @@ from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.errors import ConfigError
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.protocol.client import DEFAULT_SOCKET
+from xenbackend.settings_file import PATH
 from xenbackend.walls.raising import MODES
 
 _SERVE = ("ours", "all")

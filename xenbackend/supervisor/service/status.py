@@ -84,13 +84,12 @@ def describe_file(name: str, identity: str, meaning: Meaning | None) -> dict[str
 
 def describe_briefly(vbd: Vbd) -> dict[str, str]:
     """Return what stands in xenstore about one disk, for people and scripts in dom0."""
-    paused = vbd.handover.notes.paused
     return {
         "chain": vbd.chain_in_service(),
         "worker": str(vbd.worker.pid) if vbd.worker else "",
         "phase": vbd.device.phase.value,
         "since": datetime.fromtimestamp(vbd.since, UTC).isoformat(timespec="seconds"),
-        "paused": "" if paused is None else paused or "an administrator",
+        "paused": vbd.orders.paused_by,
         "error": vbd.device.error[:SENTENCE_MAX],
     }
 

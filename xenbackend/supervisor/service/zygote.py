@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 from xenbackend.kernel.process import adopting_orphans, boost, kill, unboost
+from xenbackend.protocol import datagrams
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 
@@ -37,9 +38,9 @@ class Zygote:
         self._process = process.start(command)
         boost(self.pid)
         self._is_ready = self._has_failed = False
-        self._is_bearing = False  # it was asked, and has not said how that ended
-        self._born = -1  # pidfd of the worker that it has named meanwhile
-        self._too_late: list[int] = []  # pidfds of workers that nobody waited for
+        self._awaited = 0  # processes that it was asked for, while it has not said how that ended
+        self._born: list[int] = []  # pidfds of those that it has named meanwhile
+        self._too_late: list[int] = []  # pidfds of processes that nobody waited for
 
     @property
     def pid(self) -> int:
@@ -51,99 +52,100 @@ class Zygote:
         """Readable once it has ended, by itself or killed."""
         return self._process.pidfd
 
-    def fork(self, drivers: Sequence[str] = ()) -> Process | None:
-        """Return a new worker, which imports these drivers of third parties first.
+    def fork(self, kinds: str, drivers: Sequence[str] = ()) -> list[Process]:
+        """Return new processes, for each letter of `kinds` one, as `worker.zygote` knows them.
 
-        None where the zygote is not ready, or fails at it: then it is good for nothing.
+        A worker imports these drivers of third parties first.
 
-        Return none where the zygote is not ready, or fails at it: then it is good for nothing. Raises: KernelError.
+        Return none where the zygote is not ready, or late, or fails: then it is good for nothing.
+
+        Raises: KernelError.
         """
         if not self._hears():
-            return None
-        near, far = process.pair()
-        with far, adopting_orphans():
-            pidfd = self._ask(far, drivers)
-        if pidfd < 0:
-            near.close()  # so that a worker that is born too late ends
-            return None
-        worker = Process(near, pidfd)
-        unboost(worker.pid)
-        return worker
+            return []
+        with ExitStack() as ours, ExitStack() as theirs:
+            near, far = [], []
+            for _ in kinds:
+                pair = process.pair()
+                near.append(ours.enter_context(pair[0]))
+                far.append(theirs.enter_context(pair[1]))
+            with adopting_orphans():
+                pidfds = self._ask(kinds, drivers, far)
+            if not pidfds:
+                return []  # a process that is born too late ends
+            ours.pop_all()
+        born = [Process(*each) for each in zip(near, pidfds, strict=True)]
+        for each in born:
+            unboost(each.pid)
+        return born
 
     def close(self) -> None:
         """Send it away. What it has forked goes on."""
         self._process.kill()
         self._process.describe_end()
-        if self._born >= 0:
-            self._too_late.append(self._born)
-        for pidfd in self._too_late:
+        for pidfd in [*self._too_late, *self._born]:
             kill(pidfd)
             self._reap(pidfd, os.WEXITED)
-        self._born, self._too_late = -1, []
+        self._born, self._too_late = [], []
 
     def _hears(self) -> bool:
         """Return whether it waits to be asked; do not wait for that."""
-        if self._is_bearing and not self._has_failed:
-            late = self._hear(0.0)
-            if late >= 0:
+        if self._awaited and not self._has_failed:
+            for late in self._hear(0.0):
                 kill(late)
                 self._too_late.append(late)
         elif not self._is_ready and not self._has_failed:
             with suppress(OSError):  # it has said nothing yet, or has ended
                 self._is_ready = self._process.socket.recv(16) == b"ready"
         self._too_late = [each for each in self._too_late if not self._reap(each, os.WEXITED | os.WNOHANG)]
-        return self._is_ready and not self._has_failed and not self._is_bearing
+        return self._is_ready and not self._has_failed and not self._awaited
 
-    def _ask(self, far: socket.socket, drivers: Sequence[str]) -> int:
-        """Have a worker forked that serves `far`, and return its pidfd; -1 where there is none in time."""
-        self._is_bearing = True
+    def _ask(self, kinds: str, drivers: Sequence[str], far: Sequence[socket.socket]) -> list[int]:
+        """Have processes forked that serve `far`, and return their pidfds; none where they are not there in time."""
+        self._awaited = len(far)
         try:
-            socket.send_fds(channel, [f"fork {','.join(drivers)}".encode()], [far.fileno()])
-            datagram, fds, _ = process.receive(channel, 16, 1)
-            if fds:
-                pidfd = fds[0]
-                channel.settimeout(max(0.0, give_up - time.monotonic()))
-                datagram = channel.recv(16)
+            request = f"{kinds} {','.join(drivers)}".encode()
+            datagrams.send(self._process.socket, request, [each.fileno() for each in far])
         except OSError:
             self._fail()
-            return -1
+            return []
         return self._hear(_PATIENCE_S)
 
-    def _hear(self, patience_s: float) -> int:
-        """Wait for a birth for so long, and return the worker's pidfd; -1 where there is none by then."""
+    def _hear(self, patience_s: float) -> list[int]:
+        """Wait for a birth for so long, and return the processes' pidfds; none where they are not there by then."""
         channel, give_up = self._process.socket, time.monotonic() + patience_s
+        awaited = self._awaited
         try:
-            while self._is_bearing:
+            while self._awaited:
                 channel.settimeout(max(0.0, give_up - time.monotonic()))
-                datagram, fds, _ = process.receive(channel, 16, 1)
-                if fds and self._born < 0:
-                    self._born = fds[0]
+                datagram, fds, _ = datagrams.receive(channel, 16, awaited)
+                if fds and not self._born:
+                    self._born = fds
                 else:
-                    self._is_bearing = False
+                    self._awaited = 0
         except (TimeoutError, BlockingIOError):
-            return -1
+            return []
         except OSError:
             datagram, fds = b"", []
         finally:
             channel.setblocking(False)
-        pidfd, self._born = self._born, -1
-        if datagram == b"born" and pidfd >= 0 and not fds:
-            return pidfd
-        for fd in [*fds, pidfd]:
-            if fd >= 0:
-                os.close(fd)
+        pidfds, self._born = self._born, []
+        if datagram == b"born" and len(pidfds) == awaited and not fds:
+            return pidfds
+        for fd in [*fds, *pidfds]:
+            os.close(fd)
         self._fail()
-        return -1
+        return []
 
     def _fail(self) -> None:
         """Let nobody wait for it once more."""
         self._has_failed = True
-        self._is_bearing = False
+        self._awaited = 0
         self._process.kill()
 
     @staticmethod
     def _reap(pidfd: int, options: int) -> bool:
-        """Collect a worker that came too late, if it has ended, and return whether it has."""
+        """Collect a process that came too late, if it has ended, and return whether it has."""
         try:
             if os.waitid(os.P_PIDFD, pidfd, options) is None:
                 return False

@@ -13,6 +13,7 @@ from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd.claim import Claim, Taking
 from xenbackend.supervisor.vbd.context import Context
+from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.notes import Claimed
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -57,10 +58,11 @@ class Arrival:
         """Make good at once what was begun: the service ends. Raises: StoreError."""
         self._taking.give_back()
 
-    def tell(self, hotplug: str, error: str, *, is_mistaken: bool) -> None:
-        """Tell all scripts that wait what ``hotplug-status`` says, ``connected`` or not, and why not, whose mistake."""
-        code = Code.INVALID if is_mistaken else Code.FAILED
-        self.answer(Answer(Code.OK, "connected") if hotplug == "connected" else Answer(code, None, error))
+    def tell(self, device: Device) -> None:
+        """Tell all scripts that wait what ``hotplug-status`` says, ``connected`` or not, and why not."""
+        code = Code.INVALID if device.is_mistaken else Code.FAILED
+        is_open = device.sight.hotplug == "connected"
+        self.answer(Answer(Code.OK, "connected") if is_open else Answer(code, None, device.error))
 
     def answer(self, answer: Answer) -> None:
         """Tell all scripts that wait."""

@@ -74,7 +74,7 @@ class Device:
         """
         self.path = path
         self.is_leaving = self._is_mistake = False
-        self._is_stopping = False
+        self._is_stopping = self._is_unfinished = False
         self.sight = Sight(path, has_past=has_past)
         self._reasons = Reasons()
         self._aims = Aims(self.sight, self._reasons, limits, pid)
@@ -217,7 +217,7 @@ class Device:
             return [events.Kill(f"the worker was killed: it says that it is {said}", is_breach=True)]
         if has_failed:
             self._is_mistake = standing.is_mistake
-            self._fail(standing.failure)
+            self._fail(standing.failure, standing.errno)
             return []
         if former is Phase.OPENING and standing.layers and self.is_waited_for() and self._was_told_of(standing.chain):
             self._reasons.say(Reason.OTHER_SIZE, shrinkage(standing.layers[0], self.sight.keys or {}))

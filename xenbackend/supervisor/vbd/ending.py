@@ -1,4 +1,4 @@
-"""What must not be lost of a vbd when its service forgets it: which chain has the guest's data.
+"""What must not be lost of a vbd when its service forgets it: which chain has the guest's data, and in which files.
 
 Must not forget anything itself, nor keep a service that is being replaced from ending.
 
@@ -8,13 +8,16 @@ stops waits for xenstore, its worker closed already. If that does not come in ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xenbackend.errors import KernelError, StoreError
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.events import Stop
 from xenbackend.supervisor.vbd.last_chains import LastChain
-from xenbackend.supervisor.vbd.vbd_log import VbdLog
+from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 
 if TYPE_CHECKING:
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 WAIT_S = 45.0  # from the stop on; the unit's TimeoutStopSec is longer
 _WAITS = "xenstore has to be told which chain is in service; the service waits for it before it ends"
 _LEFT = "xenstore could not be told which chain was in service; a file tells the next service"
-_UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
 
 
 class Ending:
@@ -36,22 +38,31 @@ class Ending:
         self._log = log
         self._give_up_at = 0.0
         self._has_said = False
+        self._has_recalled = False
         self._timer = context.loop.timer(self._give_up)
 
-    def find(self) -> bool:
-        """Go on with what an earlier service has left in a file, and return whether it has."""
+    def find(self, *, is_heir: bool) -> bool:
+        """Go on with what an earlier service has left in a file, and return whether anything is left of one.
+
+        `is_heir`: it has left descriptors, with notes.
+        """
+        self._has_recalled = is_heir
         last = self._context.last_chains.of(self._vbd.path)
         if last is not None:
             self._vbd.handover.note(chain=last.chain, stale_params=last.stale_params)
-        return last is not None
+        return is_heir or last is not None
 
-    def saw_params(self, params: str) -> None:
-        """Take note of what the key ``params`` says."""
+    def saw(self, keys: Mapping[str, str]) -> None:
+        """Take note of what the keys say, and with the first ones of which files are noted in xenstore."""
         handover = self._vbd.handover
         if handover.notes.stale_params:
-            handover.saw_params(params)
+            handover.saw_params(keys.get("params", ""))
             if not handover.notes.stale_params:
                 self._context.last_chains.forget(self._vbd.path)
+        if not self._has_recalled:  # what else was left has them
+            chain = handover.notes.chain or keys.get("params", "")
+            handover.expect(chain, self._nodes.noted_files(keys, chain))
+            self._has_recalled = True
 
     def begin(self) -> None:
         """Leave word at once: a service that stops may be killed before it has ended. From now on its time counts."""
@@ -82,9 +93,9 @@ class Ending:
             self._context.last_chains.forget(self._vbd.path)
             return
         try:
-            file = self._context.last_chains.leave(path, LastChain(chain, notes.stale_params))
+            file = self._leave()
         except KernelError as error:
-            self._log.say("critical", _UNTOLD, chain=chain, reason=str(error))
+            self._log.say("critical", UNTOLD, chain=chain, reason=str(error))
         else:
             self._log.say("warning", _LEFT, chain=chain, file=str(file))
 
@@ -117,5 +128,5 @@ class Ending:
         except StoreError:
             return False
         if keys is not None:  # else a look will tell that the vbd is over
-            self.saw_params(keys.get("params", ""))
+            self.saw(keys)
         return keys is None or not self._vbd.handover.notes.stale_params

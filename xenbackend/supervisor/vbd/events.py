@@ -30,11 +30,13 @@ class Ended:
     """The worker process has ended, wanted or not; `sentence` says how.
 
     `has_progressed`: the guest got an answer since the last worker ended, or this one had lived for long.
+    `is_unfinished`: it had not taken leave of the guest, and may have left requests that it had taken.
     `is_hasty`: so did many before it, right after their start.
     """
 
     sentence: str
     has_progressed: bool = False
+    is_unfinished: bool = False
     is_hasty: bool = False
 
 

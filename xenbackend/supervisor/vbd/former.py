@@ -21,7 +21,7 @@ from xenbackend.block.policy import Policy
 from xenbackend.errors import ConfigError
 from xenbackend.kernel import memfd, process
 from xenbackend.protocol import codec
-from xenbackend.protocol.messages import HeldFile
+from xenbackend.protocol.opening import HeldFile
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.units import PAGE
 

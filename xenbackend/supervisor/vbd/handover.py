@@ -35,6 +35,7 @@ from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.vbd.inheritance import OPEN_FILES, What, current, is_memory, name_of
+from xenbackend.supervisor.vbd.kept_files import KeptFiles
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
@@ -92,6 +93,9 @@ class Handover:
         for slot, name in self.notes.memories.items():
             if current(slot) in ours:
                 self._memories[name] = ours.pop(current(slot))
+        for slot in self.notes.files:
+            if current(slot) in ours:
+                self.files.find(slot, ours.pop(current(slot)))
         remembered = ours.pop(current(OPEN_FILES), -1)
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:

@@ -31,8 +31,8 @@ _VERSIONS = {
     "pidfd": messages.VERSION,
     OPEN_FILES: 3,
 }
-_MEMORY_VERSION = 3
-_MEMORY = re.compile(r"m\d+")
+_SLOT_VERSION = 3
+_SLOT = re.compile(r"[mf]\d+")
 
 
 def prefix_of(path: VbdPath) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from xenbackend.block.drivers import third_parties
+from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.opening import Job
@@ -166,8 +167,9 @@ class Link:
         worker, self.worker = self.worker, None
         if worker is None:
             return  # it was let go
+        self._dismiss_openers()
         self._answer_all(sentence)
-        self._vbd.ends(sentence, is_breach=worker.has_breached)
+        self._vbd.ends(worker, sentence)
 
     def _answer_all(self, sentence: str) -> None:
         asked, self._asked = self._asked, {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from xenbackend import journal
 from xenbackend.protocol import codec
-from xenbackend.protocol.messages import HeldFile
+from xenbackend.protocol.opening import HeldFile
 from xenbackend.units import PAGE
 
 VERSION = 3

@@ -94,4 +94,5 @@ class Openings:
         asked = (spec.read_only, spec.shareable) if spec else (True, False)  # an earlier service has told the worker
         read_only, shareable = self._mode or asked
         kept = [KeptFile(file.name, file.identity) for file, _ in self._handover.files.kept()]
-        return Job(str(self._path), chains, read_only, shareable, kept=kept)
+        parents, in_service = self._context.settings.parents, self._handover.notes.in_service
+        return Job(str(self._path), chains, read_only, shareable, kept=kept, parents=parents, in_service=in_service)

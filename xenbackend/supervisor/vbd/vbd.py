@@ -36,11 +36,10 @@ from xenbackend.supervisor.vbd.negotiation import connect_of
 from xenbackend.supervisor.vbd.openings import Openings
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.phase import Phase
-from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
+from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-_LEVELS = ("debug", "info", "warning", "error", "critical")
 _RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
 
 
@@ -67,9 +66,10 @@ class Vbd:
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
         self._nodes = VbdNodes(context.store, path)
         self._ending = Ending(self, context, self._nodes, self._log)
-        has_past = bool(inherited) or self._ending.find()
+        has_past = self._ending.find(is_heir=bool(inherited))
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
-        self.link = Link(self, context.fleet, int(context.loop.now() * 1e6))  # no clock that could be set back
+        self._openings = Openings(path, context, self.device, self.handover)
+        self.link = Link(self, context.fleet, self._openings)
         self.orders = Orders(self, context.settings.on_error)
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
@@ -116,8 +116,7 @@ class Vbd:
             self._guarded(self._show)
             self._guarded(self.orders.looked)
             if self.device.sight.hotplug and "node" not in self._must_look:
-                tell = partial(self._arrival.tell, is_mistaken=self.device.is_mistaken)
-                self._guarded(tell, self.device.sight.hotplug, self.device.error)
+                self._guarded(self._arrival.tell, self.device)
 
     def hotplug(self, reply: Reply) -> None:
         """Do what the toolstack's hotplug script asks for: serve the vbd.
@@ -140,6 +139,7 @@ class Vbd:
     def stop(self, *, leaves: bool) -> None:
         """Finish and close, or leave the worker to the next service: see `events.Stop`."""
         self._guarded(self._arrival.give_back)
+        self._guarded(self._ending.begin)
         self.handle(events.Stop(leaves, is_unfinished=self.handover.agreed() is not None))
 
     def abandon(self, sentence: str, *, leaves: bool = False) -> None:
@@ -193,16 +193,19 @@ class Vbd:
         """Write a line that the worker asks for."""
         self._log.say_for_worker(level, event, **fields)
 
-    def ends(self, sentence: str, *, is_breach: bool) -> None:
-        """Take note that the worker has ended, or was ended because it broke the protocol."""
+    def ends(self, worker: Worker, sentence: str) -> None:
+        """Take note that the worker has ended."""
+        if worker.has_broken_protocol:
+            self._log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
         self.handover.forget_worker()
         if not self.device.is_promised():
             self.handover.files.let_go()  # a chain that could not be opened may be put right by another file
+        self._openings.remove_export()
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
-        progress = journal.progress(self.handover.page)
+        progress, is_breach = journal.progress(self.handover.page), worker.has_broken_protocol
         has_progressed = self.lives.end(now, progress, was_asked=was_asked, is_breach=is_breach)
         self._guarded(self.exchanges.settle)
-        self.handle(events.Ended(sentence, has_progressed, self.lives.is_hasty))
+        self.handle(events.Ended(sentence, has_progressed, self.handover.agreed() is not None, self.lives.is_hasty))
 
     def fault(self, bug: Exception) -> None:
         """Take note of a fault of the program while this vbd was handled. A fresh look may put it right."""
@@ -303,8 +306,6 @@ class Vbd:
                 export=self._openings.export if boots else "",
                 policy=self.orders.policy,
                 is_paused=self.handover.notes.paused is not None,
-                parents=settings.parents,
-                in_service=self.handover.notes.in_service,
             ),
             [fd, *memories.values()],
         )
@@ -358,11 +359,10 @@ class Vbd:
         if leaves:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
+            goes_on = self.device.is_promised() and not self.device.sight.is_over
             self._guarded(self.handover.close)
             self._guarded(partial(self._nodes.forget, goes_on=goes_on))
         self._on_forgotten(self)
-
-    # xenstore
 
     def _look_if_due(self) -> None:
         if self._must_look and not self._arrival.is_under_way and self._context.store.is_connected:
@@ -378,14 +378,8 @@ class Vbd:
             self._must_look |= must_look
             raise
         if keys is not None:
-            self._ending.saw_params(keys.get("params", ""))
+            self._ending.saw(keys)
         self.handle(events.Seen(keys, theirs))
-
-    def _recall(self, keys: Mapping[str, str]) -> None:
-        """With the first look, take what stands in xenstore of the disk's files, where nothing else was left of it."""
-        if not self._has_past:
-            self.handover.expect(keys.get("params", ""), self._nodes.noted_files(keys))
-            self._has_past = True
 
     def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function; where xenstore lets it down, or a fault of ours, a fresh look will put things right."""
@@ -404,16 +398,8 @@ class Vbd:
             self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:
-        self._nodes.show_status(
-            {
-                "chain": self.chain_in_service(),
-                "worker": str(self.worker.pid) if self.worker else "",
-                "phase": self.device.phase.value,
-                "since": datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds"),
-                "paused": self.orders.paused_by,
-                "error": self.device.error[:SENTENCE_MAX],
-            }
-        )
+        self._nodes.note_files(self.handover.notes.chain, self.handover.files.identities())
+        self._nodes.show_status(describe_briefly(self))
 
     def _has_arrived(self, problem: XenbackendError | None) -> None:
         """Go on once the vbd is ours alone, or say why it is not."""

@@ -15,6 +15,7 @@ from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
 from xenbackend.supervisor.vbd.events import Write
 from xenbackend.supervisor.vbd.kept_files import key_of
+from xenbackend.supervisor.vbd.negotiation import PRIVATE
 from xenbackend.supervisor.vbd.spec import frontend_path
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
@@ -38,8 +39,9 @@ class VbdNodes:
         self._store = store
         self._path = path
         self._home = domain_path(path.backend_domid)
-        self._status_path = f"{self._home}/xenbackend/{path}"
+        self._ours = private(path.backend_domid)
         self._notes_path = f"{self._home}/{NOTES}/{path}"
+        self._status_path = f"{status_root(path.backend_domid)}/{path}"
         self._error_path = f"{self._home}/error/backend/{path}"
         self._status: dict[str, str] = {}  # as last written
         self._noted: list[str] | None = None  # as last written; None: nobody knows what stands there
@@ -128,6 +130,8 @@ class VbdNodes:
 
         def body(nodes: Nodes) -> None:
             nodes.remove(self._notes_path)
+            nodes.mkdir(self._notes_path)
+            nodes.set_permissions(self._notes_path, self._ours)  # as all below has it: no guest reads names of files
             for number, value in enumerate(noted):
                 nodes.write(f"{self._notes_path}/{number or _CHAIN}", value)
 
@@ -135,15 +139,16 @@ class VbdNodes:
             self._store.transact(body)
         self._noted = noted
 
-    def noted_files(self, keys: Mapping[str, str]) -> dict[str, str]:
+    def noted_files(self, keys: Mapping[str, str], chain: str) -> dict[str, str]:
         """Return the identities of the files that an earlier service served the disk from, by `key_of` their names.
 
-        None where the keys, the backend directory's, are of a vbd that no service has seen yet, or name another chain.
+        None where the keys, the backend directory's, are of a vbd that no service has seen yet, or another chain than
+        this one was noted.
         """
         if parse_state(keys.get("state")) in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
             return {}
         noted = self._store.dictionary(self._notes_path)
-        if noted.pop(_CHAIN, None) != keys.get("params"):
+        if noted.pop(_CHAIN, None) != chain:
             return {}
         return {key: identity for identity, _, key in (value.partition("|") for value in noted.values())}
 
@@ -159,7 +164,7 @@ class VbdNodes:
         self._unwatch()
         if not goes_on:
             self._store.prune(self._notes_path, self._home)
-        self._store.prune(self._status_path, self._home)
+        self._store.prune(self._status_path, status_root(self._path.backend_domid))
         self._store.prune(self._error_path, self._home)
 
     def _unwatch(self) -> None:
