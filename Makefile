@@ -11,7 +11,8 @@ CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos scoreboard bench-xen bench deb clean
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos scoreboard bench-xen bench
+.PHONY: deb deb-former clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo

@@ -73,6 +73,7 @@ DISK = {
     "phase": "serving", "since": 0.0, "paused": False, "paused_by": "", "reason": "", "error": "", "under_way": [],
     "worker": 12, "worker_since": 0.0, "worker_version": "0.1.0", "needs_upgrade": False, "restarts": 0, "layers": [],
     "walls": ["user", "calls"], "no_walls": {}, "needs": [],
+    "files": [{"file": "/img", "now": "same", "difference": ""}],
     "counters": {"reads": 7, "writes": 0, "read_bytes": 0, "written_bytes": 0, "errors": 3, "guest_errors": 0,
                  "latency_samples": 0, "latency_ns": 0},
     "latency_histogram": [0] * 48,

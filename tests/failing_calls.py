@@ -32,7 +32,8 @@ _NOT_OURS = ("xenbackend.kernel.fixed",)  # the rig's substitute for a grant map
 OS_CALLS = {
     "open": errno.EMFILE, "close": errno.EIO, "dup": errno.EMFILE, "eventfd": errno.EMFILE,
     "fdatasync": errno.EIO, "fstat": errno.EIO,
-    "fsync": errno.EIO, "ftruncate": errno.EIO, "link": errno.EIO, "lseek": errno.EIO, "memfd_create": errno.EMFILE,
+    "fsync": errno.EIO, "ftruncate": errno.EIO, "link": errno.EIO, "listdir": errno.EMFILE, "lseek": errno.EIO,
+    "memfd_create": errno.EMFILE, "readlink": errno.EIO,
     "pread": errno.EIO, "preadv": errno.EIO, "pwrite": errno.EIO, "pwritev": errno.EIO, "set_blocking": errno.EIO,
     "set_inheritable": errno.EIO, "stat": errno.EIO, "statvfs": errno.EIO, "umask": errno.EIO,
 }  # fmt: skip
@@ -57,6 +58,7 @@ EXEMPT = {
     "os.fsdecode": "no system call",
     "os.fsencode": "no system call",
     "os.major": "no system call",
+    "os.makedev": "no system call",
     "os.minor": "no system call",
     "os.strerror": "no system call",
     "os.sysconf": "no system call",

@@ -8,13 +8,72 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from xenbackend.kernel import datagram
+from xenbackend.block.driver import Found
+from xenbackend.kernel.inuse import InUse
+from xenbackend.kernel.locks import Access
 from xenbackend.opener.main import serve
-from xenbackend.protocol import opening
+from xenbackend.protocol import datagrams, opening
 from xenbackend.worker.opener import RemoteOpener
+
+
+class EachRemote:
+    """Has an opener of its own for each image, as if that were a disk's chain; implements `worker.files.Opener`."""
+
+    def __init__(self, openers: Openers) -> None:
+        self._openers = openers
+        self._remotes: dict[tuple[str, int], RemoteOpener] = {}  # by path and thread
+
+    def hold(self, path: str) -> None:
+        """Do nothing, as `RemoteOpener`."""
+
+    def release(self, path: str) -> None:
+        """Do nothing, as `RemoteOpener`."""
+
+    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, opening.Facts]:
+        """Open what the name means now."""
+        return self._begin(path, shareable=not claims).open(path, write=write, claims=claims)
+
+    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:
+        """Look at what was opened last by this name."""
+        return self._remotes[path, threading.get_ident()].is_used_beside(path, fd, access)
+
+    def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
+        """Say why that cannot be had."""
+        return self._remotes[path, threading.get_ident()].why_in_use(
+            path, access, is_claimed=is_claimed, with_names=with_names
+        )
+
+    def look(self, path: str) -> opening.Facts:
+        """Look at what the name means now."""
+        return self._begin(path).look(path)
+
+    def open_record(self, path: str) -> int:
+        """Refuse it: there are none here."""
+        raise NotImplementedError(path)
+
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
+        """Refuse it."""
+        raise NotImplementedError(image)
+
+    def resolve(self, path: str) -> str:
+        """Refuse it."""
+        raise NotImplementedError(path)
+
+    def close(self) -> None:
+        """Let the openers end."""
+        while self._remotes:
+            self._remotes.popitem()[1].close()
+
+    def _begin(self, path: str, *, shareable: bool = False) -> RemoteOpener:
+        key = path, threading.get_ident()
+        if key in self._remotes:
+            self._remotes[key].close()
+        remote = self._openers.remote(opening.Job("vbd/5/51712", [f"aio:{path}"], False, shareable))
+        self._remotes[key] = remote
+        return remote
 
 
 class Openers:
@@ -38,7 +97,7 @@ class Openers:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far:
-            datagram.send(ours, opening.encode(job), [far.fileno(), *kept.values()])
+            datagrams.send(ours, opening.encode(job), [far.fileno(), *kept.values()])
         self._start(self._run, theirs)
         self._start(self._keep, ours)
         return near
@@ -72,7 +131,7 @@ class Openers:
     def _keep(self, far: socket.socket) -> None:
         with far:
             while True:
-                data, fds, _ = datagram.receive(far, opening.MAX_MESSAGE, 1)
+                data, fds, _ = datagrams.receive(far, opening.MAX_MESSAGE, 1)
                 if not data:
                     return
                 message = opening.from_opener(data)

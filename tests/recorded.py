@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -183,6 +183,24 @@ class RecordedFiles:
         """See `Files`: whatever an image names may be had."""
         beside = Path(image).parent
         return next(Found(path, "the test") for name in names if (path := str(beside / name)) in self.files)
+
+    def look(self, path: str) -> Facts:
+        """See `Files`: what is at the path, if something is."""
+        is_device = path in self.files and self.files[path].is_device
+        try:
+            return replace(LocalOpener().look(path), is_device=is_device)
+        except FileNotFoundError:
+            if path not in self.files:
+                raise
+            return Facts(path, is_device=is_device, size=0, mtime_ns=0, discard_granularity=0, real=path)
+
+    def resolve(self, path: str) -> str:
+        """See `Files`."""
+        return LocalOpener().resolve(path)
+
+    def open_record(self, path: str) -> int:
+        """See `Files`."""
+        return LocalOpener().open_record(path)
 
 
 @dataclass

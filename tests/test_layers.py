@@ -30,17 +30,18 @@ LAYERS = {
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps"},
     "walls": GROUND - {"log"} | {"kernel"},
-    "worker": GROUND - {"log"} | STRANGERS | {"walls"},  # a worker logs by messages
+    "opener": GROUND - {"log"} | {"kernel", "block", "protocol"},
+    "worker": GROUND - {"log"} | STRANGERS | {"opener", "walls"},  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
-    | {"kernel.memfd", "kernel.ports", "kernel.process", "walls.raising"},
+    | {"kernel.blkback", "kernel.identity", "kernel.memfd", "kernel.ports", "kernel.process", "walls.raising"},
     "rig": GROUND | {"kernel.ports", "kernel.fence", "kernel.fixed", "kernel.memory", "blkif"},
     "bench": GROUND | {"rig", "protocol", "kernel", "journal", "blkif", "block.formats.table"},
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
     "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
-    "image": GROUND - {"log"} | {"block", "worker.env", "worker.files", "worker.newfile", "opener", "loop"},
+    "image": GROUND - {"log"} | {"block", "kernel.inuse", "opener", "worker.env", "worker.files", "loop"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),
@@ -52,7 +53,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "ctypes": ("bench/blkif_native", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls", "worker/files"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls"),
     "importlib": (
         "block/drivers/__init__",
         "block/formats/table",

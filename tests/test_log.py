@@ -52,6 +52,7 @@ def test_json_lines_are_json() -> None:
     assert ("service", "hello", "warning") == (line["component"], line["event"], line["level"])
 
 
+@pytest.mark.rows("R13", "A30")
 def test_guest_text_cannot_forge_lines() -> None:
     """R13: control characters in a value are escaped and long values are cut, whatever the format."""
     stream = io.StringIO()

@@ -260,6 +260,7 @@ def test_whole_disk_discard_costs_no_bits() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, SIZE, TIB - 1, TIB, TIB + 1, 3 * TIB, 1 << 51, (1 << 51) + 512, (1 << 64) - 1])
 @pytest.mark.parametrize("wanted", [512, 4096, 1 << 30])
+@pytest.mark.rows("D8", "R12")
 def test_a_map_is_bounded_whatever_size_an_image_claims(size: int, wanted: int) -> None:
     """R19, D8: more than 257 MiB are never asked for. The pieces are the ones that were wanted where there is room for
     them, and else no larger than they have to be.

@@ -89,6 +89,7 @@ def watch(directory: Path, chains: list[str], *places: Path) -> list[dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.rows("D9", "R18")
 @pytest.mark.parametrize("is_allowed", [False, True])
 def test_nothing_outside_is_ever_opened(directory: Path, *, is_allowed: bool) -> None:
     """Absolute, relative, linked, /proc, /dev, URL, json, every locator: nothing but what is in an allowed directory.

@@ -13,7 +13,6 @@ from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
 from xenbackend.block.leaf import leaf_over
 from xenbackend.errors import ConfigError
-from xenbackend.opener.local import LocalOpener
 
 SIZE = 1 << 20
 

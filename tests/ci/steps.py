@@ -65,7 +65,7 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         failed="build/failed/model/v/cache/lastfailed",
     ),
     Step("orders", "make test-orders ORDERS=4000", 1.0, full="make test-orders"),
-    Step("ring", "make fuzz N=1000000 S={seed} ANEW=1", 1.5, full="make fuzz N=10000000 S={seed} ANEW=1"),
+    Step("ring", "make fuzz N=400000 S={seed} ANEW=1", 0.5, full="make fuzz N=10000000 S={seed} ANEW=1"),
     Step("fuzz", "make test-fuzz S={seed}", 1.5, full="make test-fuzz S={seed}"),
     Step(
         "images",

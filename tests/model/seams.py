@@ -74,13 +74,14 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
 
     open_files.__kwdefaults__ = init.__kwdefaults__
     opened, receive = world.machine.opened, datagrams.receive
+    asked = type("Asked", (openers.Asked,), {"world": world})
 
     def making(function: Callable[..., int]) -> Callable[..., int]:
         return lambda *arguments, **named: opened(function(*arguments, **named))
 
     def received(*arguments: Any) -> Any:
-        datagram, fds, is_whole = receive(*arguments)
-        return datagram, [opened(fd) for fd in fds], is_whole
+        data, fds, is_whole = receive(*arguments)
+        return data, [opened(fd) for fd in fds], is_whole
 
     return [
         (rig_host, "Connection", Door),
@@ -89,8 +90,8 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
         (HostFiles, "__init__", open_files),
         (os, "close", world.machine.closed),
         *[(os, name, making(getattr(os, name))) for name in ("open", "dup", "eventfd", "memfd_create")],
-        (fleet, "receive", received),
-        (worker_main, "receive", received),
+        (datagrams, "receive", received),
+        (worker_main, "RemoteOpener", asked),
         (time, "sleep", lambda _: None),
         (os, "_exit", leave),
         (signal, "pidfd_send_signal", send_signal),

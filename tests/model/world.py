@@ -384,7 +384,7 @@ class World:
             service.stop(number)
 
     def _may_forget(self) -> bool:
-        """Return whether a stop in order loses nothing: no exchange is under way, and what is unfinished can be done."""
+        """Return whether a stop in order loses nothing: no exchange is under way, and what is left can be done."""
         service: Any = self.service.service if self.service else None
         notes = [vbd.handover.notes for vbd in service._registry.vbds.values()]
         return self.xenstored.is_up and all(each.exchange is None for each in notes)

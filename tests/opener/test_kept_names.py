@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,11 @@ from tests.loops import give, loop
 from xenbackend.block.driver import Found
 from xenbackend.block.mapped.parents import EXTENT, PARENT
 from xenbackend.errors import DriverError
-from xenbackend.opener import steps
+from xenbackend.opener import marks, steps
 from xenbackend.opener.access import Access
 from xenbackend.opener.main import Attendant
-from xenbackend.protocol.opening import Job, KeptFile
+from xenbackend.opener.parents import IN_SERVICE, MARK
+from xenbackend.protocol.opening import HeldFile, Job, KeptFile
 from xenbackend.worker.opener import RemoteOpener
 
 
@@ -31,12 +33,13 @@ class Disk:
     refusal what it answers
     """
 
-    def __init__(self, *names: str, chains: list[str], keeps: bool = False) -> None:
+    def __init__(self, *names: str, chains: list[str], keeps: bool = False, **more: Any) -> None:
         self.told: list[tuple[str, int]] = []
         self.refusal = ""
         held = {name: steps.hold(name) for name in names}
         kept = [KeptFile(name, steps.identify(fd)) for name, fd in held.items()]
-        self.access = Access(Job("vbd/5/51712", chains, read_only=False, keeps=keeps, kept=kept), held, self._tell)
+        job = Job("vbd/5/51712", chains, read_only=False, keeps=keeps, kept=kept, **more)
+        self.access = Access(job, held, self._tell)
 
     def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
         assert identity == steps.identify(fd)
@@ -45,7 +48,7 @@ class Disk:
 
     def content(self, name: str, chain: int = 0) -> bytes:
         """Return what is read from a name's file."""
-        fd, _ = self.access.open(name, chain, write=False, create=False)
+        fd, _ = self.access.open(name, chain, write=False, create=False, claims=False)
         try:
             return os.pread(fd, 8, 0)
         finally:
@@ -147,15 +150,118 @@ def test_a_refused_file_is_not_opened(undo: ExitStack, tmp_path: Path) -> None:
 def test_a_parent_that_lost_its_name_is_found(undo: ExitStack, tmp_path: Path) -> None:
     """A parent that is kept is the one that its child names, also when it has lost that name."""
     image, parent, other = (make(tmp_path / name, name.encode()) for name in ("image", "parent", "other"))
-    disk = Disk(image, parent, chains=[f"qcow2:{image}"])
+    disk = Disk(image, parent, chains=[f"qcow2:{image}"], parents=[str(tmp_path)])
     undo.callback(disk.access.close)
     Path(parent).unlink()
     names = ["nowhere", "other", "parent"]
 
-    assert parent == disk.access.find(PARENT, image, names, 0)[0]
+    assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, names, 0)
     assert b"parent" == disk.content(parent)
     assert [] == disk.told
-    assert other == disk.access.find(PARENT, image, names[:2], 0)[0]
+    assert Found(other, f"the settings' parents, {tmp_path}") == disk.access.find(PARENT, image, names[:2], 0)
+    assert [(other, 0)] == disk.told
+
+
+def test_a_parent_that_is_kept_needs_no_further_act(undo: ExitStack, tmp_path: Path) -> None:
+    """The disk is served from it: that stands, by whatever name, when nothing else allows it; no mark is made."""
+    image, parent, other = (make(tmp_path / name, name.encode()) for name in ("image", "parent", "other"))
+    (tmp_path / "again").hardlink_to(parent)
+    disk = Disk(image, parent, chains=[f"qcow2:{image}", f"log:|qcow2:{image}"])
+    undo.callback(disk.access.close)
+
+    assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, ["parent"], 0)
+    assert Found(str(tmp_path / "again"), IN_SERVICE) == disk.access.find(PARENT, image, ["again"], 1)
+    with pytest.raises(DriverError, match="named by the image alone"):
+        disk.access.find(PARENT, image, ["other"], 0)
+    make(tmp_path / "parent", b"another")
+    with pytest.raises(DriverError, match="named by the image alone"):
+        disk.access.find(PARENT, image, ["parent"], 1)
+    assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, ["parent"], 0)
+    assert b"parent" == disk.content(parent)
+    assert [] == os.listxattr(image)
+    assert other not in [name for name, _ in disk.told]
+
+
+def test_what_allows_a_parent_that_is_kept_is_said(undo: ExitStack, tmp_path: Path) -> None:
+    """For people: the act by which it is allowed stands beside it, as long as its name leads to it."""
+    image, parent = (make(tmp_path / name, name.encode()) for name in ("image", "parent"))
+    disk = Disk(image, parent, chains=[f"qcow2:{image},parents={tmp_path}"])
+    undo.callback(disk.access.close)
+    assert Found(parent, f"parents={tmp_path}") == disk.access.find(PARENT, image, ["parent"], 0)
+    make(tmp_path / "parent", b"another")
+
+    assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, ["parent"], 0)
+    assert b"parent" == disk.content(parent)
+
+
+def test_a_name_that_the_chain_has_is_no_parent_by_that(undo: ExitStack, tmp_path: Path) -> None:
+    """An image may not have a file of another layer as its parent since that is kept under a name."""
+    image, record = make(tmp_path / "image", b"image"), make(tmp_path / "record", b"")
+    disk = Disk(image, record, chains=[f"log:{record}|qcow2:{image}"])
+    undo.callback(disk.access.close)
+    Path(record).unlink()
+    with pytest.raises(DriverError, match="is not there"):
+        disk.access.find(PARENT, image, ["record"], 0)
+
+
+def test_a_found_file_stays_what_it_is(undo: ExitStack, tmp_path: Path) -> None:
+    """Once an image was followed to it, in this job, a name means that file; for another image it is asked anew."""
+    image, data, parent = (make(tmp_path / name, name.encode()) for name in ("image", "data", "parent"))
+    disk = Disk(image, data, chains=[f"qcow2:{image},data_file={data}"], parents=[parent])
+    undo.callback(disk.access.close)
+    assert parent == disk.access.find(PARENT, image, ["parent"], 0).path
+    make(tmp_path / "parent", b"another")
+    assert parent == disk.access.find(PARENT, image, ["parent"], 0).path
+    with pytest.raises(DriverError, match="has become another file meanwhile"):
+        disk.access.find(PARENT, data, ["parent"], 0)
+
+    assert b"parent" == disk.content(parent)
+
+
+@pytest.mark.parametrize("is_on_btrfs", [False, True])
+def test_what_the_last_release_had_is_marked(undo: ExitStack, tmp_path: Path, *, is_on_btrfs: bool) -> None:
+    """A file that a disk of the last release has open may be had, and is marked: it stays so when that has ended."""
+    image, mid, base = (make(tmp_path / name, name.encode()) for name in ("image", "mid", "base"))
+    status = Path(base).stat()
+    known = HeldFile(base, status.st_dev + is_on_btrfs, status.st_ino)
+    disk = Disk(image, chains=[f"qcow2:{image}", f"vmdk:{mid}"], in_service=[known])
+    undo.callback(disk.access.close)
+    with pytest.raises(DriverError, match="named by the image alone"):
+        disk.access.find(PARENT, image, ["mid"], 0)
+
+    assert Found(base, IN_SERVICE) == disk.access.find(PARENT, image, ["base"], 0)
+    assert Found(base, IN_SERVICE) == disk.access.find(EXTENT, mid, ["base"], 1)
+    assert Found(base, MARK) == disk.access.find(PARENT, image, ["base"], 0)
+    assert [marks.PARENT, marks.FILES] == os.listxattr(image) + os.listxattr(mid)
+
+
+def test_a_number_alone_is_not_a_file_of_the_last_release(undo: ExitStack, tmp_path: Path) -> None:
+    """The inode's number counts on its own file system, or at its own place; each file system has such a number."""
+    image, base = (make(tmp_path / name, name.encode()) for name in ("image", "base"))
+    status = Path(base).stat()
+    others = [HeldFile("/x", status.st_dev + 1, status.st_ino), HeldFile(base, status.st_dev, status.st_ino + 1)]
+    disk = Disk(image, chains=[f"qcow2:{image}"], in_service=others)
+    undo.callback(disk.access.close)
+    with pytest.raises(DriverError, match="named by the image alone"):
+        disk.access.find(PARENT, image, ["base"], 0)
+
+
+def test_a_new_image_is_marked_with_the_files_in_service(undo: ExitStack, tmp_path: Path) -> None:
+    """Its mark, and that of its parent, name the files that the disk is served from, whatever else the worker says."""
+    image, data, new = (make(tmp_path / name, name.encode()) for name in ("image", "data", "child"))
+    disk = Disk(image, data, chains=[f"log:|qcow2:{image},data_file={data}"])
+    undo.callback(disk.access.close)
+    child = os.open(new, os.O_RDWR)
+    undo.callback(os.close, child)
+    assert disk.access.mark_child(child)
+
+    parent, file = steps.hold(image), steps.hold(data)
+    undo.callback(os.close, parent)
+    undo.callback(os.close, file)
+    assert [True] == [each.is_of(parent) for each in marks.read(child).parents]
+    assert [True] == [each.is_of(file) for each in marks.read(parent).files]
+    memory = Disk(chains=["null:1G"])
+    assert not memory.access.mark_child(child)
 
 
 @pytest.mark.parametrize("by", ["another", "nothing", "link"])
@@ -192,7 +298,7 @@ def test_a_worker_whose_service_has_gone_may_open_what_is_kept(undo: ExitStack, 
     undo.callback(asked.close)
     with pytest.raises(DriverError, match="the service has gone meanwhile"):
         asked.opener.for_chain(1).open(other, write=False)
-    fd, facts = asked.opener.open(image, write=True)
+    fd, facts = asked.opener.open(image, write=True, claims=True)
 
     assert (b"former", 6) == (os.pread(fd, 8, 0), facts.size)
     os.close(fd)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from xenbackend import settings_file
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import DriverError
-from xenbackend.kernel.process import OpenFile
 from xenbackend.opener import marks
-from xenbackend.opener.local import LocalOpener
+from xenbackend.opener.local import LocalOpener, identity_of, is_device
 
 
 @pytest.fixture
@@ -36,8 +36,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def read(opener: LocalOpener, path: Path | str) -> bytes:
-    """Return the first byte of what a name opens."""
-    fd = opener.open(str(path), os.O_RDONLY)
+    """Return the first byte of what a name opens, which stays held."""
+    opener.hold(str(path))
+    fd, _ = opener.open(str(path), write=False)
     try:
         return os.read(fd, 1)
     finally:
@@ -46,7 +47,7 @@ def read(opener: LocalOpener, path: Path | str) -> bytes:
 
 def test_what_was_found_is_what_is_opened(opener: LocalOpener, images: Path) -> None:
     """A path to which an image led opens that very file, whatever the name means by then."""
-    os.close(opener.open(str(images / "child"), os.O_RDONLY))
+    opener.hold(str(images / "child"))
     found = opener.find(PARENT, str(images / "child"), ["base"], str(images))
     (images / "base").rename(images / "former")
     (images / "base").write_bytes(b"x")
@@ -68,19 +69,23 @@ def test_what_an_administrator_names_is_looked_up_anew(opener: LocalOpener, imag
 
 def test_errors_are_about_the_path(opener: LocalOpener, images: Path) -> None:
     """What cannot be opened is named as a person named it, and leaves no descriptor."""
-    for name, code, flags in (("gone", errno.ENOENT, os.O_RDONLY), (".", errno.EISDIR, os.O_RDWR)):
-        with pytest.raises(OSError, match=r"\w") as caught:
-            opener.open(str(images / name), flags)
-        assert (code, str(images / name)) == (caught.value.errno, caught.value.filename)
+    with pytest.raises(OSError, match=r"\w") as caught:
+        opener.hold(str(images / "gone"))
+    with pytest.raises(DriverError, match="is a directory") as refused:
+        opener.hold(str(images))
+
+    assert (errno.ENOENT, str(images / "gone")) == (caught.value.errno, caught.value.filename)
+    assert str(images) == refused.value.path
+    for name in (images / "gone", images):
         with pytest.raises(KeyError):
-            opener.descriptor(str(images / name))
+            opener.descriptor(str(name))
 
 
 def test_a_child_is_marked(opener: LocalOpener, images: Path) -> None:
     """A new image over one that is open is marked with it, and that one with the file that has its data."""
     (images / "data").write_bytes(b"d")
     for name in ("child", "base", "data"):
-        os.close(opener.open(str(images / name), os.O_RDONLY))
+        opener.hold(str(images / name))
     files = {"file": str(images / "base"), "data_file": str(images / "data")}
     child = opener.descriptor(str(images / "child"))
     with pytest.raises(DriverError, match="named by the image alone"):
@@ -93,38 +98,10 @@ def test_a_child_is_marked(opener: LocalOpener, images: Path) -> None:
 
 def test_a_child_that_cannot_be_marked(opener: LocalOpener, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the file system has no such attributes, that is the answer, and no error."""
-    os.close(opener.open(str(images / "base"), os.O_RDONLY))
+    opener.hold(str(images / "base"))
     monkeypatch.setattr(marks, "PARENT", "nonsense.xenbackend.parent")
     with (images / "child").open("r+b") as file:
         assert not opener.mark_child(file.fileno(), {"file": str(images / "base")})
-
-
-@pytest.mark.parametrize("is_on_btrfs", [False, True])
-def test_what_is_in_service_is_marked(images: Path, *, is_on_btrfs: bool) -> None:
-    """A file that a disk of the last release has open may be had, and is marked: it stays so when that has ended."""
-    status = (images / "base").stat()
-    known = OpenFile(str(images / "base"), status.st_dev + is_on_btrfs, status.st_ino)
-    (images / "mid").write_bytes(b"m")
-    opener = LocalOpener(lambda: (), [known])
-    for name in ("child", "mid"):
-        os.close(opener.open(str(images / name), os.O_RDONLY))
-    with pytest.raises(DriverError, match="named by the image alone"):
-        opener.find(PARENT, str(images / "child"), ["mid"])
-    assert "the disk in service" == opener.find(PARENT, str(images / "child"), ["base"]).by
-    assert "the disk in service" == opener.find("extent", str(images / "mid"), ["base"]).by
-    assert "its mark" == opener.find(PARENT, str(images / "child"), ["base"]).by
-    opener.close()
-
-
-def test_a_number_alone_is_not_a_file_in_service(images: Path) -> None:
-    """The inode's number counts on its own file system, or at its own place; each file system has such a number."""
-    status = (images / "base").stat()
-    other = LocalOpener(lambda: (), [OpenFile(f"{images}/x", status.st_dev + 1, status.st_ino),
-                                     OpenFile(f"{images}/base", status.st_dev, status.st_ino + 1)])  # fmt: skip
-    os.close(other.open(str(images / "child"), os.O_RDONLY))
-    with pytest.raises(DriverError, match="named by the image alone"):
-        other.find(PARENT, str(images / "child"), ["base"])
-    other.close()
 
 
 def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +110,7 @@ def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(settings_file, "PATH", path)
     path.write_text("parents = [")
     opener = LocalOpener()
-    os.close(opener.open(str(images / "child"), os.O_RDONLY))
+    opener.hold(str(images / "child"))
     with pytest.raises(DriverError, match=r"where parents may be cannot be known: .*xenbackend.toml: is not TOML"):
         opener.find(PARENT, str(images / "child"), ["base"])
     path.write_text(f'parents = ["/none", "{images}"]\n')
@@ -142,3 +119,21 @@ def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DriverError, match="named by the image alone"):
         opener.find(PARENT, str(images / "child"), ["base"])
     opener.close()
+
+
+def test_what_is_closed_is_let_go_of(images: Path) -> None:
+    """Each opening has its own file description; while one is open its name is looked up no more."""
+    before, path = open_descriptors(), images / "base"
+    opener = LocalOpener(lambda: ())
+    opener.hold(str(path))
+    fd, facts = opener.open(str(path), write=True)
+    os.pwrite(fd, b"y", 0)
+    os.close(fd)
+    path.rename(images / "former")
+
+    assert facts.identity == opener.look(str(path)).identity == identity_of(str(images / "former"))
+    assert b"y" == (images / "former").read_bytes()
+    opener.release(str(path))
+    assert before == open_descriptors()
+    assert identity_of(str(path)) is None
+    assert not is_device(str(images / "former"))

@@ -12,6 +12,7 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from tests.openers import Openers
+from xenbackend.block.driver import Found
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.opener.main import BREACH
@@ -43,11 +44,25 @@ def job(*chains: str, read_only: bool = False, **more: object) -> Job:
 
 def read(opener: RemoteOpener, path: Path, *, write: bool = False) -> bytes:
     """Open a file, and return its first bytes."""
-    fd, _ = opener.open(str(path), write=write)
+    fd, _ = opener.open(str(path), write=write, claims=write)
     try:
         return os.pread(fd, 5, 0)
     finally:
         os.close(fd)
+
+
+def test_who_writes_claims_what_he_opens(openers: Openers, image: Path) -> None:
+    """A worker that somebody has taken over writes to no device in use, unless an administrator said it is shared."""
+    opener = openers.remote(job(f"aio:{image}"))
+    with pytest.raises(DriverError, match="to be written to by nobody else meanwhile") as caught:
+        opener.open(str(image), write=True)
+    os.close(opener.open(str(image), write=False)[0])
+    opener.close()
+    assert errno.EACCES == caught.value.errno
+    for shared in (job(f"aio:{image}", shareable=True), job(f"aio:{image},share=on")):
+        opener = openers.remote(shared)
+        os.close(opener.open(str(image), write=True)[0])
+        opener.close()
 
 
 def test_a_file_is_handed_over_before_the_worker_has_it(openers: Openers, image: Path) -> None:
@@ -105,15 +120,16 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
 def test_what_an_image_names_may_be_opened_once_it_was_found(openers: Openers, image: Path, tmp_path: Path) -> None:
     """For reading, and it is kept as any other file."""
     (tmp_path / "base").write_bytes(b"based".ljust(512))
-    opener = openers.remote(job(f"qcow2:{image}"))
+    opener = openers.remote(job(f"qcow2:{image},parents={tmp_path}"))
     with pytest.raises(DriverError):
         read(opener, tmp_path / "base")
-    assert str(tmp_path / "base") == opener.find(PARENT, str(image), ["gone", "base"])
+    found = Found(str(tmp_path / "base"), f"parents={tmp_path}")
+    assert found == opener.find(PARENT, str(image), ["gone", "base"], "/what/the/worker/says")
     with pytest.raises(DriverError):
         read(opener, tmp_path / "base", write=True)
 
     assert b"based" == read(opener, tmp_path / "base")
-    assert [str(tmp_path / "base")] == [each.name for each in openers.opened]
+    assert [str(image), str(tmp_path / "base")] == [each.name for each in openers.opened]
     opener.close()
 
 
@@ -142,7 +158,7 @@ def test_a_new_file_appears_whole_or_not_at_all(openers: Openers, tmp_path: Path
         os.close(fd)
         assert not (tmp_path / "new").exists()
         if is_published:
-            opener.publish()
+            assert not opener.publish()  # there is no file to mark it with
         opener.close()
         openers.close()
         assert [tmp_path / "new"][: int(is_published)] == list(tmp_path.iterdir())
@@ -176,15 +192,14 @@ def test_a_chain_that_cannot_be_is_an_answer(openers: Openers) -> None:
 
 def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
     """Nobody would keep it: the next worker could find another file there."""
-    from xenbackend.kernel import datagram
     from xenbackend.opener.main import Attendant
-    from xenbackend.protocol import opening
+    from xenbackend.protocol import datagrams, opening
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, near, far:
         ours.shutdown(socket.SHUT_RDWR)
-        datagram.send(near, opening.encode(opening.LookAt(str(image))))
+        datagrams.send(near, opening.encode(opening.LookAt(str(image))))
         near.shutdown(socket.SHUT_WR)
         status = Attendant(job(f"aio:{image}"), theirs, far, {}).serve()
         answer = opening.from_opener(near.recv(opening.MAX_MESSAGE))

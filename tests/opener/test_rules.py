@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from xenbackend.block.mapped.parents import DATA_FILE, EXTENT, PARENT
 from xenbackend.errors import DriverError
 from xenbackend.opener.rules import Rule, Rules
 from xenbackend.protocol.opening import MAX_FILES
@@ -16,13 +17,34 @@ def test_what_the_chain_names_may_be_opened() -> None:
     rules = Rules("log:/log|qcow2:/img,data_file=/data,parents=/all", read_only=False)
     reading = Rules("log:/log|qcow2:/img,data_file=/data", read_only=True)
 
-    assert Rule(may_write=True, within="/all") == rules.of("/img") == rules.of("/data")
+    assert Rule(may_write=True, within="/all", data_file="/data") == rules.of("/img") == rules.of("/data")
     assert Rule(may_write=True, is_record=True) == rules.of("/log") == rules.of("/log.1") == reading.of("/log")
-    assert Rule(may_write=False) == reading.of("/img")
+    assert Rule(may_write=False, data_file="/data") == reading.of("/img")
+    assert ["/img", "/data"] == rules.source
+    assert rules.is_said("/data")
     for name in ("/etc/shadow", "/img.1", "img", ""):
         with pytest.raises(DriverError, match="is not opened") as caught:
             rules.of(name)
         assert errno.EACCES == caught.value.errno
+
+
+def test_what_is_shared() -> None:
+    """What the toolstack attached as w! is, and a layer that says so; a parent of such a disk is only read."""
+    rules = Rules("qcow2:/img,share=on", read_only=False)
+    rules.allow("/base", "/img")
+
+    assert rules.of("/img").is_shared
+    assert Rules("aio:/img", read_only=False, shareable=True).of("/img").is_shared
+    assert not Rules("aio:/img", read_only=False).of("/img").is_shared
+    assert Rule(may_write=False) == rules.of("/base")
+
+
+def test_the_data_file_of_a_layer_is_a_place_for_that_alone() -> None:
+    """`data_file=` says that the image's data are there, and not that it may be the parent of anything."""
+    rule = Rules("qcow2:/img,data_file=/data,parents=/all", read_only=False).of("/img")
+
+    assert ["/all:/data", "/all", "/all"] == [rule.places_for(each) for each in (DATA_FILE, PARENT, EXTENT)]
+    assert "/all" == Rule(may_write=False, within="/all").places_for(DATA_FILE)
 
 
 def test_the_file_of_a_memory_disk_may_be_opened() -> None:
@@ -38,6 +60,7 @@ def test_what_an_image_may_name_is_only_read() -> None:
     rules.allow("/all/base", "/img")
     rules.allow("/all/deeper", "/all/base")
     rules.allow("/img", "/all/deeper")
+    assert not rules.is_said("/all/base")
     with pytest.raises(DriverError):
         rules.allow("/other", "/nobody")
 

@@ -66,12 +66,25 @@ def test_facts(tmp_path: Path) -> None:
     assert facts.identity.startswith("file ")
 
 
+def test_directories_with_links_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's is where it is found; a slash at the end is of a directory, which need not be there."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    monkeypatch.chdir(tmp_path)
+    real = str(tmp_path.resolve())
+    for name in (f"{tmp_path}/link/image", f"{tmp_path}/link/", "link/image", "link/"):
+        assert f"{real}/a/b" == steps.resolve(name)
+    assert f"{real}/a" == steps.resolve("link/../image")
+    assert real == steps.resolve("image")
+    assert f"{real}/none" == steps.resolve(f"{tmp_path}/none/")
+
+
 def test_errors_are_about_the_name(tmp_path: Path) -> None:
     """Nobody knows what /proc/self/fd/7 was."""
     path = tmp_path / "image"
     path.write_bytes(b"x")
     held = steps.hold(str(path))
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(OSError, match="descriptor") as caught:
         steps.reopen(held + 1000, str(path), write=True)
     os.close(held)
 

@@ -381,7 +381,7 @@ def main(arguments: list[str]) -> int:
 
 def be_zygote(arguments: list[str]) -> int:
     """Be the zygote."""
-    zygote.serve = serve
+    zygote.SERVE[zygote.WORKER] = serve
     return zygote.main(arguments)
 
 

@@ -20,7 +20,7 @@ from tests.openers import Openers
 from tests.stamp import stamp
 from xenbackend import journal
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages
+from xenbackend.protocol import codec, messages, opening
 from xenbackend.protocol.codes import Code
 
 pytestmark = [
@@ -49,11 +49,14 @@ class Taken:
         """Open the chain."""
         memory = memfd.make("journal", journal.SIZE)
         order = messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False)
-        socket.send_fds(self._near, [codec.encode(order)], [memory])
+        openers = Openers()
+        with openers.begin(opening.Job(order.vbd, [chain], read_only=False)) as opener:
+            socket.send_fds(self._near, [codec.encode(order)], [memory, opener.fileno()])
         os.close(memory)
         while True:
             said = codec.from_worker(self._near.recv(messages.MAX_MESSAGE))
             if isinstance(said, messages.Standing) and (said.layers or said.failure):
+                openers.close()
                 return said
 
     def escape(self, at: canary.Surroundings) -> set[str]:

@@ -54,6 +54,7 @@ def wait_until_taken(driven: Driven, wanted: list[int]) -> None:
         assert time.monotonic() < give_up, "they are not taken"
 
 
+@pytest.mark.rows("R12")
 def test_requests_one_at_a_time(victim: Driven) -> None:
     """R12, L5: on eight rings of the largest order, all slots taken one by one cost what the formula says."""
     victim.connect(SLOW.replace("1s", "30s"), Wishes(queues=RINGS, ring_order=ORDER, persistent=True))
@@ -72,6 +73,7 @@ def test_requests_one_at_a_time(victim: Driven) -> None:
 
 @pytest.mark.parametrize("segments", [FREE_SEGMENTS, 256])
 @pytest.mark.parametrize("operation", [BLKIF_OP_READ, BLKIF_OP_WRITE])
+@pytest.mark.rows("R12", "A29")
 def test_ragged_requests_on_mapped_pages(victim: Driven, operation: int, segments: int) -> None:
     """R12, A29: the longest requests whose segments leave gaps, in all slots of all rings, on a disk that stalls: those
     of up to 32 segments are all taken, longer ones as many as the arena has room for.
@@ -98,6 +100,7 @@ def test_ragged_requests_on_mapped_pages(victim: Driven, operation: int, segment
     assert (count < 200) == (segments > FREE_SEGMENTS), count
 
 
+@pytest.mark.rows("R12", "A21")
 def test_pages_that_stay_mapped(victim: Driven) -> None:
     """R12: what is noted about each page of the guest that stays mapped, one by one, is bounded with their number."""
     victim.connect(RAM, Wishes(persistent=True))

@@ -28,9 +28,15 @@ is_watching = False
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
     """Note what a chain may have caused. O_PATH opens nothing: no device notices, and nothing can be read."""
-    if is_watching and event.startswith(WATCHED) and not (event == "open" and arguments[2] & os.O_PATH):
-        what = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)
-        events.append((event, str(Path(what).readlink()) if what.startswith("/proc/self/fd/") else what))
+    if not (is_watching and event.startswith(WATCHED)) or (event == "open" and arguments[2] & os.O_PATH):
+        return
+    what = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else repr(arguments)
+    if what.startswith("/proc/self/fd/"):  # a file that is held already is opened for real, whatever is called so now
+        what = str(Path(what).readlink())
+    if what.startswith(HOST):
+        return
+    if (event, what) not in events:
+        events.append((event, what))
 
 
 def look(machine: Machine, chain_text: str) -> str:

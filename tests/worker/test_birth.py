@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from tests.behind_walls import inspect
+from tests.openers import Openers
 from xenbackend import journal
 from xenbackend.block import drivers
 from xenbackend.block.drivers import find_driver, load_ahead
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages
+from xenbackend.protocol import codec, messages, opening
 from xenbackend.walls.raising import Wall
-from xenbackend.worker import birth
+from xenbackend.worker import birth, preload
 
 ROOT = Path(birth.__file__).parents[1]
 HOST = "xenbackend.rig.host"
@@ -35,8 +36,8 @@ NOT_FOR_WORKERS = {
 }
 _EVERYTHING = f"""
 import json, sys
-from xenbackend.worker import birth, main
-birth.import_everything({HOST!r})
+from xenbackend.worker import main, preload
+preload.preload({HOST!r})
 print(json.dumps(sorted(sys.modules)))
 """
 
@@ -64,7 +65,7 @@ def worker_of(channel: socket.socket, drivers: str = "") -> Iterator[tuple[socke
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.settimeout(20)
-        socket.send_fds(channel, [f"fork {drivers}".encode()], [theirs.fileno()])
+        socket.send_fds(channel, [f"w {drivers}".encode()], [theirs.fileno()])
         theirs.close()
         _, (pidfd,), _, _ = socket.recv_fds(channel, 16, 1)
         assert b"born" == channel.recv(16)
@@ -76,11 +77,16 @@ def worker_of(channel: socket.socket, drivers: str = "") -> Iterator[tuple[socke
 def open_chain(near: socket.socket, chain: str = "null:1G") -> messages.Standing:
     """Let a worker open a chain, and return where it stands then."""
     fd = memfd.make("journal", journal.SIZE)
-    socket.send_fds(near, [codec.encode(messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False))], [fd])
+    openers = Openers()
+    opener = openers.begin(opening.Job("vbd/5/51712", [chain], read_only=False))
+    order = messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False)
+    with opener:
+        socket.send_fds(near, [codec.encode(order)], [fd, opener.fileno()])
     os.close(fd)
     while True:
         said = codec.from_worker(near.recv(messages.MAX_MESSAGE))
         if isinstance(said, messages.Standing) and (said.layers or said.failure):
+            openers.close()
             return said
 
 
@@ -182,7 +188,7 @@ def _late_imports() -> set[str]:
     for room in ROOMS:
         path = ROOT / room
         for file in [path] if path.suffix else path.rglob("*.py"):
-            if file == Path(birth.__file__):
+            if file == Path(preload.__file__):
                 continue
             tree = ast.parse(file.read_text())
             for function in ast.walk(tree):
@@ -206,7 +212,7 @@ def test_nothing_is_left_to_be_imported() -> None:
     done = subprocess.run([sys.executable, "-c", _EVERYTHING], check=True, capture_output=True, timeout=60)
     late = _late_imports()
 
-    assert {"traceback", "xenbackend.worker.leaf", "uuid"} <= late
+    assert {"shlex", "uuid"} <= late
     assert set() == late - NOT_FOR_WORKERS.keys() - set(json.loads(done.stdout))
 
 
@@ -218,7 +224,7 @@ def test_every_encoding_is_there() -> None:
         for file in [path] if path.suffix else path.rglob("*.py"):
             named |= set(re.findall(r"(?:en|de)code\(['\"]([\w-]+)['\"]", file.read_text()))
 
-    assert {"utf-16-be", "latin-1"} <= named <= set(birth._ENCODINGS)
+    assert {"utf-16-be", "latin-1"} <= named <= set(preload.ENCODINGS)
 
 
 def test_what_was_not_there_from_the_beginning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,35 +26,6 @@ def exported(tmp_path: Path) -> Iterator[Exported]:
     assert [] == exported.stray_bugs
 
 
-def test_socket_is_for_our_user_only(exported: Exported) -> None:
-    """Nobody else can come near it, and the umask is as it was."""
-    modes = [stat.S_IMODE(path.stat().st_mode) for path in (exported.path, exported.path.parent)]
-    former = os.umask(0o22)
-    os.umask(former)
-
-    assert [0o600, 0o700] == modes
-    assert 0o177 != former
-
-
-def test_predecessors_socket_is_replaced(tmp_path: Path) -> None:
-    """What a killed worker left at the path is in nobody's way; what a successor put there is left alone."""
-    with Exported(tmp_path) as first, Exported(tmp_path) as second:
-        assert first.end()
-        second.client().go().ask(CMD_READ)
-        assert 0 == second.clients[0].reply(512)[1]
-        assert second.end()
-        assert not second.path.exists()
-
-
-def test_socket_that_cannot_be_made(tmp_path: Path) -> None:
-    """A path that is too long or in no directory is an OSError, which the worker tells."""
-    with pytest.raises(OSError, match="path too long"):
-        Exported(tmp_path / ("x" * 120))
-    (tmp_path / "nbd").write_text("a file")
-    with pytest.raises(FileExistsError):
-        Exported(tmp_path)
-
-
 @pytest.mark.rows("A31")
 def test_one_client_too_many_is_refused(exported: Exported) -> None:
     """It is hung up on at once; when another one has gone there is room again."""

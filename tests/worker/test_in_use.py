@@ -17,10 +17,11 @@ import pytest
 
 from tests import loops, qemu
 from tests.driven import WorkerProcess
+from tests.openers import EachRemote, Openers
 from xenbackend.errors import DriverError
 from xenbackend.kernel import blkback, locks
-from xenbackend.kernel.inuse import is_used_by_another_face
 from xenbackend.loop.reactor import Reactor
+from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol.messages import Stage
 from xenbackend.worker.files import HostFiles
 from xenbackend.worker.image import Image
@@ -28,13 +29,16 @@ from xenbackend.worker.image import Image
 SIZE = 16 << 20
 
 
-@pytest.fixture
-def files() -> Iterator[HostFiles]:
-    """Return what opens images."""
-    reactor = Reactor()
-    files = HostFiles(reactor)
+@pytest.fixture(params=["itself", "an opener"])
+def files(request: pytest.FixtureRequest) -> Iterator[HostFiles]:
+    """Return what opens images: by itself, as an image command, or by what an opener gives it, as a worker."""
+    reactor, openers = Reactor(), Openers()
+    remote = EachRemote(openers)
+    files = HostFiles(reactor, remote if request.param == "an opener" else None)
     yield files
     files.close()
+    remote.close()
+    openers.close()
     reactor.close()
 
 
@@ -167,15 +171,21 @@ def test_readers_of_a_device_do_not_disturb_one_another(files: HostFiles, device
     faults: list[str] = []
     barrier = threading.Barrier(8)
 
-    def read() -> None:
+    def read(own: HostFiles) -> None:
         barrier.wait()
-        faults.extend(filter(None, (refusal(files, device, read_only=True) for _ in range(25))))
+        faults.extend(filter(None, (refusal(own, device, read_only=True) for _ in range(25))))
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
+    opener = None if isinstance(files.opener, LocalOpener) else files.opener  # that of a process is for one thread
+    reactor = Reactor()
+    readers = [HostFiles(reactor, opener, use_queues=False) for _ in range(8)]
+    threads = [threading.Thread(target=read, args=(each,)) for each in readers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for each in readers:
+        each.close()
+    reactor.close()
     assert [] == faults
 
 
@@ -334,7 +344,7 @@ def test_a_killed_worker_leaves_no_lock_and_no_claim(tmp_path: Path, device: str
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", "qcow2", child)
     expected = {"parent": _READS, "child": _WRITES, Path(device).name: []}
     for chain, there in (
-        (f"log:|qcow2:{child}", expected),
+        (f"log:|qcow2:{child},parents={tmp_path}", expected),
         (f"aio:{device}", {"parent": [], "child": [], Path(device).name: _WRITES}),
     ):
         for _ in range(2):
@@ -376,7 +386,7 @@ def test_two_who_come_at_once_by_different_faces(
     reactor = Reactor()
     others = HostFiles(reactor, names_users=False)
     got: list[Image] = []
-    take, look = locks.take, is_used_by_another_face
+    take, look = locks.take, files.opener.is_used_beside
 
     def come() -> None:
         monkeypatch.undo()
@@ -396,7 +406,7 @@ def test_two_who_come_at_once_by_different_faces(
     if first_step == "take":
         monkeypatch.setattr(locks, "take", take_and_let_come)
     else:
-        monkeypatch.setattr("xenbackend.worker.files.is_used_by_another_face", look_and_let_come)
+        monkeypatch.setattr(files.opener, "is_used_beside", look_and_let_come)
     with suppress(DriverError):
         got.append(files.open(str(backing), read_only=False))
     assert 1 == len(got)

@@ -12,8 +12,10 @@ from tests.helpers_block import Machine, flush, write
 from tests.openers import Openers
 from tests.qcow_images import qcow, qcow2
 from tests.vhd_images import image
+from xenbackend.block.chain import Chain
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.opener import marks
+from xenbackend.protocol import opening
 from xenbackend.worker.leaf import make_leaf
 
 SIZE = 4 << 20
@@ -43,11 +45,11 @@ def make(openers: Openers, machine: Machine, chain: Chain, path: str, image_form
     """Make a leaf by an opener, with nothing else of this process being opened meanwhile."""
     text = "|".join(each.text for each in chain.layers if not each.parent_of)
     opener = openers.remote(opening.Job("vbd/5/51712", [text], read_only=False, makes=path))
-    machine.files.opener = opener
+    former, machine.files.opener = machine.files.opener, opener
     try:
         return make_leaf(chain, opener, path, image_format)
     finally:
-        machine.files.opener = LocalOpener()
+        machine.files.opener = former
         opener.close()
         openers.close()
 
@@ -66,7 +68,7 @@ def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, openers: Openers, tmp_p
 
     for generation in range(3):
         writes(20)
-        text = make_leaf(chain, machine.files.opener, f"{tmp_path}/leaf{generation}")
+        text = make(openers, machine, chain, f"{tmp_path}/leaf{generation}")
         writes(20)
         assert [0] == machine.do(chain, flush())
         chain.close()
@@ -90,7 +92,7 @@ def test_nothing_is_written_over(machine: Machine, openers: Openers, tmp_path: P
     chain = machine.open(f"qcow2:{tmp_path}/base")
     for name, image_format, sentence in (("taken", "", "exists already"), ("new", "vhd", "and not qcow2")):
         with pytest.raises(ConfigError, match=sentence):
-            make_leaf(chain, machine.files.opener, f"{tmp_path}/{name}", image_format)
+            make(openers, machine, chain, f"{tmp_path}/{name}", image_format)
 
     assert {"base", "taken"} == {path.name for path in tmp_path.iterdir()}
     assert b"mine" == (tmp_path / "taken").read_bytes()
@@ -102,20 +104,20 @@ def test_only_its_owner_may_read_a_leaf(machine: Machine, openers: Openers, tmp_
     """It becomes the guest's disk."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     chain = machine.open(f"qcow2:{tmp_path}/base")
-    make_leaf(chain, machine.files.opener, f"{tmp_path}/new")
+    make(openers, machine, chain, f"{tmp_path}/new")
     chain.close()
 
     assert 0o600 == (tmp_path / "new").stat().st_mode & 0o777
 
 
 @pytest.mark.parametrize("driver", BLANK)
-def test_a_leaf_is_opened_with_its_parent_and_no_other(tmp_path: Path, driver: str) -> None:
+def test_a_leaf_is_opened_with_its_parent_and_no_other(openers: Openers, tmp_path: Path, driver: str) -> None:
     """A leaf in another directory is marked with the image that the guest wrote to, whatever takes that one's name."""
     (tmp_path / "far").mkdir()
     (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
     machine = Machine(parents=())
     chain = machine.open(f"{driver}:{tmp_path}/base")
-    text = make_leaf(chain, machine.files.opener, f"{tmp_path}/far/leaf")
+    text = make(openers, machine, chain, f"{tmp_path}/far/leaf")
     chain.close()
     assert "parents=" not in text
     chain = machine.open(text)
@@ -128,13 +130,15 @@ def test_a_leaf_is_opened_with_its_parent_and_no_other(tmp_path: Path, driver: s
     machine.close()
 
 
-def test_a_leaf_that_cannot_be_marked_says_where_its_parent_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leaf_that_cannot_be_marked_says_where_its_parent_is(
+    openers: Openers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the file system keeps no marks, the chain that is served names the directory of the parent."""
     monkeypatch.setattr(marks, "PARENT", "nonsense.xenbackend.parent")
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     machine = Machine(parents=())
     chain = machine.open(f"qcow2:{tmp_path}/base")
-    text = make_leaf(chain, machine.files.opener, f"{tmp_path}/leaf")
+    text = make(openers, machine, chain, f"{tmp_path}/leaf")
     chain.close()
 
     assert f"qcow2:{tmp_path}/leaf,parents={tmp_path}" == text

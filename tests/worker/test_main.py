@@ -94,9 +94,9 @@ def test_journals_header_tells_what_was_agreed(driven: Driven) -> None:
     agreed = {"protocol": "x86_64-abi", "rings": rings, "persistent": False, "can_discard": True, "max_segments": 256}
     agreed |= {"goes_on": False}
 
-    assert {"chain": "ram:1M", "connect": agreed} == journal.AGREED.read(driven.worker.journal)
+    assert {"chain": "ram:1M", "connect": agreed, "order": 0} == journal.AGREED.read(driven.worker.journal)
     driven.disconnect()
-    assert {"chain": "ram:1M", "connect": None} == journal.AGREED.read(driven.worker.journal)
+    assert {"chain": "ram:1M", "connect": None, "order": 0} == journal.AGREED.read(driven.worker.journal)
 
 
 def test_command_is_answered_by_the_layer(driven: Driven) -> None:

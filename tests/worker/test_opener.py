@@ -10,8 +10,7 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from xenbackend.errors import ConfigError, DriverError
-from xenbackend.kernel import datagram
-from xenbackend.protocol import opening
+from xenbackend.protocol import datagrams, opening
 from xenbackend.protocol.opening import Given
 from xenbackend.worker.opener import NoOpener, OpenerGone, RemoteOpener
 
@@ -25,7 +24,7 @@ def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
     def answer() -> None:
         with far:
             far.recv(opening.MAX_MESSAGE)
-            datagram.send(far, data, fds)
+            datagrams.send(far, data, fds)
 
     _answering.append(threading.Thread(target=answer, daemon=True))
     _answering[-1].start()

@@ -276,6 +276,7 @@ def test_requests_that_come_one_at_a_time_have_a_record_each() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.rows("R12")
 def test_records_are_bounded_in_whatever_order_requests_are_answered(seed: int) -> None:
     """R12: each batch keeps one request that is not answered, so that all of them have gaps: a ring has a few records
     for each slot all the same, batches get smaller, and every request is answered once.

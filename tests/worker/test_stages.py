@@ -271,7 +271,10 @@ def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
         host = f"xenbackend.rig.host:{tmp_path}"
         order = messages.Open(1, "vbd/5/51712", host, DOMID, "null:1M", read_only=False)
         stages = Stages(order, [memory], reactor, Channel(theirs, reactor), lambda bug: pytest.fail(str(bug)), None)
-        stages.open()
+        job = opening.Job(order.vbd, [order.chain], read_only=False, host=host, frontend_domid=DOMID)
+        opener = openers.remote(job)
+        stages.open(opener)
+        opener.close()
         found = []
         for _ in range(3):
             ring = GuestRing(guest, NATIVE, 0, open_host(host).fence)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +17,6 @@ from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, a
 from xenbackend.block.chain import Chain
 from xenbackend.block.formats.qcow2_check import check
 from xenbackend.errors import DriverError
-from xenbackend.opener.local import LocalOpener
 
 SIZE = 1 << 20
 CLUSTER = 4096

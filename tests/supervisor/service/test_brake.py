@@ -146,6 +146,7 @@ def test_a_watch_is_set_again_though_xenstore_was_away(braked: Braked, xenstored
     assert [("/other/state", "other")] == braked.look(1)
 
 
+@pytest.mark.rows("R12", "C1")
 def test_calm_watches_are_forgotten(braked: Braked, monkeypatch: pytest.MonkeyPatch) -> None:
     """R12: what is remembered does not grow with all the guests that there ever were."""
     monkeypatch.setattr(module, "_MOST", 10)

@@ -167,8 +167,10 @@ def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
     assert 0o600 == Path(loop.path).stat().st_mode & 0o777
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("uid", [1, 1000, 65534])
 @pytest.mark.rows("R22")
-def test_other_users_are_sent_away(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_users_are_sent_away(uid: int) -> None:
     """R22: a peer that is neither root nor our own user is hung up on, whatever the socket's mode is by now."""
     with listening_for_everybody() as loop, as_user(uid, loop) as client, loop.connect() as own:
         client.sendall(b'{"verb": "ping"}\n')
@@ -179,12 +181,19 @@ def test_other_users_are_sent_away(loop: Loop, monkeypatch: pytest.MonkeyPatch) 
         assert ("ok", 1) == (loop.ask(own, b"{}\n")["code"], len(loop.peers))
 
 
-@pytest.mark.rows("R22")
-def test_clients_are_bounded(loop: Loop) -> None:
-    """R22: a connection beyond the limit is closed at once, and those before it are served."""
-    clients = []
-    for _ in range(MAX_CLIENTS):
-        clients.append(loop.connect())
+@pytest.mark.rows("C3")
+def test_idle_clients_keep_nobody_out(loop: Loop) -> None:
+    """C3: where 400 clients say nothing, the next one is answered: who has idled for longest makes room."""
+    with contextlib.ExitStack() as clients:
+        first = clients.enter_context(loop.connect())
+        waiting = clients.enter_context(loop.connect())
+        waiting.sendall(b'{"verb": "hold"}\n')
+        for _ in range(400):
+            clients.enter_context(loop.connect())
+            loop.settle(0.001)
+        with loop.connect() as late:
+            answer = loop.ask(late, b'{"verb": "ping"}\n')
+        loop.held[0](Answer(Code.OK))
         loop.settle()
 
         assert "ok" == answer["code"]
@@ -193,6 +202,7 @@ def test_clients_are_bounded(loop: Loop) -> None:
         assert len(loop.server._clients) <= MAX_CLIENTS
 
 
+@pytest.mark.rows("C3", "R22")
 def test_clients_that_wait_are_bounded_and_leave_places(loop: Loop) -> None:
     """C3, R22: where all wait for an answer there are some places more, for questions that are answered soon: who waits
     there is told that it is still under way. When those are taken, too, a connection is closed at once.

@@ -39,7 +39,9 @@ def vbd(**changes: Any) -> Any:
         "path": VbdPath("vbd", 0, 5, 51712),
         "device": device,
         "worker": SimpleNamespace(pid=os.getpid(), walls=["user"], no_walls={"landlock": "no"}, needs=["network"]),
-        "handover": SimpleNamespace(notes=Notes(program="0.0.1", restarts=2), page=page),
+        "handover": SimpleNamespace(
+            notes=Notes(program="0.0.1", restarts=2), page=page, files=SimpleNamespace(identities=lambda: dict(FILES))
+        ),
         "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
         "since": 100.0,
         "chain_in_service": lambda: "aio:/img",

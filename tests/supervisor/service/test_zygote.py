@@ -165,14 +165,14 @@ def test_nobody_waits_long_for_a_birth(monkeypatch: pytest.MonkeyPatch, *, names
     os.kill(it.pid, signal.SIGSTOP)
     monkeypatch.setattr(zygote, "_PATIENCE_S", 0.05)
     begun = time.monotonic()
-    late = it.fork()
+    late = it.fork("wo")
     took_s = time.monotonic() - begun
     if names_it:  # as one does that was stopped between its two answers
         os.kill(it.pid, signal.SIGCONT)
         select.select([it._process.socket], [], [])
         os.kill(it.pid, signal.SIGSTOP)
     monkeypatch.setattr(it, "_ask", pytest.fail)
-    meanwhile = it.fork() if not names_it else None
+    meanwhile = it.fork("w") if not names_it else []
     monkeypatch.undo()
     os.kill(it.pid, signal.SIGCONT)
     following = _fork(it)
@@ -180,7 +180,7 @@ def test_nobody_waits_long_for_a_birth(monkeypatch: pytest.MonkeyPatch, *, names
     how = following.describe_end()
     it.close()
 
-    assert (None, None, "the worker was ended by SIGKILL") == (late, meanwhile, how)
+    assert ([], [], "the worker was ended by SIGKILL") == (late, meanwhile, how)
     assert took_s < 1.0
     assert [] == it._too_late
 
@@ -193,7 +193,7 @@ def test_one_that_never_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
     while not it._hears():
         os.sched_yield()
 
-    assert [None, None] == [it.fork(), it.fork()]
+    assert [[], []] == [it.fork("w"), it.fork("wo")]
     assert not _has_ended(it)
     it.close()
 

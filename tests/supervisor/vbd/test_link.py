@@ -20,7 +20,8 @@ class FakeProcess:
     def __init__(self) -> None:
         self.sent: list[Any] = []
         self.killed: list[str] = []
-        self.is_left = self.has_breached = False
+        self.is_left = False
+        self.has_broken_protocol = False
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """Take note of a message."""
@@ -99,7 +100,7 @@ class Owner:
         """Take note."""
         self.heard.append((level, event, dict(fields)))
 
-    def ends(self, sentence: str, *, is_breach: bool) -> None:
+    def ends(self, worker: FakeProcess, sentence: str) -> None:
         """Take note."""
         self.heard.append(("ends", sentence))
         self.breaches += worker.has_broken_protocol

@@ -13,11 +13,12 @@ import pytest
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import FAKE_WORKER, PATH, Kept, Stepped, offer_ring, write_like_libxl
 from xenbackend import journal
-from xenbackend.blkif.features import Limits
+from xenbackend.blkif.features import Limits, publish_at_probe
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.errors import KernelError
 from xenbackend.kernel import memfd
 from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service.brake import BURST
 from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.device import Phase

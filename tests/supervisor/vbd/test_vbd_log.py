@@ -43,6 +43,7 @@ def test_what_a_guest_provokes_is_bounded_and_counted(lines: io.StringIO) -> Non
 @pytest.mark.parametrize(
     "text", ["\x1b" * 4000, "\U0001f600" * 4000, "\udcff" * 4000, "'\\ " * 2000, "x", "\0\n" * 900]
 )
+@pytest.mark.rows("R13", "A30")
 def test_no_hour_has_more_bytes_than_its_share(lines: io.StringIO, text: str) -> None:
     """R13, B7: a guest, and its worker that was taken over, say what they like for three hours: what is written, in
     bytes after it was escaped, is 64 KiB at most in any hour, and it does not end either.

@@ -202,11 +202,11 @@ def test_the_next_service_finds_which_files_the_disk_had(nodes: VbdNodes, toolst
     wanted = {key_of(name): identity for name, identity in files.items()}
 
     assert ([], 2) == (toolstack.directory(f"{HOME}/xenbackend"), len(wanted))
-    assert wanted == heir.noted_files({"params": "null:1G", "state": "4"})
-    assert {} == heir.noted_files({"params": "null:1G", "state": "1"})
-    assert {} == heir.noted_files({"params": "null:2G", "state": "4"})
+    assert wanted == heir.noted_files({"state": "4"}, "null:1G")
+    assert {} == heir.noted_files({"state": "1"}, "null:1G")
+    assert {} == heir.noted_files({"state": "4"}, "null:2G")
     heir.note_files("null:1G", {})
-    assert {} == heir.noted_files({"params": "null:1G", "state": "4"})
+    assert {} == heir.noted_files({"state": "4"}, "null:1G")
 
 
 def test_what_was_noted_of_a_vbd_goes_with_it(nodes: VbdNodes, toolstack: Store) -> None:

@@ -341,21 +341,6 @@ def test_a_node_written_often_is_one_event(store: Store) -> None:
 
 
 @pytest.mark.rows("C1", "R14")
-def test_a_flood_does_not_hold_its_reader(store: Store, xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many events wait, one call takes a fixed number of them; the rest is there for the next."""
-    store.watch("/a", "token")
-    drained(store)
-    monkeypatch.setattr(module, "_EVENTS_PER_CALL", 4)
-    with Store(xenstored.address) as other:
-        for number in range(20):
-            other.write(f"/a/{number}", "")
-    calls = [store.events() for _ in range(6)]
-
-    assert [4, 4, 4, 4, 4, 0] == [len(events) for events in calls]
-    assert [f"/a/{number}" for number in range(20)] == [path for events in calls for path, _ in events]
-
-
-@pytest.mark.rows("C1", "R14")
 def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
     """R12: no list grows with guest behaviour; too many changed paths collapse into the watched one."""
     store.watch("/a", "flood")
@@ -372,6 +357,7 @@ def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
     assert [event for event in events if event[1] == "calm"] == [("/b", "calm")]
 
 
+@pytest.mark.rows("C1", "R14")
 def test_one_call_reads_no_more_than_its_share_of_a_flood(peer: Callable[[Peer], str]) -> None:
     """R14: however many events wait, a call takes at most so many packets; what came behind them is in the next one."""
     are_sent = threading.Event()
