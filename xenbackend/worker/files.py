@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from xenbackend.worker.io_queue import IoQueue
 
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
-_LOOK_S = 0.05  # a look for a claim is one for a moment: of two who look at once, one tries again
+_LOOKS = 20  # at least: a look for a claim is one for a moment, and of two who look at once one tries again
 
 _T = TypeVar("_T")
 
@@ -237,7 +237,7 @@ class HostFiles:
                     return None
                 raise
 
-        found = self._patiently(attempt, max(_LOOK_S, self.lock_timeout_s if timeout_s is None else timeout_s))
+        found = self._patiently(attempt, self.lock_timeout_s if timeout_s is None else timeout_s, _LOOKS)
         if found is None:
             raise self._in_use(path, access, is_claimed=True)
         return found
@@ -260,11 +260,12 @@ class HostFiles:
     def _in_use(self, path: str, access: locks.Access, *, is_claimed: bool = False) -> DriverError:
         return self.opener.why_in_use(path, access, is_claimed=is_claimed, with_names=self._names_users)
 
-    def _patiently(self, attempt: Callable[[], _T | None], timeout_s: float) -> _T | None:
-        """Try until there is something, or the time is over; return it."""
+    def _patiently(self, attempt: Callable[[], _T | None], timeout_s: float, tries: int = 1) -> _T | None:
+        """Try until there is something, or the time is over and it was tried as often; return it."""
         give_up = time.monotonic() + timeout_s
         while (found := attempt()) is None:
-            if time.monotonic() < give_up:
+            tries -= 1
+            if tries > 0 or time.monotonic() < give_up:
                 time.sleep(_LOCK_PAUSE_S)
             elif not self._spares.drop():  # else it may have been we, by another face
                 break
