@@ -88,7 +88,7 @@ def renumbered(version: str, directory: Path) -> Path:
 def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_ext4: Path, tmp_path: Path) -> None:
     """A guest's disk of the last release is served on by the service that is installed over it, and by a new worker;
     and by the next service, with the same worker: fio in the guest finds every block right. To go back to an older
-    version is refused for as long as the guest has its disk, and changes nothing.
+    version is refused for as long as the guest has its disk, and changes nothing for that.
     """
     following, later = renumbered("0.1.0+1", tmp_path), renumbered("0.1.0+2", tmp_path)
     run("dpkg", "--install", FORMER)
@@ -118,8 +118,8 @@ def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_
 
     assert ([], 0) == (complaints(linux, since), errors)
     assert 0 not in services
-    assert (3, 2) == (len(set(services)), len(set(workers)))
-    assert (workers[1], services[2]) == (workers[3], services[3])
+    assert 3 == len(set(services[:3]))  # debhelper's postinst starts it anew after a refusal, too
+    assert (2, workers[1]) == (len(set(workers)), workers[3])
     assert (True, "0.1.0+2") == (refused.status != 0, version)
     assert f"guests have disks: {linux.domid}/xvdb" in refused.err + refused.out
     assert "cannot take over disks" in refused.err + refused.out
