@@ -13,7 +13,8 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
 )
 from xenbackend.block.request import Op
-from xenbackend.rig.frontend import Wishes
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.rig.guest_ring import Submitted
 from xenbackend.units import PAGE
 from xenbackend.worker.holds import Hold, Holds
 
@@ -187,14 +188,7 @@ def test_a_failed_flush_is_not_done_again_while_the_chain_is_exchanged(vbd: Serv
 
 def test_a_predecessors_requests_are_done_before_a_paused_disk_is_left(vbd: Served) -> None:
     """Nobody comes after a worker that closes in order who could do them; what is in the ring stays there."""
-    frontend = vbd.connect()
-    vbd.disk.holding = True
-    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    vbd.step(2)
-    vbd.kill()
-    vbd.disk.holding = False
-    vbd.disk.seen.clear()
-    vbd.connect_rings(rejoins=True)
+    frontend, write = _taken_over(vbd)
     vbd.engine.hold(Hold.PAUSE)
     later = frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
     vbd.step(5)
@@ -210,14 +204,7 @@ def test_a_predecessors_requests_are_done_before_a_paused_disk_is_left(vbd: Serv
 
 def test_a_pause_holds_a_predecessors_requests_too(vbd: Served) -> None:
     """A successor of a worker that died while paused leaves the disk alone until it is told to resume."""
-    frontend = vbd.connect()
-    vbd.disk.holding = True
-    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
-    vbd.step(2)
-    vbd.kill()
-    vbd.disk.holding = False
-    vbd.disk.seen.clear()
-    vbd.connect_rings(rejoins=True)
+    frontend, write = _taken_over(vbd)
     told: list[int] = []
     vbd.engine.hold(Hold.PAUSE, lambda: told.append(vbd.engine.in_flight))
     vbd.step(5)
@@ -228,3 +215,16 @@ def test_a_pause_holds_a_predecessors_requests_too(vbd: Served) -> None:
     assert [] == held
     assert [0] == told
     assert (BLKIF_RSP_OKAY, DATA) == (write.status, frontend.read(0, 8))
+
+
+def _taken_over(vbd: Served) -> tuple[Frontend, Submitted]:
+    """Return a frontend that a successor has joined, and a write that the dead worker had taken."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    vbd.step(2)
+    vbd.kill()
+    vbd.disk.holding = False
+    vbd.disk.seen.clear()
+    vbd.connect_rings(rejoins=True)
+    return frontend, write

@@ -105,8 +105,10 @@ class HostFiles:
         names_users: bool = True,
         disk: int = -1,
     ) -> None:
-        self._own = LocalOpener()
-        self.opener: Opener = opener or self._own
+        self._own: LocalOpener | None = None
+        if opener is None:
+            opener = self._own = LocalOpener()
+        self.opener = opener
         self._reactor = reactor
         self._use_queues = use_queues
         self.lock_timeout_s = lock_timeout_s
@@ -207,7 +209,8 @@ class HostFiles:
         """Release what the images share; all of them are closed."""
         while self._queues:
             self._queues.pop().close()
-        self._own.close()
+        if self._own is not None:
+            self._own.close()
 
     def _choose(self, fd: int, medium: Medium, *, direct: bool, blocking: bool) -> Image:
         alignment = blockdev.switch_to_direct(fd, medium) if direct and self._direct else None
