@@ -15,6 +15,7 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd import ending
 from xenbackend.supervisor.vbd.last_chains import DIRECTORY
+from xenbackend.supervisor.vbd.vbd_log import UNFINISHED
 from xenbackend.supervisor.xenstore.store import Store
 
 pytestmark = pytest.mark.slow  # every one starts processes
@@ -176,3 +177,18 @@ def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
     [line] = [each for each in lines.getvalue().splitlines() if each.startswith("<2>")]
     assert "chain=null:7G" in line
     assert DIRECTORY in line
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_only_a_guest_that_is_there_has_lost_something(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, lines: io.StringIO, *, is_there: bool
+) -> None:
+    """What a worker had taken and nobody has done is told of, unless the guest has gone since the last look."""
+    stepped = serve(Stepped(xenstored.address, Settings(), directory=tmp_path), toolstack, guest)
+    if not is_there:
+        toolstack.remove(PATH.frontend)
+    stepped.vbd()._ending.end()
+    said = lines.getvalue()
+    stop(stepped)
+
+    assert is_there == (UNFINISHED in said)
