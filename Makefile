@@ -5,6 +5,9 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Where the environment forbids it, as in many containers, each of thousands of processes would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A suite runs in a directory of its own, which {tmp} stands for, and may leave nothing behind; `exec`, so that it hears of
 # it when make is ended. PART=2/5 runs a part of a long one, FAILED=1 what failed in it last.
 CONTAINED := $(BIN)/python -m tests.ci.contained

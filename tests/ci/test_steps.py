@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_every_target_is_there() -> None:
         assert set(re.findall(r"make ([\w-]+)", f"{step.ci} {step.full}")) <= targets
         assert step.full or step.name == "packages"
         assert "{part}" not in step.full
+
+
+def test_a_suite_keeps_what_python_compiles() -> None:
+    """What runs from the Makefile may write bytecode, also where the environment forbids it: it is compiled once."""
+    show = "--eval=show: ; @echo [$$PYTHONDONTWRITEBYTECODE]"
+    environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(["make", "-s", show, "show"], cwd=ROOT, env=environment, capture_output=True, check=True)
+
+    assert b"[]\n" == done.stdout
 
 
 def test_a_commit_has_its_share() -> None:
