@@ -14,6 +14,8 @@ from xenbackend.kernel.cpu import CpuTimes
 from xenbackend.worker import polling
 from xenbackend.worker.polling import Permit, Poller, find_permit
 
+_STEP_NS = 500_000  # a fiftieth of how often it judges
+
 
 class Clock:
     """A clock that goes on by one with every look."""
@@ -97,7 +99,7 @@ def looking(permit: Permit, times: Times, seconds: float, waits: float, stolen: 
     """Look all the time for so long, and return from when to when that was allowed, in ms.
 
     Args:
-        permit: what is asked, every 50 us.
+        permit: what is asked, every 500 us.
         times: what it gets to see.
         seconds: how long.
         waits: the part of the time in which we look that somebody else runs.
@@ -108,10 +110,10 @@ def looking(permit: Permit, times: Times, seconds: float, waits: float, stolen: 
         is_allowed = permit.allows(times.now)
         if is_allowed:
             allowed.append(times.now)
-            times.ran += 50_000 * (1 - waits)
-            times.waited += 50_000 * waits
-        times.stolen += 50_000 * stolen
-        times.now += 50_000
+            times.ran += _STEP_NS * (1 - waits)
+            times.waited += _STEP_NS * waits
+        times.stolen += _STEP_NS * stolen
+        times.now += _STEP_NS
     runs: list[tuple[int, int]] = []
     for each in allowed:
         ms = (each - start) // 1_000_000
