@@ -7,14 +7,16 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "xenbackend"
-FILES = sorted(ROOT.rglob("*.py"))
+from tests.sources import FILES, PACKAGE, in_one_process, nodes_of
+
+ROOT = PACKAGE
+pytestmark = in_one_process
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
 GROUND = {"units", "errors", "disks", "log", "counters", "budget", "settings_file"}
@@ -139,12 +141,6 @@ NEWER = {"compression"}  # parts of the standard library that a Python older tha
 DEAR = ("structlog", "rich", "pyxs", "daemon", "asyncio", "multiprocessing", "subprocess", "logging", "zstandard")
 
 
-@cache
-def tree_of(file: Path) -> ast.Module:
-    """Return what a file says."""
-    return ast.parse(file.read_text())
-
-
 def part_of(file: Path) -> str:
     """Return the first part of a file's dotted name below the package."""
     return file.relative_to(ROOT).with_suffix("").parts[0]
@@ -161,9 +157,9 @@ def is_module(dotted: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    """Yield the dotted name of each module that a file imports, wherever in it."""
-    for node in ast.walk(tree):
+def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """Yield the dotted name of each module that a file with these nodes imports, wherever in it."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -174,9 +170,15 @@ def imports(tree: ast.Module) -> Iterator[str]:
                 yield whole if is_module(whole.removeprefix("xenbackend.")) else node.module
 
 
-def uses(tree: ast.Module) -> Iterator[str]:
+@cache
+def imports_of(file: Path) -> list[str]:
+    """Return what a file imports."""
+    return list(imports(nodes_of(file)))
+
+
+def uses(nodes: Iterable[ast.AST]) -> Iterator[str]:
     """Yield `module.name` for each attribute of a plain name, and for each name that is imported from a module."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield f"{node.value.id}.{node.attr}"
         elif isinstance(node, ast.ImportFrom):
@@ -188,18 +190,18 @@ def begins(dotted: str, beginnings: set[str]) -> bool:
     return any(not each or dotted == each or dotted.startswith(each + ".") for each in beginnings)
 
 
-def layer_faults(file: Path, tree: ast.Module) -> list[str]:
+def layer_faults(file: Path, imported: Iterable[str]) -> list[str]:
     """Return a sentence for each import that leads to a part where this file's part must not look."""
     part = part_of(file)
-    ours = [name.partition(".")[2] for name in imports(tree) if name.split(".")[0] == "xenbackend"]
+    ours = [name.partition(".")[2] for name in imported if name.split(".")[0] == "xenbackend"]
     foreign = [name for name in ours if name and name.split(".")[0] != part]
     return [f"{place_of(file)} imports {name}" for name in foreign if not begins(name, LAYERS[part])]
 
 
-def home_faults(file: Path, tree: ast.Module) -> list[str]:
+def home_faults(file: Path, imported: Iterable[str], used: Iterable[str]) -> list[str]:
     """Return a sentence for each use of something that has its home elsewhere."""
     place = place_of(file)
-    used = {name.split(".")[0] for name in imports(tree)} | set(uses(tree))
+    used = {name.split(".")[0] for name in imported} | set(used)
     return [
         f"{place} uses {name}"
         for name in sorted(used & HOMES.keys())
@@ -234,9 +236,7 @@ def test_the_rooms_are_documented() -> None:
 def test_nothing_is_allowed_in_vain(part: str) -> None:
     """What a room may use beyond the ground is used: a line of the table that nobody needs misleads its reader."""
     files = [file for file in FILES if part_of(file) == part]
-    used = {
-        name.partition(".")[2] for file in files for name in imports(tree_of(file)) if name.startswith("xenbackend.")
-    }
+    used = {name.partition(".")[2] for file in files for name in imports_of(file) if name.startswith("xenbackend.")}
 
     assert [] == [each for each in sorted(LAYERS[part] - GROUND) if not any(begins(name, {each}) for name in used)]
 
@@ -247,25 +247,23 @@ def test_strangers_know_the_ground_only() -> None:
         assert not LAYERS[part] & STRANGERS
 
 
-@pytest.mark.parametrize("file", FILES, ids=place_of)
-def test_layers(file: Path) -> None:
+def test_layers() -> None:
     """A file imports only what its layer may know."""
-    assert [] == layer_faults(file, tree_of(file))
+    assert [] == [fault for file in FILES for fault in layer_faults(file, imports_of(file))]
 
 
-@pytest.mark.parametrize("file", FILES, ids=place_of)
-def test_homes(file: Path) -> None:
+def test_homes() -> None:
     """What is dangerous or dear is imported in its home only."""
-    assert [] == home_faults(file, tree_of(file))
+    assert [] == [fault for file in FILES for fault in home_faults(file, imports_of(file), uses(nodes_of(file)))]
 
 
-@pytest.mark.parametrize("file", FILES, ids=place_of)
 @pytest.mark.rows("C12")
-def test_no_other_dependency(file: Path) -> None:
+def test_no_other_dependency() -> None:
     """Beyond the standard library only the packages that pyproject.toml names are imported."""
-    names = {name.split(".")[0] for name in imports(tree_of(file))}
+    allowed = sys.stdlib_module_names | NEWER | THIRD_PARTY | {"xenbackend"}
+    names = {(place_of(file), name) for file in FILES for name in imports_of(file)}
 
-    assert set() == names - sys.stdlib_module_names - NEWER - THIRD_PARTY - {"xenbackend"}
+    assert [] == sorted(f"{place} imports {name}" for place, name in names if name.split(".")[0] not in allowed)
 
 
 def test_homes_are_lived_in() -> None:
@@ -289,7 +287,7 @@ def test_homes_are_lived_in() -> None:
 )
 def test_a_wrong_import_is_seen(place: str, text: str) -> None:
     """The test above is no decoration: each kind of forbidden import is found, also inside a function."""
-    assert 1 == len(layer_faults((ROOT / place).with_suffix(".py"), ast.parse(text)))
+    assert 1 == len(layer_faults((ROOT / place).with_suffix(".py"), imports(ast.walk(ast.parse(text)))))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +304,9 @@ def test_a_wrong_import_is_seen(place: str, text: str) -> None:
 )
 def test_a_guest_in_a_wrong_home_is_seen(text: str) -> None:
     """Each way to get at something with another home is found."""
-    assert 1 == len(home_faults(ROOT / "block" / "dirty.py", ast.parse(text)))
+    nodes = list(ast.walk(ast.parse(text)))
+
+    assert 1 == len(home_faults(ROOT / "block" / "dirty.py", imports(nodes), uses(nodes)))
 
 
 @pytest.mark.slow

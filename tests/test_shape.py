@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent / "xenbackend"
-FILES = sorted(ROOT.rglob("*.py"))
+from tests.sources import FILES, PACKAGE, TESTS, in_one_process, nodes_of, tree_of
+
+ROOT = PACKAGE
+pytestmark = in_one_process
 MAX_LINES, MEDIAN_LINES = 420, 150
 MAX_FUNCTION, MEDIAN_FUNCTION, NINE_OF_TEN = 50, 8, 30
 DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, which test_docs.py looks after
@@ -52,12 +52,6 @@ TESTED_ELSEWHERE = {
 }
 
 
-@cache
-def tree_of(file: Path) -> ast.Module:
-    """Return what a file says."""
-    return ast.parse(file.read_text())
-
-
 def is_package_head(file: Path) -> bool:
     """Return whether a file only says what its package is."""
     return file.name == "__init__.py" and file.parent != DRIVERS
@@ -82,7 +76,7 @@ def functions() -> dict[str, int]:
     """Return the lines of each function and method, by file, name and place."""
     found = {}
     for file in FILES:
-        for node in ast.walk(tree_of(file)):
+        for node in nodes_of(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 found[f"{place_of(file)}:{node.lineno} {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
     return found
@@ -106,23 +100,29 @@ def test_functions_are_short() -> None:
     assert median(lines.values()) <= MEDIAN_FUNCTION
 
 
-@pytest.mark.parametrize("file", FILES, ids=place_of)
-def test_modules_say_what_they_hold(file: Path) -> None:
+def test_modules_say_what_they_hold() -> None:
     """Each file begins with what it holds, and what it must never do where it does anything."""
-    head = head_of(file)
+    heads = {file: head_of(file) for file in FILES}
+    does_something = [
+        file
+        for file in FILES
+        if not is_package_head(file) and file.parent != DRIVERS and file.name not in {"__init__.py", "__main__.py"}
+    ]
 
-    assert head.split("\n")[0].endswith((".", ":"))
-    if not is_package_head(file) and file.parent != DRIVERS and file.name not in {"__init__.py", "__main__.py"}:
-        assert "ust not " in head
+    assert [] == [place_of(file) for file, head in heads.items() if not head.split("\n")[0].endswith((".", ":"))]
+    assert [] == [place_of(file) for file in does_something if "ust not " not in heads[file]]
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not is_package_head(file)], ids=place_of)
-def test_modules_have_their_tests(file: Path) -> None:
+def test_modules_have_their_tests() -> None:
     """Each module has its tests at the same path, or a reason why they are elsewhere; never both."""
-    name = file.parent.name if file.name == "__init__.py" else file.stem
-    tests = TESTS / file.relative_to(ROOT).with_name(f"test_{name}.py")
+    wrong = []
+    for file in FILES:
+        name = file.parent.name if file.name == "__init__.py" else file.stem
+        tests = TESTS / file.relative_to(ROOT).with_name(f"test_{name}.py")
+        if not is_package_head(file) and tests.exists() == (place_of(file) in TESTED_ELSEWHERE):
+            wrong.append(place_of(file))
 
-    assert tests.exists() != (place_of(file) in TESTED_ELSEWHERE)
+    assert [] == wrong
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_every_test_says_its_rule() -> None:
     """Each test has a docstring that begins with a full sentence."""
     silent = []
     for file in sorted(TESTS.rglob("test_*.py")):
-        for node in ast.walk(tree_of(file)):
+        for node in nodes_of(file):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 rule = ast.get_docstring(node) or ""
                 if not rule.split("\n\n")[0].endswith((".", "?")):
@@ -147,8 +147,8 @@ def test_no_test_sleeps() -> None:
     """
     found = []
     for file in sorted(TESTS.rglob("*.py")):
-        for node in ast.walk(tree_of(file)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == "time.sleep":
+        for node in nodes_of(file):
+            if isinstance(node, ast.Attribute) and node.attr == "sleep" and ast.unparse(node) == "time.sleep":
                 found.append(f"{file.relative_to(TESTS)}:{node.lineno} sleeps")
             elif (
                 isinstance(node, ast.ImportFrom)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-import xenbackend
+from tests.sources import FILES, PACKAGE, in_one_process, nodes_of
 from xenbackend.block.drivers import BUILT_IN, find_driver
 from xenbackend.block.formats import table
 from xenbackend.block.formats.blank import Blank, Wishes, blank
@@ -17,8 +18,6 @@ from xenbackend.image.headers import Headers, read_headers
 from xenbackend.image.looks import look_at, name_of, reader
 from xenbackend.image.tools import Tools, tools_of
 
-ROOT = Path(xenbackend.__file__).parent
-SOURCES = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")}
 # Where a handful of names may stand together all the same, and what they are there.
 ELSEWHERE = {
     "block/drivers/__init__.py": "drivers",
@@ -109,20 +108,20 @@ def names_in(node: ast.AST) -> set[str]:
     return said & (FORMATS.keys() | BY_QEMU_NAME.keys())
 
 
-def lists_formats(tree: ast.AST) -> bool:
-    """Return whether a file lists formats."""
-    return any(len(names_in(node)) > 1 for node in ast.walk(tree))
+def lists_formats(nodes: Iterable[ast.AST]) -> bool:
+    """Return whether a file with these nodes lists formats."""
+    return any(len(names_in(node)) > 1 for node in nodes)
 
 
-@pytest.mark.parametrize("place", sorted(SOURCES))
-def test_there_is_one_table(place: str) -> None:
+@in_one_process
+def test_there_is_one_table() -> None:
     """No other file lists formats, so that a new one cannot be missing there."""
-    is_table = place == Path(table.__file__).relative_to(ROOT).as_posix()
+    found = {file.relative_to(PACKAGE).as_posix() for file in FILES if lists_formats(nodes_of(file))}
 
-    assert lists_formats(ast.parse((ROOT / place).read_text())) == (is_table or place in ELSEWHERE)
+    assert {Path(table.__file__).relative_to(PACKAGE).as_posix(), *ELSEWHERE} == found
 
 
 @pytest.mark.parametrize("text", ['x in ("vhd", "qcow2")', 'T = {"vhd": 1, "qcow2": 2}', 'Literal["raw", "vpc"]'])
 def test_a_second_table_is_seen(text: str) -> None:
     """The test above is no decoration: a tuple, a dict and a type are found."""
-    assert lists_formats(ast.parse(text))
+    assert lists_formats(ast.walk(ast.parse(text)))

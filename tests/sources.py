@@ -1,0 +1,31 @@
+"""What files of ours say, for the tests that look at all of them: each is read and parsed once.
+
+Must not know what it is looked at for.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PROJECT = TESTS.parent
+PACKAGE = PROJECT / "xenbackend"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+in_one_process = pytest.mark.xdist_group("sources")  # or each of several would parse all of it
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    """Return what a file says."""
+    return ast.parse(file.read_text())
+
+
+@cache
+def nodes_of(file: Path) -> tuple[ast.AST, ...]:
+    """Return all nodes of what a file says, as `ast.walk` yields them."""
+    return tuple(ast.walk(tree_of(file)))
