@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import errno as errno_module
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from xenbackend.block.grammar import Item, Layer
@@ -86,16 +87,18 @@ def target_of(options: type) -> str:
 
 def files_of(options: Any) -> dict[str, str]:
     """Return the files that parsed options name: option to path."""
+    of: type = type(options)
     return {
         name: getattr(options, name)
-        for name, kind in _kinds(type(options)).items()
+        for name, kind in _kinds(of).items()
         if kind.noun == FILE.noun and getattr(options, name)
     }
 
 
 def uses_of(options: Any) -> dict[str, str]:
     """Return what parsed options let a driver open: path to IMAGE or RECORD."""
-    kinds = _kinds(type(options))
+    of: type = type(options)
+    kinds = _kinds(of)
     values = {name: getattr(options, name) for name, kind in kinds.items() if kind.use}
     return {value: kinds[name].use for name, value in values.items() if isinstance(value, str) and value}
 
@@ -135,7 +138,7 @@ def _show(kind: Kind, value: Any) -> str:
 
 
 def _parse_item(
-    values: dict[str, Any], kinds: dict[str, Kind], layer: Layer, item: Item, chain: str, target: str
+    values: dict[str, Any], kinds: Mapping[str, Kind], layer: Layer, item: Item, chain: str, target: str
 ) -> None:
     key, sign, value = item.text.partition("=")
     if not sign:
@@ -158,7 +161,7 @@ def _parse_value(kind: Kind, driver: str, name: str, text: str, chain: str, star
         raise ChainError(f"{driver}: option {name}: {error}", chain, start, end - start) from None
 
 
-def _unknown(driver: str, key: str, kinds: dict[str, Kind], target: str) -> str:
+def _unknown(driver: str, key: str, kinds: Mapping[str, Kind], target: str) -> str:
     known = [name for name in kinds if name != target]
     has = f"it knows {', '.join(known)}" if known else "it has none"
     return f"{driver}: unknown option {key!r}; {has}{nearest(key, known)}"
@@ -176,7 +179,8 @@ def _build(options: type, values: dict[str, Any], layer: Layer, chain: str) -> A
         raise ChainError(f"{layer.name}: {error}", chain, layer.start, length) from None
 
 
-def _kinds(options: type) -> dict[str, Kind]:
+@cache  # annotations are text, which each look would compile
+def _kinds(options: type) -> Mapping[str, Kind]:
     hints = get_type_hints(options, include_extras=True)
     return {each.name: _kind(hints[each.name]) for each in fields(options)}
 
