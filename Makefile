@@ -50,9 +50,10 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load, while administr
 	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json
 
-test-model: $(VENV)/.dev  ## every order of guest, disk and kills on small rings, what is known to be wrong, and calls that fail
+test-model: $(VENV)/.dev  ## every order of guest, disk, kills and events in small, known faults, failing calls
 	exec nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \
-		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py tests/model tests/system/test_failing_calls.py
+		$(call FAILED_OF,model) tests/explore tests/worker/test_recovery.py tests/model tests/system/test_failing_calls.py \
+		tests/supervisor/vbd/test_device_is_total.py
 
 # ORDERS=number; S=number chooses others. What has failed is printed with the command that does it again.
 test-orders: $(VENV)/.dev  ## the control plane in one process, with kills and several administrators: every reply is true

@@ -43,9 +43,8 @@ def explore(patch: pytest.MonkeyPatch, bounds: Bounds, wrong: str = "") -> Found
 @pytest.mark.parametrize(
     "bounds",
     [
-        Bounds(slots=2, requests=4, kills=2, limits=(1, 2)),
+        Bounds(slots=2, requests=3, kills=2, limits=(1, 2), start=STARTS[1] + 1),
         Bounds(slots=2, requests=3, kills=1, limits=(1, 2), everywhere=True),
-        Bounds(slots=2, requests=3, kills=2, limits=(2,), start=STARTS[1] + 1),
     ],
     ids=str,
 )

@@ -50,7 +50,7 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
 
 @pytest.mark.slow
 @pytest.mark.rows("A9", "R16")
-def test_random_walks_keep_the_invariants() -> None:
+def test_random_walks_keep_the_invariants(pytestconfig: pytest.Config) -> None:
     """R16: in any order of events, among them deaths of workers and services, no guest that is connected is let down,
     there are never two workers, Connected needs served rings, Closed that there is no worker, a node that was made anew
     gets nothing of the former vbd; when all is calm the guest is served or told why not, and a vbd that is removed ends
@@ -59,7 +59,7 @@ def test_random_walks_keep_the_invariants() -> None:
     generator = random.Random(20)
     world = World()
     seen = Counter[str]()
-    for _ in range(100_000):
+    for _ in range(300_000 if pytestconfig.getoption("--long") else 30_000):
         _random_step(world, generator)
         seen.update([world.device.phase.value, f"state {world.state}", f"lives {min(world.lives, 2)}"])
         seen.update(["over"] if world.device.sight.is_over else [])
