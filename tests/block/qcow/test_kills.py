@@ -176,7 +176,9 @@ def test_a_file_that_fails(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_for_long(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
     """The same with other guests, as long as asked for."""
-    seed = request.config.getoption("--seed")
-    for turn in range(max(1, request.config.getoption("--requests") // 20_000)):
+    seed, turns = request.config.getoption("--seed"), request.config.getoption("--requests") // 20_000
+    if not turns:
+        pytest.skip("as the tests above, at greater length; --requests 20000, or make test-images")
+    for turn in range(turns):
         kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=20, by_qemu=20)
         lose_power(Bed(SHAPES[name], tmp_path, seed + turn), requests=10, times=40)
