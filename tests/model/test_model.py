@@ -25,7 +25,7 @@ def model(*arguments: str) -> tuple[int, str]:
 @pytest.mark.slow
 def test_what_is_said_is_true(request: pytest.FixtureRequest) -> None:
     """Whoever orders what, and whatever dies meanwhile: every reply is true, and in the end all know the same."""
-    status, report = model("--orders", "150", "--seed", str(request.config.getoption("--seed")))
+    status, report = model("--orders", "250", "--seed", str(request.config.getoption("--seed")))
 
     assert 0 == status, report
 
