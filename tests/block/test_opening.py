@@ -102,6 +102,22 @@ def test_a_loop_that_leaves_out_the_first_image_is_found(machine: Machine, event
         )
 
 
+def test_files_are_told_apart_only_where_there_are_parents(
+    machine: Machine, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An opener is asked nothing about an image without a parent, and twice about each parent: before, and after."""
+    leaf, middle, base = family(tmp_path, "leaf", "middle", "base")
+    asked: list[str] = []
+    look = machine.files.look
+    monkeypatch.setattr(machine.files, "look", lambda path: asked.append(path) or look(path))
+    machine.open(f"child:{base}").close()
+    assert [] == asked
+    machine.open(f"child:{leaf}").close()
+
+    assert [str(each) for each in (leaf, middle, middle, base, base)] == asked
+    assert events
+
+
 def test_parents_have_a_limit(machine: Machine, events: list[str], tmp_path: Path) -> None:
     """MAX_PARENTS parents are opened; with one more nothing stays open."""
     paths = family(tmp_path, *(str(number) for number in range(MAX_PARENTS + 2)))

@@ -163,6 +163,18 @@ def test_what_is_no_message_is_refused(datagram: bytes) -> None:
             decode(datagram)
 
 
+def test_what_is_prepared_is_looked_up_no_more() -> None:
+    """Whoever has prepared looks up no class of a message, nor of what is in it, at the first one of its kind."""
+    codec._fields_of.cache_clear()
+    codec.prepare(*DECODERS)
+    prepared = codec._fields_of.cache_info().misses
+    chance = random.Random(11)
+    for kind, decode in KINDS:
+        decode(encode(random_message(chance, kind)))
+
+    assert prepared == codec._fields_of.cache_info().misses >= len(KINDS)
+
+
 @pytest.mark.slow
 def test_damaged_datagrams() -> None:
     """A datagram with some bytes altered is a message of right types still, or NotAMessage."""

@@ -69,6 +69,49 @@ def test_a_worker_has_everything_imported_and_nothing_open() -> None:
 
 
 @pytest.mark.slow
+def test_who_was_forked_ends_at_once() -> None:
+    """It does nothing of what an interpreter does at its end, which writes to each page that it shares: 20 ms."""
+    ends = """
+import atexit
+def show(channel, walls, told):
+    atexit.register(channel.send, b"late")
+    return 7
+"""
+    process, near = _start("-c", _FORKED.replace("zygote.SERVE", f"{ends}zygote.SERVE"))
+    assert b"ready" == near.recv(16)
+    ours, pidfd = _ask_for_worker(near)
+
+    assert b"" == ours.recv(16)
+    os.close(pidfd)
+    ours.close()
+    near.close()
+    process.wait(20)
+
+
+@pytest.mark.slow
+def test_who_is_forked_knows_all_messages() -> None:
+    """Their fields were looked up before, once for all of them."""
+    learns = """
+from xenbackend.protocol import codec, messages, opening
+def show(channel, walls, told):
+    before = codec._fields_of.cache_info().misses
+    codec.prepare(messages.FromSupervisor, messages.FromWorker)
+    codec.prepare(opening.FromSupervisor, opening.FromOpener, opening.Question)
+    channel.send(str(codec._fields_of.cache_info().misses - before).encode())
+    return 0
+"""
+    process, near = _start("-c", _FORKED.replace("zygote.SERVE", f"{learns}zygote.SERVE"))
+    assert b"ready" == near.recv(16)
+    ours, pidfd = _ask_for_worker(near)
+
+    assert b"0" == ours.recv(16)
+    os.close(pidfd)
+    ours.close()
+    near.close()
+    process.wait(20)
+
+
+@pytest.mark.slow
 def test_it_ends_when_its_service_does_and_its_workers_by_themselves() -> None:
     """The end of the service's socket ends the zygote; a worker lives by its own socket."""
     process, near = _start("-m", MODULE, "--host", HOST, "--socket")

@@ -66,18 +66,18 @@ class Opening:
         """Open a source, then its parents for reading, each after the child whose image names it."""
         layers = self.layers
         layers.append(self._open(spec, read_only=read_only, shareable=shareable))
-        seen = _identities(layers[0].driver.env.files, layers[0].driver.options)
+        seen: set[str] = set()  # of the files of all layers that have a parent; to ask takes a turn of the opener's
         while (reference := layers[-1].driver.parent) is not None:
             child = layers[-1]
+            if not seen:
+                seen = _identities(child.driver.env.files, child.driver.options)
             parent = _parse_parent(child.text, reference.text)
             if seen & _identities(child.driver.env.files, parent.options):
                 problem = "is itself or one of its own children, or has the data of one"
                 raise DriverError(f"its parent {parent.text} {problem}", layer=child.text)
             if len(layers) > MAX_PARENTS:
                 raise DriverError(f"there are more than {MAX_PARENTS} parents behind one another", layer=spec.text)
-            opened = self._parent(parent, child, seen)
-            seen |= _identities(opened.driver.env.files, opened.driver.options)
-            layers.append(opened)
+            layers.append(self._parent(parent, child, seen))
         return layers[:]
 
     def filter(self, spec: LayerSpec, below: OpenLayer, *, read_only: bool) -> OpenLayer:
@@ -94,16 +94,18 @@ class Opening:
                 driver.close()
 
     def _parent(self, spec: LayerSpec, child: OpenLayer, seen: set[str]) -> OpenLayer:
-        """Open a parent; `seen` are the files of its children, none of which may be one of its own."""
+        """Open a parent; `seen` are the files of its children, none of which may be one of its own, which are added."""
         try:
             parent = self._open(spec, read_only=True, parent_of=child.text)
         except DriverError as error:
             if error.errno == errno.EBUSY and seen & _identity(child.driver.env.files, error.path):
                 raise _twice(spec, error.path) from error  # it is we who have it locked
             raise
-        for path in files_of(parent.driver.options).values():
-            if seen & _identity(parent.driver.env.files, path):
+        own = {path: _identity(parent.driver.env.files, path) for path in files_of(parent.driver.options).values()}
+        for path, identity in own.items():
+            if seen & identity:
                 raise _twice(spec, path)
+        seen.update(*own.values())
         child.driver.next, child.driver.below = parent.driver, parent.geometry
         with explained(child.text, {}):
             child.driver.check_parent(parent.geometry)

@@ -65,6 +65,18 @@ def decode(kinds: Any, datagram: bytes) -> Any:
     return _restore_one_of(kinds, values)
 
 
+def prepare(*kinds: Any) -> None:
+    """Look up the fields of all messages of these classes, joined by `|`, and of their parts.
+
+    It is done at the first message of a kind anyhow; whoever forks does it once for all.
+    """
+    for kind in kinds:
+        if isinstance(kind, type) and is_dataclass(kind):
+            prepare(*(wanted for _, wanted in _fields_of(kind)))
+        else:
+            prepare(*get_args(kind))
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
@@ -144,7 +156,7 @@ def is_storable(value: Any) -> bool:
     return True
 
 
-@cache  # 0.3 ms a kind, which a worker that starts would feel if it were done for all of them at once
+@cache  # 0.3 ms a kind, which a worker that starts would feel if it were done for all of them at once: see `prepare`
 def _fields_of(kind: Any) -> tuple[tuple[Any, Any], ...]:
     types = get_type_hints(kind)
     return tuple((each, types[each.name]) for each in fields(kind))

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 
 from xenbackend.opener import main as opener_main
-from xenbackend.protocol import datagrams
+from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.walls.raising import Walls
 from xenbackend.worker import birth
 from xenbackend.worker import main as worker_main
@@ -81,7 +81,7 @@ def _bear(channel: socket.socket, kinds: str, walls: Walls) -> tuple[int, int, s
     Returns: the child's place in `kinds`, its number as the host knows it, and why it sees other processes, empty where
     it does not.
     """
-    pidfds = [-1] * len(kinds)
+    born: dict[int, tuple[int, socket.socket]] = {}  # by place: a pidfd, and a socket that the child closes
     why_not_alone = ""
     try:
         for place in sorted(range(len(kinds)), key=lambda place: kinds[place] == WORKER):
@@ -91,18 +91,19 @@ def _bear(channel: socket.socket, kinds: str, walls: Walls) -> tuple[int, int, s
             child = os.fork()
             if child == 0:
                 near.close()
-                for pidfd in filter(lambda fd: fd >= 0, pidfds):
+                for pidfd, other in born.values():
                     os.close(pidfd)
+                    other.close()
                 pid = int(far.recv(16))
                 os.setsid()
                 far.close()
                 return place, pid, why_not_alone
             far.close()
             near.send(b"%d" % child)
+            born[place] = os.pidfd_open(child), near
+        for _, near in born.values():
             near.recv(1)  # nothing comes: it leads its session, or has ended
-            near.close()
-            pidfds[place] = os.pidfd_open(child)
-        datagrams.send(channel, b"pidfd", pidfds)
+        datagrams.send(channel, b"pidfd", [born[place][0] for place in range(len(kinds))])
     except OSError:
         os._exit(1)
     os._exit(0)
@@ -116,6 +117,8 @@ def main(arguments: list[str]) -> int:
         return 2
     walls = Walls(given.get("walls", "off"))
     preload(given["host"])
+    codec.prepare(messages.FromSupervisor, messages.FromWorker)
+    codec.prepare(opening.FromSupervisor, opening.FromOpener, opening.Question)
     channel = datagrams.inherited(int(given["socket"]))
     # What was made until here is looked at by no collection: it would write to memory that workers share.
     gc.collect()
@@ -124,7 +127,11 @@ def main(arguments: list[str]) -> int:
         born = wait_for_birth(channel, walls)
     except (BrokenPipeError, ConnectionResetError):  # the service went away while we spoke
         return 1
-    return SERVE[born.kind](born.far, walls, born.told) if born else 0
+    if born is None:
+        return 0
+    # At once: the interpreter's own end would write to each page that it shares with the zygote, 2,200 of them, to free
+    # what goes with the process anyhow.
+    os._exit(SERVE[born.kind](born.far, walls, born.told))
 
 
 if __name__ == "__main__":
