@@ -104,14 +104,15 @@ def test_why_a_disk_is_not_served_stands_in_its_line(
 ) -> None:
     """A pause, and whose; what holds the disk; orders that are under way: a word in its column, and the sentence."""
     paused = disk(paused=True, paused_by="uid 0, pid 7 (bash)", under_way=[{"order": 18, "verb": "set"}])
-    service.pictures = [[paused, {**OTHER, "reason": "flush-failed", "error": "a flush failed: EIO"}]]
+    waits = {**OTHER, "reason": "flush-failed", "error": "a flush failed: EIO", "waits_s": 12.3}
+    service.pictures = [[paused, waits]]
     main(["status", "--socket", control.path])
     _, first, second = capsys.readouterr().out.splitlines()
 
     assert "paused" == first.split()[2]
     assert first.endswith("log:|aio:/img  # paused by uid 0, pid 7 (bash)  # set is under way, order 18")
     assert "flush-failed" == second.split()[2]
-    assert second.endswith("ram:1G  # a flush failed: EIO")
+    assert second.endswith("ram:1G  # a flush failed: EIO  # its storage has not answered for 12s")
 
 
 def test_a_name_that_means_another_file_stands_in_the_line(

@@ -77,6 +77,13 @@ class LocalOpener(Attendant):
 
     end = kill
 
+    def note_over(self) -> None:
+        """Nobody needs it any more."""
+
+    def hangs(self, _patience_s: float = 0.0) -> bool:
+        """Nothing hangs here."""
+        return False
+
     def leave(self) -> None:
         """The service leaves it to its worker."""
         self.lose_service()

@@ -201,11 +201,13 @@ class World:
         self.say(failure=sentence, errno=5)
         self.standing = replace(self.standing, failure="", errno=0)
 
-    def die(self, sentence: str, *, has_progressed: bool = False, is_unfinished: bool = False) -> None:
+    def die(
+        self, sentence: str, *, has_progressed: bool = False, is_unfinished: bool = False, has_waited: bool = False
+    ) -> None:
         """Let the worker process end."""
         self.is_running, self.is_connected, self.standing = False, False, IDLE
         self.inbox.clear()
-        self.send(events.Ended(sentence, has_progressed, is_unfinished))
+        self.send(events.Ended(sentence, has_progressed, is_unfinished, has_waited=has_waited))
 
     def lose_service(self) -> None:
         """Let the service die, and its worker go on."""

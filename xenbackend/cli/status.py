@@ -140,10 +140,11 @@ def remarks(known: Known) -> list[str]:
     paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
     under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
     old = [f"its worker runs {known['worker_version'] or 'another version'}"] if known["needs_upgrade"] else []
+    waits = [f"its storage has not answered for {age(0, known['waits_s'])}"] if known["waits_s"] is not None else []
     files = [_describe_file(each) for each in known["files"] if each["now"] in ("other", "gone")]
     walls = [f"its worker is not behind these walls: {', '.join(known['no_walls'])}"] if known["no_walls"] else []
     needs = [f"its drivers need, and have: {', '.join(known['needs'])}"] if known["needs"] else []
-    every = (*paused, *under_way, known["error"], *files, *old, *walls, *needs)
+    every = (*paused, *under_way, known["error"], *waits, *files, *old, *walls, *needs)
     return [printable(each) for each in every if each]
 
 

@@ -3,7 +3,8 @@
 Must not wait for a lock, keep a copy of what it has handed over, or be of use to a worker once its supervisor has gone:
 a file that nobody keeps could be another one for the next worker.
 
-It may hang in a call to storage that does not answer; then this process does, and its worker, and nobody else.
+It may hang in a call to storage that does not answer; then this process does, and its worker, and nobody else. The
+supervisor is told so by a thread that looks on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import os
 import socket
 import sys
+from contextlib import suppress
 
 from xenbackend.errors import XenbackendError
 from xenbackend.kernel import locks
@@ -20,6 +22,7 @@ from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
 from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
+from xenbackend.opener.watch import Watch
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.protocol.messages import SENTENCE_MAX
 from xenbackend.protocol.opening import Given
@@ -47,13 +50,15 @@ class Attendant:
 
     def serve(self) -> int:
         """Answer until the worker closes its end, and return the exit status."""
+        watch = Watch(self._say_waits)
         try:
             while datagram := self._worker.recv(opening.MAX_MESSAGE):
                 try:
                     question = opening.from_worker(datagram)
                 except codec.NotAMessage:
                     return BREACH
-                answer, fds = self.answer(question)
+                with watch.over(self._about(question)):
+                    answer, fds = self.answer(question)
                 try:
                     datagrams.send(self._worker, opening.encode(answer), fds)
                 finally:
@@ -62,6 +67,7 @@ class Attendant:
         except (ConnectionResetError, BrokenPipeError):
             pass
         finally:
+            watch.close()
             self.close()
         return 0
 
@@ -116,6 +122,21 @@ class Attendant:
             case _:
                 return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
         return Given()
+
+    def _about(self, question: opening.Question) -> str:
+        """Return the name of the file that a question is about."""
+        match question:
+            case opening.FindFile():
+                return question.named_by
+            case opening.MakeFile() | opening.Publish():
+                return self._job.makes
+            case opening.OpenDevices() | opening.Listen():
+                return self._job.host or self._job.export
+        return question.name
+
+    def _say_waits(self, name: str) -> None:
+        with suppress(OSError):  # the supervisor has gone, or does not hear us now
+            self._supervisor.send(opening.encode(opening.Waits(name)), socket.MSG_DONTWAIT)
 
     def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
         """Hand over a file, and return why the worker may not have it, once the supervisor has said so."""

@@ -7,6 +7,7 @@ Must not open anything, nor know how files are told apart: `kernel.identity` wri
                                         <-  LookAt, FindFile, OpenFile ...   one at a time
                                  <-     Opened        a name is looked up, what it means shall be kept; it waits for ...
       Ack                        ->
+                                 <-     Waits         a step has not come back for a second, or has come back
                                         Given  ->                            exactly one for each question
 
 A `Look` in the place of the job asks what names mean now, and gets a `Meaning` for each; there is no worker then.
@@ -28,6 +29,7 @@ MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_CARRIED = 250  # descriptors beside one datagram; SCM_MAX_FD of net/scm.h is 253
 MAX_FILES = 640  # that one job may have to do with: a VMDK disk has up to 512 extents, a chain 32 parents
 MAX_NAMES = 16  # by which an image may name one parent
+WAITS_S = 1.0  # in which storage has answered, or `Waits` says that it does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,13 @@ class Opened:
     name: str
     identity: str
     chain: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """The storage of a file does not answer; empty: it has answered. Nobody acknowledges it."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +265,7 @@ class Given:
 
 
 Question = LookAt | FindFile | OpenFile | LookBeside | SayWhoUses | Resolve | MakeFile | Publish | OpenDevices | Listen
-FromOpener = Opened | Given | Meaning
+FromOpener = Opened | Given | Meaning | Waits
 FromSupervisor = Job | Ack | Look
 
 

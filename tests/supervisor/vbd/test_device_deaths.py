@@ -8,7 +8,7 @@ from tests.supervisor.world import IDLE, NODE, World, connected, remove
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
-from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, Phase
+from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, LIMIT_S, Phase
 
 S = XenbusState
 
@@ -282,3 +282,67 @@ def test_a_worker_that_breaks_the_protocol_is_replaced_like_one_that_died() -> N
 
     assert ("4", False) == (world.state, world.is_running)
     assert "it says that it is idle, while it was serving, 7 in a row" in world.device.error
+
+
+def test_storage_that_does_not_answer_costs_no_worker() -> None:
+    """While an opener waits, the time to open is not counted, and that is shown; then it is the worker's."""
+    world = connected()
+    world.die("the worker was ended by SIGKILL")
+    world.send(events.Waits("/remote/a.img"))
+    world.send(events.Expired())
+    assert (Phase.OPENING, "storage", ["open"]) == (world.device.phase, world.device.reason, world.inbox)
+    assert "/remote/a.img cannot be opened: its storage does not answer" in world.device.error
+    world.limit = None
+    world.send(events.Waits(""))
+    assert (LIMIT_S[Phase.OPENING], "interrupted") == (world.limit, world.device.reason)
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+@pytest.mark.parametrize("comes_late", [False, True], ids=["known before", "known later"])
+def test_a_worker_that_waits_for_storage_is_not_asked_to_close(comes_late: bool) -> None:
+    """It hears nothing meanwhile, and has nothing that it could lose: it is killed, so that a detach takes no time."""
+    world = connected()
+    world.die("died")
+    if not comes_late:
+        world.send(events.Waits("/a"))
+    world.node = None
+    world.see()
+    if comes_late:
+        assert [events.Close()] == world.inbox[-1:]
+        world.send(events.Waits("/a"))
+
+    assert Phase.CLOSING is world.device.phase
+    assert ["the worker was killed: it waited for storage that does not answer"] == world.inbox
+
+
+def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
+    """It is the storage's fault where a worker hangs in the first read itself, and no reason to give the disk up."""
+    world = connected()
+    world.die("died")
+    for _ in range(20):
+        world.inbox.clear()
+        world.send(events.Expired())
+        world.die("the worker was killed: it was opening for too long")
+        assert "interrupted" == world.device.reason
+        world.rest()
+        assert ["open"] == world.inbox
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_who_was_not_started_because_others_hang_is_started_later() -> None:
+    """That is tried for ever, and not counted as a death."""
+    world = connected()
+    world.die("died")
+    for _ in range(20):
+        world.inbox.clear()
+        world.die("its storage has not answered 2 times", has_waited=True)
+        assert "its storage has not answered 2 times" == world.device.error
+        world.rest()
+        assert ["open"] == world.inbox
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)

@@ -27,6 +27,7 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
     given: list[events.Event] = [
         events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
         events.Ended("x", has_progressed=True), events.Ended("x", is_unfinished=True), events.Expired(),
+        events.Waits("/a"), events.Waits(""), events.Ended("x", has_waited=True),
         events.Called(), events.Stop(), events.Stop(is_unfinished=True), events.Stop(leaves=True),
         events.Inherited(), events.Resume(), events.Replace(), events.Refused("x"),
         events.Exchanged(("null:1G",), "null:2G"), events.Exchanged(("null:3G",), "null:2G"),

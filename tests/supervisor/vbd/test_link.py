@@ -58,6 +58,14 @@ class NoOpenings:
     def for_question(self, _question: Any) -> None:
         """Return that."""
 
+    def kept(self) -> list[int]:
+        """Return none."""
+        return []
+
+    def opened(self, _found: Any, _fd: int) -> str:
+        """Refuse nothing."""
+        return ""
+
 
 class FakeFleet:
     """Starts nothing."""

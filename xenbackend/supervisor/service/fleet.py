@@ -18,6 +18,7 @@ import os
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -31,8 +32,8 @@ from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.supervisor.service import process
+from xenbackend.supervisor.service.opener import PATIENCE_S, OnOpened, OnWaits, Opener
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
-from xenbackend.supervisor.service.opener import OnOpened, Opener
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 from xenbackend.walls.raising import describe
@@ -268,7 +269,12 @@ class Fleet:
         return Worker(self, started, on_message, on_end)
 
     def open(
-        self, job: opening.Job, kept: Sequence[int], on_opened: OnOpened, on_end: OnOpenerEnd
+        self,
+        job: opening.Job,
+        kept: Sequence[int],
+        on_opened: OnOpened,
+        on_end: OnOpenerEnd,
+        on_waits: OnWaits = lambda _: None,
     ) -> tuple[Opener, socket.socket]:
         """Start an opener on a job, and return it with the socket that its worker is to get. Raises: KernelError.
 
@@ -278,7 +284,7 @@ class Fleet:
         with far, ExitStack() as undo:
             undo.callback(near.close)
             for started in self._candidates():
-                opener = Opener(self.loop, started, on_opened, partial(self._has_ended, on_end))
+                opener = Opener(self.loop, started, on_opened, partial(self._has_ended, on_end), on_waits)
                 self._openers.add(opener)
                 try:
                     opener.begin(job, far, kept)
@@ -342,10 +348,16 @@ class Fleet:
         self._preparation.set(self.loop.now())  # not before whoever wanted it has been served
 
     def close(self) -> None:
-        """Send the zygote away, and the openers that are left: no worker of ours is."""
+        """Send the zygote away, and the openers that are left: no worker of ours is.
+
+        However many hang, they are waited for together.
+        """
         self._send_zygote_away()
-        for opener in list(self._openers):
-            opener.end()
+        for opener in self._openers:
+            opener.kill()
+        give_up = time.monotonic() + PATIENCE_S
+        for opener in self._openers:
+            opener.end(max(0.0, give_up - time.monotonic()))
         self._openers.clear()
 
     def _send_zygote_away(self) -> None:

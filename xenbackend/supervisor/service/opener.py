@@ -17,22 +17,30 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.process import Process
 
-_PATIENCE_S = 1.0  # for one that was killed
+PATIENCE_S = 1.0  # for those that were killed
 BREACH = 3  # exit status, `opener.main.BREACH`
 
 OnOpened = Callable[[opening.Opened, int], str]  # the descriptor is the callee's; returns why it is refused, or nothing
 OnEnd = Callable[["Opener", str], None]  # how it ended, where that is the worker's fault or its own
+OnWaits = Callable[[str], None]  # the file whose storage does not answer, or nothing
 
 
 class Opener:
-    """One process."""
+    """One process.
 
-    def __init__(self, loop: Reactor, started: Process, on_opened: OnOpened, on_end: OnEnd) -> None:
+    over_since   when nobody needed it any more; it has not ended yet, or is in a call from which it does not come back
+    """
+
+    def __init__(
+        self, loop: Reactor, started: Process, on_opened: OnOpened, on_end: OnEnd, on_waits: OnWaits = lambda _: None
+    ) -> None:
         """Listen to it from now on; it waits for its job."""
         self._loop = loop
         self._process = started
         self._on_opened = on_opened
         self._on_end = on_end
+        self._on_waits = on_waits
+        self.over_since: float | None = None  # by the loop's clock
         self._is_held = self._is_heard = True
         loop.add(started.socket.fileno(), self._receive)
         loop.add(started.pidfd, self._reap)
@@ -54,16 +62,27 @@ class Opener:
 
     def kill(self) -> None:
         """Kill it, and hear nothing more of it: the worker that it is for has ended."""
-        self._deafen()
-        self._process.kill()
+        if self._is_held:
+            self._deafen()
+            self._process.kill()
+            self.note_over()
 
-    def end(self) -> None:
+    def note_over(self) -> None:
+        """Take note that it should end: its worker has what it wanted, or has gone."""
+        if self.over_since is None:
+            self.over_since = self._loop.now()
+
+    def hangs(self, patience_s: float = 0.0) -> bool:
+        """Return whether it should have ended so long ago."""
+        return self.over_since is not None and self._loop.now() - self.over_since >= patience_s
+
+    def end(self, patience_s: float = PATIENCE_S) -> None:
         """Kill it and let go of it, without a word to anybody; one that hangs in a call is left to itself."""
         if not self._is_held:
             return
         self._process.kill()
         self._let_go()
-        if select.select([self._process.pidfd], [], [], _PATIENCE_S)[0]:
+        if select.select([self._process.pidfd], [], [], patience_s)[0]:
             self._process.wait()
         else:
             self._process.leave()
@@ -91,6 +110,9 @@ class Opener:
             message = opening.from_opener(data)
         except codec.NotAMessage:
             message = None
+        if isinstance(message, opening.Waits) and not fds:
+            self._on_waits(message.name)
+            return
         if not isinstance(message, opening.Opened) or len(fds) != 1:
             for fd in fds:  # we have no room for the descriptor, or it is of another version
                 os.close(fd)

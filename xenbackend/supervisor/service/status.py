@@ -51,6 +51,7 @@ def describe(vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None =
         "paused_by": notes.paused or "",
         "reason": device.reason,
         "error": device.error,
+        "waits_s": None if vbd.link.waits_since is None else round(time.monotonic() - vbd.link.waits_since, 1),
         "under_way": [{"order": each.number, "verb": each.verb} for each in vbd.orders.under_way if each.number > 0],
         "worker": pid,
         "worker_since": None if pid is None else started_at(pid),

@@ -33,6 +33,7 @@ class WorkerFacts:
     layers          of the chain that is open, or was and will be again
     has_rings       the frontend may have requests in rings that a worker of ours served
     is_retrying     it could not do what it was told: it is closed, and another one tries later
+    has_hung        it did not open the chain in time
     is_replaceable  another process is to go on instead
     """
 
@@ -42,6 +43,7 @@ class WorkerFacts:
     export: str = ""
     has_rings: bool = False
     is_retrying: bool = False
+    has_hung: bool = False
     is_replaceable: bool = False
 
 

@@ -40,6 +40,7 @@ from dataclasses import replace
 
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
+from xenbackend.errors import printable
 from xenbackend.protocol import messages
 from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
@@ -62,6 +63,11 @@ from xenbackend.supervisor.vbd.spec import Spec
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _S = XenbusState
+_OPENING = (Phase.OPENING, Phase.CONNECTING)
+
+
+def _kill_who_waits() -> events.Kill:
+    return events.Kill("the worker was killed: it waited for storage that does not answer")
 
 
 class Device:
@@ -152,6 +158,8 @@ class Device:
                 return self._stand(event)
             case events.Expired():
                 return self._expire()
+            case events.Waits():
+                return self._wait(event.name)
             case events.Inherited():
                 self.phase = Phase.ADOPTING
                 self.sight.had_state = self.sight.had_keys = True
@@ -270,12 +278,17 @@ class Device:
 
     def _end(self, ended: events.Ended) -> None:
         worker, former = self._aims.worker, self.phase
+        is_waiting = ended.has_waited or (worker.has_hung and self.is_promised())
         self._aims.worker = WorkerFacts(
             layers=worker.layers if self.is_waited_for() else [], has_rings=worker.has_rings
         )
         self._is_unfinished = ended.is_unfinished and not worker.is_retrying  # one that could not would not be able to
         self._reasons.clear(Cause.ENDED)
         if worker.is_retrying:
+            self.phase = Phase.RESTING
+        elif is_waiting:
+            self._reasons.say(Reason.INTERRUPTED, ended.sentence)
+            self._backoff.failed()
             self.phase = Phase.RESTING
         elif former not in (Phase.CLOSING, Phase.RETIRING) or (self._is_stopping and ended.is_unfinished):
             self._reasons.say(Reason.INTERRUPTED, ended.sentence)
@@ -285,8 +298,21 @@ class Device:
                 in_a_row = f"{self._backoff.deaths} in a row; `xenbackend resume` starts another one"
                 self._reasons.say(Reason.GIVEN_UP, f"{ended.sentence}, {in_a_row}")
 
+    def _wait(self, name: str) -> list[events.Action]:
+        """Take note that the storage of a file does not answer, or does again."""
+        had_to_wait = bool(self._reasons[Reason.STORAGE])
+        problem = f"{printable(name)} cannot be opened: its storage does not answer; the disk goes on when it does"
+        self._reasons.say(Reason.STORAGE, problem if name else "")
+        if had_to_wait and not name:
+            self._limit = (Phase.NONE, False)  # from here on the time is the worker's again
+        return [_kill_who_waits()] if name and self.phase is Phase.CLOSING else []
+
     def _expire(self) -> list[events.Action]:
+        if self.phase in _OPENING and self._reasons[Reason.STORAGE]:
+            return []  # another worker would wait as well, and leave one more process that hangs
         if self.phase in LIMIT_S:
+            if self.phase is Phase.OPENING:
+                self._aims.worker.has_hung = True
             return [events.Kill(f"the worker was killed: it was {self.phase.value} for too long")]
         if self.phase is Phase.RESTING:
             self.phase = Phase.NONE
@@ -320,7 +346,8 @@ class Device:
         """Return the worker's next step towards the goal: `MOVES`."""
         if self.is_leaving or not (self.sight.has_looked or self._is_stopping):
             return []
-        move, self.phase = MOVES.get((self.phase, self._goal()), (None, self.phase))
+        former = self.phase
+        move, self.phase = MOVES.get((former, self._goal()), (None, former))
         match move:
             case Move.START if self.sight.spec is not None:
                 self._aims.worker.serves = self.sight.spec
@@ -334,6 +361,8 @@ class Device:
                 return [join]
             case Move.LEAVE:
                 return [events.Leave()]
+            case Move.CLOSE if former in _OPENING and self._reasons[Reason.STORAGE]:
+                return [_kill_who_waits()]
             case Move.CLOSE | Move.HAND_OVER:
                 return [events.Close(hands_over=move is Move.HAND_OVER)]
         return []

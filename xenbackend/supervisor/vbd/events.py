@@ -32,12 +32,21 @@ class Ended:
     `has_progressed`: the guest got an answer since the last worker ended, or this one had lived for long.
     `is_unfinished`: it had not taken leave of the guest, and may have left requests that it had taken.
     `is_hasty`: so did many before it, right after their start.
+    `has_waited`: the storage did not answer, which is no fault of a worker's; or none was started for that.
     """
 
     sentence: str
     has_progressed: bool = False
     is_unfinished: bool = False
     is_hasty: bool = False
+    has_waited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """The opener waits for the storage of a file, or, where it is empty, no more."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,7 @@ class Stop:
 
 
 Event = (
-    Seen | Postponed | Ended | Inherited | Exchanged | Refused | Resume | Replace | Expired | Called | Stop
+    Seen | Postponed | Ended | Inherited | Exchanged | Refused | Resume | Replace | Expired | Called | Stop | Waits
     | messages.Standing  # only one that answers the last order, or a later one with the same number
 )  # fmt: skip
 

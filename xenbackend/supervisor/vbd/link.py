@@ -7,6 +7,7 @@ its word impossible, that calls `Link.breach`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ from xenbackend.block.drivers import third_parties
 from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.opening import Job
+from xenbackend.protocol.opening import WAITS_S, Job
 from xenbackend.supervisor.service.fleet import Fleet, Worker
-from xenbackend.supervisor.service.opener import Opener
+from xenbackend.supervisor.service.opener import OnWaits, Opener
+from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.openings import Openings
 
 if TYPE_CHECKING:
@@ -24,26 +26,50 @@ if TYPE_CHECKING:
 
 Then = Callable[[messages.Reply], None]
 _MAX_LOG = 4000  # characters of a line
+_MOST_HANGING = 2  # openers of one disk that were killed and have not ended: the next worker waits for their storage
+_ENDING_S = 10.0  # in which one ends whose order is carried out, however busy the host is
+
+
+class StorageHangs(KernelError):
+    """As many openers of a disk as may wait for its storage do so."""
+
+    def __init__(self) -> None:
+        super().__init__(f"open its files: its storage has not answered {_MOST_HANGING} times", errno.ETIMEDOUT)
 
 
 class Link:
-    """One vbd's; `worker` is None while there is no process."""
+    """One vbd's.
+
+    worker       None while there is no process
+    waits_since  since when storage does not answer the worker's opener, by the loop's clock; None: it does
+    """
 
     def __init__(self, vbd: Vbd, fleet: Fleet, openings: Openings) -> None:
         """Number orders and questions from a number on that is larger than any of an earlier service."""
         first = int(fleet.loop.now() * 1e6)  # no clock that could be set back
         self.worker: Worker | None = None
+        self.waits_since: float | None = None
         self._vbd = vbd
         self._fleet = fleet
         self._first = self._last = first
         self._told = -1  # the number of the last order
         self._asked: dict[int, Then] = {}
+        self._asked_with: dict[int, Opener] = {}  # of questions that may open something
         self._openings = openings
         self._openers: list[Opener] = []
 
     def start(self, chain: str = "") -> None:
-        """Start a worker, which imports what third parties have to do with this chain first. Raises: KernelError."""
+        """Start a worker, which imports what third parties have to do with this chain first.
+
+        Raises: KernelError; StorageHangs, where it could not do more than those before it, which still hang.
+        """
+        self._check_hanging()
         self.worker = self._fleet.start(self._take, self._end, third_parties(chain))
+
+    def _check_hanging(self, patience_s: float = 0.0) -> None:
+        """Raise StorageHangs where as many openers as may hang should have ended so long ago."""
+        if sum(opener.hangs(patience_s) for opener in self._openers) >= _MOST_HANGING:
+            raise StorageHangs
 
     def adopt(self, fds: tuple[int, int]) -> None:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
@@ -59,7 +85,7 @@ class Link:
             return
         order = make(self._told)
         job = self._openings.for_order(order) if isinstance(order, messages.Open | messages.Serve) else None
-        self._send(order, fds, job)
+        self._send(order, fds, job, self._wait)
 
     def ask(self, question: messages.Question, then: Then) -> None:
         """Ask, and call `then` with the one reply: the worker's, or one that says why there is none."""
@@ -69,9 +95,14 @@ class Link:
             return
         self._asked[self._last] = then
         try:
-            self._send(messages.Ask(self._last, question), [], self._openings.for_question(question))
+            job = self._openings.for_question(question)
+            if job is not None:
+                self._check_hanging(_ENDING_S)
+            opener = self._send(messages.Ask(self._last, question), [], job)
+            if opener is not None:
+                self._asked_with[self._last] = opener
         except KernelError as error:
-            del self._asked[self._last]
+            self._asked.pop(self._last)
             then(messages.Reply(self._last, Code.FAILED, str(error)))
 
     def breach(self, what: str) -> None:
@@ -94,28 +125,37 @@ class Link:
         self._dismiss_openers()
         self._answer_all(sentence)
 
-    def _send(self, message: messages.FromSupervisor, fds: Sequence[int], job: Job | None) -> None:
-        """Send a message, with an opener for its job beside it. Raises: KernelError."""
+    def _send(
+        self, message: messages.FromSupervisor, fds: Sequence[int], job: Job | None, on_waits: OnWaits = lambda _: None
+    ) -> Opener | None:
+        """Send a message, with an opener for its job beside it, which is returned. Raises: KernelError."""
         worker = self.worker
         assert worker is not None  # noqa: S101 - whoever calls has looked
         if job is None:
             worker.send(message, fds)
-            return
+            return None
         openings = self._openings
-        opener, near = self._fleet.open(job, openings.kept(), openings.opened, self._opener_ended)
+        opener, near = self._fleet.open(job, openings.kept(), openings.opened, self._opener_ended, on_waits)
         self._openers.append(opener)
         if worker.is_boosted:
             opener.boost()
         with near:
             worker.send(message, [*fds[:1], near.fileno(), *fds[1:]])
+        return opener
 
     def _opener_ended(self, opener: Opener, breach: str) -> None:
         self._openers.remove(opener)
         if breach:
             self.breach(breach)
 
+    def _wait(self, name: str) -> None:
+        """Take note of a file whose storage does not answer; empty: it does again."""
+        self.waits_since = self._fleet.loop.now() - WAITS_S if name else None
+        self._vbd.handle(events.Waits(name))
+
     def _dismiss_openers(self) -> None:
         """Let no opener go on for a worker that has ended; one that hangs goes when its storage answers."""
+        self.waits_since = None
         for opener in self._openers:
             opener.kill()
 
@@ -157,7 +197,9 @@ class Link:
         self._vbd.stands(standing, is_last=standing.number == self._told)
 
     def _hear_reply(self, reply: messages.Reply) -> None:
-        then = self._asked.pop(reply.id, None)
+        then, opener = self._asked.pop(reply.id, None), self._asked_with.pop(reply.id, None)
+        if opener is not None:
+            opener.note_over()
         if then is not None:
             then(reply)
         elif reply.id > self._first:  # one of an earlier service's questions may still be answered
@@ -173,5 +215,6 @@ class Link:
 
     def _answer_all(self, sentence: str) -> None:
         asked, self._asked = self._asked, {}
+        self._asked_with.clear()
         for number, then in asked.items():
             then(messages.Reply(number, Code.GONE, sentence))

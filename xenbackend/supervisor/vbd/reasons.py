@@ -1,4 +1,4 @@
-"""Why a disk is not served, or not as it should be: ten sentences, and what takes each of them away.
+"""Why a disk is not served, or not as it should be: eleven sentences, and what takes each of them away.
 
 Must not know how a sentence came about.
 """
@@ -31,9 +31,10 @@ class Reason(Enum):
     GIVEN_UP = 5, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
     BAD_RINGS = 6, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
     FLUSH_FAILED = 7, False, (Cause.RESUME, Cause.FRESH)
-    TROUBLE = 8, False, (Cause.ENDED,)  # what the disk could not do and tries again
-    INTERRUPTED = 9, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
-    HALTED = 10, False, (Cause.JOIN,)  # which ring the frontend broke
+    STORAGE = 8, False, (Cause.ENDED,)  # it does not answer
+    TROUBLE = 9, False, (Cause.ENDED,)  # what the disk could not do and tries again
+    INTERRUPTED = 10, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
+    HALTED = 11, False, (Cause.JOIN,)  # which ring the frontend broke
 
     def __init__(self, rank: int, bars: bool, cleared_by: tuple[Cause, ...]) -> None:  # noqa: FBT001 - a column
         self.rank = rank

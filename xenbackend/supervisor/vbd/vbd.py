@@ -30,7 +30,7 @@ from xenbackend.supervisor.vbd.ending import Ending
 from xenbackend.supervisor.vbd.exchanges import Exchanges
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import What
-from xenbackend.supervisor.vbd.link import Link
+from xenbackend.supervisor.vbd.link import Link, StorageHangs
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
 from xenbackend.supervisor.vbd.openings import Openings
@@ -269,7 +269,7 @@ class Vbd:
             self._open(action)
         except Exception as problem:
             if self.worker is None:
-                self.handle(events.Ended(str(problem)))
+                self.handle(events.Ended(str(problem), has_waited=isinstance(problem, StorageHangs)))
             else:
                 self.link.kill(str(problem))
             if not isinstance(problem, ConfigError | KernelError):

@@ -1,0 +1,49 @@
+"""Tests of `xenbackend.opener.watch`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from queue import Queue
+
+from xenbackend.opener.watch import Watch
+
+PATIENCE_S = 20.0  # for a thread of ours
+
+
+def test_a_step_that_does_not_come_back_is_told_of_and_so_is_its_end() -> None:
+    """Whoever listens hears the name once while the step lasts, and an empty one when it is over; each time."""
+    said: Queue[str] = Queue()
+    watch = Watch(said.put, patience_s=0.01)
+    for name in ("/a", "/b"):
+        with watch.over(name):
+            assert name == said.get(timeout=PATIENCE_S)
+        assert "" == said.get(timeout=PATIENCE_S)
+
+    watch.close()
+    assert said.empty()
+
+
+def test_who_looks_ends() -> None:
+    """No thread of it is left once it is closed, whether it was said anything or not."""
+    before = threading.active_count()
+    watches = [Watch(lambda _: None, patience_s=PATIENCE_S) for _ in range(5)]
+    assert before + 5 == threading.active_count()
+    with watches[0].over("/a"):
+        for each in watches:
+            each.close()
+    give_up = time.monotonic() + PATIENCE_S
+    while threading.active_count() > before:
+        assert time.monotonic() < give_up
+
+
+def test_a_step_that_comes_back_is_nobodys_business() -> None:
+    """Of steps that take no time nothing is said, however many there are one after the other."""
+    said: Queue[str] = Queue()
+    watch = Watch(said.put, patience_s=PATIENCE_S)
+    for _ in range(100):
+        with watch.over("/a"):
+            pass
+
+    watch.close()
+    assert said.empty()

@@ -1,0 +1,250 @@
+"""Storage that does not answer, as of an NFS server that has gone: one disk waits, and nobody else notices.
+
+The file system is real, and its server stops: processes that wait for it are in the kernel, and cannot be killed where
+the server has read what they want.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import fuse
+from xenbackend.embedded.machine import GuestDomain, Machine
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.toolstack import detach
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not fuse.IS_POSSIBLE, reason="no /dev/fuse for us, so no storage that hangs"),
+]
+SIZE = 1 << 20
+DATA = b"d" * 4096
+USUAL_S = 5.0  # for what takes a tenth of it, on a host that is busy
+MOMENTS = {"lookup": fuse.LOOKUP, "stat": fuse.GETATTR, "open": fuse.OPEN}
+
+
+def until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+@contextmanager
+def within(limit_s: float) -> Iterator[None]:
+    """See that something takes no longer."""
+    begun = time.monotonic()
+    yield
+    assert time.monotonic() - begun < limit_s
+
+
+class Host:
+    """A machine with a guest that has a disk on storage that may die, and another guest's on storage that lives."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home = home
+        self.server = stack.enter_context(fuse.served(home / "remote", {"a.img": SIZE, "b.img": SIZE}))
+        stack.callback(self.server.release)
+        self.machine = stack.enter_context(Machine())
+        stack.callback(self.server.release)
+        self.guests = {domid: self.machine.create_guest(domid) for domid in (5, 6)}
+        for guest in self.guests.values():
+            stack.callback(guest.close)
+        self.sound = self.attach(6, "xvda", self.image("sound.img"))
+        self.frontend = self.connect(self.sound)
+
+    def image(self, name: str) -> Path:
+        """Make an image on storage that lives."""
+        path = self.home / name
+        path.write_bytes(bytes(SIZE))
+        return path
+
+    @property
+    def remote(self) -> Path:
+        """The image on the storage that may die."""
+        return self.home / "remote" / "a.img"
+
+    def attach(self, domid: int, vdev: str, image: Path) -> VbdPath:
+        """Attach a disk."""
+        return self.machine.attach(domid, vdev, f"aio:{image}")
+
+    def connect(self, path: VbdPath) -> Frontend:
+        """Let its guest connect."""
+        guest: GuestDomain = self.guests[path.frontend_domid]
+        return guest.connect(path, Wishes())
+
+    def status(self, disk: str = "5/xvda") -> dict[str, Any]:
+        """Return what is known of a disk."""
+        found = [each for each in self.machine.ask({"verb": "status"})["data"] if each["vbd"] == disk]
+        return dict(found[0]) if found else {}
+
+    def waits(self) -> bool:
+        """Return whether the disk says that it waits for its storage."""
+        return bool(self.status().get("reason") == "storage")
+
+    def kill(self) -> int:
+        """Kill the worker of the disk, and return its number."""
+        worker = int(self.status()["worker"])
+        os.kill(worker, signal.SIGKILL)
+        return worker
+
+    def hanging(self) -> int:
+        """Return how many processes of the service are in a call that does not come back."""
+        found = 0
+        for each in _descendants(self.machine.service_pid):
+            try:
+                state = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            found += state == "D"
+        return found
+
+    def see_others_served(self) -> None:
+        """See that the other disk, another one and the service answer in their usual time."""
+        with within(USUAL_S):
+            self.frontend.write(0, DATA)
+            assert self.frontend.read(0, 8) == DATA
+        with within(USUAL_S):
+            self.machine.ask({"verb": "ping"})
+        with within(USUAL_S):
+            other = self.attach(6, "xvdb", self.image("other.img"))
+            frontend = self.connect(other)
+            frontend.write(0, DATA)
+        with within(USUAL_S):
+            self.machine.ask({"verb": "snapshot", "vbd": "6/xvdb", "file": str(self.home / "leaf"), "format": "qcow2"})
+        frontend.close()
+        self.machine.detach(other)
+        (self.home / "leaf").unlink()
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        found = [int(each) for task in Path(f"/proc/{pid}/task").iterdir()
+                 for each in (task / "children").read_text().split()]  # fmt: skip
+    except OSError:
+        return []
+    return found + [deeper for each in found for deeper in _descendants(each)]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """Return such a host."""
+    with ExitStack() as stack:
+        yield Host(tmp_path, stack)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_disk_waits_and_no_other(host: Host, moment: str) -> None:
+    """A disk whose storage hangs when it is attached says so; the others are attached, served, ordered; it goes on."""
+    host.server.hold(MOMENTS[moment])
+    attached: list[object] = []
+    attaching = threading.Thread(target=lambda: attached.append(host.attach(5, "xvda", host.remote)))
+    attaching.start()
+    until(host.waits)
+    found = host.status()
+    host.see_others_served()
+    host.server.release()
+    attaching.join(20)
+
+    assert f"{host.remote} cannot be opened: its storage does not answer" in found["error"]
+    assert 1 <= found["waits_s"] < 60
+    disk = host.connect(attached[0])  # type: ignore[arg-type]
+    disk.write(0, DATA)
+    assert disk.read(0, 8) == DATA
+    assert ("", None) == (host.status()["reason"], host.status()["waits_s"])
+    disk.close()
+
+
+def test_a_successor_waits_and_goes_on(host: Host) -> None:
+    """A guest whose worker is killed meanwhile is served when the storage is back, and status says why not now."""
+    path = host.attach(5, "xvda", host.remote)
+    disk = host.connect(path)
+    disk.write(0, DATA)
+    host.server.hold(fuse.OPEN)
+    host.kill()
+    request = disk.submit(0, 0, 8, b"")
+    until(host.waits)
+    host.see_others_served()
+    assert request.status is None
+    host.server.release()
+    disk.wait([request])
+
+    assert DATA == request.data
+    until(lambda: host.status()["reason"] == "")
+    disk.close()
+
+
+def test_processes_that_hang_are_few(host: Host) -> None:
+    """However often the worker is killed, no more than two openers of a disk and one more hang; then it goes on."""
+    disk = host.connect(host.attach(5, "xvda", host.remote))
+    host.server.hold(fuse.OPEN)
+    most = 0
+    for _ in range(6):
+        if host.status()["worker"]:
+            host.kill()
+        until(lambda: host.waits() or "has not answered" in host.status()["error"])
+        most = max(most, host.hanging())
+    request = disk.submit(0, 0, 8, b"")
+    host.server.release()
+    disk.wait([request])
+
+    assert 1 <= most <= 3
+    assert request.status == 0
+    until(lambda: host.hanging() == 0)
+    disk.close()
+
+
+@pytest.mark.parametrize("stops", [True, False], ids=["not read", "read"])
+def test_a_disk_that_waits_is_detached_at_once(host: Host, stops: bool) -> None:
+    """The toolstack takes it away while it waits, whether its opener can be killed or not."""
+    path = host.attach(5, "xvda", host.remote)
+    host.connect(path)
+    if stops:
+        host.server.stop()
+    else:
+        host.server.hold(fuse.OPEN)
+    host.kill()
+    until(host.waits)
+    with within(2 * USUAL_S):
+        detach(host.machine.store, path, USUAL_S, force=True)
+    assert {} == host.status()
+    host.server.go_on()
+
+
+def test_the_service_ends_while_disks_wait(host: Host) -> None:
+    """`stop` ends in bounded time, and leaves no process but those that cannot end."""
+    host.attach(5, "xvda", host.remote)
+    host.server.hold(fuse.OPEN)
+    host.kill()
+    until(host.waits)
+    with within(15):
+        host.machine.stop_service()
+
+
+@pytest.mark.parametrize("moment", ["stat", "open"])
+def test_a_file_that_the_server_has_lost_pauses_the_disk(host: Host, moment: str) -> None:
+    """ESTALE from the server itself: the guest waits, the reason is a sentence, and a resume tries again."""
+    disk = host.connect(host.attach(5, "xvda", host.remote))
+    host.server.fail(errno.ESTALE, MOMENTS[moment])
+    host.kill()
+    request = disk.submit(0, 0, 8, b"")
+    until(lambda: host.status()["reason"] == "other-file")
+    sentence = host.status()["error"]
+    host.server.fail(0, MOMENTS[moment])
+    host.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    disk.wait([request])
+
+    assert str(host.remote) in sentence
+    assert request.status == 0
+    disk.close()
