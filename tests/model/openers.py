@@ -99,7 +99,7 @@ class Asked(RemoteOpener):
 
     world: World
 
-    def __init__(self, near: socket.socket, chain: int = 0) -> None:
+    def __init__(self, near: socket.socket, chain: int = 0, _patience_s: float | None = None) -> None:
         super().__init__(near, chain)
         worker: Any = self.world.machine.running
         worker.sockets.append(near)  # of which the kernel takes back the descriptor, whoever still refers to the object

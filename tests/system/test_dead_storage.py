@@ -20,6 +20,7 @@ import pytest
 
 from tests import fuse
 from xenbackend.embedded.machine import GuestDomain, Machine
+from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.toolstack import detach
@@ -230,6 +231,16 @@ def test_the_service_ends_while_disks_wait(host: Host) -> None:
     until(host.waits)
     with within(15):
         host.machine.stop_service()
+
+
+def test_an_order_does_not_hold_up_the_guest_for_long(host: Host) -> None:
+    """A chain on storage that hangs is refused for a disk whose own storage lives, which is served on."""
+    host.server.hold(fuse.OPEN)
+    with within(20), pytest.raises(XenbackendError, match="has not answered"):
+        host.machine.ask({"verb": "set", "vbd": "6/xvda", "chain": f"aio:{host.remote}", "replace": True})
+    with within(USUAL_S):
+        host.frontend.write(0, DATA)
+    assert "" == host.status("6/xvda")["reason"]
 
 
 @pytest.mark.parametrize("moment", ["stat", "open"])

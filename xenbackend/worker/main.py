@@ -32,7 +32,7 @@ from xenbackend.walls.raising import Raised, Walls
 from xenbackend.worker import birth
 from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
 from xenbackend.worker.disk import is_locked
-from xenbackend.worker.opener import OpenerGone, RemoteOpener
+from xenbackend.worker.opener import QUESTION_S, OpenerGone, RemoteOpener
 from xenbackend.worker.polling import find_permit
 from xenbackend.worker.stages import NoChainLeft, Stages
 
@@ -347,7 +347,8 @@ class Worker:
 def _opener_of(message: messages.Order | messages.Ask, fds: list[int]) -> RemoteOpener | None:
     """Return the opener that came with a message, if it is one that may open something."""
     place = 1 if isinstance(message, messages.Open) else 0
-    return RemoteOpener(socket.socket(fileno=fds.pop(place))) if len(fds) > place else None
+    patience_s = QUESTION_S if isinstance(message, messages.Ask) else None
+    return RemoteOpener(socket.socket(fileno=fds.pop(place)), 0, patience_s) if len(fds) > place else None
 
 
 def _needed(opener: RemoteOpener | None) -> RemoteOpener:

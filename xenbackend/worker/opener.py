@@ -18,7 +18,15 @@ from xenbackend.kernel.locks import Access
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.protocol.opening import Facts, Given, Question
 
+QUESTION_S = 5.0  # for a question, meanwhile the guest waits; less than a client waits for the order
 _MOST_CARRIED = 2  # descriptors beside one answer: both devices
+
+
+class OpenerLate(DriverError):
+    """Storage does not answer, and whoever asked for it is not worth that a guest waits any longer."""
+
+    def __init__(self) -> None:
+        super().__init__(f"its storage has not answered for {QUESTION_S:.0f} s", errno=errno.ETIMEDOUT)
 
 
 class OpenerGone(DriverError):
@@ -70,15 +78,19 @@ class NoOpener:
 class RemoteOpener:
     """The opener of one order or question, for one chain of its job."""
 
-    def __init__(self, near: socket.socket, chain: int = 0) -> None:
-        """Use a socket that the supervisor gave; `chain` is a place in `Job.chains`."""
+    def __init__(self, near: socket.socket, chain: int = 0, patience_s: float | None = None) -> None:
+        """Use a socket that the supervisor gave; `chain` is a place in `Job.chains`.
+
+        `patience_s` is given where a guest is served meanwhile that can do without the answer.
+        """
         self.chain = chain
         self._socket = near
-        near.setblocking(True)
+        self._patience_s = patience_s
+        near.settimeout(patience_s)
 
     def for_chain(self, chain: int) -> RemoteOpener:
         """Return the same opener for another chain of its job."""
-        return type(self)(self._socket, chain)
+        return type(self)(self._socket, chain, self._patience_s)
 
     def hold(self, path: str) -> None:
         """Do nothing: what a name means to the opener it means as long as that lives."""
@@ -193,6 +205,9 @@ class RemoteOpener:
             self._socket.send(opening.encode(question))
             datagram, fds, _ = datagrams.receive(self._socket, opening.MAX_MESSAGE, _MOST_CARRIED)
             return opening.from_opener(datagram), fds
+        except TimeoutError:
+            self._socket.shutdown(socket.SHUT_RDWR)  # its answer may still come, and would be taken for another one
+            raise OpenerLate from None
         except (OSError, codec.NotAMessage):
             return None, fds
 
