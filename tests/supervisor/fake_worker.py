@@ -1,9 +1,9 @@
 """A worker without a chain or a ring: speaks `xenbackend.protocol` and does as its chain's text says.
 
-null:1G serves; null:2G cannot be opened; null:3G dies when it is asked to connect; null:4G never leaves, pauses or
-reports; null:5G cannot take another chain's place; null:6G does, and dies before it says so; null:8G says that it is in
-service when nobody asked for it; null:9G answers what nobody asked. An image /full has no room, and
-instead of /lies another file is named.
+null:1G serves; null:2G cannot be opened; null:3G dies when it is asked to connect; null:4G never leaves, pauses,
+reports or lets another chain in; null:5G cannot take another chain's place; null:6G does, and dies before it says so;
+null:8G says that it is in service when nobody asked for it; null:9G answers what nobody asked. An image /full has no
+room, and instead of /lies another file is named.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class FakeWorker:
         """Return the reply, after the standing where that has changed."""
         former = self.standing
         reply = self._reply(ask)
-        if former.chain == "null:4G" and isinstance(ask.question, messages.Pause):
+        if former.chain == "null:4G" and isinstance(ask.question, messages.Pause | messages.Swap):
             return []
         said: list[messages.FromWorker] = [reply] if self.standing == former else [self.standing, reply]
         match ask.question:
@@ -114,7 +114,7 @@ class FakeWorker:
 
     def _reply(self, ask: messages.Ask) -> messages.Reply:
         match ask.question:
-            case messages.Swap():
+            case messages.Swap() if self.standing.chain != "null:4G":
                 return self._swap(ask.id, ask.question)
             case messages.Branch(file="/full"):
                 return messages.Reply(ask.id, Code.FAILED, "/full: no room for another image")

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.loops import loop
+from xenbackend.blkif.abi import BLKIF_OP_READ
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
@@ -284,6 +285,53 @@ def test_an_administrator_takes_what_is_there(machine: Machine, tmp_path: Path) 
         assert THEIRS[:4096] == disk.frontend.read(0, 8)
         delete(image)
         disk.kill()
+        assert THEIRS[:4096] == disk.frontend.read(0, 8)
+
+
+def test_an_administrator_names_another_chain(machine: Machine, tmp_path: Path) -> None:
+    """A disk that waits since its name means another file is served from what `set --replace` names, and says so where
+    that is left out; a request that no worker lived to answer is answered from there.
+    """
+    image, other = tmp_path / "image", tmp_path / "restored"
+    image.write_bytes(OURS)
+    other.write_bytes(THEIRS)
+    with serving(machine, tmp_path, f"aio:{image}") as disk:
+        replace(image)
+        stop_and_start(disk)
+        disk.waits(ANOTHER)
+        read = disk.frontend.submit(BLKIF_OP_READ, 0, 8)
+        refused = disk.order("set", chain=f"aio:{other}")
+        answer = disk.order("set", chain=f"aio:{other}", replace=True)
+
+        assert ("invalid", True) == (refused["code"], "only --replace puts another chain in" in refused["sentence"])
+        assert ("ok", f"aio:{other}") == (answer["code"], answer["data"]["chain"])
+        disk.frontend.wait([read], 10.0)
+        disk.frontend.write(64, b"G" * 4096)
+        disk.frontend.flush()
+        assert b"G" * 4096 == other.read_bytes()[64 * 512 :][:4096]
+        assert f"aio:{other}" == machine.store.read(f"{disk.path.backend}/params")
+        disk.kill()
+        assert b"G" * 4096 == disk.frontend.read(64, 8)
+
+
+def test_another_parent_has_to_be_trusted_first(machine: Machine, tmp_path: Path) -> None:
+    """An image that is marked for its parent is not opened with another one, whatever is replaced: the refusal names
+    the command that says so, and then it is.
+    """
+    parent, other, leaf = (tmp_path / f"{each}.qcow2" for each in ("parent", "other", "leaf"))
+    for raw, image, content in (("a", parent, OURS), ("b", other, THEIRS)):
+        (tmp_path / raw).write_bytes(content)
+        assert 0 == main(["image", "convert", f"aio:{tmp_path / raw}", f"qcow2:{image}"])
+    assert 0 == main(["image", "snapshot", f"qcow2:{parent}", str(leaf)])
+    with serving(machine, tmp_path, f"qcow2:{leaf}") as disk:
+        other.rename(parent)
+        refused = disk.order("set", chain=disk.chain, replace=True)
+        before = disk.frontend.read(0, 8)
+        assert 0 == main(["image", "trust", f"qcow2:{leaf}"])
+        answer = disk.order("set", chain=disk.chain, replace=True)
+
+        assert f"xenbackend image trust LAYER, or by parents={tmp_path} in its layer" in refused["sentence"]
+        assert (OURS[:4096], "ok") == (before, answer["code"]), answer
         assert THEIRS[:4096] == disk.frontend.read(0, 8)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.supervisor.helpers import PATH, Kept, Stepped, write_like_libxl
-from tests.supervisor.vbd.test_orders import ask, is_served, serve
+from tests.supervisor.vbd.test_orders import ask, begin, is_served, serve
+from xenbackend.errors import ConfigError
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd import ending
-from xenbackend.supervisor.vbd.last_chains import DIRECTORY
+from xenbackend.supervisor.vbd.last_chains import DIRECTORY, LastChain, LastChains
 from xenbackend.supervisor.vbd.vbd_log import UNFINISHED
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -49,14 +52,20 @@ def test_a_service_that_stops_waits_for_xenstore(
     """Its worker has closed the disk; once xenstore is back, params says which chain is in service, and it ends."""
     stepped = served(xenstored, toolstack, guest, tmp_path)
     stepped.registry.stop()
+    waits = [stepped.vbd().ending.waits_for]
     stepped.until(lambda: stepped.vbd().worker is None)
     stepped.turn(0.1)
     is_there = PATH in stepped.registry.vbds
+    waits.append(stepped.vbd().ending.waits_for)
     xenstored.start()
     stepped.until(lambda: not stepped.registry.vbds)
     stepped.close()
 
     assert is_there
+    assert [
+        "its worker, which finishes what is in flight and closes the disk",
+        "xenstore, which has to be told that null:7G is in service",
+    ] == waits
     with Store(xenstored.address) as store:
         assert ("null:7G", "4") == (store.read(f"{PATH.backend}/params"), store.read(f"{PATH.backend}/state"))
     assert [] == files(tmp_path)
@@ -179,6 +188,89 @@ def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
     assert DIRECTORY in line
 
 
+def undecided(xenstored: Xenstored, toolstack: Store, guest: Store, directory: Path) -> None:
+    """Let a service end while a worker exchanges the chain, and nothing that was kept come to the next one."""
+    stepped = Stepped(xenstored.address, Settings(), directory=directory)
+    serve(stepped, toolstack, guest, "null:4G")
+    begin(stepped, "set", chain="null:7G")
+    stepped.leave()
+
+
+def test_a_file_is_there_before_a_chain_is_exchanged_and_goes_when_xenstore_knows(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path
+) -> None:
+    """Whenever the service ends, the next one can know of the exchange: a worker may finish it alone."""
+    with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as stepped:
+        serve(stepped, toolstack, guest)
+        before = files(tmp_path)
+        begin(stepped, "set", chain="null:7G")
+        meanwhile = LastChains(tmp_path).of(PATH)
+        stepped.until(lambda: toolstack.read(f"{PATH.backend}/params") == "null:7G")
+        stepped.until(lambda: not files(tmp_path))
+
+    assert ([], LastChain("null:1G", [], "null:7G")) == (before, meanwhile)
+
+
+def test_an_exchange_that_is_refused_leaves_no_file(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path
+) -> None:
+    """What did not happen needs nobody's attention."""
+    with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as stepped:
+        serve(stepped, toolstack, guest)
+        answer = ask(stepped, "set", chain="null:5G")
+
+        assert (Code.INVALID, []) == (answer.code, files(tmp_path))
+
+
+def test_a_disk_whose_exchange_nobody_has_seen_the_end_of_waits_for_an_administrator(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path
+) -> None:
+    """Neither chain is served, as the guest's last writes may be in the other one, and `resume` decides nothing; who
+    names one with --replace does. That the disk waits is not forgotten by the next service but one.
+    """
+    undecided(xenstored, toolstack, guest, tmp_path)
+    for _ in range(2):
+        stepped = Stepped(xenstored.address, Settings(), directory=tmp_path)
+        vbd = stepped.vbd()
+        stepped.until(lambda: vbd.device.sight.has_looked)  # noqa: B023 - at once
+        found = (vbd.device.reason, vbd.worker, vbd.device.phase.value)
+        with pytest.raises(ConfigError, match="null:7G was being put in the place of null:4G"):
+            begin(stepped, "resume")
+        with pytest.raises(ConfigError, match="--replace"):
+            begin(stepped, "set", chain="null:7G")
+        left = files(tmp_path)
+        stepped.leave()
+
+        assert ("undecided", None, "none", ["vbd-0-5-51712.json"]) == (*found, left)
+    with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as stepped:
+        stepped.until(lambda: stepped.vbd().device.sight.has_looked)
+        answer = ask(stepped, "set", chain="null:7G", replace=True)
+        stepped.until(is_served(stepped))
+        stepped.until(lambda: toolstack.read(f"{PATH.backend}/params") == "null:7G")
+        stepped.until(lambda: not files(tmp_path))
+
+        assert (Code.OK, "null:7G", "") == (answer.code, answer.data["chain"], stepped.vbd().device.error)
+
+
+def test_a_service_that_was_only_replaced_finds_out_by_itself(
+    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, kept: Kept
+) -> None:
+    """Where the notes were kept they count, and the file only says the same: the worker tells, or its journal."""
+    stepped = Stepped(xenstored.address, Settings(), directory=tmp_path, keeper=kept.keeper())
+    serve(stepped, toolstack, guest, "null:4G")
+    begin(stepped, "set", chain="null:7G")
+    worker = stepped.vbd().worker
+    assert worker is not None
+    stepped.leave()
+    os.kill(worker.pid, signal.SIGKILL)
+    left = files(tmp_path)
+    with closing(Stepped(xenstored.address, Settings(), directory=tmp_path, keeper=kept.keeper())) as following:
+        following.until(is_served(following))
+
+        assert ("null:4G", "") == (following.vbd().chain_in_service(), following.vbd().device.error)
+        assert (["vbd-0-5-51712.json"], []) == (left, files(tmp_path))
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_only_a_guest_that_is_there_has_lost_something(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, lines: io.StringIO, *, is_there: bool
@@ -187,7 +279,7 @@ def test_only_a_guest_that_is_there_has_lost_something(
     stepped = serve(Stepped(xenstored.address, Settings(), directory=tmp_path), toolstack, guest)
     if not is_there:
         toolstack.remove(PATH.frontend)
-    stepped.vbd()._ending.end()
+    stepped.vbd().ending.end()
     said = lines.getvalue()
     stop(stepped)
 

@@ -7,6 +7,8 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,11 @@ EMPTY = [f"{prefix_of(PATH)}.journal.3", f"{prefix_of(PATH)}.notes.3"]  # that a
 def serves(handover: Handover, chain: str, order: int = 0) -> None:
     """Do what a worker does that serves a chain, which an order has put in."""
     journal.AGREED.write(handover.page, codec.as_fields(Agreed(chain, CONNECT, order)))
+
+
+def _unless(kind: type, die: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that dies where it is given one of a kind."""
+    return lambda value: die() if isinstance(value, kind) else function(value)
 
 
 def made(content: bytes) -> int:
@@ -330,6 +337,53 @@ def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: 
 
     assert ("null:1G", "null:2G", (["params", "null:1G"], "null:2G")) == (asked, served, noted)
     assert ("null:2G", Notes("null:2G", exchanged_by=1)) == (heir.chain_in_service(), heir.notes)
+    heir.close()
+
+
+def test_a_chain_is_put_in_without_a_worker(kept: Kept) -> None:
+    """What a frontend had agreed on with the last worker holds for the chain that takes the place, also where the
+    same chain does: the order tells. What the former chain had kept goes.
+    """
+    for chain, former in (("null:2G", ["params", "null:1G"]), ("null:1G", [])):
+        handover = Handover(kept.keeper(), PATH)
+        handover.descriptors("null:1G")
+        handover.keep("map", made(b"one"))
+        handover.note(undecided="null:3G")
+        serves(handover, "null:1G", 3)
+        handover.exchange_alone(Exchange(4, "params", chain))
+        handover.leave()
+        heir = next_one(kept)
+        agreed = heir.agreed()
+
+        assert agreed is not None
+        assert (chain, CONNECT, 4) == (agreed.chain, agreed.connect, agreed.order)
+        memories = {} if former else {"m0": "map"}
+        assert Notes(chain, stale_params=former, memories=memories, exchanged_by=4) == heir.notes
+        heir.close()
+
+
+@pytest.mark.parametrize("dies", ["before", "after"])
+def test_a_service_that_dies_while_it_puts_a_chain_in_leaves_no_doubt(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """Before the journal says so the former chain is the disk's, and afterwards the new one is: as with a worker."""
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors("null:1G")
+    serves(handover, "null:1G", 3)
+
+    def die(*_: object) -> None:
+        raise InterruptedError
+
+    if dies == "before":
+        monkeypatch.setattr(codec, "as_fields", _unless(Agreed, die, codec.as_fields))
+    else:
+        monkeypatch.setattr(handover, "exchange_is_done", die)
+    with pytest.raises(InterruptedError):
+        handover.exchange_alone(Exchange(4, "params", "null:2G"))
+    handover.leave()
+    heir = next_one(kept)
+
+    assert (dies == "after", dies == "after") == (heir.has_exchanged(), heir.chain_in_service() == "null:2G")
     heir.close()
 
 

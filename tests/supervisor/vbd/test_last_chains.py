@@ -12,7 +12,7 @@ from tests.supervisor.helpers import PATH
 from xenbackend.errors import KernelError
 from xenbackend.supervisor.vbd.last_chains import DIRECTORY, LastChain, LastChains, state_directory
 
-_LAST = LastChain("null:2G", ["null:1G", "log:|null:1G"])
+_LAST = LastChain("null:2G", ["null:1G", "log:|null:1G"], "null:3G")
 
 
 def test_what_was_left_is_found_by_the_next_service(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_what_was_left_is_found_by_the_next_service(tmp_path: Path) -> None:
     following = LastChains(tmp_path / "state", "boot")
     other = PATH.__class__("vbd", 0, 6, PATH.devid)
 
-    assert {PATH: "null:2G"} == former.left
+    assert {PATH: _LAST} == former.left
     assert ([PATH], _LAST, None) == (following.paths(), following.of(PATH), following.of(other))
     assert 0o700 == file.parent.stat().st_mode & 0o777
     following.forget(PATH)

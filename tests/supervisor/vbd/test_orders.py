@@ -398,6 +398,34 @@ def test_an_order_that_came_to_nothing_is_forgotten(serving: Stepped, toolstack:
         assert chain == toolstack.read(f"{PATH.backend}/params")
 
 
+def test_another_chain_is_put_in_where_no_worker_is_left(serving: Stepped, toolstack: Store) -> None:
+    """An administrator who means it has a waiting guest served by another chain; where that cannot be opened the answer
+    says that the disk waits for it now, and another one can be named.
+    """
+    vbd = serving.vbd()
+    while vbd.device.reason != "given-up":
+        if vbd.device.phase is Phase.RESTING:
+            serving.expire()
+        elif vbd.worker is not None:
+            kill(serving)
+        serving.turn(0.02)
+    for words in ({}, {"replace": True, "dry_run": True}):
+        with pytest.raises(ConfigError, match=r"the disk is not in service: .* in a row"):
+            begin(serving, "set", chain="null:7G", **words)
+    former = vbd.chain_in_service()
+    failed = ask(serving, "set", chain="null:2G", replace=True)
+    serving.until(lambda: vbd.worker is None)
+    answer = ask(serving, "set", chain="null:7G", replace=True)
+    serving.until(is_served(serving))
+    serving.until(lambda: toolstack.read(f"{PATH.backend}/params") == "null:7G")
+
+    assert "null:1G" == former
+    assert (Code.FAILED, "null:2G") == (failed.code, failed.data["chain"])
+    assert "the disk waits for null:2G from now on: null: it is broken" == failed.sentence
+    assert (Code.OK, "null:7G", "") == (answer.code, answer.data["chain"], vbd.device.error)
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+
+
 def test_an_image_is_put_over_the_guests(serving: Stepped, toolstack: Store) -> None:
     """The worker makes the new image and the chain with it is put in like any other one."""
     made = ask(serving, "snapshot", file="/new", format="qcow2")

@@ -22,6 +22,7 @@ CLEARED = {
     Cause.FRESH: {Reason.FLUSH_FAILED},
     Cause.SERVED: {Reason.INTERRUPTED},
     Cause.ENDED: {Reason.STORAGE, Reason.TROUBLE},
+    Cause.REPLACED: {Reason.UNDECIDED},
 }
 
 
@@ -57,7 +58,7 @@ def test_the_first_one_is_shown() -> None:
         reasons.say(reasons.first, "")
 
     assert list(Reason) == [reason for reason, _ in shown]
-    assert ("cannot-open", "flush-failed", "") == (shown[0][1], shown[6][1], reasons.word())
+    assert ("cannot-open", "flush-failed", "") == (shown[0][1], shown[7][1], reasons.word())
 
 
 def test_only_some_bar_a_worker() -> None:
@@ -68,4 +69,5 @@ def test_only_some_bar_a_worker() -> None:
         bars.append(Reason[reasons.bar])
         reasons.say(bars[-1], "")
 
-    assert [Reason.CANNOT_OPEN, Reason.BAD_KEYS, Reason.OTHER_FILE, Reason.OTHER_SIZE, Reason.GIVEN_UP] == bars
+    others = [Reason.OTHER_FILE, Reason.OTHER_SIZE, Reason.GIVEN_UP]
+    assert [Reason.CANNOT_OPEN, Reason.BAD_KEYS, Reason.UNDECIDED, *others] == bars

@@ -3,8 +3,9 @@
 Must not contain a rule about a vbd.
 
 SIGTERM ends the service and leaves the workers serving, where a keeper has their sockets for the next service
-(`keeper`): guests do not notice. SIGINT, and SIGTERM without a keeper, drain every worker, close its chain and leave
-the vbds' states as they are: to a guest it is a pause, until the next service serves the same rings.
+(`keeper`): guests do not notice. It waits for exchanges of chains first, as systemd sends the same signal before it
+lets go of all that is kept. SIGINT, and SIGTERM without a keeper, drain every worker, close its chain and leave the
+vbds' states as they are: to a guest it is a pause, until the next service serves the same rings.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server, c
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.status import describe, describe_service
 from xenbackend.supervisor.service.xentop import Xentop
+from xenbackend.supervisor.vbd import ending
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import check_versions
 from xenbackend.supervisor.vbd.last_chains import LastChains, state_directory
 from xenbackend.supervisor.vbd.orders import ORDERS, text_of
 from xenbackend.supervisor.vbd.vbd import Vbd
-from xenbackend.supervisor.xenstore.paths import parse_backend_path
+from xenbackend.supervisor.xenstore.paths import VbdPath, parse_backend_path
 from xenbackend.supervisor.xenstore.store import Store
 
 _CONTROL = "control"  # the control socket's name at the keeper
@@ -82,20 +84,21 @@ class Service:
         self._store = Store(settings.store or None)
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
-        common = ("--host", settings.host, "--walls", settings.walls)
-        self._fleet = Fleet(self._loop, command=(*fleet.COMMAND, *common), zygote=(*zygote.COMMAND, *common))
+        options = ("--host", settings.host, "--walls", settings.walls)
+        self._fleet = Fleet(self._loop, command=(*fleet.COMMAND, *options), zygote=(*zygote.COMMAND, *options))
         self._looks = Looks(self._fleet, self._loop)
         self._last_chains = LastChains(state_directory or Path(settings.socket).parent)
-        context = Context(
-            self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock, self._ledger, self._last_chains
-        )
+        common = (self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock)
+        context = Context(*common, self._ledger, self._last_chains)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         group = access.group_number(settings.group)
         self._server = Server(settings.socket, self._loop, self._answer, inherited, group)
         self._complaint = complaint
         self._keep(settings, is_new=self._server.fileno() != inherited)
-        self._is_stopping = self._leaves = False
+        self._is_stopping = self._leaves = self._has_let_go = False
+        self._last_chains.on_change = self._leave_soon
+        self._leave_at = self._loop.timer(self._let_go)
         self._stops: list[Reply] = []  # of those who have ordered the stop
         self._questions = 0  # that were no orders
         self._status_timer = self._loop.timer(self._tell_status)
@@ -188,7 +191,27 @@ class Service:
         self._log.info("stopping", vbds=len(self._registry.vbds), workers="go on" if leaves else "are drained")
         self._notifier.stopping()
         self._is_stopping = True
-        self._registry.stop(leaves=leaves)
+        exchanging = [each.disk for each in self._exchanging()] if leaves else []
+        if exchanging:
+            wait_s = f"{ending.WAIT_S:.0f}"
+            self._log.info("waiting for exchanges of chains to end", disks=", ".join(exchanging), seconds=wait_s)
+            self._leave_at.set(self._loop.now() + ending.WAIT_S)
+        else:
+            self._let_go()
+
+    def _exchanging(self) -> list[VbdPath]:
+        """Return the vbds whose chain is being exchanged. A worker may finish that alone, and nobody would know."""
+        return [path for path, vbd in self._registry.vbds.items() if vbd.orders.is_exchanging()]
+
+    def _leave_soon(self) -> None:
+        """Let go of all disks once no chain is being exchanged any more; they are served until then."""
+        if self._leave_at.due is not None and not self._exchanging():
+            self._leave_at.set(self._loop.now())
+
+    def _let_go(self) -> None:
+        self._leave_at.set(None)
+        self._has_let_go = True
+        self._registry.stop(leaves=self._leaves)
         if not self._registry.vbds:
             self._loop.stop()
 
@@ -217,7 +240,7 @@ class Service:
                 raise ConfigError(f"unknown request; the verbs are {', '.join(self._verbs)}")
             if verb not in access.CHANGES_NOTHING and not access.is_ours(peer.uid):
                 raise ConfigError(f"{verb} changes something, which only root may ask for")
-            if self._leaves and verb in (*ORDERS, "status"):  # it has let go of all disks
+            if self._leaves and (verb in ORDERS or (verb == "status" and self._has_let_go)):
                 reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
                 return
             handle(request, peer, reply)
@@ -226,7 +249,12 @@ class Service:
 
     def _ping(self, _request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
         counts = {"bugs": self._bugs.count, "breaches": self._fleet.breaches}
-        reply(Answer(Code.OK, {**describe_service(), **counts}))
+        reply(Answer(Code.OK, {**describe_service(), **counts, "waits": self._waits()}))
+
+    def _waits(self) -> list[dict[str, str]]:
+        """Return for which disks the service waits before it ends, and for what; none while it does not end."""
+        vbds = [each for _, each in sorted(self._registry.vbds.items())] if self._is_stopping else []
+        return [{"vbd": each.path.disk, "for": each.ending.waits_for} for each in vbds]
 
     def _status(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
         if "vbd" in request:
@@ -292,13 +320,14 @@ class Service:
             reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
             return
         reply.order = self._ledger.open("stop", "", asdict(peer), {})
-        reply.known = lambda: {"pid": os.getpid(), "disks": sorted(each.disk for each in self._registry.vbds)}
+        reply.known = lambda: {"pid": os.getpid(), "waits": self._waits()}
         self._stops.append(reply)
         self._stop(signal.SIGINT)
 
     def _answer_stops(self) -> None:
         """Tell those who have ordered the stop that it is done, and what xenstore does not know."""
-        untold = [{"vbd": path.disk, "chain": chain} for path, chain in sorted(self._last_chains.left.items())]
+        left = sorted(self._last_chains.left.items())
+        untold = [{"vbd": path.disk, "chain": last.chain, "next_chain": last.next_chain} for path, last in left]
         for reply in self._stops:
             answer = Answer(Code.OK, {"pid": os.getpid(), "untold": untold}, order=reply.order)
             self._ledger.close(reply.order or 0, answer)
@@ -323,6 +352,7 @@ class Service:
             if how.code is not Code.UNDER_WAY:  # the next service goes on with it
                 self._ledger.close(number, replace(how, data=None) if is_dry_run else how)  # it led to no chain
             reply(replace(how, order=number))
+            self._leave_soon()
 
         if verb == "upgrade":
             self._fleet.renew()  # the zygote has imported the program as it was

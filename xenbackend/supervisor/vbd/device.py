@@ -131,6 +131,18 @@ class Device:
         """Return whether it is not served because a name means another file than the one that was served."""
         return bool(self._reasons[Reason.OTHER_FILE])
 
+    def is_undecided(self) -> bool:
+        """Return whether it is not served because nobody knows which of two chains has the guest's data."""
+        return bool(self._reasons[Reason.UNDECIDED])
+
+    def doubt(self, sentence: str) -> None:
+        """Serve nothing until an administrator says by which chain; an empty sentence changes nothing."""
+        self._reasons.say(Reason.UNDECIDED, sentence)
+
+    def waits_without_worker(self) -> bool:
+        """Return whether somebody waits for the disk, and no worker does anything about that now."""
+        return self.phase in (Phase.NONE, Phase.RESTING) and self.sight.is_online and self.is_promised()
+
     def is_promised(self) -> bool:
         """Return whether a guest waits for the disk, or the toolstack was told that it is there."""
         return self.is_waited_for() or self.sight.hotplug == "connected"
@@ -180,8 +192,10 @@ class Device:
                 self.sight.is_called = True
             case events.Exchanged():
                 self._exchange(event)
-            case events.Resume():
+            case events.Resume() | events.Replaced():
                 self._clear(Cause.RESUME)
+                if isinstance(event, events.Replaced):
+                    self._clear(Cause.REPLACED)
             case events.Replace():
                 self._aims.worker.is_replaceable = self.phase not in (Phase.NONE, Phase.RESTING)
             case events.Stop():

@@ -2,15 +2,17 @@
 
 Must not forget anything itself, nor keep a service that is being replaced from ending.
 
-Where another chain took the place of the one that ``params`` names, and xenstore has not been told yet, a service that
-stops waits for xenstore, its worker closed already. If that does not come in time, a file tells the next service.
+While another chain is being put in, and until xenstore says which one is in service, a file says it for the next
+service: whenever this one ends, and whoever finishes the exchange then. A service that stops waits for xenstore, its
+worker closed already; one that is replaced waits for the end of an exchange (`service.main`). Where neither comes in
+time, the file is left. Where it says that a chain was being put in, and nothing else was left, the disk waits for an
+administrator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xenbackend.errors import KernelError, StoreError
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 WAIT_S = 45.0  # from the stop on; the unit's TimeoutStopSec is longer
 _WAITS = "xenstore has to be told which chain is in service; the service waits for it before it ends"
 _LEFT = "xenstore could not be told which chain was in service; a file tells the next service"
+_LEFT_UNDECIDED = "another chain was still being put in when the service ended; a file tells the next service"
+_DOUBT = (
+    "the service ended while {next} was being put in the place of {chain}, and nobody knows whether it was: the "
+    "guest's last writes are in one of the two; find out in which, then `xenbackend set --replace {disk} CHAIN` serves "
+    "the disk from that"
+)
 
 
 class Ending:
@@ -39,6 +47,7 @@ class Ending:
         self._give_up_at = 0.0
         self._has_said = False
         self._has_recalled = False
+        self._said: LastChain | None = None  # by the file
         self._timer = context.loop.timer(self._give_up)
 
     def find(self, *, is_heir: bool) -> bool:
@@ -47,31 +56,46 @@ class Ending:
         `is_heir`: it has left descriptors, with notes.
         """
         self._has_recalled = is_heir
-        last = self._context.last_chains.of(self._vbd.path)
-        if last is not None:
-            self._vbd.handover.note(chain=last.chain, stale_params=last.stale_params)
+        handover, last = self._vbd.handover, self._context.last_chains.of(self._vbd.path)
+        handover.on_note = self._tell_next
+        if last is not None and not handover.notes.chain:  # else the notes were left, too, and know better
+            handover.note(chain=last.chain, stale_params=last.stale_params, undecided=last.next_chain)
+        self._tell_next(is_new=True)
         return is_heir or last is not None
+
+    @property
+    def doubt(self) -> str:
+        """Why nobody knows which chain has the guest's data, for the administrator who has to say; else empty."""
+        notes = self._vbd.handover.notes
+        if not notes.undecided:
+            return ""
+        return _DOUBT.format(next=notes.undecided, chain=notes.chain, disk=self._vbd.path.disk)
+
+    @property
+    def waits_for(self) -> str:
+        """What a service that stops waits for before it lets go of the disk, for people."""
+        if self._vbd.orders.is_exchanging():
+            return "its chain, which is being exchanged"
+        if self._vbd.worker is not None:
+            return "its worker, which finishes what is in flight and closes the disk"
+        if self._vbd.handover.notes.stale_params:
+            return f"xenstore, which has to be told that {self._vbd.chain_in_service()} is in service"
+        return "another worker, which does what a dead one had begun"
 
     def saw(self, keys: Mapping[str, str]) -> None:
         """Take note of what the keys say, and with the first ones of which files are noted in xenstore."""
         handover = self._vbd.handover
         if handover.notes.stale_params:
             handover.saw_params(keys.get("params", ""))
-            if not handover.notes.stale_params:
-                self._context.last_chains.forget(self._vbd.path)
         if not self._has_recalled:  # what else was left has them
             chain = handover.notes.chain or keys.get("params", "")
             handover.expect(chain, self._nodes.noted_files(keys, chain))
             self._has_recalled = True
 
     def begin(self) -> None:
-        """Leave word at once: a service that stops may be killed before it has ended. From now on its time counts."""
+        """From now on the time of a service that stops counts."""
         self._give_up_at = self._context.loop.now() + WAIT_S
         self._timer.set(self._give_up_at)
-        notes = self._vbd.handover.notes
-        if notes.stale_params and not self._vbd.device.sight.is_over:
-            with suppress(KernelError):  # `end` tries again, and says so
-                self._leave()
 
     def may_end(self) -> bool:
         """Return whether the vbd may be forgotten now; else it is asked again, by an event."""
@@ -87,17 +111,20 @@ class Ending:
         """Leave a file where one is needed: also where the next service is to have the notes, which it may not get."""
         self._timer.set(None)
         device, handover, chain = self._vbd.device, self._vbd.handover, self._vbd.chain_in_service()
+        handover.on_note = lambda: None  # what is let go of next is nothing that the next service need know
         if not device.is_leaving and handover.agreed() is not None and self._is_waited_for():
             self._log.say("critical", UNFINISHED)
-        if device.sight.is_over or not handover.notes.stale_params:
+        last = self._last()
+        if device.sight.is_over or last is None:
             self._context.last_chains.forget(self._vbd.path)
             return
+        chains = {"chain": chain, "next_chain": last.next_chain} if last.next_chain else {"chain": chain}
         try:
-            file = self._leave()
+            file = self._context.last_chains.leave(self._vbd.path, last)
         except KernelError as error:
-            self._log.say("critical", UNTOLD, chain=chain, reason=str(error))
+            self._log.say("critical", UNTOLD, **chains, reason=str(error))
         else:
-            self._log.say("warning", _LEFT, chain=chain, file=str(file))
+            self._log.say("warning", _LEFT_UNDECIDED if last.next_chain else _LEFT, **chains, file=str(file))
 
     def _is_waited_for(self) -> bool:
         """Return whether there is a guest that has rings: it may have gone since the last look."""
@@ -116,9 +143,24 @@ class Ending:
         else:
             self._vbd.handle(Stop(self._vbd.device.is_leaving))
 
-    def _leave(self) -> Path:
-        last = LastChain(self._vbd.chain_in_service(), self._vbd.handover.notes.stale_params)
-        return self._context.last_chains.leave(self._vbd.path, last)
+    def _last(self) -> LastChain | None:
+        """Return what the next service has to know, None where xenstore says it."""
+        notes = self._vbd.handover.notes
+        exchanged = notes.exchange.chain if notes.exchange and notes.exchange.chain != notes.chain else ""
+        last = LastChain(notes.chain, notes.stale_params, exchanged or notes.undecided)
+        return last if last.stale_params or last.next_chain else None
+
+    def _tell_next(self, *, is_new: bool = False) -> None:
+        """Let the file say what the notes say."""
+        last, chains = self._last(), self._context.last_chains
+        if last != self._said or is_new:
+            self._said = last
+            if last is None:
+                chains.forget(self._vbd.path)
+            else:
+                with suppress(KernelError):  # `end` tries again, and says so
+                    chains.leave(self._vbd.path, last)
+        chains.on_change()
 
     def _is_told(self) -> bool:
         if not self._vbd.handover.notes.stale_params or self._vbd.device.sight.is_over:

@@ -78,6 +78,11 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Replaced:
+    """An administrator has put another chain in while there was no worker, and wants the disk served from that."""
+
+
+@dataclass(frozen=True, slots=True)
 class Replace:
     """Another process is to serve the disk: the program is a newer one."""
 
@@ -105,7 +110,8 @@ class Stop:
 
 
 Event = (
-    Seen | Postponed | Ended | Inherited | Exchanged | Refused | Resume | Replace | Expired | Called | Stop | Waits
+    Seen | Postponed | Ended | Inherited | Exchanged | Refused | Resume | Replaced | Replace | Expired | Called | Stop
+    | Waits
     | messages.Standing  # only one that answers the last order, or a later one with the same number
 )  # fmt: skip
 

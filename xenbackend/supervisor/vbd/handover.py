@@ -36,7 +36,7 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.vbd.inheritance import OPEN_FILES, What, current, is_memory, name_of
 from xenbackend.supervisor.vbd.kept_files import KeptFiles
-from xenbackend.supervisor.vbd.notes import Notes
+from xenbackend.supervisor.vbd.notes import Exchange, Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
@@ -47,6 +47,7 @@ class Handover:
     notes   see `Notes`; changed by `note`
     files   the files that the disk was opened from
     worker  the socket and the pidfd of a worker that was inherited, or None
+    on_note is called when the notes have changed
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Handover:
         ours = {what: fd for what, fd in (found or {}).items() if what == current(what[0])}
         theirs = {what: fd for what, fd in (found or {}).items() if what not in ours}
         self.worker: tuple[int, int] | None = None
+        self.on_note: Callable[[], None] = lambda: None
         self._unkept: dict[str, int] = {}
         self._journal = self._notes = -1
         self._memories: dict[str, int] = {}
@@ -152,7 +154,7 @@ class Handover:
         if exchange is None:
             return
         files = self.files.after_exchange(is_done=True)
-        changes: dict[str, Any] = {"exchange": None, "exchanged_by": exchange.order, "files": files}
+        changes: dict[str, Any] = {"exchange": None, "exchanged_by": exchange.order, "files": files, "undecided": ""}
         if exchange.chain != self.notes.chain:
             stale = dict.fromkeys([*self.notes.stale_params, exchange.former_params, self.notes.chain])
             stale.pop(exchange.chain, None)
@@ -164,6 +166,21 @@ class Handover:
         """Take note that the exchange under way, if there is one, has left the former chain in service."""
         self.note(exchange=None, files=self.files.after_exchange(is_done=False))
         self.files.drop_unnoted()
+
+    def exchange_alone(self, exchange: Exchange) -> None:
+        """Put another chain in while there is no worker, step by step as one does: who dies at any of them is followed.
+
+        What the former chain had kept is of no use to another one. Raises: ConfigError, and nothing was changed.
+        """
+        self.note(exchange=exchange)
+        left, is_another = self._left(), exchange.chain != self.notes.chain
+        if left is not None:
+            values = codec.as_fields(replace(left, chain=exchange.chain, order=exchange.order))
+            journal.AGREED.write(self.page, values)
+        self.exchange_is_done()
+        self.files.let_go()
+        for name in list(self._memories) if is_another else ():
+            self.drop(name)
 
     def saw_params(self, params: str) -> None:
         """Take note of what the key ``params`` says, which may have followed the chain by now."""
@@ -194,6 +211,7 @@ class Handover:
     def note(self, **changes: Any) -> None:
         """Change fields of the notes. Raises: ConfigError where it is too much, and nothing was changed."""
         self._write(replace(self.notes, **changes))
+        self.on_note()
 
     def _write(self, changed: Notes) -> None:
         if changed == self.notes:

@@ -1,20 +1,20 @@
-"""Files for the next service: which chain has a guest's data, where xenstore could not be told.
+"""Files for the next service: which chain has a guest's data, where xenstore does not say it, or not yet.
 
 Must not be believed of another vbd, nor after the host was booted anew, when the guest is another one.
 
-A stopping service waits for xenstore first (`ending`). The keeper is no place for this: systemd lets go of what it
-keeps when a service is stopped, and of the unit's own directory. So there is one file for each such vbd,
-``vbd-0-5-51712.json``, in a directory below the one that ``STATE_DIRECTORY`` names, else below the control socket's. It
-goes once ``params`` has been seen to say something else than a former chain, or the vbd is gone.
+The keeper is no place for this: systemd lets go of what it keeps when a service is stopped, and of the unit's own
+directory. So there is one file for each such vbd, ``vbd-0-5-51712.json``, in a directory below the one that
+``STATE_DIRECTORY`` names, else below the control socket's. It is there from before a worker is asked to exchange the
+chain until ``params`` has been seen to say something else than a former chain, or the vbd is gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xenbackend.errors import KernelError
@@ -28,10 +28,16 @@ _MAX = 1 << 16  # bytes
 
 @dataclass(frozen=True, slots=True)
 class LastChain:
-    """The chain that was in service, and the texts that ``params`` may still have in its place."""
+    """What the notes say of the chain.
+
+    chain         the chain that was in service
+    stale_params  the texts that ``params`` may still have in its place
+    next_chain    the chain that was being put in, or is in service by now: nobody knows; empty where there is none
+    """
 
     chain: str
     stale_params: list[str]
+    next_chain: str = ""
 
 
 def state_directory(environment: Mapping[str, str], socket: str) -> Path:
@@ -41,11 +47,16 @@ def state_directory(environment: Mapping[str, str], socket: str) -> Path:
 
 
 class LastChains:
-    """All files; `left` are those that this service wrote."""
+    """All files.
+
+    left       those that are there now, as far as this service has to do with them
+    on_change  is called when what there is to know of a chain has changed
+    """
 
     def __init__(self, directory: Path, boot: str = "") -> None:
         """Keep files below `directory`, which is made with the first one; `boot` names this run of the host."""
-        self.left: dict[VbdPath, str] = {}
+        self.left: dict[VbdPath, LastChain] = {}
+        self.on_change: Callable[[], None] = lambda: None
         self._directory = directory / DIRECTORY
         self._boot = boot or _this_boot()
 
@@ -63,8 +74,8 @@ class LastChains:
         try:
             with self._file(path).open("rb") as file:
                 values = json.loads(file.read(_MAX))
-            chain, stale_params = values["chain"], values["stale_params"]
-            is_ours = values["boot"] == self._boot and isinstance(chain, str)
+            chain, stale_params, next_chain = values["chain"], values["stale_params"], values.get("next_chain", "")
+            is_ours = values["boot"] == self._boot and isinstance(chain, str) and isinstance(next_chain, str)
             is_ours = is_ours and isinstance(stale_params, list) and all(isinstance(each, str) for each in stale_params)
         except FileNotFoundError:
             return None
@@ -73,12 +84,12 @@ class LastChains:
         if not is_ours:
             self.forget(path)
             return None
-        return LastChain(chain, stale_params)
+        return LastChain(chain, stale_params, next_chain)
 
     def leave(self, path: VbdPath, last: LastChain) -> Path:
         """Write the file of a vbd, at one stroke, and return its name. Raises: KernelError."""
         file = self._file(path)
-        values = {"boot": self._boot, "chain": last.chain, "stale_params": last.stale_params}
+        values = {"boot": self._boot, **asdict(last)}
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with file.with_suffix(".new").open("w", encoding="ascii") as new:
@@ -88,7 +99,7 @@ class LastChains:
             file.with_suffix(".new").replace(file)
         except OSError as error:
             raise KernelError(f"write {file}", error.errno or 0) from None
-        self.left[path] = last.chain
+        self.left[path] = last
         return file
 
     def forget(self, path: VbdPath) -> None:

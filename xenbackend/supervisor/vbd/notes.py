@@ -58,6 +58,7 @@ class Notes:
     restarts      workers that took the place of one that had died
     exchanged_by  number of the order by which `chain` took another one's place
     in_service    files that a worker of the last release had open for this disk: they stay allowed
+    undecided     a chain that may have taken the place of `chain`: an earlier service ended before it knew; else empty
     """
 
     chain: str = ""
@@ -72,6 +73,7 @@ class Notes:
     restarts: int = 0
     exchanged_by: int = 0
     in_service: list[HeldFile] = field(default_factory=list)
+    undecided: str = ""
 
 
 def write(memory: memoryview, notes: Notes) -> None:

@@ -29,7 +29,7 @@ from xenbackend.protocol.answers import Answer, Reply, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.notes import Exchange
-from xenbackend.supervisor.vbd.phase import Phase
+from xenbackend.supervisor.vbd.phase import USABLE, Phase
 
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
@@ -67,6 +67,7 @@ class Order:
     former: str = ""  # chain in service when it began
     chain: str = ""  # that it puts in
     worker: int = 0  # process that it replaces
+    opens: bool = False  # a worker is to open `chain`, which was put in while there was none
 
 
 class Orders:
@@ -93,6 +94,10 @@ class Orders:
     def under_way(self) -> list[Order]:
         """Orders without an answer, the oldest first."""
         return list(self._under_way.values())
+
+    def is_exchanging(self) -> bool:
+        """Return whether another chain is being put in, or whoever ordered that has no answer yet."""
+        return self._vbd.handover.notes.exchange is not None or any(each.chain for each in self._under_way.values())
 
     def give(self, verb: str, request: Mapping[str, Any], number: int, reply: Reply) -> None:
         """Do what an operator asks by a verb of `ORDERS`; `reply` gets the one answer, now or later.
@@ -133,7 +138,7 @@ class Orders:
         return self._vbd.chain_in_service() if verb in ("set", "resize", "snapshot") else ""
 
     def looked(self) -> None:
-        """Look whether the worker that an upgrade waits for is there, or cannot be."""
+        """Look whether the worker that an order waits for is there, or cannot be."""
         for order in [each for each in self._under_way.values() if each.verb == "upgrade"]:
             device, worker = self._vbd.device, self._vbd.link.worker
             is_there = device.phase is Phase.SERVING or (device.phase is Phase.OPEN and not device.is_waited_for())
@@ -142,6 +147,14 @@ class Orders:
             elif device.phase is Phase.NONE or (device.phase is Phase.RESTING and worker is None and device.error):
                 sentence = f"the new worker could not take over: {device.error or 'the disk is not served'}"
                 self._answer(order, Answer(Code.FAILED, sentence=sentence))
+
+        for order in [each for each in self._under_way.values() if each.opens]:
+            device = self._vbd.device
+            if device.phase in USABLE:
+                self._answer(order, Answer(Code.OK, data=self.chain_data()))
+            elif device.phase is not Phase.OPENING:
+                problem = f"the disk waits for {order.chain} from now on: {device.error or 'nobody asks for it now'}"
+                self._answer(order, Answer(Code.FAILED, sentence=problem, data=self.chain_data()))
 
     def give_up(self, sentence: str, *, leaves: bool) -> None:
         """Answer everybody: the vbd has gone, or with `leaves` this service does, and the next one may go on."""
@@ -216,7 +229,12 @@ class Orders:
             self._answer(order, Answer(reply.code, sentence=reply.sentence, data={"paused": is_paused}))
 
     def _resume(self, order: Order) -> None:
-        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died, another file."""
+        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died, another file.
+
+        Raises: ConfigError, where nobody knows by which chain.
+        """
+        if self._vbd.device.is_undecided():
+            raise ConfigError(f"the disk cannot be served on: {self._vbd.device.error}")
         self._vbd.handover.note(paused=None)
         if self._vbd.device.has_found_another_file():
             self._vbd.handover.files.accept_others()
@@ -243,15 +261,32 @@ class Orders:
 
     def _set(self, order: Order, text: str, request: Mapping[str, Any]) -> None:
         check_whole_paths(parse_chain(text))
-        self._check_service()
         if len(text) > MAX_CHAIN:
             raise ConfigError(f"a chain of {len(text)} characters does not fit into xenstore, which takes {MAX_CHAIN}")
-        replaces = request.get("replace") is True
-        if request.get("dry_run") is True:
+        replaces, is_dry_run = request.get("replace") is True, request.get("dry_run") is True
+        if self._vbd.device.waits_without_worker() and not is_dry_run:
+            self._set_without_worker(order, text, replaces=replaces)
+            return
+        self._check_service()
+        if is_dry_run:
             question = messages.Swap(text, replaces=replaces, is_dry_run=True)
             self._ask(order, question, lambda reply: self._looked_at(order, reply))
         else:
             self._exchange(order, text, replaces=replaces)
+
+    def _set_without_worker(self, order: Order, text: str, *, replaces: bool) -> None:
+        """Have a guest that waits served by another chain, which nobody can compare with the one before."""
+        if not replaces:
+            said = f"the disk is not in service: {self._vbd.device.error}"
+            raise ConfigError(f"{said}; only --replace puts another chain in now, which cannot be compared with it")
+        order.chain = text
+        params = (self._vbd.device.sight.keys or {}).get("params", "")
+        self._vbd.handover.exchange_alone(Exchange(order.number, params, text))
+        self._under_way[order.number] = order
+        self._vbd.exchanges.follow()
+        self._vbd.handle(events.Replaced())
+        order.opens = True
+        self.looked()
 
     def _looked_at(self, order: Order, reply: messages.Reply) -> None:
         data = self.chain_data()

@@ -19,6 +19,7 @@ class Cause(Enum):
     FRESH = auto()  # it is told to serve rings that no worker served before
     SERVED = auto()  # a worker serves
     ENDED = auto()  # the worker has ended
+    REPLACED = auto()  # an administrator has put another chain in while there was no worker
 
 
 class Reason(Enum):
@@ -26,15 +27,16 @@ class Reason(Enum):
 
     CANNOT_OPEN = 1, True, (Cause.RESUME,)  # the chain, when the toolstack's script waited for it
     BAD_KEYS = 2, True, (Cause.KEYS,)  # the toolstack's
-    OTHER_FILE = 3, True, (Cause.RESUME,)  # a name means another file or medium than the one that was served
-    OTHER_SIZE = 4, True, (Cause.RESUME, Cause.ANEW, Cause.LET_GO)  # it is smaller than the guest was told
-    GIVEN_UP = 5, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
-    BAD_RINGS = 6, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
-    FLUSH_FAILED = 7, False, (Cause.RESUME, Cause.FRESH)
-    STORAGE = 8, False, (Cause.ENDED,)  # it does not answer
-    TROUBLE = 9, False, (Cause.ENDED,)  # what the disk could not do and tries again
-    INTERRUPTED = 10, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
-    HALTED = 11, False, (Cause.JOIN,)  # which ring the frontend broke
+    UNDECIDED = 3, True, (Cause.REPLACED,)  # which of two chains has the guest's data
+    OTHER_FILE = 4, True, (Cause.RESUME,)  # a name means another file or medium than the one that was served
+    OTHER_SIZE = 5, True, (Cause.RESUME, Cause.ANEW, Cause.LET_GO)  # it is smaller than the guest was told
+    GIVEN_UP = 6, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
+    BAD_RINGS = 7, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
+    FLUSH_FAILED = 8, False, (Cause.RESUME, Cause.FRESH)
+    STORAGE = 9, False, (Cause.ENDED,)  # it does not answer
+    TROUBLE = 10, False, (Cause.ENDED,)  # what the disk could not do and tries again
+    INTERRUPTED = 11, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
+    HALTED = 12, False, (Cause.JOIN,)  # which ring the frontend broke
 
     def __init__(self, rank: int, bars: bool, cleared_by: tuple[Cause, ...]) -> None:  # noqa: FBT001 - a column
         self.rank = rank

@@ -65,8 +65,8 @@ class Vbd:
         self._log = VbdLog(path, context.loop.now)
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
         self._nodes = VbdNodes(context.store, path)
-        self._ending = Ending(self, context, self._nodes, self._log)
-        has_past = self._ending.find(is_heir=bool(inherited))
+        self.ending = Ending(self, context, self._nodes, self._log)
+        has_past = self.ending.find(is_heir=bool(inherited))
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
         self._openings = Openings(path, context, self.device, self.handover)
         self.link = Link(self, context.fleet, self._openings)
@@ -139,7 +139,7 @@ class Vbd:
     def stop(self, *, leaves: bool) -> None:
         """Finish and close, or leave the worker to the next service: see `events.Stop`."""
         self._guarded(self._arrival.give_back)
-        self._guarded(self._ending.begin)
+        self._guarded(self.ending.begin)
         self.handle(events.Stop(leaves, is_unfinished=self.handover.agreed() is not None))
 
     def abandon(self, sentence: str, *, leaves: bool = False) -> None:
@@ -216,6 +216,7 @@ class Vbd:
     # the steps
 
     def _begin(self) -> None:
+        self.device.doubt(self.ending.doubt)
         if self.handover.worker is None:
             self.exchanges.settle()  # the worker that was to put another chain in has gone
         else:
@@ -250,7 +251,7 @@ class Vbd:
                 self.link.kill(action.sentence, is_breach=action.is_breach)
             case events.Limit():
                 self._limit.set(None if action.seconds is None else self._context.loop.now() + action.seconds)
-            case events.Forget() if self._ending.may_end():
+            case events.Forget() if self.ending.may_end():
                 self._forget()
 
     def _write(self, action: events.Write) -> None:
@@ -355,7 +356,7 @@ class Vbd:
             timer.set(None)
         self._guarded(partial(self.orders.give_up, sentence, leaves=leaves))
         self.link.let_go(sentence, leaves=leaves)
-        self._guarded(self._ending.end)
+        self._guarded(self.ending.end)
         if leaves:
             self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
         else:
@@ -378,7 +379,7 @@ class Vbd:
             self._must_look |= must_look
             raise
         if keys is not None:
-            self._ending.saw(keys)
+            self.ending.saw(keys)
         self.handle(events.Seen(keys, theirs))
 
     def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
