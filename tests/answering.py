@@ -27,6 +27,7 @@ class Control:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(self.path)
         self._socket.listen()
+        self._clients: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -34,6 +35,8 @@ class Control:
         """Answer nobody any more."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
+        for each in self._clients:
+            each.join()
         self._socket.close()
 
     def _serve(self) -> None:
@@ -42,19 +45,24 @@ class Control:
                 near, _ = self._socket.accept()
             except OSError:
                 return
-            with near, near.makefile("rb") as stream:
-                request = json.loads(stream.readline())
-                self.asked.append(request)
-                try:
-                    answer = self._answer(request)
-                except Exception as bug:
-                    answer = Answer(Code.BUG, sentence=f"{type(bug).__name__}: {bug}")
-                if isinstance(answer, Answer):
-                    near.sendall(json.dumps(answer.as_json()).encode() + b"\n")
-                elif answer is not None:
-                    near.sendall(answer)
-                else:
-                    stream.readline()
+            client = threading.Thread(target=self._serve_one, args=(near,))
+            self._clients.append(client)
+            client.start()
+
+    def _serve_one(self, near: socket.socket) -> None:
+        with near, near.makefile("rb") as stream:
+            request = json.loads(stream.readline())
+            self.asked.append(request)
+            try:
+                answer = self._answer(request)
+            except Exception as bug:
+                answer = Answer(Code.BUG, sentence=f"{type(bug).__name__}: {bug}")
+            if isinstance(answer, Answer):
+                near.sendall(json.dumps(answer.as_json()).encode() + b"\n")
+            elif answer is not None:
+                near.sendall(answer)
+            else:
+                stream.readline()
 
 
 @contextmanager
@@ -90,7 +98,14 @@ ENTRY = {
     "from": "aio:/img", "to": "log:|aio:/img", "began": 1e9, "ended": 1e9 + 2.5, "code": "ok", "error": "",
 }  # fmt: skip
 _DONE: dict[str, Any] = {
-    "ping": {"pid": 11, "version": "0.1.0", "since": 0.0, "bugs": 0, "breaches": 0},
+    "ping": {
+        "pid": 11,
+        "version": "0.1.0",
+        "since": 0.0,
+        "bugs": 0,
+        "breaches": 0,
+        "waits": [{"vbd": "5/xvda", "for": "its chain"}],
+    },
     "status": [DISK],
     "orders": [ENTRY],
     "set": CHAIN,
@@ -100,7 +115,7 @@ _DONE: dict[str, Any] = {
     "resume": {"paused": False},
     "policy": {"policy": "enospc=pause"},
     "upgrade": {"worker": 13},
-    "stop": {"pid": 11, "untold": [{"vbd": "5/xvda", "chain": "aio:/img"}]},
+    "stop": {"pid": 11, "untold": [{"vbd": "5/xvda", "chain": "aio:/img", "next_chain": ""}]},
     "command": "8 3\nend\n",
 }
 

@@ -26,7 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs/json.md"
 ROW = re.compile(r"^\| (`.*?|\*`.*?) \| (.*?) \| ", re.MULTILINE)
 NAME = re.compile(r"(\*?)`([a-z_0-9.\[\]]+)`(\*?)")
 UNSEEN = {  # what needs a failure, or a host
-    "upgrade, stop": {"vbds[].error.code", "vbds[].error.sentence"},
+    "upgrade, stop": {"vbds[].error.code", "vbds[].error.sentence", "waits[].vbd", "waits[].for"},
     "log status, log start, log stop, log clear": {"problem"},
     "install, uninstall": {"steps[].command"},
 }

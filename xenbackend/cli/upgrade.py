@@ -16,6 +16,9 @@ from xenbackend.errors import printable
 from xenbackend.protocol.client import ServiceError, call
 from xenbackend.protocol.codes import EXIT_STATUS, Code
 
+LOOK_TIMEOUT_S = 1.0  # for what the service waits for, which is only shown
+NAMED = 3  # disks that a line has room for
+
 
 def register(subparsers: Any) -> None:
     """Add both commands."""
@@ -33,7 +36,8 @@ def register(subparsers: Any) -> None:
         help="stop the service and its workers in order",
         description="Finish what is in flight, close every disk, and end the service: guests hang until it is started "
         "again. To restart the service without that, use systemctl restart. Where xenstore is away and does not know "
-        "yet which chain is in service, the service waits for it, up to 45 s; then a file tells the next service.",
+        "yet which chain is in service, the service waits for it, up to 45 s; then a file tells the next service. "
+        "A terminal shows what it waits for.",
     )
     add_order_options(parser)
     parser.set_defaults(run=_stop, verb="stop")
@@ -71,13 +75,31 @@ def _upgrade_all(args: argparse.Namespace) -> int:
     return next(filter(None, statuses), 0)
 
 
+def _waits_for(socket: str) -> str:
+    """Return for which disks a service that stops waits, and for what: the first ones; empty where it does not say."""
+    try:
+        waits = call(socket, {"verb": "ping"}, LOOK_TIMEOUT_S).data["waits"]
+    except (ServiceError, KeyError):
+        return ""
+    named = [printable(f"{each['vbd']}: {each['for']}") for each in waits[:NAMED]]
+    return "; ".join([*named, *([f"{len(waits) - NAMED} more"] if len(waits) > NAMED else [])])
+
+
 def _stop(args: argparse.Namespace) -> int:
-    answer = waiting.order(args, {"verb": "stop"})
+    try:
+        answer = waiting.order(args, {"verb": "stop"}, lambda: _waits_for(args.socket))
+    except ServiceError as problem:
+        known = problem.answer.data if isinstance(problem.answer.data, dict) else {}
+        for each in [] if args.json else known.get("waits", []):
+            print(printable(f"the service waits for {each['vbd']}: {each['for']}"), file=sys.stderr)
+        raise
     if args.json:
         output.print_json(output.values_of(answer))
     else:
         print("the service ends; its disks are closed")
         for each in answer.data["untold"]:
-            chain = f"{printable(each['vbd'])} was served by {printable(each['chain'])}"
-            print(f"{chain}, which xenstore could not be told; the next service is told by a file", file=sys.stderr)
+            said = f"{each['vbd']} was served by {each['chain']}, which xenstore could not be told"
+            if each["next_chain"]:
+                said = f"{each['vbd']} was served by {each['chain']} or {each['next_chain']}, which was being put in"
+            print(f"{printable(said)}; the next service is told by a file", file=sys.stderr)
     return 0

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,16 +20,21 @@ from xenbackend.protocol.client import ServiceError, Waiting, call, give_order
 from xenbackend.protocol.codes import Code
 
 PATIENCE_S = 0.5  # an order that takes no longer needs no picture
+SEEN_S = 1.0  # between two looks at what an order waits for
 LOOK_S = 0.25  # between two looks for the end of an order that another service has taken over
 RETURN_S = 30.0  # the longest that a service is away that somebody starts again
 
+Look = Callable[[], str]
 FOLLOWED = ("set", "snapshot", "resize", "pause", "resume", "upgrade")  # their answers hold nothing that would be lost
 
 
-def order(args: argparse.Namespace, request: dict[str, Any]) -> Answer:
-    """Give an order, as --socket and --timeout say. Raises: ConfigError for a disk that cannot be; ServiceError."""
+def order(args: argparse.Namespace, request: dict[str, Any], look: Look | None = None) -> Answer:
+    """Give an order, as --socket and --timeout say; on a terminal `look` says every second what it waits for.
+
+    Raises: ConfigError for a disk that cannot be; ServiceError.
+    """
     what = f"{parse_disk(request['vbd'])}: {args.verb}" if "vbd" in request else str(args.verb)
-    with shown(what) as waiting:
+    with shown(what, look) as waiting:
         try:
             return give_order(args.socket, request, what, args.timeout, waiting)
         except ServiceError as problem:
@@ -86,20 +91,25 @@ def _ended(entry: dict[str, Any], disks: list[dict[str, Any]]) -> Answer:
 
 
 @contextmanager
-def shown(title: str) -> Iterator[Waiting]:
+def shown(title: str, look: Look | None = None) -> Iterator[Waiting]:
     """Give what to call with the seconds that were waited; they are shown on a terminal, on standard error."""
     picture: Any = None
+    seen, look_at = "", 0.0
 
     def show(waited_s: float) -> None:
-        nonlocal picture
+        nonlocal picture, seen, look_at
         if waited_s < PATIENCE_S or not sys.stderr.isatty():
             return
+        if look is not None and waited_s >= look_at:
+            seen, look_at = look(), waited_s + SEEN_S
+        from rich.text import Text
+
         if picture is None:
             from rich.console import Console
 
             picture = Console(stderr=True, highlight=False).status("")
             picture.start()
-        picture.update(f"{title}: {waited_s:.0f} s")
+        picture.update(Text(f"{title}: {waited_s:.0f} s{'; it waits for ' * bool(seen)}{seen}"))
 
     try:
         yield show
