@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-_BLKPG, _ADD, _DELETE = 0x1269, 1, 2
+_BLKPG, _ADD, _DELETE, _RESIZE = 0x1269, 1, 2, 3
 
 
 @contextmanager
@@ -87,15 +87,23 @@ def remounted(device: str, place: Path, *options: str) -> Iterator[None]:
 @contextmanager
 def partition(device: str) -> Iterator[str]:
     """Have a partition of 4 MiB on a device, at 1 MiB, without a table: linux/blkpg.h."""
-    values = ctypes.create_string_buffer(struct.pack("=qqi64s64s4x", 1 << 20, 4 << 20, 1, b"", b""))
-    call = struct.Struct("iiiP")
-    with Path(device).open("r+b", buffering=0) as disk:
-        fcntl.ioctl(disk, _BLKPG, call.pack(_ADD, 0, len(values), ctypes.addressof(values)))
+    _ask(device, _ADD, 4 << 20)
     try:
         yield f"{device}p1"
     finally:
-        with Path(device).open("r+b", buffering=0) as disk:
-            fcntl.ioctl(disk, _BLKPG, call.pack(_DELETE, 0, len(values), ctypes.addressof(values)))
+        _ask(device, _DELETE, 4 << 20)
+
+
+def grow_partition(device: str, size: int) -> None:
+    """Make the partition larger, also while it is open."""
+    _ask(device, _RESIZE, size)
+
+
+def _ask(device: str, what: int, size: int) -> None:
+    values = ctypes.create_string_buffer(struct.pack("=qqi64s64s4x", 1 << 20, size, 1, b"", b""))
+    with Path(device).open("r+b", buffering=0) as disk:
+        call = struct.pack("iiiP", what, 0, len(values), ctypes.addressof(values))
+        fcntl.ioctl(disk, _BLKPG, call)
 
 
 def _find(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,10 @@ from descriptors import open_descriptors
 
 from tests import loops, places, qemu
 from xenbackend.errors import DriverError
+from xenbackend.kernel import locks
 from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.files import HostFiles
+from xenbackend.worker.spares import Spares
 
 SIZE = 1 << 20
 
@@ -84,6 +86,47 @@ def test_a_claim_is_taken_over(files: HostFiles, tmp_path: Path) -> None:
                 os.open(device, os.O_RDWR | os.O_EXCL)
         image.close()
         os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+
+def test_a_partition_that_has_grown_is_taken_over(files: HostFiles, tmp_path: Path) -> None:
+    """Its identity has another size by then; it is claimed by its own spare all the same, and is not waited for."""
+    with loops.loop(tmp_path / "disk", 16 << 20, sector_size=512) as (device, _), loops.partition(device) as part:
+        image = files.open(part, read_only=False)
+        with files.kept():
+            image.close()
+            loops.grow_partition(device, 8 << 20)
+            image = files.open(part, read_only=False)
+            assert files._spares.are_kept  # else it was let go of, to be opened anew
+        assert 8 << 20 == image.medium.size
+        with pytest.raises(OSError, match="busy"):
+            os.open(part, os.O_RDWR | os.O_EXCL)
+        image.close()
+
+
+def test_a_partition_that_grows_is_the_only_one_whose_identity_may_change(files: HostFiles, path: str) -> None:
+    """Another place on the disk, another medium, a smaller one, a file: none of them is what is kept."""
+    image = files.open(path, read_only=False)
+    access = locks.access(read_only=False, shareable=False)
+    spares = Spares()
+    spares.note(image, "device number=2049 sequence=7 start=1048576 size=4194304", access)
+    taken = {}
+    with spares.kept():
+        image.close()
+        for identity in (
+            "device number=2049 sequence=7 start=2097152 size=8388608",
+            "device number=2049 sequence=8 start=1048576 size=8388608",
+            "device number=2049 sequence=7 start=1048576 size=2097152",
+            "device number=2049 sequence=7",
+            "file device=2049 inode=7",
+            "",
+            "device number=2049 sequence=7 start=1048576 size=8388608",
+        ):
+            taken[identity] = spares.take(identity, access)
+
+    *others, grown = taken.values()
+    assert [-1] * 6 == others
+    assert grown >= 0
+    os.close(grown)
 
 
 def test_what_is_not_taken_over_is_let_go(files: HostFiles, other: HostFiles, path: str) -> None:

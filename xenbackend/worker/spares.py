@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from xenbackend.kernel import blockdev
+from xenbackend.kernel.identity import from_text, has_grown
 from xenbackend.kernel.locks import Access
 from xenbackend.worker.image import Image
 
@@ -37,7 +38,7 @@ class Spares:
 
     def has(self, identity: str) -> bool:
         """Return whether a file is open here."""
-        return any(image.fd >= 0 and identity == other for image, other, _ in self._open)
+        return any(image.fd >= 0 and _is_same(other, identity) for image, other, _ in self._open)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -56,11 +57,12 @@ class Spares:
         A file that is kept for another access is kept no more: it would stand in the way. One that is open again by
         now is opened anew, and refused, as it would be in a first chain.
         """
-        if identity not in self._kept or self.has(identity):
+        former = next((each for each in self._kept if _is_same(each, identity)), None)
+        if former is None or self.has(identity):
             return -1
-        fd, earlier = self._kept[identity]
+        fd, earlier = self._kept[former]
         if earlier != access:
-            os.close(self._kept.pop(identity)[0])
+            os.close(self._kept.pop(former)[0])
             return -1
         fd = os.dup(fd)
         blockdev.switch_to_cached(fd)
@@ -72,3 +74,8 @@ class Spares:
         while self._kept:
             os.close(self._kept.popitem()[1][0])
         return were_kept
+
+
+def _is_same(former: str, identity: str) -> bool:
+    """Return whether both are of one file; a partition that has got larger meanwhile is the same one."""
+    return former == identity or bool(former and identity and has_grown(from_text(former), from_text(identity)))
