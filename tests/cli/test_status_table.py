@@ -40,6 +40,7 @@ def test_a_table_on_a_terminal(
         {
             **OTHER,
             "needs_upgrade": True,
+            "braked_s": 8.0,
             "worker_version": "0.0.9",
             "no_walls": {"landlock": "no"},
             "needs": ["network"],
@@ -58,6 +59,7 @@ def test_a_table_on_a_terminal(
         assert part in out
     assert "the worker was ended by SIGKILL" in " ".join(out.split())
     assert "6/xvdb: its worker runs 0.0.9" in out
+    assert "6/xvdb: its guest writes to xenstore without end: a look each 8 s" in out
     assert "6/xvdb: its worker is not behind these walls: landlock" in out
     assert "6/xvdb: its drivers need, and have: network" in out
     assert "service 0.1.0, process 11, up" in out

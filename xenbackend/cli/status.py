@@ -144,7 +144,9 @@ def remarks(known: Known) -> list[str]:
     files = [_describe_file(each) for each in known["files"] if each["now"] in ("other", "gone")]
     walls = [f"its worker is not behind these walls: {', '.join(known['no_walls'])}"] if known["no_walls"] else []
     needs = [f"its drivers need, and have: {', '.join(known['needs'])}"] if known["needs"] else []
-    every = (*paused, *under_way, known["error"], *waits, *files, *old, *walls, *needs)
+    seconds = known["braked_s"]
+    braked = [f"its guest writes to xenstore without end: a look each {seconds:.0f} s"] if seconds else []
+    every = (*paused, *under_way, known["error"], *waits, *braked, *files, *old, *walls, *needs)
     return [printable(each) for each in every if each]
 
 

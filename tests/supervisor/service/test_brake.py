@@ -25,7 +25,8 @@ class Braked:
         self.loop = Reactor(self.clock)
         self.store = Store(xenstored.address)
         self.others = Store(xenstored.address)
-        self.brake = Brake(self.loop, self.store, frozenset({"exempt"}))
+        self.begun: list[str] = []  # tokens of those that began to be braked
+        self.brake = Brake(self.loop, self.store, frozenset({"exempt"}), self.begun.append)
         self.store.watch("/guest/state", "guest")
         self.store.watch("/other/state", "other")
         self.store.watch("/free", "exempt")
@@ -80,6 +81,32 @@ def test_a_flood_costs_nothing_for_a_while_and_its_end_is_seen(braked: Braked) -
     assert [("/guest/state", "guest")] == again == braked.look()
 
 
+def test_many_are_asked_for_at_once(braked: Braked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is flooded takes its time for each answer: sixteen watches are taken back, or set again, before the
+    first answer is waited for.
+    """
+    for number in range(64):
+        braked.store.watch(f"/many/{number}", str(number))
+    braked.look()
+    for number in range(64):
+        braked.write(f"/many/{number}", BURST)
+    steps: list[str] = []
+    for name in ("_send", "_take_reply"):
+        step = getattr(braked.store, name)
+        monkeypatch.setattr(
+            braked.store, name, lambda *args, step=step, name=name: (steps.append(name), step(*args))[1]
+        )
+    braked.brake._store.events()
+    while len(braked.begun) < 64:
+        braked.store.events()
+        braked.brake.look()
+    taken_back, steps[:] = len(steps), []
+    braked.look(PAUSE_S[0])
+
+    assert 2 * 64 == taken_back
+    assert (["_send"] * 16 + ["_take_reply"] * 16) * 4 == steps[:128]
+
+
 def test_nobody_else_notices(braked: Braked) -> None:
     """Events of others come on, those of a watch that no guest can make fire however many there are."""
     braked.flood()
@@ -115,6 +142,25 @@ def test_who_does_not_stop_is_looked_at_less_and_less(braked: Braked) -> None:
 
     assert [1.0, 2.0, 4.0, 8.0, 8.0, 8.0] == lengths
     assert [("/guest/state", "guest")] == braked.look(PAUSE_S[0])
+
+
+def test_that_a_watch_is_braked_is_told_once_until_it_is_calm_again(braked: Braked) -> None:
+    """Whoever asks hears for how long it is taken back each time, between the times too; others are not named."""
+    found = [braked.brake.pause_s("guest")]
+    for _ in range(6):
+        braked.flood()
+        found.append(braked.brake.pause_s("guest"))
+        while not braked.look(0.5):
+            pass
+        found.append(braked.brake.pause_s("guest"))
+    begun = list(braked.begun)
+    braked.look(REFILL_S * BURST)
+    calm = braked.brake.pause_s("guest")
+    braked.flood()
+
+    assert [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, *[8.0] * 6] == found
+    assert (["guest"], 0.0, ["guest"] * 2) == (begun, calm, braked.begun)
+    assert 0.0 == braked.brake.pause_s("other") == braked.brake.pause_s("none")
 
 
 def test_another_vbd_of_that_name_begins_anew(braked: Braked) -> None:

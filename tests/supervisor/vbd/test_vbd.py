@@ -78,9 +78,11 @@ def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: St
 
 
 def test_a_guest_that_floods_its_own_nodes_is_served_once_it_stops(
-    stepped: Stepped, toolstack: Store, guest: Store
+    stepped: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
 ) -> None:
-    """R11: what it writes without end is not looked at each time, and what it wrote last is seen a moment later."""
+    """R11, R13: what it writes without end is not looked at each time, and what it wrote last is seen a moment later.
+    One line says of which disk it is, and nothing of what the guest wrote.
+    """
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
     looks = []
@@ -93,7 +95,11 @@ def test_a_guest_that_floods_its_own_nodes_is_served_once_it_stops(
     offer_ring(guest)
     stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
 
+    [line] = [each for each in lines.getvalue().splitlines() if "writes to xenstore without end" in each]
+
     assert 0 < during <= 2 * BURST
+    assert ("5/xvda" in line, "garbage" in line) == (True, False), line
+    assert stepped.registry.braked_s(stepped.vbd()) > 0
 
 
 def test_the_worker_hears_what_was_offered(

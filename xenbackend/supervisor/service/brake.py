@@ -11,6 +11,7 @@ the last, is some six events.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from xenbackend.errors import StoreError
@@ -31,6 +32,7 @@ class _Pace:
         self._left = float(BURST)
         self._at = now
         self._pause_s = PAUSE_S[0]
+        self._last_s = 0.0
 
     def count(self, events: int, now: float) -> float | None:
         """Count events; return for how long there were too many, None where there were not."""
@@ -43,7 +45,12 @@ class _Pace:
             return None
         self._left = 0.0
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, PAUSE_S[1])
+        self._last_s = pause_s
         return pause_s
+
+    def last_s(self, now: float) -> float:
+        """Return for how long it was taken back the last time; 0 for one that is calm, or was always."""
+        return 0.0 if self.is_calm(now) else self._last_s
 
     def is_calm(self, now: float) -> bool:
         """Return whether it is as one that never brought an event."""
@@ -53,11 +60,14 @@ class _Pace:
 class Brake:
     """The brake for all watches of a store, but for some that no guest can make fire."""
 
-    def __init__(self, loop: Reactor, store: Store, exempt: frozenset[str]) -> None:
-        """`exempt` are the tokens of those."""
+    def __init__(
+        self, loop: Reactor, store: Store, exempt: frozenset[str], on_begin: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`exempt` are the tokens of those; `on_begin` hears of each other one that was calm and is so no more."""
         self._loop = loop
         self._store = store
         self._exempt = exempt
+        self._on_begin = on_begin
         self._paces: dict[str, _Pace] = {}  # by token
         self._due: dict[str, float] = {}  # when a watch is set again, by token
         self._most = _MOST
@@ -68,14 +78,24 @@ class Brake:
         now = self._loop.now()
         counts = {token: count for token, count in self._store.counts.items() if token not in self._exempt}
         self._store.counts.clear()
+        braked = []
         for token, count in counts.items():
             pause_s = self._paces.setdefault(token, _Pace(now)).count(count, now)
             if pause_s is not None:
+                if pause_s == PAUSE_S[0]:
+                    self._on_begin(token)
                 self._due[token] = now + pause_s
-                self._timer.set(min(self._due.values()))
-                self._store.mute(token)
+                braked.append(token)
+        if braked:  # all at once: a store that is flooded takes its time for each answer
+            self._timer.set(min(self._due.values()))
+            self._store.mute(*braked)
         if len(self._paces) > self._most:
             self._forget_calm(now)
+
+    def pause_s(self, token: str) -> float:
+        """Return for how many seconds a watch that brings too many events is taken back each time; 0: it is calm."""
+        pace = self._paces.get(token)
+        return pace.last_s(self._loop.now()) if pace else 0.0
 
     def forget(self, token: str) -> None:
         """Begin anew with a watch: another vbd, whose guest has done nothing yet, has the same place."""
@@ -88,10 +108,11 @@ class Brake:
     def _release(self) -> None:
         """Set the watches again whose time has come; where xenstore is away, that is done when it is back."""
         now = self._loop.now()
-        for token in [token for token, due in self._due.items() if due <= now]:
+        released = [token for token, due in self._due.items() if due <= now]
+        for token in released:
             del self._due[token]
-            with suppress(StoreError):
-                self._store.unmute(token)
+        with suppress(StoreError):
+            self._store.unmute(*released)
         self._timer.set(min(self._due.values(), default=None))
 
     def _forget_calm(self, now: float) -> None:

@@ -276,7 +276,7 @@ class Service:
     def _describe(self, vbd: Vbd, guest: str, meanings: Mapping[str, Meaning]) -> dict[str, Any] | None:
         """Return what is known of one vbd; one that meets a fault of ours does not hide the others."""
         try:
-            return describe(vbd, guest, meanings)
+            return describe(vbd, guest, meanings, braked_s=self._registry.braked_s(vbd))
         except Exception as bug:
             bug.add_note(f"while {vbd.path} was described")
             self._loop.bug(bug)

@@ -22,7 +22,7 @@ from xenbackend.errors import ConfigError, StoreError, is_shortage
 from xenbackend.log import get_logger
 from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service.brake import Brake
+from xenbackend.supervisor.service.brake import PAUSE_S, Brake
 from xenbackend.supervisor.service.store_link import StoreLink
 from xenbackend.supervisor.service.takeover import Taken, Takeover
 from xenbackend.supervisor.service.vbds import Vbds
@@ -43,6 +43,7 @@ from xenbackend.supervisor.xenstore.paths import (
 
 Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], None]], Vbd]
 
+_BRAKED = "its guest writes to xenstore without end; what it writes is looked at now and then"
 RETRY_S = 1.0  # after a vbd could not be taken into service
 _TOKEN = "vbds"  # noqa: S105 - a watch's token
 
@@ -76,7 +77,7 @@ class Registry:
         self._retry = self._loop.timer(self._try_again)
         self._xentop = XentopUpdates(self._loop, xentop, self._counters)
         self._link: StoreLink | None = None
-        self._brake = Brake(self._loop, self._store, frozenset({_TOKEN}))
+        self._brake = Brake(self._loop, self._store, frozenset({_TOKEN}), self._begin_to_brake)
         self._is_stopping = False
 
     def start(self) -> None:
@@ -134,6 +135,10 @@ class Registry:
             return {}
         return {paths[path]: guest for path, guest in found.items()}
 
+    def braked_s(self, vbd: Vbd) -> float:
+        """Return after how many seconds the next look follows at what a vbd's guest writes too often; 0: at once."""
+        return self._brake.pause_s(vbd.token)
+
     def hotplug(self, path: str, reply: Reply) -> None:
         """Serve the vbd whose backend directory a hotplug script names; `reply` gets the answer, maybe later.
 
@@ -164,6 +169,12 @@ class Registry:
             self._consider(path)
             self._candidates.pop(path, None)
         self._bring_scripts()
+
+    def _begin_to_brake(self, token: str) -> None:
+        """Tell the administrator of a guest that writes too often, once until it is calm again."""
+        vbd = self.vbds.of_token(token)
+        if vbd is not None:
+            vbd.log.say("warning", _BRAKED, seconds=f"{PAUSE_S[1]:.0f}")
 
     def _begin_anew(self) -> None:
         with suppress(StoreError):

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
 
-def describe(vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None = None) -> dict[str, Any]:
+def describe(
+    vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None = None, *, braked_s: float = 0.0
+) -> dict[str, Any]:
     """Return what is known of one disk.
 
-    `guest` is the name of its frontend's domain, `meanings` what names mean now, as far as it was looked up.
+    `guest` is the name of its frontend's domain, `meanings` what names mean now, as far as it was looked up, `braked_s`
+    the pause between two looks at a guest that writes to xenstore without end.
     """
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
@@ -47,6 +50,7 @@ def describe(vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None =
         "frontend_state": name(device.sight.theirs),
         "phase": device.phase.value,
         "since": vbd.since,
+        "braked_s": braked_s,
         "paused": notes.paused is not None,
         "paused_by": notes.paused or "",
         "reason": device.reason,

@@ -62,10 +62,10 @@ class Vbd:
         self.is_forgotten = False
         self._context = context
         self._on_forgotten = on_forgotten
-        self._log = VbdLog(path, context.loop.now)
-        self.handover = Handover(context.keeper, path, inherited, lambda sentence: self._log.say("warning", sentence))
+        self.log = VbdLog(path, context.loop.now)
+        self.handover = Handover(context.keeper, path, inherited, lambda sentence: self.log.say("warning", sentence))
         self._nodes = VbdNodes(context.store, path)
-        self.ending = Ending(self, context, self._nodes, self._log)
+        self.ending = Ending(self, context, self._nodes, self.log)
         has_past = self.ending.find(is_heir=bool(inherited))
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
         self._openings = Openings(path, context, self.device, self.handover)
@@ -191,12 +191,12 @@ class Vbd:
 
     def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
         """Write a line that the worker asks for."""
-        self._log.say_for_worker(level, event, **fields)
+        self.log.say_for_worker(level, event, **fields)
 
     def ends(self, worker: Worker, sentence: str) -> None:
         """Take note that the worker has ended."""
         if worker.has_broken_protocol:
-            self._log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
+            self.log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
         self.handover.forget_worker()
         if not self.device.is_promised():
             self.handover.files.let_go()  # a chain that could not be opened may be put right by another file
@@ -233,7 +233,7 @@ class Vbd:
         for action in actions:
             self._guarded(self._perform, action)
         if self.device.error not in ("", error):
-            self._log.say("error", self.device.error)
+            self.log.say("error", self.device.error)
 
     def _perform(self, action: events.Action) -> None:
         match action:
@@ -262,7 +262,7 @@ class Vbd:
         state = action.keys.get("state")
         if state is not None and parse_state(state) is not action.state:
             self.since = self._context.time()
-            self._log.say("info", name(parse_state(state)), frontend=name(self.device.sight.theirs))
+            self.log.say("info", name(parse_state(state)), frontend=name(self.device.sight.theirs))
 
     def _start(self, action: events.Start) -> None:
         """Start a worker; where that cannot be done it has ended, as one that dies."""
@@ -345,7 +345,7 @@ class Vbd:
             self.worker.unboost()
         if self.lives.ended:
             waited_s = self._context.loop.now() - self.lives.ended
-            self._log.say("info", "another worker serves", after_ms=f"{1000 * waited_s:.0f}")
+            self.log.say("info", "another worker serves", after_ms=f"{1000 * waited_s:.0f}")
         self.lives.ended = 0.0
 
     def _forget(self) -> None:
@@ -389,7 +389,7 @@ class Vbd:
         except StoreError as error:
             self._look_again()
             if self._context.store.is_connected:
-                self._log.say("warning", str(error))
+                self.log.say("warning", str(error))
         except Exception as bug:
             self.fault(bug)
 
@@ -406,7 +406,7 @@ class Vbd:
         """Go on once the vbd is ours alone, or say why it is not."""
         self._must_look.add("node")
         if problem is not None:
-            self._log.say("error", str(problem))
+            self.log.say("error", str(problem))
             self._arrival.answer(Answer(Code.FAILED, sentence=str(problem)))
             self.look_soon(node=True)
             return

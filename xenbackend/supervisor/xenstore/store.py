@@ -215,8 +215,7 @@ class Store(Nodes):
         self.disconnect()
         self._events.clear()
         self._open()
-        for token in [token for token in self._watches if token not in self._muted]:
-            self._of_each("WATCH", token)
+        self._of_each("WATCH", [token for token in self._watches if token not in self._muted])
 
     def own_domid(self) -> int:
         """Return the number of the domain that we run in."""
@@ -249,17 +248,17 @@ class Store(Nodes):
         with suppress(StoreError):  # lost connections have no watches either, nor has one that is muted
             self._ask("UNWATCH", (path, token), b"")
 
-    def mute(self, token: str) -> None:
-        """Take back the watches with this token until `unmute`."""
-        if token in self._watches and token not in self._muted:
-            self._muted.add(token)
-            self._of_each("UNWATCH", token)
+    def mute(self, *tokens: str) -> None:
+        """Take back the watches with these tokens until `unmute`."""
+        loud = [each for each in tokens if each in self._watches and each not in self._muted]
+        self._muted.update(loud)
+        self._of_each("UNWATCH", loud)
 
-    def unmute(self, token: str) -> None:
-        """Set the watches with this token again; each fires at once. Where that fails, `reconnect` does it."""
-        if token in self._muted:
-            self._muted.remove(token)
-            self._of_each("WATCH", token)
+    def unmute(self, *tokens: str) -> None:
+        """Set the watches with these tokens again; each fires at once. Where that fails, `reconnect` does it."""
+        muted = [each for each in tokens if each in self._muted]
+        self._muted.difference_update(muted)
+        self._of_each("WATCH", muted)
 
     def events(self) -> list[tuple[str, str]]:
         """Return what changed since the last call as (path, token), each pair once, without blocking.
@@ -313,9 +312,10 @@ class Store(Nodes):
         except OSError as error:
             raise StoreError(f"xenstore at {self.address}: cannot connect: {error.strerror}") from None
 
-    def _of_each(self, operation: str, token: str) -> None:
-        for path in list(self._watches[token]):
-            self._ask(operation, (path, token), b"")
+    def _of_each(self, operation: str, tokens: Sequence[str]) -> None:
+        watches = [(path, nodes.encode(token) + b"\0") for token in tokens for path in self._watches[token]]
+        for problem in [each for each in self._exchange_many(0, operation, watches) if isinstance(each, StoreError)]:
+            raise problem
 
     def _forget_watch(self, path: str, token: str) -> None:
         del self._watches[token][path]
