@@ -65,10 +65,11 @@ test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random dama
 	exec env FIGURES=build/damaged $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 \
 		--basetemp={tmp}/t --seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
 
-# N=messages; it goes on where the last run of the same seed has ended, and may be ended anywhere; ANEW=1 begins again.
+# N=messages, JOBS=processes, one for each CPU else; it goes on where the last run of the same seed has ended, and may be
+# ended anywhere; ANEW=1 begins again.
 fuzz: $(VENV)/.dev  ## hostile ring messages, rewritten while they are read; the figures are build/fuzz-SEED.json
 	exec nice $(CONTAINED) $(BIN)/python -m tests.ring_fuzz --messages $(or $(N),1000000) --seed $(or $(S),1) \
-		--json build/fuzz-$(or $(S),1).json $(if $(ANEW),--anew)
+		--json build/fuzz-$(or $(S),1).json $(if $(JOBS),--jobs $(JOBS)) $(if $(ANEW),--anew)
 
 # K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
 # The first time it builds an image, which only root can.

@@ -16,7 +16,7 @@ from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_c
 from xenbackend.block.driver import Geometry
 from xenbackend.block.policy import Policy
 from xenbackend.block.request import Op, Request
-from xenbackend.kernel.ports import open_host
+from xenbackend.kernel.ports import Host, open_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Steps, run
 from xenbackend.protocol import messages
@@ -58,24 +58,28 @@ class HeldDisk:
     def give_back(self, batch: Iterable[Request] | None = None) -> None:
         """Do requests, all that are held unless some are named, and give them back as one batch."""
         batch = list(self.held if batch is None else batch)
-        self.held = [request for request in self.held if request not in batch]
+        given = {id(request) for request in batch}
+        self.held = [request for request in self.held if id(request) not in given]
         for request in batch:
-            request.status = self.errors.get(request.op, 0)
-            if not request.status:
-                self._do(request)
+            self._do_or_fail(request)
         self.complete(batch)
 
+    def _do_or_fail(self, request: Request) -> None:
+        request.status = self.errors.get(request.op, 0) if self.errors else 0
+        if not request.status:
+            self._do(request)
+
     def _do(self, request: Request) -> None:
-        place = request.offset
+        place, content = request.offset, memoryview(self.content)
         for view in request.iov:
             end = place + len(view)
             if request.op == Op.READ:
-                view[:] = self.content[place:end]
+                view[:] = content[place:end]
             else:
-                self.content[place:end] = view
+                content[place:end] = view
             place = end
         if request.op == Op.DISCARD:
-            self.content[place : place + request.length] = bytes(request.length)
+            content[place : place + request.length] = bytes(request.length)
 
 
 class Served:
@@ -105,9 +109,17 @@ class Served:
         self.flushes_at_end = 0
         self.frontend: Frontend
         self.connection: Connection | None = None
-        self.xen = Xen(directory)
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the machine and its guest."""
+        self.xen = Xen(self.directory)
         self.xen.start()
-        self.guest = Guest(directory, DOMID, pages=8192)
+        self.guest = Guest(self.directory, DOMID, pages=8192)
+
+    def open_host(self) -> Host:
+        """Return the backend's machine."""
+        return open_host(f"xenbackend.rig.host:{self.directory}")
 
     def connect(self, wishes: Wishes = Wishes()) -> Frontend:
         """Announce a frontend with these wishes and connect to it. Raises: KernelError."""
@@ -145,7 +157,7 @@ class Served:
         rings = [messages.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.connection = Connection(
             Peer(
-                open_host(f"xenbackend.rig.host:{self.directory}"),
+                self.open_host(),
                 DOMID,
                 messages.Connect(asked.protocol, rings, asked.persistent, **self.offered),
                 is_inherited=rejoins,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ from tests.ring_fuzz.episode import LENGTH, Episode, Tally
 from tests.stamp import stamp
 
 CORPUS = Path(__file__).parent / "corpus.jsonl"
-_EPISODES = 40  # of one process
+_EPISODES = 400  # of one process, at most
 _PATIENCE_S = 120.0  # for one episode, on a busy machine
 _MAX_GROWTH = 64 << 10  # KiB of one process, from its second episode on
 
@@ -74,6 +75,9 @@ def _run(seed: int, numbers: range) -> int:
     tally, corpus, settled = Tally(), messages.read(CORPUS), 0
     with places.directory(places.MEMORY) as directory:
         bed = Bed(directory)
+        gc.collect()
+        gc.freeze()  # what is here stays; each disconnect looks at what has come since, and nobody before
+        gc.disable()
         for number in numbers:
             faulthandler.dump_traceback_later(_PATIENCE_S, exit=True)
             try:
@@ -129,10 +133,10 @@ def _run_batches(arguments: argparse.Namespace, figures: Figures, busy: Batches,
     """Run all episodes in batches, each in a process of its own; return how many of these have failed."""
     number = figures.known["next"]
     end = number + -(-arguments.messages // LENGTH)
-    failed = 0
+    failed, share = 0, min(_EPISODES, -(-(end - number) // arguments.jobs))
     while (number < end and not failed) or busy:
         while number < end and not failed and len(busy) < arguments.jobs:
-            last = min(end, number + _EPISODES)
+            last = min(end, number + share)
             command = [sys.executable, "-m", "tests.ring_fuzz", "--seed", str(arguments.seed)]
             command += ["--episodes", f"{number}-{last}"]
             busy.append((subprocess.Popen(command, stdout=subprocess.PIPE, text=True), number, last))

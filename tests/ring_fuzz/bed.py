@@ -15,9 +15,10 @@ from random import Random
 
 from tests.driven import DOMID
 from tests.ring_fuzz.judge import Agreement, Verdict
-from tests.ring_fuzz.messages import ATTACKED, POOL, SECTORS
+from tests.ring_fuzz.messages import ATTACKED, FIRST, POOL, SECTORS
+from tests.ring_fuzz.near import NearServed
 from tests.ring_fuzz.rewriter import Rewriter
-from tests.served import HeldDisk, Served
+from tests.served import HeldDisk
 from tests.workload import Load, make_model
 from xenbackend.blkif.abi import BLKIF_OP_READ, RSP_PROD, X86_32, X86_64
 from xenbackend.block.driver import Geometry
@@ -29,10 +30,10 @@ from xenbackend.rig.table import ENTRIES
 from xenbackend.units import PAGE, SECTOR
 from xenbackend.worker.barrier import Barrier
 
-LISTS = 128  # list pages, one for each slot of the largest ring that is used
+LISTS = 512  # list pages, one for each slot of the largest ring that is used
 GNTST = (-1, -2, -3, -8, -9, -10, -11, -12)  # grant_table.h
-ORDERS = (0, 0, 0, 1, 2)  # of rings
-CANARY = b"canary" * 1024
+ORDERS = (0, 1, 2, 3, 4)  # of rings
+_SILENCE = (b"canary" * 1024)[:PAGE]  # of a page that nobody may write to
 
 
 class Violation(Exception):
@@ -50,37 +51,46 @@ class SternDisk(HeldDisk):
 
     def __init__(self) -> None:
         super().__init__(SECTORS * SECTOR)
-        self.allowed: dict[int, set[tuple[int, int, int]]] = {}
+        self.allowed: dict[int, list[tuple[int, int, int]]] = {}
         self.open: set[int] = set()
         self.attacked: object = None
         self.read_only = False
         self.wrong = ""
+        self._bytes = memoryview(self.content)
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests that lie on the disk, and that somebody may have asked for."""
         for request in batch:
             self.wrong = self.wrong or self._look_at(request)
-        self.seen.clear()
-        super().submit(batch)
+        if self.holding:
+            self.held += batch
+            return
+        for request in batch:
+            self._do_or_fail(request)
+        self.complete(batch)
+
+    def clear(self) -> None:
+        """Be a disk of zeros again."""
+        self._bytes[:] = bytes(len(self._bytes))
 
     def _look_at(self, request: Request) -> str:
-        tag = request.tag
+        tag, operation, offset, length = request.tag, int(request.op), request.offset, request.length
         record = tag.record if isinstance(tag, Barrier) else tag
-        length = sum(map(len, request.iov))
-        if request.op in (Op.READ, Op.WRITE) and length != request.length:
-            return f"a request of {request.length} bytes with {length} bytes of memory"
-        if request.offset < 0 or request.offset + request.length > len(self.content):
-            return f"bytes from {request.offset} on, {request.length} of them, reached the disk"
-        if self.read_only and request.op not in (Op.READ, Op.FLUSH):
-            return f"operation {request.op} reached a disk that is read-only"
-        if record.owner is self.attacked:
-            seen = (int(request.op), 0 if request.op == Op.FLUSH else request.offset, request.length)
-            allowed = self.allowed.get(record.guest_id, set())
-            if record.guest_id in self.open and request.op == Op.READ:
-                return ""
-            if seen not in allowed and not (request.op == Op.FLUSH and isinstance(tag, Barrier)):
-                return f"{seen} reached the disk for message {record.guest_id:#x}, which says {allowed}"
-        return ""
+        if operation in (Op.READ, Op.WRITE) and length != sum(map(len, request.iov)):
+            return f"a request of {length} bytes with {sum(map(len, request.iov))} bytes of memory"
+        if offset < 0 or offset + length > len(self._bytes):
+            return f"bytes from {offset} on, {length} of them, reached the disk"
+        if self.read_only and operation not in (Op.READ, Op.FLUSH):
+            return f"operation {operation} reached a disk that is read-only"
+        if record.owner is not self.attacked:
+            return ""
+        seen = (operation, 0 if operation == Op.FLUSH else offset, length)
+        allowed = self.allowed.get(record.guest_id, ())
+        if seen in allowed or (record.guest_id in self.open and operation == Op.READ):
+            return ""
+        if operation == Op.FLUSH and isinstance(tag, Barrier):
+            return ""
+        return f"{seen} reached the disk for message {record.guest_id:#x}, which says {allowed}"
 
 
 class Bed:
@@ -88,11 +98,11 @@ class Bed:
 
     def __init__(self, directory: Path) -> None:
         self.disk = SternDisk()
-        self.vbd = Served(directory, self.disk)
+        self.vbd = NearServed(directory, self.disk)
         self.vbd.policy = "enospc=report,read=report,write=report"
         guest = self.guest = self.vbd.guest
         self._fill_pool(guest)
-        self._fill_neighbour(directory)
+        self._fill_neighbour()
         self.rewriter = Rewriter(guest._memory_fd)
         self.load: Load
         self.model: DiskModel
@@ -103,7 +113,6 @@ class Bed:
     def _fill_pool(self, guest: Guest) -> None:
         """Make the pages that messages name: good ones first, then ones that fail in every way there is."""
         frames = guest.allocate(POOL + LISTS)
-        self.grefs: list[int] = []
         self.frames: dict[int, int] = {}
         self.writable: set[int] = set()
         self.readable: set[int] = set()
@@ -112,7 +121,7 @@ class Bed:
             only_read = 40 <= place < 48
             foreign = 48 <= place < 52
             gref = guest.grant(frame, read_only=only_read, domid=7 if foreign else 0)
-            self.grefs.append(gref)
+            assert gref == FIRST + place, "messages name pages by their grefs"
             self.frames[gref] = frame
             if place >= 52 and place < 52 + len(GNTST):
                 guest.fail(gref, GNTST[place - 52])
@@ -122,20 +131,25 @@ class Bed:
             elif only_read:
                 self.readable.add(gref)
             if gref not in self.writable:
-                guest.page(frame)[:] = CANARY[:PAGE]
+                guest.page(frame)[:] = _SILENCE
                 self.silent.append(guest.page(frame))
+        self._grant_lists(guest, frames[POOL:])
+
+    def _grant_lists(self, guest: Guest, frames: list[int]) -> None:
         self.lists: list[int] = []
-        for frame in frames[POOL:]:
+        self.list_pages: list[memoryview] = []
+        for frame in frames:
             gref = guest.grant(frame, read_only=True)
             self.lists.append(gref)
+            self.list_pages.append(guest.page(frame))
             self.frames[gref] = frame
             self.readable.add(gref)
 
-    def _fill_neighbour(self, directory: Path) -> None:
-        self.neighbour = Guest(directory, DOMID + 1, pages=POOL)
+    def _fill_neighbour(self) -> None:
+        self.neighbour = Guest("", DOMID + 1, pages=POOL, connection=self.vbd.xen.connect())
         for frame in self.neighbour.allocate(POOL):
             self.neighbour.grant(frame)
-            self.neighbour.page(frame)[:] = CANARY[:PAGE]
+            self.neighbour.page(frame)[:] = _SILENCE
 
     def connect(self, random: Random) -> None:
         """Serve the guest anew, agreed on otherwise."""
@@ -153,7 +167,7 @@ class Bed:
         vbd.nodes.values = {
             f"/local/domain/{DOMID}/device/vbd/51712/backend": f"/local/domain/0/backend/vbd/{DOMID}/51712"
         }
-        self.disk.content[:] = bytes(len(self.disk.content))
+        self.disk.clear()
         self.disk.errors, self.disk.holding, self.disk.read_only = {}, False, read_only
         self.disk.attacked = None
         self._open_at_start, self._held_at_start = len(os.listdir("/proc/self/fd")), sum(vbd.xen.held().values())
@@ -161,13 +175,13 @@ class Bed:
         self.hostile = frontend.rings.pop()
         self.queue = vbd.engine.queues[1]
         self.disk.attacked = self.queue
-        self.model = make_model(random.getrandbits(32), ATTACKED, can_discard=can_discard and not read_only)
+        self.model = make_model(random.getrandbits(32), ATTACKED, 32, can_discard=can_discard and not read_only)
         if read_only:
             self.model.operations = (BLKIF_OP_READ,)  # type: ignore[misc]
         self.load = Load(frontend, self.model)
         self.agreed = Agreement(
             layout, SECTORS, read_only, can_flush, can_discard, 256,
-            dict.fromkeys(self.readable), dict.fromkeys(self.writable), frozenset(self.lists),
+            frozenset(self.frames), frozenset(self.readable), frozenset(self.writable), frozenset(self.lists),
             lambda gref: self.guest.page(self.frames[gref]), self._is_strange,
         )  # fmt: skip
 
@@ -223,9 +237,9 @@ class Bed:
             raise Violation(f"an alarm: {vbd.alarms[0]}")
 
     def _see_that_nothing_was_touched(self) -> None:
-        if any(bytes(page) != CANARY[:PAGE] for page in self.silent):
+        if any(bytes(page) != _SILENCE for page in self.silent):
             raise Violation("a page was written to that the guest had not granted for it")
-        if self.neighbour.memory != CANARY[:PAGE] * POOL:
+        if bytes(self.neighbour.memory) != _SILENCE * POOL:
             raise Violation("another domain's memory was written to")
         if self.vbd.xen.held(DOMID + 1) != {"mappings": 0, "pins": 0, "ports": 0}:
             raise Violation("another domain's page is mapped")

@@ -7,32 +7,27 @@ but for the moments at which the second process writes.
 from __future__ import annotations
 
 import errno
+from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 
 from tests.ring_fuzz import messages
 from tests.ring_fuzz.bed import Bed, Violation
-from tests.ring_fuzz.judge import Verdict, judge
-from tests.ring_fuzz.messages import Message
+from tests.ring_fuzz.judge import DISCARD, INDIRECT, Verdict, judge
+from tests.ring_fuzz.messages import FIRST, POOL, Maker, Message
 from tests.ring_fuzz.rewriter import MOST, Field
 from xenbackend.blkif.abi import REQ_EVENT, REQ_PROD, RING_HEADER, RSP_EVENT, RSP_PROD
-from xenbackend.blkif.request import encode_segments
 from xenbackend.block.request import Op
 from xenbackend.rig.pattern import WrongData
 from xenbackend.units import PAGE
 
-LENGTH = 1500  # messages of one episode
+LENGTH = 1000  # messages of one episode
 _PASSES = 400  # of the loop, for one batch
 _RECENT = 64
 _KICKS = (*[1] * 15, 20)
 
 
-@dataclass
-class Sent:
-    """A message in flight: what may be answered, and whether its place in the ring is being rewritten."""
-
-    message: Message
-    verdicts: list[Verdict]
+Sent = tuple[Message, Verdict, bytes]  # a message in flight, what is right, and the bytes of that response
 
 
 @dataclass
@@ -53,12 +48,15 @@ class Episode:
     def __init__(self, bed: Bed, seed: int, number: int, corpus: list[Message], tally: Tally) -> None:
         self.bed = bed
         self.random = Random(f"{seed} {number}")
+        self.maker = Maker(self.random)
         self.corpus = list(corpus)
-        self.signatures: set[str] = set()
+        self.signatures: set[tuple[int, int, str, int]] = set()
+        self.names: set[str] = set()
         self.tally = tally
-        self.recent: list[Message] = []
+        self.recent: deque[Message] = deque(maxlen=_RECENT)
         self.number = 0  # of messages
         self.in_flight: dict[int, Sent] = {}
+        self.others: dict[int, list[Verdict]] = {}  # what else is right, by id, as a message is being rewritten
 
     def run(self, length: int = LENGTH) -> None:
         """Send so many messages. Raises: Violation."""
@@ -83,16 +81,15 @@ class Episode:
             disk.errors = {Op.DISCARD: errno.EOPNOTSUPP}
 
     def _choose(self) -> Message:
-        random = self.random
+        random, maker = self.random, self.maker
         choice = random.random()
         if choice < 0.5:
-            return messages.make(random)
+            return maker.make()
         if choice < 0.75 and self.corpus:
-            return messages.change(random, random.choice(self.corpus))
+            return maker.change(random.choice(self.corpus))
         if choice < 0.95 and self.recent:
-            return messages.change(random, random.choice(self.recent))
-        patches = tuple((place, random.randrange(256)) for place in (0, 1, 2, 3, *range(16, 112)))
-        return messages.make(random)._replace(patches=patches)
+            return maker.change(random.choice(self.recent))
+        return maker.noise()
 
     # a batch
 
@@ -101,7 +98,7 @@ class Episode:
         first = ring.produced
         bed.load.top_up(random.randint(0, 3))  # first: what it grants is known to the judge then
         slots = [self._put(place) for place in range(count)]
-        rewritten = random.random() < 0.12
+        rewritten = random.random() < 0.06
         dirty: set[int] = set()
         if rewritten:
             fields = self._choose_fields(first, slots, dirty)
@@ -117,9 +114,10 @@ class Episode:
         if rewritten:
             bed.rewriter.end()
         for place in range(count):
-            self._take((first + place) & (ring.size - 1) in dirty)
-        if dirty or rewritten:
+            self._take(is_dirty=bool(dirty) and (first + place) & (ring.size - 1) in dirty)
+        if rewritten:
             self.in_flight.clear()
+            self.others.clear()
         if self.in_flight:
             raise Violation(f"{len(self.in_flight)} messages have no answer of their own")
         bed.disk.allowed.clear()
@@ -131,33 +129,32 @@ class Episode:
 
     def _put(self, place: int) -> tuple[int, bytes]:
         """Put one message into the ring; return its id and its slot."""
-        bed, random = self.bed, self.random
-        layout, ring = bed.agreed.layout, bed.hostile.ring
-        own = bed.lists[place]
+        bed, agreed = self.bed, self.bed.agreed
+        layout, own = agreed.layout, bed.lists[place]
         while True:
             message = self._choose()
-            if message.form == "indirect":
-                content = encode_segments(messages.resolve(message.segments, bed.grefs))
-                bed.guest.page(bed.frames[own])[: len(content)] = content
-            guest_id = random.getrandbits(40) << 24 | self.number + place
-            slot = messages.encode(message, layout, guest_id, bed.grefs, own)
-            verdict = judge(slot, bed.agreed, own)
+            if message.segments:
+                bed.list_pages[place][: len(message.segments)] = message.segments
+            guest_id = self.random.getrandbits(40) << 24 | self.number + place
+            slot = messages.encode(message, layout, guest_id, own)
+            verdict = judge(slot, agreed, own)
             if bed.is_harmless(verdict):
                 break
-        self.recent = [*self.recent[-_RECENT:], message]
-        self.in_flight[guest_id] = Sent(message, [verdict])
+        self.recent.append(message)
+        answer = layout.response.pack(guest_id, verdict.operation, verdict.status)
+        self.in_flight[guest_id] = (message, verdict, answer)
         self._allow(guest_id, verdict)
-        ring.put(slot)
+        bed.hostile.ring.put(slot)
         return guest_id, slot
 
     def _allow(self, guest_id: int, verdict: Verdict) -> None:
         if verdict.is_open:
             self.bed.disk.open.add(guest_id)
         if verdict.disk is not None:
-            self.bed.disk.allowed.setdefault(guest_id, set()).add(verdict.disk)
+            self.bed.disk.allowed.setdefault(guest_id, []).append(verdict.disk)
 
     def _await_answers(self) -> None:
-        bed = self.bed
+        bed, random = self.bed, self.random
         for _ in range(_PASSES):
             bed.step()
             if bed.disk.wrong:
@@ -165,49 +162,53 @@ class Episode:
             if bed.queue.ring.answered & 0xFFFFFFFF == bed.hostile.ring.produced & 0xFFFFFFFF:
                 return
             held = bed.disk.held
-            if held and self.random.random() < 0.5:
-                bed.disk.give_back(self.random.sample(held, self.random.randint(1, len(held))))
+            if held:
+                some = random.random() < 0.6
+                bed.disk.give_back(random.sample(held, random.randint(1, len(held))) if some else held)
         if not bed.queue.halted:
             missing = bed.hostile.ring.produced - bed.queue.ring.answered
             raise Violation(f"{missing} messages have no answer after {_PASSES} passes of the loop")
 
-    def _take(self, is_dirty: bool) -> None:
+    def _take(self, *, is_dirty: bool) -> None:
         guest_id, operation, status, raw = self.bed.hostile.ring.take()
         if is_dirty:  # the guest itself wrote over this answer
             return
         sent = self.in_flight.pop(guest_id, None)
         if sent is None:
             raise Violation(f"an answer with the id {guest_id:#x}, which is not in flight")
+        message, verdict, answer = sent
+        if raw != answer:
+            self._look_closely(sent, raw, guest_id, operation, status)
+        if guest_id not in self.others:
+            self._keep(message, verdict)
+
+    def _look_closely(self, sent: Sent, raw: bytes, guest_id: int, operation: int, status: int) -> None:
+        """Look whether an answer that is not the first one that is right is another one."""
         if raw != self.bed.agreed.layout.response.pack(guest_id, operation, status):
             raise Violation(f"padding that is not zero: {raw.hex()}")
-        if not self._is_right(sent, operation, status):
-            raise Violation(f"{sent.message} was answered ({operation}, {status}) where {sent.verdicts} are right")
-        self._keep(sent)
-
-    def _is_right(self, sent: Sent, operation: int, status: int) -> bool:
         unsupported = self.bed.disk.errors.get(Op.DISCARD)
-        return any(
-            verdict.operation == operation
-            and (
-                verdict.is_open
-                or verdict.status == status
-                or bool(unsupported and verdict.why == "discards" and status == -2)
-            )
-            for verdict in sent.verdicts
-        )
+        message, verdict, _ = sent
+        verdicts = (verdict, *self.others.get(guest_id, ()))
+        for each in verdicts:
+            if each.operation == operation and (
+                each.is_open or each.status == status or (unsupported and each.why == "discards" and status == -2)
+            ):
+                return
+        raise Violation(f"{message} was answered ({operation}, {status}) where {verdicts} are right")
 
-    def _keep(self, sent: Sent) -> None:
+    def _keep(self, message: Message, verdict: Verdict) -> None:
         """Keep a message that is answered as none before it, to change it further."""
-        if len(sent.verdicts) > 1:
+        operation, status, why, *_ = verdict
+        key = (message.slot[0], operation, why, status)
+        if key in self.signatures:
             return
-        verdict, message = sent.verdicts[0], sent.message
-        operation = verdict.operation if verdict.operation in messages.OPERATIONS[:7] else "other"
-        signature = f"{message.form} {operation} {verdict.why} {verdict.status}"
-        if signature not in self.signatures:
-            self.signatures.add(signature)
+        self.signatures.add(key)
+        form = {DISCARD: "discard", INDIRECT: "indirect"}.get(message.slot[0], "direct")
+        name = f"{form} {operation if operation in messages.OPERATIONS[:7] else 'other'} {why} {status}"
+        if name not in self.names:
+            self.names.add(name)
             self.corpus.append(message)
-        if signature not in self.tally.kept:
-            self.tally.kept[signature] = message
+        self.tally.kept.setdefault(name, message)
 
     def _finish_neighbour(self) -> None:
         self.bed.disk.holding = False
@@ -221,10 +222,10 @@ class Episode:
         """Return fields to rewrite; what each message may be then, in either content, is right."""
         fields = []
         random = self.random
-        for place in random.sample(range(len(slots)), min(len(slots), random.randint(1, 6))):
+        for place in random.sample(range(len(slots)), min(len(slots), random.randint(1, max(6, len(slots) * 2 // 3)))):
             guest_id, slot = slots[place]
             number = (first + place) & (self.bed.hostile.ring.size - 1)
-            if random.random() < 0.2 and self.in_flight[guest_id].message.form == "indirect":
+            if random.random() < 0.2 and self.in_flight[guest_id][0].segments:
                 chosen = self._list_field(guest_id, slot, place)
             else:
                 chosen = self._slot_field(guest_id, slot, number, place, dirty)
@@ -261,11 +262,11 @@ class Episode:
     def _list_field(self, guest_id: int, slot: bytes, place: int) -> Field | None:
         bed, random = self.bed, self.random
         gref = bed.lists[place]
-        page = bed.guest.page(bed.frames[gref])
+        page = bed.list_pages[place]
         at = random.randrange(0, 8 * 32, 4)
         before = bytes(page[at : at + 4])
         after = random.choice(
-            (b"\0\7\0\0", b"\7\0\0\0", b"\xff\xff\0\0", random.choice(bed.grefs).to_bytes(4, "little"))
+            (b"\0\7\0\0", b"\7\0\0\0", b"\xff\xff\0\0", random.randrange(FIRST, FIRST + POOL).to_bytes(4, "little"))
         )
         page[at : at + 4] = after
         verdict = judge(slot, bed.agreed, gref)
@@ -276,7 +277,7 @@ class Episode:
         return Field(bed.frames[gref] * PAGE + at, 4, *(int.from_bytes(each, "little") for each in (before, after)))
 
     def _add(self, guest_id: int, verdict: Verdict) -> None:
-        self.in_flight[guest_id].verdicts.append(verdict)
+        self.others.setdefault(guest_id, []).append(verdict)
         self._allow(guest_id, verdict)
 
     # the ring itself

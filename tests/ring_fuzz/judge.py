@@ -5,26 +5,33 @@ Must not call what it judges: it reads a slot's bytes by itself, after io/blkif.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from struct import Struct, unpack_from
+from operator import le
+from struct import Struct
+from typing import NamedTuple
 
 from xenbackend.blkif.abi import X86_64, Layout
 
 OKAY, ERROR, UNSUPPORTED = 0, -1, -2  # BLKIF_RSP_*
 READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT = 0, 1, 2, 3, 5, 6  # BLKIF_OP_*
-_SEGMENT = Struct("<IBBxx")
-_MOST_DIRECT, _PER_PAGE = 11, 512
+_MOST_DIRECT, _PER_PAGE, _MOST = 11, 512, 256
+_SEGMENT = 8  # bytes: gref u32, first and last sector u8, padding
+_GREFS = [Struct("<" + "I4x" * count) for count in range(_MOST + 1)]  # of so many segments
+_PAGES = [Struct(f"<{count}I") for count in range(9)]
+_ZEROS, _SEVENS = bytes(_MOST), b"\7" * _MOST
+_U16, _U64 = Struct("<H"), Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """What holds for a connection: the disk and the guest's grants.
 
-    readable, writable    grefs that a backend may copy from, and to
-    lists                 grefs of list pages
+    known                 grefs of the pool and of list pages, granted or not
+    readable, writable    those that a backend may copy from, and to
+    lists                 those of list pages
     list_page             returns the bytes of the page of a gref that is readable
-    is_strange            says whether a gref is granted, and not for messages: a ring's, or a neighbour's for a moment
+    is_strange            says whether a gref that is not known is granted: a ring's, or a neighbour's for a moment
     """
 
     layout: Layout
@@ -33,15 +40,15 @@ class Agreement:
     can_flush: bool
     can_discard: bool
     max_segments: int
-    readable: Mapping[int, object]
-    writable: Mapping[int, object]
-    lists: Container[int]
+    known: frozenset[int]
+    readable: frozenset[int]
+    writable: frozenset[int]
+    lists: frozenset[int]
     list_page: Callable[[int], memoryview]
     is_strange: Callable[[int], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The answer to a slot.
 
     operation   that the response must carry
@@ -64,7 +71,7 @@ def judge(slot: bytes, agreed: Agreement, own_list: int) -> Verdict:
     """Return what a slot must be answered; `own_list` is the one list page that no other message changes."""
     wide = agreed.layout is X86_64
     operation, second = slot[0], slot[1]
-    (sector,) = unpack_from("<Q", slot, 16 if wide else 12)
+    (sector,) = _U64.unpack_from(slot, 16 if wide else 12)
     if operation == INDIRECT:
         return _indirect(slot, agreed, own_list, 28 if wide else 24)
     if operation in (READ, WRITE):
@@ -79,7 +86,7 @@ def judge(slot: bytes, agreed: Agreement, own_list: int) -> Verdict:
 
 
 def _discard(slot: bytes, agreed: Agreement, flag: int, sector: int, at: int) -> Verdict:
-    (count,) = unpack_from("<Q", slot, at)
+    (count,) = _U64.unpack_from(slot, at)
     if flag & 1:
         return Verdict(DISCARD, UNSUPPORTED, "secure")
     if agreed.read_only or not count or sector + count > agreed.sectors:
@@ -91,43 +98,46 @@ def _data(slot: bytes, agreed: Agreement, operation: int, count: int, sector: in
     if not 1 <= count <= _MOST_DIRECT:
         return Verdict(operation, ERROR, "count")
     at = agreed.layout.segments_at
-    return _segments(slot[at : at + 8 * count], agreed, operation, sector)
+    return _segments(slot[at : at + _SEGMENT * count], count, agreed, operation, sector)
 
 
 def _indirect(slot: bytes, agreed: Agreement, own_list: int, at: int) -> Verdict:
     operation = slot[1]
-    (sector,) = unpack_from("<Q", slot, 16 if agreed.layout is X86_64 else 12)
+    (sector,) = _U64.unpack_from(slot, 16 if agreed.layout is X86_64 else 12)
     if operation not in (READ, WRITE):
         return Verdict(operation, UNSUPPORTED, "inner operation")
-    (count,) = unpack_from("<H", slot, 2)
+    (count,) = _U16.unpack_from(slot, 2)
     if not 1 <= count <= agreed.max_segments:
         return Verdict(operation, ERROR, "indirect count")
-    pages = unpack_from(f"<{-(-count // _PER_PAGE)}I", slot, at)
-    if any(map(agreed.is_strange, pages)):
+    pages = _PAGES[-(-count // _PER_PAGE)].unpack_from(slot, at)
+    if not agreed.known.issuperset(pages) and any(map(agreed.is_strange, pages)):
         return Verdict(operation, ERROR, "strange", is_strange=True)
-    if any(gref not in agreed.readable for gref in pages):
+    if not agreed.readable.issuperset(pages):
         return Verdict(operation, ERROR, "list page")
-    if any(gref in agreed.writable or (gref in agreed.lists and gref != own_list) for gref in pages):
+    if pages != (own_list,) and any(
+        gref in agreed.writable or (gref in agreed.lists and gref != own_list) for gref in pages
+    ):
         return Verdict(operation, ERROR, "page that changes", is_open=True)
-    content = b"".join(bytes(agreed.list_page(gref)) for gref in pages)
-    return _segments(content[: 8 * count], agreed, operation, sector)
+    size = _SEGMENT * count  # which is less than a page: no more than 256 segments were ever agreed on
+    return _segments(bytes(agreed.list_page(pages[0])[:size]), count, agreed, operation, sector)
 
 
-def _segments(content: bytes, agreed: Agreement, operation: int, sector: int) -> Verdict:
-    length = 0
-    segments = list(_SEGMENT.iter_unpack(content))
-    for _, first, last in segments:
-        if not first <= last <= 7:
-            return Verdict(operation, ERROR, "segment")
-        length += last - first + 1
+def _segments(content: bytes, count: int, agreed: Agreement, operation: int, sector: int) -> Verdict:
+    first, last = content[4::_SEGMENT], content[5::_SEGMENT]
+    if first == _ZEROS[:count] and last == _SEVENS[:count]:
+        length = 8 * count  # as below, which takes longer
+    elif max(last) > 7 or not all(map(le, first, last)):
+        return Verdict(operation, ERROR, "segment")
+    else:
+        length = sum(last) - sum(first) + count
     if sector + length > agreed.sectors:
         return Verdict(operation, ERROR, "range")
     if operation != READ and agreed.read_only:
         return Verdict(operation, ERROR, "read-only")
-    if any(agreed.is_strange(gref) for gref, _, _ in segments):
+    grefs = _GREFS[count].unpack(content)
+    if not agreed.known.issuperset(grefs) and any(map(agreed.is_strange, grefs)):
         return Verdict(operation, ERROR, "strange", is_strange=True)
-    allowed = agreed.writable if operation == READ else agreed.readable
-    if any(gref not in allowed for gref, _, _ in segments):
+    if not (agreed.writable if operation == READ else agreed.readable).issuperset(grefs):
         # A read is done before its pages are found to be bad; a write must not reach the disk.
         touched = (0, sector * 512, length * 512) if operation == READ else None
         return Verdict(operation, ERROR, "grant", touched)

@@ -15,9 +15,10 @@ import sys
 import time
 from typing import NamedTuple, Self
 
-MOST = 16  # fields at a time
+MOST = 64  # fields at a time
 _WANTED, _SEEN, _COUNT, _FIRST = 0, 1, 2, 4  # words of the control page; four words per field follow
 _KINDS = {1: "B", 2: "H", 4: "I"}
+_LOOKS = 100  # whether it has seen what is wanted, before it may have ended
 _ROUNDS = 32  # over all fields before the control page is looked at
 
 
@@ -74,8 +75,11 @@ class Rewriter:
 
     def _await(self) -> None:
         give_up = time.monotonic() + 60
-        while self._words[_SEEN] != self._words[_WANTED]:
-            os.sched_yield()
+        while True:
+            for _ in range(_LOOKS):
+                if self._words[_SEEN] == self._words[_WANTED]:
+                    return
+                os.sched_yield()
             if self._process.poll() is not None or time.monotonic() > give_up:
                 raise RuntimeError("the process that rewrites fields has ended, or does not run")
 

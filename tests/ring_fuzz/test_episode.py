@@ -14,6 +14,8 @@ from tests.ring_fuzz.__main__ import CORPUS, Figures
 from tests.ring_fuzz.bed import Bed
 from tests.ring_fuzz.episode import Episode, Tally
 from tests.ring_fuzz.wrong import WRONG
+from xenbackend.blkif.abi import LAYOUTS
+from xenbackend.blkif.request import encode_direct, encode_discard, encode_indirect, encode_segments
 
 pytestmark = pytest.mark.slow  # each starts a process
 
@@ -26,6 +28,20 @@ def test_what_is_wrong_is_found(wrong: str) -> None:
 
     assert 1 == found.returncode
     assert re.search(r"^episode \d+: (Violation|BackendMisbehaved): ", found.stderr, re.MULTILINE), found.stderr
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_message_is_laid_out_as_a_frontend_does(layout: messages.Layout) -> None:
+    """The slot of a direct, a discarding and an indirect message is what a frontend makes of the same fields."""
+    segments = [(9, 0, 7), (10, 1, 2)]
+    content = encode_segments(segments)
+    head = messages._HEAD.pack(1, 2, 0, 1500)
+    direct = messages.Message((head + content).ljust(112, b"\0"))
+
+    assert encode_direct(layout, 1, 77, 1500, segments) == messages.encode(direct, layout, 77, 5)
+    assert encode_discard(layout, 77, 1500, 8) == messages.encode(messages._discard(1500, 8), layout, 77, 5)
+    indirect = messages._indirect(1, 2, 1500, content)
+    assert encode_indirect(layout, 1, 77, 1500, 2, [5]) == messages.encode(indirect, layout, 77, 5)
 
 
 @pytest.mark.rows("B10", "R1", "R7")

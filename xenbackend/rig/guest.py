@@ -79,10 +79,12 @@ class Guest:
     Invariants: a frame is allocated at most once, and a gref stands for at most one frame.
     """
 
-    def __init__(self, directory: str | Path, domid: int, pages: int = 4096) -> None:
-        """Create the domain in the rig of `directory`. Raises: KernelError."""
+    def __init__(
+        self, directory: str | Path, domid: int, pages: int = 4096, connection: Connection | None = None
+    ) -> None:
+        """Create the domain in the rig of `directory`, or over a connection, ours from now on. Raises: KernelError."""
         self.domid = domid
-        self._connection = Connection(directory)
+        self._connection = connection or Connection(directory)
         try:
             _, (memory, grants) = self._connection.call("create", domid=domid, pages=pages)
         except KernelError:

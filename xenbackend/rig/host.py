@@ -71,20 +71,20 @@ class RigGrants:
         """
         if any(segment.page_offset + segment.length > PAGE for segment in segments):
             raise KernelError(f"copy {len(segments)} grants", errno.EINVAL)
-        return [self._copy(arena.view, segment) for segment in segments]
-
-    def _copy(self, near: memoryview, segment: CopySegment) -> int:
-        length = segment.length
-        frame = self._table.frame(segment.gref, BACKEND_DOMID, writable=segment.to_guest)
-        if frame < 0:
-            return frame
-        far = frame * PAGE + segment.page_offset
-        here = segment.arena_offset
-        if segment.to_guest:
-            self._memory[far : far + length] = near[here : here + length]
-        else:
-            near[here : here + length] = self._memory[far : far + length]
-        return GRANT_OK
+        near, far, find = arena.view, self._memory, self._table.frame
+        statuses = []
+        for gref, offset, here, length, to_guest in segments:
+            frame = find(gref, BACKEND_DOMID, writable=to_guest)
+            if frame < 0:
+                statuses.append(frame)
+                continue
+            statuses.append(GRANT_OK)
+            there = frame * PAGE + offset
+            if to_guest:
+                far[there : there + length] = near[here : here + length]
+            else:
+                near[here : here + length] = far[there : there + length]
+        return statuses
 
     def close(self) -> None:
         """Release the domain; the hypervisor forgets its mappings, and the views stay until the process ends."""
