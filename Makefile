@@ -10,11 +10,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # A suite runs in a directory of its own, which {tmp} stands for, and may leave nothing behind; `exec`, so that it hears of
 # it when make is ended. PART=2/5 runs a part of a long one, FAILED=1 what failed in it last.
+# Where tests leave their figures for the scoreboard: each suite has a place, where each test replaces its own.
+export FIGURES = $(CURDIR)/build/figures/$@
 CONTAINED := $(BIN)/python -m tests.ci.contained
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos scoreboard bench-xen bench
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos scoreboard figures bench-xen bench
 .PHONY: deb deb-former clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
@@ -61,8 +63,8 @@ test-orders: $(VENV)/.dev  ## the control plane in one process, with kills and s
 
 # A hundred thousand for each format, in a minute: each may take a second and 512 MiB, and end in one kind of error.
 test-fuzz: $(VENV)/.dev  ## headers and tables of image formats with random damage
-	rm -rf build/damaged
-	exec env FIGURES=build/damaged $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 \
+	rm -rf $(FIGURES)
+	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 \
 		--basetemp={tmp}/t --seed $(or $(S),1) --requests 2000000 -k any_bytes tests/block/formats
 
 # N=messages, JOBS=processes, one for each CPU else; it goes on where the last run of the same seed has ended, and may be
@@ -78,6 +80,14 @@ test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; 
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
 	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed --cpus 2 tests/xen/speed.py
+
+# N=requests of each. A disk that is full, or fails its flushes, again and again; what frontends and toolstacks may write.
+figures: $(VENV)/.dev  ## what the scoreboard wants, and no other suite does at length
+	exec nice $(CONTAINED) $(BIN)/pytest -q -n 2 -o faulthandler_timeout=0 --basetemp={tmp}/t --seed $(or $(S),1) \
+		--requests $(or $(N),1000000) tests/worker/test_failing_disks.py \
+		tests/blkif/test_features.py::test_any_values_are_a_frontend_or_refused \
+		tests/supervisor/vbd/test_device_is_total.py::test_random_walks_keep_the_invariants
+	exec nice $(CONTAINED) $(BIN)/python -m tests.scoreboard.branches
 
 # What suites have left in build/, and what is measured in seconds. RELEASE=1 fails where something is not measured, too.
 scoreboard: $(VENV)/.dev  ## every measure with its goal and its figure; fails where a figure is below its goal

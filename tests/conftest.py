@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import figures
 from tests.part import Part
 from xenbackend import settings_file
 from xenbackend.image import session
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = items[part.number - 1 :: part.count]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Take back the figures that a test has left before."""
+    figures.begin(item.nodeid)
 
 
 @pytest.hookimpl(trylast=True)

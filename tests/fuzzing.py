@@ -5,15 +5,11 @@ Must not know a format: a test gives what makes a case and what looks at it.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from tests.stamp import stamp
+from tests import figures
 from xenbackend.errors import DriverError
 
 MAX_SECONDS = 1.0  # of the CPU, for one case
@@ -33,15 +29,5 @@ def endure(count: int, make: Callable[[], bytes], look: Callable[[bytes], object
         slowest = max(slowest, time.process_time() - begin)
     assert slowest < MAX_SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH
-    _leave(count)
+    figures.add("damaged", count)
     return refused
-
-
-def _leave(count: int) -> None:
-    """Leave the figure for the scoreboard, where the suite is run for it (FIGURES names the directory)."""
-    directory, test = os.environ.get("FIGURES"), os.environ.get("PYTEST_CURRENT_TEST", "")
-    if directory:
-        name = re.sub(r"\W+", "-", test.removeprefix("tests/block/formats/").partition(" ")[0])
-        path = Path(directory) / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"count": count, **stamp()}) + "\n")

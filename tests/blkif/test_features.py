@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
+from tests import figures
 from xenbackend.blkif.abi import LAYOUTS, VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE
 from xenbackend.blkif.features import (
     BadFrontend,
@@ -245,3 +248,45 @@ def test_info_bits(cdrom: bool, removable: bool, read_only: bool) -> None:
     bits = {VDISK_CDROM: cdrom, VDISK_REMOVABLE: removable, VDISK_READONLY: read_only}
 
     assert str(sum(bit for bit, is_set in bits.items() if is_set)) == publish_at_connect(disk)["info"]
+
+
+def test_any_values_are_a_frontend_or_refused(request: pytest.FixtureRequest) -> None:
+    """Whatever a frontend writes, and whatever it leaves out: it is served within limits, or refused by a sentence."""
+    chance, limits = Random(request.config.getoption("--seed")), Limits(max_queues=4)
+    names = ["protocol", "multi-queue-num-queues", "ring-page-order", "feature-persistent", "ring-ref", "event-channel"]
+    names += [f"ring-ref{page}" for page in range(16)]
+    names += [f"queue-{queue}/{each}" for queue in range(4) for each in ("ring-ref", "ring-ref0", "event-channel")]
+    count, served = request.config.getoption("--requests"), 0
+    for _ in range(count):
+        keys = {name: _any_value(chance) for name in names if chance.random() < 0.7}
+        sentence = ""
+        try:
+            frontend = parse(keys, limits)
+        except BadFrontend as problem:
+            sentence = str(problem)
+        assert sentence.isprintable()
+        assert len(sentence) < 400
+        if sentence:
+            continue
+        served += 1
+        assert frontend.protocol in LAYOUTS
+        assert 1 <= len(frontend.rings) <= limits.max_queues
+        assert len({len(ring.grefs) for ring in frontend.rings}) == 1
+        assert len(frontend.rings[0].grefs) in [1 << order for order in range(limits.max_ring_order + 1)]
+        assert all(0 <= each < 2**32 for ring in frontend.rings for each in (*ring.grefs, ring.event_channel))
+
+    assert served > count // 500
+    figures.add("values and walks", count)
+
+
+def _any_value(chance: Random) -> str:
+    kind = chance.random()
+    if kind < 0.75:
+        return str(chance.choice((0, 1, 1, 1, 2, 4, 5, 8, 2**32 - 1)))
+    if kind < 0.85:
+        return chance.choice([*LAYOUTS])
+    if kind < 0.95:
+        return chance.choice(NO_NUMBERS)
+    return "".join(
+        chr(chance.choice((chance.randrange(256), chance.randrange(0x10FFFF)))) for _ in range(chance.randrange(9))
+    )

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from tests import figures
 from tests.helpers_block import content, flush, read, write
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
 from xenbackend.block.formats.blank import Wishes, blank
@@ -43,6 +44,7 @@ def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cha
     for _ in range(60):
         data, flushed = after_power_loss(guest.first, guest.file.log, chance)
         assert [] == guest.faults_of_power_loss(again(chain, path, data), flushed)
+    figures.add("crash points", 60)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -56,6 +58,7 @@ def test_power_lost_at_each_flush(tmp_path: Path, chain: str) -> None:
     for place in flushes:
         data = state(guest.first, guest.file.log, place + 1)
         assert [] == guest.faults_of_power_loss(again(chain, path, data), place)
+    figures.add("crash points", len(flushes))
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -67,6 +70,7 @@ def test_killed_anywhere(tmp_path: Path, chain: str) -> None:
     for count, torn in chance.sample([*tears(guest.file.log)], 60):
         data = state(guest.first, guest.file.log, count, torn)
         assert [] == guest.faults_of_a_kill(again(chain, path, data), count)
+    figures.add("crash points", 60)
 
 
 def test_a_flush_that_is_not_passed_on_is_found(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args(arguments)
     console = Console()
+    if args.json:
+        args.json.unlink(missing_ok=True)  # a run that fails has no figures
     try:
         figures = run(args, console)
     except ChaosError as problem:
@@ -141,6 +143,7 @@ def _figures(
             "kills without an error": 0 if any(end["errors"] for end in ends) else host.kills["workers"],
             "kill to first answer, ms, 99 %": round(_part(sorted(waits[_ONE]) or [0.0], 0.99) * 1000),
             "times that xenstore went away": done["xenstore goes away"],
+            "sectors verified": sum(end["sectors"] for end in ends),
         },
     }
 

@@ -90,7 +90,7 @@ def _serve(args: argparse.Namespace, disk: Disk, clock: Clock, is_over: list[int
     # like every read before, that raises over the first sector that is not what it must be
     with Path(args.content).open("wb") as file:
         read_all(frontend, model, file.write)
-    return {"requests": load.finished, "errors": model.failures, "is_timed": disk.is_timed}
+    return {"requests": load.finished, "sectors": model.verified, "errors": model.failures, "is_timed": disk.is_timed}
 
 
 def _sleep(frontend: Frontend, timeout_s: float) -> None:

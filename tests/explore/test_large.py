@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import figures
 from tests.explore.patches import WRONG, make_wrong, use_words
 from tests.explore.search import Bounds, Search
 
@@ -35,6 +36,7 @@ def test_nothing_is_lost_repeated_or_overwritten(
         print(f"\n{bounds}: {found.states} states, {found.violations.total()} violations")
 
     assert {} == found.violations, found.path
+    figures.add("states", found.states)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import ast
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,34 @@ def _fuzzed(key: str, build: Path) -> Figure | None:
 
 def _damaged(build: Path) -> Figure | None:
     """Return how many damaged images the format with the fewest has borne, once all have had their turn."""
-    left = {path.name: json.loads(path.read_text()) for path in build.glob("damaged/*.json")}
+    left = _of_tests("damaged", build)
     formats = [[found for name, found in left.items() if part in name] for part in _FORMATS]
     if not all(formats):
         return None
-    fewest = min((found for each in formats for found in each), key=lambda found: found["count"])
-    return Figure(fewest["count"], fewest["date"], fewest["commit"])
+    return min((found for each in formats for found in each), key=lambda found: found.value)
+
+
+def _of_tests(measure: str, build: Path) -> dict[str, Figure]:
+    """Return what each test has left of a measure (`tests/figures.py`): of what it left in several suites, the most."""
+    left: dict[str, Figure] = {}
+    for path in build.glob(f"figures/*/{measure}/*.json"):
+        found = json.loads(path.read_text())
+        figure = Figure(found["value"], found["date"], found["commit"])
+        if path.name not in left or figure.value > left[path.name].value:
+            left[path.name] = figure
+    return left
+
+
+def _sum(measure: str, build: Path) -> Figure | None:
+    """Return the sum over tests, with the date and the commit of the oldest."""
+    left = _of_tests(measure, build).values()
+    oldest = min(left, key=lambda figure: figure.date, default=None)
+    return oldest and replace(oldest, value=sum(figure.value for figure in left))
+
+
+def _worst(measure: str, build: Path) -> Figure | None:
+    """Return the largest that a test has left."""
+    return max(_of_tests(measure, build).values(), key=lambda figure: figure.value, default=None)
 
 
 _chaos = partial(partial, _left, "chaos.json")
@@ -156,29 +178,35 @@ def nobody(_: Path) -> None:
 MEASURES = (
     Measure("L1", "slots of all rings, in pages (order 4 on 4 rings)", 64, _rings),
     Measure("L2", "largest request, MiB", 1, _largest_request),
+    # No suite serves so many disks yet: chaos has eight guests.
     Measure("L3", "hours of 128 disks under verified load", 1, nobody),
     Measure("L4", "requests verified in one soak", 1e8, _chaos("requests verified")),
     Measure("L5", "memory of an idle disk, MiB", 24, _memory_of_an_idle_disk, is_most=True),
     Measure("F1", "workers killed under verified load, without an error", 1000, _chaos("kills without an error")),
     Measure("F2", "kill to first answer, ms, 99 %", 500, _chaos("kill to first answer, ms, 99 %"), is_most=True),
-    Measure("F3", "states of the exhaustive exploration", 2.2e6, nobody),
+    Measure("F3", "states of the exhaustive exploration", 2.2e6, partial(_sum, "states")),
     Measure("F4", "services killed under verified load", 50, _chaos("service kills")),
     Measure("F5", "times that xenstored went away under load", 100, _chaos("times that xenstore went away")),
     Measure("F6", "calls of the kernel made to fail, or with a reason, %", 100, _calls_that_can_fail),
-    Measure("F7", "times that the disk was full and had room again", 1000, nobody),
-    Measure("F8", "flushes that failed and were not acknowledged", 1e4, nobody),
+    Measure("F7", "times that the disk was full and had room again", 1000, partial(_sum, "full-disks")),
+    Measure("F8", "flushes that failed and were not acknowledged", 1e4, partial(_sum, "failed-flushes")),
     Measure("F9", "connections with requests in flight, all flat", 1e5, partial(_fuzzed, "episodes")),
     Measure("B1", "hostile ring messages", 1e8, partial(_fuzzed, "messages")),
     Measure("B2", "damaged images of each format", 1e5, _damaged),
-    Measure("B3", "xenstore values and walks of states", 1e6, nobody),
+    Measure("B3", "xenstore values and walks of states", 1e6, partial(_sum, "values-and-walks")),
     Measure("B4", "rows of known attacks with a test or a reason, %", 100, _rows_with_a_test),
     Measure("B5", "answers whose padding was looked at", 1e8, partial(_fuzzed, "messages")),
-    Measure("B6", "CPU for a port that fires in vain, % of a core", 5, nobody, is_most=True),
-    Measure("B7", "log of a hostile guest, KiB per hour", 64, nobody, is_most=True),
-    Measure("B8", "branches of ring, journal and formats covered, %", 100, nobody),
-    Measure("N1", "crash points replayed", 1e5, nobody),
-    Measure("N2", "acknowledged sectors verified after kills", 1e9, nobody),
-    Measure("N3", "operations without an anomaly", 1e8, nobody),
-    Measure("N4", "crash states that other checkers accept", 1e4, nobody),
+    # Fired from Python, so less than 10^6 times a second; what comes while the port is masked counts once anyhow.
+    Measure(
+        "B6", "CPU for a port that fires in vain, % of a core", 5, partial(_worst, "storm-of-events"), is_most=True
+    ),
+    Measure("B7", "log of a hostile guest, KiB per hour", 64, partial(_worst, "log-of-an-hour"), is_most=True),
+    Measure("B8", "branches of ring, journal and formats covered, %", 100, partial(_left, "branches.json", "percent")),
+    Measure("N1", "crash points replayed", 1e5, partial(_sum, "crash-points")),
+    # By reads under load and at the end; a sector that is wrong ends the run, which leaves no figures then.
+    Measure("N2", "acknowledged sectors verified after kills", 1e9, _chaos("sectors verified")),
+    Measure("N3", "operations without an anomaly", 1e8, _chaos("requests verified")),
+    # Of QCOW2 by qemu-img; VHD, VDI and QCOW version 1 have no checker of others that is installed here.
+    Measure("N4", "crash states that other checkers accept", 1e4, partial(_sum, "checked-by-others")),
     Measure("P1", "escapes of a worker that succeed", 0, _canary("succeeded"), is_most=True),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import figures
 from tests.scoreboard import measures
 from tests.scoreboard.__main__ import board, main
 from tests.scoreboard.measures import MEASURES, Figure, Measure
@@ -70,7 +71,8 @@ def test_the_longest_run_of_the_fuzzer_counts(tmp_path: Path) -> None:
 
 def test_the_format_with_the_fewest_counts(tmp_path: Path) -> None:
     """Of damaged images the format with the fewest counts, when all have had their turn."""
-    (tmp_path / "damaged").mkdir()
+    damaged = tmp_path / "figures" / "test-fuzz" / "damaged"
+    damaged.mkdir(parents=True)
     for name, count in (
         ("test_qcow-", 9),
         ("test_qcow2-", 8),
@@ -80,9 +82,30 @@ def test_the_format_with_the_fewest_counts(tmp_path: Path) -> None:
         ("-vhdx-", 9),
     ):
         assert measures._damaged(tmp_path) is None
-        (tmp_path / "damaged" / f"{name}py.json").write_text(json.dumps({"count": count, **STAMP}))
+        (damaged / f"{name}py.json").write_text(json.dumps({"value": count, **STAMP}))
 
     assert Figure(5, **STAMP) == measures._damaged(tmp_path)
+
+
+def test_what_tests_left_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Counts of tests are added up, with the date of the oldest, of percentages the worst counts; a test that begins
+    anew takes back what it had left.
+    """
+    monkeypatch.setenv("FIGURES", str(tmp_path / "figures" / "test-images"))
+    for number, test in enumerate(("tests/a.py::b[c]", "tests/a.py::d")):
+        monkeypatch.setenv("PYTEST_CURRENT_TEST", f"{test} (call)")
+        figures.begin(test)
+        figures.add("crash points", 5 + number)
+        figures.add("crash points", 1)
+    found = {each.number: each for each in MEASURES}["N1"].source(tmp_path)
+    assert found is not None
+    assert 13 == found.value
+    assert Figure(7, found.date, found.commit) == measures._worst("crash-points", tmp_path)
+    left = tmp_path / "figures" / "test-images" / "crash-points" / "tests-a-py-d.json"
+    left.write_text(json.dumps({"value": 1, **STAMP, "date": "2020-01-01T00:00:00+00:00"}))
+    assert Figure(7, "2020-01-01T00:00:00+00:00", STAMP["commit"]) == measures._sum("crash-points", tmp_path)
+    figures.begin("tests/a.py::b[c]")
+    assert 1 == measures._sum("crash-points", tmp_path).value  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ The rows and advisories are those of Xen's and Linux' block backends, as in `tes
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from tests import figures
 from tests.driven import Driven
 from tests.evil import DATA, ERROR, GNTST, OK, RAM, SECTORS, Evil, descriptors, resident
 from tests.workload import make_model, work
@@ -229,6 +233,34 @@ def test_event_storm_is_throttled(victim: Driven) -> None:
 
     assert victim.worker.counters()["turns"] - turns < 5000
     assert 0 == model.failures
+
+
+@pytest.mark.rows("B4", "R11")
+def test_a_port_that_fires_in_vain_takes_no_processor(victim: Driven) -> None:
+    """B4: a guest that does nothing but notify, as fast as it can, costs the host 5 % of a core at most."""
+    victim.connect(RAM)
+    [storm] = victim.frontend.rings
+    stat = Path(f"/proc/{victim.worker.process.pid}/stat")
+    turns = victim.worker.counters()["turns"]
+    before, begun, fired = _ticks(stat), time.monotonic(), 0
+    while time.monotonic() < begun + 2:
+        for _ in range(1000):
+            storm.port.notify()
+        fired += 1000
+    passed_s = time.monotonic() - begun
+    percent = 100 * (_ticks(stat) - before) / os.sysconf("SC_CLK_TCK") / passed_s
+    victim.reconnect()
+
+    assert fired > 10_000
+    assert victim.worker.counters()["turns"] - turns < 300 * passed_s + 500  # it waits 10 ms between two, in the end
+    assert percent <= 5
+    figures.add("storm of events", percent)
+
+
+def _ticks(stat: Path) -> int:
+    """Return what a process has had of the processor, in ticks."""
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
 
 
 @pytest.mark.rows("A24", "B11")

@@ -93,6 +93,7 @@ class DiskModel:
     max_count: int = 88  # sectors per request; 11 whole pages
     alignment: int = 1  # sectors; of every request's start and length
     failures: int = 0  # steps that came back with an error
+    verified: int = 0  # sectors that were compared, and are what they have to be
     _possible: list[tuple[int, ...]] = field(init=False)
     _writing: bytearray = field(init=False)  # per sector: a write or discard is in flight
     _reading: list[int] = field(init=False)  # per sector: reads in flight
@@ -153,6 +154,10 @@ class DiskModel:
     def check(self, sector: int, data: bytes) -> None:
         """Compare bytes that were read from `sector` on with the possible contents. Raises: WrongData."""
         possible = self._possible[sector : sector + len(data) // SECTOR]
+        self._compare(sector, data, possible)
+        self.verified += len(possible)
+
+    def _compare(self, sector: int, data: bytes, possible: list[tuple[int, ...]]) -> None:
         if data == make(self.seed, sector, [generations[0] for generations in possible]):
             return
         for place, generations in enumerate(possible):

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from tests import vhd_images
+from tests import figures, vhd_images
 from tests.helpers_block import content, flush, read, write
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
 from xenbackend.block.drivers.vhd import Vhd
@@ -100,6 +100,7 @@ def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, reque
             found = image.holds(state(image.start, image.file.log, count, torn), read_only=bool(number & 1))
 
             assert [] == session.faults_of_a_kill(found, count), (seed, count, torn)
+        figures.add("crash points", number + 1)
 
 
 @pytest.mark.slow
@@ -113,6 +114,7 @@ def test_power_lost(make: Callable[[str, int], Image], kind: str, request: pytes
             file, flushed = after_power_loss(image.start, image.file.log, Random(loss))
 
             assert [] == session.faults_of_power_loss(image.holds(file, read_only=False), flushed), (seed, loss)
+        figures.add("crash points", 150)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "differencing"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import qemu
+from tests import figures, qemu
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from tests.qcow_images import COPIED, qcow2, with_word
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, at, state, tears
@@ -428,6 +428,7 @@ def test_power_lost_anywhere(
             assert [] == session.faults_of_power_loss(found, count - 1), count
             assert Bed.STALE not in found
             bed.look(now["image"])
+        figures.add("crash points", 40)
 
 
 @pytest.mark.parametrize(("cluster_bits", "number"), [(9, errno.EIO), (12, errno.ENOSPC)])

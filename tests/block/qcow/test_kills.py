@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from tests import qemu
+from tests import figures, qemu
 from tests.qcow_images import qcow, qcow2
 from tests.recorded import Change, Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
 from xenbackend.block.formats.qcow2_check import Report, check
@@ -117,6 +117,8 @@ def kill_everywhere(bed: Bed, requests: int, most: int, *, by_qemu: int = 1) -> 
         if number < by_qemu and bed.shape.version > 1:
             Path(bed.path).write_bytes(data)
             assert (0, report.leaks) == qemu.check(Path(bed.path)), (count, torn)
+            figures.add("checked by others", 1)
+        figures.add("crash points", 1)
     assert 0 == report.leaks  # it was closed
 
 
@@ -142,6 +144,7 @@ def lose_power(bed: Bed, requests: int, times: int) -> None:
 
         assert [] == session.faults_of_power_loss(bed.content(data), flushed), flushed
         assert 0 == report.errors, report
+    figures.add("crash points", len(losses))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -180,5 +183,5 @@ def test_for_long(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> 
     if not turns:
         pytest.skip("as the tests above, at greater length; --requests 20000, or make test-images")
     for turn in range(turns):
-        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=20, by_qemu=20)
+        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=30, by_qemu=30)
         lose_power(Bed(SHAPES[name], tmp_path, seed + turn), requests=10, times=40)

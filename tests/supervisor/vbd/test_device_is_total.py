@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests import figures
 from tests.supervisor.world import IDLE, LAYER, NODE, PATH, World, connected, remove
 from xenbackend.blkif.features import Limits
 from xenbackend.blkif.handshake import XenbusState
@@ -51,16 +52,18 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
 
 @pytest.mark.slow
 @pytest.mark.rows("A9", "R16")
-def test_random_walks_keep_the_invariants(pytestconfig: pytest.Config) -> None:
+def test_random_walks_keep_the_invariants(request: pytest.FixtureRequest) -> None:
     """R16: in any order of events, among them deaths of workers and services, no guest that is connected is let down,
     there are never two workers, Connected needs served rings, Closed that there is no worker, a node that was made anew
     gets nothing of the former vbd; when all is calm the guest is served or told why not, and a vbd that is removed ends
     in Closed, and nothing of it is left.
     """
-    generator = random.Random(20)
+    generator = random.Random(request.config.getoption("--seed") + 19)
+    least = 300_000 if request.config.getoption("--long") else 30_000
+    steps = max(least, request.config.getoption("--requests"))
     world = World()
     seen = Counter[str]()
-    for _ in range(300_000 if pytestconfig.getoption("--long") else 30_000):
+    for _ in range(steps):
         _random_step(world, generator)
         seen.update([world.device.phase.value, f"state {world.state}", f"lives {min(world.lives, 2)}"])
         seen.update(["over"] if world.device.sight.is_over else [])
@@ -73,6 +76,7 @@ def test_random_walks_keep_the_invariants(pytestconfig: pytest.Config) -> None:
 
     assert set(Phase) == {phase for phase in Phase if seen[phase.value]}
     assert all(seen[each] > 100 for each in ("state 2", "state 4", "state 5", "state 6", "lives 2", "over")), seen
+    figures.add("values and walks", steps)
 
 
 @pytest.mark.parametrize("death", ["worker", "service", "both"])

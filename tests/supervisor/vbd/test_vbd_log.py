@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from tests import figures
 from tests.supervisor.helpers import PATH
 from xenbackend.supervisor.vbd.vbd_log import PER_HOUR, VbdLog
 
@@ -61,6 +62,7 @@ def test_no_hour_has_more_bytes_than_its_share(lines: io.StringIO, text: str) ->
     hours = [after - before for before, after in zip(at, at[60:], strict=False)]
     assert max(hours) <= PER_HOUR
     assert min(hours) > PER_HOUR // 8
+    figures.add("log of an hour", max(hours) / 1024)
 
 
 @as_json
