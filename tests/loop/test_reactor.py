@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from descriptors import open_descriptors
@@ -87,6 +88,33 @@ def test_timers_in_order(reactor: Reactor, clock: Clock) -> None:
         seen.append("".join(order))
 
     assert seen == ["", "ab", "abc"]
+
+
+def test_timers_that_take_long_let_descriptors_have_their_turn(reactor: Reactor, clock: Clock) -> None:
+    """Of many timers that are due at once a pass calls what it has time for; the others follow in order, and a
+    descriptor that is ready is served in between.
+    """
+    seen: list[str] = []
+    reading, writing = os.pipe()
+
+    def work(name: str) -> None:
+        seen.append(name)
+        clock.time += 0.015
+
+    def read() -> None:
+        seen.append(os.read(reading, 9).decode())
+
+    for name in "abcd":
+        reactor.call_later(1.0, partial(work, name))
+    reactor.call_later(1.0, reactor.stop)
+    reactor.add(reading, read)
+    os.write(writing, b"!")
+    clock.time += 1.0
+    reactor.run()
+
+    assert ["a", "b", "!", "c", "d"] == seen
+    os.close(reading)
+    os.close(writing)
 
 
 def test_calls_asked_for_by_calls_wait_for_the_next_pass(reactor: Reactor) -> None:

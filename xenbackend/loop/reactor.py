@@ -27,6 +27,7 @@ from xenbackend.loop.threads import Threads
 Call = Callable[[], object]
 _SLEEPER_RETRY_S = 0.1  # after it could not wait
 _EVENTS = 64  # descriptors per pass; more come in the next one
+_TIMERS_S = 0.02  # of a pass for timers, where more than one is due; descriptors wait no longer for their turn
 
 
 class Sleeper(Protocol):
@@ -219,11 +220,15 @@ class Reactor:
 
     def _run_timers(self) -> None:
         now = self.now()
-        due = []
+        due = deque[tuple[float, int, Call]]()
         while self._timers and self._timers[0][0] <= now:  # one asked for by a timer waits for the next pass
-            due.append(heapq.heappop(self._timers)[2])
-        for function in due:
-            self._call(function)
+            due.append(heapq.heappop(self._timers))
+        while due:
+            self._call(due.popleft()[2])
+            if self.now() - now >= _TIMERS_S:
+                break
+        for timer in due:
+            heapq.heappush(self._timers, timer)
 
     def _take_from_threads(self) -> None:
         os.eventfd_read(self._wake)  # before looking: what is appended later wakes us again
