@@ -13,6 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Where tests leave their figures for the scoreboard: each suite has a place, where each test replaces its own.
 export FIGURES = $(CURDIR)/build/figures/$@
 CONTAINED := $(BIN)/python -m tests.ci.contained
+XEN_OF = $(if $(XEN),--xen $(XEN))
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
@@ -74,12 +75,12 @@ fuzz: $(VENV)/.dev  ## hostile ring messages, rewritten while they are read; the
 		--json build/fuzz-$(or $(S),1).json $(if $(JOBS),--jobs $(JOBS)) $(if $(ANEW),--anew)
 
 # K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
-# The first time it builds an image, which only root can.
+# XEN=4.17 is another version (tests/xen/bed/release.py). The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
-	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
-	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed --cpus 2 tests/xen/speed.py
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) --cpus 2 tests/xen/speed.py
 
 # N=requests of each. A disk that is full, or fails its flushes, again and again; what frontends and toolstacks may write.
 figures: $(VENV)/.dev  ## what the scoreboard wants, and no other suite does at length

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import select
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from rich.console import Console
 
 from tests.ci import flaky
-from tests.xen.bed import machine, portions
+from tests.xen.bed import machine, portions, recipe
 from tests.xen.bed.__main__ import main
 from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
 from tests.xen.bed.image import KEPT, cached, key_of
 from tests.xen.bed.progress import Progress
+from tests.xen.bed.release import DECOMPRESS, NEWEST, RELEASES
 from tests.xen.bed.report import Failure, Report
 from tests.xen.bed.session import DIED, NO_TESTS, together
 from tests.xen.bed.share import Given, Watch
@@ -54,13 +59,13 @@ def test_a_build_that_failed_is_never_used(tmp_path: Path) -> None:
 
 
 def test_old_images_go(tmp_path: Path) -> None:
-    """Only the images that were used last are kept, and wheels do not count as images."""
-    built(tmp_path, "wheels-1")
+    """Of each release only the images that were used last are kept."""
+    built(tmp_path, "image-4.17-1")
     for number in range(KEPT + 1):
-        os.utime(built(tmp_path, f"image-{number}"), (number, number))
-    built(tmp_path, "image-9")
+        os.utime(built(tmp_path, f"image-4.20-{number}"), (number, number))
+    built(tmp_path, "image-4.20-9")
 
-    assert {"image-2", "image-9", "wheels-1", "lock"} == {each.name for each in tmp_path.iterdir()}
+    assert {"image-4.20-2", "image-4.20-9", "image-4.17-1", "lock"} == {each.name for each in tmp_path.iterdir()}
 
 
 def test_a_changed_recipe_has_another_key(tmp_path: Path) -> None:
@@ -72,6 +77,33 @@ def test_a_changed_recipe_has_another_key(tmp_path: Path) -> None:
     one.write_text("2")
 
     assert 4 == len({*keys, key_of([one])})
+
+
+def test_each_release_has_an_image_of_its_own() -> None:
+    """The images of all releases lie side by side; one whose line in the table is changed is built anew."""
+    names = [recipe.name_of(each) for each in RELEASES.values()]
+    names.append(recipe.name_of(replace(NEWEST, packages=(*NEWEST.packages, "ssh"))))
+
+    assert len(RELEASES) + 1 == len({*names})
+    assert names[0].rpartition("-")[0] == names[-1].rpartition("-")[0] == f"image-{NEWEST.xen}"
+
+
+@pytest.mark.parametrize(("how", "compress"), [("", bytes), ("xz", lzma.compress), ("zstd", zstandard.compress)])
+def test_the_kernel_in_a_bzimage(how: str, compress: Callable[[bytes], bytes]) -> None:
+    """The payload is found by the header's fields, and what the build puts behind the stream does no harm."""
+    elf, sectors = b"\x7fELF" + bytes(range(256)), 2
+    stored = compress(elf) + (struct.pack("<I", len(elf)) if how else b"")
+    image = bytearray(512 * (sectors + 1) + 64)
+    image[0x1F1] = sectors
+    struct.pack_into("<II", image, 0x248, 64, len(stored))
+
+    assert elf == DECOMPRESS[how](recipe.payload(bytes(image) + stored + b"rest"))
+
+
+def test_every_release_can_be_unpacked() -> None:
+    """What the table says of compression is something that there is a function for; the newest one comes first."""
+    assert {word for each in RELEASES.values() for word in (each.kernel, each.modules)} <= DECOMPRESS.keys()
+    assert NEWEST == max(RELEASES.values(), key=lambda each: [*map(int, each.xen.split("."))])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ class Step:
 
     Attributes:
         name: as it is called in tables and on the command line.
-        ci: what CI runs, for a shell in the project's directory.
+        ci: what CI runs, for a shell in the project's directory; empty where only `make test-all` runs anything.
         ci_minutes: what that may take.
         full: what `make test-all` runs; empty where that does nothing that CI does not.
         parts: how many parts `{part}` is chosen from.
@@ -83,5 +83,12 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         full="make test-xen AGAIN=1",
         parts=8,
         failed="build/xen/failed.json",
+    ),
+    Step(
+        "xen-4.17",
+        "",
+        0.0,
+        full="make test-xen XEN=4.17 AGAIN=1",
+        failed="build/xen-4.17/failed.json",
     ),
 )

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from tests.ci import flaky
 from tests.part import Part
-from tests.xen.bed import machine, portions, recipe, wheels
+from tests.xen.bed import machine, portions, recipe
 from tests.xen.bed.again import FAILED, Outcome, repeat
-from tests.xen.bed.image import cache_directory, key_of
+from tests.xen.bed.image import cache_directory
+from tests.xen.bed.release import NEWEST, RELEASES
 from tests.xen.bed.report import Failure
 from tests.xen.bed.session import NO_TESTS, Bed
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Run, and return the exit status: the suite's, or 1 where it did not come to an end."""
     args = _parser().parse_args(argv)
     console = Console()
-    place = cache_directory() / f"image-{key_of(recipe.FILES, wheels.requirements())}"
+    place = cache_directory() / recipe.name_of(RELEASES[args.xen])
     reason = machine.missing(builds=not place.is_dir())
     if reason:
         is_error = args.must or bool(os.environ.get("CI"))
@@ -47,12 +48,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tests.xen.bed", description="Run tests/xen in the dom0 of an emulated Xen.")
+    parser.add_argument("--xen", choices=RELEASES, default=NEWEST.xen, help="the version to boot (%(default)s)")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests that match, as pytest has it")
     parser.add_argument("--must", action="store_true", help="it is an error when this machine cannot do it")
     parser.add_argument("--part", type=Part.parse, metavar="K/N", help="the core, and the K-th of N parts of the rest")
     parser.add_argument("--failed", action="store_true", help="only what failed last")
     parser.add_argument("--again", action="store_true", help="what failed is run once more, on a fresh machine")
-    parser.add_argument("--results", type=Path, default=Path("build/xen"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help=f"default: build/xen, and build/xen-VERSION for others than {NEWEST.xen}",
+    )
     parser.add_argument("--cpus", type=int, default=1, choices=(1, 2), help="of a machine (%(default)s)")
     parser.add_argument(
         "--silence",
@@ -66,9 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
-    last = args.results / "failed.json"
+    results = args.results or Path("build", "xen" if args.xen == NEWEST.xen else f"xen-{args.xen}")
+    last = results / "failed.json"
     words = ["-k", args.k] if args.k else []
-    bed = Bed(console, place, words, args.cpus, args.silence)
+    bed = Bed(console, RELEASES[args.xen], place, words, args.cpus, args.silence)
     if args.failed and not last.exists():
         console.print(f"nothing failed last: there is no {last}", markup=False)
         return NO_TESTS
@@ -76,13 +84,13 @@ def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
         shares = [[*json.loads(last.read_text())] if args.failed else args.tests or list(portions.WHOLE)]
     else:
         shares = portions.halves(portions.part(args.part.number, args.part.count) if args.part else portions.WHOLE)
-    shutil.rmtree(args.results, ignore_errors=True)
+    shutil.rmtree(results, ignore_errors=True)
 
     def again(tests: Sequence[str], number: int) -> tuple[int, list[Failure]]:
         console.print(f"{len(tests)} failed; once more, on a fresh machine", markup=False)
-        return bed.run([tests], args.results / f"again-{number}")
+        return bed.run([tests], results / f"again-{number}")
 
-    status, failures = bed.run(shares, args.results)
+    status, failures = bed.run(shares, results)
     outcome = Outcome(status, failures)
     if failures and status == FAILED and args.again:
         outcome = repeat(failures, again, flaky.known())

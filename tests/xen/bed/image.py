@@ -40,7 +40,7 @@ def cached(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
         with _only_builder(cache):
             if not place.is_dir():
                 _build(place, build)
-                _forget_older(cache, name.partition("-")[0])
+                _forget_older(cache, name.rpartition("-")[0])
     os.utime(place)
     return place
 

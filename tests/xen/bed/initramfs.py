@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.xen.bed.machine import PATH
@@ -17,10 +18,24 @@ from tests.xen.bed.machine import PATH
 MOUNT_POINTS = ("bin", "dev", "proc", "sys", "root", "tmp", "mnt", "modules", "etc", "run")
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A Debian root.
+
+    Attributes:
+        root: where busybox, modules and tools are taken from.
+        version: the kernel's.
+        decompress: makes of a module's file what insmod takes.
+    """
+
+    root: Path
+    version: str
+    decompress: Callable[[bytes], bytes]
+
+
 def make(
     archive: Path,
-    root: Path,
-    version: str,
+    source: Source,
     *,
     init: Path,
     modules: Sequence[str],
@@ -31,8 +46,7 @@ def make(
 
     Args:
         archive: the file to write.
-        root: where busybox, modules and tools are taken from.
-        version: the kernel's.
+        source: what it is made of.
         init: what runs first.
         modules: their names; what they need comes along, and /modules/order lists all in order.
         scripts: further ones, which go to /bin.
@@ -42,20 +56,20 @@ def make(
         tree = Path(place)
         for name in MOUNT_POINTS:
             (tree / name).mkdir()
-        shutil.copy(root / "bin/busybox", tree / "bin/busybox")
+        shutil.copy(source.root / "bin/busybox", tree / "bin/busybox")
         shutil.copy(init, tree / "init")
         for script in scripts:
             shutil.copy(script, tree / "bin")
-        _add_modules(tree, module_files(root, version, modules))
-        _add_tools(tree, root, tools)
+        _add_modules(tree, module_files(source, modules), source.decompress)
+        _add_tools(tree, source.root, tools)
         _pack(tree, archive)
 
 
-def module_files(root: Path, version: str, modules: Iterable[str]) -> list[Path]:
+def module_files(source: Source, modules: Iterable[str]) -> list[Path]:
     """Return the files of modules and of what they need, each once, in the order to load them."""
     files: dict[str, None] = {}
     for module in modules:
-        listed = _output("modprobe", "-d", str(root), "-S", version, "--show-depends", module)
+        listed = _output("modprobe", "-d", str(source.root), "-S", source.version, "--show-depends", module)
         files |= dict.fromkeys(re.findall(r"^insmod (\S+)", listed, re.MULTILINE))
     return [Path(file) for file in files if "pclmul" not in file]  # refuses to load on the emulated CPU
 
@@ -68,10 +82,15 @@ def libraries(root: Path, tool: str) -> Iterator[tuple[str, Path]]:
     yield from ((path, root / file.lstrip("/")) for path, file in zip(paths, files, strict=True))
 
 
-def _add_modules(tree: Path, files: Sequence[Path]) -> None:
+def _add_modules(tree: Path, files: Sequence[Path], decompress: Callable[[bytes], bytes]) -> None:
     for file in files:
-        shutil.copy(file, tree / "modules")
-    (tree / "modules/order").write_text("".join(f"{file.name}\n" for file in files))
+        (tree / "modules" / _module(file)).write_bytes(decompress(file.read_bytes()))
+    (tree / "modules/order").write_text("".join(f"{_module(file)}\n" for file in files))
+
+
+def _module(file: Path) -> str:
+    """Return the name of a module's file when it is not compressed."""
+    return f"{file.name.partition('.')[0]}.ko"
 
 
 def _add_tools(tree: Path, root: Path, tools: Sequence[str]) -> None:

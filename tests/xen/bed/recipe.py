@@ -1,12 +1,12 @@
-"""What the image is made of: Debian 12 as dom0 with Xen 4.17, a small Linux guest inside of it, and the emulator.
+"""What the image is made of: a Debian release as dom0 with its Xen, a small Linux guest inside of it, and the emulator.
 
-Must not know what is tested. The image's key is a hash of `FILES`: a change in any of them builds anew.
+Must not know what is tested, nor in what releases differ (`release.py`). An image's key is a hash of its release, of
+`FILES`, and of what the project depends on: a change in any of them builds anew.
 """
 
 from __future__ import annotations
 
 import gzip
-import lzma
 import os
 import shutil
 import struct
@@ -15,19 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.xen.bed import initramfs, wheels
+from tests.xen.bed.image import key_of
 from tests.xen.bed.machine import PATH
+from tests.xen.bed.release import DECOMPRESS, Release
 
 HERE = Path(__file__).parent
 FILES = [
     *(HERE / name for name in ("recipe.py", "initramfs.py")),
     *(HERE / "files" / name for name in ("dom0-init", "guest-init", "suite.service", "find-disk")),
 ]
-SUITE = "bookworm"
-PACKAGES = [
+PACKAGES = [  # besides the release's own
     *("systemd", "systemd-sysv", "udev", "kmod", "dbus", "linux-image-amd64", "python3", "python3-venv"),
-    *("xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils", "qemu-system-xen"),
-    *("grub-xen-bin", "grub-xen-host", "e2fsprogs", "xfsprogs", "fio", "qemu-utils", "iproute2", "procps"),
-    *("busybox-static", "strace"),
+    *("xenstore-utils", "qemu-system-xen", "grub-xen-bin", "grub-xen-host"),
+    *("e2fsprogs", "xfsprogs", "fio", "qemu-utils", "iproute2", "procps", "busybox-static", "strace"),
     *("python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog"),  # that our own package depends on
 ]
 ROOT_SIZE = "4G"  # sparse
@@ -46,27 +46,32 @@ MASKED = [  # a getty on hvc0 would take the console away; timers would wake up 
 ]
 
 
-def build(directory: Path) -> None:
+def name_of(release: Release) -> str:
+    """Return what the image of a release is called in the cache."""
+    return f"image-{release.xen}-{key_of(FILES, [repr(release), *wheels.requirements()])}"
+
+
+def build(release: Release, directory: Path) -> None:
     """Fill a directory with `emulator/`, `xen`, `vmlinux`, `dom0.cpio` and `root.img`; as root.
 
     Raises: CalledProcessError.
     """
     root = directory / "root"
     _bootstrap("extract", EMULATOR_PACKAGES, EMULATOR_SUITE, directory / "emulator")
-    _bootstrap("minbase", PACKAGES, SUITE, root)
-    (directory / "xen").write_bytes(gzip.decompress((root / "boot/xen-4.17-amd64.gz").read_bytes()))
+    _bootstrap("minbase", [*PACKAGES, *release.packages], release.suite, root)
+    (directory / "xen").write_bytes(gzip.decompress((root / release.hypervisor).read_bytes()))
     kernel = next((root / "boot").glob("vmlinuz-*"))
     version = kernel.name.removeprefix("vmlinuz-")
-    (directory / "vmlinux").write_bytes(unpacked(kernel.read_bytes()))
+    (directory / "vmlinux").write_bytes(DECOMPRESS[release.kernel](payload(kernel.read_bytes())))
+    source = initramfs.Source(root, version, DECOMPRESS[release.modules])
     initramfs.make(
         directory / "dom0.cpio",
-        root,
-        version,
+        source,
         init=HERE / "files/dom0-init",
         modules=["crc32c_generic", "ext4", "nvme"],
         scripts=[HERE / "files/find-disk"],
     )
-    _add_guest(root, version, directory / "vmlinux")
+    _add_guest(source, directory / "vmlinux")
     _configure(root)
     image = directory / "root.img"
     _run("truncate", "-s", ROOT_SIZE, str(image))
@@ -74,24 +79,22 @@ def build(directory: Path) -> None:
     shutil.rmtree(root)
 
 
-def unpacked(kernel: bytes) -> bytes:
-    """Return the ELF file in a Linux kernel, which spares the emulated CPU the unpacking.
+def payload(kernel: bytes) -> bytes:
+    """Return the compressed ELF file in a Linux kernel; to boot that file spares the emulated CPU the unpacking.
 
     Source: Linux Documentation/arch/x86/boot.rst (setup_sects, payload_offset, payload_length).
     """
     (setup_sectors,) = struct.unpack_from("<B", kernel, 0x1F1)
     offset, length = struct.unpack_from("<II", kernel, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    return lzma.LZMADecompressor().decompress(kernel[start : start + length])
+    return kernel[start : start + length]
 
 
-def _add_guest(root: Path, version: str, vmlinux: Path) -> None:
-    place = root / "opt/guest"
+def _add_guest(source: initramfs.Source, vmlinux: Path) -> None:
+    place = source.root / "opt/guest"
     place.mkdir(parents=True)
     shutil.copy(vmlinux, place)
-    initramfs.make(
-        place / "initrd", root, version, init=HERE / "files/guest-init", modules=GUEST_MODULES, tools=GUEST_TOOLS
-    )
+    initramfs.make(place / "initrd", source, init=HERE / "files/guest-init", modules=GUEST_MODULES, tools=GUEST_TOOLS)
 
 
 def _configure(root: Path) -> None:

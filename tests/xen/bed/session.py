@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from tests.xen.bed import parcel, recipe
 from tests.xen.bed.again import FAILED, PASSED
 from tests.xen.bed.boot import Machine, run
 from tests.xen.bed.image import cached
+from tests.xen.bed.release import Release
 from tests.xen.bed.report import Failure, Report
 
 NO_TESTS = 5  # pytest's exit status
@@ -34,6 +36,7 @@ class Bed:
 
     Attributes:
         console: where it is shown what happens.
+        release: what they boot.
         place: of the image, which is built where it is not there.
         words: for pytest, besides the tests.
         cpus: of each machine.
@@ -41,6 +44,7 @@ class Bed:
     """
 
     console: Console
+    release: Release
     place: Path
     words: Sequence[str]
     cpus: int
@@ -80,11 +84,12 @@ class Bed:
 
     def _image(self) -> Path:
         if not self.place.is_dir():
-            self.console.print("building the dom0 image, which takes some minutes, once", markup=False)
-        return cached(self.place.parent, self.place.name, recipe.build)
+            what = f"the image of {self.release.suite} with Xen {self.release.xen}"
+            self.console.print(f"building {what}, which takes some minutes, once", markup=False)
+        return cached(self.place.parent, self.place.name, partial(recipe.build, self.release))
 
     def _boot(self, machine: Machine, report: Report, stop: threading.Event) -> tuple[int, list[Failure]]:
-        report.step("booting Xen")
+        report.step(f"booting Xen {self.release.xen}")
         in_time = run(machine, report.take, self.silence_s, stop)
         results = machine.console.parent.absolute()
         parcel.unpack(machine.parcel, results)
