@@ -336,13 +336,6 @@ def test_where_no_mark_can_be_the_sentence_says_what_to_do(place: Place, monkeyp
     place.refuse("base", match=sentence)
 
 
-def test_a_kernel_without_openat2(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the means to look safely, nothing is followed, and the sentence says which kernel has them."""
-    monkeypatch.setattr(openat, "_SYS_OPENAT2", 5000)
-
-    assert errno.ENOSYS == place.refuse("base", match=r"openat2 \(Linux 5.6 or later\)", within="/").errno
-
-
 def flip(one: str, other: str) -> None:
     """Exchange two names for as long as this process lives."""
     libc = ctypes.CDLL(None)

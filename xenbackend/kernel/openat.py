@@ -1,26 +1,20 @@
-"""Opens a name so that it cannot lead out of a directory, whoever exchanges what lies on the way meanwhile: openat2.
+"""Opens a name so that it cannot lead out of a directory, whoever exchanges what lies on the way: step by step.
 
 Must not follow a link, nor open anything for reading or writing before whoever asks has looked what it is: a descriptor
 of O_PATH stands for the file and does nothing to it. `reopen` opens that very file, whatever its name means by then.
 
-Sources: openat2(2), linux/openat2.h; open(2), O_PATH; proc(5), /proc/pid/fd.
+openat2(2) would do it in one call, but systemd answers that with ENOSYS in a unit with RestrictSUIDSGID, as ours is.
+
+Sources: open(2), O_PATH, O_NOFOLLOW; proc(5), /proc/pid/fd.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import struct
+import stat
 
-from xenbackend.errors import KernelError
-
-_SYS_OPENAT2 = 437  # the same on all architectures that Xen has (asm-generic/unistd.h)
-_NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x02, 0x04, 0x08  # RESOLVE_*, linux/openat2.h
-_HOW = struct.Struct("QQQ")  # struct open_how: flags, mode, resolve
-_TRIES = 64  # EAGAIN: somebody renamed a directory on the way, or mounted something, while the kernel went there
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_beneath(directory: int, name: str) -> int:
@@ -28,24 +22,36 @@ def open_beneath(directory: int, name: str) -> int:
 
     Args:
         directory: a descriptor of it, which may be one of O_PATH.
-        name: relative, without links.
+        name: relative, without links and without ``..``.
 
     Raises: OSError; ELOOP where there is a link on the way, EXDEV where the name leads out of the directory.
-        KernelError, where the kernel is older than openat2.
     """
-    flags = os.O_PATH | os.O_CLOEXEC
-    how = _HOW.pack(flags, 0, _BENEATH | _NO_SYMLINKS | _NO_MAGICLINKS)
-    path = os.fsencode(name)
-    for _ in range(_TRIES):
-        fd = _libc.syscall(ctypes.c_long(_SYS_OPENAT2), directory, path, how, ctypes.c_size_t(len(how)))
-        if fd >= 0:
-            return int(fd)
-        code = ctypes.get_errno()
-        if code == errno.ENOSYS:
-            raise KernelError("open what an image names, by openat2 (Linux 5.6 or later)", code)
-        if code != errno.EAGAIN:
-            break
-    raise OSError(code, os.strerror(code), name)
+    steps = [step for step in name.split("/") if step not in ("", ".")]
+    if name.startswith("/") or ".." in steps:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
+    fd = os.open(".", _STEP, dir_fd=directory)
+    for number, step in enumerate(steps, 1):
+        former = fd
+        try:
+            fd = _step(former, step, is_last=number == len(steps))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from None
+        finally:
+            os.close(former)
+    return fd
+
+
+def _step(directory: int, name: str, *, is_last: bool) -> int:
+    """Return an O_PATH descriptor of what is called so in a directory. Raises: OSError; ELOOP where it is a link."""
+    try:
+        # A place where something is mounted as soon as it is used has to be used: O_DIRECTORY does that.
+        fd = os.open(name, _STEP if is_last else _STEP | os.O_DIRECTORY, dir_fd=directory)
+    except NotADirectoryError:
+        fd = os.open(name, _STEP, dir_fd=directory)  # a link, or a file, beneath which the next step finds nothing
+    if stat.S_ISLNK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return fd
 
 
 def open_place(path: str) -> int:

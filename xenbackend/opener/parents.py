@@ -9,7 +9,7 @@ counts only where an administrator has said so, by one of these acts:
     in service    the disk has been served from it, by one of these acts or by the last release, which had no such rule
 
 What the image says is only looked for. Whether it may be had is decided of a descriptor: what it is, where it was found
-(by openat2 from the directory down, which follows no link), or which file it is. The caller opens that descriptor, and
+(from the directory down, step by step, following no link), or which file it is. The caller opens that descriptor, and
 not a name, so that it does not matter what anybody exchanges meanwhile.
 
 Nothing beneath /dev is a parent but a device that the administrator's own text names. /dev/shm is a place for files.
