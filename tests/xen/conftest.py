@@ -14,7 +14,7 @@ import pytest
 
 from tests.xen.bed.progress import NEEDS
 from tests.xen.tools import leaks, service, xenstore
-from tests.xen.tools.command import run, until
+from tests.xen.tools.command import run, until, xl_has_waited
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.logs import KernelLog, XenLog
 from tests.xen.tools.service import Service
@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Name our markers."""
     config.addinivalue_line("markers", "kernel_says(*patterns): dom0's kernel may complain so in this test")
     config.addinivalue_line("markers", "xen_says(*patterns): the hypervisor may complain so in this test")
+    config.addinivalue_line("markers", "xl_waits: no service runs in this test, so that xl may wait for a time-out")
     config.addinivalue_line("markers", "needs_host(share): the part of the CPU time that it wants which it must get")
 
 
@@ -63,16 +64,18 @@ def _suite_leaves_nothing() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test leaves the host as it found it, and no complaint in the kernel's and the hypervisor's log.
+    """A test leaves the host as it found it, and no complaint in the kernel's and the hypervisor's log; xl never waits.
 
     What a fixture of a wider scope made before the test began is taken for granted.
     """
     kernel, xen, before = KernelLog(), XenLog(), leaks.snapshot()
+    xl_has_waited.clear()
     yield
+    waits = [] if request.node.get_closest_marker("xl_waits") else [f"waited: {each}" for each in xl_has_waited]
     left = leaks.wait_until_same(before)
     complaints = kernel.complaints(_patterns(request, "kernel_says")) + xen.complaints(_patterns(request, "xen_says"))
     kernel.close()
-    _fail_if(left + [f"complaint: {line}" for line in complaints])
+    _fail_if(left + waits + [f"complaint: {line}" for line in complaints])
 
 
 def _fail_if(sentences: list[str]) -> None:

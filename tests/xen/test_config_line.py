@@ -2,45 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.xen.tools.command import xenbackend, xl
-from tests.xen.tools.disks import blank
+import pytest
+
+from tests.xen.tools import xenstore
+from tests.xen.tools.command import run, xenbackend, xl
+from tests.xen.tools.disks import KIND, XEN, backend, blank
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.service import Service
 
-FORMS = {
-    "xvda": "script=block-xenbackend,vdev=xvda,access=rw,target=log:|aio:{}",
-    "xvdb": "script=block-xenbackend,vdev=xvdb,access=rw,target=tap2:log:|aio:{}",
-    "xvdc": "script=tap2,vdev=xvdc,access=rw,target=tap2:log:|aio:{}",
-    "xvdd": "script=block-xenbackend,vdev=xvdd,access=ro,target=log:|aio:{}",
+TARGETS = {
+    "xvda": "vdev=xvda,access=rw,target=log:|aio:{}",
+    "xvdb": "vdev=xvdb,access=rw,target=tap2:log:|aio:{}",
+    "xvdc": "vdev=xvdc,access=ro,target=log:|aio:{}",
 }
+FORMS = {  # the words before them, and the kind of such disks
+    "script": ("script=block-xenbackend", "vbd"),
+    "alias": ("script=tap2", "vbd"),
+    "tap": ("backendtype=tap,script=block-xenbackend", "vbd3"),
+}
+NUMBERS = {"xvda": 51712, "xvdb": 51728, "xvdc": 51744}
 LITERAL = "tap2:log:|aio:{},xvda,w"
-CONVERTED = "vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:{}"
+CONVERTED = {
+    "vbd": "vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:{}",
+    "vbd3": "vdev=xvda,access=rw,backendtype=tap,script=block-xenbackend,target=log:|aio:{}",
+}[KIND]
+SHIM = Path("/usr/local/sbin/xl")
+AUTO = Path("/etc/xen/auto")
 
 
-def test_every_form_is_a_disk(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_a_disk(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, form: str) -> None:
     """Each form is a disk for xl: the guest has the right image behind it, and cannot write where it may not."""
-    images = {vdev: blank(on_ext4 / f"{vdev}.raw", 16) for vdev in FORMS}
-    guest = new_guest(disks=[form.format(images[vdev]) for vdev, form in FORMS.items()]).create().wait_until_ready()
+    words, kind = FORMS[form]
+    if kind == "vbd3" != KIND:
+        pytest.skip(f"xl of Xen {XEN[0]}.{XEN[1]} knows no such disks")
+    images = {vdev: blank(on_ext4 / f"{vdev}.raw", 16) for vdev in TARGETS}
+    disks = [f"{words},{target.format(images[vdev])}" for vdev, target in TARGETS.items()]
+    guest = new_guest(disks=disks).create().wait_until_ready()
     chains = {disk["device"]: disk["chain"] for disk in the_service.disks()}
     said = guest.run(
         """
-        for disk in xvda xvdb xvdc xvdd; do
+        for disk in xvda xvdb xvdc; do
             until [ -b /dev/$disk ]; do sleep 0.1; done
             echo "this is $disk" | dd of=/dev/$disk bs=512 conv=sync,fsync 2>&1 | grep -i 'read-only\\|permitted'
         done
+        blockdev --getro /dev/xvdb
         blockdev --getro /dev/xvdc
-        blockdev --getro /dev/xvdd
         """
     )
 
-    assert {vdev: form.format(images[vdev]).partition("target=")[2] for vdev, form in FORMS.items()} == chains
-    words = {vdev: image.read_bytes()[:12].decode() for vdev, image in images.items()}
-    assert {**{vdev: f"this is {vdev}" for vdev in FORMS}, "xvdd": "\0" * 12} == words
+    assert {vdev: each.format(images[vdev]).partition("target=")[2] for vdev, each in TARGETS.items()} == chains
+    written = {vdev: image.read_bytes()[:12].decode() for vdev, image in images.items()}
+    assert {"xvda": "this is xvda", "xvdb": "this is xvdb", "xvdc": "\0" * 12} == written
     assert ["0", "1"] == said.split("\n")[-3:-1]
+    states = {vdev: xenstore.read(f"{backend(guest.domid, NUMBERS[vdev], kind=kind)}/state") for vdev in TARGETS}
+    assert dict.fromkeys(TARGETS, "4") == states
+
+
+def test_xl_before_4_19_refuses_the_kind(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
+    """`backendtype=tap` is for those who have it: an older xl says that it has no such backend, and makes no guest."""
+    if KIND == "vbd3":
+        pytest.skip("this xl knows it")
+    words, _ = FORMS["tap"]
+    refused = new_guest(disks=[f"{words},{TARGETS['xvda'].format(blank(on_ext4 / 'a.raw', 16))}"]).try_to_create()
+
+    assert (True, True) == (refused.status != 0, "no suitable backend for disk xvda" in refused.err), refused
 
 
 def test_plain_xl_refuses_the_literal_line(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
@@ -65,6 +95,48 @@ def test_convert_makes_it_a_line_for_plain_xl(
 
     assert guest.configuration.replace(LITERAL.format(image), CONVERTED.format(image)) == converted
     assert f"log:|aio:{image}" == the_service.disk(guest.domid, "xvda")["chain"]
+
+
+@pytest.fixture
+def shim() -> Iterator[None]:
+    """Plain xl understands the literal line, until the test is over."""
+    xenbackend("install", "--shim")
+    yield
+    xenbackend("install", "--no-shim")
+    assert not SHIM.exists()
+
+
+def test_the_shim_understands_the_literal_line(
+    shim: None, new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service
+) -> None:
+    """With the shim plain `xl create` and `xl block-attach` take the line as blktap2 had it, and so does xendomains,
+    which starts a guest of /etc/xen/auto when the host boots.
+    """
+    image, other = blank(on_ext4 / "disk.raw", 16), blank(on_ext4 / "other.raw", 16)
+    guest = new_guest(disks=[LITERAL.format(image)])
+    for start in (guest.create, lambda: by_xendomains(guest)):
+        start()
+        guest.wait_until_ready()
+        xl("block-attach", guest.domid, f"tap2:log:|aio:{other},xvdb,w")
+        guest.run("for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done")
+        chains = {disk["device"]: disk["chain"] for disk in the_service.disks()}
+        guest.destroy()
+        guest.wait_until_gone()
+
+        assert {"xvda": f"log:|aio:{image}", "xvdb": f"log:|aio:{other}"} == chains
+
+
+def by_xendomains(guest: Guest) -> None:
+    """Have the guest started as those are which start with the host."""
+    file = AUTO / "guest.cfg"
+    AUTO.mkdir(exist_ok=True)
+    file.write_text(guest.configuration)
+    try:
+        run("/etc/init.d/xendomains", "start")
+    finally:
+        file.unlink()
+        Path("/var/lock/subsys/xendomains").unlink(missing_ok=True)
+    guest.look_up()
 
 
 def test_a_wrong_literal_line_is_refused_before_xl_runs(new_guest: Callable[..., Guest], on_ext4: Path) -> None:

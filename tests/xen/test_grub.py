@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.xen.tools import xenstore
-from tests.xen.tools.command import xenbackend
-from tests.xen.tools.disks import check, read_file, with_files
+from tests.xen.tools.disks import check, line, read_file, with_files
 from tests.xen.tools.guest import GRUB_PV, GRUB_PVH_32, Guest
 from tests.xen.tools.service import Service
 
@@ -40,9 +39,8 @@ def test_grub_reads_and_writes(
         16,
         {"/boot/grub/grub.cfg": CONFIGURATION, "/boot/grub/grubenv": EMPTY_ENVIRONMENT, "/content": CONTENT},
     )
-    guest = new_guest(kind=kind, kernel=kernel, ramdisk=None, memory_mib=128).create(paused=True)
-    xenbackend("attach", guest.domid, "xvda", f"log:|aio:{image}")
-    guest.unpause()
+    disks = [line(f"log:|aio:{image}", "xvda")]
+    guest = new_guest(kind=kind, kernel=kernel, ramdisk=None, disks=disks, memory_mib=128).create()
     guest.wait_for("BEGIN")
     seen = xenstore.read(f"/local/domain/{guest.domid}/device/vbd/51712/protocol")
     guest.wait_for("END")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.xen.tools import xenstore
 from tests.xen.tools.command import until, xl
-from tests.xen.tools.disks import line
+from tests.xen.tools.disks import KIND, backend, line
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.service import Service
 
@@ -15,6 +15,7 @@ SECTOR = 512
 FIRST, SECOND = 100, 200  # sectors
 MARKER = b"This is sector 100.\n"
 SOCKETS = Path("/run/xenbackend/nbd")
+EXPORT = {"vbd": "nbd+unix:///?socket={}", "vbd3": "{}"}[KIND]  # what libxl makes QEMU's URL of, from 4.19 on
 BOOT_SECTOR = bytes.fromhex(
     "31c0 8ed8 8ed0 bc007c"  # ds = ss = 0, sp = 0x7c00
     "be3e7c c606467c64 b442 cd13 7224"  # again: read sector 100 as the packet says (int 0x13, ah = 0x42), or stop
@@ -54,7 +55,7 @@ def test_boot(new_guest: Callable[..., Guest], on_ext4: Path, on_tmpfs: Path, th
     )
     guest.create()
     wait_for_marker(serial)
-    assert export_of(guest) == [f"nbd+unix:///?socket={each}" for each in SOCKETS.iterdir()]
+    assert export_of(guest) == [EXPORT.format(each) for each in SOCKETS.iterdir()]
     listed = xl("block-list", guest.domid).out.splitlines()[1:]
     assert [["768", "0", str(guest.domid), "1"]] == [each.split()[:4] for each in listed]
 
@@ -65,7 +66,7 @@ def test_boot(new_guest: Callable[..., Guest], on_ext4: Path, on_tmpfs: Path, th
     xl("restore", file)
     guest.look_up()
     wait_for_marker(serial)
-    assert export_of(guest) == [f"nbd+unix:///?socket={each}" for each in SOCKETS.iterdir()]
+    assert export_of(guest) == [EXPORT.format(each) for each in SOCKETS.iterdir()]
 
     destroyed = xl("destroy", guest.domid)
     until("the service has let go", lambda: not the_service.disks())
@@ -80,4 +81,4 @@ def wait_for_marker(serial: Path) -> None:
 
 def export_of(guest: Guest) -> list[str | None]:
     """Return what a toolstack tells the device model."""
-    return [xenstore.read(f"/local/domain/0/backend/vbd/{guest.domid}/768/physical-device-path")]
+    return [xenstore.read(f"{backend(guest.domid, 768)}/physical-device-path")]

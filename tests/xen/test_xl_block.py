@@ -9,7 +9,7 @@ import pytest
 
 from tests.xen.tools import xenstore
 from tests.xen.tools.command import Result, run, until, xl
-from tests.xen.tools.disks import blank, check, line, read_file
+from tests.xen.tools.disks import backend, blank, check, line, read_file
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service
@@ -49,7 +49,7 @@ def test_attach_list_detach(guest: Guest, on_ext4: Path, the_service: Service) -
     detached = detach(guest)
     guest.run(GONE.format("xvdb"))
 
-    assert ("51728", "4", f"/local/domain/0/backend/vbd/{guest.domid}/51728") == (listed[0], listed[3], listed[-1])
+    assert ("51728", "4", backend(guest.domid, 51728)) == (listed[0], listed[3], listed[-1])
     assert ("2", 0) == (queues, counters["errors"])
     assert not detached.has_waited
     run("flock", "-n", image, "true")
@@ -117,6 +117,7 @@ def test_no_service(guest: Guest, on_ext4: Path, the_service: Service) -> None:
     assert [False, False] == [each.has_waited for each in (failed, detached)]
 
 
+@pytest.mark.xl_waits
 def test_detach_without_a_service(guest: Guest, on_ext4: Path, the_service: Service) -> None:
     """A detach that nobody answers is given up by xl; the next service lets go, and the next block-detach ends it."""
     image = blank(on_ext4 / "disk.raw", 32)

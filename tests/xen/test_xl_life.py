@@ -103,6 +103,7 @@ def test_a_guest_without_a_service(new_guest: Callable[..., Guest], on_ext4: Pat
     assert not failed.has_waited
 
 
+@pytest.mark.xl_waits
 def test_destroy_without_a_service(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
     """Where no service runs xl waits in vain before it destroys a guest, but does; the next service finds nothing."""
     image = blank(on_ext4 / "disk.raw", 16)

@@ -20,6 +20,7 @@ T = TypeVar("T")
 POLL_S = 0.1
 _TICKS = os.sysconf("SC_CLK_TCK")
 LIBXL_TIMEOUT_S = 10.0  # the shortest that libxl has, in real time
+xl_has_waited: list[str] = []  # command lines of xl that waited for one of them; a test says whether it may
 TIMEOUT_S = 60.0  # of a machine that has nothing to do, like every time-out here (`idle`)
 
 
@@ -78,8 +79,14 @@ def _idle_s() -> list[float]:
 
 
 def xl(*arguments: object, check: bool = True) -> Result:
-    """Run xl."""
-    return run("xl", *arguments, check=check)
+    """Run xl, and note it where it waits for one of libxl's time-outs."""
+    result = run("xl", *arguments, check=False)
+    words = " ".join(map(str, ("xl", *arguments)))
+    if result.has_waited:
+        xl_has_waited.append(f"{words}, for {result.idle_s:.0f} s")
+    if check and result.status:
+        raise Failed(f"{words} ended with {result.status}\n{result.out}{result.err}")
+    return result
 
 
 def xenbackend(*arguments: object, check: bool = True) -> Result:

@@ -11,10 +11,19 @@ from pathlib import Path
 
 from tests.xen.tools.command import run
 
+XEN = tuple(int(Path("/sys/hypervisor/version", part).read_text()) for part in ("major", "minor"))
+KIND = "vbd3" if XEN >= (4, 19) else "vbd"  # of a disk in the line that the README gives for this Xen
+_WORDS = {"vbd": "script=block-xenbackend", "vbd3": "backendtype=tap,script=block-xenbackend"}
 
-def line(chain: str, vdev: str, access: str = "rw") -> str:
+
+def line(chain: str, vdev: str, access: str = "rw", *, kind: str = KIND) -> str:
     """Return a disk of ours as plain xl takes it."""
-    return f"script=block-xenbackend,vdev={vdev},access={access},target={chain}"
+    return f"{_WORDS[kind]},vdev={vdev},access={access},target={chain}"
+
+
+def backend(domid: int, devid: int, *, kind: str = KIND) -> str:
+    """Return the directory of such a disk's backend in xenstore."""
+    return f"/local/domain/0/backend/{kind}/{domid}/{devid}"
 
 
 def blank(file: Path, size_mib: int) -> Path:
