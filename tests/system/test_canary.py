@@ -78,7 +78,7 @@ def taken(place: Path, walls: str, word: str) -> Iterator[Taken]:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: canaries\nVersion: 1\n")
     (package / "entry_points.txt").write_text(_ENTRY_POINTS)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    near.settimeout(30)
+    near.settimeout(120)
     command = [
         "unshare", "--mount", "--propagation", "private", sys.executable, "-m", "xenbackend.worker.main",
         "--host", HOST, "--walls", walls, "--drivers", word, "--socket", str(far.fileno()),

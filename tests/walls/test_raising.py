@@ -41,7 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("canary")
     done = subprocess.run(
         [sys.executable, "-m", "tests.behind_walls", str(place)],
-        cwd=Path(__file__).parents[2], check=True, capture_output=True, timeout=60,
+        cwd=Path(__file__).parents[2], check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     return {tuple(key.split(",")): value for key, value in json.loads(done.stdout).items()}
 

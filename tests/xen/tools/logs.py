@@ -13,7 +13,11 @@ from typing import ClassVar
 from tests.xen.tools.command import run
 
 _ERROR = 3  # KERN_ERR; smaller is worse
-_ALARMING = re.compile(r"BUG|WARNING|Oops|Call Trace|hung task|I/O error|rcu: INFO|refcount|leak", re.IGNORECASE)
+_ALARMING = re.compile(
+    r"BUG|WARNING|Oops|Call Trace|hung task|I/O error|rcu: INFO|refcount|leak"
+    r"|type=1326",  # linux/audit.h, AUDIT_SECCOMP: a filter of system calls has killed a process
+    re.IGNORECASE,
+)
 _HARMLESS = [  # what this machine says however the disks are served
     r"clocksource: .*",
     r"hrtimer: interrupt took \d+ ns",
