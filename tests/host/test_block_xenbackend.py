@@ -19,6 +19,7 @@ from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.rig.store import Xenstored
 from xenbackend.settings_file import PATH as SETTINGS
 from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
 pytestmark = pytest.mark.slow  # every one starts processes
@@ -52,9 +53,16 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def service(xenstored: Xenstored, tmp_path: Path) -> Iterator[None]:
+def scripts() -> list[str]:
+    """The names of scripts that are ours."""
+    return Settings().scripts
+
+
+@pytest.fixture
+def service(xenstored: Xenstored, tmp_path: Path, scripts: list[str]) -> Iterator[None]:
     """A registry that listens where the settings say, in a thread of its own."""
-    stepped = Stepped(xenstored.address, Settings(), socket=f"{tmp_path}/control.sock", runs_script=False)
+    settings = Settings(scripts=scripts)
+    stepped = Stepped(xenstored.address, settings, socket=f"{tmp_path}/control.sock", runs_script=False)
     is_over = threading.Event()
 
     def loop() -> None:
@@ -144,6 +152,22 @@ def test_a_disk_of_somebody_else(script: Path, xenstored: Xenstored, toolstack: 
     assert (1, before) == (ended.returncode, toolstack.dictionary(PATH.backend))
     assert (
         "vbd/5/51712 is not served: it is gone, or its key script names none of block-xenbackend, tap2" in ended.stderr
+    )
+
+
+@pytest.mark.parametrize("scripts", [["block-xenbackend", "block-tap"]])
+@pytest.mark.usefixtures("service")
+def test_a_disk_whose_script_has_xens_own_name(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
+    """A link with the name that libxl runs for libvirt is our script, where the settings have that name too."""
+    path = VbdPath("vbd3", 0, 5, 51712)
+    write_like_libxl(toolstack, path, script="/etc/xen/scripts/block-tap", params="aio:null:1G")
+    link = script.with_name("block-tap")
+    link.symlink_to(script.name)
+    ended = _run(link, xenstored, "add", XENBUS_PATH=f"backend/{path}", XENBUS_TYPE="vbd3")
+
+    assert (0, "") == (ended.returncode, ended.stderr)
+    assert ("connected", "2097152") == tuple(
+        toolstack.read(f"{path.backend}/{key}") for key in ("hotplug-status", "sectors")
     )
 
 
