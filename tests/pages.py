@@ -1,0 +1,86 @@
+"""The blocks of the pages that a user reads, in docs/. Each names its language, as in ```sh.
+
+Must not run anything.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(ROOT.glob("docs/**/*.md"))
+LANGUAGES = {
+    "sh": "commands, run by tests/system/test_pages.py in the order of the page; scripts have tests of their own",
+    "cfg": "of a guest's configuration",
+    "toml": "of the settings, or of a package",
+    "python": "a driver",
+    "xml": "of libvirt's; tests/test_toolstacks.py",
+    "text": "what a program prints, or a formula; not run",
+}
+_BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:\A|\n)\n {4}\S")
+_COMMENT = re.compile(r"\s+# .*$")
+
+_DOM0 = "needs dom0's own blkfront; tests/xen/test_dom0_disk.py"
+_SYSTEMD = "needs systemd and a Xen host; tests/xen/test_settings.py, tests/xen/test_kills.py"
+_PACKAGE = "changes the host's packages; tests/xen/test_debian_package.py"
+_INSTALLS = "changes the host; tests/cli/test_install.py, and each machine of tests/xen"
+NOT_RUN = {  # what lines begin with, and why they are not run with the others
+    "apt ": _PACKAGE,
+    "apt-get ": _PACKAGE,
+    "dpkg-divert ": _INSTALLS,
+    "e2fsck -fn /dev/": _DOM0,
+    "journalctl ": "needs systemd",
+    "ln -s block-xenbackend /etc/": _INSTALLS,
+    "make deb": "takes minutes; tests/xen/test_debian_package.py has what it makes",
+    "/opt/xenbackend/bin/": _INSTALLS,
+    "python3 -m venv": _INSTALLS,
+    "sysctl ": "changes the host's kernel",
+    "systemctl ": _SYSTEMD,
+    "xenbackend attach 0/": _DOM0,
+    "xenbackend bench ": "takes minutes; tests/bench/test_session.py",
+    "xenbackend detach 0/": _DOM0,
+    "xenbackend run --detach": "the machine of the test has a service; tests/cli/test_run.py",
+    "xenbackend image convert vhd:/img/base.vhd aio:/dev/": "needs a volume; tests/image/test_convert.py has one",
+    "xenbackend uninstall": _INSTALLS,
+    "xl dmesg": "there is no hypervisor",
+}
+TOOLSTACK = ("xl create ", "xl shutdown ", "xl block-attach ", "xl block-detach ")  # the simulated host does as xl does
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block between fences."""
+
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines of a shell, without their comments; none of a script, which is one thing."""
+        if self.text.startswith("#!"):
+            return []
+        lines = (_COMMENT.sub("", line).strip() for line in self.text.splitlines())
+        return [line for line in lines if line and not line.startswith("#")]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return all blocks of a page, in their order."""
+    return [Block(*found) for found in _BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page, in their order."""
+    return [line for block in blocks(page) if block.language == "sh" for line in block.commands]
+
+
+def has_indented(page: Path) -> bool:
+    """Return whether a page has a block without fences, which names no language."""
+    return _INDENTED.search(_BLOCK.sub("", page.read_text(encoding="utf-8"))) is not None
+
+
+def why_not_run(line: str) -> str:
+    """Return why a command is not run; empty: it is."""
+    return next((reason for begin, reason in NOT_RUN.items() if line.startswith(begin)), "")
