@@ -1,4 +1,4 @@
-"""The blocks of the pages that a user reads, in docs/. Each names its language, as in ```sh.
+"""The blocks of the pages that a user reads: README.md and docs/. Each names its language, as in ```sh.
 
 Must not run anything.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(ROOT.glob("docs/**/*.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 LANGUAGES = {
     "sh": "commands, run by tests/system/test_pages.py in the order of the page; scripts have tests of their own",
     "cfg": "of a guest's configuration",
@@ -35,6 +35,8 @@ NOT_RUN = {  # what lines begin with, and why they are not run with the others
     "journalctl ": "needs systemd",
     "ln -s block-xenbackend /etc/": _INSTALLS,
     "make deb": "takes minutes; tests/xen/test_debian_package.py has what it makes",
+    "make run": "is `xenbackend demo` in a new environment; tests/cli/test_demo.py",
+    "make test": "is what runs this",
     "/opt/xenbackend/bin/": _INSTALLS,
     "python3 -m venv": _INSTALLS,
     "sysctl ": "changes the host's kernel",

@@ -1,4 +1,4 @@
-"""What the pages in docs/ say that can be compared with the code: blocks, chains, sentences, tables.
+"""What README.md and docs/ say that can be compared with the code: blocks, chains, sentences, tables.
 
 The commands are run by tests/system/test_pages.py.
 """
@@ -74,9 +74,11 @@ def test_disk_lines_are_disks() -> None:
 def test_tables_of_lines_and_chains_are_right() -> None:
     """What the tables offer as a disk line or a chain can be parsed; former lines for other backends aside."""
     chains = [after.partition("target=")[2].rstrip("`") for _, after in rows(DOCS / "migration.md", "before")]
+    for _, cell in rows(pages.ROOT / "README.md", "you want"):
+        chains += [each.replace("\\|", "|") for each in re.findall(r"`([a-z0-9]+:[^`]+)`", cell)]
     for chain in chains:
         parse_chain(chain)
-    assert len(chains) > 5
+    assert len(chains) > 12
 
 
 def test_lines_of_blktap2_become_those_of_the_table() -> None:

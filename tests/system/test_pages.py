@@ -1,4 +1,4 @@
-"""The commands of the pages in docs/, each page's in their order, in a shell on a simulated host."""
+"""The commands of README.md and docs/, each page's in their order, in a shell on a simulated host."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class Host:
         self._disks: dict[str, tuple[VbdPath, Frontend]] = {}
         for name in ("img", "backup", "bin"):
             (directory / name).mkdir()
+        (directory / ".venv").mkdir()
+        (directory / ".venv/bin").symlink_to(directory / "bin")  # where `make run` puts it
         for name in ("guest.raw", "more.raw", "data.raw", "try.raw"):
             with (directory / "img" / name).open("wb") as file:
                 file.truncate(64 << 20)

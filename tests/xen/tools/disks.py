@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.xen.tools.command import run
 
 XEN = tuple(int(Path("/sys/hypervisor/version", part).read_text()) for part in ("major", "minor"))
-KIND = "vbd3" if XEN >= (4, 19) else "vbd"  # of a disk in the line that the README gives for this Xen
+KIND = "vbd3" if XEN >= (4, 19) else "vbd"  # of a disk in the line that docs/guest-configuration.md has for this Xen
 _WORDS = {"vbd": "script=block-xenbackend", "vbd3": "backendtype=tap,script=block-xenbackend"}
 
 
