@@ -74,7 +74,14 @@ def test_json_is_all_that_the_service_knows(control: Control, capsys: pytest.Cap
 
     assert {
         "version": 1,
-        "service": {"pid": 11, "version": "0.1.0", "since": 0.0, "bugs": 0, "breaches": 0},
+        "service": {
+            "pid": 11,
+            "version": "0.1.0",
+            "since": 0.0,
+            "bugs": 0,
+            "breaches": 0,
+            "waits": [{"vbd": "5/xvda", "for": "its chain"}],
+        },
         "vbds": [disk(), OTHER],
     } == json.loads(capsys.readouterr().out)
 
