@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -235,7 +236,7 @@ class Clumsy(Filter):
     class Options:
         """See the class."""
 
-        at: str = option("open, oserror, eio, submit, complete, close, parent or nothing", default="")
+        at: str = option("open, oserror, eio, submit, complete, close, parent, watch or nothing", default="")
         times: int = option("how often", default=1000)
 
     failures = 0
@@ -254,6 +255,9 @@ class Clumsy(Filter):
                 raise OSError(errno.EIO, "not yet")
             case "parent":
                 self.parent = ParentRef("null:")
+            case "watch":
+                self._bell = os.eventfd(0, os.EFD_CLOEXEC)  # it stays readable once it was rung
+                env.watch(self._bell, self._fail)
         return geometry
 
     def submit(self, batch: list[Request]) -> None:
@@ -268,8 +272,14 @@ class Clumsy(Filter):
             raise KeyError("complete")
         self.complete(batch)
 
+    def _fail(self) -> None:
+        raise KeyError("watch")
+
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
         """Fail, or answer with so many bytes."""
+        if verb == "ring":
+            os.eventfd_write(self._bell, 1)
+            return b""
         if verb == "bytes":
             return bytes(int(arguments[0]))
         return super().control(verb, arguments)

@@ -22,6 +22,7 @@ PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are f
     "delay": "delay:read=1us,jitter=1us|ram:1M",
     "fault": "fault:rate=0|ram:1M",
     "null": "null:1M",
+    "offload": "offload:1M",
     "qcow": "qcow:{qcow}",
     "qcow2": "qcow2:{qcow2}",
     "ram": "ram:1M",

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -56,6 +57,21 @@ def test_readable_descriptor_is_called(reactor: Reactor) -> None:
     assert seen == [b"a", b"b"]
     os.close(reader)
     os.close(writer)
+
+
+def test_a_descriptor_that_is_read_may_be_wanted_for_writing(reactor: Reactor) -> None:
+    """The one callback of a descriptor is called also while it can be written to, as long as that is wanted."""
+    near, far = socket.socketpair()
+    seen: list[int] = []
+    with near, far:
+        reactor.add(near.fileno(), lambda: seen.append(1))
+        for writable in (False, True, False):
+            reactor.want(near.fileno(), writable=writable)
+            reactor.call_soon(reactor.stop)
+            reactor.run()
+        reactor.remove(near.fileno())
+
+    assert [1] == seen
 
 
 def test_edges_need_no_read(reactor: Reactor) -> None:

@@ -66,6 +66,30 @@ def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str
     assert "ram:1M" == driven.worker.stand().chain
 
 
+@pytest.mark.parametrize("is_early", [True, False], ids=["before it is served", "in service"])
+def test_a_layer_that_fails_for_ever_pauses_the_disk(driven: Driven, *, is_early: bool) -> None:
+    """A layer whose callback fails again and again is stopped, and the disk waits, with its name, for `resume`."""
+    driven.open("clumsy:at=watch|ram:1M")
+    if not is_early:
+        driven.attach(Wishes())
+    driven.worker.ask(messages.Command("clumsy", "ring", []))
+    if is_early:
+        driven.attach(Wishes())
+    while not (trouble := driven.worker.stand().trouble):
+        pass
+    request = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
+    driven.worker.stand()
+    driven.frontend.poll()
+    waiting = request.status
+    driven.worker.ask(messages.Resume())  # which lets it fail as often once more, and what waits through meanwhile
+    driven.frontend.wait([request])
+    while not driven.worker.stand().trouble:
+        pass
+    assert waiting is None
+    assert "the layer clumsy" in trouble
+    assert "xenbackend resume" in trouble
+
+
 def test_what_can_be_refused_at_once_is(driven: Driven) -> None:
     """A chain that anybody could see to be wrong does not make the guest wait: what is in flight stays so."""
     driven.connect("delay:write=500ms|ram:1M")

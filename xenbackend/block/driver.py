@@ -27,7 +27,8 @@ D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does t
     that a write would destroy more of its image, and nothing was written: the disk pauses, whatever the policy says.
 D7  The bytes under `iov` may belong to a guest and change while you look. Copy before you check.
 D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and
-    what the layer still holds of the batch ends with EIO. Expected failures are a `status`.
+    what the layer still holds of the batch ends with EIO. Expected failures are a `status`. So is one out of a callback
+    that a layer gave to its `Env`; a layer whose callbacks fail again and again is stopped, and the disk pauses.
 D9  Bytes are the only unit.
 D10 Every layer has exactly one layer above it.
 D11 The process may be killed between any two instructions, and what was in flight comes again to its successor: what
@@ -47,7 +48,7 @@ from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 
-API = 1  # the version of this contract; a third party's driver names the one it was written for
+API = 2  # the version of this contract; a third party's driver names the one it was written for
 
 # What a driver may need beside what `Env.files` opens: to read the files that anybody may; connections by IP.
 NEEDS = {"files", "network"}
@@ -241,6 +242,22 @@ class Env(Protocol):
 
     def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
         """Call `function` in a thread of a small pool, and `then` from the worker's loop afterwards."""
+
+    def call_soon_threadsafe(self, function: Callable[[], None]) -> None:
+        """Call `function` from the worker's loop, soon; the one call of this class that another thread may make."""
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` from the worker's loop whenever `fd` is readable or broken, until `unwatch`.
+
+        It must bear finding nothing to do. A layer whose callbacks fail again and again (D8) is called no more until an
+        administrator resumes the disk, which pauses.
+        """
+
+    def want(self, fd: int, *, writable: bool) -> None:
+        """Call the callback of a descriptor that is watched also while it can be written to; or no longer."""
+
+    def unwatch(self, fd: int) -> None:
+        """Watch `fd` no more; call this before closing it."""
 
     def memory(self, name: str, size: int) -> memoryview:
         """Return `size` bytes, zero at first, that outlive this process: a successor gets the same bytes back.

@@ -107,6 +107,10 @@ class Reactor:
         self._epoll.register(fd, (select.EPOLLOUT if writable else select.EPOLLIN) | (select.EPOLLET if edge else 0))
         self._callbacks[fd] = callback
 
+    def want(self, fd: int, *, writable: bool) -> None:
+        """Call the callback of `fd`, which was added for reading, also while it can be written to; or no longer."""
+        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if writable else 0))
+
     def remove(self, fd: int) -> None:
         """Forget `fd`; call this before closing it."""
         del self._callbacks[fd]

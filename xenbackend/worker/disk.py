@@ -19,7 +19,7 @@ from xenbackend.block.successor import keeps_content
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
-from xenbackend.worker.env import EnvFactory, Keep
+from xenbackend.worker.env import EnvFactory, Keep, tell_nobody
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles, Opener
 from xenbackend.worker.opener import NoOpener
@@ -46,8 +46,10 @@ class Disk:
         keep: Keep,
         drop: Callable[[str], None],
         on_bug: Callable[[Exception], None],
+        on_report: Callable[[], None] = tell_nobody,
+        on_stopped: Callable[[str], None] = tell_nobody,
     ) -> None:
-        """Open nothing yet. `memories` are descriptors by name, ours from now on."""
+        """Open nothing yet. `memories` are descriptors by name, ours from now on; the rest is as for `EnvFactory`."""
         self.text = message.chain
         self.chain: Chain | None = None
         waits = message.may_wait  # for a lock, by asking again and again, and nobody is told meanwhile
@@ -61,7 +63,10 @@ class Disk:
         self._opener: ChainOpener | None = None
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
-        self._env = EnvFactory(reactor, self.files, memories, keep, drop, resumes=message.resumes)
+        self._env = EnvFactory(
+            reactor, self.files, memories, keep, drop,
+            on_report=on_report, on_stopped=on_stopped, resumes=message.resumes,
+        )  # fmt: skip
         self._on_bug = on_bug
 
     @property
@@ -145,6 +150,10 @@ class Disk:
         self.chain, self.text = chain, text
         self._env.drop_unwanted()  # not before: the former chain would have missed them
         return chain
+
+    def resume(self) -> None:
+        """Let layers go on whose callbacks were stopped, as they had failed again and again."""
+        self._env.resume()
 
     def flush(self, done: Callable[..., None]) -> None:
         """Make everything durable that was acknowledged, as a step (`loop.steps`).

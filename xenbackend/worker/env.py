@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from xenbackend.block.driver import Files
 from xenbackend.errors import KernelError
 from xenbackend.kernel import memfd
+from xenbackend.worker.callbacks import Callbacks
 
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
@@ -27,6 +28,10 @@ def drop_nothing(name: str) -> None:
     """Take no note of a memory that is dropped."""
 
 
+def tell_nobody(sentence: str = "") -> None:
+    """Tell nobody of a layer: for a process that only looks at a chain."""
+
+
 class WorkerEnv:
     """The `Env` of one layer; made by `EnvFactory`, lives as long as the layer."""
 
@@ -37,9 +42,12 @@ class WorkerEnv:
         self.is_draft = factory.is_draft
         self.files = factory.files
         self.facts: dict[str, str] = {}  # what the layer reported
+        self.callbacks = callbacks = Callbacks(factory.reactor, layer, factory.on_stopped)
         self.now = factory.reactor.now
-        self.call_later = factory.reactor.call_later
-        self.run_in_thread = factory.reactor.run_in_thread
+        self.call_later = callbacks.call_later
+        self.run_in_thread = callbacks.run_in_thread
+        self.call_soon_threadsafe = callbacks.call_soon_threadsafe
+        self.watch, self.want, self.unwatch = callbacks.watch, callbacks.want, callbacks.unwatch
         self._factory = factory
         self._layer = layer
 
@@ -51,8 +59,10 @@ class WorkerEnv:
         return self._factory.memory(f"{self._layer}:{name}", size)
 
     def report(self, key: str, value: str) -> None:
-        """Publish a fact about this layer."""
-        self.facts[key] = value
+        """Publish a fact about this layer, as it is opened or later."""
+        if self.facts.get(key) != value:
+            self.facts[key] = value
+            self._factory.on_report()
 
 
 class EnvFactory:
@@ -64,6 +74,8 @@ class EnvFactory:
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
         drop: tells the supervisor that a memory is wanted no more.
+        on_report: hears that a layer has published something.
+        on_stopped: gets a sentence when a layer's callbacks are called no more (`worker.callbacks`).
         resumes: a guest may have written through an earlier worker.
         is_draft: the image is being made, as `Env` says.
     """
@@ -76,6 +88,8 @@ class EnvFactory:
         keep: Keep = keep_nothing,
         drop: Callable[[str], None] = drop_nothing,
         *,
+        on_report: Callable[[], None] = tell_nobody,
+        on_stopped: Callable[[str], None] = tell_nobody,
         resumes: bool = False,
         is_draft: bool = False,
     ) -> None:
@@ -86,11 +100,15 @@ class EnvFactory:
         self._memories = dict(memories or {})
         self._keep = keep
         self._drop = drop
+        self.on_report, self.on_stopped = on_report, on_stopped
         self._wanted: set[str] = set()  # by the layers that are being opened
+        self._envs: list[WorkerEnv] = []  # of the layers that were opened last
 
     def __call__(self, layer: str, *, read_only: bool = False, shareable: bool = False) -> WorkerEnv:
         """Return the `Env` of the layer that `layer` names; the same in a successor, different from every other one."""
-        return WorkerEnv(self, layer, read_only=read_only, shareable=shareable)
+        env = WorkerEnv(self, layer, read_only=read_only, shareable=shareable)
+        self._envs.append(env)
+        return env
 
     def memory(self, name: str, size: int) -> memoryview:
         """Return the memory called `name`: the predecessor's where it has `size` bytes for good, else fresh and zero.
@@ -113,6 +131,12 @@ class EnvFactory:
     def begin(self) -> None:
         """Take note that layers are opened anew."""
         self._wanted.clear()
+        self._envs.clear()
+
+    def resume(self) -> None:
+        """Let layers that were stopped go on."""
+        for env in self._envs:
+            env.callbacks.resume()
 
     def drop_unwanted(self) -> None:
         """Forget the memories that no layer asked for since `begin`: what is written now, they do not see."""

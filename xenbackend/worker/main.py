@@ -131,7 +131,7 @@ class Worker:
             export=stages.export,
             halted=connection.halted if connection else "",
             flush_failed=stages.flush_failed,
-            trouble=connection.trouble if connection else "",
+            trouble=stages.trouble,
             is_paused=stages.is_paused,
         )
 

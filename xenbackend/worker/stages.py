@@ -73,7 +73,10 @@ class Stages:
         self._journal = memfd.map_sealed(fds[0], journal.SIZE)
         os.close(fds[0])
         memories = dict(zip(order.memories, fds[1:], strict=True))
-        self._disk = Disk(order, memories, reactor, channel.keep, channel.drop, on_bug)
+        self._stopped = ""  # why a layer was stopped
+        self._disk = Disk(
+            order, memories, reactor, channel.keep, channel.drop, on_bug, self._layer_reported, self._layer_stopped
+        )
 
     @property
     def chain(self) -> str:
@@ -89,6 +92,11 @@ class Stages:
     def export(self) -> str:
         """Return the path of the export's socket, nothing where there is no export."""
         return self._export.path if self._export else ""
+
+    @property
+    def trouble(self) -> str:
+        """Return a sentence where the disk cannot do what it was asked, and tries again or waits."""
+        return self._stopped or (self.connection.trouble if self.connection else "")
 
     @property
     def flush_failed(self) -> str:
@@ -143,7 +151,7 @@ class Stages:
         )
         if self._had_bugs:
             connection.engine.expect_strays()
-        if self.is_paused:
+        if self.is_paused or self._stopped:
             connection.engine.hold(Hold.PAUSE)
         try:
             self._wire(chain, connection)
@@ -199,6 +207,8 @@ class Stages:
     def resume(self) -> None:
         """Serve on after a pause, or a flush that failed; what failed is tried again now."""
         self.is_paused = False
+        self._stopped = ""
+        self._disk.resume()
         journal.poison(self._journal, 0)
         if self.connection is not None:
             self.connection.resume()
@@ -259,6 +269,20 @@ class Stages:
         else:
             self._journal[: counters.SIZE].cast("Q")[counters.INDEX["bugs"]] += 1
         return self._disk.chain.blame(bug) if self._disk.chain else ""
+
+    def _layer_reported(self) -> None:
+        """Tell what a layer in service has published; while it is opened that is told anyhow."""
+        if self._disk.chain is not None and self.layers:
+            self.layers = self._disk.layers
+            self._channel.stand()
+
+    def _layer_stopped(self, sentence: str) -> None:
+        """Pause the disk of a layer that is called no more."""
+        self._stopped = sentence
+        if self.connection is not None:
+            self.connection.engine.hold(Hold.PAUSE)
+        self._channel.alarm(sentence)
+        self._channel.stand()
 
     def _opened(self) -> Chain:
         if self._disk.chain is None:

@@ -43,7 +43,7 @@ def test_a_third_partys_driver_is_a_word_like_any_other() -> None:
     ("name", "sentence"),
     [
         ("xor-broken", "of xenbackend-xor cannot be loaded: ModuleNotFoundError: No module named 'a_package"),
-        ("xor-future", "was written for version 2 of the driver contract and this is version 1"),
+        ("xor-future", "was written for version 3 of the driver contract and this is version 2"),
         ("xor-stranger", "is not a subclass of Driver"),
         ("xro", "unknown driver 'xro'; did you mean xor?"),
     ],
