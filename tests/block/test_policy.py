@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from xenbackend.block.policy import DEFAULT, Action, Policy
-from xenbackend.block.request import IMAGE_DAMAGED, Op
+from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
 PAUSE, REPORT = Action(None), Action(0)
@@ -32,6 +32,7 @@ def test_nothing_said_is_the_default() -> None:
         (Op.READ, errno.ENOSPC, Action(3, 1.0)),
         (Op.FLUSH, errno.ENOSPC, PAUSE),
         (Op.FLUSH, errno.EIO, PAUSE),
+        *((op, AWAY, PAUSE) for op in Op),
     ],
 )
 def test_kinds_of_errors(op: Op, code: int, action: Action) -> None:
@@ -43,9 +44,18 @@ def test_what_is_said_replaces_its_part_only() -> None:
     """A text names the kinds that are to be otherwise, with blanks where people put them; the last word counts."""
     policy = Policy(" write = retry 2 every 0.5s , read=report, read=pause ")
 
-    assert "enospc=pause,read=pause,write=retry 2 every 0.5s,flush=pause" == str(policy)
+    assert "enospc=pause,read=pause,write=retry 2 every 0.5s,flush=pause,away=pause" == str(policy)
     assert Action(2, 0.5) == policy.action(Op.WRITE, errno.EIO)
     assert PAUSE == policy.action(Op.WRITE, IMAGE_DAMAGED)  # whatever it says
+
+
+def test_a_server_that_is_away_may_be_an_error_but_for_a_flush() -> None:
+    """Whoever wants errors while a server is away gets them; a flush waits all the same."""
+    policy = Policy("away=retry 5 every 2s")
+
+    assert [Action(5, 2.0)] * 3 == [policy.action(op, AWAY) for op in (Op.READ, Op.WRITE, Op.DISCARD)]
+    assert PAUSE == policy.action(Op.FLUSH, AWAY)
+    assert REPORT == policy.action(Op.WRITE, errno.EIO)
 
 
 @pytest.mark.parametrize(

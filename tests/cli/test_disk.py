@@ -122,7 +122,7 @@ def test_policy_is_shown_and_changed(bench: Bench, capsys: pytest.CaptureFixture
     assert 0 == bench.run("policy", "--json")
     captured = capsys.readouterr()
     policy = json.loads(captured.out.splitlines()[-1])["policy"]
-    assert "enospc=report,read=retry 3 every 1s,write=report,flush=pause" == policy
+    assert "enospc=report,read=retry 3 every 1s,write=report,flush=pause,away=pause" == policy
     assert "a guest takes an error for success" in captured.err
     assert 0 == bench.run("policy", "enospc=pause")
 

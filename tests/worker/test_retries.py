@@ -17,7 +17,7 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
 )
 from xenbackend.block.policy import PAUSE_S, Policy
-from xenbackend.block.request import IMAGE_DAMAGED, Op, Request
+from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.retries import Retries
@@ -46,6 +46,27 @@ def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:
     assert [BLKIF_RSP_OKAY] * 4 == [request.status for request in (*writes, read)]
     assert DATA * 3 == frontend.read(0, 24)
     assert 0 == vbd.engine.in_flight
+
+
+@pytest.mark.parametrize("operation", [BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER])
+def test_a_server_that_is_away_is_waited_for(vbd: Served, operation: int) -> None:
+    """Whatever never reached a server comes again when that is back, a flush too: none has failed, and none is lost."""
+    frontend = vbd.connect()
+    vbd.disk.errors = dict.fromkeys(Op, AWAY)
+    data = DATA if operation in (BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER) else b""
+    request = frontend.submit(operation, 8, 8 if operation == BLKIF_OP_READ else 0, data=data)
+    for _ in range(3):
+        vbd.pass_time(PAUSE_S)
+    frontend.poll()
+    waiting, trouble = request.status, vbd.troubles[0]
+    vbd.disk.errors = {}
+    for _ in range(3):
+        vbd.pass_time(PAUSE_S)
+    frontend.wait([request])
+
+    assert (None, BLKIF_RSP_OKAY) == (waiting, request.status)
+    assert "the disk's server is away" in trouble
+    assert not vbd.engine.holds.reasons
 
 
 def test_a_damaged_image_is_waited_for(vbd: Served) -> None:

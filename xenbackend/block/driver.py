@@ -24,7 +24,8 @@ D4  Requests in flight are unordered. FLUSH covers the writes that were *complet
 D5  `complete` may be called from inside `submit`. The engine never submits from `complete`; a filter may send
     its own further steps down from `on_complete`, boundedly many per request.
 D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does this operation", IMAGE_DAMAGED
-    that a write would destroy more of its image, and nothing was written: the disk pauses, whatever the policy says.
+    that a write would destroy more of its image, and nothing was written: the disk pauses, whatever the policy says;
+    AWAY that the layer's server is away, so that nobody knows whether it was done: it waits, and comes again.
 D7  The bytes under `iov` may belong to a guest and change while you look. Copy before you check.
 D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and
     what the layer still holds of the batch ends with EIO. Expected failures are a `status`. So is one out of a callback

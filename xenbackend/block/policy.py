@@ -2,13 +2,14 @@
 
 Must not hold a request, nor know a guest.
 
-    enospc=pause,read=retry 3 every 1s,write=report,flush=pause         the default
+    enospc=pause,read=retry 3 every 1s,write=report,flush=pause,away=pause         the default
 
 Kinds:
     enospc   no space left, of writes (ENOSPC, EDQUOT)
     read     any other error of a read
     write    any other error of a write or discard
     flush    any error of a flush
+    away     the disk's server cannot be reached (AWAY), whatever was asked for
 
 Actions:
     pause             keep it, say so, and try again every second until it works: the guest sees only that it takes long
@@ -18,8 +19,9 @@ Actions:
 An image that turns out to be damaged (IMAGE_DAMAGED) is a pause whatever the policy says: the next
 write could destroy what is still whole, and only an administrator can mend it.
 
-A flush knows `pause` only, and is not tried again by itself. A frontend takes a flush that fails for success, and never
-flushes again; and to try again tells nothing, since the kernel reports what it has lost only once.
+A flush knows `pause` only, and is not tried again by itself, unless the disk's server was away. A frontend takes a
+flush that fails for success, and never flushes again; and to try again tells nothing, since the kernel reports what it
+has lost only once.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ import errno
 import re
 from dataclasses import dataclass
 
-from xenbackend.block.request import IMAGE_DAMAGED, Op
+from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
-DEFAULT = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause"
+DEFAULT = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause,away=pause"
 PAUSE_S = 1.0  # between two tries of what is paused
 MAX_TRIES, MAX_EVERY_S = 1000, 60.0
-_KINDS = ("enospc", "read", "write", "flush")
+_KINDS = ("enospc", "read", "write", "flush", "away")
 _RETRY = re.compile(r"retry (\d{1,4}) every (\d{1,3}(?:\.\d{1,3})?)s")
 
 
@@ -67,6 +69,8 @@ class Policy:
 
     def action(self, op: int, code: int) -> Action:
         """Return what becomes of a request of operation `op` that ended with errno `code`."""
+        if code == AWAY:
+            return _PAUSE if op == Op.FLUSH else self._actions["away"]
         if op == Op.FLUSH:
             return self._actions["flush"]
         if op == Op.READ:

@@ -14,6 +14,8 @@ PENDING = -1  # `Request.status` while it is lent
 _ZEROS = bytes(64 * 1024)
 IMAGE_DAMAGED = errno.ENOTRECOVERABLE  # of a write that would destroy more; no file system returns that
 
+AWAY = errno.ENOLINK  # the server of the disk is away: nothing is known of what was sent, and it is to be sent again
+
 
 class Op(IntEnum):
     """What a request asks for. A barrier never gets here: the engine lowers it to drain, flush, write, flush."""

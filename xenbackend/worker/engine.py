@@ -23,7 +23,7 @@ from functools import partial
 from xenbackend.blkif.abi import BLKIF_RSP_EOPNOTSUPP
 from xenbackend.blkif.request import RingRequest
 from xenbackend.blkif.ring import BackRing, RingOverflow
-from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.request import AWAY, PENDING, Op, Request
 from xenbackend.worker.barrier import Barrier
 from xenbackend.worker.channel import Reports
 from xenbackend.worker.fault import is_ours, substitute
@@ -36,6 +36,7 @@ from xenbackend.worker.retries import Retries
 
 Call = Callable[[], object]
 _ANSWERS = frozenset((0, errno.EOPNOTSUPP))  # what is no failure
+_NO_FAILED_FLUSH = _ANSWERS | {AWAY}  # one that nobody has tried is tried again
 _ROUNDS = 8  # of taking everything and looking for more
 
 
@@ -296,7 +297,7 @@ class Engine:
         """Return what is to be answered by ring; flushes that failed and steps of a barrier are not."""
         batch_of: dict[Queue, list[Request]] = {}
         for request in batch:
-            if request.op == Op.FLUSH and request.status not in _ANSWERS:
+            if request.op == Op.FLUSH and request.status not in _NO_FAILED_FLUSH:
                 self.flush_failed(request.status)
         for request in batch:
             tag = request.tag

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from xenbackend.block.policy import Policy
-from xenbackend.block.request import IMAGE_DAMAGED, Op, Request
+from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op, Request
 
 _TOGETHER_S = 0.01  # what is due so soon after the first goes along with it
 
@@ -121,5 +121,7 @@ def _sentence(request: Request, code: int) -> str:
     if code == IMAGE_DAMAGED:
         way_out = "shut the guest down, and mend the image with: xenbackend image check --repair"
         return f"{what} {place} was not done, as it would destroy metadata of its damaged image; it waits: {way_out}"
+    if code == AWAY:
+        return f"{what} {place} waits, as the disk's server is away; it is sent again as soon as that can be reached"
     way_out = "make space" if code in (errno.ENOSPC, errno.EDQUOT) else "mend the disk"
     return f"{what} {place} failed ({why}); the disk waits and tries again every second: {way_out}"

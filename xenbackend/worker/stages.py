@@ -20,6 +20,7 @@ from functools import partial
 from xenbackend import counters, journal
 from xenbackend.block.chain import Chain
 from xenbackend.block.policy import Policy
+from xenbackend.block.request import AWAY
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.kernel import memfd
 from xenbackend.kernel.ports import open_host
@@ -235,7 +236,9 @@ class Stages:
             return
         yield connection.quiet(Hold.HAND_OVER if hands_over else Hold.END)
         code = yield from self._flush()
-        if code and ends:
+        if code == AWAY and hands_over:
+            pass  # the server has what was answered, and the guest's next flush is a successor's to do
+        elif code and ends:
             connection.engine.flush_failed(code)
         elif code:
             self._channel.alarm(_describe(code))

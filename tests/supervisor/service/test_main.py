@@ -367,7 +367,7 @@ def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Sys
     assert ({"pid": service.pid, "untold": []}, 0) == (stopped.data, service.returncode)
     assert 10 == sum(" order=" in line for line in log.splitlines())
     assert ("attach", "5/xvda", "null:1G", "ok") == tuple(attached[key] for key in ("verb", "vbd", "to", "code"))
-    former = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause"
+    former = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause,away=pause"
     assert (former, "write=report") == (orders[2]["from"], orders[2]["to"])
 
 
