@@ -140,6 +140,8 @@ class WorkerProcess:
                 self._send_with_opener(ask, replace(self._job, chains=[*self._job.chains[:1], question.chain]))
                 if not question.is_dry_run:
                     self._successor = question.chain
+            case messages.Reconnect():
+                self._send_with_opener(ask, self._job)
             case messages.Branch():
                 self._send_with_opener(ask, replace(self._job, makes=question.file))
             case _:
@@ -165,6 +167,8 @@ class WorkerProcess:
             self._job = replace(self._job, chains=[message.chain])
         if isinstance(message, messages.Keep):
             (self.kept[message.name],) = fds
+        if isinstance(message, messages.Disconnected):
+            self.openers.disconnected(message.server, message.place)
         return message
 
     def expect(self, is_wanted: Callable[[Any], bool]) -> Any:
@@ -326,6 +330,7 @@ class Driven:
         old = self.worker
         self.worker = WorkerProcess(old.host, left=os.dup(old.memfd), command=self.command)
         self.worker.kept, old.kept = old.kept, {}
+        self.worker.openers.connections, old.openers.connections = old.openers.connections, {}
         old.drop()
 
     def kill(self) -> None:

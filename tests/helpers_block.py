@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Driver, Env, Filter, Geometry, ParentRef
-from xenbackend.block.options import FilePath, option
+from xenbackend.block.options import FilePath, Kind, option
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.servers import Endpoint
 from xenbackend.errors import DriverError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.opener.local import LocalOpener
@@ -307,9 +308,33 @@ class Coarse(Filter):
         return replace(super().open(env), sector_size=4096)
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What the text of an option names that is a server."""
+
+    endpoint: Endpoint
+
+
+def _named(path: str) -> Named:
+    return Named(Endpoint(path=path))
+
+
+class Served(Driver):
+    """A source whose disk is on a server."""
+
+    name = "served"
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """See the class."""
+
+        server: Annotated[Named, Kind("server", _named)] = option("a path", target=True)
+
+
 TEST_DRIVERS = {
     "child": "tests.helpers_block:Child",
     "clumsy": "tests.helpers_block:Clumsy",
     "coarse": "tests.helpers_block:Coarse",
+    "served": "tests.helpers_block:Served",
     "silent": "tests.helpers_block:Silent",
 }

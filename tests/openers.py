@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -81,12 +82,15 @@ class Openers:
 
     kept     O_PATH descriptors by name
     opened   what was opened for the first time, in order
+    connections   sockets by server and place; `undrained` those that could not be seen to their end
     ends     exit statuses
     """
 
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
         self.opened: list[opening.Opened] = []
+        self.connections: dict[tuple[str, int], int] = {}
+        self.undrained: list[opening.Undrained] = []
         self.ends: list[int] = []
         self._identities: dict[str, str] = {}
         self.refusal = ""  # for whatever is opened from now on
@@ -96,8 +100,10 @@ class Openers:
         """Begin one on a job, and return the end of the socket that its worker is to have."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connections = [opening.KeptConnection(*key) for key in self.connections]
+        job = replace(job, connections=connections)
         with far:
-            datagrams.send(ours, opening.encode(job), [far.fileno(), *kept.values()])
+            datagrams.send(ours, opening.encode(job), [far.fileno(), *kept.values(), *self.connections.values()])
         self._start(self._run, theirs)
         self._start(self._keep, ours)
         return near
@@ -111,10 +117,22 @@ class Openers:
         kept = [opening.KeptFile(name, self._identities[name]) for name in self.kept]
         return RemoteOpener(self.begin(replace(job, kept=kept), self.kept))
 
+    def now(self) -> float:
+        """Return seconds of a clock that only goes forward."""
+        return time.monotonic()
+
+    def disconnected(self, server: str, place: int) -> None:
+        """Let go of a connection that its worker has closed in order."""
+        fd = self.connections.pop((server, place), -1)
+        if fd >= 0:
+            os.close(fd)
+
     def close(self) -> None:
         """Wait for their ends; nobody is served by them any more."""
         while self._threads:
             self._threads.pop().join(20)
+        while self.connections:
+            os.close(self.connections.popitem()[1])
         for fd in self.kept.values():
             os.close(fd)
         self.kept.clear()
@@ -135,9 +153,17 @@ class Openers:
                 if not data:
                     return
                 message = opening.from_opener(data)
-                assert isinstance(message, opening.Opened)
-                self.opened.append(message)
-                self._identities[message.name] = message.identity
-                os.close(self.kept.pop(message.name, None) or os.dup(fds[0]))
-                self.kept[message.name] = fds[0]
+                match message:
+                    case opening.Opened():
+                        self.opened.append(message)
+                        self._identities[message.name] = message.identity
+                        os.close(self.kept.pop(message.name, None) or os.dup(fds[0]))
+                        self.kept[message.name] = fds[0]
+                    case opening.Connected():
+                        gone = list(self.connections) if message.is_alone else [(message.server, message.place)]
+                        for key in gone:
+                            self.disconnected(*key)
+                        self.connections[message.server, message.place] = fds[0]
+                    case opening.Undrained():
+                        self.undrained.append(message)
                 far.send(opening.encode(opening.Ack(self.refusal)))

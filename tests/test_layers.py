@@ -130,6 +130,7 @@ HOMES = {
         "block/chain",
         "cli/",
         "embedded/",
+        "opener/connecting",
         "rig/",
         "supervisor/service/main",
         "supervisor/xenstore/store",

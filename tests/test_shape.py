@@ -17,11 +17,13 @@ MAX_FUNCTION, MEDIAN_FUNCTION, NINE_OF_TEN = 50, 8, 30
 DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, which test_docs.py looks after
 
 TESTED_ELSEWHERE = {
+    "block/servers.py": "opener/test_connecting.py",
     "__main__.py": "a line that calls cli/main.py",
     "bench/blkif_native.py": "bench/test_blkif.py holds both generators to the same tests",
     "bench/target.py": "bench/test_session.py starts every target and ends it",
     "bench/vhost_user.py": "bench/test_virtqueue.py speaks it to a real qemu-storage-daemon",
     "bench/worker.py": "bench/test_session.py runs every workload on one",
+    "block/env.py": "words only; worker/test_env.py holds what implements it to them",
     "block/formats/common.py": "words only; every format's tests use them",
     "block/mapped/foreign.py": "block/drivers/test_vdi.py opens images by it, sound and damaged ones",
     "block/mapped/inflated.py": "block/drivers/test_qcow2.py and test_vmdk.py read compressed clusters by it",

@@ -182,8 +182,8 @@ class LocalFleet(Fleet):
         handle: Any = Handle(self._world, near, pidfd)
         return Worker(self, handle, on_message, on_end)
 
-    def open(self, job: Any, kept: Any, on_opened: Any, *_: Any) -> tuple[Any, socket.socket]:
-        return openers.begin(self._world, job, kept, on_opened)
+    def open(self, job: Any, kept: Any, on_found: Any, *_: Any) -> tuple[Any, socket.socket]:
+        return openers.begin(self._world, job, kept, on_found)
 
     def adopt(self, fds: tuple[int, int], on_message: Any, on_end: Any) -> Worker:
         handle: Any = Handle(self._world, socket.socket(fileno=fds[0]), fds[1])

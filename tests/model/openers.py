@@ -26,7 +26,7 @@ class LocalOpener(Attendant):
     """As the service has it: `supervisor.service.opener.Opener`."""
 
     def __init__(
-        self, world: World, job: opening.Job, kept: Sequence[int], on_opened: Callable[[opening.Opened, int], str]
+        self, world: World, job: opening.Job, kept: Sequence[int], on_found: Callable[[opening.Found, list[int]], str]
     ) -> None:
         nobody: Any = None
         super().__init__(job, nobody, nobody, {})
@@ -34,7 +34,7 @@ class LocalOpener(Attendant):
             self._lent = [os.dup(fd) for fd in kept]
         self._world = world
         self._service: Any = world.machine.running
-        self._on_opened: Callable[[opening.Opened, int], str] | None = on_opened
+        self._on_found: Callable[[opening.Found, list[int]], str] | None = on_found
         self._is_gone = False
 
     def ask(self, question: opening.Question) -> tuple[opening.Given, list[int]]:
@@ -53,11 +53,11 @@ class LocalOpener(Attendant):
 
     def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
         service = self._service
-        if self._on_opened is None:
+        if self._on_found is None:
             raise SupervisorGone
         refusal: str | None = None
         with suppress(Died), service.running():
-            refusal = self._on_opened(opening.Opened(name, identity, chain), os.dup(fd))
+            refusal = self._on_found(opening.Opened(name, identity, chain), [os.dup(fd)])
         if refusal is None:  # not before: an exception that is handled holds on to what has to be collected
             service.kill("killed")
             raise SupervisorGone
@@ -65,7 +65,7 @@ class LocalOpener(Attendant):
 
     def lose_service(self) -> None:
         """Refer to nothing of a service that has ended."""
-        self._on_opened = None
+        self._on_found = None
 
     def boost(self) -> None:
         """Time is no matter here."""
@@ -116,9 +116,9 @@ class Asked(RemoteOpener):
         os.close(self._socket.detach())  # which is taken note of
 
 
-def begin(world: World, job: opening.Job, kept: Sequence[int], on_opened: Any) -> tuple[Any, socket.socket]:
+def begin(world: World, job: opening.Job, kept: Sequence[int], on_found: Any) -> tuple[Any, socket.socket]:
     """Begin one, and return it with the socket that its worker is known by."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.close()
-    opener = world.openers[os.fstat(near.fileno()).st_ino] = LocalOpener(world, job, kept, on_opened)
+    opener = world.openers[os.fstat(near.fileno()).st_ino] = LocalOpener(world, job, kept, on_found)
     return opener, near

@@ -43,11 +43,16 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from xenbackend.block.env import Env as Env  # noqa: PLC0414 - whoever writes a driver imports all of it from here
 from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.request import Request
+from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError
+
+if TYPE_CHECKING:
+    import socket
 
 API = 2  # the version of this contract; a third party's driver names the one it was written for
 
@@ -191,6 +196,9 @@ class Lookup(Protocol):
 class Files(Lookup, Protocol):
     """Opens image files, with the lock that keeps two writers apart."""
 
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
+        """Return a socket connected to a server; drivers call `Env.connect`, which knows what came before."""
+
     def open(
         self,
         path: str,
@@ -223,51 +231,6 @@ class Files(Lookup, Protocol):
 
         Raises: DriverError where it is another thing, or no option of the layer names it as a record; OSError.
         """
-
-
-class Env(Protocol):
-    """What a layer gets from its worker when it is opened. Everything here lives as long as the layer."""
-
-    read_only: bool  # this layer must not alter what it holds
-    shareable: bool  # others may write to this layer's image at the same time
-    resumes: bool  # the guest may have written already: a memory that is fresh knows nothing of that
-    is_draft: bool  # of an image that is being made: only what a flush has made durable is ever looked at again
-    files: Files
-    facts: dict[str, str]  # what the layer reported so far
-
-    def now(self) -> float:
-        """Return seconds of a clock that only goes forward."""
-
-    def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
-        """Call `function` from the worker's loop after `delay_s` seconds."""
-
-    def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
-        """Call `function` in a thread of a small pool, and `then` from the worker's loop afterwards."""
-
-    def call_soon_threadsafe(self, function: Callable[[], None]) -> None:
-        """Call `function` from the worker's loop, soon; the one call of this class that another thread may make."""
-
-    def watch(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call `callback` from the worker's loop whenever `fd` is readable or broken, until `unwatch`.
-
-        It must bear finding nothing to do. A layer whose callbacks fail again and again (D8) is called no more until an
-        administrator resumes the disk, which pauses.
-        """
-
-    def want(self, fd: int, *, writable: bool) -> None:
-        """Call the callback of a descriptor that is watched also while it can be written to; or no longer."""
-
-    def unwatch(self, fd: int) -> None:
-        """Watch `fd` no more; call this before closing it."""
-
-    def memory(self, name: str, size: int) -> memoryview:
-        """Return `size` bytes, zero at first, that outlive this process: a successor gets the same bytes back.
-
-        `name` is unique within the layer. A different size than the predecessor asked for gives fresh zeros.
-        """
-
-    def report(self, key: str, value: str) -> None:
-        """Publish a fact about this layer for `check` and `status`, such as ``mode`` = ``O_DIRECT, Linux AIO``."""
 
 
 class Driver:
@@ -320,6 +283,13 @@ class Driver:
         Raises: DriverError, where a table is damaged; OSError.
         """
         yield Extent(0, size, Kind.DATA)
+
+    def content(self) -> str:
+        """Return what tells the disk of a source without files from any other; empty: its text does.
+
+        For a disk on a server: which server and which of its disks, and nothing of how it is used.
+        """
+        return ""
 
     def identify(self) -> bytes:
         """Return the UUID by which the image of a child knows this one: 16 bytes, zeros where there is no such thing.

@@ -29,5 +29,5 @@ def _disk_of(layer: OpenLayer) -> Hashable:
     driver, options = layer.driver.name, layer.driver.options
     files = frozenset(layer.driver.env.files.look(path).identity for path in files_of(options).values())
     if not files:
-        return layer.text
+        return layer.driver.content() or layer.text
     return format_of(driver) or driver, files, getattr(options, "disk", "")  # of an archive with several

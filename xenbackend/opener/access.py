@@ -18,7 +18,7 @@ from xenbackend.kernel import locks, openat
 from xenbackend.kernel.identity import difference, from_text
 from xenbackend.kernel.inuse import InUse
 from xenbackend.opener import marks, parents, steps
-from xenbackend.opener.rules import Rule, Rules
+from xenbackend.opener.rules import Rule, Rules, Server
 from xenbackend.protocol.opening import Facts, HeldFile, Job, KeptFile
 
 # Hands over a file that was opened for the first time: name, identity, place of the chain, descriptor, lent for the
@@ -141,6 +141,10 @@ class Access:
         parent, *data = files
         held = self._hold(parent, 0, create=False)
         return not data or marks.mark_files(held.fd, [self._describe(each) for each in data])
+
+    def server(self, name: str, chain: int) -> Server:
+        """Return a server that may be connected to. Raises: DriverError."""
+        return self._chain(chain).server(name)
 
     def resolve(self, name: str, chain: int) -> str:
         """Return the directory of a file with all links followed. Raises: DriverError."""

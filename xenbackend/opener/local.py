@@ -8,15 +8,17 @@ Must not be used by a worker, lock a file, nor decide what is done with it.
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xenbackend.block.driver import Found
+from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel.inuse import InUse, is_used_by_another_face
 from xenbackend.kernel.locks import Access
-from xenbackend.opener import marks, parents, steps
+from xenbackend.opener import connecting, marks, parents, steps
 from xenbackend.protocol.opening import Facts
 
 Settings = Callable[[], Sequence[str]]
@@ -90,6 +92,13 @@ class LocalOpener:
             return steps.reopen(held, path, write=True)
         finally:
             os.close(held)
+
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002
+        """Return a socket connected to a server. Nobody was before us here, and nobody comes after us.
+
+        Raises: DriverError.
+        """
+        return connecting.connect(endpoint)
 
     def look(self, path: str) -> Facts:
         """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""

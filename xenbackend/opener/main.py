@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 from xenbackend.errors import XenbackendError
@@ -20,6 +21,7 @@ from xenbackend.kernel import locks
 from xenbackend.kernel.ports import open_devices
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
+from xenbackend.opener.connecting import Connections
 from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
 from xenbackend.opener.watch import Watch
@@ -38,13 +40,19 @@ class Attendant:
     """Answers the questions of one worker."""
 
     def __init__(
-        self, job: opening.Job, supervisor: socket.socket, worker: socket.socket, kept: dict[str, int]
+        self,
+        job: opening.Job,
+        supervisor: socket.socket,
+        worker: socket.socket,
+        kept: dict[str, int],
+        connections: Sequence[int] = (),
     ) -> None:
-        """Open nothing yet. `kept` are O_PATH descriptors by name, ours from now on."""
+        """Open nothing yet. `kept` are O_PATH descriptors by name, ours from now on, as are the connections."""
         self._job = job
         self._supervisor = supervisor
         self._worker = worker
         self._kept = kept
+        self._connections = Connections(job, connections)
         self._access: Access | None = None  # until it is needed: what is wrong with a chain is an answer
         self._new: NewFile | None = None
 
@@ -73,6 +81,7 @@ class Attendant:
 
     def close(self) -> None:
         """Let go of everything, and remove a file that was not published."""
+        self._connections.close()
         if self._access is not None:
             self._access.close()
         if self._new is not None:
@@ -119,6 +128,10 @@ class Attendant:
                 fds += open_devices(job.host, job.frontend_domid)
             case opening.Listen() if job.export:
                 fds.append(listen(job.export))
+            case opening.ConnectTo():
+                fds.append(
+                    self._connections.connect(question, access.server(question.server, question.chain), self._say)
+                )
             case _:
                 return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
         return Given()
@@ -130,6 +143,8 @@ class Attendant:
                 return question.named_by
             case opening.MakeFile() | opening.Publish():
                 return self._job.makes
+            case opening.ConnectTo():
+                return question.server
             case opening.OpenDevices() | opening.Listen():
                 return self._job.host or self._job.export
         return question.name
@@ -140,8 +155,12 @@ class Attendant:
 
     def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
         """Hand over a file, and return why the worker may not have it, once the supervisor has said so."""
+        return self._say(opening.Opened(name, identity, chain), [fd])
+
+    def _say(self, found: opening.Found, fds: Sequence[int]) -> str:
+        """Say what was found, with its descriptors; return why the worker may not have it, once that is answered."""
         try:
-            datagrams.send(self._supervisor, opening.encode(opening.Opened(name, identity, chain)), [fd])
+            datagrams.send(self._supervisor, opening.encode(found), fds)
             datagram = self._supervisor.recv(opening.MAX_MESSAGE)
         except OSError:
             raise SupervisorGone from None
@@ -188,13 +207,14 @@ def serve(supervisor: socket.socket) -> int:
         look_up(supervisor, job)
         return 0
     assert isinstance(job, opening.Job)  # noqa: S101 - the supervisor says nothing else at first
-    while len(fds) < 1 + len(job.kept):
+    while len(fds) < 1 + len(job.kept) + len(job.connections):
         datagram, more, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)
         if not datagram:
             return 0
         fds += more
     with socket.socket(fileno=fds[0]) as worker:
-        return Attendant(job, supervisor, worker, kept_of(job, fds[1:])).serve()
+        first = 1 + len(job.kept)
+        return Attendant(job, supervisor, worker, kept_of(job, fds[1:first]), fds[first:]).serve()
 
 
 def main(arguments: list[str]) -> int:

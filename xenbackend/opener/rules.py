@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from xenbackend.block.mapped.parents import DATA_FILE
 from xenbackend.block.options import RECORD, files_of, uses_of
+from xenbackend.block.servers import Endpoint, servers_of
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import DriverError, printable
 from xenbackend.protocol.opening import MAX_FILES
@@ -41,6 +42,14 @@ class Rule:
         return f"{self.within}:{os.path.abspath(self.data_file)}"  # noqa: PTH100 - pathlib would alter the name
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that may be connected to, and how long it may still be at work after the end of a connection."""
+
+    endpoint: Endpoint
+    drain_s: float
+
+
 class Rules:
     """Those of one chain."""
 
@@ -48,6 +57,7 @@ class Rules:
         """Take the names from a chain's text. Raises: ChainError."""
         self._rules: dict[str, Rule] = {}
         self._images: list[str] = []
+        self._servers: dict[str, Server] = {}
         for layer in parse_chain(chain).layers:
             within, data_file = (getattr(layer.options, name, "") for name in ("parents", "data_file"))
             is_shared: bool = shareable or getattr(layer.options, "share", False)
@@ -57,6 +67,8 @@ class Rules:
                 else:
                     self._images.append(path)
                     self._rules[path] = Rule(not read_only, is_shared, within=within, data_file=data_file)
+            drain_s = float(getattr(layer.options, "drain", 0.0))
+            self._servers |= {name: Server(each, drain_s) for name, each in servers_of(layer.options).items()}
             self._source = list(files_of(layer.options).values())
         self._said = frozenset(self._rules)
 
@@ -81,6 +93,14 @@ class Rules:
         except KeyError:
             problem = f"{printable(name)} is named by nothing that this disk is made of, and is not opened"
             raise DriverError(problem, path=name, errno=errno.EACCES) from None
+
+    def server(self, name: str) -> Server:
+        """Return a server that may be connected to. Raises: DriverError where the chain names none of this name."""
+        try:
+            return self._servers[name]
+        except KeyError:
+            problem = f"{printable(name)} is a server that this disk has nothing to do with"
+            raise DriverError(problem, errno=errno.EACCES) from None
 
     def allow(self, name: str, named_by: str) -> None:
         """Let a file be read that an image may name, which itself may be opened.

@@ -7,7 +7,7 @@ Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the
                                           <-      Standing    once it has taken that, and whenever it has changed
       Ask                                 ->
                                           <-      Reply       exactly one for each id
-                                          <-      Keep, Drop, Log   at any time
+                                          <-      Keep, Drop, Disconnected, Log   at any time
 
 An order (`Open` to `Report`) has a number that is larger than that of any order before, of any service. A `Standing`
 has the number of the last order that the worker has taken, so it tells what answers what: the supervisor goes by one
@@ -169,6 +169,7 @@ class Standing:
     is_paused     an administrator has stopped it
     walls         around the worker (`walls.raising.Wall`), `no_walls` why others are not up, by wall; `needs` what was
                   left open because a driver declares that it needs it
+    wants_connections   a layer has lost a connection, and wants to be asked to `Reconnect`
     """
 
     number: int
@@ -188,6 +189,7 @@ class Standing:
     walls: list[str] = field(default_factory=list)
     no_walls: dict[str, str] = field(default_factory=dict)
     needs: list[str] = field(default_factory=list)
+    wants_connections: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +222,11 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnect:
+    """Have the connections made that layers have lost; replied to when the opener has been asked for all of them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """Take nothing from the rings until `Resume`; replied to when nothing is in flight."""
 
@@ -245,12 +252,12 @@ class Command:
     arguments: list[str]
 
 
-Question = Swap | Branch | Pause | Resume | SetPolicy | Command
+Question = Swap | Branch | Reconnect | Pause | Resume | SetPolicy | Command
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A question; `id` is the asker's. Descriptors: beside `Swap` and `Branch` the socket of an opener."""
+    """A question; `id` is the asker's. Descriptors: beside `Swap`, `Branch` and `Reconnect` an opener's socket."""
 
     id: int
     question: Question
@@ -282,6 +289,14 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Disconnected:
+    """A connection was closed in order, with nothing under way: it need not be kept for a successor."""
+
+    server: str
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """A line for the service's log."""
 
@@ -292,5 +307,5 @@ class Log:
 
 Order = Open | Serve | Leave | Close | Report
 FromSupervisor = Order | Ask | Reply
-FromWorker = Standing | Ask | Reply | Keep | Drop | Log
-Message = Order | Ask | Reply | Standing | Keep | Drop | Log
+FromWorker = Standing | Ask | Reply | Keep | Drop | Disconnected | Log
+Message = Order | Ask | Reply | Standing | Keep | Drop | Disconnected | Log

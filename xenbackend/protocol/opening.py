@@ -5,7 +5,7 @@ Must not open anything, nor know how files are told apart: `kernel.identity` wri
     supervisor                        opener                              worker
       Job                        ->
                                         <-  LookAt, FindFile, OpenFile ...   one at a time
-                                 <-     Opened        a name is looked up, what it means shall be kept; it waits for ...
+                                 <-     Opened, Connected, Undrained   what it has found shall be kept; it waits for ...
       Ack                        ->
                                  <-     Waits         a step has not come back for a second, or has come back
                                         Given  ->                            exactly one for each question
@@ -28,6 +28,7 @@ from xenbackend.protocol import codec
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_CARRIED = 250  # descriptors beside one datagram; SCM_MAX_FD of net/scm.h is 253
 MAX_FILES = 640  # that one job may have to do with: a VMDK disk has up to 512 extents, a chain 32 parents
+MAX_CONNECTIONS = 16  # to servers that one disk may have at a time
 MAX_NAMES = 16  # by which an image may name one parent
 WAITS_S = 1.0  # in which storage has answered, or `Waits` says that it does not
 
@@ -41,6 +42,18 @@ class KeptFile:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptConnection:
+    """A connection that an earlier worker of the same disk had, or that this one has; see `ConnectTo`.
+
+    `is_broken`: the network has given it up, so that nobody will see its end.
+    """
+
+    server: str
+    place: int
+    is_broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class HeldFile:
     """A file that a worker of the last release had open, as `kernel.process.OpenFile`."""
 
@@ -51,7 +64,7 @@ class HeldFile:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What may be opened. Descriptors: the worker's socket, then an O_PATH one per item of `kept`.
+    """What may be opened. Descriptors: the worker's socket, an O_PATH one per item of `kept`, the `connections`.
 
     Those that are more than MAX_CARRIED come beside an `Ack` each time, until all of them are there.
 
@@ -81,6 +94,7 @@ class Job:
     export: str = ""
     host: str = ""
     frontend_domid: int = 0
+    connections: list[KeptConnection] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +130,30 @@ class Waits:
     """The storage of a file does not answer; empty: it has answered. Nobody acknowledges it."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A server was connected to. Descriptors: the socket, to be kept in the place of a former one of the same name.
+
+    `is_alone`: all others have ended, and are kept no more.
+    """
+
+    server: str
+    place: int
+    is_alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Undrained:
+    """A former connection has no end, so that its server may still do what it was given: nothing takes its place.
+
+    `is_broken`: the network has given it up; else nothing has come of it for too long.
+    """
+
+    server: str
+    place: int
+    is_broken: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +261,22 @@ class Listen:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectTo:
+    """Connect to a server that the chain names. The answer has the socket.
+
+    place   tells one connection to a server from another one of the same layer
+    after   of `block.servers.After`: which former connections must have ended before
+    keeps   the disk is served by it: the supervisor keeps the socket beyond the worker's end
+    """
+
+    server: str
+    place: int
+    after: str
+    keeps: bool
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a file is.
 
@@ -264,8 +318,21 @@ class Given:
     is_marked: bool = False
 
 
-Question = LookAt | FindFile | OpenFile | LookBeside | SayWhoUses | Resolve | MakeFile | Publish | OpenDevices | Listen
-FromOpener = Opened | Given | Meaning | Waits
+Question = (
+    LookAt
+    | FindFile
+    | OpenFile
+    | LookBeside
+    | SayWhoUses
+    | Resolve
+    | MakeFile
+    | Publish
+    | OpenDevices
+    | Listen
+    | ConnectTo
+)
+Found = Opened | Connected | Undrained
+FromOpener = Found | Given | Meaning | Waits
 FromSupervisor = Job | Ack | Look
 
 

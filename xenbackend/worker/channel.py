@@ -79,6 +79,10 @@ class Channel:
         """Say that a memory is wanted no more."""
         self._send(messages.Drop(name))
 
+    def disconnected(self, server: str, place: int) -> None:
+        """Say that a connection was closed in order."""
+        self._send(messages.Disconnected(server, place))
+
     def complain(self, sentence: str) -> None:
         """Log something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
         self._log(self._complaints, "warning", ascii(sentence)[1:-1][:LINE])

@@ -19,7 +19,7 @@ from xenbackend.block.successor import keeps_content
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
-from xenbackend.worker.env import EnvFactory, Keep, tell_nobody
+from xenbackend.worker.env import Connections, EnvFactory, Keep, tell_nobody
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles, Opener
 from xenbackend.worker.opener import NoOpener
@@ -46,6 +46,7 @@ class Disk:
         keep: Keep,
         drop: Callable[[str], None],
         on_bug: Callable[[Exception], None],
+        connections: Connections | None = None,
         on_report: Callable[[], None] = tell_nobody,
         on_stopped: Callable[[str], None] = tell_nobody,
     ) -> None:
@@ -64,7 +65,7 @@ class Disk:
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(
-            reactor, self.files, memories, keep, drop,
+            reactor, self.files, memories, keep, drop, connections=connections,
             on_report=on_report, on_stopped=on_stopped, resumes=message.resumes,
         )  # fmt: skip
         self._on_bug = on_bug

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.block.driver import Files
-from xenbackend.errors import KernelError
+from xenbackend.block.env import Connected
+from xenbackend.block.servers import After, Endpoint
+from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import memfd
 from xenbackend.worker.callbacks import Callbacks
 
 if TYPE_CHECKING:
+    import socket
+
     from xenbackend.loop.reactor import Reactor
 
 Keep = Callable[[str, int, int], None]  # name, size in bytes, descriptor: lent for the call
@@ -58,11 +62,34 @@ class WorkerEnv:
         """
         return self._factory.memory(f"{self._layer}:{name}", size)
 
+    def connect(self, endpoint: Endpoint, place: int = 0) -> socket.socket:
+        """As `block.driver.Env.connect`."""
+        return self._factory.connect(endpoint, place)
+
+    def reconnect(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
+        """As `block.driver.Env.reconnect`."""
+        self._factory.reconnect(endpoint, place, after, then)
+
+    def disconnected(self, endpoint: Endpoint, place: int = 0) -> None:
+        """As `block.driver.Env.disconnected`."""
+        if self._factory.connections is not None:
+            self._factory.connections.parted(str(endpoint), place)
+
     def report(self, key: str, value: str) -> None:
         """Publish a fact about this layer, as it is opened or later."""
         if self.facts.get(key) != value:
             self.facts[key] = value
             self._factory.on_report()
+
+
+class Connections(Protocol):
+    """What keeps connections for a successor, and makes those anew that were lost."""
+
+    def want(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
+        """As `block.driver.Env.reconnect`."""
+
+    def parted(self, server: str, place: int) -> None:
+        """As `block.driver.Env.disconnected`."""
 
 
 class EnvFactory:
@@ -74,6 +101,7 @@ class EnvFactory:
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
         drop: tells the supervisor that a memory is wanted no more.
+        connections: keeps those to servers for a successor; None: there will be none.
         on_report: hears that a layer has published something.
         on_stopped: gets a sentence when a layer's callbacks are called no more (`worker.callbacks`).
         resumes: a guest may have written through an earlier worker.
@@ -88,6 +116,7 @@ class EnvFactory:
         keep: Keep = keep_nothing,
         drop: Callable[[str], None] = drop_nothing,
         *,
+        connections: Connections | None = None,
         on_report: Callable[[], None] = tell_nobody,
         on_stopped: Callable[[str], None] = tell_nobody,
         resumes: bool = False,
@@ -100,6 +129,8 @@ class EnvFactory:
         self._memories = dict(memories or {})
         self._keep = keep
         self._drop = drop
+        self.connections = connections
+        self._is_first = True  # chain of this process, so that a predecessor's connections may have to be ended
         self.on_report, self.on_stopped = on_report, on_stopped
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
@@ -128,6 +159,31 @@ class EnvFactory:
         except KernelError as error:
             raise OSError(error.errno, str(error)) from None
 
+    def connect(self, endpoint: Endpoint, place: int) -> socket.socket:
+        """Return a connected socket, as `block.driver.Env.connect`. Raises: DriverError."""
+        serves = self.connections is not None  # who only looks must not end the connection of who serves
+        after = After.DEATH if serves and self._is_first and place == 0 else After.NOTHING
+        return self.files.connect(endpoint, place, after, keeps=serves)
+
+    def reconnect(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
+        """Have a connection made anew; in a thread where this process makes its own."""
+        if self.connections is not None:
+            self.connections.want(endpoint, place, after, then)
+            return
+        found: list[socket.socket | DriverError] = []
+
+        def connect() -> None:
+            try:
+                found.append(self.files.connect(endpoint, place, after, keeps=False))
+            except DriverError as problem:
+                found.append(problem)
+
+        def tell() -> None:
+            result = found[0]
+            then(None, result) if isinstance(result, DriverError) else then(result, None)
+
+        self.reactor.run_in_thread(connect, tell)
+
     def begin(self) -> None:
         """Take note that layers are opened anew."""
         self._wanted.clear()
@@ -140,6 +196,7 @@ class EnvFactory:
 
     def drop_unwanted(self) -> None:
         """Forget the memories that no layer asked for since `begin`: what is written now, they do not see."""
+        self._is_first = False
         for name in [name for name in self._memories if name not in self._wanted]:
             os.close(self._memories.pop(name))
             self._drop(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
+from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import blockdev, locks
 from xenbackend.kernel.blockdev import Medium
@@ -73,6 +75,9 @@ class Opener(Protocol):
 
     def resolve(self, path: str) -> str:
         """As `block.driver.Files.resolve`."""
+
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
+        """Return a socket connected to a server, as `opening.ConnectTo`. Raises: DriverError, OSError."""
 
 
 class HostFiles:
@@ -198,6 +203,10 @@ class HostFiles:
     def resolve(self, path: str) -> str:
         """See `block.driver.Files`."""
         return self.opener.resolve(path)
+
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
+        """Return a socket connected to a server, as `Opener.connect`."""
+        return self.opener.connect(endpoint, place, after, keeps=keeps)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""

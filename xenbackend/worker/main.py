@@ -132,6 +132,7 @@ class Worker:
             halted=connection.halted if connection else "",
             flush_failed=stages.flush_failed,
             trouble=stages.trouble,
+            wants_connections=stages.connector.wants,
             is_paused=stages.is_paused,
         )
 
@@ -237,6 +238,10 @@ class Worker:
     # questions
 
     def _take_question(self, ask: messages.Ask, opener: RemoteOpener | None) -> None:
+        if isinstance(ask.question, messages.Reconnect) and self._stages is not None and opener is not None:
+            self._stages.connector.serve(opener, partial(self._channel.reply, ask.id, Code.OK))
+            self._channel.stand()
+            return
         steps = self._answer(ask, opener)
         if isinstance(ask.question, messages.Command):
             run(steps)

@@ -10,8 +10,10 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 from xenbackend.block.driver import Found
+from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel.inuse import InUse
 from xenbackend.kernel.locks import Access
@@ -73,6 +75,10 @@ class NoOpener:
     def resolve(self, path: str) -> str:
         """Refuse it."""
         raise _refusal(path)
+
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002
+        """Refuse it."""
+        raise _refusal(str(endpoint))
 
 
 class RemoteOpener:
@@ -152,6 +158,24 @@ class RemoteOpener:
         """Return the directory of a file with all links followed. Raises: DriverError."""
         return self._ask(opening.Resolve(path, self.chain), 0)[0].path
 
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
+        """Return a socket connected to a server, as `opening.ConnectTo`. Raises: DriverError, OSError."""
+        question = opening.ConnectTo(str(endpoint), place, after.value, keeps, self.chain)
+        return socket.socket(fileno=self._ask(question, 1)[1][0])
+
+    def fileno(self) -> int:
+        """Return the descriptor at which the answer to `begin_connect` comes."""
+        return self._socket.fileno()
+
+    def begin_connect(self, endpoint: Endpoint, place: int, after: After) -> None:
+        """Ask for a connection that the disk is served by; `end_connect` returns it, and waits where it must."""
+        with suppress(OSError):  # where it has ended, it does not answer either
+            self._socket.send(opening.encode(opening.ConnectTo(str(endpoint), place, after.value, True, self.chain)))
+
+    def end_connect(self) -> socket.socket:
+        """Return the socket that was asked for. Raises: DriverError, OSError."""
+        return socket.socket(fileno=self._checked(*self._receive(), 1)[1][0])
+
     def make(self) -> int:
         """Return a descriptor of the new file that the job is to make. Raises: ConfigError, OSError."""
         try:
@@ -183,7 +207,15 @@ class RemoteOpener:
 
     def _ask(self, question: Question, carried: int | None) -> tuple[Given, list[int]]:
         """Ask, and return the answer with as many descriptors as `carried` says, where it says so."""
-        given, fds = self._transact(question)
+        try:
+            self._socket.send(opening.encode(question))
+        except OSError:
+            raise OpenerGone from None
+        return self._checked(*self._receive(), carried)
+
+    def _checked(
+        self, given: opening.FromOpener | None, fds: list[int], carried: int | None
+    ) -> tuple[Given, list[int]]:
         if isinstance(given, Given) and given.errno:
             carried = 0
         if not isinstance(given, Given) or (carried is not None and len(fds) != carried):
@@ -198,11 +230,10 @@ class RemoteOpener:
             raise OSError(given.errno, os.strerror(given.errno), given.path or None)
         return given, fds
 
-    def _transact(self, question: Question) -> tuple[opening.FromOpener | None, list[int]]:
-        """Send a question, and return what comes back with its descriptors; None where nothing does."""
+    def _receive(self) -> tuple[opening.FromOpener | None, list[int]]:
+        """Return what comes back with its descriptors; None where nothing does."""
         fds: list[int] = []
         try:
-            self._socket.send(opening.encode(question))
             datagram, fds, _ = datagrams.receive(self._socket, opening.MAX_MESSAGE, _MOST_CARRIED)
             return opening.from_opener(datagram), fds
         except TimeoutError:

@@ -29,6 +29,7 @@ from xenbackend.loop.steps import Steps
 from xenbackend.protocol import codec, messages
 from xenbackend.worker.channel import Channel
 from xenbackend.worker.connection import Below, Connection, Peer, describe_failed_flush
+from xenbackend.worker.connector import Connector
 from xenbackend.worker.disk import Disk, is_locked
 from xenbackend.worker.export import Export
 from xenbackend.worker.holds import Hold
@@ -75,9 +76,11 @@ class Stages:
         os.close(fds[0])
         memories = dict(zip(order.memories, fds[1:], strict=True))
         self._stopped = ""  # why a layer was stopped
+        self.connector = Connector(reactor, channel.stand, channel.disconnected)
         self._disk = Disk(
-            order, memories, reactor, channel.keep, channel.drop, on_bug, self._layer_reported, self._layer_stopped
-        )
+            order, memories, reactor, channel.keep, channel.drop, on_bug,
+            self.connector, self._layer_reported, self._layer_stopped,
+        )  # fmt: skip
 
     @property
     def chain(self) -> str:

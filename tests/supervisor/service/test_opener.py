@@ -13,7 +13,7 @@ import pytest
 from tests.supervisor.helpers import FAKE_OPENER
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.opening import Job, Opened
+from xenbackend.protocol.opening import Found, Job, Opened
 from xenbackend.supervisor.service.fleet import OPENER, Fleet
 from xenbackend.supervisor.service.opener import Opener
 from xenbackend.worker.opener import OpenerGone, RemoteOpener
@@ -37,9 +37,10 @@ class Service:
         opener, near = self.fleet.open(Job("vbd/5/51712", [chain], read_only=False), [], self._keep, self._end)
         return opener, RemoteOpener(near)
 
-    def _keep(self, found: Opened, fd: int) -> str:
+    def _keep(self, found: Found, fds: list[int]) -> str:
+        assert isinstance(found, Opened)
         self.opened.append(found)
-        os.close(fd)
+        os.close(fds[0])
         return self.refusal
 
     def _end(self, _opener: Opener, breach: str) -> None:

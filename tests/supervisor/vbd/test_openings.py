@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.supervisor.helpers import PATH
 from xenbackend.protocol import messages
-from xenbackend.protocol.opening import HeldFile, Opened
+from xenbackend.protocol.opening import Connected, HeldFile, KeptConnection, Opened, Undrained
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.openings import Openings
 
@@ -16,7 +16,7 @@ OPEN = messages.Open(1, "vbd/5/51712", "xenbackend.rig.host:/rig", 5, "aio:/img"
 
 
 def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) -> Openings:
-    """Return those of a disk that is served from /img, of which the file is kept."""
+    """Return those of a disk that is served from /img, of which the file is kept, and a connection."""
 
     def take(*arguments: Any, **named: Any) -> str:
         (taken if taken is not None else []).append((arguments, named))
@@ -24,8 +24,12 @@ def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) 
 
     kept = [(SimpleNamespace(name="/img", identity="file device=1 inode=2"), 7)]
     files = SimpleNamespace(kept=lambda: kept, take=take)
+    connection = KeptConnection("unix:/s", 0)
+    connections = SimpleNamespace(kept=lambda: [(connection, 8)], take=take, is_undrained=take)
     notes = SimpleNamespace(chain="aio:/img", in_service=[HeldFile("/base", 1, 3)])
-    handover: Any = SimpleNamespace(files=files, notes=notes, chain_in_service=lambda: "aio:/img")
+    handover: Any = SimpleNamespace(
+        files=files, connections=connections, notes=notes, chain_in_service=lambda: "aio:/img"
+    )
     context: Any = SimpleNamespace(settings=Settings(socket=str(directory / "control.sock"), parents=["/srv"]))
     device: Any = SimpleNamespace(sight=SimpleNamespace(spec=spec))
     return Openings(PATH, context, device, handover)
@@ -49,7 +53,7 @@ def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
     assert (["aio:/img", "aio:/other"], True, "") == (swap.chains, swap.read_only, swap.makes)
     assert (["aio:/img"], "/leaf") == (branch.chains, branch.makes)
     assert it.for_question(messages.Pause()) is None
-    assert [7] == it.kept()
+    assert [7, 8] == it.kept()
     assert ["/img"] == [each.name for each in swap.kept]
     for job in (opened, waited, swap, branch):
         assert (["/srv"], [HeldFile("/base", 1, 3)]) == (job.parents, job.in_service)
@@ -73,9 +77,23 @@ def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
     it = openings(tmp_path, taken)
     it.for_question(messages.Swap("aio:/x", replaces=True))
 
-    assert "no" == it.opened(Opened("/x", "file device=1 inode=3", 1), 9)
+    assert "no" == it.found(Opened("/x", "file device=1 inode=3", 1), [9])
     named = {"is_next": True, "replaces": True, "may_grow": False}
     assert [(("/x", "file device=1 inode=3", 9), named)] == taken
+
+
+def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> None:
+    """What a worker connects to anew is of the chain in service, by what is kept; the opener says what came of it."""
+    taken: list[Any] = []
+    it = openings(tmp_path, taken)
+    job = it.for_question(messages.Reconnect())
+
+    assert job is not None
+    assert (["aio:/img"], [KeptConnection("unix:/s", 0)]) == (job.chains, job.connections)
+    assert [7, 8] == it.kept()
+    assert "no" == it.found(Connected("unix:/s", 1, is_alone=True), [9])
+    assert "" == it.found(Undrained("unix:/s", 2, is_broken=False), [])
+    assert [(("unix:/s", 1, 9), {"is_alone": True}), (("unix:/s", 2), {"is_broken": False})] == taken
 
 
 def test_the_socket_of_an_export_is_removed_once_it_is_over(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.supervisor.service import process
-from xenbackend.supervisor.service.opener import PATIENCE_S, OnOpened, OnWaits, Opener
+from xenbackend.supervisor.service.opener import PATIENCE_S, OnFound, OnWaits, Opener
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
@@ -272,19 +272,19 @@ class Fleet:
         self,
         job: opening.Job,
         kept: Sequence[int],
-        on_opened: OnOpened,
+        on_found: OnFound,
         on_end: OnOpenerEnd,
         on_waits: OnWaits = lambda _: None,
     ) -> tuple[Opener, socket.socket]:
         """Start an opener on a job, and return it with the socket that its worker is to get. Raises: KernelError.
 
-        `kept` are the descriptors of the job's kept files, lent.
+        `kept` are the descriptors of what the job has kept, lent.
         """
         near, far = process.pair()
         with far, ExitStack() as undo:
             undo.callback(near.close)
             for started in self._candidates():
-                opener = Opener(self.loop, started, on_opened, partial(self._has_ended, on_end), on_waits)
+                opener = Opener(self.loop, started, on_found, partial(self._has_ended, on_end), on_waits)
                 self._openers.add(opener)
                 try:
                     opener.begin(job, far, kept)

@@ -20,7 +20,8 @@ from xenbackend.supervisor.service.process import Process
 PATIENCE_S = 1.0  # for those that were killed
 BREACH = 3  # exit status, `opener.main.BREACH`
 
-OnOpened = Callable[[opening.Opened, int], str]  # the descriptor is the callee's; returns why it is refused, or nothing
+# What was found, with its descriptors, which are the callee's; returns why the worker may not have it, or nothing.
+OnFound = Callable[[opening.Found, list[int]], str]
 OnEnd = Callable[["Opener", str], None]  # how it ended, where that is the worker's fault or its own
 OnWaits = Callable[[str], None]  # the file whose storage does not answer, or nothing
 
@@ -32,12 +33,12 @@ class Opener:
     """
 
     def __init__(
-        self, loop: Reactor, started: Process, on_opened: OnOpened, on_end: OnEnd, on_waits: OnWaits = lambda _: None
+        self, loop: Reactor, started: Process, on_found: OnFound, on_end: OnEnd, on_waits: OnWaits = lambda _: None
     ) -> None:
         """Listen to it from now on; it waits for its job."""
         self._loop = loop
         self._process = started
-        self._on_opened = on_opened
+        self._on_found = on_found
         self._on_end = on_end
         self._on_waits = on_waits
         self.over_since: float | None = None  # by the loop's clock
@@ -46,7 +47,7 @@ class Opener:
         loop.add(started.pidfd, self._reap)
 
     def begin(self, job: opening.Job, worker: socket.socket, kept: Sequence[int]) -> None:
-        """Give it its job, the socket of the worker that it is for, and `Job.kept`, which stay the caller's.
+        """Give it its job, the socket of the worker that it is for, and what the job has kept, which stay the caller's.
 
         Raises: OSError.
         """
@@ -113,13 +114,13 @@ class Opener:
         if isinstance(message, opening.Waits) and not fds:
             self._on_waits(message.name)
             return
-        if not isinstance(message, opening.Opened) or len(fds) != 1:
+        if not isinstance(message, opening.Found) or len(fds) != (not isinstance(message, opening.Undrained)):
             for fd in fds:  # we have no room for the descriptor, or it is of another version
                 os.close(fd)
             self.kill()
             return
         try:
-            refusal = self._on_opened(message, fds[0])
+            refusal = self._on_found(message, fds)
             self._send(opening.Ack(refusal))
         except OSError:
             pass  # it is ending

@@ -9,6 +9,7 @@ worker and the service may die at the same moment, and the next service finds al
     notes     what only the supervisor writes (`notes`)
     m0, m1 …  memories that layers had kept; the notes say of which name
     f0, f1 …  the disk's files (`kept_files`); the notes say which name and identity each has
+    s0, s1 …  connections to servers (`kept_connections`), likewise
     worker    the socket of the worker that runs      pidfd   its process
 
 What an older version left is made ours: its worker is killed, and once it is dead (`inheritance.end_predecessor`) its
@@ -35,6 +36,7 @@ from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.vbd.inheritance import OPEN_FILES, What, current, is_memory, name_of
+from xenbackend.supervisor.vbd.kept_connections import KeptConnections
 from xenbackend.supervisor.vbd.kept_files import KeptFiles
 from xenbackend.supervisor.vbd.notes import Exchange, Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -46,6 +48,7 @@ class Handover:
     page    the journal's memory
     notes   see `Notes`; changed by `note`
     files   the files that the disk was opened from
+    connections   to servers that it is served from
     worker  the socket and the pidfd of a worker that was inherited, or None
     on_note is called when the notes have changed
     """
@@ -78,12 +81,18 @@ class Handover:
             self._keep,
             lambda slot: self._forget(current(slot)),
         )
+        self.connections = KeptConnections(
+            lambda: self.notes.connections,
+            lambda connections: self.note(connections=connections),
+            self._keep,
+            lambda slot: self._forget(current(slot)),
+        )
         try:
             self._take(ours, theirs)
         except Exception:
             held = {*self._unkept.values(), self._journal, self._notes, *self._memories.values(), *(self.worker or ())}
-            files = self.files.descriptors().values()
-            for fd in {*ours.values(), *theirs.values(), *held, *files} - {-1}:
+            kept = [*self.files.descriptors().values(), *self.connections.descriptors().values()]
+            for fd in {*ours.values(), *theirs.values(), *held, *kept} - {-1}:
                 os.close(fd)
             raise
 
@@ -98,6 +107,9 @@ class Handover:
         for slot in self.notes.files:
             if current(slot) in ours:
                 self.files.find(slot, ours.pop(current(slot)))
+        for slot in self.notes.connections:
+            if current(slot) in ours:
+                self.connections.find(slot, ours.pop(current(slot)))
         remembered = ours.pop(current(OPEN_FILES), -1)
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:
@@ -276,6 +288,7 @@ class Handover:
         for name in list(self._memories):
             self.drop(name)
         self.files.let_go()
+        self.connections.let_go()
         for kind in ("notes", "journal"):
             self._forget(current(kind))
         self.leave()
@@ -286,6 +299,7 @@ class Handover:
             os.close(fd)
         self._memories.clear()
         self.files.leave()
+        self.connections.leave()
         self.page.release()
         self._notes_page.release()
 

@@ -32,7 +32,7 @@ _VERSIONS = {
     OPEN_FILES: 3,
 }
 _SLOT_VERSION = 3
-_SLOT = re.compile(r"[mf]\d+")
+_SLOT = re.compile(r"[mfs]\d+")
 
 
 def prefix_of(path: VbdPath) -> str:
@@ -119,7 +119,7 @@ def is_memory(kind: str) -> bool:
 
 
 def _is_slot(kind: str) -> bool:
-    """Return whether it is one of those of which there are several: a memory (m0), or a file (f0)."""
+    """Return whether it is one of those of which there are several: a memory (m0), a file (f0), a connection (s0)."""
     return _SLOT.fullmatch(kind) is not None
 
 

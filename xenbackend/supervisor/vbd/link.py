@@ -135,7 +135,7 @@ class Link:
             worker.send(message, fds)
             return None
         openings = self._openings
-        opener, near = self._fleet.open(job, openings.kept(), openings.opened, self._opener_ended, on_waits)
+        opener, near = self._fleet.open(job, openings.kept(), openings.found, self._opener_ended, on_waits)
         self._openers.append(opener)
         if worker.is_boosted:
             opener.boost()
@@ -180,6 +180,8 @@ class Link:
                     self.breach("it had kept what is no memory, or one too many")
             case messages.Drop():
                 self._vbd.drops(message.name)
+            case messages.Disconnected():
+                self._vbd.handover.connections.has_closed(message.server, message.place)
             case messages.Log():
                 fields = {"unsaid": str(message.unsaid)} if message.unsaid else {}
                 self._vbd.logs(message.level, message.event[:_MAX_LOG], fields)

@@ -54,6 +54,7 @@ class Notes:
     claim         see `Claimed`
     memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
     files         of the chain, and of one that is being put in, by the slot that each is kept under: `kept_files`
+    connections   to servers, by the slot that each is kept under: `kept_connections`
     program       version of the program that the worker was started from
     restarts      workers that took the place of one that had died
     exchanged_by  number of the order by which `chain` took another one's place
@@ -69,6 +70,7 @@ class Notes:
     claim: Claimed | None = None
     memories: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    connections: dict[str, str] = field(default_factory=dict)
     program: str = ""
     restarts: int = 0
     exchanged_by: int = 0

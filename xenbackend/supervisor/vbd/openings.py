@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from xenbackend.protocol import messages
-from xenbackend.protocol.opening import Job, KeptFile, Opened
+from xenbackend.protocol.opening import Connected, Found, Job, KeptFile, Opened, Undrained
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.vbd.handover import Handover
@@ -60,14 +60,27 @@ class Openings:
                 return replace(self._job([chain, question.chain]), keeps=question.is_resize)
             case messages.Branch():
                 return replace(self._job([chain]), makes=question.file)
+            case messages.Reconnect():
+                return self._job([self._handover.chain_in_service()])
         return None
 
     def kept(self) -> list[int]:
-        """Return the descriptors of a job's kept files, lent."""
-        return [fd for _, fd in self._handover.files.kept()]
+        """Return the descriptors of a job's kept files and connections, lent."""
+        return [fd for _, fd in [*self._handover.files.kept(), *self._handover.connections.kept()]]
 
-    def opened(self, found: Opened, fd: int) -> str:
-        """Keep a file that was opened for the first time; return why the worker may not have it, or nothing."""
+    def found(self, found: Found, fds: list[int]) -> str:
+        """Keep what an opener has found, ours from now on; return why the worker may not have it, or nothing."""
+        connections = self._handover.connections
+        match found:
+            case Opened():
+                return self._opened(found, fds[0])
+            case Connected():
+                return connections.take(found.server, found.place, fds[0], is_alone=found.is_alone)
+            case Undrained():
+                connections.is_undrained(found.server, found.place, is_broken=found.is_broken)
+        return ""
+
+    def _opened(self, found: Opened, fd: int) -> str:
         files, swap, is_next = self._handover.files, self._swap, found.chain > 0
         if is_next and swap.is_dry_run:
             os.close(fd)
@@ -95,4 +108,7 @@ class Openings:
         read_only, shareable = self._mode or asked
         kept = [KeptFile(file.name, file.identity) for file, _ in self._handover.files.kept()]
         parents, in_service = self._context.settings.parents, self._handover.notes.in_service
-        return Job(str(self._path), chains, read_only, shareable, kept=kept, parents=parents, in_service=in_service)
+        return Job(
+            str(self._path), chains, read_only, shareable, kept=kept, parents=parents, in_service=in_service,
+            connections=[each for each, _ in self._handover.connections.kept()],
+        )  # fmt: skip

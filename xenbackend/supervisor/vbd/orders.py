@@ -238,6 +238,7 @@ class Orders:
         self._vbd.handover.note(paused=None)
         if self._vbd.device.has_found_another_file():
             self._vbd.handover.files.accept_others()
+        self._vbd.handover.connections.accept_undrained()
         if self._vbd.device.phase is not Phase.SERVING:
             self._vbd.handover.poison(0)  # a worker that serves does that itself
         self._ask(order, messages.Resume(), lambda reply: self._done_or_noted(order, reply, {"paused": False}))

@@ -36,6 +36,7 @@ from xenbackend.supervisor.vbd.negotiation import connect_of
 from xenbackend.supervisor.vbd.openings import Openings
 from xenbackend.supervisor.vbd.orders import Orders
 from xenbackend.supervisor.vbd.phase import Phase
+from xenbackend.supervisor.vbd.reconnecting import Reconnecting
 from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -70,6 +71,7 @@ class Vbd:
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
         self._openings = Openings(path, context, self.device, self.handover)
         self.link = Link(self, context.fleet, self._openings)
+        self._reconnecting = Reconnecting(context.loop, self.link.ask)
         self.orders = Orders(self, context.settings.on_error)
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
@@ -178,6 +180,7 @@ class Vbd:
             self._served()
         self._openings.saw_export(standing.export)
         self.handle(standing)
+        self._reconnecting.stands(standing)
         if is_adopted:
             self.exchanges.conclude(standing)
 
@@ -201,6 +204,7 @@ class Vbd:
         if not self.device.is_promised():
             self.handover.files.let_go()  # a chain that could not be opened may be put right by another file
         self._openings.remove_export()
+        self._reconnecting.stop()
         now, was_asked = self._context.loop.now(), self.device.phase in (Phase.CLOSING, Phase.RETIRING)
         progress, is_breach = journal.progress(self.handover.page), worker.has_broken_protocol
         has_progressed = self.lives.end(now, progress, was_asked=was_asked, is_breach=is_breach)
@@ -354,6 +358,7 @@ class Vbd:
         self.is_forgotten = True
         for timer in (self._limit, self._look_at):
             timer.set(None)
+        self._reconnecting.stop()
         self._guarded(partial(self.orders.give_up, sentence, leaves=leaves))
         self.link.let_go(sentence, leaves=leaves)
         self._guarded(self.ending.end)
