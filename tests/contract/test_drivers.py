@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are f
     "aio": "aio:{file}",
     "delay": "delay:read=1us,jitter=1us|ram:1M",
     "fault": "fault:rate=0|ram:1M",
+    "nbd": "nbd:unix:{server}",
     "null": "null:1M",
     "offload": "offload:1M",
     "qcow": "qcow:{qcow}",
@@ -44,6 +47,29 @@ def usable() -> list[str]:
             continue
         names.append(name)
     return sorted(names)  # workers of pytest-xdist must agree
+
+
+SERVERS: list[subprocess.Popen[bytes]] = []  # processes of their own: descriptors are counted here
+
+
+@pytest.fixture(autouse=True)
+def _no_servers() -> Iterator[None]:
+    """End a test's servers."""
+    yield
+    while SERVERS:
+        server = SERVERS.pop()
+        server.communicate()  # ends its standard input
+        assert 0 == server.returncode
+
+
+def serve(path: Path) -> Path:
+    """Have a disk of zeros served by NBD, and return its socket."""
+    command = [sys.executable, "-m", "tests.nbd_server", str(path), str(SIZE)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    SERVERS.append(server)
+    assert server.stdout is not None
+    assert b"ready\n" == server.stdout.readline()
+    return path
 
 
 @pytest.fixture
@@ -72,6 +98,8 @@ def text_of(name: str, tmp_path: Path) -> str:
     """Return a chain with the driver in it, SIZE bytes large."""
     default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
     fixtures = {"file": image(tmp_path / "img")} | {each: tmp_path / each for each in ("qcow", "qcow2", "vhd")}
+    if name == "nbd":
+        fixtures["server"] = serve(tmp_path / "nbd.sock")
     fixtures["vhd"].write_bytes(vhd_images.image(SIZE, block_size=64 << 10))
     fixtures["qcow"].write_bytes(qcow_images.qcow(SIZE))
     fixtures["qcow2"].write_bytes(qcow_images.qcow2(SIZE, cluster_bits=9))

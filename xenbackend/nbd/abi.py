@@ -1,4 +1,4 @@
-"""The numbers and layouts of NBD, newstyle with simple replies, and the facts that a server tells about its export.
+"""The numbers and layouts of NBD, newstyle, for both sides, and the facts that a server tells about its export.
 
 Must not hold behaviour. Everything is big-endian.
 
@@ -18,11 +18,14 @@ NBDMAGIC = b"NBDMAGIC"
 IHAVEOPT = b"IHAVEOPT"
 FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2  # of the server and of the client alike
 OPTION = Struct(">8sII")  # IHAVEOPT, option, length of its data
-OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO, OPT_GO = 1, 2, 3, 6, 7
+OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_STARTTLS, OPT_INFO, OPT_GO = 1, 2, 3, 5, 6, 7
+OPT_STRUCTURED_REPLY, OPT_SET_META_CONTEXT = 8, 10
 OPTION_REPLY = Struct(">QIII")  # magic, option, type, length of its data
 OPTION_REPLY_MAGIC = 0x3E889045565A9
-REP_ACK, REP_SERVER, REP_INFO = 1, 2, 3
-REP_ERR_UNSUP, REP_ERR_INVALID, REP_ERR_UNKNOWN = (1 << 31 | number for number in (1, 3, 6))
+REP_ACK, REP_SERVER, REP_INFO, REP_META_CONTEXT = 1, 2, 3, 4
+REP_ERROR = 1 << 31  # in the type of a reply that refuses; its data is a sentence
+REP_ERR_UNSUP, REP_ERR_POLICY, REP_ERR_INVALID = (REP_ERROR | number for number in (1, 2, 3))
+REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_SHUTDOWN = (REP_ERROR | number for number in (5, 6, 7))
 INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
 EXPORT_NAME_REPLY = Struct(">QH")  # size, transmission flags; and zeros
 ZEROES = bytes(124)
@@ -32,13 +35,23 @@ SEND_HAS_FLAGS, SEND_READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_MULTI_CONN
 REQUEST = Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 REQUEST_MAGIC = 0x25609513
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM = range(5)
+CMD_BLOCK_STATUS = 7
 CMD_FLAG_FUA = 1
 REPLY = Struct(">IIQ")  # magic, error, cookie; what was read follows
 REPLY_MAGIC = 0x67446698
+STRUCTURED = Struct(">IHHQI")  # magic, flags, type, cookie, length of the data that follow; up to the cookie as REPLY
+STRUCTURED_MAGIC = 0x668E33EF
+CHUNK_DONE = 1  # flag: the last one of its reply
+CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_BLOCK_STATUS = 0, 1, 2, 5
+CHUNK_ERROR = 1 << 15  # in the type of a chunk that says that the request failed
+CHUNK_DATA_HEAD, CHUNK_HOLE_BODY, CHUNK_ERROR_HEAD = Struct(">Q"), Struct(">QI"), Struct(">IH")
+ALLOCATION = b"base:allocation"  # the context of block status
+STATUS_ZERO = 2  # of it: the range reads as zeros
+EXTENT = Struct(">II")  # length, flags
 
 # Error numbers are the protocol's own; they happen to be Linux's. Whatever is not here is said as EIO.
 ERRORS = frozenset({0, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW})
-ERROR_ENOTSUP = 95
+ERROR_ENOTSUP, ERROR_ESHUTDOWN = 95, 108
 
 MIN_BLOCK = 512  # bytes; offsets and lengths are multiples of it
 MAX_BLOCK = 32 << 20  # bytes of one read or write

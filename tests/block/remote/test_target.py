@@ -1,0 +1,72 @@
+"""Tests of `xenbackend.block.remote.target`: how an export is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from xenbackend.block.remote.target import parse_target
+
+GOOD = {
+    "unix:/run/a b,c": ("unix:/run/a b,c", None),
+    "host:10809": ("host:10809", None),
+    "[::1]:1": ("[::1]:1", None),
+    "[fe80::1%lo]:1": ("[fe80::1%lo]:1", None),
+    "nbd://host": ("host:10809", ""),
+    "//host/": ("host:10809", ""),
+    "nbd://Host:5/a": ("Host:5", "a"),
+    "nbd://host/a%2Fb": ("host:10809", "a/b"),
+    "nbd://host/a/b": ("host:10809", "a/b"),
+    "nbd://host//x": ("host:10809", "/x"),
+    "nbd://host/%257C%7C%2C%20+": ("host:10809", "%7C|, +"),
+    "nbd://[::1]/x": ("[::1]:10809", "x"),
+    "nbd://[fe80::1%25lo]:7/x": ("[fe80::1%lo]:7", "x"),
+    "nbd://[::ffff:127.0.0.1]": ("[::ffff:127.0.0.1]:10809", ""),
+    "nbd+unix:///?socket=/run/s": ("unix:/run/s", ""),
+    "nbd+unix:///a?socket=/run/a%20b": ("unix:/run/a b", "a"),
+    "nbd+unix:////x?socket=/s": ("unix:/s", "/x"),
+}
+BAD = {
+    "": "none of",
+    "host": "none of",
+    "host:": "not a port",
+    "host:0": "not a port",
+    "host:65536": "not a port",
+    "host:٣": "not a port",
+    ":1": "none of",
+    "::1:1": "brackets",
+    "[::1:1": "bracket",
+    "unix:relative": "whole path",
+    "unix:/" + 107 * "a": "too long",
+    "nbds://host": "TLS",
+    "nbds+unix:///?socket=/s": "TLS",
+    "http://host": "schemes",
+    "nbd://host/a b": "%20",
+    "nbd://host:x/": "no URI",
+    "nbd://": "not nbd://",
+    "nbd://user@host/": "user",
+    "nbd://host/#x": "fragment",
+    "nbd://host/?socket=/s": "not nbd://",
+    "nbd://host/?tls-psk-file=/x": "tls-psk-file is not known",
+    "nbd+unix:///x": "socket=",
+    "nbd+unix://host/x?socket=/s": "socket=",
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_what_is_written_is_what_is_meant(text: str) -> None:
+    """A server and an export are those that libnbd would take them for; a part of a URI is decoded once."""
+    target = parse_target(text)
+    assert GOOD[text] == (str(target.endpoint), target.export)
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_cannot_be_is_refused_in_a_sentence(text: str) -> None:
+    """What libnbd would not take, and what it would take otherwise than it is meant, is refused."""
+    with pytest.raises(ValueError, match=BAD[text]):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("text", ["unix:/run/s", "host:1", "[::1]:1"])
+def test_what_is_shown_can_be_written(text: str) -> None:
+    """The text of an endpoint is one that may stand in a chain."""
+    assert text == str(parse_target(str(parse_target(text).endpoint)))

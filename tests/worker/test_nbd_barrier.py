@@ -1,0 +1,172 @@
+"""A worker dies with a write under way at an NBD server: that write never lands after what its successor writes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.driven import Driven
+from tests.nbd_server import Export, Server
+from xenbackend.opener import connecting
+from xenbackend.protocol import messages
+from xenbackend.protocol.messages import Stage
+from xenbackend.units import PAGE
+
+pytestmark = pytest.mark.slow  # each starts a process
+SIZE = 1 << 20
+A, B = b"A" * PAGE, b"B" * PAGE
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Return a server whose first write of As is slow."""
+    with Server(tmp_path / "nbd.sock", Export(bytearray(SIZE)), slow=b"A") as server:
+        yield server
+
+
+def chain(server: Server, drain: str = "0s") -> str:
+    """Return the chain of the server's disk."""
+    return f"nbd:unix:{server.path},drain={drain}"
+
+
+def kill_amid_a_write(driven: Driven, server: Server, text: str) -> None:
+    """Kill the worker, which has opened a chain if one is given, once a write of As has come, the one that is slow."""
+    if text:
+        driven.connect(text)
+    driven.begin_write(A)
+    assert server.begun.wait(20)
+    server.slow = b"\0never"
+    driven.worker.process.kill()
+    driven.worker.process.wait()
+    driven.start_successor()
+
+
+def begin_successor(driven: Driven, text: str) -> None:
+    """Let a successor open the chain; it is not waited for."""
+    thread = threading.Thread(target=driven.open, args=[text])
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive(), "it did not wait"
+    driven.opening = thread  # type: ignore[attr-defined]
+
+
+def serve_and_overwrite(driven: Driven) -> None:
+    """Let the successor take over the rings, do again what was in flight, and then what the guest writes next."""
+    driven.worker.tell(messages.Serve, None)
+    assert not driven.worker.expect_standing(Stage.SERVING).failure
+    driven.frontend.write(0, B)
+    driven.frontend.flush()
+
+
+def let_the_late_write_land(server: Server) -> None:
+    """See everything done that the server was given."""
+    server.go.set()
+    for thread in list(server._threads):
+        if thread.name.endswith("(_write)"):
+            thread.join(20)
+
+
+def test_a_late_write_does_not_land_after_its_successors(driven: Driven, server: Server) -> None:
+    """A successor opens the disk only when the server has ended the connection of the worker that died."""
+    kill_amid_a_write(driven, server, chain(server))
+    begin_successor(driven, chain(server))
+    assert 1 == server.accepted
+    server.go.set()
+    driven.opening.join(20)  # type: ignore[attr-defined]
+    serve_and_overwrite(driven)
+    let_the_late_write_land(server)
+    assert B == server.export.content[:PAGE]
+
+
+def test_without_the_barrier_it_does(driven: Driven, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the barrier the same steps lose a write that was answered and flushed: so the test above would see it."""
+    monkeypatch.setattr(connecting.Connections, "_drain", lambda *_: None)
+    kill_amid_a_write(driven, server, chain(server))
+    driven.open(chain(server))
+    serve_and_overwrite(driven)
+    assert B == server.export.content[:PAGE]
+    let_the_late_write_land(server)
+    assert A == server.export.content[:PAGE]
+
+
+def test_a_server_that_closes_early_is_waited_for_as_the_chain_says(driven: Driven, server: Server) -> None:
+    """Where the end of a connection proves nothing, what lands within `drain` lands before a successor's writes."""
+    server.drains = False
+    kill_amid_a_write(driven, server, chain(server, "2s"))
+    began = driven.worker.openers.now()
+    begin_successor(driven, chain(server, "2s"))
+    let_the_late_write_land(server)
+    assert A == server.export.content[:PAGE]
+    driven.opening.join(20)  # type: ignore[attr-defined]
+    assert driven.worker.openers.now() - began >= 2
+    serve_and_overwrite(driven)
+    assert B == server.export.content[:PAGE]
+
+
+def test_a_server_that_is_silent_keeps_the_disk_waiting(
+    driven: Driven, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection without an end is no proof: a successor says so, and the next one goes on when the end has come."""
+    monkeypatch.setattr(connecting, "DRAIN_S", 0.2)
+    kill_amid_a_write(driven, server, chain(server))
+    refused = driven.worker.open(chain(server))
+    assert "does not end a former connection" in refused.failure
+    assert "xenbackend resume" in refused.failure
+    assert [False] == [each.is_broken for each in driven.worker.openers.undrained]
+    assert 1 == server.accepted
+    server.go.set()
+    driven.start_successor()
+    driven.open(chain(server))
+    serve_and_overwrite(driven)
+    assert B == server.export.content[:PAGE]
+
+
+def test_a_worker_that_closes_in_order_leaves_nothing_to_wait_for(driven: Driven, server: Server) -> None:
+    """A hand over is no death: the successor opens at once, whatever `drain` says."""
+    driven.connect(chain(server, "30s")).write(0, B)
+    driven.worker.close(hands_over=True)
+    driven.worker.process.wait(10)
+    assert not driven.worker.openers.connections
+    driven.start_successor()
+    began = driven.worker.openers.now()
+    driven.open(chain(server, "30s"))
+    assert driven.worker.openers.now() - began < 20
+    serve_and_overwrite(driven)
+
+
+def test_a_lost_connection_is_made_anew_in_service(driven: Driven, server: Server) -> None:
+    """The guest waits while the server is away, and what was in flight is done by the connection that follows."""
+    server.drains = False
+    driven.connect(chain(server))
+    request = driven.begin_write(A)
+    assert server.begun.wait(20)
+    server.slow = b"\0never"
+    server.cut()
+    wanted = driven.worker.expect(lambda it: isinstance(it, messages.Standing) and it.wants_connections)
+    assert "lost" in wanted.layers[0].facts["connection"]
+    server.go.set()
+    assert not driven.worker.ask(messages.Reconnect()).sentence
+    driven.frontend.wait([request])
+    assert A == server.export.content[:PAGE]
+    assert 2 == server.accepted
+    assert not driven.worker.stand().wants_connections
+
+
+def test_a_larger_export_is_offered_when_that_is_asked_for(driven: Driven, server: Server) -> None:
+    """`resize` looks at the size anew; the connection that is made for it is the one that a successor has to end."""
+    text = chain(server)
+    driven.connect(text).write(0, B)
+    server.export.content.extend(bytes(SIZE))
+    assert not driven.worker.ask(messages.Swap(text, order=3, is_resize=True)).sentence
+    assert 2 * SIZE == driven.worker.stand().layers[0].size
+    driven.frontend.write(8, B)
+    assert [(f"unix:{server.path}", 0)] == list(driven.worker.openers.connections)
+    kill_amid_a_write(driven, server, "")
+    begin_successor(driven, text)
+    let_the_late_write_land(server)
+    driven.opening.join(20)  # type: ignore[attr-defined]
+    serve_and_overwrite(driven)
+    assert B * 2 == server.export.content[: 2 * PAGE]

@@ -1,0 +1,180 @@
+"""nbd: a disk that another program serves by NBD, on this host or on another one.
+
+Synopsis:
+    nbd:SERVER[,export=NAME][,drain=DURATION][,timeout=DURATION][,durable=on]
+    SERVER is one of unix:PATH, HOST:PORT, URI
+
+Description:
+    Reads and writes an export of an NBD server: nbdkit with its plug-ins (S3, ssh, curl, ...), qemu-nbd,
+    qemu-storage-daemon, nbd-server, or another host's. A server is named by the whole path of its socket, by host and
+    port (an address of IPv6 in brackets), or by a URI as libnbd writes it: nbd://HOST[:PORT]/EXPORT,
+    nbd+unix:///EXPORT?socket=PATH. What a URI cannot hold is written with a % there, so that `%7C` is a bar and `%2C` a
+    comma; elsewhere a backslash before a bar or comma does. A URI that begins a chain may be written as it is:
+    nbd://host/export.
+
+    Names are resolved and connections made by the opener, a process of its own with the host's network. The worker
+    behind its walls gets the socket.
+
+Behaviour:
+    A server that goes away is a pause: reads, writes and flushes wait, by the policy's kind `away`, and the connection
+    is made again, after 0.1 s at first and every 5 s at last. What was in flight is sent again then. A server that
+    comes back with a smaller disk, without the export, or only to be read, is not served from; the disk waits, and
+    `status` says why, as it says what it waits for in any case (`connection`). A server that owes an answer and says
+    nothing for `timeout` is treated as one that has gone. A connection that has nothing to do may be silent for ever.
+    A server that breaks the protocol loses its connection, and is connected to again.
+
+    What was sent by a connection that is lost, also as the worker died, may still be under way at the server. Done
+    later than what the guest writes next, it would destroy that. So the former connection is seen to its end before
+    anything is sent again: our direction is shut down, and what comes is read until the server closes. That is enough
+    for a server that closes a connection only when it has done all that came by it: nbdkit does. qemu-nbd and
+    qemu-storage-daemon do not: they close at once, and a write may reach their disk seconds later, if that is slow. For
+    them `drain` is the time to wait after that end, 5 s by default: longer than a write may take there. Only with a
+    server that closes as nbdkit does should it be `drain=0s`; the guest then waits milliseconds and not seconds when a
+    worker dies. `status` says which holds (`barrier`). A server, or a network, that does not end the former connection
+    within 10 s keeps the disk waiting until it does, or until an administrator, who knows that nothing is under way
+    there, says `xenbackend resume`. A connection that is reset counts as ended.
+
+    A flush is NBD's, and covers what the guest wrote before. A discard is a trim, and promises nothing of what is read
+    there afterwards. `image map` and `image convert` ask for block status, and skip what reads as zeros. Sectors are as
+    large as the smallest request that the server takes, 512 bytes at least. Larger requests than it takes are cut.
+
+Example:
+    log:|nbd:unix:/run/nbdkit.sock,drain=0s
+    nbd:storage.example:10809,export=guest1
+    nbd:nbd+unix:///guest1?socket=/run/qemu-nbd.sock
+
+Limits:
+    Nothing keeps two hosts from writing to one export: NBD has no lock. One writer is the administrator's duty.
+    TLS is not spoken (nbds:). A tunnel that ends on this host, at a unix socket, is one way to have it.
+    The disk's size is that at opening; `xenbackend resize` asks for it anew. There is one connection, whatever the
+    server allows; `set` and `resize` look at the export by a second one, which qemu-nbd takes with `-e 2`.
+    A server whose host crashes loses what it had not made durable; the guest does not learn of that, as it had not
+    crashed itself. `durable=on` has each write made durable before it is answered.
+    A disk that is detached by force while its server is silent is let go of at once: what is attached in its place may
+    meet late writes.
+    nbdkit 1.32 aborts when a client dies while requests are in flight; it needs to be restarted by its unit then.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from xenbackend.block.driver import Driver, Env, Geometry
+from xenbackend.block.extents import Extent
+from xenbackend.block.opening import SECTOR_SIZES
+from xenbackend.block.options import Duration, Kind, option
+from xenbackend.block.remote.disk import RemoteDisk, Wanted
+from xenbackend.block.remote.negotiation import negotiate
+from xenbackend.block.remote.target import Target, parse_target
+from xenbackend.block.request import Request
+from xenbackend.errors import DriverError
+from xenbackend.nbd.abi import SEND_FLUSH, SEND_FUA, SEND_READ_ONLY, SEND_TRIM
+from xenbackend.nbd.client import MAX_NAME, Offer
+
+MAX_DRAIN_S = 30.0  # a worker that opens its chain for longer than a minute is taken for one that hangs
+
+
+class Nbd(Driver):
+    """Forwards to the connection, and gets out of the way."""
+
+    name = "nbd"
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """Which export, and how far its server is trusted."""
+
+        server: Annotated[Target, Kind("server", parse_target)] = option("unix:PATH, HOST:PORT or a URI", target=True)
+        export: str = option("the export's name; by default the one without a name, or the URI's", default="")
+        drain: Duration = option("how long the server may still write once a connection has ended", default=5.0)
+        timeout: Duration = option("how long a server may say nothing while it owes an answer", default=30.0)
+        durable: bool = option("writes are answered when they are on the server's medium", default=False)
+
+        def __post_init__(self) -> None:
+            """Refuse what contradicts itself. Raises: ValueError."""
+            if self.export and self.server.export not in (None, self.export):
+                raise ValueError(f"the URI names the export {self.server.export!r}, and export= another one")
+            if len(self.export.encode(errors="surrogateescape")) > MAX_NAME:
+                raise ValueError(f"the export's name is longer than {MAX_NAME} bytes")
+            if not 0 <= self.drain <= MAX_DRAIN_S:
+                raise ValueError(f"drain is from 0s to {MAX_DRAIN_S:.0f}s")
+            if not 2 <= self.timeout <= 3600:
+                raise ValueError("timeout is from 2s to 3600s")
+
+    options: Options
+    _disk: RemoteDisk | None = None
+
+    @property
+    def _export(self) -> str:
+        return self.options.export or self.options.server.export or ""
+
+    def open(self, env: Env) -> Geometry:
+        """Connect, and agree with the server."""
+        options, endpoint = self.options, self.options.server.endpoint
+        near = env.connect(endpoint)
+        try:
+            offer = negotiate(near, self._export)
+            geometry = _geometry(offer, read_only=env.read_only)
+            if options.durable and not (geometry.read_only or offer.flags & SEND_FUA):
+                raise DriverError(
+                    "the server cannot make single writes durable, as durable=on wants", errno=errno.ENOTSUP
+                )
+            wanted = Wanted(endpoint, self._export, options.timeout, options.durable and not geometry.read_only)
+            self._disk = RemoteDisk(env, wanted, near, offer, self._give_back)
+        except BaseException:
+            near.close()
+            env.disconnected(endpoint)
+            raise
+        self.submit = self._disk.submit  # type: ignore[method-assign]  # one call less
+        env.report(
+            "barrier", f"the server's end of a connection{f', and {options.drain:g} s' if options.drain else ''}"
+        )
+        return geometry
+
+    def content(self) -> str:
+        """See `Driver`."""
+        return f"nbd {self.options.server.endpoint} {self._export}"
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it shows them always
+        """See `Driver`: what the server says reads as zeros."""
+        assert self._disk is not None  # noqa: S101 - only open layers are asked
+        return self._disk.extents(size)
+
+    def submit(self, batch: list[Request]) -> None:
+        """Say that nothing is open; `open` puts another one in this place."""
+        raise RuntimeError(f"submitted before the server was connected to: {batch!r}")
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    def _give_back(self, batch: list[Request]) -> None:
+        self.complete(batch)
+
+
+def _geometry(offer: Offer, *, read_only: bool) -> Geometry:
+    """Return what an export is as a disk. Raises: DriverError where it cannot be one."""
+    sector = max(512, offer.min_block)
+    if sector not in SECTOR_SIZES:
+        raise DriverError(
+            f"the server takes requests of {offer.min_block} bytes at least; {SECTOR_SIZES[-1]} are the most"
+        )
+    if offer.size % sector or not offer.size:
+        raise DriverError(f"the export has {offer.size} bytes, which is no whole number of sectors of {sector} bytes")
+    if offer.max_block < sector:
+        raise DriverError(f"the server takes requests of {offer.max_block} bytes at most, and sectors have {sector}")
+    read_only = read_only or bool(offer.flags & SEND_READ_ONLY)
+    can_discard = bool(offer.flags & SEND_TRIM) and not read_only
+    return Geometry(
+        size=offer.size,
+        sector_size=sector,
+        read_only=read_only,
+        can_flush=bool(offer.flags & SEND_FLUSH),
+        can_discard=can_discard,
+        discard_granularity=max(sector, offer.preferred_block) if can_discard else 0,
+        physical_sector_size=min(max(sector, offer.preferred_block), 4096),
+    )

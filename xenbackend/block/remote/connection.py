@@ -1,0 +1,405 @@
+"""One connection to an NBD server after its handshake: requests out, replies in, data straight from and into `iov`.
+
+Must not connect, nor do a request again: what is in flight when the connection is lost goes back to whoever sent it.
+
+A server is not to be believed: a reply that nothing asked for, data outside of a request, or what is no reply at all,
+ends the connection (`NbdError`), and nothing else. A read is done when as many bytes have come as it wants.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from xenbackend.block.request import AWAY, Op, Request, clear
+from xenbackend.nbd.abi import (
+    CHUNK_BLOCK_STATUS,
+    CHUNK_DATA,
+    CHUNK_DATA_HEAD,
+    CHUNK_DONE,
+    CHUNK_ERROR,
+    CHUNK_ERROR_HEAD,
+    CHUNK_HOLE,
+    CHUNK_HOLE_BODY,
+    CHUNK_NONE,
+    CMD_BLOCK_STATUS,
+    CMD_DISC,
+    CMD_FLAG_FUA,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    ERROR_ESHUTDOWN,
+    ERRORS,
+    EXTENT,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    STRUCTURED,
+    STRUCTURED_MAGIC,
+    NbdError,
+)
+from xenbackend.nbd.client import Offer
+
+_KINDS = (CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM)  # by Op
+_IOV_MAX = 1024  # pieces of one sendmsg(2)
+_ROOM = 64 * 1024  # bytes of heads of replies, and of small data with them
+_MAX_SMALL = 8192  # bytes of a chunk that is no data
+_MAX_STATUS = 1 << 20  # bytes of an answer about block status
+_RESETS = (errno.ECONNRESET, errno.EPIPE)
+
+
+class Lost(Exception):
+    """The connection is of no use any more; `is_broken`: not by its server, but by the network."""
+
+    def __init__(self, why: str, *, is_broken: bool = False) -> None:
+        super().__init__(why)
+        self.is_broken = is_broken
+
+
+class Connection:
+    """The transmission over one socket, which is ours from now on.
+
+    in_flight   requests that the server has not answered
+    heard       grows whenever the server has said something
+    failure     why it is of no use any more (Lost, NbdError); `take_back` has what was in flight
+    """
+
+    def __init__(self, near: socket.socket, offer: Offer, *, durable: bool = False) -> None:
+        """With `durable` each write is answered when it is on the medium."""
+        near.setblocking(False)
+        self.in_flight = self.heard = 0
+        self.failure: Lost | NbdError | None = None
+        self._socket = near
+        self._offer = offer
+        self._write_flags = CMD_FLAG_FUA if durable else 0
+        self._lent: list[Request | None] = []  # by cookie
+        self._free: list[int] = []  # cookies
+        self._got: dict[int, int] = {}  # bytes of reads that come in several chunks, by cookie
+        self._out: deque[memoryview | bytes] = deque()
+        self._view = memoryview(bytearray(_ROOM))
+        self._at = self._end = 0  # what of it has come and is not looked at
+        self._iov: Sequence[memoryview] = ()  # where data go that are still to come
+        self._after_data: Request | None = None  # is done when they are there
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._socket.fileno()
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether the socket has not taken everything."""
+        return bool(self._out)
+
+    def submit(self, batch: list[Request]) -> None:
+        """Send requests, as far as the socket takes them; they are in flight, also where that has failed."""
+        out, lent, free, head = self._out, self._lent, self._free, REQUEST.pack
+        was_empty = not out
+        write_flags = self._write_flags
+        self.in_flight += len(batch)
+        for request in batch:
+            if free:
+                number = free.pop()
+                lent[number] = request
+            else:
+                number = len(lent)
+                lent.append(request)
+            op = request.op
+            if op == 1:  # WRITE
+                out.append(head(REQUEST_MAGIC, write_flags, 1, number, request.offset, request.length))
+                out.extend(request.iov)
+            else:
+                out.append(head(REQUEST_MAGIC, 0, _KINDS[op], number, request.offset, request.length))
+        if was_empty:
+            self.send()
+
+    def send(self) -> None:
+        """Send what the socket takes now."""
+        out = self._out
+        try:
+            while out:
+                pieces = list(out) if len(out) <= _IOV_MAX else [out[place] for place in range(_IOV_MAX)]
+                sent = self._socket.sendmsg(pieces)
+                for piece in pieces:
+                    if sent < len(piece):
+                        break
+                    sent -= len(piece)
+                    out.popleft()
+                if sent:
+                    out[0] = memoryview(out[0])[sent:]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.failure = _lost(error)
+
+    def receive(self) -> list[Request]:
+        """Return the requests that are done, with their status; then look at `failure`."""
+        done: list[Request] = []
+        try:
+            while self._receive_once(done):
+                pass
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.failure = _lost(error)
+        except (Lost, NbdError) as problem:
+            self.failure = problem
+        self.in_flight -= len(done)
+        return done
+
+    def take_back(self) -> list[Request]:
+        """Return what is in flight; nothing more is done with it."""
+        self.in_flight = 0
+        lost = [request for request in [*self._lent, self._after_data] if request is not None]
+        self._lent, self._free, self._iov, self._after_data = [], [], (), None
+        self._out.clear()
+        self._got.clear()
+        return lost
+
+    def close(self, *, in_order: bool) -> None:
+        """Close the socket; `in_order` says goodbye, with nothing in flight."""
+        if in_order:
+            try:
+                self._socket.settimeout(1.0)
+                self._socket.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended before
+        self._socket.close()
+
+    def block_status(self, offset: int, length: int, timeout_s: float) -> Iterator[tuple[int, int]]:
+        """Yield length and flags of ranges from `offset` on, at least one; it blocks, and nothing is in flight.
+
+        Raises: Lost, NbdError; OSError, where the server refuses.
+        """
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_BLOCK_STATUS, 0, offset, length))
+            is_done, found = False, b""
+            while not is_done:
+                magic, flags, kind, _, size = STRUCTURED.unpack(self._take(STRUCTURED.size))
+                if magic != STRUCTURED_MAGIC or size > _MAX_STATUS:
+                    raise NbdError(f"a reply to block status that begins with {magic:#x}")
+                body = self._take(size)
+                is_done = bool(flags & CHUNK_DONE)
+                if kind & CHUNK_ERROR and size >= CHUNK_ERROR_HEAD.size:
+                    code = CHUNK_ERROR_HEAD.unpack_from(body)[0]
+                    raise OSError(_errno_of(code), "the server does not tell its block status")
+                if kind == CHUNK_BLOCK_STATUS and body[:4] == self._context():
+                    found = body[4:]
+        except OSError as error:
+            if isinstance(error, TimeoutError | ConnectionError):
+                raise _lost(error) from error
+            raise
+        finally:
+            self._socket.setblocking(False)
+        if not found or len(found) % EXTENT.size:
+            raise NbdError("block status without ranges")
+        yield from EXTENT.iter_unpack(found)
+
+    def _context(self) -> bytes:
+        return (self._offer.context or 0).to_bytes(4, "big")
+
+    def _take(self, size: int) -> bytes:
+        received = b""
+        while len(received) < size:
+            piece = self._socket.recv(size - len(received))
+            if not piece:
+                raise Lost("the server has closed the connection")
+            received += piece
+        return received
+
+    def _receive_once(self, done: list[Request]) -> bool:
+        """Receive and look at it; True where there may be more already."""
+        view = self._view
+        if self._iov:  # the rest of this read's data, and what follows into the buffer, by one call
+            iov = self._iov
+            received = self._socket.recvmsg_into([*iov, view] if len(iov) < _IOV_MAX else iov[:_IOV_MAX])[0]
+            if not received:
+                raise Lost("the server has closed the connection")
+            self.heard += 1
+            left = self._fill(received)
+            if left < 0:
+                return True
+            self._at, self._end = 0, left
+            self._data_are_there(done)
+        else:
+            left = self._end - self._at
+            if left:
+                view[:left] = bytes(view[self._at : self._end])
+            received = self._socket.recv_into(view[left:])
+            if not received:
+                raise Lost("the server has closed the connection")
+            self.heard += 1
+            self._at, self._end = 0, left + received
+        was_full = self._end == _ROOM
+        self._parse(done)
+        return bool(self._iov) or was_full
+
+    def _fill(self, received: int) -> int:
+        """Take note of data that have come; return how many bytes are in the buffer, -1 where there is more to come."""
+        iov = self._iov
+        for place, piece in enumerate(iov):
+            if received < len(piece):
+                self._iov = [piece[received:], *iov[place + 1 :]]
+                return -1
+            received -= len(piece)
+        self._iov = ()
+        return received
+
+    def _data_are_there(self, done: list[Request]) -> None:
+        request, self._after_data = self._after_data, None
+        if request is not None:
+            done.append(request)
+
+    def _parse(self, done: list[Request]) -> None:
+        view, lent, unpack = self._view, self._lent, REPLY.unpack_from
+        at, end = self._at, self._end
+        while end - at >= 16:
+            magic, word, number = unpack(view, at)
+            request = lent[number] if number < len(lent) else None
+            if request is None:
+                raise NbdError(f"a reply to request {number}, which is not in flight")
+            if magic == STRUCTURED_MAGIC:
+                if end - at < STRUCTURED.size:
+                    break
+                after = self._chunk(request, number, word, at, end, done)
+                if after < 0:
+                    break
+                at = after
+            elif magic == REPLY_MAGIC:
+                at = self._simple(request, number, word, at + 16, end, done)
+            else:
+                raise NbdError(f"a reply that begins with {magic:#x}")
+            if self._iov:
+                break
+        self._at = at
+
+    def _simple(self, request: Request, number: int, code: int, at: int, end: int, done: list[Request]) -> int:
+        """Take a simple reply whose head ends at `at`; return where it ends."""
+        if request.op or code:  # no READ that was done
+            self._finish(request, number, _errno_of(code) if code else 0, done)
+            return at
+        if self._offer.structured:
+            raise NbdError("a simple reply to a read")
+        self._lent[number] = None
+        self._free.append(number)
+        request.status = 0
+        at = self._copy(request.iov, request.length, at, end)
+        if self._iov:
+            self._after_data = request
+        else:
+            done.append(request)
+        return at
+
+    def _chunk(self, request: Request, number: int, word: int, at: int, end: int, done: list[Request]) -> int:
+        """Take a chunk of a structured reply at `at`; return where it ends, -1 where it is not all there."""
+        flags, kind = word >> 16, word & 0xFFFF
+        length: int = STRUCTURED.unpack_from(self._view, at)[4]
+        body, is_last = at + STRUCTURED.size, bool(flags & CHUNK_DONE)
+        if not self._offer.structured:
+            raise NbdError("a structured reply, which was not agreed on")
+        if kind == CHUNK_DATA and request.op == Op.READ:
+            if length <= CHUNK_DATA_HEAD.size:
+                raise NbdError(f"data of {length} bytes")
+            if end - body < CHUNK_DATA_HEAD.size:
+                return -1
+            (offset,) = CHUNK_DATA_HEAD.unpack_from(self._view, body)
+            length -= CHUNK_DATA_HEAD.size
+            iov = self._part(request, number, offset, length)
+            after = self._copy(iov, length, body + CHUNK_DATA_HEAD.size, end)
+        elif length > _MAX_SMALL:
+            raise NbdError(f"a chunk of type {kind} with {length} bytes")
+        elif end - body < length:
+            return -1
+        else:
+            self._small_chunk(request, number, kind, self._view[body : body + length], is_last=is_last)
+            after = body + length
+        if is_last and self._iov:  # it is done when the rest has come
+            self._finish(request, number, 0, [])
+            self._after_data = request
+        elif is_last:
+            self._finish(request, number, 0, done)
+        return after
+
+    def _small_chunk(self, request: Request, number: int, kind: int, body: memoryview, *, is_last: bool) -> None:
+        """Take a chunk that is no data."""
+        if kind == CHUNK_HOLE and request.op == Op.READ and len(body) == CHUNK_HOLE_BODY.size:
+            clear(self._part(request, number, *CHUNK_HOLE_BODY.unpack(body)))
+        elif kind & CHUNK_ERROR and len(body) >= CHUNK_ERROR_HEAD.size:
+            code = CHUNK_ERROR_HEAD.unpack_from(body)[0]
+            self._got[number] = -_errno_of(code)  # whatever else comes of it
+        elif kind != CHUNK_NONE or body or not is_last:
+            raise NbdError(f"a chunk of type {kind} in reply to a {Op(request.op).name}")
+
+    def _part(self, request: Request, number: int, offset: int, length: int) -> Sequence[memoryview]:
+        """Return where data of a read go, after looking whether they belong there; counts them."""
+        start = offset - request.offset
+        if start < 0 or start + length > request.length:
+            raise NbdError(f"data of {offset}+{length} for a read of {request.offset}+{request.length}")
+        got = self._got.get(number, 0)
+        if got >= 0:
+            if got + length > request.length:
+                raise NbdError(f"more data than the {request.length} bytes that were asked for")
+            self._got[number] = got + length
+        return request.iov if length == request.length else cut(request.iov, start, length)
+
+    def _copy(self, iov: Sequence[memoryview], length: int, at: int, end: int) -> int:
+        """Copy data that are in the buffer to where they go, and leave in `_iov` where the rest goes."""
+        view = self._view
+        if end - at >= length:
+            for piece in iov:
+                size = len(piece)
+                piece[:] = view[at : at + size]
+                at += size
+            return at
+        for place, piece in enumerate(iov):
+            size = len(piece)
+            if end - at < size:
+                piece[: end - at] = view[at:end]
+                self._iov = [piece[end - at :], *iov[place + 1 :]]
+                break
+            piece[:] = view[at : at + size]
+            at += size
+        return end
+
+    def _finish(self, request: Request, number: int, status: int, done: list[Request]) -> None:
+        got = self._got.pop(number, 0)
+        if got < 0:
+            status = -got
+        elif request.op == Op.READ and not status and got != request.length:
+            raise NbdError(f"{got} bytes for a read of {request.length}")
+        self._lent[number] = None
+        self._free.append(number)
+        request.status = status
+        done.append(request)
+
+
+def cut(iov: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
+    """Return the memory of a part of a request."""
+    found = []
+    for piece in iov:
+        size = len(piece)
+        if start < size and length > 0:
+            found.append(piece[start : start + length])
+            length -= len(found[-1])
+        start = max(0, start - size)
+    return found
+
+
+def _errno_of(code: int) -> int:
+    """Return the errno for an error number of the protocol."""
+    if code == ERROR_ESHUTDOWN:
+        return AWAY
+    if code == errno.EOPNOTSUPP:
+        return errno.EOPNOTSUPP
+    return code if code in ERRORS and code else errno.EIO
+
+
+def _lost(error: OSError) -> Lost:
+    if error.errno in _RESETS:
+        return Lost("the server has reset the connection")
+    return Lost(f"the connection broke: {error.strerror or error}", is_broken=True)

@@ -1,0 +1,96 @@
+"""How an NBD export is written: a socket or a host, an export's name, or a URI as libnbd has it.
+
+Must not resolve a name. A part of a URI is decoded once. Source: NetworkBlockDevice/nbd doc/uri.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from xenbackend.block.servers import Endpoint
+
+PORT = 10809  # IANA's for NBD
+_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+_URI = re.compile(r"^([a-z+]*):?//")
+_MAX_PATH = 107  # bytes; sun_path of unix(7) has 108, with a NUL
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An export; `export` is None where the text does not name one, so that an option may."""
+
+    endpoint: Endpoint
+    export: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.endpoint)
+
+
+def parse_target(text: str) -> Target:
+    """Return what ``unix:/path``, ``host:port`` or a URI names. Raises: ValueError, with a sentence."""
+    if uri := _URI.match(text):
+        return _parse_uri(text if uri[1] else f"nbd:{text}")
+    if text.startswith("unix:"):
+        return Target(_unix(text.removeprefix("unix:")))
+    host, colon, port = text.rpartition(":")
+    if not colon or not host:
+        raise ValueError(f"{text!r} is none of unix:/PATH, HOST:PORT, nbd://HOST/EXPORT")
+    return Target(_tcp(host, port))
+
+
+def _parse_uri(text: str) -> Target:
+    if re.search(r"[\s\x00-\x1f\x7f]", text):
+        raise ValueError(f"{text!r}: a blank is written as %20 in a URI")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no URI: {error}") from None
+    if parts.scheme not in _SCHEMES:
+        raise ValueError(f"{text!r}: the schemes are {', '.join(_SCHEMES)}")
+    if parts.scheme.startswith("nbds"):
+        raise ValueError(f"{text!r} asks for TLS, which this version does not speak; have a tunnel end on this host")
+    if parts.username or parts.password or parts.fragment:
+        raise ValueError(f"{text!r}: a user or a fragment means nothing here")
+    export = unquote(parts.path.removeprefix("/"), errors="surrogateescape")
+    query = dict(parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape"))
+    if unknown := sorted(query.keys() - {"socket"}):
+        raise ValueError(f"{text!r}: {unknown[0]} is not known in a URI")
+    if parts.scheme.endswith("+unix"):
+        if parts.netloc or "socket" not in query:
+            raise ValueError(f"{text!r} is not nbd+unix:///EXPORT?socket=/PATH")
+        return Target(_unix(query["socket"]), export)
+    if "socket" in query or not parts.hostname:
+        raise ValueError(f"{text!r} is not nbd://HOST:PORT/EXPORT")
+    host = parts.netloc.rpartition("@")[2]
+    host = host[1 : host.index("]")] if host.startswith("[") else host.partition(":")[0]
+    return Target(_endpoint(unquote(host), PORT if port is None else port), export)
+
+
+def _unix(path: str) -> Endpoint:
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is not the whole path of a socket")
+    if "\0" in path or len(path.encode(errors="surrogateescape")) > _MAX_PATH:
+        raise ValueError(f"{path!r} is too long for a socket; {_MAX_PATH} bytes fit")
+    return Endpoint(path=path)
+
+
+def _tcp(host: str, port: str) -> Endpoint:
+    if not (port.isascii() and port.isdecimal()):
+        raise ValueError(f"{port!r} is not a port; write HOST:PORT")
+    if host.startswith("[") != host.endswith("]"):
+        raise ValueError(f"{host!r} has one bracket")
+    bare = host.removeprefix("[").removesuffix("]")
+    if ":" in bare and bare == host:
+        raise ValueError(f"{host!r} is written in brackets before a port, as in [::1]:{PORT}")
+    return _endpoint(bare, int(port))
+
+
+def _endpoint(host: str, port: int) -> Endpoint:
+    if not host or re.search(r"[\s\x00/]", host):
+        raise ValueError(f"{host!r} is not the name of a host")
+    if not 0 < port < 65536:
+        raise ValueError(f"{port} is not a port")
+    return Endpoint(host=host, port=port)
