@@ -30,7 +30,7 @@ test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(addprefix --ignore=,$(MACHINES))
+	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(addprefix --ignore=,tests/engines $(MACHINES))
 
 test-system: $(VENV)/.dev  ## whole machines: services that follow one another, taken-over workers, kills, two administrators
 	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(PART_OF) $(call FAILED_OF,system) $(MACHINES)
@@ -46,6 +46,10 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 		$(call FAILED_OF,images) tests/block/test_large.py tests/block/qcow/test_kills.py \
 		tests/block/mapped/test_blocks.py tests/block/drivers/test_vdi.py tests/block/test_hostile_parents.py \
 		tests/block/test_damaged_tables.py
+
+# nbdkit, qemu-nbd and qemu-storage-daemon, as far as they are installed.
+test-engines: $(VENV)/.dev  ## disks on real NBD servers: kills on both sides, stops, restarts, names, limits
+	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal --basetemp={tmp}/t $(call FAILED_OF,engines) tests/engines
 
 # KILLS=number, or HOURS=number; S=number plans other steps.
 chaos: $(VENV)/.dev  ## kill everything below guests under load, while administrators order; the figures are build/chaos.json

@@ -1,0 +1,104 @@
+"""Real NBD servers as processes of a test: nbdkit, qemu-nbd, qemu-storage-daemon.
+
+Must not leave one behind. Each is started in the place of one that has gone, by the same socket.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+START_S = 10.0
+
+
+class Engine:
+    """One server over an image of zeros.
+
+    chain   the layer that has its disk
+    """
+
+    def __init__(self, kind: str, directory: Path, size: int, options: Sequence[str] = ()) -> None:
+        """Prepare one; `options` come before the plug-in of nbdkit, or before the image."""
+        if shutil.which(kind) is None:
+            pytest.skip(f"there is no {kind} here")
+        self.kind = kind
+        self.image = directory / f"{kind}.img"
+        with self.image.open("wb") as file:
+            file.truncate(size)
+        self.socket = directory / f"{kind}.sock"
+        self._options = list(options)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def chain(self) -> str:
+        """The server's disk, with what holds for its connections' ends."""
+        export = ",export=disk" if self.kind == "qemu-storage-daemon" else ""
+        return f"nbd:unix:{self.socket}{export},drain={'0s' if self.kind == 'nbdkit' else '1s'}"
+
+    def start(self) -> None:
+        """Start it, and return when it listens."""
+        self.socket.unlink(missing_ok=True)
+        self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL)
+        give_up = time.monotonic() + START_S
+        while not self.socket.exists():
+            assert self._process.poll() is None, f"{self.kind} has ended"
+            assert time.monotonic() < give_up, f"{self.kind} does not listen"
+
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _command(self) -> list[str]:
+        match self.kind:
+            case "nbdkit":
+                plugin = (
+                    [] if any(each in ("memory", "sh", "eval") for each in self._options) else ["file", str(self.image)]
+                )
+                return ["nbdkit", "-f", "-U", str(self.socket), *self._options, *plugin]
+            case "qemu-nbd":
+                return [
+                    "qemu-nbd",
+                    "-f",
+                    "raw",
+                    "-t",
+                    "-e",
+                    "8",
+                    "-k",
+                    str(self.socket),
+                    "--discard=unmap",
+                    *self._options,
+                    str(self.image),
+                ]
+            case _:
+                return [
+                    "qemu-storage-daemon",
+                    "--blockdev", f"driver=file,node-name=f,filename={self.image},discard=unmap",
+                    "--nbd-server", f"addr.type=unix,addr.path={self.socket}",
+                    "--export", "type=nbd,id=e,node-name=f,name=disk,writable=on",
+                ]  # fmt: skip

@@ -1,0 +1,211 @@
+"""The driver nbd with real servers, below real guests of the embedded machine: kills, restarts, stops, names, sizes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.engines.servers import Engine
+from tests.workload import Load, make_model, read_all
+from xenbackend.block.chain import parse_chain
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+from xenbackend.image.extents import map_chain
+from xenbackend.image.session import Session
+from xenbackend.protocol.client import ServiceError
+from xenbackend.rig.frontend import Wishes
+
+SIZE = 64 << 20
+SECTORS = SIZE // 512
+KINDS = ("nbdkit", "qemu-nbd", "qemu-storage-daemon")
+DOMID = 5
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """An embedded machine with the real service."""
+    with Machine() as machine:
+        yield machine
+
+
+@pytest.fixture(params=KINDS)
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """Each server in turn."""
+    with Engine(request.param, tmp_path, SIZE) as engine:
+        yield engine
+
+
+class Guest:
+    """A guest with a disk of an engine under verified load."""
+
+    def __init__(self, machine: Machine, chain: str, seed: int, stack: ExitStack) -> None:
+        self.machine = machine
+        guest = stack.enter_context(closing(machine.create_guest(DOMID)))
+        self.path = machine.attach(DOMID, "xvda", chain)
+        self.frontend = stack.enter_context(closing(guest.connect(self.path, Wishes(persistent=True, indirect=64))))
+        self.model = make_model(seed, SECTORS, can_discard=False)
+        self.load = Load(self.frontend, self.model, patience_s=60)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the service says of the disk."""
+        [found] = self.machine.ask({"verb": "status"})["data"]
+        return found  # type: ignore[no-any-return]
+
+    def connection(self) -> str:
+        """Return what the layer says of its connection."""
+        return str(self.status()["layers"][0]["facts"].get("connection", ""))
+
+    def kill(self) -> None:
+        """Kill the worker, which may just be starting."""
+        worker = self.status()["worker"]
+        if worker:
+            os.kill(worker, signal.SIGKILL)
+
+    def end(self) -> None:
+        """See that the guest saw no error, and that each sector holds what it wrote."""
+        self.load.finish()
+        assert 0 == self.model.failures
+        read_all(self.frontend, self.model)
+
+
+@pytest.fixture
+def guest(machine: Machine, engine: Engine, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A guest on each server in turn."""
+    with ExitStack() as stack:
+        yield Guest(machine, engine.chain, request.config.getoption("--seed"), stack)
+
+
+def test_demo(engine: Engine) -> None:
+    """The demo verifies every sector."""
+    assert 0 == main(["demo", "--quiet", "--area", "16M", "--seconds", "1", engine.chain])
+
+
+def test_workers_are_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:
+    """A guest sees a pause and no error when its worker dies amid requests, also if the server aborts over that."""
+    random = Random(request.config.getoption("--seed"))
+    for _ in range(5):
+        guest.load.run(random.randrange(20, 120))
+        guest.load.top_up()
+        guest.kill()
+        if not engine.is_alive():  # nbdkit 1.32 aborts when a client dies with requests in flight
+            engine.start()
+    guest.load.run(200)
+    guest.end()
+
+
+def test_the_server_is_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:
+    """A guest waits for a server that dies and comes back, and the worker stays the same one."""
+    random = Random(request.config.getoption("--seed"))
+    worker = guest.status()["worker"]
+    for _ in range(3):
+        guest.load.run(random.randrange(20, 120))
+        guest.load.top_up()
+        engine.kill()
+        until(lambda: "cannot be reached" in guest.connection())
+        engine.start()
+    guest.load.run(200)
+    guest.end()
+    assert worker == guest.status()["worker"]
+
+
+def test_everything_dies_at_once(guest: Guest, engine: Engine) -> None:
+    """Server, worker and service together are no more than a longer pause."""
+    guest.load.run(50)
+    guest.load.top_up()
+    engine.kill()
+    guest.kill()
+    os.kill(guest.machine.service_pid, signal.SIGKILL)
+    engine.start()
+    guest.load.run(100)
+    guest.end()
+
+
+def test_a_server_that_stands_still_is_waited_for(guest: Guest, engine: Engine) -> None:
+    """With a worker that died while its server is stopped nothing goes on before the server has ended what it had."""
+    guest.load.run(50)
+    guest.load.top_up()
+    engine.send(signal.SIGSTOP)
+    guest.kill()
+    until(lambda: "does not end a former connection" in str(guest.status().get("error", "")))
+    engine.send(signal.SIGCONT)
+    if not engine.is_alive():
+        engine.start()
+    guest.load.run(100)
+    guest.end()
+
+
+def test_a_worker_is_replaced_while_its_server_is_away(guest: Guest, engine: Engine) -> None:
+    """`upgrade` hands over what waits, says what for, and needs no `resume` when the server is back."""
+    guest.load.run(50)
+    worker = guest.status()["worker"]
+    engine.kill()
+    guest.load.top_up()
+    until(lambda: "cannot be reached" in guest.connection())
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        guest.machine.ask({"verb": "upgrade", "vbd": "5/xvda"})
+    assert worker != guest.status()["worker"]
+    engine.start()
+    guest.load.run(100)
+    guest.end()
+
+
+def test_exports_are_called_as_libnbd_calls_them(tmp_path: Path) -> None:
+    """Each URI asks nbdkit for the very export that nbdinfo asks for."""
+    asked = tmp_path / "asked"
+    script = f'printf "%s\\n" "$3" >>{asked}'
+    with Engine(
+        "nbdkit", tmp_path, SIZE, ["eval", f"open={script}", "get_size=echo 1048576", "pread=exit 1"]
+    ) as engine:
+        for export in ("", "/", "/a", "//a", "/a%2Fb", "/a/b", "/%7C%2C", "/a%20b", "/%25", "/%C3%A4", "/a+b"):
+            uri = f"nbd+unix://{export}?socket={engine.socket}"
+            subprocess.run(["nbdinfo", "--size", uri], check=True, stdout=subprocess.DEVNULL, timeout=20)
+            assert 0 == main(["check", "--read-only", f"nbd:{uri}"])
+            theirs, ours = asked.read_text().splitlines()[-2:]
+            assert theirs == ours, uri
+
+
+def test_limits_of_requests_are_kept(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A server that answers small, large and crooked requests with errors serves a guest without one."""
+    policy = ["blocksize-minimum=4096", "blocksize-maximum=128K", "blocksize-error-policy=error"]
+    options = ["--filter=blocksize-policy", "memory", "64M", *policy]
+    with Engine("nbdkit", tmp_path, SIZE, options) as engine, ExitStack() as stack:
+        guest = stack.enter_context(closing(machine.create_guest(DOMID)))
+        path = machine.attach(DOMID, "xvda", engine.chain)
+        frontend = stack.enter_context(closing(guest.connect(path, Wishes(indirect=256))))
+        assert 4096 == frontend.facts.sector_size
+        data = Random(1).randbytes(1 << 20)
+        frontend.write(0, data)
+        assert data == frontend.read(0, 2048)
+
+
+def test_images_are_made_of_it(engine: Engine, tmp_path: Path) -> None:
+    """`image convert` from a server copies every byte and leaves holes where that says zeros; `image map` has them."""
+    data = Random(1).randbytes(1 << 20)
+    with engine.image.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(data)
+    copy = tmp_path / "copy.img"
+    assert 0 == main(["image", "convert", engine.chain, f"aio:{copy}"])
+    assert engine.image.read_bytes() == copy.read_bytes()
+    assert copy.stat().st_blocks * 512 < 4 << 20
+    chain = parse_chain(engine.chain)
+    with Session(direct=False) as session:
+        disk = session.open(chain, read_only=True)
+        found = [(each.start, each.length) for each in map_chain(disk.chain.layers) if not each.is_zeros]
+    assert [(1 << 20, 1 << 20)] == found
