@@ -158,6 +158,12 @@ class StepEnv:
         function()
         then()
 
+    def wait_for(self, is_done: Callable[[], bool]) -> None:
+        """Let time pass until it is done."""
+        while not is_done():
+            assert self.timers, "nothing will ever happen"
+            self.ring()
+
     def memory(self, name: str, size: int) -> memoryview:
         """Return what was written under this name before."""
         if len(self.memories.get(name, b"")) != size:
@@ -232,6 +238,7 @@ class Clumsy(Filter):
     """A filter that fails where its options say."""
 
     name = "clumsy"
+    is_transparent = True
 
     @dataclass(frozen=True, slots=True)
     class Options:
@@ -296,12 +303,14 @@ class Silent(Filter):
     """The empty filter."""
 
     name = "silent"
+    is_transparent = True
 
 
 class Coarse(Filter):
     """A filter that shows sectors of 4096 bytes."""
 
     name = "coarse"
+    is_transparent = True
 
     def open(self, env: Env) -> Geometry:
         """Answer for the layer below."""

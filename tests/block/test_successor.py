@@ -9,7 +9,7 @@ import pytest
 from tests.helpers_block import Machine
 from tests.qcow_images import qcow2
 from xenbackend.block.leaf import leaf_over
-from xenbackend.block.successor import keeps_content
+from xenbackend.block.successor import keeps_content, shows_the_same
 from xenbackend.opener.newfile import write_new
 
 SIZE = 1 << 20
@@ -52,6 +52,29 @@ def test_the_same_content_is_known_by_its_file(
         chain.close()
 
     assert keeps == found
+
+
+@pytest.mark.parametrize(
+    ("former", "new", "same"),
+    [
+        ("aio:{d}/one", "log:|delay:|aio:{d}/one", True),
+        ("log:|offset:start=4K|aio:{d}/one", "offset:start=4K|aio:{d}/one", True),
+        ("offset:start=4K|aio:{d}/one", "aio:{d}/one", False),
+        ("offset:start=4K|aio:{d}/one", "offset:start=8K|aio:{d}/one", False),
+        ("aio:{d}/one", "offset:start=4K|aio:{d}/one", False),
+    ],
+)
+def test_filters_that_alter_what_is_read_have_to_stay(
+    machine: Machine, files: Path, former: str, new: str, *, same: bool
+) -> None:
+    """Another part of the same image is another disk, although its source is the same."""
+    chains = [machine.open(text.format(d=files), read_only=True) for text in (former, new)]
+    layers = [chain.layers for chain in chains]
+    found, source = shows_the_same(*layers), keeps_content(*layers)
+    for chain in chains:
+        chain.close()
+
+    assert (same, True) == (found, source)
 
 
 def test_a_name_that_means_another_file_now(machine: Machine, files: Path) -> None:

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 from descriptors import open_descriptors
 
-from tests import qcow_images, vhd_images
+from tests import partition_tables, qcow_images, vhd_images
 from tests.helpers_block import SIZE, Machine, content, discard, flush, image, read, write
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers import driver_names, find_driver
@@ -26,6 +26,8 @@ PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are f
     "nbd": "nbd:unix:{server}",
     "null": "null:1M",
     "offload": "offload:1M",
+    "offset": "offset:start=68K,length=1M|ram:2M",
+    "partition": "partition:1|aio:{disk}",
     "qcow": "qcow:{qcow}",
     "qcow2": "qcow2:{qcow2}",
     "ram": "ram:1M",
@@ -97,9 +99,10 @@ def chain(machine: Machine, name: str, tmp_path: Path) -> Iterator[Chain]:
 def text_of(name: str, tmp_path: Path) -> str:
     """Return a chain with the driver in it, SIZE bytes large."""
     default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
-    fixtures = {"file": image(tmp_path / "img")} | {each: tmp_path / each for each in ("qcow", "qcow2", "vhd")}
+    fixtures = {"file": image(tmp_path / "img")} | {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk")}
     if name == "nbd":
         fixtures["server"] = serve(tmp_path / "nbd.sock")
+    fixtures["disk"].write_bytes(partition_tables.mbr(3 * SIZE, {1: (0x83, 2048, SIZE // 512)}))
     fixtures["vhd"].write_bytes(vhd_images.image(SIZE, block_size=64 << 10))
     fixtures["qcow"].write_bytes(qcow_images.qcow(SIZE))
     fixtures["qcow2"].write_bytes(qcow_images.qcow2(SIZE, cluster_bits=9))

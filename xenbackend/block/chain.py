@@ -141,7 +141,7 @@ def open_chain(
     try:
         layers = opening.source_and_parents(spec.layers[-1], read_only=read_only, shareable=shareable)
         for filter_spec in reversed(spec.layers[:-1]):
-            layers.insert(0, opening.filter(filter_spec, layers[0], read_only=read_only))
+            layers.insert(0, opening.filter(filter_spec, layers, read_only=read_only))
         if layers[0].geometry.read_only and not read_only:
             raise DriverError("it can only be read; attach the disk read-only", layer=spec.text, errno=errno.EROFS)
         return Chain(layers, read_only=read_only, checked=checked)

@@ -60,6 +60,7 @@ API = 2  # the version of this contract; a third party's driver names the one it
 NEEDS = {"files", "network"}
 
 Complete = Callable[[list[Request]], None]
+Look = Callable[[int, int], bytes]  # offset and length in bytes: what the layer below has there. Raises: OSError
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +307,10 @@ class Driver:
         """Release everything; nothing is in flight."""
 
 
+def _not_below(offset: int, length: int) -> bytes:
+    raise RuntimeError(f"looked at {length} bytes at {offset} where no chain is being opened")
+
+
 def _not_wired(batch: list[Request]) -> None:
     raise RuntimeError(f"completed before the chain was wired: {batch!r}")
 
@@ -315,6 +320,11 @@ class Filter(Driver):
 
     is_filter = True
     is_transparent: ClassVar[bool] = False  # what is read from it is what the layer below has
+
+    def __init__(self, options: Any) -> None:
+        """See `Driver`."""
+        super().__init__(options)
+        self.look: Look = _not_below  # set by the chain before `open`, and of use in `open` only
 
     def open(self, env: Env) -> Geometry:
         """Answer with the geometry of the layer below."""

@@ -38,6 +38,9 @@ class Env(Protocol):
     def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
         """Call `function` in a thread of a small pool, and `then` from the worker's loop afterwards."""
 
+    def wait_for(self, is_done: Callable[[], bool]) -> None:
+        """Run the worker's loop until `is_done` says so. For `open` only: nothing is served meanwhile."""
+
     def call_soon_threadsafe(self, function: Callable[[], None]) -> None:
         """Call `function` from the worker's loop, soon; the one call of this class that another thread may make."""
 

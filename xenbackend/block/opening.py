@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from xenbackend.block.driver import Driver, Env, Geometry, Lookup
+from xenbackend.block.driver import Driver, Env, Filter, Geometry, Lookup
+from xenbackend.block.looking import look
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import LayerSpec, parse_chain
 from xenbackend.errors import ChainError, DriverError, printable
@@ -80,9 +82,9 @@ class Opening:
             layers.append(self._parent(parent, child, seen))
         return layers[:]
 
-    def filter(self, spec: LayerSpec, below: OpenLayer, *, read_only: bool) -> OpenLayer:
-        """Open a filter in front of the layer `below`."""
-        layer = self._open(spec, below=below, read_only=read_only)
+    def filter(self, spec: LayerSpec, layers: Sequence[OpenLayer], *, read_only: bool) -> OpenLayer:
+        """Open a filter in front of others, the top one first."""
+        layer = self._open(spec, below=layers[0], read_only=read_only, look_at=layers)
         if layer.driver.parent is not None:
             raise DriverError("a filter cannot have a parent: it has a layer below it", layer=spec.text)
         return layer
@@ -119,24 +121,27 @@ class Opening:
         shareable: bool = False,
         below: OpenLayer | None = None,
         parent_of: str = "",
+        look_at: Sequence[OpenLayer] = (),
     ) -> OpenLayer:
         shareable = shareable or getattr(spec.options, "share", False)
         env = self._make_env(self._key(spec), read_only=read_only, shareable=shareable)
-        driver, geometry = self._try(spec, env, below)
+        driver, geometry = self._try(spec, env, below, look_at)
         self._opened.append(driver)
         _check_geometry(spec.text, geometry)
         return OpenLayer(spec.text, driver, geometry, parent_of)
 
-    def _try(self, spec: LayerSpec, env: Env, below: OpenLayer | None) -> tuple[Driver, Geometry]:
+    def _try(
+        self, spec: LayerSpec, env: Env, below: OpenLayer | None, look_at: Sequence[OpenLayer]
+    ) -> tuple[Driver, Geometry]:
         """Open a fresh driver until it succeeds or fails with anything but EIO."""
         for _ in range(EIO_RETRIES):
             try:
-                return _open_once(spec, env, below)
+                return _open_once(spec, env, below, look_at)
             except DriverError as error:
                 if error.errno != errno.EIO:
                     raise
             self._sleep(EIO_PAUSE)
-        return _open_once(spec, env, below)
+        return _open_once(spec, env, below, look_at)
 
     def _key(self, spec: LayerSpec) -> str:
         """Return a name for a layer that stays when other layers are put before or behind it."""
@@ -149,12 +154,16 @@ class Opening:
         return key
 
 
-def _open_once(spec: LayerSpec, env: Env, below: OpenLayer | None) -> tuple[Driver, Geometry]:
+def _open_once(
+    spec: LayerSpec, env: Env, below: OpenLayer | None, look_at: Sequence[OpenLayer]
+) -> tuple[Driver, Geometry]:
     with explained(spec.text, files_of(spec.options)):
         driver = spec.driver(spec.options)
         driver.env = env
         if below is not None:
             driver.next, driver.below = below.driver, below.geometry
+        if isinstance(driver, Filter):
+            driver.look = partial(look, [each.driver for each in look_at], env)
         return driver, driver.open(env)
 
 

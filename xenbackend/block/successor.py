@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from xenbackend.block.driver import Filter
 from xenbackend.block.formats.table import format_of
 from xenbackend.block.opening import OpenLayer
 from xenbackend.block.options import files_of
@@ -24,10 +25,27 @@ def keeps_content(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool
     return _disk_of(source) in [_disk_of(each) for each in new if not each.driver.is_filter]
 
 
+def shows_the_same(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool:
+    """Return whether both chains have the same filters that alter what is read, such as `partition:`, in one order.
+
+    Raises: OSError, DriverError, where a file cannot be looked at.
+    """
+    return _views_of(former) == _views_of(new)
+
+
+def _views_of(layers: Sequence[OpenLayer]) -> list[Hashable]:
+    filters = [each for each in layers if isinstance(each.driver, Filter) and not each.driver.is_transparent]
+    return [(each.driver.name, _files_of(each) or each.text) for each in filters]
+
+
 def _disk_of(layer: OpenLayer) -> Hashable:
     """Return what tells the disk of a source from any other, however it is written."""
     driver, options = layer.driver.name, layer.driver.options
-    files = frozenset(layer.driver.env.files.look(path).identity for path in files_of(options).values())
+    files = _files_of(layer)
     if not files:
         return layer.driver.content() or layer.text
     return format_of(driver) or driver, files, getattr(options, "disk", "")  # of an archive with several
+
+
+def _files_of(layer: OpenLayer) -> frozenset[str]:
+    return frozenset(layer.driver.env.files.look(path).identity for path in files_of(layer.driver.options).values())

@@ -175,6 +175,13 @@ class Reactor:
         while not self._stopped:
             self._pass()
 
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Serve until `is_done`, also from inside a callback. Raises: as `run`."""
+        ready = self._ready
+        while not is_done():
+            self._pass()
+        self._ready = ready  # of the pass that goes on now
+
     def close(self) -> None:
         """Wait for the threads, then release everything; nothing is called any more."""
         self._threads.close()

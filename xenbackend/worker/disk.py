@@ -15,7 +15,7 @@ from xenbackend.block.driver import Geometry
 from xenbackend.block.opening import OpenLayer, explained
 from xenbackend.block.options import files_of
 from xenbackend.block.request import PENDING, Op, Request
-from xenbackend.block.successor import keeps_content
+from xenbackend.block.successor import keeps_content, shows_the_same
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
@@ -109,6 +109,11 @@ class Disk:
                     raise ConfigError(
                         f"{text} is over another image than the one that the guest writes to, in {self.text}; "
                         "if that one holds the same content, add --replace"
+                    )
+                if not replaces and not shows_the_same(self.chain.layers, found.layers):
+                    raise ConfigError(
+                        f"{text} shows the image otherwise than {self.text} does: a filter that alters what is read, "
+                        "such as partition, has to stay; if the guest is to see something else, add --replace"
                     )
                 with self._through(1):
                     for layer in found.layers:

@@ -52,6 +52,7 @@ class WorkerEnv:
         self.run_in_thread = callbacks.run_in_thread
         self.call_soon_threadsafe = callbacks.call_soon_threadsafe
         self.watch, self.want, self.unwatch = callbacks.watch, callbacks.want, callbacks.unwatch
+        self.wait_for = factory.reactor.run_until
         self._factory = factory
         self._layer = layer
 

@@ -30,6 +30,8 @@ BUILT_IN = {
     "log": "xenbackend.block.drivers.log:Log",
     "nbd": "xenbackend.block.drivers.nbd:Nbd",
     "null": "xenbackend.block.drivers.null:Null",
+    "offset": "xenbackend.block.drivers.offset:Offset",
+    "partition": "xenbackend.block.drivers.partition:Partition",
     "qcow": "xenbackend.block.drivers.qcow:Qcow",
     "qcow2": "xenbackend.block.drivers.qcow2:Qcow2",
     "ram": "xenbackend.block.drivers.ram:Ram",

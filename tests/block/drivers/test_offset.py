@@ -1,0 +1,46 @@
+"""The driver offset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import Machine, content, discard, flush, read, write
+from xenbackend.errors import DriverError
+
+
+def test_only_the_range_is_touched(machine: Machine, tmp_path: Path) -> None:
+    """What is before and behind the range is as it was, whatever the guest does to the ends of its disk."""
+    path, before = tmp_path / "img", Random(1).randbytes(1 << 20)
+    path.write_bytes(before)
+    chain = machine.open(f"offset:start=68K,length=100K|aio:{path}")
+    size, start = 100 << 10, 68 << 10
+    asked = read(0, size)
+
+    assert size == chain.geometry.size
+    assert [0] == machine.do(chain, asked)
+    assert before[start : start + size] == content(asked)
+    assert [0, 0, 0] == machine.do(chain, write(0, b"a" * 4096), write(size - 512, b"z" * 512), discard(8192, 4096))
+    assert [0] == machine.do(chain, flush())
+    chain.close()
+    expected = bytearray(before)
+    expected[start : start + 4096], expected[start + size - 512 : start + size] = b"a" * 4096, b"z" * 512
+    expected[start + 8192 : start + 12288] = bytes(4096)
+    assert expected == path.read_bytes()
+
+
+def test_without_a_length_it_reaches_to_the_end(machine: Machine, tmp_path: Path) -> None:
+    """Without `length` the disk is what is left, and grows with the layer below; a start behind the end is refused."""
+    path = tmp_path / "img"
+    sizes = []
+    for size in (1 << 20, 2 << 20):
+        path.write_bytes(bytes(size))
+        chain = machine.open(f"offset:start=64K|aio:{path}")
+        sizes.append(size - chain.geometry.size)
+        chain.close()
+
+    assert [64 << 10] * 2 == sizes
+    with pytest.raises(DriverError, match="are to be the disk"):
+        machine.open(f"offset:start=4M|aio:{path}")

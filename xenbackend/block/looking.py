@@ -1,0 +1,44 @@
+"""Reads what the layers below a filter have while that filter is being opened.
+
+Must not be used once a chain is open: it takes the completions of every layer, which the chain gives their place later.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from xenbackend.block.driver import Complete, Driver, Env
+from xenbackend.block.mapped.parts import allocate
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.units import SECTOR, round_up
+
+
+def look(layers: Sequence[Driver], env: Env, offset: int, length: int) -> bytes:
+    """Return `length` bytes from `offset` on of what `layers`, open and the top one first, have.
+
+    Both are in bytes; whatever they are, whole sectors are read. Raises: OSError, with the layer's status.
+    """
+    back: list[Request] = []
+    _wire(layers, back.extend)
+    start = offset // SECTOR * SECTOR
+    request = Request()
+    request.op, request.offset, request.status = Op.READ, start, PENDING
+    request.length = round_up(offset + length, SECTOR) - start
+    memory = allocate(request.length)
+    request.iov = [memory]
+    layers[0].submit([request])
+    env.wait_for(lambda: bool(back))
+    if request.status:
+        raise OSError(request.status, os.strerror(request.status))
+    found = bytes(memory[offset - start : offset - start + length])
+    if len(found) < length:
+        raise OSError(errno.EIO, "the layer below gave back too little")
+    return found
+
+
+def _wire(layers: Sequence[Driver], complete: Complete) -> None:
+    for driver in layers:
+        driver.complete = complete
+        complete = driver.on_complete or complete
