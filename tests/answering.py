@@ -90,7 +90,7 @@ DISK = {
 LAYER = {
     "text": "aio:/img", "size": 1 << 30, "sector_size": 512, "read_only": False, "can_flush": True,
     "can_discard": True, "discard_granularity": 4096, "discard_alignment": 0, "physical_sector_size": 4096,
-    "parent_of": "", "facts": {"file": "/img"},
+    "parent_of": "", "facts": {"file": "/img"}, "figures": [],
 }  # fmt: skip
 CHAIN = {"chain": "log:|aio:/img", "layers": [LAYER]}
 ENTRY = {

@@ -31,6 +31,11 @@ class HeldChain(HeldDisk):
         self.geometry = geometry
         self.contain: Any = None
         self.bug: Exception | None = None
+        self.drained = 0  # how often it was asked to pass on what it holds back
+
+    def drain(self) -> None:
+        """See `Chain`."""
+        self.drained += 1
 
     def submit(self, batch: list[Any]) -> None:
         assert {PENDING} == {request.status for request in batch}

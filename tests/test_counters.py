@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import mmap
+from array import array
 
 import pytest
 
-from xenbackend.counters import BUCKETS, HISTOGRAM, INDEX, NAMES, SIZE, histogram, percentile_ns, snapshot
+from xenbackend.counters import (
+    BUCKETS,
+    FIGURES,
+    HISTOGRAM,
+    INDEX,
+    MOST_FIGURES,
+    NAMES,
+    SIZE,
+    figures,
+    histogram,
+    percentile_ns,
+    snapshot,
+)
 
 
 def page_with(buckets: dict[int, int]) -> memoryview:
@@ -82,3 +95,15 @@ def test_buckets_are_powers_of_two() -> None:
         bound = percentile_ns(histogram(page_with({sample.bit_length(): 1})), 0.5)
 
         assert sample < bound <= 2 * sample
+
+
+def test_what_layers_count_lies_behind_the_histogram() -> None:
+    """Each layer's figures follow those of the layer above it, under the names that it said; too many are left out."""
+    page = memoryview(bytearray(SIZE))
+    page.cast("Q")[FIGURES : FIGURES + 3] = memoryview(array("Q", [7, 0, (1 << 64) - 1]))
+
+    assert FIGURES == HISTOGRAM + BUCKETS
+    found = figures(page, [["waiting", "held"], [], ["hits"]])
+    assert [{"waiting": 7, "held": 0}, {}, {"hits": (1 << 64) - 1}] == found
+    many = figures(page, [[str(number) for number in range(10_000)]])
+    assert MOST_FIGURES == len(many[0])

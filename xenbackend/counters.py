@@ -7,6 +7,8 @@ vbd goes on with them, until the vbd or the service ends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 NAMES = (
     "reads", "writes", "flushes", "discards",
     "read_bytes", "written_bytes",
@@ -26,7 +28,9 @@ NAMES = (
 )  # fmt: skip
 HISTOGRAM = 64  # first word of the latency histogram: word 64 + n counts samples of 2**(n-1) <= ns < 2**n
 BUCKETS = 48
+FIGURES = 112  # first word of what layers count: one word per figure, in the order of the layers, top first
 SIZE = 4096  # bytes: the page
+MOST_FIGURES = SIZE // 8 - FIGURES
 INDEX = {name: place for place, name in enumerate(NAMES)}
 
 
@@ -39,6 +43,15 @@ def snapshot(page: memoryview) -> dict[str, int]:
 def histogram(page: memoryview) -> list[int]:
     """Return the latency histogram's buckets; `page` is at least SIZE bytes."""
     return page[:SIZE].cast("Q")[HISTOGRAM : HISTOGRAM + BUCKETS].tolist()
+
+
+def figures(page: memoryview, names: Sequence[Sequence[str]]) -> list[dict[str, int]]:
+    """Return what each layer counts, by the names that it has said; `page` is at least SIZE bytes.
+
+    What is beyond MOST_FIGURES is left out.
+    """
+    words = iter(page[:SIZE].cast("Q")[FIGURES:].tolist())
+    return [dict(zip(each, words, strict=False)) for each in names]
 
 
 def percentile_ns(buckets: list[int], fraction: float) -> int:

@@ -108,3 +108,13 @@ def test_rests_are_published(vbd: Served) -> None:
     vbd.connection.publish_counters()
 
     assert [1, 10**9, 60_000] == numbers(vbd, "rests", "rested_ns", "look_ns")
+
+
+def test_what_layers_count_is_published(vbd: Served) -> None:
+    """Figures of the chain in service are written with the counters; whatever a layer says, a word holds it."""
+    vbd.connect()
+    assert vbd.connection is not None
+    vbd.connection.count_layers(lambda: [3, -1, 1 << 70, *range(10_000)])
+
+    [found] = counters.figures(vbd.journal, [["a", "b", "c"]])
+    assert {"a": 3, "b": 0, "c": (1 << 64) - 1} == found

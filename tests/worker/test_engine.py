@@ -323,6 +323,33 @@ def test_drain_takes_nothing_more(vbd: Served) -> None:
     assert [BLKIF_RSP_OKAY, BLKIF_RSP_OKAY, None, None] == [request.status for request in (*early, *late)]
 
 
+def test_who_waits_for_quiet_has_the_layers_pass_on_what_they_hold(vbd: Served) -> None:
+    """What a layer holds back on purpose is asked for as soon as somebody waits until nothing is in flight."""
+    frontend = vbd.connect()
+    vbd.disk.holding = True
+    request = frontend.submit(BLKIF_OP_READ, 0, 8)
+    vbd.step()
+    connection = vbd.connection
+    assert connection is not None
+    drained: list[int] = []
+
+    def drain() -> None:
+        drained.append(len(vbd.disk.held))
+        if vbd.disk.held:
+            vbd.disk.give_back()
+
+    connection.engine.drain = drain
+    connection.engine.hold(Hold.PAUSE)
+    vbd.step(2)
+    assert [] == drained
+    calls: list[int] = []
+    connection.quiet(Hold.SWAP)(calls.append)
+    vbd.step(3)
+    frontend.poll()
+
+    assert ([1], [0], BLKIF_RSP_OKAY) == (drained[:1], calls, request.status)
+
+
 def test_turns_leave_no_objects_behind(vbd: Served) -> None:
     """The data path makes no cycles and keeps nothing: a thousand turns leave as many blocks of memory as before."""
     frontend = vbd.connect(Wishes(persistent=True))

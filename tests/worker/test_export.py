@@ -289,3 +289,15 @@ def test_what_clients_are_told_to_prefer(physical: int, preferred: int) -> None:
     offer = _offer(Geometry(size=1 << 20, physical_sector_size=physical))
 
     assert (1 << 20, preferred) == (offer.size, offer.preferred_block)
+
+
+def test_an_end_waits_for_nothing_that_is_held_back_on_purpose(exported: Exported) -> None:
+    """The guest's own driver comes: what a layer holds back is asked for when the export ends."""
+    exported.chain.holding = True
+    exported.client().go().ask(CMD_READ, 0, 4096)
+    assert 0 == exported.chain.drained
+    exported.export.close(lambda: setattr(exported, "is_over", True))
+    drained = exported.chain.drained
+    exported.chain.give_back()
+
+    assert drained == 1

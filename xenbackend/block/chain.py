@@ -60,6 +60,15 @@ class Chain:
         """Do an operator's verb at a layer, named by its driver or its index from the top. Raises: DriverError."""
         return self._find(layer).control(verb, arguments)
 
+    def figures(self) -> list[int]:
+        """Return what the layers count, in their order and that of their names."""
+        return [value for each in self.layers for value in each.driver.figures().values()]
+
+    def drain(self) -> None:
+        """Have every layer pass on what it holds back, since somebody waits until nothing is in flight."""
+        for each in self.layers:
+            each.driver.drain()
+
     def blame(self, error: BaseException) -> str:
         """Return the text of the layer that an exception came out of (D8), or nothing where it was none of them."""
         owners: dict[int, str] = {}

@@ -303,6 +303,19 @@ class Driver:
         """Do what an operator asks of this layer in service. Raises: DriverError for an unknown verb."""
         raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
 
+    def drain(self) -> None:
+        """Pass on now whatever this layer holds back: somebody waits until nothing is in flight.
+
+        It may be called again when more has come. Only a layer that holds requests back on purpose has anything to do.
+        """
+
+    def figures(self) -> dict[str, int]:
+        """Return what this layer counts, for `status` and metrics: by names that stay the same while it is open.
+
+        Numbers from 0 to 2**64 - 1. It is called once a second, and counts for one opening.
+        """
+        return {}
+
     def close(self) -> None:
         """Release everything; nothing is in flight."""
 

@@ -47,4 +47,6 @@ def values_of(answer: Answer) -> dict[str, Any]:
 def layer_values(layer: Mapping[str, Any] | str) -> dict[str, Any]:
     """Return what a layer said of itself, or only its text, under the names that scripts get: its text is `layer`."""
     values = {"text": layer} if isinstance(layer, str) else dict(layer)
+    if isinstance(values.get("figures"), list):  # names only: of a chain that is not in service
+        del values["figures"]
     return {"layer": values.pop("text"), **values} if "text" in values else values

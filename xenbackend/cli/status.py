@@ -146,8 +146,15 @@ def remarks(known: Known) -> list[str]:
     needs = [f"its drivers need, and have: {', '.join(known['needs'])}"] if known["needs"] else []
     seconds = known["braked_s"]
     braked = [f"its guest writes to xenstore without end: a look each {seconds:.0f} s"] if seconds else []
-    every = (*paused, *under_way, known["error"], *waits, *braked, *files, *old, *walls, *needs)
+    counted = [_describe_figures(each) for each in known["layers"] if any(each["figures"].values())]
+    every = (*paused, *under_way, known["error"], *waits, *braked, *counted, *files, *old, *walls, *needs)
     return [printable(each) for each in every if each]
+
+
+def _describe_figures(layer: dict[str, Any]) -> str:
+    """Return what a layer counts, such as ``throttle: waiting 12, held 300``."""
+    driver = layer["layer"].partition(":")[0]
+    return f"{driver}: {', '.join(f'{name} {value}' for name, value in layer['figures'].items())}"
 
 
 def _describe_file(file: dict[str, Any]) -> str:

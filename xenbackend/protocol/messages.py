@@ -151,6 +151,7 @@ class LayerFacts:
     physical_sector_size: int
     parent_of: str = ""  # the layer whose image named this one as its parent
     facts: dict[str, str] = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)  # names of what it counts, whose values the counters' page has
 
 
 @dataclass(frozen=True, slots=True)

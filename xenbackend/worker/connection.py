@@ -188,6 +188,11 @@ class Connection:
             self.engine.queues.clear()  # they know us: without this, only the garbage collector would find us
             self._by_port.clear()
 
+    def count_layers(self, figures: Callable[[], list[int]]) -> None:
+        """Publish what the layers of a chain count with the counters, from now on."""
+        self._counters.figures = figures
+        self._counters.publish()
+
     def publish_counters(self) -> None:
         """Bring the counters' page up to date, which is done once a second anyhow."""
         self._counters.publish()

@@ -5,6 +5,8 @@ Must not be called per request: the engine and its queues count in plain integer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from xenbackend import counters
 from xenbackend.blkif.abi import (
     BLKIF_OP_DISCARD,
@@ -19,6 +21,7 @@ _SUMS = (
     "reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "guest_errors", "turns",
     "notifications", "missed_wakeups", "latency_samples", "latency_ns", "bugs", "rests", "rested_ns",
 )  # fmt: skip
+_MOST = (1 << 64) - 1  # what a word holds
 
 
 class CountersWriter:
@@ -27,6 +30,7 @@ class CountersWriter:
     def __init__(self, page: memoryview, engine: Engine) -> None:
         """Write to `page`, counters.SIZE bytes."""
         self.missed_wakeups = 0
+        self.figures: Callable[[], list[int]] = list  # what the layers count; set with the chain
         self._engine = engine
         self._words = page.cast("Q")
         self._before = counters.snapshot(page)
@@ -43,6 +47,8 @@ class CountersWriter:
         queues = self._engine.queues
         for bucket, before in enumerate(self._buckets_before):
             words[counters.HISTOGRAM + bucket] = before + sum(queue.latency[bucket] for queue in queues)
+        for place, figure in enumerate(self.figures()[: counters.MOST_FIGURES], counters.FIGURES):
+            words[place] = min(max(0, figure), _MOST)
 
     def _now(self) -> dict[str, int]:
         engine, queues = self._engine, self._engine.queues

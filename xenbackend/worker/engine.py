@@ -40,6 +40,10 @@ _NO_FAILED_FLUSH = _ANSWERS | {AWAY}  # one that nobody has tried is tried again
 _ROUNDS = 8  # of taking everything and looking for more
 
 
+def _nothing() -> None:
+    """Do nothing: no layer holds anything back."""
+
+
 class Engine:
     """Serves the rings of one vbd through one chain; `queues` are set before the first `serve`."""
 
@@ -72,6 +76,7 @@ class Engine:
         self.poller = poller
         self.holds = Holds()
         self.retries = retries
+        self.drain: Call = _nothing  # has the chain pass on what its layers hold back; set with the chain
         retries.again = self._try_what_is_due
         self._submit_to_chain = submit
         self._kick = kick
@@ -149,6 +154,8 @@ class Engine:
     def hold(self, why: Hold, then: Call | None = None) -> None:
         """Take nothing more until `let_go`; call `then`, if any, from the loop when nothing is in flight."""
         self.holds.add(why, then)
+        if then is not None:
+            self._call_soon(self._drain)
         self._call_soon(self._go_on)
 
     def let_go(self, why: Hold, submit: Callable[[list[Request]], None] | None = None) -> None:
@@ -245,6 +252,14 @@ class Engine:
             self._submit_to_chain(batch[:])  # a list of its own: it belongs to the layers from now on
         except Exception as bug:  # D8: a layer's bug is contained to what it held
             self.contain(bug, batch)
+        if self.holds.reasons:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Keep nobody who waits until nothing is in flight waiting for what a layer holds back on purpose."""
+        if self.holds.awaits_quiet():
+            self.drain()
+            self._kick()
 
     def _try_what_is_due(self) -> None:
         if not self.holds.bar_retries():

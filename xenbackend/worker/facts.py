@@ -27,4 +27,5 @@ def facts_of(layer: OpenLayer) -> messages.LayerFacts:
         physical_sector_size=geometry.physical_sector_size,
         parent_of=layer.parent_of,
         facts=dict(cast("WorkerEnv", layer.driver.env).facts),
+        figures=list(layer.driver.figures()),
     )

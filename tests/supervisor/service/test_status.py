@@ -132,3 +132,12 @@ def test_a_process_has_a_start() -> None:
     assert started_at(process.pid) is None
     assert (os.getpid(), __version__) == (service["pid"], service["version"])
     assert service["since"] <= before
+
+
+def test_what_layers_count_is_shown_by_name() -> None:
+    """Each layer has its figures, read from the page: no worker is asked."""
+    shown = vbd()
+    shown.handover.page.cast("Q")[counters.FIGURES + 1] = 12
+    shown.device.layers = [LayerFacts(**LAYER | {"figures": figures}) for figures in (["held"], ["waiting"], [])]
+
+    assert [{"held": 0}, {"waiting": 12}, {}] == [layer["figures"] for layer in describe(shown)["layers"]]

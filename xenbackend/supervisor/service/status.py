@@ -37,6 +37,7 @@ def describe(
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
     pid = vbd.worker.pid if vbd.worker else None
+    names = [each.figures for each in device.layers]
     return {
         "vbd": path.disk,
         "node": str(path),
@@ -65,7 +66,10 @@ def describe(
         "no_walls": vbd.worker.no_walls if vbd.worker else {},
         "needs": vbd.worker.needs if vbd.worker else [],
         "restarts": notes.restarts,
-        "layers": [{"layer": values.pop("text"), **values} for values in map(asdict, device.layers)],
+        "layers": [
+            {"layer": values.pop("text"), **values, "figures": figures}
+            for values, figures in zip(map(asdict, device.layers), counters.figures(page, names), strict=True)
+        ],
         "files": [
             describe_file(name, identity, (meanings or {}).get(name))
             for name, identity in vbd.handover.files.identities().items()
