@@ -32,6 +32,7 @@ PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are f
     "qcow2": "qcow2:{qcow2}",
     "ram": "ram:1M",
     "sync": "sync:{file}",
+    "throttle": "throttle:iops=5000,bps=500M|ram:1M",
     "vhd": "vhd:{vhd}",
 }
 FORGETS = {"null"}  # reads give zeros whatever was written

@@ -31,6 +31,17 @@ def test_no_word_is_both_built_and_unbuilt_to_the_operator() -> None:
     assert set() == set(drivers.BUILT_IN) & set(drivers.UNBUILT)
 
 
+def test_words_of_blktap_lead_to_a_driver_or_to_what_takes_their_place() -> None:
+    """A word that blktap had is another name of a driver, or its error says in a sentence what there is instead."""
+    for name in ("bc", "lc", "llp", "qed", "remus", "valve", "vhdi", "vhdsync"):
+        if name in drivers.ALIASES:
+            assert drivers.ALIASES[name] == drivers.find_driver(name).name
+            assert [] == drivers.third_parties(f"{name}:|null:1G")
+            continue
+        with pytest.raises(LookupError, match=r"is known but not built in this version; .{30}"):
+            drivers.find_driver(name)
+
+
 @needs_third_party
 def test_a_third_partys_driver_is_a_word_like_any_other() -> None:
     """An entry point makes a driver known by its name, and it is listed."""

@@ -36,21 +36,24 @@ BUILT_IN = {
     "qcow2": "xenbackend.block.drivers.qcow2:Qcow2",
     "ram": "xenbackend.block.drivers.ram:Ram",
     "sync": "xenbackend.block.drivers.sync:Sync",
+    "throttle": "xenbackend.block.drivers.throttle:Throttle",
     "vdi": "xenbackend.block.drivers.vdi:Vdi",
     "vhd": "xenbackend.block.drivers.vhd:Vhd",
     "vhdx": "xenbackend.block.drivers.vhdx:Vhdx",
     "vmdk": "xenbackend.block.drivers.vmdk:Vmdk",
 }
-UNBUILT = {  # words of blktap2 and libxl that an operator may know
-    "bc": "blktap2's cache in front of a shared parent",
-    "ioemu": "a disk of the QEMU device model",
-    "lc": "blktap's local read cache",
-    "llp": "blktap's two writable leaves",
-    "qed": "the QED image",
-    "remus": "blktap2's replication to a standby host",
-    "valve": "blktap's throttle",
-    "vhdi": "blktap2's index over VHD images",
-    "vhdsync": "the VHD image with blocking I/O",
+ALIASES = {  # words of blktap that mean a driver of ours
+    "valve": "throttle",
+    "vhdsync": "vhd",
+}
+UNBUILT = {  # words of blktap2 and libxl that an operator may know: what they stand for, and what takes their place
+    "bc": ("blktap2's cache in front of a shared parent", "parents share the host's page cache by cache=on"),
+    "ioemu": ("a disk of the QEMU device model", "name the image itself, as in qcow2:/img/a.qcow2"),
+    "lc": ("blktap's local read cache", "cache=on in the layer lets the host's page cache keep what is read"),
+    "llp": ("blktap2's two writable leaves", "make a leaf for each guest by xenbackend image snapshot"),
+    "qed": ("the QED image", "qemu-img convert -O qcow2 makes a qcow2: of it"),
+    "remus": ("blktap2's replication to a standby host", "DRBD makes a device that aio: can serve"),
+    "vhdi": ("blktap2's index over VHD images", "xenbackend image convert makes one image of them"),
 }
 
 
@@ -76,7 +79,7 @@ def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
 def third_parties(chain: str) -> list[str]:
     """Return the words of a chain's text that are none of our drivers; none of a text that is no chain."""
     try:
-        return sorted({layer.name for layer in parse(chain)} - BUILT_IN.keys())
+        return sorted({layer.name for layer in parse(chain)} - BUILT_IN.keys() - ALIASES.keys())
     except ChainError:
         return []
 
@@ -92,6 +95,7 @@ def find_driver(name: str) -> type[Driver]:
     Raises: LookupError with a sentence for the operator: an unknown name, one that is known but not built, or
         a third party's driver that cannot be used.
     """
+    name = ALIASES.get(name, name)
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         found: type[Driver] = getattr(importlib.import_module(module), attribute)
@@ -104,7 +108,8 @@ def find_driver(name: str) -> type[Driver]:
     if candidates:
         return _load(candidates[0])
     if name in UNBUILT:
-        raise LookupError(f"driver {name!r} ({UNBUILT[name]}) is known but not built in this version")
+        meaning, instead = UNBUILT[name]
+        raise LookupError(f"driver {name!r} ({meaning}) is known but not built in this version; {instead}")
     hint = nearest(name, driver_names()) or "; `xenbackend drivers` lists the known ones"
     raise LookupError(f"unknown driver {name!r}{hint}")
 

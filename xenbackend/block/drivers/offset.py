@@ -24,7 +24,7 @@ Example:
     log:|offset:start=8G,length=4G|aio:/dev/vg/all
 
 Limits:
-    It costs 0.5 us a request in batches, for a request of its own for each of the guest's. Two disks on ranges of one
+    It costs 0.6 us a request in batches, for a request of its own for each of the guest's. Two disks on ranges of one
     image are refused, since one of them has it locked, unless `share=on` says that the ranges do not overlap.
 """
 

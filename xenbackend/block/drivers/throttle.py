@@ -1,0 +1,295 @@
+"""throttle: lets so many requests and bytes through a second, and holds back what is more.
+
+Synopsis:
+    throttle:[iops=N][,iops_read=N][,iops_write=N][,bps=SIZE][,bps_read=SIZE][,bps_write=SIZE][,iops_burst=N]
+        [,iops_read_burst=N][,iops_write_burst=N][,bps_burst=SIZE][,bps_read_burst=SIZE][,bps_write_burst=SIZE]
+        [,burst=TIME][,size=SIZE]
+
+Description:
+    Keeps one guest from taking a disk away from the others. `iops` limits requests, `bps` bytes, both a second, for
+    reads and writes together; `iops_read` and its like limit one direction, alone or below the limit of both. A
+    request passes where every limit that concerns it lets it.
+
+    The meaning is that of QEMU's throttling (docs/throttle.txt there), which has `iops-total` for `iops`,
+    `iops-total-max` for `iops_burst`, `iops-total-max-length` for `burst` and `iops-size` for `size`: each limit is a
+    bucket that leaks at its rate. By default it holds what comes in 100 ms, so that a disk that was idle does that much
+    at once. With a burst it holds what comes in `burst` seconds at the burst's rate: a disk that was idle does the
+    rate of `iops_burst` for that long, and a little longer since the bucket leaks meanwhile.
+
+    `valve`, the name of blktap's throttle, means this driver.
+
+Behaviour:
+    What is held back waits in two queues, reads and writes, so that a limit of one direction holds up the other one
+    never. Each is served in the order of arrival, whatever ring it came by, and of both the one that came first goes
+    first where both may go. A request that is larger than a bucket passes, and those behind it wait until its price
+    is paid.
+
+    A discard counts as a write request, and moves no bytes; QEMU counts its bytes. A flush counts as nothing and waits
+    for nothing: it covers what was written before, and what is held back was not. Requests are counted as the guest
+    sent them if this is the top layer, and after the layers above have cut them otherwise. With `size` a request
+    counts as one for each `size` bytes of it that have begun.
+
+    Orders do not wait for a limit: `pause`, `set`, `snapshot`, `resize`, `upgrade` and `detach` let everything pass
+    that is held back, and it is charged: what comes afterwards waits longer. `set` with other numbers changes a limit
+    while the guest runs. What the guest has used up is not forgotten when its worker dies, but it is when `set` alters
+    this layer.
+
+    `xenbackend status --json` shows how many requests are `waiting`, how many were `held` back ever, and for how many
+    milliseconds in all (`held_ms`).
+
+    Settings without effect are refused: a burst without its limit or not above it, `burst` without a burst, `size`
+    without a limit of requests, a limit of one direction that is not below that of both.
+
+Example:
+    throttle:iops=500,bps=20M|aio:/srv/images/guest.img
+    throttle:iops=500,iops_burst=2000,burst=60s,bps_write=50M|qcow2:/srv/images/guest.qcow2
+
+Limits:
+    Time is that of the worker's loop: a worker that sleeps for more than 100 ms after a limit has ended loses the rest.
+    Each disk has limits of its own; there are no groups of disks that share one. Put it above other filters: below one
+    that caches writes it would limit the cache, and not the guest.
+
+    Where nothing is held back it costs 0.2 us a request in batches of 32, 0.4 us in batches of 8, and 1.6 us for one
+    alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import count
+from typing import Any
+
+from xenbackend.block.driver import Env, Filter, Geometry
+from xenbackend.block.options import Count, Duration, Size, option
+from xenbackend.block.request import Op, Request
+from xenbackend.units import format_size
+
+# QEMU, util/throttle.c: throttle_compute_wait. Without a burst a bucket holds a tenth of its rate
+_SLACK_S = 0.1
+_TICK_S = 1e-6  # what is due within it is due: a clock has only so many digits
+_MOST = 10**15  # include/qemu/throttle.h, THROTTLE_VALUE_MAX
+_LONGEST_S = 86400.0  # our choice, of a burst
+_WAYS = ("", "_read", "_write")  # both directions, or one: `_counts` has their requests, then their bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """A leaking bucket as a clock: it is empty at `empty_at`, which is memory number `place`.
+
+    which  of `_counts`: what it counts
+    cost   seconds that one unit takes to leak
+    slack  seconds that it may be from being empty while something still passes
+    """
+
+    place: int
+    which: int
+    cost: float
+    slack: float
+
+
+class Throttle(Filter):
+    """See the head of this file."""
+
+    name = "throttle"
+    is_transparent = True
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """The options of `throttle:`."""
+
+        iops: Count = option("requests a second; 0: any number, as of all limits", default=0)
+        iops_read: Count = option("reads a second", default=0)
+        iops_write: Count = option("writes and discards a second", default=0)
+        bps: Size = option("bytes a second", default=0)
+        bps_read: Size = option("bytes read a second", default=0)
+        bps_write: Size = option("bytes written a second", default=0)
+        iops_burst: Count = option("requests a second during a burst", default=0)
+        iops_read_burst: Count = option("reads a second during a burst", default=0)
+        iops_write_burst: Count = option("writes and discards a second during a burst", default=0)
+        bps_burst: Size = option("bytes a second during a burst", default=0)
+        bps_read_burst: Size = option("bytes read a second during a burst", default=0)
+        bps_write_burst: Size = option("bytes written a second during a burst", default=0)
+        burst: Duration = option("how long a burst may last; 0: 1s", default=0.0)
+        size: Size = option("bytes up to which a request counts as one, and more as several; 0: any", default=0)
+
+        def __post_init__(self) -> None:
+            limits = {each.name: getattr(self, each.name) for each in fields(self)}
+            if problem := _what_is_idle(limits):
+                raise ValueError(problem)
+            if 0 < self.burst < 1 or self.burst > _LONGEST_S:
+                raise ValueError("burst must be between 1s and 86400s")
+            if any(value > _MOST for value in limits.values()):
+                raise ValueError(f"nothing may be more than {_MOST}")
+
+    options: Options
+
+    def open(self, env: Env) -> Geometry:
+        """Find what was used up by a predecessor."""
+        geometry = super().open(env)
+        self._limits = tuple(_limits_of(self.options))
+        self._of_way = [[each for each in self._limits if each.which % 3 in (0, way)] for way in (1, 2)]
+        self._empty_at = env.memory("buckets", max(8, 8 * len(self._limits))).cast("d")
+        self._held: tuple[deque[tuple[int, float, Request]], ...] = (deque(), deque())  # reads; writes and discards
+        self._order = count()
+        self._wakes_at = 0.0  # of the timer that is to come next; 0: none
+        self._ever = 0
+        self._waited_s = 0.0
+        env.report("limits", _describe(self.options) or "none")
+        return geometry
+
+    def submit(self, batch: list[Request]) -> None:
+        """Pass the batch on where every limit allows all of it, else as much as they do."""
+        now = self.env.now()
+        if not (self._held[0] or self._held[1]) and self._may_pass(batch, now):
+            self.next.submit(batch)  # type: ignore[union-attr]  # a filter in a chain has a layer below
+            return
+        passing: list[Request] = []
+        new = [0, 0]
+        for request in batch:
+            if request.op == Op.FLUSH:
+                passing.append(request)
+            else:
+                way = int(request.op != Op.READ)
+                self._held[way].append((next(self._order), now, request))
+                new[way] += 1
+        waits = self._take(now, passing)
+        self._ever += sum(map(min, new, map(len, self._held)))
+        self._pass_on(passing, waits, now)
+
+    def drain(self) -> None:
+        """Pass on all that is held back, and charge it."""
+        now = self.env.now()
+        passing = [self._let_one_go(way, now) for way in (0, 1) for _ in range(len(self._held[way]))]
+        if passing:
+            self.next.submit(passing)  # type: ignore[union-attr]  # as in `submit`
+
+    def figures(self) -> dict[str, int]:
+        """See `Driver`."""
+        return {
+            "waiting": sum(map(len, self._held)),
+            "held": self._ever,
+            "held_ms": round(self._waited_s * 1000),
+        }
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._empty_at.release()
+
+    def _may_pass(self, batch: list[Request], now: float) -> bool:
+        """Charge the whole batch, and return True; where a limit would hold anything back, charge nothing."""
+        if not self._limits:
+            return True
+        reads = writes = read_bytes = written_bytes = 0
+        step = self.options.size
+        for request in batch:
+            op, length = request.op, request.length
+            if op == 0:
+                reads += -(-length // step) if step else 1
+                read_bytes += length
+            elif op == 1:
+                writes += -(-length // step) if step else 1
+                written_bytes += length
+            elif op != 2:
+                writes += 1
+        counts = (reads + writes, reads, writes, read_bytes + written_bytes, read_bytes, written_bytes)
+        empty_at = self._empty_at
+        charged = []
+        for limit in self._limits:
+            at = max(empty_at[limit.place], now)
+            at += counts[limit.which] * limit.cost
+            if at - now > limit.slack:
+                return False
+            charged.append(at)
+        for place, at in enumerate(charged):
+            empty_at[place] = at
+        return True
+
+    def _take(self, now: float, passing: list[Request]) -> list[float]:
+        """Add to `passing` what may go now; return for how many seconds each direction waits, 0: nothing is left."""
+        waits = [0.0, 0.0]
+        while ways := [way for way in (0, 1) if self._held[way] and not waits[way]]:
+            way = min(ways, key=lambda each: self._held[each][0][0])
+            wait = max(self._empty_at[each.place] - now - each.slack for each in self._of_way[way])
+            if wait > _TICK_S:
+                waits[way] = wait
+            else:
+                passing.append(self._let_one_go(way, now))
+        return waits
+
+    def _let_one_go(self, way: int, now: float) -> Request:
+        """Charge what waits for longest in one direction, and return it."""
+        _, since, request = self._held[way].popleft()
+        self._waited_s += now - since
+        empty_at, step = self._empty_at, self.options.size
+        units = -(-request.length // step) if step and request.op != Op.DISCARD else 1
+        amounts = (units, request.length if request.op != Op.DISCARD else 0)
+        for limit in self._of_way[way]:
+            empty_at[limit.place] = max(empty_at[limit.place], now) + amounts[limit.which // 3] * limit.cost
+        return request
+
+    def _pass_on(self, passing: list[Request], waits: list[float], now: float) -> None:
+        if due := [wait for wait in waits if wait]:
+            wakes_at = now + min(due)
+            if not self._wakes_at or wakes_at < self._wakes_at:
+                self._wakes_at = wakes_at
+                self.env.call_later(min(due), self._wake)
+        if passing:
+            self.next.submit(passing)  # type: ignore[union-attr]  # as in `submit`
+
+    def _wake(self) -> None:
+        self._wakes_at = 0.0
+        if self._held[0] or self._held[1]:
+            now = self.env.now()
+            passing: list[Request] = []
+            waits = self._take(now, passing)
+            self._pass_on(passing, waits, now)
+
+
+def _what_is_idle(limits: dict[str, Any]) -> str:
+    """Return a sentence about an option that does nothing beside the others, empty: there is none."""
+    bursts = {name: value for name, value in limits.items() if name.endswith("_burst") and value}
+    for name, value in bursts.items():
+        limit = name.removesuffix("_burst")
+        if not limits[limit]:
+            return f"{name} does nothing without {limit}"
+        if value <= limits[limit]:
+            return f"{name} is {value}; it must be more than {limit}, which is {limits[limit]}"
+    if limits["burst"] and not bursts:
+        return "burst does nothing without the rate of a burst, such as iops_burst"
+    if limits["size"] and not any(limits["iops" + way] for way in _WAYS):
+        return "size does nothing without iops, iops_read or iops_write"
+    for kind in ("iops", "bps"):
+        for name in (f"{kind}_read", f"{kind}_write"):
+            if 0 < limits[kind] <= limits[name]:
+                return f"{name} is {limits[name]}; it does nothing unless it is below {kind}"
+    return ""
+
+
+def _limits_of(options: Throttle.Options) -> Iterator[_Limit]:
+    """Yield the buckets; a burst of more than a second has one of its own, which leaks at the burst's rate."""
+    place = count()
+    for number, kind in enumerate(("iops", "bps")):
+        for way, suffix in enumerate(_WAYS):
+            rate, burst = getattr(options, kind + suffix), getattr(options, f"{kind}{suffix}_burst")
+            if not rate:
+                continue
+            which, length_s = 3 * number + way, options.burst or 1.0
+            yield _Limit(next(place), which, 1 / rate, burst * length_s / rate if burst else _SLACK_S)
+            if burst and length_s > 1:
+                yield _Limit(next(place), which, 1 / burst, _SLACK_S)
+
+
+def _describe(options: Throttle.Options) -> str:
+    """Return the limits for people."""
+    words = {"iops": "requests", "bps": "bytes"}
+    found = []
+    for kind, way in ((kind, way) for kind in words for way in _WAYS):
+        rate, burst = getattr(options, kind + way), getattr(options, f"{kind}{way}_burst")
+        if rate:
+            show = format_size if kind == "bps" else str
+            more = f", {show(burst)} for {options.burst or 1:g} s" if burst else ""
+            what = {"": "", "_read": " read", "_write": " write"}[way]
+            found.append(f"{show(rate)}{f' {words[kind]}' * (kind == 'iops')}{what} a second{more}")
+    return "; ".join(found)
