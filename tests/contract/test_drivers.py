@@ -21,6 +21,7 @@ from xenbackend.block.request import Op, Request
 
 PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are fresh images of SIZE zeros
     "aio": "aio:{file}",
+    "cow": "cow:{cow},block=4K|ram:1M",
     "delay": "delay:read=1us,jitter=1us|ram:1M",
     "fault": "fault:rate=0|ram:1M",
     "nbd": "nbd:unix:{server}",
@@ -100,7 +101,8 @@ def chain(machine: Machine, name: str, tmp_path: Path) -> Iterator[Chain]:
 def text_of(name: str, tmp_path: Path) -> str:
     """Return a chain with the driver in it, SIZE bytes large."""
     default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
-    fixtures = {"file": image(tmp_path / "img")} | {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk")}
+    fixtures = {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk", "cow")}
+    fixtures["file"] = image(tmp_path / "img")
     if name == "nbd":
         fixtures["server"] = serve(tmp_path / "nbd.sock")
     fixtures["disk"].write_bytes(partition_tables.mbr(3 * SIZE, {1: (0x83, 2048, SIZE // 512)}))

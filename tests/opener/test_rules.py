@@ -28,6 +28,16 @@ def test_what_the_chain_names_may_be_opened() -> None:
         assert errno.EACCES == caught.value.errno
 
 
+def test_what_lies_below_a_layer_that_keeps_the_writes_is_only_read() -> None:
+    """Below `cow:` nothing may be written, whatever the worker asks for, but the records of layers there."""
+    rules = Rules("log:/one|cow:/cow|log:/two|partition:1|qcow2:/img", read_only=False)
+
+    assert Rule(may_write=False) == rules.of("/img")
+    assert all(rules.of(name).may_write for name in ("/one", "/two", "/cow"))
+    assert rules.of("/cow").is_record
+    assert not Rules("cow:/a|cow:/b|aio:/img", read_only=False).of("/img").may_write
+
+
 def test_what_is_shared() -> None:
     """What the toolstack attached as w! is, and a layer that says so; a parent of such a disk is only read."""
     rules = Rules("qcow2:/img,share=on", read_only=False)

@@ -21,7 +21,7 @@ from xenbackend.block.checked import Checked
 from xenbackend.block.driver import Complete, Driver, Filter, Geometry
 from xenbackend.block.opening import MakeEnv, Opening, OpenLayer
 from xenbackend.block.request import Request
-from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
+from xenbackend.block.spec import ChainSpec, LayerSpec, only_read_from, parse_chain
 from xenbackend.errors import DriverError
 
 __all__ = ["Chain", "ChainSpec", "LayerSpec", "MakeEnv", "OpenLayer", "open_chain", "parse_chain"]
@@ -148,9 +148,12 @@ def open_chain(
     """
     opening = Opening(make_env, sleep)
     try:
-        layers = opening.source_and_parents(spec.layers[-1], read_only=read_only, shareable=shareable)
-        for filter_spec in reversed(spec.layers[:-1]):
-            layers.insert(0, opening.filter(filter_spec, layers, read_only=read_only))
+        *filters, source = spec.layers
+        first = only_read_from([each.driver for each in spec.layers])
+        is_only_read = [read_only or place >= first for place in range(len(spec.layers))]
+        layers = opening.source_and_parents(source, read_only=is_only_read[-1], shareable=shareable)
+        for place, filter_spec in reversed(list(enumerate(filters))):
+            layers.insert(0, opening.filter(filter_spec, layers, read_only=is_only_read[place]))
         if layers[0].geometry.read_only and not read_only:
             raise DriverError("it can only be read; attach the disk read-only", layer=spec.text, errno=errno.EROFS)
         return Chain(layers, read_only=read_only, checked=checked)

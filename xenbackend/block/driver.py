@@ -333,6 +333,7 @@ class Filter(Driver):
 
     is_filter = True
     is_transparent: ClassVar[bool] = False  # what is read from it is what the layer below has
+    keeps_writes: ClassVar[bool] = False  # all that is below is opened for reading only
 
     def __init__(self, options: Any) -> None:
         """See `Driver`."""

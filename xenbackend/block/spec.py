@@ -6,6 +6,7 @@ Must not open anything: the supervisor refuses a bad chain by this before anythi
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,15 @@ def parse_chain(text: str) -> ChainSpec:
         for layer, driver in zip(layers, found, strict=True)
     ]
     return ChainSpec(grammar.format_chain(layers), tuple(specs))
+
+
+def only_read_from(drivers: Sequence[Driver | type[Driver]]) -> int:
+    """Return the place of the first layer that is only read, because a filter above it keeps what is written.
+
+    Where there is no such filter, it is the number of layers.
+    """
+    keeping = (place + 1 for place, each in enumerate(drivers) if getattr(each, "keeps_writes", False))
+    return next(keeping, len(drivers))
 
 
 def check_whole_paths(chain: ChainSpec) -> None:

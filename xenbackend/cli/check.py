@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HELP = "open a chain and explain it layer by layer"
 _DESCRIPTION = (
     "Open a chain as a worker would, explain it layer by layer, and close it. Files that opening creates are created "
-    "here too: log:FILE leaves FILE and FILE.1 behind."
+    "here too: log:FILE leaves FILE and FILE.1 behind, cow:FILE leaves FILE."
 )
 
 

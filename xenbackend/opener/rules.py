@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xenbackend.block.mapped.parents import DATA_FILE
 from xenbackend.block.options import RECORD, files_of, uses_of
 from xenbackend.block.servers import Endpoint, servers_of
-from xenbackend.block.spec import parse_chain
+from xenbackend.block.spec import only_read_from, parse_chain
 from xenbackend.errors import DriverError, printable
 from xenbackend.protocol.opening import MAX_FILES
 
@@ -58,7 +58,9 @@ class Rules:
         self._rules: dict[str, Rule] = {}
         self._images: list[str] = []
         self._servers: dict[str, Server] = {}
-        for layer in parse_chain(chain).layers:
+        layers = parse_chain(chain).layers
+        first = only_read_from([layer.driver for layer in layers])
+        for place, layer in enumerate(layers):
             within, data_file = (getattr(layer.options, name, "") for name in ("parents", "data_file"))
             is_shared: bool = shareable or getattr(layer.options, "share", False)
             for path, use in uses_of(layer.options).items():
@@ -66,7 +68,8 @@ class Rules:
                     self._rules[path] = self._rules[f"{path}.1"] = Rule(may_write=True, is_record=True)
                 else:
                     self._images.append(path)
-                    self._rules[path] = Rule(not read_only, is_shared, within=within, data_file=data_file)
+                    may_write = not read_only and place < first
+                    self._rules[path] = Rule(may_write, is_shared, within=within, data_file=data_file)
             drain_s = float(getattr(layer.options, "drain", 0.0))
             self._servers |= {name: Server(each, drain_s) for name, each in servers_of(layer.options).items()}
             self._source = list(files_of(layer.options).values())

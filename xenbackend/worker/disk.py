@@ -15,6 +15,7 @@ from xenbackend.block.driver import Geometry
 from xenbackend.block.opening import OpenLayer, explained
 from xenbackend.block.options import files_of
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.spec import only_read_from
 from xenbackend.block.successor import keeps_content, shows_the_same
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
@@ -116,8 +117,9 @@ class Disk:
                         "such as partition, has to stay; if the guest is to see something else, add --replace"
                     )
                 with self._through(1):
-                    for layer in found.layers:
-                        self._check_free(layer)
+                    first = only_read_from([layer.driver for layer in found.layers])
+                    for place, layer in enumerate(found.layers):
+                        self._check_free(layer, read_only=self._read_only or place >= first)
                 return [layer.text for layer in found.layers]
         except ConfigError:
             raise
@@ -223,13 +225,13 @@ class Disk:
         self._env.begin()
         return open_chain(parse_chain(text), self._env, read_only=self._read_only, shareable=self._shareable)
 
-    def _check_free(self, layer: OpenLayer) -> None:
+    def _check_free(self, layer: OpenLayer, *, read_only: bool) -> None:
         """Refuse a layer whose files somebody else has: to find that out in an exchange would pause the guest."""
         if layer.driver.is_filter:
             return
         options = layer.driver.options
         shareable = getattr(options, "share", False) or (self._shareable and not layer.parent_of)
-        read_only = self._read_only or bool(layer.parent_of)
+        read_only = read_only or bool(layer.parent_of)
         files = files_of(options)
         with explained(layer.text, files):
             for path in files.values():

@@ -15,7 +15,9 @@ from __future__ import annotations
 import os
 
 from xenbackend.block.chain import Chain
+from xenbackend.block.driver import Filter
 from xenbackend.block.leaf import leaf_over
+from xenbackend.errors import ConfigError
 from xenbackend.opener.newfile import fill, naming
 from xenbackend.worker.opener import RemoteOpener
 
@@ -31,6 +33,11 @@ def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str =
 
     Raises: ConfigError, where there cannot be such a child; OSError. Nothing is left at `path` then.
     """
+    if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in chain.layers):
+        raise ConfigError(
+            "what the guest writes goes to a layer above the image, which is only read: a new image over that "
+            "would get nothing"
+        )
     fd = opener.make()
     source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
     try:

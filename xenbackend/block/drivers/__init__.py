@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GROUP = "xenbackend.drivers"
 BUILT_IN = {
     "aio": "xenbackend.block.drivers.aio:Aio",
+    "cow": "xenbackend.block.drivers.cow:Cow",
     "delay": "xenbackend.block.drivers.delay:Delay",
     "fault": "xenbackend.block.drivers.fault:Fault",
     "log": "xenbackend.block.drivers.log:Log",

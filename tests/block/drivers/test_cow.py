@@ -1,0 +1,310 @@
+"""The driver cow."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import Machine, StepEnv, again, content, discard, flush, read, write
+from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
+from xenbackend.block.chain import Chain
+from xenbackend.block.formats.cow import OWN, ZEROS, Header
+from xenbackend.block.request import Op, Request
+from xenbackend.errors import ChainError, DriverError
+
+SIZE = 1 << 20
+BLOCK = 4096
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """An image of random bytes."""
+    path = tmp_path / "base"
+    path.write_bytes(Random(1).randbytes(SIZE))
+    return path
+
+
+def test_the_base_is_only_read(machine: Machine, tmp_path: Path, base: Path) -> None:
+    """Several disks start from one image, each has its own writes, also when it is opened again, and the image none."""
+    before = base.read_bytes()
+    chains = [machine.open(f"cow:{tmp_path}/{name}|aio:{base}") for name in "ab"]
+    for chain, byte in zip(chains, (b"a", b"b"), strict=True):
+        assert [0, 0] == machine.do(chain, write(70000 // 512 * 512, byte * 1024), write(0, byte * 512))
+    assert chains[0].layers[1].geometry.read_only
+    for chain in chains:
+        chain.close()
+    for name in "ab":
+        found = machine.contents(f"cow:{tmp_path}/{name}|aio:{base}")
+        expected = bytearray(before)
+        expected[:512] = name.encode() * 512
+        expected[69632 : 69632 + 1024] = name.encode() * 1024
+        assert expected == found
+
+    assert before == base.read_bytes()
+
+
+def test_partial_first_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path, base: Path) -> None:
+    """D3: of sixteen writes of 512 bytes to one block in one batch none is lost, nor what is around them."""
+    chain = machine.open(f"cow:{tmp_path}/cow|delay:read=2ms,jitter=2ms|aio:{base}")
+    places = [1024 * number for number in range(16)]
+    writes = [write(place, bytes([number]) * 512) for number, place in enumerate(places)]
+
+    assert [0] * 16 == machine.do(chain, *writes)
+    expected = bytearray(base.read_bytes())
+    for number, place in enumerate(places):
+        expected[place : place + 512] = bytes([number]) * 512
+    assert expected == machine.everything(chain)
+    assert {"own": 1, "zeros": 0} == chain.layers[0].driver.figures()
+    chain.close()
+
+
+def test_a_discard_never_uncovers_the_base(machine: Machine, tmp_path: Path) -> None:
+    """D3: what was discarded reads as zeros, under a partial write and in a successor too, and the file shrinks."""
+    base, cow = tmp_path / "base", tmp_path / "cow"
+    base.write_bytes(b"\xaa" * SIZE)
+    text = f"cow:{cow}|aio:{base}"
+    chain = machine.open(text)
+    assert [0] == machine.do(chain, write(0, b"w" * (SIZE // 2)))
+    taken = cow.stat().st_blocks
+    assert [0, 0] == machine.do(chain, discard(0, SIZE - 65536), discard(SIZE - 512, 512))
+    assert [0, 0] == machine.do(chain, write(512, b"x" * 512), write(SIZE // 2 + 512, b"y" * 512))
+    expected = bytearray(SIZE)
+    expected[SIZE - 65536 : SIZE - 512] = b"\xaa" * (65536 - 512)
+    expected[512:1024], expected[SIZE // 2 + 512 : SIZE // 2 + 1024] = b"x" * 512, b"y" * 512
+    assert expected == machine.everything(chain)
+    assert cow.stat().st_blocks < taken
+    chain.close()
+
+    assert expected == machine.contents(text)
+
+
+@pytest.mark.parametrize("change", ["a byte", "another file", "size", "shorter", "header", "no cow", "empty"])
+def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, base: Path, change: str) -> None:
+    """D2: over a base that was changed or exchanged, or cut, or damaged, the file is refused, and left as it is."""
+    cow = tmp_path / "cow"
+    text = f"cow:{cow}|aio:{base}"
+    chain = machine.open(text)
+    machine.do(chain, write(0, bytes(512)))
+    chain.close()
+    problem = "is another one now, or was changed since; put back what was there, or remove the file"
+    match change:
+        case "a byte":
+            with base.open("r+b") as file:
+                file.write(b"x")
+        case "another file":
+            (tmp_path / "new").write_bytes(base.read_bytes())
+            (tmp_path / "new").rename(base)
+        case "size":
+            base.write_bytes(bytes(2 * SIZE))
+            problem = "has 2097152 bytes, and had 1048576"
+        case "shorter":
+            os.truncate(cow, 1 << 20)
+            problem = "something has cut it"
+        case "header":
+            with cow.open("r+b") as file:
+                file.seek(60)
+                file.write(b"!")
+            problem = "its header is damaged"
+        case "no cow":
+            cow.write_bytes(b"precious" * 1024)
+            problem = "it is no file of cow:, and is left as it is"
+        case "empty":
+            cow.write_bytes(b"")
+            machine.open(text).close()
+            return
+    before = cow.read_bytes()
+    with pytest.raises(DriverError, match=problem):
+        machine.open(text)
+
+    assert before == cow.read_bytes()
+
+
+def test_what_was_only_read_is_not_begun(machine: Machine, tmp_path: Path, base: Path) -> None:
+    """Opened for reading a new file shows the base; who writes may begin it later, with other blocks."""
+    text = f"cow:{tmp_path}/cow|aio:{base}"
+    assert base.read_bytes() == machine.contents(text)
+    chain = machine.open(f"cow:{tmp_path}/cow,block=8K|aio:{base}")
+    assert [0] == machine.do(chain, write(0, b"x" * 512))
+    chain.close()
+
+    assert b"x" * 512 + base.read_bytes()[512:] == machine.contents(text)
+
+
+def test_two_cannot_have_one_file(machine: Machine, tmp_path: Path, base: Path) -> None:
+    """The file is locked while it is open, and a link is not followed."""
+    cow = tmp_path / "cow"
+    chain = machine.open(f"cow:{cow}|aio:{base}")
+    (tmp_path / "link").symlink_to(cow)
+    with pytest.raises(DriverError, match="is locked by another process"):
+        machine.open(f"cow:{cow}|aio:{base}")
+    with pytest.raises(DriverError):
+        machine.open(f"cow:{tmp_path}/link|aio:{base}")
+    chain.close()
+
+
+@pytest.mark.parametrize("block", ["2K", "3K", "2M", "0"])
+def test_odd_blocks_are_refused(block: str, tmp_path: Path, machine: Machine) -> None:
+    """A block is a power of two from 4 KiB to 1 MiB."""
+    with pytest.raises(ChainError, match="it must be 4K, 8K"):
+        machine.open(f"cow:{tmp_path}/cow,block={block}|ram:1M")
+
+
+def test_a_full_file_system_leaves_reads_and_discards(tmp_path: Path) -> None:
+    """D1: where a new block finds no room, its write says so; reads, blocks that are there and flushes go on, and then
+    the same write succeeds.
+    """
+    path, first, file = at(tmp_path / "cow"), Random(3).randbytes(64 << 10), RecordedFile(bytearray(4096))
+    disk = Disk(f"cow:{path},block=4K|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
+    assert [0] == disk.do(write(0, b"a" * 512))
+    data_at = Header(64 << 10, BLOCK, "").data_at
+    file.fails = lambda request: errno.ENOSPC if request.op == Op.WRITE and request.offset >= data_at + BLOCK else 0
+    late = [write(BLOCK, b"b" * 512), write(BLOCK + 512, b"c" * 512), write(0, b"d" * 512), read(BLOCK, 512), flush()]
+
+    assert [errno.ENOSPC, errno.ENOSPC, 0, 0, 0] == disk.do(*late)
+    file.fails = lambda request: 0
+    assert [0, 0] == disk.do(*map(again, late[:2]))
+    assert b"d" * 512 + first[512:BLOCK] + b"b" * 512 + b"c" * 512 + first[BLOCK + 1024 :] == disk.everything()
+
+
+@pytest.mark.parametrize("life", range(4))
+@pytest.mark.parametrize("block", ["4K", "16K"])
+def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, block: str, life: int) -> None:
+    """After a power failure what was flushed is there, and around what was not nothing is lost, torn and reordered."""
+    chance = Random(f"{request.config.getoption('--seed')} {life}")
+    first, path, file = chance.randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096), chance)
+    base = RecordedFile(bytearray(first))
+    disk = Disk(f"cow:{path},block={block}|aio:base", RecordedFiles(**{path: file, "base": base}))
+    guest = Session(disk, file, first, chance)
+    begun, start = len(file.log), bytes(file.bytes)
+    guest.run(80, 8)
+    assert any(each.kind == "flush" for each in file.log[begun:])
+    for _ in range(120):
+        data, flushed = after_power_loss(start, file.log[begun:], chance)
+        files = RecordedFiles(**{path: RecordedFile(data), "base": RecordedFile(bytearray(first))})
+        found = Disk(f"cow:{path}|aio:base", files).everything()
+        assert [] == guest.faults_of_power_loss(found, flushed + begun)
+
+
+def test_a_begun_file_is_begun_anew(tmp_path: Path) -> None:
+    """Killed anywhere while the file is made, torn or not, the next one who opens it has the base, and goes on."""
+    first, path, file = Random(4).randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
+    Disk(f"cow:{path}|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
+    assert len(file.log) > 3
+    for count, torn in tears(file.log):
+        left = RecordedFile(state(bytes(4096), file.log, count, torn))
+        disk = Disk(f"cow:{path}|aio:base", RecordedFiles(**{path: left, "base": RecordedFile(bytearray(first))}))
+        assert [0, 0] == disk.do(write(512, b"x" * 512), flush())
+        assert first[:512] + b"x" * 512 + first[1024:] == disk.everything(), (count, torn)
+
+
+@dataclass
+class Life:
+    """A disk whose workers are killed: the file and the memories stay, what was in flight is done by half or not."""
+
+    text: str
+    files: RecordedFiles
+    chance: Random
+    memories: dict[str, dict[str, bytearray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Start a worker."""
+        memories = self.memories
+
+        class Kept(Disk):
+            def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
+                env = super()._env(layer, read_only=read_only, shareable=shareable)
+                env.memories = memories.setdefault(layer, {})
+                return env
+
+        self.disk = Kept(self.text, self.files)
+
+    def kill(self) -> None:
+        """Kill it: of what its file was given some lands, in any order, torn too."""
+        for file in self.files.files.values():
+            self.chance.shuffle(file.waiting)
+            for request in file.waiting:
+                if request.op == Op.WRITE and self.chance.random() < 0.6:
+                    data = content(request)
+                    file.write_at(request.offset, data[: self.chance.randint(0, len(data) // 512) * 512])
+            file.waiting.clear()
+        self.start()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_anywhere(tmp_path: Path, seed: int) -> None:
+    """D11: over 40 deaths with writes, discards and flushes in flight, which are done again, nothing is ever lost."""
+    chance = Random(seed)
+    first, path = chance.randbytes(64 << 10), at(tmp_path / "cow")
+    file = RecordedFile(bytearray(4096), chance, can_discard=True, discard_granularity=4096)
+    file._do = _with_discards(file)  # type: ignore[method-assign]
+    files = RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first), chance)})
+    life, model = Life(f"cow:{path},block=8K|aio:base", files, chance), bytearray(first)
+    for _ in range(40):
+        out: list[Request] = []
+        for _ in range(chance.randint(1, 12)):
+            length = chance.choice([512, 1024, 8192, 512 * chance.randint(1, 40)])
+            offset = chance.randrange(0, (len(first) - length) // 512 + 1) * 512
+            if any(each.offset < offset + length and offset < each.offset + each.length for each in out):
+                continue
+            kind = chance.random()
+            request = discard(offset, length) if kind < 0.3 else write(offset, chance.randbytes(length))
+            model[offset : offset + length] = bytes(length) if kind < 0.3 else content(request)
+            out += [request, flush()] if kind > 0.85 else [request]
+        life.disk.chain.submit(list(out))
+        for _ in range(chance.randint(0, 12)):
+            life.disk.step()
+        answered = set(life.disk.back)
+        assert all(request.status == 0 for request in answered)
+        life.kill()
+        left = [again(request) for request in out if request not in answered]
+        if left:
+            assert {0} == set(life.disk.do(*left))
+        assert model == life.disk.everything()
+
+
+def _with_discards(file: RecordedFile) -> Callable[[Request], int]:
+    plain = file._do
+
+    def do(request: Request) -> int:
+        if request.op != Op.DISCARD:
+            return plain(request)
+        file.write_at(request.offset, bytes(request.length))
+        return 0
+
+    return do
+
+
+def test_a_flush_puts_nothing_into_the_map_that_is_not_durable(tmp_path: Path) -> None:
+    """The map is written between two flushes of the file: after the data, before the answer."""
+    first, path, file = bytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
+    disk = Disk(f"cow:{path},block=4K|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
+    begun = len(file.log)
+    assert [0] == disk.do(write(0, b"x" * 512))
+    assert [BLOCK] == [len(each.data) for each in file.log[begun:]]
+    assert [0, 0] == disk.do(flush(), flush())
+    kinds = [(each.kind, each.place) for each in file.log[begun + 1 :]]
+
+    assert [("flush", 0), ("write", 4096), ("flush", 0)] == kinds[:3]
+    assert {("flush", 0)} >= set(kinds[3:])
+
+
+def states(chain: Chain) -> bytes:
+    """Return the map of a chain whose top is cow."""
+    return bytes(chain.layers[0].driver._states)  # type: ignore[attr-defined]
+
+
+def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> None:
+    """A write that covers a block needs nothing from below, and a whole discard writes nothing at all."""
+    chain = machine.open(f"cow:{tmp_path}/cow,block=4K|fault:op=read|ram:1M")
+    assert [0, 0, 5] == machine.do(chain, write(4096, bytes(4096)), discard(8192, 8192), write(0, bytes(512)))
+    assert bytes([0, OWN, ZEROS, ZEROS, 0]) == states(chain)[:5]
+    chain.close()

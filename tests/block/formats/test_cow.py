@@ -1,0 +1,46 @@
+"""The header of the file of `cow:`."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from xenbackend.block.formats.cow import HEADER_SIZE, MAX_BLOCK, Header, parse
+from xenbackend.errors import DriverError
+
+
+@pytest.mark.parametrize("size", [512, 4096, 5 << 30, (1 << 62) + 512])
+@pytest.mark.parametrize("base", ["", "aio; file inode=7 changed=12", "ram; target=1\udcff"])
+def test_a_header_comes_back(size: int, base: str) -> None:
+    """What was packed is parsed, and header, map and blocks do not touch each other."""
+    header = Header(size, 65536, base)
+
+    assert header == parse(header.pack())
+    assert HEADER_SIZE == len(header.pack())
+    assert HEADER_SIZE + header.map_size <= header.data_at
+    assert header.data_at % MAX_BLOCK == 0
+    assert header.blocks <= header.map_size
+    assert size <= header.file_size - header.data_at < size + 65536
+
+
+def test_any_damage_is_a_sentence() -> None:
+    """A header with any byte altered is refused, or, behind its text, the same."""
+    whole, chance = Header(1 << 30, 4096, "aio; x").pack(), Random(1)
+    for _ in range(500):
+        data = bytearray(whole)
+        data[chance.randrange(80)] ^= 1 << chance.randrange(8)
+        try:
+            found = parse(data)
+        except DriverError:
+            continue
+        assert found == Header(1 << 30, 4096, "aio; x")
+
+
+def test_numbers_that_cannot_be_are_refused() -> None:
+    """Right checksums do not help a block of no power of two, a size of nothing, or too long a text."""
+    for header in (Header(1 << 20, 5000, ""), Header(0, 4096, ""), Header(1 << 20, 1 << 30, "")):
+        with pytest.raises(DriverError, match="its header is damaged"):
+            parse(header.pack())
+    with pytest.raises(DriverError, match="made of too many files"):
+        Header(512, 4096, "x" * 5000).pack()

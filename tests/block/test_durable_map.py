@@ -1,0 +1,77 @@
+"""The map of `cow:`; tests/block/drivers/test_cow.py has it in a disk, killed and without power."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers_block import StepEnv
+from tests.recorded import RecordedFile
+from xenbackend.block.durable_map import PAGE, DurableMap
+
+
+def opened(env: StepEnv, file: RecordedFile, pages: int = 3) -> DurableMap:
+    """Return a map at the beginning of a file."""
+    found = DurableMap(env, file, 0, pages * PAGE)
+    file.complete = lambda batch: [found.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]
+    return found
+
+
+def run(file: RecordedFile) -> None:
+    """Do all that waits."""
+    while file.step():
+        pass
+
+
+def test_only_pages_that_changed_are_written() -> None:
+    """A flush writes each changed page once, and a second one nothing."""
+    env, file, ended = StepEnv(), RecordedFile(bytearray(3 * PAGE)), list[int]()
+    found = opened(env, file)
+    found.mark(1, 1)
+    found.mark(2 * PAGE, 2)
+    for _ in range(2):
+        found.flush(ended.append)
+        run(file)
+    kinds = [(each.kind, each.place) for each in file.log]
+
+    assert ([0, 0], ("flush", 0)) == (ended, kinds[0])
+    assert {("write", 0), ("write", 2 * PAGE)} == set(kinds[1:3])
+    assert [("flush", 0)] * 2 == kinds[3:]
+    assert (1, 2) == (file.bytes[1], file.bytes[2 * PAGE])
+
+
+def test_a_successor_knows_what_was_never_written() -> None:
+    """What a killed worker had only in memory is written by its successor's next flush."""
+    env, file, ended = StepEnv(), RecordedFile(bytearray(3 * PAGE)), list[int]()
+    opened(env, file).mark(PAGE + 5, 1)
+    again = opened(env, file)
+    assert (1, 1) == (again.states[PAGE + 5], again.counts[1])
+    again.flush(ended.append)
+    run(file)
+
+    assert ([0], 1) == (ended, file.bytes[PAGE + 5])
+
+
+@pytest.mark.parametrize("step", ["first flush", "write", "second flush"])
+def test_what_failed_is_done_again(step: str) -> None:
+    """Where a step fails the flush says so, and the next one writes the same pages."""
+    env, file, ended = StepEnv(), RecordedFile(bytearray(3 * PAGE)), list[int]()
+    found = opened(env, file)
+    found.mark(7, 1)
+    seen: list[int] = []
+    file.fails = lambda request: (seen.append(request.op), 5 if len(seen) == fails else 0)[1]  # type: ignore[func-returns-value]
+    fails = ["first flush", "write", "second flush"].index(step) + 1
+    for _ in range(2):
+        found.flush(ended.append)
+        run(file)
+
+    assert ([5, 0], 1) == (ended, file.bytes[7])
+
+
+def test_closing_writes_what_is_left() -> None:
+    """Who closes without a flush leaves data and map durable; who only read leaves nothing."""
+    for writes in (True, False):
+        env, file = StepEnv(), RecordedFile(bytearray(3 * PAGE))
+        found = opened(env, file)
+        found.mark(3, 2)
+        found.close(writes=writes)
+        assert (["flush", "write", "flush"] if writes else []) == [each.kind for each in file.log]

@@ -1,0 +1,47 @@
+"""A disk whose writes go to a file of their own, in a worker's process: killed, exchanged, snapshotted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.driven import Driven
+from xenbackend import counters
+from xenbackend.protocol import messages
+from xenbackend.protocol.codes import Code
+from xenbackend.units import PAGE
+
+pytestmark = pytest.mark.slow  # each starts a process
+DATA = b"d" * PAGE
+
+
+def test_what_was_answered_outlives_the_worker(driven: Driven, images: list[Path], tmp_path: Path) -> None:
+    """D11: writes that no flush has brought into the map are there after a kill; the image has not been touched."""
+    text = f"cow:{tmp_path}/cow|aio:{images[0]}"
+    driven.connect(text)
+    for place in range(0, 256, 32):
+        driven.frontend.write(place, DATA)
+    driven.kill()
+    driven.succeed(text, resumes=True)
+    found = [driven.frontend.read(place, 8) for place in range(0, 256, 8)]
+    driven.frontend.flush()
+    driven.worker.expect_counter("flushes", 1)
+
+    assert [DATA if place % 4 == 0 else bytes(PAGE) for place in range(32)] == found
+    assert bytes(1 << 20) == images[0].read_bytes()
+    assert [{"own": 2, "zeros": 0}] == counters.figures(driven.worker.journal, [["own", "zeros"]])
+    driven.worker.end()
+
+
+def test_a_chain_without_it_is_another_disk(driven: Driven, images: list[Path], tmp_path: Path) -> None:
+    """To take the layer out would lose what was written: that is refused, and so is a snapshot of what is only read."""
+    driven.connect(f"log:|cow:{tmp_path}/cow|aio:{images[0]}").write(0, DATA)
+    refused = driven.worker.ask(messages.Swap(f"aio:{images[0]}"))
+    branch = driven.worker.ask(messages.Branch(f"{images[0]}.leaf", ""))
+    done = driven.worker.ask(messages.Swap(f"throttle:iops=1000|cow:{tmp_path}/cow|aio:{images[0]}"))
+
+    assert (Code.INVALID, Code.INVALID, Code.OK) == (refused.code, branch.code, done.code), done.sentence
+    assert "shows the image otherwise" in refused.sentence
+    assert "which is only read" in branch.sentence
+    assert DATA == driven.frontend.read(0, 8)
