@@ -43,7 +43,7 @@ test-all:  ## every suite in full, in hours; may be stopped and goes on; the rep
 test-images: $(VENV)/.dev  ## image formats at length: a million requests to each, kills, power losses, damage
 	exec env TMPDIR=/dev/shm nice $(CONTAINED) $(BIN)/pytest -v -n 2 --dist worksteal -o tmp_path_retention_policy=failed \
 		-o faulthandler_timeout=0 --basetemp={tmp}/t --seed $(or $(S),1) --long --requests 1000000 $(PART_OF) \
-		$(call FAILED_OF,images) tests/block/test_large.py tests/block/qcow/test_kills.py \
+		$(call FAILED_OF,images) tests/block/test_large.py tests/block/test_any_chains.py tests/block/qcow/test_kills.py \
 		tests/block/mapped/test_blocks.py tests/block/drivers/test_vdi.py tests/block/test_hostile_parents.py \
 		tests/block/test_damaged_tables.py
 
