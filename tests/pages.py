@@ -86,3 +86,18 @@ def has_indented(page: Path) -> bool:
 def why_not_run(line: str) -> str:
     """Return why a command is not run; empty: it is."""
     return next((reason for begin, reason in NOT_RUN.items() if line.startswith(begin)), "")
+
+
+def rows(page: Path, heading: str, *, below: str = "") -> list[list[str]]:
+    """Return the cells of the table whose head begins with a word; below a heading of the page."""
+    text = page.read_text(encoding="utf-8")
+    text = text[text.index(f"\n## {below}\n") :] if below else text
+    _, _, table = text[text.index(f"\n| {heading} |") :].lstrip("\n").partition("\n")
+    lines = table.partition("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def readme_chains() -> list[str]:
+    """Return the chains of README.md's table."""
+    cells = [cell for _, cell in rows(ROOT / "README.md", "you want")]
+    return [each.replace("\\|", "|") for cell in cells for each in re.findall(r"`([a-z0-9]+:[^`]+)`", cell)]

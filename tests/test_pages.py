@@ -34,15 +34,6 @@ def of_language(language: str) -> list[pages.Block]:
     return [block for page in pages.PAGES for block in pages.blocks(page) if block.language == language]
 
 
-def rows(page: Path, heading: str, *, below: str = "") -> list[list[str]]:
-    """Return the cells of the table whose head begins with a word; below a heading of the page."""
-    text = page.read_text(encoding="utf-8")
-    text = text[text.index(f"\n## {below}\n") :] if below else text
-    _, _, table = text[text.index(f"\n| {heading} |") :].lstrip("\n").partition("\n")
-    lines = table.partition("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-
-
 @each_page
 def test_every_block_names_its_language(page: Path) -> None:
     """No page has a block of which nobody knows whether it is run: each names a language of `LANGUAGES`."""
@@ -73,17 +64,15 @@ def test_disk_lines_are_disks() -> None:
 
 def test_tables_of_lines_and_chains_are_right() -> None:
     """What the tables offer as a disk line or a chain can be parsed; former lines for other backends aside."""
-    chains = [after.partition("target=")[2].rstrip("`") for _, after in rows(DOCS / "migration.md", "before")]
-    for _, cell in rows(pages.ROOT / "README.md", "you want"):
-        chains += [each.replace("\\|", "|") for each in re.findall(r"`([a-z0-9]+:[^`]+)`", cell)]
-    for chain in chains:
+    chains = [after.partition("target=")[2].rstrip("`") for _, after in pages.rows(DOCS / "migration.md", "before")]
+    for chain in [*chains, *pages.readme_chains()]:
         parse_chain(chain)
-    assert len(chains) > 12
+    assert len(chains) + len(pages.readme_chains()) > 12
 
 
 def test_lines_of_blktap2_become_those_of_the_table() -> None:
     """What migration.md says that a line of blktap2 becomes leads to the disk that `convert` makes of it."""
-    for before, after in rows(DOCS / "migration.md", "before")[:1]:
+    for before, after in pages.rows(DOCS / "migration.md", "before")[:1]:
         made = rewrite(before.strip("`"), EVERY_XEN)
         assert made is not None
         assert set(made.split(",")) == set(after.strip("`").split(","))
@@ -126,7 +115,7 @@ def test_the_sentences_of_the_pages_are_the_programs() -> None:
     text = (DOCS / "troubleshooting.md").read_text()
     for table in re.findall(r"\n\| what (?:is printed|`status` says) \|.*\n\|.*\n((?:\|.*\n)+)", text):
         quoted += re.findall(r"^\| `([^`]+)`(?! \(by xl\)| says nothing)", table, re.MULTILINE)
-    for cell, level, _ in rows(DOCS / "monitoring.md", "line"):
+    for cell, level, _ in pages.rows(DOCS / "monitoring.md", "line"):
         quoted += re.findall(r"`([^`]+)`", cell) if level in ("warning", "error") else []
     pieces = [piece.strip(" ;") for quote in quoted for piece in quote.replace("\\|", "|").split("…")]
 
@@ -136,7 +125,7 @@ def test_the_sentences_of_the_pages_are_the_programs() -> None:
 
 def test_every_reason_is_explained() -> None:
     """monitoring.md has a row for each reason, as `status --json` has it, in their order."""
-    words = [word.strip("`") for word, _ in rows(DOCS / "monitoring.md", "`reason`")]
+    words = [word.strip("`") for word, _ in pages.rows(DOCS / "monitoring.md", "`reason`")]
 
     assert [each.name.lower().replace("_", "-") for each in Reason] == words
 
@@ -144,7 +133,7 @@ def test_every_reason_is_explained() -> None:
 def test_memory_for_many_disks() -> None:
     """capacity.md multiplies what the formula of performance.md says of one disk, with the arena."""
     ones = [bound(rings, slots, segments=FREE_SEGMENTS) + ARENA for rings, slots in ((8, 512), (2, 128))]
-    table = rows(DOCS / "capacity.md", "N")
+    table = pages.rows(DOCS / "capacity.md", "N")
     for number, *cells in table:
         assert [f"{round(int(number) * each / MIB)} MiB" for each in ones] == cells
 

@@ -89,6 +89,16 @@ def test_an_image_is_free_after_a_check(tmp_path: Path) -> None:
     assert path.read_bytes() == b"kept" * 256
 
 
+def test_an_odd_order_is_noted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A chain that works, but hardly does what was meant, is explained with a note; --json has it, too."""
+    text = f"cow:{tmp_path}/cow|throttle:iops=10|aio:{image(tmp_path / 'img')}"
+
+    assert run(text) == 0
+    assert "note: throttle below cow limits only what is read" in capsys.readouterr().out
+    assert run("--json", text) == 0
+    assert ["throttle below cow"] == [each[:18] for each in json.loads(capsys.readouterr().out)["notes"]]
+
+
 def test_any_name_can_be_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A name that would move the cursor, or is no UTF-8, is opened as it is and shown with escapes."""
     path = image(tmp_path / os.fsdecode(b"\xff\x1b[2J\n.img"))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
+from xenbackend.block.order import remarks
 from xenbackend.block.spec import ChainSpec
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json
@@ -40,11 +41,14 @@ def check(arguments: argparse.Namespace) -> int:
     """Open, explain and close the chain. Raises: ChainError, DriverError."""
     spec = parse_chain(arguments.chain)
     facts = open_once(spec, read_only=arguments.read_only)
+    notes = remarks([each.driver.name for each in spec.layers])
     if arguments.json:
         layers = [output.layer_values(asdict(each)) for each in facts]
-        output.print_json({"chain": spec.text, "layers": layers}, indent=2)
+        output.print_json({"chain": spec.text, "layers": layers, "notes": notes}, indent=2)
     else:
         _print_table(spec.text, facts)
+        for note in notes:
+            print(f"note: {note}")
     return 0
 
 

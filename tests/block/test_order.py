@@ -1,0 +1,37 @@
+"""Remarks about orders of layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from xenbackend.block import order
+from xenbackend.block.drivers import find_driver
+from xenbackend.block.order import remarks
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [
+        ("throttle cow aio", []),
+        ("cow throttle aio", ["throttle below cow limits only what is read"]),
+        ("cow delay throttle log qcow2", ["throttle below cow", "log below cow sees no write"]),
+        ("log throttle cow partition aio", []),
+        ("throttle delay throttle ram", ["two throttles follow each other"]),
+        ("offset offset aio", ["two offsets follow each other"]),
+        ("offset log offset aio", []),
+        ("cow cow null", ["null below cow reads as zeros"]),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_remarked(chain: str, words: list[str]) -> None:
+    """Each odd order has one sentence, wherever it stands in the chain, and a sensible one has none."""
+    found = remarks(chain.split())
+
+    assert len(words) == len(found), found
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def test_the_table_names_drivers() -> None:
+    """Each row is about two drivers that there are, the upper one a filter."""
+    for upper, lower in [*order._BELOW, *order._NEXT]:
+        assert find_driver(upper).is_filter
+        assert find_driver(lower).name == lower

@@ -1,0 +1,103 @@
+"""The chains that README.md's table recommends: each does what its row says."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import Machine, content, flush, read, write
+from tests.pages import readme_chains
+from tests.partition_tables import gpt
+from tests.qemu import qemu_img
+from xenbackend.block.order import remarks
+from xenbackend.block.spec import parse_chain
+
+MEANT = ("throttle:", "cow:", "partition:", "log:|throttle:", "fault:")  # how the chains begin that are tried here
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Callable[[str], str]:
+    """Return the chain of the table that begins so, on files of its own: each is 8 MiB of random bytes behind a table."""
+    disk = gpt(8 << 20, {1: (2048, 4095), 2: (4096, 8191)})
+    disk[1 << 20 : 7 << 20] = Random(1).randbytes(6 << 20)
+    for name in ("guest.raw", "template.raw", "vm.raw"):
+        (tmp_path / name).write_bytes(disk)
+    qemu_img("convert", "-O", "qcow2", tmp_path / "vm.raw", tmp_path / "vm.qcow2")
+
+    def chain(begin: str) -> str:
+        """Return one."""
+        return next(each for each in readme_chains() if each.startswith(begin)).replace("/img/", f"{tmp_path}/")
+
+    return chain
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Return a machine that is closed after the test."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+def test_a_guest_leaves_some_of_the_disk(machine: Machine, at: Callable[[str], str]) -> None:
+    """It lets 500 requests a second pass, after the 50 of a bucket."""
+    chain = machine.open(at("throttle:"))
+    began = machine.reactor.now()
+    assert [0] * 120 == machine.do(chain, *(read(place * 4096, 4096) for place in range(120)))
+    took = machine.reactor.now() - began
+    chain.close()
+
+    assert took > 0.13
+
+
+def test_many_guests_start_from_one_image(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
+    """It alters nothing of its image, and a second guest can use that at the same time."""
+    before = (tmp_path / "template.raw").read_bytes()
+    one, two = machine.open(at("cow:")), machine.open(at("cow:").replace("1.cow", "2.cow"))
+    first = read(0, 512)
+    assert [0, 0] == machine.do(one, write(0, b"1" * 512), flush())
+    assert [0] == machine.do(two, first)
+    one.close()
+    two.close()
+
+    assert before[:512] == content(first)
+    assert b"1" * 512 + before[512:] == machine.contents(at("cow:"))
+    assert before == (tmp_path / "template.raw").read_bytes()
+
+
+def test_a_partition_is_a_disk(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
+    """It is the second partition of the disk in the QCOW2 image."""
+    assert (tmp_path / "vm.raw").read_bytes()[2 << 20 : 4 << 20] == machine.contents(at("partition:"))
+
+
+def test_a_disk_is_copied_while_it_is_written(machine: Machine, at: Callable[[str], str]) -> None:
+    """It knows what was written since the last look, and no more."""
+    chain = machine.open(at("log:|throttle:"))
+    assert [0, 0] == machine.do(chain, write(4096, bytes(8192)), write(1 << 20, bytes(512)))
+    *ranges, more = chain.control("log", "get", []).decode().splitlines()
+    assert ["8 16", "2048 1"] == ranges
+    assert b"end\n" == chain.control("log", "get", [more.removeprefix("more ")])
+    chain.close()
+
+
+def test_a_guest_meets_errors_and_its_image_none(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
+    """It fails one write in a hundred, and whatever is written the image stays as it is."""
+    before = (tmp_path / "guest.raw").read_bytes()
+    chain = machine.open(at("fault:"))
+    statuses = machine.do(chain, *(write(place * 512, bytes(512)) for place in range(300)))
+    chain.close()
+
+    assert [errno.EIO] * 3 == [status for status in statuses if status]
+    assert before == (tmp_path / "guest.raw").read_bytes()
+
+
+def test_no_order_makes_no_sense() -> None:
+    """`check` has no remark on the order of any of the chains, and those that are tried are there."""
+    for text in readme_chains():
+        assert [] == remarks([layer.driver.name for layer in parse_chain(text).layers])
+    for begin in MEANT:
+        assert any(each.startswith(begin) for each in readme_chains())

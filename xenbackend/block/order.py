@@ -1,0 +1,32 @@
+"""Layers in an order that makes no sense, though each of them works: what to say of it.
+
+Must not refuse a chain: whoever wrote it may have his reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below it): the sentence
+    ("cow", "throttle"): "throttle below cow limits only what is read of the image, and nothing that is written; "
+    "put it above cow to limit the guest",
+    ("cow", "log"): "log below cow sees no write, because they go to cow's file; put it above cow to know what changes",
+    ("cow", "null"): "null below cow reads as zeros: a new image of its own does the same without a layer",
+    (
+        "throttle",
+        "throttle",
+    ): "two throttles follow each other: a request waits for both, and one with both limits does it",
+}
+# The same, but only directly below
+_NEXT: dict[tuple[str, str], str] = {
+    ("offset", "offset"): "two offsets follow each other: one whose start is the sum does the same, and is faster",
+}
+
+
+def remarks(drivers: Sequence[str]) -> list[str]:
+    """Return a sentence for each odd order among a chain's drivers, which are given by name, the top one first."""
+    found = []
+    for place, upper in enumerate(drivers):
+        found += [_BELOW[upper, lower] for lower in drivers[place + 1 :] if (upper, lower) in _BELOW]
+        found += [_NEXT[upper, lower] for lower in drivers[place + 1 : place + 2] if (upper, lower) in _NEXT]
+    return list(dict.fromkeys(found))
