@@ -19,6 +19,7 @@ from xenbackend.block.order import remarks
         ("throttle delay throttle ram", ["two throttles follow each other"]),
         ("offset offset aio", ["two offsets follow each other"]),
         ("offset log offset aio", []),
+        ("readahead log throttle aio", ["throttle below readahead"]),
         ("cow cow null", ["null below cow reads as zeros"]),
     ],
 )

@@ -12,10 +12,8 @@ _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below 
     "put it above cow to limit the guest",
     ("cow", "log"): "log below cow sees no write, because they go to cow's file; put it above cow to know what changes",
     ("cow", "null"): "null below cow reads as zeros: a new image of its own does the same without a layer",
-    (
-        "throttle",
-        "throttle",
-    ): "two throttles follow each other: a request waits for both, and one with both limits does it",
+    ("readahead", "throttle"): "throttle below readahead limits what is read ahead, and not what the guest reads",
+    ("throttle", "throttle"): "two throttles follow each other: one that has the limits of both does the same",
 }
 # The same, but only directly below
 _NEXT: dict[tuple[str, str], str] = {

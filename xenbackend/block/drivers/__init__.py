@@ -36,6 +36,7 @@ BUILT_IN = {
     "qcow": "xenbackend.block.drivers.qcow:Qcow",
     "qcow2": "xenbackend.block.drivers.qcow2:Qcow2",
     "ram": "xenbackend.block.drivers.ram:Ram",
+    "readahead": "xenbackend.block.drivers.readahead:Readahead",
     "sync": "xenbackend.block.drivers.sync:Sync",
     "throttle": "xenbackend.block.drivers.throttle:Throttle",
     "vdi": "xenbackend.block.drivers.vdi:Vdi",
