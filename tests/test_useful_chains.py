@@ -21,7 +21,7 @@ MEANT = ("throttle:", "cow:", "partition:", "log:|throttle:", "fault:")  # how t
 
 @pytest.fixture
 def at(tmp_path: Path) -> Callable[[str], str]:
-    """Return the chain of the table that begins so, on files of its own: each is 8 MiB of random bytes behind a table."""
+    """Return the chain that begins so, on files of its own: each is 8 MiB of random bytes behind a table."""
     disk = gpt(8 << 20, {1: (2048, 4095), 2: (4096, 8191)})
     disk[1 << 20 : 7 << 20] = Random(1).randbytes(6 << 20)
     for name in ("guest.raw", "template.raw", "vm.raw"):

@@ -54,12 +54,12 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
     )}  # fmt: skip
     return [
         Disk(bases["plain"], f"log:|{bases['plain']}", queues=2),
-        Disk(bases["direct"], f"log:|{bases['direct']}", ring_order=2, indirect=64),
+        Disk(bases["direct"], f"throttle:iops=3000,bps=80M|log:|{bases['direct']}", ring_order=2, indirect=64),
         Disk(f"log:|{bases['logged']}", bases["logged"], persistent=False),
         Disk(f"{full}|{bases['full']}", bases["full"], queues=2, indirect=32),
         Disk(f"{bad}|{bases['bad']}", f"log:|{bases['bad']}"),
         Disk(f"log:|{bases['vhd']}", bases["vhd"], discard=False),
-        Disk(bases["qcow2"], f"log:|{bases['qcow2']}", queues=2),
+        Disk(bases["qcow2"], f"readahead:size=64K|log:|{bases['qcow2']}", queues=2),
         Disk(bases["old"], f"delay:write=2ms|{bases['old']}", protocol="x86_32-abi", persistent=False),
     ]
 
@@ -98,6 +98,7 @@ def next_step(random: Random, guests: int, actions: dict[str, int]) -> Step:
 VERBS = {"set": 34, "snapshot": 12, "resize": 8, "pause": 12, "policy": 9, "upgrade": 14, "command": 11}
 MOST_SNAPSHOTS = 4  # images over one another: each makes its guest slower, for good
 POLICIES = ("read=retry 3 every 1s", "read=retry 4 every 0.5s", "write=retry 9 every 0.1s")  # harmless to all disks
+_OWN = ("fault:", "delay:", "throttle:", "readahead:")  # filters that only some disks have
 _BUSY = 0.4  # of a round: disks that somebody orders something of
 
 
@@ -157,7 +158,7 @@ def _request(random: Random, verb: str, disk: Disk, chain: str, image: Path, *, 
 
 def _set(random: Random, disk: Disk, layers: list[str]) -> dict[str, Any]:
     """Return another chain over the same source, with filters or without; sometimes one that must be refused."""
-    own = [each for each in f"{disk.chain}|{disk.other}".split("|") if each.startswith(("fault:", "delay:"))]
+    own = [each for each in f"{disk.chain}|{disk.other}".split("|") if each.startswith(_OWN)]
     filters = [each for each in ["log:", *own[:1]] if random.random() < 0.5]
     chosen = "|".join([*filters, layers[-1]])
     match random.choices(["other", "dry", "bottom", "missing"], [17, 1, 1, 1])[0]:
