@@ -17,17 +17,17 @@ from xenbackend.block.request import Op
 
 PAGE = 4096  # bytes that are written together
 _PIECE = 1 << 20  # bytes that are read at once, while it is opened
-_LOADED = 1  # behind the map in memory: it was read from the file
+TOKEN = 16  # bytes behind the map in memory: of which file it is, once it was read
 Done = Callable[[int], None]  # gets 0 or a positive errno
 
 
 class DurableMap:
     """The map; `states` may be read at will, and is written by `mark`."""
 
-    def __init__(self, env: Env, file: File, place: int, size: int) -> None:
-        """Take what a predecessor left in memory, else what the file has at `place`. Raises: OSError.
+    def __init__(self, env: Env, file: File, place: int, size: int, token: bytes) -> None:
+        """Take what a predecessor left of this file in memory, else what the file has at `place`. Raises: OSError.
 
-        `size` is in bytes, whole pages; at `place` the file has as many.
+        `size` is in bytes, whole pages; at `place` the file has as many. No other file has this `token`.
         """
         self._memory = env.memory("map", size + PAGE)
         self.states = self._memory[:size]
@@ -36,16 +36,17 @@ class DurableMap:
         self._dirty: set[int] = set()  # pages that the file does not have as they are
         self._waiting: list[Done] = []  # for the next round
         self._is_flushing = False
+        is_left = self._memory[size : size + TOKEN] == token
         for start in range(0, size, _PIECE):
             found = file.read_at(place + start, min(_PIECE, size - start))
-            if self._memory[size] != _LOADED:
+            if not is_left:
                 self.states[start : start + len(found)] = found
             elif self.states[start : start + len(found)] != found:
                 pages = range(start, start + len(found), PAGE)
                 self._dirty.update(
                     at // PAGE for at in pages if self.states[at : at + PAGE] != found[at - start : at - start + PAGE]
                 )
-        self._memory[size] = _LOADED
+        self._memory[size : size + TOKEN] = token
         whole = self.states.tobytes()
         self.counts = [whole.count(state) for state in range(3)]  # of blocks by state, 0: and what is behind the last
 

@@ -162,7 +162,7 @@ def test_a_full_file_system_leaves_reads_and_discards(tmp_path: Path) -> None:
     path, first, file = at(tmp_path / "cow"), Random(3).randbytes(64 << 10), RecordedFile(bytearray(4096))
     disk = Disk(f"cow:{path},block=4K|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
     assert [0] == disk.do(write(0, b"a" * 512))
-    data_at = Header(64 << 10, BLOCK, "").data_at
+    data_at = Header(64 << 10, BLOCK, "", b"").data_at
     file.fails = lambda request: errno.ENOSPC if request.op == Op.WRITE and request.offset >= data_at + BLOCK else 0
     late = [write(BLOCK, b"b" * 512), write(BLOCK + 512, b"c" * 512), write(0, b"d" * 512), read(BLOCK, 512), flush()]
 
@@ -281,6 +281,18 @@ def _with_discards(file: RecordedFile) -> Callable[[Request], int]:
         return 0
 
     return do
+
+
+def test_another_file_of_the_same_name_has_its_own_map(tmp_path: Path) -> None:
+    """What memory has of a file says nothing of one that was put in its place: a new one begins as the base."""
+    first, path = Random(5).randbytes(64 << 10), at(tmp_path / "cow")
+    files = RecordedFiles(**{path: RecordedFile(bytearray(4096)), "base": RecordedFile(bytearray(first))})
+    life = Life(f"cow:{path},block=8K|aio:base", files, Random(0))
+    assert [0] == life.disk.do(write(0, bytes(64 << 10)))
+    files.files[path] = RecordedFile(bytearray(4096))
+    life.start()
+
+    assert first == life.disk.everything()
 
 
 def test_a_flush_puts_nothing_into_the_map_that_is_not_durable(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 
 from xenbackend.block.driver import Driver, Env, File, Filter, Geometry
-from xenbackend.block.durable_map import PAGE, DurableMap
+from xenbackend.block.durable_map import PAGE, TOKEN, DurableMap
 from xenbackend.block.formats import cow
 from xenbackend.block.formats.cow import BASE, HEADER_SIZE, OWN, ZEROS, Header
 from xenbackend.block.mapped.parts import Join, Part, Pool, allocate, cut
@@ -99,7 +99,7 @@ class Cow(Filter):
         self._size, self._block, self._data_at = header.size, header.block, header.data_at
         self._bits = header.block.bit_length() - 1
         if file.size >= header.file_size:  # else it is new, and only read
-            self._map = DurableMap(env, file, HEADER_SIZE, header.map_size)
+            self._map = DurableMap(env, file, HEADER_SIZE, header.map_size, header.token)
         self._states = self._map.states if self._map else memoryview(bytes(header.map_size))
         self._pool = Pool()
         self._back: list[Request] = []
@@ -120,7 +120,7 @@ class Cow(Filter):
     def _begin(self, file: File) -> Header:
         """Return the header of FILE, which is begun where it is new. Raises: DriverError, OSError."""
         assert self.below is not None  # noqa: S101 - as in `Filter.open`
-        wanted = Header(self.below.size, self.options.block, self._what_is_below())
+        wanted = Header(self.below.size, self.options.block, self._what_is_below(), os.urandom(TOKEN))
         first = file.read_at(0, HEADER_SIZE)
         if any(first) or file.size not in (HEADER_SIZE, wanted.file_size):
             found = cow.parse(first)
