@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.driven import Driven, WorkerProcess
+from tests.partition_tables import mbr
 from tests.qcow_images import qcow2
 from tests.vhd_images import UUID, image
 from xenbackend.protocol import messages
@@ -116,6 +117,28 @@ def test_from_attach_to_close(watched: Watched, tmp_path: Path, kind: str) -> No
 
     assert [Code.OK] * 4 == [each.code for each in (branched, swapped, looked, said)], (branched, swapped, looked, said)
     assert 4 * DATA == found
+    assert [] == watched.told
+
+
+@pytest.mark.slow
+def test_filters_with_files_and_tables(watched: Watched, tmp_path: Path) -> None:
+    """A file that is made for what is written, a table that is read, a limit: opened, killed, exchanged, closed."""
+    (tmp_path / "disk").write_bytes(mbr(2 * SIZE, {1: (0x83, 64, SIZE // 512)}))
+    below = f"cow:{tmp_path}/cow|readahead:|partition:1|aio:{tmp_path}/disk"
+    worker = watched.worker
+    watched.connect(f"throttle:iops=1000|{below}", Wishes(queues=2))
+    watched.frontend.write(0, DATA)
+    swapped = worker.ask(messages.Swap(below))
+    watched.frontend.write(8, DATA)
+    watched.kill()
+    watched.succeed(below)
+    found = watched.frontend.read(0, 16)
+    watched.frontend.flush()
+    watched.disconnect()
+    watched.worker.end()
+
+    assert Code.OK == swapped.code, swapped
+    assert 2 * DATA == found
     assert [] == watched.told
 
 
