@@ -16,6 +16,7 @@ from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, after_pow
 from xenbackend.block.chain import Chain
 from xenbackend.block.formats.cow import OWN, ZEROS, Header
 from xenbackend.block.request import Op, Request
+from xenbackend.cli.main import main
 from xenbackend.errors import ChainError, DriverError
 
 SIZE = 1 << 20
@@ -320,3 +321,15 @@ def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> No
     assert [0, 0, 5] == machine.do(chain, write(4096, bytes(4096)), discard(8192, 8192), write(0, bytes(512)))
     assert bytes([0, OWN, ZEROS, ZEROS, 0]) == states(chain)[:5]
     chain.close()
+
+
+def test_what_was_written_can_be_kept(machine: Machine, tmp_path: Path, base: Path) -> None:
+    """A detached chain is converted like any image: that is how what was written becomes an image of its own."""
+    text = f"cow:{tmp_path}/cow,block=8K|aio:{base}"
+    chain = machine.open(text)
+    assert [0, 0] == machine.do(chain, write(4096, b"k" * 20480), discard(65536, 65536))
+    expected = machine.everything(chain)
+    chain.close()
+    assert 0 == main(["image", "convert", text, f"aio:{tmp_path}/kept"])
+
+    assert expected == (tmp_path / "kept").read_bytes()

@@ -29,6 +29,9 @@ Behaviour:
     Where the file system of FILE is full, writes to new blocks pause the disk as the policy says; reads, writes to
     blocks that are there and discards go on, and the disk goes on by itself when there is room.
 
+    To keep what was written, detach the disk and convert the chain: `xenbackend image convert 'cow:FILE|aio:BASE'
+    qcow2:NEW`. To drop it, remove FILE.
+
     `set` needs `--replace` to put this layer in or to take it out, because the guest sees another disk afterwards, and
     `snapshot` is refused below it. `xenbackend status --json` shows how many blocks are `own` and `zeros`.
 
