@@ -166,4 +166,7 @@ class Openers:
                         self.connections[message.server, message.place] = fds[0]
                     case opening.Undrained():
                         self.undrained.append(message)
+                    case _:
+                        assert isinstance(message, opening.Waits)
+                        continue  # nobody acknowledges it
                 far.send(opening.encode(opening.Ack(self.refusal)))
