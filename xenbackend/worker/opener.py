@@ -207,11 +207,15 @@ class RemoteOpener:
 
     def _ask(self, question: Question, carried: int | None) -> tuple[Given, list[int]]:
         """Ask, and return the answer with as many descriptors as `carried` says, where it says so."""
+        return self._checked(*self._transact(question), carried)
+
+    def _transact(self, question: Question) -> tuple[opening.FromOpener | None, list[int]]:
+        """Send a question, and return what comes back with its descriptors; None where nothing does."""
         try:
             self._socket.send(opening.encode(question))
         except OSError:
-            raise OpenerGone from None
-        return self._checked(*self._receive(), carried)
+            return None, []
+        return self._receive()
 
     def _checked(
         self, given: opening.FromOpener | None, fds: list[int], carried: int | None
