@@ -33,7 +33,7 @@ class HeldChain(HeldDisk):
         self.bug: Exception | None = None
         self.drained = 0  # how often it was asked to pass on what it holds back
 
-    def drain(self) -> None:
+    def release(self) -> None:
         """See `Chain`."""
         self.drained += 1
 

@@ -51,7 +51,6 @@ CALLS = {
 SLOW = {"xen.unmask"}  # what costs seconds: the ring is only found by the look once a second
 EXEMPT = {
     "_libc.name_to_handle_at": "the opener's: kernel/test_identity.py",
-    "_libc.syscall": "openat2, the opener's: kernel/test_openat.py",
     "os._exit": "ends the process",
     "os.eventfd_read": "of our own eventfd, which is readable: cannot fail",
     "os.eventfd_write": "of our own eventfd: fails only after 2**64 - 2 wake-ups that nobody has read",
@@ -72,6 +71,7 @@ EXEMPT = {
     "os.setsid": "the zygote's: worker/test_zygote.py",
     "os.waitpid": "the zygote's: worker/test_zygote.py",
     "os.read": "the zygote's pipe, and evtchn: kernel/test_evtchn.py",
+    "os.urandom": "getrandom(2): cannot fail once the host has started",
     "os.write": "evtchn: kernel/test_evtchn.py; `xen.unmask` stands for it",
     "select.epoll": "made once, when the process begins, before it has a guest",
     "signal.pidfd_send_signal": "the service's",

@@ -331,23 +331,23 @@ def test_who_waits_for_quiet_has_the_layers_pass_on_what_they_hold(vbd: Served) 
     vbd.step()
     connection = vbd.connection
     assert connection is not None
-    drained: list[int] = []
+    released: list[int] = []
 
-    def drain() -> None:
-        drained.append(len(vbd.disk.held))
+    def release() -> None:
+        released.append(len(vbd.disk.held))
         if vbd.disk.held:
             vbd.disk.give_back()
 
-    connection.engine.drain = drain
+    connection.engine.release = release
     connection.engine.hold(Hold.PAUSE)
     vbd.step(2)
-    assert [] == drained
+    assert [] == released
     calls: list[int] = []
     connection.quiet(Hold.SWAP)(calls.append)
     vbd.step(3)
     frontend.poll()
 
-    assert ([1], [0], BLKIF_RSP_OKAY) == (drained[:1], calls, request.status)
+    assert ([1], [0], BLKIF_RSP_OKAY) == (released[:1], calls, request.status)
 
 
 def test_turns_leave_no_objects_behind(vbd: Served) -> None:

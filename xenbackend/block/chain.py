@@ -64,10 +64,10 @@ class Chain:
         """Return what the layers count, in their order and that of their names."""
         return [value for each in self.layers for value in each.driver.figures().values()]
 
-    def drain(self) -> None:
+    def release(self) -> None:
         """Have every layer pass on what it holds back, since somebody waits until nothing is in flight."""
         for each in self.layers:
-            each.driver.drain()
+            each.driver.release()
 
     def blame(self, error: BaseException) -> str:
         """Return the text of the layer that an exception came out of (D8), or nothing where it was none of them."""

@@ -303,7 +303,7 @@ class Driver:
         """Do what an operator asks of this layer in service. Raises: DriverError for an unknown verb."""
         raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
 
-    def drain(self) -> None:
+    def release(self) -> None:
         """Pass on now whatever this layer holds back: somebody waits until nothing is in flight.
 
         It may be called again when more has come. Only a layer that holds requests back on purpose has anything to do.

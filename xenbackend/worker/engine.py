@@ -76,7 +76,7 @@ class Engine:
         self.poller = poller
         self.holds = Holds()
         self.retries = retries
-        self.drain: Call = _nothing  # has the chain pass on what its layers hold back; set with the chain
+        self.release: Call = _nothing  # has the chain pass on what its layers hold back; set with the chain
         retries.again = self._try_what_is_due
         self._submit_to_chain = submit
         self._kick = kick
@@ -155,7 +155,7 @@ class Engine:
         """Take nothing more until `let_go`; call `then`, if any, from the loop when nothing is in flight."""
         self.holds.add(why, then)
         if then is not None:
-            self._call_soon(self._drain)
+            self._call_soon(self._release)
         self._call_soon(self._go_on)
 
     def let_go(self, why: Hold, submit: Callable[[list[Request]], None] | None = None) -> None:
@@ -253,12 +253,12 @@ class Engine:
         except Exception as bug:  # D8: a layer's bug is contained to what it held
             self.contain(bug, batch)
         if self.holds.reasons:
-            self._drain()
+            self._release()
 
-    def _drain(self) -> None:
+    def _release(self) -> None:
         """Keep nobody who waits until nothing is in flight waiting for what a layer holds back on purpose."""
         if self.holds.awaits_quiet():
-            self.drain()
+            self.release()
             self._kick()
 
     def _try_what_is_due(self) -> None:

@@ -94,7 +94,7 @@ class Export:
         self._listener.close()
         for client in list(self._clients):
             client.finish()
-        self._chain.drain()
+        self._chain.release()
         self._reactor.call_later(_LAST_ANSWERS_S, self._hang_up)
         self._end_if_done()
 

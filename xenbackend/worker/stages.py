@@ -309,7 +309,7 @@ class Stages:
     def _wire(self, chain: Chain, connection: Connection) -> None:
         """Let the chain answer to a connection, and leave to a successor what is served, and how."""
         chain.contain = connection.engine.contain
-        connection.engine.drain = chain.drain
+        connection.engine.release = chain.release
         connection.count_layers(chain.figures)
         chain.complete = connection.engine.finish
         self._note(connection.agreed)

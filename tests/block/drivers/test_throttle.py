@@ -203,7 +203,7 @@ def test_what_is_held_back_is_let_go_and_charged() -> None:
     load = Load("iops=10")
     load.checked.submit([read(0, 512) for _ in range(200)])
     at_first = len(load.bottom.done)
-    load.driver.drain()
+    load.driver.release()
     after = len(load.back)
     load.checked.submit([read(0, 512)])
     load.env.run(load.env.time + 18)
@@ -218,7 +218,7 @@ def test_a_timer_belongs_to_one_opening() -> None:
     """C1: a timer of a throttle that is closed by now does nothing."""
     load = Load("iops=1")
     load.checked.submit([read(0, 512) for _ in range(3)])
-    load.driver.drain()
+    load.driver.release()
     load.driver.close()
     load.env.run(load.env.time + 60)
 

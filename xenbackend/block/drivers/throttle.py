@@ -158,7 +158,7 @@ class Throttle(Filter):
         self._ever += sum(map(min, new, map(len, self._held)))
         self._pass_on(passing, waits, now)
 
-    def drain(self) -> None:
+    def release(self) -> None:
         """Pass on all that is held back, and charge it."""
         now = self.env.now()
         passing = [self._let_one_go(way, now) for way in (0, 1) for _ in range(len(self._held[way]))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from xenbackend.protocol.opening import Meaning
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 
 if TYPE_CHECKING:
+    from xenbackend.protocol import messages
     from xenbackend.supervisor.vbd.vbd import Vbd
 
 
@@ -37,7 +38,6 @@ def describe(
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
     pid = vbd.worker.pid if vbd.worker else None
-    names = [each.figures for each in device.layers]
     return {
         "vbd": path.disk,
         "node": str(path),
@@ -66,10 +66,7 @@ def describe(
         "no_walls": vbd.worker.no_walls if vbd.worker else {},
         "needs": vbd.worker.needs if vbd.worker else [],
         "restarts": notes.restarts,
-        "layers": [
-            {"layer": values.pop("text"), **values, "figures": figures}
-            for values, figures in zip(map(asdict, device.layers), counters.figures(page, names), strict=True)
-        ],
+        "layers": describe_layers(device.layers, page),
         "files": [
             describe_file(name, identity, (meanings or {}).get(name))
             for name, identity in vbd.handover.files.identities().items()
@@ -77,6 +74,13 @@ def describe(
         "counters": counters.snapshot(page),
         "latency_histogram": counters.histogram(page),
     }
+
+
+def describe_layers(layers: Sequence[messages.LayerFacts], page: memoryview) -> list[dict[str, Any]]:
+    """Return what is known of each layer of a chain; what they count is in the page of counters."""
+    counted = counters.figures(page, [each.figures for each in layers])
+    described = zip(map(asdict, layers), counted, strict=True)
+    return [{"layer": values.pop("text"), **values, "figures": figures} for values, figures in described]
 
 
 def describe_file(name: str, identity: str, meaning: Meaning | None) -> dict[str, Any]:
