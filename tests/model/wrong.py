@@ -167,8 +167,8 @@ def _a_chain_that_could_not_be_opened_is_in_service() -> list[Change]:
 def _a_snapshot_is_not_noted() -> list[Change]:
     swap = Orders._exchange
 
-    def forget(self: Orders, order: Order, chain: str, *, replaces: bool) -> None:
-        swap(self, order, chain, replaces=replaces)
+    def forget(self: Orders, order: Order, chain: str, **how: Any) -> None:
+        swap(self, order, chain, **how)
         if order.verb == "snapshot":
             self._vbd.handover.note(exchange=None)
 
