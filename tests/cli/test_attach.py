@@ -113,6 +113,20 @@ def test_a_disk_is_attached(
     assert not {FRONTEND, BACKEND} & paths(xenstored)
 
 
+@pytest.mark.parametrize("name", ["5/xvdb", "vbd3/5/xvdb"])
+def test_a_disk_is_detached_whatever_its_kind(tmp_path: Path, xenstored: Xenstored, name: str) -> None:
+    """From Xen 4.19 on xl attaches disks of kind vbd3; libxl's own entry says which one it is."""
+    with answering(tmp_path / "x", lambda _: Answer(Code.OK)) as control:
+        where = ["--store", xenstored.address]
+        assert 0 == main(["attach", "vbd3/5/xvdb", "null:1G", *where, "--socket", control.path])
+        attached = paths(xenstored)
+        assert 0 == main(["detach", name, "--force", "--timeout", "0", *where])
+
+    backend = BACKEND.replace("/vbd/", "/vbd3/")
+    assert {FRONTEND, backend} <= attached
+    assert not {FRONTEND, backend} & paths(xenstored)
+
+
 @pytest.mark.parametrize(
     ("answer", "status", "is_there"),
     [

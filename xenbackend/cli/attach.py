@@ -84,7 +84,7 @@ def run_detach(args: argparse.Namespace) -> int:
     from xenbackend.supervisor.xenstore.store import Store
 
     with Store(args.store) as store:
-        path = toolstack.find_vbd(store, args.vbd)
+        path = toolstack.find_attached(store, args.vbd)
         with waiting.shown(f"{path.disk}: detach") as show:
             toolstack.detach(store, path, args.timeout, force=args.force, waiting=show, service=args.socket)
     if args.json:

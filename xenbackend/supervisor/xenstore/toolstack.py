@@ -16,7 +16,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xenbackend.blkif.handshake import XenbusState, name, parse_state
@@ -27,7 +27,7 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import TICK_S, ServiceError, Waiting, call, give_order
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.xenstore.nodes import Nodes
-from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, libxl_path
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, libxl_path, parse_backend_path
 from xenbackend.supervisor.xenstore.store import Store
 
 CONNECT_TIMEOUT_S = 40.0  # libxl's for a hotplug script
@@ -68,6 +68,15 @@ def find_vbd(store: Store, disk: DiskName) -> VbdPath:
             raise ConfigError(f"there {'are several guests' if named else 'is no guest'} {disk.domain!r}; see: xl list")
         domid = named[0]
     return VbdPath(disk.kind or "vbd", store.own_domid(), domid, disk.devid)
+
+
+def find_attached(store: Store, disk: DiskName) -> VbdPath:
+    """Return the path of a disk that some toolstack has attached, of the kind that it has. Raises: as `find_vbd`."""
+    path = find_vbd(store, disk)
+    if disk.kind:
+        return path
+    known = parse_backend_path(store.read_optional(f"{libxl_path(path)}/backend") or "", path.backend_domid)
+    return known[0] if known is not None and replace(known[0], kind=path.kind) == path else path
 
 
 def attach(
