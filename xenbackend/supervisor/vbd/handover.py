@@ -39,6 +39,7 @@ from xenbackend.supervisor.vbd.inheritance import OPEN_FILES, What, current, is_
 from xenbackend.supervisor.vbd.kept_connections import KeptConnections
 from xenbackend.supervisor.vbd.kept_files import KeptFiles
 from xenbackend.supervisor.vbd.notes import Exchange, Notes
+from xenbackend.supervisor.vbd.slots import Slots
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
@@ -76,25 +77,27 @@ class Handover:
         self._journal = self._notes = -1
         self._memories: dict[str, int] = {}
         self.files = KeptFiles(
-            lambda: self.notes.files,
-            lambda files: self.note(files=files),
-            self._keep,
-            lambda slot: self._forget(current(slot)),
+            self._slots("f", lambda: self.notes.files, lambda files: self.note(files=files)),
         )
         self.connections = KeptConnections(
-            lambda: self.notes.connections,
-            lambda connections: self.note(connections=connections),
-            self._keep,
-            lambda slot: self._forget(current(slot)),
+            self._slots("s", lambda: self.notes.connections, lambda found: self.note(connections=found)),
         )
         try:
             self._take(ours, theirs)
         except Exception:
             held = {*self._unkept.values(), self._journal, self._notes, *self._memories.values(), *(self.worker or ())}
-            kept = [*self.files.descriptors().values(), *self.connections.descriptors().values()]
+            kept = [fd for slots in self._all_slots() for fd in slots.descriptors().values()]
             for fd in {*ours.values(), *theirs.values(), *held, *kept} - {-1}:
                 os.close(fd)
             raise
+
+    def _slots(
+        self, letter: str, noted: Callable[[], Mapping[str, str]], note: Callable[[dict[str, str]], None]
+    ) -> Slots:
+        return Slots(letter, noted, note, self._keep, lambda slot: self._forget(current(slot)))
+
+    def _all_slots(self) -> tuple[Slots, Slots]:
+        return self.files.slots, self.connections.slots
 
     def _take(self, ours: dict[What, int], theirs: dict[What, int]) -> None:
         self.worker = self._take_worker(ours)
@@ -104,12 +107,10 @@ class Handover:
         for slot, name in self.notes.memories.items():
             if current(slot) in ours:
                 self._memories[name] = ours.pop(current(slot))
-        for slot in self.notes.files:
-            if current(slot) in ours:
-                self.files.find(slot, ours.pop(current(slot)))
-        for slot in self.notes.connections:
-            if current(slot) in ours:
-                self.connections.find(slot, ours.pop(current(slot)))
+        for slots in self._all_slots():
+            for slot in slots.noted():
+                if current(slot) in ours:
+                    slots.find(slot, ours.pop(current(slot)))
         remembered = ours.pop(current(OPEN_FILES), -1)
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:
@@ -172,12 +173,12 @@ class Handover:
             stale.pop(exchange.chain, None)
             changes |= {"chain": exchange.chain, "stale_params": list(stale)}
         self.note(**changes)
-        self.files.drop_unnoted()
+        self.files.slots.drop_unnoted()
 
     def exchange_is_not_done(self) -> None:
         """Take note that the exchange under way, if there is one, has left the former chain in service."""
         self.note(exchange=None, files=self.files.after_exchange(is_done=False))
-        self.files.drop_unnoted()
+        self.files.slots.drop_unnoted()
 
     def exchange_alone(self, exchange: Exchange) -> None:
         """Put another chain in while there is no worker, step by step as one does: who dies at any of them is followed.
@@ -298,8 +299,8 @@ class Handover:
         for fd in (self._journal, self._notes, *self._memories.values()):
             os.close(fd)
         self._memories.clear()
-        self.files.leave()
-        self.connections.leave()
+        for slots in self._all_slots():
+            slots.leave()
         self.page.release()
         self._notes_page.release()
 

@@ -10,12 +10,13 @@ before the worker gets it. A worker that closes its chain in order says so, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from xenbackend.errors import ConfigError, printable
 from xenbackend.protocol.opening import MAX_CONNECTIONS, KeptConnection
+from xenbackend.supervisor.vbd.slots import Slots
 
 
 class Trouble(StrEnum):
@@ -45,38 +46,17 @@ class NotedConnection:
 
 
 class KeptConnections:
-    """One vbd's.
+    """One vbd's, in its slots."""
 
-    Args:
-        noted: returns what the notes say, by slot.
-        note: changes that. Raises: ConfigError where it is too much.
-        keep: has the keeper keep a slot's descriptor.
-        forget: has the keeper let go of a slot's.
-    """
-
-    def __init__(
-        self,
-        noted: Callable[[], Mapping[str, str]],
-        note: Callable[[dict[str, str]], None],
-        keep: Callable[[str, int], None],
-        forget: Callable[[str], None],
-    ) -> None:
-        self._noted = noted
-        self._note = note
-        self._keep = keep
-        self._forget = forget
-        self._fds: dict[str, int] = {}  # by slot
-
-    def find(self, slot: str, fd: int) -> None:
-        """Take over a slot's descriptor from an earlier service."""
-        self._fds[slot] = fd
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
 
     def kept(self) -> list[tuple[KeptConnection, int]]:
         """Return them as a job names them, each with its descriptor; lent."""
         return [
-            (KeptConnection(each.server, each.place, each.trouble is Trouble.BROKEN), self._fds[slot])
+            (KeptConnection(each.server, each.place, each.trouble is Trouble.BROKEN), self.slots[slot])
             for slot, each in self._all().items()
-            if slot in self._fds
+            if slot in self.slots
         ]
 
     def take(self, server: str, place: int, fd: int, *, is_alone: bool) -> str:
@@ -87,25 +67,22 @@ class KeptConnections:
         known = self._all()
         same = [slot for slot, each in known.items() if is_alone or (each.server, each.place) == (server, place)]
         left = {slot: str(each) for slot, each in known.items() if slot not in same}
-        taken = self._noted().keys() | self._fds.keys()
-        slot = next(name for number in range(2 * MAX_CONNECTIONS + 2) if (name := f"s{number}") not in taken)
+        slot = self.slots.free()
         try:
             if len(left) >= MAX_CONNECTIONS:
                 raise ConfigError(f"the service keeps {MAX_CONNECTIONS} connections of a disk")
-            self._note({**left, slot: str(NotedConnection(server, place))})
+            self.slots.note({**left, slot: str(NotedConnection(server, place))})
         except ConfigError as error:
             os.close(fd)
             return f"{printable(server)} cannot be connected to: {error}"
-        self._fds[slot] = fd
-        self._keep(slot, fd)
-        for each in same:
-            self._drop(each)
+        self.slots.put(slot, fd)
+        self.slots.drop_unnoted()
         return ""
 
     def is_undrained(self, server: str, place: int, *, is_broken: bool) -> None:
         """Take note that a connection could not be seen to its end."""
         trouble = Trouble.BROKEN if is_broken else Trouble.SILENT
-        self._note(
+        self.slots.note(
             {
                 slot: str(replace(each, trouble=trouble) if (each.server, each.place) == (server, place) else each)
                 for slot, each in self._all().items()
@@ -124,26 +101,9 @@ class KeptConnections:
         """Forget all of them: the vbd has ended."""
         self._keep_only(lambda _: False)
 
-    def leave(self) -> None:
-        """Close our descriptors, and leave the keeper's to the next service."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-    def descriptors(self) -> dict[str, int]:
-        """Return the descriptors by slot; lent."""
-        return dict(self._fds)
-
     def _all(self) -> dict[str, NotedConnection]:
-        return {slot: NotedConnection.parse(text) for slot, text in self._noted().items()}
+        return {slot: NotedConnection.parse(text) for slot, text in self.slots.noted().items()}
 
     def _keep_only(self, wanted: Callable[[NotedConnection], bool]) -> None:
-        left = {slot: str(each) for slot, each in self._all().items() if wanted(each)}
-        self._note(left)
-        for slot in self._fds.keys() - left.keys():
-            self._drop(slot)
-
-    def _drop(self, slot: str) -> None:
-        fd = self._fds.pop(slot, -1)
-        if fd >= 0:
-            os.close(fd)
-            self._forget(slot)
+        self.slots.note({slot: str(each) for slot, each in self._all().items() if wanted(each)})
+        self.slots.drop_unnoted()

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from xenbackend.errors import ConfigError, printable
 from xenbackend.kernel.identity import difference, from_text, has_grown
 from xenbackend.protocol.opening import MAX_FILES
+from xenbackend.supervisor.vbd.slots import Slots
 
 _MAX_KEY = 1500  # bytes; a value in xenstore has 2048
 
@@ -66,39 +67,18 @@ def key_of(name: str) -> str:
 
 
 class KeptFiles:
-    """One vbd's.
+    """One vbd's, in its slots."""
 
-    Args:
-        noted: returns what the notes say, by slot.
-        note: changes that. Raises: ConfigError where it is too much.
-        keep: has the keeper keep a slot's descriptor.
-        forget: has the keeper let go of a slot's.
-    """
-
-    def __init__(
-        self,
-        noted: Callable[[], Mapping[str, str]],
-        note: Callable[[dict[str, str]], None],
-        keep: Callable[[str, int], None],
-        forget: Callable[[str], None],
-    ) -> None:
-        self._noted = noted
-        self._note = note
-        self._keep = keep
-        self._forget = forget
-        self._fds: dict[str, int] = {}  # by slot
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
         self._refused: set[str] = set()  # names that have come to mean another file
         self._texts: Mapping[str, str] = {}  # from which these were parsed
         self._parsed: dict[str, NotedFile] = {}
 
-    def find(self, slot: str, fd: int) -> None:
-        """Take over a slot's descriptor from an earlier service."""
-        self._fds[slot] = fd
-
     def kept(self) -> list[tuple[NotedFile, int]]:
         """Return the files in service of which there is a descriptor, each with it; lent."""
         served = ((slot, file) for slot, file in self._files().items() if file.of is not Of.NEXT)
-        return [(file, self._fds[slot]) for slot, file in served if slot in self._fds]
+        return [(file, self.slots[slot]) for slot, file in served if slot in self.slots]
 
     def identities(self) -> dict[str, str]:
         """Return the identities of the files in service by name, as `kernel.identity` writes them."""
@@ -112,7 +92,7 @@ class KeptFiles:
         for identity in identities.values():
             from_text(identity)
         self.let_go()
-        self._note({f"f{number}": str(NotedFile(*each)) for number, each in enumerate(identities.items())})
+        self.slots.note({f"f{number}": str(NotedFile(*each)) for number, each in enumerate(identities.items())})
 
     def check(
         self, name: str, identity: str, *, is_next: bool = False, replaces: bool = False, may_grow: bool = False
@@ -160,7 +140,7 @@ class KeptFiles:
         except BaseException:
             os.close(fd)
             raise
-        if fd not in self._fds.values():
+        if fd not in self.slots.descriptors().values():
             os.close(fd)
         return sentence
 
@@ -171,41 +151,27 @@ class KeptFiles:
         """
         if self._refused:
             files = self._files().items()
-            self._note({slot: str(file) for slot, file in files if file.name not in self._refused})
-            self.drop_unnoted()
+            self.slots.note({slot: str(file) for slot, file in files if file.name not in self._refused})
+            self.slots.drop_unnoted()
         else:
-            for slot in list(self._fds):
-                self._drop(slot)
+            for slot in self.slots.descriptors():
+                self.slots.drop(slot)
         self._refused.clear()
 
     def after_exchange(self, *, is_done: bool) -> dict[str, str]:
-        """Return what to note once another chain has been put in, or has not; then comes `drop_unnoted`."""
+        """Return what to note once another chain has been put in, or has not; then comes `slots.drop_unnoted`."""
         gone = Of.SERVED if is_done else Of.NEXT
         files = self._files().items()
         return {slot: str(replace(file, of=Of.SERVED)) for slot, file in files if file.of is not gone}
 
-    def drop_unnoted(self) -> None:
-        """Let go of the descriptors that the notes know no more."""
-        for slot in self._fds.keys() - self._noted().keys():
-            self._drop(slot)
-
     def let_go(self) -> None:
         """Forget all of them: another chain is to be opened, or the vbd has ended."""
-        self._note({})
+        self.slots.note({})
         self._refused.clear()
-        self.drop_unnoted()
-
-    def leave(self) -> None:
-        """Close our descriptors, and leave the keeper's to the next service."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-    def descriptors(self) -> dict[str, int]:
-        """Return the descriptors by slot; lent."""
-        return dict(self._fds)
+        self.slots.drop_unnoted()
 
     def _files(self) -> dict[str, NotedFile]:
-        noted = self._noted()
+        noted = self.slots.noted()
         if noted is not self._texts:
             self._texts = noted
             self._parsed = {slot: NotedFile.parse(text) for slot, text in noted.items()}
@@ -225,27 +191,15 @@ class KeptFiles:
         if served is not None and is_served:
             slot, file = served[0], replace(served[1], name=name, of=Of.BOTH if is_next else served[1].of)
         else:
-            slot = former[0] if former is not None else self._free_slot()
+            slot = former[0] if former is not None else self.slots.free()
             file = NotedFile(name, identity, Of.NEXT if is_next else Of.SERVED)
-        files = {**self._noted(), slot: str(file)}
+        files = {**self.slots.noted(), slot: str(file)}
         if len(files) > MAX_FILES:
             return f"{printable(name)} is one file too many: the service keeps {MAX_FILES} of a disk; join some of them"
         try:
-            self._note(files)
+            self.slots.note(files)
         except ConfigError as error:
             return f"{printable(name)} cannot be opened: {error}"
-        if not (is_served and slot in self._fds):
-            self._drop(slot)
-            self._fds[slot] = fd
-            self._keep(slot, fd)
+        if not (is_served and slot in self.slots):
+            self.slots.put(slot, fd)
         return ""
-
-    def _free_slot(self) -> str:
-        taken = self._noted().keys() | self._fds.keys()
-        return next(slot for number in range(MAX_FILES + 2) if (slot := f"f{number}") not in taken)
-
-    def _drop(self, slot: str) -> None:
-        fd = self._fds.pop(slot, -1)
-        if fd >= 0:
-            os.close(fd)
-            self._forget(slot)

@@ -1,0 +1,80 @@
+"""Descriptors of one kind that a vbd keeps, each in a slot: the keeper has it, and the notes have a text about it.
+
+Must not know what the texts say. A slot is noted before it is kept; the next service lets go of one that is not noted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from itertools import count
+
+
+class Slots:
+    """Those whose names begin with one letter, as ``f0``.
+
+    Args:
+        letter: that one.
+        noted: returns what the notes say, by slot.
+        note: changes that. Raises: ConfigError where it is too much.
+        keep: has the keeper keep a slot's descriptor.
+        forget: has the keeper let go of a slot's.
+    """
+
+    def __init__(
+        self,
+        letter: str,
+        noted: Callable[[], Mapping[str, str]],
+        note: Callable[[dict[str, str]], None],
+        keep: Callable[[str, int], None],
+        forget: Callable[[str], None],
+    ) -> None:
+        self.noted = noted
+        self.note = note
+        self._letter = letter
+        self._keep = keep
+        self._forget = forget
+        self._fds: dict[str, int] = {}
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in self._fds
+
+    def __getitem__(self, slot: str) -> int:
+        """Return a slot's descriptor; lent."""
+        return self._fds[slot]
+
+    def descriptors(self) -> dict[str, int]:
+        """Return all of them by slot; lent."""
+        return dict(self._fds)
+
+    def find(self, slot: str, fd: int) -> None:
+        """Take over a slot's descriptor from an earlier service."""
+        self._fds[slot] = fd
+
+    def free(self) -> str:
+        """Return a slot that neither the notes nor we use."""
+        taken = self.noted().keys() | self._fds.keys()
+        return next(slot for number in count() if (slot := f"{self._letter}{number}") not in taken)
+
+    def put(self, slot: str, fd: int) -> None:
+        """Have a descriptor kept, ours from now on, in the place of the slot's former one."""
+        self.drop(slot)
+        self._fds[slot] = fd
+        self._keep(slot, fd)
+
+    def drop(self, slot: str) -> None:
+        """Let go of a slot's descriptor, if there is one."""
+        fd = self._fds.pop(slot, -1)
+        if fd >= 0:
+            os.close(fd)
+            self._forget(slot)
+
+    def drop_unnoted(self) -> None:
+        """Let go of those that the notes know no more."""
+        for slot in self._fds.keys() - self.noted().keys():
+            self.drop(slot)
+
+    def leave(self) -> None:
+        """Close our descriptors, and leave the keeper's to the next service."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
