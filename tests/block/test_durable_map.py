@@ -12,7 +12,7 @@ from xenbackend.block.durable_map import PAGE, TOKEN, DurableMap
 def opened(env: StepEnv, file: RecordedFile, pages: int = 3, token: bytes = b"t" * TOKEN) -> DurableMap:
     """Return a map at the beginning of a file."""
     found = DurableMap(env, file, 0, pages * PAGE, token)
-    file.complete = lambda batch: [found.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]
+    file.complete = lambda batch: [found.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
     return found
 
 

@@ -44,13 +44,19 @@ def kill_amid_a_write(driven: Driven, server: Server, text: str) -> None:
     driven.start_successor()
 
 
-def begin_successor(driven: Driven, text: str) -> None:
-    """Let a successor open the chain; it is not waited for."""
+def begin_successor(driven: Driven, text: str) -> threading.Thread:
+    """Let a successor open the chain, and return what `has_opened` waits for."""
     thread = threading.Thread(target=driven.open, args=[text])
     thread.start()
     thread.join(0.5)
     assert thread.is_alive(), "it did not wait"
-    driven.opening = thread  # type: ignore[attr-defined]
+    return thread
+
+
+def has_opened(opening: threading.Thread) -> None:
+    """See the successor's chain open."""
+    opening.join(20)
+    assert not opening.is_alive(), "it waits for ever"
 
 
 def serve_and_overwrite(driven: Driven) -> None:
@@ -72,10 +78,10 @@ def let_the_late_write_land(server: Server) -> None:
 def test_a_late_write_does_not_land_after_its_successors(driven: Driven, server: Server) -> None:
     """A successor opens the disk only when the server has ended the connection of the worker that died."""
     kill_amid_a_write(driven, server, chain(server))
-    begin_successor(driven, chain(server))
+    opening = begin_successor(driven, chain(server))
     assert 1 == server.accepted
     server.go.set()
-    driven.opening.join(20)  # type: ignore[attr-defined]
+    has_opened(opening)
     serve_and_overwrite(driven)
     let_the_late_write_land(server)
     assert B == server.export.content[:PAGE]
@@ -97,10 +103,10 @@ def test_a_server_that_closes_early_is_waited_for_as_the_chain_says(driven: Driv
     server.drains = False
     kill_amid_a_write(driven, server, chain(server, "2s"))
     began = driven.worker.openers.now()
-    begin_successor(driven, chain(server, "2s"))
+    opening = begin_successor(driven, chain(server, "2s"))
     let_the_late_write_land(server)
     assert A == server.export.content[:PAGE]
-    driven.opening.join(20)  # type: ignore[attr-defined]
+    has_opened(opening)
     assert driven.worker.openers.now() - began >= 2
     serve_and_overwrite(driven)
     assert B == server.export.content[:PAGE]
@@ -165,8 +171,8 @@ def test_a_larger_export_is_offered_when_that_is_asked_for(driven: Driven, serve
     driven.frontend.write(8, B)
     assert [(f"unix:{server.path}", 0)] == list(driven.worker.openers.connections)
     kill_amid_a_write(driven, server, "")
-    begin_successor(driven, text)
+    opening = begin_successor(driven, text)
     let_the_late_write_land(server)
-    driven.opening.join(20)  # type: ignore[attr-defined]
+    has_opened(opening)
     serve_and_overwrite(driven)
     assert B * 2 == server.export.content[: 2 * PAGE]

@@ -246,7 +246,7 @@ def test_killed_anywhere(tmp_path: Path, seed: int) -> None:
     chance = Random(seed)
     first, path = chance.randbytes(64 << 10), at(tmp_path / "cow")
     file = RecordedFile(bytearray(4096), chance, can_discard=True, discard_granularity=4096)
-    file._do = _with_discards(file)  # type: ignore[method-assign]
+    file._do = _with_discards(file)  # type: ignore[method-assign]  # the file of the test is to discard, too
     files = RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first), chance)})
     life, model = Life(f"cow:{path},block=8K|aio:base", files, chance), bytearray(first)
     for _ in range(40):
@@ -312,7 +312,7 @@ def test_a_flush_puts_nothing_into_the_map_that_is_not_durable(tmp_path: Path) -
 
 def states(chain: Chain) -> bytes:
     """Return the map of a chain whose top is cow."""
-    return bytes(chain.layers[0].driver._states)  # type: ignore[attr-defined]
+    return bytes(chain.layers[0].driver._states)  # type: ignore[attr-defined]  # the map that readers see
 
 
 def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_a_server_that_comes_back_with_less_is_not_served_from(
     """A smaller export, none, or one that can do less keeps the disk waiting, with a sentence, until it is mended."""
     chain = machine.open(text(plain))
     former = Export(bytearray(plain.export.content))
-    change(plain.export)  # type: ignore[operator]
+    change(plain.export)  # type: ignore[operator]  # a parameter of the test
     plain.cut()
     assert [AWAY] == machine.do(chain, read(0, 512))
     until_says(machine, chain, why)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -203,6 +203,6 @@ def _partition(record: _Record, base: int, sector: int) -> Partition:
     return Partition((base + record.start) * sector, record.count * sector, f"{record.kind:02x}", "MBR")
 
 
-def _list(numbers: object) -> str:
-    found = [str(each) for each in numbers]  # type: ignore[attr-defined]
+def _list(numbers: Iterable[int]) -> str:
+    found = [str(each) for each in numbers]
     return ", ".join(found[:16]) + ("..." if len(found) > 16 else "") or "none"
