@@ -168,7 +168,7 @@ class WorkerProcess:
         if isinstance(message, messages.Keep):
             (self.kept[message.name],) = fds
         if isinstance(message, messages.Disconnected):
-            self.openers.disconnected(message.server, message.place)
+            self.openers.disconnected(message.server, message.place, message.inode)
         return message
 
     def expect(self, is_wanted: Callable[[Any], bool]) -> Any:

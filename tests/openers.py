@@ -121,9 +121,14 @@ class Openers:
         """Return seconds of a clock that only goes forward."""
         return time.monotonic()
 
-    def disconnected(self, server: str, place: int) -> None:
-        """Let go of a connection that its worker has closed in order."""
-        fd = self.connections.pop((server, place), -1)
+    def disconnected(self, server: str, place: int, inode: int) -> None:
+        """Let go of a connection that its worker has closed in order, as the supervisor does."""
+        fd = self.connections.get((server, place), -1)
+        if fd >= 0 and os.fstat(fd).st_ino == inode:
+            self._drop((server, place))
+
+    def _drop(self, key: tuple[str, int]) -> None:
+        fd = self.connections.pop(key, -1)
         if fd >= 0:
             os.close(fd)
 
@@ -162,7 +167,7 @@ class Openers:
                     case opening.Connected():
                         gone = list(self.connections) if message.is_alone else [(message.server, message.place)]
                         for key in gone:
-                            self.disconnected(*key)
+                            self._drop(key)
                         self.connections[message.server, message.place] = fds[0]
                     case opening.Undrained():
                         self.undrained.append(message)

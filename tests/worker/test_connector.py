@@ -105,8 +105,8 @@ def test_an_opener_too_many_is_let_go_of(reactor: Reactor, openers: Openers) -> 
 
 def test_what_is_closed_in_order_is_told() -> None:
     """The supervisor hears which connection need not be kept."""
-    parted: list[tuple[str, int]] = []
+    parted: list[tuple[str, int, int]] = []
     reactor = Reactor()
-    Connector(reactor, lambda: None, lambda *each: parted.append(each)).parted("host:1", 2)
+    Connector(reactor, lambda: None, lambda *each: parted.append(each)).parted("host:1", 2, 3)
     reactor.close()
-    assert [("host:1", 2)] == parted
+    assert [("host:1", 2, 3)] == parted

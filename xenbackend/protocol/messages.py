@@ -291,10 +291,14 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """A connection was closed in order, with nothing under way: it need not be kept for a successor."""
+    """A connection was closed in order, with nothing under way: it need not be kept for a successor.
+
+    `inode` is its socket's (inode(7)): an opener may have had another one kept meanwhile, of the same server and place.
+    """
 
     server: str
     place: int
+    inode: int
 
 
 @dataclass(frozen=True, slots=True)

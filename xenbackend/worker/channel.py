@@ -79,9 +79,9 @@ class Channel:
         """Say that a memory is wanted no more."""
         self._send(messages.Drop(name))
 
-    def disconnected(self, server: str, place: int) -> None:
+    def disconnected(self, server: str, place: int, inode: int) -> None:
         """Say that a connection was closed in order."""
-        self._send(messages.Disconnected(server, place))
+        self._send(messages.Disconnected(server, place, inode))
 
     def complain(self, sentence: str) -> None:
         """Log something that a guest provoked, while the budget lasts; what was left unsaid is counted."""

@@ -39,7 +39,7 @@ class _Want:
 class Connector:
     """One worker's; `tell` says to the supervisor where we stand, `part` that a connection need not be kept."""
 
-    def __init__(self, reactor: Reactor, tell: Call, part: Callable[[str, int], None]) -> None:
+    def __init__(self, reactor: Reactor, tell: Call, part: Callable[[str, int, int], None]) -> None:
         self._reactor = reactor
         self._tell = tell
         self._part = part
@@ -57,9 +57,9 @@ class Connector:
         self._wants.append(_Want(endpoint, place, after, then))
         self._tell()
 
-    def parted(self, server: str, place: int) -> None:
-        """As `block.driver.Env.disconnected`."""
-        self._part(server, place)
+    def parted(self, server: str, place: int, inode: int) -> None:
+        """As `worker.env.Connections.parted`."""
+        self._part(server, place, inode)
 
     def serve(self, opener: RemoteOpener, done: Call) -> None:
         """Have all made that are wanted; `done` is called when the opener is asked for nothing more, which is ours."""

@@ -55,6 +55,7 @@ class WorkerEnv:
         self.wait_for = factory.reactor.run_until
         self._factory = factory
         self._layer = layer
+        self._sockets: dict[tuple[str, int], int] = {}  # inodes by server and place
 
     def memory(self, name: str, size: int) -> memoryview:
         """Return `size` bytes, zero at first, that outlive this process: a successor gets the same bytes back.
@@ -65,16 +66,25 @@ class WorkerEnv:
 
     def connect(self, endpoint: Endpoint, place: int = 0) -> socket.socket:
         """As `block.driver.Env.connect`."""
-        return self._factory.connect(endpoint, place)
+        near = self._factory.connect(endpoint, place)
+        self._sockets[str(endpoint), place] = os.fstat(near.fileno()).st_ino
+        return near
 
     def reconnect(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
         """As `block.driver.Env.reconnect`."""
-        self._factory.reconnect(endpoint, place, after, then)
+
+        def connected(near: socket.socket | None, why: DriverError | None) -> None:
+            if near is not None:
+                self._sockets[str(endpoint), place] = os.fstat(near.fileno()).st_ino
+            then(near, why)
+
+        self._factory.reconnect(endpoint, place, after, connected)
 
     def disconnected(self, endpoint: Endpoint, place: int = 0) -> None:
         """As `block.driver.Env.disconnected`."""
-        if self._factory.connections is not None:
-            self._factory.connections.parted(str(endpoint), place)
+        inode = self._sockets.pop((str(endpoint), place), None)
+        if self._factory.connections is not None and inode is not None:
+            self._factory.connections.parted(str(endpoint), place, inode)
 
     def report(self, key: str, value: str) -> None:
         """Publish a fact about this layer, as it is opened or later."""
@@ -89,8 +99,8 @@ class Connections(Protocol):
     def want(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
         """As `block.driver.Env.reconnect`."""
 
-    def parted(self, server: str, place: int) -> None:
-        """As `block.driver.Env.disconnected`."""
+    def parted(self, server: str, place: int, inode: int) -> None:
+        """Keep a connection no more that is closed with nothing under way: the one whose socket had this inode."""
 
 
 class EnvFactory:

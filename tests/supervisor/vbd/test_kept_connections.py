@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 
@@ -43,6 +44,12 @@ def taken(handover: Handover, server: str, place: int = 0, *, is_alone: bool = F
 def kept_of(handover: Handover) -> list[KeptConnection]:
     """Return what a job would name."""
     return sorted([each for each, _ in handover.connections.kept()], key=lambda each: each.server)
+
+
+def inode_of(handover: Handover) -> int:
+    """Return the inode of the one socket that is kept."""
+    ((_, fd),) = handover.connections.kept()
+    return os.fstat(fd).st_ino
 
 
 def next_one(keeper: Kept) -> Handover:
@@ -120,11 +127,28 @@ def test_a_connection_that_was_closed_in_order_is_not_kept() -> None:
     handover = Handover(Keeper({}), PATH)
     before = len(open_descriptors())
     far = taken(handover, S)
-    handover.connections.has_closed(T, 0)
-    handover.connections.has_closed(S, 7)
+    inode = inode_of(handover)
+    handover.connections.has_closed(T, 0, inode)
+    handover.connections.has_closed(S, 7, inode)
+    handover.connections.has_closed(S, 0, inode + 1)
     assert is_open(far)
-    handover.connections.has_closed(S, 0)
+    handover.connections.has_closed(S, 0, inode)
     assert not is_open(far)
     far.close()
     assert before == len(open_descriptors())
+    handover.close()
+
+
+def test_the_end_of_a_former_connection_is_not_that_of_its_successor() -> None:
+    """A worker closes one connection in order and has another made to the same server: whichever the service hears of
+    first, the one that is in use stays kept.
+    """
+    handover = Handover(Keeper({}), PATH)
+    former = taken(handover, S)
+    inode = inode_of(handover)
+    successor = taken(handover, S)
+    handover.connections.has_closed(S, 0, inode)
+
+    assert [False, True] == [is_open(former), is_open(successor)]
+    assert [KeptConnection(S, 0)] == kept_of(handover)
     handover.close()

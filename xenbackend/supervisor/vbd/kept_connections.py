@@ -91,19 +91,24 @@ class KeptConnections:
 
     def accept_undrained(self) -> None:
         """Let go of those that could not be seen to their end: an administrator says that nothing is under way."""
-        self._keep_only(lambda each: each.trouble is Trouble.NONE)
+        self._keep_only(lambda _, each: each.trouble is Trouble.NONE)
 
-    def has_closed(self, server: str, place: int) -> None:
-        """Let go of a connection that its worker has closed in order: nothing is under way."""
-        self._keep_only(lambda each: (each.server, each.place) != (server, place))
+    def has_closed(self, server: str, place: int, inode: int) -> None:
+        """Let go of a connection that its worker has closed in order: nothing is under way.
+
+        An opener's word and a worker's come by two sockets, in any order. The one that was closed is told from one that
+        has taken its place by its socket's inode, which is no other socket's as long as we have it open.
+        """
+        closed = {slot for slot, fd in self.slots.descriptors().items() if os.fstat(fd).st_ino == inode}
+        self._keep_only(lambda slot, each: slot not in closed or (each.server, each.place) != (server, place))
 
     def let_go(self) -> None:
         """Forget all of them: the vbd has ended."""
-        self._keep_only(lambda _: False)
+        self._keep_only(lambda *_: False)
 
     def _all(self) -> dict[str, NotedConnection]:
         return {slot: NotedConnection.parse(text) for slot, text in self.slots.noted().items()}
 
-    def _keep_only(self, wanted: Callable[[NotedConnection], bool]) -> None:
-        self.slots.note({slot: str(each) for slot, each in self._all().items() if wanted(each)})
+    def _keep_only(self, wanted: Callable[[str, NotedConnection], bool]) -> None:
+        self.slots.note({slot: str(each) for slot, each in self._all().items() if wanted(slot, each)})
         self.slots.drop_unnoted()

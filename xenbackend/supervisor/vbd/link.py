@@ -181,7 +181,7 @@ class Link:
             case messages.Drop():
                 self._vbd.drops(message.name)
             case messages.Disconnected():
-                self._vbd.handover.connections.has_closed(message.server, message.place)
+                self._vbd.handover.connections.has_closed(message.server, message.place, message.inode)
             case messages.Log():
                 fields = {"unsaid": str(message.unsaid)} if message.unsaid else {}
                 self._vbd.logs(message.level, message.event[:_MAX_LOG], fields)
