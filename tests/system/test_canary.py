@@ -70,6 +70,9 @@ class Taken:
                 return set(json.loads(said.data))
 
 
+SELDOM_OFFERED = {"see the network's devices", "read a neighbour's memory"}  # Debian 12's dom0 in the bed has neither
+
+
 @contextmanager
 def taken(place: Path, walls: str, word: str) -> Iterator[Taken]:
     """Start a worker in a mount namespace of its own, which finds the canaries as third parties' drivers."""
@@ -93,6 +96,18 @@ def taken(place: Path, walls: str, word: str) -> Iterator[Taken]:
     finally:
         process.kill()
         process.wait()
+
+
+def what_root_may(place: Path) -> set[str]:
+    """Return what a program of root's gets in a mount namespace of its own: dom0 may have no network card, or a kernel
+    that lacks something.
+    """
+    place.mkdir()
+    with canary.surroundings(place) as at:
+        program = f"import json; from tests import canary; print(json.dumps(canary.try_all(canary.{at!r})))"
+        command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=120)
+    return set(json.loads(done.stdout)) - {"have other descriptors"}
 
 
 @pytest.fixture
@@ -123,12 +138,15 @@ def test_a_canary_gets_nothing(tmp_path: Path, at: canary.Surroundings) -> None:
 
 
 def test_a_canary_without_walls_gets_everything(tmp_path: Path, at: canary.Surroundings) -> None:
-    """The same driver in a worker without walls: what it tries does work."""
+    """The same driver in a worker without walls: what it tries does work, as far as this host lets root do it."""
     with taken(tmp_path, "off", "canary") as worker:
         worker.open("canary:")
         got = worker.escape(at)
+    offered = what_root_may(tmp_path / "root")
+    every = canary.attempts(at).keys() - {"have other descriptors"}
 
-    assert canary.attempts(at).keys() - {"have other descriptors"} == got
+    assert offered == got
+    assert every - offered <= SELDOM_OFFERED
 
 
 @pytest.mark.parametrize(
