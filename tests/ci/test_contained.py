@@ -89,9 +89,9 @@ def test_mounts_are_undone() -> None:
 def test_an_interrupted_suite_may_tidy_up(number: signal.Signals) -> None:
     """Whatever ends it, the suite is told as by Ctrl-C, and what it leaves all the same goes away."""
     program = (
-        "import signal, subprocess; child = subprocess.Popen(['setsid', 'sleep', '988'])\n"
-        "try: print(child.pid, flush=True); signal.pause()\n"
-        "except KeyboardInterrupt: print('tidied up')"
+        "import signal, subprocess; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
+        "print(subprocess.Popen(['setsid', 'sleep', '988']).pid, flush=True)\n"
+        "signal.sigwait([signal.SIGINT]); print('tidied up')"
     )
     with subprocess.Popen(
         [*COMMAND, sys.executable, "-c", program],
@@ -112,7 +112,10 @@ def test_an_interrupted_suite_may_tidy_up(number: signal.Signals) -> None:
 
 def test_a_suite_ends_with_whoever_started_it() -> None:
     """Where make, or its shell, is killed, nobody runs on for hours."""
-    program = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    program = (
+        "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
+        "print(os.getpid(), flush=True); signal.sigwait([signal.SIGINT])"
+    )
     command = ["sh", "-c", f"{' '.join(COMMAND)} {sys.executable} -c '{program}'; true"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None

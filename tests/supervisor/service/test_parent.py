@@ -117,11 +117,11 @@ def test_hangup_replaces_the_service(runs: Runs) -> None:
     """SIGHUP ends the service by SIGTERM, and another one is started whatever the status was."""
     status = runs.run("""
 if run < 3:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     keeper.keep(f"of {run}", memory(b"x"))
     os.kill(os.getppid(), signal.SIGHUP)
-    while True:
-        signal.pause()
+    signal.sigwait([signal.SIGTERM])
+    sys.exit(0)
 say(sorted(left()))
 """)
 
@@ -132,10 +132,10 @@ say(sorted(left()))
 def test_a_signal_to_end_drains_and_ends_both(runs: Runs, number: int) -> None:
     """The service gets SIGINT, by which it drains, and its status is the parent's."""
     status = runs.run(f"""
-signal.signal(signal.SIGINT, lambda *_: sys.exit(5))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 os.kill(os.getppid(), {int(number)})
-while True:
-    signal.pause()
+signal.sigwait([signal.SIGINT])
+sys.exit(5)
 """)
 
     assert (5, 1) == (status, runs.count)
