@@ -27,11 +27,11 @@ def alone() -> Iterator[None]:
         yield
 
 
-def give(device: str, path: Path) -> None:
-    """Let a device that is set up be over another file from now on."""
+def give(device: str, path: Path, *options: str) -> None:
+    """Let a device that is set up be over another file from now on; options are those of losetup."""
     with alone():
         subprocess.run(["losetup", "--detach", device], check=True)
-        subprocess.run(["losetup", device, path], check=True)
+        subprocess.run(["losetup", *options, device, path], check=True)
 
 
 @contextmanager

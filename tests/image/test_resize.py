@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests import qemu
+from tests import loops, qemu
 from tests.image_content import assert_same_for_qemu, disk_content, disk_write
 from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
@@ -189,11 +188,8 @@ def device(tmp_path: Path) -> Iterator[Path]:
     """Return a real block device of 8 MiB that is full of something."""
     path = tmp_path / "device"
     path.write_bytes(b"old!" * (2 * MIB))
-    done = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip("needs root and a loop device")
-    yield Path(done.stdout.strip())
-    subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+    with loops.over(path) as device:
+        yield Path(device)
 
 
 def put(image_format: str, tmp_path: Path, target: Path, *, ends: bool = True) -> Image:

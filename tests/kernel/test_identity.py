@@ -242,8 +242,7 @@ def test_a_partition_is_the_same_only_in_its_place(tmp_path: Path) -> None:
     if not shutil.which("addpart"):
         pytest.skip("addpart is not installed (Debian: util-linux-extra)")
     with ExitStack() as undo, loop(tmp_path / "disk", 8 << 20, sector_size=512) as (device, _):
-        subprocess.run(["losetup", "--detach", device], check=True)
-        subprocess.run(["losetup", "--partscan", device, tmp_path / "disk"], check=True)
+        give(device, tmp_path / "disk", "--partscan")
         whole, part = of(device), Path(f"{device}p1")
 
         def place(start: int, length: int) -> Identity:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from queue import Queue
 
 from xenbackend.opener.watch import Watch
@@ -26,15 +25,16 @@ def test_a_step_that_does_not_come_back_is_told_of_and_so_is_its_end() -> None:
 
 def test_who_looks_ends() -> None:
     """No thread of it is left once it is closed, whether it was said anything or not."""
-    before = threading.active_count()
+    others = set(threading.enumerate())
     watches = [Watch(lambda _: None, patience_s=PATIENCE_S) for _ in range(5)]
-    assert before + 5 == threading.active_count()
+    threads = set(threading.enumerate()) - others
+    assert 5 == len(threads)
     with watches[0].over("/a"):
         for each in watches:
             each.close()
-    give_up = time.monotonic() + PATIENCE_S
-    while threading.active_count() > before:
-        assert time.monotonic() < give_up
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 def test_a_step_that_comes_back_is_nobodys_business() -> None:

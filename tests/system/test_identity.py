@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.loops import loop
+from tests.loops import alone, loop
 from xenbackend.blkif.abi import BLKIF_OP_READ
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
@@ -468,8 +468,9 @@ def test_a_device_with_another_medium(
         try:
             if act is kill:
                 os.kill(worker, signal.SIGKILL)
-            until(lambda: subprocess.run(["losetup", "--detach", device], check=False).returncode == 0)
-            until(lambda: subprocess.run(["losetup", device, other], check=False, capture_output=True).returncode == 0)
+            with alone():
+                until(lambda: subprocess.run(["losetup", "--detach", device], check=False).returncode == 0)
+                until(lambda: subprocess.run(["losetup", device, other], check=False).returncode == 0)
         finally:
             os.kill(service, signal.SIGCONT) if act is kill else machine.start_service()
         disk.waits(ANOTHER, device, "has another disk or medium")
