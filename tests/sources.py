@@ -6,6 +6,7 @@ Must not know what it is looked at for.
 from __future__ import annotations
 
 import ast
+import gc
 from functools import cache
 from pathlib import Path
 
@@ -28,4 +29,6 @@ def tree_of(file: Path) -> ast.Module:
 @cache
 def nodes_of(file: Path) -> tuple[ast.AST, ...]:
     """Return all nodes of what a file says, as `ast.walk` yields them."""
-    return tuple(ast.walk(tree_of(file)))
+    nodes = tuple(ast.walk(tree_of(file)))
+    gc.freeze()  # they stay, and no collection of a later test needs to look at them
+    return nodes

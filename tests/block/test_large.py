@@ -66,9 +66,8 @@ SHAPES = {
     "vhd, 2 TiB, 8 parents": Shape("vhd", "force_size=on", size=2040 << 30, depth=DEPTH, format="vpc"),
 }
 FAST = {  # one of each kind, without --long
-    *("qcow2, 512", "qcow2, 65536", "qcow2, 2097152", "qcow2, version 2", "qcow2, compressed", "qcow2, 8 parents"),
-    *("qcow2, compressed by zstd", "qcow2, data file"),
-    *("qcow, 1024", "qcow, 8 parents", "vhd", "vhd, 4096", "vhd, 2 TiB, 8 parents"),
+    *("qcow2, 512", "qcow2, version 2", "qcow2, compressed", "qcow2, compressed by zstd", "qcow2, data file"),
+    *("qcow2, 8 parents", "qcow, 1024", "vhd", "vhd, 8 parents"),
 }
 
 
