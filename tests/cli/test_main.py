@@ -29,6 +29,20 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(re.search(rf"\n    {name}\s", said) for name in cli.MODULES)
 
 
+def test_a_python_without_its_lock_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Free-threaded Python ends any command with a sentence before anything is touched; with its lock it does not."""
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    refused = cli.main(["drivers"])
+    said = capsys.readouterr()
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
+
+    assert (2, 0) == (refused, cli.main(["drivers"]))
+    assert "" == said.out
+    assert "global lock" in said.err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """`--version` says which."""
     with pytest.raises(SystemExit):

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output.print_error(ConfigError(mistake.sentence))
         raise
     try:
+        _check_python()
         status: int = given.run(given)
         sys.stdout.flush()
     except XenbackendError as problem:
@@ -58,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{problem.filename}: " if problem.filename else ""
         return _fail(XenbackendError(f"{where}{problem.strerror or problem}"), as_json=as_json and given.json)
     return status
+
+
+def _check_python() -> None:
+    """Raise ConfigError where threads do not take turns (PEP 703): drivers' callbacks were not tried without that."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise ConfigError("this Python runs without its global lock, which was not tried; take another one")
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
