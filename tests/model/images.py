@@ -15,6 +15,7 @@ from random import Random
 
 SECTOR = 512
 SIZE = 256 * 1024  # bytes of a disk at first
+LARGEST = 4 * SIZE  # that one grows to
 PLACES = tuple(number * 61 for number in range(8))  # sectors that guests write; some share a cluster of 64 KiB
 _BOTTOM = re.compile(r"(aio|qcow2|vhd):([^,]+)")
 

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.model.images import LARGEST
+
 if TYPE_CHECKING:
     from tests.model.guests import Place
     from tests.model.world import World
@@ -155,9 +157,10 @@ class Administrator:
         chance = random.random()
         replaces = random.random() < 0.15
         if chance < 0.12:
-            bottom, replaces = f"aio:{world.images.make_raw().path}", random.random() < 0.5
+            bottom, replaces = f"aio:{world.images.make_raw(LARGEST).path}", random.random() < 0.5
         elif chance < 0.18:
             bottom = random.choice([f"aio:{world.small_file}", "aio:/nowhere/at/all", "ram:1M", "null:1G"])
+            replaces &= bottom != f"aio:{world.small_file}"  # which nobody would refuse while there is no worker
         elif chance < 0.30 and image is not None and bottom.startswith("aio:"):
             bottom = f"aio:{world.images.link(image)}"
         filters = random.choice(["", "", "log:|", "log:track=off|", "log:|log:track=off|"])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tests.model import checks, seams
 from tests.model.fleet import WorkerProcess
 from tests.model.guests import Place
-from tests.model.images import SIZE, Images
+from tests.model.images import LARGEST, Images
 from tests.model.machine import Clock, Died, Loop, Machine
 from tests.model.openers import LocalOpener
 from tests.model.operators import Administrator, Asking, Judge, existing
@@ -285,7 +285,7 @@ class World:
         image = self.images.of_chain(place.truth.chain) if place.truth else None
         if image is not None and image.path.endswith(".raw") and self.random.random() < 0.7:
             size = os.stat(image.path).st_size  # noqa: PTH116 - a text
-            if size < 4 * SIZE:
+            if size < LARGEST:
                 os.truncate(image.path, size + 65536)
 
     def _step(self) -> None:
