@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from xenbackend import counters
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -83,8 +84,7 @@ DISK = {
     "worker": 12, "worker_since": 0.0, "worker_version": "0.1.0", "needs_upgrade": False, "restarts": 0, "layers": [],
     "walls": ["user", "calls"], "no_walls": {}, "needs": [],
     "files": [{"file": "/img", "now": "same", "difference": ""}],
-    "counters": {"reads": 7, "writes": 0, "read_bytes": 0, "written_bytes": 0, "errors": 3, "guest_errors": 0,
-                 "latency_samples": 0, "latency_ns": 0},
+    "counters": {**dict.fromkeys(counters.NAMES, 0), "reads": 7, "errors": 3},
     "latency_histogram": [0] * 48,
 }  # fmt: skip
 LAYER = {

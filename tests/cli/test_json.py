@@ -32,6 +32,7 @@ UNSEEN = {  # what needs a failure, or a host
 }
 SECTIONS = {  # commands whose objects together have every key of the section
     "status": ["status"],
+    "metrics": ["metrics"],
     "orders": ["orders"],
     "pause, resume, policy": ["pause 5/xvda", "resume 5/xvda", "policy 5/xvda"],
     "set, snapshot, resize": ["set 5/xvda aio:/a", "set 5/xvda aio:/a --dry-run", "snapshot 5/xvda /a",
@@ -135,14 +136,29 @@ def test_the_page_is_what_commands_print(place: Path, capsys: pytest.CaptureFixt
 
 def asks(words: list[str]) -> bool:
     """Return whether a command asks the service."""
-    orders = ("status", "orders", "pause", "resume", "policy", "set", "snapshot", "resize", "upgrade", "stop")
+    orders = (
+        "status",
+        "metrics",
+        "orders",
+        "pause",
+        "resume",
+        "policy",
+        "set",
+        "snapshot",
+        "resize",
+        "upgrade",
+        "stop",
+    )
     return words[0] in orders or (words[0] == "log" and words[1] != "show")
 
 
 def answer(request: dict[str, Any]) -> Answer:
     """Answer as a service does, of a disk with layers and an order under way; its log: layer is a real one."""
     if request["verb"] == "status":
-        layers = [{"layer": layer["text"], **{key: layer[key] for key in layer if key != "text"}} for layer in [LAYER]]
+        layers = [
+            {"layer": layer["text"], **{key: layer[key] for key in layer if key != "text"}, "figures": {"held": 1}}
+            for layer in [LAYER]
+        ]
         return Answer(Code.OK, [{**DISK, "layers": layers, "under_way": [{"order": 3, "verb": "set"}]}])
     if request["verb"] == "command" and request["command"] == "status":
         machine = Machine()

@@ -14,7 +14,8 @@ from tests.answering import answering, working
 
 DEAR = ("rich", "structlog", "pyxs", "asyncio", "logging", "subprocess", "daemon", "zstandard")
 LIGHT = [
-    "status", "status --json", "status 5/xvda", "orders", "orders 17 --json", "pause 5/xvda", "resume 5/xvda",
+    "status", "status --json", "status 5/xvda", "metrics", "orders", "orders 17 --json", "pause 5/xvda",
+    "resume 5/xvda",
     "set 5/xvda 'log:|aio:/new' --timeout 5", "set 5/xvda aio:/new --dry-run --json", "resize 5/xvda",
     "snapshot 5/xvda /new", "policy 5/xvda enospc=report", "upgrade 5/xvda", "upgrade", "stop", "log get 5/xvda",
     "log status 5/xvda --json", "attach foo x:", "detach foo",

@@ -1,0 +1,51 @@
+"""`xenbackend metrics`: printed, and left for a collector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.answering import answering, working
+from xenbackend.cli.main import main
+from xenbackend.cli.metrics import FILE
+
+
+def test_it_prints_what_the_service_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once for each call; it orders nothing, so that whoever may look may run it."""
+    with answering(tmp_path / "x", working) as control:
+        assert 0 == main(["metrics", "--socket", control.path])
+        asked = {each["verb"] for each in control.asked}
+    said = capsys.readouterr().out
+
+    assert {"ping", "status"} == asked
+    assert "xenbackend_up 1\n" in said
+    assert 'xenbackend_disk_requests_total{disk="5/xvda",guest="mail",operation="read"} 7\n' in said
+
+
+def test_a_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    """A collector of another user finds one whole file, and nothing else; while no service answers, it says so."""
+    place = tmp_path / "collected"
+    place.mkdir()
+    with answering(tmp_path / "x", working) as control:
+        assert 0 == main(["metrics", "--textfile", str(place), "--socket", control.path])
+    written = (place / FILE).read_text()
+    assert 1 == main(["metrics", "--textfile", str(place), "--socket", str(tmp_path / "none")])
+
+    assert "xenbackend_up 1\n" in written
+    assert "xenbackend_up 0\n" in (place / FILE).read_text()
+    assert "xenbackend_disk" not in (place / FILE).read_text()
+    assert 0o644 == (place / FILE).stat().st_mode & 0o777
+    assert [place / FILE] == list(place.iterdir())
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A place that is no directory is the operator's mistake; where only the last step fails, no draft is left."""
+    (tmp_path / FILE).mkdir()
+    (tmp_path / FILE / "x").touch()
+    with answering(tmp_path / "x", working) as control:
+        assert 2 == main(["metrics", "--textfile", str(tmp_path / "missing"), "--socket", control.path])
+        assert 2 == main(["metrics", "--textfile", str(tmp_path), "--socket", control.path])
+
+    assert f"{tmp_path / FILE} cannot be written" in capsys.readouterr().err
+    assert [FILE] == [each.name for each in tmp_path.iterdir() if FILE in each.name]

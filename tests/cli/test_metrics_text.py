@@ -1,0 +1,96 @@
+"""The text that a monitor reads, judged by those who read it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.answering import DISK, LAYER
+from xenbackend.cli.metrics_text import of_nobody, of_service, text
+
+SERVICE = {"version": "0.2.0", "since": 1.5, "bugs": 0, "breaches": 2}
+COUNTERS = {
+    "reads": 7, "writes": 6, "flushes": 5, "discards": 4, "read_bytes": 3, "written_bytes": 2, "errors": 1,
+    "guest_errors": 8, "in_flight": 9, "latency_ns": 5_000_000_000,
+}  # fmt: skip
+
+
+def disk(**known: Any) -> dict[str, Any]:
+    """Return a disk as `status` describes it."""
+    layers = [
+        {"layer": "throttle:iops=5", **{key: LAYER[key] for key in LAYER if key != "text"}, "figures": {"held": 4}}
+    ]
+    return {**DISK, "counters": COUNTERS, "layers": layers, **known}
+
+
+def lines(*disks: dict[str, Any], is_openmetrics: bool = False) -> list[str]:
+    """Return the lines of the text that are not comments."""
+    written = text(of_service(SERVICE, disks), is_openmetrics=is_openmetrics)
+    return [line for line in written.splitlines() if not line.startswith("#")]
+
+
+def test_what_status_says_is_in_it() -> None:
+    """Each figure of the service and of a disk has its line, with the disk and its guest as labels."""
+    buckets = [0] * 48
+    buckets[13], buckets[47] = 2, 1
+    found = lines(disk(latency_histogram=buckets, reason="storage", waits_s=2.5))
+    of_it = 'disk="5/xvda",guest="mail"'
+
+    assert {
+        "xenbackend_up 1", 'xenbackend_info{version="0.2.0"} 1', "xenbackend_start_time_seconds 1.5",
+        "xenbackend_breaches_total 2", f'xenbackend_disk_served{{{of_it}}} 0',
+        f'xenbackend_disk_reason{{{of_it},reason="storage"}} 1', f"xenbackend_disk_storage_wait_seconds{{{of_it}}} 2.5",
+        f'xenbackend_disk_requests_total{{{of_it},operation="read"}} 7',
+        f'xenbackend_disk_requests_total{{{of_it},operation="discard"}} 4',
+        f'xenbackend_disk_bytes_total{{{of_it},operation="write"}} 2', f"xenbackend_disk_errors_total{{{of_it}}} 1",
+        f"xenbackend_disk_guest_errors_total{{{of_it}}} 8", f"xenbackend_disk_in_flight{{{of_it}}} 9",
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},le="4.096e-06"}} 0',
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},le="8.192e-06"}} 2',
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},le="+Inf"}} 3',
+        f"xenbackend_disk_latency_seconds_sum{{{of_it}}} 5", f"xenbackend_disk_latency_seconds_count{{{of_it}}} 3",
+        f'xenbackend_layer_figure{{{of_it},layer="0",driver="throttle",figure="held"}} 4',
+    } <= set(found)  # fmt: skip
+
+
+def test_a_disk_that_is_served_has_no_reason() -> None:
+    """What is in the way has a line only while it is; a pause is no reason, and the disk is not served."""
+    assert 'xenbackend_disk_served{disk="5/xvda",guest="mail"} 1' in lines(disk())
+    assert 'xenbackend_disk_served{disk="5/xvda",guest="mail"} 0' in lines(disk(paused=True))
+    assert [] == [line for line in lines(disk(), disk(paused=True)) if "disk_reason" in line]
+
+
+def test_words_of_others_stay_within_their_quotes() -> None:
+    """A chain or a guest's name may hold anything: it ends no label, and begins no line."""
+    found = lines(disk(guest='a"} 1\nxenbackend_up 0', chain="aio:\\x"))
+
+    assert "xenbackend_up 0" not in found
+    assert r'guest="a\"} 1\nxenbackend_up 0"' in "".join(found)
+    assert r'chain="aio:\\x"' in "".join(found)
+
+
+def test_the_two_formats_differ_as_they_should() -> None:
+    """OpenMetrics declares a counter without its suffix and ends with a line of its own; samples are the same."""
+    plain, other = (text(of_service(SERVICE, [disk()]), is_openmetrics=each) for each in (False, True))
+
+    assert lines(disk()) == lines(disk(), is_openmetrics=True)
+    assert "# TYPE xenbackend_bugs_total counter\n" in plain
+    assert "# TYPE xenbackend_bugs counter\n" in other
+    assert other.endswith("\n# EOF\n")
+    assert "# EOF" not in plain
+
+
+@pytest.mark.parametrize("disks", [[], [disk()], [disk(), disk(vbd="6/xvda", guest='"\\\n', reason="halted")]])
+def test_promtool_finds_no_fault(disks: list[dict[str, Any]]) -> None:
+    """Prometheus's own tool reads the text, and has nothing to say about names, types and units."""
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    for families in (of_service(SERVICE, disks), of_nobody()):
+        written = text(families, is_openmetrics=False)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=written, capture_output=True, text=True, check=False
+        )
+
+        assert (0, "", "") == (checked.returncode, checked.stdout, checked.stderr)

@@ -1,0 +1,72 @@
+"""`xenbackend metrics --listen`: answers those who ask for figures by HTTP.
+
+Must not be part of the service: whoever speaks HTTP is another process, which has to be allowed to ask for `status`.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from xenbackend.cli import metrics_text
+from xenbackend.cli.metrics import look
+from xenbackend.errors import ConfigError, XenbackendError
+
+PATIENCE_S = 10.0  # for a client that says nothing
+
+
+def serve(address: tuple[str, int], control: str) -> None:
+    """Answer whoever asks for /metrics, without an end. Raises: ConfigError."""
+
+    class Handler(_Handler):
+        socket_of_service = control
+
+    try:
+        server = _server(address, Handler)
+    except OSError as error:
+        raise ConfigError(f"{address[0]}:{address[1]} cannot be listened on: {error.strerror}") from None
+    with server:
+        print(f"metrics are served at http://{address[0]}:{server.server_port}/metrics", flush=True)
+        server.serve_forever()
+
+
+def _server(address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+        def handle_error(self, _request: object, client_address: object) -> None:
+            """Say in a line that a client went away, or what else became of it."""
+            print(f"xenbackend: {client_address}: {sys.exception()}", file=sys.stderr)
+
+    return Server(address, handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One client, who gets the figures of now; where the service does not answer, the one that says so."""
+
+    timeout = PATIENCE_S
+    server_version = "xenbackend"
+    sys_version = ""
+    socket_of_service = ""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404, explain="figures are at /metrics")
+            return
+        is_openmetrics = "application/openmetrics-text" in self.headers.get("Accept", "")
+        try:
+            families = look(self.socket_of_service)
+        except XenbackendError as problem:
+            self.log_error("%s", problem)
+            families = metrics_text.of_nobody()
+        data = metrics_text.text(families, is_openmetrics=is_openmetrics).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", metrics_text.OPENMETRICS_TYPE if is_openmetrics else metrics_text.CONTENT_TYPE)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        """Say nothing of what went well, several times a minute."""
