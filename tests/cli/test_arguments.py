@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.answering import answering, working
 from xenbackend.cli.arguments import disk, duration, size
 from xenbackend.cli.main import MODULES, main
 
@@ -66,3 +68,17 @@ def test_every_command_describes_itself(capsys: pytest.CaptureFixture[str], name
         _, _, below = texts[0].partition("\n\n")
         assert below[0].isupper()
         assert "--json" in texts[0] or "COMMAND" in texts[0]
+
+
+def test_the_environment_may_name_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command asks the service there; what --socket says holds over it, and an empty variable says nothing."""
+    monkeypatch.setenv("XENBACKEND_SOCKET", str(tmp_path / "x"))
+    with answering(tmp_path / "x", working):
+        assert (0, 1) == (main(["orders"]), main(["orders", "--socket", str(tmp_path / "none")]))
+    capsys.readouterr()
+    monkeypatch.setenv("XENBACKEND_SOCKET", "")
+    main(["orders"])
+
+    assert "/run/xenbackend/control.sock" in capsys.readouterr().err

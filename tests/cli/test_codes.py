@@ -38,9 +38,10 @@ MISTAKES = [  # {} is a directory with a file `taken` and nothing else
     "image commit qcow2:{}/missing", "image resize aio:{}/missing 1M", "image map aio:{}/missing",
     "image convert aio:{}/missing aio:{}/new", "image compare aio:{}/missing aio:{}/taken",
     "image measure qcow2 aio:{}/missing", "image rebase qcow2:{}/missing --no-parent", "run --serve frob",
-    "run --config {}/missing", "frob", "--frob",
+    "run --config {}/missing", "run --check --config {}/missing", "config", "config frob",
+    "config show --config {}/missing", "frob", "--frob",
 ]  # fmt: skip
-HAVE_NO_SERVICE = ("drivers", "demo", "bench", "install", "uninstall", "convert", "image", "check", "run")
+HAVE_NO_SERVICE = ("config", "drivers", "demo", "bench", "install", "uninstall", "convert", "image", "check", "run")
 
 
 def status_of(words: list[str]) -> int:

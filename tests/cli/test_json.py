@@ -53,7 +53,8 @@ SECTIONS = {  # commands whose objects together have every key of the section
         "image measure qcow2 aio:c.raw", "image trust qcow2:b.qcow2",
         "image rebase qcow2:b.qcow2 --no-parent", "image info bad.qcow2",
     ],
-    "run": [],
+    "config show": ["config show --defaults"],
+    "run": ["run --check --config x.toml"],
 }  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "vm.cfg").write_text("disk = ['tap2:aio:/img,xvda,w']\n")
     (tmp_path / "bad.qcow2").write_bytes(b"QFI\xfb\0\0\0\3 and no more")
     (tmp_path / "host").mkdir()
+    (tmp_path / "x.toml").touch()
     return tmp_path
 
 

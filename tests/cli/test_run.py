@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -80,4 +81,30 @@ def test_a_bad_file_is_the_operators_mistake(tmp_path: Path, capsys: pytest.Capt
     config.write_text("frob = 1\n")
 
     assert 2 == main(["run", "--config", str(config)])
-    assert f"xenbackend: {config}: there is no setting frob" in capsys.readouterr().err
+    assert f"xenbackend: {config}:1: there is no setting frob" in capsys.readouterr().err
+
+
+def test_check_serves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], hurried: list[int]) -> None:
+    """It says all mistakes, to people a line each and to scripts as a list, or that there are none."""
+    config = tmp_path / "x.toml"
+    config.write_text("frob = 1\npoll_us = -1\n")
+    found = (
+        main(["run", "--check", "--config", str(config)]),
+        main(["run", "--check", "--json", "--config", str(config)]),
+    )
+    said = capsys.readouterr()
+    config.write_text("poll_us = 1\n")
+    right = (
+        main(["run", "--check", "--config", str(config)]),
+        main(["run", "--check", "--json", "--config", str(config)]),
+    )
+    then = capsys.readouterr()
+
+    assert (2, 2, 0, 0, []) == (*found, *right, hurried)
+    assert [f"xenbackend: {config}:{line}:" for line in (1, 2, 1, 2)] == [
+        " ".join(each.split()[:2]) for each in said.err.splitlines()
+    ]
+    values = json.loads(said.out)
+    assert (2, "invalid") == (len(values["mistakes"]), values["error"]["code"])
+    assert f"{config}: the settings can be used\n" in then.out
+    assert [] == json.loads(then.out.splitlines()[-1])["mistakes"]

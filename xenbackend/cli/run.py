@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xenbackend import settings_file
 from xenbackend.cli.arguments import add_json
+from xenbackend.cli.output import error_object, print_json
+from xenbackend.errors import printable
 from xenbackend.kernel import process
 from xenbackend.log import FORMATS, LEVELS
+from xenbackend.protocol.codes import EXIT_STATUS, Code
 from xenbackend.supervisor.service import settings
+
+OVERRIDES = ("store", "host", "socket", "serve", "log", "log_level")  # settings that have options
 
 
 def register(subparsers: Any) -> None:
@@ -45,35 +52,57 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--log-file", type=Path, default=Path("/var/log/xenbackend.log"), help="with --detach (%(default)s)"
     )
+    parser.add_argument(
+        "--check", action="store_true", help="check the settings, say all that is wrong, and serve nothing"
+    )
     add_json(parser, "print an error that keeps the service from starting as JSON; for the log see --log json")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal comes."""
+    """Serve until a signal comes, or only check."""
+    if args.check:
+        return _check(args)
     if not (args.detach or args.keep):
         process.boost(os.getpid())  # guests may wait for us, also while we import; `main` calms us once we serve
     from xenbackend.supervisor.service import detached, main, parent
     from xenbackend.supervisor.service.keeper import forget_inheritance
 
-    names = ("store", "host", "socket", "serve", "log", "log_level")
-
-    def read() -> settings.Settings:
-        return settings.load(args.config, {name: getattr(args, name) for name in names})
-
+    read = partial(_read, args)
     if args.detach:
         files = (args.pid_file.absolute(), args.log_file.absolute())
-        return detached.run_detached(read(), _arguments(args, names), os.environ, *files)
+        return detached.run_detached(read(), _arguments(args), os.environ, *files)
     if args.keep:
-        return parent.run(["run", *_arguments(args, names)], read().socket, os.environ)
+        return parent.run(["run", *_arguments(args)], read().socket, os.environ)
     environment = dict(os.environ)
     forget_inheritance(os.environ)
     return main.run(read, environment)
 
 
-def _arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+def _read(args: argparse.Namespace) -> settings.Settings:
+    return settings.load(args.config, {name: getattr(args, name) for name in OVERRIDES})
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Say all that is wrong with the settings. Raises: ConfigError, where there are none to look at."""
+    try:
+        _read(args)
+    except settings.SettingsError as error:
+        for each in error.mistakes:
+            print(f"xenbackend: {printable(each)}", file=sys.stderr)
+        if args.json:
+            print_json({"mistakes": error.mistakes, **error_object(Code.INVALID, str(error))})
+        return EXIT_STATUS[Code.INVALID]
+    if args.json:
+        print_json({"mistakes": []})
+    else:
+        print(f"{args.config or settings_file.PATH}: the settings can be used")
+    return 0
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
     """Return what the service itself is started with, for any directory."""
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     for name in {"store", "socket"} & set(given):
         given[name] = str(Path(given[name]).absolute())
     config = [f"--config={args.config.absolute()}"] if args.config else []

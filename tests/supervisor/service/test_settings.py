@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xenbackend.errors import ConfigError
-from xenbackend.supervisor.service.settings import load
+from xenbackend.supervisor.service.settings import SettingsError, load
 
 
 def test_every_setting_is_optional(tmp_path: Path) -> None:
@@ -72,3 +72,27 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
     """Without --config a missing file is fine; with it the operator meant one that is not there."""
     with pytest.raises(ConfigError, match="there is no such file"):
         load(tmp_path / "missing.toml", {})
+
+
+def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
+    """In the order of the file, of a table's settings too; what the command line has given has no line."""
+    path = tmp_path / "x.toml"
+    path.write_text("# one\nfrob = 1\npoll_us = 5000\n[limits]\nmax_queue = 1\nmax_segments = 1\n")
+    with pytest.raises(SettingsError) as caught:
+        load(path, {"serve": "some"})
+    places, sentences = zip(*(each.split(" ", 1) for each in caught.value.mistakes), strict=True)
+
+    assert tuple(f"{path}{line}:" for line in (":2", ":3", ":5", ":6", "")) == places
+    assert ("poll_us is 5000", "limits.max_segments is 1") == (sentences[1][:15], sentences[3][:24])
+    assert sentences[4].startswith("serve is 'some'")
+    assert "; and 4 more, which `xenbackend run --check` shows" in str(caught.value)
+
+
+def test_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    """A file that has the setting, too, is right."""
+    path = tmp_path / "x.toml"
+    path.write_text('serve = "all"\n')
+    with pytest.raises(SettingsError) as caught:
+        load(path, {"serve": "some"})
+
+    assert f"{path}: serve is 'some'; it must be ours or all" == str(caught.value)

@@ -6,7 +6,8 @@ Must not act on a setting.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,23 @@ class Settings:
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]
 
 
+class SettingsError(ConfigError):
+    """Settings that cannot be used. `mistakes` are sentences, each with its place; the first one is the text."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        more = f"; and {len(mistakes) - 1} more, which `xenbackend run --check` shows" if len(mistakes) > 1 else ""
+        super().__init__(f"{mistakes[0]}{more}")
+        self.mistakes = list(mistakes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mistake:
+    """What is wrong with a setting; its name is as in `settings_file.lines`."""
+
+    name: str
+    sentence: str
+
+
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """Return the settings of a file, with `overrides` (None: not given) on top.
 
@@ -53,58 +71,83 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Settings:
         path: the file, which must exist; None for `PATH`, which need not.
         overrides: values by setting, as the command line gave them.
 
-    Raises: ConfigError, naming file and setting.
+    Raises: ConfigError, naming the file; SettingsError, naming line and setting too.
     """
     values = settings_file.read(path or PATH, must_exist=path is not None)
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    return make(values, str(path or PATH))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    lines = {name: line for name, line in settings_file.lines(path or PATH).items() if name not in given}
+    return make(values | given, str(path or PATH), lines)
 
 
-def make(values: dict[str, Any], where: str) -> Settings:
-    """Return settings from plain values by name; `where` they stand, for people. Raises: ConfigError."""
+def make(values: dict[str, Any], where: str, lines: Mapping[str, int] | None = None) -> Settings:
+    """Return settings from plain values by name. Raises: SettingsError.
+
+    Args:
+        values: which lose the table of limits.
+        where: they stand, for people.
+        lines: of the settings in a file.
+    """
     limits = values.pop("limits", {})
-    _check_types(where, Settings, values, but=("limits",))
     if not isinstance(limits, dict):
-        raise ConfigError(f"{where}: limits is not a table; write [limits] and its settings below it")
-    _check_types(where, Limits, limits)
-    settings = replace(Settings(**values), limits=replace(Limits(), **limits))
-    _check_values(where, settings)
-    if not all(each.startswith("/") for each in settings.parents):
-        raise ConfigError(f"{where}: parents is {settings.parents}; it must name directories by their whole paths")
+        limits, mistakes = {}, [_Mistake("limits", "limits is not a table; write [limits] and its settings below it")]
+    else:
+        mistakes = [*_wrong_types(Limits, limits, "limits.")]
+    mistakes += _wrong_types(Settings, values, but=("limits",))
+    wrong = {each.name for each in mistakes}
+    right = {name: value for name, value in values.items() if name not in wrong}
+    bounded = {name: value for name, value in limits.items() if f"limits.{name}" not in wrong}
+    settings = replace(Settings(**right), limits=replace(Limits(), **bounded))
+    mistakes += [*_wrong_values(settings), *_wrong_limits(settings.limits)]
+    if mistakes:
+        raise SettingsError(_told(mistakes, where, lines or {}))
     return settings
 
 
-def _check_types(where: str, kind: type[Any], values: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
+def _told(mistakes: Sequence[_Mistake], where: str, lines: Mapping[str, int]) -> list[str]:
+    """Return the sentences in the order of the file; what the command line has given comes last."""
+    placed = sorted(mistakes, key=lambda each: lines.get(each.name, sys.maxsize))
+    return [f"{where}{f':{lines[each.name]}' if each.name in lines else ''}: {each.sentence}" for each in placed]
+
+
+def _wrong_types(
+    kind: type[Any], values: Mapping[str, Any], table: str = "", but: tuple[str, ...] = ()
+) -> Iterator[_Mistake]:
     known = {each.name: str(each.type) for each in fields(kind) if each.name not in but}
     for name, value in values.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
-            raise ConfigError(f"{where}: there is no setting {name}; {hint}")
+            yield _Mistake(table + name, f"there is no setting {name}; {hint}")
+            continue
         wanted, words = _TYPES[known[name]]
         is_right = isinstance(value, wanted) and not isinstance(value, bool)
         if wanted is list:
             is_right = is_right and all(isinstance(each, str) for each in value)
         if not is_right:
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be {words}")
+            yield _Mistake(table + name, f"{name} is {value!r}; it must be {words}")
 
 
-def _check_values(where: str, settings: Settings) -> None:
+def _wrong_values(settings: Settings) -> Iterator[_Mistake]:
     for name in ("host", "socket"):
         if not getattr(settings, name):
-            raise ConfigError(f"{where}: {name} is empty; leave it away for the default")
+            yield _Mistake(name, f"{name} is empty; leave it away for the default")
     if not settings.kinds or not all(each.isalnum() for each in settings.kinds):
-        raise ConfigError(f"{where}: kinds is {settings.kinds}; it must name directories of xenstore, such as vbd")
+        yield _Mistake("kinds", f"kinds is {settings.kinds}; it must name directories of xenstore, such as vbd")
     if not 0 <= settings.poll_us <= _POLL_US_MAX:
-        raise ConfigError(f"{where}: poll_us is {settings.poll_us}; it must be from 0 to {_POLL_US_MAX}")
+        yield _Mistake("poll_us", f"poll_us is {settings.poll_us}; it must be from 0 to {_POLL_US_MAX}")
     try:
         Policy(settings.on_error)
     except ConfigError as error:
-        raise ConfigError(f"{where}: on_error: {error}") from None
+        yield _Mistake("on_error", f"on_error: {error}")
     for name, choices in (("serve", _SERVE), ("walls", MODES), ("log", FORMATS), ("log_level", LEVELS)):
         if getattr(settings, name) not in choices:
-            raise ConfigError(f"{where}: {name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")
+            yield _Mistake(name, f"{name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")
+    if not all(each.startswith("/") for each in settings.parents):
+        yield _Mistake("parents", f"parents is {settings.parents}; it must name directories by their whole paths")
+
+
+def _wrong_limits(limits: Limits) -> Iterator[_Mistake]:
     for name, (least, most) in _LIMIT_RANGES.items():
-        value = getattr(settings.limits, name)
+        value = getattr(limits, name)
         if not least <= value <= most:
-            raise ConfigError(f"{where}: limits.{name} is {value}; it must be from {least} to {most}")
+            yield _Mistake(f"limits.{name}", f"limits.{name} is {value}; it must be from {least} to {most}")
