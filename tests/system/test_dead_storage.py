@@ -22,6 +22,7 @@ from tests import fuse
 from xenbackend.embedded.machine import GuestDomain, Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.service import openers
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.toolstack import detach
 
@@ -31,6 +32,7 @@ pytestmark = [
 ]
 SIZE = 1 << 20
 DATA = b"d" * 4096
+MANY = openers.MOST + 2  # disks: more than openers work at once
 USUAL_S = 5.0  # for what takes a tenth of it, on a host that is busy
 MOMENTS = {"lookup": fuse.LOOKUP, "stat": fuse.GETATTR, "open": fuse.OPEN}
 
@@ -55,7 +57,8 @@ class Host:
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home = home
-        self.server = stack.enter_context(fuse.served(home / "remote", {"a.img": SIZE, "b.img": SIZE}))
+        images = dict.fromkeys(["a.img", *map(str, range(MANY))], SIZE)
+        self.server = stack.enter_context(fuse.served(home / "remote", images))
         stack.callback(self.server.release)
         self.machine = stack.enter_context(Machine())
         stack.callback(self.server.release)
@@ -90,9 +93,9 @@ class Host:
         found = [each for each in self.machine.ask({"verb": "status"})["data"] if each["vbd"] == disk]
         return dict(found[0]) if found else {}
 
-    def waits(self) -> bool:
-        """Return whether the disk says that it waits for its storage."""
-        return bool(self.status().get("reason") == "storage")
+    def waits(self, disk: str = "5/xvda") -> bool:
+        """Return whether a disk says that it waits for its storage."""
+        return bool(self.status(disk).get("reason") == "storage")
 
     def kill(self) -> int:
         """Kill the worker of the disk, and return its number."""
@@ -204,6 +207,30 @@ def test_processes_that_hang_are_few(host: Host) -> None:
     assert request.status == 0
     until(lambda: host.hanging() == 0)
     disk.close()
+
+
+def test_many_that_wait_do_not_hold_up_one_that_need_not(host: Host) -> None:
+    """More openers hang than may work at once: a disk on other storage has its successor all the same, and soon."""
+    guest = host.machine.create_guest(7)
+    names = [f"7/xvd{chr(ord('a') + number)}" for number in range(MANY)]
+    disks = []
+    for number, name in enumerate(names):
+        path = host.machine.attach(7, name.partition("/")[2], f"aio:{host.home}/remote/{number}")
+        disks.append(guest.connect(path, Wishes()))
+    workers = {each["vbd"]: each["worker"] for each in host.machine.ask({"verb": "status"})["data"]}
+    host.server.hold(fuse.OPEN)
+    for name in [*names, "6/xvda"]:
+        os.kill(workers[name], signal.SIGKILL)
+    with within(USUAL_S):
+        host.frontend.write(0, DATA)
+        assert host.frontend.read(0, 8) == DATA
+    until(lambda: all(host.waits(name) for name in names))
+    host.server.release()
+    for each in disks:
+        each.write(0, DATA)
+        assert each.read(0, 8) == DATA
+        each.close()
+    guest.close()
 
 
 @pytest.mark.parametrize("stops", [True, False], ids=["not read", "read"])

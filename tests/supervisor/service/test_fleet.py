@@ -309,7 +309,7 @@ def test_workers_come_from_a_zygote_where_there_is_one(
     before = set(_children())
 
     def children() -> list[int]:
-        spare = heard.fleet._spare.pid if heard.fleet._spare else 0  # an opener, which waits for its job
+        spare = heard.fleet.openers.spare.pid if heard.fleet.openers.spare else 0  # an opener, which waits for its job
         return [each for each in _children() if each not in {*before, spare}]
 
     heard = hear(FAKE_WORKER, (*zygote.COMMAND, "--host", "xenbackend.rig.host"))

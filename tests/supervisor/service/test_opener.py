@@ -138,7 +138,7 @@ def test_one_that_was_made_in_advance_and_has_ended_is_in_nobodys_way(tmp_path: 
     )
     service = Service((sys.executable, "-I", "-S", "-c", text))
     worker = service.fleet.start(lambda *_: None, lambda _: service.loop.stop())
-    spare = service.fleet._spare
+    spare = service.fleet.openers.spare
     assert spare is not None
     select.select([spare.pidfd], [], [], 20)
     _, remote = service.begin("null:1G")

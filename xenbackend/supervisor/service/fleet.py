@@ -13,15 +13,12 @@ has sent besides is looked at, and its end is told as any other's.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import xenbackend
@@ -32,8 +29,9 @@ from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.supervisor.service import process
-from xenbackend.supervisor.service.opener import PATIENCE_S, OnFound, OnWaits, Opener
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
+from xenbackend.supervisor.service.opener import OnFound, OnWaits, Opener
+from xenbackend.supervisor.service.openers import Openers
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 from xenbackend.walls.raising import describe
@@ -223,6 +221,7 @@ class Fleet:
     """All worker processes of this service.
 
     breaches    how many workers were killed because they broke the protocol
+    openers     what opens files for them
     """
 
     def __init__(
@@ -243,8 +242,7 @@ class Fleet:
         self._command = command
         self._zygote_command = zygote
         self._opener_command = opener
-        self._spare: Process | None = None  # an opener that was started with the last worker
-        self._openers: set[Opener] = set()  # that have not ended
+        self.openers = Openers(loop, self.start_opener, self.log)
         self._zygote: Zygote | None = None
         self._preparation = loop.timer(self.prepare)
         self._complaint = ""  # why there is no zygote
@@ -256,16 +254,17 @@ class Fleet:
 
         Raises: KernelError.
         """
-        kinds = "w" if self._spare else "wo"
+        kinds = "wo" if self.openers.want_spare else "w"
         forked = self._zygote.fork(kinds, drivers) if self._zygote else []
         words = ["--drivers", ",".join(drivers)] if drivers else []
         started = forked[0] if forked else process.start([*self._command, *words])
-        try:
-            self._spare = self._spare or (forked[1] if forked else process.start(self._opener_command))
-        except KernelError:
-            started.kill()
-            started.wait()
-            raise
+        if len(kinds) > 1:
+            try:
+                self.openers.spare = forked[1] if forked else process.start(self._opener_command)
+            except KernelError:
+                started.kill()
+                started.wait()
+                raise
         return Worker(self, started, on_message, on_end)
 
     def open(
@@ -276,37 +275,13 @@ class Fleet:
         on_end: OnOpenerEnd,
         on_waits: OnWaits = lambda _: None,
     ) -> tuple[Opener, socket.socket]:
-        """Start an opener on a job, and return it with the socket that its worker is to get. Raises: KernelError.
+        """Have an opener do a job when it is its turn; return it with the socket that its worker is to get.
+
+        Raises: KernelError.
 
         `kept` are the descriptors of what the job has kept, lent.
         """
-        near, far = process.pair()
-        with far, ExitStack() as undo:
-            undo.callback(near.close)
-            for started in self._candidates():
-                opener = Opener(self.loop, started, on_found, partial(self._has_ended, on_end), on_waits)
-                self._openers.add(opener)
-                try:
-                    opener.begin(job, far, kept)
-                except OSError as error:  # one that was made in advance may have ended
-                    opener.end()
-                    self._openers.discard(opener)
-                    problem = KernelError("give an opener its job", error.errno or errno.EIO)
-                else:
-                    undo.pop_all()
-                    return opener, near
-            raise problem
-
-    def _has_ended(self, on_end: OnOpenerEnd, opener: Opener, breach: str) -> None:
-        self._openers.discard(opener)
-        on_end(opener, breach)
-
-    def _candidates(self) -> Iterator[Process]:
-        """Return the opener that was made in advance, if there is one, then another one."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            yield spare
-        yield self.start_opener()
+        return self.openers.open(job, kept, on_found, on_end, on_waits)
 
     def start_opener(self) -> Process:
         """Start an opener that nobody has told anything. Raises: KernelError."""
@@ -353,19 +328,11 @@ class Fleet:
         However many hang, they are waited for together.
         """
         self._send_zygote_away()
-        for opener in self._openers:
-            opener.kill()
-        give_up = time.monotonic() + PATIENCE_S
-        for opener in self._openers:
-            opener.end(max(0.0, give_up - time.monotonic()))
-        self._openers.clear()
+        self.openers.close()
 
     def _send_zygote_away(self) -> None:
         self._preparation.set(None)
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.kill()
-            spare.wait()
+        self.openers.drop_spare()
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
             self.loop.remove(zygote.pidfd)

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from xenbackend.kernel.process import boost
 from xenbackend.loop.reactor import Reactor
@@ -26,51 +27,106 @@ OnEnd = Callable[["Opener", str], None]  # how it ended, where that is the worke
 OnWaits = Callable[[str], None]  # the file whose storage does not answer, or nothing
 
 
+class Assignment:
+    """A job, the socket of the worker that it is for, and what the job has kept: lent until the opener has it."""
+
+    def __init__(self, job: opening.Job, worker: socket.socket, kept: Sequence[int]) -> None:
+        """Have a socket of its own from now on, and the caller's descriptors of what is kept."""
+        self.job = job
+        self.worker = worker
+        self.kept = kept
+        self._own: list[int] = []
+
+    def keep(self) -> None:
+        """Do without the caller's descriptors, who may close them meanwhile. Raises: OSError."""
+        try:
+            for fd in self.kept:
+                self._own.append(os.dup(fd))
+        except OSError:
+            self.close()
+            raise
+        self.kept = self._own
+
+    def close(self) -> None:
+        """Let go of all that is its own."""
+        self.worker.close()
+        own, self._own = self._own, []
+        for fd in own:
+            os.close(fd)
+
+
 class Opener:
-    """One process.
+    """One process, or who waits for its turn to be one.
 
     over_since   when nobody needed it any more; it has not ended yet, or is in a call from which it does not come back
     """
 
     def __init__(
-        self, loop: Reactor, started: Process, on_found: OnFound, on_end: OnEnd, on_waits: OnWaits = lambda _: None
+        self,
+        loop: Reactor,
+        assignment: Assignment,
+        on_found: OnFound,
+        on_end: OnEnd,
+        on_waits: OnWaits = lambda _: None,
     ) -> None:
-        """Listen to it from now on; it waits for its job."""
+        """Do nothing until `begin`; the assignment is its own from now on."""
         self._loop = loop
-        self._process = started
+        self._assignment = assignment
+        self._process: Process | None = None
         self._on_found = on_found
         self._on_end = on_end
         self._on_waits = on_waits
+        self._is_boosted = False
         self.over_since: float | None = None  # by the loop's clock
-        self._is_held = self._is_heard = True
-        loop.add(started.socket.fileno(), self._receive)
-        loop.add(started.pidfd, self._reap)
+        self._is_held, self._is_heard = True, False
 
-    def begin(self, job: opening.Job, worker: socket.socket, kept: Sequence[int]) -> None:
-        """Give it its job, the socket of the worker that it is for, and what the job has kept, which stay the caller's.
-
-        Raises: OSError.
-        """
-        fds = [worker.fileno(), *kept]
+    def begin(self, started: Process) -> None:
+        """Be this process, and give it its job. Raises: OSError, where that has ended: another may do."""
+        near, assignment = started.socket, self._assignment
+        fds = [assignment.worker.fileno(), *assignment.kept]
         most = opening.MAX_CARRIED
-        self._send(job, fds[:most])
+        _send(near, assignment.job, fds[:most])
         for start in range(most, len(fds), most):
-            self._send(opening.Ack(), fds[start : start + most])
+            _send(near, opening.Ack(), fds[start : start + most])
+        assignment.close()
+        self._process = started
+        self._is_heard = True
+        self._loop.add(near.fileno(), partial(self._receive, started))
+        self._loop.add(started.pidfd, partial(self._reap, started))
+        if self._is_boosted:
+            boost(started.pid)
+
+    @property
+    def waits(self) -> bool:
+        """Return whether it has not begun, and may."""
+        return self._process is None and self._is_held
 
     def boost(self) -> None:
         """Let it come before what else the host does: a guest waits for its worker."""
-        boost(self._process.pid)
+        self._is_boosted = True
+        if self._process is not None:
+            boost(self._process.pid)
 
     def kill(self) -> None:
         """Kill it, and hear nothing more of it: the worker that it is for has ended."""
-        if self._is_held:
-            self._deafen()
+        if self.waits:
+            self.give_up()
+        elif self._process is not None and self._is_held:
+            self._deafen(self._process)
             self._process.kill()
             self.note_over()
 
+    def give_up(self) -> None:
+        """End before it has begun: its worker finds its socket closed."""
+        self._is_held = False
+        self._assignment.close()
+        self._on_end(self, "")
+
     def note_over(self) -> None:
         """Take note that it should end: its worker has what it wanted, or has gone."""
-        if self.over_since is None:
+        if self.waits:
+            self.give_up()
+        elif self.over_since is None:
             self.over_since = self._loop.now()
 
     def hangs(self, patience_s: float = 0.0) -> bool:
@@ -79,33 +135,37 @@ class Opener:
 
     def end(self, patience_s: float = PATIENCE_S) -> None:
         """Kill it and let go of it, without a word to anybody; one that hangs in a call is left to itself."""
-        if not self._is_held:
-            return
-        self._process.kill()
-        self._let_go()
-        if select.select([self._process.pidfd], [], [], patience_s)[0]:
-            self._process.wait()
-        else:
-            self._process.leave()
+        started = self._process
+        if started is None:
+            self.kill()
+        elif self._is_held:
+            started.kill()
+            self._let_go(started)
+            if select.select([started.pidfd], [], [], patience_s)[0]:
+                started.wait()
+            else:
+                started.leave()
 
     def leave(self) -> None:
-        """Let go of it: it finds that we have gone, and ends when it is next asked for something new."""
-        if self._is_held:
-            self._let_go()
+        """Let go of it: it finds that we have gone, and ends when it is next asked for something new.
+
+        One that has not begun never does: another worker comes, which the next service starts.
+        """
+        if self._process is None:
+            self.kill()
+        elif self._is_held:
+            self._let_go(self._process)
             self._process.leave()
 
-    def _send(self, message: opening.FromSupervisor, fds: Sequence[int] = ()) -> None:
-        datagrams.send(self._process.socket, opening.encode(message), fds, socket.MSG_DONTWAIT)
-
-    def _receive(self) -> None:
+    def _receive(self, started: Process) -> None:
         try:
-            data, fds, _ = datagrams.receive(self._process.socket, opening.MAX_MESSAGE, 1)
+            data, fds, _ = datagrams.receive(started.socket, opening.MAX_MESSAGE, 1)
         except BlockingIOError:
             return
         except OSError:
             data, fds = b"", []
         if not data:
-            self._deafen()  # its pidfd tells of its end
+            self._deafen(started)  # its pidfd tells of its end
             return
         try:
             message = opening.from_opener(data)
@@ -121,29 +181,33 @@ class Opener:
             return
         try:
             refusal = self._on_found(message, fds)
-            self._send(opening.Ack(refusal))
+            _send(started.socket, opening.Ack(refusal))
         except OSError:
             pass  # it is ending
         except Exception as bug:  # over this file; the next one is another matter
             self._loop.bug(bug)
             self.kill()
 
-    def _reap(self) -> None:
+    def _reap(self, started: Process) -> None:
         if not self._is_held:
             return
-        self._let_go()
-        status = self._process.wait()
+        self._let_go(started)
+        status = started.wait()
         if status == BREACH:
             self._on_end(self, "it asks for what no worker asks an opener for")
         else:
             self._on_end(self, "")
 
-    def _let_go(self) -> None:
+    def _let_go(self, started: Process) -> None:
         self._is_held = False
-        self._loop.remove(self._process.pidfd)
-        self._deafen()
+        self._loop.remove(started.pidfd)
+        self._deafen(started)
 
-    def _deafen(self) -> None:
+    def _deafen(self, started: Process) -> None:
         if self._is_heard:
             self._is_heard = False
-            self._loop.remove(self._process.socket.fileno())
+            self._loop.remove(started.socket.fileno())
+
+
+def _send(near: socket.socket, message: opening.FromSupervisor, fds: Sequence[int] = ()) -> None:
+    datagrams.send(near, opening.encode(message), fds, socket.MSG_DONTWAIT)

@@ -118,7 +118,7 @@ class Link:
         """Hear nothing more, and answer every question with `sentence`; with `leaves` the worker goes on."""
         if leaves and self.worker is not None:
             self.worker.leave()
-            for opener in self._openers:
+            for opener in list(self._openers):
                 opener.leave()
             self._openers.clear()
         self.worker = None
@@ -156,7 +156,7 @@ class Link:
     def _dismiss_openers(self) -> None:
         """Let no opener go on for a worker that has ended; one that hangs goes when its storage answers."""
         self.waits_since = None
-        for opener in self._openers:
+        for opener in list(self._openers):
             opener.kill()
 
     def _take(self, message: messages.FromWorker, fds: list[int]) -> None:
