@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -112,7 +113,7 @@ def inspect(pid: int) -> list[str]:
     if (process / "stat").stat().st_uid:
         amiss.append("can be dumped")
     limits = (process / "limits").read_text()
-    if "Max core file size        0                    0" not in limits:
+    if not re.search(r"core file size +0 +0 ", limits) or not re.search(r"processes +512 +512 ", limits):
         amiss.append("limits")
     nowhere = [fd for fd in (0, 1, 2) if (process / f"fd/{fd}").stat().st_rdev == _NULL]
     if nowhere != [0, 1, 2]:

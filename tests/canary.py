@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def attempts(at: Surroundings) -> dict[str, Callable[[], object]]:
         "bind a neighbour to a CPU": lambda: os.sched_setaffinity(at.neighbour, {0}),
         "limit a neighbour": lambda: resource.prlimit(at.neighbour, resource.RLIMIT_CORE, (0, 0)),
         "fork": _fork,
+        "have a thousand threads": _have_threads,
         "clone3": lambda: _call(_CLONE3, None, 0, but={errno.EINVAL}),
         "run a program": lambda: _run(lambda: _call(_EXECVE, b"/bin/true", _arguments(), None)),
         "run a program from memory": lambda: _run(_run_memory),
@@ -249,6 +251,25 @@ def _fork() -> None:
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
+
+
+def _have_threads() -> None:
+    """Have them all at once, each with a small stack, and end them."""
+    may_end = threading.Event()
+    threads: list[threading.Thread] = []
+    usual = threading.stack_size(1 << 16)
+    try:
+        while len(threads) < 1000:
+            each = threading.Thread(target=may_end.wait)
+            each.start()
+            threads.append(each)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no thread") from error
+    finally:
+        may_end.set()
+        for each in threads:
+            each.join()
+        threading.stack_size(usual)
 
 
 def _run(program: Callable[[], object]) -> None:

@@ -1,6 +1,10 @@
 """Tests of `xenbackend.kernel.uring`, against the real kernel; what it has in common with AIO is in `test_rings`."""
 
+import array
+import ctypes
 import errno
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,3 +49,46 @@ def test_a_ring_does_what_it_is_for_and_nothing_else(operation: int) -> None:
 
     assert [(7, -errno.EACCES)] == ring.reap()
     ring.close()
+
+
+def _bounds() -> tuple[int, int]:
+    """Return how many threads the kernel may start for this thread's rings: for files, and for everything else."""
+    fd, _ = uring._setup(2)
+    found = array.array("I", (0, 0))  # 0 changes nothing
+    address, count = found.buffer_info()
+    result = uring._syscall(uring._SYS_REGISTER, fd, uring._REGISTER_IOWQ_MAX_WORKERS, ctypes.c_void_p(address), count)
+    code = ctypes.get_errno()
+    os.close(fd)
+    if result < 0:
+        raise KernelError("ask", code)
+    return found[0], found[1]
+
+
+@pytest.mark.rows("R20")
+def test_the_kernel_starts_few_threads_for_a_ring() -> None:
+    """Its threads are bounded before the ring can be used, and the bound cannot be taken back."""
+    found: list[tuple[int, int]] = []
+    problems: list[KernelError] = []
+
+    def look() -> None:
+        try:
+            found.append(_bounds())
+            ring = Uring(2)
+            found.append(_bounds())
+            refused = uring._syscall(uring._SYS_REGISTER, ring.fileno(), uring._REGISTER_IOWQ_MAX_WORKERS, None, 2)
+            found.append((refused, ctypes.get_errno()))
+            ring.close()
+        except KernelError as error:
+            problems.append(error)
+
+    looking = threading.Thread(target=look)  # the bounds are those of a thread: one that has had no ring yet
+    looking.start()
+    looking.join()
+    if problems:
+        pytest.skip(str(problems[0]))
+
+    before, after, refused = found
+    assert before[1] > 1
+    assert 0 < after[0] <= min(uring.MOST_WORKERS, 4 * (os.cpu_count() or 1))
+    assert 1 == after[1]
+    assert (-1, errno.EACCES) == refused

@@ -27,7 +27,7 @@ ONLY = {
     Wall.ENVIRONMENT: {"have an environment"},
     Wall.PROCESSES: {"see a neighbour", "hold a neighbour", "the host's processes"},
     Wall.NAMESPACES: {"see the host's files", "see the network's devices", "files in its root", "namespace net"},
-    Wall.LIMITS: {"limits"},
+    Wall.LIMITS: {"limits", "have a thousand threads"},
     Wall.USER: {"become root", "another user"},
     Wall.CAPABILITIES: {"CapInh"},
     Wall.PRIVILEGES: {"NoNewPrivs"},
