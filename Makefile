@@ -17,14 +17,14 @@ XEN_OF = $(if $(XEN),--xen $(XEN))
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos scoreboard figures bench-xen bench
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos soak scoreboard figures bench-xen bench
 .PHONY: deb deb-former clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
 
 # Service, workers and guests together on the simulated Xen, real devices, hostile guests: these take their time.
-MACHINES = tests/system tests/embedded tests/ring_fuzz tests/bench/test_session.py tests/cli/test_demo.py \
+MACHINES = tests/system tests/embedded tests/ring_fuzz tests/soak tests/bench/test_session.py tests/cli/test_demo.py \
 	tests/cli/test_disk.py tests/cli/test_upgrade.py tests/supervisor/service/test_main.py tests/worker/test_in_use.py
 
 test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
@@ -57,6 +57,12 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load, while administr
 	mkdir -p build
 	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json
+
+# HOURS=number, DISKS=number. It takes 1.5 GiB of memory; the figure is of 128 disks, and of no fewer.
+soak: $(VENV)/.dev  ## 128 disks under verified load for an hour, and nothing that grows; the figures are build/soak.json
+	mkdir -p build
+	exec nice $(CONTAINED) $(BIN)/python -m tests.soak --hours $(or $(HOURS),1) --disks $(or $(DISKS),128) --seed $(or $(S),1) \
+		--json build/soak.json
 
 test-model: $(VENV)/.dev  ## every order of guest, disk, kills and events in small, known faults, failing calls
 	exec nice $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=0 --basetemp={tmp}/t --long $(PART_OF) \

@@ -74,12 +74,20 @@ class Load:
         while self._pending:
             self._finish_some()
 
+    def take(self) -> int:
+        """Take the answers that are there, without waiting; return how many. Raises: WrongData and others."""
+        return self._take(self._frontend.poll())
+
     def _finish_some(self) -> None:
-        done = self._frontend.wait_for_any(self._patience_s)
+        self._take(self._frontend.wait_for_any(self._patience_s))
+
+    def _take(self, done: list[Submitted]) -> int:
         self.finished += len(done)
         for request in done:
             self._model.finish(self._pending.pop(request)[1], request.status or 0, request.data)
-        self._on_answers(self)
+        if done:
+            self._on_answers(self)
+        return len(done)
 
 
 def work(frontend: Frontend, model: DiskModel, requests: int) -> None:

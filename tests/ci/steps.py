@@ -79,6 +79,7 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         "engines", "make test-engines", 1.0, full="make test-engines", failed="build/failed/engines/v/cache/lastfailed"
     ),
     Step("chaos", "make chaos KILLS=200 S={seed}", 2.0, full="make chaos KILLS=1000 S={seed}"),
+    Step("soak", "", 0.0, full="make soak S={seed}"),
     Step(
         "xen-4.17",
         "CI=1 make test-xen XEN=4.17 AGAIN=1 PART={part}",

@@ -50,9 +50,11 @@ def test_what_suites_left_is_read(tmp_path: Path) -> None:
     """A figure is that of the file in build/, with its date and commit; a file without them is no figure."""
     (tmp_path / "chaos.json").write_text(json.dumps({"service kills": 51, **STAMP}))
     (tmp_path / "canary.json").write_text(json.dumps({"succeeded": 0}))
+    (tmp_path / "soak.json").write_text(json.dumps({"hours": 1.2, **STAMP}))
     by_number = {each.number: each for each in MEASURES}
 
     assert Figure(51.0, **STAMP) == by_number["F4"].source(tmp_path)
+    assert Figure(1.2, **STAMP) == by_number["L3"].source(tmp_path)
     assert by_number["P1"].source(tmp_path) is None
     assert by_number["F2"].source(tmp_path) is None
 
