@@ -79,6 +79,7 @@ HOMES = {
         "rig/",
         "supervisor/service/fleet",
         "supervisor/service/opener",
+        "supervisor/service/zygote",
         "supervisor/xenstore/store",
         "supervisor/xenstore/toolstack",
         "worker/export_client",

@@ -16,13 +16,14 @@ from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, unboost
 # The shell in between ends first; then its child does, with status 7.
 _PROGRAM = """
 import os, subprocess
-from xenbackend.kernel.process import adopting_orphans
+from xenbackend.kernel.process import adopt_orphans
 near, far = os.pipe()
 script = f"(read line; exit 7) <&{near} >&- & echo $!"
 def outlive():
     return int(subprocess.run(["sh", "-c", script], pass_fds=[near], stdout=subprocess.PIPE, check=True).stdout)
-with adopting_orphans():
-    ours = outlive()
+adopt_orphans(does=True)
+ours = outlive()
+adopt_orphans(does=False)
 theirs = outlive()
 os.close(far)
 for orphan in (ours, theirs):

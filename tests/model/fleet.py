@@ -148,6 +148,8 @@ class Handle:
         self._world = world
         self._process = world.process_of(pidfd)
         self.pid = self._process.pid
+        self.is_there = True
+        self._loop: Loop | None = None
         near.setblocking(False)
 
     def kill(self) -> None:
@@ -164,8 +166,21 @@ class Handle:
         return self._process.how or "the worker has ended"
 
     def leave(self) -> None:
+        self.unwatch()
         self.socket.close()
         os.close(self.pidfd)
+
+    def when_there(self, callback: Callable[[], object]) -> None:
+        callback()
+
+    def watch(self, loop: Loop, on_end: Callable[[], object]) -> None:
+        self._loop = loop
+        loop.add(self.pidfd, on_end)
+
+    def unwatch(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.remove(self.pidfd)
 
 
 class LocalFleet(Fleet):

@@ -35,6 +35,8 @@ _ROOT = Path(__file__).parents[2]
 _READS = "import socket, sys\nnear = socket.socket(fileno=int(sys.argv[2]))\nwhile near.recv(1 << 18): pass"
 FAKE_OPENER = (sys.executable, "-I", "-S", "-c", _READS)
 FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+# A zygote that is being started for ever.
+NEVER_READY = (sys.executable, "-I", "-S", "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
 PATH = VbdPath("vbd", 0, 5, 51712)
 _TICK_S = 0.05
 PATIENCE_S = 20.0  # for what must happen; a failed test takes this long, a passed one does not

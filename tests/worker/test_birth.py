@@ -65,10 +65,13 @@ def worker_of(channel: socket.socket, drivers: str = "") -> Iterator[tuple[socke
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.settimeout(20)
-        socket.send_fds(channel, [f"w {drivers}".encode()], [theirs.fileno()])
+        cord, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with cord, far:
+            socket.send_fds(channel, [f"w {drivers}".encode()], [far.fileno()])
+            _, (pidfd,), _, _ = socket.recv_fds(channel, 16, 1)
+            assert b"born" == channel.recv(16)
+            socket.send_fds(cord, [b"socket"], [theirs.fileno()])
         theirs.close()
-        _, (pidfd,), _, _ = socket.recv_fds(channel, 16, 1)
-        assert b"born" == channel.recv(16)
         line = next(each for each in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines() if "Pid" in each)
         yield ours, int(line.split()[1])
         os.close(pidfd)

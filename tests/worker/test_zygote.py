@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -40,12 +41,21 @@ def _ask_for_worker(near: socket.socket) -> tuple[socket.socket, int]:
     """Return the service's end of a new worker's socket, and its pidfd."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(20)
-    with theirs:
-        socket.send_fds(near, [b"w"], [theirs.fileno()])
+    cord, pidfd = _ask_for_cord(near)
+    with theirs, cord:
+        socket.send_fds(cord, [b"socket"], [theirs.fileno()])
+    return ours, pidfd
+
+
+def _ask_for_cord(near: socket.socket) -> tuple[socket.socket, int]:
+    """Return the cord of a new worker, and its pidfd."""
+    cord, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with far:
+        socket.send_fds(near, [b"w"], [far.fileno()])
     datagram, fds, _, _ = socket.recv_fds(near, 16, 1)
     assert b"pidfd" == datagram
     assert b"born" == near.recv(16)
-    return ours, fds[0]
+    return cord, fds[0]
 
 
 @pytest.mark.slow
@@ -129,6 +139,24 @@ def test_it_ends_when_its_service_does_and_its_workers_by_themselves() -> None:
         pass
     os.close(pidfd)
     ours.close()
+
+
+@pytest.mark.slow
+def test_who_gets_no_socket_ends() -> None:
+    """A worker whose cord is cut has heard nothing, and ends in order; the zygote goes on."""
+    process, near = _start("-m", MODULE, "--host", HOST, "--socket")
+    assert b"ready" == near.recv(16)
+    cord, pidfd = _ask_for_cord(near)
+    assert not select.select([pidfd], [], [], 0.1)[0], "it waits for its socket"
+    cord.close()
+
+    assert select.select([pidfd], [], [], 20)[0]
+    os.close(pidfd)
+    ours, other = _ask_for_worker(near)
+    os.close(other)
+    ours.close()
+    near.close()
+    process.wait(20)
 
 
 def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +26,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Be the parent of every descendant whose own parent ends while the context lasts. Raises: KernelError."""
-    _set_subreaper(1)
-    try:
-        yield
-    finally:
-        _set_subreaper(0)
+def adopt_orphans(*, does: bool) -> None:
+    """Be the parent of every descendant whose own parent ends from now on, or no longer. Raises: KernelError."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, int(does), 0, 0, 0) < 0:
+        raise KernelError("adopt processes (PR_SET_CHILD_SUBREAPER)", ctypes.get_errno())
 
 
 def rename(name: str) -> None:
@@ -120,8 +115,3 @@ def _set_nice(pid: int, ahead: int) -> None:
             return
         os.setpriority(os.PRIO_PGRP, pid, nice)  # of PRIO_PROCESS the threads that it has started would hear nothing
         Path(f"/proc/{pid}/autogroup").write_text(f"{-ahead}\n", encoding="ascii")  # a session begins with 0
-
-
-def _set_subreaper(value: int) -> None:
-    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, value, 0, 0, 0) < 0:
-        raise KernelError("adopt processes (PR_SET_CHILD_SUBREAPER)", ctypes.get_errno())

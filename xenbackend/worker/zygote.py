@@ -4,9 +4,10 @@ Must not start a thread, open a device or a file, or import what a third party w
 that it holds for its workers are the empty namespaces of their walls.
 
 Over the socket given by number it says ``ready``; then come datagrams, each of which asks for processes by a letter for
-each, ``w`` or ``o``, and the words of third parties' drivers, as in ``wo xor``, with the end of a socket for each. Its
-answer is ``pidfd``, with theirs, and ``born``, once they are children of whoever adopts orphans; or ``failed``. It ends
-when the other end is closed.
+each, ``w`` or ``o``, and the words of third parties' drivers, as in ``wo xor``, with the end of a socket for each, its
+cord. Its answer is ``pidfd``, with theirs, and ``born``, once they are children of whoever adopts orphans; or
+``failed``. It ends when the other end is closed. A new process gets the socket that it serves over its cord, beside a
+datagram. It ends where the cord is cut before: nobody waits for it any more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 from xenbackend.opener import main as opener_main
@@ -66,11 +68,20 @@ def wait_for_birth(channel: socket.socket, walls: Walls) -> Born | None:
                 if other != number:
                     os.close(fd)
             told = birth.Birth(pid, birth.words(drivers), why_not_alone)
-            return Born(kinds[number], socket.socket(fileno=fds[number]), told)
+            return Born(kinds[number], _take_socket(fds[number]), told)
         for fd in fds:
             os.close(fd)
         is_born = between > 0 and os.waitpid(between, 0)[1] == 0
         channel.send(b"born" if is_born else b"failed")
+
+
+def _take_socket(number: int) -> socket.socket:
+    """Return the socket that comes over a new process's cord, and end it where none comes."""
+    with socket.socket(fileno=number) as cord, suppress(OSError):
+        _, fds, _ = datagrams.receive(cord, _MOST_ASKED, 1)
+        if fds:
+            return socket.socket(fileno=fds[0])
+    os._exit(0)
 
 
 def _bear(channel: socket.socket, kinds: str, walls: Walls) -> tuple[int, int, str]:

@@ -226,7 +226,7 @@ def test_nothing_is_kept_twice(xenstored: Xenstored, systemd: Systemd, tmp_path:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("frob = 1", "settings.toml: there is no setting frob"),
+        ("frob = 1", "settings.toml:1: there is no setting frob"),
         ('socket = "/nowhere/control.sock"', "/nowhere/control.sock: cannot listen: No such file or directory"),
         ('socket = "/tmp"', "/tmp: cannot listen there: it is no socket"),
         (f'socket = "/tmp/{"x" * 200}"', "cannot listen there: AF_UNIX path too long"),
@@ -290,6 +290,7 @@ def test_how_a_service_ends_its_workers(
     """Where a keeper has the workers' sockets SIGTERM leaves them for the next service; SIGINT drains them always."""
     control_socket = tmp_path / "control.sock"
     systemd.environment["FDSTORE"] = "16"
+    del systemd.environment["WATCHDOG_USEC"]  # nobody listens, and what is kept has to find room
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
     worker = _status(control_socket)["worker"]

@@ -38,7 +38,9 @@ def vbd(**changes: Any) -> Any:
     values: dict[str, Any] = {
         "path": VbdPath("vbd", 0, 5, 51712),
         "device": device,
-        "worker": SimpleNamespace(pid=os.getpid(), walls=["user"], no_walls={"landlock": "no"}, needs=["network"]),
+        "worker": SimpleNamespace(
+            pid=os.getpid(), is_there=True, walls=["user"], no_walls={"landlock": "no"}, needs=["network"]
+        ),
         "handover": SimpleNamespace(
             notes=Notes(program="0.0.1", restarts=2), page=page, files=SimpleNamespace(identities=lambda: dict(FILES))
         ),
@@ -104,6 +106,15 @@ def test_a_pause_is_shown_with_who_made_it() -> None:
         found.append((known["paused"], known["paused_by"]))
 
     assert [(True, "uid 0"), (True, ""), (False, "")] == found
+
+
+def test_a_worker_that_waits_for_its_turn_is_none_yet() -> None:
+    """It has no process, no version and no beginning."""
+    known = describe(vbd(worker=SimpleNamespace(pid=0, is_there=False, walls=[], no_walls={}, needs=[])))
+
+    assert [None, None, "", False] == [
+        known[key] for key in ("worker", "worker_since", "worker_version", "needs_upgrade")
+    ]
 
 
 def test_a_disk_without_a_worker() -> None:

@@ -1,4 +1,4 @@
-"""The zygote as the service holds it: workers from it are our children, and nobody depends on it."""
+"""The zygote as the service holds it: workers from it are our children, and nobody waits for it or depends on it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
+from tests.supervisor.helpers import PATIENCE_S
+from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
-from xenbackend.supervisor.service import zygote
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import COMMAND, Zygote
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
 
 REAL = (*COMMAND, "--host", "xenbackend.rig.host")
+_NAMES = "pid = os.fork() or os._exit(0); socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(pid)])"
 
 
 def _fake(text: str) -> tuple[str, ...]:
@@ -28,28 +33,75 @@ def _fake(text: str) -> tuple[str, ...]:
     return (sys.executable, "-S", "-c", head + text)
 
 
-def _fork(it: Zygote) -> Process:
-    """Return a worker once the zygote is ready."""
-    while not (forked := it.fork("w")):
-        assert not _has_ended(it)
-        os.sched_yield()
-    return forked[0]
+class Asked:
+    """A zygote, the loop around it, and what it is asked for."""
+
+    def __init__(self, command: tuple[str, ...]) -> None:
+        self.loop = Reactor()
+        self.changes = 0
+        self.it = Zygote(self.loop, command, self._note)
+
+    def _note(self) -> None:
+        self.changes += 1
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Let the loop run until the condition holds."""
+        give_up = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < give_up, "it never happened"
+            self.loop.call_later(0.005, self.loop.stop)
+            self.loop.run()
+
+    def ask(self, kinds: str = "w") -> list[Process]:
+        """Ask for processes, once it is ready."""
+        self.until(lambda: self.it.is_ready)
+        processes = [Process.to_come() for _ in kinds]
+        self.it.ask(kinds, (), processes)
+        return processes
+
+    def fork(self, kinds: str = "w") -> list[Process]:
+        """Return processes that are there."""
+        processes = self.ask(kinds)
+        self.until(lambda: all(each.is_there for each in processes))
+        return processes
+
+    def close(self) -> None:
+        self.it.close()
+        assert not self.it._late
+        self.loop.close()
 
 
-def _until_ended(it: Zygote) -> None:
-    os.waitid(os.P_PID, it.pid, os.WEXITED | os.WNOWAIT)
-    assert _has_ended(it)
+@pytest.fixture
+def ask(descriptors: None) -> Iterator[Callable[..., Asked]]:
+    """Start a zygote."""
+    made: list[Asked] = []
+
+    def start(command: tuple[str, ...] = REAL) -> Asked:
+        made.append(Asked(command))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
 
 
-def _has_ended(it: Zygote) -> bool:
-    return bool(select.select([it.pidfd], [], [], 0)[0])
+def _children() -> set[int]:
+    """Return this process's children that have not been waited for."""
+    return {int(each) for each in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()}
 
 
-def test_a_worker_is_as_one_that_we_started() -> None:
+def _end(processes: list[Process]) -> list[str]:
+    """Kill processes, and return how they ended."""
+    for each in processes:
+        each.kill()
+    return [each.describe_end() for each in processes]
+
+
+def test_a_worker_is_as_one_that_we_started(ask: Callable[..., Asked]) -> None:
     """It is our child, serves its socket, and how it ended is told; also when its zygote has gone before it."""
-    it = Zygote(REAL)
-    first, second = _fork(it), _fork(it)
-    it.close()
+    asked = ask()
+    [first], [second] = asked.fork(), asked.fork()
+    asked.it.close()
     second.socket.setblocking(True)
     second.socket.send(codec.encode(messages.Report(3)))
     standing = codec.from_worker(second.socket.recv(messages.MAX_MESSAGE))
@@ -63,41 +115,37 @@ def test_a_worker_is_as_one_that_we_started() -> None:
     assert "the worker ended unexpectedly with exit status 0" == second.describe_end()
 
 
-def test_only_workers_come_to_us() -> None:
+def test_only_workers_come_to_us(ask: Callable[..., Asked]) -> None:
     """A helper that a driver started is not left to us when its worker has ended: nobody here would wait for it."""
-    it = Zygote(REAL)
-    _fork(it).leave()
+    asked = ask()
+    for each in asked.fork():
+        each.leave()
     with subprocess.Popen(["sh", "-c", "true & echo $!"], stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None
         orphan = int(shell.stdout.readline())
-    it.close()
 
     with pytest.raises(ChildProcessError):
         os.waitpid(orphan, os.WNOHANG)
 
 
-def test_a_worker_is_whole_when_it_is_handed_over() -> None:
+def test_a_worker_is_whole_when_it_is_there(ask: Callable[..., Asked]) -> None:
     """However early it dies, its end is ours to hear: the process between has gone before we know of it. And it leads
     its session, else it could not come before others.
     """
-    it = Zygote(REAL)
+    asked = ask()
     ends = set()
     for _ in range(20):
-        worker = _fork(it)
+        [worker] = asked.fork()
         assert worker.pid == os.getsid(worker.pid)
-        worker.kill()
-        ends.add(worker.describe_end())
-    it.close()
+        ends |= set(_end([worker]))
 
     assert {"the worker was ended by SIGKILL"} == ends
 
 
-def test_a_worker_and_its_opener_come_together() -> None:
+def test_a_worker_and_its_opener_come_together(ask: Callable[..., Asked]) -> None:
     """Each is our child, leads its session, and has its own socket only: the one ends when that is closed."""
-    it = Zygote(REAL)
-    _fork(it).leave()
-    worker, opener = it.fork("wo")
-    it.close()
+    asked = ask()
+    worker, opener = asked.fork("wo")
     assert [worker.pid, opener.pid] == [os.getsid(worker.pid), os.getsid(opener.pid)]
     opener.socket.shutdown(socket.SHUT_WR)
 
@@ -107,28 +155,70 @@ def test_a_worker_and_its_opener_come_together() -> None:
     assert "the worker ended unexpectedly with exit status 0" == worker.describe_end()
 
 
-def test_it_comes_before_others() -> None:
+def test_it_comes_before_others(ask: Callable[..., Asked]) -> None:
     """A disk waits for whatever it does; its workers have their turn as we have ours."""
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    it = Zygote(REAL)
-    first = os.getpriority(os.PRIO_PROCESS, it.pid)
-    worker = _fork(it)
-    seen = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (it.pid, worker.pid)]
-    worker.kill()
-    worker.describe_end()
-    it.close()
+    asked = ask()
+    first = os.getpriority(os.PRIO_PROCESS, asked.it.pid)
+    [worker] = asked.fork()
+    seen = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (asked.it.pid, worker.pid)]
+    _end([worker])
 
     assert first < ours or not MAY_COME_FIRST
     assert [first, ours] == seen
 
 
-def test_nobody_waits_until_it_is_ready() -> None:
-    """One that has not imported everything yet has no worker for us, and lives on."""
-    it = Zygote(_fake("channel.recv(1)"))
+def test_what_was_said_before_a_worker_is_there_is_what_it_hears_first(ask: Callable[..., Asked]) -> None:
+    """Nobody waits until it is there, and who wants to know is told before it hears anything."""
+    asked = ask()
+    asked.until(lambda: asked.it.is_ready)
+    os.kill(asked.it.pid, signal.SIGSTOP)
+    [worker] = asked.ask()
+    worker.socket.send(codec.encode(messages.Report(3)))
+    told: list[bool] = []
+    worker.when_there(lambda: told.append(worker.is_there and worker.far is None))
+    asked.loop.call_later(0.05, asked.loop.stop)
+    asked.loop.run()
+    assert ([], 0, False) == (told, worker.pid, worker.is_there)
+    os.kill(asked.it.pid, signal.SIGCONT)
+    asked.until(lambda: worker.is_there)
+    worker.socket.setblocking(True)
+    standing = codec.from_worker(worker.socket.recv(messages.MAX_MESSAGE))
+    _end([worker])
 
-    assert [] == it.fork("w")
-    assert not _has_ended(it)
-    it.close()
+    assert isinstance(standing, messages.Standing)
+    assert ([True], 3) == (told, standing.number)
+
+
+@pytest.mark.parametrize("how", ["given up", "forgotten"])
+def test_who_comes_too_late_has_heard_nothing_and_ends(ask: Callable[..., Asked], how: str) -> None:
+    """Nobody wants it any more: it is no child of ours for long, and the zygote is as good as before."""
+    before = _children()
+    asked = ask()
+    asked.until(lambda: asked.it.is_ready)
+    os.kill(asked.it.pid, signal.SIGSTOP)
+    late = asked.ask("wo")
+    late[0].socket.send(codec.encode(messages.Report(3)))
+    if how == "given up":
+        late[0].kill()
+        late[1].kill()
+    else:
+        asked.it.forget()
+    os.kill(asked.it.pid, signal.SIGCONT)
+    asked.until(lambda: asked.it.is_ready)
+    asked.until(lambda: not asked.it._late)
+    following = asked.fork()
+
+    assert {asked.it.pid, following[0].pid} == _children() - before
+    assert [False, False] == [each.is_there for each in late]
+    if how == "given up":
+        with pytest.raises(ConnectionResetError):  # what was said was not read
+            late[0].socket.recv(16)
+    else:
+        assert late[0].far is not None
+        assert messages.Report(3) == codec.from_supervisor(late[0].far.recv(100))
+    assert ["the worker was ended by SIGKILL"] == _end(following)
+    assert {"the worker was not needed any more"} == set(_end(late))
 
 
 @pytest.mark.parametrize(
@@ -137,73 +227,41 @@ def test_nobody_waits_until_it_is_ready() -> None:
         ("channel.send(b'failed')", "it could not fork"),
         ("channel.send(b'born')", "it sent no pidfd"),
         ("", "it ended"),
-        ("socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(os.getpid())])", "it ended in the middle of it"),
-        ("socket.send_fds(channel, [b'pidfd'], [0]); channel.send(b'failed')", "it failed in the end"),
+        (_NAMES, "it ended in the middle of it"),
+        (f"{_NAMES}; channel.send(b'failed')", "it failed in the end"),
+        ("channel.send(b'ready'); channel.recv(1)", "it says what it was not asked"),
     ],
 )
-def test_one_that_fails_is_good_for_nothing(monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
-    """Whatever is wrong, there is no worker, no disk waits long, nothing is left open, and the zygote ends."""
-    it = Zygote(_fake(f"channel.send(b'ready'); channel.recv(16)\n{text}\n# {why}"))
-    while not it._hears():
-        os.sched_yield()
+def test_one_that_fails_is_good_for_nothing(ask: Callable[..., Asked], text: str, why: str) -> None:
+    """Whatever is wrong, there is no worker, nothing is left open, and the zygote ends."""
+    asked = ask(_fake(f"channel.send(b'ready'); channel.recv(16)\n{text}\n# {why}"))
+    processes = asked.ask()
+    changes = asked.changes
+    asked.until(lambda: asked.it.is_over)
 
-    assert [] == it.fork("w")
-    monkeypatch.setattr(it, "_ask", pytest.fail)  # nobody waits for it once more, ended or not
-    assert [] == it.fork("w")
-    _until_ended(it)
-    assert [] == it.fork("w")
-    it.close()
-
-
-@pytest.mark.parametrize("names_it", [True, False], ids=["was forked", "was not forked"])
-def test_nobody_waits_long_for_a_birth(monkeypatch: pytest.MonkeyPatch, *, names_it: bool) -> None:
-    """While the service waits it does nothing else. Whatever comes too late is ended and collected, and the zygote is
-    asked for no other worker until then; afterwards it is as good as before.
-    """
-    it = Zygote(REAL)
-    _fork(it).leave()
-    os.kill(it.pid, signal.SIGSTOP)
-    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.05)
-    begun = time.monotonic()
-    late = it.fork("wo")
-    took_s = time.monotonic() - begun
-    if names_it:  # as one does that was stopped between its two answers
-        os.kill(it.pid, signal.SIGCONT)
-        select.select([it._process.socket], [], [])
-        os.kill(it.pid, signal.SIGSTOP)
-    monkeypatch.setattr(it, "_ask", pytest.fail)
-    meanwhile = it.fork("w") if not names_it else []
-    monkeypatch.undo()
-    os.kill(it.pid, signal.SIGCONT)
-    following = _fork(it)
-    following.kill()
-    how = following.describe_end()
-    it.close()
-
-    assert ([], [], "the worker was ended by SIGKILL") == (late, meanwhile, how)
-    assert took_s < 1.0
-    assert [] == it._too_late
+    assert (False, changes + 1) == (asked.it.is_ready, asked.changes)
+    assert processes == asked.it.asked, "for whoever has others come in their place"
+    os.waitid(os.P_PID, asked.it.pid, os.WEXITED | os.WNOWAIT)
+    assert not processes[0].is_there
+    _end(processes)
 
 
-def test_one_that_never_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each worker is started by exec meanwhile; when the zygote is sent away, nothing of it is left open."""
-    monkeypatch.setattr(zygote, "_PATIENCE_S", 0.05)
-    names = "socket.send_fds(channel, [b'pidfd'], [os.pidfd_open(os.getpid())])"
-    it = Zygote(_fake(f"channel.send(b'ready'); {names}; channel.recv(16); channel.recv(1)"))
-    while not it._hears():
-        os.sched_yield()
+def test_one_that_never_answers_leaves_nothing(ask: Callable[..., Asked]) -> None:
+    """When it is sent away, nothing of it or of what it named is left open."""
+    asked = ask(_fake(f"channel.send(b'ready'); channel.recv(16); {_NAMES}; channel.recv(1)"))
+    processes = asked.ask()
+    asked.until(lambda: asked.it._born)
+    asked.it.close()
 
-    assert [[], []] == [it.fork("w"), it.fork("wo")]
-    assert not _has_ended(it)
-    it.close()
+    assert not processes[0].is_there
+    _end(processes)
 
 
-def test_one_that_was_killed_has_no_worker() -> None:
-    """A zygote that somebody killed is found out when it is asked."""
-    it = Zygote(REAL)
-    _fork(it).leave()
-    os.kill(it.pid, signal.SIGKILL)
-    _until_ended(it)
+def test_one_that_was_killed_says_so(ask: Callable[..., Asked]) -> None:
+    """Whoever killed it."""
+    asked = ask()
+    _end(asked.fork())
+    os.kill(asked.it.pid, signal.SIGKILL)
+    asked.until(lambda: asked.it.is_over)
 
-    assert [] == it.fork("w")
-    it.close()
+    assert not asked.it.is_ready

@@ -21,6 +21,7 @@ class FakeProcess:
         self.sent: list[Any] = []
         self.killed: list[str] = []
         self.is_left = False
+        self.is_there = True
         self.has_broken_protocol = False
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from tests.descriptors import open_descriptors
-from tests.supervisor.helpers import FAKE_WORKER, PATH, Kept, Stepped, offer_ring, write_like_libxl
+from tests.supervisor.helpers import (
+    FAKE_WORKER,
+    NEVER_READY,
+    PATH,
+    Kept,
+    Stepped,
+    offer_ring,
+    remove_like_libxl,
+    write_like_libxl,
+)
 from xenbackend import journal
 from xenbackend.blkif.features import Limits, publish_at_probe
 from xenbackend.blkif.handshake import XenbusState
@@ -21,6 +30,7 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.brake import BURST
 from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.service.status import describe_briefly
 from xenbackend.supervisor.vbd.device import Phase
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.vbd import Vbd, events
@@ -250,6 +260,43 @@ def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack
     stepped.close()
 
 
+def test_a_worker_that_waits_for_its_turn_is_not_too_slow(xenstored: Xenstored, toolstack: Store, kept: Kept) -> None:
+    """On a slow host the line may be long. A disk that waits in it has no limit and no worker that is kept or shown;
+    all of that begins when its process is there.
+    """
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    stepped.fleet._births._command = NEVER_READY
+    stepped.fleet.prepare()
+    write_like_libxl(toolstack)
+    vbd = stepped.until(lambda: stepped.registry.vbds.get(PATH))
+    stepped.until(lambda: vbd.device.phase is Phase.OPENING)
+    before = (vbd._limit._timer.due, any("worker" in each for each in kept.fds), describe_briefly(vbd)["worker"])
+    stepped.fleet._births._has_no_answer()
+    stepped.until(lambda: vbd.worker is not None and vbd.worker.is_there)
+    after = (vbd._limit._timer.due is not None, any("worker" in each for each in kept.fds))
+    stepped.until(lambda: vbd.device.phase is Phase.OPEN)
+    stepped.close()
+
+    assert ((None, False, ""), (True, True)) == (before, after)
+
+
+def test_a_disk_that_waits_for_its_turn_is_detached_at_once(xenstored: Xenstored, toolstack: Store) -> None:
+    """Its worker is never started."""
+    stepped = Stepped(xenstored.address, Settings())
+    stepped.fleet._births._command = NEVER_READY
+    stepped.fleet.prepare()
+    write_like_libxl(toolstack)
+    vbd = stepped.until(lambda: stepped.registry.vbds.get(PATH))
+    stepped.until(lambda: vbd.device.phase is Phase.OPENING)
+    worker = vbd.worker
+    remove_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "6")
+    stepped.close()
+
+    assert worker is not None
+    assert not worker.is_there
+
+
 @pytest.mark.parametrize(("owner", "method", "problem"), [
     (memfd, "map_sealed", KernelError("map a memory of 8192 bytes", errno.ENOMEM)),
     (Fleet, "adopt", OSError(errno.ENOSPC, "watch a descriptor")),
@@ -334,7 +381,8 @@ def test_a_fault_over_the_beginning_leaves_nothing_open(
         patch.setattr(Vbd, "_look_if_due", _fail)
         write_like_libxl(toolstack)
         stepped.until(lambda: stepped.bugs)
-    assert ({}, before) == (dict(stepped.registry.vbds), len(open_descriptors()))
+    assert {} == stepped.registry.vbds
+    stepped.until(lambda: before == len(open_descriptors()))  # others of the session let go in their time
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
     assert [ZeroDivisionError] == [type(bug) for bug in stepped.bugs]
     stepped.bugs.clear()

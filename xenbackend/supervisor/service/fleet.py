@@ -2,9 +2,9 @@
 
 Must not know xenstore, nor what a message means to a vbd.
 
-A worker is forked from the zygote, or started by exec where there is none; never forked from here. So is an opener: the
-first one together with its worker. A worker gets one end of a
-datagram socket pair; messages in `xenbackend.protocol.messages` travel over it, descriptors beside them.
+A worker is never forked from here (`births`). It can be spoken to before its process is there, and so can an opener,
+the first one of which is born with its worker. A worker gets one end of a datagram socket pair; messages in
+`xenbackend.protocol.messages` travel over it, descriptors beside them.
 
 What a worker sends is as hostile as what a guest writes. A datagram that is no message of a worker's, was cut off, or
 comes with descriptors that its kind does not carry, is a breach of the protocol: the worker is killed, nothing that it
@@ -18,29 +18,23 @@ import select
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 
-import xenbackend
 from xenbackend.budget import Bucket
 from xenbackend.errors import KernelError
-from xenbackend.kernel.process import boost, unboost
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, messages, opening
-from xenbackend.supervisor.service import process
+from xenbackend.supervisor.service import births
+from xenbackend.supervisor.service.births import Births, Child
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
 from xenbackend.supervisor.service.opener import OnFound, OnWaits, Opener
 from xenbackend.supervisor.service.openers import Openers
 from xenbackend.supervisor.service.process import Process
-from xenbackend.supervisor.service.zygote import Zygote
 from xenbackend.walls.raising import describe
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 OPENER = (sys.executable, "-m", "xenbackend.opener.main")
-_PACKAGE = Path(xenbackend.__file__).parent
 HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
-REST_S = 5.0  # after a zygote that has ended
 _SHORTAGES = 10, 600.0  # lines at once, and seconds for one more
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 _LAST_MESSAGES = 1024  # of one that has ended: more than its socket holds
@@ -76,17 +70,26 @@ class Worker:
         self._is_heard = self._is_held = True  # we listen; it is ours
         self._overdue = self._loop.timer(self._has_not_ended)
         self._loop.add(started.socket.fileno(), self._receive)
-        self._loop.add(started.pidfd, self._reap)
+        started.watch(self._loop, self._reap)
 
     @property
     def pid(self) -> int:
-        """The process number, for people."""
+        """The process number, for people; 0 before the process is there."""
         return self._process.pid
 
     @property
+    def is_there(self) -> bool:
+        """Whether there is a process: until then it has done nothing, and what is said to it waits."""
+        return self._process.is_there
+
+    @property
     def descriptors(self) -> tuple[int, int]:
-        """The socket and the pidfd, by which another service can talk to it."""
+        """The socket and the pidfd, by which another service can talk to it, once it is there."""
         return self._process.socket.fileno(), self._process.pidfd
+
+    def when_there(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once the process is there, before it hears anything; at once where it is."""
+        self._process.when_there(callback)
 
     def send(self, message: messages.FromSupervisor, fds: Sequence[int] = ()) -> None:
         """Send a message. A worker that does not read is killed: it would never do what was asked."""
@@ -111,12 +114,12 @@ class Worker:
     def boost(self) -> None:
         """Let it come before what else the host does, until `unboost`: a guest waits for it."""
         self.is_boosted = True
-        boost(self.pid)
+        self._process.boost()
 
     def unboost(self) -> None:
         """Let it have its turn as any process has."""
         self.is_boosted = False
-        unboost(self.pid)
+        self._process.unboost()
 
     def note_walls(self, standing: messages.Standing) -> None:
         """Take note of what it says it is behind: it says so from its first message on."""
@@ -141,7 +144,8 @@ class Worker:
         self._is_held = False
         self._overdue.set(None)
         self._deafen()
-        self._loop.remove(self._process.pidfd)
+        self._process.unwatch()
+        self._fleet.has_begun(self._process)
 
     def _deafen(self) -> None:
         if self._is_heard:
@@ -161,6 +165,7 @@ class Worker:
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
         """Hand on what the worker said."""
+        self._fleet.has_begun(self._process)
         for _ in range(most):
             if not self._is_heard:
                 return  # it was left, or broke the protocol
@@ -240,13 +245,10 @@ class Fleet:
         self.shortages = Bucket(*_SHORTAGES, loop.now)  # of lines about them, which a worker can provoke
         self.breaches = 0
         self._command = command
-        self._zygote_command = zygote
         self._opener_command = opener
         self.openers = Openers(loop, self.start_opener, self.log)
-        self._zygote: Zygote | None = None
-        self._preparation = loop.timer(self.prepare)
-        self._complaint = ""  # why there is no zygote
-        self._program = (0, 0)  # that the zygote has imported, see `_program_now`
+        self._births = Births(loop, zygote)
+        self.has_begun, self.prepare = self._births.has_begun, self._births.prepare
         self._missing_walls = ""  # as last said
 
     def start(self, on_message: OnMessage, on_end: OnEnd, drivers: Sequence[str] = ()) -> Worker:
@@ -254,18 +256,10 @@ class Fleet:
 
         Raises: KernelError.
         """
-        kinds = "wo" if self.openers.want_spare else "w"
-        forked = self._zygote.fork(kinds, drivers) if self._zygote else []
-        words = ["--drivers", ",".join(drivers)] if drivers else []
-        started = forked[0] if forked else process.start([*self._command, *words])
-        if len(kinds) > 1:
-            try:
-                self.openers.spare = forked[1] if forked else process.start(self._opener_command)
-            except KernelError:
-                started.kill()
-                started.wait()
-                raise
-        return Worker(self, started, on_message, on_end)
+        kinds = [births.WORKER, *([births.OPENER] if self.openers.want_spare else [])]
+        worker, *openers = self._start(kinds, drivers)
+        self.openers.spare = openers[0] if openers else self.openers.spare
+        return Worker(self, worker, on_message, on_end)
 
     def open(
         self,
@@ -285,8 +279,23 @@ class Fleet:
 
     def start_opener(self) -> Process:
         """Start an opener that nobody has told anything. Raises: KernelError."""
-        forked = self._zygote.fork("o") if self._zygote else []
-        return forked[0] if forked else process.start(self._opener_command)
+        return self._start([births.OPENER])[0]
+
+    def _start(self, kinds: Sequence[str], drivers: Sequence[str] = ()) -> list[Process]:
+        """Have processes started, and nothing left of them where they cannot be. Raises: KernelError."""
+        words = ["--drivers", ",".join(drivers)] if drivers else []
+        commands = {births.WORKER: [*self._command, *words], births.OPENER: self._opener_command}
+        children: list[Child] = []
+        try:
+            for kind in kinds:
+                children.append(Child(kind, commands[kind], Process.to_come()))  # noqa: PERF401 - each may fail
+            self._births.start(children, drivers)
+        except KernelError:
+            for each in children:
+                each.process.kill()
+                each.process.wait()
+            raise
+        return [each.process for each in children]
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
         """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
@@ -299,60 +308,18 @@ class Fleet:
             self._missing_walls = missing
             self.log.warning("workers are not behind all of their walls", missing=missing)
 
-    def prepare(self) -> None:
-        """Have a zygote from now on, so that the next worker starts fast; one that ends is not replaced at once."""
-        if self._zygote is not None or not self._zygote_command:
-            return
-        self._program = _program_now()
-        try:
-            self._zygote = Zygote(self._zygote_command)
-        except KernelError as error:
-            if str(error) != self._complaint:
-                self.log.warning(str(error))
-            self._complaint = str(error)
-            self._rest()
-        else:
-            self._complaint = ""
-            self.loop.add(self._zygote.pidfd, self._replace)
-
     def renew(self) -> None:
-        """Have another zygote where the program is not what this one has imported."""
-        if self._zygote is None or self._program == _program_now():
-            return
-        self._send_zygote_away()
-        self._preparation.set(self.loop.now())  # not before whoever wanted it has been served
+        """Have what is started from now on be of the program that is installed now."""
+        if self._births.renew():
+            self.openers.drop_spare()
 
     def close(self) -> None:
         """Send the zygote away, and the openers that are left: no worker of ours is.
 
         However many hang, they are waited for together.
         """
-        self._send_zygote_away()
+        self._births.close()
         self.openers.close()
-
-    def _send_zygote_away(self) -> None:
-        self._preparation.set(None)
-        self.openers.drop_spare()
-        zygote, self._zygote = self._zygote, None
-        if zygote is not None:
-            self.loop.remove(zygote.pidfd)
-            zygote.close()
-
-    def _replace(self) -> None:
-        self._send_zygote_away()
-        self._rest()
-
-    def _rest(self) -> None:
-        self._preparation.set(self.loop.now() + REST_S)
-
-
-def _program_now() -> tuple[int, int]:
-    """Return what tells the installed program from another one: its files, and when the last of them was changed."""
-    changed = [0]
-    for file in _PACKAGE.rglob("*.py"):
-        with suppress(OSError):  # it is being replaced
-            changed.append(file.stat().st_ctime_ns)
-    return len(changed), max(changed)
 
 
 def _has_hung_up(near: socket.socket) -> bool:

@@ -68,7 +68,7 @@ class _Look:
         self._limit = loop.timer(self._answer)
         self._limit.set(loop.now() + LOOK_S)
         loop.add(process.socket.fileno(), self._receive)
-        loop.add(process.pidfd, self._reap)
+        process.watch(loop, self._reap)
         self._ask()
 
     @property
@@ -79,13 +79,11 @@ class _Look:
     def close(self) -> None:
         """Let go of the process, which ends as soon as it can."""
         self._answer()
-        self._loop.remove(self._process.pidfd)
         self._process.leave()
         self._on_end(self)
 
     def _reap(self) -> None:
         self._answer()
-        self._loop.remove(self._process.pidfd)
         self._process.wait()
         self._on_end(self)
 

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from xenbackend.kernel.process import boost
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.process import Process
@@ -92,9 +91,9 @@ class Opener:
         self._process = started
         self._is_heard = True
         self._loop.add(near.fileno(), partial(self._receive, started))
-        self._loop.add(started.pidfd, partial(self._reap, started))
+        started.watch(self._loop, partial(self._reap, started))
         if self._is_boosted:
-            boost(started.pid)
+            started.boost()
 
     @property
     def waits(self) -> bool:
@@ -105,7 +104,7 @@ class Opener:
         """Let it come before what else the host does: a guest waits for its worker."""
         self._is_boosted = True
         if self._process is not None:
-            boost(self._process.pid)
+            self._process.boost()
 
     def kill(self) -> None:
         """Kill it, and hear nothing more of it: the worker that it is for has ended."""
@@ -141,7 +140,7 @@ class Opener:
         elif self._is_held:
             started.kill()
             self._let_go(started)
-            if select.select([started.pidfd], [], [], patience_s)[0]:
+            if not started.is_there or select.select([started.pidfd], [], [], patience_s)[0]:
                 started.wait()
             else:
                 started.leave()
@@ -200,7 +199,7 @@ class Opener:
 
     def _let_go(self, started: Process) -> None:
         self._is_held = False
-        self._loop.remove(started.pidfd)
+        started.unwatch()
         self._deafen(started)
 
     def _deafen(self, started: Process) -> None:

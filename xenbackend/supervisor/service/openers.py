@@ -80,6 +80,7 @@ class Openers:
 
     def close(self) -> None:
         """End all that are left: no worker of ours is. However many hang, they are waited for together."""
+        self.drop_spare()
         for opener in list(self._all):
             opener.kill()
         give_up = time.monotonic() + PATIENCE_S

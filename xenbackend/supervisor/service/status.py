@@ -37,7 +37,7 @@ def describe(
     """
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
-    pid = vbd.worker.pid if vbd.worker else None
+    pid = vbd.worker.pid if vbd.worker and vbd.worker.is_there else None
     return {
         "vbd": path.disk,
         "node": str(path),
@@ -99,7 +99,7 @@ def describe_briefly(vbd: Vbd) -> dict[str, str]:
     """Return what stands in xenstore about one disk, for people and scripts in dom0."""
     return {
         "chain": vbd.chain_in_service(),
-        "worker": str(vbd.worker.pid) if vbd.worker else "",
+        "worker": str(vbd.worker.pid) if vbd.worker and vbd.worker.is_there else "",
         "phase": vbd.device.phase.value,
         "since": datetime.fromtimestamp(vbd.since, UTC).isoformat(timespec="seconds"),
         "paused": vbd.orders.paused_by,

@@ -1,155 +1,174 @@
-"""The process that workers are forked from, as the service holds it: asked for one, it has it in a few milliseconds.
+"""The process that workers are forked from, as the service holds it: asked for processes, it tells when they are there.
 
-Must not be needed: who gets None starts a worker by exec.
+Must not be waited for, nor be needed: `births` has whoever is asked for started by exec where it fails or is late.
 
 A worker that the zygote forked becomes our child, because orphans come to us meanwhile: how it ended is ours to hear,
 as with one that we started. Other orphans, a driver's helpers, do not. See `worker.zygote` for what is said.
 
-While we wait for a birth the service does nothing else. So that is short, and a worker that comes later is ended: it
-has heard nothing yet. Until then the zygote is asked for no other one.
+A process that was forked waits for its socket, and is given it when we hold its pidfd. One that nobody wants any more
+when it comes gets none, and ends: it has heard nothing.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
-from xenbackend.kernel.process import adopting_orphans, boost, kill, unboost
+from xenbackend.errors import KernelError
+from xenbackend.kernel.process import adopt_orphans, boost
+from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import datagrams
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.zygote")
-_PATIENCE_S = 0.5  # for a birth, which takes 5 ms on a quiet host
+_MOST = 16  # descriptors beside what it says; it is ours, and sends as many as it was asked for
+_CLOSING_S = 1.0  # for what nobody wanted to end
 
 
 class Zygote:
-    """One such process, from its start on."""
+    """One such process, from its start on.
 
-    def __init__(self, command: Sequence[str]) -> None:
-        """Start it, and do not wait until it has imported everything. Raises: KernelError.
+    is_ready   whether it waits to be asked
+    is_over    whether it is good for nothing any more; then it is killed
+    asked      the processes that it is asked for now, in their order; empty where it is asked for none
+    """
+
+    def __init__(self, loop: Reactor, command: Sequence[str], on_change: Callable[[], object]) -> None:
+        """Start it; `on_change` is called when one of its attributes has changed by itself. Raises: KernelError.
 
         It comes first for good: all it ever does is what a disk waits for.
         """
         self._process = process.start(command)
         boost(self.pid)
-        self._is_ready = self._has_failed = False
-        self._awaited = 0  # processes that it was asked for, while it has not said how that ended
-        self._born: list[int] = []  # pidfds of those that it has named meanwhile
-        self._too_late: list[int] = []  # pidfds of processes that nobody waited for
+        self._loop = loop
+        self._on_change = on_change
+        self.is_ready = self.is_over = False
+        self.asked: Sequence[Process] = ()
+        self._cords: list[socket.socket] = []  # to those that it is asked for
+        self._born: list[int] = []  # their pidfds, once it has named them
+        self._late: set[int] = set()  # pidfds of those that nobody wanted any more, until they have ended
+        loop.add(self._process.socket.fileno(), self._receive)
 
     @property
     def pid(self) -> int:
         """The process number, for people."""
         return self._process.pid
 
-    @property
-    def pidfd(self) -> int:
-        """Readable once it has ended, by itself or killed."""
-        return self._process.pidfd
+    def ask(self, kinds: str, drivers: Sequence[str], processes: Sequence[Process]) -> None:
+        """Ask for processes, for each letter of `kinds` one, as `worker.zygote` knows them; it must be ready.
 
-    def fork(self, kinds: str, drivers: Sequence[str] = ()) -> list[Process]:
-        """Return new processes, for each letter of `kinds` one, as `worker.zygote` knows them.
-
-        A worker imports these drivers of third parties first.
-
-        Return none where the zygote is not ready, or late, or fails: then it is good for nothing.
-
-        Raises: KernelError.
+        A worker imports these drivers of third parties first. What nobody waits for any more when it comes is let go.
         """
-        if not self._hears():
-            return []
-        with ExitStack() as ours, ExitStack() as theirs:
-            near, far = [], []
+        far: list[socket.socket] = []
+        try:
+            adopt_orphans(does=True)
             for _ in kinds:
-                pair = process.pair()
-                near.append(ours.enter_context(pair[0]))
-                far.append(theirs.enter_context(pair[1]))
-            with adopting_orphans():
-                pidfds = self._ask(kinds, drivers, far)
-            if not pidfds:
-                return []  # a process that is born too late ends
-            ours.pop_all()
-        born = [Process(*each) for each in zip(near, pidfds, strict=True)]
-        for each in born:
-            unboost(each.pid)
-        return born
+                near, end = process.pair()
+                self._cords.append(near)
+                far.append(end)
+            request = f"{kinds} {','.join(drivers)}".encode()
+            datagrams.send(self._process.socket, request, [each.fileno() for each in far], socket.MSG_DONTWAIT)
+        except (KernelError, OSError):
+            self._fail()
+        else:
+            self.is_ready, self.asked = False, processes
+        finally:
+            for each in far:
+                each.close()
+
+    def forget(self) -> None:
+        """Let nobody wait for what it is asked for now: others will be there instead.
+
+        It is not ready before it has answered.
+        """
+        self.asked = ()
 
     def close(self) -> None:
         """Send it away. What it has forked goes on."""
         self._process.kill()
+        if not self.is_over:
+            self._loop.remove(self._process.socket.fileno())
+        self._has_answered()
+        self.is_ready, self.is_over, self.asked = False, True, ()
         self._process.describe_end()
-        for pidfd in [*self._too_late, *self._born]:
-            kill(pidfd)
-            self._reap(pidfd, os.WEXITED)
-        self._born, self._too_late = [], []
+        for pidfd in list(self._late):
+            if select.select([pidfd], [], [], _CLOSING_S)[0]:
+                self._reap(pidfd)
+            else:
+                self._let_go(pidfd)
 
-    def _hears(self) -> bool:
-        """Return whether it waits to be asked; do not wait for that."""
-        if self._awaited and not self._has_failed:
-            for late in self._hear(0.0):
-                kill(late)
-                self._too_late.append(late)
-        elif not self._is_ready and not self._has_failed:
-            with suppress(OSError):  # it has said nothing yet, or has ended
-                self._is_ready = self._process.socket.recv(16) == b"ready"
-        self._too_late = [each for each in self._too_late if not self._reap(each, os.WEXITED | os.WNOHANG)]
-        return self._is_ready and not self._has_failed and not self._awaited
-
-    def _ask(self, kinds: str, drivers: Sequence[str], far: Sequence[socket.socket]) -> list[int]:
-        """Have processes forked that serve `far`, and return their pidfds; none where they are not there in time."""
-        self._awaited = len(far)
+    def _receive(self) -> None:
         try:
-            request = f"{kinds} {','.join(drivers)}".encode()
-            datagrams.send(self._process.socket, request, [each.fileno() for each in far])
-        except OSError:
-            self._fail()
-            return []
-        return self._hear(_PATIENCE_S)
-
-    def _hear(self, patience_s: float) -> list[int]:
-        """Wait for a birth for so long, and return the processes' pidfds; none where they are not there by then."""
-        channel, give_up = self._process.socket, time.monotonic() + patience_s
-        awaited = self._awaited
-        try:
-            while self._awaited:
-                channel.settimeout(max(0.0, give_up - time.monotonic()))
-                datagram, fds, _ = datagrams.receive(channel, 16, awaited)
-                if fds and not self._born:
-                    self._born = fds
-                else:
-                    self._awaited = 0
-        except (TimeoutError, BlockingIOError):
-            return []
+            datagram, fds, _ = datagrams.receive(self._process.socket, 16, _MOST)
+        except BlockingIOError:
+            return
         except OSError:
             datagram, fds = b"", []
-        finally:
-            channel.setblocking(False)
-        pidfds, self._born = self._born, []
-        if datagram == b"born" and len(pidfds) == awaited and not fds:
-            return pidfds
-        for fd in [*fds, *pidfds]:
+        if datagram == b"pidfd" and not self._born and len(fds) == len(self._cords) > 0:
+            self._born = fds
+            return
+        for fd in fds:
             os.close(fd)
-        self._fail()
-        return []
+        if datagram == b"born" and self._born:
+            self._deliver()
+        elif datagram != b"ready" or self._cords or self.is_ready:
+            self._fail()
+        self.is_ready = not self.is_over
+        self._on_change()
+
+    def _deliver(self) -> None:
+        """Give each process that is wanted still its socket, and let go of the others."""
+        pidfds, self._born = self._born, []
+        cords, self._cords = self._cords, []
+        asked: Sequence[Process | None] = self.asked or [None] * len(pidfds)
+        self.asked = ()
+        with suppress(KernelError):
+            adopt_orphans(does=False)
+        for pidfd, cord, each in zip(pidfds, cords, asked, strict=True):
+            with cord:
+                if each is not None and each.far is not None:
+                    each.arrive(pidfd, partial(_give, cord))
+                else:
+                    self._late.add(pidfd)
+                    self._loop.add(pidfd, partial(self._reap, pidfd))
+
+    def _has_answered(self) -> None:
+        """Let go of what was to come: it finds that its cord is cut, and ends."""
+        for cord in self._cords:
+            cord.close()
+        self._cords = []
+        for pidfd in self._born:
+            self._late.add(pidfd)
+            self._loop.add(pidfd, partial(self._reap, pidfd))
+        self._born = []
+        with suppress(KernelError):
+            adopt_orphans(does=False)
 
     def _fail(self) -> None:
-        """Let nobody wait for it once more."""
-        self._has_failed = True
-        self._awaited = 0
+        """Let nobody ask it once more; who is asked for stays in `asked`, and has nothing to hope for."""
+        self.is_ready, self.is_over = False, True
+        self._loop.remove(self._process.socket.fileno())
+        self._has_answered()
         self._process.kill()
 
-    @staticmethod
-    def _reap(pidfd: int, options: int) -> bool:
-        """Collect a process that came too late, if it has ended, and return whether it has."""
-        try:
-            if os.waitid(os.P_PIDFD, pidfd, options) is None:
-                return False
-        except ChildProcessError:  # it is not ours
-            pass
+    def _reap(self, pidfd: int) -> None:
+        """Collect a process that nobody wanted."""
+        with suppress(ChildProcessError):  # it is not ours
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        self._let_go(pidfd)
+
+    def _let_go(self, pidfd: int) -> None:
+        self._late.discard(pidfd)
+        self._loop.remove(pidfd)
         os.close(pidfd)
-        return True
+
+
+def _give(cord: socket.socket, far: socket.socket) -> None:
+    with suppress(OSError):  # it has died already, of which its pidfd tells
+        datagrams.send(cord, b"socket", [far.fileno()], socket.MSG_DONTWAIT)

@@ -58,13 +58,14 @@ class Link:
         self._openings = openings
         self._openers: list[Opener] = []
 
-    def start(self, chain: str = "") -> None:
-        """Start a worker, which imports what third parties have to do with this chain first.
+    def start(self, chain: str = "") -> Worker:
+        """Start and return a worker, which imports what third parties have to do with this chain first.
 
         Raises: KernelError; StorageHangs, where it could not do more than those before it, which still hang.
         """
         self._check_hanging()
-        self.worker = self._fleet.start(self._take, self._end, third_parties(chain))
+        self.worker = worker = self._fleet.start(self._take, self._end, third_parties(chain))
+        return worker
 
     def _check_hanging(self, patience_s: float = 0.0) -> None:
         """Raise StorageHangs where as many openers as may hang should have ended so long ago."""
@@ -84,6 +85,9 @@ class Link:
         if self.worker is None:
             return
         order = make(self._told)
+        if isinstance(order, messages.Close) and not self.worker.is_there:
+            self.kill("the worker was not needed any more")
+            return
         job = self._openings.for_order(order) if isinstance(order, messages.Open | messages.Serve) else None
         self._send(order, fds, job, self._wait)
 

@@ -30,6 +30,7 @@ from xenbackend.supervisor.vbd.ending import Ending
 from xenbackend.supervisor.vbd.exchanges import Exchanges
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import What
+from xenbackend.supervisor.vbd.limit import Limit
 from xenbackend.supervisor.vbd.link import Link, StorageHangs
 from xenbackend.supervisor.vbd.lives import Lives
 from xenbackend.supervisor.vbd.negotiation import connect_of
@@ -77,7 +78,7 @@ class Vbd:
         self.lives = Lives(journal.progress(self.handover.page))
         self._must_look = {"node", "theirs"}
         self._look_at = context.loop.timer(self._look_if_due)
-        self._limit = context.loop.timer(lambda: self.handle(events.Expired()))
+        self._limit = Limit(context.loop, lambda: self.handle(events.Expired()))
         self._events: deque[events.Event] = deque()
         self._arrival = Arrival(path, context, self.handover, self._has_arrived)
         try:
@@ -254,7 +255,7 @@ class Vbd:
             case events.Kill():
                 self.link.kill(action.sentence, is_breach=action.is_breach)
             case events.Limit():
-                self._limit.set(None if action.seconds is None else self._context.loop.now() + action.seconds)
+                self._limit.set(action.seconds, self.worker)
             case events.Forget() if self.ending.may_end():
                 self._forget()
 
@@ -285,15 +286,13 @@ class Vbd:
         spec, settings = action.spec, self._context.settings
         self.handover.poison_for(action.lost)
         fd, memories = self.handover.descriptors(spec.chain)
-        self.link.start(spec.chain)
-        worker = self.worker
-        assert worker is not None  # noqa: S101 - it was started
+        worker = self.link.start(spec.chain)
         restarts = self.handover.notes.restarts + self.lives.has_died
         self.handover.note(program=__version__, restarts=restarts)
         self.lives.start(self._context.loop.now())
         if self.handover.agreed():
             worker.boost()
-        self.handover.keep_worker(*worker.descriptors)
+        worker.when_there(lambda: self.handover.keep_worker(*worker.descriptors))
         boots = self.device.may_boot and self._nodes.boots_by_device_model()
         self.link.order(
             lambda number: messages.Open(
@@ -356,8 +355,8 @@ class Vbd:
         leaves = self.device.is_leaving
         sentence = f"{self.path.disk}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
         self.is_forgotten = True
-        for timer in (self._limit, self._look_at):
-            timer.set(None)
+        self._limit.set(None)
+        self._look_at.set(None)
         self._reconnecting.stop()
         self._guarded(partial(self.orders.give_up, sentence, leaves=leaves))
         self.link.let_go(sentence, leaves=leaves)

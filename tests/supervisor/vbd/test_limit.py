@@ -1,0 +1,71 @@
+"""How long a phase may last."""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.supervisor.helpers import FAKE_OPENER, NEVER_READY, Clock, settle
+from xenbackend.loop.reactor import Reactor
+from xenbackend.supervisor.service.fleet import Fleet
+from xenbackend.supervisor.vbd.limit import Limit
+
+WAITS = (sys.executable, "-I", "-S", "-c", "import socket, sys; socket.socket(fileno=int(sys.argv[2])).recv(1)")
+
+
+class Limited:
+    """A limit, a clock that is moved by hand, and how often the time was over."""
+
+    def __init__(self) -> None:
+        self.clock, self.over = Clock(), 0
+        self.loop = Reactor(self.clock)
+        self.limit = Limit(self.loop, self._note)
+
+    def _note(self) -> None:
+        self.over += 1
+
+    def after(self, seconds: float) -> int:
+        """Let so much time pass, and return how often it was over."""
+        self.clock.time += seconds
+        settle(self.loop)
+        return self.over
+
+
+@pytest.fixture
+def limited() -> Iterator[Limited]:
+    """Return one."""
+    limited = Limited()
+    yield limited
+    limited.loop.close()
+
+
+def test_the_time_is_over_once(limited: Limited) -> None:
+    """Not before, and not where another setting has taken its place."""
+    limited.limit.set(10.0)
+    assert [0, 1, 1] == [limited.after(9.0), limited.after(1.0), limited.after(99.0)]
+    limited.limit.set(10.0)
+    limited.limit.set(None)
+    assert 1 == limited.after(99.0)
+
+
+@pytest.mark.slow
+def test_no_time_passes_while_a_worker_waits_for_its_turn(limited: Limited) -> None:
+    """It has its whole time from when its process is there, and so has the phase that it is in by then."""
+    fleet = Fleet(limited.loop, WAITS, NEVER_READY, FAKE_OPENER)
+    fleet.prepare()
+    worker = fleet.start(lambda *_: None, lambda _: None)
+    limited.limit.set(99.0, worker)
+    limited.limit.set(10.0, worker)
+    waited = limited.after(50.0)
+    limited.after(10.0)
+    assert (0, True) == (waited, worker.is_there)
+    seen = [limited.after(9.0), limited.after(1.0)]
+    worker.kill("the test is over")
+    select.select([worker.descriptors[1]], [], [], 20)
+    limited.after(0.0)
+    fleet.close()
+
+    assert [0, 1] == seen
