@@ -171,7 +171,7 @@ def test_a_zygote_that_does_not_answer_is_in_nobodys_way(line: Callable[..., Lin
     it.until(lambda: all(it.there()))
 
     assert [False] * (BY_EXEC + 3) + [True] == [it.is_forked(each) for each in it.asked]
-    assert 1 == lines.getvalue().count("until the zygote answers")
+    assert 1 == lines.getvalue().count("the zygote does not answer")
 
 
 def test_a_zygote_that_is_never_ready_is_in_nobodys_way(line: Callable[..., Line]) -> None:

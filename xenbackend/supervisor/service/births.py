@@ -196,8 +196,8 @@ class Births:
         self._is_late = True
         if self._zygote is not None:
             self._zygote.forget()
-            waits = "workers are started one by one, which takes longer, until the zygote answers"
-            self._log.warning(waits, zygote=self._zygote.pid)
+            sentence = "the zygote does not answer; until it does, workers are started without it, a few at a time"
+            self._log.warning(sentence, zygote=self._zygote.pid)
         self._take_back()
         self._go_on()
 
