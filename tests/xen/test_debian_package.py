@@ -16,7 +16,7 @@ from tests.xen.tools.service import Service, attached
 
 PACKAGE = next(Path("/parcel").glob("xenbackend_*_all.deb"), None)
 FORMER = next(Path("/parcel/former").glob("xenbackend_*_all.deb"), None)
-OF_PIP = "/opt/xenbackend/bin/xenbackend"
+OF_PIP = "/usr/local/bin/xenbackend"  # as the bed installs it
 OF_PACKAGE = "/usr/bin/xenbackend"
 DEVICE = Path("/dev/xvdq")
 PLACES = ("etc", "run", "usr/bin", "usr/lib", "usr/share", "var/lib")
