@@ -9,7 +9,7 @@ import pytest
 
 from tests.xen.tools import xenstore
 from tests.xen.tools.command import Result, run, until, xl
-from tests.xen.tools.disks import backend, blank, check, line, read_file
+from tests.xen.tools.disks import KIND, UNSERVED, backend, blank, check, line, read_file
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service
@@ -27,9 +27,9 @@ def guest() -> Iterator[Guest]:
     until(f"{guest.name} is gone", lambda: not guest.is_there())
 
 
-def attach(guest: Guest, chain: str, *, check: bool = True) -> Result:
+def attach(guest: Guest, chain: str, *, kind: str = KIND, check: bool = True) -> Result:
     """Attach a disk as xvdb."""
-    return xl("block-attach", guest.domid, line(chain, "xvdb"), check=check)
+    return xl("block-attach", guest.domid, line(chain, "xvdb", kind=kind), check=check)
 
 
 def detach(guest: Guest, *options: str, check: bool = True) -> Result:
@@ -105,16 +105,18 @@ def test_attach_what_cannot_be(guest: Guest, on_ext4: Path, the_service: Service
     assert [False, False] == [each.has_waited for each in (failed, detached)]
 
 
-def test_no_service(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """Without a service xl says so at once; with one again, what was left there goes away."""
+@pytest.mark.xl_waits
+@pytest.mark.parametrize("kind", UNSERVED)
+def test_no_service(guest: Guest, on_ext4: Path, the_service: Service, kind: str) -> None:
+    """Without a service xl says so, of kind `vbd` at once; with one again, what was left there goes away."""
     image = blank(on_ext4 / "disk.raw", 32)
     the_service.stop()
-    failed = attach(guest, f"log:|aio:{image}", check=False)
+    failed = attach(guest, f"log:|aio:{image}", kind=kind, check=False)
     the_service.start()
     detached = detach(guest)
 
-    assert (True, True) == (failed.status != 0, "systemctl start xenbackend" in failed.err), failed
-    assert [False, False] == [each.has_waited for each in (failed, detached)]
+    assert (True, True) == (failed.status != 0, UNSERVED[kind] in failed.err), failed
+    assert (False, False) == (failed.has_waited and kind == "vbd", detached.has_waited)
 
 
 @pytest.mark.xl_waits
