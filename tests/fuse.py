@@ -222,7 +222,12 @@ def main(arguments: list[str]) -> None:
             except OSError as problem:
                 if problem.errno == errno.ENODEV:
                     return
-                if problem.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                if problem.errno not in (
+                    errno.EINTR,
+                    errno.EAGAIN,
+                    errno.ENOENT,
+                    errno.EPERM,
+                ):  # EPERM: not mounted yet
                     raise
 
 

@@ -113,7 +113,7 @@ HOMES = {
         "walls/raising",
     ),
     "os.getenv": (),
-    "os.fork": ("kernel/namespaces", "worker/zygote"),
+    "os.fork": ("cli/apart", "kernel/namespaces", "worker/zygote"),
     "os.system": (),
     "sys.argv": (
         "cli/",

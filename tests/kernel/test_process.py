@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,11 @@ def test_what_a_process_has_open(tmp_path: Path) -> None:
     assert all(each.path.startswith("/") for each in found)
     assert [] == files_of(pidfd)
     os.close(pidfd)
+
+
+@pytest.mark.parametrize(("parent", "status"), [("os.getppid()", 0), ("os.getpid()", -signal.SIGTERM)])
+def test_a_process_ends_with_its_parent(parent: str, status: int) -> None:
+    """One whose parent has ended before it could ask for that gets the signal at once; another one goes on."""
+    program = f"import os; from xenbackend.kernel.process import end_with; end_with({parent}, 15)"
+
+    assert status == subprocess.run([sys.executable, "-c", program], check=False).returncode

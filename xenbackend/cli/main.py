@@ -27,12 +27,20 @@ MODULES = {  # of the commands, in the order of the help
 }  # fmt: skip
 
 
+APART = ("image", "convert")  # they wait for storage, and whoever waits for them must not have to
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run one command and return its exit status; without `arguments` as the program that was started."""
+    if arguments is None and (ended := _wait_apart(sys.argv[1:2])) is not None:
+        return ended
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be anything, a terminal's alphabet small
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(words: list[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     as_json = "--json" in words and words[0] != "xl"
@@ -66,6 +74,15 @@ def _check_python() -> None:
     """Raise ConfigError where threads do not take turns (PEP 703): drivers' callbacks were not tried without that."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise ConfigError("this Python runs without its global lock, which was not tried; take another one")
+
+
+def _wait_apart(command: Sequence[str]) -> int | None:
+    """Wait for a command that another process does; None in that process, and for all other commands."""
+    if not command or command[0] not in APART:
+        return None
+    from xenbackend.cli import apart
+
+    return apart.split()
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -138,7 +138,14 @@ def open_to_look(path: str) -> int:
 
 def reader(fd: int, size: int) -> Read:
     """Return what reads from a file of `size` bytes; outside of it there is nothing, whatever a header says."""
-    return lambda offset, length: os.pread(fd, length, offset) if 0 <= offset < size else b""
+
+    def read(offset: int, length: int) -> bytes:
+        try:
+            return os.pread(fd, length, offset) if 0 <= offset < size else b""
+        except OSError as error:
+            raise OSError(error.errno, f"read of {length} bytes at {offset}: {error.strerror}") from error
+
+    return read
 
 
 def name_of(read: Read, size: int) -> str:

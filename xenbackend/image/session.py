@@ -160,7 +160,9 @@ class Session:
 def check_status(disk: Disk, request: Request) -> None:
     """Say what failed. Raises: RequestFailed, where the request did."""
     if request.status:
-        what = f"{Op(request.op).name.lower()} of {request.length} bytes at {request.offset}"
+        what = "flush"
+        if request.op != Op.FLUSH:
+            what = f"{Op(request.op).name.lower()} of {request.length} bytes at {request.offset}"
         raise RequestFailed(f"{disk.chain.layers[0].text}: {what}: {os.strerror(request.status)}")
 
 

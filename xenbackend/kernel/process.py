@@ -21,6 +21,7 @@ AHEAD = 10  # nice values
 _NORMAL = os.getpriority(os.PRIO_PROCESS, 0)  # as we were started
 _LEAST = -20  # nice value
 _PR_SET_NAME = 15  # linux/prctl.h
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -36,6 +37,14 @@ def rename(name: str) -> None:
     """Have this process called so by ps(1), top(1) and `kernel.users`: its first 15 bytes. Raises: KernelError."""
     if _libc.prctl(_PR_SET_NAME, name.encode(errors="surrogateescape"), 0, 0, 0) < 0:
         raise KernelError("have a name (PR_SET_NAME)", ctypes.get_errno())
+
+
+def end_with(parent: int, number: int) -> None:
+    """Get this signal when our parent ends, now where that has ended already. Raises: KernelError."""
+    if _libc.prctl(_PR_SET_PDEATHSIG, number) < 0:
+        raise KernelError("end with the parent (PR_SET_PDEATHSIG)", ctypes.get_errno())
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def kill(pidfd: int) -> None:

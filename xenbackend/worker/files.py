@@ -158,6 +158,7 @@ class HostFiles:
                         os.ftruncate(fd, size)
                         medium = replace(medium, size=size, end=size)
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
+                    image.path = path
                     opened.pop_all()
                     image.on_close = held.pop_all().close
                     return self._spares.note(image, facts.identity, access)

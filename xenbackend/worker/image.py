@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class Image:
         alignment: what its direct I/O demands; None when it goes through the page cache.
         reactor: the worker's loop.
         queue: of asynchronous I/O, if there is one; used by subclasses.
+
+    path    its name, for sentences; empty where that is not known
     """
 
     how = "blocking calls"
@@ -44,6 +47,7 @@ class Image:
         self, fd: int, medium: Medium, alignment: Alignment | None, reactor: Reactor, queue: IoQueue | None
     ) -> None:
         self.fd = fd
+        self.path = ""
         self.medium = medium
         self.size = medium.size
         self.sector_size = medium.sector_size
@@ -102,18 +106,29 @@ class Image:
     def read_at(self, offset: int, length: int) -> bytes:
         """Read up to `length` bytes, blocking; fewer at the end of the file. Raises: OSError."""
         length = max(0, min(length, self.size - offset))
-        start, block = self._read_blocks(offset, length)
+        with self._named(f"read of {length} bytes at {offset}"):
+            start, block = self._read_blocks(offset, length)
         return bytes(block[offset - start : offset - start + length])
 
     def write_at(self, offset: int, data: bytes) -> None:
         """Write all of `data`, blocking. Raises: OSError; EINVAL where the file would grow."""
         if offset + len(data) > self.size:
             raise OSError(errno.EINVAL, "a write past the end of an image")
-        self._write_blocks(offset, [memoryview(data)], len(data))
+        with self._named(f"write of {len(data)} bytes at {offset}"):
+            self._write_blocks(offset, [memoryview(data)], len(data))
 
     def sync(self) -> None:
         """Make everything durable, blocking. Raises: OSError."""
-        os.fdatasync(self.fd)
+        with self._named("flush"):
+            os.fdatasync(self.fd)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Let an error say what failed, and of which file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{what}: {error.strerror}", self.path or None) from error
 
     @property
     def allocated(self) -> int:
