@@ -45,12 +45,19 @@ def main() -> int:
         "--keep", action="store_true", help="write the corpus anew: a message for each way in which one is answered"
     )
     parser.add_argument("--wrong", default="", help="with this change of the product, which must be found")
+    parser.add_argument(
+        "--worker",
+        action="store_true",
+        help="send them to a worker behind its walls; no figures",
+    )
     parser.add_argument("--episodes", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.wrong:
         from tests.ring_fuzz.wrong import WRONG
 
         WRONG[arguments.wrong]()
+    if arguments.worker:
+        return _run_far(arguments)
     if arguments.episodes or arguments.episode is not None:
         if arguments.episodes:
             _end_in_order()
@@ -68,6 +75,25 @@ def _end_in_order() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
+
+
+def _run_far(arguments: argparse.Namespace) -> int:
+    """Send messages to a worker's process, until there were so many, or one episode of them."""
+    from tests.ring_fuzz.far import FarBed, FarEpisode
+
+    tally, number = Tally(), arguments.episode or 0
+    with places.directory(places.MEMORY) as directory, FarBed(directory) as bed:
+        while True:
+            try:
+                FarEpisode(bed, arguments.seed, number, messages.read(CORPUS), tally).run()
+            except Exception as fault:
+                print(f"episode {number}: {type(fault).__name__}: {fault}", file=sys.stderr)
+                return 1
+            number += 1
+            if arguments.episode is not None or tally.counts["messages"] >= arguments.messages:
+                break
+    print(", ".join(f"{count} {name}" for name, count in tally.counts.items()))
+    return 0
 
 
 def _run(seed: int, numbers: range) -> int:

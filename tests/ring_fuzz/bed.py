@@ -14,9 +14,10 @@ from pathlib import Path
 from random import Random
 
 from tests.driven import DOMID
-from tests.ring_fuzz.judge import Agreement, Verdict
-from tests.ring_fuzz.messages import ATTACKED, FIRST, POOL, SECTORS
+from tests.ring_fuzz.judge import Agreement
+from tests.ring_fuzz.messages import ATTACKED, POOL, SECTORS
 from tests.ring_fuzz.near import NearServed
+from tests.ring_fuzz.pages import SILENCE, Pages
 from tests.ring_fuzz.rewriter import Rewriter
 from tests.served import HeldDisk
 from tests.workload import Load, make_model
@@ -26,14 +27,10 @@ from xenbackend.block.request import Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.pattern import DiskModel
-from xenbackend.rig.table import ENTRIES
-from xenbackend.units import PAGE, SECTOR
+from xenbackend.units import SECTOR
 from xenbackend.worker.barrier import Barrier
 
-LISTS = 512  # list pages, one for each slot of the largest ring that is used
-GNTST = (-1, -2, -3, -8, -9, -10, -11, -12)  # grant_table.h
 ORDERS = (0, 1, 2, 3, 4)  # of rings
-_SILENCE = (b"canary" * 1024)[:PAGE]  # of a page that nobody may write to
 
 
 class Violation(Exception):
@@ -101,7 +98,8 @@ class Bed:
         self.vbd = NearServed(directory, self.disk)
         self.vbd.policy = "enospc=report,read=report,write=report"
         guest = self.guest = self.vbd.guest
-        self._fill_pool(guest)
+        self.pages = Pages(guest)
+        self.frames, self.lists, self.list_pages = self.pages.frames, self.pages.lists, self.pages.list_pages
         self._fill_neighbour()
         self.rewriter = Rewriter(guest._memory_fd)
         self.load: Load
@@ -110,46 +108,11 @@ class Bed:
         self._held_at_start = 0
         self._open_at_start = 0
 
-    def _fill_pool(self, guest: Guest) -> None:
-        """Make the pages that messages name: good ones first, then ones that fail in every way there is."""
-        frames = guest.allocate(POOL + LISTS)
-        self.frames: dict[int, int] = {}
-        self.writable: set[int] = set()
-        self.readable: set[int] = set()
-        self.silent: list[memoryview] = []  # pages that nobody may write to
-        for place, frame in enumerate(frames[:POOL]):
-            only_read = 40 <= place < 48
-            foreign = 48 <= place < 52
-            gref = guest.grant(frame, read_only=only_read, domid=7 if foreign else 0)
-            assert gref == FIRST + place, "messages name pages by their grefs"
-            self.frames[gref] = frame
-            if place >= 52 and place < 52 + len(GNTST):
-                guest.fail(gref, GNTST[place - 52])
-            elif place < 40 or place >= 60:
-                self.writable.add(gref)
-                self.readable.add(gref)
-            elif only_read:
-                self.readable.add(gref)
-            if gref not in self.writable:
-                guest.page(frame)[:] = _SILENCE
-                self.silent.append(guest.page(frame))
-        self._grant_lists(guest, frames[POOL:])
-
-    def _grant_lists(self, guest: Guest, frames: list[int]) -> None:
-        self.lists: list[int] = []
-        self.list_pages: list[memoryview] = []
-        for frame in frames:
-            gref = guest.grant(frame, read_only=True)
-            self.lists.append(gref)
-            self.list_pages.append(guest.page(frame))
-            self.frames[gref] = frame
-            self.readable.add(gref)
-
     def _fill_neighbour(self) -> None:
         self.neighbour = Guest("", DOMID + 1, pages=POOL, connection=self.vbd.xen.connect())
         for frame in self.neighbour.allocate(POOL):
             self.neighbour.grant(frame)
-            self.neighbour.page(frame)[:] = _SILENCE
+            self.neighbour.page(frame)[:] = SILENCE
 
     def connect(self, random: Random) -> None:
         """Serve the guest anew, agreed on otherwise."""
@@ -179,28 +142,11 @@ class Bed:
         if read_only:
             self.model.operations = (BLKIF_OP_READ,)  # type: ignore[misc]
         self.load = Load(frontend, self.model)
-        self.agreed = Agreement(
-            layout, SECTORS, read_only, can_flush, can_discard, 256,
-            frozenset(self.frames), frozenset(self.readable), frozenset(self.writable), frozenset(self.lists),
-            lambda gref: self.guest.page(self.frames[gref]), self._is_strange,
-        )  # fmt: skip
-
-    def _is_strange(self, gref: int) -> bool:
-        return gref not in self.frames and gref < ENTRIES and self.guest.table.entries[gref] != 0
+        self.agreed = self.pages.agree(layout, read_only=read_only, can_flush=can_flush, can_discard=can_discard)
 
     def step(self) -> None:
         """Let the worker's loop pass once."""
         self.vbd.step()
-
-    def is_harmless(self, verdict: Verdict) -> bool:
-        """Return whether what it does to the disk is not what a guest does to its own first half."""
-        if verdict.is_strange:
-            return False
-        if verdict.is_open:
-            return verdict.operation == 0 or self.agreed.read_only
-        if verdict.disk is None or verdict.disk[0] in (0, 2):
-            return True
-        return verdict.disk[1] >= ATTACKED * SECTOR
 
     def disconnect(self) -> None:
         """Let the worker go, and see that it has left nothing and touched nothing."""
@@ -237,9 +183,9 @@ class Bed:
             raise Violation(f"an alarm: {vbd.alarms[0]}")
 
     def _see_that_nothing_was_touched(self) -> None:
-        if any(bytes(page) != _SILENCE for page in self.silent):
+        if self.pages.are_touched():
             raise Violation("a page was written to that the guest had not granted for it")
-        if bytes(self.neighbour.memory) != _SILENCE * POOL:
+        if bytes(self.neighbour.memory) != SILENCE * POOL:
             raise Violation("another domain's memory was written to")
         if self.vbd.xen.held(DOMID + 1) != {"mappings": 0, "pins": 0, "ports": 0}:
             raise Violation("another domain's page is mapped")

@@ -15,6 +15,7 @@ from tests.ring_fuzz import messages
 from tests.ring_fuzz.bed import Bed, Violation
 from tests.ring_fuzz.judge import DISCARD, INDIRECT, Verdict, judge
 from tests.ring_fuzz.messages import FIRST, POOL, Maker, Message
+from tests.ring_fuzz.pages import is_harmless
 from tests.ring_fuzz.rewriter import MOST, Field
 from xenbackend.blkif.abi import REQ_EVENT, REQ_PROD, RING_HEADER, RSP_EVENT, RSP_PROD
 from xenbackend.block.request import Op
@@ -43,7 +44,12 @@ class Tally:
 
 
 class Episode:
-    """Messages from one connect to one disconnect."""
+    """Messages from one connect to one disconnect.
+
+    spoiled   indices that are written while messages are read
+    """
+
+    spoiled: tuple[int, ...] = (REQ_EVENT, RSP_EVENT, RSP_PROD)
 
     def __init__(self, bed: Bed, seed: int, number: int, corpus: list[Message], tally: Tally) -> None:
         self.bed = bed
@@ -105,7 +111,7 @@ class Episode:
             bed.rewriter.begin(fields)
             self.tally.count("rewritten", len(fields))
         elif random.random() < 0.1:
-            for word in (REQ_EVENT, RSP_PROD, RSP_EVENT):
+            for word in self.spoiled:
                 ring.index[word] = random.getrandbits(random.choice((3, 32)))
         ring.push()
         for _ in range(random.choice(_KICKS)):
@@ -138,7 +144,7 @@ class Episode:
             guest_id = self.random.getrandbits(40) << 24 | self.number + place
             slot = messages.encode(message, layout, guest_id, own)
             verdict = judge(slot, agreed, own)
-            if bed.is_harmless(verdict):
+            if is_harmless(verdict, agreed):
                 break
         self.recent.append(message)
         answer = layout.response.pack(guest_id, verdict.operation, verdict.status)
@@ -232,7 +238,7 @@ class Episode:
             if chosen is not None:
                 fields.append(chosen)
         if random.random() < 0.3:
-            word = random.choice((REQ_EVENT, RSP_EVENT, RSP_PROD))
+            word = random.choice(self.spoiled)
             fields.append(Field(self._ring_address(4 * word), 4, random.getrandbits(32), random.getrandbits(3)))
         return fields[:MOST]
 
@@ -252,7 +258,7 @@ class Episode:
         other &= (1 << 8 * width) - 1
         changed = slot[:at] + other.to_bytes(width, "little") + slot[at + width :]
         verdict = judge(changed, self.bed.agreed, self.bed.lists[place])
-        if not self.bed.is_harmless(verdict):
+        if not is_harmless(verdict, self.bed.agreed):
             return None
         self._add(guest_id, verdict)
         if at < layout.response.size:
@@ -271,7 +277,7 @@ class Episode:
         page[at : at + 4] = after
         verdict = judge(slot, bed.agreed, gref)
         page[at : at + 4] = before
-        if not bed.is_harmless(verdict):
+        if not is_harmless(verdict, bed.agreed):
             return None
         self._add(guest_id, verdict)
         return Field(bed.frames[gref] * PAGE + at, 4, *(int.from_bytes(each, "little") for each in (before, after)))
