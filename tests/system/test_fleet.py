@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from random import Random
@@ -13,6 +15,7 @@ from xenbackend.embedded.machine import Machine
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest_ring import Submitted
 from xenbackend.rig.pattern import DiskModel, Step
+from xenbackend.supervisor.service import openers
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 GUESTS = 10
@@ -110,3 +113,38 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
         assert ZYGOTES == len(_children(machine.service_pid))
         assert left <= descriptors
         assert set() == {path for path in new if "/libxl" not in path or "vbd" in path}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGHUP, signal.SIGKILL], ids=["replaced", "killed"])
+def test_workers_that_die_together_have_successors(tmp_path: Path, signal_number: signal.Signals) -> None:
+    """More die at once than openers work at a time, and the service is replaced or killed while some wait for theirs:
+    every guest has its answer.
+    """
+    count = openers.MOST + 6
+    with Machine() as machine:
+        guest = machine.create_guest(5, pages=4096)
+        frontends = []
+        for number in range(count):
+            image = tmp_path / f"{number}.img"
+            image.write_bytes(bytes(SECTORS * 512))
+            path = machine.attach(5, f"xvd{chr(ord('a') + number)}", f"aio:{image}")
+            frontends.append(guest.connect(path, Wishes()))
+        workers = [vbd["worker"] for vbd in machine.ask({"verb": "status"})["data"]]
+        service = machine.service_pid
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        reads = [frontend.submit(BLKIF_OP_READ, 0, 8) for frontend in frontends]
+        for frontend in frontends:
+            frontend.poll()
+        if signal_number == signal.SIGKILL:
+            os.kill(service, signal.SIGKILL)
+        else:
+            machine.replace_service()
+        for frontend, read in zip(frontends, reads, strict=True):
+            frontend.wait([read], 60)
+
+        assert {0} == {read.status for read in reads}
+        for frontend in frontends:
+            frontend.close()
+        guest.close()

@@ -25,7 +25,7 @@ from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.turns import Turn, Turns
 
 # That work at once: an opener and its worker wait for each other in turn, so that two keep a processor busy.
-MOST = min(32, max(4, 2 * len(os.sched_getaffinity(0))))
+MOST = min(16, max(4, 2 * len(os.sched_getaffinity(0))))
 TURN_S = 0.25  # for which one counts as working: longer only where it waits for storage, or its worker for the guest
 
 
