@@ -30,7 +30,8 @@ from xenbackend.units import format_duration, format_size, parse_duration, parse
 class Kind:
     """How one sort of value is read and shown. `parse` raises ValueError with a sentence for the operator.
 
-    `use` is what a driver does with a value that is a text: nothing, or it opens a file of that name (IMAGE, RECORD).
+    `use` is what a driver does with a value that is a text: nothing; it opens a file of that name (IMAGE, RECORD); or
+    it has a key made of what is there (KEY).
     """
 
     noun: str
@@ -96,7 +97,7 @@ def files_of(options: Any) -> dict[str, str]:
 
 
 def uses_of(options: Any) -> dict[str, str]:
-    """Return what parsed options let a driver open: path to IMAGE or RECORD."""
+    """Return what parsed options let a driver use: path to IMAGE or RECORD, or a source of passphrases to KEY."""
     of: type = type(options)
     kinds = _kinds(of)
     values = {name: getattr(options, name) for name, kind in kinds.items() if kind.use}
@@ -253,6 +254,7 @@ _PLAIN: dict[Any, Kind] = {
 }
 IMAGE = "image"  # a file or block device that is there
 RECORD = "record"  # a regular file that is made where it is not there, and one beside it whose name ends in .1
+KEY = "key"  # a passphrase, which no worker sees (`block.keys`)
 FILE = Kind("file", os.fspath, use=IMAGE)
 
 FilePath = Annotated[str, FILE]  # names a file: the chain finds loops of parents by it

@@ -1,0 +1,331 @@
+"""Headers of encrypted volumes, sound, odd and damaged."""
+
+from __future__ import annotations
+
+import json
+import struct
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.fuzzing import endure
+from tests.luks_images import DATA_1, SLOTS_2, Made, header2, luks1, luks2, metadata
+from xenbackend.block.driver import Look
+from xenbackend.block.formats.luks import parse
+from xenbackend.block.formats.luks_volume import Volume
+from xenbackend.errors import DriverError
+
+PLAIN = bytes(16384)
+
+
+def look_at(image: bytes) -> Look:
+    """Return what reads an image, and nothing behind its end."""
+
+    def look(offset: int, length: int) -> bytes:
+        assert 0 <= offset <= offset + length <= len(image), "a read outside of the disk"
+        return image[offset : offset + length]
+
+    return look
+
+
+def parsed(image: bytes, slot: int | None = None) -> Volume:
+    """Return what an image's header says."""
+    return parse(look_at(image), len(image), slot)
+
+
+@pytest.mark.parametrize("make", [luks1, luks2])
+def test_a_sound_header(make: object) -> None:
+    """What was written is found: where the data lie, how they are encrypted, and the key slots in use."""
+    made = Made(PLAIN, passphrases=[b"a", b"b", b"c"])
+    image = make(made)  # type: ignore[operator]
+    volume = parsed(image)
+
+    assert len(image) - len(PLAIN) == volume.offset
+    assert len(PLAIN) == volume.size
+    assert ("aes-xts-plain64", 64) == (volume.cipher.text, volume.cipher.key_size)
+    assert [0, 1, 2] == [slot.number for slot in volume.slots]
+    assert all(slot.derivation.iterations == 1000 for slot in volume.slots)
+    assert [1] == [slot.number for slot in parsed(image, 1).slots]
+    assert volume.digest.fits(bytearray(made.key))
+    assert not volume.digest.fits(bytearray(64))
+    assert volume.identity == parsed(image, 1).identity != parsed(make(made)).identity  # type: ignore[operator]
+
+
+def test_what_is_no_volume_is_said_to_be_none() -> None:
+    """A disk without a header, or with too little room for one, is not taken for a damaged volume."""
+    with pytest.raises(DriverError, match="there is no LUKS header; `cryptsetup luksFormat` makes one"):
+        parsed(bytes(1 << 20))
+    with pytest.raises(DriverError, match="has 512 bytes, too few for a LUKS header"):
+        parsed(bytes(512))
+    with pytest.raises(DriverError, match="neither copy of it has the checksum"):
+        parsed(b"LUKS\xba\xbe\0\3".ljust(1 << 20, b"\0"))
+
+
+ODD_1: list[tuple[str, int, str, Any]] = [  # problem, and what is written where in the header
+    ("its header is a detached one", 104, ">I", 0),
+    ("something has cut it", 104, ">I", 1 << 20),
+    ("a key of 63 bytes", 108, ">I", 63),
+    ("is encrypted by serpent-xts-plain64", 8, "8s", b"serpent"),
+    ("is encrypted by aes-xts-plain64be", 40, "16s", b"xts-plain64be"),
+    ("is made by whirlpool; this driver knows sha1, ", 72, "32s", b"whirlpool"),
+    ("is no text", 72, "32s", b"\xff"),
+    ("takes 4294967295 iterations", 164, ">I", 0xFFFFFFFF),
+    ("takes 0 iterations", 164, ">I", 0),
+    ("key slot 0 is neither active nor inactive", 208, ">I", 7),
+    ("no key slot of it is active", 208, ">I", 0x0000DEAD),
+    ("4294967295 iterations of PBKDF2", 212, ">I", 0xFFFFFFFF),
+    ("1 iterations of PBKDF2", 212, ">I", 1),
+    ("outside of the room for key slots", 208 + 40, ">I", 0),
+    ("outside of the room for key slots", 208 + 40, ">I", 0xFFFFFFFF),
+    ("outside of the room for key slots", 208 + 40, ">I", (DATA_1 + 8 * 258048 - 4096) // 512),
+    ("0 stripes", 208 + 44, ">I", 0),
+    ("4001 stripes", 208 + 44, ">I", 4001),
+]
+
+
+@pytest.mark.parametrize(("problem", "place", "kind", "value"), ODD_1)
+def test_odd_values_of_luks1(problem: str, place: int, kind: str, value: Any) -> None:
+    """Each number of a header is looked at before it is used, and its sentence says what is wrong."""
+    image = bytearray(luks1(Made(PLAIN)))
+    struct.pack_into(kind, image, place, value)
+
+    with pytest.raises(DriverError, match=problem):
+        parsed(bytes(image))
+
+
+ODD_2: list[tuple[str, str, Any]] = [  # problem, and what takes the place of what in the JSON
+    ("asks for what this driver does not know: online-reencrypt-v2; `cryptsetup reencrypt`", "config.requirements",
+     {"mandatory": ["online-reencrypt-v2"]}),
+    ("asks for what this driver does not know: opal", "config.requirements", {"mandatory": ["opal"]}),
+    ("its requirements are no list", "config.requirements", {"mandatory": "x"}),
+    ("config: that is missing", "config", None),
+    ("its data are 0 segments", "segments", {}),
+    ("its data are 2 segments", "segments", {"0": {"type": "crypt"}, "1": {"type": "crypt"}}),
+    ("a segment of type hw-opal", "segments.0.type", "hw-opal"),
+    ("a segment of type linear", "segments.0.type", "linear"),
+    ("have tags", "segments.0.integrity", {"type": "hmac(sha256)"}),
+    ("is encrypted by aes-gcm-random", "segments.0.encryption", "aes-gcm-random"),
+    ("sectors have 8192 bytes", "segments.0.sector_size", 8192),
+    ("sector_size is no number", "segments.0.sector_size", "512"),
+    ("sector_size is no number", "segments.0.sector_size", True),
+    ("its header is a detached one", "segments.0.offset", "0"),
+    ("offset is no number", "segments.0.offset", 4096),
+    ("offset is no number", "segments.0.offset", "-1"),
+    ("offset is no number", "segments.0.offset", "9" * 21),
+    ("offset is no number", "segments.0.offset", "18446744073709551616"),
+    ("its data are", "segments.0.offset", "18446744073709551104"),
+    ("its data are", "segments.0.offset", "65537"),
+    ("something has cut it", "segments.0.size", "1048576"),
+    ("its data are 100 bytes", "segments.0.size", "100"),
+    ("its data have no bytes", "segments.0.size", "0"),
+    ("size is no number", "segments.0.size", "all"),
+    ("iv_tweak is no number", "segments.0.iv_tweak", 1.5),
+    ("there are 0 digests", "digests", {}),
+    ("the digest of its key is of type argon2", "digests.0.type", "argon2"),
+    ("the digest of its key is made by md5", "digests.0.hash", "md5"),
+    ("takes 4294967295 iterations", "digests.0.iterations", 4294967295),
+    ("salt is not base64", "digests.0.salt", "!"),
+    ("digest of its key has 3 bytes", "digests.0.digest", "AAAA"),
+    ("and 3 bytes of salt", "digests.0.salt", "AAAA"),
+    ("keyslots is no list", "digests.0.keyslots", "0"),
+    ("keyslots is no list", "digests.0.keyslots", ["0", "0"]),
+    ("key slot 7: that is missing", "digests.0.keyslots", ["7"]),
+    ("no key slot of it is active", "digests.0.keyslots", []),
+    ("no key slot of it is active", "keyslots.0.type", "reencrypt"),
+    ("no key slot of it is active", "keyslots.0.priority", 0),
+    ("33 key slots", "keyslots", {str(number): {} for number in range(33)}),
+    ("is kept in a way", "keyslots.0.area.type", "datashift"),
+    ("outside of the room", "keyslots.0.area.offset", "0"),
+    ("outside of the room", "keyslots.0.area.offset", "17592186044416"),
+    ("outside of the room", "keyslots.0.area.offset", str(SLOTS_2 + 1)),
+    ("is encrypted by null", "keyslots.0.area.encryption", "null"),
+    ("a key of 48 bytes", "keyslots.0.area.key_size", 48),
+    ("a key of 1 bytes", "keyslots.0.key_size", 1),
+    ("4000000000 stripes", "keyslots.0.af.stripes", 4000000000),
+    ("stripes by md5", "keyslots.0.af.hash", "md5"),
+    ("are made by 'scrypt'", "keyslots.0.kdf.type", "scrypt"),
+    ("4294967295 iterations of PBKDF2", "keyslots.0.kdf.iterations", 4294967295),
+    ("time is no number", "keyslots.0.kdf.type", "argon2id"),
+    ("passes of Argon2 over 4194303 MiB", "keyslots.0.kdf",
+     {"type": "argon2id", "salt": "AAAAAAAAAAAAAAAAAAAAAA==", "time": 4, "memory": 4294967295, "cpus": 4}),
+    ("4294967295 passes of Argon2 over 1024 MiB", "keyslots.0.kdf",
+     {"type": "argon2i", "salt": "AAAAAAAAAAAAAAAAAAAAAA==", "time": 4294967295, "memory": 1 << 20, "cpus": 4}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "name", "value"), ODD_2)
+def test_odd_values_of_luks2(problem: str, name: str, value: Any) -> None:
+    """E4: each value of the JSON is looked at; what is meant but not known here is refused by its name."""
+    with pytest.raises(DriverError, match=problem):
+        parsed(luks2(Made(PLAIN), {name: value}))
+
+
+def test_a_segment_of_a_backup_is_none_of_the_data() -> None:
+    """Segments that a re-encryption keeps as backups are left out."""
+    made = Made(PLAIN)
+    volume = parsed(luks2(made, {"segments.1": {"type": "linear", "flags": ["backup-previous"]}}))
+
+    assert len(PLAIN) == volume.size
+
+
+def test_slots_are_tried_as_their_priorities_say() -> None:
+    """A preferred slot comes first; one to be ignored is tried where it is named, and only there."""
+    made = Made(PLAIN, passphrases=[b"a", b"b", b"c", b"d"])
+    image = luks2(made, {"keyslots.2.priority": 2, "keyslots.1.priority": 0})
+
+    assert [2, 0, 3] == [slot.number for slot in parsed(image).slots]
+    assert [1] == [slot.number for slot in parsed(image, 1).slots]
+
+
+def test_the_disk_grows_with_its_file() -> None:
+    """E3: a volume that goes to the end of its disk grows with that; one of a stated size does not; half a sector at
+    the end is refused.
+    """
+    made = Made(PLAIN, sector=4096)
+    for image, grows in [
+        (luks1(Made(PLAIN)), 8192),
+        (luks2(made), 8192),
+        (luks2(made, {"segments.0.size": "8192"}), 0),
+    ]:
+        before = parsed(image).size
+        assert before + grows == parsed(image + bytes(8192)).size
+    assert 8192 == before
+    with pytest.raises(DriverError, match="which is no whole number of its sectors of 4096 bytes"):
+        parsed(luks2(made) + bytes(512))
+
+
+def copies(first: bytes | None, second: bytes | None, rest: bytes) -> bytes:
+    """Return an image with these copies of its header; None: noise."""
+    noise = Random(1).randbytes(0x4000)
+    return (first or noise) + (second or noise) + rest
+
+
+def test_of_two_copies_the_newer_sound_one_counts() -> None:
+    """E4: the second copy is found although nothing of the first is left; with both sound the newer one counts."""
+    made = Made(PLAIN)
+    rest = luks2(made)[0x8000:]
+    data_at = 0x8000 + len(rest) - len(PLAIN)
+    old, new = (metadata(made, [bytes(32)], data_at) for _ in range(2))
+    new["segments"]["0"]["iv_tweak"] = "7"
+    olds, news = (
+        [header2(values, sequence=sequence, is_second=second) for second in (False, True)]
+        for values, sequence in ((old, 5), (new, 6))
+    )
+    damaged = olds[0][:5000] + b"!" + olds[0][5001:]
+    for first, second, tweak in [
+        (olds[0], news[1], 7), (news[0], olds[1], 7), (olds[0], None, 0), (None, olds[1], 0), (None, news[1], 7),
+        (damaged, news[1], 7), (news[0], damaged, 7),
+    ]:  # fmt: skip
+        assert tweak == parsed(copies(first, second, rest)).tweak
+    with pytest.raises(DriverError, match="neither copy of it has the checksum that it should have"):
+        parsed(copies(damaged, None, rest))
+    with pytest.raises(DriverError, match="there is no LUKS header"):
+        parsed(copies(None, None, rest))
+
+
+@pytest.mark.parametrize("size", [0x4000, 0x8000, 0x40000, 0x400000])
+def test_headers_of_every_size(size: int) -> None:
+    """A second copy is found wherever the size of a header puts it, and the first one beside it."""
+    made = Made(PLAIN)
+    data_at = 2 * size + 258048
+    values = metadata(made, [bytes(32)], data_at)
+    values["keyslots"]["0"]["area"]["offset"] = str(2 * size)
+    both = [header2(values, is_second=second, size=size) for second in (False, True)]
+    rest = bytes(258048) + PLAIN
+
+    assert data_at == parsed(both[0] + both[1] + rest).offset
+    assert data_at == parsed(bytes(size) + both[1] + rest).offset
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 12000, b'{"a":' * 2000, b"{}", b"[]", b"nul", b"1" * 12000, b"\xff\xfe", b"", b'{"config": 1e999}',
+        b'{"config": {"requirements": NaN}}', b'"' + b"x" * 12000,
+    ],
+)  # fmt: skip
+def test_json_that_is_none_of_ours(text: bytes) -> None:
+    """However deep, long or odd the JSON of a header is, it is refused with a sentence."""
+    first = header2(text)
+    with pytest.raises(DriverError, match="damaged"):
+        parsed(copies(first, None, bytes(1 << 20)))
+
+
+def test_deep_json_in_the_largest_header() -> None:
+    """4 MiB of brackets, or of numbers, are refused as well."""
+    for text in (b"[" * ((4 << 20) - 4096), b"[" + b"0," * (2 << 20 - 1)):
+        first = header2(text[: (4 << 20) - 4096], size=4 << 20)
+        with pytest.raises(DriverError, match="damaged"):
+            parsed(first + bytes(8 << 20))
+
+
+VALUES = [
+    0,
+    1,
+    -1,
+    1 << 31,
+    1 << 32,
+    1 << 64,
+    "0",
+    "-1",
+    "99999999999999999999",
+    "dynamic",
+    "",
+    None,
+    [],
+    {},
+    True,
+    1.5,
+]
+
+
+def damage_json(values: Any, chance: Random) -> None:
+    """Change a random part of the JSON."""
+    place = values
+    while True:
+        name = chance.choice(list(place)) if isinstance(place, dict) else chance.randrange(len(place))
+        below = place[name]
+        if isinstance(below, dict | list) and below and chance.random() < 0.85:
+            place = below
+            continue
+        if chance.random() < 0.2:
+            del place[name]
+        else:
+            place[name] = chance.choice(VALUES)
+        return
+
+
+@pytest.mark.rows("R19")
+def test_any_bytes_are_a_volume_or_a_sentence(request: pytest.FixtureRequest) -> None:
+    """Whatever a header says, it is taken or refused with a sentence, in little time and memory, and nothing outside
+    of its disk is read; what is taken lies on its disk.
+    """
+    chance = Random(request.config.getoption("--seed"))
+    made = Made(PLAIN, passphrases=[b"a", b"b"], stripes=7)
+    first, second = luks1(made), luks2(made)
+    data_at = len(second) - len(PLAIN)
+
+    def make() -> bytes:
+        if chance.random() < 0.4:
+            image = bytearray(first)
+            for _ in range(chance.choice([1, 1, 2, 5])):
+                image[chance.randrange(0, 592)] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+            return bytes(image)
+        values = json.loads(json.dumps(metadata(made, [bytes(32)] * 2, data_at)))
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            damage_json(values, chance)
+        head = header2(values, is_second=False)
+        if chance.random() < 0.1:
+            place = chance.randrange(0, 4096)
+            head = head[:place] + chance.randbytes(4) + head[place + 4 :]
+        return head + second[0x4000:] if chance.random() < 0.5 else head + head[:100] + second[0x4064:]
+
+    def look(image: bytes) -> None:
+        volume = parsed(image, chance.choice([None, None, 0, 1]))
+        assert 0 < volume.offset < volume.offset + volume.size <= len(image)
+        for slot in volume.slots:
+            assert 0 < slot.offset <= slot.offset + slot.length(volume.cipher.key_size) <= volume.offset
+
+    count = request.config.getoption("--requests") // 20
+    assert count // 10 < endure(count, make, look) < count

@@ -1,0 +1,45 @@
+"""Where passphrases are, and what a header may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from xenbackend.block.keys import MAX_ITERATIONS, MAX_MEMORY_KIB, Derivation
+from xenbackend.errors import DriverError
+
+SOUND = Derivation("pbkdf2", bytes(32), 64, 1000, "sha256")
+ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        (SOUND, ""),
+        (ARGON2, ""),
+        (replace(ARGON2, function="argon2i", memory_kib=32, iterations=1), ""),
+        (replace(SOUND, iterations=999), "999 iterations of PBKDF2; 1000 to"),
+        (replace(SOUND, iterations=MAX_ITERATIONS + 1), "iterations of PBKDF2"),
+        (replace(SOUND, hash="md5"), "by the hash 'md5'"),
+        (replace(SOUND, hash=""), "by the hash ''"),
+        (replace(SOUND, length=0), "a key of 0 bytes"),
+        (replace(SOUND, length=129), "a key of 129 bytes"),
+        (replace(SOUND, salt=b"x" * 7), "7 bytes of salt"),
+        (replace(SOUND, salt=b"x" * 65), "65 bytes of salt"),
+        (replace(SOUND, function="scrypt"), "are made by 'scrypt'; this driver knows"),
+        (replace(ARGON2, memory_kib=MAX_MEMORY_KIB + 1), "passes of Argon2 over 4096 MiB; at most 4096 MiB"),
+        (replace(ARGON2, iterations=200), "200 passes of Argon2 over 1024 MiB"),
+        (replace(ARGON2, iterations=0), "damaged: 0 passes"),
+        (replace(ARGON2, lanes=0), "in 0 lanes"),
+        (replace(ARGON2, lanes=17), "in 17 lanes"),
+        (replace(ARGON2, memory_kib=31), "over 31 KiB"),
+    ],
+)
+def test_what_is_beyond_all_measure_is_refused(how: Derivation, problem: str) -> None:
+    """A header can neither keep the host busy for long, nor make passphrases easier to try than tools do."""
+    if not problem:
+        how.check()
+        return
+    with pytest.raises(DriverError, match=problem):
+        how.check()

@@ -1,0 +1,92 @@
+"""Where a passphrase is, and how a key is made of it: words between a chain's text, a layer, and who has passphrases.
+
+Must not read a passphrase, nor make a key of one: an opener does (`opener.deriving`), a process of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from xenbackend.block.options import KEY, Kind, uses_of
+from xenbackend.errors import DriverError
+
+CREDENTIAL = "credential:"  # in front of the name of one that systemd hands to the service, systemd.exec(5)
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,255}")
+
+HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512")
+PBKDF2, ARGON2 = "pbkdf2", ("argon2i", "argon2id")
+
+# What a header may ask for. Less than the least no tool writes: whoever asks for that tries out passphrases. More than
+# the most would keep the host busy for minutes; cryptsetup goes up to 4 GiB and 4 lanes.
+MIN_ITERATIONS, MAX_ITERATIONS = 1000, 100_000_000  # of PBKDF2
+MAX_MEMORY_KIB = 4 << 20
+MAX_WORK_KIB = 128 << 20  # memory times passes
+MAX_LANES = 16
+MAX_LENGTH, MAX_SALT = 128, 64  # bytes; of a header
+
+
+def parse_key(text: str) -> str:
+    """Return where a passphrase is, as a chain says it. Raises: ValueError with a sentence."""
+    name = text.removeprefix(CREDENTIAL)
+    if not text:
+        raise ValueError("it is empty; name a file with the passphrase, or credential:NAME")
+    if name != text and (not _NAME.fullmatch(name) or name in (".", "..")):
+        raise ValueError(f"{name!r} cannot be the name of a credential; it has letters, digits and any of _ . -")
+    return text
+
+
+KeySource = Annotated[str, Kind("file or credential:NAME", parse_key, use=KEY)]
+
+
+def key_files_of(options: Any) -> dict[str, str]:
+    """Return the files with passphrases that parsed options name: option to path."""
+    keys = {value for value, use in uses_of(options).items() if use == KEY and not value.startswith(CREDENTIAL)}
+    return {each.name: getattr(options, each.name) for each in fields(options) if getattr(options, each.name) in keys}
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """How a key of `length` bytes is made of a passphrase.
+
+    function     PBKDF2 or one of ARGON2
+    iterations   of PBKDF2 (RFC 8018), or passes of Argon2 (RFC 9106)
+    hash         of PBKDF2
+    memory_kib, lanes   of Argon2
+    """
+
+    function: str
+    salt: bytes
+    length: int
+    iterations: int
+    hash: str = ""
+    memory_kib: int = 0
+    lanes: int = 0
+
+    def check(self) -> None:
+        """See that it asks for nothing beyond all measure. Raises: DriverError."""
+        if not 0 < self.length <= MAX_LENGTH or not 8 <= len(self.salt) <= MAX_SALT:
+            raise DriverError(f"its header is damaged: a key of {self.length} bytes, {len(self.salt)} bytes of salt")
+        if self.function == PBKDF2:
+            if self.hash not in HASHES:
+                raise DriverError(f"its keys are made by the hash {self.hash!r}; this driver knows {', '.join(HASHES)}")
+            if not MIN_ITERATIONS <= self.iterations <= MAX_ITERATIONS:
+                raise DriverError(
+                    f"a key of it takes {self.iterations} iterations of PBKDF2; {MIN_ITERATIONS} to {MAX_ITERATIONS} "
+                    "are done here"
+                )
+        elif self.function in ARGON2:
+            self._check_argon2()
+        else:
+            raise DriverError(f"its keys are made by {self.function!r}; this driver knows pbkdf2, argon2i and argon2id")
+
+    def _check_argon2(self) -> None:
+        if not (1 <= self.lanes <= MAX_LANES and self.iterations >= 1 and 8 * self.lanes <= self.memory_kib):
+            cost = f"{self.iterations} passes of Argon2 over {self.memory_kib} KiB in {self.lanes} lanes"
+            raise DriverError(f"its header is damaged: {cost}")
+        if self.memory_kib > MAX_MEMORY_KIB or self.memory_kib * self.iterations > MAX_WORK_KIB:
+            raise DriverError(
+                f"a key of it takes {self.iterations} passes of Argon2 over {self.memory_kib >> 10} MiB; at most "
+                f"{MAX_MEMORY_KIB >> 10} MiB, and {MAX_WORK_KIB >> 10} MiB in all passes, are used here"
+            )
