@@ -54,6 +54,7 @@ HOMES = {
     "compression": ("block/formats/zstd",),  # of Python 3.14
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
+    "argon2": ("opener/deriving",),  # up to 4 GiB and minutes: no worker, no service
     "ctypes": ("bench/blkif_native", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls"),
     "importlib": (
@@ -102,12 +103,14 @@ HOMES = {
     "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/service/process"),
     "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
     # attributes
-    # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler
+    # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler;
+    # CREDENTIALS_DIRECTORY, as systemd gives it to the service
     "os.environ": (
         "bench/native",
         "cli/",
         "embedded/machine",
         "host/block_xenbackend",
+        "opener/deriving",
         "supervisor/service/process",
         "supervisor/xenstore/store",
         "walls/raising",
@@ -138,9 +141,20 @@ HOMES = {
         "worker/files",
     ),
 }
-THIRD_PARTY = {"daemon", "matplotlib", "pyxs", "rich", "structlog", "zstandard"}
+THIRD_PARTY = {"argon2", "daemon", "matplotlib", "pyxs", "rich", "structlog", "zstandard"}
 NEWER = {"compression"}  # parts of the standard library that a Python older than ours may lack
-DEAR = ("structlog", "rich", "pyxs", "daemon", "asyncio", "multiprocessing", "subprocess", "logging", "zstandard")
+DEAR = (
+    "argon2",
+    "structlog",
+    "rich",
+    "pyxs",
+    "daemon",
+    "asyncio",
+    "multiprocessing",
+    "subprocess",
+    "logging",
+    "zstandard",
+)
 
 
 def part_of(file: Path) -> str:

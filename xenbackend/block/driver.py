@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from xenbackend.block.env import Env as Env  # noqa: PLC0414 - whoever writes a driver imports all of it from here
 from xenbackend.block.extents import Extent, Kind
+from xenbackend.block.keys import Derivation
 from xenbackend.block.request import Request
 from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError
@@ -199,6 +200,19 @@ class Files(Lookup, Protocol):
 
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
         """Return a socket connected to a server; drivers call `Env.connect`, which knows what came before."""
+
+    def derive(self, source: str, how: Derivation, *, without_newline: bool = False) -> memoryview:
+        """Return a key that is made of a passphrase, in memory that is the caller's to wipe. For `open` only.
+
+        It takes up to minutes, and is done by an opener: a worker never gets the passphrase.
+
+        Args:
+            source: where the passphrase is; an option of the layer has it as a `block.keys.KeySource`.
+            how: as a header says.
+            without_newline: make it of all of the passphrase but the newline at its end; ENODATA: it has none.
+
+        Raises: DriverError, OSError.
+        """
 
     def open(
         self,

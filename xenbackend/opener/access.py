@@ -146,6 +146,10 @@ class Access:
         """Return a server that may be connected to. Raises: DriverError."""
         return self._chain(chain).server(name)
 
+    def check_key(self, source: str, chain: int) -> None:
+        """See that keys may be made of the passphrase that is there. Raises: DriverError."""
+        self._chain(chain).check_key(source)
+
     def resolve(self, name: str, chain: int) -> str:
         """Return the directory of a file with all links followed. Raises: DriverError."""
         rules = self._chain(chain)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xenbackend.block.driver import Found
+from xenbackend.block.keys import Derivation
 from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel.inuse import InUse, is_used_by_another_face
@@ -99,6 +100,12 @@ class LocalOpener:
         Raises: DriverError.
         """
         return connecting.connect(endpoint)
+
+    def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:
+        """Return a key that is made of a passphrase, as `block.driver.Files.derive`. Raises: DriverError, OSError."""
+        from xenbackend.opener.deriving import derive  # late: few images have a key
+
+        return memoryview(derive(source, how, without_newline=without_newline))
 
     def look(self, path: str) -> Facts:
         """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""

@@ -1,7 +1,7 @@
 """The process that opens files, devices and sockets for one worker: one job, then one question after the other.
 
-Must not wait for a lock, keep a copy of what it has handed over, or be of use to a worker once its supervisor has gone:
-a file that nobody keeps could be another one for the next worker.
+Must not wait for a lock, but for its turn to make a key, keep a copy of what it has handed over, or be of use to a
+worker once its supervisor has gone: a file that nobody keeps could be another one for the next worker.
 
 It may hang in a call to storage that does not answer; then this process does, and its worker, and nobody else. The
 supervisor is told so by a thread that looks on.
@@ -16,12 +16,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from xenbackend.errors import XenbackendError
-from xenbackend.kernel import locks
+from xenbackend.block.keys import Derivation
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.kernel import locks, memfd
 from xenbackend.kernel.ports import open_devices
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
 from xenbackend.opener.connecting import Connections
+from xenbackend.opener.deriving import Work, derive
 from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
 from xenbackend.opener.watch import Watch
@@ -55,10 +57,11 @@ class Attendant:
         self._connections = Connections(job, connections)
         self._access: Access | None = None  # until it is needed: what is wrong with a chain is an answer
         self._new: NewFile | None = None
+        self._work = Work()
 
     def serve(self) -> int:
         """Answer until the worker closes its end, and return the exit status."""
-        watch = Watch(self._say_waits)
+        watch = Watch(lambda name: self._say_waits(name, makes_key=isinstance(question, opening.Derive)))
         try:
             while datagram := self._worker.recv(opening.MAX_MESSAGE):
                 try:
@@ -128,6 +131,9 @@ class Attendant:
                 fds += open_devices(job.host, job.frontend_domid)
             case opening.Listen() if job.export:
                 fds.append(listen(job.export))
+            case opening.Derive():
+                access.check_key(question.source, question.chain)
+                fds.append(_derive(question, job.turns, self._work))
             case opening.ConnectTo():
                 fds.append(
                     self._connections.connect(question, access.server(question.server, question.chain), self._say)
@@ -145,13 +151,15 @@ class Attendant:
                 return self._job.makes
             case opening.ConnectTo():
                 return question.server
+            case opening.Derive():
+                return question.source
             case opening.OpenDevices() | opening.Listen():
                 return self._job.host or self._job.export
         return question.name
 
-    def _say_waits(self, name: str) -> None:
+    def _say_waits(self, name: str, *, makes_key: bool) -> None:
         with suppress(OSError):  # the supervisor has gone, or does not hear us now
-            self._supervisor.send(opening.encode(opening.Waits(name)), socket.MSG_DONTWAIT)
+            self._supervisor.send(opening.encode(opening.Waits(name, makes_key)), socket.MSG_DONTWAIT)
 
     def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
         """Hand over a file, and return why the worker may not have it, once the supervisor has said so."""
@@ -242,6 +250,26 @@ def _do_with_file(
             return Given(facts=facts)
         case opening.Resolve():
             return Given(path=access.resolve(question.name, question.chain))
+
+
+def _derive(question: opening.Derive, turns: str, work: Work) -> int:
+    """Return the descriptor of a memory with the key. Raises: DriverError, OSError, KernelError."""
+    try:
+        salt = bytes.fromhex(question.salt)
+    except ValueError:
+        raise DriverError("the salt is not hexadecimal", errno=errno.EINVAL) from None
+    how = Derivation(
+        question.function, salt, question.length, question.iterations, question.hash,
+        question.memory_kib, question.lanes,
+    )  # fmt: skip
+    work.take(how)
+    key = derive(question.source, how, turns, without_newline=question.without_newline)
+    try:
+        fd = memfd.make("xenbackend-key", len(key))
+        memfd.map_sealed(fd, len(key))[:] = key
+    finally:
+        key[:] = bytes(len(key))
+    return fd
 
 
 def _look_for_users(access: Access, question: opening.LookBeside | opening.SayWhoUses) -> Given:

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 
 from xenbackend.block.mapped.parents import DATA_FILE
-from xenbackend.block.options import RECORD, files_of, uses_of
+from xenbackend.block.options import KEY, RECORD, files_of, uses_of
 from xenbackend.block.servers import Endpoint, servers_of
 from xenbackend.block.spec import only_read_from, parse_chain
 from xenbackend.errors import DriverError, printable
@@ -58,13 +58,16 @@ class Rules:
         self._rules: dict[str, Rule] = {}
         self._images: list[str] = []
         self._servers: dict[str, Server] = {}
+        self._keys: set[str] = set()
         layers = parse_chain(chain).layers
         first = only_read_from([layer.driver for layer in layers])
         for place, layer in enumerate(layers):
             within, data_file = (getattr(layer.options, name, "") for name in ("parents", "data_file"))
             is_shared: bool = shareable or getattr(layer.options, "share", False)
             for path, use in uses_of(layer.options).items():
-                if use == RECORD:
+                if use == KEY:
+                    self._keys.add(path)
+                elif use == RECORD:
                     self._rules[path] = self._rules[f"{path}.1"] = Rule(may_write=True, is_record=True)
                 else:
                     self._images.append(path)
@@ -104,6 +107,12 @@ class Rules:
         except KeyError:
             problem = f"{printable(name)} is a server that this disk has nothing to do with"
             raise DriverError(problem, errno=errno.EACCES) from None
+
+    def check_key(self, source: str) -> None:
+        """See that keys may be made of a passphrase: the chain names where it is. Raises: DriverError."""
+        if source not in self._keys:
+            problem = f"{printable(source)} is no passphrase of this disk"
+            raise DriverError(problem, errno=errno.EACCES)
 
     def allow(self, name: str, named_by: str) -> None:
         """Let a file be read that an image may name, which itself may be opened.

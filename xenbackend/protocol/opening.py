@@ -80,6 +80,7 @@ class Job:
     export           path of the socket that may be listened at, empty: none
     host             for `kernel.ports`: the devices may be opened there, empty: they may not
     frontend_domid   of the domain that they are for
+    turns            path of the file by which those take turns that make keys (`kernel.turns`), empty: nobody else does
     """
 
     vbd: str
@@ -95,6 +96,7 @@ class Job:
     host: str = ""
     frontend_domid: int = 0
     connections: list[KeptConnection] = field(default_factory=list)
+    turns: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +129,13 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The storage of a file does not answer; empty: it has answered. Nobody acknowledges it."""
+    """The storage of a file does not answer; empty: it has answered. Nobody acknowledges it.
+
+    makes_key   instead, a key is being made of the passphrase that is there, or waits for its turn
+    """
 
     name: str
+    makes_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +283,27 @@ class ConnectTo:
 
 
 @dataclass(frozen=True, slots=True)
+class Derive:
+    """Make a key of a passphrase that the chain names. The answer has a memory of `length` bytes with it.
+
+    The other fields are those of `block.keys.Derivation`, `salt` in hexadecimal digits.
+
+    without_newline   of the passphrase without the newline at its end; ENODATA is the answer where it has none
+    """
+
+    source: str
+    function: str
+    salt: str
+    length: int
+    iterations: int
+    hash: str
+    memory_kib: int
+    lanes: int
+    without_newline: bool
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a file is.
 
@@ -330,6 +357,7 @@ Question = (
     | OpenDevices
     | Listen
     | ConnectTo
+    | Derive
 )
 Found = Opened | Connected | Undrained
 FromOpener = Found | Given | Meaning | Waits

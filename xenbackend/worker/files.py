@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
+from xenbackend.block.keys import Derivation
 from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import blockdev, locks
@@ -78,6 +79,9 @@ class Opener(Protocol):
 
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
         """Return a socket connected to a server, as `opening.ConnectTo`. Raises: DriverError, OSError."""
+
+    def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:
+        """As `block.driver.Files.derive`."""
 
 
 class HostFiles:
@@ -208,6 +212,10 @@ class HostFiles:
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
         """Return a socket connected to a server, as `Opener.connect`."""
         return self.opener.connect(endpoint, place, after, keeps=keeps)
+
+    def derive(self, source: str, how: Derivation, *, without_newline: bool = False) -> memoryview:
+        """Return a key that is made of a passphrase, as `Opener.derive`."""
+        return self.opener.derive(source, how, without_newline=without_newline)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""

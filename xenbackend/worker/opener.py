@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from xenbackend.block.driver import Found
+from xenbackend.block.keys import Derivation
 from xenbackend.block.servers import After, Endpoint
-from xenbackend.errors import ConfigError, DriverError
+from xenbackend.errors import ConfigError, DriverError, KernelError
+from xenbackend.kernel import memfd
 from xenbackend.kernel.inuse import InUse
 from xenbackend.kernel.locks import Access
 from xenbackend.protocol import codec, datagrams, opening
@@ -79,6 +81,10 @@ class NoOpener:
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002
         """Refuse it."""
         raise _refusal(str(endpoint))
+
+    def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:  # noqa: ARG002
+        """Refuse it."""
+        raise _refusal(source)
 
 
 class RemoteOpener:
@@ -162,6 +168,24 @@ class RemoteOpener:
         """Return a socket connected to a server, as `opening.ConnectTo`. Raises: DriverError, OSError."""
         question = opening.ConnectTo(str(endpoint), place, after.value, keeps, self.chain)
         return socket.socket(fileno=self._ask(question, 1)[1][0])
+
+    def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:
+        """Return a key that is made of a passphrase, as `block.driver.Files.derive`. Raises: DriverError, OSError."""
+        question = opening.Derive(
+            source, how.function, how.salt.hex(), how.length, how.iterations, how.hash, how.memory_kib, how.lanes,
+            without_newline, self.chain,
+        )  # fmt: skip
+        try:
+            fd = self._ask(question, 1)[1][0]
+        except OpenerLate:
+            problem = f"its key takes longer than {QUESTION_S:.0f} s to make, and the guest would wait for that"
+            raise DriverError(f"{problem}; attach the disk anew with this chain", errno=errno.ETIMEDOUT) from None
+        try:
+            return memfd.map_sealed(fd, how.length)
+        except KernelError as error:
+            raise OSError(error.errno, str(error)) from None
+        finally:
+            os.close(fd)
 
     def fileno(self) -> int:
         """Return the descriptor at which the answer to `begin_connect` comes."""

@@ -346,3 +346,19 @@ def test_who_was_not_started_because_others_hang_is_started_later() -> None:
     world.settle()
 
     assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
+
+
+def test_a_key_that_is_made_costs_no_worker() -> None:
+    """While an opener makes a key, or waits for its turn, the time to open is not counted, and that is shown."""
+    world = connected()
+    world.die("the worker was ended by SIGKILL")
+    world.send(events.Waits("/etc/key", makes_key=True))
+    world.send(events.Expired())
+    assert (Phase.OPENING, ["open"]) == (world.device.phase, world.inbox)
+    assert (
+        "the key is being made of /etc/key, which takes seconds, and one disk does it at a time" in world.device.error
+    )
+    world.send(events.Waits(""))
+    world.settle()
+
+    assert ("4", True, "") == (world.state, world.is_connected, world.device.error)

@@ -23,7 +23,7 @@ BREACH = 3  # exit status, `opener.main.BREACH`
 # What was found, with its descriptors, which are the callee's; returns why the worker may not have it, or nothing.
 OnFound = Callable[[opening.Found, list[int]], str]
 OnEnd = Callable[["Opener", str], None]  # how it ended, where that is the worker's fault or its own
-OnWaits = Callable[[str], None]  # the file whose storage does not answer, or nothing
+OnWaits = Callable[[opening.Waits], None]
 
 
 class Assignment:
@@ -171,7 +171,7 @@ class Opener:
         except codec.NotAMessage:
             message = None
         if isinstance(message, opening.Waits) and not fds:
-            self._on_waits(message.name)
+            self._on_waits(message)
             return
         if not isinstance(message, opening.Found) or len(fds) != (not isinstance(message, opening.Undrained)):
             for fd in fds:  # we have no room for the descriptor, or it is of another version

@@ -22,7 +22,8 @@ from xenbackend.errors import KernelError
 from xenbackend.kernel.process import boost, kill, unboost
 from xenbackend.loop.reactor import Reactor
 
-_TOLD = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
+# CREDENTIALS_DIRECTORY says where an opener finds passphrases, systemd.exec(5).
+_TOLD = {"CREDENTIALS_DIRECTORY", "PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
 
 
 class Process:

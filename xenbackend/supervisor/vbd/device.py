@@ -66,6 +66,14 @@ _S = XenbusState
 _OPENING = (Phase.OPENING, Phase.CONNECTING)
 
 
+def _sentence(waits: events.Waits) -> str:
+    """Return what to say of a disk whose opener waits, empty: it does not."""
+    name = printable(waits.name)
+    if waits.makes_key:
+        return f"the key is being made of {name}, which takes seconds, and one disk does it at a time; then it goes on"
+    return f"{name} cannot be opened: its storage does not answer; the disk goes on when it does" * bool(name)
+
+
 def _kill_who_waits() -> events.Kill:
     return events.Kill("the worker was killed: it waited for storage that does not answer")
 
@@ -171,7 +179,7 @@ class Device:
             case events.Expired():
                 return self._expire()
             case events.Waits():
-                return self._wait(event.name)
+                return self._wait(event)
             case events.Inherited():
                 self.phase = Phase.ADOPTING
                 self.sight.had_state = self.sight.had_keys = True
@@ -312,14 +320,13 @@ class Device:
                 in_a_row = f"{self._backoff.deaths} in a row; `xenbackend resume` starts another one"
                 self._reasons.say(Reason.GIVEN_UP, f"{ended.sentence}, {in_a_row}")
 
-    def _wait(self, name: str) -> list[events.Action]:
-        """Take note that the storage of a file does not answer, or does again."""
+    def _wait(self, waits: events.Waits) -> list[events.Action]:
+        """Take note of what the opener waits for, or that it is over."""
         had_to_wait = bool(self._reasons[Reason.STORAGE])
-        problem = f"{printable(name)} cannot be opened: its storage does not answer; the disk goes on when it does"
-        self._reasons.say(Reason.STORAGE, problem if name else "")
-        if had_to_wait and not name:
+        self._reasons.say(Reason.STORAGE, _sentence(waits))
+        if had_to_wait and not waits.name:
             self._limit = (Phase.NONE, False)  # from here on the time is the worker's again
-        return [_kill_who_waits()] if name and self.phase is Phase.CLOSING else []
+        return [_kill_who_waits()] if waits.name and self.phase is Phase.CLOSING else []
 
     def _expire(self) -> list[events.Action]:
         if self.phase in _OPENING and self._reasons[Reason.STORAGE]:

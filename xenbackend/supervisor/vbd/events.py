@@ -44,9 +44,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The opener waits for the storage of a file, or, where it is empty, no more."""
+    """The opener waits for the storage of a file, or makes a key of a passphrase; where the name is empty, no more."""
 
     name: str
+    makes_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)

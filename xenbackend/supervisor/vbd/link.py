@@ -15,7 +15,7 @@ from xenbackend.block.drivers import third_parties
 from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.opening import WAITS_S, Job
+from xenbackend.protocol.opening import WAITS_S, Job, Waits
 from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.supervisor.service.opener import OnWaits, Opener
 from xenbackend.supervisor.vbd import events
@@ -41,7 +41,7 @@ class Link:
     """One vbd's.
 
     worker       None while there is no process
-    waits_since  since when storage does not answer the worker's opener, by the loop's clock; None: it does
+    waits_since  since when the worker's opener waits for storage, or makes a key, by the loop's clock
     """
 
     def __init__(self, vbd: Vbd, fleet: Fleet, openings: Openings) -> None:
@@ -152,10 +152,10 @@ class Link:
         if breach:
             self.breach(breach)
 
-    def _wait(self, name: str) -> None:
-        """Take note of a file whose storage does not answer; empty: it does again."""
-        self.waits_since = self._fleet.loop.now() - WAITS_S if name else None
-        self._vbd.handle(events.Waits(name))
+    def _wait(self, waits: Waits) -> None:
+        """Take note of a file whose storage does not answer, or of a key that is being made."""
+        self.waits_since = self._fleet.loop.now() - WAITS_S if waits.name else None
+        self._vbd.handle(events.Waits(waits.name, waits.makes_key))
 
     def _dismiss_openers(self) -> None:
         """Let no opener go on for a worker that has ended; one that hangs goes when its storage answers."""

@@ -40,6 +40,11 @@ class Openings:
         directory = Path(self._context.settings.socket).parent / "nbd"
         return str(directory / f"{str(self._path).replace('/', '-')}.sock")
 
+    @property
+    def _turns(self) -> str:
+        """Path of the file by which openers take turns at what takes much memory."""
+        return str(Path(self._context.settings.socket).parent / "turns")
+
     def for_order(self, order: messages.Open | messages.Serve) -> Job | None:
         """Return the job for an order; None where it opens nothing."""
         if isinstance(order, messages.Open):
@@ -110,5 +115,5 @@ class Openings:
         parents, in_service = self._context.settings.parents, self._handover.notes.in_service
         return Job(
             str(self._path), chains, read_only, shareable, kept=kept, parents=parents, in_service=in_service,
-            connections=[each for each, _ in self._handover.connections.kept()],
+            connections=[each for each, _ in self._handover.connections.kept()], turns=self._turns,
         )  # fmt: skip

@@ -1,0 +1,193 @@
+"""Keys made of passphrases."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.luks_images import key_file
+from xenbackend.block.keys import MAX_ITERATIONS, Derivation
+from xenbackend.errors import DriverError
+from xenbackend.opener import deriving
+from xenbackend.opener.deriving import Work, check_memory, derive, free_memory, read_passphrase
+
+PBKDF2 = Derivation("pbkdf2", b"salt" * 8, 64, 1000, "sha256")
+ARGON2 = Derivation("argon2id", b"somesalt", 32, 2, memory_kib=65536, lanes=1)
+
+
+@pytest.fixture(autouse=True)
+def _cores() -> object:
+    """Give back the limit of core files, of which a test's process has no other."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, before)
+
+
+def test_pbkdf2(tmp_path: Path) -> None:
+    """A key is made as RFC 8018 says, of all bytes, or of all but a newline at the end."""
+    key = key_file(tmp_path / "key", b"pw\0\n")
+    expected = hashlib.pbkdf2_hmac("sha256", b"pw\0\n", PBKDF2.salt, 1000, 64)
+
+    assert expected == derive(str(key), PBKDF2)
+    assert hashlib.pbkdf2_hmac("sha256", b"pw\0", PBKDF2.salt, 1000, 64) == derive(
+        str(key), PBKDF2, without_newline=True
+    )
+    with pytest.raises(OSError, match="No data") as caught:
+        derive(str(key_file(tmp_path / "other", b"pw")), PBKDF2, without_newline=True)
+    assert errno.ENODATA == caught.value.errno
+
+
+# test.c of the reference implementation (phc-winner-argon2), version 0x13: t=2, m=2^16, p=1, "password", "somesalt"
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("argon2i", "c1628832147d9720c5bd1cfd61367078729f6dfb6f8fea9ff98158e0d7816ed0"),
+        ("argon2id", "09316115d5cf24ed5a15a31a3ba326e5cf32edc24702987c02b6566f61913cf7"),
+    ],
+)
+def test_argon2(tmp_path: Path, function: str, expected: str) -> None:
+    """A key is made as the reference implementation does, which cryptsetup uses; others wait for their turn."""
+    pytest.importorskip("argon2")
+    turns = tmp_path / "turns"
+    how = Derivation(function, b"somesalt", 32, 2, memory_kib=65536, lanes=1)
+    before = Path("/proc/self/oom_score_adj").read_text()
+
+    assert expected == derive(str(key_file(tmp_path / "key", b"password")), how, str(turns)).hex()
+    assert turns.exists()
+    assert before == Path("/proc/self/oom_score_adj").read_text()
+
+
+def test_without_the_package_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python has no Argon2, the package is named; PBKDF2 does without."""
+    monkeypatch.setitem(sys.modules, "argon2", None)
+    key = key_file(tmp_path / "key")
+    with pytest.raises(DriverError, match="install python3-argon2, or by pip argon2-cffi"):
+        derive(str(key), ARGON2)
+
+    assert 64 == len(derive(str(key), PBKDF2))
+
+
+def test_what_is_beyond_all_measure_is_not_begun(tmp_path: Path) -> None:
+    """Whoever asks is a worker, which may have been taken over: its numbers are looked at before the passphrase."""
+    with pytest.raises(DriverError, match="1 iterations of PBKDF2"):
+        derive(str(tmp_path / "no key"), Derivation("pbkdf2", b"salt" * 8, 64, 1, "sha256"))
+
+
+def test_a_worker_has_so_much_done_and_no_more() -> None:
+    """One that was taken over cannot keep the others from their turns: 60 slots as tools make them, and no thousand."""
+    work, usual = Work(), Derivation("argon2id", b"somesalt", 32, 4, memory_kib=1 << 20, lanes=4)
+    for _ in range(60):
+        work.take(usual)
+        work.take(PBKDF2)
+    with pytest.raises(DriverError, match="take too much work to try them all; name one by slot="):
+        work.take(replace(usual, iterations=32))
+    work, dear = Work(), replace(PBKDF2, iterations=MAX_ITERATIONS)
+    work.take(dear)
+    work.take(dear)
+    with pytest.raises(DriverError, match="take too much work"):
+        work.take(dear)
+    with pytest.raises(DriverError, match="1 iterations"):
+        work.take(replace(PBKDF2, iterations=1))
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("missing", "cannot be read: No such file"),
+        ("directory", "is no regular file"),
+        ("pipe", "is no regular file"),
+        ("empty", "has 0 bytes; a passphrase has 1 to"),
+        ("large", "has 8388609 bytes"),
+        ("open", "is open to everybody; chmod o= "),
+    ],
+)
+def test_what_is_no_passphrase_is_refused(tmp_path: Path, what: str, problem: str) -> None:
+    """A passphrase is a regular file with something in it that not everybody reads; nothing makes us wait."""
+    path = tmp_path / "key"
+    match what:
+        case "directory":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path, 0o600)
+        case "empty":
+            key_file(path, b"")
+        case "large":
+            key_file(path)
+            os.truncate(path, (8 << 20) + 1)
+        case "open":
+            key_file(path).chmod(0o604)
+    with pytest.raises(DriverError, match=problem):
+        read_passphrase(str(path))
+
+
+def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A credential is looked for where systemd says, or, by a command, where it has the service's."""
+    monkeypatch.setattr(deriving, "_CREDENTIALS", str(tmp_path / "service"))
+    (tmp_path / "service").mkdir()
+    key_file(tmp_path / "service" / "guest", b"of the service")
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    assert b"of the service" == read_passphrase("credential:guest")
+    key_file(tmp_path / "guest", b"of mine")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert b"of mine" == read_passphrase("credential:guest")
+    with pytest.raises(DriverError, match=r"the credential other cannot be read: .*LoadCredentialEncrypted="):
+        read_passphrase("credential:other")
+
+
+def test_memory_that_is_not_there_is_not_taken() -> None:
+    """E2: what a key takes is compared with what is left before it is taken, and the sentence has both."""
+    check_memory(1 << 30, (1 << 30) + (64 << 20))
+    with pytest.raises(DriverError, match="the key takes 1024 MiB of memory to make, and 512 MiB are left") as caught:
+        check_memory(1 << 30, 512 << 20)
+
+    assert errno.ENOMEM == caught.value.errno
+
+
+def test_what_is_left(tmp_path: Path) -> None:
+    """The least of what the host has, and of what each group above this process may still take, counts."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000000 kB\nMemAvailable:   4194304 kB\n")
+    groups, group = tmp_path / "cgroup", tmp_path / "cgroup" / "system.slice" / "xenbackend.service"
+    group.mkdir(parents=True)
+    assert 4 << 30 == free_memory(meminfo, groups, "/system.slice/xenbackend.service")
+    (group / "memory.max").write_text(f"{512 << 20}\n")
+    (group / "memory.current").write_text(f"{200 << 20}\n")
+    (group / "memory.stat").write_text(f"anon {100 << 20}\nfile {100 << 20}\n")
+    (group.parent / "memory.max").write_text("max\n")
+    assert 412 << 20 == free_memory(meminfo, groups, "/system.slice/xenbackend.service")
+    (group.parent / "memory.max").write_text(f"{300 << 20}\n")
+    (group.parent / "memory.current").write_text(f"{250 << 20}\n")
+    (group.parent / "memory.stat").write_text("anon 0\n")
+
+    assert 50 << 20 == free_memory(meminfo, groups, "/system.slice/xenbackend.service")
+    assert 0 < free_memory()
+
+
+def test_a_group_with_too_little_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E2: in a unit with too small a limit the key is not made, and nobody is killed."""
+    pytest.importorskip("argon2")
+    monkeypatch.setattr(deriving, "free_memory", lambda: 100 << 20)
+    with pytest.raises(DriverError, match="takes 64 MiB of memory to make, and 100 MiB are left"):
+        derive(str(key_file(tmp_path / "key")), ARGON2)
+
+
+def test_no_core_file_has_a_passphrase(tmp_path: Path) -> None:
+    """The process that has a passphrase leaves no core file, whatever ends it."""
+    program = (
+        "import resource, sys\nfrom xenbackend.block.keys import Derivation\n"
+        "from xenbackend.opener.deriving import derive\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (4096, 4096))\n"
+        "derive(sys.argv[1], Derivation('pbkdf2', b'salt' * 8, 64, 1000, 'sha256'))\n"
+        "print(resource.getrlimit(resource.RLIMIT_CORE)[0])"
+    )
+    command = [sys.executable, "-c", program, str(key_file(tmp_path / "key"))]
+
+    assert "0\n" == subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,187 @@
+"""Keys made of passphrases, for layers that encrypt: by PBKDF2 and Argon2, in a process that is no worker's.
+
+Must not give a passphrase to anybody, write one down, or make a key in a way that would let a worker try passphrases
+out faster than by the header that it has.
+
+Argon2 takes as much memory as a header says, up to 4 GiB: one process at a time has it (`kernel.turns`), where the host
+and the control group have as much left; and should the kernel lack memory all the same, it ends this process first.
+
+Sources: RFC 8018 and 9106; systemd.exec(5) for credentials, cgroups(7) and proc(5) for memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from xenbackend.block.keys import CREDENTIAL, MAX_ITERATIONS, MAX_WORK_KIB, PBKDF2, Derivation
+from xenbackend.errors import DriverError, printable
+from xenbackend.kernel.turns import turn
+
+_MAX_PASSPHRASE = 8 << 20  # bytes, as cryptsetup has it
+_SPARE = 64 << 20  # bytes of memory that are left to others
+_CREDENTIALS = "/run/credentials/xenbackend.service"  # for commands, which systemd hands nothing to
+_GROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 63
+
+
+class Work:
+    """What is done for one worker, which may have been taken over: the slots of a header, a few times, and no more."""
+
+    def __init__(self) -> None:
+        self._iterations, self._kib = 2 * MAX_ITERATIONS, 2 * MAX_WORK_KIB
+
+    def take(self, how: Derivation) -> None:
+        """See that a key may still be made. Raises: DriverError."""
+        how.check()
+        if how.function == PBKDF2:
+            self._iterations -= how.iterations
+        else:
+            self._kib -= how.memory_kib * how.iterations
+        if min(self._iterations, self._kib) < 0:
+            problem = "its key slots take too much work to try them all; name one by slot="
+            raise DriverError(problem, errno=errno.EDQUOT)
+
+
+def derive(source: str, how: Derivation, turns: str = "", *, without_newline: bool = False) -> bytearray:
+    """Return a key, the caller's to wipe, made of the passphrase that `source` names.
+
+    Args:
+        source: as `block.keys.KeySource`.
+        how: is checked here.
+        turns: the file by which processes take turns (`kernel.turns`).
+        without_newline: leave out the newline at its end; ENODATA where it has none.
+
+    Raises: DriverError, OSError.
+    """
+    how.check()
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    passphrase = read_passphrase(source)
+    try:
+        if without_newline:
+            if passphrase[-1:] != b"\n":
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            del passphrase[-1:]
+        if how.function == PBKDF2:
+            return bytearray(hashlib.pbkdf2_hmac(how.hash, passphrase, how.salt, how.iterations, how.length))
+        with turn(turns):
+            return _argon2(passphrase, how)
+    finally:
+        passphrase[:] = bytes(len(passphrase))
+
+
+def read_passphrase(source: str) -> bytearray:
+    """Return all bytes of a passphrase, the caller's to wipe. Raises: DriverError."""
+    path, what = source, f"the key file {printable(source)}"
+    if source.startswith(CREDENTIAL):
+        name = source.removeprefix(CREDENTIAL)
+        path = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY") or _CREDENTIALS, name)  # noqa: PTH118
+        what = f"the credential {name}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        advice = "; the service's unit hands it over by LoadCredentialEncrypted=" if path != source else ""
+        problem = f"{what} cannot be read: {error.strerror}{advice}"
+        raise DriverError(problem, path=path, errno=error.errno or errno.EIO) from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise DriverError(f"{what} is no regular file", path=path, errno=errno.EINVAL)
+        if found.st_mode & stat.S_IRWXO:
+            raise DriverError(f"{what} is open to everybody; chmod o= {path}", path=path, errno=errno.EPERM)
+        if not 0 < found.st_size <= _MAX_PASSPHRASE:
+            problem = f"{what} has {found.st_size} bytes; a passphrase has 1 to {_MAX_PASSPHRASE}"
+            raise DriverError(problem, path=path, errno=errno.EINVAL)
+        passphrase = bytearray(found.st_size)
+        if os.readv(fd, [passphrase]) != len(passphrase):
+            raise DriverError(f"{what} was changed meanwhile", path=path, errno=errno.EAGAIN)
+        return passphrase
+    finally:
+        os.close(fd)
+
+
+def check_memory(wanted: int, free: int) -> None:
+    """See that there are as many bytes of memory. Raises: DriverError."""
+    if wanted + _SPARE > free:
+        raise DriverError(
+            f"the key takes {wanted >> 20} MiB of memory to make, and {max(0, free) >> 20} MiB are left here; give the "
+            "service more, or make a key slot that takes less, by cryptsetup luksAddKey --pbkdf-memory",
+            errno=errno.ENOMEM,
+        )
+
+
+def free_memory(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUPS, own: str = "") -> int:
+    """Return the bytes that this process may still take: of the host, and of each control group that it is in.
+
+    `own` is the group's path, by default this process's. Raises: OSError.
+    """
+    own = own or _own_group()
+    return min([_UNLIMITED, *_of_host(meminfo), *_of_groups(groups, own)])
+
+
+def _of_host(meminfo: Path) -> Iterator[int]:
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            yield int(value.split()[0]) << 10
+
+
+def _own_group() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("0::"):
+                return line[3:]
+    return "/"
+
+
+def _of_groups(groups: Path, own: str) -> Iterator[int]:
+    """Yield what is left in each group; what it keeps of files it would give up."""
+    group = groups / own.lstrip("/")
+    while groups in group.parents:
+        with suppress(OSError, ValueError):
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            stats = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            yield limit - used + int(stats.get("file", "0"))
+        group = group.parent
+
+
+def _argon2(passphrase: bytearray, how: Derivation) -> bytearray:
+    try:
+        from argon2 import exceptions, low_level
+    except ImportError as error:
+        problem = "its keys are made by Argon2, and Python has no package for that here"
+        raise DriverError(f"{problem}; install python3-argon2, or by pip argon2-cffi", errno=errno.ENOSYS) from error
+    check_memory(how.memory_kib << 10, free_memory())
+    kind = low_level.Type.I if how.function == "argon2i" else low_level.Type.ID
+    try:
+        with _first_to_go():
+            return bytearray(
+                low_level.hash_secret_raw(
+                    bytes(passphrase), how.salt, how.iterations, how.memory_kib, how.lanes, how.length, kind
+                )
+            )
+    except exceptions.HashingError as error:
+        raise DriverError(f"Argon2 over {how.memory_kib >> 10} MiB failed: {error}", errno=errno.ENOMEM) from error
+
+
+@contextmanager
+def _first_to_go() -> Iterator[None]:
+    """Have the kernel end this process before any other meanwhile, where it has no memory left."""
+    score, before = Path("/proc/self/oom_score_adj"), ""
+    with suppress(OSError):
+        before = score.read_text(encoding="ascii")
+        score.write_text("1000", encoding="ascii")
+    try:
+        yield
+    finally:
+        if before:
+            with suppress(OSError):
+                score.write_text(before, encoding="ascii")
