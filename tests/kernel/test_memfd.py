@@ -125,3 +125,16 @@ def test_what_is_shorter_than_expected_leaves_the_rest() -> None:
 
     assert b"a" * (PAGE + 2) + b"-" * (PAGE - 2) == bytes(target)
     os.close(fd)
+
+
+def test_a_small_memory_is_wiped() -> None:
+    """Who has a page mapped sees zeros once it is wiped; a larger memory is none that may hold a key, and stays."""
+    for size, left in ((PAGE, b"\0"), (2 * PAGE, b"k")):
+        fd = memfd.make("test", size)
+        view = memfd.map_sealed(fd, size)
+        view[:] = b"k" * size
+        memfd.wipe(fd)
+        assert left * size == bytes(view)
+        os.close(fd)
+    with pytest.raises(KernelError, match="overwrite a memory"):
+        memfd.wipe(fd)

@@ -66,6 +66,19 @@ def map_sealed(fd: int, size: int) -> memoryview:
         raise KernelError(f"map a memory of {size} bytes", getattr(error, "errno", None) or errno.EINVAL) from None
 
 
+def wipe(fd: int) -> None:
+    """Overwrite a memory of no more than a page, which may hold a key: who has it mapped sees zeros.
+
+    Larger ones hold none. Raises: KernelError.
+    """
+    try:
+        size = os.fstat(fd).st_size
+        if size <= mmap.PAGESIZE:
+            os.pwrite(fd, bytes(size), 0)
+    except OSError as error:
+        raise KernelError("overwrite a memory", error.errno or errno.EIO) from None
+
+
 def read_into(fd: int, offset: int, target: memoryview) -> None:
     """Read `target` full of what lies from `offset` on, by calls; what is a hole or not there is left as it is.
 

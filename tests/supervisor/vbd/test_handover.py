@@ -438,3 +438,26 @@ def test_a_host_without_memory_for_the_notes_keeps_no_journal_open(kept: Kept, m
             Handover(keeper, PATH, each)
 
     assert before == len(open_descriptors())
+
+
+def test_what_is_dropped_is_wiped() -> None:
+    """A key that a layer kept is gone with its memory: by a detach, another chain, or the worker's own wish."""
+    views = []
+
+    def keep(handover: Handover, name: str) -> None:
+        fd = memfd.make("test", 4096)
+        views.append(memfd.map_sealed(fd, 4096))
+        views[-1][:] = b"k" * 4096
+        assert handover.keep(name, fd)
+
+    handover = Handover(Keeper({}), PATH)
+    handover.descriptors("a")
+    keep(handover, "dropped")
+    handover.drop("dropped")
+    keep(handover, "of another chain")
+    handover.descriptors("b")
+    keep(handover, "at the end")
+    assert b"k" == bytes(views[-1][:1])
+    handover.close()
+
+    assert [bytes(4096)] * 3 == [bytes(view) for view in views]

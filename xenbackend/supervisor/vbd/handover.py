@@ -23,6 +23,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,10 +275,12 @@ class Handover:
         return True
 
     def drop(self, name: str) -> None:
-        """Let go of a memory, if there is one of that name."""
+        """Let go of a memory, if there is one of that name, and of a key in it."""
         fd = self._memories.pop(name, -1)
         if fd < 0:
             return
+        with suppress(KernelError):  # a descriptor that a worker has spoilt
+            memfd.wipe(fd)
         os.close(fd)
         slots = self.notes.memories
         self.note(memories={slot: each for slot, each in slots.items() if each != name})
