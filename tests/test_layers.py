@@ -55,7 +55,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "argon2": ("opener/deriving",),  # up to 4 GiB and minutes: no worker, no service
-    "ctypes": ("bench/blkif_native", "kernel/"),
+    "ctypes": ("bench/blkif_native", "block/luks/cipher", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls"),
     "importlib": (
         "block/drivers/__init__",

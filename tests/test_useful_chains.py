@@ -10,13 +10,21 @@ from random import Random
 import pytest
 
 from tests.helpers_block import Machine, content, flush, read, write
+from tests.luks_images import Made, key_file, luks2
 from tests.pages import readme_chains
 from tests.partition_tables import gpt
 from tests.qemu import qemu_img
 from xenbackend.block.order import remarks
 from xenbackend.block.spec import parse_chain
 
-MEANT = ("throttle:", "cow:", "partition:", "log:|throttle:", "fault:")  # how the chains begin that are tried here
+MEANT = (
+    "throttle:",
+    "cow:",
+    "luks:",
+    "partition:",
+    "log:|throttle:",
+    "fault:",
+)  # how the chains begin that are tried here
 
 
 @pytest.fixture
@@ -67,6 +75,20 @@ def test_many_guests_start_from_one_image(machine: Machine, at: Callable[[str], 
     assert before[:512] == content(first)
     assert b"1" * 512 + before[512:] == machine.contents(at("cow:"))
     assert before == (tmp_path / "template.raw").read_bytes()
+
+
+def test_who_takes_the_medium_away_reads_nothing(
+    machine: Machine, at: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the guest writes is read by whoever has the passphrase, and stands nowhere in the image."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "guest.luks").write_bytes(luks2(Made(bytes(1 << 20))))
+    chain = machine.open(at("luks:").replace("credential:guest", f"{key_file(tmp_path / 'guest')}"))
+    assert [0, 0] == machine.do(chain, write(4096, b"what nobody is to read".ljust(4096)), flush())
+    chain.close()
+    assert b"nobody" not in (tmp_path / "guest.luks").read_bytes()
+
+    assert machine.contents(at("luks:"))[4096:].startswith(b"what nobody is to read ")
 
 
 def test_a_partition_is_a_disk(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from tests import qcow_images, vhd_images
+from tests import luks_images, qcow_images, vhd_images
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from tests.partition_tables import mbr
 from xenbackend.block.request import Op, Request
@@ -17,6 +17,7 @@ from xenbackend.units import SECTOR
 
 SIZE = 256 << 10
 PART = 64 << 10  # where the partition of each disk begins
+PLAIN = SIZE - (36 << 10)  # bytes of the disk, where that is encrypted
 GROUPS = 10  # tests that share the chains
 
 # A discard of a part of a cluster changes nothing: with clusters of a sector there is no such part.
@@ -51,6 +52,10 @@ def chain_of(random: Random, directory: Path) -> str:
         filters.append(each.format(directory / f"layer{len(filters)}"))
     if "partition:1" in filters:  # nothing below it moves the table
         filters = [each for each in filters if not each.startswith("offset")]
+    if random.random() < 0.3 and not source.startswith("ram:"):
+        places = range(len(filters) + 1)
+        found = [place for place in places if not any(each.startswith(("offset", "part")) for each in filters[place:])]
+        filters.insert(random.choice(found), f"luks:key={luks_images.key_file(directory / 'key')}")
     return "|".join([*filters, source.format(directory / "image")])
 
 
@@ -61,6 +66,8 @@ def fill(machine: Machine, text: str, random: Random) -> None:
         return
     disk = mbr(SIZE, {1: (0x83, PART // SECTOR, 100 << 10 >> 9)})
     disk[SECTOR:] = random.randbytes(SIZE - SECTOR)
+    if "luks:" in text:
+        disk = bytearray(luks_images.luks1(luks_images.Made(bytes(disk[:PLAIN]), stripes=7)))
     chain = machine.open(source)
     assert [0, 0] == machine.do(chain, write(0, bytes(disk)), flush())
     chain.close()

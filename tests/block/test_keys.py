@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from xenbackend.block.keys import MAX_ITERATIONS, MAX_MEMORY_KIB, Derivation
-from xenbackend.errors import DriverError
+from xenbackend.block.keys import MAX_ITERATIONS, MAX_MEMORY_KIB, Derivation, key_files_of
+from xenbackend.block.spec import check_whole_paths, parse_chain
+from xenbackend.errors import ConfigError, DriverError
 
 SOUND = Derivation("pbkdf2", bytes(32), 64, 1000, "sha256")
 ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
@@ -43,3 +44,15 @@ def test_what_is_beyond_all_measure_is_refused(how: Derivation, problem: str) ->
         return
     with pytest.raises(DriverError, match=problem):
         how.check()
+
+
+def test_key_files_are_named_whole() -> None:
+    """A chain in service names the files of passphrases by their whole paths; a credential is no file."""
+    check_whole_paths(parse_chain("luks:key=/k|aio:/img"))
+    check_whole_paths(parse_chain("luks:key=credential:guest|aio:/img"))
+    with pytest.raises(ConfigError, match="option key: k is seen from where the service runs"):
+        check_whole_paths(parse_chain("luks:key=k|aio:/img"))
+
+    assert {"key": "/k"} == key_files_of(parse_chain("luks:key=/k|aio:/img").layers[0].options)
+    assert {} == key_files_of(parse_chain("luks:key=credential:x|aio:/img").layers[0].options)
+    assert {} == key_files_of(parse_chain("aio:/img").layers[0].options)

@@ -20,6 +20,10 @@ from xenbackend.block.order import remarks
         ("offset offset aio", ["two offsets follow each other"]),
         ("offset log offset aio", []),
         ("readahead log throttle aio", ["throttle below readahead"]),
+        ("cow delay luks aio", ["cow above luks keeps what the guest writes in its file as plain text"]),
+        ("luks cow aio", []),
+        ("luks log readahead nbd", ["readahead below luks holds what is still encrypted"]),
+        ("luks luks aio", ["luks above luks encrypts twice"]),
         ("cow cow null", ["null below cow reads as zeros"]),
     ],
 )

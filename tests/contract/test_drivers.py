@@ -13,7 +13,7 @@ from random import Random
 import pytest
 from descriptors import open_descriptors
 
-from tests import partition_tables, qcow_images, vhd_images
+from tests import luks_images, partition_tables, qcow_images, vhd_images
 from tests.helpers_block import SIZE, Machine, content, discard, flush, image, read, write
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers import driver_names, find_driver
@@ -25,6 +25,7 @@ PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are f
     "delay": "delay:read=1us,jitter=1us|ram:1M",
     "fault": "fault:rate=0|ram:1M",
     "nbd": "nbd:unix:{server}",
+    "luks": "luks:key={key}|aio:{luks}",
     "null": "null:1M",
     "offload": "offload:1M",
     "offset": "offset:start=68K,length=1M|ram:2M",
@@ -101,11 +102,14 @@ def chain(machine: Machine, name: str, tmp_path: Path) -> Iterator[Chain]:
 def text_of(name: str, tmp_path: Path) -> str:
     """Return a chain with the driver in it, SIZE bytes large."""
     default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
-    fixtures = {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk", "cow")}
+    fixtures = {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk", "cow", "luks")}
     fixtures["file"] = image(tmp_path / "img")
     if name == "nbd":
         fixtures["server"] = serve(tmp_path / "nbd.sock")
     fixtures["disk"].write_bytes(partition_tables.mbr(3 * SIZE, {1: (0x83, 2048, SIZE // 512)}))
+    fixtures["key"] = luks_images.key_file(tmp_path / "key")
+    if name == "luks":
+        fixtures["luks"].write_bytes(luks_images.luks2(luks_images.Made(bytes(SIZE))))
     fixtures["vhd"].write_bytes(vhd_images.image(SIZE, block_size=64 << 10))
     fixtures["qcow"].write_bytes(qcow_images.qcow(SIZE))
     fixtures["qcow2"].write_bytes(qcow_images.qcow2(SIZE, cluster_bits=9))

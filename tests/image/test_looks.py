@@ -47,7 +47,7 @@ SERVED = {
     "raw, empty": (b"", "aio"),
 }
 OTHERS = {
-    "luks": (b"LUKS\xba\xbe\0\1" + bytes(600), "cryptsetup open x NAME makes a device"),
+    "luks": (b"LUKS\xba\xbe\0\1" + bytes(600), "luks:key=KEYFILE|aio:x serves it, where KEYFILE has its passphrase"),
     "qed": (b"QED\0" + bytes(600), "qemu-img convert -f qed -O qcow2 x x.qcow2 makes"),
     "parallels": (b"WithoutFreeSpace" + bytes(600), "qemu-img convert -f parallels"),
     "parallels, newer": (b"WithouFreSpacExt" + bytes(600), "qemu-img convert -f parallels"),

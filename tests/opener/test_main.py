@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.descriptors import open_descriptors
+from tests.luks_images import PASSPHRASE, key_file
 from tests.openers import Openers
 from xenbackend.block.driver import Found
+from xenbackend.block.keys import Derivation
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.opener.main import BREACH
@@ -207,3 +211,21 @@ def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
         assert 0 == status
         assert isinstance(answer, opening.Given)
         assert (errno.ECONNABORTED, None) == (answer.errno, answer.facts)
+
+
+def test_keys_of_a_passphrase(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """A worker gets keys of its chain's passphrase in a sealed memory, never that itself; odd questions are refused."""
+    passphrase, how = key_file(tmp_path / "key"), Derivation("pbkdf2", b"salt" * 8, 64, 1000, "sha256")
+    opener = openers.remote(job(f"luks:key={passphrase}|aio:{image}"))
+    found = opener.derive(str(passphrase), how, without_newline=False)
+    assert hashlib.pbkdf2_hmac("sha256", PASSPHRASE, how.salt, 1000, 64) == bytes(found)
+    found.release()
+    with pytest.raises(DriverError, match="is no passphrase of this disk"):
+        opener.derive(str(image), how, without_newline=False)
+    with pytest.raises(DriverError, match="10 iterations of PBKDF2"):
+        opener.derive(str(passphrase), replace(how, iterations=10), without_newline=False)
+    with pytest.raises(OSError, match="No data"):
+        opener.derive(str(passphrase), how, without_newline=True)
+    with pytest.raises(DriverError, match="is not opened"):
+        opener.open(str(passphrase), write=False)
+    opener.close()

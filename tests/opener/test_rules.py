@@ -87,3 +87,17 @@ def test_files_are_bounded() -> None:
         rules.allow("/one-more", "/img")
 
     assert errno.EMFILE == caught.value.errno
+
+
+def test_keys_are_made_of_what_the_chain_names() -> None:
+    """A worker has keys made of the passphrases in its chain's text, and cannot open them, nor name another."""
+    rules = Rules("log:|luks:key=/key|luks:key=credential:two|aio:/img", read_only=False)
+    rules.check_key("/key")
+    rules.check_key("credential:two")
+    assert ["/img"] == rules.images
+    with pytest.raises(DriverError, match="is not opened"):
+        rules.of("/key")
+    for name in ("/img", "/etc/shadow", "two", "", "credential:"):
+        with pytest.raises(DriverError, match="is no passphrase of this disk") as caught:
+            rules.check_key(name)
+        assert errno.EACCES == caught.value.errno

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import luks_images
 from tests.driven import Driven, WorkerProcess
 from tests.partition_tables import mbr
 from tests.qcow_images import qcow2
@@ -139,6 +140,34 @@ def test_filters_with_files_and_tables(watched: Watched, tmp_path: Path) -> None
 
     assert Code.OK == swapped.code, swapped
     assert 2 * DATA == found
+    assert [] == watched.told
+
+
+@pytest.mark.slow
+def test_encrypted(watched: Watched, tmp_path: Path) -> None:
+    """A volume: its key found, killed, succeeded without the passphrase, exchanged, its key found anew, closed."""
+    passphrases = [b"other", luks_images.PASSPHRASE]
+    made = luks_images.Made(bytes(SIZE), passphrases, os.urandom(32), "cbc-essiv:sha256")
+    (tmp_path / "disk").write_bytes(luks_images.luks1(made))
+    key = luks_images.key_file(tmp_path / "key")
+    below = f"luks:key={key}|aio:{tmp_path}/disk"
+    worker = watched.worker
+    watched.connect(f"log:|{below}", Wishes(queues=2))
+    watched.frontend.write(0, DATA)
+    key.rename(tmp_path / "away")
+    swapped = worker.ask(messages.Swap(below))
+    watched.frontend.write(8, DATA)
+    watched.kill()
+    watched.succeed(below)
+    watched.frontend.write(16, DATA)
+    (tmp_path / "away").rename(key)
+    anew = watched.worker.ask(messages.Swap(f"luks:key={key},slot=1|aio:{tmp_path}/disk", replaces=True))
+    found = watched.frontend.read(0, 24)
+    watched.disconnect()
+    watched.worker.end()
+
+    assert [Code.OK] * 2 == [swapped.code, anew.code], (swapped, anew)
+    assert 3 * DATA == found
     assert [] == watched.told
 
 

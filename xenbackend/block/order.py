@@ -12,6 +12,10 @@ _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below 
     "put it above cow to limit the guest",
     ("cow", "log"): "log below cow sees no write, because they go to cow's file; put it above cow to know what changes",
     ("cow", "null"): "null below cow reads as zeros: a new image of its own does the same without a layer",
+    ("cow", "luks"): "cow above luks keeps what the guest writes in its file as plain text; put luks above cow to have "
+    "that encrypted, too",
+    ("luks", "luks"): "luks above luks encrypts twice, and takes twice the time",
+    ("luks", "readahead"): "readahead below luks holds what is still encrypted; above luks it saves decrypting it, too",
     ("readahead", "throttle"): "throttle below readahead limits what is read ahead, and not what the guest reads",
     ("throttle", "throttle"): "two throttles follow each other: one that has the limits of both does the same",
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from xenbackend.block import drivers, grammar
 from xenbackend.block.driver import Driver
+from xenbackend.block.keys import key_files_of
 from xenbackend.block.options import files_of, parse_options
 from xenbackend.errors import ChainError, ConfigError
 
@@ -60,7 +61,7 @@ def check_whole_paths(chain: ChainSpec) -> None:
     Raises: ConfigError, naming the layer and the file.
     """
     for layer in chain.layers:
-        for option, file in files_of(layer.options).items():
+        for option, file in {**files_of(layer.options), **key_files_of(layer.options)}.items():
             if not os.path.isabs(file):  # noqa: PTH117 - as `opening`
                 whole = os.path.abspath(file)  # noqa: PTH100 - the same
                 raise ConfigError(

@@ -25,8 +25,7 @@ _TAR_SUM = slice(148, 156)  # of the oldest kind of tar this is all that there i
 _QEMU = "qemu-img convert -f {name} -O qcow2 {file} {new} makes an image of it that {layer} serves"
 _TEXT = "its descriptor, the small text file beside it"
 _LUKS = (
-    "cryptsetup open {file} NAME makes a device of it that aio:/dev/mapper/NAME serves; "
-    "a guest that unlocks it itself is given {raw}"
+    "luks:key=KEYFILE|{raw} serves it, where KEYFILE has its passphrase; a guest that unlocks it itself is given {raw}"
 )
 _PACKED = "if an image is in it, {command} gets it out"
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from xenbackend.block.drivers import BUILT_IN, find_driver
 from xenbackend.block.formats.zstd import find_unzstd
+from xenbackend.block.luks.cipher import find_libcrypto
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel.fence import find_fence
 from xenbackend.kernel.ports import load_host
@@ -37,7 +38,8 @@ def preload(host: str) -> None:
         "".encode(encoding)
     for name in BUILT_IN:
         find_driver(name)
-    with suppress(DriverError):  # whoever has such an image is told
-        find_unzstd()
+    for find in (find_unzstd, find_libcrypto):
+        with suppress(DriverError):  # whoever has such an image is told
+            find()
     with suppress(KernelError):
         find_fence()

@@ -29,6 +29,7 @@ BUILT_IN = {
     "delay": "xenbackend.block.drivers.delay:Delay",
     "fault": "xenbackend.block.drivers.fault:Fault",
     "log": "xenbackend.block.drivers.log:Log",
+    "luks": "xenbackend.block.drivers.luks:Luks",
     "nbd": "xenbackend.block.drivers.nbd:Nbd",
     "null": "xenbackend.block.drivers.null:Null",
     "offset": "xenbackend.block.drivers.offset:Offset",
