@@ -56,6 +56,10 @@ def _register_create(verbs: Any) -> None:
     verb.add_argument("size", metavar="SIZE", type=size, nargs="?", help="such as 20G (default: the parent's)")
     verb.add_argument("--parent", metavar="FILE", help="what it reads as at first; relative to the new image")
     verb.add_argument("--parent-format", choices=WRITTEN, help="of the parent; it is never guessed")
+    verb.add_argument("--encrypt", metavar="KEY", help="raw: make an encrypted volume (LUKS2), whose passphrase is all "
+        "of the file KEY, or the service's credential:NAME; it reads as noise at first")  # fmt: skip
+    verb.add_argument("--sector-size", type=int, choices=(512, 4096), help="bytes of an encrypted sector (4096: it is "
+        "faster; firmware may need 512 to boot)")  # fmt: skip
     _add_wishes(verb)
     verb.set_defaults(run=_late("image_verbs", "create"))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from xenbackend.block.formats.blank import Wishes
 from xenbackend.block.formats.table import FORMATS, WRITTEN
+from xenbackend.block.luks.blank import SECTOR_SIZES
 from xenbackend.cli import output
 from xenbackend.cli.image_progress import watched
 from xenbackend.errors import ConfigError, DriverError, printable
@@ -33,7 +34,24 @@ from xenbackend.units import format_size
 
 def create(arguments: argparse.Namespace) -> int:
     """Make an image. Raises: ConfigError, DriverError."""
+    if arguments.encrypt is not None:
+        return _create_encrypted(arguments)
+    if arguments.sector_size is not None:
+        raise ConfigError("--sector-size is that of an encrypted volume; it goes with --encrypt")
     made = creations.create(arguments.format, arguments.file, arguments.size, _wishes(arguments), _parent(arguments))
+    return _print_created(made, as_json=arguments.json)
+
+
+def _create_encrypted(arguments: argparse.Namespace) -> int:
+    others = (arguments.parent, arguments.parent_format, arguments.cluster_size, arguments.fixed)
+    if arguments.format != "raw" or any(others) or arguments.size is None:
+        raise ConfigError(
+            "--encrypt makes raw images of a SIZE, without a parent; `xenbackend image convert aio:FILE qcow2:NEW` "
+            "makes one of another format of it"
+        )
+    made = creations.create_encrypted(
+        arguments.file, arguments.size, arguments.encrypt, arguments.sector_size or SECTOR_SIZES[-1]
+    )
     return _print_created(made, as_json=arguments.json)
 
 

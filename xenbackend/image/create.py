@@ -8,11 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xenbackend.block.formats.blank import Wishes, blank
+from xenbackend.block.grammar import format_layer
+from xenbackend.block.keys import parse_key
 from xenbackend.block.leaf import leaf_over
+from xenbackend.block.luks.blank import SECTOR_SIZES, blank_volume, check_size, derivation
+from xenbackend.block.luks.unlock import wipe
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError, printable
 from xenbackend.image.names import Image, image_of_file
 from xenbackend.image.session import Session
+from xenbackend.opener.deriving import derive
 from xenbackend.opener.newfile import refuse_existing, write_new
 
 
@@ -47,6 +52,27 @@ def create(
         files = files_of(layers[0].driver.options)
         is_marked = write_new(path, leaf.blank, lambda fd: session.opener.mark_child(fd, files))
     return Created(leaf.text if is_marked else leaf.unmarked, leaf.size, parent.text)
+
+
+def create_encrypted(path: str, size: int, key: str, sector_size: int = SECTOR_SIZES[-1]) -> Created:
+    """Make a raw image with an encrypted disk, which the passphrase opens that is at `key` (`block.keys.KeySource`).
+
+    Raises: ConfigError, DriverError; OSError.
+    """
+    refuse_existing(path)
+    try:
+        parse_key(key)
+    except ValueError as problem:
+        raise ConfigError(f"--encrypt: {problem}") from None
+    check_size(size, sector_size)
+    how = derivation()
+    slot_key = derive(key, how)
+    try:
+        write_new(path, blank_volume(size, how, slot_key, sector_size))
+    finally:
+        wipe(slot_key)
+    layer = format_layer("luks", f"key={key}")
+    return Created(f"{layer}|{image_of_file('raw', path).text}", size)
 
 
 def snapshot(image: Image, path: str) -> Created:
