@@ -12,6 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests import luks_images
+
 SECTORS = 8192  # of a guest's disk: 4 MiB, so that requests meet each other
 
 
@@ -44,12 +46,14 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
     def image(kind: str, name: str, place: Path) -> str:
         file = place / f"{name}.{kind}"
         make(kind, file)
+        if kind == "luks":
+            return f"luks:key={luks_images.key_file(file.with_suffix('.key'))}|aio:{file}"
         return f"{'aio' if kind == 'raw' else kind}:{file}"
 
     full = "fault:op=write,errno=ENOSPC,skip=99,every=701"  # the policy pauses and tries again: the guest sees no error
     bad = "fault:op=read,errno=EIO,skip=99,every=907"
     bases = {name: image(kind, name, place) for name, kind, place in (
-        ("plain", "raw", directory), ("direct", "raw", slow), ("logged", "raw", directory), ("full", "raw", directory),
+        ("plain", "raw", directory), ("direct", "raw", slow), ("logged", "luks", directory), ("full", "raw", directory),
         ("bad", "raw", directory), ("vhd", "vhd", directory), ("qcow2", "qcow2", directory), ("old", "raw", slow),
     )}  # fmt: skip
     return [
@@ -160,7 +164,8 @@ def _set(random: Random, disk: Disk, layers: list[str]) -> dict[str, Any]:
     """Return another chain over the same source, with filters or without; sometimes one that must be refused."""
     own = [each for each in f"{disk.chain}|{disk.other}".split("|") if each.startswith(_OWN)]
     filters = [each for each in ["log:", *own[:1]] if random.random() < 0.5]
-    chosen = "|".join([*filters, layers[-1]])
+    below = [*(each for each in layers[:-1] if each.startswith("luks:")), layers[-1]]
+    chosen = "|".join([*filters, *below])
     match random.choices(["other", "dry", "bottom", "missing"], [17, 1, 1, 1])[0]:
         case "dry":
             return {"chain": chosen, "dry_run": True}
