@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Engine:
         self.socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL)
         give_up = time.monotonic() + START_S
-        while not self.socket.exists():
+        while not self._listens():
             assert self._process.poll() is None, f"{self.kind} has ended"
             assert time.monotonic() < give_up, f"{self.kind} does not listen"
 
@@ -73,6 +74,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+    def _listens(self) -> bool:
+        """Whether it takes connections: its socket is there some time before."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     def _command(self) -> list[str]:
         match self.kind:
