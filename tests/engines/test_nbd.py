@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
+from tests.engines.guest import DOMID, SIZE, Guest, until
 from tests.engines.servers import Engine
-from tests.workload import Load, make_model, read_all
 from xenbackend.block.chain import parse_chain
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
@@ -24,24 +22,7 @@ from xenbackend.image.session import Session
 from xenbackend.protocol.client import ServiceError
 from xenbackend.rig.frontend import Wishes
 
-SIZE = 64 << 20
-SECTORS = SIZE // 512
 KINDS = ("nbdkit", "qemu-nbd", "qemu-storage-daemon")
-DOMID = 5
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    """An embedded machine with the real service."""
-    with Machine() as machine:
-        yield machine
 
 
 @pytest.fixture(params=KINDS)
@@ -49,39 +30,6 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """Each server in turn."""
     with Engine(request.param, tmp_path, SIZE) as engine:
         yield engine
-
-
-class Guest:
-    """A guest with a disk of an engine under verified load."""
-
-    def __init__(self, machine: Machine, chain: str, seed: int, stack: ExitStack) -> None:
-        self.machine = machine
-        guest = stack.enter_context(closing(machine.create_guest(DOMID)))
-        self.path = machine.attach(DOMID, "xvda", chain)
-        self.frontend = stack.enter_context(closing(guest.connect(self.path, Wishes(persistent=True, indirect=64))))
-        self.model = make_model(seed, SECTORS, can_discard=False)
-        self.load = Load(self.frontend, self.model, patience_s=60)
-
-    def status(self) -> dict[str, Any]:
-        """Return what the service says of the disk."""
-        [found] = self.machine.ask({"verb": "status"})["data"]
-        return found  # type: ignore[no-any-return]  # JSON
-
-    def connection(self) -> str:
-        """Return what the layer says of its connection."""
-        return str(self.status()["layers"][0]["facts"].get("connection", ""))
-
-    def kill(self) -> None:
-        """Kill the worker, which may just be starting."""
-        worker = self.status()["worker"]
-        if worker:
-            os.kill(worker, signal.SIGKILL)
-
-    def end(self) -> None:
-        """See that the guest saw no error, and that each sector holds what it wrote."""
-        self.load.finish()
-        assert 0 == self.model.failures
-        read_all(self.frontend, self.model)
 
 
 @pytest.fixture

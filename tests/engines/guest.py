@@ -1,0 +1,70 @@
+"""A guest of the embedded machine with one disk of an engine, under verified load.
+
+Must not know which engine that is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import Any
+
+from tests.workload import Load, make_model, read_all
+from xenbackend.embedded.machine import Machine
+from xenbackend.rig.frontend import Wishes
+
+SIZE = 64 << 20
+SECTORS = SIZE // 512
+DOMID = 5
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+
+
+class Guest:
+    """A guest with a disk of an engine under verified load."""
+
+    def __init__(self, machine: Machine, chain: str, seed: int, stack: ExitStack) -> None:
+        self.machine = machine
+        guest = stack.enter_context(closing(machine.create_guest(DOMID)))
+        self.path = machine.attach(DOMID, "xvda", chain)
+        self.frontend = stack.enter_context(closing(guest.connect(self.path, Wishes(persistent=True, indirect=64))))
+        self.model = make_model(seed, SECTORS, can_discard=False)
+        self.load = Load(self.frontend, self.model, patience_s=60)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the service says of the disk."""
+        [found] = self.machine.ask({"verb": "status"})["data"]
+        return found  # type: ignore[no-any-return]  # JSON
+
+    def connection(self) -> str:
+        """Return what the layer says of its connection."""
+        return self.fact("connection")
+
+    def fact(self, key: str) -> str:
+        """Return what the layer says of something, empty where it says nothing."""
+        layers = self.status()["layers"]
+        return str(layers[0]["facts"].get(key, "")) if layers else ""
+
+    def error(self) -> str:
+        """Return why the disk is not served, or not fully."""
+        return str(self.status()["error"] or "")
+
+    def kill(self) -> None:
+        """Kill the worker, which may just be starting."""
+        worker = self.status()["worker"]
+        if worker:
+            os.kill(worker, signal.SIGKILL)
+
+    def end(self) -> None:
+        """See that the guest saw no error, and that each sector holds what it wrote."""
+        self.load.finish()
+        assert 0 == self.model.failures
+        read_all(self.frontend, self.model)
