@@ -20,7 +20,16 @@ pytestmark = in_one_process
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
 GROUND = {"units", "errors", "disks", "log", "counters", "budget", "settings_file"}
-STRANGERS = {"kernel", "blkif", "nbd", "block", "protocol", "journal", "loop"}  # layer 1: they do not know each other
+STRANGERS = {
+    "kernel",
+    "blkif",
+    "ceph",
+    "nbd",
+    "block",
+    "protocol",
+    "journal",
+    "loop",
+}  # which do not know each other
 LAYERS = {
     "units": set(),
     "errors": set(),
@@ -31,9 +40,10 @@ LAYERS = {
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"loop.steps", "nbd"},
+    "ceph": GROUND - {"log"} | {"kernel.memory"},
     "walls": GROUND - {"log"} | {"kernel"},
     "opener": GROUND - {"log"} | {"kernel", "block", "protocol"},
-    "worker": GROUND - {"log"} | STRANGERS | {"opener", "walls"},  # a worker logs by messages
+    "worker": GROUND - {"log"} | STRANGERS - {"ceph"} | {"opener", "walls"},  # a worker logs by messages
     "supervisor": GROUND
     | {"protocol", "journal", "loop", "blkif.features", "blkif.handshake", "block"}
     | {"kernel.blkback", "kernel.identity", "kernel.memfd", "kernel.ports", "kernel.process", "walls.raising"},
@@ -55,7 +65,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "argon2": ("opener/deriving",),  # up to 4 GiB and minutes: no worker, no service
-    "ctypes": ("bench/blkif_native", "block/luks/cipher", "kernel/"),
+    "ctypes": ("bench/blkif_native", "block/luks/cipher", "ceph/", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls"),
     "importlib": (
         "block/drivers/__init__",
@@ -101,7 +111,7 @@ HOMES = {
     "daemon": ("supervisor/service/detached",),
     "zstandard": ("block/formats/zstd",),
     "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/service/process"),
-    "threading": ("block/recorder", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
+    "threading": ("block/recorder", "ceph/bounded", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
     # attributes
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler;
     # CREDENTIALS_DIRECTORY, as systemd gives it to the service

@@ -1,0 +1,211 @@
+"""An open image of a pool: what it is, which settings hold for it, who has its lock.
+
+Must not do a guest's I/O (`requests` does), nor decide what is safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from dataclasses import dataclass
+
+from xenbackend.ceph.cluster import Cluster, plain_address
+from xenbackend.ceph.library import check
+from xenbackend.errors import DriverError
+
+EXCLUSIVE = 0  # rbd/librbd.h, RBD_LOCK_MODE_EXCLUSIVE
+HAS_EXCLUSIVE_LOCK = 1 << 2  # rbd/features.h, RBD_FEATURE_EXCLUSIVE_LOCK
+BLOCKLISTED = errno.ESHUTDOWN  # rbd/librbd.h: what a client gets that the cluster refuses
+_EVENTFD = 2  # rbd/librbd.h, EVENT_TYPE_EVENTFD
+_ID_BYTES = 256
+_OWNERS_BYTES = 4096
+_MOST = 1024  # settings or watchers; a release has some 80 settings, an image few of the others
+_LOCK = b"rbd_lock"  # librbd's own, on the image's header; include/rbd_types.h, RBD_LOCK_NAME
+
+
+class _Setting(ctypes.Structure):
+    """rbd_config_option_t."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_char_p), ("source", ctypes.c_int))
+
+
+class _Watcher(ctypes.Structure):
+    """rbd_image_watcher_t."""
+
+    _fields_ = (("address", ctypes.c_char_p), ("id", ctypes.c_int64), ("cookie", ctypes.c_uint64))
+
+
+SOURCES = {0: "ceph.conf or its default", 1: "the pool", 2: "the image"}  # rbd/librbd.h, rbd_config_source_t
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who has the lock of an image."""
+
+    client: str  # client.4123
+    cookie: str
+    address: str  # as `Cluster.address`
+
+    def __str__(self) -> str:
+        return f"{self.client} at {self.address}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting that holds for an image, and where it is from."""
+
+    value: str
+    source: str
+
+
+class Pool:
+    """A pool, and a namespace in it, as this client sees it."""
+
+    def __init__(self, cluster: Cluster, name: str, namespace: str = "") -> None:
+        """Find it. Raises: DriverError."""
+        self._rados = cluster.library.rados
+        self.handle = ctypes.c_void_p()
+        result = self._rados.rados_ioctx_create(cluster.handle, _bytes(name), ctypes.byref(self.handle))
+        if result == -errno.ENOENT:
+            raise DriverError(f"the cluster has no pool {name!r}", errno=errno.ENOENT)
+        check(result, f"look at the pool {name!r}")
+        self._rados.rados_ioctx_set_namespace(self.handle, _bytes(namespace))
+
+    def number(self) -> int:
+        """Return what tells it from any other pool of its cluster, also of earlier ones of its name."""
+        return int(self._rados.rados_ioctx_get_id(self.handle))
+
+    def close(self) -> None:
+        """Let go of it; its images are closed."""
+        if self.handle:
+            self._rados.rados_ioctx_destroy(self.handle)
+            self.handle = ctypes.c_void_p()
+
+
+class Image:
+    """An open image, or one of its snapshots; `handle` is its `rbd_image_t`."""
+
+    def __init__(self, cluster: Cluster, pool: Pool, name: str, snapshot: str = "", *, read_only: bool) -> None:
+        """Open it. Raises: DriverError; ENOENT where there is no such image or snapshot."""
+        self._rados, self._slow = cluster.library.rados, cluster.library.slow
+        self._pool = pool
+        self.handle = ctypes.c_void_p()
+        opens = self._slow.rbd_open_read_only if read_only or snapshot else self._slow.rbd_open
+        snap = _bytes(snapshot) if snapshot else None
+        result = opens(pool.handle, _bytes(name), ctypes.byref(self.handle), snap)
+        if result < 0:
+            self.handle = ctypes.c_void_p()
+            raise DriverError(_why_not_opened(-result, name, snapshot, cluster.user), errno=-result)
+
+    def size(self) -> int:
+        """Return its bytes as they are now, which may take a question to the cluster. Raises: DriverError."""
+        size = ctypes.c_uint64()
+        check(self._slow.rbd_get_size(self.handle, ctypes.byref(size)), "ask for the image's size")
+        return size.value
+
+    def id(self) -> str:
+        """Return what tells it from any other image of its pool, whatever it is called. Raises: DriverError."""
+        text = ctypes.create_string_buffer(_ID_BYTES)
+        check(self._slow.rbd_get_id(self.handle, text, _ID_BYTES), "ask for the image's id")
+        return text.value.decode()
+
+    def features(self) -> int:
+        """Return its features, as bits of rbd/features.h. Raises: DriverError."""
+        found = ctypes.c_uint64()
+        check(self._slow.rbd_get_features(self.handle, ctypes.byref(found)), "ask for the image's features")
+        return found.value
+
+    def settings(self) -> dict[str, Setting]:
+        """Return what holds for it by now, whatever the client had wished, by names. Raises: DriverError."""
+        found, count = (_Setting * _MOST)(), ctypes.c_int(_MOST)
+        result = self._slow.rbd_config_image_list(self.handle, found, ctypes.byref(count))
+        check(result, "ask which settings hold for the image")
+        try:
+            return {
+                each.name.decode(): Setting(each.value.decode(errors="replace"), SOURCES.get(each.source, "elsewhere"))
+                for each in found[: count.value]
+            }
+        finally:
+            self._slow.rbd_config_image_list_cleanup(found, count.value)
+
+    def owners(self) -> list[Owner]:
+        """Return who has its lock: one, or none. Raises: DriverError."""
+        texts = [ctypes.create_string_buffer(_OWNERS_BYTES) for _ in range(4)]  # tag, clients, cookies, addresses
+        sizes = [ctypes.c_size_t(_OWNERS_BYTES) for _ in texts]
+        exclusive = ctypes.c_int()
+        pairs = [each for text, size in zip(texts, sizes, strict=True) for each in (text, ctypes.byref(size))]
+        result = self._rados.rados_list_lockers(
+            self._pool.handle, self._header(), _LOCK, ctypes.byref(exclusive), *pairs
+        )
+        if result == -errno.ENOENT:
+            return []
+        count = check(result, "ask who has the image's lock")
+        columns = [text.raw[: size.value].split(b"\0")[:count] for text, size in zip(texts, sizes, strict=True)][1:]
+        return [
+            Owner(client, cookie, plain_address(address))
+            for client, cookie, address in ([each.decode() for each in row] for row in zip(*columns, strict=True))
+        ]
+
+    def watchers(self) -> list[str]:
+        """Return the addresses of the clients that have it open to write, and are not silent. Raises: DriverError."""
+        found, count = (_Watcher * _MOST)(), ctypes.c_size_t(_MOST)
+        check(self._slow.rbd_watchers_list(self.handle, found, ctypes.byref(count)), "ask who has the image open")
+        try:
+            return [plain_address(each.address.decode()) for each in found[: count.value]]
+        finally:
+            self._slow.rbd_watchers_list_cleanup(found, count.value)
+
+    def acquire(self) -> None:
+        """Have the lock, and give it to nobody who asks. It may take 30 s where a dead client has it.
+
+        Raises: DriverError; EROFS where another client keeps it.
+        """
+        check(self._slow.rbd_lock_acquire(self.handle, EXCLUSIVE), "take the image's lock")
+
+    def is_owner(self) -> bool:
+        """Return whether the lock is ours. Raises: DriverError."""
+        found = ctypes.c_int()
+        check(self._slow.rbd_is_exclusive_lock_owner(self.handle, ctypes.byref(found)), "ask whether the lock is ours")
+        return bool(found.value)
+
+    def break_lock(self, owner: Owner) -> None:
+        """Take the lock from a client, which the cluster refuses already (`Cluster.refuse`). Raises: DriverError."""
+        result = self._rados.rados_break_lock(
+            self._pool.handle, self._header(), _LOCK, owner.client.encode(), owner.cookie.encode()
+        )
+        if result != -errno.ENOENT:  # it has given it back meanwhile
+            check(result, f"take the lock from {owner}")
+
+    def notify(self, fd: int) -> None:
+        """Have librbd write to an eventfd when requests are done. Raises: DriverError."""
+        check(self._slow.rbd_set_image_notification(self.handle, fd, _EVENTFD), "have answers told by an eventfd")
+
+    def _header(self) -> bytes:
+        return f"rbd_header.{self.id()}".encode()
+
+    def close(self) -> None:
+        """Let go of it, and of its lock. Nothing is in flight. It may wait for the cluster. Raises: DriverError."""
+        if self.handle:
+            handle, self.handle = self.handle, ctypes.c_void_p()
+            check(self._slow.rbd_close(handle), "close the image")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
+def _why_not_opened(code: int, name: str, snapshot: str, user: str) -> str:
+    what = f"the snapshot {snapshot!r} of {name!r}" if snapshot else f"{name!r}"
+    match code:
+        case errno.ENOENT if snapshot:
+            return f"there is no image {name!r} with a snapshot {snapshot!r} in the pool"
+        case errno.ENOENT:
+            return f"there is no image {name!r} in the pool"
+        case errno.EPERM | errno.EACCES:
+            return f"the key of client.{user} may not open {what}; it needs `profile rbd` for monitors and for the pool"
+        case errno.ESHUTDOWN:
+            return "the cluster refuses this client: it is on its blocklist"
+        case errno.ENOSYS:
+            return f"{what} wants a plug-in of librbd that this host does not have; its setting rbd_plugins names it"
+    return f"{what} cannot be opened: {os.strerror(code)}"

@@ -1,0 +1,126 @@
+"""librados and librbd, loaded by ctypes when a process first needs them: signatures, and results as exceptions.
+
+Must not be loaded in the process that workers are forked from: every worker would have them. Must not let Python code
+be called from a thread of theirs: no callback of ours is ever given to them.
+
+Two handles of one library: by `quick` calls keep the interpreter's lock, which saves two switches where nothing can
+sleep; by `slow` ones other threads of ours run meanwhile.
+
+Source: rados/librados.h and rbd/librbd.h of Ceph 16.2.15; the interfaces are stable since 14 (Nautilus).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from xenbackend.errors import DriverError
+
+RADOS, RBD = "librados.so.2", "librbd.so.1"
+
+_handle, _text, _int = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+_u64, _i64, _size = ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t
+
+_RADOS: dict[str, tuple[Any, ...]] = {
+    "rados_create2": (_handle, _text, _text, _u64),
+    "rados_conf_set": (_handle, _text, _text),
+    "rados_connect": (_handle,),
+    "rados_shutdown": (_handle,),
+    "rados_cluster_fsid": (_handle, _text, _size),
+    "rados_getaddrs": (_handle, _handle),
+    "rados_wait_for_latest_osdmap": (_handle,),
+    "rados_mon_command": (_handle, _handle, _size, _text, _size, _handle, _handle, _handle, _handle),
+    "rados_buffer_free": (_handle,),
+    "rados_ioctx_create": (_handle, _text, _handle),
+    "rados_ioctx_set_namespace": (_handle, _text),
+    "rados_ioctx_get_id": (_handle,),
+    "rados_ioctx_destroy": (_handle,),
+    "rados_list_lockers": (_handle, _text, _text, *9 * (_handle,)),
+    "rados_break_lock": (_handle, _text, _text, _text, _text),
+}
+_RBD: dict[str, tuple[Any, ...]] = {
+    "rbd_open": (_handle, _text, _handle, _text),
+    "rbd_open_read_only": (_handle, _text, _handle, _text),
+    "rbd_close": (_handle,),
+    "rbd_get_size": (_handle, _handle),
+    "rbd_get_id": (_handle, _text, _size),
+    "rbd_get_features": (_handle, _handle),
+    "rbd_config_image_list": (_handle, _handle, _handle),
+    "rbd_config_image_list_cleanup": (_handle, _int),
+    "rbd_lock_acquire": (_handle, _int),
+    "rbd_is_exclusive_lock_owner": (_handle, _handle),
+    "rbd_watchers_list": (_handle, _handle, _handle),
+    "rbd_watchers_list_cleanup": (_handle, _size),
+    "rbd_set_image_notification": (_handle, _int, _int),
+}
+_QUICK: dict[str, tuple[Any, ...]] = {
+    "rbd_aio_create_completion": (_handle, _handle, _handle),
+    "rbd_aio_get_return_value": (_handle,),
+    "rbd_aio_get_arg": (_handle,),
+    "rbd_aio_release": (_handle,),
+    "rbd_poll_io_events": (_handle, _handle, _int),
+    "rbd_aio_read": (_handle, _u64, _size, _handle, _handle),
+    "rbd_aio_write": (_handle, _u64, _size, _handle, _handle),
+    "rbd_aio_readv": (_handle, _handle, _int, _u64, _handle),
+    "rbd_aio_writev": (_handle, _handle, _int, _u64, _handle),
+    "rbd_aio_discard": (_handle, _u64, _u64, _handle),
+    "rbd_aio_flush": (_handle, _handle),
+}
+_RESULTS: dict[str, Any] = {
+    "rados_shutdown": None,
+    "rados_buffer_free": None,
+    "rados_ioctx_set_namespace": None,
+    "rados_ioctx_get_id": _i64,
+    "rados_list_lockers": ctypes.c_ssize_t,
+    "rados_ioctx_destroy": None,
+    "rbd_config_image_list_cleanup": None,
+    "rbd_watchers_list_cleanup": None,
+    "rbd_aio_get_return_value": ctypes.c_ssize_t,
+    "rbd_aio_get_arg": _handle,
+    "rbd_aio_release": None,
+}
+
+
+class Libraries:
+    """Both libraries: calls by their names, as `rados`, `slow` and `quick`."""
+
+    def __init__(self) -> None:
+        """Load them. Raises: OSError, where one is not there."""
+        self.rados: Any = ctypes.CDLL(RADOS)
+        self.slow: Any = ctypes.CDLL(RBD)
+        self.quick: Any = ctypes.PyDLL(RBD)
+        for library, calls in ((self.rados, _RADOS), (self.slow, _RBD), (self.quick, _QUICK)):
+            _declare(library, calls)
+
+
+_loaded: Libraries | str = ""  # or why they could not be
+
+
+def load() -> Libraries:
+    """Return the libraries, loaded once in a process. Raises: DriverError, where this host does not have them."""
+    global _loaded  # noqa: PLW0603 - a library is in a process once
+    if not _loaded:
+        try:
+            _loaded = Libraries()
+        except (OSError, AttributeError) as error:  # the latter: a call that an older release lacks
+            _loaded = f"Ceph's library cannot be used: {error}; Debian's package librbd1 has it"
+    if isinstance(_loaded, str):
+        raise DriverError(_loaded, errno=errno.ENOPKG)
+    return _loaded
+
+
+def check(result: int, what: str) -> int:
+    """Return the result of a call. Raises: DriverError, `what` and why, where it is negative."""
+    if result < 0:
+        raise DriverError(f"{what}: {os.strerror(-result)}", errno=-result)
+    return result
+
+
+def _declare(library: Any, calls: Mapping[str, Iterable[Any]]) -> None:
+    for name, arguments in calls.items():
+        function = getattr(library, name)
+        function.argtypes = tuple(arguments)
+        function.restype = _RESULTS.get(name, ctypes.c_int)
