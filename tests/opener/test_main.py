@@ -18,6 +18,7 @@ from tests.openers import Openers
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
 from xenbackend.block.mapped.parents import PARENT
+from xenbackend.block.servers import Account
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.opener.main import BREACH
 from xenbackend.protocol.opening import Job
@@ -110,6 +111,7 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
         lambda: opener.resolve("/root/x"),
         lambda: opener.for_chain(1).look(str(image)),
         lambda: opener.for_chain(-1).look(str(image)),
+        lambda: opener.read_cluster(Account("/etc/ceph/ceph.conf", "admin")),
         opener.open_devices,
         opener.listen,
     ):

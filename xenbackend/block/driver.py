@@ -40,7 +40,7 @@ D11 The process may be killed between any two instructions, and what was in flig
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -49,7 +49,7 @@ from xenbackend.block.env import Env as Env  # noqa: PLC0414 - whoever writes a 
 from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.keys import Derivation
 from xenbackend.block.request import Request
-from xenbackend.block.servers import After, Endpoint
+from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import DriverError
 
 if TYPE_CHECKING:
@@ -212,6 +212,14 @@ class Files(Lookup, Protocol):
             without_newline: make it of all of the passphrase but the newline at its end; ENODATA: it has none.
 
         Raises: DriverError, OSError.
+        """
+
+    def read_cluster(self, account: Account) -> Mapping[str, str]:
+        """Return what a client of a cluster has to know: Ceph's options by their names, the key among them.
+
+        An opener reads it from the host's files; of monitors the names are resolved.
+
+        Raises: DriverError, also for an account that the layer's options do not name (`block.servers`); OSError.
         """
 
     def open(

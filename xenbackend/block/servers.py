@@ -39,3 +39,17 @@ def servers_of(options: Any) -> dict[str, Endpoint]:
     values = [getattr(options, each.name) for each in fields(options)]
     found = [each.endpoint for each in values if isinstance(getattr(each, "endpoint", None), Endpoint)]
     return {str(endpoint): endpoint for endpoint in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """As whom a cluster is asked, and the file on this host that says where it is and by which key."""
+
+    conf: str  # a whole path
+    user: str  # of Ceph, without ``client.``
+
+
+def account_of(options: Any) -> Account | None:
+    """Return the account that a layer's options name by their `account`, None where they name none."""
+    found = getattr(options, "account", None)
+    return found if isinstance(found, Account) else None

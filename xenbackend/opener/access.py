@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from xenbackend.block.driver import Found
 from xenbackend.block.mapped.parents import PARENT
+from xenbackend.block.servers import Account
 from xenbackend.errors import DriverError, printable
 from xenbackend.kernel import locks, openat
 from xenbackend.kernel.identity import difference, from_text
@@ -149,6 +150,10 @@ class Access:
     def check_key(self, source: str, chain: int) -> None:
         """See that keys may be made of the passphrase that is there. Raises: DriverError."""
         self._chain(chain).check_key(source)
+
+    def account(self, conf: str, user: str, chain: int) -> Account:
+        """Return the account of a cluster, whose settings may be read. Raises: DriverError."""
+        return self._chain(chain).account(Account(conf, user))
 
     def resolve(self, name: str, chain: int) -> str:
         """Return the directory of a file with all links followed. Raises: DriverError."""

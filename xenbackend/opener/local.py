@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
-from xenbackend.block.servers import After, Endpoint
+from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel.inuse import InUse, is_used_by_another_face
 from xenbackend.kernel.locks import Access
 from xenbackend.opener import connecting, marks, parents, steps
+from xenbackend.opener.cluster import read_settings
 from xenbackend.protocol.opening import Facts
 
 Settings = Callable[[], Sequence[str]]
@@ -106,6 +107,10 @@ class LocalOpener:
         from xenbackend.opener.deriving import derive  # late: few images have a key
 
         return memoryview(derive(source, how, without_newline=without_newline))
+
+    def read_cluster(self, account: Account) -> Mapping[str, str]:
+        """Return what a client of a cluster has to know. Raises: DriverError, OSError."""
+        return read_settings(account)
 
     def look(self, path: str) -> Facts:
         """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""

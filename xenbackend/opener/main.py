@@ -22,6 +22,7 @@ from xenbackend.kernel import locks, memfd
 from xenbackend.kernel.ports import open_devices
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
+from xenbackend.opener.cluster import read_settings
 from xenbackend.opener.connecting import Connections
 from xenbackend.opener.deriving import Work, derive
 from xenbackend.opener.listening import listen
@@ -119,14 +120,8 @@ class Attendant:
                 return _do_with_file(access, question, fds)
             case opening.LookBeside() | opening.SayWhoUses():
                 return _look_for_users(access, question)
-            case opening.MakeFile() if job.makes and self._new is None:
-                access.check_names()
-                self._new = NewFile(job.makes)
-                fds.append(os.dup(self._new.fd))
-            case opening.Publish() if self._new is not None:
-                is_marked = access.mark_child(self._new.fd)
-                self._new.publish()
-                return Given(is_marked=is_marked)
+            case opening.MakeFile() | opening.Publish():
+                return self._do_with_new_file(access, question, fds)
             case opening.OpenDevices() if job.host:
                 fds += open_devices(job.host, job.frontend_domid)
             case opening.Listen() if job.export:
@@ -138,9 +133,23 @@ class Attendant:
                 fds.append(
                     self._connections.connect(question, access.server(question.server, question.chain), self._say)
                 )
+            case opening.ReadCluster():
+                return Given(settings=read_settings(access.account(question.conf, question.user, question.chain)))
             case _:
                 return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
         return Given()
+
+    def _do_with_new_file(self, access: Access, question: opening.MakeFile | opening.Publish, fds: list[int]) -> Given:
+        if isinstance(question, opening.MakeFile) and self._job.makes and self._new is None:
+            access.check_names()
+            self._new = NewFile(self._job.makes)
+            fds.append(os.dup(self._new.fd))
+            return Given()
+        if isinstance(question, opening.Publish) and self._new is not None:
+            is_marked = access.mark_child(self._new.fd)
+            self._new.publish()
+            return Given(is_marked=is_marked)
+        return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
 
     def _about(self, question: opening.Question) -> str:
         """Return the name of the file that a question is about."""
@@ -153,6 +162,8 @@ class Attendant:
                 return question.server
             case opening.Derive():
                 return question.source
+            case opening.ReadCluster():
+                return question.conf
             case opening.OpenDevices() | opening.Listen():
                 return self._job.host or self._job.export
         return question.name

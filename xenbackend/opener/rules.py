@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from xenbackend.block.mapped.parents import DATA_FILE
 from xenbackend.block.options import KEY, RECORD, files_of, uses_of
-from xenbackend.block.servers import Endpoint, servers_of
+from xenbackend.block.servers import Account, Endpoint, account_of, servers_of
 from xenbackend.block.spec import only_read_from, parse_chain
 from xenbackend.errors import DriverError, printable
 from xenbackend.protocol.opening import MAX_FILES
@@ -59,6 +59,7 @@ class Rules:
         self._images: list[str] = []
         self._servers: dict[str, Server] = {}
         self._keys: set[str] = set()
+        self._accounts: set[Account] = set()
         layers = parse_chain(chain).layers
         first = only_read_from([layer.driver for layer in layers])
         for place, layer in enumerate(layers):
@@ -75,6 +76,8 @@ class Rules:
                     self._rules[path] = Rule(may_write, is_shared, within=within, data_file=data_file)
             drain_s = float(getattr(layer.options, "drain", 0.0))
             self._servers |= {name: Server(each, drain_s) for name, each in servers_of(layer.options).items()}
+            if account := account_of(layer.options):
+                self._accounts.add(account)
             self._source = list(files_of(layer.options).values())
         self._said = frozenset(self._rules)
 
@@ -113,6 +116,13 @@ class Rules:
         if source not in self._keys:
             problem = f"{printable(source)} is no passphrase of this disk"
             raise DriverError(problem, errno=errno.EACCES)
+
+    def account(self, account: Account) -> Account:
+        """Return an account of a cluster that the chain names. Raises: DriverError where it names no such one."""
+        if account not in self._accounts:
+            problem = f"{printable(account.conf)} is a configuration that this disk has nothing to do with"
+            raise DriverError(problem, path=account.conf, errno=errno.EACCES)
+        return account
 
     def allow(self, name: str, named_by: str) -> None:
         """Let a file be read that an image may name, which itself may be opened.

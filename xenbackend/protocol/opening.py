@@ -304,6 +304,18 @@ class Derive:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadCluster:
+    """Read what a client of a cluster that the chain names has to know: the answer's `settings`, a key among them.
+
+    conf, user   as `block.servers.Account`
+    """
+
+    conf: str
+    user: str
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a file is.
 
@@ -334,6 +346,7 @@ class Given:
     user       who uses an image that is in use, where that is known
     by         the act of an administrator by which a file was found (`block.driver.Found`)
     is_marked  what was published is marked with its parent
+    settings   of a client of a cluster, by their names
     """
 
     errno: int = 0
@@ -343,6 +356,7 @@ class Given:
     user: str = ""
     by: str = ""
     is_marked: bool = False
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 Question = (
@@ -358,6 +372,7 @@ Question = (
     | Listen
     | ConnectTo
     | Derive
+    | ReadCluster
 )
 Found = Opened | Connected | Undrained
 FromOpener = Found | Given | Meaning | Waits

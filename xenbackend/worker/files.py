@@ -13,14 +13,14 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
-from xenbackend.block.servers import After, Endpoint
+from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import blockdev, locks
 from xenbackend.kernel.blockdev import Medium
@@ -82,6 +82,9 @@ class Opener(Protocol):
 
     def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:
         """As `block.driver.Files.derive`."""
+
+    def read_cluster(self, account: Account) -> Mapping[str, str]:
+        """As `block.driver.Files.read_cluster`."""
 
 
 class HostFiles:
@@ -216,6 +219,10 @@ class HostFiles:
     def derive(self, source: str, how: Derivation, *, without_newline: bool = False) -> memoryview:
         """Return a key that is made of a passphrase, as `Opener.derive`."""
         return self.opener.derive(source, how, without_newline=without_newline)
+
+    def read_cluster(self, account: Account) -> Mapping[str, str]:
+        """See `block.driver.Files`."""
+        return self.opener.read_cluster(account)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""

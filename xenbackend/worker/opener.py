@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
-from xenbackend.block.servers import After, Endpoint
+from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import ConfigError, DriverError, KernelError
 from xenbackend.kernel import memfd
 from xenbackend.kernel.inuse import InUse
@@ -85,6 +85,10 @@ class NoOpener:
     def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:  # noqa: ARG002
         """Refuse it."""
         raise _refusal(source)
+
+    def read_cluster(self, account: Account) -> Mapping[str, str]:
+        """Refuse it."""
+        raise _refusal(account.conf)
 
 
 class RemoteOpener:
@@ -186,6 +190,10 @@ class RemoteOpener:
             raise OSError(error.errno, str(error)) from None
         finally:
             os.close(fd)
+
+    def read_cluster(self, account: Account) -> Mapping[str, str]:
+        """Return what a client of a cluster has to know, as `opening.ReadCluster`. Raises: DriverError, OSError."""
+        return self._ask(opening.ReadCluster(account.conf, account.user, self.chain), 0)[0].settings
 
     def fileno(self) -> int:
         """Return the descriptor at which the answer to `begin_connect` comes."""
