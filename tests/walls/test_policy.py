@@ -37,6 +37,11 @@ def test_only_what_needs_files_opens_some() -> None:
     assert "socket" not in load([WORKER, "files"])
 
 
+def test_cephs_library_needs_little() -> None:
+    """Beside the network it makes event loops and pipes, and no connection by itself."""
+    assert {"epoll_create", "pipe2"} == load([WORKER, "ceph"]).keys() - load([WORKER]).keys()
+
+
 def test_a_line_is_a_call_and_a_condition() -> None:
     """Always, on an argument's value or bits, or refused by another error; a call may have several lines."""
     found: Policy = {}

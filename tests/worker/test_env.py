@@ -55,6 +55,16 @@ def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
     assert bytes(second[5000:5005]) == b"dirty"
 
 
+def test_a_layer_may_end_its_process(reactor: Reactor) -> None:
+    """What a layer gives up for is said with the layer's name; where nobody follows, nothing is done."""
+    said: list[str] = []
+    factory = EnvFactory(reactor, HostFiles(reactor), give_up=said.append)
+    factory("rbd-7").give_up("the cluster refuses it")
+    EnvFactory(reactor, HostFiles(reactor))("rbd-7").give_up("the cluster refuses it")
+
+    assert ["the layer rbd-7: the cluster refuses it"] == said
+
+
 def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
     """Another layer's memory of the same name is another one, and another size gives fresh zeros, kept anew."""
     kept: list[tuple[str, int]] = []

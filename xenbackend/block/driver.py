@@ -57,8 +57,9 @@ if TYPE_CHECKING:
 
 API = 2  # the version of this contract; a third party's driver names the one it was written for
 
-# What a driver may need beside what `Env.files` opens: to read the files that anybody may; connections by IP.
-NEEDS = {"files", "network"}
+# What a driver may need beside what `Env.files` opens: to read the files that anybody may; connections by IP; what
+# Ceph's library asks the kernel for.
+NEEDS = {"ceph", "files", "network"}
 
 Complete = Callable[[list[Request]], None]
 Look = Callable[[int, int], bytes]  # offset and length in bytes: what the layer below has there. Raises: OSError
@@ -281,6 +282,14 @@ class Driver:
         self.complete: Complete = _not_wired
 
     on_complete: Complete | None = None
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Load what cannot be loaded behind walls, nor in the process that workers are forked from: a library.
+
+        Called once in a worker whose chain has a driver with `needs`, before its walls go up; elsewhere never. Raises:
+        DriverError, which is nobody's business before `open` finds the same.
+        """
 
     def open(self, env: Env) -> Geometry:
         """Open what this layer stands for. Raises: DriverError, or OSError with the errno of the call that failed."""

@@ -83,6 +83,12 @@ class Env(Protocol):
     def disconnected(self, endpoint: Endpoint, place: int = 0) -> None:
         """Say that a connection is closed with nothing under way: nobody need see it to its end."""
 
+    def give_up(self, why: str) -> None:
+        """End this process, for what only another one can put right: `why` is said, and a successor begins anew.
+
+        Nothing in flight is answered. Where no successor would follow, as in a command, it does nothing and returns.
+        """
+
     def report(self, key: str, value: str) -> None:
         """Publish a fact about this layer for `check` and `status`, such as ``mode`` = ``O_DIRECT, Linux AIO``.
 

@@ -110,6 +110,8 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198),
     "connect": (42, 203),
     "bind": (49, 200),
+    "epoll_create": (213, None),
+    "pipe2": (293, 59),
     "sendmmsg": (307, 269),
     "recvmmsg": (299, 243),
     "openat": (257, 56),

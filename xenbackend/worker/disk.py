@@ -50,6 +50,7 @@ class Disk:
         connections: Connections | None = None,
         on_report: Callable[[], None] = tell_nobody,
         on_stopped: Callable[[str], None] = tell_nobody,
+        give_up: Callable[[str], None] = tell_nobody,
     ) -> None:
         """Open nothing yet. `memories` are descriptors by name, ours from now on; the rest is as for `EnvFactory`."""
         self.text = message.chain
@@ -67,7 +68,7 @@ class Disk:
         self._reactor = reactor
         self._env = EnvFactory(
             reactor, self.files, memories, keep, drop, connections=connections,
-            on_report=on_report, on_stopped=on_stopped, resumes=message.resumes,
+            on_report=on_report, on_stopped=on_stopped, give_up=give_up, resumes=message.resumes,
         )  # fmt: skip
         self._on_bug = on_bug
 

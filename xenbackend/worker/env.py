@@ -86,6 +86,10 @@ class WorkerEnv:
         if self._factory.connections is not None and inode is not None:
             self._factory.connections.parted(str(endpoint), place, inode)
 
+    def give_up(self, why: str) -> None:
+        """As `block.driver.Env.give_up`."""
+        self._factory.give_up(f"the layer {self._layer}: {why}")
+
     def report(self, key: str, value: str) -> None:
         """Publish a fact about this layer, as it is opened or later."""
         if self.facts.get(key) != value:
@@ -115,6 +119,7 @@ class EnvFactory:
         connections: keeps those to servers for a successor; None: there will be none.
         on_report: hears that a layer has published something.
         on_stopped: gets a sentence when a layer's callbacks are called no more (`worker.callbacks`).
+        give_up: ends this process, as a layer asks for in a sentence; by default it goes on.
         resumes: a guest may have written through an earlier worker.
         is_draft: the image is being made, as `Env` says.
     """
@@ -130,6 +135,7 @@ class EnvFactory:
         connections: Connections | None = None,
         on_report: Callable[[], None] = tell_nobody,
         on_stopped: Callable[[str], None] = tell_nobody,
+        give_up: Callable[[str], None] = tell_nobody,
         resumes: bool = False,
         is_draft: bool = False,
     ) -> None:
@@ -142,7 +148,7 @@ class EnvFactory:
         self._drop = drop
         self.connections = connections
         self._is_first = True  # chain of this process, so that a predecessor's connections may have to be ended
-        self.on_report, self.on_stopped = on_report, on_stopped
+        self.on_report, self.on_stopped, self.give_up = on_report, on_stopped, give_up
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
 

@@ -79,7 +79,7 @@ class Stages:
         self.connector = Connector(reactor, channel.stand, channel.disconnected)
         self._disk = Disk(
             order, memories, reactor, channel.keep, channel.drop, on_bug,
-            self.connector, self._layer_reported, self._layer_stopped,
+            self.connector, self._layer_reported, self._layer_stopped, self._layer_gave_up,
         )  # fmt: skip
 
     @property
@@ -289,6 +289,11 @@ class Stages:
             self.connection.engine.hold(Hold.PAUSE)
         self._channel.alarm(sentence)
         self._channel.stand()
+
+    def _layer_gave_up(self, sentence: str) -> None:
+        """End this process for a layer that needs another one."""
+        self._channel.alarm(sentence)
+        os._exit(1)
 
     def _opened(self) -> Chain:
         if self._disk.chain is None:

@@ -36,7 +36,7 @@ def test_words_of_blktap_lead_to_a_driver_or_to_what_takes_their_place() -> None
     for name in ("bc", "lc", "llp", "qed", "remus", "valve", "vhdi", "vhdsync"):
         if name in drivers.ALIASES:
             assert drivers.ALIASES[name] == drivers.find_driver(name).name
-            assert [] == drivers.third_parties(f"{name}:|null:1G")
+            assert [] == drivers.to_load_ahead(f"{name}:|null:1G")
             continue
         with pytest.raises(LookupError, match=r"is known but not built in this version; .{30}"):
             drivers.find_driver(name)

@@ -11,12 +11,13 @@ A third party's package names its drivers in its entry points, and they become w
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.driver import API, NEEDS, Driver
 from xenbackend.block.grammar import parse
 from xenbackend.block.options import OptionHelp, describe_options, nearest
-from xenbackend.errors import ChainError
+from xenbackend.errors import ChainError, DriverError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -60,11 +61,13 @@ UNBUILT = {  # words of blktap2 and libxl that an operator may know: what they s
 }
 
 
+LOADED_AHEAD: set[str] = set()  # of ours: what they need a worker has to be told of before its walls go up
+
 _ahead: dict[str, type[Driver] | LookupError] | None = None  # what was looked for ahead; None: whatever is asked for
 
 
 def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
-    """Import third parties' drivers now, and no other one ever after; return their classes.
+    """Load what these drivers are made of, and return their classes: later no other one that is loaded ahead is found.
 
     For a process that will be able to import nothing. A name that cannot be used is no error until it is asked for.
     """
@@ -72,19 +75,25 @@ def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
     found: dict[str, type[Driver] | LookupError] = {}
     for name in names:
         try:
-            found[name] = find_driver(name)
+            driver = found[name] = find_driver(name)
+            with suppress(DriverError):  # opening it says the same
+                driver.prepare()
         except LookupError as problem:
             found[name] = problem
     _ahead = found
     return [each for each in found.values() if isinstance(each, type)]
 
 
-def third_parties(chain: str) -> list[str]:
-    """Return the words of a chain's text that are none of our drivers; none of a text that is no chain."""
+def to_load_ahead(chain: str) -> list[str]:
+    """Return the words of a chain's text that `load_ahead` is for: third parties' drivers, and some of ours.
+
+    None of a text that is no chain.
+    """
     try:
-        return sorted({layer.name for layer in parse(chain)} - BUILT_IN.keys() - ALIASES.keys())
+        words = {layer.name for layer in parse(chain)}
     except ChainError:
         return []
+    return sorted(words - (BUILT_IN.keys() | ALIASES.keys()) | words & LOADED_AHEAD)
 
 
 def driver_names() -> list[str]:
@@ -99,7 +108,7 @@ def find_driver(name: str) -> type[Driver]:
         a third party's driver that cannot be used.
     """
     name = ALIASES.get(name, name)
-    if name in BUILT_IN:
+    if name in BUILT_IN and not (_ahead is not None and name in LOADED_AHEAD):
         module, _, attribute = BUILT_IN[name].partition(":")
         found: type[Driver] = getattr(importlib.import_module(module), attribute)
         return found
@@ -120,9 +129,10 @@ def find_driver(name: str) -> type[Driver]:
 def _find_ahead(name: str, ahead: Mapping[str, type[Driver] | LookupError]) -> type[Driver]:
     found = ahead.get(name)
     if found is None:
+        whose = "needs what others do not" if name in BUILT_IN else "is none of ours"
         raise LookupError(
-            f"driver {name!r} is none of ours, and this disk's worker was started without it; behind walls it imports "
-            "nothing any more, so that a third party's driver has to be in the chain when the disk is attached"
+            f"driver {name!r} {whose}, and this disk's worker was started without it; behind walls nothing can be "
+            "loaded any more, so that it has to be in the chain when the disk is attached"
         )
     if isinstance(found, LookupError):
         raise LookupError(str(found))

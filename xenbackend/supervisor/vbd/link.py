@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xenbackend.block.drivers import third_parties
+from xenbackend.block.drivers import to_load_ahead
 from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
@@ -59,12 +59,12 @@ class Link:
         self._openers: list[Opener] = []
 
     def start(self, chain: str = "") -> Worker:
-        """Start and return a worker, which imports what third parties have to do with this chain first.
+        """Start and return a worker, which first loads what of this chain can only be loaded ahead.
 
         Raises: KernelError; StorageHangs, where it could not do more than those before it, which still hang.
         """
         self._check_hanging()
-        self.worker = worker = self._fleet.start(self._take, self._end, third_parties(chain))
+        self.worker = worker = self._fleet.start(self._take, self._end, to_load_ahead(chain))
         return worker
 
     def _check_hanging(self, patience_s: float = 0.0) -> None:
