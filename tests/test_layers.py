@@ -39,7 +39,7 @@ LAYERS = {
     "settings_file": {"errors"},
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},
-    "block": GROUND - {"log"} | {"loop.steps", "nbd"},
+    "block": GROUND - {"log"} | {"ceph", "loop.steps", "nbd"},
     "ceph": GROUND - {"log"} | {"kernel.memory"},
     "walls": GROUND - {"log"} | {"kernel"},
     "opener": GROUND - {"log"} | {"kernel", "block", "protocol"},
@@ -270,7 +270,7 @@ def test_nothing_is_allowed_in_vain(part: str) -> None:
 def test_strangers_know_the_ground_only() -> None:
     """The rooms that a worker joins do not know each other, but for steps by which formats write tables, and NBD."""
     for part in STRANGERS:
-        assert LAYERS[part] & STRANGERS <= ({"nbd"} if part == "block" else set())  # a driver is a client of NBD
+        assert LAYERS[part] & STRANGERS <= ({"ceph", "nbd"} if part == "block" else set())  # drivers are clients
 
 
 def test_layers() -> None:

@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from xenbackend.block.mapped.parents import DATA_FILE, EXTENT, PARENT
+from xenbackend.block.servers import Account
 from xenbackend.errors import DriverError
 from xenbackend.opener.rules import Rule, Rules
 from xenbackend.protocol.opening import MAX_FILES
@@ -55,6 +56,19 @@ def test_the_data_file_of_a_layer_is_a_place_for_that_alone() -> None:
 
     assert ["/all:/data", "/all", "/all"] == [rule.places_for(each) for each in (DATA_FILE, PARENT, EXTENT)]
     assert "/all" == Rule(may_write=False, within="/all").places_for(DATA_FILE)
+
+
+def test_the_account_of_a_cluster_is_the_chains() -> None:
+    """A configuration is read for the user that the chain names with it, and for no other one."""
+    rules = Rules("log:/log|rbd:a/b,id=x,conf=/c", read_only=False)
+
+    assert Account("/c", "x") == rules.account(Account("/c", "x"))
+    for account in (Account("/c", "admin"), Account("/log", "x"), Account("/etc/shadow", "x")):
+        with pytest.raises(DriverError, match="has nothing to do with") as caught:
+            rules.account(account)
+        assert errno.EACCES == caught.value.errno
+    with pytest.raises(DriverError, match="is not opened"):
+        rules.of("/c")
 
 
 def test_the_file_of_a_memory_disk_may_be_opened() -> None:

@@ -20,6 +20,7 @@ from tests.openers import Openers
 from xenbackend import journal
 from xenbackend.block import drivers
 from xenbackend.block.drivers import find_driver, load_ahead
+from xenbackend.errors import DriverError
 from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, messages, opening
 from xenbackend.walls.raising import Wall
@@ -237,9 +238,25 @@ def test_what_was_not_there_from_the_beginning_is_refused(monkeypatch: pytest.Mo
 
     with pytest.raises(LookupError, match="unknown driver 'nonesuch'"):
         find_driver("nonesuch")
-    with pytest.raises(LookupError, match="in the chain when the disk is attached"):
-        find_driver("xor")
+    for name in ("xor", "rbd"):
+        with pytest.raises(LookupError, match="in the chain when the disk is attached"):
+            find_driver(name)
     assert "aio" == find_driver("aio").name
+
+
+def test_a_library_is_loaded_ahead_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that is told of prepares itself; that it cannot is no error before it is opened."""
+    prepared = []
+
+    def prepare() -> None:
+        prepared.append("rbd")
+        raise DriverError("there is no library")
+
+    monkeypatch.setattr(drivers, "_ahead", None)
+    monkeypatch.setattr(find_driver("rbd"), "prepare", prepare)
+    assert [{"ceph", "network"}] == [each.needs for each in load_ahead(["rbd"])]
+    assert ["rbd"] == prepared
+    assert "rbd" == find_driver("rbd").name
 
 
 @pytest.mark.parametrize(

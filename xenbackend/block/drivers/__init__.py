@@ -38,6 +38,7 @@ BUILT_IN = {
     "qcow": "xenbackend.block.drivers.qcow:Qcow",
     "qcow2": "xenbackend.block.drivers.qcow2:Qcow2",
     "ram": "xenbackend.block.drivers.ram:Ram",
+    "rbd": "xenbackend.block.drivers.rbd:Rbd",
     "readahead": "xenbackend.block.drivers.readahead:Readahead",
     "sync": "xenbackend.block.drivers.sync:Sync",
     "throttle": "xenbackend.block.drivers.throttle:Throttle",
@@ -61,7 +62,7 @@ UNBUILT = {  # words of blktap2 and libxl that an operator may know: what they s
 }
 
 
-LOADED_AHEAD: set[str] = set()  # of ours: what they need a worker has to be told of before its walls go up
+LOADED_AHEAD = {"rbd"}  # of ours: what they need a worker has to be told of before its walls go up
 
 _ahead: dict[str, type[Driver] | LookupError] | None = None  # what was looked for ahead; None: whatever is asked for
 

@@ -1,0 +1,97 @@
+"""The driver rbd without a cluster: what it refuses before it connects. tests/engines has a real Ceph below it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_block import Machine
+from xenbackend.block.chain import parse_chain
+from xenbackend.block.drivers import to_load_ahead
+from xenbackend.block.drivers.rbd import Rbd
+from xenbackend.block.servers import Account
+from xenbackend.errors import ChainError, DriverError
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Return a machine that is closed after the test."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "account"),
+    [
+        ("rbd:rbd/a", Account("/etc/ceph/ceph.conf", "admin")),
+        ("rbd:rbd/a,id=xen,conf=/etc/ceph/b.conf", Account("/etc/ceph/b.conf", "xen")),
+        ("rbd:a\\,b/c\\|d,id=x.y-z", Account("/etc/ceph/ceph.conf", "x.y-z")),
+    ],
+)
+def test_what_is_asked_for(text: str, account: Account) -> None:
+    """A chain names an image, a user and a configuration; names may have commas and bars in them."""
+    [layer] = parse_chain(text).layers
+    assert account == layer.options.account
+    assert text == layer.text
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("rbd:", "image is missing"),
+        ("rbd:a", "neither POOL/IMAGE"),
+        ("rbd:a/b,id=client.xen", "id=xen"),
+        ("rbd:a/b,id=", "no user"),
+        ("rbd:a/b,id=x y", "no user"),
+        ("rbd:a/b,conf=ceph.conf", "not the whole path"),
+        ("rbd:a/b,cache=on", "unknown option 'cache'"),
+        ("rbd:a/b|aio:/img", "source and passes nothing on"),
+    ],
+)
+def test_what_cannot_be_is_refused(text: str, match: str) -> None:
+    """A chain that means no image is refused before anything is touched."""
+    with pytest.raises(ChainError, match=match):
+        parse_chain(text)
+
+
+def test_nobody_shares_it(machine: Machine) -> None:
+    """An image has one writer: attached to be shared it is refused before its cluster is asked for."""
+    with pytest.raises(DriverError, match="has one writer"):
+        machine.open("rbd:a/b,conf=/nonesuch", shareable=True)
+
+
+def test_a_configuration_that_is_not_there(machine: Machine, tmp_path: Path) -> None:
+    """What is wrong with the configuration is said with its name."""
+    with pytest.raises(DriverError, match=r"no file or device .*/nonesuch"):
+        machine.open(f"rbd:a/b,conf={tmp_path}/nonesuch")
+
+
+def test_a_cluster_that_cannot_be_reached(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What librados cannot do is a sentence, and nothing of it is left in the driver."""
+
+    def refuse(self: object, user: str, settings: Mapping[str, str]) -> None:
+        raise DriverError(f"no monitor, as {user} by {settings['key']}")
+
+    monkeypatch.setattr("xenbackend.block.drivers.rbd.Cluster.__init__", refuse)
+    monkeypatch.setattr(machine.files, "read_cluster", lambda account: {"key": account.conf})
+    with pytest.raises(DriverError, match="no monitor, as admin by /c"):
+        machine.open("rbd:a/b,conf=/c")
+
+
+def test_a_worker_is_told_of_it_before_its_walls() -> None:
+    """A chain with it says so, and what it needs is known by then; other drivers of ours are not loaded ahead."""
+    assert ["rbd"] == to_load_ahead("log:|throttle:iops=5|rbd:a/b")
+    assert [] == to_load_ahead("log:|aio:/img")
+    assert frozenset({"ceph", "network"}) == Rbd.needs
+
+
+def test_no_process_has_it_that_does_not_need_it() -> None:
+    """Drivers can be imported, as the process does from which workers are forked, without the library being loaded."""
+    program = "import xenbackend.block.drivers.rbd; print('librbd' in open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "False" == done.stdout.strip()

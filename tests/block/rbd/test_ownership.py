@@ -1,0 +1,142 @@
+"""Tests of `xenbackend.block.rbd.ownership`: who is kept out before the lock is ours, in which order, who is not."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from xenbackend.block.rbd.noted import SIZE, Noted
+from xenbackend.block.rbd.ownership import FENCE_S, take
+from xenbackend.ceph.image import Owner
+from xenbackend.errors import DriverError
+
+FORMER = Owner("client.1", "auto 1", "10.0.0.1:0/1")
+OTHER = Owner("client.2", "auto 2", "10.0.0.2:0/2")
+MINE = "10.0.0.1:0/9"
+
+
+class Place:
+    """A cluster with one image, of which each step is taken down; it may end a process before any of them.
+
+    fails    the errno with which a step ends, by its first word
+    """
+
+    user = "xen"
+
+    def __init__(self, *owners: Owner, watchers: tuple[str, ...] = (), ends_before: int = 99) -> None:
+        self.held = list(owners)
+        self.seen = list(watchers)
+        self.steps: list[str] = []
+        self.fails: dict[str, int] = {}
+        self.noted = Noted(memoryview(bytearray(SIZE)))
+        self._ends_before = ends_before
+
+    def address(self) -> str:
+        """Return ours."""
+        return MINE
+
+    def refuse(self, address: str, seconds: float) -> None:
+        """Take it down."""
+        self._do(f"refuse {address} {seconds:g}")
+
+    def owners(self) -> list[Owner]:
+        """Return who has the lock."""
+        return self.held
+
+    def watchers(self) -> list[str]:
+        """Return who is alive."""
+        return self.seen
+
+    def break_lock(self, owner: Owner) -> None:
+        """Take it down."""
+        self._do(f"break {owner.address}")
+        self.held = []
+
+    def acquire(self) -> None:
+        """Take it down, with who is noted by now."""
+        self._do(f"acquire {self.noted.text}")
+
+    def take(self) -> list[str]:
+        """Have the lock, and return the steps."""
+        take(self, self, self.noted)
+        return self.steps
+
+    def _do(self, step: str) -> None:
+        if len(self.steps) == self._ends_before:
+            raise KeyboardInterrupt
+        self.steps.append(step)
+        if code := self.fails.get(step.split(maxsplit=1)[0]):
+            raise DriverError(step, errno=code)
+
+
+def test_a_predecessor_is_refused_before_its_lock_is_taken() -> None:
+    """It is kept out first, for long; our own address is noted before the lock can be ours."""
+    place = Place(FORMER, watchers=(FORMER.address,))
+    place.noted.text = FORMER.address
+    fence = f"refuse {FORMER.address} {FENCE_S:g}"
+    assert [fence, f"break {FORMER.address}", f"acquire {MINE}"] == place.take()
+
+
+def test_a_predecessor_without_the_lock_is_refused_all_the_same() -> None:
+    """Whatever became of its lock, what it had sent may be on its way."""
+    place = Place()
+    place.noted.text = FORMER.address
+    assert [f"refuse {FORMER.address} {FENCE_S:g}", f"acquire {MINE}"] == place.take()
+
+
+def test_nobody_is_kept_out_where_nobody_was() -> None:
+    """With a free lock and no predecessor the right to keep somebody out is tried with an address that nobody has."""
+    assert ["refuse 192.0.2.1:0/9 1", f"acquire {MINE}"] == Place().take()
+
+
+def test_a_stranger_who_is_alive_is_left_alone() -> None:
+    """Somebody else's lock is a refusal with that one's name, before anything is done; also beside a predecessor."""
+    for text in ("", FORMER.address):
+        place = Place(OTHER, watchers=(OTHER.address,))
+        place.noted.text = text
+        with pytest.raises(DriverError, match=r"in use by client\.2 at 10\.0\.0\.2:0/2") as caught:
+            place.take()
+        assert errno.EBUSY == caught.value.errno
+        assert [] == place.steps
+        assert text == place.noted.text
+
+
+def test_a_stranger_who_is_silent_is_kept_out() -> None:
+    """An owner that watches the image no more is refused by the cluster before its lock is taken."""
+    fence = f"refuse {OTHER.address} {FENCE_S:g}"
+    assert [fence, f"break {OTHER.address}", f"acquire {MINE}"] == Place(OTHER).take()
+
+
+def test_one_that_was_quicker_is_named() -> None:
+    """Where somebody gets the lock in between, the refusal is as if he had had it before."""
+    place = Place()
+    place.fails["acquire"] = errno.EROFS
+    place.held = []
+    with pytest.raises(DriverError, match="in use by somebody") as caught:
+        place.take()
+    assert errno.EBUSY == caught.value.errno
+
+
+@pytest.mark.parametrize("text", ["", FORMER.address])
+def test_a_key_that_keeps_nobody_out_takes_no_lock(text: str) -> None:
+    """Without the right to keep a client out the lock is neither broken nor taken, and the right is named."""
+    place = Place(*([FORMER] if text else []))
+    place.noted.text = text
+    place.fails["refuse"] = errno.EACCES
+    with pytest.raises(DriverError, match="mon 'profile rbd'"):
+        place.take()
+    assert 1 == len(place.steps)
+    assert text == place.noted.text
+
+
+@pytest.mark.parametrize("steps", range(3))
+def test_killed_on_the_way(steps: int) -> None:
+    """Whoever had the lock is kept out by the one after next, too, if the next one dies before it had the lock."""
+    place = Place(FORMER, ends_before=steps)
+    place.noted.text = FORMER.address
+    with pytest.raises(KeyboardInterrupt):
+        place.take()
+    has_refused = bool(place.steps)
+    assert place.noted.text == (FORMER.address if steps < 2 else MINE)
+    assert has_refused or place.noted.text == FORMER.address

@@ -1,0 +1,161 @@
+"""An open image in service: requests to librbd and back, how long the cluster says nothing, whether the size changes.
+
+Must not call anything that waits for the cluster from the worker's loop, nor answer a request of which nobody knows
+whether it was done.
+
+A client that the cluster refuses, or that has lost its lock, is of no use any more, and nothing that it does would mend
+that: the process ends, and its successor finds out whether it may write.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+from xenbackend.block.driver import Complete, Env
+from xenbackend.block.request import AWAY, Op, Request
+from xenbackend.ceph.image import BLOCKLISTED, Image
+from xenbackend.ceph.requests import Requests
+from xenbackend.errors import DriverError
+
+TICK_S = 1.0
+SLOW_S = 2  # from then on an answer is late
+_LOST = {
+    BLOCKLISTED: "the cluster refuses this client: somebody has put it on the blocklist",
+    errno.EROFS: "the image's lock is not ours any more",
+    errno.ETIMEDOUT: "an operation has timed out, and may still be done",
+}
+_FULL = {errno.EDQUOT: errno.ENOSPC}
+
+
+class RbdDisk:
+    """One image in service, `size` bytes large; `complete` gets requests back."""
+
+    def __init__(self, env: Env, image: Image, size: int, complete: Complete, *, watches_size: bool) -> None:
+        """Have answers told. Raises: DriverError."""
+        self._env = env
+        self._image = image
+        self._size = size
+        self._complete = complete
+        self._watches_size = watches_size
+        self._requests = Requests(image)
+        self._lent: list[Request | None] = []  # by number
+        self._free: list[int] = []
+        self._began: list[int] = []  # in which tick, by number
+        self._ticks = 0
+        self._is_late = False
+        self._is_looking = self._is_closed = False
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            image.notify(self._fd)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        env.watch(self._fd, self._reap)
+        env.call_later(TICK_S, self._tick)
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests as a driver does."""
+        lent, free, start, began, now = self._lent, self._free, self._requests.start, self._began, self._ticks
+        failed: list[tuple[int, int]] = []
+        for request in batch:
+            if free:
+                number = free.pop()
+                lent[number] = request
+                began[number] = now
+            else:
+                number = len(lent)
+                lent.append(request)
+                began.append(now)
+            result = start(request.op, number, request.offset, request.length, request.iov)
+            if result < 0:
+                failed.append((number, result))
+        if failed:
+            self._give_back(failed)
+
+    def close(self) -> None:
+        """Hear of nothing any more; nothing is in flight, and the image is closed next."""
+        self._is_closed = True
+        self._env.unwatch(self._fd)
+
+    def closed(self) -> None:
+        """Release the rest: the image is closed, so that librbd writes no more to the eventfd."""
+        os.close(self._fd)
+
+    def _reap(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+            self._give_back(self._requests.poll())
+
+    def _give_back(self, ended: Sequence[tuple[int, int]]) -> None:
+        lent = self._lent
+        done: list[Request] = []
+        for number, result in ended:
+            request = lent[number]
+            if request is None:
+                raise RuntimeError(f"librbd has answered twice to request {number}")
+            lent[number] = None
+            self._free.append(number)
+            if result >= 0 and (request.op != Op.READ or result == request.length):
+                request.status = 0
+            else:
+                request.status = self._status(request, -result)
+            done.append(request)
+        if done:
+            self._complete(done)
+
+    def _status(self, request: Request, code: int) -> int:
+        """Return what becomes of a request that failed; ends the process where this client is of no use any more."""
+        if code in _LOST:
+            self._env.give_up(
+                f"{_LOST[code]}; {request!r} was not done, and is done by another worker if that may write"
+            )
+            return errno.EIO  # where nobody follows
+        if code <= 0 or code == errno.EINVAL:  # it reached beyond the end
+            self._look_at_size()
+            return AWAY
+        return _FULL.get(code, code)
+
+    def _tick(self) -> None:
+        if self._is_closed:
+            return
+        self._env.call_later(TICK_S, self._tick)
+        self._ticks += 1
+        ages = [
+            self._ticks - began for request, began in zip(self._lent, self._began, strict=True) if request is not None
+        ]
+        oldest_s = int(max(ages, default=0) * TICK_S)
+        if oldest_s >= SLOW_S:
+            self._is_late = True
+            self._env.report("cluster", f"owes {len(ages)} answers, one for {oldest_s} s; `ceph health` may say why")
+        elif self._is_late:
+            self._is_late = False
+            self._env.report("cluster", "answers")
+        if self._watches_size:
+            self._look_at_size()
+
+    def _look_at_size(self) -> None:
+        """Ask librbd how large the image is, which it knows unless something has changed."""
+        if self._is_looking or self._is_closed:
+            return
+        self._is_looking = True
+        sizes: list[int] = []
+
+        def look() -> None:
+            with suppress(DriverError):  # whatever is wrong, requests will tell
+                sizes.append(self._image.size())
+
+        def looked() -> None:
+            self._is_looking = False
+            if sizes and not self._is_closed:
+                self._compare(sizes[0])
+
+        self._env.run_in_thread(look, looked)
+
+    def _compare(self, size: int) -> None:
+        if size < self._size:
+            self._env.give_up(f"the image has shrunk to {size} bytes; the disk has {self._size}")
+        elif size > self._size:
+            self._env.report("size", f"the image has {size} bytes by now; `xenbackend resize` offers them to the guest")

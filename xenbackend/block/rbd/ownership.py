@@ -1,0 +1,101 @@
+"""Being the one who writes to an image: its lock taken, and whoever had it before kept out for good.
+
+Must not take a lock from anybody who may be alive, other than our own predecessors, which are dead.
+
+    before      the address that our predecessor noted, if it did not close the image in order
+    refuse      the cluster refuses all that comes from it, and from an owner that has gone silent (blocklist)
+    break       the lock is taken from it
+    note        our own address, before the lock is ours
+    acquire     the lock is ours, and nobody gets it by asking
+
+What a dead predecessor had sent may still be on its way, or wait at an OSD. An OSD does nothing for this client before
+it knows the map in which the predecessor is refused, so nothing of that client comes after what this one writes. An
+entry of the blocklist lives for FENCE_S, which is far longer than anything that was sent by a process that is dead.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+from xenbackend.block.rbd.noted import Noted
+from xenbackend.ceph.image import Owner
+from xenbackend.errors import DriverError
+
+FENCE_S = 86400.0
+_NOBODY = "192.0.2.1:0/"  # an address that no host has (RFC 5737); with a number behind it, as clients have
+
+
+class Cluster(Protocol):
+    """As `ceph.cluster.Cluster`."""
+
+    user: str
+
+    def address(self) -> str:
+        """As `ceph.cluster.Cluster`."""
+
+    def refuse(self, address: str, seconds: float) -> None:
+        """As `ceph.cluster.Cluster`."""
+
+
+class Image(Protocol):
+    """As `ceph.image.Image`."""
+
+    def owners(self) -> list[Owner]:
+        """As `ceph.image.Image`."""
+
+    def watchers(self) -> list[str]:
+        """As `ceph.image.Image`."""
+
+    def break_lock(self, owner: Owner) -> None:
+        """As `ceph.image.Image`."""
+
+    def acquire(self) -> None:
+        """As `ceph.image.Image`."""
+
+
+def take(cluster: Cluster, image: Image, noted: Noted) -> None:
+    """Have the image's lock, after `noted`, our predecessor's address, which is ours afterwards.
+
+    Raises: DriverError; EBUSY where somebody else has the lock, EACCES where our key could keep nobody out.
+    """
+    before, owners = noted.text, image.owners()
+    strangers = [each for each in owners if each.address != before]
+    if strangers:
+        alive = set(image.watchers())
+        for each in strangers:
+            if each.address in alive:
+                problem = f"the image is in use by {each}, which has its lock"
+                raise DriverError(problem, errno=errno.EBUSY)
+    # One order to the monitors each time: where nobody has to be kept out, to see that we could.
+    mine = cluster.address()
+    refused = [each for each in {before, *(owner.address for owner in owners)} if each]
+    if refused:
+        for address in refused:
+            _refuse(cluster, address, FENCE_S)
+    else:
+        _refuse(cluster, _NOBODY + mine.rpartition("/")[2], 1.0)
+    for owner in owners:
+        image.break_lock(owner)
+    noted.text = mine
+    try:
+        image.acquire()
+    except DriverError as problem:
+        if problem.errno != errno.EROFS:
+            raise
+        quicker = ", ".join(map(str, image.owners())) or "somebody"
+        raise DriverError(f"the image is in use by {quicker}, which has its lock", errno=errno.EBUSY) from problem
+
+
+def _refuse(cluster: Cluster, address: str, seconds: float) -> None:
+    try:
+        cluster.refuse(address, seconds)
+    except DriverError as problem:
+        if problem.errno not in (errno.EACCES, errno.EPERM):
+            raise
+        user = f"client.{cluster.user}"
+        raise DriverError(
+            f"the key of {user} may not put a client on the cluster's blocklist, so nothing would keep a worker that "
+            f"has died from writing; `ceph auth caps {user} mon 'profile rbd' osd 'profile rbd pool=...'` allows it",
+            errno=errno.EACCES,
+        ) from problem

@@ -1,0 +1,69 @@
+"""Which settings of an image let a worker die at any moment, and which do not.
+
+Must not ask a cluster: it is given what holds (`ceph.image.Image.settings`). That may come from the image or its pool,
+and beats what the client wished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Setting(Protocol):
+    """As `ceph.image.Setting`."""
+
+    @property
+    def value(self) -> str:
+        """As `ceph.image.Setting`."""
+
+    @property
+    def source(self) -> str:
+        """As `ceph.image.Setting`."""
+
+
+_LOSES = "what it answers is lost with a worker that dies"
+_NO_FENCE = "a client whose lock is broken could still write"
+# What a setting has to be, and what else would happen.
+_WANTED = {
+    "rbd_cache": ("false", _LOSES),
+    "rbd_plugins": ("", f"{_LOSES}, or is read from a place that others fill"),
+    "rbd_persistent_cache_mode": ("disabled", _LOSES),
+    "rbd_blocklist_on_break_lock": ("true", _NO_FENCE),
+    "rbd_disable_zero_copy_writes": ("true", "a guest that changes a page while it is written spoils the connection"),
+    "rbd_non_blocking_aio": ("true", "a cluster that is slow would stop the worker"),
+}
+_EXPIRY = "rbd_blocklist_expire_seconds"
+_LEAST_EXPIRY_S = 3600  # an entry of the blocklist is to outlive whatever the dead client had sent
+_LIMITS = "rbd_qos_"
+
+
+def why_unsafe(settings: Mapping[str, Setting]) -> str:
+    """Return a sentence about the first setting with which the image must not be written to; empty: there is none.
+
+    A setting that this release does not know is one that it does not have.
+    """
+    for name, (wanted, otherwise) in _WANTED.items():
+        found = settings.get(name)
+        if found is not None and found.value != wanted:
+            return _sentence(name, found, repr(wanted), otherwise)
+    found = settings.get(_EXPIRY)
+    if found is not None and found.value.isdecimal() and 0 < int(found.value) < _LEAST_EXPIRY_S:
+        return _sentence(_EXPIRY, found, f"0, the cluster's own, or {_LEAST_EXPIRY_S} at least", _NO_FENCE)
+    return ""
+
+
+def limits(settings: Mapping[str, Setting]) -> str:
+    """Return the limits that the cluster's clients have for the image, for people; empty: none."""
+    found = {name: each for name, each in settings.items() if name.startswith(_LIMITS) and name.endswith("_limit")}
+    return ", ".join(f"{name.removeprefix(_LIMITS)} {each.value}" for name, each in found.items() if each.value != "0")
+
+
+def discard_granularity(settings: Mapping[str, Setting]) -> int:
+    """Return how many bytes a discard must have, and be aligned to, to have an effect."""
+    found = settings.get("rbd_discard_granularity_bytes")
+    return max(512, int(found.value)) if found is not None and found.value.isdecimal() else 64 << 10
+
+
+def _sentence(name: str, found: Setting, wanted: str, otherwise: str) -> str:
+    return f"{name} is {found.value!r}, as {found.source} says, and has to be {wanted}: {otherwise}"

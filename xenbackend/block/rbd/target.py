@@ -1,0 +1,50 @@
+"""How an image of a cluster is written: ``pool/image``, ``pool/namespace/image``, each with ``@snapshot`` behind it.
+
+Must not look anything up. Source: rbd(8), "image-spec", "snap-spec".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_NAME = 4096  # bytes of each part
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An image, or one of its snapshots."""
+
+    pool: str
+    namespace: str  # empty: the pool's own
+    image: str
+    snapshot: str = ""  # empty: the image itself
+
+    def __str__(self) -> str:
+        return "/".join(each for each in (self.pool, self.namespace, self.image) if each) + (
+            f"@{self.snapshot}" if self.snapshot else ""
+        )
+
+
+def parse_target(text: str) -> Target:
+    """Return what a text names. Raises: ValueError, with a sentence."""
+    for word in ("id", "conf"):
+        if f":{word}=" in text:
+            raise ValueError(f"{text!r} is as QEMU writes it; options come behind commas here: {_corrected(text)}")
+    name, at, snapshot = text.partition("@")
+    parts = name.split("/")
+    if not 2 <= len(parts) <= 3:
+        raise ValueError(f"{text!r} is neither POOL/IMAGE nor POOL/NAMESPACE/IMAGE")
+    if not all(parts) or (at and not snapshot):
+        raise ValueError(f"{text!r} has an empty name in it")
+    if "@" in snapshot or "/" in snapshot:
+        raise ValueError(f"{text!r}: behind the @ comes the name of one snapshot, without / and @")
+    for part in (*parts, snapshot):
+        if "\0" in part or "\n" in part or len(part.encode(errors="surrogateescape")) > MAX_NAME:
+            raise ValueError(f"{text!r} has a name in it that no pool and no image has")
+    pool, *between, image = parts
+    return Target(pool, between[0] if between else "", image, snapshot)
+
+
+def _corrected(text: str) -> str:
+    image, *options = text.split(":")
+    return f"rbd:{','.join([image, *options])}"
