@@ -49,7 +49,7 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 		tests/block/test_damaged_tables.py
 
 # nbdkit, qemu-nbd and qemu-storage-daemon, as far as they are installed.
-test-engines: $(VENV)/.dev  ## disks on real NBD servers: kills on both sides, stops, restarts, names, limits
+test-engines: $(VENV)/.dev  ## disks on real NBD servers and a real Ceph: kills, stops, locks, names, limits
 	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal --basetemp={tmp}/t $(call FAILED_OF,engines) tests/engines
 
 # KILLS=number, or HOURS=number; S=number plans other steps.

@@ -76,14 +76,14 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         failed="build/failed/images/v/cache/lastfailed",
     ),
     Step(
-        "engines", "make test-engines", 1.0, full="make test-engines", failed="build/failed/engines/v/cache/lastfailed"
+        "engines", "make test-engines", 1.5, full="make test-engines", failed="build/failed/engines/v/cache/lastfailed"
     ),
     Step("chaos", "make chaos KILLS=200 S={seed}", 2.0, full="make chaos KILLS=1000 S={seed}"),
     Step("soak", "", 0.0, full="make soak S={seed}"),
     Step(
         "xen",
         "CI=1 make test-xen AGAIN=1 PART={part}",
-        10.0,
+        9.5,
         full="make test-xen AGAIN=1",
         parts=8,
         failed="build/xen/failed.json",

@@ -1,4 +1,4 @@
-"""What tests of engines share: the embedded machine."""
+"""What tests of engines share: the embedded machine, and one Ceph for all of a process's tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.engines.ceph import Ceph
 from xenbackend.embedded.machine import Machine
 
 
@@ -14,3 +15,10 @@ def machine() -> Iterator[Machine]:
     """An embedded machine with the real service."""
     with Machine() as machine:
         yield machine
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
+    """A cluster; its tests use images of different names."""
+    with Ceph(tmp_path_factory.mktemp("ceph")) as ceph:
+        yield ceph

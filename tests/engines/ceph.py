@@ -1,0 +1,217 @@
+"""A real Ceph in a directory, as ordinary processes of a test: a monitor and an OSD in memory, with keys (cephx).
+
+Must not leave a process behind, nor wait for ever: each command has a time-out, as `rbd` without a monitor has none
+that is of use. A client that has died is believed to be alive for 6 s and not 30, since `rbd` waits for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+COMMAND_S = 30.0
+START_S = 30.0
+POOL = "rbd"
+
+_CONF = """\
+[global]
+fsid = {fsid}
+mon host = v2:127.0.0.1:{port}/0
+public addr = 127.0.0.1
+ms bind ipv6 = false
+ms bind msgr1 = false
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+keyring = {directory}/keyring
+run dir = {directory}/run
+log file = {directory}/log/$name.log
+log to stderr = false
+pid file =
+admin socket = {directory}/run/$name.$pid.asok
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg autoscale mode = off
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon allow pool delete = true
+auth allow insecure global id reclaim = false
+mon data avail warn = 1
+mon data avail crit = 0
+mon initial members = a
+[client]
+admin socket =
+log file =
+[mon]
+paxos propose interval = 0.05
+paxos min wait = 0.01
+mon data = {directory}/mon
+mon cluster log file = {directory}/log/cluster.log
+[osd]
+osd data = {directory}/osd
+osd objectstore = memstore
+memstore device bytes = 2147483648
+memstore page set = false
+osd class load list = *
+osd client watch timeout = 6
+osd mon report interval = 1
+osd op num shards = 2
+osd op num threads per shard = 1
+"""
+
+
+class Ceph:
+    """One cluster, with the pool `rbd`.
+
+    conf    path of its ceph.conf, by which ``client.admin`` has its key
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Start nothing yet. Skips the test where this host has no Ceph."""
+        for program in ("ceph-mon", "ceph-osd", "rbd"):
+            if shutil.which(program) is None:
+                pytest.skip(f"there is no {program} here")
+        self.directory = directory
+        self.conf = directory / "ceph.conf"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def chain(self, image: str, options: str = "") -> str:
+        """Return the layer that has an image, given as `rbd` writes it behind the pool; `options` are `add_user`'s."""
+        return f"rbd:{POOL}/{image},{options or f'conf={self.conf}'}"
+
+    def start(self) -> None:
+        """Start all of it, and return when it can be used."""
+        for each in ("run", "log", "mon", "osd"):
+            (self.directory / each).mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        fsid = str(uuid.uuid4())
+        self.conf.write_text(_CONF.format(fsid=fsid, port=port, directory=self.directory))
+        keyring, monmap = str(self.directory / "keyring"), str(self.directory / "monmap")
+        everything = [word for each in ("mon", "osd", "mgr") for word in ("--cap", each, "allow *")]
+        self._run("ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+        self._run("ceph-authtool", keyring, "--gen-key", "-n", "client.admin", *everything)
+        self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{port}/0]", monmap)
+        self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring, "-c", str(self.conf))
+        self._begin("ceph-mon", "-i", "a")
+        self._until(lambda: bool(self._try("ceph", "--connect-timeout", "2", "mon", "stat")))
+        number = str(uuid.uuid4())
+        key = self._run("ceph-authtool", "--gen-print-key").strip()
+        self._run(
+            "ceph", "-c", str(self.conf), "osd", "new", number, "0", "-i", "-", given=json.dumps({"cephx_secret": key})
+        )
+        osd_keyring = self.directory / "osd" / "keyring"
+        osd_keyring.write_text(f"[osd.0]\n\tkey = {key}\n")
+        of_osd = ("-i", "0", "--keyring", str(osd_keyring))
+        self._run("ceph-osd", *of_osd, "--mkfs", "--osd-uuid", number, "-c", str(self.conf))
+        self._begin("ceph-osd", *of_osd)
+        self._until(lambda: json.loads(self.ceph("osd", "stat", "-f", "json"))["num_up_osds"] == 1)
+        self.ceph("osd", "pool", "create", POOL, "8", "8")
+        self.rbd("pool", "init", POOL)
+
+    def ceph(self, *words: str) -> str:
+        """Give an administrator's order, and return what is said."""
+        return self._run("ceph", "-c", str(self.conf), *words)
+
+    def rbd(self, *words: str) -> str:
+        """Do something with images, as an administrator."""
+        return self._run("rbd", "-c", str(self.conf), *words)
+
+    def json(self, *words: str) -> Any:
+        """Return what `rbd` says, as a value."""
+        return json.loads(self.rbd(*words, "--format", "json"))
+
+    def digest(self, image: str) -> str:
+        """Return what tells an image's content from any other."""
+        command = ["rbd", "-c", str(self.conf), "export", "--no-progress", f"{POOL}/{image}", "-"]
+        done = subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_S)
+        return hashlib.sha256(done.stdout).hexdigest()
+
+    def create(self, image: str, size: str = "64M", *options: str) -> str:
+        """Make an image, and return its chain."""
+        self.rbd("create", "--size", size, *options, f"{POOL}/{image}")
+        return self.chain(image)
+
+    def add_user(self, name: str, mon: str = "profile rbd", osd: str = f"profile rbd pool={POOL}") -> str:
+        """Make a user, or change what it may, and return the options of a chain by which it is asked for."""
+        conf = self.directory / f"{name}.conf"
+        keyring = self.directory / f"{name}.keyring"
+        if conf.exists():
+            self.ceph("auth", "caps", f"client.{name}", "mon", mon, "osd", osd)
+        else:
+            self.ceph("auth", "get-or-create", f"client.{name}", "mon", mon, "osd", osd, "-o", str(keyring))
+            text = self.conf.read_text().replace(f"keyring = {self.directory}/keyring", f"keyring = {keyring}")
+            conf.write_text(text)
+        return f"id={name},conf={conf}"
+
+    def stop_osd(self) -> None:
+        """Have the OSD stand still."""
+        self._processes["ceph-osd"].send_signal(signal.SIGSTOP)
+
+    def continue_osd(self) -> None:
+        """Have it go on."""
+        self._processes["ceph-osd"].send_signal(signal.SIGCONT)
+
+    def be_full(self, is_full: bool) -> None:
+        """Have no room for what is written, or room again; return when the cluster knows."""
+        ratios = {"nearfull": "0.85", "backfillfull": "0.9", "full": "0.95"}
+        for name, ratio in ratios.items() if not is_full else zip(ratios, ("5e-4", "7e-4", "1e-3"), strict=True):
+            self.ceph("osd", f"set-{name}-ratio", ratio)
+        self._until(lambda: is_full == ("OSD_FULL" in self.ceph("health", "detail")))
+
+    def kill(self) -> None:
+        """Kill all of it."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+        self._processes.clear()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _begin(self, program: str, *words: str) -> None:
+        log = (self.directory / "log" / f"{program}.out").open("wb")
+        with log:
+            command = [program, *words, "-c", str(self.conf), "-f"]
+            self._processes[program] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def _until(self, condition: Any) -> None:
+        give_up = time.monotonic() + START_S
+        while not condition():
+            for program, process in self._processes.items():
+                assert process.poll() is None, f"{program} has ended; {self.directory}/log says why"
+            assert time.monotonic() < give_up, "the cluster does not come up"
+
+    def _try(self, *words: str) -> str:
+        command = [words[0], "-c", str(self.conf), *words[1:]]
+        done = subprocess.run(
+            command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_S
+        )
+        return done.stdout + done.stderr if done.returncode == 0 else ""
+
+    def _run(self, *command: str, given: str = "") -> str:
+        done = subprocess.run(command, check=False, input=given, capture_output=True, text=True, timeout=COMMAND_S)
+        assert 0 == done.returncode, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout

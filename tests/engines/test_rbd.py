@@ -1,0 +1,527 @@
+"""The driver rbd with a real Ceph, below real guests: kills, the barrier, locks, names, sizes, settings, keys."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import count, pairwise
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.engines.ceph import POOL, Ceph
+from tests.engines.guest import DOMID, Guest, until
+from tests.helpers_block import Machine as Chains
+from tests.helpers_block import content, discard, flush, read, write
+from xenbackend.block.drivers import rbd as driver
+from xenbackend.block.rbd.noted import SIZE, Noted
+from xenbackend.ceph.cluster import Cluster
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.protocol.client import ServiceError
+from xenbackend.rig.frontend import Wishes
+
+NUMBERS = count()
+SECTOR = 512
+
+
+@pytest.fixture
+def name() -> str:
+    """Return a name that no other test's image has."""
+    return f"disk{next(NUMBERS)}"
+
+
+@pytest.fixture
+def chain(ceph: Ceph, name: str) -> str:
+    """Return the chain of a new image."""
+    return ceph.create(name)
+
+
+@pytest.fixture
+def guest(machine: Machine, chain: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A guest on a new image."""
+    with ExitStack() as stack:
+        yield Guest(machine, chain, request.config.getoption("--seed"), stack)
+
+
+@pytest.fixture
+def chains() -> Iterator[Chains]:
+    """Return what opens chains in this process."""
+    machine = Chains()
+    yield machine
+    machine.close()
+
+
+class Client:
+    """Another client, which has an image's lock."""
+
+    def __init__(self, ceph: Ceph, image: str) -> None:
+        command = [sys.executable, "-m", "tests.engines.client", str(ceph.conf), image]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        said, self.client, self.address = self._hear().split()
+        assert "locked" == said
+
+    def write(self, byte: str, offset: int, length: int) -> int:
+        """Write and flush; return the errno, 0 for done."""
+        return int(self._ask(f"write {byte} {offset} {length}"))
+
+    def close(self) -> None:
+        """Give the lock back."""
+        assert "closed" == self._ask("close")
+
+    def _ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        return self._hear()
+
+    def _hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@contextmanager
+def client(ceph: Ceph, image: str) -> Iterator[Client]:
+    """Have another client meanwhile."""
+    found = Client(ceph, image)
+    try:
+        yield found
+    finally:
+        found.process.kill()
+        found.process.communicate()
+
+
+def note_as_predecessor(chains: Chains, chain: str, address: str) -> None:
+    """Leave a memory as a worker leaves it that had this address."""
+    Noted(chains.make_env.memory(f"rbd-{zlib.crc32(chain.encode()):08x}:owner", SIZE)).text = address
+
+
+def owed_s(guest: Guest) -> int:
+    """Return for how many seconds the cluster has owed an answer, 0 where it owes none."""
+    found = re.search(r"one for (\d+) s", guest.fact("cluster"))
+    return int(found[1]) if found else 0
+
+
+def refusal(capsys: pytest.CaptureFixture[str], chain: str, *options: str) -> str:
+    """Return why `check` refuses a chain, as one line."""
+    capsys.readouterr()
+    assert 2 == main(["check", *options, chain])
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_demo(chain: str) -> None:
+    """The demo verifies every sector."""
+    assert 0 == main(["demo", "--quiet", "--area", "16M", "--seconds", "1", chain])
+
+
+def test_workers_are_killed_under_load(guest: Guest, ceph: Ceph, request: pytest.FixtureRequest) -> None:
+    """A guest sees a pause and no error when its worker dies amid requests; the cluster refuses each that has died."""
+    random = Random(request.config.getoption("--seed"))
+    dead = set()
+    for _ in range(5):
+        guest.load.run(random.randrange(20, 120))
+        guest.load.top_up()
+        until(lambda: guest.fact("lock"))
+        dead.add(guest.fact("lock").split()[-1])
+        guest.kill()
+    guest.load.run(200)
+    guest.end()
+    assert dead <= {line.split()[0] for line in ceph.ceph("osd", "blocklist", "ls").splitlines()}
+
+
+def test_everything_dies_at_once(guest: Guest) -> None:
+    """Worker and service together are no more than a longer pause."""
+    guest.load.run(50)
+    guest.load.top_up()
+    guest.kill()
+    os.kill(guest.machine.service_pid, 9)
+    guest.load.run(100)
+    guest.end()
+
+
+def test_a_worker_is_behind_its_walls(guest: Guest) -> None:
+    """An rbd worker has all the walls that its host can raise, but for the network and what librados asks for."""
+    status = guest.status()
+    assert ["ceph", "network"] == status["needs"]
+    assert {} == status["no_walls"]
+    assert {"landlock", "calls", "user", "namespaces"} <= set(status["walls"])
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["barrier", "without"])
+def test_a_late_write_never_lands(
+    ceph: Ceph, chains: Chains, chain: str, name: str, *, refuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a predecessor still writes after its successor has written is refused; without the barrier it lands."""
+    if not refuses:
+        monkeypatch.setattr(Cluster, "refuse", lambda *_: None)
+    with client(ceph, name) as former:
+        assert 0 == former.write("A", 0, SECTOR)
+        note_as_predecessor(chains, chain, former.address)
+        successor = chains.open(chain)
+        assert [0, 0] == [*chains.do(successor, write(0, SECTOR * b"B")), *chains.do(successor, flush())]
+        late = former.write("A", 0, SECTOR)
+        found = read(0, SECTOR)
+        assert [0] == chains.do(successor, found)
+        successor.close()
+    assert (errno.ESHUTDOWN if refuses else 0) == late
+    assert SECTOR * (b"B" if refuses else b"A") == content(found)
+
+
+def test_a_strangers_lock_is_refused_and_left_alone(
+    ceph: Ceph, machine: Machine, chain: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image that somebody has locked is neither checked nor attached; who that is is said, and goes on writing."""
+    with client(ceph, name) as stranger:
+        expected = f"in use by {stranger.client} at {stranger.address}, which has its lock"
+        assert expected in refusal(capsys, chain)
+        with closing(machine.create_guest(DOMID)), pytest.raises(XenbackendError, match=stranger.client):
+            machine.attach(DOMID, "xvda", chain)
+        assert 0 == stranger.write("A", 0, SECTOR)
+        stranger.close()
+    assert 0 == main(["check", chain])
+
+
+def test_a_worker_that_the_cluster_refuses_is_followed_by_another_one(guest: Guest, ceph: Ceph) -> None:
+    """A guest whose worker is put on the blocklist sees no error; what happened stands in the log."""
+    guest.load.run(50)
+    guest.load.top_up()
+    worker, address = guest.status()["worker"], guest.fact("lock").split()[-1]
+    ceph.ceph("osd", "blocklist", "add", address)
+    guest.load.run(200)
+    guest.end()
+    assert worker != guest.status()["worker"]
+    assert "somebody has put it on the blocklist" in guest.machine.log.read_text()
+
+
+def test_nothing_is_written_once_somebody_else_has_the_lock(guest: Guest, ceph: Ceph, name: str) -> None:
+    """A worker that was shut out waits while somebody has the lock, says who, writes nothing, and goes on later."""
+    guest.load.run(50)
+    guest.load.finish()
+    [lock] = ceph.json("lock", "ls", f"{POOL}/{name}")
+    ceph.rbd("lock", "rm", f"{POOL}/{name}", lock["id"], lock["locker"])
+    with client(ceph, name) as stranger:
+        before = ceph.digest(name)
+        guest.load.top_up()
+        until(lambda: f"in use by {stranger.client}" in guest.error())
+        assert before == ceph.digest(name)
+        stranger.close()
+    guest.load.run(100)
+    guest.end()
+
+
+def test_a_disk_stays_the_image_that_it_was(guest: Guest, ceph: Ceph, name: str) -> None:
+    """Where the name means no image, or another one, the disk waits and says so; with the name back it goes on."""
+    guest.load.run(50)
+    ceph.rbd("rename", f"{POOL}/{name}", f"{POOL}/{name}-away")
+    guest.load.run(50)
+    guest.load.top_up()
+    guest.kill()
+    until(lambda: "there is no image" in guest.error())
+    assert "other-file" == guest.status()["reason"]
+    ceph.create(name)
+    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    until(lambda: "means another image now" in guest.error())
+    assert [] == ceph.json("diff", f"{POOL}/{name}")
+    ceph.rbd("rm", f"{POOL}/{name}")
+    ceph.rbd("rename", f"{POOL}/{name}-away", f"{POOL}/{name}")
+    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    guest.load.run(50)
+    guest.end()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("rbd_cache", "true"),
+        ("rbd_blocklist_on_break_lock", "false"),
+        ("rbd_blocklist_expire_seconds", "1"),
+        ("rbd_disable_zero_copy_writes", "false"),
+    ],
+)
+@pytest.mark.parametrize("level", ["image", "pool"])
+def test_settings_that_lose_something_are_refused(
+    ceph: Ceph, chain: str, name: str, level: str, setting: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image with which a worker must not die is refused by name of setting and place; to be read it is no matter."""
+    of = f"{POOL}/{name}" if level == "image" else POOL
+    ceph.rbd("config", level, "set", of, setting, value)
+    try:
+        said = refusal(capsys, chain)
+        assert 0 == main(["check", "--read-only", chain])
+    finally:
+        ceph.rbd("config", level, "rm", of, setting)
+    assert f"{setting} is {value!r}, as the {level} says" in said
+
+
+def test_a_setting_that_changes_in_service_is_seen_before_a_successor_writes(
+    guest: Guest, ceph: Ceph, name: str
+) -> None:
+    """A cache that is switched on while a disk is served loses nothing: its next worker refuses to begin."""
+    guest.load.run(50)
+    ceph.rbd("config", "image", "set", f"{POOL}/{name}", "rbd_cache", "true")
+    guest.load.run(50)
+    guest.load.top_up()
+    guest.kill()
+    until(lambda: "rbd_cache is 'true'" in guest.error())
+    ceph.rbd("config", "image", "rm", f"{POOL}/{name}", "rbd_cache")
+    guest.load.run(50)
+    guest.end()
+
+
+def test_a_plug_in_is_refused(ceph: Ceph, chain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache that is a plug-in of librbd is refused, also where the host does not have it."""
+    ceph.rbd("config", "pool", "set", POOL, "rbd_plugins", "pwl_cache")
+    try:
+        assert "rbd_plugins" in refusal(capsys, chain)
+    finally:
+        ceph.rbd("config", "pool", "rm", POOL, "rbd_plugins")
+
+
+def test_what_has_no_lock_is_refused(ceph: Ceph, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image without the feature exclusive-lock is only read."""
+    chain = ceph.create(name, "64M", "--image-feature", "layering")
+    assert "feature enable" in refusal(capsys, chain)
+    assert 0 == main(["check", "--read-only", chain])
+
+
+def test_a_key_that_can_fence_nobody_is_refused(
+    ceph: Ceph,
+    machine: Machine,
+    chain: str,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """A key that may not write to the blocklist is found out at once; one that loses the right makes the guest wait."""
+    options = ceph.add_user(f"user-{name}", mon="allow r")
+    chain = ceph.chain(name, options)
+    expected = "may not put a client on the cluster's blocklist"
+    assert expected in refusal(capsys, chain)
+    with closing(machine.create_guest(DOMID)), pytest.raises(XenbackendError, match="blocklist"):
+        machine.attach(DOMID, "xvda", chain)
+    ceph.add_user(f"user-{name}")
+    with ExitStack() as stack:
+        guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
+        guest.load.run(50)
+        guest.load.top_up()
+        ceph.add_user(f"user-{name}", mon="allow r")
+        guest.kill()
+        until(lambda: expected in guest.error())
+        ceph.add_user(f"user-{name}")
+        guest.load.run(50)
+        guest.end()
+
+
+def test_a_wrong_key_is_a_sentence(
+    ceph: Ceph, chain: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key that the cluster does not know, a pool and an image that are not there, are each said as such."""
+    conf = tmp_path / "ceph.conf"
+    conf.write_text(ceph.conf.read_text() + "[client]\nkey = AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA==\n")
+    assert "does not know client.admin by this key" in refusal(capsys, f"rbd:{POOL}/{name},conf={conf}")
+    assert "there is no image 'nonesuch'" in refusal(capsys, ceph.chain("nonesuch"))
+    assert "has no pool 'nonesuch'" in refusal(capsys, f"rbd:nonesuch/x,conf={ceph.conf}")
+    assert "there is no key for client.nonesuch" in refusal(capsys, ceph.chain(name, f"id=nonesuch,conf={ceph.conf}"))
+
+
+def test_a_snapshot_is_read(ceph: Ceph, chains: Chains, chain: str, name: str, tmp_path: Path) -> None:
+    """A snapshot is a disk that is only read, stays what it was, and can be what others are made of."""
+    data = Random(1).randbytes(1 << 20)
+    disk = chains.open(chain)
+    assert [0] == chains.do(disk, write(1 << 20, data))
+    ceph.rbd("snap", "create", f"{POOL}/{name}@then")
+    assert [0] == chains.do(disk, write(1 << 20, bytes(1 << 20)))
+    disk.close()
+    then = ceph.chain(f"{name}@then")
+    with pytest.raises(DriverError, match="can only be read"):
+        chains.open(then)
+    snapshot = chains.open(then, read_only=True)
+    assert snapshot.geometry.read_only
+    found = read(1 << 20, 1 << 20)
+    assert [0] == chains.do(snapshot, found)
+    assert data == content(found)
+    snapshot.close()
+    copy = tmp_path / "copy.img"
+    assert 0 == main(["image", "convert", then, f"aio:{copy}"])
+    assert data == copy.read_bytes()[1 << 20 : 2 << 20]
+    assert 0 == main(["demo", "--quiet", "--area", "8M", "--seconds", "1", f"cow:{tmp_path}/cow|{then}"])
+
+
+def test_a_namespace(ceph: Ceph, name: str) -> None:
+    """An image in a namespace is written to by a key that may do nothing outside of it."""
+    ceph.rbd("namespace", "create", f"{POOL}/{name}")
+    options = ceph.add_user(f"user-{name}", osd=f"profile rbd pool={POOL} namespace={name}")
+    ceph.create(f"{name}/disk")
+    assert 0 == main(["demo", "--quiet", "--area", "4M", "--seconds", "1", ceph.chain(f"{name}/disk", options)])
+
+
+def test_a_size_that_changes(guest: Guest, ceph: Ceph, name: str) -> None:
+    """A larger image is told of and offered by `resize`; a smaller one is a pause, and no error of the guest's."""
+    guest.load.run(50)
+    ceph.rbd("resize", "--size", "80M", f"{POOL}/{name}")
+    until(lambda: str(80 << 20) in guest.fact("size"))
+    assert 64 << 20 == guest.status()["layers"][0]["size"]
+    guest.machine.ask({"verb": "resize", "vbd": "5/xvda"})
+    assert 80 << 20 == guest.status()["layers"][0]["size"]
+    guest.load.run(50)
+    ceph.rbd("resize", "--allow-shrink", "--size", "72M", f"{POOL}/{name}")
+    until(lambda: "other-size" == guest.status()["reason"])
+    ceph.rbd("resize", "--size", "80M", f"{POOL}/{name}")
+    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    guest.load.run(50)
+    guest.end()
+
+
+@pytest.fixture
+def stopped(ceph: Ceph) -> Iterator[Callable[[], None]]:
+    """Return what stops the OSD, which goes on in any case."""
+    yield ceph.stop_osd
+    ceph.continue_osd()
+
+
+@pytest.fixture
+def full(ceph: Ceph) -> Iterator[Callable[[bool], None]]:
+    """Return what makes the cluster full, or not any more; in the end it is not."""
+    yield ceph.be_full
+    ceph.be_full(False)
+
+
+@pytest.mark.parametrize("kills", [False, True], ids=["served", "killed"])
+def test_an_osd_that_stands_still_is_waited_for(
+    guest: Guest, ceph: Ceph, stopped: Callable[[], None], *, kills: bool
+) -> None:
+    """A guest waits for an OSD, longer than that takes for the death of a client, and it is told for how long.
+
+    The same where its worker dies meanwhile.
+    """
+    guest.load.run(50)
+    stopped()
+    guest.load.top_up()
+    until(lambda: owed_s(guest) >= (3 if kills else 8))
+    if kills:
+        worker = guest.status()["worker"]
+        guest.kill()
+        until(lambda: guest.status()["worker"] not in (None, worker))
+    ceph.continue_osd()
+    guest.load.run(100)
+    guest.end()
+    until(lambda: kills or guest.fact("cluster") == "answers")
+
+
+def test_a_full_cluster_is_a_pause(guest: Guest, full: Callable[[bool], None]) -> None:
+    """Where there is no room writes wait and reads go on, also when the worker dies; with room everything does."""
+    guest.load.run(50)
+    guest.load.finish()
+    full(True)
+    assert 8 * SECTOR == len(guest.frontend.read(8, 8))
+    guest.load.top_up()
+    until(lambda: owed_s(guest) > 1)
+    guest.kill()
+    full(False)
+    guest.load.run(50)
+    guest.end()
+
+
+def test_a_guest_migrates(machine: Machine, chain: str, request: pytest.FixtureRequest) -> None:
+    """The disk of a guest that comes here is only looked at while its former self has the lock, and opened then."""
+    with ExitStack() as stack:
+        guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
+        guest.load.run(50)
+        coming = machine.create_guest(6)
+        machine.store.write("/local/domain/6/name", "guest--incoming")
+        path = machine.attach(6, "xvda", chain)
+        guest.load.run(50)
+        guest.end()
+    machine.detach(guest.path)
+    with closing(coming), closing(coming.connect(path, Wishes())) as frontend:
+        guest.model.check(0, frontend.read(0, 64))
+        frontend.write(0, bytes(SECTOR))
+
+
+def test_killed_while_opening(guest: Guest) -> None:
+    """A successor that dies before, as or just after it has the lock is followed by one that keeps both out."""
+    random = Random(guest.status()["worker"])
+    for _ in range(4):
+        guest.load.run(60)
+        guest.load.top_up()
+        worker = guest.status()["worker"]
+        guest.kill()
+        until(lambda worker=worker: guest.status()["worker"] not in (None, worker))
+        until_then = time.monotonic() + random.random() * 0.2
+        until(lambda until_then=until_then: time.monotonic() > until_then)
+        guest.kill()
+    guest.load.run(100)
+    guest.end()
+
+
+def test_opening_and_closing_have_an_end(
+    ceph: Ceph, chains: Chains, chain: str, stopped: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster that does not answer is a sentence after a time, both as an image is opened and as it is closed."""
+    monkeypatch.setattr(driver, "OPEN_S", 1.0)
+    monkeypatch.setattr(driver, "CLOSE_S", 1.0)
+    disk = chains.open(chain)
+    stopped()
+    with pytest.raises(DriverError, match="has not answered for 1 s"):
+        disk.close()
+    with pytest.raises(DriverError, match="has not answered for 1 s"):
+        chains.open(ceph.chain("whatever"))
+
+
+def test_every_kind_of_request(chains: Chains, chain: str, request: pytest.FixtureRequest) -> None:
+    """Random reads, writes and discards of every shape do what a disk does; a discard frees nothing but its range."""
+    random = Random(request.config.getoption("--seed"))
+    size = 4 << 20
+    expected = bytearray(random.randbytes(size))
+    disk = chains.open(chain)
+    assert [0] == chains.do(disk, write(0, bytes(expected)))
+    for _ in range(60):
+        start = random.randrange(size // SECTOR) * SECTOR
+        length = random.randrange(1, min(256, (size - start) // SECTOR) + 1) * SECTOR
+        cuts = sorted({0, length, *(random.randrange(length // SECTOR) * SECTOR for _ in range(random.randrange(5)))})
+        pieces = [after - before for before, after in pairwise(cuts)]
+        if random.random() < 0.5:
+            data = random.randbytes(length)
+            parts = [data[before:after] for before, after in pairwise(cuts)]
+            assert [0] == chains.do(disk, write(start, *parts))
+            expected[start : start + length] = data
+        else:
+            found = read(start, *pieces)
+            assert [0] == chains.do(disk, found)
+            assert expected[start : start + length] == content(found)
+    gone = discard(1 << 20, 1 << 20)
+    assert [0, 0] == [*chains.do(disk, gone), *chains.do(disk, flush())]
+    found = read(0, size)
+    assert [0] == chains.do(disk, found)
+    assert expected[: 1 << 20] == content(found)[: 1 << 20]
+    assert expected[2 << 20 :] == content(found)[2 << 20 :]
+    disk.close()
+
+
+def test_exchanges_and_hand_overs(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
+    """`set` puts layers before the image and `upgrade` replaces its worker under load, with nobody refused for that."""
+    before = ceph.ceph("osd", "blocklist", "ls")
+    guest.load.run(50)
+    guest.load.top_up()
+    guest.machine.ask({"verb": "set", "vbd": "5/xvda", "chain": f"log:|{chain}"})
+    guest.load.run(50)
+    guest.load.top_up()
+    worker = guest.status()["worker"]
+    guest.machine.ask({"verb": "upgrade", "vbd": "5/xvda"})
+    guest.load.run(50)
+    assert worker != guest.status()["worker"]
+    with pytest.raises(ServiceError, match="another image"):
+        guest.machine.ask({"verb": "set", "vbd": "5/xvda", "chain": ceph.create(f"{name}-other")})
+    guest.load.run(50)
+    guest.end()
+    refused = set(ceph.ceph("osd", "blocklist", "ls").splitlines()) - set(before.splitlines())
+    assert [] == [each for each in refused if not each.startswith("192.0.2.1:")]
+    assert [] == ceph.json("lock", "ls", f"{POOL}/{name}-other")
