@@ -217,6 +217,24 @@ def test_nothing_is_written_once_somebody_else_has_the_lock(guest: Guest, ceph: 
     guest.end()
 
 
+def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
+    """Where another disk has served the image meanwhile, the former guest waits although the lock is free again."""
+    guest.load.run(50)
+    guest.load.finish()
+    [lock] = ceph.json("lock", "ls", f"{POOL}/{name}")
+    ceph.rbd("lock", "rm", f"{POOL}/{name}", lock["id"], lock["locker"])
+    with closing(guest.machine.create_guest(6)):
+        guest.machine.detach(guest.machine.attach(6, "xvda", chain))
+    until(lambda: 1 == len(guest.machine.ask({"verb": "status"})["data"]))
+    guest.load.top_up()
+    until(lambda: "another disk has served the image meanwhile" in guest.error())
+    assert "other-file" == guest.status()["reason"]
+    ceph.rbd("image-meta", "remove", f"{POOL}/{name}", "xenbackend.served")
+    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    guest.load.run(50)
+    guest.end()
+
+
 def test_a_disk_stays_the_image_that_it_was(guest: Guest, ceph: Ceph, name: str) -> None:
     """Where the name means no image, or another one, the disk waits and says so; with the name back it goes on."""
     guest.load.run(50)

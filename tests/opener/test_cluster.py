@@ -12,7 +12,7 @@ import pytest
 from xenbackend.block.servers import Account
 from xenbackend.errors import DriverError
 from xenbackend.opener import cluster
-from xenbackend.opener.cluster import parse, read_settings, resolve_monitors
+from xenbackend.opener.cluster import boot_id, parse, read_settings, resolve_monitors
 
 # Files, and what client.x has as `mon_host` by them; None: they are refused.
 FILES = {
@@ -134,3 +134,9 @@ def test_names_of_monitors_are_resolved() -> None:
     assert {"127.0.0.1:6789", "[::1]:6789"} & set(resolve_monitors("localhost:6789").split(","))
     with pytest.raises(DriverError, match=r"nonesuch\.invalid cannot be found"):
         resolve_monitors("10.0.0.1,nonesuch.invalid")
+
+
+def test_a_host_is_told_from_any_other() -> None:
+    """What is said of this host's start is the same each time, and a UUID."""
+    assert boot_id() == boot_id()
+    assert 36 == len(boot_id())

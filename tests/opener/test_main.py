@@ -18,7 +18,7 @@ from tests.openers import Openers
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
 from xenbackend.block.mapped.parents import PARENT
-from xenbackend.block.servers import Account
+from xenbackend.block.servers import DISK, Account
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.opener.main import BREACH
 from xenbackend.protocol.opening import Job
@@ -120,6 +120,20 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
     with pytest.raises(ConfigError):
         opener.make()
     assert b"first" == read(opener, image)  # it lives on
+    opener.close()
+
+
+def test_the_settings_of_a_cluster_are_read(openers: Openers, tmp_path: Path) -> None:
+    """A worker gets what its chain's account has, and a text that no other disk has."""
+    conf = tmp_path / "ceph.conf"
+    conf.write_text("[global]\nmon host = 10.0.0.1\nkey = SECRET==\nlog file = /x\n")
+    opener = openers.remote(job(f"rbd:a/b,id=x,conf={conf}"))
+    settings = dict(opener.read_cluster(Account(str(conf), "x")))
+
+    assert settings.pop(DISK).endswith(f" {job('').vbd}")
+    assert {"mon_host": "10.0.0.1", "key": "SECRET=="} == settings
+    with pytest.raises(DriverError, match="nothing to do with"):
+        opener.read_cluster(Account(str(conf), "y"))
     opener.close()
 
 

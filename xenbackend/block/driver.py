@@ -218,7 +218,8 @@ class Files(Lookup, Protocol):
     def read_cluster(self, account: Account) -> Mapping[str, str]:
         """Return what a client of a cluster has to know: Ceph's options by their names, the key among them.
 
-        An opener reads it from the host's files; of monitors the names are resolved.
+        An opener reads it from the host's files; of monitors the names are resolved. For a guest's disk there is a text
+        besides that no other disk has, of this host or another one (`block.servers.DISK`).
 
         Raises: DriverError, also for an account that the layer's options do not name (`block.servers`); OSError.
         """

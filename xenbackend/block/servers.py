@@ -41,6 +41,9 @@ def servers_of(options: Any) -> dict[str, Endpoint]:
     return {str(endpoint): endpoint for endpoint in found}
 
 
+DISK = "disk"  # beside the settings of a cluster's client: a text that no other disk has, of this host or another one
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """As whom a cluster is asked, and the file on this host that says where it is and by which key."""

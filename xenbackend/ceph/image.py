@@ -20,6 +20,8 @@ BLOCKLISTED = errno.ESHUTDOWN  # rbd/librbd.h: what a client gets that the clust
 _EVENTFD = 2  # rbd/librbd.h, EVENT_TYPE_EVENTFD
 _ID_BYTES = 256
 _OWNERS_BYTES = 4096
+_MARK_BYTES = 4096
+MARK = "xenbackend.served"  # a key of the image's metadata, as `rbd image-meta list` shows them
 _MOST = 1024  # settings or watchers; a release has some 80 settings, an image few of the others
 _LOCK = b"rbd_lock"  # librbd's own, on the image's header; include/rbd_types.h, RBD_LOCK_NAME
 
@@ -176,6 +178,19 @@ class Image:
         )
         if result != -errno.ENOENT:  # it has given it back meanwhile
             check(result, f"take the lock from {owner}")
+
+    def mark(self) -> str:
+        """Return which disk has served it last, as `set_mark` wrote it; empty: nobody says. Raises: DriverError."""
+        text, room = ctypes.create_string_buffer(_MARK_BYTES), ctypes.c_size_t(_MARK_BYTES)
+        result = self._slow.rbd_metadata_get(self.handle, MARK.encode(), text, ctypes.byref(room))
+        if result == -errno.ENOENT:
+            return ""
+        check(result, "ask which disk has served the image")
+        return text.value.decode(errors="replace")
+
+    def set_mark(self, disk: str) -> None:
+        """Write which disk serves it; the lock is ours. Raises: DriverError."""
+        check(self._slow.rbd_metadata_set(self.handle, MARK.encode(), disk.encode()), "mark the image as served")
 
     def notify(self, fd: int) -> None:
         """Have librbd write to an eventfd when requests are done. Raises: DriverError."""

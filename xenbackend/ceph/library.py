@@ -54,6 +54,8 @@ _RBD: dict[str, tuple[Any, ...]] = {
     "rbd_is_exclusive_lock_owner": (_handle, _handle),
     "rbd_watchers_list": (_handle, _handle, _handle),
     "rbd_watchers_list_cleanup": (_handle, _size),
+    "rbd_metadata_get": (_handle, _text, _text, _handle),
+    "rbd_metadata_set": (_handle, _text, _text),
     "rbd_set_image_notification": (_handle, _int, _int),
 }
 _QUICK: dict[str, tuple[Any, ...]] = {

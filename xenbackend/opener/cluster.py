@@ -58,6 +58,11 @@ def read_settings(account: Account) -> dict[str, str]:
     return settings
 
 
+def boot_id() -> str:
+    """Return what tells this start of this host from any other start, of any host. Source: random(4)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def resolve_monitors(text: str) -> str:
     """Return `mon host` with addresses in the place of names. Raises: DriverError, where a name is not known."""
     return _MONITOR.sub(_resolved, text)

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from xenbackend.block.keys import Derivation
+from xenbackend.block.servers import DISK
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.kernel import locks, memfd
 from xenbackend.kernel.ports import open_devices
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
-from xenbackend.opener.cluster import read_settings
+from xenbackend.opener.cluster import boot_id, read_settings
 from xenbackend.opener.connecting import Connections
 from xenbackend.opener.deriving import Work, derive
 from xenbackend.opener.listening import listen
@@ -134,7 +135,8 @@ class Attendant:
                     self._connections.connect(question, access.server(question.server, question.chain), self._say)
                 )
             case opening.ReadCluster():
-                return Given(settings=read_settings(access.account(question.conf, question.user, question.chain)))
+                found = read_settings(access.account(question.conf, question.user, question.chain))
+                return Given(settings={**found, DISK: f"{boot_id()} {job.vbd}"})
             case _:
                 return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
         return Given()

@@ -346,7 +346,7 @@ class Given:
     user       who uses an image that is in use, where that is known
     by         the act of an administrator by which a file was found (`block.driver.Found`)
     is_marked  what was published is marked with its parent
-    settings   of a client of a cluster, by their names
+    settings   of a client of a cluster, by their names, with `block.servers.DISK`
     """
 
     errno: int = 0

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from xenbackend.block.rbd.noted import SIZE, Noted
-from xenbackend.block.rbd.ownership import FENCE_S, take
+from xenbackend.block.rbd.ownership import FENCE_S, mark, take
 from xenbackend.ceph.image import Owner
 from xenbackend.errors import DriverError
 
@@ -28,6 +28,7 @@ class Place:
         self.held = list(owners)
         self.seen = list(watchers)
         self.steps: list[str] = []
+        self.marked = ""
         self.fails: dict[str, int] = {}
         self.noted = Noted(memoryview(bytearray(SIZE)))
         self._ends_before = ends_before
@@ -56,6 +57,15 @@ class Place:
     def acquire(self) -> None:
         """Take it down, with who is noted by now."""
         self._do(f"acquire {self.noted.text}")
+
+    def mark(self) -> str:
+        """Return which disk has served it last."""
+        return self.marked
+
+    def set_mark(self, disk: str) -> None:
+        """Take it down."""
+        self._do(f"mark {disk}")
+        self.marked = disk
 
     def take(self) -> list[str]:
         """Have the lock, and return the steps."""
@@ -140,3 +150,19 @@ def test_killed_on_the_way(steps: int) -> None:
     has_refused = bool(place.steps)
     assert place.noted.text == (FORMER.address if steps < 2 else MINE)
     assert has_refused or place.noted.text == FORMER.address
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("marked", ["", "ours", "theirs"])
+def test_an_image_says_which_disk_it_serves(marked: str, *, goes_on: bool) -> None:
+    """A disk that begins marks its image; one that goes on does so only if no other one has served it meanwhile."""
+    place = Place()
+    place.marked = marked
+    if goes_on and marked == "theirs":
+        with pytest.raises(DriverError, match=r"another disk has served the image meanwhile \(theirs\)") as caught:
+            mark(place, "ours", goes_on=goes_on)
+        assert errno.ESTALE == caught.value.errno
+        assert [] == place.steps
+    else:
+        mark(place, "ours", goes_on=goes_on)
+        assert ([] if marked == "ours" else ["mark ours"]) == place.steps

@@ -23,7 +23,9 @@ Behaviour:
     watch on the image any more (30 s), is treated likewise.
 
     A worker that the cluster refuses, or that has lost its lock, ends, and says so. Its successor goes on if nobody
-    else has the lock, and waits otherwise.
+    else has the lock, and waits otherwise. It also waits where another disk of xenbackend, on whatever host, has served
+    the image meanwhile, since its guest knows nothing of what was written there (`other-file`). The image says which
+    disk it serves: `xenbackend.served` of `rbd image-meta list`.
 
     An image is its cluster's number, its pool's and its own id. Where the name means another image than the one that
     the disk was served from, or none, the disk waits (`other-file`): give the image its name back, and `xenbackend
@@ -69,7 +71,7 @@ from xenbackend.block.rbd.disk import RbdDisk
 from xenbackend.block.rbd.noted import SIZE, Noted
 from xenbackend.block.rbd.target import Target, parse_target
 from xenbackend.block.request import Request
-from xenbackend.block.servers import Account
+from xenbackend.block.servers import DISK, Account
 from xenbackend.ceph import library
 from xenbackend.ceph.bounded import within
 from xenbackend.ceph.cluster import Cluster
@@ -196,6 +198,8 @@ class Rbd(Driver):
             self._see_that_it_is_safe(image, settings.why_unsafe(holds))
             ownership.take(cluster, image, owner)
             self._owner = owner
+            if DISK in wanted:
+                ownership.mark(image, wanted[DISK], goes_on=bool(identity.text))
         identity.text = self._identity
         self._report(env, cluster, settings.limits(holds), read_only=read_only)
         granularity = settings.discard_granularity(holds)

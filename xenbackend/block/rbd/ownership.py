@@ -7,6 +7,7 @@ Must not take a lock from anybody who may be alive, other than our own predecess
     break       the lock is taken from it
     note        our own address, before the lock is ours
     acquire     the lock is ours, and nobody gets it by asking
+    mark        the image says which disk it serves
 
 What a dead predecessor had sent may still be on its way, or wait at an OSD. An OSD does nothing for this client before
 it knows the map in which the predecessor is refused, so nothing of that client comes after what this one writes. An
@@ -19,7 +20,7 @@ import errno
 from typing import Protocol
 
 from xenbackend.block.rbd.noted import Noted
-from xenbackend.ceph.image import Owner
+from xenbackend.ceph.image import MARK, Owner
 from xenbackend.errors import DriverError
 
 FENCE_S = 86400.0
@@ -51,6 +52,12 @@ class Image(Protocol):
         """As `ceph.image.Image`."""
 
     def acquire(self) -> None:
+        """As `ceph.image.Image`."""
+
+    def mark(self) -> str:
+        """As `ceph.image.Image`."""
+
+    def set_mark(self, disk: str) -> None:
         """As `ceph.image.Image`."""
 
 
@@ -85,6 +92,25 @@ def take(cluster: Cluster, image: Image, noted: Noted) -> None:
             raise
         quicker = ", ".join(map(str, image.owners())) or "somebody"
         raise DriverError(f"the image is in use by {quicker}, which has its lock", errno=errno.EBUSY) from problem
+
+
+def mark(image: Image, disk: str, *, goes_on: bool) -> None:
+    """Write at the image which disk it serves, by a text that no other disk of any host has; the lock is ours.
+
+    Where it `goes_on`, a guest has used the image through this disk before, so that nobody else may have meanwhile.
+
+    Raises: DriverError, ESTALE where another disk has.
+    """
+    found = image.mark()
+    if found == disk:
+        return
+    if goes_on and found:
+        raise DriverError(
+            f"another disk has served the image meanwhile ({found}), and the guest knows nothing of what was written "
+            f"there; if nothing was, `rbd image-meta remove` takes {MARK} away",
+            errno=errno.ESTALE,
+        )
+    image.set_mark(disk)
 
 
 def _refuse(cluster: Cluster, address: str, seconds: float) -> None:
