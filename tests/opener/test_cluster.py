@@ -107,6 +107,13 @@ def test_keys_from_elsewhere(conf: Path, tmp_path: Path) -> None:
     assert "key" not in read_settings(Account(str(conf), "x"))
 
 
+def test_the_first_keyring_that_is_there_counts(conf: Path, tmp_path: Path) -> None:
+    """As for librados: a key that stands only in a later one is none."""
+    (tmp_path / "none").write_text("[client.other]\nkey = OTHER==\n")
+    with pytest.raises(DriverError, match=r"no key for client\.x"):
+        read_settings(Account(str(conf), "x"))
+
+
 def test_what_is_wrong_is_a_sentence(conf: Path, tmp_path: Path) -> None:
     """No key, no monitor, a line that is none, a directory, a file of another size: each is said with its file."""
     other = tmp_path / "other.conf"
