@@ -70,10 +70,19 @@ osd op num threads per shard = 1
 """
 
 
+_WISHES = """\
+[client]
+rbd cache = true
+rbd cache writethrough until flush = false
+rados osd op timeout = 1
+"""
+
+
 class Ceph:
     """One cluster, with the pool `rbd`.
 
-    conf    path of its ceph.conf, by which ``client.admin`` has its key
+    conf    path of the ceph.conf that chains go by, which wishes for a cache and for operations that time out; by it
+            ``client.admin`` has its key
     """
 
     def __init__(self, directory: Path) -> None:
@@ -83,6 +92,7 @@ class Ceph:
                 pytest.skip(f"there is no {program} here")
         self.directory = directory
         self.conf = directory / "ceph.conf"
+        self._own_conf = directory / "own.conf"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def chain(self, image: str, options: str = "") -> str:
@@ -97,24 +107,35 @@ class Ceph:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         fsid = str(uuid.uuid4())
-        self.conf.write_text(_CONF.format(fsid=fsid, port=port, directory=self.directory))
+        text = _CONF.format(fsid=fsid, port=port, directory=self.directory)
+        self._own_conf.write_text(text)
+        self.conf.write_text(text + _WISHES)
         keyring, monmap = str(self.directory / "keyring"), str(self.directory / "monmap")
         everything = [word for each in ("mon", "osd", "mgr") for word in ("--cap", each, "allow *")]
         self._run("ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
         self._run("ceph-authtool", keyring, "--gen-key", "-n", "client.admin", *everything)
         self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{port}/0]", monmap)
-        self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring, "-c", str(self.conf))
+        self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring, "-c", str(self._own_conf))
         self._begin("ceph-mon", "-i", "a")
         self._until(lambda: bool(self._try("ceph", "--connect-timeout", "2", "mon", "stat")))
         number = str(uuid.uuid4())
         key = self._run("ceph-authtool", "--gen-print-key").strip()
         self._run(
-            "ceph", "-c", str(self.conf), "osd", "new", number, "0", "-i", "-", given=json.dumps({"cephx_secret": key})
+            "ceph",
+            "-c",
+            str(self._own_conf),
+            "osd",
+            "new",
+            number,
+            "0",
+            "-i",
+            "-",
+            given=json.dumps({"cephx_secret": key}),
         )
         osd_keyring = self.directory / "osd" / "keyring"
         osd_keyring.write_text(f"[osd.0]\n\tkey = {key}\n")
         of_osd = ("-i", "0", "--keyring", str(osd_keyring))
-        self._run("ceph-osd", *of_osd, "--mkfs", "--osd-uuid", number, "-c", str(self.conf))
+        self._run("ceph-osd", *of_osd, "--mkfs", "--osd-uuid", number, "-c", str(self._own_conf))
         self._begin("ceph-osd", *of_osd)
         self._until(lambda: json.loads(self.ceph("osd", "stat", "-f", "json"))["num_up_osds"] == 1)
         self.ceph("osd", "pool", "create", POOL, "8", "8")
@@ -122,11 +143,11 @@ class Ceph:
 
     def ceph(self, *words: str) -> str:
         """Give an administrator's order, and return what is said."""
-        return self._run("ceph", "-c", str(self.conf), *words)
+        return self._run("ceph", "-c", str(self._own_conf), *words)
 
     def rbd(self, *words: str) -> str:
         """Do something with images, as an administrator."""
-        return self._run("rbd", "-c", str(self.conf), *words)
+        return self._run("rbd", "-c", str(self._own_conf), *words)
 
     def json(self, *words: str) -> Any:
         """Return what `rbd` says, as a value."""
@@ -134,7 +155,7 @@ class Ceph:
 
     def digest(self, image: str) -> str:
         """Return what tells an image's content from any other."""
-        command = ["rbd", "-c", str(self.conf), "export", "--no-progress", f"{POOL}/{image}", "-"]
+        command = ["rbd", "-c", str(self._own_conf), "export", "--no-progress", f"{POOL}/{image}", "-"]
         done = subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_S)
         return hashlib.sha256(done.stdout).hexdigest()
 
@@ -192,7 +213,7 @@ class Ceph:
     def _begin(self, program: str, *words: str) -> None:
         log = (self.directory / "log" / f"{program}.out").open("wb")
         with log:
-            command = [program, *words, "-c", str(self.conf), "-f"]
+            command = [program, *words, "-c", str(self._own_conf), "-f"]
             self._processes[program] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
@@ -205,7 +226,7 @@ class Ceph:
             assert time.monotonic() < give_up, "the cluster does not come up"
 
     def _try(self, *words: str) -> str:
-        command = [words[0], "-c", str(self.conf), *words[1:]]
+        command = [words[0], "-c", str(self._own_conf), *words[1:]]
         done = subprocess.run(
             command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_S
         )
