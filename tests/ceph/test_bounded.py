@@ -7,8 +7,7 @@ import threading
 
 import pytest
 
-from xenbackend.ceph.bounded import within
-from xenbackend.errors import DriverError
+from xenbackend.ceph.bounded import NotBack, within
 
 
 def test_what_comes_back_in_time() -> None:
@@ -27,7 +26,7 @@ def test_what_does_not_come_back_is_given_up() -> None:
         go_on.wait()
         ended.set()
 
-    with pytest.raises(DriverError, match="has not answered for 0 s: the image is not open") as caught:
+    with pytest.raises(NotBack, match="has not answered for 0 s: the image is not open") as caught:
         within(0.01, "the image is not open", call)
     assert errno.ETIMEDOUT == caught.value.errno
     go_on.set()

@@ -121,6 +121,12 @@ def test_what_is_wrong_is_a_sentence(conf: Path, tmp_path: Path) -> None:
     for data, match, code in (
         (conf.read_bytes(), "no key for client.y in .*/other.client.y.keyring", errno.EACCES),
         (b"[global]\n", "names no monitor", errno.ENODATA),
+        (b"[client]\nkey = k\nmon host = 1.1.1.1\nrbd x = " + 70000 * b"x" + b"\n", "more settings than", errno.EINVAL),
+        (
+            b"[client]\nkey = k\nmon host = 1.1.1.1\n" + b"".join(b"rbd_%d = 1\n" % n for n in range(1001)),
+            "more set",
+            22,
+        ),
         (b"[global]\nx\n", r"other\.conf cannot be understood: line 2", errno.EINVAL),
         (big, "more than", errno.EINVAL),
     ):

@@ -17,8 +17,12 @@ from xenbackend.errors import DriverError
 _T = TypeVar("_T")
 
 
+class NotBack(DriverError):
+    """A call was given up, and goes on by itself."""
+
+
 def within(seconds: float, what: str, call: Callable[[], _T]) -> _T:
-    """Return what `call` does. Raises: whatever it raises; DriverError with ETIMEDOUT where it does not come back."""
+    """Return what `call` does. Raises: whatever it raises; NotBack with ETIMEDOUT."""
     results: list[_T] = []
     failures: list[BaseException] = []
 
@@ -34,5 +38,5 @@ def within(seconds: float, what: str, call: Callable[[], _T]) -> _T:
     if failures:
         raise failures[0]
     if not results:
-        raise DriverError(f"the cluster has not answered for {seconds:.0f} s: {what}", errno=errno.ETIMEDOUT)
+        raise NotBack(f"the cluster has not answered for {seconds:.0f} s: {what}", errno=errno.ETIMEDOUT)
     return results[0]

@@ -23,6 +23,7 @@ from xenbackend.block.servers import Account
 from xenbackend.errors import DriverError, printable
 
 MAX_FILE = 1 << 20  # bytes of ceph.conf, or of a keyring
+_MOST, _MOST_TEXT = 1000, 64 << 10  # settings that are handed over, and their characters: they fit into a message
 _HANDED_OVER = re.compile(r"(?:auth|cephx|mon_client|ms|objecter|rados|rbd)_.*|fsid")
 _KEYRINGS = "/etc/ceph/$cluster.$name.keyring,/etc/ceph/$cluster.keyring,/etc/ceph/keyring,/etc/ceph/keyring.bin"
 _SECTION = re.compile(r"\[([^\]#;\\]+)\]\s*(?:[#;].*)?")
@@ -55,6 +56,8 @@ def read_settings(account: Account) -> dict[str, str]:
     key = _key(name, found, known, account)
     if key:
         settings["key"] = key
+    if len(settings) > _MOST or sum(map(len, settings.values())) > _MOST_TEXT:
+        raise DriverError(f"{account.conf} has more settings than a client of a cluster has", path=account.conf)
     return settings
 
 

@@ -50,6 +50,7 @@ Limits:
     An image needs the feature exclusive-lock to be written to. Nobody else may write to it meanwhile (`w!`, share=on).
     The worker has the host's network, and a key: if a guest takes it over, it has all that the key allows. A key for
     each tenant's namespace bounds that.
+    Monitors are those that `mon host` names; neither DNS (SRV) nor sections of single monitors are asked.
     A disk that was attached without rbd: in its chain cannot be given one while it runs.
     If the cluster is unreachable when a worker dies, its successor waits. A monitor's address is resolved when the disk
     is opened; later ones come from the cluster.
@@ -61,6 +62,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -73,7 +75,7 @@ from xenbackend.block.rbd.target import Target, parse_target
 from xenbackend.block.request import Request
 from xenbackend.block.servers import DISK, Account
 from xenbackend.ceph import library
-from xenbackend.ceph.bounded import within
+from xenbackend.ceph.bounded import NotBack, within
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import HAS_EXCLUSIVE_LOCK, Image, Pool
 from xenbackend.errors import DriverError
@@ -142,9 +144,11 @@ class Rbd(Driver):
             geometry = within(OPEN_S, f"{target} is not open yet", steps)
             assert self._image is not None  # noqa: S101 - it is open
             self._disk = RbdDisk(env, self._image, geometry.size, self._give_back, watches_size=not read_only)
-        except DriverError as problem:
-            self._is_abandoned = problem.errno == errno.ETIMEDOUT
-            if not self._is_abandoned:
+        except NotBack:
+            self._is_abandoned = True
+            raise
+        except DriverError:
+            with suppress(DriverError):  # why it could not be opened is what to report
                 within(CLOSE_S, "", self._close)
             raise
         self.submit = self._disk.submit  # type: ignore[method-assign]  # one call less
