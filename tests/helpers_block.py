@@ -139,6 +139,7 @@ class StepEnv:
     read_only: bool = False
     shareable: bool = False
     resumes: bool = False
+    continues: bool = False
     is_draft: bool = False
     files: Any = field(default_factory=LocalOpener)
     facts: dict[str, str] = field(default_factory=dict)

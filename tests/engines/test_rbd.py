@@ -229,7 +229,9 @@ def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, c
     guest.load.top_up()
     until(lambda: "another disk has served the image meanwhile" in guest.error())
     assert "other-file" == guest.status()["reason"]
-    ceph.rbd("image-meta", "remove", f"{POOL}/{name}", "xenbackend.served")
+    ours = re.search("image-meta set IMAGE (.*) '(.*)'", guest.error())
+    assert ours
+    ceph.rbd("image-meta", "set", f"{POOL}/{name}", *ours.groups())
     guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
     guest.load.run(50)
     guest.end()
@@ -248,6 +250,23 @@ def test_a_disk_stays_the_image_that_it_was(guest: Guest, ceph: Ceph, name: str)
     guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
     until(lambda: "means another image now" in guest.error())
     assert [] == ceph.json("diff", f"{POOL}/{name}")
+    ceph.rbd("rm", f"{POOL}/{name}")
+    ceph.rbd("rename", f"{POOL}/{name}-away", f"{POOL}/{name}")
+    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    guest.load.run(50)
+    guest.end()
+
+
+def test_a_disk_stays_the_image_that_it_was_while_no_service_runs(guest: Guest, ceph: Ceph, name: str) -> None:
+    """Over a stop of the service nothing is kept, and a new image of the same name is told from the one that it was."""
+    guest.load.run(50)
+    guest.load.finish()
+    guest.machine.stop_service()
+    ceph.rbd("rename", f"{POOL}/{name}", f"{POOL}/{name}-away")
+    ceph.create(name)
+    guest.machine.start_service()
+    until(lambda: "the image has served no disk yet" in guest.error())
+    assert "other-file" == guest.status()["reason"]
     ceph.rbd("rm", f"{POOL}/{name}")
     ceph.rbd("rename", f"{POOL}/{name}-away", f"{POOL}/{name}")
     guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})

@@ -55,6 +55,17 @@ def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
     assert bytes(second[5000:5005]) == b"dirty"
 
 
+def test_only_the_first_chain_goes_on_with_a_guest(reactor: Reactor) -> None:
+    """A chain that takes the place of the first one was not served before, whoever's worker it is."""
+    factory = EnvFactory(reactor, HostFiles(reactor), resumes=True, continues=True)
+    first = factory("rbd-7")
+    factory.drop_unwanted()
+    second = factory("rbd-8")
+
+    assert [(True, True), (True, False)] == [(each.resumes, each.continues) for each in (first, second)]
+    assert not EnvFactory(reactor, HostFiles(reactor))("rbd-7").continues
+
+
 def test_a_layer_may_end_its_process(reactor: Reactor) -> None:
     """What a layer gives up for is said with the layer's name; where nobody follows, nothing is done."""
     said: list[str] = []

@@ -25,6 +25,7 @@ class Env(Protocol):
     read_only: bool  # this layer must not alter what it holds
     shareable: bool  # others may write to this layer's image at the same time
     resumes: bool  # the guest may have written already: a memory that is fresh knows nothing of that
+    continues: bool  # a guest was served through this very layer before, also where no memory is left of that
     is_draft: bool  # of an image that is being made: only what a flush has made durable is ever looked at again
     files: Files
     facts: dict[str, str]  # what the layer reported so far

@@ -43,6 +43,7 @@ class WorkerEnv:
         self.read_only = read_only
         self.shareable = shareable
         self.resumes = factory.resumes
+        self.continues = factory.continues and factory.is_first
         self.is_draft = factory.is_draft
         self.files = factory.files
         self.facts: dict[str, str] = {}  # what the layer reported
@@ -121,6 +122,7 @@ class EnvFactory:
         on_stopped: gets a sentence when a layer's callbacks are called no more (`worker.callbacks`).
         give_up: ends this process, as a layer asks for in a sentence; by default it goes on.
         resumes: a guest may have written through an earlier worker.
+        continues: it was served through the chain that is opened first.
         is_draft: the image is being made, as `Env` says.
     """
 
@@ -137,17 +139,18 @@ class EnvFactory:
         on_stopped: Callable[[str], None] = tell_nobody,
         give_up: Callable[[str], None] = tell_nobody,
         resumes: bool = False,
+        continues: bool = False,
         is_draft: bool = False,
     ) -> None:
         self.reactor = reactor
         self.files = files
-        self.resumes = resumes
+        self.resumes, self.continues = resumes, continues
         self.is_draft = is_draft
         self._memories = dict(memories or {})
         self._keep = keep
         self._drop = drop
         self.connections = connections
-        self._is_first = True  # chain of this process, so that a predecessor's connections may have to be ended
+        self.is_first = True  # chain of this process, so that a predecessor's connections may have to be ended
         self.on_report, self.on_stopped, self.give_up = on_report, on_stopped, give_up
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
@@ -179,7 +182,7 @@ class EnvFactory:
     def connect(self, endpoint: Endpoint, place: int) -> socket.socket:
         """Return a connected socket, as `block.driver.Env.connect`. Raises: DriverError."""
         serves = self.connections is not None  # who only looks must not end the connection of who serves
-        after = After.DEATH if serves and self._is_first and place == 0 else After.NOTHING
+        after = After.DEATH if serves and self.is_first and place == 0 else After.NOTHING
         return self.files.connect(endpoint, place, after, keeps=serves)
 
     def reconnect(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
@@ -213,7 +216,7 @@ class EnvFactory:
 
     def drop_unwanted(self) -> None:
         """Forget the memories that no layer asked for since `begin`: what is written now, they do not see."""
-        self._is_first = False
+        self.is_first = False
         for name in [name for name in self._memories if name not in self._wanted]:
             os.close(self._memories.pop(name))
             self._drop(name)

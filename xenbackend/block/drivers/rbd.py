@@ -25,7 +25,8 @@ Behaviour:
     A worker that the cluster refuses, or that has lost its lock, ends, and says so. Its successor goes on if nobody
     else has the lock, and waits otherwise. It also waits where another disk of xenbackend, on whatever host, has served
     the image meanwhile, since its guest knows nothing of what was written there (`other-file`). The image says which
-    disk it serves: `xenbackend.served` of `rbd image-meta list`.
+    disk it serves: `xenbackend.served` of `rbd image-meta list`. So an image is told from another one of its name also
+    over a stop of the service.
 
     An image is its cluster's number, its pool's and its own id. Where the name means another image than the one that
     the disk was served from, or none, the disk waits (`other-file`): give the image its name back, and `xenbackend
@@ -203,7 +204,7 @@ class Rbd(Driver):
             ownership.take(cluster, image, owner)
             self._owner = owner
             if DISK in wanted:
-                ownership.mark(image, wanted[DISK], goes_on=bool(identity.text))
+                ownership.mark(image, wanted[DISK], goes_on=env.continues or bool(identity.text))
         identity.text = self._identity
         self._report(env, cluster, settings.limits(holds), read_only=read_only)
         granularity = settings.discard_granularity(holds)

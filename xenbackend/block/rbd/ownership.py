@@ -104,10 +104,11 @@ def mark(image: Image, disk: str, *, goes_on: bool) -> None:
     found = image.mark()
     if found == disk:
         return
-    if goes_on and found:
+    if goes_on:
+        what = f"another disk has served the image meanwhile ({found})" if found else "the image has served no disk yet"
         raise DriverError(
-            f"another disk has served the image meanwhile ({found}), and the guest knows nothing of what was written "
-            f"there; if nothing was, `rbd image-meta remove` takes {MARK} away",
+            f"{what}, and the guest knows nothing of what is there; only if it has all that the guest wrote: "
+            f"`rbd image-meta set IMAGE {MARK} '{disk}'`",
             errno=errno.ESTALE,
         )
     image.set_mark(disk)
