@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xenbackend.block.rbd.noted import MAX_TEXT, SIZE, Noted
+from xenbackend.block.rbd.target import MAX_NAME
 
 
 def test_what_was_noted_is_there_for_whoever_comes_next() -> None:
@@ -39,3 +40,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         Noted(memory).text = "x" * (MAX_TEXT + 1)
     assert bytes(SIZE) == bytes(memory)
+
+
+def test_an_identity_fits() -> None:
+    """The longest names that a chain may have leave room for the rest of what tells an image from any other."""
+    assert 2 * MAX_NAME + 200 < MAX_TEXT

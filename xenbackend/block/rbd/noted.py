@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 
-SIZE = 1024  # bytes of the memory
+SIZE = 8192  # bytes of the memory: an identity has two names of `target.MAX_NAME` bytes
 _SLOT = SIZE // 2
 _HEAD = struct.Struct("<IIQ")  # checksum of all that follows, bytes of the text, number
 MAX_TEXT = _SLOT - _HEAD.size  # bytes

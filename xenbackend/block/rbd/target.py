@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_NAME = 4096  # bytes of each part
+MAX_NAME = 1024  # bytes of each part; Ceph's own limits are below that
 
 
 @dataclass(frozen=True, slots=True)
