@@ -574,3 +574,17 @@ def test_exchanges_and_hand_overs(guest: Guest, ceph: Ceph, chain: str, name: st
     refused = set(ceph.ceph("osd", "blocklist", "ls").splitlines()) - set(before.splitlines())
     assert [] == [each for each in refused if not each.startswith("192.0.2.1:")]
     assert [] == ceph.json("lock", "ls", f"{POOL}/{name}-other")
+
+
+def test_the_same_image_as_another_user(guest: Guest, ceph: Ceph, name: str) -> None:
+    """An image is the same one whoever asks for it, and a worker that dies after that exchange is followed as ever."""
+    guest.load.run(50)
+    guest.load.top_up()
+    chain = ceph.chain(name, ceph.add_user(f"user-{name}"))
+    guest.machine.ask({"verb": "set", "vbd": "5/xvda", "chain": chain})
+    guest.load.run(50)
+    guest.load.top_up()
+    guest.kill()
+    guest.load.run(50)
+    guest.end()
+    assert chain == guest.status()["chain"]
