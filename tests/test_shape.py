@@ -37,6 +37,7 @@ TESTED_ELSEWHERE = {
     "block/mapped/foreign.py": "block/drivers/test_vdi.py opens images by it, sound and damaged ones",
     "block/mapped/inflated.py": "block/drivers/test_qcow2.py and test_vmdk.py read compressed clusters by it",
     "block/qcow/copyup.py": "block/qcow/test_kills.py kills it at every write",
+    "block/files.py": "shapes only; worker/test_files.py and opener/test_main.py have what is of them",
     "block/qcow/disk.py": "block/drivers/test_qcow2.py and test_qcow.py open images by it",
     "block/qcow/level2.py": "block/qcow/test_kills.py kills it at every write",
     "cli/image_check.py": "cli/test_image.py runs it",

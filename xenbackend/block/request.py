@@ -6,7 +6,7 @@ Must not know a segment, a grant, a sector or a file.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -55,3 +55,6 @@ def clear(iov: Sequence[memoryview]) -> None:
         for start in range(0, len(view), len(_ZEROS)):
             piece = view[start : start + len(_ZEROS)]
             piece[:] = _ZEROS[: len(piece)]
+
+
+Complete = Callable[[list[Request]], None]

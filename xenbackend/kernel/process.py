@@ -13,7 +13,6 @@ import os
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from xenbackend.errors import KernelError
 
@@ -76,10 +75,10 @@ def files_of(pidfd: int) -> list[OpenFile]:
         pid = int(_fields(f"/proc/self/fdinfo/{pidfd}").get("Pid", "-1"))
         devices = _devices_of_mounts(f"/proc/{pid}/mountinfo")
         found = {}
-        for each in Path(f"/proc/{pid}/fd").iterdir():
+        for each in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - as in `_text_of`
             with suppress(OSError, KeyError, ValueError):  # closed meanwhile; or a pipe, which lies in no directory
-                path = os.readlink(each)  # noqa: PTH115 - pathlib would alter the name
-                info = _fields(f"/proc/{pid}/fdinfo/{each.name}")
+                path = os.readlink(f"/proc/{pid}/fd/{each}")  # noqa: PTH115 - pathlib would alter the name
+                info = _fields(f"/proc/{pid}/fdinfo/{each}")
                 if path.startswith("/"):
                     found[path] = OpenFile(path, devices[info["mnt_id"]], int(info["ino"]))
         signal.pidfd_send_signal(pidfd, 0)  # it is there still, so that the number was its own
@@ -88,16 +87,22 @@ def files_of(pidfd: int) -> list[OpenFile]:
     return list(found.values())
 
 
+def _text_of(path: str) -> str:
+    """Return what a file in /proc says. Raises: OSError."""
+    with open(path, encoding="ascii", errors="replace") as file:  # noqa: PTH123 - each command imports this, and no pathlib
+        return file.read()
+
+
 def _fields(path: str) -> dict[str, str]:
     """Return the fields of a file in /proc/pid/fdinfo. Raises: OSError."""
-    lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    lines = _text_of(path).splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _devices_of_mounts(path: str) -> dict[str, int]:
     """Return the device of each mount, by its number. Source: proc(5), /proc/pid/mountinfo. Raises: OSError."""
     found = {}
-    for line in Path(path).read_text(encoding="ascii", errors="replace").splitlines():
+    for line in _text_of(path).splitlines():
         mount, _, device = line.split(" ")[:3]
         major, _, minor = device.partition(":")
         found[mount] = os.makedev(int(major), int(minor))
@@ -123,4 +128,5 @@ def _set_nice(pid: int, ahead: int) -> None:
             os.setpriority(os.PRIO_PROCESS, pid, nice)
             return
         os.setpriority(os.PRIO_PGRP, pid, nice)  # of PRIO_PROCESS the threads that it has started would hear nothing
-        Path(f"/proc/{pid}/autogroup").write_text(f"{-ahead}\n", encoding="ascii")  # a session begins with 0
+        with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123 - as in `_text_of`
+            file.write(f"{-ahead}\n")  # a session begins with 0

@@ -20,7 +20,6 @@ from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel.inuse import InUse, is_used_by_another_face
 from xenbackend.kernel.locks import Access
 from xenbackend.opener import connecting, marks, parents, steps
-from xenbackend.opener.cluster import read_settings
 from xenbackend.protocol.opening import Facts
 
 Settings = Callable[[], Sequence[str]]
@@ -110,6 +109,8 @@ class LocalOpener:
 
     def read_cluster(self, account: Account) -> Mapping[str, str]:
         """Return what a client of a cluster has to know. Raises: DriverError, OSError."""
+        from xenbackend.opener.cluster import read_settings  # late: few disks are in a cluster
+
         return read_settings(account)
 
     def look(self, path: str) -> Facts:
