@@ -84,6 +84,11 @@ class Bed:
                     self.ask({"verb": "resume", "vbd": vbd, "wait": 0})
         return {"serving"} == {*phases.values()}
 
+    def has_openers(self) -> bool:
+        """Return whether each wild worker's opener has had its turn to begin; none of them is ever let go."""
+        children = Path(f"/proc/{self.service}/task/{self.service}/children").read_text().split()
+        return 2 * DISKS + 2 == len(children)  # and the zygote, and the neighbour's worker
+
     def descriptors(self) -> list[Counter[str]]:
         """Return what descriptors the service and its keeper have, but for a client's that has just been answered."""
         looks = [self._descriptors() for _ in range(_LOOKS)]
@@ -137,6 +142,7 @@ def test_any_bytes_of_a_worker_harm_nobody_else(
         for domid in range(1, DISKS + 1):
             bed.attach(domid)
         bed.until(bed.are_served)
+        bed.until(bed.has_openers)
         calm, memory, began = bed.descriptors(), bed.memory(), time.monotonic()
         words.words[IS_CALM] = 0
         for domid in range(1, DISKS + 1):
@@ -157,9 +163,9 @@ def test_any_bytes_of_a_worker_harm_nobody_else(
         passed_s = time.monotonic() - began
         bed.until(bed.are_served)
         bed.until(lambda: all(not each["under_way"] for each in bed.ask({"verb": "status"})))
+        bed.until(lambda: calm == bed.descriptors())
         known = bed.ask({"verb": "ping"})
         assert bed.service == known["pid"]
-        bed.until(lambda: calm == bed.descriptors())
         growth = bed.memory() - memory
         bed.load.finish()
         read_all(bed.frontend, bed.model)
