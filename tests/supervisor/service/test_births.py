@@ -211,6 +211,7 @@ def test_where_a_zygote_cannot_live_they_come_by_exec(line: Callable[..., Line])
     assert [True] * BY_EXEC + [False] == it.there()
     it.births.has_begun(it.asked[1])
     assert all(it.there())
+    it.births._command = NEVER_READY  # one that is there to be seen
     it.pass_time(REST_S)
 
     assert it.zygote
