@@ -415,14 +415,15 @@ class Place:
         return True
 
     def _drop_frontend(self) -> None:
-        """Let the guest's driver vanish; what it had in flight may be done, or not."""
+        """Let the guest's driver vanish; what it had in flight may be done, also on a chain that is being put in."""
         if self._frontend is not None:
             self.poll()
             self._frontend.crash()
             self._frontend = None
         self._step = "off"
-        image = self._world.images.of_chain(self.truth.chain) if self.truth is not None else None
-        self._may_be_done(image, self._in_flight)
+        chains = {self.truth.chain, *self.truth.targets.values()} if self.truth is not None else set()
+        for image in {self._world.images.of_chain(chain) for chain in chains}:
+            self._may_be_done(image, self._in_flight)
         self._in_flight.clear()
         self._undecided.clear()
 
