@@ -117,14 +117,14 @@ def _wrong_types(
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
-            yield _Mistake(table + name, f"there is no setting {name}; {hint}")
+            yield _Mistake(table + name, f"there is no setting {table}{name}; {hint}")
             continue
         wanted, words = _TYPES[known[name]]
         is_right = isinstance(value, wanted) and not isinstance(value, bool)
         if wanted is list:
             is_right = is_right and all(isinstance(each, str) for each in value)
         if not is_right:
-            yield _Mistake(table + name, f"{name} is {value!r}; it must be {words}")
+            yield _Mistake(table + name, f"{table}{name} is {value!r}; it must be {words}")
 
 
 def _wrong_values(settings: Settings) -> Iterator[_Mistake]:
