@@ -80,7 +80,7 @@ DISK = {
     "vbd": "5/xvda", "node": "vbd/5/51712", "kind": "vbd", "domid": 5, "guest": "mail", "device": "xvda",
     "chain": "log:|aio:/img", "read_only": False, "state": "Connected", "frontend_state": "Connected",
     "phase": "serving", "since": 0.0, "braked_s": 0.0, "paused": False, "paused_by": "", "reason": "", "error": "",
-    "under_way": [], "waits_s": None,
+    "under_way": [], "waits_s": None, "waits_for": "",
     "worker": 12, "worker_since": 0.0, "worker_version": "0.1.0", "needs_upgrade": False, "restarts": 0, "layers": [],
     "walls": ["user", "calls"], "no_walls": {}, "needs": [],
     "files": [{"file": "/img", "now": "same", "difference": ""}],

@@ -36,13 +36,15 @@ def test_what_status_says_is_in_it() -> None:
     """Each figure of the service and of a disk has its line, with the disk and its guest as labels."""
     buckets = [0] * 48
     buckets[13], buckets[47] = 2, 1
-    found = lines(disk(latency_histogram=buckets, reason="storage", waits_s=2.5))
+    found = lines(disk(latency_histogram=buckets, reason="storage", waits_s=2.5, waits_for="storage"))
     of_it = 'disk="5/xvda",guest="mail"'
 
     assert {
         "xenbackend_up 1", 'xenbackend_info{version="0.2.0"} 1', "xenbackend_start_time_seconds 1.5",
         "xenbackend_breaches_total 2", f'xenbackend_disk_served{{{of_it}}} 0',
-        f'xenbackend_disk_reason{{{of_it},reason="storage"}} 1', f"xenbackend_disk_storage_wait_seconds{{{of_it}}} 2.5",
+        f'xenbackend_disk_reason{{{of_it},reason="storage"}} 1',
+        f'xenbackend_disk_wait_seconds{{{of_it},for="storage"}} 2.5',
+        f'xenbackend_disk_wait_seconds{{{of_it},for="key"}} 0',
         f'xenbackend_disk_requests_total{{{of_it},operation="read"}} 7',
         f'xenbackend_disk_requests_total{{{of_it},operation="discard"}} 4',
         f'xenbackend_disk_bytes_total{{{of_it},operation="write"}} 2', f"xenbackend_disk_errors_total{{{of_it}}} 1",

@@ -115,6 +115,11 @@ def _of_disks(disks: Sequence[_Disk]) -> list[Family]:
 
     served = [(disk.labels, not disk.known["reason"] and not disk.known["paused"]) for disk in disks]
     reasons = [(disk.labels | {"reason": disk.known["reason"]}, 1) for disk in disks if disk.known["reason"]]
+    waits = [
+        (disk.labels | {"for": what}, disk.known["waits_s"] if what == disk.known["waits_for"] else 0)
+        for disk in disks
+        for what in ("storage", "key")
+    ]
     done = counted(read="reads", write="writes", flush="flushes", discard="discards")
     latency = [sample for disk in disks for sample in disk.latency()]
     return [
@@ -122,7 +127,7 @@ def _of_disks(disks: Sequence[_Disk]) -> list[Family]:
         _gauge("disk_served", "1 while nothing is in the way of serving the disk.", served),
         _gauge("disk_paused", "1 while an administrator has paused the disk.", of_each("paused")),
         _gauge("disk_reason", "1 for why a disk is not served as it should be.", reasons),
-        _gauge("disk_storage_wait_seconds", "For how long storage has not answered.", of_each("waits_s")),
+        _gauge("disk_wait_seconds", "For how long a file cannot be opened, by what it waits for.", waits),
         _gauge(
             "disk_needs_upgrade", "1 while the worker has another version than the service.", of_each("needs_upgrade")
         ),

@@ -27,6 +27,7 @@ COLUMNS = (
     "errors", "chain",
 )  # fmt: skip
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+_WAITS = {"storage": "its storage has not answered for {}", "key": "its key has been in the making for {}"}
 Known = dict[str, Any]  # of one disk, as the service describes it
 
 
@@ -140,7 +141,7 @@ def remarks(known: Known) -> list[str]:
     paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
     under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
     old = [f"its worker runs {known['worker_version'] or 'another version'}"] if known["needs_upgrade"] else []
-    waits = [f"its storage has not answered for {age(0, known['waits_s'])}"] if known["waits_s"] is not None else []
+    waits = [_WAITS[known["waits_for"]].format(age(0, known["waits_s"]))] if known["waits_for"] in _WAITS else []
     files = [_describe_file(each) for each in known["files"] if each["now"] in ("other", "gone")]
     walls = [f"its worker is not behind these walls: {', '.join(known['no_walls'])}"] if known["no_walls"] else []
     needs = [f"its drivers need, and have: {', '.join(known['needs'])}"] if known["needs"] else []

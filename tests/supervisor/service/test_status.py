@@ -45,7 +45,7 @@ def vbd(**changes: Any) -> Any:
             notes=Notes(program="0.0.1", restarts=2), page=page, files=SimpleNamespace(identities=lambda: dict(FILES))
         ),
         "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
-        "link": SimpleNamespace(waits_since=time.monotonic() - 12),
+        "link": SimpleNamespace(waits_since=time.monotonic() - 12, waits_for="storage"),
         "since": 100.0,
         "chain_in_service": lambda: "aio:/img",
     }
@@ -90,7 +90,8 @@ def test_what_an_administrator_needs_to_know() -> None:
     assert (os.getpid(), "0.0.1", True) == (known["worker"], known["worker_version"], known["needs_upgrade"])
     assert known["worker_since"] <= time.time()
     assert 12 <= known["waits_s"] < 60
-    assert describe(vbd(link=SimpleNamespace(waits_since=None)))["waits_s"] is None
+    assert "storage" == known["waits_for"]
+    assert describe(vbd(link=SimpleNamespace(waits_since=None, waits_for="")))["waits_s"] is None
     assert (7, 3) == (known["counters"]["reads"], known["latency_histogram"][17])
     assert "aio:/img" == known["layers"][0]["layer"]
     assert "text" not in known["layers"][0]

@@ -314,7 +314,7 @@ def test_a_worker_that_waits_for_storage_is_not_asked_to_close(comes_late: bool)
         world.send(events.Waits("/a"))
 
     assert Phase.CLOSING is world.device.phase
-    assert ["the worker was killed: it waited for storage that does not answer"] == world.inbox
+    assert ["the worker was killed: it was not needed any more, and waited for a file or a key"] == world.inbox
 
 
 def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
@@ -358,6 +358,7 @@ def test_a_key_that_is_made_costs_no_worker() -> None:
     assert (
         "the key is being made of /etc/key, which takes seconds, and one disk does it at a time" in world.device.error
     )
+    assert "key" == world.device.reason
     world.send(events.Waits(""))
     world.settle()
 

@@ -21,7 +21,7 @@ CLEARED = {
     Cause.JOIN: {Reason.HALTED},
     Cause.FRESH: {Reason.FLUSH_FAILED},
     Cause.SERVED: {Reason.INTERRUPTED},
-    Cause.ENDED: {Reason.STORAGE, Reason.TROUBLE},
+    Cause.ENDED: {Reason.STORAGE, Reason.KEY, Reason.TROUBLE},
     Cause.REPLACED: {Reason.UNDECIDED},
 }
 

@@ -57,6 +57,7 @@ def describe(
         "reason": device.reason,
         "error": device.error,
         "waits_s": None if vbd.link.waits_since is None else round(time.monotonic() - vbd.link.waits_since, 1),
+        "waits_for": vbd.link.waits_for,
         "under_way": [{"order": each.number, "verb": each.verb} for each in vbd.orders.under_way if each.number > 0],
         "worker": pid,
         "worker_since": None if pid is None else started_at(pid),

@@ -75,7 +75,7 @@ def _sentence(waits: events.Waits) -> str:
 
 
 def _kill_who_waits() -> events.Kill:
-    return events.Kill("the worker was killed: it waited for storage that does not answer")
+    return events.Kill("the worker was killed: it was not needed any more, and waited for a file or a key")
 
 
 class Device:
@@ -322,14 +322,18 @@ class Device:
 
     def _wait(self, waits: events.Waits) -> list[events.Action]:
         """Take note of what the opener waits for, or that it is over."""
-        had_to_wait = bool(self._reasons[Reason.STORAGE])
-        self._reasons.say(Reason.STORAGE, _sentence(waits))
+        had_to_wait, sentence = self._has_to_wait(), _sentence(waits)
+        self._reasons.say(Reason.STORAGE, "" if waits.makes_key else sentence)
+        self._reasons.say(Reason.KEY, sentence if waits.makes_key else "")
         if had_to_wait and not waits.name:
             self._limit = (Phase.NONE, False)  # from here on the time is the worker's again
         return [_kill_who_waits()] if waits.name and self.phase is Phase.CLOSING else []
 
+    def _has_to_wait(self) -> bool:
+        return bool(self._reasons[Reason.STORAGE] or self._reasons[Reason.KEY])
+
     def _expire(self) -> list[events.Action]:
-        if self.phase in _OPENING and self._reasons[Reason.STORAGE]:
+        if self.phase in _OPENING and self._has_to_wait():
             return []  # another worker would wait as well, and leave one more process that hangs
         if self.phase in LIMIT_S:
             if self.phase is Phase.OPENING:
@@ -382,7 +386,7 @@ class Device:
                 return [join]
             case Move.LEAVE:
                 return [events.Leave()]
-            case Move.CLOSE if former in _OPENING and self._reasons[Reason.STORAGE]:
+            case Move.CLOSE if former in _OPENING and self._has_to_wait():
                 return [_kill_who_waits()]
             case Move.CLOSE | Move.HAND_OVER:
                 return [events.Close(hands_over=move is Move.HAND_OVER)]

@@ -41,7 +41,8 @@ class Link:
     """One vbd's.
 
     worker       None while there is no process
-    waits_since  since when the worker's opener waits for storage, or makes a key, by the loop's clock
+    waits_since  since when the worker's opener waits, by the loop's clock
+    waits_for    for what: "storage" that does not answer, or a "key" that is being made; empty: it does not wait
     """
 
     def __init__(self, vbd: Vbd, fleet: Fleet, openings: Openings) -> None:
@@ -49,6 +50,7 @@ class Link:
         first = int(fleet.loop.now() * 1e6)  # no clock that could be set back
         self.worker: Worker | None = None
         self.waits_since: float | None = None
+        self.waits_for = ""
         self._vbd = vbd
         self._fleet = fleet
         self._first = self._last = first
@@ -155,11 +157,12 @@ class Link:
     def _wait(self, waits: Waits) -> None:
         """Take note of a file whose storage does not answer, or of a key that is being made."""
         self.waits_since = self._fleet.loop.now() - WAITS_S if waits.name else None
+        self.waits_for = ("key" if waits.makes_key else "storage") if waits.name else ""
         self._vbd.handle(events.Waits(waits.name, waits.makes_key))
 
     def _dismiss_openers(self) -> None:
         """Let no opener go on for a worker that has ended; one that hangs goes when its storage answers."""
-        self.waits_since = None
+        self.waits_since, self.waits_for = None, ""
         for opener in list(self._openers):
             opener.kill()
 

@@ -34,9 +34,10 @@ class Reason(Enum):
     BAD_RINGS = 7, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
     FLUSH_FAILED = 8, False, (Cause.RESUME, Cause.FRESH)
     STORAGE = 9, False, (Cause.ENDED,)  # it does not answer
-    TROUBLE = 10, False, (Cause.ENDED,)  # what the disk could not do and tries again
-    INTERRUPTED = 11, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
-    HALTED = 12, False, (Cause.JOIN,)  # which ring the frontend broke
+    KEY = 10, False, (Cause.ENDED,)  # it is being made
+    TROUBLE = 11, False, (Cause.ENDED,)  # what the disk could not do and tries again
+    INTERRUPTED = 12, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
+    HALTED = 13, False, (Cause.JOIN,)  # which ring the frontend broke
 
     def __init__(self, rank: int, bars: bool, cleared_by: tuple[Cause, ...]) -> None:  # noqa: FBT001 - a column
         self.rank = rank
