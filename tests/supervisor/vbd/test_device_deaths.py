@@ -359,7 +359,8 @@ def test_a_key_that_is_made_costs_no_worker() -> None:
         "the key is being made of /etc/key, which takes seconds, and one disk does it at a time" in world.device.error
     )
     assert "key" == world.device.reason
-    world.send(events.Waits(""))
+    world.send(events.Waits("", makes_key=True))
+    assert "key" != world.device.reason
     world.settle()
 
     assert ("4", True, "") == (world.state, world.is_connected, world.device.error)

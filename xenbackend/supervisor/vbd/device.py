@@ -69,9 +69,11 @@ _OPENING = (Phase.OPENING, Phase.CONNECTING)
 def _sentence(waits: events.Waits) -> str:
     """Return what to say of a disk whose opener waits, empty: it does not."""
     name = printable(waits.name)
+    if not name:
+        return ""
     if waits.makes_key:
         return f"the key is being made of {name}, which takes seconds, and one disk does it at a time; then it goes on"
-    return f"{name} cannot be opened: its storage does not answer; the disk goes on when it does" * bool(name)
+    return f"{name} cannot be opened: its storage does not answer; the disk goes on when it does"
 
 
 def _kill_who_waits() -> events.Kill:
