@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from tests.answering import answering, working
 from xenbackend.cli.main import main
-from xenbackend.cli.metrics import FILE
+from xenbackend.cli.metrics import FILE, _address
 
 
 def test_it_prints_what_the_service_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +22,20 @@ def test_it_prints_what_the_service_says(tmp_path: Path, capsys: pytest.CaptureF
     assert {"ping", "status"} == asked
     assert "xenbackend_up 1\n" in said
     assert 'xenbackend_disk_requests_total{disk="5/xvda",guest="mail",operation="read"} 7\n' in said
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:9917", ("127.0.0.1", 9917)), ("[::1]:1", ("::1", 1)), ("localhost:0", ("localhost", 0)),
+     ("0.0.0.0:1", None), ("[::]:1", None), (":1", None), ("10.0.0.1:80", None), ("127.0.0.1:65536", None)],
+)  # fmt: skip
+def test_it_listens_to_this_host_only(text: str, address: tuple[str, int] | None) -> None:
+    """Nobody is asked who he is, so that whoever is elsewhere gets nothing."""
+    if address is not None:
+        assert address == _address(text)
+        return
+    with pytest.raises(argparse.ArgumentTypeError):
+        _address(text)
 
 
 def test_a_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import shutil
 import socket
 import subprocess
@@ -71,6 +72,7 @@ def test_a_client_that_says_nothing_keeps_nobody_waiting(tmp_path: Path) -> None
         with socket.create_connection((host, int(port))) as silent:
             silent.send(b"GET /met")
             assert "xenbackend_up 1\n" in get(f"{url}/metrics")[1]
+            assert not select.select([silent], [], [], 0)[0]  # nobody has given it up yet
         assert "xenbackend_up 1\n" in get(f"{url}/metrics")[1]
 
 

@@ -52,6 +52,15 @@ class Clock:
         return self.time
 
 
+def run_until(loop: Reactor, condition: Callable[[], object]) -> None:
+    """Let a loop run until the condition holds."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+        loop.call_later(0.005, loop.stop)
+        loop.run()
+
+
 def settle(loop: Reactor, passes: int = 20) -> None:
     """Let a loop do everything that is due now, and what follows from it, without waiting."""
     for _ in range(passes):

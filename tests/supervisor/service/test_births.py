@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.helpers import NEVER_READY, PATIENCE_S, settle
+from tests.supervisor.helpers import NEVER_READY, run_until, settle
 from xenbackend.errors import KernelError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
@@ -64,11 +64,7 @@ class Line:
 
     def until(self, condition: Callable[[], object]) -> None:
         """Let the loop run until the condition holds."""
-        give_up = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < give_up, "it never happened"
-            self.loop.call_later(0.005, self.loop.stop)
-            self.loop.run()
+        run_until(self.loop, condition)
 
     def pass_time(self, seconds: float) -> None:
         """Let so much time be over, and do what is due then."""

@@ -337,8 +337,10 @@ def test_workers_come_from_a_zygote_where_there_is_one(
         settle(heard.loop)
         assert {worker, second} == set(children())
     (program / "new.py").write_text("")
+    assert heard.fleet.openers.spare is not None
     heard.fleet.renew()
     assert [worker] == children()
+    assert heard.fleet.openers.spare is None  # it was of the former program, too
     settle(heard.loop)
     [third] = [each for each in children() if each != worker]
     heard.fleet.close()

@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from tests.supervisor.helpers import PATIENCE_S
+from tests.supervisor.helpers import run_until
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
 from xenbackend.supervisor.service.process import Process
@@ -46,11 +45,7 @@ class Asked:
 
     def until(self, condition: Callable[[], object]) -> None:
         """Let the loop run until the condition holds."""
-        give_up = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < give_up, "it never happened"
-            self.loop.call_later(0.005, self.loop.stop)
-            self.loop.run()
+        run_until(self.loop, condition)
 
     def ask(self, kinds: str = "w") -> list[Process]:
         """Ask for processes, once it is ready."""
