@@ -190,6 +190,18 @@ def test_a_strangers_lock_is_refused_and_left_alone(
     assert 0 == main(["check", chain])
 
 
+def test_a_lock_by_hand_is_refused_and_left_alone(
+    ceph: Ceph, chain: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lock by `rbd lock add`, whose client is gone at once, is not taken for that of a dead one: it is named."""
+    ceph.rbd("lock", "add", f"{POOL}/{name}", "maintenance")
+    [before] = ceph.json("lock", "ls", f"{POOL}/{name}")
+    assert "'maintenance'" in refusal(capsys, chain)
+    assert [before] == ceph.json("lock", "ls", f"{POOL}/{name}")
+    ceph.rbd("lock", "rm", f"{POOL}/{name}", before["id"], before["locker"])
+    assert 0 == main(["check", chain])
+
+
 def test_a_worker_that_the_cluster_refuses_is_followed_by_another_one(guest: Guest, ceph: Ceph) -> None:
     """A guest whose worker is put on the blocklist sees no error; what happened stands in the log."""
     guest.load.run(50)

@@ -24,6 +24,7 @@ _MARK_BYTES = 4096
 MARK = "xenbackend.served"  # a key of the image's metadata, as `rbd image-meta list` shows them
 _MOST = 1024  # settings or watchers; a release has some 80 settings, an image few of the others
 _LOCK = b"rbd_lock"  # librbd's own, on the image's header; include/rbd_types.h, RBD_LOCK_NAME
+_COOKIE = "auto "  # of a client that watches the image; librbd/managed_lock/Utils.cc, WATCHER_LOCK_COOKIE_PREFIX
 
 
 class _Setting(ctypes.Structure):
@@ -51,6 +52,11 @@ class Owner:
 
     def __str__(self) -> str:
         return f"{self.client} at {self.address}"
+
+    @property
+    def is_client(self) -> bool:
+        """Whether a client has it that uses the image; else somebody has made it by `rbd lock add`, and gone."""
+        return self.cookie.startswith(_COOKIE)
 
 
 @dataclass(frozen=True, slots=True)

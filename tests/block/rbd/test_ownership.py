@@ -118,6 +118,15 @@ def test_a_stranger_who_is_silent_is_kept_out() -> None:
     assert [fence, f"break {OTHER.address}", f"acquire {MINE}"] == Place(OTHER).take()
 
 
+def test_a_lock_that_was_made_by_hand_is_left_alone() -> None:
+    """Who made it by `rbd lock add` watches nothing, and is not silent for that: it is a refusal with its name."""
+    place = Place(Owner("client.3", "maintenance", "10.0.0.3:0/3"))
+    with pytest.raises(DriverError, match=r"the lock 'maintenance', which client\.3 at 10\.0\.0\.3:0/3") as caught:
+        place.take()
+    assert errno.EBUSY == caught.value.errno
+    assert [] == place.steps
+
+
 def test_one_that_was_quicker_is_named() -> None:
     """Where somebody gets the lock in between, the refusal is as if he had had it before."""
     place = Place()

@@ -20,7 +20,7 @@ Behaviour:
     cluster refuse that client first (an entry of the blocklist, for 24 hours), then takes the lock: so no write of a
     dead worker lands after its successor's. That takes some 0.1 to 1 s; the guest waits. A key that may not write to
     the blocklist is found out when the disk is attached, or checked. An owner that has gone silent, so that it has no
-    watch on the image any more (30 s), is treated likewise.
+    watch on the image any more (30 s), is treated likewise; a lock that somebody made by `rbd lock add` is not.
 
     A worker that the cluster refuses, or that has lost its lock, ends, and says so. Its successor goes on if nobody
     else has the lock, and waits otherwise. It also waits where another disk of xenbackend, on whatever host, has served

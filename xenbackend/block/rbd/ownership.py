@@ -1,6 +1,7 @@
 """Being the one who writes to an image: its lock taken, and whoever had it before kept out for good.
 
-Must not take a lock from anybody who may be alive, other than our own predecessors, which are dead.
+Must not take a lock from anybody who may be alive, other than our own predecessors, which are dead; nor one that was
+made by hand (`rbd lock add`), as librbd does not either.
 
     before      the address that our predecessor noted, if it did not close the image in order
     refuse      the cluster refuses all that comes from it, and from an owner that has gone silent (blocklist)
@@ -17,6 +18,7 @@ entry of the blocklist lives for FENCE_S, which is far longer than anything that
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Protocol
 
 from xenbackend.block.rbd.noted import Noted
@@ -67,13 +69,7 @@ def take(cluster: Cluster, image: Image, noted: Noted) -> None:
     Raises: DriverError; EBUSY where somebody else has the lock, EACCES where our key could keep nobody out.
     """
     before, owners = noted.text, image.owners()
-    strangers = [each for each in owners if each.address != before]
-    if strangers:
-        alive = set(image.watchers())
-        for each in strangers:
-            if each.address in alive:
-                problem = f"the image is in use by {each}, which has its lock"
-                raise DriverError(problem, errno=errno.EBUSY)
+    _leave_alone(image, owners, before)
     # One order to the monitors each time: where nobody has to be kept out, to see that we could.
     mine = cluster.address()
     refused = [each for each in {before, *(owner.address for owner in owners)} if each]
@@ -92,6 +88,18 @@ def take(cluster: Cluster, image: Image, noted: Noted) -> None:
             raise
         quicker = ", ".join(map(str, image.owners())) or "somebody"
         raise DriverError(f"the image is in use by {quicker}, which has its lock", errno=errno.EBUSY) from problem
+
+
+def _leave_alone(image: Image, owners: Sequence[Owner], before: str) -> None:
+    """Raise DriverError with EBUSY about an owner that may be alive, or whose lock was made by hand."""
+    strangers = [each for each in owners if each.address != before]
+    alive = set(image.watchers()) if strangers else set()
+    for each in strangers:
+        if not each.is_client:
+            problem = f"the image has the lock {each.cookie!r}, which {each} has made by hand; `rbd lock rm` removes it"
+            raise DriverError(problem, errno=errno.EBUSY)
+        if each.address in alive:
+            raise DriverError(f"the image is in use by {each}, which has its lock", errno=errno.EBUSY)
 
 
 def mark(image: Image, disk: str, *, goes_on: bool) -> None:
