@@ -111,7 +111,7 @@ HOMES = {
     "daemon": ("supervisor/service/detached",),
     "zstandard": ("block/formats/zstd",),
     "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/service/process"),
-    "threading": ("block/recorder", "ceph/bounded", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
+    "threading": ("block/recorder", "ceph/", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
     # attributes
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler;
     # CREDENTIALS_DIRECTORY, as systemd gives it to the service

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 from dataclasses import dataclass
 
 from xenbackend.ceph.cluster import Cluster, plain_address
@@ -98,6 +99,7 @@ class Image:
         """Open it. Raises: DriverError; ENOENT where there is no such image or snapshot."""
         self._rados, self._slow = cluster.library.rados, cluster.library.slow
         self._pool = pool
+        self._in_use = threading.Lock()  # another thread may ask for the size while it is closed
         self.handle = ctypes.c_void_p()
         opens = self._slow.rbd_open_read_only if read_only or snapshot else self._slow.rbd_open
         snap = _bytes(snapshot) if snapshot else None
@@ -107,9 +109,14 @@ class Image:
             raise DriverError(_why_not_opened(-result, name, snapshot, cluster.user), errno=-result)
 
     def size(self) -> int:
-        """Return its bytes as they are now, which may take a question to the cluster. Raises: DriverError."""
+        """Return its bytes as they are now, which may take a question to the cluster; for any thread.
+
+        Raises: DriverError; EBADF where it is closed.
+        """
         size = ctypes.c_uint64()
-        check(self._slow.rbd_get_size(self.handle, ctypes.byref(size)), "ask for the image's size")
+        with self._in_use:
+            result = self._slow.rbd_get_size(self.handle, ctypes.byref(size)) if self.handle else -errno.EBADF
+        check(result, "ask for the image's size")
         return size.value
 
     def id(self) -> str:
@@ -207,8 +214,9 @@ class Image:
 
     def close(self) -> None:
         """Let go of it, and of its lock. Nothing is in flight. It may wait for the cluster. Raises: DriverError."""
-        if self.handle:
+        with self._in_use:
             handle, self.handle = self.handle, ctypes.c_void_p()
+        if handle:
             check(self._slow.rbd_close(handle), "close the image")
 
 

@@ -1,0 +1,83 @@
+"""Tests of `xenbackend.ceph.image`: an image that is closed while another thread asks; tests/engines has real ones."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xenbackend.ceph.image import Image
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+
+
+class Library:
+    """librbd, whose answer about a size may be long in coming; notes what is called, and with which image."""
+
+    def __init__(self) -> None:
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.calls: list[tuple[str, int | None]] = []
+
+    def rbd_open(self, _pool: object, _name: bytes, handle: Any, _snapshot: object) -> int:
+        """Open it as number 7."""
+        handle._obj.value = 7
+        return 0
+
+    def rbd_get_size(self, handle: ctypes.c_void_p, size: Any) -> int:
+        """Answer once that may be."""
+        self.calls.append(("asked", handle.value))
+        self.asked.set()
+        assert self.answers.wait(10)
+        self.calls.append(("answered", handle.value))
+        size._obj.value = SIZE
+        return 0
+
+    def rbd_close(self, handle: ctypes.c_void_p) -> int:
+        """Close it."""
+        self.calls.append(("closed", handle.value))
+        return 0
+
+
+@pytest.fixture
+def library() -> Library:
+    """Return what there is of librbd."""
+    return Library()
+
+
+@pytest.fixture
+def image(library: Library) -> Image:
+    """Return an open image."""
+    cluster: Any = SimpleNamespace(library=SimpleNamespace(rados=library, slow=library), user="xen")
+    pool: Any = SimpleNamespace(handle=None)
+    return Image(cluster, pool, "disk", read_only=False)
+
+
+def test_it_is_not_closed_below_a_thread_that_asks_for_its_size(library: Library, image: Image) -> None:
+    """An image that is closed is freed by librbd, so that whoever asks is answered first."""
+    sizes: list[int] = []
+    asks = threading.Thread(target=lambda: sizes.append(image.size()))
+    asks.start()
+    assert library.asked.wait(10)
+    closes = threading.Thread(target=image.close)
+    closes.start()
+    closes.join(0.1)
+    library.answers.set()
+    for each in (asks, closes):
+        each.join(10)
+    assert [SIZE] == sizes
+    assert [("asked", 7), ("answered", 7), ("closed", 7)] == library.calls
+
+
+def test_nobody_asks_a_closed_image(library: Library, image: Image) -> None:
+    """A thread that comes later gets an error, and librbd no image that it does not have; nor is it closed twice."""
+    image.close()
+    image.close()
+    with pytest.raises(DriverError, match="size") as caught:
+        image.size()
+    assert errno.EBADF == caught.value.errno
+    assert [("closed", 7)] == library.calls
