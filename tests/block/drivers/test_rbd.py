@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers_block import Machine
 from xenbackend.block.chain import parse_chain
+from xenbackend.block.drivers import rbd as driver
 from xenbackend.block.drivers import to_load_ahead
 from xenbackend.block.drivers.rbd import Rbd
 from xenbackend.block.servers import Account
@@ -81,6 +85,31 @@ def test_a_cluster_that_cannot_be_reached(machine: Machine, monkeypatch: pytest.
     monkeypatch.setattr(machine.files, "read_cluster", lambda account: {"key": account.conf})
     with pytest.raises(DriverError, match="no monitor, as admin by /c"):
         machine.open("rbd:a/b,conf=/c")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_was_connected_is_let_go_of_when_opening_fails(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, *, is_late: bool
+) -> None:
+    """A client whose image cannot be opened is closed, whatever was wrong, also where nobody waits for it any more."""
+    goes_on, closed = threading.Event(), threading.Event()
+
+    def fail(*_: object) -> None:
+        goes_on.wait(10)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    if is_late:
+        monkeypatch.setattr(driver, "OPEN_S", 0.01)
+    else:
+        goes_on.set()
+    monkeypatch.setattr(driver, "Cluster", lambda *_: SimpleNamespace(close=closed.set))
+    monkeypatch.setattr(driver, "Pool", fail)
+    monkeypatch.setattr(machine.files, "read_cluster", lambda _account: {})
+    with pytest.raises(DriverError, match="has not answered" if is_late else "too many open files"):
+        machine.open("rbd:a/b,conf=/c")
+    assert closed.is_set() != is_late
+    goes_on.set()
+    assert closed.wait(10)
 
 
 def test_a_worker_is_told_of_it_before_its_walls() -> None:

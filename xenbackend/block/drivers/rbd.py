@@ -136,10 +136,11 @@ class Rbd(Driver):
         owner, identity = Noted(env.memory("owner", SIZE)), Noted(env.memory("image", SIZE))
 
         def steps() -> Geometry:
-            geometry = self._steps(env, wanted, owner, identity, read_only=read_only)
-            if self._is_abandoned:
-                self._close()
-            return geometry
+            try:
+                return self._steps(env, wanted, owner, identity, read_only=read_only)
+            finally:
+                if self._is_abandoned:
+                    self._close()
 
         try:
             geometry = within(OPEN_S, f"{target} is not open yet", steps)
@@ -148,7 +149,7 @@ class Rbd(Driver):
         except NotBack:
             self._is_abandoned = True
             raise
-        except DriverError:
+        except BaseException:
             with suppress(DriverError):  # why it could not be opened is what to report
                 within(CLOSE_S, "", self._close)
             raise
@@ -182,7 +183,7 @@ class Rbd(Driver):
     def _steps(
         self, env: Env, wanted: Mapping[str, str], owner: Noted, identity: Noted, *, read_only: bool
     ) -> Geometry:
-        """Open all of it; whoever calls closes what is open where this raises DriverError."""
+        """Open all of it; whoever calls closes what is open where this raises. Raises: DriverError."""
         target = self.options.image
         cluster = self._cluster = Cluster(self.options.id, wanted)
         pool = self._pool = Pool(cluster, target.pool, target.namespace)
