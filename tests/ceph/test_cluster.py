@@ -63,7 +63,7 @@ def librados(monkeypatch: pytest.MonkeyPatch) -> Librados:
 
 def test_whoever_refuses_a_client_knows_the_map_in_which_it_is_refused(librados: Librados) -> None:
     """Only with that map no OSD does anything for us that would still do what the dead client had sent."""
-    Cluster("xen", {}).refuse(DEAD, 60.0)
+    Cluster("xen", {}).refuse(DEAD, 60)
     assert [f"osd blocklist add {DEAD} 60.0", "map"] == librados.calls
 
 

@@ -13,7 +13,6 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 
 from xenbackend.ceph.library import Libraries, check, load
 from xenbackend.errors import DriverError
@@ -92,17 +91,15 @@ class Cluster:
         finally:
             self.library.rados.rados_buffer_free(found)
 
-    def refuse(self, address: str, seconds: float | None = None) -> None:
-        """Have the cluster refuse all that comes from a client, from now on, for so long or the cluster's default.
+    def refuse(self, address: str, seconds: float) -> None:
+        """Have the cluster refuse all that comes from a client, from now on, for so long.
 
         What this client asks for afterwards is done by no OSD that does not know of it.
 
         Raises: DriverError; EACCES, where the key may not.
         """
-        order: dict[str, object] = {"prefix": "osd blocklist", "blocklistop": "add", "addr": address}
-        if seconds is not None:
-            order["expire"] = seconds  # a float: written as an integer, 16.2 takes it for malformed
-        self._command(order)
+        order = {"prefix": "osd blocklist", "blocklistop": "add", "addr": address}
+        self._command({**order, "expire": float(seconds)})  # written as an integer, 16.2 takes it for malformed
         self.wait_for_map()
 
     def wait_for_map(self) -> None:
@@ -127,8 +124,7 @@ class Cluster:
         )  # fmt: skip
         sentence = (said.value or b"").decode(errors="replace")
         for each in (out, said):
-            with suppress(ctypes.ArgumentError):
-                rados.rados_buffer_free(each)
+            rados.rados_buffer_free(each)
         if result < 0:
             why = os.strerror(-result) + (f" ({sentence})" if sentence else "")
             raise DriverError(f"the cluster did not do `{order['prefix']}`: {why}", errno=-result)
