@@ -40,6 +40,7 @@ def test_what_is_safe() -> None:
         ("rbd_persistent_cache_mode", "ssd"),
         ("rbd_blocklist_on_break_lock", "false"),
         ("rbd_blocklist_expire_seconds", "30"),
+        ("rbd_blocklist_expire_seconds", "1K"),
         ("rbd_disable_zero_copy_writes", "false"),
         ("rbd_non_blocking_aio", "false"),
     ],

@@ -48,9 +48,14 @@ def why_unsafe(settings: Mapping[str, Setting]) -> str:
         if found is not None and found.value != wanted:
             return _sentence(name, found, repr(wanted), otherwise)
     found = settings.get(_EXPIRY)
-    if found is not None and found.value.isdecimal() and 0 < int(found.value) < _LEAST_EXPIRY_S:
+    if found is not None and not _is_long(found.value):
         return _sentence(_EXPIRY, found, f"0, the cluster's own, or {_LEAST_EXPIRY_S} at least", _NO_FENCE)
     return ""
+
+
+def _is_long(expiry: str) -> bool:
+    """Return whether an entry of the blocklist lives long; Ceph takes 1K for a number, too, which we do not."""
+    return expiry == "0" or (expiry.isdecimal() and int(expiry) >= _LEAST_EXPIRY_S)
 
 
 def limits(settings: Mapping[str, Setting]) -> str:
