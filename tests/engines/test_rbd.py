@@ -405,6 +405,22 @@ def test_a_snapshot_is_read(ceph: Ceph, chains: Chains, chain: str, name: str, t
     assert 0 == main(["demo", "--quiet", "--area", "8M", "--seconds", "1", f"cow:{tmp_path}/cow|{then}"])
 
 
+def test_a_snapshot_is_told_from_another_one_of_its_name(ceph: Ceph, chains: Chains, chain: str, name: str) -> None:
+    """What was served from a snapshot that was removed is not served from a new one, which holds something else."""
+    ceph.rbd("snap", "create", f"{POOL}/{name}@then")
+    then = ceph.chain(f"{name}@then")
+    for _ in range(2):
+        chains.open(then, read_only=True).close()
+    ceph.rbd("snap", "rm", f"{POOL}/{name}@then")
+    disk = chains.open(chain)
+    assert [0] == chains.do(disk, write(0, SECTOR * b"B"))
+    disk.close()
+    ceph.rbd("snap", "create", f"{POOL}/{name}@then")
+    with pytest.raises(DriverError, match="means another image now") as caught:
+        chains.open(then, read_only=True)
+    assert errno.ESTALE == caught.value.errno
+
+
 def test_a_namespace(ceph: Ceph, name: str) -> None:
     """An image in a namespace is written to by a key that may do nothing outside of it."""
     ceph.rbd("namespace", "create", f"{POOL}/{name}")

@@ -125,6 +125,12 @@ class Image:
         check(self._slow.rbd_get_id(self.handle, text, _ID_BYTES), "ask for the image's id")
         return text.value.decode()
 
+    def snapshot_id(self, name: str) -> int:
+        """Return what tells a snapshot of it from any other, also of earlier ones of its name. Raises: DriverError."""
+        found = ctypes.c_uint64()
+        check(self._slow.rbd_snap_get_id(self.handle, _bytes(name), ctypes.byref(found)), "ask for the snapshot's id")
+        return found.value
+
     def features(self) -> int:
         """Return its features, as bits of rbd/features.h. Raises: DriverError."""
         found = ctypes.c_uint64()

@@ -48,6 +48,7 @@ _RBD: dict[str, tuple[Any, ...]] = {
     "rbd_get_size": (_handle, _handle),
     "rbd_get_id": (_handle, _text, _size),
     "rbd_get_features": (_handle, _handle),
+    "rbd_snap_get_id": (_handle, _text, _handle),
     "rbd_config_image_list": (_handle, _handle, _handle),
     "rbd_config_image_list_cleanup": (_handle, _int),
     "rbd_lock_acquire": (_handle, _int),

@@ -28,9 +28,9 @@ Behaviour:
     disk it serves: `xenbackend.served` of `rbd image-meta list`. So an image is told from another one of its name also
     over a stop of the service.
 
-    An image is its cluster's number, its pool's and its own id. Where the name means another image than the one that
-    the disk was served from, or none, the disk waits (`other-file`): give the image its name back, and `xenbackend
-    resume`. While it is served it may be renamed.
+    An image is its cluster's number, its pool's and its own id, and that of the snapshot. Where the name means another
+    image than the one that the disk was served from, or none, the disk waits (`other-file`): give the image its name
+    back, and `xenbackend resume`. While it is served it may be renamed.
 
     OSDs that do not answer are waited for as long as it takes; `status` says for how long (`cluster`). No operation is
     ever timed out, since it might be done later all the same. A cluster that is full holds writes back likewise.
@@ -193,7 +193,8 @@ class Rbd(Driver):
             if problem.errno != errno.ENOENT or not identity.text:
                 raise
             raise DriverError(f"{problem}; the disk was served from {identity.text}", errno=errno.ESTALE) from problem
-        self._identity = f"rbd {cluster.fsid()}/{pool.number()}/{target.namespace}/{image.id()}@{target.snapshot}"
+        snapshot = f"@{target.snapshot}#{image.snapshot_id(target.snapshot)}" if target.snapshot else ""
+        self._identity = f"rbd {cluster.fsid()}/{pool.number()}/{target.namespace}/{image.id()}{snapshot}"
         if identity.text not in ("", self._identity):
             raise DriverError(
                 f"{target} means another image now, {self._identity}; the disk was served from {identity.text}",
