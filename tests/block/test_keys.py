@@ -24,6 +24,7 @@ ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
         (replace(SOUND, iterations=MAX_ITERATIONS + 1), "iterations of PBKDF2"),
         (replace(SOUND, hash="md5"), "by the hash 'md5'"),
         (replace(SOUND, hash=""), "by the hash ''"),
+        (replace(SOUND, hash="x" * 3000), "by the hash 'x{32}'; this driver knows"),
         (replace(SOUND, length=0), "a key of 0 bytes"),
         (replace(SOUND, length=129), "a key of 129 bytes"),
         (replace(SOUND, salt=b"x" * 7), "7 bytes of salt"),

@@ -70,7 +70,8 @@ class Derivation:
             raise DriverError(f"its header is damaged: a key of {self.length} bytes, {len(self.salt)} bytes of salt")
         if self.function == PBKDF2:
             if self.hash not in HASHES:
-                raise DriverError(f"its keys are made by the hash {self.hash!r}; this driver knows {', '.join(HASHES)}")
+                known = ", ".join(HASHES)
+                raise DriverError(f"its keys are made by the hash {self.hash[:32]!r}; this driver knows {known}")
             if not MIN_ITERATIONS <= self.iterations <= MAX_ITERATIONS:
                 raise DriverError(
                     f"a key of it takes {self.iterations} iterations of PBKDF2; {MIN_ITERATIONS} to {MAX_ITERATIONS} "

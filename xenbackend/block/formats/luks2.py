@@ -115,7 +115,11 @@ class _Metadata:
 
     def _segment(self) -> tuple[str, dict[str, Any]]:
         segments = _dict(self._json.get("segments"), "segments")
-        found = {name: _dict(each, f"segment {name}") for name, each in segments.items() if not _is_backup(each)}
+        found = {
+            name: _dict(each, f"segment {printable(name[:8])}")
+            for name, each in segments.items()
+            if not _is_backup(each)
+        }
         if len(found) != 1:
             raise DriverError(f"its data are {len(found)} segments, and this driver knows volumes of one")
         name, segment = next(iter(found.items()))
@@ -152,7 +156,7 @@ class _Metadata:
             slot = _dict(all_slots.get(name), f"key slot {printable(name[:8])}")
             if not name.isdecimal() or len(name) > 2:
                 raise damaged(f"a key slot is called {printable(name[:20])}")
-            rank = _PRIORITIES.get(slot.get("priority", 1), 3)
+            rank = _PRIORITIES.get(_int(slot, "priority") if "priority" in slot else 1, 3)
             if _str(slot, "type") != "luks2" or (rank == 3 and int(name) != wanted):
                 continue
             ranked.append((rank, int(name), _slot(int(name), slot)))
