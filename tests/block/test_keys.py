@@ -19,7 +19,7 @@ ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
     [
         (SOUND, ""),
         (ARGON2, ""),
-        (replace(ARGON2, function="argon2i", memory_kib=32, iterations=1), ""),
+        (replace(ARGON2, function="argon2i", memory_kib=32), ""),
         (replace(SOUND, iterations=999), "999 iterations of PBKDF2; 1000 to"),
         (replace(SOUND, iterations=MAX_ITERATIONS + 1), "iterations of PBKDF2"),
         (replace(SOUND, hash="md5"), "by the hash 'md5'"),
@@ -32,10 +32,12 @@ ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
         (replace(SOUND, function="scrypt"), "are made by 'scrypt'; this driver knows"),
         (replace(ARGON2, memory_kib=MAX_MEMORY_KIB + 1), "passes of Argon2 over 4096 MiB; at most 4096 MiB"),
         (replace(ARGON2, iterations=200), "200 passes of Argon2 over 1024 MiB"),
-        (replace(ARGON2, iterations=0), "damaged: 0 passes"),
+        (replace(ARGON2, iterations=0), "takes 0 passes"),
+        (replace(ARGON2, iterations=3), "takes 3 passes of Argon2 over 1048576 KiB in 4 lanes; 4 passes"),
+        (replace(ARGON2, memory_kib=31, lanes=1), "takes 4 passes of Argon2 over 31 KiB in 1 lanes; 4 passes and 32"),
         (replace(ARGON2, lanes=0), "in 0 lanes"),
         (replace(ARGON2, lanes=17), "in 17 lanes"),
-        (replace(ARGON2, memory_kib=31), "over 31 KiB"),
+        (replace(ARGON2, memory_kib=31), "damaged: 4 passes of Argon2 over 31 KiB"),
     ],
 )
 def test_what_is_beyond_all_measure_is_refused(how: Derivation, problem: str) -> None:

@@ -21,6 +21,7 @@ PBKDF2, ARGON2 = "pbkdf2", ("argon2i", "argon2id")
 # What a header may ask for. Less than the least no tool writes: whoever asks for that tries out passphrases. More than
 # the most would keep the host busy for minutes; cryptsetup goes up to 4 GiB and 4 lanes.
 MIN_ITERATIONS, MAX_ITERATIONS = 1000, 100_000_000  # of PBKDF2
+MIN_PASSES, MIN_MEMORY_KIB = 4, 32  # of Argon2, as in lib/crypto_backend/pbkdf_check.c of cryptsetup
 MAX_MEMORY_KIB = 4 << 20
 MAX_WORK_KIB = 128 << 20  # memory times passes
 MAX_LANES = 16
@@ -83,9 +84,13 @@ class Derivation:
             raise DriverError(f"its keys are made by {self.function!r}; this driver knows pbkdf2, argon2i and argon2id")
 
     def _check_argon2(self) -> None:
-        if not (1 <= self.lanes <= MAX_LANES and self.iterations >= 1 and 8 * self.lanes <= self.memory_kib):
-            cost = f"{self.iterations} passes of Argon2 over {self.memory_kib} KiB in {self.lanes} lanes"
+        cost = f"{self.iterations} passes of Argon2 over {self.memory_kib} KiB in {self.lanes} lanes"
+        if not 1 <= self.lanes <= MAX_LANES or 8 * self.lanes > self.memory_kib:
             raise DriverError(f"its header is damaged: {cost}")
+        if self.iterations < MIN_PASSES or self.memory_kib < MIN_MEMORY_KIB:
+            raise DriverError(
+                f"a key of it takes {cost}; {MIN_PASSES} passes and {MIN_MEMORY_KIB} KiB are the least that is done"
+            )
         if self.memory_kib > MAX_MEMORY_KIB or self.memory_kib * self.iterations > MAX_WORK_KIB:
             raise DriverError(
                 f"a key of it takes {self.iterations} passes of Argon2 over {self.memory_kib >> 10} MiB; at most "

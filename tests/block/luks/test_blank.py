@@ -25,7 +25,7 @@ SIZE = 1 << 20
 
 def cheap() -> Derivation:
     """Return how a key is made that costs little."""
-    return replace(derivation(), memory_kib=1024, iterations=1, lanes=1)
+    return replace(derivation(), memory_kib=1024, lanes=1)
 
 
 def made(size: int = SIZE) -> Blank:
