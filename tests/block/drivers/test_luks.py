@@ -275,6 +275,7 @@ def test_sectors_fit_those_below(machine: Machine, tmp_path: Path, key: Path) ->
     chain.close()
     data = image.read_bytes()
     image.write_bytes(data[:104] + (int.from_bytes(data[104:108], "big") - 1).to_bytes(4, "big") + data[108:])
+    key.unlink()  # nobody waits for a key that is of no use
 
     with pytest.raises(DriverError, match="inside a sector of the layer below, which has 4096 bytes"):
         machine.open(f"luks:key={key}|aio:{image},sector=4096")

@@ -120,6 +120,11 @@ class Luks(Filter):
         """Read the header, and have the key. Raises: DriverError, OSError."""
         below = super().open(env)
         volume = luks.parse(self.look, below.size, self.options.slot)
+        if volume.offset % below.sector_size:
+            raise DriverError(
+                f"its data begin at byte {volume.offset}, inside a sector of the layer below, which has "
+                f"{below.sector_size} bytes"
+            )
         key = self._key = self._find_key(env, volume, below.size)
         cipher = volume.cipher
         self._sectors = Sectors(cipher, key.value, volume.sector_size, volume.tweak)
@@ -131,11 +136,6 @@ class Luks(Filter):
         env.report("cipher", f"{cipher.text}, key of {cipher.key_size * 8} bits, sectors of {volume.sector_size} bytes")
         env.report("header", f"LUKS{volume.version}, key slot {key.slot}")
         sector = max(below.sector_size, volume.sector_size)
-        if volume.offset % below.sector_size:
-            raise DriverError(
-                f"its data begin at byte {volume.offset}, inside a sector of the layer below, which has "
-                f"{below.sector_size} bytes"
-            )
         self._can_discard = self.options.discard and below.can_discard and not env.read_only
         step = max(below.discard_granularity, sector) if self._can_discard else 0
         return replace(
