@@ -316,9 +316,9 @@ class Unlocking:
         return memoryview(bytearray(hashlib.pbkdf2_hmac(how.hash, PASSPHRASE, how.salt, how.iterations, how.length)))
 
 
-def opened(image: bytes, env: StepEnv) -> tuple[Luks, Held, list[Request]]:
+def opened(image: bytes, env: StepEnv, options: Luks.Options | None = None) -> tuple[Luks, Held, list[Request]]:
     """Return an open layer over an image, and where finished requests go."""
-    driver, disk, back = Luks(Luks.Options(key="/k")), Held(image), list[Request]()
+    driver, disk, back = Luks(options or Luks.Options(key="/k")), Held(image), list[Request]()
     driver.env, driver.next, driver.below = env, disk, Geometry(len(image), can_discard=True)
     driver.look = lambda offset, length: image[offset : offset + length]
     driver.open(env)
@@ -440,13 +440,19 @@ def test_a_memory_that_was_cut_off_is_no_key(tmp_path: Path) -> None:
 
 
 def test_a_chain_that_is_looked_at_beside_makes_no_key(tmp_path: Path) -> None:
-    """Another opening of the same volume in this process, as `set` and `resize` look at one, has the same key."""
+    """Another opening of the same volume in this process, as `set` and `resize` look at one, has the same key, but
+    where it names another passphrase or slot: whether that opens it is what a dry run is asked.
+    """
     image, files = luks2(Made(bytes(8192))), Unlocking()
     first, _, _ = opened(image, StepEnv(files=files))
     second, _, _ = opened(image, StepEnv(files=files))
     assert 1 == files.made
     key = first._key
     assert key is second._key
+    opened(image, StepEnv(files=files), Luks.Options(key="/other"))
+    assert 2 == files.made
+    opened(image, StepEnv(files=files), Luks.Options(key="/k", slot=0))
+    assert 3 == files.made
     first.close()
     second.close()
     held = key.value

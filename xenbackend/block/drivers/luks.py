@@ -86,8 +86,9 @@ class _Key:
         wipe(self.value)
 
 
-# Of the volumes that are open in this process: whoever looks at a chain beside the one in service finds none anew.
-_open: WeakValueDictionary[bytes, _Key] = WeakValueDictionary()
+# Of the volumes that are open in this process, by their identity, and the passphrase and slot that were named: whoever
+# looks at a chain beside the one in service finds none anew, but hears of a passphrase that does not open it.
+_open: WeakValueDictionary[tuple[bytes, str, int | None], _Key] = WeakValueDictionary()
 
 
 class _Own(Request):
@@ -215,17 +216,18 @@ class Luks(Filter):
     def _find_key(self, env: Env, volume: Volume, size: int) -> _Key:
         """Return the volume's key: a predecessor's, that of an open chain of this process, or from a passphrase."""
         identity = volume.identity
+        named = identity, self.options.key, self.options.slot
         memory = env.memory("key", _MEMORY)
         known, slot, length = _HEAD.unpack_from(memory)
         if known == identity and length == volume.cipher.key_size:
             key = _Key(bytearray(memory[_HEAD.size : _HEAD.size + length]), slot)
         else:
-            key = _open.get(identity) or self._unlock(env, volume, size)
+            key = _open.get(named) or self._unlock(env, volume, size)
             length = len(key.value)
             memory[: _HEAD.size] = bytes(_HEAD.size)  # whoever dies in between leaves none
             memory[_HEAD.size : _HEAD.size + length] = key.value
             _HEAD.pack_into(memory, 0, identity, key.slot, length)
-        _open[identity] = key
+        _open[named] = key
         return key
 
     def _unlock(self, env: Env, volume: Volume, size: int) -> _Key:
