@@ -6,7 +6,8 @@ out faster than by the header that it has.
 Argon2 takes as much memory as a header says, up to 4 GiB: one process at a time has it (`kernel.turns`), where the host
 and the control group have as much left; and should the kernel lack memory all the same, it ends this process first.
 
-Sources: RFC 8018 and 9106; systemd.exec(5) for credentials, cgroups(7) and proc(5) for memory.
+Sources: RFC 8018 and 9106; systemd.exec(5) for credentials, cgroups(7) and proc(5) for memory; do_coredump() in
+fs/coredump.c of Linux for what a limit of 1 means.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def derive(source: str, how: Derivation, turns: str = "", *, without_newline: bo
     Raises: DriverError, OSError.
     """
     how.check()
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    _leave_no_core()
     passphrase = read_passphrase(source)
     try:
         if without_newline:
@@ -105,6 +105,14 @@ def read_passphrase(source: str) -> bytearray:
         return passphrase
     finally:
         os.close(fd)
+
+
+def _leave_no_core() -> None:
+    """Have the kernel dump this process nowhere: with a limit of 0 a program may still get it, core(5), with 1 not."""
+    limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (1, limit or 1))  # from 0 only root may raise it
 
 
 def check_memory(wanted: int, free: int) -> None:
