@@ -193,3 +193,28 @@ def test_no_core_file_has_a_passphrase(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(key_file(tmp_path / "key"))]
 
     assert "1\n" == subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_who_makes_a_key_is_the_first_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Argon2 has its memory the kernel ends this process before any other, and thereafter as before; the
+    passphrase that was read is overwritten.
+    """
+    low_level = pytest.importorskip("argon2").low_level
+    score, read, scores = Path("/proc/self/oom_score_adj"), list[bytearray](), []
+    before = score.read_text()
+
+    def kept(source: str) -> bytearray:
+        read.append(read_passphrase(source))
+        return read[-1]
+
+    def seen(*_: object) -> bytes:
+        scores.append(score.read_text())
+        return bytes(32)
+
+    monkeypatch.setattr(deriving, "read_passphrase", kept)
+    monkeypatch.setattr(low_level, "hash_secret_raw", seen)
+    derive(str(key_file(tmp_path / "key", b"password")), ARGON2)
+
+    assert ["1000\n"] == scores
+    assert before == score.read_text()
+    assert [bytearray(8)] == read

@@ -16,7 +16,7 @@ from tests.descriptors import open_descriptors
 from tests.luks_images import PASSPHRASE, key_file
 from tests.openers import Openers
 from xenbackend.block.driver import Found
-from xenbackend.block.keys import Derivation
+from xenbackend.block.keys import MAX_ITERATIONS, Derivation
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.block.servers import DISK, Account
 from xenbackend.errors import ConfigError, DriverError
@@ -244,4 +244,18 @@ def test_keys_of_a_passphrase(openers: Openers, image: Path, tmp_path: Path) -> 
         opener.derive(str(passphrase), how, without_newline=True)
     with pytest.raises(DriverError, match="is not opened"):
         opener.open(str(passphrase), write=False)
+    opener.close()
+
+
+def test_a_worker_has_so_many_keys_made_and_no_more(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """E4: what one worker asks for is counted before the passphrase is read, also where nothing comes of it."""
+    passphrase = key_file(tmp_path / "key")
+    passphrase.chmod(0o604)
+    dear = Derivation("pbkdf2", b"salt" * 8, 64, MAX_ITERATIONS, "sha256")
+    opener = openers.remote(job(f"luks:key={passphrase}|aio:{image}"))
+    for _ in range(2):
+        with pytest.raises(DriverError, match="is open to everybody"):
+            opener.derive(str(passphrase), dear, without_newline=False)
+    with pytest.raises(DriverError, match="take too much work to try them all"):
+        opener.derive(str(passphrase), dear, without_newline=False)
     opener.close()
