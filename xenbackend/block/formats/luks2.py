@@ -21,12 +21,12 @@ from xenbackend.block.formats.luks_volume import MAGIC, MAX_SLOTS, Cipher, Diges
 from xenbackend.block.keys import ARGON2, PBKDF2, Derivation
 from xenbackend.errors import DriverError, printable
 
-_SECOND_MAGIC = b"SKUL\xba\xbe"
+SECOND_MAGIC = b"SKUL\xba\xbe"
 VERSION = 2
-_HEADER = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
+HEADER = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
 BINARY = 4096  # bytes in front of the JSON
 _SIZES = tuple(1 << bits for bits in range(14, 23))  # of a copy: 16 KiB to 4 MiB
-_CHECKSUM_AT = 448
+CHECKSUM_AT = 448
 _SECTOR_SIZES = (512, 1024, 2048, 4096)
 _MOST_DIGITS = 20  # of a number that stands there as text
 _PRIORITIES = {2: 0, 1: 1}  # by which slots are tried first; 0: only if it is named
@@ -45,7 +45,7 @@ def parse(look: Look, size: int, slot: int | None = None) -> Volume:
     """
     first = _read_copy(look, 0, MAGIC, size)
     places = [first.size] if first else _SIZES
-    copies = [first, *(_read_copy(look, place, _SECOND_MAGIC, size) for place in places)]
+    copies = [first, *(_read_copy(look, place, SECOND_MAGIC, size) for place in places)]
     sound = [each for each in copies if each is not None]
     if not sound:
         if look(0, min(BINARY, size))[: len(MAGIC)] == MAGIC:
@@ -60,13 +60,13 @@ def _read_copy(look: Look, place: int, magic: bytes, size: int) -> _Copy | None:
     if place + BINARY > size:
         return None
     head = look(place, BINARY)
-    found, version, length, sequence, _, algorithm, _, _, _, offset, _, checksum = _HEADER.unpack_from(head)
+    found, version, length, sequence, _, algorithm, _, _, _, offset, _, checksum = HEADER.unpack_from(head)
     if found != magic or version != VERSION or length not in _SIZES or offset != place or place + length > size:
         return None
     if algorithm.rstrip(b"\0") != b"sha256":
         return None
     data = look(place + BINARY, length - BINARY)
-    blank = head[:_CHECKSUM_AT] + bytes(len(checksum)) + head[_CHECKSUM_AT + len(checksum) :]
+    blank = head[:CHECKSUM_AT] + bytes(len(checksum)) + head[CHECKSUM_AT + len(checksum) :]
     if hashlib.sha256(blank + data).digest() != checksum[:32]:
         return None
     return _Copy(length, sequence, data)

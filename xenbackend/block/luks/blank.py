@@ -11,11 +11,11 @@ import base64
 import hashlib
 import json
 import os
-import struct
 import uuid
 from typing import Any
 
 from xenbackend.block.formats.blank import Blank
+from xenbackend.block.formats.luks2 import BINARY, CHECKSUM_AT, HEADER, SECOND_MAGIC, VERSION
 from xenbackend.block.formats.luks_volume import MAGIC, MAX_STRIPES, Cipher
 from xenbackend.block.keys import ARGON2, Derivation
 from xenbackend.block.luks.cipher import Sectors, address_of
@@ -29,8 +29,6 @@ _CIPHER = Cipher("aes-xts-plain64", 64)
 _COPY = 16 << 10  # bytes of each copy of the header
 _SLOTS_AT = 2 * _COPY
 _HASH, _DIGEST_ITERATIONS = "sha256", 100_000
-_HEADER = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
-_CHECKSUM_AT, _BINARY = 448, 4096
 
 
 def derivation() -> Derivation:
@@ -53,7 +51,7 @@ def blank_volume(size: int, how: Derivation, slot_key: bytearray, sector_size: i
     key = bytearray(os.urandom(_CIPHER.key_size))
     try:
         stripes = _split(key)
-        length = round_up(len(stripes), _BINARY)
+        length = round_up(len(stripes), BINARY)
         sectors = Sectors(_CIPHER, slot_key)
         sectors.encrypt(address_of(stripes), len(stripes), 0)
         sectors.close()
@@ -79,12 +77,13 @@ def _split(key: bytearray) -> bytearray:
 
 def _copy(text: bytes, place: int, name: bytes) -> bytes:
     """Return one copy of the header."""
-    magic = MAGIC if place == 0 else b"SKUL" + MAGIC[4:]
+    magic = MAGIC if place == 0 else SECOND_MAGIC
     salt = os.urandom(64)
-    head = _HEADER.pack(magic, 2, _COPY, 1, b"", _HASH.encode(), salt, name, b"", place, b"", b"").ljust(_BINARY, b"\0")
-    body = text.ljust(_COPY - _BINARY, b"\0")
+    head = HEADER.pack(magic, VERSION, _COPY, 1, b"", _HASH.encode(), salt, name, b"", place, b"", b"")
+    head = head.ljust(BINARY, b"\0")
+    body = text.ljust(_COPY - BINARY, b"\0")
     checksum = hashlib.sha256(head + body).digest()
-    return head[:_CHECKSUM_AT] + checksum + head[_CHECKSUM_AT + len(checksum) :] + body
+    return head[:CHECKSUM_AT] + checksum + head[CHECKSUM_AT + len(checksum) :] + body
 
 
 def _metadata(how: Derivation, length: int, salt: bytes, digest: bytes, sector_size: int) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _metadata(how: Derivation, length: int, salt: bytes, digest: bytes, sector_s
         "tokens": {},
         "segments": {"0": segment},
         "digests": {"0": proof},
-        "config": {"json_size": str(_COPY - _BINARY), "keyslots_size": str(DATA_AT - _SLOTS_AT)},
+        "config": {"json_size": str(_COPY - BINARY), "keyslots_size": str(DATA_AT - _SLOTS_AT)},
     }
 
 
