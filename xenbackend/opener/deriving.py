@@ -3,8 +3,9 @@
 Must not give a passphrase to anybody, write one down, or make a key in a way that would let a worker try passphrases
 out faster than by the header that it has.
 
-Argon2 takes as much memory as a header says, up to 4 GiB: one process at a time has it (`kernel.turns`), where the host
-and the control group have as much left; and should the kernel lack memory all the same, it ends this process first.
+Argon2 takes as much memory as a header says, up to 4 GiB: of a service's openers one at a time has it (`kernel.turns`),
+and a command at once, where the host and the control group have as much left; and should the kernel lack memory all the
+same, it ends this process first.
 
 Sources: RFC 8018 and 9106; systemd.exec(5) for credentials, cgroups(7) and proc(5) for memory; do_coredump() in
 fs/coredump.c of Linux for what a limit of 1 means.
