@@ -31,7 +31,8 @@ test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(addprefix --ignore=,tests/engines $(MACHINES))
+	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(call FAILED_OF,test) \
+		$(addprefix --ignore=,tests/engines $(MACHINES))
 
 test-system: $(VENV)/.dev  ## whole machines: services that follow one another, taken-over workers, kills, two administrators
 	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(PART_OF) $(call FAILED_OF,system) $(MACHINES)

@@ -25,7 +25,7 @@ def on_parent(runner: Runner, step: Step, command: str) -> str:
     _remove()
     _git("worktree", "add", "--quiet", "--detach", str(PLACE), parent)
     try:
-        failed = _failed(step)
+        failed = step.failures()
         there = {test: reason for test, reason in failed.items() if _has(test)}
         if failed and not there:
             return f"it is this commit's: {parent[:10]}, its parent, does not have what failed"
@@ -35,12 +35,6 @@ def on_parent(runner: Runner, step: Step, command: str) -> str:
     if ran.status:
         return f"it is not (only) this commit's: {parent[:10]}, its parent, fails there as well"
     return f"it is this commit's: {parent[:10]}, its parent, passes there"
-
-
-def _failed(step: Step) -> dict[str, object]:
-    """Return the tests that failed, where the suite has told which."""
-    file = Path(step.failed)
-    return dict(json.loads(file.read_text())) if step.failed and file.exists() else {}
 
 
 def _has(test: str) -> bool:

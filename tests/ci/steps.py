@@ -8,7 +8,9 @@ In a command `{seed}` is a number that changes with the commit, and `{part}` suc
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 CI_MINUTES = 28.0  # of a quiet machine with two cores, from an empty cache
 
@@ -24,6 +26,7 @@ class Step:
         full: what `make test-all` runs; empty where that does nothing that CI does not.
         parts: how many parts `{part}` is chosen from.
         failed: the file with the tests that failed; `FAILED=1` after the command runs these alone.
+        repeats: whether the command itself runs once more what has failed.
     """
 
     name: str
@@ -32,11 +35,17 @@ class Step:
     full: str = ""
     parts: int = 1
     failed: str = ""
+    repeats: bool = False
 
     @property
     def changes_with_the_commit(self) -> bool:
         """Whether a failure may be older than the commit that it shows up with."""
         return "{seed}" in self.ci or "{part}" in self.ci
+
+    def failures(self) -> dict[str, object]:
+        """Return the tests that failed, where the suite has told which."""
+        file = Path(self.failed)
+        return dict(json.loads(file.read_text())) if self.failed and file.exists() else {}
 
 
 STEPS = (  # what is cheap comes first: most mistakes end a run early
@@ -48,7 +57,7 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         1.0,
         full="make deb >/dev/null",
     ),
-    Step("test", "make test", 3.0, full="make test"),
+    Step("test", "make test", 3.0, full="make test", failed="build/failed/test/v/cache/lastfailed"),
     Step(
         "system",
         "make test-system",
@@ -87,6 +96,7 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         full="make test-xen AGAIN=1",
         parts=8,
         failed="build/xen/failed.json",
+        repeats=True,
     ),
     Step(
         "xen-4.17",
@@ -94,5 +104,6 @@ STEPS = (  # what is cheap comes first: most mistakes end a run early
         0.0,
         full="make test-xen XEN=4.17 AGAIN=1",
         failed="build/xen-4.17/failed.json",
+        repeats=True,
     ),
 )

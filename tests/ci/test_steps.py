@@ -112,6 +112,28 @@ def test_ci_succeeds(runner: Runner, capfd: pytest.CaptureFixture[str]) -> None:
     assert "long" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("tests", "second", "status"),
+    [(["a"], "true", 0), (["a"], "false", 1), (["a", "b"], "true", 1), ([], "true", 1)],
+    ids=["passes then", "fails again", "two of them", "none that is known"],
+)
+def test_one_test_may_fail_by_chance(
+    here: Path, runner: Runner, capfd: pytest.CaptureFixture[str], tests: list[str], second: str, status: int
+) -> None:
+    """One test in a run that passes when it is run once more is forgiven and told of; what an old run left is none."""
+    (here / "left").write_text(json.dumps({"old": True}))
+    (here / "failed").write_text(json.dumps(dict.fromkeys(tests, True)))
+    (here / "try.sh").write_text(f'[ "$1" = FAILED=1 ] && {second} && exit; cp failed left; false')
+    once = "bash try.sh"
+    steps = [Step("one", once, 1.0, failed="left"), Step("two", once, 1.0, failed="left")]
+
+    assert status == small.run(runner, COMMITS[0], nobody, steps[:1])
+    out = capfd.readouterr().out
+    assert (not status) == ("failed once and passed again: a: one" in out)
+    assert 1 == small.run(runner, COMMITS[0], nobody, steps)  # one in a run, not one in a step
+    assert 1 == small.run(runner, COMMITS[0], nobody, [Step("one", once, 1.0, failed="left", repeats=True)])
+
+
 @pytest.mark.parametrize(("file", "sentence"), [("fails", "it is this commit's"), ("old", "not (only) this commit's")])
 def test_a_failure_is_tried_on_the_parent(here: Path, runner: Runner, file: str, sentence: str) -> None:
     """Whether the parent fails as well is seen by running it there, and nothing of that stays."""
