@@ -11,7 +11,7 @@ from tests import foreign_images
 from tests.foreign_images import GRAIN, MIB
 from tests.fuzzing import endure
 from xenbackend.block.formats import vdi, vhdx, vmdk
-from xenbackend.block.formats.layout import Shape, check_places, power_of, unpack
+from xenbackend.block.formats.layout import Shape, check_places, power_of
 from xenbackend.block.mapped.tables import READABLE, ZERO
 from xenbackend.errors import DriverError
 
@@ -25,11 +25,6 @@ def test_how_many_tables() -> None:
 def test_powers(number: int, power: int) -> None:
     """What is no power of two has none."""
     assert power == power_of(number)
-
-
-def test_numbers_are_little_endian() -> None:
-    """Bytes that are no whole number are left out."""
-    assert [0x04030201] == list(unpack("I", b"\1\2\3\4\5"))
 
 
 def test_places_behind_the_end() -> None:

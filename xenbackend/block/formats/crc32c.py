@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from xenbackend.block.formats.layout import unpack
+from xenbackend.block.formats.words import unpack
 
 _POLYNOMIAL = 0x82F63B78  # its bits in reverse
 _LANE = 64  # bytes
@@ -43,7 +43,7 @@ def _lanes(data: bytes) -> list[int]:
     words = bytearray(4 * count)
     for number, plane in enumerate(planes):
         words[number::4] = plane.to_bytes(count, "little")
-    return list(unpack("I", bytes(words)))
+    return list(unpack("I", bytes(words), "little"))
 
 
 def _table(of_bit: Callable[[int], int], first: int) -> list[int]:

@@ -5,7 +5,6 @@ Must not open a file. Numbers of such a format are little endian.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,15 +50,6 @@ class Layout(Protocol):
 def power_of(number: int) -> int:
     """Return n where `number` is 2 to the power of n, else -1."""
     return number.bit_length() - 1 if number > 0 and not number & number - 1 else -1
-
-
-def unpack(kind: str, data: bytes) -> array[int]:
-    """Return the numbers of a table, as many as are whole; `kind` as `array` has it."""
-    table: array[int] = array(kind)
-    table.frombytes(data[: len(data) // table.itemsize * table.itemsize])
-    if sys.byteorder == "big":
-        table.byteswap()
-    return table
 
 
 def check_places(entries: Iterable[int], file_size: int) -> None:

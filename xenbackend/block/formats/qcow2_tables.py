@@ -7,7 +7,6 @@ in memory is an `array` of 64-bit words in the host's order. Must not open a fil
 from __future__ import annotations
 
 import struct
-import sys
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Protocol
 
 from xenbackend.block.formats.common import Read, damaged
 from xenbackend.block.formats.qcow2 import SUBCLUSTERS, Header, Region, check_region
+from xenbackend.block.formats.words import pack, unpack
 from xenbackend.units import round_up
 
 COPIED = 1 << 63  # of an entry of L1 or L2: its refcount is exactly one, so that it may be written in place
@@ -39,12 +39,12 @@ _SPREAD = {  # refcounts of less than a byte: from each byte to its refcounts, t
 
 def unpack_table(data: bytes) -> array[int]:
     """Return the entries of a table of 64-bit words."""
-    return _unpack("Q", data)
+    return unpack("Q", data, "big")
 
 
 def pack_table(table: array[int]) -> bytes:
     """Return the bytes of a table, or of a slice of one."""
-    return _pack(table)
+    return pack(table, "big")
 
 
 def check_l1_entry(entry: int, header: Header) -> None:
@@ -125,7 +125,7 @@ def unpack_refcounts(block: bytes, order: int) -> array[int]:
     """Return the refcounts of a refcount block, each of 1 << `order` bits."""
     if order < 3:
         return array("B", b"".join(map(_SPREAD[order].__getitem__, block)))
-    return _unpack(_WORDS[order], block)
+    return unpack(_WORDS[order], block, "big")
 
 
 def pack_refcounts(refcounts: array[int], order: int) -> bytes:
@@ -136,7 +136,7 @@ def pack_refcounts(refcounts: array[int], order: int) -> bytes:
     if refcounts and max(refcounts) >= 1 << (1 << order):
         raise OverflowError(f"a refcount of {max(refcounts)} does not fit into {1 << order} bits")
     if order >= 3:
-        return _pack(array(_WORDS[order], refcounts))
+        return pack(array(_WORDS[order], refcounts), "big")
     bits, each = 1 << order, 8 >> order
     return bytes(
         sum(refcount << (place * bits) for place, refcount in enumerate(refcounts[first : first + each]))
@@ -220,18 +220,3 @@ def parse_bitmaps(read: Read, header: Header, file_size: int) -> Iterator[Region
         for entry in unpack_table(read(table.offset, table.length)):
             if entry & OFFSET:
                 yield Region(entry & OFFSET, header.cluster_size)
-
-
-def _unpack(kind: str, data: bytes) -> array[int]:
-    table: array[int] = array(kind)
-    table.frombytes(data[: len(data) // table.itemsize * table.itemsize])
-    if sys.byteorder == "little":
-        table.byteswap()
-    return table
-
-
-def _pack(table: array[int]) -> bytes:
-    swapped = table[:]
-    if sys.byteorder == "little":
-        swapped.byteswap()
-    return swapped.tobytes()

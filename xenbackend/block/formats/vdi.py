@@ -12,7 +12,8 @@ from array import array
 from dataclasses import dataclass
 
 from xenbackend.block.formats.common import Read, damaged
-from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Shape, check_places, power_of, unpack
+from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Shape, check_places, power_of
+from xenbackend.block.formats.words import unpack
 from xenbackend.block.mapped.tables import READABLE, ZERO
 from xenbackend.errors import DriverError
 from xenbackend.units import round_up
@@ -44,9 +45,8 @@ class Image:
     def decode(self, data: bytes) -> array[int]:
         """See `Layout`."""
         bits, start = self.shape.cluster_bits, self.data_offset
-        entries = array(
-            "Q", [ZERO if each >= DISCARDED else start + (each << bits) | READABLE for each in unpack("I", data)]
-        )
+        words = unpack("I", data, "little")
+        entries = array("Q", [ZERO if each >= DISCARDED else start + (each << bits) | READABLE for each in words])
         check_places(entries, self.shape.file_size)
         return entries
 

@@ -8,7 +8,6 @@ a table that it has not checked.
 from __future__ import annotations
 
 import struct
-import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from itertools import pairwise
 
 from xenbackend.block.formats.common import Read
 from xenbackend.block.formats.vhd import Footer, Header, damaged
+from xenbackend.block.formats.words import unpack
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, round_up
 
@@ -46,11 +46,9 @@ class Batmap:
 def read_table(read: Read, footer: Footer, header: Header) -> array[int]:
     """Return the first sector of each block of the disk, or UNUSED. Raises: DriverError."""
     count = -(-footer.size // header.block_size)
-    table = array("I", read(header.table_offset, 4 * count))
+    table = unpack("I", read(header.table_offset, 4 * count), "big")
     if len(table) < count:
         raise damaged("the file ends inside its table")
-    if sys.byteorder == "little":
-        table.byteswap()
     return table
 
 

@@ -15,7 +15,8 @@ from uuid import UUID
 from xenbackend.block.formats import vhdx_log
 from xenbackend.block.formats.common import Read, damaged
 from xenbackend.block.formats.crc32c import crc32c
-from xenbackend.block.formats.layout import Shape, check_places, power_of, unpack
+from xenbackend.block.formats.layout import Shape, check_places, power_of
+from xenbackend.block.formats.words import unpack
 from xenbackend.block.mapped.tables import READABLE, ZERO
 from xenbackend.errors import DriverError
 
@@ -59,7 +60,7 @@ class Image:
 
     def decode(self, data: bytes) -> array[int]:
         """See `Layout`."""
-        words = unpack("Q", data)
+        words = unpack("Q", data, "little")
         states = {word & 7 for word in words}
         if states - {0, 1, 2, 3, _PRESENT}:
             raise damaged(f"a block is in state {max(states)}, which means nothing here")

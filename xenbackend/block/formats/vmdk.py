@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.block.formats.common import Read, damaged
-from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Shape, check_places, power_of, unpack
+from xenbackend.block.formats.layout import MIN_CLUSTER_BITS, Shape, check_places, power_of
 from xenbackend.block.formats.vmdk_descriptor import MAX_LENGTH, SPARSE, Descriptor
 from xenbackend.block.formats.vmdk_descriptor import parse as parse_descriptor
+from xenbackend.block.formats.words import unpack
 from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, format_size
@@ -57,7 +58,7 @@ class Image:
     def decode(self, data: bytes) -> array[int]:
         """See `Layout`."""
         flag = SPECIAL if self.is_compressed else READABLE
-        entries = array("Q", [each * SECTOR | flag if each else 0 for each in unpack("I", data)])
+        entries = array("Q", [each * SECTOR | flag if each else 0 for each in unpack("I", data, "little")])
         if self.has_zero_grains:
             entries = array("Q", [ZERO if each == SECTOR | flag else each for each in entries])
         check_places(entries, self.shape.file_size)
@@ -138,7 +139,7 @@ def _directory(read: Read, shape: Shape, place: int) -> array[int]:
         raise damaged(f"its {format_size(shape.size)} need a directory of {length} bytes")
     if not 0 < place <= shape.file_size - length:
         raise damaged(f"its directory of {length} bytes at byte {place} is not inside the file of {shape.file_size}")
-    directory = unpack("I", read(place, length))
+    directory = unpack("I", read(place, length), "little")
     last = max(directory, default=0) * SECTOR
     if last + (4 << shape.table_bits) > shape.file_size:
         raise damaged(f"a table is at byte {last}, and the file has {shape.file_size}")
