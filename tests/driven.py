@@ -10,7 +10,6 @@ import select
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.openers import Openers
+from tests.until import until
 from xenbackend import counters, journal
 from xenbackend.bench.worker import POLL_US
 from xenbackend.blkif.abi import BLKIF_OP_WRITE
@@ -219,11 +219,13 @@ class WorkerProcess:
 
     def expect_counter(self, name: str, value: int, *, at_least: bool = False, timeout_s: float = 5) -> int:
         """Wait until a counter, which is written once a second, has a value, and return it."""
-        give_up = time.monotonic() + timeout_s
-        while (found := self.counters()[name]) != value and not (at_least and found > value):
-            assert time.monotonic() < give_up, f"{name} is {found}, not {value}"
-            select.select([], [], [], 0.01)
-        return found
+
+        def has_it() -> bool:
+            found = self.counters()[name]
+            return found == value or (at_least and found > value)
+
+        until(has_it, lambda: f"{name} is {self.counters()[name]}, not {value}", limit_s=timeout_s)
+        return self.counters()[name]
 
     def end(self) -> None:
         """Close in order, and see the process end by itself."""

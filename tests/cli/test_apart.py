@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import fuse
+from tests.until import until
 from xenbackend.cli.apart import PATIENCE_S
 
 pytestmark = [
@@ -68,13 +69,6 @@ def server(tmp_path: Path) -> Iterator[fuse.Served]:
     with fuse.served(tmp_path / "remote", {"a.img": SIZE, "b.img": SIZE}) as server:
         yield server
         server.release()
-
-
-def until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -23,6 +21,7 @@ from tests.driven import WorkerProcess
 from tests.image_content import disk_write, leak
 from tests.qcow_images import qcow2
 from tests.qemu import qemu_img
+from tests.until import until
 from xenbackend.cli.main import main
 from xenbackend.protocol.messages import Stage
 
@@ -260,10 +259,7 @@ def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number:
     process = subprocess.Popen(
         [sys.executable, "-m", "xenbackend", "image", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    give_up = time.monotonic() + 20
-    while not (tmp_path / "new.partial.json").exists():  # which is written after `new.partial`
-        assert time.monotonic() < give_up
-        select.select([], [], [], 0.01)
+    until((tmp_path / "new.partial.json").exists)  # which is written after `new.partial`
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
 

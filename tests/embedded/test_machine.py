@@ -7,13 +7,13 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import ChainError, XenbackendError
 from xenbackend.rig.frontend import Wishes
@@ -80,7 +80,7 @@ def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
         end = os.pidfd_open(worker)
         os.kill(worker, signal.SIGSTOP)  # it takes a moment to close its image
         machine.store.transact(lambda nodes: toolstack._remove(nodes, path))
-        _wait_until(lambda: machine.ask({"verb": "status"})["data"][0]["phase"] != known["phase"])
+        until(lambda: machine.ask({"verb": "status"})["data"][0]["phase"] != known["phase"])
         os.kill(service, signal.SIGSTOP)
         os.kill(worker, signal.SIGCONT)
         assert select.select([end], [], [], 20)[0]
@@ -96,19 +96,13 @@ def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
         [after] = machine.ask({"verb": "status"})["data"]
         holders = _who_has(image)
         toolstack.detach(machine.store, path, 20, force=True)
-        _wait_until(lambda: not machine.ask({"verb": "status"})["data"])
+        until(lambda: not machine.ask({"verb": "status"})["data"])
         left = _who_has(image)
         guest.close()
 
     assert ["connected"] == [each["data"] for each in answers]
     assert ([after["worker"]], []) == (holders, left)
     assert worker != after["worker"]
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 def _who_has(file: Path) -> list[int]:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests import fuse
+from tests.until import until
 from xenbackend.embedded.machine import GuestDomain, Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -35,13 +36,6 @@ DATA = b"d" * 4096
 MANY = openers.MOST + 2  # disks: more than openers work at once
 USUAL_S = 5.0  # for what takes a tenth of it, on a host that is busy
 MOMENTS = {"lookup": fuse.LOOKUP, "stat": fuse.GETATTR, "open": fuse.OPEN}
-
-
-def until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 @contextmanager

@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
@@ -41,12 +40,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def _until(condition: Callable[[], object]) -> None:
-    give_up = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-
-
 def _known(machine: Machine) -> dict[str, Any]:
     return dict(machine.ask({"verb": "status"})["data"][0])
 
@@ -70,7 +63,7 @@ def _kill_service(machine: Machine) -> None:
             return machine.service_pid != former
         return False
 
-    _until(is_another)
+    until(is_another)
 
 
 @pytest.mark.slow
@@ -141,7 +134,7 @@ def test_a_service_that_is_replaced_is_no_pause_at_all(tmp_path: Path) -> None:
                 return bool(_known(machine)["phase"] == "serving")
             return False
 
-        _until(has_successor)
+        until(has_successor)
         assert (worker, True) == (_known(machine)["worker"], machine.service_pid != former)
         assert b"a" * _PAGE == frontend.read(0, 8)
         frontend.close()
@@ -157,7 +150,7 @@ def test_another_process_takes_over_what_is_held_back(tmp_path: Path) -> None:
         path = machine.attach(5, "xvda", f"fault:op=flush,limit=1|aio:{image}")
         frontend = guest.connect(path, Wishes())
         flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-        _until(lambda: _known(machine)["error"])
+        until(lambda: _known(machine)["error"])
         worker = _known(machine)["worker"]
         machine.ask({"verb": "upgrade", "vbd": "5/xvda"})
         frontend.poll()
@@ -261,12 +254,12 @@ def test_the_next_service_pauses_a_paused_disk_again(tmp_path: Path) -> None:
         path = machine.attach(5, "xvda", f"fault:op=flush|aio:{image}")
         frontend = guest.connect(path, Wishes())
         frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
-        _until(lambda: _known(machine)["error"])
+        until(lambda: _known(machine)["error"])
         paused = _known(machine)
         machine.stop_service()
         left = machine.store.read_optional(f"{path.backend}/flush-failed")
         machine.start_service()
-        _until(lambda: _known(machine)["phase"] == "serving")
+        until(lambda: _known(machine)["phase"] == "serving")
         again = _known(machine)
         read = frontend.submit(BLKIF_OP_READ, 0, 8)
         machine.ask({"verb": "resume", "vbd": "5/xvda"})
@@ -294,7 +287,7 @@ def test_a_last_flush_that_fails_is_not_forgotten(tmp_path: Path) -> None:
         machine.store.write(f"{path.backend}/params", f"aio:{image}")
         flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
         machine.start_service()
-        _until(lambda: _known(machine)["error"])
+        until(lambda: _known(machine)["error"])
         frontend.poll()
         answered, error = flush.status, _known(machine)["error"]
         machine.ask({"verb": "resume", "vbd": "5/xvda"})

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from tests.until import until
 from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE
 from xenbackend.embedded.machine import Machine
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -64,9 +65,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _wait_for_zygote(machine: Machine) -> None:
-    give_up = time.monotonic() + 10
-    while len(_children(machine.service_pid)) != ZYGOTES:
-        assert time.monotonic() < give_up, "no zygote is there"
+    until(lambda: len(_children(machine.service_pid)) == ZYGOTES, "no zygote is there")
 
 
 @pytest.mark.slow

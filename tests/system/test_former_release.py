@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.former_release import PATIENCE_S, ROOT, Site, ask, unpack, wait_for_end
+from tests.until import until
 from tests.workload import Load, make_model, read_all
 from xenbackend.block.spec import parse_chain
 from xenbackend.embedded.machine import Machine
@@ -60,10 +61,8 @@ class Host:
 
     def service(self) -> int:
         """Return the service's process."""
-        found, end = None, time.monotonic() + PATIENCE_S
-        while found is None:  # one goes and another one comes; whoever asks meanwhile waits
-            assert time.monotonic() < end, "there is no service"
-            found = ask(self.machine.control, {"verb": "ping"})
+        # One goes and another one comes; whoever asks meanwhile waits.
+        found = until(lambda: ask(self.machine.control, {"verb": "ping"}), "there is no service")
         return int(found["pid"])
 
     def replace(self, program: Path = ROOT) -> None:
@@ -174,9 +173,7 @@ def test_what_an_administrator_had_ordered_holds(host: Host) -> None:
     assert ask(host.machine.control, {"verb": "pause", "vbd": "5/xvda"})
     host.load.top_up()
     host.replace()
-    end = time.monotonic() + PATIENCE_S
-    while host.status().get("phase") != "serving":
-        assert time.monotonic() < end
+    until(lambda: host.status().get("phase") == "serving")
     with pytest.raises(TimeoutError):  # what was asked for since then waits
         host.frontend.wait_for_any(0.2)
     assert "write=report" in str(ask(host.machine.control, {"verb": "policy", "vbd": "5/xvda", "policy": ""}))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY
 from xenbackend.embedded.machine import Machine
 from xenbackend.rig.frontend import Wishes
@@ -33,13 +33,6 @@ def small(tmp_path: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for something that must happen."""
-    give_up = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 def test_no_space_is_a_pause(small: Path) -> None:

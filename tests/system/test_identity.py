@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import count
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.loops import alone, loop
+from tests.until import until
 from xenbackend.blkif.abi import BLKIF_OP_READ
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
@@ -31,13 +31,6 @@ pytestmark = pytest.mark.slow
 SIZE = 1 << 20
 OURS, THEIRS = b"A" * SIZE, b"N" * SIZE
 DOMIDS = count(5)
-
-
-def until(condition: Callable[[], object], what: object = "it never happened") -> None:
-    """Wait for what happens soon; `what` says what is, where it does not."""
-    give_up = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < give_up, what() if callable(what) else what
 
 
 class Disk:

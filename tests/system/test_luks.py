@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.luks_images import SLOTS_2, Made, header2, key_file, luks2, metadata, split, text, xts
+from tests.until import until
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.kernel import memfd
@@ -26,14 +27,6 @@ from xenbackend.rig.frontend import Wishes
 pytestmark = pytest.mark.slow
 SIZE = 1 << 20
 PASSPHRASE = b"a passphrase that nobody else has"
-TIMEOUT_S = 30.0
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 def status_of(machine: Machine, disk: str = "5/xvda") -> dict[str, Any]:

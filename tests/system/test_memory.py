@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.driven import Driven
 from tests.evil import RAM, Evil, resident
+from tests.until import until
 from xenbackend import journal
 from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_OP_WRITE, X86_64
 from xenbackend.blkif.request import encode_direct, encode_indirect, encode_segments
@@ -49,9 +49,7 @@ def taken(driven: Driven, ring: int) -> int:
 
 def wait_until_taken(driven: Driven, wanted: list[int]) -> None:
     """Return when as many requests of each ring were taken."""
-    give_up = time.monotonic() + 20
-    while [taken(driven, ring) for ring in range(len(wanted))] != wanted:
-        assert time.monotonic() < give_up, "they are not taken"
+    until(lambda: [taken(driven, ring) for ring in range(len(wanted))] == wanted, "they are not taken")
 
 
 @pytest.mark.rows("R12")

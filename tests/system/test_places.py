@@ -10,14 +10,14 @@ import random
 import select
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.embedded.machine import GuestDomain, Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -63,13 +63,6 @@ def _is_only_kept(link: Path) -> bool:
     return bool(int(flags, 8) & os.O_PATH)
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-
-
 def status(machine: Machine) -> dict[str, Any]:
     """Return what the service says of the only disk."""
     [found] = machine.ask({"verb": "status"})["data"]
@@ -105,10 +98,10 @@ def test_a_disk_is_closed_when_its_image_is_free(image: Path, who: str) -> None:
         with stopped(worker):
             thread.start()
             if who == "the toolstack":
-                wait_until(lambda: frontend.backend_state() == 5)
+                until(lambda: frontend.backend_state() == 5)
                 closing_guest = threading.Thread(target=frontend.close)
                 closing_guest.start()
-            wait_until(lambda: status(machine)["phase"] != "serving")
+            until(lambda: status(machine)["phase"] != "serving")
             machine.ask({"verb": "ping"})
             assert {worker} == users(image)
         thread.join(20)
@@ -131,7 +124,7 @@ def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Con
             frontend.close()
             machine.detach(path)
             select.select([], [], [], dice.uniform(0, 0.05))
-        wait_until(lambda: not machine.ask({"verb": "status"})["data"])
+        until(lambda: not machine.ask({"verb": "status"})["data"])
         ping = machine.ask({"verb": "ping"})["data"]
 
         assert set() == users(image)
@@ -166,7 +159,7 @@ def test_a_domid_that_is_used_again_at_once(tmp_path: Path, is_killed: bool) -> 
             machine.store.transact(lambda nodes: toolstack._write_frontend(nodes, wanted))
             if is_killed:
                 kill(service)
-                wait_until(lambda: is_there(machine))
+                until(lambda: is_there(machine))
             script.start()
         script.join(20)
         with closing(guest):

@@ -6,14 +6,14 @@ import os
 import select
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.slow
 
 PATIENCE_S = 30.0  # for what must happen; a failed test takes this long, a passed one does not
 _PAGE = 4096
-
-
-def _until(condition: Callable[[], object]) -> None:
-    give_up = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 @contextmanager
@@ -58,7 +52,7 @@ def _stop(machine: Machine, how: str) -> None:
         os.kill(machine.service_pid, signal.SIGTERM)
     else:
         threading.Thread(target=_ask_to_stop, args=(machine,)).start()
-    _until(lambda: '"stopping"' in machine.log.read_text())
+    until(lambda: '"stopping"' in machine.log.read_text())
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "stop"])
@@ -80,9 +74,9 @@ def test_a_service_that_is_stopped_loses_no_chain(tmp_path: Path, phase: str, ho
             os.kill(worker, signal.SIGSTOP)
         order = {"verb": "set", "vbd": "5/xvda", "chain": f"aio:{new}", "replace": True}
         with _asking(machine, order) as answers:
-            _until(lambda: answers or machine.ask({"verb": "status"})["data"][0]["under_way"])
+            until(lambda: answers or machine.ask({"verb": "status"})["data"][0]["under_way"])
             if phase == "done":
-                _until(lambda: answers)
+                until(lambda: answers)
             _stop(machine, how)
             if phase == "asked":
                 waits = machine.ask({"verb": "ping"})["data"]["waits"]

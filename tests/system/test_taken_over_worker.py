@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from itertools import count
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests import taken_over
+from tests.until import until
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Wishes
@@ -89,7 +89,7 @@ class Disk:
 
     def wait_for_successor(self) -> None:
         """Wait until another worker serves the guest, through the chain that was in service."""
-        wait_until(lambda: self.status()["worker"] not in (None, self.worker) and self.status()["phase"] == "serving")
+        until(lambda: self.status()["worker"] not in (None, self.worker) and self.status()["phase"] == "serving")
 
         assert CHAIN == self.status()["chain"]
 
@@ -149,13 +149,6 @@ def host(place: Path) -> Iterator[Host]:
             yield host
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-
-
 @pytest.mark.rows("R24")
 def test_a_worker_that_breaks_the_protocol_is_replaced(host: Host) -> None:
     """It is killed, counted once and said once; its guest is served by the next one, through the chain that it had."""
@@ -210,9 +203,9 @@ threading.Thread(target=attack, daemon=True).start()"""
         os.kill(host.service, signal.SIGKILL)
         assert select.select([end], [], [], 20)[0]
         os.close(end)
-        wait_until(lambda: find_service(host.machine))
+        until(lambda: find_service(host.machine))
         host.service = find_service(host.machine)
-        wait_until(lambda: all(disk.status()["phase"] == "serving" for disk in disks))
+        until(lambda: all(disk.status()["phase"] == "serving" for disk in disks))
         host.check()
         for disk in disks[: len(MESSAGES)]:
             disk.check()

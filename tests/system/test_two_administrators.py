@@ -8,14 +8,14 @@ import os
 import select
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
 from xenbackend.protocol import client
@@ -81,13 +81,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
         frontend.crash()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-
-
 def give(site: Site, request: dict[str, Any]) -> tuple[threading.Thread, list[client.Answer]]:
     """Give an order, and return where its one answer will be."""
     answers: list[client.Answer] = []
@@ -116,14 +109,14 @@ def test_a_set_and_a_snapshot_that_fails(site: Site, first: str) -> None:
     second = "snapshot" if first == "set" else "set"
     with site.stopped():
         waiting, told = give(site, requests[first])
-        wait_until(lambda: site.under_way() == [first])
+        until(lambda: site.under_way() == [first])
         refused, busy = give(site, requests[second])
         refused.join(20)
         number = site.status()["under_way"][0]["order"]
     waiting.join(20)
     chain = chains["two"] if first == "set" else chains["one"]
     site.frontend.write(8, b"b" * 4096)
-    wait_until(lambda: site.machine.store.read(f"{site.path.backend}/params") == chain)
+    until(lambda: site.machine.store.read(f"{site.path.backend}/params") == chain)
     worker = site.status()["worker"]
     site.look_again()
 
@@ -159,7 +152,7 @@ def test_whoever_gives_up_learns_later_what_became_of_it(site: Site) -> None:
         status, out, errors = site.run("snapshot", "5/xvda", f"{site.directory}/new.qcow2", "--timeout", "0.1")
         number = site.status()["under_way"][0]["order"]
         meanwhile = json.loads(site.run("orders", str(number), "--json")[1])["orders"][0]
-    wait_until(lambda: not site.under_way())
+    until(lambda: not site.under_way())
     [after] = json.loads(site.run("orders", str(number), "--json")[1])["orders"]
 
     assert (75, f"5/xvda is served by aio:{site.directory}/one\n") == (status, out)
@@ -177,7 +170,7 @@ def test_an_order_outlives_the_service_that_took_it(site: Site) -> None:
     service = site.machine.service_pid
     with site.stopped():
         thread.start()
-        wait_until(lambda: site.under_way() == ["set"])
+        until(lambda: site.under_way() == ["set"])
         end = os.pidfd_open(service)
         os.kill(service, signal.SIGKILL)
         assert select.select([end], [], [], 20)[0]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Wishes
@@ -19,7 +18,6 @@ from xenbackend.walls.raising import Wall
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="only root raises all walls")]
 DATA = b"d" * 4096
-TIMEOUT_S = 30.0
 
 
 @pytest.mark.rows("R20")
@@ -36,7 +34,7 @@ def test_a_disk_is_served_snapshotted_and_succeeded_behind_walls(tmp_path: Path)
         disk.write(8, DATA)
         before = _known(machine)
         os.kill(before["worker"], signal.SIGKILL)
-        _wait_until(lambda: _known(machine)["restarts"] == 1 and _known(machine)["phase"] == "serving")
+        until(lambda: _known(machine)["restarts"] == 1 and _known(machine)["phase"] == "serving")
         read = disk.read(0, 16)
         after = _known(machine)
 
@@ -51,9 +49,3 @@ def _known(machine: Machine) -> dict[str, Any]:
     """Return what is known of guest 5's disk."""
     [found] = [each for each in machine.ask({"verb": "status"})["data"] if each["vbd"] == "5/xvda"]
     return dict(found)
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"

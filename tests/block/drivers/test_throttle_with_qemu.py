@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.block.drivers.test_throttle import Load
 from tests.helpers_block import write
+from tests.until import until
 
 pytestmark = pytest.mark.slow  # each takes seconds, since QEMU's clock is the host's
 DEPTH = 32
@@ -33,10 +32,7 @@ def theirs(directory: Path, limits: str, length: int, count: int) -> float:
         ]
     )  # fmt: skip
     try:
-        give_up = time.monotonic() + 60
-        while not path.exists():
-            assert time.monotonic() < give_up
-            select.select([], [], [], 0.01)
+        until(path.exists)
         bench = ["qemu-img", "bench", "-w", "-f", "raw", "-c", str(count), "-d", str(DEPTH), "-s", str(length)]
         done = subprocess.run([*bench, f"nbd+unix:///t?socket={path}"], capture_output=True, text=True, check=True)
     finally:

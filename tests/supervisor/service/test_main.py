@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import pytest
 
 from tests.privileges import MAY_COME_FIRST
 from tests.supervisor.helpers import PATH, Clock, Kept, settle, write_like_libxl
+from tests.until import until
 from xenbackend.errors import ConfigError
 from xenbackend.kernel.process import AHEAD
 from xenbackend.loop.reactor import Reactor
@@ -193,12 +193,12 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
         else:
             keeping.send_signal(signal.SIGHUP)
         systemd.wait_for("READY=1")
-        _wait_until(lambda: _status(control_socket)["phase"] == "open")
+        until(lambda: _status(control_socket)["phase"] == "open")
     [after] = call(str(control_socket), {"verb": "status"}).data
     successor = call(str(control_socket), {"verb": "ping"}).data["pid"]
     descriptors = [_links(pid) for pid in (after["worker"], successor)]
     end = os.pidfd_open(after["worker"])
-    _wait_until(lambda: os.getpriority(os.PRIO_PROCESS, successor) == os.getpriority(os.PRIO_PROCESS, 0))
+    until(lambda: os.getpriority(os.PRIO_PROCESS, successor) == os.getpriority(os.PRIO_PROCESS, 0))
     session = os.getsid(successor)
     log = _stop(keeping)
     assert select.select([end], [], [], 0)[0]  # it is another's child by now, who may not have noticed yet
@@ -252,11 +252,11 @@ def test_a_mistake_in_the_settings_harms_no_disk(
     systemd.heard.clear()
     keeping.send_signal(signal.SIGHUP)
     systemd.wait_for("READY=1")
-    _wait_until(lambda: _status(control_socket)["phase"] == "open")
+    until(lambda: _status(control_socket)["phase"] == "open")
     after = _status(control_socket)["worker"]
-    _wait_until(lambda: systemd.hears("STATUS=serving 1 vbds by the settings of the service before: "))
+    until(lambda: systemd.hears("STATUS=serving 1 vbds by the settings of the service before: "))
     detach(toolstack, PATH)
-    _wait_until(lambda: not call(str(control_socket), {"verb": "status"}).data)
+    until(lambda: not call(str(control_socket), {"verb": "status"}).data)
     keeping.send_signal(signal.SIGHUP)
     _, log = keeping.communicate(timeout=30)
 
@@ -385,7 +385,7 @@ def test_a_detach_is_among_the_orders(xenstored: Xenstored, toolstack: Store, sy
         found = call(str(control_socket), {"verb": "orders"}).data
         return [(each["verb"], each["vbd"], each["code"]) for each in found]
 
-    _wait_until(lambda: orders()[-1][-1] == "ok")
+    until(lambda: orders()[-1][-1] == "ok")
     found = orders()
     _stop(service)
 
@@ -410,7 +410,7 @@ def test_whoever_waits_no_longer_is_told_the_order(
 
     before = order()["code"]
     os.kill(worker, signal.SIGCONT)
-    _wait_until(lambda: order()["ended"] is not None)
+    until(lambda: order()["ended"] is not None)
     after = order()["code"]
     _stop(service)
 
@@ -448,12 +448,6 @@ def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: K
 def _status(control_socket: Path) -> dict[str, Any]:
     [known] = call(str(control_socket), {"verb": "status"}).data
     return dict(known)
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 def _links(pid: int) -> list[str]:
