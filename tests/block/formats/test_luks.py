@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from random import Random
@@ -164,6 +165,21 @@ def test_odd_values_of_luks2(problem: str, name: str, value: Any) -> None:
         parsed(luks2(Made(PLAIN), {name: value}))
 
 
+@pytest.mark.parametrize(("name", "shown"), [("100", "100"), ("-1", "-1"), ("\x1b[31mred", r"\\x1b\[31mred")])
+def test_names_that_no_key_slot_has(name: str, shown: str) -> None:
+    """A key slot is called by a number of one or two digits; any other name is refused, and shown without its force."""
+    with pytest.raises(DriverError, match=f"a key slot is called {shown};"):
+        parsed(luks2(Made(PLAIN), {f"keyslots.{name}": {}, "digests.0.keyslots": ["0", name]}))
+
+
+def test_key_slots_hold_one_key() -> None:
+    """Key slots of one digest whose keys have several sizes are refused, whichever of them is to be tried."""
+    image = luks2(Made(PLAIN, passphrases=[b"a", b"b"]), {"keyslots.1.key_size": 32})
+    for slot in (None, 0, 1):
+        with pytest.raises(DriverError, match="its key slots have keys of several sizes"):
+            parsed(image, slot)
+
+
 def test_a_segment_of_a_backup_is_none_of_the_data() -> None:
     """Segments that a re-encryption keeps as backups are left out."""
     made = Made(PLAIN)
@@ -225,6 +241,19 @@ def test_of_two_copies_the_newer_sound_one_counts() -> None:
         parsed(copies(damaged, None, rest))
     with pytest.raises(DriverError, match="there is no LUKS header"):
         parsed(copies(None, None, rest))
+
+
+def test_a_copy_with_a_checksum_of_another_kind_is_not_sound() -> None:
+    """What calls its checksum anything but sha256 does not count, not even if its bytes would be right by sha256."""
+    made = Made(PLAIN)
+    whole = luks2(made)
+    named = bytearray(header2(metadata(made, [bytes(32)], len(whole) - len(PLAIN)), sequence=9))
+    named[72:78], named[448:512] = b"sha512", bytes(64)
+    named[448:480] = hashlib.sha256(named).digest()
+
+    assert parsed(whole).identity == parsed(bytes(named) + whole[0x4000:]).identity
+    with pytest.raises(DriverError, match="neither copy of it has the checksum that it should have"):
+        parsed(copies(bytes(named), None, whole[0x8000:]))
 
 
 @pytest.mark.parametrize("size", [0x4000, 0x8000, 0x40000, 0x400000])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from xenbackend.block.formats.luks_volume import MAGIC, Cipher, Digest, Slot, Volume, damaged
+from xenbackend.block.formats.luks_volume import Cipher, Digest, Slot, Volume, damaged
 from xenbackend.block.keys import PBKDF2, Derivation
 from xenbackend.units import SECTOR
 
@@ -22,10 +22,8 @@ _ACTIVE, _INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 
 def parse(data: bytes) -> Volume:
-    """Return what a header says; its checks are the callee's. Raises: DriverError."""
-    magic, version, name, mode, spec, payload, key_size, digest, salt, iterations, _ = _HEADER.unpack_from(data)
-    if magic != MAGIC or version != VERSION:
-        raise damaged("it does not begin as one of LUKS1")
+    """Return what a header says that begins as one of LUKS1; its checks are the caller's. Raises: DriverError."""
+    _, _, name, mode, spec, payload, key_size, digest, salt, iterations, _ = _HEADER.unpack_from(data)
     cipher = Cipher(f"{_text(name)}-{_text(mode)}", key_size)
     hash_name = _text(spec)
     slots = []

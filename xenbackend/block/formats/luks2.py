@@ -39,7 +39,7 @@ class _Copy(NamedTuple):
 
 
 def parse(look: Look, size: int, slot: int | None = None) -> Volume:
-    """Return what the newer one of both copies says that is sound; its checks are the callee's.
+    """Return what the newer one of both copies says that is sound; its checks are the caller's.
 
     `slot` may be one that is only used when it is named. Raises: DriverError, OSError.
     """

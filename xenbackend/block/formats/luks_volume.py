@@ -83,8 +83,6 @@ class Slot:
         """See that its numbers make sense, and its stripes lie from byte `first` to `end`. Raises: DriverError."""
         self.derivation.check()
         self.cipher.check()
-        if self.derivation.length != self.cipher.key_size:
-            raise damaged(f"key slot {self.number} has keys of two sizes")
         if not 1 <= self.stripes <= MAX_STRIPES or self.hash not in HASHES:
             raise damaged(f"key slot {self.number} has {self.stripes} stripes by {printable(self.hash[:32])}")
         if self.offset % SECTOR or not first <= self.offset <= end - self.length(key_size):
