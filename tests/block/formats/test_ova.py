@@ -63,6 +63,25 @@ def test_a_pax_header_gives_size_and_name() -> None:
     assert DISK == found(data)
 
 
+@pytest.mark.parametrize(
+    ("records", "name"),
+    [
+        (b"9 path=q\n", "q"),
+        (b"22 mtime=1700000000.5\n9 path=q\n", "q"),
+        (b"9 path=q\n99 path=r\n", "q"),
+        (b"9 path=q\n0 path=r\n", "q"),
+        (b"9 path=q\n6 path=r\n", "q"),
+        (b"path=q\n", "p"),
+    ],
+    ids=["a name", "behind another key", "before the end", "no length", "shorter than itself", "no record"],
+)
+def test_records_of_a_pax_header(records: bytes, name: str) -> None:
+    """Records of other keys are passed over; one that is longer than the header, or ends in its own key, ends them."""
+    data = patched(archive([("x", records)]), 156, b"x")[:1024] + archive([("p", DISK)])
+
+    assert [Member(name, 1536, 1000)] == list(members(lambda place, length: data[place : place + length], len(data)))
+
+
 def test_links_and_directories_have_no_bytes() -> None:
     """Whatever size a link says that it has, the next header follows at once."""
     link = patched(patched(archive([("l", b"")]), 156, b"1"), 124, b"%011o" % 5000)[:512]
@@ -117,6 +136,18 @@ def test_an_archive_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     data = archive([(str(each), b"") for each in range(4)])
     with pytest.raises(DriverError, match="more than 3 members"):
         list(members(lambda place, length: data[place : place + length], len(data)))
+
+
+def test_a_description_that_is_too_long() -> None:
+    """A description of more than 4 MiB is refused before it is read."""
+    data = archive([("a.ovf", bytes((4 << 20) + 1))])
+
+    def read(place: int, length: int) -> bytes:
+        assert length == 512, "the description was read"
+        return data[place : place + length]
+
+    with pytest.raises(DriverError, match=r"its description a\.ovf has 4194305 bytes"):
+        find_disk(read, len(data), "")
 
 
 def test_members_are_not_read() -> None:

@@ -163,6 +163,15 @@ def test_a_header_with_right_checksums_may_still_lie() -> None:
     assert "allows sectors 34 to" in of(disk, 1).trouble
     write_header(disk, 512, 1, last, last - 1, 34, last - 33)
     assert "impossible array" in of(disk, 1).trouble
+    disk[512:1024] = disk[-512:]
+    assert f"the first header says that it is that of sector {last};" in of(disk, 1).trouble
+
+
+def test_a_disk_without_room_for_a_gpt() -> None:
+    """A disk of one sector that says it has a GPT has no sector for either of its headers."""
+    outside = "the first lies outside of the disk, the one at the end lies outside of the disk"
+    with pytest.raises(DriverError, match=outside):
+        of(record({1: (0xEE, 1, 1)}), 1)
 
 
 def test_logical_partitions_count_as_the_kernel_counts() -> None:
