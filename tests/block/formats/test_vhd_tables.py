@@ -14,6 +14,7 @@ from xenbackend.block.formats.vhd import Footer, Header
 from xenbackend.block.formats.vhd_tables import (
     UNUSED,
     Batmap,
+    batmap_ranges,
     check_table,
     pack_batmap,
     pack_bitmap,
@@ -21,6 +22,7 @@ from xenbackend.block.formats.vhd_tables import (
     read_batmap,
     read_table,
     unpack_bitmap,
+    used_blocks,
 )
 from xenbackend.errors import DriverError
 
@@ -48,6 +50,26 @@ def test_entries_are_big_endian() -> None:
 
     assert [4, UNUSED, UNUSED, UNUSED, 4 + STRIDE] == list(table)
     assert b"\0\0\0\4" + b"\xff" * 12 + b"\0\0\x10\5" == data[1536:1556] == pack_entries(table)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 4, 21])
+def test_a_file_that_ends_inside_its_table(missing: int) -> None:
+    """A table that the file has only a part of is refused, also where the part ends inside an entry."""
+    data = vhd_images.image(9 * MIB, {0: {}, 4: {}})
+    footer, header, _ = headers_of(data)
+    with pytest.raises(DriverError, match="the file ends inside its table"):
+        read_table(reader(data[: 1536 + 5 * 4 - missing]), footer, header)
+
+
+def test_blocks_far_from_one_another() -> None:
+    """The blocks in use are found wherever they are in a table, and at the edges of what is passed over together."""
+    used = [511, 1024, 1999]
+    table = array("I", [UNUSED]) * 2000
+    for block in used:
+        table[block] = 7
+
+    assert used == list(used_blocks(table))
+    assert [] == list(used_blocks(array("I", [UNUSED]) * 2000))
 
 
 def test_the_first_sector_is_the_highest_bit() -> None:
@@ -108,6 +130,31 @@ def test_a_batmap_comes_back() -> None:
     assert vhd_images.image(9 * MIB, {0: {}, 2: {}, 4: {}}, full=[0, 2, 4]) == altered
     assert again is not None
     assert b"\1\0\1\0\1" == again.blocks
+
+
+@pytest.mark.parametrize(
+    ("change", "ranges"),
+    [
+        ("none", [(2048, 2560), (2560, 3072)]),
+        ("sum", [(2048, 2560), (2560, 3072)]),
+        ("longer", [(2048, 2560), (2560, 2560 + 5 * 512)]),
+        ("cookie", []),
+        ("creator", []),
+        ("cut", []),
+    ],
+)
+def test_where_a_batmap_is(change: str, ranges: list[tuple[int, int]]) -> None:
+    """What a batmap takes by its own word is kept free of blocks, even if nobody trusts it; without one nothing is."""
+    creator = b"win " if change == "creator" else b"tap\0"
+    data = bytearray(vhd_images.image(9 * MIB, {0: {}}, full=[0], creator=creator))
+    footer, header, _ = headers_of(bytes(data))
+    place = {"sum": 2560, "cookie": 2048, "longer": 2048 + 19}.get(change)
+    if place is not None:
+        data[place] ^= 4
+    if change == "cut":
+        del data[2048 + 511 :]
+
+    assert ranges == batmap_ranges(reader(bytes(data)), footer, header)
 
 
 @pytest.mark.parametrize("change", ["sum", "cookie", "version", "absent", "creator", "none"])

@@ -104,6 +104,20 @@ def test_images_that_are_refused(data: bytes, sentence: str) -> None:
         parsed(bytes(data))
 
 
+def test_regions_that_need_not_be_known() -> None:
+    """A region that is not known is passed over where the image says that it may be, and only there."""
+    count = struct.pack("<I", 3)
+    for flags, is_known in ((0, True), (1, False)):
+        entry = UUID(int=7).bytes_le + struct.pack("<QII", 1 << 40, MIB, flags)
+        image = patched(REGIONS + 8, count, image=patched(REGIONS + 16 + 2 * 32, entry))
+        image = image[: 256 << 10] + bytes(8) + image[(256 << 10) + 8 :]
+        if is_known:
+            assert SIZE == parsed(image).shape.size
+        else:
+            with pytest.raises(DriverError, match="it needs what region 00000000-0000-0000-0000-000000000007"):
+                parsed(image)
+
+
 def test_items_that_need_not_be_known() -> None:
     """What is not known and not required is passed over."""
     entry = UUID(int=7).bytes_le + struct.pack("<IIII", 0, 0, 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from random import Random
+from types import ModuleType
 
 import pytest
 import zstandard
@@ -37,9 +38,48 @@ def wide(bits: int) -> bytes:
     return packer.compress(DATA) + packer.flush()
 
 
+@pytest.fixture
+def with_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a Python whose standard library has zstd, on any version: the package backports.zstd is that very code."""
+    monkeypatch.setattr(sys, "version_info", max(sys.version_info, (3, 14)))
+    compression = ModuleType("compression")
+    compression.zstd = library  # type: ignore[attr-defined]  # a module for the import system only
+    monkeypatch.setitem(sys.modules, "compression", compression)
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a Python whose standard library has no zstd."""
+    monkeypatch.setattr(sys, "version_info", min(sys.version_info, (3, 13)))
+    monkeypatch.setitem(sys.modules, "compression", None)
+
+
 def test_the_host_unpacks() -> None:
     """What is found on this host unpacks a cluster."""
     assert DATA == find_unzstd()(zstd(DATA), SIZE)
+
+
+@pytest.mark.usefixtures("with_library")
+def test_the_standard_library_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python that has zstd itself needs no package, and uses none."""
+    packed = zstd(DATA)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    unpack = find_unzstd()
+
+    assert isinstance(unpack, OfLibrary)
+    assert DATA == unpack(packed, SIZE)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_an_older_python_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Python 3.14 it is the package that unpacks; without it the sentence says what to install."""
+    unpack = find_unzstd()
+
+    assert isinstance(unpack, OfPackage)
+    assert DATA == unpack(zstd(DATA), SIZE)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DriverError, match="no package for that here; install python3-zstandard, or by pip zstandard"):
+        find_unzstd()
 
 
 @by_both
