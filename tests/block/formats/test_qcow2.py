@@ -19,13 +19,14 @@ from xenbackend.block.formats.qcow2 import (
     incompatible_bytes,
     parse_header,
     refcount_table_bytes,
+    with_parent,
 )
 from xenbackend.block.formats.qcow2_check import check
 from xenbackend.block.formats.qcow2_tables import refcount_block_of, unpack_table
 from xenbackend.block.mapped.tables import PLACE
 from xenbackend.block.qcow.codec import Version2
 from xenbackend.block.qcow.subclusters import entries_of
-from xenbackend.errors import DriverError
+from xenbackend.errors import ConfigError, DriverError
 
 SIZE = 1 << 20
 _FIELDS = {  # offset in the header and size, in bytes
@@ -208,6 +209,68 @@ def test_what_may_change_is_written_where_it_is_read() -> None:
     header = parse(bytes(image))
 
     assert (0, 4, table) == (header.incompatible, header.autoclear, header.refcount_table)
+
+
+def test_a_file_that_is_cut_meanwhile() -> None:
+    """A file that has become shorter than its header since its size was asked for is refused with a sentence."""
+    data = qcow2(SIZE)
+    with pytest.raises(DriverError, match="its header is cut short"):
+        parse_header(lambda offset, length: data[offset : offset + length][:90], len(data))
+
+
+def renamed(data: bytes, name: bytes, kind: str = "vpc") -> tuple[list[tuple[int, bytes]], list[bytes]]:
+    """Return the writes that name another parent, and the image after each of them."""
+    writes, images = with_parent(lambda offset, length: data[offset : offset + length], parse(data), name, kind), []
+    for place, written in writes:
+        data = data[:place] + written + data[place + len(written) :]
+        images.append(data)
+    return writes, images
+
+
+UNKNOWN = struct.pack(">IIQ", 0x12345678, 5, 0)  # a header extension
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(("former", "kind"), [(b"", ""), (b"base", "raw"), (b"", "k" * 40)])
+@pytest.mark.parametrize("name", [b"x", b"n" * 1023])
+def test_another_parent(version: int, former: bytes, kind: str, name: bytes) -> None:
+    """The new parent's name goes where nothing was, so that one sector makes it the parent; other extensions stay."""
+    data = qcow2(SIZE, version=version, backing=former, backing_format=kind.encode(), extensions=UNKNOWN)
+    writes, (before, after) = renamed(data, name)
+    header = parse(after)
+
+    assert (former, kind) == (parse(before).backing_file, parse(before).backing_format)
+    assert (name, "vpc") == (header.backing_file, header.backing_format)
+    assert not any(data[writes[0][0] :][: len(name)])
+    assert UNKNOWN in after[: header.cluster_size]
+    assert len(writes[1][1]) <= 512
+    assert parse(data).l1 == header.l1
+
+
+def test_another_parent_where_there_is_little_room() -> None:
+    """A name that fits only where the former one is takes its place."""
+    data = qcow2(64 << 10, cluster_bits=9, backing=b"b" * 340, backing_format=b"raw")
+    header = parse(renamed(data, b"n" * 350)[1][-1])
+
+    assert (b"n" * 350, "vpc") == (header.backing_file, header.backing_format)
+
+
+@pytest.mark.parametrize(("cluster_bits", "length"), [(12, 1024), (9, 400), (9, 1023)])
+def test_names_of_parents_that_do_not_fit(cluster_bits: int, length: int) -> None:
+    """A name of more than 1023 bytes, or too long for the first cluster, is refused before anything is written."""
+    data = qcow2(64 << 10, cluster_bits=cluster_bits, backing=b"base")
+    with pytest.raises(ConfigError, match=f"the parent's name has {length} bytes, too many for the image's header"):
+        renamed(data, b"n" * length)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_no_parent_any_more(version: int) -> None:
+    """Without a name an image has no parent, and says nothing of its format; other extensions stay."""
+    data = qcow2(SIZE, version=version, backing=b"base", backing_format=b"raw", extensions=UNKNOWN)
+    _, (after,) = renamed(data, b"")
+
+    assert (b"", "") == (parse(after).backing_file, parse(after).backing_format)
+    assert UNKNOWN in after[: parse(after).cluster_size]
 
 
 def look(data: bytes) -> None:

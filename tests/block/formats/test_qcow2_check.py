@@ -110,6 +110,20 @@ def test_broken_tables(where: str, index: int, word: int, sentence: str) -> None
     assert any(sentence in each for each in report.sentences), report.sentences
 
 
+def test_a_bitmap_that_leads_outside() -> None:
+    """A cluster of a bitmap outside of the file is told as that, and not as metadata that something else uses, too."""
+    for place in (len(qcow2(SIZE, CLUSTERS)), 1 << 40):
+        extension = struct.pack(">IIIIQQ", 0x23852875, 24, 1, 0, 32, len(qcow2(SIZE, CLUSTERS)))
+        data = qcow2(SIZE, CLUSTERS, extensions=extension, autoclear=1)
+        directory = struct.pack(">QIIBBHI", len(data) + 4096, 1, 0, 1, 16, 4, 0) + b"name"
+        table = struct.pack(">Q", place + 2 * 4096)
+        report = checked(data + directory.ljust(4096, b"\0") + table.ljust(4096, b"\0"))
+        told = [each for each in report.sentences if "has refcount 0, and 1 use it" not in each]
+
+        assert [f"a bitmap, 4096 bytes at byte {place + 2 * 4096}, is outside the file"] == told
+        assert 1 == report.broken
+
+
 @pytest.mark.parametrize(
     ("index", "word", "sentence"),
     [

@@ -102,6 +102,22 @@ def test_what_is_not_mended() -> None:
         plan_repair(looked_at(data))
 
 
+def test_a_refcount_table_that_is_too_small() -> None:
+    """Clusters in use behind all that the refcount table can count are not mended in place; those before are."""
+    small = qcow2(64 << 10, {0: b"a" * 512}, cluster_bits=9, order=6, table_clusters=1)
+    counted = 64 * 64 * 512  # bytes: the table has 64 entries, and a block counts 64 clusters
+
+    def with_last_cluster_in_use(size: int) -> Check:
+        data = bytearray(small.ljust(size, b"\0"))
+        (l2,) = struct.unpack_from(">Q", data, looked_at(data).header.l1.offset)
+        struct.pack_into(">Q", data, (l2 & (1 << 56) - 512) + 8, size - 512 | 1 << 63)
+        return looked_at(data)
+
+    assert plan_repair(with_last_cluster_in_use(counted - 4096))
+    with pytest.raises(DriverError, match="its refcount table is too small for the file; qemu-img check -r all"):
+        plan_repair(with_last_cluster_in_use(counted + 512))
+
+
 def test_refcounts_that_would_not_fit() -> None:
     """Two users of a cluster in an image whose refcounts have one bit are refused."""
     data = broken("shared", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from xenbackend.block.formats.qcow2_tables import (
     check_l1_entry,
     check_l2_entry,
     compressed_place,
+    has_more_clusters,
     inflate,
     pack_refcounts,
     pack_table,
@@ -148,6 +150,59 @@ def test_snapshots() -> None:
     assert [8] == [each.length for each in tables]
     with pytest.raises(DriverError, match="does not end"):
         parse_snapshots(lambda _offset, _length: b"", header, len(data))
+
+
+def test_snapshots_larger_than_the_file() -> None:
+    """L1 tables of snapshots may lie over one another, but all of them are no larger than the file."""
+    data = bytearray(qcow2(SIZE, {0: b"x" * 4096}, snapshot=True))
+    header = header_of(bytes(data))
+    length = len(data) - 4096
+    each = struct.pack(">QIHHIIQII", 4096, length // 8, 0, 0, 0, 0, 0, 0, 0)
+    data[header.snapshots_offset : header.snapshots_offset + 2 * len(each)] = each * 2
+
+    def parsed(count: int) -> list[Region]:
+        several = replace(header, snapshot_count=count)
+        return parse_snapshots(lambda offset, length: bytes(data[offset : offset + length]), several, len(data))[1]
+
+    assert [Region(4096, length)] == parsed(1)
+    with pytest.raises(DriverError, match="the L1 tables of its snapshots are larger than the file"):
+        parsed(2)
+
+
+def test_clusters_in_use_are_counted_as_far_as_needed() -> None:
+    """Whether there are so many is said by those refcount blocks that there are, and no block is read in vain."""
+    data = bytearray(qcow2(128 << 9, dict.fromkeys(range(100), b"x"), cluster_bits=9, order=6, table_clusters=1))
+    header, used, reads = header_of(bytes(data)), len(data) // 512, []
+    assert 64 < used < 128, "two blocks"
+
+    def has(limit: int, clusters: int = used) -> bool:
+        def read(offset: int, length: int) -> bytes:
+            reads.append(offset)
+            return bytes(data[offset : offset + length])
+
+        reads.clear()
+        return has_more_clusters(read, header, clusters, limit)
+
+    assert (True, False) == (has(used), has(used + 1))
+    assert (True, False) == (has(70, 70), has(71, 70))
+    assert has(64)
+    assert 2 == len(reads), "the table and one block"
+    data[header.refcount_table.offset : header.refcount_table.offset + 8] = bytes(8)
+    assert (True, False) == (has(used - 64), has(used - 64 + 1))
+    assert 2 == len(reads), "the table and one block"
+
+
+def test_a_directory_of_bitmaps_that_is_cut_short() -> None:
+    """A directory with fewer entries than there are bitmaps is refused, once those that it has were told."""
+    data = bytearray(qcow2(SIZE, extensions=struct.pack(">IIIIQQ", 0x23852875, 24, 2, 0, 32, 2 * 4096), autoclear=1))
+    data[2 * 4096 : 2 * 4096 + 28] = struct.pack(">QIIBBHI", 3 * 4096, 1, 0, 1, 16, 4, 0) + b"name"
+    regions = parse_bitmaps(
+        lambda offset, length: bytes(data[offset : offset + length]), header_of(bytes(data)), len(data)
+    )
+
+    assert [Region(2 * 4096, 32), Region(3 * 4096, 8)] == [next(regions), next(regions)]
+    with pytest.raises(DriverError, match="its bitmap directory does not end where it should"):
+        next(regions)
 
 
 def test_bitmaps() -> None:

@@ -194,8 +194,7 @@ class Check:
             except DriverError as error:
                 self._break(error.problem)
                 continue
-            if entry & OFFSET:
-                found[entry & OFFSET] += 1
+            found[entry & OFFSET] += 1
         return found
 
     def _use_l2(self, offset: int, times: int) -> None:
