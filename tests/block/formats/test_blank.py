@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
+from tests.block.formats.test_vhd import reader
 from tests.image_content import disk_content, disk_write
 from tests.qemu import qemu_img
-from xenbackend.block.formats.blank import Parent, Wishes, blank
+from xenbackend.block.formats import vhd
+from xenbackend.block.formats.blank import Blank, Parent, Wishes, blank, vhd_with_parent
 from xenbackend.block.formats.qcow2_check import check as check_qcow2
 from xenbackend.block.formats.table import FORMATS
+from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.errors import ConfigError
 from xenbackend.opener.newfile import write_new
 
@@ -86,6 +89,7 @@ def test_a_fixed_vhd_is_data_and_a_footer(tmp_path: Path) -> None:
         ("vhd", 1 << 30, Wishes(4 << 20), "a power of two from 4 KiB to 2 MiB"),
         ("vhd", 2 << 38, Wishes(4096), "choose larger ones"),
         ("qcow2", 1 << 50, Wishes(512), "choose larger ones"),
+        ("qcow", 9 << 40, Wishes(), "9 TiB are too many for clusters of 4 KiB in this format; choose larger"),
         ("raw", MIB, Wishes(4096), "neither clusters nor a parent"),
         ("qcow2", MIB, Wishes(is_fixed=True), "only a VHD image"),
     ],
@@ -98,6 +102,51 @@ def test_what_a_format_cannot_be_is_refused(image_format: str, size: int, wishes
 
 def test_a_parents_name_that_is_too_long_is_refused() -> None:
     """A header has room for 1023 bytes of a name at most, and for fewer where clusters are small."""
-    for name, wishes in (("n" * 1024, Wishes()), ("n" * 400, Wishes(512))):
-        with pytest.raises(ConfigError, match="parent's name"):
-            blank("qcow2", MIB, wishes, Parent(name, "raw", "raw"))
+    for image_format, length, cluster_size in (("qcow2", 1024, 0), ("qcow2", 400, 512), ("qcow", 1024, 0)):
+        with pytest.raises(ConfigError, match=f"the parent's name has {length} bytes, too many for the image's header"):
+            blank(image_format, MIB, Wishes(cluster_size), Parent("n" * length, "raw", "raw"))
+
+
+def written(image: Blank) -> bytes:
+    """Return the bytes of a new file."""
+    data = bytearray(image.size)
+    for place, piece in image.pieces:
+        data[place : place + len(piece)] = piece
+    return bytes(data)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "qcow"])
+def test_the_longest_name_of_a_parent(image_format: str) -> None:
+    """A name of 1023 bytes is the image's parent, to its last byte."""
+    assert b"n" * 1023 + bytes(8) in written(blank(image_format, MIB, Wishes(), Parent("n" * 1023, "raw", "raw")))
+
+
+@pytest.mark.parametrize("name", ["base.vhd", "../b\u00e4se 1%20.vhd", "n" * 400, "/srv/images/base.vhd"])
+def test_the_parent_of_a_vhd(name: str) -> None:
+    """A parent's name is read back whole; one from the root stands in no place for relative names."""
+    parent = Parent(name, "vhd", "vpc", uuid=b"p" * 16, mtime=vhd.EPOCH + 7.5)
+    data = written(blank("vhd", 8 * MIB, Wishes(), parent))
+    footer, _ = vhd.read_footer(reader(data), len(data))
+    header = vhd.read_header(reader(data), footer, len(data))
+    is_absolute = name.startswith("/")
+
+    assert (name if is_absolute else f"./{name}") in parent_names(reader(data), header, len(data))
+    assert [b"MacX", b"W2ku", *([] if is_absolute else [b"W2ru"])] == [each.code for each in header.locators]
+    assert (vhd.DIFFERENCING, b"p" * 16, 7) == (footer.type, header.parent_uuid, header.parent_timestamp)
+
+
+@pytest.mark.parametrize("name", ["b\udcff.vhd", "/srv/\udcfe/base.vhd"])
+def test_a_parents_name_that_is_no_text(name: str) -> None:
+    """A name that is no Unicode text would be another file's name in a VHD image, or none: it is refused."""
+    with pytest.raises(ConfigError, match="as names in it are Unicode texts; rename the parent, or make a qcow2 image"):
+        blank("vhd", 8 * MIB, Wishes(), Parent(name, "vhd", "vpc"))
+
+
+def test_a_vhd_loses_its_parent() -> None:
+    """Without a parent nothing of a former one is left in the header."""
+    without = vhd.Header(1536, 4, 2 * MIB)
+    parent = Parent("base.vhd", "vhd", "vpc", uuid=b"p" * 16, mtime=vhd.EPOCH + 7)
+    header, names = vhd_with_parent(without, 2048, parent)
+
+    assert names
+    assert (without, b"") == vhd_with_parent(header, 2048, None)

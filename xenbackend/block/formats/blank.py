@@ -90,8 +90,7 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     extensions = qcow2.pack_extension(qcow2.BACKING_FORMAT, parent.qemu_format.encode()) if parent else b""
     extensions += qcow2.pack_extension(0, b"")
     backing = _QCOW2_HEADER.size + len(extensions)
-    if len(name) > qcow2.MAX_NAME or backing + len(name) > cluster:
-        raise ConfigError(f"the parent's name has {len(name)} bytes, too many for the image's header")
+    _check_room(name, cluster - backing)
     l1 = (1 + table_clusters + blocks) * cluster
     header = _QCOW2_HEADER.pack(
         qcow2.MAGIC, 3, backing if name else 0, len(name), bits, size, 0, l1_entries, l1, cluster, table_clusters,
@@ -111,8 +110,10 @@ def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     name = qcow_name(parent)
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
     l1_bytes = -(-size >> bits + l2_bits) * 8
-    if l1_bytes > qcow2.MAX_L1_BYTES or len(name) > qcow2.MAX_NAME:
-        raise ConfigError(f"{format_size(size)} are too many for this format, or the parent's name is too long")
+    if l1_bytes > qcow2.MAX_L1_BYTES:
+        problem = f"{format_size(size)} are too many for clusters of {format_size(1 << bits)} in this format"
+        raise ConfigError(f"{problem}; choose larger ones, or qcow2")
+    _check_room(name, qcow2.MAX_NAME)
     header = _QCOW_HEADER.pack(
         qcow2.MAGIC, 1, _QCOW_HEADER.size if name else 0, len(name), int(time.time()), size, bits, l2_bits, 0, 0, l1
     )
@@ -193,6 +194,12 @@ def qcow_name(parent: Parent | None) -> bytes:
     """Return how QCOW names a parent: what looks like a protocol (`nbd:`) would not be taken for a file."""
     name = os.fsencode(parent.name) if parent else b""
     return b"./" + name if _PROTOCOL.match(name) else name
+
+
+def _check_room(name: bytes, room: int) -> None:
+    """Refuse a parent's name for which QCOW's header has no room. Raises: ConfigError."""
+    if len(name) > min(room, qcow2.MAX_NAME):
+        raise ConfigError(f"the parent's name has {len(name)} bytes, too many for the image's header")
 
 
 def _check_readable(name: str, header: vhd.Header, written: bytes, place: int) -> None:
