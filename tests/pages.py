@@ -26,11 +26,13 @@ _COMMENT = re.compile(r"\s+# .*$")
 _DOM0 = "needs dom0's own blkfront; tests/xen/test_dom0_disk.py"
 _SYSTEMD = "needs systemd and a Xen host; tests/xen/test_settings.py, tests/xen/test_kills.py"
 _PACKAGE = "changes the host's packages; tests/xen/test_debian_package.py"
+_DRIVER_DOMAIN = "is for a driver domain; tests/xen/test_driver_domain.py"
 _INSTALLS = "changes the host; tests/cli/test_install.py, and each machine of tests/xen"
 NOT_RUN = {  # what lines begin with, and why they are not run with the others
     "apt ": _PACKAGE,
     "apt-get ": _PACKAGE,
     "dpkg-divert ": _INSTALLS,
+    "echo 'install xen-blkback": _DRIVER_DOMAIN,
     "e2fsck -fn /dev/": _DOM0,
     "journalctl ": "needs systemd",
     "ln -s block-xenbackend /etc/": _INSTALLS,

@@ -237,15 +237,18 @@ def write_like_libxl(store: Store, path: VbdPath = PATH, **changes: str) -> None
     }  # fmt: skip
     back |= {key.replace("_", "-"): value for key, value in changes.items()}
 
+    front_permissions = [f"n{path.frontend_domid}", f"r{path.backend_domid}"]
+    back_permissions = [f"n{path.backend_domid}", f"r{path.frontend_domid}"]
+
     def body(nodes: Nodes) -> None:
-        for directory, permissions in ((path.frontend, ["n5", "r0"]), (path.backend, ["n0", "r5"])):
+        for directory, permissions in ((path.frontend, front_permissions), (path.backend, back_permissions)):
             nodes.mkdir(directory)
             nodes.set_permissions(directory, permissions)
         for key, value in back.items():
             nodes.write(f"{path.backend}/{key}", value)
         nodes.write(f"{path.frontend}/backend", path.backend)
         nodes.write(f"{path.frontend}/state", "1")
-        nodes.set_permissions(f"{path.frontend}/state", ["n5", "r0"])
+        nodes.set_permissions(f"{path.frontend}/state", front_permissions)
 
     store.transact(body)
 

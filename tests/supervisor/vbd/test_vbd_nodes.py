@@ -169,7 +169,7 @@ def test_a_guest_on_its_way_here_is_known_by_its_name(toolstack: Store, name: st
     """Only the name that xl gives to the receiving end of a migration counts."""
     toolstack.write("/local/domain/5/name", name)
 
-    assert expected is VbdNodes(toolstack, PATH).is_incoming()
+    assert expected is VbdNodes(toolstack, PATH).may_be_incoming(S.CONNECTED)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("hvm", True), ("pv", False), ("pvh", False)])
@@ -183,9 +183,9 @@ def test_only_hvm_guests_boot_by_a_device_model(toolstack: Store, kind: str, *, 
 def test_what_cannot_be_read_of_a_domain_is_not_so(toolstack: Store) -> None:
     """A domain without these nodes, and a xenstore that is away, leave a disk as it is for most guests."""
     nodes = VbdNodes(toolstack, PATH)
-    assert (False, False) == (nodes.is_incoming(), nodes.boots_by_device_model())
+    assert (False, False) == (nodes.may_be_incoming(S.INIT_WAIT), nodes.boots_by_device_model())
     toolstack.close()
-    assert (False, False) == (nodes.is_incoming(), nodes.boots_by_device_model())
+    assert (False, False) == (nodes.may_be_incoming(S.INIT_WAIT), nodes.boots_by_device_model())
 
 
 def test_the_next_service_finds_which_files_the_disk_had(nodes: VbdNodes, toolstack: Store) -> None:

@@ -1,12 +1,13 @@
 """The operations on nodes, against a scripted answerer; the real thing is in contract/test_store.py."""
 
+import errno
 import os
 from collections.abc import Sequence
 
 import pytest
 
 from xenbackend.errors import StoreError
-from xenbackend.supervisor.xenstore.nodes import Nodes, decode, encode
+from xenbackend.supervisor.xenstore.nodes import Nodes, decode, encode, error_of
 
 
 def test_values_of_any_bytes_become_text() -> None:
@@ -47,3 +48,33 @@ def test_a_list_that_never_stands_still_is_given_up() -> None:
     asked: list[str] = []
     with pytest.raises(StoreError, match="kept changing"):
         Nodes(ask).directory("/a")
+
+
+@pytest.mark.parametrize(
+    ("word", "number", "says"),
+    [
+        (b"ENOENT\0", errno.ENOENT, "No such file"),
+        (b"ENOSPC\0", errno.ENOSPC, "quota for this domain"),
+        (b"EQUOTA\0", errno.ENOSPC, "quota for this domain"),
+        (b"what?\xff", errno.EIO, "error"),
+    ],
+)
+def test_an_error_is_a_word(word: bytes, number: int, says: str) -> None:
+    """Both xenstoreds' words for a quota that is used up say so; what is no word of theirs is an error all the same."""
+    error = error_of("xenstore: write /a", word)
+
+    assert (number, True) == (error.errno, "xenstore: write /a" in str(error) and says in str(error))
+
+
+def test_what_may_not_be_read_is_not_there() -> None:
+    """A domain that is not told whether a node is gone takes it for gone; any other error stays one."""
+    words = iter([b"EACCES", b"ENOENT", b"EIO"])
+
+    def ask(_operation: str, _strings: Sequence[str], _tail: bytes) -> bytes:
+        raise error_of("xenstore: read /a", next(words))
+
+    nodes = Nodes(ask)
+
+    assert [None, None] == [nodes.read_if_allowed("/a"), nodes.read_if_allowed("/a")]
+    with pytest.raises(StoreError, match="/a"):
+        nodes.read_if_allowed("/a")

@@ -124,7 +124,7 @@ class Registry:
 
     def find(self, text: str) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names. Raises: ConfigError, StoreError."""
-        return self.vbds.find(text, lambda domid: self._store.read_optional(f"{domain_path(domid)}/name"))
+        return self.vbds.find(text, lambda domid: self._store.read_if_allowed(f"{domain_path(domid)}/name"))
 
     def names_of(self, domids: Iterable[int]) -> dict[int, str]:
         """Return what the guests of these domains are called; none while xenstore is away."""

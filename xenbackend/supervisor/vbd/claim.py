@@ -11,6 +11,9 @@ is gone:
 
 While the directory is away nobody but us knows what stood in it. So it is noted first, where the next service finds it.
 
+In a driver domain only dom0 could make it again. There nothing is taken: a device without a driver is in nobody's way,
+and xen-blkback, which has to be kept from being loaded, is waited for, in vain unless somebody unloads it.
+
 Nothing is unbound by hand: that takes the device's lock and waits for the thread that handles xenstore's events, which
 waits for that lock when a toolstack removes the same device at that moment.
 
@@ -33,6 +36,11 @@ from xenbackend.supervisor.xenstore.store import Store
 
 TIMEOUT_S = 10.0
 RETRY_S = 1.0  # after xenstore refused something
+_ADVICE = "dmesg says what xen-blkback waits for"
+_ADVICE_IN_DOMAIN = (
+    "only dom0 can take a disk away from it here: keep it from being loaded in a driver domain, by a line "
+    "`install xen-blkback /bin/false` in a file in /etc/modprobe.d, and unload it: modprobe -r xen-blkback"
+)
 PAUSE_S = 0.002  # between two looks at the bus; its files can be neither watched nor polled
 
 
@@ -43,8 +51,14 @@ class Bus:
         self._root = root
 
     def has(self, path: VbdPath) -> bool:
-        """Return whether the kernel knows a vbd. No driver of Linux takes other kinds: those are never in our way."""
-        return path.kind == "vbd" and (self._root / f"vbd-{path.frontend_domid}-{path.devid}").exists()
+        """Return whether the kernel is in our way. No driver of Linux takes other kinds than ``vbd``."""
+        device = self._root / name_of(path)
+        return path.kind == "vbd" and (device / "driver" if path.backend_domid else device).exists()
+
+
+def name_of(path: VbdPath) -> str:
+    """Return what the kernel's bus calls a vbd."""
+    return f"vbd-{path.frontend_domid}-{path.devid}"
 
 
 Note = Callable[[Claimed | None], None]
@@ -77,19 +91,19 @@ class Claim:
 
         Raises: StoreError; try again when xenstore is back. XenbackendError when the kernel does not let go.
         """
-        self._is_away = self._store.transact(self._remove)
-        if not self._is_away:
-            self._note(None)
-            return True
+        if not self._path.backend_domid:
+            self._is_away = self._store.transact(self._remove)
+            if not self._is_away:
+                self._note(None)
+                return True
         if not self._bus.has(self._path):
             self.give_back()
             return True
         if self._now() >= self._deadline:
             self.give_back()
-            name = f"vbd-{self._path.frontend_domid}-{self._path.devid}"
             raise XenbackendError(
-                f"the kernel's block backend did not let go of {name} within {TIMEOUT_S:g} s; "
-                "dmesg says what xen-blkback waits for"
+                f"the kernel's block backend did not let go of {name_of(self._path)} within {TIMEOUT_S:g} s; "
+                f"{_ADVICE_IN_DOMAIN if self._path.backend_domid else _ADVICE}"
             )
         return False
 

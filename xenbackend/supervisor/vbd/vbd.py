@@ -306,7 +306,7 @@ class Vbd:
                 resumes="hotplug-status" in (self.device.sight.keys or {}),  # somebody had come as far as to open it
                 memories=list(memories),
                 poll_us=settings.poll_us,
-                may_wait=self._nodes.is_incoming(),
+                may_wait=self._nodes.may_be_incoming(self.device.sight.ours),
                 export=self._openings.export if boots else "",
                 policy=self.orders.policy,
                 is_paused=self.handover.notes.paused is not None,

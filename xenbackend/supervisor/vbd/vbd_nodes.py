@@ -18,10 +18,10 @@ from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.negotiation import PRIVATE
 from xenbackend.supervisor.vbd.spec import frontend_path
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
-from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, own_root, status_root
 from xenbackend.supervisor.xenstore.store import Store
 
-NOTES = "xenbackend-files"  # in our domain's directory: what outlives a service that keeps nothing
+NOTES = "xenbackend-files"  # in the directory of what is ours: what outlives a service that keeps nothing
 _CHAIN = "chain"
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
 
@@ -38,11 +38,14 @@ class VbdNodes:
         self.token = f"frontend/{path}"
         self._store = store
         self._path = path
-        self._home = domain_path(path.backend_domid)
+        self._home = own_root(path.backend_domid)
         self._ours = private(path.backend_domid)
         self._notes_path = f"{self._home}/{NOTES}/{path}"
         self._status_path = f"{status_root(path.backend_domid)}/{path}"
-        self._error_path = f"{self._home}/error/backend/{path}"
+        errors = f"{domain_path(path.backend_domid)}/error"
+        self._error_path = f"{errors}/backend/{path}"
+        # What is given to a domain it may remove, but not make again. In dom0's directory the service makes all of it.
+        self._errors_home = errors if path.backend_domid else self._home
         self._status: dict[str, str] = {}  # as last written
         self._noted: list[str] | None = None  # as last written; None: nobody knows what stands there
         self._error: str | None = None  # None: nobody knows what stands there
@@ -62,11 +65,11 @@ class VbdNodes:
             self.frontend = frontend
             if frontend:
                 self._store.watch(f"{frontend}/state", self.token)
-        return parse_state(self._store.read_optional(f"{frontend}/state") if frontend else None)
+        return parse_state(self._store.read_if_allowed(f"{frontend}/state") if frontend else None)
 
     def read_frontend(self, key: str) -> str | None:
-        """Return one of the frontend's keys, None where it has none."""
-        return self._store.read_optional(f"{self.frontend}/{key}")
+        """Return one of the frontend's keys, None where it has none that we may read."""
+        return self._store.read_if_allowed(f"{self.frontend}/{key}")
 
     def write(self, write: Write) -> bool:
         """Set keys of the backend's directory, if it still is as it was when that was decided; return whether it was.
@@ -93,8 +96,14 @@ class VbdNodes:
 
         return self._store.transact(body)
 
-    def is_incoming(self) -> bool:
-        """Return whether `xl migrate` brings the guest here: until it runs, its former self may have its images."""
+    def may_be_incoming(self, ours: XenbusState) -> bool:
+        """Return whether `xl migrate` may bring the guest here: until it runs, its former self may have its images.
+
+        Only dom0 may read what a guest is called. In a driver domain any guest may be one that is brought, until our
+        state `ours` tells that it has run here.
+        """
+        if self._path.backend_domid:
+            return ours in (XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.INIT_WAIT)
         return self._of_domain(f"{domain_path(self._path.frontend_domid)}/name").endswith(_INCOMING)
 
     def boots_by_device_model(self) -> bool:
@@ -112,7 +121,7 @@ class VbdNodes:
                 self._store.set_permissions(self._error_path, self._ours)
             self._store.write(f"{self._error_path}/error", f"{errno.EINVAL} {sentence}")
         elif self._error is not None or self._store.directory(self._error_path):
-            self._store.prune(self._error_path, self._home)
+            self._store.prune(self._error_path, self._errors_home)
         self._error = sentence
 
     def show_status(self, values: Mapping[str, str]) -> None:
@@ -165,7 +174,7 @@ class VbdNodes:
         if not goes_on:
             self._store.prune(self._notes_path, self._home)
         self._store.prune(self._status_path, status_root(self._path.backend_domid))
-        self._store.prune(self._error_path, self._home)
+        self._store.prune(self._error_path, self._errors_home)
 
     def _unwatch(self) -> None:
         frontend, self.frontend = self.frontend, ""
@@ -181,9 +190,9 @@ class VbdNodes:
 
 def forget_notes(store: Store, domid: int) -> None:
     """Remove what was noted of vbds that have gone while no service ran. Raises: StoreError."""
-    home = domain_path(domid)
+    home = own_root(domid)
     for kind in store.directory(f"{home}/{NOTES}"):
         for guest in store.directory(f"{home}/{NOTES}/{kind}"):
             for device in store.directory(f"{home}/{NOTES}/{kind}/{guest}"):
-                if not store.directory(f"{home}/backend/{kind}/{guest}/{device}"):
+                if not store.directory(f"{domain_path(domid)}/backend/{kind}/{guest}/{device}"):
                     store.prune(f"{home}/{NOTES}/{kind}/{guest}/{device}", home)

@@ -6,6 +6,7 @@ Must not know a connection: whoever has one gives `_ask`.
 from __future__ import annotations
 
 import errno as errno_module
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from xenbackend.errors import StoreError
@@ -14,6 +15,7 @@ Ask = Callable[[str, Sequence[str], bytes], bytes]  # (operation, NUL-terminated
 Request = tuple[str, bytes]  # a path, and what follows it
 AskMany = Callable[[str, Sequence[Request]], list[bytes | StoreError]]  # each one's payload or error
 SENTENCE_MAX = 1000  # characters of a sentence for people: values end at 2048 bytes (quota)
+_BY_QUOTA = "xenstore's quota for this domain allows no more"
 _RESTARTS = 8  # of a listing in parts that others keep changing
 
 
@@ -42,6 +44,18 @@ class Nodes:
             return self.read(path)
         except StoreError as error:
             if error.errno != errno_module.ENOENT:
+                raise
+            return None
+
+    def read_if_allowed(self, path: str) -> str | None:
+        """Return a node's value, or None when there is none that our domain may read.
+
+        A domain other than dom0 is not told which of the two it is, once what lay above the node has gone as well.
+        """
+        try:
+            return self.read_optional(path)
+        except StoreError as error:
+            if error.errno != errno_module.EACCES:
                 raise
             return None
 
@@ -157,6 +171,16 @@ class Nodes:
 def private(domid: int) -> list[str]:
     """Return the permissions of a node for a domain and the toolstack alone, which has all rights in any case."""
     return [f"n{domid}"]
+
+
+def error_of(what: str, word: bytes) -> StoreError:
+    """Return the error that a xenstored answers in a word, such as ``ENOENT``; what is no errno becomes EIO.
+
+    A domain's quota is ENOSPC in C xenstored, and a word of its own in oxenstored (process.ml).
+    """
+    name = word.rstrip(b"\0").decode("ascii", "replace").replace("EQUOTA", "ENOSPC")
+    errno = getattr(errno_module, name, errno_module.EIO)
+    return StoreError(f"{what}: {_BY_QUOTA if errno == errno_module.ENOSPC else os.strerror(errno)}", errno)
 
 
 def encode(text: str) -> bytes:

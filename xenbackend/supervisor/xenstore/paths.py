@@ -53,9 +53,18 @@ def domain_path(domid: int) -> str:
     return f"/local/domain/{domid}"
 
 
+def own_root(domid: int) -> str:
+    """Return the directory in which a service makes nodes of its own.
+
+    A domain other than dom0 may write to few places of its directory, of which ``data`` is for anything.
+    Source: libxl `libxl__domain_make`; docs/misc/xenstore-paths.pandoc.
+    """
+    return f"{domain_path(domid)}/data" if domid else domain_path(domid)
+
+
 def status_root(domid: int) -> str:
     """Return the directory below which a service shows what becomes of its vbds."""
-    return f"{domain_path(domid)}/xenbackend"
+    return f"{own_root(domid)}/xenbackend"
 
 
 def libxl_path(path: VbdPath) -> str:

@@ -369,9 +369,7 @@ class Store(Nodes):
         if packet.rq_id != number or packet.op not in (_NUMBERS[operation], Op.ERROR):
             raise self._lost("a reply came that nobody asked for")
         if packet.op == Op.ERROR:
-            name = packet.payload.rstrip(b"\0").decode("ascii", "replace")
-            errno = getattr(errno_module, name, errno_module.EIO)
-            raise StoreError(f"{what}: {os.strerror(errno)}", errno)
+            raise nodes.error_of(what, packet.payload)
         return bytes(packet.payload)
 
     def _receive(self) -> Any:

@@ -54,20 +54,31 @@ class Attachment:
 
 
 def vbd_path(store: Store, domid: int, vdev: str, kind: str = "vbd") -> VbdPath:
-    """Return the path of a vbd that our own domain is the backend of. Raises: ConfigError, StoreError."""
-    return VbdPath(kind, store.own_domid(), domid, vdev_to_devid(vdev))
+    """Return the path of a vbd that dom0 is the backend of, where we run there. Raises: ConfigError, StoreError."""
+    return VbdPath(kind, _dom0(store), domid, vdev_to_devid(vdev))
 
 
 def find_vbd(store: Store, disk: DiskName) -> VbdPath:
     """Return the path of a disk, whose domain may be called by its guest's name. Raises: ConfigError, StoreError."""
-    domid = disk.domid
+    backend_domid, domid = _dom0(store), disk.domid
     if domid is None:
         domids = [int(each) for each in store.directory("/local/domain") if each.isdigit()]
         named = [each for each in domids if store.read_optional(f"{domain_path(each)}/name") == disk.domain]
         if len(named) != 1:  # two of one name are possible while a guest is migrated within its host
             raise ConfigError(f"there {'are several guests' if named else 'is no guest'} {disk.domain!r}; see: xl list")
         domid = named[0]
-    return VbdPath(disk.kind or "vbd", store.own_domid(), domid, disk.devid)
+    return VbdPath(disk.kind or "vbd", backend_domid, domid, disk.devid)
+
+
+def _dom0(store: Store) -> int:
+    """Return the number of our own domain. Raises: ConfigError where that is not dom0, which makes guests' nodes."""
+    domid = store.own_domid()
+    if domid:
+        raise ConfigError(
+            f"this is domain {domid}, and only dom0 attaches and detaches disks, also those of a driver domain; there: "
+            "xl block-attach GUEST 'script=block-xenbackend,backend=NAME,vdev=xvdb,target=CHAIN'"
+        )
+    return domid
 
 
 def find_attached(store: Store, disk: DiskName) -> VbdPath:
@@ -223,8 +234,7 @@ def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
     _check_place(nodes, wanted)
     keys = _backend_keys(wanted)
     nodes.make(path.backend, keys, [f"n{path.backend_domid}", f"r{path.frontend_domid}"])
-    if path.backend_domid == 0:
-        nodes.make(wanted.libxl, {**keys, "backend": path.backend}, ["n0"])
+    nodes.make(wanted.libxl, {**keys, "backend": path.backend}, ["n0"])
 
 
 def _write_frontend(nodes: Nodes, wanted: Attachment) -> None:

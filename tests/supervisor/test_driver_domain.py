@@ -1,0 +1,247 @@
+"""A service in a driver domain, which may read and write far less of xenstore than dom0: fake workers, real vbds.
+
+The domains' directories are as libxl makes them, and what `xl devd` does there is done by hand. The real ones are in
+tests/xen/test_driver_domain.py.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor.helpers import Stepped, offer_ring, remove_like_libxl, write_like_libxl
+from xenbackend.blkif.handshake import XenbusState
+from xenbackend.disks import parse_disk
+from xenbackend.errors import ConfigError, StoreError, XenbackendError
+from xenbackend.rig.store import Xenstored
+from xenbackend.rig.tree import Quota
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.claim import TIMEOUT_S, Bus, Claim
+from xenbackend.supervisor.vbd.phase import Phase
+from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes, forget_notes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+from xenbackend.supervisor.xenstore.store import Store
+from xenbackend.supervisor.xenstore.toolstack import find_vbd, vbd_path
+
+PATH = VbdPath("vbd", 2, 5, 51712)
+HOME = "/local/domain/2"
+S = XenbusState
+
+
+def introduce(xenstored: Xenstored, toolstack: Store, domid: int) -> str:
+    """Make a domain as libxl does, with the directories that it may write to; return its socket.
+
+    Source: libxl `libxl__domain_make`.
+    """
+    socket = xenstored.add_domain_socket(domid)
+    home = f"/local/domain/{domid}"
+    for name in ("data", "error"):
+        toolstack.mkdir(f"{home}/{name}")
+        toolstack.set_permissions(f"{home}/{name}", [f"n{domid}"])
+    toolstack.mkdir(f"{home}/device")
+    toolstack.write(f"{home}/name", f"guest{domid}")
+    for name in ("device", "name"):
+        toolstack.set_permissions(f"{home}/{name}", ["n0", f"r{domid}"])
+    return socket
+
+
+@pytest.fixture
+def address(xenstored: Xenstored, toolstack: Store) -> str:
+    """Where domain 2 finds its xenstore; there is a guest 5, too."""
+    introduce(xenstored, toolstack, 5)
+    return introduce(xenstored, toolstack, 2)
+
+
+@pytest.fixture
+def devd(address: str) -> Iterator[Store]:
+    """A connection of domain 2, as `xl devd` has."""
+    with Store(address) as store:
+        yield store
+
+
+@pytest.fixture
+def driver(address: str) -> Iterator[Stepped]:
+    """A registry in domain 2; `xl devd` runs the script there, once it sees InitWait."""
+    stepped = Stepped(address, Settings())
+    yield stepped
+    stepped.close()
+
+
+def _has(store: Store, key: str, value: str) -> Callable[[], bool]:
+    return lambda: store.read_optional(f"{PATH.backend}/{key}") == value
+
+
+def _serve(driver: Stepped, toolstack: Store, guest: Store) -> None:
+    write_like_libxl(toolstack, PATH)
+    driver.until(_has(toolstack, "hotplug-status", "connected"))
+    offer_ring(guest, PATH)
+    driver.until(_has(toolstack, "state", "4"))
+
+
+@pytest.mark.slow
+def test_birth_service_and_removal(driver: Stepped, toolstack: Store, devd: Store, guest: Store) -> None:
+    """A disk of a driver domain goes the way of one of dom0's; what is shown lies where that domain may write, for
+    itself and the toolstack alone, and goes away with the disk, but not what libxl has made.
+    """
+    _serve(driver, toolstack, guest)
+    shown = toolstack.dictionary(f"{HOME}/data/xenbackend/{PATH}")
+    for place in ("", f"/{PATH}/chain"):
+        with pytest.raises(StoreError, match="Permission denied"):
+            guest.read(f"{HOME}/data/xenbackend{place}")
+    guest.write(f"{PATH.frontend}/state", "4")
+    remove_like_libxl(toolstack, PATH)
+    driver.until(_has(toolstack, "state", "5"))
+    guest.write(f"{PATH.frontend}/state", "6")
+    driver.until(_has(toolstack, "state", "6"))
+    devd.remove(PATH.backend)
+    driver.until(lambda: not driver.registry.vbds)
+
+    assert ("null:1G", "serving") == (shown["chain"], shown["phase"])
+    assert [] == toolstack.directory(f"{HOME}/data/xenbackend/vbd")
+    assert ["n2"] == toolstack.get_permissions(f"{HOME}/data") == toolstack.get_permissions(f"{HOME}/error")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", ["json"], indirect=True)
+def test_a_guest_that_has_gone(driver: Stepped, toolstack: Store, guest: Store, lines: io.StringIO) -> None:
+    """A guest that is destroyed takes along what we may read of it: its disk is closed all the same, without a word of
+    complaint, and the toolstack waits for nothing.
+    """
+    _serve(driver, toolstack, guest)
+    toolstack.remove("/local/domain/5")
+    remove_like_libxl(toolstack, PATH)
+    driver.until(_has(toolstack, "state", "6"))
+
+    assert "warning" not in lines.getvalue()
+
+
+@pytest.mark.slow
+def test_a_chain_that_cannot_be_opened(driver: Stepped, toolstack: Store) -> None:
+    """What is wrong stands where Linux' own drivers say it, and that place is of use again and again."""
+    for _ in range(2):
+        write_like_libxl(toolstack, PATH, params="null:2G")
+        driver.until(lambda: toolstack.read_optional(f"{HOME}/error/backend/{PATH}/error"))
+        driver.until(lambda: not driver.registry.vbds[PATH].worker)
+        assert "22 null: it is broken" == toolstack.read(f"{HOME}/error/backend/{PATH}/error")
+        remove_like_libxl(toolstack, PATH)
+        driver.until(_has(toolstack, "state", "6"))
+        toolstack.remove(PATH.backend)
+        driver.until(lambda: not driver.registry.vbds)
+
+    assert [] == toolstack.directory(f"{HOME}/error")
+
+
+def test_notes_of_a_former_service(toolstack: Store, devd: Store) -> None:
+    """Which files a disk has is noted where the domain may write, for the next service; of a disk that has gone
+    meanwhile it is forgotten.
+    """
+    write_like_libxl(toolstack, PATH, state="4")
+    VbdNodes(devd, PATH).note_files("null:1G", {"/img": "file device=1 inode=2"})
+    keys = toolstack.dictionary(PATH.backend)
+    forget_notes(devd, 2)
+    found = VbdNodes(devd, PATH).noted_files(keys, "null:1G")
+    toolstack.remove(PATH.backend)
+    forget_notes(devd, 2)
+
+    assert {"/img": "file device=1 inode=2"} == found
+    assert [] == toolstack.directory(f"{HOME}/data")
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"), [(S.INITIALISING, True), (S.INIT_WAIT, True), (S.CONNECTED, False), (S.CLOSING, False)]
+)
+def test_any_guest_may_be_one_that_is_brought(devd: Store, ours: XenbusState, *, expected: bool) -> None:
+    """A guest's name, which tells that of a migration, is not for a driver domain: until the guest has been connected
+    its former self may have the image.
+    """
+    assert expected is VbdNodes(devd, PATH).may_be_incoming(ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", ["json"], indirect=True)
+def test_guests_have_no_names_there(driver: Stepped, toolstack: Store, guest: Store, lines: io.StringIO) -> None:
+    """A disk is called by its guest's number; by a name it is not found, as with any name that is nobody's."""
+    _serve(driver, toolstack, guest)
+
+    assert PATH == driver.registry.find("5/xvda").path
+    assert {} == driver.registry.names_of([5])
+    with pytest.raises(ConfigError, match="guest5/xvda"):
+        driver.registry.find("guest5/xvda")
+
+
+def test_attaching_is_for_dom0(devd: Store) -> None:
+    """`xenbackend attach` and `detach` say in a driver domain who can, and how, before they touch anything."""
+    for find in (lambda: vbd_path(devd, 5, "xvdb"), lambda: find_vbd(devd, parse_disk("guest5/xvdb"))):
+        with pytest.raises(ConfigError, match=r"this is domain 2, and only dom0 attaches .* xl block-attach"):
+            find()
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Bus:
+    """The kernel's bus, on which there is a device for the vbd, without a driver."""
+    (tmp_path / "bus/vbd-5-51712").mkdir(parents=True)
+    return Bus(tmp_path / "bus")
+
+
+def test_a_device_without_a_driver_is_in_nobodys_way(bus: Bus, tmp_path: Path) -> None:
+    """In dom0 each device is taken off the bus, as a driver may be loaded later; elsewhere that is not possible."""
+    assert (True, False) == (bus.has(VbdPath("vbd", 0, 5, 51712)), bus.has(PATH))
+    (tmp_path / "bus/vbd-5-51712/driver").touch()
+
+    assert bus.has(PATH)
+
+
+def test_a_device_of_blkback_is_waited_for(bus: Bus, tmp_path: Path, toolstack: Store, devd: Store) -> None:
+    """Nothing is removed that cannot be made again: where xen-blkback has a disk the claim ends when somebody has
+    unloaded that, and fails with the advice how after its time.
+    """
+    driver = tmp_path / "bus/vbd-5-51712/driver"
+    driver.touch()
+    write_like_libxl(toolstack, PATH)
+    before, times = toolstack.dictionary(PATH.backend), iter([0.0, 1.0, TIMEOUT_S + 1, 0.0, 1.0])
+    claim = Claim(devd, bus, PATH, lambda: next(times))
+    assert not claim.step()
+    with pytest.raises(XenbackendError, match=r"let go of vbd-5-51712 .*: modprobe -r xen-blkback"):
+        claim.step()
+    claim = Claim(devd, bus, PATH, lambda: next(times))
+    assert not claim.step()
+    driver.unlink()
+
+    assert claim.step()
+    assert before == toolstack.dictionary(PATH.backend)
+
+
+@pytest.mark.slow
+@pytest.mark.rows("C11")
+@pytest.mark.parametrize("lines", ["json"], indirect=True)
+def test_the_quota_of_nodes(tmp_path: Path, lines: io.StringIO) -> None:
+    """C11: a disk for whose keys xenstore has no room left is not served, and those that are served go on; once others
+    have made room it follows.
+    """
+    other = VbdPath("vbd", 2, 6, 51712)
+    with (
+        Xenstored(tmp_path / "small", quota=Quota(nodes=42)) as xenstored,
+        Store(xenstored.address) as toolstack,
+        Store(introduce(xenstored, toolstack, 5)) as guest,
+        closing(Stepped(introduce(xenstored, toolstack, 2), Settings())) as driver,
+    ):
+        introduce(xenstored, toolstack, 6)
+        _serve(driver, toolstack, guest)
+        write_like_libxl(toolstack, other)
+        driver.until(lambda: "quota for this domain" in lines.getvalue())
+        refused = toolstack.read(f"{other.backend}/state")
+        served = driver.registry.vbds[PATH]
+        former = served.worker
+        former.kill("the test wants another one")
+        driver.until(lambda: served.worker not in (None, former) and served.device.phase is Phase.SERVING)
+        remove_like_libxl(toolstack, PATH)
+        toolstack.remove(PATH.frontend)
+        driver.until(_has(toolstack, "state", "6"))
+        toolstack.remove(PATH.backend)
+        driver.until(lambda: "connected" == toolstack.read_optional(f"{other.backend}/hotplug-status"))
+
+    assert "1" == refused
