@@ -212,14 +212,20 @@ def poisoned(memory: memoryview) -> int:
 
 def progress(memory: memoryview) -> list[int]:
     """Return a number per ring that grows whenever its oldest request in flight is answered, or a new one is taken."""
-    found = []
+    return activity(memory)[0]
+
+
+def activity(memory: memoryview) -> tuple[list[int], bool]:
+    """Return the same, and whether a request is in flight."""
+    found, is_busy = [], False
     for ring in range(MAX_RINGS):
         journal = RingJournal(memory, ring, SLOT)
         if journal.words[RING_ENTRIES]:
             waiting = journal.unanswered()
+            is_busy |= bool(waiting)
             found.append(waiting[0][0] if waiting else journal.words[REQ_CONS])
         journal.release()
-    return found
+    return found, is_busy
 
 
 def _words(memory: memoryview) -> memoryview:

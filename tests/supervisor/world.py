@@ -52,6 +52,7 @@ class World:
     is_running: bool = False
     is_connected: bool = False  # the worker has the rings, whatever it says
     limit: float | None = None
+    lingers: bool = False  # the limit ends before, when the guest is quiet
     is_forgotten: bool = False
     unheard: list[events.Event] = field(default_factory=list)  # said while there was no service
     is_away: bool = False  # the service, not the worker
@@ -62,6 +63,7 @@ class World:
     lost: str = ""  # what the worker was told at its start
     runs_script: bool = True  # as libxl does once it has seen InitWait
     lives: int = 1  # of vbds in this place
+    has_left: bool = False  # the guest, for another host
 
     def __post_init__(self) -> None:
         self.standing = IDLE
@@ -86,7 +88,7 @@ class World:
         if not self.is_away and not self.device.sight.is_over and self.node and "max-ring-page-order" in self.node:
             self._life = self._life or self.node
         self._seen = self._seen if self.is_away else self.node
-        self.send(events.Seen(self.node, self.theirs))
+        self.send(events.Seen(self.node, self.theirs, self.has_left))
         if self.runs_script and self.state == "2" and not self.device.sight.hotplug:
             self.send(events.Called())
 
@@ -122,7 +124,7 @@ class World:
             case events.Kill():
                 self.inbox[:] = [action.sentence]
             case events.Limit():
-                self.limit = action.seconds
+                self.limit, self.lingers = action.seconds, action.quiet_s is not None
             case events.Forget():
                 assert not self.is_running or self.device.is_leaving, "a worker that nobody knows"
                 self.is_forgotten = True
@@ -243,8 +245,8 @@ class World:
             self.rest()
 
     def rest(self) -> None:
-        """Let the time pass that lies between a death and the next worker."""
-        if self.device.phase is Phase.RESTING:
+        """Let the time pass between a death and the next worker, and while a frontend that was taken away lingers."""
+        if self.device.phase is Phase.RESTING or self.lingers:
             self.send(events.Expired())
 
     @property

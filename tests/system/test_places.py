@@ -10,6 +10,7 @@ import random
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 
 from tests.until import until
+from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.embedded.machine import GuestDomain, Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.vbd.phase import LINGER_S, QUIET_S
 from xenbackend.supervisor.xenstore import toolstack
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
@@ -110,6 +113,38 @@ def test_a_disk_is_closed_when_its_image_is_free(image: Path, who: str) -> None:
         frontend.crash()
 
     assert [set()] == seen
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_a_disk_that_is_taken_away_is_flushed(image: Path, *, is_quiet: bool) -> None:
+    """A driver whose directory is removed by force may still have to write and flush: it gets its answers until it has
+    been quiet for a moment, and one that never is for a few seconds. Closed comes then, before a toolstack gives up.
+    """
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path, frontend = serve(machine, guest, f"aio:{image}")
+        began = time.monotonic()
+        ended: list[float] = []
+
+        def detach() -> None:
+            toolstack.detach(machine.store, path, force=True)
+            ended.append(time.monotonic())
+
+        thread = threading.Thread(target=detach)
+        thread.start()
+        until(lambda: not guest.store.directory(path.frontend))
+        count = 0
+        with suppress(TimeoutError):  # when it is over nobody answers
+            while count < 50 or not is_quiet:
+                count += 1
+                frontend.wait([frontend.submit(BLKIF_OP_WRITE, 8 * (count % 100), 8, DATA)], 2)
+            frontend.flush()
+        thread.join(20)
+        took_s = ended[0] - began
+        frontend.crash()
+
+    assert count >= 50
+    assert DATA == image.read_bytes()[50 * 4096 :][: len(DATA)]
+    assert (took_s < QUIET_S + 3) if is_quiet else (LINGER_S <= took_s < toolstack.DETACH_TIMEOUT_S)
 
 
 def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Config) -> None:

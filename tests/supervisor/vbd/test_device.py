@@ -12,7 +12,7 @@ from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import Stage
 from xenbackend.supervisor.vbd import events
 from xenbackend.supervisor.vbd.device import Device
-from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, Phase
+from xenbackend.supervisor.vbd.phase import FORCED_LIMIT_S, LINGER_S, Phase
 
 S = XenbusState
 
@@ -131,13 +131,44 @@ def test_removal_waits_for_a_connected_frontend() -> None:
 
 @pytest.mark.rows("A2", "R23")
 def test_forced_removal_does_not_wait_for_the_guest() -> None:
-    """R23: once the frontend's directory is gone, a vbd that is to go away does so whatever the guest did."""
+    """R23: once the frontend's directory is gone, a vbd that is to go away does so whatever the guest did: it is served
+    on until its driver is quiet, or for a few seconds, as it may have to flush.
+    """
     world = connected()
     remove(world)
     world.theirs = S.UNKNOWN
+    world.see()
+    world.answer()
+    world.see()
+    assert ("5", True, True, LINGER_S) == (world.state, world.is_connected, world.lingers, world.limit)
+    world.send(events.Expired())
     world.settle()
 
-    assert ("6", False) == (world.state, world.is_running)
+    assert ("6", False, None) == (world.state, world.is_running, world.limit)
+
+
+@pytest.mark.parametrize("why", ["the guest has left", "the worker dies", "the node goes", "the service stops"])
+def test_nobody_lingers_in_vain(why: str) -> None:
+    """A guest that was migrated away has nothing to flush here, and its next host waits for the image; a disk without
+    rings, a node that is gone and a service that stops wait for no driver either.
+    """
+    world = connected()
+    remove(world)
+    world.theirs, world.has_left = S.UNKNOWN, why == "the guest has left"
+    world.see()
+    assert world.lingers is not world.has_left
+    if why == "the worker dies":
+        world.die("it was killed")
+    elif why == "the node goes":
+        world.node = None
+    elif why == "the service stops":
+        world.send(events.Stop())
+    world.see()
+    world.answer()
+    world.see()
+
+    assert not world.is_running
+    assert world.state in ("6", "5" if why == "the service stops" else None)
 
 
 @pytest.mark.rows("C13")

@@ -11,7 +11,8 @@ import pytest
 from tests.supervisor.helpers import FAKE_OPENER, NEVER_READY, Clock, settle
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service.fleet import Fleet
-from xenbackend.supervisor.vbd.limit import Limit
+from xenbackend.supervisor.vbd.events import Limit as Wanted
+from xenbackend.supervisor.vbd.limit import LOOK_S, Limit
 
 WAITS = (sys.executable, "-I", "-S", "-c", "import socket, sys; socket.socket(fileno=int(sys.argv[2])).recv(1)")
 
@@ -22,7 +23,8 @@ class Limited:
     def __init__(self) -> None:
         self.clock, self.over = Clock(), 0
         self.loop = Reactor(self.clock)
-        self.limit = Limit(self.loop, self._note)
+        self.progress, self.is_busy = 0, False
+        self.limit = Limit(self.loop, self._note, lambda: (self.progress, self.is_busy))
 
     def _note(self) -> None:
         self.over += 1
@@ -44,11 +46,32 @@ def limited() -> Iterator[Limited]:
 
 def test_the_time_is_over_once(limited: Limited) -> None:
     """Not before, and not where another setting has taken its place."""
-    limited.limit.set(10.0)
+    limited.limit.set(Wanted(10.0))
     assert [0, 1, 1] == [limited.after(9.0), limited.after(1.0), limited.after(99.0)]
-    limited.limit.set(10.0)
-    limited.limit.set(None)
+    limited.limit.set(Wanted(10.0))
+    limited.limit.set(Wanted(None))
     assert 1 == limited.after(99.0)
+
+
+def test_a_guest_that_is_quiet_ends_it_before(limited: Limited) -> None:
+    """Each request that is answered or taken, and all the time of one that is in flight, puts off the end, but never
+    beyond the whole time.
+    """
+
+    def turns(count: int) -> int:
+        return [limited.after(LOOK_S) for _ in range(count)][-1]
+
+    limited.limit.set(Wanted(10 * LOOK_S, 3 * LOOK_S))
+    quiet = [turns(3), turns(2)]
+    limited.limit.set(Wanted(10 * LOOK_S, 3 * LOOK_S))
+    turns(2)
+    limited.progress += 1
+    progressed = [turns(3), turns(2)]
+    limited.limit.set(Wanted(10 * LOOK_S, 3 * LOOK_S))
+    limited.is_busy = True
+    busy = [turns(9), turns(2)]
+
+    assert ([0, 1], [1, 2], [2, 3]) == (quiet, progressed, busy)
 
 
 @pytest.mark.slow
@@ -57,8 +80,8 @@ def test_no_time_passes_while_a_worker_waits_for_its_turn(limited: Limited) -> N
     fleet = Fleet(limited.loop, WAITS, NEVER_READY, FAKE_OPENER)
     fleet.prepare()
     worker = fleet.start(lambda *_: None, lambda _: None)
-    limited.limit.set(99.0, worker)
-    limited.limit.set(10.0, worker)
+    limited.limit.set(Wanted(99.0), worker)
+    limited.limit.set(Wanted(10.0), worker)
     waited = limited.after(50.0)
     limited.after(10.0)
     assert (0, True) == (waited, worker.is_there)

@@ -172,6 +172,18 @@ def test_a_guest_on_its_way_here_is_known_by_its_name(toolstack: Store, name: st
     assert expected is VbdNodes(toolstack, PATH).may_be_incoming(S.CONNECTED)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("db--migratedaway", True), ("db", False), ("db--incoming", False)])
+def test_a_guest_that_runs_elsewhere_is_known_by_its_name(toolstack: Store, name: str, *, expected: bool) -> None:
+    """Only the name that xl gives to what it has migrated counts, and only once the frontend's directory is gone."""
+    write_like_libxl(toolstack)
+    toolstack.write("/local/domain/5/name", name)
+    nodes = VbdNodes(toolstack, PATH)
+    before = nodes.look(nodes.keys())
+    toolstack.remove(PATH.frontend)
+
+    assert (False, expected) == (before.has_left, nodes.look(nodes.keys()).has_left)
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("hvm", True), ("pv", False), ("pvh", False)])
 def test_only_hvm_guests_boot_by_a_device_model(toolstack: Store, kind: str, *, expected: bool) -> None:
     """PV and PVH guests have no emulated disk."""

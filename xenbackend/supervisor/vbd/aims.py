@@ -35,6 +35,7 @@ class WorkerFacts:
     is_retrying     it could not do what it was told: it is closed, and another one tries later
     has_hung        it did not open the chain in time
     is_replaceable  another process is to go on instead
+    lingers         the frontend's directory is gone, and its rings are served on until its driver is quiet
     """
 
     phase: Phase = Phase.NONE
@@ -45,6 +46,7 @@ class WorkerFacts:
     is_retrying: bool = False
     has_hung: bool = False
     is_replaceable: bool = False
+    lingers: bool = False
 
 
 class Aims:
@@ -131,6 +133,8 @@ class Aims:
 
     def _wanted(self) -> Goal:
         sight = self._sight
+        if self.worker.lingers:
+            return Goal.SERVE
         is_another = self.worker.serves not in (None, sight.spec)
         if is_another or sight.ours is _S.UNKNOWN or not (sight.is_online or self.is_live()):
             return Goal.NONE

@@ -24,7 +24,8 @@ look at it. `phase.MOVES` says what the worker is told, `phase.STANDINGS` what f
 - While the worker exports its disk to a device model, from which a guest boots before its own driver starts, a
   toolstack finds that by ``physical-device-path``: as QEMU's URL, for kind ``vbd3`` as the socket's path.
 - ``online`` = 0 is the toolstack's request to go away: that ends in Closed. A frontend that is still connected is
-  served until it has closed or its directory is gone.
+  served until it has closed. One whose directory was taken away is served on until it is quiet, or for 5 s: Linux
+  flushes a file system that is mounted when its disk goes, and waits for that for ever.
 - A node that is gone, or was made anew in the same place, ends the vbd: the worker is closed, soon or by force, and
   nothing is written any more.
 - A service that stops leaves a connected vbd's state alone: the next one serves the same ring, and the guest only sees
@@ -51,7 +52,9 @@ from xenbackend.supervisor.vbd.phase import (
     FAILURES,
     FORCED_LIMIT_S,
     LIMIT_S,
+    LINGER_S,
     MOVES,
+    QUIET_S,
     STANDINGS,
     Goal,
     Move,
@@ -63,6 +66,7 @@ from xenbackend.supervisor.vbd.spec import Spec
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _S = XenbusState
+_NO_LIMIT = (Phase.NONE, False, False)
 _OPENING = (Phase.OPENING, Phase.CONNECTING)
 
 
@@ -96,7 +100,7 @@ class Device:
         self._aims = Aims(self.sight, self._reasons, limits, pid)
         self._backoff = Backoff()
         self._told_of = ""  # the chain whose size was shown last
-        self._limit: tuple[Phase, bool] = (Phase.NONE, False)
+        self._limit = _NO_LIMIT
 
     @property
     def phase(self) -> Phase:
@@ -220,8 +224,11 @@ class Device:
             self._aims.worker.has_rings = False
 
     def _look(self, seen: events.Seen) -> None:
-        is_first = not self.sight.has_looked
+        is_first, worker = not self.sight.has_looked, self._aims.worker
+        had_rings = worker.lingers or (worker.has_rings and self.phase is Phase.SERVING)
         causes = self.sight.look(seen)
+        is_taken_away = seen.theirs is _S.UNKNOWN and not (self.sight.is_online or self.sight.is_over or seen.has_left)
+        worker.lingers = had_rings and is_taken_away
         for cause in causes:
             self._clear(cause)
         if Cause.KEYS in causes:
@@ -328,7 +335,7 @@ class Device:
         self._reasons.say(Reason.STORAGE, "" if waits.makes_key else sentence)
         self._reasons.say(Reason.KEY, sentence if waits.makes_key else "")
         if had_to_wait and not waits.name:
-            self._limit = (Phase.NONE, False)  # from here on the time is the worker's again
+            self._limit = _NO_LIMIT  # from here on the time is the worker's again
         return [_kill_who_waits()] if waits.name and self.phase is Phase.CLOSING else []
 
     def _has_to_wait(self) -> bool:
@@ -343,6 +350,7 @@ class Device:
             return [events.Kill(f"the worker was killed: it was {self.phase.value} for too long")]
         if self.phase is Phase.RESTING:
             self.phase = Phase.NONE
+        self._aims.worker.lingers = False
         return []
 
     # what follows
@@ -396,9 +404,12 @@ class Device:
 
     def _set_limit(self) -> list[events.Action]:
         is_forced = self.sight.is_over and self.phase in (Phase.CLOSING, Phase.RETIRING)
-        if self._limit == (self.phase, is_forced):
+        lingers = self._aims.worker.lingers
+        if self._limit == (self.phase, is_forced, lingers):
             return []
-        self._limit = (self.phase, is_forced)
+        self._limit = (self.phase, is_forced, lingers)
+        if lingers and self.phase is Phase.SERVING:
+            return [events.Limit(LINGER_S, QUIET_S)]
         limit_s = self._backoff.rest_s if self.phase is Phase.RESTING else LIMIT_S.get(self.phase)
         return [events.Limit(FORCED_LIMIT_S if is_forced else limit_s)]
 

@@ -14,10 +14,14 @@ from xenbackend.supervisor.vbd.spec import Spec
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Both ends as a fresh look found them; `keys` of the backend's directory, None when it is gone."""
+    """Both ends as a fresh look found them; `keys` of the backend's directory, None when it is gone.
+
+    `has_left`: the guest was migrated to where it runs now, and asks for nothing here any more.
+    """
 
     keys: dict[str, str] | None
     theirs: XenbusState
+    has_left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +185,13 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Send `Expired` after `seconds` unless another `Limit` comes first; None: never."""
+    """Send `Expired` after `seconds` unless another `Limit` comes first; None: never.
+
+    `quiet_s`: already after so long without a request of the guest's.
+    """
 
     seconds: float | None
+    quiet_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

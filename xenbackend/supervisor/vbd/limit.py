@@ -10,19 +10,29 @@ from collections.abc import Callable
 
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service.fleet import Worker
+from xenbackend.supervisor.vbd.events import Limit as Wanted
+
+LOOK_S = 0.05  # between two looks at whether the guest is quiet; only where that ends a phase
 
 
 class Limit:
     """One vbd's; `on_over` is called by the loop when the time is over."""
 
-    def __init__(self, loop: Reactor, on_over: Callable[[], object]) -> None:
+    def __init__(
+        self, loop: Reactor, on_over: Callable[[], object], activity: Callable[[], tuple[object, bool]]
+    ) -> None:
+        """`activity` returns what changes with each request of the guest's, and whether one is in flight."""
         self._loop = loop
-        self._timer = loop.timer(on_over)
-        self._seconds: float | None = None
+        self._timer = loop.timer(self._look)
+        self._on_over = on_over
+        self._activity = activity
+        self._wanted = Wanted(None)
+        self._end = self._quiet_since = 0.0
+        self._seen: object = None
 
-    def set(self, seconds: float | None, worker: Worker | None = None) -> None:
-        """Have so much time from now on, or from when the worker's process is there; None: no limit."""
-        self._seconds = seconds
+    def set(self, wanted: Wanted, worker: Worker | None = None) -> None:
+        """Have so much time from now on, or from when the worker's process is there."""
+        self._wanted = wanted
         self._timer.set(None)
         if worker is None:
             self._begin()
@@ -30,4 +40,23 @@ class Limit:
             worker.when_there(self._begin)
 
     def _begin(self) -> None:
-        self._timer.set(None if self._seconds is None else self._loop.now() + self._seconds)
+        now = self._loop.now()
+        self._end = now + (self._wanted.seconds or 0.0)
+        self._quiet_since, self._seen = now, None
+        self._timer.set(None if self._wanted.seconds is None else self._next(now))
+
+    def _next(self, now: float) -> float:
+        return self._end if self._wanted.quiet_s is None else min(self._end, now + LOOK_S)
+
+    def _look(self) -> None:
+        now = self._loop.now()
+        if now < self._end and not self._is_quiet(now):
+            self._timer.set(self._next(now))
+        else:
+            self._on_over()
+
+    def _is_quiet(self, now: float) -> bool:
+        seen, is_busy = self._activity()
+        if is_busy or seen != self._seen:
+            self._seen, self._quiet_since = seen, now
+        return self._wanted.quiet_s is not None and now - self._quiet_since >= self._wanted.quiet_s

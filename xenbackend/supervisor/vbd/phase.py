@@ -84,6 +84,9 @@ LIMIT_S = {
     _P.OPENING: 60.0, _P.CONNECTING: 60.0, _P.DISCONNECTING: 30.0, _P.RETIRING: 30.0, _P.CLOSING: 30.0,
     _P.ADOPTING: 10.0,
 }  # fmt: skip
+# A frontend whose directory was taken away may be a driver that still flushes. A toolstack waits for 10 s.
+LINGER_S = 5.0  # at most
+QUIET_S = 0.5  # nothing was asked for so long, nor is in flight: it has flushed, or does not run
 FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for the drain, and a domain must not become a zombie
 ATTACHED = (  # rings may be mapped
     _P.CONNECTING, _P.SERVING, _P.DISCONNECTING, _P.RETIRING, _P.CLOSING, _P.ADOPTING

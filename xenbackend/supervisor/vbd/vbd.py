@@ -78,7 +78,8 @@ class Vbd:
         self.lives = Lives(journal.progress(self.handover.page))
         self._must_look = {"node", "theirs"}
         self._look_at = context.loop.timer(self._look_if_due)
-        self._limit = Limit(context.loop, lambda: self.handle(events.Expired()))
+        page = self.handover.page
+        self._limit = Limit(context.loop, lambda: self.handle(events.Expired()), lambda: journal.activity(page))
         self._events: deque[events.Event] = deque()
         self._arrival = Arrival(path, context, self.handover, self._has_arrived)
         try:
@@ -255,7 +256,7 @@ class Vbd:
             case events.Kill():
                 self.link.kill(action.sentence, is_breach=action.is_breach)
             case events.Limit():
-                self._limit.set(action.seconds, self.worker)
+                self._limit.set(action, self.worker)
             case events.Forget() if self.ending.may_end():
                 self._forget()
 
@@ -355,7 +356,7 @@ class Vbd:
         leaves = self.device.is_leaving
         sentence = f"{self.path.disk}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
         self.is_forgotten = True
-        self._limit.set(None)
+        self._limit.set(events.Limit(None))
         self._look_at.set(None)
         self._reconnecting.stop()
         self._guarded(partial(self.orders.give_up, sentence, leaves=leaves))
@@ -377,14 +378,13 @@ class Vbd:
         must_look, self._must_look = self._must_look, set()
         self._look_at.set(None)
         try:
-            keys = self._nodes.keys() if "node" in must_look else self.device.sight.keys
-            theirs = self._nodes.theirs(keys or {})
+            seen = self._nodes.look(self._nodes.keys() if "node" in must_look else self.device.sight.keys)
         except StoreError:
             self._must_look |= must_look
             raise
-        if keys is not None:
-            self.ending.saw(keys)
-        self.handle(events.Seen(keys, theirs))
+        if seen.keys is not None:
+            self.ending.saw(seen.keys)
+        self.handle(seen)
 
     def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function; where xenstore lets it down, or a fault of ours, a fresh look will put things right."""

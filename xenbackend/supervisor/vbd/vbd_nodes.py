@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
-from xenbackend.supervisor.vbd.events import Write
+from xenbackend.supervisor.vbd.events import Seen, Write
 from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.negotiation import PRIVATE
 from xenbackend.supervisor.vbd.spec import frontend_path
@@ -24,6 +24,7 @@ from xenbackend.supervisor.xenstore.store import Store
 NOTES = "xenbackend-files"  # in the directory of what is ours: what outlives a service that keeps nothing
 _CHAIN = "chain"
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
+_LEFT = "--migratedaway"  # likewise, once it runs elsewhere
 
 
 class VbdNodes:
@@ -53,6 +54,12 @@ class VbdNodes:
     def keys(self) -> dict[str, str] | None:
         """Return the backend directory's keys, None when it is gone."""
         return self._store.transact(lambda nodes: nodes.dictionary(self._path.backend)) or None
+
+    def look(self, keys: dict[str, str] | None) -> Seen:
+        """Return what is seen where the backend's directory has these keys; the frontend is looked at."""
+        theirs = self.theirs(keys or {})
+        may_have_left = bool(keys) and theirs is XenbusState.UNKNOWN and not self._path.backend_domid
+        return Seen(keys, theirs, has_left=may_have_left and self._guests_name().endswith(_LEFT))
 
     def theirs(self, keys: Mapping[str, str]) -> XenbusState:
         """Return the frontend's state, UNKNOWN while there is none that we may look at; it is watched from now on."""
@@ -104,7 +111,7 @@ class VbdNodes:
         """
         if self._path.backend_domid:
             return ours in (XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.INIT_WAIT)
-        return self._of_domain(f"{domain_path(self._path.frontend_domid)}/name").endswith(_INCOMING)
+        return self._guests_name().endswith(_INCOMING)
 
     def boots_by_device_model(self) -> bool:
         """Return whether a device model shows the guest an emulated disk until its own driver starts."""
@@ -180,6 +187,9 @@ class VbdNodes:
         frontend, self.frontend = self.frontend, ""
         if frontend:
             self._store.unwatch(f"{frontend}/state", self.token)
+
+    def _guests_name(self) -> str:
+        return self._of_domain(f"{domain_path(self._path.frontend_domid)}/name")
 
     def _of_domain(self, path: str) -> str:
         try:
