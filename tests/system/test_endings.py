@@ -67,6 +67,27 @@ def _kill_service(machine: Machine) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_kernel_may_have_fewer_rings() -> None:
+    """A kernel that is started after a crash, as by kdump, on one CPU is served by its own ring, not by those of the
+    kernel before, of whose keys it writes only those that it needs.
+    """
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", "ram:1M")
+        first = guest.connect(path, Wishes(queues=2, ring_order=1))
+        first.write(0, b"1" * _PAGE)
+        first.crash()
+        second = guest.connect(path, Wishes())
+        found = second.read(0, 8)
+        second.write(8, b"2" * _PAGE)
+        second.close()
+        third = guest.connect(path, Wishes(queues=2))
+        after = third.read(0, 16)
+        third.close()
+
+    assert b"1" * _PAGE == found
+    assert b"1" * _PAGE + b"2" * _PAGE == after
+
+
 def test_a_worker_that_dies_is_no_more_than_a_pause(tmp_path: Path) -> None:
     """Of a worker that is killed under load a guest sees nothing but a delay: every request is answered, what was
     written is there, and our state stays Connected.

@@ -17,6 +17,7 @@ from xenbackend.units import SECTOR
 
 MAX_QUEUES = 8
 MAX_SEGMENTS = 256  # 1 MiB; IOV_MAX is 1024
+_QUEUES, _ORDER = IN_PLURAL = ("multi-queue-num-queues", "ring-page-order")  # Linux writes them where they are not 1, 0
 _MAX_U32 = 0xFFFF_FFFF
 _PROTOCOLS = {**{name: name for name in LAYOUTS}, "arm-abi": NATIVE.protocol}
 
@@ -114,8 +115,8 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
     protocol = NATIVE.protocol if wanted is None else _PROTOCOLS.get(wanted)
     if protocol is None:
         raise BadFrontend(f"the frontend's protocol {_shown(wanted)} is unknown; {', '.join(_PROTOCOLS)} are served")
-    queues = _number(read, "multi-queue-num-queues", 1, limits.max_queues, default=1)
-    order = _number(read, "ring-page-order", 0, limits.max_ring_order, default=0)
+    queues = _number(read, _QUEUES, 1, limits.max_queues, default=1)
+    order = _number(read, _ORDER, 0, limits.max_ring_order, default=0)
     # With one queue the keys lie in the frontend's own directory: Linux writes "queue-N/" only from two queues on.
     prefixes = [f"queue-{queue}/" for queue in range(queues)] if queues > 1 else [""]
     rings = [_parse_ring(read, prefix, order) for prefix in prefixes]
@@ -125,7 +126,7 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
 def _parse_ring(read: Callable[[str], str | None], prefix: str, order: int) -> FrontendRing:
     names = [f"ring-ref{page}" for page in range(1 << order)]
     # Frontends that write order 0 name their page either way; Linux blkback learned to take both.
-    if order == 0 and (read("ring-page-order") is None or read(prefix + "ring-ref0") is None):
+    if order == 0 and (read(_ORDER) is None or read(prefix + "ring-ref0") is None):
         names = ["ring-ref"]
     grefs = [_number(read, prefix + name, 0, _MAX_U32) for name in names]
     return FrontendRing(grefs=grefs, event_channel=_number(read, prefix + "event-channel", 0, _MAX_U32))

@@ -178,6 +178,7 @@ def test_a_guest_that_runs_elsewhere_is_known_by_its_name(toolstack: Store, name
     write_like_libxl(toolstack)
     toolstack.write("/local/domain/5/name", name)
     nodes = VbdNodes(toolstack, PATH)
+    toolstack.write(f"{PATH.backend}/online", "0")
     before = nodes.look(nodes.keys())
     toolstack.remove(PATH.frontend)
 

@@ -135,6 +135,12 @@ class Write:
     params: str | None = None
     mark: str | None = None
 
+    @property
+    def offers_anew(self) -> bool:
+        """Whether a frontend is offered the vbd that an earlier one has used, or may have."""
+        is_offer = self.keys.get("state") == str(XenbusState.INIT_WAIT.value)
+        return is_offer and self.state is not XenbusState.INITIALISING
+
 
 @dataclass(frozen=True, slots=True)
 class Start:

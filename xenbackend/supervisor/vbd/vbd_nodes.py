@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
+from xenbackend.blkif.features import IN_PLURAL
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
 from xenbackend.supervisor.vbd.events import Seen, Write
@@ -58,8 +59,8 @@ class VbdNodes:
     def look(self, keys: dict[str, str] | None) -> Seen:
         """Return what is seen where the backend's directory has these keys; the frontend is looked at."""
         theirs = self.theirs(keys or {})
-        may_have_left = bool(keys) and theirs is XenbusState.UNKNOWN and not self._path.backend_domid
-        return Seen(keys, theirs, has_left=may_have_left and self._guests_name().endswith(_LEFT))
+        is_taken_away = theirs is XenbusState.UNKNOWN and keys is not None and keys.get("online") == "0"
+        return Seen(keys, theirs, has_left=is_taken_away and self._guests_name().endswith(_LEFT))
 
     def theirs(self, keys: Mapping[str, str]) -> XenbusState:
         """Return the frontend's state, UNKNOWN while there is none that we may look at; it is watched from now on."""
@@ -99,9 +100,22 @@ class VbdNodes:
                     nodes.write(f"{backend}/{key}", value)
                     if key in PRIVATE:
                         nodes.set_permissions(f"{backend}/{key}", self._ours)
+            if write.offers_anew and not self._path.backend_domid:
+                self._forget_rings(nodes)
             return True
 
         return self._store.transact(body)
+
+    def _forget_rings(self, nodes: Nodes) -> None:
+        """Remove what a former driver of the guest's has left and the next one may not write: how many rings it has.
+
+        Linux writes these keys only where there are several rings or pages. A kernel with fewer CPUs that is started
+        after a crash, as by kdump, would be served by its predecessor's. A frontend that waits for InitWait has written
+        none of its own yet.
+        """
+        if self.frontend and parse_state(nodes.read_optional(f"{self.frontend}/state")) is XenbusState.INITIALISING:
+            for key in IN_PLURAL:
+                nodes.remove(f"{self.frontend}/{key}")
 
     def may_be_incoming(self, ours: XenbusState) -> bool:
         """Return whether `xl migrate` may bring the guest here: until it runs, its former self may have its images.
