@@ -12,6 +12,7 @@ _DRIVER = '''
 import json, os, re, socket, struct, threading
 from xenbackend import journal
 from xenbackend.block.driver import Filter, Geometry
+from xenbackend.note import MAGIC
 from xenbackend.protocol.messages import VERSION
 
 class Evil(Filter):
@@ -72,7 +73,7 @@ def words(*numbers):
 def agree(text):
     """Write what the worker has agreed on with its frontend."""
     poke(2 * 4096, words(len(text)) + text)
-    poke(4096, words(journal.MAGIC, journal.VERSION, 1))
+    poke(4096, words(MAGIC, journal.VERSION, 1))
 
 def cut(name, size):
     """Make every memory of that name shorter that this process can lay its hands on; return how often it was let."""

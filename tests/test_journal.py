@@ -11,7 +11,6 @@ import pytest
 from xenbackend import counters, journal
 from xenbackend.blkif.abi import LAYOUTS, MAX_RING_ORDER, ring_entries
 from xenbackend.journal import (
-    AGREED,
     BATCH,
     MAX_ENTRIES,
     MAX_RINGS,
@@ -71,75 +70,6 @@ def test_begin_forgets_the_last_connection(memory: memoryview) -> None:
 
     assert {0} == set(ring.blocks)
     assert [2**32 - 5, 2**32 - 5, 32] == ring.words[:3].tolist()
-
-
-def test_note_is_found_again(memory: memoryview) -> None:
-    """What was noted is read back as it was written, replaced as a whole, and taken back."""
-    AGREED.write(memory, {"vbd": "vbd/5/51712", "rings": list(range(100))})
-    AGREED.write(memory, {"vbd": "x" * 30_000})
-    longest = AGREED.read(memory)
-    AGREED.write(memory, {"vbd": "ä"})
-
-    assert ({"vbd": "x" * 30_000}, {"vbd": "ä"}) == (longest, AGREED.read(memory))
-    AGREED.write(memory, None)
-    assert AGREED.read(memory) is None
-
-
-def test_memory_that_no_worker_wrote_has_no_note(memory: memoryview) -> None:
-    """Zeros, another version or an impossible copy are nobody's note."""
-    assert AGREED.read(memory) is None
-    for word, value in ((0, 1), (1, 99), (2, 3)):
-        AGREED.write(memory, {})
-        memory[PAGE : 2 * PAGE].cast("Q")[word] = value
-        assert AGREED.read(memory) is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"", b"[1]", b"1", b"null", b'"text"', b"{", b"\xff", b"[" * 32_000, b'{"a":' * 5000, b"9" * 32_000,
-        b"{\0}", b'{"a": 1} {"b": 2}',
-    ],
-)  # fmt: skip
-def test_what_is_no_note_is_none(memory: memoryview, text: bytes) -> None:
-    """What a worker of ours would not write, however deep, is read as nothing."""
-    AGREED.write(memory, {})
-    memory[2 * PAGE : 2 * PAGE + 8 + len(text)] = len(text).to_bytes(8, "little") + text
-
-    assert AGREED.read(memory) is None
-
-
-@pytest.mark.parametrize("length", [8 * PAGE - 7, 2**32, 2**63, 2**64 - 1])
-def test_a_length_that_no_note_has_is_none(memory: memoryview, length: int) -> None:
-    """A note ends where its place does, whatever its length says."""
-    AGREED.write(memory, {})
-    memory[2 * PAGE : FIRST_RING] = length.to_bytes(8, "little") + b"{}".ljust(16 * PAGE - 8)
-
-    assert AGREED.read(memory) is None
-
-
-def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
-    """More than a note has room for is an error, and the former one stays."""
-    AGREED.write(memory, {"x": 1})
-    with pytest.raises(ValueError, match="do not fit"):
-        AGREED.write(memory, {"x": "y" * 8 * PAGE})
-    assert {"x": 1} == AGREED.read(memory)
-
-
-@pytest.mark.parametrize("size", [10, 3000])
-def test_note_survives_a_death_while_it_is_written(memory: memoryview, size: int) -> None:
-    """Until the word that makes it valid is written, the former note is read, whatever lies in the other copy."""
-    AGREED.write(memory, {"old": "o" * size})
-    before = memory[:FIRST_RING].tobytes()
-    AGREED.write(memory, {"new": "n" * size})
-    after = memory[:FIRST_RING].tobytes()
-    changed = [place for place in range(PAGE, FIRST_RING) if before[place] != after[place]]
-    memory[:FIRST_RING] = before
-    for place in sorted(changed, key=lambda place: place < 2 * PAGE):  # the word last
-        assert {"old": "o" * size} == AGREED.read(memory)
-        memory[place] = after[place]
-
-    assert {"new": "n" * size} == AGREED.read(memory)
 
 
 def test_poison_is_noted_and_taken_back(memory: memoryview) -> None:

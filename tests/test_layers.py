@@ -19,7 +19,7 @@ ROOT = PACKAGE
 pytestmark = in_one_process
 
 # Bottom up. What a part may import of ours besides itself, as dotted beginnings: "block" is all of block/.
-GROUND = {"units", "errors", "disks", "log", "counters", "budget", "settings_file"}
+GROUND = {"units", "errors", "disks", "log", "counters", "budget", "note", "settings_file"}
 STRANGERS = {
     "kernel",
     "blkif",
@@ -36,6 +36,7 @@ LAYERS = {
     "disks": {"errors"},
     "counters": set(),
     "budget": set(),
+    "note": set(),
     "settings_file": {"errors"},
     "log": {"errors", "units"},
     **{part: GROUND - {"log"} for part in STRANGERS},

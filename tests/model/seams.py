@@ -23,6 +23,7 @@ from tests.model.fleet import WorkerProcess
 from tests.model.machine import Door, collect, freeze, tracking_map_pages
 from xenbackend import journal
 from xenbackend.errors import XenbackendError
+from xenbackend.note import Note
 from xenbackend.protocol import datagrams, messages
 from xenbackend.rig import guest as rig_guest
 from xenbackend.rig import host as rig_host
@@ -107,7 +108,7 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
 class _Agreed:
     """`journal.AGREED`, looked at."""
 
-    def __init__(self, world: World, agreed: journal.Note) -> None:
+    def __init__(self, world: World, agreed: Note) -> None:
         self._world = world
         self._agreed = agreed
         self.read = agreed.read

@@ -16,6 +16,7 @@ import pytest
 
 from tests.supervisor.helpers import PATH
 from xenbackend import counters, journal
+from xenbackend.note import MAGIC
 from xenbackend.protocol import codec
 from xenbackend.protocol.messages import Agreed, Connect, RingParameters
 from xenbackend.supervisor.service.keeper import Keeper
@@ -86,7 +87,7 @@ def test_any_agreement(request: pytest.FixtureRequest, dice: random.Random, hand
         page[at : at + 8] = length.to_bytes(8, "little")
         page[at + 8 : at + 8 + len(text)] = text
         words = page[PAGE : 2 * PAGE].cast("Q")
-        words[0], words[1], words[2], words[3] = journal.MAGIC, journal.VERSION, 1 if at == 2 * PAGE else 2, 0
+        words[0], words[1], words[2], words[3] = MAGIC, journal.VERSION, 1 if at == 2 * PAGE else 2, 0
         if not dice.randrange(10):
             words[dice.randrange(4)] = dice.choice(WORDS)
 

@@ -20,6 +20,7 @@ from xenbackend import journal
 from xenbackend.block.policy import Policy
 from xenbackend.errors import ConfigError
 from xenbackend.kernel import memfd, process
+from xenbackend.note import MAGIC, Note
 from xenbackend.protocol import codec
 from xenbackend.protocol.opening import HeldFile
 from xenbackend.supervisor.vbd.notes import Notes
@@ -27,8 +28,8 @@ from xenbackend.units import PAGE
 
 VERSION = 2
 _HEAD = 50 * PAGE  # bytes before the rings
-_AGREED = journal.Note(PAGE, 2, (2 * PAGE, 10 * PAGE), 8 * PAGE, VERSION)
-_NOTES = journal.Note(PAGE, 3, (18 * PAGE, 34 * PAGE), 16 * PAGE, VERSION)
+_AGREED = Note(PAGE, 2, (2 * PAGE, 10 * PAGE), 8 * PAGE, VERSION)
+_NOTES = Note(PAGE, 3, (18 * PAGE, 34 * PAGE), 16 * PAGE, VERSION)
 _POISON = 4
 _FILES = 4 * PAGE  # bytes for what a worker has open: some 150 files
 _SOMEBODY = "an administrator"  # who paused a disk was not noted
@@ -89,7 +90,7 @@ def _head(fd: int) -> memoryview | None:
     """Return what lies before the rings, zeros as far as nothing does; None where that is no journal of VERSION."""
     head = memoryview(bytearray(_HEAD))
     memfd.read_into(fd, 0, head)
-    is_ours = tuple(head[PAGE : PAGE + 16].cast("Q")) in ((0, 0), (journal.MAGIC, VERSION))
+    is_ours = tuple(head[PAGE : PAGE + 16].cast("Q")) in ((0, 0), (MAGIC, VERSION))
     return head if is_ours else None
 
 

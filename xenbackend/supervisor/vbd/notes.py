@@ -2,7 +2,7 @@
 
 Must not hold what is told by anything else: xenstore, the journal, a worker.
 
-The memory is a page of words (0 MAGIC, 1 VERSION, 2 which copy is valid) and two copies of JSON, as `journal.Note` has
+The memory is a page of words (0 MAGIC, 1 VERSION, 2 which copy is valid) and two copies of JSON, as `note.Note` has
 it. Whoever changes these classes raises VERSION, and writes into `former` how the version before is read.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from xenbackend import journal
+from xenbackend.note import Note
 from xenbackend.protocol import codec
 from xenbackend.protocol.opening import HeldFile
 from xenbackend.units import PAGE
@@ -21,7 +21,7 @@ _ROOM = 64 * PAGE
 _NAMES = 8 * PAGE  # bytes for those of memories, which a worker gives; the rest is for what it must not crowd out
 _FILES = 48 * PAGE  # bytes for the files, whose names an image may give
 SIZE = PAGE + 2 * _ROOM  # bytes
-_NOTE = journal.Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
+_NOTE = Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
 
 
 @dataclass(frozen=True, slots=True)
