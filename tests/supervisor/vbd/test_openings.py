@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tests.supervisor.helpers import PATH
+from xenbackend import journal
 from xenbackend.protocol import messages
 from xenbackend.protocol.opening import Connected, HeldFile, KeptConnection, Opened, Undrained
 from xenbackend.supervisor.service.settings import Settings
@@ -27,8 +29,9 @@ def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) 
     connection = KeptConnection("unix:/s", 0)
     connections = SimpleNamespace(kept=lambda: [(connection, 8)], take=take, is_undrained=take)
     notes = SimpleNamespace(chain="aio:/img", in_service=[HeldFile("/base", 1, 3)])
+    page = memoryview(bytearray(journal.RINGS_AT))
     handover: Any = SimpleNamespace(
-        files=files, connections=connections, notes=notes, chain_in_service=lambda: "aio:/img"
+        files=files, connections=connections, notes=notes, page=page, chain_in_service=lambda: "aio:/img"
     )
     context: Any = SimpleNamespace(settings=Settings(socket=str(directory / "control.sock"), parents=["/srv"]))
     device: Any = SimpleNamespace(sight=SimpleNamespace(spec=spec))
@@ -57,6 +60,17 @@ def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
     assert ["/img"] == [each.name for each in swap.kept]
     for job in (opened, waited, swap, branch):
         assert (["/srv"], [HeldFile("/base", 1, 3)]) == (job.parents, job.in_service)
+
+
+def test_a_guest_that_comes_has_not_written_here_before_it_is_served(tmp_path: Path) -> None:
+    """A worker that opened the chain may have only looked at it, while the guest still wrote to it elsewhere."""
+    it = openings(tmp_path)
+    assert it.resumes(has_opened=True), "as far as a new service knows"
+    it.for_order(OPEN)
+    it.for_order(replace(OPEN, may_wait=False))
+    assert not it.resumes(has_opened=True)
+    journal.AGREED.write(it._handover.page, {})
+    assert (True, False) == (it.resumes(has_opened=True), it.resumes(has_opened=False))
 
 
 def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from xenbackend import journal
 from xenbackend.protocol import messages
 from xenbackend.protocol.opening import Connected, Found, Job, KeptFile, Opened, Undrained
 from xenbackend.supervisor.vbd.context import Context
@@ -32,6 +33,7 @@ class Openings:
         self._handover = handover
         self._swap = messages.Swap("")  # that was asked last
         self._mode: tuple[bool, bool] | None = None  # as the worker was told
+        self._comes = False  # the guest comes from elsewhere, where it may write until it is served here
         self._has_export = False  # the worker's socket for a device model was there
 
     @property
@@ -45,10 +47,18 @@ class Openings:
         """Path of the file by which openers take turns at what takes much memory."""
         return str(Path(self._context.settings.socket).parent / "turns")
 
+    def resumes(self, *, has_opened: bool) -> bool:
+        """Return whether the guest may have written through an earlier worker, one of which `has_opened` the chain.
+
+        Where the guest comes from elsewhere, that may have been to look at it; a worker that serves notes that.
+        """
+        return has_opened and not (self._comes and journal.AGREED.read(self._handover.page) is None)
+
     def for_order(self, order: messages.Open | messages.Serve) -> Job | None:
         """Return the job for an order; None where it opens nothing."""
         if isinstance(order, messages.Open):
             self.may_wait, self._mode = order.may_wait, (order.read_only, order.shareable)
+            self._comes |= order.may_wait
             job = self._job([order.chain])
             return replace(job, host=order.host, frontend_domid=order.frontend_domid, export=order.export)
         if not self.may_wait:

@@ -304,7 +304,7 @@ class Vbd:
                 chain=spec.chain,
                 read_only=spec.read_only,
                 shareable=spec.shareable,
-                resumes="hotplug-status" in (self.device.sight.keys or {}),  # somebody had come as far as to open it
+                resumes=self._openings.resumes(has_opened="hotplug-status" in (self.device.sight.keys or {})),
                 memories=list(memories),
                 poll_us=settings.poll_us,
                 may_wait=self._nodes.may_be_incoming(self.device.sight.ours),
