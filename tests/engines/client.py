@@ -12,7 +12,7 @@ import sys
 from xenbackend.block.servers import Account
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import Image, Pool
-from xenbackend.ceph.requests import FLUSH, WRITE, Requests
+from xenbackend.ceph.requests import Requests
 from xenbackend.opener.cluster import read_settings
 
 
@@ -31,8 +31,8 @@ def main(conf: str, name: str) -> None:
             case ["write", byte, offset, length]:
                 data = [memoryview(bytearray(byte.encode() * int(length)))]
                 codes = []
-                for op in (WRITE, FLUSH):
-                    requests.start(op, op, int(offset), int(length), data)
+                for start in (requests.write, requests.flush):
+                    start(0, int(offset), int(length), data)
                     os.eventfd_read(ready)
                     codes += [result for _, result in requests.poll()]
                 print(-min(codes), flush=True)

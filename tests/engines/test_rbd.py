@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tests.engines.guest import DOMID, Guest, until
 from tests.helpers_block import Machine as Chains
 from tests.helpers_block import content, discard, flush, read, write
 from xenbackend.block.drivers import rbd as driver
+from xenbackend.block.rbd import ownership
 from xenbackend.block.rbd.noted import SIZE, Noted
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.cli.main import main
@@ -510,6 +512,64 @@ def test_a_guest_migrates(machine: Machine, chain: str, request: pytest.FixtureR
     with closing(coming), closing(coming.connect(path, Wishes())) as frontend:
         guest.model.check(0, frontend.read(0, 64))
         frontend.write(0, bytes(SECTOR))
+
+
+def test_a_guest_migrates_to_a_worker_that_dies(machine: Machine, chain: str, request: pytest.FixtureRequest) -> None:
+    """A worker that has only looked, and dies when the guest has come, is followed by one that opens the disk."""
+    with ExitStack() as stack:
+        guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
+        guest.load.run(50)
+        coming = machine.create_guest(6)
+        machine.store.write("/local/domain/6/name", "guest--incoming")
+        path = machine.attach(6, "xvda", chain)
+        guest.end()
+    machine.detach(guest.path)
+    machine.store.write("/local/domain/6/name", "guest")
+    [looked] = machine.ask({"verb": "status"})["data"]
+    os.kill(looked["worker"], signal.SIGKILL)
+    with closing(coming), closing(coming.connect(path, Wishes())) as frontend:
+        guest.model.check(0, frontend.read(0, 64))
+        frontend.write(0, bytes(SECTOR))
+        [served] = machine.ask({"verb": "status"})["data"]
+    assert looked["worker"] != served["worker"]
+
+
+def test_a_mirror_is_only_read(ceph: Ceph, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image that follows one of another cluster is refused with what makes it the one that is written to."""
+    ceph.rbd("mirror", "pool", "enable", POOL, "image")
+    try:
+        chain = ceph.create(name, "64M", "--image-feature", "exclusive-lock,journaling")
+        ceph.rbd("mirror", "image", "enable", f"{POOL}/{name}", "journal")
+        assert 0 == main(["check", chain])
+        ceph.rbd("mirror", "image", "demote", f"{POOL}/{name}")
+        assert f"rbd mirror image promote {POOL}/{name}" in refusal(capsys, chain)
+        assert 0 == main(["check", "--read-only", chain])
+        ceph.rbd("mirror", "image", "promote", f"{POOL}/{name}")
+        assert 0 == main(["check", chain])
+        ceph.rbd("mirror", "image", "disable", f"{POOL}/{name}")
+    finally:
+        ceph.rbd("mirror", "pool", "disable", POOL)
+
+
+def test_the_fence_holds_as_long_as_its_entry(
+    ceph: Ceph, chains: Chains, chain: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A predecessor that stood still writes nothing while the blocklist has it, and may write when that has ended."""
+    monkeypatch.setattr(ownership, "DEAD_S", 3.0)
+    with client(ceph, name) as former:
+        assert 0 == former.write("A", 0, SECTOR)
+        former.process.send_signal(signal.SIGSTOP)
+        note_as_predecessor(chains, chain, former.address)
+        successor = chains.open(chain)
+        assert [0, 0] == [*chains.do(successor, write(0, SECTOR * b"B")), *chains.do(successor, flush())]
+        assert former.address in ceph.ceph("osd", "blocklist", "ls")
+        until(lambda: former.address not in ceph.ceph("osd", "blocklist", "ls"))
+        former.process.send_signal(signal.SIGCONT)
+        late = former.write("A", 0, SECTOR)
+        found = read(0, SECTOR)
+        assert [0] == chains.do(successor, found)
+        successor.close()
+    assert SECTOR * (b"B" if late else b"A") == content(found)
 
 
 def test_killed_while_opening(guest: Guest) -> None:

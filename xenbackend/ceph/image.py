@@ -40,6 +40,13 @@ class _Watcher(ctypes.Structure):
     _fields_ = (("address", ctypes.c_char_p), ("id", ctypes.c_int64), ("cookie", ctypes.c_uint64))
 
 
+class _Mirrored(ctypes.Structure):
+    """rbd_mirror_image_info_t."""
+
+    _fields_ = (("id", ctypes.c_char_p), ("state", ctypes.c_int), ("is_primary", ctypes.c_bool))
+
+
+_NOT_MIRRORED = 2  # rbd/librbd.h, RBD_MIRROR_IMAGE_DISABLED
 SOURCES = {0: "ceph.conf or its default", 1: "the pool", 2: "the image"}  # rbd/librbd.h, rbd_config_source_t
 
 
@@ -136,6 +143,16 @@ class Image:
         found = ctypes.c_uint64()
         check(self._slow.rbd_get_features(self.handle, ctypes.byref(found)), "ask for the image's features")
         return found.value
+
+    def is_mirror(self) -> bool:
+        """Return whether it follows an image of another cluster, and nobody writes to it here. Raises: DriverError."""
+        found = _Mirrored()
+        result = self._slow.rbd_mirror_image_get_info(self.handle, ctypes.byref(found), ctypes.sizeof(found))
+        check(result, "ask whether the image is mirrored")
+        try:
+            return found.state != _NOT_MIRRORED and not found.is_primary
+        finally:
+            self._slow.rbd_mirror_image_get_info_cleanup(ctypes.byref(found))
 
     def settings(self) -> dict[str, Setting]:
         """Return what holds for it by now, whatever the client had wished, by names. Raises: DriverError."""

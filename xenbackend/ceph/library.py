@@ -57,6 +57,8 @@ _RBD: dict[str, tuple[Any, ...]] = {
     "rbd_watchers_list_cleanup": (_handle, _size),
     "rbd_metadata_get": (_handle, _text, _text, _handle),
     "rbd_metadata_set": (_handle, _text, _text),
+    "rbd_mirror_image_get_info": (_handle, _handle, _size),
+    "rbd_mirror_image_get_info_cleanup": (_handle,),
     "rbd_set_image_notification": (_handle, _int, _int),
 }
 _QUICK: dict[str, tuple[Any, ...]] = {
@@ -81,6 +83,7 @@ _RESULTS: dict[str, Any] = {
     "rados_ioctx_destroy": None,
     "rbd_config_image_list_cleanup": None,
     "rbd_watchers_list_cleanup": None,
+    "rbd_mirror_image_get_info_cleanup": None,
     "rbd_aio_get_return_value": ctypes.c_ssize_t,
     "rbd_aio_get_arg": _handle,
     "rbd_aio_release": None,

@@ -10,14 +10,14 @@ which the caller takes care; what is written is copied by librbd at once (`rbd_d
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from xenbackend.ceph.image import Image
 from xenbackend.ceph.library import load
 from xenbackend.kernel.memory import address_of, addresses
 
-READ, WRITE, FLUSH, DISCARD = range(4)
 _BATCH = 128
+Call = Callable[..., int]
 
 
 class _Piece(ctypes.Structure):
@@ -37,29 +37,42 @@ class Requests:
         self._new = ctypes.c_void_p()
         self._new_at = ctypes.byref(self._new)
 
-    def start(self, op: int, number: int, offset: int, length: int, iov: Sequence[memoryview]) -> int:
-        """Start one of READ, WRITE, FLUSH, DISCARD; units are bytes. Return 0, or a negative errno: it has ended."""
-        quick, new = self._quick, self._new
-        quick.rbd_aio_create_completion(number, None, self._new_at)
-        if op > WRITE:
-            result = (
-                quick.rbd_aio_flush(self._image, new)
-                if op == FLUSH
-                else quick.rbd_aio_discard(self._image, offset, length, new)
-            )
-        elif len(iov) == 1:
+    def read(self, number: int, offset: int, length: int, iov: Sequence[memoryview]) -> int:
+        """Start a read. Here as below units are bytes; returns 0, or a negative errno: it has ended."""
+        return self._move(self._quick.rbd_aio_read, self._quick.rbd_aio_readv, number, offset, length, iov)
+
+    def write(self, number: int, offset: int, length: int, iov: Sequence[memoryview]) -> int:
+        """Start a write."""
+        return self._move(self._quick.rbd_aio_write, self._quick.rbd_aio_writev, number, offset, length, iov)
+
+    def flush(self, number: int, _offset: int = 0, _length: int = 0, _iov: Sequence[memoryview] = ()) -> int:
+        """Start a flush of all that was written."""
+        self._quick.rbd_aio_create_completion(number, None, self._new_at)
+        return self._started(number, self._quick.rbd_aio_flush(self._image, self._new))
+
+    def discard(self, number: int, offset: int, length: int, _iov: Sequence[memoryview] = ()) -> int:
+        """Start a discard."""
+        self._quick.rbd_aio_create_completion(number, None, self._new_at)
+        return self._started(number, self._quick.rbd_aio_discard(self._image, offset, length, self._new))
+
+    def _move(self, whole: Call, cut: Call, number: int, offset: int, length: int, iov: Sequence[memoryview]) -> int:
+        """Start what moves data: by `whole` where they are in one piece, else by `cut`."""
+        new = self._new
+        self._quick.rbd_aio_create_completion(number, None, self._new_at)
+        if len(iov) == 1:
             view = iov[0]
-            call = quick.rbd_aio_write if op else quick.rbd_aio_read
-            result = call(self._image, offset, length, addresses.get(id(view)) or address_of(view), new)
+            result = whole(self._image, offset, length, addresses.get(id(view)) or address_of(view), new)
         else:
             pieces = (_Piece * len(iov))(*[(addresses.get(id(view)) or address_of(view), len(view)) for view in iov])  # type: ignore[misc]
             self._pieces[number] = pieces
-            call = quick.rbd_aio_writev if op else quick.rbd_aio_readv
-            result = call(self._image, pieces, len(iov), offset, new)
+            result = cut(self._image, pieces, len(iov), offset, new)
+        return self._started(number, result) if result < 0 else 0
+
+    def _started(self, number: int, result: int) -> int:
         if result < 0:
-            quick.rbd_aio_release(new)
+            self._quick.rbd_aio_release(self._new)
             self._pieces.pop(number, None)
-        return int(result)
+        return result
 
     def poll(self) -> list[tuple[int, int]]:
         """Return what is done: numbers, each with a negative errno, or what librbd returns: of a read its bytes."""

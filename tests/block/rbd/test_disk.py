@@ -34,11 +34,13 @@ class Librbd:
         """Return the image's size."""
         return self.bytes
 
-    def start(self, _op: int, number: int, _offset: int, _length: int, _iov: Sequence[memoryview]) -> int:
+    def read(self, number: int, _offset: int, _length: int, _iov: Sequence[memoryview]) -> int:
         """Take a request, or refuse it."""
         if not self.refuses:
             self.started.append(number)
         return -self.refuses
+
+    write = flush = discard = read
 
     def poll(self) -> list[tuple[int, int]]:
         """Return the answers."""
@@ -120,9 +122,9 @@ def test_answers(disk: Disk, request_: Request, result: int, status: int) -> Non
     assert [] == disk.env.gave_up
 
 
-@pytest.mark.parametrize("code", [BLOCKLISTED, errno.EROFS, errno.ETIMEDOUT])
+@pytest.mark.parametrize("code", [BLOCKLISTED, errno.EROFS, errno.ETIMEDOUT, errno.EPERM, errno.EACCES])
 def test_a_client_of_no_use_gives_up(disk: Disk, code: int) -> None:
-    """A client that is refused, has lost its lock or given up an operation ends; where it cannot, that is an error."""
+    """A client that is refused, or has lost its lock, a right or an operation, ends, or else that is an error."""
     assert errno.EIO == disk.do(write(0, bytes(512)), -code)
     assert 1 == len(disk.env.gave_up)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from xenbackend.block.rbd.noted import SIZE, Noted
-from xenbackend.block.rbd.ownership import FENCE_S, mark, take
+from xenbackend.block.rbd.ownership import DEAD_S, SILENT_S, mark, take
 from xenbackend.ceph.image import Owner
 from xenbackend.errors import DriverError
 
@@ -84,7 +86,7 @@ def test_a_predecessor_is_refused_before_its_lock_is_taken() -> None:
     """It is kept out first, for long; our own address is noted before the lock can be ours."""
     place = Place(FORMER, watchers=(FORMER.address,))
     place.noted.text = FORMER.address
-    fence = f"refuse {FORMER.address} {FENCE_S:g}"
+    fence = f"refuse {FORMER.address} {DEAD_S:g}"
     assert [fence, f"break {FORMER.address}", f"acquire {MINE}"] == place.take()
 
 
@@ -92,7 +94,7 @@ def test_a_predecessor_without_the_lock_is_refused_all_the_same() -> None:
     """Whatever became of its lock, what it had sent may be on its way."""
     place = Place()
     place.noted.text = FORMER.address
-    assert [f"refuse {FORMER.address} {FENCE_S:g}", f"acquire {MINE}"] == place.take()
+    assert [f"refuse {FORMER.address} {DEAD_S:g}", f"acquire {MINE}"] == place.take()
 
 
 def test_nobody_is_kept_out_where_nobody_was() -> None:
@@ -113,8 +115,9 @@ def test_a_stranger_who_is_alive_is_left_alone() -> None:
 
 
 def test_a_stranger_who_is_silent_is_kept_out() -> None:
-    """An owner that watches the image no more is refused by the cluster before its lock is taken."""
-    fence = f"refuse {OTHER.address} {FENCE_S:g}"
+    """An owner that watches the image no more is refused before its lock is taken, longer than one that is dead."""
+    fence = f"refuse {OTHER.address} {SILENT_S:g}"
+    assert SILENT_S > DEAD_S
     assert [fence, f"break {OTHER.address}", f"acquire {MINE}"] == Place(OTHER).take()
 
 
@@ -125,6 +128,22 @@ def test_a_lock_that_was_made_by_hand_is_left_alone() -> None:
         place.take()
     assert errno.EBUSY == caught.value.errno
     assert [] == place.steps
+
+
+def test_whoever_took_too_long_takes_no_lock() -> None:
+    """Where the note belongs to another opening by now, it stays as it is, and the lock is not taken."""
+
+    @contextmanager
+    def refuse() -> Iterator[None]:
+        raise DriverError("somebody else opens it")
+        yield
+
+    place = Place(FORMER)
+    place.noted.text = FORMER.address
+    with pytest.raises(DriverError, match="somebody else"):
+        take(place, place, place.noted, refuse)
+    assert FORMER.address == place.noted.text
+    assert not any(step.startswith("acquire") for step in place.steps)
 
 
 def test_one_that_was_quicker_is_named() -> None:

@@ -20,13 +20,14 @@ Behaviour:
     cluster refuse that client first (an entry of the blocklist, for 24 hours), then takes the lock: so no write of a
     dead worker lands after its successor's. That takes some 0.1 to 1 s; the guest waits. A key that may not write to
     the blocklist is found out when the disk is attached, or checked. An owner that has gone silent, so that it has no
-    watch on the image any more (30 s), is treated likewise; a lock that somebody made by `rbd lock add` is not.
+    watch on the image any more (30 s), is treated likewise, for a year: its host may only stand still, and write on
+    when the entry has gone. A lock that somebody made by `rbd lock add` is left alone.
 
-    A worker that the cluster refuses, or that has lost its lock, ends, and says so. Its successor goes on if nobody
-    else has the lock, and waits otherwise. It also waits where another disk of xenbackend, on whatever host, has served
-    the image meanwhile, since its guest knows nothing of what was written there (`other-file`). The image says which
-    disk it serves: `xenbackend.served` of `rbd image-meta list`. So an image is told from another one of its name also
-    over a stop of the service.
+    A worker that the cluster refuses, or that has lost its lock or a right of its key, ends, and says so. Its successor
+    goes on if nobody else has the lock and the key may write, and waits otherwise. It also waits where another disk of
+    xenbackend, on whatever host, has served the image meanwhile, since its guest knows nothing of what was written
+    there (`other-file`). The image says which disk it serves: `xenbackend.served` of `rbd image-meta list`. So an image
+    is told from another one of its name also over a stop of the service.
 
     An image is its cluster's number, its pool's and its own id, and that of the snapshot. Where the name means another
     image than the one that the disk was served from, or none, the disk waits (`other-file`): give the image its name
@@ -48,7 +49,8 @@ Example:
     cow:/img/1.cow|rbd:rbd/template@v3,id=reader,conf=/etc/ceph/site2.conf
 
 Limits:
-    An image needs the feature exclusive-lock to be written to. Nobody else may write to it meanwhile (`w!`, share=on).
+    An image needs the feature exclusive-lock to be written to. A mirror of another cluster's image is only read, until
+    it is promoted. Nobody else may write to it meanwhile (`w!`, share=on).
     The worker has the host's network, and a key: if a guest takes it over, it has all that the key allows. A key for
     each tenant's namespace bounds that.
     Monitors are those that `mon host` names; neither DNS (SRV) nor sections of single monitors are asked.
@@ -76,7 +78,7 @@ from xenbackend.block.rbd.target import Target, parse_target
 from xenbackend.block.request import Request
 from xenbackend.block.servers import DISK, Account
 from xenbackend.ceph import library
-from xenbackend.ceph.bounded import NotBack, within
+from xenbackend.ceph.bounded import Attempt, NotBack, within
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import HAS_EXCLUSIVE_LOCK, Image, Pool
 from xenbackend.errors import DriverError
@@ -119,7 +121,6 @@ class Rbd(Driver):
     _disk: RbdDisk | None = None
     _owner: Noted | None = None
     _identity = ""
-    _is_abandoned = False
 
     @classmethod
     def prepare(cls) -> None:
@@ -135,19 +136,22 @@ class Rbd(Driver):
         wanted = env.files.read_cluster(self.options.account)
         owner, identity = Noted(env.memory("owner", SIZE)), Noted(env.memory("image", SIZE))
 
-        def steps() -> Geometry:
-            try:
-                return self._steps(env, wanted, owner, identity, read_only=read_only)
-            finally:
-                if self._is_abandoned:
-                    self._close()
+        attempt = Attempt(OPEN_S, f"{target} is not open yet")
+
+        def steps() -> tuple[Geometry, str]:
+            return self._steps(env, wanted, owner, identity, attempt, read_only=read_only)
+
+        def undo() -> None:
+            self._owner = None  # what is noted there belongs to who opens it now
+            with suppress(DriverError):
+                self._close()
 
         try:
-            geometry = within(OPEN_S, f"{target} is not open yet", steps)
+            geometry, limits = attempt.run(steps, undo)
+            self._report(limits, read_only=read_only)
             assert self._image is not None  # noqa: S101 - it is open
             self._disk = RbdDisk(env, self._image, geometry.size, self._give_back, watches_size=not read_only)
         except NotBack:
-            self._is_abandoned = True
             raise
         except BaseException:
             with suppress(DriverError):  # why it could not be opened is what to report
@@ -181,9 +185,19 @@ class Rbd(Driver):
         disk.closed()
 
     def _steps(
-        self, env: Env, wanted: Mapping[str, str], owner: Noted, identity: Noted, *, read_only: bool
-    ) -> Geometry:
-        """Open all of it; whoever calls closes what is open where this raises. Raises: DriverError."""
+        self,
+        env: Env,
+        wanted: Mapping[str, str],
+        owner: Noted,
+        identity: Noted,
+        attempt: Attempt,
+        *,
+        read_only: bool,
+    ) -> tuple[Geometry, str]:
+        """Open all of it, and return its limits, too; whoever calls closes what is open where this raises.
+
+        Raises: DriverError.
+        """
         target = self.options.image
         cluster = self._cluster = Cluster(self.options.id, wanted)
         pool = self._pool = Pool(cluster, target.pool, target.namespace)
@@ -203,20 +217,21 @@ class Rbd(Driver):
         size, holds = image.size(), image.settings()
         if not read_only:
             self._see_that_it_is_safe(image, settings.why_unsafe(holds))
-            ownership.take(cluster, image, owner)
+            ownership.take(cluster, image, owner, attempt.step)
             self._owner = owner
             if DISK in wanted:
                 ownership.mark(image, wanted[DISK], goes_on=env.continues or bool(identity.text))
-        identity.text = self._identity
-        self._report(env, cluster, settings.limits(holds), read_only=read_only)
+        with attempt.step():
+            identity.text = self._identity
         granularity = settings.discard_granularity(holds)
-        return Geometry(
+        geometry = Geometry(
             size=size,
             read_only=read_only,
             can_discard=not read_only,
             discard_granularity=0 if read_only else granularity,
             physical_sector_size=4096,
         )
+        return geometry, settings.limits(holds)
 
     def _see_that_it_is_safe(self, image: Image, why_unsafe: str) -> None:
         """Raise DriverError where a worker that dies would lose something."""
@@ -227,15 +242,23 @@ class Rbd(Driver):
                 f"`rbd feature enable {target} exclusive-lock` gives it that",
                 errno=errno.EPERM,
             )
+        if image.is_mirror():
+            raise DriverError(
+                f"{target} is a mirror of an image in another cluster, and nobody writes to it here; "
+                f"`rbd mirror image promote {target}` makes it the one that is written to, once that one is demoted",
+                errno=errno.EROFS,
+            )
         if why_unsafe:
             raise DriverError(f"{target} is not safe to write to: {why_unsafe}", errno=errno.EPERM)
 
-    def _report(self, env: Env, cluster: Cluster, limits: str, *, read_only: bool) -> None:
+    def _report(self, limits: str, *, read_only: bool) -> None:
+        env, cluster = self.env, self._cluster
+        assert cluster is not None  # noqa: S101 - it is open
         env.report("mode", "librbd, eventfd")
         env.report("image", self._identity)
         if not read_only:
             env.report("lock", f"exclusive, as {cluster.address()}")
-            env.report("barrier", f"the cluster refuses a dead worker, for {ownership.FENCE_S / 3600:.0f} h")
+            env.report("barrier", f"the cluster refuses a dead worker, for {ownership.DEAD_S / 3600:.0f} h")
         if limits:
             env.report("limits", limits)
 

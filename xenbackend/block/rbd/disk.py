@@ -3,8 +3,9 @@
 Must not call anything that waits for the cluster from the worker's loop, nor answer a request of which nobody knows
 whether it was done.
 
-A client that the cluster refuses, or that has lost its lock, is of no use any more, and nothing that it does would mend
-that: the process ends, and its successor finds out whether it may write.
+A client that the cluster refuses, or that has lost its lock or a right of its key, is of no use any more, and nothing
+that it does would mend that: the process ends, and its successor finds out whether it may write. What its key may, a
+client knows from when it came; so only another one sees that a right was given back.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from xenbackend.errors import DriverError
 
 TICK_S = 1.0
 SLOW_S = 2  # from then on an answer is late
+_NO_RIGHT = "the cluster does not let this client do it any more, as its key has lost a right"
 _LOST = {
     BLOCKLISTED: "the cluster refuses this client: somebody has put it on the blocklist",
     errno.EROFS: "the image's lock is not ours any more",
     errno.ETIMEDOUT: "an operation has timed out, and may still be done",
+    errno.EPERM: _NO_RIGHT,
+    errno.EACCES: _NO_RIGHT,
 }
 _FULL = {errno.EDQUOT: errno.ENOSPC}
 
@@ -40,7 +44,8 @@ class RbdDisk:
         self._size = size
         self._complete = complete
         self._watches_size = watches_size
-        self._requests = Requests(image)
+        self._requests = requests = Requests(image)
+        self._starts = (requests.read, requests.write, requests.flush, requests.discard)  # by Op
         self._lent: list[Request | None] = []  # by number
         self._free: list[int] = []
         self._began: list[int] = []  # in which tick, by number
@@ -58,7 +63,7 @@ class RbdDisk:
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests as a driver does."""
-        lent, free, start, began, now = self._lent, self._free, self._requests.start, self._began, self._ticks
+        lent, free, starts, began, now = self._lent, self._free, self._starts, self._began, self._ticks
         failed: list[tuple[int, int]] = []
         for request in batch:
             if free:
@@ -69,7 +74,7 @@ class RbdDisk:
                 number = len(lent)
                 lent.append(request)
                 began.append(now)
-            result = start(request.op, number, request.offset, request.length, request.iov)
+            result = starts[request.op](number, request.offset, request.length, request.iov)
             if result < 0:
                 failed.append((number, result))
         if failed:

@@ -11,21 +11,26 @@ made by hand (`rbd lock add`), as librbd does not either.
     mark        the image says which disk it serves
 
 What a dead predecessor had sent may still be on its way, or wait at an OSD. An OSD does nothing for this client before
-it knows the map in which the predecessor is refused, so nothing of that client comes after what this one writes. An
-entry of the blocklist lives for FENCE_S, which is far longer than anything that was sent by a process that is dead.
+it knows the map in which the predecessor is refused, so nothing of that client comes after what this one writes.
+
+That holds as long as the entry of the blocklist lives. Our predecessor's process is dead, so the entry has to outlive
+what the network still carries: DEAD_S. Of an owner that is silent nobody knows that. Its host may stand still, and
+write on after the entry has gone: SILENT_S makes that unlikely, and is no proof.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from xenbackend.block.rbd.noted import Noted
 from xenbackend.ceph.image import MARK, Owner
 from xenbackend.errors import DriverError
 
-FENCE_S = 86400.0
+DEAD_S = 86400.0
+SILENT_S = 365 * 86400.0  # few hosts fall silent, so there are few such entries
 _NOBODY = "192.0.2.1:0/"  # an address that no host has (RFC 5737); with a number behind it, as clients have
 
 
@@ -63,8 +68,12 @@ class Image(Protocol):
         """As `ceph.image.Image`."""
 
 
-def take(cluster: Cluster, image: Image, noted: Noted) -> None:
+def take(
+    cluster: Cluster, image: Image, noted: Noted, step: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """Have the image's lock, after `noted`, our predecessor's address, which is ours afterwards.
+
+    `step` is what that is noted within: it raises where somebody else takes the lock instead, as we took too long.
 
     Raises: DriverError; EBUSY where somebody else has the lock, EACCES where our key could keep nobody out.
     """
@@ -72,15 +81,16 @@ def take(cluster: Cluster, image: Image, noted: Noted) -> None:
     _leave_alone(image, owners, before)
     # One order to the monitors each time: where nobody has to be kept out, to see that we could.
     mine = cluster.address()
-    refused = [each for each in {before, *(owner.address for owner in owners)} if each]
+    refused = {owner.address: SILENT_S for owner in owners} | ({before: DEAD_S} if before else {})
     if refused:
-        for address in refused:
-            _refuse(cluster, address, FENCE_S)
+        for address, seconds in refused.items():
+            _refuse(cluster, address, seconds)
     else:
         _refuse(cluster, _NOBODY + mine.rpartition("/")[2], 1.0)
     for owner in owners:
         image.break_lock(owner)
-    noted.text = mine
+    with step():
+        noted.text = mine
     try:
         image.acquire()
     except DriverError as problem:
