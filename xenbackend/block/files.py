@@ -146,6 +146,14 @@ class Files(Lookup, Protocol):
         Raises: DriverError, also for an account that the layer's options do not name (`block.servers`); OSError.
         """
 
+    def read_certificates(self, directory: str) -> Mapping[str, str]:
+        """Return what is in the files of a directory that are for TLS, by their names (`block.servers`), as PEM.
+
+        An opener reads them; the key is the worker's to keep from then on, for connections that are made later.
+
+        Raises: DriverError, also for a directory that the layer's options do not name; OSError.
+        """
+
     def open(
         self,
         path: str,

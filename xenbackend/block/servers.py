@@ -52,6 +52,15 @@ class Account:
     user: str  # of Ceph, without ``client.``
 
 
+AUTHORITIES, CERTIFICATE, KEY = "ca-cert.pem", "client-cert.pem", "client-key.pem"  # as QEMU and libnbd call the files
+
+
+def certificates_of(options: Any) -> str:
+    """Return the directory with the certificates that a layer's options name; empty: they name none."""
+    found = getattr(options, "credentials", "")
+    return found if isinstance(found, str) else ""
+
+
 def account_of(options: Any) -> Account | None:
     """Return the account that a layer's options name by their `account`, None where they name none."""
     found = getattr(options, "account", None)

@@ -151,6 +151,10 @@ class Access:
         """See that keys may be made of the passphrase that is there. Raises: DriverError."""
         self._chain(chain).check_key(source)
 
+    def credentials(self, directory: str, chain: int) -> str:
+        """Return a directory, whose certificates may be read. Raises: DriverError."""
+        return self._chain(chain).credentials(directory)
+
     def account(self, conf: str, user: str, chain: int) -> Account:
         """Return the account of a cluster, whose settings may be read. Raises: DriverError."""
         return self._chain(chain).account(Account(conf, user))

@@ -113,6 +113,12 @@ class LocalOpener:
 
         return read_settings(account)
 
+    def read_certificates(self, directory: str) -> Mapping[str, str]:
+        """As `block.driver.Files.read_certificates`."""
+        from xenbackend.opener.certificates import read_certificates  # late, as above
+
+        return read_certificates(directory)
+
     def look(self, path: str) -> Facts:
         """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""
         if path in self._fds:

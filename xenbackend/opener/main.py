@@ -23,6 +23,7 @@ from xenbackend.kernel import locks, memfd
 from xenbackend.kernel.ports import open_devices
 from xenbackend.opener import steps
 from xenbackend.opener.access import Access, kept_of
+from xenbackend.opener.certificates import read_certificates
 from xenbackend.opener.cluster import boot_id, read_settings
 from xenbackend.opener.connecting import Connections
 from xenbackend.opener.deriving import Work, derive
@@ -134,9 +135,8 @@ class Attendant:
                 fds.append(
                     self._connections.connect(question, access.server(question.server, question.chain), self._say)
                 )
-            case opening.ReadCluster():
-                found = read_settings(access.account(question.conf, question.user, question.chain))
-                return Given(settings={**found, DISK: f"{boot_id()} {job.vbd}"})
+            case opening.ReadCluster() | opening.ReadCertificates():
+                return Given(settings=_read_settings(access, question, job.vbd))
             case _:
                 return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
         return Given()
@@ -166,6 +166,8 @@ class Attendant:
                 return question.source
             case opening.ReadCluster():
                 return question.conf
+            case opening.ReadCertificates():
+                return question.directory
             case opening.OpenDevices() | opening.Listen():
                 return self._job.host or self._job.export
         return question.name
@@ -263,6 +265,15 @@ def _do_with_file(
             return Given(facts=facts)
         case opening.Resolve():
             return Given(path=access.resolve(question.name, question.chain))
+
+
+def _read_settings(
+    access: Access, question: opening.ReadCluster | opening.ReadCertificates, vbd: str
+) -> dict[str, str]:
+    if isinstance(question, opening.ReadCertificates):
+        return read_certificates(access.credentials(question.directory, question.chain))
+    found = read_settings(access.account(question.conf, question.user, question.chain))
+    return {**found, DISK: f"{boot_id()} {vbd}"}
 
 
 def _derive(question: opening.Derive, turns: str, work: Work) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from xenbackend.block.mapped.parents import DATA_FILE
 from xenbackend.block.options import KEY, RECORD, files_of, uses_of
-from xenbackend.block.servers import Account, Endpoint, account_of, servers_of
+from xenbackend.block.servers import Account, Endpoint, account_of, certificates_of, servers_of
 from xenbackend.block.spec import only_read_from, parse_chain
 from xenbackend.errors import DriverError, printable
 from xenbackend.protocol.opening import MAX_FILES
@@ -60,6 +60,7 @@ class Rules:
         self._servers: dict[str, Server] = {}
         self._keys: set[str] = set()
         self._accounts: set[Account] = set()
+        self._credentials: set[str] = set()
         layers = parse_chain(chain).layers
         first = only_read_from([layer.driver for layer in layers])
         for place, layer in enumerate(layers):
@@ -78,6 +79,8 @@ class Rules:
             self._servers |= {name: Server(each, drain_s) for name, each in servers_of(layer.options).items()}
             if account := account_of(layer.options):
                 self._accounts.add(account)
+            if directory := certificates_of(layer.options):
+                self._credentials.add(directory)
             self._source = list(files_of(layer.options).values())
         self._said = frozenset(self._rules)
 
@@ -123,6 +126,13 @@ class Rules:
             problem = f"{printable(account.conf)} is a configuration that this disk has nothing to do with"
             raise DriverError(problem, path=account.conf, errno=errno.EACCES)
         return account
+
+    def credentials(self, directory: str) -> str:
+        """Return a directory of certificates that the chain names. Raises: DriverError where it names no such one."""
+        if directory not in self._credentials:
+            problem = f"{printable(directory)} has no certificates that this disk has to do with"
+            raise DriverError(problem, path=directory, errno=errno.EACCES)
+        return directory
 
     def allow(self, name: str, named_by: str) -> None:
         """Let a file be read that an image may name, which itself may be opened.

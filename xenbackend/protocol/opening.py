@@ -316,6 +316,14 @@ class ReadCluster:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadCertificates:
+    """Read the certificates of a directory that the chain names: they are the answer's `settings`, by files' names."""
+
+    directory: str
+    chain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a file is.
 
@@ -346,7 +354,7 @@ class Given:
     user       who uses an image that is in use, where that is known
     by         the act of an administrator by which a file was found (`block.driver.Found`)
     is_marked  what was published is marked with its parent
-    settings   of a client of a cluster, by their names, with `block.servers.DISK`
+    settings   of a client of a cluster, by their names, with `block.servers.DISK`; or certificates
     """
 
     errno: int = 0
@@ -373,6 +381,7 @@ Question = (
     | ConnectTo
     | Derive
     | ReadCluster
+    | ReadCertificates
 )
 Found = Opened | Connected | Undrained
 FromOpener = Found | Given | Meaning | Waits

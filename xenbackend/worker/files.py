@@ -86,6 +86,9 @@ class Opener(Protocol):
     def read_cluster(self, account: Account) -> Mapping[str, str]:
         """As `block.driver.Files.read_cluster`."""
 
+    def read_certificates(self, directory: str) -> Mapping[str, str]:
+        """As `block.driver.Files.read_certificates`."""
+
 
 class HostFiles:
     """Opens the images of one worker; implements `block.driver.Files`.
@@ -223,6 +226,10 @@ class HostFiles:
     def read_cluster(self, account: Account) -> Mapping[str, str]:
         """See `block.driver.Files`."""
         return self.opener.read_cluster(account)
+
+    def read_certificates(self, directory: str) -> Mapping[str, str]:
+        """As `block.driver.Files.read_certificates`."""
+        return self.opener.read_certificates(directory)
 
     def kick(self) -> bool:
         """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""

@@ -90,6 +90,10 @@ class NoOpener:
         """Refuse it."""
         raise _refusal(account.conf)
 
+    def read_certificates(self, directory: str) -> Mapping[str, str]:
+        """Refuse it."""
+        raise _refusal(directory)
+
 
 class RemoteOpener:
     """The opener of one order or question, for one chain of its job."""
@@ -194,6 +198,10 @@ class RemoteOpener:
     def read_cluster(self, account: Account) -> Mapping[str, str]:
         """Return what a client of a cluster has to know, as `opening.ReadCluster`. Raises: DriverError, OSError."""
         return self._ask(opening.ReadCluster(account.conf, account.user, self.chain), 0)[0].settings
+
+    def read_certificates(self, directory: str) -> Mapping[str, str]:
+        """Return certificates for TLS, as `opening.ReadCertificates`. Raises: DriverError, OSError."""
+        return self._ask(opening.ReadCertificates(directory, self.chain), 0)[0].settings
 
     def fileno(self) -> int:
         """Return the descriptor at which the answer to `begin_connect` comes."""
