@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Self
 OPTION_REPLY = 0x3E889045565A9
 ACK, INFO, META = 1, 3, 4
 UNSUP, UNKNOWN, TLS_REQD = (1 << 31 | number for number in (1, 6, 5))
-HAS_FLAGS, READ_ONLY, FLUSH, FUA, TRIM = 1, 2, 4, 8, 32
+HAS_FLAGS, READ_ONLY, FLUSH, FUA, TRIM, MULTI_CONN = 1, 2, 4, 8, 32, 256
 
 
 class Closed(Exception):
@@ -49,6 +50,9 @@ class Server:
         accepted: connections until now.
         flags_of: the flags of each write, in order.
         asked: the exports that were asked for.
+        tls: who the server is; None: it has no TLS.
+        needs_tls: it says nothing without.
+        injects: what it sends in plain text behind its consent to TLS.
     """
 
     path: Path
@@ -60,6 +64,9 @@ class Server:
     accepted: int = 0
     flags_of: list[int] = field(default_factory=list)
     asked: list[bytes] = field(default_factory=list)
+    tls: ssl.SSLContext | None = None
+    needs_tls: bool = False
+    injects: bytes = b""
     go: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)  # a slow write has come
     _open: list[socket.socket] = field(default_factory=list)
@@ -95,8 +102,8 @@ class Server:
         self.cut()
 
     def cut(self) -> None:
-        """Close all connections."""
-        for near in self._open:
+        """Close all connections that there are now."""
+        for near in list(self._open):
             with contextlib.suppress(OSError):
                 near.shutdown(socket.SHUT_RDWR)
 
@@ -118,21 +125,24 @@ class Server:
 
     def _serve(self, near: socket.socket) -> None:
         writes: list[threading.Thread] = []
+        inside: list[socket.socket] = []  # the same connection, with TLS
         try:
-            if not self.greet(near) and self._handshake(near):
-                self._transmit(near, writes)
+            if not self.greet(near):
+                self._transmit(self._handshake(near, inside), writes)
         except (Closed, OSError):
             pass
         finally:
             if self.drains:
                 for thread in writes:
                     thread.join(20)
+            self._open.remove(near)
             with contextlib.suppress(OSError):
                 near.shutdown(socket.SHUT_RDWR)
-            near.close()
-            self._open.remove(near)
+            for each in (*inside, near):
+                each.close()
 
-    def _handshake(self, near: socket.socket) -> bool:
+    def _handshake(self, near: socket.socket, inside: list[socket.socket]) -> socket.socket:
+        """Return what the requests come by. Raises: Closed."""
         near.sendall(b"NBDMAGICIHAVEOPT" + pack(">H", 3))
         take(near, 4)
         structured = False
@@ -141,10 +151,17 @@ class Server:
             assert magic == b"IHAVEOPT"
             data = take(near, length)
 
-            def reply(kind: int, body: bytes = b"", option: int = option) -> None:
-                near.sendall(pack(">QIII", OPTION_REPLY, option, kind, len(body)) + body)
+            def reply(kind: int, body: bytes = b"", option: int = option, to: socket.socket = near) -> None:
+                to.sendall(pack(">QIII", OPTION_REPLY, option, kind, len(body)) + body)
 
-            if option == 8 and self.export.structured:
+            if option == 5 and self.tls is not None:
+                near.sendall(pack(">QIII", OPTION_REPLY, option, ACK, 0) + self.injects)
+                structured = False
+                near = self.tls.wrap_socket(near.dup(), server_side=True)
+                inside.append(near)
+            elif self.needs_tls and not isinstance(near, ssl.SSLSocket):
+                reply(TLS_REQD)
+            elif option == 8 and self.export.structured:
                 structured = True
                 reply(ACK)
             elif option == 10 and structured:
@@ -160,7 +177,7 @@ class Server:
                 if self.export.blocks:
                     reply(INFO, pack(">HIII", 3, *self.export.blocks))
                 reply(ACK)
-                return True
+                return near
             else:
                 reply(UNSUP)
 

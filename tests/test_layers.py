@@ -66,7 +66,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "argon2": ("opener/deriving",),  # up to 4 GiB and minutes: no worker, no service
-    "ctypes": ("bench/blkif_native", "block/luks/cipher", "ceph/", "kernel/"),
+    "ctypes": ("bench/blkif_native", "block/luks/cipher", "block/remote/tls", "ceph/", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls"),
     "importlib": (
         "block/drivers/__init__",

@@ -19,6 +19,7 @@ DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, 
 TESTED_ELSEWHERE = {
     "block/remote/connection.py": "block/drivers/test_nbd.py has servers that are good, slow and wrong",
     "block/remote/disk.py": "block/drivers/test_nbd.py",
+    "block/remote/lane.py": "block/drivers/test_nbd.py",
     "block/remote/negotiation.py": "block/drivers/test_nbd.py",
     "block/servers.py": "block/remote/test_target.py",
     "ceph/requests.py": "engines/test_rbd.py has requests of every shape",

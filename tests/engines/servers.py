@@ -25,8 +25,8 @@ class Engine:
     chain   the layer that has its disk
     """
 
-    def __init__(self, kind: str, directory: Path, size: int, options: Sequence[str] = ()) -> None:
-        """Prepare one; `options` come before the plug-in of nbdkit, or before the image."""
+    def __init__(self, kind: str, directory: Path, size: int, options: Sequence[str] = (), more: str = "") -> None:
+        """Prepare one; `options` come before the plug-in of nbdkit, or before the image, and `more` into the chain."""
         if shutil.which(kind) is None:
             pytest.skip(f"there is no {kind} here")
         self.kind = kind
@@ -35,13 +35,14 @@ class Engine:
             file.truncate(size)
         self.socket = directory / f"{kind}.sock"
         self._options = list(options)
+        self._more = more
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def chain(self) -> str:
         """The server's disk, with what holds for its connections' ends."""
         export = ",export=disk" if self.kind == "qemu-storage-daemon" else ""
-        return f"nbd:unix:{self.socket}{export},drain={'0s' if self.kind == 'nbdkit' else '1s'}"
+        return f"nbd:unix:{self.socket}{export},drain={'0s' if self.kind == 'nbdkit' else '1s'}{self._more}"
 
     def start(self) -> None:
         """Start it, and return when it listens."""

@@ -12,6 +12,7 @@ from random import Random
 
 import pytest
 
+from tests.certificates import Authority
 from tests.engines.guest import DOMID, SIZE, Guest, until
 from tests.engines.servers import Engine
 from xenbackend.block.chain import parse_chain
@@ -55,6 +56,55 @@ def test_workers_are_killed_under_load(guest: Guest, engine: Engine, request: py
             engine.start()
     guest.load.run(200)
     guest.end()
+
+
+def tls_of(kind: str, certificates: Path) -> list[str]:
+    """Return the options by which a server speaks TLS only, with whoever shows a certificate that is right."""
+    if kind == "nbdkit":
+        return ["--tls=require", f"--tls-certificates={certificates}", "--tls-verify-peer"]
+    return ["--object", f"tls-creds-x509,id=t,endpoint=server,verify-peer=yes,dir={certificates}", "--tls-creds", "t"]
+
+
+@pytest.mark.parametrize("kind", ["nbdkit", "qemu-nbd"])
+def test_tls_and_several_connections(
+    machine: Machine, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """With TLS, and by several connections, a guest sees a pause when its worker or its server dies amid requests."""
+    ours = Authority(tmp_path / "ours")
+    more = f",certificates={ours.client('client', shows_itself=True)},connections=3"
+    with Engine(kind, tmp_path, SIZE, tls_of(kind, ours.server("server")), more) as engine, ExitStack() as stack:
+        guest = Guest(machine, engine.chain, request.config.getoption("--seed"), stack)
+        for dies in (guest.kill, engine.kill, guest.kill):
+            guest.load.run(60)
+            guest.load.top_up()
+            dies()
+            if not engine.is_alive():
+                engine.start()
+        guest.load.run(200)
+        guest.end()
+        assert guest.connection().startswith("3 to")
+        assert guest.fact("encryption") == "TLSv1.3"
+
+
+@pytest.mark.parametrize("mode", ["off", "on", "require"])
+def test_who_wants_tls_and_who_has_it(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each pair of a server's mode and a client's wish is served or refused with its sentence."""
+    ours = Authority(tmp_path / "ours")
+    server = ours.server("server")
+    tls = [f"--tls={mode}", f"--tls-certificates={server}", "--tls-verify-peer"]
+    us, nobody = (ours.client(f"client-{shows}", shows_itself=shows) for shows in (True, False))
+    strangers = Authority(tmp_path / "theirs", "theirs").client("client", shows_itself=True)
+    with Engine("nbdkit", tmp_path, SIZE, tls) as engine:
+        for directory, refused in (
+            ("", "it wants TLS" if mode == "require" else ""),
+            (us, "it has no TLS" if mode == "off" else ""),
+            (nobody, "it has no TLS" if mode == "off" else "certificate"),
+            (strangers, "it has no TLS" if mode == "off" else "from no authority that we know"),
+        ):
+            capsys.readouterr()
+            status = main(["check", "--read-only", engine.chain + (f",certificates={directory}" if directory else "")])
+            assert (2 if refused else 0) == status
+            assert refused in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_server_is_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:

@@ -112,6 +112,7 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
         lambda: opener.for_chain(1).look(str(image)),
         lambda: opener.for_chain(-1).look(str(image)),
         lambda: opener.read_cluster(Account("/etc/ceph/ceph.conf", "admin")),
+        lambda: opener.read_certificates("/etc/ssl"),
         opener.open_devices,
         opener.listen,
     ):
@@ -120,6 +121,17 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
     with pytest.raises(ConfigError):
         opener.make()
     assert b"first" == read(opener, image)  # it lives on
+    opener.close()
+
+
+def test_certificates_are_read(openers: Openers, tmp_path: Path) -> None:
+    """A worker gets what is in the directory that its chain names, and nothing from elsewhere."""
+    (tmp_path / "ca-cert.pem").write_text("ours")
+    (tmp_path / "secret").write_text("s")
+    opener = openers.remote(job(f"nbd:nbds://host/a,certificates={tmp_path}"))
+    assert {"ca-cert.pem": "ours"} == opener.read_certificates(str(tmp_path))
+    with pytest.raises(DriverError, match="has to do with"):
+        opener.read_certificates(str(tmp_path.parent))
     opener.close()
 
 

@@ -58,6 +58,17 @@ def test_the_data_file_of_a_layer_is_a_place_for_that_alone() -> None:
     assert "/all" == Rule(may_write=False, within="/all").places_for(DATA_FILE)
 
 
+def test_certificates_are_those_of_the_chain() -> None:
+    """A directory that a layer names may be read, whether an option or a URI has it; no other one."""
+    chains = ("nbd:nbds://h/a?tls-certificates=/certificates", "nbd:h:1,certificates=/certificates")
+    for chain in chains:
+        rules = Rules(f"log:/log|{chain}", read_only=False, shareable=False)
+        assert "/certificates" == rules.credentials("/certificates")
+        for directory in ("/", "/certificates/", "/log", ""):
+            with pytest.raises(DriverError, match="no certificates that this disk has to do with"):
+                rules.credentials(directory)
+
+
 def test_the_account_of_a_cluster_is_the_chains() -> None:
     """A configuration is read for the user that the chain names with it, and for no other one."""
     rules = Rules("log:/log|rbd:a/b,id=x,conf=/c", read_only=False)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.certificates import Authority
 from tests.driven import Driven
-from tests.nbd_server import Export, Server
+from tests.nbd_server import MULTI_CONN, Export, Server
 from xenbackend.opener import connecting
 from xenbackend.protocol import messages
 from xenbackend.protocol.messages import Stage
@@ -75,11 +77,26 @@ def let_the_late_write_land(server: Server) -> None:
             thread.join(20)
 
 
-def test_a_late_write_does_not_land_after_its_successors(driven: Driven, server: Server) -> None:
-    """A successor opens the disk only when the server has ended the connection of the worker that died."""
-    kill_amid_a_write(driven, server, chain(server))
-    opening = begin_successor(driven, chain(server))
-    assert 1 == server.accepted
+@pytest.mark.parametrize("way", ["plain", "tls", "connections"])
+def test_a_late_write_does_not_land_after_its_successors(
+    driven: Driven, server: Server, tmp_path: Path, way: str
+) -> None:
+    """A successor opens the disk only when the server has ended each connection of the worker that died."""
+    text, count = chain(server), 1
+    if way == "tls":
+        ours = Authority(tmp_path / "ours")
+        certificates, directory = ours.server("server"), ours.client("client", shows_itself=True)
+        server.needs_tls, server.tls = True, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.tls.load_cert_chain(certificates / "server-cert.pem", certificates / "server-key.pem")
+        server.tls.load_verify_locations(ours.certificate)
+        server.tls.verify_mode = ssl.CERT_REQUIRED
+        text += f",certificates={directory}"
+    elif way == "connections":
+        server.export.flags |= MULTI_CONN
+        text, count = f"{text},connections=3", 3
+    kill_amid_a_write(driven, server, text)
+    opening = begin_successor(driven, text)
+    assert count == server.accepted
     server.go.set()
     has_opened(opening)
     serve_and_overwrite(driven)

@@ -3,7 +3,8 @@
 Must not hold a socket, nor more bytes of a server than one reply may have.
 
     server  greeting ->
-                      <- flags, STRUCTURED_REPLY        us
+                      <- flags, STARTTLS                us, where TLS is wanted; all else is said inside of it
+                      <- flags, STRUCTURED_REPLY
                       <- SET_META_CONTEXT               where the server knows that: block status needs it
                       <- GO                             requests follow
             answers ->
@@ -29,6 +30,7 @@ from xenbackend.nbd.abi import (
     NBDMAGIC,
     OPT_GO,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPT_STRUCTURED_REPLY,
     OPTION,
     OPTION_REPLY,
@@ -52,7 +54,7 @@ _GREETING = 18  # bytes
 _SENTENCES = {
     REP_ERR_UNSUP: "it does not know how a client says which export it wants (NBD_OPT_GO)",
     REP_ERR_POLICY: "it does not let us have export {name}",
-    REP_ERR_TLS_REQD: "it wants TLS, which this version does not speak",
+    REP_ERR_TLS_REQD: "it wants TLS; write nbds: with certificates=DIRECTORY",
     REP_ERR_UNKNOWN: "it has no export {name}",
     REP_ERR_SHUTDOWN: "it is shutting down",
 }
@@ -82,10 +84,15 @@ class Offer:
 
 
 class ClientHandshake:
-    """One connection's; `offer` once requests may be sent."""
+    """One connection's; `offer` once requests may be sent.
 
-    def __init__(self, export: str) -> None:
+    wants_tls   TLS begins now, with `tls`; `go_on_inside` once it is there
+    """
+
+    def __init__(self, export: str, *, tls: bool = False) -> None:
         self.offer: Offer | None = None
+        self.wants_tls = False
+        self._asks_for_tls = tls
         self._export = export
         self._name = export.encode(errors="surrogateescape")
         self._option = 0  # that is to be answered; 0: the greeting is to come
@@ -101,14 +108,19 @@ class ClientHandshake:
         Raises: Refused; NbdError.
         """
         answers = []
-        while self.offer is None:
+        while self.offer is None and not self.wants_tls:
             answer = self._take_reply(received) if self._option else self._take_greeting(received)
             if answer is None:
                 break
             answers.append(answer)
-        if self.offer is not None and received:
+        if (self.offer is not None or self.wants_tls) and received:  # what comes before TLS anybody may have sent
             raise NbdError("the server speaks before it is asked anything")
         return b"".join(answers)
+
+    def go_on_inside(self) -> bytes:
+        """Return the bytes to send now that TLS is there: nothing that was said before counts."""
+        self.wants_tls = False
+        return self._ask(OPT_STRUCTURED_REPLY)
 
     def _take_greeting(self, received: bytearray) -> bytes | None:
         if len(received) < _GREETING:
@@ -122,7 +134,7 @@ class ClientHandshake:
             raise Refused("it speaks an old form of NBD; the fixed newstyle is needed")
         del received[:_GREETING]
         ours = pack(">I", flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES))
-        return ours + self._ask(OPT_STRUCTURED_REPLY)
+        return ours + self._ask(OPT_STARTTLS if self._asks_for_tls else OPT_STRUCTURED_REPLY)
 
     def _take_reply(self, received: bytearray) -> bytes | None:
         if len(received) < OPTION_REPLY.size:
@@ -140,6 +152,11 @@ class ClientHandshake:
         del received[:end]
         if kind == REP_ERR_TLS_REQD:
             raise Refused(_SENTENCES[kind])
+        if self._option == OPT_STARTTLS:
+            if kind != REP_ACK:
+                raise Refused("it has no TLS, and nothing is said to it without")
+            self.wants_tls = True
+            return b""
         if self._option == OPT_STRUCTURED_REPLY:
             return self._structured(kind)
         if self._option == OPT_SET_META_CONTEXT:

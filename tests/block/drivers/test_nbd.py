@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ from struct import pack
 import pytest
 
 from tests.helpers_block import Machine, again, content, discard, flush, read, write
-from tests.nbd_server import FLUSH, FUA, HAS_FLAGS, READ_ONLY, Export, Server
+from tests.nbd_server import FLUSH, FUA, HAS_FLAGS, MULTI_CONN, READ_ONLY, Export, Server
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers.nbd import Nbd
 from xenbackend.block.request import AWAY, Request
@@ -349,21 +350,72 @@ def test_what_is_no_server_is_refused_in_a_sentence(machine: Machine, plain: Ser
         machine.open(text(plain))
 
 
-def test_a_server_that_wants_tls_is_refused(machine: Machine, plain: Server) -> None:
-    """TLS is not spoken, and the sentence says so, whoever asks for it."""
+def test_several_connections_need_a_server_that_says_so(machine: Machine, plain: Server) -> None:
+    """Only where all connections see the same are there several, and then each has its share of the requests."""
+    with pytest.raises(DriverError, match="multi-conn"):
+        machine.open(text(plain, ",connections=2"))
+    plain.export.flags |= MULTI_CONN
+    plain.accepted = 0
+    seen: set[int] = set()
+    plain.odd = lambda near, *_: bool(seen.add(near.fileno()))
+    chain = machine.open(text(plain, ",connections=3"))
+    assert 3 == plain.accepted
+    done: list[Request] = []
+    chain.complete = done.extend
+    batch = [read(4096 * number, 4096) for number in range(9)]
+    for request in batch:
+        again(request)
+        chain.submit([request])
+    machine.reactor.run_until(lambda: len(done) == len(batch))
+    assert 3 == len(seen)
+    for request in batch:
+        assert (0, plain.export.content[request.offset : request.offset + 4096]) == (request.status, content(request))
+    chain.close()
 
-    def greet(near: socket.socket) -> bool:
-        near.sendall(b"NBDMAGICIHAVEOPT" + pack(">H", 3))
-        near.recv(4096)
-        near.sendall(pack(">QIII", 0x3E889045565A9, 8, 1 << 31 | 5, 0))
-        near.recv(4096)
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_while_one_connection_is_missing_nothing_is_sent(machine: Machine, plain: Server, place: int) -> None:
+    """What was lost may still be done by the server, so that until that has ended no other connection overtakes it.
+
+    What the others have in flight is done.
+    """
+    plain.export.flags |= MULTI_CONN
+    chain = machine.open(text(plain, ",connections=2"))
+    goes_on, held = threading.Event(), threading.Event()
+    busy: list[tuple[socket.socket, bytes]] = []
+
+    def odd(near: socket.socket, _flags: int, kind: int, cookie: bytes, *_: int) -> bool:
+        if held.is_set():
+            return False
+        if kind == 0:
+            busy.append((near, cookie))
+        else:
+            held.set()
+            near.shutdown(socket.SHUT_RDWR)
         return True
 
-    plain.greet = greet
-    with pytest.raises(DriverError, match="TLS"):
-        machine.open(text(plain))
-    with pytest.raises(ChainError, match="TLS"):
-        machine.open("nbd:nbds://host/export")
+    plain.odd, plain.greet = odd, lambda _: not goes_on.wait(10)
+    done: list[Request] = []
+    first, lost = again(read(0, 512)), again(write(0, bytes(512)))
+    chain.complete = done.extend
+    if place:  # the first connection has something to do
+        chain.submit([first])
+    chain.submit([lost])
+    machine.reactor.run_until(lambda: lost in done)
+    assert AWAY == lost.status
+    later = [again(read(512, 512)), again(lost)]
+    chain.submit(list(later))
+    assert [AWAY, AWAY] == [each.status for each in later]
+    assert "1 of 2 lost" in fact(chain, "connection")
+    for near, cookie in busy:
+        near.sendall(pack(">IHH8sIQ", 0x668E33EF, 1, 1, cookie, 8 + 512, 0) + bytes(512))
+        machine.reactor.run_until(lambda: first in done)
+        assert 0 == first.status
+    goes_on.set()
+    assert [0] == until_served(machine, chain, again(lost))
+    assert 3 == plain.accepted
+    assert "2 to unix:" in fact(chain, "connection")
+    chain.close()
 
 
 @pytest.mark.parametrize("options", [",drain=31s", ",drain=-1s", ",timeout=1s", ",export=b"])

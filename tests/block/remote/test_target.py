@@ -37,8 +37,9 @@ BAD = {
     "[::1:1": "bracket",
     "unix:relative": "whole path",
     "unix:/" + 107 * "a": "too long",
-    "nbds://host": "TLS",
-    "nbds+unix:///?socket=/s": "TLS",
+    "nbds://host/?tls-psk-file=/x": "tls-psk-file asks for TLS by a key that both share",
+    "nbds://host/?tls-verify-peer=false": "could be anybody",
+    "nbds://host/?x=1": "x is not known",
     "http://host": "schemes",
     "nbd://host/a b": "%20",
     "nbd://host:x/": "no URI",
@@ -57,6 +58,22 @@ def test_what_is_written_is_what_is_meant(text: str) -> None:
     """A server and an export are those that libnbd would take them for; a part of a URI is decoded once."""
     target = parse_target(text)
     assert GOOD[text] == (str(target.endpoint), target.export)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("host:1", (None, None)),
+        ("nbd://host", (False, None)),
+        ("nbds://host", (True, None)),
+        ("nbds://host/a?tls-certificates=/a%20b", (True, "/a b")),
+        ("nbds+unix:///?socket=/s&tls-certificates=/c", (True, "/c")),
+    ],
+)
+def test_a_uri_says_whether_tls_is_wanted(text: str, expected: tuple[bool | None, str | None]) -> None:
+    """The scheme says so, and where the certificates are; what is no URI leaves it to an option."""
+    target = parse_target(text)
+    assert expected == (target.tls, target.certificates)
 
 
 @pytest.mark.parametrize("text", BAD)

@@ -1,19 +1,30 @@
 """nbd: a disk that another program serves by NBD, on this host or on another one.
 
 Synopsis:
-    nbd:SERVER[,export=NAME][,drain=DURATION][,timeout=DURATION][,durable=on]
+    nbd:SERVER[,export=NAME][,drain=DURATION][,timeout=DURATION][,durable=on][,connections=N]
+        [,certificates=DIRECTORY]
     SERVER is one of unix:PATH, HOST:PORT, URI
 
 Description:
     Reads and writes an export of an NBD server: nbdkit with its plug-ins (S3, ssh, curl, ...), qemu-nbd,
     qemu-storage-daemon, nbd-server, or another host's. A server is named by the whole path of its socket, by host and
     port (an address of IPv6 in brackets), or by a URI as libnbd writes it: nbd://HOST[:PORT]/EXPORT,
-    nbd+unix:///EXPORT?socket=PATH. What a URI cannot hold is written with a % there, so that `%7C` is a bar and `%2C` a
-    comma; elsewhere a backslash before a bar or comma does. A URI that begins a chain may be written as it is:
-    nbd://host/export.
+    nbd+unix:///EXPORT?socket=PATH, nbds:// where TLS is wanted. What a URI cannot hold is written with a % there, so
+    that `%7C` is a bar and `%2C` a comma; elsewhere a backslash before a bar or comma does. A URI that begins a chain
+    may be written as it is: nbd://host/export.
 
     Names are resolved and connections made by the opener, a process of its own with the host's network. The worker
     behind its walls gets the socket.
+
+    With TLS (nbds://, nbds+unix://, or certificates=) nothing is said in plain text, and no server is gone on with that
+    is not the one it should be. `certificates`, or a URI's tls-certificates, is the directory with ca-cert.pem: whom we
+    believe; and client-cert.pem with client-key.pem, where the server wants to know who we are. A server's certificate
+    has to be of the host that the chain names; over a unix socket any that the authority has signed will do. The opener
+    reads the files when the disk is opened, and the worker keeps what is in them. Keys that both sides share (PSK) are
+    not spoken.
+
+    `connections` is how many are made, 1 by default and 8 at most. More need a server that says that all of them see
+    the same (multi-conn), and may bring more where it does the work of each in a thread of its own.
 
 Behaviour:
     A server that goes away is a pause: reads, writes and flushes wait, by the policy's kind `away`, and the connection
@@ -21,7 +32,8 @@ Behaviour:
     comes back with a smaller disk, without the export, or only to be read, is not served from; the disk waits, and
     `status` says why, as it says what it waits for in any case (`connection`). A server that owes an answer and says
     nothing for `timeout` is treated as one that has gone. A connection that has nothing to do may be silent for ever.
-    A server that breaks the protocol loses its connection, and is connected to again.
+    A server that breaks the protocol loses its connection, and is connected to again. Where there are several, and one
+    is lost, the disk waits until all of them are there.
 
     What was sent by a connection that is lost, also as the worker died, may still be under way at the server. Done
     later than what the guest writes next, it would destroy that. So the former connection is seen to its end before
@@ -42,12 +54,14 @@ Example:
     log:|nbd:unix:/run/nbdkit.sock,drain=0s
     nbd:storage.example:10809,export=guest1
     nbd:nbd+unix:///guest1?socket=/run/qemu-nbd.sock
+    nbd:nbds://storage.example/guest1,certificates=/etc/pki/xenbackend
 
 Limits:
     Nothing keeps two hosts from writing to one export: NBD has no lock. One writer is the administrator's duty.
-    TLS is not spoken (nbds:). A tunnel that ends on this host, at a unix socket, is one way to have it.
-    The disk's size is that at opening; `xenbackend resize` asks for it anew. There is one connection, whatever the
-    server allows; `set` and `resize` look at the export by a second one, which qemu-nbd takes with `-e 2`.
+    The disk's size is that at opening; `xenbackend resize` asks for it anew. `set` and `resize` look at the export by
+    one connection more, which qemu-nbd takes with `-e 2`. Certificates that were renewed count when the disk is next
+    opened: `xenbackend upgrade` does that.
+    A worker that a guest has taken over has the client's key. One for each tenant bounds what that is worth.
     A server whose host crashes loses what it had not made durable; the guest does not learn of that, as it had not
     crashed itself. `durable=on` has each write made durable before it is answered.
     A disk that is detached by force while its server is silent is let go of at once: what is attached in its place may
@@ -59,21 +73,24 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from xenbackend.block.driver import Driver, Env, Geometry
 from xenbackend.block.extents import Extent
 from xenbackend.block.opening import SECTOR_SIZES
 from xenbackend.block.options import Duration, Kind, option
-from xenbackend.block.remote.disk import RemoteDisk, Wanted
-from xenbackend.block.remote.negotiation import negotiate
+from xenbackend.block.remote.disk import RemoteDisk
+from xenbackend.block.remote.lane import Wanted
+from xenbackend.block.remote.negotiation import Stream, negotiate
 from xenbackend.block.remote.target import Target, parse_target
+from xenbackend.block.remote.tls import Tls, TlsFailed, TlsSocket
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
-from xenbackend.nbd.abi import SEND_FLUSH, SEND_FUA, SEND_READ_ONLY, SEND_TRIM
+from xenbackend.nbd.abi import SEND_FLUSH, SEND_FUA, SEND_MULTI_CONN, SEND_READ_ONLY, SEND_TRIM
 from xenbackend.nbd.client import MAX_NAME, Offer
 
+MAX_CONNECTIONS = 8
 MAX_DRAIN_S = 30.0  # a worker that opens its chain for longer than a minute is taken for one that hangs
 
 
@@ -91,6 +108,8 @@ class Nbd(Driver):
         drain: Duration = option("how long the server may still write once a connection has ended", default=5.0)
         timeout: Duration = option("how long a server may say nothing while it owes an answer", default=30.0)
         durable: bool = option("writes are answered when they are on the server's medium", default=False)
+        connections: int = option("how many connections are made to the server", default=1)
+        certificates: str = option("directory with the certificates for TLS; by default the URI's", default="")
 
         def __post_init__(self) -> None:
             """Refuse what contradicts itself. Raises: ValueError."""
@@ -102,6 +121,25 @@ class Nbd(Driver):
                 raise ValueError(f"drain is from 0s to {MAX_DRAIN_S:.0f}s")
             if not 2 <= self.timeout <= 3600:
                 raise ValueError("timeout is from 2s to 3600s")
+            if not 1 <= self.connections <= MAX_CONNECTIONS:
+                raise ValueError(f"connections is from 1 to {MAX_CONNECTIONS}")
+            self._check_tls()
+
+        def _check_tls(self) -> None:
+            server, directory = self.server, self.credentials
+            if self.certificates and server.certificates not in (None, self.certificates):
+                raise ValueError(f"the URI names the certificates in {server.certificates}, and certificates= others")
+            if directory and server.tls is False:
+                raise ValueError("nbd:// is without TLS; nbds:// is with it, and needs certificates")
+            if server.tls and not directory:
+                raise ValueError("nbds:// needs certificates=DIRECTORY, which has at least ca-cert.pem")
+            if directory and (not directory.startswith("/") or "\0" in directory):
+                raise ValueError(f"certificates={directory} is not the whole path of a directory")
+
+        @property
+        def credentials(self) -> str:
+            """The directory with what TLS goes by; empty: without TLS."""
+            return self.certificates or self.server.certificates or ""
 
     options: Options
     _disk: RemoteDisk | None = None
@@ -112,26 +150,59 @@ class Nbd(Driver):
 
     def open(self, env: Env) -> Geometry:
         """Connect, and agree with the server."""
-        options, endpoint = self.options, self.options.server.endpoint
-        near = env.connect(endpoint)
+        options = self.options
+        wanted = Wanted(options.server.endpoint, self._export, options.timeout, options.durable, self._tls(env))
+        streams: list[Stream] = []
         try:
-            offer = negotiate(near, self._export)
+            offer = self._agree(env, wanted, streams)
             geometry = _geometry(offer, read_only=env.read_only)
             if options.durable and not (geometry.read_only or offer.flags & SEND_FUA):
                 raise DriverError(
                     "the server cannot make single writes durable, as durable=on wants", errno=errno.ENOTSUP
                 )
-            wanted = Wanted(endpoint, self._export, options.timeout, options.durable and not geometry.read_only)
-            self._disk = RemoteDisk(env, wanted, near, offer, self._give_back)
+            wanted = replace(wanted, durable=options.durable and not geometry.read_only)
+            self._disk = RemoteDisk(env, wanted, streams, offer, self._give_back)
         except BaseException:
-            near.close()
-            env.disconnected(endpoint)
+            for place, stream in enumerate(streams):
+                stream.close()
+                env.disconnected(wanted.endpoint, place)
             raise
         self.submit = self._disk.submit  # type: ignore[method-assign]  # one call less
+        if wanted.tls is not None:
+            env.report("encryption", streams[0].version if isinstance(streams[0], TlsSocket) else "")
         env.report(
             "barrier", f"the server's end of a connection{f', and {options.drain:g} s' if options.drain else ''}"
         )
         return geometry
+
+    def _tls(self, env: Env) -> Tls | None:
+        """Return how the server is to be spoken to; None: in plain text. Raises: DriverError."""
+        directory = self.options.credentials
+        if not directory:
+            return None
+        try:
+            return Tls(env.files.read_certificates(directory), self.options.server.endpoint.host)
+        except TlsFailed as problem:
+            raise DriverError(f"{directory}: {problem}", path=directory) from problem
+
+    def _agree(self, env: Env, wanted: Wanted, streams: list[Stream]) -> Offer:
+        """Make all connections, put each into `streams`, and return what is offered. Raises: DriverError."""
+        first: Offer | None = None
+        for place in range(self.options.connections):
+            near = env.connect(wanted.endpoint, place)
+            streams.append(near)
+            streams[place], offer = negotiate(near, wanted.export, wanted.tls)
+            if self.options.connections > 1 and not offer.flags & SEND_MULTI_CONN:
+                raise DriverError(
+                    "the server does not say that its connections see the same (multi-conn); leave connections= out",
+                    errno=errno.ENOTSUP,
+                )
+            offer = replace(offer, context=offer.context if first is None else first.context)
+            if first is not None and offer != first:
+                raise DriverError("the export was changed while connections to it were made", errno=errno.EAGAIN)
+            first = offer
+        assert first is not None  # noqa: S101 - there is one at least
+        return first
 
     def content(self) -> str:
         """See `Driver`."""

@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from xenbackend.block.remote.tls import TlsSocket
 from xenbackend.block.request import AWAY, Op, Request, clear
 from xenbackend.nbd.abi import (
     CHUNK_BLOCK_STATUS,
@@ -44,6 +45,7 @@ from xenbackend.nbd.abi import (
 )
 from xenbackend.nbd.client import Offer
 
+Stream = socket.socket | TlsSocket
 _KINDS = (CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM)  # by Op
 _IOV_MAX = 1024  # pieces of one sendmsg(2)
 _ROOM = 64 * 1024  # bytes of heads of replies, and of small data with them
@@ -68,12 +70,13 @@ class Connection:
     failure     why it is of no use any more (Lost, NbdError); `take_back` has what was in flight
     """
 
-    def __init__(self, near: socket.socket, offer: Offer, *, durable: bool = False) -> None:
+    def __init__(self, near: Stream, offer: Offer, *, durable: bool = False) -> None:
         """With `durable` each write is answered when it is on the medium."""
         near.setblocking(False)
         self.in_flight = self.heard = 0
         self.failure: Lost | NbdError | None = None
         self._socket = near
+        self._tls = near if isinstance(near, TlsSocket) else None
         self._offer = offer
         self._write_flags = CMD_FLAG_FUA if durable else 0
         self._lent: list[Request | None] = []  # by cookie
@@ -92,7 +95,7 @@ class Connection:
     @property
     def wants_to_send(self) -> bool:
         """Whether the socket has not taken everything."""
-        return bool(self._out)
+        return bool(self._out) or (self._tls is not None and self._tls.has_unsent)
 
     def submit(self, batch: list[Request]) -> None:
         """Send requests, as far as the socket takes them; they are in flight, also where that has failed."""
@@ -130,10 +133,14 @@ class Connection:
                     out.popleft()
                 if sent:
                     out[0] = memoryview(out[0])[sent:]
+            if self._tls is not None:
+                self._tls.flush()
         except BlockingIOError:
             pass
         except OSError as error:
             self.failure = _lost(error)
+        except NbdError as problem:
+            self.failure = problem
 
     def receive(self) -> list[Request]:
         """Return the requests that are done, with their status; then look at `failure`."""
@@ -237,7 +244,7 @@ class Connection:
             self._at, self._end = 0, left + received
         was_full = self._end == _ROOM
         self._parse(done)
-        return bool(self._iov) or was_full
+        return bool(self._iov) or was_full or self._tls is not None  # which may have more than the socket shows
 
     def _fill(self, received: int) -> int:
         """Take note of data that have come; return how many bytes are in the buffer, -1 where there is more to come."""

@@ -1,15 +1,18 @@
 """A connection's handshake: at once, while a chain is opened, or step by step in the loop, while a disk is served.
 
-Must not connect, nor judge whether what a server offers will do.
+Must not connect, nor judge whether what a server offers will do. Where TLS is wanted nothing is said without it but
+that it is.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Callable
 
 from xenbackend.block.driver import Env
+from xenbackend.block.remote.tls import Tls, TlsFailed, TlsSocket
 from xenbackend.errors import DriverError
 from xenbackend.nbd.abi import NbdError
 from xenbackend.nbd.client import ClientHandshake, Offer, Refused
@@ -17,46 +20,77 @@ from xenbackend.nbd.client import ClientHandshake, Offer, Refused
 HANDSHAKE_S = 10.0  # that a server may take for all of it
 _ROOM = 4096  # bytes at once
 
+Stream = socket.socket | TlsSocket
 Then = Callable[[Offer | None, str], None]  # what is offered, or why nothing is
+_FAILURES = (NbdError, Refused, TlsFailed, OSError)
 
 
-def negotiate(near: socket.socket, export: str) -> Offer:
-    """Do the handshake, blocking. Raises: DriverError; the socket stays the caller's."""
-    handshake, received = ClientHandshake(export), bytearray()
+class Talk:
+    """The handshake over one socket, of which somebody else says when there is something to receive.
+
+    stream   what the requests go by afterwards
+    """
+
+    def __init__(self, near: socket.socket, export: str, tls: Tls | None) -> None:
+        """The socket stays the caller's."""
+        self.stream: Stream = near
+        self._near = near
+        self._tls = tls
+        self._handshake = ClientHandshake(export, tls=tls is not None)
+        self._received = bytearray()
+        self._is_encrypting = False  # TLS's own handshake is under way
+
+    def step(self) -> Offer | None:
+        """Receive once, and answer; return what is offered, once it is.
+
+        Raises: OSError as the socket does; NbdError, Refused, TlsFailed.
+        """
+        if not self._is_encrypting:
+            piece = self.stream.recv(_ROOM)
+            if not piece:
+                raise ConnectionAbortedError
+            self._received += piece
+            self.stream.sendall(self._handshake.take(self._received))
+            if not self._handshake.wants_tls or self._tls is None:
+                return self._handshake.offer
+            self._is_encrypting = True
+            self.stream = self._tls.over(self._near)
+        assert isinstance(self.stream, TlsSocket)  # noqa: S101 - just made
+        self.stream.handshake()
+        self._is_encrypting = False
+        self.stream.sendall(self._handshake.go_on_inside())
+        return None
+
+
+def negotiate(near: socket.socket, export: str, tls: Tls | None = None) -> tuple[Stream, Offer]:
+    """Do the handshake, blocking, and return what the requests go by. Raises: DriverError; the socket stays open."""
+    talk = Talk(near, export, tls)
     near.settimeout(HANDSHAKE_S)
     try:
-        while handshake.offer is None:
-            piece = near.recv(_ROOM)
-            if not piece:
-                raise DriverError("the server has closed the connection in the handshake", errno=errno.ECONNRESET)
-            received += piece
-            near.sendall(handshake.take(received))
-    except Refused as problem:
-        raise DriverError(f"the server refuses: {problem}", errno=errno.ENOENT) from problem
-    except NbdError as problem:
-        raise DriverError(f"the server does not speak NBD: {problem}", errno=errno.EPROTO) from problem
-    except TimeoutError as problem:
-        sentence = f"the server has not done the handshake for {HANDSHAKE_S:.0f} s"
-        raise DriverError(sentence, errno=errno.ETIMEDOUT) from problem
-    except OSError as problem:
-        code = problem.errno or errno.ECONNRESET
-        raise DriverError(f"the connection broke in the handshake: {problem.strerror}", errno=code) from problem
-    return handshake.offer
+        while (offer := talk.step()) is None:
+            pass
+    except _FAILURES as problem:
+        raise _explained(problem) from problem
+    return talk.stream, offer
 
 
 class Negotiation:
     """One that goes on in the loop; `then` is called once, unless it is stopped before."""
 
-    def __init__(self, env: Env, near: socket.socket, export: str, then: Then) -> None:
+    def __init__(self, env: Env, near: socket.socket, export: str, tls: Tls | None, then: Then) -> None:
         """The socket stays the caller's."""
         self._env = env
         self._socket = near
-        self._handshake = ClientHandshake(export)
-        self._received = bytearray()
+        self._talk = Talk(near, export, tls)
         self._then: Then | None = then
         near.setblocking(False)
         env.watch(near.fileno(), self._ready)
         env.call_later(HANDSHAKE_S, self._overdue)
+
+    @property
+    def stream(self) -> Stream:
+        """What the requests go by, once `then` is called."""
+        return self._talk.stream
 
     def stop(self) -> None:
         """Leave it."""
@@ -68,30 +102,36 @@ class Negotiation:
         if self._then is None:
             return
         try:
-            piece = self._socket.recv(_ROOM)
-            if not piece:
-                self._end(None, "the server has closed the connection in the handshake")
-                return
-            self._received += piece
-            answer = self._handshake.take(self._received)
-            if answer and self._socket.send(answer) < len(answer):  # some hundred bytes, and nothing is before them
-                self._end(None, "the server takes nothing")
-            elif self._handshake.offer is not None:
-                self._end(self._handshake.offer, "")
+            while (offer := self._talk.step()) is None:
+                pass  # TLS may have more already
+            self._end(offer, "")
         except BlockingIOError:
             pass
-        except Refused as problem:
-            self._end(None, f"the server refuses: {problem}")
-        except NbdError as problem:
-            self._end(None, f"the server does not speak NBD: {problem}")
-        except OSError as problem:
-            self._end(None, f"the connection broke in the handshake: {problem.strerror}")
+        except _FAILURES as problem:
+            self._end(None, _explained(problem).problem)
 
     def _overdue(self) -> None:
-        self._end(None, f"the server has not done the handshake for {HANDSHAKE_S:.0f} s")
+        self._end(None, _explained(TimeoutError()).problem)
 
     def _end(self, offer: Offer | None, why: str) -> None:
         then = self._then
         if then is not None:
             self.stop()
             then(offer, why)
+
+
+def _explained(problem: Exception) -> DriverError:
+    """Return what a handshake failed by, as a sentence."""
+    match problem:
+        case Refused():
+            return DriverError(f"the server refuses: {problem}", errno=errno.ENOENT)
+        case TlsFailed():
+            return DriverError(f"there is no TLS with the server: {problem}", errno=errno.EPROTO)
+        case NbdError():
+            return DriverError(f"the server does not speak NBD: {problem}", errno=errno.EPROTO)
+        case TimeoutError():
+            return DriverError(f"the server has not done the handshake for {HANDSHAKE_S:.0f} s", errno=errno.ETIMEDOUT)
+        case ConnectionAbortedError():
+            return DriverError("the server has closed the connection in the handshake", errno=errno.ECONNRESET)
+    code = getattr(problem, "errno", 0) or errno.ECONNRESET
+    return DriverError(f"the connection broke in the handshake: {os.strerror(code)}", errno=code)

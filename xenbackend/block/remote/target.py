@@ -13,16 +13,28 @@ from xenbackend.block.servers import Endpoint
 
 PORT = 10809  # IANA's for NBD
 _SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+_PSK = "asks for TLS by a key that both share (PSK), which is not spoken; write tls-certificates=DIRECTORY"
+_NO_TLS = {
+    "tls-psk-file": _PSK,
+    "tls-username": _PSK,
+    "tls-verify-peer": "cannot be left out: a server that is not verified could be anybody",
+}
 _URI = re.compile(r"^([a-z+]*):?//")
 _MAX_PATH = 107  # bytes; sun_path of unix(7) has 108, with a NUL
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An export; `export` is None where the text does not name one, so that an option may."""
+    """An export; what is None the text does not say, so that an option may.
+
+    tls            whether the server is spoken to by TLS
+    certificates   the directory with what TLS goes by
+    """
 
     endpoint: Endpoint
     export: str | None = None
+    tls: bool | None = None
+    certificates: str | None = None
 
     def __str__(self) -> str:
         return str(self.endpoint)
@@ -50,23 +62,23 @@ def _parse_uri(text: str) -> Target:
         raise ValueError(f"{text!r} is no URI: {error}") from None
     if parts.scheme not in _SCHEMES:
         raise ValueError(f"{text!r}: the schemes are {', '.join(_SCHEMES)}")
-    if parts.scheme.startswith("nbds"):
-        raise ValueError(f"{text!r} asks for TLS, which this version does not speak; have a tunnel end on this host")
     if parts.username or parts.password or parts.fragment:
         raise ValueError(f"{text!r}: a user or a fragment means nothing here")
     export = unquote(parts.path.removeprefix("/"), errors="surrogateescape")
     query = dict(parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape"))
-    if unknown := sorted(query.keys() - {"socket"}):
-        raise ValueError(f"{text!r}: {unknown[0]} is not known in a URI")
+    tls = parts.scheme.startswith("nbds")
+    for name in sorted(query.keys() - ({"socket", "tls-certificates"} if tls else {"socket"})):
+        raise ValueError(f"{text!r}: {name} {(_NO_TLS if tls else {}).get(name, 'is not known in a URI')}")
+    certificates = query.get("tls-certificates")
     if parts.scheme.endswith("+unix"):
         if parts.netloc or "socket" not in query:
             raise ValueError(f"{text!r} is not nbd+unix:///EXPORT?socket=/PATH")
-        return Target(_unix(query["socket"]), export)
+        return Target(_unix(query["socket"]), export, tls, certificates)
     if "socket" in query or not parts.hostname:
         raise ValueError(f"{text!r} is not nbd://HOST:PORT/EXPORT")
     host = parts.netloc.rpartition("@")[2]
     host = host[1 : host.index("]")] if host.startswith("[") else host.partition(":")[0]
-    return Target(_endpoint(unquote(host), PORT if port is None else port), export)
+    return Target(_endpoint(unquote(host), PORT if port is None else port), export, tls, certificates)
 
 
 def _unix(path: str) -> Endpoint:

@@ -1,0 +1,279 @@
+"""Tests of `xenbackend.block.remote.tls`: a server of the tests behind TLS, trusted and not."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from struct import pack
+
+import pytest
+
+from tests.block.drivers.test_nbd import until_served
+from tests.certificates import Authority
+from tests.helpers_block import Machine, again, content, flush, read, write
+from tests.nbd_server import MULTI_CONN, Export, Server
+from xenbackend.block.remote.connection import Connection
+from xenbackend.block.remote.tls import Tls, TlsFailed
+from xenbackend.block.request import AWAY
+from xenbackend.errors import ChainError, DriverError
+from xenbackend.nbd.abi import NbdError
+from xenbackend.nbd.client import Offer
+
+SIZE = 3 << 20
+
+
+class Places:
+    """Directories with certificates."""
+
+    def __init__(self, directory: Path) -> None:
+        ours = self.ours = Authority(directory / "ours")
+        self.good, self.expired = ours.server("good"), ours.server("expired", days=-1)
+        self.other_host = ours.server("other", "other.example")
+        self.stranger = Authority(directory / "theirs", "theirs").server("good")
+        self.client, self.nobody = (ours.client(f"client-{shows}", shows_itself=shows) for shows in (True, False))
+
+    def context(self, directory: Path, *, wants_client: bool = False) -> ssl.SSLContext:
+        """Return what a server is by the certificates of a directory."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(directory / "server-cert.pem", directory / "server-key.pem")
+        if wants_client:
+            context.load_verify_locations(self.ours.certificate)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Return certificates of every kind."""
+    return Places(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Return a machine that is closed after the test."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path, places: Places) -> Iterator[Server]:
+    """Return a server that speaks TLS only, with whoever shows a certificate of ours."""
+    export = Export(bytearray(Random(1).randbytes(SIZE)))
+    with Server(tmp_path / "nbd.sock", export) as server:
+        server.tls, server.needs_tls = places.context(places.good, wants_client=True), True
+        yield server
+
+
+def text(server: Server, directory: Path, options: str = "") -> str:
+    """Return the chain that has this server's disk by the certificates of a directory."""
+    return f"nbd:unix:{server.path},certificates={directory},drain=0s{options}"
+
+
+def credentials(directory: Path) -> dict[str, str]:
+    """Return what is in a directory."""
+    return {each.name: each.read_text() for each in directory.glob("c*.pem")}
+
+
+def test_what_is_written_is_read_back(machine: Machine, server: Server, places: Places) -> None:
+    """Requests of any size go both ways, many at once, in more pieces than a record holds."""
+    chain = machine.open(text(server, places.client))
+    assert server.export.content == machine.everything(chain)
+    pieces = [Random(number).randbytes(512 * (1 + number % 9)) for number in range(200)]
+    batch = [write(512 * 9 * number, piece) for number, piece in enumerate(pieces)]
+    assert [0] * 201 == machine.do(chain, *batch, flush())
+    assert [0] == machine.do(chain, write(1 << 20, bytes(1 << 20), Random(9).randbytes(1 << 20)))
+    batch = [read(0, SIZE), read(512, 512, 1024), read(1 << 20, 512, 65536, 1 << 20)]
+    assert [0] * 3 == machine.do(chain, *batch)
+    for request in batch:
+        assert server.export.content[request.offset : request.offset + request.length] == content(request)
+    assert chain.layers[0].driver.env.facts["encryption"].startswith("TLSv1.")
+    chain.close()
+
+
+def test_a_connection_that_is_lost_is_made_anew_with_tls(machine: Machine, server: Server, places: Places) -> None:
+    """The one that follows is as secret as the first; what was in flight comes back as AWAY."""
+    left = [True]
+
+    def odd(*_: object) -> bool:
+        if left:
+            left.clear()
+            server.cut()
+            return True
+        return False
+
+    chain = machine.open(text(server, places.client))
+    server.odd = odd
+    request = read(0, 4096)
+    assert [AWAY] == machine.do(chain, request)
+    assert [0] == until_served(machine, chain, again(request))
+    assert server.export.content[:4096] == content(request)
+    assert 2 == server.accepted
+    chain.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "sentence"),
+    [
+        ("good", "localhost", ""),
+        ("good", "127.0.0.1", ""),
+        ("good", "", ""),
+        ("expired", "localhost", "its certificate has expired"),
+        ("other_host", "localhost", "its certificate is of another host"),
+        ("other_host", "127.0.0.1", "its certificate is of another address"),
+        ("other_host", "", ""),
+        ("stranger", "localhost", "from no authority that we know"),
+        ("stranger", "", "from no authority that we know"),
+    ],
+)
+def test_each_certificate_that_is_wrong_has_a_sentence(places: Places, name: str, host: str, sentence: str) -> None:
+    """Expired, of another host, and of an authority that is not ours are told apart, and never gone on with."""
+    near, far = socket.socketpair()
+    context = places.context(getattr(places, name))
+
+    def serve() -> None:
+        try:
+            context.wrap_socket(far, server_side=True).close()
+        except OSError:
+            far.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    it = Tls(credentials(places.nobody), host).over(near)
+    if sentence:
+        with pytest.raises(TlsFailed, match=sentence):
+            it.handshake()
+    else:
+        it.handshake()
+        assert it.version.startswith("TLSv1.")
+        assert it.recv(1) == b""
+    it.close()
+    thread.join(10)
+
+
+def test_who_shows_no_certificate_is_told(machine: Machine, server: Server, places: Places) -> None:
+    """A server that wants to know who we are refuses whoever does not say so, in words."""
+    with pytest.raises(DriverError, match=r"certificate required|handshake"):
+        machine.open(text(server, places.nobody))
+
+
+def test_a_server_without_tls_hears_nothing_of_us(machine: Machine, server: Server, places: Places) -> None:
+    """Where there is no TLS, the export is not even named in plain text; where TLS is wanted, that is said."""
+    server.tls, server.needs_tls = None, False
+    with pytest.raises(DriverError, match="it has no TLS, and nothing is said to it without"):
+        machine.open(text(server, places.client))
+    assert [] == server.asked
+    server.needs_tls = True
+    with pytest.raises(DriverError, match=r"it wants TLS; write nbds: with certificates="):
+        machine.open(f"nbd:unix:{server.path},drain=0s")
+
+
+def test_what_comes_before_tls_ends_the_connection(machine: Machine, server: Server, places: Places) -> None:
+    """Bytes in plain text behind the consent to TLS could be anybody's."""
+    server.injects = pack(">QIII", 0x3E889045565A9, 8, 1, 0)
+    with pytest.raises(DriverError, match="speaks before it is asked"):
+        machine.open(text(server, places.client))
+
+
+def test_what_is_no_tls_any_more_ends_the_connection(places: Places) -> None:
+    """A record that nobody could have sent who has the keys is no data."""
+    near, far = socket.socketpair()
+    context = places.context(places.good)
+    inside: list[ssl.SSLSocket] = []
+    thread = threading.Thread(target=lambda: inside.append(context.wrap_socket(far, server_side=True)))
+    thread.start()
+    it = Tls(credentials(places.nobody), "").over(near)
+    it.handshake()
+    thread.join(10)
+    inside[0].sendall(b"good")
+    assert b"good" == it.recv(10)
+    with socket.socket(fileno=inside[0].detach()) as raw:
+        raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(NbdError, match="TLS: "):
+            it.recv(10)
+    it.close()
+
+
+def test_all_that_has_come_is_taken(places: Places) -> None:
+    """Answers in records that came together are all taken: the socket shows nothing of them any more."""
+    near, far = socket.socketpair()
+    context = places.context(places.good)
+    inside: list[ssl.SSLSocket] = []
+    thread = threading.Thread(target=lambda: inside.append(context.wrap_socket(far, server_side=True)))
+    thread.start()
+    it = Tls(credentials(places.nobody), "").over(near)
+    it.handshake()
+    thread.join(10)
+    connection = Connection(it, Offer(SIZE, 0))
+    requests = [flush() for _ in range(3)]
+    connection.submit(requests)
+    for number in range(3):
+        inside[0].sendall(pack(">IIQ", 0x67446698, 0, number))
+    assert requests == connection.receive()
+    assert connection.failure is None
+    connection.close(in_order=False)
+    inside[0].close()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"ca-cert.pem": "nothing"}, "ca-cert.pem has no certificate"),
+        ({"client-cert.pem": "nothing"}, "client-cert.pem has no certificate"),
+        ({"client-key.pem": "nothing"}, "client-key.pem has no key"),
+    ],
+)
+def test_files_that_are_wrong_are_named(places: Places, change: dict[str, str], why: str) -> None:
+    """What has no certificate or key in it is said by the file's name."""
+    with pytest.raises(TlsFailed, match=why):
+        Tls({**credentials(places.client), **change}, "")
+
+
+def test_a_key_that_is_anothers_is_refused(places: Places) -> None:
+    """A key that does not belong to the certificate is found when the disk is opened."""
+    theirs = {"client-key.pem": (places.good / "server-key.pem").read_text()}
+    with pytest.raises(TlsFailed, match=r"client-key.pem is not the key of client-cert.pem"):
+        Tls({**credentials(places.client), **theirs}, "")
+
+
+def test_a_key_with_a_passphrase_asks_nobody(places: Places) -> None:
+    """A key that is encrypted is refused; nobody is asked for a passphrase on a terminal."""
+    locked = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"
+    with pytest.raises(TlsFailed, match="without a passphrase"):
+        Tls({**credentials(places.client), "client-key.pem": locked}, "")
+
+
+@pytest.mark.parametrize(
+    ("chain", "why"),
+    [
+        ("nbd:nbds://host/a", "needs certificates="),
+        ("nbd:nbds://host/a?tls-psk-file=/k", "PSK"),
+        ("nbd:nbds://u@host/a?tls-certificates=/c", "a user or a fragment"),
+        ("nbd:nbds://host/a?tls-verify-peer=false&tls-certificates=/c", "could be anybody"),
+        ("nbd://host/a,certificates=/c", "nbd:// is without TLS"),
+        ("nbd://host/a?tls-certificates=/c", "not known in a URI"),
+        ("nbd:host:1,certificates=c", "not the whole path"),
+        ("nbd:nbds://host/a?tls-certificates=/c,certificates=/d", "and certificates= others"),
+        ("nbd:host:1,connections=9", "from 1 to 8"),
+        ("nbd:host:1,connections=0", "from 1 to 8"),
+    ],
+)
+def test_chains_that_contradict_themselves_are_refused(machine: Machine, chain: str, why: str) -> None:
+    """TLS without certificates, certificates without TLS, and what could be anybody are mistakes of the text."""
+    with pytest.raises(ChainError, match=why):
+        machine.open(chain)
+
+
+def test_several_connections_with_tls(machine: Machine, server: Server, places: Places) -> None:
+    """Each of them is encrypted, and each is used."""
+    server.export.flags |= MULTI_CONN
+    chain = machine.open(text(server, places.client, ",connections=3"))
+    assert 3 == server.accepted
+    assert [0] * 6 == [machine.do(chain, write(4096 * number, bytes(4096)))[0] for number in range(6)]
+    assert bytes(6 * 4096) == server.export.content[: 6 * 4096]
+    assert "3 to unix:" in chain.layers[0].driver.env.facts["connection"]
+    chain.close()

@@ -1,0 +1,61 @@
+"""Certificates of the tests, made by openssl: of an authority, of servers that are right or wrong, of a client.
+
+Must not be used for anything else: their keys lie about.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+
+
+class Authority:
+    """One that signs certificates, in a directory of its own."""
+
+    def __init__(self, directory: Path, name: str = "ours") -> None:
+        """Make its own certificate. Skips the test where this host has no openssl."""
+        if shutil.which("openssl") is None:
+            pytest.skip("there is no openssl here")
+        directory.mkdir()
+        self.directory = directory
+        self.certificate, self._key = directory / "ca-cert.pem", directory / "ca-key.pem"
+        _openssl(
+            "req", "-x509", *_KEY, "-keyout", self._key, "-out", self.certificate, "-days", "30", "-subj", f"/CN={name}"
+        )
+
+    def sign(self, stem: Path, host: str = "localhost", days: int = 30) -> None:
+        """Make ``STEM-key.pem``, and ``STEM-cert.pem`` of a host, which is also 127.0.0.1 where it is localhost."""
+        request, names = stem.with_suffix(".csr"), stem.with_suffix(".ext")
+        addresses = ",IP:127.0.0.1" if host == "localhost" else ""
+        names.write_text(f"subjectAltName=DNS:{host}{addresses}\n")
+        _openssl("req", *_KEY, "-keyout", f"{stem}-key.pem", "-out", request, "-subj", f"/CN={host}")
+        _openssl(
+            "x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial",
+            "-days", str(days), "-extfile", names, "-out", f"{stem}-cert.pem",
+        )  # fmt: skip
+
+    def server(self, name: str, host: str = "localhost", days: int = 30) -> Path:
+        """Return a directory as nbdkit and QEMU take it for a server."""
+        directory = self.directory / name
+        directory.mkdir()
+        self.sign(directory / "server", host, days)
+        shutil.copy(self.certificate, directory)
+        return directory
+
+    def client(self, name: str, *, shows_itself: bool) -> Path:
+        """Return a directory as `certificates=` takes it."""
+        directory = self.directory / name
+        directory.mkdir()
+        if shows_itself:
+            self.sign(directory / "client", "client")
+        shutil.copy(self.certificate, directory)
+        return directory
+
+
+def _openssl(*words: object) -> None:
+    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=20)

@@ -1,0 +1,198 @@
+"""One of a disk's connections to its NBD server: made anew when it is lost, watched while the server owes an answer.
+
+Must not decide what becomes of requests that could not be done, nor send one again.
+
+When it is lost, everything that is in flight on it goes back as AWAY. What was sent may be under way at the server all
+the same. So a new connection is asked for by `Env.reconnect`, which sees the former one to its end before.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from xenbackend.block.driver import Complete, Env
+from xenbackend.block.remote.connection import Connection, Lost, Stream
+from xenbackend.block.remote.negotiation import Negotiation
+from xenbackend.block.remote.tls import Tls
+from xenbackend.block.request import AWAY, Request
+from xenbackend.block.servers import After, Endpoint
+from xenbackend.errors import DriverError
+from xenbackend.nbd.client import Offer
+
+TICK_S = 1.0  # between two looks at whether the server says anything
+PAUSES_S = (0.1, 0.3, 1.0, 2.0, 5.0)  # before a connection is tried again, by how often in a row
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the chain says: which export of which server, how long it may be silent, and how writes are done."""
+
+    endpoint: Endpoint
+    export: str
+    silence_s: float
+    durable: bool
+    tls: Tls | None = None
+
+
+class Lane:
+    """The connection in one place; `connection` while there is one, `trouble` says why there is none."""
+
+    def __init__(
+        self,
+        env: Env,
+        wanted: Wanted,
+        place: int,
+        complete: Complete,
+        is_less: Callable[[Offer], str],
+        on_change: Callable[[], None],
+    ) -> None:
+        """`complete` gets requests back; `is_less` says why an offer will not do; `begin` comes next."""
+        self.connection: Connection | None = None
+        self.trouble = ""
+        self._env = env
+        self._wanted = wanted
+        self._place = place
+        self._complete = complete
+        self._is_less = is_less
+        self._on_change = on_change
+        self._negotiation: Negotiation | None = None
+        self._coming: socket.socket | None = None  # whose handshake is under way
+        self._failures = 0  # of connecting, in a row
+        self._is_closed = self._is_timed = self._wants_to_send = False
+        self._heard = -1
+        self._silent_s = 0.0
+
+    def begin(self, stream: Stream, offer: Offer) -> None:
+        """Have a connection, which is ours from now on."""
+        self.connection = connection = Connection(stream, offer, durable=self._wanted.durable)
+        self.trouble = ""
+        self._failures, self._wants_to_send, self._heard = 0, False, -1
+        self._env.watch(connection.fileno(), self._ready)
+        self._on_change()
+
+    def submit(self, connection: Connection, batch: list[Request]) -> None:
+        """Send requests by `connection`, which is ours."""
+        connection.submit(batch)
+        if connection.wants_to_send != self._wants_to_send:
+            self._want(connection)
+        if connection.failure is not None:  # not from within `submit`
+            self._env.call_later(0.0, partial(self._lose, connection))
+        if not self._is_timed:
+            self._is_timed, self._heard, self._silent_s = True, connection.heard, 0.0
+            self._env.call_later(TICK_S, self._tick)
+
+    def close(self) -> None:
+        """Say goodbye, with nothing in flight; a connection that is being made is given up."""
+        self._is_closed = True
+        if self._negotiation is not None:
+            self._negotiation.stop()
+        if self._coming is not None:
+            self._coming.close()
+            self._coming = None
+            self._parted()
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            self._env.unwatch(connection.fileno())
+            is_clean = not connection.in_flight and connection.failure is None
+            connection.close(in_order=is_clean)
+            if is_clean:
+                self._parted()
+
+    def _parted(self) -> None:
+        self._env.disconnected(self._wanted.endpoint, self._place)
+
+    def _want(self, connection: Connection) -> None:
+        self._wants_to_send = connection.wants_to_send
+        self._env.want(connection.fileno(), writable=self._wants_to_send)
+
+    def _ready(self) -> None:
+        connection = self.connection
+        if connection is None:
+            return
+        if self._wants_to_send:
+            connection.send()
+            if not connection.wants_to_send:
+                self._want(connection)
+        done = connection.receive()
+        if done:
+            self._complete(done)
+        if connection.failure is not None:
+            self._lose(connection)
+
+    def _tick(self) -> None:
+        """Look whether a server that owes us answers says anything; one that owes none may be silent for ever."""
+        self._is_timed = False
+        connection = self.connection
+        if connection is None or not connection.in_flight:
+            return
+        self._is_timed = True
+        self._env.call_later(TICK_S, self._tick)
+        if connection.heard != self._heard:
+            self._heard, self._silent_s = connection.heard, 0.0
+            return
+        self._silent_s += TICK_S
+        if self._silent_s >= self._wanted.silence_s:
+            self._is_timed = False
+            connection.failure = Lost(f"the server has answered nothing for {self._silent_s:.0f} s")
+            self._lose(connection)
+
+    def _lose(self, connection: Connection) -> None:
+        """Give back what is in flight, and have another connection made in the place of one that has failed."""
+        if connection is not self.connection:
+            return
+        self.connection = None
+        failure = connection.failure
+        self._env.unwatch(connection.fileno())
+        lost = connection.take_back()
+        connection.close(in_order=False)
+        self._say(f"lost: {failure}")
+        is_broken = isinstance(failure, Lost) and failure.is_broken
+        self._reconnect(After.BREACH if is_broken else After.LOSS)
+        for request in lost:
+            request.status = AWAY
+        if lost:
+            self._complete(lost)
+
+    def _say(self, trouble: str) -> None:
+        self.trouble = trouble
+        self._on_change()
+
+    def _reconnect(self, after: After) -> None:
+        if not self._is_closed:
+            self._env.reconnect(self._wanted.endpoint, self._place, after, self._connected)
+
+    def _try_later(self, why: str) -> None:
+        """Say why there is no connection, and try again after a pause."""
+        self._say(f"none: {why}")
+        pause_s = PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
+        self._failures += 1
+        self._env.call_later(pause_s, partial(self._reconnect, After.LOSS))
+
+    def _connected(self, near: socket.socket | None, why: DriverError | None) -> None:
+        if near is None:
+            if not self._is_closed:
+                self._try_later(why.problem if why is not None else "it could not be made")
+        elif self._is_closed:
+            near.close()
+            self._parted()
+        else:
+            self._coming = near
+            wanted = self._wanted
+            self._negotiation = Negotiation(self._env, near, wanted.export, wanted.tls, self._negotiated)
+
+    def _negotiated(self, offer: Offer | None, why: str) -> None:
+        near, negotiation = self._coming, self._negotiation
+        self._coming = self._negotiation = None
+        if near is None or negotiation is None:
+            return
+        if offer is not None:
+            why = self._is_less(offer)
+        if offer is None or why:
+            near.close()
+            self._parted()  # no request went there
+            self._try_later(why)
+        else:
+            self.begin(negotiation.stream, offer)

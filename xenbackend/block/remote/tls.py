@@ -1,0 +1,268 @@
+"""TLS over a socket that is there already, as a client with certificates: what a socket can do, encrypted.
+
+Must not read a file, nor go on where a certificate is not right. The socket stays what it is underneath: whoever has
+another descriptor of it sees its end, as he would without TLS.
+
+Python's `ssl` reads a client's own certificate from files only, and whoever serves a disk can open none. So that one is
+handed to OpenSSL itself, by the functions that `ssl` is linked with.
+
+Source: NetworkBlockDevice/nbd doc/proto.md, "TLS support"; PySSLContext of CPython's Modules/_ssl.c, whose first field
+is the SSL_CTX; SSL_CTX_use_certificate(3), PEM_read_bio_PrivateKey(3).
+"""
+
+from __future__ import annotations
+
+import _ssl
+import ctypes
+import errno
+import socket
+import ssl
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from xenbackend.block.servers import AUTHORITIES, CERTIFICATE, KEY
+from xenbackend.errors import XenbackendError
+from xenbackend.nbd.abi import NbdError
+
+_MOST = 256 * 1024  # bytes that are encrypted, or received, at once
+_EXTRA_CHAIN_CERT = 14  # openssl/ssl.h, SSL_CTRL_EXTRA_CHAIN_CERT
+_UNKNOWN = "its certificate is from no authority that we know"
+# openssl/x509_vfy.h, by X509_V_ERR_...
+_SENTENCES = {
+    9: "its certificate is not valid yet",
+    10: "its certificate has expired",
+    **dict.fromkeys((2, 18, 19, 20, 21), _UNKNOWN),
+    62: "its certificate is of another host",
+    64: "its certificate is of another address",
+}
+
+
+class TlsFailed(XenbackendError):
+    """There is no TLS with a server, or none that could be trusted."""
+
+
+class Tls:
+    """How servers are spoken to: whom we believe, who we are, and which host it should be."""
+
+    def __init__(self, credentials: Mapping[str, str], host: str) -> None:
+        """Take what AUTHORITIES, CERTIFICATE and KEY have in them, as PEM; without the last two we are nobody.
+
+        `host` is the name or address that a server's certificate is for; empty: any that its authority has signed.
+
+        Raises: TlsFailed, naming the file.
+        """
+        self._host = host
+        self._context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.check_hostname = bool(host)
+        try:
+            context.load_verify_locations(cadata=credentials[AUTHORITIES])
+        except (ssl.SSLError, ValueError) as error:
+            raise TlsFailed(f"{AUTHORITIES} has no certificate in it") from error
+        if CERTIFICATE in credentials:
+            _give_certificate(context, credentials[CERTIFICATE].encode(), credentials[KEY].encode())
+
+    def over(self, near: socket.socket) -> TlsSocket:
+        """Return what `near` is with TLS; `handshake` comes next."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        return TlsSocket(
+            near,
+            self._context.wrap_bio(incoming, outgoing, server_hostname=self._host or None),
+            incoming,
+            outgoing,
+        )
+
+
+class TlsSocket:
+    """A socket with TLS, with what of a socket is used; one that does not block raises BlockingIOError likewise.
+
+    Raises besides: NbdError, where what comes is no TLS.
+    """
+
+    def __init__(
+        self, near: socket.socket, session: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
+    ) -> None:
+        self._socket = near
+        self._session = session
+        self._incoming, self._outgoing = incoming, outgoing
+        self._unsent = memoryview(b"")
+        self.fileno, self.setblocking, self.settimeout = near.fileno, near.setblocking, near.settimeout
+        self.shutdown, self.close = near.shutdown, near.close
+
+    @property
+    def version(self) -> str:
+        """Which version of TLS was agreed on: TLSv1.3."""
+        return self._session.version() or ""
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the socket has not taken everything that is encrypted."""
+        return bool(self._unsent) or self._outgoing.pending > 0
+
+    def handshake(self) -> None:
+        """Go on with the handshake until it is done. Raises: TlsFailed; as the socket does."""
+        while True:
+            try:
+                self._session.do_handshake()
+                self.flush()
+                return
+            except ssl.SSLWantReadError:
+                self.flush()
+                if not self._fetch():
+                    raise TlsFailed("it has closed the connection while TLS began") from None
+            except ssl.SSLError as error:
+                with suppress(OSError):  # the server may be told
+                    self.flush()
+                raise TlsFailed(_sentence(error)) from error
+
+    def flush(self) -> None:
+        """Send what is encrypted and not sent."""
+        while self.has_unsent:
+            if not self._unsent:
+                self._unsent = memoryview(self._outgoing.read())
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
+
+    def sendmsg(self, pieces: Iterable[bytes | memoryview]) -> int:
+        """Encrypt and send the beginning; return how many bytes of it: `flush` sends what the socket has not taken."""
+        self.flush()
+        taken, size = [], 0
+        for piece in pieces:
+            taken.append(piece[: _MOST - size])
+            size += len(taken[-1])
+            if size >= _MOST:
+                break
+        try:
+            self._session.write(b"".join(taken))
+        except ssl.SSLError as error:
+            raise NbdError(f"TLS: {_reason(error)}") from error
+        with suppress(BlockingIOError):
+            self.flush()
+        return size
+
+    def sendall(self, data: bytes) -> None:
+        """Encrypt and send all of it; the socket blocks, or takes that much."""
+        left = memoryview(data)
+        while left:
+            left = left[self.sendmsg([left]) :]
+        self.flush()
+
+    def recv(self, size: int) -> bytes:
+        """Receive up to so many bytes; none at the end."""
+        room = bytearray(size)
+        return bytes(room[: self.recv_into(memoryview(room))])
+
+    def recv_into(self, view: memoryview) -> int:
+        """Receive into `view`, and return how many bytes; 0 at the end."""
+        while True:
+            try:
+                return self._session.read(len(view), view)  # type: ignore[return-value]  # into a buffer
+            except ssl.SSLWantReadError:
+                if not self._fetch():
+                    return 0
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return 0
+            except ssl.SSLError as error:
+                raise NbdError(f"TLS: {_reason(error)}") from error
+
+    def recvmsg_into(self, views: Iterable[memoryview]) -> tuple[int]:
+        """Receive into one view after the other as much as is there, at least one byte; none at the end."""
+        size = 0
+        for view in views:
+            filled = 0
+            while filled < len(view):
+                try:
+                    received = self.recv_into(view[filled:])
+                except BlockingIOError:
+                    if size:
+                        return (size,)
+                    raise
+                if not received:
+                    return (size,)
+                filled += received
+                size += received
+        return (size,)
+
+    def _fetch(self) -> bool:
+        """Receive what is encrypted; False at the end."""
+        received = self._socket.recv(_MOST)
+        self._incoming.write(received)
+        return bool(received)
+
+
+def _give_certificate(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
+    """Let a context present a certificate, with those behind it in its file. Raises: TlsFailed."""
+    try:
+        library = _library()
+    except (OSError, AttributeError) as error:
+        raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: {error}") from error
+    pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
+    bio = library.BIO_new_mem_buf(certificate, len(certificate))
+    try:
+        found = 0
+        while one := library.PEM_read_bio_X509(bio, None, None, b""):
+            if not found:
+                library.SSL_CTX_use_certificate(pointer, one)
+                library.X509_free(one)
+            else:
+                library.SSL_CTX_ctrl(pointer, _EXTRA_CHAIN_CERT, 0, one)  # which has it from now on
+            found += 1
+    finally:
+        library.BIO_free(bio)
+        library.ERR_clear_error()  # at the end of a file there is one
+    if not found:
+        raise TlsFailed(f"{CERTIFICATE} has no certificate in it")
+    bio = library.BIO_new_mem_buf(key, len(key))
+    try:
+        private = library.PEM_read_bio_PrivateKey(bio, None, None, b"")  # an empty passphrase: nobody is asked for one
+        if not private:
+            raise TlsFailed(f"{KEY} has no key in it that can be read without a passphrase")
+        is_its = library.SSL_CTX_use_PrivateKey(pointer, private)
+        library.EVP_PKEY_free(private)
+    finally:
+        library.BIO_free(bio)
+        library.ERR_clear_error()
+    if is_its != 1:
+        raise TlsFailed(f"{KEY} is not the key of {CERTIFICATE}")
+
+
+@cache
+def _library() -> Any:
+    """Return what `ssl` is linked with. Raises: OSError, AttributeError, where that cannot be reached."""
+    library = ctypes.PyDLL(getattr(_ssl, "__file__", None))
+    address, number, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+    for name, arguments, result in (
+        ("BIO_new_mem_buf", [text, number], address),
+        ("BIO_free", [address], number),
+        ("PEM_read_bio_X509", [address, address, address, text], address),
+        ("PEM_read_bio_PrivateKey", [address, address, address, text], address),
+        ("X509_free", [address], None),
+        ("EVP_PKEY_free", [address], None),
+        ("ERR_clear_error", [], None),
+        ("SSL_CTX_use_certificate", [address, address], number),
+        ("SSL_CTX_use_PrivateKey", [address, address], number),
+        ("SSL_CTX_ctrl", [address, number, ctypes.c_long, address], ctypes.c_long),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _sentence(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _SENTENCES.get(error.verify_code, f"its certificate is not right: {error.verify_message}")
+    return _reason(error)
+
+
+def _reason(error: ssl.SSLError) -> str:
+    """Return what OpenSSL says, in words."""
+    if not error.reason:
+        return error.strerror or f"error {error.errno or errno.EPROTO}"
+    return error.reason.replace("_", " ").lower()
+
+
+# A process that can open no file any more can load nothing either.
+with suppress(OSError, AttributeError):
+    _library()
+ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
