@@ -111,6 +111,8 @@ _DONE: dict[str, Any] = {
     "set": CHAIN,
     "snapshot": CHAIN,
     "resize": CHAIN,
+    "keep": CHAIN,
+    "drop": CHAIN,
     "pause": {"paused": True},
     "resume": {"paused": False},
     "policy": {"policy": "enospc=pause"},

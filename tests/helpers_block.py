@@ -27,12 +27,12 @@ class Machine:
     """A worker without a guest: opens chains on real files, and runs its loop until requests are back.
 
     `parents` is what the settings of its host say: by default images may lead to any file, since most tests are not
-    about that.
+    about that. `scratch` is the directory of unnamed files.
     """
 
-    def __init__(self, parents: Sequence[str] = ("/",)) -> None:
+    def __init__(self, parents: Sequence[str] = ("/",), scratch: str = "/dev/shm") -> None:
         self.reactor = Reactor()
-        self.files = HostFiles(self.reactor, opener=LocalOpener(lambda: parents))
+        self.files = HostFiles(self.reactor, opener=LocalOpener(lambda: parents, scratch=lambda: scratch))
         self.reactor.before_sleep(self.files.kick)
         self.make_env = EnvFactory(self.reactor, self.files)
         self.slept: list[float] = []

@@ -20,6 +20,7 @@ from xenbackend.block.spec import parse_chain
 MEANT = (
     "throttle:",
     "cow:",
+    "cow:|",
     "luks:",
     "partition:",
     "log:|throttle:",
@@ -75,6 +76,19 @@ def test_many_guests_start_from_one_image(machine: Machine, at: Callable[[str], 
     assert before[:512] == content(first)
     assert b"1" * 512 + before[512:] == machine.contents(at("cow:"))
     assert before == (tmp_path / "template.raw").read_bytes()
+
+
+def test_a_disk_to_throw_away(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
+    """What was written is there while the disk is open, and then nowhere; no other file is made."""
+    (tmp_path / "vm.qcow2").rename(tmp_path / "template.qcow2")
+    before, names = machine.contents(at("cow:|")), sorted(tmp_path.iterdir())
+    chain = machine.open(at("cow:|"))
+    assert [0] == machine.do(chain, write(4096, b"x" * 512))
+    assert b"x" * 512 == machine.everything(chain)[4096:4608]
+    chain.close()
+
+    assert before == machine.contents(at("cow:|"))
+    assert names == sorted(tmp_path.iterdir())
 
 
 def test_who_takes_the_medium_away_reads_nothing(

@@ -16,6 +16,7 @@ from xenbackend.protocol.codes import EXIT_STATUS, Code
 ASKING = [  # commands that ask the service, and what they are asked with
     "status", "pause 5/xvda", "resume 5/xvda", "set 5/xvda aio:/new", "set 5/xvda aio:/new --dry-run", "resize 5/xvda",
     "snapshot 5/xvda /new", "policy 5/xvda", "policy 5/xvda enospc=report", "upgrade", "upgrade 5/xvda", "stop",
+    "cow keep 5/xvda /new", "cow drop 5/xvda",
     "orders", "orders 17", "metrics", "log get 5/xvda", "log peek 5/xvda", "log start 5/xvda",
     "log status 5/xvda",
 ]  # fmt: skip
@@ -23,7 +24,7 @@ MISTAKES = [  # {} is a directory with a file `taken` and nothing else
     "pause", "pause foo", "pause 5/frob", "pause 5/xvda now", "resume foo", "resume 5/xvda --timeout soon",
     "set foo null:1G", "set 5/xvda", "set 5/xvda nosuch:x", "set 5/xvda 'log:|'", "set 5/xvda aio:relative",
     "set 5/xvda null:1G --dry", "resize foo", "snapshot foo /new", "snapshot 5/xvda",
-    "snapshot 5/xvda /x --format frob",
+    "snapshot 5/xvda /x --format frob", "cow", "cow keep 5/xvda", "cow keep foo /new", "cow drop foo",
     "policy foo", "policy 5/xvda bla", "policy 5/xvda flush=report", "upgrade foo", "stop now", "orders x",
     "status foo", "metrics now", "metrics --listen 10.0.0.1:80", "metrics --listen 127.0.0.1:http",
     "metrics --textfile {}/taken", "status 5/xvda 5/frob", "status --watch 0.2", "status --sort frob",

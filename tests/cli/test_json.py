@@ -35,8 +35,10 @@ SECTIONS = {  # commands whose objects together have every key of the section
     "metrics": ["metrics"],
     "orders": ["orders"],
     "pause, resume, policy": ["pause 5/xvda", "resume 5/xvda", "policy 5/xvda"],
-    "set, snapshot, resize": ["set 5/xvda aio:/a", "set 5/xvda aio:/a --dry-run", "snapshot 5/xvda /a",
-                              "resize 5/xvda"],
+    "set, snapshot, resize, cow keep, cow drop": [
+        "set 5/xvda aio:/a", "set 5/xvda aio:/a --dry-run", "snapshot 5/xvda /a", "resize 5/xvda",
+        "cow keep 5/xvda /a", "cow drop 5/xvda",
+    ],
     "upgrade, stop": ["upgrade", "upgrade 5/xvda", "stop"],
     "check": ["check log:|ram:1M"],
     "drivers": ["drivers"],
@@ -148,6 +150,7 @@ def asks(words: list[str]) -> bool:
         "set",
         "snapshot",
         "resize",
+        "cow",
         "upgrade",
         "stop",
     )

@@ -13,6 +13,7 @@ from xenbackend.supervisor.vbd.orders import BARRED_BY
 
 _SHOWN = 5  # failed runs
 _COMPLETE = 100_000  # orders
+_REFUSED = {"keep", "drop"}  # no disk of the model has an unnamed file, so that they are never under way
 
 
 class Report:
@@ -33,7 +34,9 @@ class Report:
     def never(self) -> list[str]:
         """Return what has not happened, although it should where there are orders enough."""
         wanted = [f"answer: {verb}" for verb in VERBS]
-        wanted += [f"barred: {verb} by {other}" for verb, others in BARRED_BY.items() for other in sorted(others)]
+        wanted += [
+            f"barred: {verb} by {other}" for verb, others in BARRED_BY.items() for other in sorted(others - _REFUSED)
+        ]
         wanted += [name.replace("reached:", "killed:") for name in self.notes if name.startswith("reached:")]
         return [each for each in wanted if not any(name.startswith(each) for name in self.notes)]
 

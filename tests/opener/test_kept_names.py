@@ -16,6 +16,7 @@ import pytest
 from tests.descriptors import open_descriptors
 from tests.loops import give, loop
 from xenbackend.block.driver import Found
+from xenbackend.block.files import UNNAMED
 from xenbackend.block.mapped.parents import EXTENT, PARENT
 from xenbackend.errors import DriverError
 from xenbackend.opener import marks, steps
@@ -336,3 +337,42 @@ def test_a_parent_on_a_device_is_compared_when_it_is_open(undo: ExitStack, tmp_p
         assert found == disk.access.find(PARENT, image, [device], 0)
         with pytest.raises(DriverError, match="it is another one"):
             disk.content(str(place))
+
+
+def test_an_unnamed_file_is_the_kept_one(tmp_path: Path) -> None:
+    """D2: whoever opens the chain again gets what was written; there is another one only where the job says so."""
+    chain = f"cow:|aio:{tmp_path}/base"
+    held = steps.hold_unnamed(str(tmp_path))
+    opened = steps.reopen(held, UNNAMED, write=True)
+    os.write(opened, b"written!")
+    os.close(opened)
+    for renews, wanted in [(False, [b"written!", b"written!"]), (True, [b"written!", b""])]:
+        kept = [KeptFile(UNNAMED, steps.identify(held))]
+        job = Job(
+            "vbd/5/51712", [chain, chain], read_only=False, kept=kept, scratch=str(tmp_path), renews_unnamed=renews
+        )
+        disk = Disk(chains=[])
+        disk.access = Access(job, {UNNAMED: os.dup(held)}, disk._tell)
+
+        assert wanted == [disk.content(UNNAMED, number) for number in (0, 1)]
+        assert str(tmp_path) == disk.access.look(UNNAMED, 0).real
+        disk.access.close()
+    os.close(held)
+
+
+def test_an_unnamed_file_gets_the_name_that_the_job_has(tmp_path: Path) -> None:
+    """It is the same file by its name, for the second chain alone, and another name is a record like any other."""
+    chains = [f"cow:|aio:{tmp_path}/base", f"cow:{tmp_path}/kept|aio:{tmp_path}/base"]
+    held = steps.hold_unnamed(str(tmp_path))
+    inode = os.fstat(held).st_ino
+    kept = [KeptFile(UNNAMED, steps.identify(held))]
+    for name, is_named in [("other", False), ("kept", True)]:
+        disk = Disk(chains=[])
+        job = Job("vbd/5/51712", chains, read_only=False, kept=kept, names_unnamed=f"{tmp_path}/{name}")
+        disk.access = Access(job, {UNNAMED: os.dup(held)}, disk._tell)
+        os.close(disk.access.open(f"{tmp_path}/kept", 1, write=True, create=True, claims=False)[0])
+        disk.access.close()
+
+        assert is_named == ((tmp_path / "kept").stat().st_ino == inode)
+        (tmp_path / "kept").unlink()
+    os.close(held)

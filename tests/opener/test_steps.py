@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -50,6 +51,66 @@ def test_a_record_is_made_for_its_owner_and_through_no_link(tmp_path: Path) -> N
         steps.hold_record(str(tmp_path / "none"), create=False)
 
     assert 0o600 == stat.S_IMODE(path.stat().st_mode)
+
+
+def test_an_unnamed_file_is_in_no_directory(tmp_path: Path) -> None:
+    """It can be opened by whoever holds it, for its owner only, and its room is given back with the last descriptor."""
+    held = steps.hold_unnamed(str(tmp_path))
+    opened = steps.reopen(held, "unnamed", write=True)
+    os.write(opened, b"data")
+    os.close(opened)
+    opened = steps.reopen(held, "unnamed", write=False)
+
+    assert b"data" == os.read(opened, 10)
+    assert [] == list(tmp_path.iterdir())
+    assert (0, 0o600) == (os.fstat(held).st_nlink, stat.S_IMODE(os.fstat(held).st_mode))
+    os.close(opened)
+    os.close(held)
+
+
+def test_where_a_file_system_makes_none_a_name_is_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS: the file is as good, but never gets a name again."""
+    plain = os.open
+
+    def refusing(path: str, flags: int, *more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no")
+        return plain(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    held = steps.hold_unnamed(str(tmp_path))
+    monkeypatch.undo()
+
+    assert [] == list(tmp_path.iterdir())
+    with pytest.raises(DriverError, match="gives no name to a file that has none"):
+        steps.give_name(held, str(tmp_path / "name"))
+    os.close(held)
+
+
+def test_a_name_is_given_once_and_to_no_other_file(tmp_path: Path) -> None:
+    """Given again it is done already; one that is taken, or on another file system, is refused with a sentence."""
+    held = steps.hold_unnamed(str(tmp_path))
+    path, taken = tmp_path / "kept", tmp_path / "taken"
+    taken.write_bytes(b"precious")
+    steps.give_name(held, str(path))
+    steps.give_name(held, str(path))
+    elsewhere = Path("/dev/shm/kept")
+    for name, why in [(taken, "exists already"), (elsewhere, "another file system"), (path / "x", "directory")]:
+        with pytest.raises(DriverError, match=why):
+            steps.give_name(held, str(name))
+
+    assert b"precious" == taken.read_bytes()
+    assert path.stat().st_ino == os.fstat(held).st_ino
+    os.close(held)
+
+
+@pytest.mark.parametrize(("directory", "why"), [("", "nothing says in which"), ("/nowhere", "/nowhere, the directory")])
+def test_an_unnamed_file_needs_a_directory(directory: str, why: str) -> None:
+    """The sentence names the setting."""
+    with pytest.raises(DriverError, match=why):
+        steps.hold_unnamed(directory)
 
 
 def test_facts(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ class FakeWorker:
                 return messages.Reply(ask.id, Code.FAILED, "/full: no room for another image")
             case messages.Branch():
                 file = "/etc/shadow" if ask.question.file == "/lies" else ask.question.file
-                return messages.Reply(ask.id, Code.OK, data=f"qcow2:{file}")
+                filters, bar, _ = self.standing.chain.rpartition("|")
+                return messages.Reply(ask.id, Code.OK, data=f"{filters}{bar}qcow2:{file}")
             case messages.Command():
                 answer = f"{ask.question.layer} {ask.question.arguments}"
                 if ask.question.verb == "get":

@@ -16,6 +16,10 @@ from xenbackend.block.servers import Account, After, Endpoint
 if TYPE_CHECKING:
     import socket
 
+# In the place of a path: a file that has no name, in a directory of the settings. It begins empty, is there for as long
+# as the disk is attached, whoever serves it, and nothing of it can be left.
+UNNAMED = "(unnamed)"
+
 
 class File(Protocol):
     """An open image file or block device: itself a bottom layer, with blocking helpers for `open` only."""
@@ -86,7 +90,7 @@ class FileFacts(Protocol):
 
     @property
     def mtime_ns(self) -> int:
-        """Time of its last change, since 1970."""
+        """Time of its last change, since 1970; of an image that is open by this path, of the last one before."""
 
     @property
     def real(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from xenbackend.block import drivers, grammar
 from xenbackend.block.driver import Driver
+from xenbackend.block.files import UNNAMED
 from xenbackend.block.keys import key_files_of
 from xenbackend.block.options import files_of, parse_options
 from xenbackend.errors import ChainError, ConfigError
@@ -62,7 +63,7 @@ def check_whole_paths(chain: ChainSpec) -> None:
     """
     for layer in chain.layers:
         for option, file in {**files_of(layer.options), **key_files_of(layer.options)}.items():
-            if not os.path.isabs(file):  # noqa: PTH117 - as `opening`
+            if file != UNNAMED and not os.path.isabs(file):  # noqa: PTH117 - as `opening`
                 whole = os.path.abspath(file)  # noqa: PTH100 - the same
                 raise ConfigError(
                     f"{layer.text}: option {option}: {file} is seen from where the service runs; "

@@ -22,7 +22,8 @@ MODULES = {  # of the commands, in the order of the help
     "detach": "attach", "check": "check",
     "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",
     "policy": "disk", "upgrade": "upgrade",
-    "stop": "upgrade", "orders": "orders", "drivers": "drivers", "log": "log", "demo": "demo", "bench": "bench",
+    "stop": "upgrade", "orders": "orders", "drivers": "drivers", "log": "log", "cow": "cow", "demo": "demo",
+    "bench": "bench",
     "install": "install", "uninstall": "install", "xl": "xl", "convert": "convert", "image": "image",
 }  # fmt: skip
 

@@ -39,6 +39,9 @@ def register(subparsers: Any) -> None:
         "yet which chain is in service, the service waits for it, up to 45 s; then a file tells the next service. "
         "A terminal shows what it waits for.",
     )
+    parser.add_argument(
+        "--force", action="store_true", help="also where guests lose what they wrote to disks of cow: without a file"
+    )
     add_order_options(parser)
     parser.set_defaults(run=_stop, verb="stop")
 
@@ -87,7 +90,8 @@ def _waits_for(socket: str) -> str:
 
 def _stop(args: argparse.Namespace) -> int:
     try:
-        answer = waiting.order(args, {"verb": "stop"}, lambda: _waits_for(args.socket))
+        force = {"force": True} if args.force else {}
+        answer = waiting.order(args, {"verb": "stop", **force}, lambda: _waits_for(args.socket))
     except ServiceError as problem:
         known = problem.answer.data if isinstance(problem.answer.data, dict) else {}
         for each in [] if args.json else known.get("waits", []):

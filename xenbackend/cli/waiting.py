@@ -25,7 +25,8 @@ LOOK_S = 0.25  # between two looks for the end of an order that another service 
 RETURN_S = 30.0  # the longest that a service is away that somebody starts again
 
 Look = Callable[[], str]
-FOLLOWED = ("set", "snapshot", "resize", "pause", "resume", "upgrade")  # their answers hold nothing that would be lost
+# Their answers hold nothing that would be lost.
+FOLLOWED = ("set", "snapshot", "resize", "keep", "drop", "pause", "resume", "upgrade")
 
 
 def order(args: argparse.Namespace, request: dict[str, Any], look: Look | None = None) -> Answer:

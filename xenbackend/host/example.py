@@ -29,6 +29,7 @@ _ABOUT = {
     "log": 'How the log is written: "console", "journal" or "json". The systemd unit asks for "journal", which holds.',
     "log_level": 'The least level that is logged: "debug", "info", "warning" or "error".',
     "parents": "Directories below which an image's parent may be, for each image; else see: xenbackend image trust.",
+    "scratch": "The directory for the unnamed files of cow:, which have what guests write to throw-away disks.",
     "limits": "The most that is offered to a guest.",
     "limits.max_queues": "Rings of a vbd, from 1 to 8.",
     "limits.max_ring_order": "A ring's pages as a power of two, from 0 (one page) to 4 (sixteen).",

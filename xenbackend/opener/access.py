@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from xenbackend.block.driver import Found
+from xenbackend.block.files import UNNAMED
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.block.servers import Account
 from xenbackend.errors import DriverError, printable
@@ -50,8 +51,7 @@ class Access:
 
     def look(self, name: str, chain: int) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""
-        held = self._hold(name, chain, create=False)
-        return steps.look(held.fd, name)
+        return self._facts(name, self._hold(name, chain, create=False))
 
     def find(self, what: str, named_by: str, names: list[str], chain: int) -> Found:
         """Return the file that an image means, if it may be followed there, as `parents.find`. Raises: DriverError.
@@ -94,7 +94,7 @@ class Access:
         fd = steps.reopen(held.fd, name, write=write, claims=claims)
         try:
             self._check_medium(name, chain, held, fd)
-            return fd, steps.look(held.fd, name)
+            return fd, self._facts(name, held)
         except BaseException:
             os.close(fd)
             raise
@@ -239,8 +239,32 @@ class Access:
 
     def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
         """Return what a name means now, after whoever keeps it has it."""
-        fd = steps.hold_record(name, create=create) if rule.is_record else steps.hold(name)
+        if rule.is_unnamed:
+            fd = self._hold_unnamed(chain)
+        elif rule.is_record:
+            if chain and name == self._job.names_unnamed:
+                self._name_unnamed()
+            fd = steps.hold_record(name, create=create)
+        else:
+            fd = steps.hold(name)
         return self._take_over(name, chain, fd, "")
+
+    def _hold_unnamed(self, chain: int) -> int:
+        """Return a descriptor of the disk's unnamed file, which is made where there is none. Raises: DriverError."""
+        kept = self._kept.get(UNNAMED)
+        if kept is None or (chain and self._job.renews_unnamed):
+            return steps.hold_unnamed(self._job.scratch)
+        return os.dup(kept.fd)
+
+    def _name_unnamed(self) -> None:
+        """Give the unnamed file of the chain in service the name that the job has for it. Raises: DriverError."""
+        kept = self._kept.get(UNNAMED)
+        if kept is None:
+            raise DriverError("the disk has no unnamed file", path=self._job.names_unnamed, errno=errno.ENOENT)
+        steps.give_name(kept.fd, self._job.names_unnamed)
+
+    def _facts(self, name: str, held: _Held) -> Facts:
+        return steps.look(held.fd, self._job.scratch if name == UNNAMED else name)
 
     def _take_over(self, name: str, chain: int, fd: int, identity: str) -> _Held:
         """Return a file that a name means, ours from now on, after whoever keeps it has it. Raises: DriverError."""

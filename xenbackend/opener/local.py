@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xenbackend.block.driver import Found
+from xenbackend.block.files import UNNAMED
 from xenbackend.block.keys import Derivation
 from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
@@ -31,6 +32,14 @@ def parents_of_settings() -> Sequence[str]:
 
     found = settings_file.read(settings_file.PATH, must_exist=False).get("parents", [])
     return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+def scratch_of_settings() -> str:
+    """Return the directory in which this host's unnamed files are. Raises: ConfigError."""
+    from xenbackend import settings_file  # late, as above
+
+    found = settings_file.read(settings_file.PATH, must_exist=False).get("scratch", "")
+    return found if isinstance(found, str) and found else settings_file.SCRATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +60,20 @@ class LocalOpener:
     Args:
         settings: returns the places of the settings; asked when an image names another file.
         trusts: follow images wherever they lead to, as an administrator has said.
+        scratch: returns the directory of unnamed files. One is there for as long as it is open: it is not kept.
 
     `followed` are the images that led to other files, in their order, of one that trusts them.
     """
 
-    def __init__(self, settings: Settings = parents_of_settings, *, trusts: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings = parents_of_settings,
+        *,
+        trusts: bool = False,
+        scratch: Callable[[], str] = scratch_of_settings,
+    ) -> None:
         self._settings = settings
+        self._scratch = scratch
         self._trusts = trusts
         self.followed: list[Followed] = []
         self._fds: dict[str, int] = {}  # O_PATH, by name
@@ -68,14 +85,16 @@ class LocalOpener:
 
         `release` it as often. Raises: DriverError; OSError, about the path.
         """
-        if path not in self._found:
+        if path == UNNAMED:
+            self._have_unnamed()
+        elif path not in self._found:
             self._keep(path, steps.hold(path))
         self._uses[path] += 1
 
     def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
         """Open a file that is held. Raises: OSError, about the path; EBUSY, where it `claims` what is in use."""
         held = self.descriptor(path)
-        facts = steps.look(held, path)
+        facts = self._facts(held, path)
         return steps.reopen(held, path, write=write, claims=claims), facts
 
     def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002 - for `RemoteOpener`
@@ -88,6 +107,9 @@ class LocalOpener:
 
     def open_record(self, path: str) -> int:
         """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
+        if path == UNNAMED:
+            self._have_unnamed()
+            return steps.reopen(self._fds[path], path, write=True)
         held = steps.hold_record(path, create=True)
         try:
             return steps.reopen(held, path, write=True)
@@ -121,8 +143,10 @@ class LocalOpener:
 
     def look(self, path: str) -> Facts:
         """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""
+        if path == UNNAMED:
+            self._have_unnamed()
         if path in self._fds:
-            return steps.look(self._fds[path], path)
+            return self._facts(self._fds[path], path)
         fd = steps.hold(path)
         try:
             return steps.look(fd, path)
@@ -184,6 +208,13 @@ class LocalOpener:
         self._fds.clear()
         self._uses.clear()
         self._found.clear()
+
+    def _have_unnamed(self) -> None:
+        if UNNAMED not in self._fds:
+            self._fds[UNNAMED] = steps.hold_unnamed(self._scratch())
+
+    def _facts(self, fd: int, path: str) -> Facts:
+        return steps.look(fd, self._scratch() if path == UNNAMED else path)
 
     def _keep(self, path: str, fd: int) -> None:
         if path in self._fds:

@@ -10,6 +10,7 @@ import errno
 import os
 from dataclasses import dataclass
 
+from xenbackend.block.files import UNNAMED
 from xenbackend.block.mapped.parents import DATA_FILE
 from xenbackend.block.options import KEY, RECORD, files_of, uses_of
 from xenbackend.block.servers import Account, Endpoint, account_of, certificates_of, servers_of
@@ -25,6 +26,7 @@ class Rule:
     may_write     open it for writing
     is_shared     others may write to it as well, so that a block device need not be claimed for that
     is_record     make it where it is not there
+    is_unnamed    it is the disk's unnamed file (`block.files.UNNAMED`), a record that no name leads to
     within        the places where its layer says that the files that it names may be
     data_file     the file that its layer says has its data, empty: its layer says nothing of that
     """
@@ -32,6 +34,7 @@ class Rule:
     may_write: bool
     is_shared: bool = False
     is_record: bool = False
+    is_unnamed: bool = False
     within: str = ""
     data_file: str = ""
 
@@ -69,6 +72,8 @@ class Rules:
             for path, use in uses_of(layer.options).items():
                 if use == KEY:
                     self._keys.add(path)
+                elif path == UNNAMED:
+                    self._rules[path] = Rule(may_write=True, is_record=True, is_unnamed=True)
                 elif use == RECORD:
                     self._rules[path] = self._rules[f"{path}.1"] = Rule(may_write=True, is_record=True)
                 else:

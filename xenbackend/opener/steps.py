@@ -8,10 +8,12 @@ at is what is opened afterwards, by /proc/self/fd, whatever the name means by th
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import tempfile
 
-from xenbackend.errors import DriverError
+from xenbackend.errors import DriverError, printable
 from xenbackend.kernel import blockdev, identity, inuse
 from xenbackend.kernel.claims import open_medium
 from xenbackend.kernel.inuse import InUse
@@ -45,6 +47,57 @@ def hold_record(path: str, *, create: bool) -> int:
         os.close(fd)
         raise DriverError(f"{path} is not a regular file", path=path)
     return fd
+
+
+def hold_unnamed(directory: str) -> int:
+    """Return an O_PATH descriptor of a new, empty file without a name, for its owner only: it goes with the last one.
+
+    A file system that makes none (O_TMPFILE, open(2)) is given a name that is removed at once: such a file can never be
+    named again. Raises: DriverError, OSError.
+    """
+    if not directory:
+        raise DriverError("nothing says in which directory unnamed files may be", errno=errno.EACCES)
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            problem = f"no unnamed file can be made in {printable(directory)}, the directory of the setting scratch"
+            raise DriverError(f"{problem}: {error.strerror}", path=directory, errno=error.errno or errno.EIO) from error
+        fd, name = tempfile.mkstemp(prefix=".xenbackend-", dir=directory)
+        os.unlink(name)  # noqa: PTH108 - as all here
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+
+
+def give_name(fd: int, path: str) -> None:
+    """Give an unnamed file that is held its name, durably; where it has that already nothing is done.
+
+    Raises: DriverError, where that cannot be.
+    """
+    directory, name = os.path.split(path)
+    try:
+        parent = os.open(directory or ".", os.O_DIRECTORY | os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent)
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    except FileExistsError:
+        found, held = os.lstat(path), os.fstat(fd)
+        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            problem = f"{printable(path)} exists already, and is not written over; choose another name or remove it"
+            raise DriverError(problem, path=path, errno=errno.EEXIST) from None
+    except OSError as error:
+        why = {
+            errno.EXDEV: "it is on another file system than the unnamed file; name a file in the directory of the "
+            "setting scratch, or on its file system",
+            errno.ENOENT: "there is no such directory, or the file system of the setting scratch gives no name to a "
+            "file that has none",
+        }.get(error.errno or 0, error.strerror)
+        problem = f"{printable(path)} cannot become the name of what was written: {why}"
+        raise DriverError(problem, path=path, errno=error.errno or errno.EIO) from error
 
 
 def identify(fd: int) -> str:

@@ -81,6 +81,9 @@ class Job:
     host             for `kernel.ports`: the devices may be opened there, empty: they may not
     frontend_domid   of the domain that they are for
     turns            path of the file by which those take turns that make keys (`kernel.turns`), empty: nobody else does
+    scratch          directory for the disk's unnamed file (`block.files.UNNAMED`)
+    names_unnamed    path that the unnamed file of the chain in service gets, for the second chain; empty: none
+    renews_unnamed   the second chain has another unnamed file than the one in service
     """
 
     vbd: str
@@ -97,6 +100,9 @@ class Job:
     frontend_domid: int = 0
     connections: list[KeptConnection] = field(default_factory=list)
     turns: str = ""
+    scratch: str = ""
+    names_unnamed: str = ""
+    renews_unnamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

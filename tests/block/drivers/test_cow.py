@@ -333,3 +333,29 @@ def test_what_was_written_can_be_kept(machine: Machine, tmp_path: Path, base: Pa
     assert 0 == main(["image", "convert", text, f"aio:{tmp_path}/kept"])
 
     assert expected == (tmp_path / "kept").read_bytes()
+
+
+def test_without_a_file_nothing_is_left(tmp_path: Path, base: Path) -> None:
+    """D2: what was written is there while the disk is open, in a file that no directory has, and is gone afterwards."""
+    (tmp_path / "scratch").mkdir()
+    before, text = base.read_bytes(), f"cow:block=8K|aio:{base}"
+    machine = Machine(scratch=str(tmp_path / "scratch"))
+    chain = machine.open(text)
+    assert str(tmp_path / "scratch") == chain.layers[0].driver.env.facts["scratch"]
+    assert [0, 0, 0] == machine.do(chain, write(512, b"x" * 1024), discard(65536, 8192), flush())
+    assert before[:512] + b"x" * 1024 + before[1536:65536] + bytes(8192) + before[73728:] == machine.everything(chain)
+    assert [] == list((tmp_path / "scratch").iterdir())
+    chain.close()
+
+    assert before == machine.contents(text) == base.read_bytes()
+    machine.close()
+
+
+def test_of_two_unnamed_files_one_is_written_to(tmp_path: Path, base: Path) -> None:
+    """The lower layer is only read, and needs none."""
+    machine = Machine(scratch=str(tmp_path))
+    chain = machine.open(f"cow:|log:|cow:|aio:{base}")
+    assert [0] == machine.do(chain, write(0, b"x" * 512))
+    assert b"x" * 512 + base.read_bytes()[512:] == machine.everything(chain)
+    chain.close()
+    machine.close()

@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from xenbackend.block.formats.cow import HEADER_SIZE, MAX_BLOCK, Header, parse
+from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK
+from xenbackend.block.formats.cow import Header
 from xenbackend.errors import DriverError
 
 
@@ -16,7 +17,7 @@ def test_a_header_comes_back(size: int, base: str) -> None:
     """What was packed is parsed, and header, map and blocks do not touch each other."""
     header = Header(size, 65536, base, bytes(range(16)))
 
-    assert header == parse(header.pack())
+    assert header == Header.parse(header.pack())
     assert HEADER_SIZE == len(header.pack())
     assert HEADER_SIZE + header.map_size <= header.data_at
     assert header.data_at % MAX_BLOCK == 0
@@ -31,7 +32,7 @@ def test_any_damage_is_a_sentence() -> None:
         data = bytearray(whole)
         data[chance.randrange(90)] ^= 1 << chance.randrange(8)
         try:
-            found = parse(data)
+            found = Header.parse(data)
         except DriverError:
             continue
         assert found == Header(1 << 30, 4096, "aio; x", b"t" * 16)
@@ -45,6 +46,6 @@ def test_numbers_that_cannot_be_are_refused() -> None:
         Header(1 << 20, 1 << 30, "", bytes(16)),
     ):
         with pytest.raises(DriverError, match="its header is damaged"):
-            parse(header.pack())
+            Header.parse(header.pack())
     with pytest.raises(DriverError, match="made of too many files"):
         Header(512, 4096, "x" * 5000, bytes(16)).pack()

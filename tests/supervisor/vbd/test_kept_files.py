@@ -10,7 +10,9 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import PATH, Kept
+from xenbackend.block.files import UNNAMED
 from xenbackend.kernel.identity import DeviceIdentity, FileIdentity, identify, to_text
+from xenbackend.opener import steps
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import kept_files
 from xenbackend.supervisor.vbd.handover import Handover
@@ -333,4 +335,28 @@ def test_no_identity_is_believed_that_nobody_writes(handover: Handover, opener: 
         handover.files.take(image, "nonsense", os.open(image, os.O_PATH))
 
     assert before == len(open_descriptors())
+    handover.close()
+
+
+def test_an_unnamed_file_that_was_lost_is_never_another_one(handover: Handover, opener: Opener) -> None:
+    """What `resume` accepts are files that a name leads to. An unnamed one is neither exchanged, nor let go of."""
+    image = opener.make("image")
+
+    def opens_unnamed(*, is_next: bool = False, replaces: bool = False) -> str:
+        fd = steps.hold_unnamed(str(opener.home))
+        identity = to_text(identify(fd))
+        return handover.files.take(UNNAMED, identity, fd, is_next=is_next, replaces=replaces)
+
+    assert "" == opens_unnamed()
+    assert handover.files.has_unnamed()
+    opener.opens(handover, image)
+    first = inodes(handover)[UNNAMED]
+    handover.files.accept_others()
+    assert {UNNAMED: first} == inodes(handover)
+    for _ in range(2):
+        assert "went with the service that was stopped; detach the disk" in opens_unnamed()
+        handover.files.accept_others()
+    assert {UNNAMED: first} == inodes(handover)
+    assert "went with" in opens_unnamed(is_next=True)
+    assert "" == opens_unnamed(is_next=True, replaces=True)
     handover.close()

@@ -12,6 +12,7 @@ from xenbackend import journal
 from xenbackend.protocol import messages
 from xenbackend.protocol.opening import Connected, HeldFile, KeptConnection, Opened, Undrained
 from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.openings import Openings
 
 OPEN = messages.Open(1, "vbd/5/51712", "xenbackend.rig.host:/rig", 5, "aio:/img", read_only=True, may_wait=True)
@@ -28,12 +29,14 @@ def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) 
     files = SimpleNamespace(kept=lambda: kept, take=take)
     connection = KeptConnection("unix:/s", 0)
     connections = SimpleNamespace(kept=lambda: [(connection, 8)], take=take, is_undrained=take)
-    notes = SimpleNamespace(chain="aio:/img", in_service=[HeldFile("/base", 1, 3)])
+    notes = SimpleNamespace(chain="aio:/img", exchange=None, in_service=[HeldFile("/base", 1, 3)])
     page = memoryview(bytearray(journal.RINGS_AT))
     handover: Any = SimpleNamespace(
         files=files, connections=connections, notes=notes, page=page, chain_in_service=lambda: "aio:/img"
     )
-    context: Any = SimpleNamespace(settings=Settings(socket=str(directory / "control.sock"), parents=["/srv"]))
+    context: Any = SimpleNamespace(
+        settings=Settings(socket=str(directory / "control.sock"), parents=["/srv"], scratch="/scratch")
+    )
     device: Any = SimpleNamespace(sight=SimpleNamespace(spec=spec))
     return Openings(PATH, context, device, handover)
 
@@ -94,6 +97,21 @@ def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
     assert "no" == it.found(Opened("/x", "file device=1 inode=3", 1), [9])
     named = {"is_next": True, "replaces": True, "may_grow": False}
     assert [(("/x", "file device=1 inode=3", 9), named)] == taken
+
+
+def test_what_becomes_of_an_unnamed_file_the_notes_say(tmp_path: Path) -> None:
+    """Its directory is in every job; a name for it, or another one in its place, only in that of the exchange for which
+    it was ordered: no worker can ask for either.
+    """
+    it = openings(tmp_path)
+    plain = it.for_question(messages.Swap("cow:|aio:/x"))
+    it._handover.notes.exchange = Exchange(1, "", "cow:/kept|aio:/x", names_unnamed="/kept")
+    named = it.for_question(messages.Swap("cow:/kept|aio:/x"))
+    it._handover.notes.exchange = Exchange(1, "", "cow:|aio:/x", renews_unnamed=True)
+    renewed = it.for_question(messages.Swap("cow:|aio:/x"))
+    found = [(each.scratch, each.names_unnamed, each.renews_unnamed) for each in (plain, named, renewed) if each]
+
+    assert [("/scratch", "", False), ("/scratch", "/kept", False), ("/scratch", "", True)] == found
 
 
 def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
+UNNAMED: dict[str, dict[str, Any]] = {"keep": {"file": "/kept"}, "drop": {"force": True}}  # what need an unnamed file
+
+
 @pytest.fixture
 def serving(stepped: Stepped, toolstack: Store, guest: Store) -> Stepped:
     """A registry that serves a guest."""
@@ -290,7 +293,7 @@ def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
     """What excludes what is the table, and nothing else: the second is refused with the name and number of the first;
     both get one answer each, and the first one's is its own.
     """
-    assert {*REQUESTS, "detach"} == set(BARRED_BY)  # the end of a disk excludes nothing
+    assert {*REQUESTS, *UNNAMED, "detach"} == set(BARRED_BY)  # the end of a disk excludes nothing
     for other, request in REQUESTS.items():
         first = begin(serving, verb, **REQUESTS[verb])
         is_under_way = not first  # else it is done: it cannot exclude anything
@@ -303,6 +306,44 @@ def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
         assert is_refused == (f"{verb} is under way, order " in second[0].sentence), other
         assert not is_refused or second[0].data["chain"], other
         serving.until(is_served(serving))
+
+
+@pytest.mark.parametrize("verb", UNNAMED)
+def test_what_is_done_with_an_unnamed_file_is_an_exchange(
+    stepped: Stepped, toolstack: Store, guest: Store, verb: str
+) -> None:
+    """It and every other exchange exclude each other, and both say which chain is in service then."""
+    serve(stepped, toolstack, guest, "log:|cow:block=8K|null:1G")
+    answers = begin(stepped, verb, **UNNAMED[verb])
+    refused = begin(stepped, "set", chain="null:3G")
+    stepped.until(lambda: answers)
+    wanted = {"keep": "log:|cow:/kept|null:1G", "drop": "log:|cow:block=8K|null:1G"}
+
+    assert [Code.BUSY] == [each.code for each in refused]
+    assert [(Code.OK, wanted[verb])] == [(each.code, each.data["chain"]) for each in answers]
+    assert wanted[verb] == stepped.vbd().chain_in_service()
+    answers = begin(stepped, "set", chain="cow:|null:3G")
+    refused = begin(stepped, verb, **UNNAMED[verb])
+    stepped.until(lambda: answers)
+    assert [Code.OK, Code.BUSY] == [each.code for each in (*answers, *refused)]
+
+
+@pytest.mark.parametrize(
+    ("verb", "request_", "sentence"),
+    [
+        ("keep", {"file": "/kept"}, "the disk has no unnamed file: null:1G has no cow: without a name"),
+        ("keep", {"file": "kept"}, "is no whole path"),
+        ("drop", {"force": True}, "the disk has no unnamed file"),
+        ("drop", {}, "a guest uses the disk, and would find another one below it"),
+    ],
+)
+def test_nothing_is_done_with_a_disk_that_has_no_unnamed_file(
+    serving: Stepped, verb: str, request_: dict[str, Any], sentence: str
+) -> None:
+    """It is refused before anything is touched, and so is to give a guest another disk by mistake."""
+    with pytest.raises(ConfigError, match=sentence):
+        begin(serving, verb, **request_)
+    assert [] == serving.vbd().orders.under_way
 
 
 def test_a_snapshot_that_fails_ends_no_set(serving: Stepped, toolstack: Store) -> None:

@@ -2,11 +2,16 @@
 
 Synopsis:
     cow:FILE[,block=SIZE]
+    cow:[block=SIZE]
 
 Description:
     The disk begins as what the layer below has, and what the guest writes or discards goes to FILE: many guests start
     from one image that none of them alters. FILE is made where it is not there, or is empty. Detach the disk and
     remove FILE, and the next guest begins anew.
+
+    Without FILE the disk is one to throw away: what the guest writes goes to a file without a name, in the directory of
+    the setting `scratch`. It is kept over kills, upgrades and restarts of the service, and is gone once the disk is
+    detached, however that happens, so that nothing is ever left over.
 
     Any image or chain can lie below, and several disks may share it, since it is opened for reading, and locked as one
     that is read. A snapshot (`xenbackend image snapshot`) does the same within an image format that other programs
@@ -32,18 +37,30 @@ Behaviour:
     To keep what was written, detach the disk and convert the chain: `xenbackend image convert 'cow:FILE|aio:BASE'
     qcow2:NEW`. To drop it, remove FILE.
 
+    `xenbackend cow keep DISK FILE` gives the unnamed file of a disk in service a name on the same file system, never
+    that of another file: from then on the chain is `cow:FILE`. `xenbackend cow drop DISK` puts a new unnamed file in
+    its place, so that the disk is again what lies below; with `--force` also while a guest uses it, which finds another
+    disk then.
+
+    An unnamed file is lost where the service stops and nobody keeps it: `xenbackend stop` refuses that without
+    `--force`, `systemctl restart` keeps it, `systemctl stop` does not. Afterwards the disk waits, for the reason
+    `other-file`, which `resume` does not take away: detach it, or begin anew by `xenbackend set --replace`.
+
     `set` needs `--replace` to put this layer in or to take it out, because the guest sees another disk afterwards, and
     `snapshot` is refused below it. `xenbackend status --json` shows how many blocks are `own` and `zeros`.
 
 Example:
     cow:/srv/guests/1.cow|aio:/srv/images/template.raw
     log:|cow:/srv/guests/2.cow|qcow2:/srv/images/template.qcow2
+    cow:|qcow2:/srv/images/template.qcow2
 
 Limits:
-    FILE must be a regular file, and no symbolic link. Whoever opens the chain makes it, `xenbackend check` too. Below,
-    a change of a block device cannot be told from its time. The map takes 16 MiB of memory for each TiB of disk with
-    the default block. What was written since the last flush is lost with the host, and also where service and worker
-    end together while nobody keeps their memory. The layer below cannot grow while FILE is kept.
+    FILE must be a regular file, and no symbolic link. Whoever opens the chain makes it, `xenbackend check` too. A chain
+    that is only read has no unnamed file, and shows what lies below; of two layers without FILE the upper one is
+    written to. The directory of unnamed files needs the room for what guests write: where it is full, their disks
+    pause. Below, a change of a block device cannot be told from its time. The map takes 16 MiB of memory for each TiB
+    of disk with the default block. What was written since the last flush is lost with the host, and also where service
+    and worker end together while nobody keeps their memory. The layer below cannot grow while FILE is kept.
     A request costs 0.8 us more than without this layer, in batches of 32, and the first one of a block what is read and
     written for it.
 """
@@ -53,17 +70,19 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from xenbackend.block.driver import Driver, Env, File, Filter, Geometry
-from xenbackend.block.durable_map import PAGE, TOKEN, DurableMap
-from xenbackend.block.formats import cow
-from xenbackend.block.formats.cow import BASE, HEADER_SIZE, OWN, ZEROS, Header
+from xenbackend.block.below import describe
+from xenbackend.block.beside import begin, check_block, have, is_new
+from xenbackend.block.driver import Env, File, Filter, Geometry
+from xenbackend.block.durable_map import TOKEN, DurableMap
+from xenbackend.block.files import UNNAMED
+from xenbackend.block.formats.beside import HEADER_SIZE
+from xenbackend.block.formats.cow import BASE, OWN, ZEROS, Header
 from xenbackend.block.mapped.parts import Join, Part, Pool, allocate, cut
-from xenbackend.block.options import RecordPath, Size, files_of, option
+from xenbackend.block.options import RecordPath, Size, option
 from xenbackend.block.request import Op, Request, clear
 from xenbackend.errors import DriverError
-from xenbackend.units import format_size
 
 
 class Cow(Filter):
@@ -76,12 +95,11 @@ class Cow(Filter):
     class Options:
         """The options of `cow:`."""
 
-        file: RecordPath = option("where what is written goes", target=True)
+        file: RecordPath = option("where what is written goes", default=UNNAMED, target=True)
         block: Size = option("bytes of a block, a power of two; of a new FILE only", default=64 << 10)
 
         def __post_init__(self) -> None:
-            if not cow.MIN_BLOCK <= self.block <= cow.MAX_BLOCK or self.block & (self.block - 1):
-                raise ValueError(f"block is {format_size(self.block)}; it must be 4K, 8K, ... up to 1M")
+            check_block(self.block)
 
     options: Options
     _file: File | None = None
@@ -89,83 +107,69 @@ class Cow(Filter):
 
     def open(self, env: Env) -> Geometry:
         """Open FILE, or begin it. Raises: DriverError, OSError."""
-        below = super().open(env)
-        path = self.options.file
-        made = env.files.open_record(path)
-        try:
-            if not os.fstat(made).st_size:
-                os.ftruncate(made, HEADER_SIZE)
-        finally:
-            os.close(made)
-        file = self._file = env.files.open(path, read_only=env.read_only, step=PAGE)
-        header = self._header = self._begin(file)
+        geometry = super().open(env)
+        file = self._file = None if env.read_only and self._is_unnamed else self._open_file(env)
+        header = self._header = self._begin(file) if file else Header(geometry.size, self.options.block, "", b"")
         self._size, self._block, self._data_at = header.size, header.block, header.data_at
         self._bits = header.block.bit_length() - 1
-        if file.size >= header.file_size:  # else it is new, and only read
+        if file and file.size >= header.file_size:  # else it is new, and only read
             self._map = DurableMap(env, file, HEADER_SIZE, header.map_size, header.token)
         self._states = self._map.states if self._map else memoryview(bytes(header.map_size))
         self._pool = Pool()
         self._back: list[Request] = []
         self._busy: dict[int, list[Part]] = {}  # blocks that are written for the first time: what waits for that
-        file.complete = self.on_complete
-        can_discard = self._can_discard = file.can_discard and not env.read_only
-        env.report("mode", file.mode)
+        can_discard = self._can_discard = bool(file and file.can_discard and not env.read_only)
         return replace(
-            below,
+            geometry,
             read_only=env.read_only,
             can_flush=True,
             can_discard=can_discard,
             discard_granularity=header.block if can_discard else 0,
             discard_alignment=0,
-            physical_sector_size=max(below.physical_sector_size, file.physical_sector_size),
+            physical_sector_size=max(geometry.physical_sector_size, file.physical_sector_size if file else 0),
         )
+
+    def _open_file(self, env: Env) -> File:
+        """Return FILE, open. Raises: DriverError, OSError."""
+        file, _ = have(env, self.options.file)
+        file.complete = self.on_complete
+        env.report("mode", file.mode)
+        if self._is_unnamed:
+            env.report("scratch", env.files.look(UNNAMED).real)
+        return file
+
+    @property
+    def _is_unnamed(self) -> bool:
+        return self.options.file == UNNAMED
 
     def _begin(self, file: File) -> Header:
         """Return the header of FILE, which is begun where it is new. Raises: DriverError, OSError."""
         assert self.below is not None  # noqa: S101 - as in `Filter.open`
-        wanted = Header(self.below.size, self.options.block, self._what_is_below(), os.urandom(TOKEN))
+        base = describe(self.next, self.env.files, with_changes=True)
+        wanted = Header(self.below.size, self.options.block, base, os.urandom(TOKEN))
         first = file.read_at(0, HEADER_SIZE)
-        if any(first) or file.size not in (HEADER_SIZE, wanted.file_size):
-            found = cow.parse(first)
+        if not is_new(file, first, wanted.file_size):
+            found = Header.parse(first)
             if found.size != wanted.size:
-                raise DriverError(f"{self._stranger} has {wanted.size} bytes, and had {found.size}; {_WAY_OUT}")
+                raise DriverError(f"{self._stranger} has {wanted.size} bytes, and had {found.size}; {self._way_out}")
             if found.base != wanted.base:
-                raise DriverError(f"{self._stranger} is another one now, or was changed since; {_WAY_OUT}")
+                raise DriverError(f"{self._stranger} is another one now, or was changed since; {self._way_out}")
             if file.size < found.file_size:
                 raise DriverError(f"it has {file.size} bytes of {found.file_size}: something has cut it")
             return found
         found = wanted
         if not self.env.read_only:
-            file.grow(found.file_size)
-            for place in range(HEADER_SIZE, HEADER_SIZE + found.map_size, found.block):
-                length = min(found.block, HEADER_SIZE + found.map_size - place)
-                file.write_at(place, bytes(length))  # so that no flush finds the file system full
-            file.sync()
-            file.write_at(0, found.pack())
-            file.sync()
+            begin(file, found, size=found.file_size, written=HEADER_SIZE + found.map_size)
         return found
 
     @property
     def _stranger(self) -> str:
-        return f"what {self.options.file} was begun over"
+        return f"what {'its unnamed file' if self._is_unnamed else self.options.file} was begun over"
 
-    def _what_is_below(self) -> str:
-        """Return what tells the layers below from others: of files, which they are and when they were changed."""
-        words: list[str] = []
-        driver: Driver | None = self.next
-        while driver is not None:
-            if not (isinstance(driver, Filter) and driver.is_transparent):
-                words.append(driver.name)
-                words += [self._look_at(path) for path in files_of(driver.options).values()] or _given(driver.options)
-            driver = driver.next
-        return "; ".join(words)
-
-    def _look_at(self, path: str) -> str:
-        facts = self.env.files.look(path)
-        if facts.is_device:  # which number it has, and which sequence, is another matter after each start of the host
-            return facts.real
-        identity = " ".join(word for word in facts.identity.split(" ") if not word.startswith("device="))
-        return f"{identity} changed={facts.mtime_ns}"
+    @property
+    def _way_out(self) -> str:
+        what = "detach the disk" if self._is_unnamed else "remove the file"
+        return f"put back what was there, or {what}, which loses what was written to it"
 
     def submit(self, batch: list[Request]) -> None:
         """Send each request, or its pieces, where its blocks are."""
@@ -341,14 +345,5 @@ class Cow(Filter):
         return min(self._block, self._size - (block << self._bits))
 
 
-_WAY_OUT = "put back what was there, or remove the file, which loses what was written to it"
-
-
 def _whole(part: Part) -> None:
     raise AssertionError(f"{part!r} is ended by `on_complete`")
-
-
-def _given(options: object) -> list[str]:
-    """Return the options that are not as they are by default."""
-    values = [(each, getattr(options, each.name)) for each in fields(options)]  # type: ignore[arg-type]
-    return [f"{each.name}={value}" for each, value in values if each.default is MISSING or value != each.default]

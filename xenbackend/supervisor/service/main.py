@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend import log
+from xenbackend.block.files import UNNAMED
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
 from xenbackend.kernel import process
 from xenbackend.kernel.ports import check_host
@@ -55,7 +56,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 _CONTROL = "control"  # the control socket's name at the keeper
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ORDERED = {"set": "chain", "snapshot": "file", "policy": "policy", "command": "command"}  # what an order leads to
+_ORDERED = {"set": "chain", "snapshot": "file", "keep": "file", "policy": "policy", "command": "command"}  # lead to
 
 
 class Service:
@@ -262,7 +263,7 @@ class Service:
         else:
             vbds = [vbd for _, vbd in sorted(self._registry.vbds.items())]
         if request.get("looks") is True:
-            names = [name for vbd in vbds for name in vbd.handover.files.identities()]
+            names = [name for vbd in vbds for name in vbd.handover.files.identities() if name != UNNAMED]
             self._looks.look(names, lambda meanings: self._describe_all(vbds, meanings, reply))
         else:
             self._describe_all(vbds, {}, reply)
@@ -314,11 +315,13 @@ class Service:
         except XenbackendError as error:
             answer(Answer(code_of(error), None, str(error)))
 
-    def _stop_by_order(self, _request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
+    def _stop_by_order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         """End, and answer at the very end."""
         if self._leaves:
             reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
             return
+        if request.get("force") is not True:
+            self._registry.vbds.refuse_to_lose()
         reply.order = self._ledger.open("stop", "", asdict(peer), {})
         reply.known = lambda: {"pid": os.getpid(), "waits": self._waits()}
         self._stops.append(reply)

@@ -18,7 +18,7 @@ from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.errors import ConfigError
 from xenbackend.log import FORMATS, LEVELS
 from xenbackend.protocol.client import DEFAULT_SOCKET
-from xenbackend.settings_file import PATH
+from xenbackend.settings_file import PATH, SCRATCH
 from xenbackend.walls.raising import MODES
 
 _SERVE = ("ours", "all")
@@ -44,6 +44,7 @@ class Settings:
     log: str = "console"
     log_level: str = "info"
     parents: list[str] = field(default_factory=list)  # directories below which parents may be, whatever names them
+    scratch: str = SCRATCH  # directory for the unnamed files of cow:
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]
 
 
@@ -142,6 +143,8 @@ def _wrong_values(settings: Settings) -> Iterator[_Mistake]:
     for name, choices in (("serve", _SERVE), ("walls", MODES), ("log", FORMATS), ("log_level", LEVELS)):
         if getattr(settings, name) not in choices:
             yield _Mistake(name, f"{name} is {getattr(settings, name)!r}; it must be {' or '.join(choices)}")
+    if not settings.scratch.startswith("/"):
+        yield _Mistake("scratch", f"scratch is {settings.scratch!r}; it must name a directory by its whole path")
     if not all(each.startswith("/") for each in settings.parents):
         yield _Mistake("parents", f"parents is {settings.parents}; it must name directories by their whole paths")
 

@@ -77,7 +77,21 @@ class Vbds(Mapping[VbdPath, Vbd]):
                     return vbd
         raise ConfigError(f"there is no disk {text[:80]!r} in service; {self._what_there_is()}")
 
+    def refuse_to_lose(self) -> None:
+        """Refuse to let go of all of them where that loses what guests have written. Raises: ConfigError."""
+        losing = [path.disk for path, vbd in sorted(self.items()) if vbd.handover.files.has_unnamed()]
+        if losing:
+            raise ConfigError(
+                f"what the guests of {_listed(losing)} have written is in unnamed files, which end with the service: "
+                "detach these disks, or give the files names by `xenbackend cow keep`; --force stops it all the same, "
+                "and those guests wait for their disks for good"
+            )
+
     def _what_there_is(self) -> str:
         names = [path.disk for path in sorted(self)]
-        more = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
-        return f"there are {', '.join(names[:_NAMED])}{more}" if names else "none is"
+        return f"there are {_listed(names)}" if names else "none is"
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first ones for a sentence, and how many more there are."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} others" if len(names) > _NAMED else "")

@@ -19,7 +19,7 @@ from xenbackend.errors import KernelError, StoreError
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.events import Stop
 from xenbackend.supervisor.vbd.last_chains import LastChain
-from xenbackend.supervisor.vbd.vbd_log import UNFINISHED, UNTOLD, VbdLog
+from xenbackend.supervisor.vbd.vbd_log import LOST, UNFINISHED, UNTOLD, VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class Ending:
         handover.on_note = lambda: None  # what is let go of next is nothing that the next service need know
         if not device.is_leaving and handover.agreed() is not None and self._is_waited_for():
             self._log.say("critical", UNFINISHED)
+        if not device.is_leaving and not device.sight.is_over and handover.files.has_unnamed():
+            self._log.say("critical", LOST)
         last = self._last()
         if device.sight.is_over or last is None:
             self._context.last_chains.forget(self._vbd.path)

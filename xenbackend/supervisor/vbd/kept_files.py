@@ -23,12 +23,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from xenbackend.block.files import UNNAMED
 from xenbackend.errors import ConfigError, printable
 from xenbackend.kernel.identity import difference, from_text, has_grown
 from xenbackend.protocol.opening import MAX_FILES
 from xenbackend.supervisor.vbd.slots import Slots
 
 _MAX_KEY = 1500  # bytes; a value in xenstore has 2048
+_UNNAMED_LOST = (
+    "what the guest wrote was in an unnamed file, and went with the service that was stopped; detach the disk: "
+    "attached anew it begins as the image below"
+)
 
 
 class Of(StrEnum):
@@ -84,6 +89,10 @@ class KeptFiles:
         """Return the identities of the files in service by name, as `kernel.identity` writes them."""
         return {file.name: file.identity for file in self._files().values() if file.of is not Of.NEXT}
 
+    def has_unnamed(self) -> bool:
+        """Return whether the disk in service has an unnamed file, which ends with what is kept."""
+        return any(file.name == UNNAMED for file, _ in self.kept())
+
     def expect(self, identities: Mapping[str, str]) -> None:
         """Take note of what an earlier service had noted elsewhere, by `key_of` names; nothing of it is kept.
 
@@ -107,6 +116,8 @@ class KeptFiles:
         differs = difference(noted, found)
         if not differs or (is_next and (replaces or (may_grow and has_grown(noted, found)))):
             return ""
+        if name == UNNAMED:
+            return _UNNAMED_LOST
         if is_next:
             return (
                 f"{printable(name)} leads to another file than the one in service: {differs}; "
@@ -147,15 +158,18 @@ class KeptFiles:
     def accept_others(self) -> None:
         """Serve from whatever the names mean now, where one was refused: an administrator wants the disk served on.
 
-        Where none was, a descriptor may have become of no use (ESTALE): the names are looked up anew, and compared.
+        Where none was, a descriptor may have become of no use (ESTALE): the names are looked up anew, and compared. An
+        unnamed file cannot be found again, and no other one has what it had.
         """
-        if self._refused:
-            files = self._files().items()
-            self.slots.note({slot: str(file) for slot, file in files if file.name not in self._refused})
+        files = self._files()
+        refused = self._refused - {UNNAMED}
+        if refused:
+            self.slots.note({slot: str(file) for slot, file in files.items() if file.name not in refused})
             self.slots.drop_unnoted()
         else:
             for slot in self.slots.descriptors():
-                self.slots.drop(slot)
+                if files[slot].name != UNNAMED:
+                    self.slots.drop(slot)
         self._refused.clear()
 
     def after_exchange(self, *, is_done: bool) -> dict[str, str]:

@@ -31,6 +31,8 @@ class Exchange:
     order: int
     former_params: str
     chain: str
+    names_unnamed: str = ""  # path that the disk's unnamed file gets with it
+    renews_unnamed: bool = False  # the disk gets another unnamed file with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,10 @@ class Openings:
         match question:
             case messages.Swap():
                 self._swap = question
-                return replace(self._job([chain, question.chain]), keeps=question.is_resize)
+                exchange = self._handover.notes.exchange
+                names, renews = (exchange.names_unnamed, exchange.renews_unnamed) if exchange else ("", False)
+                job = replace(self._job([chain, question.chain]), keeps=question.is_resize)
+                return replace(job, names_unnamed=names, renews_unnamed=renews)
             case messages.Branch():
                 return replace(self._job([chain]), makes=question.file)
             case messages.Reconnect():
@@ -126,4 +129,5 @@ class Openings:
         return Job(
             str(self._path), chains, read_only, shareable, kept=kept, parents=parents, in_service=in_service,
             connections=[each for each, _ in self._handover.connections.kept()], turns=self._turns,
+            scratch=self._context.settings.scratch,
         )  # fmt: skip

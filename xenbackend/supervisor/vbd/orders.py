@@ -6,6 +6,7 @@ Must not write xenstore, nor talk to a worker but by the vbd's link. What outliv
     set               another chain over the same content serves the guest from now on
     resize            the same chain, opened once more, with the size that it has become
     snapshot          a new image over the one that is written to, which takes the guest's writes from now on
+    keep, drop        the unnamed file of the disk gets a name, or another one takes its place (`chains`)
     policy            what becomes of requests that fail
     upgrade           another worker process serves the guest from now on
     command           a verb of one layer
@@ -17,30 +18,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xenbackend.block.options import files_of
 from xenbackend.block.policy import Policy
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer, Reply, of_bug
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.vbd import events
+from xenbackend.supervisor.vbd import chains, events
 from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.phase import USABLE, Phase
 
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
-MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
-
-_EXCHANGES = frozenset({"set", "resize", "snapshot", "upgrade"})  # of the chain, or of the process that has it open
+# Of the chain, or of the process that has it open.
+_EXCHANGES = frozenset({"set", "resize", "snapshot", "keep", "drop", "upgrade"})
 BARRED_BY: dict[str, frozenset[str]] = {
     "set": _EXCHANGES,
     "resize": _EXCHANGES,
     "snapshot": _EXCHANGES,
+    "keep": _EXCHANGES,
+    "drop": _EXCHANGES,
     "upgrade": _EXCHANGES,
     "pause": frozenset({"pause"}),
     "resume": frozenset(),
@@ -135,7 +135,7 @@ class Orders:
         """Return what an order changes, as it is before: the chain, or the policy; empty where it changes neither."""
         if verb == "policy":
             return str(Policy(self.policy))
-        return self._vbd.chain_in_service() if verb in ("set", "resize", "snapshot") else ""
+        return self._vbd.chain_in_service() if verb in _EXCHANGES - {"upgrade"} else ""
 
     def looked(self) -> None:
         """Look whether the worker that an order waits for is there, or cannot be."""
@@ -189,13 +189,8 @@ class Orders:
                 self._pause(order, str(request.get("by") or f"order {order.number}"))
             case "resume":
                 self._resume(order)
-            case "set":
-                self._set(order, text_of(request, "chain"), request)
-            case "resize":
-                self._check_service()
-                self._exchange(order, order.former, replaces=False, is_resize=True)
-            case "snapshot":
-                self._snapshot(order, text_of(request, "file"), str(request.get("format", "")))
+            case "set" | "resize" | "snapshot" | "keep" | "drop":
+                self._begin_exchange(order, request)
             case "policy":
                 self._set_policy(order, str(request.get("policy", "")))
             case "upgrade":
@@ -204,6 +199,18 @@ class Orders:
                 self._command(order, request)
             case "detach":
                 self._under_way[order.number] = order  # `give_up` answers
+
+    def _begin_exchange(self, order: Order, request: Mapping[str, Any]) -> None:
+        match order.verb:
+            case "set":
+                self._set(order, text_of(request, "chain"), request)
+            case "resize":
+                self._check_service()
+                self._exchange(order, order.former, replaces=False, is_resize=True)
+            case "snapshot":
+                self._snapshot(order, text_of(request, "file"), str(request.get("format", "")))
+            case "keep" | "drop":
+                self._exchange_unnamed(order, request)
 
     def _is_noted(self, number: int) -> bool:
         """Return whether the notes know of an exchange by this order: whether it is done will be found out, or is."""
@@ -262,8 +269,7 @@ class Orders:
 
     def _set(self, order: Order, text: str, request: Mapping[str, Any]) -> None:
         check_whole_paths(parse_chain(text))
-        if len(text) > MAX_CHAIN:
-            raise ConfigError(f"a chain of {len(text)} characters does not fit into xenstore, which takes {MAX_CHAIN}")
+        chains.short(text)
         replaces, is_dry_run = request.get("replace") is True, request.get("dry_run") is True
         if self._vbd.device.waits_without_worker() and not is_dry_run:
             self._set_without_worker(order, text, replaces=replaces)
@@ -297,9 +303,8 @@ class Orders:
 
     def _snapshot(self, order: Order, file: str, image_format: str) -> None:
         self._check_service()
-        if not Path(file).is_absolute():
-            raise ConfigError(f"{file!r} is no whole path: the service would look for it in a directory of its own")
-        self._ask(order, messages.Branch(file, image_format), lambda reply: self._branched(order, file, reply))
+        question = messages.Branch(chains.whole(file), image_format)
+        self._ask(order, question, lambda reply: self._branched(order, file, reply))
 
     def _branched(self, order: Order, file: str, reply: messages.Reply) -> None:
         """Put the chain with the new image in; where that is refused the image is left, empty."""
@@ -309,20 +314,30 @@ class Orders:
             self._answer(order, Answer(reply.code, sentence=reply.sentence, data=self.chain_data()))
             return
         try:
-            if not _is_over(reply.data, order.former, file):
+            if not chains.is_over(reply.data, order.former, file):
                 self._vbd.link.breach(f"it says that its new image {file} is another one")
                 raise ConfigError(f"its worker made another image than {file}, and was killed")
-            if len(reply.data) > MAX_CHAIN:
-                raise ConfigError(f"the chain would have {len(reply.data)} characters, and xenstore takes {MAX_CHAIN}")
-            self._exchange(order, reply.data, replaces=False)
+            self._exchange(order, chains.short(reply.data), replaces=False)
         except ConfigError as error:
             self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self.chain_data()))
 
-    def _exchange(self, order: Order, chain: str, *, replaces: bool, is_resize: bool = False) -> None:
+    def _exchange_unnamed(self, order: Order, request: Mapping[str, Any]) -> None:
+        """Give the unnamed file a name, or put another one in its place."""
+        self._check_service()
+        if order.verb == "keep":
+            file = chains.whole(text_of(request, "file"))
+            chain = chains.short(chains.with_named(order.former, file))
+            self._exchange(order, chain, replaces=True, names_unnamed=file)
+            return
+        if self._vbd.device.is_waited_for() and request.get("force") is not True:
+            raise ConfigError("a guest uses the disk, and would find another one below it; --force does it")
+        self._exchange(order, chains.with_unnamed(order.former), replaces=True, renews_unnamed=True)
+
+    def _exchange(self, order: Order, chain: str, *, replaces: bool, is_resize: bool = False, **unnamed: Any) -> None:
         """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
         order.chain = chain
         params = (self._vbd.device.sight.keys or {}).get("params", "")
-        self._vbd.handover.note(exchange=Exchange(order.number, params, chain))
+        self._vbd.handover.note(exchange=Exchange(order.number, params, chain, **unnamed))
         question = messages.Swap(chain, replaces=replaces, order=order.number, is_resize=is_resize)
         self._ask(order, question, lambda reply: self._swapped(order, reply))
 
@@ -392,16 +407,6 @@ def text_of(request: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"the request needs {key}, a text")
     return value
-
-
-def _is_over(chain: str, former: str, file: str) -> bool:
-    """Return whether a chain is the former one with an image in this file in the place of its source."""
-    try:
-        layers, formers = parse_chain(chain).layers, parse_chain(former).layers
-    except ConfigError:
-        return False
-    is_same = [each.text for each in layers[:-1]] == [each.text for each in formers[:-1]]
-    return is_same and list(files_of(layers[-1].options).values()) == [file]
 
 
 def _list_of_texts(data: str) -> list[str]:

@@ -1,0 +1,31 @@
+"""The header of files that filters keep beside a disk."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from xenbackend.block.formats import beside, cow
+from xenbackend.errors import DriverError
+
+
+class Other(beside.Header):
+    """The file of another layer."""
+
+    LAYER: ClassVar[str] = "other"
+    MAGIC: ClassVar[bytes] = b"of another layer"
+
+
+def test_a_file_of_another_layer_is_left_as_it_is() -> None:
+    """Each layer knows its own by the magic, and says whose it is not."""
+    with pytest.raises(DriverError, match="it is no file of other:, and is left as it is"):
+        Other.parse(cow.Header(1 << 20, 4096, "", bytes(16)).pack())
+
+
+def test_another_version_is_refused() -> None:
+    """The sentence has both."""
+    data = bytearray(cow.Header(1 << 20, 4096, "", bytes(16)).pack())
+    data[16] = 9
+    with pytest.raises(DriverError, match="it is of version 9 of the format, and this program knows version 1"):
+        cow.Header.parse(bytes(data))

@@ -1,0 +1,180 @@
+"""Disks of `cow:` without a file, with a real service, workers and guests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+from xenbackend.protocol.client import ServiceError
+from xenbackend.rig.frontend import Frontend, Wishes
+from xenbackend.supervisor.xenstore.paths import VbdPath
+
+pytestmark = pytest.mark.slow
+SIZE = 1 << 20
+BASE = b"B" * SIZE
+OURS = b"w" * 4096
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what happens soon."""
+    give_up = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < give_up
+
+
+class Disk:
+    """A disk to throw away, and the guest that uses it."""
+
+    def __init__(self, machine: Machine, path: VbdPath, frontend: Frontend) -> None:
+        self.machine, self.path, self.frontend = machine, path, frontend
+        self.name = path.disk
+
+    def status(self) -> dict[str, Any]:
+        """Return what the service says of it."""
+        [found] = self.machine.ask({"verb": "status", "vbd": self.name})["data"]
+        return found  # type: ignore[no-any-return]
+
+    def order(self, verb: str, **words: object) -> dict[str, Any]:
+        """Give an order, and return its answer, also where it was refused."""
+        try:
+            return self.machine.ask({"verb": verb, "vbd": self.name, **words})
+        except ServiceError as problem:
+            return {"code": problem.answer.code.value, "sentence": problem.answer.sentence}
+
+    def kill(self) -> None:
+        """Kill its worker, and wait for the next one."""
+        worker = self.status()["worker"]
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: self.status()["worker"] not in (worker, None) and self.status()["phase"] == "serving")
+
+    def has_written(self) -> bool:
+        """Return whether the guest finds what it wrote, and the image around it."""
+        return [OURS, BASE[:4096]] == [self.frontend.read(64, 8), self.frontend.read(0, 8)]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """Return the directory for unnamed files."""
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, scratch: Path) -> Iterator[Machine]:
+    """Return a machine whose settings name that directory."""
+    config = tmp_path / "settings.toml"
+    config.write_text(f'scratch = "{scratch}"\n')
+    (tmp_path / "base").write_bytes(BASE)
+    with Machine(log=tmp_path / "log", config=config) as machine:
+        yield machine
+
+
+@contextmanager
+def serving(machine: Machine, tmp_path: Path) -> Iterator[Disk]:
+    """Have a guest that has written to its disk."""
+    with closing(machine.create_guest(5)) as guest:
+        path = machine.attach(guest.domid, "xvda", f"cow:block=8K|aio:{tmp_path}/base")
+        disk = Disk(machine, path, guest.connect(path, Wishes()))
+        disk.frontend.write(64, OURS)
+        try:
+            yield disk
+        finally:
+            disk.frontend.crash()
+
+
+def room(scratch: Path) -> int:
+    """Return the bytes of the unnamed files of a directory that processes have open."""
+    found = {}
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(fd.readlink()).startswith(f"{scratch}/"):
+                found[fd.stat().st_ino] = fd.stat().st_size
+        except OSError:
+            continue
+    return sum(found.values())
+
+
+def test_it_is_kept_until_it_is_detached(machine: Machine, tmp_path: Path, scratch: Path) -> None:
+    """D2: over kills of the worker, of the service and of both, and an upgrade, nothing that was answered is lost. Then
+    nothing is left.
+    """
+    with serving(machine, tmp_path) as disk:
+        disk.kill()
+        assert disk.has_written()
+        machine.replace_service()
+        until(lambda: disk.order("upgrade")["code"] == "ok")
+        assert disk.has_written()
+        service, worker = machine.service_pid, disk.status()["worker"]
+        for pid in (service, worker):
+            os.kill(pid, signal.SIGKILL)
+        assert disk.has_written()
+        assert [] == list(scratch.iterdir())
+        assert room(scratch) > 0
+        assert BASE == (tmp_path / "base").read_bytes()
+        machine.store.remove(disk.path.frontend)
+        machine.store.remove(disk.path.backend)
+        until(lambda: not machine.ask({"verb": "status"})["data"])
+
+        until(lambda: room(scratch) == 0)
+
+
+def test_a_stop_does_not_lose_it_by_mistake(machine: Machine, tmp_path: Path) -> None:
+    """It is refused and names the disk; with --force the disk waits for good afterwards, whatever `resume` wants."""
+    with serving(machine, tmp_path) as disk:
+        with pytest.raises(ServiceError, match=r"the guests of 5/xvda .* --force"):
+            machine.ask({"verb": "stop"})
+        assert disk.has_written()
+        assert 0 == main(["stop", "--force", "--socket", machine.control])
+        machine.stop_service()
+        machine.start_service()
+        until(lambda: disk.status()["reason"] == "other-file")
+        assert "was in an unnamed file, and went with the service" in disk.status()["error"]
+        assert "ok" == disk.order("resume")["code"]
+        until(lambda: (disk.status()["reason"], disk.status()["worker"]) == ("other-file", None))
+        assert "Connected" == disk.status()["state"]
+
+
+def test_what_was_written_gets_a_name(machine: Machine, tmp_path: Path, scratch: Path) -> None:
+    """The guest goes on, the file has what it wrote, and no other file is written over; killed, it goes on too."""
+    kept = scratch / "kept.cow"
+    with serving(machine, tmp_path) as disk:
+        (scratch / "taken").write_bytes(b"precious")
+        assert "exists already" in disk.order("keep", file=f"{scratch}/taken")["sentence"]
+        assert b"precious" == (scratch / "taken").read_bytes()
+        assert "another file system" in disk.order("keep", file="/dev/shm/kept")["sentence"]
+        assert disk.has_written()
+        assert 0 == main(["cow", "keep", disk.name, str(kept), "--socket", machine.control])
+        assert f"cow:{kept}|aio:{tmp_path}/base" == disk.status()["chain"]
+        disk.frontend.write(128, OURS)
+        disk.kill()
+        assert disk.has_written()
+        assert "has no unnamed file" in disk.order("keep", file=f"{scratch}/again")["sentence"]
+        assert 0 == main(["stop", "--socket", machine.control])
+        machine.stop_service()
+    machine.start_service()
+    with closing(machine.create_guest(6)) as guest:
+        path = machine.attach(guest.domid, "xvda", f"cow:{kept}|aio:{tmp_path}/base")
+        frontend = guest.connect(path, Wishes())
+        assert [OURS, OURS] == [frontend.read(64, 8), frontend.read(128, 8)]
+        frontend.crash()
+
+
+def test_what_was_written_can_be_dropped(machine: Machine, tmp_path: Path) -> None:
+    """A guest that uses the disk is not given another one by mistake; then it is the image again, and stays so."""
+    with serving(machine, tmp_path) as disk:
+        assert "a guest uses the disk" in disk.order("drop")["sentence"]
+        assert disk.has_written()
+        assert 0 == main(["cow", "drop", disk.name, "--force", "--socket", machine.control])
+        assert BASE[:4096] == disk.frontend.read(64, 8)
+        disk.frontend.write(0, OURS)
+        disk.kill()
+        assert [OURS, BASE[:4096]] == [disk.frontend.read(0, 8), disk.frontend.read(64, 8)]

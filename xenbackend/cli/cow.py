@@ -1,0 +1,76 @@
+"""`xenbackend cow`: keep or drop what a guest has written to a disk whose `cow:` has an unnamed file.
+
+Must not decide anything: the service does, or refuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from xenbackend.cli import output, waiting
+from xenbackend.cli.arguments import add_order_options
+from xenbackend.disks import parse_disk
+from xenbackend.errors import printable
+from xenbackend.protocol.answers import Answer
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "cow",
+        help="keep or drop what was written to a throw-away disk",
+        description="What a guest writes to a disk of cow: without a file is gone when the disk is detached. Keep it "
+        "in a file, or drop it before. See also: xenbackend drivers cow",
+    )
+    commands = parser.add_subparsers(dest="cow_command", required=True, metavar="COMMAND")
+    keep = _add(
+        commands,
+        "keep",
+        _keep,
+        "give what was written a name",
+        "Give the unnamed file of a disk in service the name FILE, which must be on the file system of the setting "
+        "scratch. The guest only sees one slow request, and goes on with cow:FILE. Put the new chain, which is "
+        "printed, into the guest's configuration before it boots again.",
+    )
+    keep.add_argument("file", type=Path, metavar="FILE", help="nothing may exist there yet")
+    drop = _add(
+        commands,
+        "drop",
+        _drop,
+        "forget what was written",
+        "Put a new unnamed file in the place of that of a disk in service, which is what lies below cow: again.",
+    )
+    drop.add_argument("--force", action="store_true", help="also while a guest uses the disk: it finds another one")
+
+
+def _add(commands: Any, verb: str, function: Any, text: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(verb, help=text, description=description)
+    parser.add_argument("vbd", metavar="DISK", help="such as 5/xvda or guest/xvda")
+    add_order_options(parser)
+    parser.set_defaults(run=function, verb=f"cow {verb}")
+    return parser
+
+
+def _keep(args: argparse.Namespace) -> int:
+    answer = _ask(args, "keep", file=str(args.file.absolute()))
+    return _print(args, answer, f"{printable(answer.data['chain'])}")
+
+
+def _drop(args: argparse.Namespace) -> int:
+    answer = _ask(args, "drop", force=args.force)
+    return _print(args, answer, f"{args.disk} is what lies below cow: again")
+
+
+def _ask(args: argparse.Namespace, verb: str, **more: object) -> Answer:
+    args.disk = parse_disk(args.vbd)
+    return waiting.order(args, {"verb": verb, "vbd": args.vbd, **more})
+
+
+def _print(args: argparse.Namespace, answer: Answer, sentence: str) -> int:
+    if args.json:
+        output.print_json({"vbd": str(args.disk), **output.values_of(answer)})
+    else:
+        print(sentence)
+    return 0

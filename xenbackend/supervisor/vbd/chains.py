@@ -1,0 +1,66 @@
+"""What orders make of the text of the chain in service.
+
+Must not open anything, nor change what is noted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xenbackend.block.files import UNNAMED
+from xenbackend.block.grammar import format_layer
+from xenbackend.block.options import files_of
+from xenbackend.block.spec import LayerSpec, parse_chain
+from xenbackend.errors import ConfigError
+
+MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
+
+
+def short(chain: str) -> str:
+    """Return a chain that fits into xenstore. Raises: ConfigError, where it does not."""
+    if len(chain) > MAX_CHAIN:
+        raise ConfigError(f"a chain of {len(chain)} characters does not fit into xenstore, which takes {MAX_CHAIN}")
+    return chain
+
+
+def whole(file: str) -> str:
+    """Return a file that is named whole. Raises: ConfigError, where it is not."""
+    if not Path(file).is_absolute():
+        raise ConfigError(f"{file!r} is no whole path: the service would look for it in a directory of its own")
+    return file
+
+
+def is_over(chain: str, former: str, file: str) -> bool:
+    """Return whether a chain is the former one with an image in this file in the place of its source."""
+    try:
+        layers, formers = parse_chain(chain).layers, parse_chain(former).layers
+    except ConfigError:
+        return False
+    is_same = [each.text for each in layers[:-1]] == [each.text for each in formers[:-1]]
+    return is_same and list(files_of(layers[-1].options).values()) == [file]
+
+
+def with_unnamed(chain: str) -> str:
+    """Return a chain that has an unnamed file. Raises: ConfigError, where it has none."""
+    return "|".join(each.text for each in _layers_with_unnamed(chain))
+
+
+def with_named(chain: str, file: str) -> str:
+    """Return a chain with a name in the place of its unnamed file. Raises: ConfigError, where it has none."""
+    texts, is_named = [], False
+    for each in _layers_with_unnamed(chain):
+        is_it = _has_unnamed(each) and not is_named  # only the upper one is written to
+        texts.append(format_layer(each.driver.name, file) if is_it else each.text)
+        is_named |= is_it
+    return "|".join(texts)
+
+
+def _layers_with_unnamed(chain: str) -> tuple[LayerSpec, ...]:
+    layers = parse_chain(chain).layers
+    if not any(map(_has_unnamed, layers)):
+        raise ConfigError(f"the disk has no unnamed file: {chain} has no cow: without a name")
+    return layers
+
+
+def _has_unnamed(layer: LayerSpec) -> bool:
+    return UNNAMED in files_of(layer.options).values()
