@@ -147,7 +147,11 @@ def tears(log: list[Change]) -> Iterator[tuple[int, int]]:
 
 def after_power_loss(start: bytes, log: list[Change], chance: Random) -> tuple[bytearray, int]:
     """Return what a host may find that lost its power, any part of what was not flushed; and the last flush."""
-    count = chance.randint(0, len(log))
+    return lost_power(start, log, chance.randint(0, len(log)), chance)
+
+
+def lost_power(start: bytes, log: list[Change], count: int, chance: Random) -> tuple[bytearray, int]:
+    """Return likewise what is left where the power was lost after `count` changes."""
     flushed = max((place for place in range(count) if log[place].kind == "flush"), default=0)
     file = state(start, log, flushed)
     for change in log[flushed:count]:

@@ -21,6 +21,7 @@ MEANT = (
     "throttle:",
     "cow:",
     "cow:|",
+    "checksum:",
     "luks:",
     "partition:",
     "log:|throttle:",
@@ -89,6 +90,21 @@ def test_a_disk_to_throw_away(machine: Machine, at: Callable[[str], str], tmp_pa
 
     assert before == machine.contents(at("cow:|"))
     assert names == sorted(tmp_path.iterdir())
+
+
+def test_a_medium_that_gives_back_other_data(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
+    """One bit that has turned is an error of its block, and of no other one."""
+    chain_text = at("checksum:").replace("/srv/sums/", f"{tmp_path}/")
+    chain = machine.open(chain_text)
+    machine.everything(chain)
+    with (tmp_path / "guest.raw").open("r+b") as file:
+        file.seek(5 << 20)
+        byte = file.read(1)[0]
+        file.seek(5 << 20)
+        file.write(bytes([byte ^ 1]))
+
+    assert [errno.EILSEQ, 0] == machine.do(chain, read(5 << 20, 512), read((5 << 20) + 4096, 512))
+    chain.close()
 
 
 def test_who_takes_the_medium_away_reads_nothing(

@@ -24,6 +24,7 @@ from xenbackend.block.order import remarks
         ("luks cow aio", []),
         ("luks log readahead nbd", ["readahead below luks holds what is still encrypted"]),
         ("luks luks aio", ["luks above luks encrypts twice"]),
+        ("checksum log readahead nbd", ["readahead below checksum holds what is not verified yet"]),
         ("cow cow null", ["null below cow reads as zeros"]),
     ],
 )

@@ -498,3 +498,15 @@ def test_what_a_file_has_lost_is_no_hole(reactor: Reactor, path: str) -> None:
         image.next_data(SIZE)
     image.close()
     files.close()
+
+
+def test_an_image_was_changed_when_others_changed_it(reactor: Reactor, path: str) -> None:
+    """To open it for writing changes it, as far as its file system can tell: what is asked for is the time before."""
+    os.utime(path, ns=(10**9, 10**9))
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False)
+
+    assert 10**9 == files.look(path).mtime_ns
+    image.close()
+    assert Path(path).stat().st_mtime_ns == files.look(path).mtime_ns
+    files.close()

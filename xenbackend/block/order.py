@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below it): the sentence
+    ("checksum", "readahead"): "readahead below checksum holds what is not verified yet; above checksum it saves "
+    "verifying it again, too",
     ("cow", "throttle"): "throttle below cow limits only what is read of the image, and nothing that is written; "
     "put it above cow to limit the guest",
     ("cow", "log"): "log below cow sees no write, because they go to cow's file; put it above cow to know what changes",

@@ -134,6 +134,7 @@ class HostFiles:
         self._disk = disk
         self._queues: list[IoQueue] = []
         self._spares = Spares()
+        self._changed: dict[str, int] = {}  # when open files were changed before: to open one to write changes it
 
     def open(
         self,
@@ -170,6 +171,8 @@ class HostFiles:
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
                     image.path = path
                     opened.pop_all()
+                    self._changed[path] = facts.mtime_ns
+                    held.callback(self._changed.pop, path, None)
                     image.on_close = held.pop_all().close
                     return self._spares.note(image, facts.identity, access)
             raise self._in_use(path, access)  # the file is closed by now, else we would be among its users
@@ -205,7 +208,8 @@ class HostFiles:
 
     def look(self, path: str) -> Facts:
         """See `block.driver.Files`."""
-        return self.opener.look(path)
+        facts = self.opener.look(path)
+        return replace(facts, mtime_ns=self._changed.get(path, facts.mtime_ns))
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
         """See `block.driver.Files`."""

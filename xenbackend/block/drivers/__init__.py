@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GROUP = "xenbackend.drivers"
 BUILT_IN = {
     "aio": "xenbackend.block.drivers.aio:Aio",
+    "checksum": "xenbackend.block.drivers.checksum:Checksum",
     "cow": "xenbackend.block.drivers.cow:Cow",
     "delay": "xenbackend.block.drivers.delay:Delay",
     "fault": "xenbackend.block.drivers.fault:Fault",

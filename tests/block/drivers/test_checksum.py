@@ -1,0 +1,424 @@
+"""The driver checksum."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers_block import Machine, StepEnv, again, content, discard, flush, read, write
+from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, at, lost_power
+from xenbackend.block.chain import Chain
+from xenbackend.block.drivers.checksum import Checksum
+from xenbackend.block.formats.checksum import SUMS
+from xenbackend.block.request import Op, Request
+from xenbackend.errors import ChainError, DriverError
+
+SIZE = 1 << 20
+BLOCK = 4096
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Return a machine that is closed after the test."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def later() -> Iterator[Machine]:
+    """Return one that knows nothing of the first one's memories."""
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image of random bytes."""
+    path = tmp_path / "image"
+    path.write_bytes(Random(1).randbytes(SIZE))
+    return path
+
+
+def rot(path: Path, place: int) -> None:
+    """Alter a bit of the medium, of which no time of change tells."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def driver_of(chain: Chain) -> Checksum:
+    """Return the layer."""
+    found = chain.layers[0].driver
+    assert isinstance(found, Checksum)
+    return found
+
+
+def test_rot_is_an_error_and_never_data(machine: Machine, later: Machine, tmp_path: Path, image: Path) -> None:
+    """A block that was read or written once and is another one now ends its read, and no other one's. Figures and a
+    fact say so, also after the disk was opened anew. Writing it puts it right.
+    """
+    text = f"checksum:{tmp_path}/sums|aio:{image}"
+    chain = machine.open(text)
+    assert [0] == machine.do(chain, write(3 * BLOCK, b"w" * BLOCK))
+    assert image.read_bytes() == machine.everything(chain)
+    assert [0] == machine.do(chain, flush())
+    chain.close()
+    for place in (3 * BLOCK + 7, 100 * BLOCK):
+        rot(image, place)
+    chain = later.open(text)
+    whole, bad, beside = read(0, SIZE), read(3 * BLOCK + 512, 512), read(4 * BLOCK, 512)
+
+    assert [errno.EILSEQ, errno.EILSEQ, 0] == later.do(chain, whole, bad, beside)
+    assert b"\xee" * 512 == content(bad)
+    assert 2 == driver_of(chain).figures()["rotten"]
+    assert "2 blocks of 4096 bytes, at 12288, 409600" == driver_of(chain).env.facts["rot"]
+    assert [errno.EILSEQ, 0] == later.do(chain, write(3 * BLOCK, b"x" * 512), write(3 * BLOCK, b"x" * BLOCK))
+    assert [0, 0] == later.do(chain, discard(100 * BLOCK, BLOCK), read(3 * BLOCK, BLOCK))
+    assert (0, "none any more") == (driver_of(chain).figures()["rotten"], driver_of(chain).env.facts["rot"])
+    chain.close()
+
+
+def test_a_block_in_the_place_of_another_is_found(machine: Machine, tmp_path: Path, image: Path) -> None:
+    """A write that lands elsewhere leaves two blocks that are whole, and both are wrong."""
+    text = f"checksum:{tmp_path}/sums|sync:{image}"
+    chain = machine.open(text)
+    assert [0, 0] == machine.do(chain, write(0, b"a" * BLOCK), write(BLOCK, b"b" * BLOCK))
+    with image.open("r+b") as file:
+        file.write(b"b" * BLOCK + b"a" * BLOCK)
+
+    assert [errno.EILSEQ] * 2 == machine.do(chain, read(0, BLOCK), read(BLOCK, BLOCK))
+    chain.close()
+
+
+def test_what_others_wrote_meanwhile_is_no_rot(machine: Machine, later: Machine, tmp_path: Path, image: Path) -> None:
+    """An image that was changed without this layer, later than layers do when they are closed, gets new sums."""
+    text = f"checksum:{tmp_path}/sums|aio:{image}"
+    chain = machine.open(text)
+    machine.everything(chain)
+    chain.close()
+    plain = machine.open(f"aio:{image}")
+    assert [0] == machine.do(plain, write(0, b"n" * BLOCK))
+    plain.close()
+    late = (tmp_path / "sums").stat().st_mtime_ns + 11 * 10**9
+    os.utime(image, ns=(late, late))
+    chain = later.open(text)
+
+    assert image.read_bytes() == later.everything(chain)
+    assert "made anew" in driver_of(chain).env.facts["sums"]
+    chain.close()
+
+
+@pytest.mark.parametrize("change", ["another image", "size", "shorter", "header", "cow", "empty"])
+def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, image: Path, change: str) -> None:
+    """It is left as it is, with a sentence that says what to do."""
+    sums, text = tmp_path / "sums", f"checksum:{tmp_path}/sums|aio:{image}"
+    machine.open(text).close()
+    problem = "has the sums of another disk, of 1048576 bytes; name another file, or remove it"
+    match change:
+        case "another image":
+            (tmp_path / "new").write_bytes(image.read_bytes())
+            (tmp_path / "new").rename(image)
+        case "size":
+            with image.open("ab") as file:
+                file.write(bytes(SIZE))
+        case "shorter":
+            os.truncate(sums, 8192)
+            problem = "something has cut it"
+        case "header":
+            with sums.open("r+b") as file:
+                file.seek(60)
+                file.write(b"!")
+            problem = "its header is damaged"
+        case "cow":
+            sums.unlink()
+            machine.open(f"cow:{sums}|aio:{image}").close()
+            problem = "it is no file of checksum:"
+        case "empty":
+            sums.write_bytes(b"")
+            machine.open(text).close()
+            return
+    before = sums.read_bytes()
+    with pytest.raises(DriverError, match=problem):
+        machine.open(text)
+
+    assert before == sums.read_bytes()
+
+
+@pytest.mark.parametrize("block", ["2K", "3K", "2M"])
+def test_odd_blocks_are_refused(machine: Machine, tmp_path: Path, block: str) -> None:
+    """A block is a power of two from 4 KiB to 1 MiB; what would take more than 1 GiB of sums is refused as well."""
+    with pytest.raises(ChainError, match="it must be 4K, 8K"):
+        machine.open(f"checksum:{tmp_path}/sums,block={block}|ram:1M")
+    with pytest.raises(DriverError, match="too many sums here; name a larger block="):
+        machine.open(f"checksum:{tmp_path}/huge|null:8T", read_only=True)
+
+
+def test_partial_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path, image: Path) -> None:
+    """Of writes of 512 bytes to the same blocks in one batch, with reads between them, none is lost, or rot."""
+    chain = machine.open(f"checksum:{tmp_path}/sums,block=8K|delay:read=2ms,write=1ms,jitter=2ms|aio:{image}")
+    expected = bytearray(image.read_bytes())
+    batch: list[Request] = []
+    for number in range(64):
+        batch += [write(512 * number, bytes([number]) * 512), read(512 * number, 512)]
+        expected[512 * number : 512 * (number + 1)] = bytes([number]) * 512
+    batch += [discard(1 << 19, 12288), write((1 << 19) + 8192, b"z" * 512)]
+    expected[1 << 19 : (1 << 19) + 12288] = bytes(12288)
+    assert [0] * len(batch) == machine.do(chain, *batch)
+    found = machine.everything(chain)
+    at_discard = slice(1 << 19, (1 << 19) + 12288)
+
+    assert expected[: 1 << 19] == found[: 1 << 19]
+    assert found[at_discard] in (expected[at_discard], bytes(8192) + b"z" * 512 + bytes(3584))
+    assert 0 == driver_of(chain).figures()["rotten"]
+    chain.close()
+
+
+def test_a_guest_that_alters_its_pages_makes_no_rot(tmp_path: Path) -> None:
+    """D7: what is written is what the sum was made of, whatever becomes of the guest's page meanwhile."""
+    life = Life(tmp_path, Random(1), "4K")
+    request = write(0, b"a" * BLOCK)
+    life.disk.chain.submit([request])
+    while not life.image.waiting:
+        assert life.sums.step()
+    request.iov[0][:4] = b"evil"
+    while life.disk.step():
+        pass
+
+    assert b"a" * BLOCK == life.disk.everything()[:BLOCK]
+    assert 0 == life.figures()["rotten"]
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_read_that_is_overtaken_by_a_write_teaches_nothing(tmp_path: Path, *, is_known: bool) -> None:
+    """What it brings is older than what is there: it is given back, and is no sum of the block for later reads."""
+    life = Life(tmp_path, Random(1), "4K")
+    assert [0] == life.disk.do(write(BLOCK, bytes(BLOCK)))  # the page is in doubt
+    if is_known:
+        life.disk.everything()
+    held: list[Request] = []
+    complete = life.image.complete
+
+    def hold_reads(batch: list[Request]) -> None:
+        held.extend(each for each in batch if each.op == Op.READ)
+        if rest := [each for each in batch if each.op != Op.READ]:
+            complete(rest)
+
+    life.image.complete = hold_reads
+    late = read(0, BLOCK)
+    life.disk.chain.submit([late])
+    while not held:
+        assert life.disk.step()
+    assert [0] == life.disk.do(write(0, b"n" * BLOCK))
+    life.image.complete = complete
+    complete(held)
+    while life.disk.step():
+        pass
+
+    assert (0, life.first[:BLOCK]) == (late.status, content(late))
+    assert b"n" * BLOCK == life.disk.everything()[:BLOCK]
+    assert 0 == life.figures()["rotten"]
+
+
+def test_a_large_discard_takes_no_long_time(machine: Machine, tmp_path: Path) -> None:
+    """One of 64 GiB costs no look at each block."""
+    chain = machine.open(f"checksum:{tmp_path}/sums,block=64K|fault:rate=0|null:64G", checked=False)
+    driver_of(chain)._can_discard = True  # null: has none
+    driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))  # type: ignore[method-assign,union-attr]
+    began = machine.reactor.now()
+    assert [0, 0] == machine.do(chain, discard(512, (1 << 36) - 1024), write(0, bytes(512)))
+    assert machine.reactor.now() - began < 1
+    chain.close()
+
+
+def _done(batch: list[Request]) -> list[Request]:
+    for each in batch:
+        each.status = 0
+    return batch
+
+
+class Life:
+    """A disk whose workers are killed, and whose host loses its power."""
+
+    def __init__(self, home: Path, chance: Random, block: str) -> None:
+        self.chance = chance
+        self.path = at(home / "sums")
+        self.first = chance.randbytes(64 << 10)
+        self.image = RecordedFile(bytearray(self.first), chance)
+        self.sums = RecordedFile(bytearray(4096), chance)
+        self.text = f"checksum:{self.path},block={block}|aio:image"
+        self.memories: dict[str, dict[str, bytearray]] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Start a worker."""
+        memories, envs = self.memories, self.envs = {**self.memories}, []
+        self.memories = memories
+
+        class Kept(Disk):
+            def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
+                env = super()._env(layer, read_only=read_only, shareable=shareable)
+                env.memories = memories.setdefault(layer, {})
+                envs.append(env)
+                return env
+
+        self.disk = Kept(self.text, RecordedFiles(**{self.path: self.sums, "image": self.image}))
+
+    def rest(self) -> None:
+        """Let the time pass in which sums are settled, at any moment of what is in flight."""
+        for env in self.envs:
+            env.ring()
+
+    def figures(self) -> dict[str, int]:
+        """Return what the layer counts."""
+        return self.disk.chain.layers[0].driver.figures()
+
+    def kill(self) -> None:
+        """Kill it: of what the files were given some lands, in any order, torn too."""
+        for file in (self.image, self.sums):
+            self.chance.shuffle(file.waiting)
+            for request in file.waiting:
+                if request.op == Op.WRITE and self.chance.random() < 0.6:
+                    data = content(request)
+                    file.write_at(request.offset, data[: self.chance.randint(0, len(data) // 512) * 512])
+            file.waiting.clear()
+        self.start()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("block", ["4K", "16K"])
+def test_killed_anywhere(tmp_path: Path, seed: int, block: str) -> None:
+    """D11: over 30 deaths with anything in flight, which is done again, nothing is lost, and nothing looks like rot."""
+    chance = Random(seed)
+    life = Life(tmp_path, chance, block)
+    model = bytearray(life.first)
+    for _ in range(30):
+        out: list[Request] = []
+        for _ in range(chance.randint(1, 12)):
+            length = chance.choice([512, 4096, 8192, 512 * chance.randint(1, 40)])
+            offset = chance.randrange(0, (len(model) - length) // 512 + 1) * 512
+            if any(each.offset < offset + length and offset < each.offset + each.length for each in out):
+                continue
+            request = write(offset, chance.randbytes(length)) if chance.random() < 0.6 else read(offset, length)
+            if request.op == Op.WRITE:
+                model[offset : offset + length] = content(request)
+            out += [request, flush()] if chance.random() > 0.85 else [request]
+        life.disk.chain.submit(list(out))
+        for _ in range(chance.randint(0, 14)):
+            life.disk.step()
+            if chance.random() < 0.2:
+                life.rest()
+        answered = set(life.disk.back)
+        assert {0} >= {request.status for request in answered}
+        life.kill()
+        left = [again(request) for request in out if request not in answered]
+        if left:
+            assert {0} == set(life.disk.do(*left))
+        assert model == life.disk.everything()
+        assert 0 == life.figures()["rotten"]
+    assert life.figures()["verified"] > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("block", ["4K", "16K"])
+def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
+    """Whatever part of what both media were given is there, torn and in any order: no sum contradicts it, and what was
+    flushed is there. Rot of what had rested is found all the same.
+    """
+    chance = Random(seed)
+    life = Life(tmp_path, chance, block)
+    moments: list[tuple[int, int]] = []
+    guest = Session(life.disk, life.image, life.first, chance)
+    step = life.disk.step
+
+    def stepping() -> bool:
+        moments.append((len(life.image.log), len(life.sums.log)))
+        if chance.random() < 0.1:
+            life.rest()
+        return step()
+
+    life.disk.step = stepping  # type: ignore[method-assign]
+    begun = len(life.sums.log)
+    start = bytes(life.sums.bytes)
+    for _ in range(12):
+        guest.run(10, 24)
+        for _ in range(chance.randint(0, 3)):  # it rests, and goes on at any moment of what is done then
+            life.rest()
+            for _ in range(chance.randint(0, 5)):
+                stepping()
+    assert any(each.kind == "write" and each.place >= 8192 for each in life.sums.log[begun:]), "no sum was ever settled"
+    for _ in range(40):
+        moment = chance.choice(moments)
+        image, flushed = lost_power(life.first, life.image.log, moment[0], chance)
+        sums, _ = lost_power(start, life.sums.log[begun:], moment[1] - begun, chance)
+        files = {life.path: RecordedFile(sums), "image": RecordedFile(image)}
+        disk = Disk(life.text, RecordedFiles(**files))
+        assert [] == guest.faults_of_power_loss(disk.everything(), flushed)
+        assert 0 == disk.chain.layers[0].driver.figures()["rotten"]
+
+
+def test_what_has_rested_is_not_forgotten_by_a_power_failure(tmp_path: Path) -> None:
+    """A page is in doubt only as long as its data may not be durable; then rot below it is found after a power loss."""
+    life = Life(tmp_path, Random(1), "4K")
+    assert [0, 0] == life.disk.do(write(0, b"x" * BLOCK), flush())
+    for _ in range(3):
+        life.rest()
+        while life.disk.step():
+            pass
+    flushed = max(place for place, each in enumerate(life.sums.log) if each.kind == "flush")
+    assert flushed
+    damaged = bytearray(life.image.bytes)
+    damaged[100] ^= 1
+    files = {life.path: RecordedFile(bytearray(life.sums.bytes)), "image": RecordedFile(damaged)}
+    disk = Disk(life.text, RecordedFiles(**files))
+
+    assert [errno.EILSEQ, 0] == disk.do(read(0, BLOCK), read(BLOCK, BLOCK))
+
+
+def test_a_page_is_in_doubt_before_its_first_write(tmp_path: Path) -> None:
+    """Nothing of it is sent to the medium before the log says so durably; where that cannot be, the write fails."""
+    life = Life(tmp_path, Random(1), "4K")
+    begun = len(life.sums.log)
+    order: list[str] = []
+    for name, file in (("image", life.image), ("sums", life.sums)):
+        file.fails = _noting(order, name)
+    assert [0] == life.disk.do(write(0, bytes(BLOCK)))
+    assert ["sums WRITE", "sums FLUSH", "image WRITE"] == order
+    assert [("write", 4096), ("flush", 0)] == [(each.kind, each.place) for each in life.sums.log[begun:]]
+    life = Life(tmp_path, Random(1), "4K")
+    life.sums.fails = lambda request: errno.ENOSPC if request.op == Op.WRITE else 0
+    request = write(0, bytes(BLOCK))
+    assert [errno.ENOSPC, 0] == life.disk.do(request, read(BLOCK, 512))
+    life.sums.fails = lambda request: 0
+    assert [0] == life.disk.do(again(request))
+
+
+def _noting(order: list[str], name: str) -> Callable[[Request], int]:
+    def fails(request: Request) -> int:
+        order.append(f"{name} {Op(request.op).name}")
+        return 0
+
+    return fails
+
+
+def test_another_file_of_the_same_name_has_its_own_sums(tmp_path: Path) -> None:
+    """What memory has of a file says nothing of one that was put in its place: a new one knows nothing."""
+    life = Life(tmp_path, Random(1), "4K")
+    life.disk.everything()
+    life.sums = RecordedFile(bytearray(4096))
+    life.image.bytes[0] ^= 1
+    life.start()
+
+    assert bytes(life.image.bytes) == life.disk.everything()
+    assert 0 == life.figures()["rotten"]
+    assert SUMS > life.figures()["learned"] > 0

@@ -1,0 +1,58 @@
+"""Blocks that something alters, so that nothing else does meanwhile: what comes waits its turn.
+
+Must not begin what waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xenbackend.block.request import Op, Request
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """Blocks that one request alters, and those that wait for them."""
+
+    first: int
+    last: int
+    waiting: list[Request] = field(default_factory=list)
+
+
+class Holds:
+    """Those of one layer. A discard may have any number of blocks: it is one entry, a write has one for each."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Hold] = {}
+        self._wide: list[Hold] = []
+
+    def find(self, first: int, last: int) -> Hold | None:
+        """Return a hold on any of these blocks."""
+        for wide in self._wide:
+            if wide.first <= last and first <= wide.last:
+                return wide
+        blocks = self._blocks
+        if not blocks:
+            return None
+        if last - first < len(blocks):
+            return next((blocks[block] for block in range(first, last + 1) if block in blocks), None)
+        return next((hold for block, hold in blocks.items() if first <= block <= last), None)
+
+    def add(self, op: int, first: int, last: int) -> None:
+        """Hold blocks, none of which is held, for a write or a discard."""
+        hold = Hold(first, last)
+        if op == Op.DISCARD:
+            self._wide.append(hold)
+        else:
+            self._blocks.update(dict.fromkeys(range(first, last + 1), hold))
+
+    def remove(self, op: int, first: int, last: int) -> list[Request]:
+        """Let go of blocks that `add` was called with, and return what waited for them."""
+        if op == Op.DISCARD:
+            hold = next(each for each in self._wide if (each.first, each.last) == (first, last))
+            self._wide.remove(hold)
+        else:
+            hold = self._blocks[first]
+            for block in range(first, last + 1):
+                del self._blocks[block]
+        return hold.waiting

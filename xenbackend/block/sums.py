@@ -1,0 +1,285 @@
+"""A sum for each block of a disk, in memory that outlives the worker, and in a file, with a log of what is in doubt.
+
+Must not read a disk, nor compute a sum.
+
+Data and sums lie on two media, and no power failure may make what was written look like rot. So before the first
+block of a page of sums is altered, the log says durably that this page is in doubt, and it does so until
+
+    the data are durable below -> the sums are written -> made durable -> and nothing was written there meanwhile
+
+After a power failure the sums of pages in doubt are forgotten. A killed worker's memory is left, and forgets nothing:
+there the sum of a block is not known from before its write is sent until that is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from xenbackend.block.driver import Env, File
+from xenbackend.block.formats.beside import HEADER_SIZE
+from xenbackend.block.formats.checksum import PAGE, SUMS, Header
+from xenbackend.block.mapped.parts import Part, Pool, allocate, tell
+from xenbackend.block.request import Op
+from xenbackend.loop.steps import Line, Step, Steps
+
+REST_S = 5.0  # a page stays in doubt for that long after the last write
+_TOKEN = 16  # bytes behind the rest in memory: of which file it is, once it was read
+_PIECE = 1 << 20  # bytes that are read at once, while it is opened
+_MARKED = re.compile(rb"[^\0]")
+Done = Callable[[int], None]  # gets 0 or a positive errno
+
+
+class Sums:
+    """Those of one disk. `values` has a sum for each block, 0 where it is not known, and is written by `put` alone."""
+
+    def __init__(self, env: Env, file: File, header: Header, flush_below: Step) -> None:
+        """Take what a predecessor left of this file in memory, else what the file has. Raises: OSError.
+
+        `flush_below` makes durable what the layer below was given.
+        """
+        size = header.pages * PAGE
+        self._env, self._file, self._header, self._flush_below = env, file, header, flush_below
+        self._memory = env.memory("sums", size + header.log_size + PAGE)
+        self.values = self._memory[:size].cast("I")
+        self._log = self._memory[size : size + header.log_size]
+        self._pool = Pool()
+        self._line = Line()
+        self._epochs: Counter[int] = Counter()  # by page: how often something began or ended that alters its blocks
+        self._busy: Counter[int] = Counter()  # by page: how much has to be kept in doubt for what alters its blocks
+        self._stale: set[int] = set()  # pages that the file does not have as they are
+        self._recent: set[int] = set()  # pages that were altered since the last look
+        self._unflushed: set[int] = set()  # pages with data that may not be durable below
+        self._wanted: set[int] = set()  # pages that shall be in doubt
+        self._waiting: list[Done] = []  # for that
+        self._has_timer = self._is_closed = False
+        end = len(self._memory) - PAGE
+        self.is_left = self._memory[end : end + _TOKEN] == header.token
+        if not self.is_left:
+            self._load(is_fresh=not any(self._memory[end : end + _TOKEN]))
+            self._memory[end : end + _TOKEN] = header.token
+        doubtful = self._doubtful()
+        self._stale.update(doubtful)
+        self._unflushed.update(doubtful)
+
+    def _load(self, *, is_fresh: bool) -> None:
+        """Read log and sums, and forget those that are in doubt."""
+        header, sums = self._header, self._memory[: self._header.pages * PAGE]
+        if not is_fresh:
+            sums[:] = bytes(len(sums))
+        self._log[:] = self._file.read_at(HEADER_SIZE, header.log_size).ljust(header.log_size, b"\0")
+        place, end = header.sums_at, header.sums_at + len(sums)
+        while place < end:
+            start, stop = self._file.next_data(place)  # of a large disk of which little is known most is a hole
+            start, stop = max(place, start // PAGE * PAGE), min(end, stop)
+            if start >= end or start >= self._file.size:
+                break
+            found = self._file.read_at(start, min(_PIECE, max(PAGE, stop - start)))
+            sums[start - header.sums_at : start - header.sums_at + len(found)] = found
+            place = start + max(PAGE, len(found) // PAGE * PAGE)
+        for page in self._doubtful():
+            sums[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+        sums.release()
+
+    def _doubtful(self) -> list[int]:
+        return [each.start() for each in _MARKED.finditer(self._log[: self._header.pages])]
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether a power failure now, or a service that kept nothing, would forget sums."""
+        return any(self._log)
+
+    def forget(self) -> None:
+        """Forget all of them. For `open` only: nothing is in flight."""
+        for page in range(self._header.pages):
+            if any(self._memory[page * PAGE : (page + 1) * PAGE]):
+                self._memory[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+                self._stale.add(page)
+
+    def epoch(self, first: int, last: int) -> int:
+        """Return a number that is another one once a block from `first` to `last` is being altered, or was."""
+        page, other = first // SUMS, last // SUMS
+        epochs = self._epochs
+        return epochs[page] if page == other else sum(epochs[each] for each in range(page, other + 1))
+
+    def put(self, first: int, sums: list[int]) -> None:
+        """Note the sums of blocks from `first` on, where that alters anything; they reach the file later."""
+        last = first + len(sums) - 1
+        for block, value in enumerate(sums, first):
+            self.values[block] = value
+        self._stale.update(range(first // SUMS, last // SUMS + 1))
+        self._watch()
+
+    def doubt(self, first: int, last: int, done: Done) -> bool:
+        """Have the pages of blocks in doubt until `end`; return whether they are already.
+
+        Else `done` hears how that ended, once it is durable.
+        """
+        pages = range(first // SUMS, last // SUMS + 1)
+        for page in pages:
+            self._busy[page] += 1
+        if all(self._log[pages.start : pages.stop]):
+            return True
+        self._wanted.update(pages)
+        self._waiting.append(done)
+        if len(self._waiting) == 1:
+            self._line.add(self._note_doubt())
+        return False
+
+    def begin(self, first: int, last: int) -> None:
+        """Take note that blocks are being altered, whose pages are in doubt by now: their sums are not known."""
+        step = 64 << 10
+        for start in range(first, last + 1, step):
+            count = min(step, last + 1 - start)
+            self.values[start : start + count] = memoryview(bytes(4 * count)).cast("I")
+        self._alter(range(first // SUMS, last // SUMS + 1))
+
+    def end(self, first: int, last: int) -> None:
+        """Take note that blocks were altered, or not after all: what `doubt` began is over."""
+        pages = range(first // SUMS, last // SUMS + 1)
+        for page in pages:
+            self._busy[page] -= 1
+        self._alter(pages)
+
+    def _alter(self, pages: range) -> None:
+        for page in pages:
+            self._epochs[page] += 1
+        for each in (self._stale, self._recent, self._unflushed):
+            each.update(pages)
+        self._watch()
+
+    def flushing(self) -> Callable[[], None]:
+        """Return what to call when a flush of the layer below, which begins now, has succeeded."""
+        epochs = {page: self._epochs[page] for page in self._unflushed}
+
+        def flushed() -> None:
+            self._unflushed.difference_update(page for page, epoch in epochs.items() if self._epochs[page] == epoch)
+
+        return flushed
+
+    def take(self, part: Part) -> None:
+        """Take back a part of ours that the file has given back."""
+        part.done(part)
+        self._pool.put(part)
+
+    def owns(self, part: Part) -> bool:
+        """Return whether a part is ours."""
+        return part.pool is self._pool
+
+    def close(self, *, writes: bool) -> None:
+        """Let go of the memory; if it `writes`, bring everything into the file before. Raises: OSError."""
+        self._is_closed = True
+        try:
+            if writes:
+                for page in sorted(self._stale):
+                    place = self._header.sums_at + page * PAGE
+                    self._file.write_at(place, self._memory[page * PAGE : (page + 1) * PAGE].tobytes())
+                self._file.sync()
+                for page in set(self._doubtful()) - self._unflushed:
+                    self._log[page] = 0
+                self._file.write_at(HEADER_SIZE, self._log.tobytes())
+                self._file.write_at(0, self._header.pack())  # which has a time of change from now on
+                self._file.sync()
+        finally:
+            for view in (self.values, self._log, self._memory):
+                view.release()
+
+    # what is done with the file while the disk is in service, one after the other
+
+    def _watch(self) -> None:
+        if not (self._has_timer or self._env.read_only):
+            self._has_timer = True
+            self._env.call_later(REST_S, self._look)
+
+    def _look(self) -> None:
+        """Have pages settled to which nothing was written for a while."""
+        self._has_timer = False
+        if self._is_closed:
+            return
+        doubtful = set(self._doubtful())
+        quiet = {page: self._epochs[page] for page in doubtful - self._recent if not self._busy[page]}
+        self._recent = set()
+        flushed = self.flushing()
+
+        def settle(status: int) -> None:
+            if not status:
+                flushed()
+                self._line.add(self._settle(quiet))
+
+        if quiet:
+            self._flush_below(settle)
+        elif self._stale - doubtful:
+            self._line.add(self._settle({}))
+        if doubtful:
+            self._watch()
+
+    def _note_doubt(self) -> Steps[None]:
+        pages, self._wanted = self._wanted, set()
+        waiting, self._waiting = self._waiting, []
+        status = 0
+        try:
+            yield partial(self._write_log, pages, 1)
+            yield self._sync
+            for page in pages:
+                self._log[page] = 1
+        except OSError as error:
+            status = error.errno or errno.EIO
+        for done in waiting:
+            done(status)
+
+    def _settle(self, epochs: dict[int, int]) -> Steps[None]:
+        """Bring sums into the file, and take pages out of doubt whose data are durable and stay as they are.
+
+        What fails is tried again.
+        """
+        stale = self._stale & epochs.keys() | self._stale - set(self._doubtful())
+        try:
+            yield partial(self._write_sums, stale)
+            yield self._sync
+        except OSError:
+            self._stale |= stale
+            return
+        settled = {page for page, epoch in epochs.items() if self._epochs[page] == epoch and not self._busy[page]}
+        for page in settled:
+            self._log[page] = 0
+        yield partial(self._write_log, settled, 0)
+
+    def _write_sums(self, pages: set[int], done: Done) -> None:
+        self._stale -= pages
+        places = {self._header.sums_at + page * PAGE: self._memory[page * PAGE : (page + 1) * PAGE] for page in pages}
+        self._write(places, done)
+
+    def _write_log(self, pages: Iterable[int], state: int, done: Done) -> None:
+        """Write the log with another state of these pages, which memory need not have."""
+        places = {}
+        for start in {page // PAGE * PAGE for page in pages}:
+            data = bytearray(self._log[start : start + PAGE])
+            for page in pages:
+                if start <= page < start + PAGE:
+                    data[page - start] = state
+            places[HEADER_SIZE + start] = memoryview(data)
+        self._write(places, done)
+
+    def _write(self, places: dict[int, memoryview], done: Done) -> None:
+        if not places:
+            done(0)
+            return
+        statuses: list[int] = []
+
+        def written(status: int) -> None:
+            statuses.append(status)
+            if len(statuses) == len(places):
+                done(max(statuses))
+
+        parts = []
+        for place, data in places.items():
+            memory = allocate(PAGE)
+            memory[:] = data
+            parts.append(self._pool.take(Op.WRITE, place, PAGE, [memory], tell, written))
+        self._file.submit(parts)  # type: ignore[arg-type]  # each is a request
+
+    def _sync(self, done: Done) -> None:
+        self._file.submit([self._pool.take(Op.FLUSH, 0, 0, (), tell, done)])
