@@ -53,6 +53,10 @@ LAYERS = {
     "embedded": GROUND | {"rig", "supervisor", "protocol", "blkif"},
     "host": GROUND | {"protocol.client", "supervisor.service.settings", "xl.shim"},
     "xl": GROUND - {"log"} | {"block"},
+    "doctor": GROUND
+    | {"protocol", "block", "blkif.handshake", "host", "opener.cluster"}
+    | {"kernel.locks", "kernel.process", "kernel.users"}
+    | {"supervisor.service.settings", "supervisor.vbd.reasons", "supervisor.vbd.spec", "supervisor.xenstore"},
     # what is done to images offline: the drivers, and of a worker what opens files and waits for them
     "image": GROUND - {"log"} | {"block", "kernel.inuse", "opener", "worker.env", "worker.files", "loop"},
     "cli": {""},
@@ -87,6 +91,7 @@ HOMES = {
     "rich": ("bench/report", "cli/"),
     "select": (
         "bench/",
+        "doctor/probes",
         "embedded/",
         "rig/",
         "supervisor/service/fleet",
@@ -102,6 +107,7 @@ HOMES = {
         "bench/calls",
         "bench/native",
         "cli/",
+        "doctor/probes",
         "embedded/machine",
         "kernel/process",
         "loop/signals",
@@ -127,7 +133,7 @@ HOMES = {
         "walls/raising",
     ),
     "os.getenv": (),
-    "os.fork": ("cli/apart", "kernel/namespaces", "worker/zygote"),
+    "os.fork": ("cli/apart", "doctor/probes", "kernel/namespaces", "worker/zygote"),
     "os.system": (),
     "sys.argv": (
         "cli/",

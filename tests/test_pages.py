@@ -130,6 +130,15 @@ def test_every_reason_is_explained() -> None:
     assert [each.name.lower().replace("_", "-") for each in Reason] == words
 
 
+def test_every_look_of_doctor_is_explained() -> None:
+    """troubleshooting.md has each word by which a finding says what was looked at, and no other."""
+    source = "\n".join(file.read_text() for file in (pages.ROOT / "xenbackend/doctor").glob("*.py"))
+    used = set(re.findall(r'\b(?:ok|wrong|unknown|_limited|Probe)\(\s*"([a-z]+)"', source)) - {"host"}
+    cells = [cell for cell, _ in pages.rows(DOCS / "troubleshooting.md", "word")]
+
+    assert used == {word for cell in cells for word in re.findall("`([a-z]+)`", cell)}
+
+
 def test_memory_for_many_disks() -> None:
     """capacity.md multiplies what the formula of performance.md says of one disk, with the arena."""
     ones = [bound(rings, slots, segments=FREE_SEGMENTS) + ARENA for rings, slots in ((8, 512), (2, 128))]

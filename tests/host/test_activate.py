@@ -75,3 +75,18 @@ def test_the_programs_are_there() -> None:
     """Where systemd runs, every program of the steps is one that can be asked for its version."""
     for name in {step[0] for step in [*activate.starting(starts=True), *activate.forgetting()]}:
         assert 0 == subprocess.run([name, "--version"], capture_output=True, check=False).returncode
+
+
+def test_what_systemd_says_of_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its properties by name; nothing where it does not run this host, is not there, or does not answer in time."""
+    monkeypatch.setattr(activate, "is_possible", lambda: True)
+    programs(tmp_path, monkeypatch, systemctl="printf 'ActiveState=active\\nStatusText=a=b\\n\\n'")
+    known = activate.unit_facts(10)
+    programs(tmp_path, monkeypatch, systemctl="exec /bin/sleep 60")
+    hangs = activate.unit_facts(0.2)
+    (tmp_path / "systemctl").unlink()
+    missing = activate.unit_facts(10)
+    monkeypatch.setattr(activate, "is_possible", lambda: False)
+
+    assert ({"ActiveState": "active", "StatusText": "a=b"}, {}, {}) == (known, hangs, missing)
+    assert {} == activate.unit_facts(10)

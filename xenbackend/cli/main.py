@@ -18,8 +18,9 @@ from xenbackend.cli.arguments import Parser, UsageError, check_command
 from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable
 
 MODULES = {  # of the commands, in the order of the help
-    "run": "run", "config": "config", "status": "status", "metrics": "metrics", "attach": "attach",
-    "detach": "attach", "check": "check",
+    "run": "run", "config": "config", "status": "status", "metrics": "metrics",
+    "doctor": "doctor",
+    "attach": "attach", "detach": "attach", "check": "check",
     "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",
     "policy": "disk", "upgrade": "upgrade",
     "stop": "upgrade", "orders": "orders", "drivers": "drivers", "log": "log", "cow": "cow", "demo": "demo",

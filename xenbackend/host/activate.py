@@ -18,6 +18,10 @@ Tell = Callable[[Command], None]  # called after a step was done
 _RELOAD_UNITS = ("systemctl", "daemon-reload")
 _RELOAD_RULES = ("udevadm", "control", "--reload")
 _APPLY_RULES = ("udevadm", "trigger", "--settle", "--subsystem-match=misc", "--sysname-match=xen!*")
+_FACTS = (
+    "LoadState", "ActiveState", "Result", "StatusText", "MainPID", "ConditionResult", "ConditionTimestampMonotonic",
+    "NFileDescriptorStore", "FileDescriptorStoreMax",
+)  # fmt: skip
 _TIMEOUT_S = 180  # a service that stops finishes first what is in flight
 
 
@@ -30,6 +34,23 @@ def is_serving() -> bool:
     """Return whether the service is active."""
     result = subprocess.run(["systemctl", "is-active", "--quiet", UNIT], check=False)  # noqa: S603, S607 - root's PATH
     return result.returncode == 0
+
+
+def unit_facts(limit_s: float) -> dict[str, str]:
+    """Return what systemd says of our unit; nothing where it does not run this host, or not answer within that time.
+
+    Source: org.freedesktop.systemd1(5).
+    """
+    command = ["systemctl", "show", UNIT, "--property", ",".join(_FACTS)]
+    try:
+        if not is_possible():
+            return {}
+        result = subprocess.run(  # noqa: S603 - the command above
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
 
 
 def starting(*, starts: bool) -> list[Command]:

@@ -75,6 +75,11 @@ def shim(program: Program, xl: str) -> Item:
     return Item(SHIM_PLACE, shim_text(xl, *program.command.split()).encode(), mode=0o755)
 
 
+def script_text() -> bytes:
+    """Return the hotplug script without its first line, which names the interpreter."""
+    return (_HERE / "block_xenbackend.py").read_bytes().partition(b"\n")[2]
+
+
 def _hotplug_script(program: Program) -> bytes:
     """Return the script for the interpreter that runs us: below libxl it has no environment to find another."""
     first, _, rest = (_HERE / "block_xenbackend.py").read_bytes().partition(b"\n")

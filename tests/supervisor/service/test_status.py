@@ -137,13 +137,19 @@ def test_a_process_has_a_start() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         started = started_at(process.pid)
         process.kill()
-    service = describe_service()
+    store: Any = SimpleNamespace(address="/store", is_connected=False, why_lost="it has gone")
+    service = describe_service(store, "xenbackend.rig.host")
 
     assert started is not None
     assert before - 0.1 <= started <= time.time() + 0.1
     assert started_at(process.pid) is None
     assert (os.getpid(), __version__) == (service["pid"], service["version"])
     assert service["since"] <= before
+    assert ("xenbackend.rig.host", "/store", "it has gone") == tuple(
+        service[key] for key in ("host", "store", "store_error")
+    )
+    store.is_connected = True
+    assert "" == describe_service(store, "")["store_error"]
 
 
 def test_what_layers_count_is_shown_by_name() -> None:

@@ -95,7 +95,7 @@ class Service:
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         group = access.group_number(settings.group)
         self._server = Server(settings.socket, self._loop, self._answer, inherited, group)
-        self._complaint = complaint
+        self._complaint, self._host = complaint, settings.host
         self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = self._has_let_go = False
         self._last_chains.on_change = self._leave_soon
@@ -250,7 +250,7 @@ class Service:
 
     def _ping(self, _request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
         counts = {"bugs": self._bugs.count, "breaches": self._fleet.breaches}
-        reply(Answer(Code.OK, {**describe_service(), **counts, "waits": self._waits()}))
+        reply(Answer(Code.OK, {**describe_service(self._store, self._host), **counts, "waits": self._waits()}))
 
     def _waits(self) -> list[dict[str, str]]:
         """Return for which disks the service waits before it ends, and for what; none while it does not end."""

@@ -25,6 +25,7 @@ from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
 if TYPE_CHECKING:
     from xenbackend.protocol import messages
     from xenbackend.supervisor.vbd.vbd import Vbd
+    from xenbackend.supervisor.xenstore.store import Store
 
 
 def describe(
@@ -108,9 +109,10 @@ def describe_briefly(vbd: Vbd) -> dict[str, str]:
     }
 
 
-def describe_service() -> dict[str, Any]:
-    """Return what is known of this process, for the answer to `ping`."""
-    return {"pid": os.getpid(), "version": __version__, "since": started_at(os.getpid())}
+def describe_service(store: Store, host: str) -> dict[str, Any]:
+    """Return what is known of this process, for the answer to `ping`; `host` is where grants come from."""
+    own = {"pid": os.getpid(), "version": __version__, "since": started_at(os.getpid()), "host": host}
+    return own | {"store": store.address, "store_error": "" if store.is_connected else store.why_lost}
 
 
 def started_at(pid: int) -> float | None:

@@ -1,0 +1,89 @@
+"""Looks at a host, in a directory that has what a Xen host has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from xenbackend.doctor import host
+from xenbackend.doctor.finding import Verdict
+from xenbackend.host.files import script_text
+
+Break = Callable[[Path], object]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A sound one."""
+    for name, text in {
+        "proc/xen/capabilities": "control_d\n", "proc/sys/fs/aio-nr": "512\n", "proc/sys/fs/aio-max-nr": "65536\n",
+        "proc/sys/fs/file-nr": "1000\t0\t100000\n", "proc/sys/fs/file-max": "100000\n", "dev/xen/gntdev": "",
+        "dev/xen/evtchn": "", "usr/bin/python3": "", "xenbackend.toml": "poll_us = 5\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    script = tmp_path / "etc/xen/scripts/block-xenbackend"
+    script.parent.mkdir(parents=True)
+    script.write_bytes(b"#!/usr/bin/python3 -IS\n" + script_text())
+    script.chmod(0o755)
+    return tmp_path
+
+
+def write(name: str, text: str) -> Break:
+    """Return what writes something else into a file."""
+    return lambda root: (root / name).write_text(text)
+
+
+def remove(name: str) -> Break:
+    """Return what removes a file."""
+    return lambda root: (root / name).unlink()
+
+
+SCRIPT = "etc/xen/scripts/block-xenbackend"
+
+
+def test_a_sound_host_has_nothing_wrong(root: Path) -> None:
+    """Each look finds all well, and has no command for anybody."""
+    findings = host.look(root, root / "xenbackend.toml")
+
+    assert ["xen", "devices", "script", "aio", "files", "settings"] == [each.check for each in findings]
+    assert {(Verdict.OK, "")} == {(each.verdict, each.command) for each in findings}
+
+
+@pytest.mark.parametrize(
+    ("breaks", "check", "sentence", "command"),
+    [
+        (remove("proc/xen/capabilities"), "xen", "booted without Xen", "ls /sys/hypervisor /proc/xen"),
+        (write("proc/xen/capabilities", "\n"), "xen", "no control domain", "ls /sys/hypervisor /proc/xen"),
+        (remove("dev/xen/evtchn"), "devices", "there is no /dev/xen/evtchn:", "modprobe -a xen-evtchn"),
+        (remove(SCRIPT), "script", f"there is no /{SCRIPT}", "xenbackend install"),
+        (lambda root: (root / SCRIPT).chmod(0o644), "script", "cannot be run", f"chmod 755 /{SCRIPT}"),
+        (remove("usr/bin/python3"), "script", "the interpreter /usr/bin/python3, which is not", "xenbackend install"),
+        (write(SCRIPT, "#!/usr/bin/python3\npass\n"), "script", "not that of this version", "xenbackend install"),
+        (write("proc/sys/fs/aio-nr", "65500"), "aio", "65500 of 65536", "sysctl -w fs.aio-max-nr=1048576"),
+        (write("proc/sys/fs/file-nr", "99000\t0\t100000"), "files", "99000 of 100000", "sysctl -w fs.file-max=200000"),
+        (write("xenbackend.toml", "\npol_us = 5\n"), "settings", "xenbackend.toml:2: there is no setting pol_us",
+         "xenbackend run --check"),
+        (write("xenbackend.toml", "pol"), "settings", "is not TOML", "xenbackend run --check"),
+    ],
+)  # fmt: skip
+def test_each_thing_that_is_broken_is_one_finding(
+    root: Path, breaks: Break, check: str, sentence: str, command: str
+) -> None:
+    """What is wrong is told once, with what to do, and nothing else is: what depends on it is not missed."""
+    breaks(root)
+    [found] = [each for each in host.look(root, root / "xenbackend.toml") if each.verdict is not Verdict.OK]
+
+    assert (Verdict.WRONG, check, command) == (found.verdict, found.check, found.command)
+    assert sentence in found.sentence
+
+
+def test_what_cannot_be_read_is_not_known(root: Path) -> None:
+    """A file that is not there, or not as it was expected, is neither well nor wrong."""
+    remove("proc/sys/fs/aio-max-nr")(root)
+    write("proc/sys/fs/file-nr", "none")(root)
+    found = {each.check: each.verdict for each in host.look(root, root / "xenbackend.toml")}
+
+    assert (Verdict.UNKNOWN, Verdict.UNKNOWN) == (found["aio"], found["files"])

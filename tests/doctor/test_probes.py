@@ -1,0 +1,75 @@
+"""Looks that run side by side, some of which hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+from xenbackend.doctor import probes
+from xenbackend.doctor.finding import Verdict, ok
+from xenbackend.doctor.probes import Probe, Result
+
+
+def looks_well(name: str) -> Result:
+    """Find that all is well."""
+    return Result([ok(name, "well")], {"name": name})
+
+
+def hangs() -> Result:
+    """Wait for ever, and do not let anybody end that but by force."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        signal.pause()
+
+
+def says_much() -> Result:
+    """Find more than fits into a pipe."""
+    return Result([ok("much", "x" * 1000) for _ in range(300)])
+
+
+def fails() -> Result:
+    """Meet a fault of the program."""
+    raise ValueError("of no use")
+
+
+def test_each_look_brings_its_findings_in_the_order_in_which_it_was_wanted() -> None:
+    """Findings and values come back whole, also many, and each with the time that it took."""
+    wanted = [Probe("a", "this", partial(looks_well, "a")), Probe("m", "much", says_much),
+              Probe("b", "that", partial(looks_well, "b"))]  # fmt: skip
+    first, much, last = probes.run(wanted)
+
+    assert ({"name": "a"}, {"name": "b"}) == (first.data, last.data)
+    assert ["well"] == [each.sentence for each in first.findings]
+    assert 300 == len(much.findings)
+    assert all(0 <= each.took_s < probes.LIMIT_S for each in first.findings)
+
+
+def test_one_that_hangs_hides_no_other() -> None:
+    """It is told as not looked at, after its limit, and is gone; so is what a fault of the program keeps us from."""
+    wanted = [Probe("stuck", "the storage of /img", hangs, "5/xvda"), Probe("bug", "it", fails),
+              Probe("a", "this", partial(looks_well, "a"))]  # fmt: skip
+    begun = time.monotonic()
+    stuck, bug, fine = probes.run(wanted, limit_s=0.3)
+
+    assert time.monotonic() - begun < 2
+    [finding] = stuck.findings
+    assert (Verdict.UNKNOWN, "stuck", "5/xvda") == (finding.verdict, finding.check, finding.disk)
+    assert finding.sentence.startswith("the storage of /img did not answer within 0.3 s")
+    assert "could not be looked at: ValueError: of no use" in bug.findings[0].sentence
+    assert Verdict.OK is fine.findings[0].verdict
+    assert not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+
+
+def test_all_together_have_a_limit() -> None:
+    """However many hang, nobody waits longer than for that, and those that were not begun are told, too."""
+    wanted = [Probe("stuck", f"number {number}", hangs) for number in range(probes._AT_ONCE + 5)]
+    begun = time.monotonic()
+    results = probes.run(wanted, limit_s=60, all_s=0.5)
+
+    assert time.monotonic() - begun < 5
+    assert {Verdict.UNKNOWN} == {each.verdict for result in results for each in result.findings}
+    assert "was not looked at: all looks together took 0.5 s" in results[-1].findings[0].sentence

@@ -1,0 +1,206 @@
+"""`xenbackend doctor` on a simulated host, on which one thing after another is broken: each is one finding."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_json import documented, keys
+from xenbackend.embedded.machine import Machine
+from xenbackend.rig.frontend import Wishes
+
+pytestmark = pytest.mark.slow
+DISK = "5/xvda"
+LIMIT_S = 45.0  # of a look at everything, on a host under load; the looks themselves have seconds
+Found = dict[str, Any]
+AS_NOBODY = """
+import os, shutil, sys, tomllib, difflib
+from xenbackend.cli import doctor, doctor_text, output, top, top_rows, top_screen
+from xenbackend.doctor import examine
+from xenbackend.cli.main import main
+os.setgroups([])
+os.setgid({group})
+os.setuid(65534)
+sys.exit(main({words}))
+"""
+
+
+class Host:
+    """A host with a guest that uses its disk."""
+
+    def __init__(self, machine: Machine, image: Path) -> None:
+        self.machine, self.image = machine, image
+
+    def doctor(self, *words: str) -> tuple[int, list[Found]]:
+        """Return the exit status and what is not well."""
+        begun = time.monotonic()
+        command = [sys.executable, "-m", "xenbackend", "doctor", "--json", "--socket", self.machine.control, *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        assert time.monotonic() - begun < LIMIT_S
+        return result.returncode, not_well(result.stdout)
+
+    def known(self) -> Found:
+        """Return what the service says of the disk."""
+        [known] = self.machine.ask({"verb": "status", "vbd": DISK})["data"]
+        return known  # type: ignore[no-any-return]
+
+
+def not_well(text: str) -> list[Found]:
+    """Return the findings that are not well, of JSON that has what docs/json.md says."""
+    values = json.loads(text)
+    assert documented("doctor")[0] == keys(values, set())
+    return [each for each in values["findings"] if each["verdict"] != "ok"]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """One for all that can be mended again."""
+    image = tmp_path_factory.mktemp("host") / "img"
+    image.write_bytes(bytes(1 << 20))
+    config = image.with_name("x.toml")
+    config.write_text(f'group = "{grp.getgrgid(65534).gr_name}"\n')
+    with Machine(config=config) as machine:
+        guest = machine.create_guest(5)
+        path = machine.attach(5, "xvda", f"log:|aio:{image}")
+        frontend = guest.connect(path, Wishes())
+        yield Host(machine, image)
+        frontend.close()
+        machine.detach(path)
+        guest.close()
+
+
+def test_a_host_that_is_well(host: Host) -> None:
+    """Nothing is found, of the host or of a disk, and the exit status is 0."""
+    assert (0, []) == host.doctor()
+    assert (0, []) == host.doctor(DISK)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Have a process stopped by a signal."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def silent_store(machine: Machine) -> Iterator[None]:
+    """Have a xenstored that says nothing."""
+    goes_on = threading.Event()
+    thread = threading.Thread(target=lambda: machine.xenstored._on_thread(goes_on.wait))
+    thread.start()
+    try:
+        yield
+    finally:
+        goes_on.set()
+        thread.join()
+
+
+@contextmanager
+def paused(host: Host) -> Iterator[None]:
+    """Have the disk paused."""
+    host.machine.ask({"verb": "pause", "vbd": DISK})
+    try:
+        yield
+    finally:
+        host.machine.ask({"verb": "resume", "vbd": DISK})
+
+
+@pytest.mark.parametrize(
+    ("breaks", "check", "words"),
+    [
+        (paused, "paused", "the disk is paused by uid"),
+        (lambda host: stopped(host.known()["worker"]), "worker", "has been stopped by a signal or a debugger"),
+        (lambda host: silent_store(host.machine), "xenstored", "did not answer in time"),
+        (lambda host: stopped(host.machine.service_pid), "service", "has been stopped by a signal or a debugger"),
+    ],
+)
+def test_each_thing_that_is_broken_is_one_finding(
+    host: Host, breaks: Callable[[Host], Any], check: str, words: str
+) -> None:
+    """It is told, with a command, and the exit status is 1; nothing that follows from it is told as wrong, too."""
+    with breaks(host):
+        status, found = host.doctor(DISK)
+    assert 1 == sum(each["verdict"] == "wrong" for each in found), found
+    [wrong] = [each for each in found if each["verdict"] == "wrong"]
+
+    assert (1, check) == (status, wrong["check"])
+    assert words in wrong["sentence"]
+    assert wrong["command"]
+
+
+def test_a_member_of_the_group_learns_what_the_service_knows(host: Host) -> None:
+    """Xenstore and the service's descriptors are root's to look at: the service's word counts, or nobody knows; `top`
+    shows all.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("needs root to be somebody else")
+    machine = host.machine
+    for each in (machine.directory, *machine.directory.parents):
+        if not each.stat().st_mode & 0o001:  # of this test, or of all that run with it
+            each.chmod(0o711)
+    words = {"doctor": ["--json"], "top": ["--json", "--once", "--interval", "1"]}
+    texts = {}
+    for command, options in words.items():
+        arguments = [command, *options, "--socket", machine.control]
+        program = AS_NOBODY.format(group=65534, words=arguments)
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        )
+        texts[command] = result.stdout
+        assert (3 if command == "doctor" else 0) == result.returncode, result.stderr
+    found = not_well(texts["doctor"])
+
+    assert [("unknown", "descriptors")] == [(each["verdict"], each["check"]) for each in found]
+    assert [DISK] == [each["vbd"] for each in json.loads(texts["top"])["vbds"]]
+
+
+def test_who_has_to_move(host: Host) -> None:
+    """A disk that the guest does not take is waited for; one that is not there is told with those that are."""
+    path = host.machine.attach(5, "xvdb", "ram:1M")
+    try:
+        assert (0, []) == host.doctor("5/xvdb")  # it has half a minute
+    finally:
+        host.machine.detach(path)
+    status, [wrong] = host.doctor("5/xvdz")
+
+    assert (1, "disk") == (status, wrong["check"])
+    assert f"(there are {DISK})" in wrong["sentence"]
+
+
+def test_without_a_service_xenstore_tells(tmp_path: Path) -> None:
+    """A disk that was to be attached while no service ran: that is what is wrong, and who has the image, if somebody
+    has; the service's own part is not known.
+    """
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine:
+        host = Host(machine, image)
+        guest = machine.create_guest(5)
+        machine.attach(5, "xvda", f"aio:{image}")
+        machine.stop_service()
+        words = ("--store", f"{machine.directory}/xenstore.sock", DISK)
+        status, found = host.doctor(*words)
+        wrong = {each["check"] for each in found if each["verdict"] == "wrong"}
+        image.unlink()
+        _, later = host.doctor(*words)
+        guest.close()
+
+    assert (1, True) == (status, "service" in wrong)
+    assert "file" not in wrong
+    [missing] = [each for each in later if each["check"] == "file"]
+    assert (DISK, f"there is no file or device {image}") == (missing["disk"], missing["sentence"])

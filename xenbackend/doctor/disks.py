@@ -1,0 +1,121 @@
+"""What keeps one disk from being connected: by what the service says of it, or, without one, by what xenstore has.
+
+Must not look at a host, nor at storage.
+
+One cause has one finding: a disk that is paused is not also one whose handshake waits.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from xenbackend.blkif.handshake import XenbusState, name
+from xenbackend.disks import DiskName
+from xenbackend.doctor.finding import Finding, ok, unknown, wrong
+from xenbackend.doctor.handshake import Move, Who, next_move
+from xenbackend.doctor.service import state_of
+from xenbackend.errors import printable
+from xenbackend.supervisor.vbd.reasons import Reason
+
+PATIENCE_S = 30.0  # for which a guest may boot, or anybody take his time
+_STATES = {name(each): each for each in XenbusState}
+_LOG = "journalctl -u xenbackend -n 50"
+_RESUME = "xenbackend resume {vbd}"
+COMMANDS = {  # by reason; what to do next
+    Reason.CANNOT_OPEN: "xenbackend check {chain}",
+    Reason.BAD_KEYS: "xenstore-ls -f /local/domain/0/backend/{node}",
+    Reason.UNDECIDED: "xenbackend orders",
+    Reason.OTHER_FILE: "xenbackend status {vbd}",
+    Reason.OTHER_SIZE: "xenbackend check {chain}",
+    Reason.GIVEN_UP: _LOG,
+    Reason.BAD_RINGS: "xenstore-ls -f /local/domain/{domid}/device/vbd",
+    Reason.FLUSH_FAILED: _RESUME,
+    Reason.STORAGE: "dmesg | tail -n 50",
+    Reason.KEY: "xenbackend status {vbd}",
+    Reason.TROUBLE: _LOG,
+    Reason.INTERRUPTED: _LOG,
+    Reason.HALTED: "xl dmesg | tail -n 50",
+}
+_BY_STORAGE = (Reason.CANNOT_OPEN, Reason.STORAGE, Reason.TROUBLE, Reason.INTERRUPTED, Reason.GIVEN_UP)
+_BY_WORD = {each.name.lower().replace("_", "-"): each for each in Reason}
+_WHOSE = {
+    Who.GUEST: "xl console {domid}",
+    Who.TOOLSTACK: "xl block-list {domid}",
+    Who.SERVICE: _LOG,
+}
+Known = dict[str, Any]
+
+
+def look(known: Known, now: float) -> Finding:
+    """Return what keeps a disk from being connected; `known` is as `status` has it, `now` seconds since 1970."""
+    vbd = known["vbd"]
+    if known["paused"]:
+        by = printable(known["paused_by"]) or "an administrator"
+        return wrong("paused", f"the disk is paused by {by}", _filled(_RESUME, known), disk=vbd)
+    if known["reason"]:
+        reason = _BY_WORD.get(known["reason"])
+        command = COMMANDS[reason] if reason is not None else _LOG
+        return wrong("reason", printable(known["error"]) or known["reason"], _filled(command, known), disk=vbd)
+    if known["worker"] and state_of(known["worker"]) in ("T", "t"):
+        sentence = f"its worker, process {known['worker']}, has been stopped by a signal or a debugger"
+        return wrong("worker", sentence, f"kill -CONT {known['worker']}", disk=vbd)
+    states = _STATES[known["state"]], _STATES[known["frontend_state"]]
+    since_s = max(0.0, now - known["since"])
+    return _of_handshake(known, next_move(*states), states, since_s)
+
+
+def look_without_service(known: Known, *, serves_all: bool) -> list[Finding]:
+    """Return what xenstore says of a disk while no service tells; it is as `doctor.store` describes it."""
+    vbd = known["vbd"]
+    if not known["ours"] and not serves_all:
+        return [_of_others(known)]
+    if known["hotplug_error"]:
+        return [wrong("hotplug", f"xl was told: {known['hotplug_error']}", f"xl block-list {_domid(known)}", disk=vbd)]
+    if known["mistake"]:
+        return [wrong("reason", printable(known["mistake"]), _filled(COMMANDS[Reason.BAD_KEYS], known), disk=vbd)]
+    states = XenbusState(known["ours_state"]), XenbusState(known["theirs_state"])
+    move = next_move(*states, script_has_come=bool(known["hotplug"]))
+    if move.who is Who.SERVICE:
+        return [unknown("handshake", f"{_states(*states)}: the service {move.what}; it was not asked", disk=vbd)]
+    return [_of_handshake(known, move, states, PATIENCE_S)]
+
+
+def not_found(wanted: DiskName, served: list[str], *, knows_store: bool) -> Finding:
+    """Return that there is no such disk."""
+    there = f"there are {', '.join(served)}" if served else "there is none at all"
+    if not knows_store:
+        return unknown("disk", f"the service serves no disk {wanted} ({there}), and xenstore could not be asked")
+    sentence = f"the toolstack has made no disk {wanted} for us ({there})"
+    return wrong("disk", sentence, f"xl block-list {shlex.quote(wanted.domain)}", disk=str(wanted))
+
+
+def depends_on_storage(finding: Finding, known: Known) -> bool:
+    """Return whether a look at its files and servers may tell more than this finding does."""
+    return finding.check == "reason" and _BY_WORD.get(known["reason"]) in _BY_STORAGE
+
+
+def _of_others(known: Known) -> Finding:
+    script = known["script"] or "none"
+    sentence = f"the disk is not for this service: its script is {script}, and not block-xenbackend"
+    return wrong("script", sentence, "xenbackend config show  # scripts, serve", disk=known["vbd"])
+
+
+def _of_handshake(known: Known, move: Move, states: tuple[XenbusState, XenbusState], since_s: float) -> Finding:
+    sentence = f"{_states(*states)}: {move.who} {move.what}"
+    if move.who is Who.NOBODY or (since_s < PATIENCE_S and known.get("since") is not None):
+        return ok("handshake", sentence, disk=known["vbd"])
+    return wrong("handshake", sentence, _filled(_WHOSE[move.who], known), disk=known["vbd"])
+
+
+def _states(ours: XenbusState, theirs: XenbusState) -> str:
+    return f"we are {name(ours)} and the guest is {name(theirs)}"
+
+
+def _filled(command: str, known: Known) -> str:
+    chain = shlex.quote(printable(known["chain"]))
+    return command.format(vbd=known["vbd"], node=known["node"], domid=_domid(known), chain=chain)
+
+
+def _domid(known: Known) -> str:
+    return str(known["vbd"]).partition("/")[0]

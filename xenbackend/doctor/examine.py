@@ -1,0 +1,139 @@
+"""All looks in their order: first at host, xenstore and service, then at the storage of disks that are in trouble.
+
+Must not look itself.
+
+A cause is told once. Where what is below a disk is wrong, that takes the place of what the service says of the disk;
+where there is no Xen, nobody misses its devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from xenbackend.disks import DiskName
+from xenbackend.doctor import disks, host, service, storage, store
+from xenbackend.doctor.finding import Finding, Verdict, ok, unknown, wrong
+from xenbackend.doctor.probes import Probe, Result, run
+from xenbackend.errors import ConfigError
+from xenbackend.supervisor.service import settings
+
+MOST_DISKS = 64  # whose storage is looked at
+_REAL_HOST = settings.Settings().host
+Known = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is examined: `disk` None is the whole host; `store` empty is the settings' xenstore, as the service has."""
+
+    control: str
+    store: str = ""
+    config: Path | None = None
+    disk: DiskName | None = None
+
+
+def examine(wanted: Wanted) -> list[Finding]:
+    """Return all findings. Raises nothing, and ends in seconds."""
+    chosen = _settings(wanted.config)
+    [answer] = run([Probe("service", f"the service at {wanted.control}", partial(service.look, wanted.control))])
+    known = answer.data
+    address = wanted.store or (known["service"]["store"] if known else chosen.store)
+    is_simulated = bool(known) and known["service"]["host"] != _REAL_HOST
+    [of_host, of_store] = run(
+        [
+            Probe("host", "this host", partial(_look_at_host, wanted.config, is_simulated=is_simulated)),
+            Probe("xenstored", "xenstore", partial(store.look, address, chosen, wanted.disk)),
+        ]
+    )
+    of_xenstore = [_of_store(of_store, known)]
+    if any(each.check == "xen" and each.is_wrong for each in of_host.findings):
+        of_xenstore = []
+    of_service = [_of_service(each, of_xenstore) for each in answer.findings]
+    served = known["disks"] if known else None
+    return [*of_host.findings, *of_xenstore, *of_service, *_of_disks(wanted, served, of_store.data, chosen)]
+
+
+def _settings(config: Path | None) -> settings.Settings:
+    try:
+        return settings.load(config, {})
+    except ConfigError:
+        return settings.Settings()  # what is wrong with them is a finding of its own
+
+
+def _look_at_host(config: Path | None, *, is_simulated: bool) -> Result:
+    if is_simulated:
+        return Result([ok("xen", "the service runs on a simulated host"), *host.look_at_kernel()])
+    return Result(host.look(config=config))
+
+
+def _of_store(seen: Result, known: Known | None) -> Finding:
+    """Return what is to be said of xenstore: where we may not ask it, the service's word counts."""
+    [finding] = seen.findings
+    if finding.verdict is not Verdict.UNKNOWN or not known:
+        return finding
+    if problem := known["service"]["store_error"]:
+        return wrong("xenstored", f"the service has lost it: {problem}", "systemctl status xenstored")
+    return ok("xenstored", f"the service is connected to it at {known['service']['store']}")
+
+
+def _of_service(finding: Finding, of_xenstore: Sequence[Finding]) -> Finding:
+    """Return what is to be said of the service: it waits for a xenstored that does not answer."""
+    waits = finding.check == "service" and finding.is_wrong and "does not answer" in finding.sentence
+    if not (waits and any(each.is_wrong for each in of_xenstore)):
+        return finding
+    return replace(
+        finding, verdict=Verdict.UNKNOWN, sentence=f"{finding.sentence}; it may wait for xenstore", command=""
+    )
+
+
+def _of_disks(
+    wanted: Wanted, served: list[Known] | None, seen: list[Known] | None, chosen: settings.Settings
+) -> list[Finding]:
+    """Return what is to be said of disks: of those that the service knows, else of those that stand in xenstore."""
+    named = [each for each in served or () if wanted.disk is None or _is(wanted.disk, each)]
+    first = [(each, [disks.look(each, time.time())]) for each in named]
+    if not first:
+        serves_all = chosen.serve == "all"
+        without = [(each, disks.look_without_service(each, serves_all=serves_all)) for each in seen or []]
+        first = without if served is None or wanted.disk is not None else []
+    if not first and wanted.disk is not None:
+        names = [each["vbd"] for each in served or seen or []]
+        if served is not None or seen is not None:
+            return [disks.not_found(wanted.disk, names, knows_store=seen is not None)]
+        return [unknown("disk", f"nobody could be asked for the disk {wanted.disk}", disk=str(wanted.disk))]
+    return _with_storage(first)
+
+
+def _with_storage(first: Sequence[tuple[Known, list[Finding]]]) -> list[Finding]:
+    """Add what is to be said of the files and servers of disks, where that may be the cause."""
+    doubtful = [
+        (place, each)
+        for place, (each, found) in enumerate(first)
+        if each["chain"] and ("reason" not in each or disks.depends_on_storage(found[0], each))
+    ]
+    looks = [
+        (place, probe)
+        for place, each in doubtful[:MOST_DISKS]
+        for probe in storage.probes(each["vbd"], each["chain"], read_only=bool(each["read_only"]))
+    ]
+    results: dict[int, list[Finding]] = {}
+    for (place, _), result in zip(looks, run([probe for _, probe in looks]), strict=True):
+        results.setdefault(place, []).extend(result.findings)
+    told: list[Finding] = []
+    for place, (_, found) in enumerate(first):
+        below = results.get(place, [])
+        is_cause = any(each.is_wrong for each in below)
+        told += [*([] if is_cause and found[0].check == "reason" else found), *below]
+    left = len(doubtful) - MOST_DISKS
+    if left > 0:
+        told.append(unknown("file", f"the files and servers of {left} more disks were not looked at; name a disk"))
+    return told
+
+
+def _is(wanted: DiskName, known: Known) -> bool:
+    return wanted.means(known["kind"], known["domid"], int(known["node"].rpartition("/")[2]), known["guest"])

@@ -1,0 +1,73 @@
+"""Whose move it is while a disk is not connected, and what that one has to do.
+
+Must not look at anything: it is given both ends' states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from xenbackend.blkif.handshake import STEPS, Step, XenbusState, name
+
+_S = XenbusState
+_WAITING = (_S.INIT_WAIT, _S.INITIALISED)
+
+
+class Who(StrEnum):
+    """Who has to move next."""
+
+    NOBODY = "nobody"
+    GUEST = "the guest"
+    SERVICE = "the service"
+    TOOLSTACK = "the toolstack"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The next move; `what` is the rest of a sentence that begins with who."""
+
+    who: Who
+    what: str
+
+
+_MOVES = {  # the first two are goals of the service that it has reached
+    (_S.CONNECTED, _S.CONNECTED): Move(Who.NOBODY, "has to move: the disk is connected"),
+    (_S.CONNECTED, _S.INITIALISED): Move(Who.GUEST, "has to see that the disk is there, and to use it"),
+    (_S.CLOSED, _S.CLOSED): Move(Who.NOBODY, "has to move: the guest has given the disk back"),
+    (_S.INIT_WAIT, _S.UNKNOWN): Move(
+        Who.TOOLSTACK, "has to make the frontend's directory, which is not there: the guest does not know of the disk"
+    ),
+    (_S.INIT_WAIT, _S.INITIALISING): Move(
+        Who.GUEST, "has to offer its rings: its block driver (in Linux xen-blkfront) has not begun"
+    ),
+    (_S.CLOSING, _S.CLOSING): Move(Who.GUEST, "has to finish what it is doing with the disk, and to close it"),
+    (_S.CONNECTED, _S.INIT_WAIT): Move(Who.GUEST, "has to go on: it has begun anew"),
+    (_S.CLOSED, _S.CLOSING): Move(Who.GUEST, "has to close its end; ours is closed"),
+}
+_STEPS = {
+    Step.OFFER: "has to open the chain, and to offer the disk",
+    Step.SERVE: "has to take the rings that the guest offers",
+    Step.FOLLOW: "has to answer the guest, which closes the disk",
+    Step.CLOSE: "has to close its end, as the guest has closed its own",
+    Step.RESTART: "has to let go of the rings, and to offer the disk anew: the guest has begun again",
+}
+
+
+def next_move(ours: XenbusState, theirs: XenbusState, *, script_has_come: bool = True) -> Move:
+    """Return who has to move next, by the table that the service goes by.
+
+    `script_has_come`: whether the toolstack's hotplug script has asked for the disk; no rings are taken before.
+    """
+    if ours is _S.UNKNOWN:
+        return Move(Who.TOOLSTACK, "has to make the backend's directory, or has taken it away")
+    if not script_has_come and ours in (_S.INITIALISING, _S.INIT_WAIT):
+        if ours is _S.INITIALISING:
+            return Move(Who.SERVICE, "has to see the disk, and to go to InitWait")
+        return Move(Who.TOOLSTACK, "has to run its hotplug script, which has not come")
+    if (ours, theirs) in _MOVES:
+        return _MOVES[ours, theirs]
+    step = STEPS[ours, theirs]
+    if step is Step.WAIT:
+        return Move(Who.GUEST, f"has to move on from {name(theirs)}")
+    return Move(Who.SERVICE, _STEPS[step])

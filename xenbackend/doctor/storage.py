@@ -1,0 +1,208 @@
+"""Looks at what a chain is made of: whether files are there, who has them, and whether servers and clusters answer.
+
+Must not take a lock or a claim, write, or say anything to a server: it is connected to, and left.
+
+NBD servers and monitors of Ceph forget a connection that says nothing; `qemu-nbd` ends with its last client only once
+that has negotiated (qemu-nbd.c, `nbd_client_closed`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from xenbackend.block.keys import key_files_of
+from xenbackend.block.options import files_of
+from xenbackend.block.servers import Account, Endpoint, account_of, servers_of
+from xenbackend.block.spec import LayerSpec, only_read_from, parse_chain
+from xenbackend.doctor.finding import Finding, ok, unknown, wrong
+from xenbackend.doctor.probes import Probe, Result
+from xenbackend.errors import ChainError, DriverError, printable
+from xenbackend.kernel import locks
+from xenbackend.kernel.users import users_of
+from xenbackend.opener.cluster import read_settings
+
+CONNECT_S = 2.0
+_LOOK = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_LISTENS = 0x10000  # __SO_ACCEPTCON, linux/net.h
+_MONITOR_PORTS = (3300, 6789)  # of Ceph: msgr2, msgr1
+
+
+def probes(disk: str, chain: str, *, read_only: bool) -> Iterator[Probe]:
+    """Yield a look for each file and each server that the chain of a disk names; its own worker may have them."""
+    try:
+        spec = parse_chain(chain)
+    except ChainError as error:
+        finding = wrong(
+            "chain", printable(error.problem), f"xenbackend check {shlex.quote(printable(chain))}", disk=disk
+        )
+        yield Probe("chain", "the chain", partial(Result, [finding]), disk)
+        return
+    reading = only_read_from([each.driver for each in spec.layers])
+    for place, layer in enumerate(spec.layers):
+        is_bottom = place == len(spec.layers) - 1
+        access = locks.access(read_only=read_only or place >= reading, shareable=False) if is_bottom else None
+        for name, check, look in _looks(layer, access, disk):
+            yield Probe(check, printable(name), partial(_about, look, disk), disk)
+
+
+def _looks(
+    layer: LayerSpec, access: locks.Access | None, owner: str
+) -> Iterator[tuple[str, str, Callable[[], Finding]]]:
+    options = layer.options
+    makes = bool(getattr(layer.driver, "keeps_writes", False)) or layer.driver.name == "log"  # a file that is made
+    for file in files_of(options).values():
+        yield file, "file", partial(look_at_file, file, access, owner, may_be_missing=makes)
+    for file in key_files_of(options).values():
+        yield file, "key", partial(look_at_key, file)
+    for name, endpoint in servers_of(options).items():
+        yield name, "engine", partial(look_at_server, endpoint)
+    if account := account_of(options):
+        yield account.conf, "engine", partial(look_at_cluster, account)
+
+
+def _about(look: Callable[[], Finding], disk: str) -> Result:
+    return Result([replace(look(), disk=disk)])
+
+
+def look_at_file(path: str, access: locks.Access | None, owner: str = "", *, may_be_missing: bool = False) -> Finding:
+    """Return whether a file or device is there, and who else has it; `access` is what would be done with it.
+
+    `owner` is the disk whose own worker may have it.
+    """
+    shown, ls = printable(path), f"ls -l {shlex.quote(printable(path))}"
+    try:
+        fd = os.open(path, _LOOK)
+    except FileNotFoundError:
+        if may_be_missing:
+            return ok("file", f"{shown} is made when it is needed")
+        return wrong("file", f"there is no file or device {shown}", ls)
+    except PermissionError:
+        return unknown("file", f"{shown} may not be opened by this user", "sudo xenbackend doctor")
+    except OSError as error:
+        return wrong("file", f"{shown} cannot be opened: {error.strerror}", ls)
+    try:
+        status = os.fstat(fd)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+            return wrong("file", f"{shown} is neither a file nor a block device", ls)
+        return _who_has(fd, shown, access, owner)
+    finally:
+        os.close(fd)
+
+
+def _who_has(fd: int, shown: str, access: locks.Access | None, owner: str) -> Finding:
+    is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+    if access is None or (not is_device and locks.is_free(fd, access)):
+        return ok("file", f"{shown} is there")
+    users = users_of(fd)
+    if not users and is_device:
+        return ok("file", f"{shown} is there, and nobody is known to use it")
+    if owner and f"the disk {owner} " in f"{users} ":
+        return ok("file", f"{shown} is used by the disk's own worker")
+    if not users and os.geteuid() != 0:
+        return unknown("file", f"{shown} is locked; by whom only root may see", "sudo xenbackend doctor")
+    return wrong(
+        "file", f"{shown} is in use by {users or 'somebody on another host'}", f"fuser -v {shlex.quote(shown)}"
+    )
+
+
+def look_at_key(path: str) -> Finding:
+    """Return whether the file of a passphrase can be used, without a look at what is in it."""
+    shown = printable(path)
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError:
+        return wrong("key", f"there is no file {shown}, which has the passphrase", f"ls -l {shlex.quote(shown)}")
+    except OSError as error:
+        return unknown("key", f"{shown} cannot be looked at: {error.strerror}", "sudo xenbackend doctor")
+    if status.st_mode & 0o007:
+        return wrong("key", f"{shown} has a passphrase, and is open to everybody", f"chmod o= {shlex.quote(shown)}")
+    return ok("key", f"{shown} is there")
+
+
+def look_at_server(endpoint: Endpoint) -> Finding:
+    """Return whether somebody listens there."""
+    if endpoint.path:
+        return _look_at_socket(endpoint.path)
+    try:
+        _connect(endpoint.host, endpoint.port)
+    except OSError as error:
+        return wrong("engine", f"{endpoint} is not reached: {_said(error)}", _reach(endpoint.host, endpoint.port))
+    return ok("engine", f"{endpoint} is reached from this host")
+
+
+def _look_at_socket(path: str) -> Finding:
+    """Look whether somebody listens at a socket, by the kernel's table: a server is not bothered."""
+    shown = printable(path)
+    listens = f"ss -xl | grep -F {shlex.quote(shown)}"
+    try:
+        if not stat.S_ISSOCK(Path(path).stat().st_mode):
+            return wrong("engine", f"{shown} is no socket", f"ls -l {shlex.quote(shown)}")
+    except FileNotFoundError:
+        return wrong("engine", f"there is no socket {shown}: its server does not run", listens)
+    except OSError as error:
+        return unknown("engine", f"{shown} cannot be looked at: {error.strerror}", "sudo xenbackend doctor")
+    if path in _listening(Path("/proc/net/unix").read_text(errors="surrogateescape")):
+        return ok("engine", f"a server listens at {shown}")
+    return wrong("engine", f"nobody listens at {shown}: its server does not run", listens)
+
+
+def _listening(table: str) -> set[str]:
+    """Return the paths of sockets that listen. Source: proc_net_unix(5)."""
+    rows = [line.split(maxsplit=7) for line in table.splitlines()[1:]]
+    return {row[7] for row in rows if len(row) == 8 and int(row[3], 16) & _LISTENS}
+
+
+def look_at_cluster(account: Account) -> Finding:
+    """Return whether a monitor of a cluster is reached; the key is not told."""
+    try:
+        monitors = monitors_of(read_settings(account)["mon_host"])
+    except DriverError as error:
+        return wrong("engine", printable(str(error)), f"ls -l {shlex.quote(printable(account.conf))}")
+    except PermissionError as error:
+        return unknown("engine", f"{error.filename} may not be read by this user", "sudo xenbackend doctor")
+    except OSError as error:
+        sentence = f"{printable(str(error.filename or account.conf))} cannot be read: {error.strerror}"
+        return wrong("engine", sentence, f"ls -l {shlex.quote(printable(account.conf))}")
+    why = "no monitor is named"
+    for host, port in monitors:
+        try:
+            _connect(host, port)
+        except OSError as error:
+            why = f"{host}:{port}: {_said(error)}"
+        else:
+            return ok("engine", f"a monitor of the cluster is reached at {host}:{port}")
+    host, port = monitors[0] if monitors else ("", 0)
+    return wrong("engine", f"no monitor of the cluster is reached ({why})", _reach(host, port))
+
+
+def monitors_of(text: str) -> list[tuple[str, int]]:
+    """Return where monitors are, of Ceph's ``mon_host`` with addresses in it; each port that they may have."""
+    found = []
+    for each in text.replace("[v", "v").replace(" ", ",").split(","):
+        place = each.strip().rpartition("/")[0] or each.strip()
+        for kind in ("any:", "v1:", "v2:"):
+            place = place.removeprefix(kind)
+        host, _, port = place.rpartition(":") if place.count(":") == 1 or "]:" in place else (place, "", "")
+        host = host.strip("[]")
+        if host:
+            found += [(host, int(port))] if port.isdecimal() else [(host, each) for each in _MONITOR_PORTS]
+    return found
+
+
+def _connect(host: str, port: int) -> None:
+    socket.create_connection((host, port), CONNECT_S).close()
+
+
+def _said(error: OSError) -> str:
+    return "it did not answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
+
+
+def _reach(host: str, port: int) -> str:
+    return f"nc -vz {shlex.quote(host)} {port}"

@@ -1,0 +1,103 @@
+"""Looks at xenstore: whether it answers, and what stands there about disks of ours, for when no service tells.
+
+Must not write a node, nor set a watch.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from xenbackend.blkif.handshake import parse_state
+from xenbackend.disks import DiskName
+from xenbackend.doctor.finding import Finding, ok, unknown, wrong
+from xenbackend.doctor.probes import Result
+from xenbackend.errors import ConfigError, StoreError, printable
+from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd.spec import frontend_path, in_one_line, is_ours, parse_spec
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, parse_backend_path
+from xenbackend.supervisor.xenstore.store import Store, find_address
+
+ANSWER_S = 2.0
+_KEYS = ("script", "frontend", "params", "state", "online", "mode", "device-type", "removable", "hotplug-status",
+         "hotplug-error")  # fmt: skip
+_REFUSED = (errno.EACCES, errno.EPERM)
+Known = dict[str, Any]
+
+
+def look(address: str, settings: Settings, wanted: DiskName | None) -> Result:
+    """Return whether xenstore answers; the data are what stands there of our disks, or of the one that is wanted.
+
+    `address` is xenstore's, empty: found as its own tools do.
+    """
+    try:
+        with Store(address or find_address(), timeout_s=ANSWER_S) as store:
+            domid = store.own_domid()
+            found = [ok("xenstored", f"it answers at {store.address}; our domain is {domid}")]
+            return Result(found, _disks(store, domid, settings, wanted))
+    except StoreError as error:
+        return Result([_why_not(error)])
+
+
+def _why_not(error: StoreError) -> Finding:
+    cause = error.__context__
+    if isinstance(cause, OSError) and cause.errno in _REFUSED:
+        return unknown("xenstored", f"{error}: only root may ask it", "sudo xenbackend doctor")
+    return wrong("xenstored", str(error), "systemctl status xenstored")
+
+
+def _disks(store: Store, domid: int, settings: Settings, wanted: DiskName | None) -> list[Known]:
+    found = []
+    for path in _paths(store, domid, settings.kinds):
+        name = store.read_optional(f"{domain_path(path.frontend_domid)}/name") or ""
+        known = _disk(store, path, name, settings.scripts)
+        if wanted is None:
+            is_meant = known["ours"] or settings.serve == "all"
+        else:
+            is_meant = wanted.means(path.kind, path.frontend_domid, path.devid, name)
+        if is_meant:
+            found.append(known)
+    return found
+
+
+def _paths(store: Store, domid: int, kinds: Collection[str]) -> Iterator[VbdPath]:
+    home = f"{domain_path(domid)}/backend"
+    for kind in kinds:
+        for guest in store.directory(f"{home}/{kind}"):
+            for device in store.directory(f"{home}/{kind}/{guest}"):
+                found = parse_backend_path(f"{home}/{kind}/{guest}/{device}", domid)
+                if found is not None:
+                    yield found[0]
+
+
+def _disk(store: Store, path: VbdPath, guest: str, scripts: Collection[str]) -> Known:
+    """Return what stands in xenstore of one disk, under the names that `status` has for it."""
+    keys = store.read_many(path.backend, _KEYS)
+    chain = mistake = ""
+    read_only = None
+    theirs = None
+    try:
+        spec = parse_spec(path, keys)
+        chain, read_only = spec.chain, spec.read_only
+    except ConfigError as error:
+        mistake = in_one_line(error)
+    try:
+        frontend = frontend_path(path, keys)
+        theirs = store.read_optional(f"{frontend}/state") if frontend else None
+    except (ConfigError, StoreError):
+        theirs = None  # the mistake says so
+    return {
+        "vbd": path.disk,
+        "node": str(path),
+        "guest": printable(guest),
+        "ours": is_ours(keys, scripts),
+        "script": printable(keys.get("script", "")),
+        "chain": chain,
+        "read_only": read_only,
+        "mistake": mistake,
+        "ours_state": parse_state(keys.get("state")).value,
+        "theirs_state": parse_state(theirs).value,
+        "hotplug": keys.get("hotplug-status", ""),
+        "hotplug_error": printable(keys.get("hotplug-error", "")),
+    }
