@@ -91,6 +91,7 @@ HOMES = {
     "rich": ("bench/report", "cli/"),
     "select": (
         "bench/",
+        "cli/top_terminal",
         "doctor/probes",
         "embedded/",
         "rig/",

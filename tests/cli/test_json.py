@@ -33,6 +33,7 @@ UNSEEN = {  # what needs a failure, or a host
 SECTIONS = {  # commands whose objects together have every key of the section
     "status": ["status"],
     "metrics": ["metrics"],
+    "top": ["top --once --interval 1"],
     "orders": ["orders"],
     "pause, resume, policy": ["pause 5/xvda", "resume 5/xvda", "policy 5/xvda"],
     "set, snapshot, resize, cow keep, cow drop": [
@@ -142,6 +143,7 @@ def asks(words: list[str]) -> bool:
     """Return whether a command asks the service."""
     orders = (
         "status",
+        "top",
         "metrics",
         "orders",
         "pause",

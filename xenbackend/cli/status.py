@@ -42,7 +42,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("vbds", nargs="*", type=disk, metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
     parser.add_argument(
-        "--watch", type=_interval, nargs="?", const=2.0, metavar="SECONDS", help="refresh every SECONDS (%(const)s)"
+        "--watch", type=interval, nargs="?", const=2.0, metavar="SECONDS", help="refresh every SECONDS (%(const)s)"
     )
     parser.add_argument("--sort", choices=SORTS, default="disk", help="what comes first (%(default)s)")
     add_json(parser, "print all that is known, as JSON; docs/json.md has its keys")
@@ -255,7 +255,8 @@ def _print_lines(args: argparse.Namespace) -> None:
         before, after = after, look(args)
 
 
-def _interval(text: str) -> float:
+def interval(text: str) -> float:
+    """Return the seconds between two looks. Raises: argparse.ArgumentTypeError, for fewer than counters change in."""
     seconds = duration(text)
     if seconds < SHORTEST_S:
         raise argparse.ArgumentTypeError(f"{text} is too short: workers add up their counters once a second")

@@ -1,0 +1,111 @@
+"""Rows of the live view: what moved, and how that went on before."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from tests.answering import DISK
+from xenbackend.cli import top_rows
+from xenbackend.cli.status import Picture
+from xenbackend.cli.top_rows import History, Row, View, arranged, sparkline
+from xenbackend.disks import parse_disk
+from xenbackend.errors import ConfigError
+
+OTHER = {**deepcopy(DISK), "vbd": "6/xvdb", "node": "vbd/6/51728", "domid": 6, "guest": "web", "chain": "ram:1G"}
+
+
+def after(known: dict[str, Any], **counts: int) -> dict[str, Any]:
+    """Return a disk as it is once so much more has been counted."""
+    later = deepcopy(known)
+    later["latency_histogram"][17] += counts.get("latency_samples", 0)
+    for name, count in counts.items():
+        later["counters"][name] += count
+    return later
+
+
+def test_latency_is_of_each_interval_and_remembered() -> None:
+    """Each look adds the mean of its own interval; a disk that comes anew begins anew, one that went is forgotten."""
+    history = History()
+    known = deepcopy(DISK)
+    [first] = history.take(Picture({}, [known], 0.0))
+    for step, mean_ns in enumerate((1000, 4000), 1):
+        known = after(known, reads=10, latency_samples=10, latency_ns=10 * mean_ns)
+        [row] = history.take(Picture({}, [known], float(step)))
+    [row, other] = history.take(Picture({}, [known, OTHER], 3.0))
+    [gone] = history.take(Picture({}, [OTHER], 4.0))
+
+    assert (None, ()) == (first.moved.rates, first.history)
+    assert (1000.0, 4000.0, None) == row.history
+    assert (None,) == other.history
+    assert (None, None) == gone.history
+
+
+def test_only_so_much_is_remembered() -> None:
+    """A view that runs for days takes no more memory."""
+    history = History()
+    for at in range(3 * top_rows.REMEMBERED):
+        [row] = history.take(Picture({}, [deepcopy(DISK)], float(at)))
+
+    assert top_rows.REMEMBERED == len(row.history)
+
+
+@pytest.mark.parametrize(
+    ("view", "found"),
+    [
+        (View(), ["5/xvda", "6/xvdb"]),
+        (View(is_reversed=True), ["6/xvdb", "5/xvda"]),
+        (View(sort="queue"), ["6/xvdb", "5/xvda"]),
+        (View(filter="WEB"), ["6/xvdb"]),
+        (View(filter="log:"), ["5/xvda"]),
+        (View(filter="connected"), ["5/xvda", "6/xvdb"]),
+        (View(filter="none"), []),
+    ],
+)
+def test_order_and_filter(view: View, found: list[str]) -> None:
+    """The filter looks at names, states and chains, in any case of letters."""
+    rows = History().take(Picture({}, [deepcopy(DISK), after(OTHER, in_flight=9)], 0.0))
+
+    assert found == [row.known["vbd"] for row in arranged(rows, view)]
+    assert all(row.in_flight == (9 if row.known["vbd"] == "6/xvdb" else 0) for row in rows)
+
+
+def test_disks_that_are_named() -> None:
+    """Only these; one that is not there is a mistake."""
+    rows = History().take(Picture({}, [deepcopy(DISK), OTHER], 0.0))
+
+    assert ["6/xvdb"] == [row.known["vbd"] for row in arranged(rows, View(), [parse_disk("web/xvdb")])]
+    with pytest.raises(ConfigError, match="there is no disk 9/xvda"):
+        arranged(rows, View(), [parse_disk("9/xvda")])
+
+
+def test_every_order_comes_round() -> None:
+    """A key leads through all orders, in both directions."""
+    view = View()
+    seen = [(view := view.next_sort()).sort for _ in top_rows.SORTS]
+
+    assert set(top_rows.SORTS) == set(seen)
+    assert "disk" == seen[-1]
+    assert "queue" == View().next_sort(-1).sort
+
+
+def test_sparklines() -> None:
+    """The greatest value is the tallest bar, nothing is a space, the latest is at the right, zero is no fault."""
+    assert "  ▁█ ▅" == sparkline([0.0, 800.0, None, 400.0], 6)
+    assert "*%" == sparkline([900.0, 100.0, 140.0], 2, top_rows.PLAIN_BARS)
+    assert "▁▁" == sparkline([0.0, 0.0], 2)
+    assert "" == sparkline([1.0], 0)
+    assert "   " == sparkline([], 3)
+
+
+def test_layers_and_values() -> None:
+    """A layer's line has what it counts, and moves no cursor; scripts get the rates worked out, and null for none."""
+    layer = {"layer": "throttle:iops=5\x1b", "figures": {"held": 3}}
+    row = Row({**DISK, "layers": [layer, {"layer": "aio:/img", "figures": {}}]}, History().take(
+        Picture({}, [DISK], 0.0))[0].moved)  # fmt: skip
+
+    assert [r"throttle:iops=5\x1b  [held 3]", "aio:/img"] == top_rows.layers(row)
+    values = top_rows.values(row)
+    assert (None, None, 0, 3) == tuple(values[key] for key in ("reads_per_s", "mean_ns", "in_flight", "errors"))
