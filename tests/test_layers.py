@@ -75,6 +75,7 @@ HOMES = {
     "importlib": (
         "block/drivers/__init__",
         "block/formats/table",
+        "cli/complete",
         "cli/image",
         "cli/main",
         "kernel/ports",

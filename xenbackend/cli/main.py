@@ -24,7 +24,7 @@ MODULES = {  # of the commands, in the order of the help
     "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",
     "policy": "disk", "upgrade": "upgrade",
     "stop": "upgrade", "orders": "orders", "drivers": "drivers", "log": "log", "cow": "cow", "demo": "demo",
-    "bench": "bench",
+    "bench": "bench", "completion": "completion",
     "install": "install", "uninstall": "install", "xl": "xl", "convert": "convert", "image": "image",
 }  # fmt: skip
 
@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["__complete"]:  # a shell asks, `completion`
+        from xenbackend.cli import completion
+
+        return completion.answer(words[1:], MODULES)
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     as_json = "--json" in words and words[0] != "xl"

@@ -1,0 +1,170 @@
+"""Completion in real shells: keys are pressed, and the command that comes of it is looked at."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xenbackend.cli import completion
+from xenbackend.cli.main import main
+
+PATIENCE_S = 30.0
+PROGRAM = """\
+#!/bin/sh
+[ "$1" = __complete ] && exec {python} -m xenbackend "$@"
+[ "$1" = completion ] && exec {python} -m xenbackend "$@"
+for each; do printf '<%s>' "$each"; done
+printf ' done\\n'
+"""
+BEGIN = {  # arguments, and what is typed first
+    "bash": (["--norc", "--noprofile", "-i"], 'bind "set bell-style none"; eval "$(xenbackend completion bash)"'),
+    "zsh": (["-f", "-i"], 'autoload -Uz compinit; compinit -u -D; eval "$(xenbackend completion zsh)"'),
+    "fish": (["--no-config", "-i"], "xenbackend completion fish | source"),
+}
+SHELLS = [pytest.param(each, marks=pytest.mark.skipif(not shutil.which(each), reason=f"{each} is not installed"))
+          for each in BEGIN]  # fmt: skip
+
+
+class Shell:
+    """A shell in a terminal."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self._fd, far = os.openpty()
+        environment = {
+            "PATH": f"{directory}:/usr/bin:/bin", "HOME": str(directory), "TERM": "xterm", "LANG": "C.UTF-8",
+            "PYTHONPATH": str(Path(completion.__file__).parents[2]),
+        }  # fmt: skip
+        arguments, begin = BEGIN[name]
+        self._process = subprocess.Popen(
+            ["setsid", "--ctty", name, *arguments], stdin=far, stdout=far, stderr=far, env=environment, cwd=directory
+        )
+        os.close(far)
+        self.said = ""
+        self.type(f"{begin}; xenbackend ready\r")
+        self.wait("<ready> done")
+
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._fd, keys.encode())
+
+    def complete(self, typed: str, result: str) -> None:
+        """Type, press Tab, and wait until the line has that."""
+        self.said = ""
+        self.type(f"{typed}\t")
+        end = time.monotonic() + PATIENCE_S
+        while result not in self.said:
+            assert time.monotonic() < end, (typed, result, self.said)
+            self._hear(0.5)
+
+    def wait(self, text: str) -> str:
+        """Wait for a text that a command has printed, and return what is before it in that line."""
+        end = time.monotonic() + PATIENCE_S
+        while text not in self.said:
+            assert time.monotonic() < end, self.said
+            self._hear(0.5)
+        before, _, self.said = self.said.partition(text)
+        return before.rpartition("\n")[2]
+
+    def enter(self) -> str:
+        """Run the line, and return the arguments that the command got."""
+        self.said = ""
+        self.type("\r")
+        line = self.wait(" done")
+        return line[line.index("<") :]
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._fd)
+
+    def _hear(self, seconds: float) -> bool:
+        if not select.select([self._fd], [], [], seconds)[0]:
+            return False
+        text = os.read(self._fd, 1 << 16).decode(errors="replace")
+        self.said += re.sub(r"\x07|\x1b(?:\[[0-9;?>=]*[a-zA-Z]|[=>()][A-Z0-9]?|\][^\x07]*\x07)", "", text)
+        if "\x1b[c" in text or "\x1b[0c" in text:  # fish wants to know what terminal this is
+            self.type("\x1b[?62c")
+        return True
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A home with images, and the program on the way there, which prints its arguments."""
+    program = tmp_path / "xenbackend"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "guest one.raw").touch()
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHELLS)
+def test_keys_make_a_command(name: str, directory: Path) -> None:
+    """A command and its option; a chain in quotes, driver by driver, with a file whose name has a space."""
+    shell = Shell(name, directory)
+    try:
+        shell.complete("xenbackend chec", "check ")
+        shell.complete("--read-o", "--read-only ")
+        shell.complete("'log:|ai", "aio:")
+        shell.complete(f"{directory}/imag", "images/")
+        shell.complete("gue", "one.raw" if name == "bash" else "one.raw'")  # bash has closed it before, and escapes
+        arguments = shell.enter()
+    finally:
+        shell.close()
+
+    assert f"<check><--read-only><log:|aio:{directory}/images/guest one.raw>" == arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHELLS)
+def test_words_with_colons_and_equal_signs(name: str, directory: Path) -> None:
+    """Without quotes, too, nothing is doubled where a shell splits words."""
+    shell = Shell(name, directory)
+    try:
+        shell.complete("xenbackend check nbd:un", "unix:")
+        shell.complete(f"{directory}/imag", "images/")
+        shell.complete("x,drai", "drain=")
+        shell.complete("5s --js", "--json ")
+        arguments = shell.enter()
+    finally:
+        shell.close()
+
+    assert f"<check><nbd:unix:{directory}/images/x,drain=5s><--json>" == arguments
+
+
+@pytest.mark.parametrize("name", BEGIN)
+def test_the_script_of_each_shell(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is printed as it is."""
+    assert 0 == main(["completion", name])
+    assert completion.SCRIPTS[name] == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["bash"], ["bash", "xenbackend nosuch "], ["fish", "xenbackend 'check no"]])
+def test_a_shell_never_hears_of_a_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is asked, nothing is printed but what may follow."""
+    assert 0 == main(["__complete", *words])
+    assert ("", "") == capsys.readouterr()
+
+
+def test_bash_gets_what_it_puts_in_place(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What it takes for another word is left out; what a shell would take for something else is escaped, but not
+    within quotes.
+    """
+    (tmp_path / "a b|c").touch()
+    breaks = " \t\n\"'><=;|&(:"
+    for line in (f"x check aio:{tmp_path}/a", f"x check 'aio:{tmp_path}/a", f"x check aio:'{tmp_path}/a"):
+        assert 0 == main(["__complete", "bash", line, breaks])
+
+    escaped, quoted, inner = capsys.readouterr().out.splitlines()
+    assert rf"{tmp_path}/a\ b\|c" == escaped
+    assert (f"aio:{tmp_path}/a b|c", f"{tmp_path}/a b|c") == (quoted, inner)

@@ -1,0 +1,186 @@
+"""What may follow on a command line that is being typed: commands, options, disks, chains, files.
+
+Must not print, raise, or wait for a service for longer than a glance: somebody has pressed a key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xenbackend.block.drivers import driver_names
+from xenbackend.cli import complete_chain
+from xenbackend.cli.arguments import Parser, UsageError
+from xenbackend.protocol.client import ServiceError, call
+
+ANSWER_S = 0.2
+_CHAINS = ("CHAIN", "LAYER", "FROM", "TO", "CHAIN_OR_FILE")
+_FILES = ("FILE", "PATH", "NEW", "FILE.png", "KEY")
+
+
+def candidates(words: Sequence[str], modules: dict[str, str]) -> list[str]:
+    """Return what the last of these words may become; they are those after the program's name, up to the cursor.
+
+    `modules` are the commands, and the modules of `cli` that know them.
+    """
+    *before, current = words or ("",)
+    if before[:1] == ["help"]:
+        before = before[1:]
+    if not before:
+        named = [*modules, "help"] if not words[:-1] else list(modules)
+        found: Iterator[str] = iter([*named, "--help", "--version"])
+    elif before[0] in modules:
+        found = _of_command(before, current, modules[before[0]])
+    else:
+        found = iter(())
+    return [each for each in dict.fromkeys(found) if each.startswith(current) and each.isprintable()]
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """A shell's line up to the cursor.
+
+    words   the last one is being typed
+    quote   the one in which it is, or empty
+    kept    characters of the last word before the place at which a shell that splits words there takes it to begin
+    """
+
+    words: list[str]
+    quote: str
+    kept: int
+
+
+def read_line(line: str, breaks: str = "") -> Typed:
+    """Return the words of a shell's line; `breaks` are characters at which the shell splits words, too."""
+    words, word, quote, kept = [], "", "", 0
+    has_word = False
+    chars = iter(line)
+    for char in chars:
+        if quote and char == quote:
+            quote = ""
+        elif char == "\\" and quote != "'":
+            following = next(chars, "")
+            word += following if not quote or following in '"\\$`' else char + following
+        elif quote:
+            word += char
+        elif char in "'\"":
+            quote, has_word, kept = char, True, len(word)
+        elif char.isspace():
+            if word or has_word:
+                words.append(word)
+            word, has_word, kept = "", False, 0
+        else:
+            word += char
+            kept = len(word) if char in breaks else kept
+    return Typed([*words, word], quote, kept)
+
+
+def _of_command(before: Sequence[str], current: str, module: str) -> Iterator[str]:
+    """Yield what may follow a command."""
+    root = Parser(prog="xenbackend")
+    commands = root.add_subparsers()
+    importlib.import_module(f"xenbackend.cli.{module}").register(commands)
+    parser: argparse.ArgumentParser = commands.choices[before[0]]
+    control = _socket_of(before, parser)
+    parser, pending, count = _follow(parser, before[1:])
+    name, sign, value = current.partition("=")
+    if pending is not None and pending.nargs != "?":
+        yield from _of_action(pending, current, control)
+    elif current.startswith("--") and sign:
+        if (option := _wants_value(parser, name)) is not None:
+            yield from (f"{name}={each}" for each in _of_action(option, value, control))
+    elif current.startswith("-"):
+        shown = [each for each in _actions(parser) if each.help is not argparse.SUPPRESS]
+        yield from (text for each in shown for text in each.option_strings)
+    elif (positional := _positional(parser, count)) is not None:
+        yield from _of_action(positional, current, control)
+
+
+def _follow(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> tuple[argparse.ArgumentParser, argparse.Action | None, int]:
+    """Return where words lead to: whose arguments follow, the option that wants a value, how many positional ones."""
+    pending: argparse.Action | None = None
+    count = 0
+    for word in words:
+        if pending is not None:
+            pending = None
+        elif word.startswith("-") and word != "-":
+            pending = None if "=" in word else _wants_value(parser, word)
+        elif (inner := _inner(parser)) is not None and word in inner:
+            parser, count = inner[word], 0
+        else:
+            count += 1
+    return parser, pending, count
+
+
+def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return parser._actions  # noqa: SLF001 - argparse tells them in no other way
+
+
+def _inner(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser] | None:
+    choices: Any = next((each.choices for each in _actions(parser) if each.nargs == argparse.PARSER), None)
+    return choices if isinstance(choices, dict) else None
+
+
+def _wants_value(parser: argparse.ArgumentParser, word: str) -> argparse.Action | None:
+    """Return the option that a word is, if a value follows it."""
+    action = next((each for each in _actions(parser) if word in each.option_strings), None)
+    return action if action is not None and action.nargs != 0 else None
+
+
+def _positional(parser: argparse.ArgumentParser, place: int) -> argparse.Action | None:
+    """Return the positional argument at a place; one that takes many has all places from its own on."""
+    found = [each for each in _actions(parser) if not each.option_strings]
+    many = next((number for number, each in enumerate(found) if each.nargs in ("*", "+")), len(found))
+    place = min(place, many)
+    return found[place] if place < len(found) else None
+
+
+def _of_action(action: argparse.Action, begin: str, control: str) -> Iterator[str]:
+    """Yield what an argument may be."""
+    metavar = action.metavar if isinstance(action.metavar, str) else ""
+    if action.choices is not None:
+        yield from map(str, action.choices)
+    elif metavar == "DISK":
+        yield from _disks(control)
+    elif metavar in _CHAINS:
+        yield from complete_chain.candidates(begin)
+        if metavar == "CHAIN_OR_FILE":
+            yield from complete_chain.files(begin)
+    elif metavar == "DIR":
+        yield from complete_chain.files(begin, only_directories=True)
+    elif metavar in _FILES or action.type is Path:
+        yield from complete_chain.files(begin)
+    elif action.dest == "name":
+        yield from driver_names()
+
+
+def _socket_of(before: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Return which service is asked: as the line says, or as the command would without that."""
+    for word, following in zip(before, [*before[1:], ""], strict=True):
+        if word == "--socket":
+            return following
+        if word.startswith("--socket="):
+            return word.partition("=")[2]
+    default = next((each.default for each in _walk(parser) if each.dest == "socket"), "")
+    return str(default or "")
+
+
+def _walk(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    yield from _actions(parser)
+    for inner in (_inner(parser) or {}).values():
+        yield from _walk(inner)
+
+
+def _disks(control: str) -> Iterator[str]:
+    """Yield what the disks in service are called, by number and by name, if the service says so at once."""
+    with suppress(ServiceError, UsageError, OSError):
+        disks = call(control, {"verb": "status"}, ANSWER_S).data
+        yield from (each["vbd"] for each in disks)
+        yield from (f"{each['guest']}/{each['device']}" for each in disks if each["guest"])

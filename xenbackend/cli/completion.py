@@ -1,0 +1,91 @@
+"""`xenbackend completion SHELL`: what a shell needs to complete command lines, and the answer when Tab is pressed.
+
+Must not know what may follow: `complete` does. The shells' own parts only hand over the line and take words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from xenbackend.cli import complete
+
+ASK = "__complete"  # the word in front of a shell and its line
+_SPECIAL = re.compile(r"([^\w@%+=:,./^-])")  # what a shell takes for something else, outside of quotes
+SCRIPTS = {
+    "bash": """\
+# bash completion for xenbackend; made by: xenbackend completion bash
+_xenbackend() {
+    mapfile -t COMPREPLY < <("${COMP_WORDS[0]}" __complete bash "${COMP_LINE:0:COMP_POINT}" "$COMP_WORDBREAKS" \\
+        2>/dev/null </dev/null)
+    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[:=/\\|,] ]] && compopt -o nospace
+    return 0
+}
+complete -F _xenbackend xenbackend
+""",
+    "zsh": """\
+#compdef xenbackend
+# zsh completion for xenbackend; made by: xenbackend completion zsh
+_xenbackend() {
+    local -a found open
+    local line
+    while IFS= read -r line; do
+        if [[ $line == *[:=/\\|,] ]]; then open+=("$line"); else found+=("$line"); fi
+    done < <("${words[1]}" __complete zsh "$LBUFFER" 2>/dev/null </dev/null)
+    (( ${#open} )) && compadd -S '' -- "${open[@]}"
+    (( ${#found} )) && compadd -- "${found[@]}"
+    (( ${#open} + ${#found} ))
+}
+if [[ $funcstack[1] == _xenbackend ]]; then _xenbackend "$@"; else compdef _xenbackend xenbackend; fi
+""",
+    "fish": """\
+# fish completion for xenbackend; made by: xenbackend completion fish
+function __xenbackend_complete
+    set -l words (commandline -opc)
+    $words[1] __complete fish (commandline -cp) 2>/dev/null </dev/null
+end
+complete -c xenbackend -f -a '(__xenbackend_complete)'
+""",
+}
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "completion",
+        help="print the completion of command lines for a shell",
+        description="Print what a shell needs to complete xenbackend's command lines: commands, options, disks, "
+        "drivers with their options, images. The Debian package has it for all three; otherwise, for bash: "
+        '`eval "$(xenbackend completion bash)"` in ~/.bashrc.',
+    )
+    parser.add_argument("shell", choices=SCRIPTS, help="which one")
+    parser.set_defaults(run=run, json=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the script."""
+    sys.stdout.write(SCRIPTS[args.shell])
+    return 0
+
+
+def answer(words: Sequence[str], modules: dict[str, str]) -> int:
+    """Print what may follow, a line each, and nothing where anything goes wrong; return 0.
+
+    `words` are the shell, its line up to the cursor, and for bash where it splits words; `modules` are as
+    `complete.candidates` takes them.
+    """
+    try:
+        shell, line, *breaks = words
+        typed = complete.read_line(line.rpartition("\n")[2], *breaks)
+        found = complete.candidates(typed.words[1:], modules)
+        if shell == "bash":
+            found = [each[typed.kept :] for each in found]
+            found = found if typed.quote else [_SPECIAL.sub(r"\\\1", each) for each in found]
+        if found:
+            print("\n".join(found), flush=True)
+    except Exception:  # noqa: S110 - somebody has pressed a key, and does not want to read of a bug
+        pass
+    return 0
