@@ -34,7 +34,7 @@ class Machine:
         self.reactor = Reactor()
         self.files = HostFiles(self.reactor, opener=LocalOpener(lambda: parents, scratch=lambda: scratch))
         self.reactor.before_sleep(self.files.kick)
-        self.make_env = EnvFactory(self.reactor, self.files)
+        self.make_env = EnvFactory(self.reactor, self.files, serves=True)
         self.slept: list[float] = []
 
     def open(self, text: str, *, read_only: bool = False, checked: bool = True, shareable: bool = False) -> Chain:
@@ -140,6 +140,7 @@ class StepEnv:
     shareable: bool = False
     resumes: bool = False
     continues: bool = False
+    serves: bool = True
     is_draft: bool = False
     files: Any = field(default_factory=LocalOpener)
     facts: dict[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ MEANT = (
     "cow:",
     "cow:|",
     "checksum:",
+    "cache:",
     "luks:",
     "partition:",
     "log:|throttle:",
@@ -90,6 +91,19 @@ def test_a_disk_to_throw_away(machine: Machine, at: Callable[[str], str], tmp_pa
 
     assert before == machine.contents(at("cow:|"))
     assert names == sorted(tmp_path.iterdir())
+
+
+def test_a_slow_disk_is_read_once(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
+    """What was read comes from the file the next time."""
+    text = at("cache:").replace("/ssd/", f"{tmp_path}/").replace("/mnt/nfs/", f"{tmp_path}/")
+    chain = machine.open(text)
+    give_up = machine.reactor.now() + 10
+    while chain.layers[0].driver.figures()["hits"] < 3:
+        found = read(1 << 20, 4096)
+        assert [0] == machine.do(chain, found)
+        assert (tmp_path / "guest.raw").read_bytes()[1 << 20 : (1 << 20) + 4096] == content(found)
+        assert machine.reactor.now() < give_up
+    chain.close()
 
 
 def test_a_medium_that_gives_back_other_data(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ SOURCES: dict[str, Callable[[Path], object]] = {
 FILTERS = (
     "log:", "log:{}.rec", "delay:", "delay:read=20us,jitter=50us", "fault:rate=0", "throttle:iops=100000",
     "throttle:bps=2G,iops_write=50000", "cow:{}.cow,block=4K", "cow:{}.cow",
+    "cache:{}.cache,size=1M", "cache:{}.cache,size=1M,mode=writethrough,block=4K",
     "checksum:{}.sums", "checksum:{}.sums,block=8K", "readahead:size=64K",
     "offset:start=4K", "offset:length=160K",
     "offset:start=8704,length=48640", "partition:1",

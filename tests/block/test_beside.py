@@ -38,7 +38,7 @@ def test_its_time_of_change_is_that_before_it_was_opened(tmp_path: Path) -> None
     path.write_bytes(bytes(HEADER_SIZE))
     os.utime(path, ns=(0, 12345))
     for wanted in (path, tmp_path / "made"):
-        file, changed = have(machine.make_env("x", read_only=False, shareable=False), str(wanted))
+        file, changed = have(machine.make_env("x", read_only=False, shareable=False), str(wanted), read_only=False)
         assert HEADER_SIZE == file.size
         assert (wanted == path) == (changed == 12345)
         file.close()

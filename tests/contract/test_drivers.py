@@ -21,6 +21,7 @@ from xenbackend.block.request import Op, Request
 
 PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are fresh images of SIZE zeros
     "aio": "aio:{file}",
+    "cache": "cache:{cache},size=1M,mode=writethrough|ram:1M",
     "checksum": "checksum:{sums}|ram:1M",
     "cow": "cow:{cow},block=4K|ram:1M",
     "delay": "delay:read=1us,jitter=1us|ram:1M",
@@ -104,7 +105,7 @@ def chain(machine: Machine, name: str, tmp_path: Path) -> Iterator[Chain]:
 def text_of(name: str, tmp_path: Path) -> str:
     """Return a chain with the driver in it, SIZE bytes large."""
     default = f"{name}:|ram:1M" if find_driver(name).is_filter else f"{name}:{{file}}"
-    fixtures = {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk", "cow", "sums", "luks")}
+    fixtures = {each: tmp_path / each for each in ("qcow", "qcow2", "vhd", "disk", "cow", "sums", "cache", "luks")}
     fixtures["file"] = image(tmp_path / "img")
     if name == "nbd":
         fixtures["server"] = serve(tmp_path / "nbd.sock")

@@ -18,7 +18,7 @@ def check_block(block: int) -> None:
         raise ValueError(f"block is {format_size(block)}; it must be 4K, 8K, ... up to 1M")
 
 
-def have(env: Env, path: str) -> tuple[File, int]:
+def have(env: Env, path: str, *, read_only: bool) -> tuple[File, int]:
     """Return the file, open, and when it was changed last, in nanoseconds since 1970; it is made where it is not there.
 
     Raises: DriverError, OSError.
@@ -30,7 +30,7 @@ def have(env: Env, path: str) -> tuple[File, int]:
             os.ftruncate(made, HEADER_SIZE)
     finally:
         os.close(made)
-    return env.files.open(path, read_only=env.read_only, step=PAGE), found.st_mtime_ns
+    return env.files.open(path, read_only=read_only, step=PAGE), found.st_mtime_ns
 
 
 def is_new(file: File, first: bytes, size: int) -> bool:

@@ -26,6 +26,7 @@ class Env(Protocol):
     shareable: bool  # others may write to this layer's image at the same time
     resumes: bool  # the guest may have written already: a memory that is fresh knows nothing of that
     continues: bool  # a guest was served through this very layer before, also where no memory is left of that
+    serves: bool  # a guest is served through it; else somebody looks at the chain, or a command uses it
     is_draft: bool  # of an image that is being made: only what a flush has made durable is ever looked at again
     files: Files
     facts: dict[str, str]  # what the layer reported so far
@@ -40,7 +41,7 @@ class Env(Protocol):
         """Call `function` in a thread of a small pool, and `then` from the worker's loop afterwards."""
 
     def wait_for(self, is_done: Callable[[], bool]) -> None:
-        """Run the worker's loop until `is_done` says so. For `open` only: nothing is served meanwhile."""
+        """Run the worker's loop until `is_done` says so. For `open` and `close` only: nothing is served meanwhile."""
 
     def call_soon_threadsafe(self, function: Callable[[], None]) -> None:
         """Call `function` from the worker's loop, soon; the one call of this class that another thread may make."""

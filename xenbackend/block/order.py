@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below it): the sentence
+    ("cache", "luks"): "cache above luks keeps plain text in its file; put luks above cache to have that encrypted, "
+    "too",
+    ("cache", "throttle"): "throttle below cache limits only what the cache has not; put it above cache to limit the "
+    "guest",
+    ("cache", "cache"): "cache above cache keeps everything twice",
     ("checksum", "readahead"): "readahead below checksum holds what is not verified yet; above checksum it saves "
     "verifying it again, too",
     ("cow", "throttle"): "throttle below cow limits only what is read of the image, and nothing that is written; "

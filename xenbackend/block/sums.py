@@ -55,7 +55,7 @@ class Sums:
         self._unflushed: set[int] = set()  # pages with data that may not be durable below
         self._wanted: set[int] = set()  # pages that shall be in doubt
         self._waiting: list[Done] = []  # for that
-        self._has_timer = self._is_closed = False
+        self._has_timer = self._is_closed = self._is_flushing = False
         end = len(self._memory) - PAGE
         self.is_left = self._memory[end : end + _TOKEN] == header.token
         if not self.is_left:
@@ -172,6 +172,7 @@ class Sums:
     def close(self, *, writes: bool) -> None:
         """Let go of the memory; if it `writes`, bring everything into the file before. Raises: OSError."""
         self._is_closed = True
+        self._env.wait_for(lambda: not (self._pool.lent or self._is_flushing))  # or that would land after what comes
         try:
             if writes:
                 for page in sorted(self._stale):
@@ -208,8 +209,10 @@ class Sums:
             if not status:
                 flushed()
                 self._line.add(self._settle(quiet))
+            self._is_flushing = False
 
-        if quiet:
+        if quiet and not self._is_flushing:
+            self._is_flushing = True
             self._flush_below(settle)
         elif self._stale - doubtful:
             self._line.add(self._settle({}))

@@ -70,6 +70,7 @@ class Disk:
             reactor, self.files, memories, keep, drop, connections=connections,
             on_report=on_report, on_stopped=on_stopped, give_up=give_up, resumes=message.resumes,
             continues=message.resumes and not message.may_wait,  # else an earlier worker may have only looked
+            serves=True,
         )  # fmt: skip
         self._on_bug = on_bug
 

@@ -44,6 +44,7 @@ class WorkerEnv:
         self.shareable = shareable
         self.resumes = factory.resumes
         self.continues = factory.continues and factory.is_first
+        self.serves = factory.serves
         self.is_draft = factory.is_draft
         self.files = factory.files
         self.facts: dict[str, str] = {}  # what the layer reported
@@ -123,6 +124,7 @@ class EnvFactory:
         give_up: ends this process, as a layer asks for in a sentence; by default it goes on.
         resumes: a guest may have written through an earlier worker.
         continues: it was served through the chain that is opened first.
+        serves: a guest is served.
         is_draft: the image is being made, as `Env` says.
     """
 
@@ -140,11 +142,13 @@ class EnvFactory:
         give_up: Callable[[str], None] = tell_nobody,
         resumes: bool = False,
         continues: bool = False,
+        serves: bool = False,
         is_draft: bool = False,
     ) -> None:
         self.reactor = reactor
         self.files = files
         self.resumes, self.continues = resumes, continues
+        self.serves = serves
         self.is_draft = is_draft
         self._memories = dict(memories or {})
         self._keep = keep

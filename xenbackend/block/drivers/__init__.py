@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GROUP = "xenbackend.drivers"
 BUILT_IN = {
     "aio": "xenbackend.block.drivers.aio:Aio",
+    "cache": "xenbackend.block.drivers.cache:Cache",
     "checksum": "xenbackend.block.drivers.checksum:Checksum",
     "cow": "xenbackend.block.drivers.cow:Cow",
     "delay": "xenbackend.block.drivers.delay:Delay",
@@ -53,9 +54,9 @@ ALIASES = {  # words of blktap that mean a driver of ours
     "vhdsync": "vhd",
 }
 UNBUILT = {  # words of blktap2 and libxl that an operator may know: what they stand for, and what takes their place
-    "bc": ("blktap2's cache in front of a shared parent", "parents share the host's page cache by cache=on"),
+    "bc": ("blktap2's cache in front of a shared parent", "cache: keeps blocks in a file, and cache=on in memory"),
     "ioemu": ("a disk of the QEMU device model", "name the image itself, as in qcow2:/img/a.qcow2"),
-    "lc": ("blktap's local read cache", "cache=on in the layer lets the host's page cache keep what is read"),
+    "lc": ("blktap's local read cache", "cache:FILE,size=SIZE keeps what is read in a file on a faster device"),
     "llp": ("blktap2's two writable leaves", "make a leaf for each guest by xenbackend image snapshot"),
     "qed": ("the QED image", "qemu-img convert -O qcow2 makes a qcow2: of it"),
     "remus": ("blktap2's replication to a standby host", "DRBD makes a device that aio: can serve"),

@@ -115,7 +115,7 @@ class Checksum(Filter):
     def open(self, env: Env) -> Geometry:
         """Open FILE, or begin it. Raises: DriverError, OSError."""
         geometry = super().open(env)
-        file, changed_at = have(env, self.options.file)
+        file, changed_at = have(env, self.options.file, read_only=env.read_only)
         self._file = file
         header = self._begin_file(file)
         self._size, self._block, self._bits = header.size, header.block, header.block.bit_length() - 1

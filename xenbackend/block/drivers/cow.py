@@ -131,7 +131,7 @@ class Cow(Filter):
 
     def _open_file(self, env: Env) -> File:
         """Return FILE, open. Raises: DriverError, OSError."""
-        file, _ = have(env, self.options.file)
+        file, _ = have(env, self.options.file, read_only=env.read_only)
         file.complete = self.on_complete
         env.report("mode", file.mode)
         if self._is_unnamed:

@@ -1,0 +1,87 @@
+"""Which slot has which block."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from tests.helpers_block import StepEnv
+from xenbackend.block.cache_map import WAYS, CacheMap
+
+
+def test_it_is_a_dictionary_that_forgets() -> None:
+    """Of random calls: what is found is what was put last, in a slot that nothing else has had since."""
+    chance, known = Random(1), CacheMap(StepEnv(), 64, b"t")
+    content: dict[int, int] = {}  # by slot: the block whose bytes are there
+    for _ in range(5000):
+        block = chance.randrange(200)
+        slot = known.find(block)
+        assert slot < 0 or content[slot] == block
+        match chance.randrange(3):
+            case 0:
+                known.drop(block, block + 3)
+                assert known.find(block + 3) == -1
+            case _ if slot < 0:
+                slot = known.take(block)
+                content[slot] = block
+                known.put(slot, block)
+                known.unpin(slot)
+                assert known.find(block) == slot
+
+
+def test_a_successor_finds_what_was_put_and_nothing_that_was_only_taken() -> None:
+    """D11: a slot that is being written has nothing."""
+    env = StepEnv()
+    known = CacheMap(env, 64, b"t")
+    first, second = known.take(1), known.take(2)
+    known.put(first, 1)
+    later = CacheMap(env, 64, b"t")
+
+    assert (first, -1) == (later.find(1), later.find(2))
+    assert second >= 0
+    assert -1 == CacheMap(env, 64, b"of another disk").find(1)
+
+
+def test_a_pinned_slot_is_not_given_away() -> None:
+    """Somebody reads from it, or writes to it; where all of a set are, nothing is kept."""
+    known = CacheMap(StepEnv(), WAYS, b"t")
+    slots = [known.take(block) for block in range(WAYS)]
+    assert -1 == known.take(100)
+    known.pin(slots[3])
+    known.unpin(slots[3])
+    assert -1 == known.take(100)
+    known.unpin(slots[3])
+
+    assert slots[3] == known.take(100)
+
+
+def test_what_is_used_stays() -> None:
+    """A block that was looked for since the last round outlives those that were not."""
+    known = CacheMap(StepEnv(), WAYS, b"t")
+    for block in range(40):
+        known.find(0)
+        if known.find(block) < 0:
+            slot = known.take(block)
+            known.put(slot, block)
+            known.unpin(slot)
+    assert known.find(0) >= 0
+    assert [-1, -1] == [known.find(1), known.find(30)]
+    assert all(known.find(block) >= 0 for block in range(34, 40)), "those that came last, whatever slots they got"
+
+
+def test_a_block_is_in_one_slot_at_most() -> None:
+    """Of two copies of a block that were on their way at once one is kept: to drop it drops it."""
+    known = CacheMap(StepEnv(), WAYS, b"t")
+    for slot in (known.take(5), known.take(5)):
+        known.put(slot, 5)
+        known.unpin(slot)
+    known.drop(5, 5)
+
+    assert -1 == known.find(5)
+
+
+@pytest.mark.parametrize("slots", [1, 7, 8, 1000])
+def test_there_are_whole_sets(slots: int) -> None:
+    """No more slots than there is room for, but for the one set that there has to be."""
+    assert CacheMap(StepEnv(), slots, b"t").slots == max(WAYS, slots // WAYS * WAYS)

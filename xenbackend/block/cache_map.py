@@ -1,0 +1,109 @@
+"""Which slot of a cache has which block of a disk, in memory that outlives the worker.
+
+Must not know what is in a slot, nor say that a block is there before all of it is.
+
+A block may be in WAYS slots, those of its set. A slot is taken from the map before it is written, and put in when that
+is done: whoever is killed leaves no entry of a slot that is half one block and half another. Entries are of one file
+and one disk below, which have a `token`; with another one there are none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from xenbackend.block.driver import Env
+from xenbackend.units import PAGE
+
+WAYS = 8
+_TOKEN = 48  # bytes, at the beginning
+
+
+class CacheMap:
+    """The map of one cache. A slot that is pinned is not given to another block."""
+
+    def __init__(self, env: Env, slots: int, token: bytes) -> None:
+        """Take what a predecessor left, if it is of the same `token`; there are at least `slots` // WAYS sets."""
+        self._sets = max(1, slots // WAYS)
+        self.slots = self._sets * WAYS
+        self._memory = env.memory("map", PAGE + 8 * self.slots)
+        self._tags = self._memory[PAGE:].cast("Q")  # by slot: the block's number and one more, 0 for none
+        self._used = bytearray(self.slots)  # by slot: since the hand came by
+        self._hands = bytearray(self._sets)  # by set: the way that is looked at next when one has to go
+        self._pins: Counter[int] = Counter()
+        token = token.ljust(_TOKEN, b"\0")[:_TOKEN]
+        if self._memory[:_TOKEN] != token:
+            self.clear()
+            self._memory[:_TOKEN] = token
+
+    def find(self, block: int) -> int:
+        """Return the slot that has a block; -1: none does."""
+        first = block % self._sets * WAYS
+        try:
+            slot = first + self._tags[first : first + WAYS].tolist().index(block + 1)
+        except ValueError:
+            return -1
+        self._used[slot] = 1
+        return slot
+
+    def drop(self, first: int, last: int) -> None:
+        """Take note that no slot has any of these blocks."""
+        tags, sets = self._tags, self._sets
+        for block in range(first, last + 1):
+            start = block % sets * WAYS
+            row = tags[start : start + WAYS].tolist()
+            if block + 1 in row:
+                tags[start + row.index(block + 1)] = 0
+
+    def clear(self) -> None:
+        """Take note that no slot has anything."""
+        step = 1 << 20
+        for start in range(PAGE, len(self._memory), step):
+            part = self._memory[start : start + step]
+            part[:] = bytes(len(part))
+
+    def take(self, block: int) -> int:
+        """Return a slot for a block, pinned, which has nothing any more; -1: all of its set are pinned."""
+        number = block % self._sets
+        first = number * WAYS
+        free = [slot for slot in range(first, first + WAYS) if slot not in self._pins]
+        if not free:
+            return -1
+        slot = next((each for each in free if not self._tags[each]), -1)
+        if slot < 0:
+            slot = self._replace(number, free)
+        self._tags[slot] = 0
+        self._pins[slot] += 1
+        return slot
+
+    def _replace(self, number: int, free: Sequence[int]) -> int:
+        """Return the next slot of a set that was not used since the last round (CLOCK, or second chance)."""
+        hand = self._hands[number]
+        while True:
+            slot = number * WAYS + hand
+            hand = (hand + 1) % WAYS
+            if slot in free and not self._used[slot]:
+                self._hands[number] = hand
+                return slot
+            self._used[slot] = 0
+
+    def put(self, slot: int, block: int) -> None:
+        """Take note that a slot which was taken has a block, unless another one has it meanwhile."""
+        if self.find(block) < 0:
+            self._tags[slot] = block + 1
+            self._used[slot] = 0  # what is read once goes first, or a backup would empty the cache
+
+    def pin(self, slot: int) -> None:
+        """Keep a slot as it is."""
+        self._pins[slot] += 1
+
+    def unpin(self, slot: int) -> None:
+        """Let go of a slot that was pinned or taken."""
+        self._pins[slot] -= 1
+        if not self._pins[slot]:
+            del self._pins[slot]
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._tags.release()
+        self._memory.release()

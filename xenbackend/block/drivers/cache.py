@@ -1,0 +1,420 @@
+"""cache: keeps blocks of the layer below in a file on a faster device.
+
+Synopsis:
+    cache:FILE,size=SIZE[,mode=read|writethrough][,block=SIZE]
+
+Description:
+    What the guest reads from a slow layer, such as an image on NFS, a disk on a server or on rotating media, is kept in
+    FILE, and read from there the next time. FILE is on a faster medium, and has room for `size` bytes; it is made where
+    it is not there.
+
+    With mode=read (the default) it has what was read. With mode=writethrough also what was written, once that is
+    below, in whole blocks or to blocks that it had: for a guest that reads again soon what it wrote. Every write is
+    answered by the layer below, in both modes, and a flush flushes that. mode=writeback, which would answer before, is
+    not built: FILE alone would have what was answered, and the disk would be lost with it.
+
+    `cache=on` of `aio:` has the host's memory do the same; this layer is for more than that has room for. Names of
+    blktap's caches are `lc` and `bc`.
+
+Behaviour:
+    The cache is empty when the disk is attached, and filled by use. What it has is known in memory that outlives the
+    worker: kills, upgrades and restarts of the service lose none of it. It is known nowhere else, so that no block of a
+    former life can come back after a power failure, or after others have written to the disk.
+
+    A read of up to 128 KiB that finds one of its blocks missing reads whole blocks from below, and leaves them in the
+    cache, unless something was written there meanwhile. Larger ones, as of a backup, go by. Where no place is free, a
+    block gives way that was not used since the last time that one was looked for near it.
+
+    FILE is never needed. A block that cannot be read from it is read from below, one that cannot be written is not
+    kept. After 16 errors in a row it is left alone until the layer is opened anew, and the fact `cache` says so; where
+    a successor cannot open it, the guest is served without.
+
+    `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE.
+
+Example:
+    cache:/ssd/guest.cache,size=4G|aio:/mnt/nfs/guest.img
+    cache:/ssd/guest.cache,size=20G,mode=writethrough|nbd:unix:/run/server.sock
+
+Limits:
+    FILE must be a regular file, for one disk at a time. Commands, and `check`, read past it. `size` is 1 MiB at least;
+    a slot takes 8 bytes of memory, and there are at most 16 million. Above `luks:` FILE has plain text. What others
+    write to a shared image (`share=on`, `w!`) is not noticed: do not use it there. A discard of more than 4096 blocks
+    empties the cache. A medium below FILE that hangs, rather than failing, holds up what is read from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from xenbackend.block.below import describe
+from xenbackend.block.beside import begin, check_block, have, is_new
+from xenbackend.block.cache_map import CacheMap
+from xenbackend.block.copies import Copies, fill, give
+from xenbackend.block.driver import Env, File, Filter, Geometry
+from xenbackend.block.formats.beside import HEADER_SIZE
+from xenbackend.block.formats.cache import DATA_AT, Header
+from xenbackend.block.mapped.parts import cut
+from xenbackend.block.options import Kind, RecordPath, Size, option
+from xenbackend.block.overtaken import Copy, Overtaken
+from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.errors import DriverError
+from xenbackend.units import format_size
+
+READ, WRITETHROUGH = "read", "writethrough"
+_MOST = 128 << 10  # bytes of a request that is kept
+_MAX_SLOTS = 1 << 24
+_PATIENCE = 16  # errors of FILE, one after the other
+
+
+def _parse_mode(text: str) -> str:
+    if text == "writeback":
+        raise ValueError(
+            "writeback is not built: what was answered would be in FILE alone, and lost with it; writethrough has "
+            "every write below before it is answered"
+        )
+    if text not in (READ, WRITETHROUGH):
+        raise ValueError(f"{text!r} is none of {READ}, {WRITETHROUGH}")
+    return text
+
+
+class _Own(Request):
+    """A request of ours. `done` is called when it is back.
+
+    cache    whose it is, of one that goes down: another cache may lie above
+    memory   what it is done with: the disk from `offset` on
+    copy     of its blocks: whether they are current still
+    slots    that they are to have, by block
+    block    of a request to FILE
+    left     how many of those are under way
+    """
+
+    __slots__ = ("block", "cache", "copy", "done", "left", "memory", "slots")
+
+    cache: Cache
+    done: Callable[[_Own], None]
+    memory: memoryview
+    copy: Copy
+    slots: dict[int, int]
+    block: int
+    left: int
+
+
+@dataclass(eq=False, slots=True)
+class _Pieces:
+    """A read from FILE, slot by slot."""
+
+    request: Request
+    slots: Sequence[int]
+    left: int
+    status: int = 0
+
+
+class Cache(Filter):
+    """See the head of this file."""
+
+    name = "cache"
+    is_transparent = True
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """The options of `cache:`."""
+
+        file: RecordPath = option("where blocks are kept", target=True)
+        size: Size = option("bytes that there is room for")
+        mode: Annotated[str, Kind(f"{READ} or {WRITETHROUGH}", _parse_mode)] = option(
+            "whether what is written is kept, too", default=READ
+        )
+        block: Size = option("bytes of a block, a power of two", default=16 << 10)
+
+        def __post_init__(self) -> None:
+            check_block(self.block)
+            if not 1 << 20 <= self.size <= _MAX_SLOTS * self.block:
+                most = format_size(_MAX_SLOTS * self.block)
+                raise ValueError(f"size is {format_size(self.size)}; with this block it must be 1M to {most}")
+
+    options: Options
+    _file: File | None = None
+    _map: CacheMap | None = None  # None: FILE is left alone
+
+    def open(self, env: Env) -> Geometry:
+        """Open FILE, or make it. Raises: DriverError, OSError."""
+        geometry = super().open(env)
+        self._size, self._block = geometry.size, self.options.block
+        self._bits = self._block.bit_length() - 1
+        self._copies = Copies()
+        self._overtaken = Overtaken()
+        self._down: list[Request] = []
+        self._to_file: list[Request] = []
+        self._back: list[Request] = []
+        self._hits = self._misses = self._errors = self._in_a_row = self._at_file = 0
+        if env.serves:
+            try:
+                self._open_file(env)
+            except (DriverError, OSError) as problem:
+                if not env.resumes:
+                    raise
+                self._map = CacheMap(env, self.options.size // self._block, b"")  # nothing that comes is noted there
+                self._leave_alone(str(problem))
+        return geometry
+
+    def _open_file(self, env: Env) -> None:
+        """Open FILE, also to write if the disk is only read: a disk that is only read may be slow, too."""
+        file, _ = have(env, self.options.file, read_only=False)
+        self._file = file
+        header = Header(self.options.size // self._block * self._block, self._block, "", os.urandom(16))
+        first = file.read_at(0, HEADER_SIZE)
+        found = header if is_new(file, first, header.file_size) else Header.parse(first)
+        is_other = (found.size, found.block) != (header.size, header.block) or file.size < header.file_size
+        if found is header or is_other:  # what it had is of no use
+            begin(file, header, size=header.file_size, written=HEADER_SIZE)
+        else:
+            header = found
+        file.complete = self._from_file
+        base = describe(self.next, env.files, with_changes=False).encode(errors="surrogateescape")
+        self._map = CacheMap(env, header.blocks, header.token + hashlib.sha256(base).digest())
+        env.report("mode", file.mode)
+        env.report("cache", f"{format_size(self._map.slots * self._block)} in blocks of {format_size(self._block)}")
+
+    def submit(self, batch: list[Request]) -> None:
+        """Read from FILE what is there, pass on the rest, and keep what comes back."""
+        for request in batch:
+            if request.op == Op.READ and self._map is not None:
+                self._read(request, self._map)
+            elif request.op in (Op.WRITE, Op.DISCARD):
+                self._alter(request)
+            else:
+                self._down.append(request)
+        self._pass_on()
+
+    def on_complete(self, batch: list[Request]) -> None:
+        """Go on with what the layer below gives back."""
+        for request in batch:
+            if type(request) is _Own and request.cache is self:
+                request.done(request)
+            else:
+                if request.op in (Op.WRITE, Op.DISCARD):
+                    self._overtaken.end(*self._blocks(request))
+                self._back.append(request)
+        self._pass_on()
+
+    def figures(self) -> dict[str, int]:
+        """See `Driver`."""
+        return {"hits": self._hits, "misses": self._misses, "errors": self._errors}
+
+    def close(self) -> None:
+        """Let go of FILE. Raises: OSError."""
+        self.env.wait_for(lambda: not self._at_file)  # or it would land in a slot that another chain has given away
+        try:
+            if self._map is not None:
+                self._map.close()
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _from_file(self, batch: list[Request]) -> None:
+        """Go on with what FILE gives back."""
+        self._at_file -= len(batch)
+        for own in batch:
+            own.done(own)  # type: ignore[attr-defined]  # nothing else is sent there
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Send down, to FILE and up what has come together meanwhile."""
+        if self._down:
+            down, self._down = self._down, []
+            self.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
+        if self._to_file:
+            to_file, self._to_file = self._to_file, []
+            self._at_file += len(to_file)
+            self._file.submit(to_file)  # type: ignore[union-attr]  # there is a map, or was when these were made
+        if self._back:
+            back, self._back = self._back, []
+            self.complete(back)
+
+    def _blocks(self, request: Request) -> tuple[int, int]:
+        bits = self._bits
+        return request.offset >> bits, (request.offset + request.length - 1) >> bits
+
+    def _own(self, op: int, offset: int, length: int, done: Callable[[_Own], None]) -> _Own:
+        own = _Own()
+        own.op, own.offset, own.length, own.status, own.done, own.cache = op, offset, length, PENDING, done, self
+        return own
+
+    # reads
+
+    def _read(self, request: Request, known: CacheMap) -> None:
+        first, last = self._blocks(request)
+        slots = []
+        for block in range(first, last + 1):
+            slot = known.find(block)
+            if slot < 0:
+                self._miss(request, first, last)
+                return
+            slots.append(slot)
+        self._hits += 1
+        self._read_file(request, slots, known)
+
+    def _read_file(self, request: Request, slots: Sequence[int], known: CacheMap) -> None:
+        """Read blocks from their slots, which stay theirs until that is done."""
+        pieces, block, at = _Pieces(request, slots, len(slots)), self._block, request.offset % self._block
+        lengths = [request.length]
+        if len(slots) > 1:
+            lengths = [block - at, *[block] * (len(slots) - 2)]
+            lengths.append(request.length - sum(lengths))
+        iovs = [request.iov] if len(slots) == 1 else cut(request.iov, lengths)
+        for slot, length, iov in zip(slots, lengths, iovs, strict=True):
+            known.pin(slot)
+            own = self._own(Op.READ, DATA_AT + slot * block + at, length, self._was_read)
+            own.iov, own.tag, at = iov, pieces, 0
+            self._to_file.append(own)
+
+    def _was_read(self, own: _Own) -> None:
+        pieces: _Pieces = own.tag
+        pieces.status = max(pieces.status, own.status)
+        pieces.left -= 1
+        if pieces.left:
+            return
+        request = pieces.request
+        if self._map is not None:
+            for slot in pieces.slots:
+                self._map.unpin(slot)
+        if pieces.status:
+            self._drop(*self._blocks(request))
+            self._failed(pieces.status)
+            self._down.append(request)  # nothing need be in FILE
+        else:
+            self._in_a_row = 0
+            request.status = 0
+            self._back.append(request)
+
+    def _miss(self, request: Request, first: int, last: int) -> None:
+        """Read whole blocks from below."""
+        self._misses += 1
+        if request.length > _MOST or not self._copies.have_room(_MOST + 2 * self._block):
+            self._down.append(request)
+            return
+        start, end = first << self._bits, min((last + 1) << self._bits, self._size)
+        own = self._own(Op.READ, start, end - start, self._missed)
+        self._take_copy(own, request, first, last)
+        self._down.append(own)
+
+    def _take_copy(self, own: _Own, request: Request, first: int, last: int) -> None:
+        own.tag, own.slots = request, {}
+        own.memory = self._copies.take(own.length)
+        own.iov = [own.memory[: own.length]]
+        own.copy = self._overtaken.copy(first, last)
+
+    def _missed(self, own: _Own) -> None:
+        """Give back what was read from below, and keep it."""
+        request: Request = own.tag
+        request.status = own.status
+        if not own.status:
+            give(request.iov, own.memory, request.offset - own.offset)
+        self._back.append(request)
+        self._keep(own)
+
+    # what is written
+
+    def _alter(self, request: Request) -> None:
+        """Have the cache know nothing of what is altered, before it is sent; and perhaps keep it afterwards."""
+        first, last = self._blocks(request)
+        known, is_kept = self._map, self.options.mode == WRITETHROUGH and request.op == Op.WRITE
+        if known is None or not is_kept or request.length > _MOST or not self._copies.have_room(_MOST):
+            self._drop(first, last)
+            self._overtaken.begin(first, last)
+            self._down.append(request)
+            return
+        own = self._own(Op.WRITE, request.offset, request.length, self._written)
+        self._take_copy(own, request, first, last)
+        was_old = own.copy.is_old
+        fill(own.memory, 0, request.iov)  # the guest may alter its pages between the one medium and the other
+        for block in {first, last}:
+            slot = known.find(block)
+            if slot >= 0:  # what it has around a write to a part of it stays true
+                known.pin(slot)
+                own.slots[block] = slot
+        self._drop(first, last)
+        self._overtaken.begin(first, last)
+        own.copy.is_old = was_old  # it is no older than itself
+        self._down.append(own)
+
+    def _written(self, own: _Own) -> None:
+        """Give back what was written below, and keep it."""
+        request: Request = own.tag
+        self._overtaken.end(*self._blocks(request))
+        request.status = own.status
+        self._back.append(request)
+        self._keep(own)
+
+    def _drop(self, first: int, last: int) -> None:
+        if self._map is None:
+            return
+        if self._overtaken.is_wide(first, last):
+            self._map.clear()
+        else:
+            self._map.drop(first, last)
+
+    # what is kept
+
+    def _keep(self, own: _Own) -> None:
+        """Write what was read or written into slots, unless that failed, or is old."""
+        known, begun, own.left = self._map, own.slots, 0
+        own.slots = {}
+        if known is not None and not own.status and not own.copy.is_old:
+            for block in range(own.copy.first, own.copy.last + 1):
+                self._keep_block(own, block, begun.pop(block, -1), known)
+        for slot in begun.values() if known is not None else ():
+            known.unpin(slot)  # type: ignore[union-attr]  # as above
+        if not own.left:
+            self._forget(own)
+
+    def _keep_block(self, own: _Own, block: int, slot: int, known: CacheMap) -> None:
+        """Write what there is of a block into `slot`, or all of it into another one."""
+        begin, end = block << self._bits, min((block + 1) << self._bits, self._size)
+        start, stop = max(begin, own.offset), min(end, own.offset + own.length)
+        if slot < 0 and (start, stop) == (begin, end) and known.find(block) < 0:
+            slot = known.take(block)
+        if slot < 0:
+            return
+        part = self._own(Op.WRITE, DATA_AT + slot * self._block + start - begin, stop - start, self._kept)
+        part.iov, part.tag, part.block = [own.memory[start - own.offset : stop - own.offset]], own, block
+        own.slots[block] = slot
+        own.left += 1
+        self._to_file.append(part)
+
+    def _kept(self, part: _Own) -> None:
+        own: _Own = part.tag
+        if self._map is not None:
+            slot = own.slots[part.block]
+            if not part.status and not own.copy.is_old:
+                self._map.put(slot, part.block)
+            self._map.unpin(slot)
+        if part.status:
+            self._failed(part.status)
+        own.left -= 1
+        if not own.left:
+            self._forget(own)
+
+    def _forget(self, own: _Own) -> None:
+        self._overtaken.forget(own.copy)
+        self._copies.put(own.memory)
+
+    def _failed(self, status: int) -> None:
+        """Count an error of FILE; one that is full takes what there is room for."""
+        self._errors += 1
+        self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
+        if self._in_a_row >= _PATIENCE and self._map is not None:
+            self._leave_alone(os.strerror(status))
+
+    def _leave_alone(self, why: str) -> None:
+        """Serve without FILE from now on, and leave a successor nothing of what it has."""
+        if self._map is not None:
+            self._map.clear()
+            self._map.close()
+            self._map = None
+        self.env.report("cache", f"off: {why}")
