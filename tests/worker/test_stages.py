@@ -209,6 +209,19 @@ def test_what_a_snapshot_would_serve_is_told(driven: Driven, images: list[Path])
     assert DATA == driven.frontend.read(0, 8)
 
 
+def test_a_snapshot_that_the_image_keeps_itself(driven: Driven, images: list[Path], tmp_path: Path) -> None:
+    """It is asked of the source, under its own name; what has none says so, and so does one that gets no writes."""
+    driven.connect(f"log:|aio:{images[0]}")
+    refused = driven.worker.ask(messages.Branch("@then", ""))
+    driven.worker.ask(messages.Swap(f"cow:{tmp_path}/cow|aio:{images[0]}", replaces=True))
+    above = driven.worker.ask(messages.Branch("@then", ""))
+
+    assert (Code.FAILED, True) == (refused.code, "has no snapshots of its own" in refused.sentence)
+    assert (Code.FAILED, True) == (above.code, "would keep nothing of it" in above.sentence)
+    assert not list(Path.cwd().glob("@then"))
+    assert bytes(PAGE) == driven.frontend.read(0, 8)
+
+
 def test_other_content_is_refused_unless_that_is_meant(driven: Driven, images: list[Path]) -> None:
     """A guest that runs does not get another image under its hands by mistake."""
     driven.connect(f"aio:{images[0]}")

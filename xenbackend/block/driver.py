@@ -154,6 +154,27 @@ class Driver:
         """
         yield Extent(0, size, Kind.DATA)
 
+    def changes(self, since: str, size: int) -> Iterator[Extent]:
+        """Yield what this layer's disk has got since a snapshot of that name; ABSENT is what has not changed.
+
+        Otherwise as `extents`. Raises: DriverError, where nothing is known of that.
+        """
+        raise DriverError("it does not know what was changed since a snapshot", layer=self.name, errno=errno.EOPNOTSUPP)
+
+    def snapshot(self, name: str) -> None:
+        """Keep what this source's disk holds now, under a name, by its own means; it is in service meanwhile.
+
+        Called from a thread; it may take seconds. Raises: DriverError, also where it has no such means.
+        """
+        raise DriverError("it has no snapshots of its own", layer=self.name, errno=errno.EOPNOTSUPP)
+
+    def writer(self) -> str:
+        """Return who may write to this source's disk while we, who opened it to be read, have no lock against that.
+
+        Empty: nobody can, or nobody knows.
+        """
+        return ""
+
     def content(self) -> str:
         """Return what tells the disk of a source without files from any other; empty: its text does.
 

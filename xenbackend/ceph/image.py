@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass
 
 from xenbackend.ceph.cluster import Cluster, plain_address
-from xenbackend.ceph.library import check
+from xenbackend.ceph.library import OnExtent, check
 from xenbackend.errors import DriverError
 
 EXCLUSIVE = 0  # rbd/librbd.h, RBD_LOCK_MODE_EXCLUSIVE
@@ -80,7 +80,7 @@ class Pool:
 
     def __init__(self, cluster: Cluster, name: str, namespace: str = "") -> None:
         """Find it. Raises: DriverError."""
-        self._rados = cluster.library.rados
+        self._rados, self._slow = cluster.library.rados, cluster.library.slow
         self.handle = ctypes.c_void_p()
         result = self._rados.rados_ioctx_create(cluster.handle, _bytes(name), ctypes.byref(self.handle))
         if result == -errno.ENOENT:
@@ -91,6 +91,23 @@ class Pool:
     def number(self) -> int:
         """Return what tells it from any other pool of its cluster, also of earlier ones of its name."""
         return int(self._rados.rados_ioctx_get_id(self.handle))
+
+    def create(self, name: str, size: int) -> None:
+        """Make an image of zeros as the cluster's settings say, of `size` bytes. Raises: DriverError; EEXIST."""
+        options = ctypes.c_void_p()
+        self._slow.rbd_image_options_create(ctypes.byref(options))
+        try:
+            check(self._slow.rbd_create4(self.handle, _bytes(name), size, options), f"make the image {name!r}")
+        finally:
+            self._slow.rbd_image_options_destroy(options)
+
+    def rename(self, former: str, name: str) -> None:
+        """Give an image another name. Raises: DriverError; EEXIST."""
+        check(self._slow.rbd_rename(self.handle, _bytes(former), _bytes(name)), f"rename the image {former!r}")
+
+    def remove(self, name: str) -> None:
+        """Remove an image. Raises: DriverError; EBUSY, where it is open, or its last client has just died."""
+        check(self._slow.rbd_remove(self.handle, _bytes(name)), f"remove the image {name!r}")
 
     def close(self) -> None:
         """Let go of it; its images are closed."""
@@ -227,6 +244,30 @@ class Image:
     def set_mark(self, disk: str) -> None:
         """Write which disk serves it; the lock is ours. Raises: DriverError."""
         check(self._slow.rbd_metadata_set(self.handle, MARK.encode(), disk.encode()), "mark the image as served")
+
+    def snapshot(self, name: str) -> None:
+        """Keep what it holds now, under a name; for any thread. Raises: DriverError; EEXIST; EBADF: it is closed."""
+        with self._in_use:
+            result = self._slow.rbd_snap_create(self.handle, _bytes(name)) if self.handle else -errno.EBADF
+        check(result, f"make the snapshot {name!r}")
+
+    def diff(self, since: str, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """Return what has changed in a range since a snapshot, empty: since it was made: offset, bytes, whether data.
+
+        What is no data reads as zeros. What its parent has counts as its own.
+
+        Raises: DriverError; ENOENT: there is no such snapshot.
+        """
+        found: list[tuple[int, int, bool]] = []
+
+        def take(start: int, size: int, exists: int, _nothing: object) -> int:
+            found.append((start, size, bool(exists)))
+            return 0
+
+        snapshot = _bytes(since) if since else None
+        result = self._slow.rbd_diff_iterate2(self.handle, snapshot, offset, length, 1, 0, OnExtent(take), None)
+        check(result, f"ask what has changed since {since or 'it was made'}")
+        return found
 
     def notify(self, fd: int) -> None:
         """Have librbd write to an eventfd when requests are done. Raises: DriverError."""

@@ -1,7 +1,8 @@
 """librados and librbd, loaded by ctypes when a process first needs them: signatures, and results as exceptions.
 
 Must not be loaded in the process that workers are forked from: every worker would have them. Must not let Python code
-be called from a thread of theirs: no callback of ours is ever given to them.
+be called from a thread of theirs: no callback of ours is ever given to them, but that of `rbd_diff_iterate2`, which is
+called by the thread that asks (librbd/api/DiffIterate.cc).
 
 Two handles of one library: by `quick` calls keep the interpreter's lock, which saves two switches where nothing can
 sleep; by `slow` ones other threads of ours run meanwhile.
@@ -24,6 +25,7 @@ RADOS, RBD = "librados.so.2", "librbd.so.1"
 _handle, _text, _int = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
 _u64, _i64, _size = ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t
 
+OnExtent = ctypes.CFUNCTYPE(_int, _u64, _size, _int, _handle)  # offset, bytes, whether data are there, nothing
 _RADOS: dict[str, tuple[Any, ...]] = {
     "rados_create2": (_handle, _text, _text, _u64),
     "rados_conf_set": (_handle, _text, _text),
@@ -60,6 +62,13 @@ _RBD: dict[str, tuple[Any, ...]] = {
     "rbd_mirror_image_get_info": (_handle, _handle, _size),
     "rbd_mirror_image_get_info_cleanup": (_handle,),
     "rbd_set_image_notification": (_handle, _int, _int),
+    "rbd_image_options_create": (_handle,),
+    "rbd_image_options_destroy": (_handle,),
+    "rbd_create4": (_handle, _text, _u64, _handle),
+    "rbd_rename": (_handle, _text, _text),
+    "rbd_remove": (_handle, _text),
+    "rbd_snap_create": (_handle, _text),
+    "rbd_diff_iterate2": (_handle, _text, _u64, _u64, ctypes.c_uint8, ctypes.c_uint8, OnExtent, _handle),
 }
 _QUICK: dict[str, tuple[Any, ...]] = {
     "rbd_aio_create_completion": (_handle, _handle, _handle),
@@ -82,6 +91,8 @@ _RESULTS: dict[str, Any] = {
     "rados_list_lockers": ctypes.c_ssize_t,
     "rados_ioctx_destroy": None,
     "rbd_config_image_list_cleanup": None,
+    "rbd_image_options_create": None,
+    "rbd_image_options_destroy": None,
     "rbd_watchers_list_cleanup": None,
     "rbd_mirror_image_get_info_cleanup": None,
     "rbd_aio_get_return_value": ctypes.c_ssize_t,

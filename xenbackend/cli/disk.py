@@ -15,7 +15,7 @@ from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_order_options
 from xenbackend.disks import parse_disk
-from xenbackend.errors import printable
+from xenbackend.errors import ConfigError, printable
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import ServiceError
 from xenbackend.units import format_size
@@ -93,9 +93,10 @@ def _register_chains(subparsers: Any) -> None:
         "Keep what a running guest's disk holds now: a new image FILE takes all writes from now on, and the former "
         "image becomes its read-only parent. The guest only sees one slow request. Put the new chain, which "
         "is printed, into the guest's configuration before it boots again: from the former image it would boot "
-        "without all later writes.",
+        "without all later writes. With @NAME an image of a cluster (rbd:) keeps what it holds itself: the chain stays "
+        "as it is, and the layer that has the snapshot is printed.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the new image; nothing may exist there yet")
+    parser.add_argument("file", metavar="FILE|@NAME", help="the new image; nothing may exist there yet")
     parser.add_argument(
         "--format",
         default="",
@@ -144,8 +145,21 @@ def _set(args: argparse.Namespace) -> int:
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    answer = _ask_for_chain(args, file=str(args.file.absolute()), format=args.format)
-    return _print(args, answer, printable(answer.data["chain"]))
+    is_own = args.file.startswith("@")  # of the image itself
+    if is_own and args.format:
+        raise ConfigError(f"{args.file} is a snapshot that the image keeps itself, in no format of its own")
+    answer = _ask_for_chain(args, file=args.file if is_own else str(Path(args.file).absolute()), format=args.format)
+    chain = answer.data["chain"]
+    return _print(args, answer, printable(_with_snapshot(chain, args.file) if is_own else chain))
+
+
+def _with_snapshot(chain: str, name: str) -> str:
+    """Return the layer that has a snapshot of a chain's source."""
+    from xenbackend.block import grammar  # late: other orders have no chain to read
+
+    source = grammar.parse(chain)[-1]
+    first, *others = (item.text for item in source.items)
+    return grammar.format_layer(source.name, first + name, *others)
 
 
 def _resize(args: argparse.Namespace) -> int:

@@ -111,6 +111,8 @@ def _register_map(verbs: Any) -> None:
         "qemu-img map --output=json.")  # fmt: skip
     verb.add_argument("image", metavar="CHAIN", help="such as qcow2:FILE")
     verb.set_defaults(run=_late("image_show", "show_map"))
+    verb.add_argument("--since", metavar="NAME", help="what has changed since this snapshot of an image of a cluster; "
+        "absent is what has not")  # fmt: skip
 
 
 def _register_convert(verbs: Any) -> None:

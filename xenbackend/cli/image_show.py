@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from xenbackend.block.extents import Extent, Kind
 from xenbackend.errors import printable
-from xenbackend.image.extents import map_chain
+from xenbackend.image.extents import changes_of, map_chain
 from xenbackend.image.names import find_chain
 from xenbackend.image.session import Session
 
@@ -20,7 +20,7 @@ def show_map(arguments: argparse.Namespace) -> int:
     """Print the extents of a disk. Raises: ChainError, ConfigError, DriverError."""
     with Session() as session:
         layers = session.open(find_chain(arguments.image), read_only=True).chain.layers
-        extents = map_chain(layers)
+        extents = map_chain(layers) if arguments.since is None else changes_of(layers, arguments.since)
         if arguments.json:
             _print_map_json(extents)
         else:

@@ -33,6 +33,22 @@ def map_chain(layers: Sequence[OpenLayer], *, all_holes: bool = False) -> Iterat
     return merged(found)
 
 
+def changes_of(layers: Sequence[OpenLayer], since: str) -> Iterator[Extent]:
+    """Yield what a chain's disk has got since a snapshot of its source; ABSENT is what has not changed.
+
+    Raises: DriverError, where nobody knows, or a layer shows another disk than its source has; OSError.
+    """
+    place = next(place for place, each in enumerate(layers) if not each.driver.is_filter)
+    filters = [each.driver for each in layers[:place]]
+    if not all(isinstance(each, Filter) and each.is_transparent for each in filters):
+        raise DriverError("a layer above it shows another disk than it has", layer=layers[place].text)
+    try:
+        yield from merged(layers[place].driver.changes(since, layers[place].geometry.size))
+    except DriverError as error:
+        error.layer = error.layer or layers[place].text
+        raise
+
+
 def extents_of(layer: OpenLayer, *, all_holes: bool = False) -> Iterator[Extent]:
     """Yield what one image has itself; all of it is data where there is no way to know. Raises: as `map_chain`."""
     try:

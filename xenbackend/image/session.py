@@ -76,7 +76,15 @@ class Session:
         env = EnvFactory(self._reactor, self._files if locked else self._unlocked, is_draft=is_draft)
         chain = open_chain(spec, env, read_only=read_only or not locked)
         self._open.append(chain)
+        if read_only and locked:
+            _see_that_nobody_writes(chain)
         return Disk(chain)
+
+    def close_chain(self, text: str) -> None:
+        """Close the chain of a text, where it is open. Raises: what closing it raised."""
+        for each in [each for each in self._open if isinstance(each, Chain) and each.layers[0].text == text]:
+            self._open.remove(each)
+            each.close()
 
     def open_as_far(self, spec: LayerSpec, *, locked: bool = True) -> list[OpenLayer]:
         """Open a source, for reading, and its parents up to the first that cannot be opened; return those that could.
@@ -155,6 +163,15 @@ class Session:
         self._reactor.close()
         if failure and kind is None:
             raise failure
+
+
+def _see_that_nobody_writes(chain: Chain) -> None:
+    """Raise DriverError with EBUSY where somebody may write to what is read, as no lock of ours forbids that."""
+    for layer in chain.layers:
+        if writer := layer.driver.writer():
+            raise DriverError(
+                f"{writer} may write to it meanwhile; a snapshot stays as it is", layer=layer.text, errno=errno.EBUSY
+            )
 
 
 def check_status(disk: Disk, request: Request) -> None:

@@ -215,7 +215,8 @@ class Swap:
 class Branch:
     """Make a new image over the one that is written to; `format` may be empty for what fits to that.
 
-    The reply's `data` is the chain that would serve the guest through it.
+    The reply's `data` is the chain that would serve the guest through it. What begins with an @ is no file: the image
+    keeps what it holds now itself, under the name behind the @, and the reply has no data.
     """
 
     file: str

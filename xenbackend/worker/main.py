@@ -294,6 +294,9 @@ class Worker:
         match ask.question:
             case messages.Swap() as question:
                 return (yield from self._swap(stages, question, _needed(opener)))
+            case messages.Branch() as question if question.file.startswith("@"):
+                yield from stages.keep(question.file[1:])
+                return ""
             case messages.Branch() as question:
                 return stages.branch(question.file, question.format, _needed(opener))
             case messages.Pause():

@@ -19,6 +19,7 @@ from functools import partial
 
 from xenbackend import counters, journal
 from xenbackend.block.chain import Chain
+from xenbackend.block.driver import Filter
 from xenbackend.block.policy import Policy
 from xenbackend.block.request import AWAY
 from xenbackend.errors import DriverError, XenbackendError
@@ -199,6 +200,25 @@ class Stages:
         """Make an image over the one that is written to, and return the chain with it. Raises: ConfigError, OSError."""
         with self._disk.opening_by(opener):
             return make_leaf(self._opened(), opener, file, image_format)
+
+    def keep(self, name: str) -> Steps[None]:
+        """Have the source keep what it holds now, by its own means, while the guest goes on. Raises: DriverError."""
+        layers = self._opened().layers
+        if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in layers):
+            problem = "what the guest writes goes to a layer above the image, which would keep nothing of it"
+            raise DriverError(problem, errno=errno.EOPNOTSUPP)
+        source = next(layer.driver for layer in layers if not layer.driver.is_filter)
+        problems: list[DriverError] = []
+
+        def call() -> None:
+            try:
+                source.snapshot(name)
+            except DriverError as problem:
+                problems.append(problem)
+
+        yield lambda done: self._reactor.run_in_thread(call, partial(done, 0))
+        if problems:
+            raise problems[0]
 
     def pause(self, then: Callable[[], None]) -> None:
         """Take nothing from the rings, and call `then` when nothing is in flight, also because the frontend leaves."""

@@ -59,6 +59,7 @@ def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
     assert (["aio:/img", "aio:/other"], True, "") == (swap.chains, swap.read_only, swap.makes)
     assert (["aio:/img"], "/leaf") == (branch.chains, branch.makes)
     assert it.for_question(messages.Pause()) is None
+    assert it.for_question(messages.Branch("@then", "")) is None, "no file is made"
     assert [7, 8] == it.kept()
     assert ["/img"] == [each.name for each in swap.kept]
     for job in (opened, waited, swap, branch):

@@ -368,6 +368,14 @@ def test_a_snapshot_is_no_way_to_another_file(serving: Stepped, toolstack: Store
     assert "null:1G" == toolstack.read(f"{PATH.backend}/params") == serving.vbd().handover.notes.chain
 
 
+def test_a_snapshot_of_the_images_own_changes_no_chain(serving: Stepped, toolstack: Store) -> None:
+    """S5: whatever its worker replies, the chain is the one that it was."""
+    answer = ask(serving, "snapshot", file="@then")
+
+    assert (Code.OK, "null:1G", 0) == (answer.code, answer.data["chain"], serving.fleet.breaches)
+    assert "null:1G" == toolstack.read(f"{PATH.backend}/params") == serving.vbd().handover.notes.chain
+
+
 def test_what_cannot_be_asked_now_is_refused(stepped: Stepped, toolstack: Store) -> None:
     """A disk that is not in service can neither be given another chain nor another worker."""
     write_like_libxl(toolstack, params="null:2G")

@@ -36,6 +36,10 @@ Behaviour:
     OSDs that do not answer are waited for as long as it takes; `status` says for how long (`cluster`). No operation is
     ever timed out, since it might be done later all the same. A cluster that is full holds writes back likewise.
 
+    `xenbackend snapshot DISK @NAME` makes an RBD snapshot: all that the guest was answered, at one moment. `image map`
+    tells data from what was never written, and with `--since NAME` what has changed since a snapshot. `image convert`
+    makes an image of a cluster, and copies one; `image unlock` takes the lock from an owner that is dead.
+
     A larger image is offered by `xenbackend resize`; `status` says that there is one (`size`). An image that has become
     smaller than the disk is a pause (`other-size`).
 
@@ -57,24 +61,26 @@ Limits:
     A disk that was attached without rbd: in its chain cannot be given one while it runs.
     If the cluster is unreachable when a worker dies, its successor waits. A monitor's address is resolved when the disk
     is opened; later ones come from the cluster.
-    Snapshots are made by `rbd snap create`, not by `xenbackend snapshot`; `image map` sees all of an image as data.
+    `image map`, and what else looks at an image for long, wants one that nobody writes to, such as a snapshot.
 """
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
 from xenbackend.block.driver import Driver, Env, Geometry
-from xenbackend.block.options import Kind, option
+from xenbackend.block.extents import Extent, Kind
+from xenbackend.block.options import Kind as Way
+from xenbackend.block.options import option
 from xenbackend.block.rbd import ownership, settings
 from xenbackend.block.rbd.disk import RbdDisk
 from xenbackend.block.rbd.noted import SIZE, Noted
-from xenbackend.block.rbd.target import Target, parse_target
+from xenbackend.block.rbd.target import Target, parse_name, parse_target
 from xenbackend.block.request import Request
 from xenbackend.block.servers import DISK, Account
 from xenbackend.ceph import library
@@ -82,7 +88,10 @@ from xenbackend.ceph.bounded import Attempt, NotBack, within
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import HAS_EXCLUSIVE_LOCK, Image, Pool
 from xenbackend.errors import DriverError
+from xenbackend.units import SECTOR, round_up
 
+SNAPSHOT_S = 25.0  # less than a client waits for an order
+_STEP = 1 << 36  # bytes of an image that are asked for at once
 OPEN_S, CLOSE_S = 40.0, 10.0  # a worker that opens its chain for longer than a minute is taken for one that hangs
 
 
@@ -96,7 +105,7 @@ class Rbd(Driver):
     class Options:
         """Which image, and as whom it is asked for."""
 
-        image: Annotated[Target, Kind("image", parse_target)] = option("POOL[/NAMESPACE]/IMAGE[@SNAPSHOT]", target=True)
+        image: Annotated[Target, Way("image", parse_target)] = option("POOL[/NAMESPACE]/IMAGE[@SNAPSHOT]", target=True)
         id: str = option("user of the cluster, without client.", default="admin")
         conf: str = option("whole path of the cluster's ceph.conf", default="/etc/ceph/ceph.conf")
 
@@ -163,6 +172,28 @@ class Rbd(Driver):
     def content(self) -> str:
         """See `Driver`."""
         return self._identity
+
+    def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it knows all of them
+        """See `Driver`: what the cluster has, an image's parents with it."""
+        return self._diff("", size, Kind.ZERO)
+
+    def changes(self, since: str, size: int) -> Iterator[Extent]:
+        """See `Driver`."""
+        return self._diff(since, size, Kind.ABSENT)
+
+    def snapshot(self, name: str) -> None:
+        """See `Driver`: an RBD snapshot, which holds what was answered, and nothing by halves."""
+        image, target = self._image, self.options.image
+        if target.snapshot or image is None or self.env.read_only:
+            raise DriverError(f"{target} is only read, so that there is nothing to keep", errno=errno.EROFS)
+        parse_name(name)
+        within(SNAPSHOT_S, f"the snapshot {name} may still be made", lambda: image.snapshot(name))
+
+    def writer(self) -> str:
+        """See `Driver`."""
+        if self.options.image.snapshot or self._image is None or not self.env.read_only:
+            return ""
+        return ", ".join(map(str, self._image.owners()))
 
     def submit(self, batch: list[Request]) -> None:
         """Say that nothing is open; `open` puts another one in this place."""
@@ -261,6 +292,22 @@ class Rbd(Driver):
             env.report("barrier", f"the cluster refuses a dead worker, for {ownership.DEAD_S / 3600:.0f} h")
         if limits:
             env.report("limits", limits)
+
+    def _diff(self, since: str, size: int, gaps: Kind) -> Iterator[Extent]:
+        """Yield what has changed; a range that ends within a sector counts as all of it."""
+        image = self._image
+        assert image is not None  # noqa: S101 - only open layers are asked
+        done = 0
+        for start in range(0, size, _STEP):
+            for offset, length, is_data in image.diff(since, start, min(_STEP, size - start)):
+                first, end = max(done, offset - offset % SECTOR), min(size, round_up(offset + length, SECTOR))
+                if first > done:
+                    yield Extent(done, first - done, gaps)
+                if end > first:
+                    yield Extent(first, end - first, Kind.DATA if is_data else Kind.ZERO)
+                    done = end
+        if done < size:
+            yield Extent(done, size - done, gaps)
 
     def _close(self) -> None:
         """Close what is open, the last one first. Raises: DriverError, about the image."""

@@ -5,7 +5,10 @@ Must not look anything up. Source: rbd(8), "image-spec", "snap-spec".
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
+
+from xenbackend.errors import DriverError
 
 MAX_NAME = 1024  # bytes of each part; Ceph's own limits are below that
 
@@ -43,6 +46,14 @@ def parse_target(text: str) -> Target:
             raise ValueError(f"{text!r} has a name in it that no pool and no image has")
     pool, *between, image = parts
     return Target(pool, between[0] if between else "", image, snapshot)
+
+
+def parse_name(name: str) -> str:
+    """Return the name of a snapshot. Raises: DriverError, with a sentence."""
+    try:
+        return parse_target(f"pool/image@{name}").snapshot
+    except ValueError:
+        raise DriverError(f"{name!r} cannot be the name of a snapshot", errno=errno.EINVAL) from None
 
 
 def _corrected(text: str) -> str:

@@ -77,7 +77,7 @@ class Openings:
                 job = replace(self._job([chain, question.chain]), keeps=question.is_resize)
                 return replace(job, names_unnamed=names, renews_unnamed=renews)
             case messages.Branch():
-                return replace(self._job([chain]), makes=question.file)
+                return None if question.file.startswith("@") else replace(self._job([chain]), makes=question.file)
             case messages.Reconnect():
                 return self._job([self._handover.chain_in_service()])
         return None
