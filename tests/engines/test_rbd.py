@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import signal
@@ -25,10 +27,12 @@ from tests.helpers_block import content, discard, flush, read, write
 from xenbackend.block.drivers import rbd as driver
 from xenbackend.block.rbd import ownership
 from xenbackend.block.rbd.noted import SIZE, Noted
+from xenbackend.block.spec import parse_chain
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.image import remote
 from xenbackend.protocol.client import ServiceError
 from xenbackend.rig.frontend import Wishes
 
@@ -676,3 +680,120 @@ def test_the_same_image_as_another_user(guest: Guest, ceph: Ceph, name: str) -> 
     guest.load.run(50)
     guest.end()
     assert chain == guest.status()["chain"]
+
+
+def pieces(capsys: pytest.CaptureFixture[str], *words: str) -> list[tuple[int, int, bool, bool]]:
+    """Return what `image map` says: where each piece begins, how long it is, whether it is there, whether data."""
+    capsys.readouterr()
+    assert 0 == main(["image", "map", "--json", *words])
+    found = json.loads(capsys.readouterr().out)
+    return [(each["start"], each["length"], each["present"], each["data"]) for each in found]
+
+
+def test_what_was_written_is_known(
+    ceph: Ceph, chains: Chains, chain: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`image map` tells data from what was never written, also of a clone, and what has changed since a snapshot."""
+    mib = 1 << 20
+    disk = chains.open(chain)
+    assert [0] == chains.do(disk, write(8 * mib, bytes(range(256)) * 16))
+    ceph.rbd("snap", "create", f"{POOL}/{name}@then")
+    assert [0, 0] == chains.do(disk, write(4 * mib, b"x" * 512), discard(8 * mib, 4 * mib))
+    disk.close()
+    assert [(8 * mib, 4096, True, True)] == [each for each in pieces(capsys, ceph.chain(f"{name}@then")) if each[3]]
+    [(start, length, *_)] = [each for each in pieces(capsys, chain) if each[3]]
+    assert start <= 4 * mib < 4 * mib + 512 <= start + length <= 8 * mib
+    changed = [each for each in pieces(capsys, "--since", "then", chain) if each[2]]
+    assert [(4 * mib, True), (8 * mib, False)] == [(start, is_data) for start, _, _, is_data in changed]
+    ceph.rbd("snap", "protect", f"{POOL}/{name}@then")
+    ceph.rbd("clone", f"{POOL}/{name}@then", f"{POOL}/{name}-clone")
+    assert [8 * mib] == [start for start, _, _, is_data in pieces(capsys, ceph.chain(f"{name}-clone")) if is_data]
+    assert 2 == main(["image", "map", "--since", "never", chain])
+    assert "ask what has changed since never" in capsys.readouterr().err
+
+
+def test_images_are_converted_both_ways(
+    ceph: Ceph, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file becomes an image of a cluster that has its name when it is whole, with holes, and the other way round."""
+    source, copy = tmp_path / "source.img", tmp_path / "copy.img"
+    with source.open("wb") as file:
+        file.write(Random(1).randbytes(3 << 20))
+        file.truncate(64 << 20)
+    target = ceph.chain(name)
+    assert 0 == main(["image", "convert", "--quiet", f"aio:{source}", target])
+    assert [(0, 3 << 20)] == [each[:2] for each in pieces(capsys, target) if each[3]]
+    assert 0 == main(["image", "convert", "--quiet", target, f"aio:{copy}"])
+    assert source.read_bytes() == copy.read_bytes()
+    assert copy.stat().st_blocks * 512 < 8 << 20
+    assert 2 == main(["image", "convert", "--quiet", f"aio:{source}", target])
+    assert "is there already" in capsys.readouterr().err
+    with source.open("r+b") as file:
+        file.write(bytes(1 << 20))
+    assert 0 == main(["image", "convert", "--quiet", "--overwrite", f"aio:{source}", target])
+    assert 0 == main(["image", "compare", "--quiet", f"aio:{source}", target])
+    assert [name] == [each for each in ceph.json("ls", POOL) if each.startswith(name)]
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing(
+    ceph: Ceph, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stops it, no half an image is there, by neither name; what a killed one left is named."""
+    source = tmp_path / "source.img"
+    source.write_bytes(Random(1).randbytes(4 << 20))
+
+    def stop(done: int, size: int) -> None:
+        if done > size // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        remote.convert(parse_chain(f"aio:{source}"), parse_chain(ceph.chain(name)), stop)
+    assert [] == [each for each in ceph.json("ls", POOL) if each.startswith(name)]
+    ceph.create(f"{name}.partial")
+    with pytest.raises(XenbackendError, match=r"\.partial is left from an earlier time"):
+        remote.convert(parse_chain(f"aio:{source}"), parse_chain(ceph.chain(name)), lambda *_: None)
+
+
+def test_what_somebody_writes_to_is_not_copied(guest: Guest, ceph: Ceph, chain: str, name: str, tmp_path: Path) -> None:
+    """An image in service is refused to be copied, as half of it would be older than the other; its snapshot is not.
+
+    `xenbackend snapshot` makes that while the guest goes on; it holds what the guest was answered.
+    """
+    guest.load.run(50)
+    guest.load.finish()
+    assert 2 == main(["image", "convert", "--quiet", chain, f"aio:{tmp_path}/copy"])
+    guest.machine.ask({"verb": "snapshot", "vbd": "5/xvda", "file": "@then"})
+    before = ceph.digest(f"{name}@then")
+    assert ceph.digest(name) == before
+    guest.load.run(100)
+    assert chain == guest.status()["chain"]
+    with pytest.raises(ServiceError, match="make the snapshot 'then'"):
+        guest.machine.ask({"verb": "snapshot", "vbd": "5/xvda", "file": "@then"})
+    with pytest.raises(ServiceError, match="cannot be the name of a snapshot"):
+        guest.machine.ask({"verb": "snapshot", "vbd": "5/xvda", "file": "@a/b"})
+    guest.end()
+    assert 0 == main(["image", "convert", "--quiet", ceph.chain(f"{name}@then"), f"aio:{tmp_path}/copy"])
+    assert before == hashlib.sha256((tmp_path / "copy").read_bytes()).hexdigest()
+
+
+def test_a_dead_hosts_disk_is_taken_over_by_order(
+    ceph: Ceph, machine: Machine, chain: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An owner that is named is kept out at once, and only that one; what it still sends is refused."""
+    with client(ceph, name) as former:
+        assert 0 == former.write("A", 0, SECTOR)
+        former.process.send_signal(signal.SIGSTOP)
+        for words in ([], ["--owner", "client.1"]):
+            assert 2 == main(["image", "unlock", chain, *words])
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"{former.client} at {former.address} has the image's lock" in said
+        assert former.address not in ceph.ceph("osd", "blocklist", "ls")
+        assert 0 == main(["image", "unlock", chain, "--owner", former.client])
+        with closing(machine.create_guest(DOMID)) as here:
+            path = machine.attach(DOMID, "xvda", chain)
+            with closing(here.connect(path, Wishes())) as frontend:
+                frontend.write(0, SECTOR * b"B")
+                former.process.send_signal(signal.SIGCONT)
+                assert errno.ESHUTDOWN == former.write("A", 0, SECTOR)
+                assert SECTOR * b"B" == bytes(frontend.read(0, 1))
+        assert 2 == main(["image", "unlock", "aio:/img", "--owner", "x"])

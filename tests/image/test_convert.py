@@ -225,7 +225,7 @@ def test_a_raw_disk_can_be_written_over(made: Make, raw: Path, tmp_path: Path) -
     """Whatever it held is what the source reads as, zeros too; what is behind the source's end stays."""
     path = tmp_path / "device"
     path.write_bytes(b"old!" * (6 * MIB // 4))
-    done = overwrite(made("qcow2").chain, image_of_file("raw", str(path)), ignore)
+    done = overwrite(made("qcow2").chain, image_of_file("raw", str(path)).chain, ignore)
 
     assert raw.read_bytes() + b"old!" * (MIB // 4) == path.read_bytes()
     assert 5 * MIB == done.size
@@ -236,9 +236,9 @@ def test_what_cannot_be_written_over_is_refused(made: Make, raw: Path, tmp_path:
     source, small = made("qcow2"), tmp_path / "small"
     small.write_bytes(b"old!" * 1024)
     with pytest.raises(ConfigError, match="has 4 KiB, and the source 5 MiB"):
-        overwrite(source.chain, image_of_file("raw", str(small)), ignore)
+        overwrite(source.chain, image_of_file("raw", str(small)).chain, ignore)
     with pytest.raises(ConfigError, match="only a raw image"):
-        overwrite(source.chain, made("vhd"), ignore)
+        overwrite(source.chain, made("vhd").chain, ignore)
 
     assert b"old!" * 1024 == small.read_bytes()
 
@@ -251,12 +251,12 @@ def test_a_device_in_use_is_not_written_over(raw: Path, tmp_path: Path, monkeypa
         target = image_of_file("raw", device)
         with loops.mounted(device, tmp_path / "place"):
             with pytest.raises(DriverError, match=f"{device} is in use by a file system mounted at {tmp_path}/place"):
-                overwrite(parse_chain(f"aio:{raw}"), target, ignore)
+                overwrite(parse_chain(f"aio:{raw}"), target.chain, ignore)
             assert raw.read_bytes()[: 64 << 10] != file.read_bytes()[: 64 << 10]
         with qemu.held_open("raw", file), pytest.raises(DriverError, match=f"{device} is in use by qemu-io"):
-            overwrite(parse_chain(f"aio:{raw}"), target, ignore)
+            overwrite(parse_chain(f"aio:{raw}"), target.chain, ignore)
         with loops.mounted(device, tmp_path / "place", "-o", "ro"):
-            overwrite(parse_chain(f"aio:{raw}"), find_image(f"aio:{device},share=on"), ignore)
+            overwrite(parse_chain(f"aio:{raw}"), find_image(f"aio:{device},share=on").chain, ignore)
         piece = slice(3 * MIB, 3 * MIB + 4096)  # where the file system that was mounted writes nothing itself
         assert raw.read_bytes()[piece] == file.read_bytes()[piece]
 

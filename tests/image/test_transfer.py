@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +137,7 @@ class Stage:
         self.waiting: list[tuple[int, Request]] = []
         self.writes = 0
         self.flushes = 0
+        self.chain = SimpleNamespace(geometry=SimpleNamespace(can_flush=True))
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests of either disk."""

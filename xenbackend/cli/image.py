@@ -44,6 +44,7 @@ def register(subparsers: Any) -> None:
     _register_measure(verbs)
     _register_rebase(verbs)
     _register_trust(verbs)
+    _register_unlock(verbs)
     for verb in verbs.choices.values():
         add_json(verb)
 
@@ -110,9 +111,9 @@ def _register_map(verbs: Any) -> None:
         "or zeros, in which image of the chain (depth 0 is the first) and where in its file. --json prints the same as "
         "qemu-img map --output=json.")  # fmt: skip
     verb.add_argument("image", metavar="CHAIN", help="such as qcow2:FILE")
-    verb.set_defaults(run=_late("image_show", "show_map"))
     verb.add_argument("--since", metavar="NAME", help="what has changed since this snapshot of an image of a cluster; "
         "absent is what has not")  # fmt: skip
+    verb.set_defaults(run=_late("image_show", "show_map"))
 
 
 def _register_convert(verbs: Any) -> None:
@@ -120,11 +121,11 @@ def _register_convert(verbs: Any) -> None:
         "into a new image; ranges of zeros take no space. Until it is complete its file is called TO.partial, beside "
         "TO.partial.json, which records the progress; --resume continues there if FROM has not changed.")  # fmt: skip
     verb.add_argument("source", metavar="FROM", help="any chain, such as qcow2:FILE, with its parents")
-    verb.add_argument("target", metavar="TO", help=f"a new image: {_LAYERS}")
+    verb.add_argument("target", metavar="TO", help=f"a new image: {_LAYERS}, or rbd:POOL/IMAGE")
     how = verb.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue an interrupted conversion; start if there is none")
-    how.add_argument("--overwrite", action="store_true", help="TO is a raw image or a block device that exists "
-        "already: overwrite all of it, with zeros too")  # fmt: skip
+    how.add_argument("--overwrite", action="store_true", help="TO is a raw image, a block device or a disk of a server "
+        "or cluster that exists already: overwrite all of it, with zeros too")  # fmt: skip
     verb.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_direct(verb)
     _add_wishes(verb)
@@ -177,6 +178,17 @@ def _register_trust(verbs: Any) -> None:
         "printed: whoever made the image chose them. An image in use may be marked, too.")  # fmt: skip
     verb.add_argument("image", metavar="LAYER", help="the image with its format, such as qcow2:FILE")
     verb.set_defaults(run=_late("image_verbs", "trust"))
+
+
+def _register_unlock(verbs: Any) -> None:
+    verb = verbs.add_parser("unlock", help="take an image of a cluster from a host that is dead", description="Take "
+        "the lock of an image of a cluster from its owner, whose host has died, without the 30 s after which that is "
+        "noticed. The owner is named, and is kept out: should that host come back, it writes nothing for a year. "
+        "Without --owner nothing is done, and who has the lock is said.")  # fmt: skip
+    verb.add_argument("image", metavar="CHAIN", help="such as rbd:POOL/IMAGE")
+    verb.add_argument("--owner", metavar="OWNER", default="", help="who has the lock, such as client.4123 or "
+        "10.0.0.2:0/123")  # fmt: skip
+    verb.set_defaults(run=_late("image_verbs", "unlock"))
 
 
 def _add_direct(verb: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from xenbackend.block.formats.blank import Wishes
 from xenbackend.block.formats.table import FORMATS, WRITTEN
 from xenbackend.block.luks.blank import SECTOR_SIZES
+from xenbackend.block.spec import ChainSpec
 from xenbackend.cli import output
 from xenbackend.cli.image_progress import watched
 from xenbackend.errors import ConfigError, DriverError, printable
@@ -22,6 +23,7 @@ from xenbackend.image import convert as conversions
 from xenbackend.image import create as creations
 from xenbackend.image import measure as measures
 from xenbackend.image import rebase as rebases
+from xenbackend.image import remote as remotes
 from xenbackend.image import resize as sizes
 from xenbackend.image import trust as trusts
 from xenbackend.image.compare import Compared
@@ -90,24 +92,51 @@ def resize(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Convert a chain into a new image. Raises: ConfigError, ChainError, DriverError, RequestFailed."""
-    source, target = find_chain(arguments.source), find_image(arguments.target)
+    source, (chain, target) = find_chain(arguments.source), _find_target(arguments.target)
+    wishes, direct = _wishes(arguments), arguments.direct
+    if target is None and (arguments.resume or wishes != Wishes()):
+        raise ConfigError("a disk of a server or cluster has no such options, and is begun anew after it was stopped")
+    goes_on = "it has to be done again"
     try:
         with watched("convert", quiet=arguments.quiet or arguments.json) as progress:
-            direct = arguments.direct
             if arguments.overwrite:
-                done = conversions.overwrite(source, target, progress, direct=direct)
+                done = conversions.overwrite(source, chain, progress, direct=direct)
+            elif target is None:
+                done = remotes.convert(source, chain, progress, direct=direct)
             else:
-                wishes, resume = _wishes(arguments), arguments.resume
-                done = conversions.convert(source, target, wishes, progress, resume=resume, direct=direct)
+                goes_on = f"the same with --resume goes on with {printable(target.path)}.partial"
+                done = conversions.convert(source, target, wishes, progress, resume=arguments.resume, direct=direct)
     except (KeyboardInterrupt, RequestFailed):
-        goes_on = f"the same with --resume goes on with {printable(target.path)}.partial"
-        print(f"stopped; {'it has to be done again' if arguments.overwrite else goes_on}", file=sys.stderr)
+        print(f"stopped; {goes_on}", file=sys.stderr)
         raise
     if arguments.json:
-        _print_json({"source": source.text, "target": target.text, **asdict(done)})
+        _print_json({"source": source.text, "target": chain.text, **asdict(done)})
     else:
         went_on = f", gone on at {format_size(done.resumed_at)}" if done.resumed_at else ""
-        print(f"{printable(target.text)}: {format_size(done.size)}, {format_size(done.written)} written{went_on}")
+        print(f"{printable(chain.text)}: {format_size(done.size)}, {format_size(done.written)} written{went_on}")
+    return 0
+
+
+def _find_target(text: str) -> tuple[ChainSpec, Image | None]:
+    """Return the chain of what is to be made or written over, and its image; None: a server or cluster has it.
+
+    Raises: ChainError, ConfigError.
+    """
+    remote = remotes.find_remote(text)
+    if remote is not None:
+        return remote, None
+    image = find_image(text)
+    return image.chain, image
+
+
+def unlock(arguments: argparse.Namespace) -> int:
+    """Take an image's lock from an owner that is dead. Raises: ChainError, ConfigError, DriverError."""
+    chain = find_chain(arguments.image)
+    owner = remotes.take_lock(chain, arguments.owner)
+    if arguments.json:
+        _print_json({"image": chain.text, "owner": owner})
+    else:
+        print(f"{printable(chain.text)}: the lock was taken from {printable(owner)}, which is kept out for a year")
     return 0
 
 

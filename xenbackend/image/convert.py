@@ -20,6 +20,7 @@ from typing import Any
 
 from xenbackend.block.extents import Extent, Kind, merged
 from xenbackend.block.formats.blank import Blank, Wishes, blank
+from xenbackend.block.formats.table import BY_DRIVER
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import ChainSpec, parse_chain
 from xenbackend.errors import ConfigError, DriverError, printable
@@ -91,18 +92,25 @@ def convert(
         return Converted(disk.size, written, done)
 
 
-def overwrite(source: ChainSpec, target: Image, progress: Progress, *, direct: bool = False) -> Converted:
-    """Write what `source` reads as over a raw image or block device that is there, zeros too; not what is behind it.
+def overwrite(source: ChainSpec, target: ChainSpec, progress: Progress, *, direct: bool = False) -> Converted:
+    """Write what `source` reads as over a disk that is there, zeros too; not what is behind it.
 
     It cannot be gone on with, only done again.
 
-    Raises: ConfigError, where the target is not raw, or smaller; DriverError, where either is in use; RequestFailed.
+    Args:
+        source: what is read.
+        target: one layer: a raw image, a block device, or what a server or cluster has.
+        progress: told of how far it is.
+        direct: bypass the page cache where the files allow it.
+
+    Raises: ConfigError, where the target is no raw disk, or smaller; DriverError, where one is in use; RequestFailed.
     """
-    if target.format != "raw":
+    known = BY_DRIVER.get(target.layers[-1].driver.name)
+    if known is not None and known.name != "raw":
         raise ConfigError(f"only a raw image can be written over, and {target.text} is none")
     with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
-        there = session.open(target.chain, read_only=False)
+        there = session.open(target, read_only=False)
         if there.size < disk.size:
             raise ConfigError(f"{target.text} has {format_size(there.size)}, and the source {format_size(disk.size)}")
         transfer = Transfer(session, disk, there, is_blank=False)
@@ -158,6 +166,11 @@ def _refuse_partial(path: str) -> None:
 
 def _identity(disk: Disk, target: Image, wishes: Wishes) -> dict[str, Any]:
     """Return what has to be as it was when a conversion is gone on with."""
+    return {**identity_of(disk), "target": target.text, "wishes": asdict(wishes)}
+
+
+def identity_of(disk: Disk) -> dict[str, Any]:
+    """Return what a disk is read from, and whether that was changed, as far as its files tell."""
     files = {}
     for layer in disk.chain.layers:
         for path in files_of(layer.driver.options).values():
@@ -166,7 +179,7 @@ def _identity(disk: Disk, target: Image, wishes: Wishes) -> dict[str, Any]:
             found = os.stat(path)  # noqa: PTH116 - as `opening`: pathlib would alter the name
             files[path] = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
     source = [layer.text for layer in disk.chain.layers]
-    return {"source": source, "size": disk.size, "target": target.text, "wishes": asdict(wishes), "files": files}
+    return {"source": source, "size": disk.size, "files": files}
 
 
 def _begin(partial: Image, new: Blank, state: State, begun: dict[str, Any]) -> None:

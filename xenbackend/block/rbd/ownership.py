@@ -84,9 +84,9 @@ def take(
     refused = {owner.address: SILENT_S for owner in owners} | ({before: DEAD_S} if before else {})
     if refused:
         for address, seconds in refused.items():
-            _refuse(cluster, address, seconds)
+            refuse(cluster, address, seconds)
     else:
-        _refuse(cluster, _NOBODY + mine.rpartition("/")[2], 1.0)
+        refuse(cluster, _NOBODY + mine.rpartition("/")[2], 1.0)
     for owner in owners:
         image.break_lock(owner)
     with step():
@@ -132,7 +132,8 @@ def mark(image: Image, disk: str, *, goes_on: bool) -> None:
     image.set_mark(disk)
 
 
-def _refuse(cluster: Cluster, address: str, seconds: float) -> None:
+def refuse(cluster: Cluster, address: str, seconds: float) -> None:
+    """Have a cluster refuse a client for so long. Raises: DriverError, naming the right that our key lacks."""
     try:
         cluster.refuse(address, seconds)
     except DriverError as problem:

@@ -1,0 +1,76 @@
+"""Tests of `xenbackend.block.rbd.making`: what images are called while they are made, and whose lock is taken."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from tests.block.rbd.test_ownership import FORMER, OTHER, Place
+from xenbackend.block.rbd.making import _take_from, partial_of
+from xenbackend.block.rbd.ownership import SILENT_S
+from xenbackend.block.spec import parse_chain
+from xenbackend.ceph.image import Owner
+from xenbackend.errors import DriverError
+
+
+@pytest.mark.parametrize(
+    ("text", "partial"),
+    [
+        ("rbd:rbd/a", "rbd:rbd/a.partial"),
+        ("rbd:p/n/a,id=x,conf=/c", "rbd:p/n/a.partial,id=x,conf=/c"),
+        (r"rbd:a\,b/c\|d,id=x", r"rbd:a\,b/c\|d.partial,id=x"),
+    ],
+)
+def test_what_is_being_made_is_called_otherwise(text: str, partial: str) -> None:
+    """The options stay, and so does what is escaped."""
+    assert partial == partial_of(parse_chain(text).layers[0])
+
+
+def test_a_snapshot_is_not_made() -> None:
+    """Nobody writes to a snapshot."""
+    with pytest.raises(DriverError, match="only read"):
+        partial_of(parse_chain("rbd:a/b@c").layers[0])
+
+
+def take(place: Place, owner: str) -> Owner:
+    """Take the lock."""
+    it: Any = place
+    return _take_from(it, it, owner)
+
+
+@pytest.mark.parametrize("name", [FORMER.client, FORMER.address])
+def test_an_owner_that_is_named_is_kept_out_first(name: str) -> None:
+    """It is refused, for long, whether it still watches or not; then its lock is taken."""
+    place = Place(FORMER, watchers=(FORMER.address,))
+    assert FORMER == take(place, name)
+    assert [f"refuse {FORMER.address} {SILENT_S:g}", f"break {FORMER.address}"] == place.steps
+
+
+@pytest.mark.parametrize(("owner", "code"), [(OTHER, errno.EBUSY), (None, errno.ENOENT)])
+@pytest.mark.parametrize("named", ["", FORMER.client, "client.", "client.11"])
+def test_nobody_else_is_touched(owner: Owner | None, code: int, named: str) -> None:
+    """Another owner, none, or none that was named: nothing is done, and the real one is said."""
+    place = Place(*([owner] if owner else []))
+    with pytest.raises(DriverError, match=OTHER.client if owner else "nobody") as caught:
+        take(place, named)
+    assert code == caught.value.errno
+    assert [] == place.steps
+
+
+def test_a_lock_by_hand_is_left_to_who_made_it() -> None:
+    """Its owner is no client that could be kept out."""
+    place = Place(Owner("client.3", "maintenance", "10.0.0.3:0/3"))
+    with pytest.raises(DriverError, match="rbd lock rm"):
+        take(place, "client.3")
+    assert [] == place.steps
+
+
+def test_a_key_that_may_keep_nobody_out_takes_nothing() -> None:
+    """Without that right the lock stays where it is."""
+    place = Place(FORMER)
+    place.fails["refuse"] = errno.EACCES
+    with pytest.raises(DriverError, match="mon 'profile rbd'"):
+        take(place, FORMER.client)
+    assert not any(step.startswith("break") for step in place.steps)

@@ -1,0 +1,103 @@
+"""Disks of servers and clusters as the targets of image commands: which text names one, and a new one in a cluster.
+
+Must not know a protocol, nor write over what is there.
+
+An image of a cluster is made under another name, ``NAME.partial``, and renamed when all of it is durable. Whatever
+stops that removes it again; of a process that was killed it is left, and is the administrator's to remove.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from xenbackend.block.rbd.making import PARTIAL, Place, partial_of, place_of
+from xenbackend.block.servers import account_of, servers_of
+from xenbackend.block.spec import ChainSpec, LayerSpec, parse_chain
+from xenbackend.errors import ConfigError, DriverError, printable
+from xenbackend.image.convert import Converted, identity_of, without_small_holes
+from xenbackend.image.extents import map_chain
+from xenbackend.image.names import has_driver
+from xenbackend.image.session import Progress, Session
+from xenbackend.image.transfer import Transfer, pieces_of
+
+
+def find_remote(text: str) -> ChainSpec | None:
+    """Return the chain of one layer with a disk of a server or cluster, None of any other text. Raises: ChainError."""
+    if not has_driver(text):
+        return None
+    chain = parse_chain(text)
+    options = chain.layers[-1].options
+    is_remote = bool(servers_of(options)) or account_of(options) is not None
+    return chain if is_remote and len(chain.layers) == 1 else None
+
+
+def convert(source: ChainSpec, target: ChainSpec, progress: Progress, *, direct: bool = False) -> Converted:
+    """Make an image of a cluster from what `source` reads as.
+
+    Raises: ConfigError, where the target is there, or is no such image; DriverError, RequestFailed.
+    """
+    (layer,) = target.layers
+    if account_of(layer.options) is None:
+        raise ConfigError(f"{printable(target.text)} is there already; --overwrite writes over all that it holds")
+    with Session(direct=direct) as session:
+        disk = session.open(source, read_only=True)
+        begun = identity_of(disk)
+        with _made(session, layer, disk.size) as partial:
+            made = session.open(parse_chain(partial), read_only=False)
+            transfer = Transfer(session, disk, made, is_blank=True)
+            progress(0, disk.size)
+            extents = without_small_holes(map_chain(disk.chain.layers, all_holes=True))
+            data = (each for each in extents if not each.is_zeros)
+            transfer.run(pieces_of(data), lambda piece: progress(piece.end, disk.size))
+            transfer.flush()
+            session.close(made)
+            if identity_of(disk) != begun:
+                raise ConfigError(f"the source was changed while it was converted to {printable(target.text)}")
+            progress(disk.size, disk.size)
+        return Converted(disk.size, transfer.written, 0)
+
+
+def take_lock(target: ChainSpec, owner: str) -> str:
+    """Take the lock of an image of a cluster from the owner that is named, which has died; return who that was.
+
+    Raises: ConfigError, where the target is no such image; DriverError.
+    """
+    layer = target.layers[-1]
+    account = account_of(layer.options)
+    if account is None:
+        raise ConfigError(f"{printable(layer.text)} is no image of a cluster, and has no lock there")
+    with Session() as session, place_of(layer.options, session.opener.read_cluster(account)) as place:
+        return str(place.take_lock(layer.options.image.image, owner))
+
+
+@contextmanager
+def _made(session: Session, layer: LayerSpec, size: int) -> Iterator[str]:
+    """Yield the layer of a new image; it has its name when that goes well, and is gone otherwise."""
+    account, name = account_of(layer.options), layer.options.image.image
+    assert account is not None  # noqa: S101 - whoever calls has looked
+    text = partial_of(layer)
+    with place_of(layer.options, session.opener.read_cluster(account)) as place:
+        if place.has(name):
+            raise ConfigError(f"{printable(name)} is there already; --overwrite writes over all that it holds")
+        if place.has(name + PARTIAL):
+            raise ConfigError(f"{printable(name + PARTIAL)} is left from an earlier time; `rbd rm` removes it")
+        place.create(name + PARTIAL, size)
+        try:
+            yield text
+            _publish(place, name)
+        except BaseException:
+            with suppress(DriverError):  # why it could not be made is what to report
+                session.close_chain(text)
+                place.remove(name + PARTIAL)
+            raise
+
+
+def _publish(place: Place, name: str) -> None:
+    try:
+        place.rename(name + PARTIAL, name)
+    except DriverError as problem:
+        if problem.errno != errno.EEXIST:
+            raise
+        raise ConfigError(f"{printable(name)} has been made meanwhile by somebody else") from problem
