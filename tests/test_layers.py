@@ -78,6 +78,7 @@ HOMES = {
         "cli/complete",
         "cli/image",
         "cli/main",
+        "doctor/pieces",
         "kernel/ports",
     ),  # what a text names: drivers, formats, commands, hosts
     "matplotlib": ("bench/plot",),
@@ -119,7 +120,14 @@ HOMES = {
     "structlog": ("log",),
     "daemon": ("supervisor/service/detached",),
     "zstandard": ("block/formats/zstd",),
-    "subprocess": ("bench/", "embedded/", "host/activate", "host/program", "supervisor/service/process"),
+    "subprocess": (
+        "bench/",
+        "doctor/pieces",
+        "embedded/",
+        "host/activate",
+        "host/program",
+        "supervisor/service/process",
+    ),
     "threading": ("block/recorder", "ceph/", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
     # attributes
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler;

@@ -19,7 +19,7 @@ from xenbackend.errors import ChainError, ConfigError, XenbackendError, printabl
 
 MODULES = {  # of the commands, in the order of the help
     "run": "run", "config": "config", "status": "status", "top": "top", "metrics": "metrics",
-    "doctor": "doctor",
+    "doctor": "doctor", "report": "report",
     "attach": "attach", "detach": "attach", "check": "check",
     "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",
     "policy": "disk", "upgrade": "upgrade",

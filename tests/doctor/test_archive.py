@@ -1,0 +1,43 @@
+"""The archive of a report."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from xenbackend.doctor import archive
+from xenbackend.doctor.pieces import Piece
+from xenbackend.errors import ConfigError
+
+PIECES = [Piece("a.txt", "text \udcff\n"), Piece("b.txt", problem="it hangs")]
+
+
+def test_it_has_each_piece_and_says_what_it_has_not(tmp_path: Path) -> None:
+    """All in one directory, for the owner alone, with a list; what could not be had is in the list only."""
+    path = tmp_path / "r.tar.gz"
+    archive.write(PIECES, path)
+    with tarfile.open(path) as found:
+        members = {each.name: each for each in found.getmembers()}
+        listed = found.extractfile("r/contents.json")
+        assert listed is not None
+        values = json.loads(listed.read())
+
+    assert {"r/contents.json", "r/a.txt"} == set(members)
+    assert {0o600} == {each.mode for each in members.values()} | {path.stat().st_mode & 0o777}
+    assert values == archive.contents(PIECES)
+    assert [("a.txt", 12, ""), ("b.txt", 0, "it hangs")] == [tuple(each.values()) for each in values]
+
+
+def test_nothing_is_written_over_and_nothing_is_left(tmp_path: Path) -> None:
+    """A file that is there is refused; so is a place that is none, and no draft stays behind."""
+    path = tmp_path / "r.tar.gz"
+    path.write_text("kept")
+    for place in (path, tmp_path / "none" / "r.tar.gz"):
+        with pytest.raises(ConfigError, match=r"it exists; name a new file|cannot be written"):
+            archive.write(PIECES, place)
+
+    assert "kept" == path.read_text()
+    assert [path] == list(tmp_path.iterdir())

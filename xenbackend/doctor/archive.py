@@ -1,0 +1,57 @@
+"""The archive of a report: a file that is there whole or not at all, for its owner alone.
+
+Must not gather anything.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xenbackend.doctor.pieces import Piece
+from xenbackend.errors import ConfigError
+
+
+def contents(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Return what is in a report, and what is not and why."""
+    return [{"name": each.name, "size": len(_data(each)), "problem": each.problem} for each in pieces]
+
+
+def write(pieces: Sequence[Piece], path: Path) -> None:
+    """Write the archive, a compressed tar. Raises: ConfigError, where there is something already, or it cannot be."""
+    if path.exists():
+        raise ConfigError(f"{path}: it exists; name a new file")
+    directory = path.name.removesuffix(".gz").removesuffix(".tar")
+    listed = Piece("contents.json", json.dumps(contents(pieces), indent=1) + "\n")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            try:
+                with tarfile.open(fileobj=file, mode="w:gz") as archive:
+                    for piece in (listed, *(each for each in pieces if not each.problem)):
+                        archive.addfile(*_member(f"{directory}/{piece.name}", _data(piece)))
+                file.flush()
+                os.fsync(file.fileno())
+                os.link(file.name, path)  # which fails where something has come there meanwhile
+            finally:
+                Path(file.name).unlink()
+    except FileExistsError:
+        raise ConfigError(f"{path}: it exists; name a new file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _data(piece: Piece) -> bytes:
+    return piece.text.encode(errors="backslashreplace")
+
+
+def _member(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(data), 0o600, int(time.time())
+    return member, io.BytesIO(data)

@@ -1,0 +1,197 @@
+"""What a report of a fault is made of: texts about host, service and disks, each gathered in a process of its own.
+
+Must not read an image, a file with a passphrase or a key, an environment, a unit's text, or memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from xenbackend import __version__
+from xenbackend.doctor.examine import Wanted, examine
+from xenbackend.doctor.finding import unknown
+from xenbackend.doctor.probes import Probe, Result, run
+from xenbackend.doctor.scrub import scrub
+from xenbackend.errors import ConfigError, XenbackendError
+from xenbackend.host import activate
+from xenbackend.host.files import UNIT
+from xenbackend.protocol.client import call
+from xenbackend.supervisor.service import settings
+from xenbackend.supervisor.xenstore.paths import domain_path, status_root
+from xenbackend.supervisor.xenstore.store import Store, find_address
+
+MOST = 4 << 20  # characters of one piece: the latest ones of a log
+LIMIT_S = 8.0
+_LINES = "5000"
+_DISTRIBUTIONS = ("pyxs", "python-daemon", "structlog", "rich", "argon2-cffi", "matplotlib", "zstandard")
+_OF_PROCESS = ("status", "limits", "wchan", "io", "sched")
+_OF_KERNEL = ("xen", "blk", "loop", "nvme", "i/o error", "nfs", "ceph", "rbd", "nbd", "device-mapper", "ext4", "xfs",
+              "oom", "out of memory", "hung task", "blocked for more")  # fmt: skip
+_DEPTH = 3  # of a disk's directory in xenstore
+_KEYS_MOST = 2000
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One file of a report; `problem` says why it has no text."""
+
+    name: str
+    text: str = ""
+    problem: str = ""
+
+
+def gather(wanted: Wanted, log: Path) -> list[Piece]:
+    """Return all pieces, without secrets; what cannot be had says why. Raises nothing, and ends in seconds.
+
+    `log` is the service's, where systemd has none.
+    """
+    findings = json.dumps([asdict(each) for each in examine(wanted)], indent=1)
+    known = partial(call, wanted.control, timeout_s=LIMIT_S / 2)
+    looks: dict[str, Callable[[], str]] = {
+        "version.txt": _versions,
+        "status.json": lambda: _json(known({"verb": "status"}).data),
+        "service.json": lambda: _json(known({"verb": "ping"}).data),
+        "orders.json": lambda: _json(known({"verb": "orders"}).data),
+        "settings.json": lambda: _json(_settings(wanted.config)),
+        "unit.json": lambda: _json(activate.unit_facts(LIMIT_S / 2)),
+        "processes.txt": lambda: _processes(known),
+        "xenstore.txt": lambda: _xenstore(wanted, known),
+        "service.log": lambda: _log(log),
+        "kernel.log": _kernel,
+        "xl-info.txt": lambda: _output("xl", "info"),
+        "xl-list.txt": lambda: _output("xl", "list"),
+        "xl-dmesg.txt": lambda: _without_command_line(_output("xl", "dmesg")),
+    }
+    probes = [Probe(name, name, partial(_as_result, name, look)) for name, look in looks.items()]
+    found = [Piece("doctor.json", scrub(findings))]
+    for probe, result in zip(probes, run(probes, limit_s=LIMIT_S, all_s=3 * LIMIT_S), strict=True):
+        if result.data is None:
+            found.append(Piece(probe.check, problem=scrub(result.findings[0].sentence)))
+        else:
+            found.append(Piece(probe.check, scrub(result.data["text"][-MOST:])))
+    return found
+
+
+def _as_result(name: str, look: Callable[[], str]) -> Result:
+    try:
+        return Result(data={"text": look()})
+    except XenbackendError as problem:
+        return Result([unknown(name, str(problem))])
+    except OSError as error:
+        return Result([unknown(name, f"{error.filename}: {error.strerror}")])
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, indent=1)
+
+
+def _versions() -> str:
+    system = platform.freedesktop_os_release()
+    lines = [
+        f"xenbackend {__version__}", f"Python {sys.version}", f"kernel {platform.release()} {platform.machine()}",
+        f"system {system.get('PRETTY_NAME', '')}", f"user {os.geteuid()}",
+    ]  # fmt: skip
+    for name in _DISTRIBUTIONS:
+        try:
+            lines.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed")
+    for name in ("sys/hypervisor/version/major", "sys/hypervisor/version/minor", "proc/xen/capabilities"):
+        with_text = Path("/") / name
+        lines.append(f"{with_text}: {with_text.read_text().strip() if with_text.exists() else 'is not there'}")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(config: Path | None) -> Mapping[str, Any]:
+    try:
+        return asdict(settings.load(config, {}))
+    except settings.SettingsError as error:
+        return {"mistakes": error.mistakes}
+    except ConfigError as error:
+        return {"mistakes": [str(error)]}
+
+
+def _processes(known: Callable[..., Any]) -> str:
+    """Return what the kernel says of the service and of the workers."""
+    service = known({"verb": "ping"}).data["pid"]
+    workers = {each["worker"]: each["vbd"] for each in known({"verb": "status"}).data if each["worker"]}
+    parts = []
+    for pid, name in {service: "the service", **workers}.items():
+        for file in _OF_PROCESS:
+            try:
+                text = (_PROC / str(pid) / file).read_text(errors="replace")
+            except OSError as error:
+                text = f"{error.strerror}\n"
+            parts.append(f"## {name}, process {pid}, {file}\n{text.rstrip()}\n")
+    return "\n".join(parts)
+
+
+def _xenstore(wanted: Wanted, known: Callable[..., Any]) -> str:
+    """Return what stands in xenstore about disks of ours, and nothing else: others keep passwords there."""
+    address = wanted.store or known({"verb": "ping"}).data["store"] or find_address()
+    with Store(address, timeout_s=LIMIT_S / 2) as store:
+        domid = store.own_domid()
+        home = f"{domain_path(domid)}/backend"
+        lines: list[str] = []
+        for kind in settings.Settings().kinds:
+            for guest in filter(str.isdecimal, store.directory(f"{home}/{kind}")):
+                lines += _tree(store, f"{home}/{kind}/{guest}", _DEPTH)
+                lines += _tree(store, f"{domain_path(int(guest))}/device/vbd", _DEPTH)
+        lines += _tree(store, status_root(domid), _DEPTH + 1)
+        lines += _tree(store, f"{domain_path(domid)}/error/backend", _DEPTH + 1)
+    return "\n".join(lines[:_KEYS_MOST]) + "\n"
+
+
+def _tree(store: Store, path: str, depth: int) -> Iterator[str]:
+    value = store.read_optional(path)
+    if value is not None:
+        yield f"{path} = {value!r}"
+    if depth:
+        for key in store.directory(path):
+            yield from _tree(store, f"{path}/{key}", depth - 1)
+
+
+def _log(file: Path) -> str:
+    """Return the end of the service's log: of the journal, or of the file that `run --detach` writes."""
+    if activate.is_possible():
+        return _output("journalctl", "--unit", UNIT, "--lines", _LINES, "--no-pager", "--output", "short-iso")
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - MOST))
+        return stream.read().decode(errors="replace")
+
+
+def _kernel() -> str:
+    lines = _output("dmesg", "--ctime").splitlines()
+    chosen = [line for line in lines if any(word in line.lower() for word in _OF_KERNEL)]
+    return _without_command_line("\n".join(chosen))
+
+
+def _without_command_line(text: str) -> str:
+    """Return lines without those that have a boot loader's words, which may be anything."""
+    return "\n".join(line for line in text.splitlines() if "command line" not in line.lower()) + "\n"
+
+
+def _output(*command: str) -> str:
+    """Return what a command prints. Raises: ConfigError, where it cannot be run or fails."""
+    words: Sequence[str] = command
+    try:
+        result = subprocess.run(  # noqa: S603 - the commands above
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise ConfigError(f"{command[0]} cannot be run: {error.strerror}") from None
+    if result.returncode:
+        said = result.stderr.strip().rpartition("\n")[2]
+        raise ConfigError(f"{' '.join(command)} ended with {result.returncode}: {said}")
+    return result.stdout
