@@ -81,7 +81,7 @@ HOMES = {
         "doctor/pieces",
         "kernel/ports",
     ),  # what a text names: drivers, formats, commands, hosts
-    "matplotlib": ("bench/plot",),
+    "matplotlib": ("bench/plot", "cli/latency_plot"),
     "mmap": (
         "block/mapped/parts",
         "kernel/",

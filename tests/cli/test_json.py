@@ -35,6 +35,7 @@ SECTIONS = {  # commands whose objects together have every key of the section
     "status": ["status"],
     "metrics": ["metrics"],
     "top": ["top --once --interval 1"],
+    "latency": ["latency 5/xvda --total"],
     "orders": ["orders"],
     "pause, resume, policy": ["pause 5/xvda", "resume 5/xvda", "policy 5/xvda"],
     "set, snapshot, resize, cow keep, cow drop": [
@@ -145,6 +146,7 @@ def asks(words: list[str]) -> bool:
     orders = (
         "status",
         "top",
+        "latency",
         "metrics",
         "orders",
         "pause",
@@ -167,7 +169,8 @@ def answer(request: dict[str, Any]) -> Answer:
             {"layer": layer["text"], **{key: layer[key] for key in layer if key != "text"}, "figures": {"held": 1}}
             for layer in [LAYER]
         ]
-        return Answer(Code.OK, [{**DISK, "layers": layers, "under_way": [{"order": 3, "verb": "set"}]}])
+        counted = {"latency_histogram": [0] * 17 + [5] + [0] * 30, "under_way": [{"order": 3, "verb": "set"}]}
+        return Answer(Code.OK, [{**DISK, "layers": layers, **counted}])
     if request["verb"] == "command" and request["command"] == "status":
         machine = Machine()
         chain = machine.open(f"log:{Path.cwd()}/new.rec|ram:1M", checked=False)

@@ -32,7 +32,7 @@ socket="--socket {socket}"
 case "$1 $2" in
     attach*|detach*) exec {python} -m xenbackend "$@" $socket --store {store} ;;
     "log show") ;;
-    status*|top*|doctor*|report*|metrics*|orders*|set*|snapshot*|resize*|pause*|resume*|policy*|upgrade*|log*)
+    status*|top*|latency*|doctor*|report*|metrics*|orders*|set*|snapshot*|resize*|pause*|resume*|policy*|upgrade*|log*)
         exec {python} -m xenbackend "$@" $socket ;;
 esac
 exec {python} -m xenbackend "$@"

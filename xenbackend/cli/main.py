@@ -18,7 +18,7 @@ from xenbackend.cli.arguments import Parser, UsageError, check_command
 from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable
 
 MODULES = {  # of the commands, in the order of the help
-    "run": "run", "config": "config", "status": "status", "top": "top", "metrics": "metrics",
+    "run": "run", "config": "config", "status": "status", "top": "top", "latency": "latency", "metrics": "metrics",
     "doctor": "doctor", "report": "report",
     "attach": "attach", "detach": "attach", "check": "check",
     "pause": "disk", "resume": "disk", "set": "disk", "resize": "disk", "snapshot": "disk",

@@ -1,0 +1,134 @@
+"""`xenbackend latency DISK`: how long a disk's requests take, as a histogram of an interval.
+
+Must not order anything, nor draw: `latency_text` and `latency_plot` do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xenbackend import counters
+from xenbackend.cli import status
+from xenbackend.cli.arguments import add_json, add_socket, disk
+from xenbackend.cli.output import print_json
+from xenbackend.cli.status import Known
+from xenbackend.errors import XenbackendError
+from xenbackend.protocol.client import call
+
+FRACTIONS = (0.5, 0.9, 0.99, 0.999)
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "latency",
+        help="show how long a disk's requests take",
+        description="Show how long the requests of one interval took, from when they were taken from the guest's ring "
+        "to the answer: a histogram whose buckets are powers of two, of the first request of about every eighth batch.",
+    )
+    parser.add_argument("vbd", type=disk, metavar="DISK", help="such as 5/xvda or guest/xvda")
+    parser.add_argument(
+        "--interval", type=status.interval, default=5.0, metavar="SECONDS", help="how long to look (%(default)s)"
+    )
+    parser.add_argument("--total", action="store_true", help="of all requests since the disk was attached instead")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture, too; needs xenbackend[plot]")
+    add_json(parser)
+    add_socket(parser)
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Latencies of a sample of requests.
+
+    buckets   element n counts those that took from 2^(n-1) to 2^n ns
+    sum_ns    of all of them
+    seconds   of the interval; None: since the disk was attached
+    """
+
+    buckets: tuple[int, ...]
+    sum_ns: int
+    seconds: float | None
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(self.buckets)
+
+    @property
+    def mean_ns(self) -> float | None:
+        """Their mean, None without any."""
+        return self.sum_ns / self.samples if self.samples else None
+
+    def bound_ns(self, fraction: float) -> int | None:
+        """Return the bound that this fraction of them stayed below, None without any."""
+        return counters.percentile_ns(list(self.buckets), fraction) if self.samples else None
+
+    def filled(self) -> range:
+        """Return the buckets from the first to the last that has any."""
+        places = [place for place, count in enumerate(self.buckets) if count]
+        return range(places[0], places[-1] + 1) if places else range(0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, print and draw. Raises: ServiceError; ConfigError, for a disk that is not there or a picture that fails."""
+    if args.plot is not None:
+        from xenbackend.bench.plot import check  # late: it is for pictures
+
+        check()
+    known, histogram = look(args)
+    if args.json:
+        print_json(values(known, histogram))
+    else:
+        from xenbackend.cli.latency_text import lines
+
+        print("\n".join(lines(known, histogram)))
+    if args.plot is not None:
+        from xenbackend.cli.latency_plot import save
+
+        save(known, histogram, args.plot)
+    return 0
+
+
+def look(args: argparse.Namespace) -> tuple[Known, Histogram]:
+    """Return what is known of the disk at the end of the interval, and its latencies."""
+    before = _ask(args)
+    if args.total:
+        return before, Histogram(tuple(before["latency_histogram"]), before["counters"]["latency_ns"], None)
+    begun = time.monotonic()
+    time.sleep(args.interval)
+    after = _ask(args)
+    return after, difference(before, after, time.monotonic() - begun)
+
+
+def difference(before: Known, after: Known, seconds: float) -> Histogram:
+    """Return the latencies between two looks. Raises: XenbackendError, where counting has begun anew between them."""
+    pairs = zip(after["latency_histogram"], before["latency_histogram"], strict=True)
+    buckets = tuple(new - old for new, old in pairs)
+    sum_ns = after["counters"]["latency_ns"] - before["counters"]["latency_ns"]
+    if min(sum_ns, *buckets) < 0:
+        raise XenbackendError(f"{after['vbd']} was attached anew meanwhile; look again")
+    return Histogram(buckets, sum_ns, seconds)
+
+
+def values(known: Known, histogram: Histogram) -> dict[str, Any]:
+    """Return what scripts get."""
+    return {
+        "vbd": known["vbd"],
+        "chain": known["chain"],
+        "seconds": None if histogram.seconds is None else round(histogram.seconds, 3),
+        "samples": histogram.samples,
+        "mean_ns": None if histogram.mean_ns is None else round(histogram.mean_ns),
+        "bounds_ns": {f"p{fraction * 100:g}": histogram.bound_ns(fraction) for fraction in FRACTIONS},
+        "buckets": [{"below_ns": 1 << place, "count": histogram.buckets[place]} for place in histogram.filled()],
+    }
+
+
+def _ask(args: argparse.Namespace) -> Known:
+    disks = call(args.socket, {"verb": "status"}).data
+    [known] = status.chosen(disks, [args.vbd])[:1]
+    return known

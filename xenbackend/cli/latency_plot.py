@@ -1,0 +1,42 @@
+"""A histogram of latencies as a picture.
+
+Must not be imported without a wish for a picture: it needs matplotlib, the extra ``xenbackend[plot]``.
+"""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime
+from pathlib import Path
+
+from xenbackend import __version__
+from xenbackend.cli.latency import Histogram
+from xenbackend.cli.status import Known
+from xenbackend.errors import ConfigError, printable
+from xenbackend.units import format_duration
+
+
+def save(known: Known, histogram: Histogram, path: Path) -> None:
+    """Write the picture to `path`, in the format that its ending names. Raises: ConfigError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    places = list(histogram.filled())
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.bar(range(len(places)), [histogram.buckets[place] for place in places], width=0.9)
+    axes.set_xticks(range(len(places)), [f"< {format_duration((1 << place) / 1e9)}" for place in places], rotation=45)
+    axes.set_ylabel("requests that were timed")
+    axes.grid(axis="y", alpha=0.3)
+    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    span = "since it was attached" if histogram.seconds is None else f"{histogram.seconds:.1f} s"
+    mean = "" if histogram.mean_ns is None else f", mean {format_duration(histogram.mean_ns / 1e9)}"
+    title = f"{known['vbd']}: {histogram.samples} requests, {span}{mean}"
+    below = f"{platform.node()}, xenbackend {known['worker_version'] or __version__}, {when}"
+    chain = printable(known["chain"]).replace("$", r"\$")  # which would begin a formula
+    axes.set_title(f"{title}\n{chain}\n{below}", fontsize=9)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the picture {path} cannot be written: {error}") from None
