@@ -43,6 +43,7 @@ NOT_RUN = {  # what lines begin with, and why they are not run with the others
     "python3 -m venv": _INSTALLS,
     "sysctl ": "changes the host's kernel",
     "systemctl ": _SYSTEMD,
+    ".venv/bin/xenbackend demo --keep": "goes on until Ctrl-C; tests/cli/test_demo_keep.py",
     "xenbackend attach 0/": _DOM0,
     "xenbackend bench ": "takes minutes; tests/bench/test_session.py",
     "xenbackend detach 0/": _DOM0,

@@ -126,8 +126,8 @@ def test_a_file_system_survives_the_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_shows_states_and_what_the_log_saw() -> None:
-    """Without an argument it makes a disk of its own, and shows xenstore changing and what `log:` saw."""
-    done = demo()
+    """Without an argument it makes a disk of its own; it shows what `log:` saw, and with --trace xenstore changing."""
+    done = demo("--trace")
 
     assert done.returncode == 0, done.stderr
     assert "/local/domain/0/backend/vbd/1/51712/state = 4 Connected" in done.stdout

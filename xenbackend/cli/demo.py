@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -40,8 +41,9 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="show a disk at work, on a simulated Xen",
-        description="Serve a chain to a simulated guest that writes, reads back and verifies. An image of your own "
-        "must exist; the sectors that the guest writes are restored at the end.",
+        description="Serve a chain to a simulated guest that writes, reads back and verifies. A raw image (aio:FILE) "
+        "that is missing is made; of one that exists, the sectors that the guest writes are restored at the end. With "
+        "--keep the host stays until Ctrl-C, with guests that use their disks: to play with.",
     )
     parser.add_argument("chain", nargs="?", metavar="CHAIN", help="the disk (default: log: on a temporary image)")
     parser.add_argument(
@@ -53,8 +55,18 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--no-persistent", action="store_true", help="a guest without persistent grants")
     parser.add_argument("--save", type=Path, metavar="FILE", help="a new file for the disk as the guest reads it")
+    parser.add_argument(
+        "--keep",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="have N guests (%(const)s) until Ctrl-C, and print the variables by which commands find their host; {n} "
+        "in CHAIN is the guest's number",
+    )
+    parser.add_argument("--trace", action="store_true", help="show each change in xenstore")
     parser.add_argument("--quiet", action="store_true", help="only the summary")
-    add_json(parser, "print the summary as JSON, and nothing else")
+    add_json(parser, "print the summary, or with --keep what there is, as JSON, and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -74,11 +86,14 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if args.area < SECTOR:
             raise ConfigError(f"--area is {format_size(args.area)}; there is nothing to try below one sector, 512 B")
+        if args.keep is not None:
+            return _keep(args, stack)
         chain = args.chain or _own_chain(stack, args.area)
+        _make_missing(chain, args.area)
         if args.save:
             _check_new(args.save)
         open_once(parse_chain(chain), read_only=False)  # what cannot be opened is told before a Xen is started for it
-        watcher = Watcher(console, quiet=args.quiet)
+        watcher = Watcher(console, quiet=args.quiet, traces=args.trace)
         console.print(f"[bold]chain[/bold]  {_escape(chain)}", markup=True)
         machine = stack.enter_context(Machine(observer=watcher.changed))
         watcher.say(f"a simulated Xen, its xenstore and the service (pid {machine.service_pid}) are up")
@@ -88,12 +103,30 @@ def run(args: argparse.Namespace) -> int:
             raise XenbackendError(f"the guest gave up: {problem}") from problem
 
 
+def _keep(args: argparse.Namespace, stack: ExitStack) -> int:
+    """Have a host that stays."""
+    from rich.console import Console
+
+    from xenbackend.block.chain import parse_chain
+    from xenbackend.cli import demo_keep
+    from xenbackend.embedded.machine import Machine
+
+    demo_keep.check(args)
+    for number in range(1, args.keep + 1) if args.chain else ():
+        chain = args.chain.replace(demo_keep.NUMBER, str(number))
+        parse_chain(chain)
+        _make_missing(chain, args.area)
+    watcher = Watcher(Console(highlight=False, soft_wrap=True, stderr=True), quiet=args.quiet, traces=args.trace)
+    return demo_keep.run(args, stack.enter_context(Machine(observer=watcher.changed)), stack)
+
+
 class Watcher:
     """Prints what changes in xenstore, with the time since the start."""
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    def __init__(self, console: Console, *, quiet: bool, traces: bool) -> None:
         self._console = console
         self._quiet = quiet
+        self._traces = traces
         self._start = time.monotonic()
         self._lock = threading.Lock()  # the store tells from its own thread
         self._shown: dict[str, bytes | None] = {}
@@ -105,7 +138,7 @@ class Watcher:
 
     def changed(self, path: str, value: bytes | None) -> None:
         """Print one change of a vbd's nodes."""
-        if self._quiet or not path.startswith("/local/") or not _OF_VBDS.search(path):
+        if not self._traces or not path.startswith("/local/") or not _OF_VBDS.search(path):
             return
         if self._shown.get(path, b"") == value:  # written again, or just made
             return
@@ -130,6 +163,28 @@ def _own_chain(stack: ExitStack, area: int) -> str:
     with image.open("wb") as file:
         file.truncate(max(area, 1 << 20))
     return f"log:|aio:{image}"
+
+
+def _make_missing(chain: str, size: int) -> None:
+    """Make the raw image that a chain ends in, where there is none yet. Raises: ChainError, ConfigError."""
+    from xenbackend.block.drivers.aio import Aio
+    from xenbackend.block.options import files_of
+    from xenbackend.block.spec import parse_chain
+
+    bottom = parse_chain(chain).layers[-1]
+    if bottom.driver is not Aio:
+        return
+    for name in files_of(bottom.options).values():
+        if Path(name).absolute().is_relative_to("/dev"):
+            continue  # a device that is missing is no file
+        try:
+            with Path(name).open("xb") as file:
+                file.truncate(max(size, 1 << 20))
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{printable(name)} is missing and cannot be made: {error.strerror}") from None
+        print(f"{printable(name)} was missing; it has {format_size(max(size, 1 << 20))} now", file=sys.stderr)
 
 
 def _check_new(path: Path) -> None:

@@ -30,7 +30,8 @@ def lines(known: Known, histogram: Histogram) -> Iterator[str]:
         share = 100 * count / histogram.samples
         yield f"{low:>8} to {high:>8}  {count:>9}  {share:5.1f} %  {bar}".rstrip()
     bounds = ", ".join(f"{fraction * 100:g} % < {_time(histogram.bound_ns(fraction))}" for fraction in FRACTIONS)
-    yield f"{histogram.samples} requests timed {when}: mean {_time(histogram.mean_ns)}; {bounds}"
+    timed = f"{histogram.samples} request{'s' * (histogram.samples != 1)}"
+    yield f"{timed} timed {when}: mean {_time(histogram.mean_ns)}; {bounds}"
 
 
 def _time(nanoseconds: float | None) -> str:
