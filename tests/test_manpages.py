@@ -71,6 +71,16 @@ def test_the_settings_have_a_page() -> None:
 
 
 @needs_groff
+def test_signs_of_roff_are_none_in_a_page() -> None:
+    """Backslashes, dots and quotes at the beginning of a line are text, and what is between backquotes is bold."""
+    lines = [manpages._line(each) for each in (r"a\|b -c", ".SH no", "'nor this", "`bold`")]
+
+    assert r"\fBbold\fR" == lines[-1]
+    page = " ".join(shown(".TH X 7\n.SH NAME\n" + "\n".join(lines)).split())
+    assert r"NAME a\|b -c .SH no 'nor this bold" in page
+
+
+@needs_groff
 def test_the_scripts_page_is_sound() -> None:
     """It is written by hand."""
     assert "block-xenbackend - hotplug script" in shown((ROOT / "debian/block-xenbackend.8").read_text())

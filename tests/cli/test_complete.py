@@ -85,7 +85,7 @@ def test_a_service_that_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
         assert [] == of("pause", "--socket", str(tmp_path / "x"), "")
         assert [] == of("pause", "--socket", str(tmp_path / "none"), "")
 
-    assert time.monotonic() - begun < 10 * complete.ANSWER_S
+    assert time.monotonic() - begun < 3.0
 
 
 def test_files_for_what_takes_files(tmp_path: Path) -> None:

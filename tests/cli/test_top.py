@@ -106,6 +106,15 @@ class Screen:
                 self._take(os.read(self.fd, 1 << 16).decode(errors="replace"))
         return self.text
 
+    def frames(self, seconds: float) -> int:
+        """Return how many pictures come within that time."""
+        end = time.monotonic() + seconds
+        count = 0
+        while (left_s := end - time.monotonic()) > 0:
+            if select.select([self.fd], [], [], left_s)[0]:
+                count += os.read(self.fd, 1 << 16).count(b"\x1b[1;1H")
+        return count
+
     def end(self) -> int:
         """Wait for the program's end, and return its exit status."""
         while self.process.poll() is None:
@@ -189,6 +198,7 @@ def test_any_size_and_another_one_meanwhile(control: Control) -> None:
         shown.process.send_signal(signal.SIGWINCH)
         shown.wait(lambda text: "log:|aio:/img" in text and "q quit" in text)
         assert 30 == max(shown.rows)
+        assert shown.frames(1.0) < 10  # it does not go round and round
 
 
 def test_a_service_that_hangs_takes_no_keys_away(control: Control, service: Service) -> None:
