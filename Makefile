@@ -26,6 +26,7 @@ run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 # Service, workers and guests together on the simulated Xen, real devices, hostile guests: these take their time.
 MACHINES = tests/system tests/embedded tests/ring_fuzz tests/soak tests/bench/test_session.py \
 	tests/cli/test_completion.py tests/cli/test_demo.py tests/cli/test_demo_keep.py tests/cli/test_disk.py tests/cli/test_top.py \
+	tests/cli/test_doctor.py tests/cli/test_report.py tests/doctor/test_pieces.py \
 	tests/cli/test_upgrade.py tests/supervisor/service/test_main.py tests/worker/test_in_use.py
 
 test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
