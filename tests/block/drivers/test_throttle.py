@@ -18,7 +18,7 @@ from xenbackend.block.driver import Geometry
 from xenbackend.block.drivers.throttle import Throttle
 from xenbackend.block.request import Op, Request
 from xenbackend.block.spec import parse_chain
-from xenbackend.errors import ChainError
+from xenbackend.errors import ChainError, DriverError
 
 GEOMETRY = Geometry(1 << 40, can_discard=True, discard_granularity=4096)
 
@@ -257,6 +257,8 @@ def test_what_waits_is_shown() -> None:
         ("bps=1M,burst=5s", "burst does nothing without the rate of a burst"),
         ("bps=1M,bps_burst=2M,burst=10ms", "burst must be between 1s and"),
         ("bps=1M,size=4K", "size does nothing without iops"),
+        ("group=a", "group does nothing without a limit"),
+        ("iops=10,group=a b", "'a b' is no name of a group"),
         ("iops=10,iops_read=10", "iops_read is 10; it does nothing unless it is below iops"),
         ("bps=1M,bps_write=2M", "bps_write is 2097152; it does nothing"),
         ("bps_read=9P", "nothing may be more than"),
@@ -279,3 +281,64 @@ def test_it_holds_back_through_the_real_loop(machine: Machine) -> None:
 
     assert [0] * 15 + [5] == statuses
     assert took > 0.18
+
+
+@pytest.mark.parametrize(
+    ("options", "full"),
+    [("iops=1000,group=g", 1000), ("iops=4000,bps=4000K,group=g", 1000), ("bps=4000K,group=g", 1000)],
+)
+def test_a_member_of_a_group_goes_by_its_share(options: str, full: int) -> None:
+    """Before it was told one it has a small one; what waits passes as soon as there is more, and all limits shrink."""
+    load = Load(options)
+    load.keep_up([read(place * 4096, 4096) for place in range(64)], 1)
+    assert abs(len(load.keep_up([], 8)) - 8 * full / 16) <= 0.02 * 8 * full / 16
+    for share in (0.25, 1.0, 0.01):
+        assert b"" == load.driver.control("share", [str(share)])
+        load.keep_up([], 1)
+        seconds = 2 / share
+        done = len(load.keep_up([], seconds))
+        assert abs(done - full * share * seconds) <= max(2, 0.02 * full * share * seconds)
+        assert round(1e6 * share) == load.driver.figures()["share_ppm"]
+
+
+def test_a_raised_share_lets_go_at_once() -> None:
+    """A request that waited for long does not wait for the timer that was right for the smaller share."""
+    load = Load("iops=10,group=g")
+    load.driver.control("share", ["0.001"])
+    load.checked.submit([read(place * 4096, 4096) for place in range(12)])
+    before = len(load.bottom.done)
+    load.driver.control("share", ["1"])
+    load.env.run(load.env.time + 1.0)
+
+    assert len(load.bottom.done) >= before + 1
+
+
+def test_a_successor_keeps_the_share() -> None:
+    """D11: until it is told another one, a killed worker's successor goes on with its share; alone it has none."""
+    load = Load("iops=1000,group=g")
+    load.driver.control("share", ["0.5"])
+    later = Load("iops=1000,group=g", load.env)
+
+    assert 500_000 == later.driver.figures()["share_ppm"]
+    assert "share_ppm" not in Load("iops=1000", load.env).driver.figures()
+
+
+def test_what_was_let_pass_is_counted_in_time_of_the_whole_limit() -> None:
+    """By that the service knows what a disk uses that is not held back, whichever limit is nearest."""
+    load = Load("iops=1000,bps=40M,group=g")
+    load.driver.control("share", ["0.5"])
+    for _ in range(100):
+        load.checked.submit([read(0, 4096)])
+        load.env.run(load.env.time + 0.01)
+
+    assert abs(load.driver.figures()["spent_ms"] - 100) <= 2
+    assert 0 == load.driver.figures()["held"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["0"], ["1.5"], ["nan"], ["-1"], ["x"], ["0.5", "0.5"]])
+def test_odd_shares_are_refused(arguments: list[str]) -> None:
+    """And who shares nothing knows no share."""
+    with pytest.raises(DriverError, match="a share is a number above 0, and 1 at most"):
+        Load("iops=10,group=g").driver.control("share", arguments)
+    with pytest.raises(DriverError, match="knows no verb 'share'"):
+        Load("iops=10").driver.control("share", ["0.5"])

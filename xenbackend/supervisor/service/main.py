@@ -42,6 +42,7 @@ from xenbackend.supervisor.service.notify import Notifier
 from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server, check_place
 from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.service.sharing import Sharing
 from xenbackend.supervisor.service.status import describe, describe_service
 from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd import ending
@@ -127,6 +128,7 @@ class Service:
         with taking_signals(self._loop, _SIGNALS, self._stop):
             self._fleet.prepare()
             self._registry.start()
+            Sharing(self._loop, self._registry.vbds).look()
             self._go_on_with_orders([each for each in self._ledger.entries() if each["ended"] is None])
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
