@@ -17,7 +17,7 @@ XEN_OF = $(if $(XEN),--xen $(XEN))
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos soak scoreboard figures bench-xen bench
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos chaos-engines soak scoreboard figures bench-xen bench
 .PHONY: deb deb-former clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
@@ -60,6 +60,12 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load, while administr
 	mkdir -p build
 	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
 		--json build/chaos.json
+
+# The same below disks of NBD servers and of a Ceph, whose servers are killed, stopped and continued, too.
+chaos-engines: $(VENV)/.dev  ## the same with disks on real NBD servers and a real Ceph; the figures are build/chaos-nbd.json, -rbd.json
+	mkdir -p build
+	for engine in nbd rbd; do $(CONTAINED) $(BIN)/python -m tests.chaos --engine $$engine --kills $(or $(KILLS),1000) \
+		--seed $(or $(S),1) --json build/chaos-$$engine.json || exit 1; done
 
 # HOURS=number, DISKS=number. It takes 1.5 GiB of memory; the figure is of 128 disks, and of no fewer.
 soak: $(VENV)/.dev  ## 128 disks under verified load for an hour, and nothing that grows; the figures are build/soak.json

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tests.chaos.engines import KINDS, missing
 from tests.chaos.host import ChaosError, Host
 from tests.chaos.orders import Tally
-from tests.chaos.plan import ACTIONS, ORDERS, VERBS, Step, next_step
+from tests.chaos.plan import ACTIONS, ENGINE_ACTIONS, ORDERS, VERBS, Step, next_step
 from tests.stamp import stamp
 
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
@@ -41,12 +42,19 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tests.chaos", description="Kill what serves guests under verified load.")
     parser.add_argument("--kills", type=int, default=1000, help="of workers (%(default)s)")
     parser.add_argument("--hours", type=float, help="go on for so long instead")
-    parser.add_argument("--guests", type=int, default=8, choices=range(1, 9), help="(%(default)s)")
+    parser.add_argument("--guests", type=int, choices=range(1, 9), help="(8, and 4 with an engine)")
+    parser.add_argument("--engine", choices=[*KINDS], default="", help="serve their disks from servers, or a cluster")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--only", choices=[*ACTIONS], action="append", help="only this; may be given again")
+    parser.add_argument(
+        "--only", choices=[*ACTIONS, *ENGINE_ACTIONS], action="append", help="only this; may be given again"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args(arguments)
+    args.guests = min(args.guests or 8, 4 if args.engine else 8)
     console = Console()
+    if args.engine and (lacks := missing(args.engine)):
+        console.print(f"skipped: there is no {', '.join(lacks)} here")
+        return 0
     if args.json:
         args.json.unlink(missing_ok=True)  # a run that fails has no figures
     try:
@@ -68,7 +76,6 @@ def main(arguments: Sequence[str]) -> int:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Do it, and return the figures. Raises: ChaosError."""
     random = Random(args.seed)
-    actions = {name: weight for name, weight in ACTIONS.items() if not args.only or name in args.only}
     done: Counter[str] = Counter()
     slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
     waits: dict[str, list[float]] = {_ONE: [], _ALL: [], _OTHERS: []}
@@ -78,9 +85,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as slow,
-        Host(args.guests, args.seed, Path(slow)) as host,
+        Host(args.guests, args.seed, Path(slow), args.engine) as host,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
+        actions = {
+            name: weight
+            for name, weight in {**ACTIONS, **ENGINE_ACTIONS}.items()
+            if name in host.actions and (not args.only or name in args.only)
+        }
         total = args.hours * 3600 if args.hours else args.kills
         task = progress.add_task("connecting", total=total)
         while True:
@@ -124,6 +136,7 @@ def _figures(
     return {
         "worker kills": host.kills["workers"],
         "service kills": host.kills["services"],
+        **({"server kills": host.kills["servers"]} if "servers" in host.kills else {}),
         **{f"  {name}": f"{count}, all served on after {slowest[name]:.2f} s" for name, count in sorted(done.items())},
         **_orders(host.desk.tally),
         "wake-ups missed, in the end": missed,

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import TracebackType
 from typing import Any, Self
 
 from tests import luks_images, places
+from tests.chaos.engines import KINDS, Cluster, NbdServers
 from tests.chaos.guest import ANSWERED, BEGUN, LAST, SETTLED
 from tests.chaos.orders import Desk
 from tests.chaos.plan import ORDERS, Disk, Step, disks, is_ordered_of
@@ -116,8 +118,9 @@ class GuestProcess:
 class Host:
     """A machine with guests under load. Use it as a context manager."""
 
-    def __init__(self, guests: int, seed: int, slow: Path) -> None:
-        """Prepare; images that are to be on a real disk lie below `slow`."""
+    def __init__(self, guests: int, seed: int, slow: Path, engine: str = "") -> None:
+        """Prepare; images that are to be on a real disk lie below `slow`. With an engine the disks are that's."""
+        self._engine = engine
         self.guests: list[GuestProcess] = []
         self._count, self._seed, self._slow = guests, seed, slow
         self._random = Random(seed)
@@ -140,7 +143,12 @@ class Host:
             directory = undo.enter_context(places.directory(places.MEMORY))
             self.log = directory / "service.log"
             self.machine = undo.enter_context(Machine(log=self.log))
-            plan = disks(directory, self._slow, _make_image)[: self._count]
+            if self._engine:
+                engines = undo.enter_context(KINDS[self._engine](directory / "engine"))
+                self._add(engines)
+                plan = engines.disks[: self._count]
+            else:
+                plan = disks(directory, self._slow, _make_image)[: self._count]
             for number, disk in enumerate(plan):
                 guest = GuestProcess(self.machine, directory, number, disk, self._seed)
                 undo.callback(_end, guest.process)
@@ -156,6 +164,15 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.close()
+
+    def _add(self, engines: NbdServers | Cluster) -> None:
+        """Let what can be done to servers be done."""
+
+        def act(name: str, guest: GuestProcess) -> None:
+            engines.actions[name](self.guests.index(guest), self._ask)
+            self.kills["servers"] = engines.kills
+
+        self.actions |= {name: partial(act, name) for name in engines.actions}
 
     def missed_wakeups(self) -> int:
         """Return how often a request was found by nothing but the safety poll; the counters outlive the workers."""

@@ -61,7 +61,8 @@ def untrue(before: Truth, told: Sequence[Told], entries: Sequence[Entry], after:
     lies = [
         f"order {each['number']}, {each['verb']}: {each['code']}: {each['error']}" for each in ended if _is_odd(each)
     ]
-    chains = [before.chain, *(each["to"] for each in ended if _is_done(each, *EXCHANGES))]
+    exchanges = [each for each in ended if _is_done(each, *EXCHANGES) and not each["to"].startswith("@")]
+    chains = [before.chain, *(each["to"] for each in exchanges)]
     for each in told:
         if each.answer is not None:
             lies += [f"{each}, and {lie}" for lie in _of_answer(each, each.answer, ended, chains, after)]
@@ -114,6 +115,8 @@ def _of_success(told: Told, data: dict[str, Any], entry: Entry, after: Truth) ->
     match told.verb:
         case "set" if not request.get("dry_run"):
             is_true = data["chain"] == request["chain"] == entry["to"]
+        case "snapshot" if request["file"].startswith("@"):  # the image's own, which changes no chain
+            is_true = data["chain"] == entry["from"]
         case "snapshot":
             is_true = request["file"] in data["chain"] and data["chain"] == entry["to"]
         case "resize":

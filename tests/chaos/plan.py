@@ -80,6 +80,8 @@ ACTIONS = {  # with how often of a hundred
     ORDERS: 22,
     "xenstore goes away": 2,
 }
+KILL_SERVER, STOP_SERVER, REFUSE = "kill a server", "stop a server for a moment", "the cluster refuses a worker"
+ENGINE_ACTIONS = {KILL_SERVER: 9, STOP_SERVER: 6, REFUSE: 3}  # of those that there are, beside the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,8 @@ def _request(random: Random, verb: str, disk: Disk, chain: str, image: Path, *, 
     match verb:
         case "set":
             return _set(random, disk, layers)
+        case "snapshot" if source.startswith("rbd:"):
+            return {"file": f"@{image.stem if may_grow else ''}"}
         case "snapshot":
             return {"file": str(image) if may_grow else source.partition(":")[2].partition(",")[0]}
         case "policy":

@@ -36,6 +36,11 @@ SET_ENTRY = entry("set", to="log:|aio:/a")
 PAUSE, RESUME = entry("pause"), entry("resume", number=2)
 TRUE: dict[str, tuple[list[Told], list[dict[str, Any]], Truth]] = {
     "a set": ([SET], [SET_ENTRY], after("log:|aio:/a")),
+    "a snapshot of the image's own": (
+        [told("snapshot", data={"chain": "aio:/a"}, file="@then")],
+        [entry("snapshot", to="@then")],
+        after(),
+    ),
     "nobody heard": ([Told("set", {})], [SET_ENTRY], after("log:|aio:/a")),
     "a set that failed": ([told("set", Code.FAILED, {"chain": "aio:/a"})], [entry("set", Code.FAILED)], after()),
     "under way, then done": ([told("set", Code.UNDER_WAY)], [SET_ENTRY], after("log:|aio:/a")),

@@ -1,7 +1,8 @@
 """`python -m tests.engines.client CONF IMAGE`: another client of a cluster, which has an image's lock.
 
 It says ``locked CLIENT ADDRESS``, and does then what it is told by lines: ``write BYTE OFFSET LENGTH``, answered by the
-errno of that write, which is begun on the spot; ``close`` ends it in order, the end of its input at once.
+errno of that write, which is begun on the spot, and of a flush after it; ``close`` ends it in order, the end of its
+input at once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(conf: str, name: str) -> None:
                     start(0, int(offset), int(length), data)
                     os.eventfd_read(ready)
                     codes += [result for _, result in requests.poll()]
-                print(-min(codes), flush=True)
+                print(*(-code for code in codes), flush=True)
             case ["close"]:
                 image.close()
                 pool.close()

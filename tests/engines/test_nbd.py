@@ -48,7 +48,7 @@ def test_demo(engine: Engine) -> None:
 def test_workers_are_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:
     """A guest sees a pause and no error when its worker dies amid requests, also if the server aborts over that."""
     random = Random(request.config.getoption("--seed"))
-    for _ in range(5):
+    for _ in range(3):
         guest.load.run(random.randrange(20, 120))
         guest.load.top_up()
         guest.kill()
@@ -80,7 +80,7 @@ def test_tls_and_several_connections(
             dies()
             if not engine.is_alive():
                 engine.start()
-        guest.load.run(200)
+        guest.load.run(50)
         guest.end()
         assert guest.connection().startswith("3 to")
         assert guest.fact("encryption") == "TLSv1.3"
@@ -111,7 +111,7 @@ def test_the_server_is_killed_under_load(guest: Guest, engine: Engine, request: 
     """A guest waits for a server that dies and comes back, and the worker stays the same one."""
     random = Random(request.config.getoption("--seed"))
     worker = guest.status()["worker"]
-    for _ in range(3):
+    for _ in range(2):
         guest.load.run(random.randrange(20, 120))
         guest.load.top_up()
         engine.kill()

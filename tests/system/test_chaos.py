@@ -15,7 +15,7 @@ def test_guests_notice_nothing_but_a_pause(request: pytest.FixtureRequest) -> No
     """Guests under verified load see no error, no wrong sector and no second answer, whatever dies below them; and
     administrators who order things of their disks meanwhile are told the truth.
     """
-    args = Namespace(kills=12, hours=None, guests=4, seed=request.config.getoption("--seed"), only=None)
+    args = Namespace(kills=12, hours=None, guests=4, engine="", seed=request.config.getoption("--seed"), only=None)
     figures = run(args, Console(quiet=True))
 
     assert 0 == figures["errors that guests saw"]
