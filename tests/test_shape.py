@@ -22,7 +22,6 @@ TESTED_ELSEWHERE = {
     "block/remote/lane.py": "block/drivers/test_nbd.py",
     "block/remote/negotiation.py": "block/drivers/test_nbd.py",
     "block/servers.py": "block/remote/test_target.py",
-    "ceph/requests.py": "engines/test_rbd.py has requests of every shape",
     "__main__.py": "a line that calls cli/main.py",
     "bench/blkif_native.py": "bench/test_blkif.py holds both generators to the same tests",
     "bench/target.py": "bench/test_session.py starts every target and ends it",

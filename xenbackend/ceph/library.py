@@ -78,8 +78,6 @@ _QUICK: dict[str, tuple[Any, ...]] = {
     "rbd_poll_io_events": (_handle, _handle, _int),
     "rbd_aio_read": (_handle, _u64, _size, _handle, _handle),
     "rbd_aio_write": (_handle, _u64, _size, _handle, _handle),
-    "rbd_aio_readv": (_handle, _handle, _int, _u64, _handle),
-    "rbd_aio_writev": (_handle, _handle, _int, _u64, _handle),
     "rbd_aio_discard": (_handle, _u64, _u64, _handle),
     "rbd_aio_flush": (_handle, _handle),
 }
