@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -443,6 +444,33 @@ def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: K
     service._close()
 
     assert [(Code.GONE, "the service is stopping"), (Code.OK, "")] == [(each.code, each.sentence) for each in answers]
+
+
+def test_questions_about_disks_wait_until_all_are_found(xenstored: Xenstored, toolstack: Store, tmp_path: Path) -> None:
+    """Until then no answer may be that there is no such disk; what is about the service is answered at once."""
+    write_like_libxl(toolstack, params="odd:")  # which no worker has to open
+    settings, clock = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock")), Clock()
+    service = Service(settings, Notifier({}), Keeper({}), clock=clock)
+    clients = {verb: socket.socket(socket.AF_UNIX) for verb in ("status", "pause", "ping", "orders")}
+    for verb, client in clients.items():
+        client.connect(settings.socket)
+        client.sendall(json.dumps({"verb": verb, "vbd": "5/xvda"}).encode() + b"\n")
+    settle(service._loop)
+    at_once = select.select(clients.values(), [], [], 0)[0]
+    service._registry.start()
+    for _ in range(2):
+        settle(service._loop)
+        clock.time += 1
+    given = [each["verb"] for each in service._ledger.entries()]
+    status = json.loads(clients["status"].recv(65536))["data"]
+    service._stop(signal.SIGINT)
+    service._loop.run_until(lambda: not service._registry.vbds)
+    service._close()
+    for client in clients.values():
+        client.close()
+
+    assert [clients["ping"], clients["orders"]] == at_once
+    assert (["5/xvda"], ["pause"]) == ([each["vbd"] for each in status], given)
 
 
 def _status(control_socket: Path) -> dict[str, Any]:

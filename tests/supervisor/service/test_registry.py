@@ -17,7 +17,7 @@ from xenbackend.errors import ConfigError, KernelError
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
-from xenbackend.supervisor.service.registry import RETRY_S
+from xenbackend.supervisor.service.registry import RETRY_S, TURN_S
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.xentop import PERIOD_S, Xentop
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -113,6 +113,70 @@ def test_nothing_reaches_a_vbd_that_is_over(place: Place, toolstack: Store, firs
     assert place.vbd(PATH) is not former
     assert len(made) <= 2 == [method for _, method in FakeVbd.calls].count("__init__")
     assert [] == place.told
+
+
+def test_others_are_heard_while_many_places_are_looked_at(place: Place, toolstack: Store) -> None:
+    """Places are looked at for a short while in each pass of the loop; a script waits for its own place to have its
+    turn, and whoever asks about disks for all that were there at the start.
+    """
+    make, seen, asked, replies = place.registry._make, list[int](), list[int](), list[Answer]()
+    paths = [VbdPath("vbd", 0, domid, 51712) for domid in range(1, 8)]
+    for path in paths:
+        write_like_libxl(toolstack, path)
+
+    def slow(path: VbdPath, *more: Any) -> Any:
+        place.clock.time += 0.6 * TURN_S
+        return make(path, *more)
+
+    def look() -> bool:
+        seen.append(len(place.registry.vbds))
+        if seen == [2]:  # of this pass; the hook of the registry came first
+            place.registry.hotplug(paths[0].backend, replies.append)
+            toolstack.remove(paths[0].backend)
+            write_like_libxl(toolstack, paths[0])
+            place.vbd(paths[0]).end()
+        return False
+
+    place.registry._make = slow
+    place.registry.when_found(lambda: asked.append(len(place.registry.vbds)))
+    place.registry.start()
+    place.loop.before_sleep(look)
+    place.settle()
+    waiting = place.vbd(paths[0]).waiting
+    place.settle(1)
+    told = list(asked)
+    place.registry.when_found(lambda: asked.append(0))
+
+    assert 2 == seen[0], "as many as are begun within a turn"
+    assert [7] != seen[1:2], "the others in several passes"
+    assert (1, []) == (len(waiting), replies)
+    assert ([7], [7, 0]) == (told, asked)
+
+
+@pytest.mark.parametrize("end", ["stop", "loss"])
+def test_nobody_waits_for_what_will_not_be_found(place: Place, end: str) -> None:
+    """Where the service stops, or xenstore is away, whoever waits is answered by what is known, in the order of asking,
+    also behind one whose question meets a fault of ours.
+    """
+    asked: list[str] = []
+    bug = ValueError("a bug of ours")
+
+    def fail() -> None:
+        asked.append("bug")
+        raise bug
+
+    place.registry.when_found(fail)
+    place.settle(0.04)
+    place.registry.when_found(lambda: asked.append("before"))
+    assert [] == asked
+    if end == "stop":
+        place.registry.stop()
+    else:
+        place.store.disconnect()
+    place.registry.when_found(lambda: asked.append("after"))
+    place.settle(1)
+
+    assert (["bug", "before", "after"], [bug]) == (asked, place.told)
 
 
 def test_a_script_is_told_why_nobody_serves_its_vbd(place: Place, toolstack: Store) -> None:

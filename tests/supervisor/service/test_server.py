@@ -9,7 +9,7 @@ import resource
 import select
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ class Loop:
         self.peers: list[Peer] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor(lambda: self.time, on_bug=self.bugs.append)
-        self.server = Server(self.path, self.reactor, self._answer)
+        self.put_off: list[Callable[[], object]] = []  # requests of the verbs "late" and "late bug"
+        gates = dict.fromkeys(("late", "late bug"), self.put_off.append)
+        self.server = Server(self.path, self.reactor, self._answer, gates=gates)
 
     def _answer(self, request: dict[str, Any], peer: Peer, reply: Reply) -> None:
         self.peers.append(peer)
@@ -65,7 +67,7 @@ class Loop:
                 self.held.append(reply)
             case "big":
                 reply(Answer(Code.OK, "x" * 2_000_000))
-            case "bug":
+            case "bug" | "late bug":
                 raise TypeError("a bug of ours")
             case _:
                 reply(Answer(Code.OK, request))
@@ -510,3 +512,43 @@ def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> Non
             with socket.socket(socket.AF_UNIX) as client:
                 assert 0 == client.connect_ex(str(wanted))
             second.close()
+
+
+def test_requests_that_are_put_off(loop: Loop) -> None:
+    """They are handled when their time has come, as any other: others are answered meanwhile, and a bug has its answer.
+    What a client wanted that has gone until then is not done.
+    """
+    clients = [loop.connect() for _ in range(4)]
+    for client, verb in zip(clients, (b"late", b"late bug", b"late", b"early"), strict=True):
+        client.sendall(b'{"verb": "%s"}\n' % verb)
+    loop.settle()
+    assert _ok({"verb": "early"}) == clients[3].recv(1000)
+    assert 1 == len(loop.peers)
+    clients[2].close()
+    loop.settle(IDLE_S + 1)
+    for handle in loop.put_off:
+        handle()
+    loop.settle()
+
+    assert _ok({"verb": "late"}) == clients[0].recv(1000)
+    assert Code.BUG.value == json.loads(clients[1].recv(1000))["code"]
+    assert (3, 1) == (len(loop.peers), len(loop.bugs))
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_whoever_is_put_off_waits_no_longer_than_said(loop: Loop, *, stays: bool) -> None:
+    """After the seconds that a client names it is told that its order is under way, and that is carried out."""
+    with closing(loop.connect()) as client:
+        client.sendall(b'{"verb": "late", "wait": 3}\n')
+        loop.settle()
+        loop.settle(3)
+
+        assert Code.UNDER_WAY.value == json.loads(client.recv(1000))["code"]
+        if not stays:
+            client.close()
+            loop.settle()
+        [handle] = loop.put_off
+        handle()
+        assert (1, []) == (len(loop.peers), loop.bugs)

@@ -95,7 +95,8 @@ class Service:
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         group = access.group_number(settings.group)
-        self._server = Server(settings.socket, self._loop, self._answer, inherited, group)
+        gates = dict.fromkeys(("status", *ORDERS), self._registry.when_found)  # no disk must seem to be gone till then
+        self._server = Server(settings.socket, self._loop, self._answer, inherited, group, gates)
         self._complaint, self._host = complaint, settings.host
         self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = self._has_let_go = False
@@ -134,8 +135,8 @@ class Service:
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
                 self._log.error("the settings cannot be used, those of the service before hold", reason=self._complaint)
-            # In the first pass everything is found, and is looked at in the second one before what comes then.
-            self._loop.call_later(0, partial(self._loop.call_soon, partial(process.unboost, os.getpid())))
+            # What was found is looked at in the next pass, before what comes then.
+            self._registry.when_found(partial(self._loop.call_soon, partial(process.unboost, os.getpid())))
             self._tell_status()
             self._tell_alive()
             self._loop.run()

@@ -7,12 +7,16 @@ place is looked at again, and whoever waits there is brought to the vbd that is 
 to look, so no flood of events makes anything grow, and a guest's is braked; and what happens to one vbd costs the same
 however many there are.
 
+However many places have to be looked at together, as at the start, the loop hears others meanwhile: whatever is asked
+about disks waits for its answer until all that was there at the start has been found (`when_found`).
+
 A fault of ours while one vbd is handled is told (`Reactor.bug`) and stays with that one; see `Takeover` for one that
 is met over what an earlier service has left.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -45,6 +49,8 @@ Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], No
 
 _BRAKED = "its guest writes to xenstore without end; what it writes is looked at now and then"
 RETRY_S = 1.0  # after a vbd could not be taken into service
+TURN_S = 0.02  # of a pass of the loop, for places to look at
+_AGAIN_S = 0.05  # until it is looked once more whether all is found
 _TOKEN = "vbds"  # noqa: S105 - a watch's token
 
 
@@ -79,6 +85,9 @@ class Registry:
         self._link: StoreLink | None = None
         self._brake = Brake(self._loop, self._store, frozenset({_TOKEN}), self._begin_to_brake)
         self._is_stopping = False
+        self._is_finding = True  # not all that was there at the start has been looked at
+        self._asking: deque[Callable[[], object]] = deque()  # what is to be called once it has
+        self._found_at = self._loop.timer(self._tell_found)
 
     def start(self) -> None:
         """Watch, go on with what an earlier service left, and look at what is there soon. Raises: StoreError."""
@@ -109,6 +118,7 @@ class Registry:
         if self._link is not None:
             self._link.close()
         self._retry.set(None)
+        self._found_at.set(None)
         self._brake.close()
         for reply in self._takeover.close():
             reply(Answer(Code.GONE, None, "the service is stopping"))
@@ -121,6 +131,25 @@ class Registry:
     def has_taken_over(self) -> bool:
         """True once there is a vbd, or none any more, for all that an earlier service left."""
         return self._takeover.is_over
+
+    def when_found(self, function: Callable[[], object]) -> None:
+        """Call `function` once there is a vbd for all that was there at the start, in the order of asking.
+
+        It is called at once where there is, and where nothing will be found: xenstore is away, or the service stops.
+        """
+        self._asking.append(function)
+        self._tell_found()
+
+    def _tell_found(self) -> None:
+        if self._is_finding and self._store.is_connected and not self._is_stopping:
+            self._found_at.set(self._loop.now() + _AGAIN_S)
+            return
+        while self._asking:
+            function = self._asking.popleft()
+            try:
+                function()
+            except Exception as bug:  # the others have asked, too
+                self._loop.bug(bug)
 
     def find(self, text: str) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names. Raises: ConfigError, StoreError."""
@@ -165,10 +194,18 @@ class Registry:
         for kind, domid in list(self._changed_domains):
             self._scan_domain(kind, domid)
             self._changed_domains.pop((kind, domid), None)
+        self._consider_some()
+        self._bring_scripts()
+        self._is_finding &= self._has_work()
+
+    def _consider_some(self) -> None:
+        """Look at places for a short while; the others have their turn in the next pass. Raises: StoreError."""
+        end = self._loop.now() + TURN_S
         for path in list(self._candidates):
             self._consider(path)
             self._candidates.pop(path, None)
-        self._bring_scripts()
+            if self._loop.now() >= end:
+                break
 
     def _begin_to_brake(self, token: str) -> None:
         """Tell the administrator of a guest that writes too often, once until it is calm again."""
@@ -292,9 +329,9 @@ class Registry:
             return default
 
     def _bring_scripts(self) -> None:
-        scripts, self._scripts = self._scripts, {}
-        for path, replies in scripts.items():
-            for reply in replies:
+        """Let scripts wait for their vbds, once their places have been looked at."""
+        for path in [each for each in self._scripts if each not in self._candidates]:
+            for reply in self._scripts.pop(path):
                 self._bring(path, reply)
 
     def _bring(self, path: VbdPath, reply: Reply) -> None:

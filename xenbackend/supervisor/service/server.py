@@ -18,7 +18,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,23 +93,32 @@ class Reply:
 
 
 Handler = Callable[[dict[str, Any], Peer, Reply], None]
+Gate = Callable[[Callable[[], object]], object]  # calls what it gets, now or later
 
 
 class Server:
     """Listens, reads requests, writes answers. `handler` gets each request, who asks, and what takes its answer."""
 
     def __init__(
-        self, path: str, loop: Reactor, handler: Handler, inherited: int = -1, group: int = access.NOBODY
+        self,
+        path: str,
+        loop: Reactor,
+        handler: Handler,
+        inherited: int = -1,
+        group: int = access.NOBODY,
+        gates: Mapping[str, Gate] | None = None,
     ) -> None:
         """Listen at `path`; `inherited` is a descriptor that a former service listened on there.
 
-        Members of `group` may connect, too; `handler` sees to what they may ask.
+        Members of `group` may connect, too; `handler` sees to what they may ask. `gates` are of the verbs whose
+        requests may have to wait before they are handled.
 
         Raises: ConfigError, where another service listens already or the socket cannot be made.
         """
         self._path = Path(path)
         self._loop = loop
         self._handler = handler
+        self._gates = gates or {}
         self._group = group
         self._clients: dict[_Client, None] = {}
         self._timer = loop.timer(self._look_at_the_clock)
@@ -221,16 +230,22 @@ class Server:
             reply(Answer(Code.INVALID, None, what))
             return
         reply.verb = str(request.get("verb", ""))
+        self._gates.get(reply.verb, _now)(partial(self._hand_over, request, client, reply))
+        if client.is_spare:
+            wait_s = SPARE_WAIT_S if wait_s is None else min(wait_s, SPARE_WAIT_S)
+        if wait_s is not None and client.reply is reply:
+            self._set_deadline(client, wait_s)
+
+    def _hand_over(self, request: dict[str, Any], client: _Client, reply: Reply) -> None:
+        """Have a request handled, unless its client has gone before its time had come, and was told nothing."""
+        if client not in self._clients and client.reply is reply:
+            return
         try:
             self._handler(request, client.peer, reply)
         except Exception as bug:  # one odd request must not end the service of every disk
             if client.reply is reply:
                 reply(replace(of_bug(bug), order=reply.order))
             self._loop.bug(bug)
-        if client.is_spare:
-            wait_s = SPARE_WAIT_S if wait_s is None else min(wait_s, SPARE_WAIT_S)
-        if wait_s is not None and client.reply is reply:
-            self._set_deadline(client, wait_s)
 
     def _send(self, client: _Client, answer: Answer) -> None:
         """Send an answer, as much as can be now, and go on with the client in the next pass: it may ask for more."""
@@ -296,6 +311,10 @@ class _Client:
         line, _, rest = bytes(self._incoming).partition(b"\n")
         self._incoming[:] = rest
         return line
+
+
+def _now(function: Callable[[], object]) -> None:
+    function()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
