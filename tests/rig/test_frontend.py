@@ -85,6 +85,20 @@ def test_queue_keys(bench) -> None:
     } == keys  # fmt: skip
 
 
+def test_keys_of_a_former_life_stay(bench) -> None:
+    """As blkfront of Linux does, one that begins anew writes its own keys and removes none: those that a kernel with
+    more queues and larger rings has left are what a backend finds beside them.
+    """
+    bench.frontend(Wishes(queues=2, ring_order=1)).announce()
+    former = {key: value for key, value in bench.store.nodes.items() if key.startswith(bench.front)}
+    bench.frontend().announce()
+    keys = {key: value for key, value in bench.store.nodes.items() if key.startswith(bench.front)}
+
+    assert {f"{bench.front}/{key}" for key in ("ring-ref", "event-channel")} == keys.keys() - former.keys()
+    assert former.items() <= keys.items()
+    assert ("2", "1") == tuple(keys[f"{bench.front}/{key}"] for key in ("multi-queue-num-queues", "ring-page-order"))
+
+
 def test_offers_bound_wishes(bench) -> None:
     """A frontend uses nothing that the backend did not offer."""
     for key in list(bench.store.nodes):

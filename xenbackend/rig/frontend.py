@@ -129,7 +129,11 @@ class Frontend:
         self._set_state(CONNECTED)
 
     def announce(self) -> None:
-        """Make the rings, and write the keys by which the backend finds them."""
+        """Make the rings, and write the keys by which the backend finds them.
+
+        As in Linux nothing is removed: keys of a former life that this one does not write, such as the number of
+        queues where there is one now, stay as they were (talk_to_blkback, write_per_ring_nodes).
+        """
         wishes = self.wishes
         order = min(wishes.ring_order, self._offered("max-ring-page-order"))
         queues = min(wishes.queues, max(1, self._offered("multi-queue-max-queues")))
