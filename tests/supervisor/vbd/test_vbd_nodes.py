@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from pyxs.connection import Packet
 
@@ -11,6 +13,7 @@ from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.vbd.events import Write
 from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.vbd_nodes import NOTES, VbdNodes, forget_notes
+from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
@@ -56,6 +59,34 @@ def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) ->
     store.own_domid()
 
     assert [] == store.events()
+
+
+def test_what_stays_as_it_is_is_read_once(nodes: VbdNodes, toolstack: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that a toolstack writes with the node and never again are read once in its life; of one that is made anew in
+    its place all are.
+    """
+    nodes.write(Write({"feature-persistent": "1"}, S.INITIALISING))
+    first = nodes.keys()
+    read: list[str] = []
+    read_many = Nodes.read_many
+
+    def note(self: Nodes, path: str, keys: Iterable[str]) -> dict[str, str]:
+        read.extend(keys := list(keys))
+        return read_many(self, path, keys)
+
+    monkeypatch.setattr(Nodes, "read_many", note)
+    toolstack.write(f"{PATH.backend}/online", "0")
+    second, read_again = nodes.keys(), set(read)
+    toolstack.remove(PATH.backend)
+    write_like_libxl(toolstack, script="/etc/xen/scripts/tap2")
+    third = nodes.keys()
+
+    assert first is not None
+    assert {**first, "online": "0"} == second
+    assert {"online", "state", "params"} <= read_again
+    assert not read_again & {"frontend", "script", "device-type"}
+    assert third is not None
+    assert "/etc/xen/scripts/tap2" == third["script"]
 
 
 @pytest.mark.rows("C2")

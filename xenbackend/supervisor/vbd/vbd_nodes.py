@@ -24,6 +24,12 @@ from xenbackend.supervisor.xenstore.store import Store
 
 NOTES = "xenbackend-files"  # in the directory of what is ours: what outlives a service that keeps nothing
 _CHAIN = "chain"
+_OURS = "feature-persistent"  # a key that only a service of ours writes: a node that a toolstack makes anew has none
+# What a toolstack writes with the node, and never again: a medium that is changed has another `params` and `type`.
+_FIXED = frozenset({
+    "frontend", "frontend-id", "script", "removable", "bootable", "dev", "device-type", "discard-enable",
+    "specification",
+})  # fmt: skip
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
 _LEFT = "--migratedaway"  # likewise, once it runs elsewhere
 
@@ -48,13 +54,23 @@ class VbdNodes:
         self._error_path = f"{errors}/backend/{path}"
         # What is given to a domain it may remove, but not make again. In dom0's directory the service makes all of it.
         self._errors_home = errors if path.backend_domid else self._home
+        self._fixed: dict[str, str] = {}  # keys that were read already, and need not be again
         self._status: dict[str, str] = {}  # as last written
         self._noted: list[str] | None = None  # as last written; None: nobody knows what stands there
         self._error: str | None = None  # None: nobody knows what stands there
 
     def keys(self) -> dict[str, str] | None:
         """Return the backend directory's keys, None when it is gone."""
-        return self._store.transact(lambda nodes: nodes.dictionary(self._path.backend)) or None
+        found = self._store.transact(self._read_keys)
+        self._fixed = {key: found[key] for key in _FIXED & found.keys()}
+        return found or None
+
+    def _read_keys(self, nodes: Nodes) -> dict[str, str]:
+        """Read the keys but for those that stay as they are, as long as the node is the one that we have written to."""
+        names = nodes.directory(self._path.backend)
+        known = self._fixed if _OURS in names else {}
+        fixed = {key: known[key] for key in names if key in known}
+        return fixed | nodes.read_many(self._path.backend, [key for key in names if key not in fixed])
 
     def look(self, keys: dict[str, str] | None) -> Seen:
         """Return what is seen where the backend's directory has these keys; the frontend is looked at."""
