@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend import log
-from xenbackend.block.files import UNNAMED
 from xenbackend.errors import ConfigError, KernelError, XenbackendError
 from xenbackend.kernel import process
 from xenbackend.kernel.ports import check_host
@@ -30,20 +29,19 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol.answers import Answer, code_of, of_bug
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.opening import Meaning
 from xenbackend.supervisor.service import access, fleet, former_settings, zygote
 from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
-from xenbackend.supervisor.service.ledger import ORDERS as REMEMBERED
 from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.service.looks import Looks
 from xenbackend.supervisor.service.notify import Notifier
+from xenbackend.supervisor.service.questions import Questions
 from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server, check_place
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.sharing import Sharing
-from xenbackend.supervisor.service.status import describe, describe_service
+from xenbackend.supervisor.service.status import describe_service
 from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd import ending
 from xenbackend.supervisor.vbd.claim import Bus
@@ -88,12 +86,12 @@ class Service:
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
         options = ("--host", settings.host, "--walls", settings.walls)
         self._fleet = Fleet(self._loop, command=(*fleet.COMMAND, *options), zygote=(*zygote.COMMAND, *options))
-        self._looks = Looks(self._fleet, self._loop)
         self._last_chains = LastChains(state_directory or Path(settings.socket).parent)
         common = (self._store, self._loop, self._fleet, settings, Bus(), keeper, wall_clock)
         context = Context(*common, self._ledger, self._last_chains)
         xentop = Xentop(Path(settings.socket).parent / "xentop")
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
+        self._questions = Questions(self._registry, Looks(self._fleet, self._loop), self._ledger, self._loop)
         group = access.group_number(settings.group)
         gates = dict.fromkeys(("status", *ORDERS), self._registry.when_found)  # no disk must seem to be gone till then
         self._server = Server(settings.socket, self._loop, self._answer, inherited, group, gates)
@@ -103,13 +101,17 @@ class Service:
         self._last_chains.on_change = self._leave_soon
         self._leave_at = self._loop.timer(self._let_go)
         self._stops: list[Reply] = []  # of those who have ordered the stop
-        self._questions = 0  # that were no orders
+        self._reads = 0  # orders that only read, and have no number of their own
         self._status_timer = self._loop.timer(self._tell_status)
         self._alive_timer = self._loop.timer(self._tell_alive)
-        self._verbs: dict[str, Handler] = {
+        self._verbs = self._handlers()
+
+    def _handlers(self) -> dict[str, Handler]:
+        """Return who answers which verb."""
+        return {
             "ping": self._ping,
-            "status": self._status,
-            "orders": self._orders,
+            "status": self._questions.status,
+            "orders": self._questions.orders,
             "hotplug": self._hotplug,
             "stop": self._stop_by_order,
             **dict.fromkeys(ORDERS, self._order),
@@ -222,7 +224,7 @@ class Service:
     def _close(self) -> None:
         self._answer_stops()
         self._registry.close()
-        self._looks.close()
+        self._questions.close()
         self._fleet.close()
         if self._leaves:
             self._ledger.leave()
@@ -259,43 +261,6 @@ class Service:
         """Return for which disks the service waits before it ends, and for what; none while it does not end."""
         vbds = [each for _, each in sorted(self._registry.vbds.items())] if self._is_stopping else []
         return [{"vbd": each.path.disk, "for": each.ending.waits_for} for each in vbds]
-
-    def _status(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
-        if "vbd" in request:
-            vbds = [self._registry.find(text_of(request, "vbd"))]
-        else:
-            vbds = [vbd for _, vbd in sorted(self._registry.vbds.items())]
-        if request.get("looks") is True:
-            names = [name for vbd in vbds for name in vbd.handover.files.identities() if name != UNNAMED]
-            self._looks.look(names, lambda meanings: self._describe_all(vbds, meanings, reply))
-        else:
-            self._describe_all(vbds, {}, reply)
-
-    def _describe_all(self, vbds: list[Vbd], meanings: Mapping[str, Meaning], reply: Reply) -> None:
-        vbds = [vbd for vbd in vbds if not vbd.is_forgotten]
-        guests = self._registry.names_of({vbd.path.frontend_domid for vbd in vbds})
-        described = [self._describe(vbd, guests.get(vbd.path.frontend_domid, ""), meanings) for vbd in vbds]
-        reply(Answer(Code.OK, [each for each in described if each]))
-
-    def _describe(self, vbd: Vbd, guest: str, meanings: Mapping[str, Meaning]) -> dict[str, Any] | None:
-        """Return what is known of one vbd; one that meets a fault of ours does not hide the others."""
-        try:
-            return describe(vbd, guest, meanings, braked_s=self._registry.braked_s(vbd))
-        except Exception as bug:
-            bug.add_note(f"while {vbd.path} was described")
-            self._loop.bug(bug)
-            return None
-
-    def _orders(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
-        """Tell of the last orders, or of one."""
-        number = request.get("order")
-        if number is None:
-            reply(Answer(Code.OK, self._ledger.entries()))
-            return
-        entry = self._ledger.entry(number) if type(number) is int else None
-        if entry is None:
-            raise ConfigError(f"there is no order {number!r:.40} among the last {REMEMBERED}")
-        reply(Answer(Code.OK, [entry]))
 
     def _hotplug(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         if request.get("action") != "add":
@@ -346,8 +311,8 @@ class Service:
             return
         verb, vbd = str(request["verb"]), self._registry.find(text_of(request, "vbd"))
         if vbd.orders.only_reads(verb, request):
-            self._questions += 1
-            self._give(vbd, partial(vbd.orders.give, verb, request, -self._questions), reply)
+            self._reads += 1
+            self._give(vbd, partial(vbd.orders.give, verb, request, -self._reads), reply)
             return
         given = {"from": vbd.orders.former(verb), "to": request.get(_ORDERED.get(verb, ""), "")}
         is_dry_run = request.get("dry_run") is True
