@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from xenbackend.doctor.pieces import gather
 
     path = (args.output or Path(_name())).absolute()
+    archive.check_new(path)
     pieces = gather(Wanted(args.socket, args.store, args.config), args.log)
     archive.write(pieces, path)
     listed = archive.contents(pieces)

@@ -24,10 +24,20 @@ def contents(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     return [{"name": each.name, "size": len(_data(each)), "problem": each.problem} for each in pieces]
 
 
+def check_new(path: Path) -> None:
+    """Refuse a place where no archive can be written, before anything is gathered for it. Raises: ConfigError."""
+    if path.exists():
+        raise _exists(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent}: there is no such directory")
+
+
+def _exists(path: Path) -> ConfigError:
+    return ConfigError(f"{path}: it exists; name a new file")
+
+
 def write(pieces: Sequence[Piece], path: Path) -> None:
     """Write the archive, a compressed tar. Raises: ConfigError, where there is something already, or it cannot be."""
-    if path.exists():
-        raise ConfigError(f"{path}: it exists; name a new file")
     directory = path.name.removesuffix(".gz").removesuffix(".tar")
     listed = Piece("contents.json", json.dumps(contents(pieces), indent=1) + "\n")
     try:
@@ -42,7 +52,7 @@ def write(pieces: Sequence[Piece], path: Path) -> None:
             finally:
                 Path(file.name).unlink()
     except FileExistsError:
-        raise ConfigError(f"{path}: it exists; name a new file") from None
+        raise _exists(path) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
