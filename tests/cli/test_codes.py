@@ -32,7 +32,7 @@ MISTAKES = [  # {} is a directory with a file `taken` and nothing else
     "attach 5/xvda aio:relative", "detach", "detach foo", "detach 5", "detach 5/xvda --timeout soon",
     "check", "check nosuch:x", "check aio:{}/missing", "drivers frob", "log", "log frob", "log get foo",
     "log get 5/xvda --json --binary", "log show {}/missing", "log show {}/taken --since later", "log show {}/taken",
-    "demo nosuch:x", "demo aio:{}/missing", "demo --area 1", "demo --save {}/taken", "bench nosuch:x",
+    "demo nosuch:x", "demo aio:{}/missing/image", "demo --area 1", "demo --save {}/taken", "bench nosuch:x",
     "bench --work frob", "install frob", "install --packaged", "uninstall frob", "convert", "convert {}/missing",
     "image", "image frob", "image info {}/missing", "image info nosuch:x", "image create qcow2 {}/taken 1M",
     "image create frob {}/new 1M", "image check qcow2:{}/missing", "image snapshot qcow2:{}/missing {}/new",
@@ -40,9 +40,23 @@ MISTAKES = [  # {} is a directory with a file `taken` and nothing else
     "image convert aio:{}/missing aio:{}/new", "image compare aio:{}/missing aio:{}/taken",
     "image measure qcow2 aio:{}/missing", "image rebase qcow2:{}/missing --no-parent", "run --serve frob",
     "run --config {}/missing", "run --check --config {}/missing", "config", "config frob",
-    "config show --config {}/missing", "frob", "--frob",
+    "config show --config {}/missing", "completion", "completion tcsh", "top foo --once", "top --sort frob", "latency",
+    "latency foo", "latency 5/xvda --interval soon", "doctor foo", "doctor --config", "report now",
+    "report --output {}/taken", "frob", "--frob",
 ]  # fmt: skip
-HAVE_NO_SERVICE = ("config", "drivers", "demo", "bench", "install", "uninstall", "convert", "image", "check", "run")
+HAVE_NO_SERVICE = (
+    "config",
+    "drivers",
+    "demo",
+    "bench",
+    "install",
+    "uninstall",
+    "convert",
+    "image",
+    "check",
+    "run",
+    "completion",
+)
 
 
 def status_of(words: list[str]) -> int:
