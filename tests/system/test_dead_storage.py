@@ -7,8 +7,12 @@ the server has read what they want.
 from __future__ import annotations
 
 import errno
+import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -181,6 +185,51 @@ def test_a_successor_waits_and_goes_on(host: Host) -> None:
     assert DATA == request.data
     until(lambda: host.status()["reason"] == "")
     disk.close()
+
+
+def output_of(words: list[str], limit_s: float) -> tuple[int, dict[str, Any]]:
+    """Run a command of ours; return its exit status, and all that anybody writes to its output, by then."""
+    process = subprocess.Popen([sys.executable, "-m", "xenbackend", *words], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    said, give_up = b"", time.monotonic() + limit_s
+    while select.select([process.stdout], [], [], max(0.0, give_up - time.monotonic()))[0]:
+        piece = os.read(process.stdout.fileno(), 1 << 16)
+        said += piece
+        if not piece:
+            process.stdout.close()
+            return process.wait(), json.loads(said)
+    process.kill()
+    process.stdout.close()
+    process.wait()
+    raise AssertionError(f"its output has not ended: {said!r}")
+
+
+@pytest.mark.parametrize("command", ["doctor", "report"])
+def test_who_looks_what_is_the_matter_does_not_wait_for_it(host: Host, command: str) -> None:
+    """`doctor` and `report` end in their usual time, also for who waits for all of their output; the disk is told, its
+    image as one that could not be looked at, and the other disk is well.
+    """
+    path = host.attach(5, "xvda", host.remote)
+    disk = host.connect(path)
+    host.server.hold(fuse.OPEN)
+    host.kill()
+    until(host.waits)
+    words = [command, "--json", "--socket", host.machine.control]
+    words += ["--output", str(host.home / "r.tar.gz")] if command == "report" else []
+    status, values = output_of(words, 6 * USUAL_S)
+    host.server.release()
+    until(lambda: host.status()["reason"] == "")
+    disk.close()
+
+    if command == "report":
+        assert (0, True) == (status, (host.home / "r.tar.gz").exists())
+        return
+    found = {(each["disk"], each["check"]): each for each in values["findings"]}
+    assert 1 == status
+    assert "wrong" == found["5/xvda", "reason"]["verdict"]
+    assert "unknown" == found["5/xvda", "file"]["verdict"]
+    assert f"{host.remote} did not answer within" in found["5/xvda", "file"]["sentence"]
+    assert "ok" == found["6/xvda", "handshake"]["verdict"]
 
 
 def test_processes_that_hang_are_few(host: Host) -> None:

@@ -139,6 +139,9 @@ def _be_child(probe: Probe, parent: int, far: int, others: Sequence[int]) -> Non
     """Look, say what was found, and end, whatever happens: nothing of the parent's may run twice."""
     try:
         end_with(parent, signal.SIGKILL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):  # whoever waits for the end of our output does not wait for one that hangs
+            os.dup2(nowhere, standard)
         for fd in others:
             os.close(fd)
         try:
