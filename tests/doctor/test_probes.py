@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,24 @@ def test_one_that_hangs_hides_no_other() -> None:
     assert "could not be looked at: ValueError: of no use" in bug.findings[0].sentence
     assert Verdict.OK is fine.findings[0].verdict
     assert not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+
+
+def starts(path: str) -> Result:
+    """Wait for a program that waits for ever, and say which."""
+    subprocess.run(["sh", "-c", f"echo $$ > {path}.new; mv {path}.new {path}; exec sleep 1000"], check=False)
+    return Result()
+
+
+def test_what_a_look_has_started_ends_with_it(tmp_path: Path) -> None:
+    """A program that hangs is not left behind."""
+    path = tmp_path / "pid"
+    [result] = probes.run([Probe("tool", "it", partial(starts, str(path)))], limit_s=2.0)
+    pid = int(path.read_text())
+
+    assert Verdict.UNKNOWN is result.findings[0].verdict
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end
 
 
 def test_all_together_have_a_limit() -> None:

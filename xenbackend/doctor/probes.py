@@ -57,6 +57,8 @@ class _Child:
         if self.pid == 0:
             _be_child(probe, parent, far, [self.fd, *(each.fd for each in others)])
         os.close(far)
+        with suppress(OSError):  # it has done so itself
+            os.setpgid(self.pid, self.pid)
 
     def hear(self) -> bool:
         """Take what it says; True once that is all."""
@@ -67,7 +69,7 @@ class _Child:
     def end(self) -> Result:
         """Have it ended, and return what it has found."""
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)  # it is our child, so that the number is still its own
+            os.killpg(self.pid, signal.SIGKILL)  # with what it has started; not reaped yet, its number is still its own
         _reap(self.pid)
         os.close(self.fd)
         took_s = round(time.monotonic() - self.begun, 3)
@@ -138,6 +140,7 @@ def _nothing(probe: Probe, why: str, took_s: float) -> Result:
 def _be_child(probe: Probe, parent: int, far: int, others: Sequence[int]) -> None:
     """Look, say what was found, and end, whatever happens: nothing of the parent's may run twice."""
     try:
+        os.setpgid(0, 0)
         end_with(parent, signal.SIGKILL)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):  # whoever waits for the end of our output does not wait for one that hangs
