@@ -248,6 +248,13 @@ def test_where_nothing_can_be_drawn(control: Control) -> None:
         assert "nothing can be drawn there; use --once" in shown.said
 
 
+def test_a_disk_that_is_not_there_is_told_at_once(control: Control) -> None:
+    """Nobody watches an empty screen for it."""
+    with screen(control, (160, 12), "9/xvda") as shown:
+        assert 2 == shown.end()
+        assert "there is no disk 9/xvda in service" in shown.said
+
+
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Return what was printed."""
     return capsys.readouterr().out.splitlines()

@@ -60,6 +60,19 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert of(f"aio:{tmp_path}")[0].is_wrong
 
 
+def test_what_is_no_disk_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To open a pipe, or a device such as a watchdog, may already do something; so only its kind is looked at."""
+    flags: list[int] = []
+    real = os.open
+    os.mkfifo(tmp_path / "pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda path, how: (flags.append(how), real(path, how))[1])
+        found = [*of(f"aio:{tmp_path}/pipe"), *of("aio:/dev/null")]
+
+    assert [True, True] == [each.is_wrong and "neither a file nor a block device" in each.sentence for each in found]
+    assert all(each & os.O_PATH for each in flags)
+
+
 def test_who_has_an_image_is_named(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk's own worker may have it; anybody else who locks it against us is told; readers may share one."""
     users: list[str] = []

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from xenbackend.cli import top_terminal  # late: scripts have no terminal
 
     top_terminal.check()
-    look(args)  # what is wrong from the beginning is told in a sentence
+    status.chosen(look(args).disks, args.vbds)  # what is wrong from the beginning is told in a sentence
     console = Console(highlight=False)
     with top_terminal.Terminal(console) as terminal:
         bars = top_rows.BARS if console.encoding.lower().startswith("utf") else top_rows.PLAIN_BARS

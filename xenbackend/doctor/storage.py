@@ -78,7 +78,7 @@ def look_at_file(path: str, access: locks.Access | None, owner: str = "", *, may
     """
     shown, ls = printable(path), f"ls -l {shlex.quote(printable(path))}"
     try:
-        fd = os.open(path, _LOOK)
+        fd = _open(path)
     except FileNotFoundError:
         if may_be_missing:
             return ok("file", f"{shown} is made when it is needed")
@@ -87,13 +87,25 @@ def look_at_file(path: str, access: locks.Access | None, owner: str = "", *, may
         return unknown("file", f"{shown} may not be opened by this user", "sudo xenbackend doctor")
     except OSError as error:
         return wrong("file", f"{shown} cannot be opened: {error.strerror}", ls)
+    if fd is None:
+        return wrong("file", f"{shown} is neither a file nor a block device", ls)
     try:
-        status = os.fstat(fd)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-            return wrong("file", f"{shown} is neither a file nor a block device", ls)
         return _who_has(fd, shown, access, owner)
     finally:
         os.close(fd)
+
+
+def _open(path: str) -> int | None:
+    """Return a descriptor of a file or block device; None of anything else, which to open may already do something.
+
+    Raises: OSError.
+    """
+    node = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(node).st_mode
+        return os.open(f"/proc/self/fd/{node}", _LOOK) if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else None
+    finally:
+        os.close(node)
 
 
 def _who_has(fd: int, shown: str, access: locks.Access | None, owner: str) -> Finding:
