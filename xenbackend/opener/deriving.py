@@ -3,9 +3,9 @@
 Must not give a passphrase to anybody, write one down, or make a key in a way that would let a worker try passphrases
 out faster than by the header that it has.
 
-Argon2 takes as much memory as a header says, up to 4 GiB: of a service's openers one at a time has it (`kernel.turns`),
-and a command at once, where the host and the control group have as much left; and should the kernel lack memory all the
-same, it ends this process first.
+Argon2 takes as much memory as a header says, up to 4 GiB: of a service's openers one at a time has it, and none before
+another one that waits (`kernel.in_turn`); a command has it at once, where the host and the control group have as much
+left; and should the kernel lack memory all the same, it ends this process first.
 
 Sources: RFC 8018 and 9106; systemd.exec(5) for credentials, cgroups(7) and proc(5) for memory; do_coredump() in
 fs/coredump.c of Linux for what a limit of 1 means.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from xenbackend.block.keys import CREDENTIAL, MAX_ITERATIONS, MAX_WORK_KIB, PBKDF2, Derivation
 from xenbackend.errors import DriverError, printable
-from xenbackend.kernel.turns import turn
+from xenbackend.kernel.in_turn import in_turn
 
 _MAX_PASSPHRASE = 8 << 20  # bytes, as cryptsetup has it
 _SPARE = 64 << 20  # bytes of memory that are left to others
@@ -57,7 +57,7 @@ def derive(source: str, how: Derivation, turns: str = "", *, without_newline: bo
     Args:
         source: as `block.keys.KeySource`.
         how: is checked here.
-        turns: the file by which processes take turns (`kernel.turns`).
+        turns: the file by which processes take turns (`kernel.in_turn`).
         without_newline: leave out the newline at its end; ENODATA where it has none.
 
     Raises: DriverError, OSError.
@@ -72,7 +72,7 @@ def derive(source: str, how: Derivation, turns: str = "", *, without_newline: bo
             del passphrase[-1:]
         if how.function == PBKDF2:
             return bytearray(hashlib.pbkdf2_hmac(how.hash, passphrase, how.salt, how.iterations, how.length))
-        with turn(turns):
+        with in_turn(turns):
             return _argon2(passphrase, how)
     finally:
         passphrase[:] = bytes(len(passphrase))
@@ -164,21 +164,23 @@ def _of_groups(groups: Path, own: str) -> Iterator[int]:
 
 def _argon2(passphrase: bytearray, how: Derivation) -> bytearray:
     try:
-        from argon2 import exceptions, low_level
+        from argon2 import low_level
     except ImportError as error:
         problem = "its keys are made by Argon2, and Python has no package for that here"
         raise DriverError(f"{problem}; install python3-argon2, or by pip argon2-cffi", errno=errno.ENOSYS) from error
     check_memory(how.memory_kib << 10, free_memory())
     kind = low_level.Type.I if how.function == "argon2i" else low_level.Type.ID
-    try:
-        with _first_to_go():
-            return bytearray(
-                low_level.hash_secret_raw(
-                    bytes(passphrase), how.salt, how.iterations, how.memory_kib, how.lanes, how.length, kind
-                )
-            )
-    except exceptions.HashingError as error:
-        raise DriverError(f"Argon2 over {how.memory_kib >> 10} MiB failed: {error}", errno=errno.ENOMEM) from error
+    key, ffi = bytearray(how.length), low_level.ffi
+    given, salt, into = ffi.from_buffer(passphrase), ffi.from_buffer(how.salt), ffi.from_buffer(key)
+    with _first_to_go():  # argon2_hash of argon2.h, in memory of ours: hash_secret_raw leaves copies that nobody wipes
+        status = low_level.lib.argon2_hash(
+            how.iterations, how.memory_kib, how.lanes, given, len(passphrase), salt, len(how.salt), into, how.length,
+            ffi.NULL, 0, kind.value, low_level.ARGON2_VERSION,
+        )  # fmt: skip
+    if status != low_level.lib.ARGON2_OK:
+        why = low_level.error_to_str(status)
+        raise DriverError(f"Argon2 over {how.memory_kib >> 10} MiB failed: {why}", errno=errno.ENOMEM)
+    return key
 
 
 @contextmanager

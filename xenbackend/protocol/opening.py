@@ -80,7 +80,7 @@ class Job:
     export           path of the socket that may be listened at, empty: none
     host             for `kernel.ports`: the devices may be opened there, empty: they may not
     frontend_domid   of the domain that they are for
-    turns            path of the file by which those take turns that make keys (`kernel.turns`), empty: nobody else does
+    turns            path of the file by which those take turns that make keys (`kernel.in_turn`); empty: nobody else
     scratch          directory for the disk's unnamed file (`block.files.UNNAMED`)
     names_unnamed    path that the unnamed file of the chain in service gets, for the second chain; empty: none
     renews_unnamed   the second chain has another unnamed file than the one in service

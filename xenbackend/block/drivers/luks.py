@@ -72,6 +72,7 @@ _MEMORY = 4096  # bytes of the one that a successor gets: _HEAD, then the key
 _HEAD = struct.Struct("<32sII")  # the volume's identity, the slot that was opened, bytes of the key
 _MAX_COPIES = 32 << 20  # bytes of copies at a time; requests beyond them wait
 _MIN_COPY = 4096
+_TRIED = 2  # slots, without the newline at the end of a passphrase
 _MAX_SPARE = 16 << 20  # bytes of copies that are kept for the next requests
 
 
@@ -88,7 +89,7 @@ class _Key:
 
 # Of the volumes that are open in this process, by their identity, and the passphrase and slot that were named: whoever
 # looks at a chain beside the one in service finds none anew, but hears of a passphrase that does not open it.
-_open: WeakValueDictionary[tuple[bytes, str, int | None], _Key] = WeakValueDictionary()
+_in_use: WeakValueDictionary[tuple[bytes, str, int | None], _Key] = WeakValueDictionary()
 
 
 class _Own(Request):
@@ -222,12 +223,12 @@ class Luks(Filter):
         if known == identity and length == volume.cipher.key_size:
             key = _Key(bytearray(memory[_HEAD.size : _HEAD.size + length]), slot)
         else:
-            key = _open.get(named) or self._unlock(env, volume, size)
+            key = _in_use.get(named) or self._unlock(env, volume, size)
             length = len(key.value)
             memory[: _HEAD.size] = bytes(_HEAD.size)  # whoever dies in between leaves none
             memory[_HEAD.size : _HEAD.size + length] = key.value
             _HEAD.pack_into(memory, 0, identity, key.slot, length)
-        _open[named] = key
+        _in_use[named] = key
         return key
 
     def _unlock(self, env: Env, volume: Volume, size: int) -> _Key:
@@ -249,8 +250,9 @@ class Luks(Filter):
         def derive(how: Derivation) -> memoryview:
             return env.files.derive(source, how, without_newline=True)
 
+        first = replace(volume, slots=volume.slots[:_TRIED])  # each takes seconds, and this is for a sentence
         try:
-            found = find_key(volume, self.look, derive, size)
+            found = find_key(first, self.look, derive, size)
         except (DriverError, OSError):
             found = None  # it does not end with a newline
         if found is None:

@@ -35,7 +35,7 @@ def find_key(volume: Volume, look: Look, derive: Derive, size: int) -> tuple[int
         stripes = _read(look, slot.offset, slot.length(volume.cipher.key_size), size)
         key = derive(slot.derivation)
         try:
-            found = _open(volume, slot, key, stripes)
+            found = _open_slot(volume, slot, key, stripes)
         finally:
             wipe(key)
             key.release()
@@ -58,7 +58,7 @@ def _read(look: Look, offset: int, length: int, size: int) -> bytearray:
     return bytearray(data[offset - start :][: round_up(length, SECTOR)])
 
 
-def _open(volume: Volume, slot: Slot, key: memoryview, stripes: bytearray) -> bytearray:
+def _open_slot(volume: Volume, slot: Slot, key: memoryview, stripes: bytearray) -> bytearray:
     sectors = Sectors(slot.cipher, key)
     try:
         sectors.decrypt(address_of(stripes), len(stripes), 0)
