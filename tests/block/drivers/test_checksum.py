@@ -119,6 +119,25 @@ def test_what_others_wrote_meanwhile_is_no_rot(machine: Machine, later: Machine,
     chain.close()
 
 
+def test_a_guest_that_was_served_without_it_meanwhile_finds_no_rot(
+    machine: Machine, later: Machine, tmp_path: Path, image: Path
+) -> None:
+    """`set` may take the layer away and put it back within a second: what was written between is no rot."""
+    text = f"checksum:{tmp_path}/sums|aio:{image}"
+    chain = machine.open(text)
+    machine.everything(chain)
+    chain.close()
+    plain = machine.open(f"aio:{image}")
+    assert [0] == machine.do(plain, write(0, b"n" * BLOCK))
+    plain.close()
+    later.make_env.resumes = True
+    chain = later.open(text)
+
+    assert image.read_bytes() == later.everything(chain)
+    assert "made anew" in driver_of(chain).env.facts["sums"]
+    chain.close()
+
+
 @pytest.mark.parametrize("change", ["another image", "size", "shorter", "header", "cow", "empty"])
 def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, image: Path, change: str) -> None:
     """It is left as it is, with a sentence that says what to do."""

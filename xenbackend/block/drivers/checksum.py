@@ -8,9 +8,8 @@ Description:
     keeps a sum of each block of the layer below in FILE, and compares it with each block that is read: what does not
     fit is an error, and never data. FILE is made where it is not there, or is empty.
 
-    It tells that something is wrong, and cannot mend it: restore the blocks from a backup. dm-integrity does the same
-    for a block device that was made for it; this layer needs nothing of what is below, and can be put over a disk that
-    has data already.
+    It cannot mend what is wrong: restore the blocks from a backup. dm-integrity does the same for a block device that
+    was made for it; this layer needs nothing of what is below, and can be put over a disk that has data already.
 
 Behaviour:
     A block whose sum is not known gets one when it is written, or first read: what was there before this layer is taken
@@ -26,7 +25,7 @@ Behaviour:
     made anew by the next read. A killed worker's successor, also of another service, has all of them.
 
     FILE remembers which image lies below, and the chain is refused over another one. Where the image was changed after
-    FILE was closed, as by a chain without this layer, all sums are forgotten, and `status` says so.
+    FILE was closed, or `set` puts this layer in below a guest that runs, all sums are forgotten, and `status` says so.
 
     `xenbackend status --json` shows how many blocks were `verified`, `learned` (taken as they were) and are `rotten`;
     where the first ones are is the fact `rot`.
@@ -156,10 +155,11 @@ class Checksum(Filter):
         return wanted
 
     def _forget_others(self, closed_ns: int) -> None:
-        """Forget the sums of an image that others have changed since FILE was closed."""
-        if self._sums.is_left or self._sums.is_in_doubt:
+        """Forget the sums of an image that was changed without this layer since, or below a running guest may be."""
+        if self._sums.is_left:
             return
-        if changed_ns(self.next, self.env.files) > closed_ns + _CLOSING_NS:
+        is_changed = changed_ns(self.next, self.env.files) > closed_ns + _CLOSING_NS
+        if self.env.resumes or (is_changed and not self._sums.is_in_doubt):
             self._sums.forget()
             self.env.report("sums", "made anew: the image was changed without this layer")
 
