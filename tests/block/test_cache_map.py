@@ -26,7 +26,7 @@ def test_it_is_a_dictionary_that_forgets() -> None:
                 slot = known.take(block)
                 content[slot] = block
                 known.put(slot, block)
-                known.unpin(slot)
+                known.pins[slot] -= 1
                 assert known.find(block) == slot
 
 
@@ -48,10 +48,10 @@ def test_a_pinned_slot_is_not_given_away() -> None:
     known = CacheMap(StepEnv(), WAYS, b"t")
     slots = [known.take(block) for block in range(WAYS)]
     assert -1 == known.take(100)
-    known.pin(slots[3])
-    known.unpin(slots[3])
+    known.pins[slots[3]] += 1
+    known.pins[slots[3]] -= 1
     assert -1 == known.take(100)
-    known.unpin(slots[3])
+    known.pins[slots[3]] -= 1
 
     assert slots[3] == known.take(100)
 
@@ -64,7 +64,7 @@ def test_what_is_used_stays() -> None:
         if known.find(block) < 0:
             slot = known.take(block)
             known.put(slot, block)
-            known.unpin(slot)
+            known.pins[slot] -= 1
     assert known.find(0) >= 0
     assert [-1, -1] == [known.find(1), known.find(30)]
     assert all(known.find(block) >= 0 for block in range(34, 40)), "those that came last, whatever slots they got"
@@ -75,7 +75,7 @@ def test_a_block_is_in_one_slot_at_most() -> None:
     known = CacheMap(StepEnv(), WAYS, b"t")
     for slot in (known.take(5), known.take(5)):
         known.put(slot, 5)
-        known.unpin(slot)
+        known.pins[slot] -= 1
     known.drop(5, 5)
 
     assert -1 == known.find(5)

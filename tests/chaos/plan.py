@@ -57,7 +57,7 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
         ("bad", "raw", directory), ("vhd", "vhd", directory), ("qcow2", "qcow2", directory), ("old", "raw", slow),
     )}  # fmt: skip
     return [
-        Disk(bases["plain"], f"log:|{bases['plain']}", queues=2),
+        Disk(bases["plain"], f"cache:{slow}/plain.cache,size=1M,mode=writethrough|log:|{bases['plain']}", queues=2),
         Disk(bases["direct"], f"throttle:iops=3000,bps=80M|log:|{bases['direct']}", ring_order=2, indirect=64),
         Disk(f"log:|{bases['logged']}", bases["logged"], persistent=False),
         Disk(f"{full}|{bases['full']}", bases["full"], queues=2, indirect=32),
@@ -104,7 +104,7 @@ def next_step(random: Random, guests: int, actions: dict[str, int]) -> Step:
 VERBS = {"set": 34, "snapshot": 12, "resize": 8, "pause": 12, "policy": 9, "upgrade": 14, "command": 11}
 MOST_SNAPSHOTS = 4  # images over one another: each makes its guest slower, for good
 POLICIES = ("read=retry 3 every 1s", "read=retry 4 every 0.5s", "write=retry 9 every 0.1s")  # harmless to all disks
-_OWN = ("fault:", "delay:", "throttle:", "readahead:")  # filters that only some disks have
+_OWN = ("cache:", "fault:", "delay:", "throttle:", "readahead:")  # filters that only some disks have
 _BUSY = 0.4  # of a round: disks that somebody orders something of
 
 

@@ -82,6 +82,7 @@ class Worker:
                     shareable=order.shareable,
                     host=order.host,
                     frontend_domid=order.frontend_domid,
+                    scratch=str(rig),
                 )
                 with near:
                     datagrams.send(ours, opening.encode(job), [far.fileno()])

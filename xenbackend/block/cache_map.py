@@ -9,7 +9,6 @@ and one disk below, which have a `token`; with another one there are none.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from xenbackend.block.driver import Env
@@ -20,7 +19,7 @@ _TOKEN = 48  # bytes, at the beginning
 
 
 class CacheMap:
-    """The map of one cache. A slot that is pinned is not given to another block."""
+    """The map of one cache. A slot with `pins` is not given to another block; whoever uses a slot has one there."""
 
     def __init__(self, env: Env, slots: int, token: bytes) -> None:
         """Take what a predecessor left, if it is of the same `token`; there are at least `slots` // WAYS sets."""
@@ -30,7 +29,7 @@ class CacheMap:
         self._tags = self._memory[PAGE:].cast("Q")  # by slot: the block's number and one more, 0 for none
         self._used = bytearray(self.slots)  # by slot: since the hand came by
         self._hands = bytearray(self._sets)  # by set: the way that is looked at next when one has to go
-        self._pins: Counter[int] = Counter()
+        self.pins = memoryview(bytearray(4 * self.slots)).cast("I")  # by slot: what reads or writes it now
         token = token.ljust(_TOKEN, b"\0")[:_TOKEN]
         if self._memory[:_TOKEN] != token:
             self.clear()
@@ -66,14 +65,14 @@ class CacheMap:
         """Return a slot for a block, pinned, which has nothing any more; -1: all of its set are pinned."""
         number = block % self._sets
         first = number * WAYS
-        free = [slot for slot in range(first, first + WAYS) if slot not in self._pins]
+        free = [slot for slot in range(first, first + WAYS) if not self.pins[slot]]
         if not free:
             return -1
         slot = next((each for each in free if not self._tags[each]), -1)
         if slot < 0:
             slot = self._replace(number, free)
         self._tags[slot] = 0
-        self._pins[slot] += 1
+        self.pins[slot] += 1
         return slot
 
     def _replace(self, number: int, free: Sequence[int]) -> int:
@@ -92,16 +91,6 @@ class CacheMap:
         if self.find(block) < 0:
             self._tags[slot] = block + 1
             self._used[slot] = 0  # what is read once goes first, or a backup would empty the cache
-
-    def pin(self, slot: int) -> None:
-        """Keep a slot as it is."""
-        self._pins[slot] += 1
-
-    def unpin(self, slot: int) -> None:
-        """Let go of a slot that was pinned or taken."""
-        self._pins[slot] -= 1
-        if not self._pins[slot]:
-            del self._pins[slot]
 
     def close(self) -> None:
         """Let go of the memory."""

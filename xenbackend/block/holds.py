@@ -32,8 +32,8 @@ class Holds:
             if wide.first <= last and first <= wide.last:
                 return wide
         blocks = self._blocks
-        if not blocks:
-            return None
+        if first == last or not blocks:
+            return blocks.get(first)
         if last - first < len(blocks):
             return next((blocks[block] for block in range(first, last + 1) if block in blocks), None)
         return next((hold for block, hold in blocks.items() if first <= block <= last), None)
@@ -43,6 +43,8 @@ class Holds:
         hold = Hold(first, last)
         if op == Op.DISCARD:
             self._wide.append(hold)
+        elif first == last:
+            self._blocks[first] = hold
         else:
             self._blocks.update(dict.fromkeys(range(first, last + 1), hold))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from xenbackend.block.driver import Env, File
@@ -108,6 +108,11 @@ class Sums:
     def put(self, first: int, sums: list[int]) -> None:
         """Note the sums of blocks from `first` on, where that alters anything; they reach the file later."""
         last = first + len(sums) - 1
+        if first == last:
+            self.values[first] = sums[0]
+            self._stale.add(first // SUMS)
+            self._watch()
+            return
         for block, value in enumerate(sums, first):
             self.values[block] = value
         self._stale.update(range(first // SUMS, last // SUMS + 1))
@@ -132,6 +137,10 @@ class Sums:
     def begin(self, first: int, last: int) -> None:
         """Take note that blocks are being altered, whose pages are in doubt by now: their sums are not known."""
         step = 64 << 10
+        if first == last:
+            self.values[first] = 0
+            self._alter((first // SUMS,))
+            return
         for start in range(first, last + 1, step):
             count = min(step, last + 1 - start)
             self.values[start : start + count] = memoryview(bytes(4 * count)).cast("I")
@@ -144,7 +153,7 @@ class Sums:
             self._busy[page] -= 1
         self._alter(pages)
 
-    def _alter(self, pages: range) -> None:
+    def _alter(self, pages: Sequence[int]) -> None:
         for page in pages:
             self._epochs[page] += 1
         for each in (self._stale, self._recent, self._unflushed):

@@ -21,6 +21,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from xenbackend.block.keys import CREDENTIAL, MAX_ITERATIONS, MAX_WORK_KIB, PBKDF2, Derivation
 from xenbackend.errors import DriverError, printable
@@ -171,13 +172,14 @@ def _argon2(passphrase: bytearray, how: Derivation) -> bytearray:
     check_memory(how.memory_kib << 10, free_memory())
     kind = low_level.Type.I if how.function == "argon2i" else low_level.Type.ID
     key, ffi = bytearray(how.length), low_level.ffi
+    lib: Any = low_level.lib  # type: ignore[attr-defined]  # every version has it, and none says so
     given, salt, into = ffi.from_buffer(passphrase), ffi.from_buffer(how.salt), ffi.from_buffer(key)
     with _first_to_go():  # argon2_hash of argon2.h, in memory of ours: hash_secret_raw leaves copies that nobody wipes
-        status = low_level.lib.argon2_hash(
+        status = lib.argon2_hash(
             how.iterations, how.memory_kib, how.lanes, given, len(passphrase), salt, len(how.salt), into, how.length,
             ffi.NULL, 0, kind.value, low_level.ARGON2_VERSION,
         )  # fmt: skip
-    if status != low_level.lib.ARGON2_OK:
+    if status != lib.ARGON2_OK:
         why = low_level.error_to_str(status)
         raise DriverError(f"Argon2 over {how.memory_kib >> 10} MiB failed: {why}", errno=errno.ENOMEM)
     return key

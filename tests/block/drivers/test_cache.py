@@ -229,6 +229,20 @@ def test_entries_from_a_former_life_do_not_come_back(tmp_path: Path, what: str) 
     assert life.hits(read(0, 4096))
 
 
+@pytest.mark.parametrize(("block", "stays"), [("32K", True), ("64K", False)])
+def test_a_disk_that_has_grown(tmp_path: Path, block: str, *, stays: bool) -> None:
+    """What was kept stays, unless the disk ended inside a block, of which there is more now."""
+    life = Life(tmp_path, Random(1), block=block)
+    for place in (0, 128 << 10):
+        life.chain.do(read(place, 512))
+    life.disk.bytes += b"n" * (32 << 10)
+    life.start()
+    found = read(160 << 10, 512)
+    assert [0] == life.chain.do(found)
+    assert b"n" * 512 == content(found)
+    assert stays == life.hits(read(0, 512))
+
+
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_the_loss_of_the_file_costs_speed_only(tmp_path: Path, mode: str, code: int) -> None:

@@ -13,8 +13,7 @@ Description:
     answered by the layer below, in both modes, and a flush flushes that. mode=writeback, which would answer before, is
     not built: FILE alone would have what was answered, and the disk would be lost with it.
 
-    `cache=on` of `aio:` has the host's memory do the same; this layer is for more than that has room for. Names of
-    blktap's caches are `lc` and `bc`.
+    `cache=on` of `aio:` has the host's memory do the same; this layer is for more than that has room for.
 
 Behaviour:
     The cache is empty when the disk is attached, and filled by use. What it has is known in memory that outlives the
@@ -25,9 +24,8 @@ Behaviour:
     cache, unless something was written there meanwhile. Larger ones, as of a backup, go by. Where no place is free, a
     block gives way that was not used since the last time that one was looked for near it.
 
-    FILE is never needed. A block that cannot be read from it is read from below, one that cannot be written is not
-    kept. After 16 errors in a row it is left alone until the layer is opened anew, and the fact `cache` says so; where
-    a successor cannot open it, the guest is served without.
+    FILE is never needed: a block that cannot be read from it is read from below. After 16 errors in a row it is left
+    alone until the layer is opened anew, and the fact `cache` says so; where a successor cannot open it, none is used.
 
     `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE.
 
@@ -40,6 +38,9 @@ Limits:
     a slot takes 8 bytes of memory, and there are at most 16 million. Above `luks:` FILE has plain text. What others
     write to a shared image (`share=on`, `w!`) is not noticed: do not use it there. A discard of more than 4096 blocks
     empties the cache. A medium below FILE that hangs, rather than failing, holds up what is read from it.
+
+    A hit of 4096 bytes costs 1.3 us more than a read without this layer in batches of 32, and 1.9 us alone; a write 2.8
+    us more, and 7.7 us with mode=writethrough.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from xenbackend.block.copies import Copies, fill, give
 from xenbackend.block.driver import Env, File, Filter, Geometry
 from xenbackend.block.formats.beside import HEADER_SIZE
 from xenbackend.block.formats.cache import DATA_AT, Header
-from xenbackend.block.mapped.parts import cut
+from xenbackend.block.mapped.parts import Join, cut
 from xenbackend.block.options import Kind, RecordPath, Size, option
 from xenbackend.block.overtaken import Copy, Overtaken
 from xenbackend.block.request import PENDING, Op, Request
@@ -89,7 +90,7 @@ class _Own(Request):
     memory   what it is done with: the disk from `offset` on
     copy     of its blocks: whether they are current still
     slots    that they are to have, by block
-    block    of a request to FILE
+    block    of a request to FILE: that, or for a read the slot
     left     how many of those are under way
     """
 
@@ -102,16 +103,6 @@ class _Own(Request):
     slots: dict[int, int]
     block: int
     left: int
-
-
-@dataclass(eq=False, slots=True)
-class _Pieces:
-    """A read from FILE, slot by slot."""
-
-    request: Request
-    slots: Sequence[int]
-    left: int
-    status: int = 0
 
 
 class Cache(Filter):
@@ -148,6 +139,8 @@ class Cache(Filter):
         self._bits = self._block.bit_length() - 1
         self._copies = Copies()
         self._overtaken = Overtaken()
+        self._free: list[_Own] = []  # reads from FILE that may be used again
+        self._done_read = self._was_read
         self._down: list[Request] = []
         self._to_file: list[Request] = []
         self._back: list[Request] = []
@@ -175,7 +168,8 @@ class Cache(Filter):
         else:
             header = found
         file.complete = self._from_file
-        base = describe(self.next, env.files, with_changes=False).encode(errors="surrogateescape")
+        cut = self._size % self._block and self._size  # its last block is another one once the disk has grown
+        base = f"{describe(self.next, env.files, with_changes=False)} {cut}".encode(errors="surrogateescape")
         self._map = CacheMap(env, header.blocks, header.token + hashlib.sha256(base).digest())
         env.report("mode", file.mode)
         env.report("cache", f"{format_size(self._map.slots * self._block)} in blocks of {format_size(self._block)}")
@@ -237,8 +231,7 @@ class Cache(Filter):
             self.complete(back)
 
     def _blocks(self, request: Request) -> tuple[int, int]:
-        bits = self._bits
-        return request.offset >> bits, (request.offset + request.length - 1) >> bits
+        return request.offset >> self._bits, (request.offset + request.length - 1) >> self._bits
 
     def _own(self, op: int, offset: int, length: int, done: Callable[[_Own], None]) -> _Own:
         own = _Own()
@@ -248,44 +241,49 @@ class Cache(Filter):
     # reads
 
     def _read(self, request: Request, known: CacheMap) -> None:
-        first, last = self._blocks(request)
-        slots = []
-        for block in range(first, last + 1):
-            slot = known.find(block)
-            if slot < 0:
-                self._miss(request, first, last)
-                return
-            slots.append(slot)
+        bits, offset = self._bits, request.offset
+        first, last = offset >> bits, (offset + request.length - 1) >> bits
+        slot = known.find(first)
+        if slot >= 0 and first == last:
+            self._hits += 1
+            self._read_slot(request, slot, offset & (self._block - 1), request.length, request.iov, known)
+            return
+        slots = [slot, *map(known.find, range(first + 1, last + 1))]
+        if -1 in slots:
+            self._miss(request, first, last)
+            return
         self._hits += 1
-        self._read_file(request, slots, known)
+        pieces, at = Join(request, len(slots)), offset & (self._block - 1)
+        lengths = [self._block - at, *[self._block] * (len(slots) - 2)]
+        lengths.append(request.length - sum(lengths))
+        for place, length, iov in zip(slots, lengths, cut(request.iov, lengths), strict=True):
+            self._read_slot(pieces, place, at, length, iov, known)
+            at = 0
 
-    def _read_file(self, request: Request, slots: Sequence[int], known: CacheMap) -> None:
-        """Read blocks from their slots, which stay theirs until that is done."""
-        pieces, block, at = _Pieces(request, slots, len(slots)), self._block, request.offset % self._block
-        lengths = [request.length]
-        if len(slots) > 1:
-            lengths = [block - at, *[block] * (len(slots) - 2)]
-            lengths.append(request.length - sum(lengths))
-        iovs = [request.iov] if len(slots) == 1 else cut(request.iov, lengths)
-        for slot, length, iov in zip(slots, lengths, iovs, strict=True):
-            known.pin(slot)
-            own = self._own(Op.READ, DATA_AT + slot * block + at, length, self._was_read)
-            own.iov, own.tag, at = iov, pieces, 0
-            self._to_file.append(own)
+    def _read_slot(
+        self, tag: Request | Join, slot: int, at: int, length: int, iov: Sequence[memoryview], known: CacheMap
+    ) -> None:
+        """Read a part of a slot, which stays as it is until that is done."""
+        known.pins[slot] += 1
+        own = self._free.pop() if self._free else _Own()
+        own.offset, own.length, own.iov = DATA_AT + (slot << self._bits) + at, length, iov
+        own.op, own.status, own.done, own.tag, own.block = Op.READ, PENDING, self._done_read, tag, slot
+        self._to_file.append(own)
 
     def _was_read(self, own: _Own) -> None:
-        pieces: _Pieces = own.tag
-        pieces.status = max(pieces.status, own.status)
-        pieces.left -= 1
-        if pieces.left:
-            return
-        request = pieces.request
+        request, status = own.tag, own.status
         if self._map is not None:
-            for slot in pieces.slots:
-                self._map.unpin(slot)
-        if pieces.status:
+            self._map.pins[own.block] -= 1
+        own.tag, own.iov = None, ()
+        self._free.append(own)
+        if type(request) is Join:
+            request.status, request.left = max(request.status, status), request.left - 1
+            if request.left:
+                return
+            request, status = request.request, request.status
+        if status:
             self._drop(*self._blocks(request))
-            self._failed(pieces.status)
+            self._failed(status)
             self._down.append(request)  # nothing need be in FILE
         else:
             self._in_a_row = 0
@@ -298,14 +296,13 @@ class Cache(Filter):
         if request.length > _MOST or not self._copies.have_room(_MOST + 2 * self._block):
             self._down.append(request)
             return
-        start, end = first << self._bits, min((last + 1) << self._bits, self._size)
-        own = self._own(Op.READ, start, end - start, self._missed)
+        start = first << self._bits
+        own = self._own(Op.READ, start, min((last + 1) << self._bits, self._size) - start, self._missed)
         self._take_copy(own, request, first, last)
         self._down.append(own)
 
     def _take_copy(self, own: _Own, request: Request, first: int, last: int) -> None:
-        own.tag, own.slots = request, {}
-        own.memory = self._copies.take(own.length)
+        own.tag, own.slots, own.memory = request, {}, self._copies.take(own.length)
         own.iov = [own.memory[: own.length]]
         own.copy = self._overtaken.copy(first, last)
 
@@ -336,7 +333,7 @@ class Cache(Filter):
         for block in {first, last}:
             slot = known.find(block)
             if slot >= 0:  # what it has around a write to a part of it stays true
-                known.pin(slot)
+                known.pins[slot] += 1
                 own.slots[block] = slot
         self._drop(first, last)
         self._overtaken.begin(first, last)
@@ -369,7 +366,7 @@ class Cache(Filter):
             for block in range(own.copy.first, own.copy.last + 1):
                 self._keep_block(own, block, begun.pop(block, -1), known)
         for slot in begun.values() if known is not None else ():
-            known.unpin(slot)  # type: ignore[union-attr]  # as above
+            known.pins[slot] -= 1  # type: ignore[union-attr]  # as above
         if not own.left:
             self._forget(own)
 
@@ -393,7 +390,7 @@ class Cache(Filter):
             slot = own.slots[part.block]
             if not part.status and not own.copy.is_old:
                 self._map.put(slot, part.block)
-            self._map.unpin(slot)
+            self._map.pins[slot] -= 1
         if part.status:
             self._failed(part.status)
         own.left -= 1

@@ -39,7 +39,8 @@ Limits:
     FILE, for each GiB of disk in blocks of 4 KiB, and never more than 1 GiB. They are CRC-32: of 4 billion damaged
     blocks one is not found, and nobody who wants to alter a block is kept from doing so unseen. A change of the image
     within ten seconds after FILE was closed, or of a block device, goes unnoticed, and is rot. The layer below cannot
-    grow while FILE is kept.
+    grow while FILE is kept. A read of 4096 bytes costs 5.8 us more than without this layer, in batches of 32 and alone,
+    and 2 us for each further block; a write 9.6 us.
 """
 
 from __future__ import annotations
@@ -416,5 +417,4 @@ class Checksum(Filter):
         if not self.below.can_flush:
             done(0)
             return
-        own = self._own(Op.FLUSH, 0, 0, lambda own: done(own.status))
-        self.next.submit([own])  # type: ignore[union-attr]  # as in `_pass_on`
+        self.next.submit([self._own(Op.FLUSH, 0, 0, lambda own: done(own.status))])  # type: ignore[union-attr]  # as in `_pass_on`

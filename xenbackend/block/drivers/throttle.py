@@ -63,7 +63,7 @@ Limits:
     does I/O as fast as it likes.
 
     Where nothing is held back it costs 0.2 us a request in batches of 32, 0.4 us in batches of 8, and 1.6 us for one
-    alone.
+    alone; in a group 0.1 us more in batches of 32, and 0.7 us alone.
 """
 
 from __future__ import annotations
