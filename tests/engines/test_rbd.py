@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import count, pairwise
 from pathlib import Path
 from random import Random
@@ -118,6 +118,14 @@ def owed_s(guest: Guest) -> int:
     """Return for how many seconds the cluster has owed an answer, 0 where it owes none."""
     found = re.search(r"one for (\d+) s", guest.fact("cluster"))
     return int(found[1]) if found else 0
+
+
+def go_on_all_the_same(guest: Guest, ceph: Ceph, name: str) -> None:
+    """Say that an image has all that its guest wrote, as the sentence says how, and go on."""
+    ours = re.search("image-meta set IMAGE (.*) '(.*)'", guest.error())
+    assert ours
+    ceph.rbd("image-meta", "set", f"{POOL}/{name}", *ours.groups())
+    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
 
 
 def refusal(capsys: pytest.CaptureFixture[str], chain: str, *options: str) -> str:
@@ -252,10 +260,7 @@ def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, c
     guest.load.top_up()
     until(lambda: "another disk has served the image meanwhile" in guest.error())
     assert "other-file" == guest.status()["reason"]
-    ours = re.search("image-meta set IMAGE (.*) '(.*)'", guest.error())
-    assert ours
-    ceph.rbd("image-meta", "set", f"{POOL}/{name}", *ours.groups())
-    guest.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    go_on_all_the_same(guest, ceph, name)
     guest.load.run(50)
     guest.end()
 
@@ -684,6 +689,37 @@ def test_the_same_image_as_another_user(guest: Guest, ceph: Ceph, name: str) -> 
     guest.load.run(50)
     guest.end()
     assert chain == guest.status()["chain"]
+
+
+def test_a_host_that_comes_back_writes_nothing(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
+    """A disk is served elsewhere by order while its host stands still; when that goes on, its guest waits for good."""
+    guest.load.run(50)
+    guest.load.finish()
+    stopped = [guest.machine.service_pid, guest.status()["worker"]]
+    owner = guest.fact("lock").split()[-1]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    guest.load.top_up()  # which is what it does when it goes on
+    try:
+        assert 0 == main(["image", "unlock", chain, "--owner", owner])
+        with Machine() as elsewhere, closing(elsewhere.create_guest(6)) as there:
+            path = elsewhere.attach(6, "xvda", chain)
+            with closing(there.connect(path, Wishes())) as frontend:
+                frontend.write(0, SECTOR * b"B")
+                frontend.flush()
+                before = ceph.digest(name)
+                for pid in stopped:
+                    os.kill(pid, signal.SIGCONT)
+                until(lambda: "in use by client." in guest.error())
+                assert before == ceph.digest(name)
+    finally:
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    until(lambda: "another disk has served the image meanwhile" in guest.error())
+    assert before == ceph.digest(name)
+    go_on_all_the_same(guest, ceph, name)
+    guest.load.finish()
 
 
 def pieces(capsys: pytest.CaptureFixture[str], *words: str) -> list[tuple[int, int, bool, bool]]:
