@@ -55,7 +55,7 @@ def test_a_command_shows_its_own_usage(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_command_describes_itself(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """--help, before or after the command or as `help`, has a description, and JSON for all but xl and completion."""
+    """--help, before or after the command or as `help`, has a description, and JSON for all but xl."""
     texts = []
     for words in ([name, "--help"], ["help", name]):
         if name != "xl":
@@ -67,7 +67,7 @@ def test_every_command_describes_itself(capsys: pytest.CaptureFixture[str], name
     if name != "xl":
         _, _, below = texts[0].partition("\n\n")
         assert below[0].isupper()
-        assert "--json" in texts[0] or "COMMAND" in texts[0] or name == "completion"
+        assert "--json" in texts[0] or "COMMAND" in texts[0]
 
 
 def test_the_environment_may_name_the_socket(

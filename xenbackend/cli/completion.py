@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from xenbackend.cli import complete
+from xenbackend.cli.arguments import add_json
+from xenbackend.cli.output import print_json
 
 ASK = "__complete"  # the word in front of a shell and its line
 _SPECIAL = re.compile(r"([^\w@%+=:,./^-])")  # what a shell takes for something else, outside of quotes
@@ -62,12 +64,16 @@ def register(subparsers: Any) -> None:
         '`eval "$(xenbackend completion bash)"` in ~/.bashrc.',
     )
     parser.add_argument("shell", choices=SCRIPTS, help="which one")
-    parser.set_defaults(run=run, json=False)
+    add_json(parser)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the script."""
-    sys.stdout.write(SCRIPTS[args.shell])
+    if args.json:
+        print_json({"shell": args.shell, "script": SCRIPTS[args.shell]})
+    else:
+        sys.stdout.write(SCRIPTS[args.shell])
     return 0
 
 
