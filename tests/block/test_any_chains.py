@@ -138,3 +138,28 @@ def test_any_chain_is_a_disk(machine: Machine, tmp_path: Path, request: pytest.F
             each.unlink()
 
     assert tried > 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "cow:{}.cow,block=4K", "cow:block=16K", "cache:{}.cache,size=1M,block=4K",
+        "cache:{}.cache,size=1M,mode=writethrough,block=64K", "checksum:{}.sums", "checksum:{}.sums,block=16K",
+        "readahead:size=64K", "throttle:iops=10000000,group=all",
+    ],
+)  # fmt: skip
+def test_a_filter_at_length(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, layer: str) -> None:
+    """Whatever is asked of a filter, several at once, the disk is an array of bytes; 20,000 in the suite of images."""
+    random = Random(f"{request.config.getoption('--seed')} {layer}")
+    model = bytearray(random.randbytes(SIZE))
+    (tmp_path / "image").write_bytes(model)
+    chain = machine.open(f"{layer.format(tmp_path / 'layer')}|aio:{tmp_path}/image")
+    left = request.config.getoption("--requests") // 50
+    while left > 0:
+        batch = batch_of(random, model, can_discard=chain.geometry.can_discard)
+        left -= len(batch)
+        assert [0] * len(batch) == machine.do(chain, *(each for each, _ in batch))
+        for each, expected in batch:
+            assert each.op != Op.READ or expected == content(each), each
+    assert model == machine.everything(chain)
+    chain.close()
