@@ -50,6 +50,7 @@ class Sums:
         self._line = Line()
         self._epochs: Counter[int] = Counter()  # by page: how often something began or ended that alters its blocks
         self._busy: Counter[int] = Counter()  # by page: how much has to be kept in doubt for what alters its blocks
+        self._loaded: set[int] = set()  # pages that the file had something of
         self._stale: set[int] = set()  # pages that the file does not have as they are
         self._recent: set[int] = set()  # pages that were altered since the last look
         self._unflushed: set[int] = set()  # pages with data that may not be durable below
@@ -69,7 +70,7 @@ class Sums:
         """Read log and sums, and forget those that are in doubt."""
         header, sums = self._header, self._memory[: self._header.pages * PAGE]
         if not is_fresh:
-            sums[:] = bytes(len(sums))
+            self._forget(range(header.pages))
         self._log[:] = self._file.read_at(HEADER_SIZE, header.log_size).ljust(header.log_size, b"\0")
         place, end = header.sums_at, header.sums_at + len(sums)
         while place < end:
@@ -79,10 +80,22 @@ class Sums:
                 break
             found = self._file.read_at(start, min(_PIECE, max(PAGE, stop - start)))
             sums[start - header.sums_at : start - header.sums_at + len(found)] = found
+            first = (start - header.sums_at) // PAGE
+            self._loaded.update(range(first, first + len(found) // PAGE))
             place = start + max(PAGE, len(found) // PAGE * PAGE)
         for page in self._doubtful():
             sums[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
         sums.release()
+
+    def _forget(self, pages: Iterable[int]) -> list[int]:
+        """Forget the sums of pages, and return those that had any. What was never touched takes no memory so far."""
+        zeros, cleared = bytes(PAGE), []
+        for page in pages:
+            sums = self._memory[page * PAGE : (page + 1) * PAGE]
+            if sums != zeros:
+                sums[:] = zeros
+                cleared.append(page)
+        return cleared
 
     def _doubtful(self) -> list[int]:
         return [each.start() for each in _MARKED.finditer(self._log[: self._header.pages])]
@@ -94,10 +107,7 @@ class Sums:
 
     def forget(self) -> None:
         """Forget all of them. For `open` only: nothing is in flight."""
-        for page in range(self._header.pages):
-            if any(self._memory[page * PAGE : (page + 1) * PAGE]):
-                self._memory[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
-                self._stale.add(page)
+        self._stale.update(self._forget(self._loaded))
 
     def epoch(self, first: int, last: int) -> int:
         """Return a number that is another one once a block from `first` to `last` is being altered, or was."""

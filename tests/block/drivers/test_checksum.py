@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -254,9 +255,9 @@ def test_a_large_discard_takes_no_long_time(machine: Machine, tmp_path: Path) ->
     chain = machine.open(f"checksum:{tmp_path}/sums,block=64K|fault:rate=0|null:64G", checked=False)
     driver_of(chain)._can_discard = True  # null: has none
     driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))  # type: ignore[method-assign,union-attr]
-    began = machine.reactor.now()
+    began = time.process_time()
     assert [0, 0] == machine.do(chain, discard(512, (1 << 36) - 1024), write(0, bytes(512)))
-    assert machine.reactor.now() - began < 1
+    assert time.process_time() - began < 1
     chain.close()
 
 
