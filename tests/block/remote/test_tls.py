@@ -233,6 +233,13 @@ def test_files_that_are_wrong_are_named(places: Places, change: dict[str, str], 
         Tls({**credentials(places.client), **change}, "")
 
 
+@pytest.mark.parametrize("host", [".example", "a" * 64 + ".example"])
+def test_a_host_that_no_certificate_is_of(places: Places, host: str) -> None:
+    """A name that cannot stand in a certificate is a sentence before anything is connected to."""
+    with pytest.raises(TlsFailed, match="no certificate is of a host that is called"):
+        Tls(credentials(places.nobody), host)
+
+
 def test_a_key_that_is_anothers_is_refused(places: Places) -> None:
     """A key that does not belong to the certificate is found when the disk is opened."""
     theirs = {"client-key.pem": (places.good / "server-key.pem").read_text()}

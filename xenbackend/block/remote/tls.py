@@ -61,18 +61,20 @@ class Tls:
             context.load_verify_locations(cadata=credentials[AUTHORITIES])
         except (ssl.SSLError, ValueError) as error:
             raise TlsFailed(f"{AUTHORITIES} has no certificate in it") from error
+        try:
+            self._begin(ssl.MemoryBIO(), ssl.MemoryBIO())
+        except ValueError as error:  # UnicodeError among them
+            raise TlsFailed(f"no certificate is of a host that is called {host!r}") from error
         if CERTIFICATE in credentials:
             _give_certificate(context, credentials[CERTIFICATE].encode(), credentials[KEY].encode())
 
     def over(self, near: socket.socket) -> TlsSocket:
         """Return what `near` is with TLS; `handshake` comes next."""
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        return TlsSocket(
-            near,
-            self._context.wrap_bio(incoming, outgoing, server_hostname=self._host or None),
-            incoming,
-            outgoing,
-        )
+        return TlsSocket(near, self._begin(incoming, outgoing), incoming, outgoing)
+
+    def _begin(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> ssl.SSLObject:
+        return self._context.wrap_bio(incoming, outgoing, server_hostname=self._host or None)
 
 
 class TlsSocket:
