@@ -172,6 +172,7 @@ def test_a_server_without_tls_hears_nothing_of_us(machine: Machine, server: Serv
         machine.open(f"nbd:unix:{server.path},drain=0s")
 
 
+@pytest.mark.rows("A32")
 def test_what_comes_before_tls_ends_the_connection(machine: Machine, server: Server, places: Places) -> None:
     """Bytes in plain text behind the consent to TLS could be anybody's."""
     server.injects = pack(">QIII", 0x3E889045565A9, 8, 1, 0)
