@@ -50,6 +50,8 @@ def command(machine: Machine) -> list[str]:
         *("-initrd", f"{image / 'vmlinux'} {LINUX_ARGUMENTS},{image / 'dom0.cpio'}"),
         *("-drive", f"file={image / 'root.img'},if=none,id=root,format=raw,snapshot=on,cache=unsafe"),
         *("-device", "nvme,drive=root,serial=root"),
+        *("-drive", f"file={image / 'root.img'},if=none,id=driver,format=raw,snapshot=on,cache=unsafe"),
+        *("-device", "nvme,drive=driver,serial=driver"),  # the root of a driver domain
         *("-drive", f"file={machine.parcel},if=none,id=parcel,format=raw,cache=unsafe"),
         *("-device", "nvme,drive=parcel,serial=parcel"),
         *("-serial", f"file:{machine.console}", "-chardev", "stdio,id=channel,signal=off"),

@@ -27,6 +27,8 @@ SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_canary.py": 110,
     "tests/xen/test_config_line.py": 90,
     "tests/xen/test_debian_package.py": 200,
+    "tests/xen/test_driver_domain.py": 280,
+    "tests/xen/test_driver_domain_death.py": 330,
     "tests/xen/test_grub.py": 18,
     "tests/xen/test_guest_ends.py": 110,
     "tests/xen/test_hvm.py": 25,

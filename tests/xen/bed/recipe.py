@@ -22,7 +22,7 @@ from tests.xen.bed.release import DECOMPRESS, Release
 HERE = Path(__file__).parent
 FILES = [
     *(HERE / name for name in ("recipe.py", "initramfs.py")),
-    *(HERE / "files" / name for name in ("dom0-init", "guest-init", "suite.service", "find-disk")),
+    *(HERE / "files" / name for name in ("dom0-init", "guest-init", "take-orders", "suite.service", "find-disk")),
 ]
 PACKAGES = [  # besides the release's own
     *("systemd", "systemd-sysv", "udev", "kmod", "dbus", "linux-image-amd64", "python3", "python3-venv"),
@@ -94,7 +94,14 @@ def _add_guest(source: initramfs.Source, vmlinux: Path) -> None:
     place = source.root / "opt/guest"
     place.mkdir(parents=True)
     shutil.copy(vmlinux, place)
-    initramfs.make(place / "initrd", source, init=HERE / "files/guest-init", modules=GUEST_MODULES, tools=GUEST_TOOLS)
+    initramfs.make(
+        place / "initrd",
+        source,
+        init=HERE / "files/guest-init",
+        modules=GUEST_MODULES,
+        scripts=[HERE / "files/take-orders"],
+        tools=GUEST_TOOLS,
+    )
 
 
 def _configure(root: Path) -> None:

@@ -6,15 +6,16 @@ Must not measure: what an emulated machine's rates are worth is for a benchmark 
 from __future__ import annotations
 
 from tests.xen.tools.command import until
+from tests.xen.tools.driver_domain import DriverDomain
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.service import Service
 
 
-def verify(file: str, size: str = "8m") -> str:
+def verify(file: str, size: str = "8m", *, sector_size: int = 512) -> str:
     """Return the command; its status says whether every block was right."""
     return (
-        f"fio --name=verify --filename={file} --size={size} --rw=randwrite --bsrange=512-128k --ioengine=libaio "
-        "--iodepth=16 --direct=1 --fsync=64 --verify=crc32c --minimal --alloc-size=1024"
+        f"fio --name=verify --filename={file} --size={size} --rw=randwrite --bsrange={sector_size}-128k "
+        "--ioengine=libaio --iodepth=16 --direct=1 --fsync=64 --verify=crc32c --minimal --alloc-size=1024"
     )
 
 
@@ -28,8 +29,8 @@ class Load:
         again = f"until [ -e {self._end} ]; do {verify(f'/dev/{vdev}', '4m')} || exit 1; done"
         self._job = guest.start(f"rm -f {self._end}\n{again}")
 
-    def wait_until_it_writes(self, service: Service) -> None:
-        """Return when the service, which must be ours, has seen more requests than just now."""
+    def wait_until_it_writes(self, service: Service | DriverDomain) -> None:
+        """Return when the service that has the disk, here or in a driver domain, has seen more requests."""
         before = self._writes(service)
         until(f"{self._vdev} is written", lambda: self._writes(service) > before)
 
@@ -38,5 +39,9 @@ class Load:
         self._guest.run(f"touch {self._end}")
         self._job.wait()
 
-    def _writes(self, service: Service) -> int:
+    def is_over(self) -> bool:
+        """Return whether it has ended, by itself or because it was told to."""
+        return self._job.is_over()
+
+    def _writes(self, service: Service | DriverDomain) -> int:
         return int(service.disk(self._guest.domid, self._vdev)["counters"].get("writes", 0))
