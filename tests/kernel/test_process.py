@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, unboost
+from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, state_of, unboost
 
 # The shell in between ends first; then its child does, with status 7.
 _PROGRAM = """
@@ -121,3 +121,17 @@ def test_a_process_ends_with_its_parent(parent: str, status: int) -> None:
     program = f"import os; from xenbackend.kernel.process import end_with; end_with({parent}, 15)"
 
     assert status == subprocess.run([sys.executable, "-c", program], check=False).returncode
+
+
+def test_a_process_has_a_state() -> None:
+    """One that sleeps, was stopped, has ended and is not waited for, and one that is not there."""
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        sleeper.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+        stopped = state_of(sleeper.pid)
+        sleeper.kill()
+        os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+        ended = state_of(sleeper.pid)
+
+    assert ("T", "Z", "") == (stopped, ended, state_of(sleeper.pid))
+    assert "R" == state_of(os.getpid())

@@ -26,7 +26,7 @@ DISK = "5/xvda"
 LIMIT_S = 45.0  # of a look at everything, on a host under load; the looks themselves have seconds
 Found = dict[str, Any]
 AS_NOBODY = """
-import os, shutil, sys, tomllib, difflib
+import difflib, encodings.ascii, os, shutil, sys, tomllib  # while Python can be read
 from xenbackend.cli import doctor, doctor_text, output, top, top_rows, top_screen
 from xenbackend.doctor import examine
 from xenbackend.cli.main import main

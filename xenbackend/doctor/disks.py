@@ -14,8 +14,8 @@ from xenbackend.blkif.handshake import XenbusState, name
 from xenbackend.disks import DiskName
 from xenbackend.doctor.finding import Finding, ok, unknown, wrong
 from xenbackend.doctor.handshake import Move, Who, next_move
-from xenbackend.doctor.service import state_of
 from xenbackend.errors import printable
+from xenbackend.kernel.process import state_of
 from xenbackend.supervisor.vbd.reasons import Reason
 
 PATIENCE_S = 30.0  # for which a guest may boot, or anybody take his time

@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from xenbackend.doctor.finding import Finding, Verdict, unknown
-from xenbackend.kernel.process import end_with
+from xenbackend.kernel.process import end_with, state_of
 
 LIMIT_S = 4.0  # of one look
 ALL_S = 15.0  # of all together
 _AT_ONCE = 32
-_REAP_S = 0.1
+_REAP_S = 0.05
+_IN_CALL = 4  # times that a process is seen there, one after the other: it does not come back soon
 _PIECE = 1 << 16
 
 
@@ -124,11 +125,13 @@ def _over(children: dict[int, _Child], limit_s: float, give_up: float) -> list[i
 
 
 def _reap(pid: int) -> None:
-    """Wait for the end of a process that was killed, unless it does not come."""
+    """Wait for the end of a process that was killed, unless it is in a call that nothing ends."""
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    poll.poll(_REAP_S * 1000)
+    in_call = 0
+    while not poll.poll(_REAP_S * 1000) and in_call < _IN_CALL:
+        in_call = in_call + 1 if state_of(pid) == "D" else 0
     os.close(pidfd)
     os.waitpid(pid, os.WNOHANG)
 

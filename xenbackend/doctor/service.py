@@ -17,6 +17,7 @@ from xenbackend.doctor.finding import Finding, ok, unknown, wrong
 from xenbackend.doctor.probes import Result
 from xenbackend.host import activate
 from xenbackend.host.files import UNIT
+from xenbackend.kernel.process import state_of
 from xenbackend.protocol.client import ServiceError, call
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.settings import Settings
@@ -127,14 +128,6 @@ def _not_running(control: str, unit: Mapping[str, str]) -> Finding:
             "service", f"{nobody}; systemd did not start it, as this was no Xen host", f"systemctl status {UNIT}"
         )
     return wrong("service", f"{nobody}; its unit is {state or 'unknown to systemd'}", _START)
-
-
-def state_of(pid: int, proc: Path = _PROC) -> str:
-    """Return the state of a process in a letter, as proc_pid_stat(5) has it; empty where there is none."""
-    try:
-        return (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 def look_at_walls(disks: list[dict[str, Any]]) -> list[Finding]:

@@ -52,6 +52,14 @@ def kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
+def state_of(pid: int) -> str:
+    """Return the state of a process in a letter, as proc_pid_stat(5) has it; empty where there is none."""
+    try:
+        return _text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
 class OpenFile:
     """A file that a process has open, as the kernel tells without asking the file's own file system.
