@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tempfile
 
 from xenbackend.errors import DriverError, printable
 from xenbackend.kernel import blockdev, identity, inuse
@@ -63,6 +62,8 @@ def hold_unnamed(directory: str) -> int:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             problem = f"no unnamed file can be made in {printable(directory)}, the directory of the setting scratch"
             raise DriverError(f"{problem}: {error.strerror}", path=directory, errno=error.errno or errno.EIO) from error
+        import tempfile  # late: most file systems make one, and who looks at an image imports little
+
         fd, name = tempfile.mkstemp(prefix=".xenbackend-", dir=directory)
         os.unlink(name)  # noqa: PTH108 - as all here
     try:
