@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,11 +132,12 @@ def test_what_is_told_is_done_in_order(tmp_path: Path, seed: int) -> None:
 class Stage:
     """A session in which everything is done at once, but for flushes: each ends when the third write after it came."""
 
+    can_flush = True
+
     def __init__(self) -> None:
         self.waiting: list[tuple[int, Request]] = []
         self.writes = 0
         self.flushes = 0
-        self.chain = SimpleNamespace(geometry=SimpleNamespace(can_flush=True))
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests of either disk."""

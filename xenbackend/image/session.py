@@ -38,6 +38,7 @@ class Disk:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         self.size = chain.geometry.size  # bytes
+        self.can_flush = chain.geometry.can_flush
         chain.complete = _tell
 
     def submit(self, batch: Sequence[Request]) -> None:

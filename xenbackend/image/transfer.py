@@ -119,7 +119,7 @@ class Transfer:
                     now_durable()
                 if self._sync is not None:  # where the page cache does everything at once, nobody else would look
                     self._session.glance()
-                elif settled >= SYNC_EVERY and self._target.chain.geometry.can_flush:
+                elif settled >= SYNC_EVERY and self._target.can_flush:
                     settled = 0
                     self._begin_sync(partial(durable, last))
         finally:
@@ -137,7 +137,7 @@ class Transfer:
         """
         if self._lost is not None:
             check_status(self._target, self._lost)
-        if self._target.chain.geometry.can_flush:
+        if self._target.can_flush:
             self._session.do(self._target, flush_request())
 
     def _begin(self, todo: Iterator[Piece]) -> bool:
