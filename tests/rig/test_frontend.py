@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import threading
 from random import Random
@@ -19,6 +20,7 @@ from xenbackend.blkif.abi import (
     NATIVE,
     X86_32,
 )
+from xenbackend.errors import StoreError
 from xenbackend.rig.frontend import CLOSED, CONNECTED, DiskError, Wishes
 from xenbackend.rig.guest_ring import random_spans, whole_spans
 from xenbackend.rig.pattern import DiskModel
@@ -160,6 +162,29 @@ def test_closing_leaves_nothing(bench) -> None:
     assert CLOSED == frontend.backend_state()
     assert {"mappings": 0, "pins": 0, "ports": 0} == bench.xen.held()
     assert before == bench.guest.free_pages()
+
+
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EIO])
+def test_closing_while_the_directory_goes(bench, monkeypatch: pytest.MonkeyPatch, why: int) -> None:
+    """A backend whose directory is removed once it is Closed has closed: xenstored lets a guest see nothing there any
+    more. Any other error of xenstore is one.
+    """
+    frontend = bench.frontend()
+    frontend.connect()
+    read = bench.store.read_optional
+
+    def refuse(path: str) -> str | None:
+        if not bench.backend.rings and path.startswith(bench.back):
+            raise StoreError(f"read {path}", why)
+        return read(path)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(bench.store, "read_optional", refuse)
+    if why == errno.EACCES:
+        frontend.close()
+        assert {"mappings": 0, "pins": 0, "ports": 0} == bench.xen.held()
+    else:
+        with pytest.raises(StoreError, match="read"):
+            frontend.close()
 
 
 def test_crash_and_return(bench) -> None:

@@ -7,6 +7,7 @@ Source: Linux drivers/block/xen-blkfront.c (talk_to_blkback, blkfront_connect, b
 
 from __future__ import annotations
 
+import errno
 import select
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +25,12 @@ from xenbackend.blkif.abi import (
     VDISK_READONLY,
     Layout,
 )
-from xenbackend.errors import XenbackendError
+from xenbackend.errors import StoreError, XenbackendError
 from xenbackend.kernel.fence import find_fence
 from xenbackend.rig.guest import Guest
 from xenbackend.rig.guest_ring import BackendMisbehaved, GuestRing, Span, Submitted
 
-INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = range(1, 7)  # io/xenbus.h
+UNKNOWN, INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = range(7)  # io/xenbus.h
 
 
 class Store(Protocol):
@@ -256,13 +257,15 @@ class Frontend:
     def close(self, timeout_s: float = 10) -> None:
         """Finish the requests in flight, then go through Closing to Closed with the backend.
 
+        A toolstack may remove the backend's directory as soon as that is Closed, before we see it.
+
         Raises: TimeoutError; BackendMisbehaved if the backend keeps a page mapped.
         """
         self.drain(timeout_s)
         self._set_state(CLOSING)
-        self._wait_for_backend({CLOSING, CLOSED}, timeout_s)
+        self._wait_for_backend({CLOSING, CLOSED, UNKNOWN}, timeout_s)
         self._set_state(CLOSED)
-        self._wait_for_backend({CLOSED}, timeout_s)
+        self._wait_for_backend({CLOSED, UNKNOWN}, timeout_s)
         for ring in self.rings:
             ring.close()
         self.rings = []
@@ -274,8 +277,13 @@ class Frontend:
         self.rings = []
 
     def backend_state(self) -> int:
-        """Return the backend's state, 0 if it has none."""
-        return self._offered("state")
+        """Return the backend's state, 0 if it has none; of a directory that is gone a guest may not even know that."""
+        try:
+            return self._offered("state")
+        except StoreError as error:
+            if error.errno != errno.EACCES:
+                raise
+            return UNKNOWN
 
     def _do(self, request: Submitted) -> Submitted:
         self.wait([request])
