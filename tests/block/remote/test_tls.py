@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from struct import pack
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.block.drivers.test_nbd import until_served
 from tests.certificates import Authority
 from tests.helpers_block import Machine, again, content, flush, read, write
 from tests.nbd_server import MULTI_CONN, Export, Server
+from xenbackend.block.remote import tls
 from xenbackend.block.remote.connection import Connection
 from xenbackend.block.remote.tls import Tls, TlsFailed
 from xenbackend.block.request import AWAY
@@ -246,6 +248,14 @@ def test_a_key_that_is_anothers_is_refused(places: Places) -> None:
     theirs = {"client-key.pem": (places.good / "server-key.pem").read_text()}
     with pytest.raises(TlsFailed, match=r"client-key.pem is not the key of client-cert.pem"):
         Tls({**credentials(places.client), **theirs}, "")
+
+
+def test_a_python_that_is_built_otherwise_is_refused(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no OpenSSL context is found inside of Python's, there is a sentence, and nothing is written there."""
+    library = SimpleNamespace(SSL_CTX_get_options=lambda _: 1)  # with no other function to be called
+    monkeypatch.setattr(tls, "_library", lambda: library)
+    with pytest.raises(TlsFailed, match="no context is where one should be"):
+        Tls(credentials(places.client), "")
 
 
 def test_a_key_with_a_passphrase_asks_nobody(places: Places) -> None:

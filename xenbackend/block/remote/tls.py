@@ -200,6 +200,8 @@ def _give_certificate(context: ssl.SSLContext, certificate: bytes, key: bytes) -
     except (OSError, AttributeError) as error:
         raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: {error}") from error
     pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
+    if library.SSL_CTX_get_options(pointer) != context.options:  # a Python whose contexts begin in another way
+        raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: no context is where one should be")
     bio = library.BIO_new_mem_buf(certificate, len(certificate))
     try:
         found = 0
@@ -244,6 +246,7 @@ def _library() -> Any:
         ("ERR_clear_error", [], None),
         ("SSL_CTX_use_certificate", [address, address], number),
         ("SSL_CTX_use_PrivateKey", [address, address], number),
+        ("SSL_CTX_get_options", [address], ctypes.c_uint64),
         ("SSL_CTX_ctrl", [address, number, ctypes.c_long, address], ctypes.c_long),
     ):
         function = getattr(library, name)
