@@ -40,9 +40,11 @@ class Authority:
         )  # fmt: skip
 
     def server(self, name: str, host: str = "localhost", days: int = 30) -> Path:
-        """Return a directory as nbdkit and QEMU take it for a server."""
+        """Return a directory as nbdkit and QEMU take it for a server; QEMU would make parameters in seconds."""
         directory = self.directory / name
         directory.mkdir()
+        parameters = ("-algorithm", "DH", "-pkeyopt", "group:ffdhe2048")
+        _openssl("genpkey", "-genparam", *parameters, "-out", directory / "dh-params.pem")
         self.sign(directory / "server", host, days)
         shutil.copy(self.certificate, directory)
         return directory
