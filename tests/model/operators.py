@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VERBS = {  # how often each is chosen
     "set": 30, "snapshot": 8, "resize": 6, "pause": 12, "resume": 14, "policy": 8, "upgrade": 10, "command": 8,
-    "keep": 2, "drop": 2, "status": 4, "orders": 4, "ping": 1, "nonsense": 3,
+    "status": 4, "orders": 4, "ping": 1, "nonsense": 3,
 }  # fmt: skip
 POLICIES = ("read=retry", "read=error", "write=pause,read=retry", "all=retry", "nospace=pause", "bogus=1")
 _EXCHANGES = ("set", "snapshot", "resize")
@@ -125,8 +125,6 @@ class Administrator:
         elif verb == "snapshot":
             request["file"] = world.images.new_name(".qcow2") if random.random() < 0.8 else world.existing_file
             request["format"] = random.choice(["", "", "qcow2", "bogus"])
-        elif verb == "keep":
-            request["file"] = "/kept"
         elif verb == "policy":
             request["policy"] = random.choice(POLICIES) if random.random() < 0.9 else ""
         elif verb == "command":
