@@ -92,6 +92,14 @@ def functions() -> dict[str, int]:
     return found
 
 
+def test_a_group_stays_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Tests of one group run in one process where several share the work: pytest-xdist tells it by the name of each."""
+    if not request.config.getoption("loadgroup", default=False):
+        pytest.skip("not shared out by groups")
+
+    assert request.node.nodeid.endswith("@sources")
+
+
 def test_files_are_short() -> None:
     """No file is over 420 lines, and half of them are below 150."""
     lines = {place_of(file): lines_of(file) for file in FILES if not is_package_head(file)}

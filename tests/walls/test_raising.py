@@ -17,9 +17,13 @@ from xenbackend.kernel import landlock
 from xenbackend.walls import raising
 from xenbackend.walls.raising import FIRST_USER, Raised, Wall, Walls, describe
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or platform.machine() != "x86_64", reason="the canary is root, and calls by numbers of x86_64"
-)
+pytestmark = [
+    pytest.mark.xdist_group("canary"),  # what it got is looked at by many tests, and takes seconds to find out
+    pytest.mark.skipif(
+        os.geteuid() != 0 or platform.machine() != "x86_64",
+        reason="the canary is root, and calls by numbers of x86_64",
+    ),
+]
 
 # What each wall alone stands before, once the filter of system calls, which would hide most of it, is left out.
 ONLY = {
