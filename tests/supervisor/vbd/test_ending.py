@@ -16,7 +16,7 @@ from xenbackend.errors import ConfigError
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
-from xenbackend.supervisor.vbd import ending
+from xenbackend.supervisor.vbd import ending, phase
 from xenbackend.supervisor.vbd.last_chains import DIRECTORY, LastChain, LastChains
 from xenbackend.supervisor.vbd.vbd_log import UNFINISHED
 from xenbackend.supervisor.xenstore.store import Store
@@ -253,9 +253,15 @@ def test_a_disk_whose_exchange_nobody_has_seen_the_end_of_waits_for_an_administr
 
 
 def test_a_service_that_was_only_replaced_finds_out_by_itself(
-    xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, kept: Kept
+    xenstored: Xenstored,
+    toolstack: Store,
+    guest: Store,
+    tmp_path: Path,
+    kept: Kept,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the notes were kept they count, and the file only says the same: the worker tells, or its journal."""
+    monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which nobody tells its heir
     stepped = Stepped(xenstored.address, Settings(), directory=tmp_path, keeper=kept.keeper())
     serve(stepped, toolstack, guest, "null:4G")
     begin(stepped, "set", chain="null:7G")

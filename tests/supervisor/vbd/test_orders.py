@@ -20,6 +20,7 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.vbd import phase
 from xenbackend.supervisor.vbd.device import Phase
 from xenbackend.supervisor.vbd.orders import BARRED_BY
 from xenbackend.supervisor.xenstore.store import Store
@@ -406,9 +407,10 @@ def test_a_worker_that_dies_after_it_put_a_chain_in_is_followed_by_one_with_that
 
 
 def test_worker_and_service_that_both_die_after_a_chain_was_put_in(
-    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next service finds in the journal which chain was in service last, and makes params say so."""
+    monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which nobody tells its heir
     stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     serve(stepped, toolstack, guest)
     answers = begin(stepped, "set", chain="null:6G")
