@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from zlib import crc32
 
 import pytest
 
@@ -11,6 +12,8 @@ from tests.part import Part
 from xenbackend import settings_file
 from xenbackend.image import session
 
+_LONGEST_VALUE = 200  # characters or bytes of a parameter that become a part of its test's name
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let random tests run longer, or again."""
@@ -18,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run what takes minutes, too")
     parser.addoption("--part", type=Part.parse, metavar="K/N", help="only the K-th of N parts of what would be run")
     parser.addoption("--seed", type=int, default=1, help="start of random numbers")
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a test by what an image or a flood of text is, and not by all of it: names are kept and sent many times."""
+    if isinstance(val, str | bytes) and len(val) > _LONGEST_VALUE:
+        content = val if isinstance(val, bytes) else val.encode(errors="surrogatepass")
+        return f"{len(val)} {'bytes' if isinstance(val, bytes) else 'characters'} {crc32(content):08x}"
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

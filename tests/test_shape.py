@@ -100,6 +100,13 @@ def test_a_group_stays_in_one_process(request: pytest.FixtureRequest) -> None:
     assert request.node.nodeid.endswith("@sources")
 
 
+def test_names_of_tests_are_short(request: pytest.FixtureRequest) -> None:
+    """No name holds an image: each process sends all names to the one that shares the tests out, and keeps them."""
+    names = [item.nodeid for item in request.session.items]
+
+    assert [] == [name[:100] for name in names if len(name) > 1000]
+
+
 def test_files_are_short() -> None:
     """No file is over 420 lines, and half of them are below 150."""
     lines = {place_of(file): lines_of(file) for file in FILES if not is_package_head(file)}
