@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,18 +206,32 @@ class Stepped:
 
 
 class Kept:
-    """A keeper of descriptors, whose memory goes from one service to the next: that of `supervisor.parent`."""
+    """A keeper of descriptors, whose memory goes from one service to the next: that of `supervisor.parent`.
+
+    It listens all the time, as a parent does: a service that nobody listens to waits for its time-out again and again.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._parents = parent.Store(directory / "keep")
         self._environment = {"NOTIFY_SOCKET": str(self._parents.path), "FDSTORE": "64"}
+        self._lock = threading.Lock()
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while self._end not in select.select([self._parents.socket, self._end], [], [])[0]:
+            self._take_all()
+
+    def _take_all(self) -> None:
+        with self._lock, suppress(BlockingIOError):
+            while self._parents.take():
+                pass
 
     @property
     def fds(self) -> dict[str, int]:
         """What is kept now, by name."""
-        with suppress(BlockingIOError):
-            while self._parents.take():
-                pass
+        self._take_all()
         return self._parents.fds
 
     def keeper(self) -> Keeper:
@@ -225,8 +241,12 @@ class Kept:
         return keeper
 
     def close(self) -> None:
-        """Let go of everything."""
-        self._parents.close()
+        """Let go of everything; nothing the second time."""
+        if self._thread.is_alive():
+            os.eventfd_write(self._end, 1)
+            self._thread.join()
+            os.close(self._end)
+            self._parents.close()
 
 
 def write_like_libxl(store: Store, path: VbdPath = PATH, **changes: str) -> None:
