@@ -80,7 +80,7 @@ class LocalOpener(Attendant):
     def note_over(self) -> None:
         """Nobody needs it any more."""
 
-    def hangs(self, _patience_s: float = 0.0) -> bool:
+    def hangs(self) -> bool:
         """Nothing hangs here."""
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,10 +67,36 @@ def service() -> Iterator[Service]:
     service.close()
 
 
+def until_begun(service: Service, opener: Opener) -> None:
+    """Let the loop run until an opener has its process."""
+    while opener.waits:
+        service.loop.call_later(0.01, service.loop.stop)
+        service.loop.run()
+
+
 def ask(service: Service, remote: RemoteOpener, path: Path) -> None:
     """Have a file looked at while the loop runs."""
     service.loop.run_in_thread(lambda: remote.look(str(path)) and None, service.loop.stop)
     service.loop.run()
+
+
+def test_one_that_was_killed_hangs_only_in_a_call(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has not had its turn to end hangs no storage, unless it takes very long; one in a call does, at once."""
+    opener, remote = service.begin("null:1G")
+    assert not opener.hangs()
+    until_begun(service, opener)
+    opener.kill()
+    is_slow = opener.hangs()
+    with monkeypatch.context() as patched:
+        patched.setattr("xenbackend.supervisor.service.opener.state_of", lambda _: "D")
+        is_in_call = opener.hangs()
+    with monkeypatch.context() as patched:
+        patched.setattr(service.loop, "now", lambda: time.monotonic() + 60)
+        takes_long = opener.hangs()
+    service.until_end()
+    remote.close()
+
+    assert (False, True, True) == (is_slow, is_in_call, takes_long)
 
 
 def test_it_ends_when_its_worker_lets_go(service: Service, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from xenbackend.kernel.process import state_of
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.process import Process
 
 PATIENCE_S = 1.0  # for those that were killed
+_ENDING_S = 10.0  # in which any ends that does not hang, however busy the host is
+_UNINTERRUPTIBLE = "D"  # proc_pid_stat(5)
 BREACH = 3  # exit status, `opener.main.BREACH`
 
 # What was found, with its descriptors, which are the callee's; returns why the worker may not have it, or nothing.
@@ -128,9 +131,14 @@ class Opener:
         elif self.over_since is None:
             self.over_since = self._loop.now()
 
-    def hangs(self, patience_s: float = 0.0) -> bool:
-        """Return whether it should have ended so long ago."""
-        return self.over_since is not None and self._loop.now() - self.over_since >= patience_s
+    def hangs(self) -> bool:
+        """Return whether it should have ended, and is in a call that no signal ends, or should have long ago.
+
+        One that only has had no turn on the CPU since it was killed does not hang.
+        """
+        if self.over_since is None or self._process is None:
+            return False
+        return state_of(self._process.pid) == _UNINTERRUPTIBLE or self._loop.now() - self.over_since >= _ENDING_S
 
     def end(self, patience_s: float = PATIENCE_S) -> None:
         """Kill it and let go of it, without a word to anybody; one that hangs in a call is left to itself."""

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 Then = Callable[[messages.Reply], None]
 _MAX_LOG = 4000  # characters of a line
-_MOST_HANGING = 2  # openers of one disk that were killed and have not ended: the next worker waits for their storage
-_ENDING_S = 10.0  # in which one ends whose order is carried out, however busy the host is
+_MOST_HANGING = 2  # openers of one disk that nobody needs and that do not end: the next worker waits for their storage
 
 
 class StorageHangs(KernelError):
@@ -69,9 +68,9 @@ class Link:
         self.worker = worker = self._fleet.start(self._take, self._end, to_load_ahead(chain))
         return worker
 
-    def _check_hanging(self, patience_s: float = 0.0) -> None:
-        """Raise StorageHangs where as many openers as may hang should have ended so long ago."""
-        if sum(opener.hangs(patience_s) for opener in self._openers) >= _MOST_HANGING:
+    def _check_hanging(self) -> None:
+        """Raise StorageHangs where as many openers hang as may."""
+        if sum(opener.hangs() for opener in self._openers) >= _MOST_HANGING:
             raise StorageHangs
 
     def adopt(self, fds: tuple[int, int]) -> None:
@@ -103,7 +102,7 @@ class Link:
         try:
             job = self._openings.for_question(question)
             if job is not None:
-                self._check_hanging(_ENDING_S)
+                self._check_hanging()
             opener = self._send(messages.Ask(self._last, question), [], job)
             if opener is not None:
                 self._asked_with[self._last] = opener
