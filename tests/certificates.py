@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+KINDS = ("EC", "RSA", "ED25519")  # of keys, besides the one that certificates here have
 
 
 class Authority:
@@ -28,12 +30,12 @@ class Authority:
             "req", "-x509", *_KEY, "-keyout", self._key, "-out", self.certificate, "-days", "30", "-subj", f"/CN={name}"
         )
 
-    def sign(self, stem: Path, host: str = "localhost", days: int = 30) -> None:
+    def sign(self, stem: Path, host: str = "localhost", days: int = 30, key: Sequence[str] = _KEY) -> None:
         """Make ``STEM-key.pem``, and ``STEM-cert.pem`` of a host, which is also 127.0.0.1 where it is localhost."""
         request, names = stem.with_suffix(".csr"), stem.with_suffix(".ext")
         addresses = ",IP:127.0.0.1" if host == "localhost" else ""
         names.write_text(f"subjectAltName=DNS:{host}{addresses}\n")
-        _openssl("req", *_KEY, "-keyout", f"{stem}-key.pem", "-out", request, "-subj", f"/CN={host}")
+        _openssl("req", *key, "-keyout", f"{stem}-key.pem", "-out", request, "-subj", f"/CN={host}")
         _openssl(
             "x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial",
             "-days", str(days), "-extfile", names, "-out", f"{stem}-cert.pem",
@@ -59,5 +61,11 @@ class Authority:
         return directory
 
 
-def _openssl(*words: object) -> None:
-    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=20)
+def make_key(kind: str) -> str:
+    """Return a new private key of one of KINDS, as PEM."""
+    more = ("-pkeyopt", "ec_paramgen_curve:P-256") if kind == "EC" else ()
+    return _openssl("genpkey", "-algorithm", kind, *more).decode()
+
+
+def _openssl(*words: object) -> bytes:
+    return subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=20).stdout

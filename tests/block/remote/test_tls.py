@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from struct import pack
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.block.drivers.test_nbd import until_served
-from tests.certificates import Authority
+from tests.certificates import KINDS, Authority, make_key
 from tests.helpers_block import Machine, again, content, flush, read, write
 from tests.nbd_server import MULTI_CONN, Export, Server
 from xenbackend.block.remote import tls
@@ -37,6 +37,14 @@ class Places:
         self.other_host = ours.server("other", "other.example")
         self.stranger = Authority(directory / "theirs", "theirs").server("good")
         self.client, self.nobody = (ours.client(f"client-{shows}", shows_itself=shows) for shows in (True, False))
+
+    def with_files(self, name: str, files: Mapping[str, str]) -> Path:
+        """Return a directory that is as our client's but for some files."""
+        directory = self.ours.directory / name
+        directory.mkdir()
+        for file, written in {**credentials(self.client), **files}.items():
+            (directory / file).write_text(written)
+        return directory
 
     def context(self, directory: Path, *, wants_client: bool = False) -> ssl.SSLContext:
         """Return what a server is by the certificates of a directory."""
@@ -243,11 +251,31 @@ def test_a_host_that_no_certificate_is_of(places: Places, host: str) -> None:
         Tls(credentials(places.nobody), host)
 
 
-def test_a_key_that_is_anothers_is_refused(places: Places) -> None:
-    """A key that does not belong to the certificate is found when the disk is opened."""
-    theirs = {"client-key.pem": (places.good / "server-key.pem").read_text()}
-    with pytest.raises(TlsFailed, match=r"client-key.pem is not the key of client-cert.pem"):
-        Tls({**credentials(places.client), **theirs}, "")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_that_is_anothers_is_refused(machine: Machine, server: Server, places: Places, kind: str) -> None:
+    """A key that does not belong to the certificate, of whatever kind, is said before the server hears anything."""
+    theirs = places.with_files(f"theirs-{kind}", {"client-key.pem": make_key(kind)})
+    server.tls, server.needs_tls = places.context(places.good), True  # which would take somebody who is nobody
+    with pytest.raises(DriverError, match=r"client-key.pem is not the key of client-cert.pem"):
+        machine.open(text(server, theirs))
+    assert 0 == server.accepted
+
+
+def test_a_certificate_that_openssl_does_not_take_is_refused(places: Places) -> None:
+    """One with a key that is too short for this host's rules is a sentence; nobody goes on as nobody."""
+    short = Authority(places.ours.directory / "short")
+    short.sign(short.directory / "client", key=("-newkey", "rsa:1024", "-nodes"))
+    with pytest.raises(TlsFailed, match=r"OpenSSL does not take client-cert.pem: ee key too small"):
+        Tls({**credentials(places.client), **credentials(short.directory)}, "")
+
+
+def test_a_chain_of_certificates_is_whole(places: Places) -> None:
+    """A second certificate that cannot be read is no end of the file."""
+    certificate = credentials(places.client)["client-cert.pem"]
+    broken = certificate + "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    with pytest.raises(TlsFailed, match=r"client-cert.pem has a certificate in it that cannot be read"):
+        Tls({**credentials(places.client), "client-cert.pem": broken}, "")
+    Tls({**credentials(places.client), "client-cert.pem": f"{certificate}{places.ours.certificate.read_text()}\n"}, "")
 
 
 def test_a_python_that_is_built_otherwise_is_refused(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:

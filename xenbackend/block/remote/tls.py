@@ -28,6 +28,7 @@ from xenbackend.nbd.abi import NbdError
 
 _MOST = 256 * 1024  # bytes that are encrypted, or received, at once
 _EXTRA_CHAIN_CERT = 14  # openssl/ssl.h, SSL_CTRL_EXTRA_CHAIN_CERT
+_END_OF_FILE = "no start line"  # openssl/pem.h, PEM_R_NO_START_LINE
 _UNKNOWN = "its certificate is from no authority that we know"
 # openssl/x509_vfy.h, by X509_V_ERR_...
 _SENTENCES = {
@@ -202,33 +203,55 @@ def _give_certificate(context: ssl.SSLContext, certificate: bytes, key: bytes) -
     pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
     if library.SSL_CTX_get_options(pointer) != context.options:  # a Python whose contexts begin in another way
         raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: no context is where one should be")
+    library.ERR_clear_error()
+    try:
+        _use_certificates(library, pointer, certificate)
+        _use_key(library, pointer, key)
+    finally:
+        library.ERR_clear_error()  # at the end of a file there is one
+
+
+def _use_certificates(library: Any, pointer: ctypes.c_void_p, certificate: bytes) -> None:
     bio = library.BIO_new_mem_buf(certificate, len(certificate))
     try:
         found = 0
         while one := library.PEM_read_bio_X509(bio, None, None, b""):
             if not found:
-                library.SSL_CTX_use_certificate(pointer, one)
+                is_taken = library.SSL_CTX_use_certificate(pointer, one)
                 library.X509_free(one)
+                if is_taken != 1:
+                    raise TlsFailed(f"OpenSSL does not take {CERTIFICATE}: {_last_error(library)}")
             else:
                 library.SSL_CTX_ctrl(pointer, _EXTRA_CHAIN_CERT, 0, one)  # which has it from now on
             found += 1
     finally:
         library.BIO_free(bio)
-        library.ERR_clear_error()  # at the end of a file there is one
+    if _last_error(library) != _END_OF_FILE:
+        raise TlsFailed(f"{CERTIFICATE} has a certificate in it that cannot be read: {_last_error(library)}")
     if not found:
         raise TlsFailed(f"{CERTIFICATE} has no certificate in it")
+
+
+def _use_key(library: Any, pointer: ctypes.c_void_p, key: bytes) -> None:
     bio = library.BIO_new_mem_buf(key, len(key))
     try:
         private = library.PEM_read_bio_PrivateKey(bio, None, None, b"")  # an empty passphrase: nobody is asked for one
-        if not private:
-            raise TlsFailed(f"{KEY} has no key in it that can be read without a passphrase")
-        is_its = library.SSL_CTX_use_PrivateKey(pointer, private)
-        library.EVP_PKEY_free(private)
     finally:
         library.BIO_free(bio)
-        library.ERR_clear_error()
-    if is_its != 1:
+    if not private:
+        raise TlsFailed(f"{KEY} has no key in it that can be read without a passphrase")
+    is_its = library.SSL_CTX_use_PrivateKey(pointer, private)
+    library.EVP_PKEY_free(private)
+    # A context has room for a certificate of each kind of key. One of another kind has no certificate beside it, which
+    # is no mistake until it is asked for: we would be nobody.
+    if is_its != 1 or library.SSL_CTX_check_private_key(pointer) != 1:
         raise TlsFailed(f"{KEY} is not the key of {CERTIFICATE}")
+
+
+def _last_error(library: Any) -> str:
+    """Return what OpenSSL says about its last error, in words."""
+    said = library.ERR_reason_error_string(library.ERR_peek_last_error())
+    return said.decode() if said else "no reason is given"
 
 
 @cache
@@ -244,6 +267,9 @@ def _library() -> Any:
         ("X509_free", [address], None),
         ("EVP_PKEY_free", [address], None),
         ("ERR_clear_error", [], None),
+        ("ERR_peek_last_error", [], ctypes.c_ulong),
+        ("ERR_reason_error_string", [ctypes.c_ulong], text),
+        ("SSL_CTX_check_private_key", [address], number),
         ("SSL_CTX_use_certificate", [address, address], number),
         ("SSL_CTX_use_PrivateKey", [address, address], number),
         ("SSL_CTX_get_options", [address], ctypes.c_uint64),
