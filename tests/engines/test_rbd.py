@@ -752,6 +752,28 @@ def test_what_was_written_is_known(
     assert "ask what has changed since never" in capsys.readouterr().err
 
 
+def test_a_sector_that_is_zeros_in_part_has_changed(
+    ceph: Ceph, chains: Chains, chain: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image that was cut within a sector and has grown again is what a backup of its changes makes of the former."""
+    odd = (6 << 20) + 100
+    disk = chains.open(chain)
+    assert [0] == chains.do(disk, write(0, b"x" * (8 << 20)))
+    disk.close()
+    ceph.rbd("snap", "create", f"{POOL}/{name}@then")
+    backup = bytearray(b"x" * (8 << 20))
+    ceph.rbd("resize", "--allow-shrink", "--size", f"{odd}B", f"{POOL}/{name}")
+    ceph.rbd("resize", "--size", "64M", f"{POOL}/{name}")
+    changed = [each for each in pieces(capsys, "--since", "then", chain) if each[2]]
+    disk = chains.open(chain)
+    for start, length, _, is_data in changed:
+        found = read(start, length)
+        assert [0] == chains.do(disk, found)
+        backup[start : start + length] = content(found) if is_data else bytes(length)
+    disk.close()
+    assert b"x" * odd + bytes((8 << 20) - odd) == backup
+
+
 def test_images_are_converted_both_ways(
     ceph: Ceph, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.options import Kind as Way
 from xenbackend.block.options import option
 from xenbackend.block.rbd import ownership, settings
+from xenbackend.block.rbd.changed import extents_of
 from xenbackend.block.rbd.disk import RbdDisk
 from xenbackend.block.rbd.noted import SIZE, Noted
 from xenbackend.block.rbd.target import Target, parse_name, parse_target
@@ -88,7 +89,6 @@ from xenbackend.ceph.bounded import Attempt, NotBack, within
 from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import HAS_EXCLUSIVE_LOCK, Image, Pool
 from xenbackend.errors import DriverError
-from xenbackend.units import SECTOR, round_up
 
 SNAPSHOT_S = 25.0  # less than a client waits for an order
 _STEP = 1 << 36  # bytes of an image that are asked for at once
@@ -294,20 +294,12 @@ class Rbd(Driver):
             env.report("limits", limits)
 
     def _diff(self, since: str, size: int, gaps: Kind) -> Iterator[Extent]:
-        """Yield what has changed; a range that ends within a sector counts as all of it."""
+        """Yield what has changed, in whole sectors."""
         image = self._image
         assert image is not None  # noqa: S101 - only open layers are asked
-        done = 0
         for start in range(0, size, _STEP):
-            for offset, length, is_data in image.diff(since, start, min(_STEP, size - start)):
-                first, end = max(done, offset - offset % SECTOR), min(size, round_up(offset + length, SECTOR))
-                if first > done:
-                    yield Extent(done, first - done, gaps)
-                if end > first:
-                    yield Extent(first, end - first, Kind.DATA if is_data else Kind.ZERO)
-                    done = end
-        if done < size:
-            yield Extent(done, size - done, gaps)
+            end = min(size, start + _STEP)
+            yield from extents_of(image.diff(since, start, end - start), start, end, gaps)
 
     def _close(self) -> None:
         """Close what is open, the last one first. Raises: DriverError, about the image."""
