@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import signal
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ class Library:
     def __init__(self) -> None:
         self.asked, self.answers = threading.Event(), threading.Event()
         self.calls: list[tuple[str, int | None]] = []
+        self.interrupts = False
 
     def rbd_open(self, _pool: object, _name: bytes, handle: Any, _snapshot: object) -> int:
         """Open it as number 7."""
@@ -35,6 +38,22 @@ class Library:
         assert self.answers.wait(10)
         self.calls.append(("answered", handle.value))
         size._obj.value = SIZE
+        return 0
+
+    def rbd_diff_iterate2(self, *arguments: Any) -> int:
+        """Tell of ranges, while somebody presses Ctrl-C; what is raised in the callback is swallowed, as by ctypes."""
+        *_, take, nothing = arguments
+        for number in range(1000):
+            try:
+                if number == 1 and self.interrupts:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    assert self.answers.wait(10)
+                code = int(take(number * 512, 512, 1, nothing))
+            except KeyboardInterrupt:
+                code = 0
+            if code < 0:
+                self.calls.append(("left", None))
+                return code
         return 0
 
     def rbd_close(self, handle: ctypes.c_void_p) -> int:
@@ -81,3 +100,17 @@ def test_nobody_asks_a_closed_image(library: Library, image: Image) -> None:
         image.size()
     assert errno.EBADF == caught.value.errno
     assert [("closed", 7)] == library.calls
+
+
+def test_what_has_changed_is_told_whole_or_not_at_all(library: Library, image: Image) -> None:
+    """Ctrl-C while ranges are told ends that, and drops none of them; the image is closed once librbd has left it."""
+    assert [(number * 512, 512, True) for number in range(1000)] == image.diff("", 0, SIZE)
+    library.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        image.diff("", 0, SIZE)
+    library.answers.set()
+    image.close()
+    assert [("left", None), ("closed", 7)] == library.calls
+    with pytest.raises(DriverError) as caught:
+        image.diff("", 0, SIZE)
+    assert errno.EBADF == caught.value.errno

@@ -27,8 +27,8 @@ class NotBack(DriverError):
 class Attempt:
     """One call. Whether it came back in time or was given up is decided once, for it and for who waits alike."""
 
-    def __init__(self, seconds: float, what: str) -> None:
-        """It is given up after so many seconds; `what` is a part of the sentence about that."""
+    def __init__(self, seconds: float | None, what: str) -> None:
+        """It is given up after so many seconds, None: never; `what` is a part of the sentence about that."""
         self._seconds = seconds
         self._what = what
         self._lock = threading.Lock()

@@ -11,6 +11,7 @@ import os
 import threading
 from dataclasses import dataclass
 
+from xenbackend.ceph.bounded import Attempt
 from xenbackend.ceph.cluster import Cluster, plain_address
 from xenbackend.ceph.library import OnExtent, check
 from xenbackend.errors import DriverError
@@ -256,16 +257,32 @@ class Image:
 
         What is no data reads as zeros. What its parent has counts as its own.
 
-        Raises: DriverError; ENOENT: there is no such snapshot.
+        Raises: DriverError; ENOENT: there is no such snapshot, EBADF: it is closed.
         """
         found: list[tuple[int, int, bool]] = []
+        is_left = threading.Event()
 
         def take(start: int, size: int, exists: int, _nothing: object) -> int:
+            if is_left.is_set():
+                return -errno.EINTR
             found.append((start, size, bool(exists)))
             return 0
 
-        snapshot = _bytes(since) if since else None
-        result = self._slow.rbd_diff_iterate2(self.handle, snapshot, offset, length, 1, 0, OnExtent(take), None)
+        callback, snapshot = OnExtent(take), _bytes(since) if since else None
+
+        def ask() -> int:
+            with self._in_use:
+                if not self.handle:
+                    return -errno.EBADF
+                result = self._slow.rbd_diff_iterate2(self.handle, snapshot, offset, length, 1, 0, callback, None)
+            return int(result)
+
+        try:
+            # Not in the main thread: Ctrl-C in `take` would be swallowed by ctypes, and a range with it.
+            result = Attempt(None, "").run(ask)
+        except BaseException:
+            is_left.set()
+            raise
         check(result, f"ask what has changed since {since or 'it was made'}")
         return found
 
