@@ -55,7 +55,6 @@ TESTED_ELSEWHERE = {
     "supervisor/service/detached.py": "supervisor/service/test_main.py starts the daemon",
     "supervisor/vbd/aims.py": "supervisor/vbd/test_device.py has each aim, test_device_is_total.py all at once",
     "opener/access.py": "opener/test_main.py asks it everything",
-    "protocol/messages.py": "values only; protocol/test_codec.py sends each",
     "supervisor/vbd/arrival.py": "supervisor/vbd/test_vbd.py and service/test_registry.py have scripts that wait",
     "supervisor/vbd/events.py": "values only; test_device.py is made of them",
     "supervisor/vbd/context.py": "values only; supervisor/service/test_registry.py hands them to each vbd",

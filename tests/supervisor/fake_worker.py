@@ -118,7 +118,7 @@ class FakeWorker:
                 return self._swap(ask.id, ask.question)
             case messages.Branch(file="/full"):
                 return messages.Reply(ask.id, Code.FAILED, "/full: no room for another image")
-            case messages.Branch() if ask.question.file.startswith("@"):
+            case messages.Branch() if messages.own_snapshot(ask.question.file) is not None:
                 return messages.Reply(ask.id, Code.OK, data="qcow2:/etc/shadow")
             case messages.Branch():
                 file = "/etc/shadow" if ask.question.file == "/lies" else ask.question.file

@@ -18,6 +18,7 @@ from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError, printable
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import ServiceError
+from xenbackend.protocol.messages import own_snapshot
 from xenbackend.units import format_size
 
 _FORMATS = tuple(each.name for each in WRITTEN.values() if each.parents)
@@ -145,12 +146,13 @@ def _set(args: argparse.Namespace) -> int:
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    is_own = args.file.startswith("@")  # of the image itself
-    if is_own and args.format:
+    name = own_snapshot(args.file)
+    if name is not None and args.format:
         raise ConfigError(f"{args.file} is a snapshot that the image keeps itself, in no format of its own")
-    answer = _ask_for_chain(args, file=args.file if is_own else str(Path(args.file).absolute()), format=args.format)
+    file = str(Path(args.file).absolute()) if name is None else args.file
+    answer = _ask_for_chain(args, file=file, format=args.format)
     chain = answer.data["chain"]
-    return _print(args, answer, printable(_with_snapshot(chain, args.file) if is_own else chain))
+    return _print(args, answer, printable(chain if name is None else _with_snapshot(chain, name)))
 
 
 def _with_snapshot(chain: str, name: str) -> str:
@@ -159,7 +161,7 @@ def _with_snapshot(chain: str, name: str) -> str:
 
     source = grammar.parse(chain)[-1]
     first, *others = (item.text for item in source.items)
-    return grammar.format_layer(source.name, first + name, *others)
+    return grammar.format_layer(source.name, f"{first}@{name}", *others)
 
 
 def _resize(args: argparse.Namespace) -> int:

@@ -215,12 +215,17 @@ class Swap:
 class Branch:
     """Make a new image over the one that is written to; `format` may be empty for what fits to that.
 
-    The reply's `data` is the chain that would serve the guest through it. What begins with an @ is no file: the image
-    keeps what it holds now itself, under the name behind the @, and the reply has no data.
+    The reply's `data` is the chain that would serve the guest through it. Where `own_snapshot` finds a name in `file`
+    that is no file: the image keeps what it holds now itself, under that name, and the reply has no data.
     """
 
     file: str
     format: str
+
+
+def own_snapshot(file: str) -> str | None:
+    """Return the name under which an image itself is to keep what it holds now (``@NAME``); None: it is a file."""
+    return file[1:] if file.startswith("@") else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,10 +294,11 @@ class Worker:
         match ask.question:
             case messages.Swap() as question:
                 return (yield from self._swap(stages, question, _needed(opener)))
-            case messages.Branch() as question if question.file.startswith("@"):
-                yield from stages.keep(question.file[1:])
-                return ""
             case messages.Branch() as question:
+                name = messages.own_snapshot(question.file)
+                if name is not None:
+                    yield from stages.keep(name)
+                    return ""
                 return stages.branch(question.file, question.format, _needed(opener))
             case messages.Pause():
                 self._pausing.append(ask.id)

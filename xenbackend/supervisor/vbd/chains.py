@@ -30,11 +30,6 @@ def whole(file: str) -> str:
     return file
 
 
-def is_own(snapshot: str) -> bool:
-    """Return whether a snapshot is one that the image keeps itself, as `messages.Branch` says."""
-    return snapshot.startswith("@")
-
-
 def is_over(chain: str, former: str, file: str) -> bool:
     """Return whether a chain is the former one with an image in this file in the place of its source."""
     try:

@@ -76,8 +76,8 @@ class Openings:
                 names, renews = (exchange.names_unnamed, exchange.renews_unnamed) if exchange else ("", False)
                 job = replace(self._job([chain, question.chain]), keeps=question.is_resize)
                 return replace(job, names_unnamed=names, renews_unnamed=renews)
-            case messages.Branch():
-                return None if question.file.startswith("@") else replace(self._job([chain]), makes=question.file)
+            case messages.Branch() if messages.own_snapshot(question.file) is None:
+                return replace(self._job([chain]), makes=question.file)
             case messages.Reconnect():
                 return self._job([self._handover.chain_in_service()])
         return None

@@ -303,14 +303,15 @@ class Orders:
 
     def _snapshot(self, order: Order, file: str, image_format: str) -> None:
         self._check_service()
-        question = messages.Branch(file if chains.is_own(file) else chains.whole(file), image_format)
+        is_file = messages.own_snapshot(file) is None
+        question = messages.Branch(chains.whole(file) if is_file else file, image_format)
         self._ask(order, question, lambda reply: self._branched(order, file, reply))
 
     def _branched(self, order: Order, file: str, reply: messages.Reply) -> None:
         """Put the chain with the new image in; where that is refused the image is left, empty."""
         if order.number not in self._under_way:
             return
-        if reply.code is not Code.OK or chains.is_own(file):
+        if reply.code is not Code.OK or messages.own_snapshot(file) is not None:
             self._answer(order, Answer(reply.code, sentence=reply.sentence, data=self.chain_data()))
             return
         try:
