@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.answering import answering, working
 from xenbackend.blkif.abi import BLKIF_OP_READ
+from xenbackend.block.spec import parse_chain
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.codes import Code
 from xenbackend.rig.frontend import Frontend, Wishes
 
 pytestmark = pytest.mark.slow
@@ -168,3 +172,37 @@ def test_snapshot_keeps_what_was_there(bench: Bench, capsys: pytest.CaptureFixtu
     assert 2 == bench.run("snapshot", str(leaf))
     assert "exists already" in capsys.readouterr().err
     assert chain == bench.known()["chain"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["@"], "'' cannot be the name of a snapshot"),
+        (["@a/b"], "'a/b' cannot be the name"),
+        (["@a@b"], "'a@b' cannot be the name"),
+        (["@a\nb"], "cannot be the name"),
+        (["@" + 1025 * "a"], "cannot be the name"),
+        (["@monday", "--format", "qcow2"], "in no format of its own"),
+    ],
+)
+def test_a_snapshot_that_cannot_be_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], why: str
+) -> None:
+    """A name that no image of a cluster can keep a snapshot by is a mistake before the service is asked anything."""
+    with answering(tmp_path / "x", working) as control:
+        assert 2 == main(["snapshot", "5/xvda", *words, "--socket", control.path])
+    assert [] == control.asked
+    assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_snapshot_of_the_image_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`@NAME` is asked for as it is, and the layer that has the snapshot is printed, as it can be pasted."""
+    chain = "log:|rbd:tenant\\,7/guest,id=xen"
+    answer = Answer(Code.OK, {"chain": chain, "layers": []}, order=17)
+    with answering(tmp_path / "x", lambda _: answer) as control:
+        assert 0 == main(["snapshot", "5/xvda", "@a,b", "--socket", control.path])
+    [asked] = [each for each in control.asked if each["verb"] == "snapshot"]
+    assert ("5/xvda", "@a,b", "") == (asked["vbd"], asked["file"], asked["format"])
+    said = capsys.readouterr().out.strip()
+    assert "rbd:tenant\\,7/guest@a\\,b,id=xen" == said
+    assert "a,b" == parse_chain(said).layers[0].options.image.snapshot

@@ -147,8 +147,12 @@ def _set(args: argparse.Namespace) -> int:
 
 def _snapshot(args: argparse.Namespace) -> int:
     name = own_snapshot(args.file)
-    if name is not None and args.format:
-        raise ConfigError(f"{args.file} is a snapshot that the image keeps itself, in no format of its own")
+    if name is not None:
+        from xenbackend.block.rbd.target import parse_name  # late: other orders have no such name
+
+        parse_name(name)
+        if args.format:
+            raise ConfigError(f"{args.file} is a snapshot that the image keeps itself, in no format of its own")
     file = str(Path(args.file).absolute()) if name is None else args.file
     answer = _ask_for_chain(args, file=file, format=args.format)
     chain = answer.data["chain"]
