@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -190,44 +191,65 @@ def test_what_comes_before_tls_ends_the_connection(machine: Machine, server: Ser
         machine.open(text(server, places.client))
 
 
+class Pair:
+    """Both ends of a connection with TLS: ours, and a server's."""
+
+    def __init__(self, places: Places) -> None:
+        near, far = socket.socketpair()
+        context = places.context(places.good)
+        inside: list[ssl.SSLSocket] = []
+        thread = threading.Thread(target=lambda: inside.append(context.wrap_socket(far, server_side=True)))
+        thread.start()
+        self.ours = Tls(credentials(places.nobody), "").over(near)
+        self.ours.handshake()
+        thread.join(10)
+        [self.theirs] = inside
+
+    def close(self) -> None:
+        """Close both."""
+        self.ours.close()
+        self.theirs.close()
+
+    def send_garbage(self) -> None:
+        """Send a record that nobody could have sent who has the keys."""
+        with socket.socket(fileno=os.dup(self.theirs.fileno())) as raw:
+            raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+
+
 def test_what_is_no_tls_any_more_ends_the_connection(places: Places) -> None:
     """A record that nobody could have sent who has the keys is no data."""
-    near, far = socket.socketpair()
-    context = places.context(places.good)
-    inside: list[ssl.SSLSocket] = []
-    thread = threading.Thread(target=lambda: inside.append(context.wrap_socket(far, server_side=True)))
-    thread.start()
-    it = Tls(credentials(places.nobody), "").over(near)
-    it.handshake()
-    thread.join(10)
-    inside[0].sendall(b"good")
-    assert b"good" == it.recv(10)
-    with socket.socket(fileno=inside[0].detach()) as raw:
-        raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
-        with pytest.raises(NbdError, match="TLS: "):
-            it.recv(10)
-    it.close()
+    pair = Pair(places)
+    pair.theirs.sendall(b"good")
+    assert b"good" == pair.ours.recv(10)
+    pair.send_garbage()
+    with pytest.raises(NbdError, match="TLS: "):
+        pair.ours.recv(10)
+    pair.close()
+
+
+def test_who_says_goodbye_to_nobody_is_not_told(places: Places) -> None:
+    """Closing in order ends in silence, and with a closed socket, also where TLS can say nothing any more."""
+    pair = Pair(places)
+    connection = Connection(pair.ours, Offer(SIZE, 0, structured=True, context=7))
+    pair.send_garbage()
+    with pytest.raises(NbdError, match="TLS: "):
+        list(connection.block_status(0, SIZE, 10))
+    connection.close(in_order=True)
+    assert -1 == connection.fileno()
+    pair.close()
 
 
 def test_all_that_has_come_is_taken(places: Places) -> None:
     """Answers in records that came together are all taken: the socket shows nothing of them any more."""
-    near, far = socket.socketpair()
-    context = places.context(places.good)
-    inside: list[ssl.SSLSocket] = []
-    thread = threading.Thread(target=lambda: inside.append(context.wrap_socket(far, server_side=True)))
-    thread.start()
-    it = Tls(credentials(places.nobody), "").over(near)
-    it.handshake()
-    thread.join(10)
-    connection = Connection(it, Offer(SIZE, 0))
+    pair = Pair(places)
+    connection = Connection(pair.ours, Offer(SIZE, 0))
     requests = [flush() for _ in range(3)]
     connection.submit(requests)
     for number in range(3):
-        inside[0].sendall(pack(">IIQ", 0x67446698, 0, number))
+        pair.theirs.sendall(pack(">IIQ", 0x67446698, 0, number))
     assert requests == connection.receive()
     assert connection.failure is None
-    connection.close(in_order=False)
-    inside[0].close()
+    pair.close()
 
 
 @pytest.mark.parametrize(

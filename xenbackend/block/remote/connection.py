@@ -173,8 +173,8 @@ class Connection:
                 self._socket.settimeout(1.0)
                 self._socket.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
                 self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has ended before
+            except (OSError, NbdError):
+                pass  # it has ended before, or its TLS has
         self._socket.close()
 
     def block_status(self, offset: int, length: int, timeout_s: float) -> Iterator[tuple[int, int]]:
