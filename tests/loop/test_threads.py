@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+import pytest
+
 from xenbackend.loop.threads import Threads
 
 Calls = SimpleQueue[Callable[[], object]]
@@ -64,3 +66,30 @@ def test_error_is_handed_over_before_then() -> None:
     threads.close()
 
     assert order == ["broken", "then"]
+
+
+def test_a_thread_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without room for another thread costs time, or a sentence where there is none yet, and nothing later."""
+    calls: Calls = SimpleQueue()
+    threads = Threads(calls.put)
+    start, is_full = threading.Thread.start, [True]
+
+    def try_to_start(thread: threading.Thread) -> None:
+        if is_full:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", try_to_start)
+    with pytest.raises(RuntimeError, match="new thread"):
+        threads.run(int, int, never)
+    is_full.clear()
+    gate, done = threading.Event(), []
+    threads.run(gate.wait, lambda: done.append("first"), never)
+    is_full.append(True)
+    threads.run(int, lambda: done.append("second"), never)
+    gate.set()
+    for _ in range(2):
+        calls.get(timeout=10)()
+    threads.close()
+
+    assert ["first", "second"] == done

@@ -30,11 +30,19 @@ class Threads:
         self._busy = 0  # calls given out whose `then` has not been called
 
     def run(self, function: Call, then: Call, on_error: Callable[[Exception], Call]) -> None:
-        """Call `function` in a thread, then hand `then` over; an exception first, as `on_error(exception)`."""
+        """Call `function` in a thread, then hand `then` over; an exception first, as `on_error(exception)`.
+
+        Raises: RuntimeError, where the host has no room for a thread, and there is none yet.
+        """
         if self._busy >= len(self._threads) < self._limit:
             thread = threading.Thread(target=self._serve, name=f"pool-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                if not self._threads:
+                    raise
+            else:
+                self._threads.append(thread)
         self._busy += 1
         self._work.put((function, then, on_error))
 
