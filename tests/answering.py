@@ -47,8 +47,8 @@ class Control:
             except OSError:
                 return
             client = threading.Thread(target=self._serve_one, args=(near,))
+            client.start()  # before anybody joins it
             self._clients.append(client)
-            client.start()
 
     def _serve_one(self, near: socket.socket) -> None:
         with near, near.makefile("rb") as stream:

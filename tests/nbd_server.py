@@ -109,8 +109,8 @@ class Server:
 
     def _start(self, function: Callable[..., None], *arguments: object) -> threading.Thread:
         thread = threading.Thread(target=function, args=arguments, daemon=True)
+        thread.start()  # before anybody joins it
         self._threads.append(thread)
-        thread.start()
         return thread
 
     def _accept(self, listener: socket.socket) -> None:
