@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,6 +15,7 @@ from random import Random
 import pytest
 
 from tests.certificates import Authority
+from tests.driven import Driven
 from tests.engines.guest import DOMID, SIZE, Guest, until
 from tests.engines.servers import Engine
 from xenbackend.block.chain import parse_chain
@@ -20,8 +23,12 @@ from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
 from xenbackend.image.extents import map_chain
 from xenbackend.image.session import Session
+from xenbackend.nbd.abi import CMD_WRITE, REQUEST, REQUEST_MAGIC
+from xenbackend.protocol import messages
 from xenbackend.protocol.client import ServiceError
+from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
+from xenbackend.units import PAGE
 
 KINDS = ("nbdkit", "qemu-nbd", "qemu-storage-daemon")
 
@@ -207,3 +214,59 @@ def test_images_are_made_of_it(engine: Engine, tmp_path: Path) -> None:
         disk = session.open(chain, read_only=True)
         found = [(each.start, each.length) for each in map_chain(disk.chain.layers) if not each.is_zeros]
     assert [(1 << 20, 1 << 20)] == found
+
+
+_SLOW_WRITE = """\
+data=$tmpdir/data.$$
+cat >"$data"
+if mkdir "$tmpdir/first" 2>/dev/null; then
+    : >{begun}
+    while [ ! -e {go} ]; do sleep 0.05; done
+fi
+dd if="$data" of={image} oflag=seek_bytes seek="$4" conv=notrunc status=none
+"""
+
+
+@pytest.mark.parametrize("threads", [16, 1], ids=["as-by-default", "one"])
+def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_path: Path, threads: int) -> None:
+    """Half a request has nbdkit close at once, while another thread still writes; one thread has nothing else to do.
+
+    So the write of a worker that died within a request lands late with `drain=0s`, unless nbdkit has one thread.
+    """
+    image, begun, go = (tmp_path / name for name in ("image", "begun", "go"))
+    image.write_bytes(bytes(SIZE))
+    slow_write = _SLOW_WRITE.format(begun=begun, go=go, image=image)
+    script = [
+        "thread_model=echo parallel", f"get_size=echo {SIZE}", "can_write=exit 0", "can_flush=exit 0", "flush=exit 0",
+        f"pread=dd if={image} iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none", f"pwrite={slow_write}",
+    ]  # fmt: skip
+    a, b = b"A" * PAGE, b"B" * PAGE
+    with (
+        Engine("nbdkit", tmp_path, SIZE, [f"--threads={threads}", "eval", *script]) as engine,
+        Driven(tmp_path) as driven,
+    ):
+        driven.connect(engine.chain)
+        driven.begin_write(a)
+        until(begun.exists)
+        driven.worker.process.kill()
+        driven.worker.process.wait()
+        [fd] = driven.worker.openers.connections.values()
+        with socket.socket(fileno=os.dup(fd)) as dead:  # what the worker had sent of its next write
+            dead.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_WRITE, 99, 1 << 20, PAGE) + bytes(100))
+        driven.start_successor()
+        opening = threading.Thread(target=driven.open, args=[engine.chain])
+        opening.start()
+        if threads == 1:
+            opening.join(1.0)
+            assert opening.is_alive(), "it has not waited"
+            go.touch()
+        opening.join(20)
+        assert not opening.is_alive()
+        driven.worker.tell(messages.Serve, None)
+        assert not driven.worker.expect_standing(Stage.SERVING).failure
+        driven.frontend.write(0, b)
+        driven.frontend.flush()
+        assert b == image.read_bytes()[:PAGE]
+        go.touch()
+        if threads > 1:
+            until(lambda: a == image.read_bytes()[:PAGE])

@@ -24,7 +24,7 @@ Description:
     not spoken.
 
     `connections` is how many are made, 1 by default and 8 at most. More need a server that says that all of them see
-    the same (multi-conn), and may bring more where it does the work of each in a thread of its own.
+    the same (multi-conn), and bring more where it does the work of each in a thread of its own: nbdkit, `--threads=1`.
 
 Behaviour:
     A server that goes away is a pause: reads, writes and flushes wait, by the policy's kind `away`, and the connection
@@ -38,11 +38,12 @@ Behaviour:
     What was sent by a connection that is lost, also as the worker died, may still be under way at the server. Done
     later than what the guest writes next, it would destroy that. So the former connection is seen to its end before
     anything is sent again: our direction is shut down, and what comes is read until the server closes. That is enough
-    for a server that closes a connection only when it has done all that came by it: nbdkit does. qemu-nbd and
-    qemu-storage-daemon do not: they close at once, and a write may reach their disk seconds later, if that is slow. For
-    them `drain` is the time to wait after that end, 5 s by default: longer than a write may take there. Only with a
-    server that closes as nbdkit does should it be `drain=0s`; the guest then waits milliseconds and not seconds when a
-    worker dies. `status` says which holds (`barrier`). A server, or a network, that does not end the former connection
+    for a server that closes a connection only when it has done all that came by it: nbdkit does, with `--threads=1`.
+    With several threads, which it has by default, it closes at once where a connection ends within a request, while
+    another thread still writes. qemu-nbd and qemu-storage-daemon always close at once. There a write may reach the disk
+    seconds later, if that is slow, and `drain` is the time to wait after that end, 5 s by default: longer than a write
+    may take. Only with a server that closes as nbdkit with one thread does should it be `drain=0s`; the guest then
+    waits milliseconds and not seconds when a worker dies. `status` says which holds (`barrier`). A server, or a network, that does not end the former connection
     within 10 s keeps the disk waiting until it does, or until an administrator, who knows that nothing is under way
     there, says `xenbackend resume`. A connection that is reset counts as ended.
 
