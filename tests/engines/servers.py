@@ -87,7 +87,7 @@ class Engine:
                 plugin = (
                     [] if any(each in ("memory", "sh", "eval") for each in self._options) else ["file", str(self.image)]
                 )
-                # With several threads the end of a connection would prove nothing: drain=0s, as `chain` says, needs one.
+                # With several threads the end of a connection proves nothing, and `chain` could not say drain=0s.
                 return ["nbdkit", "-f", "--threads=1", "-U", str(self.socket), *self._options, *plugin]
             case "qemu-nbd":
                 return [

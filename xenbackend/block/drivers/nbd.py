@@ -43,9 +43,10 @@ Behaviour:
     another thread still writes. qemu-nbd and qemu-storage-daemon always close at once. There a write may reach the disk
     seconds later, if that is slow, and `drain` is the time to wait after that end, 5 s by default: longer than a write
     may take. Only with a server that closes as nbdkit with one thread does should it be `drain=0s`; the guest then
-    waits milliseconds and not seconds when a worker dies. `status` says which holds (`barrier`). A server, or a network, that does not end the former connection
-    within 10 s keeps the disk waiting until it does, or until an administrator, who knows that nothing is under way
-    there, says `xenbackend resume`. A connection that is reset counts as ended.
+    waits milliseconds and not seconds when a worker dies. `status` says which holds (`barrier`). A server, or a
+    network, that does not end the former connection within 10 s keeps the disk waiting until it does, or until an
+    administrator, who knows that nothing is under way there, says `xenbackend resume`. A connection that is reset
+    counts as ended.
 
     A flush is NBD's, and covers what the guest wrote before. A discard is a trim, and promises nothing of what is read
     there afterwards. `image map` and `image convert` ask for block status, and skip what reads as zeros. Sectors are as
