@@ -93,6 +93,7 @@ HOMES = {
     "rich": ("bench/report", "cli/"),
     "select": (
         "bench/",
+        "block/remote/deadline",
         "cli/top_terminal",
         "doctor/probes",
         "embedded/",

@@ -17,10 +17,8 @@ MAX_FUNCTION, MEDIAN_FUNCTION, NINE_OF_TEN = 50, 8, 30
 DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, which test_docs.py looks after
 
 TESTED_ELSEWHERE = {
-    "block/remote/connection.py": "block/drivers/test_nbd.py has servers that are good, slow and wrong",
     "block/remote/disk.py": "block/drivers/test_nbd.py",
     "block/remote/lane.py": "block/drivers/test_nbd.py",
-    "block/remote/negotiation.py": "block/drivers/test_nbd.py",
     "block/servers.py": "block/remote/test_target.py",
     "__main__.py": "a line that calls cli/main.py",
     "bench/blkif_native.py": "bench/test_blkif.py holds both generators to the same tests",

@@ -82,9 +82,11 @@ from xenbackend.block.driver import Driver, Env, Geometry
 from xenbackend.block.extents import Extent
 from xenbackend.block.opening import SECTOR_SIZES
 from xenbackend.block.options import Duration, Kind, option
+from xenbackend.block.remote import negotiation
+from xenbackend.block.remote.deadline import Deadline
 from xenbackend.block.remote.disk import RemoteDisk
 from xenbackend.block.remote.lane import Wanted
-from xenbackend.block.remote.negotiation import Stream, negotiate
+from xenbackend.block.remote.negotiation import Stream
 from xenbackend.block.remote.target import Target, parse_target
 from xenbackend.block.remote.tls import Tls, TlsFailed, TlsSocket
 from xenbackend.block.request import Request
@@ -190,10 +192,11 @@ class Nbd(Driver):
     def _agree(self, env: Env, wanted: Wanted, streams: list[Stream]) -> Offer:
         """Make all connections, put each into `streams`, and return what is offered. Raises: DriverError."""
         first: Offer | None = None
+        deadline = Deadline(negotiation.HANDSHAKE_S)
         for place in range(self.options.connections):
             near = env.connect(wanted.endpoint, place)
             streams.append(near)
-            streams[place], offer = negotiate(near, wanted.export, wanted.tls)
+            streams[place], offer = negotiation.negotiate(near, wanted.export, wanted.tls, deadline)
             if self.options.connections > 1 and not offer.flags & SEND_MULTI_CONN:
                 raise DriverError(
                     "the server does not say that its connections see the same (multi-conn); leave connections= out",

@@ -8,15 +8,15 @@ ends the connection (`NbdError`), and nothing else. A read is done when as many 
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from xenbackend.block.remote.lost import Lost, errno_of, lost
+from xenbackend.block.remote.status import ask
 from xenbackend.block.remote.tls import TlsSocket
-from xenbackend.block.request import AWAY, Op, Request, clear
+from xenbackend.block.request import Op, Request, clear
 from xenbackend.nbd.abi import (
-    CHUNK_BLOCK_STATUS,
     CHUNK_DATA,
     CHUNK_DATA_HEAD,
     CHUNK_DONE,
@@ -25,16 +25,12 @@ from xenbackend.nbd.abi import (
     CHUNK_HOLE,
     CHUNK_HOLE_BODY,
     CHUNK_NONE,
-    CMD_BLOCK_STATUS,
     CMD_DISC,
     CMD_FLAG_FUA,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
     CMD_WRITE,
-    ERROR_ESHUTDOWN,
-    ERRORS,
-    EXTENT,
     REPLY,
     REPLY_MAGIC,
     REQUEST,
@@ -50,16 +46,7 @@ _KINDS = (CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM)  # by Op
 _IOV_MAX = 1024  # pieces of one sendmsg(2)
 _ROOM = 64 * 1024  # bytes of heads of replies, and of small data with them
 _MAX_SMALL = 8192  # bytes of a chunk that is no data
-_MAX_STATUS = 1 << 20  # bytes of an answer about block status
-_RESETS = (errno.ECONNRESET, errno.EPIPE)
-
-
-class Lost(Exception):
-    """The connection is of no use any more; `is_broken`: not by its server, but by the network."""
-
-    def __init__(self, why: str, *, is_broken: bool = False) -> None:
-        super().__init__(why)
-        self.is_broken = is_broken
+MAX_ERRORS = 64  # of one request, which say where it failed; the servers that are known to us say one
 
 
 class Connection:
@@ -82,6 +69,7 @@ class Connection:
         self._lent: list[Request | None] = []  # by cookie
         self._free: list[int] = []  # cookies
         self._got: dict[int, int] = {}  # bytes of reads that come in several chunks, by cookie
+        self._failed: dict[int, tuple[int, int]] = {}  # errno, and how many errors have come, by cookie
         self._out: deque[memoryview | bytes] = deque()
         self._view = memoryview(bytearray(_ROOM))
         self._at = self._end = 0  # what of it has come and is not looked at
@@ -138,7 +126,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.failure = _lost(error)
+            self.failure = lost(error)
         except NbdError as problem:
             self.failure = problem
 
@@ -151,7 +139,7 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.failure = _lost(error)
+            self.failure = lost(error)
         except (Lost, NbdError) as problem:
             self.failure = problem
         self.in_flight -= len(done)
@@ -164,6 +152,7 @@ class Connection:
         self._lent, self._free, self._iov, self._after_data = [], [], (), None
         self._out.clear()
         self._got.clear()
+        self._failed.clear()
         return lost
 
     def close(self, *, in_order: bool) -> None:
@@ -178,46 +167,8 @@ class Connection:
         self._socket.close()
 
     def block_status(self, offset: int, length: int, timeout_s: float) -> Iterator[tuple[int, int]]:
-        """Yield length and flags of ranges from `offset` on, at least one; it blocks, and nothing is in flight.
-
-        Raises: Lost, NbdError; OSError, where the server refuses.
-        """
-        self._socket.settimeout(timeout_s)
-        try:
-            self._socket.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_BLOCK_STATUS, 0, offset, length))
-            is_done, found = False, b""
-            while not is_done:
-                magic, flags, kind, _, size = STRUCTURED.unpack(self._take(STRUCTURED.size))
-                if magic != STRUCTURED_MAGIC or size > _MAX_STATUS:
-                    raise NbdError(f"a reply to block status that begins with {magic:#x}")
-                body = self._take(size)
-                is_done = bool(flags & CHUNK_DONE)
-                if kind & CHUNK_ERROR and size >= CHUNK_ERROR_HEAD.size:
-                    code = CHUNK_ERROR_HEAD.unpack_from(body)[0]
-                    raise OSError(_errno_of(code), "the server does not tell its block status")
-                if kind == CHUNK_BLOCK_STATUS and body[:4] == self._context():
-                    found = body[4:]
-        except OSError as error:
-            if isinstance(error, TimeoutError | ConnectionError):
-                raise _lost(error) from error
-            raise
-        finally:
-            self._socket.setblocking(False)
-        if not found or len(found) % EXTENT.size:
-            raise NbdError("block status without ranges")
-        yield from EXTENT.iter_unpack(found)
-
-    def _context(self) -> bytes:
-        return (self._offer.context or 0).to_bytes(4, "big")
-
-    def _take(self, size: int) -> bytes:
-        received = b""
-        while len(received) < size:
-            piece = self._socket.recv(size - len(received))
-            if not piece:
-                raise Lost("the server has closed the connection")
-            received += piece
-        return received
+        """As `status.ask`, with nothing in flight."""
+        return ask(self._socket, self._offer.context or 0, offset, length, timeout_s)
 
     def _receive_once(self, done: list[Request]) -> bool:
         """Receive and look at it; True where there may be more already."""
@@ -288,7 +239,7 @@ class Connection:
     def _simple(self, request: Request, number: int, code: int, at: int, end: int, done: list[Request]) -> int:
         """Take a simple reply whose head ends at `at`; return where it ends."""
         if request.op or code:  # no READ that was done
-            self._finish(request, number, _errno_of(code) if code else 0, done)
+            self._finish(request, number, errno_of(code) if code else 0, done)
             return at
         if self._offer.structured:
             raise NbdError("a simple reply to a read")
@@ -337,8 +288,10 @@ class Connection:
         if kind == CHUNK_HOLE and request.op == Op.READ and len(body) == CHUNK_HOLE_BODY.size:
             clear(self._part(request, number, *CHUNK_HOLE_BODY.unpack(body)))
         elif kind & CHUNK_ERROR and len(body) >= CHUNK_ERROR_HEAD.size:
-            code = CHUNK_ERROR_HEAD.unpack_from(body)[0]
-            self._got[number] = -_errno_of(code)  # whatever else comes of it
+            code, count = self._failed.get(number, (errno_of(CHUNK_ERROR_HEAD.unpack_from(body)[0]), 0))
+            if count == MAX_ERRORS:
+                raise NbdError(f"more than {MAX_ERRORS} errors in reply to one request")
+            self._failed[number] = code, count + 1  # whatever else comes of it
         elif kind != CHUNK_NONE or body or not is_last:
             raise NbdError(f"a chunk of type {kind} in reply to a {Op(request.op).name}")
 
@@ -347,11 +300,12 @@ class Connection:
         start = offset - request.offset
         if start < 0 or start + length > request.length:
             raise NbdError(f"data of {offset}+{length} for a read of {request.offset}+{request.length}")
+        if not length:  # there could be any number of them
+            raise NbdError("a chunk that brings 0 bytes")
         got = self._got.get(number, 0)
-        if got >= 0:
-            if got + length > request.length:
-                raise NbdError(f"more data than the {request.length} bytes that were asked for")
-            self._got[number] = got + length
+        if got + length > request.length:
+            raise NbdError(f"more data than the {request.length} bytes that were asked for")
+        self._got[number] = got + length
         return request.iov if length == request.length else cut(request.iov, start, length)
 
     def _copy(self, iov: Sequence[memoryview], length: int, at: int, end: int) -> int:
@@ -375,9 +329,9 @@ class Connection:
 
     def _finish(self, request: Request, number: int, status: int, done: list[Request]) -> None:
         got = self._got.pop(number, 0)
-        if got < 0:
-            status = -got
-        elif request.op == Op.READ and not status and got != request.length:
+        if self._failed:
+            status, _ = self._failed.pop(number, (status, 0))
+        if request.op == Op.READ and not status and got != request.length:
             raise NbdError(f"{got} bytes for a read of {request.length}")
         self._lent[number] = None
         self._free.append(number)
@@ -395,18 +349,3 @@ def cut(iov: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
             length -= len(found[-1])
         start = max(0, start - size)
     return found
-
-
-def _errno_of(code: int) -> int:
-    """Return the errno for an error number of the protocol."""
-    if code == ERROR_ESHUTDOWN:
-        return AWAY
-    if code == errno.EOPNOTSUPP:
-        return errno.EOPNOTSUPP
-    return code if code in ERRORS and code else errno.EIO
-
-
-def _lost(error: OSError) -> Lost:
-    if error.errno in _RESETS:
-        return Lost("the server has reset the connection")
-    return Lost(f"the connection broke: {error.strerror or error}", is_broken=True)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from xenbackend.block.driver import Complete, Env
 from xenbackend.block.extents import Extent, Kind
-from xenbackend.block.remote.connection import Lost, Stream, cut
+from xenbackend.block.remote.connection import Stream, cut
 from xenbackend.block.remote.lane import Lane, Wanted
+from xenbackend.block.remote.lost import Lost
 from xenbackend.block.request import AWAY, PENDING, Op, Request
 from xenbackend.errors import DriverError
 from xenbackend.nbd.abi import (

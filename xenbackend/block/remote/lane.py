@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from xenbackend.block.driver import Complete, Env
-from xenbackend.block.remote.connection import Connection, Lost, Stream
+from xenbackend.block.remote.connection import Connection, Stream
+from xenbackend.block.remote.lost import Lost
 from xenbackend.block.remote.negotiation import Negotiation
 from xenbackend.block.remote.tls import Tls
 from xenbackend.block.request import AWAY, Request

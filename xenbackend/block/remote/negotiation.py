@@ -12,12 +12,13 @@ import socket
 from collections.abc import Callable
 
 from xenbackend.block.driver import Env
+from xenbackend.block.remote.deadline import Deadline
 from xenbackend.block.remote.tls import Tls, TlsFailed, TlsSocket
 from xenbackend.errors import DriverError
 from xenbackend.nbd.abi import NbdError
 from xenbackend.nbd.client import ClientHandshake, Offer, Refused
 
-HANDSHAKE_S = 10.0  # that a server may take for all of it
+HANDSHAKE_S = 10.0  # that a server may take for all of it, and for all connections that are made as a chain is opened
 _ROOM = 4096  # bytes at once
 
 Stream = socket.socket | TlsSocket
@@ -62,12 +63,15 @@ class Talk:
         return None
 
 
-def negotiate(near: socket.socket, export: str, tls: Tls | None = None) -> tuple[Stream, Offer]:
-    """Do the handshake, blocking, and return what the requests go by. Raises: DriverError; the socket stays open."""
+def negotiate(near: socket.socket, export: str, tls: Tls | None, deadline: Deadline) -> tuple[Stream, Offer]:
+    """Do the handshake, waiting for the server, and return what the requests go by, which does not block.
+
+    Raises: DriverError; the socket stays open.
+    """
     talk = Talk(near, export, tls)
-    near.settimeout(HANDSHAKE_S)
+    near.setblocking(False)
     try:
-        while (offer := talk.step()) is None:
+        while (offer := deadline.do(near, talk.step)) is None:
             pass
     except _FAILURES as problem:
         raise _explained(problem) from problem
