@@ -106,6 +106,30 @@ def test_a_name_is_given_once_and_to_no_other_file(tmp_path: Path) -> None:
     os.close(held)
 
 
+def test_a_name_that_nobody_made_durable_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two, whoever gives the name once more does what is left: the directory reaches the medium."""
+    held, path = steps.hold_unnamed(str(tmp_path)), tmp_path / "kept"
+    plain, synced = os.fsync, list[int]()
+
+    def killed(_fd: int) -> None:
+        raise KeyboardInterrupt
+
+    def noting(fd: int) -> None:
+        plain(fd)
+        synced.append(os.fstat(fd).st_ino)
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        steps.give_name(held, str(path))
+    assert path.exists()
+    monkeypatch.setattr(os, "fsync", noting)
+    steps.give_name(held, str(path))
+
+    assert [tmp_path.stat().st_ino] == synced
+    assert path.stat().st_ino == os.fstat(held).st_ino
+    os.close(held)
+
+
 @pytest.mark.parametrize(("directory", "why"), [("", "nothing says in which"), ("/nowhere", "/nowhere, the directory")])
 def test_an_unnamed_file_needs_a_directory(directory: str, why: str) -> None:
     """The sentence names the setting."""

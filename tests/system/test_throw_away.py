@@ -14,6 +14,7 @@ import pytest
 
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
+from xenbackend.opener.steps import give_name
 from xenbackend.protocol.client import ServiceError
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.supervisor.xenstore.paths import VbdPath
@@ -166,6 +167,24 @@ def test_what_was_written_gets_a_name(machine: Machine, tmp_path: Path, scratch:
         frontend = guest.connect(path, Wishes())
         assert [OURS, OURS] == [frontend.read(64, 8), frontend.read(128, 8)]
         frontend.crash()
+
+
+def test_a_name_that_was_given_by_half_is_given(machine: Machine, tmp_path: Path, scratch: Path) -> None:
+    """Killed once the file had its name, and before anybody was told so, the order comes to the same good end again."""
+    kept = scratch / "kept.cow"
+    with serving(machine, tmp_path) as disk:
+        held = (fd for fd in Path(f"/proc/{machine.service_pid}/fd").iterdir())
+        unnamed = next(fd for fd in held if str(fd.readlink()).startswith(f"{scratch}/"))
+        fd = os.open(unnamed, os.O_PATH)
+        give_name(fd, str(kept))
+        os.close(fd)
+        disk.kill()
+        assert disk.has_written()
+        assert f"cow:block=8K|aio:{tmp_path}/base" == disk.status()["chain"]
+        assert "ok" == disk.order("keep", file=str(kept))["code"]
+        assert f"cow:{kept}|aio:{tmp_path}/base" == disk.status()["chain"]
+        disk.kill()
+        assert disk.has_written()
 
 
 def test_what_was_written_can_be_dropped(machine: Machine, tmp_path: Path) -> None:

@@ -73,23 +73,18 @@ def hold_unnamed(directory: str) -> int:
 
 
 def give_name(fd: int, path: str) -> None:
-    """Give an unnamed file that is held its name, durably; where it has that already nothing is done.
+    """Give an unnamed file that is held its name, durably; where it has that already it is only made durable.
 
-    Raises: DriverError, where that cannot be.
+    Whoever was here before may have been killed between the two. Raises: DriverError, where that cannot be.
     """
     directory, name = os.path.split(path)
     try:
         parent = os.open(directory or ".", os.O_DIRECTORY | os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent)
+            _link(fd, parent, name, path)
             os.fsync(parent)
         finally:
             os.close(parent)
-    except FileExistsError:
-        found, held = os.lstat(path), os.fstat(fd)
-        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
-            problem = f"{printable(path)} exists already, and is not written over; choose another name or remove it"
-            raise DriverError(problem, path=path, errno=errno.EEXIST) from None
     except OSError as error:
         why = {
             errno.EXDEV: "it is on another file system than the unnamed file; name a file in the directory of the "
@@ -99,6 +94,17 @@ def give_name(fd: int, path: str) -> None:
         }.get(error.errno or 0, error.strerror)
         problem = f"{printable(path)} cannot become the name of what was written: {why}"
         raise DriverError(problem, path=path, errno=error.errno or errno.EIO) from error
+
+
+def _link(fd: int, parent: int, name: str, path: str) -> None:
+    """Link an unnamed file into a directory, unless it is there. Raises: DriverError, where another one is; OSError."""
+    try:
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent)
+    except FileExistsError:
+        found, held = os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(fd)
+        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            problem = f"{printable(path)} exists already, and is not written over; choose another name or remove it"
+            raise DriverError(problem, path=path, errno=errno.EEXIST) from None
 
 
 def identify(fd: int) -> str:
