@@ -39,6 +39,15 @@ def reactor(clock: Clock) -> Iterator[Reactor]:
     made.close()
 
 
+def test_a_timer_may_be_due_in_a_hundred_years(reactor: Reactor) -> None:
+    """The kernel takes no sleep of more than 24 days: the loop wakes up earlier, and goes to sleep again."""
+    reactor.call_later(100 * 365 * 86400.0, lambda: pytest.fail("it is not its time"))
+    reactor.call_soon_threadsafe(lambda: reactor.call_soon_threadsafe(reactor.stop))  # each after a sleep
+    reactor.run()
+
+    assert reactor.now() == 100.0
+
+
 def test_readable_descriptor_is_called(reactor: Reactor) -> None:
     """A callback is called while its descriptor is readable, and no more after it was removed."""
     reader, writer = os.pipe()

@@ -27,6 +27,7 @@ from xenbackend.loop.threads import Threads
 Call = Callable[[], object]
 _SLEEPER_RETRY_S = 0.1  # after it could not wait
 _EVENTS = 64  # descriptors per pass; more come in the next one
+_LONGEST_S = 86400.0  # that it sleeps at once: epoll_wait takes no more than 2**31 ms
 _TIMERS_S = 0.02  # of a pass for timers, where more than one is due; descriptors wait no longer for their turn
 
 
@@ -227,7 +228,7 @@ class Reactor:
             self.bug(error)
 
     def _until_timer(self) -> float | None:
-        return max(0.0, self._timers[0][0] - self.now()) if self._timers else None
+        return min(max(0.0, self._timers[0][0] - self.now()), _LONGEST_S) if self._timers else None
 
     def _run_timers(self) -> None:
         now = self.now()
