@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import pytest
@@ -20,6 +21,9 @@ from xenbackend.block.shares import FIRST, divide, step, wanted
         ([1e9, 1.0], [0.5, 0.5]),
         ([-5.0, 1.0], [0.0, 1.0]),
         ([0.0, 0.0, 0.0, 0.0], [0.25] * 4),
+        ([1.0, math.nan, 0.4], [0.6, 0.0, 0.4]),
+        ([math.nan, 0.4, 1.0], [0.0, 0.4, 0.6]),
+        ([math.inf, 1.0], [0.0, 1.0]),
     ],
 )
 def test_who_wants_more_than_his_part_gets_what_the_others_leave(wishes: list[float], shares: list[float]) -> None:
@@ -67,3 +71,5 @@ def test_who_is_not_held_back_gets_a_little_more_than_he_uses() -> None:
     assert 0.5 == wanted(0.4, is_held=False, members=4)
     assert 0.0 < wanted(0.0, is_held=False, members=4) < 0.05
     assert 1.0 == wanted(1e30, is_held=False, members=4)
+    nothing = wanted(0.0, is_held=False, members=4)
+    assert [nothing] * 3 == [wanted(used, is_held=False, members=4) for used in (math.nan, math.inf, -math.inf)]

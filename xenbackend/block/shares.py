@@ -6,6 +6,7 @@ gets no more than everybody who wants as much, and whoever says too little gets 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
@@ -17,16 +18,24 @@ M = TypeVar("M", bound=Hashable)
 
 
 def wanted(used: float, *, is_held: bool, members: int) -> float:
-    """Return what a disk could use of the limit: all of it where it was held back, else a little more than it used."""
+    """Return what a disk could use of the limit: all of it where it was held back, else a little more than it used.
+
+    What is no number that it can have used is nothing.
+    """
+    used = used if math.isfinite(used) else 0.0
     return 1.0 if is_held else min(1.0, max(_LEAST / members, _SPARE * used))
 
 
 def divide(wishes: Mapping[M, float]) -> dict[M, float]:
-    """Return the shares, 1 in all: a disk gets what it wishes, or as much as any other; the rest is for all alike."""
+    """Return the shares, 1 in all: a disk gets what it wishes, or as much as any other; the rest is for all alike.
+
+    A wish that is no finite number is for nothing.
+    """
+    bounded = {member: max(0.0, wish) if math.isfinite(wish) else 0.0 for member, wish in wishes.items()}
     shares: dict[M, float] = {}
     left = 1.0
-    for place, (member, wish) in enumerate(sorted(wishes.items(), key=lambda each: each[1])):
-        shares[member] = min(max(0.0, wish), left / (len(wishes) - place))
+    for place, (member, wish) in enumerate(sorted(bounded.items(), key=lambda each: each[1])):
+        shares[member] = min(wish, left / (len(wishes) - place))
         left -= shares[member]
     return {member: share + left / len(shares) for member, share in shares.items()}
 

@@ -342,3 +342,20 @@ def test_odd_shares_are_refused(arguments: list[str]) -> None:
         Load("iops=10,group=g").driver.control("share", arguments)
     with pytest.raises(DriverError, match="knows no verb 'share'"):
         Load("iops=10").driver.control("share", ["0.5"])
+
+
+@pytest.mark.parametrize("left", ["nan", "inf", "-inf", "1e300", "-1"])
+def test_what_a_predecessor_left_is_not_believed(left: str) -> None:
+    """A worker that its guest has taken over may leave anything: its successor keeps the limit, and waits not for ever.
+
+    The guest gets the first share, and what it has used up is forgotten.
+    """
+    former = Load("iops=160,group=g")
+    for memory in former.env.memories.values():
+        for place in range(len(memory) // 8):
+            memoryview(memory).cast("d")[place] = float(left)
+    load = Load("iops=160,group=g", former.env)
+    assert 62_500 == load.driver.figures()["share_ppm"]
+    load.keep_up([read(place * 4096, 4096) for place in range(64)], 1)
+
+    assert abs(len(load.keep_up([], 10)) - 100) <= 2

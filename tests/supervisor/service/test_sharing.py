@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -11,6 +12,9 @@ import pytest
 
 from tests.supervisor.helpers import Clock
 from xenbackend import counters
+from xenbackend.block import drivers
+from xenbackend.block.driver import Filter
+from xenbackend.block.options import option
 from xenbackend.block.shares import FIRST
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.codes import Code
@@ -149,6 +153,25 @@ def test_groups_do_not_know_each_other() -> None:
 
     assert [1.0, 1.0] == [share(one), share(two)]
     assert [[], [], []] == [each.told for each in rest]
+
+
+def test_only_the_throttle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third party's driver may have an option of the same name, which means another thing."""
+
+    class Stranger(Filter):
+        name = "stranger"
+
+        @dataclass(frozen=True, slots=True)
+        class Options:
+            group: str = option("another thing", default="")
+
+    monkeypatch.setitem(drivers.BUILT_IN, "stranger", f"{__name__}:Stranger")
+    monkeypatch.setattr(sys.modules[__name__], "Stranger", Stranger, raising=False)
+    stranger, one = Disk(5, "log:|stranger:group=g|null:1G"), Disk(6)
+    group = Group(stranger, one)
+    group.look(held=(stranger, one))
+
+    assert ([], 1.0) == (stranger.told, share(one))
 
 
 def test_who_has_gone_leaves_his_share() -> None:

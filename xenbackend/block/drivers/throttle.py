@@ -88,7 +88,7 @@ _SLACK_S = 0.1
 _TICK_S = 1e-6  # what is due within it is due: a clock has only so many digits
 _MOST = 10**15  # include/qemu/throttle.h, THROTTLE_VALUE_MAX
 _LONGEST_S = 86400.0  # our choice, of a burst
-_LEAST_SHARE = 1e-6
+_LEAST_SHARE = 1e-6  # and 1 is all
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _WAYS = ("", "_read", "_write")  # both directions, or one: `_counts` has their requests, then their bytes
 
@@ -158,7 +158,10 @@ class Throttle(Filter):
         self._empty_at = env.memory("buckets", max(8, 8 * len(limits))).cast("d")
         self._share = env.memory("share", 8).cast("d") if self.options.group else None
         self._spent_s = 0.0
-        if self._share is not None and not self._share[0]:
+        for place, at in enumerate(self._empty_at):  # a predecessor may have been taken over, and left anything
+            if not 0 <= at <= env.now() + _MOST:
+                self._empty_at[place] = 0.0
+        if self._share is not None and not _LEAST_SHARE <= self._share[0] <= 1:
             self._share[0] = FIRST
         self._set_limits()
         self._held: tuple[deque[tuple[int, float, Request]], ...] = (deque(), deque())  # reads; writes and discards

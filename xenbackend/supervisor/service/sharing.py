@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from xenbackend import counters
 from xenbackend.block import shares
+from xenbackend.block.drivers.throttle import Throttle
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
@@ -99,8 +99,5 @@ def _groups_of(chain: str) -> tuple[tuple[int, str], ...]:
         layers = parse_chain(chain).layers
     except ConfigError:
         return ()
-    return tuple((place, each.options.group) for place, each in enumerate(layers) if _group_of(each.options))
-
-
-def _group_of(options: Any) -> str:
-    return str(getattr(options, "group", ""))
+    options = ((place, each.options) for place, each in enumerate(layers))  # a third party's may have a `group`, too
+    return tuple((place, each.group) for place, each in options if isinstance(each, Throttle.Options) and each.group)
