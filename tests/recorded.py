@@ -79,10 +79,10 @@ class RecordedFile:
                 view[:], found = found[: len(view)], found[len(view) :]
         elif request.op == Op.FLUSH:
             self.sync()
-        elif self.read_only or end > self.size or request.op != Op.WRITE:
+        elif self.read_only or end > self.size or (request.op == Op.DISCARD and not self.can_discard):
             return errno.EINVAL
         else:
-            self.write_at(request.offset, content(request))
+            self.write_at(request.offset, content(request) if request.op == Op.WRITE else bytes(request.length))
         return 0
 
     def read_at(self, offset: int, length: int) -> bytes:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from tests.helpers_block import Machine, StepEnv, again, content, discard, flush, read, write
-from tests.recorded import Disk, RecordedFile, RecordedFiles, at
+from tests import lives
+from tests.helpers_block import Machine, content, discard, read, write
+from tests.recorded import RecordedFile, at
 from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.formats.cache import DATA_AT
 from xenbackend.block.request import Op, Request
@@ -36,58 +37,37 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-class Life:
-    """A cached disk whose workers are killed. `disk` is below, `file` is the cache's."""
+class Life(lives.Life):
+    """A cached disk whose workers are killed."""
 
     def __init__(
         self, home: Path, chance: Random, *, mode: str = "read", block: str = "4K", size: int = 160 << 10
     ) -> None:
-        self.chance = chance
         self.path = at(home / "cache")
         self.first = chance.randbytes(size)
-        self.disk = RecordedFile(bytearray(self.first), chance)
-        self.file = RecordedFile(bytearray(4096), chance)
-        self.text = f"cache:{self.path},size=1M,block={block},mode={mode}|aio:image"
-        self.memories: dict[str, dict[str, bytearray]] = {}
-        self.resumes = False
-        self.start()
+        files = {"image": RecordedFile(bytearray(self.first), chance), self.path: RecordedFile(bytearray(4096), chance)}
+        super().__init__(f"cache:{self.path},size=1M,block={block},mode={mode}|aio:image", files, chance)
 
-    def start(self) -> None:
-        """Start a worker."""
-        memories, resumes = self.memories, self.resumes
+    @property
+    def image(self) -> RecordedFile:
+        """Return what is below."""
+        return self.files["image"]
 
-        class Kept(Disk):
-            def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
-                env = super()._env(layer, read_only=read_only, shareable=shareable)
-                env.memories = memories.setdefault(layer, {})
-                env.resumes = resumes
-                return env
-
-        self.resumes = True
-        self.chain = Kept(self.text, RecordedFiles(**{self.path: self.file, "image": self.disk}))
+    @property
+    def file(self) -> RecordedFile:
+        """Return the cache's."""
+        return self.files[self.path]
 
     @property
     def driver(self) -> Cache:
         """Return the layer."""
-        found = self.chain.chain.layers[0].driver
-        assert isinstance(found, Cache)
-        return found
-
-    def kill(self) -> None:
-        """Kill it: of what the files were given some lands, in any order, torn too."""
-        for file in (self.disk, self.file):
-            self.chance.shuffle(file.waiting)
-            for request in file.waiting:
-                if request.op == Op.WRITE and self.chance.random() < 0.6:
-                    data = content(request)
-                    file.write_at(request.offset, data[: self.chance.randint(0, len(data) // 512) * 512])
-            file.waiting.clear()
-        self.start()
+        assert isinstance(self.top, Cache)
+        return self.top
 
     def hits(self, request: Request) -> bool:
         """Do a read, and return whether it was a hit."""
         before = self.driver.figures()["hits"]
-        assert [0] == self.chain.do(request)
+        assert [0] == self.disk.do(request)
         return self.driver.figures()["hits"] > before
 
 
@@ -95,11 +75,11 @@ def test_what_was_read_is_read_from_the_file(tmp_path: Path) -> None:
     """The second time the disk below is asked for nothing; a large read goes by, and changes nothing."""
     life = Life(tmp_path, Random(1))
     assert not life.hits(read(512, 1024))
-    life.disk.fails = lambda request: errno.EIO
+    life.image.fails = lambda request: errno.EIO
     request = read(0, 4096)
     assert life.hits(request)
     assert life.first[:4096] == content(request)
-    life.disk.fails = lambda request: 0
+    life.image.fails = lambda request: 0
     assert not life.hits(read(0, 512, (160 << 10) - 512))
     assert not life.hits(read(4096, 512))
 
@@ -108,15 +88,15 @@ def test_what_was_read_is_read_from_the_file(tmp_path: Path) -> None:
 def test_what_was_written_is_below_when_it_is_answered(tmp_path: Path, mode: str) -> None:
     """With writethrough it is kept as well: whole blocks, and what is written to a part of one that is there."""
     life = Life(tmp_path, Random(1), mode=mode)
-    life.chain.do(read(4096, 512))
+    life.disk.do(read(4096, 512))
     for request in (write(0, b"a" * 8192), write(4096 + 512, b"b" * 512)):
-        assert [0] == life.chain.do(request)
-    assert b"a" * 4608 + b"b" * 512 + b"a" * 3072 == life.disk.bytes[:8192]
+        assert [0] == life.disk.do(request)
+    assert b"a" * 4608 + b"b" * 512 + b"a" * 3072 == life.image.bytes[:8192]
     found = read(0, 8192)
     assert (mode == "writethrough") == life.hits(found)
 
-    assert life.disk.bytes[:8192] == content(found)
-    assert [0] == life.chain.do(write(3 * 4096, b"c" * 512))
+    assert life.image.bytes[:8192] == content(found)
+    assert [0] == life.disk.do(write(3 * 4096, b"c" * 512))
     assert not life.hits(read(3 * 4096, 512))
 
 
@@ -126,8 +106,7 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path, op: str, mode: str
     """F2: read and write of one block in every order of their steps, then a read: it is never old."""
     for seed in range(30):
         life = Life(tmp_path, Random(seed), mode=mode)
-        life.disk.can_discard, life.disk.discard_granularity = True, 512
-        life.disk._do = _with_discards(life.disk)  # type: ignore[method-assign]
+        life.image.can_discard, life.image.discard_granularity = True, 512
         life.start()
         new = {
             "write": write(0, b"n" * 4096),
@@ -137,27 +116,15 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path, op: str, mode: str
         batch = [read(0, 512), new, read(512, 512)]
         life.chance.shuffle(batch)
         for each in batch:
-            life.chain.chain.submit([each])
+            life.disk.chain.submit([each])
             for _ in range(life.chance.randint(0, 3)):
-                life.chain.step()
-        while life.chain.step():
+                life.disk.step()
+        while life.disk.step():
             pass
         for _ in range(2):
             last = read(0, 4096)
-            assert [0] == life.chain.do(last)
+            assert [0] == life.disk.do(last)
             assert (bytes(4096) if op == "discard" else b"n" * 4096) == content(last), seed
-
-
-def _with_discards(file: RecordedFile) -> Callable[[Request], int]:
-    plain = file._do
-
-    def do(request: Request) -> int:
-        if request.op != Op.DISCARD:
-            return plain(request)
-        file.write_at(request.offset, bytes(request.length))
-        return 0
-
-    return do
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -167,29 +134,10 @@ def test_killed_anywhere(tmp_path: Path, mode: str, seed: int) -> None:
     chance = Random(seed)
     life = Life(tmp_path, chance, mode=mode, block=chance.choice(["4K", "16K"]))
     model, hits = bytearray(life.first), 0
-    for _ in range(30):
-        out: list[Request] = []
-        for _ in range(chance.randint(1, 12)):
-            length = chance.choice([512, 4096, 8192, 512 * chance.randint(1, 80)])
-            offset = chance.randrange(0, (len(model) - length) // 512 + 1) * 512
-            if any(each.offset < offset + length and offset < each.offset + each.length for each in out):
-                continue
-            request = write(offset, chance.randbytes(length)) if chance.random() < 0.5 else read(offset, length)
-            if request.op == Op.WRITE:
-                model[offset : offset + length] = content(request)
-            out += [request, flush()] if chance.random() > 0.85 else [request]
-        life.chain.chain.submit(list(out))
-        for _ in range(chance.randint(0, 14)):
-            life.chain.step()
-        answered = set(life.chain.back)
-        assert {0} >= {request.status for request in answered}
-        life.kill()
-        left = [again(request) for request in out if request not in answered]
-        if left:
-            assert {0} == set(life.chain.do(*left))
+    for _ in life.die(30, model, ops=[Op.READ, Op.WRITE], longest=80):
         for place in range(0, len(model), 8192):
             request = read(place, 8192)
-            assert [0] == life.chain.do(request)
+            assert [0] == life.disk.do(request)
             assert model[place : place + 8192] == content(request)
         hits += life.driver.figures()["hits"]
 
@@ -201,7 +149,7 @@ def test_no_entry_is_lost_by_kills(tmp_path: Path) -> None:
     life = Life(tmp_path, Random(1))
     places = range(0, 128 << 10, 4096)
     for place in places:
-        life.chain.do(read(place, 4096))
+        life.disk.do(read(place, 4096))
     for _ in range(50):
         life.kill()
 
@@ -212,13 +160,13 @@ def test_no_entry_is_lost_by_kills(tmp_path: Path) -> None:
 def test_entries_from_a_former_life_do_not_come_back(tmp_path: Path, what: str) -> None:
     """F3: over another disk, in another file, or where nobody knows what happened meanwhile, the cache is empty."""
     life = Life(tmp_path, Random(1))
-    life.chain.do(read(0, 4096))
+    life.disk.do(read(0, 4096))
     assert life.hits(read(0, 4096))
     match what:
         case "another disk":
             life.text = life.text.replace("aio:image", "offset:length=64K|aio:image")
         case "another file":
-            life.file = RecordedFile(bytearray(4096))
+            life.files[life.path] = RecordedFile(bytearray(4096))
         case "memory":
             life.memories.clear()
         case "another size":
@@ -234,11 +182,11 @@ def test_a_disk_that_has_grown(tmp_path: Path, block: str, *, stays: bool) -> No
     """What was kept stays, unless the disk ended inside a block, of which there is more now."""
     life = Life(tmp_path, Random(1), block=block)
     for place in (0, 128 << 10):
-        life.chain.do(read(place, 512))
-    life.disk.bytes += b"n" * (32 << 10)
+        life.disk.do(read(place, 512))
+    life.image.bytes += b"n" * (32 << 10)
     life.start()
     found = read(160 << 10, 512)
-    assert [0] == life.chain.do(found)
+    assert [0] == life.disk.do(found)
     assert b"n" * 512 == content(found)
     assert stays == life.hits(read(0, 512))
 
@@ -253,16 +201,16 @@ def test_the_loss_of_the_file_costs_speed_only(tmp_path: Path, mode: str, code: 
     life = Life(tmp_path, chance, mode=mode)
     model = bytearray(life.first)
     for place in range(0, 64 << 10, 4096):
-        life.chain.do(read(place, 4096))
+        life.disk.do(read(place, 4096))
     life.file.fails = lambda request: code if code == errno.EIO or request.op == Op.WRITE else 0
     for _ in range(60):
         place = chance.randrange(0, 31) * 4096
         if chance.random() < 0.4:
             data = chance.randbytes(4096)
             model[place : place + 4096] = data
-            assert [0] == life.chain.do(write(place, data))
+            assert [0] == life.disk.do(write(place, data))
         found = read(place, 4096)
-        assert [0] == life.chain.do(found)
+        assert [0] == life.disk.do(found)
         assert model[place : place + 4096] == content(found)
     facts = life.driver.env.facts["cache"]
 
@@ -270,10 +218,10 @@ def test_the_loss_of_the_file_costs_speed_only(tmp_path: Path, mode: str, code: 
     assert life.driver.figures()["errors"] >= 16
     life.file.fails = lambda request: 0
     life.start()
-    assert model == life.chain.everything()
+    assert model == life.disk.everything()
     for place in range(0, len(model), 4096):
         found = read(place, 4096)
-        assert [0] == life.chain.do(found)
+        assert [0] == life.disk.do(found)
         assert model[place : place + 4096] == content(found)
 
 
@@ -281,15 +229,15 @@ def test_a_slot_that_is_being_read_is_not_given_away(tmp_path: Path) -> None:
     """A read that takes its time gets the block that it was for, however many others come to the same places."""
     life = Life(tmp_path, Random(1), block="128K", size=4 << 20)
     for block in [*range(8), *range(8)]:  # none is less used than the others
-        life.chain.do(read(block << 17, 512))
+        life.disk.do(read(block << 17, 512))
     late = read(0, 512)
-    life.chain.chain.submit([late])
+    life.disk.chain.submit([late])
     held, life.file.waiting = life.file.waiting, []
     assert [late.length] == [each.length for each in held]
     for block in range(8, 32):
-        life.chain.do(read(block << 17, 512))
+        life.disk.do(read(block << 17, 512))
     life.file.waiting = held
-    while life.chain.step():
+    while life.disk.step():
         pass
 
     assert (0, life.first[:512]) == (late.status, content(late))
@@ -298,10 +246,10 @@ def test_a_slot_that_is_being_read_is_not_given_away(tmp_path: Path) -> None:
 def test_an_error_below_is_the_guests(tmp_path: Path) -> None:
     """F4: nothing is kept of a read or write that failed, and what is there is still right."""
     life = Life(tmp_path, Random(1), mode="writethrough")
-    life.disk.fails = lambda request: errno.EIO
+    life.image.fails = lambda request: errno.EIO
     failed = write(0, b"n" * 4096)
-    assert [errno.EIO, errno.EIO] == life.chain.do(read(0, 512), failed)
-    life.disk.fails = lambda request: 0
+    assert [errno.EIO, errno.EIO] == life.disk.do(read(0, 512), failed)
+    life.image.fails = lambda request: 0
     found = read(0, 4096)
     assert not life.hits(found)
     assert life.first[:4096] == content(found)
@@ -310,17 +258,17 @@ def test_an_error_below_is_the_guests(tmp_path: Path) -> None:
 def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) -> None:
     """Before the first opening it is a mistake; later the guest goes on, and what was kept then is no more, ever."""
     life = Life(tmp_path, Random(1))
-    life.chain.do(read(0, 4096))
-    kept, life.file = life.file, RecordedFile(bytearray(b"a file of somebody else's".ljust(8192)))
+    life.disk.do(read(0, 4096))
+    kept, life.files[life.path] = life.file, RecordedFile(bytearray(b"a file of somebody else's".ljust(8192)))
     life.start()
     assert "off: it is no file of cache:" in life.driver.env.facts["cache"]
-    assert [0] == life.chain.do(write(0, b"n" * 4096))
-    life.file = kept
+    assert [0] == life.disk.do(write(0, b"n" * 4096))
+    life.files[life.path] = kept
     life.start()
     found = read(0, 4096)
     assert not life.hits(found)
     assert b"n" * 4096 == content(found)
-    life.file, life.resumes = RecordedFile(bytearray(b"a file of somebody else's".ljust(8192))), False
+    life.files[life.path], life.resumes = RecordedFile(bytearray(b"a file of somebody else's".ljust(8192))), False
     with pytest.raises(DriverError, match="it is no file of cache:, and is left as it is"):
         life.start()
 
@@ -329,21 +277,21 @@ def test_a_guest_that_alters_its_pages_harms_no_other_read(tmp_path: Path) -> No
     """D7: what is kept of a write is what is below, whatever becomes of the guest's page meanwhile."""
     life = Life(tmp_path, Random(1), mode="writethrough")
     request = write(0, b"a" * 4096)
-    life.chain.chain.submit([request])
+    life.disk.chain.submit([request])
     request.iov[0][:4] = b"evil"
-    while life.chain.step():
+    while life.disk.step():
         pass
     found = read(0, 4096)
 
     assert life.hits(found)
-    assert life.disk.bytes[:4096] == content(found) == b"a" * 4096
+    assert life.image.bytes[:4096] == content(found) == b"a" * 4096
 
 
 def test_a_discard_of_anything_empties_no_more_than_it_has_to(tmp_path: Path) -> None:
     """A small one drops its blocks; one of more blocks than are looked at one by one drops all."""
     life = Life(tmp_path, Random(1))
     for place in (0, 4096):
-        life.chain.do(read(place, 4096))
+        life.disk.do(read(place, 4096))
     life.driver._alter(discard(0, 512))
     assert -1 == life.driver._map.find(0) < life.driver._map.find(1)  # type: ignore[union-attr]
     life.driver._alter(discard(4096 << 12, 4096 << 13))

@@ -11,7 +11,8 @@ from random import Random
 
 import pytest
 
-from tests.helpers_block import Machine, StepEnv, again, content, discard, flush, read, write
+from tests import lives
+from tests.helpers_block import Machine, again, content, discard, flush, read, write
 from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, at, lost_power
 from xenbackend.block.chain import Chain
 from xenbackend.block.drivers.checksum import Checksum
@@ -267,52 +268,24 @@ def _done(batch: list[Request]) -> list[Request]:
     return batch
 
 
-class Life:
+class Life(lives.Life):
     """A disk whose workers are killed, and whose host loses its power."""
 
     def __init__(self, home: Path, chance: Random, block: str) -> None:
-        self.chance = chance
         self.path = at(home / "sums")
         self.first = chance.randbytes(64 << 10)
-        self.image = RecordedFile(bytearray(self.first), chance)
-        self.sums = RecordedFile(bytearray(4096), chance)
-        self.text = f"checksum:{self.path},block={block}|aio:image"
-        self.memories: dict[str, dict[str, bytearray]] = {}
-        self.start()
+        files = {"image": RecordedFile(bytearray(self.first), chance), self.path: RecordedFile(bytearray(4096), chance)}
+        super().__init__(f"checksum:{self.path},block={block}|aio:image", files, chance)
 
-    def start(self) -> None:
-        """Start a worker."""
-        memories, envs = self.memories, self.envs = {**self.memories}, []
-        self.memories = memories
+    @property
+    def image(self) -> RecordedFile:
+        """Return what is below."""
+        return self.files["image"]
 
-        class Kept(Disk):
-            def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
-                env = super()._env(layer, read_only=read_only, shareable=shareable)
-                env.memories = memories.setdefault(layer, {})
-                envs.append(env)
-                return env
-
-        self.disk = Kept(self.text, RecordedFiles(**{self.path: self.sums, "image": self.image}))
-
-    def rest(self) -> None:
-        """Let the time pass in which sums are settled, at any moment of what is in flight."""
-        for env in self.envs:
-            env.ring()
-
-    def figures(self) -> dict[str, int]:
-        """Return what the layer counts."""
-        return self.disk.chain.layers[0].driver.figures()
-
-    def kill(self) -> None:
-        """Kill it: of what the files were given some lands, in any order, torn too."""
-        for file in (self.image, self.sums):
-            self.chance.shuffle(file.waiting)
-            for request in file.waiting:
-                if request.op == Op.WRITE and self.chance.random() < 0.6:
-                    data = content(request)
-                    file.write_at(request.offset, data[: self.chance.randint(0, len(data) // 512) * 512])
-            file.waiting.clear()
-        self.start()
+    @property
+    def sums(self) -> RecordedFile:
+        """Return FILE."""
+        return self.files[self.path]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -322,28 +295,7 @@ def test_killed_anywhere(tmp_path: Path, seed: int, block: str) -> None:
     chance = Random(seed)
     life = Life(tmp_path, chance, block)
     model = bytearray(life.first)
-    for _ in range(30):
-        out: list[Request] = []
-        for _ in range(chance.randint(1, 12)):
-            length = chance.choice([512, 4096, 8192, 512 * chance.randint(1, 40)])
-            offset = chance.randrange(0, (len(model) - length) // 512 + 1) * 512
-            if any(each.offset < offset + length and offset < each.offset + each.length for each in out):
-                continue
-            request = write(offset, chance.randbytes(length)) if chance.random() < 0.6 else read(offset, length)
-            if request.op == Op.WRITE:
-                model[offset : offset + length] = content(request)
-            out += [request, flush()] if chance.random() > 0.85 else [request]
-        life.disk.chain.submit(list(out))
-        for _ in range(chance.randint(0, 14)):
-            life.disk.step()
-            if chance.random() < 0.2:
-                life.rest()
-        answered = set(life.disk.back)
-        assert {0} >= {request.status for request in answered}
-        life.kill()
-        left = [again(request) for request in out if request not in answered]
-        if left:
-            assert {0} == set(life.disk.do(*left))
+    for _ in life.die(30, model, ops=[Op.READ, Op.WRITE], longest=40, rests=0.2):
         assert model == life.disk.everything()
         assert 0 == life.figures()["rotten"]
     assert life.figures()["verified"] > 0
@@ -435,7 +387,7 @@ def test_another_file_of_the_same_name_has_its_own_sums(tmp_path: Path) -> None:
     """What memory has of a file says nothing of one that was put in its place: a new one knows nothing."""
     life = Life(tmp_path, Random(1), "4K")
     life.disk.everything()
-    life.sums = RecordedFile(bytearray(4096))
+    life.files[life.path] = RecordedFile(bytearray(4096))
     life.image.bytes[0] ^= 1
     life.start()
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from tests.helpers_block import Machine, StepEnv, again, content, discard, flush, read, write
+from tests.helpers_block import Machine, again, discard, flush, read, write
+from tests.lives import Life
 from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
 from xenbackend.block.chain import Chain
 from xenbackend.block.formats.cow import OWN, ZEROS, Header
-from xenbackend.block.request import Op, Request
+from xenbackend.block.request import Op
 from xenbackend.cli.main import main
 from xenbackend.errors import ChainError, DriverError
 
@@ -204,93 +203,25 @@ def test_a_begun_file_is_begun_anew(tmp_path: Path) -> None:
         assert first[:512] + b"x" * 512 + first[1024:] == disk.everything(), (count, torn)
 
 
-@dataclass
-class Life:
-    """A disk whose workers are killed: the file and the memories stay, what was in flight is done by half or not."""
-
-    text: str
-    files: RecordedFiles
-    chance: Random
-    memories: dict[str, dict[str, bytearray]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Start a worker."""
-        memories = self.memories
-
-        class Kept(Disk):
-            def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
-                env = super()._env(layer, read_only=read_only, shareable=shareable)
-                env.memories = memories.setdefault(layer, {})
-                return env
-
-        self.disk = Kept(self.text, self.files)
-
-    def kill(self) -> None:
-        """Kill it: of what its file was given some lands, in any order, torn too."""
-        for file in self.files.files.values():
-            self.chance.shuffle(file.waiting)
-            for request in file.waiting:
-                if request.op == Op.WRITE and self.chance.random() < 0.6:
-                    data = content(request)
-                    file.write_at(request.offset, data[: self.chance.randint(0, len(data) // 512) * 512])
-            file.waiting.clear()
-        self.start()
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_killed_anywhere(tmp_path: Path, seed: int) -> None:
     """D11: over 40 deaths with writes, discards and flushes in flight, which are done again, nothing is ever lost."""
     chance = Random(seed)
     first, path = chance.randbytes(64 << 10), at(tmp_path / "cow")
     file = RecordedFile(bytearray(4096), chance, can_discard=True, discard_granularity=4096)
-    file._do = _with_discards(file)  # type: ignore[method-assign]  # the file of the test is to discard, too
-    files = RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first), chance)})
+    files = {path: file, "base": RecordedFile(bytearray(first), chance)}
     life, model = Life(f"cow:{path},block=8K|aio:base", files, chance), bytearray(first)
-    for _ in range(40):
-        out: list[Request] = []
-        for _ in range(chance.randint(1, 12)):
-            length = chance.choice([512, 1024, 8192, 512 * chance.randint(1, 40)])
-            offset = chance.randrange(0, (len(first) - length) // 512 + 1) * 512
-            if any(each.offset < offset + length and offset < each.offset + each.length for each in out):
-                continue
-            kind = chance.random()
-            request = discard(offset, length) if kind < 0.3 else write(offset, chance.randbytes(length))
-            model[offset : offset + length] = bytes(length) if kind < 0.3 else content(request)
-            out += [request, flush()] if kind > 0.85 else [request]
-        life.disk.chain.submit(list(out))
-        for _ in range(chance.randint(0, 12)):
-            life.disk.step()
-        answered = set(life.disk.back)
-        assert all(request.status == 0 for request in answered)
-        life.kill()
-        left = [again(request) for request in out if request not in answered]
-        if left:
-            assert {0} == set(life.disk.do(*left))
+    for _ in life.die(40, model, ops=[Op.DISCARD, Op.WRITE, Op.WRITE], longest=40):
         assert model == life.disk.everything()
-
-
-def _with_discards(file: RecordedFile) -> Callable[[Request], int]:
-    plain = file._do
-
-    def do(request: Request) -> int:
-        if request.op != Op.DISCARD:
-            return plain(request)
-        file.write_at(request.offset, bytes(request.length))
-        return 0
-
-    return do
 
 
 def test_another_file_of_the_same_name_has_its_own_map(tmp_path: Path) -> None:
     """What memory has of a file says nothing of one that was put in its place: a new one begins as the base."""
     first, path = Random(5).randbytes(64 << 10), at(tmp_path / "cow")
-    files = RecordedFiles(**{path: RecordedFile(bytearray(4096)), "base": RecordedFile(bytearray(first))})
+    files = {path: RecordedFile(bytearray(4096)), "base": RecordedFile(bytearray(first))}
     life = Life(f"cow:{path},block=8K|aio:base", files, Random(0))
     assert [0] == life.disk.do(write(0, bytes(64 << 10)))
-    files.files[path] = RecordedFile(bytearray(4096))
+    files[path] = RecordedFile(bytearray(4096))
     life.start()
 
     assert first == life.disk.everything()
