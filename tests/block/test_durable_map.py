@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from tests.helpers_block import StepEnv
 from tests.recorded import RecordedFile
 from xenbackend.block.durable_map import PAGE, TOKEN, DurableMap
+from xenbackend.errors import DriverError
 
 
 def opened(env: StepEnv, file: RecordedFile, pages: int = 3, token: bytes = b"t" * TOKEN) -> DurableMap:
@@ -75,3 +78,37 @@ def test_closing_writes_what_is_left() -> None:
         found.mark(3, 2)
         found.close(writes=writes)
         assert (["flush", "write", "flush"] if writes else []) == [each.kind for each in file.log]
+
+
+def test_a_range_is_marked_like_each_of_its_blocks() -> None:
+    """Blocks of the one state get the other, none beside them; only pages that changed are written."""
+    chance = Random(1)
+    for _ in range(50):
+        states = chance.choices(range(3), k=3 * PAGE)
+        env, file, ended = StepEnv(), RecordedFile(bytearray(states)), list[int]()
+        found, former, state = opened(env, file), chance.randrange(3), chance.randrange(3)
+        first = chance.randrange(3 * PAGE)
+        last = chance.randrange(first, 3 * PAGE)
+        found.exchange(first, last, former, state)
+        states[first : last + 1] = [state if each == former else each for each in states[first : last + 1]]
+        assert (states, [states.count(each) for each in range(3)]) == (list(found.states), found.counts)
+        found.flush(ended.append)
+        run(file)
+        assert ([0], states) == (ended, list(file.bytes))
+        pages = {each.place // PAGE for each in file.log if each.kind == "write"}
+        assert pages <= set(range(first // PAGE, last // PAGE + 1))
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_state_that_is_none_is_refused(where: str) -> None:
+    """Whoever wrote it, there or in memory, where a worker was taken over: with a sentence that says what to do."""
+    env, file = StepEnv(), RecordedFile(bytearray(3 * PAGE))
+    opened(env, file)
+    if where == "memory":
+        env.memories["map"][PAGE + 5] = 3
+    else:
+        env.memories.clear()
+        file.bytes[PAGE + 5] = 3
+    said = {"memory": "as a worker left it in memory; detach the disk", "file": "; the file is of no use"}[where]
+    with pytest.raises(DriverError, match=f"block 4101 has state 3, and there is none.*{said}"):
+        opened(env, file)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from xenbackend.block.driver import Env, File
 from xenbackend.block.mapped.parts import Part, Pool, allocate, tell
 from xenbackend.block.request import Op
+from xenbackend.errors import DriverError
 
 PAGE = 4096  # bytes that are written together
 _PIECE = 1 << 20  # bytes that are read at once, while it is opened
@@ -24,10 +25,11 @@ Done = Callable[[int], None]  # gets 0 or a positive errno
 class DurableMap:
     """The map; `states` may be read at will, and is written by `mark`."""
 
-    def __init__(self, env: Env, file: File, place: int, size: int, token: bytes) -> None:
-        """Take what a predecessor left of this file in memory, else what the file has at `place`. Raises: OSError.
+    def __init__(self, env: Env, file: File, place: int, size: int, token: bytes, *, kinds: int = 3) -> None:
+        """Take what a predecessor left of this file in memory, else what the file has at `place`.
 
-        `size` is in bytes, whole pages; at `place` the file has as many. No other file has this `token`.
+        `size` is in bytes, whole pages; at `place` the file has as many. No other file has this `token`. There are so
+        many `kinds` of states, from 0 on. Raises: DriverError, where a byte is none of them; OSError.
         """
         self._memory = env.memory("map", size + PAGE)
         self.states = self._memory[:size]
@@ -46,9 +48,11 @@ class DurableMap:
                 self._dirty.update(
                     at // PAGE for at in pages if self.states[at : at + PAGE] != found[at - start : at - start + PAGE]
                 )
-        self._memory[size : size + TOKEN] = token
         whole = self.states.tobytes()
-        self.counts = [whole.count(state) for state in range(3)]  # of blocks by state, 0: and what is behind the last
+        if odd := whole.translate(None, bytes(range(kinds))):
+            raise _damaged(whole.index(odd[0]), odd[0], is_left=is_left)
+        self._memory[size : size + TOKEN] = token
+        self.counts = [whole.count(state) for state in range(kinds)]  # by state; 0: and what is behind the last block
 
     def mark(self, block: int, state: int) -> None:
         """Note the state of a block, of which everything has been given to the file."""
@@ -56,6 +60,20 @@ class DurableMap:
         self.counts[state] += 1
         self.states[block] = state
         self._dirty.add(block // PAGE)
+
+    def exchange(self, first: int, last: int, former: int, state: int) -> None:
+        """Do as `mark` for all blocks from `first` to `last` that have the `former` state."""
+        table = bytes.maketrans(bytes([former]), bytes([state]))
+        start = first
+        while start <= last:
+            stop = min(last + 1, (start // PAGE + 1) * PAGE)
+            states = self.states[start:stop].tobytes()
+            if count := states.count(former):
+                self.states[start:stop] = states.translate(table)
+                self.counts[former] -= count
+                self.counts[state] += count
+                self._dirty.add(start // PAGE)
+            start = stop
 
     def flush(self, done: Done) -> None:
         """Make durable what was given to the file, and marked, before; `done` hears how that ended."""
@@ -125,3 +143,9 @@ class DurableMap:
         finally:
             self.states.release()
             self._memory.release()
+
+
+def _damaged(block: int, state: int, *, is_left: bool) -> DriverError:
+    problem = f"its map is damaged: block {block} has state {state}, and there is none"
+    way_out = "detach the disk, and it begins as its file was at the last flush" if is_left else "the file is of no use"
+    return DriverError(f"{problem}{' as a worker left it in memory' if is_left else ''}; {way_out}")

@@ -254,6 +254,31 @@ def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> No
     chain.close()
 
 
+def test_a_discard_goes_by_runs(tmp_path: Path) -> None:
+    """However many blocks it has, FILE gets one request for those that it has between two that are being written.
+
+    Those wait for their turn, so that the discard comes after their first writes.
+    """
+    first, path, file = Random(6).randbytes(1 << 20), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
+    file.can_discard, file.discard_granularity = True, 4096
+    files = RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))})
+    disk = Disk(f"cow:{path},block=4K|aio:base", files)
+    assert [0, 0, 0] == disk.do(write(5 * BLOCK, bytes(2 * BLOCK)), write(20 * BLOCK, b"x" * 512), flush())
+    model, late = bytearray(first), write(100 * BLOCK, b"late" * 128)
+    disk.chain.submit([late])
+    disk.chain.submit([discard(512, (1 << 20) - 1024)])
+    assert [(Op.DISCARD, 16 * BLOCK)] == [(each.op, each.length) for each in file.waiting]
+    assert 200 > sum(len(each.waiting) for each in files.files.values())
+    while disk.step():
+        pass
+    model[512:-512] = bytes((1 << 20) - 1024)
+
+    assert [0, 0] == [each.status for each in disk.back]
+    assert {"own": 6, "zeros": 251 - 1} == disk.chain.layers[0].driver.figures()
+    disk.back.clear()
+    assert model == disk.everything()
+
+
 def test_what_was_written_can_be_kept(machine: Machine, tmp_path: Path, base: Path) -> None:
     """A detached chain is converted like any image: that is how what was written becomes an image of its own."""
     text = f"cow:{tmp_path}/cow,block=8K|aio:{base}"

@@ -192,6 +192,8 @@ class Cow(Filter):
                 if state == OWN:
                     part.offset += self._data_at
                 (file if state == OWN else below).append(part)
+            elif op == Op.DISCARD:
+                self._discard(request, first, last)
             else:
                 self._split(request, first, last)
         if below:
@@ -255,6 +257,36 @@ class Cow(Filter):
         join = Join(request, len(lengths))
         for start, length, iov in zip(starts, lengths, iovs, strict=True):
             self._do(self._pool.take(request.op, start, length, iov, self._piece_done, join))
+
+    def _discard(self, request: Request, first: int, last: int) -> None:
+        """Do a discard, of any number of blocks: alone only those of which it has a part, or that are being written."""
+        bits, end = self._bits, request.offset + request.length
+        alone = {block for block in self._busy if first <= block <= last}
+        if request.offset > first << bits:
+            alone.add(first)
+        if end < min((last + 1) << bits, self._size):
+            alone.add(last)
+        join, start = Join(request, 1), first
+        for block in (*sorted(alone), last + 1):
+            if start < block:
+                self._discard_run(join, start, block - 1)
+            start = block + 1
+        for block in sorted(alone):
+            start, stop = max(request.offset, block << bits), min(end, (block + 1) << bits)
+            join.left += 1
+            self._do(self._pool.take(Op.DISCARD, start, stop - start, (), self._piece_done, join))
+        self._join_done(join, 0)
+
+    def _discard_run(self, join: Join, first: int, last: int) -> None:
+        """Discard whole blocks: note those that are not in FILE, and give the others back."""
+        states = self._states[first : last + 1].tobytes()
+        self._map.exchange(first, last, BASE, ZEROS)  # type: ignore[union-attr]  # what is written has a map
+        start, stop = states.find(OWN), states.rfind(OWN) + 1
+        if stop:  # what is not there in between is a hole already
+            place, length = (first + start) << self._bits, (stop - start) << self._bits
+            part = self._pool.take(Op.DISCARD, place + self._data_at, length, (), self._piece_done, join)
+            join.left += 1
+            self._file.submit([part])  # type: ignore[union-attr]  # open
 
     def _do(self, piece: Part) -> None:
         """Do a piece of one block."""
@@ -335,9 +367,11 @@ class Cow(Filter):
         self._pool.put(piece)
 
     def _piece_done(self, piece: Part) -> None:
-        join: Join = piece.tag
+        self._join_done(piece.tag, piece.status)
+
+    def _join_done(self, join: Join, status: int) -> None:
         join.left -= 1
-        join.status = join.status or piece.status
+        join.status = join.status or status
         if not join.left:
             self._end(join.request, join.status)
 
