@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -102,6 +103,14 @@ def test_names_of_tests_are_short(request: pytest.FixtureRequest) -> None:
     names = [item.nodeid for item in request.session.items]
 
     assert [] == [name[:100] for name in names if len(name) > 1000]
+
+
+def test_whoever_silences_the_type_checker_says_why() -> None:
+    """A comment that has it ignore a line ends with the reason."""
+    bare = re.compile(r"# type: ignore(\[[^]]*\])?\s*$")
+    lines = ((file, number, line) for file in FILES for number, line in enumerate(file.read_text().split("\n"), 1))
+
+    assert [] == [f"{file.relative_to(ROOT)}:{number}" for file, number, line in lines if bare.search(line)]
 
 
 def test_files_are_short() -> None:

@@ -61,7 +61,7 @@ def test_what_failed_is_done_again(step: str) -> None:
     found = opened(env, file)
     found.mark(7, 1)
     seen: list[int] = []
-    file.fails = lambda request: (seen.append(request.op), 5 if len(seen) == fails else 0)[1]  # type: ignore[func-returns-value]
+    file.fails = lambda request: (seen.append(request.op), 5 if len(seen) == fails else 0)[1]  # type: ignore[func-returns-value]  # a lambda
     fails = ["first flush", "write", "second flush"].index(step) + 1
     for _ in range(2):
         found.flush(ended.append)

@@ -33,7 +33,7 @@ class Kept:
     def start(self) -> Sums:
         """Open them, as a successor does where the memories are kept."""
         self.sums = Sums(self.env, self.file, HEADER, self.flushes.append)
-        self.file.complete = lambda batch: [self.sums.take(each) for each in batch]  # type: ignore[arg-type,func-returns-value]
+        self.file.complete = lambda batch: [self.sums.take(each) for each in batch]  # type: ignore[arg-type,func-returns-value]  # a lambda
         return self.sums
 
     def run(self) -> None:
@@ -169,8 +169,8 @@ def test_only_pages_of_the_file_that_are_more_than_holes_are_read() -> None:
         return plain(place, length)
 
     last = HEADER.sums_at + 2 * PAGE
-    kept.file.read_at = read_at  # type: ignore[method-assign]
-    kept.file.next_data = lambda offset: (max(offset, last), last + PAGE)  # type: ignore[method-assign]
+    kept.file.read_at = read_at  # type: ignore[method-assign]  # to look on
+    kept.file.next_data = lambda offset: (max(offset, last), last + PAGE)  # type: ignore[method-assign]  # to look on
     kept.env = StepEnv()
 
     assert 5 == kept.start().values[2 * SUMS + 1]

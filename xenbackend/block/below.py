@@ -54,5 +54,5 @@ def _look_at(path: str, files: Lookup, *, with_changes: bool) -> str:
 
 def _given(options: object) -> list[str]:
     """Return the options that are not as they are by default."""
-    values = [(each, getattr(options, each.name)) for each in fields(options)]  # type: ignore[arg-type]
+    values = [(each, getattr(options, each.name)) for each in fields(options)]  # type: ignore[arg-type]  # a dataclass
     return [f"{each.name}={value}" for each, value in values if each.default is MISSING or value != each.default]

@@ -293,9 +293,9 @@ def test_a_discard_of_anything_empties_no_more_than_it_has_to(tmp_path: Path) ->
     for place in (0, 4096):
         life.disk.do(read(place, 4096))
     life.driver._alter(discard(0, 512))
-    assert -1 == life.driver._map.find(0) < life.driver._map.find(1)  # type: ignore[union-attr]
+    assert -1 == life.driver._map.find(0) < life.driver._map.find(1)  # type: ignore[union-attr]  # FILE is in use
     life.driver._alter(discard(4096 << 12, 4096 << 13))
-    assert -1 == life.driver._map.find(1)  # type: ignore[union-attr]
+    assert -1 == life.driver._map.find(1)  # type: ignore[union-attr]  # FILE is in use
     life.driver._down.clear()
 
 

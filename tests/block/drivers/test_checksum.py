@@ -255,7 +255,7 @@ def test_a_large_discard_takes_no_long_time(machine: Machine, tmp_path: Path) ->
     """One of 64 GiB costs no look at each block."""
     chain = machine.open(f"checksum:{tmp_path}/sums,block=64K|fault:rate=0|null:64G", checked=False)
     driver_of(chain)._can_discard = True  # null: has none
-    driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))  # type: ignore[method-assign,union-attr]
+    driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))  # type: ignore[method-assign,union-attr]  # a disk that discards
     began = time.process_time()
     assert [0, 0] == machine.do(chain, discard(512, (1 << 36) - 1024), write(0, bytes(512)))
     assert time.process_time() - began < 1
@@ -319,7 +319,7 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
             life.rest()
         return step()
 
-    life.disk.step = stepping  # type: ignore[method-assign]
+    life.disk.step = stepping  # type: ignore[method-assign]  # to look on
     begun = len(life.sums.log)
     start = bytes(life.sums.bytes)
     for _ in range(12):

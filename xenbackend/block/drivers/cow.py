@@ -351,7 +351,7 @@ class Cow(Filter):
             self._leave(block, piece, part.status)
 
         place = self._data_at + (block << self._bits)
-        self._file.submit([self._pool.take(Op.WRITE, place, length, iov, written, None)])  # type: ignore[union-attr]
+        self._file.submit([self._pool.take(Op.WRITE, place, length, iov, written, None)])  # type: ignore[union-attr]  # as there
 
     def _leave(self, block: int, piece: Part, status: int) -> None:
         """End the first piece, and go on with those that waited for it."""

@@ -65,7 +65,7 @@ class QcowDisk(MappedDisk):
         tables: Tables[L2Table] = Tables(TABLES // (table_bytes + _TABLE_EXTRA))
         # `Tables` is not covariant; nobody but us puts one in.
         bits = codec.l2_bits
-        self.start(file, size, cluster_bits=cluster_bits, table_bits=bits, tables=tables, data=data)  # type: ignore[arg-type]
+        self.start(file, size, cluster_bits=cluster_bits, table_bits=bits, tables=tables, data=data)  # type: ignore[arg-type]  # two kinds of tables
         first = l1.offset // SECTOR * SECTOR
         length = round_up(l1.offset + l1.length, SECTOR) - first
         sectors = file.read_at(first, length)
