@@ -233,7 +233,12 @@ class Disk:
     def _env(self, layer: str, /, *, read_only: bool, shareable: bool) -> StepEnv:
         env = StepEnv(read_only=read_only, shareable=shareable, is_draft=self._is_draft, files=self.files)
         env.run_in_thread = self._in_thread
+        env.wait_for = self._wait_for
         return env
+
+    def _wait_for(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            assert self.step(), "nothing will ever happen"
 
     def _in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
         def call() -> None:

@@ -243,6 +243,59 @@ def test_a_slot_that_is_being_read_is_not_given_away(tmp_path: Path) -> None:
     assert (0, life.first[:512]) == (late.status, content(late))
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_nothing_of_it_is_under_way_once_it_is_closed(tmp_path: Path, *, is_lost: bool) -> None:
+    """What FILE was given when the last answer came has ended: else it would land in a slot of the next chain's.
+
+    Also where FILE was given up meanwhile.
+    """
+    life = Life(tmp_path, Random(1), mode="writethrough")
+    life.disk.do(read(0, 4096))
+    batch = [read(128 << 10, 512), write(64 << 10, b"n" * 4096), write(512, b"n" * 512)]  # far from one another
+    life.disk.chain.submit(list(batch))
+    while len(life.disk.back) < len(batch):
+        life.image.step()
+    assert len(life.file.waiting) == 3
+    if is_lost:
+        life.driver._leave_alone("a test")
+    life.disk.chain.close()
+
+    assert [] == life.file.waiting
+    life.start()
+    for place in range(0, 160 << 10, 4096):
+        request = read(place, 4096)
+        assert [0] == life.disk.do(request)
+        assert life.image.bytes[place : place + 4096] == content(request)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["read", "writethrough"])
+def test_nothing_stays_pinned(tmp_path: Path, mode: str, seed: int) -> None:
+    """However requests end, on both sides, no slot is held and no copy is kept once all are done."""
+    chance = Random(seed)
+    life = Life(tmp_path, chance, mode=mode, block="16K", size=4 << 20)
+    rate = 0.0
+    for file, code in ((life.file, errno.ENOSPC), (life.image, errno.EIO)):  # a file that is full is not given up
+        file.fails = lambda _, code=code: code if chance.random() < rate else 0  # type: ignore[misc]  # a default
+    for turn in range(150):
+        rate = 0.2 * (turn % 3)
+        place, length = chance.randrange(0, 6000) * 512, chance.choice([512, 4096, 16384, 200 * 512])
+        batch = [write(place, bytes(length)), read(place, length), read(chance.randrange(0, 250) << 14, 512)]
+        chance.shuffle(batch)
+        life.disk.chain.submit(batch)
+        for _ in range(chance.randint(0, 6)):
+            life.disk.step()
+    while life.disk.step():
+        pass
+    driver, rate = life.driver, 0.0
+
+    assert driver._map is not None
+    assert life.figures()["errors"] > 10
+    assert not any(driver._map.pins)
+    assert (0, {}, {}) == (driver._copies._used, driver._overtaken._copies, driver._overtaken._altering)
+    assert life.image.bytes == life.disk.everything()
+
+
 def test_an_error_below_is_the_guests(tmp_path: Path) -> None:
     """F4: nothing is kept of a read or write that failed, and what is there is still right."""
     life = Life(tmp_path, Random(1), mode="writethrough")
