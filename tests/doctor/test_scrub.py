@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from xenbackend.doctor.scrub import MASK, scrub
@@ -27,6 +32,15 @@ PEM = f"-----BEGIN RSA PRIVATE KEY-----\n{PLANTED}\n-----END RSA PRIVATE KEY----
         f"x\n{PEM}\ny",
         f"-----BEGIN PRIVATE KEY-----\n{PLANTED}",
         f"passwd='{PLANTED} {PLANTED}'",
+        f"password='it\\'s {PLANTED}'",
+        f'password="no end {PLANTED}',
+        f"password=b'x {PLANTED}'",
+        f'"{{\\"password\\": \\"{PLANTED}\\"}}"',
+        f'{{\\"token\\": \\"a \\\\\\" {PLANTED}\\"}}',
+        f"passphrase=/etc/key,password={PLANTED}",
+        f"nbd://me:a@{PLANTED}@host/x",
+        f"{PLANTED}\n-----END PRIVATE KEY-----\nlater",
+        f"-----BEGIN PRIVATE KEY-----\n12:00 host xenbackend[1]: {PLANTED}\n12:00 host -----END PRIVATE KEY-----",
     ],
 )
 def test_secrets_are_masked(text: str) -> None:
@@ -49,9 +63,59 @@ def test_a_key_of_ceph_is_masked() -> None:
         "the key is being made of /etc/key, which takes seconds",
         "the key frontend is missing in the backend's directory",
         "rbd:pool/image,id=xen", "http://host/path", "passes 3", "monkey=5", '"reason": "key"', "4 tokens are left",
-        "its passphrase opens no key slot of it",
+        "its passphrase opens no key slot of it", '"tokens": 4', "password=''", "-----END CERTIFICATE-----",
+        "-----BEGIN CERTIFICATE-----\nMII\n-----END CERTIFICATE-----",
     ],
 )  # fmt: skip
 def test_what_a_reader_needs_stays(text: str) -> None:
     """Names of files and credentials are no secrets, and neither are sentences about keys."""
     assert text == scrub(text)
+
+
+@pytest.mark.parametrize("text", [f'{{"password": "{PLANTED}"}}', f"a = 'key={PLANTED}'", f"x://{PLANTED}@h/ y"])
+def test_what_is_around_a_secret_stays(text: str) -> None:
+    """Quotes, brackets and what follows, so that what was text for a program still is."""
+    assert scrub(text) == text.replace(PLANTED, MASK)
+
+
+def test_a_guest_hides_nothing_but_its_own_words() -> None:
+    """The begin of a key, or of a quote, that has no end masks no line of somebody else."""
+    lines = ["/5/data = '-----BEGIN PRIVATE KEY-----'", "/5/data = 'password=\"'", "/6/state = '4'"]
+
+    assert "/6/state = '4'" == scrub("\n".join(lines)).splitlines()[-1]
+
+
+BEGINNINGS = ["", "password='", 'password=\\"', "-----BEGIN PRIVATE KEY-----", "a://", "authorization:"]
+REPEATED = [
+    "a", "a.", "-", " ", "\n", "\\", "'", '"', "\\'", "=", ":", "a://", "://", "a://x@", "AQ", f"AQ{'A' * 36}", "api_",
+    "key", "key=", "password", "password=", "password ", "password: ", "pass.", "token\\", 'token"', "secret= ", "b'",
+    "password='\\", 'password="\\', "password='\"\\'", "password='\\'x\\\\\\'", "password=/", "password=credential:",
+    "password='/", "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a", "-----END ",
+    "-----END PRIVATE KEY-----", "PRIVATE KEY", "authorization:", "authorization:\n",
+]  # fmt: skip
+
+
+@contextmanager
+def limited(cpu_s: float) -> Iterator[None]:
+    """Raise TimeoutError in whatever takes more of the CPU."""
+
+    def give_up(_number: int, _frame: object) -> None:
+        raise TimeoutError(f"it took {cpu_s} s")
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.mark.parametrize("repeated", REPEATED)
+def test_no_text_takes_longer_than_its_length(repeated: str) -> None:
+    """Guests write what is scrubbed: nothing that looks like the beginning of a secret, fifty thousand characters of
+    it, costs more than plain text does.
+    """
+    for beginning, last in itertools.product(BEGINNINGS, ("", "!")):
+        with limited(0.5):
+            scrub(beginning + repeated * (50_000 // len(repeated)) + last)

@@ -1,32 +1,99 @@
-"""Takes secrets out of a text that is to leave the host.
+"""Takes secrets out of a text that is to leave the host, in a time that grows with its length, whoever wrote it.
 
 Must not be all that keeps them in: whoever gathers takes no file with secrets in the first place (`doctor.pieces`).
 
 Chains name the files of passphrases, and those names stay. What is masked are values that somebody has written where
 they do not belong, or that drivers of third parties take: in options, addresses, log lines.
+
+Guests write some of these texts. So no pattern tries a character in two ways, or from many places: each begins where it
+cannot begin again (a mark, the end of a name), gives nothing back (`*+`), and whatever follows it is looked at once.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 MASK = "(masked)"
-_NAMES = r"[\w.-]*(?:pass(?:wd|word|phrase)?|secret|token|credentials?|api[_-]?key|private[_-]?key)[\w.-]*"
-_PLACE = r"(?!/|credential:)"  # a path, or the name of a credential, is no secret
+_NAME = re.compile(  # from the first secret word in a name to the name's end; `key` is one only where it is all of it
+    r"(?:(?i:pass|secret|token|credential|api[_-]?key|private[_-]?key)|(?<!\w)(?P<key>key)(?![\w.-]))[\w.-]*+"
+)
+_SIGN = re.compile(r"(\\*+[\"'])?\s*+([=:])(\s*+)")  # after a name, also in JSON that is text within JSON
+_QUOTE = re.compile(r"b?(\\*+)([\"'])")
+_CLOSING = re.compile(r"(?<!\\)(\\*+)([\"'\r\n]|\Z)")
+_PLAIN = re.compile(r"[^\s,|\"';&()]++")
+_PLACE = ("/", "credential:")  # a path, or the name of a credential, is no secret
+_PEM_END = r"-----END [A-Z ]*PRIVATE KEY-----"
+_PEM = re.compile(  # up to its end; where that is missing or far, up to what no key has
+    rf"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?:(?!-----)[\s\S]){{0,16384}}+{_PEM_END}|[A-Za-z0-9+/=:,\s\\]*+)"
+)
+_PEM_TAIL = re.compile(_PEM_END)
+_PEM_BODY = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\\r\n"
 _RULES = (
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), MASK),
-    (re.compile(r"(?i)([a-z][a-z0-9+.-]*://)[^/\s@\"']+@"), rf"\1{MASK}@"),  # RFC 3986, userinfo
+    (_PEM, MASK),
+    (re.compile(r"(?<=[A-Za-z0-9+.-])://[^/\s\"']+@"), f"://{MASK}@"),  # RFC 3986, userinfo
     (re.compile(r"\bAQ[A-Za-z0-9+/]{36}=="), MASK),  # a key of Ceph: 28 bytes, of which the first ones tell its kind
-    (re.compile(rf"(?i)(\b{_NAMES}[\"']?\s*[=:]\s*)([\"']){_PLACE}(?:\\.|(?!\2).)+\2"), rf"\1\2{MASK}\2"),
-    (re.compile(rf"(?i)(\b{_NAMES}\s*=\s*){_PLACE}[^\s,|\"';&()]+"), rf"\1{MASK}"),
-    (re.compile(rf"(?i)(\b{_NAMES}:\s+){_PLACE}[^\s,|\"';&()]+"), rf"\1{MASK}"),
-    (re.compile(rf"((?<![\w])key\s*=\s*){_PLACE}[^\s,|\"';&()]+"), rf"\1{MASK}"),
-    (re.compile(r"(?i)(\bauthorization:\s*)[^\r\n]+"), rf"\1{MASK}"),
+    (re.compile(r"(?i)(\bauthorization:\s*+)[^\r\n]++"), rf"\1{MASK}"),
 )
 
 
 def scrub(text: str) -> str:
     """Return a text without what looks like a secret."""
+    text = _without_rest_of_key(text)
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
-    return text
+    return _without_values(text)
+
+
+def _without_rest_of_key(text: str) -> str:
+    """Mask a key of which the text has only the end, as it may be the end of a log."""
+    end = _PEM_TAIL.search(text)
+    if end is None or _PEM.search(text, 0, end.start()):
+        return text
+    return text[: end.start()].rstrip(_PEM_BODY) + MASK + text[end.end() :]
+
+
+def _without_values(text: str) -> str:
+    """Mask the values of what has the name of a secret."""
+    pieces = []
+    done = 0
+    for begin, end in _values(text):
+        pieces += [text[done:begin], MASK]
+        done = end
+    return "".join([*pieces, text[done:]])
+
+
+def _values(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where such values begin and end, without their quotes."""
+    at = 0
+    while name := _NAME.search(text, at):
+        at = name.end()
+        sign = _SIGN.match(text, at)
+        if sign is None or (name["key"] and sign[2] == ":"):  # "key: " begins sentences
+            continue
+        quote = _QUOTE.match(text, sign.end())
+        begin = quote.end() if quote else sign.end()
+        if text.startswith(_PLACE, begin):  # before anybody looks for its end: many such values may lie in one another
+            continue
+        if quote:
+            at = _end_of_quoted(text, quote)
+        elif not sign[1] and (sign[2] == "=" or sign[3]) and (plain := _PLAIN.match(text, begin)):
+            at = plain.end()
+        if begin < at:
+            yield begin, at
+
+
+def _end_of_quoted(text: str, quote: re.Match[str]) -> int:
+    """Return where a value in quotes ends: at its quote, or at the line's end where that is missing.
+
+    Each level of text within text doubles backslashes and puts one before a quote, so their number tells which quote
+    is of the value's own level.
+    """
+    own = len(quote[1])
+    for end in _CLOSING.finditer(text, quote.end()):
+        count = len(end[1])
+        if end[2] not in ("'", '"'):
+            return end.start(2)
+        if end[2] == quote[2] and count >= own and (count - own) % (2 * (own + 1)) == 0:
+            return end.start(2) - own
+    return len(text)
