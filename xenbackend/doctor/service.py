@@ -41,8 +41,10 @@ def look(control: str) -> Result:
         disks = call(control, {"verb": "status"}, ANSWER_S).data
     except ServiceError as problem:
         finding, shown = _why_not(control, problem)
-        known = service or shown
+        known = service if service and service["host"] else shown
         return Result([finding], {"service": known, "disks": None} if known else None)
+    if not service["host"]:  # it is of a version that does not tell
+        service = {**service, **_shown_by(service["pid"])}
     found = [ok("service", f"version {service['version']}, process {service['pid']}, answers")]
     found += [*descriptors(service["pid"]), *look_at_walls(disks)]
     return Result(found, {"service": service, "disks": disks})

@@ -12,9 +12,11 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from xenbackend.errors import XenbackendError
+from xenbackend.protocol import older
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -70,7 +72,7 @@ def call(
         raise ServiceError(Answer(Code.FAILED, sentence=problem)) from None
     if answer.code is not Code.OK:
         raise ServiceError(answer)
-    return answer
+    return replace(answer, data=older.completed(request.get("verb"), answer.data))
 
 
 def give_order(

@@ -1,0 +1,92 @@
+"""What is made of the answers of a service that does not say everything yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.answering import CHAIN, DISK, ENTRY, LAYER, Request, answering, working
+from xenbackend import counters
+from xenbackend.cli.main import main
+from xenbackend.protocol import older
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.client import call
+from xenbackend.protocol.codes import Code
+from xenbackend.protocol.older import completed
+
+# Of the first services whose answers have this version: no key is older.
+FIRST = {
+    "vbd": "5/xvda", "kind": "vbd", "domid": 5, "device": "xvda", "chain": "log:|aio:/img", "read_only": False,
+    "state": "Connected", "frontend_state": "Connected", "phase": "serving", "worker": 12, "since": 0.0, "error": "",
+    "layers": [{"text": "log:", "size": 1 << 20}], "counters": {"reads": 7}, "latency_ns": {"50%": 1},
+}  # fmt: skip
+OLD: dict[str, Any] = {
+    "ping": {"pid": 1}, "status": [FIRST], "orders": [{"number": 3, "verb": "set", "code": "ok"}], "stop": {"pid": 1},
+}  # fmt: skip
+
+
+def old(request: Request) -> Answer:
+    """Answer as such a service does."""
+    verb = request["verb"]
+    return Answer(Code.OK, OLD[verb], order=17) if verb in OLD else working(request)
+
+
+def test_all_that_a_service_says_is_known_here() -> None:
+    """A key that is added to an answer gets the value that means nobody has told it."""
+    said = {verb: working({"verb": verb}).data for verb in OLD}
+
+    assert set(older.SERVICE) == set(said["ping"])
+    assert set(older.DISK) == set(DISK)
+    assert {*older.LAYER, "text"} == set(LAYER)
+    assert set(older.ORDER) == set(ENTRY)
+    assert set(older.STOP) == set(said["stop"])
+
+
+def test_what_was_said_stays_as_it_is() -> None:
+    """Of a service of this version, and of a later one with keys that nobody here knows."""
+    for verb in ("ping", "status", "orders", "stop"):
+        said = working({"verb": verb}).data
+        assert said == completed(verb, said)
+    assert {**older.SERVICE, "pid": 1, "later": 2} == completed("ping", {"pid": 1, "later": 2})
+    assert CHAIN == completed("set", CHAIN)
+    assert None is completed("ping", None)
+
+
+def test_a_disk_without_its_newer_keys() -> None:
+    """It has a place in xenstore, counters from 0, and layers under the name that scripts get."""
+    [known] = completed("status", [FIRST])
+
+    assert ("vbd/5/51712", 7, 0) == (known["node"], known["counters"]["reads"], known["counters"]["in_flight"])
+    assert counters.BUCKETS == len(known["latency_histogram"])
+    assert ("log:", {}, 1 << 20) == tuple(known["layers"][0][key] for key in ("layer", "figures", "size"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"], ["status", "--json"], ["top", "--once", "--interval", "1"], ["metrics"], ["metrics", "--json"],
+        ["latency", "5/xvda", "--interval", "1"], ["latency", "5/xvda", "--total", "--json"], ["orders"],
+        ["orders", "3"], ["stop", "--force"], ["doctor"], ["doctor", "5/xvda", "--json"],
+        ["__complete", "bash", "xenbackend pause "],
+    ],
+)  # fmt: skip
+def test_every_command_takes_the_answers_of_an_older_service(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """It prints what is known, and no fault of ours."""
+    with answering(tmp_path / "x", old) as control:
+        monkeypatch.setenv("XENBACKEND_SOCKET", control.path)
+        main(words)
+    printed, problem = capsys.readouterr()
+
+    assert printed
+    assert "Traceback" not in problem
+    assert "KeyError" not in printed + problem
+
+
+def test_it_is_done_for_whoever_asks(tmp_path: Path) -> None:
+    """The client does it: no command has to think of it."""
+    with answering(tmp_path / "x", old) as control:
+        assert {**older.SERVICE, "pid": 1} == call(control.path, {"verb": "ping"}).data
