@@ -10,6 +10,7 @@ from tests.answering import DISK
 from xenbackend.disks import parse_disk
 from xenbackend.doctor import disks
 from xenbackend.doctor.finding import Verdict
+from xenbackend.doctor.place import Place
 from xenbackend.supervisor.vbd.reasons import Reason
 
 SEEN = {
@@ -73,7 +74,7 @@ def test_a_guest_has_time_to_begin() -> None:
         ({"ours_state": 2, "theirs_state": 1}, Verdict.WRONG, "handshake", "xen-blkfront"),
         ({"ours_state": 2, "theirs_state": 3}, Verdict.UNKNOWN, "handshake", "the service has to take the rings"),
         ({"ours_state": 2, "theirs_state": 1, "hotplug": ""}, Verdict.WRONG, "handshake", "hotplug script"),
-        ({"hotplug_error": "aio: no"}, Verdict.WRONG, "hotplug", "xl was told: aio: no"),
+        ({"hotplug_error": "aio: no"}, Verdict.WRONG, "hotplug", "script was told: aio: no"),
         ({"mistake": "the key mode is 'x'", "chain": ""}, Verdict.WRONG, "reason", "the key mode is"),
         ({"ours": False, "script": "block"}, Verdict.WRONG, "script", "its script is block, and not"),
     ],
@@ -84,6 +85,53 @@ def test_without_a_service_xenstore_tells(changes: dict[str, Any], verdict: Verd
 
     assert (verdict, check, "5/xvda") == (found.verdict, found.check, found.disk)
     assert words in found.sentence
+
+
+DRIVER = Place(is_guest=True)
+
+
+def test_what_helps_in_a_driver_domain() -> None:
+    """Its xl knows of no guest, so what only dom0 can tell is asked there; nodes are those of this domain."""
+    commands = {
+        reason: disks.look(known(reason=reason.name.lower().replace("_", "-"), error="so"), 1e9, DRIVER).command
+        for reason in Reason
+    }
+    waits = known(state="InitWait", frontend_state="Initialising", since=0.0)
+    [told] = disks.look_without_service({**SEEN, "hotplug_error": "no"}, serves_all=False, place=DRIVER)
+
+    assert "xl dmesg | tail -n 50  # in dom0" == commands[Reason.HALTED]
+    assert "xenstore-ls -f backend/vbd/5/51712" == commands[Reason.BAD_KEYS]
+    assert "xenstore-ls -f /local/domain/5/device/vbd/51712" == commands[Reason.BAD_RINGS]
+    assert all(each.startswith("xl ") == each.endswith("  # in dom0") for each in commands.values())
+    assert "xl console 5  # in dom0" == disks.look(waits, 1e9, DRIVER).command
+    assert "xl console 5" == disks.look(waits, 1e9).command
+    assert "xl block-list 5  # in dom0" == told.command
+
+
+def test_who_runs_the_hotplug_script_in_a_driver_domain() -> None:
+    """It is `xl devd` in there, and no toolstack of dom0."""
+    waits = {**SEEN, "ours_state": 2, "theirs_state": 1, "hotplug": ""}
+    [there] = disks.look_without_service(waits, serves_all=False, place=DRIVER)
+    [here] = disks.look_without_service(waits, serves_all=False)
+
+    assert "xl devd, in this domain, has to run its hotplug script" in there.sentence
+    assert (True, "pgrep -af 'xl devd'") == (there.is_wrong, there.command)
+    assert ("the toolstack has to run" in here.sentence, "xl block-list 5") == (True, here.command)
+
+
+def test_a_driver_domain_knows_no_guests_by_name() -> None:
+    """So a disk that is called by its guest's name may well be there."""
+    found = disks.not_found(parse_disk("mail/xvda"), ["5/xvda"], knows_store=True, place=DRIVER)
+
+    assert (Verdict.UNKNOWN, "xl domid mail  # in dom0") == (found.verdict, found.command)
+    assert disks.not_found(parse_disk("6/xvda"), ["5/xvda"], knows_store=True, place=DRIVER).is_wrong
+
+
+def test_a_host_without_systemd_has_a_log_in_a_file() -> None:
+    """The command shows that."""
+    found = disks.look(known(reason="trouble", error="so"), 1e9, Place(has_systemd=False))
+
+    assert "tail -n 50 /var/log/xenbackend.log" == found.command
 
 
 def test_a_disk_that_is_not_there() -> None:

@@ -21,6 +21,7 @@ def root(tmp_path: Path) -> Path:
         "proc/xen/capabilities": "control_d\n", "proc/sys/fs/aio-nr": "512\n", "proc/sys/fs/aio-max-nr": "65536\n",
         "proc/sys/fs/file-nr": "1000\t0\t100000\n", "proc/sys/fs/file-max": "100000\n", "dev/xen/gntdev": "",
         "dev/xen/evtchn": "", "usr/bin/python3": "", "xenbackend.toml": "poll_us = 5\n",
+        "proc/1/cmdline": "/sbin/init\0",
     }.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -41,6 +42,7 @@ def remove(name: str) -> Break:
     return lambda root: (root / name).unlink()
 
 
+DEVD = "xl devd  # docs/driver-domains.md has a unit for it"
 SCRIPT = "etc/xen/scripts/block-xenbackend"
 
 
@@ -56,7 +58,7 @@ def test_a_sound_host_has_nothing_wrong(root: Path) -> None:
     ("breaks", "check", "sentence", "command"),
     [
         (remove("proc/xen/capabilities"), "xen", "booted without Xen", "ls /sys/hypervisor /proc/xen"),
-        (write("proc/xen/capabilities", "\n"), "xen", "no control domain", "ls /sys/hypervisor /proc/xen"),
+        (write("proc/xen/capabilities", "\n"), "devd", "xl devd does not run in this domain", DEVD),
         (remove("dev/xen/evtchn"), "devices", "there is no /dev/xen/evtchn:", "modprobe -a xen-evtchn"),
         (remove(SCRIPT), "script", f"there is no /{SCRIPT}", "xenbackend install"),
         (lambda root: (root / SCRIPT).chmod(0o644), "script", "cannot be run", f"chmod 755 /{SCRIPT}"),
@@ -78,6 +80,25 @@ def test_each_thing_that_is_broken_is_one_finding(
 
     assert (Verdict.WRONG, check, command) == (found.verdict, found.check, found.command)
     assert sentence in found.sentence
+
+
+def test_a_driver_domain_is_no_mistake(root: Path) -> None:
+    """A guest of Xen may serve others: what it needs is looked at, with `xl devd`, which does what xl does in dom0."""
+    write("proc/xen/capabilities", "")(root)
+    (root / "proc/77").mkdir()
+    write("proc/77/cmdline", "/usr/sbin/xl\0devd\0-F\0")(root)
+    findings = host.look(root, root / "xenbackend.toml")
+    write("proc/77/cmdline", "vi\0devd\0")(root)
+    without = host.look(root, root / "xenbackend.toml")
+    remove("proc/1/cmdline")(root)  # as proc(5), hidepid, has it
+    hidden = host.look(root, root / "xenbackend.toml")
+
+    assert ["xen", "devices", "script", "devd", "aio", "files", "settings"] == [each.check for each in findings]
+    assert {Verdict.OK} == {each.verdict for each in findings}
+    assert "a guest of Xen, which may serve others" in findings[0].sentence
+    assert "xl devd runs, process 77" == findings[3].sentence
+    assert Verdict.WRONG is without[3].verdict
+    assert Verdict.UNKNOWN is hidden[3].verdict
 
 
 def test_what_cannot_be_read_is_not_known(root: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.doctor.driver_domain import make_driver_domain
 from xenbackend.disks import parse_disk
 from xenbackend.doctor import store
 from xenbackend.doctor.finding import Verdict
+from xenbackend.doctor.place import Place
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.xenstore.store import Store
@@ -63,6 +65,16 @@ def test_the_disk_that_is_wanted_whoever_serves_it(xenstored: Xenstored, name: s
     assert all(each["ours"] == (each["vbd"] != "5/xvdb") for each in seen)
 
 
+def test_what_a_driver_domain_may_see(xenstored: Xenstored) -> None:
+    """It has its own disks, with both ends' states; guests' names are dom0's to read, and no reason to see nothing."""
+    address = make_driver_domain(xenstored)
+    found = store.look(address, Settings(), None, Place(is_guest=True))
+    [seen] = found.data or [{}]
+
+    assert [(Verdict.OK, True)] == [(each.verdict, "our domain is 7" in each.sentence) for each in found.findings]
+    assert ("5/xvda", "", 2, 3) == tuple(seen[key] for key in ("vbd", "guest", "ours_state", "theirs_state"))
+
+
 def test_one_that_is_not_there_or_says_nothing_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is waited for."""
     monkeypatch.setattr(store, "ANSWER_S", 0.2)
@@ -77,6 +89,10 @@ def test_one_that_is_not_there_or_says_nothing_is_wrong(tmp_path: Path, monkeypa
     assert "cannot connect: No such file or directory" in missing.sentence
     assert "did not answer in time" in hangs.sentence
     assert "systemctl status xenstored" == hangs.command
+
+    [elsewhere] = store.look(path, Settings(), None, Place(is_guest=True)).findings
+    assert "it does not run in this domain, but in dom0 or in one of its own" in elsewhere.sentence
+    assert "systemctl status xenstored  # in dom0" == elsewhere.command
 
 
 def test_one_that_may_not_be_asked_is_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

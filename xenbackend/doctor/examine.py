@@ -18,6 +18,7 @@ from typing import Any
 from xenbackend.disks import DiskName
 from xenbackend.doctor import disks, host, service, storage, store
 from xenbackend.doctor.finding import Finding, Verdict, ok, unknown, wrong
+from xenbackend.doctor.place import DOM0, Place, here
 from xenbackend.doctor.probes import Probe, Result, run
 from xenbackend.errors import ConfigError
 from xenbackend.supervisor.service import settings
@@ -39,26 +40,29 @@ class Wanted:
 
 def examine(wanted: Wanted) -> list[Finding]:
     """Return all findings. Raises nothing, and ends in seconds."""
-    chosen = _settings(wanted.config)
-    [answer] = run([Probe("service", f"the service at {wanted.control}", partial(service.look, wanted.control))])
+    chosen, place = load_or_default(wanted.config), here()
+    [answer] = run([Probe("service", f"the service at {wanted.control}", partial(service.look, wanted.control, place))])
     known = answer.data
     address = wanted.store or (known["service"]["store"] if known else chosen.store)
     is_simulated = bool(known) and known["service"]["host"] != _REAL_HOST
+    if is_simulated:
+        place = replace(DOM0, has_systemd=place.has_systemd)
     [of_host, of_store] = run(
         [
             Probe("host", "this host", partial(_look_at_host, wanted.config, is_simulated=is_simulated)),
-            Probe("xenstored", "xenstore", partial(store.look, address, chosen, wanted.disk)),
+            Probe("xenstored", "xenstore", partial(store.look, address, chosen, wanted.disk, place)),
         ]
     )
-    of_xenstore = [_of_store(of_store, known)]
+    of_xenstore = [_of_store(of_store, known, place)]
     if any(each.check == "xen" and each.is_wrong for each in of_host.findings):
         of_xenstore = []
     of_service = [_of_service(each, of_xenstore) for each in answer.findings]
     served = known["disks"] if known else None
-    return [*of_host.findings, *of_xenstore, *of_service, *_of_disks(wanted, served, of_store.data, chosen)]
+    return [*of_host.findings, *of_xenstore, *of_service, *_of_disks(wanted, served, of_store.data, chosen, place)]
 
 
-def _settings(config: Path | None) -> settings.Settings:
+def load_or_default(config: Path | None) -> settings.Settings:
+    """Return the settings, or every default where they cannot be used."""
     try:
         return settings.load(config, {})
     except ConfigError:
@@ -71,13 +75,13 @@ def _look_at_host(config: Path | None, *, is_simulated: bool) -> Result:
     return Result(host.look(config=config))
 
 
-def _of_store(seen: Result, known: Known | None) -> Finding:
+def _of_store(seen: Result, known: Known | None, place: Place = DOM0) -> Finding:
     """Return what is to be said of xenstore: where we may not ask it, the service's word counts."""
     [finding] = seen.findings
     if finding.verdict is not Verdict.UNKNOWN or not known:
         return finding
     if problem := known["service"]["store_error"]:
-        return wrong("xenstored", f"the service has lost it: {problem}", "systemctl status xenstored")
+        return wrong("xenstored", f"the service has lost it: {problem}", place.xenstored)
     return ok("xenstored", f"the service is connected to it at {known['service']['store']}")
 
 
@@ -92,19 +96,23 @@ def _of_service(finding: Finding, of_xenstore: Sequence[Finding]) -> Finding:
 
 
 def _of_disks(
-    wanted: Wanted, served: list[Known] | None, seen: list[Known] | None, chosen: settings.Settings
+    wanted: Wanted,
+    served: list[Known] | None,
+    seen: list[Known] | None,
+    chosen: settings.Settings,
+    place: Place = DOM0,
 ) -> list[Finding]:
     """Return what is to be said of disks: of those that the service knows, else of those that stand in xenstore."""
     named = [each for each in served or () if wanted.disk is None or _is(wanted.disk, each)]
-    first = [(each, [disks.look(each, time.time())]) for each in named]
+    first = [(each, [disks.look(each, time.time(), place)]) for each in named]
     if not first:
         serves_all = chosen.serve == "all"
-        without = [(each, disks.look_without_service(each, serves_all=serves_all)) for each in seen or []]
+        without = [(each, disks.look_without_service(each, serves_all=serves_all, place=place)) for each in seen or []]
         first = without if served is None or wanted.disk is not None else []
     if not first and wanted.disk is not None:
         names = [each["vbd"] for each in served or seen or []]
         if served is not None or seen is not None:
-            return [disks.not_found(wanted.disk, names, knows_store=seen is not None)]
+            return [disks.not_found(wanted.disk, names, knows_store=seen is not None, place=place)]
         return [unknown("disk", f"nobody could be asked for the disk {wanted.disk}", disk=str(wanted.disk))]
     return _with_storage(first)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from xenbackend import settings_file
 from xenbackend.doctor.finding import Finding, ok, unknown, wrong
+from xenbackend.doctor.place import CAPABILITIES
 from xenbackend.errors import ConfigError, printable
 from xenbackend.host.files import SCRIPTS, script_text
 from xenbackend.supervisor.service import settings
@@ -20,6 +21,7 @@ SCRIPT = f"{SCRIPTS}/block-xenbackend"
 AIO_EACH = 256  # of fs.aio-max-nr that a worker takes, docs/capacity.md
 _AIO_WANTED = 1 << 20
 _FULL = 0.95  # of a limit: what is left serves no guest more
+_GUEST = "this is a guest of Xen, which may serve others as a driver domain"
 _ROOT = Path("/")
 
 
@@ -28,6 +30,7 @@ def look(root: Path = _ROOT, config: Path | None = None) -> list[Finding]:
     found = [_xen(root)]
     if not found[0].is_wrong:
         found += [_devices(root), _script(root)]
+        found += [_devd(root)] if found[0].sentence == _GUEST else []
     return [*found, *look_at_kernel(root), _settings(config)]
 
 
@@ -38,13 +41,12 @@ def look_at_kernel(root: Path = _ROOT) -> list[Finding]:
 
 def _xen(root: Path) -> Finding:
     try:
-        if "control_d" in (root / "proc/xen/capabilities").read_text():
-            return ok("xen", "this is a control domain of Xen")
-        sentence = "this is a guest of Xen, and no control domain; disks are served by dom0"
+        is_control = "control_d" in (root / CAPABILITIES).read_text()
+        return ok("xen", "this is a control domain of Xen" if is_control else _GUEST)
     except FileNotFoundError:
         sentence = "this system was booted without Xen, or its xenfs is not mounted at /proc/xen"
     except OSError as error:
-        return unknown("xen", f"/proc/xen/capabilities cannot be read: {error.strerror}")
+        return unknown("xen", f"/{CAPABILITIES} cannot be read: {error.strerror}")
     return wrong("xen", sentence, "ls /sys/hypervisor /proc/xen")
 
 
@@ -57,8 +59,23 @@ def _devices(root: Path) -> Finding:
     return wrong("devices", f"there is no {names}: no guest's memory can be reached", f"modprobe -a {modules}")
 
 
+def _devd(root: Path) -> Finding:
+    """Look for `xl devd`, which does in a driver domain what xl does in dom0."""
+    if not (root / "proc/1/cmdline").exists():
+        return unknown("devd", "the processes of others may not be seen by this user", "sudo xenbackend doctor")
+    for each in (root / "proc").glob("[0-9]*/cmdline"):
+        try:
+            program, *words = each.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if program.rpartition(b"/")[2] == b"xl" and b"devd" in words:
+            return ok("devd", f"xl devd runs, process {each.parent.name}")
+    sentence = "xl devd does not run in this domain: nobody runs the hotplug script, and guests get no disk"
+    return wrong("devd", sentence, "xl devd  # docs/driver-domains.md has a unit for it")
+
+
 def _script(root: Path) -> Finding:
-    """Look at the script that xl runs for each disk."""
+    """Look at the script that xl runs for each disk, or `xl devd` in a driver domain."""
     place = root / SCRIPT.lstrip("/")
     again = "xenbackend install"
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.doctor.finding import Finding, ok, unknown, wrong
+from xenbackend.doctor.place import DOM0, Place
 from xenbackend.doctor.probes import Result
 from xenbackend.host import activate
 from xenbackend.host.files import UNIT
@@ -25,11 +26,10 @@ from xenbackend.supervisor.service.settings import Settings
 ANSWER_S = 2.0
 _FULL = 0.9  # of a limit of descriptors
 _START = "systemctl start xenbackend"
-_LOG = f"journalctl -u {UNIT} -n 50"
 _PROC = Path("/proc")
 
 
-def look(control: str) -> Result:
+def look(control: str, place: Place = DOM0) -> Result:
     """Return whether the service answers on this socket.
 
     The data are what is known of it: `service`, as it answers `ping`, or as far as its process shows it, and `disks`,
@@ -40,7 +40,7 @@ def look(control: str) -> Result:
         service = call(control, {"verb": "ping"}, ANSWER_S).data
         disks = call(control, {"verb": "status"}, ANSWER_S).data
     except ServiceError as problem:
-        finding, shown = _why_not(control, problem)
+        finding, shown = _why_not(control, problem, place)
         known = service if service and service["host"] else shown
         return Result([finding], {"service": known, "disks": None} if known else None)
     if not service["host"]:  # it is of a version that does not tell
@@ -72,7 +72,7 @@ def descriptors(pid: int, proc: Path = _PROC) -> list[Finding]:
     return [ok("descriptors", f"the service has {used} of {most} open{kept}")]
 
 
-def _why_not(control: str, problem: ServiceError) -> tuple[Finding, dict[str, Any] | None]:
+def _why_not(control: str, problem: ServiceError, place: Place) -> tuple[Finding, dict[str, Any] | None]:
     """Return why the service does not answer, as the socket, its process and systemd tell it; and what they know."""
     try:
         with socket.socket(socket.AF_UNIX) as near:
@@ -83,7 +83,7 @@ def _why_not(control: str, problem: ServiceError) -> tuple[Finding, dict[str, An
         sentence = f"{control} may be used by root, and by members of the group that the settings name"
         return unknown("service", sentence, "sudo xenbackend doctor"), None
     except OSError:
-        return _not_running(control, activate.unit_facts(ANSWER_S)), None
+        return _not_running(control, activate.unit_facts(ANSWER_S), place), None
     known = _shown_by(pid)
     if problem.answer.code is Code.GONE and os.geteuid() != 0:  # it hung up
         sentence = f"the service at {control} does not speak to this user"
@@ -91,7 +91,7 @@ def _why_not(control: str, problem: ServiceError) -> tuple[Finding, dict[str, An
     if state_of(pid) in ("T", "t"):
         sentence = f"its process, {pid}, has been stopped by a signal or a debugger"
         return wrong("service", sentence, f"kill -CONT {pid}"), known
-    return wrong("service", f"its process, {pid}, runs and does not answer: {problem}", _LOG), known
+    return wrong("service", f"its process, {pid}, runs and does not answer: {problem}", place.log), known
 
 
 def _shown_by(pid: int, proc: Path = _PROC) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _shown_by(pid: int, proc: Path = _PROC) -> dict[str, Any]:
     }
 
 
-def _not_running(control: str, unit: Mapping[str, str]) -> Finding:
+def _not_running(control: str, unit: Mapping[str, str], place: Place) -> Finding:
     nobody = f"no service answers at {control}"
     if not unit:
         return wrong("service", f"{nobody}, and systemd does not run this host", "xenbackend run --detach")
@@ -122,9 +122,11 @@ def _not_running(control: str, unit: Mapping[str, str]) -> Finding:
         where = "xenbackend config show"
         return wrong("service", f"{nobody}, although its unit is active: it may listen on another socket", where)
     if state == "failed":
-        return wrong("service", f"{nobody}; its unit has failed ({unit.get('Result', '')})", _LOG)
+        return wrong("service", f"{nobody}; its unit has failed ({unit.get('Result', '')})", place.log)
     if state == "activating":
-        return wrong("service", f"{nobody}: it is being started, {unit.get('StatusText') or 'for the moment'}", _LOG)
+        return wrong(
+            "service", f"{nobody}: it is being started, {unit.get('StatusText') or 'for the moment'}", place.log
+        )
     if unit.get("ConditionResult") == "no" and unit.get("ConditionTimestampMonotonic", "0") != "0":
         return wrong(
             "service", f"{nobody}; systemd did not start it, as this was no Xen host", f"systemctl status {UNIT}"

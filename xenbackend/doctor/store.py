@@ -12,6 +12,7 @@ from typing import Any
 from xenbackend.blkif.handshake import parse_state
 from xenbackend.disks import DiskName
 from xenbackend.doctor.finding import Finding, ok, unknown, wrong
+from xenbackend.doctor.place import DOM0, Place
 from xenbackend.doctor.probes import Result
 from xenbackend.errors import ConfigError, StoreError, printable
 from xenbackend.supervisor.service.settings import Settings
@@ -26,7 +27,7 @@ _REFUSED = (errno.EACCES, errno.EPERM)
 Known = dict[str, Any]
 
 
-def look(address: str, settings: Settings, wanted: DiskName | None) -> Result:
+def look(address: str, settings: Settings, wanted: DiskName | None, place: Place = DOM0) -> Result:
     """Return whether xenstore answers; the data are what stands there of our disks, or of the one that is wanted.
 
     `address` is xenstore's, empty: found as its own tools do.
@@ -37,20 +38,21 @@ def look(address: str, settings: Settings, wanted: DiskName | None) -> Result:
             found = [ok("xenstored", f"it answers at {store.address}; our domain is {domid}")]
             return Result(found, _disks(store, domid, settings, wanted))
     except StoreError as error:
-        return Result([_why_not(error)])
+        return Result([_why_not(error, place)])
 
 
-def _why_not(error: StoreError) -> Finding:
+def _why_not(error: StoreError, place: Place) -> Finding:
     cause = error.__context__
     if isinstance(cause, OSError) and cause.errno in _REFUSED:
         return unknown("xenstored", f"{error}: only root may ask it", "sudo xenbackend doctor")
-    return wrong("xenstored", str(error), "systemctl status xenstored")
+    where = "; it does not run in this domain, but in dom0 or in one of its own" if place.is_guest else ""
+    return wrong("xenstored", f"{error}{where}", place.xenstored)
 
 
 def _disks(store: Store, domid: int, settings: Settings, wanted: DiskName | None) -> list[Known]:
     found = []
-    for path in _paths(store, domid, settings.kinds):
-        name = store.read_optional(f"{domain_path(path.frontend_domid)}/name") or ""
+    for path in paths(store, domid, settings.kinds):
+        name = store.read_if_allowed(f"{domain_path(path.frontend_domid)}/name") or ""
         known = _disk(store, path, name, settings.scripts)
         if wanted is None:
             is_meant = known["ours"] or settings.serve == "all"
@@ -61,7 +63,8 @@ def _disks(store: Store, domid: int, settings: Settings, wanted: DiskName | None
     return found
 
 
-def _paths(store: Store, domid: int, kinds: Collection[str]) -> Iterator[VbdPath]:
+def paths(store: Store, domid: int, kinds: Collection[str]) -> Iterator[VbdPath]:
+    """Yield the disks that toolstacks have made for our domain, `domid`. Raises: StoreError."""
     home = f"{domain_path(domid)}/backend"
     for kind in kinds:
         for guest in store.directory(f"{home}/{kind}"):
