@@ -12,7 +12,7 @@ from xenbackend.doctor import archive
 from xenbackend.doctor.pieces import Piece
 from xenbackend.errors import ConfigError
 
-PIECES = [Piece("a.txt", "text \udcff\n"), Piece("b.txt", problem="it hangs")]
+PIECES = [Piece("a.txt", "text \udcff\n", left_out=7), Piece("b.txt", problem="it hangs")]
 
 
 def test_it_has_each_piece_and_says_what_it_has_not(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_it_has_each_piece_and_says_what_it_has_not(tmp_path: Path) -> None:
     assert {"r/contents.json", "r/a.txt"} == set(members)
     assert {0o600} == {each.mode for each in members.values()} | {path.stat().st_mode & 0o777}
     assert values == archive.contents(PIECES)
-    assert [("a.txt", 12, ""), ("b.txt", 0, "it hangs")] == [tuple(each.values()) for each in values]
+    assert [("a.txt", 12, 7, ""), ("b.txt", 0, 0, "it hangs")] == [tuple(each.values()) for each in values]
 
 
 def test_nothing_is_written_over_and_nothing_is_left(tmp_path: Path) -> None:

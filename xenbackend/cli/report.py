@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"file": str(path), "contents": listed})
         return 0
     for each in listed:
-        print(f"{each['name']}: {printable(each['problem']) or format_size(each['size'])}")
+        left_out = f", without the first {format_size(each['left_out'])}" if each["left_out"] else ""
+        print(f"{each['name']}: {printable(each['problem']) or format_size(each['size'])}{left_out}")
     print(f"{path}: look through it before you send it; it has names of guests and paths of images")
     return 0
 

@@ -21,7 +21,10 @@ from xenbackend.errors import ConfigError
 
 def contents(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """Return what is in a report, and what is not and why."""
-    return [{"name": each.name, "size": len(_data(each)), "problem": each.problem} for each in pieces]
+    return [
+        {"name": each.name, "size": len(_data(each)), "left_out": each.left_out, "problem": each.problem}
+        for each in pieces
+    ]
 
 
 def check_new(path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend import __version__
-from xenbackend.doctor.examine import Wanted, examine
+from xenbackend.doctor import nodes, service
+from xenbackend.doctor.examine import Wanted, examine, load_or_default
 from xenbackend.doctor.finding import unknown
+from xenbackend.doctor.place import Place, here
 from xenbackend.doctor.probes import Probe, Result, run
 from xenbackend.doctor.scrub import scrub
 from xenbackend.errors import ConfigError, XenbackendError
@@ -27,28 +29,28 @@ from xenbackend.host import activate
 from xenbackend.host.files import UNIT
 from xenbackend.protocol.client import call
 from xenbackend.supervisor.service import settings
-from xenbackend.supervisor.xenstore.paths import domain_path, status_root
 from xenbackend.supervisor.xenstore.store import Store, find_address
 
 MOST = 4 << 20  # characters of one piece: the latest ones of a log
 LIMIT_S = 8.0
-_LINES = "5000"
+_LINES = 5000  # of a journal
 _DISTRIBUTIONS = ("pyxs", "python-daemon", "structlog", "rich", "argon2-cffi", "matplotlib", "zstandard")
+_DEVD_UNITS = ("xl-devd.service", "xendriverdomain.service")  # docs/driver-domains.md
 _OF_PROCESS = ("status", "limits", "wchan", "io", "sched")
 _OF_KERNEL = ("xen", "blk", "loop", "nvme", "i/o error", "nfs", "ceph", "rbd", "nbd", "device-mapper", "ext4", "xfs",
               "oom", "out of memory", "hung task", "blocked for more")  # fmt: skip
-_DEPTH = 3  # of a disk's directory in xenstore
-_KEYS_MOST = 2000
+_STORE_S = 4.0  # for reading xenstore's nodes
 _PROC = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One file of a report; `problem` says why it has no text."""
+    """One file of a report; `problem` says why it has no text, `left_out` how much of its beginning, in bytes."""
 
     name: str
     text: str = ""
     problem: str = ""
+    left_out: int = 0
 
 
 def gather(wanted: Wanted, log: Path) -> list[Piece]:
@@ -58,7 +60,8 @@ def gather(wanted: Wanted, log: Path) -> list[Piece]:
     """
     findings = json.dumps([asdict(each) for each in examine(wanted)], indent=1)
     known = partial(call, wanted.control, timeout_s=LIMIT_S / 2)
-    looks: dict[str, Callable[[], str]] = {
+    place = here()
+    looks: dict[str, Callable[[], str | _Rest]] = {
         "version.txt": _versions,
         "status.json": lambda: _json(known({"verb": "status"}).data),
         "service.json": lambda: _json(known({"verb": "ping"}).data),
@@ -66,26 +69,49 @@ def gather(wanted: Wanted, log: Path) -> list[Piece]:
         "settings.json": lambda: _json(_settings(wanted.config)),
         "unit.json": lambda: _json(activate.unit_facts(LIMIT_S / 2)),
         "processes.txt": lambda: _processes(known),
-        "xenstore.txt": lambda: _xenstore(wanted, known),
+        "xenstore.txt": lambda: _xenstore(wanted),
         "service.log": lambda: _log(log),
         "kernel.log": _kernel,
-        "xl-info.txt": lambda: _output("xl", "info"),
-        "xl-list.txt": lambda: _output("xl", "list"),
-        "xl-dmesg.txt": lambda: _without_command_line(_output("xl", "dmesg")),
+        "xl-info.txt": lambda: _of_dom0(place, "xl", "info"),
+        "xl-list.txt": lambda: _of_dom0(place, "xl", "list"),
+        "xl-dmesg.txt": lambda: _without_command_line(_of_dom0(place, "xl", "dmesg")),
     }
+    if place.is_guest:
+        looks["devd.log"] = lambda: _journal(*_DEVD_UNITS)
     probes = [Probe(name, name, partial(_as_result, name, look)) for name, look in looks.items()]
     found = [Piece("doctor.json", scrub(findings))]
     for probe, result in zip(probes, run(probes, limit_s=LIMIT_S, all_s=3 * LIMIT_S), strict=True):
         if result.data is None:
             found.append(Piece(probe.check, problem=scrub(result.findings[0].sentence)))
         else:
-            found.append(Piece(probe.check, scrub(result.data["text"][-MOST:])))
+            found.append(Piece(probe.check, scrub(result.data["text"]), left_out=result.data["left_out"]))
     return found
 
 
-def _as_result(name: str, look: Callable[[], str]) -> Result:
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """A text that begins somewhere, `left_out` bytes after its beginning."""
+
+    text: str
+    left_out: int
+
+    def latest(self) -> _Rest:
+        """Return what is kept of it: whole lines, below one that says what is missing."""
+        text, left_out = self.text, self.left_out
+        if len(text) > MOST:
+            left_out += len(text[:-MOST].encode(errors="replace"))
+            text = text[-MOST:]
+        if not left_out:
+            return self
+        line, _, text = text.partition("\n")  # of which nobody knows whether it is whole
+        left_out += len(line.encode(errors="replace")) + 1
+        return _Rest(f"(the first {left_out} bytes are left out)\n{text}", left_out)
+
+
+def _as_result(name: str, look: Callable[[], str | _Rest]) -> Result:
     try:
-        return Result(data={"text": look()})
+        text = look()
+        return Result(data=asdict((text if isinstance(text, _Rest) else _Rest(text, 0)).latest()))
     except XenbackendError as problem:
         return Result([unknown(name, str(problem))])
     except OSError as error:
@@ -137,38 +163,32 @@ def _processes(known: Callable[..., Any]) -> str:
     return "\n".join(parts)
 
 
-def _xenstore(wanted: Wanted, known: Callable[..., Any]) -> str:
-    """Return what stands in xenstore about disks of ours, and nothing else: others keep passwords there."""
-    address = wanted.store or known({"verb": "ping"}).data["store"] or find_address()
-    with Store(address, timeout_s=LIMIT_S / 2) as store:
-        domid = store.own_domid()
-        home = f"{domain_path(domid)}/backend"
-        lines: list[str] = []
-        for kind in settings.Settings().kinds:
-            for guest in filter(str.isdecimal, store.directory(f"{home}/{kind}")):
-                lines += _tree(store, f"{home}/{kind}/{guest}", _DEPTH)
-                lines += _tree(store, f"{domain_path(int(guest))}/device/vbd", _DEPTH)
-        lines += _tree(store, status_root(domid), _DEPTH + 1)
-        lines += _tree(store, f"{domain_path(domid)}/error/backend", _DEPTH + 1)
-    return "\n".join(lines[:_KEYS_MOST]) + "\n"
+def _xenstore(wanted: Wanted) -> str:
+    """Return what stands in xenstore about disks of ours, whether a service runs or not."""
+    known = service.look(wanted.control).data
+    chosen = load_or_default(wanted.config)
+    address = wanted.store or (known["service"]["store"] if known else chosen.store) or find_address()
+    with Store(address, timeout_s=_STORE_S / 2) as store:
+        return nodes.text(store, chosen.kinds, _STORE_S)
 
 
-def _tree(store: Store, path: str, depth: int) -> Iterator[str]:
-    value = store.read_optional(path)
-    if value is not None:
-        yield f"{path} = {value!r}"
-    if depth:
-        for key in store.directory(path):
-            yield from _tree(store, f"{path}/{key}", depth - 1)
-
-
-def _log(file: Path) -> str:
+def _log(file: Path) -> str | _Rest:
     """Return the end of the service's log: of the journal, or of the file that `run --detach` writes."""
     if activate.is_possible():
-        return _output("journalctl", "--unit", UNIT, "--lines", _LINES, "--no-pager", "--output", "short-iso")
+        return _journal(UNIT)
     with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - MOST))
-        return stream.read().decode(errors="replace")
+        begin = max(0, file.stat().st_size - MOST)
+        stream.seek(begin)
+        return _Rest(stream.read().decode(errors="replace"), begin)
+
+
+def _journal(*units: str) -> str:
+    """Return the end of units' journal."""
+    words = ("--lines", str(_LINES), "--no-pager", "--output", "short-iso")
+    text = _output("journalctl", *(f"--unit={each}" for each in units), *words)
+    if text.count("\n") < _LINES:
+        return text
+    return f"(the latest {_LINES} lines; the journal may have more)\n{text}"
 
 
 def _kernel() -> str:
@@ -180,6 +200,13 @@ def _kernel() -> str:
 def _without_command_line(text: str) -> str:
     """Return lines without those that have a boot loader's words, which may be anything."""
     return "\n".join(line for line in text.splitlines() if "command line" not in line.lower()) + "\n"
+
+
+def _of_dom0(place: Place, *command: str) -> str:
+    """Return what a command prints that only dom0 can run. Raises: ConfigError."""
+    if place.is_guest:
+        raise ConfigError(f"this is a driver domain, and only dom0 can tell; run there: {' '.join(command)}")
+    return _output(*command)
 
 
 def _output(*command: str) -> str:

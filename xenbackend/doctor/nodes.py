@@ -1,0 +1,71 @@
+"""What stands in xenstore about disks of ours, as text: for each guest as much as for any other.
+
+Must not read anything else: others keep passwords there. Guests fill their own ends of disks with what they like, so of
+each end a share is read and no more, and one that cannot be read keeps none of the others from being told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
+
+from xenbackend.doctor.store import paths
+from xenbackend.errors import StoreError
+from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
+from xenbackend.supervisor.xenstore.store import Store
+
+_MOST = 6000  # nodes of all guests together, where each has its share
+_LEAST = 60  # of one end of a guest's disks: two disks
+_WIDTH = 200  # characters of a node on average: more is too much of it, too
+_DEPTH = 2  # of a disk's directory: keys, and those of its queues
+
+
+def text(store: Store, kinds: Collection[str], limit_s: float) -> str:
+    """Return a line for each node, and one for what was left out. Raises: StoreError, where nothing can be read."""
+    until = time.monotonic() + limit_s
+    domid = store.own_domid()
+    disks: dict[int, list[VbdPath]] = {}
+    for path in paths(store, domid, kinds):
+        disks.setdefault(path.frontend_domid, []).append(path)
+    most = max(_LEAST, _MOST // max(1, len(disks)))
+    lines: list[str] = []
+    for guest, of_guest in disks.items():
+        ours = [each.backend for each in of_guest]
+        theirs = list(dict.fromkeys(each.frontend for each in of_guest))
+        lines += _some(_trees(store, ours), f"our ends of the disks of domain {guest}", most, until)
+        lines += _some(_trees(store, theirs), f"the ends of domain {guest}", most, until)
+    for place in (status_root(domid), f"{domain_path(domid)}/error/backend"):
+        lines += _some(_tree(store, place, _DEPTH + 2), place, _MOST, until)
+    return "".join(f"{each}\n" for each in lines)
+
+
+def _some(lines: Iterator[str], what: str, most: int, until: float) -> Iterator[str]:
+    """Yield lines until there are too many, or no time is left; nothing is read for the others."""
+    size = count = 0
+    try:
+        for line in lines:
+            count += 1
+            size += len(line)
+            if count > most or size > most * _WIDTH:
+                yield f"# {what}: the rest is left out, after {count - 1} nodes"
+                return
+            if time.monotonic() > until:
+                yield f"# {what}: the rest is left out, as reading took too long"
+                return
+            yield line
+    except StoreError as error:
+        yield f"# {what}: {error}"
+
+
+def _trees(store: Store, places: Iterable[str]) -> Iterator[str]:
+    return chain.from_iterable(_tree(store, path, _DEPTH) for path in places)
+
+
+def _tree(store: Store, path: str, depth: int) -> Iterator[str]:
+    value = store.read_if_allowed(path)
+    if value is not None:
+        yield f"{path} = {value!r}"
+    if depth:
+        for key in store.directory(path):
+            yield from _tree(store, f"{path}/{key}", depth - 1)
