@@ -142,6 +142,42 @@ def test_words_with_colons_and_equal_signs(name: str, directory: Path) -> None:
     assert f"<check><nbd:unix:{directory}/images/x,drain=5s><--json>" == arguments
 
 
+HOSTILE = [
+    "a$(touch run)",
+    "b`touch run`",
+    "c!!",
+    "d'e",
+    'f"g',
+    "h\\i",
+    "j$HOME",
+    "k;touch run",
+    "l~m",
+    "n*",
+    "p'",
+    'q"',
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+@pytest.mark.parametrize("name", SHELLS)
+def test_the_name_of_a_file_is_never_run(name: str, quote: str, directory: Path) -> None:
+    """Whatever a file is called, in quotes or without: the command gets its name, and the shell does nothing else."""
+    for each in HOSTILE:
+        (directory / "images" / each).touch()
+    shell = Shell(name, directory)
+    found = []
+    try:
+        for each in HOSTILE:
+            shell.type(f"xenbackend check {quote}aio:{directory}/images/{each[0]}\t")
+            found.append(shell.enter())
+    finally:
+        shell.close()
+
+    assert [f"<check><aio:{directory}/images/{each}>" for each in HOSTILE] == found
+    assert not (directory / "run").exists()
+
+
 @pytest.mark.parametrize("name", BEGIN)
 def test_the_script_of_each_shell(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It is printed as it is."""
@@ -157,10 +193,11 @@ def test_a_shell_never_hears_of_a_mistake(words: list[str], capsys: pytest.Captu
 
 
 def test_bash_gets_what_it_puts_in_place(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """What it takes for another word is left out; what a shell would take for something else is escaped, but not
-    within quotes.
+    """What it takes for another word is left out; what a shell would take for something else is escaped, and within
+    quotes what it would take for that there.
     """
     (tmp_path / "a b|c").touch()
+    (tmp_path / "d$e`f!g'h\"i\\j").touch()
     breaks = " \t\n\"'><=;|&(:"
     for line in (f"x check aio:{tmp_path}/a", f"x check 'aio:{tmp_path}/a", f"x check aio:'{tmp_path}/a"):
         assert 0 == main(["__complete", "bash", line, breaks])
@@ -168,3 +205,9 @@ def test_bash_gets_what_it_puts_in_place(capsys: pytest.CaptureFixture[str], tmp
     escaped, quoted, inner = capsys.readouterr().out.splitlines()
     assert rf"{tmp_path}/a\ b\|c" == escaped
     assert (f"aio:{tmp_path}/a b|c", f"{tmp_path}/a b|c") == (quoted, inner)
+
+    for line in (f'x check "aio:{tmp_path}/d', f"x check 'aio:{tmp_path}/d"):
+        assert 0 == main(["__complete", "bash", line, breaks])
+    double, single = capsys.readouterr().out.splitlines()
+    assert rf"""aio:{tmp_path}/d\$e\`f"\!"g'h\"i\\j""" == double
+    assert rf"""aio:{tmp_path}/d$e`f!g'\''h"i\j""" == single

@@ -15,6 +15,7 @@ from xenbackend.cli import complete
 from xenbackend.cli.arguments import add_json
 from xenbackend.cli.output import print_json
 
+_SPECIAL_IN_DOUBLE = re.compile(r"([$`\"\\])")
 ASK = "__complete"  # the word in front of a shell and its line
 _SPECIAL = re.compile(r"([^\w@%+=:,./^-])")  # what a shell takes for something else, outside of quotes
 SCRIPTS = {
@@ -88,10 +89,30 @@ def answer(words: Sequence[str], modules: dict[str, str]) -> int:
         typed = complete.read_line(line.rpartition("\n")[2], *breaks)
         found = complete.candidates(typed.words[1:], modules)
         if shell == "bash":
-            found = [each[typed.kept :] for each in found]
-            found = found if typed.quote else [_SPECIAL.sub(r"\\\1", each) for each in found]
+            found = [_in_bash(each[typed.kept :], typed.quote) for each in found]
         if found:
             print("\n".join(found), flush=True)
     except Exception:  # noqa: S110 - somebody has pressed a key, and does not want to read of a bug
         pass
     return 0
+
+
+def _in_bash(text: str, quote: str) -> str:
+    """Return what bash is to put behind a quote that is open, or where none is, so that it means this text and no more.
+
+    Bash puts it there as it is, and a file may have any name: nothing of it must be run, expanded, or end the quote.
+    """
+    if not quote:
+        return _SPECIAL.sub(r"\\\1", text)
+    escape = _in_single if quote == "'" else _in_double
+    text = escape(text)
+    return text + quote if text.endswith(quote) else text  # behind one readline takes the quote for closed
+
+
+def _in_single(text: str) -> str:
+    return text.replace("'", r"'\''")
+
+
+def _in_double(text: str) -> str:
+    """Escape; history is expanded there, too, and a backslash that keeps a ``!`` from that would be seen itself."""
+    return _SPECIAL_IN_DOUBLE.sub(r"\\\1", text).replace("!", r'"\!"')
