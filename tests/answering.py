@@ -121,6 +121,17 @@ _DONE: dict[str, Any] = {
     "policy": {"policy": "enospc=pause"},
     "upgrade": {"worker": 13},
     "stop": {"pid": 11, "untold": [{"vbd": "5/xvda", "chain": "aio:/img", "next_chain": ""}]},
+    "measure": {
+        "chain": "log:|aio:/img",
+        "seconds": 1.0,
+        "layers": [
+            {
+                "layer": "log:",
+                "operations": {"read": {"bytes": 8192, "sum_ns": 300_000, "buckets": {"17": 1, "18": 1}}},
+            },
+            {"layer": "aio:/img", "operations": {}},
+        ],
+    },
     "command": "8 3\nend\n",
 }
 

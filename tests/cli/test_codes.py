@@ -44,7 +44,8 @@ MISTAKES = [  # {} is a directory with a file `taken` and nothing else
     "run --config {}/missing", "run --check --config {}/missing", "config", "config frob",
     "config show --config {}/missing", "completion", "completion tcsh", "top foo --once",
     "top --count 0", "top --interval 0.2", "top --sort frob", "latency",
-    "latency foo", "latency 5/xvda --interval soon", "doctor foo", "doctor --frob", "report now",
+    "latency foo", "latency 5/xvda --layers --total", "latency 5/xvda --interval soon", "doctor foo",
+    "doctor --frob", "report now",
     "report --output {}/taken", "frob", "--frob",
 ]  # fmt: skip
 HAVE_NO_SERVICE = (

@@ -36,6 +36,7 @@ SECTIONS = {  # commands whose objects together have every key of the section
     "metrics": ["metrics"],
     "top": ["top --once --interval 1"],
     "latency": ["latency 5/xvda --total"],
+    "latency --layers": ["latency 5/xvda --layers --interval 1"],
     "orders": ["orders"],
     "pause, resume, policy": ["pause 5/xvda", "resume 5/xvda", "policy 5/xvda"],
     "set, snapshot, resize, cow keep, cow drop": [

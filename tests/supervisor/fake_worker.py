@@ -129,6 +129,8 @@ class FakeWorker:
                 if ask.question.verb == "get":
                     return messages.Reply(ask.id, Code.OK, data=answer)
                 return messages.Reply(ask.id, Code.INVALID, answer)
+            case messages.Measure():
+                return messages.Reply(ask.id, Code.OK, data='[{"layer": "null:", "operations": {}}]')
             case messages.Pause() | messages.Resume():
                 self.standing = replace(self.standing, is_paused=isinstance(ask.question, messages.Pause))
         return messages.Reply(ask.id, Code.OK)

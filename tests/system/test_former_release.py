@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
 SECTORS = 4096
-NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 4\n", "\nVERSION = 5\n")  # what a later release may change
+NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 5\n", "\nVERSION = 6\n")  # what a later release may change
 
 
 @pytest.fixture(scope="session")

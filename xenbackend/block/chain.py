@@ -22,6 +22,7 @@ from xenbackend.block.driver import Complete, Driver, Filter, Geometry
 from xenbackend.block.opening import MakeEnv, Opening, OpenLayer
 from xenbackend.block.request import Request
 from xenbackend.block.spec import ChainSpec, LayerSpec, only_read_from, parse_chain
+from xenbackend.block.timed import Timed
 from xenbackend.errors import DriverError
 
 __all__ = ["Chain", "ChainSpec", "LayerSpec", "MakeEnv", "OpenLayer", "open_chain", "parse_chain"]
@@ -32,14 +33,16 @@ Contain = Callable[[Exception, list[Request]], None]  # an exception of a layer,
 class Chain:
     """An open chain: submit requests to the top, get them back by `complete`.
 
-    `layers` has the guest's end first and ends with the source's parents. `submit` may be kept: it stays the same.
+    `layers` has the guest's end first and ends with the source's parents. `submit` may be kept: it stays the same but
+    for `time` and `untime`.
     `geometry` is what the guest's end has.
     """
 
     def __init__(self, layers: Sequence[OpenLayer], *, read_only: bool, checked: bool = False) -> None:
         self.layers = tuple(layers)
         self.geometry = _announced(self.layers[0].geometry, read_only=read_only)
-        self._stack = _with_checks(self.layers) if checked else [each.driver for each in self.layers]
+        self._plain = self._stack = _with_checks(self.layers) if checked else [each.driver for each in self.layers]
+        self._shortened: list[Driver] = []  # whose `submit` is that of the layer below
         self._wire_down()
         self.contain: Contain | None = None  # D8; set it before `complete`
         self.submit: Callable[[list[Request]], None] = self._stack[0].submit
@@ -55,6 +58,17 @@ class Chain:
             driver.complete = complete
             if driver.on_complete is not None:
                 complete = _guarded(driver.on_complete, self.contain) if self.contain else driver.on_complete
+
+    def time(self) -> list[Timed]:
+        """Measure each layer from now on, until `untime`; in their order. What is in flight goes on."""
+        timers = [Timed(each.text) for each in self.layers]
+        above = {id(each.driver): timer for each, timer in zip(self.layers, timers, strict=True)}
+        self._rewire([each for driver in self._plain for each in (above.get(id(driver)), driver) if each is not None])
+        return timers
+
+    def untime(self) -> None:
+        """Measure no more: the chain is as it was. A timer passes on what a layer still gives back to it."""
+        self._rewire(self._plain)
 
     def control(self, layer: str, verb: str, arguments: Sequence[str]) -> bytes:
         """Do an operator's verb at a layer, named by its driver or its index from the top. Raises: DriverError."""
@@ -93,12 +107,23 @@ class Chain:
         if failure:
             raise failure
 
+    def _rewire(self, stack: list[Driver]) -> None:
+        complete = self.complete
+        for driver in self._shortened:
+            del driver.submit
+        self._shortened = []
+        self._stack = stack
+        self._wire_down()
+        self.complete = complete
+        self.submit = stack[0].submit
+
     def _wire_down(self) -> None:
         """Set `next` from the bottom up, so that what a filter passes on to is already the shortest way."""
         for upper, lower in reversed(list(zip(self._stack, self._stack[1:], strict=False))):
             upper.next = lower
             if type(upper).submit is Filter.submit and "submit" not in vars(upper):
                 upper.submit = lower.submit  # type: ignore[method-assign]  # one call less
+                self._shortened.append(upper)
 
     def _find(self, layer: str) -> Driver:
         named = [each.driver for each in self.layers if each.driver.name == layer]

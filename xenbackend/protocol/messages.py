@@ -27,7 +27,7 @@ from enum import StrEnum
 
 from xenbackend.protocol.codes import Code
 
-VERSION = 4
+VERSION = 5
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_MEMORIES = 64  # that one vbd may have kept
 SENTENCE_MAX = 4000  # characters of any sentence
@@ -259,7 +259,14 @@ class Command:
     arguments: list[str]
 
 
-Question = Swap | Branch | Reconnect | Pause | Resume | SetPolicy | Command
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Time the chain's layers for so long; replied to afterwards, with JSON for `block.timed.parse_times`."""
+
+    milliseconds: int
+
+
+Question = Swap | Branch | Reconnect | Pause | Resume | SetPolicy | Command | Measure
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,10 @@ class Engine:
             self._submit_again([*flushes, *self.retries.give_back()])
         self._call_soon(self._go_on)
 
+    def go_through(self, submit: Callable[[list[Request]], None]) -> None:
+        """Enter the chain there from now on; what is in flight comes back as before."""
+        self._submit_to_chain = submit
+
     def flush_failed(self, code: int) -> None:
         """Answer no flush from now on, as one failed with `code`: a frontend takes an error for success, for ever."""
         if Hold.FLUSH not in self.holds:

@@ -32,6 +32,7 @@ from xenbackend.walls.raising import Raised, Walls
 from xenbackend.worker import birth
 from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
 from xenbackend.worker.disk import is_locked
+from xenbackend.worker.measuring import Measuring
 from xenbackend.worker.opener import QUESTION_S, OpenerGone, RemoteOpener
 from xenbackend.worker.polling import find_permit
 from xenbackend.worker.stages import NoChainLeft, Stages
@@ -58,6 +59,7 @@ class Worker:
         self._under_way: messages.Order | None = None  # the last order that changes something, until it is carried out
         self._failure, self._errno, self._is_mistake = "", 0, False  # of that order
         self._exchange = ""  # the chain that is being put in
+        self._measuring = Measuring(self._reactor)
         self._pausing: list[int] = []  # questions to pause, until nothing is in flight
         self._has_ended = False
         self.walls = Raised()  # what became of them; set before it runs
@@ -311,6 +313,9 @@ class Worker:
                 stages.set_policy(question.policy)
             case messages.Command() as question:
                 return self._control(stages, question)
+            case messages.Measure() as question:
+                self._measuring.begin(stages, question.milliseconds / 1000, partial(self._measured, ask.id))
+                return None
         return ""
 
     def _swap(self, stages: Stages, question: messages.Swap, opener: RemoteOpener) -> Steps[str]:
@@ -338,9 +343,15 @@ class Worker:
             if problem.errno in _MISTAKES:
                 raise ConfigError(str(problem)) from problem
             raise
-        if len(codec.encode(messages.Reply(0, Code.OK, data=data))) > DATAGRAM_MAX:
+        if not _fits(data):
             raise ConfigError(f"an answer of {len(data)} bytes is too large; ask for less")
         return data
+
+    def _measured(self, number: int, times: str) -> None:
+        if _fits(times):
+            self._channel.reply(number, Code.OK, data=times)
+        else:
+            self._channel.reply(number, Code.FAILED, "the chain has so many layers that their times fit into no answer")
 
     def _give_up(self, ask: messages.Ask, sentence: str) -> None:
         """End the process, so that a successor tries again: no chain could be opened."""
@@ -371,6 +382,10 @@ def _take_name_of(vbd: str) -> None:
     """Be called by one's disk where others say who uses an image."""
     with suppress(KernelError, ConfigError):  # nothing depends on it
         process.rename(f"{users.WORKER}{parse_disk(vbd)}")
+
+
+def _fits(data: str) -> bool:
+    return len(codec.encode(messages.Reply(0, Code.OK, data=data))) <= DATAGRAM_MAX
 
 
 def _of_bug(bug: Exception) -> str:

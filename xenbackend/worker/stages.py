@@ -138,7 +138,7 @@ class Stages:
         if self.connection is not None:
             raise DriverError("a frontend is served already", errno=errno.EBUSY)
         yield from self._end_export()
-        chain = self._opened()
+        chain = self.opened()
         if self._no_devices is not None:
             raise self._no_devices
         agreed = connect or self._recall()
@@ -167,7 +167,7 @@ class Stages:
 
     def check(self, question: messages.Swap, opener: RemoteOpener) -> list[str]:
         """Return the layers of another chain. Raises: XenbackendError where it cannot take the place of this one."""
-        self._opened()
+        self.opened()
         with self._disk.opening_by(opener):
             return self._disk.check_successor(question.chain, replaces=question.replaces)
 
@@ -199,11 +199,11 @@ class Stages:
     def branch(self, file: str, image_format: str, opener: RemoteOpener) -> str:
         """Make an image over the one that is written to, and return the chain with it. Raises: ConfigError, OSError."""
         with self._disk.opening_by(opener):
-            return make_leaf(self._opened(), opener, file, image_format)
+            return make_leaf(self.opened(), opener, file, image_format)
 
     def keep(self, name: str) -> Steps[None]:
         """Have the source keep what it holds now, by its own means, while the guest goes on. Raises: DriverError."""
-        layers = self._opened().layers
+        layers = self.opened().layers
         if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in layers):
             problem = "what the guest writes goes to a layer above the image, which would keep nothing of it"
             raise DriverError(problem, errno=errno.EOPNOTSUPP)
@@ -237,6 +237,11 @@ class Stages:
         if self.connection is not None:
             self.connection.resume()
 
+    def rewired(self, chain: Chain) -> None:
+        """Enter a chain where it begins now, if it still is the one that is served."""
+        if self.connection is not None and chain is self._disk.chain:
+            self.connection.engine.go_through(chain.submit)
+
     def set_policy(self, policy: str) -> None:
         """Go by another policy. Raises: ConfigError."""
         parsed = Policy(policy)
@@ -246,7 +251,7 @@ class Stages:
 
     def control(self, command: messages.Command) -> bytes:
         """Do an operator's verb at a layer. Raises: DriverError; whatever a layer's bug raises."""
-        return self._opened().control(command.layer, command.verb, command.arguments)
+        return self.opened().control(command.layer, command.verb, command.arguments)
 
     def leave(self, *, hands_over: bool = False, ends: bool = False) -> Steps[None]:
         """Drain, make everything durable, unmap. With `hands_over` a successor finds what is held, and what was agreed.
@@ -315,7 +320,8 @@ class Stages:
         self._channel.alarm(sentence)
         os._exit(1)
 
-    def _opened(self) -> Chain:
+    def opened(self) -> Chain:
+        """Return the chain. Raises: DriverError, where none is open."""
         if self._disk.chain is None:
             raise DriverError("the chain is not open", errno=errno.ENODEV)
         return self._disk.chain

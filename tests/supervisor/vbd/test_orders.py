@@ -36,6 +36,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "pause": {},
     "resume": {},
     "policy": {"policy": "write=retry 5 every 2s"},
+    "measure": {"seconds": 1},
     "command": {"layer": "0", "command": "get"},
 }
 

@@ -5,6 +5,7 @@ Must not open anything, nor change what is noted.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from xenbackend.block.files import UNNAMED
@@ -64,3 +65,12 @@ def _layers_with_unnamed(chain: str) -> tuple[LayerSpec, ...]:
 
 def _has_unnamed(layer: LayerSpec) -> bool:
     return UNNAMED in files_of(layer.options).values()
+
+
+def list_of_texts(data: str) -> list[str]:
+    """Return the chain's layers in a reply of the worker's, which is not believed to be any."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    return [str(each) for each in found] if isinstance(found, list) else []

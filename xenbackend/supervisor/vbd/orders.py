@@ -10,14 +10,15 @@ Must not write xenstore, nor talk to a worker but by the vbd's link. What outliv
     policy            what becomes of requests that fail
     upgrade           another worker process serves the guest from now on
     command           a verb of one layer
+    measure           the times of each layer within an interval
     detach            the toolstack takes the disk away; it is done when that is over
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.policy import Policy
@@ -27,6 +28,7 @@ from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer, Reply, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import chains, events
+from xenbackend.supervisor.vbd.measured import answer_of, seconds_of
 from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.phase import USABLE, Phase
 
@@ -46,15 +48,12 @@ BARRED_BY: dict[str, frozenset[str]] = {
     "resume": frozenset(),
     "policy": frozenset(),
     "command": frozenset(),
+    "measure": frozenset({"measure", "upgrade"}),
     "detach": frozenset(),
 }
 ORDERS = tuple(BARRED_BY)
-_AGAIN = (
-    "pause",
-    "resume",
-    "policy",
-    "detach",
-)  # a service that finds one under way gives it once more: twice is as once
+# A service that finds one of these under way gives it once more: twice is as once.
+_AGAIN = ("pause", "resume", "policy", "detach")
 
 
 @dataclass(slots=True)
@@ -197,6 +196,8 @@ class Orders:
                 self._upgrade(order)
             case "command":
                 self._command(order, request)
+            case "measure":
+                self._measure(order, seconds_of(request.get("seconds")))
             case "detach":
                 self._under_way[order.number] = order  # `give_up` answers
 
@@ -298,7 +299,10 @@ class Orders:
     def _looked_at(self, order: Order, reply: messages.Reply) -> None:
         data = self.chain_data()
         if reply.code is Code.OK:
-            data |= {"before": [each.text for each in self._vbd.device.layers], "after": _list_of_texts(reply.data)}
+            data |= {
+                "before": [each.text for each in self._vbd.device.layers],
+                "after": chains.list_of_texts(reply.data),
+            }
         self._answer(order, Answer(reply.code, sentence=reply.sentence, data=data))
 
     def _snapshot(self, order: Order, file: str, image_format: str) -> None:
@@ -383,6 +387,12 @@ class Orders:
         question = messages.Command(layer, verb, arguments)
         self._ask(order, question, lambda r: self._answer(order, Answer(r.code, sentence=r.sentence, data=r.data)))
 
+    def _measure(self, order: Order, seconds: float) -> None:
+        self._check_service()
+        answer = partial(answer_of, chain=order.former, seconds=seconds, breach=self._vbd.link.breach)
+        question = messages.Measure(round(seconds * 1000))
+        self._ask(order, question, lambda reply: self._answer(order, answer(reply)))
+
     def _ask(self, order: Order, question: messages.Question, then: Callable[[messages.Reply], None]) -> None:
         """Ask the worker; a fault of ours over its reply is an answer, too."""
 
@@ -408,12 +418,3 @@ def text_of(request: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"the request needs {key}, a text")
     return value
-
-
-def _list_of_texts(data: str) -> list[str]:
-    """Return the chain's layers in a reply of the worker's, which is not believed to be any."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return []
-    return [str(each) for each in found] if isinstance(found, list) else []
