@@ -15,7 +15,7 @@ LANGUAGES = {
     "sh": "commands, run by tests/system/test_pages.py in the order of the page; scripts have tests of their own",
     "cfg": "of a guest's configuration",
     "toml": "of the settings, or of a package",
-    "python": "a driver",
+    "python": "a driver, tests/test_pages.py; or a program, tests/system/test_client_page.py",
     "xml": "of libvirt's; tests/test_toolstacks.py",
     "text": "what a program prints, or a formula; not run",
 }

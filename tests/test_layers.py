@@ -42,6 +42,7 @@ LAYERS = {
     **{part: GROUND - {"log"} for part in STRANGERS},
     "block": GROUND - {"log"} | {"ceph", "loop.steps", "nbd"},
     "ceph": GROUND - {"log"} | {"kernel.memory"},
+    "client": GROUND - {"log"} | {"protocol"},
     "walls": GROUND - {"log"} | {"kernel"},
     "opener": GROUND - {"log"} | {"kernel", "block", "protocol"},
     "worker": GROUND - {"log"} | STRANGERS - {"ceph"} | {"opener", "walls"},  # a worker logs by messages
@@ -131,6 +132,7 @@ HOMES = {
     ),
     "threading": ("block/recorder", "ceph/", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
     # attributes
+    # XENBACKEND_SOCKET, of clients
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler;
     # CREDENTIALS_DIRECTORY, as systemd gives it to the service
     "os.environ": (
@@ -139,6 +141,7 @@ HOMES = {
         "embedded/machine",
         "host/block_xenbackend",
         "opener/deriving",
+        "protocol/client",
         "supervisor/service/process",
         "supervisor/xenstore/store",
         "walls/raising",
@@ -161,6 +164,7 @@ HOMES = {
         "bench/",
         "block/chain",
         "cli/",
+        "client/following",
         "embedded/",
         "opener/connecting",
         "rig/",

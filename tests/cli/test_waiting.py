@@ -13,6 +13,7 @@ import pytest
 from tests.answering import CHAIN, DISK, ENTRY, answering, working
 from xenbackend.cli import waiting
 from xenbackend.cli.main import main
+from xenbackend.client import following
 from xenbackend.protocol import client
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
@@ -74,14 +75,16 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
 
     A service that was killed has told no number: the order is the last one of its kind that this process gave.
     """
-    monkeypatch.setattr(waiting, "LOOK_S", 0.0)
-    monkeypatch.setattr(waiting, "RETURN_S", 0.0 if later == [AWAY] else 60.0)
+    monkeypatch.setattr(following, "LOOK_S", 0.0)
+    monkeypatch.setattr(following, "RETURN_S", 0.0 if later == [AWAY] else 60.0)
     looks = iter(later)
 
     def answer(request: dict[str, Any]) -> Answer | bytes:
         if request["verb"] == "orders":
             found = next(looks, later[-1])
             return found if isinstance(found, Answer) else Answer(Code.OK, found)
+        if request["verb"] == "ping":
+            return working(request)
         return first if request["verb"] == "set" else Answer(Code.OK, [{**DISK, **CHAIN, "layers": []}])
 
     with answering(tmp_path / "x", answer) as control:
@@ -93,7 +96,11 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
 @pytest.mark.parametrize("more", [["--timeout", "9"], ["--dry-run"]])
 def test_what_is_not_waited_for_over_a_restart(tmp_path: Path, more: list[str]) -> None:
     """Whoever has set a time limit does not wait for the next service, nor does a look, of which no service knows."""
-    with answering(tmp_path / "x", lambda _: LEFT) as control:
+
+    def answer(request: dict[str, Any]) -> Answer:
+        return working(request) if request["verb"] == "ping" else LEFT
+
+    with answering(tmp_path / "x", answer) as control:
         assert 75 == main(["set", "5/xvda", "aio:/new", *more, "--socket", control.path])
 
-    assert ["set"] == [each["verb"] for each in control.asked]
+    assert ["ping", "set"] == [each["verb"] for each in control.asked]

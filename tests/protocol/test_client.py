@@ -39,7 +39,8 @@ def test_a_no_has_code_sentence_and_what_is_known(tmp_path: Path, code: Code) ->
     [
         (b"", Code.GONE, "closed the connection before it answered"),
         (b'{"version": 1', Code.GONE, "closed the connection before it answered"),
-        (b'{"error": "of another version"}\n', Code.FAILED, "no service of this version; restart it"),
+        (b'{"error": "as release 0.1.0 says it"}\n', Code.FAILED, "^as release 0.1.0 says it$"),
+        (b'{"version": 2, "code": "ok", "data": 1}\n', Code.FAILED, "no service of this version; restart it"),
         (b"[]\n", Code.FAILED, "no service of this version"),
         (b"\xff\n", Code.FAILED, "no service of this version"),
         (b'{"version": 1, "code": "what"}\n', Code.FAILED, "no service of this version"),

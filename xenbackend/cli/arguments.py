@@ -6,7 +6,6 @@ Must not know a command.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -14,7 +13,6 @@ from xenbackend.disks import DiskName, parse_disk
 from xenbackend.errors import ConfigError
 from xenbackend.units import parse_duration, parse_size
 
-SOCKET_VARIABLE = "XENBACKEND_SOCKET"
 _T = TypeVar("_T")
 
 
@@ -63,12 +61,11 @@ def add_json(parser: argparse.ArgumentParser, text: str = "print JSON, errors to
 
 def add_socket(parser: argparse.ArgumentParser) -> None:
     """Add --socket; the environment may name another default, as for a simulated host."""
-    from xenbackend.protocol.client import DEFAULT_SOCKET  # late: most commands speak to no service
+    from xenbackend.protocol.client import DEFAULT_SOCKET, SOCKET_VARIABLE, default_socket  # late: most speak to none
 
-    default = os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
     parser.add_argument(
         "--socket",
-        default=default,
+        default=default_socket(),
         metavar="PATH",
         help=f"the service's socket (${SOCKET_VARIABLE}, or {DEFAULT_SOCKET})",
     )

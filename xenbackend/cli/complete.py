@@ -16,7 +16,7 @@ from typing import Any
 from xenbackend.block.drivers import driver_names
 from xenbackend.cli import complete_chain
 from xenbackend.cli.arguments import Parser, UsageError
-from xenbackend.protocol.client import ServiceError, call
+from xenbackend.client import Client, ServiceError
 
 ANSWER_S = 0.2
 _CHAINS = ("CHAIN", "LAYER", "FROM", "TO", "CHAIN_OR_FILE")
@@ -181,6 +181,6 @@ def _walk(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 def _disks(control: str) -> Iterator[str]:
     """Yield what the disks in service are called, by number and by name, if the service says so at once."""
     with suppress(ServiceError, UsageError, OSError):
-        disks = call(control, {"verb": "status"}, ANSWER_S).data
-        yield from (each["vbd"] for each in disks)
-        yield from (f"{each['guest']}/{each['device']}" for each in disks if each["guest"])
+        disks = Client(control, answer_s=ANSWER_S).disks()
+        yield from (each.vbd for each in disks)
+        yield from (f"{each.guest}/{each.device}" for each in disks if each.guest)

@@ -11,9 +11,9 @@ from typing import Any
 
 from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_order_options
+from xenbackend.client import Changed
 from xenbackend.disks import parse_disk
 from xenbackend.errors import printable
-from xenbackend.protocol.answers import Answer
 
 
 def register(subparsers: Any) -> None:
@@ -54,23 +54,19 @@ def _add(commands: Any, verb: str, function: Any, text: str, description: str) -
 
 
 def _keep(args: argparse.Namespace) -> int:
-    answer = _ask(args, "keep", file=str(args.file.absolute()))
-    return _print(args, answer, f"{printable(answer.data['chain'])}")
+    file = str(args.file.absolute())
+    changed = waiting.order(args, lambda client: client.keep(args.vbd, file))
+    return _print(args, changed, printable(changed.chain))
 
 
 def _drop(args: argparse.Namespace) -> int:
-    answer = _ask(args, "drop", force=args.force)
-    return _print(args, answer, f"{args.disk} is what lies below cow: again")
+    changed = waiting.order(args, lambda client: client.drop(args.vbd, force=args.force))
+    return _print(args, changed, f"{parse_disk(args.vbd)} is what lies below cow: again")
 
 
-def _ask(args: argparse.Namespace, verb: str, **more: object) -> Answer:
-    args.disk = parse_disk(args.vbd)
-    return waiting.order(args, {"verb": verb, "vbd": args.vbd, **more})
-
-
-def _print(args: argparse.Namespace, answer: Answer, sentence: str) -> int:
+def _print(args: argparse.Namespace, changed: Changed, sentence: str) -> int:
     if args.json:
-        output.print_json({"vbd": str(args.disk), **output.values_of(answer)})
+        output.print_json({"vbd": str(parse_disk(args.vbd)), **output.values_of(changed)})
     else:
         print(sentence)
     return 0

@@ -18,8 +18,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from xenbackend.cli import output
-from xenbackend.cli.arguments import SOCKET_VARIABLE
 from xenbackend.errors import ConfigError, XenbackendError, printable
+from xenbackend.protocol.client import SOCKET_VARIABLE
 from xenbackend.supervisor.xenstore.toolstack import vbd_path
 
 if TYPE_CHECKING:

@@ -6,21 +6,21 @@ Must not decide anything: the service does, or refuses.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xenbackend.block.formats.table import WRITTEN
 from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_order_options
+from xenbackend.client import Changed, Client, Done, Layer, ServiceError
 from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError, printable
-from xenbackend.protocol.answers import Answer
-from xenbackend.protocol.client import ServiceError
 from xenbackend.protocol.messages import own_snapshot
 from xenbackend.units import format_size
 
+_Done = TypeVar("_Done", bound=Done)
 _FORMATS = tuple(each.name for each in WRITTEN.values() if each.parents)
 _POLICY_HELP = f"""\
 What happens to a request that the disk cannot do, by kind of error:
@@ -124,25 +124,24 @@ def _add(
 
 
 def _pause(args: argparse.Namespace) -> int:
-    return _print(args, _ask(args), f"{args.disk} is paused; to continue: xenbackend resume {args.disk}", paused=True)
+    done = _ask(args, lambda client: client.pause(args.vbd))
+    return _print(args, done, f"{args.disk} is paused; to continue: xenbackend resume {args.disk}", paused=True)
 
 
 def _resume(args: argparse.Namespace) -> int:
-    return _print(args, _ask(args), f"{args.disk} continues", paused=False)
+    return _print(args, _ask(args, lambda client: client.resume(args.vbd)), f"{args.disk} continues", paused=False)
 
 
 def _set(args: argparse.Namespace) -> int:
     from xenbackend.block.spec import check_whole_paths, parse_chain  # late: other orders have no chain to read
 
     check_whole_paths(parse_chain(args.chain))
-    flags = {"replace": True} if args.replace else {}
     if args.dry_run:
-        answer = _ask(args, chain=args.chain, dry_run=True, **flags)
-        lines = [f"{when}: {_layers(answer.data[when])}" for when in ("before", "after")]
-        return _print(args, answer, "\n".join(lines))
-    answer = _ask_for_chain(args, chain=args.chain, **flags)
+        planned = _ask(args, lambda client: client.plan(args.vbd, args.chain, replace=args.replace))
+        return _print(args, planned, f"before: {_layers(planned.before)}\nafter: {_layers(planned.after)}")
+    changed = _ask_for_chain(args, lambda client: client.set(args.vbd, args.chain, replace=args.replace))
     note = "; update the guest's configuration yourself"
-    return _print(args, answer, f"{args.disk} is served by {printable(answer.data['chain'])}{note}")
+    return _print(args, changed, f"{args.disk} is served by {printable(changed.chain)}{note}")
 
 
 def _snapshot(args: argparse.Namespace) -> int:
@@ -154,9 +153,8 @@ def _snapshot(args: argparse.Namespace) -> int:
         if args.format:
             raise ConfigError(f"{args.file} is a snapshot that the image keeps itself, in no format of its own")
     file = str(Path(args.file).absolute()) if name is None else args.file
-    answer = _ask_for_chain(args, file=file, format=args.format)
-    chain = answer.data["chain"]
-    return _print(args, answer, printable(chain if name is None else _with_snapshot(chain, name)))
+    changed = _ask_for_chain(args, lambda client: client.snapshot(args.vbd, file, image_format=args.format))
+    return _print(args, changed, printable(changed.chain if name is None else _with_snapshot(changed.chain, name)))
 
 
 def _with_snapshot(chain: str, name: str) -> str:
@@ -169,42 +167,40 @@ def _with_snapshot(chain: str, name: str) -> str:
 
 
 def _resize(args: argparse.Namespace) -> int:
-    answer = _ask(args)
-    size = answer.data["layers"][0]["size"]
-    return _print(args, answer, f"{args.disk} has {format_size(size)}", size=size)
+    changed = _ask(args, lambda client: client.resize(args.vbd))
+    size = changed.layers[0].size
+    return _print(args, changed, f"{args.disk} has {format_size(size)}", size=size)
 
 
 def _policy(args: argparse.Namespace) -> int:
     if args.policy:
         Policy(args.policy)  # a mistake is one with and without a service
-    answer = _ask(args, policy=args.policy)
-    policy = answer.data["policy"] if isinstance(answer.data, dict) else str(answer.data)
-    return _print(args, answer, policy, policy=policy)
+    done = _ask(args, lambda client: client.policy(args.vbd, args.policy))
+    return _print(args, done, done.policy, policy=done.policy)
 
 
-def _ask(args: argparse.Namespace, **more: object) -> Answer:
+def _ask(args: argparse.Namespace, give: Callable[[Client], _Done]) -> _Done:
     args.disk = parse_disk(args.vbd)
-    return waiting.order(args, {"verb": args.verb, "vbd": args.vbd, **more})
+    return waiting.order(args, give)
 
 
-def _ask_for_chain(args: argparse.Namespace, **more: object) -> Answer:
+def _ask_for_chain(args: argparse.Namespace, give: Callable[[Client], Changed]) -> Changed:
     """Ask; where that fails, say all the same which chain is in service, if the service does."""
     try:
-        return _ask(args, **more)
+        return _ask(args, give)
     except ServiceError as problem:
-        data = problem.answer.data
-        if not args.json and isinstance(data, dict) and data.get("chain"):
-            print(f"{args.disk} is served by {printable(str(data['chain']))}")
+        if not args.json and problem.chain:
+            print(f"{args.disk} is served by {printable(problem.chain)}")
         raise
 
 
-def _layers(layers: list[Any]) -> str:
-    return " | ".join(printable(str(output.layer_values(each)["layer"])) for each in layers)
+def _layers(layers: Sequence[Layer]) -> str:
+    return " | ".join(printable(each.layer) for each in layers)
 
 
-def _print(args: argparse.Namespace, answer: Answer, sentence: str, **more: object) -> int:
+def _print(args: argparse.Namespace, done: Done, sentence: str, **more: object) -> int:
     if args.json:
-        output.print_json({"vbd": str(args.disk), **output.values_of(answer), **more})
+        output.print_json({"vbd": str(args.disk), **output.values_of(done), **more})
     else:
         print(sentence)
     return 0

@@ -16,8 +16,8 @@ from xenbackend.cli import status
 from xenbackend.cli.arguments import add_json, add_socket, disk
 from xenbackend.cli.output import print_json
 from xenbackend.cli.status import Known
+from xenbackend.client import Client
 from xenbackend.errors import ConfigError, XenbackendError
-from xenbackend.protocol.client import call
 
 FRACTIONS = (0.5, 0.9, 0.99, 0.999)
 
@@ -140,6 +140,6 @@ def values(known: Known, histogram: Histogram) -> dict[str, Any]:
 
 
 def _ask(args: argparse.Namespace) -> Known:
-    disks = call(args.socket, {"verb": "status"}).data
+    disks = [each.values for each in Client(args.socket).disks()]
     [known] = status.chosen(disks, [args.vbd])[:1]
     return known

@@ -22,13 +22,12 @@ _HEAD = ("layer", "operation", "requests", "mean size", "mean", "50 % <", "99 % 
 def run(args: argparse.Namespace) -> int:
     """Order, wait and print. Raises: ServiceError; ConfigError."""
     args.verb, args.timeout = "measure", None
-    answer = waiting.order(args, {"verb": "measure", "vbd": str(args.vbd), "seconds": args.interval})
+    measured = waiting.order(args, lambda client: client.measure(str(args.vbd), args.interval))
+    found = measured.values
     if args.json:
-        print_json(
-            {"order": answer.order, "vbd": str(args.vbd), **answer.data, "layers": values(answer.data["layers"])}
-        )
+        print_json({"order": measured.order, "vbd": str(args.vbd), **found, "layers": values(found["layers"])})
     else:
-        print("\n".join(lines(str(args.vbd), answer.data)))
+        print("\n".join(lines(str(args.vbd), found)))
     return 0
 
 

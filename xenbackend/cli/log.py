@@ -279,11 +279,5 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def _ask(arguments: argparse.Namespace, following: list[str]) -> str:
-    request: dict[str, object] = {
-        "verb": "command",
-        "vbd": arguments.vbd,
-        "layer": arguments.layer,
-        "command": arguments.command,
-        "arguments": following,
-    }
-    return str(waiting.order(arguments, request).data)
+    vbd, layer, command = arguments.vbd, arguments.layer, arguments.command
+    return waiting.order(arguments, lambda client: client.command(vbd, layer, command, *following))

@@ -16,8 +16,8 @@ from xenbackend.cli import metrics_text
 from xenbackend.cli.arguments import add_json, add_socket
 from xenbackend.cli.metrics_text import Family
 from xenbackend.cli.output import print_json
+from xenbackend.client import Client, ServiceError
 from xenbackend.errors import ConfigError
-from xenbackend.protocol.client import ServiceError, call
 
 FILE = "xenbackend.prom"  # the collector of node_exporter reads *.prom
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def look(control: str) -> list[Family]:
     """Ask the service. Raises: ServiceError."""
-    service = call(control, {"verb": "ping"}).data
-    return metrics_text.of_service(service, call(control, {"verb": "status"}).data)
+    client = Client(control)
+    return metrics_text.of_service(client.service().values, [each.values for each in client.disks()])
 
 
 def leave(directory: Path, text: str) -> None:

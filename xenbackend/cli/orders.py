@@ -13,8 +13,8 @@ from typing import Any
 
 from xenbackend.cli.arguments import add_json, add_socket
 from xenbackend.cli.output import print_json
+from xenbackend.client import Client
 from xenbackend.errors import printable
-from xenbackend.protocol.client import call
 from xenbackend.protocol.codes import Code
 from xenbackend.units import format_duration
 
@@ -39,8 +39,9 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print all orders, or one."""
-    asked = {} if args.number is None else {"order": args.number}
-    entries = call(args.socket, {"verb": "orders", **asked}).data
+    client = Client(args.socket)
+    found = client.orders() if args.number is None else [client.order(args.number)]
+    entries = [each.values for each in found]
     if args.json:
         print_json({"orders": entries})
     elif args.number is not None:

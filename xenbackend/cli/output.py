@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from xenbackend.protocol import plain
 from xenbackend.protocol.answers import VERSION, Answer, code_of
 from xenbackend.protocol.client import ServiceError
 from xenbackend.protocol.codes import Code
+
+if TYPE_CHECKING:
+    from xenbackend.client import Done
+
+layer_values = plain.layer
 
 
 def print_json(values: Mapping[str, Any], indent: int | None = None) -> None:
@@ -35,18 +41,7 @@ def answer_of(problem: Exception) -> Answer:
     return problem.answer if isinstance(problem, ServiceError) else Answer(code_of(problem), sentence=str(problem))
 
 
-def values_of(answer: Answer) -> dict[str, Any]:
+def values_of(answer: Answer | Done) -> dict[str, Any]:
     """Return what an answer to an order says, with one name for each idea."""
-    data = dict(answer.data) if isinstance(answer.data, Mapping) else {}
-    for key in ("layers", "before", "after"):
-        if isinstance(data.get(key), list):
-            data[key] = [layer_values(each) for each in data[key]]
+    data = plain.answered(answer.data) if isinstance(answer, Answer) else answer.values
     return ({"order": answer.order} if answer.order is not None else {}) | data
-
-
-def layer_values(layer: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Return what a layer said of itself, or only its text, under the names that scripts get: its text is `layer`."""
-    values = {"text": layer} if isinstance(layer, str) else dict(layer)
-    if isinstance(values.get("figures"), list):  # names only: of a chain that is not in service
-        del values["figures"]
-    return {"layer": values.pop("text"), **values} if "text" in values else values

@@ -15,9 +15,9 @@ from typing import Any
 from xenbackend import counters
 from xenbackend.cli.arguments import add_json, add_socket, disk, duration
 from xenbackend.cli.output import print_json
+from xenbackend.client import Client
 from xenbackend.disks import DiskName
 from xenbackend.errors import ConfigError, printable
-from xenbackend.protocol.client import call
 
 SAMPLE_S = 1.0  # between the two looks that rates are made of
 SHORTEST_S = 1.0  # between two looks of --watch: workers add up their counters once a second
@@ -87,8 +87,9 @@ class Picture:
 
 def look(args: argparse.Namespace) -> Picture:
     """Ask the service. Raises: ServiceError; ConfigError for a disk that it does not serve."""
-    service = call(args.socket, {"verb": "ping"}).data
-    disks = chosen(call(args.socket, {"verb": "status", "looks": True}).data, args.vbds)
+    client = Client(args.socket)
+    service = client.service().values
+    disks = chosen([each.values for each in client.disks(looks=True)], args.vbds)
     return Picture(service, disks, time.monotonic())
 
 

@@ -16,8 +16,9 @@ from xenbackend.cli.arguments import add_json, add_socket, disk
 from xenbackend.cli.output import print_json
 from xenbackend.cli.status import Picture
 from xenbackend.cli.top_rows import History, Row, View
+from xenbackend.client import Client, ServiceError
 from xenbackend.errors import ConfigError, printable
-from xenbackend.protocol.client import ServiceError, Waiting, call
+from xenbackend.protocol.client import Waiting
 
 if TYPE_CHECKING:
     from xenbackend.cli.top_screen import Frame
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 def look(args: argparse.Namespace, waiting: Waiting | None = None) -> Picture:
     """Ask the service. Raises: ServiceError."""
-    service = call(args.socket, {"verb": "ping"}, ANSWER_S, waiting).data
-    return Picture(service, call(args.socket, {"verb": "status"}, ANSWER_S, waiting).data, time.monotonic())
+    client = Client(args.socket, waiting=waiting, answer_s=ANSWER_S)
+    return Picture(client.service().values, [each.values for each in client.disks()], time.monotonic())
 
 
 @dataclass(slots=True)

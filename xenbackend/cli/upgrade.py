@@ -11,10 +11,10 @@ from typing import Any
 
 from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_order_options
+from xenbackend.client import Client, ServiceError, Upgraded
 from xenbackend.disks import parse_disk
 from xenbackend.errors import printable
-from xenbackend.protocol.client import ServiceError, call
-from xenbackend.protocol.codes import EXIT_STATUS, Code
+from xenbackend.protocol.codes import EXIT_STATUS
 
 LOOK_TIMEOUT_S = 1.0  # for what the service waits for, which is only shown
 NAMED = 3  # disks that a line has room for
@@ -48,62 +48,66 @@ def register(subparsers: Any) -> None:
 
 def _upgrade(args: argparse.Namespace) -> int:
     if args.vbd:
-        answer = waiting.order(args, {"verb": "upgrade", "vbd": args.vbd})
+        done = _replace(args, args.vbd)
         name = str(parse_disk(args.vbd))
         if args.json:
-            output.print_json({"vbd": name, **output.values_of(answer)})
+            output.print_json({"vbd": name, **output.values_of(done)})
         else:
             print(f"{name} is served by a new process")
         return 0
     return _upgrade_all(args)
 
 
+def _replace(args: argparse.Namespace, vbd: str) -> Upgraded:
+    return waiting.order(args, lambda client: client.upgrade(vbd))
+
+
 def _upgrade_all(args: argparse.Namespace) -> int:
     """Replace one worker after the other; the status is that of the first order that failed."""
-    statuses, done = [0], []
-    for name in [each["vbd"] for each in call(args.socket, {"verb": "status"}).data]:
+    status, done = 0, []
+    for disk in Client(args.socket).disks():
+        args.vbd = name = disk.vbd
         try:
-            answer = waiting.order(args, {"verb": "upgrade", "vbd": name})
+            upgraded = _replace(args, name)
         except ServiceError as problem:
-            answer = problem.answer
-            print(f"xenbackend: {name}: {printable(answer.sentence)}", file=sys.stderr)
+            print(f"xenbackend: {name}: {printable(problem.sentence)}", file=sys.stderr)
+            failed = output.error_object(problem.code, problem.sentence)
+            done.append({"vbd": name, **output.values_of(problem.answer), **failed})
+            status = status or EXIT_STATUS[problem.code]
         else:
+            done.append({"vbd": name, **output.values_of(upgraded)})
             if not args.json:
                 print(f"{name} is served by a new process", flush=True)
-        failed = {} if answer.code is Code.OK else output.error_object(answer.code, answer.sentence)
-        done.append({"vbd": name, **output.values_of(answer), **failed})
-        statuses.append(EXIT_STATUS[answer.code])
     if args.json:
         output.print_json({"vbds": done})
-    return next(filter(None, statuses), 0)
+    return status
 
 
 def _waits_for(socket: str) -> str:
     """Return for which disks a service that stops waits, and for what: the first ones; empty where it does not say."""
     try:
-        waits = call(socket, {"verb": "ping"}, LOOK_TIMEOUT_S).data["waits"]
-    except (ServiceError, KeyError):
+        waits = Client(socket, answer_s=LOOK_TIMEOUT_S).service().waits
+    except ServiceError:
         return ""
-    named = [printable(f"{each['vbd']}: {each['for']}") for each in waits[:NAMED]]
+    named = [printable(f"{each.vbd}: {each.for_}") for each in waits[:NAMED]]
     return "; ".join([*named, *([f"{len(waits) - NAMED} more"] if len(waits) > NAMED else [])])
 
 
 def _stop(args: argparse.Namespace) -> int:
     try:
-        force = {"force": True} if args.force else {}
-        answer = waiting.order(args, {"verb": "stop", **force}, lambda: _waits_for(args.socket))
+        stopped = waiting.order(args, lambda client: client.stop(force=args.force), lambda: _waits_for(args.socket))
     except ServiceError as problem:
         known = problem.answer.data if isinstance(problem.answer.data, dict) else {}
         for each in [] if args.json else known.get("waits", []):
             print(printable(f"the service waits for {each['vbd']}: {each['for']}"), file=sys.stderr)
         raise
     if args.json:
-        output.print_json(output.values_of(answer))
+        output.print_json(output.values_of(stopped))
     else:
         print("the service ends; its disks are closed")
-        for each in answer.data["untold"]:
-            said = f"{each['vbd']} was served by {each['chain']}, which xenstore could not be told"
-            if each["next_chain"]:
-                said = f"{each['vbd']} was served by {each['chain']} or {each['next_chain']}, which was being put in"
+        for each in stopped.untold:
+            said = f"{each.vbd} was served by {each.chain}, which xenstore could not be told"
+            if each.next_chain:
+                said = f"{each.vbd} was served by {each.chain} or {each.next_chain}, which was being put in"
             print(f"{printable(said)}; the next service is told by a file", file=sys.stderr)
     return 0

@@ -4,6 +4,10 @@ Must not open a socket.
 
     {"version": 1, "code": "ok", "data": …}                            and "order": N where the request was an order
     {"version": 1, "code": "busy", "error": "sentence", "data": …}     `data` where something is known all the same
+
+Release 0.1.0 had neither versions nor codes, and is understood as long as a host may still run it:
+
+    {"data": …}    {"error": "sentence"}
 """
 
 from __future__ import annotations
@@ -40,7 +44,10 @@ class Answer:
 
     @classmethod
     def from_json(cls, values: Any) -> Answer:
-        """Return what `as_json` made plain. Raises: ValueError where it is none of this version."""
+        """Return what `as_json` made plain, or release 0.1.0. Raises: ValueError where it is neither."""
+        if isinstance(values, dict) and values.keys() in ({"data"}, {"error"}):
+            code = Code.FAILED if "error" in values else Code.OK
+            return cls(code, values.get("data"), str(values.get("error", "")))
         if not isinstance(values, dict) or values.get("version") != VERSION:
             raise ValueError(f"not an answer of version {VERSION}: {str(values)[:80]}")
         order = values.get("order")

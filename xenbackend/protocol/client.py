@@ -9,6 +9,7 @@ takes: only who has given a time waits no longer than that, and then the order g
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from xenbackend.errors import XenbackendError
-from xenbackend.protocol import older
+from xenbackend.protocol import plain
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
 DEFAULT_SOCKET = "/run/xenbackend/control.sock"
+SOCKET_VARIABLE = "XENBACKEND_SOCKET"  # of the environment: another default, as for a simulated host
 TIMEOUT_S = 10.0  # for the answer to a question; and to an order, beyond the time that it was given
 TICK_S = 0.25  # how often whoever waits is told that he does
 _START = "start it with: systemctl start xenbackend (or: xenbackend run)"
@@ -29,15 +31,97 @@ Waiting = Callable[[float], None]  # called now and then with the seconds that w
 
 
 class ServiceError(XenbackendError):
-    """The service said no, or did not say anything; `answer` has the code, and what is known beside it."""
+    """The service said no, or did not say anything; what is raised is the subclass that its code has.
+
+    answer   all of it: the code, the sentence, and what is known beside them
+    """
+
+    def __new__(cls, answer: Answer) -> ServiceError:
+        """Make one of the class that the code has, as `OSError` does by its number."""
+        return super().__new__(_KINDS.get(answer.code, cls) if cls is ServiceError else cls, answer)
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer.sentence)
         self.answer = answer
 
+    def __reduce__(self) -> tuple[type[ServiceError], tuple[Answer]]:
+        """Let it pass between processes."""
+        return type(self), (self.answer,)
+
+    @property
+    def code(self) -> Code:
+        """How it ended, for scripts."""
+        return self.answer.code
+
+    @property
+    def sentence(self) -> str:
+        """Why, for people."""
+        return self.answer.sentence
+
+    @property
+    def order(self) -> int | None:
+        """The order's number, where it has become one."""
+        return self.answer.order
+
+    @property
+    def chain(self) -> str:
+        """The chain that is in service all the same; empty where that is not known."""
+        data = self.answer.data
+        return str(data.get("chain") or "") if isinstance(data, dict) else ""
+
+
+class Invalid(ServiceError):
+    """It cannot be asked; nothing was changed."""
+
+
+class Busy(ServiceError):
+    """Another order that excludes this one is under way; nothing was changed."""
+
+
+class Failed(ServiceError):
+    """It was tried and could not be done; the sentence says what holds now."""
+
+
+class Gone(ServiceError):
+    """The disk, or the service, went away before it was done."""
+
+
+class UnderWay(ServiceError):
+    """Nobody waits for it any more, and it may still be done; `order` is its number, None where that is not known."""
+
+
+class Unreachable(ServiceError):
+    """No service answers."""
+
+
+class Bug(ServiceError):
+    """A fault of the program; the service's log has more."""
+
 
 class _NoAnswer(ServiceError):
     """The request was sent, and nobody knows what became of it."""
+
+
+_KINDS: dict[Code, type[ServiceError]] = {
+    Code.INVALID: Invalid,
+    Code.BUSY: Busy,
+    Code.FAILED: Failed,
+    Code.GONE: Gone,
+    Code.UNDER_WAY: UnderWay,
+    Code.UNREACHABLE: Unreachable,
+    Code.BUG: Bug,
+}
+
+
+def default_socket() -> str:
+    """Return where a service is asked by whoever names none: as the environment says, or where the package has it."""
+    return os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
+
+
+def no_service(path: str) -> ServiceError:
+    """Return the error of an answer that none of ours has given."""
+    problem = f"what answers at {path} is no service of this version; restart it with: systemctl restart xenbackend"
+    return ServiceError(Answer(Code.FAILED, sentence=problem))
 
 
 def call(
@@ -47,6 +131,45 @@ def call(
 
     Raises: ServiceError, with the service's own sentence or one that says why it did not answer.
     """
+    try:
+        return _ask(path, request, timeout_s, waiting)
+    except _NoAnswer as problem:
+        raise ServiceError(problem.answer) from None
+
+
+def give_order(
+    path: str,
+    request: dict[str, Any],
+    what: str,
+    wait_s: float | None = None,
+    waiting: Waiting | None = None,
+    answer_s: float | None = None,
+) -> Answer:
+    """Send an order and return its answer, however long that takes; with `wait_s` no longer than so many seconds.
+
+    `what` names the order for people: ``5/xvda: set``. A service has `answer_s` more to say that it is under way, by
+    default TIMEOUT_S. Raises: ServiceError; its code is UNDER_WAY where the order may still be done.
+    """
+    answer_s = TIMEOUT_S if answer_s is None else answer_s
+    try:
+        if wait_s is None:
+            return _ask(path, request, None, waiting)
+        return _ask(path, {**request, "wait": wait_s}, wait_s + answer_s, waiting)
+    except _NoAnswer as problem:
+        sentence = f"{what} may be under way: {problem}; what became of it: xenbackend orders"
+        raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence)) from None
+    except ServiceError as problem:
+        answer = problem.answer
+        if answer.code is not Code.UNDER_WAY:
+            raise
+        number = answer.order
+        where = "see: xenbackend status" if number is None else f"order {number}; see: xenbackend orders {number}"
+        sentence = f"{what} is still under way, {where}"
+        raise ServiceError(Answer(Code.UNDER_WAY, answer.data, sentence, number)) from None
+
+
+def _ask(path: str, request: dict[str, Any], timeout_s: float | None, waiting: Waiting | None) -> Answer:
+    """Do what `call` does. Raises: _NoAnswer, too."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as near:
         try:
             near.settimeout(timeout_s)
@@ -68,36 +191,13 @@ def call(
     try:
         answer = Answer.from_json(json.loads(line))
     except (ValueError, KeyError):
-        problem = f"what answers at {path} is no service of this version; restart it with: systemctl restart xenbackend"
-        raise ServiceError(Answer(Code.FAILED, sentence=problem)) from None
+        raise no_service(path) from None
     if answer.code is not Code.OK:
         raise ServiceError(answer)
-    return replace(answer, data=older.completed(request.get("verb"), answer.data))
-
-
-def give_order(
-    path: str, request: dict[str, Any], what: str, wait_s: float | None = None, waiting: Waiting | None = None
-) -> Answer:
-    """Send an order and return its answer, however long that takes; with `wait_s` no longer than so many seconds.
-
-    `what` names the order for people: ``5/xvda: set``. Raises: ServiceError; its code is UNDER_WAY where the order may
-    still be done.
-    """
     try:
-        if wait_s is None:
-            return call(path, request, None, waiting)
-        return call(path, {**request, "wait": wait_s}, wait_s + TIMEOUT_S, waiting)
-    except _NoAnswer as problem:
-        sentence = f"{what} may be under way: {problem}; what became of it: xenbackend orders"
-        raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence)) from None
-    except ServiceError as problem:
-        answer = problem.answer
-        if answer.code is not Code.UNDER_WAY:
-            raise
-        number = answer.order
-        where = "see: xenbackend status" if number is None else f"order {number}; see: xenbackend orders {number}"
-        sentence = f"{what} is still under way, {where}"
-        raise ServiceError(Answer(Code.UNDER_WAY, answer.data, sentence, number)) from None
+        return replace(answer, data=plain.completed(request.get("verb"), answer.data))
+    except (KeyError, TypeError):
+        raise no_service(path) from None
 
 
 def _read_line(near: socket.socket, timeout_s: float | None, waiting: Waiting) -> bytes:

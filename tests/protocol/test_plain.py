@@ -1,4 +1,4 @@
-"""What is made of the answers of a service that does not say everything yet."""
+"""What services of several releases say has one set of names, with every key."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from tests.answering import CHAIN, DISK, ENTRY, LAYER, Request, answering, working
 from xenbackend import counters
 from xenbackend.cli.main import main
-from xenbackend.protocol import older
+from xenbackend.protocol import plain
 from xenbackend.protocol.answers import Answer
-from xenbackend.protocol.client import call
+from xenbackend.protocol.client import ServiceError, call
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.older import completed
+from xenbackend.protocol.plain import completed
 
-# Of the first services whose answers have this version: no key is older.
+# Of the first services whose answers have this version: no key is plain.
 FIRST = {
     "vbd": "5/xvda", "kind": "vbd", "domid": 5, "device": "xvda", "chain": "log:|aio:/img", "read_only": False,
     "state": "Connected", "frontend_state": "Connected", "phase": "serving", "worker": 12, "since": 0.0, "error": "",
@@ -37,11 +37,11 @@ def test_all_that_a_service_says_is_known_here() -> None:
     """A key that is added to an answer gets the value that means nobody has told it."""
     said = {verb: working({"verb": verb}).data for verb in OLD}
 
-    assert set(older.SERVICE) == set(said["ping"])
-    assert set(older.DISK) == set(DISK)
-    assert {*older.LAYER, "text"} == set(LAYER)
-    assert set(older.ORDER) == set(ENTRY)
-    assert set(older.STOP) == set(said["stop"])
+    assert set(plain.SERVICE) == set(said["ping"])
+    assert {*plain.DISK, "vbd", "node", "kind", "domid", "device"} == set(DISK)
+    assert {*plain.LAYER, "text"} == set(LAYER)
+    assert set(plain.ORDER) == set(ENTRY)
+    assert set(plain.STOP) == set(said["stop"])
 
 
 def test_what_was_said_stays_as_it_is() -> None:
@@ -49,7 +49,7 @@ def test_what_was_said_stays_as_it_is() -> None:
     for verb in ("ping", "status", "orders", "stop"):
         said = working({"verb": verb}).data
         assert said == completed(verb, said)
-    assert {**older.SERVICE, "pid": 1, "later": 2} == completed("ping", {"pid": 1, "later": 2})
+    assert {**plain.SERVICE, "pid": 1, "later": 2} == completed("ping", {"pid": 1, "later": 2})
     assert CHAIN == completed("set", CHAIN)
     assert None is completed("ping", None)
 
@@ -89,4 +89,29 @@ def test_every_command_takes_the_answers_of_an_older_service(
 def test_it_is_done_for_whoever_asks(tmp_path: Path) -> None:
     """The client does it: no command has to think of it."""
     with answering(tmp_path / "x", old) as control:
-        assert {**older.SERVICE, "pid": 1} == call(control.path, {"verb": "ping"}).data
+        assert {**plain.SERVICE, "pid": 1} == call(control.path, {"verb": "ping"}).data
+
+
+def test_what_no_service_says_is_told(tmp_path: Path) -> None:
+    """A disk that does not even say which it is."""
+    with (
+        answering(tmp_path / "x", lambda _: Answer(Code.OK, [{"chain": "aio:/img"}])) as control,
+        pytest.raises(ServiceError, match="no service of this version"),
+    ):
+        call(control.path, {"verb": "status"})
+
+
+def test_a_disk_of_the_last_release() -> None:
+    """Its `vbd` was the place in xenstore; what it has of its own is left."""
+    [values] = completed("status", [{**FIRST, "vbd": "vbd/5/51712"}])
+
+    assert ("5/xvda", "vbd/5/51712", {"50%": 1}) == (values["vbd"], values["node"], values["latency_ns"])
+
+
+def test_layers_have_one_name() -> None:
+    """In the answer to an order they have another one, and names of figures that are none yet."""
+    [layer] = plain.answered(CHAIN)["layers"]
+
+    assert {"layer": "aio:/img", **{key: LAYER[key] for key in LAYER if key not in ("text", "figures")}} == layer
+    assert {"layer": "aio:/a"} == plain.layer("aio:/a")
+    assert {} == plain.answered("paused") == plain.answered(None)

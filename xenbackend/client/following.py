@@ -1,0 +1,101 @@
+"""Waits for orders that another service than the one that took them may end.
+
+Must not give an order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from xenbackend.client.results import Disk, Order
+from xenbackend.protocol.answers import Answer
+from xenbackend.protocol.client import Gone, ServiceError, UnderWay, Unreachable, Waiting
+from xenbackend.protocol.codes import Code
+
+LOOK_S = 0.25  # between two looks for the end of an order
+RETURN_S = 30.0  # the longest that a service is away that somebody starts again
+# Their answers hold nothing that would be lost.
+FOLLOWED = ("set", "snapshot", "resize", "keep", "drop", "pause", "resume", "upgrade")
+
+
+def follow(
+    orders: Callable[[], list[Order]],
+    disks: Callable[[], list[Disk]],
+    verb: str,
+    problem: UnderWay,
+    waiting: Waiting | None,
+) -> Answer:
+    """Return the answer to an order that the service has left to the next one.
+
+    Raises: ServiceError, as that ended; `problem` where nobody knows of the order, or no service comes.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            order, served = _ours(orders(), problem.order, verb), disks()
+        except ServiceError as silence:
+            is_away = isinstance(silence, Unreachable | Gone)
+            if not is_away or time.monotonic() - begun >= RETURN_S:
+                raise problem from None
+        else:
+            if order is None:
+                raise problem
+            if order.ended is not None:
+                return _answer(order, served)
+        _pause(begun, waiting)
+
+
+def wait_for(order: Callable[[], Order], timeout_s: float | None, waiting: Waiting | None) -> Order:
+    """Return an order once it has ended. Raises: UnderWay after `timeout_s`; Unreachable, where no service comes."""
+    begun = seen = time.monotonic()
+    found: Order | None = None
+    while True:
+        now = time.monotonic()
+        try:
+            found = order()
+            seen = now
+        except (Unreachable, Gone):
+            if now - seen >= RETURN_S:
+                raise
+        if found is not None and found.ended is not None:
+            return found
+        if timeout_s is not None and now - begun >= timeout_s:
+            where = f", order {found.number}" if found is not None else ""
+            raise ServiceError(
+                Answer(
+                    Code.UNDER_WAY,
+                    sentence=f"it is still under way after {timeout_s:g} s{where}",
+                    order=None if found is None else found.number,
+                )
+            )
+        _pause(begun, waiting)
+
+
+def _pause(begun: float, waiting: Waiting | None) -> None:
+    time.sleep(LOOK_S)
+    if waiting is not None:
+        waiting(time.monotonic() - begun)
+
+
+def _ours(orders: list[Order], number: int | None, verb: str) -> Order | None:
+    """Return an order by its number, or the last one of this process: a service that was killed told no number."""
+    ours = [
+        each
+        for each in orders
+        if each.number == number or (number is None and each.who.pid == os.getpid() and each.verb == verb)
+    ]
+    return ours[-1] if ours else None
+
+
+def _answer(order: Order, served: list[Disk]) -> Answer:
+    """Return what an order's entry says, with what is in service now. Raises: ServiceError where that is no success."""
+    data = {}
+    for disk in served:
+        if disk.vbd == order.vbd:
+            data = {"chain": disk.chain, "layers": disk.values["layers"], "worker": disk.worker}
+    answer = Answer(order.code, data, order.error, order.number)
+    if answer.code is not Code.OK:
+        raise ServiceError(answer)
+    return answer
