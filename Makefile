@@ -117,12 +117,16 @@ scoreboard: $(VENV)/.dev  ## every measure with its goal and its figure; fails w
 bench: $(VENV)/.run  ## measure beside the peers that are installed
 	$(BIN)/xenbackend bench --compare
 
+docs: $(VENV)/.dev  ## the site of documentation, in build/docs/html; fails where a link leads nowhere
+	$(BIN)/python docs/make_site.py build/docs
+
 # Of a copy: what a build leaves behind does not land in the checkout. `apt-get build-dep .` brings what it needs.
 # Whoever builds it maintains it: DEBFULLNAME and DEBEMAIL, as Debian's own tools take them.
 deb:  ## a Debian package, in dist/
 	rm -rf build/deb
 	mkdir -p build/deb/source dist
-	cp -a debian systemd udev xenbackend pyproject.toml README.md LICENSE CHANGELOG.md build/deb/source/
+	cp -a debian systemd udev xenbackend docs pyproject.toml README.md LICENSE CHANGELOG.md SECURITY.md ARCHITECTURE.md \
+		build/deb/source/
 	[ -z "$(DEBEMAIL)" ] || sed -i 's/^Maintainer: .*/Maintainer: $(or $(DEBFULLNAME),$(DEBEMAIL)) <$(DEBEMAIL)>/' \
 		build/deb/source/debian/control
 	cd build/deb/source && dpkg-buildpackage --build=binary --no-sign
