@@ -17,8 +17,8 @@ XEN_OF = $(if $(XEN),--xen $(XEN))
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen chaos chaos-engines soak scoreboard figures bench-xen bench
-.PHONY: deb deb-former clean
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen test-chroots chaos chaos-engines soak scoreboard figures bench-xen bench
+.PHONY: deb deb-former dist docs clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
@@ -34,7 +34,7 @@ test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(call FAILED_OF,test) \
-		$(addprefix --ignore=,tests/engines $(MACHINES))
+		$(addprefix --ignore=,tests/engines tests/chroots $(MACHINES))
 
 test-system: $(VENV)/.dev  ## whole machines: services that follow one another, taken-over workers, kills, two administrators
 	exec $(CONTAINED) $(BIN)/pytest -q -n 4 --dist loadgroup --basetemp={tmp}/t $(PART_OF) $(call FAILED_OF,system) $(MACHINES)
@@ -110,6 +110,10 @@ figures: $(VENV)/.dev  ## what the scoreboard wants, and no other suite does at 
 		tests/supervisor/vbd/test_device_is_total.py::test_random_walks_keep_the_invariants
 	exec nice $(CONTAINED) $(BIN)/python -m tests.scoreboard.branches
 
+# Only root can; the first time they are built from the distribution's registry, and cached.
+test-chroots: $(VENV)/.dev deb deb-former  ## the package in chroots of Debian 12 and 13: demo, upgrade, purge, lintian, Python
+	exec $(CONTAINED) $(BIN)/pytest -q -o faulthandler_timeout=0 --basetemp={tmp}/t $(call FAILED_OF,chroots) tests/chroots
+
 # What suites have left in build/, and what is measured in seconds. RELEASE=1 fails where something is not measured, too.
 scoreboard: $(VENV)/.dev  ## every measure with its goal and its figure; fails where a figure is below its goal
 	exec $(BIN)/python -m tests.scoreboard $(if $(RELEASE),--release)
@@ -120,12 +124,15 @@ bench: $(VENV)/.run  ## measure beside the peers that are installed
 docs: $(VENV)/.dev  ## the site of documentation, in build/docs/html; fails where a link leads nowhere
 	$(BIN)/python docs/make_site.py build/docs
 
+dist: $(VENV)/.dev  ## an sdist and a wheel, in dist/; docs/release.md
+	$(BIN)/python -m hatchling build --directory dist
+
 # Of a copy: what a build leaves behind does not land in the checkout. `apt-get build-dep .` brings what it needs.
 # Whoever builds it maintains it: DEBFULLNAME and DEBEMAIL, as Debian's own tools take them.
 deb:  ## a Debian package, in dist/
 	rm -rf build/deb
 	mkdir -p build/deb/source dist
-	cp -a debian systemd udev xenbackend docs pyproject.toml README.md LICENSE CHANGELOG.md SECURITY.md ARCHITECTURE.md \
+	cp -a debian systemd udev xenbackend docs pyproject.toml hatch_build.py README.md LICENSE CHANGELOG.md SECURITY.md ARCHITECTURE.md \
 		build/deb/source/
 	[ -z "$(DEBEMAIL)" ] || sed -i 's/^Maintainer: .*/Maintainer: $(or $(DEBFULLNAME),$(DEBEMAIL)) <$(DEBEMAIL)>/' \
 		build/deb/source/debian/control

@@ -16,7 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-COMMIT = "af78c78"  # 0.1.0
+COMMIT = "af78c78"
+VERSION = "0.1.0"  # of that
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 20.0
 
