@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from tests.xen.bed.release import NEWEST, RELEASES
 from tests.xen.bed.report import Failure
 from tests.xen.bed.session import NO_TESTS, Bed
 
-SKIPPED, BROKEN = 0, 1
+SKIPPED, BROKEN, INTERRUPTED = 0, 1, 130  # the last one as shells have it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,11 +40,24 @@ def main(argv: Sequence[str]) -> int:
         is_error = args.must or bool(os.environ.get("CI"))
         console.print(f"{'error' if is_error else 'skipped'}: no Xen to test on: {reason}", markup=False)
         return BROKEN if is_error else SKIPPED
+    former = signal.signal(signal.SIGINT, _interrupt)
     try:
         return _run(args, console, place)
     except subprocess.CalledProcessError as error:
         console.print(f"error: {error}\n{error.stderr or ''}", markup=False, highlight=False)
         return BROKEN
+    except KeyboardInterrupt:
+        sentence = "interrupted: the machines are off, and nothing is known of what has no line above"
+        console.print(sentence, markup=False, soft_wrap=True)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """Begin to end, once: a terminal and `tests.ci.contained` both tell us, while machines are switched off."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -93,6 +93,9 @@ class Bed:
         in_time = run(machine, report.take, self.silence_s, stop)
         results = machine.console.parent.absolute()
         parcel.unpack(machine.parcel, results)
+        if report.status is None and stop.is_set():
+            report.step(f"switched off{f' in {report.running}' if report.running else ''}; its logs are in {results}")
+            return DIED, []
         if report.status is None:
             what = "dom0 ended before the suite" if in_time else f"nothing was said for {self.silence_s:g} s"
             where = f" in {report.running}" if report.running else ""
