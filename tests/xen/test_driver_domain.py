@@ -78,7 +78,7 @@ def test_a_guest_lives_on_its_disks(storage: DriverDomain, new_guest: Callable[.
     )
     missing = {wall.value for wall in Wall} - {*served["walls"]}
     assert (True, {}) == (missing <= {Wall.PROCESSES.value}, served["no_walls"])  # where it was started by exec
-    assert [False, False] == [each.has_waited for each in (detached, destroyed)]
+    assert [(False, ""), (False, "")] == [(each.has_waited, each.err) for each in (detached, destroyed)]
     assert [] == storage.disks()
 
 

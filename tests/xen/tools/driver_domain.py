@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.xen.tools import xenstore
-from tests.xen.tools.command import Failed, run, until
+from tests.xen.tools.command import Failed, driver_domains, run, until
 from tests.xen.tools.disks import KIND, line
 from tests.xen.tools.guest import RAMDISK, Guest
 
@@ -94,6 +94,7 @@ class DriverDomain:
     def boot(self) -> DriverDomain:
         """Create the domain, and return when it serves."""
         self._lives += 1
+        driver_domains.add(NAME)
         self.guest.create().wait_for(".*".join(["@ready"] * self._lives))
         if self._lives == 1:
             self.run(_INSTALL)
@@ -105,6 +106,7 @@ class DriverDomain:
         """Destroy it, without a word to what runs in it."""
         self.guest.destroy()
         until(f"{NAME} is gone", lambda: not self.guest.is_there())
+        driver_domains.discard(NAME)
 
     def run(self, script: str, *, check: bool = True) -> str:
         """Run a shell script in it to its end, and return its output. Raises: Failed."""
