@@ -28,18 +28,27 @@ EMPTY_ENVIRONMENT = "# GRUB Environment Block\n".ljust(1024, "#")
 
 
 @pytest.mark.parametrize(
-    ("kind", "kernel", "protocol"), [("pv", GRUB_PV, "x86_64-abi"), ("pvh", GRUB_PVH_32, "x86_32-abi")]
+    ("kind", "kernel", "protocol", "sector_size"),
+    [("pv", GRUB_PV, "x86_64-abi", 512), ("pvh", GRUB_PVH_32, "x86_32-abi", 512), ("pv", GRUB_PV, "x86_64-abi", 4096)],
+    ids=["pv", "pvh", "4Kn"],
 )
 def test_grub_reads_and_writes(
-    new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, kind: str, kernel: str, protocol: str
+    new_guest: Callable[..., Guest],
+    on_ext4: Path,
+    the_service: Service,
+    kind: str,
+    kernel: str,
+    protocol: str,
+    sector_size: int,
 ) -> None:
     """GRUB finds its configuration on our disk, reads a file as it is, and writes a block that e2fsck accepts."""
     image = with_files(
         on_ext4 / "boot.raw",
         16,
         {"/boot/grub/grub.cfg": CONFIGURATION, "/boot/grub/grubenv": EMPTY_ENVIRONMENT, "/content": CONTENT},
+        block_size=max(1024, sector_size),
     )
-    disks = [line(f"log:|aio:{image}", "xvda")]
+    disks = [line(f"log:|aio:{image},sector={sector_size}", "xvda")]
     guest = new_guest(kind=kind, kernel=kernel, ramdisk=None, disks=disks, memory_mib=128).create()
     guest.wait_for("BEGIN")
     seen = xenstore.read(f"/local/domain/{guest.domid}/device/vbd/51712/protocol")

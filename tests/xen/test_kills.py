@@ -8,7 +8,7 @@ from random import Random
 
 from tests.xen.tools import xenstore
 from tests.xen.tools.command import run, until, xenbackend
-from tests.xen.tools.disks import blank, slow_disk
+from tests.xen.tools.disks import blank, memory_disk
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.load import Load
 from tests.xen.tools.service import Service, attached
@@ -70,7 +70,7 @@ def test_a_worker_dies_while_its_disk_is_slow(linux: Guest, the_service: Service
     """A worker is killed while a disk reads and writes the guest's own pages: they stay the guest's and of use, which
     the successor needs, and dom0's kernel has nothing to complain of.
     """
-    with slow_disk(milliseconds=300) as disk, attached(linux.domid, "xvdb", f"aio:{disk}", "--wait"):
+    with memory_disk(milliseconds=300) as disk, attached(linux.domid, "xvdb", f"aio:{disk}", "--wait"):
         since = len(linux.log)
         load = Load(linux, "xvdb")
         for _ in range(3):

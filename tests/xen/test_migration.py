@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,44 @@ def test_save_and_restore(guest: Guest, on_ext4: Path, on_tmpfs: Path, the_servi
     assert former != guest.domid
     assert ["xvda", "xvdb"] == sorted(disk["device"] for disk in the_service.disks())
     assert "kept" == get(guest, "xvdb")
+
+
+def test_a_save_without_room(guest: Guest, on_tmpfs: Path, the_service: Service) -> None:
+    """A save that ends in the middle, as there is no room for it, leaves the guest where it was: its suspend is
+    cancelled, the same workers serve the same rings, and fio, which writes and verifies all the time, sees no error.
+    """
+    load = Load(guest, "xvda")
+    load.wait_until_it_writes(the_service)
+    put(guest, "xvdb", "kept")
+    domid, before = guest.domid, workers(the_service)
+    with small(on_tmpfs / "small") as place:
+        for _ in range(2):
+            failed = xl("save", guest.domid, place / "saved", check=False)
+            assert (True, True) == (failed.status != 0, "No space left on device" in failed.err), failed
+            load.wait_until_it_writes(the_service)
+    load.stop()
+    guest.look_up()
+
+    assert (domid, before) == (guest.domid, workers(the_service))
+    assert ["Connected", "Connected"] == [disk["state"] for disk in the_service.disks()]
+    assert [0, 0] == [disk["counters"]["errors"] for disk in the_service.disks()]
+    assert "kept" == get(guest, "xvdb")
+
+
+@contextmanager
+def small(place: Path) -> Iterator[Path]:
+    """Have a file system that has room for the beginning of a guest only."""
+    place.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=8m", "small", place)
+    try:
+        yield place
+    finally:
+        run("umount", place)
+
+
+def workers(service: Service) -> dict[str, int]:
+    """Return which process serves each disk."""
+    return {disk["device"]: disk["worker"] for disk in service.disks()}
 
 
 def names() -> list[str]:

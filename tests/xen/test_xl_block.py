@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.xen.tools import xenstore
-from tests.xen.tools.command import Result, run, until, xl
+from tests.xen.tools.command import Result, run, until, xenbackend, xl
 from tests.xen.tools.disks import KIND, UNSERVED, backend, blank, check, line, read_file
-from tests.xen.tools.guest import Guest
+from tests.xen.tools.guest import Guest, unbind
 from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service
 
 GONE = "until ! [ -b /dev/{} ]; do sleep 0.1; done"
 THERE = "until [ -b /dev/{} ]; do sleep 0.1; done"
+XVDB = 51728
+LIVES = 8
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +74,7 @@ def test_detach_while_mounted(guest: Guest, on_ext4: Path, the_service: Service)
 
 
 def test_detach_by_force(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A disk is taken away without asking anybody; its image is free, and the guest has it no more.
-
-    Not a mounted one: Linux flushes that when the device goes, and waits for ever for who was taken away as well.
-    """
+    """A disk is taken away without asking anybody; its image is free, and the guest has it no more."""
     image = blank(on_ext4 / "disk.raw", 32)
     attach(guest, f"log:|aio:{image}")
     guest.run(THERE.format("xvdb"))
@@ -85,6 +84,50 @@ def test_detach_by_force(guest: Guest, on_ext4: Path, the_service: Service) -> N
 
     assert not detached.has_waited
     until("the image is free", lambda: run("flock", "-n", image, "true", check=False).status == 0)
+
+
+@pytest.mark.parametrize("by", ["xl", "xenbackend"])
+def test_detach_by_force_while_mounted(guest: Guest, on_ext4: Path, the_service: Service, by: str) -> None:
+    """A mounted disk that is taken away by force is served until the guest has written what it had not flushed yet: the
+    image is whole and free, the guest's umount ends, and other disks come and go as before.
+    """
+    image, other = blank(on_ext4 / "disk.raw", 32), blank(on_ext4 / "other.raw", 32)
+    attach(guest, f"log:|aio:{image}")
+    guest.run(THERE.format("xvdb"))
+    guest.run("/bin/mke2fs -q -t ext4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/xvdb")
+    guest.run("mount -t ext4 /dev/xvdb /mnt && echo kept >/mnt/file")
+    if by == "xl":
+        assert not detach(guest, "--force").has_waited
+    else:
+        xenbackend("detach", guest.domid, "xvdb", "--force")
+    guest.run(GONE.format("xvdb") + "; umount /mnt")
+    until("the image is free", lambda: run("flock", "-n", image, "true", check=False).status == 0)
+    attach(guest, f"aio:{other}")
+    guest.run(f"{THERE.format('xvdb')}; {verify('/dev/xvdb', '1m')}")
+    detach(guest)
+
+    run("e2fsck", "-p", image, check=False)  # replays the journal
+    assert "kept\n" == read_file(image, "/file")
+    check(image)
+
+
+def test_the_driver_lets_go_meanwhile(guest: Guest, on_ext4: Path, the_service: Service) -> None:
+    """However often a guest's driver lets go by itself, just before or while xl detaches the disk and attaches it again
+    at once: each life of the disk is served, and holds what the ones before have written.
+    """
+    image = blank(on_ext4 / "disk.raw", 32)
+    for number in range(LIVES):
+        attach(guest, f"log:|aio:{image}")
+        guest.run(f"{THERE.format('xvdb')}; echo life {number} | dd of=/dev/xvdb bs=512 seek={number} conv=sync,fsync")
+        lets_go = guest.start(unbind(XVDB))
+        if number % 2:
+            lets_go.wait()
+        assert not detach(guest).has_waited
+    attach(guest, f"log:|aio:{image}")
+    seen = guest.run(f"{THERE.format('xvdb')}; dd if=/dev/xvdb bs=512 count={LIVES} 2>/dev/null | tr -d '\\0'")
+    detach(guest)
+
+    assert [f"life {number}" for number in range(LIVES)] == seen.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,17 @@ def blank(file: Path, size_mib: int) -> Path:
 
 
 @contextmanager
-def slow_disk(milliseconds: int) -> Iterator[Path]:
+def memory_disk(*, sector_size: int = 512, milliseconds: int = 0) -> Iterator[Path]:
     """Have a block device of 1 GiB in memory that answers each request only after so long (Linux' null_blk)."""
-    late = f"completion_nsec={milliseconds * 1_000_000}"
-    run("modprobe", "null_blk", "nr_devices=1", "gb=1", "bs=512", "memory_backed=1", "irqmode=2", "queue_mode=2", late)
+    late = ("irqmode=2", f"completion_nsec={milliseconds * 1_000_000}") if milliseconds else ("irqmode=0",)
+    run("modprobe", "null_blk", "nr_devices=1", "gb=1", f"bs={sector_size}", "memory_backed=1", "queue_mode=2", *late)
     try:
         yield Path("/dev/nullb0")
     finally:
         run("modprobe", "-r", "null_blk")
 
 
-def with_files(file: Path, size_mib: int, files: dict[str, str | bytes]) -> Path:
+def with_files(file: Path, size_mib: int, files: dict[str, str | bytes], *, block_size: int = 1024) -> Path:
     """Make an image with an ext4 file system that holds `files`, by path."""
     tree = file.with_suffix(".tree")
     for path, content in files.items():
@@ -56,7 +56,7 @@ def with_files(file: Path, size_mib: int, files: dict[str, str | bytes]) -> Path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(content.encode() if isinstance(content, str) else content)
     blank(file, size_mib)
-    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, file)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-b", block_size, "-d", tree, file)
     return file
 
 
