@@ -8,7 +8,8 @@ import pytest
 
 from tests.helpers_block import StepEnv
 from tests.recorded import RecordedFile
-from xenbackend.block.durable_map import PAGE, TOKEN, DurableMap
+from xenbackend.block.durable_map import DurableMap
+from xenbackend.block.durable_pages import PAGE, TOKEN
 from xenbackend.errors import DriverError
 
 

@@ -75,7 +75,8 @@ from dataclasses import dataclass, replace
 from xenbackend.block.below import describe
 from xenbackend.block.beside import begin, check_block, have, is_new
 from xenbackend.block.driver import Env, File, Filter, Geometry
-from xenbackend.block.durable_map import TOKEN, DurableMap
+from xenbackend.block.durable_map import DurableMap
+from xenbackend.block.durable_pages import TOKEN
 from xenbackend.block.files import UNNAMED
 from xenbackend.block.formats.beside import HEADER_SIZE
 from xenbackend.block.formats.cow import BASE, OWN, ZEROS, Header

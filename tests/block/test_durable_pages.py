@@ -1,0 +1,47 @@
+"""Pages in memory and in a file; tests/block/test_durable_map.py flushes them with errors at each step."""
+
+from __future__ import annotations
+
+from tests.helpers_block import StepEnv
+from tests.recorded import RecordedFile
+from xenbackend.block.durable_pages import PAGE, TOKEN, DurablePages
+
+
+def opened(env: StepEnv, file: RecordedFile, token: bytes = b"t" * TOKEN) -> DurablePages:
+    """Return three pages behind the first one of a file."""
+    found = DurablePages(env, "pages", file, PAGE, 3 * PAGE, token)
+    found.are_sound()
+    file.complete = lambda batch: [found.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
+    return found
+
+
+def test_they_are_taken_from_memory_only_for_the_same_file() -> None:
+    """Another token is another file's: then what the file has counts, as it does where nobody said that all is sound."""
+    file = RecordedFile(bytearray(b"f" * 4 * PAGE))
+    env = StepEnv()
+    first = opened(env, file)
+    assert not first.is_left
+    first.bytes[0] = 1
+    assert (True, 1) == (opened(env, file).is_left, opened(env, file).bytes[0])
+    other = DurablePages(env, "pages", file, PAGE, 3 * PAGE, b"o" * TOKEN)
+    assert (False, ord("f")) == (other.is_left, other.bytes[0])
+
+    assert not DurablePages(StepEnv(), "pages", file, PAGE, 3 * PAGE, b"t" * TOKEN).is_left
+
+
+def test_what_is_altered_during_a_flush_is_of_the_next_one() -> None:
+    """What a flush writes is as it was when it began, since only the data of that time are durable by then."""
+    env, file, ended = StepEnv(), RecordedFile(bytearray(4 * PAGE)), list[int]()
+    pages = opened(env, file)
+    pages.bytes[PAGE] = 1
+    pages.touch(1)
+    pages.flush(ended.append)
+    pages.bytes[PAGE] = 2
+    pages.touch(1)
+    while not ended:
+        assert not pages.is_idle
+        assert file.step()
+    assert (1, True) == (file.bytes[2 * PAGE], pages.is_idle)
+    pages.close(writes=True)
+
+    assert 2 == file.bytes[2 * PAGE]
