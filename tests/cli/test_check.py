@@ -14,7 +14,7 @@ import pytest
 from tests.helpers_block import image
 from xenbackend.cli import check
 from xenbackend.cli.main import main
-from xenbackend.errors import ChainError, DriverError
+from xenbackend.errors import ChainError, ConfigError, DriverError
 from xenbackend.kernel import blockdev
 
 
@@ -34,6 +34,29 @@ def test_a_chain_is_explained_layer_by_layer(capsys: pytest.CaptureFixture[str],
     output = capsys.readouterr().out
     for word in ("delay:read=5ms", "1 MiB", "read,", "write,", "flush", "page"):
         assert word in output
+
+
+def test_a_whole_disk_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its chain is opened as the guest would have it, and what belongs into the guest's configuration is said."""
+    path = image(tmp_path / "i")
+
+    assert 0 == run("--disk", f"tap2:log:|aio:{path},xvda,r")
+    words = capsys.readouterr().out
+    assert "write" not in words
+    assert f"disk = ['vdev=xvda,access=ro,script=block-xenbackend,target=log:|aio:{path}']" in words
+    assert 0 == run("--disk", "--json", f"tap2:aio:{path},xvdb,w")
+    values = json.loads(capsys.readouterr().out)
+    assert ("xvdb", f"aio:{path}") == (values["vdev"], values["chain"])
+
+
+def test_what_is_no_part_of_a_chain_is_no_mistake_of_a_driver(tmp_path: Path) -> None:
+    """A disk line that was pasted whole is told apart from a wrong option, with the command that takes it."""
+    line = f"tap2:log:|aio:{tmp_path}/i,xvda,w"
+    with pytest.raises(ConfigError, match="',xvda,w' is no part of the chain") as caught:
+        run(line)
+    assert f"xenbackend check --disk '{line}'" in str(caught.value)
+    with pytest.raises(ChainError, match="'wrong' is not key=value"):
+        run(f"aio:{tmp_path}/i,wrong")
 
 
 def test_sectors_are_shown_as_fdisk_shows_them(

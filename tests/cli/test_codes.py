@@ -45,7 +45,7 @@ MISTAKES = [  # {} is a directory with a file `taken` and nothing else
     "config show --config {}/missing", "completion", "completion tcsh", "top foo --once",
     "top --count 0", "top --interval 0.2", "top --sort frob", "latency",
     "latency foo", "latency 5/xvda --layers --total", "latency 5/xvda --interval soon", "doctor foo",
-    "doctor --frob", "report now",
+    "doctor --frob", "report now", "check --disk tap2:ram:1M,xvda,x", "check tap2:ram:1M,xvda,w",
     "report --output {}/taken", "frob", "--frob",
 ]  # fmt: skip
 HAVE_NO_SERVICE = (

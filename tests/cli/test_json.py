@@ -44,7 +44,7 @@ SECTIONS = {  # commands whose objects together have every key of the section
         "cow keep 5/xvda /a", "cow drop 5/xvda",
     ],
     "upgrade, stop": ["upgrade", "upgrade 5/xvda", "stop"],
-    "check": ["check log:|ram:1M"],
+    "check": ["check log:|ram:1M", "check --disk tap2:ram:1M,xvda,w"],
     "drivers": ["drivers"],
     "log get, log peek": ["log get 5/xvda", "log peek 5/xvda"],
     "log status, log start, log stop, log clear": ["log status 5/xvda"],

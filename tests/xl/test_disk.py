@@ -12,7 +12,7 @@ from tests.tools.xlu import Disk, Xlu
 from xenbackend.block import drivers
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ChainError, ConfigError
-from xenbackend.xl.disk import _OPTION, rewrite
+from xenbackend.xl.disk import _OPTION, read, rewrite
 
 BEFORE, SINCE = (4, 17), (4, 19)
 TAIL = "access=rw,script=block-xenbackend,target="
@@ -122,12 +122,61 @@ def test_a_line_that_asks_for_others_is_left_alone(stock: Xlu, line: str) -> Non
         ("tap2:aio:img,xvda,w", "is seen from where the service runs; write the whole path"),
         ("tap2:aio:/a\nb,xvda,w", "a line's end in the name of a file"),
         ("tap2:log:,xvda,w", "log is a filter"),
+        ("tap2:aio:/img,xvda,x", "'x' is no access to a disk: write r or w behind the device xvda"),
+        ("tap2:aio:/img,xvda,W", "'W' is no access to a disk"),
+        ("tap2:aio:/img,xvda,w,r", "'w' and 'r' both say what access"),
+        ("tap2:aio:/img,xvd-a,w", "'xvd-a' is not a virtual device"),
+        ("tap2:aio:/img,foo,w", "'foo' is not a virtual device"),
+        ("tap2:aio:/img,sdaa,w", "'sdaa': there are only 16 disks"),
+        ("tap2:aio:/img,vdev=foo", "'foo' is not a virtual device"),
     ],
 )
 def test_a_disk_that_cannot_be_is_refused(line: str, said: str) -> None:
     """A line that asks for us is checked before xl runs, by what the chain itself says."""
     with pytest.raises(ConfigError) as caught:
         rewrite(line, BEFORE)
+
+    assert said in str(caught.value)
+
+
+MEANT = "vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:/img"
+
+
+@pytest.mark.parametrize(
+    ("line", "chain", "vdev", "is_read_only"),
+    [
+        ("tap2:log:|aio:/img,xvda,w", "log:|aio:/img", "xvda", False),
+        ("tap2:aio:/img,xvdb,r", "aio:/img", "xvdb", True),
+        ("log:|aio:/img,xvda,w", "log:|aio:/img", "xvda", False),
+        ("script=block-xenbackend,vdev=xvdc,access=ro,target=aio:/img", "aio:/img", "xvdc", True),
+        ("backendtype=tap,script=tap2,vdev=xvda,target=aio:/img", "aio:/img", "xvda", False),
+        ("vdev=0xca00,script=/etc/xen/scripts/block-xenbackend,target=aio:/img", "aio:/img", "0xca00", False),
+    ],
+)
+def test_what_a_line_means(line: str, chain: str, vdev: str, is_read_only: bool) -> None:
+    """In blktap2's words, in xl's, or a chain with what belongs behind it; the guest's end has a line of its own."""
+    meant = read(line, BEFORE)
+
+    assert (chain, vdev, is_read_only) == (meant.chain, meant.vdev, meant.is_read_only)
+    assert f"vdev={vdev},access={'ro' if is_read_only else 'rw'},script=" in meant.line
+    assert meant.line.endswith(f"target={chain}")
+    assert MEANT == read("tap2:log:|aio:/img,xvda,w", BEFORE).line == read(MEANT, BEFORE).line
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("vdev=xvda,target=aio:/img,xvda,w", "',xvda,w' stands behind target=, where all is the chain"),
+        ("vdv=xvda,target=aio:/img", "'vdv=xvda' is no option of a disk line"),
+        ("tap2:aio:/img,xvda,w,script=block-iscsi", "for the hotplug script 'block-iscsi'"),
+        ("tap2:aio:/img,xvda,w,backendtype=qdisk", "for the backend 'qdisk'"),
+        ("aio:/img", "names no device"),
+    ],
+)
+def test_a_line_that_is_not_for_us_or_says_too_much(line: str, said: str) -> None:
+    """Whoever asks what it means is told which word is not understood."""
+    with pytest.raises(ConfigError) as caught:
+        read(line, BEFORE)
 
     assert said in str(caught.value)
 
@@ -158,7 +207,7 @@ def test_random_disks_reach_xl_whole(stock: Xlu, pytestconfig: pytest.Config) ->
         layers = [f"log:{files[0]}", "delay:read=1ms,discard=2ms", f"log:{files[1]},limit=1G", "fault:op=write,every=9"]
         source = chance.choice([f"aio:{files[2]}", f"aio:{files[2]},cache=on", f"sync:{files[2]}", "ram:64M"])
         chain = "|".join([*chance.sample(layers, chance.randrange(4)), source])
-        vdev = chance.choice(["xvda", "xvdb1", "sdaa", "hdc", "d5p3", "51712", "0xca00"])
+        vdev = chance.choice(["xvda", "xvdb1", "sdp", "hdc", "d5p3", "51712", "0xca00"])
         access = chance.choice(["r", "ro", "w", "rw"])
         ours = rewrite(f"{chance.choice(['tap2:', 'tap2:tapdisk:', 'tap2: '])}{chain},{vdev},{access}", BEFORE)
         assert ours is not None

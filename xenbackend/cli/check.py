@@ -6,6 +6,7 @@ Must not do what the chain itself cannot: whatever this command knows, a driver 
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,12 @@ from xenbackend.block.order import remarks
 from xenbackend.block.spec import ChainSpec
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json
-from xenbackend.errors import printable
+from xenbackend.errors import ChainError, ConfigError, printable
 from xenbackend.protocol.messages import LayerFacts
 from xenbackend.units import format_size
+from xenbackend.xl import disk, words
+from xenbackend.xl.config import quote
+from xenbackend.xl.host import running_xen
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -32,24 +36,44 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("check", help=_HELP, description=_DESCRIPTION)
     parser.add_argument("chain", metavar="CHAIN", help="the layers, the guest's end first, such as log:|aio:/img")
+    parser.add_argument(
+        "--disk", action="store_true", help="CHAIN is a whole disk line, of a guest's configuration or of blktap2"
+    )
     parser.add_argument("--read-only", action="store_true", help="open it as a read-only disk")
     add_json(parser)
     parser.set_defaults(run=check)
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Open, explain and close the chain. Raises: ChainError, DriverError."""
-    spec = parse_chain(arguments.chain)
-    facts = open_once(spec, read_only=arguments.read_only)
+    """Open, explain and close the chain. Raises: ChainError, ConfigError, DriverError."""
+    meant = disk.read(arguments.chain, running_xen()) if arguments.disk else None
+    spec = parse_chain(meant.chain) if meant else _parse(arguments.chain)
+    facts = open_once(spec, read_only=arguments.read_only or bool(meant and meant.is_read_only))
     notes = remarks([each.driver.name for each in spec.layers])
     if arguments.json:
         layers = [output.layer_values(asdict(each)) for each in facts]
-        output.print_json({"chain": spec.text, "layers": layers, "notes": notes}, indent=2)
+        line = {"vdev": meant.vdev, "line": meant.line} if meant else {}
+        output.print_json({"chain": spec.text, "layers": layers, "notes": notes, **line}, indent=2)
     else:
         _print_table(spec.text, facts)
         for note in notes:
             print(f"note: {note}")
+        if meant:
+            print(f"for the guest's configuration: disk = [{quote(printable(meant.line))}]")
     return 0
+
+
+def _parse(text: str) -> ChainSpec:
+    """Return a chain; what belongs to a disk line is no mistake of a driver's. Raises: ChainError, ConfigError."""
+    try:
+        return parse_chain(text)
+    except ChainError:
+        if not (behind := words.misplaced(text)):
+            raise
+        whole = f"xenbackend check --disk {shlex.quote(printable(text))}"
+        raise ConfigError(
+            f"{behind!r} is no part of the chain, and belongs into the guest's configuration; the whole line: {whole}"
+        ) from None
 
 
 def open_once(spec: ChainSpec, *, read_only: bool) -> list[LayerFacts]:

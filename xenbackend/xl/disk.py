@@ -13,11 +13,13 @@ hotplug script, or with another backendtype are left alone too.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from xenbackend.block.spec import check_whole_paths, parse_chain
 from xenbackend.errors import ConfigError
+from xenbackend.xl import words
 
 Version = tuple[int, int]
 
@@ -52,7 +54,54 @@ def rewrite(line: str, xen: Version) -> str | None:
     is_of_others = found.get("backendtype", "tap") != "tap" or Path(found.get("script", SCRIPTS[0])).name not in SCRIPTS
     if is_of_others or (asks[1] == "tap" and _XL_UNDERSTANDS.fullmatch(target)):
         return None
-    return _format(line, _check_chain(target.lstrip(_BLANK)), found, xen)
+    return _meant(line, target, found, xen).line
+
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """What a disk line means: its chain, how the guest sees it, and the same as xl understands it."""
+
+    chain: str
+    vdev: str
+    is_read_only: bool
+    line: str
+
+
+def read(line: str, xen: Version) -> Meant:
+    """Return what a line means that is for us, in blktap2's words or in xl's. Raises: ChainError, ConfigError."""
+    found: dict[str, str] = {}
+    rest = _take_leading(line.strip(_BLANK), found)
+    if names_target := _NAMES_TARGET.search(rest):
+        before, target = rest[: names_target.start()], rest[names_target.end() :]
+        if before or rest.startswith(","):
+            raise ConfigError(f"{before!r} is no option of a disk line, and stands before target=")
+        if behind := words.misplaced(target):
+            raise ConfigError(
+                f"{behind!r} stands behind target=, where all is the chain: write it before that, as vdev= and access="
+            )
+    else:
+        target = _take_trailing(_ASKS.sub("", rest, count=1), found)
+    script = Path(found.get("script", SCRIPTS[0])).name
+    if script not in SCRIPTS:
+        raise ConfigError(f"the line is for the hotplug script {script!r}, and not for {SCRIPTS[0]}")
+    if found.get("backendtype", "tap") != "tap":
+        raise ConfigError(
+            f"the line is for the backend {found['backendtype']!r}, and not for us: leave backendtype out"
+        )
+    return _meant(line, target, found, xen)
+
+
+def _meant(line: str, target: str, found: dict[str, str], xen: Version) -> Meant:
+    """Return what a line means, that is taken apart. Raises: ChainError, ConfigError, which blames the word."""
+    positional = [found[key] for key in ("vdev", "access") if key in found and f"{key}=" not in line]
+    if left := words.trailing(target):
+        words.check([*left, *(each for each in positional if each)])
+    chain = _check_chain(target.lstrip(_BLANK))
+    if found.get("vdev"):
+        words.check_device(found["vdev"])
+    access, vdev = found.get("access", ""), found.get("vdev", "")
+    formatted = _format(line, chain, found, xen)
+    return Meant(chain, vdev, access in ("r", "ro"), formatted)
 
 
 def _take_leading(text: str, found: dict[str, str]) -> str:
@@ -117,13 +166,13 @@ def _format(line: str, chain: str, found: dict[str, str], xen: Version) -> str:
     vdev = found.pop("vdev", "")
     if not vdev:
         raise ConfigError(f"{line!r} names no device for the guest; write it behind the chain, as in ,xvda,w")
-    if access not in {"", "r", "ro", "w", "rw"}:
+    if access not in ("", *words.ACCESS):
         raise ConfigError(f"{line!r} asks for the access {access!r}; xl knows r and w")
     found["access"] = "ro" if access.startswith("r") and access != "rw" else "rw"
     found.pop("backendtype", None)
     script = found.pop("script", SCRIPTS[0])
     if xen >= _OWN_KIND:
         found["backendtype"] = "tap"
-    words = [f"{key}={value}" if value else key for key, value in {"vdev": vdev, **found, "script": script}.items()]
+    options = [f"{key}={value}" if value else key for key, value in {"vdev": vdev, **found, "script": script}.items()]
     comma = "," if chain.endswith(",") else ""  # xl removes one from the end
-    return f"{','.join(words)},target={chain}{comma}"
+    return f"{','.join(options)},target={chain}{comma}"

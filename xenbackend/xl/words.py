@@ -1,0 +1,58 @@
+"""Words of a disk line that stand where a chain ends, and which of them is wrong.
+
+Must not take a line apart: `disk` does, and asks here where something is left over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from xenbackend.disks import vdev_to_devid
+from xenbackend.errors import ConfigError
+
+ACCESS = ("r", "ro", "w", "rw")
+_HEX = re.compile(r"0x[0-9a-f]{1,8}")  # strtoul takes it, and so does xl
+
+
+def trailing(chain: str) -> list[str]:
+    """Return the words behind a chain that are no options of its last layer: those have a ``=``."""
+    words: list[str] = []
+    while True:
+        chain, comma, word = chain.rpartition(",")
+        is_escaped = (len(chain) - len(chain.rstrip("\\"))) % 2
+        if not comma or is_escaped or "=" in word or "|" in word:
+            return [each for each in reversed(words) if each]
+        words.append(word.strip())
+
+
+def misplaced(chain: str) -> str:
+    """Return what stands behind a chain and belongs into a guest's configuration, such as ``,xvda,w``; or nothing."""
+    words = trailing(chain)
+    return f",{','.join(words)}" if words and is_device(words[0]) else ""
+
+
+def check(words: Sequence[str]) -> None:
+    """Refuse the first of these words that is no device, or no access behind one. Raises: ConfigError."""
+    device, *others = words
+    check_device(device)
+    for each in others:
+        if each not in ACCESS:
+            raise ConfigError(f"{each!r} is no access to a disk: write r or w behind the device {device}")
+    if others[1:]:
+        raise ConfigError(f"{others[0]!r} and {others[1]!r} both say what access the guest has; remove one")
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no device of a guest. Raises: ConfigError."""
+    if not _HEX.fullmatch(name):
+        vdev_to_devid(name)
+
+
+def is_device(name: str) -> bool:
+    """Return whether a guest can have a device of that name."""
+    try:
+        check_device(name)
+    except ConfigError:
+        return False
+    return True
