@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,6 +68,7 @@ osd client watch timeout = 6
 osd mon report interval = 1
 osd op num shards = 2
 osd op num threads per shard = 1
+osd fast shutdown = false
 """
 
 
@@ -134,10 +136,8 @@ class Ceph:
         )
         osd_keyring = self.directory / "osd" / "keyring"
         osd_keyring.write_text(f"[osd.0]\n\tkey = {key}\n")
-        of_osd = ("-i", "0", "--keyring", str(osd_keyring))
-        self._run("ceph-osd", *of_osd, "--mkfs", "--osd-uuid", number, "-c", str(self._own_conf))
-        self._begin("ceph-osd", *of_osd)
-        self._until(lambda: json.loads(self.ceph("osd", "stat", "-f", "json"))["num_up_osds"] == 1)
+        self._run("ceph-osd", *self._osd(), "--mkfs", "--osd-uuid", number, "-c", str(self._own_conf))
+        self._begin_osd()
         self.ceph("osd", "pool", "create", POOL, "8", "8")
         self.rbd("pool", "init", POOL)
 
@@ -175,6 +175,24 @@ class Ceph:
             text = self.conf.read_text().replace(f"keyring = {self.directory}/keyring", f"keyring = {keyring}")
             conf.write_text(text)
         return f"id={name},conf={conf}"
+
+    def remove_user(self, name: str) -> Callable[[], object]:
+        """Remove a user; return what makes it again, with its key and its rights."""
+        kept = self.directory / f"{name}.removed"
+        kept.write_text(self.ceph("auth", "export", f"client.{name}"))
+        self.ceph("auth", "rm", f"client.{name}")
+        return lambda: self.ceph("auth", "import", "-i", str(kept))
+
+    def set_ticket_s(self, seconds: int) -> None:
+        """Say for how long what a client may do holds without the monitors being asked; an hour is usual."""
+        self.ceph("tell", "mon.a", "config", "set", "auth_service_ticket_ttl", str(seconds))
+
+    def restart_osd(self) -> None:
+        """End the OSD in order, and start it again: all clients connect anew."""
+        process = self._processes.pop("ceph-osd")
+        process.terminate()
+        process.wait(COMMAND_S)
+        self._begin_osd()
 
     def stop_osd(self) -> None:
         """Have the OSD stand still."""
@@ -217,6 +235,13 @@ class Ceph:
             self._processes[program] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
+
+    def _begin_osd(self) -> None:
+        self._begin("ceph-osd", *self._osd())
+        self._until(lambda: json.loads(self.ceph("osd", "stat", "-f", "json"))["num_up_osds"] == 1)
+
+    def _osd(self) -> tuple[str, ...]:
+        return ("-i", "0", "--keyring", str(self.directory / "osd" / "keyring"))
 
     def _until(self, condition: Any) -> None:
         give_up = time.monotonic() + START_S

@@ -385,6 +385,60 @@ def test_a_key_that_can_fence_nobody_is_refused(
         guest.end()
 
 
+@pytest.mark.parametrize("way", ["right", "user"])
+def test_a_key_that_loses_its_rights_in_service(
+    ceph: Ceph, machine: Machine, chain: str, name: str, way: str, request: pytest.FixtureRequest
+) -> None:
+    """A client that is connected goes on; its successor may not, and the guest waits until the key has it all again."""
+    user = f"user-{name}"
+    chain = ceph.chain(name, ceph.add_user(user))
+    with ExitStack() as stack:
+        guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
+        guest.load.run(50)
+        if way == "right":
+            ceph.add_user(user, osd=f"profile rbd-read-only pool={POOL}")
+            give_back, expected = lambda: ceph.add_user(user), f"the key of client.{user} may not open"
+        else:
+            give_back, expected = ceph.remove_user(user), f"does not know client.{user} by this key"
+        guest.load.run(50)
+        guest.load.top_up()
+        guest.kill()
+        until(lambda: expected in guest.error())
+        give_back()
+        guest.load.run(50)
+        guest.end()
+
+
+def test_a_client_that_loses_a_right_ends(
+    ceph: Ceph, machine: Machine, chain: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    """A write that the cluster does not let a client do any more is no error of the guest's: it waits, and is told why.
+
+    With the right back it is done.
+    """
+    user, ticket_s = f"user-{name}", 6
+    chain = ceph.chain(name, ceph.add_user(user))
+    with (ceph.directory / f"{user}.conf").open("a") as conf:
+        conf.write("[client]\nmon client ping interval = 1\n")  # so that its ticket is renewed before it has run out
+    with ExitStack() as stack:
+        stack.callback(ceph.set_ticket_s, 3600)
+        ceph.set_ticket_s(ticket_s)
+        guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
+        guest.load.run(50)
+        guest.load.finish()
+        ceph.add_user(user, osd=f"profile rbd-read-only pool={POOL}")
+        until_then = time.monotonic() + ticket_s + 1
+        until(lambda: time.monotonic() > until_then)
+        ceph.restart_osd()
+        guest.load.top_up()
+        until(lambda: f"the key of client.{user} may not open" in guest.error())
+        assert "interrupted" == guest.status()["reason"]
+        assert "its key has lost a right" in machine.log.read_text()
+        ceph.add_user(user)
+        guest.load.run(50)
+        guest.end()
+
+
 def test_a_wrong_key_is_a_sentence(
     ceph: Ceph, chain: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
