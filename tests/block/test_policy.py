@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from xenbackend.block.policy import DEFAULT, Action, Policy
-from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op
+from xenbackend.block.request import AWAY, CACHE_LOST, IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
 PAUSE, REPORT = Action(None), Action(0)
@@ -47,6 +47,13 @@ def test_what_is_said_replaces_its_part_only() -> None:
     assert "enospc=pause,read=pause,write=retry 2 every 0.5s,flush=pause,away=pause" == str(policy)
     assert Action(2, 0.5) == policy.action(Op.WRITE, errno.EIO)
     assert PAUSE == policy.action(Op.WRITE, IMAGE_DAMAGED)  # whatever it says
+
+
+def test_what_only_a_cache_has_is_waited_for_whatever_was_said() -> None:
+    """An error would be for good, and the file may come back."""
+    policy = Policy("read=report,write=report,away=report")
+
+    assert [PAUSE] * 3 == [policy.action(op, CACHE_LOST) for op in (Op.READ, Op.WRITE, Op.DISCARD)]
 
 
 def test_a_server_that_is_away_may_be_an_error_but_for_a_flush() -> None:

@@ -17,7 +17,7 @@ from xenbackend.blkif.abi import (
     BLKIF_RSP_OKAY,
 )
 from xenbackend.block.policy import PAUSE_S, Policy
-from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op, Request
+from xenbackend.block.request import AWAY, CACHE_LOST, IMAGE_DAMAGED, Op, Request
 from xenbackend.rig.frontend import Wishes
 from xenbackend.units import PAGE
 from xenbackend.worker.retries import Retries
@@ -67,6 +67,25 @@ def test_a_server_that_is_away_is_waited_for(vbd: Served, operation: int) -> Non
     assert (None, BLKIF_RSP_OKAY) == (waiting, request.status)
     assert "the disk's server is away" in trouble
     assert not vbd.engine.holds.reasons
+
+
+@pytest.mark.parametrize("operation", [BLKIF_OP_READ, BLKIF_OP_WRITE])
+def test_a_cache_that_alone_has_something_is_waited_for(vbd: Served, operation: int) -> None:
+    """Neither a read nor a write of what is in its file only ever fails: the sentence says not to remove that."""
+    frontend = vbd.connect()
+    vbd.disk.errors = dict.fromkeys(Op, CACHE_LOST)
+    is_write = operation == BLKIF_OP_WRITE
+    request = frontend.submit(operation, 8, 8 * (not is_write), data=DATA * is_write)
+    for _ in range(8):
+        vbd.pass_time(PAUSE_S)
+    frontend.poll()
+    waiting, trouble = request.status, vbd.troubles[0]
+    vbd.disk.errors = {}
+    vbd.pass_time(PAUSE_S)
+    frontend.wait([request])
+
+    assert (None, BLKIF_RSP_OKAY) == (waiting, request.status)
+    assert "mend that file, and do not remove it" in trouble
 
 
 def test_a_damaged_image_is_waited_for(vbd: Served) -> None:

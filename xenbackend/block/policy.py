@@ -17,7 +17,8 @@ Actions:
     report            the guest gets an error
 
 An image that turns out to be damaged (IMAGE_DAMAGED) is a pause whatever the policy says: the next
-write could destroy what is still whole, and only an administrator can mend it.
+write could destroy what is still whole, and only an administrator can mend it. So is a file of a cache that cannot be
+used while it alone has what was answered (CACHE_LOST).
 
 A flush knows `pause` only, and is not tried again by itself, unless the disk's server was away. A frontend takes a
 flush that fails for success, and never flushes again; and to try again tells nothing, since the kernel reports what it
@@ -30,7 +31,7 @@ import errno
 import re
 from dataclasses import dataclass
 
-from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op
+from xenbackend.block.request import AWAY, CACHE_LOST, IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
 DEFAULT = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause,away=pause"
@@ -69,6 +70,8 @@ class Policy:
 
     def action(self, op: int, code: int) -> Action:
         """Return what becomes of a request of operation `op` that ended with errno `code`."""
+        if code == CACHE_LOST:
+            return _PAUSE
         if code == AWAY:
             return _PAUSE if op == Op.FLUSH else self._actions["away"]
         if op == Op.FLUSH:

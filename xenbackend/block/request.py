@@ -14,6 +14,7 @@ PENDING = -1  # `Request.status` while it is lent
 _ZEROS = bytes(64 * 1024)
 IMAGE_DAMAGED = errno.ENOTRECOVERABLE  # of a write that would destroy more; no file system returns that
 
+CACHE_LOST = errno.EBADSLT  # what was answered is in a cache alone, which cannot be used now; no file system returns it
 AWAY = errno.ENOLINK  # the server of the disk is away: nothing is known of what was sent, and it is to be sent again
 
 

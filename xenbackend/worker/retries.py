@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from xenbackend.block.policy import Policy
-from xenbackend.block.request import AWAY, IMAGE_DAMAGED, Op, Request
+from xenbackend.block.request import AWAY, CACHE_LOST, IMAGE_DAMAGED, Op, Request
 
 _TOGETHER_S = 0.01  # what is due so soon after the first goes along with it
 
@@ -123,5 +123,8 @@ def _sentence(request: Request, code: int) -> str:
         return f"{what} {place} was not done, as it would destroy metadata of its damaged image; it waits: {way_out}"
     if code == AWAY:
         return f"{what} {place} waits, as the disk's server is away; it is sent again as soon as that can be reached"
+    if code == CACHE_LOST:
+        why = "the file of its cache, which alone has what was written there, gives errors"
+        return f"{what} {place} waits, as {why}; it is tried again every second: mend that file, and do not remove it"
     way_out = "make space" if code in (errno.ENOSPC, errno.EDQUOT) else "mend the disk"
     return f"{what} {place} failed ({why}); the disk waits and tries again every second: {way_out}"
