@@ -16,7 +16,7 @@ def opened(env: StepEnv, file: RecordedFile, token: bytes = b"t" * TOKEN) -> Dur
 
 
 def test_they_are_taken_from_memory_only_for_the_same_file() -> None:
-    """Another token is another file's: then what the file has counts, as it does where nobody said that all is sound."""
+    """Another token is another file's: then what the file has counts, as where nobody said that all is sound."""
     file = RecordedFile(bytearray(b"f" * 4 * PAGE))
     env = StepEnv()
     first = opened(env, file)

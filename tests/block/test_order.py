@@ -6,7 +6,8 @@ import pytest
 
 from xenbackend.block import order
 from xenbackend.block.drivers import find_driver
-from xenbackend.block.order import remarks
+from xenbackend.block.order import remarks, words_of
+from xenbackend.block.spec import parse_chain
 
 
 @pytest.mark.parametrize(
@@ -43,5 +44,21 @@ def test_an_order_that_makes_no_sense_is_remarked(chain: str, words: list[str]) 
 def test_the_table_names_drivers() -> None:
     """Each row is about two drivers that there are, the upper one a filter."""
     for upper, lower in [*order._BELOW, *order._NEXT]:
-        assert find_driver(upper).is_filter
+        assert find_driver(upper.partition(" ")[0]).is_filter
         assert find_driver(lower).name == lower
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("writeback", ["throttle below a cache with mode=writeback limits what goes below", "log below a cache"]),
+        ("read", ["throttle below cache limits only what the cache has not"]),
+    ],
+)
+def test_a_mode_makes_another_layer_of_it(mode: str, words: list[str]) -> None:
+    """What is written below later is limited and seen later."""
+    layers = parse_chain(f"cache:/c,size=1M,mode={mode}|throttle:iops=5|log:|ram:1M").layers
+    found = remarks(words_of(layers))
+
+    assert len(words) == len(found), found
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True))

@@ -1,4 +1,4 @@
-"""A disk whose writes go to a file of their own, in a worker's process: killed, exchanged, snapshotted."""
+"""A disk whose writes go to a file of their own, for good or for a while, in a worker's process."""
 
 from __future__ import annotations
 
@@ -45,3 +45,23 @@ def test_a_chain_without_it_is_another_disk(driven: Driven, images: list[Path], 
     assert "shows the image otherwise" in refused.sentence
     assert "which is only read" in branch.sentence
     assert DATA == driven.frontend.read(0, 8)
+
+
+def test_what_a_cache_alone_has_outlives_the_worker(driven: Driven, images: list[Path], tmp_path: Path) -> None:
+    """D11: with mode=writeback, too; what would show or keep the image without it is refused."""
+    text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{images[0]}"
+    driven.connect(text)
+    for place in range(0, 256, 32):
+        driven.frontend.write(place, DATA)
+    assert bytes(1 << 20) == images[0].read_bytes()
+    driven.kill()
+    driven.succeed(text, resumes=True)
+    found = [driven.frontend.read(place, 8) for place in range(0, 256, 8)]
+    branch = driven.worker.ask(messages.Branch(f"{images[0]}.leaf", ""))
+    bare = driven.worker.ask(messages.Swap(f"aio:{images[0]}"))
+
+    assert [DATA if place % 4 == 0 else bytes(PAGE) for place in range(32)] == found
+    assert (Code.INVALID, Code.INVALID) == (branch.code, bare.code)
+    assert "may have what the image has not" in branch.sentence
+    assert "shows the image otherwise" in bare.sentence
+    driven.worker.end()

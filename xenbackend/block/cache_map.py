@@ -92,6 +92,11 @@ class CacheMap:
             self._tags[slot] = block + 1
             self._used[slot] = 0  # what is read once goes first, or a backup would empty the cache
 
+    def restore(self, slot: int, block: int) -> None:
+        """Take note that a slot has a block, and no other one."""
+        self.drop(block, block)
+        self._tags[slot] = block + 1
+
     def close(self) -> None:
         """Let go of the memory."""
         self._tags.release()

@@ -25,6 +25,7 @@ D5  `complete` may be called from inside `submit`. The engine never submits from
     its own further steps down from `on_complete`, boundedly many per request.
 D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does this operation", IMAGE_DAMAGED
     that a write would destroy more of its image, and nothing was written: the disk pauses, whatever the policy says;
+    CACHE_LOST that only a file has what was answered, and cannot be used now: it waits, whatever the policy says;
     AWAY that the layer's server is away, so that nobody knows whether it was done: it waits, and comes again.
 D7  The bytes under `iov` may belong to a guest and change while you look. Copy before you check.
 D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and
@@ -222,7 +223,8 @@ class Filter(Driver):
     """A layer in front of another one; as it stands it passes everything on."""
 
     is_filter = True
-    is_transparent: ClassVar[bool] = False  # what is read from it is what the layer below has
+    is_transparent: bool = False  # what is read from it is what the layer below has
+    may_answer_alone: bool = False  # a write may be answered while only this layer has it
     keeps_writes: ClassVar[bool] = False  # all that is below is opened for reading only
 
     def __init__(self, options: Any) -> None:

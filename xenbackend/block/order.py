@@ -6,12 +6,22 @@ Must not refuse a chain: whoever wrote it may have his reasons.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xenbackend.block.cache_parts import WRITEBACK
+
+if TYPE_CHECKING:
+    from xenbackend.block.spec import LayerSpec
 
 _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below it): the sentence
     ("cache", "luks"): "cache above luks keeps plain text in its file; put luks above cache to have that encrypted, "
     "too",
     ("cache", "throttle"): "throttle below cache limits only what the cache has not; put it above cache to limit the "
     "guest",
+    ("cache writeback", "throttle"): "throttle below a cache with mode=writeback limits what goes below, and the guest "
+    "only when half of what may be is dirty; put it above cache to limit the guest",
+    ("cache writeback", "log"): "log below a cache with mode=writeback sees a write when that goes below, which is "
+    "later; put it above cache to know what changes",
     ("cache", "cache"): "cache above cache keeps everything twice",
     ("checksum", "readahead"): "readahead below checksum holds what is not verified yet; above checksum it saves "
     "verifying it again, too",
@@ -32,10 +42,18 @@ _NEXT: dict[tuple[str, str], str] = {
 }
 
 
+def words_of(layers: Sequence[LayerSpec]) -> list[str]:
+    """Return what `remarks` knows a chain's layers by: the driver, and a mode that makes it another thing."""
+    modes = [(each.driver.name, getattr(each.options, "mode", "")) for each in layers]
+    return [f"{name} {mode}" if mode == WRITEBACK else name for name, mode in modes]
+
+
 def remarks(drivers: Sequence[str]) -> list[str]:
-    """Return a sentence for each odd order among a chain's drivers, which are given by name, the top one first."""
+    """Return a sentence for each odd order among a chain's drivers, given as by `words_of`, the top one first."""
     found = []
     for place, upper in enumerate(drivers):
-        found += [_BELOW[upper, lower] for lower in drivers[place + 1 :] if (upper, lower) in _BELOW]
+        for lower in (each.partition(" ")[0] for each in drivers[place + 1 :]):
+            known = [each for each in ((upper, lower), (upper.partition(" ")[0], lower)) if each in _BELOW]
+            found += [_BELOW[each] for each in known[:1]]
         found += [_NEXT[upper, lower] for lower in drivers[place + 1 : place + 2] if (upper, lower) in _NEXT]
     return list(dict.fromkeys(found))

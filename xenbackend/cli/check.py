@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
-from xenbackend.block.order import remarks
+from xenbackend.block.order import remarks, words_of
 from xenbackend.block.spec import ChainSpec
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json
@@ -49,7 +49,7 @@ def check(arguments: argparse.Namespace) -> int:
     meant = disk.read(arguments.chain, running_xen()) if arguments.disk else None
     spec = parse_chain(meant.chain) if meant else _parse(arguments.chain)
     facts = open_once(spec, read_only=arguments.read_only or bool(meant and meant.is_read_only))
-    notes = remarks([each.driver.name for each in spec.layers])
+    notes = remarks(words_of(spec.layers))
     if arguments.json:
         layers = [output.layer_values(asdict(each)) for each in facts]
         line = {"vdev": meant.vdev, "line": meant.line} if meant else {}

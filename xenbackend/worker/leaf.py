@@ -38,6 +38,8 @@ def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str =
             "what the guest writes goes to a layer above the image, which is only read: a new image over that "
             "would get nothing"
         )
+    if any(isinstance(layer.driver, Filter) and layer.driver.may_answer_alone for layer in chain.layers):
+        raise ConfigError("the file of a cache with mode=writeback may have what the image has not, and would not keep")
     fd = opener.make()
     source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
     try:

@@ -207,6 +207,9 @@ class Stages:
         if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in layers):
             problem = "what the guest writes goes to a layer above the image, which would keep nothing of it"
             raise DriverError(problem, errno=errno.EOPNOTSUPP)
+        if any(isinstance(layer.driver, Filter) and layer.driver.may_answer_alone for layer in layers):
+            problem = "the file of a cache with mode=writeback may have what the image has not, and would not keep"
+            raise DriverError(problem, errno=errno.EOPNOTSUPP)
         source = next(layer.driver for layer in layers if not layer.driver.is_filter)
         problems: list[DriverError] = []
 

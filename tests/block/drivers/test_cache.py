@@ -355,9 +355,10 @@ def test_a_discard_of_anything_empties_no_more_than_it_has_to(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ("size=1M,mode=writeback", "writeback is not built: what was answered would be in FILE alone"),
-        ("size=1M,mode=fast", "'fast' is none of read, writethrough"),
-        ("size=512K", "size is 512 KiB; with this block it must be 1M to 256 GiB"),
+        ("size=1M,destage=1M", "destage does nothing without mode=writeback"),
+        ("size=1M,mode=fast", "'fast' is none of read, writethrough, writeback"),
+        ("size=4M,block=1M", "size is 4 MiB; with this block it must be 8 MiB to"),
+        ("size=512K", "size is 512 KiB; with this block it must be 1 MiB to 256 GiB"),
         ("size=1T", "with this block it must be"),
         ("size=1M,block=5000", "it must be 4K, 8K"),
         ("mode=read", "the size is missing"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from xenbackend.block.formats.beside import HEADER_SIZE
-from xenbackend.block.formats.cache import DATA_AT, Header
+from xenbackend.block.formats.cache import DATA_AT, BackHeader, Header
+from xenbackend.errors import DriverError
 
 
 def test_a_header_comes_back_and_touches_no_slot() -> None:
@@ -13,3 +16,14 @@ def test_a_header_comes_back_and_touches_no_slot() -> None:
     assert header == Header.parse(header.pack())
     assert HEADER_SIZE <= DATA_AT
     assert DATA_AT + (10 << 20) == header.file_size
+
+
+def test_tags_and_slots_of_a_write_back_cache_do_not_overlap() -> None:
+    """A header comes back, too, and is none of the other kind."""
+    header = BackHeader(100 << 20, 4096, "below", bytes(range(16)))
+
+    assert header == BackHeader.parse(header.pack())
+    assert HEADER_SIZE + 8 * header.blocks <= HEADER_SIZE + header.map_size <= header.data_at
+    assert header.data_at + (100 << 20) == header.file_size
+    with pytest.raises(DriverError, match="it is no file of cache:"):
+        Header.parse(header.pack())

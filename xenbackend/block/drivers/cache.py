@@ -1,7 +1,7 @@
 """cache: keeps blocks of the layer below in a file on a faster device.
 
 Synopsis:
-    cache:FILE,size=SIZE[,mode=read|writethrough][,block=SIZE]
+    cache:FILE,size=SIZE[,mode=read|writethrough|writeback][,block=SIZE][,destage=SIZE]
 
 Description:
     What the guest reads from a slow layer, such as an image on NFS, a disk on a server or on rotating media, is kept in
@@ -10,34 +10,51 @@ Description:
 
     With mode=read (the default) it has what was read. With mode=writethrough also what was written, once that is
     below, in whole blocks or to blocks that it had: for a guest that reads again soon what it wrote. Every write is
-    answered by the layer below, in both modes, and a flush flushes that. mode=writeback, which would answer before, is
-    not built: FILE alone would have what was answered, and the disk would be lost with it.
+    answered by the layer below, in both modes, and a flush flushes that.
+
+    With mode=writeback a write of up to 128 KiB is answered once it is in FILE, and goes below later. FILE is a part of
+    the disk then: what is dirty is nowhere else, and lost with FILE.
 
     `cache=on` of `aio:` has the host's memory do the same; this layer is for more than that has room for.
 
 Behaviour:
     The cache is empty when the disk is attached, and filled by use. What it has is known in memory that outlives the
-    worker: kills, upgrades and restarts of the service lose none of it. It is known nowhere else, so that no block of a
-    former life can come back after a power failure, or after others have written to the disk.
+    worker: kills, upgrades and restarts of the service lose none of it. It is known nowhere else, but for what is
+    dirty, so that no block of a former life can come back after a power failure, or after others have written.
 
     A read of up to 128 KiB that finds one of its blocks missing reads whole blocks from below, and leaves them in the
     cache, unless something was written there meanwhile. Larger ones, as of a backup, go by. Where no place is free, a
     block gives way that was not used since the last time that one was looked for near it.
 
-    FILE is never needed: a block that cannot be read from it is read from below. After 16 errors in a row it is left
-    alone until the layer is opened anew, and the fact `cache` says so; where a successor cannot open it, none is used.
+    With mode=read or writethrough FILE is never needed: a block that cannot be read from it is read from below. After
+    16 errors in a row it is left alone until the layer is opened anew, and the fact `cache` says so; where a successor
+    cannot open it, none is used.
 
-    `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE.
+    With writeback, a flush makes FILE durable, then notes there which blocks are dirty, and flushes what went below. A
+    block goes there 5 s after it was written, or earlier where half of those are dirty that may be, at `destage` bytes
+    a second; the layer below is flushed before FILE forgets it. So after a power failure each sector is as it was at
+    the last flush, or newer. Where FILE gives errors, what it alone has waits, whatever the policy says, and all else
+    goes past it. Closing the disk takes up to 5 s for what is dirty; the rest stays in FILE, durably. While something
+    is dirty, FILE is refused above another layer, and above an image that was changed without it.
+
+    `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE; with writeback also
+    how many blocks are `dirty`, how many were `destaged`, and how many pieces of writes went `around` FILE.
 
 Example:
     cache:/ssd/guest.cache,size=4G|aio:/mnt/nfs/guest.img
     cache:/ssd/guest.cache,size=20G,mode=writethrough|nbd:unix:/run/server.sock
+    cache:/ssd/guest.cache,size=20G,mode=writeback,destage=50M|aio:/mnt/nfs/guest.img
 
 Limits:
-    FILE must be a regular file, for one disk at a time. Commands, and `check`, read past it. `size` is 1 MiB at least;
-    a slot takes 8 bytes of memory, and there are at most 16 million. Above `luks:` FILE has plain text. What others
-    write to a shared image (`share=on`, `w!`) is not noticed: do not use it there. A discard of more than 4096 blocks
-    empties the cache. A medium below FILE that hangs, rather than failing, holds up what is read from it.
+    FILE must be a regular file, for one disk at a time. Commands, and `check`, read past it, but with writeback. `size`
+    is 1 MiB and 8 blocks at least; a slot takes 8 bytes of memory, with writeback 16, and there are at most 16 million.
+    Above `luks:` FILE has plain text. What others write to a shared image (`share=on`, `w!`) is not noticed: do not use
+    it there. A discard of more than 4096 blocks empties the cache of what is not dirty. A medium below FILE that hangs,
+    rather than failing, holds up what is read from it.
+
+    With writeback the image alone is not the disk until nothing is dirty, and nothing keeps others from using it. At
+    most 65536 blocks are dirty, and 3/4 of FILE. `snapshot` is refused. For another mode see that nothing is dirty, and
+    begin with another FILE.
 
     A hit of 4096 bytes costs 1.3 us more than a read without this layer in batches of 32, and 1.9 us alone; a write 2.8
     us more, and 7.7 us with mode=writethrough.
@@ -48,61 +65,27 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from xenbackend.block.below import describe
-from xenbackend.block.beside import begin, check_block, have, is_new
+from xenbackend.block.cache_file import open_back, open_read
 from xenbackend.block.cache_map import CacheMap
+from xenbackend.block.cache_parts import MODES, READ, WRITEBACK, WRITETHROUGH, Own, check_sizes, parse_mode
 from xenbackend.block.copies import Copies, fill, give
 from xenbackend.block.driver import Env, File, Filter, Geometry
-from xenbackend.block.formats.beside import HEADER_SIZE
-from xenbackend.block.formats.cache import DATA_AT, Header
+from xenbackend.block.formats.cache import DATA_AT
 from xenbackend.block.mapped.parts import Join, cut
 from xenbackend.block.options import Kind, RecordPath, Size, option
-from xenbackend.block.overtaken import Copy, Overtaken
+from xenbackend.block.overtaken import Overtaken
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.write_back import WriteBack
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 
-READ, WRITETHROUGH = "read", "writethrough"
 _MOST = 128 << 10  # bytes of a request that is kept
-_MAX_SLOTS = 1 << 24
 _PATIENCE = 16  # errors of FILE, one after the other
-
-
-def _parse_mode(text: str) -> str:
-    if text == "writeback":
-        raise ValueError(
-            "writeback is not built: what was answered would be in FILE alone, and lost with it; writethrough has "
-            "every write below before it is answered"
-        )
-    if text not in (READ, WRITETHROUGH):
-        raise ValueError(f"{text!r} is none of {READ}, {WRITETHROUGH}")
-    return text
-
-
-class _Own(Request):
-    """A request of ours. `done` is called when it is back.
-
-    cache    whose it is, of one that goes down: another cache may lie above
-    memory   what it is done with: the disk from `offset` on
-    copy     of its blocks: whether they are current still
-    slots    that they are to have, by block
-    block    of a request to FILE: that, or for a read the slot
-    left     how many of those are under way
-    """
-
-    __slots__ = ("block", "cache", "copy", "done", "left", "memory", "slots")
-
-    cache: Cache
-    done: Callable[[_Own], None]
-    memory: memoryview
-    copy: Copy
-    slots: dict[int, int]
-    block: int
-    left: int
 
 
 class Cache(Filter):
@@ -117,20 +100,27 @@ class Cache(Filter):
 
         file: RecordPath = option("where blocks are kept", target=True)
         size: Size = option("bytes that there is room for")
-        mode: Annotated[str, Kind(f"{READ} or {WRITETHROUGH}", _parse_mode)] = option(
-            "whether what is written is kept, too", default=READ
+        mode: Annotated[str, Kind(" or ".join(MODES), parse_mode)] = option(
+            "whether what is written is kept, too, or even alone", default=READ
         )
         block: Size = option("bytes of a block, a power of two", default=16 << 10)
+        destage: Size = option("with writeback: bytes a second that are written below at most; 0: any", default=0)
 
         def __post_init__(self) -> None:
-            check_block(self.block)
-            if not 1 << 20 <= self.size <= _MAX_SLOTS * self.block:
-                most = format_size(_MAX_SLOTS * self.block)
-                raise ValueError(f"size is {format_size(self.size)}; with this block it must be 1M to {most}")
+            check_sizes(self.size, self.block)
+            if self.destage and self.mode != WRITEBACK:
+                raise ValueError("destage does nothing without mode=writeback")
 
     options: Options
     _file: File | None = None
     _map: CacheMap | None = None  # None: FILE is left alone
+    _writer: WriteBack | None = None  # with mode=writeback it does all
+
+    def __init__(self, options: Options) -> None:
+        """See `Driver`."""
+        super().__init__(options)
+        self.may_answer_alone = options.mode == WRITEBACK
+        self.is_transparent = not self.may_answer_alone
 
     def open(self, env: Env) -> Geometry:
         """Open FILE, or make it. Raises: DriverError, OSError."""
@@ -139,12 +129,14 @@ class Cache(Filter):
         self._bits = self._block.bit_length() - 1
         self._copies = Copies()
         self._overtaken = Overtaken()
-        self._free: list[_Own] = []  # reads from FILE that may be used again
+        self._free: list[Own] = []  # reads from FILE that may be used again
         self._done_read = self._was_read
         self._down: list[Request] = []
         self._to_file: list[Request] = []
         self._back: list[Request] = []
         self._hits = self._misses = self._errors = self._in_a_row = self._at_file = 0
+        if self.options.mode == WRITEBACK:
+            return self._open_back(env, geometry)
         if env.serves:
             try:
                 self._open_file(env)
@@ -155,18 +147,23 @@ class Cache(Filter):
                 self._leave_alone(str(problem))
         return geometry
 
+    def _open_back(self, env: Env, geometry: Geometry) -> Geometry:
+        """Open FILE, also for whoever only looks: it may have what is nowhere else. Raises: DriverError, OSError."""
+        options = self.options
+        self._file, header = open_back(self, options.file, options.size, options.block)
+        self._file.complete = self.on_complete
+        if header is not None:
+            self._writer = WriteBack(self, self._file, header, rate=options.destage)
+            dirty = self._writer.figures()["dirty"]
+            env.report("mode", self._file.mode)
+            env.report("cache", f"{format_size(header.size)}; {dirty} blocks were in FILE alone when it was opened")
+        physical = max(geometry.physical_sector_size, self._file.physical_sector_size)
+        return replace(geometry, can_flush=True, physical_sector_size=physical)
+
     def _open_file(self, env: Env) -> None:
-        """Open FILE, also to write if the disk is only read: a disk that is only read may be slow, too."""
-        file, _ = have(env, self.options.file, read_only=False)
+        """Open FILE, and what was known of it. Raises: DriverError, OSError."""
+        file, header = open_read(self, self.options.file, self.options.size, self._block)
         self._file = file
-        header = Header(self.options.size // self._block * self._block, self._block, "", os.urandom(16))
-        first = file.read_at(0, HEADER_SIZE)
-        found = header if is_new(file, first, header.file_size) else Header.parse(first)
-        is_other = (found.size, found.block) != (header.size, header.block) or file.size < header.file_size
-        if found is header or is_other:  # what it had is of no use
-            begin(file, header, size=header.file_size, written=HEADER_SIZE)
-        else:
-            header = found
         file.complete = self._from_file
         cut = self._size % self._block and self._size  # its last block is another one once the disk has grown
         base = f"{describe(self.next, env.files, with_changes=False)} {cut}".encode(errors="surrogateescape")
@@ -176,6 +173,9 @@ class Cache(Filter):
 
     def submit(self, batch: list[Request]) -> None:
         """Read from FILE what is there, pass on the rest, and keep what comes back."""
+        if self._writer is not None:
+            self._writer.submit(batch)
+            return
         for request in batch:
             if request.op == Op.READ and self._map is not None:
                 self._read(request, self._map)
@@ -186,9 +186,12 @@ class Cache(Filter):
         self._pass_on()
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Go on with what the layer below gives back."""
+        """Go on with what the layer below gives back, or FILE with mode=writeback."""
+        if self._writer is not None:
+            self._writer.take_back(batch)
+            return
         for request in batch:
-            if type(request) is _Own and request.cache is self:
+            if type(request) is Own and request.cache is self:
                 request.done(request)
             else:
                 if request.op in (Op.WRITE, Op.DISCARD):
@@ -198,12 +201,16 @@ class Cache(Filter):
 
     def figures(self) -> dict[str, int]:
         """See `Driver`."""
+        if self._writer is not None:
+            return self._writer.figures()
         return {"hits": self._hits, "misses": self._misses, "errors": self._errors}
 
     def close(self) -> None:
         """Let go of FILE. Raises: OSError."""
         self.env.wait_for(lambda: not self._at_file)  # or it would land in a slot that another chain has given away
         try:
+            if self._writer is not None:
+                self._writer.close()
             if self._map is not None:
                 self._map.close()
         finally:
@@ -233,11 +240,6 @@ class Cache(Filter):
     def _blocks(self, request: Request) -> tuple[int, int]:
         return request.offset >> self._bits, (request.offset + request.length - 1) >> self._bits
 
-    def _own(self, op: int, offset: int, length: int, done: Callable[[_Own], None]) -> _Own:
-        own = _Own()
-        own.op, own.offset, own.length, own.status, own.done, own.cache = op, offset, length, PENDING, done, self
-        return own
-
     # reads
 
     def _read(self, request: Request, known: CacheMap) -> None:
@@ -265,12 +267,12 @@ class Cache(Filter):
     ) -> None:
         """Read a part of a slot, which stays as it is until that is done."""
         known.pins[slot] += 1
-        own = self._free.pop() if self._free else _Own()
+        own = self._free.pop() if self._free else Own()
         own.offset, own.length, own.iov = DATA_AT + (slot << self._bits) + at, length, iov
         own.op, own.status, own.done, own.tag, own.block = Op.READ, PENDING, self._done_read, tag, slot
         self._to_file.append(own)
 
-    def _was_read(self, own: _Own) -> None:
+    def _was_read(self, own: Own) -> None:
         request, status = own.tag, own.status
         if self._map is not None:
             self._map.pins[own.block] -= 1
@@ -297,16 +299,16 @@ class Cache(Filter):
             self._down.append(request)
             return
         start = first << self._bits
-        own = self._own(Op.READ, start, min((last + 1) << self._bits, self._size) - start, self._missed)
+        own = Own.make(self, Op.READ, start, min((last + 1) << self._bits, self._size) - start, self._missed)
         self._take_copy(own, request, first, last)
         self._down.append(own)
 
-    def _take_copy(self, own: _Own, request: Request, first: int, last: int) -> None:
+    def _take_copy(self, own: Own, request: Request, first: int, last: int) -> None:
         own.tag, own.slots, own.memory = request, {}, self._copies.take(own.length)
         own.iov = [own.memory[: own.length]]
         own.copy = self._overtaken.copy(first, last)
 
-    def _missed(self, own: _Own) -> None:
+    def _missed(self, own: Own) -> None:
         """Give back what was read from below, and keep it."""
         request: Request = own.tag
         request.status = own.status
@@ -326,7 +328,7 @@ class Cache(Filter):
             self._overtaken.begin(first, last)
             self._down.append(request)
             return
-        own = self._own(Op.WRITE, request.offset, request.length, self._written)
+        own = Own.make(self, Op.WRITE, request.offset, request.length, self._written)
         self._take_copy(own, request, first, last)
         was_old = own.copy.is_old
         fill(own.memory, 0, request.iov)  # the guest may alter its pages between the one medium and the other
@@ -340,7 +342,7 @@ class Cache(Filter):
         own.copy.is_old = was_old  # it is no older than itself
         self._down.append(own)
 
-    def _written(self, own: _Own) -> None:
+    def _written(self, own: Own) -> None:
         """Give back what was written below, and keep it."""
         request: Request = own.tag
         self._overtaken.end(*self._blocks(request))
@@ -358,7 +360,7 @@ class Cache(Filter):
 
     # what is kept
 
-    def _keep(self, own: _Own) -> None:
+    def _keep(self, own: Own) -> None:
         """Write what was read or written into slots, unless that failed, or is old."""
         known, begun, own.left = self._map, own.slots, 0
         own.slots = {}
@@ -370,7 +372,7 @@ class Cache(Filter):
         if not own.left:
             self._forget(own)
 
-    def _keep_block(self, own: _Own, block: int, slot: int, known: CacheMap) -> None:
+    def _keep_block(self, own: Own, block: int, slot: int, known: CacheMap) -> None:
         """Write what there is of a block into `slot`, or all of it into another one."""
         begin, end = block << self._bits, min((block + 1) << self._bits, self._size)
         start, stop = max(begin, own.offset), min(end, own.offset + own.length)
@@ -378,14 +380,14 @@ class Cache(Filter):
             slot = known.take(block)
         if slot < 0:
             return
-        part = self._own(Op.WRITE, DATA_AT + slot * self._block + start - begin, stop - start, self._kept)
+        part = Own.make(self, Op.WRITE, DATA_AT + slot * self._block + start - begin, stop - start, self._kept)
         part.iov, part.tag, part.block = [own.memory[start - own.offset : stop - own.offset]], own, block
         own.slots[block] = slot
         own.left += 1
         self._to_file.append(part)
 
-    def _kept(self, part: _Own) -> None:
-        own: _Own = part.tag
+    def _kept(self, part: Own) -> None:
+        own: Own = part.tag
         if self._map is not None:
             slot = own.slots[part.block]
             if not part.status and not own.copy.is_old:
@@ -397,7 +399,7 @@ class Cache(Filter):
         if not own.left:
             self._forget(own)
 
-    def _forget(self, own: _Own) -> None:
+    def _forget(self, own: Own) -> None:
         self._overtaken.forget(own.copy)
         self._copies.put(own.memory)
 

@@ -1,7 +1,9 @@
-"""The file of `cache:`: a header (`beside`), then slots for blocks from DATA_AT on.
+"""The files of `cache:`: a header (`beside`), then slots for blocks.
 
-Which slot has which block does not stand in it: that is only known while the disk is attached (`block.cache_map`). So
-no end of a worker or the host can make an old block look like a current one. The format is ours. Must not open a file.
+Which slot has which block does not stand there: that is only known while the disk is attached (`block.cache_map`). So
+no end of a worker or the host can make an old block look like a current one. But with mode=writeback each slot has a
+tag of 8 bytes, little-endian, from HEADER_SIZE on: the number, and one more, of the block that is in this slot and
+nowhere else, or 0 (`block.durable_tags`). The formats are ours. Must not open a file.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xenbackend.block.formats import beside
-from xenbackend.block.formats.beside import MAX_BLOCK
+from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK
+from xenbackend.units import PAGE, round_up
 
 DATA_AT = MAX_BLOCK  # bytes; where slot 0 is
 
@@ -26,3 +29,26 @@ class Header(beside.Header):
     def file_size(self) -> int:
         """Bytes of the file."""
         return DATA_AT + self.blocks * self.block
+
+
+@dataclass(frozen=True, slots=True)
+class BackHeader(beside.Header):
+    """That of a file with tags. `size` is that of all slots, and `base` is the layer below."""
+
+    LAYER: ClassVar[str] = "cache"
+    MAGIC: ClassVar[bytes] = b"xenbackend wrbk\n"
+
+    @property
+    def map_size(self) -> int:
+        """Bytes of the tags, whole pages."""
+        return round_up(8 * self.blocks, PAGE)
+
+    @property
+    def data_at(self) -> int:
+        """Where slot 0 is, in bytes."""
+        return round_up(HEADER_SIZE + self.map_size, MAX_BLOCK)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file."""
+        return self.data_at + self.blocks * self.block

@@ -1,0 +1,106 @@
+"""The files of caches: which are taken, and which are refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_block import Machine, read, write
+from xenbackend.errors import DriverError
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def machines() -> Iterator[list[Machine]]:
+    """Return two workers that know nothing of each other; the second one does not write below what is dirty."""
+    machines = [Machine(), Machine()]
+    machines[0].make_env.serves = machines[1].make_env.serves = False
+    yield machines
+    for each in machines:
+        each.close()
+
+
+def dirty(machine: Machine, tmp_path: Path) -> str:
+    """Return the text of a chain whose cache has a block that is nowhere else, and is closed."""
+    (tmp_path / "image").write_bytes(bytes(SIZE))
+    text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{tmp_path}/image"
+    chain = machine.open(text)
+    assert [0] == machine.do(chain, write(4096, b"n" * 4096))
+    chain.close()
+    assert bytes(SIZE) == (tmp_path / "image").read_bytes()
+    return text
+
+
+def test_commands_see_what_is_dirty(machines: list[Machine], tmp_path: Path) -> None:
+    """Who only reads the chain writes nothing below, and nothing into FILE."""
+    text = dirty(machines[0], tmp_path)
+    before = (tmp_path / "cache").read_bytes()
+
+    assert bytes(4096) + b"n" * 4096 + bytes(SIZE - 8192) == machines[1].contents(text)
+    assert before == (tmp_path / "cache").read_bytes()
+    assert bytes(SIZE) == (tmp_path / "image").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("another image", "has 1 blocks that are nowhere else, of another disk; name another file, or remove it"),
+        ("changed", "what is below was changed since, without this layer; if nobody wrote to the disk, touch"),
+        ("size", "and was made with size=1048576,block=16384; use these until nothing is dirty"),
+        ("mode", "is of mode=writeback, and may have what is nowhere else"),
+        ("cut", "something has cut it"),
+        ("stranger", "it is no file of cache:, and is left as it is"),
+        ("tags", "its map is damaged, or the disk below has shrunk: slot 1 has block 4294967295"),
+    ],
+)
+def test_a_file_that_has_something_is_not_lost(
+    machines: list[Machine], tmp_path: Path, change: str, problem: str
+) -> None:
+    """F3: above another disk, or with other options, it is refused with a way out, and left as it is."""
+    text, cache = dirty(machines[0], tmp_path), tmp_path / "cache"
+    match change:
+        case "another image":
+            (tmp_path / "other").write_bytes(bytes(SIZE))
+            (tmp_path / "other").rename(tmp_path / "image")
+        case "changed":
+            later = cache.stat().st_mtime_ns + 60 * 10**9
+            os.utime(tmp_path / "image", ns=(later, later))
+        case "size":
+            text = text.replace("size=1M", "size=2M")
+        case "mode":
+            text = text.replace("writeback", "read")
+        case "cut":
+            os.truncate(cache, 1 << 20)
+        case "stranger":
+            cache.write_bytes(b"precious" * 1024)
+        case "tags":
+            with cache.open("r+b") as file:
+                file.seek(4096 + 8)
+                file.write(b"\0\0\0\0\1\0\0\0")
+    before = cache.read_bytes()
+    machines[1].make_env.serves = change == "mode"
+    with pytest.raises(DriverError, match=problem):
+        machines[1].open(text)
+    assert before == cache.read_bytes()
+    if change == "changed":
+        os.utime(cache, ns=(later, later))
+        assert b"n" * 4096 == machines[1].contents(text)[4096:8192]
+
+
+def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path: Path) -> None:
+    """Of another mode, size or disk: what it had is of no use."""
+    image, cache = tmp_path / "image", tmp_path / "cache"
+    image.write_bytes(bytes(SIZE))
+    for machine, options in zip(machines, ("size=1M,mode=read", "size=2M,mode=writeback"), strict=True):
+        machine.make_env.serves = True
+        chain = machine.open(f"cache:{cache},{options}|aio:{image}")
+        assert [0, 0] == machine.do(chain, write(0, bytes(512)), read(4096, 512))
+        chain.close()
+        (tmp_path / "other").write_bytes(bytes(SIZE))
+        (tmp_path / "other").rename(image)
+
+    assert bytes(SIZE) == image.read_bytes()

@@ -1,0 +1,112 @@
+"""When blocks go below; tests/block/test_write_back.py has that in a disk, killed and without power."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.block.test_write_back import Life
+from tests.helpers_block import write
+from xenbackend.block.destage import REST_S
+from xenbackend.block.request import Op
+
+BLOCK = 4096
+
+
+def below(life: Life) -> int:
+    """Return how many blocks have gone below, after all that can be done without time."""
+    life.run()
+    return sum(each.kind == "write" for each in life.image.log)
+
+
+def pass_time(life: Life, seconds: float) -> None:
+    """Let time pass, a little at a time."""
+    for _ in range(round(seconds / 0.25)):
+        life.time += 0.25
+        for env in life.envs:
+            env.ring()
+        life.run()
+
+
+def test_a_block_rests_before_it_goes_below(tmp_path: Path) -> None:
+    """What is written again and again goes once; nothing is asked of the media once nothing is dirty."""
+    life = Life(tmp_path, Random(1))
+    for _ in range(10):
+        assert [0] == life.disk.do(write(0, b"n" * BLOCK))
+    pass_time(life, REST_S - 0.5)
+    assert 0 == below(life)
+    pass_time(life, 1.5)
+    assert 1 == below(life)
+    pass_time(life, 1)
+    logged = len(life.image.log), len(life.file.log)
+    pass_time(life, 20)
+
+    assert logged == (len(life.image.log), len(life.file.log))
+    assert not any(env.timers for env in life.envs)
+
+
+def test_the_rate_is_kept(tmp_path: Path) -> None:
+    """As many bytes a second go below as was said, and no more; what is dirty is told meanwhile."""
+    life = Life(tmp_path, Random(1))
+    life.text = life.text.replace("mode=writeback", "mode=writeback,destage=8K")
+    life.start()
+    for place in range(0, 30 * BLOCK, BLOCK):
+        life.disk.do(write(place, b"n" * BLOCK))
+    pass_time(life, REST_S)
+    first = below(life)
+    pass_time(life, 5)
+
+    assert 9 <= below(life) - first <= 11
+    assert 30 - below(life) == life.figures()["dirty"]
+
+
+def test_many_do_not_rest(tmp_path: Path) -> None:
+    """Once more than half of those are dirty that may be, the oldest go at once."""
+    life = Life(tmp_path, Random(1), size=1 << 20)
+    limit = life.writer.destage._limit
+    for place in range(0, (limit // 2 + 10) * BLOCK, BLOCK):
+        life.disk.do(write(place, b"n" * BLOCK))
+    pass_time(life, 1)
+
+    assert 10 <= below(life) < 40
+    assert life.image.bytes[:BLOCK] == b"n" * BLOCK
+
+
+@pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
+def test_an_error_below_is_tried_again(tmp_path: Path, op: int) -> None:
+    """F4: the guest's writes go on, nothing is forgotten, and once the medium is back all of it goes there."""
+    life = Life(tmp_path, Random(1))
+    life.disk.do(write(0, b"n" * BLOCK))
+    tries: list[int] = []
+    life.image.fails = lambda request: (tries.append(request.op), errno.EIO)[1] if request.op == op else 0  # type: ignore[func-returns-value]  # a lambda
+    pass_time(life, 20)
+    assert 1 == life.figures()["dirty"]
+    assert 5 < len(tries) < 30
+    assert [0] == life.disk.do(write(BLOCK, b"m" * BLOCK))
+    life.image.fails = lambda request: 0
+    life.settle()
+
+    assert b"n" * BLOCK + b"m" * BLOCK == life.image.bytes[: 2 * BLOCK]
+
+
+def test_closing_brings_it_below(tmp_path: Path) -> None:
+    """And where that fails, it stays in FILE durably."""
+    life = Life(tmp_path, Random(1))
+    life.disk.do(write(0, b"n" * BLOCK))
+    life.disk.chain.close()
+    assert b"n" * BLOCK == life.image.bytes[:BLOCK]
+    life.memories.clear()
+    life.start()
+    assert 0 == life.figures()["dirty"]
+    life.disk.do(write(0, b"m" * BLOCK))
+    life.image.fails = lambda request: errno.EIO
+    life.disk.chain.close()
+    life.image.fails = lambda request: 0
+    life.memories.clear()
+    life.start()
+
+    assert 1 == life.figures()["dirty"]
+    assert b"m" * BLOCK == life.disk.everything()[:BLOCK]

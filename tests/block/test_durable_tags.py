@@ -1,0 +1,69 @@
+"""The tags of a write-back cache; tests/block/test_write_back.py has them in a disk, killed and without power."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers_block import StepEnv
+from tests.recorded import RecordedFile
+from xenbackend.block.durable_pages import PAGE, TOKEN
+from xenbackend.block.durable_tags import DurableTags
+from xenbackend.errors import DriverError
+
+
+def opened(env: StepEnv, file: RecordedFile) -> DurableTags:
+    """Return tags of 1024 slots at the beginning of a file."""
+    found = DurableTags(env, file, 0, 2 * PAGE, b"t" * TOKEN)
+    file.complete = lambda batch: [found.pages.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
+    return found
+
+
+def test_a_tag_is_put_and_taken_away() -> None:
+    """Which slots have one is told with their blocks, by memory and, once it was flushed, by the file."""
+    env, file, ended = StepEnv(), RecordedFile(bytearray(2 * PAGE)), list[int]()
+    tags = opened(env, file)
+    for slot, block in ((3, 0), (700, 12), (8, 2**40)):
+        tags.put(slot, block)
+    tags.drop(8)
+    assert [(3, 0), (700, 12)] == list(tags.tagged())
+    assert not any(file.bytes)
+    tags.flush(ended.append)
+    while file.step():
+        pass
+
+    assert [0] == ended
+    assert [(3, 0), (700, 12)] == list(opened(StepEnv(), file).tagged())
+
+
+def test_what_a_predecessor_left_is_durable_before_anything_is_made_of_it() -> None:
+    """Also where the file seems to have it already: nobody knows whether its medium does."""
+    env, file = StepEnv(), RecordedFile(bytearray(2 * PAGE))
+    opened(env, file).put(1, 1)
+    opened(env, file)
+    assert (["flush", "write", "flush", "flush"], 2) == ([each.kind for each in file.log], file.bytes[8])
+    begun = len(file.log)
+    opened(env, file)
+
+    assert ["flush"] == [each.kind for each in file.log[begun:]]
+
+
+@pytest.mark.parametrize(
+    ("tags", "fits"),
+    [
+        ({0: 0, 9: 1, 17: 130}, True),
+        ({0: 1}, False),  # of another set
+        ({0: 0, 1: 0}, False),  # twice
+        ({0: 1024}, False),  # behind the disk's end
+        ({0: 2**60}, False),
+    ],
+)
+def test_tags_that_cannot_be_are_refused(tags: dict[int, int], *, fits: bool) -> None:
+    """Whoever wrote them: a worker that was taken over, or a disk that has shrunk."""
+    found = opened(StepEnv(), RecordedFile(bytearray(2 * PAGE)))
+    for slot, block in tags.items():
+        found.put(slot, block)
+    if fits:
+        found.check(8, 128, 1000)
+    else:
+        with pytest.raises(DriverError, match="its map is damaged, or the disk below has shrunk: slot"):
+            found.check(8, 128, 1000)

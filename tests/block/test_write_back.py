@@ -1,0 +1,326 @@
+"""A cache that answers before the layer below has what was written: killed, without power, with errors, on any side."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests import lives
+from tests.helpers_block import Machine, again, content, discard, flush, read, write
+from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, at, lost_power
+from xenbackend.block.drivers.cache import Cache
+from xenbackend.block.request import CACHE_LOST, Op
+from xenbackend.block.write_back import WriteBack
+
+OPS = [Op.READ, Op.WRITE, Op.WRITE, Op.DISCARD]
+# Of a disk that has room in the cache, of one with some hundred blocks for 64 slots, and of one with 24 for 8
+SHAPES = [("4K", 160 << 10), ("16K", 2 << 20), ("128K", (3 << 20) + 512)]
+
+
+class Life(lives.Life):
+    """A disk with such a cache. Time stands still but for `rest`, by which everything that is dirty is old."""
+
+    def __init__(self, home: Path, chance: Random, *, block: str = "4K", size: int = 160 << 10) -> None:
+        self.path = at(home / "cache")
+        self.first = chance.randbytes(size)
+        image = RecordedFile(bytearray(self.first), chance, can_discard=True, discard_granularity=512)
+        files = {"image": image, self.path: RecordedFile(bytearray(4096), chance)}
+        self.time = 0.0
+        super().__init__(f"cache:{self.path},size=1M,block={block},mode=writeback|aio:image", files, chance)
+
+    def start(self) -> None:
+        """See `lives.Life`."""
+        super().start()
+        for env in self.envs:
+            env.now = lambda: self.time  # type: ignore[method-assign]  # a clock of ours
+
+    def rest(self) -> None:
+        """Let time pass."""
+        self.time += 6
+        super().rest()
+
+    @property
+    def image(self) -> RecordedFile:
+        """Return what is below."""
+        return self.files["image"]
+
+    @property
+    def file(self) -> RecordedFile:
+        """Return the cache's."""
+        return self.files[self.path]
+
+    @property
+    def writer(self) -> WriteBack:
+        """Return what does all."""
+        assert isinstance(self.top, Cache)
+        assert self.top._writer is not None
+        return self.top._writer
+
+    def run(self) -> None:
+        """Do all that waits."""
+        while self.disk.step():
+            pass
+
+    def settle(self) -> None:
+        """Let everything get below."""
+        for _ in range(200):
+            self.run()
+            if not self.figures()["dirty"] and not self.writer.destage._freed:
+                return
+            self.rest()
+        raise AssertionError(self.figures())
+
+
+def test_a_write_is_answered_before_it_is_below(tmp_path: Path) -> None:
+    """Then it goes there by itself, once it has rested; what is read is right at any moment."""
+    life = Life(tmp_path, Random(1), block="16K")
+    assert [0] == life.disk.do(write(512, b"n" * 4096))
+    model = life.first[:512] + b"n" * 4096 + life.first[4608:]
+    assert life.first == life.image.bytes
+    assert 1 == life.figures()["dirty"]
+    assert model == life.disk.everything()
+    life.settle()
+
+    assert model == life.image.bytes == life.disk.everything()
+    assert (0, 1) == (life.figures()["dirty"], life.figures()["destaged"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("block", "size"), SHAPES)
+def test_killed_anywhere(tmp_path: Path, seed: int, block: str, size: int) -> None:
+    """D11: over 40 deaths with anything in flight, destaging too, which is done again, nothing is ever lost."""
+    chance = Random(seed)
+    life = Life(tmp_path, chance, block=block, size=size)
+    model, destaged = bytearray(life.first), 0
+    for _ in life.die(40, model, ops=OPS, longest=chance.choice([40, 300]), rests=0.3):
+        assert model == life.disk.everything()
+        destaged += life.figures()["destaged"]
+    life.settle()
+
+    assert model == life.disk.everything() == life.image.bytes
+    assert not any(life.writer.map.pins)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("block", "size"), SHAPES)
+def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str, size: int) -> None:
+    """F1: whatever part of what both media were given since they were flushed is there, torn and in any order: what the
+    guest had flushed is there, and around what it had not nothing is lost.
+    """
+    chance = Random(seed)
+    life = Life(tmp_path, chance, block=block, size=size)
+    start, moments = bytes(life.file.bytes), list[tuple[int, int, int]]()
+    begun = len(life.file.log)
+    guest = Session(life.disk, life.image, life.first, chance)
+    clock = RecordedLog(life.image, life.file)
+    guest.file = clock  # type: ignore[assignment]  # one time for both media
+    step = life.disk.step
+
+    def stepping() -> bool:
+        moments.append((len(clock.log), len(life.image.log), len(life.file.log) - begun))
+        if chance.random() < 0.15:
+            life.rest()
+        return step()
+
+    life.disk.step = stepping  # type: ignore[method-assign]  # to look on
+    for longest in (24, 300, 24):
+        guest.run(50, longest)
+        for _ in range(10):
+            life.rest()
+            stepping()
+    assert life.figures()["destaged"] > 3
+    for _ in range(40):
+        moment = chance.choice(moments)
+        image, _ = lost_power(life.first, life.image.log, moment[1], chance)
+        file, _ = lost_power(start, life.file.log[begun:], moment[2], chance)
+        files = {life.path: RecordedFile(file), "image": RecordedFile(image)}
+        disk = Disk(life.text, RecordedFiles(**files))
+        assert [] == guest.faults_of_power_loss(disk.everything(), moment[0] - 1), moment
+
+
+class RecordedLog:
+    """What was done to two files together: only its length counts."""
+
+    def __init__(self, *files: RecordedFile) -> None:
+        self.files = files
+
+    @property
+    def log(self) -> range:
+        """Return as many as both have."""
+        return range(sum(len(each.log) for each in self.files))
+
+
+def without_power(life: Life, chance: Random, before: int = 0) -> Disk:
+    """Return the disk after its host has lost its power now, or so many changes of FILE ago."""
+    image, _ = lost_power(life.first, life.image.log, len(life.image.log), chance)
+    file, _ = lost_power(bytes(4096), life.file.log, len(life.file.log) - before, chance)
+    return Disk(life.text, RecordedFiles(**{life.path: RecordedFile(file), "image": RecordedFile(image)}))
+
+
+def test_a_flush_covers_what_a_killed_worker_left(tmp_path: Path) -> None:
+    """D11: the successor knows nothing of what its predecessor wrote below, and flushes there all the same."""
+    for seed in range(10):
+        life = Life(tmp_path, Random(seed))
+        assert [0, 0] == life.disk.do(write(0, b"a" * (140 << 10)), write(150 << 10, b"b" * 512))
+        life.kill()
+        assert [0] == life.disk.do(flush())
+        found = without_power(life, life.chance).everything()
+        assert b"a" * (140 << 10) == found[: 140 << 10]
+        assert b"b" * 512 == found[150 << 10 :][:512]
+
+
+@pytest.mark.parametrize("place", [0, 512])
+def test_a_discard_is_never_undone(tmp_path: Path, place: int) -> None:
+    """Of a block that is on its way below at any step, too: it reads as zeros, also in a successor, and once flushed
+    after a power failure. One that the power failure cut short leaves what was flushed before, or zeros.
+    """
+    old = b"o" * 4096
+    for seed in range(80):
+        life = Life(tmp_path, Random(seed))
+        assert [0, 0] == [*life.disk.do(write(0, old)), *life.disk.do(flush())]
+        life.rest()
+        for _ in range(life.chance.randint(0, 6)):
+            life.disk.step()
+        life.disk.back.clear()
+        request = discard(place, 4096)
+        for each in (request, flush()):
+            life.disk.chain.submit([each])
+            for _ in range(life.chance.randint(0, 12)):  # of two media one may be slower by any measure
+                life.chance.choice([life.disk.step, life.file.step, life.file.step])()
+        cut = without_power(life, life.chance).everything()[place : place + 4096]
+        parts = {cut[at : at + 512] for at in range(0, 4096 - place, 512)}
+        assert parts <= {bytes(512), b"o" * 512}, seed
+        life.settle()
+        assert 0 == request.status
+        expected = old[:place] + bytes(4096) + life.first[place + 4096 :]
+        assert expected == life.disk.everything(), seed
+        assert [0] == life.disk.do(flush())
+        assert expected == without_power(life, life.chance).everything(), seed
+        life.kill()
+        assert expected == life.disk.everything(), seed
+
+
+def test_file_forgets_nothing_that_the_medium_below_may_not_have(tmp_path: Path) -> None:
+    """A discard is durable below before a tag is taken away for it: else neither of both would have anything left."""
+    life = Life(tmp_path, Random(1))
+    for request in (write(0, b"o" * 4096), flush(), discard(0, 4096)):
+        assert [0] == life.disk.do(request)
+    life.disk.chain.submit([flush()])
+    while life.file.step():
+        pass
+    for seed in range(20):
+        assert without_power(life, Random(seed)).everything()[:512] in (bytes(512), b"o" * 512)
+
+
+def test_a_slot_is_not_given_away_before_file_knows(tmp_path: Path) -> None:
+    """A tag that was taken away comes back with the power, if that was not durable: its slot has its block still."""
+    life = Life(tmp_path, Random(1), block="128K", size=4 << 20)
+    for block in range(6):
+        life.disk.do(write(block << 17, bytes([block]) * 512))
+    life.disk.do(flush())
+    fails, life.file.fails = life.file.fails, lambda request: errno.EIO if request.op == Op.FLUSH else 0
+    for _ in range(20):
+        life.rest()
+        life.run()
+    assert 6 == life.figures()["destaged"]
+    for block in range(8, 30):
+        life.disk.do(write(block << 17, b"x" * 512))
+    life.file.fails = fails
+    found = without_power(life, Random(2)).everything()
+
+    for block in range(6):
+        place = block << 17
+        assert bytes([block]) * 512 + life.first[place + 512 : place + (1 << 17)] == found[place : place + (1 << 17)]
+
+
+def test_a_successor_gives_no_slot_away_either(tmp_path: Path) -> None:
+    """Where its predecessor was killed between the two, FILE has the tag still, or the medium below it."""
+    for seed in range(12):
+        life = Life(tmp_path, Random(seed), block="128K", size=4 << 20)
+        life.disk.do(write(0, b"n" * 512))
+        life.disk.do(flush())
+        life.rest()
+        while life.figures()["dirty"]:
+            assert life.disk.step()
+        life.kill()
+        for block in range(1, 30):
+            life.disk.do(read(block << 17, 512))
+        for _ in range(4):
+            found = without_power(life, life.chance).everything()
+            assert b"n" * 512 + life.first[512 : 1 << 17] == found[: 1 << 17], seed
+
+
+def test_a_disk_that_has_grown(tmp_path: Path) -> None:
+    """What the disk ended inside of is below alone: there is more of it now."""
+    life = Life(tmp_path, Random(1), block="64K", size=160 << 10)
+    assert [0, 0] == life.disk.do(write(0, b"a" * 512), write(150 << 10, b"b" * 512))
+    life.image.bytes += b"n" * (32 << 10)
+    life.start()
+
+    assert b"a" * 512 + life.first[512 : 150 << 10] + b"b" * 512 == life.disk.everything()[: (150 << 10) + 512]
+    assert b"n" * (32 << 10) == life.disk.everything()[160 << 10 :]
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.WRITE, Op.FLUSH])
+def test_an_error_of_file_pauses_what_needs_it(tmp_path: Path, op: int) -> None:
+    """F4: what FILE alone has is an error that every policy waits for, until FILE is back. The rest goes past FILE."""
+    life = Life(tmp_path, Random(1))
+    assert [0] == life.disk.do(write(0, b"d" * 4096))
+    life.file.fails = lambda request: errno.EIO if request.op == op else 0
+    for number in range(40):
+        place = 4096 * (1 + number % 30)
+        requests = [write(place, b"c" * 512), read(place, 512)]
+        assert [0, 0] == [*life.disk.do(requests[0]), *life.disk.do(requests[1])] or op == Op.READ
+    lost = (read(0, 512), write(0, b"e" * 512))
+    assert [CACHE_LOST * (op == Op.READ), CACHE_LOST * (op == Op.WRITE)] == life.disk.do(*lost)
+    if op == Op.FLUSH:
+        assert [errno.EIO] == life.disk.do(flush())
+    life.file.fails = lambda request: 0
+    assert {0} == set(life.disk.do(*(again(each) for each in lost)))
+    life.settle()
+
+    assert life.image.bytes == life.disk.everything()
+    assert b"e" * 512 + b"d" * 3584 == life.image.bytes[:4096]
+
+
+def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
+    """F2: by a write that goes past FILE, as it is large: in every order of their steps no later read is old."""
+    for seed in range(40):
+        life = Life(tmp_path, Random(seed))
+        batch = [read(0, 512), write(0, b"n" * (150 << 10)), read(512, 512)]
+        life.chance.shuffle(batch)
+        for each in batch:
+            life.disk.chain.submit([each])
+            for _ in range(life.chance.randint(0, 3)):
+                life.disk.step()
+        life.run()
+        for _ in range(2):
+            assert b"n" * (150 << 10) == life.disk.everything()[: 150 << 10], seed
+            last = read(0, 4096)
+            assert [0] == life.disk.do(last)
+            assert b"n" * 4096 == content(last), seed
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_on_real_files(tmp_path: Path, seed: int) -> None:
+    """In a worker's loop any requests give what they should, opened again too, and once it is closed all is below."""
+    chance, model, machine = Random(seed), bytearray(4 << 20), Machine()
+    (tmp_path / "image").write_bytes(model)
+    text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{tmp_path}/image"
+    for _ in range(3):
+        chain = machine.open(text)
+        for _ in range(120):
+            length = chance.choice([512, 4096, 512 * chance.randint(1, 400)])
+            place = chance.randrange(0, (len(model) - length) // 512) * 512
+            data = chance.randbytes(length)
+            request = chance.choice([read(place, length), write(place, data), discard(place, length), flush()])
+            if request.op in (Op.WRITE, Op.DISCARD):
+                model[place : place + length] = data if request.op == Op.WRITE else bytes(length)
+            assert [0] == machine.do(chain, request)
+            assert request.op != Op.READ or model[place : place + length] == content(request)
+        chain.close()
+        assert model == (tmp_path / "image").read_bytes()
+    machine.close()

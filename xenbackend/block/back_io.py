@@ -1,0 +1,137 @@
+"""What a write-back cache sends to FILE and to the layer below, and gives back: in batches, each as a part of its own.
+
+Must not know what is dirty.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from xenbackend.block.cache_map import CacheMap
+from xenbackend.block.durable_tags import DurableTags
+from xenbackend.block.formats.beside import HEADER_SIZE
+from xenbackend.block.mapped.parts import Part, Pool, cut
+from xenbackend.block.request import Op, Request
+
+if TYPE_CHECKING:
+    from xenbackend.block.driver import File, Filter
+    from xenbackend.block.formats.cache import BackHeader
+
+_PATIENCE = 16  # errors of FILE, one after the other
+
+
+class BackIO:
+    """That of one cache; the base of `WriteBack`."""
+
+    def __init__(self, driver: Filter, file: File, header: BackHeader) -> None:
+        """Take maps from memory, or from FILE. Raises: OSError."""
+        assert driver.below is not None  # noqa: S101 - as in `Filter.open`
+        self._driver, self._env, self._file, self._below = driver, driver.env, file, driver.below
+        self.block, self._data_at = header.block, header.data_at
+        self._bits = header.block.bit_length() - 1
+        self.map = CacheMap(self._env, header.blocks, header.token)
+        self.tags = DurableTags(self._env, file, HEADER_SIZE, header.map_size, header.token)
+        self._pool = Pool()
+        self._down: list[Request] = []
+        self._to_file: list[Request] = []
+        self._back: list[Request] = []
+        self._gone_below = 1  # writes below that have ended; a predecessor may have left one
+        self._flushed_below = 0  # of these, as many as a flush has covered
+        self._lost = 0  # errno of a flush of our own that failed, of which the guest's next flush has to tell
+        self._errors = self._in_a_row = 0
+        self._is_shunned = self._env.read_only  # nothing more is put into FILE
+
+    def take_back(self, batch: list[Request]) -> None:
+        """Go on with what FILE or the layer below gives back: parts of ours, and nothing else."""
+        for part in batch:
+            if self.tags.pages.owns(part):  # type: ignore[arg-type]  # as the docstring says
+                self.tags.pages.take(part)  # type: ignore[arg-type]  # the same
+            else:
+                part.done(part)  # type: ignore[attr-defined]  # the same
+                self._pool.put(part)  # type: ignore[arg-type]  # the same
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Send down, to FILE and up what has come together meanwhile."""
+        while self._down or self._to_file or self._back:
+            down, self._down = self._down, []
+            to_file, self._to_file = self._to_file, []
+            back, self._back = self._back, []
+            if down:
+                self._driver.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
+            if to_file:
+                self._file.submit(to_file)
+            if back:
+                self._driver.complete(back)
+
+    def send_below(
+        self, op: int, place: int, iov: Sequence[memoryview], length: int, done: Callable[[Part], None]
+    ) -> None:
+        """Send a request of our own to the layer below."""
+
+        def back(part: Part) -> None:
+            self._gone_below += op != Op.READ
+            done(part)
+
+        self._down.append(self._pool.take(op, place, length, iov, back, None))
+
+    def send_to_slot(
+        self, op: int, slot: int, at: int, iov: Sequence[memoryview], done: Callable[[Part], None]
+    ) -> None:
+        """Read or write a part of a slot, which is given to no other block until that is done."""
+        self.map.pins[slot] += 1
+
+        def back(part: Part) -> None:
+            self.map.pins[slot] -= 1
+            self._note_error(part.status)
+            done(part)
+
+        place, length = self._data_at + (slot << self._bits) + at, sum(map(len, iov))
+        self._to_file.append(self._pool.take(op, place, length, iov, back, None))
+
+    def flush_below(self, done: Callable[[int], None]) -> None:
+        """Make durable what has gone below, if anything has since the last time; its failure is not forgotten."""
+        gone = self._gone_below
+        if not self._below.can_flush or gone == self._flushed_below:
+            done(0)
+            return
+
+        def flushed(part: Part) -> None:
+            if not part.status:
+                self._flushed_below = max(self._flushed_below, gone)
+            done(part.status)
+
+        self._down.append(self._pool.take(Op.FLUSH, 0, 0, (), flushed, None))
+
+    def lose(self, status: int) -> None:
+        """Have the guest's next flush tell that one of ours failed: the kernel tells of it only once."""
+        self._lost = self._lost or status
+
+    def _note_error(self, status: int) -> None:
+        if not status:
+            self._in_a_row = 0
+            return
+        self._errors += 1
+        self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
+        if self._in_a_row >= _PATIENCE and not self._is_shunned:
+            self._is_shunned = True
+            self._env.report("cache", "nothing more is put into FILE, which gives errors; what it alone has waits")
+
+    def _end(self, request: Request, status: int) -> None:
+        request.status = status
+        self._back.append(request)
+
+    def _pieces(self, request: Request, slots: Sequence[int]) -> Iterator[tuple[int, int, int, list[memoryview]]]:
+        """Yield slot, place, length and memory of each block of a request; of several at once that have no slot."""
+        first, end, runs = request.offset >> self._bits, request.offset + request.length, list[tuple[int, int, int]]()
+        for block, slot in enumerate(slots, first):
+            start, stop = max(request.offset, block << self._bits), min(end, (block + 1) << self._bits)
+            if slot < 0 and runs and runs[-1][0] < 0:
+                runs[-1] = (-1, runs[-1][1], stop)
+            else:
+                runs.append((slot, start, stop))
+        memory = cut(request.iov, [stop - start for _, start, stop in runs])
+        for (slot, start, stop), iov in zip(runs, memory, strict=True):
+            yield slot, start, stop - start, iov

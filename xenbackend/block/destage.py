@@ -1,0 +1,200 @@
+"""What a write-back cache has that the layer below has not, and how that gets there.
+
+Must not take a block's tag away before the layer below has made it durable, as it was then and is still.
+
+    dirty      written, for REST_S at least, unless there are many: then a few at a time are
+    moving     read from FILE, and written below
+    settling   below, which is flushed: then their tags are taken away, and that is made durable
+
+A write to a block on its way has it begin anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from xenbackend.block.copies import Copies
+from xenbackend.block.mapped.parts import Part
+from xenbackend.block.request import Op, Request
+
+if TYPE_CHECKING:
+    from xenbackend.block.env import Env
+    from xenbackend.block.write_back import WriteBack
+
+REST_S = 5.0
+_TICK_S = 0.25
+_DEPTH = 8  # blocks that are moving at once
+_BATCH = 64  # that are settled together
+_AFTER_ERROR_S = 1.0
+
+
+class Destage:
+    """Those of one cache. `dirty` has slot and time of each block, the oldest first."""
+
+    def __init__(self, cache: WriteBack, env: Env, *, limit: int, rate: int) -> None:
+        self._cache, self._env, self._limit, self._rate = cache, env, limit, rate
+        self.dirty: dict[int, tuple[int, float]] = {}
+        self.waiting: list[Request] = []  # discards, until nothing is moving
+        self.count = 0  # blocks that were written below, ever
+        self.is_closed = False
+        self._moving: dict[int, int] = {}  # slots, and their blocks
+        self._stale: set[int] = set()  # of these: written to meanwhile
+        self._moved: dict[int, int] = {}  # likewise, for the next flush of the layer below
+        self._settling: dict[int, int] = {}
+        self._freed: list[int] = []  # slots whose tag FILE may still have
+        self._copies = Copies()
+        self._next_at = 0.0  # when the next one may be moved
+        self._drains = self._has_failed = self._has_timer = self._is_settling = self._is_freeing = False
+
+    def has_room(self, blocks: Iterable[int]) -> bool:
+        """Return whether these blocks may be dirty, too."""
+        return len(self.dirty) < self._limit or all(block in self.dirty for block in blocks)
+
+    def within(self, first: int, last: int) -> list[tuple[int, tuple[int, float]]]:
+        """Return the dirty ones among these blocks."""
+        dirty = self.dirty
+        if last - first < len(dirty):
+            return [(block, dirty[block]) for block in range(first, last + 1) if block in dirty]
+        return [(block, each) for block, each in dirty.items() if first <= block <= last]
+
+    def is_moving(self, first: int, last: int) -> bool:
+        """Return whether one of these blocks is on its way."""
+        return any(first <= block <= last for block in self._moving.values())
+
+    def add(self, block: int, slot: int) -> None:
+        """Take note that a slot has more than the layer below."""
+        if slot in self._moving:
+            self._stale.add(slot)
+        self._moved.pop(slot, None)
+        self._settling.pop(slot, None)
+        if block not in self.dirty:
+            self._cache.map.pins[slot] += 1
+            self.dirty[block] = (slot, self._env.now())
+            self._watch()
+
+    def forget(self, block: int) -> None:
+        """Take note that the layer below has durably what it shall have: the slot is free once FILE knows that."""
+        slot, _ = self.dirty.pop(block)
+        self._moved.pop(slot, None)
+        self._settling.pop(slot, None)
+        self._cache.tags.drop(slot)
+        self._freed.append(slot)
+        self._watch()
+
+    def drain(self, seconds: float) -> None:
+        """Write below as much as can be in so much time, unless that fails. For `close` only."""
+        self._drains, self._has_failed = True, False
+        give_up = self._env.now() + seconds
+        self._env.call_later(seconds, lambda: None)
+        self._go_on()
+        self._cache.pass_on()
+        self._env.wait_for(lambda: self._is_empty() or self._has_failed or self._env.now() > give_up)
+
+    def _is_empty(self) -> bool:
+        return not (self.dirty or self._freed or self._is_freeing)
+
+    def _watch(self) -> None:
+        if not (self._has_timer or self.is_closed or self._env.read_only) and self._env.serves:
+            self._has_timer = True
+            self._env.call_later(_TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._has_timer = False
+        if self.is_closed:
+            return
+        if not self._is_empty():
+            self._watch()
+        self._go_on()
+        self._cache.pass_on()
+
+    def _go_on(self) -> None:
+        """Move what is to be moved now; settle what was, and free what has settled."""
+        if self.is_closed:
+            return
+        for block, slot in self._due():
+            self._move(block, slot)
+        if not self._is_settling and self._moved and (not self._moving or len(self._moved) >= _BATCH):
+            self._is_settling, self._settling, self._moved = True, self._moved, {}
+            self._cache.flush_below(self._settled)
+        if not self._is_freeing and self._freed:
+            self._free()
+
+    def _due(self) -> list[tuple[int, int]]:
+        now, found = self._env.now(), list[tuple[int, int]]()
+        room = _DEPTH - len(self._moving)
+        left = len(self.dirty) - len(self._moving) - len(self._moved) - len(self._settling)
+        for block, (slot, since) in self.dirty.items():
+            is_rested = self._drains or now - since >= REST_S or left - len(found) > self._limit // 2
+            if len(found) >= room or now < self._next_at or not is_rested:
+                break
+            is_on_its_way = slot in self._moving or slot in self._moved or slot in self._settling
+            if is_on_its_way or self._cache.is_written(slot) or self._cache.is_held(block):
+                continue
+            found.append((block, slot))
+            if self._rate and not self._drains:
+                self._next_at = max(now, self._next_at) + self._cache.block / self._rate
+        return found
+
+    def _move(self, block: int, slot: int) -> None:
+        size = self._cache.block
+        memory = self._copies.take(size)
+        self._moving[slot] = block
+
+        def read(part: Part) -> None:
+            if part.status or self.is_closed:
+                end(part)
+            else:
+                self._cache.send_below(Op.WRITE, block * size, [memory[:size]], size, end)
+
+        def end(part: Part) -> None:
+            self._copies.put(memory)
+            del self._moving[slot]
+            is_stale = slot in self._stale
+            self._stale.discard(slot)
+            if part.status:
+                self._fail()
+            elif not is_stale and not self.is_closed:
+                self._moved[slot] = block
+                self.count += 1
+            if is_stale:
+                self.dirty[block] = (self.dirty.pop(block)[0], self._env.now())
+            waiting, self.waiting = self.waiting, []
+            for each in waiting:
+                self._cache.alter(each)
+            self._go_on()
+
+        self._cache.send_to_slot(Op.READ, slot, 0, [memory[:size]], read)
+
+    def _fail(self) -> None:
+        """Try again later."""
+        self._has_failed = True
+        self._next_at = self._env.now() + _AFTER_ERROR_S
+
+    def _settled(self, status: int) -> None:
+        self._is_settling = False
+        settled, self._settling = self._settling, {}
+        if status:  # it is still in FILE
+            self._cache.lose(status)
+            self._fail()
+        else:
+            for block in settled.values():
+                self.forget(block)
+        self._go_on()
+
+    def _free(self) -> None:
+        self._is_freeing = True
+        freed, self._freed = self._freed, []
+
+        def done(status: int) -> None:
+            self._is_freeing = False
+            if status:
+                self._cache.lose(status)
+                self._freed += freed
+                self._fail()
+                return
+            for slot in freed:
+                self._cache.map.pins[slot] -= 1
+            self._go_on()
+
+        self._cache.tags.flush(done)

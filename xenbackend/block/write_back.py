@@ -1,0 +1,372 @@
+"""The requests of a cache that answers a write once it is in FILE, and writes it below later.
+
+Must not put a block below in parts, nor say that it is there before a flush has made it durable:
+
+    write     FILE -> tag in memory -> answer
+    flush     FILE's data are made durable -> tags -> made durable, and whatever went below by itself, too -> answer
+    destage   FILE -> below -> the layer below is flushed -> tag taken away -> that is made durable -> the slot is free
+
+So after a power failure a block that FILE has a tag for is in FILE, and any other one is below, and each of its sectors
+is as it was at the last flush, or newer. A killed worker's tags are in memory (`durable_tags`).
+
+A block that has a slot is written there, by any number of requests at once. One that has none gets one, under a hold
+(`holds`), with what is around the write read from below; or it is written below, where there is no room.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from errno import EOPNOTSUPP
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xenbackend.block.back_io import BackIO
+from xenbackend.block.cache_map import WAYS
+from xenbackend.block.copies import Copies, fill, give
+from xenbackend.block.destage import Destage
+from xenbackend.block.holds import Holds
+from xenbackend.block.mapped.parts import Join, Part
+from xenbackend.block.overtaken import Overtaken
+from xenbackend.block.request import CACHE_LOST, Op, Request
+
+if TYPE_CHECKING:
+    from xenbackend.block.driver import File, Filter
+    from xenbackend.block.formats.cache import BackHeader
+
+MOST = 128 << 10  # bytes of a request whose blocks get slots
+MAX_DIRTY = 1 << 16  # blocks
+_AGAIN = -1  # of a read that found nothing in FILE after all
+_CLOSING_S = 5.0  # for what is still to be written below
+
+
+class _Altering(Join):
+    """A write or discard under way, with its blocks; `is_held`: nothing else alters them meanwhile."""
+
+    __slots__ = ("first", "is_held", "last")
+
+    def __init__(self, request: Request, first: int, last: int, *, is_held: bool) -> None:
+        super().__init__(request, 1)
+        self.first, self.last, self.is_held = first, last, is_held
+
+
+class WriteBack(BackIO):
+    """Those of one disk."""
+
+    def __init__(self, driver: Filter, file: File, header: BackHeader, *, rate: int) -> None:
+        """Take the map from memory, or from FILE. `rate`: bytes a second that are written below, 0: any.
+
+        Raises: DriverError, OSError.
+        """
+        super().__init__(driver, file, header)
+        self._whole = self._below.size >> self._bits  # what the disk's end cuts is another block once that has grown
+        self.tags.check(WAYS, self.map.slots // WAYS, self._whole)
+        self._copies, self._overtaken, self._holds = Copies(), Overtaken(), Holds()
+        self._writing: Counter[int] = Counter()  # by slot: writes of the guest's that are on their way there
+        self._hits = self._misses = self._around = 0
+        self.destage = Destage(self, self._env, limit=min(MAX_DIRTY, self.map.slots * 3 // 4), rate=rate)
+        for slot, block in self.tags.tagged():
+            self.map.restore(slot, block)
+            self.destage.add(block, slot)
+
+    # what comes, and goes
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests as a driver does."""
+        for request in batch:
+            if request.op == Op.READ:
+                self._read(request)
+            elif request.op == Op.FLUSH:
+                self._flush(request)
+            else:
+                self.alter(request)
+        self.pass_on()
+
+    def figures(self) -> dict[str, int]:
+        """See `Driver`."""
+        return {
+            "hits": self._hits,
+            "misses": self._misses,
+            "errors": self._errors,
+            "dirty": len(self.destage.dirty),
+            "destaged": self.destage.count,
+            "around": self._around,
+        }
+
+    def close(self) -> None:
+        """Write below what can be within a few seconds, and let go of memory. Raises: OSError."""
+        try:
+            if self._env.serves and not self._env.read_only:
+                self.destage.drain(_CLOSING_S)
+            self.destage.is_closed = True
+            self._env.wait_for(lambda: not self._pool.lent and self.tags.pages.is_idle)
+        finally:
+            self.tags.close(writes=not self._env.read_only)
+            self.map.close()
+
+    def _blocks(self, request: Request) -> tuple[int, int]:
+        return request.offset >> self._bits, (request.offset + request.length - 1) >> self._bits
+
+    # reads
+
+    def _read(self, request: Request) -> None:
+        first, last = self._blocks(request)
+        slots = [self.map.find(block) for block in range(first, last + 1)]
+        if max(slots) < 0:
+            self._misses += 1
+            self._miss(request, first, last)
+            return
+        self._hits += min(slots) >= 0
+        self._misses += min(slots) < 0
+        join = Join(request, 1)
+        for slot, place, length, iov in self._pieces(request, slots):
+            join.left += 1
+            if slot < 0:
+                self.send_below(Op.READ, place, iov, length, lambda part: self._read_done(join, part.status))
+            else:
+                done = partial(self._slot_read, join, slot, place >> self._bits)
+                self.send_to_slot(Op.READ, slot, place & (self.block - 1), iov, done)
+        self._read_done(join, 0)
+
+    def _slot_read(self, join: Join, slot: int, block: int, part: Part) -> None:
+        status = part.status
+        if status and self.destage.dirty.get(block, (-1, 0.0))[0] == slot:
+            status = CACHE_LOST
+        elif status:
+            self.map.drop(block, block)
+            status = _AGAIN
+        self._read_done(join, status)
+
+    def _read_done(self, join: Join, status: int) -> None:
+        join.left -= 1
+        join.status = join.status or status
+        if not join.left:
+            if join.status == _AGAIN:
+                self._read(join.request)
+            else:
+                self._end(join.request, join.status)
+
+    def _miss(self, request: Request, first: int, last: int) -> None:
+        """Read from below: whole blocks, if they are to be kept."""
+        if self._is_shunned or last >= self._whole or not self._may_keep(request, 2):
+            done = partial(self._passed, request)
+            self.send_below(Op.READ, request.offset, request.iov, request.length, done)
+            return
+        start, length = first << self._bits, (last + 1 - first) << self._bits
+        memory, copy = self._copies.take(length), self._overtaken.copy(first, last)
+        left = Join(request, 1)
+
+        def kept(slot: int, block: int, part: Part | None) -> None:
+            if part is not None and not part.status and not copy.is_old:
+                self.map.put(slot, block)
+            left.left -= 1
+            if not left.left:
+                self._overtaken.forget(copy)
+                self._copies.put(memory)
+
+        def read(part: Part) -> None:
+            if not part.status:
+                give(request.iov, memory, request.offset - start)
+            self._end(request, part.status)
+            for block in range(first, last + 1) if not (part.status or copy.is_old) else ():
+                if self.map.find(block) < 0 and (slot := self.map.take(block)) >= 0:
+                    left.left += 1
+                    at = (block - first) << self._bits
+                    self.send_to_slot(Op.WRITE, slot, 0, [memory[at : at + self.block]], partial(kept, slot, block))
+                    self.map.pins[slot] -= 1  # `take` has pinned it, too
+            kept(-1, -1, None)
+
+        self.send_below(Op.READ, start, [memory[:length]], length, read)
+
+    def _passed(self, request: Request, part: Part) -> None:
+        self._end(request, part.status)
+
+    def _may_keep(self, request: Request, blocks: int) -> bool:
+        return request.length <= MOST and self._copies.have_room(MOST + blocks * self.block)
+
+    # what alters blocks
+
+    def alter(self, request: Request) -> None:
+        """Do a write or a discard, after whatever alters the same blocks in another way."""
+        first, last = self._blocks(request)
+        if request.op == Op.DISCARD and not self._below.can_discard:
+            self._end(request, EOPNOTSUPP)
+        elif (hold := self._holds.find(first, last)) is not None:
+            hold.waiting.append(request)
+        elif request.op == Op.DISCARD:
+            self._discard(request, first, last)
+        else:
+            slots = [self.map.find(block) for block in range(first, last + 1)]
+            is_there = min(slots) >= 0 and self.destage.has_room(range(first, last + 1))
+            join = self._begin(request, first, last, is_held=not is_there)
+            if not is_there:
+                slots = [self._slot_for(request, block, slot) for block, slot in enumerate(slots, first)]
+            for slot, place, length, iov in self._pieces(request, slots):
+                join.left += 1
+                self._write(join, slot, place, length, iov)
+            for block, slot in enumerate(slots, first) if not is_there else ():
+                if slot >= 0 and self.map.find(block) == slot:
+                    self.map.pins[slot] -= 1  # it was there before, and is pinned by what is on its way to it
+            self._altered(join, 0)
+
+    def _begin(self, request: Request, first: int, last: int, *, is_held: bool) -> _Altering:
+        if is_held:
+            self._holds.add(request.op, first, last)
+        self._overtaken.begin(first, last)
+        return _Altering(request, first, last, is_held=is_held)
+
+    def _altered(self, join: _Altering, status: int) -> None:
+        join.left -= 1
+        join.status = join.status or status
+        if join.left:
+            return
+        self._overtaken.end(join.first, join.last)
+        self._end(join.request, join.status)
+        if join.is_held:
+            for each in self._holds.remove(join.request.op, join.first, join.last):
+                self.alter(each)
+
+    def _slot_for(self, request: Request, block: int, slot: int) -> int:
+        """Return the slot to which a block is to be written, pinned, or its place goes to the next block.
+
+        -1: there is none, the block goes below, and nothing in FILE says else.
+        """
+        if slot >= 0 and self.destage.has_room((block,)):
+            self.map.pins[slot] += 1
+            return slot
+        self.map.drop(block, block)
+        if self._is_shunned or block >= self._whole or not self._may_keep(request, 1):
+            return -1
+        if not self.destage.has_room((block,)):
+            return -1
+        return self.map.take(block)  # until it is written, or is not
+
+    def _write(self, join: _Altering, slot: int, place: int, length: int, iov: Sequence[memoryview]) -> None:
+        """Write a piece to its slot, or below."""
+        block = place >> self._bits
+        if slot < 0:
+            self._around += 1
+            self.send_below(Op.WRITE, place, iov, length, lambda part: self._altered(join, part.status))
+        elif self.map.find(block) == slot:
+            self.write_dirty(block, slot, place & (self.block - 1), iov, partial(self._kept_dirty, join))
+        else:
+            self._write_first(join, slot, block, place, length, iov)
+
+    def _write_first(
+        self, join: _Altering, slot: int, block: int, place: int, length: int, iov: Sequence[memoryview]
+    ) -> None:
+        """Write a whole block to a slot that was taken for it; where that cannot be the piece goes below."""
+        memory = self._copies.take(self.block) if length < self.block else None
+
+        def read(part: Part) -> None:
+            if part.status or memory is None:  # to write a piece below nobody need know what is around it
+                written(part)
+                return
+            fill(memory, place & (self.block - 1), iov)
+            self.send_to_slot(Op.WRITE, slot, 0, [memory], written)
+
+        def written(part: Part) -> None:
+            if not part.status:
+                self.destage.add(block, slot)
+                self.tags.put(slot, block)
+                self.map.put(slot, block)
+            self.map.pins[slot] -= 1
+            if memory is not None:
+                self._copies.put(memory)
+            if part.status:
+                self._write(join, -1, place, length, iov)
+            else:
+                self._altered(join, 0)
+
+        if memory is None:
+            self.send_to_slot(Op.WRITE, slot, 0, iov, written)
+        else:
+            self.send_below(Op.READ, block << self._bits, [memory], self.block, read)
+
+    def write_dirty(
+        self, block: int, slot: int, at: int, iov: Sequence[memoryview], done: Callable[[Part], None]
+    ) -> None:
+        """Write to a slot that has the block: it has more than the layer below from now on, whatever happens."""
+        self.destage.add(block, slot)
+        self.tags.put(slot, block)
+        self._writing[slot] += 1
+
+        def written(part: Part) -> None:
+            self._writing[slot] -= 1
+            if not self._writing[slot]:
+                del self._writing[slot]
+            done(part)
+
+        self.send_to_slot(Op.WRITE, slot, at, iov, written)
+
+    def _kept_dirty(self, join: _Altering, part: Part) -> None:
+        self._altered(join, part.status and CACHE_LOST)
+
+    def is_held(self, block: int) -> bool:
+        """Return whether a block is being altered in a way that nothing may come between."""
+        return self._holds.find(block, block) is not None
+
+    def is_written(self, slot: int) -> bool:
+        """Return whether something is on its way to a slot."""
+        return slot in self._writing
+
+    def _discard(self, request: Request, first: int, last: int) -> None:
+        """Discard below, and then what is in FILE; of a block of which only a part is discarded that is zeros."""
+        if self.destage.is_moving(first, last):  # or old data would come after the discard
+            self.destage.waiting.append(request)
+            return
+        end = request.offset + request.length
+        join = self._begin(request, first, last, is_held=True)
+        inside = []
+        for block, (slot, _) in self.destage.within(first, last):
+            start, stop = max(request.offset, block << self._bits), min(end, (block + 1) << self._bits)
+            if stop - start == self.block:
+                inside.append(block)
+            else:
+                join.left += 1
+                zeros = memoryview(bytearray(stop - start))
+                self.write_dirty(block, slot, start & (self.block - 1), [zeros], partial(self._kept_dirty, join))
+        self._drop_clean(first, last)
+
+        def discarded(part: Part) -> None:
+            if part.status or not inside:
+                self._altered(join, part.status)
+            else:
+                self.flush_below(flushed)
+
+        def flushed(status: int) -> None:
+            if status:
+                self.lose(status)
+            for block in inside if not status else ():
+                if block in self.destage.dirty:
+                    self.destage.forget(block)
+                self.map.drop(block, block)
+            self._altered(join, status)
+
+        self.send_below(Op.DISCARD, request.offset, (), request.length, discarded)
+
+    def _drop_clean(self, first: int, last: int) -> None:
+        dirty = self.destage.dirty
+        if self._overtaken.is_wide(first, last):
+            self.map.clear()
+            for block, (slot, _) in dirty.items():
+                self.map.restore(slot, block)
+            return
+        for block in range(first, last + 1):
+            if block not in dirty:
+                self.map.drop(block, block)
+
+    def _flush(self, request: Request) -> None:
+        """Make durable what was answered: in FILE with its tags, and below."""
+        join = Join(request, 1 if self._env.read_only else 2)
+
+        def done(status: int) -> None:
+            join.left -= 1
+            join.status = join.status or status
+            if not join.left:
+                status, self._lost = join.status or self._lost, 0
+                self._end(request, status)
+
+        self.flush_below(done)
+        if not self._env.read_only:
+            self.tags.flush(done)
