@@ -295,7 +295,7 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
         for each in batch:
             life.disk.chain.submit([each])
             for _ in range(life.chance.randint(0, 3)):
-                life.disk.step()
+                life.chance.choice([life.image.step, life.file.step])()
         life.run()
         for _ in range(2):
             assert b"n" * (150 << 10) == life.disk.everything()[: 150 << 10], seed

@@ -16,6 +16,7 @@ from xenbackend.errors import DriverError
 from xenbackend.units import PAGE
 
 _EACH = PAGE // 8
+_NONE = bytes(PAGE)
 
 
 class DurableTags:
@@ -32,9 +33,9 @@ class DurableTags:
 
     def tagged(self) -> Iterator[tuple[int, int]]:
         """Yield each slot that has a tag, with its block."""
-        for first in range(0, len(self._tags), _EACH):
-            page = self._tags[first : first + _EACH]
-            if any(page):
+        for first in range(0, len(self._tags), _EACH):  # of a large cache nearly all have none
+            if self.pages.bytes[8 * first : 8 * (first + _EACH)].tobytes() != _NONE:
+                page = self._tags[first : first + _EACH].tolist()
                 yield from ((slot, tag - 1) for slot, tag in enumerate(page, first) if tag)
 
     def check(self, ways: int, sets: int, blocks: int) -> None:

@@ -118,7 +118,7 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path, op: str, mode: str
         for each in batch:
             life.disk.chain.submit([each])
             for _ in range(life.chance.randint(0, 3)):
-                life.disk.step()
+                life.chance.choice([life.image.step, life.file.step])()
         while life.disk.step():
             pass
         for _ in range(2):

@@ -34,8 +34,8 @@ Behaviour:
     block goes there 5 s after it was written, or earlier where half of those are dirty that may be, at `destage` bytes
     a second; the layer below is flushed before FILE forgets it. So after a power failure each sector is as it was at
     the last flush, or newer. Where FILE gives errors, what it alone has waits, whatever the policy says, and all else
-    goes past it. Closing the disk takes up to 5 s for what is dirty; the rest stays in FILE, durably. While something
-    is dirty, FILE is refused above another layer, and above an image that was changed without it.
+    goes past it. Closing the disk takes up to 5 s for what is dirty, as do `set` and `upgrade`; the rest stays in FILE,
+    durably. While something is dirty, FILE is refused above another layer, or an image that was changed without it.
 
     `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE; with writeback also
     how many blocks are `dirty`, how many were `destaged`, and how many pieces of writes went `around` FILE.
