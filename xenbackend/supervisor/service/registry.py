@@ -27,6 +27,7 @@ from xenbackend.log import get_logger
 from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service.brake import PAUSE_S, Brake
+from xenbackend.supervisor.service.guests import Guests
 from xenbackend.supervisor.service.store_link import StoreLink
 from xenbackend.supervisor.service.takeover import Taken, Takeover
 from xenbackend.supervisor.service.vbds import Vbds
@@ -73,6 +74,7 @@ class Registry:
         self._on_change = on_change
         self._loop = context.loop
         self._store = context.store
+        self._guests = Guests(self._store.address, self._loop.now)
         self._log = get_logger("supervisor")
         self._takeover = Takeover(context, self.domid, self._add, self._free)
         self._candidates: dict[VbdPath, None] = {}
@@ -120,6 +122,7 @@ class Registry:
         self._retry.set(None)
         self._found_at.set(None)
         self._brake.close()
+        self._guests.close()
         for reply in self._takeover.close():
             reply(Answer(Code.GONE, None, "the service is stopping"))
         self._bring_scripts()
@@ -153,16 +156,11 @@ class Registry:
 
     def find(self, text: str) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names. Raises: ConfigError, StoreError."""
-        return self.vbds.find(text, lambda domid: self._store.read_if_allowed(f"{domain_path(domid)}/name"))
+        return self.vbds.find(text, self._guests.name_of)
 
     def names_of(self, domids: Iterable[int]) -> dict[int, str]:
-        """Return what the guests of these domains are called; none while xenstore is away."""
-        paths = {f"{domid}/name": domid for domid in domids}
-        try:
-            found = self._store.read_many("/local/domain", paths)
-        except StoreError:
-            return {}
-        return {paths[path]: guest for path, guest in found.items()}
+        """Return what the guests of these domains are called; none while xenstore does not answer."""
+        return self._guests.names_of(domids)
 
     def braked_s(self, vbd: Vbd) -> float:
         """Return after how many seconds the next look follows at what a vbd's guest writes too often; 0: at once."""

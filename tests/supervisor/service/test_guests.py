@@ -1,0 +1,77 @@
+"""What guests are called, on the simulated xenstore and on one that says nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xenbackend.errors import StoreError
+from xenbackend.rig.store import Xenstored
+from xenbackend.supervisor.service import guests as guests_module
+from xenbackend.supervisor.service.guests import REST_S, Guests
+from xenbackend.supervisor.xenstore.store import Store
+
+
+@pytest.fixture
+def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
+    """One with 200 guests."""
+    with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
+        for domid in range(1, 201):
+            store.write(f"/local/domain/{domid}/name", f"guest-{domid}")
+        yield started
+
+
+def test_all_that_there_are_have_their_names(xenstored: Xenstored) -> None:
+    """However many; a domain without a name has none, and a new xenstored is found."""
+    guests = Guests(xenstored.address, time.monotonic)
+
+    assert {domid: f"guest-{domid}" for domid in range(1, 201)} == guests.names_of(range(1, 300))
+    assert ("guest-7", None) == (guests.name_of(7), guests.name_of(999))
+    guests.close()
+    assert {7: "guest-7"} == guests.names_of([7])
+    guests.close()
+
+
+def test_a_xenstored_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has a name then, at once, and for a while it is not even asked; whoever needs a name is told why not."""
+    monkeypatch.setattr(guests_module, "ANSWER_S", 0.2)
+    now = [0.0]
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "store"))
+        silent.listen()
+        guests = Guests(str(tmp_path / "store"), lambda: now[0])
+        begun = time.monotonic()
+        names = guests.names_of(range(1000))
+        took_s = time.monotonic() - begun
+        monkeypatch.setattr(Store, "__init__", pytest.fail)  # it is not asked
+        again = guests.names_of([5])
+        with pytest.raises(StoreError, match="write a domain's number"):
+            guests.name_of(5)
+        monkeypatch.undo()
+
+    assert ({}, {}) == (names, again)
+    assert took_s < 5
+    (tmp_path / "store").unlink()
+    with Xenstored(tmp_path / "store") as back, Store(back.address) as store:
+        store.write("/local/domain/5/name", "mail")
+        now[0] = REST_S + 1
+        assert {5: "mail"} == guests.names_of([5])
+        guests.close()
+
+
+def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
+    """A driver domain may not read names, which is no reason to rest."""
+    with Store(xenstored.address) as store:
+        store.set_permissions("/local/domain/5/name", ["n0"])
+    guests = Guests(xenstored.add_domain_socket(7), time.monotonic)
+
+    assert {} == guests.names_of([5])
+    assert None is guests.name_of(5)
+    with Store(xenstored.address) as store:
+        store.set_permissions("/local/domain/5/name", ["n0", "r7"])
+    assert {5: "guest-5"} == guests.names_of([5])
+    guests.close()

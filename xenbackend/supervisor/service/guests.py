@@ -1,0 +1,71 @@
+"""What guests are called, asked for by a connection of its own: a xenstored that does not answer keeps nobody waiting.
+
+Must not be asked for anything that a disk depends on: no name is an answer, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+from xenbackend.errors import StoreError
+from xenbackend.supervisor.xenstore.store import Store
+
+ANSWER_S = 0.5
+REST_S = 10.0  # after xenstored has not answered
+_AT_ONCE = 64
+_DOMAINS = "/local/domain"
+T = TypeVar("T")
+
+
+class Guests:
+    """The names of domains."""
+
+    def __init__(self, address: str, clock: Callable[[], float]) -> None:
+        """Ask xenstored at this address, once somebody wants to know a name."""
+        self._address = address
+        self._clock = clock
+        self._store: Store | None = None
+        self._rests_until = float("-inf")
+
+    def names_of(self, domids: Iterable[int]) -> dict[int, str]:
+        """Return what the guests of these domains are called, as far as xenstored says so at once."""
+        until = self._clock() + ANSWER_S
+        names: dict[int, str] = {}
+        wanted = list(domids)
+        for first in range(0, len(wanted), _AT_ONCE):
+            paths = {f"{domid}/name": domid for domid in wanted[first : first + _AT_ONCE]}
+            try:
+                found = self._ask(partial(Store.read_many, path=_DOMAINS, keys=paths))
+            except StoreError:
+                break
+            names |= {paths[path]: guest for path, guest in found.items()}
+            if self._clock() > until:
+                break
+        return names
+
+    def name_of(self, domid: int) -> str | None:
+        """Return what one is called, None where our domain may not know. Raises: StoreError, where nobody says so."""
+        return self._ask(lambda store: store.read_if_allowed(f"{_DOMAINS}/{domid}/name"))
+
+    def close(self) -> None:
+        """Ask no more."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _ask(self, ask: Callable[[Store], T]) -> T:
+        if self._clock() < self._rests_until:
+            raise StoreError(
+                f"xenstore at {self._address} does not say what guests are called; write a domain's number"
+            )
+        try:
+            if self._store is None:
+                self._store = Store(self._address, timeout_s=ANSWER_S)
+            return ask(self._store)
+        except StoreError:
+            if self._store is None or not self._store.is_connected:  # else it has answered, and said no
+                self._rests_until = self._clock() + REST_S
+                self.close()
+            raise
