@@ -32,8 +32,9 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import KEPT, Ledger
 from xenbackend.supervisor.service.main import Service
 from xenbackend.supervisor.service.notify import Notifier
-from xenbackend.supervisor.service.server import Peer
+from xenbackend.supervisor.service.server import Peer, Reply
 from xenbackend.supervisor.service.settings import Settings
+from xenbackend.supervisor.service.vbds import Vbds
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach
@@ -444,6 +445,27 @@ def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: K
     service._close()
 
     assert [(Code.GONE, "the service is stopping"), (Code.OK, "")] == [(each.code, each.sentence) for each in answers]
+
+
+def test_whoever_stops_a_service_that_is_stopping_waits_for_the_same_end(
+    xenstored: Xenstored, kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop that would have been refused, for what it would lose, is not while one that was forced is under way."""
+
+    def refuse(_vbds: Vbds) -> None:
+        raise ConfigError("what the guests have written would be lost")
+
+    monkeypatch.setattr(Vbds, "refuse_to_lose", refuse)
+    settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
+    service = Service(settings, Notifier({}), kept.keeper())
+    answers: list[Answer] = []
+    for request in ({"verb": "stop"}, {"verb": "stop", "force": True}, {"verb": "stop"}):
+        service._answer(request, Peer(1, 0, "test"), Reply(service._loop, answers.append))
+    before = [each.code for each in answers]
+    service._close()
+
+    assert [Code.INVALID] == before
+    assert [Code.INVALID, Code.OK, Code.OK] == [each.code for each in answers]
 
 
 def test_questions_about_disks_wait_until_all_are_found(xenstored: Xenstored, toolstack: Store, tmp_path: Path) -> None:

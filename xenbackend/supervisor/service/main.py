@@ -288,7 +288,7 @@ class Service:
         if self._leaves:
             reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
             return
-        if request.get("force") is not True:
+        if request.get("force") is not True and not self._is_stopping:  # else there is nothing left to refuse
             self._registry.vbds.refuse_to_lose()
         reply.order = self._ledger.open("stop", "", asdict(peer), {})
         reply.known = lambda: {"pid": os.getpid(), "waits": self._waits()}
