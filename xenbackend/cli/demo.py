@@ -9,7 +9,6 @@ import argparse
 import os
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
-from xenbackend.cli import output
+from xenbackend.cli import demo_image, output
 from xenbackend.cli.arguments import add_json, duration, size
 from xenbackend.errors import ConfigError, XenbackendError, printable
 from xenbackend.units import SECTOR, format_duration, format_size
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if args.keep is not None:
             return _keep(args, stack)
         chain = args.chain or _own_chain(stack, args.area)
-        _make_missing(chain, args.area)
+        demo_image.make_missing(chain, args.area)
         if args.save:
             _check_new(args.save)
         open_once(parse_chain(chain), read_only=False)  # what cannot be opened is told before a Xen is started for it
@@ -115,7 +114,7 @@ def _keep(args: argparse.Namespace, stack: ExitStack) -> int:
     for number in range(1, args.keep + 1) if args.chain else ():
         chain = args.chain.replace(demo_keep.NUMBER, str(number))
         parse_chain(chain)
-        _make_missing(chain, args.area)
+        demo_image.make_missing(chain, args.area)
     watcher = Watcher(Console(highlight=False, soft_wrap=True, stderr=True), quiet=args.quiet, traces=args.trace)
     return demo_keep.run(args, stack.enter_context(Machine(observer=watcher.changed)), stack)
 
@@ -160,31 +159,8 @@ class Watcher:
 def _own_chain(stack: ExitStack, area: int) -> str:
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="xenbackend-demo-"))
     image = Path(directory) / "disk.img"
-    with image.open("wb") as file:
-        file.truncate(max(area, 1 << 20))
+    demo_image.make(image, area)
     return f"log:|aio:{image}"
-
-
-def _make_missing(chain: str, size: int) -> None:
-    """Make the raw image that a chain ends in, where there is none yet. Raises: ChainError, ConfigError."""
-    from xenbackend.block.drivers.aio import Aio
-    from xenbackend.block.options import files_of
-    from xenbackend.block.spec import parse_chain
-
-    bottom = parse_chain(chain).layers[-1]
-    if bottom.driver is not Aio:
-        return
-    for name in files_of(bottom.options).values():
-        if Path(name).absolute().is_relative_to("/dev"):
-            continue  # a device that is missing is no file
-        try:
-            with Path(name).open("xb") as file:
-                file.truncate(max(size, 1 << 20))
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"{printable(name)} is missing and cannot be made: {error.strerror}") from None
-        print(f"{printable(name)} was missing; it has {format_size(max(size, 1 << 20))} now", file=sys.stderr)
 
 
 def _check_new(path: Path) -> None:

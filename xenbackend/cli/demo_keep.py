@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from xenbackend.cli import output
+from xenbackend.cli import demo_image, output
 from xenbackend.errors import ConfigError, XenbackendError, printable
 from xenbackend.protocol.client import SOCKET_VARIABLE
 from xenbackend.supervisor.xenstore.toolstack import vbd_path
@@ -75,8 +75,7 @@ def chain_of(chain: str | None, number: int, directory: Path, size: int) -> str:
     if chain is not None:
         return chain.replace(NUMBER, str(number))
     image = directory / f"guest{number}.raw"
-    with image.open("wb") as file:
-        file.truncate(max(size, 1 << 20))
+    demo_image.make(image, size)
     return f"log:|aio:{image}"
 
 

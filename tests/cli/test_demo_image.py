@@ -1,0 +1,43 @@
+"""Images of the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xenbackend.cli import demo_image
+from xenbackend.errors import ConfigError
+
+MIB = 1 << 20
+
+
+def test_what_is_missing_is_made_and_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For what is used of it, at least of 1 MiB, sparse; whoever looks is told."""
+    image = tmp_path / "img"
+    demo_image.make_missing(f"log:|aio:{image}", 512)
+    said = capsys.readouterr().err
+    demo_image.make_missing(f"log:|aio:{image}", 8 * MIB)
+
+    assert (MIB, 0) == (image.stat().st_size, image.stat().st_blocks)
+    assert f"{image} was missing; it has 1 MiB now\n" == said
+    assert "" == capsys.readouterr().err
+
+
+def test_nothing_else_is_made(tmp_path: Path) -> None:
+    """A device that is missing is no file, an image of a format has to be made by its command, and a directory that is
+    not there is a sentence.
+    """
+    demo_image.make_missing("aio:/dev/nosuch", MIB)
+    demo_image.make_missing(f"qcow2:{tmp_path}/img", MIB)
+    with pytest.raises(ConfigError, match="is missing and cannot be made: No such file or directory"):
+        demo_image.make_missing(f"aio:{tmp_path}/none/img", MIB)
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_an_image_is_never_written_over(tmp_path: Path) -> None:
+    """Of two who make one the second fails."""
+    assert 2 * MIB == demo_image.make(tmp_path / "img", 2 * MIB)
+    with pytest.raises(FileExistsError):
+        demo_image.make(tmp_path / "img", MIB)
