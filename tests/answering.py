@@ -86,6 +86,7 @@ DISK = {
     "files": [{"file": "/img", "now": "same", "difference": ""}],
     "counters": {**dict.fromkeys(counters.NAMES, 0), "reads": 7, "errors": 3},
     "latency_histogram": [0] * 48,
+    "latency_by_operation": {each: {"sum_ns": 0, "buckets": [0] * 48} for each in counters.OPERATIONS},
 }  # fmt: skip
 LAYER = {
     "text": "aio:/img", "size": 1 << 30, "sector_size": 512, "read_only": False, "can_flush": True,

@@ -9,12 +9,14 @@ import pytest
 
 from xenbackend.counters import (
     BUCKETS,
+    BY_OPERATION,
     FIGURES,
     HISTOGRAM,
     INDEX,
     MOST_FIGURES,
     NAMES,
     SIZE,
+    by_operation,
     figures,
     histogram,
     percentile_ns,
@@ -95,6 +97,22 @@ def test_buckets_are_powers_of_two() -> None:
         bound = percentile_ns(histogram(page_with({sample.bit_length(): 1})), 0.5)
 
         assert sample < bound <= 2 * sample
+
+
+def test_each_operation_has_its_own_words() -> None:
+    """At the end of the page, behind all that layers may count."""
+    page = memoryview(bytearray(SIZE))
+    words = page.cast("Q")
+    words[BY_OPERATION], words[BY_OPERATION + 1 + 17], words[SIZE // 8 - 1] = 9, 3, 5
+    found = by_operation(page)
+
+    assert FIGURES + MOST_FIGURES == BY_OPERATION
+    assert (9, 3) == (found["read"]["sum_ns"], found["read"]["buckets"][17])
+    assert (0, 5, BUCKETS) == (
+        found["write"]["sum_ns"],
+        found["discard"]["buckets"][-1],
+        len(found["flush"]["buckets"]),
+    )
 
 
 def test_what_layers_count_lies_behind_the_histogram() -> None:

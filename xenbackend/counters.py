@@ -8,6 +8,7 @@ vbd goes on with them, until the vbd or the service ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 NAMES = (
     "reads", "writes", "flushes", "discards",
@@ -30,7 +31,9 @@ HISTOGRAM = 64  # first word of the latency histogram: word 64 + n counts sample
 BUCKETS = 48
 FIGURES = 112  # first word of what layers count: one word per figure, in the order of the layers, top first
 SIZE = 4096  # bytes: the page
-MOST_FIGURES = SIZE // 8 - FIGURES
+OPERATIONS = ("read", "write", "flush", "discard")
+BY_OPERATION = SIZE // 8 - len(OPERATIONS) * (1 + BUCKETS)  # first word of theirs: each one's sum, then its histogram
+MOST_FIGURES = BY_OPERATION - FIGURES
 INDEX = {name: place for place, name in enumerate(NAMES)}
 
 
@@ -45,12 +48,19 @@ def histogram(page: memoryview) -> list[int]:
     return page[:SIZE].cast("Q")[HISTOGRAM : HISTOGRAM + BUCKETS].tolist()
 
 
+def by_operation(page: memoryview) -> dict[str, dict[str, Any]]:
+    """Return for each operation what was timed of it: the sum in ns, and the histogram's buckets."""
+    words = page[:SIZE].cast("Q")[BY_OPERATION:].tolist()
+    parts = [words[first : first + 1 + BUCKETS] for first in range(0, len(words), 1 + BUCKETS)]
+    return {name: {"sum_ns": part[0], "buckets": part[1:]} for name, part in zip(OPERATIONS, parts, strict=True)}
+
+
 def figures(page: memoryview, names: Sequence[Sequence[str]]) -> list[dict[str, int]]:
     """Return what each layer counts, by the names that it has said; `page` is at least SIZE bytes.
 
     What is beyond MOST_FIGURES is left out.
     """
-    words = iter(page[:SIZE].cast("Q")[FIGURES:].tolist())
+    words = iter(page[:SIZE].cast("Q")[FIGURES:BY_OPERATION].tolist())
     return [dict(zip(each, words, strict=False)) for each in names]
 
 

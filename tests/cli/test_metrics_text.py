@@ -14,7 +14,7 @@ from xenbackend.cli.metrics_text import of_nobody, of_service, text
 SERVICE = {"version": "0.2.0", "since": 1.5, "bugs": 0, "breaches": 2}
 COUNTERS = {
     "reads": 7, "writes": 6, "flushes": 5, "discards": 4, "read_bytes": 3, "written_bytes": 2, "errors": 1,
-    "guest_errors": 8, "in_flight": 9, "latency_ns": 5_000_000_000,
+    "guest_errors": 8, "in_flight": 9,
 }  # fmt: skip
 
 
@@ -36,7 +36,8 @@ def test_what_status_says_is_in_it() -> None:
     """Each figure of the service and of a disk has its line, with the disk and its guest as labels."""
     buckets = [0] * 48
     buckets[13], buckets[47] = 2, 1
-    found = lines(disk(latency_histogram=buckets, reason="storage", waits_s=2.5, waits_for="storage"))
+    timed = {**DISK["latency_by_operation"], "write": {"sum_ns": 5_000_000_000, "buckets": buckets}}
+    found = lines(disk(latency_by_operation=timed, reason="storage", waits_s=2.5, waits_for="storage"))
     of_it = 'disk="5/xvda",guest="mail"'
 
     assert {
@@ -49,10 +50,12 @@ def test_what_status_says_is_in_it() -> None:
         f'xenbackend_disk_requests_total{{{of_it},operation="discard"}} 4',
         f'xenbackend_disk_bytes_total{{{of_it},operation="write"}} 2', f"xenbackend_disk_errors_total{{{of_it}}} 1",
         f"xenbackend_disk_guest_errors_total{{{of_it}}} 8", f"xenbackend_disk_in_flight{{{of_it}}} 9",
-        f'xenbackend_disk_latency_seconds_bucket{{{of_it},le="4.096e-06"}} 0',
-        f'xenbackend_disk_latency_seconds_bucket{{{of_it},le="8.192e-06"}} 2',
-        f'xenbackend_disk_latency_seconds_bucket{{{of_it},le="+Inf"}} 3',
-        f"xenbackend_disk_latency_seconds_sum{{{of_it}}} 5", f"xenbackend_disk_latency_seconds_count{{{of_it}}} 3",
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="4.096e-06"}} 0',
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="8.192e-06"}} 2',
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="+Inf"}} 3',
+        f'xenbackend_disk_latency_seconds_sum{{{of_it},operation="write"}} 5',
+        f'xenbackend_disk_latency_seconds_count{{{of_it},operation="write"}} 3',
+        f'xenbackend_disk_latency_seconds_count{{{of_it},operation="read"}} 0',
         f'xenbackend_layer_figure{{{of_it},layer="0",driver="throttle",figure="held"}} 4',
     } <= set(found)  # fmt: skip
 

@@ -91,6 +91,25 @@ def test_latency_has_a_histogram(vbd: Served) -> None:
     assert counters.percentile_ns(counters.histogram(vbd.journal), 1.0) > most
 
 
+def test_each_operation_has_a_histogram_of_its_own(vbd: Served) -> None:
+    """Together they are the one of all, sum and buckets; what a predecessor has counted stays."""
+    frontend = vbd.connect()
+    for _ in range(128):
+        frontend.read(0, 8)
+        frontend.write(0, bytes(4096))
+    frontend.flush()
+    vbd.pass_time(2)
+    timed = counters.by_operation(vbd.journal)
+    [total] = numbers(vbd, "latency_ns")
+
+    assert list(counters.OPERATIONS) == list(timed)
+    assert min(sum(timed["read"]["buckets"]), sum(timed["write"]["buckets"])) > 0 == sum(timed["discard"]["buckets"])
+    assert total == sum(each["sum_ns"] for each in timed.values())
+    assert counters.histogram(vbd.journal) == [
+        sum(each) for each in zip(*(each["buckets"] for each in timed.values()), strict=True)
+    ]
+
+
 def test_rests_are_published(vbd: Served) -> None:
     """Whether looking before sleeping rests now, and how long it has, is for whoever wonders about a slow guest."""
     now = 0

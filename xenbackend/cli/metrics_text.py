@@ -89,13 +89,14 @@ class _Disk:
                 yield labels | {"figure": name}, value
 
     def latency(self) -> Iterator[Sample]:
-        """Yield the histogram, as it is cumulated in the text."""
-        buckets = self.known["latency_histogram"]
-        bounds = [(_number(2**place / 1e9), sum(buckets[: place + 1])) for place in _BUCKETS]
-        for bound, count in [*bounds, ("+Inf", sum(buckets))]:
-            yield "_bucket", self.labels | {"le": bound}, count
-        yield "_sum", self.labels, self.counters["latency_ns"] / 1e9
-        yield "_count", self.labels, sum(buckets)
+        """Yield each operation's histogram, as it is cumulated in the text."""
+        for operation, timed in self.known["latency_by_operation"].items():
+            labels, buckets = self.labels | {"operation": operation}, timed["buckets"]
+            bounds = [(_number(2**place / 1e9), sum(buckets[: place + 1])) for place in _BUCKETS]
+            for bound, count in [*bounds, ("+Inf", sum(buckets))]:
+                yield "_bucket", labels | {"le": bound}, count
+            yield "_sum", labels, timed["sum_ns"] / 1e9
+            yield "_count", labels, sum(buckets)
 
 
 def _of_disks(disks: Sequence[_Disk]) -> list[Family]:

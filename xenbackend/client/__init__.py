@@ -9,6 +9,7 @@ from xenbackend.client.results import (
     Disk,
     Done,
     File,
+    Latency,
     Layer,
     LayerTimes,
     Measured,
@@ -38,7 +39,7 @@ from xenbackend.protocol.client import (
 from xenbackend.protocol.codes import Code
 
 __all__ = [
-    "VERSION", "Bug", "Busy", "Changed", "Client", "Code", "Disk", "Done", "Failed", "File", "Gone", "Invalid", "Layer",
-    "LayerTimes", "Measured", "Order", "Pending", "Planned", "Policy", "Service", "ServiceError", "Stopped", "Times",
-    "UnderWay", "Unreachable", "Untold", "Upgraded", "Wait", "Who",
+    "VERSION", "Bug", "Busy", "Changed", "Client", "Code", "Disk", "Done", "Failed", "File", "Gone", "Invalid",
+    "Latency", "Layer", "LayerTimes", "Measured", "Order", "Pending", "Planned", "Policy", "Service",
+    "ServiceError", "Stopped", "Times", "UnderWay", "Unreachable", "Untold", "Upgraded", "Wait", "Who",
 ]  # fmt: skip

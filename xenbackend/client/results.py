@@ -78,6 +78,14 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """How long requests of one operation took, of a sample; element n of `buckets` counts those below 2^n ns."""
+
+    sum_ns: int
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
     """A disk in service."""
 
@@ -113,6 +121,7 @@ class Disk:
     files: tuple[File, ...]
     counters: dict[str, int]
     latency_histogram: tuple[int, ...]
+    latency_by_operation: dict[str, Latency]
     values: Values = field(repr=False)
 
 
@@ -316,6 +325,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "Who": _of(Who),
     "dict[str, str]": _named(_text),
     "dict[str, int]": _named(_number),
+    "dict[str, Latency]": _named(_of(Latency)),
     "dict[str, Times]": _named(_of(Times)),
     "tuple[str, ...]": _each(_text),
     "tuple[int, ...]": _each(_number),

@@ -26,6 +26,7 @@ DISK: Values = {  # but for what says which disk it is
     "waits_s": None, "waits_for": "", "worker": None, "worker_since": None, "worker_version": "",
     "needs_upgrade": False, "restarts": 0, "layers": [], "walls": [], "no_walls": {}, "needs": [], "files": [],
     "counters": dict.fromkeys(counters.NAMES, 0), "latency_histogram": [0] * counters.BUCKETS,
+    "latency_by_operation": {each: {"sum_ns": 0, "buckets": [0] * counters.BUCKETS} for each in counters.OPERATIONS},
 }  # fmt: skip
 LAYER: Values = {
     "size": 0, "sector_size": 0, "read_only": False, "can_flush": False, "can_discard": False,

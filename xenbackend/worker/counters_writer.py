@@ -34,7 +34,9 @@ class CountersWriter:
         self._engine = engine
         self._words = page.cast("Q")
         self._before = counters.snapshot(page)
+        self._samples = 0  # that the page has, of this connection
         self._buckets_before = self._words[counters.HISTOGRAM : counters.HISTOGRAM + counters.BUCKETS].tolist()
+        self._by_operation_before = self._words[counters.BY_OPERATION :].tolist()
 
     def publish(self) -> None:
         """Write every counter, each by one store."""
@@ -44,11 +46,21 @@ class CountersWriter:
             words[counters.INDEX[name]] = self._before[name] + now[name]
         for name in ("in_flight", "latency_max_ns", "look_ns"):
             words[counters.INDEX[name]] = now[name]
-        queues = self._engine.queues
-        for bucket, before in enumerate(self._buckets_before):
-            words[counters.HISTOGRAM + bucket] = before + sum(queue.latency[bucket] for queue in queues)
+        if now["latency_samples"] != self._samples:  # else nothing has changed in their hundreds of words
+            self._samples = now["latency_samples"]
+            self._publish_latency()
         for place, figure in enumerate(self.figures()[: counters.MOST_FIGURES], counters.FIGURES):
             words[place] = min(max(0, figure), _MOST)
+
+    def _publish_latency(self) -> None:
+        words, queues = self._words, self._engine.queues
+        for bucket, before in enumerate(self._buckets_before):
+            timed = [each[bucket] for queue in queues for each in queue.latency]
+            words[counters.HISTOGRAM + bucket] = before + sum(timed)
+        for place, before in enumerate(self._by_operation_before):
+            kind, at = divmod(place, 1 + counters.BUCKETS)
+            timed = [queue.latency[kind][at - 1] if at else queue.latency_ns[kind] for queue in queues]
+            words[counters.BY_OPERATION + place] = before + sum(timed)
 
     def _now(self) -> dict[str, int]:
         engine, queues = self._engine, self._engine.queues
@@ -73,7 +85,7 @@ class CountersWriter:
             "notifications": sum(queue.notifications for queue in queues),
             "missed_wakeups": self.missed_wakeups,
             "latency_samples": sum(queue.samples for queue in queues),
-            "latency_ns": sum(queue.latency_ns for queue in queues),
+            "latency_ns": sum(sum(queue.latency_ns) for queue in queues),
             "latency_max_ns": max((queue.latency_max_ns for queue in queues), default=0),
             "bugs": engine.bugs,
             "rests": engine.poller.rests,

@@ -11,8 +11,11 @@ from time import monotonic_ns
 from typing import Protocol
 
 from xenbackend.blkif.abi import (
+    BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_READ,
     BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
     BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR,
     BLKIF_RSP_OKAY,
@@ -20,7 +23,7 @@ from xenbackend.blkif.abi import (
 from xenbackend.blkif.request import Decoder, RingRequest
 from xenbackend.blkif.ring import BackRing
 from xenbackend.block.request import Request
-from xenbackend.counters import BUCKETS
+from xenbackend.counters import BUCKETS, OPERATIONS
 from xenbackend.journal import (
     ANSWER_EOPNOTSUPP,
     ANSWER_ERROR,
@@ -36,6 +39,12 @@ from xenbackend.worker.recovery import recover
 
 RECORDS_PER_SLOT = 4  # of a ring: requests in flight that are answered out of order leave gaps in their batches
 _UNTIMED = 7 * BATCH  # bits of a request number: batches that begin with any of them set are not timed, 7 in 8
+_KINDS = len(OPERATIONS) + 1  # of which the last one is for what a guest has made up
+_KIND = [_KINDS - 1] * 256
+_KIND[BLKIF_OP_READ] = 0
+_KIND[BLKIF_OP_WRITE] = _KIND[BLKIF_OP_WRITE_BARRIER] = 1
+_KIND[BLKIF_OP_FLUSH_DISKCACHE] = 2
+_KIND[BLKIF_OP_DISCARD] = 3
 _OPERATIONS = 256  # operation is one byte of the guest's
 _WORDS = [Struct(f"@{count}Q") for count in range(BATCH + 1)]  # native: each word is one store
 _ZEROS = [memoryview(bytes(8 * count)).cast("Q") if count else memoryview(b"") for count in range(BATCH + 1)]
@@ -90,6 +99,7 @@ class Queue:
 
     requests, bytes   answered without an error, by BLKIF_OP_*
     in_flight         taken and not answered
+    latency           of each of counters.OPERATIONS, and of what is none of them, by buckets; `latency_ns` their sums
     """
 
     def __init__(self, ring: BackRing, journal: RingJournal, decoder: Decoder, channel: EventChannel) -> None:
@@ -102,8 +112,9 @@ class Queue:
         self.requests = [0] * _OPERATIONS
         self.bytes = [0] * _OPERATIONS
         self.errors = self.notifications = 0
-        self.samples = self.latency_ns = self.latency_max_ns = 0
-        self.latency = [0] * BUCKETS
+        self.samples = self.latency_max_ns = 0
+        self.latency = [[0] * BUCKETS for _ in range(_KINDS)]
+        self.latency_ns = [0] * _KINDS
         self._places = ring.places * 2  # of the slots: a batch of answers may lie across the ring's end
         self._journal = journal
         self._answers = journal.answers
@@ -189,7 +200,7 @@ class Queue:
         if batch != block.lent or not self._answer_whole(block, batch, first):
             return False
         if block.started:
-            self._sample(block)
+            self._sample(block, batch[0].tag.operation)
         self._publish(first + len(batch))
         self._free_block(block)
         return True
@@ -200,7 +211,7 @@ class Queue:
             return
         block = self._blocks[batch[0].tag.entry // BATCH]
         if block.started:
-            self._sample(block)
+            self._sample(block, batch[0].tag.operation)
         first = self.ring.answered
         self._answer_each(batch, first)
         self._publish(first + len(batch))
@@ -292,13 +303,14 @@ class Queue:
             self.notifications += 1
             self._channel.notify()
 
-    def _sample(self, block: Block) -> None:
+    def _sample(self, block: Block, operation: int) -> None:
         passed = monotonic_ns() - block.started
         block.started = 0  # once, however many pieces it comes back in
         self.samples += 1
-        self.latency_ns += passed
+        kind = _KIND[operation]
+        self.latency_ns[kind] += passed
         self.latency_max_ns = max(self.latency_max_ns, passed)
-        self.latency[min(passed.bit_length(), BUCKETS - 1)] += 1
+        self.latency[kind][min(passed.bit_length(), BUCKETS - 1)] += 1
 
     def _make_block(self) -> Block:
         """Make one more block. There are never more than slots: each block in use holds a request in flight."""

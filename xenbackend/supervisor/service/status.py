@@ -75,6 +75,7 @@ def describe(
         ],
         "counters": counters.snapshot(page),
         "latency_histogram": counters.histogram(page),
+        "latency_by_operation": counters.by_operation(page),
     }
 
 
