@@ -1,4 +1,4 @@
-"""Makes the site of documentation: the pages of the repository, and pages that are made of manuals and settings.
+"""Makes the site of documentation: the pages of the repository, and what is made of manuals, settings and tables.
 
 Must not describe anything: drivers do by their manuals, settings by their example, pages by themselves.
 
@@ -10,6 +10,7 @@ DIRECTORY/html. Whatever Sphinx has to say against a page, a link that leads now
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from xenbackend import __version__
 from xenbackend.block.drivers import BUILT_IN, find_driver, manual, summary
@@ -30,6 +32,16 @@ _SECTION = re.compile(r"^([A-Z]\w+):$", re.MULTILINE)
 _OPTION = re.compile(r"^    (\w+): (.*)\n        (.*)$", re.MULTILINE)
 _SETTING = re.compile(r"^((?:# .*\n)+)#([\w.]+) = (.*)$", re.MULTILINE)
 _VERBATIM = ("Synopsis", "Example")
+_KEY = re.compile(r"(\*?)`([a-z_0-9.\[\]]+)`\*?")
+_KINDS: dict[str, dict[str, Any]] = {  # of docs/json.md
+    "number": {"type": "number"}, "time": {"type": "number"},
+    "text": {"type": "string"}, "boolean": {"type": "boolean"},
+    "numbers": {"type": "array", "items": {"type": "number"}}, "texts": {"type": "array", "items": {"type": "string"}},
+    "maps": {"type": "array", "items": {"type": "object"}}, "map": {"type": "object"},
+    "map of numbers": {"type": "object", "additionalProperties": {"type": "number"}},
+    "map of texts": {"type": "object", "additionalProperties": {"type": "string"}},
+    "layers": {"type": "array", "items": {"$ref": "#/$defs/Layers"}},
+}  # fmt: skip
 
 
 def main(directory: Path) -> int:
@@ -79,6 +91,10 @@ def lay_out(source: Path) -> None:
         (made / f"{name}.md").write_text(driver_page(name), encoding="utf-8")
     (made / "drivers.md").write_text(drivers_page(), encoding="utf-8")
     (made / "settings.md").write_text(settings_page(), encoding="utf-8")
+    schema = json_schema((ROOT / "docs/json.md").read_text())
+    (made / "schema.json").write_text(json.dumps(schema, indent=1), encoding="utf-8")
+    with (source / "docs/json.md").open("a") as page:
+        page.write("\n## As a JSON Schema\n\n[schema.json](reference/schema.json) has these tables for programs.\n")
     with (source / "README.md").open("a") as front:
         front.write(f"\n{contents(page.relative_to(ROOT).as_posix() for page in pages)}")
 
@@ -131,6 +147,63 @@ def settings_page() -> str:
             lines.append(f"| `{name}` | `{_cell(default)}` | {_cell(sentence)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def json_schema(page: str) -> dict[str, Any]:
+    """Return the tables of docs/json.md as a JSON Schema: `$defs` has one for each heading, such as `status`."""
+    definitions: dict[str, Any] = {}
+    sections = re.split(r"^## (.*)$", page, flags=re.MULTILINE)[1:]
+    for heading, body in zip(sections[::2], sections[1::2], strict=True):
+        rows = re.findall(r"^\| (\*?`.*?) \| (.*?) \| (.*?)\|?$", body, re.MULTILINE)
+        if rows and heading != "Codes":
+            definitions[heading] = made = _object()
+            for names, kinds, meaning in rows:
+                _add_row(made, names, kinds, meaning)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": definitions}
+
+
+def _add_row(made: dict[str, Any], names: str, kinds: str, meaning: str) -> None:
+    """Add the keys of a row, each with its type, or all with one; what may be null is said in the row."""
+    keys, types = _KEY.findall(names), kinds.split(", ")
+    for place, (italics, path) in enumerate(keys):
+        value = dict(_KINDS[types[min(place, len(types) - 1)]])
+        if "null" in meaning and "additionalProperties" in value:
+            value["additionalProperties"] = {"type": [value["additionalProperties"]["type"], "null"]}
+        elif "null" in meaning:
+            value["type"] = [value["type"], "null"]
+        *parents, name = path.split(".")
+        where = made
+        for each in [*parents, *([name] if name.endswith("[]") else [])]:
+            where = _inner(where, each, is_required=not italics)
+        if not name.endswith("[]"):
+            _set(where, name, value, is_required=not italics)
+        elif value.get("items"):
+            where.clear()
+            where |= value["items"]
+
+
+def _inner(where: dict[str, Any], name: str, *, is_required: bool) -> dict[str, Any]:
+    """Return the object below a key, or that of each element of its array."""
+    plain = name.removesuffix("[]")
+    if "properties" not in where:  # it is one of another table, and has more here
+        where |= {"allOf": [{"$ref": where.pop("$ref")}], **_object()}
+    if plain not in where["properties"]:
+        inner = {"type": "array", "items": _object()} if name.endswith("[]") else _object()
+        _set(where, plain, inner, is_required=is_required)
+    found: dict[str, Any] = where["properties"][plain]
+    return found["items"] if name.endswith("[]") else found
+
+
+def _set(where: dict[str, Any], name: str, value: dict[str, Any], *, is_required: bool) -> None:
+    if "properties" not in where:
+        where |= {"allOf": [{"$ref": where.pop("$ref")}], **_object()}
+    where["properties"][name] = value
+    if is_required:
+        where["required"].append(name)
+
+
+def _object() -> dict[str, Any]:
+    return {"type": "object", "properties": {}, "required": []}
 
 
 def _about(name: str) -> str:

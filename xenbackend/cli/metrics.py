@@ -91,7 +91,8 @@ def leave(directory: Path, text: str) -> None:
 
 def _values(family: Family) -> dict[str, Any]:
     samples = [
-        {"name": f"{family.name}{suffix}", "labels": labels, "value": value} for suffix, labels, value in family.samples
+        {"name": f"{family.name}{suffix}", "labels": labels, "value": value + 0}  # which makes a number of a boolean
+        for suffix, labels, value in family.samples
     ]
     return {"name": family.name, "type": family.kind, "help": family.help, "samples": samples}
 
