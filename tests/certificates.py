@@ -38,7 +38,7 @@ class Authority:
         _openssl("req", *key, "-keyout", f"{stem}-key.pem", "-out", request, "-subj", f"/CN={host}")
         _openssl(
             "x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial",
-            "-days", str(days), "-extfile", names, "-out", f"{stem}-cert.pem",
+            *_until(days), "-extfile", names, "-out", f"{stem}-cert.pem",
         )  # fmt: skip
 
     def server(self, name: str, host: str = "localhost", days: int = 30) -> Path:
@@ -65,6 +65,14 @@ def make_key(kind: str) -> str:
     """Return a new private key of one of KINDS, as PEM."""
     more = ("-pkeyopt", "ec_paramgen_curve:P-256") if kind == "EC" else ()
     return _openssl("genpkey", "-algorithm", kind, *more).decode()
+
+
+def _until(days: int) -> tuple[str, ...]:
+    """Return the options for so many days from now; for what is past, OpenSSL 3.4 and later want dates."""
+    shown = subprocess.run(["openssl", "x509", "-help"], capture_output=True, text=True, check=True).stderr
+    if days < 0 and "-not_after" in shown:
+        return ("-not_before", "20200101000000Z", "-not_after", "20200102000000Z")
+    return ("-days", str(days))
 
 
 def _openssl(*words: object) -> bytes:

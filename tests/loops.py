@@ -37,8 +37,6 @@ def give(device: str, path: Path, *options: str) -> None:
 @contextmanager
 def loop(path: Path, size: int, *, sector_size: int) -> Iterator[tuple[str, Path]]:
     """Have a device on a new file, and get the paths of both. Sizes in bytes."""
-    if not shutil.which("losetup"):
-        pytest.skip("losetup is not installed (Debian: mount)")
     with path.open("wb") as file:
         file.truncate(size)
     arguments = ["losetup", "--find", "--show", f"--sector-size={sector_size}", path]
@@ -107,5 +105,7 @@ def _ask(device: str, what: int, size: int) -> None:
 
 
 def _find(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("losetup"):
+        pytest.skip("losetup is not installed (Debian: mount)")
     with alone() if Path("/dev/loop-control").exists() else nullcontext():
         return subprocess.run(command, capture_output=True, text=True, check=False)
