@@ -25,8 +25,13 @@ class Engine:
     chain   the layer that has its disk
     """
 
-    def __init__(self, kind: str, directory: Path, size: int, options: Sequence[str] = (), more: str = "") -> None:
-        """Prepare one; `options` come before the plug-in of nbdkit, or before the image, and `more` into the chain."""
+    def __init__(
+        self, kind: str, directory: Path, size: int, options: Sequence[str] = (), more: str = "", image: str = ""
+    ) -> None:
+        """Prepare one; `options` come before the plug-in of nbdkit, or before the image, and `more` into the chain.
+
+        `image` is what qemu-nbd serves in the place of a file of zeros.
+        """
         if shutil.which(kind) is None:
             pytest.skip(f"there is no {kind} here")
         self.kind = kind
@@ -36,6 +41,7 @@ class Engine:
         self.socket = directory / f"{kind}.sock"
         self._options = list(options)
         self._more = more
+        self._image = image or str(self.image)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -101,7 +107,7 @@ class Engine:
                     str(self.socket),
                     "--discard=unmap",
                     *self._options,
-                    str(self.image),
+                    self._image,
                 ]
             case _:
                 return [

@@ -1,0 +1,87 @@
+"""A disk on an iSCSI target, for a host whose kernel has no initiator: by qemu-nbd, which brings one."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.engines.guest import SIZE, Guest, until
+from tests.engines.servers import Engine
+from xenbackend.cli.main import main
+from xenbackend.embedded.machine import Machine
+
+NAME = "iqn.2026-11.example:disk"
+
+
+@pytest.fixture
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A target of tgt with one unit, the file `unit`, as a URI; all that it leaves is in the test's directory."""
+    for program in ("tgtd", "tgtadm", "qemu-nbd"):
+        if shutil.which(program) is None:
+            pytest.skip(f"there is no {program} here")
+    monkeypatch.setenv("TGT_IPC_SOCKET", str(tmp_path / "tgtd"))
+    unit = tmp_path / "unit"
+    unit.write_bytes(bytes(SIZE))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        portal = f"127.0.0.1:{probe.getsockname()[1]}"
+    with (tmp_path / "tgtd.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["tgtd", "-f", "--iscsi", f"portal={portal}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        until(lambda: process.poll() is not None or _tgtadm("--mode", "target", "--op", "show") == 0)
+        for words in (
+            ("--op", "new", "--mode", "target", "--tid", "1", "-T", NAME),
+            ("--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", str(unit)),
+            ("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL"),
+        ):
+            assert 0 == _tgtadm(*words), (tmp_path / "tgtd.log").read_text()
+        yield f"iscsi://{portal}/{NAME}/1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _tgtadm(*words: str) -> int:
+    command = ["tgtadm", "--lld", "iscsi", *words]
+    return subprocess.run(command, check=False, capture_output=True, timeout=20).returncode
+
+
+@pytest.fixture
+def engine(target: str, tmp_path: Path) -> Iterator[Engine]:
+    """What makes an NBD server of the target."""
+    done = subprocess.run(["qemu-img", "info", target], check=False, capture_output=True, text=True, timeout=20)
+    if "Unknown protocol" in done.stderr:
+        pytest.skip("this QEMU has no iSCSI; Debian's package qemu-block-extra brings it")
+    assert 0 == done.returncode, done.stderr
+    with Engine("qemu-nbd", tmp_path, SIZE, image=target) as engine:
+        yield engine
+
+
+def test_demo(engine: Engine) -> None:
+    """The demo verifies every sector."""
+    assert 0 == main(["demo", "--quiet", "--area", "16M", "--seconds", "1", engine.chain])
+
+
+def test_workers_and_the_bridge_are_killed(
+    machine: Machine, engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A guest sees a pause when its worker dies amid requests, or what makes an NBD server of the target does."""
+    with ExitStack() as stack:
+        guest = Guest(machine, engine.chain, request.config.getoption("--seed"), stack)
+        for dies in (guest.kill, engine.kill, guest.kill):
+            guest.load.run(60)
+            guest.load.top_up()
+            dies()
+            if not engine.is_alive():
+                engine.start()
+        guest.load.run(100)
+        guest.end()
+    assert (tmp_path / "unit").read_bytes() != bytes(SIZE)
