@@ -1,0 +1,65 @@
+"""The driver nbd over a network that loses packets: a server in a namespace of its own."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.engines.guest import SIZE, Guest, until
+from tests.engines.lossy import FAR, LossyLink
+from xenbackend.embedded.machine import Machine
+
+
+@pytest.fixture
+def link(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LossyLink]:
+    """A link that loses one packet in a thousand, with a server at its far end."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("there is no nbdkit here")
+    image = tmp_path / "image"
+    image.write_bytes(bytes(SIZE))
+    # nbdkit 1.32 aborts when a client dies with requests in flight: it is started again, as by its unit
+    serve = f"while :; do nbdkit -f --threads=1 -i {FAR} -p 10809 file {image}; done"
+    with LossyLink(["sh", "-c", serve], 0.001, request.config.getoption("--seed")) as link:
+        until(_listens)
+        yield link
+
+
+@pytest.fixture
+def guest(machine: Machine, link: LossyLink, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A guest whose server is behind the link."""
+    with ExitStack() as stack:
+        yield Guest(machine, f"nbd:{FAR}:10809,drain=0s,timeout=2s", request.config.getoption("--seed"), stack)
+
+
+def test_packets_are_lost(guest: Guest, link: LossyLink) -> None:
+    """A guest some of whose packets are lost on their way, and whose worker dies meanwhile, sees no error."""
+    for _ in range(2):
+        guest.load.run(100)
+        guest.load.top_up()
+        guest.kill()
+    while not link.lost:
+        guest.load.run(100)
+    guest.end()
+
+
+def test_a_network_that_goes_silent(guest: Guest, link: LossyLink) -> None:
+    """Where nothing comes through any more the guest waits, is told why, and goes on once the network does."""
+    guest.load.run(50)
+    guest.load.finish()
+    link.loss = 1.0
+    guest.load.top_up()
+    until(lambda: "the server has answered nothing" in guest.connection() or guest.error())
+    link.loss = 0.001
+    guest.load.run(50)
+    guest.end()
+
+
+def _listens() -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((FAR, 10809)) == 0
