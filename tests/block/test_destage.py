@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from tests.block.test_write_back import Life
-from tests.helpers_block import write
+from tests.helpers_block import Machine, read, write
 from xenbackend.block.destage import REST_S
+from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.request import Op
 
 BLOCK = 4096
@@ -60,7 +62,7 @@ def test_the_rate_is_kept(tmp_path: Path) -> None:
     pass_time(life, 5)
 
     assert 9 <= below(life) - first <= 11
-    assert 30 - below(life) == life.figures()["dirty"]
+    assert 0 <= life.figures()["dirty"] - (30 - below(life)) <= 2  # what is below, and not yet flushed
 
 
 def test_many_do_not_rest(tmp_path: Path) -> None:
@@ -73,6 +75,32 @@ def test_many_do_not_rest(tmp_path: Path) -> None:
 
     assert 10 <= below(life) < 40
     assert life.image.bytes[:BLOCK] == b"n" * BLOCK
+
+
+def test_media_that_answer_at_once(tmp_path: Path) -> None:
+    """Thousands of blocks go below, as of files in the page cache, and a guest's request waits for a few at most."""
+    machine, size, file = Machine(), 16 << 20, Path(f"/dev/shm/{tmp_path.name}")
+    (tmp_path / "image").write_bytes(bytes(size))
+    text = f"cache:{file},size=16M,block=4K,mode=writeback|aio:{tmp_path}/image,cache=on"
+    chain = machine.open(text)
+    try:
+        for place in range(0, size, 128 << 10):
+            assert [0] == machine.do(chain, write(place, b"n" * (128 << 10)))
+        driver = chain.layers[0].driver
+        assert driver.figures()["dirty"] > 2000
+        assert isinstance(driver, Cache)
+        assert driver._writer is not None
+        counts = []
+        for _ in range(50):
+            driver._writer.destage._tick()
+            machine.do(chain, read(0, 512))
+            counts.append(driver.figures()["destaged"])
+        assert max(later - sooner for sooner, later in pairwise(counts)) <= 4 * 8
+        chain.close()
+        assert b"n" * size == machine.contents(text)  # a slow host has not had the time for all of it
+    finally:
+        file.unlink()
+        machine.close()
 
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])

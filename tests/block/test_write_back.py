@@ -244,7 +244,8 @@ def test_a_successor_gives_no_slot_away_either(tmp_path: Path) -> None:
         life.disk.do(flush())
         life.rest()
         while life.figures()["dirty"]:
-            assert life.disk.step()
+            if not life.disk.step():
+                life.rest()
         life.kill()
         for block in range(1, 30):
             life.disk.do(read(block << 17, 512))

@@ -37,6 +37,7 @@ class BackIO:
         self._down: list[Request] = []
         self._to_file: list[Request] = []
         self._back: list[Request] = []
+        self._is_passing = False
         self._gone_below = 1  # writes below that have ended; a predecessor may have left one
         self._flushed_below = 0  # of these, as many as a flush has covered
         self._lost = 0  # errno of a flush of our own that failed, of which the guest's next flush has to tell
@@ -55,16 +56,22 @@ class BackIO:
 
     def pass_on(self) -> None:
         """Send down, to FILE and up what has come together meanwhile."""
-        while self._down or self._to_file or self._back:
-            down, self._down = self._down, []
-            to_file, self._to_file = self._to_file, []
-            back, self._back = self._back, []
-            if down:
-                self._driver.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
-            if to_file:
-                self._file.submit(to_file)
-            if back:
-                self._driver.complete(back)
+        if self._is_passing:
+            return  # what comes back at once is passed on by the loop below, or there were a call for each
+        self._is_passing = True
+        try:
+            while self._down or self._to_file or self._back:
+                down, self._down = self._down, []
+                to_file, self._to_file = self._to_file, []
+                back, self._back = self._back, []
+                if down:
+                    self._driver.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
+                if to_file:
+                    self._file.submit(to_file)
+                if back:
+                    self._driver.complete(back)
+        finally:
+            self._is_passing = False
 
     def send_below(
         self, op: int, place: int, iov: Sequence[memoryview], length: int, done: Callable[[Part], None]

@@ -46,6 +46,7 @@ class Destage:
         self._copies = Copies()
         self._next_at = 0.0  # when the next one may be moved
         self._drains = self._has_failed = self._has_timer = self._is_settling = self._is_freeing = False
+        self._is_soon = False
 
     def has_room(self, blocks: Iterable[int]) -> bool:
         """Return whether these blocks may be dirty, too."""
@@ -120,6 +121,17 @@ class Destage:
         if not self._is_freeing and self._freed:
             self._free()
 
+    def _go_on_soon(self) -> None:
+        """Let the guest's requests come in between, also where both media answer at once."""
+        if not self._is_soon:
+            self._is_soon = True
+            self._env.call_later(0, self._now)
+
+    def _now(self) -> None:
+        self._is_soon = False
+        self._go_on()
+        self._cache.pass_on()
+
     def _due(self) -> list[tuple[int, int]]:
         now, found = self._env.now(), list[tuple[int, int]]()
         room = _DEPTH - len(self._moving)
@@ -162,7 +174,10 @@ class Destage:
             waiting, self.waiting = self.waiting, []
             for each in waiting:
                 self._cache.alter(each)
-            self._go_on()
+            if self._drains:
+                self._go_on()
+            else:
+                self._go_on_soon()
 
         self._cache.send_to_slot(Op.READ, slot, 0, [memory[:size]], read)
 

@@ -57,7 +57,7 @@ Limits:
     begin with another FILE.
 
     A hit of 4096 bytes costs 1.3 us more than a read without this layer in batches of 32, and 1.9 us alone; a write 2.8
-    us more, and 7.7 us with mode=writethrough.
+    us more, 7.7 us with mode=writethrough, and 6.8 us with writeback.
 """
 
 from __future__ import annotations
