@@ -254,6 +254,20 @@ def test_a_successor_gives_no_slot_away_either(tmp_path: Path) -> None:
             assert b"n" * 512 + life.first[512 : 1 << 17] == found[: 1 << 17], seed
 
 
+def test_two_blocks_of_one_write_have_two_slots(tmp_path: Path) -> None:
+    """Also where the second one has a slot before, which is the next to be given away: to the first one, if at all."""
+    for victim in range(2, 18, 2):
+        life = Life(tmp_path, Random(1), block="128K", size=4 << 20)
+        for block in [*range(2, 18, 2)] * 2:  # none is less used than the others
+            life.disk.do(read(block << 17, 512))
+        place = (victim << 17) - 512
+        assert [0] == life.disk.do(write(place, b"n" * 1024))
+        expected = life.first[:place] + b"n" * 1024 + life.first[place + 1024 :]
+        assert expected == life.disk.everything()
+        life.settle()
+        assert expected == life.image.bytes
+
+
 def test_a_disk_that_has_grown(tmp_path: Path) -> None:
     """What the disk ended inside of is below alone: there is more of it now."""
     life = Life(tmp_path, Random(1), block="64K", size=160 << 10)

@@ -221,7 +221,7 @@ class WriteBack(BackIO):
                 return
             join = self._begin(request, first, last, is_held=not is_there)
             if not is_there:
-                slots = [self._slot_for(request, block, slot) for block, slot in enumerate(slots, first)]
+                slots = [self._slot_for(request, block) for block in range(first, last + 1)]
             for slot, place, length, iov in self._pieces(request, slots):
                 join.left += 1
                 self._write(join, slot, place, length, iov)
@@ -268,11 +268,12 @@ class WriteBack(BackIO):
             for each in self._holds.remove(join.request.op, join.first, join.last):
                 self.alter(each)
 
-    def _slot_for(self, request: Request, block: int, slot: int) -> int:
+    def _slot_for(self, request: Request, block: int) -> int:
         """Return the slot to which a block is to be written, pinned, or its place goes to the next block.
 
         -1: there is none, the block goes below, and nothing in FILE says else.
         """
+        slot = self.map.find(block)  # now: the block before may have taken its slot
         if slot >= 0 and self.destage.has_room((block,)):
             self.map.pins[slot] += 1
             return slot
