@@ -149,6 +149,8 @@ def test_map_is_qemus_json(run: Run, run_json: RunJson, raw: Path, tmp_path: Pat
     """A program that reads `qemu-img map --output=json` reads ours; people get a table."""
     run("convert", "aio:disk.raw", "qcow2:a.qcow2")
     qemu = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", tmp_path / "a.qcow2"))
+    for each in qemu:
+        each.pop("compressed", None)  # from QEMU 8.2 on
 
     assert qemu == run_json("map", "qcow2:a.qcow2")
     _, out, _ = run("map", "qcow2:a.qcow2")

@@ -44,6 +44,13 @@ def test_what_must_be_there_is_missed(key: str) -> None:
         results.disk({name: value for name, value in DISK.items() if name != key})
 
 
+@pytest.mark.parametrize("key", ["domid", "since", "restarts", "worker", "waits_s"])
+def test_a_boolean_is_no_number(key: str) -> None:
+    """Although Python takes one for 0 or 1."""
+    with pytest.raises(ValueError, match="True"):
+        results.disk({**DISK, key: True})
+
+
 @pytest.mark.parametrize("key", [each.name for each in fields(results.Disk) if each.name != "values"])
 def test_no_field_has_another_type(key: str) -> None:
     """Whatever stands in the place of a value, a field has none of it."""
