@@ -21,7 +21,7 @@ PACKAGES = (
     "python3-venv", "systemd-standalone-sysusers",
 )  # fmt: skip
 _ENTER = """\
-mount -t proc proc "$0/proc" && mount -t tmpfs tmpfs "$0/dev/shm" && exec chroot "$0" "$@"
+mount --bind "$0" "$0" && mount -t proc proc "$0/proc" && mount -t tmpfs tmpfs "$0/dev/shm" && exec chroot "$0" "$@"
 """
 
 
