@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import threading
+import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,6 +121,51 @@ def test_a_device_is_spoken_to_as_well_as_a_socket() -> None:
         assert not os.get_blocking(store._connection.fileno())
     os.close(controller)
     os.close(terminal)
+
+
+def test_a_device_gets_one_request_at_a_time() -> None:
+    """Linux' device keeps one payload: that of a request which it has not sent yet is lost to the next write. So every
+    key that is read or written over it is the one that was meant.
+    """
+    controller, terminal = os.openpty()
+    tty.setraw(terminal)
+    keys = [f"key{number}" for number in range(4)]
+    written: list[bytes] = []
+    device = threading.Thread(target=be_the_device, args=(controller, 2 * len(keys), written))
+    device.start()
+    with Store(os.ttyname(terminal)) as store:
+        store.write_many("/a", {key: f"to {key}" for key in keys})
+        found = store.read_many("/a", keys)
+    device.join()
+    os.close(controller)
+    os.close(terminal)
+
+    assert [f"/a/{key}\0to {key}".encode() for key in keys] == written
+    assert {key: f"of /a/{key}" for key in keys} == found
+
+
+def be_the_device(fd: int, count: int, written: list[bytes]) -> None:
+    """Take so many requests as Linux does that is busy: answer by the payload that came last, in the first's length."""
+    while count:
+        heads, payload = [], b""
+        while not heads or select.select([fd], [], [], 0.05)[0]:
+            heads.append(struct.unpack("=IIII", read_exactly(fd, 16)))
+            payload = read_exactly(fd, heads[-1][3])
+        for operation, request, _, size in heads:
+            count -= 1
+            found = payload.ljust(size, b"\0")[:size]
+            if operation == Op.WRITE:
+                written.append(found)
+            answer = b"of " + found.rstrip(b"\0") if operation == Op.READ else b"OK\0"
+            os.write(fd, packet(operation, request, answer))
+
+
+def read_exactly(fd: int, size: int) -> bytes:
+    """Read so many bytes."""
+    data = b""
+    while len(data) < size:
+        data += os.read(fd, size - len(data))
+    return data
 
 
 @pytest.mark.rows("C9")

@@ -120,6 +120,7 @@ class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.at_once = _AT_ONCE
         self.poll: select.epoll | None = None  # shows whether there is something to be read, once anybody wants to know
 
     def connect(self) -> None:
@@ -137,6 +138,7 @@ class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
 
     def create_transport(self) -> _Transport:
         if not stat.S_ISSOCK(os.stat(self.path).st_mode):  # noqa: PTH116 - pyxs keeps a plain string
+            self.at_once = 1  # Linux (xenbus_xs.c) sends a payload later, from the buffer that the next write fills
             return _Transport(os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as near:
             near.connect(self.path)
@@ -337,8 +339,8 @@ class Store(Nodes):
         connection is lost.
         """
         answers: list[bytes | StoreError] = []
-        for first in range(0, len(requests), _AT_ONCE):
-            part = requests[first : first + _AT_ONCE]
+        for first in range(0, len(requests), self._connection.at_once):
+            part = requests[first : first + self._connection.at_once]
             whats = [f"xenstore: {operation.lower()} {path}" for path, _ in part]
             payloads = [_payload(what, (path,), tail) for what, (path, tail) in zip(whats, part, strict=True)]
             numbers = [self._send(transaction, operation, payload) for payload in payloads]
