@@ -7,10 +7,11 @@ faces, and looks at other people's processes.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xenbackend.errors import DriverError, printable
-from xenbackend.kernel import claims, locks, loops
+from xenbackend.kernel import claims, locks, loops, qdisk
 from xenbackend.kernel.locks import Access
 from xenbackend.kernel.loops import Face
 
@@ -39,10 +40,13 @@ class Naming:
 
     def locked(self, fd: int, path: str, access: Access) -> InUse:
         """Return an error for an image that is locked against this access, or used by another face."""
+        for user in _served_by_qemu(fd, access):
+            return InUse(f"{path} is in use by {user}; {_WAY_OUT}", path, user)
         with loops.faces(fd) as faces:
             for face in faces:
                 if _is_used(face, access):
-                    user = f"{self._users_of(face.fd) or _UNKNOWN} as {printable(face.path)}"
+                    who = next(_served_by_qemu(face.fd, access), "") or self._users_of(face.fd) or _UNKNOWN
+                    user = f"{who} as {printable(face.path)}"
                     return InUse(f"{path} is in use by {user}, which is the same image; {_WAY_OUT}", path, user)
         user = self._users_of(fd)
         sentence = f"{path} is locked by {user or 'another process'}; one writer at a time, or readers only"
@@ -59,14 +63,23 @@ class Naming:
 def is_used_by_another_face(fd: int, access: Access) -> bool:
     """Return whether an image, which is locked already, is used by another face in a way that does not go with this.
 
+    So it is where Xen's QEMU serves it, which respects no lock.
+
     Of two who come by different faces at once, at least one sees the other, since each has locked its own before.
     Raises: OSError.
     """
+    if any(_served_by_qemu(fd, access)):
+        return True
     with loops.faces(fd) as faces:
         return any(_is_used(face, access) for face in faces)
 
 
 def _is_used(face: Face, access: Access) -> bool:
-    if not locks.is_free(face.fd, access):
+    if not locks.is_free(face.fd, access) or any(_served_by_qemu(face.fd, access)):
         return True
     return face.is_device and not access.is_shared and claims.is_in_use(face.fd, by_writers=not access.writes)
+
+
+def _served_by_qemu(fd: int, access: Access) -> Iterator[str]:
+    """Yield who of Xen's QEMU uses an image in a way that does not go with this. Raises: OSError."""
+    return iter(()) if access.is_shared else qdisk.users_of(fd, by_writers=not access.writes)

@@ -25,6 +25,7 @@ CORE = (
 SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_blkback.py": 50,
     "tests/xen/test_canary.py": 110,
+    "tests/xen/test_cdrom.py": 50,
     "tests/xen/test_config_line.py": 90,
     "tests/xen/test_debian_package.py": 160,
     "tests/xen/test_driver_domain.py": 280,
@@ -33,6 +34,7 @@ SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_guest_ends.py": 110,
     "tests/xen/test_hvm.py": 25,
     "tests/xen/test_images.py": 64,
+    "tests/xen/test_in_use.py": 100,
     "tests/xen/test_kills.py": 204,
     "tests/xen/test_linux_guest.py": 49,
     "tests/xen/test_migration.py": 140,
