@@ -40,6 +40,26 @@ def test_both_ends_are_seen(nodes: VbdNodes, toolstack: Store) -> None:
     assert XenbusState.UNKNOWN is nodes.theirs({})
 
 
+def test_who_takes_the_frontend_away_is_heard(nodes: VbdNodes, toolstack: Store) -> None:
+    """A toolstack takes the frontend's directory away and says in the same transaction, in the node, what it wants. Who
+    hears of the directory first does not go by the keys of before.
+    """
+    before = nodes.look(nodes.keys())
+    assert before.keys is not None
+
+    def take_away(nodes: Nodes) -> None:
+        nodes.remove(PATH.frontend)
+        nodes.write(f"{PATH.backend}/online", "0")
+        nodes.write(f"{PATH.backend}/state", "5")
+
+    toolstack.transact(take_away)
+    seen = nodes.look(before.keys)
+
+    assert seen.keys is not None
+    assert ("1", S.INITIALISING) == (before.keys["online"], before.theirs)
+    assert ("0", "5", S.UNKNOWN) == (seen.keys["online"], seen.keys["state"], seen.theirs)
+
+
 def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) -> None:
     """The first look sets a watch, and only once; a frontend elsewhere is watched instead; in the end nobody is."""
     store = nodes._store

@@ -54,6 +54,7 @@ class VbdNodes:
         self._error_path = f"{errors}/backend/{path}"
         # What is given to a domain it may remove, but not make again. In dom0's directory the service makes all of it.
         self._errors_home = errors if path.backend_domid else self._home
+        self._theirs = XenbusState.UNKNOWN  # the frontend's state as last seen
         self._fixed: dict[str, str] = {}  # keys that were read already, and need not be again
         self._status: dict[str, str] = {}  # as last written
         self._noted: list[str] | None = None  # as last written; None: nobody knows what stands there
@@ -73,8 +74,15 @@ class VbdNodes:
         return fixed | nodes.read_many(self._path.backend, [key for key in names if key not in fixed])
 
     def look(self, keys: dict[str, str] | None) -> Seen:
-        """Return what is seen where the backend's directory has these keys; the frontend is looked at."""
-        theirs = self.theirs(keys or {})
+        """Return what is seen where the backend's directory has these keys; the frontend is looked at.
+
+        Where that has gone, so are the keys: a toolstack takes it away and says what it wants in one transaction.
+        """
+        was, theirs = self._theirs, self.theirs(keys or {})
+        if theirs is XenbusState.UNKNOWN is not was:
+            keys = self.keys()
+            theirs = self.theirs(keys or {})
+        self._theirs = theirs
         is_taken_away = theirs is XenbusState.UNKNOWN and keys is not None and keys.get("online") == "0"
         return Seen(keys, theirs, has_left=is_taken_away and self._guests_name().endswith(_LEFT))
 
