@@ -93,9 +93,10 @@ def test_it_is_done_for_whoever_asks(tmp_path: Path) -> None:
 
 
 def test_what_no_service_says_is_told(tmp_path: Path) -> None:
-    """A disk that does not even say which it is."""
+    """A number in the place of a disk; one that says little is passed on, since somebody may want no more."""
+    assert "aio:/img" == completed("status", [{"chain": "aio:/img"}])[0]["chain"]
     with (
-        answering(tmp_path / "x", lambda _: Answer(Code.OK, [{"chain": "aio:/img"}])) as control,
+        answering(tmp_path / "x", lambda _: Answer(Code.OK, [7])) as control,
         pytest.raises(ServiceError, match="no service of this version"),
     ):
         call(control.path, {"verb": "status"})

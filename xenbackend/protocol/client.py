@@ -196,7 +196,7 @@ def _ask(path: str, request: dict[str, Any], timeout_s: float | None, waiting: W
         raise ServiceError(answer)
     try:
         return replace(answer, data=plain.completed(request.get("verb"), answer.data))
-    except (KeyError, TypeError):
+    except (TypeError, AttributeError):
         raise no_service(path) from None
 
 

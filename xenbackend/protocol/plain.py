@@ -37,12 +37,16 @@ ORDER: Values = {
     "number": 0, "verb": "", "vbd": "", "who": {}, "from": "", "to": "", "began": 0.0, "ended": None, "code": "",
     "error": "",
 }  # fmt: skip
+_NAMING = {"vbd", "kind", "domid", "device"}
 STOP: Values = {"pid": 0, "untold": []}
 UNTOLD: Values = {"vbd": "", "chain": "", "next_chain": ""}
 
 
 def completed(verb: object, data: Any) -> Any:
-    """Return what a service has answered to `verb`, with every key. Raises: KeyError, TypeError for what none says."""
+    """Return what a service has answered to `verb`, with every key.
+
+    Raises: TypeError, AttributeError for what no service says.
+    """
     if verb == "ping" and isinstance(data, Mapping):
         return {**SERVICE, **data}
     if verb == "stop" and isinstance(data, Mapping):
@@ -74,7 +78,7 @@ def layer(said: Mapping[str, Any] | str) -> Values:
 
 def _disk(said: Mapping[str, Any]) -> Values:
     values = {**DISK, **said}
-    if "node" not in said:
+    if "node" not in said and said.keys() >= _NAMING:
         values |= {"node": _node(said), "vbd": f"{said['domid']}/{said['device']}"}
     values["counters"] = DISK["counters"] | values["counters"]
     short = counters.BUCKETS - len(values["latency_histogram"])
