@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import lzma
@@ -23,7 +24,7 @@ from rich.console import Console
 from tests.ci import flaky
 from tests.until import until
 from tests.xen.bed import machine, parcel, portions, recipe
-from tests.xen.bed.__main__ import INTERRUPTED, main
+from tests.xen.bed.__main__ import BROKEN, INTERRUPTED, main
 from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
 from tests.xen.bed.image import KEPT, cached, key_of
@@ -166,6 +167,23 @@ def test_an_interruption_is_a_sentence(
     assert ("switched off in test_a" in said[-2], said[-1].split(":")[0]) == (True, "interrupted"), said
     assert "all that it said" == (tmp_path / "results/suite.txt").read_text()
     assert handler is signal.getsignal(signal.SIGINT)
+
+
+def test_two_runs_have_results_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run does not empty the directory that another one still fills, and says what to do."""
+    (tmp_path / "xenbackend-xen" / recipe.name_of(NEWEST)).mkdir(parents=True)
+    (results := tmp_path / "results").mkdir()
+    (results / "suite.txt").write_text("of the other one")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = os.open(results, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    status = main(["--results", str(results)])
+    os.close(other)
+
+    assert (BROKEN, "of the other one") == (status, (results / "suite.txt").read_text())
+    assert "error: another run puts its results into" in capsys.readouterr().out
 
 
 def _pack_a_log(directory: Path, _arguments: Sequence[str]) -> Path:

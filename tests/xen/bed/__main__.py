@@ -7,13 +7,15 @@ success was promised (`--must`, or CI in the environment).
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +29,7 @@ from tests.xen.bed.release import NEWEST, RELEASES
 from tests.xen.bed.report import Failure
 from tests.xen.bed.session import NO_TESTS, Bed
 
+LAST = "failed.json"  # among the results: what failed, and why
 SKIPPED, BROKEN, INTERRUPTED = 0, 1, 130  # the last one as shells have it
 
 
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
     results = args.results or Path("build", "xen" if args.xen == NEWEST.xen else f"xen-{args.xen}")
-    last = results / "failed.json"
+    last = results / LAST
     words = ["-k", args.k] if args.k else []
     bed = Bed(console, RELEASES[args.xen], place, words, args.cpus, args.silence)
     if args.failed and not last.exists():
@@ -98,20 +101,44 @@ def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
         shares = [[*json.loads(last.read_text())] if args.failed else args.tests or list(portions.WHOLE)]
     else:
         shares = portions.halves(portions.part(args.part.number, args.part.count) if args.part else portions.WHOLE)
-    shutil.rmtree(results, ignore_errors=True)
+    with _emptied(results) as is_ours:
+        if not is_ours:
+            sentence = f"error: another run puts its results into {results}: wait for it, or choose others by --results"
+            console.print(sentence, markup=False, soft_wrap=True)
+            return BROKEN
+        return _run_shares(bed, shares, results, again=args.again)
 
-    def again(tests: Sequence[str], number: int) -> tuple[int, list[Failure]]:
-        console.print(f"{len(tests)} failed; once more, on a fresh machine", markup=False)
+
+@contextmanager
+def _emptied(results: Path) -> Iterator[bool]:
+    """Have a directory without content to oneself; False where another run has it."""
+    results.mkdir(parents=True, exist_ok=True)
+    fd = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
+    is_ours = False
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        for each in results.iterdir() if is_ours else ():
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        yield is_ours
+    finally:
+        os.close(fd)
+
+
+def _run_shares(bed: Bed, shares: Sequence[Sequence[str]], results: Path, *, again: bool) -> int:
+    def repeated(tests: Sequence[str], number: int) -> tuple[int, list[Failure]]:
+        bed.console.print(f"{len(tests)} failed; once more, on a fresh machine", markup=False)
         return bed.run([tests], results / f"again-{number}")
 
     status, failures = bed.run(shares, results)
     outcome = Outcome(status, failures)
-    if failures and status == FAILED and args.again:
-        outcome = repeat(failures, again, flaky.known())
+    if failures and status == FAILED and again:
+        outcome = repeat(failures, repeated, flaky.known())
     for line in outcome.lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        bed.console.print(line, markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
-        last.write_text(json.dumps({each.test: each.reason for each in outcome.failures}))
+        (results / LAST).write_text(json.dumps({each.test: each.reason for each in outcome.failures}))
     return outcome.status
 
 
