@@ -20,7 +20,8 @@ from xenbackend.errors import XenbackendError
 WATCHED = ("open", "socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.system", "os.fork", "os.listdir",
            "os.scandir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate", "ctypes.dlopen")  # fmt: skip
 
-HOST = "/sys/block"  # which loop devices there are, and over what: the same for every image
+# Which loop devices there are, and over what; which images other backends of Xen serve: the same for every image.
+HOST = ("/sys/block", "/sys/bus/xen-backend/devices", "/run/xen")
 
 events: list[tuple[str, str]] = []
 is_watching = False

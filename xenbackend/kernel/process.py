@@ -55,7 +55,7 @@ def kill(pidfd: int) -> None:
 def state_of(pid: int) -> str:
     """Return the state of a process in a letter, as proc_pid_stat(5) has it; empty where there is none."""
     try:
-        return _text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[0]
+        return text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
 
@@ -83,7 +83,7 @@ def files_of(pidfd: int) -> list[OpenFile]:
         pid = int(_fields(f"/proc/self/fdinfo/{pidfd}").get("Pid", "-1"))
         devices = _devices_of_mounts(f"/proc/{pid}/mountinfo")
         found = {}
-        for each in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - as in `_text_of`
+        for each in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - as in `text_of`
             with suppress(OSError, KeyError, ValueError):  # closed meanwhile; or a pipe, which lies in no directory
                 path = os.readlink(f"/proc/{pid}/fd/{each}")  # noqa: PTH115 - pathlib would alter the name
                 info = _fields(f"/proc/{pid}/fdinfo/{each}")
@@ -95,7 +95,7 @@ def files_of(pidfd: int) -> list[OpenFile]:
     return list(found.values())
 
 
-def _text_of(path: str) -> str:
+def text_of(path: str) -> str:
     """Return what a file in /proc says. Raises: OSError."""
     with open(path, encoding="ascii", errors="replace") as file:  # noqa: PTH123 - each command imports this, and no pathlib
         return file.read()
@@ -103,14 +103,14 @@ def _text_of(path: str) -> str:
 
 def _fields(path: str) -> dict[str, str]:
     """Return the fields of a file in /proc/pid/fdinfo. Raises: OSError."""
-    lines = _text_of(path).splitlines()
+    lines = text_of(path).splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _devices_of_mounts(path: str) -> dict[str, int]:
     """Return the device of each mount, by its number. Source: proc(5), /proc/pid/mountinfo. Raises: OSError."""
     found = {}
-    for line in _text_of(path).splitlines():
+    for line in text_of(path).splitlines():
         mount, _, device = line.split(" ")[:3]
         major, _, minor = device.partition(":")
         found[mount] = os.makedev(int(major), int(minor))
@@ -136,5 +136,5 @@ def _set_nice(pid: int, ahead: int) -> None:
             os.setpriority(os.PRIO_PROCESS, pid, nice)
             return
         os.setpriority(os.PRIO_PGRP, pid, nice)  # of PRIO_PROCESS the threads that it has started would hear nothing
-        with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123 - as in `_text_of`
+        with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123 - as in `text_of`
             file.write(f"{-ahead}\n")  # a session begins with 0

@@ -14,9 +14,9 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from xenbackend.kernel import blkback
+from xenbackend.kernel.process import text_of
 
 SOCKETS = "/run/xen"
 _SIGNS = ("qdisk-", "qmp-libxl-")  # names on the bus, and of sockets
@@ -35,7 +35,7 @@ def users_of(fd: int, *, by_writers: bool = False) -> Iterator[str]:
     status = os.fstat(fd)
     for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - at every opening
         with suppress(OSError):  # it ends
-            if _QEMU in Path(f"/proc/{pid}/comm").read_text(errors="replace") and _has(pid, status, by_writers):
+            if _QEMU in text_of(f"/proc/{pid}/comm") and _has(pid, status, by_writers):
                 yield f"QEMU, which serves a guest (process {pid})"
 
 
@@ -51,7 +51,7 @@ def _has(pid: str, status: os.stat_result, by_writers: bool) -> bool:  # noqa: F
 
 def _is_it(pid: str, fd: str, status: os.stat_result, by_writers: bool) -> bool:  # noqa: FBT001 - handed on
     with suppress(OSError, ValueError):  # it was closed
-        facts, place = Path(f"/proc/{pid}/fdinfo/{fd}").read_text(), f"/proc/{pid}/fd/{fd}"
+        facts, place = text_of(f"/proc/{pid}/fdinfo/{fd}"), f"/proc/{pid}/fd/{fd}"
         flags, inode = _FLAGS.search(facts), _INODE.search(facts)
         if by_writers and flags and int(flags[1], 8) & os.O_ACCMODE == os.O_RDONLY:
             return False
