@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_waiting_is_shown_on_a_terminal_only(
 
 LEFT = Answer(Code.UNDER_WAY, CHAIN, "the service is replaced", 17)
 AWAY = Answer(Code.UNREACHABLE, sentence="it is away")
-OURS = {**ENTRY, "who": {**ENTRY["who"], "pid": os.getpid()}}
+OURS = {**ENTRY, "who": {**ENTRY["who"], "pid": os.getpid()}, "began": time.time() + 3600}  # after what is given below
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
 ) -> None:
     """What the next service says is the answer; where it knows nothing, or none comes, nobody says that it failed.
 
-    A service that was killed has told no number: the order is the last one of its kind that this process gave.
+    A service that was killed has told no number: the order is the last one of its kind that this process gave since.
     """
     monkeypatch.setattr(following, "LOOK_S", 0.0)
     monkeypatch.setattr(following, "RETURN_S", 0.0 if later == [AWAY] else 60.0)

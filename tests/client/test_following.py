@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.answering import ENTRY, answering
+from tests.answering import DISK, ENTRY, answering
 from xenbackend.client import Client, Code, Gone, UnderWay, Unreachable, following
 from xenbackend.protocol.answers import Answer
 
@@ -52,3 +54,43 @@ def test_a_service_that_does_not_come_back_is_told(tmp_path: Path, monkeypatch: 
         wait(tmp_path / "x", [OPEN, AWAY])
     with pytest.raises(Unreachable):
         Client(str(tmp_path / "none")).wait(17)
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_ours"),
+    [
+        ({}, True),
+        ({"began": 1e9}, False),
+        ({"vbd": "6/xvda"}, False),
+        ({"who": {**ENTRY["who"], "pid": 1}}, False),
+        ({"verb": "pause"}, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["5/xvda", "mail/xvda"])
+def test_only_the_order_that_was_given_is_taken_for_it(
+    tmp_path: Path, entry: dict[str, Any], name: str, *, is_ours: bool
+) -> None:
+    """A program gives many orders: where a killed service told no number, none of an earlier one is the answer.
+
+    Nor is one for another disk. Else it would be told that its order was done, which nobody has heard of.
+    """
+    found = {**ENTRY, "verb": "resize", "began": time.time() + 9, "who": {**ENTRY["who"], "pid": os.getpid()}, **entry}
+    answers = {"resize": b"", "orders": Answer(Code.OK, [found]), "status": Answer(Code.OK, [DISK])}
+    with answering(tmp_path / "x", lambda request: answers[request["verb"]]) as control:
+        service = Client(control.path)
+        if is_ours:
+            assert 17 == service.resize(name).order
+        else:
+            with pytest.raises(UnderWay):
+                service.resize(name)
+
+
+def test_an_order_that_was_done_is_no_failure_where_its_disk_has_gone(tmp_path: Path) -> None:
+    """Whoever ordered it hears that it was done, and that there is no disk any more of which it could be told more."""
+    left = Answer(Code.UNDER_WAY, sentence="the service is replaced", order=17)
+    answers = {"resize": left, "orders": Answer(Code.OK, [ENTRY]), "status": Answer(Code.OK, [])}
+    with (
+        answering(tmp_path / "x", lambda request: answers[request["verb"]]) as control,
+        pytest.raises(Gone, match=r"order 17 was done.*5/xvda is not in service any more"),
+    ):
+        Client(control.path).resize("5/xvda")

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from xenbackend.client.results import Disk, Order
+from xenbackend.disks import DiskName, disk_of
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import Gone, ServiceError, UnderWay, Unreachable, Waiting
 from xenbackend.protocol.codes import Code
@@ -20,26 +23,37 @@ RETURN_S = 30.0  # the longest that a service is away that somebody starts again
 FOLLOWED = ("set", "snapshot", "resize", "keep", "drop", "pause", "resume", "upgrade")
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An order as this process has given it, by the wall clock not before `since`."""
+
+    verb: str
+    vbd: DiskName
+    since: float
+
+
 def follow(
     orders: Callable[[], list[Order]],
     disks: Callable[[], list[Disk]],
-    verb: str,
+    given: Given,
     problem: UnderWay,
     waiting: Waiting | None,
 ) -> Answer:
     """Return the answer to an order that the service has left to the next one.
 
-    Raises: ServiceError, as that ended; `problem` where nobody knows of the order, or no service comes.
+    Raises: ServiceError, as that ended; Gone, where it was done and the disk has gone since; `problem` where nobody
+    knows of the order, or no service comes.
     """
     begun = time.monotonic()
     while True:
         try:
-            order, served = _ours(orders(), problem.order, verb), disks()
+            known, served = orders(), disks()
         except ServiceError as silence:
             is_away = isinstance(silence, Unreachable | Gone)
             if not is_away or time.monotonic() - begun >= RETURN_S:
                 raise problem from None
         else:
+            order = _ours(known, served, given, problem.order)
             if order is None:
                 raise problem
             if order.ended is not None:
@@ -79,23 +93,37 @@ def _pause(begun: float, waiting: Waiting | None) -> None:
         waiting(time.monotonic() - begun)
 
 
-def _ours(orders: list[Order], number: int | None, verb: str) -> Order | None:
-    """Return an order by its number, or the last one of this process: a service that was killed told no number."""
-    ours = [
-        each
-        for each in orders
-        if each.number == number or (number is None and each.who.pid == os.getpid() and each.verb == verb)
-    ]
+def _ours(orders: list[Order], served: list[Disk], given: Given, number: int | None) -> Order | None:
+    """Return an order by its number; by what was given, where a service was killed before it told a number."""
+    if number is not None:
+        ours = [each for each in orders if each.number == number]
+    else:
+        called = _called(given.vbd, served)
+        mine = [each for each in orders if each.who.pid == os.getpid() and each.began >= given.since]
+        ours = [each for each in mine if each.verb == given.verb and each.vbd in called]
     return ours[-1] if ours else None
+
+
+def _called(name: DiskName, served: list[Disk]) -> set[str]:
+    """Return what orders call the disk of that name; nothing where no guest in service has it."""
+    if name.domid is not None:
+        return {disk_of(name.domid, name.devid)}
+    return {each.vbd for each in served if (each.guest, each.vbd) == (name.domain, disk_of(each.domid, name.devid))}
 
 
 def _answer(order: Order, served: list[Disk]) -> Answer:
     """Return what an order's entry says, with what is in service now. Raises: ServiceError where that is no success."""
-    data = {}
+    data = _of_disk(order, served)
+    if order.code is not Code.OK:
+        raise ServiceError(Answer(order.code, data, order.error, order.number))
+    if not data:
+        sentence = f"order {order.number} was done, and {order.vbd} is not in service any more"
+        raise ServiceError(Answer(Code.GONE, data, sentence, order.number))
+    return Answer(order.code, data, order=order.number)
+
+
+def _of_disk(order: Order, served: list[Disk]) -> dict[str, Any]:
     for disk in served:
         if disk.vbd == order.vbd:
-            data = {"chain": disk.chain, "layers": disk.values["layers"], "worker": disk.worker}
-    answer = Answer(order.code, data, order.error, order.number)
-    if answer.code is not Code.OK:
-        raise ServiceError(answer)
-    return answer
+            return {"chain": disk.chain, "layers": disk.values["layers"], "worker": disk.worker}
+    return {}
