@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,36 @@ def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
         store.set_permissions("/local/domain/5/name", ["n0", "r7"])
     assert {5: "guest-5"} == guests.names_of([5])
     guests.close()
+
+
+def test_a_xenstored_that_was_started_anew_is_asked_at_once(tmp_path: Path) -> None:
+    """That the former one has ended is no reason to rest."""
+    guests = Guests(str(tmp_path / "store"), time.monotonic)
+    found = []
+    for name in ("mail", "news"):
+        with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
+            store.write("/local/domain/5/name", name)
+            found += [guests.names_of([5]), guests.name_of(5)]
+    guests.close()
+
+    assert [{5: "mail"}, "mail", {5: "news"}, "news"] == found
+
+
+def test_a_slow_xenstored_is_asked_no_longer_than_for_one_round_beyond_the_limit(
+    xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has said by then is told; each round may take as long as the limit, so a round is small."""
+    now = [0.0]
+    send = Store._send
+
+    def slow(store: Store, *given: Any) -> int:
+        now[0] += guests_module.ANSWER_S / 20
+        return send(store, *given)
+
+    guests = Guests(xenstored.address, lambda: now[0])
+    monkeypatch.setattr(Store, "_send", slow)
+    names = guests.names_of(range(1, 201))
+    guests.close()
+
+    assert 1 <= now[0] / guests_module.ANSWER_S < 2
+    assert 20 <= len(names) < 40

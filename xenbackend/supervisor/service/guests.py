@@ -14,7 +14,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 ANSWER_S = 0.5
 REST_S = 10.0  # after xenstored has not answered
-_AT_ONCE = 64
+_AT_ONCE = 16  # names, which the store asks for before it waits for the first: so many wait for ANSWER_S once
 _DOMAINS = "/local/domain"
 T = TypeVar("T")
 
@@ -61,11 +61,20 @@ class Guests:
                 f"xenstore at {self._address} does not say what guests are called; write a domain's number"
             )
         try:
-            if self._store is None:
-                self._store = Store(self._address, timeout_s=ANSWER_S)
-            return ask(self._store)
+            return ask(self._connected())
         except StoreError:
             if self._store is None or not self._store.is_connected:  # else it has answered, and said no
                 self._rests_until = self._clock() + REST_S
                 self.close()
             raise
+
+    def _connected(self) -> Store:
+        """Return the connection; another one where xenstored has ended it since, and may have been started anew."""
+        if self._store is not None:
+            try:
+                self._store.events()  # there are none
+            except StoreError:
+                self.close()
+        if self._store is None:
+            self._store = Store(self._address, timeout_s=ANSWER_S)
+        return self._store
