@@ -96,3 +96,5 @@ def _check(times: Any) -> None:
     counts = (times["bytes"], times["sum_ns"], *buckets.values())
     if any(type(each) is not int or not 0 <= each < 1 << 64 for each in counts):
         raise ValueError("not counts")
+    if not any(buckets.values()):
+        raise ValueError("of no request at all")

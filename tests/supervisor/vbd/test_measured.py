@@ -23,7 +23,10 @@ def test_what_it_has_measured_is_handed_on() -> None:
     assert 512 == answer.data["layers"][0]["operations"]["read"]["bytes"]
 
 
-@pytest.mark.parametrize("data", ["", "7", "[1]", "[" * 100_000, GOOD.replace("512", "-1")])
+NOTHING = GOOD.replace('{"2": 1}', "{}"), GOOD.replace('"2": 1', '"2": 0')  # whoever divides by it ends
+
+
+@pytest.mark.parametrize("data", ["", "7", "[1]", "[" * 100_000, GOOD.replace("512", "-1"), *NOTHING])
 def test_a_worker_that_lies_is_killed(data: str) -> None:
     """Whoever asked hears of it, and nobody of what it said."""
     breaches: list[str] = []
@@ -39,9 +42,9 @@ def test_what_failed_has_its_own_sentence() -> None:
     assert (Code.GONE, "it died") == (answer.code, answer.sentence)
 
 
-@pytest.mark.parametrize("value", [None, "5", 0, -1, 3601, float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize("value", [None, "5", 0, -1, 0.0004, True, 3601, float("nan"), float("inf"), [1]])
 def test_for_how_long_it_can_be_measured(value: Any) -> None:
-    """For an hour at most: it stops by itself."""
+    """For an hour at most, as it stops by itself; and not for less than a worker can be told."""
     with pytest.raises(ConfigError, match="seconds"):
         seconds_of(value)
     assert 2.5 == seconds_of(2.5)

@@ -14,13 +14,13 @@ from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
-LONGEST_S = 3600.0
+SHORTEST_S, LONGEST_S = 0.001, 3600.0
 
 
 def seconds_of(value: object) -> float:
     """Return for how long an administrator wants to measure. Raises: ConfigError."""
-    if not isinstance(value, int | float) or not 0 < value <= LONGEST_S:
-        raise ConfigError(f"the request needs seconds, a number up to {LONGEST_S:.0f}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SHORTEST_S <= value <= LONGEST_S:
+        raise ConfigError(f"the request needs seconds, a number from {SHORTEST_S:g} to {LONGEST_S:.0f}")
     return float(value)
 
 
