@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.answering import answering, working
-from xenbackend.cli.arguments import disk, duration, size
+from xenbackend.cli.arguments import Help, disk, duration, size
 from xenbackend.cli.main import MODULES, main
 
 
@@ -27,6 +27,16 @@ def test_what_is_wrong_is_said(parse: Callable[[str], object], text: str, senten
     """The sentence about a quantity reaches the operator: argparse prints it behind the argument's name."""
     with pytest.raises(argparse.ArgumentTypeError, match=sentence):
         parse(text)
+
+
+@pytest.mark.parametrize("columns", ["40", "132", "0", "wide", None])
+def test_help_is_as_wide_as_argparse_would_have_it(columns: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks shutil, which is dear."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+
+    assert argparse.HelpFormatter("x")._width == Help("x")._width
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.answering import answering, working
 
-DEAR = ("rich", "structlog", "pyxs", "asyncio", "logging", "subprocess", "daemon", "zstandard")
+DEAR = ("rich", "structlog", "pyxs", "asyncio", "logging", "subprocess", "daemon", "zstandard", "shutil")
 LIGHT = [
     "status", "status --json", "status 5/xvda", "metrics", "orders", "orders 17 --json", "pause 5/xvda",
     "resume 5/xvda",

@@ -6,7 +6,10 @@ Must not know a command.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 from xenbackend.disks import DiskName, parse_disk
@@ -14,6 +17,7 @@ from xenbackend.errors import ConfigError
 from xenbackend.units import parse_duration, parse_size
 
 _T = TypeVar("_T")
+_COLUMNS = 80  # where nobody says how wide it is
 
 
 class UsageError(SystemExit):
@@ -24,11 +28,32 @@ class UsageError(SystemExit):
         self.sentence = sentence
 
 
+class Help(argparse.HelpFormatter):
+    """Finds out by itself how wide a terminal is: argparse makes one for every option, and imports shutil for that."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)  # as argparse leaves them free
+
+
+class LinesHelp(Help, argparse.RawDescriptionHelpFormatter):
+    """Leaves a description's lines as they are."""
+
+
+def _columns() -> int:
+    """Return what shutil.get_terminal_size would."""
+    with suppress(KeyError, ValueError):
+        if (columns := int(os.environ["COLUMNS"])) > 0:
+            return columns
+    with suppress(AttributeError, ValueError, OSError):  # no standard output, or no terminal
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or _COLUMNS  # type: ignore[union-attr]  # or None
+    return _COLUMNS
+
+
 class Parser(argparse.ArgumentParser):
     """Knows no abbreviations, which would break when options are added, and shows a command's own usage."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **arguments})
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **arguments})
         self.rewrite: Callable[[list[str]], list[str]] = list  # another spelling of the words
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from xenbackend.block.formats.table import WRITTEN
 from xenbackend.block.policy import DEFAULT, Policy
 from xenbackend.cli import output, waiting
-from xenbackend.cli.arguments import add_order_options
+from xenbackend.cli.arguments import LinesHelp, add_order_options
 from xenbackend.client import Changed, Client, Done, Layer, ServiceError
 from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError, printable
@@ -62,7 +62,7 @@ def register(subparsers: Any) -> None:
     )
     _register_chains(subparsers)
     parser = _add(subparsers, "policy", _policy, "choose what happens to requests that fail", _POLICY_HELP)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = LinesHelp
     parser.add_argument(
         "policy", nargs="?", default="", metavar="POLICY", help="such as enospc=report (default: show the policy)"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,8 @@ def look(control: str) -> list[Family]:
 
 def leave(directory: Path, text: str) -> None:
     """Put the file in the place of the one before, so that nobody reads half of it. Raises: ConfigError."""
+    import tempfile  # late: it is dear, and most write no file
+
     try:
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f".{FILE}-", delete=False) as file:
             try:
