@@ -137,3 +137,15 @@ def test_what_layers_count_is_published(vbd: Served) -> None:
 
     [found] = counters.figures(vbd.journal, [["a", "b", "c"]])
     assert {"a": 3, "b": 0, "c": (1 << 64) - 1} == found
+
+
+def test_a_page_that_is_full_is_no_bug(vbd: Served) -> None:
+    """A worker that a guest had taken over may have left anything there; its successor counts on all the same."""
+    vbd.journal[: counters.SIZE] = b"\xff" * counters.SIZE
+    frontend = vbd.connect()
+    for _ in range(128):
+        frontend.read(0, 8)
+    vbd.pass_time(2)
+
+    assert [127, 0] == numbers(vbd, "reads", "in_flight")
+    assert [] == vbd.bugs

@@ -28,7 +28,7 @@ class CountersWriter:
     """Adds what one connection counts to what the page says already: counters outlive both connection and worker."""
 
     def __init__(self, page: memoryview, engine: Engine) -> None:
-        """Write to `page`, counters.SIZE bytes."""
+        """Write to `page`, counters.SIZE bytes. A predecessor may have left anything there: a word that is full wraps."""
         self.missed_wakeups = 0
         self.figures: Callable[[], list[int]] = list  # what the layers count; set with the chain
         self._engine = engine
@@ -43,7 +43,7 @@ class CountersWriter:
         words = self._words
         now = self._now()
         for name in _SUMS:
-            words[counters.INDEX[name]] = self._before[name] + now[name]
+            words[counters.INDEX[name]] = (self._before[name] + now[name]) & _MOST
         for name in ("in_flight", "latency_max_ns", "look_ns"):
             words[counters.INDEX[name]] = now[name]
         if now["latency_samples"] != self._samples:  # else nothing has changed in their hundreds of words
@@ -56,11 +56,11 @@ class CountersWriter:
         words, queues = self._words, self._engine.queues
         for bucket, before in enumerate(self._buckets_before):
             timed = [each[bucket] for queue in queues for each in queue.latency]
-            words[counters.HISTOGRAM + bucket] = before + sum(timed)
+            words[counters.HISTOGRAM + bucket] = (before + sum(timed)) & _MOST
         for place, before in enumerate(self._by_operation_before):
             kind, at = divmod(place, 1 + counters.BUCKETS)
             timed = [queue.latency[kind][at - 1] if at else queue.latency_ns[kind] for queue in queues]
-            words[counters.BY_OPERATION + place] = before + sum(timed)
+            words[counters.BY_OPERATION + place] = (before + sum(timed)) & _MOST
 
     def _now(self) -> dict[str, int]:
         engine, queues = self._engine, self._engine.queues
