@@ -31,7 +31,7 @@ def test_all_that_there_are_have_their_names(xenstored: Xenstored) -> None:
     guests = Guests(xenstored.address, time.monotonic)
 
     assert {domid: f"guest-{domid}" for domid in range(1, 201)} == guests.names_of(range(1, 300))
-    assert ("guest-7", None) == (guests.name_of(7), guests.name_of(999))
+    assert ("guest-7", None) == (guests.one_by_one()(7), guests.one_by_one()(999))
     guests.close()
     assert {7: "guest-7"} == guests.names_of([7])
     guests.close()
@@ -51,7 +51,7 @@ def test_a_xenstored_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeyp
         monkeypatch.setattr(Store, "__init__", pytest.fail)  # it is not asked
         again = guests.names_of([5])
         with pytest.raises(StoreError, match="write a domain's number"):
-            guests.name_of(5)
+            guests.one_by_one()(5)
         monkeypatch.undo()
 
     assert ({}, {}) == (names, again)
@@ -71,7 +71,7 @@ def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
     guests = Guests(xenstored.add_domain_socket(7), time.monotonic)
 
     assert {} == guests.names_of([5])
-    assert None is guests.name_of(5)
+    assert None is guests.one_by_one()(5)
     with Store(xenstored.address) as store:
         store.set_permissions("/local/domain/5/name", ["n0", "r7"])
     assert {5: "guest-5"} == guests.names_of([5])
@@ -85,7 +85,7 @@ def test_a_xenstored_that_was_started_anew_is_asked_at_once(tmp_path: Path) -> N
     for name in ("mail", "news"):
         with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
             store.write("/local/domain/5/name", name)
-            found += [guests.names_of([5]), guests.name_of(5)]
+            found += [guests.names_of([5]), guests.one_by_one()(5)]
     guests.close()
 
     assert [{5: "mail"}, "mail", {5: "news"}, "news"] == found
@@ -109,3 +109,27 @@ def test_a_slow_xenstored_is_asked_no_longer_than_for_one_round_beyond_the_limit
 
     assert 1 <= now[0] / guests_module.ANSWER_S < 2
     assert 20 <= len(names) < 40
+
+
+def test_whose_name_it_is_is_looked_for_no_longer_than_a_while(
+    xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hundreds of guests a slow xenstored would keep the service busy for minutes: the order is refused."""
+    now = [0.0]
+    send = Store._send
+
+    def slow(store: Store, *given: Any) -> int:
+        now[0] += guests_module.ANSWER_S * 0.9
+        return send(store, *given)
+
+    guests = Guests(xenstored.address, lambda: now[0])
+    name_of = guests.one_by_one()
+    monkeypatch.setattr(Store, "_send", slow)
+    with pytest.raises(StoreError, match="write a domain's number"):
+        for domid in range(1, 201):
+            name_of(domid)
+    found = [guests.one_by_one()(domid) for domid in (1, 2)]
+    guests.close()
+
+    assert ["guest-1", "guest-2"] == found
+    assert now[0] < 2 * guests_module.FIND_S

@@ -13,6 +13,7 @@ from xenbackend.errors import StoreError
 from xenbackend.supervisor.xenstore.store import Store
 
 ANSWER_S = 0.5
+FIND_S = 2.0  # for all names, where whose name it is has to be known
 REST_S = 10.0  # after xenstored has not answered
 _AT_ONCE = 16  # names, which the store asks for before it waits for the first: so many wait for ANSWER_S once
 _DOMAINS = "/local/domain"
@@ -45,9 +46,19 @@ class Guests:
                 break
         return names
 
-    def name_of(self, domid: int) -> str | None:
-        """Return what one is called, None where our domain may not know. Raises: StoreError, where nobody says so."""
-        return self._ask(lambda store: store.read_if_allowed(f"{_DOMAINS}/{domid}/name"))
+    def one_by_one(self) -> Callable[[int], str | None]:
+        """Return what tells of domains what each is called, None where our domain may not know, for FIND_S in all.
+
+        That raises StoreError, where nobody says so, or too late.
+        """
+        until = self._clock() + FIND_S
+
+        def name_of(domid: int) -> str | None:
+            if self._clock() > until:
+                raise self._silence()
+            return self._ask(lambda store: store.read_if_allowed(f"{_DOMAINS}/{domid}/name"))
+
+        return name_of
 
     def close(self) -> None:
         """Ask no more."""
@@ -57,9 +68,7 @@ class Guests:
 
     def _ask(self, ask: Callable[[Store], T]) -> T:
         if self._clock() < self._rests_until:
-            raise StoreError(
-                f"xenstore at {self._address} does not say what guests are called; write a domain's number"
-            )
+            raise self._silence()
         try:
             return ask(self._connected())
         except StoreError:
@@ -78,3 +87,6 @@ class Guests:
         if self._store is None:
             self._store = Store(self._address, timeout_s=ANSWER_S)
         return self._store
+
+    def _silence(self) -> StoreError:
+        return StoreError(f"xenstore at {self._address} does not say what guests are called; write a domain's number")

@@ -156,7 +156,7 @@ class Registry:
 
     def find(self, text: str) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names. Raises: ConfigError, StoreError."""
-        return self.vbds.find(text, self._guests.name_of)
+        return self.vbds.find(text, self._guests.one_by_one())
 
     def names_of(self, domids: Iterable[int]) -> dict[int, str]:
         """Return what the guests of these domains are called; none while xenstore does not answer."""
