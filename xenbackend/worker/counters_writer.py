@@ -28,7 +28,7 @@ class CountersWriter:
     """Adds what one connection counts to what the page says already: counters outlive both connection and worker."""
 
     def __init__(self, page: memoryview, engine: Engine) -> None:
-        """Write to `page`, counters.SIZE bytes. A predecessor may have left anything there: a word that is full wraps."""
+        """Write to `page`, counters.SIZE bytes. A predecessor may have left anything there: a full word wraps."""
         self.missed_wakeups = 0
         self.figures: Callable[[], list[int]] = list  # what the layers count; set with the chain
         self._engine = engine

@@ -126,8 +126,7 @@ def test_whose_name_it_is_is_looked_for_no_longer_than_a_while(
     name_of = guests.one_by_one()
     monkeypatch.setattr(Store, "_send", slow)
     with pytest.raises(StoreError, match="write a domain's number"):
-        for domid in range(1, 201):
-            name_of(domid)
+        list(map(name_of, range(1, 201)))
     found = [guests.one_by_one()(domid) for domid in (1, 2)]
     guests.close()
 
