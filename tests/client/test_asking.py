@@ -18,7 +18,7 @@ import pytest
 from tests import pages
 from tests.answering import DISK, ENTRY, answering, working
 from xenbackend import client
-from xenbackend.client import Client, Invalid, ServiceError, UnderWay, Unreachable
+from xenbackend.client import Client, Failed, Invalid, ServiceError, UnderWay, Unreachable
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -234,3 +234,24 @@ def test_it_imports_little() -> None:
 
     assert {"client", "counters", "disks", "errors", "protocol"} == rooms
     assert {"asyncio", "rich", "structlog", "subprocess", "logging"}.isdisjoint(said.split())
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (QUESTIONS["order"], []),
+        (QUESTIONS["disk"], [{**DISK, "node": "vbd/5/none"}]),
+        (ORDERS["resize"], {"chain": "aio:/a", "layers": [5]}),
+        (ORDERS["pause"], b"[" * 100_000 + b"\n"),
+    ],
+)
+def test_what_no_service_says_is_an_error_like_any_other(
+    tmp_path: Path, ask: Callable[[Client], Any], said: Any
+) -> None:
+    """Whatever answers at the socket, a program has to expect nothing but a `ServiceError`."""
+    answer = said if isinstance(said, bytes) else Answer(Code.OK, said)
+    with (
+        answering(tmp_path / "x", lambda _: answer) as control,
+        pytest.raises(Failed, match="is no service of this version"),
+    ):
+        ask(Client(control.path))

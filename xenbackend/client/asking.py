@@ -70,7 +70,8 @@ class Client:
         name = _checked(vbd)
         disks = self.disks()
         for each in disks:
-            if name.means(each.kind, each.domid, int(each.node.rpartition("/")[2]), each.guest):
+            devid = self._typed(int, each.node.rpartition("/")[2])
+            if name.means(each.kind, each.domid, devid, each.guest):
                 return each
         served = ", ".join(each.vbd for each in disks) or "none at all"
         sentence = f"there is no disk {name} in service; there are {served}"
@@ -195,7 +196,7 @@ class Client:
         """Return what was said, typed. Raises: Failed, where no service of ours says that."""
         try:
             return read(said)
-        except ValueError:
+        except (ValueError, TypeError, LookupError):
             raise client.no_service(self.socket) from None
 
 

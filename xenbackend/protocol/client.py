@@ -190,7 +190,7 @@ def _ask(path: str, request: dict[str, Any], timeout_s: float | None, waiting: W
         raise _NoAnswer(Answer(Code.GONE, sentence=f"the service at {path} closed the connection before it answered"))
     try:
         answer = Answer.from_json(json.loads(line))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         raise no_service(path) from None
     if answer.code is not Code.OK:
         raise ServiceError(answer)
