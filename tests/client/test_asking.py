@@ -255,3 +255,17 @@ def test_what_no_service_says_is_an_error_like_any_other(
         pytest.raises(Failed, match="is no service of this version"),
     ):
         ask(Client(control.path))
+
+
+def test_a_code_of_a_newer_release_is_a_failure_with_its_sentence(tmp_path: Path) -> None:
+    """A program goes on while its host is upgraded below it: what it cannot know yet keeps nothing else from it."""
+    said = b'{"version": 1, "code": "new", "error": "no room", "data": null, "order": 18}\n'
+    orders = Answer(Code.OK, [ENTRY, {**ENTRY, "number": 18, "code": "new"}])
+    with answering(tmp_path / "x", lambda request: orders if request["verb"] == "orders" else said) as control:
+        service = Client(control.path)
+        with pytest.raises(Failed, match="no room") as caught:
+            service.pause("5/xvda")
+        found = service.orders()
+
+    assert (18, Code.FAILED) == (caught.value.order, caught.value.code)
+    assert [(Code.OK, "ok"), (Code.FAILED, "new")] == [(each.code, each.values["code"]) for each in found]

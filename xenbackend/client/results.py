@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 from xenbackend.protocol import plain
-from xenbackend.protocol.codes import Code
+from xenbackend.protocol.codes import Code, known
 
 Values = dict[str, Any]
 _T = TypeVar("_T")
@@ -321,7 +321,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "int | None": _one(int, NoneType),
     "float | None": _one(int, float, NoneType),
     "bool | None": _one(bool, NoneType),
-    "Code": Code,
+    "Code": known,
     "Who": _of(Who),
     "dict[str, str]": _named(_text),
     "dict[str, int]": _named(_number),

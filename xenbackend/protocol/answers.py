@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.errors import ConfigError, DriverError
-from xenbackend.protocol.codes import Code
+from xenbackend.protocol.codes import Code, known
 
 VERSION = 1
 
@@ -50,9 +50,11 @@ class Answer:
             return cls(code, values.get("data"), str(values.get("error", "")))
         if not isinstance(values, dict) or values.get("version") != VERSION:
             raise ValueError(f"not an answer of version {VERSION}: {str(values)[:80]}")
-        order = values.get("order")
+        order, code = values.get("order"), known(values["code"])
+        if code is not Code.OK and "error" not in values:
+            raise ValueError(f"not an answer, as it says not why: {str(values)[:80]}")
         return cls(
-            Code(values["code"]),
+            code,
             values.get("data"),
             str(values.get("error", "")),
             order if type(order) is int else None,

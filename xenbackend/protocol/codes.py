@@ -24,6 +24,16 @@ class Code(StrEnum):
     BUG = "bug"  # the program's own fault; its log has more
 
 
+def known(said: object) -> Code:
+    """Return a service's code: FAILED for one that a newer release has added. Raises: ValueError for what is none."""
+    if not isinstance(said, str) or not said:
+        raise ValueError(f"not a code: {str(said)[:40]}")
+    try:
+        return Code(said)
+    except ValueError:
+        return Code.FAILED
+
+
 EXIT_STATUS = {
     Code.OK: 0,
     Code.INVALID: 2,
