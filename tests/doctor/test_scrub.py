@@ -25,6 +25,8 @@ PEM = f"-----BEGIN RSA PRIVATE KEY-----\n{PLANTED}\n-----END RSA PRIVATE KEY----
         f"secret_key = {PLANTED}",
         f'"api_key": "{PLANTED}"',
         f"{{'passphrase': '{PLANTED}'}}",
+        f'{{"key": "{PLANTED}"}}',
+        f'{{\\"key\\": \\"{PLANTED}\\"}}',
         f"luks:key={PLANTED}|aio:/img",
         f"MYSQL_PASSWORD={PLANTED} and more",
         f"password: {PLANTED}",

@@ -69,7 +69,7 @@ def _values(text: str) -> Iterator[tuple[int, int]]:
     while name := _NAME.search(text, at):
         at = name.end()
         sign = _SIGN.match(text, at)
-        if sign is None or (name["key"] and sign[2] == ":"):  # "key: " begins sentences
+        if sign is None or (name["key"] and sign[2] == ":" and not sign[1]):  # "key: " begins sentences
             continue
         quote = _QUOTE.match(text, sign.end())
         begin = quote.end() if quote else sign.end()
