@@ -10,10 +10,10 @@ from random import Random
 import pytest
 
 from tests.block.test_write_back import Life
-from tests.helpers_block import Machine, read, write
+from tests.helpers_block import Machine, flush, read, write
 from xenbackend.block.destage import REST_S
 from xenbackend.block.drivers.cache import Cache
-from xenbackend.block.request import Op
+from xenbackend.block.request import Op, Request
 
 BLOCK = 4096
 
@@ -118,6 +118,39 @@ def test_an_error_below_is_tried_again(tmp_path: Path, op: int) -> None:
     life.settle()
 
     assert b"n" * BLOCK + b"m" * BLOCK == life.image.bytes[: 2 * BLOCK]
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_flush_below_that_fails_loses_nothing_of_file(tmp_path: Path, moment: int) -> None:
+    """F1: also the guest's own, at any step of what goes below: the kernel drops what it could not write, tells of it
+    once, and later flushes succeed. What FILE has is written again.
+    """
+    life = Life(tmp_path, Random(moment))
+    for number in range(20):
+        assert [0] == life.disk.do(write(number * BLOCK, b"n" * BLOCK))
+    assert [0] == life.disk.do(flush())
+    flushed = bytes(life.image.bytes)
+
+    def fail(request: Request) -> int:
+        if request.op != Op.FLUSH:
+            return 0
+        life.image.bytes[:] = flushed
+        life.image.fails = lambda request: 0
+        return errno.EIO
+
+    life.time += 6
+    life.rest()
+    for _ in range(2 + moment):
+        if not life.disk.step():
+            life.rest()
+    life.image.fails = fail
+    guests = flush()
+    life.disk.chain.submit([guests])
+    life.settle()
+    life.run()
+
+    assert b"n" * (20 * BLOCK) == life.image.bytes[: 20 * BLOCK]
+    assert errno.EIO in (guests.status, *life.disk.do(flush()))
 
 
 def test_closing_brings_it_below(tmp_path: Path) -> None:

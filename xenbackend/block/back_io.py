@@ -23,7 +23,9 @@ _PATIENCE = 16  # errors of FILE, one after the other
 
 
 class BackIO:
-    """That of one cache; the base of `WriteBack`."""
+    """That of one cache; the base of `WriteBack`. `on_lost` hears that what has gone below is perhaps not there."""
+
+    on_lost: Callable[[], None]
 
     def __init__(self, driver: Filter, file: File, header: BackHeader) -> None:
         """Take maps from memory, or from FILE. Raises: OSError."""
@@ -106,7 +108,9 @@ class BackIO:
             return
 
         def flushed(part: Part) -> None:
-            if not part.status:
+            if part.status:
+                self.on_lost()
+            else:
                 self._flushed_below = max(self._flushed_below, gone)
             done(part.status)
 

@@ -6,7 +6,8 @@ Must not take a block's tag away before the layer below has made it durable, as 
     moving     read from FILE, and written below
     settling   below, which is flushed: then their tags are taken away, and that is made durable
 
-A write to a block on its way has it begin anew.
+A write to a block on its way has it begin anew. So has a flush of the layer below that failed, whoever asked for it:
+the kernel has perhaps lost what was written there, and tells of it only once.
 """
 
 from __future__ import annotations
@@ -82,6 +83,13 @@ class Destage:
         self._cache.tags.drop(slot)
         self._freed.append(slot)
         self._watch()
+
+    def begin_anew(self) -> None:
+        """Take note that the layer below may have lost what was written there and not yet flushed."""
+        self._stale.update(self._moving)
+        self._moved.clear()
+        self._settling.clear()
+        self._fail()
 
     def drain(self, seconds: float) -> None:
         """Write below as much as can be in so much time, unless that fails. For `close` only."""
@@ -191,7 +199,6 @@ class Destage:
         settled, self._settling = self._settling, {}
         if status:  # it is still in FILE
             self._cache.lose(status)
-            self._fail()
         else:
             for block in settled.values():
                 self.forget(block)

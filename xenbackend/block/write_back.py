@@ -65,6 +65,7 @@ class WriteBack(BackIO):
         self._writing: Counter[int] = Counter()  # by slot: writes of the guest's that are on their way there
         self._hits = self._misses = self._around = 0
         self.destage = Destage(self, self._env, limit=min(MAX_DIRTY, self.map.slots * 3 // 4), rate=rate)
+        self.on_lost = self.destage.begin_anew
         for slot, block in self.tags.tagged():
             self.map.restore(slot, block)
             self.destage.add(block, slot)
