@@ -301,6 +301,27 @@ def test_an_error_of_file_pauses_what_needs_it(tmp_path: Path, op: int) -> None:
     assert b"e" * 512 + b"d" * 3584 == life.image.bytes[:4096]
 
 
+def test_a_slot_that_cannot_be_read_says_nothing_of_another_one(tmp_path: Path) -> None:
+    """F2: a read of a block that was discarded and written anew meanwhile, to another slot, ends with an error of FILE:
+    what FILE alone has by then is still found there.
+    """
+    life = Life(tmp_path, Random(1))
+    assert [0] == life.disk.do(read(0, 4096))
+    late = read(0, 512)
+    life.disk.chain.submit([late])
+    (held,), life.file.waiting = life.file.waiting, []
+    assert [0, 0] == [*life.disk.do(discard(0, 4096)), *life.disk.do(write(0, b"n" * 4096))]
+    held.status = errno.EIO
+    life.file.complete([held])
+    life.run()
+    assert (0, b"n" * 512) == (late.status, content(late))
+    assert b"n" * 4096 == life.disk.everything()[:4096]
+    life.kill()
+
+    assert [0] == life.disk.do(write(0, b"m" * 512))
+    assert b"m" * 512 + b"n" * 3584 == life.disk.everything()[:4096]
+
+
 def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
     """F2: by a write that goes past FILE, as it is large: in every order of their steps no later read is old."""
     for seed in range(40):

@@ -152,7 +152,8 @@ class WriteBack(BackIO):
         if status and self.destage.dirty.get(block, (-1, 0.0))[0] == slot:
             status = CACHE_LOST
         elif status:
-            self.map.drop(block, block)
+            if self.map.find(block) == slot:  # it may have another one meanwhile, which is dirty
+                self.map.drop(block, block)
             status = _AGAIN
         self._read_done(join, status)
 
