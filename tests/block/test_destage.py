@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from tests.block.test_write_back import Life
-from tests.helpers_block import Machine, flush, read, write
+from tests.helpers_block import Machine, discard, flush, read, write
 from xenbackend.block.destage import REST_S
 from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.request import Op, Request
@@ -101,6 +101,24 @@ def test_media_that_answer_at_once(tmp_path: Path) -> None:
     finally:
         file.unlink()
         machine.close()
+
+
+def test_a_discard_waits_for_what_is_moving_alone(tmp_path: Path) -> None:
+    """Also where hundreds of its blocks are still to go below, and might be moving one after the other."""
+    life = Life(tmp_path, Random(1), size=1 << 20)
+    for place in range(0, 100 * BLOCK, BLOCK):
+        life.disk.do(write(place, b"n" * BLOCK))
+    life.time += 6
+    life.rest()
+    request = discard(0, 1 << 20)
+    life.disk.chain.submit([request])
+    while request.status < 0:
+        assert life.disk.step()
+        life.rest()
+    assert life.figures()["destaged"] <= 8
+    life.settle()
+
+    assert bytes(1 << 20) == life.image.bytes == life.disk.everything()
 
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])

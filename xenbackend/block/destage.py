@@ -142,7 +142,7 @@ class Destage:
 
     def _due(self) -> list[tuple[int, int]]:
         now, found = self._env.now(), list[tuple[int, int]]()
-        room = _DEPTH - len(self._moving)
+        room = 0 if self.waiting else _DEPTH - len(self._moving)  # else a discard might wait for ever
         left = len(self.dirty) - len(self._moving) - len(self._moved) - len(self._settling)
         for block, (slot, since) in self.dirty.items():
             is_rested = self._drains or now - since >= REST_S or left - len(found) > self._limit // 2
