@@ -44,7 +44,7 @@ class BackIO:
         self._flushed_below = 0  # of these, as many as a flush has covered
         self._lost = 0  # errno of a flush of our own that failed, of which the guest's next flush has to tell
         self._errors = self._in_a_row = 0
-        self._is_shunned = self._env.read_only  # nothing more is put into FILE
+        self.is_shunned = self._env.read_only  # nothing more is put into FILE
 
     def take_back(self, batch: list[Request]) -> None:
         """Go on with what FILE or the layer below gives back: parts of ours, and nothing else."""
@@ -126,8 +126,8 @@ class BackIO:
             return
         self._errors += 1
         self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
-        if self._in_a_row >= _PATIENCE and not self._is_shunned:
-            self._is_shunned = True
+        if self._in_a_row >= _PATIENCE and not self.is_shunned:
+            self.is_shunned = True
             self._env.report("cache", "nothing more is put into FILE, which gives errors; what it alone has waits")
 
     def _end(self, request: Request, status: int) -> None:

@@ -50,8 +50,9 @@ class Destage:
         self._is_soon = False
 
     def has_room(self, blocks: Iterable[int]) -> bool:
-        """Return whether these blocks may be dirty, too."""
-        return len(self.dirty) < self._limit or all(block in self.dirty for block in blocks)
+        """Return whether these blocks may be dirty, too; where FILE is given nothing more, whether they are."""
+        has_room = len(self.dirty) < self._limit and not self._cache.is_shunned
+        return has_room or all(block in self.dirty for block in blocks)
 
     def within(self, first: int, last: int) -> list[tuple[int, tuple[int, float]]]:
         """Return the dirty ones among these blocks."""

@@ -168,7 +168,7 @@ class WriteBack(BackIO):
 
     def _miss(self, request: Request, first: int, last: int) -> None:
         """Read from below: whole blocks, if they are to be kept."""
-        if self._is_shunned or last >= self._whole or not self._may_keep(request, 2):
+        if self.is_shunned or last >= self._whole or not self._may_keep(request, 2):
             done = partial(self._passed, request)
             self.send_below(Op.READ, request.offset, request.iov, request.length, done)
             return
@@ -280,7 +280,7 @@ class WriteBack(BackIO):
             self.map.pins[slot] += 1
             return slot
         self.map.drop(block, block)
-        if self._is_shunned or block >= self._whole or not self._may_keep(request, 1):
+        if self.is_shunned or block >= self._whole or not self._may_keep(request, 1):
             return -1
         if not self.destage.has_room((block,)):
             return -1
