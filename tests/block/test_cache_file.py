@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers_block import Machine, read, write
+from tests.recorded import Disk, RecordedFile, RecordedFiles, at, state, tears
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20
@@ -104,3 +105,24 @@ def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path
         (tmp_path / "other").rename(image)
 
     assert bytes(SIZE) == image.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("former", "later"), [("size=1M", "size=2M"), ("size=2M", "size=1M"), ("size=2M,mode=read", "size=1M")]
+)
+def test_killed_while_it_is_begun_anew(tmp_path: Path, former: str, later: str) -> None:
+    """Or without power, at any moment: it is begun anew again, and no map in memory is one of it any more."""
+    path, image = at(tmp_path / "cache"), RecordedFile(bytearray(64 << 10))
+    file = RecordedFile(bytearray(4096))
+    if "mode" not in former:
+        former += ",mode=writeback"
+    Disk(f"cache:{path},{former}|aio:image", RecordedFiles(**{path: file, "image": image}))
+    start, begun = bytes(file.bytes), len(file.log)
+    text = f"cache:{path},{later},mode=writeback|aio:image"
+    Disk(text, RecordedFiles(**{path: file, "image": image}))
+    log = file.log[begun:]
+    for count, torn in tears(log):
+        left = state(start, log, count, torn)
+        assert not count or left[:4096] != start[:4096]
+        disk = Disk(text, RecordedFiles(**{path: RecordedFile(left), "image": image}))
+        assert bytes(64 << 10) == disk.everything()

@@ -9,8 +9,9 @@ import os
 
 from xenbackend.block.below import changed_ns, describe
 from xenbackend.block.beside import begin, have, is_new
+from xenbackend.block.cache_map import WAYS
 from xenbackend.block.driver import File, Filter
-from xenbackend.block.formats.beside import HEADER_SIZE
+from xenbackend.block.formats.beside import HEADER_SIZE, MIN_BLOCK
 from xenbackend.block.formats.cache import BackHeader, Header
 from xenbackend.errors import DriverError
 
@@ -72,7 +73,9 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
             return found
     if env.read_only:
         return None
-    file.write_at(0, bytes(HEADER_SIZE))  # whoever is killed now leaves a new one
+    if any(first):  # whoever is killed now leaves one that has nothing, of which no worker remembers anything else
+        kind = Header if first.startswith(Header.MAGIC) else BackHeader
+        file.write_at(0, kind(WAYS * MIN_BLOCK, MIN_BLOCK, "", os.urandom(16)).pack())
     begin(file, wanted, size=wanted.file_size, written=wanted.data_at)
     return wanted
 
