@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers_block import Machine, read, write
 from tests.recorded import Disk, RecordedFile, RecordedFiles, at, state, tears
+from xenbackend.block.cache_parts import MAX_SLOTS
+from xenbackend.block.formats.cache import BackHeader
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20
@@ -105,6 +107,20 @@ def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path
         (tmp_path / "other").rename(image)
 
     assert bytes(SIZE) == image.read_bytes()
+
+
+def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: Path) -> None:
+    """F3: by whoever had the file, which is a hole of terabytes, and nobody looks at all of it."""
+    image, cache = tmp_path / "image", Path(f"/dev/shm/{tmp_path.name}")
+    image.write_bytes(bytes(SIZE))
+    header = BackHeader((MAX_SLOTS + 1) * 4096, 4096, "x", bytes(16))
+    try:
+        cache.write_bytes(header.pack())
+        os.truncate(cache, header.file_size)
+        with pytest.raises(DriverError, match="its header is damaged: 16777217 slots, and 16777216 are the most"):
+            machines[0].open(f"cache:{cache},size=1M,mode=writeback|aio:{image}")
+    finally:
+        cache.unlink()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 from xenbackend.block.below import changed_ns, describe
 from xenbackend.block.beside import begin, have, is_new
 from xenbackend.block.cache_map import WAYS
+from xenbackend.block.cache_parts import MAX_SLOTS
 from xenbackend.block.driver import File, Filter
 from xenbackend.block.formats.beside import HEADER_SIZE, MIN_BLOCK
 from xenbackend.block.formats.cache import BackHeader, Header
@@ -65,6 +66,8 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
     first = file.read_at(0, HEADER_SIZE)
     if not is_new(file, first, wanted.file_size) and not first.startswith(Header.MAGIC):
         found = BackHeader.parse(first)
+        if found.blocks > MAX_SLOTS:  # to look at all of them would take for ever
+            raise DriverError(f"its header is damaged: {found.blocks} slots, and {MAX_SLOTS} are the most")
         if file.size < found.file_size:
             raise DriverError(f"it has {file.size} bytes of {found.file_size}: something has cut it")
         dirty = _count(file, found)

@@ -13,14 +13,14 @@ from xenbackend.block.overtaken import Copy
 from xenbackend.block.request import PENDING, Request
 from xenbackend.units import format_size
 
-_MAX_SLOTS = 1 << 24
+MAX_SLOTS = 1 << 24
 READ, WRITETHROUGH, WRITEBACK = MODES = "read", "writethrough", "writeback"
 
 
 def check_sizes(size: int, block: int) -> None:
     """See that a cache may be so large, in bytes. Raises: ValueError with a sentence."""
     check_block(block)
-    least, most = max(1 << 20, WAYS * block), _MAX_SLOTS * block
+    least, most = max(1 << 20, WAYS * block), MAX_SLOTS * block
     if not least <= size <= most:
         bounds = f"{format_size(least)} to {format_size(most)}"
         raise ValueError(f"size is {format_size(size)}; with this block it must be {bounds}")

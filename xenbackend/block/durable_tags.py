@@ -38,8 +38,8 @@ class DurableTags:
                 page = self._tags[first : first + _EACH].tolist()
                 yield from ((slot, tag - 1) for slot, tag in enumerate(page, first) if tag)
 
-    def check(self, ways: int, sets: int, blocks: int) -> None:
-        """See that each tag can be: its block is one of the disk's, in its set and in no other slot.
+    def check(self, ways: int, sets: int, blocks: int, most: int) -> None:
+        """See that each tag can be: its block is one of the disk's, in its set and in no other slot; `most` have one.
 
         Raises: DriverError.
         """
@@ -48,6 +48,8 @@ class DurableTags:
             if block >= blocks or block % sets != slot // ways or block in seen:
                 raise DriverError(f"its map is damaged, or the disk below has shrunk: slot {slot} has block {block}")
             seen.add(block)
+            if len(seen) > most:  # each takes memory
+                raise DriverError(f"its map is damaged: more than {most} blocks are in it alone")
 
     def put(self, slot: int, block: int) -> None:
         """Note that only this slot has a block, all of which was given to FILE."""

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from xenbackend.block.formats.cache import BackHeader
 
 MOST = 128 << 10  # bytes of a request whose blocks get slots
-MAX_DIRTY = 1 << 16  # blocks
+MAX_DIRTY = 1 << 16  # blocks; a few more where writes to them were under way
+_MOST_LEFT = 8 * MAX_DIRTY  # that a predecessor of ours can have left
 _AGAIN = -1  # of a read that found nothing in FILE after all
 _CLOSING_S = 5.0  # for what is still to be written below
 
@@ -60,7 +61,7 @@ class WriteBack(BackIO):
         """
         super().__init__(driver, file, header)
         self._whole = self._below.size >> self._bits  # what the disk's end cuts is another block once that has grown
-        self.tags.check(WAYS, self.map.slots // WAYS, self._whole)
+        self.tags.check(WAYS, self.map.slots // WAYS, self._whole, _MOST_LEFT)
         self._copies, self._overtaken, self._holds = Copies(), Overtaken(), Holds()
         self._writing: Counter[int] = Counter()  # by slot: writes of the guest's that are on their way there
         self._hits = self._misses = self._around = 0
