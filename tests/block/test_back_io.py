@@ -13,9 +13,12 @@ from tests.helpers_block import flush, read, write
 from xenbackend.block.request import Op
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("which", ["image", "cache"])
-def test_a_flush_of_our_own_that_failed_is_told(tmp_path: Path, which: str) -> None:
-    """The kernel tells only once of what it has lost: the guest's next flush fails for it, and no later one."""
+def test_a_flush_of_our_own_that_failed_is_told(tmp_path: Path, which: str, *, is_killed: bool) -> None:
+    """The kernel tells only once of what it has lost: the guest's next flush fails for it, and no later one; also where
+    a successor has it. One that is killed before anybody has heard of it leaves it to be told.
+    """
     life = Life(tmp_path, Random(1), size=400 << 10)
     assert [0] == life.disk.do(write(100 << 10, b"a" * (200 << 10)))  # past FILE
     assert [0] == life.disk.do(write(0, b"n" * 4096))
@@ -25,8 +28,12 @@ def test_a_flush_of_our_own_that_failed_is_told(tmp_path: Path, which: str) -> N
     while not failed:
         life.rest()
         life.run()
+    if is_killed:
+        life.kill()
 
     assert [errno.EIO] == life.disk.do(flush())
+    assert [0] == life.disk.do(flush())
+    life.kill()
     assert [0] == life.disk.do(flush())
 
 

@@ -14,6 +14,7 @@ from xenbackend.block.durable_tags import DurableTags
 from xenbackend.block.formats.beside import HEADER_SIZE
 from xenbackend.block.mapped.parts import Part, Pool, cut
 from xenbackend.block.request import Op, Request
+from xenbackend.units import PAGE
 
 if TYPE_CHECKING:
     from xenbackend.block.driver import File, Filter
@@ -42,7 +43,8 @@ class BackIO:
         self._is_passing = False
         self._gone_below = 1  # writes below that have ended; a predecessor may have left one
         self._flushed_below = 0  # of these, as many as a flush has covered
-        self._lost = 0  # errno of a flush of our own that failed, of which the guest's next flush has to tell
+        self._lost = self._env.memory("lost", PAGE)  # a byte: see `lose`
+        self._is_told = False
         self._errors = self._in_a_row = 0
         self.is_shunned = self._env.read_only  # nothing more is put into FILE
 
@@ -72,6 +74,8 @@ class BackIO:
                     self._file.submit(to_file)
                 if back:
                     self._driver.complete(back)
+                    if self._is_told:  # not before, or whoever is killed in between would forget it
+                        self._lost[0], self._is_told = 0, False
         finally:
             self._is_passing = False
 
@@ -117,8 +121,14 @@ class BackIO:
         self._down.append(self._pool.take(Op.FLUSH, 0, 0, (), flushed, None))
 
     def lose(self, status: int) -> None:
-        """Have the guest's next flush tell that one of ours failed: the kernel tells of it only once."""
-        self._lost = self._lost or status
+        """Have the guest's next flush tell that one of ours failed, also in a successor: the kernel tells only once."""
+        self._lost[0] = self._lost[0] or min(status, 255)
+
+    def tell(self, request: Request, status: int) -> None:
+        """Give back a flush that ended so, or with what one of ours did before."""
+        status = status or self._lost[0]
+        self._is_told |= status != 0
+        self._end(request, status)
 
     def _note_error(self, status: int) -> None:
         if not status:

@@ -105,6 +105,7 @@ class WriteBack(BackIO):
         finally:
             self.tags.close(writes=not self._env.read_only)
             self.map.close()
+            self._lost.release()
 
     def _blocks(self, request: Request) -> tuple[int, int]:
         return request.offset >> self._bits, (request.offset + request.length - 1) >> self._bits
@@ -410,8 +411,7 @@ class WriteBack(BackIO):
             join.left -= 1
             join.status = join.status or status
             if not join.left:
-                status, self._lost = join.status or self._lost, 0
-                self._end(request, status)
+                self.tell(request, join.status)
 
         self.flush_below(done)
         if not self._env.read_only:
