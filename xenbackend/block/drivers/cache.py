@@ -23,8 +23,9 @@ Behaviour:
     dirty, so that no block of a former life can come back after a power failure, or after others have written.
 
     A read of up to 128 KiB that finds one of its blocks missing reads whole blocks from below, and leaves them in the
-    cache, unless something was written there meanwhile. Larger ones, as of a backup, go by. Where no place is free, a
-    block gives way that was not used since the last time that one was looked for near it.
+    cache, unless something was written there meanwhile; with writeback only where all of them are missing. Larger ones,
+    as of a backup, go by. Where no place is free, a block gives way that was not used since the last time that one was
+    looked for near it.
 
     With mode=read or writethrough FILE is never needed: a block that cannot be read from it is read from below. After
     16 errors in a row it is left alone until the layer is opened anew, and the fact `cache` says so; where a successor
@@ -47,7 +48,7 @@ Example:
 
 Limits:
     FILE must be a regular file, for one disk at a time. Commands, and `check`, read past it, but with writeback. `size`
-    is 1 MiB and 8 blocks at least; a slot takes 8 bytes of memory, with writeback 16, and there are at most 16 million.
+    is 1 MiB and 8 blocks at least; a slot takes 13 bytes of memory, with writeback 21, and there are at most 16 million.
     Above `luks:` FILE has plain text. What others write to a shared image (`share=on`, `w!`) is not noticed: do not use
     it there. A discard of more than 4096 blocks empties the cache of what is not dirty. A medium below FILE that hangs,
     rather than failing, holds up what is read from it.
