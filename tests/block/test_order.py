@@ -51,7 +51,10 @@ def test_the_table_names_drivers() -> None:
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
-        ("writeback", ["throttle below a cache with mode=writeback limits what the cache has not", "log below a cache"]),
+        (
+            "writeback",
+            ["throttle below a cache with mode=writeback limits what the cache has not", "log below a cache"],
+        ),
         ("read", ["throttle below cache limits only what the cache has not"]),
     ],
 )

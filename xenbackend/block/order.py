@@ -18,8 +18,8 @@ _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below 
     "too",
     ("cache", "throttle"): "throttle below cache limits only what the cache has not; put it above cache to limit the "
     "guest",
-    ("cache writeback", "throttle"): "throttle below a cache with mode=writeback limits what the cache has not, and what "
-    "is written only when no more may be dirty; put it above cache to limit the guest",
+    ("cache writeback", "throttle"): "throttle below a cache with mode=writeback limits what the cache has not, and "
+    "what is written only when no more may be dirty; put it above cache to limit the guest",
     ("cache writeback", "log"): "log below a cache with mode=writeback sees a write when that goes below, which is "
     "later; put it above cache to know what changes",
     ("cache", "cache"): "cache above cache keeps everything twice",
