@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_block import Machine, read, write
+from tests.helpers_block import Machine, flush, read, write
 from tests.recorded import Disk, RecordedFile, RecordedFiles, at, state, tears
 from xenbackend.block.cache_parts import MAX_SLOTS
 from xenbackend.block.formats.cache import BackHeader
@@ -92,6 +92,19 @@ def test_a_file_that_has_something_is_not_lost(
     if change == "changed":
         os.utime(cache, ns=(later, later))
         assert b"n" * 4096 == machines[1].contents(text)[4096:8192]
+
+
+def test_what_went_below_last_is_no_change_of_others(machines: list[Machine], tmp_path: Path) -> None:
+    """A slow medium below may take what is on its way there long after FILE was written; closing writes FILE once more."""
+    image, cache = tmp_path / "image", tmp_path / "cache"
+    image.write_bytes(bytes(SIZE))
+    text = f"cache:{cache},size=1M,mode=writeback|aio:{image}"
+    chain = machines[0].open(text)
+    assert [0, 0] == [*machines[0].do(chain, write(0, b"n" * 4096)), *machines[0].do(chain, flush())]
+    os.utime(cache, ns=(0, image.stat().st_mtime_ns - 60 * 10**9))
+    chain.close()
+
+    assert b"n" * 4096 == machines[1].contents(text)[:4096]
 
 
 def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path: Path) -> None:

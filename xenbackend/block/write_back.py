@@ -102,6 +102,8 @@ class WriteBack(BackIO):
                 self.destage.drain(_CLOSING_S)
             self.destage.is_closed = True
             self._env.wait_for(lambda: not self._pool.lent and self.tags.pages.is_idle)
+            if self.destage.dirty:  # FILE is the later one of both, by which it is known that nobody else wrote below
+                self.tags.pages.touch(0)
         finally:
             self.tags.close(writes=not self._env.read_only)
             self.map.close()
