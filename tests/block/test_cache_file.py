@@ -95,7 +95,7 @@ def test_a_file_that_has_something_is_not_lost(
 
 
 def test_what_went_below_last_is_no_change_of_others(machines: list[Machine], tmp_path: Path) -> None:
-    """A slow medium below may take what is on its way there long after FILE was written; closing writes FILE once more."""
+    """A slow medium below may take what is on its way there long after FILE was written: closing writes that again."""
     image, cache = tmp_path / "image", tmp_path / "cache"
     image.write_bytes(bytes(SIZE))
     text = f"cache:{cache},size=1M,mode=writeback|aio:{image}"
