@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.helpers_block import StepEnv
 from tests.recorded import RecordedFile
 from xenbackend.block.durable_pages import PAGE, TOKEN, DurablePages
@@ -45,3 +47,29 @@ def test_what_is_altered_during_a_flush_is_of_the_next_one() -> None:
     pages.close(writes=True)
 
     assert 2 == file.bytes[2 * PAGE]
+
+
+def test_many_pages_take_few_mappings() -> None:
+    """The kernel gives a process 65530: as many pages change where 1 TiB is discarded. Neighbours are written together,
+    1 MiB at a time, and what lies between others is left alone.
+    """
+    env, file, ended, size = StepEnv(), RecordedFile(bytearray(1800 * PAGE)), list[int](), 1800 * PAGE
+    pages = DurablePages(env, "pages", file, 0, size, b"t" * TOKEN)
+    file.complete = lambda batch: [pages.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
+    changed = [*range(600), *range(601, 1800, 2)]
+    for page in changed:
+        pages.bytes[page * PAGE] = 1
+        pages.touch(page)
+    pages.flush(ended.append)
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    while len(file.waiting) < 2:
+        assert file.step()
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 50
+    while file.step():
+        pass
+
+    assert [0] == ended
+    writes = [each for each in file.log if each.kind == "write"]
+    assert 603 >= len(writes)
+    assert 1 << 20 == max(len(each.data) for each in writes)
+    assert changed == [page for page in range(1800) if file.bytes[page * PAGE]]

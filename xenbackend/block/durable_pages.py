@@ -10,12 +10,14 @@ So what the file has after a power failure are earlier pages, of data that are a
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from xenbackend.block.driver import Env, File
 from xenbackend.block.mapped.parts import Part, Pool, allocate, tell
-from xenbackend.block.request import Op
+from xenbackend.block.request import Op, Request
 
-PAGE = 4096  # bytes that are written together
+PAGE = 4096  # bytes that are written together, at least
+_TOGETHER = 256  # pages at most
 _PIECE = 1 << 20  # bytes that are read at once, while it is opened
 TOKEN = 16  # bytes behind the pages in memory: of which file they are, once they were read
 Done = Callable[[int], None]  # gets 0 or a positive errno
@@ -81,11 +83,11 @@ class DurablePages:
         if status or not pages:
             self._end(status, pages if status else {}, waiting)
             return
-        left, statuses = len(pages), []
+        parts, statuses, order = list[Request](), list[int](), sorted(pages)
 
         def written(status: int) -> None:
             statuses.append(status)
-            if len(statuses) < left:
+            if len(statuses) < count:
                 return
             failed = max(statuses)
             if failed:
@@ -93,12 +95,17 @@ class DurablePages:
             else:
                 self._sync(lambda status: self._end(status, pages if status else {}, waiting))
 
-        parts = []
-        for page, data in pages.items():
-            memory = allocate(PAGE)
-            memory[:] = data
-            parts.append(self._pool.take(Op.WRITE, self._place + page * PAGE, PAGE, [memory], tell, written))
-        self._file.submit(parts)  # type: ignore[arg-type]  # each is a request
+        for start in range(0, len(order), _TOGETHER):
+            group = order[start : start + _TOGETHER]
+            memory = allocate(len(group) * PAGE)  # not one for each: the kernel gives a process only so many
+            for at, page in enumerate(group):
+                memory[at * PAGE : (at + 1) * PAGE] = pages[page]
+            gaps = [at for at in range(1, len(group)) if group[at] != group[at - 1] + 1]
+            for first, last in pairwise([0, *gaps, len(group)]):
+                place, view = self._place + group[first] * PAGE, memory[first * PAGE : last * PAGE]
+                parts.append(self._pool.take(Op.WRITE, place, len(view), [view], tell, written))
+        count = len(parts)
+        self._file.submit(parts)
 
     def _end(self, status: int, unwritten: dict[int, bytes], waiting: list[Done]) -> None:
         self._dirty.update(unwritten)
