@@ -103,6 +103,33 @@ def test_media_that_answer_at_once(tmp_path: Path) -> None:
         machine.close()
 
 
+def test_a_flush_below_that_takes_long_stops_what_goes_there(tmp_path: Path) -> None:
+    """As of an image in the page cache, which takes any number: of blocks that wait for the flush there are few."""
+    life = Life(tmp_path, Random(1), size=8 << 20)
+    life.text = life.text.replace("size=1M", "size=8M")
+    life.file.bytes[:] = bytes(BLOCK)
+    del life.file.bytes[BLOCK:]
+    life.memories.clear()
+    held, submit = list[Request](), life.image.submit
+
+    def hold(batch: list[Request]) -> None:
+        held.extend(each for each in batch if each.op == Op.FLUSH)
+        submit([each for each in batch if each.op != Op.FLUSH])
+
+    life.image.submit = hold  # type: ignore[method-assign]  # to hold them
+    life.start()
+    for place in range(0, 900 * BLOCK, BLOCK):
+        life.disk.do(write(place, b"n" * BLOCK))
+    pass_time(life, 35)
+    assert (1, True) == (len(held), 500 < life.figures()["destaged"] < 700)
+    while life.figures()["dirty"]:
+        submit(held[:])
+        held.clear()
+        pass_time(life, 1)
+
+    assert b"n" * (900 * BLOCK) == life.image.bytes[: 900 * BLOCK]
+
+
 def test_a_discard_waits_for_what_is_moving_alone(tmp_path: Path) -> None:
     """Also where hundreds of its blocks are still to go below, and might be moving one after the other."""
     life = Life(tmp_path, Random(1), size=1 << 20)

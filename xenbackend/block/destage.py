@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 REST_S = 5.0
 _TICK_S = 0.25
 _DEPTH = 8  # blocks that are moving at once
-_BATCH = 64  # that are settled together
+_BATCH = 64  # that are settled together, at least
+_UNFLUSHED = 512  # that are below while a flush there takes long: each is looked at again and again
 _AFTER_ERROR_S = 1.0
 
 
@@ -143,7 +144,9 @@ class Destage:
 
     def _due(self) -> list[tuple[int, int]]:
         now, found = self._env.now(), list[tuple[int, int]]()
-        room = 0 if self.waiting else _DEPTH - len(self._moving)  # else a discard might wait for ever
+        room = min(_DEPTH, _UNFLUSHED - len(self._moved)) - len(self._moving)
+        if self.waiting:  # a discard, which might wait for ever
+            room = 0
         left = len(self.dirty) - len(self._moving) - len(self._moved) - len(self._settling)
         for block, (slot, since) in self.dirty.items():
             is_rested = self._drains or now - since >= REST_S or left - len(found) > self._limit // 2
