@@ -19,7 +19,6 @@ DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, 
 
 TESTED_ELSEWHERE = {
     "block/remote/disk.py": "block/drivers/test_nbd.py",
-    "block/remote/lane.py": "block/drivers/test_nbd.py",
     "block/servers.py": "block/remote/test_target.py",
     "__main__.py": "a line that calls cli/main.py",
     "bench/blkif_native.py": "bench/test_blkif.py holds both generators to the same tests",

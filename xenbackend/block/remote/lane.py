@@ -129,16 +129,16 @@ class Lane:
         connection = self.connection
         if connection is None or not connection.in_flight:
             return
-        self._is_timed = True
-        self._env.call_later(TICK_S, self._tick)
         if connection.heard != self._heard:
             self._heard, self._silent_s = connection.heard, 0.0
-            return
-        self._silent_s += TICK_S
+        else:
+            self._silent_s += TICK_S
         if self._silent_s >= self._wanted.silence_s:
-            self._is_timed = False
             connection.failure = Lost(f"the server has answered nothing for {self._silent_s:.0f} s")
-            self._lose(connection)
+            self._lose(connection)  # no look is due then: the next connection's would come beside it
+        else:
+            self._is_timed = True
+            self._env.call_later(TICK_S, self._tick)
 
     def _lose(self, connection: Connection) -> None:
         """Give back what is in flight, and have another connection made in the place of one that has failed."""

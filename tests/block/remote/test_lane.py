@@ -1,0 +1,97 @@
+"""Tests of `xenbackend.block.remote.lane`: how long a server may be silent. block/drivers/test_nbd.py has the rest."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.helpers_block import StepEnv, read
+from xenbackend.block.remote.lane import TICK_S, Lane, Wanted
+from xenbackend.block.request import Request
+from xenbackend.block.servers import Endpoint
+from xenbackend.nbd.client import Offer
+
+SIZE = 1 << 20
+OFFER = Offer(SIZE, 0)
+SILENCE_S = 3.0
+
+
+@dataclass
+class Env(StepEnv):
+    """One with descriptors, each of whose timers goes off on its own."""
+
+    ready: dict[int, Callable[[], None]] = field(default_factory=dict)
+    lost: int = 0
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """See `Env`."""
+        self.ready[fd] = callback
+
+    def unwatch(self, fd: int) -> None:
+        """See `Env`."""
+        del self.ready[fd]
+
+    def reconnect(self, *_: Any) -> None:
+        """Note that a connection was lost; the test makes the next one."""
+        self.lost += 1
+
+    def disconnected(self, *_: Any) -> None:
+        """See `Env`."""
+
+
+class Silent:
+    """A lane to a server that says what the test says, and its requests that came back."""
+
+    def __init__(self) -> None:
+        self.env, self.back = Env(), list[Request]()
+        wanted = Wanted(Endpoint("/nowhere"), "", SILENCE_S, durable=False)
+        self.lane = Lane(self.env, wanted, 0, self.back.extend, lambda _: "", lambda: None)  # type: ignore[arg-type]
+        self.ends: list[socket.socket] = []
+        self.connect()
+
+    def connect(self) -> None:
+        """Have a connection."""
+        near, far = socket.socketpair()
+        self.ends.append(far)
+        self.lane.begin(near, OFFER)
+
+    def submit(self, request: Request) -> None:
+        """Send a request."""
+        assert self.lane.connection is not None
+        self.lane.submit(self.lane.connection, [request])
+
+    def say(self, data: bytes) -> None:
+        """Let the server say something."""
+        self.ends[-1].sendall(data)
+        for callback in list(self.env.ready.values()):
+            callback()
+
+    def close(self) -> None:
+        """Close everything."""
+        self.lane.close()
+        for far in self.ends:
+            far.close()
+
+
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    """Return a lane with its server."""
+    it = Silent()
+    yield it
+    it.close()
+
+
+def test_a_server_has_its_time_each_time(silent: Silent) -> None:
+    """One that was given up, and is there again at once, may be silent for as long as before."""
+    for given_up in range(1, 5):
+        silent.submit(read(0, 512))
+        ticks = 0
+        while silent.env.lost < given_up:
+            silent.env.ring()
+            ticks += 1
+        assert SILENCE_S / TICK_S == ticks
+        silent.connect()
