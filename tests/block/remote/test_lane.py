@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from struct import pack
 from typing import Any
 
 import pytest
 
-from tests.helpers_block import StepEnv, read
+from tests.helpers_block import StepEnv, content, flush, read
 from xenbackend.block.remote.lane import TICK_S, Lane, Wanted
-from xenbackend.block.request import Request
+from xenbackend.block.request import AWAY, Request
 from xenbackend.block.servers import Endpoint
+from xenbackend.nbd.abi import REPLY_MAGIC
 from xenbackend.nbd.client import Offer
 
 SIZE = 1 << 20
@@ -95,3 +97,34 @@ def test_a_server_has_its_time_each_time(silent: Silent) -> None:
             ticks += 1
         assert SILENCE_S / TICK_S == ticks
         silent.connect()
+
+
+def test_a_byte_now_and_then_is_no_answer(silent: Silent) -> None:
+    """A server that drips data of a read is given up; one that is slow, and brings some KiB in that time, is not."""
+    request = read(0, 64 * 1024)
+    silent.submit(request)
+    silent.say(pack(">IIQ", REPLY_MAGIC, 0, 0))
+    for _ in range(16):
+        for _ in range(2):  # one step less than it may be silent
+            silent.env.ring()
+            silent.say(b"x" * 2048)
+    assert (0, [request], b"x" * 65536) == (silent.env.lost, silent.back, content(request))
+    silent.submit(read(0, 64 * 1024))
+    silent.say(pack(">IIQ", REPLY_MAGIC, 0, 0))
+    for _ in range(4):  # the first look finds the former answer
+        silent.say(b"x")
+        silent.env.ring()
+    assert 1 == silent.env.lost
+    assert [0, AWAY] == [each.status for each in silent.back]
+
+
+def test_short_answers_are_answers(silent: Silent) -> None:
+    """A server that answers one request after the other, each in time, has not gone, however little it says."""
+    requests = [flush() for _ in range(10)]
+    for request in requests:
+        silent.submit(request)
+    for number in range(10):
+        for _ in range(2):
+            silent.env.ring()
+        silent.say(pack(">IIQ", REPLY_MAGIC, 0, number))
+    assert (0, requests) == (silent.env.lost, silent.back)

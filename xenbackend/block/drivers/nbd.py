@@ -30,8 +30,9 @@ Behaviour:
     A server that goes away is a pause: reads, writes and flushes wait, by the policy's kind `away`, and the connection
     is made again, after 0.1 s at first and every 5 s at last. What was in flight is sent again then. A server that
     comes back with a smaller disk, without the export, or only to be read, is not served from; the disk waits, and
-    `status` says why, as it says what it waits for in any case (`connection`). A server that owes an answer and says
-    nothing for `timeout` is treated as one that has gone. A connection that has nothing to do may be silent for ever.
+    `status` says why, as it says what it waits for in any case (`connection`). A server that owes answers, and
+    gives none for `timeout`, nor 4 KiB of one, is treated as one that has gone. A connection that has nothing to do may
+    be silent for ever.
     A server that breaks the protocol loses its connection, and is connected to again. Where there are several, and one
     is lost, the disk waits until all of them are there.
 
@@ -110,7 +111,7 @@ class Nbd(Driver):
         server: Annotated[Target, Kind("server", parse_target)] = option("unix:PATH, HOST:PORT or a URI", target=True)
         export: str = option("the export's name; by default the one without a name, or the URI's", default="")
         drain: Duration = option("how long the server may still write once a connection has ended", default=5.0)
-        timeout: Duration = option("how long a server may say nothing while it owes an answer", default=30.0)
+        timeout: Duration = option("how long a server may answer nothing while it owes an answer", default=30.0)
         durable: bool = option("writes are answered when they are on the server's medium", default=False)
         connections: int = option("how many connections are made to the server", default=1)
         certificates: str = option("directory with the certificates for TLS; by default the URI's", default="")

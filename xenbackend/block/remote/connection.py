@@ -53,14 +53,15 @@ class Connection:
     """The transmission over one socket, which is ours from now on.
 
     in_flight   requests that the server has not answered
-    heard       grows whenever the server has said something
+    answered    requests that it has, since the beginning
+    heard       bytes that it has said, since the beginning
     failure     why it is of no use any more (Lost, NbdError); `take_back` has what was in flight
     """
 
     def __init__(self, near: Stream, offer: Offer, *, durable: bool = False) -> None:
         """With `durable` each write is answered when it is on the medium."""
         near.setblocking(False)
-        self.in_flight = self.heard = 0
+        self.in_flight = self.answered = self.heard = 0
         self.failure: Lost | NbdError | None = None
         self._socket = near
         self._tls = near if isinstance(near, TlsSocket) else None
@@ -143,6 +144,7 @@ class Connection:
         except (Lost, NbdError) as problem:
             self.failure = problem
         self.in_flight -= len(done)
+        self.answered += len(done)
         return done
 
     def take_back(self) -> list[Request]:
@@ -178,7 +180,7 @@ class Connection:
             received = self._socket.recvmsg_into([*iov, view] if len(iov) < _IOV_MAX else iov[:_IOV_MAX])[0]
             if not received:
                 raise Lost("the server has closed the connection")
-            self.heard += 1
+            self.heard += received
             left = self._fill(received)
             if left < 0:
                 return True
@@ -191,7 +193,7 @@ class Connection:
             received = self._socket.recv_into(view[left:])
             if not received:
                 raise Lost("the server has closed the connection")
-            self.heard += 1
+            self.heard += received
             self._at, self._end = 0, left + received
         was_full = self._end == _ROOM
         self._parse(done)

@@ -24,6 +24,7 @@ from xenbackend.errors import DriverError
 from xenbackend.nbd.client import Offer
 
 TICK_S = 1.0  # between two looks at whether the server says anything
+_LEAST = 4096  # bytes of answers that are as good as one: a link that brings fewer in that time serves no disk
 PAUSES_S = (0.1, 0.3, 1.0, 2.0, 5.0)  # before a connection is tried again, by how often in a row
 
 
@@ -63,14 +64,14 @@ class Lane:
         self._coming: socket.socket | None = None  # whose handshake is under way
         self._failures = 0  # of connecting, in a row
         self._is_closed = self._is_timed = self._wants_to_send = False
-        self._heard = -1
+        self._answered = self._heard = -1
         self._silent_s = 0.0
 
     def begin(self, stream: Stream, offer: Offer) -> None:
         """Have a connection, which is ours from now on."""
         self.connection = connection = Connection(stream, offer, durable=self._wanted.durable)
         self.trouble = ""
-        self._failures, self._wants_to_send, self._heard = 0, False, -1
+        self._failures, self._wants_to_send, self._answered = 0, False, -1
         self._env.watch(connection.fileno(), self._ready)
         self._on_change()
 
@@ -82,7 +83,8 @@ class Lane:
         if connection.failure is not None:  # not from within `submit`
             self._env.call_later(0.0, partial(self._lose, connection))
         if not self._is_timed:
-            self._is_timed, self._heard, self._silent_s = True, connection.heard, 0.0
+            self._is_timed = True
+            self._note_heard(connection)
             self._env.call_later(TICK_S, self._tick)
 
     def close(self) -> None:
@@ -124,13 +126,16 @@ class Lane:
             self._lose(connection)
 
     def _tick(self) -> None:
-        """Look whether a server that owes us answers says anything; one that owes none may be silent for ever."""
+        """Look whether a server that owes us answers says enough; one that owes none may be silent for ever.
+
+        Bytes alone do not do: one that says one now and then would never be given up.
+        """
         self._is_timed = False
         connection = self.connection
         if connection is None or not connection.in_flight:
             return
-        if connection.heard != self._heard:
-            self._heard, self._silent_s = connection.heard, 0.0
+        if connection.answered != self._answered or connection.heard - self._heard >= _LEAST:
+            self._note_heard(connection)
         else:
             self._silent_s += TICK_S
         if self._silent_s >= self._wanted.silence_s:
@@ -139,6 +144,9 @@ class Lane:
         else:
             self._is_timed = True
             self._env.call_later(TICK_S, self._tick)
+
+    def _note_heard(self, connection: Connection) -> None:
+        self._answered, self._heard, self._silent_s = connection.answered, connection.heard, 0.0
 
     def _lose(self, connection: Connection) -> None:
         """Give back what is in flight, and have another connection made in the place of one that has failed."""
