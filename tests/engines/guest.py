@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -19,13 +17,6 @@ from xenbackend.rig.frontend import Wishes
 SIZE = 64 << 20
 SECTORS = SIZE // 512
 DOMID = 5
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
 
 
 class Guest:

@@ -9,12 +9,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import pytest
+
+from tests.until import until
 
 START_S = 10.0
 
@@ -54,10 +55,8 @@ class Engine:
         """Start it, and return when it listens."""
         self.socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL)
-        give_up = time.monotonic() + START_S
-        while not self._listens():
-            assert self._process.poll() is None, f"{self.kind} has ended"
-            assert time.monotonic() < give_up, f"{self.kind} does not listen"
+        until(self._listens_or_has_ended, f"{self.kind} does not listen", limit_s=START_S)
+        assert self.is_alive(), f"{self.kind} has ended"
 
     def is_alive(self) -> bool:
         """Whether it still runs."""
@@ -82,8 +81,10 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def _listens(self) -> bool:
-        """Whether it takes connections: its socket is there some time before."""
+    def _listens_or_has_ended(self) -> bool:
+        """Whether it takes connections, for which its socket is there some time before, or never will."""
+        if not self.is_alive():
+            return True
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.socket)) == 0
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.guest import SIZE, Guest, until
+from tests.engines.guest import SIZE, Guest
 from tests.engines.servers import Engine
+from tests.until import until
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.guest import SIZE, Guest, until
-from tests.engines.lossy import FAR, LossyLink
+from tests.engines.guest import SIZE, Guest
+from tests.engines.lossy import LossyLink
+from tests.until import until
 from xenbackend.embedded.machine import Machine
 
 
@@ -23,9 +24,9 @@ def link(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LossyLink]:
     image = tmp_path / "image"
     image.write_bytes(bytes(SIZE))
     # nbdkit 1.32 aborts when a client dies with requests in flight: it is started again, as by its unit
-    serve = f"while :; do nbdkit -f --threads=1 -i {FAR} -p 10809 file {image}; done"
+    serve = f"while :; do nbdkit -f --threads=1 -i ADDRESS -p 10809 file {image}; done"
     with LossyLink(["sh", "-c", serve], 0.001, request.config.getoption("--seed")) as link:
-        until(_listens)
+        until(lambda: _listens(link.far))
         yield link
 
 
@@ -33,7 +34,7 @@ def link(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LossyLink]:
 def guest(machine: Machine, link: LossyLink, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A guest whose server is behind the link."""
     with ExitStack() as stack:
-        yield Guest(machine, f"nbd:{FAR}:10809,drain=0s,timeout=2s", request.config.getoption("--seed"), stack)
+        yield Guest(machine, f"nbd:{link.far}:10809,drain=0s,timeout=2s", request.config.getoption("--seed"), stack)
 
 
 def test_packets_are_lost(guest: Guest, link: LossyLink) -> None:
@@ -59,7 +60,20 @@ def test_a_network_that_goes_silent(guest: Guest, link: LossyLink) -> None:
     guest.end()
 
 
-def _listens() -> bool:
+def test_two_links_at_once(tmp_path: Path) -> None:
+    """Each has addresses of its own, so that two suites on one host do not stop one another."""
+    with ExitStack() as stack:
+        links = []
+        for name in ("one", "two"):
+            command = ["sh", "-c", f"echo ADDRESS >{tmp_path / name}; sleep 60"]
+            links.append(stack.enter_context(LossyLink(command, 1.0, 1)))
+        assert links[0].far != links[1].far
+        for name, link in zip(("one", "two"), links, strict=True):
+            file = tmp_path / name
+            until(lambda file=file, far=link.far: file.exists() and f"{far}\n" == file.read_text())
+
+
+def _listens(address: str) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
-        return probe.connect_ex((FAR, 10809)) == 0
+        return probe.connect_ex((address, 10809)) == 0

@@ -16,8 +16,9 @@ import pytest
 
 from tests.certificates import Authority
 from tests.driven import Driven
-from tests.engines.guest import DOMID, SIZE, Guest, until
+from tests.engines.guest import DOMID, SIZE, Guest
 from tests.engines.servers import Engine
+from tests.until import until
 from xenbackend.block.chain import parse_chain
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine

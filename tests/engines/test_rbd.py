@@ -21,9 +21,10 @@ from random import Random
 import pytest
 
 from tests.engines.ceph import POOL, Ceph
-from tests.engines.guest import DOMID, Guest, until
+from tests.engines.guest import DOMID, Guest
 from tests.helpers_block import Machine as Chains
 from tests.helpers_block import content, discard, flush, read, write
+from tests.until import until
 from xenbackend.block.drivers import rbd as driver
 from xenbackend.block.rbd import ownership
 from xenbackend.block.rbd.noted import SIZE, Noted
