@@ -49,12 +49,13 @@ def test_packets_are_lost(guest: Guest, link: LossyLink) -> None:
 
 
 def test_a_network_that_goes_silent(guest: Guest, link: LossyLink) -> None:
-    """Where nothing comes through any more the guest waits, is told why, and goes on once the network does."""
+    """Where nothing comes through any more the guest waits, `status` says why, and it goes on once the network does."""
     guest.load.run(50)
     guest.load.finish()
     link.loss = 1.0
     guest.load.top_up()
-    until(lambda: "the server has answered nothing" in guest.connection() or guest.error())
+    until(lambda: "the server has answered nothing for 2 s" in guest.connection())
+    until(lambda: "the disk's server is away" in guest.error())
     link.loss = 0.001
     guest.load.run(50)
     guest.end()
