@@ -16,7 +16,9 @@ from tests.certificates import Authority
 from tests.helpers_block import Machine
 from tests.nbd_server import ACK, MULTI_CONN, OPTION_REPLY, Export, Server, take
 from xenbackend.block.remote import negotiation
+from xenbackend.block.servers import Endpoint
 from xenbackend.errors import DriverError
+from xenbackend.opener import connecting
 
 GREETING = b"NBDMAGICIHAVEOPT" + pack(">H", 3)
 TOO_LONG = "the server has not done the handshake"
@@ -73,6 +75,21 @@ def test_several_connections_have_no_more_time_than_one(machine: Machine, server
     server.greet = lambda _: server.go.wait(0.2)
     with pytest.raises(DriverError, match=TOO_LONG):
         machine.open(f"nbd:unix:{server.path},connections=8")
+
+
+def test_what_comes_before_a_handshake_takes_none_of_its_time(
+    machine: Machine, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a death a connection is made when the former one has ended and `drain` is over, which may take 40 s."""
+    server.export.flags |= MULTI_CONN
+    connect = connecting.connect
+
+    def slowly(endpoint: Endpoint) -> socket.socket:
+        server.go.wait(0.6)
+        return connect(endpoint)
+
+    monkeypatch.setattr(connecting, "connect", slowly)
+    machine.open(f"nbd:unix:{server.path},connections=2").close()
 
 
 def test_a_server_that_never_stops_is_given_up(machine: Machine, server: Server) -> None:

@@ -193,11 +193,15 @@ class Nbd(Driver):
     def _agree(self, env: Env, wanted: Wanted, streams: list[Stream]) -> Offer:
         """Make all connections, put each into `streams`, and return what is offered. Raises: DriverError."""
         first: Offer | None = None
-        deadline = Deadline(negotiation.HANDSHAKE_S)
+        left_s = negotiation.HANDSHAKE_S
         for place in range(self.options.connections):
-            near = env.connect(wanted.endpoint, place)
+            near = env.connect(
+                wanted.endpoint, place
+            )  # has limits of its own: former connections have to end, and drain
             streams.append(near)
+            deadline = Deadline(left_s)
             streams[place], offer = negotiation.negotiate(near, wanted.export, wanted.tls, deadline)
+            left_s = deadline.left_s
             if self.options.connections > 1 and not offer.flags & SEND_MULTI_CONN:
                 raise DriverError(
                     "the server does not say that its connections see the same (multi-conn); leave connections= out",

@@ -26,6 +26,11 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self._at = time.monotonic() + seconds
 
+    @property
+    def left_s(self) -> float:
+        """How long it still is, 0 at least."""
+        return max(0.0, self._at - time.monotonic())
+
     def do(self, near: HasDescriptor, step: Callable[[], _T]) -> _T:
         """Return what `step` does, which is called anew whenever there is more to receive where it would block.
 
@@ -33,7 +38,7 @@ class Deadline:
         """
         waiting = select.poll()
         waiting.register(near.fileno(), select.POLLIN)
-        while (left_s := self._at - time.monotonic()) > 0:
+        while left_s := self.left_s:
             try:
                 return step()
             except BlockingIOError:
