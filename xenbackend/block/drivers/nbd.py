@@ -195,9 +195,7 @@ class Nbd(Driver):
         first: Offer | None = None
         left_s = negotiation.HANDSHAKE_S
         for place in range(self.options.connections):
-            near = env.connect(
-                wanted.endpoint, place
-            )  # has limits of its own: former connections have to end, and drain
+            near = env.connect(wanted.endpoint, place)  # which waits for former ones to end, and for `drain`
             streams.append(near)
             deadline = Deadline(left_s)
             streams[place], offer = negotiation.negotiate(near, wanted.export, wanted.tls, deadline)
