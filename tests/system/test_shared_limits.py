@@ -6,12 +6,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from tests.until import until
 from xenbackend.embedded.machine import Machine
 from xenbackend.rig.frontend import Frontend, Wishes
 
@@ -47,13 +47,6 @@ def rates(guests: list[Guest], seconds: float) -> list[float]:
     threading.Event().wait(seconds)
     took = time.monotonic() - begun
     return [(each.done - former) / took for each, former in zip(guests, before, strict=True)]
-
-
-def until(condition: Callable[[], object], what: Callable[[], object]) -> None:
-    """Wait for what happens within some looks of the service."""
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, what()
 
 
 def test_two_disks_share_a_limit(tmp_path: Path) -> None:

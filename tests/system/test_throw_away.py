@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.until import until
 from xenbackend.cli.main import main
 from xenbackend.embedded.machine import Machine
 from xenbackend.opener.steps import give_name
@@ -23,13 +23,6 @@ pytestmark = pytest.mark.slow
 SIZE = 1 << 20
 BASE = b"B" * SIZE
 OURS = b"w" * 4096
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what happens soon."""
-    give_up = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < give_up
 
 
 class Disk:
