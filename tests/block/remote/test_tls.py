@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _ssl
+import ctypes
 import os
 import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from struct import pack
@@ -20,7 +23,7 @@ from tests.helpers_block import Machine, again, content, flush, read, write
 from tests.nbd_server import MULTI_CONN, Export, Server
 from xenbackend.block.remote import tls
 from xenbackend.block.remote.connection import Connection
-from xenbackend.block.remote.tls import Tls, TlsFailed
+from xenbackend.block.remote.tls import Tls, TlsFailed, TlsSocket
 from xenbackend.block.request import AWAY
 from xenbackend.errors import ChainError, DriverError
 from xenbackend.nbd.abi import NbdError
@@ -237,6 +240,54 @@ def test_who_says_goodbye_to_nobody_is_not_told(places: Places) -> None:
     connection.close(in_order=True)
     assert -1 == connection.fileno()
     pair.close()
+
+
+def with_tickets(places: Places, near: socket.socket, far: socket.socket, count: int) -> tuple[TlsSocket, bytes]:
+    """Return our end of a connection, and records of its server: so many tickets for later sessions, and "data".
+
+    In TLS 1.3 there may be any number of tickets. Python's `ssl` sends two, and OpenSSL as many as it is asked for.
+    """
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = places.context(places.good).wrap_bio(incoming, outgoing, server_side=True)
+    ours = Tls(credentials(places.nobody), "").over(near)
+    thread = threading.Thread(target=ours.handshake)
+    thread.start()
+    is_done = False
+    while not is_done:
+        try:
+            server.do_handshake()
+            is_done = True
+        except ssl.SSLWantReadError:
+            far.sendall(outgoing.read())
+            incoming.write(far.recv(65536))
+    far.sendall(outgoing.read())
+    thread.join(10)
+    library = ctypes.PyDLL(_ssl.__file__)
+    place = id(server._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)  # type: ignore[attr-defined]
+    session = ctypes.c_void_p.from_address(place)
+    for _ in range(count):
+        assert 1 == library.SSL_new_session_ticket(session)
+        server.do_handshake()
+    server.write(b"data")
+    return ours, outgoing.read()
+
+
+def test_what_brings_no_data_holds_nobody(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends tickets without end is left now and then; once the socket shows nothing all is seen."""
+    monkeypatch.setattr(tls, "_MOST", 4096)  # bytes at once
+    near, far = socket.socketpair()
+    with near, far:
+        ours, records = with_tickets(places, near, far, 200)
+        near.setblocking(False)
+        room, found, turns = memoryview(bytearray(512)), 0, 0
+        far.sendall(records)
+        with suppress(BlockingIOError):
+            while near.recv(1, socket.MSG_PEEK):
+                turns += 1
+                with suppress(BlockingIOError):
+                    found += ours.recv_into(room)
+        assert (4, b"data") == (found, room[:4])
+        assert turns >= len(records) // (5 * 4096) > 1
 
 
 def test_all_that_has_come_is_taken(places: Places) -> None:

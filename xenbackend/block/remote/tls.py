@@ -27,6 +27,7 @@ from xenbackend.errors import XenbackendError
 from xenbackend.nbd.abi import NbdError
 
 _MOST = 256 * 1024  # bytes that are encrypted, or received, at once
+_MOST_EMPTY = 4  # receipts without data, as of session tickets, before somebody else has a turn
 _EXTRA_CHAIN_CERT = 14  # openssl/ssl.h, SSL_CTRL_EXTRA_CHAIN_CERT
 _END_OF_FILE = "no start line"  # openssl/pem.h, PEM_R_NO_START_LINE
 _UNKNOWN = "its certificate is from no authority that we know"
@@ -157,11 +158,18 @@ class TlsSocket:
         return bytes(room[: self.recv_into(memoryview(room))])
 
     def recv_into(self, view: memoryview) -> int:
-        """Receive into `view`, and return how many bytes; 0 at the end."""
+        """Receive into `view`, and return how many bytes; 0 at the end.
+
+        Raises: BlockingIOError also where much comes, and no data: there may be no end of that.
+        """
+        empty = 0
         while True:
             try:
                 return self._session.read(len(view), view)  # type: ignore[return-value]  # into a buffer
-            except ssl.SSLWantReadError:
+            except ssl.SSLWantReadError:  # nothing is left in `_incoming`, so that the socket shows what comes next
+                if empty == _MOST_EMPTY:
+                    raise BlockingIOError(errno.EAGAIN, "no data") from None
+                empty += 1
                 if not self._fetch():
                     return 0
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
