@@ -176,3 +176,18 @@ def test_a_size_that_changes(disk: Disk) -> None:
     disk.librbd.bytes = SIZE // 2
     disk.env.ring()
     assert [f"the image has shrunk to {SIZE // 2} bytes; the disk has {SIZE}"] == disk.env.gave_up
+
+
+def test_a_host_without_room_for_a_thread(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot ask for the size answers its requests all the same, and asks once there is room."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    disk.librbd.bytes = 2 * SIZE
+    with monkeypatch.context() as patched:
+        patched.setattr(disk.env, "run_in_thread", refuse)
+        assert AWAY == disk.do(write(SIZE, bytes(512)), -errno.EINVAL)
+    assert not disk.env.facts
+    disk.env.ring()
+    assert str(2 * SIZE) in disk.env.facts["size"]

@@ -157,7 +157,10 @@ class RbdDisk:
             if sizes and not self._is_closed:
                 self._compare(sizes[0])
 
-        self._env.run_in_thread(look, looked)
+        try:
+            self._env.run_in_thread(look, looked)
+        except RuntimeError:  # the host has no room for a thread: the next tick asks, and answers are given back
+            self._is_looking = False
 
     def _compare(self, size: int) -> None:
         if size < self._size:

@@ -1,6 +1,6 @@
 """A time by which something on a socket has to be done, however many bytes that takes: for whoever may wait.
 
-Must not be used in a worker's loop.
+Must not be used while requests are served.
 """
 
 from __future__ import annotations
