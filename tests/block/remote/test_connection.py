@@ -9,11 +9,13 @@ import errno
 import socket
 from collections.abc import Iterator
 from struct import pack
+from typing import Any
 
 import pytest
 
 from tests.helpers_block import content, read
 from xenbackend.block.remote.connection import MAX_ERRORS, Connection
+from xenbackend.block.remote.lost import Lost
 from xenbackend.nbd.abi import CHUNK_DATA, CHUNK_DONE, CHUNK_ERROR, CHUNK_HOLE, CHUNK_NONE, STRUCTURED_MAGIC, NbdError
 from xenbackend.nbd.client import Offer
 
@@ -85,3 +87,23 @@ def test_a_read_that_failed_in_part(ends: Ends) -> None:
     far.sendall(DATA + END)
     assert [other] == connection.receive()
     assert (0, b"x" * 512) == (other.status, content(other))
+
+
+class Broken(socket.socket):
+    """A socket that the network has given up: Linux says so once, to whoever asks first, and then that it has ended."""
+
+    def sendmsg(self, *_: Any) -> int:
+        """Be the first who asks."""
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+
+def test_what_ended_a_connection_first_counts() -> None:
+    """Where the network broke as we sent, the end that is received next is none of the server's, and proves nothing."""
+    near, far = socket.socketpair()
+    connection = Connection(Broken(fileno=near.detach()), Offer(SIZE, 0))
+    far.close()
+    connection.submit([read(0, 512)])
+    assert [] == connection.receive()
+    assert isinstance(connection.failure, Lost)
+    assert connection.failure.is_broken
+    connection.close(in_order=False)

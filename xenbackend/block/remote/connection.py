@@ -55,7 +55,7 @@ class Connection:
     in_flight   requests that the server has not answered
     answered    requests that it has, since the beginning
     heard       bytes that it has said, since the beginning
-    failure     why it is of no use any more (Lost, NbdError); `take_back` has what was in flight
+    failure     why it is of no use any more (Lost, NbdError), the first reason; `take_back` has what was in flight
     """
 
     def __init__(self, near: Stream, offer: Offer, *, durable: bool = False) -> None:
@@ -127,9 +127,9 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.failure = lost(error)
+            self.fail(lost(error))
         except NbdError as problem:
-            self.failure = problem
+            self.fail(problem)
 
     def receive(self) -> list[Request]:
         """Return the requests that are done, with their status; then look at `failure`."""
@@ -140,12 +140,16 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.failure = lost(error)
+            self.fail(lost(error))
         except (Lost, NbdError) as problem:
-            self.failure = problem
+            self.fail(problem)
         self.in_flight -= len(done)
         self.answered += len(done)
         return done
+
+    def fail(self, why: Lost | NbdError) -> None:
+        """Take note of what has happened, unless something did before: a socket tells of a network's end only once."""
+        self.failure = self.failure or why
 
     def take_back(self) -> list[Request]:
         """Return what is in flight; nothing more is done with it."""

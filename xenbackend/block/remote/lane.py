@@ -139,7 +139,7 @@ class Lane:
         else:
             self._silent_s += TICK_S
         if self._silent_s >= self._wanted.silence_s:
-            connection.failure = Lost(f"the server has answered nothing for {self._silent_s:.0f} s")
+            connection.fail(Lost(f"the server has answered nothing for {self._silent_s:.0f} s"))
             self._lose(connection)  # no look is due then: the next connection's would come beside it
         else:
             self._is_timed = True
