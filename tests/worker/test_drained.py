@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.driven import Driven
+from tests.until import until
 from xenbackend import counters
 from xenbackend.blkif.abi import BLKIF_OP_READ, BLKIF_RSP_OKAY
 from xenbackend.protocol import messages
@@ -26,10 +27,15 @@ def queued(driven: Driven, image: Path) -> list[Submitted]:
     requests = [frontend.submit(BLKIF_OP_READ, 8 * place, 8) for place in range(QUEUED)]
     frontend.wait(requests[:1])
     driven.worker.expect_counter("in_flight", QUEUED - 10, at_least=True, timeout_s=30)
-    [figures] = counters.figures(driven.worker.journal, [["waiting", "held"]])
-    assert figures["waiting"] >= QUEUED - 10
+    until(lambda: figures_of(driven)["waiting"] >= QUEUED - 10)  # a worker tells of its layers after its own counts
+    figures = figures_of(driven)
     assert figures["held"] >= figures["waiting"]
     return requests
+
+
+def figures_of(driven: Driven) -> dict[str, int]:
+    """Return what the throttle has told of itself last."""
+    return counters.figures(driven.worker.journal, [["waiting", "held"]])[0]
 
 
 @pytest.mark.parametrize("order", ["pause", "set", "set the same", "snapshot", "detach"])
