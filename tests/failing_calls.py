@@ -77,6 +77,7 @@ EXEMPT = {
     "os.urandom": "getrandom(2): cannot fail once the host has started",
     "os.write": "evtchn: kernel/test_evtchn.py; `xen.unmask` stands for it",
     "select.epoll": "made once, when the process begins, before it has a guest",
+    "select.poll": "no system call: makes an object",
     "signal.pidfd_send_signal": "the service's",
     "signal.set_wakeup_fd": "the service's",
     "signal.signal": "the service's",
