@@ -23,13 +23,14 @@ FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-fai
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
 	$(BIN)/xenbackend demo
 
-# Service, workers and guests together on the simulated Xen, real devices, hostile guests, and what is built of the
-# sources: these take their time.
-MACHINES = tests/system tests/embedded tests/ring_fuzz tests/soak tests/bench/test_session.py \
-	tests/cli/test_completion.py tests/cli/test_demo.py tests/cli/test_demo_keep.py tests/cli/test_disk.py tests/cli/test_top.py \
-	tests/cli/test_doctor.py tests/cli/test_report.py tests/doctor/test_pieces.py \
-	tests/cli/test_upgrade.py tests/supervisor/service/test_main.py tests/worker/test_in_use.py \
-	tests/contract/test_client.py tests/cli/test_bench.py tests/cli/test_metrics_http.py tests/test_release.py tests/test_site.py
+# Service, workers and guests together on the simulated Xen, real devices, hostile guests, each of our processes by
+# itself, and what is built of the sources: these take their time.
+MACHINES = tests/system tests/embedded tests/ring_fuzz tests/soak tests/bench/test_session.py tests/block/test_locks_with_qemu.py \
+	$(addprefix tests/cli/test_,apart.py bench.py completion.py demo.py demo_keep.py disk.py doctor.py metrics_http.py report.py \
+	top.py upgrade.py) $(addprefix tests/contract/test_,client.py worker.py) tests/doctor/test_pieces.py \
+	$(addprefix tests/supervisor/service/test_,births.py fleet.py main.py openers.py parent.py served.py zygote.py) \
+	tests/test_release.py tests/test_site.py tests/walls/test_raising.py \
+	$(addprefix tests/worker/test_,birth.py drained.py in_use.py kept_writes.py main.py nbd_barrier.py stages.py zygote.py)
 
 test: $(VENV)/.dev  ## the whole fast suite, and what keeps the code in shape
 	$(BIN)/ruff check .
