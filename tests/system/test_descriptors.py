@@ -83,11 +83,13 @@ def test_no_process_hands_a_descriptor_on(machine: Machine, tmp_path: Path) -> N
     frontend.read(0, 8)
     assert machine.service is not None
     give_up = time.monotonic() + 10
-    while True:
-        pids = {*family(machine.service.pid), worker_of(machine)}  # it is no child of this service's
-        found = {pid: (command(pid), inherited(pid)) for pid in pids}
-        if time.monotonic() > give_up or not any(fds for _, fds in found.values()):  # a zygote is still starting
-            break
+    found: dict[int, tuple[str, list[str]]] = {}
+    while time.monotonic() < give_up:
+        with suppress(FileNotFoundError, ProcessLookupError):  # an opener, which ends meanwhile
+            pids = {*family(machine.service.pid), worker_of(machine)}  # it is no child of this service's
+            found = {pid: (command(pid), inherited(pid)) for pid in pids}
+            if len(found) == 4 and not any(fds for _, fds in found.values()):  # else a zygote is still starting
+                break
     frontend.close()
     guest.close()
 
