@@ -60,8 +60,8 @@ def processes_of(machine: Machine) -> list[int]:
     while new:
         pid = new.pop()
         found.append(pid)
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            with suppress(OSError):
+        with suppress(OSError):  # it ends
+            for task in Path(f"/proc/{pid}/task").glob("*/children"):
                 new += [int(child) for child in task.read_text().split()]
     return found
 
