@@ -76,7 +76,6 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
     with Machine() as machine:
         _wait_for_zygote(machine)
         descriptors = min(_descriptors_after_an_answer(machine) for _ in range(20))
-        descriptors += 1  # to xenstored, for the names of guests: from when the first one is looked at
         nodes = machine.xenstored.dump()
         guests = [machine.create_guest(domid, pages=4096) for domid in range(1, GUESTS + 1)]
         disks: list[LoadedDisk] = []

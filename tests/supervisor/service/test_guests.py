@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from xenbackend.errors import StoreError
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service import guests as guests_module
@@ -64,6 +65,15 @@ def test_a_xenstored_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeyp
         guests.close()
 
 
+def test_no_connection_is_kept(xenstored: Xenstored) -> None:
+    """A service that was asked for its disks has no descriptor more than before."""
+    before = len(open_descriptors())
+    guests = Guests(xenstored.address, time.monotonic)
+    guests.names_of([5])
+
+    assert before == len(open_descriptors())
+
+
 def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
     """A driver domain may not read names, which is no reason to rest."""
     with Store(xenstored.address) as store:
@@ -86,7 +96,7 @@ def test_a_xenstored_that_was_started_anew_is_asked_at_once(tmp_path: Path) -> N
         with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
             store.write("/local/domain/5/name", name)
             found += [guests.names_of([5]), guests.one_by_one()(5)]
-    guests.close()
+            guests.close()
 
     assert [{5: "mail"}, "mail", {5: "news"}, "news"] == found
 

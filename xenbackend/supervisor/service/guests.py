@@ -6,6 +6,7 @@ Must not be asked for anything that a disk depends on: no name is an answer, too
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
@@ -35,21 +36,22 @@ class Guests:
         until = self._clock() + ANSWER_S
         names: dict[int, str] = {}
         wanted = list(domids)
-        for first in range(0, len(wanted), _AT_ONCE):
-            paths = {f"{domid}/name": domid for domid in wanted[first : first + _AT_ONCE]}
-            try:
-                found = self._ask(partial(Store.read_many, path=_DOMAINS, keys=paths))
-            except StoreError:
-                break
-            names |= {paths[path]: guest for path, guest in found.items()}
-            if self._clock() > until:
-                break
+        with closing(self):
+            for first in range(0, len(wanted), _AT_ONCE):
+                paths = {f"{domid}/name": domid for domid in wanted[first : first + _AT_ONCE]}
+                try:
+                    found = self._ask(partial(Store.read_many, path=_DOMAINS, keys=paths))
+                except StoreError:
+                    break
+                names |= {paths[path]: guest for path, guest in found.items()}
+                if self._clock() > until:
+                    break
         return names
 
     def one_by_one(self) -> Callable[[int], str | None]:
         """Return what tells of domains what each is called, None where our domain may not know, for FIND_S in all.
 
-        That raises StoreError, where nobody says so, or too late.
+        That raises StoreError, where nobody says so, or too late. Whoever has asked says so by `close`.
         """
         until = self._clock() + FIND_S
 
@@ -61,7 +63,7 @@ class Guests:
         return name_of
 
     def close(self) -> None:
-        """Ask no more."""
+        """Ask no more for now: no connection is kept."""
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -78,12 +80,6 @@ class Guests:
             raise
 
     def _connected(self) -> Store:
-        """Return the connection; another one where xenstored has ended it since, and may have been started anew."""
-        if self._store is not None:
-            try:
-                self._store.events()  # there are none
-            except StoreError:
-                self.close()
         if self._store is None:
             self._store = Store(self._address, timeout_s=ANSWER_S)
         return self._store

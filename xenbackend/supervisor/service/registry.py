@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,6 @@ class Registry:
         self._retry.set(None)
         self._found_at.set(None)
         self._brake.close()
-        self._guests.close()
         for reply in self._takeover.close():
             reply(Answer(Code.GONE, None, "the service is stopping"))
         self._bring_scripts()
@@ -156,7 +155,8 @@ class Registry:
 
     def find(self, text: str) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names. Raises: ConfigError, StoreError."""
-        return self.vbds.find(text, self._guests.one_by_one())
+        with closing(self._guests):
+            return self.vbds.find(text, self._guests.one_by_one())
 
     def names_of(self, domids: Iterable[int]) -> dict[int, str]:
         """Return what the guests of these domains are called; none while xenstore does not answer."""
