@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from xenbackend.errors import DriverError
+from xenbackend.units import PAGE, round_up
 
 HEADER_SIZE = 4096  # bytes
 MIN_BLOCK, MAX_BLOCK = 4096, 1 << 20
@@ -68,3 +69,25 @@ class Header:
         if not MIN_BLOCK <= block <= MAX_BLOCK or block & (block - 1) or not 0 < size < 1 << 63:
             raise DriverError(f"its header is damaged: {size} bytes in blocks of {block}")
         return cls(size, block, text.decode(errors="surrogateescape"), token)
+
+
+@dataclass(frozen=True, slots=True)
+class MappedHeader(Header):
+    """That of a file which has a map behind its header, of ENTRY bytes for each block, and the blocks behind that."""
+
+    ENTRY: ClassVar[int]
+
+    @property
+    def map_size(self) -> int:
+        """Bytes of the map, whole pages."""
+        return round_up(self.ENTRY * self.blocks, PAGE)
+
+    @property
+    def data_at(self) -> int:
+        """Where block 0 would be, in bytes."""
+        return round_up(HEADER_SIZE + self.map_size, MAX_BLOCK)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file."""
+        return self.data_at + self.blocks * self.block

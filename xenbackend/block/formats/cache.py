@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xenbackend.block.formats import beside
-from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK
-from xenbackend.units import PAGE, round_up
+from xenbackend.block.formats.beside import MAX_BLOCK
 
 DATA_AT = MAX_BLOCK  # bytes; where slot 0 is
 
@@ -32,23 +31,9 @@ class Header(beside.Header):
 
 
 @dataclass(frozen=True, slots=True)
-class BackHeader(beside.Header):
+class BackHeader(beside.MappedHeader):
     """That of a file with tags. `size` is that of all slots, and `base` is the layer below."""
 
     LAYER: ClassVar[str] = "cache"
     MAGIC: ClassVar[bytes] = b"xenbackend wrbk\n"
-
-    @property
-    def map_size(self) -> int:
-        """Bytes of the tags, whole pages."""
-        return round_up(8 * self.blocks, PAGE)
-
-    @property
-    def data_at(self) -> int:
-        """Where slot 0 is, in bytes."""
-        return round_up(HEADER_SIZE + self.map_size, MAX_BLOCK)
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the file."""
-        return self.data_at + self.blocks * self.block
+    ENTRY: ClassVar[int] = 8

@@ -15,30 +15,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xenbackend.block.formats import beside
-from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK
-from xenbackend.units import round_up
 
 BASE, OWN, ZEROS = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Header(beside.Header):
+class Header(beside.MappedHeader):
     """See the head of this file."""
 
     LAYER: ClassVar[str] = "cow"
     MAGIC: ClassVar[bytes] = b"xenbackend cow\r\n"
-
-    @property
-    def map_size(self) -> int:
-        """Bytes of the map, whole pages."""
-        return round_up(self.blocks, 4096)
-
-    @property
-    def data_at(self) -> int:
-        """Where block 0 would be, in bytes."""
-        return round_up(HEADER_SIZE + self.map_size, MAX_BLOCK)
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the file."""
-        return self.data_at + self.blocks * self.block
+    ENTRY: ClassVar[int] = 1
