@@ -103,3 +103,19 @@ class Life:
                     model[offset : offset + length] = bytes(length)
             out += [request, flush()] if chance.random() > 0.85 else [request]
         return out
+
+
+class Beside(Life):
+    """Those of a disk `image` whose layer keeps a file beside it, at `path`."""
+
+    path: str
+
+    @property
+    def image(self) -> RecordedFile:
+        """Return what is below."""
+        return self.files["image"]
+
+    @property
+    def file(self) -> RecordedFile:
+        """Return what the layer keeps."""
+        return self.files[self.path]

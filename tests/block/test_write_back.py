@@ -20,7 +20,7 @@ OPS = [Op.READ, Op.WRITE, Op.WRITE, Op.DISCARD]
 SHAPES = [("4K", 160 << 10), ("16K", 2 << 20), ("128K", (3 << 20) + 512)]
 
 
-class Life(lives.Life):
+class Life(lives.Beside):
     """A disk with such a cache. Time stands still but for `rest`, by which everything that is dirty is old."""
 
     def __init__(self, home: Path, chance: Random, *, block: str = "4K", size: int = 160 << 10) -> None:
@@ -41,16 +41,6 @@ class Life(lives.Life):
         """Let time pass."""
         self.time += 6
         super().rest()
-
-    @property
-    def image(self) -> RecordedFile:
-        """Return what is below."""
-        return self.files["image"]
-
-    @property
-    def file(self) -> RecordedFile:
-        """Return the cache's."""
-        return self.files[self.path]
 
     @property
     def writer(self) -> WriteBack:

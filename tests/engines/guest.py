@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, Protocol
 
 from tests.workload import Load, make_model, read_all
 from xenbackend.embedded.machine import Machine
@@ -17,6 +17,19 @@ from xenbackend.rig.frontend import Wishes
 SIZE = 64 << 20
 SECTORS = SIZE // 512
 DOMID = 5
+
+
+class Server(Protocol):
+    """What an engine's process is."""
+
+    def start(self) -> None:
+        """Start it."""
+
+    def kill(self) -> None:
+        """Kill it."""
+
+    def is_alive(self) -> bool:
+        """Return whether it runs."""
 
 
 class Guest:
@@ -53,6 +66,15 @@ class Guest:
         worker = self.status()["worker"]
         if worker:
             os.kill(worker, signal.SIGKILL)
+
+    def outlive(self, server: Server) -> None:
+        """Go on while its worker dies amid requests, the server does, and its worker again."""
+        for dies in (self.kill, server.kill, self.kill):
+            self.load.run(60)
+            self.load.top_up()
+            dies()
+            if not server.is_alive():
+                server.start()
 
     def end(self) -> None:
         """See that the guest saw no error, and that each sector holds what it wrote."""

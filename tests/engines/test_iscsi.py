@@ -77,12 +77,7 @@ def test_workers_and_the_bridge_are_killed(
     """A guest sees a pause when its worker dies amid requests, or what makes an NBD server of the target does."""
     with ExitStack() as stack:
         guest = Guest(machine, engine.chain, request.config.getoption("--seed"), stack)
-        for dies in (guest.kill, engine.kill, guest.kill):
-            guest.load.run(60)
-            guest.load.top_up()
-            dies()
-            if not engine.is_alive():
-                engine.start()
+        guest.outlive(engine)
         guest.load.run(100)
         guest.end()
     assert (tmp_path / "unit").read_bytes() != bytes(SIZE)

@@ -82,12 +82,7 @@ def test_tls_and_several_connections(
     more = f",certificates={ours.client('client', shows_itself=True)},connections=3"
     with Engine(kind, tmp_path, SIZE, tls_of(kind, ours.server("server")), more) as engine, ExitStack() as stack:
         guest = Guest(machine, engine.chain, request.config.getoption("--seed"), stack)
-        for dies in (guest.kill, engine.kill, guest.kill):
-            guest.load.run(60)
-            guest.load.top_up()
-            dies()
-            if not engine.is_alive():
-                engine.start()
+        guest.outlive(engine)
         guest.load.run(50)
         guest.end()
         assert guest.connection().startswith("3 to")

@@ -37,7 +37,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-class Life(lives.Life):
+class Life(lives.Beside):
     """A cached disk whose workers are killed."""
 
     def __init__(
@@ -47,16 +47,6 @@ class Life(lives.Life):
         self.first = chance.randbytes(size)
         files = {"image": RecordedFile(bytearray(self.first), chance), self.path: RecordedFile(bytearray(4096), chance)}
         super().__init__(f"cache:{self.path},size=1M,block={block},mode={mode}|aio:image", files, chance)
-
-    @property
-    def image(self) -> RecordedFile:
-        """Return what is below."""
-        return self.files["image"]
-
-    @property
-    def file(self) -> RecordedFile:
-        """Return the cache's."""
-        return self.files[self.path]
 
     @property
     def driver(self) -> Cache:
