@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,17 @@ def test_what_no_service_says_is_told(tmp_path: Path) -> None:
         pytest.raises(ServiceError, match="no service of this version"),
     ):
         call(control.path, {"verb": "status"})
+
+
+def test_an_answer_that_is_altered_alters_no_other() -> None:
+    """What stands for a key that was not told is of each answer alone."""
+    [first] = completed("status", [FIRST])
+    whole = deepcopy(first)
+    first["walls"].append("x")
+    first["latency_by_operation"]["read"]["buckets"][0] = 7
+    first["layers"][0]["figures"]["hits"] = 1
+
+    assert [whole] == completed("status", [FIRST])
 
 
 def test_a_disk_of_the_last_release() -> None:

@@ -8,6 +8,7 @@ restarted, and no command has to think of that.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from xenbackend import counters
@@ -48,14 +49,14 @@ def completed(verb: object, data: Any) -> Any:
     Raises: TypeError, AttributeError for what no service says.
     """
     if verb == "ping" and isinstance(data, Mapping):
-        return {**SERVICE, **data}
+        return _with(SERVICE, data)
     if verb == "stop" and isinstance(data, Mapping):
-        stop = {**STOP, **data}
-        return stop | {"untold": [{**UNTOLD, **each} for each in stop["untold"]]}
+        stop = _with(STOP, data)
+        return stop | {"untold": [_with(UNTOLD, each) for each in stop["untold"]]}
     if verb == "status" and isinstance(data, list):
         return [_disk(each) for each in data]
     if verb == "orders" and isinstance(data, list):
-        return [{**ORDER, **each} for each in data]
+        return [_with(ORDER, each) for each in data]
     return data
 
 
@@ -76,14 +77,19 @@ def layer(said: Mapping[str, Any] | str) -> Values:
     return {"layer": values.pop("text"), **values} if "text" in values else values
 
 
+def _with(defaults: Values, said: Mapping[str, Any]) -> Values:
+    """Return what was said, and what was not: copies, as whoever has asked may alter what he gets."""
+    return {**{key: value if key in said else deepcopy(value) for key, value in defaults.items()}, **said}
+
+
 def _disk(said: Mapping[str, Any]) -> Values:
-    values = {**DISK, **said}
+    values = _with(DISK, said)
     if "node" not in said and said.keys() >= _NAMING:
         values |= {"node": _node(said), "vbd": f"{said['domid']}/{said['device']}"}
     values["counters"] = DISK["counters"] | values["counters"]
     short = counters.BUCKETS - len(values["latency_histogram"])
     values["latency_histogram"] = [*values["latency_histogram"], *[0] * short]
-    values["layers"] = [{**LAYER, **layer(each)} for each in values["layers"]]
+    values["layers"] = [_with(LAYER, layer(each)) for each in values["layers"]]
     return values
 
 
