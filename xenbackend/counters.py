@@ -31,6 +31,7 @@ HISTOGRAM = 64  # first word of the latency histogram: word 64 + n counts sample
 BUCKETS = 48
 FIGURES = 112  # first word of what layers count: one word per figure, in the order of the layers, top first
 SIZE = 4096  # bytes: the page
+WORD_MAX = (1 << 64) - 1  # what a word holds; what would be more wraps
 OPERATIONS = ("read", "write", "flush", "discard")
 BY_OPERATION = SIZE // 8 - len(OPERATIONS) * (1 + BUCKETS)  # first word of theirs: each one's sum, then its histogram
 MOST_FIGURES = BY_OPERATION - FIGURES

@@ -10,7 +10,7 @@ import pytest
 
 from tests.driven import DOMID, Driven
 from tests.openers import Openers
-from xenbackend import journal
+from xenbackend import counters, journal
 from xenbackend.blkif.abi import BLKIF_OP_WRITE, NATIVE
 from xenbackend.kernel import memfd
 from xenbackend.kernel.ports import open_host
@@ -296,6 +296,27 @@ def test_an_exchange_before_a_guest_is_taken_over_keeps_what_it_had_agreed(drive
 
     assert (Code.OK, "") == (reply.code, standing.failure)
     assert [bytes(PAGE), DATA] == [path.read_bytes()[:PAGE] for path in images]
+
+
+def test_a_full_counter_of_bugs_wraps(tmp_path: Path) -> None:
+    """A predecessor can have left anything in the page: a bug is counted and told of all the same."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = memfd.make("journal", journal.SIZE)
+    page = memfd.map_sealed(memory, journal.SIZE)
+    words = page[: counters.SIZE].cast("Q")
+    reactor = Reactor()
+    with ours, theirs:
+        order = messages.Open(1, "vbd/5/51712", f"xenbackend.rig.host:{tmp_path}", DOMID, "null:1M", read_only=False)
+        stages = Stages(order, [memory], reactor, Channel(theirs, reactor), lambda bug: pytest.fail(str(bug)), None)
+        words[counters.INDEX["bugs"]] = (1 << 64) - 1
+        found = []
+        for _ in range(2):
+            assert "" == stages.count_bug(KeyError("x"))
+            found.append(counters.snapshot(page)["bugs"])
+        stages.close()
+    reactor.close()
+
+    assert [0, 1] == found
 
 
 def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:

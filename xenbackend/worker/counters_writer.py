@@ -21,7 +21,6 @@ _SUMS = (
     "reads", "writes", "flushes", "discards", "read_bytes", "written_bytes", "errors", "guest_errors", "turns",
     "notifications", "missed_wakeups", "latency_samples", "latency_ns", "bugs", "rests", "rested_ns",
 )  # fmt: skip
-_MOST = (1 << 64) - 1  # what a word holds
 
 
 class CountersWriter:
@@ -43,24 +42,24 @@ class CountersWriter:
         words = self._words
         now = self._now()
         for name in _SUMS:
-            words[counters.INDEX[name]] = (self._before[name] + now[name]) & _MOST
+            words[counters.INDEX[name]] = (self._before[name] + now[name]) & counters.WORD_MAX
         for name in ("in_flight", "latency_max_ns", "look_ns"):
             words[counters.INDEX[name]] = now[name]
         if now["latency_samples"] != self._samples:  # else nothing has changed in their hundreds of words
             self._samples = now["latency_samples"]
             self._publish_latency()
         for place, figure in enumerate(self.figures()[: counters.MOST_FIGURES], counters.FIGURES):
-            words[place] = min(max(0, figure), _MOST)
+            words[place] = min(max(0, figure), counters.WORD_MAX)
 
     def _publish_latency(self) -> None:
         words, queues = self._words, self._engine.queues
         for bucket, before in enumerate(self._buckets_before):
             timed = [each[bucket] for queue in queues for each in queue.latency]
-            words[counters.HISTOGRAM + bucket] = (before + sum(timed)) & _MOST
+            words[counters.HISTOGRAM + bucket] = (before + sum(timed)) & counters.WORD_MAX
         for place, before in enumerate(self._by_operation_before):
             kind, at = divmod(place, 1 + counters.BUCKETS)
             timed = [queue.latency[kind][at - 1] if at else queue.latency_ns[kind] for queue in queues]
-            words[counters.BY_OPERATION + place] = (before + sum(timed)) & _MOST
+            words[counters.BY_OPERATION + place] = (before + sum(timed)) & counters.WORD_MAX
 
     def _now(self) -> dict[str, int]:
         engine, queues = self._engine, self._engine.queues

@@ -301,7 +301,8 @@ class Stages:
         if self.connection is not None:
             self.connection.engine.bugs += 1  # which is published
         else:
-            self._journal[: counters.SIZE].cast("Q")[counters.INDEX["bugs"]] += 1
+            words, place = self._journal[: counters.SIZE].cast("Q"), counters.INDEX["bugs"]
+            words[place] = (words[place] + 1) & counters.WORD_MAX
         return self._disk.chain.blame(bug) if self._disk.chain else ""
 
     def _layer_reported(self) -> None:
