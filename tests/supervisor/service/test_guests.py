@@ -88,6 +88,16 @@ def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
     guests.close()
 
 
+def test_a_name_that_may_not_be_read_is_no_other_ones_loss(xenstored: Xenstored) -> None:
+    """A driver domain may read the names of some guests: it gets all of those, wherever the others are among them."""
+    with Store(xenstored.address) as store:
+        for domid in range(1, 201):
+            store.set_permissions(f"/local/domain/{domid}/name", ["n0", *["r7"] * (domid % 5 != 0)])
+    guests = Guests(xenstored.add_domain_socket(7), time.monotonic)
+
+    assert {domid: f"guest-{domid}" for domid in range(1, 201) if domid % 5} == guests.names_of(range(1, 300))
+
+
 def test_a_xenstored_that_was_started_anew_is_asked_at_once(tmp_path: Path) -> None:
     """That the former one has ended is no reason to rest."""
     guests = Guests(str(tmp_path / "store"), time.monotonic)

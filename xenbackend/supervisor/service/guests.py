@@ -40,7 +40,7 @@ class Guests:
             for first in range(0, len(wanted), _AT_ONCE):
                 paths = {f"{domid}/name": domid for domid in wanted[first : first + _AT_ONCE]}
                 try:
-                    found = self._ask(partial(Store.read_many, path=_DOMAINS, keys=paths))
+                    found = self._ask(partial(Store.read_many_if_allowed, path=_DOMAINS, keys=paths))
                 except StoreError:
                     break
                 names |= {paths[path]: guest for path, guest in found.items()}

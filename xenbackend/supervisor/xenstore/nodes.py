@@ -61,13 +61,19 @@ class Nodes:
 
     def read_many(self, path: str, keys: Iterable[str]) -> dict[str, str]:
         """Return those of the named keys below `path` that exist. The way to read what a guest may fill."""
-        keys = list(keys)
+        return self._read_many(path, list(keys), (errno_module.ENOENT,))
+
+    def read_many_if_allowed(self, path: str, keys: Iterable[str]) -> dict[str, str]:
+        """Return those of the named keys below `path` that exist, and that our domain may read."""
+        return self._read_many(path, list(keys), (errno_module.ENOENT, errno_module.EACCES))
+
+    def _read_many(self, path: str, keys: Sequence[str], left_out: Sequence[int]) -> dict[str, str]:
         answers = self._ask_many("READ", [(f"{path}/{key}", b"") for key in keys])
         found = {}
         for key, answer in zip(keys, answers, strict=True):
             if isinstance(answer, bytes):
                 found[key] = decode(answer)
-            elif answer.errno != errno_module.ENOENT:
+            elif answer.errno not in left_out:
                 raise answer
         return found
 
