@@ -146,6 +146,7 @@ class StepEnv:
     facts: dict[str, str] = field(default_factory=dict)
     timers: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     memories: dict[str, bytearray] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
 
     def now(self) -> float:
         """See `Env`."""
@@ -175,6 +176,10 @@ class StepEnv:
     def report(self, key: str, value: str) -> None:
         """See `Env`."""
         self.facts[key] = value
+
+    def alarm(self, sentence: str) -> None:
+        """See `Env`."""
+        self.alarms.append(sentence)
 
     def ring(self) -> None:
         """Let every timer that waits go off, the soonest first."""

@@ -198,6 +198,39 @@ def test_a_flush_below_that_fails_loses_nothing_of_file(tmp_path: Path, moment: 
     assert errno.EIO in (guests.status, *life.disk.do(flush()))
 
 
+@pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
+def test_an_error_below_is_told_while_it_lasts(tmp_path: Path, op: int) -> None:
+    """As a fact: what the guest hears of is the write to FILE, and that was well."""
+    life = Life(tmp_path, Random(1))
+    for place in range(0, 3 * BLOCK, BLOCK):
+        life.disk.do(write(place, b"n" * BLOCK))
+    life.image.fails = lambda each: errno.ENOSPC if each.op == op and each.offset in (0, BLOCK) else 0
+    pass_time(life, 8)
+    assert "No space left on device" in life.envs[-1].facts["destage"]
+    life.image.fails = lambda each: errno.ENOSPC if each.op == op and each.offset == BLOCK else 0
+    pass_time(life, 8)
+    assert (op == Op.WRITE) == ("No space left on device" in life.envs[-1].facts["destage"])
+    life.image.fails = lambda request: 0
+    life.settle()
+
+    assert "goes on" == life.envs[-1].facts["destage"]
+
+
+def test_what_closing_leaves_in_file_is_said(tmp_path: Path) -> None:
+    """Once, and why: somebody may take what is below for the disk."""
+    life = Life(tmp_path, Random(1))
+    life.disk.do(write(0, b"n" * BLOCK))
+    life.disk.chain.close()
+    assert [] == [each for env in life.envs for each in env.alarms]
+    life.start()
+    life.disk.do(write(0, b"m" * BLOCK))
+    life.image.fails = lambda request: errno.EIO
+    life.disk.chain.close()
+
+    (said,) = (each for env in life.envs for each in env.alarms)
+    assert f"1 block is in {life.path} alone, as the layer below gives errors (Input/output error)" in said
+
+
 def test_closing_brings_it_below(tmp_path: Path) -> None:
     """And where that fails, it stays in FILE durably."""
     life = Life(tmp_path, Random(1))

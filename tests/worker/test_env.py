@@ -76,6 +76,15 @@ def test_a_layer_may_end_its_process(reactor: Reactor) -> None:
     assert ["the layer rbd-7: the cluster refuses it"] == said
 
 
+def test_a_layer_may_alarm(reactor: Reactor) -> None:
+    """It is said with the layer's name; in a command nobody hears of it."""
+    said: list[str] = []
+    EnvFactory(reactor, HostFiles(reactor), alarm=said.append)("cache-7").alarm("it was closed")
+    EnvFactory(reactor, HostFiles(reactor))("cache-7").alarm("it was closed")
+
+    assert ["the layer cache-7: it was closed"] == said
+
+
 def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
     """Another layer's memory of the same name is another one, and another size gives fresh zeros, kept anew."""
     kept: list[tuple[str, int]] = []

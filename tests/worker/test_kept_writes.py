@@ -65,3 +65,17 @@ def test_what_a_cache_alone_has_outlives_the_worker(driven: Driven, images: list
     assert "may have what the image has not" in branch.sentence
     assert "shows the image otherwise" in bare.sentence
     driven.worker.end()
+
+
+def test_what_a_cache_keeps_at_the_end_is_logged(driven: Driven, images: list[Path], tmp_path: Path) -> None:
+    """The service hears of it once: somebody may take the image for the disk."""
+    driven.connect(f"cache:{tmp_path}/cache,size=1M,mode=writeback|fault:op=write,errno=ENOSPC|aio:{images[0]}")
+    driven.frontend.write(0, DATA)
+    driven.worker.close()
+
+    (line,) = driven.worker.lines
+    assert "critical" == line.level
+    assert "the layer cache-" in line.event
+    assert (
+        f"1 block is in {tmp_path}/cache alone, as the layer below gives errors (No space left on device)" in line.event
+    )

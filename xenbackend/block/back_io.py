@@ -24,9 +24,9 @@ _PATIENCE = 16  # errors of FILE, one after the other
 
 
 class BackIO:
-    """That of one cache; the base of `WriteBack`. `on_lost` hears that what has gone below is perhaps not there."""
+    """That of one cache; the base of `WriteBack`. `on_lost` hears that what has gone below may be lost, and why."""
 
-    on_lost: Callable[[], None]
+    on_lost: Callable[[int], None]
 
     def __init__(self, driver: Filter, file: File, header: BackHeader) -> None:
         """Take maps from memory, or from FILE. Raises: OSError."""
@@ -113,7 +113,7 @@ class BackIO:
 
         def flushed(part: Part) -> None:
             if part.status:
-                self.on_lost()
+                self.on_lost(part.status)
             else:
                 self._flushed_below = max(self._flushed_below, gone)
             done(part.status)

@@ -12,6 +12,7 @@ the kernel has perhaps lost what was written there, and tells of it only once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,8 @@ class Destage:
         self._stale: set[int] = set()  # of these: written to meanwhile
         self._moved: dict[int, int] = {}  # likewise, for the next flush of the layer below
         self._settling: dict[int, int] = {}
+        self._refused: set[int] = set()  # blocks that the layer below gave an error for, and has not taken since
+        self._error = ""  # the last one
         self._freed: list[int] = []  # slots whose tag FILE may still have
         self._copies = Copies()
         self._next_at = 0.0  # when the next one may be moved
@@ -85,9 +88,14 @@ class Destage:
         self._cache.tags.drop(slot)
         self._freed.append(slot)
         self._watch()
+        if block in self._refused:
+            self._refused.discard(block)
+            if not self._refused:
+                self._env.report("destage", "goes on")
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, status: int) -> None:
         """Take note that the layer below may have lost what was written there and not yet flushed."""
+        self._refuse(status, [*self._moved.values(), *self._settling.values()])
         self._stale.update(self._moving)
         self._moved.clear()
         self._settling.clear()
@@ -95,12 +103,24 @@ class Destage:
 
     def drain(self, seconds: float) -> None:
         """Write below as much as can be in so much time, unless that fails. For `close` only."""
+        if self._env.read_only or not self._env.serves:
+            return
         self._drains, self._has_failed = True, False
         give_up = self._env.now() + seconds
         self._env.call_later(seconds, lambda: None)
         self._go_on()
         self._cache.pass_on()
         self._env.wait_for(lambda: self._is_empty() or self._has_failed or self._env.now() > give_up)
+
+    def tell_left(self, file: str) -> None:
+        """Have an administrator know that what is below is not the disk. For `close` only."""
+        if self._drains:
+            count = len(self.dirty)
+            blocks = "1 block is" if count == 1 else f"{count} blocks are"
+            why = f", as the layer below gives errors ({self._error})" if self._refused else ""
+            self._env.alarm(
+                f"it was closed, and {blocks} in {file} alone{why}: what is below is not the disk without it"
+            )
 
     def _is_empty(self) -> bool:
         return not (self.dirty or self._freed or self._is_freeing)
@@ -169,7 +189,11 @@ class Destage:
             if part.status or self.is_closed:
                 end(part)
             else:
-                self._cache.send_below(Op.WRITE, block * size, [memory[:size]], size, end)
+                self._cache.send_below(Op.WRITE, block * size, [memory[:size]], size, written)
+
+        def written(part: Part) -> None:
+            self._refuse(part.status, [block])
+            end(part)
 
         def end(part: Part) -> None:
             self._copies.put(memory)
@@ -192,6 +216,14 @@ class Destage:
                 self._go_on_soon()
 
         self._cache.send_to_slot(Op.READ, slot, 0, [memory[:size]], read)
+
+    def _refuse(self, status: int, blocks: Iterable[int]) -> None:
+        """Tell of an error of the layer below, if it is one, until that has taken these blocks."""
+        refused = [block for block in blocks if block in self.dirty] if status else ()
+        if refused:
+            self._refused.update(refused)
+            self._error = os.strerror(status)
+            self._env.report("destage", f"the layer below gives errors ({self._error}): FILE keeps what is dirty")
 
     def _fail(self) -> None:
         """Try again later."""

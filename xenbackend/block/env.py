@@ -91,6 +91,9 @@ class Env(Protocol):
         Nothing in flight is answered. Where no successor would follow, as in a command, it does nothing and returns.
         """
 
+    def alarm(self, sentence: str) -> None:
+        """Say in the service's log what an administrator must read, and no fact can tell, as in `close`."""
+
     def report(self, key: str, value: str) -> None:
         """Publish a fact about this layer for `check` and `status`, such as ``mode`` = ``O_DIRECT, Linux AIO``.
 

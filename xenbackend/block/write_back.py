@@ -98,11 +98,11 @@ class WriteBack(BackIO):
     def close(self) -> None:
         """Write below what can be within a few seconds, and let go of memory. Raises: OSError."""
         try:
-            if self._env.serves and not self._env.read_only:
-                self.destage.drain(_CLOSING_S)
+            self.destage.drain(_CLOSING_S)
             self.destage.is_closed = True
             self._env.wait_for(lambda: not self._pool.lent and self.tags.pages.is_idle)
             if self.destage.dirty:  # FILE is the later one of both, by which it is known that nobody else wrote below
+                self.destage.tell_left(self._driver.options.file)
                 self.tags.pages.touch(0)
         finally:
             self.tags.close(writes=not self._env.read_only)

@@ -51,6 +51,8 @@ class Disk:
         on_report: Callable[[], None] = tell_nobody,
         on_stopped: Callable[[str], None] = tell_nobody,
         give_up: Callable[[str], None] = tell_nobody,
+        *,
+        alarm: Callable[[str], None] = tell_nobody,
     ) -> None:
         """Open nothing yet. `memories` are descriptors by name, ours from now on; the rest is as for `EnvFactory`."""
         self.text = message.chain
@@ -68,7 +70,7 @@ class Disk:
         self._reactor = reactor
         self._env = EnvFactory(
             reactor, self.files, memories, keep, drop, connections=connections,
-            on_report=on_report, on_stopped=on_stopped, give_up=give_up, resumes=message.resumes,
+            on_report=on_report, on_stopped=on_stopped, give_up=give_up, alarm=alarm, resumes=message.resumes,
             continues=message.resumes and not message.may_wait,  # else an earlier worker may have only looked
             serves=True,
         )  # fmt: skip

@@ -92,6 +92,10 @@ class WorkerEnv:
         """As `block.driver.Env.give_up`."""
         self._factory.give_up(f"the layer {self._layer}: {why}")
 
+    def alarm(self, sentence: str) -> None:
+        """As `block.driver.Env.alarm`."""
+        self._factory.alarm(f"the layer {self._layer}: {sentence}")
+
     def report(self, key: str, value: str) -> None:
         """Publish a fact about this layer, as it is opened or later."""
         if self.facts.get(key) != value:
@@ -122,6 +126,7 @@ class EnvFactory:
         on_report: hears that a layer has published something.
         on_stopped: gets a sentence when a layer's callbacks are called no more (`worker.callbacks`).
         give_up: ends this process, as a layer asks for in a sentence; by default it goes on.
+        alarm: logs a sentence of a layer.
         resumes: a guest may have written through an earlier worker.
         continues: it was served through the chain that is opened first.
         serves: a guest is served.
@@ -140,6 +145,7 @@ class EnvFactory:
         on_report: Callable[[], None] = tell_nobody,
         on_stopped: Callable[[str], None] = tell_nobody,
         give_up: Callable[[str], None] = tell_nobody,
+        alarm: Callable[[str], None] = tell_nobody,
         resumes: bool = False,
         continues: bool = False,
         serves: bool = False,
@@ -155,7 +161,7 @@ class EnvFactory:
         self._drop = drop
         self.connections = connections
         self.is_first = True  # chain of this process, so that a predecessor's connections may have to be ended
-        self.on_report, self.on_stopped, self.give_up = on_report, on_stopped, give_up
+        self.on_report, self.on_stopped, self.give_up, self.alarm = on_report, on_stopped, give_up, alarm
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
 

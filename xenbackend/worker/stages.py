@@ -81,6 +81,7 @@ class Stages:
         self._disk = Disk(
             order, memories, reactor, channel.keep, channel.drop, on_bug,
             self.connector, self._layer_reported, self._layer_stopped, self._layer_gave_up,
+            alarm=channel.alarm,
         )  # fmt: skip
 
     @property

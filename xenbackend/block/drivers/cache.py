@@ -35,8 +35,9 @@ Behaviour:
     block goes there 5 s after it was written, or earlier where half of those are dirty that may be, at `destage` bytes
     a second; the layer below is flushed before FILE forgets it. So after a power failure each sector is as it was at
     the last flush, or newer. Where FILE gives errors, what it alone has waits, whatever the policy says, and all else
-    goes past it. Closing the disk takes up to 5 s for what is dirty, as do `set` and `upgrade`; the rest stays in FILE,
-    durably. While something is dirty, FILE is refused above another layer, or an image that was changed without it.
+    goes past it. Where the layer below does, the fact `destage` says so. Closing the disk takes up to 5 s for what is
+    dirty, as do `set` and `upgrade`; the rest stays in FILE, durably, and the service's log says so. While something is
+    dirty, FILE is refused above another layer, or an image that was changed without it.
 
     `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE; with writeback also
     how many blocks are `dirty`, how many were `destaged`, and how many pieces of writes went `around` FILE.
@@ -53,9 +54,8 @@ Limits:
     it there. A discard of more than 4096 blocks empties the cache of what is not dirty. A medium below FILE that hangs,
     rather than failing, holds up what is read from it.
 
-    With writeback the image alone is not the disk until nothing is dirty, and nothing keeps others from using it. At
-    most 65536 blocks are dirty, and 3/4 of FILE. `snapshot` is refused. For another mode see that nothing is dirty, and
-    begin with another FILE.
+    With writeback the image alone is not the disk until nothing is dirty, and nobody is kept from using it. At most
+    65536 blocks are, and 3/4 of FILE. `snapshot` is refused. For another mode take another FILE, with nothing dirty.
 
     A hit of 4096 bytes costs 1.3 us more than a read without this layer in batches of 32, and 1.9 us alone; a write 2.8
     us more, 7.7 us with mode=writethrough, and 6.8 us with writeback.
