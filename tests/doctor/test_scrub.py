@@ -41,6 +41,17 @@ PEM = f"-----BEGIN RSA PRIVATE KEY-----\n{PLANTED}\n-----END RSA PRIVATE KEY----
         f'{{\\"token\\": \\"a \\\\\\" {PLANTED}\\"}}',
         f"passphrase=/etc/key,password={PLANTED}",
         f"nbd://me:a@{PLANTED}@host/x",
+        f"pwd={PLANTED}",
+        f"Server=x;Pwd={PLANTED};Timeout=5",
+        f"curl --password {PLANTED} http://host",
+        f"curl --proxy-password '{PLANTED} {PLANTED}'",
+        f"openssl -passin pass:{PLANTED}",
+        f"--key {PLANTED}",
+        f"['--password', '{PLANTED}']",
+        f'{{"command": "tool --db.token {PLANTED}"}}',
+        f"password=a;{PLANTED}",
+        f"password=;{PLANTED}",
+        f"password: a;;b;{PLANTED}; and more",
         f"{PLANTED}\n-----END PRIVATE KEY-----\nlater",
         f"-----BEGIN PRIVATE KEY-----\n12:00 host xenbackend[1]: {PLANTED}\n12:00 host -----END PRIVATE KEY-----",
     ],
@@ -66,6 +77,8 @@ def test_a_key_of_ceph_is_masked() -> None:
         "the key frontend is missing in the backend's directory",
         "rbd:pool/image,id=xen", "http://host/path", "passes 3", "monkey=5", '"reason": "key"', "4 tokens are left",
         "its passphrase opens no key slot of it", '"tokens": 4', "password=''", "-----END CERTIFICATE-----",
+        "PWD=/root", "--passphrase /etc/key", "--key", "--password --verbose", "the pass is made", "a-token is left",
+        "'--password' is needed",
         "-----BEGIN CERTIFICATE-----\nMII\n-----END CERTIFICATE-----",
     ],
 )  # fmt: skip
@@ -74,7 +87,12 @@ def test_what_a_reader_needs_stays(text: str) -> None:
     assert text == scrub(text)
 
 
-@pytest.mark.parametrize("text", [f'{{"password": "{PLANTED}"}}', f"a = 'key={PLANTED}'", f"x://{PLANTED}@h/ y"])
+AROUND = [f"tool --password {PLANTED} /dev/sda", f"['--token', '{PLANTED}', '-v']", f"password={PLANTED}; then (more)"]
+
+
+@pytest.mark.parametrize(
+    "text", [f'{{"password": "{PLANTED}"}}', f"a = 'key={PLANTED}'", f"x://{PLANTED}@h/ y", *AROUND]
+)
 def test_what_is_around_a_secret_stays(text: str) -> None:
     """Quotes, brackets and what follows, so that what was text for a program still is."""
     assert scrub(text) == text.replace(PLANTED, MASK)
@@ -92,7 +110,9 @@ REPEATED = [
     "a", "a.", "-", " ", "\n", "\\", "'", '"', "\\'", "=", ":", "a://", "://", "a://x@", "AQ", f"AQ{'A' * 36}", "api_",
     "key", "key=", "password", "password=", "password ", "password: ", "pass.", "token\\", 'token"', "secret= ", "b'",
     "password='\\", 'password="\\', "password='\"\\'", "password='\\'x\\\\\\'", "password=/", "password=credential:",
-    "password='/", "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a", "-----END ",
+    "password='/", "password=;", "password=a;", ";", "pwd=", "-pwd ", "--password", "--password ", "--password '",
+    "--password', ", "--password --", "--password /", "--a", "- ",
+    "-----BEGIN ", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a", "-----END ",
     "-----END PRIVATE KEY-----", "PRIVATE KEY", "authorization:", "authorization:\n",
 ]  # fmt: skip
 

@@ -12,16 +12,20 @@ cannot begin again (a mark, the end of a name), gives nothing back (`*+`), and w
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator
 
 MASK = "(masked)"
 _NAME = re.compile(  # from the first secret word in a name to the name's end; `key` is one only where it is all of it
-    r"(?:(?i:pass|secret|token|credential|api[_-]?key|private[_-]?key)|(?<!\w)(?P<key>key)(?![\w.-]))[\w.-]*+"
+    r"(?:(?i:pass|pwd|secret|token|credential|api[_-]?key|private[_-]?key)|(?<!\w)(?P<key>key)(?![\w.-]))[\w.-]*+"
 )
 _SIGN = re.compile(r"(\\*+[\"'])?\s*+([=:])(\s*+)")  # after a name, also in JSON that is text within JSON
+_GAP = re.compile(r"(?:\\*+[\"'],)?[ \t]++(?!-)")  # after an option of a command, also in a list of words
+_OPTION_MAX = 40  # characters of its name before the secret word
+_OF_NAMES = f"{string.ascii_letters}{string.digits}_.-"
 _QUOTE = re.compile(r"b?(\\*+)([\"'])")
 _CLOSING = re.compile(r"(?<!\\)(\\*+)([\"'\r\n]|\Z)")
-_PLAIN = re.compile(r"[^\s,|\"';&()]++")
+_PLAIN = re.compile(r"(?:;*+[^\s,|\"';&()]++)++")  # without a `;` at its end
 _PLACE = ("/", "credential:")  # a path, or the name of a credential, is no secret
 _PEM_END = r"-----END [A-Z ]*PRIVATE KEY-----"
 _PEM = re.compile(  # up to its end; where that is missing or far, up to what no key has
@@ -69,18 +73,32 @@ def _values(text: str) -> Iterator[tuple[int, int]]:
     while name := _NAME.search(text, at):
         at = name.end()
         sign = _SIGN.match(text, at)
-        if sign is None or (name["key"] and sign[2] == ":" and not sign[1]):  # "key: " begins sentences
+        if sign is not None and name["key"] and sign[2] == ":" and not sign[1]:  # "key: " begins sentences
             continue
-        quote = _QUOTE.match(text, sign.end())
-        begin = quote.end() if quote else sign.end()
+        gap = sign or (_GAP.match(text, at) if _is_option(text, name.start()) else None)
+        if gap is None:
+            continue
+        quote = _QUOTE.match(text, gap.end())
+        begin = quote.end() if quote else gap.end()
         if text.startswith(_PLACE, begin):  # before anybody looks for its end: many such values may lie in one another
             continue
         if quote:
             at = _end_of_quoted(text, quote)
-        elif not sign[1] and (sign[2] == "=" or sign[3]) and (plain := _PLAIN.match(text, begin)):
+        elif (sign is None or _may_be_plain(sign)) and (plain := _PLAIN.match(text, begin)):
             at = plain.end()
         if begin < at:
             yield begin, at
+
+
+def _is_option(text: str, at: int) -> bool:
+    """Return whether the secret word here is in the name of a command's option, such as ``--proxy-password``."""
+    before = text[max(0, at - _OPTION_MAX) : at]
+    return before[len(before.rstrip(_OF_NAMES)) :].startswith("-")
+
+
+def _may_be_plain(sign: re.Match[str]) -> bool:
+    """Return whether what follows this sign is a value also without quotes."""
+    return not sign[1] and (sign[2] == "=" or bool(sign[3]))
 
 
 def _end_of_quoted(text: str, quote: re.Match[str]) -> int:
