@@ -94,7 +94,7 @@ def test_a_driver_domain_has_what_it_may_know(
 def test_a_log_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says so: half a line means something else than the whole one, and looks like it."""
     monkeypatch.setattr(pieces, "MOST", 10)
-    whole, cut, one = (pieces._as_result("x", lambda text=text: text).data for text in (  # type: ignore[misc]
+    whole, cut, one = (pieces._as_result("x", lambda text=text: text).data for text in (  # type: ignore[misc]  # a lambda
         "a\nb\n", "not ok\nok\nfine\n", "x" * 30))  # fmt: skip
 
     assert {"text": "a\nb\n", "left_out": 0} == whole

@@ -27,7 +27,7 @@ def test_the_programs_of_the_page_do_what_they_say(
         frontend = guest.connect(machine.attach(5, "xvda", f"aio:{tmp_path}/guest.raw"), Wishes())
         for block in pages.blocks(PAGE):
             if block.language == "python":
-                exec(compile(block.text.replace("/img/", f"{tmp_path}/"), "client.md", "exec"), names)  # noqa: S102
+                exec(compile(block.text.replace("/img/", f"{tmp_path}/"), "client.md", "exec"), names)  # noqa: S102 - our page
         chain = names["service"].disk("5/xvda").chain
         frontend.crash()
     said = capsys.readouterr().out
