@@ -159,6 +159,30 @@ def test_a_disk_is_found_by_all_of_its_names(tmp_path: Path) -> None:
     assert ["5/xvda"] * 4 + ["6/xvda"] == found
 
 
+def test_a_release_that_looks_at_nothing_is_asked_for_no_exchange(tmp_path: Path) -> None:
+    """0.1.0 tells no version: it would do at once what is only planned, and exchange any file for any other. So it is
+    told nothing of either; where that is wanted it may.
+    """
+
+    def answer(request: dict[str, Any]) -> Answer:
+        return Answer(Code.OK, {"pid": 1}) if request["verb"] == "ping" else working(request)
+
+    with answering(tmp_path / "x", answer) as control:
+        service = Client(control.path)
+        for ask in (
+            lambda: service.set("5/xvda", "aio:/a"),
+            lambda: service.plan("5/xvda", "aio:/a"),
+            lambda: service.plan("5/xvda", "aio:/a", replace=True),
+        ):
+            with pytest.raises(Failed, match=r"release 0\.1\.0.*systemctl restart xenbackend"):
+                ask()
+        refused = [each["verb"] for each in control.asked]
+        service.set("5/xvda", "aio:/a", replace=True)
+
+    assert ["ping"] * 3 == refused
+    assert ["set"] == [each["verb"] for each in control.asked[3:]]
+
+
 def test_the_environment_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for the command line: an argument, then the variable, then where a package has it."""
     monkeypatch.setenv("XENBACKEND_SOCKET", "/elsewhere")
