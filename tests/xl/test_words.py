@@ -21,7 +21,7 @@ def test_what_is_left_over(chain: str, left: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chain", "found"), [("aio:/img,xvda,w", ",xvda,w"), ("aio:/img,sda1", ",sda1"), ("aio:/i,x", "")]
+    ("chain", "found"), [("aio:/img,xvda,w", ",xvda,w"), ("aio:/img,sda1", ",sda1"), ("aio:/i,x", ""), ("aio:/i", "")]
 )
 def test_what_belongs_to_the_configuration(chain: str, found: str) -> None:
     """Words that begin with a device; anything else may be a mistyped option."""
@@ -31,8 +31,22 @@ def test_what_belongs_to_the_configuration(chain: str, found: str) -> None:
 def test_the_first_wrong_word_is_blamed() -> None:
     """A device first, then one access."""
     for wrong, said in ((["foo", "w"], "'foo' is not a virtual"), (["xvda", "x"], "'x' is no access"),
-                        (["xvda", "w", "w"], "remove one")):  # fmt: skip
+                        (["xvda", "r", "w"], "'r' and 'w' both")):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             words.check(wrong)
-    words.check(["xvda", "rw"])
-    assert words.is_device("0xca00")
+
+
+@pytest.mark.parametrize("access", ["r", "ro", "w", "rw"])
+def test_each_access_that_xl_knows_is_taken(access: str) -> None:
+    """Behind a device, which may stand alone, too."""
+    words.check(["xvda", access])
+    words.check(["xvda"])
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("0xca00", True), ("0x10000000", True), ("0x100000000", False), ("0xca00,", False), ("0xcag0", False)],
+)
+def test_a_device_may_be_a_number_as_xl_takes_it(name: str, *, is_one: bool) -> None:
+    """Of 32 bits, and nothing behind it."""
+    assert is_one == words.is_device(name)
