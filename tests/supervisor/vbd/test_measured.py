@@ -33,6 +33,7 @@ def test_a_worker_that_lies_is_killed(data: str) -> None:
     answer = answer_of(Reply(1, Code.OK, data=data), "aio:/img", 2.0, breaches.append)
 
     assert (Code.FAILED, 1, []) == (answer.code, len(breaches), answer.data["layers"])
+    assert "was killed" in answer.sentence
 
 
 def test_what_failed_has_its_own_sentence() -> None:
@@ -47,4 +48,9 @@ def test_for_how_long_it_can_be_measured(value: Any) -> None:
     """For an hour at most, as it stops by itself; and not for less than a worker can be told."""
     with pytest.raises(ConfigError, match="seconds"):
         seconds_of(value)
-    assert 2.5 == seconds_of(2.5)
+
+
+@pytest.mark.parametrize("value", [0.001, 1, 2.5, 3600])
+def test_both_limits_can_be_measured(value: float) -> None:
+    """And what lies between them; whole seconds are a number of the kind that a worker is told."""
+    assert (value, float) == (seconds_of(value), type(seconds_of(value)))
