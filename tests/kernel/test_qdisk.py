@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +24,7 @@ _HOLDS = """
 import os, sys
 from xenbackend.kernel import process
 process.rename(sys.argv[1])
-fd = os.open(sys.argv[2], os.O_RDONLY if sys.argv[3] == "r" else os.O_RDWR)
+fd = os.open(sys.argv[2], {"r": os.O_RDONLY, "w": os.O_RDWR, "o": os.O_WRONLY}[sys.argv[3]])
 print(1, flush=True)
 input()
 """
@@ -76,7 +80,7 @@ def test_an_image_that_qemu_serves(bus: Path, image: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "count"), [("r", 0), ("w", 1)])
+@pytest.mark.parametrize(("mode", "count"), [("r", 0), ("w", 1), ("o", 1)])
 def test_who_only_reads(bus: Path, image: Path, mode: str, count: int) -> None:
     """QEMU that only reads is in the way of a writer alone."""
     with opened_by(QEMU, image, mode):
@@ -84,10 +88,73 @@ def test_who_only_reads(bus: Path, image: Path, mode: str, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_device_by_another_node(bus: Path, image: Path) -> None:
-    """A block device is known by its number."""
-    with loops.over(image) as device, opened_by(QEMU, device):
-        assert 1 == len(users_of(device))
+def test_a_device_by_another_node(bus: Path, image: Path, tmp_path: Path) -> None:
+    """A block device is known by its number: by another node it is the same, and another device is another."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(1 << 20))
+    node = Path("/dev/xenbackend-test-node")
+    with loops.over(image) as device, loops.over(other) as unused, opened_by(QEMU, device):
+        os.mknod(node, stat.S_IFBLK | 0o600, os.stat(device).st_rdev)  # noqa: PTH116 - a device's name
+        try:
+            assert (1, 1, 0) == (len(users_of(device)), len(users_of(node)), len(users_of(unused)))
+        finally:
+            node.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("inode", "count"), [("none", 1), ("wrong", 0)])
+def test_what_the_kernel_says_of_inodes(
+    bus: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inode: str, count: int
+) -> None:
+    """Linux before 5.14 says nothing, and each file is looked at; a file of another file system may have the number of
+    this one, and is another.
+    """
+    held = image if inode == "none" else tmp_path / "other"
+    held.touch()
+    said = "" if inode == "none" else f"ino:\t{image.stat().st_ino}"
+    text_of = qdisk.text_of
+    monkeypatch.setattr(qdisk, "text_of", lambda path: re.sub(r"(?m)^ino:.*$", said, text_of(path)))
+    with opened_by(QEMU, held):
+        assert count == len(users_of(image))
+
+
+@pytest.mark.slow
+def test_what_ends_meanwhile_is_no_user(bus: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes end and files are closed between two looks; the others are found all the same."""
+    names = os.listdir
+
+    def with_gone(path: str) -> list[str]:
+        return ["4194305" if path == "/proc" else "1048577", *names(path)]  # more than there can be
+
+    with opened_by(QEMU, image) as pid, monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", with_gone)
+        assert [f"QEMU, which serves a guest (process {pid})"] == users_of(image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", ["file", "device"])
+def test_no_other_file_of_qemu_is_asked_for(
+    bus: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str
+) -> None:
+    """It may lie on storage that does not answer: its number, or its name, tells already that it is another."""
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    asked: list[object] = []
+    look = os.stat
+
+    def note(path: Any, **more: Any) -> os.stat_result:
+        asked.append(path)
+        return look(path, **more)
+
+    with loops.over(image) as device, opened_by(QEMU, other) as pid:
+        links = Path(f"/proc/{pid}/fd")
+        theirs = {str(each) for each in links.iterdir() if each.readlink() == other}
+        with open(device if ours == "device" else image, "rb") as file, monkeypatch.context() as patched:  # noqa: PTH123 - as above
+            patched.setattr(os, "stat", note)
+            assert [] == list(qdisk.users_of(file.fileno()))
+
+    assert 1 == len(theirs)
+    assert set() == theirs.intersection(map(str, asked))
 
 
 @pytest.mark.slow
@@ -103,6 +170,8 @@ def test_where_there_is_no_sign_of_qemu(bus: Path, image: Path, tmp_path: Path) 
         (sockets / "qmp-libxl-5").unlink()
         (bus / "vbd-5-51712").rmdir()
         bus.rmdir()
+        assert [] == users_of(image)
+        bus.write_text("")
         assert [] == users_of(image)
 
 
