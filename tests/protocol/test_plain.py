@@ -43,6 +43,29 @@ def test_all_that_a_service_says_is_known_here() -> None:
     assert {*plain.LAYER, "text"} == set(LAYER)
     assert set(plain.ORDER) == set(ENTRY)
     assert set(plain.STOP) == set(said["stop"])
+    assert set(plain.UNTOLD) == set(said["stop"]["untold"][0])
+
+
+def claims_nothing(value: Any) -> bool:
+    """Return whether a value says no more than that nobody has told it."""
+    if isinstance(value, dict | list):
+        return all(map(claims_nothing, value.values() if isinstance(value, dict) else value))
+    return value in (None, 0, "", "Unknown")
+
+
+def test_what_was_not_told_claims_nothing() -> None:
+    """It has the type of what is told; where 0 would be an answer it is none, and a state is the one of nobody."""
+    stop = working({"verb": "stop"}).data
+    said = [working({"verb": "ping"}).data, DISK, LAYER, ENTRY, stop, stop["untold"][0]]
+    known = [plain.SERVICE, plain.DISK, plain.LAYER, plain.ORDER, plain.STOP, plain.UNTOLD]
+    nulls = [{"since"}, {"read_only", "waits_s", "worker", "worker_since"}, set(), {"ended"}, set(), set()]
+
+    assert nulls == [{key for key, value in each.items() if value is None} for each in known]
+    assert {"Unknown"} == {plain.DISK["state"], plain.DISK["frontend_state"]}
+    for values, example in zip(known, said, strict=True):
+        for key, value in values.items():
+            assert claims_nothing(value), key
+            assert value is None or key in ("waits_s", "figures") or type(value) is type(example[key]), key
 
 
 def test_what_was_said_stays_as_it_is() -> None:
