@@ -42,22 +42,61 @@ def test_what_status_says_is_in_it() -> None:
 
     assert {
         "xenbackend_up 1", 'xenbackend_info{version="0.2.0"} 1', "xenbackend_start_time_seconds 1.5",
-        "xenbackend_breaches_total 2", f'xenbackend_disk_served{{{of_it}}} 0',
+        "xenbackend_breaches_total 2", "xenbackend_bugs_total 0", f'xenbackend_disk_served{{{of_it}}} 0',
         f'xenbackend_disk_reason{{{of_it},reason="storage"}} 1',
         f'xenbackend_disk_wait_seconds{{{of_it},for="storage"}} 2.5',
         f'xenbackend_disk_wait_seconds{{{of_it},for="key"}} 0',
         f'xenbackend_disk_requests_total{{{of_it},operation="read"}} 7',
+        f'xenbackend_disk_requests_total{{{of_it},operation="write"}} 6',
+        f'xenbackend_disk_requests_total{{{of_it},operation="flush"}} 5',
         f'xenbackend_disk_requests_total{{{of_it},operation="discard"}} 4',
+        f'xenbackend_disk_bytes_total{{{of_it},operation="read"}} 3',
         f'xenbackend_disk_bytes_total{{{of_it},operation="write"}} 2', f"xenbackend_disk_errors_total{{{of_it}}} 1",
         f"xenbackend_disk_guest_errors_total{{{of_it}}} 8", f"xenbackend_disk_in_flight{{{of_it}}} 9",
         f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="4.096e-06"}} 0',
         f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="8.192e-06"}} 2',
+        f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="34.359738368"}} 2',
         f'xenbackend_disk_latency_seconds_bucket{{{of_it},operation="write",le="+Inf"}} 3',
         f'xenbackend_disk_latency_seconds_sum{{{of_it},operation="write"}} 5',
         f'xenbackend_disk_latency_seconds_count{{{of_it},operation="write"}} 3',
         f'xenbackend_disk_latency_seconds_count{{{of_it},operation="read"}} 0',
         f'xenbackend_layer_figure{{{of_it},layer="0",driver="throttle",figure="held"}} 4',
     } <= set(found)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["paused", "needs_upgrade", "restarts"])
+def test_each_fact_has_its_own_line(key: str) -> None:
+    """What is true of one disk is said of that one, and of no other fact."""
+    names = {"paused": "disk_paused", "needs_upgrade": "disk_needs_upgrade", "restarts": "disk_restarts_total"}
+    found = lines(disk(), disk(vbd="6/xvda", guest="web", **{key: 1}))
+
+    for each, name in names.items():
+        assert f'xenbackend_{name}{{disk="5/xvda",guest="mail"}} 0' in found
+        assert f'xenbackend_{name}{{disk="6/xvda",guest="web"}} {int(each == key)}' in found
+
+
+def test_every_disk_has_its_counters() -> None:
+    """By operation, and all of them."""
+    found = lines(disk(), disk(vbd="6/xvda", guest="web", counters={**COUNTERS, "reads": 70}))
+
+    assert 'xenbackend_disk_requests_total{disk="5/xvda",guest="mail",operation="read"} 7' in found
+    assert 'xenbackend_disk_requests_total{disk="6/xvda",guest="web",operation="read"} 70' in found
+    assert 8 == len([line for line in found if line.startswith("xenbackend_disk_requests_total{")])
+
+
+def test_what_is_told_as_words() -> None:
+    """One line of each disk has them, and the version of its worker as `version`."""
+    [info] = [line for line in lines(disk(worker_version="0.3.0")) if "disk_info" in line]
+
+    assert info.endswith('node="vbd/5/51712",chain="log:|aio:/img",state="Connected",version="0.3.0"} 1')
+
+
+def test_a_service_that_tells_little_or_nothing() -> None:
+    """An older one does not say since when it runs; where none answers a monitor reads that it is down."""
+    older = text(of_service({**SERVICE, "since": None}, []), is_openmetrics=False)
+
+    assert "\nxenbackend_start_time_seconds 0\n" in older
+    assert text(of_nobody(), is_openmetrics=False).endswith("\nxenbackend_up 0\n")
 
 
 def test_a_disk_that_is_served_has_no_reason() -> None:
