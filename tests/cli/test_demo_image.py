@@ -24,11 +24,17 @@ def test_what_is_missing_is_made_and_what_is_there_stays(tmp_path: Path, capsys:
     assert "" == capsys.readouterr().err
 
 
-def test_nothing_else_is_made(tmp_path: Path) -> None:
+def test_nothing_else_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is missing is no file, an image of a format has to be made by its command, and a directory that is
     not there is a sentence.
     """
-    demo_image.make_missing("aio:/dev/nosuch", MIB)
+    device = Path("/dev/xenbackend-test-nosuch")
+    monkeypatch.chdir("/")
+    for name in (device, device.relative_to("/")):
+        demo_image.make_missing(f"aio:{name}", MIB)
+        is_made = device.exists()
+        device.unlink(missing_ok=True)
+        assert not is_made
     demo_image.make_missing(f"qcow2:{tmp_path}/img", MIB)
     with pytest.raises(ConfigError, match="is missing and cannot be made: No such file or directory"):
         demo_image.make_missing(f"aio:{tmp_path}/none/img", MIB)
@@ -41,3 +47,14 @@ def test_an_image_is_never_written_over(tmp_path: Path) -> None:
     assert 2 * MIB == demo_image.make(tmp_path / "img", 2 * MIB)
     with pytest.raises(FileExistsError):
         demo_image.make(tmp_path / "img", MIB)
+
+
+def test_no_name_of_an_image_moves_a_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither where it is made nor where it cannot be."""
+    demo_image.make_missing(f"aio:{tmp_path}/a\x1b[2J", MIB)
+    with pytest.raises(ConfigError, match="cannot be made") as caught:
+        demo_image.make_missing(f"aio:{tmp_path}/\x1b[2J/img", MIB)
+    said = capsys.readouterr().err
+
+    assert "was missing" in said
+    assert "\x1b" not in said + str(caught.value)
