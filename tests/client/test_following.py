@@ -85,6 +85,30 @@ def test_only_the_order_that_was_given_is_taken_for_it(
                 service.resize(name)
 
 
+@pytest.mark.parametrize(("code", "is_waited_for"), [(Code.GONE, True), (Code.UNREACHABLE, True), (Code.FAILED, False)])
+def test_only_a_service_that_is_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Code, *, is_waited_for: bool
+) -> None:
+    """One that ends answers for a moment that it does; one that does not say what became of orders never will."""
+    monkeypatch.setattr(following, "RETURN_S", 20.0)
+    looks = [Answer(code, sentence="no"), Answer(Code.OK, [ENTRY])]
+    left = Answer(Code.UNDER_WAY, sentence="the service is replaced", order=17)
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if request["verb"] == "orders":
+            return looks.pop(0)
+        return left if request["verb"] == "resize" else Answer(Code.OK, [DISK])
+
+    with answering(tmp_path / "x", answer) as control:
+        if is_waited_for:
+            assert 17 == Client(control.path).resize("5/xvda").order
+        else:
+            with pytest.raises(UnderWay):
+                Client(control.path).resize("5/xvda")
+
+    assert 1 - is_waited_for == len(looks)
+
+
 def test_an_order_that_was_done_is_no_failure_where_its_disk_has_gone(tmp_path: Path) -> None:
     """Whoever ordered it hears that it was done, and that there is no disk any more of which it could be told more."""
     left = Answer(Code.UNDER_WAY, sentence="the service is replaced", order=17)
