@@ -41,7 +41,31 @@ def test_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {"layer": "aio:/img", "operations": {}} == second
     read = first["operations"]["read"]
     assert (2, 8192, 150_000, 1 << 17) == (read["requests"], read["bytes"], read["mean_ns"], read["bounds_ns"]["p50"])
-    assert [1, 1] == [each["count"] for each in read["buckets"]]
+    assert [(1 << 17, 1), (1 << 18, 1)] == [(each["below_ns"], each["count"]) for each in read["buckets"]]
+
+
+def test_what_was_measured_for_another_interval(tmp_path: Path) -> None:
+    """The worker is told the interval that was asked for, and the order is waited for however long that takes."""
+    status, asked = measure(tmp_path, "--interval", "2.5")
+
+    assert (0, [{"verb": "measure", "vbd": "mail/xvda", "seconds": 2.5}]) == (status, asked)
+
+
+def test_a_layer_is_named_once_and_its_figures_stand_in_columns() -> None:
+    """Words begin where their heading does, figures end where theirs does; what took no time at all has a time."""
+    times = {"bytes": 4096, "sum_ns": 0, "buckets": {"0": 1}}
+    long = {"bytes": 1 << 20, "sum_ns": 300_000, "buckets": {"17": 1000}}
+    layers = [{"layer": "log:", "operations": {"read": times, "write": long}}, {"layer": "aio:/img", "operations": {}}]
+    _, head, read, write, nothing, _ = lines("5/xvda", {"chain": "log:|aio:/img", "seconds": 1.0, "layers": layers})
+    end = head.index("requests") + len("requests")
+
+    assert [("log:", "read"), ("", "write"), ("aio:/img", "-")] == [
+        (each[: head.index("operation")].strip(), each[head.index("operation") :].split()[0])
+        for each in (read, write, nothing)
+    ]
+    assert ["1", "1000", "0"] == [each[:end].split()[-1] for each in (read, write, nothing)]
+    assert {len(head)} == {len(each) for each in (read, write, nothing)}
+    assert read.split()[5] == "0"
 
 
 def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
