@@ -119,6 +119,20 @@ def test_what_the_kernel_says_of_inodes(
 
 
 @pytest.mark.slow
+def test_a_device_of_characters_is_no_disk(bus: Path) -> None:
+    """Its number may be that of a disk: /dev/null, which any QEMU may have, has the third RAM disk's."""
+    node = Path("/dev/xenbackend-test-ram")
+    os.mknod(node, stat.S_IFBLK | 0o600, Path("/dev/null").stat().st_rdev)
+    try:
+        fd = os.open(node, os.O_PATH)
+    finally:
+        node.unlink()
+    with opened_by(QEMU, "/dev/null"):
+        assert [] == list(qdisk.users_of(fd))
+    os.close(fd)
+
+
+@pytest.mark.slow
 def test_what_ends_meanwhile_is_no_user(bus: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes end and files are closed between two looks; the others are found all the same."""
     names = os.listdir
