@@ -60,6 +60,37 @@ def test_who_takes_the_frontend_away_is_heard(nodes: VbdNodes, toolstack: Store)
     assert ("0", "5", S.UNKNOWN) == (seen.keys["online"], seen.keys["state"], seen.theirs)
 
 
+def test_a_look_that_finds_no_frontend_reads_the_node_once(nodes: VbdNodes, toolstack: Store) -> None:
+    """While there is one, and once it has gone, the keys are those that were read for the look: others cost a
+    transaction each time.
+    """
+    keys = nodes.keys()
+    toolstack.write(f"{PATH.backend}/online", "0")
+    assert nodes.look(keys).keys is keys
+    toolstack.remove(PATH.frontend)
+    assert nodes.look(keys).keys is not keys
+    assert nodes.look(keys).keys is keys
+
+
+def test_a_vbd_that_is_removed_as_a_whole_is_watched_no_more(nodes: VbdNodes, toolstack: Store) -> None:
+    """Who hears of the frontend first finds the node gone, too; nobody has left for another host."""
+    before = nodes.look(nodes.keys())
+    toolstack.write("/local/domain/5/name", "db--migratedaway")
+    toolstack.remove(PATH.frontend)
+    toolstack.remove(PATH.backend)
+    for keys in (before.keys, None):
+        seen = nodes.look(keys)
+        assert (None, S.UNKNOWN, False, "") == (seen.keys, seen.theirs, seen.has_left, nodes.frontend)
+
+
+def test_a_guest_has_not_left_while_its_disk_is_wanted(nodes: VbdNodes, toolstack: Store) -> None:
+    """A frontend that has gone from a node that is online is one that comes anew, whatever the guest is called."""
+    toolstack.write("/local/domain/5/name", "db--migratedaway")
+    toolstack.remove(PATH.frontend)
+
+    assert not nodes.look(nodes.keys()).has_left
+
+
 def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) -> None:
     """The first look sets a watch, and only once; a frontend elsewhere is watched instead; in the end nobody is."""
     store = nodes._store
