@@ -85,10 +85,12 @@ def test_one_that_was_killed_hangs_only_in_a_call(service: Service, monkeypatch:
     opener, remote = service.begin("null:1G")
     assert not opener.hangs()
     until_begun(service, opener)
+    assert opener._process is not None
+    states = {opener._process.pid: "D"}  # of no other process
     opener.kill()
     is_slow = opener.hangs()
     with monkeypatch.context() as patched:
-        patched.setattr("xenbackend.supervisor.service.opener.state_of", lambda _: "D")
+        patched.setattr("xenbackend.supervisor.service.opener.state_of", states.__getitem__)
         is_in_call = opener.hangs()
     with monkeypatch.context() as patched:
         patched.setattr(service.loop, "now", lambda: time.monotonic() + 60)
