@@ -152,3 +152,43 @@ def test_whose_name_it_is_is_looked_for_no_longer_than_a_while(
 
     assert ["guest-1", "guest-2"] == found
     assert now[0] < 2 * guests_module.FIND_S
+
+
+def test_where_no_xenstored_can_be_reached_it_is_not_tried_for_a_while(tmp_path: Path) -> None:
+    """Each try may take its time; then it is, and a connection that was lost in between is no hindrance."""
+    now = [0.0]
+    guests = Guests(str(tmp_path / "store"), lambda: now[0])
+    found = [guests.names_of([5])]
+    for name in ("mail", "news"):
+        with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
+            store.write("/local/domain/5/name", name)
+            found.append(guests.names_of([5]))
+            now[0] += REST_S + 1
+            name_of = guests.one_by_one()
+            assert name == name_of(5)
+        with pytest.raises(StoreError):
+            name_of(5)
+    guests.close()
+
+    assert [{}, {}, {}] == found
+
+
+def test_many_are_asked_for_at_once(xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to xenstored and back takes most of the time: it is gone for sixteen names once."""
+    sent: list[int] = []
+    waits: list[int] = []
+    send, take = Store._send, Store._take_reply
+
+    def sending(store: Store, *given: Any) -> int:
+        sent.append(len(sent))
+        return send(store, *given)
+
+    def taking(store: Store, *given: Any) -> bytes:
+        waits.append(len(sent))
+        return take(store, *given)
+
+    monkeypatch.setattr(Store, "_send", sending)
+    monkeypatch.setattr(Store, "_take_reply", taking)
+
+    assert 32 == len(Guests(xenstored.address, time.monotonic).names_of(range(1, 33)))
+    assert {16, 32} == set(waits)
