@@ -122,7 +122,10 @@ def test_what_the_kernel_says_of_inodes(
 def test_a_device_of_characters_is_no_disk(bus: Path) -> None:
     """Its number may be that of a disk: /dev/null, which any QEMU may have, has the third RAM disk's."""
     node = Path("/dev/xenbackend-test-ram")
-    os.mknod(node, stat.S_IFBLK | 0o600, Path("/dev/null").stat().st_rdev)
+    try:
+        os.mknod(node, stat.S_IFBLK | 0o600, Path("/dev/null").stat().st_rdev)
+    except PermissionError:
+        pytest.skip("this host lets us make no node of a device")
     try:
         fd = os.open(node, os.O_PATH)
     finally:
