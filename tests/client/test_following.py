@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_service_that_does_not_come_back_is_told(tmp_path: Path, monkeypatch: 
         wait(tmp_path / "x", [OPEN, AWAY])
     with pytest.raises(Unreachable):
         Client(str(tmp_path / "none")).wait(17)
+
+
+@pytest.mark.parametrize("away", [AWAY, Answer(Code.UNREACHABLE, sentence="nobody listens")])
+def test_it_waits_for_a_service_since_that_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: Answer) -> None:
+    """However long the order has been under way by then."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def sleep(_: float) -> None:
+        clock.now += following.RETURN_S * 2 / 3
+
+    clock.sleep = sleep
+    monkeypatch.setattr(following, "time", clock)
+
+    assert 17 == wait(tmp_path / "x", [OPEN, OPEN, OPEN, away, ENDED]).number
+    assert clock.now > 2 * following.RETURN_S
 
 
 @pytest.mark.parametrize(
