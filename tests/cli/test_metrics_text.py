@@ -84,6 +84,15 @@ def test_every_disk_has_its_counters() -> None:
     assert 8 == len([line for line in found if line.startswith("xenbackend_disk_requests_total{")])
 
 
+def test_layers_of_one_kind_are_told_apart() -> None:
+    """By their number in the chain, from the guest's end down."""
+    layers = [{**disk()["layers"][0], "figures": {"held": count}} for count in (4, 5)]
+    found = [line for line in lines(disk(layers=layers)) if "layer_figure" in line]
+    labels = 'disk="5/xvda",guest="mail",layer="{}",driver="throttle",figure="held"'
+
+    assert [f"xenbackend_layer_figure{{{labels.format(place)}}} {4 + place}" for place in (0, 1)] == found
+
+
 def test_what_is_told_as_words() -> None:
     """One line of each disk has them, and the version of its worker as `version`."""
     [info] = [line for line in lines(disk(worker_version="0.3.0")) if "disk_info" in line]
