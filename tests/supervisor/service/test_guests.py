@@ -168,7 +168,11 @@ def test_where_no_xenstored_can_be_reached_it_is_not_tried_for_a_while(tmp_path:
             assert name == name_of(5)
         with pytest.raises(StoreError):
             name_of(5)
-    guests.close()
+    now[0] += REST_S + 1
+    with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
+        store.write("/local/domain/5/name", "late")
+        assert "late" == guests.one_by_one()(5)
+        guests.close()
 
     assert [{}, {}, {}] == found
 
