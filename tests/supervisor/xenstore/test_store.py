@@ -131,7 +131,7 @@ def test_a_device_gets_one_request_at_a_time() -> None:
     tty.setraw(terminal)
     keys = [f"key{number}" for number in range(4)]
     written: list[bytes] = []
-    device = threading.Thread(target=be_the_device, args=(controller, 2 * len(keys), written))
+    device = threading.Thread(target=be_the_device, args=(controller, 2 * len(keys), written), daemon=True)
     device.start()
     with Store(os.ttyname(terminal)) as store:
         store.write_many("/a", {key: f"to {key}" for key in keys})
