@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.answering import DISK, ENTRY, answering
-from xenbackend.client import Client, Code, Gone, UnderWay, Unreachable, following
+from tests.answering import DISK, ENTRY, LAYER, answering
+from xenbackend.client import Client, Code, Failed, Gone, UnderWay, Unreachable, following
 from xenbackend.protocol.answers import Answer
 
 OPEN = Answer(Code.OK, [{**ENTRY, "ended": None, "code": "under-way"}])
@@ -68,8 +69,10 @@ def test_it_waits_for_a_service_since_that_went(tmp_path: Path, monkeypatch: pyt
     clock.sleep = sleep
     monkeypatch.setattr(following, "time", clock)
 
-    assert 17 == wait(tmp_path / "x", [OPEN, OPEN, OPEN, away, ENDED]).number
+    heard: list[float] = []
+    assert 17 == wait(tmp_path / "x", [OPEN, OPEN, OPEN, away, ENDED], waiting=heard.append).number
     assert clock.now > 2 * following.RETURN_S
+    assert [each * following.RETURN_S * 2 / 3 for each in range(1, 5)] == pytest.approx(heard)  # since it began
 
 
 @pytest.mark.parametrize(
@@ -134,3 +137,71 @@ def test_an_order_that_was_done_is_no_failure_where_its_disk_has_gone(tmp_path: 
         pytest.raises(Gone, match=r"order 17 was done.*5/xvda is not in service any more"),
     ):
         Client(control.path).resize("5/xvda")
+
+
+GIVEN: dict[str, Callable[[Client], Any]] = {
+    "set": lambda service: service.set("5/xvda", "aio:/a", replace=True),
+    "snapshot": lambda service: service.snapshot("5/xvda", "/new"),
+    "resize": lambda service: service.resize("5/xvda"),
+    "keep": lambda service: service.keep("5/xvda", "/new"),
+    "drop": lambda service: service.drop("5/xvda"),
+    "pause": lambda service: service.pause("5/xvda"),
+    "resume": lambda service: service.resume("5/xvda"),
+    "upgrade": lambda service: service.upgrade("5/xvda"),
+    "policy": lambda service: service.policy("5/xvda", "flush=pause"),
+    "measure": lambda service: service.measure("5/xvda", 1.0),
+    "command": lambda service: service.command("5/xvda", "log", "get"),
+}
+LOST = {"policy", "measure", "command"}
+OTHER = {**DISK, "vbd": "6/xvda", "node": "vbd/6/51712", "domid": 6, "guest": "web", "chain": "aio:/web", "worker": 66}
+
+
+def left_behind(path: Path, orders: list[dict[str, Any]], *, number: int | None = 17) -> Any:
+    """Return a control socket of a service that leaves each order, with its number or killed, to one of two disks."""
+    served = [OTHER, {**DISK, "layers": [LAYER]}, OTHER]
+    left = b"" if number is None else Answer(Code.UNDER_WAY, sentence="the service is replaced", order=number)
+    answers = {"orders": Answer(Code.OK, orders), "status": Answer(Code.OK, served)}
+    return answering(path, lambda request: answers.get(request["verb"], left))
+
+
+@pytest.mark.parametrize("verb", GIVEN)
+def test_what_would_be_lost_is_not_waited_for(tmp_path: Path, verb: str) -> None:
+    """An order whose answer is more than its end is under way for whoever gave it; each other one is waited for."""
+    with left_behind(tmp_path / "x", [ENTRY]) as control:
+        if verb in LOST:
+            with pytest.raises(UnderWay):
+                GIVEN[verb](Client(control.path))
+            assert [verb] == [each["verb"] for each in control.asked]
+        else:
+            assert 17 == GIVEN[verb](Client(control.path)).order
+
+
+def test_an_order_is_known_by_its_number(tmp_path: Path) -> None:
+    """Not by its place among the others; the answer has what is in service of its own disk."""
+    orders = [ENTRY, {**ENTRY, "number": 18, "vbd": "6/xvda"}]
+    with left_behind(tmp_path / "x", orders) as control:
+        changed = GIVEN["set"](Client(control.path))
+        upgraded = GIVEN["upgrade"](Client(control.path))
+
+    assert (17, DISK["chain"], ["aio:/img"]) == (changed.order, changed.chain, [each.layer for each in changed.layers])
+    assert 12 == upgraded.worker
+
+
+def test_an_order_that_failed_says_why(tmp_path: Path) -> None:
+    """With its number, and the chain that is in service all the same."""
+    with (
+        left_behind(tmp_path / "x", [{**ENTRY, "code": "failed", "error": "it cannot be"}]) as control,
+        pytest.raises(Failed, match="it cannot be") as caught,
+    ):
+        GIVEN["set"](Client(control.path))
+
+    assert (17, DISK["chain"]) == (caught.value.order, caught.value.chain)
+
+
+def test_without_a_number_it_is_the_last_one_for_this_guest(tmp_path: Path) -> None:
+    """Of several that a program gave; one for another guest's disk of the same name is none."""
+    mine = {**ENTRY, "verb": "resize", "began": time.time() + 9, "who": {**ENTRY["who"], "pid": os.getpid()}}
+    orders = [mine, {**mine, "number": 18}, {**mine, "number": 19, "vbd": "6/xvda"}]
+    for name in ("5/xvda", "mail/xvda"):
+        with left_behind(tmp_path / name.partition("/")[0], orders, number=None) as control:
+            assert 18 == Client(control.path).resize(name).order
