@@ -110,6 +110,13 @@ def test_every_command_takes_the_answers_of_an_older_service(
     assert "KeyError" not in printed + problem
 
 
+def test_a_write_that_was_not_told_has_every_key() -> None:
+    """Of a service that says of each only which disk it is."""
+    said = completed("stop", {"pid": 1, "untold": [{"vbd": "5/xvda"}]})
+
+    assert {"pid": 1, "untold": [{**plain.UNTOLD, "vbd": "5/xvda"}]} == said
+
+
 def test_it_is_done_for_whoever_asks(tmp_path: Path) -> None:
     """The client does it: no command has to think of it."""
     with answering(tmp_path / "x", old) as control:
@@ -144,10 +151,20 @@ def test_a_disk_of_the_last_release() -> None:
     assert ("5/xvda", "vbd/5/51712", {"50%": 1}) == (values["vbd"], values["node"], values["latency_ns"])
 
 
+def test_where_a_disk_is_is_made_up_only_where_nobody_says_it() -> None:
+    """A place that was told stays; a device that nobody knows here has the number 0, and no fault comes of it."""
+    [told] = completed("status", [{**DISK, "node": "vbd/5/1"}])
+    [unknown] = completed("status", [{**FIRST, "vbd": "5/nosuch", "device": "nosuch"}])
+
+    assert ("vbd/5/1", "vbd/5/0", "5/nosuch") == (told["node"], unknown["node"], unknown["vbd"])
+
+
 def test_layers_have_one_name() -> None:
     """In the answer to an order they have another one, and names of figures that are none yet."""
     [layer] = plain.answered(CHAIN)["layers"]
 
     assert {"layer": "aio:/img", **{key: LAYER[key] for key in LAYER if key not in ("text", "figures")}} == layer
     assert {"layer": "aio:/a"} == plain.layer("aio:/a")
+    planned = plain.answered({**CHAIN, "before": ["aio:/a"], "after": [LAYER]})
+    assert ([{"layer": "aio:/a"}], [layer]) == (planned["before"], planned["after"])
     assert {} == plain.answered("paused") == plain.answered(None)
