@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,9 +23,10 @@ from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
 from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.vbd import former as release_before
 from xenbackend.supervisor.vbd import notes
 from xenbackend.supervisor.vbd.handover import Handover
-from xenbackend.supervisor.vbd.inheritance import end_predecessor, prefix_of, sort_inherited
+from xenbackend.supervisor.vbd.inheritance import current, end_predecessor, prefix_of, sort_inherited
 from xenbackend.supervisor.vbd.notes import Exchange, Notes
 
 CONNECT = messages.Connect("x86_64-abi", [messages.RingParameters([8], 3)], persistent=True)
@@ -165,6 +169,46 @@ def test_a_worker_that_cannot_be_talked_to_is_ended_first(kept: Kept) -> None:
     assert -9 == process.returncode
     assert b"" == os.read(heir.worker[0], 1)  # as of a worker that has gone
     heir.close()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number", "what"),
+    [
+        (memfd, "map_sealed", 1, "journal"), (memfd, "map_sealed", 2, "notes"), (memfd, "make", 1, ""),
+        (memfd, "make", 2, ""), (socket, "socketpair", 1, "pidfd"), (release_before, "read_notes", 1, "open"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taken_over_now_is_closed(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, number: int, what: str
+) -> None:
+    """Whatever the host is short of at whichever call, nothing stays open: a service tries again every second."""
+    made_before = Handover(Keeper({}), PATH)
+    copies = {current("journal"): os.dup(made_before._journal), current("notes"): os.dup(made_before._notes)}
+    if what == "pidfd":  # without the worker's socket
+        copies[current(what)] = made(b"pidfd")
+        monkeypatch.setattr("xenbackend.supervisor.vbd.handover.kill", lambda _: None)
+    elif what == "open":  # what is left of the release before, whose notes are to be made ours
+        copies = {("journal", 2): copies[current("journal")], current("open"): copies[current("notes")]}
+    elif not what:
+        for fd in copies.values():
+            os.close(fd)
+        copies = {current("m0"): made(b"map")}
+    calls = count(1)
+    real = getattr(module, name)
+
+    def call(*arguments: Any) -> Any:
+        if next(calls) == number:
+            raise OSError(errno.EMFILE, "too many")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, call)
+    before = len(open_descriptors()) - len(copies)
+    with pytest.raises(OSError, match="too many"):
+        Handover(Keeper({}), PATH, copies)
+    after = len(open_descriptors())
+    made_before.close()
+
+    assert before == after
 
 
 def test_a_socket_without_a_process_is_let_go(kept: Kept) -> None:

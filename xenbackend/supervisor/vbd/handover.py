@@ -70,7 +70,7 @@ class Handover:
         self._keeper = keeper
         self._path = path
         self._complain = complain
-        ours = {what: fd for what, fd in (found or {}).items() if what == current(what[0])}
+        ours = {what: fd for what, fd in (found or {}).items() if what == current(what[0]) and what[0] != OPEN_FILES}
         theirs = {what: fd for what, fd in (found or {}).items() if what not in ours}
         self.worker: tuple[int, int] | None = None
         self.on_note: Callable[[], None] = lambda: None
@@ -101,6 +101,7 @@ class Handover:
         return self.files.slots, self.connections.slots
 
     def _take(self, ours: dict[What, int], theirs: dict[What, int]) -> None:
+        """Take over what was found; a descriptor is taken out of these only once something else holds it."""
         self.worker = self._take_worker(ours)
         self._journal, self.page = self._take_memory(ours, "journal", journal.SIZE)
         self._notes, self._notes_page = self._take_memory(ours, "notes", notes.SIZE)
@@ -112,16 +113,13 @@ class Handover:
             for slot in slots.noted():
                 if current(slot) in ours:
                     slots.find(slot, ours.pop(current(slot)))
-        remembered = ours.pop(current(OPEN_FILES), -1)
         self._let_go(ours)  # kept by somebody who died before he had noted what it is
         if "notes" in self._unkept:
             self._adopt(theirs)
-            if remembered >= 0:
-                self._recall(remembered)
+            if current(OPEN_FILES) in theirs:
+                self._recall(theirs[current(OPEN_FILES)])
         self._keep_new()
         self._let_go(theirs)
-        if remembered >= 0:
-            self._let_go({current(OPEN_FILES): remembered})
 
     def agreed(self) -> Agreed | None:
         """Return the chain in service and what was agreed with the frontend; None where that was not, or has ended."""
@@ -312,30 +310,28 @@ class Handover:
 
         It could not be talked to, and has to have ended before another one may touch the rings.
         """
-        near, pidfd = ours.pop(current("worker"), -1), ours.pop(current("pidfd"), -1)
-        if pidfd < 0:
-            if near >= 0:  # to it we are gone: it closes the disk in order
-                os.close(near)
-                self._forget(current("worker"))
+        pidfd = ours.get(current("pidfd"), -1)
+        if pidfd < 0:  # to one whose socket is let go of with the rest we are gone: it closes the disk in order
             return None
-        if near < 0:
+        if current("worker") not in ours:
             kill(pidfd)
             end, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             far.close()
-            near = end.detach()
-        return near, pidfd
+            ours[current("worker")] = end.detach()
+        return ours.pop(current("worker")), ours.pop(current("pidfd"))
 
     def _take_memory(self, ours: dict[What, int], kind: str, size: int) -> tuple[int, memoryview]:
         """Map what was found, or else begin a new one. Raises: KernelError."""
-        fd = ours.pop(current(kind), -1)
+        what = current(kind)
         try:
-            if fd >= 0:
-                return fd, memfd.map_sealed(fd, size)
+            if what in ours:
+                page = memfd.map_sealed(ours[what], size)
+                return ours.pop(what), page
         except KernelError as error:
             if error.errno != errno.EPERM:  # the host cannot do it now, whatever the memory is
                 raise
             self._complain(f"the {kind} that was kept is of no use: {error}")
-            self._let_go({current(kind): fd})
+            self._let_go({what: ours.pop(what)})
         if self.worker is not None:  # what it goes by is lost to us
             kill(self.worker[1])
         self._unkept[kind] = fd = memfd.make(f"xenbackend-{kind}", size)
