@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +184,48 @@ say(list(left()))
 """)
 
     assert ["['a']"] == runs.said
+
+
+def test_a_service_that_nobody_could_watch_is_not_left_running(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel gives no pidfd now, that process is ended before another service is started."""
+    started: list[int] = []
+    real = os.pidfd_open
+
+    def pidfd_open(pid: int) -> int:
+        started.append(pid)
+        if len(started) == 1:
+            raise OSError(errno.ENOMEM, "no memory")
+        return real(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    status = runs.run("sys.exit(0)")
+
+    assert (0, 2) == (status, len(started))
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
+def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too few descriptors for those that are kept, it is tried again, and has all that there are."""
+    for number in range(30):
+        runs.store.fds[str(number)] = os.memfd_create("x")
+    tries: list[int] = []
+    real = parent._spawn
+
+    def spawn(*arguments: Any) -> tuple[int, int]:
+        tries.append(len(open_descriptors()))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(tries) < 3:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (tries[-1] + 10, hard))
+        try:
+            return real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    monkeypatch.setattr(parent, "_spawn", spawn)
+    status = runs.run("say(len(left()))")
+
+    assert (0, ["30"], [tries[0]] * 3) == (status, runs.said, tries)
 
 
 def test_a_place_that_cannot_be_listened_at_is_said(tmp_path: Path) -> None:

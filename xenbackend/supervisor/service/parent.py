@@ -112,8 +112,7 @@ class Parent:
     def _start(self) -> None:
         self._began = self._loop.now()
         try:
-            self._pid = _spawn(self._command, self._store.fds, self._environment)
-            self._pidfd = os.pidfd_open(self._pid)
+            self._pid, self._pidfd = _spawn(self._command, self._store.fds, self._environment)
         except OSError:  # no process or descriptor is to be had now: later
             self._follow(1)
         else:
@@ -186,12 +185,16 @@ def run(arguments: Sequence[str], socket_path: str, environment: Mapping[str, st
         return Parent([sys.executable, "-m", "xenbackend", *arguments], store, environment, loop).run()
 
 
-def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping[str, str]) -> int:
-    """Start a process that inherits the kept descriptors, from `FIRST` on; return its number."""
-    # Moved out of the way first: each has a place to go to, where another one may lie.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(kept)) for fd in kept.values()]
+def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping[str, str]) -> tuple[int, int]:
+    """Start a process that inherits the kept descriptors, from `FIRST` on; return its number and its pidfd.
+
+    Raises: OSError, and then there is none.
+    """
+    high: list[int] = []
     try:
-        return os.posix_spawn(
+        for fd in kept.values():  # moved out of the way first: each has a place to go to, where another one may lie
+            high.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(kept)))  # noqa: PERF401 - each may fail
+        pid = os.posix_spawn(
             command[0],
             list(command),
             {**environment, "LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(kept)},
@@ -203,3 +206,9 @@ def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping
     finally:
         for fd in high:
             os.close(fd)
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:  # nobody would hear of its end, and another service would be started beside it
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
