@@ -133,6 +133,33 @@ def test_what_is_not_kept_is_not_given(service: Service, tmp_path: Path) -> None
     assert ["it is another file"] == said
 
 
+def test_what_it_finds_too_late_is_not_kept(service: Service, tmp_path: Path) -> None:
+    """Once its worker has replied to the question that it was for, a file would be of no chain, and kept all the same."""
+    (tmp_path / "image").write_bytes(b"x" * 512)
+    opener, remote = service.begin(f"aio:{tmp_path}/image")
+    until_begun(service, opener)
+    opener.note_over()
+    ends: list[type[DriverError] | None] = []
+
+    def look() -> None:
+        try:
+            remote.look(str(tmp_path / "image"))
+        except DriverError as problem:
+            ends.append(type(problem))
+        else:
+            ends.append(None)
+
+    service.loop.run_in_thread(look, service.loop.stop)
+    while not ends:
+        service.loop.run()
+    remote.close()
+    while not service.ends:
+        service.loop.run()
+
+    assert [] == service.opened
+    assert [OpenerGone] == ends
+
+
 def test_a_worker_that_asks_nonsense_is_told_of(service: Service) -> None:
     """No worker of ours does: whoever holds the opener hears of it with its end."""
     _, remote = service.begin("null:1G")

@@ -60,7 +60,8 @@ class Assignment:
 class Opener:
     """One process, or who waits for its turn to be one.
 
-    over_since   when nobody needed it any more; it has not ended yet, or is in a call from which it does not come back
+    over_since   when nobody needed it any more; it has not ended yet, or is in a call from which it does not come back.
+                 What it opens from then on nobody keeps
     """
 
     def __init__(
@@ -181,8 +182,10 @@ class Opener:
         if isinstance(message, opening.Waits) and not fds:
             self._on_waits(message)
             return
-        if not isinstance(message, opening.Found) or len(fds) != (not isinstance(message, opening.Undrained)):
-            for fd in fds:  # we have no room for the descriptor, or it is of another version
+        is_found = isinstance(message, opening.Found) and len(fds) == (not isinstance(message, opening.Undrained))
+        is_late = bool(fds) and self.over_since is not None  # its storage has answered after its worker had
+        if not isinstance(message, opening.Found) or not is_found or is_late:
+            for fd in fds:  # we have no room for the descriptor, it is of another version, or nobody wants it
                 os.close(fd)
             self.kill()
             return
