@@ -134,7 +134,7 @@ def test_what_is_not_kept_is_not_given(service: Service, tmp_path: Path) -> None
 
 
 def test_what_it_finds_too_late_is_not_kept(service: Service, tmp_path: Path) -> None:
-    """Once its worker has replied to the question that it was for, a file would be of no chain, and kept all the same."""
+    """Once its worker has replied to the question that it was for, a file would be of no chain, and kept for good."""
     (tmp_path / "image").write_bytes(b"x" * 512)
     opener, remote = service.begin(f"aio:{tmp_path}/image")
     until_begun(service, opener)
