@@ -10,7 +10,9 @@ import pytest
 
 from tests.supervisor.helpers import PATH
 from xenbackend.errors import KernelError
+from xenbackend.supervisor.vbd import notes
 from xenbackend.supervisor.vbd.last_chains import DIRECTORY, LastChain, LastChains, state_directory
+from xenbackend.units import PAGE
 
 _LAST = LastChain("null:2G", ["null:1G", "log:|null:1G"], "null:3G")
 
@@ -28,6 +30,16 @@ def test_what_was_left_is_found_by_the_next_service(tmp_path: Path) -> None:
     following.forget(PATH)
     following.forget(PATH)
     assert ([], None, False) == (following.paths(), following.of(PATH), file.parent.exists())
+
+
+def test_whatever_the_notes_can_hold_is_found_again(tmp_path: Path) -> None:
+    """However often the chain is exchanged while xenstore is away, the next service knows which one is in service."""
+    room = 64 * PAGE  # of the notes
+    last = LastChain("null:2G", [f"aio:/{'x' * 1000}{number}" for number in range(room // 1016)])
+    notes.write(memoryview(bytearray(notes.SIZE)), notes.Notes(last.chain, stale_params=last.stale_params))
+    LastChains(tmp_path, "boot").leave(PATH, last)
+
+    assert last == LastChains(tmp_path, "boot").of(PATH)
 
 
 def test_another_boot_s_guests_are_others(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xenbackend.errors import KernelError
+from xenbackend.supervisor.vbd import notes
 from xenbackend.supervisor.vbd.inheritance import parse_prefix, prefix_of
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 DIRECTORY = "xenbackend-last-chains"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_MAX = 1 << 16  # bytes
+_MAX = notes.SIZE  # bytes, more than all that the notes can say of the chain
 
 
 @dataclass(frozen=True, slots=True)
