@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ import pytest
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
+from xenbackend.protocol.opening import Job
+from xenbackend.supervisor.service.opener import OnEnd
 from xenbackend.supervisor.vbd.link import Link
 
 
@@ -22,7 +27,7 @@ class FakeProcess:
         self.killed: list[str] = []
         self.is_left = False
         self.is_there = True
-        self.has_broken_protocol = False
+        self.has_broken_protocol = self.is_boosted = False
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """Take note of a message."""
@@ -56,14 +61,15 @@ class NoOpenings:
     def for_order(self, _order: Any) -> None:
         """Return that."""
 
-    def for_question(self, _question: Any) -> None:
-        """Return that."""
+    def for_question(self, question: Any) -> Job | None:
+        """Return that, but for what makes a new image."""
+        return Job("vbd/5/51712", ["null:1G"], read_only=False) if isinstance(question, messages.Branch) else None
 
     def kept(self) -> list[int]:
         """Return none."""
         return []
 
-    def opened(self, _found: Any, _fd: int) -> str:
+    def found(self, _found: Any, _fds: list[int]) -> str:
         """Refuse nothing."""
         return ""
 
@@ -79,7 +85,16 @@ class FakeFleet:
         """Keep what would be called."""
         self.drivers = drivers
         self.say, self.end = on_message, on_end
+        self.process = FakeProcess()
         return self.process
+
+    def open(self, _job: Job, _kept: Any, _found: Any, on_end: OnEnd, _waits: Any) -> tuple[Any, socket.socket]:
+        """Return an opener that does nothing, and keep what would be called."""
+        opener: Any = SimpleNamespace(kill=lambda: None, hangs=lambda: False)
+        self.end_opener = partial(on_end, opener)
+        near, far = socket.socketpair()
+        far.close()
+        return opener, near
 
 
 class Owner:
@@ -248,6 +263,21 @@ def test_nothing_is_heard_of_a_worker_that_was_let_go(linked: Linked) -> None:
         linked.owner.heard,
         linked.process.killed,
     )
+
+
+def test_a_successor_has_not_asked_what_its_predecessor_did(linked: Linked) -> None:
+    """An opener that was asked nonsense may be seen to end after its worker, when another one is there already."""
+    linked.link.ask(messages.Branch("/leaf", ""), lambda _: None)
+    linked.fleet.end_opener("it asks for nonsense")
+    linked.fleet.end("it was killed by SIGKILL")
+    linked.link.start()
+    linked.link.ask(messages.Branch("/leaf", ""), lambda _: None)
+    linked.fleet.end("it was killed by SIGKILL")
+    linked.link.start()
+    linked.fleet.end_opener("it asks for nonsense")
+
+    assert ["the worker was killed: it asks for nonsense"] == linked.process.killed
+    assert [] == linked.fleet.process.killed
 
 
 def test_a_breach_is_told_with_the_end(linked: Linked) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from xenbackend.block.drivers import to_load_ahead
@@ -140,7 +141,8 @@ class Link:
             worker.send(message, fds)
             return None
         openings = self._openings
-        opener, near = self._fleet.open(job, openings.kept(), openings.found, self._opener_ended, on_waits)
+        on_end = partial(self._opener_ended, worker)
+        opener, near = self._fleet.open(job, openings.kept(), openings.found, on_end, on_waits)
         self._openers.append(opener)
         if worker.is_boosted:
             opener.boost()
@@ -148,9 +150,9 @@ class Link:
             worker.send(message, [*fds[:1], near.fileno(), *fds[1:]])
         return opener
 
-    def _opener_ended(self, opener: Opener, breach: str) -> None:
+    def _opener_ended(self, worker: Worker, opener: Opener, breach: str) -> None:
         self._openers.remove(opener)
-        if breach:
+        if breach and worker is self.worker:  # else it has gone already, and its successor has asked nothing wrong
             self.breach(breach)
 
     def _wait(self, waits: Waits) -> None:
