@@ -213,7 +213,7 @@ class Kept:
 
     def __init__(self, directory: Path) -> None:
         self._parents = parent.Store(directory / "keep")
-        self._environment = {"NOTIFY_SOCKET": str(self._parents.path), "FDSTORE": "64"}
+        self._environment = {"NOTIFY_SOCKET": str(self._parents.path), "FDSTORE": str(parent.MAX_KEPT)}
         self._lock = threading.Lock()
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -234,10 +234,11 @@ class Kept:
         self._take_all()
         return self._parents.fds
 
-    def keeper(self) -> Keeper:
-        """Return the keeper as the next service has it, with descriptors of its own."""
-        keeper = Keeper(self._environment)
+    def keeper(self, room: int = parent.MAX_KEPT) -> Keeper:
+        """Return the keeper as the next service has it, with descriptors of its own; it says that it has this room."""
+        keeper = Keeper({**self._environment, "FDSTORE": str(room)})
         keeper.inherited |= {name: os.dup(fd) for name, fd in self.fds.items()}
+        keeper._names |= keeper.inherited.keys()
         return keeper
 
     def close(self) -> None:

@@ -54,6 +54,23 @@ def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
         keeper.keep("a", 0)
 
 
+def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:
+    """A keeper that is full drops a descriptor without a word; whoever relies on it hears that. What is there already,
+    be it of the service before, counts, and what is forgotten makes room.
+    """
+    kept.keeper(room=3).keep("a", 0)
+    keeper = kept.keeper(room=3)
+    for name in ("b", "c", "a"):
+        keeper.keep(name, 0)
+    with pytest.raises(KernelError, match=r"more than 3 descriptors .*: No space left on device"):
+        keeper.keep("d", 0)
+    keeper.forget("b")
+    keeper.keep("e", 0)
+    os.close(keeper.inherited["a"])
+
+    assert {"a", "c", "e"} == set(kept.fds)
+
+
 @pytest.mark.slow
 def test_a_service_inherits_under_names() -> None:
     """Descriptors from number 3 on have the names that the environment gives, are ours, and go to no process of ours;

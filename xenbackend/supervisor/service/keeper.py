@@ -32,12 +32,21 @@ class Keeper:
         """Read ``NOTIFY_SOCKET``, ``FDSTORE``, ``LISTEN_FDS``, ``LISTEN_FDNAMES`` and ``LISTEN_PID``."""
         self._address = address_of(environment)
         store = environment.get("FDSTORE", "")
-        self.is_there = bool(self._address) and store.isdigit() and int(store) > 0
+        self._room = int(store) if store.isdigit() else 0  # descriptors
+        self.is_there = bool(self._address) and self._room > 0
         self.inherited = _inherited(environment) if self.is_there else {}
+        self._names = set(self.inherited)  # of what is kept now
 
     def keep(self, name: str, fd: int) -> None:
-        """Have a descriptor kept under a name that nothing else has. Raises: KernelError."""
+        """Have a descriptor kept under a name that nothing else has.
+
+        Raises: KernelError, also where there is no room: nobody would say so.
+        """
+        if self.is_there and name not in self._names and len(self._names) >= self._room:
+            operation = f"have more than {self._room} descriptors kept by whoever started the service (FDSTORE)"
+            raise KernelError(operation, errno.ENOSPC)
         self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
+        self._names.add(name)
 
     def replace(self, name: str, fd: int) -> None:
         """Have a descriptor kept in the place of a former one of that name. Raises: KernelError.
@@ -50,6 +59,7 @@ class Keeper:
     def forget(self, name: str) -> None:
         """Have it let go. Raises: KernelError."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._names.discard(name)
 
     def _send(self, state: str, *fds: int) -> None:
         if not self.is_there:
