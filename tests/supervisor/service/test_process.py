@@ -135,3 +135,19 @@ def test_a_host_without_descriptors_is_an_error_of_the_host(monkeypatch: pytest.
     monkeypatch.setattr(socket, "socketpair", refuse)
     with pytest.raises(KernelError, match="make a socket for a worker process: Too many open files"):
         start(_python(""))
+
+
+def test_one_that_nobody_could_end_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel gives no pidfd for it now, it is ended, and whoever wanted it hears that it was not started."""
+    started: list[int] = []
+
+    def refuse(pid: int) -> int:
+        started.append(pid)
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(KernelError, match="start a worker process: Too many open files in system"):
+        start(_python("channel.recv(1)"))
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)

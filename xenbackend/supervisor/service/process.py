@@ -185,13 +185,23 @@ def start_as(process: Process, command: Sequence[str]) -> None:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        pidfd = os.pidfd_open(child.pid)
+        pidfd = _watched(child)
     except OSError as error:
         problem = KernelError("start a worker process", error.errno or errno.EIO)
         process.give_up(str(problem))
         raise problem from None
     child.returncode = 0  # `Process` waits for it
     process.arrive(pidfd)
+
+
+def _watched(child: subprocess.Popen[bytes]) -> int:
+    """Return a child's pidfd; one of which there is none to be had is ended, as nobody could. Raises: OSError."""
+    try:
+        return os.pidfd_open(child.pid)
+    except OSError:
+        child.kill()
+        child.wait()
+        raise
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
