@@ -1,6 +1,6 @@
-"""A budget of what somebody else can provoke, such as lines in a log.
+"""A budget for what others can provoke, such as lines in a log.
 
-Must not know what is spent.
+Must not know what the budget is spent on.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 
 class Bucket:
-    """A token bucket: so many at once, one more each time that it refills, and a count of those that came in vain.
+    """A token bucket that also counts the requests that it has refused.
 
     Args:
-        burst: how many at once.
-        refill_s: seconds for one more.
-        now: a clock in seconds that only goes forward.
+        burst: how many tokens the bucket holds; it starts full.
+        refill_s: seconds until another token is added.
+        now: a monotonic clock, in seconds.
     """
 
     def __init__(self, burst: int, refill_s: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -27,7 +27,7 @@ class Bucket:
         self._refused = 0
 
     def take(self) -> int | None:
-        """Take one; return how many were refused since the one before, or None where this one is refused, too."""
+        """Take a token. Return how many requests were refused since the last token, or None if this one is refused."""
         now = self._now()
         self._left = min(self._burst, self._left + (now - self._refilled) / self._refill_s)
         self._refilled = now
@@ -39,5 +39,5 @@ class Bucket:
         return refused
 
     def spend(self, more: float) -> None:
-        """Take what the one just taken has turned out to cost beyond one; the next ones wait until that is paid off."""
+        """Charge `more` tokens for the request just granted. The balance may go negative; later requests pay it off."""
         self._left -= more

@@ -1,14 +1,14 @@
-"""What people call a disk, and the names and numbers of virtual devices. Pure.
+"""The names that people give to disks, and the names and numbers of virtual devices. Pure functions.
 
-Must not know a process or a store: the command line reads a disk's name before it asks anybody.
+Must not know a process or xenstore: the command line parses a disk's name before it asks any process.
 
-A disk is called by its domain and its device in there, `5/xvda` or `guest/xvda`; every message and every output has
-the first form. What else is understood: ``5/51712`` and ``vbd/5/51712``, as xenstore has it, the latter with the whole
-path before it.
+A disk is named by its domain and the device in that domain: `5/xvda` or `guest/xvda`. Every message and every output
+uses the first form. Also accepted are the forms of xenstore: ``5/51712``, ``vbd/5/51712``, and the latter with the
+whole path before it.
 
 Numbers of devices, from xen-vbd-interface(7):
 
-    1 << 28 | disk << 8 | partition        xvd, where the next line has not enough bits
+    1 << 28 | disk << 8 | partition        xvd, if the fields of the next line are too small
     202 << 8 | disk << 4 | partition       xvd, disks and partitions up to 15
       8 << 8 | disk << 4 | partition       sd, disks and partitions up to 15
       3 << 8 | disk << 6 | partition       hd, disks 0 and 1, partitions up to 63
@@ -34,7 +34,7 @@ _DISK = re.compile(r"(?:(?:/local/domain/[0-9]+/)?(?:backend/)?([a-z0-9_]{1,32})
 
 @dataclass(frozen=True, slots=True)
 class DiskName:
-    """A disk as somebody called it: `domain` is a number or a guest's name, `kind` is empty where any will do."""
+    """A disk as a person named it: `domain` is a number or a guest's name; `kind` is empty if any kind matches."""
 
     kind: str
     domain: str
@@ -45,11 +45,11 @@ class DiskName:
 
     @property
     def domid(self) -> int | None:
-        """The domain's number, None where it is called by its guest's name."""
+        """The domain's number, None if the guest's name was given instead."""
         return int(self.domain) if self.domain.isascii() and self.domain.isdigit() else None
 
     def means(self, kind: str, domid: int, devid: int, guest: str = "") -> bool:
-        """Return whether this is the disk of that kind, domain and device, whose domain has the name `guest`."""
+        """Return whether this names the disk of that kind, domain and device; `guest` is the name of the domain."""
         is_domain = self.domid == domid or (self.domid is None and self.domain == guest)
         return is_domain and self.devid == devid and self.kind in ("", kind)
 
@@ -63,7 +63,7 @@ def parse_disk(text: str) -> DiskName:
 
 
 def disk_of(domid: int, devid: int) -> str:
-    """Return what every message calls a disk: ``5/xvda``."""
+    """Return the name of a disk as every message has it: ``5/xvda``."""
     return f"{domid}/{devid_to_vdev(devid)}"
 
 
@@ -87,7 +87,7 @@ def vdev_to_devid(vdev: str) -> int:
 
 
 def devid_to_vdev(devid: int) -> str:
-    """Return the name of a virtual device; a number that no name stands for is its own. Reverses `vdev_to_devid`."""
+    """Return the name of a virtual device, or the number in decimal if it has none. Reverses `vdev_to_devid`."""
     kind, disk, partition = _split(devid)
     name = f"{kind}{_letters_of_disk(disk)}{partition or ''}"
     return name if kind and vdev_to_devid(name) == devid else str(devid)
@@ -118,7 +118,7 @@ def _number(vdev: str, kind: str, disk: int, partition: int) -> int:
 
 
 def _disk_of_letters(letters: str) -> int:
-    """Return 0 for a, 25 for z, 26 for aa: numbers in base 26 without a zero."""
+    """Return 0 for a, 25 for z, 26 for aa: base 26 without a digit for zero."""
     disk = 0
     for letter in letters:
         disk = disk * 26 + string.ascii_lowercase.index(letter) + 1

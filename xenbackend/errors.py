@@ -1,6 +1,7 @@
-"""One class per fault: whose it is decides what happens next and how loud we are about it.
+"""A class of exceptions for each party that can be at fault, which decides what happens next and who is told.
 
-Concrete subclasses live beside the rule that they name (guest errors in `blkif/`). Must not import anything of ours.
+Specific subclasses are defined beside the rule that they name (guest errors in `blkif/`). Must not import any other
+module of xenbackend.
 
 | class       | fault of           | reaches                                   | aftermath                     |
 |-------------|--------------------|-------------------------------------------|-------------------------------|
@@ -8,7 +9,7 @@ Concrete subclasses live beside the rule that they name (guest errors in `blkif/
 | ChainError  | the operator       | one sentence and a caret, exit status 2   | nothing was touched           |
 | ConfigError | the operator       | one sentence, exit status 2               | nothing was touched           |
 | DriverError | operator or image  | the vbd's error node, or exit status 2    | chain closed again completely |
-| KernelError | the host           | the vbd's error node, log                 | until either side begins anew |
+| KernelError | the host           | the vbd's error node, log                 | until either end starts again |
 | StoreError  | xenstored          | log                                       | reconnect, re-read everything |
 """
 
@@ -20,19 +21,19 @@ import unicodedata
 
 
 class XenbackendError(Exception):
-    """Whatever we raise on purpose; its text is a sentence for the person who has to act."""
+    """Base class of the errors that xenbackend raises on purpose; the message tells a person what to act on."""
 
 
 class GuestError(XenbackendError):
-    """A frontend broke a rule of the protocol; contained to its request or its ring."""
+    """A frontend broke a rule of the protocol; the effect is limited to its request or its ring."""
 
 
 class ConfigError(XenbackendError):
-    """The settings file or a command line cannot be what the operator meant."""
+    """The settings file or a command line is not valid, or cannot be what the operator meant."""
 
 
 class ChainError(ConfigError):
-    """A chain's text cannot be what the operator meant; `str()` shows the chain with a caret under the place."""
+    """The text of a chain is not valid; `str()` shows the chain with carets below the characters at fault."""
 
     def __init__(self, problem: str, chain: str, position: int, length: int = 1) -> None:
         super().__init__(problem)
@@ -48,7 +49,7 @@ class ChainError(ConfigError):
 
 
 class DriverError(XenbackendError):
-    """A layer could not be opened, or refused a control verb; names layer, option and file where there is one."""
+    """A layer could not be opened, or refused a verb; `layer`, `option` and `path` are empty if not applicable."""
 
     def __init__(
         self, problem: str, *, layer: str = "", option: str = "", path: str = "", errno: int = errno_module.EINVAL
@@ -67,7 +68,7 @@ class DriverError(XenbackendError):
 
 
 class KernelError(XenbackendError):
-    """The host kernel refused something we need; `operation` names the call in words."""
+    """The host kernel refused an operation, which `operation` describes in words."""
 
     def __init__(self, operation: str, errno: int) -> None:
         super().__init__(f"{operation}: {os.strerror(errno)}")
@@ -76,7 +77,7 @@ class KernelError(XenbackendError):
 
 
 class StoreError(XenbackendError):
-    """Xenstore did not do what we asked; `errno` is its answer's, or EIO when the connection is gone."""
+    """Xenstore refused an operation: `errno` is the code of its answer, or EIO if the connection is lost."""
 
     def __init__(self, problem: str, errno: int = errno_module.EIO) -> None:
         super().__init__(problem)
@@ -90,17 +91,17 @@ _SHORTAGES = {
 
 
 def is_shortage(problem: BaseException) -> bool:
-    """Return whether the host is short of something, or has refused something, which may be otherwise in a moment."""
+    """Return whether the host lacks a resource or has refused an operation, so that a later attempt may succeed."""
     is_short = isinstance(problem, OSError) and problem.errno in _SHORTAGES
     return is_short or isinstance(problem, KernelError | MemoryError)
 
 
 def printable(text: str) -> str:
-    """Return a text that moves no cursor and starts no line: whatever is no plain character is escaped."""
+    """Return a text with all non-printable characters escaped, so that it cannot move the cursor or start a line."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _columns(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
+    """Return how many columns a text takes on a terminal."""
     shown = [char for char in printable(text) if not unicodedata.combining(char)]
     return sum(2 if unicodedata.east_asian_width(char) in "FW" else 1 for char in shown)

@@ -1,49 +1,49 @@
-"""The crash journal of one vbd: where each request in flight lies, in memory that outlives the worker.
+"""The crash journal of one vbd: the state of each request in flight, in memory that outlives the worker.
 
-Must not know a socket, a ring or a request's meaning, nor believe what it reads: a worker that a guest has taken over
-may write anything at any time. Every reader here takes a bounded time, and answers with None, 0 or nothing where a
-memory holds what no worker of ours writes.
+Must not know a socket, a ring or the meaning of a request, nor trust what it reads: a worker that a guest has taken
+over may write anything at any time. Every reader here takes a bounded time, and returns None, 0 or an empty list if the
+memory holds something that no worker of ours writes.
 
-The supervisor makes the memory, sealed (`kernel.memfd`), and keeps it; a worker writes it while it serves; a successor
-reads it to learn what its predecessor had taken and not answered.
+The supervisor creates the sealed memory (`kernel.memfd`) and keeps it. A worker writes it while it serves. A successor
+reads it to learn which requests its predecessor had taken and not answered.
 
-Requests are taken in batches of up to BATCH from one ring. A batch gets a free block of BATCH entries side by side, so
-that one copy moves all its slots out of the shared ring: the entry is the only copy that anybody parses.
+Requests are taken in batches of up to BATCH from one ring. A batch gets a free block of BATCH adjacent entries, so that
+one copy moves all its slots out of the shared ring. The entry is the only copy that is ever parsed.
 
     page 0                counters (`xenbackend.counters`)
     page 1                words:  0 MAGIC   1 VERSION   2 which copy of AGREED is valid, 0 = none
-                                  3 the errno of a flush that failed: the image has lost something (`poison`)
-    pages 2-17            AGREED: two copies of JSON, with its length before
+                                  3 the errno of a flush that failed: the image may have lost writes (`poison`)
+    pages 2-17            AGREED: two copies of a JSON text, each preceded by its length
     then per ring         one page of words:  0 req_cons   1 rsp_prod   2 the ring's entries
                           a word per block:   first request number << 8 | requests in the block; 0 = none
                           a word per entry:   0 = not answered, else response number << 2 | answer
-                          a copy of its slot per entry
-                          then nothing: the last release kept copies of indirect segments there
+                          for each entry, a copy of its slot
+                          unused space: the last release kept copies of indirect segments there
 
-Every word is 64 bits, aligned, and written by one store; request and response numbers count on without wrapping, and
-their low 32 bits are the ring's indices. So an entry's state needs no word of its own:
+Every word has 64 bits, is aligned, and is written by one store. Request and response numbers never wrap; their low 32
+bits are the ring's indices. So an entry's state needs no word of its own:
 
     INFLIGHT    its block's word covers it and its answer word is 0
     COMPLETING  its answer word holds a response number >= rsp_prod: the response may or may not be published
     FREE        its answer word holds a response number < rsp_prod, or its block's word does not cover it
 
-Order of writes, which recovery rests on (SIGKILL between any two of them loses nothing and repeats nothing):
+Order of writes, on which recovery relies (SIGKILL between any two of them loses nothing and repeats nothing):
 
-    take     0 block word zeroed: nobody may see its old requests with the new answer words
+    take     0 block word zeroed: no reader may see its old requests with the new answer words
              1 slots copied, answer words of the batch zeroed      2 block word: the batch is INFLIGHT     3 req_cons
     answer   4 responses into their slots    5 answer words: COMPLETING        6 ring's rsp_prod, fence
              7 rsp_prod here: FREE           8 the frontend is notified if it asked
 
-4 and 5 may change places: nobody looks at those slots before 6, and what was in them had been copied.
+4 and 5 may change places: the frontend does not read those slots before 6, and their former content has been copied.
 
-A block word whose requests lie at or beyond req_cons means death between 2 and 3: they were taken, nothing had been
-done about them. `xenbackend.worker.recovery` goes by all this.
+If the requests of a block word lie at or beyond req_cons, the worker died between 2 and 3: the requests were taken, but
+nothing had been done with them. `xenbackend.worker.recovery` applies these rules.
 
-No copy of indirect segments is here: a successor fetches them anew from the guest's pages, which the guest may not
-touch before its answer, and checks them as the first time.
+The journal holds no copies of indirect segments. A successor reads them again from the guest's pages, which the guest
+may not change before the request is answered, and checks them again.
 
-AGREED is the worker's chain, and what it has agreed with the frontend while it serves (`protocol.messages.Agreed`). It
-is written into the copy that is not valid, then made valid by one store.
+AGREED holds the worker's chain and, while it serves, what it has agreed with the frontend
+(`protocol.messages.Agreed`). It is written to the copy that is not valid, which one store then makes the valid one.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from collections.abc import Iterator
 from xenbackend.note import Note
 from xenbackend.units import PAGE
 
-VERSION = 3  # 2, which the last release left, is read by `supervisor.vbd.former`
-BATCH = 16  # requests taken and answered together; of a ring of 32, 8 cost a tenth more, 32 make both sides wait
+VERSION = 3  # `supervisor.vbd.former` reads version 2, which the last release wrote
+BATCH = 16  # requests taken and answered together; with a ring of 32, 8 cost a tenth more, 32 make both ends wait
 MAX_ENTRIES = 512  # slots of the largest ring
 MAX_RINGS = 8
 SLOT = 112  # bytes of the larger layout's slot
@@ -65,8 +65,8 @@ ANSWER_OKAY, ANSWER_ERROR, ANSWER_EOPNOTSUPP = 1, 2, 3  # the two low bits of an
 
 REQ_CONS, RSP_PROD, RING_ENTRIES = 0, 1, 2  # words of a ring's first page
 
-_ENTRIES = MAX_ENTRIES * BATCH  # every block may hold just one request
-# Bytes: where the rings begin, what each of them takes, and from where on that is not used.
+_ENTRIES = MAX_ENTRIES * BATCH  # in the worst case, every block holds only one request
+# In bytes: where the rings' parts begin, the size of each part, and (SCRATCH_AT) where its unused space begins.
 RINGS_AT = 18 * PAGE
 _BLOCKS_AT = PAGE
 _ANSWERS_AT = _BLOCKS_AT + MAX_ENTRIES * 8
@@ -89,7 +89,7 @@ class RingJournal:
     """
 
     def __init__(self, memory: memoryview, ring: int, slot_size: int) -> None:
-        """Look at ring number `ring` of a journal of SIZE bytes; `slot_size` is the layout's, at most SLOT bytes."""
+        """Open the part of ring number `ring` in a journal of SIZE bytes; `slot_size` is the layout's, at most SLOT."""
         start = RINGS_AT + ring * RING_SIZE
         self.words = memory[start : start + PAGE].cast("Q")
         self.blocks = memory[start + _BLOCKS_AT : start + _ANSWERS_AT].cast("Q")
@@ -98,7 +98,7 @@ class RingJournal:
         self._slots = memory[start + _SLOTS_AT : start + SCRATCH_AT]
 
     def begin(self, entries: int, index: int) -> None:
-        """Start afresh for a ring of `entries` slots whose both sides stand at `index`."""
+        """Reset this part for a ring of `entries` slots whose requests and responses both continue from `index`."""
         self.blocks[:] = memoryview(bytes(self.blocks.nbytes)).cast("Q")
         self.words[REQ_CONS] = self.words[RSP_PROD] = index
         self.words[RING_ENTRIES] = entries
@@ -117,7 +117,7 @@ class RingJournal:
         )
 
     def taken(self) -> int:
-        """Return the number of the first request that was never taken, also where REQ_CONS was not moved any more."""
+        """Return the number of the first request that was not taken, even if the worker died before REQ_CONS moved."""
         return max([self.words[REQ_CONS], *(first + place + 1 for first, place, _, _ in self._entries())])
 
     def _entries(self) -> Iterator[tuple[int, int, int, int]]:
@@ -134,22 +134,22 @@ class RingJournal:
         return self._slots[start : start + BATCH * self.slot_size]
 
     def release(self) -> None:
-        """Let go of the memory."""
+        """Release the views of the memory."""
         for view in (self.words, self.blocks, self.answers, self._slots):
             view.release()
 
 
-# A chain of the longest value that xenstore takes fits, whatever its bytes.
+# The longest chain that fits into a xenstore value also fits here, whatever its bytes.
 AGREED = Note(PAGE, 2, (2 * PAGE, 10 * PAGE), 8 * PAGE, VERSION)
 
 
 def poison(memory: memoryview, code: int) -> None:
-    """Note for every successor that a flush failed with errno `code`; 0 takes it back."""
+    """Note for all successors that a flush failed with errno `code`; 0 clears the note."""
     _words(memory)[_POISON] = code
 
 
 def poisoned(memory: memoryview) -> int:
-    """Return the errno of a flush that failed, 0 where none did."""
+    """Return the errno of the flush that failed, 0 if none did."""
     code: int = _words(memory)[_POISON]
     return code if code <= _MAX_ERRNO else errno.EIO
 
@@ -160,7 +160,7 @@ def progress(memory: memoryview) -> list[int]:
 
 
 def activity(memory: memoryview) -> tuple[list[int], bool]:
-    """Return the same, and whether a request is in flight."""
+    """Return the list of `progress`, and whether any request is in flight."""
     found, is_busy = [], False
     for ring in range(MAX_RINGS):
         journal = RingJournal(memory, ring, SLOT)

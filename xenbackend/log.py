@@ -1,4 +1,4 @@
-"""The service's log: set up once, one logger per component.
+"""The service's log: configured once, with one logger per component.
 
 Must not be imported by a worker: structlog costs 60 ms and 10 MiB, and workers log by messages to the supervisor.
 """
@@ -24,7 +24,7 @@ Logger = structlog.typing.FilteringBoundLogger
 
 
 def configure(form: str = "console", level: str = "info", stream: TextIO | None = None) -> None:
-    """Choose how all loggers write: `form` is one of FORMATS, `level` one of LEVELS, `stream` is stderr by default."""
+    """Set how all loggers write: `form` is one of FORMATS, `level` one of LEVELS, `stream` is stderr by default."""
     processors: list[structlog.typing.Processor] = [_clean, structlog.processors.format_exc_info]
     if form == "json":
         processors += [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
@@ -43,7 +43,7 @@ def configure(form: str = "console", level: str = "info", stream: TextIO | None 
 
 
 class _Writer:
-    """Writes lines; each of its methods returns how many bytes that were, which a logger's caller gets."""
+    """Writes lines. Each method returns the number of bytes written, which the logger passes to its caller."""
 
     def __init__(self, stream: TextIO, *_: Any) -> None:
         self._stream = stream
@@ -59,20 +59,20 @@ class _Writer:
 def get_logger(component: str, **fields: str) -> Logger:
     """Return a logger whose lines name their component and `fields`, such as ``vbd="vbd/1/51712"``.
 
-    Its methods return the bytes written, None where the line is below the level.
+    Its methods return the number of bytes written, None if the line is below the log level.
     """
     logger: Logger = structlog.get_logger(component=component, **fields)
     return logger
 
 
 def printable(text: str) -> str:
-    """Return a text that moves no cursor and starts no line, cut where it is long, or where escapes have made it so."""
+    """Return a text with non-printable characters escaped, cut to _TEXT_MAX characters after escaping."""
     shown = errors.printable(text[: _TEXT_MAX + 1])
     return shown if len(shown) <= _TEXT_MAX else shown[:_TEXT_MAX] + "…"
 
 
 def _clean(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Make every value safe to print: some hold what a guest wrote."""
+    """Make every value safe to print: some contain text that a guest wrote."""
     for key, value in fields.items():
         if isinstance(value, str):
             fields[key] = printable(value)
@@ -80,7 +80,7 @@ def _clean(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[
 
 
 def _render_for_journal(_: Any, method: str, fields: MutableMapping[str, Any]) -> str:
-    """Return a line as systemd's journal reads it from stderr: ``<6>vbd/1/51712: connected worker=4711``."""
+    """Return a line in the form that systemd's journal reads from stderr: ``<6>vbd/1/51712: connected worker=4711``."""
     component, event = fields.pop("component", ""), fields.pop("event", "")
     prefix = f"<{_PRIORITIES.get(method, 6)}>"
     who = fields.pop("vbd", component)

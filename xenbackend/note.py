@@ -1,9 +1,9 @@
-"""A JSON object in memory that outlives the process, whole at any moment at which that may be killed.
+"""A JSON object in memory that outlives the process, and stays whole whenever the process is killed.
 
-Must not know what the object says, nor believe what it reads: a worker that a guest has taken over may write anything.
+Must not know what the object means, nor trust what it reads: a worker that a guest has taken over may write anything.
 
-Some words of 64 bits, and two copies, each with its length before it. The copy that is not valid is written, then made
-valid by the store of one word. So there must be one writer at a time.
+The memory has some words of 64 bits, and two copies of the object, each preceded by its length. A writer fills the copy
+that is not valid, and makes it the valid one by storing one word. So there must be only one writer at a time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from struct import Struct
 from typing import Any
 
 MAGIC = 0x4A4B4C42_4E4558  # "XENBLKJ"
-WORDS = 8  # at the head that anybody looks at
-_LENGTH = Struct("Q")  # bytes of JSON, before it
+WORDS = 8  # at the head; only these are read
+_LENGTH = Struct("Q")  # bytes of JSON that follow
 
 
 class Note:
-    """An object that is replaced as a whole: whoever is killed while writing leaves the former one."""
+    """An object that is replaced as a whole: if a writer is killed, the previous object stays valid."""
 
     def __init__(self, words_at: int, word: int, places: tuple[int, int], size: int, version: int) -> None:
-        """Lie in two copies of `size` bytes at `places`; word `word` of those at `words_at` says which one is valid.
+        """Use two copies of `size` bytes at `places`, and WORDS words at `words_at`.
 
-        The first two words are MAGIC and `version`.
+        The first two words are MAGIC and `version`; word number `word` says which copy is valid.
         """
         self._words_at = words_at
         self._word = word
@@ -32,7 +32,7 @@ class Note:
         self._version = version
 
     def write(self, memory: memoryview, value: dict[str, Any] | None) -> None:
-        """Replace the value; None: there is none from now on. Raises: ValueError when it is too long."""
+        """Replace the value; None removes it. Raises: ValueError if it is too long."""
         words = self._words(memory)
         if words[0] != MAGIC:
             words[1] = self._version
@@ -50,9 +50,9 @@ class Note:
         words[self._word] = copy
 
     def read(self, memory: memoryview) -> dict[str, Any] | None:
-        """Return the value, None where there is none: nobody wrote one, or what lies there is not what `write` left.
+        """Return the value, None if there is none: nothing was written, or the memory holds something else.
 
-        What the object holds is the caller's to check.
+        The caller has to check what the object contains.
         """
         magic, version, *_ = words = self._words(memory).tolist()
         if magic != MAGIC or version != self._version or words[self._word] not in (1, 2):
@@ -63,7 +63,7 @@ class Note:
             return None
         try:
             value = json.loads(bytes(memory[place + _LENGTH.size : place + _LENGTH.size + length]))
-        except (ValueError, RecursionError):  # also of bytes that are no text, and of brackets without an end
+        except (ValueError, RecursionError):  # ValueError: also invalid UTF-8; RecursionError: nesting is too deep
             return None
         return value if isinstance(value, dict) else None
 

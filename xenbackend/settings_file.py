@@ -1,6 +1,6 @@
-"""The settings file: where it is, and its values as they are written.
+"""The settings file: its place, and its values as they are written there.
 
-Must not know a setting: `supervisor.service.settings` does.
+Must not know any particular setting: `supervisor.service.settings` does.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any
 from xenbackend.errors import ConfigError
 
 PATH = Path("/etc/xenbackend.toml")
-SCRATCH = "/var/tmp"  # noqa: S108 - the setting scratch by default; what is there has no name, so nobody meets it
+SCRATCH = "/var/tmp"  # noqa: S108 - default of the setting `scratch`; files there have no name, so nobody else can open them
 _TABLE = re.compile(r"\s*\[\s*([\w.-]+)\s*\]")
 _KEY = re.compile(r"\s*([\w.-]+)\s*=")
 
 
 def read(path: Path, *, must_exist: bool) -> dict[str, Any]:
-    """Return the values in a settings file by name; none where there need not be one. Raises: ConfigError."""
+    """Return the values in a settings file by name; empty if the file is missing and need not exist.
+
+    Raises: ConfigError.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -33,10 +36,10 @@ def read(path: Path, *, must_exist: bool) -> dict[str, Any]:
 
 
 def lines(path: Path) -> dict[str, int]:
-    """Return the line of each setting and table, a table's settings by both names: ``limits.max_queues``.
+    """Return the line number of each setting and table; a setting in a table is named like ``limits.max_queues``.
 
-    For people: where a text of several lines looks like settings, it may be another line. Empty for a file that cannot
-    be read.
+    For messages only: a value of several lines that looks like settings may give a wrong line. Empty if the file
+    cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")

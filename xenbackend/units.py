@@ -1,4 +1,4 @@
-"""Quantities that everybody uses: sizes, durations, rounding.
+"""Quantities that every room uses: sizes, durations, rounding.
 
 Must not know a device, a protocol or a file.
 """
@@ -16,12 +16,12 @@ _DURATION_STEP = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 60
 
 
 def round_up(value: int, step: int) -> int:
-    """Return the smallest multiple of `step` that is not below `value`."""
+    """Return the smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a text such as ``64M``, ``1GiB`` or ``512`` names; suffixes are powers of 1024.
+    """Return the number of bytes that a text such as ``64M``, ``1GiB`` or ``512`` means; suffixes are powers of 1024.
 
     Raises: ValueError, with a sentence for the operator.
     """
@@ -40,7 +40,7 @@ def format_size(size: int) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds that a text such as ``5ms``, ``2s`` or ``1.5`` names; without a suffix it is seconds.
+    """Return the seconds that a text such as ``5ms``, ``2s`` or ``1.5`` means; a number without a suffix is seconds.
 
     Raises: ValueError, with a sentence for the operator.
     """
