@@ -1,1 +1,1 @@
-"""Everything that we ask of the host kernel."""
+"""Everything that xenbackend asks of the host's kernel."""

@@ -2,9 +2,9 @@
 
 Must not know a request, a driver, or what a number in `user_data` stands for. One thread owns a context.
 
-AIO is older than io_uring, and Linux waits for it: when a process is killed, its memory stays until the disk has
-finished (`exit_aio` in fs/aio.c). A guest's memory must not go earlier: Linux would tear down the mapping of the grant
-behind Xen's back, and neither the page nor the grant could be used again.
+AIO has one advantage over io_uring: when a process is killed, Linux keeps its memory mapped until the disk has finished
+all operations (`exit_aio` in fs/aio.c). A guest's memory must not be unmapped earlier: Linux would tear down the
+mapping of the grant behind Xen's back, and neither the page nor the grant could be used again.
 
 Source: linux/aio_abi.h, io_submit(2).
 """
@@ -34,27 +34,27 @@ _EVENT = struct.Struct("=QQqq")  # data, obj, res, res2
 _DATA = struct.Struct("=Q")
 _TIMESPEC = struct.Struct("=qq")  # seconds, nanoseconds
 _POLLIN = 1
-_IOVECS = 8192  # of all that is queued and not yet submitted
+_IOVECS = 8192  # of all operations that are queued and not yet submitted
 MAX_IOVECS = 1024  # IOV_MAX: of one operation
-_RETRY_S = 0.01  # after the kernel took nothing, which may be for want of memory
-# io_setup, io_destroy, io_submit, io_getevents: asm/unistd_64.h, and asm-generic/unistd.h for all younger machines
+_RETRY_S = 0.01  # after the kernel took no operation, perhaps for lack of memory
+# io_setup, io_destroy, io_submit, io_getevents: asm/unistd_64.h, and asm-generic/unistd.h for newer architectures
 _CALLS = (206, 207, 209, 208) if platform.machine() == "x86_64" else (0, 1, 2, 4)
 _SYS_SETUP, _SYS_DESTROY, _SYS_SUBMIT, _SYS_GETEVENTS = _CALLS
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall  # without argtypes: half the price
+_syscall = _libc.syscall  # without argtypes a call costs half
 
 
 class Aio:
     """One context: operations are queued, then submitted together, and come back from `reap` after `wait`.
 
     Invariant: at most `entries` operations are in flight; the kernel takes no more. An operation that it does not take
-    now stays queued.
+    stays queued.
 
     Args:
-        entries: a host has fs.aio-max-nr of them, 65536 by default.
+        entries: all contexts of a host together may have fs.aio-max-nr entries, 65536 by default.
 
-    Raises: KernelError: ENOSYS if the kernel has no AIO, EAGAIN if others have used up the host's.
+    Raises: KernelError: ENOSYS if the kernel has no AIO, EAGAIN if other contexts use all entries of the host.
     """
 
     single = (OP_READ, OP_WRITE)
@@ -71,7 +71,7 @@ class Aio:
         places = range(iocbs.address, iocbs.address + entries * _IOCB.size, _IOCB.size)
         pointers.view.cast("Q")[:entries] = memoryview(array("Q", places))
         self._iocbs, self._events, self._iovecs = iocbs.view, events.view, iovecs.view.cast("Q")
-        self._keep = pointers  # whose address only is used
+        self._keep = pointers  # only its address is used; this keeps the memory
         self._pointers, self._iovecs_address = pointers.address, iovecs.address
         self._events_address = ctypes.c_void_p(events.address)
         self._iovecs_used = 0  # words
@@ -81,7 +81,7 @@ class Aio:
         self._timespec = ctypes.create_string_buffer(_TIMESPEC.size)
 
     def queue(self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int) -> None:
-        """Queue one operation; the memory at `address` must stay until the completion is reaped."""
+        """Queue one operation; the memory at `address` must stay valid until the completion is reaped."""
         if self._first + self.queued == self._entries:
             self._submit_all()
         place = (self._first + self.queued) * _IOCB.size
@@ -106,7 +106,7 @@ class Aio:
         self.queue(_POLL, fd, 0, _POLLIN, 0, user_data)
 
     def submit(self) -> None:
-        """Submit the queue, as far as the kernel takes it. An operation that it refuses comes back with the error."""
+        """Submit the queue as far as the kernel takes it. `reap` returns a refused operation with its error."""
         while self.queued:
             pointers = ctypes.c_void_p(self._pointers + self._first * 8)
             taken = _syscall(_SYS_SUBMIT, self._context, self.queued, pointers)
@@ -133,7 +133,7 @@ class Aio:
         self._get_events(0 if self._done else timeout_s)
 
     def reap(self) -> list[tuple[int, int]]:
-        """Return the completions up to the last `wait`, as (user_data, result): a byte count or a negative errno."""
+        """Return the completions up to the last `wait`, as (user_data, byte count or negative errno)."""
         done, self._done = self._done, []
         return done
 
@@ -142,7 +142,7 @@ class Aio:
         _syscall(_SYS_DESTROY, self._context)
 
     def _submit_all(self) -> None:
-        """Make room: submit everything and sleep until the kernel has taken it."""
+        """Make room: submit the queue and sleep until the kernel has taken all of it."""
         self.submit()
         while self.queued:
             self._get_events(_RETRY_S)

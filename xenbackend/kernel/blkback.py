@@ -1,6 +1,6 @@
-"""Which block devices the kernel's own block backend serves to guests: it claims none, and says so in sysfs.
+"""Finds the block devices that blkback serves to guests. blkback does not claim them, but lists them in sysfs.
 
-Must not change anything on the bus: taking a vbd away from it is `supervisor.vbd.claim`'s.
+Must not change anything on the bus: `supervisor.vbd.claim` takes vbds away from blkback.
 
 Source: Linux drivers/block/xen-blkback/xenbus.c, `xen_vbd_create`, `VBD_SHOW(physical_device)`, `VBD_SHOW(mode)`.
 """
@@ -20,16 +20,18 @@ _VBD = re.compile(r"vbd-([0-9]{1,5})-([0-9]{1,10})")
 
 
 def disks_on(number: int, *, by_writers: bool = False) -> Iterator[str]:
-    """Yield the disks that are served from a device, from its disk or a partition of it, such as ``5/xvda``.
+    """Yield the disks, such as ``5/xvda``, that blkback serves from a device, its partitions or the disk it is part of.
 
-    `by_writers`: only those to which their guest may write. `number` is the device's (st_rdev).
+    Args:
+        number: the device's number (st_rdev).
+        by_writers: yield only the disks that their guests may write to.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):  # there is no Xen
-        names = os.listdir(BUS)  # noqa: PTH208 - `image info` has no time for pathlib
+    with suppress(FileNotFoundError, NotADirectoryError):  # not a Xen host
+        names = os.listdir(BUS)  # noqa: PTH208 - importing pathlib would slow `image info` down
         family = _family(number) if names else set()
         for name in sorted(names):
             if match := _VBD.fullmatch(name):
-                with suppress(OSError, ValueError, ConfigError):  # it has no device, or goes away
+                with suppress(OSError, ValueError, ConfigError):  # it has no device, or is being removed
                     major, minor = (int(part, 16) for part in _read(f"{BUS}/{name}/physical_device").split(":"))
                     mode = _read(f"{BUS}/{name}/mode")
                     if os.makedev(major, minor) in family and not (by_writers and "w" not in mode):
@@ -37,7 +39,7 @@ def disks_on(number: int, *, by_writers: bool = False) -> Iterator[str]:
 
 
 def _family(number: int) -> set[int]:
-    """Return the numbers of a device, of its partitions, and of the disk that it is a partition of."""
+    """Return the numbers of a device, of its partitions, and of the disk of which it is a partition."""
     found = {number}
     own = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
     with suppress(OSError):

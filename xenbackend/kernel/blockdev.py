@@ -1,6 +1,6 @@
-"""The properties of an open image: size, sectors, whether it can discard, whether direct I/O really reaches the medium.
+"""The properties of an open image: size, sectors, whether it can discard, and whether direct I/O reaches the medium.
 
-Must not open, lock, read for a guest, or decide what follows from its findings.
+Must not open or lock an image, read it for a guest, or decide what follows from its findings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _STATX_DIOALIGN = 0x2000  # linux/stat.h
 _STATX_SIZE = 256  # bytes
 _DIO_MEM_ALIGN = 152  # offset of stx_dio_mem_align in struct statx; stx_dio_offset_align follows
-_MAX_PHYSICAL = 1 << 20  # bytes; what is larger no disk writes at once
+_MAX_PHYSICAL = 1 << 20  # bytes; no disk has a larger physical sector
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -43,26 +43,26 @@ _WRONG_KINDS = (
 class Medium:
     """An image as the host sees it; all sizes in bytes."""
 
-    size: int  # whole sectors, unless an image format lets its file end anywhere
+    size: int  # whole sectors, unless the image format lets its file end anywhere
     sector_size: int  # of the disk: 512 for a file, what the device says for a block device, or what was asked for
     is_device: bool
     can_discard: bool
-    discard_granularity: int  # 0 where it cannot discard
-    end: int  # less than `size` where the last sector is only there in part; the rest of it is zeros
-    unit: int  # what the medium takes at least, whatever the disk's sectors are: the device's own sector, 1 for a file
-    physical_sector_size: int  # what the medium writes at once, as far as it is known: a sector or a multiple of it
+    discard_granularity: int  # 0 if it cannot discard
+    end: int  # less than `size` if the last sector is incomplete; the missing bytes read as zeros
+    unit: int  # the smallest write to the medium, whatever the disk's sectors: the device's own sector, 1 for a file
+    physical_sector_size: int  # what the medium writes at once, if known: a multiple of the sector size
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """The alignment that direct I/O demands, in bytes, powers of two."""
+    """The alignment that direct I/O requires, in bytes; powers of two."""
 
-    memory: int  # of each address
-    offset: int  # of the place in the file, and of each length
+    memory: int  # of each memory address
+    offset: int  # of each offset in the file, and of each length
 
 
 def check_kind(status: os.stat_result, path: str) -> None:
-    """Refuse what can be no image. Raises: DriverError."""
+    """Refuse kinds of files that cannot be images. Raises: DriverError."""
     for is_kind, words in _WRONG_KINDS:
         if is_kind(status.st_mode):
             raise DriverError(f"{path} {words}; an image is a file or a block device", path=path)
@@ -80,10 +80,10 @@ def examine(
     """Return the properties of the image behind `fd`.
 
     Args:
-        fd: open in the way in which the image will be used.
+        fd: open in the mode in which the image will be used.
         path: for messages.
-        read_only: nothing is written; an incomplete sector at the end is completed by zeros that are not in the file.
-        ends_anywhere: an incomplete sector at the end does not count, and stays as it is.
+        read_only: nothing will be written; an incomplete last sector reads as if zeros followed, which are not stored.
+        ends_anywhere: the size is not rounded up to whole sectors.
         sector_size: of the disk, in bytes; 0 for the medium's own.
         discard_granularity: of a block device, as `find_granularity` returns it.
 
@@ -105,12 +105,12 @@ def examine(
 
 
 def refuse_part_of_a_sector(medium: Medium, path: str) -> None:
-    """Refuse an image that can only be read. Raises: DriverError, which says what to do."""
+    """Refuse an image with an incomplete last sector, which can only be read. Raises: DriverError, with a way out."""
     if medium.end == medium.size:
         return
     sector = medium.sector_size
     sentence = f"{path} has {medium.end} bytes, which is no multiple of its {sector} byte sectors"
-    import shlex  # late: most files are whole
+    import shlex  # late: most files end with a whole sector
 
     way_out = f"make the file whole: truncate -s %{sector} {shlex.quote(printable(path))}"
     if medium.is_device:
@@ -128,7 +128,7 @@ def _file(fd: int, status: os.stat_result, *, read_only: bool) -> Medium:
 
 
 def _unit_of_file(fd: int) -> int:
-    """Return the unit of direct I/O to a file, as the file system says: the sector of the device below, or more."""
+    """Return the unit of direct I/O that the file system states for a file: the sector of the device below, or more."""
     stated = _stated_alignment(fd)
     return stated.offset if stated is not None and _is_physical(stated.offset, SECTOR) else SECTOR
 
@@ -147,19 +147,19 @@ def _device(fd: int, discard_granularity: int) -> Medium:
 
 
 def _is_physical(size: int, sector_size: int) -> bool:
-    """Return whether a guest accepts this size: Linux demands a power of two, at least the sector."""
+    """Return whether a guest accepts this size: Linux requires a power of two that is at least the sector size."""
     return sector_size <= size <= _MAX_PHYSICAL and not size & size - 1
 
 
 def find_granularity(number: int) -> int:
-    """Return what a block device discards at a time, in bytes, from sysfs; 0: it cannot discard."""
+    """Return a block device's discard granularity in bytes, from sysfs; 0 if it cannot discard."""
     if _queue_limit(number, "discard_max_bytes") <= 0:
         return 0
     return max(1, _queue_limit(number, "discard_granularity"))
 
 
 def _queue_limit(number: int, name: str) -> int:
-    """Return a limit of a block device's queue from sysfs, 0 if unknown; a partition has its disk's limit."""
+    """Return a limit of a block device's queue from sysfs, 0 if unknown. A partition has the limits of its disk."""
     from pathlib import Path  # late: most images are files
 
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
@@ -172,12 +172,15 @@ def _queue_limit(number: int, name: str) -> int:
 
 
 def _can_punch(fd: int, size: int) -> bool:
-    """Try to punch a hole behind the end of the file, where nothing can be lost."""
+    """Return whether the file system can punch holes: try it behind the end of the file, where no data can be lost."""
     return bool(_libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, size, mmap.PAGESIZE) == 0)
 
 
 def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
-    """Discard a range, blocking; of a device only whole sectors of its own. Raises: OSError."""
+    """Discard a range, and wait until it is done. On a device, only whole sectors of its own are discarded.
+
+    Raises: OSError.
+    """
     if medium.is_device:
         first, end = round_up(offset, medium.unit), (offset + length) // medium.unit * medium.unit
         if first < end:
@@ -188,9 +191,9 @@ def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
 
 
 def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
-    """Make `fd` bypass the page cache and return the alignment; if that is impossible, leave it alone and return None.
+    """Make `fd` bypass the page cache, and return the alignment; if that is impossible, change nothing and return None.
 
-    Switching keeps the lock and the writes in flight on one file description; a second `open` would not.
+    Switching keeps the lock and the writes in flight on the same open file description; a second `open` would not.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
@@ -198,19 +201,19 @@ def switch_to_direct(fd: int, medium: Medium) -> Alignment | None:
     except OSError:
         return None
     alignment = _stated_alignment(fd) or _tried_alignment(fd, medium)
-    if alignment is None or medium.end % alignment.offset:  # the tail could only be written by growing the file
+    if alignment is None or medium.end % alignment.offset:  # the end could only be written by growing the file
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
         return None
     return alignment
 
 
 def switch_to_cached(fd: int) -> None:
-    """Make `fd`, and every copy of it, go through the page cache. Raises: OSError."""
+    """Make I/O on `fd`, and on every copy of it, go through the page cache. Raises: OSError."""
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 def _stated_alignment(fd: int) -> Alignment | None:
-    """Ask statx (Linux 6.1); None if the file system does not say, or cannot do direct I/O."""
+    """Return the alignment that statx reports (Linux 6.1); None if it reports none, or direct I/O is impossible."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if not hasattr(_libc, "statx") or _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
         return None
@@ -220,10 +223,10 @@ def _stated_alignment(fd: int) -> Alignment | None:
 
 
 def _tried_alignment(fd: int, medium: Medium) -> Alignment | None:
-    """Find out by reading.
+    """Find the alignment by trial reads; None if no direct I/O is possible.
 
-    A file system that also reads what no disk could (one byte to an odd address) only tolerates the flag, and goes
-    through the page cache after all.
+    A file system that also reads a single byte to an odd address, which no disk can, accepts the flag but goes through
+    the page cache all the same.
     """
     if _reads(fd, 1, 1):
         return None

@@ -1,11 +1,11 @@
-"""Block devices are opened so that nobody else uses them: who writes claims one, who reads sees that nobody has.
+"""Opens block devices so that nobody else uses them: a writer claims the device, a reader checks for claims.
 
-Must not decide what becomes of a device in use, nor open a regular file in another way than open(2).
+Must not decide what happens if a device is in use, nor open a regular file in another way than open(2) does.
 
-A claim is what the kernel takes for a mount, swap, dm, md, LVM and the like, and what open(2) takes by O_EXCL: one for
-a device, under whatever name, and for a disk and its partitions together. It lasts as long as the open file
-description, and a second one is refused also within one process. A look for a claim takes one for a moment: of two
-who look at once, one may see the other.
+The kernel takes a claim for a mount, swap, dm, md, LVM and the like; open(2) takes one with O_EXCL. A device has at
+most one claim, under whatever name it was opened; a disk and its partitions share one. A claim lasts as long as the
+open file description, and a second one is refused even within the same process. To check for a claim, one is taken for
+a moment, so if two processes check at once, one may see the claim of the other.
 
 Sources: open(2), O_EXCL without O_CREAT; Linux block/bdev.c, `bd_may_claim`; linux/fs.h, BLKROGET.
 """
@@ -25,18 +25,18 @@ _LOOK = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def open_medium(node: int, *, read_only: bool, claims: bool = True) -> int:
-    """Open what a descriptor made by O_PATH is of, and return a descriptor with a description of its own.
+    """Open the file of an O_PATH descriptor, and return a descriptor with its own open file description.
 
     Args:
-        node: stays the caller's.
-        read_only: for reading only.
-        claims: have a block device to oneself: claimed for writing; for reading, without a claim of somebody who
-            might write. Without it, it is opened whoever else uses it.
+        node: the O_PATH descriptor, which stays open and belongs to the caller.
+        read_only: open for reading only.
+        claims: exclude other users of a block device: for writing, claim it; for reading, refuse it if somebody who
+            could write has claimed it. If false, the device is opened whoever else uses it.
 
-    Raises: OSError, as open(2) would; EBUSY where somebody else uses the device.
+    Raises: OSError, as open(2); EBUSY if somebody else uses the device.
     """
     place = _place(node)
-    # Without O_NONBLOCK, opening a pipe would wait for its writer.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     status = os.fstat(node)
     if not (claims and stat.S_ISBLK(status.st_mode)):
@@ -56,7 +56,10 @@ def open_medium(node: int, *, read_only: bool, claims: bool = True) -> int:
 
 
 def is_in_use(fd: int, *, by_writers: bool = False) -> bool:
-    """Return whether somebody uses an open block device; `by_writers`: and could write to it. Raises: OSError."""
+    """Return whether somebody uses an open block device; with `by_writers`, only if that user could write to it.
+
+    Raises: OSError.
+    """
     if any(blkback.disks_on(os.fstat(fd).st_rdev, by_writers=by_writers)):
         return True
     return _is_claimed(fd, by_writers=by_writers)

@@ -1,4 +1,4 @@
-"""Event channels through `/dev/xen/evtchn`: bind, see which ports fired, let them fire again, notify.
+"""Event channels through `/dev/xen/evtchn`: bind, find out which ports fired, unmask them, notify.
 
 Must not loop or wait. Structures and numbers: linux/include/uapi/xen/evtchn.h.
 """
@@ -23,13 +23,13 @@ UNBIND = ioctl.number("E", 3, PORT.size)
 NOTIFY = ioctl.number("E", 4, PORT.size)
 RESET = ioctl.number("E", 5, 0)
 RESTRICT_DOMID = ioctl.number("E", 6, DOMID.size)
-_READ = 4096  # bytes: the kernel gives a page at most
+_READ = 4096  # bytes: the kernel returns at most a page
 
 
 def open_device(domid: int, path: str = PATH) -> int:
-    """Return a descriptor of the event channel device that can bind towards one domain only.
+    """Return a descriptor of the event channel device that can only bind channels to one domain.
 
-    Raises: KernelError, if the device cannot be opened or restricted.
+    Raises: KernelError if the device cannot be opened or restricted.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -47,7 +47,7 @@ class Evtchn:
     """Event channels towards one domain; implements `kernel.ports.EventChannels`."""
 
     def __init__(self, domid: int, fd: int) -> None:
-        """Use the device behind `fd`, ours from now on. Other copies of it may be open, one after the other used."""
+        """Use the device behind `fd`, and close it in the end. Other copies of `fd` may be open, but not in use."""
         self._fd = fd
         self._domid = domid
         self._ports: dict[int, bytes] = {}  # bound ports, as the device wants to see them
@@ -58,7 +58,7 @@ class Evtchn:
 
     def bind(self, remote_port: int) -> int:
         """Bind an inter-domain channel and return the local port. Raises: KernelError."""
-        # With an immutable argument, Python returns the argument instead of the port.
+        # With an immutable argument, fcntl.ioctl would return the argument instead of the port.
         argument = bytearray(INTERDOMAIN.pack(self._domid, remote_port))
         port = ioctl.call(self._fd, BIND_INTERDOMAIN, argument, f"bind port {remote_port} of domain {self._domid}")
         self._ports[port] = PORT.pack(port)
@@ -68,14 +68,14 @@ class Evtchn:
         """Return the ports that fired, without blocking; they stay masked. Raises: KernelError."""
         try:
             fired = memoryview(os.read(self._fd, _READ)).cast("I").tolist()
-            # One that was unbound after it had fired, perhaps by an earlier user of the device, is still told.
+            # A port that was unbound after it had fired, perhaps by an earlier user of the device, is still reported.
             return [port for port in fired if port in self._ports]
         except BlockingIOError:
             return []
         except OSError as error:
             if error.errno != errno.EFBIG:
                 raise KernelError("read event channels", error.errno or 0) from error
-        # More fired than the kernel had room for, so that it no longer knows which: any may have.
+        # More events fired than the kernel had room for. It no longer knows which, so any port may have fired.
         ioctl.call(self._fd, RESET, 0, "reset event channels")
         return list(self._ports)
 
@@ -98,13 +98,13 @@ class Evtchn:
     def close(self) -> None:
         """Close every port and the descriptor."""
         for port in list(self._ports):
-            with suppress(KernelError):  # the domain has gone, and its ports with it
+            with suppress(KernelError):  # the domain is gone, and its ports with it
                 self.unbind(port)
         os.close(self._fd)
 
 
 def _restrict(fd: int, domid: int) -> None:
-    """Give up the right to bind towards any other domain. The kernel has no such restriction for domain 0."""
+    """Give up the right to bind channels to any other domain. The kernel has no such restriction for domain 0."""
     if domid == 0:
         return
     try:

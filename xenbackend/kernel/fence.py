@@ -1,10 +1,10 @@
-"""A full memory fence from Python, and the way it was found on this host.
+"""A full memory fence from Python, and how it was found on this host.
 
 Must not be used for anything but the ring: nothing else shares memory without a system call in between.
 
-Two places of the protocol need a fence (R6, R7): between moving our producer index and reading the other side's event
-index, and between setting our event index and the last look before sleeping. Without it a wake-up is lost about once in
-six thousand tight races, and the guest hangs.
+The protocol needs a fence in two places (R6, R7): between moving our producer index and reading the other side's event
+index, and between setting our event index and the last look before sleeping. Without it, about one in six thousand
+tight races loses a wake-up, and the guest hangs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LIBRARIES = (("libatomic.so.1", "atomic_thread_fence"), ("libgcc_s.so.1", "__sy
 
 
 def is_strongly_ordered(machine: str = "") -> bool:
-    """Return whether loads stay ordered among loads, and stores among stores, without a fence."""
+    """Return whether loads stay in order among loads, and stores among stores, without a fence."""
     return (machine or platform.machine()) in _X86
 
 
 def find_fence(machine: str = "") -> tuple[Fence, str]:
-    """Return a full fence for this machine (or the one named as `uname -m` does), and the way it was found.
+    """Return a full fence for this machine (or for `machine`, a name as in `uname -m`), and how it was found, in words.
 
-    Raises: KernelError, if the machine offers none.
+    Raises: KernelError if the machine offers none.
     Cost: 0.1 us.
     """
     machine = machine or platform.machine()
@@ -54,10 +54,10 @@ def _lock_fence() -> Fence:
     return fence
 
 
-@cache  # a process that is sandboxed later still has it
+@cache  # so that a process behind walls still has it
 def _library_fence(library: str, symbol: str) -> Fence | None:
     try:
-        function = getattr(ctypes.PyDLL(library), symbol)  # PyDLL: no need to let go of the interpreter for this
+        function = getattr(ctypes.PyDLL(library), symbol)  # PyDLL: it need not release the interpreter's lock
     except (OSError, AttributeError):
         return None
     function.restype = None

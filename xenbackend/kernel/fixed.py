@@ -28,9 +28,9 @@ _libc.mmap.argtypes = [
 def map_pages(fd: int, frames: Sequence[int], *, writable: bool) -> tuple[memoryview, int, Callable[[], None]]:
     """Map the pages of the file `fd` whose numbers are `frames`, shared, one after the other in that order.
 
-    Returns: the view of all their bytes, the address of its first byte, and the function that unmaps them. The view
-    must not be used afterwards; nothing can check that.
-    Raises: KernelError; then nothing is mapped.
+    Returns: a view of all their bytes, the address of the first byte, and a function that unmaps them. The view must
+    not be used after that; nothing checks this.
+    Raises: KernelError, with nothing mapped.
     """
     if not frames:
         raise KernelError("mapping no pages", errno.EINVAL)
@@ -49,7 +49,7 @@ def map_pages(fd: int, frames: Sequence[int], *, writable: bool) -> tuple[memory
 
 
 def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
-    # One system call per run of neighbours instead of one per page.
+    # One system call for each run of adjacent pages instead of one for each page.
     starts = [0, *(place for place, (one, two) in enumerate(pairwise(frames), 1) if two != one + 1), len(frames)]
     return [(frames[start], end - start) for start, end in pairwise(starts)]
 

@@ -29,7 +29,7 @@ GRANT_COPY = ioctl.number("G", 8, COPY.size)
 GNTCOPY_SOURCE_GREF = 1  # xen/grant_table.h
 GNTCOPY_DEST_GREF = 2
 STATUS_AT = 20  # offset of the status in a segment
-_UNTOUCHED = -1  # GNTST_general_error: what a status is before the kernel had a look
+_UNTOUCHED = -1  # GNTST_general_error: the status of a segment that the kernel has not processed yet
 
 
 class GrantMapping:
@@ -66,7 +66,7 @@ class Gntdev:
     """The grant device, for the grants of one domain; implements `kernel.ports.GrantTable`."""
 
     def __init__(self, domid: int, fd: int) -> None:
-        """Use the device behind `fd`, ours from now on. Other copies of it may be open, and have mappings of theirs."""
+        """Use the device behind `fd`, and close it in the end. Other copies of `fd` may have mappings of their own."""
         self._fd = fd
         self._domid = domid
         self._live: set[GrantMapping] = set()
@@ -94,7 +94,7 @@ class Gntdev:
         return self._statuses[STATUS_AT // 2 : len(segments) * FROM_GUEST.size // 2 : FROM_GUEST.size // 2].tolist()
 
     def close(self) -> None:
-        """Release every mapping of ours that is left, and the descriptor, whatever goes wrong meanwhile.
+        """Release all mappings made by this object, and the descriptor, whichever of these steps fail.
 
         Raises: KernelError.
         """
@@ -118,7 +118,7 @@ def pack_map(domid: int, grefs: Sequence[int]) -> bytearray:
 
 
 def pack_copy(buffer: bytearray, domid: int, near: int, segments: Sequence[CopySegment]) -> None:
-    """Write segments as GRANT_COPY expects them; `near` is the address of the arena."""
+    """Write `segments` into `buffer` as GRANT_COPY expects them; `near` is the address of the arena."""
     place = 0
     for each in segments:
         virt = near + each.arena_offset
@@ -134,6 +134,6 @@ def pack_copy(buffer: bytearray, domid: int, near: int, segments: Sequence[CopyS
 
 
 def _forget(fd: int, index: int, count: int) -> None:
-    """Give the reservation back; if it has gone already the kernel refuses, which does no harm."""
+    """Give the reservation back. If there is none any more, the kernel refuses, which does no harm."""
     with suppress(KernelError):
         ioctl.call(fd, UNMAP_GRANT_REF, UNMAP.pack(index, count, 0), "unmap grants")

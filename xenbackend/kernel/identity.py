@@ -1,14 +1,14 @@
-"""Which file or block device a descriptor is of, whatever it is called, and whatever else has got its name meanwhile.
+"""The identity of the file or block device behind a descriptor, independent of names and of what they mean now.
 
-Must not open a name, nor write to what it looks at.
+Must not open anything by its name, nor write to the file or device.
 
-Device and inode number alone do not tell a file from a later one, since file systems give an inode's number to the next
-file that is made (ext4 in 5 of 5 tries). The handle has a generation, which the next one does not have; where a file
-system makes no handles, the time of birth takes its place. A number of a block device is given to the next device as
-well, and a medium may change below one that stays. The kernel counts both by its disk sequence number; a partition is
-the same one only where it begins and ends at the same places.
+Device and inode number alone do not distinguish a file from a later one, since file systems reuse an inode's number for
+the next file (ext4 in 5 of 5 tries). The handle contains a generation, which changes when the number is reused. If a
+file system has no handles, the time of birth is used instead. The number of a block device is reused as well, and a
+device that stays may get another medium; the kernel's disk sequence number changes in both cases. A partition is the
+same only if it also begins and ends at the same places.
 
-On NFS and the like a descriptor opened by O_PATH keeps nothing alive: asking about it may end with ESTALE.
+On NFS and similar file systems, an O_PATH descriptor does not keep a file alive: asking about it may fail with ESTALE.
 
 Sources: name_to_handle_at(2), AT_EMPTY_PATH; statx(2), STATX_BTIME; linux/fs.h, BLKGETDISKSEQ (Linux 5.15);
 sysfs-block, partition and start.
@@ -30,13 +30,13 @@ from xenbackend.units import SECTOR
 MAX_TEXT = 512  # characters of an identity as a text
 _MAX_HANDLE = 128  # bytes, MAX_HANDLE_SZ of linux/exportfs.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
-_AT_HANDLE_FID = 0x200  # linux/fcntl.h, Linux 6.6: a handle that tells files apart, and by which none can be opened
+_AT_HANDLE_FID = 0x200  # linux/fcntl.h, Linux 6.6: a handle that identifies a file, but cannot be used to open it
 _STATX_BTIME = 0x800  # linux/stat.h
 _STATX_SIZE = 256  # bytes
 _BORN = 80  # offset of stx_btime in struct statx: seconds with 64 bits, nanoseconds with 32
 _BLKGETDISKSEQ = 0x80081280  # linux/fs.h
 _BLKGETSIZE64 = 0x80081272
-_OUR_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # to look at a device: no wait for a medium
+_OUR_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: do not wait for a medium
 _HAS_NO_HANDLES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EOVERFLOW, errno.EPERM)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,10 +47,10 @@ class FileIdentity:
     """A regular file.
 
     device  of its file system (st_dev)
-    inode   its number there
-    handle  type and bytes of the file system's handle, which has the inode's generation, as ``1:<hexadecimal>``;
-            empty where the file system makes none
-    born    time of birth, in nanoseconds since 1970, where there is no handle; 0: not known, or not needed
+    inode   its inode number (st_ino)
+    handle  type and bytes of the file system's handle, which contains the inode's generation, as ``1:<hexadecimal>``;
+            empty if the file system has no handles
+    born    time of birth, in nanoseconds since 1970, if there is no handle; 0: not known, or not needed
     """
 
     device: int
@@ -64,8 +64,8 @@ class DeviceIdentity:
     """A block device.
 
     number    major and minor (st_rdev)
-    sequence  the disk's sequence number, which no other disk or medium has until the host is started again; 0 where
-              the kernel does not count them
+    sequence  the disk's sequence number, which no other disk or medium has until the host is restarted; 0 if the
+              kernel has no such numbers
     start     of a partition, in bytes
     size      of a partition, in bytes; 0 for a whole disk, which may grow
     """
@@ -81,11 +81,11 @@ _KINDS = {FileIdentity: "file", DeviceIdentity: "device"}
 
 
 def identify(fd: int) -> Identity:
-    """Return the identity of the regular file or block device behind a descriptor, which may be one opened by O_PATH.
+    """Return the identity of the regular file or block device behind a descriptor, which may be an O_PATH one.
 
-    A device behind such a descriptor is opened for reading while it is looked at. Raises: KernelError; its errno is
-    ESTALE where a server knows the file no more, ENXIO where no device has the node's number, EINVAL for whatever is
-    neither file nor device.
+    A device behind an O_PATH descriptor is opened for reading for a moment. Raises: KernelError; its errno is ESTALE if
+    a server no longer knows the file, ENXIO if no device has the node's number, EINVAL for anything that is neither a
+    regular file nor a block device.
     """
     try:
         status = os.fstat(fd)
@@ -106,7 +106,7 @@ def to_text(identity: Identity) -> str:
 
 
 def from_text(text: str) -> Identity:
-    """Return the identity that `to_text` made a text of. Raises: ValueError for anything else."""
+    """Return the identity from which `to_text` made `text`. Raises: ValueError for any other text."""
     word, *items = text.split(" ")
     kind = next((each for each, name in _KINDS.items() if name == word), None)
     values = dict(item.split("=", 1) for item in items if "=" in item)
@@ -123,7 +123,7 @@ def from_text(text: str) -> Identity:
 
 
 def difference(noted: Identity, found: Identity) -> str:
-    """Return how `found` differs from what was noted, as the rest of a sentence about it; empty: it is the same."""
+    """Return how `found` differs from `noted`, in words for the end of a sentence; empty if they are the same."""
     match noted, found:
         case FileIdentity(), FileIdentity():
             return _file_difference(noted, found)
@@ -135,7 +135,7 @@ def difference(noted: Identity, found: Identity) -> str:
 
 
 def has_grown(noted: Identity, found: Identity) -> bool:
-    """Return whether it is the same partition, which has got larger."""
+    """Return whether `found` is the same partition as `noted`, and larger."""
     if not isinstance(noted, DeviceIdentity) or not isinstance(found, DeviceIdentity) or not noted.size:
         return False
     return found.size > noted.size and replace(found, size=noted.size) == noted
@@ -148,7 +148,7 @@ def _file_difference(noted: FileIdentity, found: FileIdentity) -> str:
         return f"it is another file, inode {found.inode} and not {noted.inode}"
     if noted.handle and found.handle:
         is_same = noted.handle == found.handle
-    else:  # what only one of them has tells nothing
+    else:  # a value that only one of them has says nothing
         is_same = not (noted.born and found.born) or noted.born == found.born
     return "" if is_same else f"it is another file, made anew with the inode number {found.inode} of the former one"
 
@@ -174,7 +174,7 @@ def _numbers(device: int) -> str:
 
 
 def _handle(fd: int) -> str:
-    """Return the file system's handle of a file, empty where it makes none. Raises: OSError."""
+    """Return the file system's handle of a file, empty if the file system has none. Raises: OSError."""
     for flags in (0, _AT_HANDLE_FID):
         buffer = ctypes.create_string_buffer(8 + _MAX_HANDLE)
         struct.pack_into("I", buffer, 0, _MAX_HANDLE)
@@ -191,7 +191,7 @@ def _handle(fd: int) -> str:
 
 
 def birth_of(fd: int) -> int:
-    """Return a file's time of birth in nanoseconds since 1970, 0 where its file system knows none. Raises: OSError."""
+    """Return a file's time of birth in nanoseconds since 1970, 0 if its file system does not know. Raises: OSError."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if not hasattr(_libc, "statx"):
         return 0
@@ -206,7 +206,7 @@ def birth_of(fd: int) -> int:
 
 
 def _identify_device(fd: int, number: int) -> DeviceIdentity:
-    """Return the identity of an open block device, or of one that has to be opened. Raises: OSError."""
+    """Return the identity of a block device, which is opened for a moment if `fd` is an O_PATH one. Raises: OSError."""
     try:
         sequence = _ask(fd, _BLKGETDISKSEQ)
     except OSError as error:
@@ -225,7 +225,7 @@ def _identify_device(fd: int, number: int) -> DeviceIdentity:
 
 
 def _start_of_partition(number: int) -> int | None:
-    """Return where a partition begins on its disk, in bytes; None for a whole disk."""
+    """Return the offset of a partition on its disk, in bytes; None for a whole disk."""
     from pathlib import Path  # late: most images are files
 
     directory = Path(f"/sys/dev/block/{_numbers(number)}")

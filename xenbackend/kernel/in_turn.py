@@ -1,9 +1,10 @@
-"""Processes that take turns at what the host can bear only once at a time.
+"""Lets processes take turns at work of which the host can bear only one at a time.
 
-Must not know what that is, nor keep anybody waiting whose process has ended: the kernel gives its turn away.
+Must not know what the work is, nor let a process that has ended block others: the kernel releases its locks.
 
-There is a door before the turn, where one waits; the others wait for the door. So whoever has had a turn and wants the
-next one at once finds somebody before him, and nobody is kept waiting for ever by one who comes again and again.
+There are two locks: the door and the turn. One process holds the door while it waits for the turn; all others wait for
+the door. So a process that has had a turn and wants another one queues behind the process at the door, and no process
+waits for ever because another one comes again and again.
 
 Source: flock(2).
 """
@@ -15,14 +16,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_DOOR = ".door"  # behind the name of the file
+_DOOR = ".door"  # suffix of the file's name
 
 
 @contextmanager
 def in_turn(path: str) -> Iterator[None]:
-    """Have one's turn among all who name this file, which is made where it is not there; sleeps until then.
+    """Sleep until it is our turn among all processes that use this path, and hold it. A missing file is created.
 
-    Without a path there is nobody else. Raises: OSError.
+    An empty path means that there is nobody to wait for. Raises: OSError.
     """
     if not path:
         yield
@@ -38,7 +39,7 @@ def in_turn(path: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: str) -> Iterator[list[int]]:
-    """Give the descriptor of a file that is locked until it is closed; whoever takes it out of the list closes it."""
+    """Lock a file, and yield a list with its descriptor. A caller that removes it from the list has to close it."""
     held = [_lock(path)]
     try:
         yield held

@@ -1,7 +1,7 @@
-"""Why an image cannot be had: who uses it, by itself or by another face, in a sentence that says what to do.
+"""Explains why an image is not available: who uses it, directly or through another face, and what to do about it.
 
-Must not open an image for use, nor take a lock or a claim on it. Needs the rights of who opens images: it opens other
-faces, and looks at other people's processes.
+Must not open an image for use, nor take a lock or a claim on it. It needs the rights of a process that opens images,
+since it opens other faces and looks at processes of other users.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNKNOWN = "the host or a process"
 
 
 class InUse(DriverError):
-    """Somebody else uses an image; `user` says who, where that is known."""
+    """Somebody else uses an image; `user` says who, empty if that is not known."""
 
     def __init__(self, sentence: str, path: str, user: str) -> None:
         super().__init__(sentence, path=path, errno=errno.EBUSY)
@@ -29,17 +29,17 @@ class InUse(DriverError):
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How errors are worded; without names nothing is looked at but what is asked for."""
+    """Words the errors. If `with_names` is false, other processes and devices are not searched for the user."""
 
     with_names: bool = True
 
     def claimed(self, fd: int, path: str) -> InUse:
-        """Return an error for a block device that somebody claims, of which `fd` is some descriptor."""
+        """Return an error for a block device that somebody has claimed; `fd` is any descriptor of it."""
         user = self._users_of(fd)
         return InUse(f"{path} is in use by {user or _UNKNOWN}; {_WAY_OUT}", path, user)
 
     def locked(self, fd: int, path: str, access: Access) -> InUse:
-        """Return an error for an image that is locked against this access, or used by another face."""
+        """Return an error for an image that is locked against this access, or used through another face."""
         for user in _served_by_qemu(fd, access):
             return InUse(f"{path} is in use by {user}; {_WAY_OUT}", path, user)
         with loops.faces(fd) as faces:
@@ -61,12 +61,10 @@ class Naming:
 
 
 def is_used_by_another_face(fd: int, access: Access) -> bool:
-    """Return whether an image, which is locked already, is used by another face in a way that does not go with this.
+    """Return whether an image is used through another face, or by Xen's QEMU, in a way that conflicts with `access`.
 
-    So it is where Xen's QEMU serves it, which respects no lock.
-
-    Of two who come by different faces at once, at least one sees the other, since each has locked its own before.
-    Raises: OSError.
+    The caller has locked the image already. So if two processes come through different faces at once, at least one sees
+    the other. Xen's QEMU respects no lock, so its descriptors are looked at. Raises: OSError.
     """
     if any(_served_by_qemu(fd, access)):
         return True
@@ -81,5 +79,5 @@ def _is_used(face: Face, access: Access) -> bool:
 
 
 def _served_by_qemu(fd: int, access: Access) -> Iterator[str]:
-    """Yield who of Xen's QEMU uses an image in a way that does not go with this. Raises: OSError."""
+    """Yield the processes of Xen's QEMU that use an image in a way that conflicts with `access`. Raises: OSError."""
     return iter(()) if access.is_shared else qdisk.users_of(fd, by_writers=not access.writes)

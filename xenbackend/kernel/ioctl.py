@@ -11,17 +11,17 @@ from xenbackend.errors import KernelError
 
 
 def number(kind: str, nr: int, size: int) -> int:
-    """Return the number that `_IOC(_IOC_NONE, kind, nr, size)` gives in C. Source: asm-generic/ioctl.h."""
+    """Return the number that `_IOC(_IOC_NONE, kind, nr, size)` has in C. Source: asm-generic/ioctl.h."""
     return size << 16 | ord(kind) << 8 | nr
 
 
 def call(fd: int, request: int, argument: bytearray | bytes | int, operation: str) -> int:
-    """Do an ioctl and return its result (0 if `argument` is `bytes`); a bytearray is changed in place.
+    """Call ioctl and return its result (0 if `argument` is `bytes`); a bytearray is changed in place.
 
     Args:
         fd: the device.
         request: the ioctl's number.
-        argument: the structure it points to, or a plain number.
+        argument: the structure to which the argument points, or a plain number.
         operation: the call in words, for the error.
 
     Raises: KernelError.

@@ -1,11 +1,11 @@
-"""Landlock: a process that may open nothing by a name any more, whatever its user may do.
+"""Landlock: a process gives up opening anything by a name, whatever its user may do.
 
-Must not allow anything: a domain made here has no rules. What is open already stays open, with all of its rights.
+Must not allow anything: a Landlock domain made here has no rules. Open descriptors stay open, with all their rights.
 
-It holds for the calling thread and those that it starts.
+The restriction holds for the calling thread and the threads that it starts.
 
 Source: Linux, ``Documentation/userspace-api/landlock.rst``; linux/landlock.h. The system calls have the same numbers
-on every machine.
+on every architecture.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from xenbackend.errors import KernelError
 
 _SYS_CREATE_RULESET, _SYS_RESTRICT_SELF = 444, 446
 _ASK_VERSION = 1
-# How many rights each version of the interface knows: a kernel refuses those that it does not.
-_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # later ones as 5: execute … ioctl of devices
+# The number of rights that each version of the interface knows: a kernel refuses those that it does not know.
+_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # later versions as 5: from execute to ioctl on devices
 _READ_FILE, _READ_DIRECTORY = 1 << 2, 1 << 3
 _NETWORK_RIGHTS = 0b11  # bind and connect by TCP; from version 4 on
 _SCOPES = 0b11  # abstract Unix sockets, signals; from version 6 on
@@ -29,16 +29,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def version() -> int:
-    """Return the version of the kernel's Landlock; 0 where it has none, or it is not enabled."""
+    """Return the version of the kernel's Landlock; 0 if it has none, or it is not enabled."""
     return max(0, int(_libc.syscall(_SYS_CREATE_RULESET, None, 0, _ASK_VERSION)))
 
 
 def restrict(*, network: bool = False, reading: bool = False) -> None:
-    """Give up every right that this kernel's Landlock knows, but those to the network, or to read, where we keep them.
+    """Give up every right that this kernel's Landlock knows; `network` and `reading` keep those kinds of rights.
 
-    The process has to refuse new privileges already.
+    The process must have refused new privileges before.
 
-    Raises: KernelError, ENOSYS or EOPNOTSUPP where the kernel has no Landlock.
+    Raises: KernelError; ENOSYS or EOPNOTSUPP if the kernel has no Landlock.
     """
     found = _libc.syscall(_SYS_CREATE_RULESET, None, 0, _ASK_VERSION)
     if found < 0:
@@ -55,7 +55,7 @@ def restrict(*, network: bool = False, reading: bool = False) -> None:
 
 
 def _attributes(found: int, *, network: bool, reading: bool) -> bytes:
-    """Return a `landlock_ruleset_attr` of as many words as this version has."""
+    """Return a `landlock_ruleset_attr` with as many words as version `found` has."""
     rights = _FILE_RIGHTS.get(found, _FILE_RIGHTS[max(_FILE_RIGHTS)])
     words = [((1 << rights) - 1) & ~(_READ_FILE | _READ_DIRECTORY if reading else 0)]
     if found >= _NETWORK_SINCE:

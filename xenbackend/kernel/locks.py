@@ -1,14 +1,14 @@
-"""Locks on an image: a flock, which all of our processes respect, and the byte locks that QEMU's tools respect, too.
+"""Locks on an image: a flock, which all our processes respect, and the byte locks that QEMU's tools respect as well.
 
-Must not open anything, wait, or decide what follows from a lock that somebody else has.
+Must not open anything, wait, or decide what follows from a lock that somebody else holds.
 
-Both hang on the open file description. A write in flight keeps that, so they end when a killed worker's last write has
-landed, and not before: with the last copy of the descriptor, wherever that is.
+Both belong to the open file description. A write in flight keeps the description, so the locks of a killed worker end
+when its last write has landed, and not before: with the last copy of the descriptor, in whatever process that is.
 
-QEMU's locks are OFD byte locks (fcntl(2), "Open file description locks"), all of them shared, so that taking one never
-fails. Byte 100 + n says "I do n", byte 200 + n "nobody else may do n"; n is a permission. Whoever opens an image first
-takes its own locks, then looks whether somebody else forbids what it does, or does what it forbids. So of two that
-come at once, at least one sees the other.
+QEMU's locks are OFD byte locks (fcntl(2), "Open file description locks"). All of them are shared, so taking one never
+fails. A lock on byte 100 + n says "I do n", one on byte 200 + n says "nobody else may do n"; n is a permission. A
+process that opens an image first takes its own locks, then checks whether another one forbids what it does, or does
+what it forbids. So if two come at once, at least one sees the other.
 
 Source: QEMU block/file-posix.c, `raw_apply_lock_bytes` and `raw_check_lock_bytes`; include/block/block-common.h for the
 permissions.
@@ -22,19 +22,19 @@ import struct
 from dataclasses import dataclass
 
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # BLK_PERM_*, as numbers of bits
-_DOES, _FORBIDS, _END = 100, 200, 300  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE, and no lock of QEMU's is behind this
-_DISKS = 1 << 62  # from here on, a byte for each disk: far behind any image
+_DOES, _FORBIDS, _END = 100, 200, 300  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE, the end of QEMU's bytes
+_DISKS = 1 << 62  # from here on there is a byte for each disk, far behind the end of any image
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
-_WITHOUT = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # a file system has no such locks
+_WITHOUT = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})  # the file system has no such locks
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What is done with an image, and what nobody else may do meanwhile, as permissions of QEMU."""
+    """What is done with an image, and what nobody else may do meanwhile, as QEMU's permissions."""
 
     does: tuple[int, ...]
     forbids: tuple[int, ...]
-    is_alone: bool = False  # among our own processes
+    is_alone: bool = False  # excludes all our other processes
 
     @property
     def writes(self) -> bool:
@@ -43,7 +43,7 @@ class Access:
 
     @property
     def is_shared(self) -> bool:
-        """Whether others may write meanwhile."""
+        """Whether others may write at the same time."""
         return not self.forbids
 
 
@@ -54,22 +54,22 @@ SHARED_WRITE = Access((_CONSISTENT_READ, _WRITE), ())
 
 
 def access(*, read_only: bool, shareable: bool) -> Access:
-    """Return what is done with an image that is open like this; `shareable`: others may write to it, too."""
+    """Return the access for an image that is opened this way; `shareable`: others may write to it, too."""
     if shareable:
         return SHARED_READ if read_only else SHARED_WRITE
     return READ if read_only else WRITE
 
 
 def take(fd: int, wanted: Access, disk: int = -1) -> bool:
-    """Take both kinds of locks, without waiting; return whether nobody stands against it. Else no byte lock is left.
+    """Take both kinds of locks without waiting. Return whether nobody conflicts; if not, no byte lock remains.
 
-    A file system that has no byte locks leaves us with the flock. Raises: OSError.
+    If the file system has no byte locks, only the flock is taken. Raises: OSError.
 
     Args:
-        fd: an image, open in the way in which it will be used.
+        fd: an image, open in the mode in which it will be used.
         wanted: what will be done with it.
-        disk: a number that no other disk has. Who shares an image with writers locks that byte of it for himself, so
-            that his successor waits for the last of his writes.
+        disk: a number that no other disk has. A worker that shares an image with other writers locks the byte of that
+            number exclusively, so that its successor waits for the last of its writes.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if wanted.is_alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -93,7 +93,7 @@ def take(fd: int, wanted: Access, disk: int = -1) -> bool:
 
 
 def drop(fd: int) -> None:
-    """Give the byte locks back; the flock stays. Raises: OSError."""
+    """Release the byte locks; the flock stays. Raises: OSError."""
     try:
         _set(fd, fcntl.F_UNLCK, 0, 0)
     except OSError as error:
@@ -102,7 +102,7 @@ def drop(fd: int) -> None:
 
 
 def is_free(fd: int, wanted: Access) -> bool:
-    """Return whether no byte lock of another description stands against this. Raises: OSError."""
+    """Return whether no byte lock of another open file description conflicts with `wanted`. Raises: OSError."""
     try:
         return not any(_is_taken(fd, byte) for byte in _bytes(wanted.forbids, wanted.does))
     except OSError as error:
@@ -120,7 +120,7 @@ def _set(fd: int, kind: int, start: int, length: int = 1) -> None:
 
 
 def _is_taken(fd: int, byte: int) -> bool:
-    """Return whether somebody else has a byte. A lock on more than QEMU's bytes does not speak of permissions.
+    """Return whether somebody else has locked a byte. A lock that covers more than QEMU's bytes is not one of QEMU's.
 
     On NFS a flock is such a lock, on the whole file: nfs(5), "local_lock".
     """

@@ -1,8 +1,9 @@
-"""The faces of an image: a file and the loop devices over it, a loop device and what it is over. One has the same data.
+"""The faces of an image, which all have the same data: a file and the loop devices over it, a loop device and its file.
 
 Must not set up or detach a loop device, nor take a lock or a claim.
 
-Locks and claims hang on one face, and are not seen at another one. So whoever has locked one looks at the others.
+Locks and claims belong to one face, and cannot be seen at another one. So a process that has locked one face has to
+look at the others.
 
 Sources: loop(4), LOOP_GET_STATUS64; linux/loop.h; Linux drivers/block/loop.c for what stands in sysfs.
 """
@@ -19,11 +20,11 @@ from dataclasses import dataclass
 
 _BLOCK = "/sys/block"
 _LOOP_GET_STATUS64 = 0x4C05
-_INFO = struct.Struct("=QQQ208x")  # lo_device, lo_inode, lo_rdevice; and what is not looked at
+_INFO = struct.Struct("=QQQ208x")  # lo_device, lo_inode, lo_rdevice; the rest is not used
 _LOOP_MAJOR = 7
 _LOOK = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
-_Key = tuple[int, int]  # device and inode of a file; 0 and the device's number of a block device
+_Key = tuple[int, int]  # of a file: device and inode; of a block device: 0 and its number
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,15 @@ class Face:
 
 @contextmanager
 def faces(fd: int) -> Iterator[list[Face]]:
-    """Have all other faces of an open image, near and far, to look at. Raises: OSError.
+    """Yield all other faces of an open image, direct and indirect ones; they are closed afterwards. Raises: OSError.
 
-    What a loop device is over is found by its name, and left out where that means another file by now.
+    The file below a loop device is found by its name, and left out if the name means another file by now.
     """
     found = [Face("", fd, is_device=stat.S_ISBLK(os.fstat(fd).st_mode))]
     try:
         named = dict(_set_up())
         seen = {_key(fd)} if named else set()
-        for face in found if named else ():  # it grows meanwhile
+        for face in found if named else ():  # the list grows in the loop
             for path, key, each in [*_above(face.fd, named), *_below(face, named)]:
                 if key in seen:
                     os.close(each)
@@ -59,9 +60,9 @@ def faces(fd: int) -> Iterator[list[Face]]:
 
 
 def _set_up() -> Iterator[tuple[str, str]]:
-    """Yield the name of each loop device that is set up, and that of what it is over, as it is at the moment."""
+    """Yield the name of each loop device that is set up, and the present path of the file below it."""
     with suppress(FileNotFoundError):
-        for name in sorted(os.listdir(_BLOCK)):  # noqa: PTH208 - `image info` has no time for pathlib
+        for name in sorted(os.listdir(_BLOCK)):  # noqa: PTH208 - importing pathlib would slow `image info` down
             if name.startswith("loop"):
                 with (
                     suppress(OSError),  # it is not set up
@@ -71,10 +72,10 @@ def _set_up() -> Iterator[tuple[str, str]]:
 
 
 def _above(fd: int, named: dict[str, str]) -> Iterator[tuple[str, _Key, int]]:
-    """Yield the loop devices over a file: path, key and a descriptor.
+    """Yield path, key and a descriptor of each loop device over a file.
 
-    Only what has its name is asked, as the file of another one may be on a file system that does not answer; but a
-    file with several names may be below any of them.
+    Only loop devices whose file has the same name are asked, since another one's file may be on a file system that does
+    not answer. If the file has several links, all loop devices are asked.
     """
     status = os.fstat(fd)
     own = _last(f"/proc/self/fd/{fd}")
@@ -93,11 +94,11 @@ def _above(fd: int, named: dict[str, str]) -> Iterator[tuple[str, _Key, int]]:
 
 
 def _below(face: Face, named: dict[str, str]) -> Iterator[tuple[str, _Key, int]]:
-    """Yield what a loop device is over, if this is one, likewise."""
+    """Yield path, key and a descriptor of the file below a loop device; nothing if `face` is no loop device."""
     number = os.fstat(face.fd).st_rdev
     if not face.is_device or os.major(number) != _LOOP_MAJOR:
         return
-    with suppress(OSError, KeyError):  # it is not set up, or what is below has lost its name
+    with suppress(OSError, KeyError):  # it is not set up, or its file has lost its name
         path = named[_last(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")]
         node = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -108,13 +109,13 @@ def _below(face: Face, named: dict[str, str]) -> Iterator[tuple[str, _Key, int]]
 
 
 def _is_over(loop: int) -> _Key:
-    """Return what a loop device is over; it may be on a file system that does not answer. Raises: OSError."""
+    """Return the key of the file below a loop device; hangs if its file system does not answer. Raises: OSError."""
     device, inode, number = _INFO.unpack(fcntl.ioctl(loop, _LOOP_GET_STATUS64, bytes(_INFO.size)))
     return (0, number) if number else (device, inode)
 
 
 def _last(link: str) -> str:
-    """Return the last part of the path to which a link leads. Raises: OSError."""
+    """Return the last part of a link's target. Raises: OSError."""
     return os.readlink(link).rpartition("/")[2]  # noqa: PTH115 - as above
 
 

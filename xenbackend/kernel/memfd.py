@@ -1,10 +1,10 @@
-"""Memory that processes share by a descriptor, and whose size none of them can change any more.
+"""Memory that processes share through a descriptor, sealed so that none of them can change its size.
 
-Must not know what lies in it.
+Must not know what the memory contains.
 
-A process that touches a page of a mapping beyond the file's end is killed (SIGBUS). So nobody maps a memory that
-somebody else could cut short: what is mapped has been sealed against that, and has the size that was expected. What
-was never sealed is read by calls, and copied into a memory that is.
+A process that touches a page of a mapping beyond the end of the file is killed (SIGBUS). So no process maps a memory
+that another one could truncate: a mapped memory is sealed against that, and has the expected size. A memory that is not
+sealed is read by system calls, and copied into a sealed one.
 
 Source: memfd_create(2), fcntl(2) "File Sealing"; lseek(2) for SEEK_DATA.
 """
@@ -23,7 +23,7 @@ _PIECE = 1 << 20  # bytes of one read
 
 
 def make(name: str, size: int) -> int:
-    """Return the descriptor of a new memory of `size` zero bytes; `name` is for people. Raises: KernelError."""
+    """Return the descriptor of a new sealed memory of `size` zero bytes; `name` is for people. Raises: KernelError."""
     fd = -1
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -37,7 +37,7 @@ def make(name: str, size: int) -> int:
 
 
 def is_memory(fd: int) -> bool:
-    """Return whether a descriptor is a memory at all, sealed or not: closing one waits for nobody."""
+    """Return whether a descriptor is a memory, sealed or not. Closing a memory never blocks."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
@@ -46,7 +46,7 @@ def is_memory(fd: int) -> bool:
 
 
 def is_sealed(fd: int, size: int) -> bool:
-    """Return whether a descriptor is a memory of `size` bytes that nobody can change the size of."""
+    """Return whether a descriptor is a memory of `size` bytes whose size nobody can change."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == size
     except OSError:
@@ -54,22 +54,22 @@ def is_sealed(fd: int, size: int) -> bool:
 
 
 def map_sealed(fd: int, size: int) -> memoryview:
-    """Return the bytes of a memory, which stay mapped while a view of them lives; the descriptor may be closed.
+    """Return the bytes of a memory. They stay mapped as long as a view of them lives; the descriptor may be closed.
 
-    Raises: KernelError, also where `is_sealed` says no.
+    Raises: KernelError, also if `is_sealed` is false.
     """
     if not is_sealed(fd, size):
         raise KernelError(f"map {size} bytes that somebody else could cut short", errno.EPERM)
     try:
         return memoryview(mmap.mmap(fd, size))
-    except (OSError, ValueError) as error:  # ValueError: of no bytes
+    except (OSError, ValueError) as error:  # ValueError: of a size of 0
         raise KernelError(f"map a memory of {size} bytes", getattr(error, "errno", None) or errno.EINVAL) from None
 
 
 def wipe(fd: int) -> None:
-    """Overwrite a memory of no more than a page, which may hold a key: who has it mapped sees zeros.
+    """Overwrite a memory of at most a page with zeros, which all processes that have it mapped see: it may hold a key.
 
-    Larger ones hold none. Raises: KernelError.
+    Larger memories hold no keys, and are left alone. Raises: KernelError.
     """
     try:
         size = os.fstat(fd).st_size
@@ -80,9 +80,9 @@ def wipe(fd: int) -> None:
 
 
 def read_into(fd: int, offset: int, target: memoryview) -> None:
-    """Read `target` full of what lies from `offset` on, by calls; what is a hole or not there is left as it is.
+    """Fill `target` with the bytes from `offset` on, by system calls.
 
-    Raises: KernelError.
+    Bytes of `target` for which the memory has a hole, or has ended, are left unchanged. Raises: KernelError.
     """
     place, end = offset, offset + len(target)
     try:
@@ -95,14 +95,14 @@ def read_into(fd: int, offset: int, target: memoryview) -> None:
                     return
                 place += length
     except OSError as error:
-        if error.errno != errno.ENXIO:  # nothing but holes from there on
+        if error.errno != errno.ENXIO:  # ENXIO: there is no data from there on
             raise KernelError("read a memory", error.errno or errno.EIO) from None
 
 
 def copy(fd: int, name: str, limit: int) -> int:
-    """Return a sealed memory with what is in another one; holes do not count, as they take no room.
+    """Return a new sealed memory with the content of another one.
 
-    Raises: KernelError, also where it holds more than `limit` bytes.
+    Raises: KernelError, also if the other one holds more than `limit` bytes; holes do not count.
     """
     found = os.fstat(fd)
     size, held = found.st_size, 512 * found.st_blocks

@@ -1,6 +1,7 @@
 """Memory by its address: mappings of devices, our own arenas, and the address of a view.
 
-Must not decide what lies in it. A view here is plain bytes; a caller that unmaps is responsible for remaining views.
+Must not decide what the memory contains. A view here is plain bytes; a caller that unmaps memory must make sure that no
+view of it is used any more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from xenbackend.errors import KernelError
 from xenbackend.kernel.ports import Arena
 
-_HUGE = 2 << 20  # from here on an arena asks for huge pages: fewer pieces for the disk, fewer TLB misses
+_HUGE = 2 << 20  # arenas of at least this size ask for huge pages: fewer pieces for the disk, fewer TLB misses
 _BUF_WRITE = 0x200  # PyBUF_WRITE, cpython's pybuffer.h
 _BUF_READ = 0x100  # PyBUF_READ
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -30,8 +31,8 @@ _view_of = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t
 _from_buffer = ctypes.c_char.from_buffer
 _addressof = ctypes.addressof
 
-# The addresses of long-lived views. A view that is noted stays alive in `_noted`, so that no other object can get its
-# id: a hit can only be the same view.
+# The addresses of long-lived views. A noted view stays alive in `_noted`, so that no other object can get its id, and a
+# hit is always the same view.
 _noted: dict[int, memoryview] = {}
 addresses: dict[int, int] = {}  # id(view) -> address; look here first, then ask `address_of`
 
@@ -50,7 +51,7 @@ class _PyBuffer(ctypes.Structure):
 def address_of(view: memoryview) -> int:
     """Return the address of the first byte of a contiguous view that is not empty.
 
-    Cost: 0.1 us for a view that was noted, 0.4 us for any other.
+    Cost: 0.1 us for a noted view, 0.4 us for any other.
     """
     address = addresses.get(id(view))
     if address is None:
@@ -67,7 +68,7 @@ def _read_only_address(view: memoryview) -> int:
 
 
 def note(views: Iterable[memoryview]) -> None:
-    """Remember the addresses of views that will be used often; `forget` them before their memory is unmapped."""
+    """Remember the addresses of views that are used often. Call `forget` before their memory is unmapped."""
     for view in views:
         addresses[id(view)] = address_of(view)
         _noted[id(view)] = view
@@ -81,10 +82,10 @@ def forget(views: Iterable[memoryview]) -> None:
 
 
 def allocate(size: int) -> Arena:
-    """Return private page-aligned memory of `size` bytes, zero at first; it lives as long as a view of it."""
+    """Return private, page-aligned memory of `size` zero bytes; it lives as long as a view of it."""
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE:
-        with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
+        with contextlib.suppress(OSError):  # without huge pages it is only slower
             memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     return Arena(view, address_of(view))
@@ -95,7 +96,7 @@ def map_device(fd: int, length: int, offset: int, *, writable: bool, operation: 
 
     Python's own mmap would keep a duplicate of the descriptor for each of thousands of mappings.
 
-    Raises: KernelError, with `operation` in words.
+    Raises: KernelError, which `operation` describes in words.
     """
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     address = _libc.mmap(None, length, access, mmap.MAP_SHARED, fd, offset)
@@ -105,7 +106,7 @@ def map_device(fd: int, length: int, offset: int, *, writable: bool, operation: 
 
 
 def unmap(address: int, length: int) -> None:
-    """Undo `map_device`. Using a view of that memory afterwards ends the process (SIGSEGV)."""
+    """Undo `map_device`. Using a view of the memory afterwards ends the process (SIGSEGV). Raises: KernelError."""
     if _libc.munmap(address, length) != 0:
         raise KernelError(f"unmap {length} bytes at {address:#x}", ctypes.get_errno())
 

@@ -1,13 +1,13 @@
-"""One set of empty namespaces, made once and entered by any number of processes: no files, no network, no IPC.
+"""One set of empty namespaces, made once and entered by any number of processes: no files, no network, no IPC objects.
 
 Must not be entered by a process that still has to open or import anything by its name, or has more than one thread.
 
-An empty set is made by a short-lived child, because to leave a namespace takes more rights than to enter one; then
-nothing but our descriptors keep it. Its root is a file system without a file in it, and read-only. To enter a set that
-is there is far cheaper than to make one: a mount namespace begins as a copy of all mounts of the host, and a network
-namespace is made and destroyed under a lock of the whole host.
+A short-lived child makes the set, because leaving a namespace takes more rights than entering one. After that, only our
+descriptors keep it alive. Its root is an empty, read-only file system. Entering the set is far cheaper than making one:
+a mount namespace starts as a copy of all mounts of the host, and a network namespace is made and destroyed under a lock
+of the whole host.
 
-A process that enters shares the set with others, and sees nothing of them: no process in it can make anything there.
+The processes in the set share it, but cannot see each other through it, since none of them can create anything there.
 
 Source: namespaces(7), setns(2), pivot_root(2) "pivot_root(".", ".")".
 """
@@ -26,19 +26,19 @@ FILES = 0x00020000  # CLONE_NEWNS
 _IPC = 0x08000000  # CLONE_NEWIPC
 _UTS = 0x04000000  # CLONE_NEWUTS
 _PID = 0x20000000  # CLONE_NEWPID
-# Files come last: who has entered those cannot open anything any more.
+# FILES comes last: a process that has entered that namespace cannot open anything any more.
 _FOUND_AT = {NETWORK: "net", _IPC: "ipc", _UTS: "uts", FILES: "mnt"}
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8  # linux/mount.h
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
 _MNT_DETACH = 2
-_COVERED = b"/proc"  # a directory that is everywhere, for the moment in which the empty root needs a place
-_SYSCALLS = {"x86_64": 155, "aarch64": 41}  # pivot_root, which the C library does not offer
+_COVERED = b"/proc"  # a directory that every host has, as a mount point for the empty root until it is the root
+_SYSCALLS = {"x86_64": 155, "aarch64": 41}  # pivot_root, for which the C library has no function
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class EmptySet:
-    """Empty namespaces, by descriptors. Raises: KernelError, where we may not make them."""
+    """Descriptors of empty namespaces. Raises: KernelError if we may not make them."""
 
     def __init__(self) -> None:
         self._fds: dict[int, int] = {}
@@ -67,37 +67,37 @@ class EmptySet:
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """What holds the set."""
+        """The descriptors that keep the set alive."""
         return [*self._fds.values()]
 
     def enter(self, *, but: int = 0) -> None:
-        """Enter all of them, `but` those of these kinds (NETWORK, FILES), for good. Raises: KernelError."""
+        """Enter all namespaces for good, except the kinds in `but` (NETWORK | FILES). Raises: KernelError."""
         for kind, fd in self._fds.items():
             if not kind & but and _libc.setns(fd, kind) < 0:
                 raise KernelError(f"enter an empty {_FOUND_AT[kind]} namespace", ctypes.get_errno())
 
     def close(self) -> None:
-        """Let go of the set; who has entered it stays."""
+        """Close the descriptors; processes that have entered the set stay in it."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
 
 
 def number_processes_anew() -> None:
-    """Let the next child be the first process of a namespace of its own, which sees no other one. Raises: KernelError.
+    """Make the next child the first process of a new PID namespace, where it sees no other one. Raises: KernelError.
 
-    We ourselves, and our other children, stay where we are.
+    The calling process and its other children stay where they are.
     """
     _check(_libc.unshare(_PID), "make a namespace of processes")
 
 
 def _hold(near: int, told: int) -> None:
-    """In the child: make the namespaces, say so, and end once they are held."""
+    """In the child: make the namespaces, report it, and end when the parent has opened them."""
     try:
         _check(_libc.unshare(NETWORK | _IPC | _UTS | FILES), "make empty namespaces")
         _empty_the_root()
         os.close(told)
-        os.read(near, 1)  # nothing comes, but the end
+        os.read(near, 1)  # returns when the parent closes its end
     except (KernelError, OSError) as error:
         os.write(told, b"%d" % (error.errno or errno.EIO))
     finally:
@@ -105,7 +105,7 @@ def _hold(near: int, told: int) -> None:
 
 
 def _empty_the_root() -> None:
-    """Have a root with nothing in it, in a mount namespace of our own."""
+    """Replace the root of our own mount namespace with an empty one."""
     _check(_libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "keep mounts to ourselves")
     flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _check(_libc.mount(b"none", _COVERED, b"tmpfs", flags, b"mode=555,size=4k,nr_inodes=1"), "mount an empty root")

@@ -1,9 +1,10 @@
-"""Opens a name so that it cannot lead out of a directory, whoever exchanges what lies on the way: step by step.
+"""Opens a name step by step, so that it cannot lead out of a directory even if somebody exchanges parts of the path.
 
-Must not follow a link, nor open anything for reading or writing before whoever asks has looked what it is: a descriptor
-of O_PATH stands for the file and does nothing to it. `reopen` opens that very file, whatever its name means by then.
+Must not follow a link, nor open anything for reading or writing before the caller has checked what it is: an O_PATH
+descriptor refers to a file and does nothing to it. `reopen` opens that very file, whatever its name means by then.
 
-openat2(2) would do it in one call, but systemd answers that with ENOSYS in a unit with RestrictSUIDSGID, as ours is.
+openat2(2) would do this in one call, but in a unit with RestrictSUIDSGID, such as ours, systemd makes it fail with
+ENOSYS.
 
 Sources: open(2), O_PATH, O_NOFOLLOW; proc(5), /proc/pid/fd.
 """
@@ -18,13 +19,13 @@ _STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_beneath(directory: int, name: str) -> int:
-    """Return an O_PATH descriptor of what a name is beneath a directory, without following any link.
+    """Return an O_PATH descriptor of the file with this name beneath a directory, without following any link.
 
     Args:
-        directory: a descriptor of it, which may be one of O_PATH.
+        directory: a descriptor of the directory, which may be an O_PATH one.
         name: relative, without links and without ``..``.
 
-    Raises: OSError; ELOOP where there is a link on the way, EXDEV where the name leads out of the directory.
+    Raises: OSError; ELOOP if any part of the name is a link, EXDEV if the name leads out of the directory.
     """
     steps = [step for step in name.split("/") if step not in ("", ".")]
     if name.startswith("/") or ".." in steps:
@@ -42,12 +43,12 @@ def open_beneath(directory: int, name: str) -> int:
 
 
 def _step(directory: int, name: str, *, is_last: bool) -> int:
-    """Return an O_PATH descriptor of what is called so in a directory. Raises: OSError; ELOOP where it is a link."""
+    """Return an O_PATH descriptor of an entry of a directory. Raises: OSError; ELOOP if it is a link."""
     try:
-        # A place where something is mounted as soon as it is used has to be used: O_DIRECTORY does that.
+        # O_DIRECTORY makes an automount point mount its file system; O_PATH alone does not.
         fd = os.open(name, _STEP if is_last else _STEP | os.O_DIRECTORY, dir_fd=directory)
     except NotADirectoryError:
-        fd = os.open(name, _STEP, dir_fd=directory)  # a link, or a file, beneath which the next step finds nothing
+        fd = os.open(name, _STEP, dir_fd=directory)  # a link, or a file, below which the next step finds nothing
     if stat.S_ISLNK(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -55,7 +56,7 @@ def _step(directory: int, name: str, *, is_last: bool) -> int:
 
 
 def open_place(path: str) -> int:
-    """Return an O_PATH descriptor of a file, device or directory that an administrator names; links are followed.
+    """Return an O_PATH descriptor of a file, device or directory that an administrator has named; links are followed.
 
     Raises: OSError.
     """
@@ -63,15 +64,15 @@ def open_place(path: str) -> int:
 
 
 def reopen(fd: int, flags: int) -> int:
-    """Open once more the file that a descriptor is of. Raises: OSError."""
+    """Open the file behind a descriptor once more, with these flags. Raises: OSError."""
     return os.open(link_to(fd), flags | os.O_CLOEXEC)
 
 
 def link_to(fd: int) -> str:
-    """Return a path for calls that take none but a path: of the file that a descriptor of this process is of."""
+    """Return a path of the file behind a descriptor of this process, for calls that only accept a path."""
     return f"/proc/self/fd/{fd}"
 
 
 def path_of(fd: int) -> str:
-    """Return the path, without links, that a descriptor's file has at this moment. Raises: OSError."""
-    return os.readlink(link_to(fd))  # noqa: PTH115 - a path, not always text that pathlib would keep
+    """Return the present path of the file behind a descriptor, without links. Raises: OSError."""
+    return os.readlink(link_to(fd))  # noqa: PTH115 - pathlib might change the path

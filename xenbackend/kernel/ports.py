@@ -1,4 +1,4 @@
-"""The machine as a backend needs it: grants and event channels. The seam between a real Xen and the rig.
+"""The interface of a machine that a backend needs: grants and event channels. Xen and the rig both implement it.
 
 Must not import its implementations by name: `open_host` finds them by a text that the supervisor passes to its workers.
 
@@ -19,7 +19,7 @@ from xenbackend.errors import ConfigError
 
 Fence = Callable[[], None]  # a full memory fence: no load or store passes it in either direction
 
-GRANT_OK = 0  # GNTST_okay, grant_table.h; every other status means "did not happen"
+GRANT_OK = 0  # GNTST_okay, grant_table.h; with any other status the copy did not take place
 
 
 class Mapping(Protocol):
@@ -34,16 +34,16 @@ class Mapping(Protocol):
 
 @dataclass(slots=True)
 class Arena:
-    """Our own page-aligned memory, the near side of grant copies."""
+    """Page-aligned memory of this process, the near side of grant copies."""
 
     view: memoryview
     address: int  # of the first byte, in this process
 
 
 class CopySegment(NamedTuple):
-    """One grant copy: a named tuple because the data path makes one per page, and a dataclass costs five times as much.
+    """One grant copy. A named tuple: the data path makes one per page, and a dataclass costs five times as much.
 
-    `length` bytes; must not cross the page on the far side.
+    The `length` bytes must lie within one page on the far side, which is the guest's.
     """
 
     gref: int
@@ -54,7 +54,7 @@ class CopySegment(NamedTuple):
 
 
 class GrantTable(Protocol):
-    """Access to pages that one domain granted to us (`/dev/xen/gntdev`)."""
+    """Access to pages that one domain has granted to us (`/dev/xen/gntdev`)."""
 
     def map(self, grefs: Sequence[int], *, writable: bool) -> Mapping:
         """Map pages, all or none. Raises: KernelError."""
@@ -69,7 +69,7 @@ class GrantTable(Protocol):
 class EventChannels(Protocol):
     """Event channels of this process towards one domain (`/dev/xen/evtchn`).
 
-    A port that fired stays masked until `unmask` (lateeoi). Unmask it when the work is done, not before.
+    A port that has fired stays masked until `unmask` (lateeoi). Unmask it when the work is done, not earlier.
     """
 
     def fileno(self) -> int:
@@ -95,9 +95,9 @@ class EventChannels(Protocol):
 
 
 class Host(Protocol):
-    """The machine that this process runs on: opens the devices, each restricted to one frontend domain.
+    """The machine that this process runs on. It opens the devices, each restricted to one frontend domain.
 
-    A host that was given devices (`open_devices`) uses those, for that domain, and opens nothing.
+    A host that was given devices (`open_devices`) uses them, for the domain for which they were opened, and opens none.
     """
 
     fence: Fence
@@ -116,10 +116,10 @@ def open_host(text: str, devices: Sequence[int] = ()) -> Host:
     """Return the host that a text such as ``xenbackend.kernel.xen`` or ``xenbackend.rig.host:/run/rig`` names.
 
     Args:
-        text: before the colon is a module with functions `open_host(argument, devices)` and `open_devices(argument,
-            domid)`. It comes from the supervisor's settings, never from xenstore.
-        devices: descriptors from `open_devices`, which stay the caller's and open as long as the host is used. Without
-            them the host opens its own.
+        text: before the colon, a module with the functions `open_host(argument, devices)` and `open_devices(argument,
+            domid)`; after it, their argument. The text comes from the supervisor's settings, never from xenstore.
+        devices: descriptors from `open_devices`. They stay the caller's, which keeps them open as long as the host is
+            used. Without them the host opens its own.
     """
     return cast("Host", load_host(text).open_host(text.partition(":")[2], devices))
 
@@ -127,18 +127,18 @@ def open_host(text: str, devices: Sequence[int] = ()) -> Host:
 def open_devices(text: str, domid: int) -> list[int]:
     """Open the grant device and the event channel device of the host that `text` names, the latter for one domain only.
 
-    What one device has mapped and bound lives as long as any copy of its descriptor. Raises: KernelError.
+    Mappings and bound ports of a device live as long as any copy of its descriptor. Raises: KernelError.
     """
     return cast("list[int]", load_host(text).open_devices(text.partition(":")[2], domid))
 
 
 def load_host(text: str) -> ModuleType:
-    """Import the module that `text` names, and open nothing."""
+    """Import the module that `text` names, and return it; open nothing."""
     return importlib.import_module(text.partition(":")[0])
 
 
 def check_host(text: str) -> None:
-    """Raise ConfigError if `text` names no existing module; import only the package that it lies in."""
+    """Check that the module exists that `text` names, without importing more than its package. Raises: ConfigError."""
     name = text.partition(":")[0]
     try:
         is_there = importlib.util.find_spec(name) is not None

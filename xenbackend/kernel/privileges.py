@@ -1,7 +1,7 @@
-"""What a process may do by who it is: user, groups, capabilities, and what it can never get again.
+"""Gives up the privileges of a process: its user, groups and capabilities, and the means to regain them.
 
-Must not decide which process gives up what, nor in which order: `walls` does. All of it holds for the calling thread
-only, so it is given up while there is one.
+Must not decide which process gives up what, nor in which order: `walls` does. Everything here affects the calling
+thread only, so it must be called while the process has one thread.
 
 Sources: credentials(7), capabilities(7), capset(2); prctl(2) for the numbers, as in linux/prctl.h.
 """
@@ -25,7 +25,7 @@ _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_u
 
 
 def become(uid: int) -> None:
-    """Be this user and the group of the same number, in no other group, from now on. Raises: KernelError."""
+    """Become this user, in the group of the same number and no other one. Raises: KernelError."""
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -35,20 +35,20 @@ def become(uid: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Have no capability, and none to leave to another program. Raises: KernelError."""
+    """Drop all capabilities, also those that a program started from here would inherit. Raises: KernelError."""
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    if _libc.capset(header, bytes(24)) < 0:  # effective, permitted, inheritable, twice
+    if _libc.capset(header, bytes(24)) < 0:  # effective, permitted, inheritable: two words each
         raise KernelError("drop all capabilities", ctypes.get_errno())
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, "drop the ambient capabilities")
 
 
 def refuse_new_privileges() -> None:
-    """Let no program that is started from here have more rights than we. Raises: KernelError."""
+    """Make sure that no program started from here gets more rights than this process. Raises: KernelError."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1, "refuse new privileges (PR_SET_NO_NEW_PRIVS)")
 
 
 def refuse_dumps() -> None:
-    """Let nobody but root read our memory or trace us, also no process of our own user. Raises: KernelError."""
+    """Forbid all users but root, also our own, to read our memory or trace us. Raises: KernelError."""
     _prctl(_PR_SET_DUMPABLE, 0, "refuse dumps (PR_SET_DUMPABLE)")
 
 

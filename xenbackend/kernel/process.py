@@ -1,9 +1,9 @@
-"""A process's place among others: its name, its orphans, its priority, its end by force; and what it has open.
+"""What can be set and asked about processes: name, parent of orphans, priority, kill, state, and open files.
 
-Must not start one, nor decide who comes first.
+Must not start a process, nor decide which one gets priority.
 
-Where Linux groups tasks by session (sched(7), "The autogroup feature"), a nice value counts only within its session,
-and every session has an equal share. So the nice value of the group is set too, for a process that leads one.
+If Linux groups tasks by session (sched(7), "The autogroup feature"), a nice value counts only within its session, and
+all sessions have equal shares. So for a session leader, the nice value of the group is set as well.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from xenbackend.errors import KernelError
 
-AHEAD = 10  # nice values
-_NORMAL = os.getpriority(os.PRIO_PROCESS, 0)  # as we were started
-_LEAST = -20  # nice value
+AHEAD = 10  # by how much `boost` lowers the nice value
+_NORMAL = os.getpriority(os.PRIO_PROCESS, 0)  # the nice value with which we were started
+_LEAST = -20  # the lowest nice value
 _PR_SET_NAME = 15  # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -27,19 +27,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def adopt_orphans(*, does: bool) -> None:
-    """Be the parent of every descendant whose own parent ends from now on, or no longer. Raises: KernelError."""
+    """Become the parent of every descendant whose own parent ends, or stop doing so. Raises: KernelError."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, int(does), 0, 0, 0) < 0:
         raise KernelError("adopt processes (PR_SET_CHILD_SUBREAPER)", ctypes.get_errno())
 
 
 def rename(name: str) -> None:
-    """Have this process called so by ps(1), top(1) and `kernel.users`: its first 15 bytes. Raises: KernelError."""
+    """Set the name of this process that ps(1), top(1) and `kernel.users` show: the first 15 bytes of `name`.
+
+    Raises: KernelError.
+    """
     if _libc.prctl(_PR_SET_NAME, name.encode(errors="surrogateescape"), 0, 0, 0) < 0:
         raise KernelError("have a name (PR_SET_NAME)", ctypes.get_errno())
 
 
 def end_with(parent: int, number: int) -> None:
-    """Get this signal when our parent ends, now where that has ended already. Raises: KernelError."""
+    """Have signal `number` sent to us when our parent ends, or now if `parent` has ended. Raises: KernelError."""
     if _libc.prctl(_PR_SET_PDEATHSIG, number) < 0:
         raise KernelError("end with the parent (PR_SET_PDEATHSIG)", ctypes.get_errno())
     if os.getppid() != parent:
@@ -53,7 +56,7 @@ def kill(pidfd: int) -> None:
 
 
 def state_of(pid: int) -> str:
-    """Return the state of a process in a letter, as proc_pid_stat(5) has it; empty where there is none."""
+    """Return the state of a process as the letter in proc_pid_stat(5), empty if there is no such process."""
     try:
         return text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -62,11 +65,11 @@ def state_of(pid: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file that a process has open, as the kernel tells without asking the file's own file system.
+    """A file that a process has open, as the kernel knows it without asking the file's own file system.
 
-    path     where it is, without links
-    device   of the file system that is mounted there; that of the file may be another one (btrfs)
-    inode    its number there
+    path     without links
+    device   of the mounted file system; the file's own st_dev may differ (btrfs)
+    inode    its inode number
     """
 
     path: str
@@ -75,29 +78,29 @@ class OpenFile:
 
 
 def files_of(pidfd: int) -> list[OpenFile]:
-    """Return which files with a name a process has open; nothing where it has ended, or before Linux 5.14.
+    """Return the named files that a process has open; empty if the process has ended, and before Linux 5.14.
 
-    Nothing is asked of the files: one on a server that does not answer keeps nobody waiting.
+    The files themselves are not touched, so one on a server that does not answer blocks nobody.
     """
     try:
         pid = int(_fields(f"/proc/self/fdinfo/{pidfd}").get("Pid", "-1"))
         devices = _devices_of_mounts(f"/proc/{pid}/mountinfo")
         found = {}
         for each in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - as in `text_of`
-            with suppress(OSError, KeyError, ValueError):  # closed meanwhile; or a pipe, which lies in no directory
+            with suppress(OSError, KeyError, ValueError):  # closed meanwhile, or a pipe, which has no path
                 path = os.readlink(f"/proc/{pid}/fd/{each}")  # noqa: PTH115 - pathlib would alter the name
                 info = _fields(f"/proc/{pid}/fdinfo/{each}")
                 if path.startswith("/"):
                     found[path] = OpenFile(path, devices[info["mnt_id"]], int(info["ino"]))
-        signal.pidfd_send_signal(pidfd, 0)  # it is there still, so that the number was its own
+        signal.pidfd_send_signal(pidfd, 0)  # it still exists, so `pid` has not been reused
     except (OSError, ValueError):
         return []
     return list(found.values())
 
 
 def text_of(path: str) -> str:
-    """Return what a file in /proc says. Raises: OSError."""
-    with open(path, encoding="ascii", errors="replace") as file:  # noqa: PTH123 - each command imports this, and no pathlib
+    """Return the content of a file in /proc. Raises: OSError."""
+    with open(path, encoding="ascii", errors="replace") as file:  # noqa: PTH123 - each command imports this, but not pathlib
         return file.read()
 
 
@@ -108,7 +111,7 @@ def _fields(path: str) -> dict[str, str]:
 
 
 def _devices_of_mounts(path: str) -> dict[str, int]:
-    """Return the device of each mount, by its number. Source: proc(5), /proc/pid/mountinfo. Raises: OSError."""
+    """Return the device number of each mount, by mount ID. Source: proc(5), /proc/pid/mountinfo. Raises: OSError."""
     found = {}
     for line in text_of(path).splitlines():
         mount, _, device = line.split(" ")[:3]
@@ -118,7 +121,7 @@ def _devices_of_mounts(path: str) -> dict[str, int]:
 
 
 def boost(pid: int) -> None:
-    """Give a process priority over the rest of the host, until `unboost`; does nothing if the host forbids it."""
+    """Give a process priority over the rest of the host until `unboost`; does nothing if the host forbids it."""
     _set_nice(pid, AHEAD)
 
 
@@ -128,13 +131,13 @@ def unboost(pid: int) -> None:
 
 
 def _set_nice(pid: int, ahead: int) -> None:
-    if pid <= 0:  # it has gone, and its number is not known any more
+    if pid <= 0:  # it is gone, and its number is not known any more
         return
     nice = max(_LEAST, _NORMAL - ahead)
     with suppress(OSError):
         if os.getsid(pid) != pid:
             os.setpriority(os.PRIO_PROCESS, pid, nice)
             return
-        os.setpriority(os.PRIO_PGRP, pid, nice)  # of PRIO_PROCESS the threads that it has started would hear nothing
+        os.setpriority(os.PRIO_PGRP, pid, nice)  # PRIO_PROCESS would not affect threads that it has started
         with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123 - as in `text_of`
-            file.write(f"{-ahead}\n")  # a session begins with 0
+            file.write(f"{-ahead}\n")  # a new session's value is 0

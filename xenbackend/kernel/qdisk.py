@@ -1,6 +1,7 @@
-"""Which images Xen's QEMU serves to guests: it takes no lock and no claim on them, so its descriptors are looked at.
+"""Finds images that Xen's QEMU serves to guests. QEMU neither locks nor claims them, so its descriptors are examined.
 
-Must not look at any process where no QEMU is at work for Xen, nor ask a file system that might not answer.
+Must not examine any process unless there are signs of a QEMU that works for Xen, nor ask a file system that might not
+answer.
 
 Sources: QEMU hw/block/xen-block.c, `xen_block_drive_create` ("locking": "off"); Linux drivers/xen/xenbus, which shows
 backends on its bus if they were there before QEMU was; Xen tools/libs/light/libxl_dm.c, which gives each QEMU a socket;
@@ -19,28 +20,28 @@ from xenbackend.kernel import blkback
 from xenbackend.kernel.process import text_of
 
 SOCKETS = "/run/xen"
-_SIGNS = ("qdisk-", "qmp-libxl-")  # names on the bus, and of sockets
-_QEMU = "qemu-system"  # in the name of its process, whatever the distribution puts before
+_SIGNS = ("qdisk-", "qmp-libxl-")  # how names on the bus and of sockets begin
+_QEMU = "qemu-system"  # part of the process's name; distributions may put a prefix before it
 _FLAGS = re.compile(r"^flags:\s*([0-7]+)$", re.MULTILINE)
 _INODE = re.compile(r"^ino:\s*(\d+)$", re.MULTILINE)
 
 
 def users_of(fd: int, *, by_writers: bool = False) -> Iterator[str]:
-    """Yield who of QEMU has an open file or block device open, as the end of "it is in use by".
+    """Yield the QEMU processes that have the file or block device of `fd` open, in words that follow "it is in use by".
 
-    `by_writers`: only who could write to it.
+    `by_writers`: only processes that could write to it.
     """
     if not (_has_signs(blkback.BUS) or _has_signs(SOCKETS)):
         return
     status = os.fstat(fd)
     for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - at every opening
-        with suppress(OSError):  # it ends
+        with suppress(OSError):  # the process has ended
             if _QEMU in text_of(f"/proc/{pid}/comm") and _has(pid, status, by_writers):
                 yield f"QEMU, which serves a guest (process {pid})"
 
 
 def _has_signs(directory: str) -> bool:
-    with suppress(FileNotFoundError, NotADirectoryError):  # there is no Xen
+    with suppress(FileNotFoundError, NotADirectoryError):  # not a Xen host
         return any(name.startswith(_SIGNS) for name in os.listdir(directory))  # noqa: PTH208 - as above
     return False
 

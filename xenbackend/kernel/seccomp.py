@@ -1,6 +1,6 @@
-"""seccomp: a process that the kernel lets make few system calls, for all of its threads at once and for good.
+"""seccomp: restricts the system calls of a process, for all its threads at once and for good.
 
-Must not decide which: it loads a program (`walls.filter`), as bytes.
+Must not decide which calls are allowed: it loads a program made by `walls.filter`, as bytes.
 
 Source: seccomp(2); linux/seccomp.h, linux/audit.h.
 """
@@ -29,14 +29,14 @@ class _Program(ctypes.Structure):
 
 
 def load(program: bytes) -> None:
-    """Have every thread of this process obey a program. The process has to refuse new privileges already.
+    """Apply a filter program to every thread of this process, which must have refused new privileges before.
 
-    Raises: KernelError; ESRCH where a thread has other filters than we, ENOSYS on a machine that is not known.
+    Raises: KernelError; ESRCH if another thread has different filters, ENOSYS on an unknown architecture.
     """
     number = _SYSCALLS.get(platform.machine())
     if number is None:
         raise KernelError(f"filter system calls on {platform.machine()}", errno.ENOSYS)
     filters = _Program(len(program) // INSTRUCTION, program)
     done = _libc.syscall(number, _SET_MODE_FILTER, _FLAG_TSYNC, ctypes.byref(filters))
-    if done:  # the number of a thread that cannot follow is positive
+    if done:  # a positive result is the number of a thread that could not be included
         raise KernelError("filter system calls (seccomp)", ctypes.get_errno() if done < 0 else errno.ESRCH)

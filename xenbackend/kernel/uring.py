@@ -2,9 +2,10 @@
 
 Must not know a request, a driver, or what a number in `user_data` stands for. One thread owns a ring.
 
-A ring does what is asked of it without a system call that a filter (seccomp(2)) could see. So each is restricted to the
-operations below before it can be used, and no later call lifts that. Nor do many threads of the kernel work for it: of
-those that wait for something else than a file or a block device, of which nothing of ours is, it would start thousands.
+A ring carries out operations without system calls that a filter (seccomp(2)) could see. So each ring is restricted to
+the operations below before it can be used, and no later call lifts this. The number of kernel threads that work for a
+ring is bounded, too: for operations on anything but regular files and block devices, which we never use, the kernel
+would start thousands.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _SETUP_CQSIZE = 1 << 3
 _SETUP_CLAMP = 1 << 4
 _SETUP_R_DISABLED = 1 << 6
 _REGISTER_RESTRICTIONS, _REGISTER_ENABLE_RINGS, _REGISTER_IOWQ_MAX_WORKERS = 11, 12, 19
-MOST_WORKERS = 32  # of the kernel's threads for files and devices; what finds none waits
+MOST_WORKERS = 32  # kernel threads for files and block devices; further operations wait for a free one
 _RESTRICTION_SQE_OP = 1
 _ENTER_GETEVENTS = 1
 _OFF_SQ_RING = 0
 _OFF_SQES = 0x10000000
-# One mapping for both rings, no completion is dropped, iovecs may go after submission, OP_READ exists.
+# One mapping for both rings; no completion is dropped; iovecs may be reused after submission; OP_READ exists.
 _FEATURES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3
 # generic system call numbers: the same on x86-64 and Arm
 _SYS_SETUP, _SYS_ENTER, _SYS_REGISTER = 425, 426, 427
@@ -50,23 +51,23 @@ _SQE = struct.Struct("=BBHiQQIIQ")  # opcode, flags, ioprio, fd, off, addr, len,
 _SQE_SIZE = 64
 _CQE = struct.Struct("=QiI")  # user_data, res, flags
 _RESTRICTION = struct.Struct("=HBB12x")  # opcode, the operation, reserved
-_IOVECS = 8192  # of all that is queued and not yet submitted
+_IOVECS = 8192  # of all operations that are queued and not yet submitted
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall  # without argtypes: half the price
+_syscall = _libc.syscall  # without argtypes a call costs half
 
 
 class Uring:
     """One io_uring: operations are queued, then submitted together, and come back from `reap` after `enter`.
 
-    Invariants: at most as much is queued as the submission queue holds (a full one is submitted at once). If the
-    completion queue is full, the kernel keeps further completions (IORING_FEAT_NODROP) until the next `enter`.
+    Invariants: no more operations are queued than the submission queue holds (a full queue is submitted at once). If
+    the completion queue is full, the kernel keeps further completions (IORING_FEAT_NODROP) until the next `enter`.
 
     Args:
-        entries: of the submission queue, a power of two; limits the operations that are queued, not those in flight.
+        entries: size of the submission queue, a power of two; limits the queued operations, not those in flight.
 
-    Raises: KernelError: ENOSYS, EPERM if io_uring is absent or forbidden, EINVAL if it cannot be restricted (before
-        Linux 5.10).
+    Raises: KernelError: ENOSYS if there is no io_uring, EPERM if it is forbidden, EINVAL if it cannot be restricted
+        (before Linux 5.10).
     """
 
     single = (OP_READ, OP_WRITE)
@@ -116,7 +117,7 @@ class Uring:
     def queue(
         self, opcode: int, fd: int, offset: int, address: int, length: int, user_data: int, op_flags: int = 0
     ) -> None:
-        """Queue one operation; the memory at `address` must stay until the completion is reaped."""
+        """Queue one operation; the memory at `address` must stay valid until the completion is reaped."""
         tail = self._tail
         place = (tail & self._sq_mask) * _SQE_SIZE
         _SQE.pack_into(self._sqes, place, opcode, 0, 0, fd, offset, address, length, op_flags, user_data)
@@ -141,15 +142,15 @@ class Uring:
         self.queue(OP_FSYNC, fd, 0, 0, 0, user_data, FSYNC_DATASYNC)
 
     def fileno(self) -> int:
-        """Return the descriptor, which is readable when something has completed."""
+        """Return the descriptor, which is readable while completions wait."""
         return self._fd
 
     def submit(self) -> None:
-        """Submit everything queued. Raises: KernelError."""
+        """Submit the queue. Raises: KernelError."""
         self._enter(0)
 
     def enter(self) -> None:
-        """Submit everything queued and let the kernel post completions, without waiting. Raises: KernelError."""
+        """Submit the queue and let the kernel post completions, without waiting. Raises: KernelError."""
         self._enter(_ENTER_GETEVENTS)
 
     def _enter(self, flags: int) -> None:
@@ -162,14 +163,14 @@ class Uring:
                     break
                 continue
             error = ctypes.get_errno()
-            if error == errno.EBUSY:  # before Linux 5.19: takes nothing while completions wait for room
+            if error == errno.EBUSY:  # before Linux 5.19: nothing is taken while completions wait for room
                 self._early += self.reap()
             elif error not in {errno.EINTR, errno.EAGAIN}:
                 raise KernelError("submit to io_uring", error)
         self._iovecs_used = 0
 
     def reap(self) -> list[tuple[int, int]]:
-        """Return the completions that were posted, as (user_data, result): a byte count or a negative errno."""
+        """Return the posted completions, as (user_data, byte count or negative errno)."""
         words = self._words
         head, tail = words[self._cq_head_at], words[self._cq_tail_at]
         rings, mask, cqes, unpack = self._rings, self._cq_mask, self._cqes, _CQE.unpack_from
@@ -182,7 +183,7 @@ class Uring:
         return done
 
     def close(self) -> None:
-        """Release the ring; nothing may be in flight, and this object is not used again."""
+        """Release the ring. Nothing may be in flight, and this object must not be used again."""
         for address, size in self._mapped:
             unmap(address, size)
         self._mapped.clear()
@@ -190,7 +191,7 @@ class Uring:
 
 
 def _setup(entries: int) -> tuple[int, bytes]:
-    """Return a ring's descriptor and its `io_uring_params`."""
+    """Return the descriptor of a new, disabled ring, and its `io_uring_params`. Raises: KernelError."""
     params = ctypes.create_string_buffer(_PARAMS_SIZE)
     _PARAMS.pack_into(params, 0, 0, entries * 16, _SETUP_CQSIZE | _SETUP_CLAMP | _SETUP_R_DISABLED, 0, 0, 0, 0, 0, 0, 0)
     fd = _syscall(_SYS_SETUP, entries, ctypes.byref(params))
@@ -201,10 +202,10 @@ def _setup(entries: int) -> tuple[int, bytes]:
 
 
 def _bound_workers(fd: int) -> None:
-    """Bound the threads that the kernel starts for whoever uses this ring; not before Linux 5.15, which cannot.
+    """Limit the threads that the kernel starts for a ring. Linux before 5.15 has no such limit, which is no error.
 
-    Two words: for files and block devices, where the kernel's own bound stays if that is lower (four for each CPU), and
-    for everything else. Source: io_uring_register(2).
+    There are two limits: for files and block devices, where the kernel's own limit of four per CPU is kept if it is
+    lower, and for everything else. Source: io_uring_register(2). Raises: KernelError.
     """
     most = array("I", (min(MOST_WORKERS, 4 * (os.cpu_count() or 1)), 1))
     address, count = most.buffer_info()
@@ -215,7 +216,7 @@ def _bound_workers(fd: int) -> None:
 
 
 def _restrict(fd: int) -> None:
-    """Let a new ring do what is allowed and nothing else, and begin."""
+    """Restrict a new ring to the allowed operations, and enable it. Raises: KernelError."""
     allowed = b"".join(_RESTRICTION.pack(_RESTRICTION_SQE_OP, operation, 0) for operation in _ALLOWED)
     if _syscall(_SYS_REGISTER, fd, _REGISTER_RESTRICTIONS, allowed, len(_ALLOWED)) < 0:
         raise KernelError("restrict io_uring", ctypes.get_errno())

@@ -1,6 +1,7 @@
-"""Who uses an image, in words: mounts, holders and partitions of a block device, and processes with a lock.
+"""Names the users of an image, in words: mounts, holders and partitions of a block device, and processes with a lock.
 
-Must not be asked before something was refused: it looks at every process. Must not raise, nor wait for a file system.
+Must only be used after something was refused, since it looks at every process. Must not raise, nor wait for a file
+system.
 
 Sources: proc_pid_mountinfo(5), proc_pid_fdinfo(5), proc_swaps(5), sysfs-block (holders).
 """
@@ -18,14 +19,14 @@ from pathlib import Path
 from xenbackend.errors import printable
 from xenbackend.kernel import blkback
 
-WORKER = "xb "  # before the disk, in the name by which a worker's process goes
-_MOST = 3  # users that are named
+WORKER = "xb "  # prefix of a worker's process name; the disk follows
+_MOST = 3  # users that are named at most
 _LONGEST = 60  # characters of a command
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def users_of(fd: int) -> str:
-    """Return who else uses an open file or block device, as the end of "it is used by"; empty if that is not known."""
+    """Return who else uses an open file or block device, in words that follow "it is used by"; empty if not known."""
     with suppress(OSError):
         status = os.fstat(fd)
         found = _kernel_users(status.st_rdev) if stat.S_ISBLK(status.st_mode) else iter(())
@@ -35,7 +36,7 @@ def users_of(fd: int) -> str:
 
 
 def _kernel_users(number: int) -> Iterator[str]:
-    """Yield guests, mounts, swap and holders of a device, of its partitions, and of the disk that it is a part of."""
+    """Yield the guests, mounts, swap and holders of a device, of its partitions, and of the disk of which it is one."""
     own = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     yield from (f"the kernel's backend for the disk {each}" for each in blkback.disks_on(number))
     family = [own, *(each.parent for each in own.glob("*/partition"))]
@@ -76,15 +77,16 @@ def _processes(status: os.stat_result) -> Iterator[str]:
     """Yield the other processes that have a lock on this file, or have this device open."""
     for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - pathlib costs as much as the rest
         if int(pid) != os.getpid():
-            with suppress(OSError):  # it ends, or is somebody's whose files we may not see
+            with suppress(OSError):  # the process has ended, or we may not see its files
                 if any(_has(pid, fd, status) for fd in os.listdir(f"/proc/{pid}/fd")):  # noqa: PTH208
                     yield f"{_name(pid)} (process {pid})"
 
 
 def _has(pid: str, fd: str, status: os.stat_result) -> bool:
-    """Return whether a descriptor keeps us from this file.
+    """Return whether a process's descriptor has a lock on this file, or has this block device open.
 
-    Nothing is asked of a file system that might not answer: only of what has the same inode number, or is in /dev.
+    A file system that does not answer must not block us, so only files with the same inode number, or in /dev, are
+    asked.
     """
     place = f"/proc/{pid}/fd/{fd}"
     with suppress(OSError):  # it was closed
@@ -98,7 +100,7 @@ def _has(pid: str, fd: str, status: os.stat_result) -> bool:
 
 
 def _name(pid: str) -> str:
-    """Return what people call a process: the disk of a worker of ours, else its command."""
+    """Return what people call a process: its disk if it is one of our workers, else its command."""
     own = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
     if own.startswith(WORKER):
         return f"the disk {printable(own.removeprefix(WORKER))}"

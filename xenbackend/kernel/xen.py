@@ -1,6 +1,6 @@
 """The real host: `/dev/xen/gntdev` and `/dev/xen/evtchn`.
 
-Must not hold a rule of its own; it only opens.
+Must not contain any rules: it only opens the devices.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from xenbackend.kernel.ports import Arena
 
 
 class XenHost:
-    """Implements `kernel.ports.Host`. Raises: KernelError, if the machine offers no memory fence."""
+    """Implements `kernel.ports.Host`. Raises: KernelError if the machine offers no memory fence."""
 
     def __init__(self, devices: Sequence[int] = ()) -> None:
-        """`devices` are descriptors from `open_devices`, which stay the caller's; without them it opens its own."""
+        """Use `devices`, descriptors from `open_devices` that stay the caller's; if there are none, open our own."""
         self.fence, self.fence_found = find_fence()
         self._devices = devices
 
@@ -38,14 +38,14 @@ class XenHost:
 
 
 def open_host(argument: str, devices: Sequence[int] = ()) -> XenHost:  # noqa: ARG001 - there is only one
-    """Return the Xen host that this process runs on; called by `kernel.ports.open_host`."""
+    """Return the Xen host on which this process runs; `kernel.ports.open_host` calls this."""
     return XenHost(devices)
 
 
 def open_devices(argument: str, domid: int) -> list[int]:  # noqa: ARG001 - the same
-    """Open both devices, as `kernel.ports.open_devices`. Raises: KernelError.
+    """Open both devices, as `kernel.ports.open_devices` says. Raises: KernelError.
 
-    Before Linux 5.5 a grant device maps only for the process that opened it where the dom0 is PV.
+    In a PV dom0 before Linux 5.5, only the process that opened a grant device can map grants by it.
     """
     grants = gntdev.open_device()
     try:
