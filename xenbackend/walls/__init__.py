@@ -1,1 +1,1 @@
-"""What a worker gives up before it reads its first byte from a guest or an image."""
+"""The rights that a worker gives up before it reads its first byte from a guest or an image."""

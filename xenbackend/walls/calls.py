@@ -1,8 +1,8 @@
-"""System calls and their arguments by the names that a policy uses: their numbers on each machine.
+"""The numbers of system calls and of their arguments on each architecture, by the names that policies use.
 
-Must not say which of them anybody may use.
+Must not say which of them a process may use.
 
-Sources: asm/unistd_64.h for x86_64; asm-generic/unistd.h for aarch64, as for all younger machines.
+Sources: asm/unistd_64.h for x86_64; asm-generic/unistd.h for aarch64, as for all newer architectures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xenbackend.kernel import blockdev, evtchn, gntdev
 
 # linux/audit.h: AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# None: a machine that does not have the call.
+# None: the architecture does not have the call.
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "io_submit": (209, 2),
     "io_getevents": (208, 4),

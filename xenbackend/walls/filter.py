@@ -1,12 +1,12 @@
-"""Policies as programs for the kernel's filter of system calls (classic BPF).
+"""Compiles policies into programs for the kernel's filter of system calls (classic BPF).
 
-Must not load one, nor allow a call that its policy does not.
+Must not load a program, nor allow a call that its policy does not allow.
 
-A program looks for the number of the call from the top, so the first calls of a policy are the fastest. The kernel
-itself remembers which numbers are always allowed (Linux 5.11), and does not ask the program for those.
+A program searches for the number of the call from the top, so the first calls of a policy are the fastest. The kernel
+remembers which numbers are always allowed (Linux 5.11), and does not run the program for those.
 
 Source: linux/filter.h, linux/bpf_common.h, linux/seccomp.h (struct seccomp_data: number, machine, instruction pointer,
-six arguments of 64 bits, all little-endian on the machines that we know).
+six arguments of 64 bits, all little-endian on the architectures in `walls.calls`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ LOAD, EQUAL, GREATER_OR_EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000  # SECCOMP_RET_ALLOW, _ERRNO, _KILL_PROCESS
 NUMBER_AT, MACHINE_AT, ARGUMENTS_AT = 0, 4, 16
 _INSTRUCTION = struct.Struct("=HBBI")  # code, jump if true, jump if false, operand
-_X32 = 0x40000000  # the bit that marks calls of x86's third interface, which means other things by the same numbers
+_X32 = 0x40000000  # marks calls of the x32 ABI, which uses the same numbers for other calls
 
 Instruction = tuple[int, int, int, int]
 
 
 def compile_policy(policy: Policy, machine: str) -> bytes:
-    """Return the program for a policy on a machine, named as `uname -m` does.
+    """Return the program for a policy on a machine, a name as in `uname -m`.
 
-    What no rule allows is refused with EPERM; a call by another machine's numbers ends the process.
+    A call that no rule allows is refused with EPERM; a call through another architecture's interface ends the process.
 
-    Raises: KernelError, ENOSYS for a machine whose numbers are not known.
+    Raises: KernelError; ENOSYS for a machine whose numbers are not known.
     """
     if machine not in MACHINES:
         raise KernelError(f"filter system calls on {machine}, whose numbers are not known", errno.ENOSYS)
@@ -55,7 +55,7 @@ def compile_policy(policy: Policy, machine: str) -> bytes:
 
 
 def _block(rule: Rule) -> list[Instruction]:
-    """Return what decides about one call; it always ends."""
+    """Return the instructions that decide about one call; they always end with a verdict."""
     if None in rule.tests:
         return [(RETURN, 0, 0, ALLOW)]
     tests = [each for each in rule.tests if each is not None]
@@ -64,7 +64,7 @@ def _block(rule: Rule) -> list[Instruction]:
 
 
 def _test(test: Test) -> Iterable[Instruction]:
-    """Yield what allows the call if the test holds, and goes on behind it otherwise."""
+    """Yield instructions that allow the call if the test holds, and otherwise continue behind them."""
     yield (LOAD, 0, 0, ARGUMENTS_AT + 8 * test.argument)
     if test.is_in:
         for place, value in enumerate(test.values, 1):

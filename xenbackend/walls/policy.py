@@ -1,8 +1,8 @@
-"""Policies: which system calls a process may make, read from files for people.
+"""Policies: which system calls a process may make, parsed from readable files.
 
-Must not know a machine's numbers beyond whether a name is one, nor load anything into the kernel.
+Must not know numbers of system calls, only whether a name has one, nor load anything into the kernel.
 
-There is a file for each kind of process in `policies/`; the head of `worker.policy` says what a line means.
+`policies/` has a file for workers and one for each need of a driver; the head of `worker.policy` explains the syntax.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIRECTORY = Path(__file__).parent / "policies"
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """A condition on an argument: `is_in` the values, or it has none of their bits."""
+    """A condition on an argument: it is one of the values (`is_in`), or it has none of their bits."""
 
     argument: int
     is_in: bool
@@ -30,7 +30,7 @@ class Test:
 
 @dataclass(slots=True)
 class Rule:
-    """What becomes of one call: allowed if one of the `tests` holds (no test: always), else refused with `errno`."""
+    """The rule for one call: allowed if one of the `tests` holds (None always does), else refused with `errno`."""
 
     tests: list[Test | None]
     errno: int = errno.EPERM
@@ -40,7 +40,7 @@ Policy = dict[str, Rule]  # by the call's name, in the order of the files
 
 
 def load(kinds: Iterable[str]) -> Policy:
-    """Return all that the policies of these kinds allow together. Raises: ConfigError, naming file and line."""
+    """Return the union of the policies of these kinds. Raises: ConfigError, which names file and line."""
     policy: Policy = {}
     for kind in kinds:
         file = DIRECTORY / f"{kind}.policy"
@@ -55,7 +55,7 @@ def load(kinds: Iterable[str]) -> Policy:
 
 
 def parse(text: str, where: str, policy: Policy) -> None:
-    """Add to `policy` what a text says; `where` it stands, for people. Raises: ConfigError."""
+    """Add the rules of a text to `policy`; `where` names the file, for messages. Raises: ConfigError."""
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:

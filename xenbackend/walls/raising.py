@@ -1,15 +1,17 @@
-"""The walls of one process, raised one after the other, each to the end before the next: what is up, and what is not.
+"""Raises the walls of one process in a fixed order, and reports which are up and which are not.
 
-Must not be called when a second thread runs, or something still has to be opened or imported by its name: what is given
-up is given up for good. Must not raise an exception for a wall that this host does not have: it says so.
+Must not be called while a second thread runs, or before everything has been opened and imported that is needed by
+name: rights are given up for good. Must not raise an exception for a wall that this host cannot raise: it is reported.
 
-The order matters. Descriptors are closed while /proc can be seen; namespaces need the capabilities that the user's
-change takes; Landlock and the filter need "no new privileges"; the filter is last, as it refuses all the calls before.
+The order matters. Descriptors are closed while /proc is visible. Namespaces need capabilities that are lost with the
+change of user. Landlock and the filter need "no new privileges". The filter is last, since it refuses all the calls by
+which the others are raised.
 
-**Whose user**: a process that the host knows by the number P has the user and group FIRST_USER + P, and no other
-group. So two processes that live at the same time never have the same, and nobody has to remember which are taken. No
-system gives these numbers to anybody: systemd's table of users (UIDS-GIDS.md) leaves them unused, and ends its
-containers' users below. What a process leaves behind are descriptors of memories, which belong to who holds them.
+**User numbers**: a process whose number on the host is P gets the user and group FIRST_USER + P, and no other group. So
+two processes that live at the same time never have the same user, and nobody has to remember which numbers are taken.
+No system gives these numbers to other users: systemd's table of users (UIDS-GIDS.md) leaves them unused, and the range
+of its containers' users ends below. A process leaves no files of its user behind, only memories, by descriptors that
+other processes hold.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from xenbackend.walls.policy import WORKER, load
 
 MODES = ("on", "require", "off")
 FIRST_USER = 0x70000000
-NETWORK, FILES = "network", "files"  # what a driver may say that it needs: names of policies
-_MOST_DESCRIPTORS = 4096  # memories, images, parents, clients of an export
-_MOST_THREADS = 512  # of the pool, and those that the kernel starts for io_uring, which count as ours
+NETWORK, FILES = "network", "files"  # needs that a driver may declare: names of policies
+_MOST_DESCRIPTORS = 4096  # for memories, images, parents, clients of an export
+_MOST_THREADS = 512  # of the pool, and kernel threads of io_uring, which count as ours
 _NOWHERE = "/dev/null"
 _TABLE = "/proc/self/fd"
 
@@ -40,24 +42,27 @@ _TABLE = "/proc/self/fd"
 class Wall(StrEnum):
     """Each wall, in the order in which they are raised."""
 
-    DESCRIPTORS = "descriptors"  # those of a list and no other; standard input, output and error lead nowhere
+    DESCRIPTORS = "descriptors"  # only those of a list are open; standard input, output and error are /dev/null
     ENVIRONMENT = "environment"  # empty
     PROCESSES = "processes"  # it sees no process but itself
     NAMESPACES = "namespaces"  # it sees no file, no network, no IPC object
     LIMITS = "limits"
-    USER = "user"  # one that nobody else has, no groups
+    USER = "user"  # one that no other process has, without supplementary groups
     CAPABILITIES = "capabilities"  # none
-    PRIVILEGES = "privileges"  # no program gives it any
-    DUMPS = "dumps"  # nobody but root reads its memory
+    PRIVILEGES = "privileges"  # no program that it starts can gain any
+    DUMPS = "dumps"  # only root can read its memory
     LANDLOCK = "landlock"
     CALLS = "calls"  # system calls
 
 
 @dataclass(slots=True)
 class Raised:
-    """What became of the walls: those that are `up`, why others are not, and what was left open on purpose.
+    """The result of raising walls.
 
-    refusal   a sentence, where they are required and not all of them are up; else empty
+    up        names of the walls that are up
+    down      name of each wall that is not up, and the reason
+    needs     the needs of drivers for which gaps were left on purpose
+    refusal   a sentence if all walls are required and some are not up, else empty
     """
 
     up: list[str] = field(default_factory=list)
@@ -67,7 +72,7 @@ class Raised:
 
 
 class Walls:
-    """What walls are made of; made once, by a process with one thread, for all that it forks."""
+    """The materials of walls: made once, by a process with one thread, for all processes that it forks."""
 
     def __init__(self, mode: str) -> None:
         """Make empty namespaces and the worker's filter; `mode` is one of MODES."""
@@ -77,7 +82,7 @@ class Walls:
         self._programs: dict[tuple[str, ...], bytes] = {}
         if mode == "off":
             return
-        with suppress(XenbackendError):  # another machine: the wall is missing, and says why
+        with suppress(XenbackendError):  # unknown architecture: raising the wall will report why
             self._program(())
         try:
             self._empty = namespaces.EmptySet()
@@ -85,7 +90,7 @@ class Walls:
             self._why_no_empty = error
 
     def number_anew(self) -> str:
-        """Let the next child see no process but itself; return why not, empty where it will, or is not wanted."""
+        """Make the next child see no process but itself. Return why that fails; empty if it works or is not wanted."""
         if self.mode == "off":
             return ""
         try:
@@ -95,22 +100,24 @@ class Walls:
         return ""
 
     def close(self) -> None:
-        """Let go of what walls are made of: whoever is behind them needs none of it."""
+        """Release the materials; a process behind its walls no longer needs them."""
         if self._empty is not None:
             self._empty.close()
             self._empty = None
 
     def begin(self, keeps: Sequence[int], needs: Iterable[str] = ()) -> Raised:
-        """Raise the first walls: have nothing open but `keeps`, and no environment. What is opened from here on stays.
+        """Raise the first walls: close all descriptors but `keeps`, and clear the environment.
+
+        Descriptors that are opened afterwards stay open.
 
         Args:
-            keeps: the descriptors that stay; not 0, 1, 2.
-            needs: what is left open (NETWORK, FILES).
+            keeps: the descriptors that stay open, without 0, 1 and 2.
+            needs: needs for which gaps are left: NETWORK, FILES, or the name of another policy.
         """
         raised = Raised(needs=sorted(set(needs)))
         if self.mode == "off":
             return raised
-        with suppress(XenbackendError):  # while its files can be read; what is wrong with them is told of the wall
+        with suppress(XenbackendError):  # while policy files can be read; raising the wall reports errors
             self._program(tuple(raised.needs))
         besides = self._empty.descriptors if self._empty else ()
         self.raise_one(Wall.DESCRIPTORS, raised, lambda: _keep_only(keeps, besides))
@@ -118,12 +125,12 @@ class Walls:
         return raised
 
     def raise_all(self, pid: int, raised: Raised, *, why_not_alone: str | None = None) -> None:
-        """Raise all others around this process, and add to `raised` what became of each.
+        """Raise all other walls around this process, and add each result to `raised`.
 
         Args:
-            pid: our number, as the host knows it.
-            raised: what `begin` returned.
-            why_not_alone: why we see other processes: empty where we do not, None where nobody tried.
+            pid: our process number on the host.
+            raised: the value that `begin` returned.
+            why_not_alone: why we see other processes; empty if we do not, None if it was not tried to hide them.
         """
         if self.mode == "off":
             return
@@ -143,7 +150,7 @@ class Walls:
             raised.refusal = f'walls = "require", and this host cannot raise {describe(raised.down)}'
 
     def raise_one(self, wall: Wall, raised: Raised, step: Callable[[], None]) -> None:
-        """Raise one wall, and add to `raised` what became of it."""
+        """Raise one wall by calling `step`, and add the result to `raised`."""
         try:
             step()
         except (XenbackendError, OSError, ValueError) as error:
@@ -171,7 +178,7 @@ class Walls:
 
 
 def describe(down: Mapping[str, str]) -> str:
-    """Return which walls are not up, and why, for people; the same reason once."""
+    """Return in words which walls are not up, and why; walls with the same reason are listed together."""
     reasons: dict[str, list[str]] = {}
     for wall, why in down.items():
         reasons.setdefault(why, []).append(wall)
@@ -184,9 +191,9 @@ def _fail(why: str) -> None:
 
 
 def _keep_only(keeps: Sequence[int], besides: Sequence[int]) -> None:
-    """Close every descriptor but these, let 0, 1 and 2 lead nowhere, and look at what is left.
+    """Close all descriptors but these, redirect 0, 1 and 2 to /dev/null, and check the result. Raises: OSError.
 
-    `besides` are still needed, and closed by who needs them.
+    `besides` are still needed, and their users close them later.
     """
     nowhere = os.open(_NOWHERE, os.O_RDWR | os.O_CLOEXEC)
     for standard in range(3):
@@ -202,7 +209,7 @@ def _keep_only(keeps: Sequence[int], besides: Sequence[int]) -> None:
 def _open_descriptors() -> set[int]:
     with os.scandir(_TABLE) as entries:
         found = {int(entry.name) for entry in entries}
-    return {fd for fd in found if _is_open(fd)}  # the table's own descriptor is in it
+    return {fd for fd in found if _is_open(fd)}  # not the one by which the table was read, which is closed by now
 
 
 def _is_open(fd: int) -> bool:
@@ -214,7 +221,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _limit() -> None:
-    """Bound what the kernel counts for us. Not the address space: `ram:` and dirty maps may be as large as a disk."""
+    """Set resource limits, but not for the address space: `ram:` and dirty maps may be as large as a disk."""
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, _MOST_DESCRIPTORS),
