@@ -1,6 +1,6 @@
 """The blkif wire format as tables: operations, statuses, and where each field lies in each layout.
 
-Must not contain a loop over anything of a guest's, nor decide anything.
+Must not contain a loop over anything that a guest controls, nor decide anything.
 
 Source: Xen's public headers `io/blkif.h`, `io/ring.h`, `io/protocols.h` (4.17.7). `tests/data/abi.json` holds offsets
 and sample bytes that a C compiler made from those headers; the tests compare.
@@ -56,13 +56,13 @@ class Layout:
     """Where the fields lie for one kind of frontend. All `Struct`s start at the slot's first byte.
 
     `one` covers a whole slot and yields (operation, nr_segments, handle, id, sector_number, gref, first, last): a
-    request with its first segment. `glance` is the same in six values instead of eight, for the loop that looks at
-    every request: (operation | nr_segments << 8, handle, id, sector_number, gref, first | last << 8).
+    request with its first segment. `glance` yields the same fields as six values instead of eight, for the loop over
+    all requests: (operation | nr_segments << 8, handle, id, sector_number, gref, first | last << 8).
 
-    `discard` yields (operation, flag, handle, id, sector_number, nr_sectors); `indirect` (operation, indirect_op,
-    nr_segments, id, sector_number, handle, eight grefs), of which `indirect_grefs` is the end: `one` has the rest of it
-    already, because operation, indirect_op, nr_segments, id and sector_number lie where operation, nr_segments, handle,
-    id and sector_number of a direct request do.
+    `discard` yields (operation, flag, handle, id, sector_number, nr_sectors), and `indirect` yields (operation,
+    indirect_op, nr_segments, id, sector_number, handle, eight grefs). `indirect_grefs` yields only the eight grefs:
+    `one` and `glance` have the rest already, because operation, indirect_op, nr_segments, id and sector_number lie
+    where operation, nr_segments, handle, id and sector_number of a direct request do.
 
     `response` takes (id, operation, status) and zeroes the padding.
     """
@@ -105,5 +105,5 @@ NATIVE = X86_64  # 64-bit Arm ("arm-abi") has the same offsets
 
 
 def ring_entries(layout: Layout, order: int) -> int:
-    """Return the slots of a ring of 2**order pages: the largest power of two that fits (`__RING_SIZE`, io/ring.h)."""
+    """Return how many slots a ring of 2**order pages has: the largest power of two that fits (`__RING_SIZE`)."""
     return 1 << (((4096 << order) - RING_HEADER) // layout.slot_size).bit_length() - 1

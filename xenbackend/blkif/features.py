@@ -1,9 +1,9 @@
-"""The xenstore keys by which backend and frontend agree: those that we publish, and those that the frontend answers.
+"""The xenstore keys by which backend and frontend agree: those that we publish, and the frontend's answers.
 
-Must not talk to xenstore: keys are looked up by a function that the caller gives.
+Must not talk to xenstore: the caller passes a function that reads a key.
 
-Source: io/blkif.h, "Backend XenBus Nodes" and "Frontend XenBus Nodes"; where frontends and the header differ, the code
-marks what Linux does.
+Source: io/blkif.h, "Backend XenBus Nodes" and "Frontend XenBus Nodes"; if frontends differ from the header, comments
+say what Linux does.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from xenbackend.units import SECTOR
 
 MAX_QUEUES = 8
 MAX_SEGMENTS = 256  # 1 MiB; IOV_MAX is 1024
-_QUEUES, _ORDER = IN_PLURAL = ("multi-queue-num-queues", "ring-page-order")  # Linux writes them where they are not 1, 0
+_QUEUES, _ORDER = IN_PLURAL = ("multi-queue-num-queues", "ring-page-order")  # Linux omits them if they are 1 and 0
 _MAX_U32 = 0xFFFF_FFFF
 _PROTOCOLS = {**{name: name for name in LAYOUTS}, "arm-abi": NATIVE.protocol}
 
 
 class BadFrontend(GuestError):
-    """The frontend's nodes make no sense."""
+    """The frontend's keys are missing or not valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that we offer to a frontend."""
+    """The limits that we offer to a frontend."""
 
     max_queues: int = 4
     max_ring_order: int = MAX_RING_ORDER
     max_segments: int = MAX_SEGMENTS
 
 
-MAXIMA = Limits(MAX_QUEUES, MAX_RING_ORDER, MAX_SEGMENTS)  # the most that we can serve
+MAXIMA = Limits(MAX_QUEUES, MAX_RING_ORDER, MAX_SEGMENTS)  # the largest limits that we support
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Disk:
     discard_alignment: int = 0
     cdrom: bool = False
     removable: bool = False
-    physical_sector_size: int = 0  # 0: not known, so that of a sector
+    physical_sector_size: int = 0  # 0: not known; then it is published as `sector_size`
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Frontend:
 
 
 def publish_at_probe(limits: Limits) -> dict[str, str]:
-    """Return the keys that must be written before state InitWait, in which frontends read them."""
+    """Return the keys that must be written before state InitWait, in which the frontend reads them."""
     return {
         "max-ring-page-order": str(limits.max_ring_order),
         "multi-queue-max-queues": str(limits.max_queues),
@@ -84,7 +84,7 @@ def publish_at_probe(limits: Limits) -> dict[str, str]:
 def publish_at_connect(disk: Disk) -> dict[str, str]:
     """Return the keys that must be written before state Connected.
 
-    `sectors` counts 512-byte sectors, as the header rules since 2024 and Linux always did.
+    `sectors` counts 512-byte sectors, as the header has required since 2024 and Linux has always done.
     """
     info = VDISK_CDROM * disk.cdrom | VDISK_REMOVABLE * disk.removable | VDISK_READONLY * disk.read_only
     keys = {
@@ -104,10 +104,10 @@ def publish_at_connect(disk: Disk) -> dict[str, str]:
 
 
 def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Frontend:
-    """Return what the frontend chose. `read` gives the value of a key below the frontend's directory, or None.
+    """Return what the frontend chose. `read` returns the value of a key below the frontend's directory, or None.
 
-    An absent `protocol` means the native one (as Linux blkback does; tapback takes x86_32 for it). A feature is
-    present if its value is 1, and absent for any other value.
+    If there is no `protocol`, the native one is used (as in Linux blkback; tapback uses x86_32). A feature is present
+    if its value is 1, and absent for any other value.
 
     Raises: BadFrontend.
     """
@@ -117,7 +117,7 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
         raise BadFrontend(f"the frontend's protocol {_shown(wanted)} is unknown; {', '.join(_PROTOCOLS)} are served")
     queues = _number(read, _QUEUES, 1, limits.max_queues, default=1)
     order = _number(read, _ORDER, 0, limits.max_ring_order, default=0)
-    # With one queue the keys lie in the frontend's own directory: Linux writes "queue-N/" only from two queues on.
+    # With one queue the keys lie in the frontend's own directory: Linux uses "queue-N/" only for two or more queues.
     prefixes = [f"queue-{queue}/" for queue in range(queues)] if queues > 1 else [""]
     rings = [_parse_ring(read, prefix, order) for prefix in prefixes]
     return Frontend(protocol=protocol, rings=rings, persistent=read("feature-persistent") == "1")
@@ -125,7 +125,7 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
 
 def _parse_ring(read: Callable[[str], str | None], prefix: str, order: int) -> FrontendRing:
     names = [f"ring-ref{page}" for page in range(1 << order)]
-    # Frontends that write order 0 name their page either way; Linux blkback learned to take both.
+    # Frontends that write an order of 0 use either name for their page; like Linux blkback, accept both.
     if order == 0 and (read(_ORDER) is None or read(prefix + "ring-ref0") is None):
         names = ["ring-ref"]
     grefs = [_number(read, prefix + name, 0, _MAX_U32) for name in names]
@@ -133,7 +133,7 @@ def _parse_ring(read: Callable[[str], str | None], prefix: str, order: int) -> F
 
 
 def _number(read: Callable[[str], str | None], key: str, least: int, most: int, default: int | None = None) -> int:
-    """Return a decimal number without a sign, in range."""
+    """Return the value of a key as a number from `least` to `most`, `default` if it is missing. Raises: BadFrontend."""
     text = read(key)
     if text is None:
         if default is None:
@@ -145,5 +145,5 @@ def _number(read: Callable[[str], str | None], key: str, least: int, most: int, 
 
 
 def _shown(text: str | None) -> str:
-    """Return a guest's text, short and without control characters."""
+    """Return a guest's text, shortened and with control characters escaped."""
     return ascii((text or "")[:40])

@@ -1,11 +1,11 @@
-"""The states of a vbd's two ends, and the table that says what a backend does in each pair of them.
+"""The states of both ends of a vbd, and the table that says what a backend does for each pair of states.
 
-Must not keep the state of a device or talk to xenstore.
+Must not keep the state of a vbd or talk to xenstore.
 
 Sources: io/xenbus.h for the numbers; Linux xen-blkback `frontend_changed` for the moves. This table differs from it in
 two points: it waits for a frontend directory that does not exist yet (a toolstack may write it last), and it offers the
-vbd again to a frontend that starts anew while we are connected (kexec after a crash). As in Linux, a frontend that is
-back in Initialised is served although we are Closed: its Initialising may have come and gone between two looks.
+vbd again to a frontend that starts again while we are connected (kexec after a crash). As in Linux, a frontend that is
+back in Initialised is served although we are Closed: it may have been in Initialising between two looks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Enum, IntEnum
 
 
 class XenbusState(IntEnum):
-    """One end's state, as the node ``state`` holds its decimal number; UNKNOWN also means that the node is missing."""
+    """The state of one end; the node ``state`` holds it as a decimal number. UNKNOWN also means a missing node."""
 
     UNKNOWN = 0
     INITIALISING = 1
@@ -28,21 +28,21 @@ class XenbusState(IntEnum):
 
 
 class Step(Enum):
-    """What the backend should do. Each is a goal, not an event: doing it twice has the effect of doing it once."""
+    """What the backend should do. Steps are idempotent: taking one twice has the effect of taking it once."""
 
     WAIT = "wait"  # the next move is the frontend's
-    OFFER = "offer"  # publish what we can do, then InitWait
-    SERVE = "serve"  # serve the frontend's rings, then Connected
-    FOLLOW = "follow"  # answer with Closing; the frontend may still finish its requests
-    CLOSE = "close"  # finish what is in flight, let go of the rings, then Closed
-    RESTART = "restart"  # let go of the rings of the frontend's former life, then offer anew
+    OFFER = "offer"  # publish our features, then switch to InitWait
+    SERVE = "serve"  # serve the frontend's rings, then switch to Connected
+    FOLLOW = "follow"  # switch to Closing; the frontend may still finish its requests
+    CLOSE = "close"  # finish the requests in flight, unmap the rings, then switch to Closed
+    RESTART = "restart"  # unmap the rings from before the frontend's restart, then as OFFER
 
 
 _STATES = {str(state.value): state for state in XenbusState}
 
 
 def parse_state(text: str | None) -> XenbusState:
-    """Return the state that a node's text names; UNKNOWN for a missing node and for any other text."""
+    """Return the state that a node's text stands for; UNKNOWN for a missing node and for any other text."""
     return _STATES.get(text or "", XenbusState.UNKNOWN)
 
 

@@ -1,9 +1,10 @@
-"""Copies of ring slots turned into checked requests, and requests turned into slots.
+"""Decodes copies of ring slots into checked requests, and encodes requests as slots.
 
-Must not map a grant, touch a file, or look at shared memory: its input is a private copy already (R4).
+Must not map a grant, touch a file, or read shared memory: its input is already a private copy (R4).
 
-Law: from any bytes the decoder makes a valid operation, or a `GuestError` in `RingRequest.refused`. It raises nothing,
-and its work is bounded. `guest_id` and `operation` are right in either case, so that the request can be answered.
+Invariant: from any bytes, the decoder makes either a valid operation or a `BadRequest` in `RingRequest.refused`. It
+raises nothing, and its work is bounded. `guest_id` and `operation` are correct in both cases, so that the request can
+be answered.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ _WHOLE_PAGES = [WHOLE_PAGE * count for count in range(SEGMENTS_PER_INDIRECT_PAGE
 
 
 class BadRequest(GuestError):
-    """A request that breaks a rule; `status` is its answer."""
+    """A request that breaks a rule; `status` is the status of its response."""
 
     status = BLKIF_RSP_ERROR
 
 
 class BadOperation(BadRequest):
-    """An operation that is unknown, or that we did not announce."""
+    """An operation that is unknown, or that we have not offered."""
 
     status = BLKIF_RSP_EOPNOTSUPP
 
 
 class BadSegmentCount(BadRequest):
-    """No segment although data is due, or more segments than agreed."""
+    """No segment in a request that needs data, or more segments than agreed."""
 
 
 class BadSegment(BadRequest):
@@ -80,14 +81,15 @@ class BadGrant(BadRequest):
 class RingRequest:
     """One decoded request, pooled with its journal entry.
 
-    At rest, and after decoding one whole page, it is plain: `gref` names the page; `grefs` and what follows is empty.
+    Between uses, and after decoding a request for one whole page, it is plain: `gref` is the page; `grefs` and the
+    attributes below it are empty.
 
-    operation      BLKIF_OP_*; for an indirect request the inner one, which is what the response must carry
+    operation      BLKIF_OP_*; for an indirect request the inner one, which the response must carry
     first_sector   in 512-byte sectors; the range lies inside the disk
     length         bytes, 0 for a flush or an empty barrier
     grefs          the data pages in order, unless the data is exactly one whole page
-    spans          (first byte, bytes) per page; None for a plain record and one of several whole pages only
-    indirect       the pages that hold the segments, until `Decoder.decode_indirect` was called; then empty
+    spans          (first byte, bytes) per page; None in a plain record, and for several pages that are all whole
+    indirect       the pages that hold the segments, until `Decoder.decode_indirect` is called; then empty
     segment_count  segments in those pages
     refused        the rule that was broken, or None
     """
@@ -99,8 +101,8 @@ class RingRequest:
 
     def __init__(self, entry: int, owner: Any, request: Any) -> None:
         self.entry = entry  # the journal entry that holds the copy
-        self.owner = owner  # whoever pools it: theirs alone
-        self.request = request  # what is lent to the chain for it: theirs alone
+        self.owner = owner  # belongs to the owner of the pool; not used here
+        self.request = request  # the request that goes through the chain; not used here
         self.guest_id = 0
         self.operation = 0
         self.first_sector = 0
@@ -123,7 +125,7 @@ class Decoder:
     def __init__(
         self, layout: Layout, sectors: int, *, read_only: bool, can_flush: bool, can_discard: bool, max_segments: int
     ) -> None:
-        """Take the agreement: the disk's size in 512-byte sectors, and the limit of an indirect request."""
+        """Set what was agreed: `sectors` is the disk's size (of 512 bytes), `max_segments` the limit when indirect."""
         self.sectors = sectors
         self._layout = layout
         self._read_only = read_only
@@ -153,7 +155,7 @@ class Decoder:
             record.operation = operation = head & 0xFF
             count = head >> 8
             start = (record.entry - records[0].entry) * self._layout.slot_size
-            if operation == BLKIF_OP_INDIRECT:  # the second and third field are another two there, see `abi.Layout`
+            if operation == BLKIF_OP_INDIRECT:  # fields two and three have another meaning there, see `abi.Layout`
                 record.operation = count
                 self._decode_indirect_head(record, handle, self._layout.indirect_grefs.unpack_from(slots, start))
             else:
@@ -161,9 +163,9 @@ class Decoder:
         return plain
 
     def decode_indirect(self, record: RingRequest, segments: memoryview) -> None:
-        """Decode the segments of an indirect request from the private copy of its pages, 8 bytes per segment.
+        """Decode the segments of an indirect request from a private copy of its pages, 8 bytes per segment.
 
-        Whole pages are recognised all at once: with 256 segments this is where the time of a request goes.
+        Whole pages are recognised with one comparison: with 256 segments, most of a request's time is spent here.
         """
         record.indirect = ()
         count = record.segment_count
@@ -201,7 +203,7 @@ class Decoder:
         values = SEGMENTS[count].unpack_from(slot, self._layout.segments_at)
         grefs, first, last = values[0::3], values[1::3], values[2::3]
         if count > 1 and first == _FROM_FIRST[count] and last == _TO_LAST[count]:  # all at once, as `decode_indirect`
-            record.grefs = list(grefs)  # as there, and as those are kept that were mapped side by side
+            record.grefs = list(grefs)  # not a tuple: it is compared with lists of pages that are mapped side by side
             record.length = count * PAGE
             self._check_range(record)
         else:
@@ -262,7 +264,7 @@ def encode_direct(
 def encode_indirect(
     layout: Layout, operation: int, guest_id: int, sector: int, count: int, pages: Sequence[int]
 ) -> bytes:
-    """Return the slot of an indirect request of `count` segments that lie in the pages of the grefs `pages`."""
+    """Return the slot of an indirect request whose `count` segments lie in the pages with the grefs `pages`."""
     slot = bytearray(layout.slot_size)
     grefs = [*pages, *[0] * (8 - len(pages))]
     layout.indirect.pack_into(slot, 0, BLKIF_OP_INDIRECT, operation, count, guest_id, sector, 0, *grefs)

@@ -4,19 +4,19 @@ Must not know what a request means. The other side is hostile and may write any 
 
 R1  Indices are free-running unsigned 32-bit; differences are taken modulo 2**32; slot = index & (size - 1).
 R2  The other side's producer index is loaded once per look, and slots are read after it, never before.
-R3  More requests than free slots is a broken frontend (`RingOverflow`), never a loop bound.
-R4  A slot is copied to private memory once, and only the copy is looked at.
+R3  A frontend that announces more requests than there are free slots is broken (`RingOverflow`); such a number is never
+    used as a loop bound.
+R4  A slot is copied to private memory once, and only the copy is read.
 R5  Responses are in memory before the response producer index says so.
-R6  After moving it: full fence, then load `rsp_event`; notify iff the new index has passed it since the old one.
+R6  After moving that index: full fence, then load `rsp_event`; notify iff this move has passed it.
 R7  Before sleeping: set `req_event`, full fence, look once more.
 R8  Each request gets exactly one response, and its grants are released before that response is published.
 R9  Responses never outrun requests: published <= consumed.
 R10 Index loads and stores are single aligned 32-bit accesses: `memoryview.cast("I")` does one memcpy of 4 bytes.
 
 R2 and R5 need no fence of their own on x86, where loads stay in order among loads and stores among stores; elsewhere
-`BackRing` is told that it needs one. R8 is the engine's to keep.
-Private indices here count beyond 32 bits, so that they can be compared; our own values are never read back from the
-ring.
+`BackRing` is told that it needs one. The engine ensures R8.
+Private indices count beyond 32 bits, so that they can be compared. Our own values are never read back from the ring.
 
 Source: io/ring.h (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY, RING_FINAL_CHECK_FOR_REQUESTS, RING_REQUEST_PROD_OVERFLOW).
 """
@@ -32,7 +32,7 @@ _MASK = 0xFFFF_FFFF
 
 
 class RingOverflow(GuestError):
-    """The frontend claims more requests than its ring has room for."""
+    """The frontend announces more requests than its ring has free slots."""
 
 
 class BackRing:
@@ -50,9 +50,14 @@ class BackRing:
         *,
         is_strongly_ordered: bool = True,
     ) -> None:
-        """Join a ring, new or in use: both sides agree from `rsp_prod` on, as after a restart.
+        """Join a ring, whether new or in use: requests and responses continue from its `rsp_prod`.
 
-        `pages` are the ring's bytes, mapped side by side; on x86 memory is strongly ordered.
+        Args:
+            pages: the ring's bytes, mapped side by side.
+            layout: the layout of its slots.
+            entries: number of slots, a power of two.
+            fence: a full memory fence.
+            is_strongly_ordered: whether the machine needs no fence for R2 and R5, such as x86.
         """
         self._order = None if is_strongly_ordered else fence
         self.size = entries
@@ -66,15 +71,15 @@ class BackRing:
         self.places = [RING_HEADER + slot * layout.slot_size for slot in range(entries)]  # bytes into `pages`
 
     def published(self) -> int:
-        """Return how many responses the ring shows beyond `answered`; the frontend may have written any index."""
+        """Return how many responses `rsp_prod` in the ring is beyond `answered`; the frontend may have changed it."""
         return (self._index[RSP_PROD] - self.answered) & _MASK
 
     def go_on_from(self, consumed: int, answered: int) -> None:
-        """Take over from a predecessor that had taken `consumed` requests and published `answered` responses."""
+        """Continue for a predecessor that had taken `consumed` requests and published `answered` responses."""
         self.consumed, self.answered = consumed, answered
 
     def available(self) -> int:
-        """Return how many requests wait to be taken. Raises: RingOverflow (R3)."""
+        """Return how many requests can be taken. Raises: RingOverflow (R3)."""
         count = (self._index[REQ_PROD] - self.consumed) & _MASK
         if self._order is not None:
             self._order()
@@ -84,11 +89,11 @@ class BackRing:
         return count
 
     def has_moved(self) -> bool:
-        """Return whether the frontend's producer index differs from the requests taken: worth a closer look."""
+        """Return whether the frontend's producer index differs from `consumed`: then call `available`."""
         return self._index[REQ_PROD] != self.consumed & _MASK
 
     def until_wrap(self) -> int:
-        """Return how many slots lie side by side from the next one on."""
+        """Return how many slots there are from the next one to the end of the ring's memory."""
         return self.size - (self.consumed & (self.size - 1))
 
     def take(self, copy: memoryview, count: int) -> None:
@@ -101,11 +106,11 @@ class BackRing:
         self.consumed += count
 
     def put_response(self, place: int, guest_id: int, operation: int, status: int) -> None:
-        """Write the response number `place` into its slot, padding zeroed; `publish` makes it visible."""
+        """Write response number `place` into its slot, with zeroed padding; `publish` makes it visible."""
         self.write_response(self.pages, self.places[place & (self.size - 1)], guest_id, operation, status)
 
     def publish(self, answered: int) -> bool:
-        """Make the responses before number `answered` visible (R5, R9); True if the frontend must be notified (R6)."""
+        """Make all responses before number `answered` visible (R5, R9). Return whether to notify the frontend (R6)."""
         before = self.answered
         self.answered = answered
         index = self._index
@@ -116,17 +121,17 @@ class BackRing:
         return (answered - index[RSP_EVENT]) & _MASK < answered - before
 
     def disarm(self) -> None:
-        """Ask for no event while we look ourselves. Call `final_check` before sleeping."""
+        """Ask for no events while we poll. Call `final_check` before sleeping."""
         self._index[REQ_EVENT] = self.consumed & _MASK
 
     def final_check(self) -> int:
-        """Ask for an event on the next request, then look once more (R7); returns as `available`."""
+        """Ask for an event on the next request, then check once more (R7). Returns and raises as `available`."""
         self._index[REQ_EVENT] = (self.consumed + 1) & _MASK
         self._fence()
         return self.available()
 
     def release(self) -> None:
-        """Let go of the pages, so that they can be unmapped."""
+        """Release the view of the pages, so that they can be unmapped."""
         self._index.release()
 
 
@@ -134,7 +139,7 @@ class FrontRing:
     """The frontend's end, for the rig, the load generator and the tests. It does not trust the backend either."""
 
     def __init__(self, pages: memoryview, layout: Layout, entries: int, fence: Callable[[], None]) -> None:
-        """Make a new ring in `pages`: all indices zero, both events at one (SHARED_RING_INIT)."""
+        """Initialise a new ring in `pages`: both producer indices 0, both event indices 1 (SHARED_RING_INIT)."""
         self.size = entries
         self.layout = layout
         self.pages = pages
@@ -148,17 +153,17 @@ class FrontRing:
         self.index[REQ_EVENT] = self.index[RSP_EVENT] = 1
 
     def start_at(self, index: int) -> None:
-        """Begin at another index than zero, to try the wrap at 2**32; only before the first request."""
+        """Begin at another index than 0, to test the wrap at 2**32; only allowed before the first request."""
         self.produced = self.pushed = self.consumed = index
         self.index[REQ_PROD] = self.index[RSP_PROD] = index & _MASK
         self.index[REQ_EVENT] = self.index[RSP_EVENT] = (index + 1) & _MASK
 
     def free(self) -> int:
-        """Return how many requests may still be put."""
+        """Return how many slots are free for requests."""
         return self.size - (self.produced - self.consumed)
 
     def place(self) -> int:
-        """Return the byte in `pages` where the next request goes; `advance` counts it."""
+        """Return the offset in `pages` of the next request's slot."""
         return self._places[self.produced & (self.size - 1)]
 
     def put(self, slot: bytes | memoryview) -> None:
@@ -168,14 +173,14 @@ class FrontRing:
         self.produced += 1
 
     def push(self) -> bool:
-        """Make the requests put so far visible; True if the backend must be notified."""
+        """Make the requests put so far visible. Return whether the backend must be notified."""
         before, self.pushed = self.pushed, self.produced
         self.index[REQ_PROD] = self.produced & _MASK
         self._fence()
         return (self.produced - self.index[REQ_EVENT]) & _MASK < self.produced - before
 
     def waiting(self) -> int:
-        """Return how many responses wait to be taken; the caller has to refuse more than it asked for."""
+        """Return how many responses can be taken. The caller must refuse more responses than it has sent requests."""
         return (self.index[RSP_PROD] - self.consumed) & _MASK
 
     def take(self) -> tuple[int, int, int, bytes]:
@@ -187,11 +192,11 @@ class FrontRing:
         return guest_id, operation, status, raw
 
     def final_check(self) -> int:
-        """Ask for an event on the next response, then look once more; returns as `waiting`."""
+        """Ask for an event on the next response, then check once more. Returns as `waiting`."""
         self.index[RSP_EVENT] = (self.consumed + 1) & _MASK
         self._fence()
         return self.waiting()
 
     def release(self) -> None:
-        """Let go of the pages."""
+        """Release the view of the pages."""
         self.index.release()
