@@ -1,1 +1,1 @@
-"""The protocol with an NBD client: bytes in, bytes out, no I/O."""
+"""The NBD protocol, as a server and as a client: bytes in, bytes out, no I/O."""

@@ -1,4 +1,4 @@
-"""The numbers and layouts of NBD, newstyle, for both sides, and the facts that a server tells about its export.
+"""The numbers and layouts of NBD, newstyle, for both sides, and the properties that a server tells about its export.
 
 Must not hold behaviour. Everything is big-endian.
 
@@ -23,11 +23,11 @@ OPT_STRUCTURED_REPLY, OPT_SET_META_CONTEXT = 8, 10
 OPTION_REPLY = Struct(">QIII")  # magic, option, type, length of its data
 OPTION_REPLY_MAGIC = 0x3E889045565A9
 REP_ACK, REP_SERVER, REP_INFO, REP_META_CONTEXT = 1, 2, 3, 4
-REP_ERROR = 1 << 31  # in the type of a reply that refuses; its data is a sentence
+REP_ERROR = 1 << 31  # in the type of a reply that refuses; its data is a message
 REP_ERR_UNSUP, REP_ERR_POLICY, REP_ERR_INVALID = (REP_ERROR | number for number in (1, 2, 3))
 REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_SHUTDOWN = (REP_ERROR | number for number in (5, 6, 7))
 INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
-EXPORT_NAME_REPLY = Struct(">QH")  # size, transmission flags; and zeros
+EXPORT_NAME_REPLY = Struct(">QH")  # size, transmission flags; ZEROES follow
 ZEROES = bytes(124)
 
 # Transmission
@@ -37,19 +37,19 @@ REQUEST_MAGIC = 0x25609513
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM = range(5)
 CMD_BLOCK_STATUS = 7
 CMD_FLAG_FUA = 1
-REPLY = Struct(">IIQ")  # magic, error, cookie; what was read follows
+REPLY = Struct(">IIQ")  # magic, error, cookie; the data of a read follow
 REPLY_MAGIC = 0x67446698
-STRUCTURED = Struct(">IHHQI")  # magic, flags, type, cookie, length of the data that follow; up to the cookie as REPLY
+STRUCTURED = Struct(">IHHQI")  # magic, flags, type, cookie (where REPLY has it), length of the data after it
 STRUCTURED_MAGIC = 0x668E33EF
-CHUNK_DONE = 1  # flag: the last one of its reply
+CHUNK_DONE = 1  # flag: the last chunk of its reply
 CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_BLOCK_STATUS = 0, 1, 2, 5
 CHUNK_ERROR = 1 << 15  # in the type of a chunk that says that the request failed
 CHUNK_DATA_HEAD, CHUNK_HOLE_BODY, CHUNK_ERROR_HEAD = Struct(">Q"), Struct(">QI"), Struct(">IH")
-ALLOCATION = b"base:allocation"  # the context of block status
-STATUS_ZERO = 2  # of it: the range reads as zeros
+ALLOCATION = b"base:allocation"  # the metadata context that block status uses
+STATUS_ZERO = 2  # flag in this context: the range reads as zeros
 EXTENT = Struct(">II")  # length, flags
 
-# Error numbers are the protocol's own; they happen to be Linux's. Whatever is not here is said as EIO.
+# The protocol defines its own error numbers, which equal those of Linux. Any error that is not here is sent as EIO.
 ERRORS = frozenset({0, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW})
 ERROR_ENOTSUP, ERROR_ESHUTDOWN = 95, 108
 
@@ -58,7 +58,7 @@ MAX_BLOCK = 32 << 20  # bytes of one read or write
 
 
 class NbdError(GuestError):
-    """A client broke the protocol so that the begin of its next message is unknown: its connection ends."""
+    """The other side broke the protocol, so that the start of its next message is unknown: the connection ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Export:
     @property
     def flags(self) -> int:
         """The transmission flags."""
-        flags = SEND_HAS_FLAGS | SEND_MULTI_CONN  # one chain: what one connection flushed, another one reads
+        flags = SEND_HAS_FLAGS | SEND_MULTI_CONN  # all connections use one chain: a flush on one counts for all
         if self.read_only:
             return flags | SEND_READ_ONLY
         return flags | (SEND_FLUSH | SEND_FUA) * self.can_flush | SEND_TRIM * self.can_trim

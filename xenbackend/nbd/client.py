@@ -1,11 +1,11 @@
 """The handshake of an NBD client, fixed newstyle: a server's bytes in, our options out, until requests may follow.
 
-Must not hold a socket, nor more bytes of a server than one reply may have.
+Must not hold a socket, nor keep more bytes from a server than one reply may have.
 
     server  greeting ->
-                      <- flags, STARTTLS                us, where TLS is wanted; all else is said inside of it
+                      <- flags, STARTTLS                if TLS is wanted; everything else is sent inside of it
                       <- flags, STRUCTURED_REPLY
-                      <- SET_META_CONTEXT               where the server knows that: block status needs it
+                      <- SET_META_CONTEXT               if replies are structured: block status needs both
                       <- GO                             requests follow
             answers ->
 
@@ -48,7 +48,7 @@ from xenbackend.nbd.abi import (
 )
 
 MAX_REPLY = 65536  # bytes of an option reply's data
-MAX_REPLIES = 64  # of one handshake; the servers that are known to us make some ten
+MAX_REPLIES = 64  # in one handshake; known servers send about ten
 MAX_NAME = 4096  # bytes of an export's name
 _GREETING = 18  # bytes
 _SENTENCES = {
@@ -61,17 +61,17 @@ _SENTENCES = {
 
 
 class Refused(XenbackendError):
-    """A server has said no, by the rules."""
+    """A server has refused an option or export, as the protocol allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a server has told of the export, and what was agreed on.
+    """What a server has told about its export, and what was agreed.
 
-    size, blocks   bytes; requests are multiples of `min_block` and not longer than `max_block`
-    flags          the transmission flags (`abi.SEND_...`)
-    structured     the replies to reads, and to block status, are structured
-    context        the number of ALLOCATION in block status; None: it cannot be asked
+    size, ..._block  bytes; requests are multiples of `min_block`, and at most `max_block`
+    flags            the transmission flags (`abi.SEND_...`)
+    structured       whether replies to reads and to block status are structured
+    context          the server's number for ALLOCATION in block status; None: block status is not available
     """
 
     size: int
@@ -84,9 +84,10 @@ class Offer:
 
 
 class ClientHandshake:
-    """One connection's; `offer` once requests may be sent.
+    """The handshake of one connection.
 
-    wants_tls   TLS begins now, with `tls`; `go_on_inside` once it is there
+    offer       None until requests may be sent
+    wants_tls   True if `tls` was asked for, and TLS has to begin now; then call `go_on_inside`
     """
 
     def __init__(self, export: str, *, tls: bool = False) -> None:
@@ -95,7 +96,7 @@ class ClientHandshake:
         self._asks_for_tls = tls
         self._export = export
         self._name = export.encode(errors="surrogateescape")
-        self._option = 0  # that is to be answered; 0: the greeting is to come
+        self._option = 0  # the option for which a reply is expected; 0: the greeting is expected
         self._replies = 0
         self._is_structured = False
         self._context: int | None = None
@@ -105,7 +106,7 @@ class ClientHandshake:
     def take(self, received: bytearray) -> bytes:
         """Remove the complete messages at the front of `received`, and return the bytes to send.
 
-        Raises: Refused; NbdError.
+        Raises: Refused; NbdError if the server breaks the protocol.
         """
         answers = []
         while self.offer is None and not self.wants_tls:
@@ -113,12 +114,12 @@ class ClientHandshake:
             if answer is None:
                 break
             answers.append(answer)
-        if (self.offer is not None or self.wants_tls) and received:  # what comes before TLS anybody may have sent
+        if (self.offer is not None or self.wants_tls) and received:  # bytes from before TLS may come from anybody
             raise NbdError("the server speaks before it is asked anything")
         return b"".join(answers)
 
     def go_on_inside(self) -> bytes:
-        """Return the bytes to send now that TLS is there: nothing that was said before counts."""
+        """Return the first bytes to send inside TLS, where the negotiation of options begins again."""
         self.wants_tls = False
         return self._ask(OPT_STRUCTURED_REPLY)
 

@@ -1,6 +1,6 @@
-"""The handshake of an NBD server, fixed newstyle: a client's bytes in, answers out, until it begins to read and write.
+"""The handshake of an NBD server, fixed newstyle: a client's bytes in, answers out, until the transmission phase.
 
-Must not hold a socket, nor more bytes of a client than one option may have.
+Must not hold a socket, nor keep more bytes from a client than one option may have.
 
     server  greeting ->
                       <- flags                          client
@@ -46,12 +46,12 @@ from xenbackend.nbd.abi import (
 )
 
 GREETING = NBDMAGIC + IHAVEOPT + pack(">H", FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
-MAX_OPTION = 8192  # bytes of an option's data: two names of the greatest length
-MAX_OPTIONS = 32  # of one client; the ones that are known to us ask for five
+MAX_OPTION = 8192  # bytes of an option's data: two names of the maximum length
+MAX_OPTIONS = 32  # of one client; known clients send five
 
 
 class Phase(Enum):
-    """How far a client is."""
+    """What a client sends next."""
 
     FLAGS = "its flags"
     OPTIONS = "its options"
@@ -60,7 +60,7 @@ class Phase(Enum):
 
 
 class Handshake:
-    """One client's handshake; the greeting has been sent."""
+    """One client's handshake, after the greeting was sent."""
 
     def __init__(self, export: Export) -> None:
         self.phase = Phase.FLAGS
@@ -71,7 +71,7 @@ class Handshake:
     def take(self, received: bytearray) -> bytes:
         """Remove the complete messages at the front of `received`, and return the bytes to send.
 
-        The rest belongs to the transmission once `phase` says so. Raises: NbdError.
+        Once `phase` is TRANSMISSION, the remaining bytes are requests. Raises: NbdError.
         """
         answers = []
         while self.phase in (Phase.FLAGS, Phase.OPTIONS):
@@ -124,14 +124,14 @@ class Handshake:
         return _reply(option, REP_ERR_UNSUP)
 
     def _export_name(self, name: bytes) -> bytes:
-        if name:  # this option has no answer that refuses
+        if name:  # no reply to this option can refuse
             raise NbdError(f"there is no export {name[:40]!a}; ours has no name")
         self.phase = Phase.TRANSMISSION
         zeroes = b"" if self._flags & FLAG_NO_ZEROES else ZEROES
         return EXPORT_NAME_REPLY.pack(self._export.size, self._export.flags) + zeroes
 
     def _info(self, option: int, data: bytes) -> bytes:
-        """Answer GO or INFO: length of the name, name, number of wishes, wishes of two bytes each."""
+        """Answer GO or INFO. `data`: length of the name, name, number of information requests, each of two bytes."""
         if len(data) < 6:
             return _reply(option, REP_ERR_INVALID)
         (length,) = unpack_from(">I", data)
@@ -141,7 +141,7 @@ class Handshake:
             return _reply(option, REP_ERR_UNKNOWN, b"the only export has no name")
         if option == OPT_GO:
             self.phase = Phase.TRANSMISSION
-        # A client that does not ask is told the block sizes, too: smaller requests are refused.
+        # The block sizes are sent even if the client does not ask, since smaller requests are refused.
         export = self._export
         blocks = pack(">HIII", INFO_BLOCK_SIZE, MIN_BLOCK, export.preferred_block, MAX_BLOCK)
         return (

@@ -31,7 +31,7 @@ from xenbackend.nbd.abi import (
 
 
 class Command(NamedTuple):
-    """A client's request; the bytes of a write follow it on the wire."""
+    """A client's request; on the wire, the data of a write follow it."""
 
     kind: int
     flags: int
@@ -41,19 +41,19 @@ class Command(NamedTuple):
 
     @property
     def payload(self) -> int:
-        """How many bytes follow the request."""
+        """The number of bytes that follow the request."""
         return self.length if self.kind == CMD_WRITE else 0
 
     @property
     def must_be_durable(self) -> bool:
-        """True for a write that may be answered only when it is on the medium."""
+        """Whether this is a write or trim that may be answered only once it is on the medium."""
         return bool(self.flags & CMD_FLAG_FUA) and self.kind in (CMD_WRITE, CMD_TRIM)
 
 
 def parse_command(received: bytearray) -> Command:
-    """Return the request at the front of REQUEST.size bytes or more.
+    """Return the request at the front of `received`, which has at least REQUEST.size bytes.
 
-    Raises: NbdError for other bytes, and for a write that no server has to accept.
+    Raises: NbdError if there is no request, and for a write that is longer than MAX_BLOCK.
     """
     magic, flags, kind, cookie, offset, length = REQUEST.unpack_from(received)
     if magic != REQUEST_MAGIC:
@@ -65,7 +65,7 @@ def parse_command(received: bytearray) -> Command:
 
 
 def error_in(command: Command, export: Export) -> int:
-    """Return the protocol's error number for a request that cannot be done as it is, or 0."""
+    """Return the protocol's error number for a request that is not valid for this export, or 0."""
     if command.kind not in (CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM):
         return errno.EINVAL
     if command.flags & ~CMD_FLAG_FUA or (command.flags and not (export.can_flush and not export.read_only)):
@@ -95,5 +95,5 @@ def error_of(status: int) -> int:
 
 
 def reply(error: int, cookie: int) -> bytes:
-    """Return a reply's head; behind a read without error its bytes follow."""
+    """Return the head of a simple reply; the data of a successful read have to follow it."""
     return REPLY.pack(REPLY_MAGIC, error, cookie)
