@@ -1,1 +1,1 @@
-"""A client of a Ceph cluster: what librados and librbd offer, as Python calls."""
+"""A client of a Ceph cluster: the functions of librados and librbd as Python calls."""

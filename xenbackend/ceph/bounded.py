@@ -1,10 +1,10 @@
-"""Calls that may never come back, as librados waits for a cluster for as long as it takes: given up after a time.
+"""Time limits for calls that may never return, since librados waits for a cluster without limit.
 
 Must not be used for a guest's I/O, which is never given up.
 
-What was given up goes on in a thread of its own, and holds what it was called with, until the process ends. So it may
-come back when nobody waits any more, perhaps after another one like it: what others see it does within `Attempt.step`,
-and what it has made by then is undone.
+A call that was given up continues in its thread, with its arguments, perhaps until the process ends. So it may return
+when nobody waits for it any more, perhaps after a later call of the same kind. Everything that others can see it must
+therefore do within `Attempt.step`, and what it has made is undone when it returns too late.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _T = TypeVar("_T")
 
 
 class NotBack(DriverError):
-    """A call was given up, and goes on by itself."""
+    """A call was given up, and continues in its thread."""
 
 
 class Attempt:
-    """One call. Whether it came back in time or was given up is decided once, for it and for who waits alike."""
+    """One call. Whether it returned in time or was given up is decided once, both for the call and for its caller."""
 
     def __init__(self, seconds: float | None, what: str) -> None:
-        """It is given up after so many seconds, None: never; `what` is a part of the sentence about that."""
+        """Give the call up after `seconds`, never if None; `what` is part of the error message about that."""
         self._seconds = seconds
         self._what = what
         self._lock = threading.Lock()
@@ -36,9 +36,9 @@ class Attempt:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Do what others see, and what is quick, unless the call was given up; until it is done, it is not given up.
+        """Within the call, enclose a short step that others can see. The call is not given up while the step runs.
 
-        Raises: NotBack, where nobody waits for it any more.
+        Raises: NotBack if the call was given up before.
         """
         with self._lock:
             if self._is_given_up:
@@ -46,9 +46,9 @@ class Attempt:
             yield
 
     def run(self, call: Callable[[], _T], undo: Callable[[], None] = lambda: None) -> _T:
-        """Return what `call` does. If it is given up, `undo` is called once it has ended, however that may be.
+        """Return the result of `call`. If the call is given up, `undo` is called when it ends, in whatever way.
 
-        Raises: whatever it raises; NotBack with ETIMEDOUT.
+        Raises: what `call` raises; NotBack with ETIMEDOUT.
         """
         results: list[_T] = []
         failures: list[BaseException] = []
@@ -59,7 +59,7 @@ class Attempt:
             failed: list[BaseException] = []
             try:
                 found.append(call())
-            except BaseException as failure:  # raised again by who waits
+            except BaseException as failure:  # raised again in the caller's thread
                 failed.append(failure)
             with self._lock:
                 is_late = self._is_given_up
@@ -84,5 +84,5 @@ class Attempt:
 
 
 def within(seconds: float, what: str, call: Callable[[], _T]) -> _T:
-    """Return what `call` does, of which nothing has to be undone. Raises: as `Attempt.run`."""
+    """Return the result of `call`, which leaves nothing to undo. Raises: as `Attempt.run`."""
     return Attempt(seconds, what).run(call)

@@ -1,9 +1,9 @@
-"""One client of a cluster: its settings, its connection, its address, and what it may order there.
+"""One client of a cluster: its settings, its connection, its address, and its commands to the monitors.
 
-Must not read a file: whoever makes one brings all settings, the key among them.
+Must not read a file: the caller passes all settings, including the key.
 
-Every client has an address of its own (`address`), with a number that no other client of its host had. That is what a
-lock's owner is called by, and what the cluster refuses once it is on its blocklist.
+Every client has its own address (`address`), with a number that no earlier client of its host had. It identifies the
+owner of a lock, and the cluster refuses a client whose address is on its blocklist.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from collections.abc import Mapping
 from xenbackend.ceph.library import Libraries, check, load
 from xenbackend.errors import DriverError
 
-CONNECT_S = 10  # until a cluster whose monitors do not answer is given up
+CONNECT_S = 10  # time limit for connecting if the monitors do not answer
 _FSID = 37  # bytes, with a NUL
 
-# What we want whatever the configuration says. That an image's or pool's own settings beat some of these is seen later
-# (`image.Image.settings`).
+# Settings that override the configuration. Settings of the image or its pool override some of these; that is checked
+# later (`image.Image.settings`).
 FORCED = {
-    # What librbd answers must be in the cluster: this process may die at any moment.
+    # A write that librbd answers must be in the cluster: this process may die at any moment.
     "rbd_cache": "false",
     "rbd_cache_policy": "writethrough",
     "rbd_plugins": "",
     "rbd_parent_cache_enabled": "false",
-    # An operation that was given up may be done all the same, later: a write never is given up.
+    # An operation that is given up may still be carried out later, so writes are never given up.
     "rados_osd_op_timeout": "0",
-    # Orders to the monitors are what opening waits for; they are done again by whoever opens next.
+    # Opening waits for commands to the monitors; the next attempt to open repeats them.
     "rados_mon_op_timeout": "15",
     "client_mount_timeout": str(CONNECT_S),
-    # Who breaks a lock keeps its owner out. No other expiry than the cluster's own is taken by every release.
+    # Breaking a lock puts its owner on the blocklist. Not every release accepts another expiry than the cluster's own.
     "rbd_blocklist_on_break_lock": "true",
     "rbd_blocklist_expire_seconds": "0",
-    # Guests change pages that are being written: without a copy checksums would be wrong (ceph/ceph#31794).
+    # Guests change pages while they are written: without a copy, checksums would be wrong (ceph/ceph#31794).
     "rbd_disable_zero_copy_writes": "true",
-    # Where there is nothing to write to and nothing to read.
+    # A worker has no files to read or to write.
     "log_to_stderr": "false",
     "err_to_stderr": "false",
     "log_file": "",
@@ -49,12 +49,12 @@ FORCED = {
 
 
 class Cluster:
-    """A connected client; `user` without ``client.``."""
+    """A connected client; `user` is its name without ``client.``."""
 
     def __init__(self, user: str, settings: Mapping[str, str], cluster: str = "ceph") -> None:
-        """Connect. A setting that this release does not know is passed over.
+        """Connect. Settings that this release of Ceph does not know are ignored.
 
-        Raises: DriverError; with ETIMEDOUT where no monitor answers.
+        Raises: DriverError; with ETIMEDOUT if no monitor answers.
         """
         self.library: Libraries = load()
         self.user = user
@@ -73,17 +73,20 @@ class Cluster:
 
     @property
     def handle(self) -> ctypes.c_void_p:
-        """The `rados_t`."""
+        """The client's `rados_t`."""
         return self._handle
 
     def fsid(self) -> str:
-        """Return what tells the cluster from any other. Raises: DriverError."""
+        """Return the cluster's unique ID. Raises: DriverError."""
         text = ctypes.create_string_buffer(_FSID)
         check(self.library.rados.rados_cluster_fsid(self._handle, text, _FSID), "ask for the cluster's number")
         return text.value.decode()
 
     def address(self) -> str:
-        """Return what this client is called by as owner of a lock: ``10.0.0.1:0/1234567890``. Raises: DriverError."""
+        """Return the address that identifies this client as a lock's owner: ``10.0.0.1:0/1234567890``.
+
+        Raises: DriverError.
+        """
         found = ctypes.c_char_p()
         check(self.library.rados.rados_getaddrs(self._handle, ctypes.byref(found)), "ask for our own address")
         try:
@@ -92,28 +95,28 @@ class Cluster:
             self.library.rados.rados_buffer_free(found)
 
     def refuse(self, address: str, seconds: float) -> None:
-        """Have the cluster refuse all that comes from a client, from now on, for so long.
+        """Put the client with this address on the cluster's blocklist for `seconds`, and wait for the new OSD map.
 
-        What this client asks for afterwards is done by no OSD that does not know of it.
+        Later requests of our own client carry that map, so every OSD that handles one knows of the blocklist entry.
 
-        Raises: DriverError; EACCES, where the key may not.
+        Raises: DriverError; EACCES if the key does not allow it.
         """
         order = {"prefix": "osd blocklist", "blocklistop": "add", "addr": address}
-        self._command({**order, "expire": float(seconds)})  # written as an integer, 16.2 takes it for malformed
+        self._command({**order, "expire": float(seconds)})  # Ceph 16.2 rejects an integer as malformed
         self.wait_for_map()
 
     def wait_for_map(self) -> None:
-        """Have this client know the cluster as it is now. Raises: DriverError."""
+        """Wait until this client has the cluster's latest OSD map. Raises: DriverError."""
         check(self.library.rados.rados_wait_for_latest_osdmap(self._handle), "wait for the cluster's map")
 
     def close(self) -> None:
-        """Disconnect; nothing of the cluster is in use any more."""
+        """Disconnect. Pools and images of the cluster must have been closed."""
         if self._handle:
             self.library.rados.rados_shutdown(self._handle)
             self._handle = ctypes.c_void_p()
 
     def _command(self, order: Mapping[str, object]) -> None:
-        """Give an order to the monitors. Raises: DriverError, with what they say."""
+        """Send a command to the monitors. Raises: DriverError, with their message."""
         text = ctypes.c_char_p(json.dumps(order).encode())
         out, said = ctypes.c_void_p(), ctypes.c_char_p()
         length, said_length = ctypes.c_size_t(), ctypes.c_size_t()
@@ -131,7 +134,7 @@ class Cluster:
 
 
 def plain_address(text: str) -> str:
-    """Return an address without the protocol's version that some releases put before it."""
+    """Return an address without the protocol version that some releases put in front of it."""
     return text.removeprefix("any:").removeprefix("v1:").removeprefix("v2:")
 
 

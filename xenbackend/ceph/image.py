@@ -1,4 +1,4 @@
-"""An open image of a pool: what it is, which settings hold for it, who has its lock.
+"""An open image of a pool: its properties, the settings in effect for it, and the owner of its lock.
 
 Must not do a guest's I/O (`requests` does), nor decide what is safe.
 """
@@ -18,15 +18,15 @@ from xenbackend.errors import DriverError
 
 EXCLUSIVE = 0  # rbd/librbd.h, RBD_LOCK_MODE_EXCLUSIVE
 HAS_EXCLUSIVE_LOCK = 1 << 2  # rbd/features.h, RBD_FEATURE_EXCLUSIVE_LOCK
-BLOCKLISTED = errno.ESHUTDOWN  # rbd/librbd.h: what a client gets that the cluster refuses
+BLOCKLISTED = errno.ESHUTDOWN  # rbd/librbd.h: the error that a client on the blocklist gets
 _EVENTFD = 2  # rbd/librbd.h, EVENT_TYPE_EVENTFD
 _ID_BYTES = 256
 _OWNERS_BYTES = 4096
 _MARK_BYTES = 4096
-MARK = "xenbackend.served"  # a key of the image's metadata, as `rbd image-meta list` shows them
-_MOST = 1024  # settings or watchers; a release has some 80 settings, an image few of the others
-_LOCK = b"rbd_lock"  # librbd's own, on the image's header; include/rbd_types.h, RBD_LOCK_NAME
-_COOKIE = "auto "  # of a client that watches the image; librbd/managed_lock/Utils.cc, WATCHER_LOCK_COOKIE_PREFIX
+MARK = "xenbackend.served"  # a key of the image's metadata, which `rbd image-meta list` shows
+_MOST = 1024  # settings or watchers; a release has about 80 settings, an image few watchers
+_LOCK = b"rbd_lock"  # librbd's own lock on the image's header; include/rbd_types.h, RBD_LOCK_NAME
+_COOKIE = "auto "  # prefix for clients that watch the image; librbd/managed_lock/Utils.cc, WATCHER_LOCK_COOKIE_PREFIX
 
 
 class _Setting(ctypes.Structure):
@@ -53,34 +53,34 @@ SOURCES = {0: "ceph.conf or its default", 1: "the pool", 2: "the image"}  # rbd/
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who has the lock of an image."""
+    """The owner of an image's lock."""
 
-    client: str  # client.4123
+    client: str  # such as client.4123
     cookie: str
-    address: str  # as `Cluster.address`
+    address: str  # as `Cluster.address` returns it
 
     def __str__(self) -> str:
         return f"{self.client} at {self.address}"
 
     @property
     def is_client(self) -> bool:
-        """Whether a client has it that uses the image; else somebody has made it by `rbd lock add`, and gone."""
+        """Whether the owner is a client that uses the image; otherwise the lock was made by `rbd lock add`."""
         return self.cookie.startswith(_COOKIE)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A setting that holds for an image, and where it is from."""
+    """A setting in effect for an image, and where it comes from."""
 
     value: str
     source: str
 
 
 class Pool:
-    """A pool, and a namespace in it, as this client sees it."""
+    """A pool and a namespace in it, as this client sees them."""
 
     def __init__(self, cluster: Cluster, name: str, namespace: str = "") -> None:
-        """Find it. Raises: DriverError."""
+        """Look the pool up. Raises: DriverError; ENOENT if there is no such pool."""
         self._rados, self._slow = cluster.library.rados, cluster.library.slow
         self.handle = ctypes.c_void_p()
         result = self._rados.rados_ioctx_create(cluster.handle, _bytes(name), ctypes.byref(self.handle))
@@ -90,11 +90,11 @@ class Pool:
         self._rados.rados_ioctx_set_namespace(self.handle, _bytes(namespace))
 
     def number(self) -> int:
-        """Return what tells it from any other pool of its cluster, also of earlier ones of its name."""
+        """Return the pool's ID in its cluster, which no other pool has, not even an earlier one of the same name."""
         return int(self._rados.rados_ioctx_get_id(self.handle))
 
     def create(self, name: str, size: int) -> None:
-        """Make an image of zeros as the cluster's settings say, of `size` bytes. Raises: DriverError; EEXIST."""
+        """Create an image of `size` zero bytes, by the cluster's settings. Raises: DriverError; EEXIST if it exists."""
         options = ctypes.c_void_p()
         self._slow.rbd_image_options_create(ctypes.byref(options))
         try:
@@ -103,15 +103,15 @@ class Pool:
             self._slow.rbd_image_options_destroy(options)
 
     def rename(self, former: str, name: str) -> None:
-        """Give an image another name. Raises: DriverError; EEXIST."""
+        """Rename an image. Raises: DriverError; EEXIST if `name` exists."""
         check(self._slow.rbd_rename(self.handle, _bytes(former), _bytes(name)), f"rename the image {former!r}")
 
     def remove(self, name: str) -> None:
-        """Remove an image. Raises: DriverError; EBUSY, where it is open, or its last client has just died."""
+        """Remove an image. Raises: DriverError; EBUSY if it is open, or if its last client has just died."""
         check(self._slow.rbd_remove(self.handle, _bytes(name)), f"remove the image {name!r}")
 
     def close(self) -> None:
-        """Let go of it; its images are closed."""
+        """Release the pool. Its images must have been closed."""
         if self.handle:
             self._rados.rados_ioctx_destroy(self.handle)
             self.handle = ctypes.c_void_p()
@@ -121,7 +121,7 @@ class Image:
     """An open image, or one of its snapshots; `handle` is its `rbd_image_t`."""
 
     def __init__(self, cluster: Cluster, pool: Pool, name: str, snapshot: str = "", *, read_only: bool) -> None:
-        """Open it. Raises: DriverError; ENOENT where there is no such image or snapshot."""
+        """Open the image or snapshot. Raises: DriverError; ENOENT if there is none of that name."""
         self._rados, self._slow = cluster.library.rados, cluster.library.slow
         self._pool = pool
         self._in_use = threading.Lock()  # another thread may ask for the size while it is closed
@@ -134,9 +134,9 @@ class Image:
             raise DriverError(_why_not_opened(-result, name, snapshot, cluster.user), errno=-result)
 
     def size(self) -> int:
-        """Return its bytes as they are now, which may take a question to the cluster; for any thread.
+        """Return the present size in bytes. It may have to ask the cluster. Any thread may call it.
 
-        Raises: DriverError; EBADF where it is closed.
+        Raises: DriverError; EBADF if the image is closed.
         """
         size = ctypes.c_uint64()
         with self._in_use:
@@ -145,25 +145,25 @@ class Image:
         return size.value
 
     def id(self) -> str:
-        """Return what tells it from any other image of its pool, whatever it is called. Raises: DriverError."""
+        """Return the image's ID in its pool, which does not change with its name. Raises: DriverError."""
         text = ctypes.create_string_buffer(_ID_BYTES)
         check(self._slow.rbd_get_id(self.handle, text, _ID_BYTES), "ask for the image's id")
         return text.value.decode()
 
     def snapshot_id(self, name: str) -> int:
-        """Return what tells a snapshot of it from any other, also of earlier ones of its name. Raises: DriverError."""
+        """Return a snapshot's ID, which no other one has, not even an earlier one of its name. Raises: DriverError."""
         found = ctypes.c_uint64()
         check(self._slow.rbd_snap_get_id(self.handle, _bytes(name), ctypes.byref(found)), "ask for the snapshot's id")
         return found.value
 
     def features(self) -> int:
-        """Return its features, as bits of rbd/features.h. Raises: DriverError."""
+        """Return the image's features, as bits of rbd/features.h. Raises: DriverError."""
         found = ctypes.c_uint64()
         check(self._slow.rbd_get_features(self.handle, ctypes.byref(found)), "ask for the image's features")
         return found.value
 
     def is_mirror(self) -> bool:
-        """Return whether it follows an image of another cluster, and nobody writes to it here. Raises: DriverError."""
+        """Return whether it is a non-primary mirror, to which nobody may write here. Raises: DriverError."""
         found = _Mirrored()
         result = self._slow.rbd_mirror_image_get_info(self.handle, ctypes.byref(found), ctypes.sizeof(found))
         check(result, "ask whether the image is mirrored")
@@ -173,7 +173,7 @@ class Image:
             self._slow.rbd_mirror_image_get_info_cleanup(ctypes.byref(found))
 
     def settings(self) -> dict[str, Setting]:
-        """Return what holds for it by now, whatever the client had wished, by names. Raises: DriverError."""
+        """Return the settings in effect by name, whatever the client has asked for. Raises: DriverError."""
         found, count = (_Setting * _MOST)(), ctypes.c_int(_MOST)
         result = self._slow.rbd_config_image_list(self.handle, found, ctypes.byref(count))
         check(result, "ask which settings hold for the image")
@@ -186,7 +186,7 @@ class Image:
             self._slow.rbd_config_image_list_cleanup(found, count.value)
 
     def owners(self) -> list[Owner]:
-        """Return who has its lock: one, or none. Raises: DriverError."""
+        """Return the owners of its lock: one, or none. Raises: DriverError."""
         texts = [ctypes.create_string_buffer(_OWNERS_BYTES) for _ in range(4)]  # tag, clients, cookies, addresses
         sizes = [ctypes.c_size_t(_OWNERS_BYTES) for _ in texts]
         exclusive = ctypes.c_int()
@@ -204,7 +204,7 @@ class Image:
         ]
 
     def watchers(self) -> list[str]:
-        """Return the addresses of the clients that have it open to write, and are not silent. Raises: DriverError."""
+        """Return the addresses of the live clients that have it open for writing. Raises: DriverError."""
         found, count = (_Watcher * _MOST)(), ctypes.c_size_t(_MOST)
         check(self._slow.rbd_watchers_list(self.handle, found, ctypes.byref(count)), "ask who has the image open")
         try:
@@ -213,9 +213,9 @@ class Image:
             self._slow.rbd_watchers_list_cleanup(found, count.value)
 
     def acquire(self) -> None:
-        """Have the lock, and give it to nobody who asks. It may take 30 s where a dead client has it.
+        """Take the lock, and do not give it up when others ask. This may take 30 s if a dead client has it.
 
-        Raises: DriverError; EROFS where another client keeps it.
+        Raises: DriverError; EROFS if another client keeps it.
         """
         check(self._slow.rbd_lock_acquire(self.handle, EXCLUSIVE), "take the image's lock")
 
@@ -226,15 +226,15 @@ class Image:
         return bool(found.value)
 
     def break_lock(self, owner: Owner) -> None:
-        """Take the lock from a client, which the cluster refuses already (`Cluster.refuse`). Raises: DriverError."""
+        """Break the lock of a client that is on the blocklist already (`Cluster.refuse`). Raises: DriverError."""
         result = self._rados.rados_break_lock(
             self._pool.handle, self._header(), _LOCK, owner.client.encode(), owner.cookie.encode()
         )
-        if result != -errno.ENOENT:  # it has given it back meanwhile
+        if result != -errno.ENOENT:  # ENOENT: it has been released meanwhile
             check(result, f"take the lock from {owner}")
 
     def mark(self) -> str:
-        """Return which disk has served it last, as `set_mark` wrote it; empty: nobody says. Raises: DriverError."""
+        """Return the disk that was last served from it (see `set_mark`), empty if none. Raises: DriverError."""
         text, room = ctypes.create_string_buffer(_MARK_BYTES), ctypes.c_size_t(_MARK_BYTES)
         result = self._slow.rbd_metadata_get(self.handle, MARK.encode(), text, ctypes.byref(room))
         if result == -errno.ENOENT:
@@ -243,21 +243,22 @@ class Image:
         return text.value.decode(errors="replace")
 
     def set_mark(self, disk: str) -> None:
-        """Write which disk serves it; the lock is ours. Raises: DriverError."""
+        """Write which disk is served from it; the caller must own the lock. Raises: DriverError."""
         check(self._slow.rbd_metadata_set(self.handle, MARK.encode(), disk.encode()), "mark the image as served")
 
     def snapshot(self, name: str) -> None:
-        """Keep what it holds now, under a name; for any thread. Raises: DriverError; EEXIST; EBADF: it is closed."""
+        """Make a snapshot; any thread may call it. Raises: DriverError; EEXIST; EBADF if the image is closed."""
         with self._in_use:
             result = self._slow.rbd_snap_create(self.handle, _bytes(name)) if self.handle else -errno.EBADF
         check(result, f"make the snapshot {name!r}")
 
     def diff(self, since: str, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """Return what has changed in a range since a snapshot, empty: since it was made: offset, bytes, whether data.
+        """Return the extents of a range that have changed since a snapshot, or since the image was made if it is empty.
 
-        What is no data reads as zeros. What its parent has counts as its own.
+        An extent is (offset in bytes, length in bytes, whether it has data); one without data reads as zeros. Data of
+        the image's parent count as its own.
 
-        Raises: DriverError; ENOENT: there is no such snapshot, EBADF: it is closed.
+        Raises: DriverError; ENOENT if there is no such snapshot, EBADF if the image is closed.
         """
         found: list[tuple[int, int, bool]] = []
         is_left = threading.Event()
@@ -278,7 +279,7 @@ class Image:
             return int(result)
 
         try:
-            # Not in the main thread: Ctrl-C in `take` would be swallowed by ctypes, and a range with it.
+            # Not in the main thread: ctypes would swallow a KeyboardInterrupt in `take`, and an extent would be lost.
             result = Attempt(None, "").run(ask)
         except BaseException:
             is_left.set()
@@ -287,14 +288,17 @@ class Image:
         return found
 
     def notify(self, fd: int) -> None:
-        """Have librbd write to an eventfd when requests are done. Raises: DriverError."""
+        """Make librbd write to an eventfd when requests are done. Raises: DriverError."""
         check(self._slow.rbd_set_image_notification(self.handle, fd, _EVENTFD), "have answers told by an eventfd")
 
     def _header(self) -> bytes:
         return f"rbd_header.{self.id()}".encode()
 
     def close(self) -> None:
-        """Let go of it, and of its lock. Nothing is in flight. It may wait for the cluster. Raises: DriverError."""
+        """Close the image and release its lock; nothing may be in flight. May wait for the cluster.
+
+        Raises: DriverError.
+        """
         with self._in_use:
             handle, self.handle = self.handle, ctypes.c_void_p()
         if handle:

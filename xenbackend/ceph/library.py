@@ -1,13 +1,13 @@
 """librados and librbd, loaded by ctypes when a process first needs them: signatures, and results as exceptions.
 
-Must not be loaded in the process that workers are forked from: every worker would have them. Must not let Python code
-be called from a thread of theirs: no callback of ours is ever given to them, but that of `rbd_diff_iterate2`, which is
-called by the thread that asks (librbd/api/DiffIterate.cc).
+Must not be loaded in the process from which workers are forked: every worker would have the libraries. Must not let
+their threads call Python code: the only callback that is ever passed to them is that of `rbd_diff_iterate2`, which is
+called in the calling thread (librbd/api/DiffIterate.cc).
 
-Two handles of one library: by `quick` calls keep the interpreter's lock, which saves two switches where nothing can
-sleep; by `slow` ones other threads of ours run meanwhile.
+librbd has two handles. Calls by `quick` keep the interpreter's lock, which saves two thread switches for calls that
+cannot sleep. Calls by `slow` release it, so that other threads run meanwhile.
 
-Source: rados/librados.h and rbd/librbd.h of Ceph 16.2.15; the interfaces are stable since 14 (Nautilus).
+Source: rados/librados.h and rbd/librbd.h of Ceph 16.2.15; the interfaces have been stable since 14 (Nautilus).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RADOS, RBD = "librados.so.2", "librbd.so.1"
 _handle, _text, _int = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
 _u64, _i64, _size = ctypes.c_uint64, ctypes.c_int64, ctypes.c_size_t
 
-OnExtent = ctypes.CFUNCTYPE(_int, _u64, _size, _int, _handle)  # offset, bytes, whether data are there, nothing
+OnExtent = ctypes.CFUNCTYPE(_int, _u64, _size, _int, _handle)  # offset, bytes, whether there are data, unused
 _RADOS: dict[str, tuple[Any, ...]] = {
     "rados_create2": (_handle, _text, _text, _u64),
     "rados_conf_set": (_handle, _text, _text),
@@ -100,10 +100,10 @@ _RESULTS: dict[str, Any] = {
 
 
 class Libraries:
-    """Both libraries: calls by their names, as `rados`, `slow` and `quick`."""
+    """Both libraries: librados as `rados`, librbd as `slow` and `quick`, with the C functions as attributes."""
 
     def __init__(self) -> None:
-        """Load them. Raises: OSError, where one is not there."""
+        """Load them. Raises: OSError if one is missing, AttributeError if one lacks a function."""
         self.rados: Any = ctypes.CDLL(RADOS)
         self.slow: Any = ctypes.CDLL(RBD)
         self.quick: Any = ctypes.PyDLL(RBD)
@@ -111,16 +111,16 @@ class Libraries:
             _declare(library, calls)
 
 
-_loaded: Libraries | str = ""  # or why they could not be
+_loaded: Libraries | str = ""  # or why they could not be loaded
 
 
 def load() -> Libraries:
-    """Return the libraries, loaded once in a process. Raises: DriverError, where this host does not have them."""
-    global _loaded  # noqa: PLW0603 - a library is in a process once
+    """Return the libraries, which a process loads once. Raises: DriverError if this host does not have them."""
+    global _loaded  # noqa: PLW0603 - a process loads a library once
     if not _loaded:
         try:
             _loaded = Libraries()
-        except (OSError, AttributeError) as error:  # the latter: a call that an older release lacks
+        except (OSError, AttributeError) as error:  # AttributeError: an older release lacks a function
             _loaded = f"Ceph's library cannot be used: {error}; Debian's package librbd1 has it"
     if isinstance(_loaded, str):
         raise DriverError(_loaded, errno=errno.ENOPKG)
@@ -128,7 +128,7 @@ def load() -> Libraries:
 
 
 def check(result: int, what: str) -> int:
-    """Return the result of a call. Raises: DriverError, `what` and why, where it is negative."""
+    """Return the result of a call. Raises: DriverError if it is a negative errno; `what` is the call in words."""
     if result < 0:
         raise DriverError(f"{what}: {os.strerror(-result)}", errno=-result)
     return result

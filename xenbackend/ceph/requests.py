@@ -1,11 +1,11 @@
-"""Requests to an image in flight: started one by one, taken back in batches when an eventfd says that some are done.
+"""Requests in flight to an image: started one by one, completed in batches when an eventfd says that some are done.
 
-Must not know what a request is beyond its bytes, nor call Python from a thread of librbd's: what is done waits in
+Must not know more about a request than its bytes, nor call Python from a thread of librbd: completed requests wait in
 librbd's own queue until `poll`.
 
-A request in many pieces goes by a buffer in one piece: to librbd each piece is a thing to allocate, copy and check by
-itself, which costs more than a copy. A buffer belongs to its request until that is done. So does the memory of a read
-in one piece, of which the caller takes care; what is written from there is copied by librbd at once
+A request with several pieces of memory goes through a contiguous buffer, since librbd allocates, copies and checks each
+piece separately, which costs more than a copy. A buffer belongs to its request until that is done. The memory of a read
+with one piece must stay valid as long, for which the caller is responsible. librbd copies the data of a write at once
 (`rbd_disable_zero_copy_writes`).
 """
 
@@ -22,24 +22,24 @@ _BATCH = 128
 Call = Callable[..., int]
 
 
-_LEAST, _LARGEST = 64 << 10, 1 << 20  # bytes of buffers that are kept for others; there is one size for each bit
+_LEAST, _LARGEST = 64 << 10, 1 << 20  # bytes: the sizes of buffers that are reused, which are powers of two
 _SPARE = 8  # buffers of each size
 
 
 class Requests:
-    """Those of one image. A request has a number, which is the caller's."""
+    """The requests of one image. The caller gives each request a number."""
 
     def __init__(self, image: Image) -> None:
         self._quick = load().quick
         self._image = image.handle
-        self._buffers: dict[int, tuple[memoryview, Sequence[memoryview], int]] = {}  # with where a read goes, its bytes
-        self._spare: dict[int, list[memoryview]] = {}  # by their bytes
+        self._buffers: dict[int, tuple[memoryview, Sequence[memoryview], int]] = {}  # buffer, target, bytes
+        self._spare: dict[int, list[memoryview]] = {}  # by size
         self._events = (ctypes.c_void_p * _BATCH)()
         self._new = ctypes.c_void_p()
         self._new_at = ctypes.byref(self._new)
 
     def read(self, number: int, offset: int, length: int, iov: Sequence[memoryview]) -> int:
-        """Start a read. Here as below units are bytes; returns 0, or a negative errno: it has ended."""
+        """Start a read; offset and length are in bytes. Return 0, or a negative errno if it could not be started."""
         if len(iov) == 1:
             return self._move(self._quick.rbd_aio_read, number, offset, length, iov[0])
         buffer = self._buffer(length)
@@ -47,7 +47,7 @@ class Requests:
         return self._move(self._quick.rbd_aio_read, number, offset, length, buffer)
 
     def write(self, number: int, offset: int, length: int, iov: Sequence[memoryview]) -> int:
-        """Start a write."""
+        """Start a write. Arguments and result of this and the following methods are as those of `read`."""
         if len(iov) == 1:
             return self._move(self._quick.rbd_aio_write, number, offset, length, iov[0])
         buffer = self._buffer(length)
@@ -60,7 +60,7 @@ class Requests:
         return self._move(self._quick.rbd_aio_write, number, offset, length, buffer)
 
     def flush(self, number: int, _offset: int = 0, _length: int = 0, _iov: Sequence[memoryview] = ()) -> int:
-        """Start a flush of all that was written."""
+        """Start a flush of all completed writes."""
         self._quick.rbd_aio_create_completion(number, None, self._new_at)
         return self._started(number, self._quick.rbd_aio_flush(self._image, self._new))
 
@@ -70,7 +70,7 @@ class Requests:
         return self._started(number, self._quick.rbd_aio_discard(self._image, offset, length, self._new))
 
     def _move(self, call: Call, number: int, offset: int, length: int, view: memoryview) -> int:
-        """Start what moves data to or from a view."""
+        """Start a read into or a write from a view, by `call`."""
         self._quick.rbd_aio_create_completion(number, None, self._new_at)
         address = addresses.get(id(view)) or address_of(view)
         return self._started(number, call(self._image, offset, length, address, self._new))
@@ -84,7 +84,7 @@ class Requests:
         return result
 
     def poll(self) -> list[tuple[int, int]]:
-        """Return what is done: numbers, each with a negative errno, or what librbd returns: of a read its bytes."""
+        """Return the completed requests as (number, result): a negative errno, or the byte count of a read."""
         quick, events, buffers = self._quick, self._events, self._buffers
         done: list[tuple[int, int]] = []
         while (count := quick.rbd_poll_io_events(self._image, events, _BATCH)) > 0:
@@ -100,13 +100,13 @@ class Requests:
         return done
 
     def _buffer(self, length: int) -> memoryview:
-        """Return a buffer of at least so many bytes."""
+        """Return a buffer of at least `length` bytes."""
         size = max(_LEAST, 1 << (length - 1).bit_length())
         spare = self._spare.get(size)
         return spare.pop() if spare else memoryview(bytearray(size))
 
     def _done_with(self, number: int, result: int) -> None:
-        """Give what was read in whole to its pieces, and keep the buffer for another request."""
+        """Copy a complete read from the buffer to its pieces, and keep the buffer for another request."""
         buffer, iov, length = self._buffers.pop(number)
         if result == length:
             at = 0
