@@ -1,1 +1,1 @@
-"""The loop that every process of ours runs, its threads, and steps that wait for one another."""
+"""The event loop of each of our processes, its threads, and steps that wait for one another."""

@@ -2,12 +2,12 @@
 
 Must not know blkif, a request or a file; must not wake up without a reason.
 
-One pass, for ever until `stop`:
+It repeats this pass until `stop`:
 
-    calls asked for by call_soon -> hooks -> sleep until a descriptor, a timer or a thread -> timers -> callbacks
+    calls queued by call_soon -> hooks -> sleep until a descriptor, a timer or a thread -> timers -> callbacks
 
-A callback may be called once more for a descriptor that another callback of the same pass has just taken care of:
-every callback must bear finding nothing to do.
+A callback may be called for a descriptor that another callback of the same pass has just handled, so every callback
+must cope with finding nothing to do.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from typing import Protocol
 from xenbackend.loop.threads import Threads
 
 Call = Callable[[], object]
-_SLEEPER_RETRY_S = 0.1  # after it could not wait
-_EVENTS = 64  # descriptors per pass; more come in the next one
-_LONGEST_S = 86400.0  # that it sleeps at once: epoll_wait takes no more than 2**31 ms
-_TIMERS_S = 0.02  # of a pass for timers, where more than one is due; descriptors wait no longer for their turn
+_SLEEPER_RETRY_S = 0.1  # until the sleeper is tried again after its `wait` has failed
+_EVENTS = 64  # descriptors per pass; others follow in the next pass
+_LONGEST_S = 86400.0  # of one sleep: epoll_wait takes at most 2**31 ms
+_TIMERS_S = 0.02  # for timers in one pass, if several are due, so that descriptors need not wait longer
 
 
 class Sleeper(Protocol):
-    """Something that waits for its own things and for the loop's descriptors at once, by one system call."""
+    """Waits for completions of its own and for the loop's descriptors at the same time, by one system call."""
 
-    in_flight: int  # its own things; while there are none the loop sleeps without it
+    in_flight: int  # its own operations; while there are none, the loop sleeps without it
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Sleep; True if a descriptor of the loop (`Reactor.fileno`) may be ready."""
+        """Sleep. Return whether a descriptor of the loop (`Reactor.fileno`) may be ready."""
 
     def deliver(self) -> None:
-        """Act on what it waited for."""
+        """Handle the completions for which it waited."""
 
 
 class Timer:
-    """One time at which something is due. It may be set anew any number of times; only the last setting counts."""
+    """A timer that can be set again any number of times; only the last setting counts."""
 
     def __init__(self, reactor: Reactor, callback: Call) -> None:
-        """Call `callback` from the loop when it is due."""
+        """Call `callback` from the loop when the timer is due."""
         self.due: float | None = None
         self._reactor = reactor
         self._callback = callback
-        self._wakes_at: float | None = None  # the earliest that the loop was asked for
+        self._wakes_at: float | None = None  # the earliest time for which a call of the loop is pending
 
     def set(self, when: float | None) -> None:
-        """Be due at `when`, by the loop's clock, and never before; None: not at all."""
+        """Make the timer due at `when`, by the loop's clock, and never earlier; None cancels it."""
         self.due = when
         if when is not None and (self._wakes_at is None or when < self._wakes_at):
             self._wakes_at = when
@@ -74,11 +74,11 @@ class Timer:
 
 
 class Reactor:
-    """A loop in one thread. Only `call_soon_threadsafe` may be called from another one.
+    """A loop in one thread. Other threads may only call `call_soon_threadsafe`.
 
     Args:
-        clock: seconds, never going back.
-        on_bug: gets the exceptions that callbacks, hooks and the sleeper let out; without it they end `run`.
+        clock: a monotonic clock, in seconds.
+        on_bug: gets the exceptions that callbacks, hooks and the sleeper raise; without it they end `run`.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class Reactor:
         self.add(self._wake, self._take_from_threads)
 
     def add(self, fd: int, callback: Call, *, edge: bool = False, writable: bool = False) -> None:
-        """Call `callback` whenever `fd` is readable or broken; with `edge`, only when it becomes so once more.
+        """Call `callback` while `fd` is readable or broken; with `edge`, only each time it becomes so (EPOLLET).
 
-        With `writable` it is called when `fd` can be written to, or is broken, instead.
+        With `writable`, call it while `fd` is writable or broken instead.
         """
         self._epoll.register(fd, (select.EPOLLOUT if writable else select.EPOLLIN) | (select.EPOLLET if edge else 0))
         self._callbacks[fd] = callback
 
     def want(self, fd: int, *, writable: bool) -> None:
-        """Call the callback of `fd`, which was added for reading, also while it can be written to; or no longer."""
+        """Set whether the callback of `fd`, which was added for reading, is also called while `fd` is writable."""
         self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if writable else 0))
 
     def remove(self, fd: int) -> None:
@@ -117,11 +117,11 @@ class Reactor:
         del self._callbacks[fd]
         self._epoll.unregister(fd)
         for place, (ready, _) in enumerate(self._ready):
-            if ready == fd:  # whatever gets the number in this pass is not what was ready
+            if ready == fd:  # a new file that gets this number in the same pass was not ready
                 self._ready[place] = (-1, 0)
 
     def before_sleep(self, hook: Callable[[], bool]) -> None:
-        """Call `hook` in every pass before sleeping; when it returns True this pass does not sleep."""
+        """Call `hook` in every pass before sleeping; if it returns True, this pass does not sleep."""
         self._hooks.append(hook)
 
     def remove_hook(self, hook: Callable[[], bool]) -> None:
@@ -129,11 +129,11 @@ class Reactor:
         self._hooks.remove(hook)
 
     def sleep_by(self, sleeper: Sleeper | None) -> None:
-        """Sleep in `sleeper` while it has something in flight."""
+        """Sleep by `sleeper` while it has operations in flight; None: always sleep without one."""
         self._sleeper = sleeper
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable while one of the loop's is."""
+        """Return a descriptor that is readable while any descriptor of the loop is ready."""
         return self._epoll.fileno()
 
     def call_soon(self, function: Call) -> None:
@@ -141,50 +141,50 @@ class Reactor:
         self._soon.append(function)
 
     def call_later(self, delay_s: float, function: Call) -> None:
-        """Call `function` after `delay_s` seconds; equal times in the order of asking."""
+        """Call `function` after `delay_s` seconds; calls for the same time keep their order."""
         heapq.heappush(self._timers, (self.now() + delay_s, next(self._order), function))
 
     def timer(self, callback: Call) -> Timer:
-        """Return a time that can be set and set anew, at which `callback` is called."""
+        """Return a timer that calls `callback`; it is not set yet."""
         return Timer(self, callback)
 
     def call_soon_threadsafe(self, function: Call) -> None:
-        """Call `function` from the loop, soon; for other threads and for signal handlers."""
+        """Call `function` soon from the loop; for other threads and for signal handlers."""
         self._from_threads.append(function)
         os.eventfd_write(self._wake, 1)
 
     def run_in_thread(self, function: Call, then: Call) -> None:
         """Call `function` in a thread of a small pool, and afterwards `then` from the loop.
 
-        Should `function` let an exception out, it is dealt with as a callback's, and `then` is called all the same.
+        An exception from `function` is handled like one from a callback, and `then` is called all the same.
         """
         self._threads.run(function, then, partial(partial, self.bug))
 
     def bug(self, error: Exception) -> None:
-        """Deal with an exception that somebody has contained as with one that a callback let out."""
+        """Handle an exception that a caller has caught like one from a callback. Raises: it, without `on_bug`."""
         if self._on_bug is None:
             raise error
         self._on_bug(error)
 
     def stop(self) -> None:
-        """Let `run` return after this pass."""
+        """Make `run` return after this pass."""
         self._stopped = True
 
     def run(self) -> None:
-        """Serve until `stop`. Raises: what a callback raises, unless there is an `on_bug`."""
+        """Run until `stop`. Raises: what a callback raises, unless there is an `on_bug`."""
         self._stopped = False
         while not self._stopped:
             self._pass()
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
-        """Serve until `is_done`, also from inside a callback. Raises: as `run`."""
+        """Run until `is_done`; may be called from a callback, too. Raises: as `run`."""
         ready = self._ready
         while not is_done():
             self._pass()
-        self._ready = ready  # of the pass that goes on now
+        self._ready = ready  # of the outer pass, which continues now
 
     def close(self) -> None:
-        """Wait for the threads, then release everything; nothing is called any more."""
+        """Wait for the threads, then release everything. Nothing is called afterwards."""
         self._threads.close()
         self._epoll.close()
         os.close(self._wake)
@@ -214,7 +214,7 @@ class Reactor:
             return self._epoll.poll(timeout_s, _EVENTS)
         try:
             may_be_ready = sleeper.wait(timeout_s)
-        except Exception as error:  # the host refused: the loop's own descriptors are served on, and it is tried again
+        except Exception as error:  # the loop's own descriptors are served until the next attempt
             self.bug(error)
             retry_s = _SLEEPER_RETRY_S
             return self._epoll.poll(retry_s if timeout_s is None else min(timeout_s, retry_s), _EVENTS)
@@ -233,7 +233,7 @@ class Reactor:
     def _run_timers(self) -> None:
         now = self.now()
         due = deque[tuple[float, int, Call]]()
-        while self._timers and self._timers[0][0] <= now:  # one asked for by a timer waits for the next pass
+        while self._timers and self._timers[0][0] <= now:  # a call that a timer adds waits for the next pass
             due.append(heapq.heappop(self._timers))
         while due:
             self._call(due.popleft()[2])
@@ -243,7 +243,7 @@ class Reactor:
             heapq.heappush(self._timers, timer)
 
     def _take_from_threads(self) -> None:
-        os.eventfd_read(self._wake)  # before looking: what is appended later wakes us again
+        os.eventfd_read(self._wake)  # first, so that calls appended later wake us again
         calls = self._from_threads
         for _ in range(len(calls)):
             self._call(calls.popleft())

@@ -1,10 +1,10 @@
-"""Signals as calls of a loop.
+"""Turns signals into calls from a loop.
 
 Must not decide what a signal means.
 
-Python calls a handler between two of its instructions, so a signal that comes just before the loop goes to sleep would
-be noticed only when something else wakes it up. So the interpreter's own handler, which runs at once, writes each
-number into a descriptor that the loop listens to.
+Python calls a handler between two bytecode instructions, so a signal that arrives just before the loop goes to sleep
+would be handled only when something else wakes the loop. Therefore the interpreter's C handler, which runs at once,
+writes the signal's number into a descriptor that the loop watches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PER_READ = 64
 
 @contextmanager
 def taking_signals(loop: Reactor, numbers: Iterable[int], take: Callable[[int], object]) -> Iterator[None]:
-    """Call `take` from the loop with the number of each of these signals that comes. For the main thread only."""
+    """Call `take` from the loop with the number of each of these signals that arrives. Only for the main thread."""
 
     def wake() -> None:
         for number in near.recv(_PER_READ):

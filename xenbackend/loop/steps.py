@@ -1,4 +1,4 @@
-"""Steps that wait for one another, written as a generator that yields each of them.
+"""Sequences of asynchronous steps, written as a generator that yields one step after the other.
 
 Must not know what a step does.
 
@@ -6,8 +6,9 @@ Must not know what a step does.
         yield partial(disk.write_meta, place, data)
         yield disk.sync
 
-A step is a function that is given what to call when it is done: with 0 or a positive errno, and perhaps with a result,
-which the ``yield`` then gives. An errno is raised there as an OSError; a generator that does not catch it ends with it.
+A step is a function that gets a callback, and calls it when the step is done: with 0 or a positive errno, and perhaps
+with a result, which becomes the value of the ``yield``. An errno is raised there as an OSError; if the generator does
+not catch it, the sequence ends with it.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ from xenbackend.errors import DriverError
 T = TypeVar("T")
 Step = Callable[[Callable[..., None]], None]
 Steps = Generator[Step, Any, T]
-Ended = Callable[[int, Any], None]  # gets 0 or a positive errno, and what the steps returned
+Ended = Callable[[int, Any], None]  # gets 0 or a positive errno, and the value that the generator returned
 
 
 def _ignore(_status: int, _result: object) -> None:
-    """Nobody waits for the end of steps that say themselves how they ended."""
+    """Do nothing: the default for steps that report their end themselves."""
 
 
 def run(steps: Steps[Any], then: Ended = _ignore) -> None:
-    """Begin the steps, and call `then` when they have ended: by return, by OSError, or by DriverError, which is EIO."""
+    """Begin the steps, and call `then` when they end: by return, by OSError, or by DriverError, which counts as EIO."""
     _Run(steps, then).go(0, None)
 
 
 class Line:
-    """Runs steps one after the other: who comes meanwhile waits until those before have ended."""
+    """A queue of sequences, which run one at a time: a new one waits until all earlier ones have ended."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Steps[Any], Ended]] = deque()
         self._is_running = self._is_looking = False
 
     def add(self, steps: Steps[Any], then: Ended = _ignore) -> None:
-        """Run the steps when it is their turn; `then` as in `run`."""
+        """Run the steps when all earlier ones have ended; `then` is as in `run`."""
         self._waiting.append((steps, then))
         self._look()
 
     def _look(self) -> None:
-        """Begin what waits, one after the other; what ends at once makes no deeper stack."""
+        """Begin waiting sequences one after the other, in a loop: sequences that end at once must not nest calls."""
         if self._is_looking:
             return
         self._is_looking = True
@@ -67,13 +68,13 @@ class Line:
 
 
 class _Run:
-    """One generator on its way; a step that is done at once makes no deeper stack."""
+    """A running generator. Steps that are done at once are handled in a loop, so that they do not nest calls."""
 
     def __init__(self, steps: Steps[Any], then: Ended) -> None:
         self._steps = steps
         self._then = then
         self._is_inside = False
-        self._answers: list[tuple[int, Any]] = []  # of the step that was done at once, if it was
+        self._answers: list[tuple[int, Any]] = []  # of a step that was done at once; else empty
 
     def go(self, status: int, result: Any) -> None:
         while True:

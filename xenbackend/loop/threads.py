@@ -1,4 +1,4 @@
-"""A small pool of threads for calls that sleep, started as they are needed.
+"""A small pool of threads for blocking calls; threads are started when they are needed.
 
 Must not touch anything of the loop but the one function that hands a call over to it.
 """
@@ -11,15 +11,15 @@ from queue import SimpleQueue
 
 Call = Callable[[], object]
 Work = tuple[Call, Call, Callable[[Exception], Call]]
-LIMIT = 16  # threads: enough to keep a disk busy where there is no asynchronous I/O
+LIMIT = 16  # threads: enough to keep a disk busy without asynchronous I/O
 
 
 class Threads:
-    """Runs calls beside the loop. All methods belong to the loop's thread.
+    """Runs calls beside the loop. Only the loop's thread may use this object.
 
     Args:
-        hand_over: has the loop call a function; may be called from any thread.
-        limit: threads at most; what comes while all are busy waits.
+        hand_over: makes the loop call a function; may be called from any thread.
+        limit: the largest number of threads; further calls wait while all are busy.
     """
 
     def __init__(self, hand_over: Callable[[Call], None], limit: int = LIMIT) -> None:
@@ -27,12 +27,13 @@ class Threads:
         self._limit = limit
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._busy = 0  # calls given out whose `then` has not been called
+        self._busy = 0  # calls whose `then` has not been called yet
 
     def run(self, function: Call, then: Call, on_error: Callable[[Exception], Call]) -> None:
-        """Call `function` in a thread, then hand `then` over; an exception first, as `on_error(exception)`.
+        """Call `function` in a thread, then hand `then` over to the loop.
 
-        Raises: RuntimeError, where the host has no room for a thread, and there is none yet.
+        If it raises an exception, hand `on_error(exception)` over before that. Raises: RuntimeError if no thread can be
+        started, and there is none yet.
         """
         if self._busy >= len(self._threads) < self._limit:
             thread = threading.Thread(target=self._serve, name=f"pool-{len(self._threads)}", daemon=True)
@@ -47,7 +48,7 @@ class Threads:
         self._work.put((function, then, on_error))
 
     def close(self) -> None:
-        """Finish what was asked for, and end the threads. What they hand over now may never be called."""
+        """Finish all pending calls, and end the threads. Calls that they hand over from now on may be lost."""
         for _ in self._threads:
             self._work.put(None)
         for thread in self._threads:
@@ -59,9 +60,9 @@ class Threads:
             function, then, on_error = work
             try:
                 function()
-            except Exception as error:  # the loop decides what a bug leads to
+            except Exception as error:  # the loop decides how to handle it
                 self._hand_over(on_error(error))
-            self._hand_over(lambda then=then: self._finish(then))  # type: ignore[misc]  # bound now, used later
+            self._hand_over(lambda then=then: self._finish(then))  # type: ignore[misc]  # bound now, used later; `then` changes
 
     def _finish(self, then: Call) -> None:
         self._busy -= 1
