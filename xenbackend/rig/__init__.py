@@ -1,1 +1,1 @@
-"""A simulated Xen, for demonstrations, measurements and tests on a machine without one."""
+"""A simulated Xen, for demonstrations, measurements and tests on a machine without Xen."""

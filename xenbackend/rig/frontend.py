@@ -1,6 +1,6 @@
-"""A blkfront on the rig: the handshake through xenstore as Linux does it, and a guest's I/O on all its rings.
+"""A blkfront on the rig: the handshake through xenstore as in Linux, and a guest's I/O on all its rings.
 
-Must not trust the backend: whatever a real blkfront refuses raises `BackendMisbehaved`.
+Must not trust the backend: anything that a real blkfront refuses raises `BackendMisbehaved`.
 
 Source: Linux drivers/block/xen-blkfront.c (talk_to_blkback, blkfront_connect, blkback_changed); io/blkif.h.
 """
@@ -37,7 +37,7 @@ class Store(Protocol):
     """The part of a xenstore client that a frontend needs."""
 
     def read_optional(self, path: str) -> str | None:
-        """Return a node's value, or None without one."""
+        """Return a node's value, or None if there is no such node."""
 
     def write(self, path: str, value: str) -> None:
         """Write a node."""
@@ -46,10 +46,10 @@ class Store(Protocol):
         """Ask for an event whenever the node changes."""
 
     def events(self) -> object:
-        """Return the events that have come, without blocking."""
+        """Return the events that have arrived, without blocking."""
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when an event has come."""
+        """Return a descriptor that is readable while events wait."""
 
 
 class DiskError(XenbackendError):
@@ -71,9 +71,9 @@ class Wishes:
     persistent: bool = False
     indirect: int = 0  # segments
     flush: bool = True
-    barrier: bool = True  # used where there is no flush
+    barrier: bool = True  # used if there is no flush
     discard: bool = True
-    start_index: int = 0  # of the rings' indices
+    start_index: int = 0  # first value of the rings' indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class DiskFacts:
 
 
 class Frontend:
-    """One vbd as its guest sees it. `rings` and `facts` are there once it is connected."""
+    """One vbd as its guest sees it. `rings` and `facts` are set once it is connected."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class Frontend:
         wishes: Wishes = Wishes(),
         idle: Callable[[float], None] | None = None,
     ) -> None:
-        """Take the frontend at `path`, such as ``/local/domain/5/device/vbd/51712``.
+        """Use the frontend at `path`, such as ``/local/domain/5/device/vbd/51712``.
 
-        `idle` is called with seconds whenever the frontend has to wait. The default sleeps until the store or the
-        backend has something for us; another function may step a backend in this thread.
+        `idle` is called whenever the frontend has to wait, with the longest time in seconds. The default sleeps until
+        an event comes from xenstore or the backend; another function may step a backend in this thread.
         """
         self.guest = guest
         self.wishes = wishes
@@ -130,10 +130,10 @@ class Frontend:
         self._set_state(CONNECTED)
 
     def announce(self) -> None:
-        """Make the rings, and write the keys by which the backend finds them.
+        """Create the rings, and write the keys by which the backend finds them.
 
-        As in Linux nothing is removed: keys of a former life that this one does not write, such as the number of
-        queues where there is one now, stay as they were (talk_to_blkback, write_per_ring_nodes).
+        As in Linux, no key is removed. Keys from an earlier connection that are not written again, such as the number
+        of queues if there is only one now, keep their values (talk_to_blkback, write_per_ring_nodes).
         """
         wishes = self.wishes
         order = min(wishes.ring_order, self._offered("max-ring-page-order"))
@@ -165,7 +165,7 @@ class Frontend:
         self._write(f"{prefix}event-channel", ring.port.number)
 
     def read_facts(self) -> None:
-        """Read the connected backend's description of the disk; again when the size may have changed."""
+        """Read the connected backend's description of the disk; call it again if the size may have changed."""
         wishes = self.wishes
         can_flush = wishes.flush and bool(self._offered("feature-flush-cache"))
         persistent = wishes.persistent and bool(self._offered("feature-persistent"))
@@ -194,7 +194,7 @@ class Frontend:
         ring: int | None = None,
         push: bool = True,
     ) -> Submitted:
-        """Put a request into a ring, by default the next one in turn; see `GuestRing.submit`."""
+        """Put a request into a ring, by default into each ring in turn; see `GuestRing.submit`."""
         if ring is None:
             ring = self._next_ring = (self._next_ring + 1) % len(self.rings)
         request = self.rings[ring].submit(operation, sector, count, data, spans=spans)
@@ -277,7 +277,7 @@ class Frontend:
         self.rings = []
 
     def backend_state(self) -> int:
-        """Return the backend's state, 0 if it has none; of a directory that is gone a guest may not even know that."""
+        """Return the backend's state, 0 if it has none, or if its directory is gone, which the guest may not read."""
         try:
             return self._offered("state")
         except StoreError as error:

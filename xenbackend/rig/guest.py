@@ -1,4 +1,4 @@
-"""A guest's own side of the simulated Xen: its pages, grants and event channels.
+"""A guest's side of the simulated Xen: its pages, grants and event channels.
 
 Must not know a protocol: `rig/frontend.py` does.
 """
@@ -21,7 +21,7 @@ from xenbackend.units import PAGE
 
 
 class GrantInUse(KernelError):
-    """A page cannot be taken back while a backend has it mapped; a real guest would leak it and complain."""
+    """A grant cannot be revoked while a backend has the page mapped; a real guest would leak the page and log that."""
 
     def __init__(self, gref: int) -> None:
         super().__init__(f"taking back grant {gref}, which is still mapped", errno.EBUSY)
@@ -40,22 +40,22 @@ class GuestPort:
         return self._incoming
 
     def outgoing(self) -> int:
-        """Return the descriptor that notifies the backend, an eventfd, for code in C."""
+        """Return the eventfd that notifies the backend, for code in C."""
         return self._outgoing
 
     def notify(self) -> None:
-        """Notify the backend; without one nothing happens."""
+        """Notify the backend; does nothing if none is bound."""
         os.eventfd_write(self._outgoing, 1)
 
     def clear(self) -> bool:
-        """Forget the notifications so far; True if there were any."""
+        """Clear pending notifications. Return whether there were any."""
         try:
             return os.eventfd_read(self._incoming) > 0
         except BlockingIOError:
             return False
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for a notification and clear it; False when none came in time."""
+        """Wait for a notification and clear it. Return False if none came in time."""
         poll = select.poll()
         poll.register(self._incoming, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000)) and self.clear()
@@ -66,11 +66,11 @@ class GuestPort:
         self.forget()
 
     def forget(self) -> None:
-        """Release our end, if that is still to be done, without telling the hypervisor."""
+        """Release our descriptors, unless that was done before, without telling the hypervisor."""
         if self._incoming >= 0:
             os.close(self._incoming)
             os.close(self._outgoing)
-        self._incoming = self._outgoing = -1  # later uses of the port must not reach a stranger's descriptor
+        self._incoming = self._outgoing = -1  # later uses of the port must not reach another file's descriptor
 
 
 class Guest:
@@ -82,7 +82,7 @@ class Guest:
     def __init__(
         self, directory: str | Path, domid: int, pages: int = 4096, connection: Connection | None = None
     ) -> None:
-        """Create the domain in the rig of `directory`, or over a connection, ours from now on. Raises: KernelError."""
+        """Create the domain in the rig of `directory`, or through `connection`, which it owns. Raises: KernelError."""
         self.domid = domid
         self._connection = connection or Connection(directory)
         try:
@@ -94,12 +94,12 @@ class Guest:
         self.table = Table(grants, pages)
         self._memory_fd = memory
         os.close(grants)
-        self._free_frames = list(range(pages - 1, -1, -1))  # popped from the end: low frames first, side by side
+        self._free_frames = list(range(pages - 1, -1, -1))  # popped from the end: low frames first, adjacent ones
         self._free_grefs = list(range(ENTRIES - 1, RESERVED - 1, -1))
         self._ports: list[GuestPort] = []
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` free frames; they are side by side until the first frame is freed. Raises: KernelError."""
+        """Return `count` free frames; they are adjacent as long as no frame was ever freed. Raises: KernelError."""
         if count > len(self._free_frames):
             raise KernelError(f"allocating {count} pages in domain {self.domid}", errno.ENOMEM)
         return [self._free_frames.pop() for _ in range(count)]
@@ -109,7 +109,7 @@ class Guest:
         return len(self._free_frames)
 
     def free(self, frames: list[int]) -> None:
-        """Give frames back."""
+        """Free frames."""
         self._free_frames.extend(reversed(frames))
 
     def page(self, frame: int, count: int = 1) -> memoryview:
@@ -117,7 +117,7 @@ class Guest:
         return self.memory[frame * PAGE : (frame + count) * PAGE]
 
     def side_by_side(self, frames: list[int]) -> tuple[memoryview, Callable[[], None]]:
-        """Return a view of frames one after the other, as a driver's ring needs it, and the function that ends it."""
+        """Return a view in which the frames are contiguous, as a driver's ring needs it, and a function to unmap it."""
         view, _, release = map_pages(self._memory_fd, frames, writable=True)
         return view, release
 
@@ -137,7 +137,7 @@ class Guest:
         self._free_grefs.append(gref)
 
     def fail(self, gref: int, status: int) -> None:
-        """Make every map and copy of `gref` end with `status` (negative) from now on; 0 stops that."""
+        """Make every map and copy of `gref` fail with `status` (negative) from now on; 0 ends this."""
         self.table.faults[gref] = status
 
     def allocate_port(self, remote_domid: int = BACKEND_DOMID) -> GuestPort:

@@ -1,7 +1,7 @@
-"""One ring of a blkfront: requests in flight, their pages and grants, and every check that Linux' blkfront makes.
+"""One ring of a blkfront: requests in flight, their pages and grants, and all the checks of Linux's blkfront.
 
-Must not know xenstore. If a backend breaks a rule, `BackendMisbehaved` is raised; Linux disables such a device for
-good (drivers/block/xen-blkfront.c, "disabled for further use").
+Must not know xenstore. If a backend breaks a rule, `BackendMisbehaved` is raised; Linux disables such a device
+permanently (drivers/block/xen-blkfront.c, "disabled for further use").
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Span = tuple[int, int]  # first and last sector within a page, both inclusive
 
 
 class BackendMisbehaved(XenbackendError):
-    """A backend did something for which a real blkfront gives up."""
+    """A backend did something for which a real blkfront gives up the device."""
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class GrantedPage:
 
 @dataclass(slots=True, eq=False)
 class Submitted:
-    """One request of the guest. `status` is None while it is in flight, then the response's."""
+    """One request of the guest. `status` is None while it is in flight, then the status of the response."""
 
     operation: int
     sector: int
@@ -53,7 +53,7 @@ class Submitted:
     pages: list[GrantedPage] = field(default_factory=list)
     indirect_pages: list[GrantedPage] = field(default_factory=list)
     status: int | None = None
-    data: bytes = b""  # what a read brought
+    data: bytes = b""  # the result of a read
 
 
 def whole_spans(count: int) -> list[Span]:
@@ -85,15 +85,15 @@ class GuestRing:
         persistent: bool = False,
         start_index: int = 0,
     ) -> None:
-        """Allocate and grant the ring's pages, and an unbound port. Raises: KernelError.
+        """Allocate and grant the ring's pages, and allocate an unbound port. Raises: KernelError.
 
         `persistent` keeps data pages granted from one request to the next; it may be cleared before the first request.
-        `start_index` is where the ring's indices begin.
+        `start_index` is the first value of the ring's indices.
         """
         self.guest = guest
         self.layout = layout
         self.persistent = persistent
-        self.max_indirect = 0  # segments; what the backend offered
+        self.max_indirect = 0  # segments; the backend's limit
         self._frames = guest.allocate(1 << order)
         self._pages, self._unmap = guest.side_by_side(self._frames)
         self.ring = FrontRing(self._pages, layout, ring_entries(layout, order), fence)
@@ -116,8 +116,11 @@ class GuestRing:
     ) -> Submitted:
         """Put one request into the ring; `push` makes it visible.
 
-        A write's or barrier's sectors come from `data`; `count` is for a read or discard. More than 11 segments go
-        indirect. Raises: BlockingIOError if no slot is free; KernelError if the guest is out of pages.
+        The length of a write or barrier is that of `data`; `count` is for a read or discard. More than 11 segments make
+        an indirect request.
+
+        Raises: BlockingIOError if no slot is free; KernelError if the guest is out of pages or grants; ValueError if
+        the backend does not accept so many segments.
         """
         if not self._free_ids:
             raise BlockingIOError("every slot of the ring is in use")
@@ -158,11 +161,11 @@ class GuestRing:
             self.port.notify()
 
     def put_raw(self, slot: bytes) -> None:
-        """Put any bytes into the next slot, without any check."""
+        """Put arbitrary bytes into the next slot, without any check."""
         self.ring.put(slot)
 
     def in_flight(self) -> int:
-        """Return how many requests wait for their response."""
+        """Return how many requests have no response yet."""
         return self.ring.size - len(self._free_ids)
 
     def reap(self) -> list[Submitted]:
@@ -205,7 +208,7 @@ class GuestRing:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the view of the ring; grants stay, as when a guest crashes."""
+        """Release the view of the ring. The grants stay, as when a guest crashes."""
         self.ring.release()
         self._unmap()
 
@@ -229,14 +232,14 @@ class GuestRing:
         self.guest.free([page.frame])
 
     def _places(self, request: Submitted) -> list[tuple[int, int]]:
-        """Return where in the guest's memory a request's data lie: (start, end) in bytes per segment."""
+        """Return where a request's data lie in the guest's memory: (start, end) in bytes per segment."""
         return [
             (page.frame * PAGE + first * SECTOR, page.frame * PAGE + (last + 1) * SECTOR)
             for page, (first, last) in zip(request.pages, request.spans, strict=True)
         ]
 
     def _fill(self, request: Submitted, data: bytes) -> None:
-        # A read's pages are filled too, so that bytes which the backend did not write show up.
+        # The pages of a read are filled as well, so that bytes that the backend does not write are noticed.
         memory = self.guest.memory
         position = 0
         for start, end in self._places(request):

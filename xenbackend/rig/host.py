@@ -1,7 +1,7 @@
-"""The simulated machine of a backend process: `kernel.ports` on the rig. A host's text is ``xenbackend.rig.host:DIR``.
+"""The simulated machine of a backend process: `kernel.ports` on the rig, named ``xenbackend.rig.host:DIRECTORY``.
 
-Must not be more lenient than the devices: whatever gntdev and evtchn refuse is refused here
-(`tests/contract/test_ports.py` runs both through the same cases).
+Must not be more lenient than the real devices: anything that gntdev or evtchn refuses is refused here
+(`tests/contract/test_ports.py` tests both with the same cases).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class RigMapping:
 
 
 class RigGrants:
-    """One domain's grants, as one open `/dev/xen/gntdev` gives them."""
+    """One domain's grants, like an open `/dev/xen/gntdev`."""
 
     def __init__(self, connection: Connection, domid: int) -> None:
-        """Open the domain, over a connection that is ours from now on. Raises: KernelError."""
+        """Open the domain through `connection`, which it owns. Raises: KernelError."""
         self._domid = domid
         self._connection = connection
         self._handles: set[int] = set()  # of mappings
@@ -65,9 +65,9 @@ class RigGrants:
         return RigMapping(view, address, release)
 
     def copy(self, arena: Arena, segments: Sequence[CopySegment]) -> list[int]:
-        """Copy between guest and arena; every grant is looked up anew.
+        """Copy between guest and arena; each grant is looked up again.
 
-        Raises: KernelError if a segment crosses the guest's page; gntdev refuses the whole call too.
+        Raises: KernelError if a segment crosses the guest's page; gntdev refuses the whole call as well.
         """
         if any(segment.page_offset + segment.length > PAGE for segment in segments):
             raise KernelError(f"copy {len(segments)} grants", errno.EINVAL)
@@ -87,13 +87,13 @@ class RigGrants:
         return statuses
 
     def close(self) -> None:
-        """Release the domain; the hypervisor forgets its mappings, and the views stay until the process ends."""
+        """Release the domain. The hypervisor forgets the mappings, but their views stay until the process ends."""
         for handle in list(self._handles):
             with suppress(KernelError):
                 self._forget(handle)
         self._connection.close()
         self._memory.release()
-        del self._table  # it maps the grants as long as it lives
+        del self._table  # which unmaps the grants
         os.close(self._memory_fd)
 
     def _forget(self, handle: int) -> None:
@@ -102,13 +102,13 @@ class RigGrants:
 
 
 class RigEvents:
-    """Event channels towards one domain, as one open `/dev/xen/evtchn` gives them.
+    """Event channels towards one domain, like an open `/dev/xen/evtchn`.
 
-    A port is a descriptor in an epoll set that disarms itself when it fires: the mask until `unmask`.
+    A port is an eventfd in an epoll set with EPOLLONESHOT: when it fires it is disarmed, and so masked until `unmask`.
     """
 
     def __init__(self, connection: Connection, domid: int) -> None:
-        """Open the device, over a connection that is ours from now on."""
+        """Open the device through `connection`, which it owns."""
         self._domid = domid
         self._connection = connection
         self._epoll = select.epoll()
@@ -141,11 +141,11 @@ class RigEvents:
         self._epoll.modify(self._incoming[port], select.EPOLLIN | select.EPOLLONESHOT)
 
     def notify(self, port: int) -> None:
-        """Notify the guest; nothing happens if it has gone."""
+        """Notify the guest; does nothing if it is gone."""
         os.eventfd_write(self._outgoing[port], 1)
 
     def unbind(self, port: int) -> None:
-        """Close the port; the guest's end is unbound again. Raises: KernelError."""
+        """Close the port; the guest's end becomes unbound again. Raises: KernelError."""
         if port not in self._incoming:
             raise KernelError(f"closing port {port}", errno.ENOTCONN)
         self._connection.call("unbind", port=port)
@@ -172,7 +172,7 @@ class RigHost:
     """The machine whose hypervisor serves in `directory`."""
 
     def __init__(self, directory: str, devices: Sequence[int] = ()) -> None:
-        """`devices` are descriptors from `open_devices`, which stay the caller's; without them it connects itself."""
+        """Use `devices`, descriptors from `open_devices` that stay the caller's; if there are none, connect."""
         self._directory = directory
         self._devices = devices
         self.fence: Fence = find_fence()[0]
@@ -190,7 +190,7 @@ class RigHost:
         return memory.allocate(size)
 
     def _connect(self, number: int) -> Connection:
-        """Return a connection of one device's; what it holds is let go of by whoever has it, where it is a copy."""
+        """Return a connection for device `number`. If it is a copy, the caller must release what it holds itself."""
         return (
             Connection(self._directory, os.dup(self._devices[number])) if self._devices else Connection(self._directory)
         )

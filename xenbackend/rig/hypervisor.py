@@ -1,8 +1,8 @@
-"""The rules of the simulated Xen: domains with memory, grants that are mapped, event channels; no socket.
+"""The rules of the simulated Xen: domains with memory, mapped grants, event channels; no socket.
 
-Must not wait for anything. A user of the hypervisor is a `Holder`: all that it holds is released when it goes, as a
-kernel does at a process's death. Event channels follow Xen's common/event_channel.c: when the backend's end closes, the
-guest's port is unbound again, and the same domain may bind it again; a port is pending at once when it is bound.
+Must not wait for anything. A user of the hypervisor is a `Holder`: everything that it holds is released when it leaves,
+as a kernel does when a process dies. Event channels follow Xen's common/event_channel.c: when the backend's end closes,
+the guest's port becomes unbound, and the same domain may bind it again; a port is pending as soon as it is bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EVENTFD = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 
 @dataclass(slots=True)
 class Port:
-    """The guest's end of an event channel: one counter per direction; both outlive the backend's end."""
+    """The guest's end of an event channel: an eventfd per direction; both outlive the backend's end."""
 
     number: int
     remote_domid: int
@@ -33,13 +33,13 @@ class Port:
     is_bound: bool = False
 
     def close(self) -> None:
-        """Forget the counters; a copy of them notifies nobody from now on."""
+        """Close the eventfds; copies of them notify nobody from now on."""
         os.close(self.to_guest)
         os.close(self.to_backend)
 
 
 class Domain:
-    """A guest: its memory, grant table and ports, and who has which of its pages mapped."""
+    """A guest: its memory, grant table and ports, and how often each of its pages is mapped."""
 
     def __init__(self, domid: int, pages: int) -> None:
         self.domid = domid
@@ -52,7 +52,7 @@ class Domain:
         self._writers: dict[int, int] = {}
 
     def pin(self, grefs: Sequence[int], step: int, *, writable: bool) -> None:
-        """Count a mapping of `grefs` in (`step` 1) or out (-1), and show the guest which pages are in use."""
+        """Count a new mapping of `grefs` (`step` 1) or its end (-1), and mark in the grant table which are in use."""
         counts = self._writers if writable else self._readers
         for gref in grefs:
             counts[gref] = counts.get(gref, 0) + step
@@ -70,7 +70,7 @@ class Domain:
         return sum(self._readers.values()) + sum(self._writers.values())
 
     def destroy(self) -> None:
-        """End the domain: its grants and ports are gone, mappings stay."""
+        """End the domain: revoke its grants and close its ports; mappings stay."""
         self.table.entries[:] = memoryview(bytes(self.table.entries.nbytes)).cast("Q")
         for port in self.ports.values():
             port.close()
@@ -80,7 +80,7 @@ class Domain:
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """Everything that one connection holds."""
+    """Everything that one connection holds, which is released when it closes."""
 
     owned: Domain | None = None
     mappings: dict[int, tuple[Domain, list[int], bool]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ Answer = tuple[dict[str, Any], list[int]]  # a result, and the descriptors that 
 
 
 class Hypervisor:
-    """All domains, and the calls. Every call raises KernelError if Xen or its devices would refuse it."""
+    """All domains, and the calls on them. A call raises KernelError if Xen or its devices would refuse it."""
 
     def __init__(self) -> None:
         self._domains: dict[int, Domain] = {}

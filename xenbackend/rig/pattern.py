@@ -1,9 +1,9 @@
-"""Disk contents that tell where they belong, and a model of a disk's content after any mix of requests.
+"""Disk contents that identify their place, and a model of a disk's contents after any mix of requests.
 
 Must not send a request: the code that drives a disk asks the model for the next step and reports the result.
 
-A written sector consists of 16 equal units of 32 bytes: (magic, seed, sector, generation). So a sector that is
-misplaced, stale, torn or from another disk is recognised by its bytes alone. Generation 0 is a sector of zeros.
+A written sector consists of 16 equal units of 32 bytes: (magic, seed, sector, generation). So the bytes alone show
+whether a sector is misplaced, stale, torn or from another disk. Generation 0 is a sector of zeros.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ZEROS = bytes(SECTOR)
 
 
 class WrongData(XenbackendError):
-    """A disk returned data that was not written there; the text says what it is instead."""
+    """A disk returned data that was not written there; the message says what the data are instead."""
 
 
 def make(seed: int, sector: int, generations: Iterable[int]) -> bytes:
@@ -42,7 +42,7 @@ def make(seed: int, sector: int, generations: Iterable[int]) -> bytes:
 
 
 def describe(data: bytes, seed: int, sector: int, expected: Iterable[int]) -> str:
-    """Describe one sector's bytes in a sentence; one of the generations `expected` should be there."""
+    """Return a sentence about one sector's bytes, where one of the generations `expected` should be."""
     wanted = " or ".join(f"generation {generation}" if generation else "zeros" for generation in expected)
     return f"sector {sector} holds {_content(data, seed, sector)} where {wanted} belongs"
 
@@ -69,7 +69,7 @@ def _unit(data: bytes, seed: int, sector: int) -> str:
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One request that a model asks for: sectors from `sector` on, and for a write the bytes."""
+    """One request that a model asks for: `count` sectors from `sector` on, and the data of a write."""
 
     operation: int  # BLKIF_OP_READ, _WRITE, _FLUSH_DISKCACHE or _DISCARD
     sector: int = 0
@@ -80,20 +80,20 @@ class Step:
 
 @dataclass
 class DiskModel:
-    """The possible contents of `sectors` sectors of a disk: for each sector, the generations that it may have.
+    """The possible contents of the first `sectors` sectors of a disk: for each sector, the generations it may have.
 
-    One generation is the normal case. After a discard the old ones and zeros are possible, after a failed write the old
-    ones and the new one. Requests in flight never overlap where one of them writes, since their order is free.
+    Normally that is one. After a discard, the old ones and zeros are possible; after a failed write, the old ones and
+    the new one. Requests in flight never overlap if one of them writes, since they may be carried out in any order.
     """
 
     seed: int
     sectors: int
     random: Random
-    operations: tuple[int, ...] = (BLKIF_OP_READ, BLKIF_OP_WRITE)  # chosen among evenly; repeat one to favour it
+    operations: tuple[int, ...] = (BLKIF_OP_READ, BLKIF_OP_WRITE)  # one is chosen at random; repeat one to favour it
     max_count: int = 88  # sectors per request; 11 whole pages
     alignment: int = 1  # sectors; of every request's start and length
-    failures: int = 0  # steps that came back with an error
-    verified: int = 0  # sectors that were compared, and are what they have to be
+    failures: int = 0  # steps that ended with an error
+    verified: int = 0  # sectors that were compared and are correct
     _possible: list[tuple[int, ...]] = field(init=False)
     _writing: bytearray = field(init=False)  # per sector: a write or discard is in flight
     _reading: list[int] = field(init=False)  # per sector: reads in flight
@@ -105,7 +105,7 @@ class DiskModel:
         self._reading = [0] * self.sectors
 
     def next_step(self) -> Step | None:
-        """Return a random step that does not conflict with anything in flight, or None if none was found soon."""
+        """Return a random step that does not conflict with one in flight, or None if a few tries found none."""
         operation = self.random.choice(self.operations)
         if operation == BLKIF_OP_FLUSH_DISKCACHE:
             return Step(operation)
@@ -118,7 +118,7 @@ class DiskModel:
         return None
 
     def step(self, operation: int, sector: int, count: int) -> Step:
-        """Return a chosen step and count it as in flight; the caller is responsible for overlaps."""
+        """Return the given step and count it as in flight. The caller has to avoid overlaps."""
         step = Step(operation, sector, count)
         end = sector + count
         if operation == BLKIF_OP_READ:
@@ -132,7 +132,7 @@ class DiskModel:
         return step
 
     def finish(self, step: Step, status: int, data: bytes = b"") -> None:
-        """Take the result: a status of the wire, and for a read the bytes. Raises: WrongData."""
+        """Note the result of a step: its status (BLKIF_RSP_*), and the data of a read. Raises: WrongData."""
         end = step.sector + step.count
         if status != BLKIF_RSP_OKAY:
             self.failures += 1
@@ -145,14 +145,14 @@ class DiskModel:
         if step.operation == BLKIF_OP_WRITE and status == BLKIF_RSP_OKAY:
             self._possible[step.sector : end] = [(step.generation,)] * step.count
         elif step.count:
-            # A discard gives zeros or the old contents; a write that failed may have happened in part.
+            # A discard leaves zeros or the old contents; a failed write may have been carried out in part.
             new = 0 if step.operation == BLKIF_OP_DISCARD else step.generation
             self._possible[step.sector : end] = [
                 old if new in old else (*old, new) for old in self._possible[step.sector : end]
             ]
 
     def check(self, sector: int, data: bytes) -> None:
-        """Compare bytes that were read from `sector` on with the possible contents. Raises: WrongData."""
+        """Compare bytes read from `sector` on with the possible contents. Raises: WrongData."""
         possible = self._possible[sector : sector + len(data) // SECTOR]
         self._compare(sector, data, possible)
         self.verified += len(possible)

@@ -1,9 +1,9 @@
-"""One client of the rig's xenstored: bytes of the wire in, bytes out. Pure: no socket, no thread.
+"""One client of the rig's xenstored: messages in, messages out, as bytes. Pure: no socket, no thread.
 
 Must not keep nodes (`rig/tree.py`) or wait for anything.
 
-The wire is described in `io/xs_wire.h`, the operations in docs/misc/xenstore.txt. Domain 0 sees everything; a guest is
-subject to permissions and quotas, and gets events only for nodes that it may read.
+The wire format is described in `io/xs_wire.h`, the operations in docs/misc/xenstore.txt. Domain 0 sees everything; a
+guest is subject to permissions and quotas, and gets events only for nodes that it may read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HEADER = struct.Struct("=IIII")  # io/xs_wire.h, "struct xsd_sockmsg": type, req
 XS_RESET_WATCHES, XS_DIRECTORY_PART = 21, 22  # io/xs_wire.h
 INTRODUCE_DOMAIN, RELEASE_DOMAIN = "@introduceDomain", "@releaseDomain"  # docs/misc/xenstore.txt
 
-Observer = Callable[[str, bytes | None], None]  # (path, value now, or None when it was removed)
+Observer = Callable[[str, bytes | None], None]  # (path, new value, or None if it was removed)
 _OK = b"OK\0"
 
 
 class Registry:
-    """Everything that sessions share: the tree, the domains that exist, the watches."""
+    """Everything that sessions share: the tree, the existing domains, the watches."""
 
     def __init__(self, tree: Tree, observer: Observer | None = None) -> None:
         self.tree = tree
@@ -41,7 +41,7 @@ class Registry:
         self._observer = observer
 
     def publish(self) -> None:
-        """Tell watchers and the observer about changes of the tree since the last call."""
+        """Tell watches and the observer about changes of the tree since the last call."""
         changes, self.tree.changes = self.tree.changes, []
         for change in changes:
             self._tell(change)
@@ -64,9 +64,9 @@ class Registry:
             del self._watches[path]
 
     def _tell(self, change: Change) -> None:
-        """Tell the watches of the node, of those above it, and of those below that were removed with it.
+        """Tell the watches of the node, of the nodes above it, and of the nodes below that were removed with it.
 
-        A node without a watch costs nothing: a host has as many watches as devices, and most changes concern one.
+        Watches on other nodes cost nothing: a host has as many watches as devices, and most changes concern only one.
         """
         node, path = change.after or change.before, change.path
         places = [(path, node)]
@@ -144,13 +144,13 @@ class Session:
             self._serve(op, request, transaction, payload)
 
     def tell(self, watch: Watch, path: str, node: Node | None) -> None:
-        """Queue an event, unless the node is one that the domain may not read."""
+        """Queue an event, unless the domain may not read the node."""
         if node is None or may(node, self.domid, "r"):
             told = path if watch.given.startswith("/") else path.removeprefix(self._home)
             self._send(XS_WATCH_EVENT, 0, 0, f"{told}\0{watch.token}\0".encode("latin-1"))
 
     def hear_special(self, name: str) -> None:
-        """Queue an event for watches of a name such as ``@releaseDomain``; guests do not get those."""
+        """Queue an event for watches of a name such as ``@releaseDomain``; guests do not get such events."""
         for given, token in self._watches:
             if given == name and self.domid == 0:
                 self._send(XS_WATCH_EVENT, 0, 0, f"{name}\0{token}\0".encode())
@@ -286,7 +286,7 @@ def _directory(tree: Tree, domid: int, path: str, _: bytes) -> bytes:
 
 
 def _directory_part(tree: Tree, domid: int, path: str, rest: bytes) -> bytes:
-    """Answer ``generation|name|name|…``: whole names from a byte offset on; an empty name after the last one."""
+    """Return ``generation|name|name|…``: whole names from a byte offset on; an empty name follows the last one."""
     offset = rest.rstrip(b"\0")
     if not offset.isdigit() or len(offset) > 9:
         raise OSError(errno.EINVAL, "not an offset")

@@ -1,12 +1,13 @@
-"""A small xenstored, the real wire on Unix sockets, for machines without Xen: its sockets, its thread, its handle.
+"""A small xenstored for machines without Xen, with the real wire format on Unix sockets: its sockets and its thread.
 
 Must not know what an operation means (`rig/session.py`) or keep nodes (`rig/tree.py`).
 
     with Xenstored("/run/rig/store") as xenstored:          domain 0 connects to /run/rig/store
         socket = xenstored.add_domain_socket(5)             domain 5 to /run/rig/store.5
 
-A client of a domain's socket is that domain: the rig's substitute for the ring page by which Xen knows it. Everything
-runs on one thread, to which calls from other threads are passed; the observer runs there too and must not block.
+A client that connects to a domain's socket is taken to be that domain; with a real Xen, the ring page identifies it.
+Everything runs on one thread, to which calls from other threads are passed. The observer runs there, too, and must not
+block.
 
 As a program: ``python -m xenbackend.rig.store SOCKET [DOMID ...]``, until SIGINT or SIGTERM.
 """
@@ -30,7 +31,7 @@ from xenbackend.rig.tree import Quota, Tree, walk
 
 T = TypeVar("T")
 
-_UNREAD_MAX = 4 << 20  # bytes kept for a client that does not read; then it is hung up on
+_UNREAD_MAX = 4 << 20  # bytes kept for a client that does not read; with more it is disconnected
 
 
 class _Client:
@@ -42,9 +43,9 @@ class _Client:
 
 
 class Xenstored:
-    """A xenstored listening at `address` for domain 0, and at `address`.N for each domain N that was added.
+    """A xenstored that listens at `address` for domain 0, and at `address`.N for each domain N that was added.
 
-    `observer(path, value)` hears each change after it happened, with None for a removal.
+    `observer(path, value)` is called after each change, with None for a removal.
     """
 
     def __init__(self, address: str | Path, *, observer: Observer | None = None, quota: Quota | None = None) -> None:
@@ -65,7 +66,7 @@ class Xenstored:
         self.stop()
 
     def start(self) -> None:
-        """Listen and serve, with the nodes that exist. Raises: OSError if a socket cannot be made."""
+        """Listen and serve the existing nodes. Raises: OSError if a socket cannot be created."""
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ, self._run_calls)
@@ -76,7 +77,7 @@ class Xenstored:
         self._thread.start()
 
     def stop(self, *, forget: bool = False) -> None:
-        """Close all connections and stop; `forget` loses nodes and domains too, as a restarting xenstored does."""
+        """Close all connections and stop; `forget` also drops nodes and domains, as a restart of xenstored does."""
         if self._thread is not None:
             thread = self._thread
             self._on_thread(self._close_all)
@@ -86,12 +87,12 @@ class Xenstored:
             self._registry = self._new_registry()
 
     def add_domain_socket(self, domid: int) -> str:
-        """Create a domain (its directory with `domid`, @introduceDomain) and return the path of its socket."""
+        """Create a domain (its directory with `domid`, @introduceDomain), and return the path of its socket."""
         self._on_thread(partial(self._add_domain, domid))
         return self._socket_path(domid)
 
     def release_domain(self, domid: int) -> None:
-        """End a domain: its socket and connections go, @releaseDomain fires. The toolstack removes its nodes."""
+        """End a domain: close its socket and connections, fire @releaseDomain. The toolstack removes its nodes."""
         self._on_thread(partial(self._release_domain, domid))
 
     def dump(self, path: str = "/") -> list[tuple[str, str]]:
@@ -149,7 +150,7 @@ class Xenstored:
         self._selector.register(near, selectors.EVENT_READ, partial(self._receive, client))
 
     def _receive(self, client: _Client) -> None:
-        """Serve a client, and close a broken one. The flush that follows serves a writable one."""
+        """Read from a client and serve it, or close a broken connection. `_flush` sends the answers afterwards."""
         try:
             data = client.near.recv(65536)
             client.session.feed(data)
@@ -188,7 +189,7 @@ class Xenstored:
     def _run(self) -> None:
         while not self._is_stopping:
             for key, _ in self._selector.select():
-                if key in self._selector.get_map().values():  # else an earlier one of this round hung it up
+                if key in self._selector.get_map().values():  # else an earlier event of this round has closed it
                     key.data()
             for client in list(self._clients):
                 self._flush(client)
@@ -197,7 +198,7 @@ class Xenstored:
         self._selector.close()
 
     def _on_thread(self, function: Callable[[], T]) -> T:
-        """Run a function on the loop's thread and return its result; here if no loop runs, or this is its thread."""
+        """Run a function on the loop's thread, or here if no loop runs or this is its thread; return its result."""
         if self._thread is None or self._thread is threading.current_thread():
             return function()
         future: Future[T] = Future()
@@ -226,13 +227,13 @@ def _settle(future: Future[T], function: Callable[[], T]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve at the socket that the first argument names, with domains for the others, until told to stop."""
+    """Serve at the socket that the first argument names, with a domain for each other one, until SIGINT or SIGTERM."""
     stops = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # before the thread starts, so that only sigwait gets them
     with Xenstored(arguments[0]) as xenstored:
         for domid in arguments[1:]:
             xenstored.add_domain_socket(int(domid))
-        sys.stdout.write(f"serving {xenstored.address}\n")  # who started us may connect now
+        sys.stdout.write(f"serving {xenstored.address}\n")  # tells the caller that it may connect now
         sys.stdout.flush()
         signal.sigwait(stops)
     return 0

@@ -1,10 +1,10 @@
 """A domain's grant table in shared memory, as guest, hypervisor and backend see it.
 
-Must not make a call. The guest writes an entry with one store and no call, as a real guest does (grant table v1,
-public/grant_table.h, `struct grant_entry_v1`: flags u16, domid u16, frame u32); the hypervisor adds the flags that mark
-a page as in use. Behind the entries lies one status per gref: the faults that a test injects.
+Must not make a call. The guest writes an entry with one store and no hypercall, as a real guest does (grant table v1,
+public/grant_table.h, `struct grant_entry_v1`: flags u16, domid u16, frame u32). The hypervisor adds the flags that mark
+a page as in use. The entries are followed by one status per gref, for faults that a test injects.
 
-Statuses: Xen answers some of these cases by GNTST_general_error; callers may rely only on "not 0".
+Xen returns GNTST_general_error in some of these cases, so callers may only rely on the status not being 0.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ GNTST_PERMISSION_DENIED = -8
 GNTST_BAD_PAGE = -9
 
 ENTRIES = 16384
-RESERVED = 8  # the first grefs, as Linux keeps them for the console and xenstore (NR_RESERVED_ENTRIES)
+RESERVED = 8  # the first grefs, which Linux keeps for the console and xenstore (NR_RESERVED_ENTRIES)
 SIZE = ENTRIES * 8 + ENTRIES * 2  # bytes: entries, then faults
 
 _TYPE_MASK = 3
-_DOMID = 16  # bit of an entry where the domid begins
+_DOMID = 16  # first bit of the domid in an entry
 _FRAME = 32
 
 
 class Table:
-    """The grant table of one domain of `pages` pages of memory, over the descriptor of its shared memory."""
+    """The grant table of a domain with `pages` pages of memory; `fd` is the table's own shared memory."""
 
     def __init__(self, fd: int, pages: int) -> None:
         self.pages = pages
         view = memoryview(mmap.mmap(fd, SIZE))
-        self.entries = view[: ENTRIES * 8].cast("Q")  # one aligned 64-bit access: never half an entry
+        self.entries = view[: ENTRIES * 8].cast("Q")  # one aligned 64-bit access, so nobody sees half an entry
         self.flags = view[: ENTRIES * 8].cast("H")
         self.faults = view[ENTRIES * 8 :].cast("h")
 
@@ -49,11 +49,11 @@ class Table:
         self.entries[gref] = 0
 
     def in_use(self, gref: int) -> bool:
-        """True while the page is mapped."""
+        """Return whether the page is mapped."""
         return bool(self.flags[gref * 4] & (GTF_READING | GTF_WRITING))
 
     def mark(self, gref: int, used: int) -> None:
-        """Mark how the page is mapped: `used` is made of GTF_READING and GTF_WRITING."""
+        """Mark how the page is mapped: `used` is a combination of GTF_READING and GTF_WRITING, or 0."""
         self.flags[gref * 4] = self.flags[gref * 4] & ~(GTF_READING | GTF_WRITING) | used
 
     def frame(self, gref: int, domid: int, *, writable: bool) -> int:

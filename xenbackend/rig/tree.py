@@ -2,10 +2,10 @@
 
 Must not know a connection. A caller is a domain number; permissions and quotas do not apply to domain 0.
 
-Nodes are never changed in place. A change makes new nodes from the root down to the place. So a transaction is the root
-it began with plus a list of its changes, and keeping a whole tree costs nothing.
+Nodes are never changed in place. A change makes new nodes from the root down to the changed one. So a transaction is
+the root with which it began and a list of its changes, and keeping a whole tree costs nothing.
 
-A refusal is an OSError with the errno that a xenstored answers (`io/xs_wire.h`, "xsd_errors").
+A refused operation raises OSError with the errno that a xenstored returns (`io/xs_wire.h`, "xsd_errors").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 ABS_PATH_MAX = 3072  # io/xs_wire.h, XENSTORE_ABS_PATH_MAX
 REL_PATH_MAX = 2048  # io/xs_wire.h, XENSTORE_REL_PATH_MAX
 
-Permission = tuple[str, int]  # one of n, r, w, b and a domain
+Permission = tuple[str, int]  # one of n, r, w, b; and a domain
 _PATH = re.compile(r"/|(?:/[A-Za-z0-9_@-]+)+")
 _PERMISSION = re.compile(r"([nrwb])([0-9]{1,5})")
 
@@ -37,7 +37,7 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node; `generation` is new whenever its value, its permissions or the set of its children changes."""
+    """One node; `generation` changes whenever its value, its permissions or the set of its children changes."""
 
     value: bytes = b""
     permissions: tuple[Permission, ...] = (("n", 0),)
@@ -47,7 +47,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A node that was written, made or removed, with all below it, before and after; None if it does not exist."""
+    """A node that was written, created or removed, with all nodes below it, before and after; None: no such node."""
 
     path: str
     before: Node | None
@@ -55,7 +55,7 @@ class Change:
 
 
 def resolve(domid: int, path: str) -> str:
-    """Return the absolute path for a path as a domain writes it. Raises: OSError EINVAL if it is none."""
+    """Return the absolute path for a path that a domain uses. Raises: OSError EINVAL if it is not a path."""
     relative = not path.startswith("/")
     absolute = f"/local/domain/{domid}/{path}" if relative else path
     if _PATH.fullmatch(absolute) is None or len(path) > (REL_PATH_MAX if relative else ABS_PATH_MAX):
@@ -64,7 +64,7 @@ def resolve(domid: int, path: str) -> str:
 
 
 def may(node: Node, domid: int, right: str) -> bool:
-    """Return whether a domain has the right ``r`` or ``w`` on a node: as its owner, or by an entry."""
+    """Return whether a domain has the right ``r`` or ``w`` on a node: as its owner, by an entry, or by the default."""
     if domid in (0, node.permissions[0][1]):
         return True
     everybody = node.permissions[0][0]
@@ -73,30 +73,30 @@ def may(node: Node, domid: int, right: str) -> bool:
 
 
 def walk(path: str, node: Node) -> Iterator[tuple[str, Node]]:
-    """Yield a node and all below it with their paths, parents first."""
+    """Yield a node and all nodes below it, with their paths, parents first."""
     yield path, node
     for key, child in node.children.items():
         yield from walk(f"{path.rstrip('/')}/{key}", child)
 
 
 class Tree:
-    """The nodes as everybody sees them. All paths are absolute (`resolve`)."""
+    """The nodes outside of transactions. All paths are absolute (`resolve`)."""
 
     def __init__(self, root: Node | None = None, quota: Quota | None = None) -> None:
         self.root = root or Node()
         self.quota = quota or Quota()
-        self.changes: list[Change] = []  # since somebody last took them
+        self.changes: list[Change] = []  # since `Registry.publish` last took them
         self._generation = 1
 
     def find(self, path: str) -> Node | None:
-        """Return a node without looking at permissions."""
+        """Return a node, None if it does not exist, without checking permissions."""
         node: Node | None = self.root
         for key in _keys(path):
             node = node.children.get(key) if node is not None else None
         return node
 
     def get(self, domid: int, path: str, right: str = "r") -> Node:
-        """Return a node on which a domain has a right. Raises: OSError EACCES, or ENOENT if it may know that."""
+        """Return a node on which a domain has a right. Raises: OSError EACCES; ENOENT if the domain may know that."""
         self._touch(path)
         node = self.find(path)
         if not may(node or self._nearest(path), domid, right):
@@ -106,7 +106,7 @@ class Tree:
         return node
 
     def write(self, domid: int, path: str, value: bytes) -> None:
-        """Set a value, making the node and its parents. Raises: OSError EACCES, ENOSPC for a quota."""
+        """Set a value, and create the node and its parents if missing. Raises: OSError EACCES; ENOSPC for a quota."""
         if domid and len(value) > self.quota.value_size:
             raise OSError(errno.ENOSPC, path)
         try:
@@ -118,7 +118,7 @@ class Tree:
         self._log(lambda tree: tree.write(domid, path, value))
 
     def mkdir(self, domid: int, path: str) -> None:
-        """Make a node and its parents; an existing one is left alone. Raises: OSError EACCES, ENOSPC for a quota."""
+        """Create a node and its parents, unless it exists. Raises: OSError EACCES; ENOSPC for a quota."""
         try:
             self.get(domid, path, "w")
         except FileNotFoundError:
@@ -126,7 +126,10 @@ class Tree:
             self._log(lambda tree: tree.mkdir(domid, path))
 
     def remove(self, domid: int, path: str) -> None:
-        """Remove a node and all below. Raises: OSError EINVAL for the root, ENOENT if even its parent is missing."""
+        """Remove a node and all nodes below it; a missing one is no error.
+
+        Raises: OSError EACCES; EINVAL for the root, ENOENT if even its parent is missing.
+        """
         if path == "/":
             raise OSError(errno.EINVAL, path)
         parent, _, _ = path.rpartition("/")
@@ -141,7 +144,7 @@ class Tree:
         self._log(lambda tree: tree.remove(domid, path))
 
     def set_permissions(self, domid: int, path: str, texts: list[str]) -> None:
-        """Set permissions such as ``n0 r5``. Only the owner may, and only domain 0 gives a node away.
+        """Set permissions such as ``n0 r5``. Only the owner may do this, and only domain 0 may change the owner.
 
         Raises: OSError EINVAL, EACCES, EPERM, ENOSPC for a quota.
         """
@@ -159,7 +162,7 @@ class Tree:
         self._log(lambda tree: tree.set_permissions(domid, path, texts))
 
     def begin(self, domid: int) -> Transaction:
-        """Return a transaction on the tree as it is now."""
+        """Return a transaction that starts from the present tree."""
         return Transaction(self, domid)
 
     def commit(self, transaction: Transaction) -> None:
@@ -181,13 +184,13 @@ class Tree:
             raise
 
     def _nearest(self, path: str) -> Node:
-        """Return the closest existing parent: its permissions apply to a node that does not exist."""
+        """Return the closest existing ancestor: its permissions apply to a node that does not exist."""
         while (node := self.find(path)) is None:
             path = path.rpartition("/")[0] or "/"
         return node
 
     def _create(self, domid: int, path: str, value: bytes) -> None:
-        """Make a node; new nodes have the parent's permissions, but a guest owns the nodes that it makes."""
+        """Create a node. New nodes inherit the permissions of their parent, but a guest owns the nodes it creates."""
         keys = _keys(path)
         missing = next(depth for depth in range(1, len(keys) + 1) if self.find("/" + "/".join(keys[:depth])) is None)
         parent_path = "/" + "/".join(keys[: missing - 1])
@@ -201,7 +204,7 @@ class Tree:
             generation = self._next()
             node = Node(value if depth == len(keys) else b"", permissions, {}, generation)
             self.root = self._grafted(self.root, keys[:depth], node) or Node()
-        self.changes.append(Change(path, None, node))  # as xenstored does, nobody hears of parents made on the way
+        self.changes.append(Change(path, None, node))  # as in xenstored, parents created on the way fire no watch
 
     def _owned(self, domid: int) -> int:
         return sum(node.permissions[0][1] == domid for _, node in walk("/", self.root))
@@ -211,7 +214,7 @@ class Tree:
         self.root = self._grafted(self.root, _keys(path), node) or Node()
 
     def _grafted(self, at: Node, keys: list[str], node: Node | None) -> Node | None:
-        """Return the tree below `at` with another node, or none, at the place that the keys name."""
+        """Return a copy of the tree at `at` in which the node that `keys` name is replaced by `node`, or removed."""
         if not keys:
             return node
         key, *rest = keys
@@ -232,13 +235,13 @@ class Tree:
 
 
 class Transaction(Tree):
-    """A tree of its own for one domain, until it is committed or dropped."""
+    """A domain's private copy of the tree, until it is committed or dropped."""
 
     def __init__(self, live: Tree, domid: int) -> None:
         super().__init__(live.root, live.quota)
         self._base = Tree(live.root)
         self._domid = domid
-        self.touched: dict[str, int | None] = {}  # generation at the beginning by path
+        self.touched: dict[str, int | None] = {}  # by path: the generation at the beginning
         self.actions: list[Callable[[Tree], None]] = []
 
     def _touch(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Calls to the simulated hypervisor: one datagram of JSON each way on a Unix socket, descriptors beside it.
+"""Calls to the simulated hypervisor: one JSON datagram in each direction on a Unix socket, with descriptors beside it.
 
 Must not know the meaning of a call.
 
@@ -33,7 +33,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """
     descriptors = array("i")
     room = socket.CMSG_SPACE(MAX_DESCRIPTORS * descriptors.itemsize)
-    # Not by socket.recv_fds, which drops its flags in Python 3.11: our children would inherit the descriptors.
+    # Not by socket.recv_fds, which ignores its flags in Python 3.11: our children would inherit the descriptors.
     data, ancillary, _, _ = connection.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
     for _, _, content in ancillary:
         descriptors.frombytes(content)
@@ -41,10 +41,10 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 class Connection:
-    """One user of the hypervisor, like an open device: all that it holds goes when it closes or its process dies."""
+    """One user of the hypervisor, like an open device: what it holds is released when it closes or its process dies."""
 
     def __init__(self, directory: str | Path, fd: int = -1) -> None:
-        """Connect to the rig in `directory`, or use a descriptor, ours from now on. Raises: KernelError."""
+        """Connect to the rig in `directory`, or use the descriptor `fd`, which it owns then. Raises: KernelError."""
         if fd >= 0:
             self._socket = socket.socket(fileno=fd)
             return
@@ -68,9 +68,9 @@ class Connection:
         return answer["result"], descriptors
 
     def detach(self) -> int:
-        """Return its descriptor, the caller's from now on."""
+        """Return its descriptor, which belongs to the caller from now on."""
         return self._socket.detach()
 
     def close(self) -> None:
-        """Close it, and release everything that it holds, unless another copy of its descriptor is open."""
+        """Close it, which releases everything that it holds, unless another copy of its descriptor is open."""
         self._socket.close()

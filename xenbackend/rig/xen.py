@@ -1,6 +1,6 @@
-"""The simulated hypervisor as a small server on a Unix socket, in a thread or as a process of its own.
+"""The simulated hypervisor as a small server on a Unix socket, in a thread or as a separate process.
 
-Must not hold the rules of Xen, which are in `rig/hypervisor.py`.
+Must not contain the rules of Xen, which are in `rig/hypervisor.py`.
 
     with Xen("/run/rig"): …                  or     python -m xenbackend.rig.xen /run/rig
 """
@@ -27,7 +27,7 @@ class Xen:
     """A simulated hypervisor whose socket lies in `directory`."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Listen; calls are answered from `serve` or `start` on. Raises: OSError."""
+        """Listen on the socket; `serve` or `start` begins to answer calls. Raises: OSError."""
         self.directory = Path(directory)
         self._path = self.directory / wire.SOCKET
         self._path.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ class Xen:
         """Answer calls until `stop`."""
         while True:
             events = self._epoll.poll()
-            # The dead first: a caller that saw a process die must find its ports and mappings released.
+            # Closed connections first: a caller that saw a process die must find its ports and mappings released.
             for fd in (fd for fd, event in events if event & select.EPOLLHUP):
                 self._drop(fd)
             for fd in (fd for fd, event in events if not event & select.EPOLLHUP):
@@ -66,7 +66,7 @@ class Xen:
                     self._answer(fd)
 
     def held(self, domid: int | None = None) -> dict[str, int]:
-        """Return how many ``mappings``, ``pins`` (mapped pages) and ``ports`` of one domain or all backends hold."""
+        """Return how many ``mappings``, ``pins`` (mapped pages) and ``ports`` of a domain, or of all, are held."""
         connection = wire.Connection(self.directory)
         try:
             return connection.call("held", domid=domid)[0]
@@ -74,7 +74,7 @@ class Xen:
             connection.close()
 
     def close(self) -> None:
-        """Stop, drop every connection, remove the socket."""
+        """Stop, close every connection, and remove the socket."""
         self.stop()
         if self._thread.is_alive():
             self._thread.join()
@@ -113,7 +113,7 @@ class Xen:
             answer = {"errno": errno.EBADMSG}
         try:
             wire.send(client, answer, descriptors)
-        except OSError:  # it died while we worked for it
+        except OSError:  # it died in the meantime
             self._drop(fd)
 
     def _drop(self, fd: int) -> None:
@@ -124,7 +124,7 @@ class Xen:
 
 
 def main() -> None:
-    """Serve in the directory that the command line names, until a signal ends it."""
+    """Serve in the directory that the command line names, until SIGTERM or SIGINT."""
     xen = Xen(sys.argv[1])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: xen.stop())
