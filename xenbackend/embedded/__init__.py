@@ -1,1 +1,1 @@
-"""A whole machine in one: the simulated Xen, a xenstore, the real service, and guests, for demonstrations and tests."""
+"""A whole Xen host for demonstrations and tests: a simulated Xen, a xenstore, the real service, and guests."""

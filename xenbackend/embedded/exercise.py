@@ -1,6 +1,6 @@
-"""A guest that tests its disk: fills an area with data that tell where they belong, mixes, verifies, restores all.
+"""A guest that tests its disk: it fills an area with identifiable data, mixes requests, verifies, and restores.
 
-Must not print. The caller may give a function that is told about progress.
+Must not print. The caller passes a function that is told about progress.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PAGE_SECTORS = 8
 
 @dataclass(slots=True)
 class Phase:
-    """The result of one phase: bytes moved, seconds, and each request's latency in seconds."""
+    """The result of one phase: bytes moved, duration in seconds, and the latency of each request in seconds."""
 
     name: str
-    total: int  # bytes or, for a phase that is timed, 0
+    total: int  # bytes; 0 for a phase that runs for a given time
     moved: int = 0
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -45,12 +45,11 @@ Progress = Callable[[Phase], None]
 class Exercise:
     """Drives one connected frontend over the first `size` bytes of its disk.
 
-    Raises, from any phase: WrongData, as soon as a sector has the wrong content; XenbackendError if a request ends with
-    an error.
+    Any phase raises WrongData as soon as a sector has the wrong content, and XenbackendError if a request fails.
     """
 
     def __init__(self, frontend: Frontend, size: int, seed: int, progress: Progress) -> None:
-        """Take the frontend; `size`, at least a sector, is cut to the disk's, and to whole pages if that leaves any."""
+        """Use a frontend; `size` in bytes, at least a sector, is limited to the disk's, and to whole pages if any."""
         sectors = min(size // SECTOR, frontend.facts.sectors)
         unit = PAGE_SECTORS if sectors >= PAGE_SECTORS else 1
         sectors -= sectors % unit
@@ -60,10 +59,10 @@ class Exercise:
         self._progress = progress
         self._largest = min(LARGE, (frontend.facts.max_indirect or 11) * PAGE_SECTORS)
         self._model = DiskModel(seed, sectors, Random(seed), max_count=unit, alignment=unit)
-        self._before: dict[int, bytes] = {}  # sector -> what was there
+        self._before: dict[int, bytes] = {}  # first sector -> former content
 
     def save(self) -> None:
-        """Read the area's content, so that it can be restored."""
+        """Read the content of the area, so that it can be restored."""
         steps = (Step(BLKIF_OP_READ, sector, count) for sector, count in self._areas())
         self._run(Phase("save", self.size), steps, lambda step, data: self._before.update({step.sector: data}))
 
@@ -74,7 +73,7 @@ class Exercise:
         self._frontend.flush()
 
     def mix(self, seconds: float) -> None:
-        """Read and write pages at random for some time, every read verified."""
+        """Read and write random pages for some time; every read is verified."""
         end = time.monotonic() + seconds
 
         def steps() -> Iterator[Step]:
@@ -87,7 +86,7 @@ class Exercise:
         self._frontend.flush()
 
     def verify(self) -> None:
-        """Read every sector back."""
+        """Read every sector and check it."""
         steps = (self._model.step(BLKIF_OP_READ, sector, count) for sector, count in self._areas())
         self._run(Phase("verify", self.size), steps, lambda _step, _data: None)
 
@@ -104,7 +103,7 @@ class Exercise:
         self._run(Phase("verify restored", self.size), reads, lambda step, data: _compare(step, data, before))
 
     def read_all(self, sink: Callable[[bytes], object]) -> None:
-        """Hand the whole disk, in order, to `sink`, as the guest reads it."""
+        """Read the whole disk as the guest does, and pass the bytes to `sink` in order."""
         sectors = self._frontend.facts.sectors
         for sector in range(0, sectors, self._largest):
             sink(self._frontend.read(sector, min(self._largest, sectors - sector)))
@@ -118,7 +117,7 @@ class Exercise:
         """Keep DEPTH requests in flight until `steps` ends."""
         self.phases.append(phase)
         frontend = self._frontend
-        known = phase.name in {"fill", "mix", "verify"}  # what the model keeps account of
+        known = phase.name in {"fill", "mix", "verify"}  # these phases are tracked by the model
         waiting: deque[tuple[Submitted, Step, float]] = deque()
         started = time.monotonic()
 

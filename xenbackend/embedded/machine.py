@@ -1,6 +1,6 @@
 """Starts and ends an embedded Xen host: hypervisor, xenstored, the service as its own process, guests with disks.
 
-Must not do a guest's I/O. Everything is in one directory and ends with the machine, whatever happened before.
+Must not do a guest's I/O. Everything is in one directory and ends with the machine, whatever happens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xenbackend.supervisor.xenstore.store import Store
 from xenbackend.supervisor.xenstore.toolstack import Attachment, attach, detach, vbd_path
 
 START_TIMEOUT_S = 20.0
-_LONGEST = 64  # characters of the directory for temporary files: a socket's whole path must stay below 108
+_LONGEST = 64  # characters of the directory for temporary files: the whole path of a socket must stay below 108
 Observer = Callable[[str, bytes | None], None]  # a path of xenstore, and its new value or None
 
 
@@ -44,7 +44,7 @@ class GuestDomain:
         self._machine = machine
 
     def connect(self, path: VbdPath, wishes: Wishes) -> Frontend:
-        """Let the guest's blkfront find its disk and shake hands. Raises: TimeoutError, BackendMisbehaved."""
+        """Connect the guest's blkfront to its disk. Raises: TimeoutError, BackendMisbehaved, KernelError."""
         frontend = Frontend(self.memory, self.store, path.frontend, wishes)
         frontend.connect()
         return frontend
@@ -59,7 +59,7 @@ class GuestDomain:
 class Machine:
     """An embedded Xen host. Use it as a context manager.
 
-    directory   where its sockets and logs are; removed at the end
+    directory   has its sockets and logs; removed at the end
     store       dom0's connection to xenstore
     service     the process that starts the service, and restarts it if it dies
     """
@@ -72,9 +72,9 @@ class Machine:
         program: str = "xenbackend",
         config: Path | None = None,
     ) -> None:
-        """Prepare a machine; `observer` is told about every change of xenstore, from another thread.
+        """Prepare a machine; `observer` is called for every change in xenstore, from another thread.
 
-        `program` is the module that is run as the service, `config` its settings file.
+        `program` is the module that runs as the service, `config` its settings file.
         """
         if len(tempfile.gettempdir()) > _LONGEST:
             raise XenbackendError(
@@ -93,7 +93,7 @@ class Machine:
         self._undo.callback(shutil.rmtree, self.directory)
 
     def __enter__(self) -> Self:
-        """Boot. Raises: XenbackendError with the service's own sentence if it does not start."""
+        """Boot. Raises: XenbackendError with the last line of the service's log if the service does not start."""
         try:
             self.xen.start()
             self._undo.callback(self.xen.close)
@@ -119,16 +119,16 @@ class Machine:
 
     @property
     def service_pid(self) -> int:
-        """The service's process, 0 while none runs. Raises: XenbackendError if it does not answer."""
+        """The service's process ID, 0 while none runs. Raises: XenbackendError if it does not answer."""
         return int(self.ask({"verb": "ping"})["data"]["pid"]) if self.service else 0
 
     def replace_service(self) -> None:
-        """Have a new service take over from the running one, as a package's upgrade does."""
+        """Replace the running service by a new one, as the upgrade of a package does."""
         if self.service is not None:
             self.service.send_signal(signal.SIGHUP)
 
     def start_service(self, *arguments: str) -> None:
-        """Start the service and return when it is ready. Raises: XenbackendError."""
+        """Start the service, and return when it is ready. Raises: XenbackendError."""
         command = [
             sys.executable, "-m", self._program, "run", "--keep", "--serve", "all", "--log", "json",
             "--store", str(self.directory / "xenstore.sock"),
@@ -143,8 +143,8 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "NOTIFY_SOCKET": str(notify)},  # as systemd does it
-                process_group=0,  # Ctrl-C is for us: the service is to end in order, after the guests
+                env={**os.environ, "NOTIFY_SOCKET": str(notify)},  # as systemd does
+                process_group=0,  # so that Ctrl-C reaches only us: the service must end after the guests
             )
             self._wait_until_ready(ready)
         notify.unlink()
@@ -162,7 +162,7 @@ class Machine:
             service.wait()
 
     def create_guest(self, domid: int, pages: int = 16384) -> GuestDomain:
-        """Create a running guest with `pages` of memory."""
+        """Create a running guest with `pages` pages of memory."""
         self.store.write(f"/local/domain/{domid}/name", f"guest-{domid}")
         return GuestDomain(self, domid, pages)
 
@@ -173,7 +173,7 @@ class Machine:
         return path
 
     def detach(self, path: VbdPath) -> None:
-        """Take a disk away. Raises: XenbackendError."""
+        """Detach a disk. Raises: XenbackendError."""
         detach(self.store, path)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,10 @@ class Machine:
         return client.call(self.control, request).as_json()
 
     def written_ranges(self, vbd: str) -> list[tuple[int, int]]:
-        """Return the ranges that a vbd's `log:` layer saw written: (first sector, count). Raises: XenbackendError."""
+        """Return the written ranges that a vbd's `log:` layer has noted: (first sector, count).
+
+        Raises: XenbackendError.
+        """
         ranges: list[tuple[int, int]] = []
         arguments: list[str] = []
         while True:
