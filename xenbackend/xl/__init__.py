@@ -1,1 +1,1 @@
-"""The step before xl: turns disk lines as operators write them into lines that xl understands."""
+"""The step before xl: turns disk lines, as operators write them, into lines that xl understands."""

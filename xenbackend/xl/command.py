@@ -1,6 +1,6 @@
 """xl's command line: finds a configuration or a disk in it, and returns the command with lines that xl understands.
 
-Must not run anything. Arguments that xl would refuse are passed on unchanged, so that xl says why.
+Must not run anything. Arguments that xl would refuse are passed on unchanged, so that xl can say why.
 
 Source: xl's xl.c, xl_vmcontrol.c, xl_misc.c, xl_saverestore.c, xl_migrate.c, xl_block.c.
 """
@@ -19,11 +19,11 @@ from xenbackend.xl.config import read_disks
 from xenbackend.xl.disk import Version, rewrite
 from xenbackend.xl.rewrite import convert, disk_argument
 
-AsFile = Callable[[str], str]  # keeps a text where xl can read it, and returns the path
+AsFile = Callable[[str], str]  # stores a text where xl can read it, and returns the path
 
 _GLOBAL_OPTIONS: Final = "vftTN"
 _VNC: Final = ["vncviewer", "vncviewer-autopass"]
-SHORTEST: Final = {  # of each command that names a configuration or a disk: xl takes any beginning that is unique
+SHORTEST: Final = {  # commands that name a configuration or a disk, with the shortest abbreviation that is unique in xl
     "create": "cr",
     "config-update": "conf",
     "restore": "rest",
@@ -32,7 +32,7 @@ SHORTEST: Final = {  # of each command that names a configuration or a disk: xl 
     "block-attach": "block-a",
 }
 _TAKES_FILE: Final[dict[str, tuple[str, list[str], int, int | None]]] = {
-    # options, long options, arguments where one of them is the file, its place among them; None: it is an option
+    # options, long options, number of arguments if one is the file, the index of the file; None: -C names it
     "restore": ("FcpdeVA", _VNC, 2, 0),
     "save": ("cpD", [], 3, 2),
     "migrate": ("FC:s:epD", ["debug", "live"], 2, None),
@@ -41,9 +41,9 @@ _WITH_VALUE: Final = ("-C", "-s")
 
 
 def translate(words: Sequence[str], xen: Version, as_file: AsFile) -> list[str]:
-    """Return xl's arguments with their disks rewritten; unchanged if there is nothing to rewrite.
+    """Return xl's arguments with their disk lines rewritten; unchanged if there is nothing to rewrite.
 
-    Raises: ChainError, ConfigError with the place, if a disk asks for us but cannot exist.
+    Raises: ChainError, ConfigError, with the place, if a line asks for us but its disk is not possible.
     """
     try:
         _, rest = getopt(list(words), _GLOBAL_OPTIONS)
@@ -57,7 +57,7 @@ def translate(words: Sequence[str], xen: Version, as_file: AsFile) -> list[str]:
         if command in _TAKES_FILE:
             return [*before, rest[0], *_with_file(command, rest[1:], xen, as_file)]
     except GetoptError:
-        pass  # xl says it better
+        pass  # xl will refuse it, with a better message
     return list(words)
 
 
@@ -67,7 +67,7 @@ def _command(rest: Sequence[str]) -> str | None:
 
 
 def _with_disks(words: list[str], options: str, xen: Version) -> list[str]:
-    """Return the arguments of create or config-update; the last setting of a name counts, so ours comes last."""
+    """Return the arguments of create or config-update. The last setting of a name counts, so ours is appended."""
     file, settings = _config_of(words, options)
     text = None if file is None else _read(file)
     if file is None or text is None:
@@ -81,7 +81,7 @@ def _with_disks(words: list[str], options: str, xen: Version) -> list[str]:
 
 
 def _config_of(words: list[str], options: str) -> tuple[str | None, list[str]]:
-    """Return the file and the settings that xl's arguments name."""
+    """Return the file (None if there is not exactly one) and the settings that xl's arguments name."""
     file = None
     if words and not words[0].startswith("-") and "=" not in words[0]:
         file, words = words[0], words[1:]
@@ -102,14 +102,14 @@ def _with_file(command: str, words: list[str], xen: Version, as_file: AsFile) ->
     if converted is None:
         return words
     if place is None:
-        given.append(("-C", converted))  # the last one counts
+        given.append(("-C", converted))  # xl uses the last one
     else:
         rest[place] = converted
     return [*(word for pair in given for word in pair[: 2 if pair[0] in _WITH_VALUE else 1]), "--", *rest]
 
 
 def _converted(file: str, xen: Version, as_file: AsFile) -> str | None:
-    """Return the path of a file with that file's disks rewritten; None if there is nothing to rewrite."""
+    """Return the path of a copy of a file with its disk lines rewritten; None if there is nothing to rewrite."""
     text = _read(file)
     if text is None or not _is_readable(text):
         return None
@@ -118,7 +118,7 @@ def _converted(file: str, xen: Version, as_file: AsFile) -> str | None:
 
 
 def _with_disk(words: list[str], xen: Version) -> list[str]:
-    """Return the arguments of block-attach: a domain, and one disk in as many words as its author liked."""
+    """Return the arguments of block-attach: a domain, and a disk line, which may be split into several arguments."""
     _, rest = gnu_getopt(words, "")
     try:
         line = rewrite(",".join(rest[1:]), xen)
@@ -130,7 +130,7 @@ def _with_disk(words: list[str], xen: Version) -> list[str]:
 
 
 def _read(file: str) -> str | None:
-    """Return a configuration's text; None if xl would not read it: it reads only plain files and /dev/null."""
+    """Return the text of a configuration; None if xl would not read it: it reads only regular files and /dev/null."""
     if file == "/dev/null":
         return ""
     try:

@@ -1,12 +1,12 @@
-r"""xl's configuration language, as far as finding the disks in a text needs it: reads as xl does, changes nothing.
+r"""xl's configuration language, as far as it is needed to find the disks in a text, read as xl reads it.
 
-Must not know the meaning of a disk line, and must not read a file.
+Must not change a text, know the meaning of a disk line, or read a file.
 
-    file  = statements of NAME = value or NAME += value, each ended by a line's end or ";"
-    value = 'string' | "string" | number | [ value, value, ]    lines may end, and comments stand, within a list
+    file  = statements of NAME = value or NAME += value, each ended by a newline or ";"
+    value = 'string' | "string" | number | [ value, value, ]    a list may contain newlines and comments
 
-The last setting of a name counts; ``+=`` adds to the one before. Source: libxl's libxlu_cfg_l.l, libxlu_cfg_y.y and
-libxlu_cfg.c. It refuses what xl refuses, and in addition lists that are nested deeper than `_DEPTH`.
+The last setting of a name counts; ``+=`` appends to the previous one. Source: libxl's libxlu_cfg_l.l, libxlu_cfg_y.y
+and libxlu_cfg.c. This parser refuses what xl refuses, and lists that are nested deeper than `_DEPTH`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _TOKEN = re.compile(
 _WORD = re.compile(r"[^ \t\n]{1,40}")
 _ESCAPE = re.compile(r"\\(.)")
 _SIMPLE = dict(zip("\"'\\abfnrtv", "\"'\\\a\b\f\n\r\t\v", strict=True))
-_NUMERIC = re.compile(r"[ \t\v\f\r]*[+-]?[0-9]+")  # what strtoul takes of the three characters that xl gives it
+_NUMERIC = re.compile(r"[ \t\v\f\r]*[+-]?[0-9]+")  # what strtoul accepts of the three characters that xl passes
 _ENDS = {"end": "the end of the line", "over": "the end of the file"}
 _DEPTH = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A string or number: its value, and its span in the text, quotes included."""
+    """A string or number: its value, and its span in the text, including quotes."""
 
     value: str
     start: int
@@ -55,7 +55,7 @@ class _Token:
 
 
 def read_disks(text: str, source: str) -> tuple[Atom, ...]:
-    """Return the disk lines that xl would see in a text, in their order.
+    """Return the disk lines that xl would find in a text, in order.
 
     Raises: ConfigError, with `source` and the line, if xl refuses the text.
     """
@@ -67,12 +67,12 @@ def read_disks(text: str, source: str) -> tuple[Atom, ...]:
 
 
 def line_of(text: str, position: int) -> int:
-    """Return the number of the line in which a position lies, from 1."""
+    """Return the number of the line that contains a position, counted from 1."""
     return text.count("\n", 0, position) + 1
 
 
 def quote(value: str, mark: str = "'") -> str:
-    r"""Return a string as xl reads it; `mark` is ``'`` or ``"``."""
+    r"""Return a string quoted for xl; `mark` is ``'`` or ``"``."""
     escaped = value.replace("\\", "\\\\").replace(mark, f"\\{mark}").replace("\n", "\\n")
     return f"{mark}{escaped}{mark}"
 
@@ -103,7 +103,7 @@ class _Reader:
         while place < len(self._text):
             match = _TOKEN.match(self._text, place)
             if match is None and len(os.fsencode(self._text[place:])) == 1:
-                break  # xl's scanner takes one last byte for nothing, whatever it is
+                break  # xl's scanner ignores a single last byte, whatever it is
             if match is None or "\0" in match[0]:
                 word = _WORD.match(self._text, place)
                 self._refuse(_Token("", word[0] if word else "", place), "is nothing that xl can read")
@@ -160,7 +160,7 @@ class _Reader:
         return token
 
     def _unquote(self, token: _Token) -> str:
-        """Return a string's value, as xlu__cfgl_dequote does: it drops characters that are given by number."""
+        """Return a string's value, as xlu__cfgl_dequote does: characters given as octal escapes are dropped."""
         inner = token.text[1:-1]
         value = []
         place = 0

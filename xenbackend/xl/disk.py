@@ -1,13 +1,13 @@
-r"""One disk line: whether it asks for one of our chains in words that xl would lose, and the same in words of xl.
+r"""One disk line: finds out whether it asks for a chain of ours in words that xl would drop, and rewrites it for xl.
 
 Must not know where a line comes from, and must not touch a file.
 
     tap2:log:|aio:/img,xvda,w      becomes      vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:/img
 
-xl drops the words ``tap2:``, ``tap:`` and the driver's behind them, or refuses the line (libxl's libxlu_disk_l.l). A
-line that begins with ``tap2:`` asks for us and is always rewritten. One that begins with ``tap:`` is left alone if xl
-makes a disk of it: hosts have served such lines by blkback and QEMU for years. Lines with ``target=``, with another
-hotplug script, or with another backendtype are left alone too.
+xl drops the words ``tap2:`` and ``tap:`` and the driver's word behind them, or refuses the line (libxl's
+libxlu_disk_l.l). A line that begins with ``tap2:`` asks for us and is always rewritten. A line that begins with
+``tap:`` is left alone if xl understands it: hosts have served such lines by blkback and QEMU for years. Lines with
+``target=``, with another hotplug script, or with another backendtype are left alone, too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from xenbackend.xl import words
 
 Version = tuple[int, int]
 
-SCRIPTS: Final = ("block-xenbackend", "tap2")  # hotplug scripts that are ours; the first is what lines are given
-_OWN_KIND: Final = (4, 19)  # from here backendtype=tap is the kind vbd3, which no kernel driver takes
+SCRIPTS: Final = ("block-xenbackend", "tap2")  # our hotplug scripts; rewritten lines name the first one
+_OWN_KIND: Final = (4, 19)  # from this Xen on, backendtype=tap is the kind vbd3, which no kernel driver serves
 
 _BLANK = " \t\n"
 _ASKS = re.compile(r"(tap2?):")
@@ -41,9 +41,9 @@ _OPTION = re.compile(
 
 
 def rewrite(line: str, xen: Version) -> str | None:
-    """Return a line that tells xl what the author of `line` means; None if `line` does so already.
+    """Return a line that tells xl what the author of `line` means; None if xl understands `line`, or it is not for us.
 
-    Raises: ChainError, ConfigError if the line asks for us, but for a disk that cannot exist.
+    Raises: ChainError, ConfigError if the line asks for us but its disk is not possible.
     """
     found: dict[str, str] = {}
     rest = _take_leading(line.lstrip(_BLANK), found)
@@ -59,7 +59,7 @@ def rewrite(line: str, xen: Version) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Meant:
-    """What a disk line means: its chain, how the guest sees it, and the same as xl understands it."""
+    """What a disk line means: its chain, how the guest sees it, and the same as a `line` for xl."""
 
     chain: str
     vdev: str
@@ -68,7 +68,7 @@ class Meant:
 
 
 def read(line: str, xen: Version) -> Meant:
-    """Return what a line means that is for us, in blktap2's words or in xl's. Raises: ChainError, ConfigError."""
+    """Return the meaning of a line for us, in blktap2's syntax or in xl's. Raises: ChainError, ConfigError."""
     found: dict[str, str] = {}
     rest = _take_leading(line.strip(_BLANK), found)
     if names_target := _NAMES_TARGET.search(rest):
@@ -92,7 +92,7 @@ def read(line: str, xen: Version) -> Meant:
 
 
 def _meant(line: str, target: str, found: dict[str, str], xen: Version) -> Meant:
-    """Return what a line means, that is taken apart. Raises: ChainError, ConfigError, which blames the word."""
+    """Return the meaning of a line, given its parts. Raises: ChainError, ConfigError, with the word at fault."""
     positional = [found[key] for key in ("vdev", "access") if key in found and f"{key}=" not in line]
     if left := words.trailing(target):
         words.check([*left, *(each for each in positional if each)])
@@ -105,7 +105,7 @@ def _meant(line: str, target: str, found: dict[str, str], xen: Version) -> Meant
 
 
 def _take_leading(text: str, found: dict[str, str]) -> str:
-    """Return a text without the options at its begin."""
+    """Return a text without the options at its beginning, which are added to `found`."""
     while True:
         item, comma, rest = text.partition(",")
         if not comma or not _take(_OPTION, item, found):
@@ -114,7 +114,7 @@ def _take_leading(text: str, found: dict[str, str]) -> str:
 
 
 def _take_trailing(text: str, found: dict[str, str]) -> str:
-    """Return a text without the part that xl takes from its end: device, access, and options anywhere among them."""
+    """Return a text without the part that xl takes from its end: device, access, and options before or after them."""
     text = _take_last(_OPTION, text.removesuffix(","), found, many=True)
     if "access" not in found:
         text = _take_last(_ACCESS, text, found)
@@ -125,7 +125,7 @@ def _take_trailing(text: str, found: dict[str, str]) -> str:
 
 
 def _take_last(pattern: re.Pattern[str], text: str, found: dict[str, str], *, many: bool = False) -> str:
-    """Return a text without its last item, or last items, of a kind; the part before the first comma stays."""
+    """Return a text without its last item (`many`: items) of this kind; the part before the first comma is kept."""
     while True:
         rest, comma, item = text.rpartition(",")
         is_escaped = (len(rest) - len(rest.rstrip("\\"))) % 2
@@ -137,7 +137,7 @@ def _take_last(pattern: re.Pattern[str], text: str, found: dict[str, str], *, ma
 
 
 def _take(pattern: re.Pattern[str], item: str, found: dict[str, str]) -> bool:
-    """Note an item, if it is of a known kind. Raises: ConfigError if it was given before."""
+    """Add an item to `found` if it matches. Return whether it does. Raises: ConfigError if it was given before."""
     match = pattern.fullmatch(item.strip(_BLANK))
     if match is None:
         return False
@@ -153,7 +153,7 @@ def _take(pattern: re.Pattern[str], item: str, found: dict[str, str]) -> bool:
 
 
 def _check_chain(text: str) -> str:
-    """Return the canonical text of a chain that can be opened. Raises: ChainError, ConfigError."""
+    """Return the canonical text of a chain, after checking it. Raises: ChainError, ConfigError."""
     chain = parse_chain(text)
     check_whole_paths(chain)
     if "\n" in chain.text:
@@ -174,5 +174,5 @@ def _format(line: str, chain: str, found: dict[str, str], xen: Version) -> str:
     if xen >= _OWN_KIND:
         found["backendtype"] = "tap"
     options = [f"{key}={value}" if value else key for key, value in {"vdev": vdev, **found, "script": script}.items()]
-    comma = "," if chain.endswith(",") else ""  # xl removes one from the end
+    comma = "," if chain.endswith(",") else ""  # xl removes one comma from the end
     return f"{','.join(options)},target={chain}{comma}"

@@ -14,12 +14,12 @@ from xenbackend.errors import ConfigError, XenbackendError
 from xenbackend.xl.disk import Version
 from xenbackend.xl.shim import is_shim
 
-EVERY_XEN: Final[Version] = (4, 17)  # the form that it is given works on all, also where no Xen runs
+EVERY_XEN: Final[Version] = (4, 17)  # lines for this version work with every Xen; used if none runs
 _ROOT: Final = Path("/")
 
 
 def running_xen(root: Path = _ROOT) -> Version:
-    """Return the version of the Xen that this machine runs on, or `EVERY_XEN`."""
+    """Return the version of the running Xen, or `EVERY_XEN` if it is not known."""
     try:
         major, minor = (int((root / "sys/hypervisor/version" / part).read_text()) for part in ("major", "minor"))
     except (OSError, ValueError):
@@ -28,7 +28,7 @@ def running_xen(root: Path = _ROOT) -> Version:
 
 
 def parse_version(text: str) -> Version:
-    """Return the version of a text such as ``4.19``. Raises: ConfigError."""
+    """Return the version that a text such as ``4.19`` names. Raises: ConfigError."""
     match = re.fullmatch(r"(\d{1,3})\.(\d{1,3})(?:\.\d+)*", text)
     if match is None:
         raise ConfigError(f"{text!r} is no version of Xen; write it as 4.19")
@@ -36,7 +36,7 @@ def parse_version(text: str) -> Version:
 
 
 def find_xl(path: str, xen: Version, root: Path = _ROOT) -> Path:
-    """Return the real xl: the first on `path` that is not the shim, or in the places of distributions.
+    """Return the real xl: the first one on `path`, or where distributions put it, that is not the shim.
 
     Raises: XenbackendError if there is none.
     """

@@ -1,4 +1,4 @@
-"""Rewrites the disk lines of a configuration that xl would not understand: as a text, or as one more argument.
+"""Rewrites the disk lines of a configuration that xl would not understand: in the text, or as an additional argument.
 
 Must not read or write a file.
 """
@@ -11,9 +11,9 @@ from xenbackend.xl.disk import Version, rewrite
 
 
 def convert(text: str, source: str, xen: Version) -> tuple[str, int]:
-    """Return a file's text with its disk lines rewritten and everything else unchanged, and the number of those lines.
+    """Return a file's text with its disk lines rewritten and all else unchanged, and the number of rewritten lines.
 
-    Raises: ChainError, ConfigError, both with `source` and the line.
+    Raises: ChainError, ConfigError, both with `source` and the line number.
     """
     pieces = []
     place = 0
@@ -26,9 +26,9 @@ def convert(text: str, source: str, xen: Version) -> tuple[str, int]:
 
 
 def disk_argument(text: str, source: str, xen: Version) -> str | None:
-    """Return a setting that, behind the text, gives xl the text's disks; None if xl understands them already.
+    """Return a setting that, given after the text, makes xl see its disks; None if xl understands them already.
 
-    Raises: ChainError, ConfigError, both with `source` and the line.
+    Raises: ChainError, ConfigError, both with `source` and the line number.
     """
     disks = _rewritten(text, source, xen)
     if all(line is None for _, line in disks):

@@ -1,7 +1,7 @@
-"""The file that makes plain ``xl`` run our step first: its text, its place, and how it differs from the real xl.
+"""The shim, a file that makes plain ``xl`` run our step first: its text, its place, and how to recognise it.
 
-Must not install itself: an operator asks for that. Must not be in the way: commands that name no disk, and all commands
-once xenbackend is gone, go to the real xl at the cost of a shell.
+Must not install itself: an operator has to ask for that. Must not get in the way: commands that name no disk, and all
+commands once xenbackend is removed, go to the real xl at the cost of starting a shell.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ exec {xl} "$@"
 
 
 def shim_text(xl: str, *command: str) -> str:
-    """Return the text of the shim; `xl` is the real one and `command` starts xenbackend, both as absolute paths."""
+    """Return the text of the shim; `xl` is the real xl, and `command` starts xenbackend, both with absolute paths."""
     return _TEXT.format(
         mark=_MARK,
         commands="|".join(f"{least}*" for least in SHORTEST.values()),

@@ -1,6 +1,6 @@
-"""Words of a disk line that stand where a chain ends, and which of them is wrong.
+"""Words of a disk line that follow a chain, and which of them is wrong.
 
-Must not take a line apart: `disk` does, and asks here where something is left over.
+Must not parse a line: `disk` does, and asks here about words that are left over.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from xenbackend.disks import vdev_to_devid
 from xenbackend.errors import ConfigError
 
 ACCESS = ("r", "ro", "w", "rw")
-_HEX = re.compile(r"0x[0-9a-f]{1,8}")  # strtoul takes it, and so does xl
+_HEX = re.compile(r"0x[0-9a-f]{1,8}")  # strtoul accepts it, and so does xl
 
 
 def trailing(chain: str) -> list[str]:
-    """Return the words behind a chain that are no options of its last layer: those have a ``=``."""
+    """Return the words after a chain that are not options of its last layer, which contain a ``=``."""
     words: list[str] = []
     while True:
         chain, comma, word = chain.rpartition(",")
@@ -27,13 +27,13 @@ def trailing(chain: str) -> list[str]:
 
 
 def misplaced(chain: str) -> str:
-    """Return what stands behind a chain and belongs into a guest's configuration, such as ``,xvda,w``; or nothing."""
+    """Return the words after a chain that belong in a guest's configuration, such as ``,xvda,w``; empty if none."""
     words = trailing(chain)
     return f",{','.join(words)}" if words and is_device(words[0]) else ""
 
 
 def check(words: Sequence[str]) -> None:
-    """Refuse the first of these words that is no device, or no access behind one. Raises: ConfigError."""
+    """Check that these words are a device and at most one access. Raises: ConfigError, with the first wrong word."""
     device, *others = words
     check_device(device)
     for each in others:
@@ -44,13 +44,13 @@ def check(words: Sequence[str]) -> None:
 
 
 def check_device(name: str) -> None:
-    """Refuse what is no device of a guest. Raises: ConfigError."""
+    """Check that this is the name of a guest's device. Raises: ConfigError."""
     if not _HEX.fullmatch(name):
         vdev_to_devid(name)
 
 
 def is_device(name: str) -> bool:
-    """Return whether a guest can have a device of that name."""
+    """Return whether a guest can have a device with this name."""
     try:
         check_device(name)
     except ConfigError:
