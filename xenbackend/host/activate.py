@@ -13,7 +13,7 @@ from xenbackend.errors import XenbackendError
 from xenbackend.host.files import SYSUSERS, UNIT
 
 Command = tuple[str, ...]
-Tell = Callable[[Command], None]  # called after a step was done
+Tell = Callable[[Command], None]  # called after each step
 
 _RELOAD_UNITS = ("systemctl", "daemon-reload")
 _RELOAD_RULES = ("udevadm", "control", "--reload")
@@ -22,11 +22,11 @@ _FACTS = (
     "LoadState", "ActiveState", "Result", "StatusText", "MainPID", "ConditionResult", "ConditionTimestampMonotonic",
     "NFileDescriptorStore", "FileDescriptorStoreMax",
 )  # fmt: skip
-_TIMEOUT_S = 180  # a service that stops finishes first what is in flight
+_TIMEOUT_S = 180  # a service that stops first finishes what is in flight
 
 
 def is_possible() -> bool:
-    """Return whether systemd runs this host (sd_booted(3))."""
+    """Return whether systemd manages this host (sd_booted(3))."""
     return Path("/run/systemd/system").is_dir()
 
 
@@ -37,7 +37,7 @@ def is_serving() -> bool:
 
 
 def unit_facts(limit_s: float) -> dict[str, str]:
-    """Return what systemd says of our unit; nothing where it does not run this host, or not answer within that time.
+    """Return properties of our unit; empty if systemd does not manage this host, or does not answer in `limit_s`.
 
     Source: org.freedesktop.systemd1(5).
     """
@@ -54,7 +54,7 @@ def unit_facts(limit_s: float) -> dict[str, str]:
 
 
 def starting(*, starts: bool) -> list[Command]:
-    """Return the steps after files were installed; without `starts` the service only starts at the next boot."""
+    """Return the steps after files were installed. Without `starts`, the service starts at the next boot only."""
     enable = ("systemctl", "enable", *(["--now"] if starts else []), UNIT)
     return [("systemd-sysusers", SYSUSERS), _RELOAD_RULES, _APPLY_RULES, _RELOAD_UNITS, enable]
 
@@ -65,12 +65,12 @@ def stopping() -> list[Command]:
 
 
 def forgetting() -> list[Command]:
-    """Return the steps after files were removed. Devices keep their group until udev makes them anew."""
+    """Return the steps after files were removed. Devices keep their group until udev creates them again."""
     return [_RELOAD_RULES, _RELOAD_UNITS]
 
 
 def run(steps: Sequence[Command], tell: Tell) -> None:
-    """Take the steps in order. Each may be repeated. Raises: XenbackendError at the first one that fails."""
+    """Run the steps in order; all of them may be repeated. Raises: XenbackendError at the first one that fails."""
     for step in steps:
         _run(step)
         tell(step)

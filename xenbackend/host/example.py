@@ -1,6 +1,6 @@
-"""The example of a settings file: every setting with its default, commented out, made from the settings themselves.
+"""The example settings file: every setting with its default, commented out, generated from the settings themselves.
 
-Must not hold a default; the settings have them.
+Must not contain a default; the settings have them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ABOUT = {
 
 
 def example() -> str:
-    """Return the text of the file. Without the ``#`` before each setting it means the same."""
+    """Return the text of the file. Removing the ``#`` before each setting does not change its meaning."""
     defaults = Settings()
     blocks = [_HEAD]
     blocks += [_setting(each.name, getattr(defaults, each.name)) for each in fields(Settings) if each.name != "limits"]
@@ -49,4 +49,4 @@ def example() -> str:
 
 
 def _setting(name: str, default: Any, table: str = "") -> str:
-    return f"# {_ABOUT[table + name]}\n#{name} = {json.dumps(default)}\n"  # texts, numbers and lists are TOML's too
+    return f"# {_ABOUT[table + name]}\n#{name} = {json.dumps(default)}\n"  # such JSON values are valid TOML

@@ -3,7 +3,7 @@
 Must not write anything.
 
 The unit and the udev rules are at the top of a checkout, and in `files/` of an installed package. The hotplug script is
-a module of ours that runs by itself.
+a module of this room that can run alone.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _CHECKOUT = _HERE.parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to install: a file with a mode, or a symbolic link to `link`; `path` is absolute below the root."""
+    """One thing to install: a file with a mode, or a symbolic link to `link`; `path` is absolute within the root."""
 
     path: str
     content: bytes = b""
     mode: int = 0o644
     link: str = ""
-    is_config: bool = False  # the admin's once it was changed
+    is_config: bool = False  # belongs to the admin once it was changed
 
     @property
     def fingerprint(self) -> str:
-        """The result of `Tree.fingerprint` once it is installed."""
+        """The value that `Tree.fingerprint` returns once the item is installed."""
         return fingerprint_of_link(self.link) if self.link else fingerprint_of_file(self.content)
 
 
@@ -53,7 +53,7 @@ def fingerprint_of_link(target: str) -> str:
 
 
 def items(program: Program) -> list[Item]:
-    """Return all that is installed for a program: a package's in a distribution's places, others' in the admin's."""
+    """Return all items for a program: in the places for a distribution's packages, or else in those for the admin."""
     is_packaged = program == PACKAGED
     units, rules, users = (
         ("/lib/systemd/system", "/lib/udev/rules.d", "/usr/lib/sysusers.d")
@@ -71,7 +71,7 @@ def items(program: Program) -> list[Item]:
 
 
 def shim(program: Program, xl: str) -> Item:
-    """Return the file that makes plain `xl` understand blktap2's disk lines; `xl` is the real one."""
+    """Return the file that makes plain `xl` understand blktap2's disk lines; `xl` is the path of the real xl."""
     return Item(SHIM_PLACE, shim_text(xl, *program.command.split()).encode(), mode=0o755)
 
 
@@ -81,7 +81,7 @@ def script_text() -> bytes:
 
 
 def _hotplug_script(program: Program) -> bytes:
-    """Return the script for the interpreter that runs us: below libxl it has no environment to find another."""
+    """Return the script for the program's interpreter: when libxl runs it, it has no environment to find another."""
     first, _, rest = (_HERE / "block_xenbackend.py").read_bytes().partition(b"\n")
     return first.replace(PACKAGED.python.encode(), program.python.encode()) + b"\n" + rest
 

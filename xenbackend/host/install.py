@@ -2,8 +2,8 @@
 
 Must not start or stop anything.
 
-Once changed, the settings file belongs to the admin. Everything else is ours: install writes it anew, and uninstall
-removes it unless it was changed since.
+Once changed, the settings file belongs to the admin. Everything else is ours: installing overwrites it, and
+uninstalling removes it unless it was changed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from xenbackend.host.files import UNIT, Item
 from xenbackend.host.manifest import Manifest
 from xenbackend.host.tree import Tree
 
-Say = Callable[[str, str], None]  # what is done, and to which path
+Say = Callable[[str, str], None]  # gets what is done (a word below), and to which path
 MADE, REPLACED, KEPT, YOURS, REMOVED = "made", "replaced", "kept", "kept your", "removed"
 _WRITTEN = (MADE, REPLACED)
 _PACKAGES_UNITS = (f"/lib/systemd/system/{UNIT}", f"/usr/lib/systemd/system/{UNIT}")
 
 
 def install(tree: Tree, items: Sequence[Item], say: Say, *, is_dry: bool = False) -> set[str]:
-    """Put the items below the root, remove an older version's files, and return the paths that changed.
+    """Install the items below the root, remove files of an older version, and return the paths that have changed.
 
-    The manifest is written first, so that after a power cut uninstall knows every file that may be there.
+    The manifest is written first, so that after a power cut `uninstall` knows every file that may exist.
 
-    Raises: ConfigError, before anything is touched, if somebody else's file is in the way.
+    Raises: ConfigError, before anything is touched, if a file that is not ours is in the way.
     """
     _refuse_package(tree)
     before = manifests.load(tree)
@@ -52,21 +52,21 @@ def install(tree: Tree, items: Sequence[Item], say: Say, *, is_dry: bool = False
 
 
 def stage(tree: Tree, items: Sequence[Item], say: Say) -> None:
-    """Put the items below the root of a package that is being built: its package manager keeps the manifest."""
+    """Put the items below the root of a package that is being built; the package manager keeps its own manifest."""
     for item in items:
         tree.put(item)
         say(MADE, item.path)
 
 
 def uninstall(tree: Tree, say: Say, *, is_dry: bool = False, is_purge: bool = False) -> None:
-    """Remove the installed files; with `is_purge` also those that were changed since.
+    """Remove the installed files; with `is_purge`, also those that were changed since then.
 
     Raises: ConfigError if nothing was installed.
     """
     manifest = manifests.load(tree)
     config = str(settings_file.PATH)
     if is_purge and not _is_packaged(tree) and tree.fingerprint(config):
-        manifest.files.setdefault(config, "")  # one that was there before us goes as well
+        manifest.files.setdefault(config, "")  # one from before the installation is removed as well
     if not manifest.files:
         raise ConfigError(
             "nothing was installed here by: xenbackend install; a package is removed by its package manager"
@@ -85,7 +85,10 @@ def uninstall(tree: Tree, say: Say, *, is_dry: bool = False, is_purge: bool = Fa
 
 
 def _judge(tree: Tree, item: Item, installed: str | None) -> str:
-    """Return what to do with an item; `installed` is the fingerprint of the file that we installed before."""
+    """Return what to do with an item; `installed` is the fingerprint of the file that we installed last, if any.
+
+    Raises: ConfigError if a file that is not ours is in the way.
+    """
     found = tree.fingerprint(item.path)
     if found is None:
         return MADE
@@ -99,7 +102,7 @@ def _judge(tree: Tree, item: Item, installed: str | None) -> str:
 
 
 def _manifest(tree: Tree, verdicts: Sequence[tuple[Item, str]], before: Manifest) -> Manifest:
-    """Return the manifest after the installation. A file that the admin changed keeps its former fingerprint."""
+    """Return the manifest after the installation. A file that the admin has changed keeps its former fingerprint."""
     files = {item.path: item.fingerprint for item, verdict in verdicts if verdict != YOURS}
     former = {
         item.path: before.files[item.path]

@@ -1,4 +1,4 @@
-"""The list of installed files, so that exactly those are removed again.
+"""The list of installed files, so that exactly these are removed again.
 
 Must not decide what happens to a file.
 """
@@ -17,14 +17,14 @@ PATH = "/var/lib/xenbackend/installed.json"
 
 @dataclass(slots=True)
 class Manifest:
-    """Fingerprints by path, and the directories that were made for them."""
+    """Fingerprints by path, and the directories that were created for the files."""
 
     files: dict[str, str] = field(default_factory=dict)
     directories: list[str] = field(default_factory=list)
 
 
 def load(tree: Tree) -> Manifest:
-    """Return the manifest below a root; an empty one if none exists. Raises: ConfigError."""
+    """Return the manifest below a root; an empty one if there is none. Raises: ConfigError if it is damaged."""
     place = tree.at(PATH)
     try:
         manifest = Manifest(**json.loads(place.read_text(encoding="utf-8")))

@@ -1,6 +1,6 @@
-"""The command that starts this xenbackend from a program that knows neither our environment nor our directory.
+"""The command that starts this xenbackend from a process that has neither our environment nor our directory.
 
-Must not guess: a program that cannot be started in that way is refused.
+Must not guess: a program that cannot be started in this way is refused.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from xenbackend import __version__
 from xenbackend.errors import ConfigError
 
 _NAME = "xenbackend"
-_PLAIN = re.compile(r"/[A-Za-z0-9_./+@~-]+")  # means itself in a unit and in a script's first line
+_PLAIN = re.compile(r"/[A-Za-z0-9_./+@~-]+")  # has no special characters in a unit or in a script's first line
 _MAX_LINE = 120  # the kernel reads 127 bytes of a script's first line, or 255
 _START_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A command line without its arguments, and the interpreter that it runs on; absolute paths."""
+    """A command line without arguments, and the interpreter that runs it, with absolute paths."""
 
     command: str
     python: str
@@ -31,7 +31,7 @@ PACKAGED = Program("/usr/bin/xenbackend", "/usr/bin/python3")
 
 
 def this_program(called_as: str, python: str) -> Program:
-    """Return the program that is running, from its ``sys.argv[0]`` and ``sys.executable``.
+    """Return the running program, from its ``sys.argv[0]`` and ``sys.executable``.
 
     Raises: ConfigError if a service manager could not start it.
     """

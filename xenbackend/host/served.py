@@ -1,9 +1,9 @@
-"""Whether guests depend on the service right now.
+"""Finds out whether guests depend on the service right now.
 
 Must not take a missing answer for a no.
 
-``python3 -m xenbackend.host.served`` is for the package's scripts: its exit status is 1 where guests do, or that is not
-known, which it says.
+``python3 -m xenbackend.host.served`` is for the package's scripts: its exit status is 1 if guests have disks, or if
+that is not known; a message says which.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from xenbackend.protocol.client import DEFAULT_SOCKET, call
 from xenbackend.supervisor.service import settings
 
 _NAMED = 5
-_FORCE = ", or use --force"  # which a package manager knows in another sense
+_FORCE = ", or use --force"  # main() omits it: a package manager's --force means something else
 
 
 def control_sockets(path: Path | None = None) -> list[str]:
-    """Return the sockets on which a service may listen: that of its settings, and the default one.
+    """Return the sockets on which a service may listen: the one in its settings, and the default one.
 
     A service that cannot use its settings uses former ones, which may have named the default.
-    Raises: XenbackendError if the settings cannot be read: they may name any socket.
+    Raises: XenbackendError if the settings cannot be read, since they may name any socket.
     """
     try:
         return list(dict.fromkeys([settings.load(path, {}).socket, DEFAULT_SOCKET]))
@@ -32,7 +32,7 @@ def control_sockets(path: Path | None = None) -> list[str]:
 
 
 def refuse_while_serving(socket: str) -> None:
-    """Return if no service listens on the control socket, or it serves no disk.
+    """Check that the service on a control socket serves no disk, or that there is none.
 
     Raises: XenbackendError, which names the disks that guests would lose.
     """
@@ -52,7 +52,7 @@ def _not_known(problem: XenbackendError) -> XenbackendError:
 
 
 def main() -> int:
-    """Say whether guests have disks, for a script; return the exit status."""
+    """Print a message if guests have disks, or if that is not known, and return the exit status for a script."""
     try:
         for socket in control_sockets():
             refuse_while_serving(socket)
