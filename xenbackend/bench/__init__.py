@@ -1,1 +1,1 @@
-"""Load generators for our backend and for its peers, measured in turn on the same file."""
+"""Load generators for our backend and its peers, which are measured in turn on the same file."""

@@ -1,6 +1,6 @@
-"""Loops that want a CPU all the time, beside what is measured, to see what looking for requests takes from them.
+"""Busy loops beside the measured targets, to see how much CPU time a worker takes from them by polling for requests.
 
-Must not outlive the bench, however that ends: a loop looks now and then whether its parent is still there.
+Must not outlive the bench, however it ends: a loop checks from time to time whether its parent still exists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from xenbackend.bench.server import Server
 from xenbackend.errors import ConfigError
 
-NICE = {"nice19": 19, "equal": None}  # what a loop's nice value is; None: ours
+NICE = {"nice19": 19, "equal": None}  # the nice value of the loops; None: the same as ours
 _PROGRAM = """
 import os, sys
 parent, *nice = map(int, sys.argv[1:])
@@ -26,7 +26,7 @@ while os.getppid() == parent:
 
 
 class Loops:
-    """A loop on each CPU that we may use, in our own session. Raises: ConfigError, BenchError."""
+    """A busy loop on each CPU that we may use, in our own session. Raises: ConfigError, BenchError."""
 
     def __init__(self, kind: str, directory: Path) -> None:
         """Start them. `kind` is a key of `NICE`; `directory` is for their logs."""
@@ -46,7 +46,7 @@ class Loops:
             raise
 
     def cpu_time(self) -> float:
-        """Return the seconds of CPU that all of them got so far. Raises: BenchError when one has ended."""
+        """Return the CPU time in seconds that all loops have got so far. Raises: BenchError if one has ended."""
         return sum(loop.cpu_time() for loop in self._loops)
 
     def close(self) -> None:

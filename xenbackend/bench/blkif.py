@@ -1,9 +1,9 @@
 """A load generator on a blkif ring of the rig: a guest that does nothing but keep requests in flight.
 
-Must not start a worker, nor set up a ring otherwise than a guest would.
+Must not start a worker, nor set up a ring in another way than a guest would.
 
-Each slot's request is encoded beforehand; what remains per request is its sector, and one copy into the ring.
-The pages of a request lie scattered, as a guest's do: no two of them are neighbours but by chance.
+The request of each slot is encoded in advance, so that each request only costs storing its sector and one copy into the
+ring. The pages of a request are scattered, as in a real guest: they are adjacent only by chance.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from xenbackend.rig.guest_ring import GuestRing
 from xenbackend.units import PAGE
 
 _PAGES = LENGTH // PAGE  # data pages of a slot
-PAGES = DEPTH * (_PAGES + 1) + 1  # what a guest needs: data and one indirect page per slot, the ring
-_SECTOR_WORD = 2  # the 64-bit word of a slot that holds the sector; direct and indirect alike
+PAGES = DEPTH * (_PAGES + 1) + 1  # that a guest needs: data pages and one indirect page per slot, and the ring
+_SECTOR_WORD = 2  # the 64-bit word of a slot that holds the sector, in direct and indirect requests
 _ID_WORD, _RESULT_WORD = 0, 1  # of a response: id, then operation, padding and status
 
 
 class BlkifLoop(ClosedLoop):
-    """Keeps requests in flight on a ring of one page; `size` is to be set by whoever opened the chain."""
+    """Keeps requests in flight on a ring of one page. The caller, who has opened the chain, has to set `size`."""
 
     def __init__(self, name: str, guest: Guest, fence: Fence, *, persistent: bool, verify: bool) -> None:
-        """Allocate and grant everything. `guest` has `PAGES` pages to spare. Raises: KernelError.
+        """Allocate and grant everything; `guest` must have `PAGES` free pages. Raises: KernelError.
 
-        `verify`: the disk holds stamps, which reads are to be checked for.
+        `verify`: the disk is stamped (`bench.plan`), and the stamps of reads are checked.
         """
         self.name = name
         self._persistent = persistent
@@ -65,7 +65,7 @@ class BlkifLoop(ClosedLoop):
         self._slots = [self._ring.pages[start : start + NATIVE.slot_size] for start in starts]
 
     def parameters(self) -> Connect:
-        """Return what a worker needs to serve this frontend."""
+        """Return the parameters by which a worker can serve this frontend."""
         ring = RingParameters(self._front.grefs, self._front.port.number)
         return Connect(NATIVE.protocol, [ring], self._persistent)
 
@@ -85,7 +85,7 @@ class BlkifLoop(ClosedLoop):
         self._sectors = encoded.cast("Q")[_SECTOR_WORD :: NATIVE.slot_size // 8]
         self._stamps_at = [self._frames[slot * _PAGES] * PAGE // 8 for slot in range(work.depth)]
         for at in self._stamps_at:
-            self._words[at] = 0  # as if each slot had just read sector 0, which renew will check
+            self._words[at] = 0  # as if each slot had just read sector 0, since `renew` checks that
 
     def _encode(self, slot: int, length: int) -> bytes:
         first = slot * _PAGES
@@ -97,7 +97,7 @@ class BlkifLoop(ClosedLoop):
         return encode_indirect(NATIVE, self._operation, slot, 0, count, [self._indirect_grefs[slot]])
 
     def reap(self) -> list[int]:
-        """Take every response there is; wait first when there is none."""
+        """Take all responses; wait if there are none."""
         ring = self._ring
         count = ring.waiting() or self.wait(ring.waiting, self._sleep)
         if count > self._depth:
@@ -116,11 +116,11 @@ class BlkifLoop(ClosedLoop):
         return finished
 
     def too_many(self, count: int) -> BenchError:
-        """Return the error for answers that nobody asked for."""
+        """Return the error for more responses than requests."""
         return BenchError(f"{self.name} announced {count} responses to {self._depth} requests")
 
     def failed(self) -> BenchError:
-        """Return the error for an answer that is none."""
+        """Return the error for a response with an error status or an unknown request."""
         return BenchError(f"{self.name} answered a request with an error, or one that was not made")
 
     def _sleep(self) -> int:
@@ -131,7 +131,7 @@ class BlkifLoop(ClosedLoop):
         return count
 
     def renew(self, finished: list[int]) -> int:
-        """Point the finished slots at their next places, publish them together, and notify when asked to."""
+        """Put the next places into the finished slots, publish them together, and notify if asked to."""
         sectors, words, stamps_at, images = self._sectors, self._words, self._stamps_at, self._images
         slots, mask, ring = self._slots, self._ring.size - 1, self._ring
         produced = ring.produced
@@ -150,4 +150,4 @@ class BlkifLoop(ClosedLoop):
         return finished[produced % len(finished)]
 
     def close(self) -> None:
-        """Nothing: the guest dies with its connection, after the worker has let go."""
+        """Do nothing: the guest ends with its connection, after the worker has released the ring."""

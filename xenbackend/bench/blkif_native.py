@@ -1,9 +1,9 @@
-"""The load generator on a blkif ring with its inner part in C, `bench/c/blkif_loop.c`.
+"""The load generator on a blkif ring with its inner loop in C, `bench/c/blkif_loop.c`.
 
-Must not differ from `BlkifLoop` in what goes through the ring: the same tests try both.
+Must not differ from `BlkifLoop` in what goes through the ring: the same tests cover both.
 
-Python has a request ready every 0.5 us at best, and takes 2 us to wake up: beside a good backend it would be the limit.
-A call of the library ends after `_SLICE`, so that Python hears of signals.
+Python can issue a request every 0.5 us at best, and needs 2 us to wake up, so with a good backend it would be the
+limit. A call into the library ends after `_SLICE`, so that Python can handle signals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xenbackend.kernel.ports import Fence
 from xenbackend.rig.guest import Guest
 
 _SLICE = 50_000_000  # ns
-_ROOM = 1 << 16  # latencies that one call may bring
+_ROOM = 1 << 16  # latencies that one call can return
 _NOT_TIMED = -1
 # enum status of blkif_loop.c
 _DONE, _INTERRUPTED, _STALLED, _TOO_MANY, _FAILED, _WRONG_DATA, _CANNOT_NOTIFY = range(7)
@@ -44,7 +44,7 @@ class _State(ctypes.Structure):
 
 
 class NativeBlkifLoop(BlkifLoop):
-    """`BlkifLoop`, with the library that `native.build` made. Raises: OSError for a file that is none."""
+    """`BlkifLoop` with the library that `native.build` made. Raises: OSError if the file is not a library."""
 
     def __init__(self, name: str, guest: Guest, fence: Fence, *, persistent: bool, verify: bool, library: Path) -> None:
         super().__init__(name, guest, fence, persistent=persistent, verify=verify)
@@ -75,7 +75,7 @@ class NativeBlkifLoop(BlkifLoop):
 
     def _prepare(self, work: Work, places: list[int]) -> None:
         super()._prepare(work, places)
-        # Kept here: the library has their addresses only.
+        # Kept here, since the library only has their addresses.
         self._place_words, self._stamp_words = array("Q", places), array("Q", self._stamps_at)
         state = self._state
         state.images = address_of(self._encoded)
@@ -86,27 +86,27 @@ class NativeBlkifLoop(BlkifLoop):
         state.poll_ns = self.poll_ns
 
     def reap(self) -> list[int]:
-        """Take every response there is; wait first when there is none."""
+        """Take all responses; wait if there are none."""
         while (status := self._reap(self._at, self._numbers, ctypes.byref(self._count))) == _INTERRUPTED:
-            pass  # Python has seen to the signal
+            pass  # Python has handled the signal
         self._check(status)
         finished: list[int] = self._numbers[: self._count.value]
         return finished
 
     def renew(self, finished: list[int]) -> int:
-        """Point the finished slots at their next places, publish them together, and notify when asked to."""
+        """Put the next places into the finished slots, publish them together, and notify if asked to."""
         self._numbers[: len(finished)] = [*finished]
         self._check(self._renew(self._at, self._numbers, len(finished)))
         produced: int = self._state.produced
         return finished[produced % len(finished)]
 
     def run(self, seconds: float) -> Window:
-        """Keep the loop going for `seconds`, and until one request was timed."""
+        """Run the loop for `seconds`, or longer until one request was timed."""
         state = self._state
         state.requests = state.waited_ns = 0
         state.timed = _NOT_TIMED
         latencies = array("Q")
-        begin = now = state.now = time.perf_counter_ns()  # CLOCK_MONOTONIC, as the library's
+        begin = now = state.now = time.perf_counter_ns()  # CLOCK_MONOTONIC, as in the library
         deadline = begin + int(seconds * 1e9)
         while now < deadline or not latencies:
             status = self._run(self._at, min(max(deadline, now + 1), now + _SLICE))
@@ -127,5 +127,5 @@ class NativeBlkifLoop(BlkifLoop):
             raise self.failed()
         if status == _WRONG_DATA:
             raise self.wrong_data(self._state.wanted, self._state.found)
-        assert status == _CANNOT_NOTIFY  # noqa: S101 - there are no others
+        assert status == _CANNOT_NOTIFY  # noqa: S101 - there is no other status
         raise BenchError(f"{self.name} could not be notified")

@@ -1,9 +1,9 @@
-"""How many system calls a process makes: counted from outside by perf, else by strace.
+"""Counts the system calls of a process from outside, by perf or, if that is not possible, by strace.
 
-Must not be used while something is timed: strace makes a process many times slower, and perf costs it 0.1 us a call.
+Must not be used while something is timed: strace makes a process many times slower, and perf costs 0.1 us per call.
 
-A server that strace slows down finds more requests at each look, and makes fewer calls for each of them than it would
-by itself: that figure is a lower bound, and at depth 1 a good one.
+A server that strace slows down finds more requests each time it looks, and makes fewer calls per request than it would
+otherwise. So the figure is a lower bound, and a good estimate at depth 1.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 
 from xenbackend.errors import XenbackendError
 
-_PATIENCE = 10.0  # seconds until a tool counts
+_PATIENCE = 10.0  # seconds that a tool may take to begin or to end
 _EVENT = "raw_syscalls:sys_enter"
 
 
 class Uncountable(XenbackendError):
-    """No tool here can count the system calls of a process."""
+    """No tool on this host can count the system calls of a process."""
 
 
 class Counting:
-    """A count that is under way by a tool. `end` has to be called."""
+    """A running count by a tool; `end` must be called."""
 
     def __init__(self, tool: str, process: subprocess.Popen[bytes], result: Path, parse: Callable[[str], int]) -> None:
         self.tool = tool
@@ -37,7 +37,7 @@ class Counting:
         self._parse = parse
 
     def await_sign(self, fd: int, sign: bytes) -> None:
-        """Wait until the tool has written `sign` to `fd`. Raises: Uncountable, with what it says instead."""
+        """Wait until the tool has written `sign` to `fd`. Raises: Uncountable, with the tool's own message."""
         said = b""
         deadline = time.monotonic() + _PATIENCE
         while sign not in said:
@@ -52,7 +52,7 @@ class Counting:
             said += data
 
     def end(self) -> int:
-        """Stop counting, and return how many there were since the tool was ready. Raises: Uncountable."""
+        """Stop counting, and return the number of calls since the tool was ready. Raises: Uncountable."""
         self._process.send_signal(signal.SIGINT)
         try:
             self._process.communicate(timeout=_PATIENCE)
@@ -66,11 +66,11 @@ class Counting:
 
 
 def begin(pid: int, directory: Path) -> Counting:
-    """Begin to count the calls of all threads of a process. Raises: Uncountable, with each tool's reason why it cannot.
+    """Begin to count the calls of all threads of a process. Raises: Uncountable, with the reason for each tool.
 
     Args:
         pid: of the process.
-        directory: for what the tools write.
+        directory: for the files that the tools write.
     """
     reasons = []
     for tool in (_begin_perf, _begin_strace):
@@ -84,7 +84,7 @@ def begin(pid: int, directory: Path) -> Counting:
 def _start(tool: str, arguments: list[str], keep: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     null = subprocess.DEVNULL
     try:
-        # Its own process group: Ctrl-C at the terminal is ours to handle.
+        # A process group of its own, so that Ctrl-C at the terminal reaches only us.
         return subprocess.Popen(
             arguments, stdin=null, stdout=null, stderr=subprocess.PIPE, pass_fds=keep, process_group=0
         )
@@ -93,7 +93,7 @@ def _start(tool: str, arguments: list[str], keep: tuple[int, ...] = ()) -> subpr
 
 
 def _begin_perf(pid: int, directory: Path) -> Counting:
-    """Let perf attach while it counts nothing, then enable it: perf-stat(1), "--control"."""
+    """Let perf attach with counting disabled, then enable it: perf-stat(1), "--control"."""
     result = directory / "perf.txt"
     commands, our_commands = os.pipe()
     our_answers, answers = os.pipe()
@@ -106,7 +106,7 @@ def _begin_perf(pid: int, directory: Path) -> Counting:
             os.close(commands)
             os.close(answers)
         counting = Counting("perf", process, result, parse_perf)
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and `await_sign` reports why
             os.write(our_commands, b"enable\n")
         counting.await_sign(our_answers, b"ack\n")
         return counting
@@ -118,16 +118,16 @@ def _begin_perf(pid: int, directory: Path) -> Counting:
 def _begin_strace(pid: int, directory: Path) -> Counting:
     result = directory / "strace.txt"
     process = _start("strace", ["strace", "-c", "-f", "-o", str(result), "-p", str(pid)])
-    assert process.stderr is not None  # noqa: S101 - it was asked for
+    assert process.stderr is not None  # noqa: S101 - it is a pipe
     counting = Counting("strace", process, result, parse_strace)
     counting.await_sign(process.stderr.fileno(), b"attached")
     return counting
 
 
 def parse_perf(text: str) -> int:
-    """Return the count in perf's list of fields. Raises: ValueError, StopIteration."""
+    """Return the count in perf's output. Raises: ValueError, StopIteration."""
     count = next(line for line in text.split("\n") if _EVENT in line).partition(",")[0]
-    return 0 if count == "<not counted>" else int(count)  # it says so of a process that did not run
+    return 0 if count == "<not counted>" else int(count)  # perf writes this if the process did not run
 
 
 def parse_strace(text: str) -> int:

@@ -1,6 +1,6 @@
-"""What else used the CPUs while a bench ran, and whether its figures mean anything.
+"""What else used the CPUs while a bench ran, and whether the bench's figures are valid.
 
-Must not know what was measured. All of it is read from /proc before and after, never in between.
+Must not know what was measured. Everything is read from /proc before and after the bench, never during it.
 
 Sources: proc(5), /proc/stat and /proc/PID/stat; sched(7), "The autogroup feature".
 """
@@ -17,12 +17,12 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
-MOST_FOREIGN = 0.1  # CPUs used by other programs; with more than that a session proves nothing
-MOST_STOLEN = 0.05  # CPUs that the hypervisor gave to others
-_NAMED = 5  # programs that are named, the busiest ones
-_SMALLEST = 0.005  # CPUs; who used less is not named
-_PROCESSES = 20_000  # looked at at most
-_KTHREADD = 2  # pid of what all kernel threads descend from
+MOST_FOREIGN = 0.1  # CPUs used by other programs; with more than that, a session proves nothing
+MOST_STOLEN = 0.05  # CPUs that the hypervisor gave to other machines
+_NAMED = 5  # the number of busiest programs that are named
+_SMALLEST = 0.005  # CPUs; programs that used less are not named
+_PROCESSES = 20_000  # processes that are examined at most
+_KTHREADD = 2  # pid of the parent of all kernel threads
 _AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -36,7 +36,7 @@ class _Process:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The CPU times by one moment, in seconds of all CPUs together."""
+    """The CPU times up to one moment, in seconds of all CPUs together."""
 
     at: float
     programs: float  # user and system time of all processes
@@ -48,14 +48,14 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What used the CPUs between two looks, in CPUs: 1.0 is one of them all the time.
+    """What used the CPUs between two looks, in CPUs: 1.0 is one CPU all the time.
 
-    foreign    other programs; kernel threads and interrupts, which may well work for us, are apart
-    kernel     threads of the kernel
-    interrupts
-    stolen     what the hypervisor gave to others
-    programs   the busiest of the other programs, by name; "(ended meanwhile)" for those that nobody can name any more
-    autogroup  whether Linux shares the CPUs by session first, so that nice counts within one session only
+    foreign     other programs, without kernel threads and interrupts, which may well work for us
+    kernel      kernel threads
+    interrupts  hard and soft interrupts
+    stolen      given to other machines by the hypervisor
+    programs    the busiest of the other programs, by name; "(ended meanwhile)" for those that ended between the looks
+    autogroup   whether Linux first shares the CPUs by session, so that nice values only count within a session
     """
 
     foreign: float
@@ -67,7 +67,7 @@ class Usage:
 
     @property
     def disturbances(self) -> list[str]:
-        """Return a sentence for each reason why nothing can be concluded; none when the machine was ours."""
+        """A clause for each reason why nothing can be concluded; empty if we had the machine to ourselves."""
         reasons = []
         if self.foreign > MOST_FOREIGN:
             reasons.append(f"other programs used {self.foreign:.2f} CPUs (at most {MOST_FOREIGN})")
@@ -77,7 +77,7 @@ class Usage:
 
 
 def look() -> Look:
-    """Return the CPU times by now; takes some milliseconds. Nothing that we started may be running."""
+    """Return the CPU times up to now; takes some milliseconds. No process that we have started may be running."""
     with Path("/proc/stat").open(encoding="ascii") as file:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
     own = sum(os.times()[:4])
@@ -93,14 +93,14 @@ def _others() -> Iterator[tuple[tuple[int, int], _Process]]:
             text = (entry / "stat").read_text(errors="replace")
         except OSError:  # it has ended
             continue
-        name = text[text.index("(") + 1 : text.rindex(")")]  # which may hold parentheses itself
-        fields = text[text.rindex(")") + 2 :].split()  # from "state" on, the third one
+        name = text[text.index("(") + 1 : text.rindex(")")]  # the name itself may contain parentheses
+        fields = text[text.rindex(")") + 2 :].split()  # from the third field, "state", on
         seconds = (int(fields[11]) + int(fields[12])) * _TICK
         yield (int(entry.name), int(fields[19])), _Process(name, int(fields[1]), seconds)
 
 
 def between(before: Look, after: Look) -> Usage:
-    """Return what others used between two looks. What we started has ended, and is counted as ours."""
+    """Return what others used between two looks. Our own processes must have ended, and are counted as ours."""
     elapsed = max(after.at - before.at, _TICK)
     programs: defaultdict[str, float] = defaultdict(float)
     kernel = 0.0
@@ -127,5 +127,5 @@ def between(before: Look, after: Look) -> Usage:
 def _has_autogroup() -> bool:
     try:
         return int(_AUTOGROUP.read_text()) != 0
-    except (OSError, ValueError):  # a kernel without
+    except (OSError, ValueError):  # the kernel has no autogroup
         return False

@@ -1,4 +1,4 @@
-"""fio on the bench file itself: what the machine yields without any backend, in one process on one CPU.
+"""fio on the bench file itself: what the machine achieves without any backend, in one process on one CPU.
 
 Must not interpret another program's output.
 """
@@ -14,7 +14,7 @@ from xenbackend.bench.plan import BenchError, Sample, Work, half
 
 
 class Fio:
-    """fio as a target, load and backend in one: psync through the page cache, io_uring with O_DIRECT.
+    """fio as a target, both load generator and backend: psync through the page cache, io_uring with O_DIRECT.
 
     Its CPU time is that of the whole job.
     """
@@ -27,7 +27,7 @@ class Fio:
         self._cpu = cpu
 
     def measure(self, work: Work, seconds: float, warm_up: float) -> Sample:
-        """Run one job. Raises: BenchError when fio is missing or fails."""
+        """Run one job. Raises: BenchError if fio is missing or fails."""
         try:
             done = subprocess.run(self.arguments(work, seconds, warm_up), capture_output=True, text=True, check=True)
         except FileNotFoundError:
@@ -49,7 +49,7 @@ class Fio:
             "ioengine": "io_uring" if self._direct else "psync",
             "iodepth": work.depth if self._direct else 1,
             "direct": int(self._direct),
-            "invalidate": 0,  # the page cache stays as the other targets find it
+            "invalidate": 0,  # leave the page cache as the other targets find it
             "norandommap": 1,
             "allow_file_create": 0,
             "time_based": 1,
@@ -62,14 +62,14 @@ class Fio:
         return ["fio", *(f"--{key}={value}" for key, value in job.items())]
 
     def count_calls(self, _work: Work, _seconds: float, _directory: Path) -> None:
-        """Nothing: its calls are those of its load, too."""
+        """Return None: the calls of backend and load generator cannot be separated."""
 
     def close(self) -> None:
-        """Nothing of it runs between measurements."""
+        """Do nothing: no process runs between measurements."""
 
 
 def parse(output: str, work: Work) -> Sample:
-    """Return the sample in fio's JSON, which notes may precede. Raises: BenchError."""
+    """Return the sample in fio's JSON output; other messages may precede the JSON. Raises: BenchError."""
     try:
         job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
         side = job["write" if work.write else "read"]

@@ -1,12 +1,12 @@
-"""The closed loop that all load generators share: as many requests come as go, and some of them are timed.
+"""The closed loop of all load generators: a new request replaces each finished one, and some requests are timed.
 
-Must not know a protocol: a generator says what finished, and issues as many again.
+Must not know a protocol: a generator reports which requests have finished, and issues as many new ones.
 
-Requests are timed by sample, one at a time, so that the clock is read once per batch and throughput and latency come
-from the same run. At depth 1 that is every request.
+One request at a time is timed, as a sample, so that the clock is read once per batch, and throughput and latency come
+from the same run. At depth 1, every request is timed.
 
-Before a generator sleeps it looks for `poll_ns` whether something comes: waking up takes a virtual machine 25-100 us,
-and would be most of what is measured. With 0 it sleeps at once, as a guest does.
+Before a generator sleeps, it polls for answers for `poll_ns`: in a virtual machine, waking up takes 25-100 us, which
+would be most of the measured time. If `poll_ns` is 0, it sleeps at once, as a guest does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 from xenbackend.bench.plan import BenchError, Work
 
-STALL = 10.0  # seconds without any answer after which a measurement is void
+STALL = 10.0  # seconds without any answer, after which a measurement is void
 
 
 @dataclass(slots=True)
 class Window:
-    """A stretch of a closed loop; `busy` is the share of it that was not spent waiting, latencies are in ns."""
+    """One run of a closed loop; `busy` is the share of the time that was not spent waiting, latencies are in ns."""
 
     requests: int
     seconds: float
@@ -33,37 +33,37 @@ class Window:
 
 
 class ClosedLoop(ABC):
-    """A load generator for one backend. Order of calls: `start`, `run` any number, `drain`; then `start` again."""
+    """A load generator for one backend. Order of calls: `start`, any number of `run`, `drain`; then `start` again."""
 
     name = ""
     size = 0  # bytes of the disk
-    poll_ns = 0  # how long to look before sleeping
+    poll_ns = 0  # how long to poll before sleeping
     _waited_ns = 0
 
     @abstractmethod
     def start(self, work: Work, places: list[int]) -> None:
-        """Issue the first `work.depth` requests, for the first of `places` (sectors)."""
+        """Issue the first `work.depth` requests, for the first of `places` (sector numbers)."""
 
     @abstractmethod
     def reap(self) -> list[int]:
-        """Wait for answers and return the numbers of the requests that they end, at least one.
+        """Wait for answers, and return the numbers of the finished requests, at least one.
 
-        Raises: BenchError when a request failed, or none is answered for `STALL` seconds.
+        Raises: BenchError if a request has failed, or none was answered for `STALL` seconds.
         """
 
     @abstractmethod
     def renew(self, finished: list[int]) -> int:
-        """Check the data of the finished requests, issue as many new ones, and return the number of one of those.
+        """Check the data of finished requests, issue as many new ones, and return the number of one of the new ones.
 
         Raises: BenchError for wrong data.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the backend."""
+        """Release the connection to the backend."""
 
     def run(self, seconds: float) -> Window:
-        """Keep the loop going for `seconds`, and until one request was timed."""
+        """Run the loop for `seconds`, or longer until one request was timed."""
         clock, reap, renew = time.perf_counter_ns, self.reap, self.renew
         latencies = array("Q")
         requests = 0
@@ -86,13 +86,13 @@ class ClosedLoop(ABC):
         return Window(requests, (now - begin) / 1e9, busy, latencies)
 
     def drain(self, work: Work) -> None:
-        """Wait for the `work.depth` requests that are in flight, without issuing new ones."""
+        """Wait for the `work.depth` requests in flight, without issuing new ones."""
         left = work.depth
         while left:
             left -= len(self.reap())
 
     def wait(self, look: Callable[[], int], sleep: Callable[[], int]) -> int:
-        """Return what `look` finds, called again and again for `poll_ns`, else what `sleep` does."""
+        """Call `look` repeatedly for `poll_ns`, and return its first result that is not 0, or else that of `sleep`."""
         clock = time.perf_counter_ns
         begin = clock()
         deadline = begin + self.poll_ns
@@ -104,9 +104,9 @@ class ClosedLoop(ABC):
         return found
 
     def stalled(self) -> BenchError:
-        """Return the error for a backend that stopped answering."""
+        """Return the error for a backend that has stopped answering."""
         return BenchError(f"{self.name} has not answered for {STALL:.0f} seconds")
 
     def wrong_data(self, sector: int, found: int) -> BenchError:
-        """Return the error for a read that brought another sector's data."""
+        """Return the error for a read that returned another sector's data."""
         return BenchError(f"{self.name} answered a read of sector {sector} with the data of sector {found}")

@@ -1,8 +1,9 @@
-"""The parts of a bench that are in C, built by the compiler that is there.
+"""The parts of a bench that are in C, built by an installed compiler.
 
-Must not fail: where nothing can be built a bench goes on without, and says why.
+Must not fail: if they cannot be built, a bench runs without them, and says why.
 
-What is here in C shows a limit or keeps the load generator from being one. Nothing that serves guests is.
+The C parts show the attainable limit, or keep the load generator from being the limit. Nothing that serves guests is in
+C.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PATIENCE = 60.0  # seconds for one file
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """What was built; None where it was not, and `missing` says why."""
+    """The built files; None if one was not built, and `missing` says why."""
 
     ring_server: Path | None = None  # a program
     loop: Path | None = None  # a shared library, for `bench/blkif_native.py`
@@ -30,7 +31,7 @@ class Native:
 
 
 def build(directory: Path) -> Native:
-    """Compile into `directory`."""
+    """Compile both parts into `directory`."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return Native(missing=f"no C compiler ({', '.join(COMPILERS)}) is installed")
@@ -42,7 +43,7 @@ def build(directory: Path) -> Native:
 
 
 def _compile(compiler: str, source: Path, target: Path, *flags: str) -> str:
-    """Compile one file, and return why that failed, or nothing."""
+    """Compile one file, and return why that failed, empty if it did not."""
     command = [compiler, *FLAGS, *flags, "-o", str(target), str(source)]
     try:
         status, said = _run(command, target.parent)
@@ -56,9 +57,9 @@ def _compile(compiler: str, source: Path, target: Path, *flags: str) -> str:
 
 
 def _run(command: list[str], directory: Path) -> tuple[int, str]:
-    """Return the exit status and what was said; what is interrupted is ended with all its passes.
+    """Return exit status and messages of a compiler. If we are interrupted, it is killed with all its children.
 
-    Its temporary files lie in `directory`, which whoever made it removes.
+    Its temporary files are in `directory`, which the caller removes.
     """
     environment = {**os.environ, "TMPDIR": str(directory)}
     with subprocess.Popen(

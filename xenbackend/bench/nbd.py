@@ -2,8 +2,8 @@
 
 Must not know which server it is.
 
-Every request of a workload is built beforehand, its cookie being its number: a batch of reads is one slice of that
-memory, sent by one call. Replies have one size, so that many are received by one call and read by stride.
+All requests of a workload are built in advance, with their numbers as cookies: a batch of reads is one slice of that
+memory, sent by one call. All replies have the same size, so that one call receives many, which are then read by stride.
 
 Source: NetworkBlockDevice/nbd doc/proto.md.
 """
@@ -31,15 +31,15 @@ _REQUEST = Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 _REQUEST_MAGIC = 0x25609513
 _READ, _WRITE, _DISCONNECT = 0, 1, 2
 _REPLY = 16  # bytes: magic, error, cookie
-_GOOD = int.from_bytes((0x67446698).to_bytes(4, "big") + bytes(4), "little")  # the first word of a reply without error
+_GOOD = int.from_bytes((0x67446698).to_bytes(4, "big") + bytes(4), "little")  # the first word of a successful reply
 _TIMEVAL = Struct("@ll")  # seconds, microseconds
-_BUFFER = 4 << 20  # bytes we ask of the kernel for either direction
+_BUFFER = 4 << 20  # bytes of the socket's send buffer
 
 
 class NbdLoop(ClosedLoop):
     """Keeps requests in flight on one connection to the server at a Unix socket.
 
-    Raises: BenchError when the server refuses the export or hangs up; OSError without a server.
+    Raises: BenchError if the server refuses the export or hangs up; OSError if there is no server.
     """
 
     def __init__(self, name: str, path: str, export: str = "") -> None:
@@ -47,7 +47,7 @@ class NbdLoop(ClosedLoop):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            # settimeout() would cost a poll() before each call, and MSG_WAITALL.
+            # settimeout() would cost a poll() before each call, and break MSG_WAITALL.
             self._socket.setsockopt(socket.SOL_SOCKET, direction, _TIMEVAL.pack(int(STALL), 0))
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
@@ -84,14 +84,14 @@ class NbdLoop(ClosedLoop):
         return data
 
     def start(self, work: Work, places: list[int]) -> None:
-        """Build every request of the workload, and send the first ones."""
+        """Build all requests of the workload, and send the first ones."""
         self._write = work.write
         self._expected = places
         self._next = 0
         kind = _WRITE if work.write else _READ
         requests = bytearray(_REQUEST.size * len(places))
         for number, place in enumerate(places):
-            # The cookie is opaque to the server: little-endian here, it comes back as a native number.
+            # The server does not interpret the cookie: sent in little-endian order, it returns as a native number.
             cookie = int.from_bytes(number.to_bytes(8, "little"), "big")
             fields = (_REQUEST_MAGIC, 0, kind, cookie, place * SECTOR, work.length)
             _REQUEST.pack_into(requests, _REQUEST.size * number, *fields)
@@ -106,7 +106,7 @@ class NbdLoop(ClosedLoop):
         self._send(work.depth)
 
     def reap(self) -> list[int]:
-        """Receive what there is, until it holds at least one whole reply."""
+        """Receive until there is at least one whole reply."""
         stride = self._stride
         while self._filled < stride:
             self._filled += self._receive()
@@ -124,7 +124,7 @@ class NbdLoop(ClosedLoop):
         return finished
 
     def _receive(self) -> int:
-        """Receive behind what was received before; return how many bytes came, 0 where it turned out that none did."""
+        """Receive more bytes, after those already received. Return how many, 0 if it had to wait and received none."""
         try:
             received = self._socket.recv_into(self._replies[self._filled :], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -154,7 +154,7 @@ class NbdLoop(ClosedLoop):
         return self._send(len(finished))
 
     def _send(self, count: int) -> int:
-        """Send the next `count` requests and return the number of one of them."""
+        """Send the next `count` requests, and return the number of one of them."""
         first = self._next
         last = first + count
         if last > len(self._each):
@@ -182,7 +182,7 @@ class NbdLoop(ClosedLoop):
             sent = max(0, sent - len(piece))
 
     def close(self) -> None:
-        """Say goodbye and hang up."""
-        with contextlib.suppress(OSError):  # the server may have gone first
+        """Send a disconnect request, and close the connection."""
+        with contextlib.suppress(OSError):  # the server may have ended already
             self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
         self._socket.close()

@@ -1,6 +1,6 @@
-"""The rows as a picture: requests per second and CPU time per request, a group of bars per workload.
+"""The rows as a picture: requests per second and CPU time per request, with a group of bars per workload.
 
-Must not be imported without a wish for a picture: it needs matplotlib, the extra ``xenbackend[plot]``.
+Must not be imported unless a picture was asked for: it needs matplotlib, the extra ``xenbackend[plot]``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _GROUP = 0.8  # the share of a group's width that its bars take
 
 
 def check() -> None:
-    """Raise ConfigError where matplotlib is missing, before anything was measured for a picture."""
+    """Check that matplotlib is installed, before anything is measured for a picture. Raises: ConfigError."""
     try:
-        import matplotlib  # noqa: F401 - whether it is there
+        import matplotlib  # noqa: F401 - only to see whether it is installed
     except ImportError:
         raise ConfigError("--plot needs matplotlib; install it with: pip install 'xenbackend[plot]'") from None
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
-    """Write the picture to `path`, in the format that its ending names. Raises: ConfigError."""
+    """Write the picture to `path`, in the format that its suffix names. Raises: ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,6 +53,6 @@ def _bars(axes: Any, rows: Sequence[Row], works: list[str], value: Callable[[Row
         left = [works.index(row.work.name) - _GROUP / 2 + (place + 0.5) * width for row in mine]
         errors = [[s.median - s.least for s in spreads], [s.greatest - s.median for s in spreads]]
         axes.bar(left, [s.median for s in spreads], width, yerr=errors, label=target, capsize=2)
-    axes.set_yscale("log")  # 4 KiB and 1 MiB in one picture
+    axes.set_yscale("log")  # since 4 KiB and 1 MiB are in one picture
     axes.set_xticks(range(len(works)), works)
     axes.grid(axis="y", alpha=0.3)

@@ -1,7 +1,7 @@
-"""Samples turned into rows, a table for people, and JSON for scripts.
+"""Turns samples into rows, a table for people, and JSON for scripts.
 
-Must not measure. Every figure is the median over the rounds; the least and the greatest stand beside it where the
-machine's noise matters.
+Must not measure. Every figure is the median over the rounds, with the minimum and maximum beside it if the machine's
+noise matters.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _CLIENT_BOUND = 0.97  # a load generator that is busier than this was the limit
-_RESTED = 0.01  # the share of the time without looks from which on a reader is told
+_RESTED = 0.01  # the share of the time without polling above which the reader is told
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of the rounds, the least and the greatest."""
+    """The median, minimum and maximum over the rounds."""
 
     median: float
     least: float
@@ -39,14 +39,15 @@ class Spread:
 class Row:
     """One workload on one target. Units: requests per second, 10**6 bytes per second, microseconds, ns.
 
-    `speed_ratio` is our first chain's rate divided by this target's, and `cpu_ratio` its CPU time per request likewise;
-    both are taken within each round. `client_busy` is the share of the time in which the load generator did not wait.
+    `speed_ratio` is the rate of the first target divided by that of this one, and `cpu_ratio` is the same quotient for
+    the CPU time per request; both are computed within each round. `client_busy` is the share of the time in which the
+    load generator did not wait.
 
-    client   what the load generator is written in, nothing where the target is its own
-    calls    system calls per request, where they were counted
-    rested   the share of the time in which a worker of ours did not look for requests before it slept
+    client   the language of the load generator, empty if the target generates its own load
+    calls    system calls per request, if they were counted
+    rested   the share of the time in which a worker of ours did not poll for requests before it slept
     loops    how many CPUs the loops beside it got
-    lost     the share that they lost to the same chain without looks
+    lost     the share of CPU time that they lost, compared with the same chain without polling
     """
 
     work: Work
@@ -68,7 +69,7 @@ class Row:
 
 
 def summarise(measured: Sequence[Measured]) -> list[Row]:
-    """Return a row per workload and target; the first target of a workload is what the others are compared with."""
+    """Return a row per workload and target; the others are compared with the first target of a workload."""
     firsts: dict[str, Sequence[Sample]] = {}
     for each in measured:
         firsts.setdefault(each.work.name, each.samples)
@@ -114,7 +115,7 @@ def _spread(values: list[float]) -> Spread:
 
 
 def table(rows: Sequence[Row], *, is_disturbed: bool = False) -> Table:
-    """Return the table of one workload's rows. `is_disturbed`: mark the ratios, which prove nothing then."""
+    """Return the table of one workload's rows. `is_disturbed`: mark the ratios, since they prove nothing."""
     from rich import box
     from rich.table import Table
 
@@ -154,7 +155,7 @@ def _beside(row: Row) -> tuple[str, str]:
 
 
 def legend(rows: Sequence[Row], usage: Usage, notes: Sequence[str] = ()) -> str:
-    """Return what a reader of the tables has to know."""
+    """Return the explanations that a reader of the tables needs."""
     lines = [
         "speed: requests/s of the first row divided by this row's; CPU: CPU time per request likewise, less is better.",
         "CPU us: user and system time of the backend process per request, its kernel workers included.",
@@ -179,7 +180,7 @@ def _clients(rows: Sequence[Row]) -> list[str]:
 
 
 def _looking(rows: Sequence[Row]) -> list[str]:
-    """Say whether our workers looked for requests before they slept."""
+    """Return a line about whether our workers polled for requests before they slept, none without workers of ours."""
     ours = [row for row in rows if row.rested is not None and not row.target.endswith(NEVER_LOOKS)]
     rested = [row for row in ours if row.rested is not None and row.rested > _RESTED]
     if not ours:
@@ -206,7 +207,7 @@ def _others(usage: Usage) -> list[str]:
 
 
 def as_json(rows: Sequence[Row], usage: Usage, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return everything for scripts, with what identifies the machine."""
+    """Return everything for scripts, including facts that identify the machine."""
     machine = {
         "name": platform.node(),
         "cpu": _cpu_model(),
@@ -232,12 +233,12 @@ def as_json(rows: Sequence[Row], usage: Usage, notes: Sequence[str] = ()) -> dic
 
 
 def _cpu_model() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - read up to the line
+    with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - read only as far as that line
         return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
 
 
 def _short(rate: float) -> str:
-    """Return a rate in four characters or so: ``912``, ``38.1k``, ``1.05M``."""
+    """Return a rate in about four characters: ``912``, ``38.1k``, ``1.05M``."""
     for suffix, step in (("M", 1e6), ("k", 1e3)):
         if rate >= step:
             return f"{rate / step:.3g}{suffix}" if rate < 1000 * step else f"{rate / step:.0f}{suffix}"

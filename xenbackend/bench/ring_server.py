@@ -1,6 +1,6 @@
-"""The backend in C for one ring of the rig, `bench/c/ring_server.c`: its start and its end.
+"""Starts and ends the backend in C for one ring of the rig, `bench/c/ring_server.c`.
 
-Must not serve anything but a bench's own guest and its bench file: the program was made to show a limit.
+Must not serve anything but a bench's own guest and its bench file: the program was written to show a limit.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from xenbackend.bench.worker import POLL_US
 from xenbackend.protocol.messages import Connect
 from xenbackend.rig.wire import Connection
 
-_READY = "serving"  # what it writes when it is about to serve
+_READY = "serving"  # the program writes this when it begins to serve
 
 
 class RingServer:
     """One running server.
 
-    Raises: BenchError, with the program's own words when it does not start; KernelError where the rig refuses.
+    Raises: BenchError, with the program's own message if it does not start; KernelError if the rig refuses.
     """
 
     def __init__(
         self, program: Path, rig: Path, domid: int, agreed: Connect, file: Path, *, direct: bool, cpu: int | None
     ) -> None:
-        """Serve the one ring of domain `domid` of the rig, as it is `agreed`, from `file`."""
+        """Serve the only ring of domain `domid` of the rig, with the parameters `agreed`, from `file`."""
         self._undo = ExitStack()
         log = rig / f"ring-server-{domid}.log"
         try:
@@ -36,7 +36,7 @@ class RingServer:
             opened, (memory, grants) = connection.call("open", domid=domid)
             _, (incoming, outgoing) = connection.call("bind", domid=domid, port=ring.event_channel)
             theirs, alive = os.pipe()
-            self._alive = self._undo.enter_context(os.fdopen(alive, "wb"))  # it ends with this, also when we are killed
+            self._alive = self._undo.enter_context(os.fdopen(alive, "wb"))  # its end ends the server, too
             inherited = (memory, grants, incoming, outgoing, theirs)
             numbers = (memory, opened["pages"], grants, *ring.grefs, incoming, outgoing, theirs)
             switches = (int(agreed.persistent), int(direct), POLL_US)
@@ -53,7 +53,7 @@ class RingServer:
             raise
 
     def close(self) -> None:
-        """End it, and let go of its end of the event channel."""
+        """End the server, and release its end of the event channel."""
         self._undo.close()
 
 

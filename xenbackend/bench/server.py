@@ -1,4 +1,4 @@
-"""Backend processes: starting, pinning to one CPU, reading what CPU time they used, ending.
+"""Starts and ends backend processes, pins them to a CPU, and reads the CPU time that they have used.
 
 Must not know which program it starts.
 """
@@ -15,13 +15,13 @@ from typing import TypeVar
 from xenbackend.bench.plan import BenchError
 
 _READY = 10.0  # seconds until a server must answer
-_END = 5.0  # seconds until a server that was asked to end is killed
+_END = 5.0  # seconds after which a server that was asked to end is killed
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h; with the complement of a pid it makes the clock of that process
 T = TypeVar("T")
 
 
 class Server:
-    """One running backend; what it says goes to `log`. Raises: BenchError when the program is not installed."""
+    """One running backend; its output goes to `log`. Raises: BenchError if the program is not installed."""
 
     def __init__(
         self, name: str, arguments: Sequence[str], log: Path, *, cpu: int | None, keep: Sequence[int] = ()
@@ -30,7 +30,7 @@ class Server:
         self._log = log
         with log.open("wb") as output:
             try:
-                # Its own process group: Ctrl-C at the terminal is ours to handle, and ends it in order.
+                # A process group of its own, so that Ctrl-C at the terminal reaches only us, and we end it in order.
                 self._process = subprocess.Popen(
                     arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=keep, process_group=0
                 )
@@ -41,7 +41,7 @@ class Server:
             pin(self.pid, cpu)
 
     def connect(self, connect: Callable[[], T]) -> T:
-        """Return what `connect` returns, called until it finds the server listening. Raises: BenchError."""
+        """Call `connect` until the server listens, and return its result. Raises: BenchError."""
         deadline = time.monotonic() + _READY
         while True:
             try:
@@ -52,19 +52,22 @@ class Server:
                 time.sleep(0.01)
 
     def cpu_time(self) -> float:
-        """Return the seconds of CPU that all its threads used so far, the kernel's workers for it included."""
+        """Return the CPU time in seconds of all its threads so far, including the kernel's workers for it.
+
+        Raises: BenchError if the process has ended.
+        """
         try:
             return time.clock_gettime(~self.pid << 3 | _CPUCLOCK_SCHED)
         except OSError:
             raise BenchError(f"{self.name} ended during the measurement: {self.last_words()}") from None
 
     def last_words(self) -> str:
-        """Return the last line that it wrote."""
+        """Return the last line that it has written."""
         lines = self._log.read_text(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
     def close(self) -> None:
-        """End the process, by force when it does not heed, and wait for it."""
+        """End the process, by force if it does not end in time, and wait for it."""
         self._process.terminate()
         try:
             self._process.wait(_END)
@@ -74,13 +77,13 @@ class Server:
 
 
 def pin(pid: int, cpu: int) -> None:
-    """Bind every thread of a process to one CPU; threads that it makes later inherit that."""
-    for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - names are wanted
+    """Pin all threads of a process to one CPU; threads that they start later inherit this."""
+    for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - only names are needed
         os.sched_setaffinity(int(thread), {cpu})
 
 
 def choose_cpus() -> tuple[int, int] | None:
-    """Return two CPUs on different cores, for the backend and for the load, or None where there is only one."""
+    """Return two CPUs, on different cores if possible, for backend and load generator; None if there is only one."""
     allowed = sorted(os.sched_getaffinity(0))
     backend = allowed[-1]
     siblings = Path(f"/sys/devices/system/cpu/cpu{backend}/topology/thread_siblings_list")
@@ -90,7 +93,7 @@ def choose_cpus() -> tuple[int, int] | None:
 
 
 def _parse_list(text: str) -> set[int]:
-    """Return the numbers in a kernel's list such as ``0-3,8``."""
+    """Return the numbers in a list such as ``0-3,8``, as the kernel writes it."""
     numbers: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

@@ -1,9 +1,9 @@
-"""One session: the bench file, the targets, and the rounds in which they take their turns.
+"""One session: the bench file, the targets, and the rounds in which they take turns.
 
 Must not print.
 
-Targets take turns within each round, so that what the machine does meanwhile meets all of them alike: only the ratios
-of one session mean anything.
+Targets take turns within each round, so that other activity of the machine affects all of them alike. Only ratios
+within one session are meaningful.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from xenbackend.errors import ConfigError
 from xenbackend.rig.xen import Xen
 from xenbackend.units import SECTOR, format_size, round_up
 
-FILE = "{file}"  # in a chain: the bench file
-IMAGES = {name: row for name, row in BY_QEMU_NAME.items() if name != "raw"}  # of which formats the bench file may be
-NEVER_LOOKS = ", never looking"  # ends the name of a chain whose worker sleeps whenever its ring is empty
+FILE = "{file}"  # stands for the bench file in a chain
+IMAGES = {name: row for name, row in BY_QEMU_NAME.items() if name != "raw"}  # possible formats of the bench file
+NEVER_LOOKS = ", never looking"  # suffix of the name of a chain whose worker sleeps as soon as its ring is empty
 _FIRST_DOMID = 1
-_COUNTED_S = 0.3  # of each workload while system calls are counted
+_COUNTED_S = 0.3  # how long each workload runs while system calls are counted
 _FRESH = 64 << 30  # bytes of an empty image
 
 Start = Callable[[Bed], Target]
-Progress = Callable[[str, int], None]  # what is measured next, and how many measurements there are in all
+Progress = Callable[[str, int], None]  # gets what is measured next, and the total number of measurements
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What to measure. A chain that does not name the bench file, as ``{file}``, is only read unless `overwrite`."""
+    """What to measure. A chain without the bench file, ``{file}``, is only read, unless `overwrite` is set."""
 
     chains: list[str]
     works: list[Work]
-    file: Path  # the bench file, made and removed by us
+    file: Path  # the bench file, which the session creates and removes
     size: int  # bytes
-    image: str = "raw"  # of which format the bench file is, as qemu-img calls it
+    image: str = "raw"  # the format of the bench file, as qemu-img calls it
     compare: bool = False
     direct: bool = False
     overwrite: bool = False
@@ -58,19 +58,17 @@ class Session:
     rounds: int = 5
     seconds: float = 1.0
     warm_up: float = 0.3
-    poll: float = 100e-6  # seconds that a load generator looks before it sleeps
-    beside: str = (
-        ""  # a loop of this kind on each CPU, a key of `beside.NICE`; each chain is measured without looks too
-    )
-    calls: bool = False  # count system calls, when everything is measured
+    poll: float = 100e-6  # seconds that a load generator polls before it sleeps
+    beside: str = ""  # a loop of this kind (`beside.NICE`) on each CPU; each chain is measured without polling, too
+    calls: bool = False  # count system calls after all measurements
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The samples of one workload on one target, in the order of the rounds.
 
-    client   what the load generator is written in, nothing where the target is its own
-    calls    system calls per request, where they were counted
+    client   the language of the load generator, empty if the target generates its own load
+    calls    system calls per request, if they were counted
     """
 
     work: Work
@@ -82,7 +80,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a session yields: the samples, what else used the CPUs, and notes on what could not be measured."""
+    """The result of a session: the samples, what else used the CPUs, and notes on what could not be measured."""
 
     measured: list[Measured]
     usage: Usage
@@ -90,7 +88,7 @@ class Outcome:
 
 
 def run(session: Session, progress: Progress) -> Outcome:
-    """Measure, and leave nothing behind.
+    """Run a session, and leave no file or process behind.
 
     Raises: BenchError, ConfigError, KernelError.
     """
@@ -139,7 +137,7 @@ def _measure(session: Session, progress: Progress, notes: list[str]) -> list[Mea
 
 
 def _runners(session: Session, *, has_limit: bool) -> list[Start]:
-    """Return what starts each target on a bed, any number of times."""
+    """Return a function for each target, which starts it on a bed and may be called any number of times."""
     domids = count(_FIRST_DOMID)
     starts: list[Start] = []
     for chain in session.chains:
@@ -172,7 +170,7 @@ def _start_chain(session: Session, chain: str, domids: Iterator[int], bed: Bed, 
 
 
 def _escaped(path: Path) -> str:
-    # As the chain's grammar wants it.
+    # As the grammar of chains requires.
     return "".join(f"\\{character}" if character in "|,\\" else character for character in str(path))
 
 
@@ -194,7 +192,7 @@ def _rounds(session: Session, bed: Bed, runners: list[tuple[Start, Target]], pro
 
 
 def _with_calls(measured: list[Measured], targets: list[Target], directory: Path, notes: list[str]) -> list[Measured]:
-    """Return what was measured with the system calls per request, as far as something here can count them."""
+    """Return the measurements with the system calls per request added, if a tool here can count them."""
     by_name = {target.name: target for target in targets}
     try:
         return [
@@ -213,7 +211,7 @@ def _of(target: Target, session: Session, work: Work) -> Sample:
 
 
 def _fresh(session: Session, bed: Bed, start: Start, work: Work) -> Sample:
-    """Measure a new target on a new and empty image."""
+    """Measure a new target on a new, empty image."""
     file = bed.file.with_name(bed.file.name + ".fresh")
     try:
         _qemu_img("create", "-q", "-f", session.image, *_options(session.image), str(file), str(_FRESH))
@@ -227,17 +225,17 @@ def _fresh(session: Session, bed: Bed, start: Start, work: Work) -> Sample:
 
 
 def is_read_only(image: str) -> bool:
-    """Return whether a format, as qemu-img calls it, is one that we only read."""
+    """Return whether we only read a format; `image` is its name in qemu-img."""
     return not BY_QEMU_NAME[image].blank
 
 
 @contextlib.contextmanager
 def bench_file(path: Path, size: int, image: str = "raw") -> Iterator[None]:
-    """Make a stamped disk of about `size` bytes at `path`, and remove it in the end.
+    """Create a stamped disk of about `size` bytes at `path`, and remove it in the end.
 
     Args:
-        path: where.
-        size: bytes of the disk.
+        path: of the file, which must not exist.
+        size: bytes of the disk; rounded up to a multiple of `LENGTH`.
         image: the format of the file, as qemu-img calls it.
 
     Raises: ConfigError, BenchError.
@@ -262,7 +260,7 @@ def bench_file(path: Path, size: int, image: str = "raw") -> Iterator[None]:
 def _convert(path: Path, image: str) -> None:
     raw = path.with_name(path.name + ".raw")
     path.rename(raw)
-    path.touch()  # so that it is there to be removed, whatever happens
+    path.touch()  # so that it can be removed, whatever happens
     try:
         _qemu_img("convert", "-S", "0", "-f", "raw", "-O", image, *_options(image), str(raw), str(path))
     finally:

@@ -1,4 +1,4 @@
-"""What is measured: our chains, the peers that are installed, and fio on the file itself, behind one small interface.
+"""The targets of measurements behind one small interface: our chains, installed peers, and fio on the file itself.
 
 Must not order or repeat measurements: `session.py` does.
 """
@@ -30,7 +30,7 @@ from xenbackend.rig.guest import Guest
 
 
 class Target(Protocol):
-    """Something to measure. `client` is what its load generator is written in, nothing where it is its own."""
+    """Something to measure. `client` is the language of its load generator, empty if it generates its own load."""
 
     name: str
     client: str
@@ -39,18 +39,18 @@ class Target(Protocol):
         """Run one workload for `seconds` after `warm_up` seconds. Raises: BenchError."""
 
     def count_calls(self, work: Work, seconds: float, directory: Path) -> float | None:
-        """Return the system calls per request while one workload runs, None where nobody can tell whose they are.
+        """Return the system calls per request of one workload, None if they cannot be told from the load generator's.
 
-        Nothing is timed meanwhile. Raises: BenchError; Uncountable, where no tool can do it.
+        Nothing is timed meanwhile. Raises: BenchError; Uncountable if no tool can count them.
         """
 
     def close(self) -> None:
-        """End what was started for it."""
+        """End all processes and guests that were started for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """Where targets run: the bench file, a directory for sockets and logs, and the two CPUs or None.
+    """Where targets run: the bench file, a directory for sockets and logs, and the backend's CPU or None.
 
     `image` is the format of the file, as QEMU calls it.
     """
@@ -59,15 +59,15 @@ class Bed:
     directory: Path
     direct: bool
     backend_cpu: int | None
-    poll_ns: int  # how long a load generator looks before it sleeps
+    poll_ns: int  # how long a load generator polls before it sleeps
     native: Native
-    loops_time: Callable[[], float] | None = None  # the CPU time of the loops beside the targets, where there are any
+    loops_time: Callable[[], float] | None = None  # the CPU time of the loops beside the targets, if any
     image: str = "raw"
-    label: str = ""  # of the sockets, where targets with the same name run
+    label: str = ""  # suffix of the sockets' names, if targets with the same name run at the same time
 
 
 class Served:
-    """A backend process with a load generator at its other end."""
+    """A backend process and the load generator that is connected to it."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Served:
         close: Callable[[], None],
         rested_s: Callable[[], float] | None = None,
     ) -> None:
-        """Measure `server` by `loop`. `rested_s`: for how long a worker of ours has not looked for requests."""
+        """Measure `server` by `loop`. `rested_s` returns for how long a worker of ours has not polled for requests."""
         self.name = loop.name
         self.client = "C" if isinstance(loop, NativeBlkifLoop) else "Python"
         self._loops_time = bed.loops_time
@@ -104,7 +104,7 @@ class Served:
         return Sample(window.requests, window.seconds, used, window.busy, *latencies, rested, loops)
 
     def count_calls(self, work: Work, seconds: float, directory: Path) -> float:
-        """Run the closed loop under a tool that counts, from the first request to the last."""
+        """Run the closed loop while a tool counts, from the first request to the last."""
         loop = self._loop
         counting = calls.begin(self._server.pid, directory)
         try:
@@ -127,7 +127,7 @@ def chain_target(
     persistent: bool,
     never_looks: bool = False,
 ) -> Served:
-    """Open a chain in a worker of ours, on the rig that runs in `bed.directory`. Raises: BenchError, KernelError."""
+    """Open a chain in a worker of ours, on the rig in `bed.directory`. Raises: BenchError, KernelError."""
     stack = ExitStack()
     try:
         guest = Guest(bed.directory, domid, PAGES)
@@ -144,8 +144,8 @@ def chain_target(
 
 
 def limit_target(bed: Bed, domid: int, *, persistent: bool) -> Served:
-    """Start the ring server in C, which was built, for another guest of that rig. Raises: BenchError, KernelError."""
-    assert bed.native.ring_server is not None  # noqa: S101 - whoever asks has looked
+    """Start the ring server in C, which must have been built, for a new guest. Raises: BenchError, KernelError."""
+    assert bed.native.ring_server is not None  # noqa: S101 - the caller has checked it
     stack = ExitStack()
     try:
         guest = Guest(bed.directory, domid, PAGES)
@@ -169,7 +169,7 @@ def limit_target(bed: Bed, domid: int, *, persistent: bool) -> Served:
 
 
 def _ring_loop(bed: Bed, name: str, guest: Guest, *, persistent: bool, verify: bool) -> BlkifLoop:
-    """Return the load generator of all blkif rings of a session: in C where that was built."""
+    """Return the load generator for a blkif ring: the one in C if it was built. A session uses only one of them."""
     fence = find_fence()[0]
     library = bed.native.loop
     if library is None:
@@ -181,7 +181,7 @@ def _ring_loop(bed: Bed, name: str, guest: Guest, *, persistent: bool, verify: b
 
 
 def _serve(bed: Bed, name: str, arguments: list[str], connect: Callable[[str], ClosedLoop]) -> Served:
-    """Start a peer whose socket is `{socket}` in `arguments`, and connect to it."""
+    """Start a peer, with the path of its socket for `{socket}` in `arguments`, and connect to it."""
     path = str(bed.directory / f"{name.replace(' ', '-')}{bed.label}.socket")
     filled = [argument.replace("{socket}", path) for argument in arguments]
     server = Server(name, filled, Path(path).with_suffix(".log"), cpu=bed.backend_cpu)
@@ -202,7 +202,7 @@ def _nbdkit(bed: Bed) -> Target:
 
 
 def _nbdkit_log(bed: Bed) -> Target:
-    # Its log goes nowhere: a line per request on a disk would fill that, and measure it.
+    # Its log goes to /dev/null: a line per request would fill a disk, and the disk would be measured.
     arguments = [*_nbdkit_command(bed, "--filter=log"), "logfile=/dev/null"]
     return _serve(bed, "nbdkit log", arguments, lambda path: NbdLoop("nbdkit log", path))
 
@@ -226,7 +226,7 @@ def _qemu_nbd(bed: Bed) -> Target:
 
 
 def _qemu_command(bed: Bed) -> list[str]:
-    # Several processes of it have the file open in turn, hence no lock of its own.
+    # Several of its processes have the file open at the same time, so its locks are off.
     cache = "on" if bed.direct else "off"
     file = str(bed.file).replace(",", ",,")
     below = "n" if bed.image == "raw" else "f"
@@ -244,7 +244,7 @@ def _fio(bed: Bed) -> Target:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A program to compare with. `direct`: whether it can use O_DIRECT. `image`: whether on an image of a format."""
+    """A program to compare with. `direct`: it can use O_DIRECT. `image`: it can serve other formats than raw."""
 
     program: str
     start: Callable[[Bed], Target]
@@ -262,6 +262,6 @@ PEERS = {
 
 
 def peers(*, direct: bool, image: bool = False) -> list[Peer]:
-    """Return the peers that are installed here and can do what is measured."""
+    """Return the installed peers that can do what is asked for: O_DIRECT (`direct`), formats but raw (`image`)."""
     able = [peer for peer in PEERS.values() if (peer.direct or not direct) and (peer.image or not image)]
     return [peer for peer in able if shutil.which(peer.program)]

@@ -1,6 +1,6 @@
-"""The front half of the vhost-user protocol: it gives a backend in another process our memory and one virtqueue.
+"""The front-end side of the vhost-user protocol: gives a back-end process access to our memory and one virtqueue.
 
-Must not know a request or the layout inside a queue.
+Must not know a request or the layout of a queue.
 
 Source: QEMU docs/interop/vhost-user.rst (messages), linux/virtio_config.h and virtio_ring.h (feature bits).
 """
@@ -34,7 +34,7 @@ _HEADER = Struct("=III")  # request, flags, length of the payload
 _U64 = Struct("=Q")
 _VRING_STATE = Struct("=II")  # index, value
 _VRING_ADDRESSES = Struct("=IIQQQQ")  # index, flags, descriptors, used, available, log
-_MEMORY = Struct("=IIQQQQ")  # regions, padding; address for the queue, size, address for us, offset in the descriptor
+_MEMORY = Struct("=IIQQQQ")  # regions, padding; address in the queue, size, our address, offset in the descriptor
 _CONFIG = Struct("=III8s")  # offset, size, flags; the first field of virtio_blk_config is the capacity in sectors
 _TIMEVAL = Struct("@ll")  # seconds, microseconds
 _TIMEOUT = 10  # seconds for the answer to a message
@@ -53,7 +53,7 @@ class QueueAddresses:
 class VhostUser:
     """A connection to the Unix socket of a vhost-user backend.
 
-    Raises: BenchError when the backend lacks what `WANTED` names, or refuses a message; OSError without a backend.
+    Raises: BenchError if the backend lacks a feature in `WANTED`, or refuses a message; OSError if there is none.
     """
 
     def __init__(self, path: str) -> None:
@@ -80,12 +80,12 @@ class VhostUser:
         self._tell(SET_FEATURES, _U64.pack(WANTED))
 
     def capacity(self) -> int:
-        """Return the size of the disk in sectors of 512 bytes."""
+        """Return the size of the disk in sectors of 512 bytes. Raises: BenchError."""
         self._send(GET_CONFIG, _CONFIG.pack(0, 8, 0, bytes(8)), FLAG_VERSION, [])
         return int.from_bytes(_CONFIG.unpack(self._receive(GET_CONFIG))[3], "little")
 
     def share(self, memory: int, size: int) -> None:
-        """Give the backend the descriptor of our memory; addresses in queues are offsets in it."""
+        """Pass the descriptor of our memory to the backend; addresses in queues are offsets in this memory."""
         self._tell(SET_MEM_TABLE, _MEMORY.pack(1, 0, 0, size, 0, 0), [memory])
 
     def start_queue(self, addresses: QueueAddresses, kick: int, call: int) -> None:

@@ -2,10 +2,10 @@
 
 Must not speak the vhost-user protocol itself.
 
-What can be written beforehand is: each slot owns a chain of three descriptors (header, data, status), so that a request
-costs two stores, its sector and its place in the available ring. A batch is published and kicked at once.
+As much as possible is written in advance: each slot owns a chain of three descriptors (header, data, status), so that a
+request costs two stores: its sector, and its entry in the available ring. A batch is published and kicked at once.
 
-Source: virtio 1.1, "2.6 Split Virtqueues" and "5.2 Block Device"; the event indices are of "2.6.7" and "2.6.8".
+Source: virtio 1.1, "2.6 Split Virtqueues" and "5.2 Block Device"; "2.6.7" and "2.6.8" for the event indices.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class VirtqueueLoop(ClosedLoop):
         self._status[:] = self._all_good
         for slot in range(work.depth):
             self._prepare(slot, work)
-        # What renew finds in every slot is what a finished read would have left there.
+        # So that `renew` finds in every slot what a finished read would have left there.
         self._sectors[:] = self._stamps[:] = memoryview(array("Q", bytes(8 * work.depth)))
         self.renew(list(range(work.depth)))
 
@@ -93,7 +93,7 @@ class VirtqueueLoop(ClosedLoop):
         _DESCRIPTOR.pack_into(self._memory, _DESCRIPTORS + 16 * number, address, length, flags, following)
 
     def reap(self) -> list[int]:
-        """Take everything the used ring has; wait first when it has nothing."""
+        """Take all entries of the used ring; wait if there are none."""
         old = self._reaped
         if self._used_index[1] == old:
             self.wait(lambda: self._used_index[1] - old, self._sleep)
@@ -109,7 +109,7 @@ class VirtqueueLoop(ClosedLoop):
         return finished
 
     def _sleep(self) -> int:
-        """Ask to be called for the next used entry, look once more, then sleep."""
+        """Ask for a notification of the next used entry, check once more, then sleep."""
         old = self._reaped
         self._available[2 + ENTRIES] = old
         self._fence()
@@ -120,7 +120,7 @@ class VirtqueueLoop(ClosedLoop):
         return found
 
     def renew(self, finished: list[int]) -> int:
-        """Point the finished slots at their next places, publish them together, and kick when asked to."""
+        """Put the next places into the finished slots, publish them together, and kick if asked to."""
         sectors, stamps = self._sectors, self._stamps
         if self._write:
             for slot, place in zip(finished, self._places, strict=False):
@@ -146,7 +146,7 @@ class VirtqueueLoop(ClosedLoop):
             os.write(self._kick, _ONE)
 
     def close(self) -> None:
-        """Hang up and close the eventfds; the memory goes with the last view of it."""
+        """Disconnect and close the eventfds. The memory is released with the last view of it."""
         self._backend.close()
         os.close(self._kick)
         os.close(self._call)

@@ -1,4 +1,4 @@
-"""A worker process of ours as a bench runs it: with a rig for its host, and told what a supervisor would tell it.
+"""One of our worker processes as a bench runs it: on a rig, with the bench in the role of the supervisor.
 
 Must not measure.
 """
@@ -19,17 +19,17 @@ from xenbackend.kernel import memfd
 from xenbackend.protocol import codec, datagrams, messages, opening
 from xenbackend.protocol.messages import Stage
 
-_PATIENCE = 20.0  # seconds for an answer; opening a chain tries again for ten
-POLL_US = 60  # as a service's settings have it: a guest that sleeps needs about 40 to wake and ask again
+_PATIENCE = 20.0  # seconds for an answer; a worker retries for ten seconds to open a chain
+POLL_US = 60  # the service's default: a sleeping guest needs about 40 us to wake up and send the next request
 
 
 class Worker:
-    """A worker with one open chain. Raises: BenchError, with the worker's own sentence when it refuses."""
+    """A worker with one open chain. Raises: BenchError, with the worker's own message if it refuses."""
 
     def __init__(
         self, chain: str, rig: Path, domid: int, *, read_only: bool, cpu: int | None, never_looks: bool = False
     ) -> None:
-        """Start it on CPU number `cpu`, if not None. `never_looks`: it sleeps whenever the ring is empty."""
+        """Start it, on CPU number `cpu` if not None. `never_looks`: it sleeps as soon as the ring is empty."""
         self.name = chain
         self._poll_us = 0 if never_looks else POLL_US
         self._number = 0  # of the last order
@@ -55,7 +55,7 @@ class Worker:
             domid,
             chain,
             read_only,
-            shareable=True,  # several chains are measured in turn on one file
+            shareable=True,  # several chains are measured in turn on the same file
             poll_us=self._poll_us,
         )
         try:
@@ -65,7 +65,7 @@ class Worker:
         return self._expect(Stage.OPEN).layers[0].size
 
     def _send_with_opener(self, order: messages.Open, memory: int, rig: Path) -> None:
-        """Send the order with an opener beside it, and serve that until the worker lets go of it."""
+        """Send the order with the socket of an opener, and acknowledge what it opens until the worker closes it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, far:
@@ -93,7 +93,7 @@ class Worker:
                 opener.close()
 
     def _keep_nothing(self, opener: socket.socket) -> None:
-        """Let the worker have whatever it opens: it has no successor."""
+        """Acknowledge each descriptor that the opener reports, and close our copy: there will be no successor."""
         while True:
             try:
                 datagram, descriptors, _ = datagrams.receive(opener, opening.MAX_MESSAGE, 1)
@@ -106,17 +106,17 @@ class Worker:
             opener.send(opening.encode(opening.Ack()))
 
     def connect(self, parameters: messages.Connect) -> None:
-        """Let it serve a frontend's rings."""
+        """Make it serve a frontend's rings. Raises: BenchError."""
         self._socket.send(codec.encode(messages.Serve(self._next_number(), parameters)))
         self._expect(Stage.SERVING)
 
     def rested_s(self) -> float:
-        """Return for how many seconds, since some moment, it has not looked for requests before it slept.
+        """Return for how many seconds, since an arbitrary moment, it has not polled for requests before it slept.
 
         Raises: BenchError.
         """
         self._socket.send(codec.encode(messages.Report(self._next_number())))
-        self._expect()  # it has brought its counters up to date
+        self._expect()  # then its counters are up to date
         counted = counters.snapshot(self._counters)
         may_look = counted["look_ns"] or counted["rests"]
         return counted["rested_ns"] / 1e9 if may_look else time.monotonic()
@@ -126,13 +126,16 @@ class Worker:
         return self._number
 
     def _expect(self, *stages: Stage) -> messages.Standing:
-        """Return where it stands after the last order, once that is one of `stages`, if any are named."""
+        """Return its standing after the last order, once its stage is one of `stages`, or any if none are given.
+
+        Raises: BenchError.
+        """
         while True:
             try:
                 datagram, descriptors, _ = datagrams.receive(self._socket, messages.MAX_MESSAGE, 8)
             except (TimeoutError, ConnectionResetError):
                 datagram, descriptors = b"", []
-            for descriptor in descriptors:  # what a worker wants kept; there will be no successor
+            for descriptor in descriptors:  # the worker wants these kept, but there will be no successor
                 os.close(descriptor)
             if not datagram:
                 raise BenchError(f"{self.name} does not answer: {self.server.last_words()}")
@@ -144,8 +147,8 @@ class Worker:
                     return message
 
     def close(self) -> None:
-        """Ask it to close the chain, and end it."""
-        with contextlib.suppress(OSError, BenchError):  # it may have died; whoever measured it has said so
+        """Make it close the chain, and end it."""
+        with contextlib.suppress(OSError, BenchError):  # it may have died, which was reported before
             self._socket.send(codec.encode(messages.Close(self._next_number())))
             self._expect(Stage.IDLE)
         self._socket.close()
