@@ -1,1 +1,1 @@
-"""What may be done to image files while no guest has them: make, look at, check, grow, copy and commit."""
+"""Operations on image files that no guest uses: create, inspect, check, resize, copy, commit and rebase."""

@@ -1,8 +1,10 @@
-"""What an image has behind the end of its disk, and what takes it away: a disk that becomes larger shows zeros there.
+"""Clears what an image has behind the end of its disk, so that a disk that becomes larger reads as zeros there.
 
-Sizes were larger before, another program has made them smaller, or whoever wrote the image lies. Each function returns
-what is to be written while the disk still has its old end: lists of writes, each durable before the next one is begun.
-Until then nobody sees what they change. Must not write, nor change what the disk holds or a snapshot of it.
+There may be data because the disk was larger before, another program has shrunk it, or the image was made with bad
+intent. Each function returns a plan, to be carried out while the disk still has its old end: lists of writes, each of
+which is durable before the next one begins. Nobody can see their changes before the disk becomes larger.
+
+Must not write, nor change the content of the disk or of a snapshot.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from xenbackend.block.formats.vhd_tables import UNUSED
 from xenbackend.block.formats.zstd import find_unzstd
 from xenbackend.units import SECTOR, round_up
 
-_CHUNK = 1 << 20  # bytes that are looked at, and written, at a time
+_CHUNK = 1 << 20  # bytes that are read, and written, at a time
 
 
 def zeros(read: Read, start: int, end: int) -> Iterator[Write]:
-    """Yield what makes a range of a file read as zeros; what does so already is left alone."""
+    """Yield the writes that make a range of a file read as zeros; chunks that do so already are skipped."""
     for place in range(start, end, _CHUNK):
         data = read(place, min(_CHUNK, end - place))
         if data.strip(b"\0"):
@@ -40,9 +42,10 @@ def zeros(read: Read, start: int, end: int) -> Iterator[Write]:
 
 
 def behind_vhd(file: File, footer: vhd.Footer, header: vhd.Header, size: int) -> Plan:
-    """Return what sets the entries unused that a disk of `size` bytes has more, and clears the last block's end.
+    """Return a plan that marks the additional entries of a disk of `size` bytes unused, and clears the last block.
 
-    The header is that of the image as it is. A map of full blocks forgets the blocks as well. Raises: DriverError.
+    Of the last block, only the part behind the disk's end is cleared. `footer` and `header` are the present ones. The
+    map of full blocks, if any, forgets these blocks as well. Raises: DriverError.
     """
     table = vhd_tables.read_table(file.read_at, footer, header)
     block, inside = divmod(footer.size, header.block_size)
@@ -64,9 +67,10 @@ def behind_vhd(file: File, footer: vhd.Footer, header: vhd.Header, size: int) ->
 
 
 def behind_qcow(file: File, header: qcow.Header, size: int, room: int) -> Plan:
-    """Return what empties the entries that a disk of `size` bytes has more, and clears the last cluster's end.
+    """Return a plan that empties the additional entries of a disk of `size` bytes, and clears the last cluster.
 
-    A compressed cluster with something there is written anew at `room`, where the file has nothing.
+    Of the last cluster, only the part behind the disk's end is cleared. If it is compressed, and has data there, it is
+    written uncompressed at `room`, an unused place of the file.
 
     Raises: DriverError.
     """
@@ -92,12 +96,13 @@ def behind_qcow(file: File, header: qcow.Header, size: int, room: int) -> Plan:
 
 
 def behind_qcow2(file: File, header: qcow2.Header, size: int, *, on_device: bool) -> Plan:
-    """Return what empties the entries that a disk of `size` bytes has more, and clears the last cluster's end.
+    """Return a plan that empties the additional entries of a disk of `size` bytes, and clears the last cluster.
 
-    What a snapshot has too, or is compressed, is copied first. The clusters that nothing uses then are leaks, for a
-    repair to find. Of an external data file nothing is cleared here.
+    Of the last cluster, only the part behind the disk's end is cleared. A table or cluster that a snapshot shares, or a
+    cluster that is compressed, is copied first. The former clusters are leaks, which a repair finds. An external data
+    file is not cleared here.
 
-    Raises: DriverError, where the image is damaged; OSError.
+    Raises: DriverError if the image is damaged; OSError.
     """
     bits = header.cluster_bits
     number, used, inside = _end_of(header.size, bits, header.l2_bits)
@@ -135,7 +140,7 @@ def behind_qcow2(file: File, header: qcow2.Header, size: int, *, on_device: bool
 
 
 def room_in_qcow2(found: qcow2_check.Check, *, on_device: bool) -> int:
-    """Return where a checked image has nothing any more: at the end of its file, on a device behind what it uses."""
+    """Return the offset where a checked image ends: the end of its file, or on a device that of its used clusters."""
     bits = found.header.cluster_bits
     if not on_device:
         return round_up(found.file_size, 1 << bits)
@@ -146,7 +151,7 @@ def room_in_qcow2(found: qcow2_check.Check, *, on_device: bool) -> int:
 
 
 def take_room(found: qcow2_check.Check, room: int, data: bytes) -> Plan:
-    """Return what puts data where nothing is, and counts its clusters. Raises: DriverError."""
+    """Return a plan that writes `data` at `room`, an unused place, and counts its clusters. Raises: DriverError."""
     size, bits = found.header.cluster_size, found.header.cluster_bits
     padded = data.ljust(round_up(len(data), size), b"\0")
     for cluster in range(room >> bits, (room + len(padded)) >> bits):
@@ -158,7 +163,7 @@ def take_room(found: qcow2_check.Check, room: int, data: bytes) -> Plan:
 def _last_cluster(
     read: Read, header: qcow2.Header, word: int, inside: int, *, is_own: bool
 ) -> tuple[bytes, list[Write]]:
-    """Return what the last cluster becomes at another place, or else what clears its end where it is."""
+    """Return the content of a copy of the last cluster with its end cleared, or else writes that clear it in place."""
     size = header.cluster_size
     if word & COMPRESSED:
         region = compressed_place(word, header.cluster_bits)
@@ -175,9 +180,9 @@ def _last_cluster(
 
 
 def _end_of(size: int, cluster_bits: int, l2_bits: int) -> tuple[int, int, int]:
-    """Return the number of a disk's last table, how many of its entries the disk has, and bytes of its last cluster.
+    """Return the number of a disk's last L2 table, how many of its entries are used, and bytes of the last cluster.
 
-    These are 0 where it has all of that.
+    The latter are 0 if the disk has the whole cluster.
     """
     clusters = -(-size >> cluster_bits)
     number = clusters - 1 >> l2_bits
@@ -185,13 +190,13 @@ def _end_of(size: int, cluster_bits: int, l2_bits: int) -> tuple[int, int, int]:
 
 
 def _empty(words: array[int], used: int, number: int, size: int, cluster_bits: int) -> None:
-    """Empty the entries of a disk's last table that a larger disk has, too."""
+    """Empty those entries of a disk's last table that a larger disk uses in addition."""
     end = min(len(words), -(-size >> cluster_bits) - number * len(words))
     words[used:end] = array("Q", bytes(8 * len(words[used:end])))
 
 
 def _sectors(place: int, before: bytes, after: bytes) -> Iterator[Write]:
-    """Yield the sectors of a table that have changed; the table begins one."""
+    """Yield writes of the sectors of a table that have changed; `place` is the table's offset, a multiple of SECTOR."""
     for start in range(0, len(before), SECTOR):
         if before[start : start + SECTOR] != after[start : start + SECTOR]:
             yield place + start, after[start : start + SECTOR]

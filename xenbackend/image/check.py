@@ -1,7 +1,7 @@
-"""Checking an image file by itself, and repairing what can be repaired without risk.
+"""Checks a single image file, and repairs what can be repaired without risk.
 
-Must not look at an image that somebody writes to, nor repair what data may depend on, nor import what looks at another
-format than the image's.
+Must not check an image that somebody writes to, nor repair anything on which data may depend, nor import modules for
+other formats than the image's.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from xenbackend.image.tools import tools_of
 from xenbackend.image.writing import write_plan
 from xenbackend.units import SECTOR
 
-CLEAN, ERRORS, LEAKS = 0, 2, 3  # as qemu-img check ends
+CLEAN, ERRORS, LEAKS = 0, 2, 3  # the exit statuses of qemu-img check
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found. `leaks` are clusters or blocks that nothing uses: lost room, and no danger."""
+    """The result of a check. `leaks` are clusters or blocks that nothing uses: they waste room, but are harmless."""
 
     image: str
     errors: int
@@ -32,22 +32,22 @@ class Verdict:
 
     @property
     def status(self) -> int:
-        """What `image check` ends with."""
+        """The exit status of `image check`."""
         return ERRORS if self.errors or self.is_dirty else LEAKS if self.leaks else CLEAN
 
 
 def check(image: Image) -> Verdict:
-    """Look at an image that nobody writes to. Raises: DriverError, where it is in use or no image of its format."""
+    """Check an image to which nobody writes. Raises: DriverError if it is in use, or is not an image of its format."""
     with Session(use_queues=False) as session:
         file = session.open_file(image.path, read_only=True, step=SECTOR)
         return _look(session, image, file)
 
 
 def repair(image: Image) -> Verdict:
-    """Check an image that nobody uses, write what mends it, and check it again.
+    """Check an image that nobody uses, repair it, and check it again.
 
-    Raises: DriverError, where it is in use, cannot be repaired without risk, or has its data in a file that only it
-        names; OSError.
+    Raises: DriverError if it is in use, cannot be repaired without risk, or has its data in a file that only the image
+        itself names; OSError.
     """
     with Session(use_queues=False) as session:
         file = session.open_file(image.path, read_only=True, step=SECTOR)

@@ -1,7 +1,7 @@
-"""Committing: what an image has itself goes into its parent, which then reads as the image does.
+"""Commits an image: its own data are written to its parent, which then reads as the image does.
 
-Must not write to the image. It can be stopped anywhere and done again: until the end the image on top of its parent
-reads as before, since what is written to the parent is what the image has.
+Must not write to the image. A commit can be stopped at any time and done again: the image on top of its parent always
+reads as before, since only data that the image itself has are written to the parent.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from xenbackend.units import format_size
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Where it went, as a layer, and how many bytes were written there."""
+    """The parent as a layer, and how many bytes were written to it."""
 
     parent: str
     written: int
 
 
 def commit(image: Image, progress: Progress, *, into: Image | None = None, direct: bool = False) -> Committed:
-    """Write what an image has to its parent. Whatever `progress` raises stops it between two turns.
+    """Write an image's own data to its parent. An exception from `progress` stops it.
 
     Args:
         image: is only read.
-        progress: told of what was written.
-        into: the parent as the operator opens it, which one that has an external data file needs.
-        direct: bypass the page cache where the files allow it.
+        progress: is told how many bytes are done.
+        into: the parent as the operator opens it, which is required if the parent has an external data file.
+        direct: bypass the page cache if the files allow it.
 
-    Raises: ConfigError, where there is no parent, one that is smaller, or `into` is another one or missing;
-        DriverError, where either is in use; RequestFailed, where one cannot be read or written.
+    Raises: ConfigError if there is no parent, the parent is smaller, or `into` is missing or another image;
+        DriverError if either image is in use; RequestFailed if one cannot be read or written.
     """
-    # The image is locked against writers, and the parent against everybody. So the chain of both, which opens the
-    # parent once more, goes without locks: it is read where the image itself has data, and nobody writes there.
+    # The image is locked against writers, and the parent against everybody. The chain of both opens the parent once
+    # more, and so must do without locks: it is only read where the image itself has data, and nobody writes there.
     with Session(direct=direct) as session:
         session.open_file(image.path, read_only=True, step=512)
         child = session.open(image.chain, read_only=True, locked=False)
@@ -67,7 +67,10 @@ def commit(image: Image, progress: Progress, *, into: Image | None = None, direc
 
 
 def _parent(found: OpenLayer, into: Image | None) -> ChainSpec:
-    """Return the parent that an image has, as it may be written: where its data are is for the operator to say."""
+    """Return the parent of an image as a chain to write to. If it has an external data file, `into` must name that.
+
+    Raises: ConfigError.
+    """
     data_file = getattr(found.driver.options, "data_file", "")
     text = f"{found.text},{data_item(data_file)}" if data_file else found.text
     if into is None:
@@ -81,7 +84,7 @@ def _parent(found: OpenLayer, into: Image | None) -> ChainSpec:
 
 
 def _identities(options: Any) -> set[str | None]:
-    """Return what tells the files apart that options name; None for one that is not there."""
+    """Return the identities of the files that options name; None for a missing file."""
     return {identity_of(path) for path in files_of(options).values()}
 
 

@@ -1,6 +1,6 @@
-"""Whether two chains read the same; what neither has is not read.
+"""Compares what two chains read as; ranges in which neither has data are not read.
 
-Must not write, nor go on when it knows the answer.
+Must not write, nor continue once the answer is known.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from xenbackend.image.session import Progress, Session
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What was found. Sizes and places are bytes; zeros behind the smaller disk's end are no difference in content."""
+    """The result. Sizes and offsets are bytes; zeros behind the end of the smaller disk are no difference."""
 
     sizes: tuple[int, int]
-    differs_at: int | None  # the first byte that is not the same
+    differs_at: int | None  # the offset of the first difference
 
     def is_same(self, *, strict: bool) -> bool:
-        """Return whether they are the same: in content, and where `strict` in size too."""
+        """Return whether the disks have the same content and, if `strict`, the same size."""
         return self.differs_at is None and not (strict and self.sizes[0] != self.sizes[1])
 
 
 def compare(first: ChainSpec, second: ChainSpec, progress: Progress, *, direct: bool = False) -> Compared:
-    """Compare what two chains read as, up to the first difference.
+    """Compare the disks of two chains up to the first difference.
 
-    Raises: DriverError, where one cannot be opened, or somebody writes to it; RequestFailed, where one cannot be read.
+    Raises: DriverError if one cannot be opened, or somebody writes to it; RequestFailed if one cannot be read.
     """
     with Session(direct=direct) as session:
         disks = session.open(first, read_only=True), session.open(second, read_only=True)
@@ -46,10 +46,10 @@ def compare(first: ChainSpec, second: ChainSpec, progress: Progress, *, direct: 
 
 
 def _first_difference(one: bytes, other: bytes) -> int | None:
-    """Return the first byte that is not the same in two pieces of one length."""
+    """Return the offset of the first difference between two pieces of the same length, None if they are equal."""
     if one == other:
         return None
-    low, high = 0, len(one)  # it is in between
+    low, high = 0, len(one)  # the difference is in this range
     while high - low > 1:
         middle = (low + high) // 2
         if one[low:middle] == other[low:middle]:

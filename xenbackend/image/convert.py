@@ -1,10 +1,10 @@
-"""Converting: what a chain reads as becomes a new image, whose file has its name only when all of it is durable.
+"""Converts the disk of a chain to a new image, whose file gets its name only when all of it is durable.
 
-Must not write to the source, nor over anything that is there.
+Must not write to the source, nor over anything that exists.
 
 Until then the file is called ``TARGET.partial``, and ``TARGET.partial.json`` says from what it is made and how far it
-is durable; so whoever stopped it, Ctrl-C, a full disk or SIGKILL, it can be gone on with, unless the source has
-changed since. That is seen by the times and sizes of its files; of a block device nobody can tell.
+is durable. So a conversion that was stopped by Ctrl-C, a full disk or SIGKILL can be resumed, unless the source has
+changed since. The times and sizes of its files show that; for a block device it cannot be known.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from xenbackend.image.transfer import Piece, Transfer, pieces_of
 from xenbackend.opener.newfile import publish, refuse_existing, replace_durably, sync_directory, write_new
 from xenbackend.units import SECTOR, format_size
 
-SMALL_HOLE = 64 << 10  # bytes of zeros that are read like data
+SMALL_HOLE = 64 << 10  # bytes: shorter ranges of zeros are read like data
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What came of it, in bytes: of the disk, and how much of it was written."""
+    """The result in bytes: the size of the disk, how much was written, and where the copy was resumed (0: not)."""
 
     size: int
     written: int
@@ -53,11 +53,11 @@ def convert(
     resume: bool = False,
     direct: bool = False,
 ) -> Converted:
-    """Make `target` from what `source` reads as; `direct` bypasses the page cache where the files allow it.
+    """Create `target` from the disk of `source`; `direct` bypasses the page cache if the files allow it.
 
-    Raises: ConfigError, where the target is there, or a partial one without `resume`, or one that was begun from
-        something else, or the source was changed meanwhile; DriverError. When the copy has begun, RequestFailed or
-        OSError: then, and whatever `progress` raises, the partial file stays to be gone on with.
+    Raises: ConfigError if the target exists, or a partial file without `resume` or from another conversion, or if the
+        source was changed meanwhile; DriverError. Once the copy has begun, also RequestFailed and OSError. After these,
+        and after an exception from `progress`, the partial file is kept so that the conversion can be resumed.
     """
     if target.format == "raw" and Path(target.path).exists():
         raise ConfigError(f"{printable(target.path)} is there already; --overwrite writes over all that it holds")
@@ -69,7 +69,7 @@ def convert(
     resume = resume and Path(partial.path).exists()
     if not resume:
         _refuse_partial(partial.path)
-        state.remove()  # of one that was killed when it had completed the image
+        state.remove()  # may be left from a process that was killed after it had published the image
     with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
         begun = _identity(disk, target, wishes)
@@ -81,10 +81,10 @@ def convert(
         made = session.open(parse_chain(partial.text), read_only=False, is_draft=True)
         if not Path(partial.path).exists():
             raise ConfigError(f"{printable(target.path)} has been completed meanwhile by somebody else")
-        done = state.load(begun)  # nobody else writes it from here on
+        done = state.load(begun)  # the partial file is locked now: nobody else changes the state
         written = _copy(session, disk, made, done, progress, lambda place: state.save(begun, place))
         session.close(made)
-        session.open_file(partial.path, read_only=True, step=SECTOR)  # so that nobody goes on with it
+        session.open_file(partial.path, read_only=True, step=SECTOR)  # a lock, so that nobody else resumes it
         if _identity(disk, target, wishes) != begun:
             raise ConfigError(f"the source was changed while it was converted to {printable(partial.path)}; {_ANEW}")
         publish(partial.path, target.path)
@@ -93,17 +93,17 @@ def convert(
 
 
 def overwrite(source: ChainSpec, target: ChainSpec, progress: Progress, *, direct: bool = False) -> Converted:
-    """Write what `source` reads as over a disk that is there, zeros too; not what is behind it.
+    """Overwrite an existing disk with the disk of `source`, including its zeros. The rest of a larger one is kept.
 
-    It cannot be gone on with, only done again.
+    This cannot be resumed, only done again.
 
     Args:
         source: what is read.
-        target: one layer: a raw image, a block device, or what a server or cluster has.
-        progress: told of how far it is.
-        direct: bypass the page cache where the files allow it.
+        target: one layer: a raw image, a block device, or a disk of a server or cluster.
+        progress: is told how many bytes are done.
+        direct: bypass the page cache if the files allow it.
 
-    Raises: ConfigError, where the target is no raw disk, or smaller; DriverError, where one is in use; RequestFailed.
+    Raises: ConfigError if the target is not a raw disk, or is smaller; DriverError if one is in use; RequestFailed.
     """
     known = BY_DRIVER.get(target.layers[-1].driver.name)
     if known is not None and known.name != "raw":
@@ -128,11 +128,11 @@ class State:
         self._path = path
 
     def save(self, begun: dict[str, Any], done: int) -> None:
-        """Write it durably. Raises: OSError."""
+        """Write the state durably; `done` bytes of the target are durable. Raises: OSError."""
         replace_durably(self._path, (json.dumps({**begun, "done": done}, indent=2) + "\n").encode())
 
     def load(self, begun: dict[str, Any]) -> int:
-        """Return how many bytes are done. Raises: ConfigError, where it was begun in another way."""
+        """Return how many bytes are done. Raises: ConfigError if the state is of another conversion, or unreadable."""
         path = printable(self._path)
         try:
             found = json.loads(Path(self._path).read_bytes())
@@ -148,7 +148,7 @@ class State:
         return done
 
     def remove(self) -> None:
-        """Forget it. Raises: OSError."""
+        """Remove the file, if it exists. Raises: OSError."""
         with suppress(FileNotFoundError):
             Path(self._path).unlink()
             sync_directory(self._path)
@@ -165,16 +165,16 @@ def _refuse_partial(path: str) -> None:
 
 
 def _identity(disk: Disk, target: Image, wishes: Wishes) -> dict[str, Any]:
-    """Return what has to be as it was when a conversion is gone on with."""
+    """Return the facts that must be unchanged when a conversion is resumed."""
     return {**identity_of(disk), "target": target.text, "wishes": asdict(wishes)}
 
 
 def identity_of(disk: Disk) -> dict[str, Any]:
-    """Return what a disk is read from, and whether that was changed, as far as its files tell."""
+    """Return the source of a disk, with numbers, sizes and times of its files, which show whether it has changed."""
     files = {}
     for layer in disk.chain.layers:
         for path in files_of(layer.driver.options).values():
-            if layer.driver.is_filter:  # a record, or the like: it is written while we read
+            if layer.driver.is_filter:  # such as a record, which is written while we read
                 continue
             found = os.stat(path)  # noqa: PTH116 - as `opening`: pathlib would alter the name
             files[path] = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
@@ -183,7 +183,7 @@ def identity_of(disk: Disk) -> dict[str, Any]:
 
 
 def _begin(partial: Image, new: Blank, state: State, begun: dict[str, Any]) -> None:
-    """Make a partial image, which is his who has made it, then its state."""
+    """Create a partial image, which fails if it exists, and then its state."""
     write_new(partial.path, new)
     try:
         state.save(begun, 0)
@@ -193,16 +193,16 @@ def _begin(partial: Image, new: Blank, state: State, begun: dict[str, Any]) -> N
 
 
 def _mend(partial: Image) -> None:
-    """Make a partial image whole up to where it was durable: of what came later a power failure leaves any part.
+    """Repair a partial image: after a power failure, any part of what was not yet durable may be missing.
 
-    Raises: ConfigError, where that cannot be.
+    Raises: ConfigError if that is impossible; DriverError if somebody else uses it.
     """
     try:
         verdict = check(partial)
         if verdict.status and partial.format == "qcow2":
             verdict = repair(partial)
     except DriverError as error:
-        if error.errno == errno.EBUSY:  # somebody else goes on with it
+        if error.errno == errno.EBUSY:  # somebody else is resuming it
             raise
         raise ConfigError(f"{error}; that cannot be gone on with, {_ANEW}") from error
     if verdict.errors:
@@ -213,7 +213,7 @@ def _mend(partial: Image) -> None:
 def _copy(
     session: Session, source: Disk, target: Disk, done: int, progress: Progress, save: Callable[[int], None]
 ) -> int:
-    """Copy from `done` on; return the bytes that were written. What ends it leaves a state to go on from."""
+    """Copy from offset `done` on; return how many bytes were written. If it fails, the state allows to resume it."""
     if target.size < source.size:
         layer = target.chain.layers[0].text
         raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=layer)
@@ -228,7 +228,7 @@ def _copy(
         progress(done, source.size)
         transfer.run(pieces_of(_to_copy(source, done)), tell, lambda piece: save(piece.end))
     except BaseException:
-        with suppress(RequestFailed, OSError):  # the reason why we stop is the one to report
+        with suppress(RequestFailed, OSError):  # the first failure is the one to report
             transfer.flush()
             save(done)
         raise
@@ -238,7 +238,7 @@ def _copy(
 
 
 def _to_copy(source: Disk, done: int) -> Iterator[Extent]:
-    """Yield what may hold data from `done` on."""
+    """Yield the extents from offset `done` on that may have data."""
     for extent in without_small_holes(map_chain(source.chain.layers, all_holes=True)):
         if not extent.is_zeros and extent.end > done:
             start = max(done, extent.start)
@@ -246,6 +246,6 @@ def _to_copy(source: Disk, done: int) -> Iterator[Extent]:
 
 
 def without_small_holes(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Yield extents as data or zeros; so few zeros that a request more would cost more count as data."""
+    """Yield extents as data or zeros; ranges of zeros below SMALL_HOLE, which cost less than a request, become data."""
     whole = merged(Extent(each.start, each.length, Kind.ZERO if each.is_zeros else Kind.DATA) for each in extents)
     return merged(replace(each, kind=Kind.DATA) if each.length < SMALL_HOLE else each for each in whole)

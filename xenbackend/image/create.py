@@ -1,6 +1,6 @@
-"""Making images: empty ones, with or without a parent, and snapshots, which are children of an image.
+"""Creates images: empty ones, with or without a parent, and snapshots, which are children of an image.
 
-Must not write to a parent, nor guess of which format it is.
+Must not write to a parent, nor guess its format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xenbackend.opener.newfile import refuse_existing, write_new
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """A new image: `text` is the layer that opens it, with every option that it needs; `size` is its disk's, bytes."""
+    """A new image: `text` is the layer that opens it, with all options it needs; `size` is its disk's, in bytes."""
 
     text: str
     size: int
@@ -33,9 +33,9 @@ class Created:
 def create(
     image_format: str, path: str, size: int | None, wishes: Wishes | None = None, parent: Image | None = None
 ) -> Created:
-    """Make an image. Without a size it is as large as its parent.
+    """Create an image. Without a size, it is as large as its parent.
 
-    The parent is opened for reading meanwhile, so one that somebody writes to is refused.
+    The parent is opened for reading meanwhile, so it is refused if somebody writes to it.
 
     Raises: ConfigError, DriverError; OSError.
     """
@@ -55,7 +55,7 @@ def create(
 
 
 def create_encrypted(path: str, size: int, key: str, sector_size: int = SECTOR_SIZES[-1]) -> Created:
-    """Make a raw image with an encrypted disk, which the passphrase opens that is at `key` (`block.keys.KeySource`).
+    """Create a raw image with an encrypted disk; `key` says where its passphrase is (`block.keys.KeySource`).
 
     Raises: ConfigError, DriverError; OSError.
     """
@@ -76,7 +76,7 @@ def create_encrypted(path: str, size: int, key: str, sector_size: int = SECTOR_S
 
 
 def snapshot(image: Image, path: str) -> Created:
-    """Make a child of an image, of its format and as large: the image itself must not be written any more.
+    """Create a child of an image, with its format and size. The image itself must not be written any more.
 
     Raises: ConfigError, DriverError; OSError.
     """

@@ -1,6 +1,6 @@
-"""Which ranges of a chain's disk are data, which are zeros, and which of its images has them.
+"""Which ranges of a chain's disk have data, which are zeros, and which of its images has them.
 
-Must not read a disk's data, nor know a format: the drivers say what their images have.
+Must not read a disk's data, nor know a format: the drivers report the extents of their images.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from xenbackend.errors import DriverError
 
 
 def map_chain(layers: Sequence[OpenLayer], *, all_holes: bool = False) -> Iterator[Extent]:
-    """Yield what the disk of a chain is made of; ABSENT is what nobody has, and reads as zeros.
+    """Yield the extents of a chain's disk; ABSENT ranges are in none of its images, and read as zeros.
 
     Args:
         layers: the open chain, with nothing in flight.
         all_holes: as in `Driver.extents`.
 
-    Raises: DriverError, where a table is damaged; OSError.
+    Raises: DriverError if a table is damaged; OSError.
     """
     places = [place for place, each in enumerate(layers) if not each.driver.is_filter]
     found: Iterator[Extent] = iter(())
@@ -29,14 +29,14 @@ def map_chain(layers: Sequence[OpenLayer], *, all_holes: bool = False) -> Iterat
         found = _over(extents_of(layers[place], all_holes=all_holes), found)
     filters = [each.driver for each in layers[: places[0]]]
     if not all(isinstance(each, Filter) and each.is_transparent for each in filters):
-        found = iter([Extent(0, layers[0].geometry.size, Kind.DATA)])  # what it makes of zeros, only reading can tell
+        found = iter([Extent(0, layers[0].geometry.size, Kind.DATA)])  # only reading shows what a filter makes of zeros
     return merged(found)
 
 
 def changes_of(layers: Sequence[OpenLayer], since: str) -> Iterator[Extent]:
-    """Yield what a chain's disk has got since a snapshot of its source; ABSENT is what has not changed.
+    """Yield what has changed on a chain's disk since a snapshot of its source; ABSENT ranges have not changed.
 
-    Raises: DriverError, where nobody knows, or a layer shows another disk than its source has; OSError.
+    Raises: DriverError if that is not known, or if a filter shows another disk than the source has; OSError.
     """
     place = next(place for place, each in enumerate(layers) if not each.driver.is_filter)
     filters = [each.driver for each in layers[:place]]
@@ -50,7 +50,10 @@ def changes_of(layers: Sequence[OpenLayer], since: str) -> Iterator[Extent]:
 
 
 def extents_of(layer: OpenLayer, *, all_holes: bool = False) -> Iterator[Extent]:
-    """Yield what one image has itself; all of it is data where there is no way to know. Raises: as `map_chain`."""
+    """Yield the extents of an image without its parents; all is data if the driver cannot tell.
+
+    Raises: as `map_chain`.
+    """
     try:
         yield from merged(layer.driver.extents(layer.geometry.size, all_holes=all_holes))
     except DriverError as error:
@@ -59,7 +62,7 @@ def extents_of(layer: OpenLayer, *, all_holes: bool = False) -> Iterator[Extent]
 
 
 def _over(child: Iterable[Extent], parent: Iterator[Extent]) -> Iterator[Extent]:
-    """Yield a child's extents, with its parent's where it has none itself."""
+    """Yield a child's extents, with those of its parent in place of its ABSENT ones."""
     current = next(parent, None)
     for extent in child:
         if extent.kind is not Kind.ABSENT:
@@ -69,7 +72,7 @@ def _over(child: Iterable[Extent], parent: Iterator[Extent]) -> Iterator[Extent]
         while place < extent.end:
             while current is not None and current.end <= place:
                 current = next(parent, None)
-            if current is None:  # behind the end of the parent
+            if current is None:  # beyond the end of the parent
                 yield Extent(place, extent.end - place, Kind.ABSENT)
                 break
             end = min(extent.end, current.end)

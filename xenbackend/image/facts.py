@@ -1,7 +1,7 @@
-"""What an image is: format, sizes, clusters, parents, and what stands in the way of serving it.
+"""Facts about an image: format, sizes, clusters, parents, and what prevents it from being served.
 
-Must not read data, nor decide what an image is served as. What opens is asked of its open driver; of what does not, the
-headers are looked at.
+Must not read data, nor decide as what an image is served. The facts come from the driver if the image can be opened,
+and otherwise from the headers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from xenbackend.kernel.inuse import InUse
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One layer. Sizes are bytes; 0 where there is no such thing, or it is not known."""
+    """One layer. Sizes are in bytes; 0 if there is no such value, or it is not known."""
 
     layer: str  # empty for a file that no driver serves
-    format: str  # "VHD, dynamic"; empty where even that is not known
+    format: str  # such as "VHD, dynamic"; empty if not even that is known
     virtual_size: int
     file: str = ""
     file_size: int = 0  # also 0 for a block device
-    allocated: int = 0  # what the file takes on its file system
+    allocated: int = 0  # the room that the file takes on its file system
     cluster_size: int = 0
-    parent: str = ""  # the layer, of a parent that was found
-    parent_by: str = ""  # by which act of an administrator the image is followed there
-    parent_names: tuple[str, ...] = ()  # what the image itself calls a parent that could not be opened
+    parent: str = ""  # the layer of a parent that was found
+    parent_by: str = ""  # the act of an administrator that allows the image to be followed to it
+    parent_names: tuple[str, ...] = ()  # the names that the image has for a parent that could not be opened
     is_dirty: bool = False
     is_corrupt: bool = False
     more: dict[str, str] = field(default_factory=dict)
@@ -47,16 +47,16 @@ class ChainFacts:
     """All layers of a chain, the top one first, with the parents of its source."""
 
     chain: str
-    in_use: bool  # somebody writes to it: numbers may be old already
-    layers: list[Facts]  # where something is in the way, up to the one that cannot be opened
+    in_use: bool  # somebody writes to it: the values may be out of date
+    layers: list[Facts]  # if there is a problem, up to the layer that cannot be opened
     problem: str = ""  # why it cannot be opened
-    used_by: str = ""  # who writes to it, where that is known
+    used_by: str = ""  # who writes to it, if that is known
 
 
 def chain_facts(spec: ChainSpec) -> ChainFacts:
-    """Return what a chain is made of; also of one that is in use, which is then read without a lock.
+    """Return the facts of a chain. If it is in use, it is read without a lock.
 
-    Raises: DriverError, where there is nothing to look at.
+    Raises: DriverError if there is nothing to examine.
     """
     with Session(use_queues=False) as session:
         try:
@@ -69,7 +69,7 @@ def chain_facts(spec: ChainSpec) -> ChainFacts:
 
 
 def file_facts(path: str, look: looks.Look) -> ChainFacts:
-    """Return what a file is that no driver serves. Raises: DriverError, where it cannot be read."""
+    """Return the facts of a file that no driver serves. Raises: DriverError if it cannot be read."""
     problem = f"{printable(path)} looks like {look.title}, which no driver serves; {look.advice}"
     return ChainFacts("", False, [_headers("", path)], problem)
 
@@ -83,7 +83,7 @@ def _open(session: Session, spec: ChainSpec) -> tuple[tuple[OpenLayer, ...], boo
 
 
 def _in_the_way(session: Session, spec: ChainSpec, error: DriverError) -> ChainFacts:
-    """Return what can be said of a chain that cannot be opened. Raises: that error, where nothing can."""
+    """Return what is known of a chain that cannot be opened because of `error`. Raises: `error` if nothing is known."""
     found = [Facts(each.text, each.driver.name, 0) for each in spec.layers[:-1]]
     opened = session.open_as_far(spec.layers[-1], locked=False)
     failed = spec.layers[-1]
@@ -96,7 +96,7 @@ def _in_the_way(session: Session, spec: ChainSpec, error: DriverError) -> ChainF
             return ChainFacts(spec.text, False, found, str(error))
         try:
             (failed,) = parse_chain(found[-1].parent).layers
-        except (ConfigError, ValueError):  # the error says so
+        except (ConfigError, ValueError):  # `error` is about that
             return ChainFacts(spec.text, False, found, str(error))
     try:
         found.append(_of_spec(failed))
@@ -107,7 +107,7 @@ def _in_the_way(session: Session, spec: ChainSpec, error: DriverError) -> ChainF
 
 
 def _of_spec(spec: LayerSpec) -> Facts:
-    """Return what the file of a layer says that could not be opened. Raises: DriverError, where there is none."""
+    """Return the facts in the headers of a layer that could not be opened. Raises: DriverError if it has no file."""
     path = next(iter(files_of(spec.options).values()), "")
     if not path:
         raise DriverError("it has no file", layer=spec.text)
@@ -128,7 +128,7 @@ def _headers(layer: str, path: str) -> Facts:
     finally:
         os.close(fd)
     base = _base(layer, path, found.size)
-    title = "" if name == "raw" else found.format  # what looks like nothing may be anything, damaged
+    title = "" if name == "raw" else found.format  # a file that looks like raw may be a damaged image of any format
     return replace(base, format=title, cluster_size=found.cluster_size, parent_names=found.parents, more=found.more)
 
 
@@ -147,7 +147,7 @@ def _facts(layer: OpenLayer, parent: str) -> Facts:
 
 
 def _reported(driver: Any, base: Facts) -> Facts:
-    """Return what a driver says of itself."""
+    """Return the facts that a driver itself reports."""
     facts = dict(driver.env.facts)
     facts.pop("mode", None)
     facts.pop(act_key(PARENT), None)

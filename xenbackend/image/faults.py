@@ -1,6 +1,6 @@
-"""What a check counts and says.
+"""The errors and leaks that a check counts, with sentences about them.
 
-Must not decide what a fault means for whoever asked.
+Must not decide what they mean for the caller.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ MAX_SENTENCES = 50
 
 @dataclass
 class Faults:
-    """Errors endanger data; leaks are clusters or blocks of the file that nothing uses."""
+    """What a check has found. Errors endanger data; leaks are clusters or blocks of the file that nothing uses."""
 
     errors: int = 0
     leaks: int = 0
@@ -20,13 +20,13 @@ class Faults:
     sentences: list[str] = field(default_factory=list)
 
     def add_error(self, sentence: str) -> None:
-        """Count an error, and say it unless enough was said."""
+        """Count an error, and keep its sentence unless there are MAX_SENTENCES already."""
         self.errors += 1
         if len(self.sentences) < MAX_SENTENCES:
             self.sentences.append(sentence)
 
     def add_leaks(self, count: int, sentence: str) -> None:
-        """Count leaks, and say it unless enough was said."""
+        """Count leaks, and keep the sentence unless there are MAX_SENTENCES already."""
         self.leaks += count
         if len(self.sentences) < MAX_SENTENCES:
             self.sentences.append(sentence)

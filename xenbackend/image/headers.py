@@ -1,7 +1,7 @@
-"""What the headers of an image say at first sight: sizes and names, of an image that cannot be opened, too.
+"""Reads sizes and names from the headers of an image, even if the image cannot be opened.
 
-Must not judge: a header that is damaged gives fewer facts, and whoever opens the image says why it cannot be. Nothing
-that is read here is used to read a disk.
+Must not judge: a damaged header only gives fewer facts; opening the image reports what is wrong. Nothing that is read
+here is used to read a disk.
 
 Sources: as the modules of `block.formats`; QEMU, ``docs/interop/qed_spec.rst``, ``docs/interop/parallels.rst``,
 ``block/vmdk.c``, ``block/dmg.c``; ISO 9660 8.4; LUKS on-disk formats, versions 1 and 2; [MS-VHDX] 2.2.4 and 2.6.
@@ -25,9 +25,9 @@ _CRYPT = {0: "", 1: "AES", 2: "LUKS"}
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What was found. Sizes are bytes; 0 where they are not known."""
+    """The facts in the headers. Sizes are in bytes; 0 if not known."""
 
-    format: str  # "QCOW2, version 3"
+    format: str  # such as "QCOW2, version 3"
     size: int = 0  # of the disk
     cluster_size: int = 0
     parents: tuple[str, ...] = ()  # the names that the image has for its parent
@@ -35,7 +35,7 @@ class Headers:
 
 
 def read_headers(name: str, read: Read, file_size: int) -> Headers:
-    """Return what the headers say of a file that looks like the format `name`, as `looks` has it. Raises: OSError."""
+    """Return the facts in the headers of a file that looks like format `name` (`looks.name_of`). Raises: OSError."""
     try:
         return _READERS[name](read, file_size) if name in _READERS else Headers(name)
     except (DriverError, struct.error, ValueError, KeyError):
@@ -109,13 +109,13 @@ def _vhdx(read: Read, file_size: int) -> Headers:
 
 
 def _entries(table: bytes, first: int, count_at: int) -> list[bytes]:
-    """Return the entries of a table of VHDX, each of 32 bytes; their number stands in two bytes."""
+    """Return the entries of a VHDX table, 32 bytes each from `first` on; their number is in two bytes at `count_at`."""
     count = int.from_bytes(table[count_at : count_at + 2], "little")
     return [table[place : place + 32] for place in range(first, min(first + 32 * count, len(table) - 31), 32)]
 
 
 def _vhdx_parents(locator: bytes) -> tuple[str, ...]:
-    """Return the paths in a parent locator: keys and values, each a place and a length in it ([MS-VHDX] 2.6.2.6)."""
+    """Return the paths in a parent locator, which has offset and length of each key and value ([MS-VHDX] 2.6.2.6)."""
     names = []
     count = int.from_bytes(locator[18:20], "little")
     for place in range(20, min(20 + 12 * count, len(locator) - 11), 12):

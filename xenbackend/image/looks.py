@@ -1,7 +1,7 @@
-"""What a file looks like from outside: which format, also one that no driver serves, and what to do about that.
+"""What a file looks like: which format, even one that no driver serves, and what to do about that.
 
-Must not let what a file looks like decide how it is served: a guest writes what it likes to a disk. So it is a hint for
-people and for `image info`, and nothing else asks.
+Must not decide how a file is served: a guest can write anything to its disk. What a file looks like is a hint for
+people and for `image info`, and nothing else may use it.
 
 Sources: the formats' own specifications, QEMU's ``block/*.c`` for the magic of each, and file(1).
 """
@@ -19,9 +19,9 @@ from xenbackend.block.formats.table import FORMATS
 from xenbackend.errors import DriverError, printable
 
 _START = 1024  # bytes
-_DESCRIPTOR = 64 << 10  # bytes of a text in which "version=" is looked for
-_ISO_AT, _TAR_AT = 32768, 257  # where these say what they are
-_TAR_SUM = slice(148, 156)  # of the oldest kind of tar this is all that there is
+_DESCRIPTOR = 64 << 10  # bytes of a text that are searched for "version="
+_ISO_AT, _TAR_AT = 32768, 257  # offsets of their magic
+_TAR_SUM = slice(148, 156)  # the checksum, which is all that identifies the oldest kind of tar
 _QEMU = "qemu-img convert -f {name} -O qcow2 {file} {new} makes an image of it that {layer} serves"
 _TEXT = "its descriptor, the small text file beside it"
 _LUKS = (
@@ -32,11 +32,11 @@ _PACKED = "if an image is in it, {command} gets it out"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a file looks like. `advice` is a sentence; empty where the driver is all that there is to say."""
+    """What a file looks like. `advice` is a sentence; empty if nothing needs to be said but the driver."""
 
     name: str  # one word: "qcow2", "raw", "qed"
-    title: str  # "a QED image"
-    driver: str = ""  # which serves it; empty for none
+    title: str  # such as "a QED image"
+    driver: str = ""  # the driver that serves it; empty if none does
     advice: str = ""
 
 
@@ -45,7 +45,7 @@ class _Kind:
     title: str
     driver: str = ""
     advice: str = ""
-    command: str = ""  # that unpacks it
+    command: str = ""  # unpacks it
 
 
 _KINDS = {
@@ -72,7 +72,7 @@ _KINDS = {
     "zip": _Kind("a ZIP archive", advice=_PACKED, command="unzip {file}"),
     "7z": _Kind("a 7z archive", advice=_PACKED, command="7z x {file}"),
 }
-_MAGIC = (  # where, what, and the format's name
+_MAGIC = (  # offset, magic, and name of the format
     *sorted(((*each.magic, each.name) for each in FORMATS.values() if each.magic[1]), key=lambda row: -len(row[1])),
     (0, b"COWD", "cowd"),
     (0, b"\xbe\xba\xfe\xca\0\0\0\0", "sesparse"),
@@ -92,7 +92,7 @@ _MAGIC = (  # where, what, and the format's name
 
 
 def look_at(path: str) -> Look:
-    """Return what a file or block device looks like. Raises: DriverError, where it cannot be read or is neither."""
+    """Return what a file or block device looks like. Raises: DriverError if it is neither, or cannot be read."""
     fd = open_to_look(path)
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
@@ -106,7 +106,7 @@ def look_at(path: str) -> Look:
 
 
 def hint_for(path: str) -> str:
-    """Return what to write for a file of which only the name was given."""
+    """Return advice on what to write for a file that was given without a driver."""
     try:
         look = look_at(path)
     except DriverError:
@@ -118,14 +118,14 @@ def hint_for(path: str) -> str:
 
 
 def layer_of(look: Look, path: str) -> str:
-    """Return the layer that serves a file, where there is one."""
+    """Return the layer that serves a file, empty if no driver does."""
     return grammar.format_layer(look.driver, path) if look.driver else ""
 
 
 def open_to_look(path: str) -> int:
     """Open a file or block device without a lock. Raises: DriverError."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it would wait for whoever writes to a pipe
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else opening a pipe would wait for a writer
     except OSError as error:
         raise _unreadable(path, error) from error
     mode = os.fstat(fd).st_mode
@@ -136,7 +136,7 @@ def open_to_look(path: str) -> int:
 
 
 def reader(fd: int, size: int) -> Read:
-    """Return what reads from a file of `size` bytes; outside of it there is nothing, whatever a header says."""
+    """Return a function that reads from a file of `size` bytes, and returns no bytes for an offset outside the file."""
 
     def read(offset: int, length: int) -> bytes:
         try:
@@ -148,11 +148,11 @@ def reader(fd: int, size: int) -> Read:
 
 
 def name_of(read: Read, size: int) -> str:
-    """Return the name of the format that a file of `size` bytes looks like; "raw" where it looks like none."""
+    """Return the name of the format that a file of `size` bytes looks like; "raw" if it looks like no other one."""
     start = read(0, _START)
     end = read(max(0, size - 512), 512)
     if end.startswith(FORMATS["vhd"].magic[1]) and not start.startswith(FORMATS["qcow2"].magic[1]):
-        return "vhd"  # a fixed one begins with what the guest has written
+        return "vhd"  # a fixed VHD begins with the guest's data
     if name := _name_by_start(start):
         return name
     if start[_TAR_AT:].startswith(b"ustar") or start[_TAR_SUM].strip(b"\0 ").isdigit():
@@ -173,7 +173,7 @@ def _name_by_start(start: bytes) -> str:
 
 
 def _name_of_archive(read: Read, start: bytes, size: int) -> str:
-    """Return which archive begins like this; nothing where none does."""
+    """Return the name of the archive format of a file, empty if it is not an archive."""
     from xenbackend.block.formats.ova import is_archive, members
 
     if not is_archive(start):
@@ -210,7 +210,7 @@ def _advice(name: str, kind: _Kind, path: str) -> str:
 
 
 def _unpacked(path: str) -> str:
-    """Return a name for what is in a compressed file."""
+    """Return a file name for the content of a compressed file."""
     name, suffix = os.path.splitext(path)  # noqa: PTH122 - as above
     return name if suffix in (".gz", ".bz2", ".xz", ".zst", ".lz4") else f"{path}.unpacked"
 

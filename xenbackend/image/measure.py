@@ -1,4 +1,4 @@
-"""How much room a new image takes, before it is made.
+"""Computes how much room a new image will take.
 
 Must not write, nor read more than the tables of a source.
 """
@@ -19,21 +19,21 @@ from xenbackend.image.tools import tools_of
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes of a file: for what there is by now, and for a disk that is full."""
+    """Sizes of a file in bytes: for the present data, and for a disk that is full."""
 
     required: int
     fully_allocated: int
 
 
 def measure(image_format: str, source: ChainSpec | int, wishes: Wishes) -> Measured:
-    """Return how large a new image's file becomes at most; a hole at the end, which takes no room, is left out.
+    """Return upper limits for the size of a new image's file, without a hole at its end, which takes no room.
 
     Args:
         image_format: one of WRITTEN.
-        source: what it is made of, or the bytes of an empty disk.
+        source: the chain to convert, or the size of an empty disk in bytes.
         wishes: as for `convert`.
 
-    Raises: ConfigError, where there can be no such image; DriverError, where the source cannot be opened.
+    Raises: ConfigError if such an image is impossible; DriverError if the source cannot be opened.
     """
     if isinstance(source, int):
         return _measure(image_format, source, [], wishes)
@@ -43,7 +43,7 @@ def measure(image_format: str, source: ChainSpec | int, wishes: Wishes) -> Measu
 
 
 def _measure(image_format: str, size: int, extents: Iterable[Extent], wishes: Wishes) -> Measured:
-    empty = blank(image_format, size, wishes, None)  # refuses what cannot be
+    empty = blank(image_format, size, wishes, None)  # refuses impossible images
     cluster = wishes.cluster_size or FORMATS[image_format].cluster_size
     if not cluster or wishes.is_fixed:
         return Measured(empty.size, empty.size)
@@ -52,8 +52,8 @@ def _measure(image_format: str, size: int, extents: Iterable[Extent], wishes: Wi
 
 
 def _clusters(extents: Iterable[Extent], cluster: int) -> int:
-    """Return in how many clusters there is something."""
-    count, counted = 0, 0  # all before `counted` are
+    """Return how many clusters have data."""
+    count, counted = 0, 0  # clusters before number `counted` have been counted
     for extent in extents:
         if not extent.is_zeros:
             first, end = max(counted, extent.start // cluster), -(-extent.end // cluster)

@@ -1,6 +1,6 @@
-"""Which image a text means: its format as a driver's name, and its file.
+"""Finds the image that a text names: its format, by the driver's name, and its file.
 
-Must not open a chain, nor guess a format: what a file looks like, which `looks` says, is a hint and no more.
+Must not open a chain, nor guess a format: what a file looks like (`looks`) is only a hint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HAS_DRIVER = re.compile(r"[a-z][a-z0-9_-]*:")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image that somebody named: one layer, which is a source."""
+    """An image that a person has named: one layer, which is a source."""
 
     format: str  # one of WRITTEN
     path: str
@@ -34,18 +34,18 @@ class Image:
 
     @property
     def row(self) -> Format:
-        """The row of its format."""
+        """The format's row in the table."""
         return FORMATS[self.format]
 
     @property
     def data_file(self) -> str:
-        """The external data file that the layer names; empty where it names none."""
+        """The external data file that the layer names, empty if none."""
         return getattr(self.chain.layers[0].options, "data_file", "")
 
 
 @contextmanager
 def blame(image: Image) -> Iterator[None]:
-    """Name the image in whatever is raised about a file of it. Raises: DriverError."""
+    """Within this context, add the image's name to a DriverError that has no layer. Raises: DriverError."""
     try:
         yield
     except DriverError as error:
@@ -54,14 +54,14 @@ def blame(image: Image) -> Iterator[None]:
 
 
 def has_driver(text: str) -> bool:
-    """Return whether a text begins with a driver, and so is a chain and not a file."""
+    """Return whether a text begins with a driver's name, and so is a chain and not a file."""
     return _HAS_DRIVER.match(text) is not None
 
 
 def find_chain(text: str) -> ChainSpec:
-    """Return the chain that a text is; of a file without its format, say what to write.
+    """Return the chain that a text describes.
 
-    Raises: ChainError, ConfigError.
+    Raises: ChainError; ConfigError, for a file without its format with advice on what to write.
     """
     return parse_chain(text) if has_driver(text) else find_image(text).chain
 
@@ -69,7 +69,7 @@ def find_chain(text: str) -> ChainSpec:
 def find_image(text: str, formats: tuple[str, ...] = tuple(WRITTEN)) -> Image:
     """Return the image that a layer such as ``qcow2:/img`` names. Raises: ChainError, ConfigError."""
     if not has_driver(text):
-        from xenbackend.image.looks import hint_for  # late: only who makes this mistake needs it
+        from xenbackend.image.looks import hint_for  # late: only needed after this mistake
 
         raise ConfigError(f"{printable(text)!r} does not say its format; {hint_for(text)}")
     chain = parse_chain(text)
@@ -82,11 +82,11 @@ def find_image(text: str, formats: tuple[str, ...] = tuple(WRITTEN)) -> Image:
 
 
 def image_of_file(image_format: str, path: str, *options: str) -> Image:
-    """Return the image in a file, whose format is known."""
+    """Return the image in a file whose format is known."""
     return find_image(grammar.format_layer(FORMATS[image_format].driver, path, *options))
 
 
 def at_another_path(image: Image, path: str) -> Image:
-    """Return the same image in another file, with the same options."""
+    """Return an image with the same format and options at another path."""
     (layer,) = grammar.parse(image.text)
     return image_of_file(image.format, path, *(item.text for item in layer.items[1:]))

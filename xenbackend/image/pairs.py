@@ -1,6 +1,6 @@
-"""The same piece of two disks, side by side in memory.
+"""Reads the same piece of two disks side by side into memory.
 
-Must not write, nor decide what is to be read.
+Must not write, nor decide what is read.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from xenbackend.image.transfer import DEPTH, PIECE, Piece, pieces_of
 def read_pairs(
     session: Session, one: Disk, other: Disk | None, extents: Iterable[Extent]
 ) -> Iterator[tuple[Piece, memoryview, memoryview]]:
-    """Yield each piece with its bytes in both disks; behind the end of a disk, and where there is none, are zeros.
+    """Yield each piece with its bytes on both disks. Beyond the end of a disk, and if there is no disk, they are zeros.
 
-    The memory is ours again when the next piece is asked for.
+    The memory of a piece is reused when the next one is asked for.
 
-    Raises: RequestFailed, where one cannot be read.
+    Raises: RequestFailed if one cannot be read.
     """
     pieces = pieces_of(extents)
     memory = [(allocate(PIECE), allocate(PIECE)) for _ in range(DEPTH // 2)]
@@ -38,7 +38,7 @@ def read_pairs(
 
 
 def where_either(one: Iterable[Extent], other: Iterable[Extent]) -> Iterator[Extent]:
-    """Yield the ranges in which either of two disks may have something that is not zeros."""
+    """Yield the ranges in which either of two disks may have other data than zeros."""
     todo = [iter(one), iter(other)]
     current = [next(each, None) for each in todo]
     place = 0
@@ -55,7 +55,7 @@ def where_either(one: Iterable[Extent], other: Iterable[Extent]) -> Iterator[Ext
 
 
 def _read(size: int, memory: memoryview, piece: Piece) -> Request:
-    """Return the request for as much of a piece as a disk of `size` bytes has; the rest is zeros at once."""
+    """Return a read of as much of a piece as a disk of `size` bytes has; the rest of the memory is zeroed at once."""
     length = max(0, min(piece.end, size) - piece.offset)
     memory[length : piece.length] = bytes(piece.length - length)
     return request_for(Op.READ, piece.offset, memory[:length])

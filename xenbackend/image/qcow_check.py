@@ -1,6 +1,6 @@
-"""Whether a QCOW image of version 1 is sound: each cluster inside the file, and used once.
+"""Checks whether a QCOW image of version 1 is sound: each cluster is inside the file, and used only once.
 
-Must not write: an image of this version has nothing beside its tables that could be mended from them.
+Must not write: an image of this version has no redundant data from which it could be repaired.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from xenbackend.block.formats.qcow2 import Region
 from xenbackend.block.formats.qcow2_tables import unpack_table
 from xenbackend.image.faults import Faults
 
-_PADDING = 64 * 1024  # bytes: whoever opens an image for writing first lengthens the file to a multiple of this
+_PADDING = 64 * 1024  # bytes: opening an image for writing first extends the file to a multiple of this
 
 
 def check(read: Read, file_size: int) -> Faults:
-    """Return what is wrong with an image. Raises: DriverError, where it is no image of this version; OSError."""
+    """Return what is wrong with an image. Raises: DriverError if it is not an image of this version; OSError."""
     header = qcow.parse_header(read, file_size)
     faults = Faults()
     _find_overlaps(_regions(read, file_size, header, faults), faults, header.cluster_size)
@@ -25,14 +25,14 @@ def check(read: Read, file_size: int) -> Faults:
 
 
 def used_end(read: Read, file_size: int) -> int:
-    """Return where everything ends that a sound image has. Raises: DriverError, OSError."""
+    """Return the offset where the last used range of a sound image ends. Raises: DriverError, OSError."""
     header = qcow.parse_header(read, file_size)
     regions = [region for _, region in _regions(read, file_size, header, Faults())]
     return max(region.offset + region.length for region in regions)
 
 
 def _regions(read: Read, file_size: int, header: qcow.Header, faults: Faults) -> list[tuple[str, Region]]:
-    """Return what the image has, and where; what is not inside of the file is a fault."""
+    """Return the tables and clusters of an image with their ranges; one outside the file is added to `faults`."""
     regions = [("the L1 table", header.l1)]
     inside = header.cluster_size - 1
     for number, place in enumerate(unpack_table(read(header.l1.offset, header.l1.length))):

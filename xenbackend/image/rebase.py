@@ -1,7 +1,7 @@
-"""Rebasing: an image gets another parent, or none, and reads as before.
+"""Rebases an image: it gets another parent, or none, and reads as before.
 
-Must not write to a parent, nor change what the image reads as unless that was asked for. It can be stopped anywhere and
-done again: what is written first is what the image reads as anyway, and its header names the new parent last.
+Must not write to a parent, nor change what the image reads as unless that was asked for. It can be stopped at any time
+and done again: it first writes data that the image reads as anyway, and names the new parent in the header last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from xenbackend.units import SECTOR
 
 @dataclass(frozen=True, slots=True)
 class Rebased:
-    """The layer that opens the image now, its parent, and how many bytes of what the former one had it was given."""
+    """The layer that opens the image now, its parent, and how many bytes were copied to it from its former parents."""
 
     text: str
     parent: str
@@ -45,15 +45,15 @@ def rebase(
     """Give an image another parent.
 
     Args:
-        image: is written, so that nobody else may have it open.
-        parent: is only read; None for an image that is to stand by itself.
-        progress: told of what was looked at.
-        is_unsafe: change the name only, also where the former parent is missing: the image reads as the new one does
-            wherever it has nothing itself.
-        direct: bypass the page cache where the files allow it.
+        image: is written, so nobody else may have it open.
+        parent: is only read; None if the image shall have no parent.
+        progress: is told how many bytes have been compared.
+        is_unsafe: only change the name, even if the former parent is missing: where the image has no data of its own,
+            it reads as the new parent does.
+        direct: bypass the page cache if the files allow it.
 
-    Raises: ConfigError, where that cannot be; DriverError, where a file is in use or damaged, or the data are in one
-        that only the image names; RequestFailed; OSError.
+    Raises: ConfigError if it is impossible; DriverError if a file is in use or damaged, or if the image's data are in a
+        file that only the image itself names; RequestFailed; OSError.
     """
     if not image.row.can_rebase:
         able = " and ".join(each.name for each in WRITTEN.values() if each.can_rebase)
@@ -71,8 +71,8 @@ def rebase(
             if child is None:
                 file = session.open_file(image.path, read_only=False, step=image.row.step)
             else:
-                file = child.chain.layers[0].driver.file  # type: ignore[attr-defined]  # each of these has one
-            tools.check_parent(image, file, named, is_unsafe=is_unsafe)  # nobody else writes to it from here on
+                file = child.chain.layers[0].driver.file  # type: ignore[attr-defined]  # all drivers of these formats have one
+            tools.check_parent(image, file, named, is_unsafe=is_unsafe)  # again: nobody else writes to it from here on
             written = _keep_content(session, child, new, progress) if child else 0
             if _files_of(new) != files:
                 problem = "its new parent, or one of that one's, was exchanged or moved meanwhile"
@@ -83,9 +83,9 @@ def rebase(
 
 
 def _name_parent(session: Session, image: Image, file: File, named: Parent | None, new: Disk | None) -> bool:
-    """Name the new parent in the image, and mark the image with it; return whether that can be.
+    """Name the new parent in the image, and mark the image with it. Return whether the image can be marked.
 
-    The mark names both parents while the image is written: whoever is killed leaves an image that can be opened.
+    The mark names both parents while the image is written, so that the image can be opened even if we are killed.
     """
     opener = session.opener
     fd, former = opener.descriptor(image.path), marks.read(opener.descriptor(image.path)).parents
@@ -110,18 +110,18 @@ def _named(image: Image, new: Disk | None) -> tuple[Parent | None, str, str]:
 
 
 def _files_of(new: Disk | None) -> dict[str, str | None]:
-    """Return which files a parent and its own parents are in, by name: one may get another's name while we read it."""
+    """Return the files of a parent and of its parents: identities by name, as a name may get another file meanwhile."""
     paths = {path for each in (new.chain.layers if new else ()) for path in files_of(each.driver.options).values()}
     return {path: identity_of(path) for path in paths}
 
 
 def _with_data_file(image: Image, text: str) -> str:
-    """Return the layer with the external data file that the image's own names, if it does."""
+    """Return a layer's text with the external data file, if the layer of `image` names one."""
     return f"{text},{data_item(image.data_file)}" if image.data_file else text
 
 
 def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Progress) -> int:
-    """Write to the image what it has from its former parents and would not have from the new one; return the bytes."""
+    """Write to the image what its former parents have and the new one does not; return how many bytes were written."""
     own = [each for each in extents_of(child.chain.layers[0], all_holes=True) if each.kind is Kind.ABSENT]
     maps = [map_chain(disk.chain.layers, all_holes=True) if disk else iter(()) for disk in (child, new)]
     extents = list(_common(own, where_either(*maps)))  # the maps change with the first write
@@ -140,7 +140,7 @@ def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Pro
 
 
 def _common(one: Iterable[Extent], other: Iterable[Extent]) -> Iterator[Extent]:
-    """Yield the ranges that are in both."""
+    """Yield the ranges that are in both sequences."""
     others = iter(other)
     current = next(others, None)
     for extent in one:

@@ -1,9 +1,9 @@
-"""Disks of servers and clusters as the targets of image commands: which text names one, and a new one in a cluster.
+"""Disks of servers and clusters as targets of image commands: recognises them, and creates images in a cluster.
 
-Must not know a protocol, nor write over what is there.
+Must not know a protocol, nor overwrite an existing image.
 
-An image of a cluster is made under another name, ``NAME.partial``, and renamed when all of it is durable. Whatever
-stops that removes it again; of a process that was killed it is left, and is the administrator's to remove.
+An image in a cluster is created as ``NAME.partial``, and renamed when all of it is durable. If anything fails, it is
+removed again. If the process is killed, it is left, and an administrator has to remove it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xenbackend.image.transfer import Transfer, pieces_of
 
 
 def find_remote(text: str) -> ChainSpec | None:
-    """Return the chain of one layer with a disk of a server or cluster, None of any other text. Raises: ChainError."""
+    """Return the chain if a text is one layer with a disk of a server or cluster, else None. Raises: ChainError."""
     if not has_driver(text):
         return None
     chain = parse_chain(text)
@@ -34,9 +34,9 @@ def find_remote(text: str) -> ChainSpec | None:
 
 
 def convert(source: ChainSpec, target: ChainSpec, progress: Progress, *, direct: bool = False) -> Converted:
-    """Make an image of a cluster from what `source` reads as.
+    """Create an image in a cluster from the disk of `source`.
 
-    Raises: ConfigError, where the target is there, or is no such image; DriverError, RequestFailed.
+    Raises: ConfigError if the target exists, or is not in a cluster; DriverError, RequestFailed.
     """
     (layer,) = target.layers
     if account_of(layer.options) is None:
@@ -60,9 +60,9 @@ def convert(source: ChainSpec, target: ChainSpec, progress: Progress, *, direct:
 
 
 def take_lock(target: ChainSpec, owner: str) -> str:
-    """Take the lock of an image of a cluster from the owner that is named, which has died; return who that was.
+    """Take the lock of an image in a cluster from `owner`, which has died; return who that was.
 
-    Raises: ConfigError, where the target is no such image; DriverError.
+    Raises: ConfigError if the target is not in a cluster; DriverError.
     """
     layer = target.layers[-1]
     account = account_of(layer.options)
@@ -74,9 +74,9 @@ def take_lock(target: ChainSpec, owner: str) -> str:
 
 @contextmanager
 def _made(session: Session, layer: LayerSpec, size: int) -> Iterator[str]:
-    """Yield the layer of a new image; it has its name when that goes well, and is gone otherwise."""
+    """Yield the layer of a new, partial image. It is renamed if the body succeeds, and removed otherwise."""
     account, name = account_of(layer.options), layer.options.image.image
-    assert account is not None  # noqa: S101 - whoever calls has looked
+    assert account is not None  # noqa: S101 - the caller has checked it
     text = partial_of(layer)
     with place_of(layer.options, session.opener.read_cluster(account)) as place:
         if place.has(name):
@@ -88,7 +88,7 @@ def _made(session: Session, layer: LayerSpec, size: int) -> Iterator[str]:
             yield text
             _publish(place, name)
         except BaseException:
-            with suppress(DriverError):  # why it could not be made is what to report
+            with suppress(DriverError):  # the first failure is the one to report
                 session.close_chain(text)
                 place.remove(name + PARTIAL)
             raise

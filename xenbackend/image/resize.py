@@ -1,8 +1,8 @@
-"""Making the disk of an image larger; what is new reads as zeros, whatever the image had behind its disk's end.
+"""Makes the disk of an image larger. The new part reads as zeros, whatever the image had behind the end of its disk.
 
-Must not make one smaller, nor write where data are. Each step leaves an image that is whole: what is new becomes part
-of it by the write of one sector, and whoever is killed before has lost room in the file at most. A file becomes longer
-where it has to; on a block device everything goes behind what the image uses there.
+Must not make a disk smaller, nor overwrite data. Each step leaves a valid image: writing one sector makes the new part
+belong to the disk, and if the process is killed before, at most room in the file is lost. A file is extended if
+necessary; on a block device, new tables and data go behind the part that the image uses.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from xenbackend.units import SECTOR, format_size
 
 
 def resize(image: Image, size: int) -> int:
-    """Make a disk `size` bytes large, and return how large it was.
+    """Resize a disk to `size` bytes, and return its former size.
 
-    Raises: ConfigError, where it would become smaller, or where the parent would show in what is new; DriverError,
-        where it is in use, damaged, of a kind that cannot grow, or has its data in a file that only it names; OSError.
+    Raises: ConfigError if it would become smaller, or if the parent would be visible in the new part; DriverError if it
+        is in use, damaged, of a kind that cannot grow, or has its data in a file that only the image itself names;
+        OSError.
     """
     if size % SECTOR:
         raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
@@ -33,7 +34,7 @@ def resize(image: Image, size: int) -> int:
     with Session() as session:
         file = session.open_file(image.path, read_only=False, step=image.row.step)
         with blame(image):
-            if tools.size(file) != before:  # nobody else writes to it from here on
+            if tools.size(file) != before:  # only from here on nobody else writes to it
                 raise DriverError("somebody else has changed its size meanwhile; look at it, and do it again")
             if image.data_file:
                 data = session.open_file(image.data_file, read_only=False, step=SECTOR)
@@ -44,7 +45,7 @@ def resize(image: Image, size: int) -> int:
 
 
 def _check_growth(image: Image, size: int) -> int:
-    """Return how large a disk is. Raises: as `resize`."""
+    """Check that a disk can grow to `size` bytes, and return its present size. Raises: as `resize`."""
     with Session() as session:
         layers = session.open(image.chain, read_only=True).chain.layers
         before = layers[0].geometry.size

@@ -1,6 +1,6 @@
-"""Chains and files opened as a worker opens them, by a process that waits for each batch.
+"""Opens chains and files as a worker does, for a process that waits for each batch.
 
-Must not be used while a reactor of somebody else runs in this process, nor keep anything for a successor.
+Must not be used while another reactor runs in this process, nor keep anything for a successor.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from xenbackend.worker.env import EnvFactory
 from xenbackend.worker.files import HostFiles
 
 Ended = Callable[[Request], None]
-Progress = Callable[[int, int], None]  # bytes done and bytes in all; may raise, to stop
+Progress = Callable[[int, int], None]  # gets bytes done and bytes in total; may raise, to stop
 
-LOCK_TIMEOUT_S = 2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has
+LOCK_TIMEOUT_S = 2.0  # if I/O is in flight, the kernel releases a file's locks a moment after its process has ended
 
 
 class RequestFailed(XenbackendError):
-    """A request failed while a disk was copied: a fault of the host or the medium."""
+    """A request to a disk failed: a fault of the host or the medium."""
 
 
 class Disk:
-    """An open chain whose requests are called back one by one: their `tag` is an `Ended`."""
+    """An open chain with a callback for each request: its `tag`, an `Ended`."""
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
@@ -42,19 +42,19 @@ class Disk:
         chain.complete = _tell
 
     def submit(self, batch: Sequence[Request]) -> None:
-        """Send requests; each one's `tag` is called when it is back."""
+        """Send requests; the `tag` of each is called when it has completed."""
         for request in batch:
             request.status = PENDING
         self.chain.submit(list(batch))
 
 
 class Session:
-    """Opens chains and files, and runs their loop; closes everything that is still open at its end.
+    """Opens chains and files, and runs their loop; at its end, it closes everything that is still open.
 
     Args:
-        direct: bypass the page cache where layers ask for it; without it, nothing does.
-        use_queues: have the kernel do I/O asynchronously. Who reads only what drivers read while they open needs none.
-        trusts: follow images wherever they lead to, as an administrator has said.
+        direct: allow layers that ask for it to bypass the page cache.
+        use_queues: use asynchronous I/O; not needed for the reads that drivers do while they open.
+        trusts: follow images wherever they lead, as an administrator has asked for.
     """
 
     def __init__(self, *, direct: bool = True, use_queues: bool = True, trusts: bool = False) -> None:
@@ -63,14 +63,14 @@ class Session:
         self._files = HostFiles(
             self._reactor, use_queues=use_queues, lock_timeout_s=LOCK_TIMEOUT_S, direct=direct, opener=self.opener
         )
-        # a loop has one queue of each kind
+        # without queues, since a loop has only one of each kind
         self._unlocked = HostFiles(self._reactor, use_queues=False, direct=direct, locks=False, opener=self.opener)
         self._open: list[Chain | File | Opening] = []
 
     def open(self, spec: ChainSpec, *, read_only: bool, locked: bool = True, is_draft: bool = False) -> Disk:
-        """Open a chain. Without a lock it is only read, and what is read may be half of somebody's change.
+        """Open a chain. Without a lock it is read-only, and a read may return half of a change that somebody makes.
 
-        With `is_draft` nobody may use the image, should it stay as it is, but for what a flush has made durable.
+        With `is_draft`, if the image is left unfinished, only what a flush has made durable may be used of it.
 
         Raises: DriverError.
         """
@@ -82,25 +82,27 @@ class Session:
         return Disk(chain)
 
     def close_chain(self, text: str) -> None:
-        """Close the chain of a text, where it is open. Raises: what closing it raised."""
+        """Close the chain whose first layer has this text, if it is open. Raises: what closing it raises."""
         for each in [each for each in self._open if isinstance(each, Chain) and each.layers[0].text == text]:
             self._open.remove(each)
             each.close()
 
     def open_as_far(self, spec: LayerSpec, *, locked: bool = True) -> list[OpenLayer]:
-        """Open a source, for reading, and its parents up to the first that cannot be opened; return those that could.
+        """Open a source for reading, and its parents up to the first that cannot be opened; return the opened layers.
 
-        They are to be looked at: no request can be sent there.
+        They can only be examined, since no request can be sent to them.
         """
         env = EnvFactory(self._reactor, self._files if locked else self._unlocked)
         opening = Opening(env, _do_not_sleep)
         self._open.append(opening)
-        with suppress(DriverError):  # who asks has been told why already
+        with suppress(DriverError):  # the caller knows the reason already
             opening.source_and_parents(spec, read_only=True, shareable=False)
         return opening.layers
 
     def open_file(self, path: str, *, read_only: bool, step: int = 0) -> File:
-        """Open an image's file: locked for readers, or for us alone. `step` is that of `block.driver.Files`.
+        """Open an image's file, with a lock against writers, or for writing against everybody.
+
+        `step` is as in `block.driver.Files`.
 
         Raises: DriverError.
         """
@@ -113,13 +115,13 @@ class Session:
         return file
 
     def close(self, opened: Disk | File) -> None:
-        """Close a disk or a file before the session ends; nothing is in flight. Raises: what closing it raised."""
+        """Close a disk or file before the session ends; nothing may be in flight. Raises: what closing it raises."""
         what: Chain | File = opened.chain if isinstance(opened, Disk) else opened
         self._open.remove(what)
         what.close()
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
-        """Run the loop until something is so; whoever makes it so calls `wake`."""
+        """Run the loop until `is_done`. Code that may change its result has to call `wake`."""
         while not is_done():
             self._reactor.run()
 
@@ -129,11 +131,11 @@ class Session:
         self._reactor.run()
 
     def wake(self) -> None:
-        """Let `run_until` look again."""
+        """Make `run_until` check again."""
         self._reactor.stop()
 
     def do(self, disk: Disk, *batch: Request) -> None:
-        """Do one batch. Raises: RequestFailed, for the first one that failed."""
+        """Send a batch, and wait for it. Raises: RequestFailed for the first request that has failed."""
         left = set(batch)
 
         def ended(request: Request) -> None:
@@ -167,7 +169,7 @@ class Session:
 
 
 def _see_that_nobody_writes(chain: Chain) -> None:
-    """Raise DriverError with EBUSY where somebody may write to what is read, as no lock of ours forbids that."""
+    """Check that nobody may write to a layer in a way that our locks do not prevent. Raises: DriverError, EBUSY."""
     for layer in chain.layers:
         if writer := layer.driver.writer():
             raise DriverError(
@@ -176,7 +178,7 @@ def _see_that_nobody_writes(chain: Chain) -> None:
 
 
 def check_status(disk: Disk, request: Request) -> None:
-    """Say what failed. Raises: RequestFailed, where the request did."""
+    """Raise RequestFailed if a request has failed, with what failed in words."""
     if request.status:
         what = "flush"
         if request.op != Op.FLUSH:
@@ -199,7 +201,7 @@ def flush_request() -> Request:
 
 
 def _do_not_sleep(seconds: float) -> None:
-    """Try again at once: the medium has been waited for already."""
+    """Do not sleep before the next attempt: the session has waited for the medium already."""
 
 
 def _tell(batch: list[Request]) -> None:

@@ -1,6 +1,6 @@
-"""Copies ranges between two open disks, several at a time; zeros are not written where there are zeros.
+"""Copies ranges between two open disks, several at a time; zeros are not written where the target has zeros already.
 
-Must not know where the ranges come from, nor keep what was done: who asked is told, in the order of the ranges.
+Must not know where the ranges come from, nor record what is done: the caller is told, in the order of the ranges.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from xenbackend.image.session import Disk, Session, check_status, flush_request,
 from xenbackend.units import SECTOR, round_up
 
 PIECE = 1 << 20  # bytes of one request
-DEPTH = 16  # pieces that are under way
+DEPTH = 16  # pieces that are in progress at the same time
 GRAIN = 4096  # bytes: shorter runs of zeros are data
-SYNC_EVERY = 128 << 20  # bytes written: then the target begins to make them durable, while the copy goes on
+SYNC_EVERY = 128 << 20  # bytes written, after which a flush of the target begins, while the copy continues
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of both disks, in bytes, and whether the source has data there; else the target is to have zeros."""
+    """A range of both disks, in bytes, and whether the source has data there; if not, the target shall have zeros."""
 
     offset: int
     length: int
@@ -32,18 +32,18 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """Where it ends, in bytes."""
+        """The offset of its end, in bytes."""
         return self.offset + self.length
 
 
 Told = Callable[[Piece], None]  # may raise, to stop
-Runs = list[tuple[int, int]]  # of a piece's bytes, as start and end
+Runs = list[tuple[int, int]]  # ranges of a piece's bytes, as start and end
 
 
 def pieces_of(extents: Iterable[Extent]) -> Iterator[Piece]:
-    """Cut extents where offsets are multiples of `PIECE`.
+    """Cut extents into pieces at multiples of `PIECE`.
 
-    An extent may end inside a sector, where a file does: the whole of that sector belongs to it, and not to the next.
+    An extent may end inside a sector if a file does. Then the whole sector belongs to it, and not to the next extent.
     """
     for extent in extents:
         place, last = round_up(extent.start, SECTOR), round_up(extent.end, SECTOR)
@@ -55,22 +55,22 @@ def pieces_of(extents: Iterable[Extent]) -> Iterator[Piece]:
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """Memory for one piece, and how far that is."""
+    """Memory for one piece, and the progress of that piece."""
 
     memory: memoryview
     piece: Piece = field(default_factory=lambda: Piece(0, 0))
-    left: int = 0  # requests that are not back
+    left: int = 0  # requests that have not completed
     written: int = 0  # bytes
 
 
 class Transfer:
-    """Copies from one disk to another, which are both open in a session.
+    """Copies from one disk to another.
 
     Args:
-        session: where the source is open.
-        source: what is read.
-        target: what is written; open in the same session.
-        is_blank: the target reads as zeros wherever nothing was written yet.
+        session: in which both disks are open.
+        source: is read.
+        target: is written.
+        is_blank: the target reads as zeros wherever nothing has been written yet.
     """
 
     def __init__(self, session: Session, source: Disk, target: Disk, *, is_blank: bool) -> None:
@@ -80,28 +80,28 @@ class Transfer:
         self._is_blank = is_blank
         self._free = [_Slot(allocate(PIECE)) for _ in range(DEPTH)]
         self._under_way: deque[_Slot] = deque()  # in the order of the ranges
-        self._arrived: list[tuple[_Slot, Request]] = []  # reads that succeeded, and whose data is not on its way yet
+        self._arrived: list[tuple[_Slot, Request]] = []  # successful reads whose data have not been sent yet
         self._failed: list[tuple[Disk, Request]] = []
-        self._pending = 0  # requests that are not back
-        self._sync: Request | None = None  # on its way
-        self._durable: Callable[[], None] | None = None  # to be called, since it has ended
+        self._pending = 0  # requests that have not completed
+        self._sync: Request | None = None  # the flush in progress
+        self._durable: Callable[[], None] | None = None  # to be called, as the flush has ended
         self._lost: Request | None = None  # a flush that failed
         self.written = 0  # bytes
 
     def run(self, pieces: Iterable[Piece], done: Told, durable: Told = lambda _: None) -> None:
-        """Copy pieces of data, and make zeros of the others.
+        """Copy pieces with data, and make the target read as zeros in the others.
 
-        Whatever ends it, nothing is in flight afterwards, and what `done` was told is copied.
+        However it ends, nothing is in flight afterwards, and all pieces that `done` was told of are copied.
 
         Args:
             pieces: in the order of the disk.
-            done: told of each piece that is copied, after all before it are.
-            durable: told of the last piece of those that a flush has made durable.
+            done: is called with each piece that is copied, after all pieces before it.
+            durable: is called with the last piece that a flush has made durable.
 
-        Raises: RequestFailed, for one of those that failed; what `done` and `durable` raise.
+        Raises: RequestFailed if a request has failed; what `done` and `durable` raise.
         """
         todo, last = iter(pieces), Piece(0, 0)
-        settled = 0  # bytes written, of what is done
+        settled = 0  # bytes written in completed pieces since the last flush began
         try:
             while self._begin(todo):
                 self._session.run_until(self._has_news)
@@ -117,7 +117,7 @@ class Transfer:
                 if self._durable is not None:
                     now_durable, self._durable = self._durable, None
                     now_durable()
-                if self._sync is not None:  # where the page cache does everything at once, nobody else would look
+                if self._sync is not None:  # if all requests complete at once, nothing else would run the loop
                     self._session.glance()
                 elif settled >= SYNC_EVERY and self._target.can_flush:
                     settled = 0
@@ -131,9 +131,9 @@ class Transfer:
             self._durable = None
 
     def flush(self) -> None:
-        """Make durable what was written. Raises: RequestFailed, also where an earlier flush failed.
+        """Make everything written durable. Raises: RequestFailed, also if an earlier flush has failed.
 
-        What that one was for may be lost, and the kernel says so once: the next flush would succeed.
+        After a failed flush data may be lost, but the kernel reports that only once: the next flush would succeed.
         """
         if self._lost is not None:
             check_status(self._target, self._lost)
@@ -141,7 +141,7 @@ class Transfer:
             self._session.do(self._target, flush_request())
 
     def _begin(self, todo: Iterator[Piece]) -> bool:
-        """Read as many pieces as there is memory for; return whether anything is under way."""
+        """Begin to read as many pieces as there is memory for; return whether any piece is in progress."""
         reads: dict[Disk, list[Request]] = {self._source: [], self._target: []}
         while self._free and (piece := next(todo, None)) is not None:
             slot = self._free.pop()
@@ -180,7 +180,7 @@ class Transfer:
         if request.status:
             self._failed.append((disk, request))
         if request.op == Op.READ and not request.status:
-            self._arrived.append((slot, request))  # what is left of it is to be written
+            self._arrived.append((slot, request))  # the slot's `left` then counts its writes
         else:
             slot.left -= 1
         self._session.wake()
@@ -194,7 +194,7 @@ class Transfer:
         return runs
 
     def _begin_sync(self, then: Callable[[], None]) -> None:
-        """Begin a flush; all that was told to be done by now is completed, and it covers that."""
+        """Begin a flush, which covers all pieces that `done` was told of so far, and call `then` when it has ended."""
         self._sync = flush_request()
         self._sync.tag = partial(self._is_synced, then)
         self._send(self._target, [self._sync])
@@ -211,19 +211,19 @@ class Transfer:
 
 
 def data_runs(view: memoryview) -> Runs:
-    """Return the runs of a view that are not zeros, as start and end, in steps of `GRAIN`."""
+    """Return the runs of grains in a view that are not all zeros, as start and end."""
     words = view[: len(view) // 8 * 8].cast("Q")
     if not (words and (words[0] or words[-1])) and bytes(view) == bytes(len(view)):
         return []
 
-    def has_data(start: int, end: int) -> bool:  # as a rule one word says enough, at a twentieth of the cost
+    def has_data(start: int, end: int) -> bool:  # usually one word is enough, at a twentieth of the cost
         return bool(words[start >> 3]) or bytes(view[start:end]) != bytes(end - start)
 
     return grain_runs(len(view), has_data)
 
 
 def grain_runs(length: int, is_wanted: Callable[[int, int], bool]) -> Runs:
-    """Return the runs of `length` bytes whose grains are wanted; that is asked of each by its start and end."""
+    """Return the runs of wanted grains in `length` bytes; `is_wanted` is called with start and end of each grain."""
     runs: Runs = []
     for start in range(0, length, GRAIN):
         end = min(length, start + GRAIN)

@@ -1,9 +1,9 @@
-"""Trusting: an administrator says that an image, and its parents, may be followed to the files that they name by now.
+"""Trusts an image: an administrator says that it and its parents may be followed to the files that they name now.
 
-What is read are the headers that a disk in service would read, up to the last parent, also of images in use. Each image
-that names other files is then marked with them. Nothing is marked where one of them cannot be.
+The headers that a disk in service would read are read, up to the last parent, even of images in use. Then each image
+that names other files is marked with them. Nothing is marked if one of them cannot be.
 
-Must not change what is in an image.
+Must not change the content of an image.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Trusted:
     """A mark that was made.
 
     image, file  paths of the image and of the file that it names
-    what         what it is to the image: "parent", "data file" or "extent"
-    before       by which act it was allowed until now; `opener.parents.TRUSTED`: by none
+    what         the role of the file: "parent", "data file" or "extent"
+    before       the act that allowed it until now; `opener.parents.TRUSTED` if there was none
     """
 
     image: str
@@ -34,9 +34,9 @@ class Trusted:
 
 
 def trust(image: Image) -> list[Trusted]:
-    """Mark an image and its parents with the files that they name, and return what was marked, the image's own first.
+    """Mark an image and its parents with the files that they name, and return the marks, those of the image first.
 
-    Raises: DriverError, where a parent cannot be opened, or an image cannot be marked.
+    Raises: DriverError if a parent cannot be opened, or an image cannot be marked.
     """
     with Session(use_queues=False, direct=False, trusts=True) as session:
         session.open(image.chain, read_only=True, locked=False)

@@ -1,7 +1,7 @@
-"""Whether a VHD image is sound: its footers, header, table, and what it says of its parent; and what mends it.
+"""Checks whether a VHD image is sound: its footers, header, table, and parent names; and plans its repair.
 
-Source: "Virtual Hard Disk Image Format Specification", version 1.0. What other programs demand of a parent's names is
-blktap's ``vhd-util check``. Must not write, touch a block, nor open the parent.
+Source: "Virtual Hard Disk Image Format Specification", version 1.0; blktap's ``vhd-util check`` for what other programs
+require of a parent's names. Must not write, read a block, or open the parent.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _RENAME = "image rebase --unsafe gives it its parent's name again"
 
 
 def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
-    """Return what is wrong with an image. On a block device, which does not end where the image does, room is no loss.
+    """Return what is wrong with an image. On a block device, which may be larger than the image, room is not lost.
 
-    Raises: DriverError, where it is no image, or so damaged that nothing of it can be looked at; OSError.
+    Raises: DriverError if it is not an image, or is too damaged to be examined; OSError.
     """
     faults = Faults()
     footer, is_at_end = vhd.read_footer(read, file_size)
@@ -63,10 +63,10 @@ def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
 
 
 def plan_repair(file: File, *, on_device: bool = False) -> list[list[Write]]:
-    """Return what gives an image both of its footers again, and takes names out that lie outside of it.
+    """Return a plan that restores both footers of an image, and removes parent names that lie outside of it.
 
-    Returns: lists of writes. A header with fewer names goes to a new place, since one sector does not hold all of it;
-        the footers lead there when it is durable.
+    Returns: lists of writes. A header with fewer names is written to a new place, since it is larger than a sector; the
+        footers point there once it is durable.
 
     Raises: DriverError, OSError.
     """
@@ -95,7 +95,7 @@ def plan_repair(file: File, *, on_device: bool = False) -> list[list[Write]]:
 
 
 def _check_parent(read: Read, file_size: int, footer: Footer, header: Header, faults: Faults) -> None:
-    """Look at what the image says of a parent, by itself; opening it finds out what the names lead to."""
+    """Check what the image itself says about its parent. Where the names lead is found by opening it."""
     if footer.type != vhd.DIFFERENCING:
         if any(header.parent_uuid) or header.parent_name or header.locators:
             faults.add_error("it says that it has no parent, and names one; image convert makes an image of its data")
@@ -123,7 +123,7 @@ def _check_places(places: list[Place], room: int, faults: Faults) -> None:
 
 
 def _lost(taken: list[tuple[int, int]], end: int, stride: int) -> int:
-    """Return how many blocks would fit between the ranges that are taken, sorted, up to `end`."""
+    """Return how many blocks would fit between the used ranges, which are sorted, up to `end`."""
     lost = place = 0
     for start, stop in [*taken, (end, end)]:
         lost += max(0, min(start, end) - place) // stride

@@ -1,4 +1,4 @@
-"""Writing to an image's file in steps, each durable before the next one is begun.
+"""Writes to an image's file in steps, each of which is durable before the next one begins.
 
 Must not know a format.
 """
@@ -15,7 +15,7 @@ from xenbackend.units import PAGE, format_size, round_up
 
 
 def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
-    """Do the steps of a plan; the file grows as it has to. Raises: OSError."""
+    """Carry out a plan; the file grows if necessary. Raises: OSError."""
     for writes in filter(None, plan):
         end = _end_of([writes])
         if end > file.size:
@@ -26,14 +26,14 @@ def write_plan(file: File, plan: Sequence[Sequence[Write]]) -> None:
 
 
 def write_within(file: File, plan: Sequence[Sequence[Write]], *, on_device: bool) -> None:
-    """Do the steps of a plan, all of which has to fit onto a block device. Raises: DriverError, OSError."""
+    """Carry out a plan, all of which must fit if the file is a block device. Raises: DriverError, OSError."""
     if on_device and (end := _end_of(plan)) > file.size:
         raise no_room(end, file.size)
     write_plan(file, plan)
 
 
 def no_room(needed: int, size: int) -> DriverError:
-    """Return what to raise where a block device is too small."""
+    """Return the error for a block device that is too small."""
     problem = f"the device has {format_size(size)}, and {format_size(needed)} are needed for that"
     return DriverError(f"{problem}; make the device larger first", errno=errno.ENOSPC)
 

@@ -1,1 +1,1 @@
-"""What is done to images of a format by commands: a module each, which the format's row names."""
+"""What commands do to images of each format: one module per format, which the format's row names."""

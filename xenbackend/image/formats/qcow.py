@@ -1,6 +1,6 @@
-"""QCOW images of version 1, which have nothing beside their tables.
+"""QCOW images of version 1, which have no other metadata than their tables.
 
-Must not look at what the clusters hold but where a disk grows over them.
+Must not read the data in clusters, except the last ones of a disk that grows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Qcow(Tools):
         """See `Tools`."""
         return replace(base, format="QCOW, version 1", cluster_size=_header(driver.file).cluster_size)
 
-    def check(self, session: Session, image: Image, file: File) -> Faults:  # noqa: ARG002 - all of it is in the file
+    def check(self, session: Session, image: Image, file: File) -> Faults:  # noqa: ARG002 - only the file is needed
         """See `Tools`."""
         return qcow_check.check(file.read_at, file.size)
 

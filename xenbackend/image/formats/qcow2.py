@@ -1,6 +1,6 @@
-"""QCOW2 images, versions 2 and 3, with their data in another file, too.
+"""QCOW2 images, versions 2 and 3, also with their data in an external file.
 
-Must not look at what the clusters hold but where a disk grows over them.
+Must not read the data in clusters, except the last ones of a disk that grows.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Qcow2(Tools):
         _look_for_data(session, image, file, faults)
         return faults
 
-    def plan_repair(self, image: Image, file: File) -> Plan:  # noqa: ARG002 - of the formats that have to know it
+    def plan_repair(self, image: Image, file: File) -> Plan:  # noqa: ARG002 - for formats that need it
         """See `Tools`."""
         return plan_repair(_checked(file))
 
@@ -74,9 +74,10 @@ class Qcow2(Tools):
             raise DriverError("it has subclusters (extended L2 entries), and it can only be read; convert it instead")
 
     def grow_data(self, data: File, file: File, path: str, size: int) -> None:
-        """See `Tools`. What the file has behind the disk's end until now becomes zeros.
+        """See `Tools`. What the file has behind the present end of the disk becomes zeros.
 
-        Of a raw one that is all of it; else what is in the disk's last cluster: the others are not named by the image.
+        In a raw data file that is everything; otherwise only the rest of the disk's last cluster, since the image does
+        not refer to any other cluster there.
         """
         header = _header(file)
         try:
@@ -102,7 +103,7 @@ class Qcow2(Tools):
         if header.autoclear != header.kept_autoclear:
             writing.write_plan(
                 file, [[qcow2.autoclear_bytes(header.kept_autoclear)]]
-            )  # bitmaps know nothing of what is new
+            )  # bitmaps do not cover the new part
         hidden = behind.behind_qcow2(file, header, size, on_device=on_device)
         writing.write_within(file, hidden, on_device=on_device)
         if entries * 8 <= header.l1.length:
@@ -118,10 +119,10 @@ class Qcow2(Tools):
         if any(hidden) or entries * 8 > header.l1.length:
             writing.write_plan(
                 file, plan_repair(_checked(file))
-            )  # the room of what was hidden, and of the table that was
+            )  # frees the clusters that were copied, and the former L1 table
 
     def measure(self, empty: Blank, cluster: int, used: int, most: int) -> tuple[int, int]:  # noqa: ARG002 - as above
-        """See `Tools`; all clusters are counted as QEMU's `qcow2_calc_prealloc_size` has it."""
+        """See `Tools`; clusters are counted as in QEMU's `qcow2_calc_prealloc_size`."""
         per_table = cluster // 8
         l2_tables = -(-most // per_table)
         l1_clusters = -(-l2_tables // per_table)
@@ -147,7 +148,7 @@ class Qcow2(Tools):
         if header.autoclear != header.kept_autoclear:
             writing.write_plan(
                 file, [[qcow2.autoclear_bytes(header.kept_autoclear)]]
-            )  # bitmaps know nothing of another parent
+            )  # bitmaps do not cover a change of the parent
         writing.write_plan(file, [[write] for write in _parent_writes(file, parent)])
 
 
@@ -171,7 +172,7 @@ def _parent_writes(file: File, parent: Parent | None) -> list[Write]:
 
 
 def _look_for_data(session: Session, image: Image, file: File, faults: Faults) -> None:
-    """See that an external data file is there, may be opened, and is as long as the disk."""
+    """Check that an external data file exists, may be opened, and is as long as the disk; add errors to `faults`."""
     header, options = _header(file), _options(image)
     if not header.has_data_file:
         return

@@ -1,6 +1,6 @@
 """Raw images: the file is the disk.
 
-Must not look at what is in it.
+Must not read the content of the file.
 """
 
 from __future__ import annotations

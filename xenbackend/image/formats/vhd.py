@@ -1,6 +1,6 @@
 """VHD images: fixed, dynamic and differencing.
 
-Must not look at what the blocks hold but where a disk grows over them.
+Must not read the data in blocks, except the last one of a disk that grows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Vhd(Tools):
         return replace(base, format=vhd.title_of(footer), cluster_size=cluster_size, more=more)
 
     def check(self, session: Session, image: Image, file: File) -> Faults:
-        """See `Tools`; what opens has its parents, by the rules of a disk in service."""
+        """See `Tools`. If there are no errors, the image is also opened with its parents, as for a disk in service."""
         faults = vhd_check.check(file.read_at, file.size, on_device=is_device(image.path))
         if not faults.errors:
             _open_parents(session, image, faults)
@@ -66,7 +66,7 @@ class Vhd(Tools):
         header = vhd.read_header(file.read_at, footer, file.size)
         end = _end_of_vhd(file, footer, header)
         if on_device and end > file.size - SECTOR:
-            raise writing.no_room(end + SECTOR, file.size)  # a block is where the footer has to be
+            raise writing.no_room(end + SECTOR, file.size)  # a block occupies the place of the footer
         if size > header.entries * header.block_size:
             _check_table_moves(file, footer, header, size)
         writing.write_plan(file, behind.behind_vhd(file, footer, header, size))
@@ -77,7 +77,7 @@ class Vhd(Tools):
     def measure(self, empty: Blank, cluster: int, used: int, most: int) -> tuple[int, int]:
         """See `Tools`."""
         bitmap = round_up(cluster // SECTOR // 8, SECTOR)
-        stride = round_up(bitmap, PAGE) + cluster + PAGE  # blocks begin at pages; a footer may have been between them
+        stride = round_up(bitmap, PAGE) + cluster + PAGE  # blocks begin at pages; a former footer may be between two
         return empty.size + used * stride, empty.size + most * stride
 
     def check_parent(self, image: Image, file: File, parent: Parent | None, *, is_unsafe: bool) -> None:  # noqa: ARG002
@@ -92,7 +92,7 @@ class Vhd(Tools):
     def name_parent(self, file: File, parent: Parent | None) -> None:
         """See `Tools`.
 
-        Another header is put behind everything, then the footers point there: each is one sector, and valid.
+        A new header is written behind everything else, then the footers point to it: each is one sector, and so valid.
         """
         footer, _ = vhd.read_footer(file.read_at, file.size)
         header = vhd.read_header(file.read_at, footer, file.size)
@@ -106,9 +106,9 @@ class Vhd(Tools):
 
 
 def _open_parents(session: Session, image: Image, faults: Faults) -> None:
-    """Open the image with its parents, by the rules of a disk in service: what cannot be opened is not sound.
+    """Open the image with its parents, by the rules for a disk in service; if that fails, add an error to `faults`.
 
-    A lock would be in the way of the one that the caller has, and says nothing of what is in the files.
+    It is opened without a lock, which would conflict with the caller's lock, and proves nothing about the content.
     """
     try:
         session.close(session.open(image.chain, read_only=True, locked=False))
@@ -118,9 +118,9 @@ def _open_parents(session: Session, image: Image, faults: Faults) -> None:
 
 
 def _grow_fixed_vhd(file: File, footer: vhd.Footer, grown: vhd.Footer, *, on_device: bool) -> None:
-    """Let the file end where it has to with the footer that it has, clear what is in between, then write the new one.
+    """Extend the file with a copy of its present footer at the new end, clear what is in between, write the new footer.
 
-    What is in between is the former footer, and whatever a file has that is longer than its disk.
+    In between are the former footer, and anything that a file has that is longer than its disk.
     """
     if on_device and grown.size > file.size - SECTOR:
         raise writing.no_room(grown.size + SECTOR, file.size)
@@ -133,7 +133,7 @@ def _grow_fixed_vhd(file: File, footer: vhd.Footer, grown: vhd.Footer, *, on_dev
 
 
 def _end_of_vhd(file: File, footer: vhd.Footer, header: vhd.Header) -> int:
-    """Return where everything ends that the image has, but for its footer. Raises: DriverError."""
+    """Return the offset where the image ends, without its footer. Raises: DriverError."""
     table = vhd_tables.read_table(file.read_at, footer, header)
     places = ranges_of(places_of(footer, header, None))
     end = vhd_tables.check_table(table, header, places, file.size)
@@ -142,7 +142,7 @@ def _end_of_vhd(file: File, footer: vhd.Footer, header: vhd.Header) -> int:
 
 
 def _check_table_moves(file: File, footer: vhd.Footer, header: vhd.Header, size: int) -> None:
-    """Refuse what needs a longer table and cannot have it. Raises: ConfigError, DriverError."""
+    """Check that the table can be made long enough for `size` bytes. Raises: ConfigError, DriverError."""
     table = vhd_tables.read_table(file.read_at, footer, header)
     if vhd_tables.read_batmap(file.read_at, footer, header, table) is not None:
         raise DriverError("it has a map of full blocks, which cannot grow here; convert it instead")
@@ -151,9 +151,9 @@ def _check_table_moves(file: File, footer: vhd.Footer, header: vhd.Header, size:
 
 
 def _move_table(file: File, footer: vhd.Footer, header: vhd.Header, entries: int, device_end: int) -> None:
-    """Put a longer table behind everything else, then let the header point there: its first sector says all of it.
+    """Write a longer table behind everything else, then make the header point to it by writing its first sector.
 
-    On a block device that is behind what the image has, else at the file's end, which becomes longer by that.
+    On a block device the place is behind the used part (`device_end`), else at the end of the file, which is extended.
     """
     table = vhd_tables.read_table(file.read_at, footer, header)
     place = round_up(device_end or file.size, PAGE)
