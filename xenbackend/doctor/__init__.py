@@ -1,4 +1,4 @@
-"""Why a disk does not connect: looks at the host, xenstore, the service and storage, and changes nothing.
+"""Finds out why a disk does not connect: examines the host, xenstore, the service and storage, and changes nothing.
 
-Each look is a process of its own with a limit, so that nothing that hangs keeps the others from being told.
+Each look runs in its own process with a time limit, so that one that hangs does not hold up the others.
 """

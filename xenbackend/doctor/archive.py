@@ -1,4 +1,4 @@
-"""The archive of a report: a file that is there whole or not at all, for its owner alone.
+"""Writes the archive of a report: a file that appears whole or not at all, and that only its owner can read.
 
 Must not gather anything.
 """
@@ -20,7 +20,7 @@ from xenbackend.errors import ConfigError
 
 
 def contents(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """Return what is in a report, and what is not and why."""
+    """Return a list of a report's pieces, with the reason for those that are missing."""
     return [
         {"name": each.name, "size": len(_data(each)), "left_out": each.left_out, "problem": each.problem}
         for each in pieces
@@ -28,7 +28,7 @@ def contents(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 
 def check_new(path: Path) -> None:
-    """Refuse a place where no archive can be written, before anything is gathered for it. Raises: ConfigError."""
+    """Check, before anything is gathered, that an archive can be written at a path. Raises: ConfigError."""
     if path.exists():
         raise _exists(path)
     if not path.parent.is_dir():
@@ -40,7 +40,7 @@ def _exists(path: Path) -> ConfigError:
 
 
 def write(pieces: Sequence[Piece], path: Path) -> None:
-    """Write the archive, a compressed tar. Raises: ConfigError, where there is something already, or it cannot be."""
+    """Write the archive, a compressed tar file. Raises: ConfigError if the path exists, or cannot be written."""
     directory = path.name.removesuffix(".gz").removesuffix(".tar")
     listed = Piece("contents.json", json.dumps(contents(pieces), indent=1) + "\n")
     try:
@@ -51,7 +51,7 @@ def write(pieces: Sequence[Piece], path: Path) -> None:
                         archive.addfile(*_member(f"{directory}/{piece.name}", _data(piece)))
                 file.flush()
                 os.fsync(file.fileno())
-                os.link(file.name, path)  # which fails where something has come there meanwhile
+                os.link(file.name, path)  # fails if the path has been created meanwhile
             finally:
                 Path(file.name).unlink()
     except FileExistsError:

@@ -1,8 +1,8 @@
-"""What keeps one disk from being connected: by what the service says of it, or, without one, by what xenstore has.
+"""Finds what keeps one disk from being connected: from what the service says, or from xenstore if no service answers.
 
-Must not look at a host, nor at storage.
+Must not examine the host or storage.
 
-One cause has one finding: a disk that is paused is not also one whose handshake waits.
+Each cause has one finding: if a disk is paused, its waiting handshake is not reported as well.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from xenbackend.errors import printable
 from xenbackend.kernel.process import state_of
 from xenbackend.supervisor.vbd.reasons import Reason
 
-PATIENCE_S = 30.0  # for which a guest may boot, or anybody take his time
+PATIENCE_S = 30.0  # that a guest may take to boot, and that any other side may take for its move
 _STATES = {name(each): each for each in XenbusState}
 _LOG = "{log}"
 _RESUME = "xenbackend resume {vbd}"
-COMMANDS = {  # by reason; what to do next
+COMMANDS = {  # by reason: what to run next
     Reason.CANNOT_OPEN: "xenbackend check {chain}",
     Reason.BAD_KEYS: "xenstore-ls -f backend/{node}",
     Reason.UNDECIDED: "xenbackend orders",
@@ -38,7 +38,7 @@ COMMANDS = {  # by reason; what to do next
     Reason.INTERRUPTED: _LOG,
     Reason.HALTED: "xl dmesg | tail -n 50",
 }
-_OF_DOM0 = ("xl ",)  # what begins so tells nothing in a driver domain
+_OF_DOM0 = ("xl ",)  # commands that begin like this show nothing in a driver domain
 _BY_STORAGE = (Reason.CANNOT_OPEN, Reason.STORAGE, Reason.TROUBLE, Reason.INTERRUPTED, Reason.GIVEN_UP)
 _BY_WORD = {each.name.lower().replace("_", "-"): each for each in Reason}
 _WHOSE = {
@@ -50,7 +50,7 @@ Known = dict[str, Any]
 
 
 def look(known: Known, now: float, place: Place = DOM0) -> Finding:
-    """Return what keeps a disk from being connected; `known` is as `status` has it, `now` seconds since 1970."""
+    """Return what keeps a disk from being connected; `known` is its record in `status`, `now` seconds since 1970."""
     vbd = known["vbd"]
     if known["paused"]:
         by = printable(known["paused_by"]) or "an administrator"
@@ -68,7 +68,7 @@ def look(known: Known, now: float, place: Place = DOM0) -> Finding:
 
 
 def look_without_service(known: Known, *, serves_all: bool, place: Place = DOM0) -> list[Finding]:
-    """Return what xenstore says of a disk while no service tells; it is as `doctor.store` describes it."""
+    """Return what xenstore says about a disk if no service answers; `known` is as `doctor.store` describes it."""
     vbd = known["vbd"]
     if not known["ours"] and not serves_all:
         return [_of_others(known)]
@@ -87,7 +87,7 @@ def look_without_service(known: Known, *, serves_all: bool, place: Place = DOM0)
 
 
 def not_found(wanted: DiskName, served: list[str], *, knows_store: bool, place: Place = DOM0) -> Finding:
-    """Return that there is no such disk."""
+    """Return the finding that there is no such disk; `served` are the disks that there are."""
     if place.is_guest and wanted.domid is None:
         sentence = f"in a driver domain guests have no names: {wanted} has to be called by its number, such as 5/xvda"
         return unknown("disk", sentence, place.in_dom0(f"xl domid {shlex.quote(wanted.domain)}"), disk=str(wanted))
@@ -99,7 +99,7 @@ def not_found(wanted: DiskName, served: list[str], *, knows_store: bool, place: 
 
 
 def depends_on_storage(finding: Finding, known: Known) -> bool:
-    """Return whether a look at its files and servers may tell more than this finding does."""
+    """Return whether a look at the disk's files and servers may tell more than this finding does."""
     return finding.check == "reason" and _BY_WORD.get(known["reason"]) in _BY_STORAGE
 
 

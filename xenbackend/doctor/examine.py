@@ -1,9 +1,9 @@
-"""All looks in their order: first at host, xenstore and service, then at the storage of disks that are in trouble.
+"""Runs all looks in order: first at host, xenstore and service, then at the storage of disks that are in trouble.
 
-Must not look itself.
+Must not look at anything itself.
 
-A cause is told once. Where what is below a disk is wrong, that takes the place of what the service says of the disk;
-where there is no Xen, nobody misses its devices.
+A cause is reported once. If a disk's storage is at fault, that replaces what the service says about the disk; if there
+is no Xen, its missing devices are not reported.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from xenbackend.doctor.probes import Probe, Result, run
 from xenbackend.errors import ConfigError
 from xenbackend.supervisor.service import settings
 
-MOST_DISKS = 64  # whose storage is looked at
+MOST_DISKS = 64  # whose storage is examined
 _REAL_HOST = settings.Settings().host
 Known = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is examined: `disk` None is the whole host; `store` empty is the settings' xenstore, as the service has."""
+    """What to examine. `disk` is None for the whole host; `store` is empty for the service's xenstore."""
 
     control: str
     store: str = ""
@@ -62,11 +62,11 @@ def examine(wanted: Wanted) -> list[Finding]:
 
 
 def load_or_default(config: Path | None) -> settings.Settings:
-    """Return the settings, or every default where they cannot be used."""
+    """Return the settings, or the defaults if they cannot be used."""
     try:
         return settings.load(config, {})
     except ConfigError:
-        return settings.Settings()  # what is wrong with them is a finding of its own
+        return settings.Settings()  # their mistakes are a separate finding
 
 
 def _look_at_host(config: Path | None, *, is_simulated: bool) -> Result:
@@ -76,7 +76,7 @@ def _look_at_host(config: Path | None, *, is_simulated: bool) -> Result:
 
 
 def _of_store(seen: Result, known: Known | None, place: Place = DOM0) -> Finding:
-    """Return what is to be said of xenstore: where we may not ask it, the service's word counts."""
+    """Return the finding about xenstore: if we may not ask it ourselves, what the service says counts."""
     [finding] = seen.findings
     if finding.verdict is not Verdict.UNKNOWN or not known:
         return finding
@@ -86,7 +86,7 @@ def _of_store(seen: Result, known: Known | None, place: Place = DOM0) -> Finding
 
 
 def _of_service(finding: Finding, of_xenstore: Sequence[Finding]) -> Finding:
-    """Return what is to be said of the service: it waits for a xenstored that does not answer."""
+    """Return the finding about the service; if it does not answer, and xenstore neither, it may wait for xenstore."""
     waits = finding.check == "service" and finding.is_wrong and "does not answer" in finding.sentence
     if not (waits and any(each.is_wrong for each in of_xenstore)):
         return finding
@@ -102,7 +102,7 @@ def _of_disks(
     chosen: settings.Settings,
     place: Place = DOM0,
 ) -> list[Finding]:
-    """Return what is to be said of disks: of those that the service knows, else of those that stand in xenstore."""
+    """Return the findings about disks: about those that the service knows, or else about those in xenstore."""
     named = [each for each in served or () if wanted.disk is None or _is(wanted.disk, each)]
     first = [(each, [disks.look(each, time.time(), place)]) for each in named]
     if not first:
@@ -118,7 +118,7 @@ def _of_disks(
 
 
 def _with_storage(first: Sequence[tuple[Known, list[Finding]]]) -> list[Finding]:
-    """Add what is to be said of the files and servers of disks, where that may be the cause."""
+    """Add findings about the files and servers of disks for which these may be the cause."""
     doubtful = [
         (place, each)
         for place, (each, found) in enumerate(first)

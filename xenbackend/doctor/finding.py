@@ -1,4 +1,4 @@
-"""What a look has found: one sentence, and one command for who wants to do something about it. Values only.
+"""What a look has found: one sentence, and one command for the person who wants to act on it. Values only.
 
 Must not look at anything.
 """
@@ -11,22 +11,22 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """What came of a look; that nobody could look is never good news."""
+    """The result of a look; UNKNOWN must never be taken for OK."""
 
     OK = "ok"
     WRONG = "wrong"
-    UNKNOWN = "unknown"  # it could not be looked at
+    UNKNOWN = "unknown"  # the look was not possible
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One finding.
 
-    check      what was looked at, in a word that scripts may go by: docs/troubleshooting.md lists them
+    check      what was examined, as a word on which scripts may rely: docs/troubleshooting.md lists them
     sentence   for people
-    command    what to run next; empty where there is nothing to do
-    disk       ``5/xvda``; empty where it is not about one
-    took_s     seconds that the look took, with whatever else was looked at together with it
+    command    what to run next; empty if there is nothing to do
+    disk       such as ``5/xvda``; empty if the finding is not about a disk
+    took_s     seconds that the look took, which may have other findings as well
     """
 
     check: str
@@ -43,21 +43,21 @@ class Finding:
 
 
 def ok(check: str, sentence: str, *, disk: str = "") -> Finding:
-    """Return that all is well there."""
+    """Return the finding that all is well."""
     return Finding(check, Verdict.OK, sentence, disk=disk)
 
 
 def wrong(check: str, sentence: str, command: str, *, disk: str = "") -> Finding:
-    """Return that something is not as it should be."""
+    """Return the finding that something is wrong."""
     return Finding(check, Verdict.WRONG, sentence, command, disk)
 
 
 def unknown(check: str, sentence: str, command: str = "", *, disk: str = "") -> Finding:
-    """Return that nobody could look."""
+    """Return the finding that a look was not possible."""
     return Finding(check, Verdict.UNKNOWN, sentence, command, disk)
 
 
 def verdict_of(findings: Iterable[Finding]) -> Verdict:
-    """Return what is to be said of all together: one that is wrong decides, then one that is not known."""
+    """Return the verdict on all findings together: WRONG if any is wrong, else UNKNOWN if any is unknown, else OK."""
     verdicts = {each.verdict for each in findings}
     return next((each for each in (Verdict.WRONG, Verdict.UNKNOWN) if each in verdicts), Verdict.OK)

@@ -1,6 +1,6 @@
-"""Whose move it is while a disk is not connected, and what that one has to do.
+"""Whose move it is while a disk is not connected, and what the move is.
 
-Must not look at anything: it is given both ends' states.
+Must not look at anything: it is given the states of both ends.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Who(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The next move; `what` is the rest of a sentence that begins with who."""
+    """The next move; `what` is the rest of a sentence that begins with `who`."""
 
     who: Who
     what: str
 
 
-_MOVES = {  # the first two are goals of the service that it has reached
+_MOVES = {  # more specific than STEPS; in the first two pairs of states, the service's step is done
     (_S.CONNECTED, _S.CONNECTED): Move(Who.NOBODY, "has to move: the disk is connected"),
     (_S.CONNECTED, _S.INITIALISED): Move(Who.GUEST, "has to see that the disk is there, and to use it"),
     (_S.CLOSED, _S.CLOSED): Move(Who.NOBODY, "has to move: the guest has given the disk back"),
@@ -55,9 +55,9 @@ _STEPS = {
 
 
 def next_move(ours: XenbusState, theirs: XenbusState, *, script_has_come: bool = True) -> Move:
-    """Return who has to move next, by the table that the service goes by.
+    """Return the next move, by the table that the service uses (`blkif.handshake.STEPS`).
 
-    `script_has_come`: whether the toolstack's hotplug script has asked for the disk; no rings are taken before.
+    `script_has_come`: whether the toolstack's hotplug script has asked for the disk; before that, no rings are mapped.
     """
     if ours is _S.UNKNOWN:
         return Move(Who.TOOLSTACK, "has to make the backend's directory, or has taken it away")

@@ -1,6 +1,6 @@
-"""Looks at this host: Xen, its devices, the hotplug script, the settings, what the kernel has left to give.
+"""Looks at this host: Xen, its devices, the hotplug script, the settings, and the kernel's remaining resources.
 
-Must not ask the service, nor load a module, nor start anything.
+Must not ask the service, load a module, or start anything.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from xenbackend.errors import ConfigError, printable
 from xenbackend.host.files import SCRIPTS, script_text
 from xenbackend.supervisor.service import settings
 
-DEVICES = {"gntdev": "xen-gntdev", "evtchn": "xen-evtchn"}  # in /dev/xen, and the module that brings each
+DEVICES = {"gntdev": "xen-gntdev", "evtchn": "xen-evtchn"}  # in /dev/xen, with the module that provides each
 SCRIPT = f"{SCRIPTS}/block-xenbackend"
-AIO_EACH = 256  # of fs.aio-max-nr that a worker takes, docs/capacity.md
+AIO_EACH = 256  # the share of fs.aio-max-nr that a worker takes, docs/capacity.md
 _AIO_WANTED = 1 << 20
-_FULL = 0.95  # of a limit: what is left serves no guest more
+_FULL = 0.95  # of a limit: what remains is not enough for another guest
 _GUEST = "this is a guest of Xen, which may serve others as a driver domain"
 _ROOT = Path("/")
 
 
 def look(root: Path = _ROOT, config: Path | None = None) -> list[Finding]:
-    """Return what is to be said of a Xen host; `root` is where its file system begins, `config` its settings file."""
+    """Return the findings about a Xen host; `root` is the root of its file system, `config` its settings file."""
     found = [_xen(root)]
     if not found[0].is_wrong:
         found += [_devices(root), _script(root)]
@@ -35,7 +35,7 @@ def look(root: Path = _ROOT, config: Path | None = None) -> list[Finding]:
 
 
 def look_at_kernel(root: Path = _ROOT) -> list[Finding]:
-    """Return what the kernel has left for more disks, with Xen or without."""
+    """Return findings about the kernel's resources for more disks, with or without Xen."""
     return [_aio(root), _files(root)]
 
 
@@ -60,13 +60,13 @@ def _devices(root: Path) -> Finding:
 
 
 def _devd(root: Path) -> Finding:
-    """Look for `xl devd`, which does in a driver domain what xl does in dom0."""
+    """Look for `xl devd`, which runs hotplug scripts in a driver domain, as xl does in dom0."""
     if not (root / "proc/1/cmdline").exists():
         return unknown("devd", "the processes of others may not be seen by this user", "sudo xenbackend doctor")
     for each in (root / "proc").glob("[0-9]*/cmdline"):
         try:
             program, *words = each.read_bytes().split(b"\0")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if program.rpartition(b"/")[2] == b"xl" and b"devd" in words:
             return ok("devd", f"xl devd runs, process {each.parent.name}")
@@ -75,7 +75,7 @@ def _devd(root: Path) -> Finding:
 
 
 def _script(root: Path) -> Finding:
-    """Look at the script that xl runs for each disk, or `xl devd` in a driver domain."""
+    """Look at the script that xl, or in a driver domain `xl devd`, runs for each disk."""
     place = root / SCRIPT.lstrip("/")
     again = "xenbackend install"
     try:
@@ -131,7 +131,7 @@ def _files(root: Path) -> Finding:
 
 
 def _limited(check: str, names: tuple[str, str], root: Path, compare: Callable[[int, int], Finding]) -> Finding:
-    """Compare what is used with the most, the first number of each of two files."""
+    """Call `compare` with the first number in each of two files: what is used, and the limit."""
     try:
         used, most = (int((root / each).read_text().split()[0]) for each in names)
     except (OSError, ValueError, IndexError) as error:

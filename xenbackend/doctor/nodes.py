@@ -1,7 +1,7 @@
-"""What stands in xenstore about disks of ours, as text: for each guest as much as for any other.
+"""The nodes of our disks in xenstore as text, with the same share of the output for each guest.
 
-Must not read anything else: others keep passwords there. Guests fill their own ends of disks with what they like, so of
-each end a share is read and no more, and one that cannot be read keeps none of the others from being told.
+Must not read any other nodes: others keep passwords there. Guests can write anything to their own ends, so only a
+limited share of each end is read, and an end that cannot be read does not keep the others from being reported.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from xenbackend.errors import StoreError
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, status_root
 from xenbackend.supervisor.xenstore.store import Store
 
-_MOST = 6000  # nodes of all guests together, where each has its share
-_LEAST = 60  # of one end of a guest's disks: two disks
-_WIDTH = 200  # characters of a node on average: more is too much of it, too
-_DEPTH = 2  # of a disk's directory: keys, and those of its queues
+_MOST = 6000  # nodes of all guests together; each guest has an equal share
+_LEAST = 60  # nodes for one end of a guest's disks: enough for two disks
+_WIDTH = 200  # characters per node on average; the text of a share is limited to this as well
+_DEPTH = 2  # levels of a disk's directory: its keys, and those of its queues
 
 
 def text(store: Store, kinds: Collection[str], limit_s: float) -> str:
-    """Return a line for each node, and one for what was left out. Raises: StoreError, where nothing can be read."""
+    """Return a line for each node, and a line wherever nodes were left out. Raises: StoreError if none can be read."""
     until = time.monotonic() + limit_s
     domid = store.own_domid()
     disks: dict[int, list[VbdPath]] = {}
@@ -41,7 +41,7 @@ def text(store: Store, kinds: Collection[str], limit_s: float) -> str:
 
 
 def _some(lines: Iterator[str], what: str, most: int, until: float) -> Iterator[str]:
-    """Yield lines until there are too many, or no time is left; nothing is read for the others."""
+    """Yield lines until there are too many, or no time is left; further nodes are not read."""
     size = count = 0
     try:
         for line in lines:

@@ -1,6 +1,6 @@
-"""What a report of a fault is made of: texts about host, service and disks, each gathered in a process of its own.
+"""The pieces of a fault report: texts about host, service and disks, each of which is gathered in its own process.
 
-Must not read an image, a file with a passphrase or a key, an environment, a unit's text, or memory.
+Must not read an image, a file with a passphrase or a key, an environment, the text of a unit, or memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xenbackend.protocol.client import call
 from xenbackend.supervisor.service import settings
 from xenbackend.supervisor.xenstore.store import Store, find_address
 
-MOST = 4 << 20  # characters of one piece: the latest ones of a log
+MOST = 4 << 20  # characters of one piece; of a log, the last ones
 LIMIT_S = 8.0
 _LINES = 5000  # of a journal
 _DISTRIBUTIONS = ("pyxs", "python-daemon", "structlog", "rich", "argon2-cffi", "matplotlib", "zstandard")
@@ -45,7 +45,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One file of a report; `problem` says why it has no text, `left_out` how much of its beginning, in bytes."""
+    """One file of a report. `problem` says why it has no text; `left_out` bytes are missing at its beginning."""
 
     name: str
     text: str = ""
@@ -54,9 +54,9 @@ class Piece:
 
 
 def gather(wanted: Wanted, log: Path) -> list[Piece]:
-    """Return all pieces, without secrets; what cannot be had says why. Raises nothing, and ends in seconds.
+    """Return all pieces, with secrets masked; a missing piece says why. Raises nothing, and ends in seconds.
 
-    `log` is the service's, where systemd has none.
+    `log` is the service's log file, which is used if systemd does not manage this host.
     """
     findings = json.dumps([asdict(each) for each in examine(wanted)], indent=1)
     known = partial(call, wanted.control, timeout_s=LIMIT_S / 2)
@@ -90,20 +90,20 @@ def gather(wanted: Wanted, log: Path) -> list[Piece]:
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
-    """A text that begins somewhere, `left_out` bytes after its beginning."""
+    """The rest of a text whose first `left_out` bytes are missing."""
 
     text: str
     left_out: int
 
     def latest(self) -> _Rest:
-        """Return what is kept of it: whole lines, below one that says what is missing."""
+        """Return the part that is kept: whole lines, after a line that says how much is missing."""
         text, left_out = self.text, self.left_out
         if len(text) > MOST:
             left_out += len(text[:-MOST].encode(errors="replace"))
             text = text[-MOST:]
         if not left_out:
             return self
-        line, _, text = text.partition("\n")  # of which nobody knows whether it is whole
+        line, _, text = text.partition("\n")  # the first line may be incomplete
         left_out += len(line.encode(errors="replace")) + 1
         return _Rest(f"(the first {left_out} bytes are left out)\n{text}", left_out)
 
@@ -149,7 +149,7 @@ def _settings(config: Path | None) -> Mapping[str, Any]:
 
 
 def _processes(known: Callable[..., Any]) -> str:
-    """Return what the kernel says of the service and of the workers."""
+    """Return what /proc says about the service and its workers."""
     service = known({"verb": "ping"}).data["pid"]
     workers = {each["worker"]: each["vbd"] for each in known({"verb": "status"}).data if each["worker"]}
     parts = []
@@ -164,7 +164,7 @@ def _processes(known: Callable[..., Any]) -> str:
 
 
 def _xenstore(wanted: Wanted) -> str:
-    """Return what stands in xenstore about disks of ours, whether a service runs or not."""
+    """Return the nodes of our disks in xenstore, whether or not a service runs."""
     known = service.look(wanted.control).data
     chosen = load_or_default(wanted.config)
     address = wanted.store or (known["service"]["store"] if known else chosen.store) or find_address()
@@ -173,7 +173,7 @@ def _xenstore(wanted: Wanted) -> str:
 
 
 def _log(file: Path) -> str | _Rest:
-    """Return the end of the service's log: of the journal, or of the file that `run --detach` writes."""
+    """Return the end of the service's log: from the journal, or from the file that `run --detach` writes."""
     if activate.is_possible():
         return _journal(UNIT)
     with file.open("rb") as stream:
@@ -183,7 +183,7 @@ def _log(file: Path) -> str | _Rest:
 
 
 def _journal(*units: str) -> str:
-    """Return the end of units' journal."""
+    """Return the last lines of the journal of these units."""
     words = ("--lines", str(_LINES), "--no-pager", "--output", "short-iso")
     text = _output("journalctl", *(f"--unit={each}" for each in units), *words)
     if text.count("\n") < _LINES:
@@ -198,19 +198,19 @@ def _kernel() -> str:
 
 
 def _without_command_line(text: str) -> str:
-    """Return lines without those that have a boot loader's words, which may be anything."""
+    """Return a text without its lines that contain a kernel command line, which may have anything in it."""
     return "\n".join(line for line in text.splitlines() if "command line" not in line.lower()) + "\n"
 
 
 def _of_dom0(place: Place, *command: str) -> str:
-    """Return what a command prints that only dom0 can run. Raises: ConfigError."""
+    """Return the output of a command that only dom0 can run. Raises: ConfigError."""
     if place.is_guest:
         raise ConfigError(f"this is a driver domain, and only dom0 can tell; run there: {' '.join(command)}")
     return _output(*command)
 
 
 def _output(*command: str) -> str:
-    """Return what a command prints. Raises: ConfigError, where it cannot be run or fails."""
+    """Return the output of a command. Raises: ConfigError if it cannot be run, or fails."""
     words: Sequence[str] = command
     try:
         result = subprocess.run(  # noqa: S603 - the commands above

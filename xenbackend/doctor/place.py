@@ -1,4 +1,4 @@
-"""Where a look is made: in dom0, or in a driver domain, which has no xenstored, and an xl that knows of no guest.
+"""Where a look is made: in dom0, or in a driver domain, which has no xenstored, and whose xl knows no guests.
 
 Must not say what is wrong.
 """
@@ -17,10 +17,10 @@ CAPABILITIES = "proc/xen/capabilities"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This domain, and with it which commands help in it.
+    """This domain, and the commands that help in it.
 
-    is_guest      it is not dom0, and serves disks, if it does, as a driver domain
-    has_systemd   systemd runs it
+    is_guest      it is not dom0; if it serves disks, it is a driver domain
+    has_systemd   systemd manages it
     """
 
     is_guest: bool = False
@@ -37,7 +37,7 @@ class Place:
         return self.in_dom0("systemctl status xenstored" if self.has_systemd else "pgrep -a xenstored")
 
     def in_dom0(self, command: str) -> str:
-        """Return a command that only dom0 can run."""
+        """Return a command that only dom0 can run, with a remark to that effect in a driver domain."""
         return f"{command}  # in dom0" if self.is_guest else command
 
 
@@ -45,7 +45,7 @@ DOM0 = Place()
 
 
 def here(root: Path = _ROOT) -> Place:
-    """Return what this domain is; a system without Xen is taken for what will be dom0, as of a simulated host."""
+    """Return what this domain is. A system without Xen counts as dom0: it may become one, or have a simulated host."""
     try:
         is_guest = "control_d" not in (root / CAPABILITIES).read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Runs looks at the same time, each in a process of its own with a limit.
+"""Runs looks in parallel, each in its own process with a time limit.
 
-Must not run where a second thread does. A process that waits for dead storage or a stopped daemon may be in a call that
-nothing ends; so it is killed, and not waited for: it ends when the storage answers.
+Must not be used while a second thread runs. A process that waits for dead storage or a stopped daemon may be in an
+uninterruptible call. Then it is killed and not waited for: it ends when the storage answers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from xenbackend.doctor.finding import Finding, Verdict, unknown
 from xenbackend.kernel.process import end_with, state_of
 
-LIMIT_S = 4.0  # of one look
-ALL_S = 15.0  # of all together
+LIMIT_S = 4.0  # for one look
+ALL_S = 15.0  # for all together
 _AT_ONCE = 32
 _REAP_S = 0.05
-_IN_CALL = 4  # times that a process is seen there, one after the other: it does not come back soon
+_IN_CALL = 4  # times in a row that a process is seen in an uninterruptible call before it is left alone
 _PIECE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a look brought: findings, and plain values for the looks that follow."""
+    """The result of a look: findings, and plain values for the looks that follow."""
 
     findings: list[Finding] = field(default_factory=list)
     data: Any = None
@@ -37,7 +37,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One look. `check` and `what` say what was not looked at, where it does not come back."""
+    """One look. `check` and `what` name its subject in the finding if it does not return."""
 
     check: str
     what: str
@@ -46,7 +46,7 @@ class Probe:
 
 
 class _Child:
-    """A look that is under way."""
+    """A running look."""
 
     def __init__(self, probe: Probe, others: Sequence[_Child]) -> None:
         self.begun = time.monotonic()
@@ -58,19 +58,19 @@ class _Child:
         if self.pid == 0:
             _be_child(probe, parent, far, [self.fd, *(each.fd for each in others)])
         os.close(far)
-        with suppress(OSError):  # it has done so itself
+        with suppress(OSError):  # the child may have done so already
             os.setpgid(self.pid, self.pid)
 
     def hear(self) -> bool:
-        """Take what it says; True once that is all."""
+        """Receive output of the process. Return whether that was all."""
         piece = os.read(self.fd, _PIECE)
         self.said += piece
         return not piece or self.said.endswith(b"\n")
 
     def end(self) -> Result:
-        """Have it ended, and return what it has found."""
+        """End the process, and return what it has found."""
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # with what it has started; not reaped yet, its number is still its own
+            os.killpg(self.pid, signal.SIGKILL)  # with its children; its number is its own until it is reaped
         _reap(self.pid)
         os.close(self.fd)
         took_s = round(time.monotonic() - self.begun, 3)
@@ -84,7 +84,7 @@ class _Child:
 
 
 def run(probes: Sequence[Probe], *, limit_s: float = LIMIT_S, all_s: float = ALL_S) -> list[Result]:
-    """Return the result of each look, in their order; what takes too long was not looked at."""
+    """Return the result of each look, in order; one that takes too long has the verdict UNKNOWN."""
     results: dict[int, Result] = {}
     left = list(enumerate(probes))[::-1]
     children: dict[int, _Child] = {}
@@ -108,7 +108,7 @@ def run(probes: Sequence[Probe], *, limit_s: float = LIMIT_S, all_s: float = ALL
 
 
 def _over(children: dict[int, _Child], limit_s: float, give_up: float) -> list[int]:
-    """Wait until some have said all, or their time is up, and return which."""
+    """Wait until some looks are complete, or their time is up, and return the places of these."""
     poll = select.poll()
     places = {each.fd: place for place, each in children.items()}
     for fd in places:
@@ -125,7 +125,7 @@ def _over(children: dict[int, _Child], limit_s: float, give_up: float) -> list[i
 
 
 def _reap(pid: int) -> None:
-    """Wait for the end of a process that was killed, unless it is in a call that nothing ends."""
+    """Wait for the end of a killed process, unless it is in an uninterruptible call."""
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -141,12 +141,12 @@ def _nothing(probe: Probe, why: str, took_s: float) -> Result:
 
 
 def _be_child(probe: Probe, parent: int, far: int, others: Sequence[int]) -> None:
-    """Look, say what was found, and end, whatever happens: nothing of the parent's may run twice."""
+    """Look, report the result, and end, whatever happens: no code of the parent may run a second time here."""
     try:
         os.setpgid(0, 0)
         end_with(parent, signal.SIGKILL)
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for standard in range(3):  # whoever waits for the end of our output does not wait for one that hangs
+        for standard in range(3):  # a reader of our own output must not wait for a child that hangs
             os.dup2(nowhere, standard)
         for fd in others:
             os.close(fd)

@@ -1,12 +1,13 @@
-"""Takes secrets out of a text that is to leave the host, in a time that grows with its length, whoever wrote it.
+"""Masks secrets in a text that will leave the host, in time linear in its length, whoever wrote the text.
 
-Must not be all that keeps them in: whoever gathers takes no file with secrets in the first place (`doctor.pieces`).
+Must not be the only protection: no file with secrets may be gathered in the first place (`doctor.pieces`).
 
-Chains name the files of passphrases, and those names stay. What is masked are values that somebody has written where
-they do not belong, or that drivers of third parties take: in options, addresses, log lines.
+Chains name files with passphrases, and these names are kept. Masked are secrets that somebody has written where they do
+not belong, or that drivers of third parties take: in options, addresses, log lines.
 
-Guests write some of these texts. So no pattern tries a character in two ways, or from many places: each begins where it
-cannot begin again (a mark, the end of a name), gives nothing back (`*+`), and whatever follows it is looked at once.
+Guests write some of these texts. So no pattern may backtrack, or match the same text from many places: each begins at a
+place where it cannot begin again (a mark, the end of a name), uses possessive quantifiers (`*+`), and reads whatever
+follows only once.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import string
 from collections.abc import Iterator
 
 MASK = "(masked)"
-_NAME = re.compile(  # from the first secret word in a name to the name's end; `key` is one only where it is all of it
+_NAME = re.compile(  # from the first secret word in a name to the name's end; `key` only counts as a whole name
     r"(?:(?i:pass|pwd|secret|token|credential|api[_-]?key|private[_-]?key)|(?<!\w)(?P<key>key)(?![\w.-]))[\w.-]*+"
 )
-_SIGN = re.compile(r"(\\*+[\"'])?\s*+([=:])(\s*+)")  # after a name, also in JSON that is text within JSON
-_GAP = re.compile(r"(?:\\*+[\"'],)?[ \t]++(?!-)")  # after an option of a command, also in a list of words
-_OPTION_MAX = 40  # characters of its name before the secret word
+_SIGN = re.compile(r"(\\*+[\"'])?\s*+([=:])(\s*+)")  # after a name, also in JSON that is a string within JSON
+_GAP = re.compile(r"(?:\\*+[\"'],)?[ \t]++(?!-)")  # after an option of a command, also in a list of strings
+_OPTION_MAX = 40  # characters of an option's name before the secret word
 _OF_NAMES = f"{string.ascii_letters}{string.digits}_.-"
 _QUOTE = re.compile(r"b?(\\*+)([\"'])")
 _CLOSING = re.compile(r"(?<!\\)(\\*+)([\"'\r\n]|\Z)")
-_PLAIN = re.compile(r"(?:;*+[^\s,|\"';&()]++)++")  # without a `;` at its end
-_PLACE = ("/", "credential:")  # a path, or the name of a credential, is no secret
+_PLAIN = re.compile(r"(?:;*+[^\s,|\"';&()]++)++")  # without a `;` at the end
+_PLACE = ("/", "credential:")  # a path or the name of a credential is not a secret
 _PEM_END = r"-----END [A-Z ]*PRIVATE KEY-----"
-_PEM = re.compile(  # up to its end; where that is missing or far, up to what no key has
+_PEM = re.compile(  # up to the end mark; if that is missing or far away, up to a character that no key has
     rf"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?:(?!-----)[\s\S]){{0,16384}}+{_PEM_END}|[A-Za-z0-9+/=:,\s\\]*+)"
 )
 _PEM_TAIL = re.compile(_PEM_END)
@@ -36,13 +37,13 @@ _PEM_BODY = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\
 _RULES = (
     (_PEM, MASK),
     (re.compile(r"(?<=[A-Za-z0-9+.-])://[^/\s\"']+@"), f"://{MASK}@"),  # RFC 3986, userinfo
-    (re.compile(r"\bAQ[A-Za-z0-9+/]{36}=="), MASK),  # a key of Ceph: 28 bytes, of which the first ones tell its kind
+    (re.compile(r"\bAQ[A-Za-z0-9+/]{36}=="), MASK),  # a Ceph key: 28 bytes, the first of which give its type
     (re.compile(r"(?i)(\bauthorization:\s*+)[^\r\n]++"), rf"\1{MASK}"),
 )
 
 
 def scrub(text: str) -> str:
-    """Return a text without what looks like a secret."""
+    """Return a text with everything masked that looks like a secret."""
     text = _without_rest_of_key(text)
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
@@ -50,7 +51,7 @@ def scrub(text: str) -> str:
 
 
 def _without_rest_of_key(text: str) -> str:
-    """Mask a key of which the text has only the end, as it may be the end of a log."""
+    """Mask a key of which the text has only the end, as the text may be the end of a log."""
     end = _PEM_TAIL.search(text)
     if end is None or _PEM.search(text, 0, end.start()):
         return text
@@ -58,7 +59,7 @@ def _without_rest_of_key(text: str) -> str:
 
 
 def _without_values(text: str) -> str:
-    """Mask the values of what has the name of a secret."""
+    """Mask values that follow the name of a secret."""
     pieces = []
     done = 0
     for begin, end in _values(text):
@@ -68,19 +69,19 @@ def _without_values(text: str) -> str:
 
 
 def _values(text: str) -> Iterator[tuple[int, int]]:
-    """Yield where such values begin and end, without their quotes."""
+    """Yield start and end of each value that follows the name of a secret, without its quotes."""
     at = 0
     while name := _NAME.search(text, at):
         at = name.end()
         sign = _SIGN.match(text, at)
-        if sign is not None and name["key"] and sign[2] == ":" and not sign[1]:  # "key: " begins sentences
+        if sign is not None and name["key"] and sign[2] == ":" and not sign[1]:  # "key: " also begins sentences
             continue
         gap = sign or (_GAP.match(text, at) if _is_option(text, name.start()) else None)
         if gap is None:
             continue
         quote = _QUOTE.match(text, gap.end())
         begin = quote.end() if quote else gap.end()
-        if text.startswith(_PLACE, begin):  # before anybody looks for its end: many such values may lie in one another
+        if text.startswith(_PLACE, begin):  # before its end is searched for: many such values may be nested
             continue
         if quote:
             at = _end_of_quoted(text, quote)
@@ -91,21 +92,21 @@ def _values(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_option(text: str, at: int) -> bool:
-    """Return whether the secret word here is in the name of a command's option, such as ``--proxy-password``."""
+    """Return whether the secret word at `at` is in the name of a command's option, such as ``--proxy-password``."""
     before = text[max(0, at - _OPTION_MAX) : at]
     return before[len(before.rstrip(_OF_NAMES)) :].startswith("-")
 
 
 def _may_be_plain(sign: re.Match[str]) -> bool:
-    """Return whether what follows this sign is a value also without quotes."""
+    """Return whether a text without quotes after this sign is a value, too."""
     return not sign[1] and (sign[2] == "=" or bool(sign[3]))
 
 
 def _end_of_quoted(text: str, quote: re.Match[str]) -> int:
-    """Return where a value in quotes ends: at its quote, or at the line's end where that is missing.
+    """Return where a quoted value ends: at its closing quote, or at the end of the line if that is missing.
 
-    Each level of text within text doubles backslashes and puts one before a quote, so their number tells which quote
-    is of the value's own level.
+    Each level of strings within strings doubles the backslashes, and puts one before each quote. So their number shows
+    which quote is on the value's own level.
     """
     own = len(quote[1])
     for end in _CLOSING.finditer(text, quote.end()):

@@ -1,6 +1,6 @@
-"""Looks at the service: whether it answers, why it does not, what it has left; and takes what it says of its disks.
+"""Looks at the service: whether it answers, why not, which resources it has left, and what it says about its disks.
 
-Must not order anything, nor wait for a service that does not answer.
+Must not give an order, nor wait for a service that does not answer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PROC = Path("/proc")
 def look(control: str, place: Place = DOM0) -> Result:
     """Return whether the service answers on this socket.
 
-    The data are what is known of it: `service`, as it answers `ping`, or as far as its process shows it, and `disks`,
-    as it describes them, None where it did not. No data: nothing is known.
+    The result's data are a dictionary: `service`, its answer to `ping`, or as much of it as its process shows; `disks`,
+    its answer to `status`, None if there was none. The data are None if nothing is known.
     """
     service: dict[str, Any] | None = None
     try:
@@ -43,7 +43,7 @@ def look(control: str, place: Place = DOM0) -> Result:
         finding, shown = _why_not(control, problem, place)
         known = service if service and service["host"] else shown
         return Result([finding], {"service": known, "disks": None} if known else None)
-    if not service["host"]:  # it is of a version that does not tell
+    if not service["host"]:  # it is of a version that does not say
         service = {**service, **_shown_by(service["pid"])}
     found = [ok("service", f"version {service['version']}, process {service['pid']}, answers")]
     found += [*descriptors(service["pid"]), *look_at_walls(disks)]
@@ -51,7 +51,7 @@ def look(control: str, place: Place = DOM0) -> Result:
 
 
 def descriptors(pid: int, proc: Path = _PROC) -> list[Finding]:
-    """Return how many descriptors the service has left, and systemd for it."""
+    """Return findings about the descriptors that the service has left, and systemd's store for it."""
     try:
         used = sum(1 for _ in (proc / str(pid) / "fd").iterdir())
         limits = (proc / str(pid) / "limits").read_text()
@@ -73,7 +73,7 @@ def descriptors(pid: int, proc: Path = _PROC) -> list[Finding]:
 
 
 def _why_not(control: str, problem: ServiceError, place: Place) -> tuple[Finding, dict[str, Any] | None]:
-    """Return why the service does not answer, as the socket, its process and systemd tell it; and what they know."""
+    """Return why the service does not answer, from its socket, its process and systemd; and what its process shows."""
     try:
         with socket.socket(socket.AF_UNIX) as near:
             near.settimeout(ANSWER_S)
@@ -95,7 +95,7 @@ def _why_not(control: str, problem: ServiceError, place: Place) -> tuple[Finding
 
 
 def _shown_by(pid: int, proc: Path = _PROC) -> dict[str, Any]:
-    """Return what a service's command line says of where it gets things from; else they are the default's."""
+    """Return the host and xenstore that a service's command line names, or else the defaults."""
     try:
         words = (proc / str(pid) / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
     except OSError:
@@ -135,7 +135,7 @@ def _not_running(control: str, unit: Mapping[str, str], place: Place) -> Finding
 
 
 def look_at_walls(disks: list[dict[str, Any]]) -> list[Finding]:
-    """Return which walls are missing around workers, the same ones of many disks once."""
+    """Return which walls are missing around workers; the same wall for the same reason is named once."""
     missing: dict[str, list[str]] = {}
     for known in disks:
         for wall, why in known["no_walls"].items():

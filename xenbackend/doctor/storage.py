@@ -1,9 +1,9 @@
-"""Looks at what a chain is made of: whether files are there, who has them, and whether servers and clusters answer.
+"""Looks at the storage of a chain: whether its files exist, who uses them, and whether servers and clusters answer.
 
-Must not take a lock or a claim, write, or say anything to a server: it is connected to, and left.
+Must not take a lock or a claim, write, or send anything to a server: a connection is made and closed again.
 
-NBD servers and monitors of Ceph forget a connection that says nothing; `qemu-nbd` ends with its last client only once
-that has negotiated (qemu-nbd.c, `nbd_client_closed`).
+NBD servers and monitors of Ceph forget a connection on which nothing was sent; `qemu-nbd` ends with its last client
+only if that has negotiated (qemu-nbd.c, `nbd_client_closed`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MONITOR_PORTS = (3300, 6789)  # of Ceph: msgr2, msgr1
 
 
 def probes(disk: str, chain: str, *, read_only: bool) -> Iterator[Probe]:
-    """Yield a look for each file and each server that the chain of a disk names; its own worker may have them."""
+    """Yield a look for each file and each server that a chain names; the worker of `disk` itself may use them."""
     try:
         spec = parse_chain(chain)
     except ChainError as error:
@@ -56,7 +56,7 @@ def _looks(
     layer: LayerSpec, access: locks.Access | None, owner: str
 ) -> Iterator[tuple[str, str, Callable[[], Finding]]]:
     options = layer.options
-    makes = bool(getattr(layer.driver, "keeps_writes", False)) or layer.driver.name == "log"  # a file that is made
+    makes = bool(getattr(layer.driver, "keeps_writes", False)) or layer.driver.name == "log"  # creates its own file
     for file in files_of(options).values():
         yield file, "file", partial(look_at_file, file, access, owner, may_be_missing=makes)
     for file in key_files_of(options).values():
@@ -72,9 +72,13 @@ def _about(look: Callable[[], Finding], disk: str) -> Result:
 
 
 def look_at_file(path: str, access: locks.Access | None, owner: str = "", *, may_be_missing: bool = False) -> Finding:
-    """Return whether a file or device is there, and who else has it; `access` is what would be done with it.
+    """Return whether a file or device exists, and who else uses it.
 
-    `owner` is the disk whose own worker may have it.
+    Args:
+        path: of the file.
+        access: what would be done with it; None: its users do not matter.
+        owner: the disk whose worker may use it.
+        may_be_missing: the driver creates it when it is needed.
     """
     shown, ls = printable(path), f"ls -l {shlex.quote(printable(path))}"
     try:
@@ -96,7 +100,7 @@ def look_at_file(path: str, access: locks.Access | None, owner: str = "", *, may
 
 
 def _open(path: str) -> int | None:
-    """Return a descriptor of a file or block device; None of anything else, which to open may already do something.
+    """Return a descriptor of a file or block device; None for anything else, since opening that may have effects.
 
     Raises: OSError.
     """
@@ -125,7 +129,7 @@ def _who_has(fd: int, shown: str, access: locks.Access | None, owner: str) -> Fi
 
 
 def look_at_key(path: str) -> Finding:
-    """Return whether the file of a passphrase can be used, without a look at what is in it."""
+    """Return whether the file of a passphrase can be used, without reading it."""
     shown = printable(path)
     try:
         status = Path(path).stat()
@@ -139,7 +143,7 @@ def look_at_key(path: str) -> Finding:
 
 
 def look_at_server(endpoint: Endpoint) -> Finding:
-    """Return whether somebody listens there."""
+    """Return whether a server listens at an endpoint."""
     if endpoint.path:
         return _look_at_socket(endpoint.path)
     try:
@@ -150,7 +154,7 @@ def look_at_server(endpoint: Endpoint) -> Finding:
 
 
 def _look_at_socket(path: str) -> Finding:
-    """Look whether somebody listens at a socket, by the kernel's table: a server is not bothered."""
+    """Return whether a server listens at a socket, from the kernel's table, so that the server is not disturbed."""
     shown = printable(path)
     listens = f"ss -xl | grep -F {shlex.quote(shown)}"
     try:
@@ -166,13 +170,13 @@ def _look_at_socket(path: str) -> Finding:
 
 
 def _listening(table: str) -> set[str]:
-    """Return the paths of sockets that listen. Source: proc_net_unix(5)."""
+    """Return the paths of listening sockets. Source: proc_net_unix(5)."""
     rows = [line.split(maxsplit=7) for line in table.splitlines()[1:]]
     return {row[7] for row in rows if len(row) == 8 and int(row[3], 16) & _LISTENS}
 
 
 def look_at_cluster(account: Account) -> Finding:
-    """Return whether a monitor of a cluster is reached; the key is not told."""
+    """Return whether a monitor of a cluster can be reached; the key is not used."""
     try:
         monitors = monitors_of(read_settings(account)["mon_host"])
     except DriverError as error:
@@ -195,7 +199,7 @@ def look_at_cluster(account: Account) -> Finding:
 
 
 def monitors_of(text: str) -> list[tuple[str, int]]:
-    """Return where monitors are, of Ceph's ``mon_host`` with addresses in it; each port that they may have."""
+    """Return host and port of the monitors in Ceph's ``mon_host``; without a port, all ports that they may have."""
     found = []
     for each in text.replace("[v", "v").replace(" ", ",").split(","):
         place = each.strip().rpartition("/")[0] or each.strip()

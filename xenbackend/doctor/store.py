@@ -1,6 +1,6 @@
-"""Looks at xenstore: whether it answers, and what stands there about disks of ours, for when no service tells.
+"""Looks at xenstore: whether it answers, and what it has about our disks, in case no service answers.
 
-Must not write a node, nor set a watch.
+Must not write a node or set a watch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Known = dict[str, Any]
 
 
 def look(address: str, settings: Settings, wanted: DiskName | None, place: Place = DOM0) -> Result:
-    """Return whether xenstore answers; the data are what stands there of our disks, or of the one that is wanted.
+    """Return whether xenstore answers. The result's data are a record for each of our disks, or for the `wanted` one.
 
-    `address` is xenstore's, empty: found as its own tools do.
+    `address` is that of xenstore; if it is empty, it is found as xenstore's own tools do.
     """
     try:
         with Store(address or find_address(), timeout_s=ANSWER_S) as store:
@@ -64,7 +64,7 @@ def _disks(store: Store, domid: int, settings: Settings, wanted: DiskName | None
 
 
 def paths(store: Store, domid: int, kinds: Collection[str]) -> Iterator[VbdPath]:
-    """Yield the disks that toolstacks have made for our domain, `domid`. Raises: StoreError."""
+    """Yield the disks that toolstacks have created for our domain, `domid`. Raises: StoreError."""
     home = f"{domain_path(domid)}/backend"
     for kind in kinds:
         for guest in store.directory(f"{home}/{kind}"):
@@ -75,7 +75,7 @@ def paths(store: Store, domid: int, kinds: Collection[str]) -> Iterator[VbdPath]
 
 
 def _disk(store: Store, path: VbdPath, guest: str, scripts: Collection[str]) -> Known:
-    """Return what stands in xenstore of one disk, under the names that `status` has for it."""
+    """Return what xenstore has about one disk; keys that `status` has, too, have the same names."""
     keys = store.read_many(path.backend, _KEYS)
     chain = mistake = ""
     read_only = None
@@ -89,7 +89,7 @@ def _disk(store: Store, path: VbdPath, guest: str, scripts: Collection[str]) -> 
         frontend = frontend_path(path, keys)
         theirs = store.read_optional(f"{frontend}/state") if frontend else None
     except (ConfigError, StoreError):
-        theirs = None  # the mistake says so
+        theirs = None  # `mistake` is about that
     return {
         "vbd": path.disk,
         "node": str(path),
