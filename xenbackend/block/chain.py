@@ -1,12 +1,12 @@
-"""An open chain: opened from the bottom up, wired, closed from the top down.
+"""An open chain: opened from the bottom up, wired together, closed from the top down.
 
 Must not do I/O of its own, nor know a driver by name.
 
     text ── parse_chain ── ChainSpec ── open_chain ── Chain
             nothing opened              source, its parents, then the filters upward
 
-Wiring: a layer that does not look at completions is not on their way up, and a filter that does not look at requests
-is not on their way down; so what does nothing costs nothing.
+Wiring: completions bypass a layer that has no `on_complete`, and requests bypass a filter that does not override
+`submit`. So a layer costs nothing in a direction in which it does nothing.
 """
 
 from __future__ import annotations
@@ -27,29 +27,28 @@ from xenbackend.errors import DriverError
 
 __all__ = ["Chain", "ChainSpec", "LayerSpec", "MakeEnv", "OpenLayer", "open_chain", "parse_chain"]
 
-Contain = Callable[[Exception, list[Request]], None]  # an exception of a layer, and what it had been given
+Contain = Callable[[Exception, list[Request]], None]  # takes a layer's exception, and the batch it had been given
 
 
 class Chain:
-    """An open chain: submit requests to the top, get them back by `complete`.
+    """An open chain: requests are submitted to its top layer, and come back by `complete`.
 
-    `layers` has the guest's end first and ends with the source's parents. `submit` may be kept: it stays the same but
-    for `time` and `untime`.
-    `geometry` is what the guest's end has.
+    `layers` begins with the guest's end and ends with the source's parents. `geometry` is that of the guest's end.
+    A caller may keep a reference to `submit`: only `time` and `untime` change it.
     """
 
     def __init__(self, layers: Sequence[OpenLayer], *, read_only: bool, checked: bool = False) -> None:
         self.layers = tuple(layers)
         self.geometry = _announced(self.layers[0].geometry, read_only=read_only)
         self._plain = self._stack = _with_checks(self.layers) if checked else [each.driver for each in self.layers]
-        self._shortened: list[Driver] = []  # whose `submit` is that of the layer below
+        self._shortened: list[Driver] = []  # filters whose `submit` was replaced by that of the layer below
         self._wire_down()
-        self.contain: Contain | None = None  # D8; set it before `complete`
+        self.contain: Contain | None = None  # D8; must be set before `complete` is
         self.submit: Callable[[list[Request]], None] = self._stack[0].submit
 
     @property
     def complete(self) -> Complete:
-        """Where finished requests go; set it before the first submit."""
+        """The function that finished requests are given to; must be set before the first `submit`."""
         return self._stack[0].complete
 
     @complete.setter
@@ -60,33 +59,36 @@ class Chain:
                 complete = _guarded(driver.on_complete, self.contain) if self.contain else driver.on_complete
 
     def time(self) -> list[Timed]:
-        """Measure each layer from now on, until `untime`; in their order. What is in flight goes on."""
+        """Measure each layer until `untime`, and return the timers, the top layer's first.
+
+        Requests that are in flight go on undisturbed.
+        """
         timers = [Timed(each.text) for each in self.layers]
         above = {id(each.driver): timer for each, timer in zip(self.layers, timers, strict=True)}
         self._rewire([each for driver in self._plain for each in (above.get(id(driver)), driver) if each is not None])
         return timers
 
     def untime(self) -> None:
-        """Measure no more: the chain is as it was. A timer passes on what a layer still gives back to it."""
+        """Take the timers out of the chain. A timer still passes on the requests that come back to it."""
         self._rewire(self._plain)
 
     def control(self, layer: str, verb: str, arguments: Sequence[str]) -> bytes:
-        """Do an operator's verb at a layer, named by its driver or its index from the top. Raises: DriverError."""
+        """Execute an operator's verb on a layer, named by its driver or its index from the top. Raises: DriverError."""
         return self._find(layer).control(verb, arguments)
 
     def figures(self) -> list[int]:
-        """Return what the layers count, in their order and that of their names."""
+        """Return the layers' figures in one list: by layer from the top, then in the order of `Driver.figures`."""
         return [value for each in self.layers for value in each.driver.figures().values()]
 
     def release(self) -> None:
-        """Have every layer pass on what it holds back, since somebody waits until nothing is in flight."""
+        """Have every layer pass on the requests that it holds back: somebody waits until nothing is in flight."""
         for each in self.layers:
             each.driver.release()
 
     def blame(self, error: BaseException) -> str:
-        """Return the text of the layer that an exception came out of (D8), or nothing where it was none of them."""
+        """Return the text of the layer that raised an exception (D8), or an empty text if none of them did."""
         owners: dict[int, str] = {}
-        for each in self.layers:  # downward: what a layer forwards to belongs to the lowest that does
+        for each in self.layers:  # downward: an object that several layers forward to belongs to the lowest of them
             owners[id(getattr(each.driver.submit, "__self__", None))] = each.text
             owners[id(each.driver)] = each.text
         found = ""
@@ -97,12 +99,12 @@ class Chain:
         return found
 
     def close(self) -> None:
-        """Close every layer, the top one first; nothing is in flight. Raises: what the first that failed raised."""
+        """Close every layer, the top one first; nothing is in flight. Raises: the first exception of a layer."""
         failure: Exception | None = None
         for driver in self._stack:
             try:
                 driver.close()
-            except Exception as error:  # the layers below must be closed all the same
+            except Exception as error:  # the layers below must be closed nevertheless
                 failure = failure or error
         if failure:
             raise failure
@@ -118,7 +120,7 @@ class Chain:
         self.submit = stack[0].submit
 
     def _wire_down(self) -> None:
-        """Set `next` from the bottom up, so that what a filter passes on to is already the shortest way."""
+        """Set `next` from the bottom up, so that the `submit` of each lower layer is already the shortest way down."""
         for upper, lower in reversed(list(zip(self._stack, self._stack[1:], strict=False))):
             upper.next = lower
             if type(upper).submit is Filter.submit and "submit" not in vars(upper):
@@ -138,10 +140,10 @@ class Chain:
 
 
 def _guarded(on_complete: Complete, contain: Contain) -> Complete:
-    """Return `on_complete` with its exceptions handed to `contain`, together with what it was given."""
+    """Return `on_complete`, wrapped so that `contain` gets its exceptions together with the batch it was given."""
 
     def guarded(batch: list[Request]) -> None:
-        given = batch[:]  # the list is the layer's from now on
+        given = batch[:]  # the list itself belongs to the layer from now on (D2)
         try:
             on_complete(batch)
         except Exception as bug:
@@ -159,15 +161,15 @@ def open_chain(
     checked: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Chain:
-    """Open a chain. On any failure everything that was opened is closed again, in reverse order.
+    """Open a chain. If anything fails, close everything that was opened, in reverse order.
 
     Args:
-        spec: what to open.
+        spec: the chain to open.
         make_env: called once for each layer and each parent.
-        read_only: nothing may be altered.
+        read_only: no layer may alter anything.
         shareable: others may write to the source's image, too.
-        checked: put the asserting layer between all layers; never in production.
-        sleep: waits before a layer whose opening ended with EIO is tried again.
+        checked: put the asserting layer (`block.checked`) between all layers; never in production.
+        sleep: waits for so many seconds before a layer that could not be opened because of EIO is tried again.
 
     Raises: DriverError, which names layer, option and file.
     """
@@ -188,14 +190,14 @@ def open_chain(
 
 
 def _announced(top: Geometry, *, read_only: bool) -> Geometry:
-    """Return what the guest is told: of a disk that is only read, nothing that alters it, whatever its layers can."""
+    """Return the geometry for the guest: if the disk is read-only, without discards, whatever its layers can do."""
     if not (read_only or top.read_only):
         return top
     return replace(top, read_only=True, can_discard=False, discard_granularity=0, discard_alignment=0)
 
 
 def _with_checks(layers: Sequence[OpenLayer]) -> list[Driver]:
-    """Return the drivers with an asserting layer above each."""
+    """Return the drivers, with an asserting layer above each one."""
     stack: list[Driver] = []
     above = "the caller"
     for each in layers:

@@ -1,41 +1,42 @@
-"""The contract between layers: what a block driver is, and the bases that its author may start from.
+"""The contract between layers: what a block driver is, and the base classes that a driver's author may build on.
 
 Must not build chains, parse text, or open a file.
 
 Life of a driver:
 
-    options parsed ── the chain can still be refused with nothing touched
+    options parsed ── the chain can still be refused, and nothing has been touched
       │
-    open      the source first, then its parents one by one (read-only), then the filters upward;
-      │       each sees the geometry of the layer below before it answers with its own
-    submit / complete        any number; never more in flight than the rings hold
+    open      the source first, then its parents one by one (read-only), then the filters from the bottom up;
+      │       each layer sees the geometry of the layer below before it returns its own
+    submit / complete        any number of times; never more requests in flight than the rings hold
       │
-    (drained: nothing in flight)
+    (nothing is in flight any more)
       │
     close     the top layer first
 
 Rules, numbered so that tests and messages can name them:
 
-D1  A request is lent from `submit` until `complete`; each is given back exactly once, with `status >= 0`.
-D2  Lists are never empty and belong to the callee after the call: look before you pass on.
+D1  A request is lent from `submit` until `complete`. Each one is given back exactly once, with `status >= 0`.
+D2  Lists of requests are never empty, and belong to the callee after the call: read one before you pass it on.
 D3  `submit` does not sleep. Slow calls go through `env.files` or `env.run_in_thread`; memory copies and page-cache
     reads are not slow. (`sync:` breaks this rule on purpose and says so.)
-D4  Requests in flight are unordered. FLUSH covers the writes that were *completed* before it was submitted.
-D5  `complete` may be called from inside `submit`. The engine never submits from `complete`; a filter may send
-    its own further steps down from `on_complete`, boundedly many per request.
-D6  `status` is 0 or a positive errno; EOPNOTSUPP means "this layer never does this operation", IMAGE_DAMAGED
-    that a write would destroy more of its image, and nothing was written: the disk pauses, whatever the policy says;
-    CACHE_LOST that only a file has what was answered, and cannot be used now: it waits, whatever the policy says;
-    AWAY that the layer's server is away, so that nobody knows whether it was done: it waits, and comes again.
-D7  The bytes under `iov` may belong to a guest and change while you look. Copy before you check.
-D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and
-    what the layer still holds of the batch ends with EIO. Expected failures are a `status`. So is one out of a callback
-    that a layer gave to its `Env`; a layer whose callbacks fail again and again is stopped, and the disk pauses.
+D4  Requests in flight are unordered. A FLUSH covers the writes that were *completed* before it was submitted.
+D5  `complete` may be called from inside `submit`. The engine never submits from `complete`; a filter may submit
+    further requests of its own from `on_complete`, a bounded number for each request from above.
+D6  `status` is 0 or a positive errno. EOPNOTSUPP means that this layer never does this operation. Three statuses make
+    the disk wait, the first two whatever the policy says. IMAGE_DAMAGED: the write would have destroyed more of the
+    image, and nothing was written. CACHE_LOST: only a cache file has data that were answered, and it cannot be used
+    now. AWAY: the layer's server is away, so nobody knows whether the request was done; it will be submitted again.
+D7  The bytes under `iov` may belong to a guest, which can change them while you look. Copy before you check.
+D8  An exception out of `submit` or `on_complete` is a bug of that layer: it is logged with the layer's name, and the
+    requests of the batch that the layer still holds end with EIO. An exception out of a callback that the layer gave
+    to its `Env` is a bug, too: if a layer's callbacks keep failing, none of them is called any more, and the disk
+    pauses. Report a failure that can be expected as a `status`.
 D9  Bytes are the only unit.
 D10 Every layer has exactly one layer above it.
-D11 The process may be killed between any two instructions, and what was in flight comes again to its successor: what
-    was given back with status 0 must be kept by something that outlives the process (a file, `env.memory`), and to do
-    a request twice must be the same as to do it once.
+D11 The process may be killed between any two instructions, and its successor gets the requests that were in flight
+    again. So data that were given back with status 0 must be in something that outlives the process (a file,
+    `env.memory`), and doing a request twice must have the same effect as doing it once.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from xenbackend.block.env import Env as Env  # noqa: PLC0414 - whoever writes a driver imports all of it from here
+from xenbackend.block.env import Env as Env  # noqa: PLC0414 - the author of a driver imports everything from here
 from xenbackend.block.extents import Extent, Kind
 from xenbackend.block.files import File as File  # noqa: PLC0414
 from xenbackend.block.files import FileFacts as FileFacts  # noqa: PLC0414
@@ -59,16 +60,16 @@ from xenbackend.errors import DriverError
 
 API = 2  # the version of this contract; a third party's driver names the one it was written for
 
-# What a driver may need beside what `Env.files` opens: to read the files that anybody may; connections by IP; what
-# Ceph's library asks the kernel for.
+# What a driver may need in addition to the files that `Env.files` opens. "files": it reads files that everybody may
+# read. "network": it makes connections by IP. "ceph": the system calls of Ceph's libraries.
 NEEDS = {"ceph", "files", "network"}
 
-Look = Callable[[int, int], bytes]  # offset and length in bytes: what the layer below has there. Raises: OSError
+Look = Callable[[int, int], bytes]  # (offset, length) in bytes: reads from the layer below. Raises: OSError
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a layer tells the layer above it: sizes in bytes, and what it can do."""
+    """What a layer tells the layer above it about its disk: sizes in bytes, and which operations it can do."""
 
     size: int
     sector_size: int = 512
@@ -77,10 +78,10 @@ class Geometry:
     can_discard: bool = False
     discard_granularity: int = 0
     discard_alignment: int = 0
-    physical_sector_size: int = 0  # what the medium writes at once, as far as it is known; never less than a sector
+    physical_sector_size: int = 0  # the medium's unit of writing, if known; at least `sector_size` once constructed
 
     def __post_init__(self) -> None:
-        """Let a layer that knows nothing of the medium leave it out."""
+        """Raise `physical_sector_size` to `sector_size`, so that a layer may leave it out if it does not know it."""
         object.__setattr__(self, "physical_sector_size", max(self.physical_sector_size, self.sector_size))
 
 
@@ -97,113 +98,121 @@ class NoOptions:
 
 
 class Driver:
-    """A layer of a chain: either a source (holds data) or, as a `Filter`, in front of another layer.
+    """A layer of a chain: a source, which holds data, or a `Filter`, which is in front of another layer.
 
-    Subclasses set `name`, may declare an `Options` dataclass (`xenbackend.block.options`), and write `open`, `submit`
-    and `close`. A layer that wants to see what the layer below gives back also writes `on_complete`; where it is
-    absent the chain wires the layer below straight to this layer's own `complete`.
+    Subclasses set `name`, may declare an `Options` dataclass (`xenbackend.block.options`), and implement `open`,
+    `submit` and `close`. A layer that wants to see the requests that the layer below gives back also implements
+    `on_complete`; without it, the chain connects the layer below directly to this layer's own `complete`.
     """
 
     name: ClassVar[str] = ""
     api: ClassVar[int] = API
     is_filter: ClassVar[bool] = False
-    reading: ClassVar[frozenset[str]] = frozenset()  # verbs of `control` that only read: whoever polls gives no orders
+    reading: ClassVar[frozenset[str]] = frozenset()  # verbs of `control` that only read, and so count as no orders
     Options: ClassVar[type] = NoOptions
-    needs: ClassVar[frozenset[str]] = frozenset()  # of NEEDS: what the worker's walls leave open; all else is refused
+    needs: ClassVar[frozenset[str]] = frozenset()  # a subset of NEEDS: what the worker's walls leave open for it
 
     def __init__(self, options: Any) -> None:
         """Keep the parsed options; nothing is opened yet."""
         self.options = options
         self.env: Env  # set by the chain before `open`
-        self.next: Driver | None = None  # set by the chain before `open`: the layer below, or later the parent
-        self.below: Geometry | None = None  # set by the chain with it: what that layer answered
-        self.parent: ParentRef | None = None  # set by `open` when the image says that it has one
+        self.next: Driver | None = None  # set by the chain: the layer below before `open`, or a parent after it
+        self.below: Geometry | None = None  # set by the chain together with `next`: the geometry of that layer
+        self.parent: ParentRef | None = None  # set by `open` if the image names a parent
         self.complete: Complete = _not_wired
 
     on_complete: Complete | None = None
 
     @classmethod
     def prepare(cls) -> None:
-        """Load what cannot be loaded behind walls, nor in the process that workers are forked from: a library.
+        """Load what can be loaded neither behind the walls nor in the zygote, such as a shared library.
 
-        Called once in a worker whose chain has a driver with `needs`, before its walls go up; elsewhere never. Raises:
-        DriverError, which is nobody's business before `open` finds the same.
+        Called once in a worker whose chain has a driver with `needs`, before its walls go up, and nowhere else.
+
+        Raises: DriverError. The caller ignores it, since `open` will fail for the same reason.
         """
 
     def open(self, env: Env) -> Geometry:
-        """Open what this layer stands for. Raises: DriverError, or OSError with the errno of the call that failed."""
+        """Open this layer's image or server, and return its geometry.
+
+        Raises: DriverError, or OSError with the errno of the call that failed.
+        """
         raise NotImplementedError
 
     def check_parent(self, parent: Geometry) -> None:
-        """Look at the parent that the chain opened for `self.parent`. Raises: DriverError to refuse it."""
+        """Check the parent that the chain opened for `self.parent`. Raises: DriverError to refuse it."""
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests; give each back by `self.complete`, now or later."""
+        """Take requests, and give each of them back by `self.complete`, now or later."""
         raise NotImplementedError
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
-        """Yield what this layer has itself of its disk, in order and without gaps; nothing of a parent's.
+        """Yield the extents of this layer's own disk, in order and without gaps; those of a parent are not included.
 
-        For commands that look at images: it may block, and nothing is in flight. By default all of it is data.
+        For commands that look at images: it may block, and nothing is in flight. By default everything is data.
 
         Args:
-            size: bytes of the disk.
-            all_holes: ask the file for holes in all that the image has; else only in images that were made with room
-                for data which are not there yet, as QEMU does.
+            size: size of the disk in bytes.
+            all_holes: look for holes of the file in all data of the image. If false, do so only in images that were
+                made with room for data that are not there yet (preallocated), as QEMU does.
 
-        Raises: DriverError, where a table is damaged; OSError.
+        Raises: DriverError if a table is damaged; OSError.
         """
         yield Extent(0, size, Kind.DATA)
 
     def changes(self, since: str, size: int) -> Iterator[Extent]:
-        """Yield what this layer's disk has got since a snapshot of that name; ABSENT is what has not changed.
+        """Yield the extents of this layer's disk that changed since the snapshot named `since`; the others are ABSENT.
 
-        Otherwise as `extents`. Raises: DriverError, where nothing is known of that.
+        Otherwise like `extents`. Raises: DriverError if the layer cannot know that.
         """
         raise DriverError("it does not know what was changed since a snapshot", layer=self.name, errno=errno.EOPNOTSUPP)
 
     def snapshot(self, name: str) -> None:
-        """Keep what this source's disk holds now, under a name, by its own means; it is in service meanwhile.
+        """Make a snapshot of this source's disk, named `name`, by the source's own means, while it is in service.
 
-        Called from a thread; it may take seconds. Raises: DriverError, also where it has no such means.
+        Called from a thread; it may take seconds. Raises: DriverError, also if the source has no snapshots.
         """
         raise DriverError("it has no snapshots of its own", layer=self.name, errno=errno.EOPNOTSUPP)
 
     def writer(self) -> str:
-        """Return who may write to this source's disk while we, who opened it to be read, have no lock against that.
+        """Return who else may be writing to this source's disk, which we opened for reading and without a lock.
 
-        Empty: nobody can, or nobody knows.
+        Empty if nobody can write to it, or if that is not known.
         """
         return ""
 
     def content(self) -> str:
-        """Return what tells the disk of a source without files from any other; empty: its text does.
+        """Return a text that identifies the disk of a source that has no files; empty if the layer's own text does.
 
-        For a disk on a server: which server and which of its disks, and nothing of how it is used.
+        For a disk on a server it says which server and which of its disks, and nothing about how the disk is used.
         """
         return ""
 
     def identify(self) -> bytes:
-        """Return the UUID by which the image of a child knows this one: 16 bytes, zeros where there is no such thing.
+        """Return the UUID by which a child's image identifies this one as its parent: 16 bytes, all zeros if none.
 
-        Raises: ConfigError, where a child's layer could not open this one.
+        Raises: ConfigError if the layer of a child could not open this image.
         """
         return bytes(16)
 
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
-        """Do what an operator asks of this layer in service. Raises: DriverError for an unknown verb."""
+        """Execute an operator's verb on this layer while it is in service, and return the answer.
+
+        Raises: DriverError, with EOPNOTSUPP for an unknown verb.
+        """
         raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
 
     def release(self) -> None:
-        """Pass on now whatever this layer holds back: somebody waits until nothing is in flight.
+        """Pass on at once all requests that this layer holds back: somebody is waiting until nothing is in flight.
 
-        It may be called again when more has come. Only a layer that holds requests back on purpose has anything to do.
+        May be called again when more requests have come. Only a layer that delays requests on purpose has to do
+        anything here.
         """
 
     def figures(self) -> dict[str, int]:
-        """Return what this layer counts, for `status` and metrics: by names that stay the same while it is open.
+        """Return this layer's figures, for `status` and metrics: name to number, the same names while it is open.
 
-        Numbers from 0 to 2**64 - 1. It is called once a second, and counts for one opening.
+        Numbers are from 0 to 2**64 - 1, and count from when the layer was opened. Called once a second.
         """
         return {}
 
@@ -220,20 +229,20 @@ def _not_wired(batch: list[Request]) -> None:
 
 
 class Filter(Driver):
-    """A layer in front of another one; as it stands it passes everything on."""
+    """A layer in front of another one. This class itself passes everything on."""
 
     is_filter = True
-    is_transparent: bool = False  # what is read from it is what the layer below has
-    may_answer_alone: bool = False  # a write may be answered while only this layer has it
-    keeps_writes: ClassVar[bool] = False  # all that is below is opened for reading only
+    is_transparent: bool = False  # a read returns the data that the layer below has
+    may_answer_alone: bool = False  # a write may be answered while only this layer has its data
+    keeps_writes: ClassVar[bool] = False  # it keeps all writes itself, so the layers below are opened for reading only
 
     def __init__(self, options: Any) -> None:
         """See `Driver`."""
         super().__init__(options)
-        self.look: Look = _not_below  # set by the chain before `open`, and of use in `open` only
+        self.look: Look = _not_below  # set by the chain before `open`; may be called in `open` only
 
     def open(self, env: Env) -> Geometry:
-        """Answer with the geometry of the layer below."""
+        """Return the geometry of the layer below."""
         assert self.below is not None  # noqa: S101 - the chain opens a filter after the layer below it
         return self.below
 
@@ -243,13 +252,14 @@ class Filter(Driver):
 
 
 class SimpleDriver(Driver):
-    """A source that does one request at a time, at once: write `read` and `write`, and `flush` and `discard` if any.
+    """A source that does one request after the other, within `submit`.
 
-    An OSError becomes the request's status, so that an author writes no error handling.
+    A subclass implements `read` and `write`, and `flush` and `discard` if it has any. An OSError that one of them
+    raises becomes the request's status, so the subclass needs no error handling.
     """
 
     def submit(self, batch: list[Request]) -> None:
-        """Do each request, then give all of them back."""
+        """Do each request, then give back all of them."""
         steps = (self.read, self.write, self.flush, self.discard)
         for request in batch:
             try:
@@ -260,26 +270,26 @@ class SimpleDriver(Driver):
         self.complete(batch)
 
     def read(self, request: Request) -> None:
-        """Fill `request.iov` from `request.offset` on. Raises: OSError."""
+        """Fill `request.iov` with the data from `request.offset` on. Raises: OSError."""
         raise OSError(errno.EOPNOTSUPP, "read")
 
     def write(self, request: Request) -> None:
-        """Store `request.iov` from `request.offset` on. Raises: OSError."""
+        """Store the data of `request.iov` from `request.offset` on. Raises: OSError."""
         raise OSError(errno.EOPNOTSUPP, "write")
 
     def flush(self, request: Request) -> None:
-        """Make completed writes durable; a driver without a volatile cache has nothing to do. Raises: OSError."""
+        """Make completed writes durable. A driver without a volatile cache need not override it. Raises: OSError."""
 
     def discard(self, request: Request) -> None:
-        """Forget the range. Raises: OSError."""
+        """Discard the request's range. Raises: OSError."""
         raise OSError(errno.EOPNOTSUPP, "discard")
 
 
 class BlockingDriver(SimpleDriver):
-    """A `SimpleDriver` whose calls sleep: each request is done on a thread of the worker's pool, in any order."""
+    """A `SimpleDriver` whose methods may sleep: requests are done in threads of the worker's pool, in any order."""
 
     def submit(self, batch: list[Request]) -> None:
-        """Hand each request to a thread, and give it back from the worker's loop."""
+        """Have each request done in a thread, and give it back from the worker's loop."""
         for request in batch:
             self.env.run_in_thread(partial(self._do, request), partial(self.complete, [request]))
 

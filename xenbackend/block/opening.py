@@ -1,6 +1,6 @@
-"""Opening layers: in order, with their parents, tried again where that helps, and taken back on failure.
+"""Opens layers in order, with their parents; tries again where that may help, and closes what is open on failure.
 
-Must not wire layers together beyond what a layer may ask while it is opened.
+Must not wire layers together, except for what a layer may read while it is being opened.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from xenbackend.block.spec import LayerSpec, parse_chain
 from xenbackend.errors import ChainError, DriverError, printable
 
 MAX_PARENTS = 32
-EIO_RETRIES = 10  # as blktap2: storage that is just coming up answers EIO for a while
+EIO_RETRIES = 10  # as in blktap2: storage that is just coming up answers EIO for a while
 EIO_PAUSE = 1.0  # seconds
 SECTOR_SIZES = (512, 1024, 2048, 4096)
-MAX_SIZE = (1 << 63) - 512  # bytes: offsets of files and of requests are signed, with 64 bits
+MAX_SIZE = (1 << 63) - 512  # bytes: offsets in files and requests are signed 64-bit numbers
 _SENTENCES = {
     errno.ENOENT: "there is no file or device {path}",
     errno.ENOTDIR: "{path} leads through something that is no directory",
@@ -38,7 +38,7 @@ _SENTENCES = {
 
 
 class MakeEnv(Protocol):
-    """Makes what a layer gets from its worker; `layer` is unique in the chain, and the same in a successor."""
+    """Makes the `Env` of a layer; `layer` is unique in the chain, and the same in a successor."""
 
     def __call__(self, layer: str, /, *, read_only: bool, shareable: bool) -> Env:
         """Return the layer's `Env`."""
@@ -46,7 +46,7 @@ class MakeEnv(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OpenLayer:
-    """An open layer. `parent_of` is the text of the layer whose image named this one, or nothing."""
+    """An open layer. `parent_of` is the text of the layer whose image names this one as its parent, or empty."""
 
     text: str
     driver: Driver
@@ -55,12 +55,12 @@ class OpenLayer:
 
 
 class Opening:
-    """What has been opened so far, in order, and how to take it back."""
+    """The layers that have been opened so far, in order; `close` closes them again."""
 
     def __init__(self, make_env: MakeEnv, sleep: Callable[[float], None]) -> None:
         self._make_env = make_env
         self._sleep = sleep
-        self.layers: list[OpenLayer] = []  # the source and its parents, as many as could be opened
+        self.layers: list[OpenLayer] = []  # the source and its parents, as far as they could be opened
         self._opened: list[Driver] = []
         self._keys: set[str] = set()
 
@@ -68,7 +68,7 @@ class Opening:
         """Open a source, then its parents for reading, each after the child whose image names it."""
         layers = self.layers
         layers.append(self._open(spec, read_only=read_only, shareable=shareable))
-        seen: set[str] = set()  # of the files of all layers that have a parent; to ask takes a turn of the opener's
+        seen: set[str] = set()  # identities of all layers' files; only if there is a parent: each costs a question
         while (reference := layers[-1].driver.parent) is not None:
             child = layers[-1]
             if not seen:
@@ -83,7 +83,7 @@ class Opening:
         return layers[:]
 
     def filter(self, spec: LayerSpec, layers: Sequence[OpenLayer], *, read_only: bool) -> OpenLayer:
-        """Open a filter in front of others, the top one first."""
+        """Open a filter in front of `layers`, whose first one is the top."""
         layer = self._open(spec, below=layers[0], read_only=read_only, look_at=layers)
         if layer.driver.parent is not None:
             raise DriverError("a filter cannot have a parent: it has a layer below it", layer=spec.text)
@@ -92,16 +92,16 @@ class Opening:
     def close(self) -> None:
         """Close what is open, the last one first."""
         for driver in reversed(self._opened):
-            with suppress(Exception):  # the reason why we close is the one to report
+            with suppress(Exception):  # the failure to report is the one because of which we close
                 driver.close()
 
     def _parent(self, spec: LayerSpec, child: OpenLayer, seen: set[str]) -> OpenLayer:
-        """Open a parent; `seen` are the files of its children, none of which may be one of its own, which are added."""
+        """Open a parent. None of its files may be in `seen`, those of its children; they are added to that."""
         try:
             parent = self._open(spec, read_only=True, parent_of=child.text)
         except DriverError as error:
             if error.errno == errno.EBUSY and seen & _identity(child.driver.env.files, error.path):
-                raise _twice(spec, error.path) from error  # it is we who have it locked
+                raise _twice(spec, error.path) from error  # our own child has locked it
             raise
         own = {path: _identity(parent.driver.env.files, path) for path in files_of(parent.driver.options).values()}
         for path, identity in own.items():
@@ -133,7 +133,7 @@ class Opening:
     def _try(
         self, spec: LayerSpec, env: Env, below: OpenLayer | None, look_at: Sequence[OpenLayer]
     ) -> tuple[Driver, Geometry]:
-        """Open a fresh driver until it succeeds or fails with anything but EIO."""
+        """Open a fresh driver, again and again until it succeeds, fails with anything but EIO, or tries run out."""
         for _ in range(EIO_RETRIES):
             try:
                 return _open_once(spec, env, below, look_at)
@@ -144,7 +144,7 @@ class Opening:
         return _open_once(spec, env, below, look_at)
 
     def _key(self, spec: LayerSpec) -> str:
-        """Return a name for a layer that stays when other layers are put before or behind it."""
+        """Return a name for a layer that stays the same when other layers are put above or below it."""
         base = f"{spec.driver.name}-{zlib.crc32(spec.text.encode(errors='surrogateescape')):08x}"
         key, number = base, 1
         while key in self._keys:
@@ -169,7 +169,7 @@ def _open_once(
 
 @contextmanager
 def explained(layer: str, files: dict[str, str]) -> Iterator[None]:
-    """Turn whatever a driver raises into a DriverError that names layer, option and file."""
+    """Turn any exception of a driver into a DriverError that names the layer, the option and the file."""
     try:
         yield
     except DriverError as error:
@@ -192,7 +192,7 @@ def _option_of(files: dict[str, str], path: str) -> str:
 
 
 def _parse_parent(child: str, text: str) -> LayerSpec:
-    """Return the layer that an image names as its parent: one layer and no more, since an image is not trusted."""
+    """Return the layer that an image names as its parent: a single one, since an image is not trusted."""
     try:
         spec = parse_chain(text)
     except ChainError as error:
@@ -208,13 +208,13 @@ def _twice(spec: LayerSpec, path: str) -> DriverError:
 
 
 def _identities(files: Lookup, options: Any) -> set[str]:
-    """Return what tells the files apart that a layer's options name."""
+    """Return the identities of the files that a layer's options name."""
     return {each for path in files_of(options).values() for each in _identity(files, path)}
 
 
 def _identity(files: Lookup, path: str) -> set[str]:
-    """Return what tells a file from any other, if it is there."""
-    with suppress(OSError, DriverError):  # opening it says what is wrong
+    """Return the identity of a file as a set of one, or an empty set if it cannot be looked at."""
+    with suppress(OSError, DriverError):  # opening the file reports what is wrong
         return {files.look(path).identity}
     return set()
 

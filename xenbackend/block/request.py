@@ -1,4 +1,4 @@
-"""What travels through a chain: one `Request` per thing in flight, pooled by whoever lends it.
+"""`Request`, one operation in flight in a chain. The lender keeps a pool of them.
 
 Must not know a segment, a grant, a sector or a file.
 """
@@ -12,14 +12,15 @@ from typing import Any
 
 PENDING = -1  # `Request.status` while it is lent
 _ZEROS = bytes(64 * 1024)
-IMAGE_DAMAGED = errno.ENOTRECOVERABLE  # of a write that would destroy more; no file system returns that
 
-CACHE_LOST = errno.EBADSLT  # what was answered is in a cache alone, which cannot be used now; no file system returns it
-AWAY = errno.ENOLINK  # the server of the disk is away: nothing is known of what was sent, and it is to be sent again
+# Statuses with a meaning of their own (D6); no file system returns the first two.
+IMAGE_DAMAGED = errno.ENOTRECOVERABLE  # the write would have destroyed more of a damaged image; nothing was written
+CACHE_LOST = errno.EBADSLT  # only a cache has data that were answered, and its file cannot be used now
+AWAY = errno.ENOLINK  # the disk's server is away: nobody knows whether it did the request, which has to be sent again
 
 
 class Op(IntEnum):
-    """What a request asks for. A barrier never gets here: the engine lowers it to drain, flush, write, flush."""
+    """The operation of a request. There is no barrier: the engine turns one into drain, flush, write, flush."""
 
     READ = 0
     WRITE = 1
@@ -30,9 +31,9 @@ class Op(IntEnum):
 class Request:
     """One operation in flight, lent downward by `submit` and given back by `complete`.
 
-    Units: `offset` and `length` are bytes, multiples of 512, inside the disk that the layer announced.
-    `iov` holds writable memoryviews of bytes whose lengths add up to `length` (READ, WRITE); empty otherwise.
-    `status` is `PENDING` while lent, then 0 for done or a positive errno.
+    `offset` and `length` are in bytes, multiples of 512, and inside the disk that the layer announced.
+    `iov` holds writable memoryviews of bytes, whose lengths add up to `length` (READ, WRITE); empty otherwise.
+    `status` is `PENDING` while the request is lent, then 0 if it was done, or a positive errno.
     `tag` belongs to the lender; no layer below touches it.
     """
 
@@ -51,7 +52,7 @@ class Request:
 
 
 def clear(iov: Sequence[memoryview]) -> None:
-    """Fill the memory of a request, or the rest of it, with zeros."""
+    """Fill the memory of these views, all or the rest of a request's, with zeros."""
     for view in iov:
         for start in range(0, len(view), len(_ZEROS)):
             piece = view[start : start + len(_ZEROS)]
