@@ -1,58 +1,62 @@
-r"""aio: a raw image file or block device; what is in the file is the disk.
+r"""aio: a raw image file or block device, whose content is the disk.
 
 Synopsis:
     aio:FILE[,cache=on|off][,sector=512|1024|2048|4096][,share=on|off]
 
 Description:
     The source of most chains. Requests go to the kernel asynchronously, many at a time, and bypass the page cache
-    where the file allows it (O_DIRECT); `xenbackend check` shows what was chosen as `mode`.
+    if the file allows it (O_DIRECT); `xenbackend check` shows the choice as `mode`.
 
-    The disk's sectors are the medium's: 512 bytes for a file, and what a block device says, which is 4096 for some
-    ("4Kn"). The guest is also told what the medium writes at once (`physical-sector-size`): a device's own physical
-    sector, or what the file system of a file demands of direct I/O. `sector=512` is for guests that can do with no
-    other sectors, and for disks that were copied from a medium with sectors of 512 bytes: a partition table counts in
-    sectors, and is not understood where they have another size. `sector=4096` is for the opposite.
+    The disk has the sectors of its medium: 512 bytes for a file; for a block device what the device reports, which
+    is 4096 for some ("4Kn"). The guest is also told the unit in which the medium writes (`physical-sector-size`): a
+    device's physical sector, or the alignment that a file's file system demands of direct I/O. Use `sector=512` for a
+    guest that supports no other sectors, and for a disk that was copied from a medium with sectors of 512 bytes: a
+    partition table counts in sectors, and is not understood if they have another size. `sector=4096` is for the
+    opposite case.
 
-    FILE is taken as it stands; write a backslash before `|`, `,` and `\` in it.
+    FILE is taken literally, except that `|`, `,` and `\` need a backslash before them.
 
 Behaviour:
     The image is locked while it is open: one writer, or any number of readers. QEMU's tools see that lock, and theirs
-    is respected: who writes is refused beside any other user, on both sides. As with QEMU's own disks, `qemu-img info
-    -U` and its like read an image that is written to, and of a raw one its readers (`qemu-img convert -f raw`) do not
-    ask: what they see may be half of a change.
+    is respected: neither side can write while anybody else uses the image. As with QEMU's own disks, `qemu-img info
+    -U` and similar commands do read an image that is being written, and readers of a raw image (`qemu-img convert -f
+    raw`) take no lock: what they read may be a half-finished change.
 
-    A block device is refused, too, while the host uses it: mounted, swapped to, below LVM, device mapper or md, by
-    another node, by the kernel's own backend for another guest, or by way of a partition of it or the disk that it is
-    a partition of. While it is served for writing, the host cannot use it so; only that backend does not ask. A file
-    is refused while a loop device over it is used, and a loop device while its file is. The refusal names the user
-    where it can. Nothing is refused for a reader of what cannot be written to, such as an ISO image that is mounted.
+    A block device is also refused while the host uses it: while it is mounted, used for swap, below LVM, device mapper
+    or md, opened by another device node, served to another guest by the kernel's own backend, or used through one of
+    its partitions or through the disk of which it is a partition. While it is served for writing, the host cannot use
+    it in any of these ways; only the kernel's backend does not check. A file is refused while a loop device over it is
+    used, and a loop device while its file is used. The refusal names the user if that is known. A reader is never
+    refused a medium that nobody can write to, such as an ISO image that is mounted.
 
-    `share=on` is for who means it, as the mode `w!` is for a whole disk, and `image convert --overwrite` takes it in
-    the layer, too: the image is opened although the host uses it, and beside others that share it. Others that have
-    locked it against writers are still respected. Two writers of one disk destroy what is on it, unless both know of
-    each other, as a cluster file system does; two of an image with tables, such as QCOW2, do so always.
+    With `share=on` the image is opened although the host uses it, and together with others that share it; so it is
+    with the mode `w!`, which is for a whole disk, and `image convert --overwrite` accepts `share=on` in the layer, too.
+    A lock that somebody else holds against writers is still respected. Two writers destroy a disk unless they know of
+    each other, as the nodes of a cluster file system do; two writers of an image with tables, such as QCOW2, always
+    destroy it.
 
     A flush returns when everything that was written before is durable. A discard punches a hole into a file, or
-    discards on a block device, where the host can; what was discarded from a file reads as zeros. Errors of the host
+    discards on a block device, if the host can do that; what was discarded in a file reads as zeros. The host's errors
     reach the guest.
 
-    Where the disk's sectors are smaller than the medium's own, a write of a part of one of those reads all of it and
-    writes it back. It does so alone: what is in flight ends first, and what comes meanwhile waits. So writes that
-    meet there do not undo one another, but they are slow; guests that align to `physical-sector-size`, as most do,
-    have hardly any. If the power fails during such a write, the other sectors of the same 4096 bytes are at risk,
-    too, though the guest did not write to them just then, unless the device writes all 4096 or nothing; drives that
-    emulate sectors of 512 bytes ("512e") are no different. Of a discard on a device, what fills no whole sector of
-    its own is left as it is.
+    If the disk's sectors are smaller than those of the medium, a write to a part of a medium's sector reads the whole
+    sector and writes it back. It runs alone: requests in flight finish first, and new ones wait. So writes to the same
+    sector do not undo one another, but they are slow; guests that align to `physical-sector-size`, as most do, hardly
+    ever need them. If the power fails during such a write, the other sectors of the same 4096 bytes are at risk, too,
+    although the guest did not write to them, unless the device writes all 4096 bytes or none; drives that emulate
+    sectors of 512 bytes ("512e") are no different. A discard on a device leaves out what does not fill a whole sector
+    of the device.
 
     A file that ends inside a sector is served read-only, with zeros up to the end of that sector. To write to it, make
-    it whole first: `truncate -s %512 FILE`, with the disk's sector instead of 512 where that is larger.
+    the last sector whole first: `truncate -s %512 FILE`, with the disk's sector instead of 512 if that is larger.
 
 Example:
     log:|aio:/srv/images/guest.img
     aio:/dev/nvme1n1,sector=512
 
 Limits:
-    The size is that at opening. Image formats are not looked at: the header of a VHD or QCOW2 file is data here.
+    The size is determined when the disk is opened. Image formats are not recognised: the header of a VHD or QCOW2 file
+    is data here.
 """
 
 from __future__ import annotations
@@ -68,14 +72,14 @@ from xenbackend.block.request import Request
 
 
 class Aio(Driver):
-    """Forwards to the worker's file, and gets out of the way: the layer above calls the file itself."""
+    """Opens a `File`, and then gets out of the way: the layer above calls the file directly."""
 
     name = "aio"
     blocking: ClassVar[bool] = False
 
     @dataclass(frozen=True, slots=True)
     class Options:
-        """What the chain says of the file."""
+        """The options of `aio:` and `sync:`."""
 
         file: FilePath = option("the image file or block device", target=True)
         cache: bool = option("go through the host's page cache", default=False)
@@ -90,7 +94,7 @@ class Aio(Driver):
 
     @property
     def complete(self) -> Complete:
-        """Where finished requests go; the file gives them there directly."""
+        """The function that finished requests are given to; the file calls it directly."""
         return self._complete
 
     @complete.setter
@@ -123,12 +127,12 @@ class Aio(Driver):
         )
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it shows them always
-        """See `Driver`: the file's holes are zeros."""
+        """See `Driver`. The file's holes are zeros."""
         assert self._file is not None  # noqa: S101 - only open layers are asked
         return of_file(self._file, size)
 
     def submit(self, batch: list[Request]) -> None:
-        """Say that the file is not open; `open` puts the file's own `submit` in this place."""
+        """Raise RuntimeError, since the file is not open; `open` replaces this method by the file's own `submit`."""
         raise RuntimeError(f"submitted before the file was open: {batch!r}")
 
     def close(self) -> None:

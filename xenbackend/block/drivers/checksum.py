@@ -1,46 +1,46 @@
-"""checksum: finds blocks that are not as they were written.
+"""checksum: detects blocks whose content is not what was written.
 
 Synopsis:
     checksum:FILE[,block=SIZE]
 
 Description:
     Media lose bits, cables and controllers alter them, and writes land in wrong places, without any error. This layer
-    keeps a sum of each block of the layer below in FILE, and compares it with each block that is read: what does not
-    fit is an error, and never data. FILE is made where it is not there, or is empty.
+    keeps a checksum of each block of the layer below in FILE, and compares it with each block that is read: a block
+    that does not match is an error, and never data. FILE is created if it does not exist or is empty.
 
-    It cannot mend what is wrong: restore the blocks from a backup. dm-integrity does the same for a block device that
-    was made for it; this layer needs nothing of what is below, and can be put over a disk that has data already.
+    The layer cannot repair a wrong block: restore it from a backup. dm-integrity does the same for a block device that
+    was formatted for it; this layer needs nothing of what is below, and can be put over a disk that already has data.
 
 Behaviour:
-    A block whose sum is not known gets one when it is written, or first read: what was there before this layer is taken
-    as it is. A block whose sum is wrong ends its read with EILSEQ, as the policy says for reads (three more tries by
-    default), and so does a write to a part of it. A write to all of it, or a discard, puts it right.
+    A block whose sum is not known gets one when it is written or first read: the data from before this layer are
+    accepted as they are. A read of a block with a wrong sum ends with EILSEQ (the policy for reads applies: by default
+    three more tries), and so does a write to a part of it. A write to all of it, or a discard, makes it valid again.
 
-    Data are copied before their sum is made, both ways, since a guest may alter its pages meanwhile. A write that
-    covers no whole blocks reads the rest of them first; the guest is told of the block as its physical sector.
+    Data are copied before their sum is computed, on reads and writes, since a guest may alter its pages meanwhile. A
+    write to parts of blocks reads the rest of them first; the guest is told the block size as the physical sector size.
 
-    No end of a worker, a service or the host makes rot of what is none. Before the first write to 1024 blocks, those of
-    one page of sums, a log in FILE says that they are in doubt; it takes that back when their data and sums are both
-    durable, and nothing was written there for five seconds. After a power failure the sums in doubt are forgotten, and
-    made anew by the next read. A killed worker's successor, also of another service, has all of them.
+    No crash of a worker, the service or the host makes a sound block look rotten. Before the first write to one of
+    1024 blocks that share a page of sums, a log in FILE marks that page as in doubt; the mark is removed when data and
+    sums are durable, and nothing was written there for five seconds. After a power failure the sums in doubt are
+    forgotten, and made anew by the next read. A killed worker's successor has all sums, also in a new service.
 
-    FILE remembers which image lies below, and the chain is refused over another one. Where the image was changed after
-    FILE was closed, or `set` puts this layer in below a guest that runs, all sums are forgotten, and `status` says so.
+    FILE remembers which image is below, and the chain is refused over another one. If the image was changed after
+    FILE was closed, or if `set` inserts this layer below a running guest, all sums are forgotten, and `status` says so.
 
-    `xenbackend status --json` shows how many blocks were `verified`, `learned` (taken as they were) and are `rotten`;
-    where the first ones are is the fact `rot`.
+    `xenbackend status --json` shows how many blocks were `verified`, how many were `learned` (accepted as they were),
+    and how many are `rotten`; the fact `rot` says where the first of those are.
 
 Example:
     checksum:/srv/sums/guest.sums|aio:/srv/images/guest.img
     log:|checksum:/srv/sums/guest.sums,block=64K|qcow2:/mnt/nfs/guest.qcow2
 
 Limits:
-    A block is as a guest's file system has it, 4 KiB, or a power of two up to 1 MiB. Sums take 1 MiB of memory, and of
-    FILE, for each GiB of disk in blocks of 4 KiB, and never more than 1 GiB. They are CRC-32: of 4 billion damaged
-    blocks one is not found, and nobody who wants to alter a block is kept from doing so unseen. A change of the image
-    within ten seconds after FILE was closed, or of a block device, goes unnoticed, and is rot. The layer below cannot
-    grow while FILE is kept. A read of 4096 bytes costs 5.8 us more than without this layer, in batches of 32 and alone,
-    and 2 us for each further block; a write 9.6 us.
+    A block has 4 KiB, like those of most guests' file systems, or a larger power of two up to 1 MiB. Sums take 1 MiB of
+    memory, and of FILE, for each GiB of disk in blocks of 4 KiB, and never more than 1 GiB. They are CRC-32: one in 4
+    billion damaged blocks goes undetected, and they do not stop anybody who alters a block on purpose. If the image is
+    changed within ten seconds after FILE was closed, or if it is a block device, the change goes unnoticed, and counts
+    as rot. The layer below cannot grow while FILE is kept. A read of 4096 bytes costs 5.8 us more than without this
+    layer, in batches of 32 and alone, and 2 us for each further block; a write costs 9.6 us more.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 
 _MAX_SUMS = 1 << 30  # bytes
-_CLOSING_NS = 10 * 10**9  # in which layers below may write when they are closed after us
-_TRIES = 3  # of a read that a write may have met
-_TOLD = 8  # rotten blocks that are told one by one
+_CLOSING_NS = 10 * 10**9  # after we close FILE the layers below may write for that long, as they are closed later
+_TRIES = 3  # of a read during which a write may have altered the block
+_TOLD = 8  # rotten blocks that are reported one by one
 
 
 class _Own(Request):
-    """A request of ours: for one from above, or on the way to it. `done` is called when it is back.
+    """A request of this layer's own, on behalf of one from above. `done` is called with it when it comes back.
 
-    first, last   blocks that it is about
-    memory        what it is done with, from the beginning of the first one on
-    known         their sums: of a read as it began, of a write as it ends
-    epoch         of a read, as it began (`Sums.epoch`)
-    left          what it waits for, or how often it was tried
+    first, last   the blocks that it covers
+    memory        the copy of their data, from the beginning of `first` on
+    known         their sums: for a read those at its start, for a write those of the new data
+    epoch         for a read: `Sums.epoch` of the blocks at its start
+    left          for a write the number of edge blocks still to be read, for a read the number of tries so far
     """
 
     __slots__ = ("done", "epoch", "first", "known", "last", "left", "memory")
@@ -113,7 +113,7 @@ class Checksum(Filter):
     _sums: Sums
 
     def open(self, env: Env) -> Geometry:
-        """Open FILE, or begin it. Raises: DriverError, OSError."""
+        """Open FILE, or initialise it. Raises: DriverError, OSError."""
         geometry = super().open(env)
         file, changed_at = have(env, self.options.file, read_only=env.read_only)
         self._file = file
@@ -134,7 +134,7 @@ class Checksum(Filter):
         return replace(geometry, physical_sector_size=max(geometry.physical_sector_size, header.block))
 
     def _begin_file(self, file: File) -> Header:
-        """Return the header of FILE, which is begun where it is new. Raises: DriverError, OSError."""
+        """Return the header of FILE, initialising FILE if it is new. Raises: DriverError, OSError."""
         assert self.below is not None  # noqa: S101 - as in `Filter.open`
         base = describe(self.next, self.env.files, with_changes=False)
         wanted = Header(self.below.size, self.options.block, base, os.urandom(16))
@@ -156,7 +156,7 @@ class Checksum(Filter):
         return wanted
 
     def _forget_others(self, closed_ns: int) -> None:
-        """Forget the sums of an image that was changed without this layer since, or below a running guest may be."""
+        """Forget all sums if the image was, or may have been, changed without this layer since FILE was closed."""
         if self._sums.is_left:
             return
         is_changed = changed_ns(self.next, self.env.files) > closed_ns + _CLOSING_NS
@@ -165,7 +165,7 @@ class Checksum(Filter):
             self.env.report("sums", "made anew: the image was changed without this layer")
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests; each goes down as one of ours."""
+        """Take requests; a request of our own goes down for each of them."""
         for request in batch:
             if request.op == Op.FLUSH:
                 own = self._own(Op.FLUSH, 0, 0, self._flushed)
@@ -178,9 +178,9 @@ class Checksum(Filter):
         self._pass_on()
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Go on with what the layer below gives back."""
+        """Continue with requests that the layer below gives back."""
         for own in batch:
-            own.done(own)  # type: ignore[attr-defined]  # nothing else is sent
+            own.done(own)  # type: ignore[attr-defined]  # only requests of our own are sent down
         self._pass_on()
 
     def figures(self) -> dict[str, int]:
@@ -188,7 +188,7 @@ class Checksum(Filter):
         return {"rotten": len(self._rotten), "verified": self._verified, "learned": self._learned}
 
     def close(self) -> None:
-        """Bring the sums into FILE, and close that. Raises: OSError."""
+        """Write the sums to FILE, and close it. Raises: OSError."""
         try:
             if hasattr(self, "_sums"):
                 self._sums.close(writes=not self.env.read_only)
@@ -197,13 +197,13 @@ class Checksum(Filter):
                 self._file.close()
 
     def _from_file(self, batch: list[Request]) -> None:
-        """Go on with what FILE gives back."""
+        """Continue with requests that FILE gives back."""
         for part in batch:
-            self._sums.take(part)  # type: ignore[arg-type]  # nothing else is sent there
+            self._sums.take(part)  # type: ignore[arg-type]  # only parts are sent there
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Send down, and give back, what has come together meanwhile."""
+        """Send down, and give back, the requests that have been collected meanwhile."""
         if self._down:
             down, self._down = self._down, []
             self.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
@@ -222,7 +222,7 @@ class Checksum(Filter):
         self._back.append(request)
 
     def _admit(self, request: Request) -> None:
-        """Begin a request, once there is room for its copy."""
+        """Begin a request, now or as soon as there is room for its copy."""
         if request.op != Op.DISCARD and (self._waiting or not self._has_room_for(request)):
             self._waiting.append(request)
         else:
@@ -232,7 +232,7 @@ class Checksum(Filter):
         return self._copies.have_room(request.length + 2 * self._block)
 
     def _begin(self, request: Request) -> None:
-        """Begin a read, or what alters blocks that nothing else alters now."""
+        """Begin a read, or a write or discard unless another one holds its blocks: then queue it behind that."""
         bits = self._bits
         first, last = request.offset >> bits, (request.offset + request.length - 1) >> bits
         if request.op == Op.READ:
@@ -246,7 +246,7 @@ class Checksum(Filter):
             self._alter(request, first, last)
 
     def _alter(self, request: Request, first: int, last: int) -> None:
-        """Begin to alter blocks, once they are in doubt."""
+        """Begin a write or discard, which goes on as soon as its blocks are in doubt."""
         own = self._own(request.op, first, last, self._altered)
         own.tag = request
         self._holds.add(request.op, first, last)
@@ -274,7 +274,7 @@ class Checksum(Filter):
                 self._write(own)
 
     def _read_edge(self, own: _Own, block: int) -> None:
-        """Read a block of which only a part is written."""
+        """Read a block that the write covers only in part."""
         edge = self._own(Op.READ, block, block, self._edge_read)
         edge.offset = block << self._bits
         edge.length = min(self._block, self._size - edge.offset)
@@ -289,7 +289,7 @@ class Checksum(Filter):
         if not edge.status and known and sum_of(edge.memory, edge.first) != known:
             self._found(edge.first)
             edge.status = errno.EILSEQ
-        own.status = max(own.status, edge.status)  # it is PENDING, which is less
+        own.status = max(own.status, edge.status)  # it begins as PENDING, which is less than 0
         own.left -= 1
         if own.left:
             return
@@ -300,7 +300,7 @@ class Checksum(Filter):
             self._write(own)
 
     def _write(self, own: _Own) -> None:
-        """Send down whole blocks, of which no sum is known until they are back."""
+        """Send down whole blocks; until they are back their sums count as unknown."""
         request: Request = own.tag
         memory, step = own.memory, self._block
         fill(memory, request.offset - own.offset, request.iov)
@@ -320,14 +320,14 @@ class Checksum(Filter):
         self._let_go(own, own.status)
 
     def _heal(self, own: _Own) -> None:
-        """Forget what was found of blocks that were altered as a whole."""
+        """Remove from the rotten blocks those that were just altered as a whole."""
         left = {block for block in self._rotten if not own.first <= block <= own.last}
         if len(left) < len(self._rotten):
             self._rotten = left
             self._tell()
 
     def _let_go(self, own: _Own, status: int) -> None:
-        """Give back a request that alters blocks, and begin what waited for that."""
+        """Give back a write or discard, and begin the requests that waited for its blocks."""
         self._sums.end(own.first, own.last)
         waiting = self._holds.remove(own.op, own.first, own.last)
         if own.op == Op.WRITE:
@@ -356,7 +356,7 @@ class Checksum(Filter):
         self._down.append(own)
 
     def _read(self, own: _Own) -> None:
-        """Verify what was read, and give it back."""
+        """Verify the data that were read, and give the request back."""
         request: Request = own.tag
         status = own.status or self._verify(own)
         if status < 0:
@@ -369,14 +369,14 @@ class Checksum(Filter):
         self._begin_waiting([])
 
     def _verify(self, own: _Own) -> int:
-        """Return 0 where every block is as its sum says, EILSEQ where one is not; -1: a write came by, read again."""
+        """Return 0 if every block matches its sum, EILSEQ if one does not, -1 if a write interfered: read again."""
         memory, step, values = own.memory, self._block, self._sums.values
         is_same = self._sums.epoch(own.first, own.last) == own.epoch
         status = 0
         for block, known in enumerate(own.known, own.first):
             place = (block - own.first) * step
             if not known and not is_same:
-                continue  # what was read may be older than what is there
+                continue  # the data that were read may be older than those there now
             found = sum_of(memory[place : min(place + step, own.length)], block)
             if not known:
                 if self._holds.find(block, block) is None:
@@ -398,7 +398,7 @@ class Checksum(Filter):
             self._tell()
 
     def _tell(self) -> None:
-        """Publish where the rotten blocks are; a medium that falls to pieces is not told block by block."""
+        """Publish where the rotten blocks are; beyond _TOLD of them only when their number is a power of two."""
         count = len(self._rotten)
         if count > _TOLD and count & (count - 1):
             return
@@ -412,7 +412,7 @@ class Checksum(Filter):
         self._end(request, own.status)
 
     def _flush_below(self, done: Done) -> None:
-        """Make durable what the layer below was given, for the sums alone."""
+        """Flush the layer below on behalf of the sums, not of the guest."""
         assert self.below is not None  # noqa: S101 - as in `Filter.open`
         if not self.below.can_flush:
             done(0)

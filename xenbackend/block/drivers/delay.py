@@ -1,22 +1,22 @@
-"""delay: holds requests back for a while before it passes them on.
+"""delay: holds each request back for some time before passing it on.
 
 Synopsis:
     delay:[read=TIME][,write=TIME][,flush=TIME][,discard=TIME][,jitter=TIME][,seed=NUMBER]
 
 Description:
-    Makes a fast disk as slow as the one that a test or a demonstration needs.
+    Makes a fast disk as slow as a test or a demonstration needs it to be.
 
 Behaviour:
-    Each request waits for the time of its operation, plus a random time of up to `jitter`, and then goes down. The
-    waiting requests do not hold up each other, so with `jitter` they change their order. Operations without a time
-    pass at once where there is no jitter. Errors pass unchanged.
+    Each request waits for the time set for its operation, plus a random time of up to `jitter`, and is then passed on.
+    Waiting requests do not hold up one another, so `jitter` changes their order. An operation without a time passes at
+    once if there is no `jitter`. Errors pass unchanged.
 
 Example:
     delay:read=5ms,write=10ms,jitter=2ms|aio:/img
 
 Limits:
-    Latency and not bandwidth is what it changes: any number of requests may wait at the same time. A detach waits for
-    them, but gives up after 30 seconds and kills the worker: what still waits then is lost.
+    It changes latency and not bandwidth: any number of requests may wait at the same time. A detach waits for them, but
+    gives up after 30 seconds and kills the worker; requests that are still waiting then are lost.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from xenbackend.block.options import Duration, option
 from xenbackend.block.request import Request
 from xenbackend.units import format_duration
 
-LONGEST_S = 3600.0  # our choice: no guest waits so long, and a timer must end before its number does
+LONGEST_S = 3600.0  # our choice: no guest waits so long, and the time of a timer must be a finite number
 
 
 class Delay(Filter):
-    """Passes requests on later."""
+    """Passes each request on after a delay."""
 
     name = "delay"
     is_transparent = True
 
     @dataclass(frozen=True, slots=True)
     class Options:
-        """How long each operation waits."""
+        """The options of `delay:`."""
 
         read: Duration = option("time that a read waits", default=0.0)
         write: Duration = option("time that a write waits", default=0.0)
@@ -57,14 +57,14 @@ class Delay(Filter):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Prepare the times by operation."""
+        """Prepare a table of times by operation."""
         options = self.options
         self._times = (options.read, options.write, options.flush, options.discard)
         self._random = Random(options.seed)
         return super().open(env)
 
     def submit(self, batch: list[Request]) -> None:
-        """Send each request down when its time has come; those of the same time stay one batch."""
+        """Send each request down when its time has come; requests with the same delay stay in one batch."""
         groups: dict[float, list[Request]] = {}
         for request in batch:
             wait = self._times[request.op] + self._random.random() * self.options.jitter

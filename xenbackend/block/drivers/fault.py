@@ -1,26 +1,26 @@
-"""fault: ends chosen requests with an error, for tests of what a guest or a layer above does then.
+"""fault: makes chosen requests fail, to test how a guest or a layer above copes with errors.
 
 Synopsis:
     fault:[errno=NAME][,op=OPERATION][,range=START-END][,every=N][,rate=R][,skip=N][,limit=N][,seed=N]
 
 Description:
-    A request that fulfils all conditions ends with `errno` and never reaches the layer below. Without any condition
-    that is every request.
+    A request that fulfils all conditions ends with `errno`, and never reaches the layer below. Without any condition
+    every request does.
 
 Behaviour:
-    `op` and `range` choose which requests match; a flush covers no bytes and matches no range. Of those that match,
-    the first `skip` pass; of the rest every `every`-th is due, counting from the first; a due request fails with the
-    probability `rate`, the same ones for the same `seed`; after `limit` failures everything passes.
+    `op` and `range` decide which requests match; a flush covers no bytes, so it matches no range. The first `skip`
+    requests that match pass. Of the rest, the first one and every `every`-th one after it is due. A due request fails
+    with the probability `rate`; the same `seed` chooses the same requests. After `limit` failures everything passes.
 
-    The control verb `count` answers with the number of requests that failed.
+    The control verb `count` returns the number of requests that failed.
 
 Example:
     fault:errno=ENOSPC,op=write,skip=1000,limit=1|aio:/img
 
 Limits:
-    The error reaches the guest only as far as the protocol can say it: EOPNOTSUPP is told apart, no other one is.
-    A failed flush never reaches the guest: the service pauses the disk for good instead, and answers no flush.
-    `fault:` without conditions does that at the first flush; `op=write`, or any `range`, lets flushes pass.
+    The protocol with the guest distinguishes EOPNOTSUPP from other errors, but not those from one another.
+    A failed flush never reaches the guest: instead the disk pauses until `xenbackend resume`, and no flush is answered.
+    `fault:` without conditions does that at the first flush; with `op=write`, or any `range`, flushes pass.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from xenbackend.block.request import Op, Request
 
 
 class Fault(Filter):
-    """Fails what its options choose and passes on the rest."""
+    """Fails the requests that its options choose, and passes on the others."""
 
     name = "fault"
     is_transparent = True
 
     @dataclass(frozen=True, slots=True)
     class Options:
-        """Which requests fail, and how."""
+        """The options of `fault:`."""
 
         errno: Errno = option("the error to give", default=errno_module.EIO)
         op: Literal["any", "read", "write", "flush", "discard"] = option("the operation that fails", default="any")
@@ -62,7 +62,7 @@ class Fault(Filter):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Start to count."""
+        """Start counting."""
         self._ops = {op.value for op in Op if self.options.op in ("any", op.name.lower())}
         self._seen = 0
         self._failed = 0
@@ -70,7 +70,7 @@ class Fault(Filter):
         return super().open(env)
 
     def submit(self, batch: list[Request]) -> None:
-        """Sort the batch into what passes and what fails."""
+        """Pass on the requests that pass, and give back those that fail."""
         passing: list[Request] = []
         failing: list[Request] = []
         for request in batch:
@@ -83,7 +83,7 @@ class Fault(Filter):
             self.complete(failing)
 
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
-        """Answer `count` with the number of requests that failed."""
+        """Return the number of requests that failed, for the verb `count`."""
         if verb != "count":
             return super().control(verb, arguments)
         return str(self._failed).encode()

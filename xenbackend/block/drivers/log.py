@@ -1,4 +1,4 @@
-"""log: keeps track of what is written; with a file, records every request.
+"""log: tracks which ranges are written; with a file, records every request.
 
 Synopsis:
     log:[FILE][,limit=SIZE][,track=on|off][,granularity=SIZE]
@@ -6,65 +6,69 @@ Synopsis:
 
 Description:
     Remembers which ranges of the disk were written or discarded, so that a copy of the disk can follow it: copy
-    everything once, then again and again what `xenbackend log get` says, until little enough is left. Nothing below
-    has to support it.
+    everything once, then again and again the ranges that `xenbackend log get` prints, until little enough is left. The
+    layers below need no support for it.
 
-    With FILE, every request also leaves a 32-byte record there: when, what, which sectors, how it ended, how long it
-    took. `xenbackend log show FILE` prints the records, chooses among them and sums them up.
+    With FILE, every request also leaves a 32-byte record there: when it was submitted, its operation and sectors, its
+    result and how long it took. `xenbackend log show FILE` prints the records, filters them and sums them up.
 
 Behaviour:
     Tracking begins when the disk is opened, unless `track=off`. A range is marked before its request goes on to the
-    layer below, so a crash leaves at most marks too many, never one too few. A request that fails stays marked:
-    nobody knows what it left on the medium. What is in flight when `get` hands its range out, or when `start` or
-    `clear` begin with an empty map, may reach the medium after somebody has copied it: it is dirty again, for the next
-    sweep. So a last sweep that finds all that is left begins when the guest is paused and nothing is in flight.
+    layer below, so a crash leaves too many marks at most, never one too few. A request that fails stays marked, since
+    nobody knows what it left on the medium. A request that is in flight while `get` returns its range, or while `start`
+    or `clear` begin with an empty map, may reach the medium after somebody has copied that range: the range is marked
+    again, for the next sweep. So begin the last sweep, which must find all that is left, when the guest is paused
+    and nothing is in flight.
 
-    The map lives in memory that the service keeps: it outlives the worker and, where systemd or `xenbackend run --keep`
-    started that, a service that dies or is restarted. It ends with the vbd, when this layer is taken out of the chain,
-    and when the service is stopped. Where the disk goes on being used after that, the new map says that everything is
-    dirty, so that no write is ever missing.
+    The map is in memory that the service keeps. It survives the end of the worker, and also a crash or restart of the
+    service if systemd or `xenbackend run --keep` started that. It ends with the vbd, when this layer is removed
+    from the chain, and when the service is stopped. If the disk is used again after that, the new map marks
+    everything as dirty, so that no write is ever missing.
 
     Reads, flushes and all errors pass through. Without FILE this layer does not look at completions at all: it
-    remembers which requests it passed on, and looks at them when a verb asks for what is in flight.
+    remembers which requests it passed on, and checks those when a verb needs to know what is in flight.
 
     `xenbackend log VERB VBD` knows:
 
-    `start`   tracks from now on; where it was off, with an empty map
-    `stop`    tracks no more; what was found stays
+    `start`   starts tracking, with an empty map if tracking was off
+    `stop`    stops tracking; the dirty ranges are kept
     `peek`    prints the dirty ranges
     `get`     prints the dirty ranges and forgets them, without losing a write in between
     `clear`   forgets the dirty ranges
-    `status`  says whether tracking is on, and how much is dirty at most
+    `status`  prints whether tracking is on, and an upper bound of what is dirty
 
     On the control socket a reply to `peek` and `get` is one page: lines of `FIRST_SECTOR COUNT` in sectors of
-    512 bytes, then `more X` or `end`. After `more X` the same verb with the argument X gives the next page. For
-    `get`, asking for the next page says that this one has arrived: only then is it forgotten for good. Where a
-    reader dies before, the next `get` without an argument has the ranges of that page again, and what was written
-    since. A second reader that begins a sweep takes it away from the first, whose next request is refused. `peek`
-    shows such a page too; each page is of its own moment. A range may be cut where a page ends.
+    512 bytes, then `more X` or `end`. After `more X` the same verb with the argument X returns the next page. With
+    `get`, asking for the next page acknowledges the last one: only then are its ranges forgotten for good. If a
+    reader dies before that, the next `get` without an argument returns the ranges of that page again, together with
+    what was written since. A second reader that begins a sweep takes it away from the first one, whose next request is
+    refused. `peek` also shows ranges that are not acknowledged yet; its pages are not of one moment. A range may be cut
+    at the end of a page.
 
     Records are buffered, and written by a thread when 64 KiB have gathered, after a second, and when the disk is
-    closed. The records of the last second, and of requests in flight, are lost when the worker dies; the next worker
-    overwrites a record that was written by half, and goes on in the same file after a record of its own begin.
-    No fault of the file ever reaches the guest: what the file does not take (no space left) or not in time is dropped
-    and counted; `status` says how much and why, and the file itself says so as soon as it can be written again.
+    closed. If the worker dies, the records of the last second and of requests in flight are lost; the next worker
+    overwrites a record that was cut short, and continues the same file with a record that says when it began.
+    No error of the file ever reaches the guest: records that the file does not accept (no space left), or not in time,
+    are dropped and counted. `status` says how many and why, and the file itself does as soon as it can be written to
+    again.
 
-    At `limit=` bytes the file begins anew, and FILE.1 holds what was before: together they take at most twice the
-    limit.
+    When the file reaches `limit=` bytes, its content is moved to FILE.1, and it begins anew: together they take at most
+    twice the limit.
 
 Example:
     log:|aio:/srv/images/guest.img
     log:/var/log/guest.rec,limit=16M|aio:/srv/images/guest.img
 
 Limits:
-    The map takes up to 256 MiB of the host's memory per TiB of disk in 512-byte pieces, but only for the parts that
-    were written: 4 KiB for 16 MiB. `granularity=4K` takes an eighth of it, and marks 4 KiB for a write of 512 bytes.
-    It never takes more than 257 MiB: a disk of more than 1 TiB is tracked in larger pieces, of 1 KiB up to 2 TiB, of
-    1 MiB up to 2 PiB, whatever `granularity` says; `xenbackend log status` shows what they are.
-    Ranges that are written or discarded as a whole take nothing. `status` counts dirty bytes in steps of 8192 times
-    the granularity. A record holds at most 2 TiB of sectors: a discard of more shows as that much. Two disks must not
-    share one FILE. FILE must not be a symbolic link. Whoever opens the chain makes FILE and FILE.1 where they do not
-    exist, `xenbackend check` too. What a bug of a layer below has lost counts as in flight until the worker ends.
+    The map takes up to 256 MiB of the host's memory per TiB of disk with pieces of 512 bytes, but only for the parts
+    that were written: 4 KiB for 16 MiB. `granularity=4K` takes an eighth of that, and marks 4 KiB for a write of 512
+    bytes. The map never takes more than 257 MiB: a disk of more than 1 TiB is tracked in larger pieces (1 KiB up to
+    2 TiB, 1 MiB up to 2 PiB), whatever `granularity` says; `xenbackend log status` shows their size. Parts that are
+    written or discarded as a whole take no memory. `status` counts dirty bytes in steps of 8192 times the granularity.
+    A record holds at most 2 TiB of sectors: a discard of more shows as that much. Two disks must not share one FILE.
+    FILE must not be a symbolic link. FILE and FILE.1 are created if they do not exist whenever the chain is opened,
+    also by `xenbackend check`. A request that a bug of a layer below has lost counts as in flight until the worker
+    ends.
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, format_size
 
-_PASSED = 8192  # requests remembered before those that came back are forgotten: twice what 8 rings of 512 slots hold
+_PASSED = 8192  # remembered requests after which those that came back are removed: twice 8 rings of 512 slots
 
 
 class Log(Filter):
@@ -113,17 +117,17 @@ class Log(Filter):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Find the map or begin one, and open the file. Raises: DriverError, OSError."""
+        """Find the predecessor's map or begin one, and open the file. Raises: DriverError, OSError."""
         geometry = super().open(env)
         options = self.options
         granularity = fitting(geometry.size, options.granularity)
         memory = env.memory("dirty", memory_size(geometry.size, granularity))
         self._dirty = DirtyMap(memory, geometry.size, granularity, is_tracking=options.track)
         self._is_tracking = self._dirty.is_tracking
-        self._passed: set[Request] = set()  # among them all that changes the disk and is in flight; they are pooled
+        self._passed: set[Request] = set()  # contains all writes and discards in flight; requests are reused
         self._most_passed = _PASSED
         if self._dirty.is_fresh and env.resumes and self._is_tracking:
-            self._dirty.mark(0, geometry.size)  # what was written before nobody knows any more
+            self._dirty.mark(0, geometry.size)  # nobody knows any more what was written before
         env.report("tracking", "on" if self._is_tracking else "off")
         self._recorder: Recorder | None = None
         if options.record:
@@ -141,7 +145,7 @@ class Log(Filter):
         self.env.report("record", path)
 
     def submit(self, batch: list[Request]) -> None:
-        """Mark what the batch will change, then pass it on."""
+        """Mark the ranges that the batch will change, then pass it on."""
         if not self._is_tracking or self._dirty.mark_changes(batch):
             self._passed.update(batch)
             if len(self._passed) > self._most_passed:
@@ -152,10 +156,10 @@ class Log(Filter):
 
     def _forget_returned(self) -> None:
         self._passed = {request for request in self._passed if request.status == PENDING}
-        self._most_passed = max(_PASSED, 2 * len(self._passed))  # a layer above may cut requests into many
+        self._most_passed = max(_PASSED, 2 * len(self._passed))  # a layer above may split requests into many
 
     def _in_flight(self) -> list[Range]:
-        """Return the ranges of writes and discards that went down and have not come back."""
+        """Return the ranges of the writes and discards that are in flight."""
         self._forget_returned()
         return [Range(request.offset, request.length) for request in self._passed if request.op & 1]
 
@@ -176,7 +180,7 @@ class Log(Filter):
                     request.op,
                 )
             )
-        self._recorder.add(b"".join(records))  # type: ignore[union-attr]  # wired only where there is one
+        self._recorder.add(b"".join(records))  # type: ignore[union-attr]  # wired only if there is one
         self.complete(batch)
 
     def _now_ns(self) -> int:
@@ -186,7 +190,7 @@ class Log(Filter):
         return self._epoch_ns + self._now_ns()
 
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
-        """Do a verb of the manual and return its reply. Raises: DriverError."""
+        """Execute a verb of the manual, and return the reply. Raises: DriverError."""
         verbs = {
             "start": self._start, "stop": self._stop, "clear": self._clear, "status": self._status,
             "peek": self._peek, "get": self._get,
@@ -246,7 +250,7 @@ class Log(Filter):
         return _page(ranges, f"more {page}" if ranges else "end")
 
     def close(self) -> None:
-        """Write what is left of the record, and let go of the map."""
+        """Write the remaining records, and release the map."""
         if self._recorder is not None:
             self._recorder.close()
         self._dirty.release()
@@ -261,7 +265,7 @@ def _line(offset: int, length: int) -> str:
 
 
 def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or len(text) > 15:  # any sector and any page fits
+    if not (text.isascii() and text.isdecimal()) or len(text) > 15:  # enough for any sector and any page
         raise _refusal(f"{text!r} is not the number from the last line of a page")
     return int(text)
 

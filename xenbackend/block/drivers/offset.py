@@ -4,18 +4,17 @@ Synopsis:
     offset:[start=SIZE][,length=SIZE]
 
 Description:
-    The disk begins `start` bytes into the layer below and is `length` bytes long, or reaches to the end of what is
-    below. It is what `losetup --offset --sizelimit` and nbdkit's offset filter do: for a file system behind a header,
-    or for a disk in a part of a large device. For a partition there is `partition:`, which finds start and length
-    itself.
+    The disk begins at byte `start` of the layer below, and is `length` bytes long or reaches to the end of that layer.
+    `losetup --offset --sizelimit` and nbdkit's offset filter do the same. Use it for a file system behind a header,
+    or for a disk in a part of a large device. For a partition use `partition:`, which finds start and length itself.
 
 Behaviour:
-    Requests, their errors, flushes and discards go to the layer below, moved by `start`; nothing outside of the range
-    is read or written. The alignment of discards is told to the guest as it is seen from the range's beginning.
+    Requests go to the layer below, moved by `start`; nothing outside the range is read or written. Errors pass
+    unchanged. The guest is told the alignment of discards as seen from the beginning of the range.
 
-    A `start` or an end inside a sector, or behind the end of the layer below, is refused. Where the range begins
-    inside a physical sector of the medium, most writes cover parts of two of those, and are slow; `xenbackend check`
-    says so as `alignment`.
+    A `start` or an end that is inside a sector, or beyond the end of the layer below, is refused. If the range begins
+    inside a physical sector of the medium, most writes cover parts of two physical sectors, and are slow; `xenbackend
+    check` reports that as `alignment`.
 
     With `length`, `xenbackend resize` changes nothing. Without it the disk grows with the layer below.
 
@@ -24,8 +23,9 @@ Example:
     log:|offset:start=8G,length=4G|aio:/dev/vg/all
 
 Limits:
-    It costs 0.6 us a request in batches, for a request of its own for each of the guest's. Two disks on ranges of one
-    image are refused, since one of them has it locked, unless `share=on` says that the ranges do not overlap.
+    It costs 0.6 us a request in batches, since it makes a request of its own for each of the guest's. The second of two
+    disks on ranges of one image is refused, since the first one has the image locked; if the ranges do not overlap,
+    allow it by `share=on` in the layers of both images.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Offset(Window):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Find the range. Raises: DriverError."""
+        """Show the range that the options describe. Raises: DriverError."""
         below = super().open(env)
         start = self.options.start
         return self.show(start, self.options.length or below.size - start)

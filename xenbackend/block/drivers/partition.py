@@ -4,30 +4,30 @@ Synopsis:
     partition:NUMBER
 
 Description:
-    Finds the partition in the table of the layer below, MBR with its logical partitions or GPT, and shows it. NUMBER
-    is the one that Linux gives it: that of its place in a GPT, 1 to 4 for the primary partitions of an MBR, from 5 on
-    for the logical ones. `xenbackend check` shows where the partition lies, and its type.
+    Finds the partition in the partition table of the layer below, an MBR (with logical partitions) or a GPT, and shows
+    it. NUMBER is Linux's number of the partition: its place in a GPT; in an MBR 1 to 4 for the primary partitions, and
+    from 5 on for the logical ones. `xenbackend check` shows where the partition is, and its type.
 
 Behaviour:
-    The table is read when the chain is opened, and not again: a table that is written to meanwhile takes effect with
-    the next `xenbackend set`, `resize` or attach. Requests then go through as with `offset:`, and none of them reaches
-    the table or another partition.
+    The table is read when the chain is opened, and not again: a change of it takes effect with the next `xenbackend
+    set`, `resize` or attach. Requests are passed on as by `offset:`, and none of them reaches the table or another
+    partition.
 
-    Checksums of a GPT are checked. Where the first header, or its array of entries, is damaged, the second one at the
-    end of the disk is used. What is wrong with either is shown as `trouble`, and nothing is repaired. With both
-    damaged, without a table, or for a number that there is not, the chain is refused, with the numbers that there are.
-    A partition that ends behind the disk is refused, too, where the kernel would cut it.
+    The checksums of a GPT are verified. If the first header or its array of entries is damaged, the second one, at the
+    end of the disk, is used. Damage to either is shown as `trouble`, and nothing is repaired. The chain is refused if
+    both are damaged, if there is no table, or if there is no partition of that number; the error lists the numbers that
+    there are. A partition that ends beyond the end of the disk is refused, too, though the kernel would cut it.
 
-    A table counts in sectors: where a disk was copied from a medium with other sectors, add `sector=512` or
-    `sector=4096` to the layer that has it.
+    A table counts in sectors. If the disk was copied from a medium with sectors of another size, add `sector=512` or
+    `sector=4096` to the layer that opens it.
 
 Example:
     partition:1|aio:/srv/images/disk.raw
     log:|partition:5|qcow2:/srv/images/disk.qcow2
 
 Limits:
-    Only MBR and GPT are known, no table of BSD or of Apple. Ranges and numbers of partitions are checked, their overlap
-    is not. It costs as much as `offset:`.
+    MBR and GPT are the only tables that it knows; those of BSD and Apple are not. The ranges of partitions are checked,
+    but not whether they overlap. It costs as much as `offset:`.
 """
 
 from __future__ import annotations

@@ -5,24 +5,23 @@ Synopsis:
     ram:FILE
 
 Description:
-    SIZE, such as `64M`, makes a disk of zeros. FILE, a name that begins with `/` or `.`, makes a disk with the file's
-    content, which is read once and never written back.
+    SIZE, such as `64M`, makes a disk of zeros. FILE, a name that begins with `/` or `.`, makes a disk with the content
+    of that file, which is read once and never written back.
 
 Behaviour:
-    The content is lost when the vbd is closed. It is not lost when the worker dies: its successor continues with the
-    same memory, and does not read FILE again. A flush has nothing to do. A discard sets the range to zeros, and gives
-    the host back the whole pages in it.
+    The content is lost when the vbd is closed. It survives the death of the worker: the successor continues with the
+    same memory, and does not read FILE again. A flush does nothing. A discard sets the range to zeros, and returns the
+    whole pages in it to the host.
 
-    The content is also lost when the service ends or the chain is changed, and a guest that goes on would find an empty
-    disk where its own was. So a disk that was attached before and may be written to is not opened with new content:
-    detach it and attach it anew.
+    The content is also lost when the service ends or the chain is changed, and a guest that is still running would find
+    a fresh disk in the place of its own. So a writable disk that was attached before is not opened with fresh content:
+    detach it, and attach it again.
 
 Example:
     ram:64M
 
 Limits:
-    The host needs the memory: pages are taken when they are first written, and then they stay taken
-    until they are discarded.
+    The host needs the memory: a page is allocated when it is first written, and freed only when it is discarded.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, format_size, parse_size, round_up
 
 _CHUNK = 1 << 20  # bytes read from a file at a time
-_FILLED = 1  # in the first byte of the memory, the disk begins a page later: so neither is kept without the other
-_HOST_PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes: what the host takes back as a whole
+_FILLED = 1  # in the first byte of the memory, a page before the disk; so neither is kept without the other
+_HOST_PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes: the unit in which the host frees memory
 _MADV_REMOVE = 9  # linux/mman.h; makes a hole in shared memory, which reads as zeros
 
 
@@ -55,7 +54,7 @@ class Ram(SimpleDriver):
 
     @dataclass(frozen=True, slots=True)
     class Options:
-        """What the disk holds at first."""
+        """The options of `ram:`."""
 
         content: Annotated[int | str, Kind("size or file", _size_or_file, use=IMAGE)] = option(
             "bytes of an empty disk, or the file to fill it from", target=True
@@ -64,7 +63,7 @@ class Ram(SimpleDriver):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Get the memory, and fill it unless a predecessor has."""
+        """Get the memory, and fill it unless a predecessor has done so."""
         content = self.options.content
         size = self._load(env, content) if isinstance(content, str) else self._fill(env, content)
         can_discard = hasattr(self._memory.obj, "madvise")
@@ -72,7 +71,7 @@ class Ram(SimpleDriver):
         return Geometry(size=size, read_only=env.read_only, can_discard=can_discard, discard_granularity=granularity)
 
     def read(self, request: Request) -> None:
-        """Copy out of the memory."""
+        """Copy from the disk's memory."""
         place = request.offset
         for view in request.iov:
             end = place + len(view)
@@ -80,7 +79,7 @@ class Ram(SimpleDriver):
             place = end
 
     def write(self, request: Request) -> None:
-        """Copy into the memory."""
+        """Copy into the disk's memory."""
         place = request.offset
         for view in request.iov:
             end = place + len(view)
@@ -88,7 +87,7 @@ class Ram(SimpleDriver):
             place = end
 
     def discard(self, request: Request) -> None:
-        """Make a hole of the whole pages, and set the ragged ends to zeros."""
+        """Free the whole pages in the range, and set the rest of it to zeros."""
         start = PAGE + request.offset
         end = start + request.length
         first, last = round_up(start, _HOST_PAGE), end - end % _HOST_PAGE
@@ -100,7 +99,7 @@ class Ram(SimpleDriver):
         self._memory.obj.madvise(_MADV_REMOVE, first, last - first)  # type: ignore[attr-defined]  # see `open`
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._disk.release()
         self._memory.release()
 
@@ -122,7 +121,7 @@ class Ram(SimpleDriver):
             for place in range(0, size if file else 0, _CHUNK):
                 data = file.read_at(place, min(_CHUNK, size - place))  # type: ignore[union-attr]  # only where one is
                 self._disk[place : place + len(data)] = data
-            self._memory[0] = _FILLED  # last: a worker that dies while it reads has not filled it
+            self._memory[0] = _FILLED  # last, so that a worker that dies while it reads FILE leaves no filled memory
         return size
 
 

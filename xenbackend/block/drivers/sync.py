@@ -1,21 +1,21 @@
-"""sync: a raw image file or block device, one blocking call after the other.
+"""sync: a raw image file or block device, by one blocking call after the other.
 
 Synopsis:
     sync:FILE[,cache=on|off][,sector=512|1024|2048|4096][,share=on|off]
 
 Description:
-    The same disk as `aio:`, served in the simplest way there is: each request is one system call that the worker waits
-    for. It is there to compare with, and for hosts or file systems on which asynchronous I/O misbehaves.
+    The same disk as `aio:`, served in the simplest way: each request is one system call, for which the worker waits.
+    Use it for comparisons, and on hosts or file systems where asynchronous I/O misbehaves.
 
 Behaviour:
-    Sectors, locking, flush, discard and errors are those of `aio:`. The worker does nothing else while a call lasts,
-    although a driver's `submit` should never sleep: that is what this driver is for.
+    Sectors, locks, flushes, discards and errors are as with `aio:`. During a call the worker does nothing else:
+    `submit` sleeps, which no other driver's may.
 
 Example:
     log:|sync:/srv/images/guest.img
 
 Limits:
-    Those of `aio:`, and one request at a time: a slow disk makes the whole vbd wait.
+    Those of `aio:`. Requests are done one at a time, so a slow disk makes the whole vbd wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xenbackend.block.drivers.aio import Aio
 
 
 class Sync(Aio):
-    """The driver aio, on a file that blocks."""
+    """`Aio` on a file whose calls block."""
 
     name = "sync"
     blocking = True
